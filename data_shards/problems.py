@@ -1,0 +1,43 @@
+"""What a person can put right, collected so that all of it is said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the input: where, which field, what was found and what to do about it."""
+
+    where: str
+    field: str
+    value: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.field}: {self.value}; {self.remedy}"
+
+
+class InputProblems(ValueError):
+    """Input refused before work starts. The command line prints each problem and exits with 2."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        assert self.problems, "InputProblems needs at least one problem"
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+    def __reduce__(self) -> tuple[type[InputProblems], tuple[tuple[Problem, ...]]]:
+        return InputProblems, (self.problems,)
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise InputProblems when there is at least one problem."""
+    found = tuple(problems)
+    if found:
+        raise InputProblems(found)
+
+
+def problem(where: object, field: str, value: object, remedy: str) -> InputProblems:
+    """A single problem, ready to raise."""
+    return InputProblems([Problem(str(where), field, str(value), remedy)])

@@ -1,0 +1,81 @@
+"""What passes between the stages: a slice on its way to a shard, a batch on its way to the network.
+
+Dimensions: B batch, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+MODALITIES = ("CT", "MR")
+AXES = ("axial", "coronal", "sagittal")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class SliceMeta:
+    """Everything known of a slice besides its pixels.
+
+    `affine` is 4x4, row-major, in mm: it takes (row, column, 0, 1) of the stored slice to RAS world coordinates.
+    `intensity_scale`, `intensity_offset`: stored value = uint8 * scale + offset, in HU for CT, so that HU can be
+    restored inside the window. `labelled` is False where the archive gives no mask: the mask is then body alone.
+    """
+
+    case_id: str
+    modality: str
+    axis: str
+    slice_index: int
+    split: str
+    spacing_mm: tuple[float, float]
+    affine: tuple[float, ...]
+    intensity_scale: float
+    intensity_offset: float
+    label_set: str
+    labels_present: tuple[int, ...]
+    labelled: bool
+    source_sha256: str
+
+    @property
+    def key(self) -> str:
+        """The sample's name in its shard, unique in a shard set; holds no dot, which WebDataset splits at."""
+        return f"{self.case_id}-{self.axis}-{self.slice_index:04d}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that json can write."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SliceMeta:
+        """The inverse of to_json."""
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**lists)
+
+
+@dataclass(frozen=True)
+class SliceRecord:
+    """One slice: image_HW and mask_HW uint8 (grey values; label ids) and its meta."""
+
+    image_HW: np.ndarray
+    mask_HW: np.ndarray
+    meta: SliceMeta
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loader yields, on the device: image_BHW and mask_BHW uint8; modality_B, axis_B int64 indices into
+    MODALITIES and AXES; position_B int64 global positions of the run (see data_shards.order)."""
+
+    image_BHW: torch.Tensor
+    mask_BHW: torch.Tensor
+    modality_B: torch.Tensor
+    axis_B: torch.Tensor
+    position_B: torch.Tensor
+
+    def __len__(self) -> int:
+        return int(self.position_B.shape[0])
