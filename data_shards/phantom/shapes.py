@@ -1,0 +1,85 @@
+"""Solids as approximate signed distances in mm: negative inside, positive outside, smooth where solids meet.
+
+Points are three float32 arrays (x, y, z) of one shape (or shapes that broadcast); results are float32 of that shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Points = tuple[np.ndarray, np.ndarray, np.ndarray]
+Vector = Sequence[float]
+
+
+def ellipsoid(points: Points, centre: Vector, radii: Vector) -> np.ndarray:
+    """First-order distance to an axis-aligned ellipsoid, |q/r| (|q/r| - 1) / |q/r^2|, exact for a sphere."""
+    first = np.float32(1e-12)
+    second = np.float32(1e-12)
+    for coordinate, middle, radius in zip(points, centre, radii, strict=True):
+        scaled = (coordinate - float(middle)) * (1.0 / float(radius))
+        first = first + scaled * scaled
+        scaled *= 1.0 / float(radius)
+        second = second + scaled * scaled
+    norm = np.sqrt(first)
+    return np.asarray(norm * (norm - 1.0) / np.sqrt(second))
+
+
+def tube(points: Points, path: Sequence[Vector], radii: Sequence[float]) -> np.ndarray:
+    """Distance to a round-ended tube along the polyline `path`, its radius linear between the path's points."""
+    distance: np.ndarray | None = None
+    for start, end, radius_start, radius_end in zip(path[:-1], path[1:], radii[:-1], radii[1:], strict=True):
+        piece = _segment(points, start, end, radius_start, radius_end)
+        distance = piece if distance is None else np.minimum(distance, piece, out=distance)
+    assert distance is not None, "a tube needs two points"
+    return distance
+
+
+def sheet(points: Points, path_xy: Sequence[tuple[float, float]], z_centre: float, z_half: float, radius: float) -> np.ndarray:
+    """Distance to a rounded sheet: the polyline `path_xy` drawn over z_centre +- z_half, thickened by `radius`."""
+    x, y, z = points
+    in_plane: np.ndarray | None = None
+    for start, end in zip(path_xy[:-1], path_xy[1:], strict=True):
+        piece = _segment((x, y, np.float32(0.0)), (*start, 0.0), (*end, 0.0), 0.0, 0.0)  # type: ignore[arg-type]
+        in_plane = piece if in_plane is None else np.minimum(in_plane, piece)
+    assert in_plane is not None, "a sheet needs two points"
+    beyond = np.maximum(np.abs(z - float(z_centre)) - float(z_half), 0.0)
+    return np.asarray(np.sqrt(in_plane * in_plane + beyond * beyond) - float(radius))
+
+
+def superellipse_cylinder(x: np.ndarray, y: np.ndarray, half_width: np.ndarray, half_depth: np.ndarray) -> np.ndarray:
+    """First-order distance to |x/a|^2.5 + |y/b|^2.5 = 1, squarer than an ellipse, as a trunk is."""
+    u = np.abs(x) / half_width + 1e-4
+    v = np.abs(y) / half_depth + 1e-4
+    u_15 = u * np.sqrt(u)
+    v_15 = v * np.sqrt(v)
+    power = u_15 * u + v_15 * v
+    # g = power^(1/2.5); its gradient is g / power * (u^1.5 / a, v^1.5 / b).
+    g = np.exp(0.4 * np.log(power))
+    slope = np.hypot(u_15 / half_width, v_15 / half_depth)
+    return np.asarray((g - 1.0) * power / (g * slope))
+
+
+def intersection(a: np.ndarray, b: np.ndarray, rounding_mm: float = 4.0) -> np.ndarray:
+    """Smooth maximum: what is inside both, its edges rounded over about `rounding_mm`."""
+    return -union(-a, -b, rounding_mm)
+
+
+def union(a: np.ndarray, b: np.ndarray, rounding_mm: float = 4.0) -> np.ndarray:
+    """Smooth minimum (the polynomial one, quadratic in the overlap): what is inside either, filleted."""
+    overlap = np.maximum(rounding_mm - np.abs(a - b), 0.0)
+    return np.asarray(np.minimum(a, b) - overlap * overlap * (0.25 / rounding_mm))
+
+
+def _segment(points: Points, start: Vector, end: Vector, radius_start: float, radius_end: float) -> np.ndarray:
+    axis = [float(e) - float(s) for s, e in zip(start, end, strict=True)]
+    length_squared = sum(a * a for a in axis) + 1e-9
+    offsets = [coordinate - float(s) for coordinate, s in zip(points, start, strict=True)]
+    along = sum(o * (a / length_squared) for o, a in zip(offsets, axis, strict=True) if a != 0.0)
+    along = np.clip(along, 0.0, 1.0)
+    squared = np.float32(0.0)
+    for offset, a in zip(offsets, axis, strict=True):
+        rest = offset - along * a if a != 0.0 else offset
+        squared = squared + rest * rest
+    return np.asarray(np.sqrt(squared) - (float(radius_start) + along * (float(radius_end) - float(radius_start))))

@@ -1,0 +1,99 @@
+"""Configuration at the border: YAML in, checked dataclasses out, and back to YAML, with errors for people.
+
+The sections themselves stand beside the code they configure; the whole is segdiff_dist.experiment.Experiment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from data_shards.problems import InputProblems, Problem, problem
+
+T = TypeVar("T")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from `path`."""
+    if not path.is_file():
+        raise problem(path, "config", "no such file", "give the path of a YAML file, for example launch/configs/demo.yaml")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise problem(path, "config", f"not YAML: {' '.join(str(error).split())}", "correct the file") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise problem(path, "config", f"a {type(values).__name__}", "the file must hold a mapping of sections")
+    return values
+
+
+def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
+    """`values` as a `cls`; unknown keys and values out of range are all reported at once, as `where`'s."""
+    try:
+        return _adapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise InputProblems(_explain(e, str(where)) for e in error.errors()) from None
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Plain values that YAML and JSON can write."""
+    return _adapter(type(config)).dump_python(config, mode="json")  # type: ignore[no-any-return]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever the two differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys: what a tracker lists."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """The values as YAML, in their own order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls, config=ConfigDict(extra="forbid"))
+
+
+def _explain(error: Any, where: str) -> Problem:
+    field = ".".join(str(part) for part in error["loc"]) or "(top)"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return Problem(where, field, "unknown key", "correct the spelling or remove it; --help lists the keys")
+    return Problem(where, field, repr(error["input"]), error["msg"].removeprefix("Input ").rstrip("."))

@@ -1,0 +1,226 @@
+"""The auxiliary segmenter: MONAI's 2-D U-Net, trained on real slices, that judges whether images follow their masks.
+
+Section 4.2 of the paper: channels 16 to 512, kernel 3, stride 2. This file owns MONAI's networks and losses.
+Dimensions: B batch, K classes, H rows, W columns, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_shards.labels import LabelTable
+from data_shards.loader import Loader, LoaderConfig
+from data_shards.order import sequential_positions
+from data_shards.problems import Problem, problem
+from data_shards.records import MODALITIES, Batch
+from segdiff_dist.diffusion import to_model_range
+from segdiff_dist.engine import TrainConfig
+
+if TYPE_CHECKING:
+    from data_shards.shards import ShardSet
+
+_WEIGHTS, _ABOUT = "model.safetensors", "segdiff.json"
+# A class absent from both prediction and mask counts nothing in the validation Dice; this keeps 0/0 finite.
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """The auxiliary U-Net and its training. Defaults: section 4.2 of the paper (batch 64, lr 1e-2)."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    num_res_units: int = 0
+    kernel_size: int = 3
+    validation_batch_size: int = 64
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            num_images=2_000_000,
+            lr=1e-2,
+            micro_batch_size=64,
+            warmup_images=6_400,
+            ema_halflife_images=20_000,
+            checkpoint_every_images=100_000,
+        )
+    )
+
+    def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
+        """What is out of range."""
+        found = self.train.problems("segmenter.train", ranks)
+        if len(self.channels) < 2 or min(self.channels) < 1:
+            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), "give two or more levels"))
+        elif size is not None and size % 2 ** (len(self.channels) - 1):
+            remedy = f"{len(self.channels)} levels halve {size} pixels unevenly"
+            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
+        return found
+
+
+class SegmenterNet(nn.Module):
+    """Class scores from an image and its modality, which enters as one constant channel for each modality."""
+
+    def __init__(self, config: SegmenterConfig, num_classes: int) -> None:
+        super().__init__()
+        from monai.networks.nets import UNet
+
+        self.unet = UNet(
+            spatial_dims=2,
+            in_channels=1 + len(MODALITIES),
+            out_channels=num_classes,
+            channels=config.channels,
+            strides=(2,) * (len(config.channels) - 1),
+            kernel_size=config.kernel_size,
+            up_kernel_size=config.kernel_size,
+            num_res_units=config.num_res_units,
+            norm=("group", {"num_groups": 8}),
+        )
+
+    def forward(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
+        """float32 scores [B, K, H, W] from uint8 images and int64 modality ids."""
+        dtype = next(self.parameters()).dtype
+        return self.unet(self._inputs(image_BHW, modality_B).to(dtype)).float()  # type: ignore[no-any-return]
+
+    def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
+        """float32 [B, D]: the mean over pixels of what each encoder level gives."""
+        found: list[Tensor] = []
+        block, x = self.unet.model, self._inputs(image_BHW, modality_B)
+        while True:  # MONAI nests: [down, skip connection around the next level, up]
+            x = block[0](x)
+            found.append(x.mean(dim=(2, 3)))
+            inner = block[1].submodule
+            if not isinstance(inner, nn.Sequential) or len(inner) < 3:
+                found.append(inner(x).mean(dim=(2, 3)))
+                return torch.cat(found, dim=1)
+            block = inner
+
+    @staticmethod
+    def _inputs(image_BHW: Tensor, modality_B: Tensor) -> Tensor:
+        x_B1HW = to_model_range(image_BHW)
+        modality_BM = nn.functional.one_hot(modality_B, len(MODALITIES)).to(x_B1HW.dtype)
+        planes_BMHW = modality_BM[:, :, None, None].expand(-1, -1, *x_B1HW.shape[2:])
+        return torch.cat((x_B1HW, planes_BMHW), dim=1).contiguous(memory_format=torch.channels_last)
+
+
+class SegmenterTask:
+    """Dice + cross-entropy on the train split; the weights kept are the best on the validation split."""
+
+    name = "segmenter"
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: SegmenterConfig,
+        loader: LoaderConfig,
+        weights: Path,
+        device: torch.device,
+    ) -> None:
+        from monai.losses import DiceCELoss
+
+        self.shards, self.config, self.loader, self.weights, self.device = shards, config, loader, weights, device
+        torch.manual_seed(config.train.seed)
+        self.model: nn.Module = SegmenterNet(config, shards.label_table.num_classes)
+        self._loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, include_background=False)
+        self._validation_rows = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """MONAI's DiceCELoss, Dice over the micro-batch and without background."""
+        return self._loss(forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long())  # type: ignore[no-any-return]
+
+    def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
+        """Validate; write the weights when they are the best so far."""
+        net = SegmenterNet(self.config, self.shards.label_table.num_classes)
+        net.load_state_dict(weights)
+        if len(self._validation_rows) == 0:
+            save_segmenter(self.weights, weights, self.config, self.shards.label_table)
+            return None, {}
+        segmenter = Segmenter(net, self.shards.label_table, "", self.device)
+        score = float(np.nanmean(self._validation_dice(segmenter)))
+        if previous_score is None or score > previous_score:
+            save_segmenter(self.weights, weights, self.config, self.shards.label_table)
+            previous_score = score
+        return previous_score, {"val_dice": score, "best_val_dice": previous_score}
+
+    def _validation_dice(self, segmenter: Segmenter) -> np.ndarray:
+        """Dice of every organ over the whole validation split; NaN for organs that are not in it."""
+        organs = torch.tensor(self.shards.label_table.organ_ids, device=self.device, dtype=torch.uint8)
+        both, sizes, in_mask = (torch.zeros(len(organs), dtype=torch.float64) for _ in range(3))
+        for batch in self._validation_batches():
+            predicted_BHW = segmenter.predict(batch.image_BHW, batch.modality_B)
+            for i, organ in enumerate(organs):
+                p_BHW, m_BHW = predicted_BHW == organ, batch.mask_BHW == organ
+                both[i] += (p_BHW & m_BHW).sum().item()
+                sizes[i] += (p_BHW.sum() + m_BHW.sum()).item()
+                in_mask[i] += m_BHW.sum().item()
+        dice = (2 * both / (sizes + _EPSILON)).numpy()
+        return np.where(in_mask.numpy() > 0, dice, np.nan)
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        size = min(self.config.validation_batch_size, len(self._validation_rows))
+        plain = LoaderConfig(crop_size=self.loader.crop_size, num_threads=self.loader.num_threads)
+        yield from Loader(
+            self.shards,
+            self._validation_rows,
+            sequential_positions(len(self._validation_rows), size),
+            plain,
+            batch_size=size,
+            seed=0,
+            shuffle=False,
+            device=self.device,
+        )
+
+
+class Segmenter:
+    """A trained segmenter, ready to use: fp32, no gradients."""
+
+    def __init__(self, net: SegmenterNet, label_table: LabelTable, weights_sha256: str, device: torch.device) -> None:
+        self.net = net.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.label_table, self.weights_sha256, self.device = label_table, weights_sha256, device
+
+    @classmethod
+    def load(cls, weights: Path, device: torch.device | str = "cpu") -> Segmenter:
+        """The segmenter that training wrote to `weights`."""
+        from safetensors.torch import load_file
+
+        if not (weights / _ABOUT).is_file():
+            raise problem(weights, "segmenter", "not found", "train it first: `segdiff train-segmenter --config F`")
+        about = json.loads((weights / _ABOUT).read_text())
+        table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
+        config = SegmenterConfig(
+            channels=tuple(about["channels"]), num_res_units=about["num_res_units"], kernel_size=about["kernel_size"]
+        )
+        net = SegmenterNet(config, table.num_classes)
+        net.load_state_dict(load_file(weights / _WEIGHTS))
+        digest = hashlib.sha256((weights / _WEIGHTS).read_bytes()).hexdigest()
+        return cls(net, table, digest, torch.device(device))
+
+    @torch.no_grad()
+    def predict(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
+        """uint8 label ids [B, H, W] of uint8 images."""
+        return self.net(image_BHW.to(self.device), modality_B.to(self.device)).argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
+        """float32 [B, D] pooled encoder features: the space of `segmenter_frechet`."""
+        return self.net.features(image_BHW.to(self.device), modality_B.to(self.device)).float()
+
+
+def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterConfig, table: LabelTable) -> None:
+    """Write weights as safetensors, and beside them what is needed to build the net again."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / _WEIGHTS)
+    about = {
+        "channels": config.channels,
+        "num_res_units": config.num_res_units,
+        "kernel_size": config.kernel_size,
+        "label_table": asdict(table),
+    }
+    (folder / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")

@@ -1,0 +1,298 @@
+"""Training: one loop, read from top to bottom, for the denoiser and for whatever else learns from the shards.
+
+Dimensions: B batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_shards.loader import Loader, LoaderConfig
+from data_shards.order import rank_positions
+from data_shards.problems import problem
+from data_shards.records import Batch
+from segdiff_dist import checkpoint
+from segdiff_dist.config import write_text_atomically
+from segdiff_dist.denoiser import Denoiser, DenoiserConfig, class_ids, describe
+from segdiff_dist.diffusion import DiffusionConfig, make_scheduler, prediction_target, q_sample, to_model_range
+from segdiff_dist.distributed import barrier, is_main, mean_over_ranks, rank, world_size
+from segdiff_dist.engine import Engine, TrainConfig, ema_decay, learning_rate
+from segdiff_kernels import philox
+
+if TYPE_CHECKING:
+    from data_shards.shards import ShardSet
+    from segdiff_dist.tracking import Tracker
+
+
+class Task(Protocol):
+    """What is being learned: a model, its loss, and what becomes of its weights."""
+
+    name: str
+    model: nn.Module
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """The micro-batch's mean loss, through `forward`, which is the model as the engine runs it."""
+
+    def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
+        """Called on the main rank at every checkpoint with the gathered EMA weights: write them where they are
+        used. Returns the best score so far, where there is a choice to make, and what is worth logging."""
+
+
+class DenoiserTask:
+    """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask."""
+
+    name = "train"
+
+    def __init__(
+        self, shards: ShardSet, denoiser: DenoiserConfig, diffusion: DiffusionConfig, seed: int, weights: Path
+    ) -> None:
+        self.seed, self.diffusion, self.weights = seed, diffusion, weights
+        with _seeded(seed):
+            self.model = Denoiser(denoiser, shards.label_table, shards.size)
+        self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """L_m of the paper's section 3.2, with noise and timestep drawn by position."""
+        x_0_BCHW = to_model_range(batch.image_BHW)
+        noise_BCHW = philox.normal(self.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
+        timestep_B = philox.timesteps(self.seed, batch.position_B, self.diffusion.num_train_timesteps)
+        self._alphas_cumprod_T = self._alphas_cumprod_T.to(x_0_BCHW.device)
+        a_B = self._alphas_cumprod_T[timestep_B]
+        x_t_BCHW = q_sample(x_0_BCHW, noise_BCHW, a_B)
+        target_BCHW = prediction_target(self.diffusion.prediction_type, x_0_BCHW, noise_BCHW, a_B)
+        class_B = class_ids(batch.modality_B, batch.axis_B)
+        prediction_BCHW = forward(x_t_BCHW, timestep_B, batch.mask_BHW, class_B)
+        return torch.nn.functional.mse_loss(prediction_BCHW, target_BCHW)
+
+    def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
+        """Write weights/ema as a diffusers folder. The newest is the one that counts."""
+        assert isinstance(self.model, Denoiser)
+        self.model.save(self.weights / "ema", weights)
+        return None, {}
+
+
+def train(
+    task: Task,
+    shards: ShardSet,
+    rows: np.ndarray,
+    loader_config: LoaderConfig,
+    config: TrainConfig,
+    folder: Path,
+    tracker: Tracker,
+    device: torch.device,
+    resolved_config: str,
+) -> None:
+    """Train `task` on the given rows of the shard set, from the newest checkpoint in `folder` on.
+
+    Writes folder/checkpoints/, folder/log.jsonl and, through the task, the exported weights. Ctrl-C saves a checkpoint
+    and raises KeyboardInterrupt; the same call goes on from there.
+    """
+    if len(rows) == 0:
+        raise problem(shards.path, "split", "no slice to train on", "widen loader.modalities or loader.axes")
+    checkpoints, log = folder / "checkpoints", folder / "log.jsonl"
+    engine = Engine(_prepare(task.model, device), config, device)
+    state: dict[str, Any] = {"images_seen": 0, "loss_sum": 0.0, "loss_count": 0, "best_score": None}
+    newest = checkpoint.newest_complete(checkpoints)
+    if newest is not None:
+        engine.load(newest)
+        state = checkpoint.read_state(newest)
+    if is_main():
+        _cut_log(log, state["images_seen"])
+        tracker.log_params({task.name: {**describe(task.model), "ranks": world_size(), "device": str(device)}})
+    barrier()
+
+    batches = iter(
+        Loader(
+            shards,
+            rows,
+            rank_positions(
+                state["images_seen"],
+                micro_batch_size=config.micro_batch_size,
+                num_micro_batches=engine.num_micro_batches,
+                rank=rank(),
+                world_size=world_size(),
+            ),
+            loader_config,
+            batch_size=config.micro_batch_size,
+            seed=config.seed,
+            device=device,
+        )
+    )
+    loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)
+    clock = _Clock(state["images_seen"])
+    with _progress(task.name, config.num_images, state["images_seen"]) as bar, _CatchInterrupt() as interrupt:
+        while state["images_seen"] < config.num_images:
+            engine.set_lr(learning_rate(state["images_seen"], config))
+            for _ in range(engine.num_micro_batches):
+                with clock.waiting():
+                    batch = next(batches)
+                loss = task.loss(engine, batch)
+                engine.backward(loss)
+                engine.step()
+                loss_sum += loss.detach().double()
+                state["loss_count"] += 1
+            before, state["images_seen"] = state["images_seen"], state["images_seen"] + config.global_batch_size
+            engine.update_ema(ema_decay(state["images_seen"], config.global_batch_size, config))
+            bar.update(min(state["images_seen"], config.num_images) - before)
+
+            done = state["images_seen"] >= config.num_images
+            if done or _crosses(before, state["images_seen"], config.log_every_images):
+                mean_loss = float(mean_over_ranks(loss_sum / state["loss_count"]))
+                loss_sum.zero_()
+                state["loss_count"] = 0
+                row = {"loss": mean_loss, "grad_norm": engine.grad_norm()}
+                row |= {"lr": learning_rate(before, config), **clock.rates(state["images_seen"])}
+                if is_main():
+                    bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+                    _log(log, tracker, task.name, row, state["images_seen"])
+                if not np.isfinite(mean_loss):
+                    raise FloatingPointError(
+                        f"{task.name}: the loss is {mean_loss} at {state['images_seen']} images; "
+                        f"the last good checkpoint is {checkpoint.newest_complete(checkpoints) or 'none'}"
+                    )
+            stop = interrupt.agreed()
+            if done or stop or _crosses(before, state["images_seen"], config.checkpoint_every_images):
+                with clock.paused():
+                    state["loss_sum"] = float(loss_sum)
+                    _save(engine, task, state, checkpoints, config, tracker, resolved_config)
+            if stop:
+                raise KeyboardInterrupt
+    engine.close()
+
+
+def _save(
+    engine: Engine,
+    task: Task,
+    state: dict[str, Any],
+    checkpoints: Path,
+    config: TrainConfig,
+    tracker: Tracker,
+    resolved_config: str,
+) -> None:
+    """Write a checkpoint on all ranks, export the EMA, and only then declare the checkpoint complete."""
+    folder = checkpoints / checkpoint.checkpoint_name(state["images_seen"])
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    barrier()
+    engine.save(folder)
+    weights = engine.full_weights()
+    if is_main():
+        state["best_score"], metrics = task.export(weights, state["best_score"])
+        tracker.log_metrics({f"{task.name}/{k}": v for k, v in metrics.items()}, state["images_seen"])
+        write_text_atomically(folder / "config.yaml", resolved_config)
+        checkpoint.write_state(folder, {**state, "ranks": world_size()})
+        checkpoint.mark_complete(folder)
+        checkpoint.prune(checkpoints, config.keep_checkpoints)
+    barrier()
+
+
+def _prepare(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on the device, in channels-last layout."""
+    if isinstance(model, Denoiser):
+        return model.prepare_for(device).train()
+    return model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload, no-any-return]
+
+
+def _crosses(before: int, after: int, every: int) -> bool:
+    return before // every != after // every
+
+
+def _log(path: Path, tracker: Tracker, name: str, row: dict[str, float], images_seen: int) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"images_seen": images_seen, **row}) + "\n")
+    tracker.log_metrics({f"{name}/{key}": value for key, value in row.items()}, images_seen)
+
+
+def _cut_log(path: Path, images_seen: int) -> None:
+    """Forget lines that a run killed after its last checkpoint wrote and that will now be written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images_seen"] <= images_seen]
+        write_text_atomically(path, "".join(f"{line}\n" for line in lines))
+
+
+def _progress(name: str, total: int, initial: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, initial=min(initial, total), desc=name, unit="img", disable=not is_main(), mininterval=1.0
+    )
+
+
+class _seeded:
+    """Initial weights are a function of the seed alone; the caller's generator is left as it was."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self._fork = torch.random.fork_rng(devices=[])
+        self._fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+
+
+class _Clock:
+    """Images a second and the share of time spent waiting for data, since the last question."""
+
+    def __init__(self, images_seen: int) -> None:
+        self._images, self._start, self._waited, self._paused = images_seen, time.perf_counter(), 0.0, 0.0
+
+    def waiting(self) -> _Span:
+        return _Span(lambda seconds: setattr(self, "_waited", self._waited + seconds))
+
+    def paused(self) -> _Span:
+        return _Span(lambda seconds: setattr(self, "_paused", self._paused + seconds))
+
+    def rates(self, images_seen: int) -> dict[str, float]:
+        now = time.perf_counter()
+        busy_s = max(now - self._start - self._paused, 1e-9)
+        rates = {"images_per_s": (images_seen - self._images) / busy_s, "data_wait_fraction": self._waited / busy_s}
+        self._images, self._start, self._waited, self._paused = images_seen, now, 0.0, 0.0
+        return rates
+
+
+class _Span:
+    def __init__(self, add: Callable[[float], None]) -> None:
+        self._add = add
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        self._add(time.perf_counter() - self._start)
+
+
+class _CatchInterrupt:
+    """Ctrl-C and SIGTERM wait for the end of the step, so that a checkpoint can be written first."""
+
+    def __enter__(self) -> _CatchInterrupt:
+        self._asked = False
+        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        if self._asked:  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; all ranks answer alike."""
+        if world_size() == 1:
+            return self._asked
+        return bool(float(mean_over_ranks(torch.tensor(float(self._asked)))) > 0)
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
