@@ -18,6 +18,12 @@ _GRID_MM = 3.0
 _CT_TISSUE_HU = -300.0
 # Table tops, sheets and cables are thinner than this and go; limbs are thicker and stay.
 _THINNEST_PART_MM = 12.0
+# An arm that lies beside the body is the patient too; what is thinner or smaller than this belongs to the table.
+_THINNEST_LIMB_MM = 24.0
+_SMALLEST_LIMB = 0.01
+# More than the noise that clipping leaves, less than the step from air to fat.
+_ABOVE_CLIPPED_AIR_HU = 30.0
+_MR_SMOOTHING_MM = 4.0
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,16 @@ class BodyField:
 
 def find_body(volume: Volume, modality: str) -> BodyField:
     """The patient's envelope: skin to skin, lungs and gas inside it, table outside it."""
+    from scipy import ndimage
+
     steps = np.maximum(1.0, _GRID_MM / volume.spacing_mm)
     coarse = _coarse(volume, steps)
     spacing_mm = steps * volume.spacing_mm
-    tissue = coarse > _CT_TISSUE_HU if modality == "CT" else _mr_tissue(coarse)
-    inside = _envelope(tissue, spacing_mm)
-    return BodyField(inside.astype(np.float32), steps)
+    if modality == "CT":
+        return BodyField(_envelope(_ct_tissue(coarse), spacing_mm).astype(np.float32), steps)
+    inside = _envelope(_mr_tissue(coarse), spacing_mm).astype(np.float32)
+    # Skin that fades into noise leaves a ragged edge; a patient's outline is smooth.
+    return BodyField(ndimage.gaussian_filter(inside, _MR_SMOOTHING_MM / spacing_mm), steps)
 
 
 def _coarse(volume: Volume, steps: np.ndarray) -> np.ndarray:
@@ -46,37 +56,50 @@ def _coarse(volume: Volume, steps: np.ndarray) -> np.ndarray:
     return (up @ stack.reshape(-1, shape[2]).T).T.reshape(*stack.shape[:2], -1)
 
 
+def _ct_tissue(coarse: np.ndarray) -> np.ndarray:
+    lowest = float(coarse.min())
+    # Archives hold CTs that were cut to a soft-tissue window: their air is the window's lower end, just below fat.
+    return coarse > max(_CT_TISSUE_HU, lowest + _ABOVE_CLIPPED_AIR_HU)
+
+
 def _mr_tissue(coarse: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
-    smooth = ndimage.gaussian_filter(coarse, (1.0, 1.0, 0.0))
+    smooth = ndimage.gaussian_filter(coarse, (0.7, 0.7, 0.0))
     floor, ceiling = np.percentile(smooth, (1.0, 99.0))
-    # Square roots draw dark tissue (suppressed fat, bone) away from the air it would otherwise be counted with.
-    root = np.sqrt(np.clip((smooth - floor) / max(ceiling - floor, 1e-6), 0.0, 1.0))
-    return root > _otsu(root)
+    grey = (smooth - floor) / max(float(ceiling - floor), 1e-6)
+    return grey > _triangle_threshold(grey)
 
 
-def _otsu(values: np.ndarray) -> float:
-    """The threshold in [0, 1] that best parts the values into two classes (Otsu 1979, eq. 18)."""
-    counts, edges = np.histogram(values, bins=256, range=(0.0, 1.0))
-    centres = 0.5 * (edges[1:] + edges[:-1])
-    below = np.cumsum(counts) / counts.sum()
-    mean = np.cumsum(counts * centres) / counts.sum()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        between = (mean[-1] * below - mean) ** 2 / (below * (1.0 - below))
-    return float(edges[1 + int(np.nanargmax(between[:-1]))])
+def _triangle_threshold(grey: np.ndarray) -> float:
+    """Where the peak of air gives way to tissue, for grey values in [0, 1]: the bin farthest below the line from the
+    histogram's peak to its end (Zack et al. 1977). Otsu's threshold would leave out dark tissue: lung, bone,
+    suppressed fat."""
+    counts, edges = np.histogram(np.clip(grey, 0.0, 1.0), bins=256, range=(0.0, 1.0))
+    peak = int(np.argmax(counts[:-1]))
+    fall = counts[peak:-1].astype(np.float64)
+    line = np.linspace(fall[0], 0.0, len(fall))
+    return float(edges[peak + 1 + int(np.argmax(line - fall))])
 
 
 def _envelope(tissue: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
-    radius = _THINNEST_PART_MM / 2.0 / float(spacing_mm[:2].max())
-    opened = ndimage.binary_opening(tissue, _disk(radius))
+    def disk(diameter_mm: float) -> np.ndarray:
+        return _disk(diameter_mm / 2.0 / float(spacing_mm[:2].max()))
+
+    opened = ndimage.binary_opening(tissue, disk(_THINNEST_PART_MM))
     parts, count = ndimage.label(opened)
     if count == 0:
         return np.zeros_like(tissue)
-    largest = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
-    return _filled(largest)
+    voxels = np.bincount(parts.ravel(), minlength=count + 1)
+    voxels[0] = 0
+    keep = np.zeros(count + 1, dtype=bool)
+    keep[np.unique(parts[ndimage.binary_erosion(opened, disk(_THINNEST_LIMB_MM), border_value=1)])] = True
+    keep &= voxels >= _SMALLEST_LIMB * voxels.max()
+    keep[np.argmax(voxels)] = True
+    keep[0] = False
+    return _filled(keep[parts])
 
 
 def _disk(radius: float) -> np.ndarray:

@@ -32,9 +32,13 @@ def mr_grey_map(volume: Volume, percentiles: tuple[float, float]) -> GreyMap:
 
     Raises ValueError when they are equal: such a volume is all but empty.
     """
-    low, high = sorted(float(p) * volume.slope + volume.intercept for p in np.percentile(volume.voxels_IJK, percentiles))
+    low, high = sorted(
+        float(p) * volume.slope + volume.intercept for p in np.percentile(volume.voxels_IJK, percentiles)
+    )
     if high <= low:
-        raise ValueError(f"its percentiles {percentiles[0]:g} and {percentiles[1]:g} are both {low:g}: it shows nothing")
+        raise ValueError(
+            f"its percentiles {percentiles[0]:g} and {percentiles[1]:g} are both {low:g}: it shows nothing"
+        )
     return GreyMap((high - low) / 255.0, low)
 
 

@@ -65,6 +65,12 @@ class SliceRecord:
     mask_HW: np.ndarray
     meta: SliceMeta
 
+    def cropped(self, size: int) -> SliceRecord:
+        """The central size x size pixels, as the loader's centre crop gives them. Meta still tells of the whole."""
+        top, left = ((side - size) // 2 for side in self.image_HW.shape)
+        window = (slice(top, top + size), slice(left, left + size))
+        return SliceRecord(self.image_HW[window], self.mask_HW[window], self.meta)
+
 
 @dataclass(frozen=True)
 class Batch:

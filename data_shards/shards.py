@@ -37,11 +37,13 @@ _INDEX = "index.json"
 _SAMPLES = "samples.parquet"
 _SHARDS = "shards"
 _UNFINISHED = "shards.unfinished"
+_WHERE = ("shard", "image_offset", "image_bytes", "mask_offset", "mask_bytes")
 
 
 def encode(pixels_HW: np.ndarray, codec: str) -> bytes:
     """The bytes of one tar member for uint8 pixels: a NumPy 1.0 file (raw) or a PNG. Both lossless."""
-    assert pixels_HW.dtype == np.uint8 and pixels_HW.ndim == 2
+    assert pixels_HW.dtype == np.uint8
+    assert pixels_HW.ndim == 2
     stream = io.BytesIO()
     if codec == "raw":
         np.lib.format.write_array(stream, np.ascontiguousarray(pixels_HW), version=(1, 0), allow_pickle=False)
@@ -91,32 +93,33 @@ class ShardWriter:
     samples_per_shard: int
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _shards: list[dict[str, Any]] = field(default_factory=list)
-    _waiting: list[SliceMeta] = field(default_factory=list)
+    _waiting: list[dict[str, Any]] = field(default_factory=list)
     _stream: BinaryIO | None = None
     _tar: Any = None
 
     def __post_init__(self) -> None:
-        assert self.codec in CODECS and self.samples_per_shard > 0
+        assert self.codec in CODECS
+        assert self.samples_per_shard > 0
         shutil.rmtree(self.out / _UNFINISHED, ignore_errors=True)
         (self.out / _UNFINISHED).mkdir(parents=True)
 
     def write(self, meta: SliceMeta, image: bytes, mask: bytes) -> None:
         """Append one sample; `image` and `mask` are what `encode` returned."""
-        if self._waiting and (self._waiting[0].split != meta.split or len(self._waiting) == self.samples_per_shard):
+        if self._waiting and (self._waiting[0]["split"] != meta.split or len(self._waiting) == self.samples_per_shard):
             self._close_shard()
         if self._tar is None:
             self._open_shard(meta.split)
         extension = "npy" if self.codec == "raw" else "png"
-        description = json.dumps(meta.to_json(), sort_keys=True).encode()
+        values = meta.to_json()
         self._tar.write(
             {
                 "__key__": meta.key,
                 f"image.{extension}": image,
                 f"mask.{extension}": mask,
-                "meta.json": description,
+                "meta.json": json.dumps(values, sort_keys=True).encode(),
             }
         )
-        self._waiting.append(meta)
+        self._waiting.append({"key": meta.key, **values})
 
     def finish(self, header: dict[str, Any]) -> dict[str, Any]:
         """Close the last tar, move everything into place and write index.json (header + shards). Returns the index."""
@@ -168,29 +171,27 @@ class ShardWriter:
             members = tar.getmembers()
         assert len(members) == 3 * len(self._waiting), "three members a sample"
         _write_dali_index(path.with_suffix(".idx"), members)
-        for meta, image, mask in zip(self._waiting, members[0::3], members[1::3], strict=True):
-            self._rows.append(
-                {
-                    "key": meta.key,
-                    **meta.to_json(),
-                    "shard": len(self._shards) - 1,
-                    **self._where("image", path, image),
-                    **self._where("mask", path, mask),
-                }
+        header = 0 if self.codec == "png" else _npy_header_bytes(path, members[0])
+        for row, image, mask in zip(self._waiting, members[0::3], members[1::3], strict=True):
+            where = (
+                len(self._shards) - 1,
+                image.offset_data + header,
+                image.size - header,
+                mask.offset_data + header,
+                mask.size - header,
             )
+            self._rows.append({**row, **dict(zip(_WHERE, where, strict=True))})
         shard.update(bytes=path.stat().st_size, samples=len(self._waiting), sha256=file_sha256(path))
         self._stream, self._tar, self._waiting = None, None, []
 
-    def _where(self, name: str, path: Path, member: tarfile.TarInfo) -> dict[str, int]:
-        """Offset and length of a member's payload: the pixels of a NumPy file, past its header, or a whole PNG."""
-        header = 0
-        if self.codec == "raw":
-            with path.open("rb") as stream:
-                stream.seek(member.offset_data)
-                np.lib.format.read_magic(stream)
-                np.lib.format.read_array_header_1_0(stream)
-                header = stream.tell() - member.offset_data
-        return {f"{name}_offset": member.offset_data + header, f"{name}_bytes": member.size - header}
+
+def _npy_header_bytes(path: Path, member: tarfile.TarInfo) -> int:
+    """Bytes before the pixels of a NumPy file; the same for all arrays of one shape."""
+    with path.open("rb") as stream:
+        stream.seek(member.offset_data)
+        np.lib.format.read_magic(stream)
+        np.lib.format.read_array_header_1_0(stream)
+        return stream.tell() - member.offset_data
 
 
 def _write_dali_index(path: Path, members: Sequence[tarfile.TarInfo]) -> None:
@@ -251,7 +252,12 @@ class ShardSet:
     index: dict[str, Any]
     digest: str
     samples: pa.Table
+    _where: np.ndarray = field(init=False, repr=False)
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # Columns of Arrow are slow to read one value at a time.
+        self._where = np.stack([self.samples[name].to_numpy() for name in _WHERE], axis=1)
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = False) -> ShardSet:
@@ -305,25 +311,25 @@ class ShardSet:
         return np.flatnonzero(keep).astype(np.int64)
 
     def raw_pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoded image and mask of a row, 1-D uint8 views of the mapped tar: H * W pixels (raw) or a PNG file (png)."""
-        where = (self._at(row, name) for name in ("shard", "image_offset", "image_bytes", "mask_offset", "mask_bytes"))
-        shard, image_offset, image_bytes, mask_offset, mask_bytes = where
+        """Encoded image and mask of a row: 1-D uint8 views of the tar, H * W pixels (raw) or a PNG file (png)."""
+        shard, image_offset, image_bytes, mask_offset, mask_bytes = self._where[row].tolist()
         mapped = self._map(shard)
         return mapped[image_offset : image_offset + image_bytes], mapped[mask_offset : mask_offset + mask_bytes]
 
     def read(self, row: int) -> SliceRecord:
-        """Decode one sample. Raises ValueError naming shard and sample when its bytes are no image of the set's size."""
+        """Decode one sample. Raises ValueError naming shard and sample when its bytes are no image of its size."""
         meta = self.meta(row)
         image, mask = (self._decode(payload, row, meta.key) for payload in self.raw_pair(row))
         return SliceRecord(image, mask, meta)
+
+    def read_mask(self, row: int) -> np.ndarray:
+        """Decode only the mask of a sample: uint8 [H, W]."""
+        return self._decode(self.raw_pair(row)[1], row, self.samples["key"][int(row)].as_py())
 
     def meta(self, row: int) -> SliceMeta:
         """The meta of a row."""
         values = self.samples.slice(int(row), 1).to_pylist()[0]
         return SliceMeta.from_json({name: values[name] for name in SliceMeta.__dataclass_fields__})
-
-    def _at(self, row: int, column: str) -> int:
-        return int(self.samples[column][int(row)].as_py())
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
@@ -342,7 +348,7 @@ class ShardSet:
                 raise ValueError(f"it holds {pixels.dtype} {pixels.shape}, not uint8 {shape}")
             return pixels
         except (OSError, ValueError, SyntaxError) as error:
-            shard = self.path / self.index["shards"][self._at(row, "shard")]["file"]
+            shard = self.path / self.index["shards"][int(self._where[row, 0])]["file"]
             raise ValueError(f"{shard}: sample {key}: {error}; verify the set with `segdiff inspect`") from error
 
 

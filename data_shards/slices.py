@@ -100,7 +100,9 @@ def cut(
     planes = np.moveaxis(volume.voxels_IJK, (through, *in_plane), (0, 1, 2))
     num_stored = planes.shape[0]
     num_grid = num_resampled(num_stored, steps[through])
-    images = _Planes(planes, rows.weights(rows.num_stored, rows.step), columns.weights(columns.num_stored, columns.step))
+    images = _Planes(
+        planes, rows.weights(rows.num_stored, rows.step), columns.weights(columns.num_stored, columns.step)
+    )
     image_mix = linear_weights(num_grid, num_stored, step=steps[through])
     envelope = np.moveaxis(body.inside_IJK, (through, *in_plane), (0, 1, 2))
     of_row, of_column = ((steps[d] / body.steps[d], body.inside_IJK.shape[d]) for d in in_plane)
@@ -125,9 +127,7 @@ def _fit_of(fit: str, axis: str) -> str:
     return fit
 
 
-def _lines(
-    shape: tuple[int, ...], steps: np.ndarray, in_plane: list[int], size: int, fit: str
-) -> tuple[_Line, _Line]:
+def _lines(shape: tuple[int, ...], steps: np.ndarray, in_plane: list[int], size: int, fit: str) -> tuple[_Line, _Line]:
     num_grid = {d: num_resampled(shape[d], steps[d]) for d in in_plane}
     length = (min if fit == "crop" else max)(num_grid.values())
     rows, columns = (
@@ -173,7 +173,9 @@ class _NearestLabels:
         self._planes = None if labels is None else np.moveaxis(labels.voxels_IJK, dimensions, (0, 1, 2))
         (self._row, row_inside), (self._column, column_inside) = rows.nearest(), columns.nearest()
         self._outside = ~np.outer(row_inside, column_inside)
-        self._through = np.zeros(0) if self._planes is None else nearest_elements(num_grid, len(self._planes), step=step)
+        self._through = (
+            np.zeros(0) if self._planes is None else nearest_elements(num_grid, len(self._planes), step=step)
+        )
 
     def at(self, index: int) -> np.ndarray:
         """uint8 [size, size], fresh."""

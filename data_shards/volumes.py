@@ -61,6 +61,7 @@ def read_volume(path: Path) -> Volume:
     """Read a 3-D .nii or .nii.gz. Raises UnreadableVolume for what a header cannot show: a file cut short, a bad gzip
     checksum, values that are not finite."""
     import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
 
     stored = path.read_bytes()
     sha256 = hashlib.sha256(stored).hexdigest()
@@ -68,7 +69,7 @@ def read_volume(path: Path) -> Volume:
         content = gzip.decompress(stored) if path.name.endswith(".gz") else stored
         del stored
         image = nib.load(path)
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, zlib.error, ImageFileError) as error:
         raise UnreadableVolume(str(path), f"truncated or damaged file: {error}") from error
     header = image.header
     shape, dtype, start = header.get_data_shape(), header.get_data_dtype(), int(image.dataobj.offset)

@@ -26,11 +26,8 @@ def choose_attention(requested: AttentionBackend, device: torch.device) -> Liter
 
 def set_attention(unet: Any, backend: Literal["sdpa", "xformers"]) -> None:
     """Make every attention block of a diffusers model compute with `backend`."""
-    if backend == "xformers":
-        from diffusers.models.attention_processor import XFormersAttnProcessor
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 
-        unet.set_attn_processor(XFormersAttnProcessor())
-    else:
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        unet.set_attn_processor(AttnProcessor2_0())
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(XFormersAttnProcessor() if backend == "xformers" else AttnProcessor2_0())

@@ -109,9 +109,12 @@ class Denoiser(nn.Module):
         )
 
     def prepare_for(self, device: torch.device) -> Denoiser:
-        """Move to `device` in channels-last layout and set the attention backend there."""
+        """Move to `device` and set the attention backend there.
+
+        Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
+        """
         set_attention(self.unet, choose_attention(self.config.attention, device))
-        return self.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return self.to(device)
 
     def forward(self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor) -> Tensor:
         """float32 [B, 1, H, W] prediction, computed in the weights' dtype; x_t float32 in [-1, 1] plus noise."""

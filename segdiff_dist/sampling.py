@@ -7,6 +7,7 @@ the same images. Dimensions: B batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,7 +135,16 @@ def sample(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionCo
         },
     }
     items = list_items(shards, rows, config)
-    store = SampleStore.create(run / "samples", job, items, shards.size)
+    about = json.loads((weights / "segdiff.json").read_text())
+    if about["label_table"]["name"] != shards.label_table.name or about["size"] > shards.size:
+        trained = f"{about['label_table']['name']!r} at {about['size']} pixels"
+        raise problem(
+            shards.path,
+            "label set, size",
+            f"{shards.label_table.name!r} at {shards.size} pixels",
+            f"the model was trained on {trained}: prepare the masks so",
+        )
+    store = SampleStore.create(run / "samples", job, items, about["size"])
     missing = store.missing_regions()
     gpus = _num_gpus(config)
     num_workers = config.num_workers or max(gpus, 1 if gpus else _num_cores() // config.threads_per_worker)
@@ -183,7 +193,7 @@ class _WorkerFactory:
 
         def make_region(index: int) -> None:
             items = store.items.slice(store.region(index).start, len(store.region(index))).to_pylist()
-            mask_BHW = np.stack([shards.read(item["row"]).mask_HW for item in items])
+            mask_BHW = np.stack([shards.read(item["row"]).cropped(model.size).mask_HW for item in items])
             image_BHW = generate(model, items, mask_BHW, diffusion, sampler, settings["seed"], device)
             store.write_region(index, image_BHW, mask_BHW)
 

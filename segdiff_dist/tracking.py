@@ -93,11 +93,11 @@ def tracking_uri(folder: Path) -> str:
 def _open_run(folder: Path, config: TrackingConfig) -> tuple[Any, str]:
     """A client, and the id of the folder's run: the one recorded in mlflow.json, or a new one."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     uri = tracking_uri(folder)
     client = MlflowClient(tracking_uri=uri)

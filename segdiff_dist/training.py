@@ -53,11 +53,18 @@ class DenoiserTask:
     name = "train"
 
     def __init__(
-        self, shards: ShardSet, denoiser: DenoiserConfig, diffusion: DiffusionConfig, seed: int, weights: Path
+        self,
+        shards: ShardSet,
+        size: int,
+        denoiser: DenoiserConfig,
+        diffusion: DiffusionConfig,
+        seed: int,
+        weights: Path,
+        device: torch.device,
     ) -> None:
         self.seed, self.diffusion, self.weights = seed, diffusion, weights
         with _seeded(seed):
-            self.model = Denoiser(denoiser, shards.label_table, shards.size)
+            self.model = Denoiser(denoiser, shards.label_table, size).prepare_for(device)
         self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
@@ -99,7 +106,7 @@ def train(
     if len(rows) == 0:
         raise problem(shards.path, "split", "no slice to train on", "widen loader.modalities or loader.axes")
     checkpoints, log = folder / "checkpoints", folder / "log.jsonl"
-    engine = Engine(_prepare(task.model, device), config, device)
+    engine = Engine(task.model.to(device).train(), config, device)
     state: dict[str, Any] = {"images_seen": 0, "loss_sum": 0.0, "loss_count": 0, "best_score": None}
     newest = checkpoint.newest_complete(checkpoints)
     if newest is not None:
@@ -193,13 +200,6 @@ def _save(
         checkpoint.mark_complete(folder)
         checkpoint.prune(checkpoints, config.keep_checkpoints)
     barrier()
-
-
-def _prepare(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on the device, in channels-last layout."""
-    if isinstance(model, Denoiser):
-        return model.prepare_for(device).train()
-    return model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload, no-any-return]
 
 
 def _crosses(before: int, after: int, every: int) -> bool:

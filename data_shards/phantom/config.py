@@ -1,4 +1,4 @@
-"""What a phantom is made from, and what is refused."""
+"""What a phantom is made from, which cases that makes, and what is refused. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_shards.problems import Problem
-from data_shards.records import MODALITIES
+from data_shards.records import MODALITIES, SPLITS
 
 # AMOS numbers its CT up to 500 and its labelled MR from 507 on (Ji et al. 2022, dataset.json).
 LAST_CT_NUMBER = 500
@@ -42,6 +42,33 @@ class PhantomConfig:
     def to_json(self) -> dict[str, Any]:
         """A dictionary that json can write and that compares equal after being read back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class CaseKey:
+    """Which patient: `index` counts from 0 within a split and modality, `number` is AMOS' four digits."""
+
+    modality: str
+    split: str
+    index: int
+    number: int
+
+    @property
+    def file_name(self) -> str:
+        """The name of both image and label file."""
+        return f"amos_{self.number:04d}.nii.gz"
+
+
+def case_keys(config: PhantomConfig) -> list[CaseKey]:
+    """All cases: for each modality train, val, test, numbered on; CT from 1, MR from 507, as in AMOS."""
+    keys = []
+    for modality in config.modalities:
+        number = 1 if modality == "CT" else FIRST_MR_NUMBER
+        for split, count in zip(SPLITS, (config.num_train, config.num_val, config.num_test), strict=True):
+            for index in range(count):
+                keys.append(CaseKey(modality, split, index, number))
+                number += 1
+    return keys
 
 
 def _problems(config: PhantomConfig, where: str) -> Iterator[Problem]:

@@ -44,7 +44,7 @@ class Patient:
     @classmethod
     def draw(cls, rng: np.random.Generator, config: PhantomConfig, *, complete: bool) -> Patient:
         """A patient from `rng`; a `complete` one has every organ. The same number of draws is made either way."""
-        size = rng.uniform(0.95, 1.03)
+        size = rng.uniform(0.99, 1.06)
         scale = size * np.array([rng.uniform(0.96, 1.04), rng.uniform(0.94, 1.06), rng.uniform(0.96, 1.04)])
         angles = np.deg2rad(rng.uniform(-1.0, 1.0, 3) * [2.5, 2.5, 5.0])
         warp = np.empty((3, _WARP_TERMS, 7))

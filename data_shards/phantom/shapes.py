@@ -6,6 +6,8 @@ Points are three float32 arrays (x, y, z) of one shape (or shapes that broadcast
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,8 +17,8 @@ Vector = Sequence[float]
 
 def ellipsoid(points: Points, centre: Vector, radii: Vector) -> np.ndarray:
     """First-order distance to an axis-aligned ellipsoid, |q/r| (|q/r| - 1) / |q/r^2|, exact for a sphere."""
-    first = np.float32(1e-12)
-    second = np.float32(1e-12)
+    first: np.ndarray | float = 1e-12
+    second: np.ndarray | float = 1e-12
     for coordinate, middle, radius in zip(points, centre, radii, strict=True):
         scaled = (coordinate - float(middle)) * (1.0 / float(radius))
         first = first + scaled * scaled
@@ -28,22 +30,13 @@ def ellipsoid(points: Points, centre: Vector, radii: Vector) -> np.ndarray:
 
 def tube(points: Points, path: Sequence[Vector], radii: Sequence[float]) -> np.ndarray:
     """Distance to a round-ended tube along the polyline `path`, its radius linear between the path's points."""
-    distance: np.ndarray | None = None
-    for start, end, radius_start, radius_end in zip(path[:-1], path[1:], radii[:-1], radii[1:], strict=True):
-        piece = _segment(points, start, end, radius_start, radius_end)
-        distance = piece if distance is None else np.minimum(distance, piece, out=distance)
-    assert distance is not None, "a tube needs two points"
-    return distance
+    return _path(points, path, radii)
 
 
-def sheet(points: Points, path_xy: Sequence[tuple[float, float]], z_centre: float, z_half: float, radius: float) -> np.ndarray:
+def sheet(points: Points, path_xy: Sequence[Vector], z_centre: float, z_half: float, radius: float) -> np.ndarray:
     """Distance to a rounded sheet: the polyline `path_xy` drawn over z_centre +- z_half, thickened by `radius`."""
     x, y, z = points
-    in_plane: np.ndarray | None = None
-    for start, end in zip(path_xy[:-1], path_xy[1:], strict=True):
-        piece = _segment((x, y, np.float32(0.0)), (*start, 0.0), (*end, 0.0), 0.0, 0.0)  # type: ignore[arg-type]
-        in_plane = piece if in_plane is None else np.minimum(in_plane, piece)
-    assert in_plane is not None, "a sheet needs two points"
+    in_plane = _path((x, y), path_xy, [0.0] * len(path_xy))
     beyond = np.maximum(np.abs(z - float(z_centre)) - float(z_half), 0.0)
     return np.asarray(np.sqrt(in_plane * in_plane + beyond * beyond) - float(radius))
 
@@ -72,14 +65,20 @@ def union(a: np.ndarray, b: np.ndarray, rounding_mm: float = 4.0) -> np.ndarray:
     return np.asarray(np.minimum(a, b) - overlap * overlap * (0.25 / rounding_mm))
 
 
-def _segment(points: Points, start: Vector, end: Vector, radius_start: float, radius_end: float) -> np.ndarray:
+def _path(points: Sequence[np.ndarray], path: Sequence[Vector], radii: Sequence[float]) -> np.ndarray:
+    """Distance to a thick polyline, in as many dimensions as there are coordinates."""
+    ends = pairwise(zip(path, radii, strict=True))
+    return reduce(np.minimum, (_segment(points, start, end, r0, r1) for (start, r0), (end, r1) in ends))
+
+
+def _segment(points: Sequence[np.ndarray], start: Vector, end: Vector, r_start: float, r_end: float) -> np.ndarray:
     axis = [float(e) - float(s) for s, e in zip(start, end, strict=True)]
     length_squared = sum(a * a for a in axis) + 1e-9
     offsets = [coordinate - float(s) for coordinate, s in zip(points, start, strict=True)]
-    along = sum(o * (a / length_squared) for o, a in zip(offsets, axis, strict=True) if a != 0.0)
-    along = np.clip(along, 0.0, 1.0)
-    squared = np.float32(0.0)
+    projections = [o * (a / length_squared) for o, a in zip(offsets, axis, strict=True) if a != 0.0]
+    along = np.clip(reduce(np.add, projections), 0.0, 1.0)
+    squared: np.ndarray | float = 0.0
     for offset, a in zip(offsets, axis, strict=True):
         rest = offset - along * a if a != 0.0 else offset
         squared = squared + rest * rest
-    return np.asarray(np.sqrt(squared) - (float(radius_start) + along * (float(radius_end) - float(radius_start))))
+    return np.asarray(np.sqrt(squared) - (float(r_start) + along * (float(r_end) - float(r_start))))

@@ -1,9 +1,9 @@
 """`segdiff evaluate`: every sample of a run measured on Ray; rows, summary, predictions, figures and report.
 
-    RUN/evaluation/samples.parquet       a row a sample
-    RUN/evaluation/summary.json          value, 95 % interval and n: overall, by modality, axis and organ
-    RUN/evaluation/predictions.zarr      label maps of the real and the generated images, uint8 [N, H, W]
-    RUN/evaluation/figures/*.png, report.html
+RUN/evaluation/samples.parquet       a row a sample
+RUN/evaluation/summary.json          value, 95 % interval and n: overall, by modality, axis and organ
+RUN/evaluation/predictions.zarr      label maps of the real and the generated images, uint8 [N, H, W]
+RUN/evaluation/figures/*.png, report.html
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from data_shards.shards import ShardSet, file_sha256
 from segdiff_dist.evaluation import inception
 from segdiff_dist.evaluation.metrics import pixel_std
 from segdiff_dist.evaluation.summary import HEADLINE_METRICS, Evaluated, Interval, summarise
+from segdiff_dist.evaluation.summary import scalars as scalars
 from segdiff_dist.evaluation.worker import SIDES, Chunk, ChunkResult, Inputs, make_worker
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ class EvaluateConfig:
             if (value := getattr(self, name)) is not None and value < 1
         ]
         if isinstance(self.fid_weights, Path) and not self.fid_weights.is_file():
-            found.append(Problem("config", "evaluate.fid_weights", f"{self.fid_weights}: no such file", "give the file"))
+            found.append(
+                Problem("config", "evaluate.fid_weights", f"{self.fid_weights}: no such file", "give the file")
+            )
         if self.fid_weights is not None and (reason := inception.missing_for_fid(str(self.fid_weights))):
             found.append(Problem("config", "evaluate.fid_weights", str(self.fid_weights), reason))
         if self.device == "cuda" and not _num_gpus():
@@ -87,7 +90,7 @@ def evaluate(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dic
     from segdiff_dist.evaluation.report import write_report
 
     run = Path(run)
-    inputs, store, shards = _check(run, config)
+    inputs, store, shards, segmenter_sha256 = _check(run, config)
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     measured = _measure(inputs, config, store, shards, progress)
@@ -95,6 +98,7 @@ def evaluate(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dic
     summary = summarise(measured, spread, Interval(config.bootstrap_samples, config.seed))
     summary["not_available"] = _not_available(summary, config)
     summary["provenance"] = _provenance(inputs, store, shards, config)
+    summary["provenance"]["segmenter_sha256"] = segmenter_sha256
     _write_samples(folder / "samples.parquet", measured, spread)
     _replace(inputs.predictions, folder / "predictions.zarr")
     # Last, so that a summary never stands beside older rows.
@@ -104,8 +108,8 @@ def evaluate(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dic
     return summary
 
 
-def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, ShardSet]:
-    """Open everything once here, so that what is wrong is said before Ray starts."""
+def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, ShardSet, str]:
+    """Open everything once here, so that what is wrong is said before Ray starts; last, the segmenter's digest."""
     from segdiff_dist.sample_store import SampleStore
     from segdiff_dist.segmentation import Segmenter
 
@@ -119,27 +123,23 @@ def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, Shar
             problems.extend(error.problems)
 
     weights = config.segmenter or run / "segmenter" / "weights"
-    if weights.is_dir():
-        attempt("segmenter", lambda: Segmenter.load(weights))
-    else:
-        problems.append(
-            Problem(str(weights), "segmenter", "no weights", "run `segdiff train-segmenter`, or set evaluate.segmenter")
-        )
+    attempt("segmenter", lambda: Segmenter.load(weights))
     attempt("store", lambda: SampleStore.open(run / "samples"))
     if "store" in opened:
         attempt("shards", lambda: ShardSet.open(Path(opened["store"].job["shards"])))
     problems += _mismatches(run, **opened)
     refuse(problems)
     inputs = Inputs(
-        samples=run / "samples",
-        shards=opened["shards"].path,
-        segmenter=weights,
-        predictions=run / FOLDER / "predictions.zarr.partial",
-        fid_weights=None if config.fid_weights is None else str(config.fid_weights),
+        # Absolute, since a worker may not start in this folder.
+        samples=(run / "samples").resolve(),
+        shards=opened["shards"].path.resolve(),
+        segmenter=weights.resolve(),
+        predictions=(run / FOLDER / "predictions.zarr.partial").resolve(),
+        fid_weights=_fid_weights(config),
         batch_size=config.batch_size,
         device=("cuda" if _num_gpus() else "cpu") if config.device == "auto" else config.device,
     )
-    return inputs, opened["store"], opened["shards"]
+    return inputs, opened["store"], opened["shards"], opened["segmenter"].weights_sha256
 
 
 def _mismatches(
@@ -157,9 +157,7 @@ def _mismatches(
         yield Problem(str(shards.path), "label table", value, "train the segmenter on shards with these labels")
 
 
-def _measure(
-    inputs: Inputs, config: EvaluateConfig, store: SampleStore, shards: ShardSet, progress: bool
-) -> Evaluated:
+def _measure(inputs: Inputs, config: EvaluateConfig, store: SampleStore, shards: ShardSet, progress: bool) -> Evaluated:
     from tqdm import tqdm
 
     num_items = store.items.num_rows
@@ -238,8 +236,6 @@ def _not_available(summary: dict[str, Any], config: EvaluateConfig) -> dict[str,
 
 def _provenance(inputs: Inputs, store: SampleStore, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
     """What the numbers were made from, so that they can be made again."""
-    from segdiff_dist.segmentation import Segmenter
-
     weights = None
     if inputs.fid_weights is not None:
         file = inception.downloaded_weights() if inputs.fid_weights == inception.DOWNLOAD else Path(inputs.fid_weights)
@@ -248,7 +244,6 @@ def _provenance(inputs: Inputs, store: SampleStore, shards: ShardSet, config: Ev
         "shards": str(shards.path),
         "shards_digest": shards.digest,
         "label_table": shards.label_table.name,
-        "segmenter_sha256": Segmenter.load(inputs.segmenter).weights_sha256,
         "fid_weights": weights,
         "sample_job": store.job,
         "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
@@ -289,6 +284,10 @@ def _write_text(path: Path, text: str) -> None:
 def _replace(new: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     new.rename(old)
+
+
+def _fid_weights(config: EvaluateConfig) -> str | None:
+    return str(config.fid_weights.resolve()) if isinstance(config.fid_weights, Path) else config.fid_weights
 
 
 def _num_gpus() -> int:

@@ -5,7 +5,7 @@ Dimensions: B batch, D features, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,23 @@ _LOWER_IS_BETTER = frozenset(DISTANCES.values())
 Entry = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Items of these (source, target) modalities and, unless it is None, this axis."""
+
+    modalities: frozenset[tuple[str, str]] = frozenset((m, m) for m in MODALITIES)
+    axis: str | None = None
+
+    @classmethod
+    def of(cls, modality: str, axis: str | None = None) -> Group:
+        """Images in their slice's own modality."""
+        return cls(frozenset({(modality, modality)}), axis)
+
+    def holds(self, source: str, target: str, axis: str) -> bool:
+        """Whether an item belongs to it."""
+        return (source, target) in self.modalities and self.axis in (None, axis)
+
+
 @dataclass
 class Distributions:
     """Feature statistics by (extractor, side, source modality, target modality, axis); first samples of a mask only."""
@@ -49,12 +66,9 @@ class Distributions:
                     new = FeatureStatistics.of(chosen)
                     self.by_key[key] = self.by_key[key].merge(new) if key in self.by_key else new
 
-    def entry(
-        self, extractor: str, real: Callable[[str, str, str], bool], gen: Callable[[str, str, str], bool]
-    ) -> Entry | None:
-        """Distance between the groups that `real` and `gen` pick; None when either side has fewer than two samples."""
-        merged = [self._merged(extractor, side, pick) for side, pick in zip(SIDES, (real, gen), strict=True)]
-        first, second = merged
+    def entry(self, extractor: str, real: Group, gen: Group) -> Entry | None:
+        """Distance between two groups; None when either has fewer than two samples."""
+        first, second = (self._merged(extractor, side, group) for side, group in zip(SIDES, (real, gen), strict=True))
         if first is None or second is None or min(first.count, second.count) < 2:
             return None
         return {
@@ -67,10 +81,10 @@ class Distributions:
             "better": "lower",
         }
 
-    def _merged(self, extractor: str, side: str, pick: Callable[[str, str, str], bool]) -> FeatureStatistics | None:
+    def _merged(self, extractor: str, side: str, group: Group) -> FeatureStatistics | None:
         total: FeatureStatistics | None = None
         for key in sorted(self.by_key):
-            if key[:2] == (extractor, side) and pick(*key[2:]):
+            if key[:2] == (extractor, side) and group.holds(*key[2:]):
                 total = self.by_key[key] if total is None else total.merge(self.by_key[key])
         return total
 
@@ -123,36 +137,28 @@ def summarise(measured: Evaluated, pixel_std: dict[int, float], interval: Interv
     """Everything of summary.json that comes of the samples; `pixel_std` by the item id of a mask's first sample."""
     groups = _Groups(measured, interval)
     headline = measured.headline
-    modality, axis = groups.of("source_modality"), groups.of("axis")
+    modality = groups.of("source_modality")
     organs = [measured.table.names[i] for i in measured.table.organ_ids]
 
-    def group(member: np.ndarray, pick: Callable[[str, str, str], bool]) -> dict[str, Entry]:
-        return groups.means(HEADLINE_METRICS, headline & member) | groups.distances(pick)
+    def entries(group: Group) -> dict[str, Entry]:
+        return groups.means(HEADLINE_METRICS, headline & groups.members(group)) | groups.distances(group)
 
-    everything = np.ones(len(headline), dtype=bool)
-    summary: dict[str, Any] = {
+    by_axis = {a: Group(axis=a) for a in AXES}
+    by_modality = {m: Group.of(m) for m in MODALITIES}
+    by_both = {f"{m}/{a}": Group.of(m, a) for m in MODALITIES for a in AXES}
+
+    def existing(candidates: dict[str, Group]) -> dict[str, Any]:
+        there = {name: group for name, group in candidates.items() if (headline & groups.members(group)).any()}
+        return {name: entries(group) for name, group in there.items()}
+
+    return {
         "format_version": FORMAT_VERSION,
         "num_samples": int(headline.sum()),
         "num_patients": len(set(groups.patients[headline])),
-        "metrics": group(everything, lambda source, target, _: source == target),
-        "by_modality": {
-            m: group(modality == m, lambda source, target, _, m=m: source == target == m)
-            for m in MODALITIES
-            if (headline & (modality == m)).any()
-        },
-        "by_axis": {
-            a: group(axis == a, lambda source, target, at, a=a: source == target and at == a)
-            for a in AXES
-            if (headline & (axis == a)).any()
-        },
-        "by_modality_axis": {
-            f"{m}/{a}": group(
-                (modality == m) & (axis == a), lambda source, target, at, m=m, a=a: source == target == m and at == a
-            )
-            for m in MODALITIES
-            for a in AXES
-            if (headline & (modality == m) & (axis == a)).any()
-        },
+        "metrics": entries(Group()),
+        "by_modality": existing(by_modality),
+        "by_axis": existing(by_axis),
+        "by_modality_axis": existing(by_both),
         "by_organ": {organ: groups.organ(organ, headline) for organ in organs},
         "by_modality_organ": {
             m: {organ: groups.organ(organ, headline & (modality == m)) for organ in organs}
@@ -168,14 +174,15 @@ def summarise(measured: Evaluated, pixel_std: dict[int, float], interval: Interv
             if counts.any()
         },
     }
-    return summary
 
 
-def flat_metrics(summary: dict[str, Any]) -> dict[str, float]:
+def scalars(summary: dict[str, Any]) -> dict[str, float]:
     """Stable flat names for a tracker: `psnr_db`, `CT/psnr_db`, `axial/ssim`, `organ/liver/dice_mask_gen`,
     `cross_modality/CT_to_MR/dice_mask_gen`, `diversity/pixel_std`."""
     flat = {name: entry["value"] for name, entry in summary["metrics"].items()}
-    sections = [(group, summary[kind]) for kind, group in (("by_modality", ""), ("by_axis", ""), ("by_organ", "organ/"))]
+    sections = [
+        (group, summary[kind]) for kind, group in (("by_modality", ""), ("by_axis", ""), ("by_organ", "organ/"))
+    ]
     sections.append(("cross_modality/", summary["cross_modality"]))
     for prefix, section in sections:
         for group, entries in section.items():
@@ -221,12 +228,15 @@ class _Groups:
         entries = self.means([f"dice_{pair}/{organ}" for pair in PAIRS], member)
         return {name.split("/")[0]: _without(entry, "num_left_out") for name, entry in entries.items()}
 
-    def distances(
-        self, pick: Callable[[str, str, str], bool], pick_gen: Callable[[str, str, str], bool] | None = None
-    ) -> dict[str, Entry]:
+    def members(self, group: Group) -> np.ndarray:
+        names = ("source_modality", "target_modality", "axis")
+        items = zip(*(self.measured.items[name] for name in names), strict=True)
+        return np.array([group.holds(*item) for item in items], dtype=bool)
+
+    def distances(self, real: Group, gen: Group | None = None) -> dict[str, Entry]:
         found = {}
         for extractor in self.extractors:
-            entry = self.measured.distributions.entry(extractor, pick, pick_gen or pick)
+            entry = self.measured.distributions.entry(extractor, real, gen or real)
             if entry is not None:
                 found[DISTANCES[extractor]] = entry
         return found
@@ -235,16 +245,14 @@ class _Groups:
 def _cross_modality(groups: _Groups) -> dict[str, dict[str, Entry]]:
     """Images of one modality made from masks of the other. No real counterpart: the mask is followed or not, and the
     images are set against real ones of the target modality (other patients)."""
-    source, target = groups.of("source_modality"), groups.of("target_modality")
     found = {}
-    for s in MODALITIES:
-        for t in MODALITIES:
-            member = (source == s) & (target == t)
-            if s != t and member.any():
-                found[f"{s}_to_{t}"] = groups.means(("dice_mask_gen", "legacy_dice_mask_gen"), member) | groups.distances(
-                    lambda a, b, _, t=t: a == b == t,
-                    lambda a, b, _, s=s, t=t: (a, b) == (s, t),
-                )
+    for source in MODALITIES:
+        for target in MODALITIES:
+            group = Group(frozenset({(source, target)}))
+            member = groups.members(group)
+            if source != target and member.any():
+                means = groups.means(("dice_mask_gen", "legacy_dice_mask_gen"), member)
+                found[f"{source}_to_{target}"] = means | groups.distances(Group.of(target), group)
     return found
 
 

@@ -96,7 +96,7 @@ class _Evaluator:
         self.store = SampleStore.open(inputs.samples)
         self.shards = ShardSet.open(inputs.shards)
         self.segmenter = Segmenter.load(inputs.segmenter, device=inputs.device)
-        self.predictions = zarr.open_group(inputs.predictions, mode="r+")
+        self.predictions: Any = zarr.open_group(inputs.predictions, mode="r+")
         self.items = self.store.items.to_pydict()
         self.table = self.shards.label_table
         self.extractors: dict[str, Extractor] = {"segmenter": self.segmenter.features}
@@ -126,7 +126,9 @@ class _Evaluator:
 
         records: list[SliceRecord] = [self.shards.read(int(self.items["row"][i])) for i in ids]
         mask_BHW = np.stack([record.mask_HW for record in records])
-        generated = torch.from_numpy(np.asarray(self.store.image[int(ids[0]) : int(ids[-1]) + 1])).to(self.inputs.device)
+        generated = torch.from_numpy(np.asarray(self.store.image[int(ids[0]) : int(ids[-1]) + 1])).to(
+            self.inputs.device
+        )
         target = self._modality_indices("target_modality", ids)
         headline = np.array([is_headline(self.items, int(i)) for i in ids])
         chosen = np.flatnonzero(headline)
@@ -160,7 +162,12 @@ class _Evaluator:
         return ChunkResult(columns, features, grey_counts), label_maps
 
     def _dice_columns(
-        self, columns: dict[str, np.ndarray], pair: str, reference: np.ndarray, predicted: np.ndarray, chosen: np.ndarray
+        self,
+        columns: dict[str, np.ndarray],
+        pair: str,
+        reference: np.ndarray,
+        predicted: np.ndarray,
+        chosen: np.ndarray,
     ) -> None:
         counts = metrics.confusion(reference[chosen], predicted[chosen], self.table.num_classes)
         dice_BK = metrics.dice_per_class(counts)

@@ -1,0 +1,127 @@
+"""A picture of a shard set: for each modality, axis and split a few slices, plain and with their masks laid over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_shards.labels import LabelTable
+from data_shards.records import AXES, MODALITIES, SPLITS
+from data_shards.shards import ShardSet
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+_CELL, _CAPTION, _GAP, _SIDE, _TOP = 160, 16, 6, 96, 34
+_PAIRS_OF_SPLIT = 2
+_INK, _PAPER, _FAINT = (235, 235, 235), (18, 18, 20), (150, 150, 155)
+_ORGAN_ALPHA = 0.55
+_BODY_COLOUR = (255, 190, 80)
+# Twenty colours that stay apart on grey (Trubetskoy 2017), without its greys, white and black.
+_COLOURS = np.array(
+    [
+        [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180], [70, 240, 240],
+        [240, 50, 230], [210, 245, 60], [250, 190, 212], [0, 128, 128], [220, 190, 255], [170, 110, 40],
+        [255, 250, 200], [128, 0, 0], [170, 255, 195], [128, 128, 0], [255, 215, 180], [0, 0, 117],
+    ],
+    dtype=np.float32,
+)  # fmt: skip
+
+
+def class_colours(table: LabelTable) -> np.ndarray:
+    """uint8 [num_classes, 3]: one colour an organ, repeating after nineteen; background black."""
+    colours = np.zeros((table.num_classes, 3), dtype=np.uint8)
+    for order, class_id in enumerate(table.organ_ids):
+        colours[class_id] = _COLOURS[order % len(_COLOURS)].astype(np.uint8)
+    if table.body_id is not None:
+        colours[table.body_id] = np.array(_BODY_COLOUR, dtype=np.uint8)
+    return colours
+
+
+def overlay(image_HW: np.ndarray, mask_HW: np.ndarray, table: LabelTable) -> np.ndarray:
+    """uint8 [H, W, 3]: the image with organs tinted and the body's outline drawn."""
+    grey = np.repeat(image_HW[:, :, None].astype(np.float32), 3, axis=2)
+    colours = class_colours(table).astype(np.float32)[mask_HW]
+    is_organ = np.isin(mask_HW, table.organ_ids)[:, :, None]
+    tinted = np.where(is_organ, (1.0 - _ORGAN_ALPHA) * grey + _ORGAN_ALPHA * colours, grey)
+    inside = np.pad(mask_HW > 0, 1)
+    core = inside[1:-1, :-2] & inside[1:-1, 2:] & inside[:-2, 1:-1] & inside[2:, 1:-1]
+    outline = (inside[1:-1, 1:-1] & ~core)[:, :, None] & ~is_organ
+    return np.where(outline, np.array(_BODY_COLOUR, dtype=np.float32), tinted).astype(np.uint8)
+
+
+def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
+    """Write the picture to `path` (PNG): a row a modality and axis, in each split pairs of image and overlay."""
+    from PIL import Image, ImageDraw
+
+    present = set(zip(*(shard_set.samples[name].to_pylist() for name in ("modality", "axis")), strict=True))
+    lines = [(modality, axis) for modality in MODALITIES for axis in AXES if (modality, axis) in present]
+    width = _SIDE + len(SPLITS) * (_PAIRS_OF_SPLIT * (2 * _CELL + _GAP) + 3 * _GAP)
+    legend = list(range(1, shard_set.label_table.num_classes))
+    legend_rows = -(-len(legend) // 8)
+    height = _TOP + len(lines) * (_CELL + _CAPTION + _GAP) + 24 * legend_rows + 2 * _GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for line, (modality, axis) in enumerate(lines):
+        top = _TOP + line * (_CELL + _CAPTION + _GAP)
+        _write(draw, (_GAP * 2, top + _CELL // 2 - 18), modality, _INK, 18)
+        _write(draw, (_GAP * 2, top + _CELL // 2 + 4), axis, _FAINT, 14)
+        for column, split in enumerate(SPLITS):
+            left = _SIDE + column * (_PAIRS_OF_SPLIT * (2 * _CELL + _GAP) + 3 * _GAP)
+            if line == 0:
+                _write(draw, (left, 8), split, _INK, 16)
+            for number, row in enumerate(_examples(shard_set, split, modality, axis)):
+                _draw_pair(sheet, draw, shard_set, row, (left + number * (2 * _CELL + _GAP), top))
+    _draw_legend(draw, shard_set.label_table, legend, height - 24 * legend_rows - _GAP, width)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _examples(shard_set: ShardSet, split: str, modality: str, axis: str) -> list[int]:
+    """Rows to show, each of another patient where there are several: the slices that hold most classes, of those the
+    middle one; the middle slice of an unlabelled patient."""
+    rows = shard_set.select(split=split, modalities=[modality], axes=[axis], labelled_only=False)
+    chosen = shard_set.samples.take(rows).select(["case_id", "labels_present"]).to_pylist()
+    by_case: dict[str, list[tuple[int, int]]] = {}
+    for row, sample in zip(rows.tolist(), chosen, strict=True):
+        by_case.setdefault(sample["case_id"], []).append((row, len(sample["labels_present"])))
+    cases = sorted(by_case)
+    picks = []
+    for number in np.unique(np.linspace(0, len(cases) - 1, _PAIRS_OF_SPLIT).round().astype(int)) if cases else []:
+        slices = by_case[cases[number]]
+        most = max(count for _, count in slices)
+        fullest = [row for row, count in slices if count == most]
+        picks.append(fullest[len(fullest) // 2])
+    return picks
+
+
+def _draw_pair(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, shard_set: ShardSet, row: int, at: tuple[int, int]
+) -> None:
+    from PIL import Image
+
+    record = shard_set.read(row)
+    image = Image.fromarray(record.image_HW).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
+    mask = Image.fromarray(record.mask_HW).resize((_CELL, _CELL), Image.Resampling.NEAREST)
+    tinted = Image.fromarray(overlay(np.asarray(image), np.asarray(mask), shard_set.label_table))
+    sheet.paste(image.convert("RGB"), at)
+    sheet.paste(tinted, (at[0] + _CELL, at[1]))
+    label = f"{record.meta.case_id}  slice {record.meta.slice_index}" + ("" if record.meta.labelled else "  no label")
+    _write(draw, (at[0] + 2, at[1] + _CELL + 1), label, _FAINT, 11)
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, table: LabelTable, class_ids: list[int], top: int, width: int) -> None:
+    colours = class_colours(table)
+    step = (width - 4 * _GAP) // 8
+    for order, class_id in enumerate(class_ids):
+        left, line = 2 * _GAP + step * (order % 8), top + 24 * (order // 8)
+        draw.rectangle((left, line + 3, left + 12, line + 15), fill=tuple(int(c) for c in colours[class_id]))
+        _write(draw, (left + 18, line + 2), table.names[class_id].replace("_", " "), _INK, 12)
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:
+    from PIL import ImageFont
+
+    draw.text(at, text, fill=colour, font=ImageFont.load_default(size))

@@ -1,0 +1,128 @@
+"""The folder: images, labels and dataset.json as AMOS 2022 has them, made case by case and resumed.
+
+OUT/phantom.json says whose folder it is and with which config; it is written first. OUT/dataset.json comes last: a
+folder without it is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
+from data_shards.problems import Problem, problem, refuse
+
+# Raised whenever the same config would give other voxels, so that two generators never fill one folder.
+PHANTOM_VERSION = 1
+_ABOUT_FILE = "phantom.json"
+_DATASET_FILE = "dataset.json"
+_FOLDER_SUFFIX = {"train": "Tr", "val": "Va", "test": "Ts"}
+# As AMOS writes them, misspellings included.
+_AMOS_LABELS = (
+    "background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "arota",
+    "postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus",
+)  # fmt: skip
+
+
+def write_phantom(out: Path, config: PhantomConfig) -> None:
+    """Write the archive to `out`, which may be new, empty, or hold a part of the same phantom: that part is kept.
+
+    Raises InputProblems for a config out of range, an `out` that is something else, or one made with another config.
+    labelsTs/ holds the test cases' truth, which AMOS does not publish; dataset.json leaves it out, as AMOS' does.
+    """
+    refuse(config.problems())
+    from data_shards.phantom.case import make_case, nifti_gz
+
+    out = Path(out)
+    _claim(out, config)
+    keys = case_keys(config)
+    for kind in ("images", "labels"):
+        for suffix in _FOLDER_SUFFIX.values():
+            (out / f"{kind}{suffix}").mkdir(exist_ok=True)
+    waiting = [key for key in keys if not _path(out, "images", key).exists()]
+    for key in tqdm(waiting, desc="phantom", unit="case", disable=not waiting):
+        case = make_case(key, config)
+        # The image comes second, so that a case with an image is a finished one.
+        _write(_path(out, "labels", key), nifti_gz(case.labels, case.affine))
+        _write(_path(out, "images", key), nifti_gz(case.image, case.affine))
+    if not (out / _DATASET_FILE).exists():
+        _write(out / _DATASET_FILE, _json(dataset_json(keys)))
+
+
+def dataset_json(keys: list[CaseKey]) -> dict[str, Any]:
+    """AMOS' dataset.json; its `modality` says CT for an archive of CT and MR too, and so does this one."""
+    entries: dict[str, list[dict[str, str]]] = {split: [] for split in _FOLDER_SUFFIX}
+    for key in sorted(keys, key=lambda k: k.number):
+        suffix = _FOLDER_SUFFIX[key.split]
+        entry = {"image": f"./images{suffix}/{key.file_name}"}
+        if key.split != "test":
+            entry["label"] = f"./labels{suffix}/{key.file_name}"
+        entries[key.split].append(entry)
+    return {
+        "name": "segdiff phantom",
+        "description": "synthetic abdominal CT and MR in the AMOS 2022 layout",
+        "reference": "made by `segdiff phantom`; the layout is that of Ji et al. 2022",
+        "licence": "Apache-2.0",
+        "release": f"{PHANTOM_VERSION}.0",
+        "tensorImageSize": "3D",
+        "modality": {"0": "CT"},
+        "labels": {str(i): name for i, name in enumerate(_AMOS_LABELS)},
+        "training": entries["train"],
+        "validation": entries["val"],
+        "test": entries["test"],
+        "numTraining": len(entries["train"]),
+        "numTest": len(entries["test"]),
+    }
+
+
+def _claim(out: Path, config: PhantomConfig) -> None:
+    """Make `out` this phantom's folder, or refuse it."""
+    about = {"phantom_version": PHANTOM_VERSION, "config": config.to_json()}
+    about_file = out / _ABOUT_FILE
+    if out.exists() and not out.is_dir():
+        raise problem(out, "OUT", "not a folder", "name a new folder")
+    if about_file.exists():
+        try:
+            found = json.loads(about_file.read_text())
+        except ValueError as error:
+            remedy = "delete the folder or name a new one"
+            raise problem(about_file, "content", f"not JSON ({error})", remedy) from error
+        refuse(_differences(about_file, found, about))
+        return
+    if out.exists() and any(entry != _temporary(about_file) for entry in out.iterdir()):
+        raise problem(out, "OUT", "a folder with other things in it", "name a new or an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(about_file, _json(about))
+
+
+def _differences(where: Path, found: Any, wanted: dict[str, Any]) -> list[Problem]:
+    remedy = "name a new folder, or ask for what this one was made with"
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        return [Problem(str(where), "config", "missing", "delete the folder or name a new one")]
+    pairs = [("phantom_version", found.get("phantom_version"), wanted["phantom_version"])]
+    pairs += [(name, found["config"].get(name), value) for name, value in wanted["config"].items()]
+    differing = [(name, f"{old} there, {new} asked for") for name, old, new in pairs if old != new]
+    return [Problem(str(where), name, value, remedy) for name, value in differing]
+
+
+def _path(out: Path, kind: str, key: CaseKey) -> Path:
+    return out / f"{kind}{_FOLDER_SUFFIX[key.split]}" / key.file_name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a temporary name beside the file, then a rename."""
+    temporary = _temporary(path)
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()

@@ -1,0 +1,115 @@
+"""Where the anatomy is painted: grey values with partial volume, texture strength and labels, on a patient's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from data_shards.phantom.patient import Box, Grid, Patient
+from data_shards.phantom.shapes import Points, intersection
+
+# Width over which one tissue fades into the next: about an in-plane voxel, as a scanner's point spread does.
+_EDGE_MM = 3.0
+# Fat between neighbouring organs, unless they touch in the body too.
+GAP_MM = 5.0
+# Annotators leave out the very tips of organs: smaller areas of an axial slice carry no label.
+_LEAST_LABELLED_AREA_MM2 = 80.0
+_FAR_MM = 1e3
+
+Corner = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """Mean grey value and the standard deviation of its smooth texture: HU for CT, relative signal for MR."""
+
+    value: float
+    texture: float
+
+
+class Canvas:
+    """Paints solids over one another. `image` and `texture` float32, `labels` uint8, all [X, Y, Z] in RAS order."""
+
+    def __init__(self, grid: Grid, patient: Patient, tissues: Mapping[str, Tissue]) -> None:
+        self.grid, self.patient, self.tissues = grid, patient, tissues
+        self.points = grid.reference_points(patient)
+        air = tissues["air"]
+        self.image = np.full(grid.shape, air.value, np.float32)
+        self.texture = np.full(grid.shape, air.texture, np.float32)
+        self.labels = np.zeros(grid.shape, np.uint8)
+        self.organ_distance = np.full(grid.shape, _FAR_MM, np.float32)
+        self._placed: dict[int, tuple[Box, np.ndarray]] = {}
+
+    @property
+    def whole(self) -> Box:
+        """The box of the whole volume."""
+        x, y, z = self.grid.shape
+        return slice(0, x), slice(0, y), slice(0, z)
+
+    def box(self, low_mm: Corner, high_mm: Corner) -> Box:
+        """Voxels a reference box may reach."""
+        return self.grid.box(self.patient, low_mm, high_mm)
+
+    def at(self, box: Box) -> Points:
+        """Reference coordinates of a box's voxels."""
+        x, y, z = self.points
+        return x[box], y[box], z[box]
+
+    def paint(self, tissue: str, box: Box, distance_mm: np.ndarray) -> None:
+        """Cover the inside of `distance_mm` (shape of the box) with a tissue, blending over the edge."""
+        if distance_mm.size == 0:
+            return
+        cover = np.clip(0.5 - distance_mm * (1.0 / _EDGE_MM), 0.0, 1.0)
+        values = self.tissues[tissue]
+        for field, value in ((self.image, values.value), (self.texture, values.texture)):
+            part = field[box]
+            part += cover * (value - part)
+
+    def solid(self, tissue: str, low_mm: Corner, high_mm: Corner, shape: Callable[[Points], np.ndarray]) -> None:
+        """Paint an unlabelled solid that lies within a reference box."""
+        box = self.box(low_mm, high_mm)
+        self.paint(tissue, box, shape(self.at(box)))
+
+    def organ(
+        self, label: int, tissue: str, box: Box, distance_mm: np.ndarray, *, touching: tuple[int, ...] = ()
+    ) -> np.ndarray:
+        """Place an organ: cut it GAP_MM clear of those placed before (0 for `touching` ones), paint and label it.
+
+        Returns its final distance over the box, from which its wall, contents and vessels can be painted.
+        """
+        for other, (other_box, other_distance) in self._placed.items():
+            mine, theirs = _overlap(box, other_box)
+            if mine is None or theirs is None:
+                continue
+            gap = 0.0 if other in touching else GAP_MM
+            distance_mm[mine] = intersection(distance_mm[mine], gap - other_distance[theirs])
+        self._placed[label] = (box, distance_mm)
+        self.paint(tissue, box, distance_mm)
+        np.minimum(self.organ_distance[box], distance_mm, out=self.organ_distance[box])
+        self.labels[box][self._annotated(distance_mm < 0.0)] = label
+        return distance_mm
+
+    def _annotated(self, inside: np.ndarray) -> np.ndarray:
+        """What an annotator would outline of an organ: its largest piece, without tips of a pixel or two."""
+        if not inside.any():
+            return inside
+        pieces, count = ndimage.label(inside)
+        if count > 1:
+            inside = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+        pixel_mm2 = self.grid.spacing_mm[0] * self.grid.spacing_mm[1]
+        return np.asarray(inside & (inside.sum((0, 1)) * pixel_mm2 >= _LEAST_LABELLED_AREA_MM2))
+
+
+def _overlap(a: Box, b: Box) -> tuple[Box, Box] | tuple[None, None]:
+    starts = [max(s.start, t.start) for s, t in zip(a, b, strict=True)]
+    stops = [min(s.stop, t.stop) for s, t in zip(a, b, strict=True)]
+    if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
+        return None, None
+    in_a, in_b = (
+        tuple(slice(start - s.start, stop - s.start) for start, stop, s in zip(starts, stops, box, strict=True))
+        for box in (a, b)
+    )
+    return in_a, in_b  # type: ignore[return-value]

@@ -1,0 +1,181 @@
+"""The `segdiff` command: parse, call the stage, and turn what a person can put right into words and an exit code.
+
+0 done, 1 some of the input failed, 2 input refused before work started, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from data_shards.problems import InputProblems
+
+if TYPE_CHECKING:
+    from segdiff_dist.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A subcommand: what it does, its paths and configuration sections, and the function of segdiff_dist.commands."""
+
+    summary: str
+    positional: tuple[tuple[str, str], ...] = ()
+    """(key of the experiment, what --help calls it)"""
+    named: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
+
+
+_COMMANDS = {
+    "phantom": _Command(
+        "write the embedded data: synthetic CT and MR with 15 organs, laid out as AMOS 2022",
+        positional=(("amos_root", "OUT"),),
+        sections=("phantom",),
+    ),
+    "prepare": _Command(
+        "volumes to shards, on Ray; resumes, and does nothing when all is done",
+        positional=(("amos_root", "AMOS_ROOT"), ("data", "OUT")),
+        named=("run",),
+        sections=("prepare", "tracking"),
+    ),
+    "inspect": _Command(
+        "count a shard set's slices and classes, verify its checksums, draw a contact sheet",
+        positional=(("data", "SHARDS"),),
+    ),
+    "train": _Command(
+        "train the denoiser; `deepspeed launch/train.py` is the same on many GPUs",
+        named=("data", "run"),
+        sections=("loader", "denoiser", "diffusion", "train", "tracking"),
+    ),
+    "train-segmenter": _Command(
+        "train the auxiliary segmenter that judges the images",
+        named=("data", "run"),
+        sections=("loader", "segmenter", "tracking"),
+    ),
+    "sample": _Command(
+        "make images from masks, on Ray; makes only what is missing",
+        named=("data", "run"),
+        sections=("loader", "sample", "tracking"),
+    ),
+    "evaluate": _Command(
+        "measure a run's samples, on Ray: metrics, figures, report.html",
+        named=("run",),
+        sections=("evaluate", "tracking"),
+    ),
+    "demo": _Command(
+        "all of it on the phantom, on two CPU cores, in ten minutes",
+        named=("run",),
+    ),
+    "doctor": _Command("say what this machine can run, and how to get what is missing"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if args[0] == "--version":
+        from data_shards import __version__
+
+        print(f"segdiff {__version__}")
+        return 0
+    name, rest = args[0], [a for a in args[1:] if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    if name not in _COMMANDS:
+        print(f"segdiff: {name!r} is not a command\n\n{_help()}", file=sys.stderr)
+        return 2
+    if name == "doctor":
+        from segdiff_dist import doctor
+
+        return doctor.main(rest)
+    try:
+        return _run(name, _COMMANDS[name], rest)
+    except InputProblems as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            for found in error.problems:
+                print(f"error: {found}", file=sys.stderr)
+            plural = "s" if len(error.problems) > 1 else ""
+            print(f"{len(error.problems)} problem{plural}; nothing was started", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, command: _Command, args: list[str]) -> int:
+    """Resolve the configuration (defaults, run folder, file, flags) and call the stage."""
+    import tyro
+
+    from segdiff_dist.config import as_dict, to_yaml
+    from segdiff_dist.experiment import load_experiment
+
+    config_file, run = _peek(args, "--config"), _peek(args, "--run")
+    if name == "demo" and config_file is None:
+        config_file = str(demo_config())
+    base = load_experiment(Path(config_file) if config_file else None, Path(run) if run else None)
+
+    def path(key: str, *markers: Any) -> tuple[str, Any, Any]:
+        return key, Annotated[(Path | None, *markers)] if markers else Path | None, getattr(base, key, None)
+
+    shape: list[tuple[str, Any, Any]] = [
+        path(key, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)) for key, metavar in command.positional
+    ]
+    shape += [path(key) for key in command.named]
+    shape += [
+        ("config", Annotated[Path | None, tyro.conf.arg(help="YAML file; flags win over it")], None),
+        ("dry_run", Annotated[bool, tyro.conf.arg(help="print the resolved configuration and stop")], False),
+    ]
+    shape += [(key, type(getattr(base, key)), getattr(base, key)) for key in command.sections]
+    given = tyro.cli(
+        make_dataclass("Arguments", shape, frozen=True),
+        args=args,
+        prog=f"segdiff {name}",
+        description=command.summary,
+    )
+    chosen = {f.name: getattr(given, f.name) for f in fields(given) if f.name not in ("config", "dry_run")}
+    experiment: Experiment = replace(base, **chosen)
+    if given.dry_run:
+        print(to_yaml(as_dict(experiment)), end="")
+        return 0
+    function: Callable[[Experiment], int] = getattr(
+        importlib.import_module("segdiff_dist.commands"), name.replace("-", "_")
+    )
+    return function(experiment)
+
+
+def demo_config() -> Path:
+    """launch/configs/demo.yaml, which is installed as package data."""
+    from importlib.resources import files
+
+    return Path(str(files("segdiff_dist.configs").joinpath("demo.yaml")))
+
+
+def _peek(args: list[str], flag: str) -> str | None:
+    """The value of a flag before the real parser runs, since that parser's defaults depend on it."""
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _help() -> str:
+    width = max(map(len, _COMMANDS))
+    lines = [f"    {name:<{width}}  {command.summary}" for name, command in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: segdiff COMMAND [...]",
+            "",
+            "Anatomically faithful CT and MR images from organ masks, at scale.",
+            "",
+            *lines,
+            "",
+            "`segdiff COMMAND --help` lists a command's flags; each is also a key of the --config file.",
+        ]
+    )

@@ -1,0 +1,79 @@
+"""What each command says when its stage is done. One function a command, named like it; returns the exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from segdiff_dist import stages
+
+if TYPE_CHECKING:
+    from segdiff_dist.experiment import Experiment
+
+
+def phantom(experiment: Experiment) -> int:
+    """Write the phantom archive."""
+    stages.make_phantom(experiment)
+    print(f"phantom archive in {experiment.amos_root}")
+    return 0
+
+
+def prepare(experiment: Experiment) -> int:
+    """Write the shard set; 1 when some volumes could not be read."""
+    report = stages.prepare(experiment)
+    print(f"{report.num_samples:,} slices of {report.num_cases} volumes in {experiment.data}")
+    for case, file, reason in report.failed:
+        print(f"failed: {case}: {file}: {reason}")
+    if report.failed:
+        print("put these right and start the same command again; it tries only them")
+    return 1 if report.failed else 0
+
+
+def inspect(experiment: Experiment) -> int:
+    """Print the shard set's tables; 1 when something is wrong with it."""
+    from data_shards.inspect import format_report, inspect_shards
+
+    report = inspect_shards(experiment.path("data"))
+    print(format_report(report))
+    return 0 if report.ok else 1
+
+
+def train(experiment: Experiment) -> int:
+    """Train the denoiser."""
+    stages.train_denoiser(experiment)
+    return 0
+
+
+def train_segmenter(experiment: Experiment) -> int:
+    """Train the auxiliary segmenter."""
+    stages.train_segmenter(experiment)
+    return 0
+
+
+def sample(experiment: Experiment) -> int:
+    """Make the missing images."""
+    store = stages.sample(experiment)
+    print(f"{len(store):,} images in {store.path}")
+    return 0
+
+
+def evaluate(experiment: Experiment) -> int:
+    """Measure the samples and print the headline table."""
+    from segdiff_dist.evaluation.job import format_table
+
+    summary = stages.evaluate(experiment)
+    print(format_table(summary))
+    print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")
+    return 0
+
+
+def demo(experiment: Experiment) -> int:
+    """The whole line on the phantom."""
+    from segdiff_dist.demo import run_demo
+
+    return run_demo(experiment)
+
+
+def default_run(name: str) -> Path:
+    """Where a run goes that was not told where."""
+    return Path("runs") / name

@@ -1,0 +1,101 @@
+"""Grey values before and after clipping (the paper's Figure 1), from the archive's volumes where they still exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_shards.shards import ShardSet
+
+_NUM_VOLUMES = 2
+_NUM_SLICES = 48
+_NUM_BINS = 160
+# Of every volume this many voxels along each axis: enough for a smooth density, little to hold.
+_VOXELS_ALONG_AN_AXIS = 160
+# Air to dense bone; metal and padding values beyond it would squeeze everything else into one bin.
+_CT_RANGE_HU = (-1100.0, 1500.0)
+
+
+@dataclass(frozen=True)
+class Density:
+    """A histogram with unit area: `edges` [n + 1], `values` [n]."""
+
+    edges: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """One modality's densities. `window` is the range kept, in the unit of `before` (the mean over cases for MR).
+
+    `from_volumes` is False where the archive is gone: `before` then comes of the stored slices, mapped back to their
+    original unit, and shows nothing outside the window.
+    """
+
+    before: Density
+    after: Density
+    window: tuple[float, float]
+    from_volumes: bool
+    case_ids: tuple[str, ...]
+
+
+def clipping_of(shards: ShardSet, modality: str) -> Clipping | None:
+    """Densities of a few cases of `modality`; None when the set holds none of it."""
+    rows = shards.select(modalities=[modality], labelled_only=False)
+    if not len(rows):
+        return None
+    cases = np.array(shards.samples["case_id"].to_pylist())[rows]
+    root = Path(str((shards.index.get("source") or {}).get("root", "")))
+    volumes = dict(_read_some(root, list(dict.fromkeys(cases))))
+    chosen = list(volumes) or list(dict.fromkeys(cases))[:_NUM_VOLUMES]
+    rows = rows[np.isin(cases, chosen)]
+    rows = rows[np.linspace(0, len(rows) - 1, min(_NUM_SLICES, len(rows))).astype(int)]
+    records = [shards.read(int(row)) for row in rows]
+    grey = np.concatenate([record.image_HW.ravel() for record in records])
+    ends = [(r.meta.intensity_offset, r.meta.intensity_offset + 255 * r.meta.intensity_scale) for r in records]
+    window = (float(np.mean([low for low, _ in ends])), float(np.mean([high for _, high in ends])))
+    if volumes:
+        stored = np.concatenate([values.ravel() for values in volumes.values()])
+    else:
+        stored = np.concatenate(
+            [r.image_HW.ravel() * r.meta.intensity_scale + r.meta.intensity_offset for r in records]
+        )
+    upper = float(np.percentile(stored, 99.9))
+    span = _CT_RANGE_HU if modality == "CT" and volumes else (float(stored.min()), max(upper, float(stored.min()) + 1))
+    return Clipping(
+        before=_density(stored, np.linspace(*span, _NUM_BINS + 1)),
+        after=_density(grey, np.linspace(0, 256, 65)),
+        window=window,
+        from_volumes=bool(volumes),
+        case_ids=tuple(chosen),
+    )
+
+
+def _density(values: np.ndarray, edges: np.ndarray) -> Density:
+    counts, _ = np.histogram(values, bins=edges)
+    return Density(edges, counts / max(counts.sum(), 1) / np.diff(edges))
+
+
+def _read_some(root: Path, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The first few volumes that can be read; a figure is no reason to stop over one that cannot."""
+    if not root.is_dir():
+        return
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+
+    found = 0
+    for case in cases:
+        files = sorted(root.glob(f"images*/{case}.nii*"))
+        if not files or found == _NUM_VOLUMES:
+            continue
+        try:
+            volume = nibabel.load(files[0])
+            step = tuple(slice(None, None, max(1, n // _VOXELS_ALONG_AN_AXIS)) for n in volume.shape)
+            values = np.asarray(volume.dataobj[step], dtype=np.float32)
+        except (OSError, EOFError, ValueError, ImageFileError):
+            continue
+        found += 1
+        yield case, values[np.isfinite(values)]

@@ -1,0 +1,115 @@
+"""Which samples the figures show, and their pixels. Chosen by rule, never by eye, so that galleries are no best-of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.labels import LabelTable
+from data_shards.records import MODALITIES
+from data_shards.shards import ShardSet
+
+# Where in the order of Dice(mask, pred_gen) a gallery looks.
+GALLERY_QUANTILES = (0.25, 0.5, 0.75)
+
+
+@dataclass
+class Pictures:
+    """Rows of samples.parquet with the pixels behind them."""
+
+    rows: dict[str, np.ndarray]
+    shards: ShardSet
+    image: Any
+    predictions: Any
+
+    @classmethod
+    def open(cls, run: Path) -> Pictures:
+        """Open what sampling and evaluation left in `run`."""
+        import pyarrow.parquet as pq
+        import zarr
+
+        from segdiff_dist.sample_store import SampleStore
+
+        store = SampleStore.open(run / "samples")
+        table = pq.read_table(run / "evaluation" / "samples.parquet").to_pydict()
+        return cls(
+            rows={name: np.array(values) for name, values in table.items()},
+            shards=ShardSet.open(Path(store.job["shards"])),
+            image=store.image,
+            predictions=zarr.open_group(run / "evaluation" / "predictions.zarr", mode="r"),
+        )
+
+    @property
+    def label_table(self) -> LabelTable:
+        """Of the masks and of the predictions."""
+        return self.shards.label_table
+
+    def real(self, i: int) -> np.ndarray:
+        """The real image of the item's slice, uint8 [H, W]."""
+        return self.shards.read(int(self.rows["row"][i])).image_HW
+
+    def mask(self, i: int) -> np.ndarray:
+        """The mask the item was made from."""
+        return self.shards.read(int(self.rows["row"][i])).mask_HW
+
+    def generated(self, i: int) -> np.ndarray:
+        """The generated image."""
+        return np.asarray(self.image[int(i)])
+
+    def predicted(self, i: int) -> np.ndarray:
+        """Labels predicted on the generated image."""
+        return np.asarray(self.predictions["gen"][int(i)])
+
+    def describe(self, i: int) -> str:
+        """Case and slice on two lines."""
+        return f"{self.rows['case_id'][i]}\n{self.rows['axis'][i]} {self.rows['slice_index'][i]}"
+
+    def gallery(self, modality: str) -> list[int]:
+        """Headline items of a modality at the quartiles of Dice(mask, pred_gen), of different patients if possible."""
+        dice = self.rows["dice_mask_gen"]
+        items = np.flatnonzero(self.rows["headline"] & (self.rows["source_modality"] == modality) & np.isfinite(dice))
+        items = items[np.argsort(dice[items], kind="stable")]
+        chosen: list[int] = []
+        for quantile in GALLERY_QUANTILES:
+            at = quantile * (len(items) - 1)
+            nearest = items[np.argsort(np.abs(np.arange(len(items)) - at), kind="stable")]
+            seen = {self.rows["case_id"][i] for i in chosen}
+            fresh = [i for i in nearest if self.rows["case_id"][i] not in seen] or [
+                i for i in nearest if i not in chosen
+            ]
+            chosen += [int(i) for i in fresh[:1]]
+        return chosen
+
+    def several_of_a_mask(self, most: int) -> list[list[int]]:
+        """For each modality the mask whose images differ by the median amount: its items in order of seed_index."""
+        spread = self.rows["pixel_std"]
+        found = []
+        for modality in MODALITIES:
+            firsts = np.flatnonzero(np.isfinite(spread) & (self.rows["source_modality"] == modality))
+            if len(firsts):
+                first = firsts[np.argsort(spread[firsts], kind="stable")[(len(firsts) - 1) // 2]]
+                found.append(self._of_row(int(self.rows["row"][first]), modality)[:most])
+        return found
+
+    def across(self, source: str, target: str, most: int) -> list[int]:
+        """First cross-modality items from `source` to `target` spread over the ranks of Dice(mask, pred_gen)."""
+        rows = self.rows
+        items = np.flatnonzero(
+            (rows["source_modality"] == source) & (rows["target_modality"] == target) & (rows["seed_index"] == 0)
+        )
+        items = items[np.argsort(np.nan_to_num(rows["dice_mask_gen"][items], nan=-1.0), kind="stable")]
+        at = np.linspace(0, len(items) - 1, most + 2)[1:-1].round().astype(int)
+        return [int(items[j]) for j in dict.fromkeys(at)] if len(items) else []
+
+    def both_modalities(self, i: int, each: int) -> tuple[list[int], list[int]]:
+        """Items of the same mask as cross-modality item `i`: in its own modality, and in the other."""
+        row = int(self.rows["row"][i])
+        source, target = str(self.rows["source_modality"][i]), str(self.rows["target_modality"][i])
+        return self._of_row(row, source)[:each], self._of_row(row, target)[:each]
+
+    def _of_row(self, row: int, target: str) -> list[int]:
+        items = np.flatnonzero((self.rows["row"] == row) & (self.rows["target_modality"] == target))
+        return [int(i) for i in items[np.argsort(self.rows["seed_index"][items], kind="stable")]]

@@ -1,0 +1,198 @@
+"""The report: one HTML file that holds all it shows, drawn from summary.json and the figures alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.records import MODALITIES
+
+REPORT = "report.html"
+
+# Table 1 of Hunecke and Chen, "Medical Image Generation Using Segmentation-Guided Diffusion": AMOS 2022 at 256x256,
+# and, for MR, the later rows of the authors' own result file, which are not in the paper.
+PUBLISHED_COLUMNS = ("CT axial", "CT all axes", "MR axial", "MR all axes", "MR axial, later", "MR all axes, later")
+PUBLISHED = {
+    "psnr_db": (19.06, 20.26, 9.49, 9.80, 13.07, 12.44),
+    "ssim": (0.637, 0.618, 0.062, 0.170, 0.210, 0.198),
+    "fid": (47.66, 61.50, 200.31, 202.26, 75.3, 100.4),
+    "legacy_dice_mask_real": (0.925, 0.927, 0.795, 0.843, 0.793, 0.848),
+    # The paper's text calls this row pred(real) against pred(generated); its code compares the mask.
+    "legacy_dice_mask_gen": (0.923, 0.927, 0.712, 0.766, 0.778, 0.807),
+}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How a metric is called on the page, how it is written, and what it is."""
+
+    label: str
+    digits: int
+    better: str
+    text: str
+
+
+DEFINITIONS = {
+    "psnr_db": Definition(
+        "PSNR (dB)",
+        2,
+        "higher",
+        "Peak signal-to-noise ratio of the generated against the real image of the same slice, in one window "
+        "(grey values 0 to 255) for both; mean over images. Identical images would be infinite and are left out.",
+    ),
+    "ssim": Definition(
+        "SSIM",
+        3,
+        "higher",
+        "Structural similarity of the same pair: Gaussian window with sigma 1.5, data range 255 (Wang et al. 2004).",
+    ),
+    "fid": Definition(
+        "FID",
+        1,
+        "lower",
+        "Fréchet distance between real and generated images on the features of torch-fidelity's Inception network "
+        "(2048 features). It is biased upwards when there are few images: compare at equal numbers only.",
+    ),
+    "segmenter_frechet": Definition(
+        "Segmenter Fréchet",
+        3,
+        "lower",
+        "Fréchet distance on the pooled encoder features of the auxiliary segmenter. It is not FID and has another "
+        "scale; comparable only between runs judged by the same segmenter on equally many images.",
+    ),
+    "dice_mask_real": Definition(
+        "Dice (mask, pred. real)",
+        3,
+        "higher",
+        "Dice of the mask and the segmenter's labels on the real image, over the organs present in the mask, "
+        "background and body left out; mean over organs, then over images. What the segmenter can do at best.",
+    ),
+    "dice_real_gen": Definition(
+        "Dice (pred. real, pred. gen.)",
+        3,
+        "higher",
+        "The same with the segmenter's labels on the real image as the reference, against those on the generated one.",
+    ),
+    "dice_mask_gen": Definition(
+        "Dice (mask, pred. gen.)",
+        3,
+        "higher",
+        "The same with the mask as the reference, against the labels on the generated image: does it follow its mask?",
+    ),
+    "legacy_dice_mask_real": Definition(
+        "Legacy Dice (mask, pred. real)",
+        3,
+        "higher",
+        "Dice as the paper's Table 1 has it: the mean over all classes with background, where a class absent from both "
+        "counts 1. It flatters images that hold few organs. Kept to be comparable with the published rows.",
+    ),
+    "legacy_dice_real_gen": Definition(
+        "Legacy Dice (pred. real, pred. gen.)", 3, "higher", "The same for the labels on real and generated images."
+    ),
+    "legacy_dice_mask_gen": Definition(
+        "Legacy Dice (mask, pred. gen.)", 3, "higher", "The same for the mask and the labels on the generated image."
+    ),
+    "pixel_std": Definition(
+        "Pixel std (grey values)",
+        2,
+        "",
+        "Standard deviation of each pixel over the images made from one mask, averaged over the patient.",
+    ),
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/evaluation/report.html from summary.json, figures/ and, if it is there, RUN/config.yaml."""
+    folder = run / "evaluation"
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    index = folder / "figures" / "index.json"
+    figures = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
+    for figure in figures:
+        pixels = (folder / "figures" / figure["file"]).read_bytes()
+        figure["source"] = "data:image/png;base64," + base64.b64encode(pixels).decode("ascii")
+    config = run / "config.yaml"
+    page = render(
+        run.resolve().name, summary, figures, config.read_text(encoding="utf-8") if config.is_file() else None
+    )
+    partial = folder / f"{REPORT}.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.replace(folder / REPORT)
+
+
+def render(title: str, summary: dict[str, Any], figures: list[dict[str, str]], config: str | None) -> str:
+    """The page as text. `figures`: title, caption and source (a data URL) of each."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("segdiff_dist.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["entry"] = format_entry
+    environment.filters["interval"] = format_interval
+    environment.filters["number"] = format_number
+    groups = {"All": summary["metrics"]} | {m: summary["by_modality"].get(m, {}) for m in MODALITIES}
+    groups = {name: entries for name, entries in groups.items() if entries}
+    if len(groups) == 2:
+        # One modality: "All" would say the same twice.
+        del groups["All"]
+    shown = [name for name in DEFINITIONS if any(name in entries for entries in groups.values())]
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        summary=summary,
+        figures=figures,
+        config=config,
+        groups=groups,
+        metrics={name: DEFINITIONS[name] for name in shown},
+        definitions=DEFINITIONS,
+        published=PUBLISHED,
+        published_columns=PUBLISHED_COLUMNS,
+        organs=_organ_rows(summary),
+        provenance=_lines(summary["provenance"]),
+    )
+
+
+def format_number(value: float, digits: int) -> str:
+    """A number with a true minus sign."""
+    return f"{value:.{digits}f}".replace("-", "\u2212")
+
+
+def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
+    """A value of the summary, or a dash where there is none."""
+    return "\u2013" if entry is None else format_number(entry["value"], digits)
+
+
+def format_interval(entry: dict[str, Any] | None, digits: int) -> str:
+    """Its 95 % interval, or nothing."""
+    if entry is None or entry["ci95"] is None:
+        return ""
+    low, high = (format_number(end, digits) for end in entry["ci95"])
+    return f"{low} to {high}"
+
+
+def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row an organ with its entries by modality; body last and marked."""
+    rows = []
+    for organ, overall in summary["by_organ"].items():
+        if overall:
+            by_modality = {m: organs.get(organ, {}) for m, organs in summary["by_modality_organ"].items()}
+            rows.append({"name": organ.replace("_", " "), "by_modality": by_modality, "overall": overall})
+    if summary["body"]:
+        rows.append({"name": "body", "by_modality": {}, "overall": summary["body"]})
+    return rows
+
+
+def _lines(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested provenance as dotted names and values."""
+    lines: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += _lines(value, f"{prefix}{name}.")
+        elif value is not None:
+            lines.append((f"{prefix}{name}", str(value)))
+    return lines

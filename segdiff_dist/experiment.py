@@ -1,0 +1,107 @@
+"""The whole configuration of an experiment, one section a stage, and where it comes from.
+
+Later wins: the sections' defaults, the run folder's config.yaml, --config FILE, flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_shards.loader import LoaderConfig
+from data_shards.phantom import PhantomConfig
+from data_shards.prepare import PrepareConfig
+from data_shards.problems import InputProblems, Problem, problem
+from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate, write_text_atomically
+from segdiff_dist.denoiser import DenoiserConfig
+from segdiff_dist.diffusion import DiffusionConfig
+from segdiff_dist.engine import TrainConfig
+from segdiff_dist.evaluation.job import EvaluateConfig
+from segdiff_dist.sampling import SampleConfig
+from segdiff_dist.segmentation import SegmenterConfig
+from segdiff_dist.tracking import TrackingConfig
+
+CONFIG_FILE = "config.yaml"
+
+# What may change between two starts of the same training without changing what is trained.
+_FREE = (".device", ".keep_checkpoints", "loader.num_threads", "denoiser.attention")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """From volumes to report. Every key is also a flag: `train: {zero_stage: 1}` is --train.zero-stage 1."""
+
+    amos_root: Path | None = None
+    """The archive: dataset.json, imagesTr, labelsTr, ..."""
+    data: Path | None = None
+    """The shard set that `prepare` writes and the later stages read."""
+    run: Path | None = None
+    """The run folder: checkpoints, weights, samples, evaluation, and MLflow's database."""
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def path(self, name: str) -> Path:
+        """A path that the stage cannot do without."""
+        value: Path | None = getattr(self, name)
+        if value is None:
+            raise problem("command line", name, "not given", f"name it there or as `{name}:` in the config file")
+        return value
+
+
+def load_experiment(config_file: Path | None, run: Path | None) -> Experiment:
+    """The experiment before flags. `run` is the run folder, where it is known already."""
+    values = as_dict(Experiment())
+    from_file = read_yaml(config_file) if config_file is not None else {}
+    if run is None and isinstance(from_file.get("run"), str):
+        run = Path(from_file["run"])
+    if run is not None and (run / CONFIG_FILE).is_file():
+        values = merge(values, read_yaml(run / CONFIG_FILE))
+    experiment = validate(Experiment, merge(values, from_file), config_file or "config")
+    return experiment
+
+
+def save_experiment(experiment: Experiment) -> str:
+    """Write RUN/config.yaml; returns its text."""
+    text = to_yaml(as_dict(experiment))
+    write_text_atomically(experiment.path("run") / CONFIG_FILE, text)
+    return text
+
+
+def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:
+    """Refuse to go on with a training that was started with other settings; `started` exists once it has begun."""
+    run = experiment.path("run")
+    if not started.exists() or not (run / CONFIG_FILE).is_file():
+        return
+    old, new = read_yaml(run / CONFIG_FILE), as_dict(experiment)
+    found = [
+        Problem(str(run / CONFIG_FILE), key, f"{before!r} there, {after!r} now", "use another run folder, or that value")
+        for section in sections
+        for key, before, after in differences(old.get(section, {}), new[section], f"{section}.")
+        if not key.endswith(_FREE)
+    ]
+    if found:
+        raise InputProblems(found)
+
+
+def collect(*checks: Callable[[], Any]) -> list[Any]:
+    """Run every check and return what they gave; whatever problems they raise are raised together."""
+    found: list[Problem] = []
+    results = []
+    for check in checks:
+        try:
+            results.append(check())
+        except InputProblems as error:
+            found += error.problems
+    if found:
+        raise InputProblems(found)
+    return results

@@ -1,0 +1,202 @@
+"""The stages of an experiment, in the order the data goes. Each refuses bad input first, then works, then records.
+
+A stage that is done already does nothing and says so; one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_shards.problems import Problem, problem, refuse
+from data_shards.shards import ShardSet
+from segdiff_dist.attention import choose_attention
+from segdiff_dist.distributed import is_main, pick_device, world_size
+from segdiff_dist.experiment import Experiment, collect, refuse_another_config, save_experiment
+from segdiff_dist.tracking import Tracker, TrackingConfig
+
+
+def make_phantom(experiment: Experiment) -> None:
+    """`segdiff phantom OUT`."""
+    from data_shards.phantom import write_phantom
+
+    refuse(experiment.phantom.problems())
+    write_phantom(experiment.path("amos_root"), experiment.phantom)
+
+
+def prepare(experiment: Experiment) -> Any:
+    """`segdiff prepare AMOS_ROOT OUT`; returns data_shards.prepare's report."""
+    from data_shards.prepare import prepare as prepare_shards
+
+    root, out = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("data"))
+    # Checked here, before a tracker makes a folder for a stage that will not start.
+    from data_shards.prepare import find_problems
+
+    refuse(find_problems(root, out, experiment.prepare))
+    with _tracker(experiment, "prepare", experiment.run or out) as tracker:
+        report = prepare_shards(root, out, experiment.prepare)
+        shards = ShardSet.open(out)
+        tracker.log_params({"prepare": shards.index["preprocessing"], "shards_digest": shards.digest})
+        tracker.log_metrics(
+            {
+                "prepare/num_samples": len(shards),
+                "prepare/num_cases": report.num_cases,
+                "prepare/num_failed": len(report.failed),
+            }
+        )
+        tracker.log_artifact(out / "index.json", "prepare")
+    return report
+
+
+def train_segmenter(experiment: Experiment) -> None:
+    """`segdiff train-segmenter`: the auxiliary U-Net into RUN/segmenter."""
+    from segdiff_dist.segmentation import SegmenterTask
+
+    config, loader = experiment.segmenter, experiment.loader
+    run, shards = _open_run_and_data(experiment)
+    folder = run / "segmenter"
+    collect(
+        lambda: refuse(config.problems(_side(shards, loader.crop_size), world_size()) + loader.problems()),
+        lambda: pick_device(config.train.device),
+        lambda: refuse_another_config(experiment, folder / "checkpoints", ("segmenter", "loader")),
+    )
+    device = pick_device(config.train.device)
+    _train(
+        experiment,
+        shards,
+        "segmenter",
+        folder,
+        lambda: SegmenterTask(shards, config, loader, folder / "weights", device),
+        config.train,
+    )
+
+
+def train_denoiser(experiment: Experiment) -> None:
+    """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
+    from segdiff_dist.training import DenoiserTask
+
+    denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
+    run, shards = _open_run_and_data(experiment)
+    side = _side(shards, loader.crop_size)
+    collect(
+        lambda: refuse(denoiser.problems(side) + experiment.diffusion.problems()),
+        lambda: refuse(config.problems("train", world_size()) + loader.problems()),
+        lambda: choose_attention(denoiser.attention, pick_device(config.device)),
+        lambda: refuse_another_config(
+            experiment, run / "checkpoints", ("denoiser", "diffusion", "train", "loader")
+        ),
+    )
+    _train(
+        experiment,
+        shards,
+        "train",
+        run,
+        lambda: DenoiserTask(
+            shards, side, denoiser, experiment.diffusion, config.seed, run / "weights", pick_device(config.device)
+        ),
+        config,
+    )
+
+
+def sample(experiment: Experiment) -> Any:
+    """`segdiff sample`: RUN/samples; returns the SampleStore."""
+    from segdiff_dist import sampling
+
+    config = experiment.sample
+    run, shards = _open_run_and_data(experiment)
+    collect(
+        lambda: refuse(config.problems()),
+        lambda: pick_device(config.device),
+        lambda: sampling.weights_digest(run / "weights" / config.weights),
+    )
+    save_experiment(experiment)
+    rows = shards.select(split=config.split, modalities=experiment.loader.modalities, axes=experiment.loader.axes)
+    with _tracker(experiment, "sample", run) as tracker:
+        tracker.log_params({"sample": _plain(experiment)["sample"]})
+        store = sampling.sample(run, shards, rows, experiment.diffusion, config)
+        tracker.log_metrics({"sample/num_images": len(store)})
+        tracker.log_artifact(run / "samples" / "job.json", "samples")
+    return store
+
+
+def evaluate(experiment: Experiment) -> dict[str, Any]:
+    """`segdiff evaluate`: RUN/evaluation; returns the summary."""
+    from segdiff_dist.evaluation.job import evaluate as evaluate_run
+    from segdiff_dist.evaluation.job import scalars
+
+    run = experiment.path("run")
+    refuse(experiment.evaluate.problems())
+    _must_be_a_run(run)
+    save_experiment(experiment)
+    with _tracker(experiment, "evaluate", run) as tracker:
+        tracker.log_params({"evaluate": _plain(experiment)["evaluate"]})
+        summary = evaluate_run(run, experiment.evaluate)
+        tracker.log_metrics(scalars(summary))
+        for name in ("summary.json", "samples.parquet", "report.html", "figures"):
+            tracker.log_artifact(run / "evaluation" / name, "evaluation/figures" if name == "figures" else "evaluation")
+        tracker.log_artifact(run / "config.yaml")
+    return summary
+
+
+def _train(
+    experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, config: Any
+) -> None:
+    from segdiff_dist.checkpoint import newest_complete, read_state
+    from segdiff_dist.training import train
+
+    newest = newest_complete(folder / "checkpoints")
+    if newest is not None and read_state(newest)["images_seen"] >= config.num_images:
+        if is_main():
+            print(f"{stage}: already trained on {config.num_images:,} images in {folder}; nothing to do")
+        return
+    run = experiment.path("run")
+    resolved = save_experiment(experiment) if is_main() else ""
+    rows = shards.select(split="train", modalities=experiment.loader.modalities, axes=experiment.loader.axes)
+    sections = ("segmenter", "loader") if stage == "segmenter" else ("denoiser", "diffusion", "train", "loader")
+    with _tracker(experiment, stage, run) as tracker:
+        tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})
+        if is_main():
+            tracker.log_artifact(run / "config.yaml")
+        train(
+            make_task(),
+            shards,
+            rows,
+            experiment.loader,
+            config,
+            folder,
+            tracker,
+            pick_device(config.device),
+            resolved,
+        )
+
+
+def _open_run_and_data(experiment: Experiment) -> tuple[Path, ShardSet]:
+    run, shards = collect(lambda: experiment.path("run"), lambda: ShardSet.open(experiment.path("data")))
+    if run.exists() and not run.is_dir():
+        raise problem(run, "run", "not a folder", "give another path")
+    return run, shards
+
+
+def _must_be_a_run(run: Path) -> None:
+    if not run.is_dir():
+        refuse([Problem(str(run), "run", "no such folder", "give the folder that training and sampling wrote")])
+
+
+def _side(shards: ShardSet, crop_size: int | None) -> int:
+    if crop_size is not None and crop_size > shards.size:
+        raise problem(
+            "config", "loader.crop_size", crop_size, f"the slices of {shards.path} are {shards.size} pixels wide"
+        )
+    return crop_size or shards.size
+
+
+def _plain(experiment: Experiment) -> dict[str, Any]:
+    from segdiff_dist.config import as_dict
+
+    return as_dict(experiment)
+
+
+def _tracker(experiment: Experiment, stage: str, folder: Path) -> Tracker:
+    """The main rank records; the others keep quiet."""
+    config = experiment.tracking if is_main() else TrackingConfig(enabled=False)
+    return Tracker(folder, config, stage)
