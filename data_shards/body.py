@@ -24,6 +24,8 @@ _SMALLEST_LIMB = 0.01
 # More than the noise that clipping leaves, less than the step from air to fat.
 _ABOVE_CLIPPED_AIR_HU = 30.0
 _MR_SMOOTHING_MM = 4.0
+# The middle of a blurred edge, a little below one half because air is not quite dark.
+_EDGE_OF_BRIGHTEST = 0.4
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ def find_body(volume: Volume, modality: str) -> BodyField:
     spacing_mm = steps * volume.spacing_mm
     if modality == "CT":
         return BodyField(_envelope(_ct_tissue(coarse), spacing_mm).astype(np.float32), steps)
-    inside = _envelope(_mr_tissue(coarse), spacing_mm).astype(np.float32)
+    smooth = ndimage.gaussian_filter(coarse, (0.7, 0.7, 0.0))
+    inside = _envelope(_mr_tissue(smooth), spacing_mm)
+    inside = _without_halo(inside, smooth).astype(np.float32)
     # Skin that fades into noise leaves a ragged edge; a patient's outline is smooth.
     return BodyField(ndimage.gaussian_filter(inside, _MR_SMOOTHING_MM / spacing_mm), steps)
 
@@ -62,13 +66,20 @@ def _ct_tissue(coarse: np.ndarray) -> np.ndarray:
     return coarse > max(_CT_TISSUE_HU, lowest + _ABOVE_CLIPPED_AIR_HU)
 
 
-def _mr_tissue(coarse: np.ndarray) -> np.ndarray:
-    from scipy import ndimage
-
-    smooth = ndimage.gaussian_filter(coarse, (0.7, 0.7, 0.0))
+def _mr_tissue(smooth: np.ndarray) -> np.ndarray:
     floor, ceiling = np.percentile(smooth, (1.0, 99.0))
     grey = (smooth - floor) / max(float(ceiling - floor), 1e-6)
     return grey > _triangle_threshold(grey)
+
+
+def _without_halo(inside: np.ndarray, smooth: np.ndarray) -> np.ndarray:
+    """A threshold low enough for dark skin lies outside the edge of bright skin: the rim must also reach a part of the
+    brightest value nearby."""
+    from scipy import ndimage
+
+    rim = inside & ~ndimage.binary_erosion(inside, _disk(2.0), border_value=1)
+    brightest = ndimage.maximum_filter(smooth, size=(5, 5, 1))
+    return _filled(inside & ~(rim & (smooth < _EDGE_OF_BRIGHTEST * brightest)))
 
 
 def _triangle_threshold(grey: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_shards.contact_sheet import draw_contact_sheet
 from data_shards.labels import LabelTable
 from data_shards.records import AXES, MODALITIES, SPLITS
 from data_shards.shards import ShardSet
@@ -33,20 +34,21 @@ class InspectReport:
     class_slices: dict[tuple[str, str], np.ndarray]
     leaking: tuple[tuple[str, tuple[str, ...]], ...]
     failed: tuple[dict[str, str], ...]
-    contact_sheet: Path | None
+    contact_sheet: Path
 
     @property
     def num_samples(self) -> int:
         """Slices in the set."""
         return sum(self.slices.values())
 
-    def text(self) -> str:
-        """The report as tables for a terminal."""
-        return "\n".join(_lines(self))
+    @property
+    def ok(self) -> bool:
+        """No patient in two splits, and no volume left out."""
+        return not self.leaking and not self.failed
 
 
-def inspect(path: Path, contact_sheet: Path | None = None, *, verify: bool = True) -> InspectReport:
-    """Count what the set at `path` holds and draw `contact_sheet` (a PNG) when one is asked for.
+def inspect_shards(path: Path, contact_sheet: Path | None = None, *, verify: bool = True) -> InspectReport:
+    """Count what the set at `path` holds, and draw `contact_sheet` (a PNG; by default contact_sheet.png in the set).
 
     Reads every mask and, with `verify`, every byte. Raises InputProblems where the set is not whole.
     """
@@ -67,10 +69,8 @@ def inspect(path: Path, contact_sheet: Path | None = None, *, verify: bool = Tru
     splits_of: dict[str, set[str]] = {}
     for case_id, split in zip(columns["case_id"].tolist(), columns["split"].tolist(), strict=True):
         splits_of.setdefault(case_id, set()).add(split)
-    if contact_sheet is not None:
-        from data_shards.contact_sheet import draw_contact_sheet
-
-        draw_contact_sheet(shard_set, contact_sheet)
+    contact_sheet = contact_sheet or shard_set.path / "contact_sheet.png"
+    draw_contact_sheet(shard_set, contact_sheet)
     return InspectReport(
         path=shard_set.path,
         label_table=shard_set.label_table,
@@ -85,6 +85,11 @@ def inspect(path: Path, contact_sheet: Path | None = None, *, verify: bool = Tru
         failed=tuple(shard_set.index.get("failed", ())),
         contact_sheet=contact_sheet,
     )
+
+
+def format_report(report: InspectReport) -> str:
+    """The report as tables for a terminal."""
+    return "\n".join(_lines(report))
 
 
 def _count_classes(
@@ -135,8 +140,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield "no patient is in more than one split"
     for entry in report.failed:
         yield f"not in the set: {entry['case_id']}: {entry['file']}: {entry['reason']}"
-    if report.contact_sheet is not None:
-        yield f"contact sheet: {report.contact_sheet}"
+    yield f"contact sheet: {report.contact_sheet}"
 
 
 def _percent(part: int, whole: int) -> str:

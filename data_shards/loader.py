@@ -123,14 +123,16 @@ class Loader:
         return torch.from_numpy(output.as_array().copy()).squeeze(-1)
 
     def _next_sources(self) -> tuple[list[np.ndarray], ...]:
-        """Encoded images and masks of the next batch, then one row of augmentation draws for each."""
+        """Encoded images and masks of the next batch; with augmentation also a row of draws in [0, 1) for each."""
         position_B = next(self._positions)
         index_B = sample_at(position_B, len(self._rows), self._seed) if self._shuffle else position_B
         row_B = self._rows[index_B]
         self._in_flight.append((position_B, row_B))
         pairs = [self._shards.raw_pair(int(row)) for row in row_B]
-        draws_B5 = uniform(self._seed, STREAM_AUGMENT, position_B, 5).astype(np.float32)
-        return [p[0] for p in pairs], [p[1] for p in pairs], list(draws_B5)
+        sources = [p[0] for p in pairs], [p[1] for p in pairs]
+        if not self._config.augments:
+            return sources
+        return *sources, list(uniform(self._seed, STREAM_AUGMENT, position_B, 5).astype(np.float32))
 
     def _build(self, batch_size: int) -> Any:
         from nvidia.dali import fn, pipeline_def, types
@@ -151,7 +153,9 @@ class Loader:
             prefetch_queue_depth=2,
         )
         def pipeline() -> tuple[Any, Any]:
-            image, mask, draw = fn.external_source(self._next_sources, num_outputs=3, batch=True)
+            num_outputs = 3 if config.augments else 2
+            image, mask, *drawn = fn.external_source(self._next_sources, num_outputs=num_outputs, batch=True)
+            draw = drawn[0] if drawn else None
             image, mask = decode(image), decode(mask)
             if on_gpu:
                 image, mask = image.gpu(), mask.gpu()

@@ -14,15 +14,28 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
-from data_shards.archive import Case, find_problems, read_archive
+from data_shards import __version__, archive
+from data_shards.archive import Case
 from data_shards.fan_out import Done, TaskFailure, fan_out
 from data_shards.labels import LABEL_TABLES
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import InputProblems, Problem, refuse
 from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta
-from data_shards.shards import CODECS, PARTIAL, ShardSet, ShardWriter, encode, file_sha256, read_index
+from data_shards.shards import (
+    CODECS,
+    INDEX,
+    PARTIAL,
+    SAMPLES,
+    SHARDS,
+    ShardSet,
+    ShardWriter,
+    encode,
+    file_sha256,
+    read_index,
+)
 from data_shards.slices import FITS, cut
 
 _PLAN = "plan.json"
@@ -50,13 +63,13 @@ class PrepareConfig:
     num_workers: int | None = None
     ray_address: str | None = None
 
-    def find_problems(self) -> list[Problem]:
-        """Every value that is out of range; `where` is the field as the command line names it."""
+    def problems(self, where: str = "prepare") -> list[Problem]:
+        """Everything out of range, each with what to do about it; empty when the config can be used."""
         found = []
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
-                found.append(Problem("prepare", name, repr(getattr(self, name)), remedy))
+                found.append(Problem(where, name, repr(getattr(self, name)), remedy))
 
         for name, allowed in (("axes", AXES), ("modalities", MODALITIES)):
             chosen = getattr(self, name)
@@ -108,14 +121,13 @@ def prepare(
     A volume that its voxels spoil costs only itself: the others make the set, index.json and the report name it, and
     the next call tries it again. progress(volumes done, volumes in all, failed) is called as they finish.
 
-    Raises InputProblems before any work for what can be seen by then: headers (archive.find_problems), the config,
-    an `out` that holds something else or a set of another config or source.
+    Raises InputProblems before any work for whatever find_problems finds.
     """
     amos_root, out = Path(amos_root).absolute(), Path(out).absolute()
-    refuse([*config.find_problems(), *find_problems(amos_root, config.modalities)])
-    cases = read_archive(amos_root, config.modalities)
+    refuse(find_problems(amos_root, out, config))
+    cases = archive.read_archive(amos_root, config.modalities)
     plan = {"preprocessing": config.of_the_set(), "source": _source(amos_root, cases)}
-    index = _existing_index(out, plan)
+    index = read_index(out) if (out / INDEX).exists() else None
     if index is not None and not index["failed"]:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return PrepareReport(index["num_samples"], len(index["source"]), (), skipped_done=True)
@@ -141,6 +153,15 @@ def prepare(
     return PrepareReport(index["num_samples"], len(done), report, skipped_done=False)
 
 
+def find_problems(amos_root: Path, out: Path, config: PrepareConfig) -> list[Problem]:
+    """All that can be seen before work starts: the config, the archive's files and headers, and what `out` holds."""
+    found = config.problems()
+    in_archive = archive.find_problems(amos_root, config.modalities)
+    source = None if in_archive else _source(amos_root, archive.read_archive(amos_root, config.modalities))
+    plan = {"preprocessing": config.of_the_set(), "source": source}
+    return [*found, *in_archive, *_problems_with_out(out, plan)]
+
+
 def _source(root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
     """What a set was made from: names and lengths, which are quick to compare; checksums travel with each slice."""
 
@@ -153,39 +174,43 @@ def _source(root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _existing_index(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The index of a set that stands at `out`, None when there is none yet. Refuses what is not this command's."""
-    if out.exists() and not out.is_dir():
-        raise problem(out, "output folder", "is a file", "choose another folder")
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    if (out / "index.json").exists():
-        index = read_index(out)
-        refuse(_differences(out / "index.json", index, plan, {entry["case_id"] for entry in index["failed"]}))
-        ShardSet.open(out)
-        return index
+def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
+    """Refuses what is not this command's: an archive, or a set of another config or source."""
     plan_file = out / PARTIAL / _PLAN
-    if not plan_file.is_file():
-        raise problem(out, "output folder", "holds other files", "choose an empty or a new folder")
-    refuse(_differences(plan_file, json.loads(plan_file.read_text(encoding="utf-8")), plan, None))
-    return None
+    if (out / INDEX).exists():
+        try:
+            made = ShardSet.open(out).index
+        except InputProblems as error:
+            yield from error.problems
+            return
+        yield from _differences(out / INDEX, made, plan)
+    elif plan_file.is_file():
+        # Every case of an unfinished set is compared again by its checksums, so only the config counts.
+        yield from _differences(plan_file, json.loads(plan_file.read_text(encoding="utf-8")), {**plan, "source": None})
+    elif out.exists() and not out.is_dir():
+        yield Problem(str(out), "output folder", "is a file", "choose another folder")
+    else:
+        # Whatever else lies there, a tracker's files for one, is neither read nor touched.
+        for name in (archive.DATASET_FILE, SHARDS, SAMPLES):
+            if (out / name).exists():
+                yield Problem(str(out), "output folder", f"holds {name} of something else", "choose a new folder")
 
 
-def _differences(where: Path, made: dict[str, Any], plan: dict[str, Any], failed: set[str] | None) -> Iterator[Problem]:
-    """How a set differs from the one asked for. Cases that failed may have been mended or taken out since; of an
-    unfinished set (`failed` is None) every case is compared again by its checksums, so only the config counts."""
+def _differences(where: Path, made: dict[str, Any], plan: dict[str, Any]) -> Iterator[Problem]:
+    """How a set differs from the one asked for. Cases that failed may have been mended or taken out since."""
     remedy = "choose another folder, or remove this one to make the set anew"
     for name, value in plan["preprocessing"].items():
-        if made["preprocessing"].get(name) != value:
-            yield Problem(
-                str(where), name, f"made with {made['preprocessing'].get(name)!r}, asked for {value!r}", remedy
-            )
-    if failed is None:
+        before = made["preprocessing"].get(name)
+        if before != value:
+            yield Problem(str(where), name, f"made with {before!r}, asked for {value!r}", remedy)
+    if plan["source"] is None:
         return
-    for case_id in sorted(made["source"].keys() | plan["source"].keys()):
-        before, now = made["source"].get(case_id), plan["source"].get(case_id)
-        if before != now and case_id not in failed:
-            yield Problem(str(where), f"source of {case_id}", f"made from {before}, asked for {now}", remedy)
+    made_from = made.get("source") or {}
+    failed = {entry["case_id"] for entry in made.get("failed", ())}
+    for case_id in sorted(made_from.keys() | plan["source"].keys()):
+        then, now = made_from.get(case_id), plan["source"].get(case_id)
+        if then != now and case_id not in failed:
+            yield Problem(str(where), f"source of {case_id}", f"made from {then}, asked for {now}", remedy)
 
 
 def _start(out: Path, plan: dict[str, Any]) -> None:
@@ -231,7 +256,7 @@ def _prepare_case(task: _Task) -> tuple[str, str] | None:
 
     files = [file for file in (task.case.image, task.case.label) if file is not None]
     digests = [file_sha256(file) for file in files]
-    stamp = sha256(json.dumps([task.config.of_the_set(), task.case.split, digests]).encode()).hexdigest()
+    stamp = sha256(json.dumps([__version__, task.config.of_the_set(), task.case.split, digests]).encode()).hexdigest()
     if _stamp_of(task.partial) == stamp:
         return None
     try:
@@ -253,10 +278,12 @@ def _prepare_case(task: _Task) -> tuple[str, str] | None:
 
 
 def _stamp_of(partial: Path) -> str | None:
-    if not partial.is_file():
+    try:
+        with np.load(partial) as content:
+            return str(content["stamp"])
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+        # None yet, or one that a lost machine left half on its disk.
         return None
-    with np.load(partial) as content:
-        return str(content["stamp"])
 
 
 def _slices_of(task: _Task) -> Iterator[tuple[SliceMeta, bytes, bytes]]:

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 CODECS = ("raw", "png")
 PARTIAL = ".partial"  # where prepare keeps finished volumes until all are done
-_INDEX = "index.json"
-_SAMPLES = "samples.parquet"
-_SHARDS = "shards"
+INDEX = "index.json"
+SAMPLES = "samples.parquet"
+SHARDS = "shards"
 _UNFINISHED = "shards.unfinished"
 _WHERE = ("shard", "image_offset", "image_bytes", "mask_offset", "mask_bytes")
 
@@ -62,14 +62,14 @@ def file_sha256(path: Path) -> str:
 
 def read_index(path: Path) -> dict[str, Any]:
     """The parsed index.json of the set at `path`. Raises InputProblems when it is missing, broken or too new."""
-    index_file = path / _INDEX
+    index_file = path / INDEX
     if not path.is_dir():
         raise problem(path, "shard set", "not a folder", "give the folder that `segdiff prepare` wrote")
     if not index_file.is_file():
         remedy = "give the folder that `segdiff prepare` wrote"
-        if (path / PARTIAL).exists() or (path / _UNFINISHED).exists() or (path / _SHARDS).exists():
+        if (path / PARTIAL).exists() or (path / _UNFINISHED).exists() or (path / SHARDS).exists():
             remedy = "start the same `segdiff prepare` command again, it goes on where it stopped"
-        raise problem(path, _INDEX, "missing: the set is unfinished", remedy)
+        raise problem(path, INDEX, "missing: the set is unfinished", remedy)
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
         version = int(index["format_version"])
@@ -125,7 +125,7 @@ class ShardWriter:
         """Close the last tar, move everything into place and write index.json (header + shards). Returns the index."""
         if self._waiting:
             self._close_shard()
-        samples_file = self.out / f"{_SAMPLES}.unfinished"
+        samples_file = self.out / f"{SAMPLES}.unfinished"
         _write_samples(self._rows, samples_file)
         index = {
             "format_version": FORMAT_VERSION,
@@ -135,19 +135,19 @@ class ShardWriter:
             "num_samples": len(self._rows),
             "shards": self._shards,
             "samples": {
-                "file": _SAMPLES,
+                "file": SAMPLES,
                 "bytes": samples_file.stat().st_size,
                 "sha256": file_sha256(samples_file),
             },
         }
         # From here until the new index stands there is none: a kill in between leaves a set that says it is unfinished.
-        (self.out / _INDEX).unlink(missing_ok=True)
-        shutil.rmtree(self.out / _SHARDS, ignore_errors=True)
-        (self.out / _UNFINISHED).rename(self.out / _SHARDS)
-        samples_file.rename(self.out / _SAMPLES)
-        index_file = self.out / f"{_INDEX}.unfinished"
+        (self.out / INDEX).unlink(missing_ok=True)
+        shutil.rmtree(self.out / SHARDS, ignore_errors=True)
+        (self.out / _UNFINISHED).rename(self.out / SHARDS)
+        samples_file.rename(self.out / SAMPLES)
+        index_file = self.out / f"{INDEX}.unfinished"
         index_file.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        index_file.rename(self.out / _INDEX)
+        index_file.rename(self.out / INDEX)
         return index
 
     def _open_shard(self, split: str) -> None:
@@ -159,7 +159,7 @@ class ShardWriter:
         self._tar = webdataset.TarWriter(
             self._stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644
         )
-        self._shards.append({"file": f"{_SHARDS}/{name}", "split": split})
+        self._shards.append({"file": f"{SHARDS}/{name}", "split": split})
 
     def _close_shard(self) -> None:
         assert self._stream is not None
@@ -278,8 +278,8 @@ class ShardSet:
             size=int(index["preprocessing"]["size"]),
             codec=index["codec"],
             index=index,
-            digest=file_sha256(path / _INDEX),
-            samples=pq.read_table(path / _SAMPLES).combine_chunks(),
+            digest=file_sha256(path / INDEX),
+            samples=pq.read_table(path / SAMPLES).combine_chunks(),
         )
 
     def __len__(self) -> int:

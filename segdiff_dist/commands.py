@@ -59,7 +59,7 @@ def sample(experiment: Experiment) -> int:
 
 def evaluate(experiment: Experiment) -> int:
     """Measure the samples and print the headline table."""
-    from segdiff_dist.evaluation.job import format_table
+    from segdiff_dist.evaluation.summary import format_table
 
     summary = stages.evaluate(experiment)
     print(format_table(summary))

@@ -36,14 +36,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
     """`values` as a `cls`; unknown keys and values out of range are all reported at once, as `where`'s."""
     try:
-        return _adapter(cls).validate_python(values)
+        [config] = _adapter(cls).validate_python([values])
+        return config
     except ValidationError as error:
         raise InputProblems(_explain(e, str(where)) for e in error.errors()) from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Plain values that YAML and JSON can write."""
-    return _adapter(type(config)).dump_python(config, mode="json")  # type: ignore[no-any-return]
+    [values] = _adapter(type(config)).dump_python([config], mode="json")
+    return values  # type: ignore[no-any-return]
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,12 +90,13 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _adapter(cls: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(cls, config=ConfigDict(extra="forbid"))
+def _adapter(cls: type[T]) -> TypeAdapter[list[T]]:
+    # pydantic takes a config for plain dataclasses from what contains them, hence the list.
+    return TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
 
 
 def _explain(error: Any, where: str) -> Problem:
-    field = ".".join(str(part) for part in error["loc"]) or "(top)"
+    field = ".".join(str(part) for part in error["loc"][1:]) or "(top)"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return Problem(where, field, "unknown key", "correct the spelling or remove it; --help lists the keys")
     return Problem(where, field, repr(error["input"]), error["msg"].removeprefix("Input ").rstrip("."))

@@ -122,7 +122,7 @@ def sample(experiment: Experiment) -> Any:
 def evaluate(experiment: Experiment) -> dict[str, Any]:
     """`segdiff evaluate`: RUN/evaluation; returns the summary."""
     from segdiff_dist.evaluation.job import evaluate as evaluate_run
-    from segdiff_dist.evaluation.job import scalars
+    from segdiff_dist.evaluation.summary import scalars
 
     run = experiment.path("run")
     refuse(experiment.evaluate.problems())

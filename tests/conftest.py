@@ -1,11 +1,10 @@
-"""Fixtures shared by the tests: a small real shard set of simple shapes, quick to make and to learn."""
+"""Fixtures shared by the tests."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 # Before torch is imported anywhere: the suite shares a small machine with its own worker processes.
@@ -13,37 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SIZE = 32
-
-
-def write_shapes(out: Path, num_patients: int = 4, slices: int = 6, codec: str = "raw", size: int = SIZE) -> Path:
-    """A shard set in which an ellipse is `body` and two discs in it are liver and spleen, brighter than the body."""
-    from data_shards.labels import AMOS
-    from data_shards.records import SliceMeta
-    from data_shards.shards import ShardWriter, encode
-
-    writer = ShardWriter(out, codec, samples_per_shard=10)
-    row, column = np.mgrid[0:size, 0:size] / size
-    for split, patients in (("train", num_patients), ("val", 2), ("test", 2)):
-        for patient in range(patients):
-            for modality, base in (("CT", 0), ("MR", 506)):
-                case = f"amos_{base + 1 + {'train': 0, 'val': 100, 'test': 200}[split] + patient:04d}"
-                rng = np.random.default_rng([patient, base, len(split)])
-                for index in range(slices):
-                    mask = np.zeros((size, size), np.uint8)
-                    mask[(row - 0.5) ** 2 / 0.16 + (column - 0.5) ** 2 / 0.2 < 1] = AMOS.body_id or 0
-                    for organ, left in ((6, 0.3), (1, 0.7)):
-                        centre = rng.uniform(-0.06, 0.06, 2) + (0.5, left)
-                        mask[(row - centre[0]) ** 2 + (column - centre[1]) ** 2 < 0.02] = organ
-                    grey = {0: 5, 16: 90, 6: 150, 1: 210} if modality == "CT" else {0: 5, 16: 150, 6: 90, 1: 230}
-                    image = np.vectorize(grey.get)(mask) + rng.normal(0, 6, mask.shape)
-                    meta = SliceMeta(
-                        case, modality, "axial", index, split, (6.0, 6.0), tuple(np.eye(4).ravel()), 2.0, -256.0,
-                        "amos", tuple(int(i) for i in np.unique(mask)), True, "0" * 64,
-                    )  # fmt: skip
-                    writer.write(meta, encode(image.clip(0, 255).astype(np.uint8), codec), encode(mask, codec))
-    writer.finish({"label_table": {"name": AMOS.name, "names": AMOS.names}, "preprocessing": {"size": size}})
-    return out
+from tests_support import write_shapes  # noqa: E402
 
 
 @pytest.fixture(scope="session")

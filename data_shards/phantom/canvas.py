@@ -15,8 +15,11 @@ from data_shards.phantom.shapes import Points, intersection
 _EDGE_MM = 3.0
 # Fat between neighbouring organs, unless they touch in the body too.
 GAP_MM = 5.0
-# Annotators leave out the very tips of organs: smaller areas of an axial slice carry no label.
-_LEAST_LABELLED_AREA_MM2 = 80.0
+# Organs end where an axial section falls below this share of the widest one, kept within these areas: blunter than
+# life, so that their first and last slices can be told from their neighbours on coarse grids.
+_END_SHARE = 0.25
+_END_RANGE_MM2 = (150.0, 500.0)
+_OUTSIDE_MM = 3.0
 _FAR_MM = 1e3
 
 Corner = tuple[float, float, float]
@@ -86,21 +89,25 @@ class Canvas:
                 continue
             gap = 0.0 if other in touching else GAP_MM
             distance_mm[mine] = intersection(distance_mm[mine], gap - other_distance[theirs])
+        self._trim(distance_mm)
         self._placed[label] = (box, distance_mm)
         self.paint(tissue, box, distance_mm)
         np.minimum(self.organ_distance[box], distance_mm, out=self.organ_distance[box])
-        self.labels[box][self._annotated(distance_mm < 0.0)] = label
+        self.labels[box][distance_mm < 0.0] = label
         return distance_mm
 
-    def _annotated(self, inside: np.ndarray) -> np.ndarray:
-        """What an annotator would outline of an organ: its largest piece, without tips of a pixel or two."""
+    def _trim(self, distance_mm: np.ndarray) -> None:
+        """Keep an organ's largest piece and blunt its ends, in place: no crumbs that one slice shows and none names."""
+        inside = distance_mm < 0.0
         if not inside.any():
-            return inside
+            return
         pieces, count = ndimage.label(inside)
         if count > 1:
-            inside = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-        pixel_mm2 = self.grid.spacing_mm[0] * self.grid.spacing_mm[1]
-        return np.asarray(inside & (inside.sum((0, 1)) * pixel_mm2 >= _LEAST_LABELLED_AREA_MM2))
+            distance_mm[inside & (pieces != 1 + np.argmax(np.bincount(pieces.ravel())[1:]))] = _OUTSIDE_MM
+        areas_mm2 = (distance_mm < 0.0).sum((0, 1)) * (self.grid.spacing_mm[0] * self.grid.spacing_mm[1])
+        least_mm2 = np.clip(_END_SHARE * areas_mm2.max(), *_END_RANGE_MM2)
+        ends = distance_mm[:, :, areas_mm2 < least_mm2]
+        distance_mm[:, :, areas_mm2 < least_mm2] = np.maximum(ends, _OUTSIDE_MM)
 
 
 def _overlap(a: Box, b: Box) -> tuple[Box, Box] | tuple[None, None]:

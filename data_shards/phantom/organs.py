@@ -65,20 +65,20 @@ class _Organ:
 def _great_vessels(canvas: Canvas) -> None:
     aorta = _Organ(canvas, "aorta", (-40.0, -36.0, -60.0), (4.0, 8.0, 140.0))
     path = [(-6.0, -8.0, -52.0), (-14.0, -8.0, 20.0), (-15.0, -9.0, 70.0), (-25.0, -20.0, 150.0)]
-    aorta.place("artery", aorta.tube(path, [11.0, 12.0, 12.5, 13.0]))
+    aorta.place("artery", aorta.tube(path, [12.5, 13.0, 13.0, 13.0]))
     cava = _Organ(canvas, "inferior_vena_cava", (4.0, -30.0, -66.0), (42.0, 30.0, 125.0))
     path = [(20.0, -8.0, -58.0), (22.0, -6.0, 30.0), (24.0, 2.0, 70.0), (17.0, 12.0, 112.0)]
-    cava.place("vein", cava.tube(path, [12.0, 13.0, 13.5, 13.0]))
+    cava.place("vein", cava.tube(path, [13.5, 14.0, 14.0, 13.5]))
 
 
 def _adrenals(canvas: Canvas) -> None:
-    """Inverted V or Y: an apex in front, two limbs going back, thicker than life (10 mm) to outlast coarse grids."""
+    """Inverted V or Y: an apex in front, two limbs going back, 14 mm thick (twice life) to outlast coarse grids."""
     right = _Organ(canvas, "adrenal_gland_right", (25.0, -60.0, 35.0), (68.0, -8.0, 80.0))
-    path = [(40.0, -46.0), (41.0, -22.0), (58.0, -44.0)]
-    right.place("adrenal", sheet(right.points, path, 57.0, 9.0, 5.0 * right.size))
+    path = [(38.0, -44.0), (42.0, -23.0), (57.0, -41.0)]
+    right.place("adrenal", sheet(right.points, path, 57.0, 9.0, 7.0 * right.size))
     left = _Organ(canvas, "adrenal_gland_left", (-68.0, -60.0, 40.0), (-25.0, -8.0, 85.0))
-    path = [(-38.0, -46.0), (-41.0, -21.0), (-57.0, -43.0)]
-    left.place("adrenal", sheet(left.points, path, 62.0, 9.0, 5.0 * left.size))
+    path = [(-37.0, -44.0), (-42.0, -22.0), (-56.0, -41.0)]
+    left.place("adrenal", sheet(left.points, path, 62.0, 9.0, 7.0 * left.size))
 
 
 def _kidneys(canvas: Canvas) -> None:
@@ -100,7 +100,7 @@ def _gallbladder(canvas: Canvas) -> None:
     if "gallbladder" in canvas.patient.missing:
         return
     organ = _Organ(canvas, "gallbladder", (45.0, 15.0, -12.0), (98.0, 82.0, 42.0))
-    organ.place("bile", organ.tube([(66.0, 38.0, 22.0), (74.0, 54.0, 8.0)], [12.0, 17.0]))
+    organ.place("bile", organ.tube([(66.0, 38.0, 22.0), (74.0, 54.0, 6.0)], [15.0, 18.0]))
 
 
 def _pancreas(canvas: Canvas) -> None:
@@ -125,7 +125,7 @@ def _stomach(canvas: Canvas, spaces: Spaces) -> None:
 def _oesophagus(canvas: Canvas) -> None:
     organ = _Organ(canvas, "esophagus", (-52.0, -28.0, 70.0), (18.0, 30.0, 140.0))
     path = [(1.0, -6.0, 150.0), (-6.0, 0.0, 112.0), (-18.0, 10.0, 94.0), (-42.0, 12.0, 84.0)]
-    organ.place("oesophagus", organ.tube(path, [10.5, 10.5, 10.5, 10.5]), touching=("stomach",))
+    organ.place("oesophagus", organ.tube(path, [12.0, 12.0, 12.0, 12.0]), touching=("stomach",))
 
 
 def _duodenum(canvas: Canvas) -> None:
@@ -133,7 +133,7 @@ def _duodenum(canvas: Canvas) -> None:
     organ = _Organ(canvas, "duodenum", (-55.0, -10.0, -62.0), (78.0, 62.0, 32.0))
     path = [(34.0, 44.0, 14.0), (52.0, 30.0, 14.0), (60.0, 16.0, -6.0), (56.0, 14.0, -32.0), (34.0, 22.0, -42.0)]
     path += [(0.0, 26.0, -40.0), (-28.0, 22.0, -30.0)]
-    duodenum = organ.place("wall", organ.tube(path, [12.0] * len(path)), touching=("stomach",))
+    duodenum = organ.place("wall", organ.tube(path, [13.0] * len(path)), touching=("stomach",))
     organ.paint("duodenal_fluid", duodenum + 4.0)
 
 

@@ -14,9 +14,9 @@ AIR_HU = -1000.0
 _CT: dict[str, tuple[float, float]] = {
     "air": (AIR_HU, 0.0), "gas": (-920.0, 20.0), "lung": (-820.0, 45.0), "skin": (20.0, 8.0), "fat": (-102.0, 7.0),
     "muscle": (56.0, 9.0), "heart": (135.0, 6.0), "bone": (420.0, 60.0), "marrow": (190.0, 35.0), "disc": (80.0, 8.0),
-    "canal": (25.0, 5.0), "artery": (168.0, 3.0), "vein": (146.0, 4.0), "wall": (78.0, 6.0), "chyme": (38.0, 14.0),
+    "canal": (25.0, 5.0), "artery": (168.0, 3.0), "vein": (146.0, 4.0), "wall": (78.0, 6.0), "chyme": (-8.0, 22.0),
     "adrenal": (82.0, 4.0), "kidney_cortex": (208.0, 7.0), "kidney_medulla": (182.0, 9.0), "bile": (8.0, 2.0),
-    "pancreas": (92.0, 8.0), "stomach_fluid": (22.0, 6.0), "oesophagus": (50.0, 5.0), "duodenal_fluid": (40.0, 7.0),
+    "pancreas": (92.0, 8.0), "stomach_fluid": (22.0, 6.0), "oesophagus": (50.0, 5.0), "duodenal_fluid": (42.0, 7.0),
     "spleen": (130.0, 5.0), "liver": (112.0, 5.0), "liver_vessel": (148.0, 4.0), "genital": (72.0, 8.0),
     "urine": (4.0, 2.0),
 }  # fmt: skip
@@ -28,10 +28,10 @@ _ENHANCEMENT_RANGE = (0.93, 1.07)
 _MR: dict[str, tuple[float, float]] = {
     "air": (0.0, 100.0), "gas": (0.02, 40.0), "lung": (0.10, 40.0), "skin": (0.7, 40.0), "fat": (1.0, 260.0),
     "muscle": (0.95, 30.0), "heart": (0.55, 45.0), "bone": (0.10, 40.0), "marrow": (0.80, 70.0), "disc": (0.8, 60.0),
-    "canal": (1.0, 900.0), "artery": (0.06, 100.0), "vein": (0.12, 100.0), "wall": (0.9, 42.0), "chyme": (0.8, 70.0),
-    "adrenal": (0.90, 44.0), "kidney_cortex": (0.92, 80.0), "kidney_medulla": (0.95, 92.0), "bile": (1.0, 700.0),
-    "pancreas": (0.92, 60.0), "stomach_fluid": (1.0, 600.0), "oesophagus": (0.92, 50.0), "duodenal_fluid": (1.0, 380.0),
-    "spleen": (0.95, 72.0), "liver": (0.85, 46.0), "liver_vessel": (0.2, 100.0), "genital": (0.95, 80.0),
+    "canal": (1.0, 900.0), "artery": (0.06, 100.0), "vein": (0.12, 100.0), "wall": (0.9, 42.0), "chyme": (0.8, 50.0),
+    "adrenal": (0.90, 36.0), "kidney_cortex": (0.92, 92.0), "kidney_medulla": (0.95, 104.0), "bile": (1.0, 700.0),
+    "pancreas": (0.92, 62.0), "stomach_fluid": (1.0, 600.0), "oesophagus": (0.92, 42.0), "duodenal_fluid": (1.0, 380.0),
+    "spleen": (0.95, 84.0), "liver": (0.85, 48.0), "liver_vessel": (0.2, 100.0), "genital": (0.95, 80.0),
     "urine": (1.0, 1200.0),
 }  # fmt: skip
 _MR_TEXTURE_SHARE = 0.04
@@ -108,12 +108,12 @@ def _smooth_noise(rng: np.random.Generator, grid: Grid, correlation_mm: float) -
 
 
 def _bias_field(rng: np.random.Generator, grid: Grid) -> np.ndarray:
-    """Coil sensitivity [X, Y, Z]: a few long waves, about +-20 %."""
+    """Coil sensitivity [X, Y, Z]: a few long waves, about +-15 %."""
     log_field = np.zeros(grid.shape, np.float32)
     for _ in range(3):
         waves = [
             np.cos(axis * float(rng.uniform(0.004, 0.011)) + float(rng.uniform(0.0, 2.0 * np.pi)))
             for axis in grid.axes()
         ]
-        log_field += (waves[0] * float(rng.normal(0.0, 0.11))) * waves[1] * waves[2]
+        log_field += (waves[0] * float(rng.normal(0.0, 0.09))) * waves[1] * waves[2]
     return np.exp(log_field)

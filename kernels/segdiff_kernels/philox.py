@@ -34,24 +34,21 @@ _U32 = 0xFFFFFFFF
 def bits(seed: int, stream: int, position_B: Tensor, num_words: int) -> Tensor:
     """Random 32-bit words as int64 [B, num_words] in [0, 2^32); position_B int64, any device."""
     num_blocks = (num_words + 3) // 4
-    index = torch.arange(num_blocks, device=position_B.device, dtype=torch.int64)
-    shape = (position_B.shape[0], num_blocks)
-    c0 = index.expand(shape)
-    c1 = torch.full(shape, stream & _U32, device=position_B.device, dtype=torch.int64)
-    c2 = (position_B & _U32)[:, None].expand(shape)
-    c3 = ((position_B >> 32) & _U32)[:, None].expand(shape)
+    index_BI = torch.arange(num_blocks, device=position_B.device).expand(position_B.shape[0], -1)
+    words_BI4 = _rounds(index_BI, torch.full_like(index_BI, stream), position_B[:, None].expand_as(index_BI), seed)
+    return words_BI4.flatten(1)[:, :num_words]
+
+
+def _rounds(index: Tensor, stream: Tensor, position: Tensor, seed: int) -> Tensor:
+    """Four words [..., 4] for each counter (index, stream, low and high half of position), all int64."""
+    c0, c1, c2, c3 = index & _U32, stream & _U32, position & _U32, (position >> 32) & _U32
     k0, k1 = seed & _U32, (seed >> 32) & _U32
     for _ in range(_ROUNDS):
         # The products wrap as signed 64-bit integers; the masks make both halves right again.
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _U32) ^ c1 ^ k0,
-            p1 & _U32,
-            ((p0 >> 32) & _U32) ^ c3 ^ k1,
-            p0 & _U32,
-        )
+        c0, c1, c2, c3 = ((p1 >> 32) & _U32) ^ c1 ^ k0, p1 & _U32, ((p0 >> 32) & _U32) ^ c3 ^ k1, p0 & _U32
         k0, k1 = (k0 + _W0) & _U32, (k1 + _W1) & _U32
-    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :num_words]
+    return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
 def uniform(seed: int, stream: int, position_B: Tensor, num: int) -> Tensor:

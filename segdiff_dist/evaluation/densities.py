@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +42,13 @@ class Clipping:
     case_ids: tuple[str, ...]
 
 
-def clipping_of(shards: ShardSet, modality: str) -> Clipping | None:
-    """Densities of a few cases of `modality`; None when the set holds none of it."""
+def clipping_of(shards: ShardSet, modality: str, amos_root: Path | None) -> Clipping | None:
+    """Densities of a few cases of `modality`, from the volumes under `amos_root`; None when the set holds none."""
     rows = shards.select(modalities=[modality], labelled_only=False)
     if not len(rows):
         return None
     cases = np.array(shards.samples["case_id"].to_pylist())[rows]
-    root = Path(str((shards.index.get("source") or {}).get("root", "")))
-    volumes = dict(_read_some(root, list(dict.fromkeys(cases))))
+    volumes = dict(_read_some(_volume_files(shards, amos_root, dict.fromkeys(cases))))
     chosen = list(volumes) or list(dict.fromkeys(cases))[:_NUM_VOLUMES]
     rows = rows[np.isin(cases, chosen)]
     rows = rows[np.linspace(0, len(rows) - 1, min(_NUM_SLICES, len(rows))).astype(int)]
@@ -79,23 +78,30 @@ def _density(values: np.ndarray, edges: np.ndarray) -> Density:
     return Density(edges, counts / max(counts.sum(), 1) / np.diff(edges))
 
 
-def _read_some(root: Path, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _volume_files(shards: ShardSet, amos_root: Path | None, cases: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """The cases' volumes that are still there; the set's index holds their paths within the archive."""
+    source = shards.index.get("source") or {}
+    for case in cases:
+        if amos_root is not None and case in source:
+            file = amos_root / source[case]["image"][0]
+            if file.is_file():
+                yield case, file
+
+
+def _read_some(files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, np.ndarray]]:
     """The first few volumes that can be read; a figure is no reason to stop over one that cannot."""
-    if not root.is_dir():
-        return
     import nibabel
     from nibabel.filebasedimages import ImageFileError
 
     found = 0
-    for case in cases:
-        files = sorted(root.glob(f"images*/{case}.nii*"))
-        if not files or found == _NUM_VOLUMES:
-            continue
+    for case, file in files:
         try:
-            volume = nibabel.load(files[0])
+            volume = nibabel.load(file)
             step = tuple(slice(None, None, max(1, n // _VOXELS_ALONG_AN_AXIS)) for n in volume.shape)
             values = np.asarray(volume.dataobj[step], dtype=np.float32)
         except (OSError, EOFError, ValueError, ImageFileError):
             continue
-        found += 1
         yield case, values[np.isfinite(values)]
+        found += 1
+        if found == _NUM_VOLUMES:
+            return

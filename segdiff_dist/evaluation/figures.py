@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -74,6 +74,7 @@ _NAMES_OF_PAIRS = {
     "dice_mask_real": "mask and prediction on the real image",
     "dice_mask_gen": "mask and prediction on the generated image",
 }
+_COLOURS_OF_PAIRS = {"dice_mask_real": REAL_COLOUR, "dice_mask_gen": GENERATED_COLOUR}
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ class Figure:
     caption: str
 
 
-def draw_figures(run: Path, *, progress: bool = False) -> list[Figure]:
-    """Draw all figures that the evaluated `run` has material for, into RUN/evaluation/figures."""
+def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = False) -> list[Figure]:
+    """Draw all figures that the evaluated `run` has material for, into RUN/evaluation/figures.
+
+    `amos_root`: the archive that the shards were made from; only with it are intensities outside the window seen.
+    """
     import matplotlib as mpl
     from matplotlib import pyplot as plt
     from tqdm import tqdm
@@ -100,7 +104,9 @@ def draw_figures(run: Path, *, progress: bool = False) -> list[Figure]:
     drawn: list[Figure] = []
     # A canvas of its own and no global backend: a notebook that calls this keeps its windows.
     with mpl.rc_context(_STYLE), plt.ioff():
-        for draw in tqdm(_all_figures(pictures, summary), desc="figures", unit="figure", disable=not progress):
+        for draw in tqdm(
+            _all_figures(pictures, summary, amos_root), desc="figures", unit="figure", disable=not progress
+        ):
             result = draw()
             if result is not None:
                 canvas, figure = result
@@ -115,7 +121,7 @@ def draw_figures(run: Path, *, progress: bool = False) -> list[Figure]:
 Drawn = tuple["Canvas", Figure] | None
 
 
-def _all_figures(pictures: Pictures, summary: dict[str, Any]) -> list[Callable[[], Drawn]]:
+def _all_figures(pictures: Pictures, summary: dict[str, Any], amos_root: Path | None) -> list[Callable[[], Drawn]]:
     across = [(s, t) for s in MODALITIES for t in MODALITIES if s != t]
     return [
         *(lambda m=m: gallery(pictures, m) for m in MODALITIES),
@@ -124,7 +130,7 @@ def _all_figures(pictures: Pictures, summary: dict[str, Any]) -> list[Callable[[
         lambda: cross_modality(pictures),
         *(lambda s=s, t=t: two_modalities(pictures, s, t) for s, t in across),
         lambda: grey_values(summary["grey_values"]),
-        lambda: clipping({m: clipping_of(pictures.shards, m) for m in MODALITIES}),
+        lambda: clipping({m: clipping_of(pictures.shards, m, amos_root) for m in MODALITIES}),
     ]
 
 
@@ -200,11 +206,12 @@ def cross_modality(pictures: Pictures) -> Drawn:
 
 def two_modalities(pictures: Pictures, source: str, target: str) -> Drawn:
     """Original, mask, two images of the same modality and two of the other (Figures 6 and 7)."""
-    rows = [(i, *pictures.both_modalities(i, 2)) for i in pictures.across(source, target, 3)]
-    rows = [(i, own, other) for i, own, other in rows if own and other]
+    found = [(i, pictures.both_modalities(i, 2)) for i in pictures.across(source, target, 3)]
+    rows = [(i, own, other) for i, (own, other) in found if own and other]
     if not rows:
         return None
-    num_own, num_other = (max(len(row[k]) for row in rows) for k in (1, 2))
+    num_own = max(len(own) for _, own, _ in rows)
+    num_other = max(len(other) for _, _, other in rows)
     titles = ("original", "mask", *[f"generated {source}"] * num_own, *[f"generated {target}"] * num_other)
     canvas, axes = _tiles(len(rows), 2 + num_own + num_other, titles)
     for row, (i, own, other) in zip(axes, rows, strict=True):
@@ -224,43 +231,50 @@ def two_modalities(pictures: Pictures, source: str, target: str) -> Drawn:
 def dice_by_organ(summary: dict[str, Any]) -> Drawn:
     """Dice of every organ on real and on generated images, with intervals over patients."""
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
-    panels = {m: organs for m, organs in summary["by_modality_organ"].items() if any(organs.values())}
-    if not panels:
+    panels = summary["by_modality_organ"]
+    # What only a prediction holds has no mask to be judged by.
+    names = [name for name, entries in summary["by_organ"].items() if "dice_mask_gen" in entries]
+    if not names:
         return None
-    names = [name for name in summary["by_organ"] if any(organs[name] for organs in panels.values())]
-    canvas, axes = plt.subplots(
-        1, len(panels), figsize=(1.6 + 3.6 * len(panels), 1.1 + 0.34 * len(names)), sharey=True, squeeze=False
-    )
+    size = (1.6 + 3.6 * len(panels), 1.1 + 0.34 * len(names))
+    canvas, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, (modality, organs) in zip(axes[0], panels.items(), strict=True):
-        for offset, (pair, colour) in zip((-0.19, 0.19), _pair_colours(), strict=True):
-            for position, name in enumerate(names):
-                entry = organs[name].get(pair)
-                if entry is not None:
-                    low, high = entry["ci95"] or (entry["value"],) * 2
-                    errors = [[max(entry["value"] - low, 0)], [max(high - entry["value"], 0)]]
-                    label = _NAMES_OF_PAIRS[pair]
-                    ax.barh(position + offset, entry["value"], height=0.36, color=colour, label=label)
-                    ax.errorbar(entry["value"], position + offset, xerr=errors, color="#1f2933", lw=0.9, capsize=1.8)
-            for position, name in enumerate(names):
-                if not organs[name]:
-                    ax.text(0.01, position, "not in these samples", va="center", fontsize=7, color="#7b8794")
-        ax.set_title(modality)
-        ax.set_xlim(0, 1)
-        ax.set_xlabel("Dice")
+        for position, name in enumerate(names):
+            _dice_bars(ax, position, organs[name])
+        ax.set(title=modality, xlim=(0, 1), xlabel="Dice")
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
     axes[0][0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes[0][0].invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in _pair_colours()]
-    labels = [_NAMES_OF_PAIRS[pair] for pair, _ in _pair_colours()]
-    canvas.tight_layout(rect=(0, 0.35 / canvas.get_figheight(), 1, 1))
-    canvas.legend(handles, labels, loc="lower center", ncols=2, fontsize=8)
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
+    canvas.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
+    handles = [Patch(color=colour, label=_NAMES_OF_PAIRS[pair]) for pair, colour in _COLOURS_OF_PAIRS.items()]
+    canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
     caption = (
         "Mean over the samples whose mask holds the organ; whiskers are 95 % intervals over patients. A bar without "
         "whiskers rests on one patient."
     )
     return canvas, Figure("dice_by_organ.png", "Dice by organ", caption)
+
+
+def _dice_bars(ax: Axes, position: int, entries: dict[str, Any]) -> None:
+    """Two bars, real above generated, or a word where the organ does not occur."""
+    if "dice_mask_gen" not in entries:
+        ax.text(0.01, position, "not in these samples", va="center", fontsize=7, color="#7b8794")
+    for offset, (pair, colour) in zip((-0.19, 0.19), _COLOURS_OF_PAIRS.items(), strict=True):
+        entry = entries.get(pair)
+        if entry is None:
+            continue
+        value = entry["value"]
+        ax.barh(position + offset, value, height=0.36, color=colour)
+        if entry["ci95"] is not None:
+            low, high = entry["ci95"]
+            errors = [[max(value - low, 0)], [max(high - value, 0)]]
+            ax.errorbar(value, position + offset, xerr=errors, color="#1f2933", lw=0.9, capsize=1.8)
+        if value < 0.02:
+            end = max(entry["ci95"] or (value,))
+            ax.text(end + 0.012, position + offset, f"{value:.2f}", va="center", fontsize=6.5, color=colour)
 
 
 def grey_values(by_modality: dict[str, dict[str, list[int]]]) -> Drawn:
@@ -308,7 +322,7 @@ def clipping(densities: dict[str, Clipping | None]) -> Drawn:
     cases = ", ".join(case for density in found.values() for case in density.case_ids)
     caption = f"The shaded range is what is kept. Cases: {cases}. Paper: Figure 1."
     if not all(density.from_volumes for density in found.values()):
-        caption += " The archive was not found, so values outside the window are not seen here."
+        caption += " Without the archive (amos_root) values outside the window are not seen here."
     return canvas, Figure("clipping.png", "Intensities before and after clipping", caption)
 
 
@@ -322,14 +336,11 @@ def organ_colour(name: str) -> str:
     return str(to_hex(hsv_to_rgb((digest[0] / 256, 0.45 + digest[1] / 640, 0.7 + digest[2] / 1024))))
 
 
-def _pair_colours() -> Iterable[tuple[str, str]]:
-    return (("dice_mask_real", REAL_COLOUR), ("dice_mask_gen", GENERATED_COLOUR))
-
-
 def _tiles(num_rows: int, num_columns: int, titles: Sequence[str]) -> tuple[Canvas, np.ndarray]:
     from matplotlib import pyplot as plt
 
-    size = (num_columns * _TILE_INCHES + 0.6, num_rows * _TILE_INCHES + 0.5)
+    # Beside the tiles: row labels on the left; above and below them, titles and the legend.
+    size = (num_columns * _TILE_INCHES + 0.4, num_rows * _TILE_INCHES + 0.85)
     canvas, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.ravel():
         ax.set(xticks=[], yticks=[])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 HOW_TO_GET = (
-    "install the extra with `pip install 'segdiff-dist[fid]'` and set evaluate.fid_weights to 'download' or to the "
+    "install the extra, pip install 'segdiff-dist[fid]', and set evaluate.fid_weights to 'download' or to the "
     f"file {WEIGHTS_FILE} from the releases of torch-fidelity"
 )
 DOWNLOAD = "download"

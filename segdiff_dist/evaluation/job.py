@@ -80,9 +80,13 @@ class EvaluationFailed(RuntimeError):
     """Some items could not be measured; says which and why. Nothing of an earlier evaluation was touched."""
 
 
-def evaluate(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
+def evaluate(
+    run: Path, config: EvaluateConfig, *, amos_root: Path | None = None, progress: bool = True
+) -> dict[str, Any]:
     """Measure all samples of `run`, draw the figures, write the report; returns what summary.json holds.
 
+    `amos_root`: the archive the shards were made from, for the figure of intensities before clipping; where it is
+    not given or gone, that figure is drawn from the stored slices and says so.
     InputProblems, all at once, before any work: no or unfinished samples, no segmenter or one trained on another
     label table, a shard set that is not the one sampled from. EvaluationFailed when items cannot be read.
     """
@@ -103,7 +107,7 @@ def evaluate(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dic
     _replace(inputs.predictions, folder / "predictions.zarr")
     # Last, so that a summary never stands beside older rows.
     _write_text(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    draw_figures(run, progress=progress)
+    draw_figures(run, amos_root=amos_root, progress=progress)
     write_report(run)
     return summary
 

@@ -45,8 +45,8 @@ def confusion(reference_BHW: np.ndarray, predicted_BHW: np.ndarray, num_classes:
 def dice_per_class(confusion_BKK: Counts) -> Array:
     """Dice [B, K] of each id, 2 |A and B| / (|A| + |B|); NaN where the id is absent from the reference. Dice 1945."""
     overlap, reference, predicted = _overlaps(confusion_BKK)
-    dice = 2.0 * overlap / np.maximum(reference + predicted, 1)
-    return np.where(reference > 0, dice, np.nan)
+    dice: Array = np.where(reference > 0, 2.0 * overlap / np.maximum(reference + predicted, 1), np.nan)
+    return dice
 
 
 def mean_dice(dice_BK: Array, organ_ids: Sequence[int]) -> Array:
@@ -54,7 +54,9 @@ def mean_dice(dice_BK: Array, organ_ids: Sequence[int]) -> Array:
     organs = dice_BK[:, list(organ_ids)]
     present = ~np.isnan(organs)
     total = np.where(present, organs, 0.0).sum(axis=1)
-    return np.divide(total, present.sum(axis=1), out=np.full(len(organs), np.nan), where=present.any(axis=1))
+    means: Array = np.full(len(organs), np.nan)
+    np.divide(total, present.sum(axis=1), out=means, where=present.any(axis=1))
+    return means
 
 
 def legacy_dice(confusion_BKK: Counts) -> Array:
@@ -80,12 +82,12 @@ def psnr_db(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> Array:
 def ssim(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> Array:
     """Structural similarity [B] of uint8 images of at least 12x12: Gaussian window, sigma 1.5, data range 255.
 
-    Wang et al. 2004, eq. 13.
+    Wang et al. 2004, eq. 13. Every pixel counts; beyond the border the image is reflected, as torchmetrics has it.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     values = structural_similarity_index_measure(
-        generated_BHW[:, None].double(), real_BHW[:, None].double(), data_range=GREY_RANGE, reduction="none"
+        generated_BHW[:, None].float(), real_BHW[:, None].float(), data_range=GREY_RANGE, reduction="none"
     )
     assert not isinstance(values, tuple)
     return np.asarray(values.reshape(-1).cpu().numpy(), dtype=np.float64)
@@ -149,19 +151,29 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Frechet distance of two Gaussians, |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)); each side needs two samples.
 
-    Dowson and Landau 1982, eq. 4; Heusel et al. 2017, eq. 6. Tr (C1 C2)^(1/2) is taken from the eigenvalues of the
-    symmetric C1^(1/2) C2 C1^(1/2), which stay real and accurate where C1 C2 is singular (fewer samples than features).
+    Dowson and Landau 1982, eq. 4; Heusel et al. 2017, eq. 6. With C1 = L L', C1 C2 has the eigenvalues of the symmetric
+    L' C2 L, so they stay real, and accurate where the covariances are singular (fewer samples than features).
     """
-    from scipy.linalg import eigh, eigvalsh
+    from scipy.linalg import eigvalsh
 
     cov_1, cov_2 = first.covariance_DD, second.covariance_DD
-    values, vectors = eigh(cov_1)
-    root_1 = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-    product = root_1 @ cov_2 @ root_1
-    cross = np.sqrt(np.clip(eigvalsh((product + product.T) / 2), 0.0, None)).sum()
+    factor_DR = _factor(cov_1)
+    product_RR = factor_DR.T @ cov_2 @ factor_DR
+    cross = np.sqrt(np.clip(eigvalsh((product_RR + product_RR.T) / 2), 0.0, None)).sum() if product_RR.size else 0.0
     delta = first.mean_D - second.mean_D
     distance = delta @ delta + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross
     return float(max(distance, 0.0))
+
+
+def _factor(covariance_DD: Array) -> Array:
+    """L [D, R] with L L' = covariance, R its rank: Cholesky with pivoting, an order cheaper than eigenvectors."""
+    from scipy.linalg.lapack import dpstrf
+
+    packed, pivots, rank, info = dpstrf(covariance_DD, lower=1)
+    assert info >= 0, "dpstrf takes any finite symmetric matrix"
+    factor = np.zeros((len(covariance_DD), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    return factor
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ REPORT = "report.html"
 # Table 1 of Hunecke and Chen, "Medical Image Generation Using Segmentation-Guided Diffusion": AMOS 2022 at 256x256,
 # and, for MR, the later rows of the authors' own result file, which are not in the paper.
 PUBLISHED_COLUMNS = ("CT axial", "CT all axes", "MR axial", "MR all axes", "MR axial, later", "MR all axes, later")
+# Text, so that every digit is the one published.
 PUBLISHED = {
-    "psnr_db": (19.06, 20.26, 9.49, 9.80, 13.07, 12.44),
-    "ssim": (0.637, 0.618, 0.062, 0.170, 0.210, 0.198),
-    "fid": (47.66, 61.50, 200.31, 202.26, 75.3, 100.4),
-    "legacy_dice_mask_real": (0.925, 0.927, 0.795, 0.843, 0.793, 0.848),
+    "psnr_db": ("19.06", "20.26", "9.49", "9.80", "13.07", "12.44"),
+    "ssim": ("0.637", "0.618", "0.062", "0.170", "0.210", "0.198"),
+    "fid": ("47.66", "61.50", "200.31", "202.26", "75.3", "100.4"),
+    "legacy_dice_mask_real": ("0.925", "0.927", "0.795", "0.843", "0.793", "0.848"),
     # The paper's text calls this row pred(real) against pred(generated); its code compares the mask.
-    "legacy_dice_mask_gen": (0.923, 0.927, 0.712, 0.766, 0.778, 0.807),
+    "legacy_dice_mask_gen": ("0.923", "0.927", "0.712", "0.766", "0.778", "0.807"),
 }
 
 
@@ -47,7 +48,8 @@ DEFINITIONS = {
         "SSIM",
         3,
         "higher",
-        "Structural similarity of the same pair: Gaussian window with sigma 1.5, data range 255 (Wang et al. 2004).",
+        "Structural similarity of the same pair: Gaussian window with sigma 1.5, data range 255, reflected beyond the "
+        "border (Wang et al. 2004).",
     ),
     "fid": Definition(
         "FID",
@@ -135,7 +137,6 @@ def render(title: str, summary: dict[str, Any], figures: list[dict[str, str]], c
     )
     environment.filters["entry"] = format_entry
     environment.filters["interval"] = format_interval
-    environment.filters["number"] = format_number
     groups = {"All": summary["metrics"]} | {m: summary["by_modality"].get(m, {}) for m in MODALITIES}
     groups = {name: entries for name, entries in groups.items() if entries}
     if len(groups) == 2:
@@ -167,19 +168,19 @@ def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
     return "\u2013" if entry is None else format_number(entry["value"], digits)
 
 
-def format_interval(entry: dict[str, Any] | None, digits: int) -> str:
+def format_interval(entry: dict[str, Any] | None, digits: int, between: str = " to ") -> str:
     """Its 95 % interval, or nothing."""
     if entry is None or entry["ci95"] is None:
         return ""
     low, high = (format_number(end, digits) for end in entry["ci95"])
-    return f"{low} to {high}"
+    return f"{low}{between}{high}"
 
 
 def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an organ with its entries by modality; body last and marked."""
     rows = []
     for organ, overall in summary["by_organ"].items():
-        if overall:
+        if "dice_mask_gen" in overall:
             by_modality = {m: organs.get(organ, {}) for m, organs in summary["by_modality_organ"].items()}
             rows.append({"name": organ.replace("_", " "), "by_modality": by_modality, "overall": overall})
     if summary["body"]:

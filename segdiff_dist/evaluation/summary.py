@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ _UNITS = {"psnr_db": "dB", "pixel_std": "grey values"}
 _LOWER_IS_BETTER = frozenset(DISTANCES.values())
 
 Entry = dict[str, Any]
+Key = tuple[str, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Group:
 class Distributions:
     """Feature statistics by (extractor, side, source modality, target modality, axis); first samples of a mask only."""
 
-    by_key: dict[tuple[str, str, str, str, str], FeatureStatistics] = field(default_factory=dict)
+    by_key: dict[Key, FeatureStatistics] = field(default_factory=dict)
+    # Groups often hold the same items (one axis, one modality), and a distance is costly.
+    _entries: dict[tuple[tuple[Key, ...], ...], Entry | None] = field(default_factory=dict)
 
     def add(self, result: ChunkResult, groups: list[tuple[str, str, str]], first: np.ndarray) -> None:
         """Take in a chunk; `groups` (source, target, axis) of its items, `first` whether seed_index is 0."""
@@ -68,8 +72,20 @@ class Distributions:
 
     def entry(self, extractor: str, real: Group, gen: Group) -> Entry | None:
         """Distance between two groups; None when either has fewer than two samples."""
-        first, second = (self._merged(extractor, side, group) for side, group in zip(SIDES, (real, gen), strict=True))
-        if first is None or second is None or min(first.count, second.count) < 2:
+        members = tuple(self._members(extractor, side, group) for side, group in zip(SIDES, (real, gen), strict=True))
+        if members not in self._entries:
+            self._entries[members] = self._measure(*members)
+        entry = self._entries[members]
+        return None if entry is None else dict(entry)
+
+    def _members(self, extractor: str, side: str, group: Group) -> tuple[Key, ...]:
+        return tuple(k for k in sorted(self.by_key) if k[:2] == (extractor, side) and group.holds(*k[2:]))
+
+    def _measure(self, real: tuple[Key, ...], gen: tuple[Key, ...]) -> Entry | None:
+        if not real or not gen:
+            return None
+        first, second = (reduce(FeatureStatistics.merge, (self.by_key[k] for k in keys)) for keys in (real, gen))
+        if min(first.count, second.count) < 2:
             return None
         return {
             "value": frechet_distance(first, second),
@@ -80,13 +96,6 @@ class Distributions:
             "unit": "1",
             "better": "lower",
         }
-
-    def _merged(self, extractor: str, side: str, group: Group) -> FeatureStatistics | None:
-        total: FeatureStatistics | None = None
-        for key in sorted(self.by_key):
-            if key[:2] == (extractor, side) and group.holds(*key[2:]):
-                total = self.by_key[key] if total is None else total.merge(self.by_key[key])
-        return total
 
 
 @dataclass
@@ -189,6 +198,30 @@ def scalars(summary: dict[str, Any]) -> dict[str, float]:
             flat |= {f"{prefix}{group}/{name}": entry["value"] for name, entry in entries.items()}
     flat |= {f"diversity/{name}": entry["value"] for name, entry in summary["diversity"].get("metrics", {}).items()}
     return flat
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """The headline metrics as text: a row a metric, a column a modality, 95 % intervals in brackets."""
+    columns = {"all": summary["metrics"], **summary["by_modality"]}
+    rows = [["", *(f"{name} (n={_most_samples(entries)})" for name, entries in columns.items())]]
+    rows += [
+        [metric, *(_cell(entries.get(metric)) for entries in columns.values())]
+        for metric in (*HEADLINE_METRICS, *DISTANCES.values())
+        if any(metric in entries for entries in columns.values())
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _most_samples(entries: dict[str, Entry]) -> int:
+    return max((entry["n"] for entry in entries.values()), default=0)
+
+
+def _cell(entry: Entry | None) -> str:
+    if entry is None:
+        return "-"
+    interval = entry.get("ci95")
+    return f"{entry['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 class _Groups:

@@ -1,0 +1,62 @@
+# `make help` lists the targets. Each installs into .venv first where that is missing or out of date.
+#
+#   make demo PYTHON=python3.12      another interpreter
+#   make test EXTRAS=dev,cuda,fid    other extras of pyproject.toml
+#   make test ARGS="-k shards -x"    arguments for pytest, or for the command of another target
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+# A name on the PATH may be a version manager's stub that runs nothing, so each candidate has to prove itself.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then echo $$p; break; fi; done)
+EXTRAS ?= dev$(shell nvidia-smi -L >/dev/null 2>&1 && echo ,cuda)
+
+.PHONY: help install demo test lint bench clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(STAMP) ## install into .venv
+
+demo: $(STAMP) ## the whole line on synthetic CT and MR, from volumes to a report, in ten minutes on two cores
+	$(BIN)/segdiff demo $(ARGS)
+
+test: $(STAMP) ## all tests, on the real engines
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP) ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## measure kernels, loader, training and sampling on this machine, into benchmarks/results
+	@for script in kernels/benchmarks/*.py benchmarks/*.py; do \
+		[ -e "$$script" ] || continue; \
+		echo "$$script"; \
+		$(BIN)/python "$$script" --json "benchmarks/results/$$(basename "$$script" .py)-$$(hostname).json" $(ARGS); \
+	done
+
+clean: ## remove build products and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "error: Python 3.11 or 3.12 not found; name one with PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@command -v "$${CXX:-g++}" >/dev/null || { \
+		echo "error: g++ not found; DeepSpeed compiles a collective with it (Debian: apt-get install g++)" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { \
+		echo "error: $(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@header="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h"; \
+		[ -f "$$header" ] || { echo "error: $$header not found (Debian: apt-get install python3-dev)" >&2; exit 1; }
+	@# torch on its own and first: a build that is at hand is taken before anything else asks for a range of versions.
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m segdiff_dist.doctor --build-ops
+	@touch $@

@@ -1,0 +1,13 @@
+"""Measure a run's images: `segdiff evaluate` as a script.
+
+    python launch/evaluate.py --run runs/ct_axial
+
+Writes RUN/evaluation: samples.parquet, summary.json, figures and report.html.
+"""
+
+import sys
+
+from segdiff_dist.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,14 @@
+"""Volumes to shards: `segdiff prepare` as a script.
+
+    python launch/prepare.py data/amos22 data/shards --config launch/configs/ct_axial.yaml
+
+Volumes are read on Ray: on this machine, or on the cluster of launch/cluster/ray.yaml with
+`--prepare.ray-address auto`. Started again, it reads only what is missing.
+"""
+
+import sys
+
+from segdiff_dist.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["prepare", *sys.argv[1:]]))

@@ -1,0 +1,16 @@
+"""Train the denoiser: `segdiff train` as a script, for DeepSpeed's launcher.
+
+    python launch/train.py --config launch/configs/ct_axial.yaml                      # one process
+    deepspeed launch/train.py --config launch/configs/ct_axial.yaml                   # every GPU of this machine
+    deepspeed --num_accelerators 2 launch/train.py --config ...                       # two ranks, also on the CPU
+    deepspeed --hostfile launch/cluster/hostfile launch/train.py --config ...         # several machines
+
+launch/cluster/train.slurm does the last under Slurm. Started again, it resumes from the newest complete checkpoint.
+"""
+
+import sys
+
+from segdiff_dist.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["train", *sys.argv[1:]]))

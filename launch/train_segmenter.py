@@ -1,0 +1,14 @@
+"""Train the auxiliary segmenter that judges the images: `segdiff train-segmenter` as a script.
+
+    python launch/train_segmenter.py --config launch/configs/ct_axial.yaml
+    deepspeed launch/train_segmenter.py --config launch/configs/ct_axial.yaml         # every GPU of this machine
+
+It uses the denoiser's shards: trained on the train split, chosen on the validation split.
+"""
+
+import sys
+
+from segdiff_dist.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["train-segmenter", *sys.argv[1:]]))

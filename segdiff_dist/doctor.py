@@ -1,0 +1,405 @@
+"""`segdiff doctor`: what this machine can run; for each engine, what was found, what is used instead, how to get it.
+
+It looks at what is installed and at the few engines whose presence proves nothing until they have been started: torch
+and its GPUs, DALI, DeepSpeed's compiled collective. Nothing here runs during training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from data_shards import __version__
+
+State = Literal["ok", "instead", "missing"]
+
+_DISTRIBUTION = "segdiff-dist"
+_GIB = 1024**3
+# What `segdiff demo` may take, by its own test.
+_DEMO_GIB = 6.0
+# Engines with a row of their own; every other requirement of the distribution is one of "other libraries".
+_SHOWN = (
+    ("diffusers", "diffusers", "the denoiser and its schedulers"),
+    ("Ray", "ray", "prepare, sample and evaluate fan out on it"),
+    ("MLflow", "mlflow", "tracking"),
+    ("WebDataset", "webdataset", "shards are written with it"),
+    ("Zarr", "zarr", "generated images are stored with it"),
+    ("MONAI", "monai", "resampling, the auxiliary segmenter, surface Dice"),
+    ("torchmetrics", "torchmetrics", "image metrics"),
+)
+_PROBED = ("torch", "deepspeed", "nvidia-dali-cuda130", "triton", "ninja")
+_OP = "deepspeed_shm_comm"
+# A build takes two minutes on a slow machine; a lock older than this was left by a process that was killed.
+_STALE_LOCK_S = 600.0
+_GET_COMPILER = "install g++, ninja and Python's headers (Debian: apt-get install g++ ninja-build python3-dev)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report. `ok`: as intended; `instead`: a fallback is used; `missing`: it must be put right."""
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """What torch says of NVIDIA GPUs."""
+
+    names: tuple[str, ...] = ()
+    memory_gib: tuple[float, ...] = ()
+
+
+def main(argv: list[str]) -> int:
+    """Print the report; 0 when the pipeline can run here, 1 when something it needs is missing."""
+    parser = argparse.ArgumentParser(prog="segdiff doctor", description="Say what this machine can run.")
+    parser.add_argument(
+        "--build-ops",
+        action="store_true",
+        help="compile what DeepSpeed needs for several ranks on the CPU now, rather than on their first run",
+    )
+    if parser.parse_args(argv).build_ops:
+        return _build_ops()
+    gpus, torch_rows = _torch()
+    sections = (
+        ("machine", [*_machine(), *_gpu(gpus)]),
+        ("engines", [*torch_rows, *_deepspeed(), _dali(gpus), *_libraries(), _attention(gpus), _triton(gpus), _fid()]),
+    )
+    print(f"segdiff {__version__}\n")
+    print(format_report(sections))
+    missing = [row for _, rows in sections for row in rows if row.state == "missing"]
+    if missing:
+        print(f"\n{len(missing)} missing: {', '.join(row.name for row in missing)}")
+        return 1
+    print("\nThis machine can run the whole pipeline.")
+    return 0
+
+
+def format_report(sections: Iterable[tuple[str, list[Row]]]) -> str:
+    """The rows as aligned columns; each remedy stands on a line of its own under what it remedies."""
+    sections = list(sections)
+    width = max(len(row.name) for _, rows in sections for row in rows)
+    lines: list[str] = []
+    for title, rows in sections:
+        lines += ["", title] if lines else [title]
+        for row in rows:
+            lines.append(f"  {row.name:<{width}}  {row.state:<7}  {row.found}")
+            if row.remedy:
+                lines.append(f"  {'':<{width}}  {'':<7}  -> {row.remedy}")
+    return "\n".join(lines)
+
+
+def _machine() -> list[Row]:
+    system, machine = platform.system(), platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rows = [
+        Row("platform", "ok", f"{system} {machine}")
+        if (system, machine) == ("Linux", "x86_64")
+        else Row(
+            "platform",
+            "missing",
+            f"{system} {machine}: DALI, Triton and xformers are used on Linux x86-64 alone, so train and "
+            "train-segmenter cannot run",
+            "use a Linux x86-64 machine, a container or WSL 2",
+        ),
+        Row("Python", "ok", f"{platform.python_version()} in {sys.prefix}")
+        if (3, 11) <= sys.version_info < (3, 13)
+        else Row("Python", "missing", platform.python_version(), "use Python 3.11 or 3.12"),
+        Row("cores", "ok", str(cores)),
+    ]
+    memory = _memory_gib()
+    if memory is not None:
+        enough = memory >= _DEMO_GIB
+        rows.append(
+            Row(
+                "memory",
+                "ok" if enough else "instead",
+                f"{memory:.1f} GiB",
+                "" if enough else f"the demo needs up to {_DEMO_GIB:.0f} GiB; use a smaller config",
+            )
+        )
+    rows.append(Row("disk", "ok", f"{shutil.disk_usage('.').free / _GIB:.0f} GiB free here"))
+    return rows
+
+
+def _memory_gib() -> float | None:
+    """Memory this process may use: the machine's, or its container's where that is less."""
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cgroup = Path("/sys/fs/cgroup/memory.max")
+    if cgroup.is_file() and (text := cgroup.read_text().strip()).isdigit():
+        limit = min(limit, int(text))
+    return limit / _GIB
+
+
+def _gpu(gpus: Gpus) -> list[Row]:
+    if not gpus.names:
+        return [Row("GPU", "instead", "none that torch can use: everything runs on the CPU")]
+    return [
+        Row(f"GPU {i}", "ok", f"{name}, {memory:.0f} GiB")
+        for i, (name, memory) in enumerate(zip(gpus.names, gpus.memory_gib, strict=True))
+    ]
+
+
+def _torch() -> tuple[Gpus, list[Row]]:
+    row, works = _requirement("torch", "torch", "")
+    if not works:
+        return Gpus(), [row]
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Gpus(), [
+            Row("torch", "missing", f"{row.found}, but it does not import: {_short(error)}", _reinstall("torch"))
+        ]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    properties = [torch.cuda.get_device_properties(i) for i in range(count)]
+    gpus = Gpus(tuple(p.name for p in properties), tuple(p.total_memory / _GIB for p in properties))
+    build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
+    blind = shutil.which("nvidia-smi") is not None and not count
+    return gpus, [
+        Row(
+            "torch",
+            "instead" if blind else "ok",
+            f"{torch.__version__}, {build}" + (", which sees none of this machine's GPUs" if blind else ""),
+            "install torch's CUDA build and a driver that is new enough for it" if blind else "",
+        )
+    ]
+
+
+def _deepspeed() -> list[Row]:
+    row, works = _requirement("DeepSpeed", "deepspeed", "sharded mixed-precision training")
+    return [row, _collective()] if works else [row]
+
+
+def _collective() -> Row:
+    """The op that DeepSpeed compiles before several ranks on one machine's CPU can talk to each other."""
+    name = "CPU collective"
+    folder = _op_folder()
+    if folder is not None and (folder / f"{_OP}.so").is_file():
+        return Row(name, "ok", f"built, in {folder}")
+    absent = _compiler_problems()
+    if absent:
+        return Row(
+            name,
+            "instead",
+            f"not built and cannot be: {' and '.join(absent)} missing; on the CPU only one rank can train",
+            f"{_GET_COMPILER}, then segdiff doctor --build-ops",
+        )
+    return Row(
+        name,
+        "instead",
+        "not built: DeepSpeed compiles it on the first run of several ranks on the CPU, in one or two minutes",
+        "segdiff doctor --build-ops",
+    )
+
+
+def _compiler_problems() -> list[str]:
+    checks: tuple[tuple[str, Callable[[], bool]], ...] = (
+        ("g++", lambda: shutil.which(os.environ.get("CXX", "g++")) is not None),
+        ("ninja", lambda: find_spec("ninja") is not None or shutil.which("ninja") is not None),
+        ("Python.h", lambda: (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()),
+    )
+    return [name for name, there in checks if not there()]
+
+
+def _op_folder() -> Path | None:
+    """Where torch keeps this op once it is compiled; None where torch cannot be imported."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None
+    # torch.utils.cpp_extension names the folders below its root so, and has no public function to ask.
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is not None:
+        return Path(root) / _OP
+    from torch.utils.cpp_extension import get_default_build_root
+
+    build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    return Path(get_default_build_root()) / f"{python}_{build}" / _OP
+
+
+def _dali(gpus: Gpus) -> Row:
+    row, works = _requirement("DALI", "nvidia-dali-cuda130", "")
+    if not works:
+        return row
+    try:
+        _run_dali()
+    except (ImportError, OSError, RuntimeError) as error:
+        return Row(
+            "DALI", "missing", f"{row.found}, but a pipeline fails: {_short(error)}", _reinstall("nvidia-dali-cuda130")
+        )
+    return Row("DALI", "ok", f"{row.found}, {'GPU' if gpus.names else 'CPU'} backend")
+
+
+def _run_dali() -> None:
+    """Build and run the smallest pipeline on the CPU backend, which the GPU's needs too."""
+    import numpy as np
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali.types import Constant
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def crop() -> object:
+        return fn.crop(Constant(np.zeros((4, 4, 1), np.uint8), device="cpu"), crop=(2, 2))
+
+    pipeline = crop()
+    pipeline.build()
+    (output,) = pipeline.run()
+    assert output.at(0).shape == (2, 2, 1), "DALI's crop returned another shape than it was asked for"
+
+
+def _libraries() -> list[Row]:
+    rows = [_requirement(name, distribution, use)[0] for name, distribution, use in _SHOWN]
+    told = {distribution for _, distribution, _ in _SHOWN} | set(_PROBED)
+    try:
+        requirements = metadata.requires(_DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return [*rows, Row(_DISTRIBUTION, "missing", "not installed", "pip install -c constraints.txt -e .")]
+    from packaging.requirements import Requirement
+
+    others = [
+        r.name
+        for r in map(Requirement, requirements)
+        if r.name not in told and (r.marker is None or r.marker.evaluate({"extra": ""}))
+    ]
+    wrong = [row for name in others for row, works in [_requirement(name, name, "")] if not works]
+    return rows + (wrong or [Row("other libraries", "ok", f"all {len(others)}")])
+
+
+def _attention(gpus: Gpus) -> Row:
+    version = _version("xformers")
+    if not gpus.names:
+        return Row("xformers", "instead", "needs an NVIDIA GPU: attention runs on torch's scaled_dot_product_attention")
+    if version is None:
+        return Row(
+            "xformers",
+            "instead",
+            "not installed: attention runs on torch's scaled_dot_product_attention",
+            _extra("cuda"),
+        )
+    return Row("xformers", "ok", version)
+
+
+def _triton(gpus: Gpus) -> Row:
+    row, works = _requirement("Triton", "triton", "fused kernels")
+    if works and not gpus.names:
+        return Row("Triton", "instead", f"{row.found}: without a GPU their torch references run in their place")
+    return row
+
+
+def _fid() -> Row:
+    from segdiff_dist.evaluation.inception import WEIGHTS_FILE, downloaded_weights
+
+    absent = [name for name in ("torch-fidelity", "torchvision") if _version(name) is None]
+    if absent:
+        return Row(
+            "FID",
+            "instead",
+            f"{' and '.join(absent)} not installed: segmenter_frechet is reported, and FID is not",
+            _extra("fid"),
+        )
+    weights = downloaded_weights() if _version("torch") else None
+    if weights is None or not weights.is_file():
+        return Row(
+            "FID",
+            "instead",
+            "its Inception weights are not here: segmenter_frechet is reported, and FID is not",
+            f"set evaluate.fid_weights to 'download', or to the path of {WEIGHTS_FILE}",
+        )
+    return Row("FID", "ok", f"torch-fidelity {_version('torch-fidelity')}, weights in {weights}")
+
+
+def _extra(name: str) -> str:
+    return f"pip install -c constraints.txt -e '.[{name}]'"
+
+
+def _reinstall(distribution: str) -> str:
+    return f"pip install --force-reinstall --no-deps -c constraints.txt {distribution}"
+
+
+def _requirement(name: str, distribution: str, use: str) -> tuple[Row, bool]:
+    """The row of something the pipeline cannot do without, and whether it is there in a version that fits."""
+    version = _version(distribution)
+    what = f": {use}" if use else ""
+    if version is None:
+        return Row(name, "missing", f"not installed{what}", f"pip install -c constraints.txt {distribution}"), False
+    wanted = _wanted(distribution)
+    if wanted is not None and not wanted[1]:
+        remedy = f"pip install -c constraints.txt '{distribution}{wanted[0]}'"
+        return Row(name, "missing", f"{version} does not fit {wanted[0]}{what}", remedy), False
+    return Row(name, "ok", version), True
+
+
+def _wanted(distribution: str) -> tuple[str, bool] | None:
+    """The range this distribution asks for, and whether the installed version lies in it; None where it names none."""
+    try:
+        from packaging.requirements import Requirement
+
+        for requirement in map(Requirement, metadata.requires(_DISTRIBUTION) or []):
+            if requirement.name == distribution and requirement.specifier:
+                fits = requirement.specifier.contains(metadata.version(distribution), prereleases=True)
+                return str(requirement.specifier), fits
+    except (ImportError, metadata.PackageNotFoundError):
+        pass
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _build_ops() -> int:
+    """Compile DeepSpeed's CPU collective, unless that is done already."""
+    absent = _compiler_problems()
+    if absent:
+        print(f"error: cannot compile: {' and '.join(absent)} missing", file=sys.stderr)
+        print(_GET_COMPILER, file=sys.stderr)
+        return 1
+    folder = _op_folder()
+    if folder is None:
+        print("error: torch does not import; see segdiff doctor", file=sys.stderr)
+        return 1
+    drop_stale_lock(folder)
+    os.environ.update(DS_ACCELERATOR="cpu", DS_LOG_LEVEL="warning")
+    started = time.perf_counter()
+    try:
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        ShareMemCommBuilder().load(verbose=False)
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"error: {_OP} did not compile: {_short(error)}", file=sys.stderr)
+        return 1
+    print(f"{_OP}: ready in {folder} ({time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+def drop_stale_lock(folder: Path) -> None:
+    """Remove the lock of a build that was killed: torch would wait on it for ever."""
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > _STALE_LOCK_S:
+        lock.unlink()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

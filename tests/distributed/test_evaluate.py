@@ -1,0 +1,181 @@
+"""`evaluate` on real engines: Ray, MONAI's U-Net, Zarr, Parquet, matplotlib; and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_shards.labels import AMOS, LabelTable
+from data_shards.problems import InputProblems
+from segdiff_dist.evaluation.job import EvaluateConfig, EvaluationFailed, evaluate
+
+# Each worker takes a chunk of 64 items: with this many there are two chunks and something to merge.
+NUM_MASKS = 24
+QUICK: dict[str, Any] = {"bootstrap_samples": 50, "batch_size": 7, "device": "cpu"}
+
+
+def write_segmenter(weights: Path, table: LabelTable = AMOS) -> None:
+    """An untrained segmenter: its labels mean nothing, but are the same every time."""
+    import torch
+
+    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+
+    config = SegmenterConfig(channels=(8, 8, 8))
+    torch.manual_seed(0)
+    save_segmenter(weights, SegmenterNet(config, table.num_classes).state_dict(), config, table)
+
+
+def write_samples(run: Path, shapes: Path) -> None:
+    """Headline, diversity (three a mask) and cross-modality items; the "generated" images are noisy real ones."""
+    import pyarrow as pa
+
+    from data_shards.shards import ShardSet
+    from segdiff_dist.sample_store import SampleStore
+
+    shards = ShardSet.open(shapes)
+    items: list[dict[str, Any]] = []
+    for row in shards.select(split="test")[:NUM_MASKS]:
+        meta = shards.meta(int(row))
+        other = "MR" if meta.modality == "CT" else "CT"
+        for target, seed_index in ((meta.modality, 0), (meta.modality, 1), (meta.modality, 2), (other, 0)):
+            items.append(
+                {
+                    "item_id": len(items),
+                    "row": int(row),
+                    "key": meta.key,
+                    "case_id": meta.case_id,
+                    "source_modality": meta.modality,
+                    "target_modality": target,
+                    "axis": meta.axis,
+                    "slice_index": meta.slice_index,
+                    "seed_index": seed_index,
+                }
+            )
+    job = {"shards": str(shapes), "shards_digest": shards.digest, "weights_digest": "0" * 64, "region_size": 10}
+    store = SampleStore.create(run / "samples", job, pa.Table.from_pylist(items), shards.size)
+    for region in store.missing_regions():
+        records = [shards.read(items[i]["row"]) for i in store.region(region)]
+        noise = [np.random.default_rng(i).normal(0, 15, (shards.size, shards.size)) for i in store.region(region)]
+        images = np.stack([(r.image_HW + n).clip(0, 255) for r, n in zip(records, noise, strict=True)])
+        store.write_region(region, images.astype(np.uint8), np.stack([r.mask_HW for r in records]))
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    write_segmenter(run / "segmenter" / "weights")
+    write_samples(run, shapes)
+    return run
+
+
+@pytest.fixture
+def run(sampled: Path, tmp_path: Path) -> Path:
+    """A run of one's own, to spoil."""
+    return Path(shutil.copytree(sampled, tmp_path / "run"))
+
+
+def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -> None:
+    import pyarrow.parquet as pq
+    import zarr
+
+    from data_shards.shards import ShardSet
+    from segdiff_dist.segmentation import Segmenter
+
+    folder = run / "evaluation"
+    outcomes = []
+    for num_workers in (2, 1):
+        summary = evaluate(run, EvaluateConfig(num_workers=num_workers, **QUICK), progress=False)
+        assert json.loads((folder / "summary.json").read_text()) == summary
+        predictions = zarr.open_group(folder / "predictions.zarr", mode="r")
+        outcomes.append((summary, np.asarray(predictions["gen"]), np.asarray(predictions["real"])))
+    (summary, generated, real), (again, *maps) = outcomes
+    assert summary == again
+    np.testing.assert_array_equal(generated, maps[0])
+    np.testing.assert_array_equal(real, maps[1])
+
+    rows = pq.read_table(folder / "samples.parquet").to_pydict()
+    headline = np.array(rows["headline"])
+    assert headline.sum() == summary["num_samples"] == NUM_MASKS
+    assert np.isnan(np.array(rows["psnr_db"])[~headline]).all()
+    assert summary["metrics"]["psnr_db"]["value"] == pytest.approx(np.array(rows["psnr_db"])[headline].mean())
+    assert summary["diversity"]["num_masks"] == NUM_MASKS
+    assert set(summary["cross_modality"]) == {"CT_to_MR", "MR_to_CT"}
+    assert set(summary["not_available"]) == {"fid"}
+    # Noise of 15 grey values, less what clipping takes away.
+    assert 10 < summary["diversity"]["metrics"]["pixel_std"]["value"] < 15
+
+    # The stored label maps are the segmenter's, told the modality that the image was made in.
+    import torch
+
+    from data_shards.records import MODALITIES
+    from segdiff_dist.sample_store import SampleStore
+
+    segmenter = Segmenter.load(run / "segmenter" / "weights")
+    assert summary["provenance"]["segmenter_sha256"] == segmenter.weights_sha256
+    assert summary["provenance"]["shards_digest"] == ShardSet.open(shapes).digest
+    images = torch.from_numpy(np.asarray(SampleStore.open(run / "samples").image[:4]))
+    modality = torch.tensor([MODALITIES.index(m) for m in rows["target_modality"][:4]])
+    np.testing.assert_array_equal(generated[:4], segmenter.predict(images, modality).numpy())
+    _check_pages(folder)
+
+
+def _check_pages(folder: Path) -> None:
+    figures = json.loads((folder / "figures" / "index.json").read_text())
+    names = {Path(figure["file"]).stem for figure in figures}
+    assert {
+        "gallery_ct",
+        "gallery_mr",
+        "diversity",
+        "cross_modality",
+        "modalities_from_ct",
+        "modalities_from_mr",
+    } < names
+    assert {"dice_by_organ", "grey_values", "clipping"} < names
+    html = (folder / "report.html").read_text()
+    assert all(figure["title"] in html for figure in figures)
+    assert not list(folder.glob("*.partial"))
+
+
+def refused(run: Path, config: EvaluateConfig) -> str:
+    with pytest.raises(InputProblems) as caught:
+        evaluate(run, config, progress=False)
+    assert not (run / "evaluation").exists()
+    return str(caught.value)
+
+
+def test_everything_wrong_is_said_at_once(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "segmenter")
+    done = run / "samples" / "done" / "000001"
+    done.unlink()
+    text = refused(run, EvaluateConfig(num_workers=0, fid_weights=tmp_path / "no.pth"))
+    assert "evaluate.num_workers: 0" in text
+    assert "no.pth: no such file" in text
+    assert "segdiff train-segmenter" in text
+    assert "10 of 96 not made yet" in text
+
+
+def test_a_segmenter_of_another_label_table_is_refused(run: Path) -> None:
+    write_segmenter(run / "segmenter" / "weights", LabelTable("other", ("background", "liver")))
+    assert "segmenter 'other', shard set 'amos'" in refused(run, EvaluateConfig(**QUICK))
+
+
+def test_other_shards_than_sampled_from_are_refused(run: Path) -> None:
+    job = json.loads((run / "samples" / "job.json").read_text())
+    (run / "samples" / "job.json").write_text(json.dumps(job | {"shards_digest": "1" * 64}))
+    assert "not the shard set sampled from" in refused(run, EvaluateConfig(**QUICK))
+
+
+def test_items_that_cannot_be_read_are_named_and_nothing_is_written(run: Path) -> None:
+    # A Zarr shard whose bytes are gone: its checksum no longer fits.
+    [first, *_] = sorted(
+        path for path in (run / "samples" / "images.zarr" / "image" / "c").rglob("*") if path.is_file()
+    )
+    first.write_bytes(first.read_bytes()[:-40] + bytes(40))
+    with pytest.raises(EvaluationFailed, match="items 0 to 63"):
+        evaluate(run, EvaluateConfig(num_workers=1, **QUICK), progress=False)
+    assert not (run / "evaluation" / "summary.json").exists()

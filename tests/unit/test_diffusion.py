@@ -1,0 +1,83 @@
+"""The diffusion mathematics against diffusers and against cases with a known answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from segdiff_dist.diffusion import (
+    DiffusionConfig,
+    SamplerConfig,
+    ddim_sample,
+    make_scheduler,
+    prediction_target,
+    q_sample,
+    to_model_range,
+    to_uint8,
+)
+
+
+def test_q_sample_and_v_agree_with_diffusers() -> None:
+    torch.manual_seed(0)
+    config = DiffusionConfig(prediction_type="v")
+    scheduler = make_scheduler(config)
+    x_0, noise, t = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
+    a = scheduler.alphas_cumprod[t]
+    torch.testing.assert_close(q_sample(x_0, noise, a), scheduler.add_noise(x_0, noise, t))
+    torch.testing.assert_close(prediction_target("v", x_0, noise, a), scheduler.get_velocity(x_0, noise, t))
+
+
+def test_zero_terminal_snr_ends_in_pure_noise() -> None:
+    x_0, noise = torch.ones(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    for zero, expected in ((True, 0.0), (False, 1.0)):
+        config = DiffusionConfig(prediction_type="v", zero_terminal_snr=zero)
+        a = make_scheduler(config).alphas_cumprod[-1:]
+        left = (q_sample(x_0, noise, a) - noise).abs().max()
+        assert (left < 1e-4) == (expected == 0.0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_with_a_perfect_network_returns_the_image(prediction: str, spacing: str) -> None:
+    """If the network always knows x_0, eta 0 must arrive at it, whatever it predicts."""
+    torch.manual_seed(0)
+    zero_snr = prediction != "epsilon"
+    config = DiffusionConfig(prediction_type=prediction, zero_terminal_snr=zero_snr)  # type: ignore[arg-type]
+    sampler = SamplerConfig(num_steps=10, timestep_spacing=spacing)  # type: ignore[arg-type]
+    x_0, scheduler = torch.rand(3, 1, 8, 8) * 1.8 - 0.9, make_scheduler(config, sampler)
+
+    def perfect(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = scheduler.alphas_cumprod[t]
+        a4 = a[:, None, None, None]
+        noise = (x_t - a4.sqrt() * x_0) / (1 - a4).sqrt()
+        return prediction_target(prediction, x_0, noise, a)
+
+    torch.testing.assert_close(
+        ddim_sample(perfect, scheduler, torch.randn_like(x_0), sampler), x_0, atol=2e-3, rtol=0
+    )
+
+
+def test_eta_uses_the_noise_it_is_given() -> None:
+    config, sampler = DiffusionConfig(prediction_type="v"), SamplerConfig(num_steps=4, eta=1.0)
+    start = torch.randn(2, 1, 8, 8)
+
+    def run(seed: int) -> torch.Tensor:
+        def noise(step: int) -> torch.Tensor:
+            return torch.randn(start.shape, generator=torch.Generator().manual_seed(seed + step))
+
+        return ddim_sample(lambda x, t: x * 0.1, make_scheduler(config, sampler), start, sampler, noise)
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(100))
+
+
+def test_uint8_there_and_back() -> None:
+    image = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    x = to_model_range(image)
+    assert (float(x.min()), float(x.max())) == (-1.0, 1.0)
+    assert torch.equal(to_uint8(x), image)
+
+
+def test_epsilon_with_zero_terminal_snr_is_refused() -> None:
+    assert DiffusionConfig(zero_terminal_snr=True).problems()[0].field == "diffusion.zero_terminal_snr"
+    assert DiffusionConfig().problems() == []

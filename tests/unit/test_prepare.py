@@ -1,0 +1,295 @@
+"""From an AMOS folder to a shard set: right, repeatable, resumable, and losing only the volumes that are bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_shards.fan_out import ray_session
+from data_shards.intensity import restore
+from data_shards.labels import AMOS
+from data_shards.prepare import PrepareConfig, find_problems, prepare
+from data_shards.problems import InputProblems
+from data_shards.shards import ShardSet
+
+CONFIG = PrepareConfig(size=32, slice_stride=7, samples_per_shard=40, num_workers=1)
+BODY = AMOS.body_id
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    """Ray takes seconds to start: once for all of these."""
+    with ray_session():
+        yield
+
+
+def _bytes(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_slices_hold_what_the_volumes_hold(archive, tmp_path: Path) -> None:
+    report = prepare(archive.root, tmp_path / "set", CONFIG)
+    shards = ShardSet.open(tmp_path / "set", verify=True)
+    assert (report.num_cases, report.failed, report.skipped_done) == (6, (), False)
+    assert report.num_samples == len(shards)
+    # 93 x 77 x 46 mm, every seventh of them from the fourth on.
+    row_of = {key: row for row, key in enumerate(shards.samples["key"].to_pylist())}
+    assert len(row_of) == 6 * (len(range(3, 46, 7)) + len(range(3, 77, 7)) + len(range(3, 93, 7)))
+    record = shards.read(row_of["amos_0001-axial-0024"])
+    hu = restore(record.image_HW, record.meta.intensity_scale, record.meta.intensity_offset)
+    for organ, expected in ((6, 70), (1, 120)):
+        assert np.median(hu[record.mask_HW == organ]) == pytest.approx(expected, abs=10)
+    assert np.median(hu[record.mask_HW == BODY]) == pytest.approx(20, abs=3)
+    assert (hu[record.mask_HW == 0] < -200).mean() > 0.85  # the rest is skin, half air
+    assert record.meta.labels_present == (1, 6, BODY)
+    assert (record.meta.modality, record.meta.split, record.meta.labelled) == ("CT", "train", True)
+    # The liver lies to the patient's right: on the image's left.
+    columns = {organ: np.nonzero(record.mask_HW == organ)[1].mean() for organ in (6, 1)}
+    assert columns[6] < columns[1]
+
+
+def test_samples_are_ordered_by_split_case_axis_and_slice(archive, tmp_path: Path) -> None:
+    prepare(archive.root, tmp_path / "set", CONFIG)
+    samples = ShardSet.open(tmp_path / "set").samples.to_pylist()
+    places = [
+        (
+            ("train", "val", "test").index(s["split"]),
+            s["case_id"],
+            ("axial", "coronal", "sagittal").index(s["axis"]),
+            s["slice_index"],
+        )
+        for s in samples
+    ]
+    assert places == sorted(places)
+
+
+def test_an_unlabelled_case_is_body_alone(archive, tmp_path: Path) -> None:
+    prepare(archive.root, tmp_path / "set", CONFIG)
+    shards = ShardSet.open(tmp_path / "set")
+    rows = [row for row, case in enumerate(shards.samples["case_id"].to_pylist()) if case == "amos_0003"]
+    assert rows
+    assert not any(shards.meta(row).labelled for row in rows)
+    assert set().union(*(np.unique(shards.read(row).mask_HW).tolist() for row in rows)) == {0, BODY}
+    assert set(rows).isdisjoint(shards.select().tolist())
+
+
+@pytest.mark.parametrize("codec", ["raw", "png"])
+def test_same_input_gives_the_same_bytes_however_many_workers(archive, tmp_path: Path, codec: str) -> None:
+    for name, num_workers in (("one", 1), ("two", 2)):
+        prepare(
+            archive.root, tmp_path / name, PrepareConfig(size=32, slice_stride=9, codec=codec, num_workers=num_workers)
+        )
+    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
+
+
+def test_the_same_command_again_does_nothing(archive, tmp_path: Path) -> None:
+    first = prepare(archive.root, tmp_path / "set", CONFIG)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "set").rglob("*")}
+    again = prepare(archive.root, tmp_path / "set", CONFIG)
+    assert again.skipped_done
+    assert (again.num_samples, again.num_cases) == (first.num_samples, first.num_cases)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "set").rglob("*")} == times
+
+
+def test_modalities_axes_and_empty_slices_can_be_left_out(archive, tmp_path: Path) -> None:
+    config = PrepareConfig(axes=("sagittal",), modalities=("MR",), size=32, min_labelled_pixels=1, num_workers=2)
+    prepare(archive.root, tmp_path / "set", config)
+    shards = ShardSet.open(tmp_path / "set")
+    assert set(shards.samples["axis"].to_pylist()) == {"sagittal"}
+    assert set(shards.samples["modality"].to_pylist()) == {"MR"}
+    assert all({1, 6} & set(present) for present in shards.samples["labels_present"].to_pylist())
+
+
+def _refusal(archive_root: Path, out: Path, config: PrepareConfig = CONFIG) -> str:
+    with pytest.raises(InputProblems) as caught:
+        prepare(archive_root, out, config)
+    return str(caught.value)
+
+
+def test_another_config_is_refused_key_by_key(archive, tmp_path: Path) -> None:
+    prepare(archive.root, tmp_path / "set", CONFIG)
+    message = _refusal(archive.root, tmp_path / "set", PrepareConfig(size=16, slice_stride=7, codec="png"))
+    assert "size: made with 32, asked for 16" in message
+    assert "codec: made with 'raw', asked for 'png'" in message
+    assert "slice_stride" not in message
+
+
+def test_another_source_is_refused(archive, tmp_path: Path) -> None:
+    prepare(archive.root, tmp_path / "set", CONFIG)
+    archive.edit(lambda d: d["test"].pop())
+    assert "source of amos_0504" in _refusal(archive.root, tmp_path / "set")
+
+
+def test_a_folder_that_holds_something_else_is_refused(archive, tmp_path: Path) -> None:
+    assert "holds dataset.json" in _refusal(archive.root, archive.root)
+    prepare(archive.root, tmp_path / "set", CONFIG)
+    (tmp_path / "set" / "index.json").unlink()
+    assert "holds shards of something else" in _refusal(archive.root, tmp_path / "set")
+    (tmp_path / "file").touch()
+    assert "is a file" in _refusal(archive.root, tmp_path / "file")
+
+
+def test_files_of_others_are_left_alone(archive, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mlflow.db").write_text("a tracker was here first")
+    prepare(archive.root, tmp_path / "set", CONFIG)
+    assert (tmp_path / "set" / "mlflow.db").read_text() == "a tracker was here first"
+
+
+def test_config_and_archive_faults_are_told_together_before_work_starts(archive, tmp_path: Path) -> None:
+    (archive.root / "imagesTr/amos_0001.nii.gz").unlink()
+    config = PrepareConfig(
+        axes=("axial", "oblique"), size=4, spacing_mm=0, codec="jpg", hu_window=(5.0, 5.0), mr_percentiles=(1.0, 101.0)
+    )
+    found = find_problems(archive.root, tmp_path / "set", config)
+    assert [p.field for p in found] == ["axes", "codec", "size", "spacing_mm", "hu_window", "mr_percentiles", "file"]
+    assert not (tmp_path / "set").exists()
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
+def _bad_checksum(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-6] ^= 255
+    file.write_bytes(content)
+
+
+def _spoil_voxels(archive, kept: Path) -> dict[str, str]:
+    """Four cases whose headers are good and whose voxels are not; the good files go to `kept`. Returns the reasons."""
+    shutil.copytree(archive.root, kept)
+    _truncate(archive.root / "imagesTr/amos_0001.nii.gz")
+    _bad_checksum(archive.root / "labelsVa/amos_0002.nii.gz")
+    voxels, label = archive.patient("MR", 501)
+    voxels = voxels.astype(np.float32)
+    voxels[3, 4, 5] = np.nan
+    archive.save(archive.root / "imagesTr/amos_0501.nii.gz", voxels)
+    label[0, 0, 0] = 99
+    archive.save(archive.root / "labelsVa/amos_0502.nii.gz", label)
+    return {"amos_0001": "truncated", "amos_0002": "CRC", "amos_0501": "NaN", "amos_0502": "label id 99"}
+
+
+def test_bad_voxels_cost_only_their_volume_and_are_tried_again(archive, tmp_path: Path) -> None:
+    out, kept = tmp_path / "set", tmp_path / "kept"
+    reasons = _spoil_voxels(archive, kept)
+    report = prepare(archive.root, out, CONFIG)
+    assert {case: reasons[case] in reason for case, _, reason in report.failed} == dict.fromkeys(reasons, True)
+    assert {file for _, file, _ in report.failed} == {
+        "imagesTr/amos_0001.nii.gz",
+        "labelsVa/amos_0002.nii.gz",
+        "imagesTr/amos_0501.nii.gz",
+        "labelsVa/amos_0502.nii.gz",
+    }
+    shards = ShardSet.open(out, verify=True)
+    assert set(shards.samples["case_id"].to_pylist()) == {"amos_0003", "amos_0504"}
+    assert [entry["case_id"] for entry in shards.index["failed"]] == sorted(reasons)
+
+    # Again, with nothing mended: the same failures, the same set.
+    before = _bytes(out)
+    assert prepare(archive.root, out, CONFIG).failed == report.failed
+    assert _bytes(out) == before
+
+    # All mended: only those four are made, and the set is that of an archive that never was bad.
+    good_partial = out / ".partial/amos_0003.npz"
+    made_at = good_partial.stat().st_mtime_ns
+    for name in ("imagesTr/amos_0001", "labelsVa/amos_0002", "imagesTr/amos_0501"):
+        shutil.copy(kept / f"{name}.nii.gz", archive.root / f"{name}.nii.gz")
+    assert [case for case, _, _ in prepare(archive.root, out, CONFIG).failed] == ["amos_0502"]
+    assert good_partial.stat().st_mtime_ns == made_at
+    shutil.copy(kept / "labelsVa/amos_0502.nii.gz", archive.root / "labelsVa/amos_0502.nii.gz")
+    mended = prepare(archive.root, out, CONFIG)
+    assert (mended.failed, mended.num_cases) == ((), 6)
+    prepare(kept, tmp_path / "clean", CONFIG)
+    assert _bytes(out) == _bytes(tmp_path / "clean")
+    assert prepare(archive.root, out, CONFIG).skipped_done
+
+
+def test_when_all_fail_there_is_no_set(archive, tmp_path: Path) -> None:
+    for file in archive.root.glob("images*/*.nii.gz"):
+        _truncate(file)
+    report = prepare(archive.root, tmp_path / "set", CONFIG)
+    assert (len(report.failed), report.num_samples) == (6, 0)
+    with pytest.raises(InputProblems, match="unfinished"):
+        ShardSet.open(tmp_path / "set")
+
+
+def test_a_constant_volume_fails(archive, tmp_path: Path) -> None:
+    archive.save(archive.root / "imagesTs/amos_0003.nii.gz", np.full(archive.shape, -1000, np.int16))
+    ((case, _, reason),) = prepare(archive.root, tmp_path / "set", CONFIG).failed
+    assert case == "amos_0003"
+    assert "every voxel is -1000" in reason
+
+
+@pytest.mark.parametrize("stop_after", [2, 6])
+def test_after_ctrl_c_the_same_command_goes_on(archive, tmp_path: Path, stop_after: int) -> None:
+    out = tmp_path / "set"
+
+    def interrupt(done: int, total: int, failed: int) -> None:
+        assert total == 6
+        assert failed == 0
+        if done == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(archive.root, out, CONFIG, progress=interrupt)
+    with pytest.raises(InputProblems, match="unfinished"):
+        ShardSet.open(out)
+    (out / ".partial" / "amos_0001.unfinished").write_bytes(b"half a volume")
+    partials = {file: file.stat().st_mtime_ns for file in (out / ".partial").glob("*.npz")}
+    assert len(partials) >= stop_after
+    (cut_short, _) = partials.popitem()
+    cut_short.write_bytes(cut_short.read_bytes()[:1000])
+    kept: dict[Path, int] = {}
+    prepare(archive.root, out, CONFIG, progress=lambda *_: kept.update({f: f.stat().st_mtime_ns for f in partials}))
+    assert kept == partials
+    prepare(archive.root, tmp_path / "clean", CONFIG)
+    assert _bytes(out) == _bytes(tmp_path / "clean")
+
+
+def test_a_changed_source_or_config_of_an_unfinished_set_is_noticed(archive, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+
+    def interrupt(done: int, *_: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(archive.root, out, CONFIG, progress=interrupt)
+    assert "size: made with 32, asked for 64" in _refusal(archive.root, out, PrepareConfig(size=64, slice_stride=7))
+    image, _ = archive.patient("CT", 77)
+    archive.save(archive.root / "imagesTr/amos_0001.nii.gz", image)
+    prepare(archive.root, out, CONFIG)
+    prepare(archive.root, tmp_path / "clean", CONFIG)
+    assert _bytes(out) == _bytes(tmp_path / "clean")
+
+
+def test_the_index_tells_how_the_set_was_made(archive, tmp_path: Path) -> None:
+    prepare(archive.root, tmp_path / "set", CONFIG)
+    index = json.loads((tmp_path / "set/index.json").read_text())
+    assert index["label_table"]["names"] == list(AMOS.names)
+    assert index["preprocessing"]["hu_window"] == [-256.0, 256.0]
+    assert "num_workers" not in index["preprocessing"]
+    assert index["source"]["amos_0003"]["label"] is None
+    assert str(tmp_path) not in json.dumps(index)
+    assert not (tmp_path / "set/.partial").exists()
+
+
+def test_stored_compression_does_not_matter(archive, tmp_path: Path) -> None:
+    """An uncompressed .nii gives the same pixels; only the source's checksum differs."""
+    prepare(archive.root, tmp_path / "zipped", CONFIG)
+    file = archive.root / "imagesTs/amos_0003.nii.gz"
+    (archive.root / "imagesTs/amos_0003.nii").write_bytes(gzip.decompress(file.read_bytes()))
+    archive.edit(lambda d: d["test"][0].update(image="./imagesTs/amos_0003.nii"))
+    prepare(archive.root, tmp_path / "plain", CONFIG)
+    zipped, plain = ShardSet.open(tmp_path / "zipped"), ShardSet.open(tmp_path / "plain")
+    for row, case in enumerate(zipped.samples["case_id"].to_pylist()):
+        if case == "amos_0003":
+            np.testing.assert_array_equal(zipped.read(row).image_HW, plain.read(row).image_HW)
+            assert zipped.meta(row).source_sha256 != plain.meta(row).source_sha256

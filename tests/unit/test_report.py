@@ -1,0 +1,221 @@
+"""summary.json from measured columns, and the page made from it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_shards.labels import AMOS
+from segdiff_dist.evaluation.report import PUBLISHED, write_report
+from segdiff_dist.evaluation.summary import Evaluated, Interval, scalars, summarise
+from segdiff_dist.evaluation.worker import ChunkResult, column_names
+
+LIVER, SPLEEN = "liver", "spleen"
+# One pixel.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def item(case: str, source: str, target: str, row: int, seed_index: int = 0) -> dict[str, Any]:
+    return {
+        "row": row,
+        "key": f"{case}-axial-{row:04d}",
+        "case_id": case,
+        "source_modality": source,
+        "target_modality": target,
+        "axis": "axial",
+        "slice_index": row,
+        "seed_index": seed_index,
+    }
+
+
+def measured(items: list[dict[str, Any]], dice_mask_gen: list[float]) -> Evaluated:
+    """Items with the Dice given; every other metric of a headline item is 0.5, and liver is the one organ."""
+    columns: dict[str, list[Any]] = {name: [i[name] for i in items] for name in items[0]}
+    columns["item_id"] = list(range(len(items)))
+    evaluated = Evaluated.empty(AMOS, columns)
+    headline = evaluated.headline
+    result = ChunkResult({name: np.full(len(items), np.nan) for name in column_names(AMOS)})
+    for name in ("psnr_db", "ssim", "dice_mask_real", "dice_real_gen", "legacy_dice_mask_real"):
+        result.columns[name][headline] = 0.5
+    result.columns["dice_mask_gen"][:] = dice_mask_gen
+    result.columns[f"dice_mask_gen/{LIVER}"][:] = dice_mask_gen
+    features = np.random.default_rng(0).normal(size=(2, len(items), 4)).astype(np.float32)
+    features[0, ~headline] = np.nan
+    result.features = {("segmenter", "real"): features[0], ("segmenter", "gen"): features[1]}
+    result.grey_counts = np.zeros((len(items), 2, 256), np.int64)
+    result.grey_counts[headline, :, 100] = 64
+    evaluated.add(0, len(items), result)
+    return evaluated
+
+
+@pytest.fixture
+def evaluated() -> Evaluated:
+    items = [
+        item("amos_0001", "CT", "CT", 0),
+        item("amos_0001", "CT", "CT", 1),
+        item("amos_0002", "CT", "CT", 2),
+        item("amos_0507", "MR", "MR", 3),
+        item("amos_0508", "MR", "MR", 4),
+        item("amos_0001", "CT", "CT", 0, seed_index=1),
+        item("amos_0001", "CT", "MR", 0),
+        item("amos_0002", "CT", "MR", 2),
+    ]
+    return measured(items, [0.9, 0.7, 0.5, 0.6, np.nan, 0.1, 0.2, 0.4])
+
+
+@pytest.fixture
+def summary(evaluated: Evaluated) -> dict[str, Any]:
+    found = summarise(evaluated, {0: 12.5}, Interval(resamples=200, seed=0))
+    found["not_available"] = {"fid": "no Inception weights were given; <get> them"}
+    found["provenance"] = {"label_table": "amos", "versions": {"torch": "2.13.0"}, "fid_weights": None}
+    return found
+
+
+class TestSummary:
+    def test_only_first_samples_in_their_own_modality_make_the_headline(self, summary):
+        assert (summary["num_samples"], summary["num_patients"]) == (5, 4)
+        dice = summary["metrics"]["dice_mask_gen"]
+        assert dice["value"] == pytest.approx((0.9 + 0.7 + 0.5 + 0.6) / 4)
+        assert (dice["n"], dice["num_left_out"], dice["num_patients"]) == (4, 1, 3)
+        low, high = dice["ci95"]
+        assert low <= dice["value"] <= high
+
+    def test_groups(self, summary):
+        assert summary["by_modality"]["CT"]["dice_mask_gen"]["value"] == pytest.approx(0.7)
+        assert set(summary["by_axis"]) == {"axial"}
+        assert set(summary["by_modality_axis"]) == {"CT/axial", "MR/axial"}
+        assert summary["by_organ"][LIVER]["dice_mask_gen"]["n"] == 4
+        assert summary["by_organ"][SPLEEN] == {}
+        assert summary["by_modality_organ"]["MR"][LIVER]["dice_mask_gen"]["value"] == pytest.approx(0.6)
+
+    def test_cross_modality_stands_apart(self, summary):
+        across = summary["cross_modality"]["CT_to_MR"]
+        assert across["dice_mask_gen"]["value"] == pytest.approx(0.3)
+        # Two generated against the two real MR images.
+        assert (across["segmenter_frechet"]["n"], across["segmenter_frechet"]["num_real"]) == (2, 2)
+        assert "psnr_db" not in across
+
+    def test_diversity_stands_apart(self, summary):
+        diversity = summary["diversity"]
+        assert (diversity["num_masks"], diversity["num_images"]) == (1, 2)
+        assert diversity["metrics"]["pixel_std"]["value"] == 12.5
+        assert diversity["metrics"]["dice_mask_gen"]["value"] == pytest.approx((0.9 + 0.1) / 2)
+
+    def test_distribution_metrics_need_two_samples(self):
+        found = summarise(measured([item("amos_0001", "CT", "CT", 0)], [0.5]), {}, Interval(10, 0))
+        assert "segmenter_frechet" not in found["metrics"]
+        assert found["metrics"]["dice_mask_gen"]["ci95"] is None
+
+    def test_is_valid_json(self, summary):
+        assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+    def test_stable_names(self, summary):
+        flat = scalars(summary)
+        assert {
+            "psnr_db",
+            "segmenter_frechet",
+            "CT/dice_mask_gen",
+            "axial/ssim",
+            "organ/liver/dice_mask_gen",
+            "cross_modality/CT_to_MR/dice_mask_gen",
+            "diversity/pixel_std",
+        } <= set(flat)
+        assert not any("fid" in name for name in flat)
+        assert all(np.isfinite(value) for value in flat.values())
+
+    def test_sums_do_not_depend_on_chunks(self, evaluated, summary):
+        halves = Evaluated.empty(AMOS, evaluated.items)
+        rng = np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32)
+        rng[0, ~evaluated.headline] = np.nan
+        for start, stop in ((0, 3), (3, 8)):
+            part = ChunkResult({name: values[start:stop] for name, values in evaluated.columns.items()})
+            part.features = {("segmenter", side): rng[k, start:stop] for k, side in enumerate(("real", "gen"))}
+            part.grey_counts = np.zeros((stop - start, 2, 256), np.int64)
+            halves.add(start, stop, part)
+        again = summarise(halves, {0: 12.5}, Interval(resamples=200, seed=0))
+        assert again["metrics"]["segmenter_frechet"]["value"] == pytest.approx(
+            summary["metrics"]["segmenter_frechet"]["value"]
+        )
+
+
+class _Page(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags are closed in order."""
+
+    void = frozenset({"meta", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def run(tmp_path: Path, summary: dict[str, Any]) -> Path:
+    figures = tmp_path / "evaluation" / "figures"
+    figures.mkdir(parents=True)
+    (tmp_path / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    (figures / "gallery.png").write_bytes(PNG)
+    (figures / "index.json").write_text(json.dumps([{"file": "gallery.png", "title": "Gallery", "caption": "A & B"}]))
+    (tmp_path / "config.yaml").write_text("train:\n  note: <script>\n")
+    return tmp_path
+
+
+class TestReport:
+    def test_is_one_self_contained_page(self, run):
+        page = write_report(run)
+        html = page.read_text()
+        parsed = _Page(html)
+        assert page == run / "evaluation" / "report.html"
+        assert not parsed.open
+        assert "script" not in parsed.tags
+        assert "link" not in parsed.tags
+        assert all(a.startswith(("#", "data:image/png;base64,")) for a in parsed.addresses)
+        assert not re.search(r"url\(|@import|https?://", html)
+        assert base64.b64encode(PNG).decode() in html
+
+    def test_inner_links_lead_somewhere(self, run):
+        html = write_report(run).read_text()
+        for address in _Page(html).addresses:
+            if address.startswith("#"):
+                assert f'id="{address[1:]}"' in html
+
+    def test_says_what_there_is_and_what_there_is_not(self, run):
+        text = _Page(write_report(run).read_text()).text
+        assert "FID not available: no Inception weights were given; <get> them" in " ".join(text.split())
+        assert "0.675" in text  # the headline Dice
+        assert "A & B" in text
+        assert "note: <script>" in text
+        assert "Published results" in text
+        for values in PUBLISHED.values():
+            assert all(value in text for value in values)
+
+    def test_without_figures_and_config(self, run):
+        (run / "evaluation" / "figures" / "index.json").unlink()
+        (run / "config.yaml").unlink()
+        text = _Page(write_report(run).read_text()).text
+        assert "Figures" not in text
+        assert "Configuration of the run" not in text
