@@ -146,7 +146,7 @@ class Loader:
                 return fn.reshape(payload, shape=[stored, stored, 1], layout="HWC")
             return fn.decoders.image(payload, device="cpu", output_type=types.GRAY)
 
-        @pipeline_def(  # type: ignore[untyped-decorator]
+        @pipeline_def(
             batch_size=batch_size,
             num_threads=config.num_threads,
             device_id=(self.device.index or 0) if on_gpu else None,
@@ -155,7 +155,7 @@ class Loader:
         def pipeline() -> tuple[Any, Any]:
             num_outputs = 3 if config.augments else 2
             image, mask, *drawn = fn.external_source(self._next_sources, num_outputs=num_outputs, batch=True)
-            draw = drawn[0] if drawn else None
+            draw: Any = drawn[0] if drawn else None
             image, mask = decode(image), decode(mask)
             if on_gpu:
                 image, mask = image.gpu(), mask.gpu()
@@ -164,7 +164,7 @@ class Loader:
                 image, mask = (fn.flip(x, horizontal=mirrored) for x in (image, mask))
             if config.rotate_degrees > 0 or config.zoom > 0:
                 # warp_affine's matrix takes output to input coordinates: rotate and zoom about the centre.
-                centre = np.float32([stored / 2, stored / 2])
+                centre = np.array([stored / 2, stored / 2], dtype=np.float32)
                 zoom = 1.0 / (1.0 + config.zoom * (2.0 * draw[2] - 1.0))
                 matrix = fn.transforms.rotation(angle=config.rotate_degrees * (2.0 * draw[1] - 1.0), center=centre)
                 matrix = fn.transforms.scale(matrix, scale=fn.stack(zoom, zoom), center=centre)
@@ -174,9 +174,7 @@ class Loader:
                 )
             if crop != stored:
                 at = (draw[3], draw[4]) if config.crop == "random" else (0.5, 0.5)
-                image, mask = (
-                    fn.crop(x, crop=(crop, crop), crop_pos_x=at[0], crop_pos_y=at[1]) for x in (image, mask)
-                )
+                image, mask = (fn.crop(x, crop=(crop, crop), crop_pos_x=at[0], crop_pos_y=at[1]) for x in (image, mask))
             return image, mask
 
         built = pipeline()

@@ -53,7 +53,7 @@ class SliceMeta:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SliceMeta:
         """The inverse of to_json."""
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**lists)
 
 

@@ -38,7 +38,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What write_state wrote."""
-    return json.loads((folder / STATE).read_text())  # type: ignore[no-any-return]
+    return json.loads((folder / STATE).read_text())
 
 
 def mark_complete(folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
@@ -76,6 +77,8 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    # As other Unix commands do when their reader has seen enough (`segdiff --help | head`).
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(_help())
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(name, _COMMANDS[name], rest)
     except InputProblems as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_main():
             for found in error.problems:
                 print(f"error: {found}", file=sys.stderr)
             plural = "s" if len(error.problems) > 1 else ""
@@ -131,7 +134,7 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
         ("dry_run", Annotated[bool, tyro.conf.arg(help="print the resolved configuration and stop")], False),
     ]
     shape += [(key, type(getattr(base, key)), getattr(base, key)) for key in command.sections]
-    given = tyro.cli(
+    given: Any = tyro.cli(
         make_dataclass("Arguments", shape, frozen=True),
         args=args,
         prog=f"segdiff {name}",
@@ -140,7 +143,8 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
     chosen = {f.name: getattr(given, f.name) for f in fields(given) if f.name not in ("config", "dry_run")}
     experiment: Experiment = replace(base, **chosen)
     if given.dry_run:
-        print(to_yaml(as_dict(experiment)), end="")
+        if _is_main():
+            print(to_yaml(as_dict(experiment)), end="")
         return 0
     function: Callable[[Experiment], int] = getattr(
         importlib.import_module("segdiff_dist.commands"), name.replace("-", "_")
@@ -153,6 +157,10 @@ def demo_config() -> Path:
     from importlib.resources import files
 
     return Path(str(files("segdiff_dist.configs").joinpath("demo.yaml")))
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _peek(args: list[str], flag: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING
 
 from segdiff_dist import stages
@@ -21,7 +21,8 @@ def phantom(experiment: Experiment) -> int:
 def prepare(experiment: Experiment) -> int:
     """Write the shard set; 1 when some volumes could not be read."""
     report = stages.prepare(experiment)
-    print(f"{report.num_samples:,} slices of {report.num_cases} volumes in {experiment.data}")
+    done_before = "; it was finished already, nothing to do" if report.skipped_done else ""
+    print(f"{report.num_samples:,} slices of {report.num_cases} volumes in {experiment.data}{done_before}")
     for case, file, reason in report.failed:
         print(f"failed: {case}: {file}: {reason}")
     if report.failed:
@@ -52,16 +53,27 @@ def train_segmenter(experiment: Experiment) -> int:
 
 def sample(experiment: Experiment) -> int:
     """Make the missing images."""
-    store = stages.sample(experiment)
+    from segdiff_dist.sampling import SamplingFailed
+
+    try:
+        store = stages.sample(experiment)
+    except SamplingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"{len(store):,} images in {store.path}")
     return 0
 
 
 def evaluate(experiment: Experiment) -> int:
     """Measure the samples and print the headline table."""
+    from segdiff_dist.evaluation.job import EvaluationFailed
     from segdiff_dist.evaluation.summary import format_table
 
-    summary = stages.evaluate(experiment)
+    try:
+        summary = stages.evaluate(experiment)
+    except EvaluationFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(format_table(summary))
     print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")
     return 0
@@ -72,8 +84,3 @@ def demo(experiment: Experiment) -> int:
     from segdiff_dist.demo import run_demo
 
     return run_demo(experiment)
-
-
-def default_run(name: str) -> Path:
-    """Where a run goes that was not told where."""
-    return Path("runs") / name

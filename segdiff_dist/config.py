@@ -21,7 +21,9 @@ T = TypeVar("T")
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from `path`."""
     if not path.is_file():
-        raise problem(path, "config", "no such file", "give the path of a YAML file, for example launch/configs/demo.yaml")
+        raise problem(
+            path, "config", "no such file", "give the path of a YAML file, for example launch/configs/demo.yaml"
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -45,7 +47,7 @@ def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
 def as_dict(config: Any) -> dict[str, Any]:
     """Plain values that YAML and JSON can write."""
     [values] = _adapter(type(config)).dump_python([config], mode="json")
-    return values  # type: ignore[no-any-return]
+    return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

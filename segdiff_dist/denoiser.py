@@ -122,7 +122,7 @@ class Denoiser(nn.Module):
         x_BCHW = torch.cat((x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype)), dim=1)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         labels = class_B if self.config.class_conditioning else None
-        return self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()  # type: ignore[no-any-return]
+        return self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it what the folder cannot say."""
@@ -147,7 +147,7 @@ class Denoiser(nn.Module):
         if not (folder / "segdiff.json").is_file():
             raise problem(folder, "weights", "not found", "train first: `segdiff train --config F`")
         about = json.loads((folder / "segdiff.json").read_text())
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["denoiser"].items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["denoiser"].items()}
         config = DenoiserConfig(**{**values, "attention": attention})
         table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
         model = cls(config, table, about["size"])

@@ -90,9 +90,7 @@ def q_sample(x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> 
     return a_B111.sqrt() * x_0_BCHW + (1.0 - a_B111).sqrt() * noise_BCHW
 
 
-def prediction_target(
-    prediction_type: str, x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor
-) -> Tensor:
+def prediction_target(prediction_type: str, x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
     """What the network should give: the noise, the image, or v = sqrt(a) noise - sqrt(1 - a) x_0.
 
     v: Salimans and Ho 2022, section 4.

@@ -1,4 +1,4 @@
-"""The training engine: DeepSpeed's sharded mixed-precision optimiser, and an EMA of its fp32 weights. Owns DeepSpeed."""
+"""The training engine: DeepSpeed's sharded mixed-precision optimiser and an EMA of its fp32 weights. Owns DeepSpeed."""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ def refuse_another_config(experiment: Experiment, started: Path, sections: tuple
         return
     old, new = read_yaml(run / CONFIG_FILE), as_dict(experiment)
     found = [
-        Problem(str(run / CONFIG_FILE), key, f"{before!r} there, {after!r} now", "use another run folder, or that value")
+        Problem(
+            str(run / CONFIG_FILE), key, f"{before!r} there, {after!r} now", "use another run folder, or that value"
+        )
         for section in sections
         for key, before, after in differences(old.get(section, {}), new[section], f"{section}.")
         if not key.endswith(_FREE)

@@ -1,9 +1,9 @@
 """Where generated images live: a list of items, written first, and a Zarr v3 array with a region for each task.
 
-    RUN/samples/job.json        what made the images: shard set, weights, sampler settings
-    RUN/samples/items.parquet   one row an item: which mask, which modality, which seed index
-    RUN/samples/images.zarr     arrays `image` and `mask`, uint8 [N, H, W]; a Zarr shard is a region
-    RUN/samples/done/000012     region 12 is written
+RUN/samples/job.json        what made the images: shard set, weights, sampler settings
+RUN/samples/items.parquet   one row an item: which mask, which modality, which seed index
+RUN/samples/images.zarr     arrays `image` and `mask`, uint8 [N, H, W]; a Zarr shard is a region
+RUN/samples/done/000012     region 12 is written
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class SampleStore:
             if differing:
                 key, old, new = differing[0]
                 raise problem(
-                    path, key, f"the samples here were made with {old!r}, not {new!r}", f"use another folder, or remove {path}"
+                    path,
+                    key,
+                    f"the samples here were made with {old!r}, not {new!r}",
+                    f"use another folder, or remove {path}",
                 )
             return store
         import pyarrow.parquet as pq

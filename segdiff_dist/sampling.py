@@ -66,12 +66,18 @@ class SampleConfig:
             if value is not None and value < (0 if name == "diverse_masks" else 1):
                 found.append(Problem("config", f"sample.{name}", str(value), "give at least 1"))
         if self.cross_modality_masks < 0:
-            found.append(Problem("config", "sample.cross_modality_masks", str(self.cross_modality_masks), "give at least 0"))
+            found.append(
+                Problem("config", "sample.cross_modality_masks", str(self.cross_modality_masks), "give at least 0")
+            )
         if self.sampler.num_steps < 1:
             found.append(Problem("config", "sample.sampler.num_steps", str(self.sampler.num_steps), "give at least 1"))
         if not 0 <= self.sampler.eta <= 1:
             found.append(Problem("config", "sample.sampler.eta", str(self.sampler.eta), "give 0 to 1"))
         return found
+
+
+class SamplingFailed(RuntimeError):
+    """Some regions could not be made. The others are kept, and the same call tries these again."""
 
 
 def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.Table:
@@ -109,7 +115,9 @@ def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.T
     return pa.Table.from_pylist(items)
 
 
-def sample(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig) -> SampleStore:
+def sample(
+    run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig
+) -> SampleStore:
     """Make every missing image of the job into RUN/samples. Killed and started again, it makes only what is missing."""
     from tqdm import tqdm
 
@@ -164,7 +172,7 @@ def sample(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionCo
             else:
                 bar.update(len(store.region(done.task)))
     if failures:
-        raise RuntimeError(f"{len(failures)} of {len(missing)} regions failed, the first: {failures[0]}")
+        raise SamplingFailed(f"{len(failures)} of {len(missing)} regions failed, the first: {failures[0]}")
     return store
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _WEIGHTS, _ABOUT = "model.safetensors", "segdiff.json"
 # A class absent from both prediction and mask counts nothing in the validation Dice; this keeps 0/0 finite.
 _EPSILON = 1e-6
+# Group normalisation instead of MONAI's instance normalisation: it keeps how bright an image is, and unlike batch
+# normalisation it has no running statistics that an average of the weights would not fit.
+_NORM_GROUPS = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class SegmenterConfig:
     """The auxiliary U-Net and its training. Defaults: section 4.2 of the paper (batch 64, lr 1e-2)."""
 
     channels: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    first_stride: int = 2
+    """2 is the paper's. 1 keeps a level at full resolution, for slices so small that organs are a few pixels wide."""
     num_res_units: int = 0
     kernel_size: int = 3
     validation_batch_size: int = 64
@@ -55,6 +60,11 @@ class SegmenterConfig:
     def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
         """What is out of range."""
         found = self.train.problems("segmenter.train", ranks)
+        if self.first_stride not in (1, 2):
+            found.append(Problem("config", "segmenter.first_stride", str(self.first_stride), "give 1 or 2"))
+        if any(c % _NORM_GROUPS for c in self.channels):
+            remedy = f"give multiples of {_NORM_GROUPS}"
+            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
         if len(self.channels) < 2 or min(self.channels) < 1:
             found.append(Problem("config", "segmenter.channels", str(list(self.channels)), "give two or more levels"))
         elif size is not None and size % 2 ** (len(self.channels) - 1):
@@ -75,17 +85,17 @@ class SegmenterNet(nn.Module):
             in_channels=1 + len(MODALITIES),
             out_channels=num_classes,
             channels=config.channels,
-            strides=(2,) * (len(config.channels) - 1),
+            strides=(config.first_stride, *(2,) * (len(config.channels) - 2)),
             kernel_size=config.kernel_size,
             up_kernel_size=config.kernel_size,
             num_res_units=config.num_res_units,
-            norm=("group", {"num_groups": 8}),
+            norm=("group", {"num_groups": _NORM_GROUPS}),
         )
 
     def forward(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """float32 scores [B, K, H, W] from uint8 images and int64 modality ids."""
         dtype = next(self.parameters()).dtype
-        return self.unet(self._inputs(image_BHW, modality_B).to(dtype)).float()  # type: ignore[no-any-return]
+        return self.unet(self._inputs(image_BHW, modality_B).to(dtype)).float()
 
     def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """float32 [B, D]: the mean over pixels of what each encoder level gives."""
@@ -124,14 +134,15 @@ class SegmenterTask:
         from monai.losses import DiceCELoss
 
         self.shards, self.config, self.loader, self.weights, self.device = shards, config, loader, weights, device
-        torch.manual_seed(config.train.seed)
-        self.model: nn.Module = SegmenterNet(config, shards.label_table.num_classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            self.model: nn.Module = SegmenterNet(config, shards.label_table.num_classes)
         self._loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, include_background=False)
         self._validation_rows = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         """MONAI's DiceCELoss, Dice over the micro-batch and without background."""
-        return self._loss(forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long())  # type: ignore[no-any-return]
+        return self._loss(forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long())
 
     def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
         """Validate; write the weights when they are the best so far."""
@@ -193,7 +204,10 @@ class Segmenter:
         about = json.loads((weights / _ABOUT).read_text())
         table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
         config = SegmenterConfig(
-            channels=tuple(about["channels"]), num_res_units=about["num_res_units"], kernel_size=about["kernel_size"]
+            channels=tuple(about["channels"]),
+            first_stride=about["first_stride"],
+            num_res_units=about["num_res_units"],
+            kernel_size=about["kernel_size"],
         )
         net = SegmenterNet(config, table.num_classes)
         net.load_state_dict(load_file(weights / _WEIGHTS))
@@ -203,7 +217,7 @@ class Segmenter:
     @torch.no_grad()
     def predict(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """uint8 label ids [B, H, W] of uint8 images."""
-        return self.net(image_BHW.to(self.device), modality_B.to(self.device)).argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
+        return self.net(image_BHW.to(self.device), modality_B.to(self.device)).argmax(dim=1).to(torch.uint8)
 
     @torch.no_grad()
     def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
@@ -219,6 +233,7 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / _WEIGHTS)
     about = {
         "channels": config.channels,
+        "first_stride": config.first_stride,
         "num_res_units": config.num_res_units,
         "kernel_size": config.kernel_size,
         "label_table": asdict(table),

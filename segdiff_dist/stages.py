@@ -35,6 +35,8 @@ def prepare(experiment: Experiment) -> Any:
     refuse(find_problems(root, out, experiment.prepare))
     with _tracker(experiment, "prepare", experiment.run or out) as tracker:
         report = prepare_shards(root, out, experiment.prepare)
+        if not report.num_samples:
+            return report
         shards = ShardSet.open(out)
         tracker.log_params({"prepare": shards.index["preprocessing"], "shards_digest": shards.digest})
         tracker.log_metrics(
@@ -82,9 +84,7 @@ def train_denoiser(experiment: Experiment) -> None:
         lambda: refuse(denoiser.problems(side) + experiment.diffusion.problems()),
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
         lambda: choose_attention(denoiser.attention, pick_device(config.device)),
-        lambda: refuse_another_config(
-            experiment, run / "checkpoints", ("denoiser", "diffusion", "train", "loader")
-        ),
+        lambda: refuse_another_config(experiment, run / "checkpoints", ("denoiser", "diffusion", "train", "loader")),
     )
     _train(
         experiment,
@@ -130,7 +130,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     save_experiment(experiment)
     with _tracker(experiment, "evaluate", run) as tracker:
         tracker.log_params({"evaluate": _plain(experiment)["evaluate"]})
-        summary = evaluate_run(run, experiment.evaluate)
+        summary = evaluate_run(run, experiment.evaluate, amos_root=experiment.amos_root)
         tracker.log_metrics(scalars(summary))
         for name in ("summary.json", "samples.parquet", "report.html", "figures"):
             tracker.log_artifact(run / "evaluation" / name, "evaluation/figures" if name == "figures" else "evaluation")
@@ -138,9 +138,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     return summary
 
 
-def _train(
-    experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, config: Any
-) -> None:
+def _train(experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, config: Any) -> None:
     from segdiff_dist.checkpoint import newest_complete, read_state
     from segdiff_dist.training import train
 

@@ -56,9 +56,7 @@ class Tracker:
         from mlflow.entities import Param
 
         known = self._client.get_run(self.run_id).data.params
-        params = [
-            Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in known
-        ]
+        params = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in known]
         for start in range(0, len(params), 100):
             self._client.log_batch(self.run_id, params=params[start : start + 100])
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from data_shards.loader import Loader, LoaderConfig
 from data_shards.order import rank_positions
-from data_shards.problems import problem
+from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
 from segdiff_dist import checkpoint
 from segdiff_dist.config import write_text_atomically
@@ -110,8 +111,9 @@ def train(
     state: dict[str, Any] = {"images_seen": 0, "loss_sum": 0.0, "loss_count": 0, "best_score": None}
     newest = checkpoint.newest_complete(checkpoints)
     if newest is not None:
-        engine.load(newest)
         state = checkpoint.read_state(newest)
+        _refuse_other_ground(newest, state, shards)
+        engine.load(newest)
     if is_main():
         _cut_log(log, state["images_seen"])
         tracker.log_params({task.name: {**describe(task.model), "ranks": world_size(), "device": str(device)}})
@@ -136,7 +138,7 @@ def train(
     )
     loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)
     clock = _Clock(state["images_seen"])
-    with _progress(task.name, config.num_images, state["images_seen"]) as bar, _CatchInterrupt() as interrupt:
+    with _progress(task.name, config.num_images, state["images_seen"]) as bar, _CatchInterrupt(device) as interrupt:
         while state["images_seen"] < config.num_images:
             engine.set_lr(learning_rate(state["images_seen"], config))
             for _ in range(engine.num_micro_batches):
@@ -170,7 +172,7 @@ def train(
             if done or stop or _crosses(before, state["images_seen"], config.checkpoint_every_images):
                 with clock.paused():
                     state["loss_sum"] = float(loss_sum)
-                    _save(engine, task, state, checkpoints, config, tracker, resolved_config)
+                    _save(engine, task, shards, state, checkpoints, config, tracker, resolved_config)
             if stop:
                 raise KeyboardInterrupt
     engine.close()
@@ -179,6 +181,7 @@ def train(
 def _save(
     engine: Engine,
     task: Task,
+    shards: ShardSet,
     state: dict[str, Any],
     checkpoints: Path,
     config: TrainConfig,
@@ -196,10 +199,22 @@ def _save(
         state["best_score"], metrics = task.export(weights, state["best_score"])
         tracker.log_metrics({f"{task.name}/{k}": v for k, v in metrics.items()}, state["images_seen"])
         write_text_atomically(folder / "config.yaml", resolved_config)
-        checkpoint.write_state(folder, {**state, "ranks": world_size()})
+        checkpoint.write_state(folder, {**state, "ranks": world_size(), "shards_digest": shards.digest})
         checkpoint.mark_complete(folder)
         checkpoint.prune(checkpoints, config.keep_checkpoints)
     barrier()
+
+
+def _refuse_other_ground(folder: Path, state: dict[str, Any], shards: ShardSet) -> None:
+    """A checkpoint goes on with the data and the number of ranks it was written with."""
+    found = []
+    if state["shards_digest"] != shards.digest:
+        remedy = "restore the shard set the run was started with, or use another run folder"
+        found.append(Problem(str(folder), "shards_digest", f"not that of {shards.path}", remedy))
+    if state["ranks"] != world_size():
+        remedy = f"start it on {state['ranks']} ranks again"
+        found.append(Problem(str(folder), "ranks", f"{state['ranks']} there, {world_size()} now", remedy))
+    refuse(found)
 
 
 def _crosses(before: int, after: int, every: int) -> bool:
@@ -223,59 +238,50 @@ def _cut_log(path: Path, images_seen: int) -> None:
 def _progress(name: str, total: int, initial: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(
-        total=total, initial=min(initial, total), desc=name, unit="img", disable=not is_main(), mininterval=1.0
-    )
+    return tqdm(total=total, initial=min(initial, total), desc=name, unit="img", disable=not is_main(), mininterval=1.0)
 
 
-class _seeded:
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     """Initial weights are a function of the seed alone; the caller's generator is left as it was."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self._fork = torch.random.fork_rng(devices=[])
-        self._fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Clock:
     """Images a second and the share of time spent waiting for data, since the last question."""
 
     def __init__(self, images_seen: int) -> None:
-        self._images, self._start, self._waited, self._paused = images_seen, time.perf_counter(), 0.0, 0.0
+        self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
 
-    def waiting(self) -> _Span:
-        return _Span(lambda seconds: setattr(self, "_waited", self._waited + seconds))
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent here is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - start
 
-    def paused(self) -> _Span:
-        return _Span(lambda seconds: setattr(self, "_paused", self._paused + seconds))
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent here does not count."""
+        start = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - start
 
     def rates(self, images_seen: int) -> dict[str, float]:
-        now = time.perf_counter()
-        busy_s = max(now - self._start - self._paused, 1e-9)
-        rates = {"images_per_s": (images_seen - self._images) / busy_s, "data_wait_fraction": self._waited / busy_s}
-        self._images, self._start, self._waited, self._paused = images_seen, now, 0.0, 0.0
+        """What to log; begins the next measurement."""
+        busy_s = max(time.perf_counter() - self._start - self._paused_s, 1e-9)
+        rates = {"images_per_s": (images_seen - self._images) / busy_s, "data_wait_fraction": self._waited_s / busy_s}
+        self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
         return rates
-
-
-class _Span:
-    def __init__(self, add: Callable[[float], None]) -> None:
-        self._add = add
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *error: Any) -> None:
-        self._add(time.perf_counter() - self._start)
 
 
 class _CatchInterrupt:
     """Ctrl-C and SIGTERM wait for the end of the step, so that a checkpoint can be written first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def __enter__(self) -> _CatchInterrupt:
         self._asked = False
@@ -291,7 +297,7 @@ class _CatchInterrupt:
         """Whether any rank was asked to stop; all ranks answer alike."""
         if world_size() == 1:
             return self._asked
-        return bool(float(mean_over_ranks(torch.tensor(float(self._asked)))) > 0)
+        return bool(float(mean_over_ranks(torch.tensor(float(self._asked), device=self._device))) > 0)
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._old.items():

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests_support import write_shapes  # noqa: E402
+from tests_support import write_shapes
 
 
 @pytest.fixture(scope="session")

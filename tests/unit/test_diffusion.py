@@ -52,9 +52,7 @@ def test_ddim_with_a_perfect_network_returns_the_image(prediction: str, spacing:
         noise = (x_t - a4.sqrt() * x_0) / (1 - a4).sqrt()
         return prediction_target(prediction, x_0, noise, a)
 
-    torch.testing.assert_close(
-        ddim_sample(perfect, scheduler, torch.randn_like(x_0), sampler), x_0, atol=2e-3, rtol=0
-    )
+    torch.testing.assert_close(ddim_sample(perfect, scheduler, torch.randn_like(x_0), sampler), x_0, atol=2e-3, rtol=0)
 
 
 def test_eta_uses_the_noise_it_is_given() -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests_support import write_shapes
 
 from data_shards.loader import Loader, LoaderConfig
 from data_shards.order import rank_positions, sample_at, sequential_positions
 from data_shards.records import MODALITIES, Batch
 from data_shards.shards import ShardSet
-from tests_support import write_shapes
 
 
-def take(shards: ShardSet, config: LoaderConfig, start: int, num: int, batch_size: int = 4, seed: int = 7) -> list[Batch]:
+def take(
+    shards: ShardSet, config: LoaderConfig, start: int, num: int, batch_size: int = 4, seed: int = 7
+) -> list[Batch]:
     rows = shards.select(split="train")
     positions = rank_positions(start, micro_batch_size=batch_size, num_micro_batches=1, rank=0, world_size=1)
     return list(islice(Loader(shards, rows, positions, config, batch_size=batch_size, seed=seed), num))
@@ -95,5 +97,10 @@ def test_centre_crop_is_the_centre(shapes: Path) -> None:
 
 def test_settings_out_of_range_are_named() -> None:
     config = LoaderConfig(modalities=("PET",), axes=(), zoom=2.0, crop_size=1)
-    assert {p.field for p in config.problems()} == {"loader.modalities", "loader.axes", "loader.zoom", "loader.crop_size"}
+    assert {p.field for p in config.problems()} == {
+        "loader.modalities",
+        "loader.axes",
+        "loader.zoom",
+        "loader.crop_size",
+    }
     assert LoaderConfig().problems() == []

@@ -25,7 +25,9 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_a_position_needs_no_other() -> None:
     whole = sample_at(np.arange(1000), 77, 5)
-    assert [int(sample_at(np.array([p]), 77, 5)[0]) for p in (0, 76, 77, 999)] == [int(whole[p]) for p in (0, 76, 77, 999)]
+    assert [int(sample_at(np.array([p]), 77, 5)[0]) for p in (0, 76, 77, 999)] == [
+        int(whole[p]) for p in (0, 76, 77, 999)
+    ]
 
 
 def test_shuffled_order_is_spread_out() -> None:
@@ -42,7 +44,11 @@ def test_ranks_share_out_each_step(world_size: int, num_micro_batches: int) -> N
         seen: list[int] = []
         for rank in range(world_size):
             stream = rank_positions(
-                100 + step * 48, micro_batch_size=micro, num_micro_batches=num_micro_batches, rank=rank, world_size=world_size
+                100 + step * 48,
+                micro_batch_size=micro,
+                num_micro_batches=num_micro_batches,
+                rank=rank,
+                world_size=world_size,
             )
             for _ in range(num_micro_batches):
                 seen += next(stream).tolist()
