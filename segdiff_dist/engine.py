@@ -65,6 +65,10 @@ class TrainConfig:
             if value < low or (high is not None and value > high):
                 bound = f"at least {low}" if high is None else f"{low} to {high}"
                 found.append(Problem("config", f"{section}.{name}", str(value), f"give {bound}"))
+        if self.precision == "bf16" and self.zero_stage == 0:
+            # DeepSpeed 0.19.8 then takes its unfused fp16 optimiser, whose losses leave those of stages 1 to 3.
+            remedy = "use 1, which on one rank shards nothing either, or precision fp32"
+            found.append(Problem("config", f"{section}.zero_stage", "0 with precision bf16", remedy))
         if not found and self.global_batch_size % (self.micro_batch_size * ranks):
             found.append(
                 Problem(
@@ -165,20 +169,15 @@ class Engine:
 
     def _masters(self) -> list[Tensor]:
         """The fp32 weights that the optimiser updates: this rank's flat shards, or the parameters themselves."""
-        optimizer = self.optimizer
-        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
-            groups = getattr(optimizer, attribute, None)
-            if groups is not None:
-                return [t for group in groups for t in (group if isinstance(group, list) else [group])]
+        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # ZeRO 1 and 2; 3
+            shards = getattr(self.optimizer, attribute, None)
+            if shards is not None:
+                return list(shards)
         return list(self.module.parameters())
 
     def _full(self, parameter: Tensor) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if hasattr(self.optimizer, "fp32_groups"):  # ZeRO 0 in bf16: the masters stand in the parameters' order
-            order = [p for group in self.optimizer.fp16_groups for p in group]
-            index = next(i for i, p in enumerate(order) if p is parameter)
-            return self._masters()[index].detach().float().cpu().clone()
         full = safe_get_full_fp32_param(parameter)
         return (parameter if full is None else full).detach().float().cpu().clone()
 

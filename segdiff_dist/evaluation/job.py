@@ -98,7 +98,7 @@ def evaluate(
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     measured = _measure(inputs, config, store, shards, progress)
-    spread = dict(_spread_of_masks(store, shards))
+    spread = dict(_spread_of_masks(store))
     summary = summarise(measured, spread, Interval(config.bootstrap_samples, config.seed))
     summary["not_available"] = _not_available(summary, config)
     summary["provenance"] = _provenance(inputs, store, shards, config)
@@ -165,7 +165,7 @@ def _measure(inputs: Inputs, config: EvaluateConfig, store: SampleStore, shards:
     from tqdm import tqdm
 
     num_items = store.items.num_rows
-    _create_predictions(inputs.predictions, (num_items, shards.size, shards.size))
+    _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
     num_gpus = _num_gpus() if inputs.device == "cuda" else 0
     num_workers = config.num_workers or num_gpus or min(os.cpu_count() or 1, _MOST_DEFAULT_WORKERS)
@@ -207,7 +207,7 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
         group.create_array(side, shape=shape, chunks=(min(16, _ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)
 
 
-def _spread_of_masks(store: SampleStore, shards: ShardSet) -> Iterator[tuple[int, float]]:
+def _spread_of_masks(store: SampleStore) -> Iterator[tuple[int, float]]:
     """For each mask with several images in its own modality: the first image's item id and their pixel_std."""
     items = store.items.to_pydict()
     by_row: dict[int, list[int]] = {}
@@ -218,7 +218,7 @@ def _spread_of_masks(store: SampleStore, shards: ShardSet) -> Iterator[tuple[int
         if len(ids) >= 2:
             ids.sort(key=lambda i: items["seed_index"][i])
             images = np.stack([np.asarray(store.image[i]) for i in ids])
-            spread = pixel_std(images, shards.read(row).mask_HW)
+            spread = pixel_std(images, np.asarray(store.mask[ids[0]]))
             if np.isfinite(spread):
                 yield ids[0], spread
 

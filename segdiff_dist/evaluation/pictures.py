@@ -23,6 +23,7 @@ class Pictures:
     rows: dict[str, np.ndarray]
     shards: ShardSet
     image: Any
+    masks: Any
     predictions: Any
 
     @classmethod
@@ -39,6 +40,7 @@ class Pictures:
             rows={name: np.array(values) for name, values in table.items()},
             shards=ShardSet.open(Path(store.job["shards"])),
             image=store.image,
+            masks=store.mask,
             predictions=zarr.open_group(run / "evaluation" / "predictions.zarr", mode="r"),
         )
 
@@ -49,11 +51,11 @@ class Pictures:
 
     def real(self, i: int) -> np.ndarray:
         """The real image of the item's slice, uint8 [H, W]."""
-        return self.shards.read(int(self.rows["row"][i])).image_HW
+        return self.shards.read(int(self.rows["row"][i])).cropped(self.image.shape[1]).image_HW
 
     def mask(self, i: int) -> np.ndarray:
         """The mask the item was made from."""
-        return self.shards.read(int(self.rows["row"][i])).mask_HW
+        return np.asarray(self.masks[int(i)])
 
     def generated(self, i: int) -> np.ndarray:
         """The generated image."""

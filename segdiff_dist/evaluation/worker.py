@@ -124,7 +124,8 @@ class _Evaluator:
         """One batch of consecutive items: its result, and the label maps predicted on either side (uint8 [B, H, W])."""
         import torch
 
-        records: list[SliceRecord] = [self.shards.read(int(self.items["row"][i])) for i in ids]
+        size = self.store.image.shape[1]
+        records: list[SliceRecord] = [self.shards.read(int(self.items["row"][i])).cropped(size) for i in ids]
         mask_BHW = np.stack([record.mask_HW for record in records])
         generated = torch.from_numpy(np.asarray(self.store.image[int(ids[0]) : int(ids[-1]) + 1])).to(
             self.inputs.device

@@ -1,0 +1,125 @@
+"""Configuration: YAML, flags and run folders, what wins, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_shards.problems import InputProblems
+from segdiff_dist.cli import main
+from segdiff_dist.config import as_dict, differences, merge
+from segdiff_dist.experiment import Experiment, load_experiment, refuse_another_config, save_experiment
+
+CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml"))
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
+    assert main([*args, "--dry-run"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_whole(path: Path) -> None:
+    experiment = load_experiment(path, None)
+    size = experiment.loader.crop_size or experiment.prepare.size
+    found = [
+        *experiment.phantom.problems(),
+        *experiment.prepare.problems(),
+        *experiment.loader.problems(),
+        *experiment.denoiser.problems(size),
+        *experiment.diffusion.problems(),
+        *experiment.train.problems("train"),
+        *experiment.segmenter.problems(size),
+        *experiment.sample.problems(),
+        *experiment.evaluate.problems(),
+    ]
+    assert [str(p) for p in found] == []
+
+
+def test_a_dry_run_prints_a_config_that_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = dry_run(capsys, "train", "--train.zero-stage", "2", "--denoiser.block-out-channels", "32", "64")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(values))
+    again = load_experiment(tmp_path / "again.yaml", None)
+    assert again.train.zero_stage == 2
+    assert again.denoiser.block_out_channels == (32, 64)
+    assert as_dict(again) == values
+
+
+def test_later_sources_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = tmp_path / "run", tmp_path / "f.yaml"
+    run.mkdir()
+    (run / "config.yaml").write_text("train: {lr: 1.0, seed: 1, num_images: 11}\n")
+    file.write_text(f"run: {run}\ntrain: {{lr: 2.0, seed: 2}}\n")
+    values = dry_run(capsys, "train", "--config", str(file), "--train.lr", "3")["train"]
+    assert (values["lr"], values["seed"], values["num_images"], values["zero_stage"]) == (3.0, 2, 11, 1)
+
+
+def test_short_flags_of_sampling(capsys: pytest.CaptureFixture[str]) -> None:
+    values = dry_run(capsys, "sample", "--run", "r", "--data", "d", "--split", "val", "--num", "7")
+    assert (values["run"], values["data"], values["sample"]["split"], values["sample"]["num"]) == ("r", "d", "val", 7)
+
+
+def test_all_wrong_keys_and_values_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("trian: {}\ntrain: {lr: fast, zero_stag: 1}\ndenoiser: {mask_encoding: rgb}\n")
+    assert main(["train", "--config", str(file)]) == 2
+    text = capsys.readouterr().err
+    for words in ("trian: unknown key", "train.lr", "'fast'", "train.zero_stag: unknown key", "denoiser.mask_encoding"):
+        assert words in text
+    assert "4 problems" in text
+    assert str(file) in text
+
+
+def test_what_is_missing_is_said_before_work_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run", str(tmp_path / "run"), "--data", str(tmp_path / "none")]) == 2
+    assert "not a folder" in capsys.readouterr().err
+    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    text = capsys.readouterr().err
+    assert "run: not given" in text
+    assert "data: not given" in text
+    assert main(["tarin"]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--train.device", "cuda"], "no CUDA GPU"),
+        (["--denoiser.attention", "xformers"], "xformers needs a CUDA GPU"),
+        (["--train.zero-stage", "7"], "train.zero_stage: 7"),
+        (["--train.global-batch-size", "7", "--train.micro-batch-size", "2"], "multiple of micro_batch_size"),
+        (["--loader.crop-size", "4096"], "loader.crop_size: 4096"),
+        (["--diffusion.zero-terminal-snr"], "prediction_type v or x0"),
+    ],
+)
+def test_values_out_of_range(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: str
+) -> None:
+    assert main(["train", "--run", str(tmp_path / "run"), "--data", str(shapes), *args]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
+    base = load_experiment(None, None)
+    experiment = Experiment(**{**base.__dict__, "run": tmp_path})
+    save_experiment(experiment)
+    started = tmp_path / "checkpoints"
+    other = Experiment(
+        **{**experiment.__dict__, "train": type(base.train)(lr=5.0, seed=9, device="cpu", keep_checkpoints=9)}
+    )
+    refuse_another_config(other, started, ("train",))  # nothing has begun yet
+    started.mkdir()
+    refuse_another_config(experiment, started, ("train", "denoiser"))
+    with pytest.raises(InputProblems) as error:
+        refuse_another_config(other, started, ("train",))
+    assert [p.field for p in error.value.problems] == ["train.lr", "train.seed"]
+
+
+def test_merge_and_differences() -> None:
+    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}}) == {"a": {"b": 9, "c": 2}, "d": 3}
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == [("a.b", 1, 3)]
