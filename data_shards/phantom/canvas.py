@@ -19,7 +19,8 @@ GAP_MM = 5.0
 # life, so that their first and last slices can be told from their neighbours on coarse grids.
 _END_SHARE = 0.25
 _END_RANGE_MM2 = (150.0, 500.0)
-_OUTSIDE_MM = 3.0
+# More than any gap: what was trimmed off an organ leaves no hole in its neighbours.
+_OUTSIDE_MM = 20.0
 _FAR_MM = 1e3
 
 Corner = tuple[float, float, float]

@@ -125,7 +125,7 @@ def _stomach(canvas: Canvas, spaces: Spaces) -> None:
 def _oesophagus(canvas: Canvas) -> None:
     organ = _Organ(canvas, "esophagus", (-52.0, -28.0, 70.0), (18.0, 30.0, 140.0))
     path = [(1.0, -6.0, 150.0), (-6.0, 0.0, 112.0), (-18.0, 10.0, 94.0), (-42.0, 12.0, 84.0)]
-    organ.place("oesophagus", organ.tube(path, [12.0, 12.0, 12.0, 12.0]), touching=("stomach",))
+    organ.place("oesophagus", organ.tube(path, [13.0, 13.0, 13.0, 12.0]), touching=("stomach",))
 
 
 def _duodenum(canvas: Canvas) -> None:

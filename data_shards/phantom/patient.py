@@ -46,7 +46,7 @@ class Patient:
         """A patient from `rng`; a `complete` one has every organ. The same number of draws is made either way."""
         size = rng.uniform(0.99, 1.06)
         scale = size * np.array([rng.uniform(0.96, 1.04), rng.uniform(0.94, 1.06), rng.uniform(0.96, 1.04)])
-        angles = np.deg2rad(rng.uniform(-1.0, 1.0, 3) * [2.5, 2.5, 5.0])
+        angles = np.deg2rad(rng.uniform(-1.0, 1.0, 3) * [2.5, 2.5, 4.0])
         warp = np.empty((3, _WARP_TERMS, 7))
         warp[..., 0] = rng.normal(0.0, _WARP_AMPLITUDE_MM, (3, _WARP_TERMS))
         warp[..., 1:4] = rng.uniform(1 / 60.0, 1 / 35.0, (3, _WARP_TERMS, 3))
@@ -59,8 +59,8 @@ class Patient:
             scale=scale,
             rotation=_rotation(angles),
             warp=warp,
-            organ_shift_mm=np.clip(rng.normal(0.0, 2.0, (num_labels, 3)), -4.0, 4.0),
-            organ_scale=np.clip(rng.normal(1.0, 0.05, num_labels), 0.92, 1.1),
+            organ_shift_mm=np.clip(rng.normal(0.0, 1.6, (num_labels, 3)), -4.0, 4.0),
+            organ_scale=np.clip(rng.normal(1.0, 0.04, num_labels), 0.92, 1.1),
             fat_mm=float(rng.uniform(8.0, 24.0)),
             vertebra_phase_mm=float(rng.uniform(0.0, 32.0)),
             is_female=bool(rng.random() < 0.5),
