@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests_support import write_shapes
 
 from data_shards.labels import AMOS
 from data_shards.loader import LoaderConfig
@@ -22,7 +23,6 @@ from segdiff_dist.diffusion import DiffusionConfig
 from segdiff_dist.engine import Engine, TrainConfig, learning_rate
 from segdiff_dist.tracking import Tracker, TrackingConfig
 from segdiff_dist.training import DenoiserTask, train
-from tests_support import write_shapes
 
 CPU = torch.device("cpu")
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
@@ -88,7 +88,9 @@ def test_a_checkpoint_holds_what_is_promised(shapes: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 2)])
-def test_deepspeed_trains_what_plain_pytorch_trains(shapes: Path, tmp_path: Path, precision: str, zero_stage: int) -> None:
+def test_deepspeed_trains_what_plain_pytorch_trains(
+    shapes: Path, tmp_path: Path, precision: str, zero_stage: int
+) -> None:
     """The referee has no DeepSpeed: one loop over the same batches, gradients averaged over the micro-batches."""
     steps = 6
     deepspeed = run_training(
@@ -108,9 +110,7 @@ def plain_losses(shapes: Path, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     positions = rank_positions(0, micro_batch_size=4, num_micro_batches=2, rank=0, world_size=1)
     rows = shards.select(split="train")
-    batches = iter(
-        Loader(shards, rows, positions, LoaderConfig(flip=True, rotate_degrees=10), batch_size=4, seed=0)
-    )
+    batches = iter(Loader(shards, rows, positions, LoaderConfig(flip=True, rotate_degrees=10), batch_size=4, seed=0))
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -157,9 +157,7 @@ def test_the_ema_is_the_average_of_the_fp32_weights(precision: str, zero_stage: 
     engine.close()
 
 
-def test_ctrl_c_saves_and_the_same_call_goes_on(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_saves_and_the_same_call_goes_on(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_training(shapes, tmp_path / "whole")
     loss = DenoiserTask.loss
 
@@ -177,9 +175,7 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(
     assert exported(tmp_path / "cut") == exported(tmp_path / "whole")
 
 
-def test_a_checkpoint_of_other_data_or_ranks_is_refused(
-    shapes: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_other_data_or_ranks_is_refused(shapes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_training(shapes, run, num_images=32)
     other = write_shapes(tmp_path / "other", num_patients=3)
@@ -191,9 +187,7 @@ def test_a_checkpoint_of_other_data_or_ranks_is_refused(
         run_training(shapes, run)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DenoiserTask, "loss", lambda self, forward, batch: _nan_loss(self, forward, batch))
     with pytest.raises(FloatingPointError, match="at 16 images"):
         run_training(shapes, tmp_path)

@@ -1,0 +1,124 @@
+"""The whole line through the command line, on every real engine, smaller than the demo: volumes to a tracked report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from segdiff_dist.cli import main
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "launch" / "configs" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment that has gone through all stages once."""
+    folder = tmp_path_factory.mktemp("e2e")
+    config = yaml.safe_load(CONFIG.read_text())
+    config |= {name: str(folder / name) for name in ("amos_root", "data", "run")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample", "evaluate"):
+        assert main([command, "--config", str(folder / "config.yaml")]) == 0, command
+    return folder
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "run" / "evaluation" / "summary.json").read_text())
+
+
+def test_metrics_of_both_modalities(folder: Path) -> None:
+    found = summary(folder)
+    assert set(found["by_modality"]) == {"CT", "MR"}
+    assert found["num_samples"] == 12
+    for name in ("psnr_db", "ssim", "dice_mask_real", "dice_real_gen", "dice_mask_gen", "segmenter_frechet"):
+        assert name in found["metrics"]
+    assert "fid" in found["not_available"]
+    assert set(found["cross_modality"]) == {"CT_to_MR", "MR_to_CT"}
+    assert found["diversity"]["num_masks"] == 2
+
+
+def test_the_report_stands_alone(folder: Path) -> None:
+    page = (folder / "run" / "evaluation" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 8
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+
+
+def test_mlflow_holds_every_stage(folder: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    [run] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    found = summary(folder)
+    assert run.data.metrics["dice_mask_gen"] == pytest.approx(found["metrics"]["dice_mask_gen"]["value"])
+    assert run.data.metrics["CT/psnr_db"] == pytest.approx(found["by_modality"]["CT"]["psnr_db"]["value"])
+    for stage in ("prepare", "segmenter", "train", "sample", "evaluate"):
+        assert run.data.tags[f"stage.{stage}"] == "finished"
+    assert run.data.params["train.lr"] == "0.001"
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == [32, 64, 96, 128]
+    names = {a.path for a in client.list_artifacts(run.info.run_id, "evaluation")}
+    assert {"evaluation/report.html", "evaluation/summary.json"} <= names
+
+
+def test_two_runs_can_be_compared_in_one_store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'shared.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        run = tmp_path / f"run{seed}"
+        flags = ["--config", str(folder / "config.yaml"), "--run", str(run), "--train.num-images", "32"]
+        assert main(["train", *flags, "--train.seed", str(seed)]) == 0
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("segdiff")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], filter_string="metrics.`train/loss` > 0")
+    assert {run.data.params["train.seed"] for run in runs} == {"0", "1"}
+    assert len({run.data.metrics["train/loss"] for run in runs}) == 2
+
+
+def test_what_is_done_is_not_done_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watched = [p for p in folder.rglob("*") if p.suffix in (".tar", ".safetensors") or p.parent.name == "done"]
+    before = {path: path.stat().st_mtime_ns for path in watched}
+    assert len(before) > 8
+    for command in ("phantom", "prepare", "train-segmenter", "train", "sample"):
+        assert main([command, "--config", str(folder / "config.yaml")]) == 0, command
+    assert before == {path: path.stat().st_mtime_ns for path in watched}
+    assert capsys.readouterr().out.count("nothing to do") == 3
+
+
+def test_going_on_with_other_settings_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(folder / "config.yaml")]
+    assert main(["train", *config, "--train.lr", "0.5"]) == 2
+    assert "train.lr: 0.001 there, 0.5 now" in capsys.readouterr().err
+    assert main(["sample", *config, "--num", "5"]) == 2
+    assert "sample.num" in capsys.readouterr().err
+    assert main(["prepare", *config, "--prepare.slice-stride", "3"]) == 2
+    assert "slice_stride" in capsys.readouterr().err
+
+
+def test_a_missing_shard_is_named_before_work(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = next((folder / "data" / "shards").glob("test-*.tar"))
+    hidden = shard.with_suffix(".hidden")
+    shard.rename(hidden)
+    try:
+        assert main(["train", "--config", str(folder / "config.yaml"), "--run", str(folder / "other")]) == 2
+        assert f"{shard}: file: missing" in capsys.readouterr().err
+    finally:
+        hidden.rename(shard)
+
+
+def test_help_and_import_are_quick_and_light() -> None:
+    heavy = "{'torch', 'ray', 'mlflow', 'deepspeed', 'monai', 'nvidia', 'diffusers', 'matplotlib'} & set(sys.modules)"
+    code = f"import sys, segdiff_dist, data_shards; from segdiff_dist.cli import main; main(['--help']); print({heavy})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "usage: segdiff COMMAND" in out
+    assert out.strip().endswith("set()")

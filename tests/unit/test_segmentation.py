@@ -1,0 +1,107 @@
+"""The auxiliary segmenter: it learns, the best on validation is kept, and what is saved is what is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_shards.labels import AMOS
+from data_shards.loader import LoaderConfig
+from data_shards.problems import InputProblems
+from data_shards.records import MODALITIES
+from data_shards.shards import ShardSet
+from segdiff_dist.engine import TrainConfig
+from segdiff_dist.segmentation import Segmenter, SegmenterConfig, SegmenterNet, SegmenterTask
+from segdiff_dist.tracking import Tracker, TrackingConfig
+from segdiff_dist.training import train
+
+CPU = torch.device("cpu")
+CONFIG = SegmenterConfig(
+    channels=(16, 32, 32),
+    first_stride=1,
+    train=TrainConfig(
+        num_images=960,
+        global_batch_size=16,
+        micro_batch_size=16,
+        lr=1e-2,
+        warmup_images=32,
+        ema_halflife_images=60,
+        checkpoint_every_images=320,
+        log_every_images=160,
+        precision="fp32",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("segmenter")
+    shards = ShardSet.open(shapes)
+    task = SegmenterTask(shards, CONFIG, LoaderConfig(), folder / "weights", CPU)
+    with Tracker(folder, TrackingConfig(enabled=False), "segmenter") as tracker:
+        train(task, shards, shards.select(split="train"), LoaderConfig(), CONFIG.train, folder, tracker, CPU, "")
+    return folder
+
+
+def test_it_labels_slices_it_has_not_seen(trained: Path, shapes: Path) -> None:
+    shards, segmenter = ShardSet.open(shapes), Segmenter.load(trained / "weights")
+    records = [shards.read(int(row)) for row in shards.select(split="test")]
+    image = torch.stack([torch.from_numpy(r.image_HW) for r in records])
+    mask = torch.stack([torch.from_numpy(r.mask_HW) for r in records])
+    modality = torch.tensor([MODALITIES.index(r.meta.modality) for r in records])
+    predicted = segmenter.predict(image, modality)
+    assert predicted.dtype == torch.uint8
+    for label in (1, 6, AMOS.body_id):
+        overlap = ((predicted == label) & (mask == label)).sum()
+        assert 2 * overlap / ((predicted == label).sum() + (mask == label).sum()) > 0.9
+    # The grey that means liver in CT means body in MR: told the wrong modality, it must read the image otherwise.
+    assert (segmenter.predict(image, 1 - modality) != predicted).float().mean() > 0.02
+
+
+def test_the_best_on_validation_is_kept(trained: Path) -> None:
+    states = [json.loads(p.read_text()) for p in sorted((trained / "checkpoints").glob("*/state.json"))]
+    scores = [state["best_score"] for state in states]
+    assert scores == sorted(scores)
+    assert scores[-1] > 0.9
+
+
+def test_a_worse_checkpoint_does_not_replace_the_weights(shapes: Path, tmp_path: Path) -> None:
+    task = SegmenterTask(ShardSet.open(shapes), CONFIG, LoaderConfig(), tmp_path / "weights", CPU)
+    weights = task.model.state_dict()
+    assert task.export(weights, previous_score=0.99)[0] == 0.99
+    assert not (tmp_path / "weights").exists()
+    score, metrics = task.export(weights, previous_score=None)
+    assert score == metrics["val_dice"] < 0.5  # untrained
+    first = Segmenter.load(tmp_path / "weights")
+    assert first.label_table == AMOS
+    assert len(first.weights_sha256) == 64
+
+
+def test_the_default_is_the_papers_net() -> None:
+    net = SegmenterNet(SegmenterConfig(), AMOS.num_classes)
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    widths = [m.out_channels for m in convolutions]
+    assert widths[:6] == [16, 32, 64, 128, 256, 512]
+    assert [m.stride for m in convolutions[:6]] == [(2, 2)] * 5 + [(1, 1)]
+    assert {m.kernel_size for m in convolutions[:6]} == {(3, 3)}
+
+
+@pytest.mark.parametrize("channels", [(8, 16), (8, 16, 24), (16, 32, 64, 128)])
+def test_features_hold_every_level(channels: tuple[int, ...]) -> None:
+    net = SegmenterNet(SegmenterConfig(channels=channels), AMOS.num_classes).eval()
+    image = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8)
+    found = net.features(image, torch.tensor([0, 1, 0]))
+    assert found.shape == (3, sum(channels))
+    assert torch.isfinite(found).all()
+
+
+def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
+    bad = SegmenterConfig(channels=(12, 24), first_stride=3)
+    assert {p.field for p in bad.problems()} == {"segmenter.channels", "segmenter.first_stride"}
+    assert SegmenterConfig().problems(48)[0].field == "segmenter.channels"
+    assert SegmenterConfig().problems(256) == []
+    with pytest.raises(InputProblems, match="train-segmenter"):
+        Segmenter.load(tmp_path)
