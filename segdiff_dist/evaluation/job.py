@@ -214,7 +214,7 @@ def _spread_of_masks(store: SampleStore) -> Iterator[tuple[int, float]]:
     for i, row in enumerate(items["row"]):
         if items["source_modality"][i] == items["target_modality"][i]:
             by_row.setdefault(row, []).append(i)
-    for row, ids in by_row.items():
+    for ids in by_row.values():
         if len(ids) >= 2:
             ids.sort(key=lambda i: items["seed_index"][i])
             images = np.stack([np.asarray(store.image[i]) for i in ids])

@@ -1,4 +1,4 @@
-"""`deepspeed launch/train.py` on two ranks over gloo: killed between checkpoints, started again, and against one rank."""
+"""`deepspeed launch/train.py` on two ranks over gloo: killed, started again, and set against one rank."""
 
 from __future__ import annotations
 

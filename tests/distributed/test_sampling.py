@@ -125,7 +125,7 @@ def test_a_killed_job_goes_on(shapes: Path, tmp_path: Path) -> None:
 def test_another_job_in_the_same_folder_is_refused(shapes: Path, tmp_path: Path) -> None:
     run = write_weights(tmp_path)
     make(run, shapes)
-    with pytest.raises(InputProblems, match="sample.seed"):
+    with pytest.raises(InputProblems, match=r"sample\.seed"):
         make(run, shapes, seed=1)
     make(run, shapes, num_workers=1)  # who makes the images is no part of the job
     write_weights(tmp_path, seed=1)
