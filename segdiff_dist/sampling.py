@@ -38,13 +38,13 @@ class SampleConfig:
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num"])] = 1024
     """Masks drawn from the split, patients and places mixed; null takes all of them."""
     samples_per_mask: int = 1
-    """Images made for each of the first `diverse_masks` masks (Figure 4); 1 for the others."""
+    """Images made for each of `diverse_masks` masks (Figure 4); 1 for the others."""
     diverse_masks: int | None = None
-    """null: every mask gets samples_per_mask images."""
+    """null: every mask gets samples_per_mask images. Otherwise the modalities' first masks in turn."""
     target_modality: Literal["same", "other", "CT", "MR"] = "same"
     """The modality to make. Another than the mask's own is the paper's Figure 5."""
     cross_modality_masks: int = 0
-    """Of the masks, this many also get an image in the other modality."""
+    """This many masks, the modalities' first in turn, also get images in the other modality."""
     seed: int = 0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     weights: str = "ema"
@@ -87,7 +87,7 @@ def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.T
     order = sample_at(np.arange(len(rows)), len(rows), config.seed)
     chosen = rows[order[: config.num]]
     table = shards.samples.select(["key", "case_id", "modality", "axis", "slice_index"]).take(chosen).to_pylist()
-    diverse = len(table) if config.diverse_masks is None else config.diverse_masks
+    diverse = set(_spread(table, len(table) if config.diverse_masks is None else config.diverse_masks))
     items: list[dict[str, Any]] = []
 
     def add(index: int, target: str, seed_index: int) -> None:
@@ -107,7 +107,7 @@ def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.T
         )
 
     for index, source in enumerate(table):
-        for seed_index in range(config.samples_per_mask if index < diverse else 1):
+        for seed_index in range(config.samples_per_mask if index in diverse else 1):
             add(index, _target(config.target_modality, source["modality"]), seed_index)
     for index in _spread(table, config.cross_modality_masks):
         for seed_index in range(min(2, config.samples_per_mask)):  # the paper's Figures 6 and 7 show two
