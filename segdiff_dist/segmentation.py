@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,10 @@ class SegmenterConfig:
     """2 is the paper's. 1 keeps a level at full resolution, for slices so small that organs are a few pixels wide."""
     num_res_units: int = 0
     kernel_size: int = 3
+    rotate_degrees: float = 0.0
+    """As in the `loader` section, whose value counts for the denoiser alone."""
+    zoom: float = 0.0
+    """Likewise."""
     validation_batch_size: int = 64
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -57,9 +61,15 @@ class SegmenterConfig:
         )
     )
 
+    def augmented(self, loader: LoaderConfig) -> LoaderConfig:
+        """The loader's settings with this section's augmentation."""
+        return replace(loader, rotate_degrees=self.rotate_degrees, zoom=self.zoom)
+
     def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
         """What is out of range."""
         found = self.train.problems("segmenter.train", ranks)
+        for augmentation in self.augmented(LoaderConfig()).problems():
+            found.append(replace(augmentation, field=augmentation.field.replace("loader.", "segmenter.")))
         if self.first_stride not in (1, 2):
             found.append(Problem("config", "segmenter.first_stride", str(self.first_stride), "give 1 or 2"))
         if any(c % _NORM_GROUPS for c in self.channels):

@@ -69,6 +69,7 @@ def train_segmenter(experiment: Experiment) -> None:
         "segmenter",
         folder,
         lambda: SegmenterTask(shards, config, loader, folder / "weights", device),
+        config.augmented(loader),
         config.train,
     )
 
@@ -94,6 +95,7 @@ def train_denoiser(experiment: Experiment) -> None:
         lambda: DenoiserTask(
             shards, side, denoiser, experiment.diffusion, config.seed, run / "weights", pick_device(config.device)
         ),
+        loader,
         config,
     )
 
@@ -138,7 +140,9 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     return summary
 
 
-def _train(experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, config: Any) -> None:
+def _train(
+    experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, loader: Any, config: Any
+) -> None:
     from segdiff_dist.checkpoint import newest_complete, read_state
     from segdiff_dist.training import train
 
@@ -159,7 +163,7 @@ def _train(experiment: Experiment, shards: ShardSet, stage: str, folder: Path, m
             make_task(),
             shards,
             rows,
-            experiment.loader,
+            loader,
             config,
             folder,
             tracker,
