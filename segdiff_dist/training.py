@@ -228,11 +228,11 @@ def _log(path: Path, tracker: Tracker, name: str, row: dict[str, float], images_
 
 
 def _cut_log(path: Path, images_seen: int) -> None:
-    """Forget lines that a run killed after its last checkpoint wrote and that will now be written again."""
+    """Forget lines that a killed run wrote after its last checkpoint, or half wrote: they will be written again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images_seen"] <= images_seen]
-        write_text_atomically(path, "".join(f"{line}\n" for line in lines))
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_text_atomically(path, "".join(line for line in whole if json.loads(line)["images_seen"] <= images_seen))
 
 
 def _progress(name: str, total: int, initial: int) -> Any:
