@@ -64,7 +64,7 @@ _COMMANDS = {
     ),
     "evaluate": _Command(
         "measure a run's samples, on Ray: metrics, figures, report.html",
-        named=("run",),
+        named=("run", "amos_root"),
         sections=("evaluate", "tracking"),
     ),
     "demo": _Command(

@@ -21,7 +21,14 @@ def make_phantom(experiment: Experiment) -> None:
     from data_shards.phantom import write_phantom
 
     refuse(experiment.phantom.problems())
-    write_phantom(experiment.path("amos_root"), experiment.phantom)
+    out = experiment.path("amos_root")
+    if experiment.run is None:
+        write_phantom(out, experiment.phantom)
+        return
+    with _tracker(experiment, "phantom", experiment.run) as tracker:
+        write_phantom(out, experiment.phantom)
+        tracker.log_params({"phantom": _plain(experiment)["phantom"]})
+        tracker.log_artifact(out / "dataset.json", "phantom")
 
 
 def prepare(experiment: Experiment) -> Any:

@@ -58,7 +58,7 @@ def test_mlflow_holds_every_stage(folder: Path) -> None:
     found = summary(folder)
     assert run.data.metrics["dice_mask_gen"] == pytest.approx(found["metrics"]["dice_mask_gen"]["value"])
     assert run.data.metrics["CT/psnr_db"] == pytest.approx(found["by_modality"]["CT"]["psnr_db"]["value"])
-    for stage in ("prepare", "segmenter", "train", "sample", "evaluate"):
+    for stage in ("phantom", "prepare", "segmenter", "train", "sample", "evaluate"):
         assert run.data.tags[f"stage.{stage}"] == "finished"
     assert run.data.params["train.lr"] == "0.001"
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
