@@ -42,7 +42,7 @@ _ORGAN_NAMES: tuple[frozenset[str], ...] = tuple(
     )
 )
 # Image and label headers agree when no corner of the volume moves by more than this part of a voxel.
-_AFFINE_TOLERANCE_VOXELS = 0.1
+AFFINE_TOLERANCE_VOXELS = 0.1
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def find_problems(root: Path, modalities: Sequence[str] = MODALITIES) -> list[Pr
     if not found and not read_archive(root, modalities):
         value = f"no case among {', '.join(modalities)}"
         found.append(Problem(dataset_file, "training, validation, test", value, "list cases or widen `modalities`"))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _read_dataset(root: Path) -> dict[str, Any]:
@@ -126,13 +126,17 @@ def _case(root: Path, split: str, entry: dict[str, str]) -> Case:
     image = root / entry["image"]
     label = root / entry["label"] if "label" in entry else None
     if split == "test":
-        label = root / "labelsTs" / image.name
-        label = label if label.is_file() else None
+        label = next((file for file in nifti_files(root / "labelsTs", _case_id(image.name))), None)
     case_id = _case_id(entry["image"])
     number = re.search(r"(\d+)$", case_id)
     if number is None:
         raise problem(root / DATASET_FILE, split, entry["image"], "name files by case, as amos_0001.nii.gz")
     return Case(case_id, "CT" if int(number[1]) <= _LAST_CT_ID else "MR", split, image, label)
+
+
+def nifti_files(folder: Path, case_id: str) -> list[Path]:
+    """The NIfTI files of a case in a folder: at most its .nii.gz and its .nii, in this order."""
+    return [file for ending in (".nii.gz", ".nii") if (file := folder / f"{case_id}{ending}").is_file()]
 
 
 def _case_id(file: str) -> str:
@@ -174,20 +178,27 @@ def _problems_with_entry(where: str, split: str, entry: Any) -> tuple[str | None
 
 def _problems_with_files(case: Case) -> list[Problem]:
     found: list[Problem] = []
-    headers = [_header(file, found) for file in (case.image, case.label) if file is not None]
+    files = [file for file in (case.image, case.label) if file is not None]
+    for file in files:
+        # Compressed or unpacked by hand, perhaps changed since: which of the two is meant cannot be told.
+        if len(both := nifti_files(file.parent, case.case_id)) > 1:
+            value = f"both {both[0].name} and {both[1].name}"
+            found.append(Problem(str(file.parent), f"case id {case.case_id}", value, "keep the one that is meant"))
+    headers = [read_header(file, found) for file in files]
     if len(headers) < 2 or headers[0] is None or headers[1] is None:
         return found
     (shape, affine), (label_shape, label_affine) = headers[0], headers[1]
     remedy = "use the label that was drawn on this image, on its grid"
     if shape != label_shape:
         found.append(Problem(str(case.label), "shape", f"{label_shape}, its image has {shape}", remedy))
-    elif (moved := _largest_shift_voxels(shape, affine, label_affine)) > _AFFINE_TOLERANCE_VOXELS:
+    elif (moved := largest_shift_voxels(shape, affine, label_affine)) > AFFINE_TOLERANCE_VOXELS:
         found.append(Problem(str(case.label), "affine", f"off by {moved:.2g} voxels from its image", remedy))
     return found
 
 
-def _header(file: Path, found: list[Problem]) -> tuple[tuple[int, ...], np.ndarray] | None:
-    """Shape and affine of a NIfTI file, or None with the reason added to `found`."""
+def read_header(file: Path, found: list[Problem]) -> tuple[tuple[int, ...], np.ndarray] | None:
+    """Shape and affine (voxel index as stored to RAS mm) of a 3-D NIfTI file; None, with the reason added to `found`,
+    where it has none that can be used."""
     import nibabel as nib
 
     def wrong(field: str, value: str, remedy: str) -> None:
@@ -220,7 +231,8 @@ def _header(file: Path, found: list[Problem]) -> tuple[tuple[int, ...], np.ndarr
     return None
 
 
-def _largest_shift_voxels(shape: tuple[int, ...], affine: np.ndarray, other: np.ndarray) -> float:
+def largest_shift_voxels(shape: tuple[int, ...], affine: np.ndarray, other: np.ndarray) -> float:
+    """How far the other affine moves the corners of a volume at most, in its smallest voxel sides."""
     corners = np.array(
         [[i, j, k, 1.0] for i in (0, shape[0] - 1) for j in (0, shape[1] - 1) for k in (0, shape[2] - 1)]
     )

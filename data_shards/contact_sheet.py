@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 _CELL, _CAPTION, _GAP, _SIDE, _TOP = 160, 16, 6, 96, 34
 _PAIRS_OF_SPLIT = 2
 _INK, _PAPER, _FAINT = (235, 235, 235), (18, 18, 20), (150, 150, 155)
+# A legend for a few classes has room; one for many lists what occurs, smaller.
+_FEW_CLASSES = 20
+_LEGEND_LARGE, _LEGEND_SMALL = (8, 24, 12), (7, 15, 10)  # columns, pixels a line, pixels of a letter
 _ORGAN_ALPHA = 0.55
 _BODY_COLOUR = (255, 190, 80)
 # Twenty colours that stay apart on grey (Trubetskoy 2017), without its greys, white and black.
@@ -30,14 +34,55 @@ _COLOURS = np.array(
 )  # fmt: skip
 
 
+@lru_cache
 def class_colours(table: LabelTable) -> np.ndarray:
-    """uint8 [num_classes, 3]: one colour an organ, repeating after nineteen; background black."""
+    """uint8 [num_classes, 3], read-only: one colour an organ; background black. Beyond the first nineteen organs each
+    takes the colour that lies farthest from all before it, as the eye sees it (_perceived)."""
     colours = np.zeros((table.num_classes, 3), dtype=np.uint8)
-    for order, class_id in enumerate(table.organ_ids):
-        colours[class_id] = _COLOURS[order % len(_COLOURS)].astype(np.uint8)
     if table.body_id is not None:
         colours[table.body_id] = np.array(_BODY_COLOUR, dtype=np.uint8)
+    first, others = table.organ_ids[: len(_COLOURS)], table.organ_ids[len(_COLOURS) :]
+    colours[list(first)] = _COLOURS[: len(first)]
+    levels = np.linspace(0, 255, 11)
+    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    seen = _perceived(candidates)
+    # Too dark to be told from black, or too grey to be told from the image.
+    usable = (seen[:, 0] > 0.35) & (np.hypot(seen[:, 1], seen[:, 2]) > 0.06)
+    taken = _perceived(np.array([*_COLOURS, _BODY_COLOUR], dtype=np.float64))
+    nearest = np.where(usable, np.linalg.norm(seen[:, None] - taken, axis=2).min(axis=1), 0.0)
+    for class_id in others:
+        best = int(nearest.argmax())
+        colours[class_id] = np.rint(candidates[best])
+        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[best], axis=1))
+    colours.flags.writeable = False
     return colours
+
+
+def _perceived(rgb_N3: np.ndarray) -> np.ndarray:
+    """[N, 3] lightness, green to red, blue to yellow of sRGB 0..255, in which distances are as the eye sees them: Oklab
+    (Ottosson 2020, https://bottosson.github.io/posts/oklab)."""
+    s = rgb_N3 / 255.0
+    linear = np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
+    cones = np.cbrt(
+        linear
+        @ np.array(
+            [
+                [0.4122214708, 0.2119034982, 0.0883024619],
+                [0.5363325363, 0.6806995451, 0.2817188376],
+                [0.0514459929, 0.1073969566, 0.6299787005],
+            ]
+        )
+    )
+    return np.asarray(
+        cones
+        @ np.array(
+            [
+                [0.2104542553, 1.9779984951, 0.0259040371],
+                [0.7936177850, -2.4285922050, 0.7827717662],
+                [-0.0040720468, 0.4505937099, -0.8086757660],
+            ]
+        )
+    )
 
 
 def overlay(image_HW: np.ndarray, mask_HW: np.ndarray, table: LabelTable) -> np.ndarray:
@@ -59,9 +104,10 @@ def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
     present = set(zip(*(shard_set.samples[name].to_pylist() for name in ("modality", "axis")), strict=True))
     lines = [(modality, axis) for modality in MODALITIES for axis in AXES if (modality, axis) in present]
     width = _SIDE + len(SPLITS) * (_PAIRS_OF_SPLIT * (2 * _CELL + _GAP) + 3 * _GAP)
-    legend = list(range(1, shard_set.label_table.num_classes))
-    legend_rows = -(-len(legend) // 8)
-    height = _TOP + len(lines) * (_CELL + _CAPTION + _GAP) + 24 * legend_rows + 2 * _GAP
+    legend = _legend_ids(shard_set)
+    columns, line_height, _ = _LEGEND_LARGE if len(legend) <= _FEW_CLASSES else _LEGEND_SMALL
+    legend_height = line_height * -(-len(legend) // columns)
+    height = _TOP + len(lines) * (_CELL + _CAPTION + _GAP) + legend_height + 2 * _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for line, (modality, axis) in enumerate(lines):
@@ -74,7 +120,7 @@ def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
                 _write(draw, (left, 8), split, _INK, 16)
             for number, row in enumerate(_examples(shard_set, split, modality, axis)):
                 _draw_pair(sheet, draw, shard_set, row, (left + number * (2 * _CELL + _GAP), top))
-    _draw_legend(draw, shard_set.label_table, legend, height - 24 * legend_rows - _GAP, width)
+    _draw_legend(draw, shard_set.label_table, legend, height - legend_height - _GAP, width)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -103,7 +149,7 @@ def _draw_pair(
     from PIL import Image
 
     record = shard_set.read(row)
-    image = Image.fromarray(record.image_HW).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
+    image = Image.fromarray(record.image_uint8()).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
     mask = Image.fromarray(record.mask_HW).resize((_CELL, _CELL), Image.Resampling.NEAREST)
     tinted = Image.fromarray(overlay(np.asarray(image), np.asarray(mask), shard_set.label_table))
     sheet.paste(image.convert("RGB"), at)
@@ -112,13 +158,26 @@ def _draw_pair(
     _write(draw, (at[0] + 2, at[1] + _CELL + 1), label, _FAINT, 11)
 
 
+def _legend_ids(shard_set: ShardSet) -> list[int]:
+    """The classes to name: all of a small table's, of a large one's those that occur in the set."""
+    import pyarrow.compute as pc
+
+    table = shard_set.label_table
+    shown = [*table.organ_ids, *([] if table.body_id is None else [table.body_id])]
+    if len(shown) <= _FEW_CLASSES:
+        return shown
+    occurring = set(pc.unique(pc.list_flatten(shard_set.samples["labels_present"])).to_pylist())
+    return [class_id for class_id in shown if class_id in occurring]
+
+
 def _draw_legend(draw: ImageDraw.ImageDraw, table: LabelTable, class_ids: list[int], top: int, width: int) -> None:
     colours = class_colours(table)
-    step = (width - 4 * _GAP) // 8
+    columns, line_height, letters = _LEGEND_LARGE if len(class_ids) <= _FEW_CLASSES else _LEGEND_SMALL
+    step = (width - 4 * _GAP) // columns
     for order, class_id in enumerate(class_ids):
-        left, line = 2 * _GAP + step * (order % 8), top + 24 * (order // 8)
-        draw.rectangle((left, line + 3, left + 12, line + 15), fill=tuple(int(c) for c in colours[class_id]))
-        _write(draw, (left + 18, line + 2), table.names[class_id].replace("_", " "), _INK, 12)
+        left, line = 2 * _GAP + step * (order % columns), top + line_height * (order // columns)
+        draw.rectangle((left, line + 3, left + letters, line + 3 + letters), fill=tuple(map(int, colours[class_id])))
+        _write(draw, (left + letters + 6, line + 2), table.names[class_id].replace("_", " "), _INK, letters)
 
 
 def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:

@@ -72,48 +72,90 @@ def fan_out(
     gpus_per_worker: float = 0.0,
     address: str | None = None,
 ) -> Iterator[Done[Task, Result]]:
-    """Run every task on one of `num_workers` Ray actors; yield results as they come, in no fixed order.
-
-    `make_worker` runs once in each actor and returns the function that does a task (so a model is loaded once).
-    A task that raises, or kills its worker three times, comes back as TaskFailure and costs only itself. Leaving
-    the iterator early (an exception, Ctrl-C) stops the workers.
-    """
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    waiting = list(tasks)[::-1]
+    """Run every task on one of `num_workers` Ray actors; yield results as they come, in no fixed order. See Workers."""
+    waiting = list(tasks)
     if not waiting:
         return
-    with ray_session(address, num_cpus=max(num_workers * threads_per_worker, os.cpu_count() or 1)):
+    with Workers(
+        make_worker,
+        num_workers=min(num_workers, len(waiting)),
+        threads_per_worker=threads_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        address=address,
+    ) as workers:
+        yield from workers.run(waiting)
+
+
+class Workers(Generic[Task, Result]):
+    """Ray actors that outlive a list of tasks: a context, in which `run` may be called for one list after the other.
+
+    `make_worker` runs once in each actor and returns the function that does a task (so a model is loaded once). Actors
+    start when there is a task for them. Leaving the context early (an exception, Ctrl-C) stops them.
+    """
+
+    def __init__(
+        self,
+        make_worker: Callable[[], Callable[[Task], Result]],
+        *,
+        num_workers: int,
+        threads_per_worker: int = 1,
+        gpus_per_worker: float = 0.0,
+        address: str | None = None,
+    ) -> None:
+        self._make_worker, self._num_workers, self._threads = make_worker, num_workers, threads_per_worker
+        self._session = ray_session(address, num_cpus=max(num_workers * threads_per_worker, os.cpu_count() or 1))
+        self._gpus = gpus_per_worker
+        self._idle: list[Any] = []
+        self._running: dict[Any, tuple[Any, Task]] = {}
+
+    def __enter__(self) -> Workers[Task, Result]:
+        self._session.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        import ray
+
+        for actor in self._idle + [actor for actor, _ in self._running.values()]:
+            ray.kill(actor)
+        self._session.__exit__(*error)
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Done[Task, Result]]:
+        """Do every task; yield results as they come, in no fixed order.
+
+        A task that raises, or kills its worker three times, comes back as TaskFailure and costs only itself.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        waiting = list(tasks)[::-1]
+        while waiting or self._running:
+            while waiting and (self._idle or len(self._running) < self._num_workers):
+                actor = self._idle.pop() if self._idle else self._start()
+                task = waiting.pop()
+                self._running[actor.run.remote(task)] = (actor, task)
+            [reference], _ = ray.wait(list(self._running), num_returns=1)
+            actor, task = self._running.pop(reference)
+            try:
+                result: Any = ray.get(reference)
+                self._idle.append(actor)
+            except RayTaskError as error:
+                result = TaskFailure(_one_line(error.cause))
+                self._idle.append(actor)
+            except RayActorError as error:
+                result = TaskFailure(f"its worker process died: {_one_line(error)}")
+                ray.kill(actor)
+            yield Done(task, result)
+
+    def _start(self) -> Any:
+        import ray
+
         actor_class = ray.remote(_Worker).options(
-            num_cpus=threads_per_worker,
-            num_gpus=gpus_per_worker,
+            num_cpus=self._threads,
+            num_gpus=self._gpus,
             max_restarts=-1,
             max_task_retries=_RETRIES_AFTER_A_DEAD_WORKER,
         )
-        num_actors = min(num_workers, len(waiting))
-        idle = [actor_class.remote(make_worker, threads_per_worker) for _ in range(num_actors)]
-        running: dict[Any, tuple[Any, Task]] = {}
-        try:
-            while waiting or running:
-                while waiting and idle:
-                    actor, task = idle.pop(), waiting.pop()
-                    running[actor.run.remote(task)] = (actor, task)
-                [reference], _ = ray.wait(list(running), num_returns=1)
-                actor, task = running.pop(reference)
-                try:
-                    result: Any = ray.get(reference)
-                except RayTaskError as error:
-                    result = TaskFailure(_one_line(error.cause))
-                except RayActorError as error:
-                    result = TaskFailure(f"its worker process died: {_one_line(error)}")
-                    ray.kill(actor)
-                    actor = actor_class.remote(make_worker, threads_per_worker)
-                idle.append(actor)
-                yield Done(task, result)
-        finally:
-            for actor in idle + [actor for actor, _ in running.values()]:
-                ray.kill(actor)
+        return actor_class.remote(self._make_worker, self._threads)
 
 
 class _Worker:

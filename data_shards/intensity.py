@@ -6,42 +6,85 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.volumes import Volume
+from data_shards.volumes import Volume, planes_in_memory
+
+# window: CT by the window alone. paper: CT also by the percentiles of what the window leaves, as the paper's code does,
+# so that one grey value means another HU in each volume (HU can still be restored from the slice's own mapping).
+INTENSITIES = ("window", "paper")
 
 
 @dataclass(frozen=True)
 class GreyMap:
-    """stored value = uint8 * scale + offset; values outside [offset, offset + 255 * scale] are clipped."""
+    """value = grey * scale + offset, grey in 0..2**bits - 1; values outside of the range are clipped to its ends."""
 
     scale: float
     offset: float
+    bits: int = 8
 
-    def to_uint8(self, above_offset: np.ndarray) -> np.ndarray:
-        """uint8 of float values from which `offset` is already taken away."""
-        return np.clip(np.rint(above_offset / np.float32(self.scale)), 0, 255).astype(np.uint8)
+    @classmethod
+    def between(cls, low: float, high: float, bits: int) -> GreyMap:
+        """`low` becomes 0 and `high` the highest grey value."""
+        return cls((high - low) / (2**bits - 1), float(low), bits)
+
+    def to_grey(self, above_offset: np.ndarray) -> np.ndarray:
+        """uint8 or uint16, as `bits` says, of float values from which `offset` is already taken away."""
+        grey = np.clip(np.rint(above_offset / np.float32(self.scale)), 0, 2**self.bits - 1)
+        return grey.astype(np.uint8 if self.bits == 8 else np.uint16)
 
 
-def ct_grey_map(hu_window: tuple[float, float]) -> GreyMap:
-    """The window's lower end is 0, its upper end 255. The paper clips CT to [-256, 256] HU."""
-    low, high = hu_window
-    return GreyMap((high - low) / 255.0, float(low))
+def grey_map(
+    volume: Volume,
+    modality: str,
+    *,
+    intensity: str,
+    hu_window: tuple[float, float],
+    mr_percentiles: tuple[float, float],
+    bits: int,
+) -> GreyMap:
+    """How a volume's values become grey values of 8 or 16 bits.
 
-
-def mr_grey_map(volume: Volume, percentiles: tuple[float, float]) -> GreyMap:
-    """The volume's own percentiles (1 and 99 in the paper), over all of its voxels, are 0 and 255.
-
-    Raises ValueError when they are equal: such a volume is all but empty.
+    CT: the window's lower end is 0, its upper end the highest grey (the paper: [-256, 256] HU); with `intensity` paper
+    the same of the percentiles of the values clipped to the window. MR: the volume's own percentiles (1 and 99 in the
+    paper), over all of its voxels. Raises ValueError when the percentiles are equal: such a volume is all but empty.
     """
-    low, high = sorted(
-        float(p) * volume.slope + volume.intercept for p in np.percentile(volume.voxels_IJK, percentiles)
-    )
+    if modality == "CT" and intensity == "window":
+        return GreyMap.between(*hu_window, bits)
+    clip = hu_window if modality == "CT" else (-np.inf, np.inf)
+    low, high = percentiles(volume, mr_percentiles, clip)
     if high <= low:
-        raise ValueError(
-            f"its percentiles {percentiles[0]:g} and {percentiles[1]:g} are both {low:g}: it shows nothing"
-        )
-    return GreyMap((high - low) / 255.0, low)
+        first, last = mr_percentiles
+        raise ValueError(f"its percentiles {first:g} and {last:g} are both {low:g}: it shows nothing")
+    return GreyMap.between(low, high, bits)
+
+
+def percentiles(volume: Volume, chosen: tuple[float, float], clip: tuple[float, float]) -> tuple[float, float]:
+    """Two percentiles of the volume's values clipped to `clip`, as numpy.percentile gives them."""
+    last = volume.voxels_IJK.size - 1
+    rank = np.array(chosen) / 100.0 * last
+    if volume.slope < 0:
+        # The values rise where the stored numbers fall.
+        rank = last - rank
+    below = np.floor(rank).astype(np.int64)
+    stored = _of_rank(volume.voxels_IJK, np.array([below, np.minimum(below + 1, last)]))
+    lower, upper = np.clip(stored.astype(np.float64) * volume.slope + volume.intercept, *clip)
+    low, high = (lower + (upper - lower) * (rank - below)).tolist()
+    return low, high
+
+
+def _of_rank(voxels_IJK: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """The stored numbers that would have the ranks if all were sorted. Numbers of up to 16 bits are counted; others
+    need a copy of the volume."""
+    if voxels_IJK.dtype.kind not in "iu" or voxels_IJK.dtype.itemsize > 2:
+        flat = voxels_IJK.flatten(order="K")
+        flat.partition(np.unique(rank))
+        return flat[rank]
+    lowest = int(np.iinfo(voxels_IJK.dtype).min)
+    counts = np.zeros(2 ** (8 * voxels_IJK.dtype.itemsize), dtype=np.int64)
+    for plane in planes_in_memory(voxels_IJK):
+        counts += np.bincount(plane.ravel().astype(np.int64) - lowest, minlength=len(counts))
+    return lowest + np.searchsorted(np.cumsum(counts), rank, side="right")
 
 
 def restore(image: np.ndarray, scale: float, offset: float) -> np.ndarray:
-    """float32 values of a uint8 image: HU for CT, within half a grey level (half of `scale`) inside the window."""
+    """float32 values of stored grey values: HU for CT, within half a grey level (half of `scale`) inside the window."""
     return image.astype(np.float32) * np.float32(scale) + np.float32(offset)

@@ -1,4 +1,9 @@
-"""Label tables: which id means what, in which order. The table in use travels in index.json."""
+"""Label tables: which id means what, in which order. The table in use travels in index.json.
+
+amos        the fifteen organs that AMOS 2022's experts drew (Ji et al. 2022, its dataset.json), then `body`
+wholebody   TotalVIBE's classes under TotalVIBE's ids (Graf et al. 2024, TotalVibeSegmentator), then `body`
+merged      the same ids, AMOS' organs laid over them; its prostate is `prostate_uterus`, as AMOS' class is both
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from dataclasses import dataclass
 
 BACKGROUND = "background"
 BODY = "body"
+UNUSED = "unused"
 
 # Ids and names of AMOS 2022 (Ji et al. 2022, dataset.json), misspelt names put right.
 _AMOS_ORGANS = (
@@ -25,11 +31,28 @@ _AMOS_ORGANS = (
     "urinary_bladder",
     "prostate_uterus",
 )
+# TotalVIBE's ids 1 to 72 (Graf et al. 2024, the label overview of its repository, robert-graf/VIBESegmentator). Id 20
+# stands for nothing (TotalSegmentator's colon there is part of `intestine` here): 72 ids, 71 classes.
+_WHOLEBODY_CLASSES = (
+    "spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "pancreas", "adrenal_gland_right",
+    "adrenal_gland_left", "lung_upper_lobe_left", "lung_lower_lobe_left", "lung_upper_lobe_right",
+    "lung_middle_lobe_right", "lung_lower_lobe_right", "esophagus", "trachea", "thyroid_gland", "intestine", "duodenum",
+    "unused", "urinary_bladder", "prostate", "sacrum", "heart", "aorta", "pulmonary_vein", "brachiocephalic_trunk",
+    "subclavian_artery_right", "subclavian_artery_left", "common_carotid_artery_right", "common_carotid_artery_left",
+    "brachiocephalic_vein_left", "brachiocephalic_vein_right", "atrial_appendage_left", "superior_vena_cava",
+    "inferior_vena_cava", "portal_vein_and_splenic_vein", "iliac_artery_left", "iliac_artery_right", "iliac_vena_left",
+    "iliac_vena_right", "humerus_left", "humerus_right", "scapula_left", "scapula_right", "clavicula_left",
+    "clavicula_right", "femur_left", "femur_right", "hip_left", "hip_right", "spinal_cord", "gluteus_maximus_left",
+    "gluteus_maximus_right", "gluteus_medius_left", "gluteus_medius_right", "gluteus_minimus_left",
+    "gluteus_minimus_right", "autochthon_left", "autochthon_right", "iliopsoas_left", "iliopsoas_right", "sternum",
+    "costal_cartilages", "subcutaneous_fat", "muscle", "inner_fat", "IVD", "vertebra_body",
+    "vertebra_posterior_elements", "spinal_channel", "bone_other",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Names by id. Id 0 is background; `body`, where present, is the rest of the patient."""
+    """Names by id. Id 0 is background; `body`, where present, is the rest of the patient; `unused` is no class."""
 
     name: str
     names: tuple[str, ...]
@@ -47,14 +70,19 @@ class LabelTable:
 
     @property
     def body_id(self) -> int | None:
-        """The id of `body`, or None where whole-body classes stand in its place."""
+        """The id of `body`, or None where a table has none."""
         return self.names.index(BODY) if BODY in self.names else None
 
     @property
     def organ_ids(self) -> tuple[int, ...]:
-        """Ids that are anatomy proper: neither background nor body."""
-        return tuple(i for i, n in enumerate(self.names) if n not in (BACKGROUND, BODY))
+        """Ids that are anatomy proper: not background, not body, not an id that stands for nothing."""
+        return tuple(i for i, n in enumerate(self.names) if n not in (BACKGROUND, BODY, UNUSED))
 
 
 AMOS = LabelTable("amos", (BACKGROUND, *_AMOS_ORGANS, BODY))
-LABEL_TABLES = {AMOS.name: AMOS}
+WHOLEBODY = LabelTable("wholebody", (BACKGROUND, *_WHOLEBODY_CLASSES, BODY))
+MERGED = LabelTable("merged", tuple("prostate_uterus" if name == "prostate" else name for name in WHOLEBODY.names))
+LABEL_TABLES = {table.name: table for table in (AMOS, WHOLEBODY, MERGED)}
+
+# For each of AMOS' ids, background to prostate_uterus, the id of the same organ in WHOLEBODY and MERGED.
+AMOS_TO_WHOLEBODY = tuple(MERGED.names.index(name) for name in AMOS.names if name != BODY)

@@ -1,25 +1,36 @@
 """Shards to device batches: one NVIDIA DALI pipeline, on the GPU where there is one, else the same on the CPU.
 
-Dimensions: B batch, H rows, W columns. This file owns DALI.
+A thread of its own reads, decodes and augments ahead of whoever consumes the batches. This file owns DALI.
+
+Dimensions: B batch, H rows, W columns, C channels.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_shards.order import STREAM_AUGMENT, sample_at, uniform
+from data_shards.batch_reader import BatchReader
+from data_shards.codecs import PICTURES
+from data_shards.order import STREAM_AUGMENT, Order, uniform
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch
+from data_shards.shards import CacheConfig
 
 if TYPE_CHECKING:
     import torch
 
     from data_shards.shards import ShardSet
+
+# A position's draws in [0, 1), in this order: adding one at the end leaves the others as they are.
+_DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,9 @@ class LoaderConfig:
 
     modalities: tuple[str, ...] = MODALITIES
     axes: tuple[str, ...] = AXES
+    mix: dict[str, float] = field(default_factory=dict)
+    """Weights of groups, as in {CT: 1, MR/axial: 2}; left empty, every slice comes once an epoch. A key is MODALITY,
+    MODALITY/AXIS or, of several sets, 0:MODALITY or 0:*, counted from 0."""
     crop: Literal["centre", "random"] = "centre"
     crop_size: int | None = None
     """Side of the crop in pixels; None takes the whole stored slice."""
@@ -41,8 +55,18 @@ class LoaderConfig:
     """Rotate by up to this angle either way."""
     zoom: float = 0.0
     """Scale by up to this fraction either way: 0.1 is 0.9 to 1.1."""
+    jitter_mr: float = 0.0
+    """Change contrast and gamma of MR images by up to this fraction either way. CT keeps its HU."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """What to do with a sample whose bytes are not those that were written."""
     num_threads: int = 2
     """DALI's decoding threads."""
+    prefetch_batches: int = 4
+    """Batches made ahead, in a thread of their own; 0 makes them when they are asked for."""
+    cache_dir: Path | None = None
+    """Where bytes of remote sets are kept on this machine."""
+    cache_gib: float = 0.0
+    """How many of them at most."""
 
     def problems(self) -> list[Problem]:
         """What is out of range, as shown to the person who wrote it."""
@@ -53,130 +77,275 @@ class LoaderConfig:
         for name, value, low, high in (
             ("rotate_degrees", self.rotate_degrees, 0.0, 180.0),
             ("zoom", self.zoom, 0.0, 0.9),
+            ("jitter_mr", self.jitter_mr, 0.0, 0.9),
             ("num_threads", self.num_threads, 1, 256),
+            ("prefetch_batches", self.prefetch_batches, 0, 1024),
+            ("cache_gib", self.cache_gib, 0.0, 1e6),
         ):
             if not low <= value <= high:
                 found.append(Problem("config", f"loader.{name}", str(value), f"give {low} to {high}"))
         if self.crop_size is not None and self.crop_size < 8:
             found.append(Problem("config", "loader.crop_size", str(self.crop_size), "give at least 8, or null"))
+        if self.cache_gib > 0 and self.cache_dir is None:
+            found.append(
+                Problem("config", "loader.cache_dir", "null", "name the cache's folder, or set cache_gib to 0")
+            )
         return found
+
+    @property
+    def cache(self) -> CacheConfig:
+        """Of the shard sets that are opened."""
+        return CacheConfig(self.cache_dir, int(self.cache_gib * 1024**3))
 
     @property
     def augments(self) -> bool:
         """Whether any switch makes a sample depend on its position."""
-        return self.flip or self.rotate_degrees > 0 or self.zoom > 0 or self.crop == "random"
+        return bool(self.draws)
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The random numbers that the switches take, of those in _DRAWS."""
+        taken = {
+            "flip": self.flip,
+            "rotate": self.rotate_degrees > 0,
+            "zoom": self.zoom > 0,
+            "crop_x": self.crop == "random",
+            "crop_y": self.crop == "random",
+            "gamma": self.jitter_mr > 0,
+            "contrast": self.jitter_mr > 0,
+        }
+        return tuple(name for name in _DRAWS if taken[name])
 
 
 class Loader:
     """Iterates over Batches for the given positions, decoding and augmenting ahead of the consumer.
 
-    `rows` are the shard set's samples in play; position p shows rows[sample_at(p, len(rows), seed)], or
-    rows[p] with `shuffle=False`. `positions` gives each batch's global positions (data_shards.order).
+    Position p shows the row of the shard set that `order` has there; `positions` gives each batch's global positions
+    (data_shards.order), `seed` keys the augmentations. Raises ValueError naming shard and sample for bytes that are not
+    those once written, or counts them in `skipped` (LoaderConfig.on_corrupt). One iteration a loader.
     """
 
     def __init__(
         self,
         shards: ShardSet,
-        rows: np.ndarray,
+        order: Order,
         positions: Iterable[np.ndarray],
         config: LoaderConfig,
         *,
         batch_size: int,
         seed: int,
-        shuffle: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         import torch
 
         self.device = torch.device(device)
-        self._shards, self._rows, self._config = shards, np.asarray(rows), config
-        self._seed, self._shuffle = seed, shuffle
+        self._shards, self._config, self._seed = shards, config, seed
         self._positions = iter(positions)
-        self._modality_N = np.array([MODALITIES.index(m) for m in shards.samples["modality"].to_pylist()])
-        self._axis_N = np.array([AXES.index(a) for a in shards.samples["axis"].to_pylist()])
-        self._in_flight: deque[tuple[np.ndarray, np.ndarray]] = deque()  # positions and rows of batches inside DALI
+        self._parts = tuple(shards.parts)
+        self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
+        self._in_flight: deque[tuple[np.ndarray, np.ndarray, Any]] = deque()  # of batches inside DALI
         self._pipeline = self._build(batch_size)
 
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Rows that were left out, and why."""
+        return self._reader.skipped
+
     def __iter__(self) -> Iterator[Batch]:
+        if not self._config.prefetch_batches:
+            yield from self._batches()
+            return
+        ahead = _Ahead(self._batches(), self._config.prefetch_batches)
+        try:
+            yield from ahead
+        finally:
+            ahead.close()
+
+    def _batches(self) -> Iterator[Batch]:
         import torch
 
         while True:
             try:
-                image, mask = self._pipeline.run()
+                outputs = self._pipeline.run()
             except StopIteration:
                 return
-            position_B, row_B = self._in_flight.popleft()
+            position_B, row_B, _ = self._in_flight.popleft()
+            modality_B, axis_B = (
+                codes[row_B].astype(np.int64) for codes in (self._shards.modality_N, self._shards.axis_N)
+            )
+            pixels = dict(zip(self._parts, map(self._to_torch, outputs), strict=True))
             yield Batch(
-                image_BHW=self._to_torch(image),
-                mask_BHW=self._to_torch(mask),
-                modality_B=torch.from_numpy(self._modality_N[row_B]).to(self.device, non_blocking=True),
-                axis_B=torch.from_numpy(self._axis_N[row_B]).to(self.device, non_blocking=True),
+                image_BHW=pixels["image"].squeeze(1),
+                mask_BHW=pixels["mask"].squeeze(1),
+                modality_B=torch.from_numpy(modality_B).to(self.device, non_blocking=True),
+                axis_B=torch.from_numpy(axis_B).to(self.device, non_blocking=True),
                 position_B=torch.from_numpy(position_B).to(self.device, non_blocking=True),
+                edge_B2HW=pixels.get("edge"),
             )
 
     def _to_torch(self, output: Any) -> torch.Tensor:
-        """uint8 [B, H, W] owned by torch: DALI reuses its buffers two runs later."""
+        """[B, C, H, W] owned by torch: DALI uses its buffers again."""
         import torch
 
         if self.device.type == "cuda":
-            return torch.from_dlpack(output.as_tensor()).squeeze(-1).clone()
-        return torch.from_numpy(output.as_array().copy()).squeeze(-1)
+            return torch.from_dlpack(output.as_tensor()).clone()
+        return torch.from_numpy(output.as_array().copy())
 
-    def _next_sources(self) -> tuple[list[np.ndarray], ...]:
-        """Encoded images and masks of the next batch; with augmentation also a row of draws in [0, 1) for each."""
-        position_B = next(self._positions)
-        index_B = sample_at(position_B, len(self._rows), self._seed) if self._shuffle else position_B
-        row_B = self._rows[index_B]
-        self._in_flight.append((position_B, row_B))
-        pairs = [self._shards.raw_pair(int(row)) for row in row_B]
-        sources = [p[0] for p in pairs], [p[1] for p in pairs]
+    def _next_sources(self) -> tuple[Any, ...]:
+        """The parts of the next batch; with augmentation also each draw of every sample."""
+        position_B, row_B, pixels = self._reader.read(next(self._positions))
+        parts = [pixels[part] for part in self._parts]
+        for part, values in pixels.items():
+            if isinstance(values, np.ndarray):
+                parts[self._parts.index(part)] = values.reshape(len(row_B), -1, self._shards.size, self._shards.size)
+        # Held until the batch is out: DALI reads these buffers where they lie.
+        self._in_flight.append((position_B, row_B, parts))
         if not self._config.augments:
-            return sources
-        return *sources, list(uniform(self._seed, STREAM_AUGMENT, position_B, 5).astype(np.float32))
+            return tuple(parts)
+        draw_BD = uniform(self._seed, STREAM_AUGMENT, position_B, len(_DRAWS)).astype(np.float32)
+        is_ct_B = self._shards.modality_N[row_B] == MODALITIES.index("CT")
+        draw_BD[is_ct_B, _DRAWS.index("gamma") :] = 0.5  # leaves them as they are
+        return *parts, *(np.ascontiguousarray(draw_BD[:, _DRAWS.index(name)]) for name in self._config.draws)
 
     def _build(self, batch_size: int) -> Any:
-        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali import fn, pipeline_def
 
         config, shards = self._config, self._shards
         on_gpu = self.device.type == "cuda"
-        stored, crop = shards.size, config.crop_size or shards.size
-
-        def decode(payload: Any) -> Any:
-            if shards.codec == "raw":
-                return fn.reshape(payload, shape=[stored, stored, 1], layout="HWC")
-            return fn.decoders.image(payload, device="cpu", output_type=types.GRAY)
+        # On the CPU the loader's own thread is all the overlap there is to have; DALI's would fight it for the cores.
+        execution = (
+            {"prefetch_queue_depth": 2}
+            if on_gpu
+            else {"prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False}
+        )
 
         @pipeline_def(
             batch_size=batch_size,
             num_threads=config.num_threads,
             device_id=(self.device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=2,
+            **execution,
         )
-        def pipeline() -> tuple[Any, Any]:
-            num_outputs = 3 if config.augments else 2
-            image, mask, *drawn = fn.external_source(self._next_sources, num_outputs=num_outputs, batch=True)
-            draw: Any = drawn[0] if drawn else None
-            image, mask = decode(image), decode(mask)
-            if on_gpu:
-                image, mask = image.gpu(), mask.gpu()
-            if config.flip:
-                mirrored = fn.cast(draw[0] < 0.5, dtype=types.INT32)
-                image, mask = (fn.flip(x, horizontal=mirrored) for x in (image, mask))
-            if config.rotate_degrees > 0 or config.zoom > 0:
-                # warp_affine's matrix takes output to input coordinates: rotate and zoom about the centre.
-                centre = np.array([stored / 2, stored / 2], dtype=np.float32)
-                zoom = 1.0 / (1.0 + config.zoom * (2.0 * draw[2] - 1.0))
-                matrix = fn.transforms.rotation(angle=config.rotate_degrees * (2.0 * draw[1] - 1.0), center=centre)
-                matrix = fn.transforms.scale(matrix, scale=fn.stack(zoom, zoom), center=centre)
-                image, mask = (
-                    fn.warp_affine(x, matrix, interp_type=interpolation, fill_value=0)
-                    for x, interpolation in ((image, types.INTERP_LINEAR), (mask, types.INTERP_NN))
-                )
-            if crop != stored:
-                at = (draw[3], draw[4]) if config.crop == "random" else (0.5, 0.5)
-                image, mask = (fn.crop(x, crop=(crop, crop), crop_pos_x=at[0], crop_pos_y=at[1]) for x in (image, mask))
-            return image, mask
+        def pipeline() -> tuple[Any, ...]:
+            num_outputs = len(self._parts) + len(config.draws)
+            sources = fn.external_source(self._next_sources, num_outputs=num_outputs, batch=True, no_copy=not on_gpu)
+            draws = dict(zip(config.draws, sources[len(self._parts) :], strict=True))
+            decoded = [self._decoded(x, part, on_gpu) for part, x in zip(self._parts, sources, strict=False)]
+            if not config.augments and shards.size == (config.crop_size or shards.size):
+                return tuple(decoded)
+            return tuple(
+                _augmented(x, part, draws, config, shards.size, shards.bits)
+                for part, x in zip(self._parts, decoded, strict=True)
+            )
 
         built = pipeline()
         built.build()
         return built
+
+    def _decoded(self, source: Any, part: str, on_gpu: bool) -> Any:
+        """A part as CHW on the device. Pictures are decoded here; JPEG 2000 on the GPU, where DALI has one."""
+        from nvidia.dali import fn, types
+
+        shape = [2 if part == "edge" else 1, self._shards.size, self._shards.size]
+        if self._shards.codec in PICTURES:
+            deep = self._shards.dtype(part) == np.uint16
+            source = fn.decoders.image(
+                source,
+                device="mixed" if on_gpu and self._shards.codec == "jpeg2000" else "cpu",
+                output_type=types.GRAY,
+                dtype=types.UINT16 if deep else types.UINT8,
+            )
+        if on_gpu:
+            source = source.gpu()
+        return fn.reshape(source, shape=shape, layout="CHW")
+
+
+def _augmented(x: Any, part: str, draws: Any, config: LoaderConfig, stored: int, bits: int) -> Any:
+    """Flip, rotate and zoom, crop; images also jitter. Image and mask share their draws, so they move together."""
+    from nvidia.dali import fn, types
+
+    if config.flip:
+        x = fn.flip(x, horizontal=fn.cast(draws["flip"] < 0.5, dtype=types.INT32))
+    if config.rotate_degrees > 0 or config.zoom > 0:
+        x = _warped(x, part, draws, config, stored, bits)
+    if part == "image" and config.jitter_mr > 0:
+        white = float(2**bits - 1)
+        gamma, contrast = (1.0 + config.jitter_mr * (2.0 * draws[name] - 1.0) for name in ("gamma", "contrast"))
+        x = fn.cast(
+            white * contrast * (fn.cast(x, dtype=types.FLOAT) / white) ** gamma,
+            dtype=types.UINT16 if bits == 16 else types.UINT8,
+        )
+    crop = config.crop_size or stored
+    if crop != stored:
+        at = (draws["crop_x"], draws["crop_y"]) if config.crop == "random" else (0.5, 0.5)
+        x = fn.crop(x, crop=(crop, crop), crop_pos_x=at[0], crop_pos_y=at[1])
+    return x
+
+
+def _warped(x: Any, part: str, draws: Any, config: LoaderConfig, stored: int, bits: int) -> Any:
+    """Rotated and zoomed about the centre; linear for images, nearest neighbour for labels."""
+    from nvidia.dali import fn, types
+
+    # warp_affine's matrix takes output to input coordinates. It wants channels last, and no 16-bit numbers.
+    centre = np.array([stored / 2, stored / 2], dtype=np.float32)
+    matrix = np.eye(2, 3, dtype=np.float32)
+    if config.rotate_degrees > 0:
+        angle = config.rotate_degrees * (2.0 * draws["rotate"] - 1.0)
+        matrix = fn.transforms.rotation(angle=angle, center=centre)
+    if config.zoom > 0:
+        zoom = 1.0 / (1.0 + config.zoom * (2.0 * draws["zoom"] - 1.0))
+        matrix = fn.transforms.scale(matrix, scale=fn.stack(zoom, zoom), center=centre)
+    deep = part == "image" and bits == 16
+    x = fn.cast(x, dtype=types.FLOAT) if deep else x
+    if part == "edge":
+        x = fn.transpose(x, perm=[1, 2, 0], output_layout="HWC")
+    else:
+        x = fn.reshape(x, shape=[stored, stored, 1], layout="HWC")
+    x = fn.warp_affine(x, matrix, interp_type=types.INTERP_LINEAR if part == "image" else types.INTERP_NN, fill_value=0)
+    if part == "edge":
+        x = fn.transpose(x, perm=[2, 0, 1], output_layout="CHW")
+    else:
+        x = fn.reshape(x, shape=[1, stored, stored], layout="CHW")
+    return fn.cast(x, dtype=types.UINT16) if deep else x
+
+
+class _Ahead:
+    """Runs an iterator in a thread of its own, at most `depth` items ahead of the consumer."""
+
+    def __init__(self, items: Iterator[Batch], depth: int) -> None:
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, args=(items,), name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread; what it made is dropped."""
+        self._stop.set()
+        self._thread.join()
+
+    def _produce(self, items: Iterator[Batch]) -> None:
+        end: BaseException | None = None
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            end = error
+        self._put(end)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -3,35 +3,170 @@
 A run is one endless sequence of positions 0, 1, 2, ... Epoch e holds positions e*n to (e+1)*n - 1 and is a true
 permutation of the n samples, computed in O(1) a position by a keyed Feistel network with cycle walking (Black and
 Rogaway 2002, "Ciphers with arbitrary finite domains"), so nothing is stored and nothing depends on ranks.
+
+An Order says which row of a shard set stands at each position; mixing gives every group of rows such a sequence of its
+own and interleaves them. Dimensions: P positions, G groups, R rows, E epochs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
 _ROUNDS = 6
 _MASK_64 = (1 << 64) - 1
+# SplitMix64's constants (Steele et al. 2014).
+_GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = (
+    np.array(x, np.uint64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+_SHIFT_30, _SHIFT_27, _SHIFT_31 = (np.array(x, np.uint64) for x in (30, 27, 31))
+# Entries a round of a table: 0.8 MB of table in all, enough for one epoch of 268 million samples.
+_MAX_TABLE = 1 << 14
+# Values left to walk from which on Python is faster than NumPy; measured.
+_FEW = 16
 
 # Streams keep draws for different purposes independent under one seed.
 STREAM_ORDER = 1
 STREAM_AUGMENT = 2
+STREAM_SLOTS = 3
+STREAM_GROUP = 4
+
+# Heaviest over lightest group. A sample of the lightest then comes by once in 10,000; less is a slip of the keyboard.
+_MAX_WEIGHT_RATIO = 10_000
+# Weights that are in proportion only after more samples than this are rounded to a hundredth of the lightest.
+_MAX_PERIOD = 100_000
+
+
+class Order(Protocol):
+    """Which row stands at each position of an endless run: a pure function, the same on every rank."""
+
+    num_samples: int
+    """How many different rows there are: what one epoch is counted as."""
+
+    def rows_at(self, position_P: np.ndarray) -> np.ndarray:
+        """int64 [P] rows of the shard set for int64 [P] positions, in any order."""
+
+
+class Shuffled:
+    """Every row once an epoch, in an order of its own for each epoch."""
+
+    def __init__(self, rows: np.ndarray, seed: int) -> None:
+        self._rows, self._seed = _checked_rows(rows, "rows"), seed
+        self.num_samples = len(self._rows)
+
+    def rows_at(self, position_P: np.ndarray) -> np.ndarray:
+        """See Order."""
+        return self._rows[sample_at(position_P, self.num_samples, self._seed)]
+
+
+class Sequential:
+    """The rows as they are given, once: for evaluation."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = _checked_rows(rows, "rows")
+        self.num_samples = len(self._rows)
+
+    def rows_at(self, position_P: np.ndarray) -> np.ndarray:
+        """See Order. Raises ValueError for a position outside of the rows."""
+        position_P = np.asarray(position_P, dtype=np.int64)
+        outside_P = position_P[(position_P < 0) | (position_P >= self.num_samples)]
+        if len(outside_P):
+            raise ValueError(f"position {outside_P[0]}: there are {self.num_samples} samples, each seen once")
+        return self._rows[position_P]
+
+
+class Mixed:
+    """Groups of rows in fixed proportion, to the sample; each group goes through epochs of its own.
+
+    The weights become whole numbers (`counts`), and every period of sum(counts) positions holds counts[g] samples of
+    group g, at places that change from period to period. So position p is the q-th sample of a group, known in O(1),
+    and that group's q-th sample is the one a run over the group alone would see: a permutation an epoch, whatever
+    ranks do.
+
+    Groups of very different sizes: a group is gone through num_rows / share positions long, so 1,000 MR slices at half
+    of the mixture beside 100,000 CT slices come back 100 times while the CT is seen once. Weights in proportion to the
+    sizes give what Shuffled gives; their square roots are a usual middle way. Raises ValueError naming the weight
+    that is not a positive finite number or 10,000 times below another, and the group that is empty.
+    """
+
+    def __init__(self, groups: tuple[np.ndarray, ...], weights: tuple[float, ...], seed: int) -> None:
+        self.counts = mix_counts(weights)
+        if len(groups) != len(weights):
+            raise ValueError(f"weights: {len(weights)} for {len(groups)} groups; give one for each")
+        self._groups = [_checked_rows(rows, f"groups[{g}]") for g, rows in enumerate(groups)]
+        self._ends_G = np.cumsum(self.counts)
+        self._period = int(self._ends_G[-1])
+        self._slot_seed = int(hash_u64(seed, STREAM_SLOTS, np.zeros(1))[0])
+        self._seeds = [int(x) for x in hash_u64(seed, STREAM_GROUP, np.arange(len(groups)))]
+        self.num_samples = sum(len(rows) for rows in self._groups)
+
+    def rows_at(self, position_P: np.ndarray) -> np.ndarray:
+        """See Order."""
+        group_P, ordinal_P = self.groups_at(position_P)
+        row_P = np.empty_like(ordinal_P)
+        for g, (rows, seed) in enumerate(zip(self._groups, self._seeds, strict=True)):
+            at = np.flatnonzero(group_P == g)
+            row_P[at] = rows[sample_at(ordinal_P[at], len(rows), seed)]
+        return row_P
+
+    def groups_at(self, position_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [P], int64 [P]: the group at each position, and which sample of the group's own sequence it is."""
+        position_P = np.asarray(position_P, dtype=np.int64)
+        slot_P = sample_at(position_P, self._period, self._slot_seed)
+        group_P = np.searchsorted(self._ends_G, slot_P, side="right")
+        count_P = np.asarray(self.counts)[group_P]
+        return group_P, position_P // self._period * count_P + slot_P - (self._ends_G[group_P] - count_P)
+
+
+def mix_counts(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest whole numbers in proportion to the weights: (0.7, 0.3) -> (7, 3). Raises ValueError, see Mixed."""
+    if not weights:
+        raise ValueError("weights: none; give one for each group")
+    for g, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weights[{g}]: {weight}; give a finite number above 0")
+    lightest = min(weights)
+    for g, weight in enumerate(weights):
+        if weight > _MAX_WEIGHT_RATIO * lightest:
+            at = list(weights).index(lightest)
+            raise ValueError(f"weights[{at}]: {lightest} is less than 1/{_MAX_WEIGHT_RATIO} of weights[{g}]: {weight}")
+    # A thousand: tells 0.333 from 1/3, and takes what binary fractions add to decimal ones for the noise it is.
+    ratios = [Fraction(weight / lightest).limit_denominator(1000) for weight in weights]
+    scale = math.lcm(*(ratio.denominator for ratio in ratios))
+    counts = [int(ratio * scale) for ratio in ratios]
+    if sum(counts) > _MAX_PERIOD:
+        counts = [round(100 * weight / lightest) for weight in weights]
+    common = math.gcd(*counts)
+    return tuple(count // common for count in counts)
 
 
 def sample_at(position_P: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """The sample index in [0, num_samples) at each global position (int64 [P], any order)."""
+    """The sample index in [0, num_samples) at each global position (int64 [P], any order).
+
+    Each sample is as likely as any other to stand anywhere; pairs of samples too, from 17 samples on (with fewer, some
+    orders come up to a third more often than others).
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples: {num_samples}; there must be at least one sample")
-    position_P = np.asarray(position_P, dtype=np.int64)
-    epoch_P, index_P = np.divmod(position_P, num_samples)
+    epoch_P, index_P = np.divmod(np.asarray(position_P, dtype=np.int64), num_samples)
+    if not len(index_P):
+        return index_P
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    first, last = int(epoch_P.min()), int(epoch_P.max())
+    if (last - first + 1) << half_bits <= _MAX_TABLE:
+        table = _round_table(seed, first, last, half_bits)
+        return _walk_by_table(index_P, epoch_P - first, table, num_samples, half_bits)
     key_P = hash_u64(seed, STREAM_ORDER, epoch_P)
     value_P = _feistel(index_P.astype(np.uint64), key_P, half_bits)
-    outside_P = value_P >= num_samples
-    while outside_P.any():  # walks at most a few steps: the domain is less than four times num_samples
+    outside_P = np.flatnonzero(value_P >= num_samples)
+    while len(outside_P):  # walks four steps on average at most: the domain is less than four times num_samples
         value_P[outside_P] = _feistel(value_P[outside_P], key_P[outside_P], half_bits)
-        outside_P = value_P >= num_samples
+        outside_P = outside_P[value_P[outside_P] >= num_samples]
     return value_P.astype(np.int64)
 
 
@@ -69,18 +204,72 @@ def hash_u64(seed: int, stream: int, value_P: np.ndarray) -> np.ndarray:
     return _mix(base ^ np.asarray(value_P).astype(np.uint64))
 
 
+def _checked_rows(rows: np.ndarray, name: str) -> np.ndarray:
+    rows = np.asarray(rows, dtype=np.int64)
+    if rows.ndim != 1 or not len(rows):
+        raise ValueError(f"{name}: {rows.shape} rows; there must be at least one, in one dimension")
+    return rows
+
+
 def _feistel(value_P: np.ndarray, key_P: np.ndarray, half_bits: int) -> np.ndarray:
     mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     left_P, right_P = value_P >> shift, value_P & mask
     for round_index in range(_ROUNDS):
-        mixed_P = _mix(key_P ^ _mix(right_P ^ np.uint64(round_index << 32)))
-        left_P, right_P = right_P, left_P ^ (mixed_P & mask)
+        left_P, right_P = right_P, left_P ^ _round(right_P, key_P, round_index, mask)
     return (left_P << shift) | right_P
 
 
+def _round(right_P: np.ndarray, key_P: np.ndarray, round_index: int, mask: np.uint64) -> np.ndarray:
+    return _mix(key_P ^ _mix(right_P ^ np.uint64(round_index << 32))) & mask
+
+
+@functools.lru_cache(maxsize=16)
+def _round_table(seed: int, first_epoch: int, last_epoch: int, half_bits: int) -> np.ndarray:
+    """int64 [epochs, rounds, 2^half_bits]: the round function for every right half. Six numbers for each of about
+    sqrt(num_samples) to 2 sqrt(num_samples) halves an epoch, for batch after batch of the same epoch."""
+    key_E1 = hash_u64(seed, STREAM_ORDER, np.arange(first_epoch, last_epoch + 1))[:, None]
+    right_N, mask = np.arange(1 << half_bits, dtype=np.uint64), np.uint64((1 << half_bits) - 1)
+    rounds = [_round(right_N, key_E1, round_index, mask) for round_index in range(_ROUNDS)]
+    return np.stack(rounds, axis=1).astype(np.int64)
+
+
+def _walk_by_table(
+    value_P: np.ndarray, epoch_P: np.ndarray, table: np.ndarray, num_samples: int, half_bits: int
+) -> np.ndarray:
+    """The same as _feistel with cycle walking, a lookup instead of two hashes a round."""
+    mask, flat = (1 << half_bits) - 1, table.reshape(-1)
+    rounds = [flat[round_index << half_bits :] for round_index in range(_ROUNDS)]
+    base_P = epoch_P * (_ROUNDS << half_bits)
+    result_P = np.empty_like(value_P)
+    left_in = np.arange(len(value_P))
+    while len(left_in) > _FEW:
+        left_P, right_P = value_P >> half_bits, value_P & mask
+        for of_round in rounds:
+            at_P = right_P if len(table) == 1 else right_P + base_P
+            left_P, right_P = right_P, left_P ^ of_round.take(at_P)
+        value_P = (left_P << half_bits) | right_P
+        result_P[left_in] = value_P
+        outside_P = value_P >= num_samples
+        left_in, value_P, base_P = left_in[outside_P], value_P[outside_P], base_P[outside_P]
+    lookup = flat.data  # an array's fixed costs are more than a few values are worth
+    for at, value, base in zip(left_in.tolist(), value_P.tolist(), base_P.tolist(), strict=True):
+        while True:
+            left, right = value >> half_bits, value & mask
+            for start in range(base, base + (_ROUNDS << half_bits), 1 << half_bits):
+                left, right = right, left ^ lookup[start + right]
+            value = left << half_bits | right
+            if value < num_samples:
+                break
+        result_P[at] = value
+    return result_P
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    # Arrays of uint64 wrap around without a warning; scalars would not.
+    x = x + _GOLDEN
+    x ^= x >> _SHIFT_30
+    x *= _MULTIPLIER_1
+    x ^= x >> _SHIFT_27
+    x *= _MULTIPLIER_2
+    x ^= x >> _SHIFT_31
+    return x

@@ -1,6 +1,6 @@
-"""An AMOS folder to a shard set: one Ray task a volume, then one pass that writes the shards in a fixed order.
+"""An AMOS folder to a shard set: one Ray task a volume, then one a shard.
 
-OUT/.partial/ keeps one file for each finished volume until the whole set stands, so that a killed run, or one with
+OUT/.partial/ keeps two files for each finished volume until the whole set stands, so that a killed run, or one with
 failed volumes, goes on where it stopped. index.json is written last and names what failed.
 """
 
@@ -9,101 +9,56 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
-
-from data_shards import __version__, archive
+from data_shards import __version__, archive, partials
 from data_shards.archive import Case
-from data_shards.fan_out import Done, TaskFailure, fan_out
+from data_shards.fan_out import Done, TaskFailure, Workers
 from data_shards.labels import LABEL_TABLES
-from data_shards.problems import InputProblems, Problem, refuse
-from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta
-from data_shards.shards import (
-    CODECS,
+from data_shards.masks import annotation_record, find_wholebody_problems
+from data_shards.prepare_config import PrepareConfig
+from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse
+from data_shards.records import MASK_SOURCES, SPLITS
+from data_shards.set_index import (
     INDEX,
     PARTIAL,
     SAMPLES,
     SHARDS,
-    ShardSet,
-    ShardWriter,
-    encode,
     file_sha256,
     read_index,
+    write_atomically,
 )
-from data_shards.slices import FITS, cut
+from data_shards.shard_writer import plan_shards, write_shards
+
+__all__ = ["PrepareConfig", "PrepareReport", "find_problems", "prepare"]
 
 _PLAN = "plan.json"
-# How the work is spread, which changes no byte of the set.
-_NOT_IN_THE_SET = ("num_workers", "ray_address")
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """How volumes become slices. The defaults are the paper's: 1 mm, 256 x 256, CT to [-256, 256] HU, MR to its 1st to
-    99th percentile, three axes. `min_labelled_pixels` leaves out slices of labelled cases with fewer organ pixels."""
-
-    axes: tuple[str, ...] = AXES
-    modalities: tuple[str, ...] = MODALITIES
-    size: int = 256
-    spacing_mm: float = 1.0
-    slice_stride: int = 1
-    min_labelled_pixels: int = 0
-    hu_window: tuple[float, float] = (-256.0, 256.0)
-    mr_percentiles: tuple[float, float] = (1.0, 99.0)
-    fit: str = "auto"
-    label_set: str = "amos"
-    codec: str = "raw"
-    samples_per_shard: int = 2048
-    num_workers: int | None = None
-    ray_address: str | None = None
-
-    def problems(self, where: str = "prepare") -> list[Problem]:
-        """Everything out of range, each with what to do about it; empty when the config can be used."""
-        found = []
-
-        def check(name: str, good: bool, remedy: str) -> None:
-            if not good:
-                found.append(Problem(where, name, repr(getattr(self, name)), remedy))
-
-        for name, allowed in (("axes", AXES), ("modalities", MODALITIES)):
-            chosen = getattr(self, name)
-            good = bool(chosen) and len(set(chosen)) == len(chosen) and set(chosen) <= set(allowed)
-            check(name, good, f"choose from {', '.join(allowed)}, each once")
-        for name, choices in (("fit", FITS), ("label_set", tuple(LABEL_TABLES)), ("codec", CODECS)):
-            check(name, getattr(self, name) in choices, f"use one of {', '.join(choices)}")
-        check("size", 8 <= self.size <= 2048, "use 8 to 2048 pixels")
-        check("spacing_mm", 0.1 <= self.spacing_mm <= 20.0, "use 0.1 to 20 mm")
-        for name in ("slice_stride", "samples_per_shard"):
-            check(name, getattr(self, name) >= 1, "use 1 or more")
-        check("min_labelled_pixels", self.min_labelled_pixels >= 0, "use 0 or more")
-        check("num_workers", self.num_workers is None or self.num_workers >= 1, "use 1 or more, or leave it out")
-        check("hu_window", self.hu_window[0] < self.hu_window[1], "give the lower end first")
-        low, high = self.mr_percentiles
-        check("mr_percentiles", 0.0 <= low < high <= 100.0, "use two rising values from 0 to 100")
-        return found
-
-    def of_the_set(self) -> dict[str, Any]:
-        """The values that the set's bytes depend on, as index.json holds them."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_THE_SET}
-        values["axes"] = [axis for axis in AXES if axis in self.axes]
-        values["modalities"] = [modality for modality in MODALITIES if modality in self.modalities]
-        return dict(json.loads(json.dumps(values)))
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What prepare left behind. `failed`: (case_id, file, reason) for each volume that is not in the set."""
+    """What prepare left behind. `failed`: (case_id, file, reason) for each volume that is not in the set. `masks`:
+    number of cases by who drew their masks (records.MASK_SOURCES)."""
 
     num_samples: int
     num_cases: int
     failed: tuple[tuple[str, str, str], ...]
     skipped_done: bool
+    masks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """`file` is what was wrong with; the disk is full where it is None."""
+
+    file: str | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -111,73 +66,118 @@ class _Task:
     case: Case
     partial: Path
     config: PrepareConfig
+    wholebody: Path | None
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything the case's slices are made from."""
+        masks = [] if self.wholebody is None else archive.nifti_files(self.wholebody, self.case.case_id)
+        return [file for file in (self.case.image, self.case.label, *masks) if file is not None]
+
+    def run(self) -> _Failed | None:
+        """Write the case's partial files, unless those that are there came from the same bytes and config."""
+        from data_shards.case_slices import slices_of
+        from data_shards.volumes import UnreadableVolume
+
+        made_from = [__version__, self.config.of_the_set(), self.case.split, [file_sha256(f) for f in self.files]]
+        stamp = sha256(json.dumps(made_from).encode()).hexdigest()
+        if partials.stamp_of(self.partial) == stamp:
+            return None
+        format = self.config.format
+        try:
+            records = slices_of(self.case, self.config, self.wholebody)
+            partials.write_partial(self.partial, ((r.meta, format.payloads(r)) for r in records), stamp)
+        except UnreadableVolume as error:
+            return _Failed(error.file, error.reason)
+        except OSError as error:
+            if out_of_space(error):
+                return _Failed(None, str(error))
+            raise
+        return None
 
 
 def prepare(
-    amos_root: Path, out: Path, config: PrepareConfig, progress: Callable[[int, int, int], None] | None = None
+    amos_root: Path,
+    out: Path,
+    config: PrepareConfig,
+    progress: Callable[[int, int, int], None] | None = None,
+    *,
+    wholebody: Path | None = None,
 ) -> PrepareReport:
     """Write the shard set of the AMOS folder at `amos_root` to `out`; the same call again goes on or does nothing.
 
-    A volume that its voxels spoil costs only itself: the others make the set, index.json and the report name it, and
-    the next call tries it again. progress(volumes done, volumes in all, failed) is called as they finish.
+    `wholebody`: folder of whole-body masks, for label sets that want one. A volume that its voxels spoil costs only
+    itself: the others make the set, index.json and the report name it, and the next call tries it again.
+    progress(volumes done, volumes in all, failed) is called as they finish.
 
-    Raises InputProblems before any work for whatever find_problems finds.
+    Raises InputProblems before any work for whatever find_problems finds, and OutOfSpace when the disk is full.
     """
     amos_root, out = Path(amos_root).absolute(), Path(out).absolute()
-    refuse(find_problems(amos_root, out, config))
+    wholebody = None if wholebody is None else Path(wholebody).absolute()
+    refuse(find_problems(amos_root, out, config, wholebody))
     cases = archive.read_archive(amos_root, config.modalities)
-    plan = {"preprocessing": config.of_the_set(), "source": _source(amos_root, cases)}
+    plan = {"preprocessing": config.of_the_set(), "source": _source(amos_root, cases, wholebody)}
     index = read_index(out) if (out / INDEX).exists() else None
     if index is not None and not index["failed"]:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        return PrepareReport(index["num_samples"], len(index["source"]), (), skipped_done=True)
+        return PrepareReport(index["num_samples"], len(index["source"]), (), True, index["mask_sources"])
     _start(out, plan)
-    tasks = [_Task(case, out / PARTIAL / f"{case.case_id}.npz", config) for case in cases]
-    failed = dict(_run(tasks, config, progress))
-    missing = [
-        {
-            "case_id": case_id,
-            "file": os.path.relpath(file, amos_root),
-            "reason": reason.replace(f"{amos_root}{os.sep}", ""),
-        }
-        for case_id, (file, reason) in sorted(failed.items())
-    ]
-    report = tuple((entry["case_id"], entry["file"], entry["reason"]) for entry in missing)
-    done = [task for task in tasks if task.case.case_id not in failed]
-    if not done:
-        return PrepareReport(0, 0, report, skipped_done=False)
-    if index is None or index["failed"] != missing:
-        index = _assemble(out, done, config, plan, missing)
+    tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in cases]
+    num_workers = config.num_workers or os.cpu_count() or 1
+    workers: Workers[Any, Any] = Workers(_make_worker, num_workers=num_workers, address=config.ray_address)
+    with workers:
+        failed = dict(_cut_volumes(tasks, workers, out, progress))
+        missing = [_described(amos_root, case_id, failure) for case_id, failure in sorted(failed.items())]
+        report = tuple((entry["case_id"], entry["file"], entry["reason"]) for entry in missing)
+        done = [task for task in tasks if task.case.case_id not in failed]
+        if not done:
+            return PrepareReport(0, 0, report, False, {})
+        if index is None or index["failed"] != missing:
+            index = _write_set(out, done, config, {**plan, "failed": missing}, workers, wholebody)
     if not failed:
         shutil.rmtree(out / PARTIAL)
-    return PrepareReport(index["num_samples"], len(done), report, skipped_done=False)
+    return PrepareReport(index["num_samples"], len(done), report, False, index["mask_sources"])
 
 
-def find_problems(amos_root: Path, out: Path, config: PrepareConfig) -> list[Problem]:
-    """All that can be seen before work starts: the config, the archive's files and headers, and what `out` holds."""
+def find_problems(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None = None) -> list[Problem]:
+    """All that can be seen before work starts: the config, the archive's files and headers, the whole-body masks', and
+    what `out` holds."""
     found = config.problems()
     in_archive = archive.find_problems(amos_root, config.modalities)
-    source = None if in_archive else _source(amos_root, archive.read_archive(amos_root, config.modalities))
+    source = None
+    if not in_archive:
+        cases = archive.read_archive(amos_root, config.modalities)
+        in_archive = find_wholebody_problems(cases, config.label_set, wholebody)
+        source = None if in_archive else _source(amos_root, cases, wholebody)
     plan = {"preprocessing": config.of_the_set(), "source": source}
     return [*found, *in_archive, *_problems_with_out(out, plan)]
 
 
-def _source(root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
+def _source(root: Path, cases: list[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:
     """What a set was made from: names and lengths, which are quick to compare; checksums travel with each slice."""
 
-    def described(file: Path | None) -> list[Any] | None:
-        return None if file is None else [os.path.relpath(file, root), file.stat().st_size]
+    def described(file: Path | None, of: Path) -> list[Any] | None:
+        return None if file is None else [os.path.relpath(file, of), file.stat().st_size]
 
-    return {
-        case.case_id: {"split": case.split, "image": described(case.image), "label": described(case.label)}
-        for case in cases
-    }
+    source = {}
+    for case in cases:
+        source[case.case_id] = {
+            "split": case.split,
+            "image": described(case.image, root),
+            "label": described(case.label, root),
+        }
+        if wholebody is not None:
+            masks = archive.nifti_files(wholebody, case.case_id)
+            source[case.case_id]["wholebody"] = described(masks[0] if masks else None, wholebody)
+    return source
 
 
 def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
     """Refuses what is not this command's: an archive, or a set of another config or source."""
     plan_file = out / PARTIAL / _PLAN
     if (out / INDEX).exists():
+        from data_shards.shards import ShardSet
+
         try:
             made = ShardSet.open(out).index
         except InputProblems as error:
@@ -214,29 +214,32 @@ def _differences(where: Path, made: dict[str, Any], plan: dict[str, Any]) -> Ite
 
 
 def _start(out: Path, plan: dict[str, Any]) -> None:
-    partial = out / PARTIAL
-    partial.mkdir(parents=True, exist_ok=True)
-    for leftover in partial.glob("*.unfinished"):
+    folder = out / PARTIAL
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.unfinished"):
         leftover.unlink()
-    _write_atomically(partial / _PLAN, json.dumps(plan, indent=1, sort_keys=True).encode())
+    write_atomically(folder / _PLAN, json.dumps(plan, indent=1, sort_keys=True).encode())
 
 
-def _run(
-    tasks: list[_Task], config: PrepareConfig, progress: Callable[[int, int, int], None] | None
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Every volume to its partial file; yields case id, file and reason of those that failed."""
+def _cut_volumes(
+    tasks: list[_Task],
+    workers: Workers[Any, Any],
+    out: Path,
+    progress: Callable[[int, int, int], None] | None,
+) -> Iterator[tuple[str, _Failed]]:
+    """Every volume to its partial files; yields case id and reason of those that failed."""
     from tqdm import tqdm
 
-    done: Done[_Task, tuple[str, str] | None]
-    num_workers = config.num_workers or os.cpu_count() or 1
+    done: Done[_Task, _Failed | None]
     num_failed = 0
-    results = fan_out(_make_worker, tasks, num_workers=num_workers, address=config.ray_address)
     with tqdm(total=len(tasks), desc="prepare", unit="volume") as bar:
-        for number, done in enumerate(results, start=1):
+        for number, done in enumerate(workers.run(tasks), start=1):
             failure = done.result
             if isinstance(failure, TaskFailure):
-                failure = (str(done.task.case.image), failure.error)
+                failure = _Failed(str(done.task.case.image), failure.error)
             if failure is not None:
+                if failure.file is None:
+                    raise OutOfSpace(out, failure.reason)
                 num_failed += 1
                 yield done.task.case.case_id, failure
             bar.set_postfix(failed=num_failed)
@@ -245,109 +248,45 @@ def _run(
                 progress(number, len(tasks), num_failed)
 
 
-def _make_worker() -> Callable[[_Task], tuple[str, str] | None]:
-    return _prepare_case
+def _described(amos_root: Path, case_id: str, failure: _Failed) -> dict[str, str]:
+    assert failure.file is not None
+    reason = failure.reason.replace(f"{amos_root}{os.sep}", "")
+    return {"case_id": case_id, "file": os.path.relpath(failure.file, amos_root), "reason": reason}
 
 
-def _prepare_case(task: _Task) -> tuple[str, str] | None:
-    """Write the case's partial file, unless the one that is there came from the same bytes and config. Returns file and
-    reason where the voxels forbid it."""
-    from data_shards.volumes import UnreadableVolume
-
-    files = [file for file in (task.case.image, task.case.label) if file is not None]
-    digests = [file_sha256(file) for file in files]
-    stamp = sha256(json.dumps([__version__, task.config.of_the_set(), task.case.split, digests]).encode()).hexdigest()
-    if _stamp_of(task.partial) == stamp:
-        return None
-    try:
-        slices = list(_slices_of(task))
-    except UnreadableVolume as error:
-        return error.file, error.reason
-    payloads = [payload for _, *pair in slices for payload in pair]
-    unfinished = task.partial.with_suffix(".unfinished")
-    with unfinished.open("wb") as stream:
-        np.savez(
-            stream,
-            stamp=np.array(stamp),
-            metas=np.array(json.dumps([meta.to_json() for meta, _, _ in slices])),
-            lengths=np.array([len(payload) for payload in payloads], dtype=np.int64),
-            payload=np.frombuffer(b"".join(payloads), dtype=np.uint8),
-        )
-    unfinished.rename(task.partial)
-    return None
+def _make_worker() -> Callable[[Any], Any]:
+    """Workers cut volumes first and write shards then."""
+    return lambda task: task.run()
 
 
-def _stamp_of(partial: Path) -> str | None:
-    try:
-        with np.load(partial) as content:
-            return str(content["stamp"])
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
-        # None yet, or one that a lost machine left half on its disk.
-        return None
-
-
-def _slices_of(task: _Task) -> Iterator[tuple[SliceMeta, bytes, bytes]]:
-    """Meta, encoded image and encoded mask of every slice of a case, by axis and slice index."""
-    from data_shards.body import find_body
-    from data_shards.intensity import ct_grey_map, mr_grey_map
-    from data_shards.volumes import UnreadableVolume, read_labels, read_volume
-
-    case, config = task.case, task.config
-    table = LABEL_TABLES[config.label_set]
-    assert table.body_id is not None
-    image = read_volume(case.image)
-    labels = None if case.label is None else read_labels(case.label, table.body_id)
-    if image.voxels_IJK.min() == image.voxels_IJK.max():
-        raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: it shows nothing")
-    try:
-        grey = ct_grey_map(config.hu_window) if case.modality == "CT" else mr_grey_map(image, config.mr_percentiles)
-    except ValueError as error:
-        raise UnreadableVolume(str(case.image), str(error)) from error
-    body = find_body(image, case.modality)
-    for axis in config.of_the_set()["axes"]:
-        geometry = {name: getattr(config, name) for name in ("size", "spacing_mm", "slice_stride", "fit")}
-        for one in cut(image, labels, body, grey, axis=axis, body_id=table.body_id, **geometry):
-            pixels = np.bincount(one.mask_HW.ravel(), minlength=table.num_classes)
-            if labels is not None and pixels[list(table.organ_ids)].sum() < config.min_labelled_pixels:
-                continue
-            meta = SliceMeta(
-                case_id=case.case_id,
-                modality=case.modality,
-                axis=axis,
-                slice_index=one.slice_index,
-                split=case.split,
-                spacing_mm=one.spacing_mm,
-                affine=one.affine,
-                intensity_scale=grey.scale,
-                intensity_offset=grey.offset,
-                label_set=config.label_set,
-                labels_present=tuple(int(i) for i in np.flatnonzero(pixels) if i != 0),
-                labelled=labels is not None,
-                source_sha256=image.sha256,
-            )
-            yield meta, encode(one.image_HW, config.codec), encode(one.mask_HW, config.codec)
-
-
-def _assemble(
-    out: Path, done: list[_Task], config: PrepareConfig, plan: dict[str, Any], failed: list[dict[str, str]]
+def _write_set(
+    out: Path,
+    done: list[_Task],
+    config: PrepareConfig,
+    header: dict[str, Any],
+    workers: Workers[Any, Any],
+    wholebody: Path | None,
 ) -> dict[str, Any]:
-    """Shards, samples.parquet and index.json from the partial files, by split, case, axis and slice."""
-    from tqdm import tqdm
-
+    """Shards, samples.arrow and index.json from the partial files, by split, case, axis and slice."""
     table = LABEL_TABLES[config.label_set]
-    writer = ShardWriter(out, config.codec, config.samples_per_shard)
-    in_order = sorted(done, key=lambda task: (SPLITS.index(task.case.split), task.case.case_id))
-    for task in tqdm(in_order, desc="write shards", unit="volume"):
-        with np.load(task.partial) as content:
-            metas, lengths, payload = json.loads(str(content["metas"])), content["lengths"], content["payload"]
-        ends = np.cumsum(lengths)
-        pieces = [payload[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]
-        for values, image, mask in zip(metas, pieces[0::2], pieces[1::2], strict=True):
-            writer.write(SliceMeta.from_json(values), image, mask)
-    return writer.finish({**plan, "label_table": {"name": table.name, "names": list(table.names)}, "failed": failed})
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.rename(path)
+    num_samples: Counter[str] = Counter()
+    masks: Counter[str] = Counter()
+    counted = []
+    for task in sorted(done, key=lambda task: (SPLITS.index(task.case.split), task.case.case_id)):
+        summary = partials.summarise(task.partial)
+        run = partial(partials.PartialRun, task.partial, stamp=summary.stamp, format=config.format)
+        counted.append((task.case.split, summary.num_samples, run))
+        num_samples[task.case.split] += summary.num_samples
+        masks.update(summary.mask_sources)
+    header = {
+        **header,
+        "label_table": {"name": table.name, "names": list(table.names)},
+        "mask_sources": {source: masks[source] for source in MASK_SOURCES if masks[source]},
+    }
+    if wholebody is not None:
+        header["wholebody"] = annotation_record(wholebody)
+    shards = plan_shards(out, counted, config.format)
+    if not shards:
+        value = f"no slice of {len(done)} volumes is left"
+        raise problem(out, "min_labelled_pixels", value, "lower it, or choose more axes and modalities")
+    return write_shards(out, shards, dict(num_samples), header, workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,3 +42,15 @@ def refuse(problems: Iterable[Problem]) -> None:
 def problem(where: object, field: str, value: object, remedy: str) -> InputProblems:
     """A single problem, ready to raise."""
     return InputProblems([Problem(str(where), field, str(value), remedy)])
+
+
+class OutOfSpace(RuntimeError):
+    """The disk is full, or a quota is reached. Nothing half-written is taken for whole, and the same command goes on."""
+
+    def __init__(self, folder: object, reason: str) -> None:
+        super().__init__(f"{folder}: no space left ({reason}); make room and start the same command again")
+
+
+def out_of_space(error: OSError) -> bool:
+    """Whether an OSError says that no more can be written, as opposed to a file that cannot be."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

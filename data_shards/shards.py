@@ -1,293 +1,192 @@
-"""A shard set: WebDataset tars, a table of where every sample lies in them, and an index that vouches for both.
+"""A shard set opened for reading: its table memory-mapped, its samples read by their place in the files.
 
-    OUT/index.json                 written last; a folder without it is unfinished
-    OUT/samples.parquet            one row a sample: its meta, its shard, and where its bytes begin
-    OUT/shards/train-000000.tar    {key}.image.npy {key}.mask.npy {key}.meta.json (or .png for codec png)
-    OUT/shards/train-000000.idx    the same offsets in the format of DALI's wds2idx, v1.2
+A set lies in a folder or behind any URL that fsspec knows; several sets that agree can be opened as one.
 
-Tars hold fixed times, owners and modes, so the same samples give the same bytes.
+Dimensions: N samples, H rows, W columns.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import shutil
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards import __version__
+from data_shards import samples_table, tar_store
+from data_shards.byte_store import ByteStore, Range, local_copy, local_path, open_byte_store, read_file
+from data_shards.codecs import crc32c, decode_into
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
-from data_shards.records import SliceMeta, SliceRecord
+from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta, SliceRecord
+from data_shards.samples_table import PARTS
+from data_shards.set_index import INDEX, SAMPLES, broken_files, parse_index, read_index
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 1
-CODECS = ("raw", "png")
-PARTIAL = ".partial"  # where prepare keeps finished volumes until all are done
-INDEX = "index.json"
-SAMPLES = "samples.parquet"
-SHARDS = "shards"
-_UNFINISHED = "shards.unfinished"
-_WHERE = ("shard", "image_offset", "image_bytes", "mask_offset", "mask_bytes")
+# What must be the same in sets that are opened as one.
+_ALIKE = ("label_table", "size", "bits", "codec", "parts")
 
 
-def encode(pixels_HW: np.ndarray, codec: str) -> bytes:
-    """The bytes of one tar member for uint8 pixels: a NumPy 1.0 file (raw) or a PNG. Both lossless."""
-    assert pixels_HW.dtype == np.uint8
-    assert pixels_HW.ndim == 2
-    stream = io.BytesIO()
-    if codec == "raw":
-        np.lib.format.write_array(stream, np.ascontiguousarray(pixels_HW), version=(1, 0), allow_pickle=False)
-    else:
-        from PIL import Image
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where bytes of remote sets are kept on this machine, and how many at most."""
 
-        Image.fromarray(pixels_HW).save(stream, format="png")
-    return stream.getvalue()
+    folder: Path | None = None
+    num_bytes: int = 0
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+@dataclass(frozen=True)
+class Part:
+    """Where one part (image, mask or edge) of every sample lies: arrays of N, without a copy from the table."""
+
+    file_N: np.ndarray
+    offset_N: np.ndarray
+    bytes_N: np.ndarray
+    crc32c_N: np.ndarray
+
+    @classmethod
+    def of(cls, table: pa.Table, part: str) -> Part:
+        """The columns of one part."""
+        return cls(*(samples_table.numbers(table, f"{part}_{name}") for name in samples_table.WHERE))
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """The parsed index.json of the set at `path`. Raises InputProblems when it is missing, broken or too new."""
-    index_file = path / INDEX
-    if not path.is_dir():
-        raise problem(path, "shard set", "not a folder", "give the folder that `segdiff prepare` wrote")
-    if not index_file.is_file():
-        remedy = "give the folder that `segdiff prepare` wrote"
-        if (path / PARTIAL).exists() or (path / _UNFINISHED).exists() or (path / SHARDS).exists():
-            remedy = "start the same `segdiff prepare` command again, it goes on where it stopped"
-        raise problem(path, INDEX, "missing: the set is unfinished", remedy)
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        version = int(index["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise problem(index_file, "content", f"not a shard set's index ({error})", "prepare the set again") from error
-    if version > FORMAT_VERSION:
-        remedy = f"this version reads up to {FORMAT_VERSION}: install the segdiff-dist that wrote it, or a newer one"
-        raise problem(index_file, "format_version", version, remedy)
-    return dict(index)
+@dataclass(frozen=True)
+class Member:
+    """One set of those opened together: root, index.json, its digest, and where its files and rows begin."""
 
-
-@dataclass
-class ShardWriter:
-    """Writes samples, in the order given, into tars under `out`; nothing counts until `finish` has named them.
-
-    A new tar begins with each split and after `samples_per_shard` samples. Samples of a split come in one run.
-    """
-
-    out: Path
-    codec: str
-    samples_per_shard: int
-    _rows: list[dict[str, Any]] = field(default_factory=list)
-    _shards: list[dict[str, Any]] = field(default_factory=list)
-    _waiting: list[dict[str, Any]] = field(default_factory=list)
-    _stream: BinaryIO | None = None
-    _tar: Any = None
-
-    def __post_init__(self) -> None:
-        assert self.codec in CODECS
-        assert self.samples_per_shard > 0
-        shutil.rmtree(self.out / _UNFINISHED, ignore_errors=True)
-        (self.out / _UNFINISHED).mkdir(parents=True)
-
-    def write(self, meta: SliceMeta, image: bytes, mask: bytes) -> None:
-        """Append one sample; `image` and `mask` are what `encode` returned."""
-        if self._waiting and (self._waiting[0]["split"] != meta.split or len(self._waiting) == self.samples_per_shard):
-            self._close_shard()
-        if self._tar is None:
-            self._open_shard(meta.split)
-        extension = "npy" if self.codec == "raw" else "png"
-        values = meta.to_json()
-        self._tar.write(
-            {
-                "__key__": meta.key,
-                f"image.{extension}": image,
-                f"mask.{extension}": mask,
-                "meta.json": json.dumps(values, sort_keys=True).encode(),
-            }
-        )
-        self._waiting.append({"key": meta.key, **values})
-
-    def finish(self, header: dict[str, Any]) -> dict[str, Any]:
-        """Close the last tar, move everything into place and write index.json (header + shards). Returns the index."""
-        if self._waiting:
-            self._close_shard()
-        samples_file = self.out / f"{SAMPLES}.unfinished"
-        _write_samples(self._rows, samples_file)
-        index = {
-            "format_version": FORMAT_VERSION,
-            "producer": {"name": "segdiff-dist", "version": __version__},
-            **header,
-            "codec": self.codec,
-            "num_samples": len(self._rows),
-            "shards": self._shards,
-            "samples": {
-                "file": SAMPLES,
-                "bytes": samples_file.stat().st_size,
-                "sha256": file_sha256(samples_file),
-            },
-        }
-        # From here until the new index stands there is none: a kill in between leaves a set that says it is unfinished.
-        (self.out / INDEX).unlink(missing_ok=True)
-        shutil.rmtree(self.out / SHARDS, ignore_errors=True)
-        (self.out / _UNFINISHED).rename(self.out / SHARDS)
-        samples_file.rename(self.out / SAMPLES)
-        index_file = self.out / f"{INDEX}.unfinished"
-        index_file.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        index_file.rename(self.out / INDEX)
-        return index
-
-    def _open_shard(self, split: str) -> None:
-        import webdataset
-
-        number = sum(shard["split"] == split for shard in self._shards)
-        name = f"{split}-{number:06d}.tar"
-        self._stream = (self.out / _UNFINISHED / name).open("wb")
-        self._tar = webdataset.TarWriter(
-            self._stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644
-        )
-        self._shards.append({"file": f"{SHARDS}/{name}", "split": split})
-
-    def _close_shard(self) -> None:
-        assert self._stream is not None
-        self._tar.close()
-        self._stream.close()
-        shard = self._shards[-1]
-        path = self.out / _UNFINISHED / Path(shard["file"]).name
-        with tarfile.open(path, "r:") as tar:
-            members = tar.getmembers()
-        assert len(members) == 3 * len(self._waiting), "three members a sample"
-        _write_dali_index(path.with_suffix(".idx"), members)
-        header = 0 if self.codec == "png" else _npy_header_bytes(path, members[0])
-        for row, image, mask in zip(self._waiting, members[0::3], members[1::3], strict=True):
-            where = (
-                len(self._shards) - 1,
-                image.offset_data + header,
-                image.size - header,
-                mask.offset_data + header,
-                mask.size - header,
-            )
-            self._rows.append({**row, **dict(zip(_WHERE, where, strict=True))})
-        shard.update(bytes=path.stat().st_size, samples=len(self._waiting), sha256=file_sha256(path))
-        self._stream, self._tar, self._waiting = None, None, []
-
-
-def _npy_header_bytes(path: Path, member: tarfile.TarInfo) -> int:
-    """Bytes before the pixels of a NumPy file; the same for all arrays of one shape."""
-    with path.open("rb") as stream:
-        stream.seek(member.offset_data)
-        np.lib.format.read_magic(stream)
-        np.lib.format.read_array_header_1_0(stream)
-        return stream.tell() - member.offset_data
-
-
-def _write_dali_index(path: Path, members: Sequence[tarfile.TarInfo]) -> None:
-    lines = [f"v1.2 {len(members) // 3}"]
-    for start in range(0, len(members), 3):
-        of_sample = members[start : start + 3]
-        lines.append(" ".join(f"{m.name.split('.', 1)[1]} {m.offset_data} {m.size} {m.name}" for m in of_sample))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _samples_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    text, whole, real = pa.string(), pa.int64(), pa.float64()
-    columns: list[tuple[str, pa.DataType]] = [
-        ("key", text),
-        ("case_id", text),
-        ("modality", text),
-        ("axis", text),
-        ("slice_index", whole),
-        ("split", text),
-        ("spacing_mm", pa.list_(real, 2)),
-        ("affine", pa.list_(real, 16)),
-        ("intensity_scale", real),
-        ("intensity_offset", real),
-        ("label_set", text),
-        ("labels_present", pa.list_(pa.uint8())),
-        ("labelled", pa.bool_()),
-        ("source_sha256", text),
-        ("shard", whole),
-        ("image_offset", whole),
-        ("image_bytes", whole),
-        ("mask_offset", whole),
-        ("mask_bytes", whole),
-    ]
-    return pa.schema(columns)
-
-
-def _write_samples(rows: list[dict[str, Any]], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows, schema=_samples_schema()), path, compression="zstd")
+    root: str
+    index: dict[str, Any]
+    digest: str
+    first_file: int
+    first_row: int
 
 
 @dataclass
 class ShardSet:
-    """A finished shard set, opened for reading: `samples` in memory, the tars memory-mapped as they are touched.
+    """A finished shard set, or several as one.
 
-    `size`: slices are size x size. `digest`: sha256 of index.json, so it names every byte of the set.
-    `samples`: one row a sample, in the order of the tars (split, case, axis, slice).
+    `size`: slices are size x size. `bits` of a grey value. `parts`: image, mask and, with soft edges, edge. `digest`:
+    names every byte of the set. `samples`: one row a sample, in the order of the shards (split, case, axis, slice).
     """
 
-    path: Path
-    label_table: LabelTable
-    size: int
-    codec: str
-    index: dict[str, Any]
-    digest: str
+    members: tuple[Member, ...]
     samples: pa.Table
-    _where: np.ndarray = field(init=False, repr=False)
-    _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    parts: dict[str, Part] = field(init=False, repr=False)
+    _stores: dict[int, ByteStore] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        # Columns of Arrow are slow to read one value at a time.
-        self._where = np.stack([self.samples[name].to_numpy() for name in _WHERE], axis=1)
+        self.parts = {part: Part.of(self.samples, part) for part in PARTS}
+        if len(self) and int(self.parts["edge"].file_N[0]) < 0:
+            del self.parts["edge"]
 
     @classmethod
-    def open(cls, path: Path, *, verify: bool = False) -> ShardSet:
-        """Open the set at `path`; `verify` reads every byte and compares checksums.
+    def open(
+        cls,
+        root: str | Path | Sequence[str | Path],
+        *,
+        verify: bool = False,
+        check_files: bool = True,
+        cache: CacheConfig | None = None,
+    ) -> ShardSet:
+        """Open the set at `root` (a folder or a URL), or several sets as one.
 
-        Raises InputProblems: no folder, no index (unfinished), a newer format, files missing or of another length
-        than the index says and, with `verify`, files whose bytes changed.
+        Files on this machine are checked against the index: that they are there and as long as it says; `verify` reads
+        every byte and compares checksums and members. Bytes of a remote set are checked as they are read.
+
+        Raises InputProblems: no folder, no index (unfinished), another format, files missing, of another length or with
+        other bytes, sets that do not go together.
         """
-        import pyarrow.parquet as pq
-
-        path = Path(path)
-        index = read_index(path)
-        refuse(_broken_files(path, index, verify=verify))
-        table = LabelTable(index["label_table"]["name"], tuple(index["label_table"]["names"]))
-        return cls(
-            path=path,
-            label_table=table,
-            size=int(index["preprocessing"]["size"]),
-            codec=index["codec"],
-            index=index,
-            digest=file_sha256(path / INDEX),
-            samples=pq.read_table(path / SAMPLES).combine_chunks(),
-        )
+        roots = [root] if isinstance(root, str | Path) else list(root)
+        cache = cache or CacheConfig()
+        members: list[Member] = []
+        tables: list[pa.Table] = []
+        for one in map(str, roots):
+            first_file = members[-1].first_file + len(members[-1].index["shards"]) if members else 0
+            first_row = sum(table.num_rows for table in tables)
+            index, digest, table = _open_one(one, cache, verify=verify, check_files=check_files)
+            members.append(Member(one, index, digest, first_file, first_row))
+            tables.append(table)
+        refuse(_differences(members))
+        joined = tables[0] if len(tables) == 1 else samples_table.joined(tables, [m.first_file for m in members])
+        return cls(tuple(members), joined, cache)
 
     def __len__(self) -> int:
         return int(self.samples.num_rows)
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        # Another process opens the files itself; memory maps would be copied whole.
-        return ShardSet.open, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the table itself; it would be copied whole.
+        return _reopen, ([member.root for member in self.members], self.cache)
+
+    @property
+    def root(self) -> str:
+        """Where it lies, for a person to read."""
+        return " + ".join(member.root for member in self.members)
+
+    @property
+    def path(self) -> Path:
+        """The folder of a single set on this machine."""
+        folder = local_path(self.members[0].root)
+        if len(self.members) > 1 or folder is None:
+            raise problem(self.root, "shard set", "not one folder on this machine", "give the folder of one set")
+        return folder
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """index.json, of several sets the first one's."""
+        return self.members[0].index
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of index.json, or of those of several."""
+        digests = [member.digest for member in self.members]
+        return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
+
+    @cached_property
+    def label_table(self) -> LabelTable:
+        """Names by label id."""
+        return LabelTable(self.index["label_table"]["name"], tuple(self.index["label_table"]["names"]))
+
+    @property
+    def size(self) -> int:
+        """Rows and columns of a slice."""
+        return int(self.index["preprocessing"]["size"])
+
+    @property
+    def bits(self) -> int:
+        """Of a grey value: 8 or 16."""
+        return int(self.index["preprocessing"].get("bits", 8))
+
+    @property
+    def codec(self) -> str:
+        """How the files hold pixels: see codecs.py."""
+        return str(self.index["codec"])
+
+    @cached_property
+    def modality_N(self) -> np.ndarray:
+        """uint8 codes into MODALITIES."""
+        return samples_table.numbers(self.samples, "modality")
+
+    @cached_property
+    def axis_N(self) -> np.ndarray:
+        """uint8 codes into AXES."""
+        return samples_table.numbers(self.samples, "axis")
+
+    @cached_property
+    def split_N(self) -> np.ndarray:
+        """uint8 codes into SPLITS."""
+        return samples_table.numbers(self.samples, "split")
+
+    @cached_property
+    def member_N(self) -> np.ndarray:
+        """uint8: which of the sets opened together a sample is from."""
+        counts = np.diff([*(member.first_row for member in self.members), len(self)])
+        return np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
 
     def select(
         self,
@@ -298,72 +197,180 @@ class ShardSet:
         labelled_only: bool = True,
     ) -> np.ndarray:
         """Rows of `samples` that fit all of the conditions given: int64, ascending."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         keep = np.ones(len(self), dtype=bool)
-        for column, allowed in (("split", split and [split]), ("modality", modalities), ("axis", axes)):
+        for codes, words, allowed in (
+            (self.split_N, SPLITS, split and [split]),
+            (self.modality_N, MODALITIES, modalities),
+            (self.axis_N, AXES, axes),
+        ):
             if allowed is not None:
-                member = pc.is_in(self.samples[column], value_set=pa.array(list(allowed), pa.string()))
-                keep &= member.to_numpy(zero_copy_only=False)
+                wanted = np.array([word in allowed for word in words])
+                keep &= wanted[codes]
         if labelled_only:
-            keep &= self.samples["labelled"].to_numpy()
-        return np.flatnonzero(keep).astype(np.int64)
+            keep &= samples_table.numbers(self.samples, "labelled")
+        return np.flatnonzero(keep)
 
-    def raw_pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoded image and mask of a row: 1-D uint8 views of the tar, H * W pixels (raw) or a PNG file (png)."""
-        shard, image_offset, image_bytes, mask_offset, mask_bytes = self._where[row].tolist()
-        mapped = self._map(shard)
-        return mapped[image_offset : image_offset + image_bytes], mapped[mask_offset : mask_offset + mask_bytes]
-
-    def read(self, row: int) -> SliceRecord:
-        """Decode one sample. Raises ValueError naming shard and sample when its bytes are no image of its size."""
-        meta = self.meta(row)
-        image, mask = (self._decode(payload, row, meta.key) for payload in self.raw_pair(row))
-        return SliceRecord(image, mask, meta)
-
-    def read_mask(self, row: int) -> np.ndarray:
-        """Decode only the mask of a sample: uint8 [H, W]."""
-        return self._decode(self.raw_pair(row)[1], row, self.samples["key"][int(row)].as_py())
+    def key(self, row: int) -> str:
+        """The name of a sample in its shard."""
+        return str(self.samples["key"][int(row)].as_py())
 
     def meta(self, row: int) -> SliceMeta:
         """The meta of a row."""
-        values = self.samples.slice(int(row), 1).to_pylist()[0]
-        return SliceMeta.from_json({name: values[name] for name in SliceMeta.__dataclass_fields__})
+        return samples_table.meta_of(self.samples, row)
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.path / self.index["shards"][shard]["file"], dtype=np.uint8, mode="r")
-        return self._maps[shard]
+    def read(self, row: int) -> SliceRecord:
+        """Decode one sample. Raises ValueError naming shard and sample when its bytes are not those once written."""
+        decoded = {part: self.read_part(row, part) for part in self.parts}
+        return SliceRecord(decoded["image"], decoded["mask"], self.meta(row), decoded.get("edge"))
 
-    def _decode(self, payload: np.ndarray, row: int, key: str) -> np.ndarray:
-        shape = (self.size, self.size)
+    def read_mask(self, row: int) -> np.ndarray:
+        """Decode only the mask of a sample: uint8 [H, W]."""
+        return self.read_part(row, "mask")
+
+    def read_part(self, row: int, part: str) -> np.ndarray:
+        """Decode one part of a sample: uint8 or, for images of 16 bits, uint16 [H, W]; edge uint8 [2, H, W]."""
+        payload = self.payload(row, part)
+        out = np.empty(((2 if part == "edge" else 1) * self.size, self.size), self.dtype(part))
         try:
-            if self.codec == "raw":
-                return np.array(payload).reshape(shape)
-            from PIL import Image
+            decode_into(payload, self.codec, out)
+        except ValueError as error:
+            raise ValueError(self.told(row, part, error)) from error
+        return out.reshape(2, self.size, self.size) if part == "edge" else out
 
-            pixels = np.asarray(Image.open(io.BytesIO(payload.tobytes())))
-            if pixels.shape != shape or pixels.dtype != np.uint8:
-                raise ValueError(f"it holds {pixels.dtype} {pixels.shape}, not uint8 {shape}")
-            return pixels
-        except (OSError, ValueError, SyntaxError) as error:
-            shard = self.path / self.index["shards"][int(self._where[row, 0])]["file"]
-            raise ValueError(f"{shard}: sample {key}: {error}; verify the set with `segdiff inspect`") from error
+    def payload(self, row: int, part: str) -> np.ndarray:
+        """The encoded bytes of one part (of a NumPy file its pixels alone), checked: 1-D uint8. Raises as `read`."""
+        where = self.parts[part]
+        payload = np.empty(int(where.bytes_N[row]), np.uint8)
+        wanted = Range(int(where.file_N[row]), int(where.offset_N[row]), [payload.data])
+        [error] = self.read_ranges([wanted])
+        if error is None and crc32c(payload) != int(where.crc32c_N[row]):
+            error = OSError("its bytes are not those that were written (CRC-32C)")
+        if error is not None:
+            raise ValueError(self.told(row, part, error)) from error
+        return payload
+
+    def dtype(self, part: str) -> np.dtype:
+        """Of a part's pixels."""
+        return np.dtype(np.uint16 if part == "image" and self.bits == 16 else np.uint8)
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[OSError | None]:
+        """Fill the views of every range; files are counted over all members. See byte_store.ByteStore."""
+        if len(self.members) == 1:
+            return self._store(0).read(ranges)
+        errors: list[OSError | None] = [None] * len(ranges)
+        first_files = np.array([member.first_file for member in self.members])
+        member_of = np.searchsorted(first_files, [wanted.file for wanted in ranges], side="right") - 1
+        for member in np.unique(member_of).tolist():
+            chosen = np.flatnonzero(member_of == member).tolist()
+            shifted = [ranges[i]._replace(file=ranges[i].file - int(first_files[member])) for i in chosen]
+            for i, error in zip(chosen, self._store(member).read(shifted), strict=True):
+                errors[i] = error
+        return errors
+
+    def told(self, row: int, part: str, error: object) -> str:
+        """What went wrong with a sample's part, for a person: shard, sample, reason, remedy."""
+        member, entry = self._file(int(self.parts[part].file_N[row]))
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        shard = f"{member.root.rstrip('/')}/{entry['file']}"
+        return f"{shard}: sample {self.key(row)}: {part}: {reason}; verify the set with `segdiff inspect`"
+
+    def _file(self, file: int) -> tuple[Member, dict[str, Any]]:
+        member = [m for m in self.members if m.first_file <= file][-1]
+        return member, member.index["shards"][file - member.first_file]
+
+    def _store(self, member: int) -> ByteStore:
+        if member not in self._stores:
+            one = self.members[member]
+            entries = one.index["shards"]
+            self._stores[member] = open_byte_store(
+                one.root,
+                [entry["file"] for entry in entries],
+                [entry["bytes"] for entry in entries],
+                one.digest,
+                cache_dir=self.cache.folder,
+                cache_bytes=self.cache.num_bytes,
+            )
+        return self._stores[member]
 
 
-def _broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> list[Problem]:
-    """What index.json says against what lies on disk."""
-    found = []
-    for entry in (*index["shards"], index["samples"]):
-        file = path / entry["file"]
-        remedy = "restore the file, or remove the folder and prepare it again"
-        if not file.is_file():
-            found.append(Problem(str(file), "file", "missing", remedy))
-        elif (num_bytes := file.stat().st_size) != entry["bytes"]:
-            value = f"{num_bytes} where index.json says {entry['bytes']}"
-            found.append(Problem(str(file), "bytes", value, remedy))
-        elif verify and (digest := file_sha256(file)) != entry["sha256"]:
-            value = f"{digest[:12]}... where index.json says {entry['sha256'][:12]}..."
-            found.append(Problem(str(file), "sha256", value, remedy))
-    return found
+def _reopen(roots: list[str], cache: CacheConfig) -> ShardSet:
+    # The process that sends a set has checked its files.
+    return ShardSet.open(roots, check_files=False, cache=cache)
+
+
+def _open_one(
+    root: str, cache: CacheConfig, *, verify: bool, check_files: bool
+) -> tuple[dict[str, Any], str, pa.Table]:
+    """index.json, its digest and the table of one set."""
+    folder = local_path(root)
+    if folder is not None:
+        index = read_index(folder)
+        digest = sha256((folder / INDEX).read_bytes()).hexdigest()
+        if check_files or verify:
+            refuse(broken_files(folder, index, verify=verify))
+        samples_file = folder / SAMPLES
+    else:
+        try:
+            content = read_file(root, INDEX)
+        except FileNotFoundError as error:
+            raise problem(root, INDEX, "missing", "give the URL of a finished shard set") from error
+        except OSError as error:
+            raise problem(root, INDEX, f"cannot be read ({error})", "check the URL and the credentials") from error
+        index, digest = parse_index(content, f"{root}/{INDEX}"), sha256(content).hexdigest()
+        samples_file = local_copy(root, SAMPLES, cache.folder, digest, num_bytes=index["samples"]["bytes"])
+    try:
+        table = samples_table.read(samples_file)
+    except ValueError as error:
+        raise problem(samples_file, "content", error, "restore the file, or prepare the set again") from error
+    refuse(_disagreements(root, index, table, verify=verify))
+    return index, digest, table
+
+
+def _disagreements(root: str, index: dict[str, Any], table: pa.Table, *, verify: bool) -> Iterator[Problem]:
+    """What the index says against the table and, with `verify`, the table against the tars' members."""
+    remedy = "the files are of different sets: restore them, or prepare the set again"
+    if table.num_rows != index["num_samples"]:
+        value = f"{index['num_samples']} where {SAMPLES} has {table.num_rows} rows"
+        yield Problem(f"{root}/{INDEX}", "num_samples", value, remedy)
+        return
+    entries = index["shards"]
+    files = {part: Part.of(table, part) for part in PARTS}
+    counted = {}
+    for part, where in files.items():
+        if len(where.file_N) and ((where.file_N[1:] < where.file_N[:-1]).any() or where.file_N[-1] >= len(entries)):
+            value = f"does not rise, or beyond the {len(entries)} of index.json"
+            yield Problem(f"{root}/{SAMPLES}", f"{part}_file", value, remedy)
+            return
+        counted[part] = np.diff(np.searchsorted(where.file_N, np.arange(len(entries) + 1)))
+    for number, entry in enumerate(entries):
+        for part in entry["parts"]:
+            if counted[part][number] != entry["samples"]:
+                value = f"{entry['samples']} where {SAMPLES} has {counted[part][number]} with this {part}"
+                yield Problem(f"{root}/{entry['file']}", "samples", value, remedy)
+    if verify and index["store"] == "webdataset":
+        keys = table["key"].to_pylist()
+        for number, entry in enumerate(entries):
+            expected = {}
+            for part in entry["parts"]:
+                where = files[part]
+                for row in range(*np.searchsorted(where.file_N, (number, number + 1)).tolist()):
+                    expected[f"{keys[row]}.{part}"] = (int(where.offset_N[row]), int(where.bytes_N[row]))
+            yield from tar_store.problems_with_members(Path(root) / entry["file"], expected)
+
+
+def _differences(members: Sequence[Member]) -> Iterator[Problem]:
+    """What keeps sets from being opened as one."""
+
+    def of(member: Member, name: str) -> Any:
+        index = member.index
+        if name in ("size", "bits"):
+            return index["preprocessing"].get(name, 8)
+        return sorted({part for e in index["shards"] for part in e["parts"]}) if name == "parts" else index[name]
+
+    for member in members[1:]:
+        for name in _ALIKE:
+            mine, first = of(member, name), of(members[0], name)
+            if mine != first:
+                shown = (mine["name"], first["name"]) if name == "label_table" else (mine, first)
+                value = f"{shown[0]} where {members[0].root} has {shown[1]}"
+                yield Problem(member.root, name, value, "sets opened as one must agree: prepare or convert it to match")

@@ -11,15 +11,22 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import scipy.sparse
+
+# Deflate packs at most 258 bytes into two bits (RFC 1951): 1032 to 1.
+_MOST_DEFLATED = 1032
+# An overlap this small is none: what is left where a stretch ends on an element's edge.
+_ROUNDING = 1e-9
 
 
 class UnreadableVolume(ValueError):
@@ -58,49 +65,35 @@ class Volume:
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a 3-D .nii or .nii.gz. Raises UnreadableVolume for what a header cannot show: a file cut short, a bad gzip
-    checksum, values that are not finite."""
-    import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
+    """Read a 3-D .nii or .nii.gz; little more memory is used than the voxels take.
 
-    stored = path.read_bytes()
-    sha256 = hashlib.sha256(stored).hexdigest()
-    try:
-        content = gzip.decompress(stored) if path.name.endswith(".gz") else stored
-        del stored
-        image = nib.load(path)
-    except (OSError, EOFError, zlib.error, ImageFileError) as error:
-        raise UnreadableVolume(str(path), f"truncated or damaged file: {error}") from error
-    header = image.header
-    shape, dtype, start = header.get_data_shape(), header.get_data_dtype(), int(image.dataobj.offset)
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if len(content) < start + needed:
-        raise UnreadableVolume(str(path), f"truncated file: {len(content) - start} bytes of voxels, {needed} expected")
-    voxels = np.ndarray(shape[:3], dtype, buffer=content, offset=start, order="F")
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        count = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
-        raise UnreadableVolume(str(path), f"{count} voxels are NaN or infinite")
-    orientation = nib.io_orientation(image.affine)
-    canonical = nib.apply_orientation(voxels, orientation)
-    affine = image.affine @ nib.orientations.inv_ornt_aff(orientation, shape[:3])
-    return Volume(canonical, float(image.dataobj.slope), float(image.dataobj.inter), affine, sha256)
+    Raises UnreadableVolume for what a header cannot show: a file cut short, a bad gzip checksum, bytes that belong to
+    nothing, values that are not finite.
+    """
+    return _read(path, None)
 
 
 def read_labels(path: Path, num_ids: int) -> Volume:
-    """Read a label volume; voxels become uint8. Raises UnreadableVolume also for ids outside 0..num_ids-1."""
-    volume = read_volume(path)
-    ids = volume.voxels_IJK
-    if (volume.slope, volume.intercept) != (1.0, 0.0):
-        ids = volume.values(ids)
-    if ids.dtype.kind == "f":
-        if not np.array_equal(ids, np.rint(ids)):
+    """Read a label volume as uint8, whatever type it is stored as, in no more memory than that takes. Raises
+    UnreadableVolume also for ids outside 0..num_ids-1 and for numbers that are not whole."""
+
+    def to_ids(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+        ids = plane if (slope, intercept) == (1.0, 0.0) else plane * slope + intercept
+        if ids.dtype.kind == "f" and not np.array_equal(ids, np.rint(ids)):
             raise UnreadableVolume(str(path), "label ids are not whole numbers")
-        ids = ids.astype(np.int64)
-    lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 0 or highest >= num_ids:
-        wrong = lowest if lowest < 0 else highest
-        raise UnreadableVolume(str(path), f"label id {wrong} is outside the table, which ends at {num_ids - 1}")
-    return Volume(ids.astype(np.uint8, copy=False), 1.0, 0.0, volume.affine, volume.sha256)
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= num_ids:
+            wrong = lowest if lowest < 0 else highest
+            raise UnreadableVolume(str(path), f"label id {wrong} is outside the table, which ends at {num_ids - 1}")
+        return ids.astype(np.uint8, copy=False)
+
+    return _read(path, to_ids)
+
+
+def planes_in_memory(voxels_IJK: np.ndarray) -> Iterator[np.ndarray]:
+    """The volume in two-dimensional pieces that each lie together in memory, in no particular order: quick to walk
+    through, cheap to convert one at a time."""
+    yield from voxels_IJK.transpose(np.argsort(np.abs(voxels_IJK.strides), kind="stable")[::-1])
 
 
 def num_resampled(num_stored: int, step: float) -> int:
@@ -114,20 +107,23 @@ def linear_weights(
 ) -> scipy.sparse.csr_array:
     """Sparse [num_out, num_in] float32: samples at start + k * step, in units of input elements.
 
-    Linear interpolation; where step > 1 the triangle widens with it, so that shrinking averages instead of skipping
-    (the antialiased bilinear filter of Pillow and torch). Weights sum to 1 over `window` (default: all of the input),
-    whose edge elements are repeated outwards; what of the window lies outside the input counts as zeros.
+    A sample is the mean over the stretch of width max(1, step) around it, of a line on which each element fills one
+    unit: an element weighs as much as it overlaps the stretch. Where nothing shrinks the width is 1, and that is linear
+    interpolation exactly, 1 - distance; where it shrinks every element counts by its area, and for a whole step that is
+    the mean of a block, as of Pillow's BOX and torch's `area`. Weights sum to 1 over `window` (default: all of the
+    input), at whose edges stretches are cut; what of the window lies outside the input counts as zeros.
     """
     import scipy.sparse
 
     low, high = window or (0, num_in)
     position = start + step * np.arange(num_out, dtype=np.float64)[:, None]
-    reach = max(1.0, step)
+    width = max(1.0, step)
+    reach = (width + 1.0) / 2.0
     element = np.floor(position - reach).astype(np.int64) + np.arange(int(np.ceil(2 * reach)) + 2)
-    weight = np.maximum(0.0, 1.0 - np.abs(element - position) / reach)
+    weight = np.clip(reach - np.abs(element - position), 0.0, 1.0)
     weight[(element < low) | (element >= high)] = 0.0
     weight /= weight.sum(axis=1, keepdims=True)
-    row, tap = np.nonzero((weight > 0) & (element >= 0) & (element < num_in))
+    row, tap = np.nonzero((weight > _ROUNDING) & (element >= 0) & (element < num_in))
     entries = (weight[row, tap].astype(np.float32), (row, element[row, tap]))
     return scipy.sparse.csr_array(entries, shape=(num_out, num_in))
 
@@ -135,3 +131,81 @@ def linear_weights(
 def nearest_elements(num_out: int, num_in: int, *, step: float) -> np.ndarray:
     """int64 [num_out]: the input element nearest to each of the samples that linear_weights would take."""
     return np.minimum(np.floor(step * np.arange(num_out) + 0.5).astype(np.int64), num_in - 1)
+
+
+def _read(path: Path, to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None) -> Volume:
+    """`to_ids` turns each stored plane, with slope and intercept, into uint8."""
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        image = nib.load(path)
+        with path.open("rb", buffering=0) as file:
+            hashed = _Hashed(file)
+            content = gzip.GzipFile(fileobj=hashed, mode="rb") if path.name.endswith(".gz") else hashed
+            voxels = _stored_voxels(path, image, content, to_ids)
+    except (OSError, EOFError, zlib.error, ImageFileError) as error:
+        raise UnreadableVolume(str(path), f"truncated or damaged file: {error}") from error
+    orientation = nib.io_orientation(image.affine)
+    canonical = nib.apply_orientation(voxels, orientation)
+    affine = image.affine @ nib.orientations.inv_ornt_aff(orientation, voxels.shape)
+    slope, intercept = (1.0, 0.0) if to_ids else (float(image.dataobj.slope), float(image.dataobj.inter))
+    return Volume(canonical, slope, intercept, affine, hashed.sha256.hexdigest())
+
+
+def _stored_voxels(
+    path: Path, image: Any, content: io.IOBase, to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None
+) -> np.ndarray:
+    """The voxels in the order of the file, read plane by plane into the one array that stays. Reads to the end of the
+    file, where gzip's checksum stands."""
+    shape, dtype = image.header.get_data_shape()[:3], image.header.get_data_dtype()
+    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
+    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    # A header can claim any size; what the file cannot hold is refused before memory is asked for.
+    most = path.stat().st_size * (_MOST_DEFLATED if isinstance(content, gzip.GzipFile) else 1)
+    if needed > most:
+        raise UnreadableVolume(str(path), f"truncated file: at most {most} bytes of voxels, {needed} expected")
+    _fill(np.empty(int(image.dataobj.offset), np.uint8), content)
+    voxels = np.empty(shape, dtype if to_ids is None else np.uint8, order="F")
+    plane = np.empty(shape[:2], dtype, order="F")
+    not_finite = 0
+    for k in range(shape[2]):
+        stored = voxels[:, :, k] if to_ids is None else plane
+        filled = _fill(stored, content)
+        if filled < stored.nbytes:
+            missing = f"{k * stored.nbytes + filled} bytes of voxels, {needed} expected"
+            raise UnreadableVolume(str(path), f"truncated file: {missing}")
+        if dtype.kind == "f":
+            not_finite += stored.size - int(np.count_nonzero(np.isfinite(stored)))
+        if to_ids is not None and not not_finite:
+            voxels[:, :, k] = to_ids(stored, slope, intercept)
+    while _fill(plane, content):
+        pass
+    if not_finite:
+        raise UnreadableVolume(str(path), f"{not_finite} voxels are NaN or infinite")
+    return voxels
+
+
+def _fill(array: np.ndarray, content: io.IOBase) -> int:
+    """Fill a contiguous array from `content`; the number of bytes there were."""
+    rest = array.reshape(-1, order="A").view(np.uint8).data
+    filled = 0
+    while filled < len(rest) and (got := content.readinto(rest[filled:])):  # type: ignore[attr-defined]
+        filled += got
+    return filled
+
+
+class _Hashed(io.RawIOBase):
+    """A file that notes the checksum of what is read from it."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        got = self._file.readinto(buffer) or 0
+        self.sha256.update(memoryview(buffer)[:got])
+        return got

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from data_shards.problems import InputProblems
+from data_shards.problems import InputProblems, OutOfSpace
 
 if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
@@ -29,6 +29,8 @@ class _Command:
     """(key of the experiment, what --help calls it)"""
     named: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    """(short flag, the flag that it stands for)"""
 
 
 _COMMANDS = {
@@ -37,11 +39,18 @@ _COMMANDS = {
         positional=(("amos_root", "OUT"),),
         sections=("phantom",),
     ),
+    "annotate": _Command(
+        "whole-body masks for an archive, by TotalSegmentator or any command, on Ray; resumes",
+        positional=(("amos_root", "AMOS_ROOT"), ("wholebody", "WHOLEBODY")),
+        named=("run",),
+        sections=("annotate", "tracking"),
+    ),
     "prepare": _Command(
         "volumes to shards, on Ray; resumes, and does nothing when all is done",
         positional=(("amos_root", "AMOS_ROOT"), ("data", "OUT")),
-        named=("run",),
+        named=("run", "wholebody"),
         sections=("prepare", "tracking"),
+        aliases=(("--spacing", "--prepare.spacing-mm"),),
     ),
     "inspect": _Command(
         "count a shard set's slices and classes, verify its checksums, draw a contact sheet",
@@ -105,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
             plural = "s" if len(error.problems) > 1 else ""
             print(f"{len(error.problems)} problem{plural}; nothing was started", file=sys.stderr)
         return 2
+    except OutOfSpace as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -117,6 +129,7 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
     from segdiff_dist.config import as_dict, to_yaml
     from segdiff_dist.experiment import load_experiment
 
+    args = _without_aliases(command, args)
     config_file, run = _peek(args, "--config"), _peek(args, "--run")
     if name == "demo" and config_file is None:
         config_file = str(demo_config())
@@ -138,7 +151,7 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
         make_dataclass("Arguments", shape, frozen=True),
         args=args,
         prog=f"segdiff {name}",
-        description=command.summary,
+        description=_description(command),
     )
     chosen = {f.name: getattr(given, f.name) for f in fields(given) if f.name not in ("config", "dry_run")}
     experiment: Experiment = replace(base, **chosen)
@@ -150,6 +163,17 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
         importlib.import_module("segdiff_dist.commands"), name.replace("-", "_")
     )
     return function(experiment)
+
+
+def _without_aliases(command: _Command, args: list[str]) -> list[str]:
+    meanings = dict(command.aliases)
+    pairs = [arg.partition("=") for arg in args]
+    return [meanings.get(flag, flag) + equals + value for flag, equals, value in pairs]
+
+
+def _description(command: _Command) -> str:
+    short = [f"{alias} X is short for {flag} X." for alias, flag in command.aliases]
+    return "\n".join([command.summary, *short])
 
 
 def demo_config() -> Path:

@@ -18,6 +18,20 @@ def phantom(experiment: Experiment) -> int:
     return 0
 
 
+def annotate(experiment: Experiment) -> int:
+    """Make the missing whole-body masks; 1 when some volumes got none."""
+    report = stages.annotate(experiment)
+    before = f", {report.num_kept} of them there already" if report.num_kept else ""
+    print(f"{report.num_masks} whole-body masks in {experiment.wholebody}{before}")
+    if report.tool_version is None:
+        print("the tool's version is not recorded; --annotate.version-command tells how to ask for it")
+    for case_id, reason in report.failed:
+        print(f"failed: {case_id}: {reason}")
+    if report.failed:
+        print("put these right and start the same command again; it tries only them")
+    return 1 if report.failed else 0
+
+
 def prepare(experiment: Experiment) -> int:
     """Write the shard set; 1 when some volumes could not be read."""
     report = stages.prepare(experiment)

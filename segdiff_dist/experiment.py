@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_shards.annotate import AnnotateConfig
 from data_shards.loader import LoaderConfig
 from data_shards.phantom import PhantomConfig
 from data_shards.prepare import PrepareConfig
@@ -35,11 +36,14 @@ class Experiment:
 
     amos_root: Path | None = None
     """The archive: dataset.json, imagesTr, labelsTr, ..."""
+    wholebody: Path | None = None
+    """Whole-body masks, <case id>.nii.gz: what `annotate` writes and `prepare` reads."""
     data: Path | None = None
     """The shard set that `prepare` writes and the later stages read."""
     run: Path | None = None
     """The run folder: checkpoints, weights, samples, evaluation, and MLflow's database."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)

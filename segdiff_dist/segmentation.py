@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data_shards.labels import LabelTable
 from data_shards.loader import Loader, LoaderConfig
-from data_shards.order import sequential_positions
+from data_shards.order import Sequential, sequential_positions
 from data_shards.problems import Problem, problem
 from data_shards.records import MODALITIES, Batch
 from segdiff_dist.diffusion import to_model_range
@@ -103,7 +103,7 @@ class SegmenterNet(nn.Module):
         )
 
     def forward(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
-        """float32 scores [B, K, H, W] from uint8 images and int64 modality ids."""
+        """float32 scores [B, K, H, W] from uint8 or uint16 images and int64 modality ids."""
         dtype = next(self.parameters()).dtype
         return self.unet(self._inputs(image_BHW, modality_B).to(dtype)).float()
 
@@ -187,12 +187,11 @@ class SegmenterTask:
         plain = LoaderConfig(crop_size=self.loader.crop_size, num_threads=self.loader.num_threads)
         yield from Loader(
             self.shards,
-            self._validation_rows,
+            Sequential(self._validation_rows),
             sequential_positions(len(self._validation_rows), size),
             plain,
             batch_size=size,
             seed=0,
-            shuffle=False,
             device=self.device,
         )
 
@@ -226,7 +225,7 @@ class Segmenter:
 
     @torch.no_grad()
     def predict(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
-        """uint8 label ids [B, H, W] of uint8 images."""
+        """uint8 label ids [B, H, W] of uint8 or uint16 images."""
         return self.net(image_BHW.to(self.device), modality_B.to(self.device)).argmax(dim=1).to(torch.uint8)
 
     @torch.no_grad()

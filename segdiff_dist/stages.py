@@ -31,6 +31,23 @@ def make_phantom(experiment: Experiment) -> None:
         tracker.log_artifact(out / "dataset.json", "phantom")
 
 
+def annotate(experiment: Experiment) -> Any:
+    """`segdiff annotate AMOS_ROOT WHOLEBODY`; returns data_shards.annotate's report."""
+    from data_shards import annotate as annotating
+
+    root, wholebody = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("wholebody"))
+    # Checked here, before a tracker makes a folder for a stage that will not start.
+    refuse(annotating.find_problems(root, wholebody, experiment.annotate))
+    with _tracker(experiment, "annotate", experiment.run or wholebody) as tracker:
+        report = annotating.annotate(root, wholebody, experiment.annotate)
+        tracker.log_params(
+            {"annotate": _plain(experiment)["annotate"], "annotate_tool_version": report.tool_version or "unknown"}
+        )
+        tracker.log_metrics({"annotate/num_masks": report.num_masks, "annotate/num_failed": len(report.failed)})
+        tracker.log_artifact(wholebody / annotating.ANNOTATIONS, "annotate")
+    return report
+
+
 def prepare(experiment: Experiment) -> Any:
     """`segdiff prepare AMOS_ROOT OUT`; returns data_shards.prepare's report."""
     from data_shards.prepare import prepare as prepare_shards
@@ -39,9 +56,9 @@ def prepare(experiment: Experiment) -> Any:
     # Checked here, before a tracker makes a folder for a stage that will not start.
     from data_shards.prepare import find_problems
 
-    refuse(find_problems(root, out, experiment.prepare))
+    refuse(find_problems(root, out, experiment.prepare, experiment.wholebody))
     with _tracker(experiment, "prepare", experiment.run or out) as tracker:
-        report = prepare_shards(root, out, experiment.prepare)
+        report = prepare_shards(root, out, experiment.prepare, wholebody=experiment.wholebody)
         if not report.num_samples:
             return report
         shards = ShardSet.open(out)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.loader import Loader, LoaderConfig
+from data_shards.mixing import make_order
 from data_shards.order import rank_positions
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
@@ -105,7 +106,7 @@ def train(
     and raises KeyboardInterrupt; the same call goes on from there.
     """
     if len(rows) == 0:
-        raise problem(shards.path, "split", "no slice to train on", "widen loader.modalities or loader.axes")
+        raise problem(shards.root, "split", "no slice to train on", "widen loader.modalities or loader.axes")
     checkpoints, log = folder / "checkpoints", folder / "log.jsonl"
     engine = Engine(task.model.to(device).train(), config, device)
     state: dict[str, Any] = {"images_seen": 0, "loss_sum": 0.0, "loss_count": 0, "best_score": None}
@@ -122,7 +123,7 @@ def train(
     batches = iter(
         Loader(
             shards,
-            rows,
+            make_order(shards, rows, loader_config.mix, config.seed),
             rank_positions(
                 state["images_seen"],
                 micro_batch_size=config.micro_batch_size,
@@ -210,7 +211,7 @@ def _refuse_other_ground(folder: Path, state: dict[str, Any], shards: ShardSet) 
     found = []
     if state["shards_digest"] != shards.digest:
         remedy = "restore the shard set the run was started with, or use another run folder"
-        found.append(Problem(str(folder), "shards_digest", f"not that of {shards.path}", remedy))
+        found.append(Problem(str(folder), "shards_digest", f"not that of {shards.root}", remedy))
     if state["ranks"] != world_size():
         remedy = f"start it on {state['ranks']} ranks again"
         found.append(Problem(str(folder), "ranks", f"{state['ranks']} there, {world_size()} now", remedy))

@@ -9,13 +9,22 @@ import numpy as np
 SIZE = 32
 
 
-def write_shapes(out: Path, num_patients: int = 4, slices: int = 6, codec: str = "raw", size: int = SIZE) -> Path:
+def write_shapes(
+    out: Path,
+    num_patients: int = 4,
+    slices: int = 6,
+    codec: str = "raw",
+    size: int = SIZE,
+    store: str = "webdataset",
+    bits: int = 8,
+    soft_edge: bool = False,
+) -> Path:
     """A shard set in which an ellipse is `body` and two discs in it are liver and spleen, brighter than the body."""
     from data_shards.labels import AMOS
-    from data_shards.records import SliceMeta
-    from data_shards.shards import ShardWriter, encode
+    from data_shards.records import SliceMeta, SliceRecord
+    from data_shards.shard_writer import ShardWriter, set_format
 
-    writer = ShardWriter(out, codec, samples_per_shard=10)
+    writer = ShardWriter(out, set_format(store, codec, 10, size=size, bits=bits, soft_edge=soft_edge))
     row, column = np.mgrid[0:size, 0:size] / size
     for split, patients in (("train", num_patients), ("val", 2), ("test", 2)):
         for patient in range(patients):
@@ -32,8 +41,13 @@ def write_shapes(out: Path, num_patients: int = 4, slices: int = 6, codec: str =
                     image = np.vectorize(grey.get)(mask) + rng.normal(0, 6, mask.shape)
                     meta = SliceMeta(
                         case, modality, "axial", index, split, (6.0, 6.0), tuple(np.eye(4).ravel()), 2.0, -256.0,
-                        "amos", tuple(int(i) for i in np.unique(mask)), True, "0" * 64,
+                        "amos", tuple(int(i) for i in np.unique(mask)), True, "0" * 64, bits=bits,
                     )  # fmt: skip
-                    writer.write(meta, encode(image.clip(0, 255).astype(np.uint8), codec), encode(mask, codec))
-    writer.finish({"label_table": {"name": AMOS.name, "names": AMOS.names}, "preprocessing": {"size": size}})
+                    grey_levels = image.clip(0, 255).astype(np.uint8)
+                    if bits == 16:
+                        grey_levels = np.maximum(grey_levels.astype(np.int32) * 257 - mask % 3, 0)
+                    edge = np.stack([np.roll(mask, 1, 1), 255 - mask]) if soft_edge else None
+                    writer.write(SliceRecord(grey_levels.astype(f"uint{bits}"), mask, meta, edge))
+    preprocessing = {"size": size, "bits": bits}
+    writer.finish({"label_table": {"name": AMOS.name, "names": AMOS.names}, "preprocessing": preprocessing})
     return out

@@ -1,7 +1,7 @@
 """The folder: images, labels and dataset.json as AMOS 2022 has them, made case by case and resumed.
 
 OUT/phantom.json says whose folder it is and with which config; it is written first. OUT/dataset.json comes last: a
-folder without it is unfinished.
+folder without it is unfinished. OUT/wholebody/, where the config asks for it, is laid out as `segdiff annotate` does.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_shards.masks import ANNOTATIONS, ANNOTATIONS_VERSION
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
 from data_shards.problems import Problem, problem, refuse
+from data_shards.set_index import file_sha256
 
 # Raised whenever the same config would give other voxels, so that two generators never fill one folder.
 PHANTOM_VERSION = 1
 _ABOUT_FILE = "phantom.json"
 _DATASET_FILE = "dataset.json"
+_WHOLEBODY = "wholebody"
 _FOLDER_SUFFIX = {"train": "Tr", "val": "Va", "test": "Ts"}
 # As AMOS writes them, misspellings included.
 _AMOS_LABELS = (
@@ -43,12 +46,18 @@ def write_phantom(out: Path, config: PhantomConfig) -> None:
     for kind in ("images", "labels"):
         for suffix in _FOLDER_SUFFIX.values():
             (out / f"{kind}{suffix}").mkdir(exist_ok=True)
+    if config.wholebody:
+        (out / _WHOLEBODY).mkdir(exist_ok=True)
     waiting = [key for key in keys if not _path(out, "images", key).exists()]
     for key in tqdm(waiting, desc="phantom", unit="case", disable=not waiting):
         case = make_case(key, config)
         # The image comes second, so that a case with an image is a finished one.
         _write(_path(out, "labels", key), nifti_gz(case.labels, case.affine))
+        if case.wholebody is not None:
+            _write(out / _WHOLEBODY / key.file_name, nifti_gz(case.wholebody, case.affine))
         _write(_path(out, "images", key), nifti_gz(case.image, case.affine))
+    if config.wholebody and not (out / _WHOLEBODY / ANNOTATIONS).exists():
+        _write(out / _WHOLEBODY / ANNOTATIONS, _json(_annotations(out, keys)))
     if not (out / _DATASET_FILE).exists():
         _write(out / _DATASET_FILE, _json(dataset_json(keys)))
 
@@ -79,6 +88,23 @@ def dataset_json(keys: list[CaseKey]) -> dict[str, Any]:
     }
 
 
+def _annotations(out: Path, keys: list[CaseKey]) -> dict[str, Any]:
+    """Who made the whole-body masks, in the form of data_shards.annotate."""
+    cases = {}
+    for key in keys:
+        image, mask = _path(out, "images", key), out / _WHOLEBODY / key.file_name
+        case_id = key.file_name.removesuffix(".nii.gz")
+        cases[case_id] = {"image_sha256": file_sha256(image), "mask_sha256": file_sha256(mask)}
+    return {
+        "format_version": ANNOTATIONS_VERSION,
+        "tool": "phantom",
+        "tool_version": str(PHANTOM_VERSION),
+        "command": "segdiff phantom",
+        "label_table": "wholebody",
+        "cases": cases,
+    }
+
+
 def _claim(out: Path, config: PhantomConfig) -> None:
     """Make `out` this phantom's folder, or refuse it."""
     about = {"phantom_version": PHANTOM_VERSION, "config": config.to_json()}
@@ -104,7 +130,8 @@ def _differences(where: Path, found: Any, wanted: dict[str, Any]) -> list[Proble
     if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
         return [Problem(str(where), "config", "missing", "delete the folder or name a new one")]
     pairs = [("phantom_version", found.get("phantom_version"), wanted["phantom_version"])]
-    pairs += [(name, found["config"].get(name), value) for name, value in wanted["config"].items()]
+    there = {"wholebody": False, **found["config"]}
+    pairs += [(name, there.get(name), value) for name, value in wanted["config"].items()]
     differing = [(name, f"{old} there, {new} asked for") for name, old, new in pairs if old != new]
     return [Problem(str(where), name, value, remedy) for name, value in differing]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, WHOLEBODY
 from data_shards.phantom.patient import Box, Grid, Patient
 from data_shards.phantom.shapes import Points, intersection
 
@@ -35,15 +36,17 @@ class Tissue:
 
 
 class Canvas:
-    """Paints solids over one another. `image` and `texture` float32, `labels` uint8, all [X, Y, Z] in RAS order."""
+    """Paints solids over one another. `image` and `texture` float32, `labels` uint8, all [X, Y, Z] in RAS order;
+    `wholebody`, where it is asked for, uint8 too: what every voxel of the patient is, in the whole-body table's ids."""
 
-    def __init__(self, grid: Grid, patient: Patient, tissues: Mapping[str, Tissue]) -> None:
+    def __init__(self, grid: Grid, patient: Patient, tissues: Mapping[str, Tissue], *, wholebody: bool = False) -> None:
         self.grid, self.patient, self.tissues = grid, patient, tissues
         self.points = grid.reference_points(patient)
         air = tissues["air"]
         self.image = np.full(grid.shape, air.value, np.float32)
         self.texture = np.full(grid.shape, air.texture, np.float32)
         self.labels = np.zeros(grid.shape, np.uint8)
+        self.wholebody = np.zeros(grid.shape, np.uint8) if wholebody else None
         self.organ_distance = np.full(grid.shape, _FAR_MM, np.float32)
         self._placed: dict[int, tuple[Box, np.ndarray]] = {}
 
@@ -62,15 +65,30 @@ class Canvas:
         x, y, z = self.points
         return x[box], y[box], z[box]
 
-    def paint(self, tissue: str, box: Box, distance_mm: np.ndarray) -> None:
-        """Cover the inside of `distance_mm` (shape of the box) with a tissue, blending over the edge."""
+    def paint(self, tissue: str, box: Box, distance_mm: np.ndarray, part: str | None = None) -> None:
+        """Cover the inside of `distance_mm` (shape of the box) with a tissue, blending over the edge. `part`: what that
+        is in `wholebody`, which stays as it was where nothing is said."""
         if distance_mm.size == 0:
             return
+        if part is not None:
+            self.name(part, box, distance_mm < 0.0)
         cover = np.clip(0.5 - distance_mm * (1.0 / _EDGE_MM), 0.0, 1.0)
         values = self.tissues[tissue]
         for field, value in ((self.image, values.value), (self.texture, values.texture)):
-            part = field[box]
-            part += cover * (value - part)
+            voxels = field[box]
+            voxels += cover * (value - voxels)
+
+    def name(self, part: str, box: Box, inside: np.ndarray) -> None:
+        """Say which class of the whole-body table a part of a box is; {side} in it becomes right or left."""
+        if self.wholebody is None:
+            return
+        voxels = self.wholebody[box]
+        if "{side}" in part:
+            is_right = self.points[0][box] > 0.0
+            voxels[inside & is_right] = WHOLEBODY.names.index(part.format(side="right"))
+            voxels[inside & ~is_right] = WHOLEBODY.names.index(part.format(side="left"))
+        else:
+            voxels[inside] = WHOLEBODY.names.index(part)
 
     def solid(self, tissue: str, low_mm: Corner, high_mm: Corner, shape: Callable[[Points], np.ndarray]) -> None:
         """Paint an unlabelled solid that lies within a reference box."""
@@ -92,10 +110,16 @@ class Canvas:
             distance_mm[mine] = intersection(distance_mm[mine], gap - other_distance[theirs])
         self._trim(distance_mm)
         self._placed[label] = (box, distance_mm)
-        self.paint(tissue, box, distance_mm)
+        self.paint(tissue, box, distance_mm, self._part_of(label))
         np.minimum(self.organ_distance[box], distance_mm, out=self.organ_distance[box])
         self.labels[box][distance_mm < 0.0] = label
         return distance_mm
+
+    def _part_of(self, label: int) -> str:
+        """An organ's class in the whole-body table. That has no uterus: it is muscle there, as it is in life."""
+        if AMOS.names[label] == "prostate_uterus" and self.patient.is_female:
+            return "muscle"
+        return WHOLEBODY.names[AMOS_TO_WHOLEBODY[label]]
 
     def _trim(self, distance_mm: np.ndarray) -> None:
         """Keep an organ's largest piece and blunt its ends, in place: no crumbs that one slice shows and none names."""

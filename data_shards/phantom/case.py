@@ -24,12 +24,14 @@ _GZIP_LEVEL = 1
 
 @dataclass(frozen=True)
 class Case:
-    """image int16 and labels uint8, [X, Y, Z] in stored orientation; affine [4, 4] from voxels to RAS mm."""
+    """image int16 and labels uint8, [X, Y, Z] in stored orientation; affine [4, 4] from voxels to RAS mm; wholebody, if
+    the config asks for it, as labels but in the whole-body table's ids."""
 
     image: np.ndarray
     labels: np.ndarray
     affine: np.ndarray
     patient: Patient
+    wholebody: np.ndarray | None = None
 
 
 def make_case(key: CaseKey, config: PhantomConfig) -> Case:
@@ -41,11 +43,11 @@ def make_case(key: CaseKey, config: PhantomConfig) -> Case:
     grid = Grid.draw(rng, config, patient, half_width_mm(patient.fat_mm))
     world_shift_mm = np.round(rng.uniform(-40.0, 40.0, 3), 2)
     is_ct = key.modality == "CT"
-    canvas = Canvas(grid, patient, ct_tissues(rng) if is_ct else mr_tissues(rng))
+    canvas = Canvas(grid, patient, ct_tissues(rng) if is_ct else mr_tissues(rng), wholebody=config.wholebody)
     paint_organs(canvas, paint_trunk(canvas))
     image = scan_ct(canvas, noise_rng) if is_ct else scan_mr(canvas, noise_rng)
     orientation = ORIENTATIONS[(key.index + split + modality) % len(ORIENTATIONS)]
-    return _stored(image, canvas.labels, grid, world_shift_mm, orientation, patient)
+    return _stored(image, canvas, world_shift_mm, orientation)
 
 
 def nifti_gz(voxels: np.ndarray, affine: np.ndarray) -> bytes:
@@ -60,15 +62,14 @@ def nifti_gz(voxels: np.ndarray, affine: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _stored(
-    image: np.ndarray, labels: np.ndarray, grid: Grid, shift_mm: np.ndarray, orientation: str, patient: Patient
-) -> Case:
+def _stored(image: np.ndarray, canvas: Canvas, shift_mm: np.ndarray, orientation: str) -> Case:
     """Flip RAS voxels to `orientation`; the affine keeps every voxel where it was in the world."""
-    affine = np.diag([*grid.spacing_mm, 1.0])
-    affine[:3, 3] = shift_mm + grid.origin_mm
-    for axis, (stored, canonical) in enumerate(zip(orientation, "RAS", strict=True)):
-        if stored != canonical:
-            image, labels = np.flip(image, axis), np.flip(labels, axis)
-            affine[:3, 3] += affine[:3, axis] * (image.shape[axis] - 1)
-            affine[:3, axis] *= -1.0
-    return Case(np.ascontiguousarray(image), np.ascontiguousarray(labels), affine, patient)
+    affine = np.diag([*canvas.grid.spacing_mm, 1.0])
+    affine[:3, 3] = shift_mm + canvas.grid.origin_mm
+    flipped = tuple(axis for axis in range(3) if orientation[axis] != "RAS"[axis])
+    for axis in flipped:
+        affine[:3, 3] += affine[:3, axis] * (image.shape[axis] - 1)
+        affine[:3, axis] *= -1.0
+    image, labels = (np.ascontiguousarray(np.flip(voxels, flipped)) for voxels in (image, canvas.labels))
+    wholebody = None if canvas.wholebody is None else np.ascontiguousarray(np.flip(canvas.wholebody, flipped))
+    return Case(image, labels, affine, canvas.patient, wholebody)

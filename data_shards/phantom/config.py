@@ -24,6 +24,7 @@ class PhantomConfig:
     slice_thickness_mm: thinnest and thickest slices; a patient is about 295 mm tall from pelvic floor to heart.
     missing_rate: chance that a patient lacks the gallbladder, a kidney (half as often) or the pelvis (outside the
         field of view). The first patient of each split and modality is always complete, so each split holds all.
+    wholebody: also write OUT/wholebody/, masks of everything that is painted, as a whole-body tool would make them.
     """
 
     seed: int = 0
@@ -34,14 +35,17 @@ class PhantomConfig:
     matrix: tuple[int, int] = (128, 160)
     slice_thickness_mm: tuple[float, float] = (4.5, 6.0)
     missing_rate: float = 0.1
+    wholebody: bool = False
 
     def problems(self, where: str = "phantom") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""
         return list(_problems(self, where))
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that json can write and that compares equal after being read back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """A dictionary that json can write and that compares equal after being read back. `wholebody` is only in it
+        when it is true: archives from before there was such a thing are the same archives."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in values.items() if k != "wholebody" or v}
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def _bowel(canvas: Canvas, spaces: Spaces) -> None:
         np.minimum(bowel[box], tube(canvas.at(box), ends, radii), out=bowel[box])
     box = canvas.box((-126.0, -60.0, -165.0), (126.0, 85.0, 40.0))
     bowel = intersection(bowel[box], np.maximum(spaces.cavity[box] + 3.0, _BOWEL_GAP_MM - canvas.organ_distance[box]))
-    canvas.paint("wall", box, bowel)
+    canvas.paint("wall", box, bowel, "intestine")
     canvas.paint("chyme", box, bowel + 3.0)
     x, y, z = canvas.at(box)
     phase = canvas.patient.vertebra_phase_mm

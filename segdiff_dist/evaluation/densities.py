@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_shards.intensity import restore
 from data_shards.shards import ShardSet
 
 _NUM_VOLUMES = 2
@@ -53,21 +54,21 @@ def clipping_of(shards: ShardSet, modality: str, amos_root: Path | None) -> Clip
     rows = rows[np.isin(cases, chosen)]
     rows = rows[np.linspace(0, len(rows) - 1, min(_NUM_SLICES, len(rows))).astype(int)]
     records = [shards.read(int(row)) for row in rows]
-    grey = np.concatenate([record.image_HW.ravel() for record in records])
-    ends = [(r.meta.intensity_offset, r.meta.intensity_offset + 255 * r.meta.intensity_scale) for r in records]
-    window = (float(np.mean([low for low, _ in ends])), float(np.mean([high for _, high in ends])))
+    grey = np.concatenate([record.image_uint8().ravel() for record in records])
+    low = float(np.mean([r.meta.intensity_offset for r in records]))
+    width = float(np.mean([(2**r.meta.bits - 1) * r.meta.intensity_scale for r in records]))
     if volumes:
         stored = np.concatenate([values.ravel() for values in volumes.values()])
     else:
         stored = np.concatenate(
-            [r.image_HW.ravel() * r.meta.intensity_scale + r.meta.intensity_offset for r in records]
+            [restore(r.image_HW.ravel(), r.meta.intensity_scale, r.meta.intensity_offset) for r in records]
         )
     upper = float(np.percentile(stored, 99.9))
     span = _CT_RANGE_HU if modality == "CT" and volumes else (float(stored.min()), max(upper, float(stored.min()) + 1))
     return Clipping(
         before=_density(stored, np.linspace(*span, _NUM_BINS + 1)),
         after=_density(grey, np.linspace(0, 256, 65)),
-        window=window,
+        window=(low, low + width),
         from_volumes=bool(volumes),
         case_ids=tuple(chosen),
     )

@@ -50,8 +50,8 @@ class Pictures:
         return self.shards.label_table
 
     def real(self, i: int) -> np.ndarray:
-        """The real image of the item's slice, uint8 [H, W]."""
-        return self.shards.read(int(self.rows["row"][i])).cropped(self.image.shape[1]).image_HW
+        """The real image of the item's slice, uint8 [H, W] like the generated one."""
+        return self.shards.read(int(self.rows["row"][i])).cropped(self.image.shape[1]).image_uint8()
 
     def mask(self, i: int) -> np.ndarray:
         """The mask the item was made from."""

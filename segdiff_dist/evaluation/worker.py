@@ -146,8 +146,9 @@ class _Evaluator:
         self._dice_columns(columns, "mask_gen", mask_BHW, label_maps["gen"], np.arange(len(ids)))
 
         if len(chosen):
+            # Generated images have 8 bits, so real ones are compared, and judged by the segmenter, at 8 bits too.
             # A real counterpart exists only where the generated image has the modality of the slice it came from.
-            real = torch.from_numpy(np.stack([records[i].image_HW for i in chosen])).to(self.inputs.device)
+            real = torch.from_numpy(np.stack([records[i].image_uint8() for i in chosen])).to(self.inputs.device)
             modality = target[torch.from_numpy(chosen).to(target.device)]
             fake = generated[torch.from_numpy(chosen).to(generated.device)]
             label_maps["real"][chosen] = self.segmenter.predict(real, modality).cpu().numpy()

@@ -113,6 +113,26 @@ def _spoil_twice(archive) -> None:
     archive.edit(lambda d: d["validation"].append(d["training"][0]))
 
 
+def _spoil_twice_in_other_folders(archive) -> None:
+    """Two patients' files with the same id, each listed."""
+    image, label = archive.patient("CT", 8)
+    archive.save(archive.root / "imagesVa/amos_0001.nii.gz", image)
+    archive.save(archive.root / "labelsVa/amos_0001.nii.gz", label)
+    entry = {"image": "./imagesVa/amos_0001.nii.gz", "label": "./labelsVa/amos_0001.nii.gz"}
+    archive.edit(lambda d: d["validation"].append(entry))
+
+
+def _spoil_twice_in_other_formats(archive) -> None:
+    """The .nii of a listed .nii.gz beside it, which need not hold the same."""
+    image, _ = archive.patient("CT", 8)
+    archive.save(archive.root / "imagesTr/amos_0001.nii", image)
+
+
+def _spoil_twice_among_labels(archive) -> None:
+    _, label = archive.patient("MR", 8)
+    archive.save(archive.root / "labelsTs/amos_0504.nii", label)
+
+
 def _spoil_organ(archive) -> None:
     archive.edit(lambda d: d["labels"].update({"6": "spleen"}))
 
@@ -146,6 +166,9 @@ SPOILT = [
     (_spoil_affine, "labelsTr/amos_0001.nii.gz", "affine", "0.75 voxels"),
     (_spoil_flat_affine, "imagesTs/amos_0003.nii.gz", "affine", "0.0"),
     (_spoil_twice, "dataset.json", "case id amos_0001", "train: "),
+    (_spoil_twice_in_other_folders, "dataset.json", "case id amos_0001", "val: ./imagesVa/amos_0001.nii.gz"),
+    (_spoil_twice_in_other_formats, "imagesTr", "case id amos_0001", "both amos_0001.nii.gz and amos_0001.nii"),
+    (_spoil_twice_among_labels, "labelsTs", "case id amos_0504", "both amos_0504.nii.gz and amos_0504.nii"),
     (_spoil_organ, "dataset.json", "labels.6", "spleen"),
     (_spoil_extra_organ, "dataset.json", "labels.16", "colon"),
     (_spoil_entry, "dataset.json", "train", "7"),
@@ -161,6 +184,14 @@ def test_each_fault_is_named(archive, spoil, where: str, field: str, value: str)
     assert found.where.endswith(where)
     assert value in found.value
     assert found.remedy
+
+
+def test_a_test_label_is_found_in_either_format(archive) -> None:
+    _, label = archive.patient("CT", 3)
+    archive.save(archive.root / "labelsTs/amos_0003.nii", label)
+    (case,) = (case for case in read_archive(archive.root) if case.case_id == "amos_0003")
+    assert case.label == archive.root / "labelsTs/amos_0003.nii"
+    assert find_problems(archive.root) == []
 
 
 def test_all_faults_are_found_at_once(archive) -> None:

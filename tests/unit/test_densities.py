@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from tests_support import write_shapes
 
 from data_shards.shards import ShardSet
 from segdiff_dist.evaluation.densities import clipping_of
@@ -28,7 +29,8 @@ def archived(shapes: Path, tmp_path: Path) -> ShardSet:
         source[case] = {"image": [file.name, file.stat().st_size]}
     (tmp_path / "amos_0001.nii.gz").write_bytes(b"broken")
     shards = ShardSet.open(shapes)
-    return replace(shards, index=shards.index | {"source": source})
+    (member,) = shards.members
+    return ShardSet((replace(member, index=member.index | {"source": source}),), shards.samples)
 
 
 def test_volumes_show_what_lies_outside_the_window(archived: ShardSet, tmp_path: Path) -> None:
@@ -48,6 +50,18 @@ def test_without_the_archive_the_stored_slices_are_mapped_back(archived: ShardSe
     assert not found.from_volumes
     assert found.before.edges[0] >= WINDOW[0]
     assert found.before.edges[-1] <= WINDOW[1]
+
+
+def test_sixteen_bits_are_mapped_back_by_their_own_depth(tmp_path: Path) -> None:
+    shards = ShardSet.open(write_shapes(tmp_path / "shapes", bits=16))
+    found = clipping_of(shards, "CT", None)
+    assert found is not None
+    meta = shards.meta(0)
+    assert found.window == pytest.approx((meta.intensity_offset, meta.intensity_offset + 65535 * meta.intensity_scale))
+    assert found.before.edges[-1] <= found.window[1]
+    # The ellipse and its discs have grey values around 90, 150 and 210 of 255.
+    share = found.after.values * np.diff(found.after.edges)
+    assert share[20:60].sum() == pytest.approx(0.5, abs=0.2)
 
 
 def test_densities_have_unit_area(archived: ShardSet, tmp_path: Path) -> None:

@@ -76,6 +76,17 @@ def test_uint8_there_and_back() -> None:
     assert torch.equal(to_uint8(x), image)
 
 
+def test_both_depths_fill_the_model_s_range() -> None:
+    """A 16-bit grey value that is 257 times an 8-bit one is the same brightness."""
+    eight = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    sixteen = (eight.to(torch.int32) * 257).to(torch.uint16)
+    x = to_model_range(sixteen)
+    assert x.dtype == torch.float32
+    assert x.shape == (1, 1, 16, 16)
+    assert (float(x.min()), float(x.max())) == (-1.0, 1.0)
+    torch.testing.assert_close(x, to_model_range(eight))
+
+
 def test_epsilon_with_zero_terminal_snr_is_refused() -> None:
     assert DiffusionConfig(zero_terminal_snr=True).problems()[0].field == "diffusion.zero_terminal_snr"
     assert DiffusionConfig().problems() == []

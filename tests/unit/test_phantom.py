@@ -10,8 +10,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from data_shards.labels import AMOS
+from data_shards.archive import read_archive
+from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, WHOLEBODY
+from data_shards.masks import annotation_record, find_wholebody_problems
 from data_shards.phantom import PhantomConfig, write_phantom
 from data_shards.phantom.case import ORIENTATIONS, make_case
 from data_shards.phantom.config import CaseKey
@@ -181,6 +184,61 @@ def test_missing_organs_are_rare_and_never_those_of_a_first_patient() -> None:
         lacking |= {AMOS.names[i] for i in absent}
     assert lacking
     assert lacking <= {"gallbladder", "kidney_left", "kidney_right", "urinary_bladder", "prostate_uterus"}
+
+
+@pytest.fixture(scope="module")
+def with_wholebody(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("phantom") / "with"
+    write_phantom(out, replace(TINY, wholebody=True))
+    return out
+
+
+def test_wholebody_masks_change_nothing_else(archive: Path, with_wholebody: Path) -> None:
+    before, after = digests(archive), digests(with_wholebody)
+    added = {name for name in after if name.startswith("wholebody/")}
+    assert {name: digest for name, digest in after.items() if name not in added | {"phantom.json"}} == {
+        name: digest for name, digest in before.items() if name != "phantom.json"
+    }
+    cases = read_archive(with_wholebody)
+    assert added == {"wholebody/annotations.json", *(f"wholebody/{case.case_id}.nii.gz" for case in cases)}
+    assert find_wholebody_problems(cases, "merged", with_wholebody / "wholebody") == []
+    assert annotation_record(with_wholebody / "wholebody")["tool"] == "phantom"
+    entry = json.loads((with_wholebody / "wholebody/annotations.json").read_text())["cases"]["amos_0001"]
+    assert entry["image_sha256"] == after["imagesTr/amos_0001.nii.gz"]
+    assert entry["mask_sha256"] == after["wholebody/amos_0001.nii.gz"]
+    # An archive without the masks is another one, and says so.
+    with pytest.raises(InputProblems, match="wholebody: False there, True asked for"):
+        write_phantom(archive, replace(TINY, wholebody=True))
+
+
+def test_every_voxel_of_the_patient_has_a_class(with_wholebody: Path) -> None:
+    to_wholebody = np.array(AMOS_TO_WHOLEBODY)
+    names = set()
+    for name, image, labels, affine in volumes(with_wholebody):
+        stored = nibabel.as_closest_canonical(nibabel.load(with_wholebody / "wholebody" / f"{name}.nii.gz"))
+        assert np.array_equal(stored.affine, affine)
+        mask = np.asarray(stored.dataobj)
+        assert mask.dtype == np.uint8
+        organs = (labels > 0) & (labels != ORGAN["prostate_uterus"])
+        assert np.array_equal(mask[organs], to_wholebody[labels[organs]])
+        holes = ndimage.binary_fill_holes(mask.any(axis=2)) & ~mask.any(axis=2)
+        assert not holes.any()
+        assert all(np.array_equal(ndimage.binary_fill_holes(plane), plane) for plane in (mask > 0).transpose(2, 0, 1))
+        if int(name[-4:]) <= 500:
+            assert (image[mask == 0] < -100).mean() > 0.99
+            assert (image[mask == 0] < -100).sum() > mask.size / 3
+        names |= {WHOLEBODY.names[i] for i in np.unique(mask)}
+        check_sides(mask)
+    assert len(names) > 40
+    assert not names & {"unused", "body"}
+
+
+def check_sides(mask: np.ndarray) -> None:
+    """Right is at larger x in RAS order, in this phantom's world as in the organs' test."""
+    for pair in ("hip", "autochthon", "iliopsoas", "lung_lower_lobe", "iliac_artery", "femur"):
+        right, left = (np.argwhere(mask == WHOLEBODY.names.index(f"{pair}_{side}")) for side in ("right", "left"))
+        if len(right) and len(left):
+            assert right[:, 0].mean() > left[:, 0].mean(), pair
 
 
 def test_refusals_name_all_that_is_wrong(tmp_path: Path, archive: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,13 +80,15 @@ def test_an_unlabelled_case_is_body_alone(archive, tmp_path: Path) -> None:
     assert set(rows).isdisjoint(shards.select().tolist())
 
 
-@pytest.mark.parametrize("codec", ["raw", "png"])
-def test_same_input_gives_the_same_bytes_however_many_workers(archive, tmp_path: Path, codec: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"codec": "png"}, {"store": "zarr"}, {"bits": 16, "mask_resize": "soft", "soft_edge": True}], ids=str
+)
+def test_same_input_gives_the_same_bytes_however_many_workers(archive, tmp_path: Path, options: dict[str, Any]) -> None:
     for name, num_workers in (("one", 1), ("two", 2)):
-        prepare(
-            archive.root, tmp_path / name, PrepareConfig(size=32, slice_stride=9, codec=codec, num_workers=num_workers)
-        )
+        config = PrepareConfig(size=32, slice_stride=9, samples_per_shard=16, num_workers=num_workers, **options)
+        prepare(archive.root, tmp_path / name, config)
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
+    assert len(ShardSet.open(tmp_path / "two", verify=True)) > 16
 
 
 def test_the_same_command_again_does_nothing(archive, tmp_path: Path) -> None:
@@ -197,7 +200,7 @@ def test_bad_voxels_cost_only_their_volume_and_are_tried_again(archive, tmp_path
     assert _bytes(out) == before
 
     # All mended: only those four are made, and the set is that of an archive that never was bad.
-    good_partial = out / ".partial/amos_0003.npz"
+    good_partial = out / ".partial/amos_0003.bin"
     made_at = good_partial.stat().st_mtime_ns
     for name in ("imagesTr/amos_0001", "labelsVa/amos_0002", "imagesTr/amos_0501"):
         shutil.copy(kept / f"{name}.nii.gz", archive.root / f"{name}.nii.gz")
@@ -242,10 +245,11 @@ def test_after_ctrl_c_the_same_command_goes_on(archive, tmp_path: Path, stop_aft
     with pytest.raises(InputProblems, match="unfinished"):
         ShardSet.open(out)
     (out / ".partial" / "amos_0001.unfinished").write_bytes(b"half a volume")
-    partials = {file: file.stat().st_mtime_ns for file in (out / ".partial").glob("*.npz")}
+    partials = {file: file.stat().st_mtime_ns for file in (out / ".partial").glob("*.bin")}
     assert len(partials) >= stop_after
     (cut_short, _) = partials.popitem()
     cut_short.write_bytes(cut_short.read_bytes()[:1000])
+    (out / ".partial" / f"{partials.popitem()[0].stem}.json").unlink()
     kept: dict[Path, int] = {}
     prepare(archive.root, out, CONFIG, progress=lambda *_: kept.update({f: f.stat().st_mtime_ns for f in partials}))
     assert kept == partials
@@ -286,6 +290,7 @@ def test_stored_compression_does_not_matter(archive, tmp_path: Path) -> None:
     prepare(archive.root, tmp_path / "zipped", CONFIG)
     file = archive.root / "imagesTs/amos_0003.nii.gz"
     (archive.root / "imagesTs/amos_0003.nii").write_bytes(gzip.decompress(file.read_bytes()))
+    file.unlink()
     archive.edit(lambda d: d["test"][0].update(image="./imagesTs/amos_0003.nii"))
     prepare(archive.root, tmp_path / "plain", CONFIG)
     zipped, plain = ShardSet.open(tmp_path / "zipped"), ShardSet.open(tmp_path / "plain")

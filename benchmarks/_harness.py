@@ -1,0 +1,187 @@
+"""What every benchmark here shares: contenders measured in turns, ratios with their spread, a table and a JSON file.
+
+A contender is a callable that opens what it needs, does a timed piece of work, closes again, and returns (units done,
+seconds of the timed piece). So no contender's workers are alive during another's turn. Each round measures every
+contender once, beginning with another one each time, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Contender = Callable[[], tuple[float, float]]
+
+_PACKAGES = ("torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "webdataset", "zarr", "ray", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of what the rounds gave, with their smallest and largest."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"median": self.median, "min": min(self.rounds), "max": max(self.rounds), "rounds": list(self.rounds)}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast `name` is as `against`, round by round; `target` is what it should reach."""
+
+    name: str
+    against: str
+    spread: Spread
+    target: float | None = None
+
+    def __str__(self) -> str:
+        low, high = min(self.spread.rounds), max(self.spread.rounds)
+        told = f"{self.name} / {self.against}: {self.spread.median:.2f}x ({low:.2f} .. {high:.2f})"
+        if self.target is None:
+            return told
+        return f"{told}, target {self.target:g}x: {'reached' if self.spread.median >= self.target else 'NOT reached'}"
+
+
+def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
+    """The flags of every benchmark; add your own to it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured to FILE")
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works: one round")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each contender is measured")
+    return parser
+
+
+def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Spread]:
+    """Units a second of every contender, from `rounds` rounds in turns."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            units, seconds = contenders[name]()
+            rates[name].append(units / seconds)
+            print(f"  round {number + 1}/{rounds}  {name:<44} {units / seconds:>12,.0f}", flush=True)
+    return {name: Spread(tuple(values)) for name, values in rates.items()}
+
+
+def compare(rates: Mapping[str, Spread], name: str, against: str, target: float | None = None) -> Ratio:
+    """The ratio of two contenders within each round: what slows both cancels."""
+    pairs = zip(rates[name].rounds, rates[against].rounds, strict=True)
+    return Ratio(name, against, Spread(tuple(a / b for a, b in pairs)), target)
+
+
+def time_batches(
+    batches: Iterable[Any], num_batches: int, warm_up: int, units: Callable[[Any], int]
+) -> tuple[int, float]:
+    """Take `warm_up` batches, then time `num_batches`: (units in them, seconds)."""
+    iterator = iter(batches)
+    for _ in range(warm_up):
+        next(iterator)
+    done, start = 0, time.perf_counter()
+    for _ in range(num_batches):
+        done += units(next(iterator))
+    return done, time.perf_counter() - start
+
+
+def report(
+    args: argparse.Namespace,
+    rates: Mapping[str, Spread],
+    ratios: Sequence[Ratio],
+    *,
+    unit: str,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the table and write args.json. `notes`: whatever else was measured or chosen, by name."""
+    machine, built_with, source = hardware(), versions(), commit()
+    print(f"\n{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, GPU {machine['gpu'] or 'none'}")
+    print(", ".join(f"{name} {version}" for name, version in built_with.items()))
+    print(f"commit {source['revision']}{' with uncommitted changes' if source['dirty'] else ''}\n")
+    print(f"{unit:<48} {'median':>12} {'min':>12} {'max':>12}")
+    for name, spread in rates.items():
+        print(f"{name:<48} {spread.median:>12,.0f} {min(spread.rounds):>12,.0f} {max(spread.rounds):>12,.0f}")
+    print()
+    for ratio in ratios:
+        print(ratio)
+    for name, value in (notes or {}).items():
+        print(f"{name}: {value}")
+    if args.json is None:
+        return
+    told = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": machine,
+        "versions": built_with,
+        "commit": source,
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "unit": unit,
+        "rows": [{"name": name, **spread.to_json()} for name, spread in rates.items()],
+        "ratios": [{"name": r.name, "against": r.against, "target": r.target, **r.spread.to_json()} for r in ratios],
+        "notes": dict(notes or {}),
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+    print(f"written to {args.json}")
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, the cores this process may use, memory in GiB, and the GPU's name or None."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        named = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = named[0] if named else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the engines that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, Any]:
+    """The revision of the source tree and whether files differ from it; "unknown" outside of a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"revision": "unknown", "dirty": True}
+
+
+def rss_mib(pid: int | None = None) -> float:
+    """Memory a process holds that is its own, in MiB: without the file pages that it has mapped."""
+    status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,367 @@
+"""Whole-body masks for an archive: an installed tool run on every volume, one Ray task a volume.
+
+WHOLEBODY/<case id>.nii.gz appears whole, after it was read and its ids were checked; WHOLEBODY/annotations.json says
+which tool, in which version, made it from which image. Both stand after every volume, so a killed run goes on.
+WHOLEBODY/.partial/ holds what is being made, and the words of tools that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal
+
+from data_shards import archive
+from data_shards.archive import Case, read_header
+from data_shards.fan_out import TaskFailure, fan_out
+from data_shards.masks import (
+    ANNOTATIONS,
+    ANNOTATIONS_VERSION,
+    annotation_record,
+    placed,
+    read_annotations,
+    read_wholebody,
+)
+from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, refuse
+from data_shards.records import MODALITIES
+from data_shards.set_index import file_sha256, write_atomically
+from data_shards.tool import ask, last_words, run_tool
+from data_shards.totalsegmentator import to_wholebody_ids
+from data_shards.volumes import UnreadableVolume
+
+__all__ = ["AnnotateConfig", "AnnotateReport", "annotate", "annotation_record", "find_problems"]
+
+TOOLS = ("totalsegmentator", "command")
+# Its command line since v2 (github.com/wasserth/TotalSegmentator); --ml writes one file with all classes.
+_TOTALSEGMENTATOR = "TotalSegmentator"
+_TOTALSEGMENTATOR_TASK = {"CT": "total", "MR": "total_mr"}
+_TOTALSEGMENTATOR_COMMAND = f"{_TOTALSEGMENTATOR} -i {{image}} -o {{mask}} --ml --task {{task}}"
+_INSTALL = "pip install TotalSegmentator in an environment of its own and put its bin folder on PATH"
+_PLACEHOLDERS = ("image", "mask", "modality", "case_id")
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class AnnotateConfig:
+    """Which tool makes the whole-body masks, and how many volumes at a time."""
+
+    tool: Literal["totalsegmentator", "command"] = "totalsegmentator"
+    """`totalsegmentator` runs the installed TotalSegmentator and maps its classes by name; `command` runs `command`,
+    whose masks count by the whole-body table's ids already."""
+    command: str | None = None
+    """Template; {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word, without a shell."""
+    version_command: str | None = None
+    """Prints the version of `command`'s tool; its first line is recorded."""
+    modalities: tuple[str, ...] = MODALITIES
+    num_workers: int = 1
+    """Volumes at a time."""
+    threads_per_worker: int | None = None
+    """null: this machine's cores, shared among the workers."""
+    gpus_per_worker: float = 0.0
+    """More than 0 spreads the workers over several GPUs."""
+    timeout_s: float | None = None
+    """For one volume; null: none."""
+    ray_address: str | None = None
+
+    def problems(self, where: str = "annotate") -> list[Problem]:
+        """Everything out of range, each with what to do about it; empty when the config can be used."""
+        found = []
+
+        def check(name: str, good: bool, remedy: str) -> None:
+            if not good:
+                found.append(Problem(where, name, repr(getattr(self, name)), remedy))
+
+        check("tool", self.tool in TOOLS, f"use one of {', '.join(TOOLS)}")
+        chosen = self.modalities
+        good = bool(chosen) and len(set(chosen)) == len(chosen) and set(chosen) <= set(MODALITIES)
+        check("modalities", good, f"choose from {', '.join(MODALITIES)}, each once")
+        check("num_workers", self.num_workers >= 1, "use 1 or more")
+        check("threads_per_worker", self.threads_per_worker is None or self.threads_per_worker >= 1, "use 1 or more")
+        check("gpus_per_worker", self.gpus_per_worker >= 0, "use 0 or more")
+        check("timeout_s", self.timeout_s is None or self.timeout_s > 0, "use more than 0 s, or leave it out")
+        if self.tool == "command":
+            remedy = "give the command that makes a mask, as 'mytool --in {image} --out {mask}'"
+            check("command", self.command is not None, remedy)
+        else:
+            for name in ("command", "version_command"):
+                check(name, getattr(self, name) is None, "leave it out, or use tool command")
+        if self.command is not None:
+            found += _template_problems(where, "command", self.command, _PLACEHOLDERS, ("image", "mask"))
+        if self.version_command is not None:
+            found += _template_problems(where, "version_command", self.version_command, (), ())
+        return found
+
+    def words(self, case: Case, mask: Path) -> list[str]:
+        """The command that makes `mask` of a case."""
+        values = {"image": case.image, "mask": mask, "modality": case.modality, "case_id": case.case_id}
+        values["task"] = _TOTALSEGMENTATOR_TASK[case.modality]
+        return [word.format(**values) for word in shlex.split(self.template)]
+
+    @property
+    def template(self) -> str:
+        """The command of one volume, placeholders open."""
+        return self.command if self.command is not None else _TOTALSEGMENTATOR_COMMAND
+
+
+@dataclass(frozen=True)
+class AnnotateReport:
+    """What annotate left behind. `failed`: (case_id, reason) for each volume without a mask of this run; `num_kept` of
+    the `num_masks` were there already."""
+
+    num_masks: int
+    num_kept: int
+    tool_version: str | None
+    failed: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Task:
+    case: Case
+    wholebody: Path
+    config: AnnotateConfig
+    recorded: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What came of a volume: its record, or why there is none. `kept`: it was there already. `full`: no space left."""
+
+    record: dict[str, Any] | None
+    reason: str = ""
+    kept: bool = False
+    full: bool = False
+
+
+def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> AnnotateReport:
+    """Make WHOLEBODY/<case id>.nii.gz for every case of the AMOS folder; the same call again makes what is missing.
+
+    A mask stays while its image is, byte for byte, the one it was made from; one that was changed by hand is never
+    overwritten. A volume that fails costs only itself. Raises InputProblems before any work for whatever find_problems
+    finds, and OutOfSpace when the disk is full.
+    """
+    amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
+    problems, version = _check(amos_root, wholebody, config)
+    refuse(problems)
+    try:
+        return _run(amos_root, wholebody, config, version)
+    except OSError as error:
+        if out_of_space(error):
+            raise OutOfSpace(wholebody, str(error)) from error
+        raise
+
+
+def find_problems(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> list[Problem]:
+    """All that can be seen before work starts: config, archive, folder, and a tool that is missing or does not answer;
+    an empty list means go."""
+    return _check(Path(amos_root), Path(wholebody), config)[0]
+
+
+def _check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> tuple[list[Problem], str | None]:
+    """What is wrong, and the tool's version."""
+    found = config.problems()
+    if found:
+        return found, None
+    found += archive.find_problems(amos_root, config.modalities)
+    version, wrong = _tool_version(config)
+    return found + wrong + list(_folder_problems(wholebody, _new_annotations(config, version), wrong)), version
+
+
+def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str | None) -> AnnotateReport:
+    from tqdm import tqdm
+
+    (wholebody / _PARTIAL).mkdir(parents=True, exist_ok=True)
+    content = read_annotations(wholebody) or _new_annotations(config, version)
+    _adopt(wholebody, content["cases"])
+    _write_json(wholebody / ANNOTATIONS, content)
+    cases = archive.read_archive(amos_root, config.modalities)
+    tasks = [_Task(case, wholebody, config, content["cases"].get(case.case_id)) for case in cases]
+    results = fan_out(
+        _make_worker,
+        tasks,
+        num_workers=config.num_workers,
+        threads_per_worker=config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.num_workers),
+        gpus_per_worker=config.gpus_per_worker,
+        address=config.ray_address,
+    )
+    failed: list[tuple[str, str]] = []
+    num_kept = 0
+    with tqdm(total=len(tasks), desc="annotate", unit="volume") as bar:
+        for done in results:
+            case_id = done.task.case.case_id
+            made = _Made(None, done.result.error) if isinstance(done.result, TaskFailure) else done.result
+            if made.full:
+                raise OutOfSpace(wholebody, made.reason)
+            num_kept += made.kept
+            if made.record is None:
+                failed.append((case_id, made.reason))
+            elif not made.kept:
+                content["cases"][case_id] = made.record
+                _write_json(wholebody / ANNOTATIONS, content)
+                _record_file(wholebody, case_id).unlink(missing_ok=True)
+            bar.set_postfix(failed=len(failed), kept=num_kept)
+            bar.update()
+    if not failed:
+        shutil.rmtree(wholebody / _PARTIAL, ignore_errors=True)
+    return AnnotateReport(len(tasks) - len(failed), num_kept, version, tuple(sorted(failed)))
+
+
+def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem]) -> Iterator[Problem]:
+    """Masks of another tool, or of nobody knows whom, are neither mixed with new ones nor overwritten."""
+    if not wholebody.exists():
+        return
+    if not wholebody.is_dir():
+        yield Problem(str(wholebody), "wholebody", "is a file", "choose another folder")
+        return
+    try:
+        content = read_annotations(wholebody)
+    except InputProblems as error:
+        yield from error.problems
+        return
+    if content is not None and not wrong:
+        for name in ("tool", "tool_version", "command"):
+            if content.get(name) != asked[name]:
+                value = f"made with {content.get(name)!r}, asked for {asked[name]!r}"
+                yield Problem(str(wholebody / ANNOTATIONS), name, value, "choose another folder, or use the same tool")
+    named = content["cases"] if content is not None else {}
+    case_ids = sorted(file.name.split(".nii")[0] for file in wholebody.glob("*.nii*"))
+    strange = [i for i in case_ids if i not in named and not _record_file(wholebody, i).exists()]
+    if strange:
+        value = f"{len(strange)} that {ANNOTATIONS} does not name: {', '.join(strange[:3])}"
+        value += ", ..." if len(strange) > 3 else ""
+        yield Problem(str(wholebody), "masks", value, "choose an empty folder, or move them away")
+
+
+def _template_problems(
+    where: str, name: str, template: str, allowed: Collection[str], needed: Collection[str]
+) -> Iterator[Problem]:
+    try:
+        words = shlex.split(template)
+        fields = {field for word in words for _, field, _, _ in Formatter().parse(word) if field is not None}
+    except ValueError as error:
+        yield Problem(where, name, repr(template), f"correct its quotes or braces ({error})")
+        return
+    if not words:
+        yield Problem(where, name, repr(template), "give a command")
+    for field in sorted(fields - set(allowed)):
+        known = f"use {', '.join(f'{{{field}}}' for field in allowed)}" if allowed else "none can be used here"
+        yield Problem(where, name, f"placeholder {{{field}}}", f"{known}; {{{{ and }}}} stand for braces")
+    for field in sorted(set(needed) - fields):
+        yield Problem(where, name, repr(template), f"say where it takes {{{field}}}")
+
+
+def _tool_version(config: AnnotateConfig) -> tuple[str | None, list[Problem]]:
+    """The version that the tool says it has, and what is wrong where it cannot say anything."""
+    executable = shlex.split(config.template)[0]
+    if "{" not in executable and shutil.which(executable) is None:
+        remedy = "give the path of a program that this machine can run"
+        if config.tool == "totalsegmentator":
+            remedy = f"{_INSTALL}, or use tool command"
+        return None, [Problem("annotate", config.tool, f"no {executable} on PATH", remedy)]
+    words = [_TOTALSEGMENTATOR, "--version"]
+    if config.tool == "command":
+        if config.version_command is None:
+            return None, []
+        words = shlex.split(config.version_command)
+    answer, wrong = ask(words)
+    if wrong:
+        return None, [Problem("annotate", "version", wrong, "make the tool run first")]
+    return answer[-1 if config.tool == "totalsegmentator" else 0], []
+
+
+def _new_annotations(config: AnnotateConfig, version: str | None) -> dict[str, Any]:
+    return {
+        "format_version": ANNOTATIONS_VERSION,
+        "tool": config.tool,
+        "tool_version": version,
+        "command": config.template,
+        "label_table": "wholebody",
+        "cases": {},
+    }
+
+
+def _adopt(wholebody: Path, cases: dict[str, Any]) -> None:
+    """Take up masks that were finished while nobody was left to write their records down."""
+    for file in (wholebody / _PARTIAL).glob("*.json"):
+        mask = wholebody / f"{file.stem}.nii.gz"
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if mask.is_file() and file_sha256(mask) == record["mask_sha256"]:
+            cases[file.stem] = record
+
+
+def _make_worker() -> Callable[[_Task], _Made]:
+    return _annotate_case
+
+
+def _annotate_case(task: _Task) -> _Made:
+    try:
+        return _make_mask(task)
+    except OSError as error:
+        if out_of_space(error):
+            return _Made(None, str(error), full=True)
+        raise
+
+
+def _make_mask(task: _Task) -> _Made:
+    """Run the tool on one case, check its mask, and put mask and record in place."""
+    case, recorded = task.case, task.recorded
+    mask = task.wholebody / f"{case.case_id}.nii.gz"
+    image_sha256 = file_sha256(case.image)
+    if recorded is not None and mask.is_file():
+        if file_sha256(mask) != recorded["mask_sha256"]:
+            return _Made(None, f"{mask.name} was changed since it was made; move it away to have it made anew")
+        if image_sha256 == recorded["image_sha256"]:
+            return _Made(recorded, kept=True)
+    work = task.wholebody / _PARTIAL / case.case_id
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    made, started = work / "made.nii.gz", time.monotonic()
+    reason = run_tool(task.config.words(case, made), work / "tool.log", task.config.timeout_s)
+    if reason:
+        return _Made(None, reason)
+    if not made.is_file():
+        return _Made(None, f"the tool ended well but wrote no mask{last_words(work / 'tool.log')}")
+    try:
+        checked = _checked(made, case, task.config)
+    except UnreadableVolume as error:
+        return _Made(None, f"the tool's mask cannot be used: {error.reason}")
+    record = {
+        "image_sha256": image_sha256,
+        "mask_sha256": file_sha256(checked),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    _write_json(_record_file(task.wholebody, case.case_id), record)
+    checked.rename(mask)
+    shutil.rmtree(work, ignore_errors=True)
+    return _Made(record)
+
+
+def _checked(made: Path, case: Case, config: AnnotateConfig) -> Path:
+    """The mask in the whole-body table's ids, read once as prepare will read it."""
+    if config.tool == "totalsegmentator":
+        in_our_ids = made.with_name("mask.nii.gz")
+        to_wholebody_ids(made, in_our_ids)
+        made = in_our_ids
+    problems: list[Problem] = []
+    header = read_header(made, problems) and read_header(case.image, problems)
+    if header is None:
+        raise UnreadableVolume(str(made), f"{problems[0].field}: {problems[0].value}")
+    mask = read_wholebody(made)
+    if not mask.voxels_IJK.any():
+        raise UnreadableVolume(str(made), "it labels nothing")
+    placed(mask, *header, made)
+    return made
+
+
+def _record_file(wholebody: Path, case_id: str) -> Path:
+    return wholebody / _PARTIAL / f"{case_id}.json"
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_atomically(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())

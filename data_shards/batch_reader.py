@@ -1,0 +1,149 @@
+"""Rows of a shard set to arrays: one read a sample, checked against its checksum, bad samples refused or replaced.
+
+Dimensions: B batch, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from data_shards.byte_store import Range
+from data_shards.codecs import PICTURES, crc32c, decode_into
+from data_shards.order import Order, Sequential
+from data_shards.shards import ShardSet
+
+# What may lie between the parts of a sample in a tar: a header, a NumPy file's header and filling, or other members.
+_LARGEST_GAP = 4096
+# How many replacements are tried before a set counts as lost.
+_MOST_REPLACEMENTS = 100
+
+# Of one part: pixels [B, ...], or for codecs that DALI decodes each sample's encoded bytes.
+Pixels = np.ndarray | list[np.ndarray]
+
+
+class BatchReader:
+    """Reads the samples of a batch together, and sees to it that every byte is as it was written.
+
+    `skipped`: the rows that were bad and why, where on_corrupt is `skip`; the reader of a training run replaces a bad
+    sample by the one that stands at its position in a later epoch, which is as much a function of the position as the
+    sample itself; the reader of a single pass (Sequential) leaves it out.
+    """
+
+    def __init__(self, shards: ShardSet, order: Order, parts: Sequence[str], on_corrupt: str, num_threads: int) -> None:
+        self._shards, self._order, self._parts = shards, order, tuple(parts)
+        self._skips = on_corrupt == "skip"
+        self.skipped: dict[int, str] = {}
+        self._num_threads = num_threads if shards.codec == "zstd" else 1
+        self._pool = ThreadPoolExecutor(num_threads) if self._num_threads > 1 else None
+        self._gap = np.empty(_LARGEST_GAP, np.uint8)
+        side = shards.size
+        self._shape_of = {part: (2 * side, side) if part == "edge" else (side, side) for part in self._parts}
+
+    def read(self, position_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Pixels]]:
+        """Positions and rows of what was read, and its parts. Raises ValueError naming shard and sample."""
+        row_B = self._order.rows_at(position_B)
+        pixels, errors = self._read_rows(row_B)
+        for attempt in range(1, _MOST_REPLACEMENTS + 1):
+            bad = [i for i, error in enumerate(errors) if error is not None]
+            if not bad:
+                return position_B, row_B, pixels
+            for i in bad:
+                self._refuse_or_note(int(row_B[i]), str(errors[i]))
+            if isinstance(self._order, Sequential):
+                good = np.setdiff1d(np.arange(len(row_B)), bad)
+                return position_B[good], row_B[good], {part: _chosen(p, good) for part, p in pixels.items()}
+            row_B = row_B.copy()
+            row_B[bad] = self._order.rows_at(position_B[bad] + attempt * self._order.num_samples)
+            again, found = self._read_rows(row_B[bad])
+            for k, i in enumerate(bad):
+                errors[i] = found[k]
+                for part in self._parts:
+                    pixels[part][i] = again[part][k]
+        raise ValueError(f"{self._shards.root}: {len(self.skipped)} samples are bad, the last: {errors[bad[0]]}")
+
+    def _refuse_or_note(self, row: int, error: str) -> None:
+        if not self._skips:
+            raise ValueError(error)
+        if row not in self.skipped:
+            self.skipped[row] = error
+            warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=2)
+
+    def _read_rows(self, row_B: np.ndarray) -> tuple[dict[str, Pixels], list[str | None]]:
+        """The parts of every row, and for each None or what is wrong with it."""
+        shards, raw = self._shards, self._shards.codec == "raw"
+        arrays = {
+            part: np.empty((len(row_B), *self._shape_of[part]), shards.dtype(part))
+            for part in (() if shards.codec in PICTURES else self._parts)
+        }
+        if raw:
+            payloads = {part: list(array.reshape(len(row_B), -1).view(np.uint8)) for part, array in arrays.items()}
+        else:
+            payloads = {
+                part: [np.empty(n, np.uint8) for n in shards.parts[part].bytes_N[row_B]] for part in self._parts
+            }
+        errors = self._fill(row_B, payloads)
+        if shards.codec in PICTURES:
+            return {part: list(payloads[part]) for part in self._parts}, errors
+        if not raw:
+            self._decode(row_B, payloads, arrays, errors)
+        return dict(arrays), errors
+
+    def _fill(self, row_B: np.ndarray, payloads: dict[str, list[np.ndarray]]) -> list[str | None]:
+        """Read all payloads, parts that are neighbours in one go, and compare their checksums."""
+        shards = self._shards
+        ranges: list[Range] = []
+        owner: list[int] = []
+        columns = [(part, *self._columns(part, row_B)) for part in self._parts]
+        for i in range(len(row_B)):
+            where = sorted((files[i], offsets[i], part) for part, files, offsets, _ in columns)
+            end = -1
+            for file, offset, part in where:
+                payload = payloads[part][i]
+                gap = offset - end
+                if ranges and owner[-1] == i and ranges[-1].file == file and 0 <= gap <= _LARGEST_GAP:
+                    ranges[-1].views.extend((self._gap.data[:gap], payload.data))  # type: ignore[attr-defined]
+                else:
+                    ranges.append(Range(file, offset, [payload.data]))
+                    owner.append(i)
+                end = offset + payload.nbytes
+        errors: list[str | None] = [None] * len(row_B)
+        for i, error in zip(owner, shards.read_ranges(ranges), strict=True):
+            if error is not None:
+                errors[i] = shards.told(int(row_B[i]), "image", error)
+        for part, _, _, checksums in columns:
+            for i, checksum in enumerate(checksums):
+                if errors[i] is None and crc32c(payloads[part][i]) != checksum:
+                    errors[i] = shards.told(int(row_B[i]), part, "its bytes are not those that were written (CRC-32C)")
+        return errors
+
+    def _columns(self, part: str, row_B: np.ndarray) -> tuple[list[int], list[int], list[int]]:
+        where = self._shards.parts[part]
+        return where.file_N[row_B].tolist(), where.offset_N[row_B].tolist(), where.crc32c_N[row_B].tolist()
+
+    def _decode(
+        self,
+        row_B: np.ndarray,
+        payloads: dict[str, list[np.ndarray]],
+        arrays: dict[str, np.ndarray],
+        errors: list[str | None],
+    ) -> None:
+        """zstd frames into the arrays; the decoder runs without the GIL."""
+
+        def one(job: tuple[str, int]) -> None:
+            part, i = job
+            try:
+                decode_into(payloads[part][i], self._shards.codec, arrays[part][i])
+            except ValueError as error:
+                errors[i] = self._shards.told(int(row_B[i]), part, error)
+
+        jobs = [(part, i) for i in range(len(row_B)) if errors[i] is None for part in self._parts]
+        run: Callable[..., object] = map if self._pool is None else self._pool.map
+        list(run(one, jobs))  # type: ignore[call-overload]
+
+
+def _chosen(pixels: Pixels, index: np.ndarray) -> Pixels:
+    return pixels[index] if isinstance(pixels, np.ndarray) else [pixels[i] for i in index.tolist()]

@@ -1,0 +1,245 @@
+"""Byte ranges of a shard set's files, wherever they lie: on a disk, or behind any URL that fsspec knows.
+
+A loader asks for a whole batch at once. One Range fills several buffers one after another, so the image and the mask
+of a sample, neighbours in their tar, are one system call or one request; the headers between them go to a scratch view.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from data_shards.remote_files import Retries
+
+# Half of the 1,024 that most systems allow a process by default.
+_MAX_OPEN_FILES = 512
+
+
+class Range(NamedTuple):
+    """Bytes of file number `file` from `offset` on, to fill `views` (writable, contiguous) one after another."""
+
+    file: int
+    offset: int
+    views: Sequence[memoryview]
+
+    @property
+    def num_bytes(self) -> int:
+        """What all views take together."""
+        return sum(view.nbytes for view in self.views)
+
+
+class ByteStore(Protocol):
+    """The files of one shard set, numbered as in its index."""
+
+    def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
+        """Fill the views of every range. For each: None, or why it could not be read (its views are then undefined).
+
+        Any number of threads may call it at once, as long as they do not share views that they want to look at.
+        """
+
+
+class OpenFiles:
+    """File descriptors of numbered files, opened when first wanted; the longest unused go beyond `limit`."""
+
+    def __init__(self, paths: Sequence[str], flags: int = os.O_RDONLY, limit: int = _MAX_OPEN_FILES) -> None:
+        self.paths = list(paths)
+        self._flags, self._limit = flags, limit
+        self._open: OrderedDict[int, OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def get(self, number: int) -> OpenFile:
+        """The open file; hold on to the object while its descriptor is used. Raises OSError."""
+        with self._lock:
+            file = self._open.get(number)
+            if file is None:
+                file = self._open[number] = OpenFile(self.paths[number], self._flags)
+                if len(self._open) > self._limit:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(number)
+            return file
+
+
+class OpenFile:
+    """A descriptor that closes with its last user: a thread may still read what another has just let go."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: str, flags: int) -> None:
+        self.fd = -1
+        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        # Shuffled reads: what the kernel would read ahead is not what comes next.
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class LocalFiles:
+    """Files on a mounted filesystem, read with preadv.
+
+    Not through a memory map: a map of a file that is cut short, or whose disk fails, kills the process with SIGBUS
+    where preadv returns an error; page faults serialise threads on the process's address space, and the mapped pages
+    count as its memory. preadv copies once, straight into the batch, without the GIL.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], max_open: int = _MAX_OPEN_FILES) -> None:
+        self._max_open = max_open
+        self._files = OpenFiles([str(path) for path in paths], limit=max_open)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalFiles, (self._files.paths, self._max_open)  # descriptors mean nothing in another process
+
+    def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
+        """See ByteStore. What the page cache does not hold is asked of the disk all at once, then waited for."""
+        waiting = [i for i, wanted in enumerate(ranges) if not self._read_cached(wanted)]
+        reasons: list[OSError | None] = [None] * len(ranges)
+        for i in waiting:
+            reasons[i] = self._read_one(ranges[i])
+        return reasons
+
+    def _read_cached(self, wanted: Range) -> bool:
+        num_bytes = wanted.num_bytes
+        try:
+            file = self._files.get(wanted.file)
+        except OSError:
+            return False
+        try:
+            if os.preadv(file.fd, wanted.views, wanted.offset, os.RWF_NOWAIT) == num_bytes:
+                return True
+        except OSError:  # nothing of it is cached, or the filesystem cannot tell
+            pass
+        os.posix_fadvise(file.fd, wanted.offset, num_bytes, os.POSIX_FADV_WILLNEED)
+        return False
+
+    def _read_one(self, wanted: Range) -> OSError | None:
+        num_bytes = wanted.num_bytes
+        try:
+            file = self._files.get(wanted.file)
+            done = os.preadv(file.fd, wanted.views, wanted.offset)
+            # A regular file gives less than asked for at its end only, except beyond 2 GiB or on some network mounts.
+            while 0 < done < num_bytes:
+                more = os.preadv(file.fd, _after(wanted.views, done), wanted.offset + done)
+                if more == 0:
+                    break
+                done += more
+        except OSError as error:
+            return OSError(error.errno, error.strerror, self._files.paths[wanted.file])
+        if done == num_bytes:
+            return None
+        path = self._files.paths[wanted.file]
+        return OSError(errno.EIO, f"the file ends after {done} of {num_bytes} bytes at {wanted.offset}", path)
+
+
+def open_byte_store(
+    root: str | Path,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    digest: str,
+    *,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int = 0,
+    retries: Retries | None = None,
+) -> ByteStore:
+    """The store for the files `names` (of `sizes` bytes) below a folder, file:// or any other URL.
+
+    `digest` names the set's content: a cache made for another is not used. Raises InputProblems where the URL's kind
+    is unknown or the cache cannot be written.
+    """
+    folder = local_path(root)
+    if folder is not None:
+        return LocalFiles([folder / name for name in names])
+    from data_shards.remote_files import RemoteFiles
+
+    return RemoteFiles(str(root), names, sizes, digest, cache_dir=cache_dir, cache_bytes=cache_bytes, retries=retries)
+
+
+def local_path(root: str | Path) -> Path | None:
+    """The folder that `root` names, or None where it is a URL of another machine."""
+    text = str(root)
+    if text.startswith("file://"):
+        return Path(unquote(urlsplit(text).path))
+    return None if "://" in text else Path(text)
+
+
+def read_file(root: str | Path, name: str, retries: Retries | None = None) -> bytes:
+    """All bytes of a small file below `root`. Raises OSError naming it, FileNotFoundError where it is not there."""
+    folder = local_path(root)
+    if folder is not None:
+        return (folder / name).read_bytes()
+    from data_shards.remote_files import Connection, Retries, persist
+
+    connection = Connection(str(root).rstrip("/"))
+    return persist(lambda: connection.read_file(name), f"{connection.root}/{name}", retries or Retries())
+
+
+def local_copy(
+    root: str | Path,
+    name: str,
+    cache_dir: str | Path | None,
+    digest: str,
+    *,
+    num_bytes: int | None = None,
+    retries: Retries | None = None,
+) -> Path:
+    """Where a file below `root` can be opened locally: itself, or a copy in `cache_dir` (None: in a temporary folder,
+    removed when the process ends).
+
+    A copy made for the same `digest` is used again, with `num_bytes` only if it has as many. The processes of a node
+    download it once. Raises OSError naming the URL, InputProblems where cache_dir cannot be written.
+    """
+    from data_shards.range_cache import digest_folder, locked
+    from data_shards.remote_files import Connection, Retries, persist
+
+    folder = local_path(root)
+    if folder is not None:
+        return folder / name
+    if cache_dir is None:
+        cache_dir = tempfile.mkdtemp(prefix="data_shards-")
+        atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
+    copy = digest_folder(Path(cache_dir), digest) / Path(name).name
+    with locked(copy.with_name(f"{copy.name}.lock")):
+        if copy.is_file() and num_bytes in (None, copy.stat().st_size):
+            return copy
+        connection = Connection(str(root).rstrip("/"))
+        unfinished = copy.with_name(f"{copy.name}.unfinished")
+
+        def download() -> None:
+            connection.download(name, unfinished)
+            if num_bytes not in (None, unfinished.stat().st_size):
+                raise OSError(errno.EIO, f"gave {unfinished.stat().st_size} of {num_bytes} bytes")
+
+        persist(download, f"{connection.root}/{name}", retries or Retries())
+        unfinished.replace(copy)
+    return copy
+
+
+def fill(views: Sequence[memoryview], payload: bytes) -> None:
+    """Copy `payload` into `views` one after another."""
+    source, at = memoryview(payload), 0
+    for view in views:
+        view[:] = source[at : at + view.nbytes]
+        at += view.nbytes
+
+
+def _after(views: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What of `views` lies behind their first `done` bytes."""
+    left = []
+    for view in views:
+        left.append(memoryview(view).cast("B")[min(done, view.nbytes) :])
+        done -= min(done, view.nbytes)
+    return left

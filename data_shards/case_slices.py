@@ -1,0 +1,70 @@
+"""One case to its slices: image, mask and envelope read, grey values mapped, and cut along each axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_shards.archive import Case
+from data_shards.labels import LABEL_TABLES
+from data_shards.prepare_config import PrepareConfig
+from data_shards.records import SliceMeta, SliceRecord
+from data_shards.slices import cut
+
+
+def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iterator[SliceRecord]:
+    """Every slice of a case, by axis and slice index, one at a time.
+
+    Raises UnreadableVolume for voxels that cannot be used: before the first slice, so a case is whole or not there.
+    """
+    from data_shards.body import find_body
+    from data_shards.intensity import grey_map
+    from data_shards.masks import read_case_mask
+    from data_shards.volumes import UnreadableVolume, read_volume
+
+    table = LABEL_TABLES[config.label_set]
+    assert table.body_id is not None
+    image = read_volume(case.image)
+    mask = read_case_mask(case, image, config.label_set, wholebody)
+    if image.voxels_IJK.min() == image.voxels_IJK.max():
+        raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: it shows nothing")
+    try:
+        grey = grey_map(
+            image,
+            case.modality,
+            intensity=config.intensity,
+            hu_window=config.hu_window,
+            mr_percentiles=config.mr_percentiles,
+            bits=config.bits,
+        )
+    except ValueError as error:
+        raise UnreadableVolume(str(case.image), str(error)) from error
+    body = find_body(image, case.modality)
+    labelled = mask.source != "none"
+    names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
+    geometry = {name: getattr(config, name) for name in names}
+    for axis in config.of_the_set()["axes"]:
+        for one in cut(image, mask.volume, body, grey, axis=axis, body_id=table.body_id, **geometry):
+            pixels = np.bincount(one.mask_HW.ravel(), minlength=table.num_classes)
+            if labelled and pixels[list(table.organ_ids)].sum() < config.min_labelled_pixels:
+                continue
+            meta = SliceMeta(
+                case_id=case.case_id,
+                modality=case.modality,
+                axis=axis,
+                slice_index=one.slice_index,
+                split=case.split,
+                spacing_mm=one.spacing_mm,
+                affine=one.affine,
+                intensity_scale=grey.scale,
+                intensity_offset=grey.offset,
+                label_set=config.label_set,
+                labels_present=tuple(int(i) for i in np.flatnonzero(pixels) if i != 0),
+                labelled=labelled,
+                source_sha256=image.sha256,
+                mask_source=mask.source,
+                bits=config.bits,
+            )
+            yield SliceRecord(one.image_HW, one.mask_HW, meta, one.edge_2HW)

@@ -1,0 +1,139 @@
+"""A shard set in another store or codec: the same slices, meta and order, read, checked and written shard by shard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from data_shards.codecs import CODECS
+from data_shards.fan_out import Workers
+from data_shards.problems import Problem, refuse
+from data_shards.records import SPLITS, SliceMeta
+from data_shards.set_index import INDEX, SAMPLES, SHARDS, STORES, read_index
+from data_shards.shard_writer import Format, Payloads, plan_shards, set_format, write_shards
+from data_shards.shards import ShardSet
+
+# What of the source's index is told anew.
+_OF_THE_FILES = ("format_version", "producer", "num_samples", "shards", "samples", "metadata", "store", "codec")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to write, and on how many workers."""
+
+    store: str = "zarr"
+    """webdataset: tars. zarr: sharded arrays."""
+    codec: str = "raw"
+    """Of the tars: raw, zstd, png or jpeg2000. Zarr is always zstd."""
+    samples_per_shard: int = 1024
+    num_workers: int | None = None
+    ray_address: str | None = None
+
+    def problems(self, where: str = "convert") -> list[Problem]:
+        """Everything out of range, each with what to do about it."""
+        found = []
+        for name, choices in (("store", STORES), ("codec", CODECS)):
+            if getattr(self, name) not in choices:
+                value, remedy = repr(getattr(self, name)), f"use one of {', '.join(choices)}"
+                found.append(Problem(where, name, value, remedy))
+        for name in ("samples_per_shard", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(Problem(where, name, str(value), "use 1 or more"))
+        return found
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows start to stop of a set: a shard_writer.Source."""
+
+    root: str
+    start: int
+    stop: int
+    stamp: str
+    format: Format
+
+    def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]:
+        """Every byte is checked as it is read; raises ValueError naming shard and sample."""
+        source = _open(self.root)
+        for row in range(self.start, self.stop):
+            record = source.read(row)
+            yield record.meta, self.format.payloads(record)
+
+
+def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, Any]:
+    """Write the set at `source` (a folder or a URL) to `out` in another form; returns its index.
+
+    The same call again goes on, or does nothing. Raises InputProblems before any work, OutOfSpace, and RuntimeError
+    where a sample of the source is damaged.
+    """
+    out = Path(out).absolute()
+    refuse(config.problems())
+    shards = ShardSet.open(source)
+    refuse(_problems_with_out(out, shards, config))
+    if (out / INDEX).exists():
+        return read_index(out)
+    codec = "zstd" if config.store == "zarr" else config.codec
+    format = set_format(
+        config.store,
+        codec,
+        config.samples_per_shard,
+        size=shards.size,
+        bits=shards.bits,
+        soft_edge="edge" in shards.parts,
+    )
+    header = {name: value for name, value in shards.index.items() if name not in _OF_THE_FILES}
+    changed = {"store": config.store, "codec": codec, "samples_per_shard": config.samples_per_shard}
+    header |= {"preprocessing": {**header["preprocessing"], **changed}, "converted_from": shards.digest}
+    counted, num_samples = [], {}
+    for split, first, count in _runs(shards):
+        counted.append((split, count, partial(_rows_from, str(source), first, shards.digest, format)))
+        num_samples[split] = count
+    num_workers = config.num_workers or os.cpu_count() or 1
+    with Workers(_make_worker, num_workers=num_workers, address=config.ray_address) as workers:
+        return write_shards(out, plan_shards(out, counted, format), num_samples, header, workers)
+
+
+def _runs(shards: ShardSet) -> Iterator[tuple[str, int, int]]:
+    """Split, first row and number of rows of each run of one split; a set is ordered by split."""
+    first = 0
+    for code, split in enumerate(SPLITS):
+        count = int((shards.split_N == code).sum())
+        if count:
+            yield split, first, count
+        first += count
+
+
+def _rows_from(root: str, first: int, stamp: str, format: Format, start: int, stop: int) -> _Rows:
+    return _Rows(root, first + start, first + stop, stamp, format)
+
+
+@cache
+def _open(root: str) -> ShardSet:
+    return ShardSet.open(root, check_files=False)
+
+
+def _make_worker() -> Callable[[Any], Any]:
+    return lambda task: task.run()
+
+
+def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> Iterator[Problem]:
+    remedy = "choose another folder"
+    if str(out) in {str(Path(member.root).absolute()) for member in shards.members}:
+        yield Problem(str(out), "output folder", "is the set that is to be converted", remedy)
+    elif (out / INDEX).exists():
+        made = read_index(out)
+        asked = {"store": config.store, "codec": "zstd" if config.store == "zarr" else config.codec}
+        then = {name: made[name] for name in asked}
+        if made.get("converted_from") != shards.digest or then != asked:
+            yield Problem(str(out), "output folder", f"holds another set ({then})", remedy)
+    elif out.exists() and not out.is_dir():
+        yield Problem(str(out), "output folder", "is a file", remedy)
+    else:
+        for name in (SHARDS, SAMPLES):
+            if (out / name).exists():
+                yield Problem(str(out), "output folder", f"holds {name} of something else", remedy)

@@ -1,0 +1,160 @@
+"""Which slices are drawn how often: weights for modalities, axes and shard sets, made into an order.
+
+A key is [SET:]MODALITY[/AXIS] or [SET:]*, with SET the index of a shard set among those opened together: `CT`,
+`MR/axial`, `1:*`, `0:CT/coronal`. Weights are shares of the samples drawn, whatever the groups' sizes.
+Dimensions: R rows, S shard sets, M modalities, A axes, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from data_shards.order import Mixed, Order, Shuffled, mix_counts
+from data_shards.problems import Problem, refuse
+from data_shards.records import AXES, MODALITIES
+
+_KEY = re.compile(r"(?:(?P<set>\d+):)?(?:\*|(?P<modality>[^:/*]+)(?:/(?P<axis>[^:/*]+))?)")
+_GRAMMAR = "write [SET:]MODALITY[/AXIS] or [SET:]*, for example CT, MR/axial or 1:*"
+
+
+class Tagged(Protocol):
+    """What is asked of a ShardSet: a code into MODALITIES, into AXES, and the index of its set, for every row."""
+
+    @property
+    def modality_N(self) -> np.ndarray: ...
+
+    @property
+    def axis_N(self) -> np.ndarray: ...
+
+    @property
+    def member_N(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class MixGroup:
+    """One key of a mix: codes of what it takes (None: any) and its weight."""
+
+    key: str
+    weight: float
+    set_index: int | None = None
+    modality: int | None = None
+    axis: int | None = None
+
+    def cells(self, num_sets: int) -> np.ndarray:
+        """bool [S, M, A]: the combinations of set, modality and axis that it takes."""
+        taken_SMA = np.zeros((num_sets, len(MODALITIES), len(AXES)), dtype=bool)
+        at = tuple(slice(None) if code is None else code for code in (self.set_index, self.modality, self.axis))
+        taken_SMA[at] = True
+        return taken_SMA
+
+
+def mix_problems(mix: Mapping[str, float], where: str = "config") -> list[Problem]:
+    """What is wrong with a mix that can be told without the shards."""
+    return _parse(mix, where)[1]
+
+
+def parse_mix(mix: Mapping[str, float], where: str = "config") -> list[MixGroup]:
+    """The groups of a mix, in its order. Raises InputProblems for keys and weights that cannot be."""
+    groups, problems = _parse(mix, where)
+    refuse(problems)
+    return groups
+
+
+def mix_groups(
+    shards: Tagged, rows: np.ndarray, mix: Mapping[str, float], where: str = "config"
+) -> tuple[tuple[np.ndarray, ...], tuple[float, ...]]:
+    """The `rows` of each group, ascending, and the weights, in the order of the mix.
+
+    Every row must fall into exactly one group, and every group must have rows. Raises InputProblems, all at once.
+    """
+    groups, problems = _parse(mix, where)
+    rows = np.asarray(rows, dtype=np.int64)
+    num_sets = int(shards.member_N.max(initial=0)) + 1
+    for group in groups:
+        if group.set_index is not None and group.set_index >= num_sets:
+            known = "0" if num_sets == 1 else f"0 to {num_sets - 1}"
+            problems.append(Problem(where, _field(group), f"no shard set {group.set_index}", f"choose {known}"))
+    groups = [group for group in groups if group.set_index is None or group.set_index < num_sets]
+    shape = (num_sets, len(MODALITIES), len(AXES))
+    cell_R = np.ravel_multi_index((shards.member_N[rows], shards.modality_N[rows], shards.axis_N[rows]), shape)
+    rows_SMA = np.bincount(cell_R, minlength=math.prod(shape)).reshape(shape)
+    taken_GSMA = np.array([group.cells(num_sets) for group in groups], dtype=bool).reshape(-1, *shape)
+    for group, taken_SMA in zip(groups, taken_GSMA, strict=True):
+        if not rows_SMA[taken_SMA].any():
+            remedy = "remove the key, or choose its slices with loader.modalities and loader.axes"
+            problems.append(Problem(where, _field(group), "matches no slice in play", remedy))
+    problems += _overlaps(groups, taken_GSMA, where)
+    if not problems:  # else the keys that are wrong may be the ones that are missing
+        problems += _unmatched(rows_SMA * ~taken_GSMA.any(axis=0), where)
+    refuse(problems)
+    group_R = taken_GSMA.argmax(axis=0).ravel()[cell_R]
+    return tuple(rows[group_R == g] for g in range(len(groups))), tuple(group.weight for group in groups)
+
+
+def make_order(shards: Tagged, rows: np.ndarray, mix: Mapping[str, float], seed: int, where: str = "config") -> Order:
+    """The order that training sees the rows in: all alike without a mix, else as mix_groups says."""
+    if not mix:
+        return Shuffled(rows, seed)
+    return Mixed(*mix_groups(shards, rows, mix, where), seed)
+
+
+def _parse(mix: Mapping[str, float], where: str) -> tuple[list[MixGroup], list[Problem]]:
+    groups: list[MixGroup] = []
+    problems: list[Problem] = []
+    for key, weight in mix.items():
+        field = f"loader.mix.{key}"
+        found = _KEY.fullmatch(key)
+        if not (math.isfinite(weight) and weight > 0):
+            problems.append(Problem(where, field, str(weight), "give a finite number above 0, or remove the key"))
+        if found is None:
+            problems.append(Problem(where, field, "not a key", _GRAMMAR))
+            continue
+        codes: dict[str, int | None] = {"set_index": int(found["set"]) if found["set"] else None}
+        known = True
+        for name, words in (("modality", MODALITIES), ("axis", AXES)):
+            word = found[name]
+            if word is not None and word not in words:
+                known = False
+                problems.append(Problem(where, field, f"no {name} {word!r}", f"choose from {', '.join(words)}"))
+            else:
+                codes[name] = None if word is None else words.index(word)
+        if known:
+            groups.append(MixGroup(key, weight, **codes))
+    if mix and not problems:
+        try:
+            mix_counts(tuple(mix.values()))
+        except ValueError as error:
+            problems.append(Problem(where, "loader.mix", str(error), "bring the weights closer together"))
+    return groups, problems
+
+
+def _overlaps(groups: list[MixGroup], taken_GSMA: np.ndarray, where: str) -> list[Problem]:
+    found = []
+    for second in range(len(groups)):
+        for first in range(second):
+            if (taken_GSMA[first] & taken_GSMA[second]).any():
+                value = f"takes slices that {groups[first].key} takes too"
+                found.append(Problem(where, _field(groups[second]), value, "let every slice fall under one key"))
+    return found
+
+
+def _unmatched(rows_SMA: np.ndarray, where: str) -> list[Problem]:
+    found = []
+    for set_index, modality, axis in np.argwhere(rows_SMA).tolist():
+        key = f"{MODALITIES[modality]}/{AXES[axis]}"
+        if rows_SMA.shape[0] > 1:
+            key = f"{set_index}:{key}"
+        value = f"{rows_SMA[set_index, modality, axis]} slices {key} fall under no key"
+        remedy = f"add {key}, or leave them out with loader.modalities and loader.axes"
+        found.append(Problem(where, "loader.mix", value, remedy))
+    return found
+
+
+def _field(group: MixGroup) -> str:
+    return f"loader.mix.{group.key}"

@@ -1,0 +1,87 @@
+"""What prepare keeps of a finished volume until all are done: its slices, ready to be written, in two files.
+
+    CASE.bin     the parts of every slice, one after another
+    CASE.json    written last: stamp, and the meta and the parts' lengths of every slice
+
+Slices go to the disk as they are cut, so a volume's slices are never in memory together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.records import SliceMeta
+from data_shards.set_index import write_atomically
+from data_shards.shard_writer import Format, Payloads
+
+
+def write_partial(path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], stamp: str) -> None:
+    """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes."""
+    described = []
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as stream:
+        for meta, payloads in samples:
+            lengths = {part: stream.write(memoryview(p).cast("B")) for part, p in payloads.items()}
+            described.append([meta.to_json(), lengths])
+    unfinished.rename(path.with_suffix(".bin"))
+    content = {"stamp": stamp, "bytes": path.with_suffix(".bin").stat().st_size, "samples": described}
+    write_atomically(path.with_suffix(".json"), json.dumps(content).encode())
+
+
+def stamp_of(path: Path) -> str | None:
+    """The stamp of a finished partial; None where there is none, or one that a lost machine left half on its disk."""
+    try:
+        content = json.loads(path.with_suffix(".json").read_bytes())
+        whole = path.with_suffix(".bin").stat().st_size == content["bytes"]
+        return str(content["stamp"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished partial holds; mask_sources: who drew its masks, each once."""
+
+    stamp: str
+    num_samples: int
+    mask_sources: frozenset[str]
+
+
+def summarise(path: Path) -> Summary:
+    """Of a finished partial."""
+    content = json.loads(path.with_suffix(".json").read_bytes())
+    sources = frozenset(meta["mask_source"] for meta, _ in content["samples"])
+    return Summary(content["stamp"], len(content["samples"]), sources)
+
+
+@dataclass(frozen=True)
+class PartialRun:
+    """Samples start to stop of a finished partial: a shard_writer.Source."""
+
+    path: Path
+    start: int
+    stop: int
+    stamp: str
+    format: Format
+
+    def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]:
+        """Meta and parts, as they were written."""
+        described = json.loads(self.path.with_suffix(".json").read_bytes())["samples"]
+        before = sum(sum(lengths.values()) for _, lengths in described[: self.start])
+        with self.path.with_suffix(".bin").open("rb") as stream:
+            stream.seek(before)
+            for values, lengths in described[self.start : self.stop]:
+                payloads = {part: self._as_written(part, stream.read(n)) for part, n in lengths.items()}
+                yield SliceMeta.from_json(values), payloads
+
+    def _as_written(self, part: str, payload: bytes) -> Any:
+        if self.format.store != "zarr":
+            return payload
+        shape, dtype = self.format.shapes[part]
+        return np.frombuffer(payload, dtype).reshape(shape)

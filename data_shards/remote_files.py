@@ -1,0 +1,233 @@
+"""Byte ranges of files behind a URL: fsspec, attempts that go on for a while, and a cache on a local disk."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_shards.byte_store import Range, fill
+from data_shards.problems import problem
+from data_shards.range_cache import RangeCache
+
+# Requests at a time: enough to hide a store's latency of 50 ms behind 1,000 samples a second. Filesystems that are not
+# asynchronous take a thread for each.
+_NUM_REQUESTS = 64
+_NUM_THREADS = 8
+_MAX_DELAY_S = 30.0
+# A batch that takes longer than this starves any training step; worth a word, once.
+_SLOW_S = 30.0
+# Answers that no further attempt changes.
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+_PERMANENT_HTTP = (401, 403, 404, 410)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How hard to try a store: `attempts`, waiting base_delay_s * 2^k (at most 30 s, half of it random) between them,
+    each request at most `timeout_s`. The defaults ride out about a minute of failure."""
+
+    attempts: int = 8
+    base_delay_s: float = 0.5
+    timeout_s: float = 60.0
+
+    def delays_s(self) -> Iterator[float]:
+        """How long to wait before each attempt; 0 before the first."""
+        chance = random.Random()  # not the global one: a run's own draws must not depend on its store
+        yield 0.0
+        for k in range(self.attempts - 1):
+            # Equal jitter (Brooker 2015, "Exponential backoff and jitter"), so that ranks do not come back together.
+            yield min(_MAX_DELAY_S, self.base_delay_s * 2**k) * (0.5 + 0.5 * chance.random())
+
+
+class RemoteFiles:
+    """Files below a URL, read by range through fsspec, with a bounded cache on a local disk.
+
+    The ranges of a batch that are not cached are asked for at once. A request that fails is tried again (`retries`),
+    then reported; a range past the `sizes` that the index gives is reported without asking.
+
+    The cache (data_shards.range_cache) fills and keeps: it takes ranges until it holds `cache_bytes`, then stays as it
+    is. Each epoch visits every sample once, in a new order, so what was used longest ago is not the least wanted but
+    the next to come: LRU would drop it just before. A part of the set that stays put is hit in proportion to its
+    share, every epoch. No cache: cache_dir None or cache_bytes 0.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        digest: str,
+        *,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = 0,
+        retries: Retries | None = None,
+    ) -> None:
+        assert len(names) == len(sizes)
+        self.root, self._names, self._sizes, self._digest = root.rstrip("/"), list(names), list(sizes), digest
+        self._cache_dir, self._cache_bytes, self._retries = cache_dir, cache_bytes, retries or Retries()
+        self._connection = Connection(self.root)
+        self._cache = RangeCache(Path(cache_dir), digest, sizes, cache_bytes) if cache_dir and cache_bytes else None
+        self._said: set[str] = set()
+        self.num_hits = 0
+        self.num_misses = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        again = partial(RemoteFiles, cache_dir=self._cache_dir, cache_bytes=self._cache_bytes, retries=self._retries)
+        return again, (self.root, self._names, self._sizes, self._digest)
+
+    def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
+        """See ByteStore."""
+        missing = self._cache.read(ranges) if self._cache else list(range(len(ranges)))
+        self.num_hits += len(ranges) - len(missing)
+        self.num_misses += len(missing)
+        reasons: list[OSError | None] = [None] * len(ranges)
+        found: list[tuple[Range, bytes]] = []
+        for index, payload in zip(missing, self._fetch([ranges[i] for i in missing]), strict=True):
+            if isinstance(payload, bytes):
+                fill(ranges[index].views, payload)
+                found.append((ranges[index], payload))
+            else:
+                reasons[index] = payload
+        if self._cache and found:
+            self._cache.keep(found)
+        return reasons
+
+    def _fetch(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
+        found: list[bytes | OSError] = [OSError(errno.EIO, "not tried")] * len(ranges)
+        left = []
+        for index, wanted in enumerate(ranges):
+            if wanted.offset + wanted.num_bytes > self._sizes[wanted.file]:
+                reason = f"ends at {self._sizes[wanted.file]}, before the {wanted.num_bytes} bytes at {wanted.offset}"
+                found[index] = OSError(errno.EIO, reason, self._url(wanted))
+            else:
+                left.append(index)
+        for attempt, delay_s in enumerate(self._retries.delays_s() if left else (), start=1):
+            time.sleep(delay_s)
+            started = time.monotonic()
+            answers = self._connection.fetch([self._request(ranges[i]) for i in left], self._retries.timeout_s)
+            if time.monotonic() - started > _SLOW_S:
+                self._warn_once("slow", f"took {time.monotonic() - started:.0f} s for {len(left)} requests")
+            again = []
+            for index, answer in zip(left, answers, strict=True):
+                wanted = ranges[index]
+                if isinstance(answer, bytes) and len(answer) == wanted.num_bytes:
+                    found[index] = answer
+                    continue
+                error = answer if not isinstance(answer, bytes) else OSError(errno.EIO, f"it gave {len(answer)}")
+                reason = f"{wanted.num_bytes} bytes at {wanted.offset}: {attempt} attempts, the last: {error!r}"
+                found[index] = last = OSError(_errno(error), reason, self._url(wanted))
+                if not _is_permanent(error):
+                    again.append(index)
+            left = again
+            if not left:
+                break
+            self._warn_once("failing", f"failed {len(left)} requests, for example {last}; trying again")
+        return found
+
+    def _request(self, wanted: Range) -> tuple[str, int, int]:
+        return self._names[wanted.file], wanted.offset, wanted.offset + wanted.num_bytes
+
+    def _url(self, wanted: Range) -> str:
+        return f"{self.root}/{self._names[wanted.file]}"
+
+    def _warn_once(self, kind: str, what: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"{self.root} {what} (said once)", stacklevel=4)
+
+
+class Connection:
+    """An fsspec filesystem, opened in the process that uses it: its event loop does not survive a fork."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._pid, self._fs, self._base = -1, None, ""
+        self._opening = threading.Lock()
+        self._filesystem()  # an unknown kind of URL is refused now
+
+    def fetch(self, requests: Sequence[tuple[str, int, int]], timeout_s: float) -> list[bytes | BaseException]:
+        """One attempt at each (name, start, end), all at once: the bytes, or what went wrong."""
+        fs = self._filesystem()
+        whole = [(f"{self._base}/{name}", start, end) for name, start, end in requests]
+        if fs.async_impl:
+            from fsspec.asyn import sync
+
+            # Not cat_ranges: one request that hangs must not cost the others of the batch.
+            async def gather() -> list[bytes | BaseException]:
+                gate = asyncio.Semaphore(_NUM_REQUESTS)
+
+                async def one(path: str, start: int, end: int) -> bytes:
+                    async with gate:
+                        return bytes(await asyncio.wait_for(fs._cat_file(path, start=start, end=end), timeout_s))
+
+                return await asyncio.gather(*(one(*request) for request in whole), return_exceptions=True)
+
+            answers: list[bytes | BaseException] = sync(fs.loop, gather)
+            return answers
+
+        def one(request: tuple[str, int, int]) -> bytes | BaseException:
+            try:
+                return bytes(fs.cat_file(request[0], start=request[1], end=request[2]))
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(min(_NUM_THREADS, len(requests))) as pool:
+            return list(pool.map(one, whole))
+
+    def read_file(self, name: str) -> bytes:
+        return bytes(self._filesystem().cat_file(f"{self._base}/{name}"))
+
+    def download(self, name: str, to: Path) -> None:
+        self._filesystem().get_file(f"{self._base}/{name}", str(to))
+
+    def _filesystem(self) -> Any:
+        with self._opening:
+            if self._pid != os.getpid():
+                from fsspec.core import url_to_fs
+
+                try:
+                    self._fs, base = url_to_fs(self.root)
+                except (ImportError, ValueError) as error:
+                    remedy = "give a folder, or a URL of a kind whose fsspec package is installed (s3:// needs s3fs)"
+                    raise problem(self.root, "URL", error, remedy) from error
+                self._base, self._pid = base.rstrip("/"), os.getpid()
+            return self._fs
+
+
+def persist(call: Callable[[], T], url: str, retries: Retries) -> T:
+    """What `call` returns, after as many attempts as it needs. Raises OSError naming the URL."""
+    last: Exception | None = None
+    for delay_s in retries.delays_s():
+        time.sleep(delay_s)
+        try:
+            return call()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "not found", url) from error
+        except Exception as error:
+            last = error
+            if _is_permanent(error):
+                break
+    assert last is not None
+    raise OSError(_errno(last), f"cannot be read: {last!r}", url) from last
+
+
+def _is_permanent(error: BaseException) -> bool:
+    return isinstance(error, _PERMANENT) or getattr(error, "status", None) in _PERMANENT_HTTP
+
+
+def _errno(error: BaseException) -> int:
+    # Filesystems of fsspec raise FileNotFoundError without its number, which OSError picks its own kind by.
+    return getattr(error, "errno", None) or (errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO)

@@ -1,0 +1,135 @@
+"""samples.arrow: one row a sample, in the order of the shards.
+
+It is an uncompressed Arrow IPC file of one record batch: memory-mapped, its columns are NumPy arrays without a copy,
+and the processes of a machine share one page cache.
+
+Where a sample's bytes lie is told for each of its parts (image, mask and, where soft edges are kept, edge) by four
+columns: PART_file (position in index.json's `shards`; -1 for a part that is not there), PART_offset, PART_bytes and
+PART_crc32c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.records import AXES, MASK_SOURCES, MODALITIES, SPLITS, SliceMeta
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PARTS = ("image", "mask", "edge")
+WHERE = ("file", "offset", "bytes", "crc32c")
+# Columns of few values, stored as codes into these.
+VOCABULARY = {"modality": MODALITIES, "axis": AXES, "split": SPLITS, "mask_source": MASK_SOURCES}
+
+
+def schema() -> pa.Schema:
+    """Columns and their types."""
+    import pyarrow as pa
+
+    text, whole, real = pa.string(), pa.int32(), pa.float64()
+    repeated, code = pa.dictionary(pa.int32(), text), pa.dictionary(pa.uint8(), text)
+    columns: list[tuple[str, pa.DataType]] = [
+        ("key", text),
+        ("case_id", repeated),
+        ("modality", code),
+        ("axis", code),
+        ("slice_index", whole),
+        ("split", code),
+        ("spacing_mm", pa.list_(real, 2)),
+        ("affine", pa.list_(real, 16)),
+        ("intensity_scale", real),
+        ("intensity_offset", real),
+        ("label_set", repeated),
+        ("labels_present", pa.list_(pa.uint8())),
+        ("labelled", pa.bool_()),
+        ("source_sha256", repeated),
+        ("mask_source", code),
+        ("bits", pa.uint8()),
+    ]
+    for part in PARTS:
+        columns += [
+            (f"{part}_file", whole),
+            (f"{part}_offset", pa.int64()),
+            (f"{part}_bytes", whole),
+            (f"{part}_crc32c", pa.uint32()),
+        ]
+    return pa.schema(columns)
+
+
+def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Rows (SliceMeta.to_json and the columns of PARTS) as a table of `schema`."""
+    import pyarrow as pa
+
+    absent = {f"{part}_{name}": -1 if name == "file" else 0 for part in PARTS for name in WHERE}
+    columns = []
+    for field in schema():
+        values = [row.get(field.name, absent.get(field.name)) for row in rows]
+        if field.name in VOCABULARY:
+            words = VOCABULARY[field.name]
+            codes = pa.array([words.index(value) for value in values], pa.uint8())
+            columns.append(pa.DictionaryArray.from_arrays(codes, pa.array(words, pa.string())))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema())
+
+
+def joined(tables: Iterable[pa.Table], first_files: Sequence[int]) -> pa.Table:
+    """One table, in one chunk, of tables whose files are counted from 0 each; first_files: what to add to those."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    shifted = []
+    for table, first in zip(tables, first_files, strict=True):
+        for part in PARTS if first else ():
+            name = f"{part}_file"
+            file = table[name]
+            moved = pc.if_else(pc.less(file, 0), file, pc.add(file, pa.scalar(first, pa.int32())))
+            table = table.set_column(table.schema.get_field_index(name), name, moved)
+        shifted.append(table)
+    return pa.concat_tables(shifted).unify_dictionaries().combine_chunks()
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """Write as an uncompressed Arrow IPC file of one batch."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def read(path: Path) -> pa.Table:
+    """The table, memory-mapped: nothing is read until it is looked at. Raises ValueError where it is no such file."""
+    import pyarrow as pa
+
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"not an Arrow file ({' '.join(str(error).split())[:120]})") from error
+    missing = set(schema().names) - set(table.column_names)
+    if missing:
+        raise ValueError(f"columns missing: {', '.join(sorted(missing))}")
+    return table
+
+
+def numbers(table: pa.Table, name: str) -> np.ndarray:
+    """A numeric column as NumPy, or the codes of a dictionary column; without a copy where the table is one chunk."""
+    import pyarrow as pa
+
+    column = table[name]
+    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(chunk, pa.ChunkedArray):
+        chunk = chunk.chunk(0) if chunk.num_chunks else pa.array([], chunk.type)
+    if pa.types.is_dictionary(chunk.type):
+        chunk = chunk.indices
+    return np.asarray(chunk.to_numpy(zero_copy_only=pa.types.is_primitive(chunk.type) and chunk.type != pa.bool_()))
+
+
+def meta_of(table: pa.Table, row: int) -> SliceMeta:
+    """The meta of one row."""
+    values = table.slice(int(row), 1).to_pylist()[0]
+    return SliceMeta.from_json({name: values[name] for name in SliceMeta.__dataclass_fields__})

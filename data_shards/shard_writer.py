@@ -1,0 +1,252 @@
+"""Samples to a shard set: which sample goes into which shard, shards written side by side, the set named last.
+
+OUT/shards.unfinished/           shards as they are written
+OUT/shards.unfinished/.done/     of each finished shard its rows and entries, so that a killed run goes on
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_shards import samples_table, tar_store, zarr_store
+from data_shards.codecs import encode
+from data_shards.fan_out import Done, TaskFailure, Workers
+from data_shards.problems import OutOfSpace, out_of_space
+from data_shards.records import SPLITS, SliceMeta, SliceRecord
+from data_shards.set_index import SAMPLES, SHARDS, UNFINISHED, write_atomically, write_index
+
+Payloads = dict[str, Any]  # part -> encoded bytes (webdataset) or pixels (zarr)
+_DONE, _PLAN = ".done", "plan.json"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How samples are stored. shapes: of a sample's parts, with their dtypes: {"image": ((256, 256), "uint8"), ...}."""
+
+    store: str
+    codec: str
+    samples_per_shard: int
+    shapes: dict[str, tuple[tuple[int, ...], str]]
+
+    def payloads(self, record: SliceRecord) -> Payloads:
+        """A record's parts, ready to be written."""
+        parts = {"image": record.image_HW, "mask": record.mask_HW}
+        if record.edge_2HW is not None:
+            parts["edge"] = record.edge_2HW
+        if self.store == "zarr":
+            return parts
+        return {part: encode(pixels.reshape(-1, pixels.shape[-1]), self.codec) for part, pixels in parts.items()}
+
+    def of_the_set(self) -> dict[str, Any]:
+        """What index.json says of it."""
+        return {"store": self.store, "codec": "zstd" if self.store == "zarr" else self.codec}
+
+
+def set_format(store: str, codec: str, samples_per_shard: int, *, size: int, bits: int, soft_edge: bool) -> Format:
+    """The format of a set of size x size slices."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "image": ((size, size), "uint8" if bits == 8 else "uint16"),
+        "mask": ((size, size), "uint8"),
+    }
+    if soft_edge:
+        shapes["edge"] = ((2, size, size), "uint8")
+    return Format(store, codec, samples_per_shard, shapes)
+
+
+class Source(Protocol):
+    """Some samples in a row, which a worker on another machine can read too. `stamp` changes when they do."""
+
+    @property
+    def stamp(self) -> str: ...
+
+    def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]: ...
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard: the `number`-th of its split."""
+
+    folder: Path
+    split: str
+    number: int
+    format: Format
+    sources: tuple[Source, ...]
+
+    @property
+    def done(self) -> Path:
+        """Exists when the shard is finished."""
+        return self.folder / _DONE / f"{self.split}-{self.number:06d}.json"
+
+    def run(self) -> str | None:
+        """Write the shard; returns what is wrong with the disk, if it is full."""
+        try:
+            write_shard(self, (sample for source in self.sources for sample in source.samples()))
+        except OSError as error:
+            if out_of_space(error):
+                return str(error)
+            raise
+        return None
+
+
+def plan_shards(
+    out: Path, counted: Sequence[tuple[str, int, Callable[[int, int], Source]]], format: Format
+) -> list[ShardTask]:
+    """Cut runs of samples into shards. `counted`: split, number of samples, and what gives samples lo to hi of the run;
+    runs of a split come in one piece."""
+    tasks = []
+    for split in SPLITS:
+        waiting: list[Source] = []
+        room, number = format.samples_per_shard, 0
+        for of_split, count, take in counted:
+            start = 0
+            while of_split == split and start < count:
+                stop = min(count, start + room)
+                waiting.append(take(start, stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    tasks.append(ShardTask(out / UNFINISHED, split, number, format, tuple(waiting)))
+                    waiting, room, number = [], format.samples_per_shard, number + 1
+        if waiting:
+            tasks.append(ShardTask(out / UNFINISHED, split, number, format, tuple(waiting)))
+    return tasks
+
+
+def write_shards(
+    out: Path,
+    tasks: Sequence[ShardTask],
+    num_samples: dict[str, int],
+    header: dict[str, Any],
+    workers: Workers[Any, Any],
+) -> dict[str, Any]:
+    """Write every shard that is not there yet, then name the set; returns its index. `num_samples`: by split.
+
+    `workers` call run() of what they are given.
+
+    Raises OutOfSpace when the disk is full, and RuntimeError when a shard fails; the same call goes on after either.
+    """
+    from tqdm import tqdm
+
+    format = tasks[0].format
+    _start(out / UNFINISHED, tasks, num_samples, header)
+    waiting = [task for task in tasks if not task.done.exists()]
+    total = sum(num_samples.values())
+    with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), desc="write shards", unit="shard") as bar:
+        done: Done[ShardTask, str | None]
+        for done in workers.run(waiting):
+            if isinstance(done.result, TaskFailure):
+                raise RuntimeError(f"{done.task.split} shard {done.task.number}: {done.result.error}")
+            if done.result is not None:
+                raise OutOfSpace(out, done.result)
+            bar.update()
+    return finish(out, [task.done for task in tasks], {**header, **format.of_the_set()}, total)
+
+
+def write_shard(task: ShardTask, samples: Iterator[tuple[SliceMeta, Payloads]]) -> None:
+    """One shard, its rows and its entries; the file task.done comes last."""
+    if task.format.store == "zarr":
+        rows, entries = zarr_store.write_region(task.folder, task.split, task.number, list(samples))
+        metadata: list[dict[str, Any]] = []
+    else:
+        name = tar_store.shard_name(task.split, task.number)
+        parts = list(task.format.shapes)
+        rows, entry, [idx] = tar_store.write_tar(task.folder / name, samples, task.format.codec)
+        entries = [{"file": name, "split": task.split, "parts": parts, **entry}]
+        metadata = [{"file": Path(name).with_suffix(".idx").name, **idx}]
+    samples_table.write(samples_table.to_table(rows), task.done.with_suffix(".arrow"))
+    write_atomically(task.done, json.dumps({"shards": entries, "metadata": metadata}).encode())
+
+
+def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    """samples.arrow and index.json from finished shards, in this order; returns the index."""
+    in_shards: list[dict[str, Any]] = []
+    metadata: list[dict[str, Any]] = []
+    first_files, tables = [], []
+    for file in done:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        first_files.append(len(in_shards))
+        in_shards += content["shards"]
+        metadata += content["metadata"]
+        tables.append(samples_table.read(file.with_suffix(".arrow")))
+    table = samples_table.joined(tables, first_files)
+    assert table.num_rows == num_samples, f"{table.num_rows} rows, {num_samples} samples"
+    samples_table.write(table, out / f"{SAMPLES}.unfinished")
+    del tables, table
+    shutil.rmtree(out / UNFINISHED / _DONE)
+    (out / UNFINISHED / _PLAN).unlink(missing_ok=True)
+    metadata += zarr_store.metadata_files(out / UNFINISHED)
+    for entry in (*in_shards, *metadata):
+        entry["file"] = f"{SHARDS}/{entry['file']}"
+    return write_index(out, header, in_shards, metadata, num_samples)
+
+
+@dataclass
+class ShardWriter:
+    """The same, one sample after the other in one process: for sets that come from no archive.
+
+    Samples of a split come in one run.
+    """
+
+    out: Path
+    format: Format
+    label_table: dict[str, Any] = field(default_factory=dict)
+    _waiting: list[tuple[SliceMeta, Payloads]] = field(default_factory=list)
+    _tasks: list[ShardTask] = field(default_factory=list)
+    _num_samples: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
+        (self.out / UNFINISHED / _DONE).mkdir(parents=True)
+
+    def write(self, record: SliceRecord) -> None:
+        """Append one sample."""
+        if self._waiting and self._waiting[0][0].split != record.meta.split:
+            self._flush()
+        self._waiting.append((record.meta, self.format.payloads(record)))
+        if len(self._waiting) == self.format.samples_per_shard:
+            self._flush()
+
+    def finish(self, header: dict[str, Any]) -> dict[str, Any]:
+        """Write the last shard and the index (header + files); returns the index."""
+        if self._waiting:
+            self._flush()
+        done = [task.done for task in self._tasks]
+        return finish(self.out, done, {**header, **self.format.of_the_set()}, sum(self._num_samples.values()))
+
+    def _flush(self) -> None:
+        split = self._waiting[0][0].split
+        number = sum(task.split == split for task in self._tasks)
+        self._num_samples[split] = self._num_samples.get(split, 0) + len(self._waiting)
+        task = ShardTask(self.out / UNFINISHED, split, number, self.format, ())
+        if self.format.store == "zarr":
+            _create_arrays(task.folder, self.format, {split: self._num_samples[split]}, {})
+        write_shard(task, iter(self._waiting))
+        self._tasks.append(task)
+        self._waiting = []
+
+
+def _start(folder: Path, tasks: Sequence[ShardTask], num_samples: dict[str, int], header: dict[str, Any]) -> None:
+    """Keep the shards that an interrupted run of the very same plan finished; begin anew otherwise."""
+    format = tasks[0].format
+    described = [[t.split, t.number, [s.stamp for s in t.sources]] for t in tasks]
+    digest = sha256(json.dumps([format.store, format.codec, described, header], sort_keys=True).encode()).hexdigest()
+    plan = folder / _PLAN
+    if not (plan.is_file() and plan.read_text() == digest):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / _DONE).mkdir(parents=True)
+        if format.store == "zarr":
+            _create_arrays(folder, format, num_samples, {"label_table": header["label_table"]})
+        write_atomically(plan, digest.encode())
+
+
+def _create_arrays(folder: Path, format: Format, num_samples: dict[str, int], attributes: dict[str, Any]) -> None:
+    shapes = {part: (shape, np.dtype(dtype)) for part, (shape, dtype) in format.shapes.items()}
+    zarr_store.create_arrays(folder, num_samples, shapes, format.samples_per_shard, attributes)

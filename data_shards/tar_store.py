@@ -1,0 +1,120 @@
+"""WebDataset shards: plain tars of KEY.image.EXT, KEY.mask.EXT, KEY.meta.json and, with soft edges, KEY.edge.EXT.
+
+Members have fixed times, owners, modes and order, so the same samples give the same bytes. Beside each tar lies an
+index in the format of DALI's wds2idx, v1.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_shards.codecs import EXTENSIONS, crc32c
+from data_shards.problems import Problem
+from data_shards.records import SliceMeta
+
+# ustar: every member is one header block, then its bytes filled up to whole blocks.
+_BLOCK = 512
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a split's `number`-th tar."""
+    return f"{split}-{number:06d}.tar"
+
+
+def write_tar(
+    path: Path, samples: Iterable[tuple[SliceMeta, dict[str, bytes]]], codec: str
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
+    """Write a tar and its .idx; samples are (meta, part -> encoded bytes).
+
+    Returns the samples' rows (see samples_table), and of the tar and of its .idx their entries in index.json.
+    """
+    import webdataset
+
+    extension = EXTENSIONS[codec]
+    rows: list[dict[str, Any]] = []
+    dali_index: list[str] = []
+    end = 0
+    with path.open("wb") as file:
+        stream = _Hashing(file)
+        tar = webdataset.TarWriter(stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644)
+        for meta, payloads in samples:
+            members = {f"{part}.{extension}": payload for part, payload in payloads.items()}
+            members["meta.json"] = json.dumps(meta.to_json(), sort_keys=True).encode()
+            tar.write({"__key__": meta.key, **members})
+            row: dict[str, Any] = {"key": meta.key, **meta.to_json()}
+            described = []
+            for name in sorted(members):  # as TarWriter orders them
+                payload = members[name]
+                described.append(f"{name} {end + _BLOCK} {len(payload)} {meta.key}.{name}")
+                part = name.partition(".")[0]
+                if part in payloads:
+                    row |= _where(part, end + _BLOCK, payload, codec)
+                end += _BLOCK + -(-len(payload) // _BLOCK) * _BLOCK
+            rows.append(row)
+            dali_index.append(" ".join(described))
+        tar.close()
+    assert stream.num_bytes >= end, "the tar is shorter than its members"
+    dali_file = path.with_suffix(".idx")
+    content = ("\n".join([f"v1.2 {len(rows)}", *dali_index]) + "\n").encode()
+    dali_file.write_bytes(content)
+    tar_entry = {"bytes": stream.num_bytes, "samples": len(rows), "sha256": stream.sha256.hexdigest()}
+    idx_entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return rows, tar_entry, [idx_entry]
+
+
+def problems_with_members(path: Path, expected: dict[str, tuple[int, int]]) -> Iterator[Problem]:
+    """What a tar holds against the set's table. `expected`: offset and length of the bytes by key and part, as
+    "KEY.PART". Members are never unpacked, so a name that climbs out of a folder can do no harm here; it is named
+    all the same, since other tools do unpack."""
+    remedy = "do not use this tar: restore it, or prepare the set again"
+    found = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile() or "/" in member.name or "\\" in member.name or member.name.startswith("."):
+                    kind = "a path" if member.isfile() else "not a plain file"
+                    yield Problem(str(path), "member", f"{member.name!r} is {kind}", remedy)
+                    continue
+                key, _, name = member.name.partition(".")
+                found[f"{key}.{name.partition('.')[0]}"] = (member.offset_data, member.offset_data + member.size)
+    except tarfile.TarError as error:
+        yield Problem(str(path), "content", f"not a whole tar ({error})", remedy)
+        return
+    for name, (offset, length) in expected.items():
+        start, stop = found.get(name, (0, 0))
+        if not (start <= offset and offset + length == stop):
+            value = f"at {offset} with {length} bytes by the table, at {start} to {stop} in the tar"
+            yield Problem(str(path), name, value if name in found else "not in the tar", remedy)
+    extra = {name for name in found if not name.endswith(".meta")} - expected.keys()
+    for name in sorted(extra)[:3]:
+        yield Problem(str(path), name, "not in the set's table", remedy)
+
+
+def _where(part: str, offset: int, payload: bytes, codec: str) -> dict[str, int]:
+    """Columns of samples.arrow. Of a NumPy file the range leaves out the header, so that it is the pixels alone."""
+    # NumPy 1.0 files: 8 bytes of magic and version, 2 of the header's length, the header.
+    header = 10 + int.from_bytes(payload[8:10], "little") if codec == "raw" else 0
+    pixels = payload[header:]
+    values = {"file": 0, "offset": offset + header, "bytes": len(pixels), "crc32c": crc32c(pixels)}
+    return {f"{part}_{name}": value for name, value in values.items()}
+
+
+class _Hashing:
+    """A file that is hashed as it is written, so that no shard is read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        self._file.write(content)
+        self.sha256.update(content)
+        self.num_bytes += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self._file.flush()

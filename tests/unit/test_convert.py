@@ -1,0 +1,80 @@
+"""A set in every store and codec holds the same slices, and finds its way back byte by byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests_support import write_shapes
+
+from data_shards.convert import ConvertConfig, convert
+from data_shards.fan_out import ray_session
+from data_shards.problems import InputProblems
+from data_shards.shards import ShardSet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+def _bytes(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize(("bits", "soft_edge"), [(8, False), (16, True)])
+def test_through_every_form_and_back(tmp_path: Path, bits: int, soft_edge: bool) -> None:
+    first = write_shapes(tmp_path / "raw", num_patients=2, slices=3, bits=bits, soft_edge=soft_edge)
+    before, original = first, ShardSet.open(first)
+    for store, codec in (("webdataset", "zstd"), ("zarr", "raw"), ("webdataset", "jpeg2000"), ("webdataset", "png")):
+        out = tmp_path / f"{store}-{codec}"
+        convert(before, out, ConvertConfig(store, codec, samples_per_shard=5, num_workers=2))
+        converted = ShardSet.open(out, verify=True)
+        assert converted.index["store"] == store
+        for row in range(len(original)):
+            mine, theirs = converted.read(row), original.read(row)
+            assert mine.meta == theirs.meta
+            np.testing.assert_array_equal(mine.image_HW, theirs.image_HW)
+            np.testing.assert_array_equal(mine.mask_HW, theirs.mask_HW)
+            if soft_edge:
+                np.testing.assert_array_equal(mine.edge_2HW, theirs.edge_2HW)
+        before = out
+    back = tmp_path / "back"
+    convert(before, back, ConvertConfig("webdataset", "raw", samples_per_shard=10, num_workers=1))
+    mine, theirs = _bytes(back), _bytes(first)
+    assert {name for name in mine if mine[name] != theirs[name]} == {"index.json"}  # it says what it came from
+
+
+def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    source = write_shapes(tmp_path / "source", num_patients=1, slices=1)
+    made = convert(source, tmp_path / "out", ConvertConfig("zarr", num_workers=1))
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    assert convert(source, tmp_path / "out", ConvertConfig("zarr", num_workers=1)) == made
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == times
+    with pytest.raises(InputProblems, match="holds another set"):
+        convert(source, tmp_path / "out", ConvertConfig("webdataset"))
+    with pytest.raises(InputProblems, match="is the set that is to be converted"):
+        convert(source, source, ConvertConfig("zarr"))
+    with pytest.raises(InputProblems, match="codec: 'jpg'"):
+        convert(source, tmp_path / "new", ConvertConfig("webdataset", "jpg"))
+
+
+def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_path: Path) -> None:
+    source = write_shapes(tmp_path / "source", num_patients=2, slices=3)
+    tar = source / "shards/test-000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    config = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"test-000000\.tar: sample amos_\d+-axial-0000"):
+        convert(source, tmp_path / "out", config)
+    with pytest.raises(InputProblems, match="unfinished"):
+        ShardSet.open(tmp_path / "out")
+    kept = tmp_path / "out/shards.unfinished/train-000000.tar"
+    made_at = kept.stat().st_mtime_ns
+    tar.write_bytes(whole)
+    convert(source, tmp_path / "out", config)
+    assert (tmp_path / "out/shards/train-000000.tar").stat().st_mtime_ns == made_at
+    assert len(ShardSet.open(tmp_path / "out", verify=True)) == len(ShardSet.open(source))
