@@ -164,8 +164,10 @@ def webdataset_contender(
 
     def run() -> tuple[float, float]:
         loader = webdataset_batches(shards, codec, batch_size, chosen)
-        # All batches that may be waiting in the queue, so that none of the timed ones was made beforehand.
-        warm_up = 2 * chosen.num_workers * chosen.prefetch_factor
+        # Until its buffer is full, .shuffle reads two samples for each that it gives; then the batches that wait in the
+        # queues, so that none of the timed ones was made beforehand.
+        filling = chosen.num_workers * chosen.shuffle_buffer // batch_size
+        warm_up = filling + 2 * chosen.num_workers * chosen.prefetch_factor
         iterator = iter(loader)
         try:
             return time_batches(iterator, max(1, num_pairs // batch_size), warm_up, lambda batch: len(batch[0]))

@@ -129,6 +129,13 @@ class ShardSet:
         return " + ".join(member.root for member in self.members)
 
     @property
+    def resolved(self) -> str:
+        """Where a single set lies, wherever this process stands: an absolute path or a URL."""
+        folder = local_path(self.members[0].root)
+        assert len(self.members) == 1, "several sets have several roots"
+        return self.members[0].root if folder is None else str(folder.resolve())
+
+    @property
     def path(self) -> Path:
         """The folder of a single set on this machine."""
         folder = local_path(self.members[0].root)

@@ -123,14 +123,14 @@ def sample(
 
     if len(rows) == 0:
         raise problem(
-            shards.path,
+            shards.root,
             f"split {config.split!r}",
             "no labelled slice",
             "use a split that has masks (AMOS publishes none for its test cases: --split val)",
         )
     weights = run / "weights" / config.weights
     job = {
-        "shards": str(shards.path.resolve()),
+        "shards": shards.resolved,
         "shards_digest": shards.digest,
         "weights": str(weights.resolve()),
         "weights_digest": weights_digest(weights),
@@ -147,7 +147,7 @@ def sample(
     if about["label_table"]["name"] != shards.label_table.name or about["size"] > shards.size:
         trained = f"{about['label_table']['name']!r} at {about['size']} pixels"
         raise problem(
-            shards.path,
+            shards.root,
             "label set, size",
             f"{shards.label_table.name!r} at {shards.size} pixels",
             f"the model was trained on {trained}: prepare the masks so",
@@ -190,7 +190,7 @@ class _WorkerFactory:
         from segdiff_dist.denoiser import Denoiser
 
         store = SampleStore.open(self.store)
-        shards = ShardSet.open(Path(store.job["shards"]))
+        shards = ShardSet.open(store.job["shards"])
         settings = store.job["sample"]
         torch.set_num_threads(settings["threads_per_worker"])
         device = torch.device(self.device)

@@ -131,13 +131,13 @@ def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, Shar
     attempt("segmenter", lambda: Segmenter.load(weights))
     attempt("store", lambda: SampleStore.open(run / "samples"))
     if "store" in opened:
-        attempt("shards", lambda: ShardSet.open(Path(opened["store"].job["shards"])))
+        attempt("shards", lambda: ShardSet.open(opened["store"].job["shards"]))
     problems += _mismatches(run, **opened)
     refuse(problems)
     inputs = Inputs(
         # Absolute, since a worker may not start in this folder.
         samples=(run / "samples").resolve(),
-        shards=opened["shards"].path.resolve(),
+        shards=opened["shards"].resolved,
         segmenter=weights.resolve(),
         predictions=(run / FOLDER / "predictions.zarr.partial").resolve(),
         fid_weights=_fid_weights(config),
@@ -156,10 +156,10 @@ def _mismatches(
     if store is not None and not store.items.num_rows:
         yield Problem(str(run / "samples"), "samples", "none", "run `segdiff sample`")
     if store is not None and shards is not None and shards.digest != store.job["shards_digest"]:
-        yield Problem(str(shards.path), "digest", "not the shard set sampled from", "restore it, or sample again")
+        yield Problem(shards.root, "digest", "not the shard set sampled from", "restore it, or sample again")
     if segmenter is not None and shards is not None and segmenter.label_table != shards.label_table:
         value = f"segmenter {segmenter.label_table.name!r}, shard set {shards.label_table.name!r}"
-        yield Problem(str(shards.path), "label table", value, "train the segmenter on shards with these labels")
+        yield Problem(shards.root, "label table", value, "train the segmenter on shards with these labels")
 
 
 def _measure(inputs: Inputs, config: EvaluateConfig, store: SampleStore, shards: ShardSet, progress: bool) -> Evaluated:
@@ -246,7 +246,7 @@ def _provenance(inputs: Inputs, store: SampleStore, shards: ShardSet, config: Ev
         file = inception.downloaded_weights() if inputs.fid_weights == inception.DOWNLOAD else Path(inputs.fid_weights)
         weights = {"file": file.name, "sha256": file_sha256(file)}
     return {
-        "shards": str(shards.path),
+        "shards": shards.root,
         "shards_digest": shards.digest,
         "label_table": shards.label_table.name,
         "fid_weights": weights,

@@ -38,7 +38,7 @@ class Pictures:
         table = pq.read_table(run / "evaluation" / "samples.parquet").to_pydict()
         return cls(
             rows={name: np.array(values) for name, values in table.items()},
-            shards=ShardSet.open(Path(store.job["shards"])),
+            shards=ShardSet.open(store.job["shards"]),
             image=store.image,
             masks=store.mask,
             predictions=zarr.open_group(run / "evaluation" / "predictions.zarr", mode="r"),

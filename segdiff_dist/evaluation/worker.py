@@ -28,7 +28,7 @@ class Inputs:
     """Where a worker finds what it needs. Paths and settings only, so that it travels to any machine."""
 
     samples: Path
-    shards: Path
+    shards: str
     segmenter: Path
     predictions: Path
     fid_weights: str | None

@@ -154,6 +154,15 @@ def test_open_files_are_bounded_and_threads_may_share_them(folder: Path) -> None
     assert sum(name.endswith(".bin") for name in open_here) <= 2
 
 
+def test_what_the_page_cache_has_dropped_is_read_from_the_disk(folder: Path) -> None:
+    store = LocalFiles([folder / name for name in NAMES])
+    for name in NAMES:
+        with (folder / name).open("r+b") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    check(store, [wanted(i % 2, 9000 * i) for i in range(20)])
+
+
 def test_a_descriptor_outlives_its_eviction(folder: Path) -> None:
     files = OpenFiles([str(folder / name) for name in NAMES], limit=1)
     first = files.get(0)

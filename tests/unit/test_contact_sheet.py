@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from data_shards.contact_sheet import class_colours, draw_contact_sheet, overlay
-from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS, LABEL_TABLES, WHOLEBODY
-from data_shards.prepare import PrepareConfig, prepare
+from data_shards.records import SliceMeta, SliceRecord
+from data_shards.shard_writer import ShardWriter, set_format
 from data_shards.shards import ShardSet
 
 
@@ -38,16 +38,40 @@ def test_whole_body_classes_are_tinted_and_unused_has_no_colour() -> None:
     assert not np.array_equal(shown[4, 4], [100] * 3)
 
 
-def test_a_large_tables_legend_names_what_occurs(archive, tmp_path: Path) -> None:
-    masks = tmp_path / "whole"
-    for number in (1, 2, 3, 501, 502, 504):
-        _, label = archive.patient("CT", number)
-        archive.save(masks / f"amos_{number:04d}.nii.gz", label)  # liver as `stomach`, spleen as itself
-    config = PrepareConfig(size=32, slice_stride=9, label_set="wholebody", num_workers=1)
-    with ray_session():
-        prepare(archive.root, tmp_path / "set", config, wholebody=masks)
-    draw_contact_sheet(ShardSet.open(tmp_path / "set"), tmp_path / "sheet.png")
-    pixels = {tuple(colour) for colour in np.asarray(Image.open(tmp_path / "sheet.png")).reshape(-1, 3).tolist()}
-    colours = {name: tuple(class_colours(WHOLEBODY)[i].tolist()) for i, name in enumerate(WHOLEBODY.names)}
-    assert {colours[name] for name in ("spleen", "stomach", "body")} <= pixels
-    assert not {colours[name] for name in ("hip_left", "vertebra_body", "sternum")} & pixels
+def write_wholebody_set(out: Path, *names_of_slice: list[str]) -> ShardSet:
+    """A CT slice a case, of stripes of the classes named; the first slice trains, the others test."""
+    writer = ShardWriter(out, set_format("webdataset", "raw", 10, size=32, bits=8, soft_edge=False))
+    for number, names in enumerate(names_of_slice, start=1):
+        ids = np.array([WHOLEBODY.names.index(name) for name in names], np.uint8)
+        mask_HW = np.resize(ids, 32)[:, None].repeat(32, axis=1)
+        meta = SliceMeta(
+            f"amos_{number:04d}", "CT", "axial", 0, "train" if number == 1 else "test", (1.0, 1.0),
+            tuple(np.eye(4).ravel()), 2.0, -256.0, "wholebody", tuple(np.unique(mask_HW).tolist()), True, "0" * 64,
+            "wholebody",
+        )  # fmt: skip
+        writer.write(SliceRecord(np.full((32, 32), 90, np.uint8), mask_HW, meta))
+    table = {"name": WHOLEBODY.name, "names": WHOLEBODY.names}
+    writer.finish({"label_table": table, "preprocessing": {"size": 32, "bits": 8}})
+    return ShardSet.open(out)
+
+
+def colours_in(picture: Path) -> set[str]:
+    """Classes whose very colour is in it, as it is in the legend alone."""
+    pixels = {tuple(colour) for colour in np.asarray(Image.open(picture)).reshape(-1, 3).tolist()}
+    return {WHOLEBODY.names[i] for i in SHOWN if tuple(class_colours(WHOLEBODY)[i].tolist()) in pixels}
+
+
+SHOWN = [*WHOLEBODY.organ_ids, WHOLEBODY.body_id]
+
+
+def test_a_large_tables_legend_names_what_occurs(tmp_path: Path) -> None:
+    names = ["spleen", "stomach", "hip_right", "vertebra_body", "muscle", "bone_other", "intestine", "body"]
+    draw_contact_sheet(write_wholebody_set(tmp_path / "set", names), tmp_path / "sheet.png")
+    assert colours_in(tmp_path / "sheet.png") == set(names)
+
+
+def test_a_legend_of_every_class_fits_on_the_sheet(tmp_path: Path) -> None:
+    names = [WHOLEBODY.names[i] for i in SHOWN]
+    shard_set = write_wholebody_set(tmp_path / "set", names[:24], names[24:48], names[48:])
+    draw_contact_sheet(shard_set, tmp_path / "sheet.png")
+    assert colours_in(tmp_path / "sheet.png") == set(names)

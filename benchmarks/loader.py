@@ -1,0 +1,341 @@
+"""Our loader against webdataset with torch's DataLoader, over the same 256x256 pairs, shuffled, as uint8 tensors.
+
+    (a) webdataset + DataLoader, 2 workers, PNG        as people write it (.decode("l8")), and tuned
+    (b) the same over raw .npy
+    ours, on each codec; with flips and random crops; and with nothing to wait for but the bytes
+    the limit: a gather of the same bytes from a memory map
+
+Contenders are measured in turns. Then once each: memory over ten epochs, the first batch of a set of 1,000 shards, and a
+set of 10 million slices, index and order alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _baselines import (
+    SIZE,
+    WebDatasetSettings,
+    gather_contender,
+    into_page_cache,
+    make_pair,
+    webdataset_contender,
+    write_pairs,
+    write_raw,
+)
+from _harness import Contender, arguments, compare, measure, report, time_batches
+
+from data_shards.labels import AMOS
+from data_shards.loader import Loader, LoaderConfig
+from data_shards.order import Shuffled
+from data_shards.records import SliceMeta, SliceRecord
+from data_shards.shard_writer import ShardWriter, set_format
+from data_shards.shards import ShardSet
+
+_BATCH = 32
+_PLAIN = LoaderConfig()
+_AUGMENTED = LoaderConfig(flip=True, crop="random", crop_size=224)
+_TEN_MILLION = 10_000_000
+
+
+def write_set(out: Path, num: int, store: str, codec: str, samples_per_shard: int = 1000, size: int = SIZE) -> Path:
+    """The pairs 0 .. num - 1 of _baselines as a shard set."""
+    if not (out / "index.json").exists():
+        writer = ShardWriter(out, set_format(store, codec, samples_per_shard, size=size, bits=8, soft_edge=False))
+        for number in range(num):
+            image, mask = make_pair(number, size)
+            writer.write(SliceRecord(image, mask, _meta(number, mask)))
+        table = {"name": AMOS.name, "names": list(AMOS.names)}
+        writer.finish({"label_table": table, "preprocessing": {"size": size, "bits": 8}, "failed": []})
+    return out
+
+
+def batches(shards: ShardSet, config: LoaderConfig, seed: int = 0) -> Any:
+    """Endless shuffled batches of our loader."""
+    order = Shuffled(shards.select(split="train"), seed)
+    positions = (np.arange(step * _BATCH, (step + 1) * _BATCH) for step in count())
+    return iter(Loader(shards, order, positions, config, batch_size=_BATCH, seed=seed))
+
+
+def ours(path: Path, config: LoaderConfig, num_pairs: int) -> Contender:
+    """Times `num_pairs` pairs after what was made ahead has been consumed."""
+
+    def run() -> tuple[float, float]:
+        iterator = batches(ShardSet.open(path), config)
+        try:
+            warm_up = 2 * config.prefetch_batches
+            return time_batches(iterator, max(1, num_pairs // _BATCH), warm_up, lambda batch: len(batch))
+        finally:
+            iterator.close()
+
+    return run
+
+
+def augmented_webdataset(shards: list[Path], codec: str, num_pairs: int, settings: WebDatasetSettings) -> Contender:
+    """(a) or (b) with the same flips and crops, in NumPy, in the workers."""
+    from _baselines import augmented_contender
+
+    return augmented_contender(shards, codec, crop=224, batch_size=_BATCH, num_pairs=num_pairs, settings=settings)
+
+
+def memory_over_epochs(path: Path, epochs: int = 10) -> list[int]:
+    """This process's memory in MiB after each epoch, in a process of its own. File pages are left out."""
+    return _in_a_process(_memory_over_epochs, path, epochs)
+
+
+def first_batch_s(path: Path) -> dict[str, float]:
+    """Seconds from opening a set to its first batch, in a process of its own that has its modules loaded."""
+    return _in_a_process(_first_batch, path)
+
+
+def ten_million(folder: Path) -> dict[str, float]:
+    """A set of ten million slices, whose shards are empty files of the right length: seconds and MiB to open it and to
+    draw a batch's rows."""
+    if not (folder / "index.json").exists():
+        _fake_set(folder, _TEN_MILLION, samples_per_shard=2048)
+    return _in_a_process(_open_ten_million, folder)
+
+
+def _memory_over_epochs(path: Path, epochs: int) -> list[int]:
+    shards = ShardSet.open(path)
+    iterator = batches(shards, _AUGMENTED)
+    taken = []
+    for _ in range(epochs):
+        for _ in islice(iterator, len(shards) // _BATCH):
+            pass
+        gc.collect()
+        taken.append(_anonymous_mib())
+    iterator.close()
+    return taken
+
+
+def _first_batch(path: Path) -> dict[str, float]:
+    import nvidia.dali.fn
+    import pyarrow
+    import torch  # noqa: F401
+
+    start = time.perf_counter()
+    shards = ShardSet.open(path)
+    opened = time.perf_counter() - start
+    iterator = batches(shards, _PLAIN)
+    next(iterator)
+    seconds = {"open_s": round(opened, 3), "first_batch_s": round(time.perf_counter() - start, 3)}
+    iterator.close()
+    return {"shards": len(shards.index["shards"]), **seconds}
+
+
+def _open_ten_million(folder: Path) -> dict[str, float]:
+    import pyarrow  # noqa: F401
+
+    before = _peak_mib()
+    start = time.perf_counter()
+    shards = ShardSet.open(folder)
+    opened = time.perf_counter() - start
+    rows = shards.select(split="train", modalities=["CT", "MR"])
+    order = Shuffled(rows, 0)
+    ready = time.perf_counter() - start
+    for step in range(100):
+        order.rows_at(np.arange(step * 256, (step + 1) * 256) * 31_337)
+    per_batch = (time.perf_counter() - start - ready) / 100
+    return {
+        "slices": len(shards),
+        "open_s": round(opened, 3),
+        "select_and_order_s": round(ready - opened, 3),
+        "rows_of_a_batch_of_256_us": round(per_batch * 1e6),
+        "peak_mib": _peak_mib(),
+        "peak_before_mib": before,
+    }
+
+
+def _fake_set(folder: Path, num: int, samples_per_shard: int) -> None:
+    """samples.arrow and index.json as prepare would write them; the tars are holes of the right length."""
+    import pyarrow as pa
+
+    from data_shards import samples_table
+    from data_shards.records import AXES, MODALITIES, SPLITS
+    from data_shards.set_index import SAMPLES, SHARDS, UNFINISHED, write_index
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).mkdir(exist_ok=True)
+    pixels, step = SIZE * SIZE, 2 * (SIZE * SIZE + 1024) + 2048
+    index_N = np.arange(num)
+    within_N = index_N % samples_per_shard
+    columns: dict[str, Any] = {
+        "slice_index": index_N % 400,
+        "intensity_scale": np.full(num, 2.0),
+        "intensity_offset": np.full(num, -256.0),
+        "labelled": np.ones(num, bool),
+        "bits": np.full(num, 8),
+    }
+    for number, part in enumerate(("image", "mask")):
+        columns |= {
+            f"{part}_file": index_N // samples_per_shard,
+            f"{part}_offset": within_N * step + 640 + number * (pixels + 640),
+            f"{part}_bytes": np.full(num, pixels),
+            f"{part}_crc32c": index_N % 2**32,
+        }
+    columns |= {"edge_file": np.full(num, -1), **{f"edge_{n}": np.zeros(num) for n in ("offset", "bytes", "crc32c")}}
+    arrays = []
+    for field in samples_table.schema():
+        if field.name == "key":
+            arrays.append(pa.array([f"amos_{i // 1200:05d}-axial-{i % 1200:04d}" for i in range(num)]))
+        elif field.name == "case_id":
+            cases = pa.array([f"amos_{i:05d}" for i in range(num // 1200 + 1)])
+            arrays.append(pa.DictionaryArray.from_arrays(pa.array((index_N // 1200).astype(np.int32)), cases))
+        elif field.name in samples_table.VOCABULARY:
+            words = samples_table.VOCABULARY[field.name]
+            codes = {"modality": index_N // 1200 % 2, "axis": index_N % 3}.get(field.name, np.zeros(num))
+            arrays.append(pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.uint8)), pa.array(words)))
+        elif pa.types.is_dictionary(field.type):
+            codes = pa.array(np.zeros(num, np.int32))
+            arrays.append(pa.DictionaryArray.from_arrays(codes, pa.array(["0" * 64])))
+        elif field.name in ("spacing_mm", "affine"):
+            width = field.type.list_size
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(num * width)), width))
+        elif field.name == "labels_present":
+            ends = pa.array(np.arange(num + 1, dtype=np.int32))
+            arrays.append(pa.ListArray.from_arrays(ends, pa.array(np.ones(num, np.uint8))))
+        else:
+            arrays.append(pa.array(columns[field.name]).cast(field.type))
+    samples_table.write(pa.Table.from_arrays(arrays, schema=samples_table.schema()), folder / f"{SAMPLES}.unfinished")
+    assert (MODALITIES, AXES[0], SPLITS[0]) == (("CT", "MR"), "axial", "train")
+    entries = []
+    for number in range(-(-num // samples_per_shard)):
+        held = min(samples_per_shard, num - number * samples_per_shard)
+        name = f"train-{number:06d}.tar"
+        with (folder / UNFINISHED / name).open("wb") as stream:
+            stream.truncate(held * step)
+        entries.append(
+            {
+                "file": f"{SHARDS}/{name}",
+                "split": "train",
+                "parts": ["image", "mask"],
+                "bytes": held * step,
+                "samples": held,
+                "sha256": "0" * 64,
+            }
+        )
+    header = {
+        "label_table": {"name": AMOS.name, "names": list(AMOS.names)},
+        "preprocessing": {"size": SIZE, "bits": 8},
+        "store": "webdataset",
+        "codec": "raw",
+        "failed": [],
+    }
+    write_index(folder, header, entries, [], num)
+
+
+def _meta(number: int, mask_HW: np.ndarray) -> SliceMeta:
+    return SliceMeta(
+        case_id=f"amos_{number // 100:04d}",
+        modality="CT",
+        axis="axial",
+        slice_index=number % 100,
+        split="train",
+        spacing_mm=(1.0, 1.0),
+        affine=tuple(np.eye(4).ravel()),
+        intensity_scale=512 / 255,
+        intensity_offset=-256.0,
+        label_set="amos",
+        labels_present=tuple(int(i) for i in np.unique(mask_HW) if i),
+        labelled=True,
+        source_sha256="0" * 64,
+    )
+
+
+def _in_a_process(function: Any, *args: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def _peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def _anonymous_mib() -> int:
+    """Memory that is this process's own; mapped files are the page cache's."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        values = dict(line.split(":", 1) for line in status)
+    return int(values["RssAnon"].split()[0]) // 1024
+
+
+def _contenders(folder: Path, num: int, files: list[Path]) -> Iterator[tuple[str, Contender]]:
+    raw = write_raw(folder, num)
+    files.append(raw)
+    usual = WebDatasetSettings(decoder="usual", batched_in_worker=False, shared_collate=False, prefetch_factor=2)
+    for codec, letter in (("png", "a"), ("npy", "b")):
+        shards = write_pairs(folder, num, codec)
+        files += shards
+        pairs = num if codec == "png" else 2 * num
+        yield f"({letter}) webdataset {codec}, as usual", webdataset_contender(
+            shards, codec, num_pairs=pairs, settings=usual
+        )
+        yield f"({letter}) webdataset {codec}, tuned", webdataset_contender(shards, codec, num_pairs=pairs)
+        yield f"({letter}) webdataset {codec}, tuned, flips and crops", augmented_webdataset(
+            shards, codec, pairs, WebDatasetSettings()
+        )
+    for store, codec in (("webdataset", "raw"), ("webdataset", "zstd"), ("zarr", "zstd"), ("webdataset", "png")):
+        path = write_set(folder / f"{store}-{codec}-{num}", num, store, codec)
+        files += [path / entry["file"] for entry in json.loads((path / "index.json").read_text())["shards"]]
+        name = "zarr" if store == "zarr" else codec
+        pairs = {"raw": 8 * num, "png": num}.get(codec, 2 * num)
+        yield f"ours, {name}", ours(path, _PLAIN, pairs)
+        if name == "raw":
+            yield "ours, raw, flips and crops", ours(path, _AUGMENTED, 4 * num)
+    for threads in (1, 2):
+        yield f"gather from memory, {threads} thread{'s' * (threads > 1)}", gather_contender(
+            raw, num_pairs=8 * num, num_threads=threads
+        )
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, help="folder that keeps the test data (4 GB); a temporary one if left out")
+    parser.add_argument("--pairs", type=int, default=4000)
+    args = parser.parse_args()
+    rounds, num = (1, 500) if args.quick else (args.rounds, args.pairs)
+    folder = args.data or Path(tempfile.mkdtemp(prefix="bench-loader-"))
+    files: list[Path] = []
+    try:
+        print(f"writing {num} pairs in every form to {folder}", file=sys.stderr)
+        contenders = dict(_contenders(folder, num, files))
+        into_page_cache(files)
+        rates = measure(contenders, rounds)
+        ratios = [
+            compare(rates, "ours, raw", "(a) webdataset png, as usual", 8),
+            compare(rates, "ours, raw", "(a) webdataset png, tuned"),
+            compare(rates, "ours, raw", "(b) webdataset npy, as usual", 3),
+            compare(rates, "ours, raw", "(b) webdataset npy, tuned"),
+            compare(rates, "ours, raw, flips and crops", "(a) webdataset png, tuned, flips and crops", 8),
+            compare(rates, "ours, raw, flips and crops", "(b) webdataset npy, tuned, flips and crops", 3),
+            compare(rates, "ours, png", "(a) webdataset png, tuned"),
+            compare(rates, "ours, raw", "gather from memory, 1 thread"),
+        ]
+        set_of = folder / f"webdataset-raw-{num}"
+        notes: dict[str, Any] = {"MiB after each of 10 epochs": memory_over_epochs(set_of)}
+        many = write_set(folder / "thousand-shards", 1000 if not args.quick else 50, "webdataset", "raw", 1)
+        notes["first batch"] = first_batch_s(many)
+        if not args.quick:
+            notes["10 million slices"] = ten_million(folder / "ten-million")
+        report(args, rates, ratios, unit="pairs a second", notes=notes)
+    finally:
+        if args.data is None:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    main()
