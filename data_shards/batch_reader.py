@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,8 +22,21 @@ _LARGEST_GAP = 4096
 # How many replacements are tried before a set counts as lost.
 _MOST_REPLACEMENTS = 100
 
-# Of one part: pixels [B, ...], or for codecs that DALI decodes each sample's encoded bytes.
+# Of one part: pixels [B, C, H, W], or for codecs that DALI decodes each sample's encoded bytes.
 Pixels = np.ndarray | list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which part of each slice is wanted: `size` rows and columns from (top_B, left_B), int64 [B]."""
+
+    top_B: np.ndarray
+    left_B: np.ndarray
+    size: int
+
+    def of(self, index: np.ndarray) -> Window:
+        """The windows of some of the samples."""
+        return Window(self.top_B[index], self.left_B[index], self.size)
 
 
 class BatchReader:
@@ -30,7 +44,7 @@ class BatchReader:
 
     `skipped`: the rows that were bad and why, where on_corrupt is `skip`; the reader of a training run replaces a bad
     sample by the one that stands at its position in a later epoch, which is as much a function of the position as the
-    sample itself; the reader of a single pass (Sequential) leaves it out.
+    sample itself; the reader of a single pass (Sequential) leaves it out. Not to be shared by threads.
     """
 
     def __init__(self, shards: ShardSet, order: Order, parts: Sequence[str], on_corrupt: str, num_threads: int) -> None:
@@ -39,14 +53,18 @@ class BatchReader:
         self.skipped: dict[int, str] = {}
         self._num_threads = num_threads if shards.codec == "zstd" else 1
         self._pool = ThreadPoolExecutor(num_threads) if self._num_threads > 1 else None
-        self._gap = np.empty(_LARGEST_GAP, np.uint8)
+        self._gap = np.empty(_LARGEST_GAP, np.uint8).data
+        self._scratch: dict[str, np.ndarray] = {}
         side = shards.size
-        self._shape_of = {part: (2 * side, side) if part == "edge" else (side, side) for part in self._parts}
+        self._shape_of = {part: (2 if part == "edge" else 1, side, side) for part in self._parts}
 
-    def read(self, position_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Pixels]]:
-        """Positions and rows of what was read, and its parts. Raises ValueError naming shard and sample."""
+    def read(
+        self, position_B: np.ndarray, window: Window | None = None
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Pixels]]:
+        """Positions and rows of what was read, and its parts: uint8 or uint16 [B, C, H, W], C being 2 for edge and else
+        1; or lists of encoded pictures, which a window does not cut. Raises ValueError naming shard and sample."""
         row_B = self._order.rows_at(position_B)
-        pixels, errors = self._read_rows(row_B)
+        pixels, errors = self._read_rows(row_B, window)
         for attempt in range(1, _MOST_REPLACEMENTS + 1):
             bad = [i for i, error in enumerate(errors) if error is not None]
             if not bad:
@@ -58,7 +76,7 @@ class BatchReader:
                 return position_B[good], row_B[good], {part: _chosen(p, good) for part, p in pixels.items()}
             row_B = row_B.copy()
             row_B[bad] = self._order.rows_at(position_B[bad] + attempt * self._order.num_samples)
-            again, found = self._read_rows(row_B[bad])
+            again, found = self._read_rows(row_B[bad], window and window.of(np.array(bad)))
             for k, i in enumerate(bad):
                 errors[i] = found[k]
                 for part in self._parts:
@@ -72,51 +90,62 @@ class BatchReader:
             self.skipped[row] = error
             warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=2)
 
-    def _read_rows(self, row_B: np.ndarray) -> tuple[dict[str, Pixels], list[str | None]]:
+    def _read_rows(self, row_B: np.ndarray, window: Window | None) -> tuple[dict[str, Pixels], list[str | None]]:
         """The parts of every row, and for each None or what is wrong with it."""
-        shards, raw = self._shards, self._shards.codec == "raw"
-        arrays = {
-            part: np.empty((len(row_B), *self._shape_of[part]), shards.dtype(part))
-            for part in (() if shards.codec in PICTURES else self._parts)
-        }
-        if raw:
-            payloads = {part: list(array.reshape(len(row_B), -1).view(np.uint8)) for part, array in arrays.items()}
+        codec = self._shards.codec
+        if codec in PICTURES:
+            encoded = self._encoded(row_B)
+            errors = self._fill(row_B, encoded)
+            return dict(encoded), errors
+        whole = {part: self._whole(part, len(row_B), window) for part in self._parts}
+        if codec == "raw":
+            errors = self._fill(row_B, {p: list(w.reshape(len(row_B), -1).view(np.uint8)) for p, w in whole.items()})
         else:
-            payloads = {
-                part: [np.empty(n, np.uint8) for n in shards.parts[part].bytes_N[row_B]] for part in self._parts
-            }
-        errors = self._fill(row_B, payloads)
-        if shards.codec in PICTURES:
-            return {part: list(payloads[part]) for part in self._parts}, errors
-        if not raw:
-            self._decode(row_B, payloads, arrays, errors)
-        return dict(arrays), errors
+            encoded = self._encoded(row_B)
+            errors = self._fill(row_B, encoded)
+            self._decode(row_B, encoded, whole, errors)
+        if window is None:
+            return dict(whole), errors
+        return {part: _cut(w, window) for part, w in whole.items()}, errors
+
+    def _whole(self, part: str, num: int, window: Window | None) -> np.ndarray:
+        """Room for a part of whole slices: what is only cut from is used again and stays in the processor's cache."""
+        shape, dtype = (num, *self._shape_of[part]), self._shards.dtype(part)
+        if window is None:
+            return np.empty(shape, dtype)
+        if part not in self._scratch or len(self._scratch[part]) < num:
+            self._scratch[part] = np.empty(shape, dtype)
+        return self._scratch[part][:num]
+
+    def _encoded(self, row_B: np.ndarray) -> dict[str, list[np.ndarray]]:
+        return {p: [np.empty(n, np.uint8) for n in self._shards.parts[p].bytes_N[row_B].tolist()] for p in self._parts}
 
     def _fill(self, row_B: np.ndarray, payloads: dict[str, list[np.ndarray]]) -> list[str | None]:
         """Read all payloads, parts that are neighbours in one go, and compare their checksums."""
         shards = self._shards
+        columns = {part: self._columns(part, row_B) for part in self._parts}
         ranges: list[Range] = []
         owner: list[int] = []
-        columns = [(part, *self._columns(part, row_B)) for part in self._parts]
         for i in range(len(row_B)):
-            where = sorted((files[i], offsets[i], part) for part, files, offsets, _ in columns)
-            end = -1
-            for file, offset, part in where:
+            views: list[memoryview] = []
+            at = (-1, -1)  # file, and the offset at which the range in the making ends
+            for offset, file, part in sorted((c[1][i], c[0][i], part) for part, c in columns.items()):
                 payload = payloads[part][i]
-                gap = offset - end
-                if ranges and owner[-1] == i and ranges[-1].file == file and 0 <= gap <= _LARGEST_GAP:
-                    ranges[-1].views.extend((self._gap.data[:gap], payload.data))  # type: ignore[attr-defined]
+                gap = offset - at[1]
+                if at[0] == file and 0 <= gap <= _LARGEST_GAP:
+                    views += (self._gap[:gap], payload.data) if gap else (payload.data,)
                 else:
-                    ranges.append(Range(file, offset, [payload.data]))
+                    views = [payload.data]
+                    ranges.append(Range(file, offset, views))
                     owner.append(i)
-                end = offset + payload.nbytes
+                at = (file, offset + payload.nbytes)
         errors: list[str | None] = [None] * len(row_B)
         for i, error in zip(owner, shards.read_ranges(ranges), strict=True):
             if error is not None:
                 errors[i] = shards.told(int(row_B[i]), "image", error)
-        for part, _, _, checksums in columns:
-            for i, checksum in enumerate(checksums):
-                if errors[i] is None and crc32c(payloads[part][i]) != checksum:
+        for part, (_, _, checksums) in columns.items():
+            for i, (payload, checksum) in enumerate(zip(payloads[part], checksums, strict=True)):
+                if crc32c(payload) != checksum and errors[i] is None:
                     errors[i] = shards.told(int(row_B[i]), part, "its bytes are not those that were written (CRC-32C)")
         return errors
 
@@ -128,7 +157,7 @@ class BatchReader:
         self,
         row_B: np.ndarray,
         payloads: dict[str, list[np.ndarray]],
-        arrays: dict[str, np.ndarray],
+        whole: dict[str, np.ndarray],
         errors: list[str | None],
     ) -> None:
         """zstd frames into the arrays; the decoder runs without the GIL."""
@@ -136,13 +165,20 @@ class BatchReader:
         def one(job: tuple[str, int]) -> None:
             part, i = job
             try:
-                decode_into(payloads[part][i], self._shards.codec, arrays[part][i])
+                decode_into(payloads[part][i], self._shards.codec, whole[part][i])
             except ValueError as error:
                 errors[i] = self._shards.told(int(row_B[i]), part, error)
 
         jobs = [(part, i) for i in range(len(row_B)) if errors[i] is None for part in self._parts]
         run: Callable[..., object] = map if self._pool is None else self._pool.map
         list(run(one, jobs))  # type: ignore[call-overload]
+
+
+def _cut(whole_BCHW: np.ndarray, window: Window) -> np.ndarray:
+    cut_BCHW = np.empty((*whole_BCHW.shape[:2], window.size, window.size), whole_BCHW.dtype)
+    for i, (top, left) in enumerate(zip(window.top_B.tolist(), window.left_B.tolist(), strict=True)):
+        cut_BCHW[i] = whole_BCHW[i, :, top : top + window.size, left : left + window.size]
+    return cut_BCHW
 
 
 def _chosen(pixels: Pixels, index: np.ndarray) -> Pixels:

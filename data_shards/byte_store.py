@@ -65,12 +65,22 @@ class OpenFiles:
         with self._lock:
             file = self._open.get(number)
             if file is None:
-                file = self._open[number] = OpenFile(self.paths[number], self._flags)
-                if len(self._open) > self._limit:
+                file = self._open[number] = self._opened(number)
+                while len(self._open) > self._limit:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(number)
             return file
+
+    def _opened(self, number: int) -> OpenFile:
+        while True:
+            try:
+                return OpenFile(self.paths[number], self._flags)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._open:
+                    raise
+                self._open.popitem(last=False)
+                self._limit = max(1, len(self._open))  # the process has others open, and needs them
 
 
 class OpenFile:

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
+from data_shards.augment import steering
 from data_shards.batch_reader import BatchReader
 from data_shards.codecs import PICTURES
-from data_shards.order import STREAM_AUGMENT, Order, uniform
+from data_shards.order import Order
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch
 from data_shards.shards import CacheConfig
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 
     from data_shards.shards import ShardSet
 
-# A position's draws in [0, 1), in this order: adding one at the end leaves the others as they are.
-_DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")
+
+T = TypeVar("T")
+
+# Batches that are read while DALI works on the one before.
+_READ_AHEAD = 2
+# How soon a waiting thread sees that it is to stop.
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -98,23 +104,9 @@ class LoaderConfig:
         return CacheConfig(self.cache_dir, int(self.cache_gib * 1024**3))
 
     @property
-    def augments(self) -> bool:
-        """Whether any switch makes a sample depend on its position."""
-        return bool(self.draws)
-
-    @property
-    def draws(self) -> tuple[str, ...]:
-        """The random numbers that the switches take, of those in _DRAWS."""
-        taken = {
-            "flip": self.flip,
-            "rotate": self.rotate_degrees > 0,
-            "zoom": self.zoom > 0,
-            "crop_x": self.crop == "random",
-            "crop_y": self.crop == "random",
-            "gamma": self.jitter_mr > 0,
-            "contrast": self.jitter_mr > 0,
-        }
-        return tuple(name for name in _DRAWS if taken[name])
+    def turns(self) -> bool:
+        """Whether slices are rotated or zoomed, which must come before they are cropped."""
+        return self.rotate_degrees > 0 or self.zoom > 0
 
 
 class Loader:
@@ -143,7 +135,12 @@ class Loader:
         self._positions = iter(positions)
         self._parts = tuple(shards.parts)
         self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
-        self._in_flight: deque[tuple[np.ndarray, np.ndarray, Any]] = deque()  # of batches inside DALI
+        self._crop = config.crop_size or shards.size
+        # Pixels that are not wanted are best left where they lie; pictures can only be cut once they are decoded.
+        self._cuts_early = self._crop != shards.size and shards.codec not in PICTURES and not config.turns
+        self._steered = self._steered_by()
+        self._sources: Iterator[tuple[np.ndarray, np.ndarray, list[Any]]] = self._read()
+        self._in_flight: deque[tuple[np.ndarray, np.ndarray, list[Any]]] = deque()  # of batches inside DALI
         self._pipeline = self._build(batch_size)
 
     @property
@@ -155,10 +152,13 @@ class Loader:
         if not self._config.prefetch_batches:
             yield from self._batches()
             return
+        # One thread reads while another decodes and augments what was read before.
+        self._sources = sources = _Ahead(self._read(), _READ_AHEAD)
         ahead = _Ahead(self._batches(), self._config.prefetch_batches)
         try:
             yield from ahead
         finally:
+            sources.close()
             ahead.close()
 
     def _batches(self) -> Iterator[Batch]:
@@ -184,33 +184,53 @@ class Loader:
             )
 
     def _to_torch(self, output: Any) -> torch.Tensor:
-        """[B, C, H, W] owned by torch: DALI uses its buffers again."""
+        """[B, C, H, W] owned by torch: DALI uses its own buffers again."""
         import torch
 
         if self.device.type == "cuda":
             return torch.from_dlpack(output.as_tensor()).clone()
-        return torch.from_numpy(output.as_array().copy())
+        return torch.from_numpy(output.as_array())  # as_array copies
+
+    def _steered_by(self) -> tuple[str, ...]:
+        """The numbers of augment.Steering that the pipeline takes."""
+        config = self._config
+        taken = {
+            "flip": config.flip,
+            "angle": config.rotate_degrees > 0,
+            "zoom": config.zoom > 0,
+            "top": self._crop != self._shards.size and not self._cuts_early,
+            "left": self._crop != self._shards.size and not self._cuts_early,
+            "gamma": config.jitter_mr > 0,
+            "contrast": config.jitter_mr > 0,
+        }
+        return tuple(name for name, wanted in taken.items() if wanted)
+
+    def _read(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[Any]]]:
+        """Of every batch positions, rows, and what DALI is given: the parts, and the numbers that steer it."""
+        for asked_B in self._positions:
+            if not (self._steered or self._cuts_early):
+                position_B, row_B, pixels = self._reader.read(asked_B)
+                yield position_B, row_B, [pixels[part] for part in self._parts]
+                continue
+            numbers = steering(asked_B, self._seed, self._config, self._shards.size)
+            window = numbers.window(self._shards.size, self._crop) if self._cuts_early else None
+            position_B, row_B, pixels = self._reader.read(asked_B, window)
+            if len(position_B) < len(asked_B):
+                numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))
+            numbers = numbers.without_jitter(self._shards.modality_N[row_B] == MODALITIES.index("CT"))
+            steered = [getattr(numbers, name) for name in self._steered]
+            yield position_B, row_B, [*(pixels[part] for part in self._parts), *steered]
 
     def _next_sources(self) -> tuple[Any, ...]:
-        """The parts of the next batch; with augmentation also each draw of every sample."""
-        position_B, row_B, pixels = self._reader.read(next(self._positions))
-        parts = [pixels[part] for part in self._parts]
-        for part, values in pixels.items():
-            if isinstance(values, np.ndarray):
-                parts[self._parts.index(part)] = values.reshape(len(row_B), -1, self._shards.size, self._shards.size)
+        """What DALI asks for when it begins a batch."""
+        read = next(self._sources)
         # Held until the batch is out: DALI reads these buffers where they lie.
-        self._in_flight.append((position_B, row_B, parts))
-        if not self._config.augments:
-            return tuple(parts)
-        draw_BD = uniform(self._seed, STREAM_AUGMENT, position_B, len(_DRAWS)).astype(np.float32)
-        is_ct_B = self._shards.modality_N[row_B] == MODALITIES.index("CT")
-        draw_BD[is_ct_B, _DRAWS.index("gamma") :] = 0.5  # leaves them as they are
-        return *parts, *(np.ascontiguousarray(draw_BD[:, _DRAWS.index(name)]) for name in self._config.draws)
+        self._in_flight.append(read)
+        return tuple(read[2])
 
     def _build(self, batch_size: int) -> Any:
         from nvidia.dali import fn, pipeline_def
 
-        config, shards = self._config, self._shards
         on_gpu = self.device.type == "cuda"
         # On the CPU the loader's own thread is all the overlap there is to have; DALI's would fight it for the cores.
         execution = (
@@ -221,20 +241,17 @@ class Loader:
 
         @pipeline_def(
             batch_size=batch_size,
-            num_threads=config.num_threads,
+            num_threads=self._config.num_threads,
             device_id=(self.device.index or 0) if on_gpu else None,
             **execution,
         )
         def pipeline() -> tuple[Any, ...]:
-            num_outputs = len(self._parts) + len(config.draws)
+            num_outputs = len(self._parts) + len(self._steered)
             sources = fn.external_source(self._next_sources, num_outputs=num_outputs, batch=True, no_copy=not on_gpu)
-            draws = dict(zip(config.draws, sources[len(self._parts) :], strict=True))
-            decoded = [self._decoded(x, part, on_gpu) for part, x in zip(self._parts, sources, strict=False)]
-            if not config.augments and shards.size == (config.crop_size or shards.size):
-                return tuple(decoded)
+            numbers = dict(zip(self._steered, sources[len(self._parts) :], strict=True))
             return tuple(
-                _augmented(x, part, draws, config, shards.size, shards.bits)
-                for part, x in zip(self._parts, decoded, strict=True)
+                self._augmented(self._decoded(x, part, on_gpu), part, numbers)
+                for part, x in zip(self._parts, sources, strict=False)
             )
 
         built = pipeline()
@@ -245,106 +262,100 @@ class Loader:
         """A part as CHW on the device. Pictures are decoded here; JPEG 2000 on the GPU, where DALI has one."""
         from nvidia.dali import fn, types
 
-        shape = [2 if part == "edge" else 1, self._shards.size, self._shards.size]
-        if self._shards.codec in PICTURES:
-            deep = self._shards.dtype(part) == np.uint16
-            source = fn.decoders.image(
-                source,
-                device="mixed" if on_gpu and self._shards.codec == "jpeg2000" else "cpu",
-                output_type=types.GRAY,
-                dtype=types.UINT16 if deep else types.UINT8,
-            )
-        if on_gpu:
-            source = source.gpu()
-        return fn.reshape(source, shape=shape, layout="CHW")
-
-
-def _augmented(x: Any, part: str, draws: Any, config: LoaderConfig, stored: int, bits: int) -> Any:
-    """Flip, rotate and zoom, crop; images also jitter. Image and mask share their draws, so they move together."""
-    from nvidia.dali import fn, types
-
-    if config.flip:
-        x = fn.flip(x, horizontal=fn.cast(draws["flip"] < 0.5, dtype=types.INT32))
-    if config.rotate_degrees > 0 or config.zoom > 0:
-        x = _warped(x, part, draws, config, stored, bits)
-    if part == "image" and config.jitter_mr > 0:
-        white = float(2**bits - 1)
-        gamma, contrast = (1.0 + config.jitter_mr * (2.0 * draws[name] - 1.0) for name in ("gamma", "contrast"))
-        x = fn.cast(
-            white * contrast * (fn.cast(x, dtype=types.FLOAT) / white) ** gamma,
-            dtype=types.UINT16 if bits == 16 else types.UINT8,
+        channels, stored = 2 if part == "edge" else 1, self._shards.size
+        if self._shards.codec not in PICTURES:
+            return fn.reshape(source.gpu() if on_gpu else source, layout="CHW")
+        deep = self._shards.dtype(part) == np.uint16
+        source = fn.decoders.image(
+            source,
+            device="mixed" if on_gpu and self._shards.codec == "jpeg2000" else "cpu",
+            output_type=types.GRAY,
+            dtype=types.UINT16 if deep else types.UINT8,
         )
-    crop = config.crop_size or stored
-    if crop != stored:
-        at = (draws["crop_x"], draws["crop_y"]) if config.crop == "random" else (0.5, 0.5)
-        x = fn.crop(x, crop=(crop, crop), crop_pos_x=at[0], crop_pos_y=at[1])
-    return x
+        return fn.reshape(source.gpu() if on_gpu else source, shape=[channels, stored, stored], layout="CHW")
 
+    def _augmented(self, x: Any, part: str, numbers: dict[str, Any]) -> Any:
+        """Flip, rotate and zoom, crop; images also jitter. Image and mask share their numbers: they move together."""
+        from nvidia.dali import fn, types
 
-def _warped(x: Any, part: str, draws: Any, config: LoaderConfig, stored: int, bits: int) -> Any:
-    """Rotated and zoomed about the centre; linear for images, nearest neighbour for labels."""
-    from nvidia.dali import fn, types
+        bits, room = self._shards.bits, self._shards.size - self._crop
+        if "flip" in numbers:
+            x = fn.flip(x, horizontal=numbers["flip"])
+        if self._config.turns:
+            x = self._turned(x, part, numbers)
+        if part == "image" and "gamma" in numbers:
+            white = float(2**bits - 1)
+            grey = (fn.cast(x, dtype=types.FLOAT) / white) ** numbers["gamma"]
+            x = fn.cast(white * numbers["contrast"] * grey, dtype=types.UINT16 if bits == 16 else types.UINT8)
+        if "top" in numbers:
+            at = {"crop_pos_y": numbers["top"] / float(room), "crop_pos_x": numbers["left"] / float(room)}
+            x = fn.crop(x, crop=(self._crop, self._crop), **at)
+        return x
 
-    # warp_affine's matrix takes output to input coordinates. It wants channels last, and no 16-bit numbers.
-    centre = np.array([stored / 2, stored / 2], dtype=np.float32)
-    matrix = np.eye(2, 3, dtype=np.float32)
-    if config.rotate_degrees > 0:
-        angle = config.rotate_degrees * (2.0 * draws["rotate"] - 1.0)
-        matrix = fn.transforms.rotation(angle=angle, center=centre)
-    if config.zoom > 0:
-        zoom = 1.0 / (1.0 + config.zoom * (2.0 * draws["zoom"] - 1.0))
-        matrix = fn.transforms.scale(matrix, scale=fn.stack(zoom, zoom), center=centre)
-    deep = part == "image" and bits == 16
-    x = fn.cast(x, dtype=types.FLOAT) if deep else x
-    if part == "edge":
-        x = fn.transpose(x, perm=[1, 2, 0], output_layout="HWC")
-    else:
-        x = fn.reshape(x, shape=[stored, stored, 1], layout="HWC")
-    x = fn.warp_affine(x, matrix, interp_type=types.INTERP_LINEAR if part == "image" else types.INTERP_NN, fill_value=0)
-    if part == "edge":
+    def _turned(self, x: Any, part: str, numbers: dict[str, Any]) -> Any:
+        """Rotated and zoomed about the centre; linear for images, nearest neighbour for labels."""
+        from nvidia.dali import fn, types
+
+        # warp_affine's matrix takes output to input coordinates. It wants channels last, and no 16-bit numbers.
+        stored = self._shards.size
+        centre = np.array([stored / 2, stored / 2], dtype=np.float32)
+        matrix = np.eye(2, 3, dtype=np.float32)
+        if "angle" in numbers:
+            matrix = fn.transforms.rotation(angle=numbers["angle"], center=centre)
+        if "zoom" in numbers:
+            scale = 1.0 / numbers["zoom"]
+            matrix = fn.transforms.scale(matrix, scale=fn.stack(scale, scale), center=centre)
+        deep = part == "image" and self._shards.bits == 16
+        x = fn.transpose(fn.cast(x, dtype=types.FLOAT) if deep else x, perm=[1, 2, 0], output_layout="HWC")
+        interpolation = types.INTERP_LINEAR if part == "image" else types.INTERP_NN
+        x = fn.warp_affine(x, matrix, interp_type=interpolation, fill_value=0)
         x = fn.transpose(x, perm=[2, 0, 1], output_layout="CHW")
-    else:
-        x = fn.reshape(x, shape=[1, stored, stored], layout="CHW")
-    return fn.cast(x, dtype=types.UINT16) if deep else x
+        return fn.cast(x, dtype=types.UINT16) if deep else x
 
 
-class _Ahead:
+class _Ahead(Generic[T]):
     """Runs an iterator in a thread of its own, at most `depth` items ahead of the consumer."""
 
-    def __init__(self, items: Iterator[Batch], depth: int) -> None:
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    def __init__(self, items: Iterator[T], depth: int) -> None:
+        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(items,), name="loader", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            item = self._queue.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        while not self._stop.is_set():
+            try:
+                item, end = self._queue.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if end is not None:
+                self._stop.set()
+                raise end
+            return item  # type: ignore[return-value]
+        raise StopIteration
 
     def close(self) -> None:
         """Stop the thread; what it made is dropped."""
         self._stop.set()
         self._thread.join()
 
-    def _produce(self, items: Iterator[Batch]) -> None:
-        end: BaseException | None = None
+    def _produce(self, items: Iterator[T]) -> None:
+        end: BaseException = StopIteration()
         try:
             for item in items:
-                if not self._put(item):
+                if not self._put((item, None)):
                     return
         except BaseException as error:
             end = error
-        self._put(end)
+        self._put((None, end))
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: tuple[T | None, BaseException | None]) -> bool:
         while not self._stop.is_set():
             try:
-                self._queue.put(item, timeout=0.1)
+                self._queue.put(item, timeout=_POLL_S)
                 return True
             except queue.Full:
                 continue

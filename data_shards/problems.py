@@ -45,7 +45,7 @@ def problem(where: object, field: str, value: object, remedy: str) -> InputProbl
 
 
 class OutOfSpace(RuntimeError):
-    """The disk is full, or a quota is reached. Nothing half-written is taken for whole, and the same command goes on."""
+    """The disk is full, or a quota is reached. Nothing half-written is taken for whole; the same command goes on."""
 
     def __init__(self, folder: object, reason: str) -> None:
         super().__init__(f"{folder}: no space left ({reason}); make room and start the same command again")

@@ -12,6 +12,7 @@ network mounts.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -124,7 +125,7 @@ class RangeCache:
                 self._closed = True
                 break
             if os.pwrite(self._files.get(wanted.file).fd, payload, wanted.offset) != len(payload):
-                raise OSError("no space left")
+                raise OSError(errno.ENOSPC, "no space left")
             self._used += space
             records.append((wanted.offset, wanted.file, len(payload), google_crc32c.value(payload)))
         return np.array(records, dtype=_RECORD)
@@ -138,7 +139,7 @@ class RangeCache:
             # Written at the end of the last whole record: a crash may have left part of one behind it.
             tail = self._tails.get(self._log, 0)
             if os.pwrite(log, record_R.tobytes(), tail) != record_R.nbytes:
-                raise OSError("no space left")
+                raise OSError(errno.ENOSPC, "no space left")
             self._tails[self._log] = tail + record_R.nbytes
         finally:
             os.close(log)
@@ -150,14 +151,18 @@ class RangeCache:
         for log in self._folder.glob(f"*/{_LOG}") if all_sets else [self._log]:
             record_R = self._new_records(log)
             if log == self._log:
-                file_R, end_R = record_R["file"], record_R["offset"] + record_R["num_bytes"]
-                known_R = file_R < len(self._sizes)
-                known_R &= end_R <= self._sizes[np.where(known_R, file_R, 0)]  # else not a record of ours: damaged
-                record_R = record_R[known_R]
+                record_R = record_R[self._possible(record_R)]
                 self._present.add(record_R)
                 grown = len(record_R) > 0
             self._used += int(_space(record_R["offset"], record_R["num_bytes"].astype(np.uint64)).sum())
         return grown
+
+    def _possible(self, record_R: np.ndarray) -> np.ndarray:
+        """bool [R]: records of bytes that the files have; others are damage."""
+        known_R = record_R["file"] < len(self._sizes)
+        size_R = self._sizes[np.where(known_R, record_R["file"], 0)]
+        begins_R, ends_R = record_R["offset"] <= size_R, record_R["offset"] + record_R["num_bytes"] <= size_R
+        return known_R & begins_R & ends_R
 
     def _new_records(self, log: Path) -> np.ndarray:
         tail = self._tails.get(log, 0)

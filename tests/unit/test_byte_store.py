@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import resource
 import threading
 import time
 import uuid
@@ -152,6 +153,20 @@ def test_open_files_are_bounded_and_threads_may_share_them(folder: Path) -> None
     assert not wrong
     open_here = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
     assert sum(name.endswith(".bin") for name in open_here) <= 2
+
+
+def test_a_process_that_may_open_few_files(folder: Path) -> None:
+    paths = [folder / f"{i}.bin" for i in range(30)]
+    for path in paths:
+        path.write_bytes(b"x" * 1000)
+    store = LocalFiles(paths)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 5, hard))
+    try:
+        reasons = store.read([wanted(i, 0, 500) for i in range(30)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert reasons == [None] * 30
 
 
 def test_what_the_page_cache_has_dropped_is_read_from_the_disk(folder: Path) -> None:

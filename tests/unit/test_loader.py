@@ -160,7 +160,7 @@ def test_batches_are_made_ahead_in_a_thread_that_ends_with_the_iteration(shapes:
     deadline = time.monotonic() + 20
     while len(asked) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert 5 <= len(asked) <= 6  # one given, three waiting, one or two in the making
+    assert 5 <= len(asked) <= 9  # one given, three waiting, and what is read ahead of them
     assert set(asked) == {"loader"}
     kept = first.image_BHW.clone()
     list(islice(batches, 10))

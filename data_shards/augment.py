@@ -1,0 +1,73 @@
+"""What is done to the slice at a position: flip, then rotation and zoom, then crop; for MR also contrast and gamma.
+
+A pure function of (seed, position), so a run that was resumed, or goes on with other ranks, sees the same pixels.
+
+Dimensions: B batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_shards.batch_reader import Window
+from data_shards.order import STREAM_AUGMENT, uniform
+
+if TYPE_CHECKING:
+    from data_shards.loader import LoaderConfig
+
+# A position's draws in [0, 1), in this order: adding one at the end leaves the others as they are.
+_DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The numbers of a batch. flip: int32, 1 mirrors left and right. angle: degrees. zoom: factor. top, left: of the
+    crop, in pixels of the slice once it is flipped and turned. gamma, contrast: factors of grey values in [0, 1]."""
+
+    flip: np.ndarray
+    angle: np.ndarray
+    zoom: np.ndarray
+    top: np.ndarray
+    left: np.ndarray
+    gamma: np.ndarray
+    contrast: np.ndarray
+
+    def of(self, index: np.ndarray) -> Steering:
+        """The numbers of some of the samples."""
+        return replace(self, **{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
+
+    def without_jitter(self, spared_B: np.ndarray) -> Steering:
+        """Grey values of some of the samples left as they are."""
+        one = np.float32(1.0)
+        return replace(self, gamma=np.where(spared_B, one, self.gamma), contrast=np.where(spared_B, one, self.contrast))
+
+    def window(self, stored: int, size: int) -> Window:
+        """The crop in the slice as it is stored, where nothing turns it on the way."""
+        left_B = np.where(self.flip == 1, stored - size - self.left, self.left)
+        return Window(self.top, left_B, size)
+
+
+def steering(position_B: np.ndarray, seed: int, config: LoaderConfig, stored: int) -> Steering:
+    """The numbers at these positions, for slices of `stored` pixels a side."""
+    draw = dict(zip(_DRAWS, uniform(seed, STREAM_AUGMENT, position_B, len(_DRAWS)).T, strict=True))
+    room = stored - (config.crop_size or stored)
+    random = config.crop == "random"
+
+    def around_one(name: str, fraction: float) -> np.ndarray:
+        return (1.0 + fraction * (2.0 * draw[name] - 1.0)).astype(np.float32)
+
+    def start(name: str) -> np.ndarray:
+        return np.floor(draw[name] * (room + 1)).astype(np.int64) if random else np.full(len(position_B), room // 2)
+
+    return Steering(
+        flip=((draw["flip"] < 0.5) & config.flip).astype(np.int32),
+        angle=(config.rotate_degrees * (2.0 * draw["rotate"] - 1.0)).astype(np.float32),
+        zoom=around_one("zoom", config.zoom),
+        top=start("crop_y"),
+        left=start("crop_x"),
+        gamma=around_one("gamma", config.jitter_mr),
+        contrast=around_one("contrast", config.jitter_mr),
+    )
