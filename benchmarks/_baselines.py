@@ -103,9 +103,10 @@ class WebDatasetSettings:
     """How webdataset and DataLoader are set up. The defaults are the fastest of those tried (see main)."""
 
     num_workers: int = 2
-    batched_in_worker: bool = True
+    batched_by_dataset: bool = False
+    """.batched(B) and DataLoader(batch_size=None); else DataLoader batches. Both in the workers."""
     shuffle_buffer: int = 1000
-    prefetch_factor: int = 4
+    prefetch_factor: int = 8
     decoder: str = "lean"
     """`usual`: webdataset's own, .decode("l8"); `lean`: only the two members, straight to an array."""
     shared_collate: bool = True
@@ -140,7 +141,7 @@ def webdataset_batches(shards: list[Path], codec: str, batch_size: int, settings
         return tuple(batch)
 
     options: dict[str, Any] = {"batch_size": batch_size, "collate_fn": collate}
-    if settings.batched_in_worker:
+    if settings.batched_by_dataset:
         dataset, options = dataset.batched(batch_size, collation_fn=collate), {"batch_size": None}
     return torch.utils.data.DataLoader(
         dataset,
@@ -235,10 +236,10 @@ def _settings_to_try() -> Iterator[tuple[str, WebDatasetSettings]]:
     yield "chosen", best
     changes: dict[str, tuple[Any, ...]] = {
         "decoder": ("usual",),
-        "batched_in_worker": (False,),
+        "batched_by_dataset": (True,),
         "shared_collate": (False,),
         "shuffle_buffer": (100, 5000),
-        "prefetch_factor": (2, 8),
+        "prefetch_factor": (2, 4),
         "num_workers": (1, 3, 4),
     }
     for name, values in changes.items():

@@ -5,8 +5,8 @@
     ours, on each codec; with flips and random crops; and with nothing to wait for but the bytes
     the limit: a gather of the same bytes from a memory map
 
-Contenders are measured in turns. Then once each: memory over ten epochs, the first batch of a set of 1,000 shards, and a
-set of 10 million slices, index and order alone.
+Contenders are measured in turns. Then once each: memory over ten epochs, the first batch of a set of 1,000 shards, and
+a set of 10 million slices, index and order alone.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def _memory_over_epochs(path: Path, epochs: int) -> list[int]:
 def _first_batch(path: Path) -> dict[str, float]:
     import nvidia.dali.fn
     import pyarrow
-    import torch  # noqa: F401
+    import torch
+
+    assert nvidia.dali.fn and pyarrow and torch, "loaded before the clock runs"
 
     start = time.perf_counter()
     shards = ShardSet.open(path)
@@ -138,8 +140,9 @@ def _first_batch(path: Path) -> dict[str, float]:
 
 
 def _open_ten_million(folder: Path) -> dict[str, float]:
-    import pyarrow  # noqa: F401
+    import pyarrow
 
+    assert pyarrow, "loaded before the clock runs"
     before = _peak_mib()
     start = time.perf_counter()
     shards = ShardSet.open(folder)
@@ -280,12 +283,14 @@ def _contenders(folder: Path, num: int, files: list[Path]) -> Iterator[tuple[str
         shards = write_pairs(folder, num, codec)
         files += shards
         pairs = num if codec == "png" else 2 * num
-        yield f"({letter}) webdataset {codec}, as usual", webdataset_contender(
-            shards, codec, num_pairs=pairs, settings=usual
+        yield (
+            f"({letter}) webdataset {codec}, as usual",
+            webdataset_contender(shards, codec, num_pairs=pairs, settings=usual),
         )
         yield f"({letter}) webdataset {codec}, tuned", webdataset_contender(shards, codec, num_pairs=pairs)
-        yield f"({letter}) webdataset {codec}, tuned, flips and crops", augmented_webdataset(
-            shards, codec, pairs, WebDatasetSettings()
+        yield (
+            f"({letter}) webdataset {codec}, tuned, flips and crops",
+            augmented_webdataset(shards, codec, pairs, WebDatasetSettings()),
         )
     for store, codec in (("webdataset", "raw"), ("webdataset", "zstd"), ("zarr", "zstd"), ("webdataset", "png")):
         path = write_set(folder / f"{store}-{codec}-{num}", num, store, codec)
@@ -296,8 +301,9 @@ def _contenders(folder: Path, num: int, files: list[Path]) -> Iterator[tuple[str
         if name == "raw":
             yield "ours, raw, flips and crops", ours(path, _AUGMENTED, 4 * num)
     for threads in (1, 2):
-        yield f"gather from memory, {threads} thread{'s' * (threads > 1)}", gather_contender(
-            raw, num_pairs=8 * num, num_threads=threads
+        yield (
+            f"gather from memory, {threads} thread{'s' * (threads > 1)}",
+            gather_contender(raw, num_pairs=8 * num, num_threads=threads),
         )
 
 

@@ -125,6 +125,45 @@ def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
     sheet.save(path)
 
 
+def draw_class_histogram(
+    table: LabelTable, pixels: dict[tuple[str, str], np.ndarray], path: Path, floor: float = 1e-6
+) -> None:
+    """Write to `path` (PNG) what share of the labelled pixels each class has, a bar for every (split, modality), on a
+    logarithmic scale from `floor` on. Classes that occur nowhere are left out."""
+    from PIL import Image, ImageDraw
+
+    groups = [group for group, counts in pixels.items() if counts.any()]
+    shown = [i for i in range(table.num_classes) if any(pixels[group][i] for group in groups)]
+    bar, width, left = 7, 560, 200
+    height = _TOP + len(shown) * (bar * len(groups) + _GAP) + 24
+    picture = Image.new("RGB", (left + width + 2 * _GAP, height), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    shades = [tuple(int(c) for c in _COLOURS[k]) for k in range(len(groups))]
+    for k, group in enumerate(groups):
+        at = left + k * (width // max(len(groups), 1))
+        draw.rectangle((at, 12, at + 10, 22), fill=shades[k])
+        _write(draw, (at + 15, 10), " ".join(group), _INK, 12)
+    decades = -np.log10(floor)
+
+    def reach(share: float) -> int:
+        return int(width * max(0.0, 1.0 + np.log10(max(share, floor)) / decades))
+
+    for power in range(int(decades) + 1):
+        at = left + reach(10.0**-power)
+        draw.line((at, _TOP - 4, at, height - 22), fill=(60, 60, 64))
+        _write(draw, (at - 14, height - 18), f"{100 * 10.0**-power:g} %", _FAINT, 10)
+    for line, class_id in enumerate(shown):
+        top = _TOP + line * (bar * len(groups) + _GAP)
+        _write(draw, (8, top + (bar * len(groups)) // 2 - 7), table.names[class_id].replace("_", " "), _INK, 11)
+        for k, group in enumerate(groups):
+            share = pixels[group][class_id] / max(int(pixels[group].sum()), 1)
+            if share > 0:
+                y = top + k * bar
+                draw.rectangle((left, y, left + max(1, reach(share)), y + bar - 2), fill=shades[k])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
 def _examples(shard_set: ShardSet, split: str, modality: str, axis: str) -> list[int]:
     """Rows to show, each of another patient where there are several: the slices that hold most classes, of those the
     middle one; the middle slice of an unlabelled patient."""

@@ -68,7 +68,7 @@ class _Rows:
 def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, Any]:
     """Write the set at `source` (a folder or a URL) to `out` in another form; returns its index.
 
-    The same call again goes on, or does nothing. Raises InputProblems before any work, OutOfSpace, and RuntimeError
+    The same call again goes on, or does nothing. Raises InputProblems before any work, OutOfSpace, and ShardFailed
     where a sample of the source is damaged.
     """
     out = Path(out).absolute()

@@ -1,4 +1,4 @@
-"""What is in a shard set: counts by split, modality, axis and class, patients, leakage, checksums, and a picture."""
+"""What is in a shard set: counts by split, modality, axis and class, patients, leakage, checksums, and pictures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_shards.contact_sheet import draw_contact_sheet
-from data_shards.labels import LabelTable
+from data_shards.byte_store import local_path
+from data_shards.contact_sheet import draw_class_histogram, draw_contact_sheet
+from data_shards.labels import UNUSED, LabelTable
 from data_shards.records import AXES, MODALITIES, SPLITS
 from data_shards.shards import ShardSet
 
@@ -19,22 +20,28 @@ class InspectReport:
     """Counts of a set. A group is a (split, modality) that holds samples.
 
     slices: samples by (split, modality, axis). patients: (labelled, unlabelled) by group. pixels, class_slices: int64
-    [num_classes] by group, over labelled samples. leaking: patients in more than one split, with those splits.
+    [num_classes] by group, over labelled samples. masks: slices by who drew their masks. leaking: patients in more than
+    one split, with those splits; a patient is known by case id and by the image file's sha256, whatever its name.
     failed: volumes that prepare could not use, as index.json names them.
     """
 
-    path: Path
+    path: str
     label_table: LabelTable
     size: int
+    bits: int
+    store: str
     codec: str
     num_bytes: int
+    verified: bool
     slices: dict[tuple[str, str, str], int]
     patients: dict[tuple[str, str], tuple[int, int]]
     pixels: dict[tuple[str, str], np.ndarray]
     class_slices: dict[tuple[str, str], np.ndarray]
+    masks: dict[str, int]
     leaking: tuple[tuple[str, tuple[str, ...]], ...]
     failed: tuple[dict[str, str], ...]
     contact_sheet: Path
+    histogram: Path
 
     @property
     def num_samples(self) -> int:
@@ -47,13 +54,16 @@ class InspectReport:
         return not self.leaking and not self.failed
 
 
-def inspect_shards(path: Path, contact_sheet: Path | None = None, *, verify: bool = True) -> InspectReport:
-    """Count what the set at `path` holds, and draw `contact_sheet` (a PNG; by default contact_sheet.png in the set).
+def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bool = True) -> InspectReport:
+    """Count what the set at `path` (a folder or a URL) holds, and draw contact_sheet.png and class_histogram.png into
+    `pictures`, by default the set's own folder, or the current one where the set is behind a URL.
 
-    Reads every mask and, with `verify`, every byte. Raises InputProblems where the set is not whole.
+    Reads every mask and, with `verify`, every byte. Raises InputProblems where the set is not whole, and ValueError for
+    a sample that is damaged.
     """
-    shard_set = ShardSet.open(Path(path), verify=verify)
-    names = ("split", "modality", "axis", "case_id", "labelled")
+    folder = local_path(path)
+    shard_set = ShardSet.open(path, verify=verify and folder is not None)
+    names = ("split", "modality", "axis", "case_id", "labelled", "mask_source", "source_sha256")
     columns = {name: np.array(shard_set.samples[name].to_pylist()) for name in names}
     groups = [(split, modality) for split in SPLITS for modality in MODALITIES]
     rows_of = {g: np.flatnonzero((columns["split"] == g[0]) & (columns["modality"] == g[1])) for g in groups}
@@ -66,30 +76,51 @@ def inspect_shards(path: Path, contact_sheet: Path | None = None, *, verify: boo
         for axis in AXES:
             slices[(*group, axis)] = int(np.count_nonzero(columns["axis"][rows] == axis))
     pixels, class_slices = _count_classes(shard_set, labelled_rows)
-    splits_of: dict[str, set[str]] = {}
-    for case_id, split in zip(columns["case_id"].tolist(), columns["split"].tolist(), strict=True):
-        splits_of.setdefault(case_id, set()).add(split)
-    contact_sheet = contact_sheet or shard_set.path / "contact_sheet.png"
+    pictures = pictures or folder or Path()
+    contact_sheet, histogram = pictures / "contact_sheet.png", pictures / "class_histogram.png"
     draw_contact_sheet(shard_set, contact_sheet)
+    draw_class_histogram(shard_set.label_table, pixels, histogram)
+    sources, counts = np.unique(columns["mask_source"], return_counts=True)
     return InspectReport(
-        path=shard_set.path,
+        path=shard_set.root,
         label_table=shard_set.label_table,
         size=shard_set.size,
+        bits=shard_set.bits,
+        store=shard_set.index["store"],
         codec=shard_set.codec,
         num_bytes=sum(shard["bytes"] for shard in shard_set.index["shards"]),
+        verified=verify,
         slices={key: count for key, count in slices.items() if count},
         patients=patients,
         pixels=pixels,
         class_slices=class_slices,
-        leaking=tuple((case, tuple(sorted(splits))) for case, splits in sorted(splits_of.items()) if len(splits) > 1),
+        masks=dict(zip(sources.tolist(), counts.tolist(), strict=True)),
+        leaking=tuple(_leaks(columns)),
         failed=tuple(shard_set.index.get("failed", ())),
         contact_sheet=contact_sheet,
+        histogram=histogram,
     )
 
 
 def format_report(report: InspectReport) -> str:
     """The report as tables for a terminal."""
     return "\n".join(_lines(report))
+
+
+def _leaks(columns: dict[str, np.ndarray]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Patients that are in more than one split, under one case id or, as the same image, under several."""
+    splits_of: dict[str, set[str]] = {}
+    cases_of: dict[str, set[str]] = {}
+    known = np.unique(np.stack([columns[name] for name in ("case_id", "source_sha256", "split")]), axis=1)
+    for case_id, sha256, split in known.T.tolist():
+        cases_of.setdefault(sha256, set()).add(case_id)
+        for patient in (case_id, sha256):
+            splits_of.setdefault(patient, set()).add(split)
+    for patient, splits in sorted(splits_of.items()):
+        cases = cases_of.get(patient)
+        # Of images, only those that go by several names: the others are told by their case id.
+        if len(splits) > 1 and (cases is None or len(cases) > 1):
+            yield patient if cases is None else " = ".join(sorted(cases)), tuple(sorted(splits))
 
 
 def _count_classes(
@@ -113,7 +144,12 @@ def _count_classes(
 
 def _lines(report: InspectReport) -> Iterator[str]:
     gib = report.num_bytes / 1024**3
-    yield f"{report.path}: {report.num_samples} slices of {report.size}x{report.size}, {report.codec}, {gib:.2f} GiB"
+    shape = f"{report.num_samples} slices of {report.size}x{report.size}, {report.bits} bits"
+    yield f"{report.path}: {shape}, {report.store}, {report.codec}, {gib:.2f} GiB"
+    masks = ", ".join(f"{count} by {source}" for source, count in report.masks.items() if source != "none")
+    yield f"label set {report.label_table.name}; masks: {masks or 'none'}; " + (
+        "every checksum holds" if report.verified else "checksums not compared"
+    )
     yield ""
     rows = [
         [split, modality, str(labelled), str(unlabelled)]
@@ -127,6 +163,8 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield "labelled slices that hold each class, and its share of their pixels"
         rows = []
         for class_id, name in enumerate(report.label_table.names):
+            if name == UNUSED:
+                continue
             cells = [
                 f"{report.class_slices[g][class_id]} {_percent(report.pixels[g][class_id], report.pixels[g].sum())}"
                 for g in groups
@@ -140,7 +178,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield "no patient is in more than one split"
     for entry in report.failed:
         yield f"not in the set: {entry['case_id']}: {entry['file']}: {entry['reason']}"
-    yield f"contact sheet: {report.contact_sheet}"
+    yield f"pictures: {report.contact_sheet}, {report.histogram}"
 
 
 def _percent(part: int, whole: int) -> str:

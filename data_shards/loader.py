@@ -20,6 +20,7 @@ import numpy as np
 from data_shards.augment import steering
 from data_shards.batch_reader import BatchReader
 from data_shards.codecs import PICTURES
+from data_shards.mixing import mix_problems
 from data_shards.order import Order
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch
@@ -96,7 +97,7 @@ class LoaderConfig:
             found.append(
                 Problem("config", "loader.cache_dir", "null", "name the cache's folder, or set cache_gib to 0")
             )
-        return found
+        return found + mix_problems(self.mix)
 
     @property
     def cache(self) -> CacheConfig:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_shards.codecs import CODECS
+from data_shards.intensity import INTENSITIES
 from data_shards.labels import LABEL_TABLES
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES
@@ -14,7 +15,6 @@ from data_shards.set_index import STORES
 from data_shards.shard_writer import Format, set_format
 from data_shards.slices import FITS, MASK_RESIZES
 
-INTENSITIES = ("window", "paper")
 # How the work is spread, which changes no byte of the set.
 _NOT_IN_THE_SET = ("num_workers", "ray_address")
 

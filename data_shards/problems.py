@@ -51,6 +51,10 @@ class OutOfSpace(RuntimeError):
         super().__init__(f"{folder}: no space left ({reason}); make room and start the same command again")
 
 
+class ShardFailed(RuntimeError):
+    """A shard could not be written; the finished ones are kept, and the same command goes on."""
+
+
 def out_of_space(error: OSError) -> bool:
     """Whether an OSError says that no more can be written, as opposed to a file that cannot be."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -19,7 +19,7 @@ import numpy as np
 from data_shards import samples_table, tar_store, zarr_store
 from data_shards.codecs import encode
 from data_shards.fan_out import Done, TaskFailure, Workers
-from data_shards.problems import OutOfSpace, out_of_space
+from data_shards.problems import OutOfSpace, ShardFailed, out_of_space
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from data_shards.set_index import SAMPLES, SHARDS, UNFINISHED, write_atomically, write_index
 
@@ -131,7 +131,7 @@ def write_shards(
 
     `workers` call run() of what they are given.
 
-    Raises OutOfSpace when the disk is full, and RuntimeError when a shard fails; the same call goes on after either.
+    Raises OutOfSpace when the disk is full, and ShardFailed; the same call goes on after either.
     """
     from tqdm import tqdm
 
@@ -143,7 +143,7 @@ def write_shards(
         done: Done[ShardTask, str | None]
         for done in workers.run(waiting):
             if isinstance(done.result, TaskFailure):
-                raise RuntimeError(f"{done.task.split} shard {done.task.number}: {done.result.error}")
+                raise ShardFailed(f"{done.task.split} shard {done.task.number}: {done.result.error}")
             if done.result is not None:
                 raise OutOfSpace(out, done.result)
             bar.update()

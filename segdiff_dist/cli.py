@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from data_shards.problems import InputProblems, OutOfSpace
+from data_shards.problems import InputProblems, OutOfSpace, ShardFailed
 
 if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
@@ -56,14 +56,19 @@ _COMMANDS = {
         "count a shard set's slices and classes, verify its checksums, draw a contact sheet",
         positional=(("data", "SHARDS"),),
     ),
+    "convert": _Command(
+        "a shard set in another store or codec, on Ray; resumes",
+        positional=(("data", "SHARDS"), ("converted", "OUT")),
+        sections=("convert",),
+    ),
     "train": _Command(
         "train the denoiser; `deepspeed launch/train.py` is the same on many GPUs",
-        named=("data", "run"),
+        named=("data", "more_data", "run"),
         sections=("loader", "denoiser", "diffusion", "train", "tracking"),
     ),
     "train-segmenter": _Command(
         "train the auxiliary segmenter that judges the images",
-        named=("data", "run"),
+        named=("data", "more_data", "run"),
         sections=("loader", "segmenter", "tracking"),
     ),
     "sample": _Command(
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             plural = "s" if len(error.problems) > 1 else ""
             print(f"{len(error.problems)} problem{plural}; nothing was started", file=sys.stderr)
         return 2
-    except OutOfSpace as error:
+    except (OutOfSpace, ShardFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -135,8 +140,10 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
         config_file = str(demo_config())
     base = load_experiment(Path(config_file) if config_file else None, Path(run) if run else None)
 
+    types = get_type_hints(type(base))
+
     def path(key: str, *markers: Any) -> tuple[str, Any, Any]:
-        return key, Annotated[(Path | None, *markers)] if markers else Path | None, getattr(base, key, None)
+        return key, Annotated[(types[key], *markers)] if markers else types[key], getattr(base, key)
 
     shape: list[tuple[str, Any, Any]] = [
         path(key, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)) for key, metavar in command.positional

@@ -37,6 +37,8 @@ def prepare(experiment: Experiment) -> int:
     report = stages.prepare(experiment)
     done_before = "; it was finished already, nothing to do" if report.skipped_done else ""
     print(f"{report.num_samples:,} slices of {report.num_cases} volumes in {experiment.data}{done_before}")
+    if experiment.wholebody is not None:
+        print("masks: " + ", ".join(f"{source} of {count} volumes" for source, count in report.masks.items()))
     for case, file, reason in report.failed:
         print(f"failed: {case}: {file}: {reason}")
     if report.failed:
@@ -48,9 +50,16 @@ def inspect(experiment: Experiment) -> int:
     """Print the shard set's tables; 1 when something is wrong with it."""
     from data_shards.inspect import format_report, inspect_shards
 
-    report = inspect_shards(experiment.path("data"))
+    report = inspect_shards(experiment.given("data"))
     print(format_report(report))
     return 0 if report.ok else 1
+
+
+def convert(experiment: Experiment) -> int:
+    """Write the shard set in another form."""
+    index = stages.convert(experiment)
+    print(f"{index['num_samples']:,} slices as {index['store']}, {index['codec']}, in {experiment.converted}")
+    return 0
 
 
 def train(experiment: Experiment) -> int:

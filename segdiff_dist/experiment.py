@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.annotate import AnnotateConfig
+from data_shards.convert import ConvertConfig
 from data_shards.loader import LoaderConfig
 from data_shards.phantom import PhantomConfig
 from data_shards.prepare import PrepareConfig
@@ -27,7 +28,12 @@ from segdiff_dist.tracking import TrackingConfig
 CONFIG_FILE = "config.yaml"
 
 # What may change between two starts of the same training without changing what is trained.
-_FREE = (".device", ".keep_checkpoints", "loader.num_threads", "denoiser.attention")
+_FREE = (
+    ".device",
+    ".keep_checkpoints",
+    "denoiser.attention",
+    *(f"loader.{name}" for name in ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "on_corrupt")),
+)
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,18 @@ class Experiment:
     """The archive: dataset.json, imagesTr, labelsTr, ..."""
     wholebody: Path | None = None
     """Whole-body masks, <case id>.nii.gz: what `annotate` writes and `prepare` reads."""
-    data: Path | None = None
-    """The shard set that `prepare` writes and the later stages read."""
+    data: str | None = None
+    """The shard set that `prepare` writes and the later stages read: a folder or, for reading, a URL of fsspec's."""
+    more_data: tuple[str, ...] = ()
+    """Further shard sets to train on, alike in labels, size and codec."""
+    converted: Path | None = None
+    """The shard set that `convert` writes."""
     run: Path | None = None
     """The run folder: checkpoints, weights, samples, evaluation, and MLflow's database."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -54,12 +65,19 @@ class Experiment:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def path(self, name: str) -> Path:
-        """A path that the stage cannot do without."""
-        value: Path | None = getattr(self, name)
+    def given(self, name: str) -> str:
+        """A folder or URL that the stage cannot do without."""
+        value: Path | str | None = getattr(self, name)
         if value is None:
             raise problem("command line", name, "not given", f"name it there or as `{name}:` in the config file")
-        return value
+        return str(value)
+
+    def path(self, name: str) -> Path:
+        """The same, which must be on this machine."""
+        value = self.given(name)
+        if "://" in value:
+            raise problem("command line", name, value, "give a folder on this machine")
+        return Path(value)
 
 
 def load_experiment(config_file: Path | None, run: Path | None) -> Experiment:

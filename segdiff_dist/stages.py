@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_shards.mixing import mix_groups
 from data_shards.problems import Problem, problem, refuse
 from data_shards.shards import ShardSet
 from segdiff_dist.attention import choose_attention
@@ -74,15 +75,24 @@ def prepare(experiment: Experiment) -> Any:
     return report
 
 
+def convert(experiment: Experiment) -> dict[str, Any]:
+    """`segdiff convert SHARDS OUT`; returns the new set's index."""
+    from data_shards.convert import convert as convert_shards
+
+    source, out = collect(lambda: experiment.given("data"), lambda: experiment.path("converted"))
+    return convert_shards(source, out, experiment.convert)
+
+
 def train_segmenter(experiment: Experiment) -> None:
     """`segdiff train-segmenter`: the auxiliary U-Net into RUN/segmenter."""
     from segdiff_dist.segmentation import SegmenterTask
 
     config, loader = experiment.segmenter, experiment.loader
-    run, shards = _open_run_and_data(experiment)
+    run, shards = _open_run_and_data(experiment, experiment.more_data)
     folder = run / "segmenter"
     collect(
         lambda: refuse(config.problems(_side(shards, loader.crop_size), world_size()) + loader.problems()),
+        lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
         lambda: pick_device(config.train.device),
         lambda: refuse_another_config(experiment, folder / "checkpoints", ("segmenter", "loader")),
     )
@@ -103,11 +113,12 @@ def train_denoiser(experiment: Experiment) -> None:
     from segdiff_dist.training import DenoiserTask
 
     denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
-    run, shards = _open_run_and_data(experiment)
+    run, shards = _open_run_and_data(experiment, experiment.more_data)
     side = _side(shards, loader.crop_size)
     collect(
         lambda: refuse(denoiser.problems(side) + experiment.diffusion.problems()),
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
+        lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
         lambda: choose_attention(denoiser.attention, pick_device(config.device)),
         lambda: refuse_another_config(experiment, run / "checkpoints", ("denoiser", "diffusion", "train", "loader")),
     )
@@ -177,7 +188,7 @@ def _train(
         return
     run = experiment.path("run")
     resolved = save_experiment(experiment) if is_main() else ""
-    rows = shards.select(split="train", modalities=experiment.loader.modalities, axes=experiment.loader.axes)
+    rows = _training_rows(experiment, shards)
     sections = ("segmenter", "loader") if stage == "segmenter" else ("denoiser", "diffusion", "train", "loader")
     with _tracker(experiment, stage, run) as tracker:
         tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})
@@ -196,11 +207,19 @@ def _train(
         )
 
 
-def _open_run_and_data(experiment: Experiment) -> tuple[Path, ShardSet]:
-    run, shards = collect(lambda: experiment.path("run"), lambda: ShardSet.open(experiment.path("data")))
+def _open_data(experiment: Experiment, more: tuple[str, ...]) -> ShardSet:
+    return ShardSet.open([experiment.given("data"), *more], cache=experiment.loader.cache)
+
+
+def _open_run_and_data(experiment: Experiment, more: tuple[str, ...] = ()) -> tuple[Path, ShardSet]:
+    run, shards = collect(lambda: experiment.path("run"), lambda: _open_data(experiment, more))
     if run.exists() and not run.is_dir():
         raise problem(run, "run", "not a folder", "give another path")
     return run, shards
+
+
+def _training_rows(experiment: Experiment, shards: ShardSet) -> Any:
+    return shards.select(split="train", modalities=experiment.loader.modalities, axes=experiment.loader.axes)
 
 
 def _must_be_a_run(run: Path) -> None:
@@ -211,7 +230,7 @@ def _must_be_a_run(run: Path) -> None:
 def _side(shards: ShardSet, crop_size: int | None) -> int:
     if crop_size is not None and crop_size > shards.size:
         raise problem(
-            "config", "loader.crop_size", crop_size, f"the slices of {shards.path} are {shards.size} pixels wide"
+            "config", "loader.crop_size", crop_size, f"the slices of {shards.root} are {shards.size} pixels wide"
         )
     return crop_size or shards.size
 

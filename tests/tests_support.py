@@ -39,8 +39,9 @@ def write_shapes(
                         mask[(row - centre[0]) ** 2 + (column - centre[1]) ** 2 < 0.02] = organ
                     grey = {0: 5, 16: 90, 6: 150, 1: 210} if modality == "CT" else {0: 5, 16: 150, 6: 90, 1: 230}
                     image = np.vectorize(grey.get)(mask) + rng.normal(0, 6, mask.shape)
+                    scale = 2.0 if bits == 8 else 2.0 / 257
                     meta = SliceMeta(
-                        case, modality, "axial", index, split, (6.0, 6.0), tuple(np.eye(4).ravel()), 2.0, -256.0,
+                        case, modality, "axial", index, split, (6.0, 6.0), tuple(np.eye(4).ravel()), scale, -256.0,
                         "amos", tuple(int(i) for i in np.unique(mask)), True, "0" * 64, bits=bits,
                     )  # fmt: skip
                     grey_levels = image.clip(0, 255).astype(np.uint8)

@@ -11,7 +11,7 @@ from tests_support import write_shapes
 
 from data_shards.convert import ConvertConfig, convert
 from data_shards.fan_out import ray_session
-from data_shards.problems import InputProblems
+from data_shards.problems import InputProblems, ShardFailed
 from data_shards.shards import ShardSet
 
 
@@ -68,7 +68,7 @@ def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_
     whole = tar.read_bytes()
     tar.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
     config = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"test-000000\.tar: sample amos_\d+-axial-0000"):
+    with pytest.raises(ShardFailed, match=r"test-000000\.tar: sample amos_\d+-axial-0000"):
         convert(source, tmp_path / "out", config)
     with pytest.raises(InputProblems, match="unfinished"):
         ShardSet.open(tmp_path / "out")

@@ -11,15 +11,21 @@ from data_shards.contact_sheet import class_colours, overlay
 from data_shards.inspect import format_report, inspect_shards
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
-from data_shards.records import SliceMeta
-from data_shards.shards import ShardWriter, encode
+from data_shards.records import SliceMeta, SliceRecord
+from data_shards.shard_writer import ShardWriter, set_format
 
 SIZE = 16
 
 
-def _write(out: Path, cases: list[tuple[str, str, str]], failed: list[dict[str, str]] | None = None) -> Path:
+def _write(
+    out: Path,
+    cases: list[tuple[str, str, str]],
+    failed: list[dict[str, str]] | None = None,
+    store: str = "webdataset",
+    source: str | None = None,
+) -> Path:
     """A set of (case, modality, split), two axial and one coronal slice each; masks hold 40 of liver and 60 of body."""
-    writer = ShardWriter(out, "raw", 100)
+    writer = ShardWriter(out, set_format(store, "raw", 100, size=SIZE, bits=8, soft_edge=False))
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask.ravel()[:40], mask.ravel()[40:100] = 6, 16
     for case, modality, split in cases:
@@ -37,9 +43,10 @@ def _write(out: Path, cases: list[tuple[str, str, str]], failed: list[dict[str, 
                 "amos",
                 (6, 16),
                 split != "test",
-                "0",
+                source or f"sha256 of {case}",
+                "none" if split == "test" else "expert",
             )
-            writer.write(meta, encode(mask * 9, "raw"), encode(mask, "raw"))
+            writer.write(SliceRecord(mask * 9, mask, meta))
     table = {"name": AMOS.name, "names": list(AMOS.names)}
     writer.finish({"label_table": table, "preprocessing": {"size": SIZE}, "failed": failed or []})
     return out
@@ -48,9 +55,11 @@ def _write(out: Path, cases: list[tuple[str, str, str]], failed: list[dict[str, 
 CASES = [("a_1", "CT", "train"), ("a_2", "CT", "train"), ("a_600", "MR", "val"), ("a_3", "CT", "test")]
 
 
-def test_counts_are_right(tmp_path: Path) -> None:
-    report = inspect_shards(_write(tmp_path / "set", CASES), tmp_path / "sheet.png")
+@pytest.mark.parametrize("store", ["webdataset", "zarr"])
+def test_counts_are_right(tmp_path: Path, store: str) -> None:
+    report = inspect_shards(_write(tmp_path / "set", CASES, store=store), tmp_path / "pictures")
     assert report.ok
+    assert (report.store, report.verified, report.masks) == (store, True, {"expert": 9, "none": 3})
     assert report.num_samples == 12
     assert report.slices[("train", "CT", "axial")] == 4
     assert report.slices[("val", "MR", "coronal")] == 1
@@ -62,7 +71,8 @@ def test_counts_are_right(tmp_path: Path) -> None:
 
 def test_the_table_is_readable(tmp_path: Path) -> None:
     text = format_report(inspect_shards(_write(tmp_path / "set", CASES)))
-    assert "12 slices of 16x16, raw" in text
+    assert "12 slices of 16x16, 8 bits, webdataset, raw" in text
+    assert "masks: 9 by expert; every checksum holds" in text
     (liver,) = (line.split() for line in text.splitlines() if " liver " in line)
     assert liver == ["6", "liver", "6", "15.62", "%", "3", "15.62", "%"]
     assert "no patient is in more than one split" in text
@@ -73,6 +83,38 @@ def test_a_patient_in_two_splits_is_a_leak(tmp_path: Path) -> None:
     assert not report.ok
     assert report.leaking == (("a_1", ("test", "train")),)
     assert "LEAK: patient a_1" in format_report(report)
+
+
+def test_the_same_image_under_two_names_is_a_leak(tmp_path: Path) -> None:
+    cases = [("a_1", "CT", "train"), ("a_7", "CT", "test")]
+    report = inspect_shards(_write(tmp_path / "set", cases, source="ab" * 32))
+    assert report.leaking == (("a_1 = a_7", ("test", "train")),)
+    assert not report.ok
+
+
+def test_a_set_behind_a_url_is_inspected_too(tmp_path: Path) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    local = _write(tmp_path / "set", CASES)
+    memory.put(str(local), f"/{tmp_path.name}", recursive=True)
+    try:
+        remote = inspect_shards(f"memory://{tmp_path.name}", tmp_path / "pictures")
+    finally:
+        memory.rm(f"/{tmp_path.name}", recursive=True)
+    assert remote.slices == inspect_shards(local).slices
+    assert remote.contact_sheet.is_file()
+
+
+def test_the_histogram_shows_classes_by_their_share(tmp_path: Path) -> None:
+    from PIL import Image
+
+    report = inspect_shards(_write(tmp_path / "set", CASES))
+    pixels = np.asarray(Image.open(report.histogram)).astype(int)
+    # Bars of train CT, whose shares are 156, 40 and 60 of 256: the lengths fall with the logarithm of the share.
+    reds = (pixels == [230, 25, 75]).all(axis=2)[30:]
+    lengths = sorted(np.unique(reds.sum(axis=1)))[1:]
+    assert len(lengths) == 3
+    for length, share in zip(lengths, (40 / 256, 60 / 256, 156 / 256), strict=True):
+        assert abs(length - 560 * (1 + np.log10(share) / 6)) <= 2
 
 
 def test_volumes_that_failed_are_told(tmp_path: Path) -> None:

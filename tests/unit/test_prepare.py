@@ -81,7 +81,9 @@ def test_an_unlabelled_case_is_body_alone(archive, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"codec": "png"}, {"store": "zarr"}, {"bits": 16, "mask_resize": "soft", "soft_edge": True}], ids=str
+    "options",
+    [{}, {"codec": "png"}, {"store": "zarr"}, {"bits": 16, "mask_resize": "soft", "soft_edge": True}],
+    ids=str,
 )
 def test_same_input_gives_the_same_bytes_however_many_workers(archive, tmp_path: Path, options: dict[str, Any]) -> None:
     for name, num_workers in (("one", 1), ("two", 2)):

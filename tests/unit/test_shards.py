@@ -380,9 +380,7 @@ def test_tar_members_with_path_tricks_are_refused_when_verified(spoilt: Path) ->
         link = tarfile.TarInfo("link.image.npy")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         stream.addfile(link)
-    _edit_index(
-        spoilt, lambda index: index["shards"][4].update(sha256=file_sha256(tar), bytes=tar.stat().st_size)
-    )
+    _edit_index(spoilt, lambda index: index["shards"][4].update(sha256=file_sha256(tar), bytes=tar.stat().st_size))
     message = _refusal(spoilt, verify=True)
     assert "'../../escape.sh' is a path" in message
     assert "'/etc/cron.d/x' is a path" in message
