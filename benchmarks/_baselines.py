@@ -6,10 +6,12 @@ Dimensions: N pairs, B batch, H rows, W columns. Run it by itself to see which s
 from __future__ import annotations
 
 import io
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def make_pair(number: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_pairs(folder: Path, num: int, codec: str, size: int = SIZE) -> list[Path]:
-    """The pairs 0 .. num - 1 as tars of 250, the way people write them: KEY.image.png, KEY.mask.png (or .npy) and
+    """The pairs of write_raw as tars of 250, the way people write them: KEY.image.png, KEY.mask.png (or .npy) and
     KEY.meta.json. Shards that are there already are kept."""
     import webdataset
     from PIL import Image
@@ -53,7 +55,7 @@ def write_pairs(folder: Path, num: int, codec: str, size: int = SIZE) -> list[Pa
             np.save(stream, pixels_HW)
         return stream.getvalue()
 
-    folder.mkdir(parents=True, exist_ok=True)
+    pairs_N2HW = open_raw(write_raw(folder, num, size), size)
     shards = []
     for first in range(0, num, _PAIRS_PER_SHARD):
         last = min(first + _PAIRS_PER_SHARD, num)
@@ -64,7 +66,7 @@ def write_pairs(folder: Path, num: int, codec: str, size: int = SIZE) -> list[Pa
         unfinished = path.with_suffix(".unfinished")
         with webdataset.TarWriter(str(unfinished), encoder=False) as tar:
             for number in range(first, last):
-                image, mask = make_pair(number, size)
+                image, mask = pairs_N2HW[number]
                 tar.write(
                     {
                         "__key__": f"case{number // 100:04d}-axial-{number:06d}",
@@ -78,7 +80,7 @@ def write_pairs(folder: Path, num: int, codec: str, size: int = SIZE) -> list[Pa
 
 
 def write_raw(folder: Path, num: int, size: int = SIZE) -> Path:
-    """The same pairs as one file of bare pixels, uint8 [N, 2, H, W]."""
+    """The pairs 0 .. num - 1 as one file of bare pixels, uint8 [N, 2, H, W]."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"pairs-{num:06d}.raw"
     if not path.exists():
@@ -88,6 +90,11 @@ def write_raw(folder: Path, num: int, size: int = SIZE) -> Path:
                 stream.writelines(pixels.tobytes() for pixels in make_pair(number, size))
         unfinished.rename(path)
     return path
+
+
+def open_raw(path: Path, size: int = SIZE) -> np.ndarray:
+    """The pairs in such a file, memory-mapped: uint8 [N, 2, H, W]."""
+    return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, 2, size, size)
 
 
 def into_page_cache(paths: list[Path]) -> None:
@@ -111,6 +118,8 @@ class WebDatasetSettings:
     """`usual`: webdataset's own, .decode("l8"); `lean`: only the two members, straight to an array."""
     shared_collate: bool = True
     """Batch straight into the memory that the worker hands over; else np.stack, then DataLoader copies."""
+    crop: int | None = None
+    """Flip left and right in half of the samples, then crop to this many pixels at random."""
 
 
 def webdataset_batches(shards: list[Path], codec: str, batch_size: int, settings: WebDatasetSettings) -> Any:
@@ -130,6 +139,9 @@ def webdataset_batches(shards: list[Path], codec: str, batch_size: int, settings
     else:
         dataset = dataset.to_tuple(image, mask).map_tuple(*[_DECODERS[codec]] * 2)
 
+    if settings.crop:
+        dataset = dataset.map(partial(_flip_and_crop, size=settings.crop))
+
     def collate(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, ...]:
         columns = zip(*samples, strict=True)
         if not settings.shared_collate:
@@ -148,6 +160,7 @@ def webdataset_batches(shards: list[Path], codec: str, batch_size: int, settings
         num_workers=settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
         persistent_workers=True,
+        multiprocessing_context="fork",  # what Linux gives where nothing was chosen
         **options,
     )
 
@@ -182,7 +195,7 @@ def gather_contender(path: Path, *, batch_size: int = 32, num_pairs: int = 20_00
     """The limit: random pairs from one memory-mapped file of raw pixels, copied into a batch that is there already."""
 
     def run() -> tuple[float, float]:
-        mapped_N2HW = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, 2, SIZE, SIZE)
+        mapped_N2HW = open_raw(path)
         mapped_N2HW.reshape(-1)[::4096].sum()  # every page mapped before the clock runs
         barrier = threading.Barrier(num_threads + 1)
         num_batches = num_pairs // num_threads // batch_size
@@ -226,6 +239,14 @@ def _decode_png(payload: bytes) -> np.ndarray:
 def _decode_npy(payload: bytes) -> np.ndarray:
     # Pixels begin behind the header, whose length stands in bytes 8 and 9; no copy.
     return np.frombuffer(payload, np.uint8, offset=10 + int.from_bytes(payload[8:10], "little")).reshape(SIZE, SIZE)
+
+
+def _flip_and_crop(pair: tuple[np.ndarray, np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    # Views: the collation copies what is left, once.
+    top, left = (random.randint(0, side - size) for side in pair[0].shape)
+    step = -1 if random.random() < 0.5 else 1
+    image, mask = (pixels[top : top + size, left : left + size][:, ::step] for pixels in pair)
+    return image, mask
 
 
 _DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {"png": _decode_png, "npy": _decode_npy}

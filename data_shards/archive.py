@@ -41,6 +41,8 @@ _ORGAN_NAMES: tuple[frozenset[str], ...] = tuple(
         "prostate uterus",
     )
 )
+# A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
+_LONGEST_CASE_ID = 64
 # Image and label headers agree when no corner of the volume moves by more than this part of a voxel.
 AFFINE_TOLERANCE_VOXELS = 0.1
 
@@ -166,6 +168,8 @@ def _problems_with_entry(where: str, split: str, entry: Any) -> tuple[str | None
     if not re.fullmatch(r"[A-Za-z0-9_-]*\d", _case_id(image)):
         remedy = "name files by case, as amos_0001.nii.gz: letters, digits, _ and -, ending in the case's number"
         return None, [Problem(where, split, image, remedy)]
+    if len(_case_id(image)) > _LONGEST_CASE_ID:
+        return None, [Problem(where, split, image, f"name cases with at most {_LONGEST_CASE_ID} characters")]
     if split == "test":
         return image, []
     if not isinstance(entry.get("label"), str):

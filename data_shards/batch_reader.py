@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.byte_store import Range
+from data_shards.byte_store import Range, ShortFile
 from data_shards.codecs import PICTURES, crc32c, decode_into
-from data_shards.order import Order, Sequential
+from data_shards.order import Order
 from data_shards.shards import ShardSet
 
 # What may lie between the parts of a sample in a tar: a header, a NumPy file's header and filling, or other members.
@@ -42,9 +42,10 @@ class Window:
 class BatchReader:
     """Reads the samples of a batch together, and sees to it that every byte is as it was written.
 
-    `skipped`: the rows that were bad and why, where on_corrupt is `skip`; the reader of a training run replaces a bad
-    sample by the one that stands at its position in a later epoch, which is as much a function of the position as the
-    sample itself; the reader of a single pass (Sequential) leaves it out. Not to be shared by threads.
+    `skipped`: the rows that were bad and why, where on_corrupt is `skip`. A training run takes another sample in their
+    place, which depends on the position alone (Order.stand_ins); a single pass leaves them out. Bad is what is not as
+    it was written, or not there; a store that does not answer is an error in any case, since it may answer tomorrow.
+    Not to be shared by threads.
     """
 
     def __init__(self, shards: ShardSet, order: Order, parts: Sequence[str], on_corrupt: str, num_threads: int) -> None:
@@ -70,12 +71,13 @@ class BatchReader:
             if not bad:
                 return position_B, row_B, pixels
             for i in bad:
-                self._refuse_or_note(int(row_B[i]), str(errors[i]))
-            if isinstance(self._order, Sequential):
+                self._refuse_or_note(int(row_B[i]), errors[i] or "")
+            stand_in_B = self._order.stand_ins(position_B[bad], attempt)
+            if stand_in_B is None:
                 good = np.setdiff1d(np.arange(len(row_B)), bad)
                 return position_B[good], row_B[good], {part: _chosen(p, good) for part, p in pixels.items()}
             row_B = row_B.copy()
-            row_B[bad] = self._order.rows_at(position_B[bad] + attempt * self._order.num_samples)
+            row_B[bad] = stand_in_B
             again, found = self._read_rows(row_B[bad], window and window.of(np.array(bad)))
             for k, i in enumerate(bad):
                 errors[i] = found[k]
@@ -143,6 +145,8 @@ class BatchReader:
         for i, error in zip(owner, shards.read_ranges(ranges), strict=True):
             if error is not None:
                 errors[i] = shards.told(int(row_B[i]), "image", error)
+                if not isinstance(error, ShortFile | FileNotFoundError):
+                    raise ValueError(errors[i]) from error
         for part, (_, _, checksums) in columns.items():
             for i, (payload, checksum) in enumerate(zip(payloads[part], checksums, strict=True)):
                 if crc32c(payload) != checksum and errors[i] is None:

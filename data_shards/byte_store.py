@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import resource
 import shutil
 import tempfile
 import threading
@@ -21,8 +22,8 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     from data_shards.remote_files import Retries
 
-# Half of the 1,024 that most systems allow a process by default.
-_MAX_OPEN_FILES = 512
+# Half of what the system allows this process, which is 1,024 on many: a large set has thousands of shards.
+_MAX_OPEN_FILES = max(512, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16_384))
 
 
 class Range(NamedTuple):
@@ -36,6 +37,10 @@ class Range(NamedTuple):
     def num_bytes(self) -> int:
         """What all views take together."""
         return sum(view.nbytes for view in self.views)
+
+
+class ShortFile(OSError):
+    """A file ends before bytes that should be in it: it was cut short. Other errors may be the store's, and pass."""
 
 
 class ByteStore(Protocol):
@@ -152,7 +157,7 @@ class LocalFiles:
         if done == num_bytes:
             return None
         path = self._files.paths[wanted.file]
-        return OSError(errno.EIO, f"the file ends after {done} of {num_bytes} bytes at {wanted.offset}", path)
+        return ShortFile(errno.EIO, f"the file ends after {done} of {num_bytes} bytes at {wanted.offset}", path)
 
 
 def open_byte_store(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,12 +13,13 @@ from typing import Any
 
 from data_shards.codecs import CODECS
 from data_shards.fan_out import Workers
-from data_shards.problems import Problem, refuse
+from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
-from data_shards.set_index import INDEX, SAMPLES, SHARDS, STORES, read_index
+from data_shards.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, STORES, read_index, write_atomically
 from data_shards.shard_writer import Format, Payloads, plan_shards, set_format, write_shards
 from data_shards.shards import ShardSet
 
+_PLAN = "plan.json"
 # What of the source's index is told anew.
 _OF_THE_FILES = ("format_version", "producer", "num_samples", "shards", "samples", "metadata", "store", "codec")
 
@@ -76,6 +79,7 @@ def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, A
     shards = ShardSet.open(source)
     refuse(_problems_with_out(out, shards, config))
     if (out / INDEX).exists():
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return read_index(out)
     codec = "zstd" if config.store == "zarr" else config.codec
     format = set_format(
@@ -94,8 +98,13 @@ def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, A
         counted.append((split, count, partial(_rows_from, str(source), first, shards.digest, format)))
         num_samples[split] = count
     num_workers = config.num_workers or os.cpu_count() or 1
-    with Workers(_make_worker, num_workers=num_workers, address=config.ray_address) as workers:
-        return write_shards(out, plan_shards(out, counted, format), num_samples, header, workers)
+    with saying_when_full(out), Workers(_make_worker, num_workers=num_workers, address=config.ray_address) as workers:
+        # Says whose the folder is, from the first shard until the index stands.
+        (out / PARTIAL).mkdir(parents=True, exist_ok=True)
+        write_atomically(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
+        index = write_shards(out, plan_shards(out, counted, format), num_samples, header, workers)
+    shutil.rmtree(out / PARTIAL)
+    return index
 
 
 def _runs(shards: ShardSet) -> Iterator[tuple[str, int, int]]:
@@ -121,16 +130,23 @@ def _make_worker() -> Callable[[Any], Any]:
     return lambda task: task.run()
 
 
+def _asked(shards: ShardSet, config: ConvertConfig) -> dict[str, Any]:
+    codec = "zstd" if config.store == "zarr" else config.codec
+    return {"converted_from": shards.digest, "store": config.store, "codec": codec}
+
+
 def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> Iterator[Problem]:
     remedy = "choose another folder"
     if str(out) in {str(Path(member.root).absolute()) for member in shards.members}:
         yield Problem(str(out), "output folder", "is the set that is to be converted", remedy)
-    elif (out / INDEX).exists():
-        made = read_index(out)
-        asked = {"store": config.store, "codec": "zstd" if config.store == "zarr" else config.codec}
-        then = {name: made[name] for name in asked}
-        if made.get("converted_from") != shards.digest or then != asked:
-            yield Problem(str(out), "output folder", f"holds another set ({then})", remedy)
+    elif (out / INDEX).exists() or (out / PARTIAL / _PLAN).is_file():
+        whole = (out / INDEX).exists()
+        made = read_index(out) if whole else json.loads((out / PARTIAL / _PLAN).read_bytes())
+        asked = _asked(shards, config)
+        then = {name: made.get(name) for name in asked}
+        if then != asked:
+            holds = f"holds another set ({then['store']}, {then['codec']}{'' if whole else ', unfinished'})"
+            yield Problem(str(out), "output folder", holds, remedy)
     elif out.exists() and not out.is_dir():
         yield Problem(str(out), "output folder", "is a file", remedy)
     else:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_shards.byte_store import local_path
 from data_shards.contact_sheet import draw_class_histogram, draw_contact_sheet
 from data_shards.labels import UNUSED, LabelTable
-from data_shards.records import AXES, MODALITIES, SPLITS
+from data_shards.records import AXES, MASK_SOURCES, MODALITIES, SPLITS
+from data_shards.samples_table import numbers
 from data_shards.shards import ShardSet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -63,24 +68,23 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
     """
     folder = local_path(path)
     shard_set = ShardSet.open(path, verify=verify and folder is not None)
-    names = ("split", "modality", "axis", "case_id", "labelled", "mask_source", "source_sha256")
-    columns = {name: np.array(shard_set.samples[name].to_pylist()) for name in names}
     groups = [(split, modality) for split in SPLITS for modality in MODALITIES]
-    rows_of = {g: np.flatnonzero((columns["split"] == g[0]) & (columns["modality"] == g[1])) for g in groups}
-    rows_of = {group: rows for group, rows in rows_of.items() if len(rows)}
+    chosen = {g: shard_set.select(split=g[0], modalities=[g[1]], labelled_only=False) for g in groups}
+    rows_of = {group: rows for group, rows in chosen.items() if len(rows)}
+    labelled_N, case_N = (numbers(shard_set.samples, name) for name in ("labelled", "case_id"))
     slices, patients, labelled_rows = {}, {}, {}
     for group, rows in rows_of.items():
-        labelled = columns["labelled"][rows]
+        labelled = labelled_N[rows]
         labelled_rows[group] = rows[labelled]
-        patients[group] = (len(set(columns["case_id"][rows[labelled]])), len(set(columns["case_id"][rows[~labelled]])))
-        for axis in AXES:
-            slices[(*group, axis)] = int(np.count_nonzero(columns["axis"][rows] == axis))
+        patients[group] = (len(np.unique(case_N[rows[labelled]])), len(np.unique(case_N[rows[~labelled]])))
+        for axis, count in zip(AXES, np.bincount(shard_set.axis_N[rows], minlength=len(AXES)).tolist(), strict=True):
+            slices[(*group, axis)] = count
     pixels, class_slices = _count_classes(shard_set, labelled_rows)
     pictures = pictures or folder or Path()
     contact_sheet, histogram = pictures / "contact_sheet.png", pictures / "class_histogram.png"
     draw_contact_sheet(shard_set, contact_sheet)
     draw_class_histogram(shard_set.label_table, pixels, histogram)
-    sources, counts = np.unique(columns["mask_source"], return_counts=True)
+    drawn_by = np.bincount(numbers(shard_set.samples, "mask_source"), minlength=len(MASK_SOURCES)).tolist()
     return InspectReport(
         path=shard_set.root,
         label_table=shard_set.label_table,
@@ -94,8 +98,8 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         patients=patients,
         pixels=pixels,
         class_slices=class_slices,
-        masks=dict(zip(sources.tolist(), counts.tolist(), strict=True)),
-        leaking=tuple(_leaks(columns)),
+        masks={source: count for source, count in zip(MASK_SOURCES, drawn_by, strict=True) if count},
+        leaking=tuple(_leaks(shard_set.samples)),
         failed=tuple(shard_set.index.get("failed", ())),
         contact_sheet=contact_sheet,
         histogram=histogram,
@@ -107,12 +111,13 @@ def format_report(report: InspectReport) -> str:
     return "\n".join(_lines(report))
 
 
-def _leaks(columns: dict[str, np.ndarray]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _leaks(samples: pa.Table) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Patients that are in more than one split, under one case id or, as the same image, under several."""
+    names = ["case_id", "source_sha256", "split"]
+    known = samples.select(names).group_by(names).aggregate([]).to_pydict()
     splits_of: dict[str, set[str]] = {}
     cases_of: dict[str, set[str]] = {}
-    known = np.unique(np.stack([columns[name] for name in ("case_id", "source_sha256", "split")]), axis=1)
-    for case_id, sha256, split in known.T.tolist():
+    for case_id, sha256, split in zip(*known.values(), strict=True):
         cases_of.setdefault(sha256, set()).add(case_id)
         for patient in (case_id, sha256):
             splits_of.setdefault(patient, set()).add(split)

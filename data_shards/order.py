@@ -51,6 +51,10 @@ class Order(Protocol):
     def rows_at(self, position_P: np.ndarray) -> np.ndarray:
         """int64 [P] rows of the shard set for int64 [P] positions, in any order."""
 
+    def stand_ins(self, position_P: np.ndarray, attempt: int) -> np.ndarray | None:
+        """int64 [P] rows to take where those at the positions cannot be read: those that come at the same place
+        `attempt` epochs later, of the same group where there are groups. None where nothing can stand in."""
+
 
 class Shuffled:
     """Every row once an epoch, in an order of its own for each epoch."""
@@ -62,6 +66,10 @@ class Shuffled:
     def rows_at(self, position_P: np.ndarray) -> np.ndarray:
         """See Order."""
         return self._rows[sample_at(position_P, self.num_samples, self._seed)]
+
+    def stand_ins(self, position_P: np.ndarray, attempt: int) -> np.ndarray:
+        """See Order."""
+        return self.rows_at(np.asarray(position_P, dtype=np.int64) + attempt * self.num_samples)
 
 
 class Sequential:
@@ -78,6 +86,10 @@ class Sequential:
         if len(outside_P):
             raise ValueError(f"position {outside_P[0]}: there are {self.num_samples} samples, each seen once")
         return self._rows[position_P]
+
+    def stand_ins(self, position_P: np.ndarray, attempt: int) -> None:
+        """See Order. A single pass leaves out what it cannot read: nothing may be seen twice."""
+        return
 
 
 class Mixed:
@@ -107,11 +119,15 @@ class Mixed:
 
     def rows_at(self, position_P: np.ndarray) -> np.ndarray:
         """See Order."""
+        return self.stand_ins(position_P, 0)
+
+    def stand_ins(self, position_P: np.ndarray, attempt: int) -> np.ndarray:
+        """See Order."""
         group_P, ordinal_P = self.groups_at(position_P)
         row_P = np.empty_like(ordinal_P)
         for g, (rows, seed) in enumerate(zip(self._groups, self._seeds, strict=True)):
             at = np.flatnonzero(group_P == g)
-            row_P[at] = rows[sample_at(ordinal_P[at], len(rows), seed)]
+            row_P[at] = rows[sample_at(ordinal_P[at] + attempt * len(rows), len(rows), seed)]
         return row_P
 
     def groups_at(self, position_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from data_shards.fan_out import Done, TaskFailure, Workers
 from data_shards.labels import LABEL_TABLES
 from data_shards.masks import annotation_record, find_wholebody_problems
 from data_shards.prepare_config import PrepareConfig
-from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse
+from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse, saying_when_full
 from data_shards.records import MASK_SOURCES, SPLITS
 from data_shards.set_index import (
     INDEX,
@@ -121,13 +121,14 @@ def prepare(
     if index is not None and not index["failed"]:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return PrepareReport(index["num_samples"], len(index["source"]), (), True, index["mask_sources"])
-    _start(out, plan)
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in cases]
     num_workers = config.num_workers or os.cpu_count() or 1
     workers: Workers[Any, Any] = Workers(_make_worker, num_workers=num_workers, address=config.ray_address)
-    with workers:
+    with saying_when_full(out), workers:
+        _start(out, plan)
         failed = dict(_cut_volumes(tasks, workers, out, progress))
-        missing = [_described(amos_root, case_id, failure) for case_id, failure in sorted(failed.items())]
+        roots = [amos_root] if wholebody is None else [amos_root, wholebody]
+        missing = [_described(roots, case_id, failure) for case_id, failure in sorted(failed.items())]
         report = tuple((entry["case_id"], entry["file"], entry["reason"]) for entry in missing)
         done = [task for task in tasks if task.case.case_id not in failed]
         if not done:
@@ -248,10 +249,13 @@ def _cut_volumes(
                 progress(number, len(tasks), num_failed)
 
 
-def _described(amos_root: Path, case_id: str, failure: _Failed) -> dict[str, str]:
+def _described(roots: list[Path], case_id: str, failure: _Failed) -> dict[str, str]:
+    """Without the folders above the archive and the masks, so that the index does not depend on where they lie."""
     assert failure.file is not None
-    reason = failure.reason.replace(f"{amos_root}{os.sep}", "")
-    return {"case_id": case_id, "file": os.path.relpath(failure.file, amos_root), "reason": reason}
+    file, reason = failure.file, failure.reason
+    for root in roots:
+        file, reason = (text.replace(f"{root}{os.sep}", "") for text in (file, reason))
+    return {"case_id": case_id, "file": file, "reason": reason}
 
 
 def _make_worker() -> Callable[[Any], Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -49,6 +50,17 @@ class OutOfSpace(RuntimeError):
 
     def __init__(self, folder: object, reason: str) -> None:
         super().__init__(f"{folder}: no space left ({reason}); make room and start the same command again")
+
+
+@contextmanager
+def saying_when_full(folder: object) -> Iterator[None]:
+    """Turn the error of a full disk into OutOfSpace."""
+    try:
+        yield
+    except OSError as error:
+        if out_of_space(error):
+            raise OutOfSpace(folder, str(error)) from error
+        raise
 
 
 class ShardFailed(RuntimeError):

@@ -113,6 +113,9 @@ def read(path: Path) -> pa.Table:
     missing = set(schema().names) - set(table.column_names)
     if missing:
         raise ValueError(f"columns missing: {', '.join(sorted(missing))}")
+    for name, words in VOCABULARY.items():
+        if table.num_rows and table[name].chunk(0).dictionary.to_pylist() != list(words):
+            raise ValueError(f"column {name}: its dictionary is not {', '.join(words)}")
     return table
 
 

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_shards import __version__
+from data_shards.codecs import CODECS
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, Problem, problem
 
@@ -40,11 +41,11 @@ def file_sha256(path: Path) -> str:
 def read_index(path: Path) -> dict[str, Any]:
     """The parsed index.json of the set in the folder `path`. Raises InputProblems: missing, broken, another format."""
     if not path.is_dir():
-        raise problem(path, "shard set", "not a folder", "give the folder that `segdiff prepare` wrote")
+        raise problem(path, "shard set", "not a folder", "give the folder that `segdiff prepare` or `convert` wrote")
     if not (path / INDEX).is_file():
-        remedy = "give the folder that `segdiff prepare` wrote"
+        remedy = "give the folder that `segdiff prepare` or `convert` wrote"
         if any((path / name).exists() for name in (PARTIAL, UNFINISHED, SHARDS)):
-            remedy = "start the same `segdiff prepare` command again, it goes on where it stopped"
+            remedy = "start the command that was making it again, it goes on where it stopped"
         raise problem(path, INDEX, "missing: the set is unfinished", remedy)
     return parse_index((path / INDEX).read_bytes(), path / INDEX)
 
@@ -53,7 +54,9 @@ def parse_index(content: bytes, where: object) -> dict[str, Any]:
     """index.json's content, checked. Raises InputProblems naming `where`."""
     try:
         index = json.loads(content)
-        version = int(index["format_version"])
+        version = index["format_version"]
+        if not isinstance(version, int):
+            raise TypeError(f"format_version {version!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise problem(where, "content", f"not a shard set's index ({error})", "prepare the set again") from error
     if version > FORMAT_VERSION:
@@ -63,10 +66,22 @@ def parse_index(content: bytes, where: object) -> dict[str, Any]:
         raise problem(where, "format_version", version, f"this version reads {FORMAT_VERSION}: prepare the set again")
     try:
         LabelTable(index["label_table"]["name"], tuple(index["label_table"]["names"]))
-        entries = [*index["shards"], index["samples"], *index["metadata"]]
-        for entry in entries:
+        for entry in (*index["shards"], index["samples"], *index["metadata"]):
             _refuse_tricks(entry["file"], where)
-            int(entry["bytes"])
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                raise TypeError(f"{entry['file']}: bytes or sha256")
+        for entry in index["shards"]:
+            if not (isinstance(entry["samples"], int) and set(entry["parts"]) <= {"image", "mask", "edge"}):
+                raise TypeError(f"{entry['file']}: samples or parts")
+        known = (
+            index["store"] in STORES and index["codec"] in CODECS and index["preprocessing"].get("bits", 8) in (8, 16)
+        )
+        if (
+            not known
+            or not isinstance(index["num_samples"], int)
+            or not isinstance(index["preprocessing"]["size"], int)
+        ):
+            raise ValueError("store, codec, bits, size or num_samples")
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputProblems):
             raise

@@ -180,8 +180,9 @@ def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples:
     assert table.num_rows == num_samples, f"{table.num_rows} rows, {num_samples} samples"
     samples_table.write(table, out / f"{SAMPLES}.unfinished")
     del tables, table
-    shutil.rmtree(out / UNFINISHED / _DONE)
+    # The plan first: a folder that has one also has what it says is done.
     (out / UNFINISHED / _PLAN).unlink(missing_ok=True)
+    shutil.rmtree(out / UNFINISHED / _DONE)
     metadata += zarr_store.metadata_files(out / UNFINISHED)
     for entry in (*in_shards, *metadata):
         entry["file"] = f"{SHARDS}/{entry['file']}"

@@ -23,7 +23,7 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta, SliceRecord
 from data_shards.samples_table import PARTS
-from data_shards.set_index import INDEX, SAMPLES, broken_files, parse_index, read_index
+from data_shards.set_index import INDEX, SAMPLES, broken_files, file_sha256, parse_index, read_index
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -325,6 +325,8 @@ def _open_one(
             raise problem(root, INDEX, f"cannot be read ({error})", "check the URL and the credentials") from error
         index, digest = parse_index(content, f"{root}/{INDEX}"), sha256(content).hexdigest()
         samples_file = local_copy(root, SAMPLES, cache.folder, digest, num_bytes=index["samples"]["bytes"])
+        if file_sha256(samples_file) != index["samples"]["sha256"]:
+            raise problem(f"{root}/{SAMPLES}", "sha256", "not that of index.json", f"restore it; remove {samples_file}")
     try:
         table = samples_table.read(samples_file)
     except ValueError as error:

@@ -19,6 +19,7 @@ from data_shards.records import SliceMeta
 
 # ustar: every member is one header block, then its bytes filled up to whole blocks.
 _BLOCK = 512
+_LONGEST_NAME = 100
 
 
 def shard_name(split: str, number: int) -> str:
@@ -50,6 +51,8 @@ def write_tar(
             described = []
             for name in sorted(members):  # as TarWriter orders them
                 payload = members[name]
+                # A longer name would take more than one header block, and every offset after it would be wrong.
+                assert len(f"{meta.key}.{name}") <= _LONGEST_NAME, f"{meta.key}.{name}: too long for a plain tar"
                 described.append(f"{name} {end + _BLOCK} {len(payload)} {meta.key}.{name}")
                 part = name.partition(".")[0]
                 if part in payloads:
@@ -111,6 +114,8 @@ class _Hashing:
         self._file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
 
     def write(self, content: bytes) -> int:
+        if self._file.closed:  # a tar that failed is closed once more when it is forgotten
+            return 0
         self._file.write(content)
         self.sha256.update(content)
         self.num_bytes += len(content)

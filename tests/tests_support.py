@@ -42,7 +42,7 @@ def write_shapes(
                     scale = 2.0 if bits == 8 else 2.0 / 257
                     meta = SliceMeta(
                         case, modality, "axial", index, split, (6.0, 6.0), tuple(np.eye(4).ravel()), scale, -256.0,
-                        "amos", tuple(int(i) for i in np.unique(mask)), True, "0" * 64, bits=bits,
+                        "amos", tuple(int(i) for i in np.unique(mask) if i), True, "0" * 64, bits=bits,
                     )  # fmt: skip
                     grey_levels = image.clip(0, 255).astype(np.uint8)
                     if bits == 16:

@@ -211,3 +211,11 @@ def test_a_label_may_differ_by_rounding(archive) -> None:
     affine[:3, 3] += 1e-4
     archive.save(archive.root / "labelsTr/amos_0001.nii.gz", np.zeros(archive.shape, np.uint8), affine)
     assert find_problems(archive.root) == []
+
+
+def test_a_case_id_too_long_for_a_shard_s_members_is_refused(archive) -> None:
+    name = f"{'a' * 61}_0001"
+    archive.edit(
+        lambda d: d["training"][0].update(image=f"./imagesTr/{name}.nii.gz", label=f"./labelsTr/{name}.nii.gz")
+    )
+    assert "at most 64 characters" in "\n".join(map(str, find_problems(archive.root)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,3 +80,32 @@ def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_
     convert(source, tmp_path / "out", config)
     assert (tmp_path / "out/shards/train-000000.tar").stat().st_mtime_ns == made_at
     assert len(ShardSet.open(tmp_path / "out", verify=True)) == len(ShardSet.open(source))
+
+
+@pytest.mark.parametrize("moment", ["plan.json", ".done", "index.json"])
+def test_a_kill_while_the_set_is_being_named_does_not_block_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A kill just after each step of the naming; the same call then makes the same set."""
+    source = write_shapes(tmp_path / "source", num_patients=1, slices=2)
+    config = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
+
+    def killed_after(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(path: Path, *rest: Any, **options: Any) -> Any:
+            done = step(path, *rest, **options)
+            if Path(path).name == moment:
+                raise KeyboardInterrupt
+            return done
+
+        return run
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed_after(shutil.rmtree))
+        patched.setattr(Path, "unlink", killed_after(Path.unlink))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out", config)
+    with pytest.raises(InputProblems, match="unfinished"):
+        ShardSet.open(tmp_path / "out")
+    convert(source, tmp_path / "out", config)
+    convert(source, tmp_path / "clean", config)
+    assert ShardSet.open(tmp_path / "out", verify=True).digest == ShardSet.open(tmp_path / "clean").digest

@@ -131,6 +131,22 @@ def test_corrupt_samples_are_skipped_and_counted_alike_on_all_ranks(tmp_path: Pa
     assert left.tolist() == [p for p in range(12) if p not in (4, 9)]
 
 
+def test_in_a_mix_the_stand_in_is_of_the_same_group(tmp_path: Path) -> None:
+    shards = ShardSet.open(write_shapes(tmp_path / "set"))
+    order = make_order(shards, shards.select(split="train"), {"CT": 3, "MR": 1}, 5)
+    position = np.arange(400)
+    before, after = order.rows_at(position), order.stand_ins(position, 1)
+    assert np.array_equal(shards.modality_N[before], shards.modality_N[after])
+    assert (before != after).mean() > 0.8
+
+
+def test_a_store_that_fails_is_no_damage_to_skip(tmp_path: Path) -> None:
+    shards = ShardSet.open(write_shapes(tmp_path / "set", slices=3))
+    shards.read_ranges = lambda ranges: [OSError(5, "the store does not answer")] * len(ranges)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="the store does not answer"):
+        take(shards, LoaderConfig(on_corrupt="skip"), 0, 1)
+
+
 def test_a_shard_cut_short_under_a_running_loader_is_an_error_and_no_crash(tmp_path: Path) -> None:
     out = write_shapes(tmp_path / "set", slices=3)
     shards = ShardSet.open(out)

@@ -8,12 +8,14 @@ import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_shards import samples_table
 from data_shards.codecs import CODECS, EXTENSIONS, crc32c, decode_into
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
@@ -276,7 +278,7 @@ def _refusal(path: Path, **options: bool) -> str:
 def test_a_set_without_index_is_unfinished(spoilt: Path) -> None:
     (spoilt / "index.json").unlink()
     assert "unfinished" in _refusal(spoilt)
-    assert "same `segdiff prepare` command" in _refusal(spoilt)
+    assert "start the command that was making it again" in _refusal(spoilt)
 
 
 def test_no_folder_is_said(tmp_path: Path) -> None:
@@ -336,6 +338,46 @@ def test_a_shard_cut_short_while_it_is_open_is_an_error_and_no_crash(spoilt: Pat
         stream.truncate(3000)
     with pytest.raises(ValueError, match=r"train-000001\.tar: sample amos_0006.*the file ends"):
         shards.read(6)
+
+
+def test_a_key_too_long_for_a_plain_tar_is_never_written(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "set", set_format("webdataset", "raw", 4, size=SIZE, bits=8, soft_edge=False))
+    record = _samples()[0]
+    writer.write(replace(record, meta=replace(record.meta, case_id="a" * 90)))
+    with pytest.raises(AssertionError, match="too long for a plain tar"):
+        writer.finish({})
+
+
+def test_a_table_with_its_words_in_another_order_is_refused(spoilt: Path) -> None:
+    """Codes are read as they stand, so MR would be taken for CT."""
+    import pyarrow as pa
+
+    table = samples_table.read(spoilt / "samples.arrow")
+    codes = pa.array(1 - samples_table.numbers(table, "modality"), pa.uint8())
+    swapped = pa.DictionaryArray.from_arrays(codes, pa.array(["MR", "CT"]))
+    table = table.set_column(table.schema.get_field_index("modality"), "modality", swapped)
+    samples_table.write(table, spoilt / "other.arrow")
+    (spoilt / "other.arrow").replace(spoilt / "samples.arrow")
+    _edit_index(spoilt, lambda index: index["samples"].update(bytes=(spoilt / "samples.arrow").stat().st_size))
+    assert "column modality: its dictionary is not CT, MR" in _refusal(spoilt)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("num_samples"),
+        lambda index: index.pop("store"),
+        lambda index: index.update(codec="lz4"),
+        lambda index: index.update(format_version=2.9),
+        lambda index: index["preprocessing"].pop("size"),
+        lambda index: index["shards"][0].pop("parts"),
+        lambda index: index["shards"][0].update(bytes="many"),
+        lambda index: index["label_table"].update(names=["spleen"]),
+    ],
+)
+def test_an_index_that_lacks_something_is_refused_in_words(spoilt: Path, change: Callable[[Any], Any]) -> None:
+    _edit_index(spoilt, change)
+    assert "not a shard set's index" in _refusal(spoilt)
 
 
 def _edit_index(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

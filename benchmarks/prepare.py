@@ -1,0 +1,180 @@
+"""Ingestion: slices a second with one worker and with two, where the time of one goes, and the memory of a volume.
+
+The volumes are phantoms as large as those of AMOS: 512x512 pixels, 3 mm slices, CT and MR, with labels.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from _harness import Contender, arguments, compare, measure, report
+
+from data_shards.archive import Case, read_archive
+from data_shards.fan_out import ray_session
+from data_shards.phantom import PhantomConfig, write_phantom
+from data_shards.prepare import PrepareConfig, prepare
+from data_shards.set_index import read_index
+
+_PHANTOM = PhantomConfig(num_train=4, num_val=0, num_test=0, matrix=(512, 512), slice_thickness_mm=(3.0, 3.0))
+
+
+def with_workers(archive: Path, folder: Path, num_workers: int, codec: str = "raw") -> Contender:
+    """Times a whole `prepare`; Ray is there already, its workers are not."""
+
+    def run() -> tuple[float, float]:
+        out = folder / f"set-{num_workers}-{codec}"
+        shutil.rmtree(out, ignore_errors=True)
+        start = time.perf_counter()
+        made = prepare(archive, out, PrepareConfig(num_workers=num_workers, codec=codec))
+        seconds = time.perf_counter() - start
+        assert not made.failed, made.failed
+        return made.num_samples, seconds
+
+    return run
+
+
+def where_the_time_goes(case: Case, folder: Path) -> dict[str, Any]:
+    """Milliseconds a slice of each step, one volume after the other in one process, and what they read and write."""
+    from data_shards import case_slices, masks, partials, volumes
+    from data_shards.shard_writer import ShardTask, write_shard
+
+    config = PrepareConfig()
+    format = config.format
+    clock = _Clock()
+    image = clock.timed("read and unzip the image", lambda: volumes.read_volume(case.image))
+    mask = clock.timed("read and unzip the labels", lambda: masks.read_case_mask(case, image, "amos", None))
+    from data_shards.body import find_body
+    from data_shards.intensity import grey_map
+    from data_shards.slices import cut
+
+    grey = clock.timed(
+        "percentiles",
+        lambda: grey_map(
+            image,
+            case.modality,
+            intensity="window",
+            hu_window=config.hu_window,
+            mr_percentiles=config.mr_percentiles,
+            bits=8,
+        ),
+    )
+    body = clock.timed("find the body", lambda: find_body(image, case.modality))
+    geometry = {name: getattr(config, name) for name in ("size", "spacing_mm", "slice_stride", "fit")}
+    num_slices = 0
+    for axis in config.axes:
+        cuts = cut(image, mask.volume, body, grey, axis=axis, body_id=16, **geometry)
+        num_slices += clock.timed(f"cut {axis}", lambda cuts=cuts: sum(1 for _ in cuts))
+    records = list(case_slices.slices_of(case, config, None))
+    samples = clock.timed("encode (raw)", lambda: [(r.meta, format.payloads(r)) for r in records])
+    clock.timed("write the volume's slices", lambda: partials.write_partial(folder / "case", samples, "stamp"))
+    run = partials.PartialRun(folder / "case", 0, len(samples), "stamp", format)
+    (folder / ".done").mkdir(exist_ok=True)
+    task = ShardTask(folder, "train", 0, format, (run,))
+    import webdataset
+
+    del webdataset  # loaded before the clock runs
+    clock.timed("write the shard", lambda: write_shard(task, run.samples()))
+    told = {name: round(1000 * seconds / num_slices, 3) for name, seconds in clock.seconds.items()}
+    return {"case": case.case_id, "slices": num_slices, "ms a slice": told, "in all": round(sum(told.values()), 3)}
+
+
+def peak_of_a_volume(case: Case, folder: Path) -> dict[str, Any]:
+    """The most memory that a worker's process takes for a volume above what it takes for its modules, against the
+    volume's voxels; in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (case, folder))
+
+
+def _peak(case: Case, folder: Path) -> dict[str, Any]:
+    import numpy as np
+    from scipy import ndimage, sparse
+
+    from data_shards import case_slices, partials
+    from data_shards.volumes import read_volume
+
+    ndimage.label(np.ones((3, 3))), sparse.csr_array(np.ones((3, 3)))
+    voxel_bytes = read_volume(case.image).voxels_IJK.nbytes
+    config = PrepareConfig()
+    before = _resident()
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as peaks:
+        peaks.write("5")  # the highest mark starts anew
+    records = case_slices.slices_of(case, config, None)
+    partials.write_partial(folder / "peak", ((r.meta, config.format.payloads(r)) for r in records), "stamp")
+    above = _resident("VmHWM") - before
+    return {
+        "volume_mib": round(voxel_bytes / 2**20),
+        "peak_above_start_mib": round(above / 2**20),
+        "times_the_volume": round(above / voxel_bytes, 2),
+        "process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def _resident(which: str = "VmRSS") -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        values = dict(line.split(":", 1) for line in status)
+    return int(values[which].split()[0]) * 1024
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    folder = given or Path(tempfile.mkdtemp(prefix="bench-prepare-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if given is None:
+            shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--data", type=Path, help="folder that keeps the volumes (1 GB); a temporary one if left out")
+    args = parser.parse_args()
+    phantom = _PHANTOM
+    if args.quick:
+        phantom = PhantomConfig(num_train=2, num_val=0, num_test=0)
+    with _folder(args.data) as folder:
+        archive = folder / ("quick" if args.quick else "amos")
+        print(f"drawing {2 * phantom.num_train} volumes in {archive}", file=sys.stderr)
+        write_phantom(archive, phantom)
+        cases = read_archive(archive)
+        notes: dict[str, Any] = {}
+        for case in (cases[0], cases[-1]):
+            scratch = Path(tempfile.mkdtemp(dir=folder))
+            notes[f"time, {case.modality}"] = where_the_time_goes(case, scratch)
+            notes[f"memory, {case.modality}"] = peak_of_a_volume(case, scratch)
+            shutil.rmtree(scratch)
+        with ray_session(num_cpus=max(2, os.cpu_count() or 1)):
+            contenders = {f"prepare, {n} worker{'s' * (n > 1)}": with_workers(archive, folder, n) for n in (1, 2)}
+            rates = measure(contenders, 1 if args.quick else args.rounds)
+        index = read_index(folder / "set-2-raw")
+        notes["set"] = f"{index['num_samples']} slices of {len(index['source'])} volumes"
+        ratios = [compare(rates, "prepare, 2 workers", "prepare, 1 worker", 1.8)]
+        report(args, rates, ratios, unit="slices a second", notes=notes)
+        for n in (1, 2):
+            shutil.rmtree(folder / f"set-{n}-raw", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

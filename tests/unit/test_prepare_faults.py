@@ -1,0 +1,196 @@
+"""What prepare does when a worker is killed, the disk is full or masks are missing; and that its memory is bounded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_shards.archive import read_archive
+from data_shards.case_slices import slices_of
+from data_shards.fan_out import ray_session
+from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, MERGED, WHOLEBODY
+from data_shards.partials import write_partial
+from data_shards.prepare import PrepareConfig, find_problems, prepare
+from data_shards.problems import InputProblems, OutOfSpace
+from data_shards.shards import ShardSet
+
+CONFIG = PrepareConfig(size=32, slice_stride=3, samples_per_shard=16, num_workers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+def _bytes(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _worker_pids() -> list[int]:
+    """Processes of the actors that cut volumes and write shards."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_killed_workers_cost_nothing_but_their_volumes(archive, tmp_path: Path) -> None:
+    killed = []
+
+    def kill_one(*_: int) -> None:
+        pids = _worker_pids()
+        if pids and len(killed) < 3:
+            os.kill(pids[0], signal.SIGKILL)
+            killed.append(pids[0])
+
+    report = prepare(archive.root, tmp_path / "set", CONFIG, progress=kill_one)
+    assert len(killed) == 3
+    assert (report.num_cases, report.failed) == (6, ())
+    prepare(archive.root, tmp_path / "clean", CONFIG)
+    assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of its own, of 64 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no right to mount a small filesystem: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("store", ["webdataset", "zarr"])
+@pytest.mark.parametrize("room", [0.5, 1.4], ids=["cutting", "writing"])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    archive, tmp_path: Path, small_disk: Path, store: str, room: float
+) -> None:
+    """Room for half of the set ends the cutting of volumes; for one and a half of it, the writing of shards."""
+    config = PrepareConfig(size=48, slice_stride=2, samples_per_shard=64, store=store, num_workers=2)
+    prepare(archive.root, tmp_path / "clean", config)
+    needed = sum(file.stat().st_size for file in (tmp_path / "clean").rglob("*") if file.is_file())
+    if store == "zarr":  # its volumes wait as bare pixels
+        shards = ShardSet.open(tmp_path / "clean")
+        needed = len(shards) * 2 * shards.size**2
+        room = min(room, 1.05)
+    filler = small_disk / "filler"
+    free = shutil.disk_usage(small_disk).free
+    filler.write_bytes(bytes(max(0, int(free - room * needed))))
+    out = small_disk / "set"
+    with pytest.raises(OutOfSpace, match="make room and start the same command again"):
+        prepare(archive.root, out, config)
+    with pytest.raises(InputProblems, match="unfinished"):
+        ShardSet.open(out)
+    filler.unlink()
+    report = prepare(archive.root, out, config)
+    assert (report.num_cases, report.failed) == (6, ())
+    assert _bytes(out) == _bytes(tmp_path / "clean")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_set": "merged"}, {"mask_resize": "soft", "soft_edge": True, "bits": 16}], ids=str
+)
+def test_a_volume_s_slices_are_never_in_memory_together(archive, tmp_path: Path, options: dict[str, Any]) -> None:
+    """The peak of making all slices of a volume stays below four times the volume, though the slices are more."""
+    shape = (192, 192, 90)
+    image, label = archive.patient("CT", 1, shape)
+    affine = np.diag([2.0, 2.0, 2.5, 1.0])
+    archive.save(archive.root / "imagesTr/amos_0001.nii.gz", image, affine)
+    archive.save(archive.root / "labelsTr/amos_0001.nii.gz", label, affine)
+    case = next(case for case in read_archive(archive.root) if case.case_id == "amos_0001")
+    config = PrepareConfig(slice_stride=2, **options)
+    masks = None
+    if config.label_set == "merged":
+        masks = tmp_path / "masks"
+        archive.save(masks / "amos_0001.nii.gz", np.where(label, AMOS_TO_WHOLEBODY[6], 66).astype(np.uint8), affine)
+    format = config.format
+    list(slices_of(case, replace(config, axes=("axial",), slice_stride=100), masks))  # imports are not the volume's
+    tracemalloc.start()
+    records = slices_of(case, config, masks)
+    write_partial(tmp_path / "case", ((record.meta, format.payloads(record)) for record in records), "stamp")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "case.bin").stat().st_size > 7 * image.nbytes
+    assert peak < 4 * image.nbytes
+
+
+def _write_wholebody(archive, folder: Path, cases: tuple[str, ...]) -> Path:
+    """Whole-body masks in which liver and spleen are a voxel too large, and the rest of the patient is muscle."""
+    from scipy import ndimage
+
+    muscle = WHOLEBODY.names.index("muscle")
+    for case_id in cases:
+        image, label = archive.patient("CT" if int(case_id[-4:]) <= 500 else "MR", int(case_id[-4:]))
+        mask = np.where(image > -500 if image.min() < -500 else image > 60, muscle, 0).astype(np.uint8)
+        for organ in (6, 1):
+            mask[ndimage.binary_dilation(label == organ)] = AMOS_TO_WHOLEBODY[organ]
+        archive.save(folder / f"{case_id}.nii.gz", mask)
+    return folder
+
+
+CASES = ("amos_0001", "amos_0002", "amos_0003", "amos_0501", "amos_0502", "amos_0504")
+
+
+def test_whole_body_and_merged_masks_reach_the_slices(archive, tmp_path: Path) -> None:
+    masks = _write_wholebody(archive, tmp_path / "masks", CASES[:-1])
+    pixels = {}
+    for label_set in ("wholebody", "merged"):
+        config = PrepareConfig(label_set=label_set, size=32, axes=("axial",), num_workers=2)
+        report = prepare(archive.root, tmp_path / label_set, config, wholebody=masks)
+        shards = ShardSet.open(tmp_path / label_set, verify=True)
+        assert shards.label_table == (WHOLEBODY if label_set == "wholebody" else MERGED)
+        by_case = {shards.meta(row).case_id: shards.meta(row) for row in range(len(shards))}
+        # amos_0003 has no expert label, amos_0504 no whole-body mask.
+        if label_set == "merged":
+            sources = dict.fromkeys(CASES, "merged") | {"amos_0003": "wholebody", "amos_0504": "expert"}
+        else:
+            sources = dict.fromkeys(CASES, "wholebody") | {"amos_0504": "none"}
+        assert {case: meta.mask_source for case, meta in by_case.items()} == sources
+        assert report.masks == {s: list(sources.values()).count(s) for s in sorted(set(sources.values()))}
+        rows = [row for row in range(len(shards)) if shards.meta(row).case_id == "amos_0001"]
+        counts = np.sum([np.bincount(shards.read_mask(row).ravel(), minlength=74) for row in rows], axis=0)
+        pixels[label_set] = {name: int(counts[i]) for i, name in enumerate(shards.label_table.names) if counts[i]}
+        alone = [row for row in range(len(shards)) if shards.meta(row).case_id == "amos_0504"]
+        present = set().union(*(np.unique(shards.read_mask(row)).tolist() for row in alone)) - {0}
+        expert = {AMOS_TO_WHOLEBODY[6], AMOS_TO_WHOLEBODY[1]}
+        assert present == {73} | (expert if label_set == "merged" else set())
+    # The expert's outlines are smaller; what they leave of the tool's liver and spleen is the rest of the body.
+    assert pixels["merged"]["liver"] < pixels["wholebody"]["liver"]
+    assert pixels["merged"]["muscle"] == pixels["wholebody"]["muscle"]
+    assert pixels["merged"].get("body", 0) > pixels["wholebody"].get("body", 0)
+
+
+def test_the_set_says_where_its_masks_came_from_and_other_masks_are_another_set(archive, tmp_path: Path) -> None:
+    masks = _write_wholebody(archive, tmp_path / "masks", CASES)
+    config = PrepareConfig(label_set="merged", size=32, slice_stride=20, num_workers=2)
+    prepare(archive.root, tmp_path / "set", config, wholebody=masks)
+    index = ShardSet.open(tmp_path / "set").index
+    assert index["source"]["amos_0001"]["wholebody"][0] == "amos_0001.nii.gz"
+    assert index["mask_sources"] == {"wholebody": 1, "merged": 5}
+    (masks / "amos_0002.nii.gz").unlink()
+    with pytest.raises(InputProblems, match="source of amos_0002"):
+        prepare(archive.root, tmp_path / "set", config, wholebody=masks)
+
+
+def test_a_label_set_without_its_masks_is_refused_before_work_starts(archive, tmp_path: Path) -> None:
+    (found,) = find_problems(archive.root, tmp_path / "set", PrepareConfig(label_set="merged"))
+    assert "wholebody" in str(found)
+    assert not (tmp_path / "set").exists()
+    assert AMOS.body_id == 16
