@@ -122,6 +122,8 @@ def prepare(
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return PrepareReport(index["num_samples"], len(index["source"]), (), True, index["mask_sources"])
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in cases]
+    # The largest first, so that no worker is left with one at the end while the others wait.
+    tasks.sort(key=lambda task: -task.case.image.stat().st_size)
     num_workers = config.num_workers or os.cpu_count() or 1
     workers: Workers[Any, Any] = Workers(_make_worker, num_workers=num_workers, address=config.ray_address)
     with saying_when_full(out), workers:

@@ -5,7 +5,7 @@ Dimensions: B batch, H rows, W columns.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,8 +52,8 @@ class SliceMeta:
         return f"{self.case_id}-{self.axis}-{self.slice_index:04d}"
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that json can write."""
-        return asdict(self)
+        """A dictionary that json can write; its tuples come back from there as lists."""
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SliceMeta:

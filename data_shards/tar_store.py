@@ -44,10 +44,11 @@ def write_tar(
         stream = _Hashing(file)
         tar = webdataset.TarWriter(stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644)
         for meta, payloads in samples:
+            values = meta.to_json()
             members = {f"{part}.{extension}": payload for part, payload in payloads.items()}
-            members["meta.json"] = json.dumps(meta.to_json(), sort_keys=True).encode()
+            members["meta.json"] = json.dumps(values, sort_keys=True).encode()
             tar.write({"__key__": meta.key, **members})
-            row: dict[str, Any] = {"key": meta.key, **meta.to_json()}
+            row: dict[str, Any] = {"key": meta.key, **values}
             described = []
             for name in sorted(members):  # as TarWriter orders them
                 payload = members[name]
