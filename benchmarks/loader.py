@@ -38,12 +38,12 @@ from _baselines import (
 )
 from _harness import Contender, arguments, compare, measure, report, time_batches
 
+from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.order import Shuffled
 from data_shards.labels import AMOS
-from data_shards.loader import Loader, LoaderConfig
-from data_shards.order import Shuffled
 from data_shards.records import SliceMeta, SliceRecord
-from data_shards.shard_writer import ShardWriter, set_format
-from data_shards.shards import ShardSet
+from data_shards.store.shard_writer import ShardWriter, set_format
+from data_shards.store.shards import ShardSet
 
 _BATCH = 32
 _PLAIN = LoaderConfig()
@@ -165,9 +165,9 @@ def _fake_set(folder: Path, num: int, samples_per_shard: int) -> None:
     """samples.arrow and index.json as prepare would write them; the tars are holes of the right length."""
     import pyarrow as pa
 
-    from data_shards import samples_table
     from data_shards.records import AXES, MODALITIES, SPLITS
-    from data_shards.set_index import SAMPLES, SHARDS, UNFINISHED, write_index
+    from data_shards.store import samples_table
+    from data_shards.store.set_index import SAMPLES, SHARDS, UNFINISHED, write_index
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).mkdir(exist_ok=True)

@@ -19,10 +19,10 @@ from typing import Any
 
 from _harness import Contender, arguments, compare, measure, report
 
-from data_shards.archive import Case, read_archive
 from data_shards.fan_out import ray_session
+from data_shards.ingest.archive import Case, read_archive
+from data_shards.ingest.prepare import PrepareConfig, prepare
 from data_shards.phantom import PhantomConfig, write_phantom
-from data_shards.prepare import PrepareConfig, prepare
 
 _PHANTOM = PhantomConfig(num_train=3, num_val=0, num_test=0, matrix=(512, 512), slice_thickness_mm=(3.0, 3.0))
 # Each volume is prepared under several case ids: starting the workers must not be what is measured.
@@ -65,17 +65,17 @@ def with_workers(archive: Path, folder: Path, num_workers: int, codec: str = "ra
 
 def where_the_time_goes(case: Case, folder: Path) -> dict[str, Any]:
     """Milliseconds a slice of each step, one volume after the other in one process, and what they read and write."""
-    from data_shards import case_slices, masks, partials, volumes
-    from data_shards.shard_writer import ShardTask, write_shard
+    from data_shards.ingest import case_slices, masks, partials, volumes
+    from data_shards.store.shard_writer import ShardTask, write_shard
 
     config = PrepareConfig()
     format = config.format
     clock = _Clock()
     image = clock.timed("read and unzip the image", lambda: volumes.read_volume(case.image))
     mask = clock.timed("read and unzip the labels", lambda: masks.read_case_mask(case, image, "amos", None))
-    from data_shards.body import find_body
-    from data_shards.intensity import grey_map
-    from data_shards.slices import cut
+    from data_shards.ingest.body import find_body
+    from data_shards.ingest.intensity import grey_map
+    from data_shards.ingest.slices import cut
 
     grey = clock.timed(
         "percentiles",
@@ -119,8 +119,8 @@ def _peak(case: Case, folder: Path) -> dict[str, Any]:
     import numpy as np
     from scipy import ndimage, sparse
 
-    from data_shards import case_slices, partials
-    from data_shards.volumes import read_volume
+    from data_shards.ingest import case_slices, partials
+    from data_shards.ingest.volumes import read_volume
 
     ndimage.label(np.ones((3, 3))), sparse.csr_array(np.ones((3, 3)))
     voxel_bytes = read_volume(case.image).voxels_IJK.nbytes

@@ -92,7 +92,7 @@ class SliceRecord:
 @dataclass(frozen=True)
 class Batch:
     """What the loader yields, on the device: image_BHW uint8 (uint16 from a 16-bit set) and mask_BHW uint8; modality_B,
-    axis_B int64 indices into MODALITIES and AXES; position_B int64 global positions of the run (see data_shards.order);
+    axis_B int64 indices into MODALITIES and AXES; position_B int64 global positions of the run (see feed.order);
     edge_B2HW uint8, as in SliceRecord, where the set keeps soft edges."""
 
     image_BHW: torch.Tensor

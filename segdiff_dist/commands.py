@@ -48,7 +48,7 @@ def prepare(experiment: Experiment) -> int:
 
 def inspect(experiment: Experiment) -> int:
     """Print the shard set's tables; 1 when something is wrong with it."""
-    from data_shards.inspect import format_report, inspect_shards
+    from data_shards.store.inspect import format_report, inspect_shards
 
     report = inspect_shards(experiment.given("data"))
     print(format_report(report))

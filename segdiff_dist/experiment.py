@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_shards.annotate import AnnotateConfig
-from data_shards.convert import ConvertConfig
-from data_shards.loader import LoaderConfig
+from data_shards.feed.loader import LoaderConfig
+from data_shards.ingest.annotate import AnnotateConfig
+from data_shards.ingest.prepare import PrepareConfig
 from data_shards.phantom import PhantomConfig
-from data_shards.prepare import PrepareConfig
 from data_shards.problems import InputProblems, Problem, problem
+from data_shards.store.convert import ConvertConfig
 from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate, write_text_atomically
 from segdiff_dist.denoiser import DenoiserConfig
 from segdiff_dist.diffusion import DiffusionConfig

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from data_shards.fan_out import TaskFailure, fan_out
-from data_shards.order import sample_at
+from data_shards.feed.order import sample_at
 from data_shards.problems import Problem, problem
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig
@@ -26,7 +26,7 @@ from segdiff_dist.sample_store import SampleStore
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from data_shards.shards import ShardSet
+    from data_shards.store.shards import ShardSet
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _WorkerFactory:
     def __call__(self) -> Callable[[int], None]:
         import torch
 
-        from data_shards.shards import ShardSet
+        from data_shards.store.shards import ShardSet
         from segdiff_dist.denoiser import Denoiser
 
         store = SampleStore.open(self.store)

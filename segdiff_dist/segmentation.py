@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
-from data_shards.loader import Loader, LoaderConfig
-from data_shards.order import Sequential, sequential_positions
 from data_shards.problems import Problem, problem
 from data_shards.records import MODALITIES, Batch
 from segdiff_dist.diffusion import to_model_range
 from segdiff_dist.engine import TrainConfig
 
 if TYPE_CHECKING:
-    from data_shards.shards import ShardSet
+    from data_shards.store.shards import ShardSet
 
 _WEIGHTS, _ABOUT = "model.safetensors", "segdiff.json"
 # A class absent from both prediction and mask counts nothing in the validation Dice; this keeps 0/0 finite.

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_shards.mixing import mix_groups
+from data_shards.feed.mixing import mix_groups
 from data_shards.problems import Problem, problem, refuse
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 from segdiff_dist.attention import choose_attention
 from segdiff_dist.distributed import is_main, pick_device, world_size
 from segdiff_dist.experiment import Experiment, collect, refuse_another_config, save_experiment
@@ -33,8 +33,8 @@ def make_phantom(experiment: Experiment) -> None:
 
 
 def annotate(experiment: Experiment) -> Any:
-    """`segdiff annotate AMOS_ROOT WHOLEBODY`; returns data_shards.annotate's report."""
-    from data_shards import annotate as annotating
+    """`segdiff annotate AMOS_ROOT WHOLEBODY`; returns data_shards.ingest.annotate's report."""
+    from data_shards.ingest import annotate as annotating
 
     root, wholebody = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("wholebody"))
     # Checked here, before a tracker makes a folder for a stage that will not start.
@@ -50,12 +50,12 @@ def annotate(experiment: Experiment) -> Any:
 
 
 def prepare(experiment: Experiment) -> Any:
-    """`segdiff prepare AMOS_ROOT OUT`; returns data_shards.prepare's report."""
-    from data_shards.prepare import prepare as prepare_shards
+    """`segdiff prepare AMOS_ROOT OUT`; returns data_shards.ingest.prepare's report."""
+    from data_shards.ingest.prepare import prepare as prepare_shards
 
     root, out = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("data"))
     # Checked here, before a tracker makes a folder for a stage that will not start.
-    from data_shards.prepare import find_problems
+    from data_shards.ingest.prepare import find_problems
 
     refuse(find_problems(root, out, experiment.prepare, experiment.wholebody))
     with _tracker(experiment, "prepare", experiment.run or out) as tracker:
@@ -77,7 +77,7 @@ def prepare(experiment: Experiment) -> Any:
 
 def convert(experiment: Experiment) -> dict[str, Any]:
     """`segdiff convert SHARDS OUT`; returns the new set's index."""
-    from data_shards.convert import convert as convert_shards
+    from data_shards.store.convert import convert as convert_shards
 
     source, out = collect(lambda: experiment.given("data"), lambda: experiment.path("converted"))
     return convert_shards(source, out, experiment.convert)

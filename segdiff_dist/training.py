@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_shards.loader import Loader, LoaderConfig
-from data_shards.mixing import make_order
-from data_shards.order import rank_positions
+from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.mixing import make_order
+from data_shards.feed.order import rank_positions
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
 from segdiff_dist import checkpoint
@@ -31,7 +31,7 @@ from segdiff_dist.engine import Engine, TrainConfig, ema_decay, learning_rate
 from segdiff_kernels import philox
 
 if TYPE_CHECKING:
-    from data_shards.shards import ShardSet
+    from data_shards.store.shards import ShardSet
     from segdiff_dist.tracking import Tracker
 
 

@@ -22,7 +22,7 @@ def write_shapes(
     """A shard set in which an ellipse is `body` and two discs in it are liver and spleen, brighter than the body."""
     from data_shards.labels import AMOS
     from data_shards.records import SliceMeta, SliceRecord
-    from data_shards.shard_writer import ShardWriter, set_format
+    from data_shards.store.shard_writer import ShardWriter, set_format
 
     writer = ShardWriter(out, set_format(store, codec, 10, size=size, bits=bits, soft_edge=soft_edge))
     row, column = np.mgrid[0:size, 0:size] / size

@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_shards.masks import ANNOTATIONS, ANNOTATIONS_VERSION
+from data_shards.ingest.masks import ANNOTATIONS, ANNOTATIONS_VERSION
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
 from data_shards.problems import Problem, problem, refuse
-from data_shards.set_index import file_sha256
+from data_shards.store.set_index import file_sha256
 
 # Raised whenever the same config would give other voxels, so that two generators never fill one folder.
 PHANTOM_VERSION = 1
@@ -89,7 +89,7 @@ def dataset_json(keys: list[CaseKey]) -> dict[str, Any]:
 
 
 def _annotations(out: Path, keys: list[CaseKey]) -> dict[str, Any]:
-    """Who made the whole-body masks, in the form of data_shards.annotate."""
+    """Who made the whole-body masks, in the form of data_shards.ingest.annotate."""
     cases = {}
     for key in keys:
         image, mask = _path(out, "images", key), out / _WHOLEBODY / key.file_name

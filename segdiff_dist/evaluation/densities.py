@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_shards.intensity import restore
-from data_shards.shards import ShardSet
+from data_shards.ingest.intensity import restore
+from data_shards.store.shards import ShardSet
 
 _NUM_VOLUMES = 2
 _NUM_SLICES = 48

@@ -22,8 +22,8 @@ import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.problems import InputProblems, Problem, refuse
-from data_shards.set_index import file_sha256
-from data_shards.shards import ShardSet
+from data_shards.store.set_index import file_sha256
+from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation import inception
 from segdiff_dist.evaluation.metrics import pixel_std
 from segdiff_dist.evaluation.summary import HEADLINE_METRICS, Evaluated, Interval, summarise

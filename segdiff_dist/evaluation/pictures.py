@@ -10,7 +10,7 @@ import numpy as np
 
 from data_shards.labels import LabelTable
 from data_shards.records import MODALITIES
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 
 # Where in the order of Dice(mask, pred_gen) a gallery looks.
 GALLERY_QUANTILES = (0.25, 0.5, 0.75)

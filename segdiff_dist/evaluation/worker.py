@@ -85,7 +85,7 @@ class _Evaluator:
         import torch
         import zarr
 
-        from data_shards.shards import ShardSet
+        from data_shards.store.shards import ShardSet
         from segdiff_dist.sample_store import SampleStore
         from segdiff_dist.segmentation import Segmenter
 

@@ -34,7 +34,7 @@ def write_samples(run: Path, shapes: Path) -> None:
     """Headline, diversity (three a mask) and cross-modality items; the "generated" images are noisy real ones."""
     import pyarrow as pa
 
-    from data_shards.shards import ShardSet
+    from data_shards.store.shards import ShardSet
     from segdiff_dist.sample_store import SampleStore
 
     shards = ShardSet.open(shapes)
@@ -83,7 +83,7 @@ def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -
     import pyarrow.parquet as pq
     import zarr
 
-    from data_shards.shards import ShardSet
+    from data_shards.store.shards import ShardSet
     from segdiff_dist.segmentation import Segmenter
 
     folder = run / "evaluation"

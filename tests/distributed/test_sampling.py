@@ -16,7 +16,7 @@ import pytest
 
 from data_shards.fan_out import Done, TaskFailure, fan_out, ray_session
 from data_shards.problems import InputProblems
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig
 from segdiff_dist.sample_store import SampleStore
 from segdiff_dist.sampling import SampleConfig, list_items, sample
@@ -96,7 +96,7 @@ def test_a_killed_job_goes_on(shapes: Path, tmp_path: Path) -> None:
         "go(Path(sys.argv[2]), Path(sys.argv[3]))\n"
     )
     (tmp_path / "test_sampling_job.py").write_text(
-        "from data_shards.shards import ShardSet\n"
+        "from data_shards.store.shards import ShardSet\n"
         "from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig\n"
         "from segdiff_dist.sampling import SampleConfig, sample\n"
         "def go(run, shapes):\n"

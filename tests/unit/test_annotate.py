@@ -22,13 +22,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_shards.annotate import AnnotateConfig, annotate, annotation_record, find_problems
-from data_shards.archive import read_archive
 from data_shards.fan_out import ray_session
+from data_shards.ingest.annotate import AnnotateConfig, annotate, annotation_record, find_problems
+from data_shards.ingest.archive import read_archive
+from data_shards.ingest.masks import find_wholebody_problems
+from data_shards.ingest.totalsegmentator import wholebody_id
 from data_shards.labels import WHOLEBODY
-from data_shards.masks import find_wholebody_problems
 from data_shards.problems import InputProblems
-from data_shards.totalsegmentator import wholebody_id
 from segdiff_dist.cli import main
 
 LIVER, HEART = WHOLEBODY.names.index("liver"), WHOLEBODY.names.index("heart")
@@ -250,7 +250,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(archive, tool: Tool, t
     annotate(archive.root, out, replace(tool.config, modalities=("CT",)))
     longest = (out / "annotations.json").stat().st_size
     script = (
-        "import resource, signal; from pathlib import Path; from data_shards.annotate import *\n"
+        "import resource, signal; from pathlib import Path; from data_shards.ingest.annotate import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({longest - 1}, {longest - 1}))\n"
         f"annotate(Path({str(archive.root)!r}), Path({str(out)!r}), {tool.config!r})"
@@ -266,7 +266,7 @@ def test_ctrl_c_stops_the_tools_and_the_same_command_goes_on(archive, tool: Tool
     out = tmp_path / "whole"
     tool.order("amos_0003", "sleep")
     script = (
-        "from pathlib import Path; from data_shards.annotate import *\n"
+        "from pathlib import Path; from data_shards.ingest.annotate import *\n"
         f"annotate(Path({str(archive.root)!r}), Path({str(out)!r}), {tool.config!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_shards.archive import find_problems, read_archive
+from data_shards.ingest.archive import find_problems, read_archive
 from data_shards.problems import InputProblems
 
 

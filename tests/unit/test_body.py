@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.body import find_body
-from data_shards.volumes import Volume, linear_weights, read_volume
+from data_shards.ingest.body import find_body
+from data_shards.ingest.volumes import Volume, linear_weights, read_volume
 
 AIR, FAT, LUNG, TABLE = -1000, -100, -850, -50
 REAL = Path(__file__).parents[3] / "shared" / "data" / "amos22_real"

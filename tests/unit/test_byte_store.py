@@ -19,9 +19,17 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from data_shards.byte_store import LocalFiles, OpenFiles, Range, local_copy, local_path, open_byte_store, read_file
 from data_shards.problems import InputProblems
-from data_shards.remote_files import RemoteFiles, Retries
+from data_shards.store.byte_store import (
+    LocalFiles,
+    OpenFiles,
+    Range,
+    local_copy,
+    local_path,
+    open_byte_store,
+    read_file,
+)
+from data_shards.store.remote_files import RemoteFiles, Retries
 
 NAMES = ["shards/a.tar", "shards/b.tar"]
 SIZES = [300_000, 200_000]
@@ -299,7 +307,7 @@ def test_a_running_process_sees_what_another_adds(url: str, tmp_path: Path) -> N
 
 def test_many_ranges_stay_findable(url: str, tmp_path: Path) -> None:
     """More than the cache keeps in its dictionary of recent ones, some of them replaced."""
-    from data_shards.range_cache import _RECORD, _Present
+    from data_shards.store.range_cache import _RECORD, _Present
 
     present, rng = _Present(), np.random.default_rng(0)
     offsets = rng.permutation(100_000)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.contact_sheet import class_colours, draw_contact_sheet, overlay
 from data_shards.labels import AMOS, LABEL_TABLES, WHOLEBODY
 from data_shards.records import SliceMeta, SliceRecord
-from data_shards.shard_writer import ShardWriter, set_format
-from data_shards.shards import ShardSet
+from data_shards.store.contact_sheet import class_colours, draw_contact_sheet, overlay
+from data_shards.store.shard_writer import ShardWriter, set_format
+from data_shards.store.shards import ShardSet
 
 
 @pytest.mark.parametrize("name", LABEL_TABLES)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tests_support import write_shapes
 
-from data_shards.convert import ConvertConfig, convert
 from data_shards.fan_out import ray_session
 from data_shards.problems import InputProblems, ShardFailed
-from data_shards.shards import ShardSet
+from data_shards.store.convert import ConvertConfig, convert
+from data_shards.store.shards import ShardSet
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,8 +12,8 @@ import pytest
 from tests_support import write_shapes
 
 from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, UNUSED, WHOLEBODY
-from data_shards.samples_table import PARTS, WHERE, schema
-from data_shards.shards import ShardSet
+from data_shards.store.samples_table import PARTS, WHERE, schema
+from data_shards.store.shards import ShardSet
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
 

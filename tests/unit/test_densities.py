@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests_support import write_shapes
 
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation.densities import clipping_of
 
 CASES = ("amos_0001", "amos_0002", "amos_0003")

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.contact_sheet import class_colours, overlay
-from data_shards.inspect import format_report, inspect_shards
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import SliceMeta, SliceRecord
-from data_shards.shard_writer import ShardWriter, set_format
+from data_shards.store.contact_sheet import class_colours, overlay
+from data_shards.store.inspect import format_report, inspect_shards
+from data_shards.store.shard_writer import ShardWriter, set_format
 
 SIZE = 16
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_shards.intensity import GreyMap, grey_map, restore
-from data_shards.volumes import Volume
+from data_shards.ingest.intensity import GreyMap, grey_map, restore
+from data_shards.ingest.volumes import Volume
 
 SMALL = (30, 20, 10)
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from tests_support import write_shapes
 
-from data_shards.loader import Loader, LoaderConfig
-from data_shards.mixing import make_order
-from data_shards.order import Sequential, Shuffled, rank_positions, sample_at, sequential_positions
+from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.mixing import make_order
+from data_shards.feed.order import Sequential, Shuffled, rank_positions, sample_at, sequential_positions
 from data_shards.records import MODALITIES, Batch
-from data_shards.shards import CacheConfig, ShardSet
+from data_shards.store.shards import CacheConfig, ShardSet
 
 
 def take(

@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_shards.archive import Case
+from data_shards.ingest.archive import Case
+from data_shards.ingest.masks import annotation_record, find_wholebody_problems, placed, read_case_mask
+from data_shards.ingest.volumes import UnreadableVolume, Volume, read_volume
 from data_shards.labels import AMOS, MERGED, WHOLEBODY
-from data_shards.masks import annotation_record, find_wholebody_problems, placed, read_case_mask
-from data_shards.volumes import UnreadableVolume, Volume, read_volume
 
 SHAPE = (12, 10, 8)
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])

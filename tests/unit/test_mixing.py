@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from data_shards.mixing import make_order, mix_groups, mix_problems, parse_mix
+from data_shards.feed.mixing import make_order, mix_groups, mix_problems, parse_mix
 from data_shards.problems import InputProblems
 from data_shards.records import AXES, MODALITIES
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards import order as order_module
-from data_shards.order import (
+from data_shards.feed import order as order_module
+from data_shards.feed.order import (
     Mixed,
     Order,
     Sequential,

@@ -14,11 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_shards.body import find_body
-from data_shards.intensity import GreyMap, grey_map, restore
+from data_shards.ingest.body import find_body
+from data_shards.ingest.intensity import GreyMap, grey_map, restore
+from data_shards.ingest.slices import Slice, cut
+from data_shards.ingest.volumes import Volume, read_labels, read_volume
 from data_shards.records import AXES
-from data_shards.slices import Slice, cut
-from data_shards.volumes import Volume, read_labels, read_volume
 
 CODES = [
     "".join(("RL", "AP", "SI")[d][flip[d]] for d in order)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_shards.archive import read_archive
+from data_shards.ingest.archive import read_archive
+from data_shards.ingest.masks import annotation_record, find_wholebody_problems
 from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, WHOLEBODY
-from data_shards.masks import annotation_record, find_wholebody_problems
 from data_shards.phantom import PhantomConfig, write_phantom
 from data_shards.phantom.case import ORIENTATIONS, make_case
 from data_shards.phantom.config import CaseKey

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from data_shards.fan_out import ray_session
-from data_shards.intensity import restore
+from data_shards.ingest.intensity import restore
+from data_shards.ingest.prepare import PrepareConfig, find_problems, prepare
 from data_shards.labels import AMOS
-from data_shards.prepare import PrepareConfig, find_problems, prepare
 from data_shards.problems import InputProblems
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 
 CONFIG = PrepareConfig(size=32, slice_stride=7, samples_per_shard=40, num_workers=1)
 BODY = AMOS.body_id

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_shards.archive import read_archive
-from data_shards.case_slices import slices_of
 from data_shards.fan_out import ray_session
+from data_shards.ingest.archive import read_archive
+from data_shards.ingest.case_slices import slices_of
+from data_shards.ingest.partials import write_partial
+from data_shards.ingest.prepare import PrepareConfig, find_problems, prepare
 from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, MERGED, WHOLEBODY
-from data_shards.partials import write_partial
-from data_shards.prepare import PrepareConfig, find_problems, prepare
 from data_shards.problems import InputProblems, OutOfSpace
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 
 CONFIG = PrepareConfig(size=32, slice_stride=3, samples_per_shard=16, num_workers=2)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_shards.feed.loader import LoaderConfig
 from data_shards.labels import AMOS
-from data_shards.loader import LoaderConfig
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 from segdiff_dist.engine import TrainConfig
 from segdiff_dist.segmentation import Segmenter, SegmenterConfig, SegmenterNet, SegmenterTask
 from segdiff_dist.tracking import Tracker, TrackingConfig

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_shards.body import BodyField
-from data_shards.intensity import GreyMap
-from data_shards.slices import Slice, cut
-from data_shards.volumes import Volume, linear_weights, num_resampled
+from data_shards.ingest.body import BodyField
+from data_shards.ingest.intensity import GreyMap
+from data_shards.ingest.slices import Slice, cut
+from data_shards.ingest.volumes import Volume, linear_weights, num_resampled
 
 # World direction in which rows and columns run, as (dimension, sign): R, A, S are positive.
 SHOWN = {

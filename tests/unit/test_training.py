@@ -13,11 +13,11 @@ import pytest
 import torch
 from tests_support import write_shapes
 
+from data_shards.feed.loader import LoaderConfig
 from data_shards.labels import AMOS
-from data_shards.loader import LoaderConfig
 from data_shards.problems import InputProblems
 from data_shards.records import Batch
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 from segdiff_dist.denoiser import Denoiser, DenoiserConfig
 from segdiff_dist.diffusion import DiffusionConfig
 from segdiff_dist.engine import Engine, TrainConfig, learning_rate
@@ -102,8 +102,8 @@ def test_deepspeed_trains_what_plain_pytorch_trains(
 
 
 def plain_losses(shapes: Path, steps: int) -> list[float]:
-    from data_shards.loader import Loader
-    from data_shards.order import rank_positions
+    from data_shards.feed.loader import Loader
+    from data_shards.feed.order import rank_positions
 
     shards, config = ShardSet.open(shapes), TrainConfig(**{**QUICK, "num_images": 8 * steps})
     task = DenoiserTask(shards, shards.size, NET, DIFFUSION, 0, Path("unused"), CPU)

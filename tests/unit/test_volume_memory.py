@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_shards.body import find_body
-from data_shards.intensity import grey_map
+from data_shards.ingest.body import find_body
+from data_shards.ingest.intensity import grey_map
+from data_shards.ingest.slices import cut
+from data_shards.ingest.volumes import read_labels, read_volume
 from data_shards.records import AXES
-from data_shards.slices import cut
-from data_shards.volumes import read_labels, read_volume
 
 SHAPE = (256, 256, 80)
 SPACING_MM = (1.25, 1.25, 3.0)

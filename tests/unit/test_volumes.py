@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_shards.volumes import (
+from data_shards.ingest.volumes import (
     UnreadableVolume,
     linear_weights,
     nearest_elements,

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.ingest.volumes import UnreadableVolume
 from data_shards.labels import WHOLEBODY
-from data_shards.volumes import UnreadableVolume
 
 # Classes that TotalVIBE's table holds under another name or within another class; None where it holds nothing like it,
 # so that they become part of `body`. MR's whole lungs are called by their lower lobes, which are what of a lung an

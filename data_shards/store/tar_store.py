@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_shards.codecs import EXTENSIONS, crc32c
 from data_shards.problems import Problem
 from data_shards.records import SliceMeta
+from data_shards.store.codecs import EXTENSIONS, crc32c
 
 # ustar: every member is one header block, then its bytes filled up to whole blocks.
 _BLOCK = 512

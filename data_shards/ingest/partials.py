@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from data_shards.records import SliceMeta
-from data_shards.set_index import write_atomically
-from data_shards.shard_writer import Format, Payloads
+from data_shards.store.set_index import write_atomically
+from data_shards.store.shard_writer import Format, Payloads
 
 
 def write_partial(path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], stamp: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.volumes import Volume, linear_weights, num_resampled
+from data_shards.ingest.volumes import Volume, linear_weights, num_resampled
 
 # Coarse enough that a thorax takes well under a second, fine enough that a half-voxel error is a skin's thickness.
 _GRID_MM = 3.0

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.byte_store import Range, ShortFile
-from data_shards.codecs import PICTURES, crc32c, decode_into
-from data_shards.order import Order
-from data_shards.shards import ShardSet
+from data_shards.feed.order import Order
+from data_shards.store.byte_store import Range, ShortFile
+from data_shards.store.codecs import PICTURES, crc32c, decode_into
+from data_shards.store.shards import ShardSet
 
 # What may lie between the parts of a sample in a tar: a header, a NumPy file's header and filling, or other members.
 _LARGEST_GAP = 4096

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.batch_reader import Window
-from data_shards.order import STREAM_AUGMENT, uniform
+from data_shards.feed.batch_reader import Window
+from data_shards.feed.order import STREAM_AUGMENT, uniform
 
 if TYPE_CHECKING:
-    from data_shards.loader import LoaderConfig
+    from data_shards.feed.loader import LoaderConfig
 
 # A position's draws in [0, 1), in this order: adding one at the end leaves the others as they are.
 _DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards import samples_table, tar_store
-from data_shards.byte_store import ByteStore, Range, local_copy, local_path, open_byte_store, read_file
-from data_shards.codecs import crc32c, decode_into
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta, SliceRecord
-from data_shards.samples_table import PARTS
-from data_shards.set_index import INDEX, SAMPLES, broken_files, file_sha256, parse_index, read_index
+from data_shards.store import samples_table, tar_store
+from data_shards.store.byte_store import ByteStore, Range, local_copy, local_path, open_byte_store, read_file
+from data_shards.store.codecs import crc32c, decode_into
+from data_shards.store.samples_table import PARTS
+from data_shards.store.set_index import INDEX, SAMPLES, broken_files, file_sha256, parse_index, read_index
 
 if TYPE_CHECKING:
     import pyarrow as pa

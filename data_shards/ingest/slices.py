@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.body import BodyField
-from data_shards.intensity import GreyMap
-from data_shards.volumes import Volume, linear_weights, nearest_elements, num_resampled
+from data_shards.ingest.body import BodyField
+from data_shards.ingest.intensity import GreyMap
+from data_shards.ingest.volumes import Volume, linear_weights, nearest_elements, num_resampled
 
 if TYPE_CHECKING:
     import scipy.sparse

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_shards.archive import Case
+from data_shards.ingest.archive import Case
+from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.ingest.slices import cut
 from data_shards.labels import LABEL_TABLES
-from data_shards.prepare_config import PrepareConfig
 from data_shards.records import SliceMeta, SliceRecord
-from data_shards.slices import cut
 
 
 def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iterator[SliceRecord]:
@@ -19,10 +19,10 @@ def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iter
 
     Raises UnreadableVolume for voxels that cannot be used: before the first slice, so a case is whole or not there.
     """
-    from data_shards.body import find_body
-    from data_shards.intensity import grey_map
-    from data_shards.masks import read_case_mask
-    from data_shards.volumes import UnreadableVolume, read_volume
+    from data_shards.ingest.body import find_body
+    from data_shards.ingest.intensity import grey_map
+    from data_shards.ingest.masks import read_case_mask
+    from data_shards.ingest.volumes import UnreadableVolume, read_volume
 
     table = LABEL_TABLES[config.label_set]
     assert table.body_id is not None

@@ -17,15 +17,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from data_shards import __version__, archive, partials
-from data_shards.archive import Case
+from data_shards import __version__
 from data_shards.fan_out import Done, TaskFailure, Workers
+from data_shards.ingest import archive, partials
+from data_shards.ingest.archive import Case
+from data_shards.ingest.masks import annotation_record, find_wholebody_problems
+from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LABEL_TABLES
-from data_shards.masks import annotation_record, find_wholebody_problems
-from data_shards.prepare_config import PrepareConfig
 from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse, saying_when_full
 from data_shards.records import MASK_SOURCES, SPLITS
-from data_shards.set_index import (
+from data_shards.store.set_index import (
     INDEX,
     PARTIAL,
     SAMPLES,
@@ -34,7 +35,7 @@ from data_shards.set_index import (
     read_index,
     write_atomically,
 )
-from data_shards.shard_writer import plan_shards, write_shards
+from data_shards.store.shard_writer import plan_shards, write_shards
 
 __all__ = ["PrepareConfig", "PrepareReport", "find_problems", "prepare"]
 
@@ -76,8 +77,8 @@ class _Task:
 
     def run(self) -> _Failed | None:
         """Write the case's partial files, unless those that are there came from the same bytes and config."""
-        from data_shards.case_slices import slices_of
-        from data_shards.volumes import UnreadableVolume
+        from data_shards.ingest.case_slices import slices_of
+        from data_shards.ingest.volumes import UnreadableVolume
 
         made_from = [__version__, self.config.of_the_set(), self.case.split, [file_sha256(f) for f in self.files]]
         stamp = sha256(json.dumps(made_from).encode()).hexdigest()
@@ -179,7 +180,7 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
     """Refuses what is not this command's: an archive, or a set of another config or source."""
     plan_file = out / PARTIAL / _PLAN
     if (out / INDEX).exists():
-        from data_shards.shards import ShardSet
+        from data_shards.store.shards import ShardSet
 
         try:
             made = ShardSet.open(out).index

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_shards.order import Mixed, Order, Shuffled, mix_counts
+from data_shards.feed.order import Mixed, Order, Shuffled, mix_counts
 from data_shards.problems import Problem, refuse
 from data_shards.records import AXES, MODALITIES
 

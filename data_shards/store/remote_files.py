@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_shards.byte_store import Range, ShortFile, fill
 from data_shards.problems import problem
-from data_shards.range_cache import RangeCache
+from data_shards.store.byte_store import Range, ShortFile, fill
+from data_shards.store.range_cache import RangeCache
 
 # Requests at a time: enough to hide a store's latency of 50 ms behind 1,000 samples a second. Filesystems that are not
 # asynchronous take a thread for each.
@@ -59,7 +59,7 @@ class RemoteFiles:
     The ranges of a batch that are not cached are asked for at once. A request that fails is tried again (`retries`),
     then reported; a range past the `sizes` that the index gives is reported without asking.
 
-    The cache (data_shards.range_cache) fills and keeps: it takes ranges until it holds `cache_bytes`, then stays as it
+    The cache (range_cache.py) fills and keeps: it takes ranges until it holds `cache_bytes`, then stays as it
     is. Each epoch visits every sample once, in a new order, so what was used longest ago is not the least wanted but
     the next to come: LRU would drop most of it just before. A part of the set that stays put is hit in proportion to
     its share, every epoch: 30 % where LRU's 30 % would be hit 5 % of the time. No cache: cache_dir None or

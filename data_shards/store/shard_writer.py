@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_shards import samples_table, tar_store, zarr_store
-from data_shards.codecs import encode
 from data_shards.fan_out import Done, TaskFailure, Workers
 from data_shards.problems import OutOfSpace, ShardFailed, out_of_space
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
-from data_shards.set_index import SAMPLES, SHARDS, UNFINISHED, write_atomically, write_index
+from data_shards.store import samples_table, tar_store, zarr_store
+from data_shards.store.codecs import encode
+from data_shards.store.set_index import SAMPLES, SHARDS, UNFINISHED, write_atomically, write_index
 
 Payloads = dict[str, Any]  # part -> encoded bytes (webdataset) or pixels (zarr)
 _DONE, _PLAN = ".done", "plan.json"

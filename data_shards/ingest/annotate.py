@@ -18,10 +18,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from data_shards import archive
-from data_shards.archive import Case, read_header
 from data_shards.fan_out import TaskFailure, fan_out
-from data_shards.masks import (
+from data_shards.ingest import archive
+from data_shards.ingest.archive import Case, read_header
+from data_shards.ingest.masks import (
     ANNOTATIONS,
     ANNOTATIONS_VERSION,
     annotation_record,
@@ -29,12 +29,12 @@ from data_shards.masks import (
     read_annotations,
     read_wholebody,
 )
+from data_shards.ingest.tool import ask, last_words, run_tool
+from data_shards.ingest.totalsegmentator import to_wholebody_ids
+from data_shards.ingest.volumes import UnreadableVolume
 from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, refuse
 from data_shards.records import MODALITIES
-from data_shards.set_index import file_sha256, write_atomically
-from data_shards.tool import ask, last_words, run_tool
-from data_shards.totalsegmentator import to_wholebody_ids
-from data_shards.volumes import UnreadableVolume
+from data_shards.store.set_index import file_sha256, write_atomically
 
 __all__ = ["AnnotateConfig", "AnnotateReport", "annotate", "annotation_record", "find_problems"]
 

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_shards import __version__
-from data_shards.codecs import CODECS
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, Problem, problem
+from data_shards.store.codecs import CODECS
 
 FORMAT_VERSION = 2
 STORES = ("webdataset", "zarr")

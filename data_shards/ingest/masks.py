@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.archive import (
+from data_shards.ingest.archive import (
     AFFINE_TOLERANCE_VOXELS,
     Case,
     largest_shift_voxels,
     nifti_files,
     read_header,
 )
+from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, BODY, LABEL_TABLES, UNUSED, WHOLEBODY
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.records import MASK_SOURCES
-from data_shards.volumes import UnreadableVolume, Volume, read_labels
 
 ANNOTATIONS = "annotations.json"
 ANNOTATIONS_VERSION = 1

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
-    from data_shards.remote_files import Retries
+    from data_shards.store.remote_files import Retries
 
 # Half of what the system allows this process, which is 1,024 on many: a large set has thousands of shards.
 _MAX_OPEN_FILES = max(512, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16_384))
@@ -178,7 +178,7 @@ def open_byte_store(
     folder = local_path(root)
     if folder is not None:
         return LocalFiles([folder / name for name in names])
-    from data_shards.remote_files import RemoteFiles
+    from data_shards.store.remote_files import RemoteFiles
 
     return RemoteFiles(str(root), names, sizes, digest, cache_dir=cache_dir, cache_bytes=cache_bytes, retries=retries)
 
@@ -196,7 +196,7 @@ def read_file(root: str | Path, name: str, retries: Retries | None = None) -> by
     folder = local_path(root)
     if folder is not None:
         return (folder / name).read_bytes()
-    from data_shards.remote_files import Connection, Retries, persist
+    from data_shards.store.remote_files import Connection, Retries, persist
 
     connection = Connection(str(root).rstrip("/"))
     return persist(lambda: connection.read_file(name), f"{connection.root}/{name}", retries or Retries())
@@ -217,8 +217,8 @@ def local_copy(
     A copy made for the same `digest` is used again, with `num_bytes` only if it has as many. The processes of a node
     download it once. Raises OSError naming the URL, InputProblems where cache_dir cannot be written.
     """
-    from data_shards.range_cache import digest_folder, locked
-    from data_shards.remote_files import Connection, Retries, persist
+    from data_shards.store.range_cache import digest_folder, locked
+    from data_shards.store.remote_files import Connection, Retries, persist
 
     folder = local_path(root)
     if folder is not None:

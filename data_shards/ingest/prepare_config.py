@@ -6,14 +6,14 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_shards.codecs import CODECS
-from data_shards.intensity import INTENSITIES
+from data_shards.ingest.intensity import INTENSITIES
+from data_shards.ingest.slices import FITS, MASK_RESIZES
 from data_shards.labels import LABEL_TABLES
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES
-from data_shards.set_index import STORES
-from data_shards.shard_writer import Format, set_format
-from data_shards.slices import FITS, MASK_RESIZES
+from data_shards.store.codecs import CODECS
+from data_shards.store.set_index import STORES
+from data_shards.store.shard_writer import Format, set_format
 
 # How the work is spread, which changes no byte of the set.
 _NOT_IN_THE_SET = ("num_workers", "ray_address")

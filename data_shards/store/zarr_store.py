@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.codecs import ZSTD_LEVEL, crc32c
 from data_shards.records import SliceMeta
-from data_shards.set_index import file_sha256
+from data_shards.store.codecs import ZSTD_LEVEL, crc32c
+from data_shards.store.set_index import file_sha256
 
 
 def create_arrays(

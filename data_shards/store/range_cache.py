@@ -27,7 +27,7 @@ import numpy as np
 from data_shards.problems import problem
 
 if TYPE_CHECKING:
-    from data_shards.byte_store import Range
+    from data_shards.store.byte_store import Range
 
 _RECORD = np.dtype([("offset", "<u8"), ("file", "<u4"), ("num_bytes", "<u4"), ("crc", "<u4")])
 _LOG = "ranges.log"
@@ -47,7 +47,7 @@ class RangeCache:
     """
 
     def __init__(self, folder: Path, digest: str, sizes: Sequence[int], limit_bytes: int) -> None:
-        from data_shards.byte_store import OpenFiles
+        from data_shards.store.byte_store import OpenFiles
 
         assert len(sizes) < 1 << (63 - _OFFSET_BITS)
         self._folder, self._limit = folder, limit_bytes
@@ -92,7 +92,7 @@ class RangeCache:
     def _read_one(self, wanted: Range) -> bool:
         import google_crc32c
 
-        from data_shards.byte_store import fill
+        from data_shards.store.byte_store import fill
 
         num_bytes = wanted.num_bytes
         kept_bytes, crc = self._present.find(wanted.file, wanted.offset)

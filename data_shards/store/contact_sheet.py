@@ -10,7 +10,7 @@ import numpy as np
 
 from data_shards.labels import LabelTable
 from data_shards.records import AXES, MODALITIES, SPLITS
-from data_shards.shards import ShardSet
+from data_shards.store.shards import ShardSet
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from data_shards.augment import steering
-from data_shards.batch_reader import BatchReader
-from data_shards.codecs import PICTURES
-from data_shards.mixing import mix_problems
-from data_shards.order import Order
+from data_shards.feed.augment import steering
+from data_shards.feed.batch_reader import BatchReader
+from data_shards.feed.mixing import mix_problems
+from data_shards.feed.order import Order
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch
-from data_shards.shards import CacheConfig
+from data_shards.store.codecs import PICTURES
+from data_shards.store.shards import CacheConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from data_shards.shards import ShardSet
+    from data_shards.store.shards import ShardSet
 
 
 T = TypeVar("T")
@@ -114,8 +114,8 @@ class Loader:
     """Iterates over Batches for the given positions, decoding and augmenting ahead of the consumer.
 
     Position p shows the row of the shard set that `order` has there; `positions` gives each batch's global positions
-    (data_shards.order), `seed` keys the augmentations. Raises ValueError naming shard and sample for bytes that are not
-    those once written, or counts them in `skipped` (LoaderConfig.on_corrupt). One iteration a loader.
+    (feed.order), `seed` keys the augmentations. Raises ValueError naming shard and sample for bytes that are not those
+    once written, or counts them in `skipped` (LoaderConfig.on_corrupt). One iteration a loader.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.volumes import Volume, planes_in_memory
+from data_shards.ingest.volumes import Volume, planes_in_memory
 
 # window: CT by the window alone. paper: CT also by the percentiles of what the window leaves, as the paper's code does,
 # so that one grey value means another HU in each volume (HU can still be restored from the slice's own mapping).

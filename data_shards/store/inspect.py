@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.byte_store import local_path
-from data_shards.contact_sheet import draw_class_histogram, draw_contact_sheet
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.records import AXES, MASK_SOURCES, MODALITIES, SPLITS
-from data_shards.samples_table import numbers
-from data_shards.shards import ShardSet
+from data_shards.store.byte_store import local_path
+from data_shards.store.contact_sheet import draw_class_histogram, draw_contact_sheet
+from data_shards.store.samples_table import numbers
+from data_shards.store.shards import ShardSet
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,13 +11,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from data_shards.codecs import CODECS
 from data_shards.fan_out import Workers
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
-from data_shards.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, STORES, read_index, write_atomically
-from data_shards.shard_writer import Format, Payloads, plan_shards, set_format, write_shards
-from data_shards.shards import ShardSet
+from data_shards.store.codecs import CODECS
+from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, STORES, read_index, write_atomically
+from data_shards.store.shard_writer import Format, Payloads, plan_shards, set_format, write_shards
+from data_shards.store.shards import ShardSet
 
 _PLAN = "plan.json"
 # What of the source's index is told anew.

@@ -1,0 +1,1 @@
+"""Slices to batches: which comes when, what is done to it, and DALI."""

@@ -1,0 +1,1 @@
+"""Slices on disk and behind URLs: written, found again, checked, converted, looked at."""
