@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
@@ -91,9 +90,18 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    # As other Unix commands do when their reader has seen enough (`segdiff --help | head`).
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has seen enough (`segdiff --help | head`). SIGPIPE itself stays off: it would also kill a process
+        # whose store or tracker closes a connection.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell shows for a command that SIGPIPE ended
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0
