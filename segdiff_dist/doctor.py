@@ -76,7 +76,13 @@ def main(argv: list[str]) -> int:
     gpus, torch_rows = _torch()
     sections = (
         ("machine", [*_machine(), *_gpu(gpus)]),
-        ("engines", [*torch_rows, *_deepspeed(), _dali(gpus), *_libraries(), _attention(gpus), _triton(gpus), _fid()]),
+        (
+            "engines",
+            [
+                *(*torch_rows, *_deepspeed(), _dali(gpus), *_libraries()),
+                *(_attention(gpus), _triton(gpus), _annotator(), _fid()),
+            ],
+        ),
     )
     print(f"segdiff {__version__}\n")
     print(format_report(sections))
@@ -299,6 +305,15 @@ def _triton(gpus: Gpus) -> Row:
     if works and not gpus.names:
         return Row("Triton", "instead", f"{row.found}: without a GPU their torch references run in their place")
     return row
+
+
+def _annotator() -> Row:
+    """The tool that `segdiff annotate` runs unless another is named."""
+    tool = shutil.which("TotalSegmentator")
+    if tool is not None:
+        return Row("TotalSegmentator", "ok", tool)
+    found = "not on PATH: whole-body masks come from a folder, or from another tool by --annotate.command"
+    return Row("TotalSegmentator", "instead", found, "pip install TotalSegmentator, in an environment of its own")
 
 
 def _fid() -> Row:

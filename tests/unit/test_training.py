@@ -103,14 +103,16 @@ def test_deepspeed_trains_what_plain_pytorch_trains(
 
 def plain_losses(shapes: Path, steps: int) -> list[float]:
     from data_shards.feed.loader import Loader
-    from data_shards.feed.order import rank_positions
+    from data_shards.feed.order import Shuffled, rank_positions
 
     shards, config = ShardSet.open(shapes), TrainConfig(**{**QUICK, "num_images": 8 * steps})
     task = DenoiserTask(shards, shards.size, NET, DIFFUSION, 0, Path("unused"), CPU)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     positions = rank_positions(0, micro_batch_size=4, num_micro_batches=2, rank=0, world_size=1)
     rows = shards.select(split="train")
-    batches = iter(Loader(shards, rows, positions, LoaderConfig(flip=True, rotate_degrees=10), batch_size=4, seed=0))
+    batches = iter(
+        Loader(shards, Shuffled(rows, 0), positions, LoaderConfig(flip=True, rotate_degrees=10), batch_size=4, seed=0)
+    )
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
