@@ -136,7 +136,7 @@ def draw_class_histogram(
     shown = [i for i in range(table.num_classes) if any(pixels[group][i] for group in groups)]
     bar, width, left = 7, 560, 200
     height = _TOP + len(shown) * (bar * len(groups) + _GAP) + 24
-    picture = Image.new("RGB", (left + width + 2 * _GAP, height), _PAPER)
+    picture = Image.new("RGB", (left + width + 4 * _GAP, height), _PAPER)
     draw = ImageDraw.Draw(picture)
     shades = [tuple(int(c) for c in _COLOURS[k]) for k in range(len(groups))]
     for k, group in enumerate(groups):

@@ -168,7 +168,10 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield "labelled slices that hold each class, and its share of their pixels"
         rows = []
         for class_id, name in enumerate(report.label_table.names):
-            if name == UNUSED:
+            # Of a table of many classes those that occur; of a small one all, so that a missing organ is seen.
+            if name == UNUSED or (
+                report.label_table.num_classes > 20 and not any(report.pixels[g][class_id] for g in groups)
+            ):
                 continue
             cells = [
                 f"{report.class_slices[g][class_id]} {_percent(report.pixels[g][class_id], report.pixels[g].sum())}"
