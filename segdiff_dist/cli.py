@@ -88,6 +88,16 @@ _COMMANDS = {
 }
 
 
+_PATHS = {
+    "amos_root": "the archive: dataset.json, imagesTr, labelsTr, ...",
+    "wholebody": "folder of whole-body masks, <case id>.nii.gz",
+    "data": "the shard set: a folder or, for reading, a URL that fsspec knows",
+    "more_data": "further shard sets to train on, alike in labels, size and codec",
+    "converted": "the new shard set",
+    "run": "the run folder: checkpoints, weights, samples, evaluation, MLflow's database",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
@@ -150,11 +160,12 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
 
     types = get_type_hints(type(base))
 
-    def path(key: str, *markers: Any) -> tuple[str, Any, Any]:
-        return key, Annotated[(types[key], *markers)] if markers else types[key], getattr(base, key)
+    def path(key: str, *markers: Any, **options: Any) -> tuple[str, Any, Any]:
+        described = tyro.conf.arg(help=_PATHS[key], **options)
+        return key, Annotated[(types[key], *markers, described)], getattr(base, key)
 
     shape: list[tuple[str, Any, Any]] = [
-        path(key, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)) for key, metavar in command.positional
+        path(key, tyro.conf.Positional, metavar=metavar) for key, metavar in command.positional
     ]
     shape += [path(key) for key in command.named]
     shape += [

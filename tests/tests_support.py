@@ -52,3 +52,8 @@ def write_shapes(
     preprocessing = {"size": size, "bits": bits}
     writer.finish({"label_table": {"name": AMOS.name, "names": AMOS.names}, "preprocessing": preprocessing})
     return out
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path in it."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

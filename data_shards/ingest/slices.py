@@ -27,6 +27,8 @@ FITS = ("auto", "crop", "pad")
 # nearest: the nearest voxel's id. soft: every class resampled like an image, the largest share wins. bilinear_ids: id
 # numbers resampled like grey values and rounded, as the paper's code does; invents classes at borders.
 MASK_RESIZES = ("nearest", "soft", "bilinear_ids")
+# Of every processor that this runs on.
+_CACHE_LINE_BYTES = 64
 # Shares are sums of a few dozen float32 products; nearer than this they count as equal.
 _EQUAL_SHARES = 1e-5
 
@@ -185,11 +187,37 @@ class _Resampling:
         return list(zip(self.through.indices[taps].tolist(), self.through.data[taps], strict=True))
 
 
+class _Stack:
+    """Planes of a volume along one dimension, fetched in order.
+
+    Where neighbours in memory lie in neighbouring planes, a plane alone would take one voxel of each cache line. There
+    a block of planes is copied as it lies, and the planes are taken from that while it is still in the cache.
+    """
+
+    def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int]) -> None:
+        self._planes = voxels_IJK.transpose(view)
+        strides = np.abs(self._planes.strides)
+        line = _CACHE_LINE_BYTES // self._planes.itemsize
+        self._block_planes = line if strides[0] < strides[1:].min() else 1
+        self._first, self._block = -1, self._planes[:0]
+
+    def __len__(self) -> int:
+        return len(self._planes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._block_planes == 1:
+            return self._planes[index]
+        first = index - index % self._block_planes
+        if first != self._first:
+            self._first, self._block = first, self._planes[first : first + self._block_planes].copy(order="K")
+        return self._block[index - first]
+
+
 class _Planes:
     """Stored planes brought to size x size, each once, while slices that lie between them are made in order."""
 
     def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int], resampling: _Resampling) -> None:
-        self._planes, self._resampling = voxels_IJK.transpose(view), resampling
+        self._planes, self._resampling = _Stack(voxels_IJK, view), resampling
         self._ready: dict[int, np.ndarray] = {}
 
     def mixed(self, index: int, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -216,7 +244,7 @@ class _NearestLabels:
         num_grid: int,
         step: float,
     ) -> None:
-        self._planes = None if ids_IJK is None else ids_IJK.transpose(view)
+        self._planes = None if ids_IJK is None else _Stack(ids_IJK, view)
         (row_pixels, rows), (column_pixels, columns) = (line.nearest() for line in lines)
         self._pixels, self._voxels = (row_pixels, column_pixels), np.ix_(rows, columns)
         self._shape = (lines[0].size, lines[1].size)
@@ -264,7 +292,7 @@ class _SoftMasks:
         body_id: int,
         soft_edge: bool,
     ) -> None:
-        self._planes = None if ids_IJK is None else ids_IJK.transpose(view)
+        self._planes = None if ids_IJK is None else _Stack(ids_IJK, view)
         self._resampling, self._body_id, self._soft_edge = resampling, body_id, soft_edge
         self._row_reach, self._column_reach = _reach(resampling.rows), _reach(resampling.columns)
         self._ready: dict[int, _Shares] = {}

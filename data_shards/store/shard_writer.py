@@ -198,7 +198,6 @@ class ShardWriter:
 
     out: Path
     format: Format
-    label_table: dict[str, Any] = field(default_factory=dict)
     _waiting: list[tuple[SliceMeta, Payloads]] = field(default_factory=list)
     _tasks: list[ShardTask] = field(default_factory=list)
     _num_samples: dict[str, int] = field(default_factory=dict)

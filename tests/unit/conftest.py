@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,12 @@ class Archive:
 def archive(tmp_path: Path) -> Archive:
     """A fresh archive, to be spoilt at will."""
     return Archive(tmp_path / "amos")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """Ray takes seconds to start: once for all tests of a file."""
+    from data_shards.fan_out import ray_session
+
+    with ray_session():
+        yield

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests_support import write_shapes
+from tests_support import bytes_of, write_shapes
 
-from data_shards.fan_out import ray_session
 from data_shards.problems import InputProblems, ShardFailed
 from data_shards.store.convert import ConvertConfig, convert
 from data_shards.store.shards import ShardSet
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray() -> Iterator[None]:
-    with ray_session():
-        yield
-
-
-def _bytes(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 @pytest.mark.parametrize(("bits", "soft_edge"), [(8, False), (16, True)])
@@ -46,7 +37,7 @@ def test_through_every_form_and_back(tmp_path: Path, bits: int, soft_edge: bool)
         before = out
     back = tmp_path / "back"
     convert(before, back, ConvertConfig("webdataset", "raw", samples_per_shard=10, num_workers=1))
-    mine, theirs = _bytes(back), _bytes(first)
+    mine, theirs = bytes_of(back), bytes_of(first)
     assert {name for name in mine if mine[name] != theirs[name]} == {"index.json"}  # it says what it came from
 
 
@@ -67,8 +58,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path: Pa
 def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_path: Path) -> None:
     source = write_shapes(tmp_path / "source", num_patients=2, slices=3)
     tar = source / "shards/test-000000.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    whole = tar.readbytes_of()
+    tar.writebytes_of(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
     config = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
     with pytest.raises(ShardFailed, match=r"test-000000\.tar: sample amos_\d+-axial-0000"):
         convert(source, tmp_path / "out", config)
@@ -76,7 +67,7 @@ def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_
         ShardSet.open(tmp_path / "out")
     kept = tmp_path / "out/shards.unfinished/train-000000.tar"
     made_at = kept.stat().st_mtime_ns
-    tar.write_bytes(whole)
+    tar.writebytes_of(whole)
     convert(source, tmp_path / "out", config)
     assert (tmp_path / "out/shards/train-000000.tar").stat().st_mtime_ns == made_at
     assert len(ShardSet.open(tmp_path / "out", verify=True)) == len(ShardSet.open(source))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests_support import bytes_of
 
-from data_shards.fan_out import ray_session
 from data_shards.ingest.intensity import restore
 from data_shards.ingest.prepare import PrepareConfig, find_problems, prepare
 from data_shards.labels import AMOS
@@ -23,15 +22,7 @@ CONFIG = PrepareConfig(size=32, slice_stride=7, samples_per_shard=40, num_worker
 BODY = AMOS.body_id
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray() -> Iterator[None]:
-    """Ray takes seconds to start: once for all of these."""
-    with ray_session():
-        yield
-
-
-def _bytes(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 def test_slices_hold_what_the_volumes_hold(archive, tmp_path: Path) -> None:
@@ -89,7 +80,7 @@ def test_same_input_gives_the_same_bytes_however_many_workers(archive, tmp_path:
     for name, num_workers in (("one", 1), ("two", 2)):
         config = PrepareConfig(size=32, slice_stride=9, samples_per_shard=16, num_workers=num_workers, **options)
         prepare(archive.root, tmp_path / name, config)
-    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
     assert len(ShardSet.open(tmp_path / "two", verify=True)) > 16
 
 
@@ -158,13 +149,13 @@ def test_config_and_archive_faults_are_told_together_before_work_starts(archive,
 
 
 def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-2000])
+    file.writebytes_of(file.readbytes_of()[:-2000])
 
 
 def _bad_checksum(file: Path) -> None:
-    content = bytearray(file.read_bytes())
+    content = bytearray(file.readbytes_of())
     content[-6] ^= 255
-    file.write_bytes(content)
+    file.writebytes_of(content)
 
 
 def _spoil_voxels(archive, kept: Path) -> dict[str, str]:
@@ -197,9 +188,9 @@ def test_bad_voxels_cost_only_their_volume_and_are_tried_again(archive, tmp_path
     assert [entry["case_id"] for entry in shards.index["failed"]] == sorted(reasons)
 
     # Again, with nothing mended: the same failures, the same set.
-    before = _bytes(out)
+    before = bytes_of(out)
     assert prepare(archive.root, out, CONFIG).failed == report.failed
-    assert _bytes(out) == before
+    assert bytes_of(out) == before
 
     # All mended: only those four are made, and the set is that of an archive that never was bad.
     good_partial = out / ".partial/amos_0003.bin"
@@ -212,7 +203,7 @@ def test_bad_voxels_cost_only_their_volume_and_are_tried_again(archive, tmp_path
     mended = prepare(archive.root, out, CONFIG)
     assert (mended.failed, mended.num_cases) == ((), 6)
     prepare(kept, tmp_path / "clean", CONFIG)
-    assert _bytes(out) == _bytes(tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
     assert prepare(archive.root, out, CONFIG).skipped_done
 
 
@@ -246,17 +237,17 @@ def test_after_ctrl_c_the_same_command_goes_on(archive, tmp_path: Path, stop_aft
         prepare(archive.root, out, CONFIG, progress=interrupt)
     with pytest.raises(InputProblems, match="unfinished"):
         ShardSet.open(out)
-    (out / ".partial" / "amos_0001.unfinished").write_bytes(b"half a volume")
+    (out / ".partial" / "amos_0001.unfinished").writebytes_of(b"half a volume")
     partials = {file: file.stat().st_mtime_ns for file in (out / ".partial").glob("*.bin")}
     assert len(partials) >= stop_after
     (cut_short, _) = partials.popitem()
-    cut_short.write_bytes(cut_short.read_bytes()[:1000])
+    cut_short.writebytes_of(cut_short.readbytes_of()[:1000])
     (out / ".partial" / f"{partials.popitem()[0].stem}.json").unlink()
     kept: dict[Path, int] = {}
     prepare(archive.root, out, CONFIG, progress=lambda *_: kept.update({f: f.stat().st_mtime_ns for f in partials}))
     assert kept == partials
     prepare(archive.root, tmp_path / "clean", CONFIG)
-    assert _bytes(out) == _bytes(tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
 
 
 def test_a_changed_source_or_config_of_an_unfinished_set_is_noticed(archive, tmp_path: Path) -> None:
@@ -273,7 +264,7 @@ def test_a_changed_source_or_config_of_an_unfinished_set_is_noticed(archive, tmp
     archive.save(archive.root / "imagesTr/amos_0001.nii.gz", image)
     prepare(archive.root, out, CONFIG)
     prepare(archive.root, tmp_path / "clean", CONFIG)
-    assert _bytes(out) == _bytes(tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
 
 
 def test_the_index_tells_how_the_set_was_made(archive, tmp_path: Path) -> None:
@@ -291,7 +282,7 @@ def test_stored_compression_does_not_matter(archive, tmp_path: Path) -> None:
     """An uncompressed .nii gives the same pixels; only the source's checksum differs."""
     prepare(archive.root, tmp_path / "zipped", CONFIG)
     file = archive.root / "imagesTs/amos_0003.nii.gz"
-    (archive.root / "imagesTs/amos_0003.nii").write_bytes(gzip.decompress(file.read_bytes()))
+    (archive.root / "imagesTs/amos_0003.nii").writebytes_of(gzip.decompress(file.readbytes_of()))
     file.unlink()
     archive.edit(lambda d: d["test"][0].update(image="./imagesTs/amos_0003.nii"))
     prepare(archive.root, tmp_path / "plain", CONFIG)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests_support import bytes_of
 
-from data_shards.fan_out import ray_session
 from data_shards.ingest.archive import read_archive
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.partials import write_partial
@@ -27,14 +27,7 @@ from data_shards.store.shards import ShardSet
 CONFIG = PrepareConfig(size=32, slice_stride=3, samples_per_shard=16, num_workers=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray() -> Iterator[None]:
-    with ray_session():
-        yield
-
-
-def _bytes(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 def _worker_pids() -> list[int]:
@@ -42,7 +35,7 @@ def _worker_pids() -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
+            if (folder / "cmdline").readbytes_of().startswith(b"ray::_Worker"):
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -62,7 +55,7 @@ def test_killed_workers_cost_nothing_but_their_volumes(archive, tmp_path: Path) 
     assert len(killed) == 3
     assert (report.num_cases, report.failed) == (6, ())
     prepare(archive.root, tmp_path / "clean", CONFIG)
-    assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean")
+    assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "clean")
 
 
 @pytest.fixture
@@ -92,7 +85,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
         room = min(room, 1.05)
     filler = small_disk / "filler"
     free = shutil.disk_usage(small_disk).free
-    filler.write_bytes(bytes(max(0, int(free - room * needed))))
+    filler.writebytes_of(bytes(max(0, int(free - room * needed))))
     out = small_disk / "set"
     with pytest.raises(OutOfSpace, match="make room and start the same command again"):
         prepare(archive.root, out, config)
@@ -101,7 +94,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     filler.unlink()
     report = prepare(archive.root, out, config)
     assert (report.num_cases, report.failed) == (6, ())
-    assert _bytes(out) == _bytes(tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
 
 
 @pytest.mark.parametrize(
