@@ -58,8 +58,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path: Pa
 def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_path: Path) -> None:
     source = write_shapes(tmp_path / "source", num_patients=2, slices=3)
     tar = source / "shards/test-000000.tar"
-    whole = tar.readbytes_of()
-    tar.writebytes_of(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
     config = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
     with pytest.raises(ShardFailed, match=r"test-000000\.tar: sample amos_\d+-axial-0000"):
         convert(source, tmp_path / "out", config)
@@ -67,7 +67,7 @@ def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_
         ShardSet.open(tmp_path / "out")
     kept = tmp_path / "out/shards.unfinished/train-000000.tar"
     made_at = kept.stat().st_mtime_ns
-    tar.writebytes_of(whole)
+    tar.write_bytes(whole)
     convert(source, tmp_path / "out", config)
     assert (tmp_path / "out/shards/train-000000.tar").stat().st_mtime_ns == made_at
     assert len(ShardSet.open(tmp_path / "out", verify=True)) == len(ShardSet.open(source))

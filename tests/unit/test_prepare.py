@@ -149,13 +149,13 @@ def test_config_and_archive_faults_are_told_together_before_work_starts(archive,
 
 
 def _truncate(file: Path) -> None:
-    file.writebytes_of(file.readbytes_of()[:-2000])
+    file.write_bytes(file.read_bytes()[:-2000])
 
 
 def _bad_checksum(file: Path) -> None:
-    content = bytearray(file.readbytes_of())
+    content = bytearray(file.read_bytes())
     content[-6] ^= 255
-    file.writebytes_of(content)
+    file.write_bytes(content)
 
 
 def _spoil_voxels(archive, kept: Path) -> dict[str, str]:
@@ -237,11 +237,11 @@ def test_after_ctrl_c_the_same_command_goes_on(archive, tmp_path: Path, stop_aft
         prepare(archive.root, out, CONFIG, progress=interrupt)
     with pytest.raises(InputProblems, match="unfinished"):
         ShardSet.open(out)
-    (out / ".partial" / "amos_0001.unfinished").writebytes_of(b"half a volume")
+    (out / ".partial" / "amos_0001.unfinished").write_bytes(b"half a volume")
     partials = {file: file.stat().st_mtime_ns for file in (out / ".partial").glob("*.bin")}
     assert len(partials) >= stop_after
     (cut_short, _) = partials.popitem()
-    cut_short.writebytes_of(cut_short.readbytes_of()[:1000])
+    cut_short.write_bytes(cut_short.read_bytes()[:1000])
     (out / ".partial" / f"{partials.popitem()[0].stem}.json").unlink()
     kept: dict[Path, int] = {}
     prepare(archive.root, out, CONFIG, progress=lambda *_: kept.update({f: f.stat().st_mtime_ns for f in partials}))
@@ -282,7 +282,7 @@ def test_stored_compression_does_not_matter(archive, tmp_path: Path) -> None:
     """An uncompressed .nii gives the same pixels; only the source's checksum differs."""
     prepare(archive.root, tmp_path / "zipped", CONFIG)
     file = archive.root / "imagesTs/amos_0003.nii.gz"
-    (archive.root / "imagesTs/amos_0003.nii").writebytes_of(gzip.decompress(file.readbytes_of()))
+    (archive.root / "imagesTs/amos_0003.nii").write_bytes(gzip.decompress(file.read_bytes()))
     file.unlink()
     archive.edit(lambda d: d["test"][0].update(image="./imagesTs/amos_0003.nii"))
     prepare(archive.root, tmp_path / "plain", CONFIG)

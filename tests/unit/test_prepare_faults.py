@@ -35,7 +35,7 @@ def _worker_pids() -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "cmdline").readbytes_of().startswith(b"ray::_Worker"):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -85,7 +85,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
         room = min(room, 1.05)
     filler = small_disk / "filler"
     free = shutil.disk_usage(small_disk).free
-    filler.writebytes_of(bytes(max(0, int(free - room * needed))))
+    filler.write_bytes(bytes(max(0, int(free - room * needed))))
     out = small_disk / "set"
     with pytest.raises(OutOfSpace, match="make room and start the same command again"):
         prepare(archive.root, out, config)
