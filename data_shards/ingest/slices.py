@@ -129,7 +129,9 @@ def cut(
         masks = _FilledMasks(lambda k: np.rint(numbers.mixed(k, _as_float32)).astype(np.uint8), body_id)
 
     def above_offset(plane: np.ndarray) -> np.ndarray:
-        return volume.values(plane) - np.float32(grey.offset)
+        values = volume.values(plane)
+        values -= np.float32(grey.offset)
+        return values
 
     for index in range(slice_stride // 2, num_grid, slice_stride):
         image = grey.to_grey(images.mixed(index, above_offset))

@@ -61,7 +61,13 @@ class Volume:
 
     def values(self, voxels: np.ndarray) -> np.ndarray:
         """Stored voxels as float32 values."""
-        return voxels.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
+        values = voxels.astype(np.float32)
+        # In place, and not at all where nothing changes: planes are larger than a core's cache.
+        if self.slope != 1.0:
+            values *= np.float32(self.slope)
+        if self.intercept != 0.0:
+            values += np.float32(self.intercept)
+        return values
 
 
 def read_volume(path: Path) -> Volume:
