@@ -158,6 +158,11 @@ class Workers(Generic[Task, Result]):
         return actor_class.remote(self._make_worker, self._threads)
 
 
+def runner() -> Callable[[Any], Any]:
+    """The worker for tasks that know what to do: it calls their run()."""
+    return lambda task: task.run()
+
+
 class _Worker:
     """The actor. Threads are fixed before torch loads, so that results do not depend on how many workers run."""
 

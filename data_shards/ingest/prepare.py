@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards import __version__
-from data_shards.fan_out import Done, TaskFailure, Workers
+from data_shards.fan_out import Done, TaskFailure, Workers, runner
 from data_shards.ingest import archive, partials
 from data_shards.ingest.archive import Case
 from data_shards.ingest.masks import annotation_record, find_wholebody_problems
@@ -126,7 +126,7 @@ def prepare(
     # The largest first, so that no worker is left with one at the end while the others wait.
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
     num_workers = config.num_workers or os.cpu_count() or 1
-    workers: Workers[Any, Any] = Workers(_make_worker, num_workers=num_workers, address=config.ray_address)
+    workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=config.ray_address)
     with saying_when_full(out), workers:
         _start(out, plan)
         failed = dict(_cut_volumes(tasks, workers, out, progress))
@@ -259,11 +259,6 @@ def _described(roots: list[Path], case_id: str, failure: _Failed) -> dict[str, s
     for root in roots:
         file, reason = (text.replace(f"{root}{os.sep}", "") for text in (file, reason))
     return {"case_id": case_id, "file": file, "reason": reason}
-
-
-def _make_worker() -> Callable[[Any], Any]:
-    """Workers cut volumes first and write shards then."""
-    return lambda task: task.run()
 
 
 def _write_set(

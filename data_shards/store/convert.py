@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from data_shards.fan_out import Workers
+from data_shards.fan_out import Workers, runner
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
 from data_shards.store.codecs import CODECS
@@ -98,7 +98,7 @@ def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, A
         counted.append((split, count, partial(_rows_from, str(source), first, shards.digest, format)))
         num_samples[split] = count
     num_workers = config.num_workers or os.cpu_count() or 1
-    with saying_when_full(out), Workers(_make_worker, num_workers=num_workers, address=config.ray_address) as workers:
+    with saying_when_full(out), Workers(runner, num_workers=num_workers, address=config.ray_address) as workers:
         # Says whose the folder is, from the first shard until the index stands.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
         write_atomically(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
@@ -124,10 +124,6 @@ def _rows_from(root: str, first: int, stamp: str, format: Format, start: int, st
 @cache
 def _open(root: str) -> ShardSet:
     return ShardSet.open(root, check_files=False)
-
-
-def _make_worker() -> Callable[[Any], Any]:
-    return lambda task: task.run()
 
 
 def _asked(shards: ShardSet, config: ConvertConfig) -> dict[str, Any]:

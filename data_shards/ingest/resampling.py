@@ -1,0 +1,131 @@
+"""The linear maps that bring a volume to its slices: lines of pixels, and planes of voxels mixed between slices.
+
+Dimensions: I, J, K as in volumes.py; H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_shards.ingest.volumes import linear_weights, nearest_elements
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+# Of every processor that this runs on.
+_CACHE_LINE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Line:
+    """One in-plane dimension on its way to `size` pixels: stored voxels -> spacing_mm grid, turned round -> window of
+    `length` grid points from `first` -> pixels. `step`: stored voxels from one grid point to the next."""
+
+    num_stored: int
+    step: float
+    num_grid: int
+    first: int
+    length: int
+    size: int
+
+    @property
+    def pixel(self) -> float:
+        """Grid points from one pixel to the next."""
+        return self.length / self.size
+
+    def weights(self, num_in: int, step: float) -> scipy.sparse.csr_array:
+        """[size, num_in] from an input whose elements lie on every 1 / `step`-th grid point, zero outside of it."""
+        window = (self.first, self.first + self.length)
+        start = self.first + 0.5 * self.pixel - 0.5
+        shown = linear_weights(self.size, self.num_grid, step=self.pixel, start=start, window=window)
+        return (shown[:, ::-1] @ linear_weights(self.num_grid, num_in, step=step)).tocsr()
+
+    def nearest(self) -> tuple[slice, np.ndarray]:
+        """The pixels that lie inside the volume, and the stored voxel of each, int64."""
+        shown = self.first + np.floor((np.arange(self.size) + 0.5) * self.pixel).astype(np.int64)
+        inside = np.flatnonzero((shown >= 0) & (shown < self.num_grid))
+        voxels = nearest_elements(self.num_grid, self.num_stored, step=self.step)
+        return slice(inside[0], inside[-1] + 1), voxels[self.num_grid - 1 - shown[inside]]
+
+    def stored_index(self) -> tuple[float, float]:
+        """Stored voxel index of pixel 0, and how much it grows from one pixel to the next."""
+        start = self.first + 0.5 * self.pixel - 0.5
+        return (self.num_grid - 1 - start) * self.step, -self.pixel * self.step
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """From the elements of a volume to the pixels of its slices, as sparse matrices: [slices, planes], [size, rows of a
+    plane] and [size, columns of a plane]."""
+
+    through: scipy.sparse.csr_array
+    rows: scipy.sparse.csr_array
+    columns: scipy.sparse.csr_array
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        steps: np.ndarray,
+        view: tuple[int, int, int],
+        lines: tuple[Line, Line],
+        num_grid: int,
+    ) -> Resampling:
+        """For a volume of this shape, `steps` of whose elements lie between the points of the resampled volume."""
+        through = linear_weights(num_grid, shape[view[0]], step=steps[view[0]])
+        return cls(through, *(line.weights(shape[d], steps[d]) for line, d in zip(lines, view[1:], strict=True)))
+
+    def taps(self, index: int) -> list[tuple[int, np.float32]]:
+        """The planes that a slice lies between, each with its weight."""
+        taps = slice(self.through.indptr[index], self.through.indptr[index + 1])
+        return list(zip(self.through.indices[taps].tolist(), self.through.data[taps], strict=True))
+
+
+class Stack:
+    """Planes of a volume along one dimension, fetched in order.
+
+    Where neighbours in memory lie in neighbouring planes, a plane alone would take one voxel of each cache line. There
+    a block of planes is copied as it lies, and the planes are taken from that while it is still in the cache.
+    """
+
+    def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int]) -> None:
+        self._planes = voxels_IJK.transpose(view)
+        strides = np.abs(self._planes.strides)
+        line = _CACHE_LINE_BYTES // self._planes.itemsize
+        self._block_planes = line if strides[0] < strides[1:].min() else 1
+        self._first, self._block = -1, self._planes[:0]
+
+    def __len__(self) -> int:
+        return len(self._planes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._block_planes == 1:
+            return self._planes[index]
+        first = index - index % self._block_planes
+        if first != self._first:
+            self._first, self._block = first, self._planes[first : first + self._block_planes].copy(order="K")
+        return self._block[index - first]
+
+
+class Planes:
+    """Stored planes brought to size x size, each once, while slices that lie between them are made in order."""
+
+    def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int], resampling: Resampling) -> None:
+        self._planes, self._resampling = Stack(voxels_IJK, view), resampling
+        self._ready: dict[int, np.ndarray] = {}
+
+    def mixed(self, index: int, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Slice `index` of the resampled volume: float32 [size, size]."""
+        rows, columns = self._resampling.rows, self._resampling.columns
+        taps = self._resampling.taps(index)
+        self._ready = {k: plane for k, plane in self._ready.items() if k >= taps[0][0]}
+        total = np.zeros((columns.shape[0], rows.shape[0]), dtype=np.float32)
+        for k, weight in taps:
+            if k not in self._ready:
+                self._ready[k] = columns @ (rows @ value(self._planes[k])).T
+            total += weight * self._ready[k]
+        return np.ascontiguousarray(total.T)
