@@ -32,7 +32,7 @@ from data_shards.ingest.masks import (
 from data_shards.ingest.tool import ask, last_words, run_tool
 from data_shards.ingest.totalsegmentator import to_wholebody_ids
 from data_shards.ingest.volumes import UnreadableVolume
-from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, refuse
+from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, refuse, saying_when_full
 from data_shards.records import MODALITIES
 from data_shards.store.set_index import file_sha256, write_atomically
 
@@ -149,12 +149,8 @@ def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annota
     amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
     problems, version = _check(amos_root, wholebody, config)
     refuse(problems)
-    try:
+    with saying_when_full(wholebody):
         return _run(amos_root, wholebody, config, version)
-    except OSError as error:
-        if out_of_space(error):
-            raise OutOfSpace(wholebody, str(error)) from error
-        raise
 
 
 def find_problems(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> list[Problem]:
