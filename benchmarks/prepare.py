@@ -25,8 +25,8 @@ from data_shards.ingest.prepare import PrepareConfig, prepare
 from data_shards.phantom import PhantomConfig, write_phantom
 
 _PHANTOM = PhantomConfig(num_train=3, num_val=0, num_test=0, matrix=(512, 512), slice_thickness_mm=(3.0, 3.0))
-# Each volume is prepared under several case ids, so that a run is long against the start of its workers (about 4 s).
-_COPIES = 6
+# Each volume is prepared under several case ids, so that a run is long against the start of its workers (about 3 s).
+_COPIES = 10
 
 
 def multiplied(archive: Path, copies: int) -> Path:

@@ -20,6 +20,7 @@ from data_shards.store.codecs import EXTENSIONS, crc32c
 # ustar: every member is one header block, then its bytes filled up to whole blocks.
 _BLOCK = 512
 _LONGEST_NAME = 100
+_WHOLE_MEMBERS = 1 << 24
 
 
 def shard_name(split: str, number: int) -> str:
@@ -43,6 +44,10 @@ def write_tar(
     with path.open("wb") as file:
         stream = _Hashing(file)
         tar = webdataset.TarWriter(stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644)
+        # TarWriter's own stream copies every member in pieces of 10 kB; this one hands each over whole.
+        tar.tarstream = tarfile.open(
+            fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_WHOLE_MEMBERS
+        )
         for meta, payloads in samples:
             values = meta.to_json()
             members = {f"{part}.{extension}": payload for part, payload in payloads.items()}
@@ -121,6 +126,9 @@ class _Hashing:
         self.sha256.update(content)
         self.num_bytes += len(content)
         return len(content)
+
+    def tell(self) -> int:
+        return self.num_bytes
 
     def flush(self) -> None:
         self._file.flush()
