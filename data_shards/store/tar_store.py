@@ -11,7 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from data_shards.problems import Problem
 from data_shards.records import SliceMeta
@@ -19,7 +19,6 @@ from data_shards.store.codecs import EXTENSIONS, crc32c
 
 # ustar: every member is one header block, then its bytes filled up to whole blocks.
 _BLOCK = 512
-_LONGEST_NAME = 100
 _WHOLE_MEMBERS = 1 << 24
 
 
@@ -44,9 +43,10 @@ def write_tar(
     with path.open("wb") as file:
         stream = _Hashing(file)
         tar = webdataset.TarWriter(stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644)
-        # TarWriter's own stream copies every member in pieces of 10 kB; this one hands each over whole.
-        tar.tarstream = tarfile.open(
-            fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_WHOLE_MEMBERS
+        # TarWriter's own stream copies every member in pieces of 10 kB; this one hands each over whole. Plain ustar
+        # refuses names that would take a second header block, after which every offset would be wrong.
+        tar.tarstream = tarfile.TarFile(
+            fileobj=cast(Any, stream), mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_WHOLE_MEMBERS
         )
         for meta, payloads in samples:
             values = meta.to_json()
@@ -57,8 +57,6 @@ def write_tar(
             described = []
             for name in sorted(members):  # as TarWriter orders them
                 payload = members[name]
-                # A longer name would take more than one header block, and every offset after it would be wrong.
-                assert len(f"{meta.key}.{name}") <= _LONGEST_NAME, f"{meta.key}.{name}: too long for a plain tar"
                 described.append(f"{name} {end + _BLOCK} {len(payload)} {meta.key}.{name}")
                 part = name.partition(".")[0]
                 if part in payloads:
