@@ -150,9 +150,9 @@ class SegmenterTask:
         self._loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, include_background=False)
         self._validation_rows = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
 
-    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """MONAI's DiceCELoss, Dice over the micro-batch and without background."""
-        return self._loss(forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long())
+        return self._loss(forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long()), {}
 
     def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
         """Validate; write the weights when they are the best so far."""

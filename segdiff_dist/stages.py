@@ -110,7 +110,7 @@ def train_segmenter(experiment: Experiment) -> None:
 
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
-    from segdiff_dist.training import DenoiserTask
+    from segdiff_dist.denoising import DenoiserTask
 
     denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
     run, shards = _open_run_and_data(experiment, experiment.more_data)

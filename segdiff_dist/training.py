@@ -24,11 +24,9 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
 from segdiff_dist import checkpoint
 from segdiff_dist.config import write_text_atomically
-from segdiff_dist.denoiser import Denoiser, DenoiserConfig, class_ids, describe
-from segdiff_dist.diffusion import DiffusionConfig, make_scheduler, prediction_target, q_sample, to_model_range
+from segdiff_dist.denoiser import describe
 from segdiff_dist.distributed import barrier, is_main, mean_over_ranks, rank, world_size
 from segdiff_dist.engine import Engine, TrainConfig, ema_decay, learning_rate
-from segdiff_kernels import philox
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -41,52 +39,13 @@ class Task(Protocol):
     name: str
     model: nn.Module
 
-    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
-        """The micro-batch's mean loss, through `forward`, which is the model as the engine runs it."""
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's mean loss, through `forward`, which is the model as the engine runs it; and what else is
+        worth logging: name -> float [2], a sum over the micro-batch and how many values went into it."""
 
     def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
         """Called on the main rank at every checkpoint with the gathered EMA weights: write them where they are
         used. Returns the best score so far, where there is a choice to make, and what is worth logging."""
-
-
-class DenoiserTask:
-    """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask."""
-
-    name = "train"
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        size: int,
-        denoiser: DenoiserConfig,
-        diffusion: DiffusionConfig,
-        seed: int,
-        weights: Path,
-        device: torch.device,
-    ) -> None:
-        self.seed, self.diffusion, self.weights = seed, diffusion, weights
-        with _seeded(seed):
-            self.model = Denoiser(denoiser, shards.label_table, size).prepare_for(device)
-        self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod
-
-    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
-        """L_m of the paper's section 3.2, with noise and timestep drawn by position."""
-        x_0_BCHW = to_model_range(batch.image_BHW)
-        noise_BCHW = philox.normal(self.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
-        timestep_B = philox.timesteps(self.seed, batch.position_B, self.diffusion.num_train_timesteps)
-        self._alphas_cumprod_T = self._alphas_cumprod_T.to(x_0_BCHW.device)
-        a_B = self._alphas_cumprod_T[timestep_B]
-        x_t_BCHW = q_sample(x_0_BCHW, noise_BCHW, a_B)
-        target_BCHW = prediction_target(self.diffusion.prediction_type, x_0_BCHW, noise_BCHW, a_B)
-        class_B = class_ids(batch.modality_B, batch.axis_B)
-        prediction_BCHW = forward(x_t_BCHW, timestep_B, batch.mask_BHW, class_B)
-        return torch.nn.functional.mse_loss(prediction_BCHW, target_BCHW)
-
-    def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
-        """Write weights/ema as a diffusers folder. The newest is the one that counts."""
-        assert isinstance(self.model, Denoiser)
-        self.model.save(self.weights / "ema", weights)
-        return None, {}
 
 
 def train(
@@ -145,7 +104,7 @@ def train(
             for _ in range(engine.num_micro_batches):
                 with clock.waiting():
                     batch = next(batches)
-                loss = task.loss(engine, batch)
+                loss, _ = task.loss(engine, batch)
                 engine.backward(loss)
                 engine.step()
                 loss_sum += loss.detach().double()
@@ -240,14 +199,6 @@ def _progress(name: str, total: int, initial: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, initial=min(initial, total), desc=name, unit="img", disable=not is_main(), mininterval=1.0)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Initial weights are a function of the seed alone; the caller's generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 class _Clock:

@@ -19,10 +19,11 @@ from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising import DenoiserTask
 from segdiff_dist.diffusion import DiffusionConfig
 from segdiff_dist.engine import Engine, TrainConfig, learning_rate
 from segdiff_dist.tracking import Tracker, TrackingConfig
-from segdiff_dist.training import DenoiserTask, train
+from segdiff_dist.training import train
 
 CPU = torch.device("cpu")
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
@@ -119,7 +120,7 @@ def plain_losses(shapes: Path, steps: int) -> list[float]:
             group["lr"] = learning_rate(8 * step, config)
         micro = []
         for _ in range(2):
-            loss = task.loss(task.model, next(batches))
+            loss, _ = task.loss(task.model, next(batches))
             (loss / 2).backward()
             micro.append(loss.item())
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.gradient_clip)
@@ -163,7 +164,7 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(shapes: Path, tmp_path: Path, mo
     whole = run_training(shapes, tmp_path / "whole")
     loss = DenoiserTask.loss
 
-    def interrupted(self: DenoiserTask, forward: Any, batch: Batch) -> torch.Tensor:
+    def interrupted(self: DenoiserTask, forward: Any, batch: Batch) -> Any:
         if int(batch.position_B[0]) == 40:
             os.kill(os.getpid(), signal.SIGINT)
         return loss(self, forward, batch)
@@ -199,5 +200,6 @@ def test_a_loss_that_is_no_number_stops_the_run(shapes: Path, tmp_path: Path, mo
 _loss = DenoiserTask.loss
 
 
-def _nan_loss(self: DenoiserTask, forward: Any, batch: Batch) -> torch.Tensor:
-    return _loss(self, forward, batch) * float("nan")
+def _nan_loss(self: DenoiserTask, forward: Any, batch: Batch) -> Any:
+    loss, told = _loss(self, forward, batch)
+    return loss * float("nan"), told
