@@ -1,14 +1,30 @@
-"""Checkpoint folders: checkpoints/<images_seen, zero-padded>/, complete when their marker file exists."""
+"""Checkpoint folders: checkpoints/<images_seen, zero-padded>/, written beside the training, complete when their marker
+exists.
+
+    rank_00000.safetensors, .json   one pair a rank (sharded_state.py)
+    state.json                      images_seen and what else the loop goes on from
+    config.yaml                     the resolved config
+    COMPLETE                        written last, when every rank's files are safely on the disk
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from segdiff_dist import sharded_state
 from segdiff_dist.config import write_text_atomically
+from segdiff_dist.distributed import Agreement, is_main, rank, world_size
+from segdiff_dist.sharded_state import ShardOfState
 
 MARKER = "COMPLETE"
 STATE = "state.json"
@@ -20,41 +36,163 @@ def checkpoint_name(images_seen: int) -> str:
     return f"{images_seen:0{_DIGITS}d}"
 
 
-def newest_complete(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint; newer incomplete ones are passed over with a warning."""
-    if not checkpoints.is_dir():
-        return None
-    for folder in sorted((p for p in checkpoints.iterdir() if p.is_dir()), reverse=True):
+def complete_ones(checkpoints: Path) -> list[Path]:
+    """Folders with their marker, the newest first; newer ones without it are passed over with a warning."""
+    found = []
+    for folder in sorted((p for p in checkpoints.glob("[0-9]*") if p.is_dir()), reverse=True):
         if (folder / MARKER).is_file():
+            found.append(folder)
+        elif not found:
+            warnings.warn(f"checkpoint {folder} is incomplete and passed over", stacklevel=2)
+    return found
+
+
+def newest_usable(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint whose files match their checksums; others are passed over with a warning."""
+    for folder in complete_ones(checkpoints):
+        damage = sharded_state.find_damage(folder, read_state(folder)["ranks"], read_all=True)
+        if damage is None:
             return folder
-        warnings.warn(f"checkpoint {folder} is incomplete and passed over", stacklevel=2)
+        warnings.warn(f"checkpoint {folder} is damaged and passed over: {damage}", stacklevel=2)
     return None
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write state.json."""
-    write_text_atomically(folder / STATE, json.dumps(state, indent=2) + "\n")
-
-
 def read_state(folder: Path) -> dict[str, Any]:
-    """What write_state wrote."""
+    """What the loop went on with; `ranks` says how many files there are."""
     return json.loads((folder / STATE).read_text())
 
 
-def mark_complete(folder: Path) -> None:
-    """Declare the checkpoint whole. Call when every rank has written its part."""
-    write_text_atomically(folder / MARKER, "")
-
-
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and the incomplete ones older than those."""
-    folders = sorted((p for p in checkpoints.iterdir() if p.is_dir()), reverse=True)
-    complete = [p for p in folders if (p / MARKER).is_file()]
+def prune(checkpoints: Path, keep: int, keep_every_images: int | None = None) -> None:
+    """Remove all but the newest `keep` complete checkpoints and those whose count keep_every_images divides; and what
+    is incomplete and older than those."""
+    complete = complete_ones(checkpoints)
     if not complete:
         return
-    oldest_kept = complete[:keep][-1]
-    for folder in folders:
-        if folder.name < oldest_kept.name:
+    kept = set(complete[:keep]) | {p for p in complete if keep_every_images and int(p.name) % keep_every_images == 0}
+    for folder in checkpoints.glob("[0-9]*"):
+        if folder not in kept and folder.name < complete[0].name:
             # Without its marker a half-removed checkpoint reads as incomplete, never as whole.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
+
+
+class CheckpointWriter:
+    """Writes checkpoints from a thread while the training goes on; use as a context, on every rank.
+
+    start() copies the rank's state and returns; the thread writes the copy. poll() is called after every step with what
+    the ranks agreed on; once all have written their part, the main rank writes the marker, and `on_complete(folder)` is
+    called there, in the thread. A checkpoint that could not be written (a full disk) is removed with a warning, and the
+    ones before it stay.
+    """
+
+    FLAGS = ("checkpoint_behind", "checkpoint_failed")
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        keep: int,
+        keep_every_images: int | None = None,
+        on_complete: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.checkpoints, self.keep, self.keep_every_images = checkpoints, keep, keep_every_images
+        self.waited_s = 0.0
+        self.num_failed = 0
+        self._on_complete = on_complete
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._staged: dict[str, list[torch.Tensor]] = {}
+        self._pending: tuple[Path, dict[str, Any], str] | None = None
+        self._writing: Future[None] | None = None
+        self._completing: Future[None] | None = None
+        self._ended = 0  # images_seen of the last checkpoint whose writing ended here, well or not
+        self._failed = 0  # likewise, not well
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def start(self, state: ShardOfState, values: dict[str, Any], config: str) -> None:
+        """Begin checkpoint values["images_seen"]. Call when nothing is pending."""
+        begin = time.perf_counter()
+        assert self._pending is None
+        folder = self.checkpoints / checkpoint_name(values["images_seen"])
+        self._pending = folder, {**values, "ranks": world_size()}, config
+        self._writing = self._thread.submit(self._write, folder, replace(state, shards=self._copied(state.shards)))
+        self.waited_s += time.perf_counter() - begin
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is under way on some rank."""
+        return self._pending is not None
+
+    def flags(self) -> dict[str, float]:
+        """What the ranks must agree on: the maximum over ranks of each goes to the next poll()."""
+        if self._writing is not None and self._writing.done() and self._pending is not None:
+            self._ended = self._pending[1]["images_seen"]
+            if isinstance(self._writing.exception(), OSError):
+                self._failed = self._ended
+            else:
+                self._writing.result()
+        return {"checkpoint_behind": -float(self._ended), "checkpoint_failed": float(self._failed)}
+
+    def poll(self, agreed: dict[str, float]) -> None:
+        """Finish the pending checkpoint if every rank has ended its writing."""
+        if self._pending is None or self._writing is None:
+            return
+        folder, values, config = self._pending
+        if -agreed["checkpoint_behind"] < values["images_seen"]:
+            return
+        self._pending = None
+        if agreed["checkpoint_failed"] >= values["images_seen"]:
+            self.num_failed += 1
+            if is_main():
+                why = self._writing.exception() or "another rank could not write its part"
+                warnings.warn(f"checkpoint {folder} could not be written and is left out: {why}", stacklevel=2)
+                self._completing = self._thread.submit(shutil.rmtree, folder, True)
+        elif is_main():
+            self._completing = self._thread.submit(self._complete, folder, values, config)
+
+    def drain(self, agreement: Agreement, *, must_succeed: bool = False) -> None:
+        """Wait for what is under way on every rank; call on every rank.
+
+        Raises OSError where it could not be written and `must_succeed`.
+        """
+        begin = time.perf_counter()
+        failed = self.num_failed
+        if self._writing is not None:
+            self._writing.exception()  # waits
+        while self._pending is not None:
+            agreement.exchange({"stop": 0.0, **self.flags()})
+            self.poll(agreement.finish())
+        if self._completing is not None:
+            self._completing.result()
+        self.waited_s += time.perf_counter() - begin
+        if must_succeed and self.num_failed > failed:
+            raise OSError(f"the checkpoint could not be written: {self._writing and self._writing.exception()}")
+
+    def _write(self, folder: Path, state: ShardOfState) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        sharded_state.write(folder, rank(), state)
+
+    def _complete(self, folder: Path, values: dict[str, Any], config: str) -> None:
+        write_text_atomically(folder / "config.yaml", config)
+        write_text_atomically(folder / STATE, json.dumps(values, indent=2) + "\n")
+        write_text_atomically(folder / MARKER, "")
+        prune(self.checkpoints, self.keep, self.keep_every_images)
+        if self._on_complete is not None:
+            self._on_complete(folder)
+
+    def _copied(self, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+        """The tensors in host memory, in buffers that are kept from one checkpoint to the next."""
+        if not self._staged:
+            pinned = torch.cuda.is_available()
+            for kind, tensors in shards.items():
+                self._staged[kind] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in tensors]
+        for kind, tensors in shards.items():
+            for kept, tensor in zip(self._staged[kind], tensors, strict=True):
+                kept.copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return self._staged

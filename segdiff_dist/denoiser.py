@@ -1,28 +1,34 @@
 """The denoiser: diffusers' UNet2DModel, told the mask, the modality and the axis.
 
-The mask enters by concatenation to the noised image (Konz et al. 2024; section 3.2 of the paper), the modality and
-axis as a class embedding added to the time embedding. Dimensions: B batch, C channels, K mask channels, H, W.
+The mask is joined to the noised image (segdiff_dist.conditioning), the modality and axis enter as a class embedding
+added to the time embedding. Dimensions: B batch, C channels, K mask channels, H, W.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
-from data_shards.records import AXES, MODALITIES
+from data_shards.records import Batch
 from segdiff_dist.attention import AttentionBackend, choose_attention, set_attention
-
-# One class for each (modality, axis), and one that says nothing of either.
-NUM_CLASSES = len(MODALITIES) * len(AXES) + 1
-
-MaskEncoding = Literal["onehot", "embedding", "scalar_255", "scalar_signed"]
+from segdiff_dist.conditioning import (
+    NULL_MASK,
+    NUM_CLASSES,
+    Conditioning,
+    Conditions,
+    MaskEncoder,
+    MaskEncoding,
+    MaskJoin,
+    class_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,14 @@ class DenoiserConfig:
     """Feature-map sides at which the blocks hold self-attention; the middle block always does."""
     attention_head_dim: int = 8
     norm_num_groups: int = 32
-    conditioning: Literal["concat"] = "concat"
+    conditioning: Conditioning = "concat"
+    """How the mask is joined to the noised image: concatenated, added or multiplied."""
     mask_encoding: MaskEncoding = "onehot"
     """One channel a class; a learned embedding of the class; or the label number in one channel, as label / 255
     (Konz et al.) or 2 * label / 255 - 1 (the paper's code)."""
     mask_embedding_dim: int = 8
+    soft_masks: bool = False
+    """Mix the two classes of pixels at borders by their shares; for sets with `prepare.soft_edge`."""
     class_conditioning: bool = True
     """Tell the net the modality and the axis."""
     attention: AttentionBackend = "auto"
@@ -60,28 +69,11 @@ class DenoiserConfig:
             add("attention_head_dim", self.attention_head_dim, "give a width that divides the last channel count")
         if self.mask_embedding_dim < 1:
             add("mask_embedding_dim", self.mask_embedding_dim, "give at least 1")
+        if self.soft_masks and self.mask_encoding.startswith("scalar"):
+            add("soft_masks", True, "a scalar can hold one class only; use mask_encoding onehot or embedding")
         if size is not None and size % 2 ** (len(channels) - 1):
             add("block_out_channels", list(channels), f"{len(channels)} levels halve {size} pixels unevenly")
         return found
-
-
-class MaskEncoder(nn.Module):
-    """uint8 label map [B, H, W] to float channels [B, K, H, W]."""
-
-    def __init__(self, encoding: MaskEncoding, num_classes: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.encoding, self.num_classes = encoding, num_classes
-        self.embedding = nn.Embedding(num_classes, embedding_dim) if encoding == "embedding" else None
-        self.num_channels = {"onehot": num_classes, "embedding": embedding_dim}.get(encoding, 1)
-
-    def forward(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.encoding == "onehot":
-            ids_K11 = torch.arange(self.num_classes, device=mask_BHW.device, dtype=torch.uint8)[:, None, None]
-            return (mask_BHW[:, None] == ids_K11).to(dtype)
-        if self.embedding is not None:
-            return self.embedding(mask_BHW.long()).permute(0, 3, 1, 2).to(dtype)
-        value_B1HW = mask_BHW[:, None].to(dtype) / 255.0
-        return value_B1HW if self.encoding == "scalar_255" else 2.0 * value_B1HW - 1.0
 
 
 class Denoiser(nn.Module):
@@ -91,13 +83,17 @@ class Denoiser(nn.Module):
         super().__init__()
         from diffusers import UNet2DModel
 
+        if label_table.num_classes > NULL_MASK:
+            remedy = f"use at most {NULL_MASK}: id {NULL_MASK} stands for a mask that is not shown"
+            raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
         self.config, self.label_table, self.size = config, label_table, size
         self.mask_encoder = MaskEncoder(config.mask_encoding, label_table.num_classes, config.mask_embedding_dim)
+        self.mask_join = MaskJoin(config.conditioning, self.mask_encoder.num_channels)
         resolutions = [size // 2**level for level in range(len(config.block_out_channels))]
         attends = [r in config.attention_resolutions for r in resolutions]
         self.unet = UNet2DModel(
             sample_size=size,
-            in_channels=1 + self.mask_encoder.num_channels,
+            in_channels=self.mask_join.num_channels,
             out_channels=1,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
@@ -116,16 +112,31 @@ class Denoiser(nn.Module):
         set_attention(self.unet, choose_attention(self.config.attention, device))
         return self.to(device)
 
-    def forward(self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor) -> Tensor:
+    def conditions_of(self, batch: Batch) -> Conditions:
+        """What the net is told of a batch: the arguments of forward after x_t and timestep."""
+        edge_B2HW = batch.edge_B2HW if self.config.soft_masks else None
+        return Conditions(batch.mask_BHW, class_ids(batch.modality_B, batch.axis_B), edge_B2HW)
+
+    def forward(
+        self,
+        x_t_BCHW: Tensor,
+        timestep_B: Tensor,
+        mask_BHW: Tensor,
+        class_B: Tensor,
+        edge_B2HW: Tensor | None = None,
+    ) -> Tensor:
         """float32 [B, 1, H, W] prediction, computed in the weights' dtype; x_t float32 in [-1, 1] plus noise."""
         dtype = self.unet.conv_in.weight.dtype
-        x_BCHW = torch.cat((x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype)), dim=1)
+        x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         labels = class_B if self.config.class_conditioning else None
         return self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it what the folder cannot say."""
+    def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
+        """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it what the folder cannot say.
+
+        `training` is what segdiff.json is to hold besides: how the weights came about, which sampling must know.
+        """
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +148,7 @@ class Denoiser(nn.Module):
         if rest:
             save_file(rest, folder / "mask_encoder.safetensors")
         about = {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
+        about |= dict(training or {})
         (folder / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
@@ -156,11 +168,6 @@ class Denoiser(nn.Module):
             weights |= load_file(folder / "mask_encoder.safetensors")
         model.load_state_dict(weights)
         return model.eval()
-
-
-def class_ids(modality_B: Tensor, axis_B: Tensor) -> Tensor:
-    """int64 [B] class of each (modality, axis); the last class, NUM_CLASSES - 1, stands for neither."""
-    return modality_B * len(AXES) + axis_B
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The diffusion process: noising, targets and DDIM sampling, on diffusers' DDIMScheduler.
+"""The diffusion process: schedules, noising, targets and DDIM sampling, on diffusers' DDIMScheduler.
 
 Dimensions: B batch, C channels, H rows, W columns, T training timesteps.
 """
@@ -7,41 +7,98 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from data_shards.problems import Problem
+from segdiff_dist.conditioning import GuidanceRemoves
+from segdiff_dist.loss_weighting import LossWeighting, PredictionType
+
+BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
+
+# What images depend on when they are sampled; the rest of DiffusionConfig says how the network is trained.
+PROCESS_FIELDS = ("num_train_timesteps", "beta_schedule", "prediction_type", "zero_terminal_snr", "snr_shift")
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule and what the network predicts. The defaults are the paper's: N = 1000, linear, epsilon."""
+    """The noise schedule, what the network predicts, and what counts as a good prediction.
+
+    The defaults are the paper's: N = 1000, linear, epsilon, every timestep alike, nothing dropped. docs/recipes.md has
+    formulas and sources.
+    """
 
     num_train_timesteps: int = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    prediction_type: Literal["epsilon", "v", "x0"] = "epsilon"
+    beta_schedule: BetaSchedule = "linear"
+    prediction_type: PredictionType = "epsilon"
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024)."""
+    snr_shift: float = 1.0
+    """Multiply the signal-to-noise ratio by its square. For images of another size than the schedule was made for:
+    that size / the images' (Hoogeboom et al. 2023), so 0.25 takes a schedule from 64 to 256 pixels."""
+    timestep_sampling: Literal["uniform", "lognormal"] = "uniform"
+    """lognormal: the noise level's logarithm is drawn from a normal distribution (Karras et al. 2022)."""
+    lognormal: tuple[float, float] = (-1.2, 1.2)
+    """Mean and standard deviation of ln sigma. The defaults are Karras et al.'s."""
+    loss_weighting: LossWeighting = "none"
+    min_snr_gamma: float = 5.0
+    """Hang et al.'s."""
+    edm_sigma_data: float = 0.5
+    """Standard deviation of the images in [-1, 1]. Karras et al.'s."""
+    mask_dropout: float = 0.0
+    """Probability that a sample is shown without its mask: guidance that removes the mask needs it."""
+    class_dropout: float = 0.0
+    """Likewise without modality and axis."""
+    joint_dropout: float = 0.0
+    """Likewise without either."""
+    organ_dropout: float = 0.0
+    """Probability that each organ is left out of a sample's mask with probability 0.5 (Konz et al. 2024)."""
+    dice_weight: float = 0.0
+    """Weight of 1 - Dice between the mask and what the segmenter sees in the predicted x_0; 0 leaves it out."""
+    dice_segmenter: str | None = None
+    """The segmenter's weights: the folder RUN/segmenter/weights of `segdiff train-segmenter`."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
         found = []
-        if self.num_train_timesteps < 2:
-            found.append(
-                Problem("config", "diffusion.num_train_timesteps", str(self.num_train_timesteps), "give at least 2")
-            )
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
-            found.append(
-                Problem(
-                    "config",
-                    "diffusion.zero_terminal_snr",
-                    "true",
-                    "with epsilon the last step says nothing of the image; use prediction_type v or x0",
-                )
-            )
+
+        def check(name: str, good: bool, remedy: str) -> None:
+            if not good:
+                found.append(Problem("config", f"diffusion.{name}", str(getattr(self, name)), remedy))
+
+        zero_snr = self.zero_terminal_snr
+        check("num_train_timesteps", self.num_train_timesteps >= 2, "give at least 2")
+        check(
+            "zero_terminal_snr",
+            not (zero_snr and self.prediction_type == "epsilon"),
+            "with epsilon the last step says nothing of the image; use prediction_type v or x0",
+        )
+        check(
+            "timestep_sampling",
+            not (zero_snr and self.timestep_sampling == "lognormal"),
+            "never draws the last timestep of zero_terminal_snr, where sampling begins; use uniform",
+        )
+        for name in ("snr_shift", "min_snr_gamma", "edm_sigma_data"):
+            check(name, getattr(self, name) > 0, "give more than 0")
+        check("lognormal", self.lognormal[1] > 0, "give a standard deviation above 0")
+        for name in ("mask_dropout", "class_dropout", "joint_dropout", "organ_dropout"):
+            check(name, 0 <= getattr(self, name) <= 1, "give 0 to 1")
+        dropped = self.mask_dropout + self.class_dropout + self.joint_dropout
+        check("joint_dropout", dropped <= 1, "mask_dropout, class_dropout and joint_dropout add up to more than 1")
+        check("dice_weight", self.dice_weight >= 0, "give at least 0")
+        if self.dice_weight > 0:
+            remedy = "give the folder of a segmenter's weights: train one with `segdiff train-segmenter --config F`"
+            weights = None if self.dice_segmenter is None else Path(self.dice_segmenter)
+            check("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
         return found
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """The values that sampling depends on."""
+        return {name: getattr(self, name) for name in PROCESS_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -52,23 +109,42 @@ class SamplerConfig:
     eta: float = 0.0
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     clip_sample: bool = True
+    guidance: float = 1.0
+    """Classifier-free guidance (Ho and Salimans 2022); 1 is none, and more follows the conditions more closely."""
+    guidance_removes: GuidanceRemoves = "mask"
+    """What the prediction that is moved away from is not told. Training must have dropped the same."""
 
 
 def make_scheduler(config: DiffusionConfig, sampler: SamplerConfig | None = None) -> Any:
-    """diffusers' DDIMScheduler for this schedule."""
+    """diffusers' DDIMScheduler for this schedule. Training takes its alphas_cumprod, sampling its steps."""
     from diffusers import DDIMScheduler
 
     sampler = sampler or SamplerConfig()
-    return DDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction_type],
-        rescale_betas_zero_snr=config.zero_terminal_snr,
-        timestep_spacing=sampler.timestep_spacing,
-        clip_sample=sampler.clip_sample,
+    settings = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(config.beta_schedule, config.beta_schedule),
+        "prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction_type],
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
+        "timestep_spacing": sampler.timestep_spacing,
+        "clip_sample": sampler.clip_sample,
         # With zero terminal SNR diffusers' own fallback would put alphas_cumprod[0] in place of 1 after the last step.
-        set_alpha_to_one=True,
-    )
+        "set_alpha_to_one": True,
+    }
+    scheduler = DDIMScheduler(**settings)
+    if config.snr_shift == 1.0:
+        return scheduler
+    betas_T = shifted_betas(scheduler.alphas_cumprod, config.snr_shift)
+    return DDIMScheduler(**{**settings, "rescale_betas_zero_snr": False, "trained_betas": betas_T.tolist()})
+
+
+def shifted_betas(alphas_cumprod_T: Tensor, shift: float) -> Tensor:
+    """float64 [T] betas of the schedule whose SNR is shift^2 times this one's, so log SNR moves by 2 ln(shift).
+
+    Hoogeboom et al. 2023, "simple diffusion", with shift = reference size / image size. An SNR of 0 stays 0.
+    """
+    a_T = alphas_cumprod_T.double()
+    shifted_T = shift**2 * a_T / (shift**2 * a_T + 1.0 - a_T)
+    return 1.0 - shifted_T / torch.cat((shifted_T.new_ones(1), shifted_T[:-1]))
 
 
 def to_model_range(image_BHW: Tensor) -> Tensor:
@@ -102,6 +178,19 @@ def prediction_target(prediction_type: str, x_0_BCHW: Tensor, noise_BCHW: Tensor
         return x_0_BCHW
     a_B111 = alphas_cumprod_B[:, None, None, None]
     return a_B111.sqrt() * noise_BCHW - (1.0 - a_B111).sqrt() * x_0_BCHW
+
+
+def predicted_x_0(prediction_type: str, prediction_BCHW: Tensor, x_t_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
+    """The clean image that a prediction means at x_t: the inverse of prediction_target.
+
+    With epsilon no timestep may be pure noise. Salimans and Ho 2022, section 4.
+    """
+    if prediction_type == "x0":
+        return prediction_BCHW
+    a_B111 = alphas_cumprod_B[:, None, None, None]
+    if prediction_type == "epsilon":
+        return (x_t_BCHW - (1.0 - a_B111).sqrt() * prediction_BCHW) / a_B111.sqrt()
+    return a_B111.sqrt() * x_t_BCHW - (1.0 - a_B111).sqrt() * prediction_BCHW
 
 
 @torch.no_grad()

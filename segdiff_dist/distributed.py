@@ -1,12 +1,19 @@
-"""Ranks and devices: what a process of a distributed run knows of the others."""
+"""Ranks and devices: what a process of a distributed run knows of the others, and what all of them must agree on."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import platform
 import socket
+import struct
+from collections.abc import Iterable, Mapping
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
-from data_shards.problems import problem
+from data_shards.problems import Problem, problem, refuse
 
 
 def rank() -> int:
@@ -40,14 +47,20 @@ def pick_device(requested: str) -> Any:
     return torch.device("cuda", local_rank())
 
 
-def pretend_launcher() -> None:
-    """Give a process that no launcher started the environment of a world of one, so that it can go on like any rank."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def prepare_environment() -> None:
+    """Complete what the launcher left out of the environment. Call before torch.distributed starts.
+
+    A process that no launcher started becomes a world of one, and goes on like any rank. On several machines gloo is
+    given the network interface that leads to rank 0: the one it finds by itself, that of the machine's name, is often
+    the loopback.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif world_size() > 1 and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def barrier() -> None:
@@ -58,11 +71,146 @@ def barrier() -> None:
         dist.barrier()
 
 
-def mean_over_ranks(values: Any) -> Any:
-    """The tensor's mean over ranks, on every rank."""
+def sum_over_ranks(values: Any) -> Any:
+    """The tensor's sum over ranks, in place, on every rank."""
     import torch.distributed as dist
 
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
-        values /= dist.get_world_size()
     return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank: small picklable things, over the network and past the GPU.
+
+    Call on every rank, after torch.distributed was started.
+    """
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_side_group())
+    return values
+
+
+def agree(what: Mapping[str, str]) -> None:
+    """Refuse to start where ranks differ in what they must share: settings, data, code, layout.
+
+    `what`: name -> text, both short; names by which a person finds the thing to put right, such as `train.lr`. Call on
+    every rank, after torch.distributed was started; it costs one small gather. Raises the same InputProblems on every
+    rank, one problem a name, with each value and the ranks and hosts that have it.
+    """
+    digest = hashlib.sha256(repr(sorted(what.items())).encode()).hexdigest()
+    if len(set(gather_objects(digest))) == 1:
+        return
+    ranks = gather_objects((socket.gethostname(), dict(what)))
+    hosts = [host for host, _ in ranks]
+    found = []
+    for name in sorted({name for _, theirs in ranks for name in theirs}):
+        holders: dict[str, list[int]] = {}
+        for number, (_, theirs) in enumerate(ranks):
+            holders.setdefault(_shortened(theirs[name]) if name in theirs else "nothing", []).append(number)
+        if len(holders) > 1:
+            values = ", ".join(f"{value} on {name_ranks(who, hosts)}" for value, who in holders.items())
+            found.append(Problem("ranks", name, values, "start all ranks with the same command, config, data and code"))
+    refuse(found)
+
+
+def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
+    """`ranks 0-2, 5 (node-0, node-1)`: some ranks, for people. `hosts` by rank."""
+    numbers = sorted(ranks)
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    spans = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+    names = list(dict.fromkeys(hosts[n] for n in numbers))
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {spans} ({shown})"
+
+
+def code_versions() -> dict[str, str]:
+    """What runs here, for `agree`: versions of Python and of the engines, and a digest of this project's own code."""
+    digest = hashlib.sha256()
+    for package in ("data_shards", "segdiff_dist", "segdiff_kernels"):
+        folder = Path(import_module(package).__path__[0])
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{package}/{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    versions = {f"{name} version": metadata.version(name) for name in ("torch", "deepspeed", "diffusers")}
+    return {"Python version": platform.python_version(), **versions, "segdiff's code": digest.hexdigest()}
+
+
+class Agreement:
+    """Numbers of which all ranks learn the largest, one exchange late, so that nobody waits for the network.
+
+    It goes by way of the CPU and gloo beside whatever the GPUs do, so it asks nothing of the GPU. What a rank puts into
+    its n-th exchange all ranks get back from their n+1-th: that a rank was asked to stop is known to all at the same
+    step. In a world of one it is as late. Make it, and call it, on every rank.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        import torch
+
+        self._names = names
+        self._group = _side_group() if world_size() > 1 else None
+        self._maxima = torch.zeros(len(names), dtype=torch.float64)
+        self._work: Any = None
+
+    def exchange(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Put this rank's `values`; returns the maxima over ranks of those put by the previous call, zeros at first.
+
+        Every name must have a value, none of them NaN.
+        """
+        import torch
+        import torch.distributed as dist
+
+        agreed = self.finish()
+        self._maxima = torch.tensor([values[name] for name in self._names], dtype=torch.float64)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def finish(self) -> dict[str, float]:
+        """Wait for what is under way; returns the maxima of the last put. Call before leaving the loop."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return dict(zip(self._names, self._maxima.tolist(), strict=True))
+
+
+_side: tuple[Any, Any] | None = None
+"""(the world, a gloo group of all its ranks)"""
+
+
+def _side_group() -> Any:
+    """A gloo group of all ranks, beside the one that reduces gradients. The first call is made on every rank alike."""
+    import torch.distributed as dist
+
+    global _side
+    if _side is None or _side[0] is not dist.group.WORLD:
+        _side = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _side[1]
+
+
+def _shortened(text: str, length: int = 60) -> str:
+    if len(text) <= length:
+        return repr(text)
+    return f"{text[:length]!r}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface by which this machine reaches `host` over IPv4; None where that cannot be told."""
+    siocgifaddr = 0x8915  # linux/sockios.h: an interface's IPv4 address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: it only picks the route
+        except OSError:
+            return None
+        ours = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), siocgifaddr, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == ours:
+                return name
+    return None

@@ -1,208 +1,229 @@
-"""The training engine: DeepSpeed's sharded mixed-precision optimiser and an EMA of its fp32 weights. Owns DeepSpeed."""
+"""The training engine: DeepSpeed's sharded mixed-precision optimiser, and averages of its fp32 weights sharded alike.
+
+Owns DeepSpeed. What DeepSpeed calls partitions is described to the rest of the package as extents (sharded_state.py),
+so that a checkpoint belongs to no number of ranks and to no ZeRO stage.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data_shards.problems import Problem
-from segdiff_dist.distributed import barrier, is_main, pretend_launcher, rank, world_size
+from data_shards.problems import problem, refuse
+from segdiff_dist import ema
+from segdiff_dist.distributed import is_main, prepare_environment, rank, world_size
+from segdiff_dist.sharded_state import Extent, SavedState, ShardOfState, share
+from segdiff_dist.train_config import TrainConfig
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a network is trained. Everything that happens over time is counted in images, not steps."""
-
-    seed: int = 0
-    num_images: int = 12_800_000
-    """Images to train on in all."""
-    global_batch_size: int = 64
-    micro_batch_size: int = 16
-    """Images a rank takes through the net at once; accumulation makes up the rest of the global batch."""
-    lr: float = 1e-4
-    lr_decay: Literal["cosine", "constant"] = "cosine"
-    warmup_images: int = 32_000
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    gradient_clip: float = 1.0
-    """Largest gradient norm; 0 leaves gradients as they are."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: int = 1
-    """What DeepSpeed shards over ranks: 0 nothing, 1 optimiser state, 2 gradients too, 3 weights too."""
-    ema_halflife_images: int = 500_000
-    ema_rampup_ratio: float = 0.05
-    """Early on the half-life is at most this fraction of the images seen (Karras et al. 2022, their code)."""
-    checkpoint_every_images: int = 256_000
-    keep_checkpoints: int = 3
-    log_every_images: int = 6_400
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def problems(self, section: str, ranks: int = 1) -> list[Problem]:
-        """What is out of range, for a run on `ranks` ranks."""
-        found = []
-        for name, low, high in (
-            ("num_images", 1, None),
-            ("global_batch_size", 1, None),
-            ("micro_batch_size", 1, None),
-            ("lr", 0.0, None),
-            ("warmup_images", 0, None),
-            ("weight_decay", 0.0, None),
-            ("gradient_clip", 0.0, None),
-            ("zero_stage", 0, 3),
-            ("ema_halflife_images", 0, None),
-            ("checkpoint_every_images", 1, None),
-            ("keep_checkpoints", 1, None),
-            ("log_every_images", 1, None),
-        ):
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                bound = f"at least {low}" if high is None else f"{low} to {high}"
-                found.append(Problem("config", f"{section}.{name}", str(value), f"give {bound}"))
-        if self.precision == "bf16" and self.zero_stage == 0:
-            # DeepSpeed 0.19.8 then takes its unfused fp16 optimiser, whose losses leave those of stages 1 to 3.
-            remedy = "use 1, which on one rank shards nothing either, or precision fp32"
-            found.append(Problem("config", f"{section}.zero_stage", "0 with precision bf16", remedy))
-        if not found and self.global_batch_size % (self.micro_batch_size * ranks):
-            found.append(
-                Problem(
-                    "config",
-                    f"{section}.global_batch_size",
-                    str(self.global_batch_size),
-                    f"give a multiple of micro_batch_size * ranks = {self.micro_batch_size} * {ranks}",
-                )
-            )
-        return found
+ONLINE = "online"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine:
-    """A model under DeepSpeed: backward and step, an fp32 EMA sharded like the optimiser, save and load."""
+    """A model under DeepSpeed: backward and step, fp32 averages sharded like the optimiser, its state out and in."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
-        deepspeed = _import_deepspeed(device)
-        self.config = config
-        self.num_micro_batches = config.global_batch_size // (config.micro_batch_size * world_size())
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+    def __init__(self, model: nn.Module, config: TrainConfig, micro_batch_size: int, device: torch.device) -> None:
+        deepspeed = start_distributed(device)
+        self.config, self.device = config, device
+        self.micro_batch_size = micro_batch_size
+        self.num_micro_batches = config.global_batch_size // (micro_batch_size * world_size())
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self._deepspeed_config()
+        self._adam = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self._adam.register_step_pre_hook(lambda *_: self._before_update())
+        self._veto = torch.zeros((), device=device)
+        self._norm: Tensor | float = float("nan")
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=model, optimizer=self._adam, config=self._deepspeed_config()
         )
         self.module: nn.Module = self._engine.module
-        self.ema = [m.detach().clone() for m in self._masters()]
+        self._shards, self._extents = self._layout()
+        self._averages = {name: [s.detach().clone() for s in self._shards] for name in config.averages}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
+        with self._autocast():
+            return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """After each micro-batch; updates the weights at the end of a global batch."""
+    def step(self, veto: Tensor | None = None) -> Tensor:
+        """After each micro-batch; updates the weights at the end of a global batch.
+
+        `veto`: a number on the device; where it is not 0 the update is not made. Returns 1.0 on the device where no
+        update was made, by veto or because the gradient is no number.
+        """
+        if veto is not None:
+            self._veto.copy_(veto)
         self._engine.step()
+        if self.config.zero_stage > 0:
+            self._norm = self._engine.get_global_grad_norm() or float("nan")
+            if not self._engine.was_step_applied():
+                return torch.ones_like(self._veto)
+        return self._veto.clone()
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next update."""
-        for group in self.optimizer.param_groups:
+        for group in self._adam.param_groups:
             group["lr"] = lr
 
     def grad_norm(self) -> float:
-        """Norm of the last update's gradient before clipping; NaN where DeepSpeed does not keep it."""
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        """Norm of the last update's gradient before clipping."""
+        return float(self._norm)
 
-    def update_ema(self, decay: float) -> None:
-        """ema <- decay * ema + (1 - decay) * weights, in fp32, each rank on its own shard."""
-        torch._foreach_lerp_(self.ema, [m.detach() for m in self._masters()], 1.0 - decay)
+    def update_averages(self, images_seen: int, images: int) -> None:
+        """Bring every average from images_seen - images to images_seen, in fp32, each rank on its own shard."""
+        weights = [s.detach() for s in self._shards]
+        for length, name in zip(self.config.ema_lengths, self.config.averages, strict=True):
+            torch._foreach_lerp_(self._averages[name], weights, 1.0 - ema.decay(length, images_seen, images))
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """The EMA weights, gathered: fp32 on the CPU, keys as in the model's state_dict. Call on every rank."""
-        masters = [m.detach() for m in self._masters()]
-        kept = [m.clone() for m in masters]
-        torch._foreach_copy_(masters, self.ema)
+    @contextmanager
+    def using_average(self, name: str) -> Iterator[None]:
+        """The model computes with an average, in evaluation mode, until the context ends. Call on every rank."""
+        shards = [s.detach() for s in self._shards]
+        kept = [s.clone() for s in shards]
+        torch._foreach_copy_(shards, self._averages[name])
+        self._refresh()
+        self.module.eval()
         try:
-            weights = {self._names[id(p)]: self._full(p) for p in self.module.parameters()}
+            with torch.no_grad():
+                yield
         finally:
-            torch._foreach_copy_(masters, kept)
-        weights |= {name: buffer.detach().float().cpu() for name, buffer in self.module.named_buffers()}
-        return weights
+            self.module.train()
+            torch._foreach_copy_(shards, kept)
+            self._refresh()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the checkpoint into `folder`. Call on every rank."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        torch.save(self.ema, folder / f"ema_rank_{rank():05d}.pt")
-        barrier()
+    def state(self) -> ShardOfState:
+        """This rank's part of everything that training goes on from: live tensors, not copies."""
+        moments = {kind: [self._moment(s, kind) for s in self._shards] for kind in _MOMENTS}
+        steps = [float(self._adam.state[s]["step"]) for s in self._shards if "step" in self._adam.state[s]]
+        extents = self._extents if self.config.zero_stage > 0 else share(self._extents, rank(), world_size())
+        shards = {ONLINE: [s.detach() for s in self._shards], **moments, **self._averages}
+        return ShardOfState(self.shapes, extents, shards, {"step": steps[0] if steps else 0.0})
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on as many ranks."""
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        saved = torch.load(folder / f"ema_rank_{rank():05d}.pt", weights_only=True, map_location=self._engine.device)
-        torch._foreach_copy_(self.ema, saved)
+    def load(self, folder: Path, num_files: int) -> None:
+        """Take up what any number of ranks wrote. Raises InputProblems where it is another architecture's."""
+        saved = SavedState(folder, num_files)
+        refuse(saved.problems_for(self.shapes))
+        for name in self._averages:
+            if name not in saved.kinds:
+                raise problem(folder, name, f"not among {', '.join(saved.kinds)}", "keep train.ema_lengths as it was")
+        saved.fill(ONLINE, self._extents, [s.detach() for s in self._shards])
+        for name, shards in self._averages.items():
+            saved.fill(name, self._extents, shards)
+        for shard in self._shards:
+            self._adam.state[shard] = {
+                "step": torch.full((), saved.scalars["step"], dtype=torch.float32, device=shard.device),
+                **{kind: torch.zeros_like(shard) for kind in _MOMENTS},
+            }
+        for kind in _MOMENTS:
+            saved.fill(kind, self._extents, [self._adam.state[s][kind] for s in self._shards])
+        self._refresh()
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
+    def _before_update(self) -> None:
+        """Called by AdamW as its step begins; the fused kernels leave everything as it is where found_inf is not 0."""
+        if self.config.zero_stage == 0:
+            # DeepSpeed clips here too, but keeps the norm to itself.
+            limit = self.config.gradient_clip or float("inf")
+            self._norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+            self._veto.copy_(torch.maximum(self._veto, (~torch.isfinite(self._norm)).float()))
+        on_device = self._shards[0].device if hasattr(self, "_shards") else self.device
+        self._adam.found_inf = self._veto.to(on_device)  # type: ignore[attr-defined]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """bf16 with ZeRO 0 is fp32 weights under autocast: DeepSpeed's own way there (0.19.8) is an unfused fp16
+        optimiser, whose losses leave those of the other stages."""
+        if self.config.precision == "bf16" and self.config.zero_stage == 0:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self.config
+        zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_scatter": torch.cuda.is_available()}
+        place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if config.offload != "none":
+            zero["offload_optimizer"] = place
+        if config.offload == "all":
+            zero["offload_param"] = place
         return {
             "train_batch_size": config.global_batch_size,
-            "train_micro_batch_size_per_gpu": config.micro_batch_size,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.num_micro_batches,
-            "gradient_clipping": config.gradient_clip,
-            "bf16": {"enabled": config.precision == "bf16"},
-            "zero_optimization": {"stage": config.zero_stage, "reduce_scatter": torch.cuda.is_available()},
+            "gradient_clipping": config.gradient_clip if config.zero_stage > 0 else 0.0,
+            "bf16": {"enabled": config.precision == "bf16" and config.zero_stage > 0},
+            "zero_optimization": zero,
+            # AdamW stays ours with offload too: its fused CPU kernel is as fast as DeepSpeed's, which must be compiled.
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
 
-    def _masters(self) -> list[Tensor]:
-        """The fp32 weights that the optimiser updates: this rank's flat shards, or the parameters themselves."""
-        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # ZeRO 1 and 2; 3
-            shards = getattr(self.optimizer, attribute, None)
-            if shards is not None:
-                return list(shards)
-        return list(self.module.parameters())
+    def _layout(self) -> tuple[list[Tensor], tuple[Extent, ...]]:
+        """The fp32 weights that this rank updates, and which parameters' elements lie where in them."""
+        zero, stage = self._zero, self.config.zero_stage
+        if stage == 0:
+            shards: list[Tensor] = list(self.module.parameters())
+            return shards, tuple(Extent(self._names[id(p)], 0, p.numel(), i, 0) for i, p in enumerate(shards))
+        extents = []
+        if stage == 3:
+            shards = list(zero.fp32_partitioned_groups_flat)
+            for shard, (group, parts) in enumerate(
+                zip(zero.fp16_groups, zero.fp16_partitioned_groups, strict=True)
+            ):  # every parameter is cut into as many pieces as there are ranks
+                offset = 0
+                for parameter, part in zip(group, parts, strict=True):
+                    start = min(rank() * part.ds_numel, parameter.ds_numel)
+                    stop = min(start + part.ds_numel, parameter.ds_numel)
+                    extents.append(Extent(self._names[id(parameter)], start, stop, shard, offset))
+                    offset += part.ds_numel
+        else:
+            shards = list(zero.single_partition_of_fp32_groups)
+            for shard, group in enumerate(zero.round_robin_bit16_groups):  # the row of all parameters is cut
+                low = rank() * shards[shard].numel()
+                high = low + shards[shard].numel()
+                for parameter, first in zip(group, zero.round_robin_bit16_offsets[shard], strict=True):
+                    start, stop = max(low, first), min(high, first + parameter.numel())
+                    if start < stop:
+                        name = self._names[id(parameter)]
+                        extents.append(Extent(name, start - first, stop - first, shard, start - low))
+        return shards, tuple(e for e in extents if e.start < e.stop)
 
-    def _full(self, parameter: Tensor) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
+    def _refresh(self) -> None:
+        """The working weights from the fp32 ones, after these were written to from outside."""
+        zero, stage = self._zero, self.config.zero_stage
+        if stage in (1, 2):
+            zero.update_lp_params()
+        elif stage == 3:
+            zero._partition_all_parameters()
+            for group, shard in enumerate(self._shards):
+                zero.fp16_partitioned_groups_flat[group].data.copy_(shard.data)
+                zero._unflatten_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
-        full = safe_get_full_fp32_param(parameter)
-        return (parameter if full is None else full).detach().float().cpu().clone()
-
-
-def ema_decay(images_seen: int, global_batch_size: int, config: TrainConfig) -> float:
-    """The decay of one step: half-life in images, ramped up early. Karras et al. 2022, appendix F.2 and their code."""
-    halflife = min(float(config.ema_halflife_images), images_seen * config.ema_rampup_ratio)
-    return 0.5 ** (global_batch_size / max(halflife, 1e-8))
-
-
-def learning_rate(images_seen: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to zero (Loshchilov and Hutter 2017) or a constant."""
-    import math
-
-    if images_seen < config.warmup_images:
-        return config.lr * (images_seen + 1) / (config.warmup_images + 1)
-    if config.lr_decay == "constant":
-        return config.lr
-    span = max(1, config.num_images - config.warmup_images)
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (images_seen - config.warmup_images) / span)))
+    def _moment(self, shard: Tensor, kind: str) -> Tensor:
+        """Adam's average of a shard's gradients or of their squares; zeros before the first step."""
+        found = self._adam.state[shard].get(kind)
+        return torch.zeros_like(shard) if found is None else found
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, set to this device, quiet, and with torch.distributed up."""
-    pretend_launcher()
+def start_distributed(device: torch.device) -> Any:
+    """torch.distributed, if it is not up; returns DeepSpeed, set to this device and quiet."""
+    prepare_environment()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")

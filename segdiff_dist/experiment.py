@@ -19,11 +19,11 @@ from data_shards.store.convert import ConvertConfig
 from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate, write_text_atomically
 from segdiff_dist.denoiser import DenoiserConfig
 from segdiff_dist.diffusion import DiffusionConfig
-from segdiff_dist.engine import TrainConfig
 from segdiff_dist.evaluation.job import EvaluateConfig
 from segdiff_dist.sampling import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.tracking import TrackingConfig
+from segdiff_dist.train_config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 
@@ -31,6 +31,13 @@ CONFIG_FILE = "config.yaml"
 _FREE = (
     ".device",
     ".keep_checkpoints",
+    ".keep_every_images",
+    ".zero_stage",
+    ".offload",
+    ".activation_checkpointing",
+    ".hang_timeout_s",
+    ".max_skipped_steps",
+    ".micro_batch_size",
     "denoiser.attention",
     *(f"loader.{name}" for name in ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "on_corrupt")),
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,15 +19,19 @@ import tyro
 
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.order import sample_at
-from data_shards.problems import Problem, problem
+from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig
 from segdiff_dist.sample_store import SampleStore
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
+    from torch import Tensor
 
     from data_shards.store.shards import ShardSet
+    from segdiff_dist.conditioning import Conditions
+    from segdiff_dist.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,15 @@ class SampleConfig:
     """null: every mask gets samples_per_mask images. Otherwise the modalities' first masks in turn."""
     target_modality: Literal["same", "other", "CT", "MR"] = "same"
     """The modality to make. Another than the mask's own is the paper's Figure 5."""
+    without_organs: tuple[str, ...] = ()
+    """Organs to leave out of every mask, by name. A model trained with diffusion.organ_dropout knows such masks."""
     cross_modality_masks: int = 0
     """This many masks, the modalities' first in turn, also get images in the other modality."""
     seed: int = 0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     weights: str = "ema"
-    """The folder under RUN/weights that is used."""
+    """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights as they are without an average. ema
+    is the first of train.ema_lengths."""
     region_size: int = 16
     """Images made together and written as one Zarr region."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -73,6 +81,8 @@ class SampleConfig:
             found.append(Problem("config", "sample.sampler.num_steps", str(self.sampler.num_steps), "give at least 1"))
         if not 0 <= self.sampler.eta <= 1:
             found.append(Problem("config", "sample.sampler.eta", str(self.sampler.eta), "give 0 to 1"))
+        if self.sampler.guidance < 0:
+            found.append(Problem("config", "sample.sampler.guidance", str(self.sampler.guidance), "give at least 0"))
         return found
 
 
@@ -129,28 +139,26 @@ def sample(
             "use a split that has masks (AMOS publishes none for its test cases: --split val)",
         )
     weights = run / "weights" / config.weights
-    job = {
+    job: dict[str, Any] = {
         "shards": shards.resolved,
         "shards_digest": shards.digest,
         "weights": str(weights.resolve()),
         "weights_digest": weights_digest(weights),
         "region_size": config.region_size,
-        "diffusion": asdict(diffusion),
+        "diffusion": diffusion.process,
         "sample": {
             k: v
             for k, v in asdict(config).items()
             if k not in ("num_workers", "ray_address", "device", "region_size")  # none of these changes an image
         },
     }
+    job = json.loads(json.dumps(job))  # as it is read back: tuples are lists
     items = list_items(shards, rows, config)
     about = json.loads((weights / "segdiff.json").read_text())
-    if about["label_table"]["name"] != shards.label_table.name or about["size"] > shards.size:
-        trained = f"{about['label_table']['name']!r} at {about['size']} pixels"
-        raise problem(
-            shards.root,
-            "label set, size",
-            f"{shards.label_table.name!r} at {shards.size} pixels",
-            f"the model was trained on {trained}: prepare the masks so",
+    refuse(_unlike_training(weights, about, shards, diffusion, config))
+    if about["denoiser"].get("soft_masks") and "edge" not in shards.parts:
+        warnings.warn(
+            f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones", stacklevel=2
         )
     store = SampleStore.create(run / "samples", job, items, about["size"])
     missing = store.missing_regions()
@@ -174,6 +182,31 @@ def sample(
     if failures:
         raise SamplingFailed(f"{len(failures)} of {len(missing)} regions failed, the first: {failures[0]}")
     return store
+
+
+def _unlike_training(
+    weights: Path, about: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
+) -> list[Problem]:
+    """What the weights, whose segdiff.json is `about`, were not trained for. Old ones do not say all of it."""
+    found, sampler = [], config.sampler
+    if about["label_table"]["name"] != shards.label_table.name or about["size"] > shards.size:
+        trained = f"{about['label_table']['name']!r} at {about['size']} pixels"
+        value = f"{shards.label_table.name!r} at {shards.size} pixels"
+        remedy = f"the model was trained on {trained}: prepare the masks so"
+        found.append(Problem(str(shards.root), "label set, size", value, remedy))
+    organs = [shards.label_table.names[i] for i in shards.label_table.organ_ids]
+    if unknown := sorted(set(config.without_organs) - set(organs)):
+        found.append(Problem("config", "sample.without_organs", str(unknown), f"choose from {', '.join(organs)}"))
+    trained_with = about.get("diffusion", {})
+    for name, value in diffusion.process.items():
+        if trained_with.get(name, value) != value:
+            remedy = f"{weights} was trained with {trained_with[name]!r}: give that"
+            found.append(Problem("config", f"diffusion.{name}", repr(value), remedy))
+    needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
+    if sampler.guidance != 1.0 and not trained_with.get(needed):
+        remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"
+        found.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
+    return found
 
 
 @dataclass(frozen=True)
@@ -201,42 +234,62 @@ class _WorkerFactory:
 
         def make_region(index: int) -> None:
             items = store.items.slice(store.region(index).start, len(store.region(index))).to_pylist()
-            mask_BHW = np.stack([shards.read(item["row"]).cropped(model.size).mask_HW for item in items])
-            image_BHW = generate(model, items, mask_BHW, diffusion, sampler, settings["seed"], device)
-            store.write_region(index, image_BHW, mask_BHW)
+            conditions = item_conditions(model, shards, items, settings["without_organs"], device)
+            image_BHW = generate(model, items, conditions, diffusion, sampler, settings["seed"])
+            store.write_region(index, image_BHW, conditions.mask_BHW.cpu().numpy())
 
         return make_region
 
 
+def item_conditions(
+    model: Denoiser, shards: ShardSet, items: list[dict[str, Any]], without_organs: Sequence[str], device: torch.device
+) -> Conditions:
+    """What the model is told of the items: masks less the organs left out, with soft edges where it was trained on
+    them and the set has them; target modality and axis."""
+    import torch
+
+    from segdiff_dist.conditioning import Conditions, class_ids
+    from segdiff_dist.organ_dropout import relabelled
+
+    records = [shards.read(item["row"]).cropped(model.size) for item in items]
+    edges = [r.edge_2HW for r in records if r.edge_2HW is not None] if model.config.soft_masks else []
+    modality_B = torch.tensor([MODALITIES.index(item["target_modality"]) for item in items], device=device)
+    axis_B = torch.tensor([AXES.index(item["axis"]) for item in items], device=device)
+    conditions = Conditions(
+        torch.from_numpy(np.stack([record.mask_HW for record in records])).to(device),
+        class_ids(modality_B, axis_B),
+        torch.from_numpy(np.stack(edges)).to(device) if edges else None,
+    )
+    if not without_organs:
+        return conditions
+    lost_K = torch.tensor([name in without_organs for name in shards.label_table.names], device=device)
+    return relabelled(conditions, lost_K.expand(len(items), -1), shards.label_table)
+
+
 def generate(
-    model: Any,
+    model: Callable[..., Tensor],
     items: list[dict[str, Any]],
-    mask_BHW: np.ndarray,
+    conditions: Conditions,
     diffusion: DiffusionConfig,
     sampler: SamplerConfig,
     seed: int,
-    device: Any,
 ) -> np.ndarray:
-    """uint8 [B, H, W] images of the items, whose masks are given; noise is keyed by (seed, item_id)."""
+    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id)."""
     import torch
 
-    from segdiff_dist.denoiser import class_ids
+    from segdiff_dist.conditioning import guided
     from segdiff_dist.diffusion import ddim_sample, make_scheduler, to_uint8
     from segdiff_kernels import philox
 
-    mask = torch.from_numpy(mask_BHW).to(device)
-    item_B = torch.tensor([item["item_id"] for item in items], device=device)
-    modality_B = torch.tensor([MODALITIES.index(item["target_modality"]) for item in items], device=device)
-    axis_B = torch.tensor([AXES.index(item["axis"]) for item in items], device=device)
-    class_B = class_ids(modality_B, axis_B)
-    shape = (1, *mask_BHW.shape[1:])
+    item_B = torch.tensor([item["item_id"] for item in items], device=conditions.mask_BHW.device)
+    shape = (1, *conditions.mask_BHW.shape[1:])
 
-    def noise(step: int) -> Any:
+    def noise(step: int) -> Tensor:
         """Step -1 is the start; each step of each item has its own counters."""
         return philox.normal(seed, philox.STREAM_SAMPLE + 1 + step, item_B, shape)
 
     x_0_BCHW = ddim_sample(
-        lambda x_t, timestep_B: model(x_t, timestep_B, mask, class_B),
+        guided(model, conditions, sampler.guidance, sampler.guidance_removes),
         make_scheduler(diffusion, sampler),
         noise(-1),
         sampler,

@@ -23,7 +23,8 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from data_shards.records import MODALITIES, Batch
 from segdiff_dist.diffusion import to_model_range
-from segdiff_dist.engine import TrainConfig
+from segdiff_dist.distributed import rank, sum_over_ranks, world_size
+from segdiff_dist.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -56,7 +57,7 @@ class SegmenterConfig:
             lr=1e-2,
             micro_batch_size=64,
             warmup_images=6_400,
-            ema_halflife_images=20_000,
+            ema_lengths=(0.05,),
             checkpoint_every_images=100_000,
         )
     )
@@ -104,13 +105,17 @@ class SegmenterNet(nn.Module):
 
     def forward(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """float32 scores [B, K, H, W] from uint8 or uint16 images and int64 modality ids."""
+        return self.scores(to_model_range(image_BHW), modality_B)
+
+    def scores(self, x_B1HW: Tensor, modality_B: Tensor) -> Tensor:
+        """The same from float images in [-1, 1], to which gradients go back."""
         dtype = next(self.parameters()).dtype
-        return self.unet(self._inputs(image_BHW, modality_B).to(dtype)).float()
+        return self.unet(self._inputs(x_B1HW, modality_B).to(dtype)).float()
 
     def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """float32 [B, D]: the mean over pixels of what each encoder level gives."""
         found: list[Tensor] = []
-        block, x = self.unet.model, self._inputs(image_BHW, modality_B)
+        block, x = self.unet.model, self._inputs(to_model_range(image_BHW), modality_B)
         while True:  # MONAI nests: [down, skip connection around the next level, up]
             x = block[0](x)
             found.append(x.mean(dim=(2, 3)))
@@ -121,8 +126,7 @@ class SegmenterNet(nn.Module):
             block = inner
 
     @staticmethod
-    def _inputs(image_BHW: Tensor, modality_B: Tensor) -> Tensor:
-        x_B1HW = to_model_range(image_BHW)
+    def _inputs(x_B1HW: Tensor, modality_B: Tensor) -> Tensor:
         modality_BM = nn.functional.one_hot(modality_B, len(MODALITIES)).to(x_B1HW.dtype)
         planes_BMHW = modality_BM[:, :, None, None].expand(-1, -1, *x_B1HW.shape[2:])
         return torch.cat((x_B1HW, planes_BMHW), dim=1).contiguous(memory_format=torch.channels_last)
@@ -149,51 +153,47 @@ class SegmenterTask:
             self.model: nn.Module = SegmenterNet(config, shards.label_table.num_classes)
         self._loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, include_background=False)
         self._validation_rows = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
+        self.score = "val_dice" if len(self._validation_rows) else None
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """MONAI's DiceCELoss, Dice over the micro-batch and without background."""
         return self._loss(forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long()), {}
 
-    def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
-        """Validate; write the weights when they are the best so far."""
-        net = SegmenterNet(self.config, self.shards.label_table.num_classes)
-        net.load_state_dict(weights)
-        if len(self._validation_rows) == 0:
-            save_segmenter(self.weights, weights, self.config, self.shards.label_table)
-            return None, {}
-        segmenter = Segmenter(net, self.shards.label_table, "", self.device)
-        score = float(np.nanmean(self._validation_dice(segmenter)))
-        if previous_score is None or score > previous_score:
-            save_segmenter(self.weights, weights, self.config, self.shards.label_table)
-            previous_score = score
-        return previous_score, {"val_dice": score, "best_val_dice": previous_score}
+    def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
+        """Mean over organs of the Dice over the whole validation split; the ranks share the work."""
+        return {} if self.score is None else {"val_dice": float(np.nanmean(self._validation_dice(forward)))}
 
-    def _validation_dice(self, segmenter: Segmenter) -> np.ndarray:
+    def export(self, average: str, weights: dict[str, Tensor]) -> None:
+        """Write the weights; there is one place for them, whichever average they are."""
+        save_segmenter(self.weights, weights, self.config, self.shards.label_table)
+
+    def _validation_dice(self, forward: Callable[..., Any]) -> np.ndarray:
         """Dice of every organ over the whole validation split; NaN for organs that are not in it."""
         organs = torch.tensor(self.shards.label_table.organ_ids, device=self.device, dtype=torch.uint8)
-        both, sizes, in_mask = (torch.zeros(len(organs), dtype=torch.float64) for _ in range(3))
-        for batch in self._validation_batches():
-            predicted_BHW = segmenter.predict(batch.image_BHW, batch.modality_B)
+        counts_3K = torch.zeros(3, len(organs), dtype=torch.float64, device=self.device)
+        for batch, counts in self._validation_batches():
+            predicted_BHW = forward(batch.image_BHW, batch.modality_B).argmax(dim=1).to(torch.uint8)
+            if not counts:
+                continue
             for i, organ in enumerate(organs):
                 p_BHW, m_BHW = predicted_BHW == organ, batch.mask_BHW == organ
-                both[i] += (p_BHW & m_BHW).sum().item()
-                sizes[i] += (p_BHW.sum() + m_BHW.sum()).item()
-                in_mask[i] += m_BHW.sum().item()
-        dice = (2 * both / (sizes + _EPSILON)).numpy()
-        return np.where(in_mask.numpy() > 0, dice, np.nan)
+                counts_3K[:, i] += torch.stack(((p_BHW & m_BHW).sum(), p_BHW.sum() + m_BHW.sum(), m_BHW.sum()))
+        both_K, sizes_K, in_mask_K = sum_over_ranks(counts_3K).cpu().numpy()
+        return np.where(in_mask_K > 0, 2 * both_K / (sizes_K + _EPSILON), np.nan)
 
-    def _validation_batches(self) -> Iterator[Batch]:
+    def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
+        """This rank's batches, and whether they count: with sharded weights every rank must go through the net equally
+        often, so those that have a batch less repeat the first."""
         size = min(self.config.validation_batch_size, len(self._validation_rows))
+        all_positions = list(sequential_positions(len(self._validation_rows), size))
+        mine = all_positions[rank() :: world_size()]
+        most = -(-len(all_positions) // world_size())
         plain = LoaderConfig(crop_size=self.loader.crop_size, num_threads=self.loader.num_threads)
-        yield from Loader(
-            self.shards,
-            Sequential(self._validation_rows),
-            sequential_positions(len(self._validation_rows), size),
-            plain,
-            batch_size=size,
-            seed=0,
-            device=self.device,
-        )
+        order = Sequential(self._validation_rows)
+        positions = iter([*mine, *all_positions[: most - len(mine)]])
+        batches = Loader(self.shards, order, positions, plain, batch_size=size, seed=0, device=self.device)
+        for number, batch in enumerate(batches):
+            yield batch, number < len(mine)
 
 
 class Segmenter:

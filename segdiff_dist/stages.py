@@ -5,6 +5,7 @@ A stage that is done already does nothing and says so; one that was interrupted 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def sample(experiment: Experiment) -> Any:
     from segdiff_dist import sampling
 
     config = experiment.sample
+    if config.weights == "ema":
+        config = replace(config, weights=experiment.train.averages[0])
     run, shards = _open_run_and_data(experiment)
     collect(
         lambda: refuse(config.problems()),
@@ -178,11 +181,12 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
 def _train(
     experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, loader: Any, config: Any
 ) -> None:
-    from segdiff_dist.checkpoint import newest_complete, read_state
+    from segdiff_dist.checkpoint import complete_ones, read_state
+    from segdiff_dist.export import is_exported
     from segdiff_dist.training import train
 
-    newest = newest_complete(folder / "checkpoints")
-    if newest is not None and read_state(newest)["images_seen"] >= config.num_images:
+    newest = next(iter(complete_ones(folder / "checkpoints")), None)
+    if newest is not None and read_state(newest)["images_seen"] >= config.num_images and is_exported(newest, folder):
         if is_main():
             print(f"{stage}: already trained on {config.num_images:,} images in {folder}; nothing to do")
         return

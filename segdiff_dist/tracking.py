@@ -1,24 +1,33 @@
-"""Tracking with MLflow: one MLflow run for each run folder, added to by every stage. This file owns MLflow.
+"""Tracking with MLflow: one MLflow run for each run folder, added to by every stage.
 
-The store is sqlite in the folder unless MLFLOW_TRACKING_URI says otherwise. Numbers also go to a JSONL file beside
-the run, so that they outlive any server.
+Nothing here waits for a server. What a stage records is appended to a spool in the folder (spool.py), and a thread
+sends it from there in order (mlflow_run.py); while the server is away it tries again, and what is left when the stage
+ends is sent by the next one, or by send_spool.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections.abc import Mapping
+import itertools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_shards.problems import Problem, problem
 from segdiff_dist.config import flatten
+from segdiff_dist.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
+from segdiff_dist.spool import Spool, num_waiting, spool_files
 
-_LINK = "mlflow.json"
+SPOOL = "mlflow_spool"
 # MLflow refuses longer parameter values.
 _MAX_PARAM = 6000
+# Records that are read from the spool and sent together.
+_BATCH = 1000
+# Between two tries while the server is away: the first pause, doubled up to the longest.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -27,94 +36,174 @@ class TrackingConfig:
 
     experiment: str = "segdiff"
     enabled: bool = True
+    system_metrics: bool = True
+    """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
+    flush_timeout_s: float = 30.0
+    """How long the end of a stage waits for a slow server. What is then unsent stays in RUN/mlflow_spool."""
+
+    def problems(self) -> list[Problem]:
+        """What is out of range."""
+        if self.flush_timeout_s >= 0:
+            return []
+        return [Problem("config", "tracking.flush_timeout_s", str(self.flush_timeout_s), "give at least 0")]
 
 
 class Tracker:
-    """One stage's view of the folder's MLflow run. Use as a context manager; an exception marks the run as failed."""
+    """One stage's view of the folder's MLflow run. Use as a context manager; an exception marks the run as failed.
+
+    The log_ methods write a line to the spool and return, server or no server. Raises OutOfSpace when the disk is full.
+    """
 
     def __init__(self, folder: Path, config: TrackingConfig, stage: str) -> None:
         self.folder, self.config, self.stage = folder, config, stage
-        self.run_id: str | None = None
+        self._sender: _Sender | None = None
         if config.enabled:
-            self._client, self.run_id = _open_run(folder, config)
-            self._client.set_tag(self.run_id, f"stage.{stage}", "running")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._run = MlflowRun(folder, config.experiment)
+            self._spool = Spool.create(folder / SPOOL)
+            self._append("tags", values={f"stage.{stage}": "running"})
+            self._append("status", status="RUNNING")
+            self._sender = _Sender(self._run, self._spool)
+            self._sender.start()
+            self._watch = SystemMetrics(self.log_metrics, self._run.began_s) if config.system_metrics else None
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id; None where tracking is off, and until the store has answered for the first time."""
+        return None if self._sender is None else self._run.run_id
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.run_id is None:
+        if self._sender is None:
             return
+        if self._watch is not None:
+            self._watch.stop()
         state = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        self._client.set_tag(self.run_id, f"stage.{self.stage}", state)
-        self._client.set_terminated(self.run_id, {"finished": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED"))
+        self._append("tags", values={f"stage.{self.stage}": state})
+        self._append("status", status={"finished": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED"))
+        if not self._sender.finish(self.config.flush_timeout_s):
+            warnings.warn(
+                f"{num_waiting(self.folder / SPOOL)} records for MLflow at {self._run.uri} wait in "
+                f"{self.folder / SPOOL}; the next stage in this folder sends them, or `segdiff track {self.folder}`",
+                stacklevel=2,
+            )
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Record settings, nested sections as dotted names. A value already recorded stays as it was."""
-        if self.run_id is None:
-            return
-        from mlflow.entities import Param
-
-        known = self._client.get_run(self.run_id).data.params
-        params = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(values).items() if key not in known]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(self.run_id, params=params[start : start + 100])
+        self._append("params", values={key: str(value)[:_MAX_PARAM] for key, value in flatten(values).items()})
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers under stable names at `step` (images seen, for training)."""
-        if self.run_id is None:
-            return
-        import time
-
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, float(value), now, step) for key, value in values.items() if value == value]
-        for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        """Record numbers under stable names at `step` (images seen, for training). NaN is left out."""
+        numbers = {key: float(value) for key, value in values.items()}
+        self._append("metrics", values={k: v for k, v in numbers.items() if v == v}, step=step)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Keep a copy of a file, or of a folder's files, with the run."""
-        if self.run_id is None or not path.exists():
+        """Keep a copy of a file, or of a folder's files, with the run.
+
+        The path is what is spooled, not the bytes: the copy shows the file as it is when its turn comes, and a file
+        that is gone by then is left out with a warning.
+        """
+        if self._sender is None or not path.exists():
             return
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder or path.name)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        path, root = path.resolve(), self.folder.resolve()
+        # Relative where that is possible, so that a spool moves with its run folder.
+        where = path.relative_to(root) if path.is_relative_to(root) else path
+        self._append("artifact", path=str(where), folder=folder)
+
+    def _append(self, kind: str, **values: Any) -> None:
+        if self.config.enabled:
+            self._spool.append({"kind": kind, "ms": int(time.time() * 1000), **values})
+            if self._sender is not None:
+                self._sender.wake()
 
 
-def tracking_uri(folder: Path) -> str:
-    """MLFLOW_TRACKING_URI, or sqlite in the folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+def send_spool(folder: Path) -> int:
+    """Send what waits in the folder's spool, from this thread; returns how many records there were.
+
+    Raises InputProblems where the folder has never been tracked or the store does not answer: what is unsent stays.
+    """
+    if not is_tracked(folder):
+        raise problem(folder, "run", "was never tracked", "give the folder of a run with tracking")
+    run = MlflowRun(folder)
+    before = num_waiting(folder / SPOOL)
+    try:
+        _send_waiting(run, None, lambda: False)
+    except Exception as error:  # MLflow's clients raise whatever their transports do
+        left = num_waiting(folder / SPOOL)
+        remedy = f"{left} records still wait in {folder / SPOOL}; try again when it is back"
+        raise problem(run.uri, "MLflow", first_line(error), remedy) from error
+    return before - num_waiting(folder / SPOOL)
 
 
-def _open_run(folder: Path, config: TrackingConfig) -> tuple[Any, str]:
-    """A client, and the id of the folder's run: the one recorded in mlflow.json, or a new one."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
+class _Sender(threading.Thread):
+    """Sends what is in the spool, oldest first, and tries again for as long as the store is away."""
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
-    uri = tracking_uri(folder)
-    client = MlflowClient(tracking_uri=uri)
-    link = folder / _LINK
-    if link.is_file():
-        known = json.loads(link.read_text())
-        if known["tracking_uri"] == uri:
+    def __init__(self, run: MlflowRun, own: Spool) -> None:
+        super().__init__(name="mlflow", daemon=True)
+        self._mlflow, self._own = run, own
+        self._appended, self._closing, self._given_up = threading.Event(), threading.Event(), threading.Event()
+        self._done = False
+
+    def wake(self) -> None:
+        """There is something to send."""
+        self._appended.set()
+
+    def finish(self, timeout_s: float) -> bool:
+        """Nothing more will be appended: send the rest within `timeout_s`. Returns whether everything was sent."""
+        self._closing.set()
+        self._appended.set()
+        self.join(timeout_s)
+        self._given_up.set()
+        return self._done
+
+    def run(self) -> None:
+        """Until everything is sent after `finish`, or its time is up."""
+        pause_s, said = _FIRST_PAUSE_S, False
+        while not self._given_up.is_set():
+            last_round = self._closing.is_set()
+            self._appended.clear()
             try:
-                client.update_run(known["run_id"], status="RUNNING")
-                return client, known["run_id"]
-            except MlflowException:
-                pass  # the store was emptied since: begin a new run in it
-    experiment = client.get_experiment_by_name(config.experiment)
-    if experiment is not None:
-        experiment_id = experiment.experiment_id
-    else:
-        local = uri.startswith("sqlite:")
-        location = (folder.resolve() / "mlartifacts").as_uri() if local else None
-        experiment_id = client.create_experiment(config.experiment, artifact_location=location)
-    run = client.create_run(experiment_id, run_name=folder.resolve().name, tags={"run_folder": str(folder.resolve())})
-    link.write_text(json.dumps({"tracking_uri": uri, "run_id": run.info.run_id}) + "\n")
-    return client, run.info.run_id
+                _send_waiting(self._mlflow, self._own, self._given_up.is_set)
+            except Exception as error:  # whatever MLflow's clients raise is no reason to stop a training run
+                if not said:
+                    where = f"MLflow at {self._mlflow.uri} takes nothing now ({first_line(error)})"
+                    warnings.warn(f"{where}; records wait in {self._own.path.parent} until it does", stacklevel=1)
+                said = True
+                # The end of the stage is worth a try at once, and then one every little while.
+                self._given_up.wait(_FIRST_PAUSE_S) if last_round else self._closing.wait(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                continue
+            pause_s, said = _FIRST_PAUSE_S, False
+            if last_round and not self._given_up.is_set():
+                self._own.remove()
+                self._done = True
+                break
+            self._appended.wait()
+        self._own.close()
+
+
+def _send_waiting(run: MlflowRun, own: Spool | None, stopped: Callable[[], bool]) -> None:
+    """Everything that waits in the folder: this process' file, and those whose writers are gone."""
+    for path in spool_files(run.folder / SPOOL):
+        if own is not None and path == own.path:
+            _send_file(run, own, stopped)
+        elif (left := Spool.adopt(path)) is not None:
+            try:
+                if _send_file(run, left, stopped):
+                    left.remove()
+            finally:
+                left.close()
+
+
+def _send_file(run: MlflowRun, spool: Spool, stopped: Callable[[], bool]) -> bool:
+    """Records of one kind that follow each other go together. Returns False when stopped before the end."""
+    waiting = spool.waiting()
+    for kind, group in itertools.groupby(waiting, key=lambda entry: entry[0]["kind"]):
+        for entries in chunks(group, _BATCH):
+            if stopped():
+                return False
+            run.send(kind, [record for record, _ in entries])
+            spool.mark_sent(entries[-1][1])
+    return True

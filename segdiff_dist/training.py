@@ -1,15 +1,11 @@
-"""Training: one loop, read from top to bottom, for the denoiser and for whatever else learns from the shards.
-
-Dimensions: B batch, C channels, H rows, W columns.
-"""
+"""Training: one loop, read from top to bottom, for the denoiser and for whatever else learns from the shards."""
 
 from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,32 +16,62 @@ from torch import Tensor, nn
 from data_shards.feed.loader import Loader, LoaderConfig
 from data_shards.feed.mixing import make_order
 from data_shards.feed.order import rank_positions
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import problem
 from data_shards.records import Batch
 from segdiff_dist import checkpoint
+from segdiff_dist.checkpoint import CheckpointWriter
 from segdiff_dist.config import write_text_atomically
 from segdiff_dist.denoiser import describe
-from segdiff_dist.distributed import barrier, is_main, mean_over_ranks, rank, world_size
-from segdiff_dist.engine import Engine, TrainConfig, ema_decay, learning_rate
+from segdiff_dist.distributed import Agreement, agree, code_versions, gather_objects, is_main, rank, world_size
+from segdiff_dist.engine import Engine, start_distributed
+from segdiff_dist.export import Exporter
+from segdiff_dist.heartbeat import Heartbeat
+from segdiff_dist.micro_batch import find_micro_batch
+from segdiff_dist.step_log import Guard, StepClock, Window
+from segdiff_dist.train_config import TrainConfig, learning_rate
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
     from segdiff_dist.tracking import Tracker
 
 
+# Validation and the end of a run may take this long before a rank counts as hanging.
+_PATIENCE_S = 3600.0
+
+
 class Task(Protocol):
-    """What is being learned: a model, its loss, and what becomes of its weights."""
+    """What is being learned: a model, its loss, how it is judged on the way, and what becomes of its weights."""
 
     name: str
     model: nn.Module
+    score: str | None
+    """The number of `validate` that says which weights are best, and only those are exported; None: the newest are."""
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's mean loss, through `forward`, which is the model as the engine runs it; and what else is
-        worth logging: name -> float [2], a sum over the micro-batch and how many values went into it."""
+        worth logging: name -> float [2], a sum over the micro-batch and how many values went into it. The same names in
+        every call."""
 
-    def export(self, weights: dict[str, Tensor], previous_score: float | None) -> tuple[float | None, dict[str, float]]:
-        """Called on the main rank at every checkpoint with the gathered EMA weights: write them where they are
-        used. Returns the best score so far, where there is a choice to make, and what is worth logging."""
+    def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
+        """Judge the averaged weights, which `forward` runs without gradients. Called on all ranks, which must call
+        `forward` equally often; the same numbers on all of them."""
+
+    def export(self, average: str, weights: dict[str, Tensor]) -> None:
+        """Write weights, keys as in the model's state_dict, where they are used. Main rank, beside the training."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and where its last good checkpoint is."""
+
+
+@dataclass
+class RunState:
+    """Where a run stands, beside what the engine holds."""
+
+    images_seen: int = 0
+    best_score: float | None = None
+    is_best: bool = True
+    """Whether the weights of this moment are the ones to export."""
 
 
 def train(
@@ -61,120 +87,152 @@ def train(
 ) -> None:
     """Train `task` on the given rows of the shard set, from the newest checkpoint in `folder` on.
 
-    Writes folder/checkpoints/, folder/log.jsonl and, through the task, the exported weights. Ctrl-C saves a checkpoint
-    and raises KeyboardInterrupt; the same call goes on from there.
+    Writes folder/checkpoints/, folder/log.jsonl, folder/snapshots/ and, through the task, the exported weights. Ctrl-C,
+    SIGTERM and SIGUSR1 save a checkpoint and raise KeyboardInterrupt; the same call goes on from there, on any number
+    of ranks and with any zero_stage.
+
+    Raises TrainingStopped after too many skipped steps in a row, and OSError where the last checkpoint cannot be
+    written.
     """
     if len(rows) == 0:
         raise problem(shards.root, "split", "no slice to train on", "widen loader.modalities or loader.axes")
-    checkpoints, log = folder / "checkpoints", folder / "log.jsonl"
-    engine = Engine(task.model.to(device).train(), config, device)
-    state: dict[str, Any] = {"images_seen": 0, "loss_sum": 0.0, "loss_count": 0, "best_score": None}
-    newest = checkpoint.newest_complete(checkpoints)
-    if newest is not None:
-        state = checkpoint.read_state(newest)
-        _refuse_other_ground(newest, state, shards)
-        engine.load(newest)
-    if is_main():
-        _cut_log(log, state["images_seen"])
-        tracker.log_params({task.name: {**describe(task.model), "ranks": world_size(), "device": str(device)}})
-    barrier()
+    start_distributed(device)
+    agree({"shards digest": shards.digest, "config": resolved_config, **code_versions()})
+    order = make_order(shards, rows, loader_config.mix, config.seed)
 
-    batches = iter(
-        Loader(
-            shards,
-            make_order(shards, rows, loader_config.mix, config.seed),
-            rank_positions(
-                state["images_seen"],
-                micro_batch_size=config.micro_batch_size,
-                num_micro_batches=engine.num_micro_batches,
-                rank=rank(),
-                world_size=world_size(),
-            ),
-            loader_config,
-            batch_size=config.micro_batch_size,
-            seed=config.seed,
-            device=device,
-        )
+    def load(positions: Iterator[np.ndarray], batch_size: int) -> Iterator[Batch]:
+        loader = Loader(shards, order, positions, loader_config, batch_size=batch_size, seed=config.seed, device=device)
+        return iter(loader)
+
+    model = task.model.to(device).train()
+    if config.activation_checkpointing:
+        _checkpoint_activations(model)
+    first = rank_positions(0, micro_batch_size=1, num_micro_batches=1, rank=0, world_size=1)
+    micro_batch_size = find_micro_batch(task, lambda: next(load(first, 1)), config, folder)
+    engine = Engine(model, config, micro_batch_size, device)
+    exporter = Exporter(task, config, folder)
+    state, window, guard = _resume(engine, exporter, shards, config, folder)
+    if is_main():
+        _cut_log(folder / "log.jsonl", state.images_seen)
+        tracker.log_params({task.name: {**describe(task.model), "ranks": world_size(), "device": str(device)}})
+    batches = load(
+        rank_positions(
+            state.images_seen,
+            micro_batch_size=micro_batch_size,
+            num_micro_batches=engine.num_micro_batches,
+            rank=rank(),
+            world_size=world_size(),
+        ),
+        micro_batch_size,
     )
-    loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)
-    clock = _Clock(state["images_seen"])
-    with _progress(task.name, config.num_images, state["images_seen"]) as bar, _CatchInterrupt(device) as interrupt:
-        while state["images_seen"] < config.num_images:
-            engine.set_lr(learning_rate(state["images_seen"], config))
-            for _ in range(engine.num_micro_batches):
+    clock = StepClock(state.images_seen)
+    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
+    writer = CheckpointWriter(
+        folder / "checkpoints",
+        keep=config.keep_checkpoints,
+        keep_every_images=config.keep_every_images,
+        on_complete=exporter.export,
+    )
+    done = stop = state.images_seen >= config.num_images
+    with (
+        Heartbeat(config.hang_timeout_s) as heartbeat,
+        _progress(task.name, config.num_images, state.images_seen) as bar,
+        _CatchInterrupt() as interrupt,
+        writer,
+    ):
+        while not (done or stop):
+            engine.set_lr(learning_rate(state.images_seen, config))
+            for micro_batch in range(1, engine.num_micro_batches + 1):
                 with clock.waiting():
                     batch = next(batches)
-                loss, _ = task.loss(engine, batch)
+                loss, told = task.loss(engine, batch)
                 engine.backward(loss)
-                engine.step()
-                loss_sum += loss.detach().double()
-                state["loss_count"] += 1
-            before, state["images_seen"] = state["images_seen"], state["images_seen"] + config.global_batch_size
-            engine.update_ema(ema_decay(state["images_seen"], config.global_batch_size, config))
-            bar.update(min(state["images_seen"], config.num_images) - before)
+                window.add(loss, told)
+                last = micro_batch == engine.num_micro_batches
+                skipped = engine.step(guard.veto(window.step_loss()) if last else None)
+            window.close_step(skipped)
+            guard.count(skipped)
+            before, state.images_seen = state.images_seen, state.images_seen + config.global_batch_size
+            engine.update_averages(state.images_seen, config.global_batch_size)
+            bar.update(min(state.images_seen, config.num_images) - before)
+            heartbeat.beat(state.images_seen)
 
-            done = state["images_seen"] >= config.num_images
-            if done or _crosses(before, state["images_seen"], config.log_every_images):
-                mean_loss = float(mean_over_ranks(loss_sum / state["loss_count"]))
-                loss_sum.zero_()
-                state["loss_count"] = 0
-                row = {"loss": mean_loss, "grad_norm": engine.grad_norm()}
-                row |= {"lr": learning_rate(before, config), **clock.rates(state["images_seen"])}
+            done = state.images_seen >= config.num_images
+            if done or _crosses(before, state.images_seen, config.log_every_images):
+                row = {**window.means(), "grad_norm": engine.grad_norm(), "lr": learning_rate(before, config)}
+                row |= {"skipped_steps": guard.num_skipped, **clock.rates(state.images_seen)}
                 if is_main():
-                    bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-                    _log(log, tracker, task.name, row, state["images_seen"])
-                if not np.isfinite(mean_loss):
-                    raise FloatingPointError(
-                        f"{task.name}: the loss is {mean_loss} at {state['images_seen']} images; "
-                        f"the last good checkpoint is {checkpoint.newest_complete(checkpoints) or 'none'}"
-                    )
-            stop = interrupt.agreed()
-            if done or stop or _crosses(before, state["images_seen"], config.checkpoint_every_images):
-                with clock.paused():
-                    state["loss_sum"] = float(loss_sum)
-                    _save(engine, task, shards, state, checkpoints, config, tracker, resolved_config)
-            if stop:
-                raise KeyboardInterrupt
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    _log(folder / "log.jsonl", tracker, task.name, row, state.images_seen)
+                if guard.num_in_a_row >= config.max_skipped_steps:
+                    raise TrainingStopped(_why_hopeless(task, guard, state, folder))
+
+            agreed = agreement.exchange({"stop": float(interrupt.asked), **writer.flags()})
+            writer.poll(agreed)
+            stop = agreed["stop"] > 0
+            save = done or stop or _crosses(before, state.images_seen, config.checkpoint_every_images)
+            with clock.paused():
+                validate_every = config.validate_every_images or config.checkpoint_every_images
+                if done or (not stop and _crosses(before, state.images_seen, validate_every)):
+                    with heartbeat.patience(_PATIENCE_S), engine.using_average(config.averages[0]):
+                        _judge(task, engine, state, tracker)
+                if save:
+                    writer.drain(agreement)
+                    values = {**vars(state), "window": window.values(), "guard": guard.values()}
+                    writer.start(engine.state(), {**values, "shards_digest": shards.digest}, resolved_config)
+        with heartbeat.patience(_PATIENCE_S):
+            writer.drain(agreement, must_succeed=True)
     engine.close()
+    if not done:
+        raise KeyboardInterrupt
 
 
-def _save(
-    engine: Engine,
-    task: Task,
-    shards: ShardSet,
-    state: dict[str, Any],
-    checkpoints: Path,
-    config: TrainConfig,
-    tracker: Tracker,
-    resolved_config: str,
-) -> None:
-    """Write a checkpoint on all ranks, export the EMA, and only then declare the checkpoint complete."""
-    folder = checkpoints / checkpoint.checkpoint_name(state["images_seen"])
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-    barrier()
-    engine.save(folder)
-    weights = engine.full_weights()
-    if is_main():
-        state["best_score"], metrics = task.export(weights, state["best_score"])
-        tracker.log_metrics({f"{task.name}/{k}": v for k, v in metrics.items()}, state["images_seen"])
-        write_text_atomically(folder / "config.yaml", resolved_config)
-        checkpoint.write_state(folder, {**state, "ranks": world_size(), "shards_digest": shards.digest})
-        checkpoint.mark_complete(folder)
-        checkpoint.prune(checkpoints, config.keep_checkpoints)
-    barrier()
-
-
-def _refuse_other_ground(folder: Path, state: dict[str, Any], shards: ShardSet) -> None:
-    """A checkpoint goes on with the data and the number of ranks it was written with."""
-    found = []
-    if state["shards_digest"] != shards.digest:
+def _resume(
+    engine: Engine, exporter: Exporter, shards: ShardSet, config: TrainConfig, folder: Path
+) -> tuple[RunState, Window, Guard]:
+    """Where the newest usable checkpoint left off, or the beginning. The main rank chooses it for all."""
+    found = checkpoint.newest_usable(folder / "checkpoints") if is_main() else None
+    newest: Path | None = gather_objects(found)[0]
+    if newest is None:
+        return RunState(), Window(engine.device), Guard(config.spike_factor, engine.device)
+    saved = checkpoint.read_state(newest)
+    if saved["shards_digest"] != shards.digest:
         remedy = "restore the shard set the run was started with, or use another run folder"
-        found.append(Problem(str(folder), "shards_digest", f"not that of {shards.root}", remedy))
-    if state["ranks"] != world_size():
-        remedy = f"start it on {state['ranks']} ranks again"
-        found.append(Problem(str(folder), "ranks", f"{state['ranks']} there, {world_size()} now", remedy))
-    refuse(found)
+        raise problem(newest, "shards_digest", f"not that of {shards.root}", remedy)
+    engine.load(newest, saved["ranks"])
+    if is_main():
+        exporter.catch_up(newest)
+    state = RunState(saved["images_seen"], saved["best_score"], saved["is_best"])
+    guard = Guard(config.spike_factor, engine.device, saved["guard"])
+    return state, Window(engine.device, saved["window"]), guard
+
+
+def _judge(task: Task, engine: Engine, state: RunState, tracker: Tracker) -> None:
+    """Validate the average in place, and see whether it is the best so far."""
+    metrics = task.validate(engine, state.images_seen)
+    if task.score is not None:
+        score = metrics[task.score]
+        state.is_best = state.best_score is None or score > state.best_score
+        state.best_score = score if state.is_best else state.best_score
+        metrics = {**metrics, f"best_{task.score}": float(state.best_score or 0.0)}
+    tracker.log_metrics({f"{task.name}/{name}": value for name, value in metrics.items()}, state.images_seen)
+
+
+def _why_hopeless(task: Task, guard: Guard, state: RunState, folder: Path) -> str:
+    newest = next(iter(checkpoint.complete_ones(folder / "checkpoints")), None)
+    return (
+        f"{task.name}: {guard.num_in_a_row} steps in a row up to {state.images_seen} images were skipped: their loss "
+        f"or gradient was no number, or far above the mean; the last good checkpoint is {newest or 'none'}"
+    )
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Turn on what diffusers' networks have for it."""
+    networks: list[Any] = [m for m in model.children() if hasattr(m, "enable_gradient_checkpointing")]
+    if not networks:
+        raise problem("config", "activation_checkpointing", "true", "this network cannot; leave it off")
+    for network in networks:
+        network.enable_gradient_checkpointing()
 
 
 def _crosses(before: int, after: int, every: int) -> bool:
@@ -201,55 +259,21 @@ def _progress(name: str, total: int, initial: int) -> Any:
     return tqdm(total=total, initial=min(initial, total), desc=name, unit="img", disable=not is_main(), mininterval=1.0)
 
 
-class _Clock:
-    """Images a second and the share of time spent waiting for data, since the last question."""
-
-    def __init__(self, images_seen: int) -> None:
-        self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent here is waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent here does not count."""
-        start = time.perf_counter()
-        yield
-        self._paused_s += time.perf_counter() - start
-
-    def rates(self, images_seen: int) -> dict[str, float]:
-        """What to log; begins the next measurement."""
-        busy_s = max(time.perf_counter() - self._start - self._paused_s, 1e-9)
-        rates = {"images_per_s": (images_seen - self._images) / busy_s, "data_wait_fraction": self._waited_s / busy_s}
-        self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
-        return rates
-
-
 class _CatchInterrupt:
-    """Ctrl-C and SIGTERM wait for the end of the step, so that a checkpoint can be written first."""
+    """Ctrl-C, SIGTERM and SIGUSR1 (what Slurm sends before it takes a job's machines) wait for the end of the step, so
+    that a checkpoint can be written first. A second one does not wait."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __enter__(self) -> _CatchInterrupt:
-        self._asked = False
-        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.asked = False
+        self._old = {s: signal.signal(s, self._ask) for s in self._SIGNALS}
         return self
 
     def _ask(self, *_: Any) -> None:
-        if self._asked:  # a second Ctrl-C does not wait
+        if self.asked:
             raise KeyboardInterrupt
-        self._asked = True
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks answer alike."""
-        if world_size() == 1:
-            return self._asked
-        return bool(float(mean_over_ranks(torch.tensor(float(self._asked), device=self._device))) > 0)
+        self.asked = True
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._old.items():

@@ -23,7 +23,6 @@ train:
   micro_batch_size: 2
   lr: 2.0e-3
   warmup_images: 16
-  ema_halflife_images: 30
   checkpoint_every_images: 32
   log_every_images: 8
   precision: fp32

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 
 from data_shards.fan_out import Done, TaskFailure, fan_out, ray_session
+from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig
 from segdiff_dist.sample_store import SampleStore
-from segdiff_dist.sampling import SampleConfig, list_items, sample
+from segdiff_dist.sampling import SampleConfig, generate, item_conditions, list_items, sample
 
 DIFFUSION = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
 QUICK: dict[str, Any] = {
@@ -38,19 +40,23 @@ def ray() -> Iterator[None]:
         yield
 
 
-def write_weights(run: Path, seed: int = 0) -> Path:
+def write_weights(run: Path, seed: int = 0, soft_masks: bool = False, **trained_with: Any) -> Path:
     """An untrained denoiser: its images mean nothing, but are the same every time."""
     import torch
 
-    from data_shards.labels import AMOS
     from segdiff_dist.denoiser import Denoiser, DenoiserConfig
 
     torch.manual_seed(seed)
     config = DenoiserConfig(
-        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,)
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_resolutions=(16,),
+        soft_masks=soft_masks,
     )
     model = Denoiser(config, AMOS, 32)
-    model.save(run / "weights" / "ema", model.state_dict())
+    training = {"diffusion": asdict(replace(DIFFUSION, **trained_with))} if trained_with else None
+    model.save(run / "weights" / "ema", model.state_dict(), training)
     return run
 
 
@@ -131,6 +137,60 @@ def test_another_job_in_the_same_folder_is_refused(shapes: Path, tmp_path: Path)
     write_weights(tmp_path, seed=1)
     with pytest.raises(InputProblems, match="weights_digest"):
         make(run, shapes)
+
+
+def test_workers_guide_and_see_soft_masks_less_the_organs_left_out(tmp_path: Path) -> None:
+    """A whole job against its own functions, called here."""
+    import torch
+    from tests_support import write_shapes
+
+    from segdiff_dist.denoiser import Denoiser
+
+    shards = ShardSet.open(write_shapes(tmp_path / "set", num_patients=1, slices=2, soft_edge=True))
+    run = write_weights(tmp_path / "run", soft_masks=True, mask_dropout=0.1)
+    sampler = replace(QUICK["sampler"], guidance=3.0)
+    settings = {**QUICK, "num": 4, "sampler": sampler, "without_organs": ("liver",), "precision": "fp32"}
+    store = sample(run, shards, shards.select(split="test"), DIFFUSION, SampleConfig(**settings))
+    assert sample(run, shards, shards.select(split="test"), DIFFUSION, SampleConfig(**settings)).missing() == []
+
+    model, items = Denoiser.load(run / "weights" / "ema"), store.items.slice(0, 4).to_pylist()
+    whole = np.stack([shards.read(item["row"]).mask_HW for item in items])
+    liver = AMOS.names.index("liver")
+    assert (whole == liver).any()
+    assert np.array_equal(store.mask[:4], np.where(whole == liver, AMOS.body_id, whole))
+    conditions = item_conditions(model, shards, items, ("liver",), torch.device("cpu"))
+    assert conditions.edge_B2HW is not None
+    torch.set_num_threads(1)
+    expected = generate(model, items, conditions, DIFFUSION, sampler, 0)
+    assert np.array_equal(store.image[:4], expected)
+    for other in (
+        generate(model, items, conditions, DIFFUSION, QUICK["sampler"], 0),
+        generate(model, items, conditions._replace(edge_B2HW=None), DIFFUSION, sampler, 0),
+    ):
+        assert not np.array_equal(other, expected)
+
+
+def test_guidance_needs_weights_that_were_trained_for_it(shapes: Path, tmp_path: Path) -> None:
+    guided = replace(QUICK["sampler"], guidance=3.0)
+    for run in (write_weights(tmp_path / "old"), write_weights(tmp_path / "other", class_dropout=0.1)):
+        with pytest.raises(InputProblems, match=r"trained without diffusion\.mask_dropout"):
+            make(run, shapes, sampler=guided)
+        assert not (run / "samples").exists()
+
+
+def test_what_the_weights_were_not_trained_for_is_refused(shapes: Path, tmp_path: Path) -> None:
+    run = write_weights(tmp_path, snr_shift=0.5)
+    with pytest.raises(InputProblems) as error:
+        make(run, shapes, without_organs=("lever",))
+    organs, shift = map(str, error.value.problems)
+    assert "['lever']; choose from spleen" in organs
+    assert "diffusion.snr_shift: 1.0" in shift
+    assert "trained with 0.5" in shift
+
+
+def test_a_set_without_soft_edges_is_said_to_be_one(shapes: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="keeps no soft edges"):
+        make(write_weights(tmp_path, soft_masks=True), shapes, num=1, cross_modality_masks=0)
 
 
 def test_items_are_listed_by_rule(shapes: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from data_shards.labels import AMOS
+from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
 from segdiff_dist.attention import choose_attention
-from segdiff_dist.denoiser import NUM_CLASSES, Denoiser, DenoiserConfig, MaskEncoder, class_ids
+from segdiff_dist.conditioning import NULL_CLASS, NUM_CLASSES, MaskEncoder, MaskJoin, class_ids
+from segdiff_dist.denoiser import Denoiser, DenoiserConfig
 
 SMALL = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(8,))
 
@@ -44,10 +47,45 @@ def test_mask_encodings() -> None:
     assert torch.equal(embedded[0, :, 1, 0], embedding.embedding.weight[16])
 
 
+@pytest.mark.parametrize("encoding", ["onehot", "embedding"])
+def test_soft_masks_mix_two_classes_by_their_shares(encoding: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.randint(0, 17, (2, 5, 7), dtype=torch.uint8)
+    second, share = torch.randint(0, 17, (2, 5, 7), dtype=torch.uint8), torch.randint(0, 256, (2, 5, 7))
+    encoder = MaskEncoder(encoding, 17, 4)  # type: ignore[arg-type]
+    table = torch.eye(17) if encoder.embedding is None else encoder.embedding.weight
+    soft = encoder(mask, torch.float32, torch.stack((second, share.to(torch.uint8)), dim=1))
+    for b, i, j in ((0, 0, 0), (1, 4, 6), (0, 3, 2), (1, 2, 5)):
+        part = int(share[b, i, j]) / 255
+        expected = part * table[int(mask[b, i, j])] + (1 - part) * table[int(second[b, i, j])]
+        torch.testing.assert_close(soft[b, :, i, j], expected)
+    # 255 is all of the pixel, whatever the second class: then soft is hard.
+    whole = encoder(mask, torch.float32, torch.stack((second, torch.full_like(second, 255)), dim=1))
+    torch.testing.assert_close(whole, encoder(mask, torch.float32))
+
+
+@pytest.mark.parametrize("num_channels", [1, 5])
+def test_the_three_ways_of_joining(num_channels: int) -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 1, 4, 4), torch.rand(2, num_channels, 4, 4)
+    assert torch.equal(MaskJoin("concat", num_channels)(x, mask), torch.cat((x, mask), dim=1))
+    for conditioning in ("add", "multiply"):
+        join = MaskJoin(conditioning, num_channels)  # type: ignore[arg-type]
+        value = mask
+        if join.projection is not None:
+            value = (mask * join.projection.weight.flatten()[:, None, None]).sum(1, keepdim=True)
+        expected = {"add": x + value, "multiply": x * (value if num_channels == 1 else 1 + value)}[conditioning]
+        torch.testing.assert_close(join(x, mask), expected)
+        assert join(x, mask).shape == x.shape
+        if num_channels > 1:  # all-zero channels, the mask that is not shown, leave the image as it is
+            assert torch.equal(join(x, torch.zeros_like(mask)), x)
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "add", "multiply"])
 @pytest.mark.parametrize("encoding", ["onehot", "embedding", "scalar_255", "scalar_signed"])
-def test_the_output_depends_on_every_condition(encoding: str) -> None:
+def test_the_output_depends_on_every_condition(encoding: str, conditioning: str) -> None:
     torch.manual_seed(1)
-    config = DenoiserConfig(**{**SMALL.__dict__, "mask_encoding": encoding})
+    config = replace(SMALL, mask_encoding=encoding, conditioning=conditioning)  # type: ignore[arg-type]
     model = Denoiser(config, AMOS, 16).prepare_for(torch.device("cpu"))
     x, t, mask, classes = inputs()
     base = model(x, t, mask, classes)
@@ -62,22 +100,34 @@ def test_the_output_depends_on_every_condition(encoding: str) -> None:
         assert (changed - base).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("encoding", ["onehot", "embedding"])
-def test_saved_and_loaded_it_computes_the_same(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize("conditioning", ["concat", "add", "multiply"])
+@pytest.mark.parametrize("encoding", ["onehot", "embedding", "scalar_signed"])
+def test_saved_and_loaded_it_computes_the_same(tmp_path: Path, encoding: str, conditioning: str) -> None:
     from diffusers import UNet2DModel
 
-    config = DenoiserConfig(**{**SMALL.__dict__, "mask_encoding": encoding})
+    config = replace(SMALL, mask_encoding=encoding, conditioning=conditioning)  # type: ignore[arg-type]
     model = Denoiser(config, AMOS, 16).eval()
-    model.save(tmp_path / "ema", model.state_dict())
+    model.save(tmp_path / "ema", model.state_dict(), {"diffusion": {"prediction_type": "v"}})
     loaded = Denoiser.load(tmp_path / "ema")
     assert loaded.label_table == AMOS
+    assert loaded.config.conditioning == conditioning
     assert torch.equal(model(*inputs()), loaded(*inputs()))
-    assert UNet2DModel.from_pretrained(tmp_path / "ema", low_cpu_mem_usage=False).config.sample_size == 16
+    unet = UNet2DModel.from_pretrained(tmp_path / "ema", low_cpu_mem_usage=False)
+    assert (unet.config.sample_size, unet.config.in_channels) == (16, model.mask_join.num_channels)
+
+
+def test_weights_from_before_soft_masks_are_loaded(tmp_path: Path) -> None:
+    model = Denoiser(replace(SMALL, mask_encoding="embedding"), AMOS, 16).eval()
+    model.save(tmp_path, model.state_dict())
+    about = json.loads((tmp_path / "segdiff.json").read_text())
+    del about["denoiser"]["soft_masks"]
+    (tmp_path / "segdiff.json").write_text(json.dumps(about))
+    assert torch.equal(model(*inputs()), Denoiser.load(tmp_path)(*inputs()))
 
 
 def test_class_ids_are_distinct_and_leave_one_free() -> None:
     ids = class_ids(*torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"))
-    assert sorted(ids.flatten().tolist()) == list(range(NUM_CLASSES - 1))
+    assert sorted(ids.flatten().tolist()) == list(range(NULL_CLASS))
 
 
 def test_xformers_by_name_is_refused_on_a_cpu() -> None:
@@ -94,7 +144,14 @@ def test_settings_out_of_range_are_named() -> None:
         "attention_head_dim",
     }
     assert DenoiserConfig().problems(256) == []
+    assert DenoiserConfig(soft_masks=True, mask_encoding="scalar_255").problems()[0].field == "denoiser.soft_masks"
     assert DenoiserConfig().problems(100)[0].field == "denoiser.block_out_channels"
+
+
+def test_a_table_that_leaves_no_id_for_a_hidden_mask_is_refused() -> None:
+    table = LabelTable("full", ("background", *(f"organ_{i}" for i in range(255))))
+    with pytest.raises(InputProblems, match="255 stands for a mask that is not shown"):
+        Denoiser(SMALL, table, 16)
 
 
 def test_missing_weights_are_a_problem_for_people(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from segdiff_dist.diffusion import (
     SamplerConfig,
     ddim_sample,
     make_scheduler,
+    predicted_x_0,
     prediction_target,
     q_sample,
     to_model_range,
@@ -36,13 +40,48 @@ def test_zero_terminal_snr_ends_in_pure_noise() -> None:
         assert (left < 1e-4) == (expected == 0.0)
 
 
+def test_schedules_are_the_published_ones() -> None:
+    def alphas_cumprod(schedule: Any) -> torch.Tensor:
+        return make_scheduler(DiffusionConfig(beta_schedule=schedule)).alphas_cumprod.double()
+
+    step = torch.arange(1000, dtype=torch.float64)
+    # Ho et al. 2020, section 4: betas from 1e-4 to 0.02.
+    betas = 1e-4 + (0.02 - 1e-4) * step / 999
+    torch.testing.assert_close(alphas_cumprod("linear"), (1 - betas).cumprod(0), rtol=1e-4, atol=0)
+    # Rombach et al. 2022 take the same of their square roots.
+    roots = 1e-2 + (math.sqrt(0.02) - 1e-2) * step / 999
+    torch.testing.assert_close(alphas_cumprod("scaled_linear"), (1 - roots**2).cumprod(0), rtol=1e-4, atol=0)
+    # Nichol and Dhariwal 2021, eq. 17, s = 0.008; their betas are capped at 0.999, which touches the last step.
+    f = ((torch.arange(1, 1001) / 1000 + 0.008) / 1.008 * math.pi / 2).cos() ** 2 / math.cos(
+        0.008 / 1.008 * math.pi / 2
+    ) ** 2
+    torch.testing.assert_close(alphas_cumprod("cosine")[:-1], f[:-1].double(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_shift_moves_log_snr_by_twice_its_logarithm(schedule: Any, zero: bool) -> None:
+    """Hoogeboom et al. 2023: from 64 to 256 pixels, log SNR moves by 2 ln(64 / 256)."""
+    config = DiffusionConfig(beta_schedule=schedule, prediction_type="v", zero_terminal_snr=zero)
+    shifted = DiffusionConfig(beta_schedule=schedule, prediction_type="v", zero_terminal_snr=zero, snr_shift=64 / 256)
+    sampler = SamplerConfig(num_steps=10, timestep_spacing="trailing")
+    a, b = (make_scheduler(c, sampler).alphas_cumprod.double() for c in (config, shifted))
+    difference = torch.logit(b) - torch.logit(a)
+    torch.testing.assert_close(difference[:-1], torch.full((999,), 2 * math.log(0.25)).double(), atol=2e-3, rtol=0)
+    if zero:
+        assert float(a[-1]) == float(b[-1]) == 0.0
+    assert (b.diff() < 0).all()
+    assert torch.equal(make_scheduler(shifted).alphas_cumprod, make_scheduler(shifted, sampler).alphas_cumprod)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_ddim_with_a_perfect_network_returns_the_image(prediction: str, spacing: str) -> None:
+@pytest.mark.parametrize("shift", [1.0, 0.25])
+def test_ddim_with_a_perfect_network_returns_the_image(prediction: str, spacing: str, shift: float) -> None:
     """If the network always knows x_0, eta 0 must arrive at it, whatever it predicts."""
     torch.manual_seed(0)
-    zero_snr = prediction != "epsilon"
-    config = DiffusionConfig(prediction_type=prediction, zero_terminal_snr=zero_snr)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"prediction_type": prediction, "snr_shift": shift}
+    config = DiffusionConfig(**settings, zero_terminal_snr=prediction != "epsilon")
     sampler = SamplerConfig(num_steps=10, timestep_spacing=spacing)  # type: ignore[arg-type]
     x_0, scheduler = torch.rand(3, 1, 8, 8) * 1.8 - 0.9, make_scheduler(config, sampler)
 
@@ -53,6 +92,16 @@ def test_ddim_with_a_perfect_network_returns_the_image(prediction: str, spacing:
         return prediction_target(prediction, x_0, noise, a)
 
     torch.testing.assert_close(ddim_sample(perfect, scheduler, torch.randn_like(x_0), sampler), x_0, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_x_0_is_found_back(prediction: str) -> None:
+    torch.manual_seed(0)
+    a = make_scheduler(DiffusionConfig()).alphas_cumprod[torch.tensor([0, 400, 999])]
+    x_0, noise = torch.rand(3, 1, 8, 8) * 2 - 1, torch.randn(3, 1, 8, 8)
+    target = prediction_target(prediction, x_0, noise, a)
+    found = predicted_x_0(prediction, target, q_sample(x_0, noise, a), a)
+    torch.testing.assert_close(found, x_0, atol=1e-3 if prediction == "epsilon" else 1e-5, rtol=0)
 
 
 def test_eta_uses_the_noise_it_is_given() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
-from segdiff_dist.engine import TrainConfig
 from segdiff_dist.segmentation import Segmenter, SegmenterConfig, SegmenterNet, SegmenterTask
 from segdiff_dist.tracking import Tracker, TrackingConfig
+from segdiff_dist.train_config import TrainConfig
 from segdiff_dist.training import train
 
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ CONFIG = SegmenterConfig(
         micro_batch_size=16,
         lr=1e-2,
         warmup_images=32,
-        ema_halflife_images=60,
+        ema_lengths=(0.05,),
         checkpoint_every_images=800,
         log_every_images=160,
         precision="fp32",
@@ -68,16 +70,19 @@ def test_the_best_on_validation_is_kept(trained: Path) -> None:
     assert scores[-1] > 0.9
 
 
-def test_a_worse_checkpoint_does_not_replace_the_weights(shapes: Path, tmp_path: Path) -> None:
-    task = SegmenterTask(ShardSet.open(shapes), CONFIG, LoaderConfig(), tmp_path / "weights", CPU)
-    weights = task.model.state_dict()
-    assert task.export(weights, previous_score=0.99)[0] == 0.99
-    assert not (tmp_path / "weights").exists()
-    score, metrics = task.export(weights, previous_score=None)
-    assert score == metrics["val_dice"] < 0.5  # untrained
-    first = Segmenter.load(tmp_path / "weights")
-    assert first.label_table == AMOS
-    assert len(first.weights_sha256) == 64
+def test_a_worse_checkpoint_does_not_replace_the_weights(trained: Path, shapes: Path, tmp_path: Path) -> None:
+    """The run is taken up again with a learning rate that ruins it: what was exported stays what was best."""
+    folder = tmp_path / "segmenter"
+    shutil.copytree(trained, folder)
+    best = Segmenter.load(folder / "weights").weights_sha256
+    shards = ShardSet.open(shapes)
+    config = replace(CONFIG.train, num_images=3_200, lr=0.5, lr_decay="constant", spike_factor=0.0)
+    task = SegmenterTask(shards, CONFIG, LoaderConfig(), folder / "weights", CPU)
+    with Tracker(folder, TrackingConfig(enabled=False), "segmenter") as tracker:
+        train(task, shards, shards.select(split="train"), LoaderConfig(), config, folder, tracker, CPU, "")
+    last = json.loads((folder / "checkpoints" / f"{3_200:012d}" / "state.json").read_text())
+    assert not last["is_best"]
+    assert Segmenter.load(folder / "weights").weights_sha256 == best
 
 
 def test_the_default_is_the_papers_net() -> None:

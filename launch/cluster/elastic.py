@@ -1,0 +1,183 @@
+"""Train on the machines of a hostfile, and go on with those that are left when one is lost.
+
+    python launch/cluster/elastic.py --hostfile launch/cluster/hostfile launch/train.py --config F --run R
+
+Asks which machines answer, starts DeepSpeed's launcher on each of them and, when the run fails, starts it again from
+the newest complete checkpoint on those that answer then: lost ones are left out, those that are back take part. The
+machines need the repository and its .venv at the same path, and a file system with shards and run folder.
+
+As many slots are used as divide the global batch (train.global_batch_size must be a multiple of micro_batch_size *
+ranks, and neither changes); a global batch of 3 * 2^k leaves few of them idle. Ctrl-C, SIGTERM and SIGUSR1 let the
+ranks save a checkpoint and end the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from segdiff_dist.scale import most_ranks
+
+BIN = Path(sys.executable).parent
+REFUSED = 2  # `segdiff`'s exit code for bad input, which no restart cures
+FORWARDED = ("CUDA_", "DS_", "GLOO_", "NCCL_", "OMP_", "TORCH_")
+
+
+def main() -> int:
+    """Launch until the run is done; returns its exit code."""
+    given = parse()
+    hosts = read_hostfile(given.hostfile)
+    run, checkpoints, global_batch_size, micro_batch_size = settings(given.training)
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: asked.append(received))
+    failures, attempt = 0, 0
+    while True:
+        answering = run_on_all(hosts, given.run_on, f"test -x {BIN / 'deepspeed'}", timeout_s=15)
+        slots = first_slots({host: hosts[host] for host in answering}, global_batch_size, micro_batch_size)
+        before, code = newest_complete(checkpoints), 1
+        say(f"{len(answering)} of {len(hosts)} hosts answer; from {before or 'the start'} on {slots or 'none of them'}")
+        if slots:
+            code = Launch(slots, given.port + attempt % 1000, given, run).wait(given.grace_s, asked)
+        if code in (0, REFUSED) or asked:
+            return code
+        attempt, failures = attempt + 1, 0 if newest_complete(checkpoints) > before else failures + 1
+        if failures > given.restarts:
+            say(f"exit code {code}; {failures} launches in a row without a new checkpoint, giving up")
+            return code
+        say(f"exit code {code}; starting again")
+        time.sleep(min(60, 5 * failures))
+
+
+class Launch:
+    """One attempt: on each host a launcher, its ranks below it, in a process group of their own."""
+
+    def __init__(self, slots: dict[str, int], port: int, given: argparse.Namespace, run: Path) -> None:
+        self._run_on, self._pid_file = given.run_on, f"/tmp/segdiff-elastic-{os.getpid()}-{port}.pid"
+        hostfile = run / "hostfile"
+        hostfile.parent.mkdir(parents=True, exist_ok=True)
+        hostfile.write_text("".join(f"{host} slots={number}\n" for host, number in slots.items()))
+        variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(FORWARDED)]
+        self._processes = {}
+        for number, host in enumerate(slots):
+            launcher = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(number)]
+            launcher += ["--master_addr", given.master_addr or next(iter(slots)), "--master_port", str(port)]
+            # Ignored by DeepSpeed's launchers, SIGUSR1 goes past them to the ranks.
+            inner = f"echo $$ > {self._pid_file}; trap '' USR1; exec {shlex.join([*launcher, *given.training])}"
+            outer = ["env", f"PATH={BIN}:{os.environ['PATH']}", *variables, "setsid", "--wait", "sh", "-c", inner]
+            there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(outer)}"
+            argv = [*shlex.split(given.run_on.format(host=host)), there]
+            # Away from the terminal, so that Ctrl-C comes here alone.
+            self._processes[host] = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def wait(self, grace_s: float, asked: list[int]) -> int:
+        """The exit code, 0 if all went well. When one host has ended or a stop was asked, the rest gets `grace_s`."""
+        deadline = float("inf")
+        while any(process.poll() is None for process in self._processes.values()) and time.monotonic() < deadline:
+            if deadline == float("inf") and (asked or any(process.poll() for process in self._processes.values())):
+                deadline = time.monotonic() + grace_s
+                if asked:
+                    say(f"{signal.Signals(asked[0]).name}: the ranks save a checkpoint")
+                    self._signal("USR1")
+            time.sleep(0.2)
+        self._signal("KILL")
+        for process in self._processes.values():
+            process.kill()
+        codes = [code for code in (process.wait() for process in self._processes.values()) if code]
+        return REFUSED if REFUSED in codes else next(iter(codes), 0)
+
+    def _signal(self, name: str) -> None:
+        run_on_all(self._processes, self._run_on, f"kill -s {name} -- -$(cat {self._pid_file})", timeout_s=10)
+
+
+def run_on_all(hosts: Iterable[str], run_on: str, command: str, timeout_s: float) -> list[str]:
+    """Run a shell command on all hosts at once; returns those on which it succeeded in time."""
+
+    def succeeds(host: str) -> bool:
+        argv = [*shlex.split(run_on.format(host=host)), command]
+        try:
+            return not subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout_s).returncode
+        except subprocess.TimeoutExpired:
+            return False
+
+    with ThreadPoolExecutor(64) as pool:
+        return [host for host, well in zip(hosts, pool.map(succeeds, hosts), strict=True) if well]
+
+
+def first_slots(slots: dict[str, int], global_batch_size: int, micro_batch_size: int) -> dict[str, int]:
+    """The slots to use, filled host by host."""
+    left, chosen = most_ranks(global_batch_size, micro_batch_size, sum(slots.values())), {}
+    for host, number in slots.items():
+        if left:
+            chosen[host] = min(number, left)
+            left -= chosen[host]
+    return chosen
+
+
+def newest_complete(checkpoints: Path) -> str:
+    """The newest complete checkpoint's name; names sort by images seen."""
+    return max((marker.parent.name for marker in checkpoints.glob("*/COMPLETE")), default="")
+
+
+def settings(training: list[str]) -> tuple[Path, Path, int, int]:
+    """Run folder, its checkpoints, global batch and micro-batch, as the training itself resolves them."""
+    shown = subprocess.run([sys.executable, *training, "--dry-run"], stdout=subprocess.PIPE, text=True, check=False)
+    if shown.returncode:
+        raise SystemExit(shown.returncode)
+    config = yaml.safe_load(shown.stdout)
+    if config["run"] is None:
+        raise SystemExit("error: command line: run: not given; add --run, the run folder")
+    run, segmenter = Path(config["run"]), "segmenter" in Path(training[0]).name
+    train = config["segmenter"]["train"] if segmenter else config["train"]
+    micro = 1 if train["micro_batch_size"] == "auto" else train["micro_batch_size"]
+    return (
+        run,
+        run / "segmenter" / "checkpoints" if segmenter else run / "checkpoints",
+        train["global_batch_size"],
+        micro,
+    )
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """host -> slots, in the file's order."""
+    lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+    if wrong := [line for line in lines if line and (len(line) != 2 or not line[1].removeprefix("slots=").isdigit())]:
+        raise SystemExit(f"error: {path}: {' '.join(wrong[0])}; write `HOST slots=N`")
+    return {line[0]: int(line[1].removeprefix("slots=")) for line in lines if line}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--hostfile", type=Path, required=True, help="a line a machine: HOST slots=N; the first holds rank 0")
+    ssh = "ssh -o BatchMode=yes -o ConnectTimeout=5 -o ServerAliveInterval=5 {host}"
+    add("--run-on", default=ssh, help="what runs the shell command that follows it on {host}; default: %(default)s")
+    add("--master-addr", help="rank 0's address as the others see it; default: its name in the hostfile")
+    add("--port", type=int, default=29500, help="its port; each restart takes the next (default: %(default)s)")
+    add("--restarts", type=int, default=3, help="give up after so many without a new checkpoint (default: %(default)s)")
+    add("--grace-s", type=float, default=120, help="for ranks to save or to end by themselves (default: %(default)s)")
+    add("training", nargs=argparse.REMAINDER, help="launch/train.py and its flags, --run among them")
+    given = parser.parse_args()
+    if not given.training:
+        parser.error("say what to train: launch/train.py --config F --run R")
+    return given
+
+
+def say(text: str) -> None:
+    """To the log, beside what the ranks say."""
+    sys.stderr.write(f"elastic: {text}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

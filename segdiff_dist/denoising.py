@@ -1,0 +1,184 @@
+"""What the denoiser learns: the loss of a batch, with everything random in it drawn by position.
+
+Dimensions: B batch, C channels, K classes, H rows, W columns, T training timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from data_shards.labels import LabelTable
+from data_shards.problems import Problem, problem, refuse
+from data_shards.records import Batch
+from segdiff_dist.conditioning import Conditions, drop_conditions
+from segdiff_dist.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.diffusion import (
+    DiffusionConfig,
+    make_scheduler,
+    predicted_x_0,
+    prediction_target,
+    q_sample,
+    to_model_range,
+)
+from segdiff_dist.loss_weighting import lognormal_timesteps, loss_weights, sums_by_timestep
+from segdiff_dist.organ_dropout import drop_organs
+from segdiff_dist.segmentation import Segmenter
+from segdiff_kernels import philox
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+
+
+class DenoiserTask:
+    """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
+
+    `validation`, called as Task.validate is, gives what is measured on held-out slices; without it nothing is.
+    """
+
+    name = "train"
+    score = None  # the newest weights are the ones that count
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        size: int,
+        denoiser: DenoiserConfig,
+        diffusion: DiffusionConfig,
+        seed: int,
+        weights: Path,
+        device: torch.device,
+        validation: Callable[[Callable[..., Any], int], dict[str, float]] | None = None,
+    ) -> None:
+        refuse(find_problems(shards, size, denoiser, diffusion))
+        self.seed, self.diffusion, self.weights, self.validation = seed, diffusion, weights, validation
+        self.dice_term = None
+        if diffusion.dice_weight > 0:
+            self.dice_term = DiceTerm(Path(str(diffusion.dice_segmenter)), shards.label_table, device)
+        with _seeded(seed):
+            self.model = Denoiser(denoiser, shards.label_table, size).prepare_for(device)
+        self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod.to(device)
+        self._weight_T = loss_weights(
+            diffusion.loss_weighting,
+            diffusion.prediction_type,
+            self._alphas_cumprod_T,
+            min_snr_gamma=diffusion.min_snr_gamma,
+            edm_sigma_data=diffusion.edm_sigma_data,
+        )
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_m of the paper's section 3.2, weighted by timestep, and the Dice term where there is one.
+
+        Told besides: the squared error, unweighted, by quarters of the timesteps; `dice_loss`.
+        """
+        prediction_type = self.diffusion.prediction_type
+        x_0_BCHW = to_model_range(batch.image_BHW)
+        noise_BCHW = philox.normal(self.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
+        timestep_B = self._timesteps(batch.position_B)
+        a_B = self._alphas_cumprod_T[timestep_B]
+        x_t_BCHW = q_sample(x_0_BCHW, noise_BCHW, a_B)
+        target_BCHW = prediction_target(prediction_type, x_0_BCHW, noise_BCHW, a_B)
+
+        prediction_BCHW = forward(x_t_BCHW, timestep_B, *self._conditions(batch))
+
+        error_B = (prediction_BCHW - target_BCHW).square().flatten(1).mean(1)
+        loss = (self._weight_T[timestep_B] * error_B).mean()
+        told = sums_by_timestep(error_B, timestep_B, self.diffusion.num_train_timesteps)
+        if self.dice_term is not None:
+            x0_pred_BCHW = predicted_x_0(prediction_type, prediction_BCHW, x_t_BCHW, a_B)
+            dice_loss_B, counts_B = self.dice_term(x0_pred_BCHW, batch)
+            # alpha_bar: 1 without noise, 0 where x0_pred is a guess. Samples without organs count as 0.
+            weight_B = a_B * counts_B
+            loss = loss + self.diffusion.dice_weight * (weight_B * dice_loss_B).mean()
+            told["dice_loss"] = torch.stack(((weight_B * dice_loss_B).sum(), weight_B.sum())).detach()
+        return loss, told
+
+    def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
+        """What `validation` measures; see Task.validate."""
+        return {} if self.validation is None else self.validation(forward, images_seen)
+
+    def export(self, average: str, weights: dict[str, Tensor]) -> None:
+        """Write weights/`average` as a diffusers folder, with the settings that made it."""
+        training: dict[str, Any] = {"diffusion": asdict(self.diffusion)}
+        if self.dice_term is not None:
+            training["dice_segmenter_sha256"] = self.dice_term.weights_sha256
+        self.model.save(self.weights / average, weights, training)
+
+    def _timesteps(self, position_B: Tensor) -> Tensor:
+        if self.diffusion.timestep_sampling == "lognormal":
+            return lognormal_timesteps(self.seed, position_B, self._alphas_cumprod_T, *self.diffusion.lognormal)
+        return philox.timesteps(self.seed, position_B, self.diffusion.num_train_timesteps)
+
+    def _conditions(self, batch: Batch) -> Conditions:
+        diffusion, seed, position_B = self.diffusion, self.seed, batch.position_B
+        conditions = self.model.conditions_of(batch)
+        conditions = drop_organs(conditions, self.model.label_table, diffusion.organ_dropout, seed, position_B)
+        return drop_conditions(
+            conditions,
+            seed,
+            position_B,
+            mask_only=diffusion.mask_dropout,
+            class_only=diffusion.class_dropout,
+            both=diffusion.joint_dropout,
+        )
+
+
+class DiceTerm:
+    """1 - soft Dice between a mask and what a trained, frozen segmenter sees in x0_pred: the paper's future work.
+
+    Raises InputProblems where the weights are missing or know other labels than `table`.
+    """
+
+    def __init__(self, weights: Path, table: LabelTable, device: torch.device) -> None:
+        segmenter = Segmenter.load(weights, device)
+        if segmenter.label_table != table:
+            found = f"{segmenter.label_table.name!r} there, {table.name!r} in the shard set"
+            raise problem(weights, "label table", found, "train a segmenter on this label set")
+        self.net, self.weights_sha256 = segmenter.net.requires_grad_(False), segmenter.weights_sha256
+        self._is_organ_K = torch.zeros(table.num_classes, dtype=torch.bool, device=device)
+        self._is_organ_K[list(table.organ_ids)] = True
+
+    def __call__(self, x0_pred_BCHW: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """float32 [B] mean over the organs in the mask of 1 - 2 sum(p m) / (sum p + sum m), and 1 where there is any.
+
+        m is the mask as the set has it, not as the net was shown it. Milletari et al. 2016, with p instead of p^2.
+        """
+        p_BKHW = self.net.scores(x0_pred_BCHW.clamp(-1.0, 1.0), batch.modality_B).softmax(dim=1)
+        m_BKHW = torch.nn.functional.one_hot(batch.mask_BHW.long(), p_BKHW.shape[1]).movedim(-1, 1).to(p_BKHW.dtype)
+        size_BK = m_BKHW.sum(dim=(2, 3))
+        present_BK = ((size_BK > 0) & self._is_organ_K).to(p_BKHW.dtype)
+        both_BK = torch.einsum("bkhw,bkhw->bk", p_BKHW, m_BKHW)
+        # Of an absent class nothing may come, not even 0/0; it is left out by `present`.
+        dice_BK = 2.0 * both_BK / (p_BKHW.sum(dim=(2, 3)) + size_BK).clamp(min=1e-6)
+        num_present_B = present_BK.sum(dim=1)
+        loss_B = ((1.0 - dice_BK) * present_BK).sum(dim=1) / num_present_B.clamp(min=1.0)
+        return loss_B, (num_present_B > 0).to(loss_B.dtype)
+
+
+def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusion: DiffusionConfig) -> list[Problem]:
+    """What is wrong with these settings for this set, also where it takes two of them to see it."""
+    found = denoiser.problems(size) + diffusion.problems()
+    if denoiser.soft_masks and "edge" not in shards.parts:
+        remedy = "prepare the set with mask_resize soft and soft_edge, or turn it off"
+        found.append(Problem(str(shards.root), "denoiser.soft_masks", "the set keeps no soft edges", remedy))
+    if not denoiser.class_conditioning:
+        for name in ("class_dropout", "joint_dropout"):
+            value = getattr(diffusion, name)
+            if value > 0:
+                remedy = "the net is not told the class (denoiser.class_conditioning); give 0"
+                found.append(Problem("config", f"diffusion.{name}", str(value), remedy))
+    return found
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initial weights are a function of the seed alone; the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,98 @@
+"""`micro_batch_size: auto`: how many images a rank takes through the net at once, tried at the start of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from data_shards.records import Batch
+from segdiff_dist.config import write_text_atomically
+from segdiff_dist.distributed import gather_objects, is_main, world_size
+from segdiff_dist.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.training import Task
+
+_FOUND = "micro_batch.json"
+# A larger size must be this much faster to be worth its memory.
+_WORTH_IT = 1.02
+
+
+def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig, folder: Path) -> int:
+    """The configured size or, for `auto`, the smallest of the fastest that fit: by a training step on copies of the
+    first image that `load` gives, of each size that divides a rank's share of the global batch.
+
+    What was found is kept in `folder` for each number of ranks, so that a resumed run computes bit for bit what it
+    would have. Call on every rank: the slowest decides.
+    """
+    if config.micro_batch_size != "auto":
+        return config.micro_batch_size
+    batch = load()
+    share = config.global_batch_size // world_size()
+    file = folder / _FOUND
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    key = f"{world_size()} ranks, {batch.image_BHW.device.type}"
+    if key in known:
+        return known[key]
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    rates = gather_objects(_rates(task, batch, config, sizes))
+    everywhere = [min(rate[i] for rate in rates) for i in range(min(map(len, rates)))]
+    if not everywhere:
+        raise MemoryError(f"{task.name}: not even one image fits into the memory of every rank")
+    best = 0
+    for i, rate in enumerate(everywhere):
+        if rate > everywhere[best] * _WORTH_IT:
+            best = i
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(file, json.dumps({**known, key: sizes[best]}) + "\n")
+    return sizes[best]
+
+
+def _rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> list[float]:
+    """Images a second of each size, up to the first that does not fit or is slower than two smaller ones."""
+    device = batch.image_BHW.device
+    rates: list[float] = []
+    # What the engine will hold beside activations and gradients: fp32 weights, Adam's two, the averages.
+    held = (
+        sum(p.numel() for p in task.model.parameters())
+        * (3 + len(config.ema_lengths))
+        // max(1, world_size() if config.zero_stage else 1)
+    )
+    try:
+        kept_free = torch.empty(held if device.type == "cuda" else 0, device=device)
+        for size in sizes:
+            rates.append(_rate(task, _repeated(batch, size), config, device))
+            if len(rates) > 2 and rates[-1] < min(rates[-3:-1]):
+                break
+        del kept_free
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    finally:
+        task.model.zero_grad(set_to_none=True)
+    return rates
+
+
+def _rate(task: Task, batch: Batch, config: TrainConfig, device: torch.device) -> float:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, _ = task.loss(task.model, batch)
+        loss.backward()
+        float(loss)  # waits for the device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return len(batch.position_B) / min(seconds[1:])
+
+
+def _repeated(batch: Batch, size: int) -> Batch:
+    """`size` copies of a batch's first image."""
+    repeated = {k: v if v is None else v[:1].repeat_interleave(size, 0) for k, v in vars(batch).items()}
+    return Batch(**repeated)  # type: ignore[arg-type]

@@ -1,0 +1,296 @@
+"""The MLflow run of a run folder: found or begun again, and sent to. This file owns MLflow.
+
+The store is sqlite in the folder unless MLFLOW_TRACKING_URI says otherwise. RUN/mlflow.json remembers store and run, so
+that every stage adds to the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from segdiff_dist.config import write_text_atomically
+from segdiff_dist.spool import Record
+
+T = TypeVar("T")
+
+# mlflow.json, and what MLflow would not take, kept for a person to look at.
+_LINK, _REFUSED = "mlflow.json", "mlflow_refused.jsonl"
+# The tag that tells a run from the others of its store, known before the run is created.
+_TOKEN_TAG = "segdiff.token"
+# The most that MLflow takes in one request (its REST API, runs/log-batch).
+_MAX_METRICS, _MAX_PARAMS_OR_TAGS = 1000, 100
+# MLflow's own sampling interval of system metrics (its SystemMetricsMonitor).
+_SYSTEM_METRICS_S = 10.0
+# What is answered to a record that will never be taken, however often it is sent: MLflow's codes, and HTTP's for a
+# request that is malformed or too large.
+_REFUSALS, _HTTP_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"), (400, 413)
+
+
+class MlflowRun:
+    """The MLflow run of a folder. Nothing is asked of the server before the first `send`."""
+
+    def __init__(self, folder: Path, experiment: str = "segdiff") -> None:
+        # Imported by whoever begins, so that no thread imports beside another.
+        _import_mlflow()
+        self.folder = folder
+        self.uri = tracking_uri(folder)
+        link = _read_link(folder)
+        self._experiment = link.get("experiment", experiment)
+        if not link or (link.get("tracking_uri") or _local_uri(folder)) != self.uri:
+            self._experiment = experiment
+            link = {"run_id": None}
+        self.run_id: str | None = link["run_id"]
+        self._token = link.get("token") or uuid.uuid4().hex
+        self.began_s = link.get("began_s") or time.time()
+        self._write_link()
+        self._client: Any = None
+        self._checked = False
+
+    def send(self, kind: str, records: Sequence[Record]) -> None:
+        """Record them in order. Raises what MLflow raises when the store is away; sending again does no harm.
+
+        A metric with the same key, step and time is the same metric, tags and parameters replace themselves, and an
+        artifact overwrites itself.
+        """
+        try:
+            run = self._opened()
+            if kind == "metrics":
+                self._send_metrics(run, records)
+            elif kind == "params":
+                self._send_params(run, records)
+            elif kind == "tags":
+                self._send_tags(run, records)
+            elif kind == "artifact":
+                for record in records:
+                    self._send_artifact(run, record)
+            else:
+                for record in records:
+                    self._send_status(run, record)
+        except BaseException:
+            self._checked = False  # the run may be gone with the store it was in
+            raise
+
+    def _send_metrics(self, run: str, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(k, v, r["ms"], r["step"]) for r in records for k, v in r["values"].items()]
+        for chunk in chunks(metrics, _MAX_METRICS):
+            self._log(chunk, lambda some: self._client.log_batch(run, metrics=some))
+
+    def _send_params(self, run: str, records: Sequence[Record]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(run).data.params
+        first: dict[str, str] = {}
+        for record in records:
+            first = record["values"] | first
+        params = [Param(key, value) for key, value in first.items() if key not in known]
+        for chunk in chunks(params, _MAX_PARAMS_OR_TAGS):
+            self._log(chunk, lambda some: self._client.log_batch(run, params=some))
+
+    def _send_tags(self, run: str, records: Sequence[Record]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, value) for record in records for key, value in record["values"].items()]
+        for chunk in chunks(tags, _MAX_PARAMS_OR_TAGS):
+            self._log(chunk, lambda some: self._client.log_batch(run, tags=some))
+
+    def _send_artifact(self, run: str, record: Record) -> None:
+        path = self.folder / record["path"]
+        if not path.exists():
+            self._refuse(record, f"{path} is gone")
+            return
+        try:
+            if path.is_dir():
+                self._client.log_artifacts(run, str(path), record["folder"] or path.name)
+            else:
+                self._client.log_artifact(run, str(path), record["folder"])
+        except Exception as error:  # what is raised depends on where the server keeps artifacts
+            if not _is_for_good(error):
+                raise
+            self._refuse(record, first_line(error))
+
+    def _send_status(self, run: str, record: Record) -> None:
+        if record["status"] == "RUNNING":
+            self._client.update_run(run, status="RUNNING")
+        else:
+            self._client.set_terminated(run, record["status"], end_time=record["ms"])
+
+    def _log(self, entities: list[Any], send: Callable[[list[Any]], None]) -> None:
+        """Send a batch; of one that MLflow refuses for good, each part by itself, so that only the bad are left out."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            send(entities)
+        except MlflowException as error:
+            if not _is_for_good(error):
+                raise
+            if len(entities) == 1:
+                self._refuse(dict(entities[0]), first_line(error))
+                return
+            for entity in entities:
+                self._log([entity], send)
+
+    def _refuse(self, record: Record, reason: str) -> None:
+        """Put a record aside, so that those behind it get through."""
+        aside = self.folder / _REFUSED
+        with aside.open("a") as file:
+            file.write(json.dumps({**record, "reason": reason}) + "\n")
+        warnings.warn(f"MLflow does not take a record ({reason}); it is kept in {aside}", stacklevel=2)
+
+    def _opened(self) -> str:
+        """The folder's run: the one recorded in mlflow.json while it exists, or a new one."""
+        if self._checked and self.run_id is not None:
+            return self.run_id
+        from mlflow.tracking import MlflowClient
+
+        self._client = self._client or MlflowClient(tracking_uri=self.uri)
+        if self.run_id is None or not self._is_there(self.run_id):
+            if self.run_id is not None:  # the store was emptied since: begin a new run in it
+                self._token = uuid.uuid4().hex
+                self.run_id = None
+                self._write_link()
+            self.run_id = self._find_or_create()
+            self._write_link()
+        self._checked = True
+        return self.run_id
+
+    def _is_there(self, run: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(run).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
+    def _find_or_create(self) -> str:
+        """A run with this folder's token: there already when the answer to its creation was lost."""
+        client, root = self._client, self.folder.resolve()
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+            found = client.search_runs([experiment_id], f"tags.`{_TOKEN_TAG}` = '{self._token}'", max_results=1)
+            if found:
+                return found[0].info.run_id
+        else:
+            local = self.uri.startswith("sqlite:")
+            location = (root / "mlartifacts").as_uri() if local else None
+            experiment_id = client.create_experiment(self._experiment, artifact_location=location)
+        tags = {"run_folder": str(root), _TOKEN_TAG: self._token}
+        run = client.create_run(experiment_id, int(self.began_s * 1000), run_name=root.name, tags=tags)
+        return run.info.run_id
+
+    def _write_link(self) -> None:
+        link = {
+            # Sqlite in the folder goes without a path, so that the folder can be moved.
+            "tracking_uri": None if self.uri == _local_uri(self.folder) else self.uri,
+            "experiment": self._experiment,
+            "run_id": self.run_id,
+            "token": self._token,
+            "began_s": self.began_s,
+        }
+        write_text_atomically(self.folder / _LINK, json.dumps(link) + "\n")
+
+
+class SystemMetrics(threading.Thread):
+    """MLflow's system metrics by MLflow's own monitors, given to `log` instead of a server that may be away.
+
+    Their step is the number of seconds since the run was begun.
+    """
+
+    def __init__(self, log: Callable[[Mapping[str, float], int], None], began_s: float) -> None:
+        from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        super().__init__(name="system-metrics", daemon=True)
+        self._log, self._began_s, self._stopped = log, began_s, threading.Event()
+        self._interval_s = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or _SYSTEM_METRICS_S
+        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU, or no nvidia-ml-py to ask it with
+            self._monitors.append(GPUMonitor())
+        self._sample()  # psutil counts processor time from one question to the next; the first has no answer
+        self.start()
+
+    def run(self) -> None:
+        """Once an interval, until stopped."""
+        while not self._stopped.wait(self._interval_s):
+            values = {f"system/{name}": value for name, value in self._sample().items()}
+            self._log(values, int(time.time() - self._began_s))
+
+    def stop(self) -> None:
+        """No sample is taken after this."""
+        self._stopped.set()
+        self.join()
+
+    def _sample(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            values |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return values
+
+
+def tracking_uri(folder: Path) -> str:
+    """MLFLOW_TRACKING_URI; without it the store that the folder's run was begun in, at first sqlite in the folder."""
+    known = _read_link(folder).get("tracking_uri")
+    return os.environ.get("MLFLOW_TRACKING_URI") or known or _local_uri(folder)
+
+
+def is_tracked(folder: Path) -> bool:
+    """Whether a stage was ever tracked in this folder."""
+    return (folder / _LINK).is_file()
+
+
+def _is_for_good(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = getattr(error, "error_code", None) in _REFUSALS or status in _HTTP_REFUSALS
+    return refused or isinstance(error, FileNotFoundError | PermissionError)
+
+
+def _import_mlflow() -> None:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # By itself MLflow asks a silent server for up to 2 minutes, eight times over. The spool is the better patience.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    import mlflow.tracking  # noqa: F401
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _read_link(folder: Path) -> dict[str, Any]:
+    link = folder / _LINK
+    return json.loads(link.read_text()) if link.is_file() else {}
+
+
+def _local_uri(folder: Path) -> str:
+    return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items each, the last one shorter."""
+    source = iter(items)
+    while chunk := list(itertools.islice(source, size)):
+        yield chunk
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, for a message of one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,0 +1,117 @@
+"""A durable queue on disk between a fast writer and a slow reader: JSON lines, appended at once, ticked off in order.
+
+Each writer has a file of its own in the spool's folder, and holds a lock on it while it lives. What a killed writer
+left behind is found by its missing lock, adopted by the next process and sent from where the first one had got to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_shards.problems import saying_when_full
+from segdiff_dist.config import write_text_atomically
+
+Record = dict[str, Any]
+
+_READ_BYTES = 1 << 20
+
+
+class Spool:
+    """One writer's file, locked: records at its end, and beside it in `.sent` how many bytes are done with.
+
+    Appending, and reading from another thread, are safe at once. A record is on its way to the disk when `append`
+    returns: it outlives the process, though not a power cut within the system's write-back time.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self._descriptor = path, descriptor
+        self._sent = path.with_suffix(".sent")
+        self._offset = int(self._sent.read_text()) if self._sent.is_file() else 0
+
+    @classmethod
+    def create(cls, folder: Path) -> Spool:
+        """A new, empty file in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{time.time_ns():020d}-{os.getpid()}.jsonl"
+        # Locked before it has the name that adopt() looks for.
+        hidden = path.with_suffix(".new")
+        descriptor = os.open(hidden, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        hidden.rename(path)
+        return cls(path, descriptor)
+
+    @classmethod
+    def adopt(cls, path: Path) -> Spool | None:
+        """The file of a writer that is gone; None where it is still there, or the file is not."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        if os.fstat(descriptor).st_nlink == 0:  # sent and removed between the two calls
+            os.close(descriptor)
+            return None
+        return cls(path, descriptor)
+
+    def append(self, record: Record) -> None:
+        """Add a record. One write of one line, so that threads do not mix and a kill leaves no half line behind."""
+        with saying_when_full(self.path.parent):
+            os.write(self._descriptor, json.dumps(record).encode() + b"\n")
+
+    def waiting(self) -> Iterator[tuple[Record, int]]:
+        """Records that are not done with, in order, each with the offset to give to `mark_sent`."""
+        offset, rest = self._offset, b""
+        while chunk := os.pread(self._descriptor, _READ_BYTES, offset + len(rest)):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                offset += len(line) + 1
+                try:
+                    record = json.loads(line)
+                except ValueError:  # a power cut or a full disk came in between
+                    warnings.warn(f"{self.path}: a damaged line is passed over", stacklevel=2)
+                    continue
+                yield record, offset
+
+    def mark_sent(self, offset: int) -> None:
+        """Everything up to `offset` is done with, whatever happens next."""
+        write_text_atomically(self._sent, f"{offset}\n")
+        self._offset = offset
+
+    def num_waiting(self) -> int:
+        """How many records are not done with."""
+        return sum(1 for _ in self.waiting())
+
+    def close(self) -> None:
+        """Give the file up; whoever comes next adopts it."""
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """Delete the file. Call when nothing waits in it."""
+        self.path.unlink()
+        self._sent.unlink(missing_ok=True)
+
+
+def spool_files(folder: Path) -> list[Path]:
+    """The spool's files, oldest first."""
+    return sorted(folder.glob("*.jsonl"))
+
+
+def num_waiting(folder: Path) -> int:
+    """Records in a spool's folder that are not done with, also those of writers that live."""
+    count = 0
+    for path in spool_files(folder):
+        spool = Spool(path, os.open(path, os.O_RDONLY))
+        count += spool.num_waiting()
+        spool.close()
+    return count

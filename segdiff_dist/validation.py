@@ -1,0 +1,279 @@
+"""How the denoiser does on held-out slices while it is trained: a loss on fixed noise, and pictures from fixed masks.
+
+Slices, noise and timesteps depend on the validation's seed alone, so the same weights give the same numbers at any time
+and on any number of ranks. Dimensions: N slices, P pictures, B batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.order import Shuffled
+from data_shards.problems import Problem
+from data_shards.records import AXES, MODALITIES, Batch, SliceRecord
+from data_shards.store.contact_sheet import class_colours
+from segdiff_dist.conditioning import Conditions, class_ids, guided
+from segdiff_dist.diffusion import (
+    DiffusionConfig,
+    SamplerConfig,
+    ddim_sample,
+    make_scheduler,
+    prediction_target,
+    q_sample,
+    to_model_range,
+    to_uint8,
+)
+from segdiff_dist.distributed import is_main, rank, sum_over_ranks, world_size
+from segdiff_dist.loss_weighting import sums_by_timestep
+from segdiff_kernels import philox
+
+if TYPE_CHECKING:
+    from data_shards.labels import LabelTable
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.tracking import Tracker
+
+Forward = Callable[..., Tensor]
+
+# The fractional parts of multiples of this cover [0, 1) evenly, however many are taken: the golden ratio's.
+_GOLDEN_FRACTION = 0.6180339887498949
+# The side of a picture's cells: small slices are enlarged by a whole factor to about this many pixels.
+_CELL = 160
+_GAP, _TOP, _CAPTION, _SIDE = 6, 34, 34, 92
+_INK, _FAINT, _PAPER = (235, 235, 235), (150, 150, 155), (18, 18, 20)
+# Room for the title over a single picture.
+_LEAST_WIDTH = 460
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is measured and drawn every `train.validate_every_images`. Nothing here changes what is trained."""
+
+    num_images: int = 64
+    """Slices in the validation loss. More make it less noisy, and dearer."""
+    num_pictures: int = 8
+    """Masks of the sample grid; 0 draws none."""
+    num_steps: int = 25
+    """DDIM steps of a picture, with trailing timesteps."""
+    batch_size: int = 16
+    """Images a rank takes through the net at once."""
+    seed: int = 0
+    """Of slices, noise and timesteps. Keep it to compare runs."""
+
+    def problems(self) -> list[Problem]:
+        """What is out of range."""
+        found = []
+        for name, low in (("num_images", 1), ("num_pictures", 0), ("num_steps", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value < low:
+                found.append(Problem("config", f"validation.{name}", str(value), f"give at least {low}"))
+        return found
+
+
+class DenoiserValidation:
+    """Called with (forward, images_seen) on all ranks: val_loss, val_loss_t_FROM_TO, and pictures/samples_*.png.
+
+    `rows` are the validation split's; where there are none, this is said once and nothing is measured. The loss is the
+    squared error that training tells by timestep, without its weights and with every condition shown. The slices are
+    read once, when this is made, and stay on the device: 2 bytes a pixel.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        rows: np.ndarray,
+        loader: LoaderConfig,
+        diffusion: DiffusionConfig,
+        sampler: SamplerConfig,
+        config: ValidationConfig,
+        folder: Path,
+        device: torch.device,
+        *,
+        soft_masks: bool = False,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self.shards, self.diffusion, self.config, self.device = shards, diffusion, config, device
+        self.folder, self.soft_masks, self.tracker = folder, soft_masks, tracker
+        self.sampler = replace(sampler, num_steps=config.num_steps, timestep_spacing="trailing", eta=0.0)
+        self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod.to(device)
+        self._timestep_N = _spread_timesteps(config.seed, config.num_images, diffusion.num_train_timesteps).to(device)
+        self._batches: list[Batch] = []
+        self._picture_rows: list[int] = []
+        if len(rows) == 0:
+            if is_main():
+                warnings.warn(f"{shards.root} has no validation slice: no val_loss, no sample grids", stacklevel=2)
+            return
+        self._batches = list(self._read(rows, loader))
+        self._picture_rows = choose_pictures(shards, rows, config.num_pictures)
+        size = loader.crop_size or shards.size
+        self._records = [shards.read(row).cropped(size) for row in self._picture_rows]
+
+    @torch.no_grad()
+    def __call__(self, forward: Forward, images_seen: int) -> dict[str, float]:
+        """Measure and draw with the weights that `forward` runs. Every rank calls it equally often."""
+        if not self._batches:
+            return {}
+        metrics = self._losses(forward)
+        if self._records:
+            generated_PHW = self._generate(forward)
+            if is_main():
+                self._draw(generated_PHW, images_seen)
+        return metrics
+
+    def _losses(self, forward: Forward) -> dict[str, float]:
+        """Each rank fills in its slices' errors, so that they are added up in one order on any number of ranks."""
+        num = self.config.num_images
+        errors_N2 = torch.zeros(num, 2, dtype=torch.float64, device=self.device)
+        for batch in self._batches:
+            error_B = self._errors(forward, batch)
+            mine_B = batch.position_B < num
+            errors_N2[batch.position_B[mine_B], 0] = error_B[mine_B].double()
+            errors_N2[batch.position_B[mine_B], 1] = 1.0
+        sum_over_ranks(errors_N2)
+        seen_N = errors_N2[:, 1] > 0  # unless loader.on_corrupt left some out
+        error_N, timestep_N = errors_N2[seen_N, 0], self._timestep_N[seen_N]
+        parts = sums_by_timestep(error_N, timestep_N, self.diffusion.num_train_timesteps)
+        metrics = {"val_loss": float(error_N.mean())}
+        return metrics | {f"val_{name}": float(total / count) for name, (total, count) in parts.items() if count > 0}
+
+    def _errors(self, forward: Forward, batch: Batch) -> Tensor:
+        """float32 [B]: the squared error of each slice's noised image, its mean over pixels."""
+        x_0_BCHW = to_model_range(batch.image_BHW)
+        noise_BCHW = philox.normal(self.config.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
+        # Positions from num_images on only make the last ranks' batches as large as the others'.
+        timestep_B = self._timestep_N[batch.position_B.clamp(max=self.config.num_images - 1)]
+        a_B = self._alphas_cumprod_T[timestep_B]
+        x_t_BCHW = q_sample(x_0_BCHW, noise_BCHW, a_B)
+        target_BCHW = prediction_target(self.diffusion.prediction_type, x_0_BCHW, noise_BCHW, a_B)
+        edge_B2HW = batch.edge_B2HW if self.soft_masks else None
+        conditions = Conditions(batch.mask_BHW, class_ids(batch.modality_B, batch.axis_B), edge_B2HW)
+        prediction_BCHW = forward(x_t_BCHW, timestep_B, *conditions)
+        return (prediction_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
+
+    def _read(self, rows: np.ndarray, loader: LoaderConfig) -> Iterator[Batch]:
+        """This rank's batches: every world_size-th block of positions, as many on each rank, without augmentation."""
+        size, num = self.config.batch_size, self.config.num_images
+        rounds = -(-num // (size * world_size()))
+        blocks = (i * world_size() + rank() for i in range(rounds))
+        plain = LoaderConfig(
+            crop_size=loader.crop_size,
+            num_threads=loader.num_threads,
+            on_corrupt=loader.on_corrupt,
+            prefetch_batches=0,
+        )
+        yield from Loader(
+            self.shards,
+            Shuffled(rows, self.config.seed),
+            (np.arange(block * size, (block + 1) * size, dtype=np.int64) for block in blocks),
+            plain,
+            batch_size=size,
+            seed=self.config.seed,
+            device=self.device,
+        )
+
+    def _generate(self, forward: Forward) -> np.ndarray:
+        """uint8 [P, H, W]: an image of each mask. Noise is keyed by the picture, which each rank makes its share of."""
+        num = len(self._records)
+        share = -(-num // world_size())
+        mine = range(rank() * share, (rank() + 1) * share)
+        image_PHW = torch.zeros(num, *self._records[0].mask_HW.shape, dtype=torch.int32, device=self.device)
+        for start in range(0, share, self.config.batch_size):
+            pictures = [min(p, num - 1) for p in mine[start : start + self.config.batch_size]]
+            generated_BHW = self._sample(forward, pictures)
+            for p, picture in zip(mine[start:], generated_BHW, strict=False):
+                if p < num:  # the last ranks make some again that others have made
+                    image_PHW[p] = picture
+        return sum_over_ranks(image_PHW).to(torch.uint8).cpu().numpy()
+
+    def _sample(self, forward: Forward, pictures: list[int]) -> Tensor:
+        records = [self._records[p] for p in pictures]
+        picture_B = torch.tensor(pictures, device=self.device)
+        noise_BCHW = philox.normal(self.config.seed, philox.STREAM_SAMPLE, picture_B, (1, *records[0].mask_HW.shape))
+        predict = guided(forward, self._conditions(records), self.sampler.guidance, self.sampler.guidance_removes)
+        scheduler = make_scheduler(self.diffusion, self.sampler)
+        return to_uint8(ddim_sample(predict, scheduler, noise_BCHW, self.sampler))
+
+    def _conditions(self, records: list[SliceRecord]) -> Conditions:
+        modality_B = torch.tensor([MODALITIES.index(r.meta.modality) for r in records], device=self.device)
+        axis_B = torch.tensor([AXES.index(r.meta.axis) for r in records], device=self.device)
+        mask_BHW = torch.from_numpy(np.stack([r.mask_HW for r in records])).to(self.device)
+        edges = [r.edge_2HW for r in records if r.edge_2HW is not None] if self.soft_masks else []
+        edge_B2HW = torch.from_numpy(np.stack(edges)).to(self.device) if edges else None
+        return Conditions(mask_BHW, class_ids(modality_B, axis_B), edge_B2HW)
+
+    def _draw(self, generated_PHW: np.ndarray, images_seen: int) -> None:
+        path = self.folder / "pictures" / f"samples_{images_seen:012d}.png"
+        guidance = f", guidance {self.sampler.guidance:g}" if self.sampler.guidance != 1.0 else ""
+        title = f"after {images_seen:,} images: {self.sampler.num_steps} DDIM steps{guidance}, seed {self.config.seed}"
+        draw_sample_grid(self._records, generated_PHW, self.shards.label_table, title, path)
+        if self.tracker is not None:
+            self.tracker.log_artifact(path, "pictures")
+
+
+def choose_pictures(shards: ShardSet, rows: np.ndarray, num: int) -> list[int]:
+    """At most `num` of the rows: modalities and axes in turn, of each the slices with most organs, patients in turn."""
+    columns = shards.samples.take(rows).select(["case_id", "modality", "axis", "labels_present"]).to_pylist()
+    organs = set(shards.label_table.organ_ids)
+    fullness = [len(organs & set(sample["labels_present"])) for sample in columns]
+    fullest_first = sorted(range(len(rows)), key=lambda i: -fullness[i])
+    taken_of_case: dict[tuple[str, ...], int] = {}
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {(m, a): [] for a in AXES for m in MODALITIES}
+    for i in fullest_first:
+        modality, axis, case = (columns[i][name] for name in ("modality", "axis", "case_id"))
+        before = taken_of_case.get((modality, axis, case), 0)
+        taken_of_case[modality, axis, case] = before + 1
+        groups[modality, axis].append((before, i))  # sorts a patient's second slice behind all first ones
+    queues = [[i for _, i in sorted(group, key=lambda entry: entry[0])] for group in groups.values()]
+    in_turn = (queue[k] for k in range(max(map(len, queues))) for queue in queues if k < len(queue))
+    return [int(rows[i]) for _, i in zip(range(num), in_turn, strict=False)]
+
+
+def draw_sample_grid(
+    records: list[SliceRecord], generated_PHW: np.ndarray, table: LabelTable, title: str, path: Path
+) -> None:
+    """Write a PNG to `path`: a column a slice, below each other its mask, the real image and the generated one."""
+    from PIL import Image, ImageDraw
+
+    side = generated_PHW.shape[-1]
+    cell = side * max(1, round(_CELL / side))
+    width = max(_SIDE + len(records) * (cell + _GAP) + _GAP, _LEAST_WIDTH)
+    sheet = Image.new("RGB", (width, _TOP + _CAPTION + 3 * (cell + _GAP)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, (2 * _GAP, 9), title, _INK, 15)
+    for line, name in enumerate(("mask", "real", "generated")):
+        _write(draw, (2 * _GAP, _TOP + _CAPTION + line * (cell + _GAP) + cell // 2 - 8), name, _INK, 14)
+    for column, (record, generated_HW) in enumerate(zip(records, generated_PHW, strict=True)):
+        left = _SIDE + column * (cell + _GAP)
+        meta = record.meta
+        _write(draw, (left, _TOP), f"{meta.modality} {meta.axis}", _INK, 12)
+        _write(draw, (left, _TOP + 15), f"{meta.case_id} / {meta.slice_index}", _FAINT, 11)
+        lines = (class_colours(table)[record.mask_HW], record.image_uint8(), generated_HW)
+        for line, pixels in enumerate(lines):
+            shown = Image.fromarray(pixels).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left, _TOP + _CAPTION + line * (cell + _GAP)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _spread_timesteps(seed: int, num: int, num_train_timesteps: int) -> Tensor:
+    """int64 [N]: position n's timestep, spread evenly over all of them, which makes the mean less noisy than drawing.
+
+    An additive recurrence (Kronecker sequence) with the golden ratio, from a start that the seed draws.
+    """
+    start = float(philox.uniform(seed, philox.STREAM_TIMESTEP, torch.zeros(1, dtype=torch.int64), 1))
+    u_N = (start + np.arange(num, dtype=np.float64) * _GOLDEN_FRACTION) % 1.0
+    return torch.from_numpy((u_N * num_train_timesteps).astype(np.int64))
+
+
+def _write(draw: Any, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:
+    from PIL import ImageFont
+
+    draw.text(at, text, fill=colour, font=ImageFont.load_default(size))

@@ -1,0 +1,146 @@
+"""Real ranks that meet over gloo, quickly started; and what the ranks of some tests do, since a new process must be
+able to import that."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DEAD_AFTER_S, HANG_TIMEOUT_S = 2.0, 4.0
+
+# From a server that has imported torch already, ranks are there at once.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed", "segdiff_dist.heartbeat"])
+
+
+class Ranks:
+    """The processes of one run: `target(rank, *args)` in each, in `folder`, with stderr in files."""
+
+    def __init__(self, num_ranks: int, folder: Path, target: Callable[..., None], *args: Any) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder = folder
+        self.processes = [
+            _context.Process(target=_enter, args=(rank, num_ranks, port, folder, target, args))
+            for rank in range(num_ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self, rank: int, within_s: float) -> int | None:
+        """The exit code; None where the time was too short."""
+        self.processes[rank].join(within_s)
+        return self.processes[rank].exitcode
+
+    def stderr(self, rank: int) -> str:
+        return (self.folder / f"stderr-{rank}").read_text()
+
+
+@contextmanager
+def ranks(num_ranks: int, folder: Path, target: Callable[..., None], *args: Any) -> Iterator[Ranks]:
+    """Start them, and leave none behind."""
+    started = Ranks(num_ranks, folder, target, *args)
+    try:
+        yield started
+    finally:
+        for process in started.processes:
+            process.kill()
+            process.join()
+
+
+def _enter(rank: int, num_ranks: int, port: int, folder: Path, target: Callable[..., None], args: Any) -> None:
+    os.chdir(folder)
+    with Path(f"stderr-{rank}").open("wb") as stderr:
+        os.dup2(stderr.fileno(), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    import torch
+    import torch.distributed as dist
+
+    from segdiff_dist.distributed import prepare_environment
+
+    torch.set_num_threads(1)
+    prepare_environment()
+    dist.init_process_group("gloo")
+    target(rank, *args)
+
+
+def watched(rank: int, fault: str) -> None:
+    """Reduce over and over under a Heartbeat, until the fault, which is mostly rank 1's."""
+    import torch
+    import torch.distributed as dist
+
+    from data_shards.problems import problem
+    from segdiff_dist.heartbeat import Heartbeat
+
+    flushed = Path(f"flushed-{rank}")
+    with Heartbeat(HANG_TIMEOUT_S, dead_after_s=DEAD_AFTER_S, last_words=flushed.touch) as heartbeat:
+        for step in range(1_000_000):
+            heartbeat.beat(8 * step)
+            if step == 20:
+                Path(f"going-{rank}").touch()
+                if fault == "refuses":
+                    raise problem("config", "x", 1, "give 2")
+                if fault == "patient":
+                    with heartbeat.patience(60):
+                        time.sleep(HANG_TIMEOUT_S + 2 if rank == 1 else 0)
+                        dist.barrier()
+                if rank == 1:
+                    _commit(fault)
+            if step == 30 and fault in ("none", "patient"):
+                break
+            dist.all_reduce(torch.ones(4))
+            time.sleep(0.01)
+        # Ranks end at different times, rank 0, which holds the store, first.
+        if fault == "none":
+            time.sleep(rank * (DEAD_AFTER_S + 1) / 2)
+
+
+def _commit(fault: str) -> None:
+    if fault == "hangs":
+        time.sleep(1000)
+    if fault == "fails":
+        raise ValueError("no such organ\nand more")
+    if fault == "leaves":
+        raise KeyboardInterrupt
+
+
+def agreeing(rank: int, differing: dict[int, dict[str, str]]) -> None:
+    """Agree on settings of which some ranks have others; leaves found-RANK, the problems."""
+    from data_shards.problems import InputProblems
+    from segdiff_dist.distributed import agree
+
+    what = {"train.lr": "0.001", "data": "5" * 64, "long": "a" * 5000}
+    found = []
+    try:
+        agree(what | differing.get(rank, {}))
+    except InputProblems as error:
+        found = [(p.where, p.field, p.value) for p in error.problems]
+    Path(f"found-{rank}").write_text(json.dumps(found))
+
+
+def exchanging(rank: int) -> None:
+    """Rank 1 asks to stop at its third step, after the others; leaves agreed-RANK, what each exchange gave."""
+    import torch
+    import torch.distributed as dist
+
+    from segdiff_dist.distributed import Agreement, gather_objects, sum_over_ranks
+
+    agreement = Agreement(("stop", "fraction"))
+    agreed = []
+    for step in range(5):
+        time.sleep(0.05 * rank)
+        agreed.append(agreement.exchange({"stop": float(rank == 1 and step == 2), "fraction": step + rank / 10}))
+        # Another collective, in between, on the group that reduces gradients.
+        assert float(sum_over_ranks(torch.ones(1))) == dist.get_world_size()
+    agreed.append(agreement.finish())
+    assert gather_objects({"rank": rank}) == [{"rank": n} for n in range(dist.get_world_size())]
+    Path(f"agreed-{rank}").write_text(json.dumps(agreed))
