@@ -63,7 +63,13 @@ _COMMANDS = {
     "train": _Command(
         "train the denoiser; `deepspeed launch/train.py` is the same on many GPUs",
         named=("data", "more_data", "run"),
-        sections=("loader", "denoiser", "diffusion", "train", "tracking"),
+        sections=("loader", "denoiser", "diffusion", "train", "validation", "tracking"),
+    ),
+    "average": _Command(
+        "weights averaged over another length, from the snapshots that training kept",
+        named=("run",),
+        sections=("average",),
+        aliases=(("--length", "--average.length"),),
     ),
     "train-segmenter": _Command(
         "train the auxiliary segmenter that judges the images",
@@ -79,6 +85,10 @@ _COMMANDS = {
         "measure a run's samples, on Ray: metrics, figures, report.html",
         named=("run", "amos_root"),
         sections=("evaluate", "tracking"),
+    ),
+    "track": _Command(
+        "send MLflow what waits in a run folder since its server was away",
+        positional=(("run", "RUN"),),
     ),
     "demo": _Command(
         "all of it on the phantom, on two CPU cores, in ten minutes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from segdiff_dist import stages
@@ -63,14 +64,23 @@ def convert(experiment: Experiment) -> int:
 
 
 def train(experiment: Experiment) -> int:
-    """Train the denoiser."""
-    stages.train_denoiser(experiment)
-    return 0
+    """Train the denoiser; 1 when the run stopped itself."""
+    return _train(stages.train_denoiser, experiment)
 
 
 def train_segmenter(experiment: Experiment) -> int:
-    """Train the auxiliary segmenter."""
-    stages.train_segmenter(experiment)
+    """Train the auxiliary segmenter; 1 when the run stopped itself."""
+    return _train(stages.train_segmenter, experiment)
+
+
+def _train(stage: Callable[[Experiment], None], experiment: Experiment) -> int:
+    from segdiff_dist.training import TrainingStopped
+
+    try:
+        stage(experiment)
+    except TrainingStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -99,6 +109,22 @@ def evaluate(experiment: Experiment) -> int:
         return 1
     print(format_table(summary))
     print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")
+    return 0
+
+
+def average(experiment: Experiment) -> int:
+    """Write weights averaged over another length, from the run's snapshots."""
+    folder, misfit = stages.average(experiment)
+    print(f"{folder}: its profile is {misfit:.1%} off the one asked for (0 % is exact)")
+    return 0
+
+
+def track(experiment: Experiment) -> int:
+    """Send MLflow what waits in the run's spool."""
+    from segdiff_dist.tracking import send_spool
+
+    run = experiment.path("run")
+    print(f"{send_spool(run):,} records of {run} sent to MLflow")
     return 0
 
 

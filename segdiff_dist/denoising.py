@@ -5,6 +5,7 @@ Dimensions: B batch, C channels, K classes, H rows, W columns, T training timest
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 
+_SEGMENTER_DIGEST = "dice_segmenter_sha256"
+
+
 class DenoiserTask:
     """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
 
@@ -61,6 +65,7 @@ class DenoiserTask:
         self.dice_term = None
         if diffusion.dice_weight > 0:
             self.dice_term = DiceTerm(Path(str(diffusion.dice_segmenter)), shards.label_table, device)
+            _refuse_another_segmenter(weights, self.dice_term, str(diffusion.dice_segmenter))
         with _seeded(seed):
             self.model = Denoiser(denoiser, shards.label_table, size).prepare_for(device)
         self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod.to(device)
@@ -107,7 +112,7 @@ class DenoiserTask:
         """Write weights/`average` as a diffusers folder, with the settings that made it."""
         training: dict[str, Any] = {"diffusion": asdict(self.diffusion)}
         if self.dice_term is not None:
-            training["dice_segmenter_sha256"] = self.dice_term.weights_sha256
+            training[_SEGMENTER_DIGEST] = self.dice_term.weights_sha256
         self.model.save(self.weights / average, weights, training)
 
     def _timesteps(self, position_B: Tensor) -> Tensor:
@@ -174,6 +179,15 @@ def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusi
                 remedy = "the net is not told the class (denoiser.class_conditioning); give 0"
                 found.append(Problem("config", f"diffusion.{name}", str(value), remedy))
     return found
+
+
+def _refuse_another_segmenter(weights: Path, dice_term: DiceTerm, given: str) -> None:
+    """A run that is resumed goes on with the segmenter it was started with, which its exported weights name."""
+    for about in sorted(weights.glob("*/segdiff.json")):
+        before = json.loads(about.read_text()).get(_SEGMENTER_DIGEST, dice_term.weights_sha256)
+        if before != dice_term.weights_sha256:
+            found = f"not the weights the run was started with (sha256 {before[:12]}...)"
+            raise problem(given, "diffusion.dice_segmenter", found, "restore them, or use another run folder")
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class DiffusionConfig:
     joint_dropout: float = 0.0
     """Likewise without either."""
     organ_dropout: float = 0.0
-    """Probability that each organ is left out of a sample's mask with probability 0.5 (Konz et al. 2024)."""
+    """Probability that a sample is ablated: its mask then loses each organ with probability 0.5 (Konz et al. 2024)."""
     dice_weight: float = 0.0
     """Weight of 1 - Dice between the mask and what the segmenter sees in the predicted x_0; 0 leaves it out."""
     dice_segmenter: str | None = None

@@ -9,6 +9,7 @@ import platform
 import socket
 import struct
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,8 @@ def _side_group() -> Any:
 
     global _side
     if _side is None or _side[0] is not dist.group.WORLD:
-        _side = (dist.group.WORLD, dist.new_group(backend="gloo"))
+        # Longer than any wait is meant to be: who waits in vain is found by segdiff_dist.heartbeat, which knows more.
+        _side = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
     return _side[1]
 
 

@@ -20,10 +20,12 @@ from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml,
 from segdiff_dist.denoiser import DenoiserConfig
 from segdiff_dist.diffusion import DiffusionConfig
 from segdiff_dist.evaluation.job import EvaluateConfig
+from segdiff_dist.export import AverageConfig
 from segdiff_dist.sampling import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.tracking import TrackingConfig
 from segdiff_dist.train_config import TrainConfig
+from segdiff_dist.validation import ValidationConfig
 
 CONFIG_FILE = "config.yaml"
 
@@ -70,6 +72,8 @@ class Experiment:
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def given(self, name: str) -> str:

@@ -8,13 +8,14 @@ RUN/snapshots/<images>/<average>.safetensors     for `segdiff average`
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from data_shards.problems import problem
+from data_shards.problems import Problem, problem
 from segdiff_dist import ema
 from segdiff_dist.checkpoint import checkpoint_name, read_state
 from segdiff_dist.config import write_text_atomically
@@ -26,6 +27,27 @@ if TYPE_CHECKING:
     from segdiff_dist.training import Task
 
 _EXPORTED = "exported.json"
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Which average `segdiff average` makes."""
+
+    length: float = 0.07
+    """Its relative width (sigma_rel): segdiff_dist/ema.py."""
+    images_seen: int | None = None
+    """Where it ends; null: at the newest snapshot."""
+
+    def problems(self) -> list[Problem]:
+        """What is out of range."""
+        if 0 < self.length <= ema.WIDEST:
+            return []
+        return [Problem("config", "average.length", str(self.length), f"give a number in (0, {ema.WIDEST:.3f}]")]
+
+    @property
+    def name(self) -> str:
+        """The folder under weights/."""
+        return ema.name_of(self.length) + (f"_at_{self.images_seen}" if self.images_seen else "")
 
 
 class Exporter:

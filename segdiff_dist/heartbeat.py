@@ -122,7 +122,7 @@ class Heartbeat:
             self._has_failed = True
             self._sign.state = f"failed: {_in_short(error)}"
             if self._court is not None:
-                time.sleep(4 * self._interval_s)  # until the others know
+                time.sleep(5 * self._interval_s)  # until the others know
         self._over.set()
         self._thread.join(self._dead_after_s)
 
@@ -213,7 +213,7 @@ class Court:
         # Deaths are counted in rounds of judging: while rank 0 itself was stopped, nobody is held to have been silent.
         self._dead_after_rounds = max(2, round(dead_after_s / interval_s))
         self._silent_rounds = [0] * num_ranks
-        self._broken_rounds = 0
+        self._failed_rounds = self._broken_rounds = 0
         self._moved_s: list[float] = []
         self._began_s: float | None = None
         self.signs: list[Sign] | None = None
@@ -242,8 +242,12 @@ class Court:
         return self._failed(here) or self._dead(here) or self._broken(here) or self._hung(here, now_s)
 
     def _failed(self, here: list[int]) -> Verdict | None:
+        """A round later than it shows, so that an error which all ranks raise is raised by all."""
         failed = [n for n in here if self._sign(n).state.startswith("failed")]
-        return Verdict(f"{self._names(failed)} {self._sign(failed[0]).state}", tuple(failed)) if failed else None
+        self._failed_rounds = self._failed_rounds + 1 if failed else 0
+        if self._failed_rounds < 2:
+            return None
+        return Verdict(f"{self._names(failed)} {self._sign(failed[0]).state}", tuple(failed))
 
     def _dead(self, here: list[int]) -> Verdict | None:
         dead = [n for n in here if self._silent_rounds[n] >= self._dead_after_rounds]

@@ -5,6 +5,7 @@ A stage that is done already does nothing and says so; one that was interrupted 
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def train_segmenter(experiment: Experiment) -> None:
         shards,
         "segmenter",
         folder,
-        lambda: SegmenterTask(shards, config, loader, folder / "weights", device),
+        lambda _: SegmenterTask(shards, config, loader, folder / "weights", device),
         config.augmented(loader),
         config.train,
     )
@@ -112,6 +113,7 @@ def train_segmenter(experiment: Experiment) -> None:
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
     from segdiff_dist.denoising import DenoiserTask
+    from segdiff_dist.validation import DenoiserValidation
 
     denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
     run, shards = _open_run_and_data(experiment, experiment.more_data)
@@ -119,21 +121,46 @@ def train_denoiser(experiment: Experiment) -> None:
     collect(
         lambda: refuse(denoiser.problems(side) + experiment.diffusion.problems()),
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
+        lambda: refuse(experiment.validation.problems() + experiment.tracking.problems()),
         lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
         lambda: choose_attention(denoiser.attention, pick_device(config.device)),
         lambda: refuse_another_config(experiment, run / "checkpoints", ("denoiser", "diffusion", "train", "loader")),
     )
-    _train(
-        experiment,
-        shards,
-        "train",
-        run,
-        lambda: DenoiserTask(
-            shards, side, denoiser, experiment.diffusion, config.seed, run / "weights", pick_device(config.device)
-        ),
-        loader,
-        config,
-    )
+
+    def make_task(tracker: Tracker) -> DenoiserTask:
+        device = pick_device(config.device)
+        validation = DenoiserValidation(
+            shards,
+            shards.select(split="val", modalities=loader.modalities, axes=loader.axes),
+            loader,
+            experiment.diffusion,
+            experiment.sample.sampler,
+            experiment.validation,
+            run,
+            device,
+            soft_masks=denoiser.soft_masks,
+            tracker=tracker,
+        )
+        weights = run / "weights"
+        return DenoiserTask(shards, side, denoiser, experiment.diffusion, config.seed, weights, device, validation)
+
+    _train(experiment, shards, "train", run, make_task, loader, config)
+
+
+def average(experiment: Experiment) -> tuple[Path, float]:
+    """`segdiff average`: weights of another length into RUN/weights; returns their folder, and how far their profile
+    stays from the one asked for (segdiff_dist.ema.misfit)."""
+    from segdiff_dist.denoiser import Denoiser
+    from segdiff_dist.export import average_snapshots
+
+    run, wanted = experiment.path("run"), experiment.average
+    refuse(wanted.problems())
+    like = run / "weights" / experiment.train.averages[0]
+    model = Denoiser.load(like)
+    weights, misfit = average_snapshots(run, experiment.train, wanted.length, wanted.images_seen)
+    folder = run / "weights" / wanted.name
+    model.save(folder, weights, json.loads((like / "segdiff.json").read_text()))
+    return folder, misfit
 
 
 def sample(experiment: Experiment) -> Any:
@@ -193,13 +220,14 @@ def _train(
     run = experiment.path("run")
     resolved = save_experiment(experiment) if is_main() else ""
     rows = _training_rows(experiment, shards)
-    sections = ("segmenter", "loader") if stage == "segmenter" else ("denoiser", "diffusion", "train", "loader")
+    own = ("segmenter",) if stage == "segmenter" else ("denoiser", "diffusion", "train", "validation")
+    sections = (*own, "loader")
     with _tracker(experiment, stage, run) as tracker:
         tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})
         if is_main():
             tracker.log_artifact(run / "config.yaml")
         train(
-            make_task(),
+            make_task(tracker),
             shards,
             rows,
             loader,

@@ -5,9 +5,6 @@ Everything stays on the device until it is logged, so that no step waits for the
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,31 +106,3 @@ class Guard:
     def values(self) -> list[float]:
         """What to save."""
         return self._values_4.tolist()
-
-
-class StepClock:
-    """Images a second and the share of time spent waiting for data, since the last question."""
-
-    def __init__(self, images_seen: int) -> None:
-        self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent here is waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent here does not count."""
-        start = time.perf_counter()
-        yield
-        self._paused_s += time.perf_counter() - start
-
-    def rates(self, images_seen: int) -> dict[str, float]:
-        """What to log; begins the next measurement."""
-        busy_s = max(time.perf_counter() - self._start - self._paused_s, 1e-9)
-        rates = {"images_per_s": (images_seen - self._images) / busy_s, "data_wait_fraction": self._waited_s / busy_s}
-        self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
-        return rates

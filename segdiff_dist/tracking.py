@@ -26,6 +26,9 @@ SPOOL = "mlflow_spool"
 _MAX_PARAM = 6000
 # Records that are read from the spool and sent together.
 _BATCH = 1000
+# Records of so long are gathered into one request: a request's work is done under the interpreter's lock, and the loop
+# would feel many of them.
+_GATHER_S = 1.0
 # Between two tries while the server is away: the first pause, doubled up to the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 
@@ -181,6 +184,7 @@ class _Sender(threading.Thread):
                 self._done = True
                 break
             self._appended.wait()
+            self._closing.wait(_GATHER_S)
         self._own.close()
 
 

@@ -27,7 +27,8 @@ from segdiff_dist.engine import Engine, start_distributed
 from segdiff_dist.export import Exporter
 from segdiff_dist.heartbeat import Heartbeat
 from segdiff_dist.micro_batch import find_micro_batch
-from segdiff_dist.step_log import Guard, StepClock, Window
+from segdiff_dist.step_log import Guard, Window
+from segdiff_dist.throughput import FlopCounter, StepClock, peak_flops, progress_line
 from segdiff_dist.train_config import TrainConfig, learning_rate
 
 if TYPE_CHECKING:
@@ -108,13 +109,15 @@ def train(
     if config.activation_checkpointing:
         _checkpoint_activations(model)
     first = rank_positions(0, micro_batch_size=1, num_micro_batches=1, rank=0, world_size=1)
+    counter, peak = FlopCounter(model), peak_flops(device, config.precision)
     micro_batch_size = find_micro_batch(task, lambda: next(load(first, 1)), config, folder)
     engine = Engine(model, config, micro_batch_size, device)
     exporter = Exporter(task, config, folder)
     state, window, guard = _resume(engine, exporter, shards, config, folder)
     if is_main():
         _cut_log(folder / "log.jsonl", state.images_seen)
-        tracker.log_params({task.name: {**describe(task.model), "ranks": world_size(), "device": str(device)}})
+        about = {"ranks": world_size(), "device": str(device), "peak_tflops": peak.flops / 1e12, "peak": peak.source}
+        tracker.log_params({task.name: {**describe(task.model), **about}})
     batches = load(
         rank_positions(
             state.images_seen,
@@ -125,7 +128,7 @@ def train(
         ),
         micro_batch_size,
     )
-    clock = StepClock(state.images_seen)
+    clock = StepClock(state.images_seen, device, counter, peak)
     agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
     writer = CheckpointWriter(
         folder / "checkpoints",
@@ -156,13 +159,14 @@ def train(
             engine.update_averages(state.images_seen, config.global_batch_size)
             bar.update(min(state.images_seen, config.num_images) - before)
             heartbeat.beat(state.images_seen)
+            clock.step()
 
             done = state.images_seen >= config.num_images
             if done or _crosses(before, state.images_seen, config.log_every_images):
                 row = {**window.means(), "grad_norm": engine.grad_norm(), "lr": learning_rate(before, config)}
                 row |= {"skipped_steps": guard.num_skipped, **clock.rates(state.images_seen)}
                 if is_main():
-                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    bar.set_postfix_str(progress_line(row), refresh=False)
                     _log(folder / "log.jsonl", tracker, task.name, row, state.images_seen)
                 if guard.num_in_a_row >= config.max_skipped_steps:
                     raise TrainingStopped(_why_hopeless(task, guard, state, folder))

@@ -60,7 +60,8 @@ def _enter(rank: int, num_ranks: int, port: int, folder: Path, target: Callable[
     os.chdir(folder)
     with Path(f"stderr-{rank}").open("wb") as stderr:
         os.dup2(stderr.fileno(), 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
     import torch
     import torch.distributed as dist

@@ -34,7 +34,7 @@ FORWARDED = ("CUDA_", "DS_", "GLOO_", "NCCL_", "OMP_", "TORCH_")
 
 
 def main() -> int:
-    """Launch until the run is done; returns its exit code."""
+    """Launch until the run is done. 0 done, 1 given up, 2 input refused, 130 interrupted."""
     given = parse()
     hosts = read_hostfile(given.hostfile)
     run, checkpoints, global_batch_size, micro_batch_size = settings(given.training)
@@ -42,28 +42,27 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _: asked.append(received))
     failures, attempt = 0, 0
-    while True:
+    while not asked:
         answering = run_on_all(hosts, given.run_on, f"test -x {BIN / 'deepspeed'}", timeout_s=15)
         slots = first_slots({host: hosts[host] for host in answering}, global_batch_size, micro_batch_size)
-        before, code = newest_complete(checkpoints), 1
+        before = newest_complete(checkpoints)
         say(f"{len(answering)} of {len(hosts)} hosts answer; from {before or 'the start'} on {slots or 'none of them'}")
-        if slots:
-            code = Launch(slots, given.port + attempt % 1000, given, run).wait(given.grace_s, asked)
-        if code in (0, REFUSED) or asked:
-            return code
+        codes = Launch(slots, given.port + attempt % 1000, given, run).wait(given.grace_s, asked)
+        if REFUSED in codes.values() or (slots and not any(codes.values())):
+            return REFUSED if any(codes.values()) else 0
         attempt, failures = attempt + 1, 0 if newest_complete(checkpoints) > before else failures + 1
+        say(f"exit codes {codes}; launches in a row without a new checkpoint: {failures}")
         if failures > given.restarts:
-            say(f"exit code {code}; {failures} launches in a row without a new checkpoint, giving up")
-            return code
-        say(f"exit code {code}; starting again")
-        time.sleep(min(60, 5 * failures))
+            return 1
+        time.sleep(5 * failures)
+    return 130
 
 
 class Launch:
     """One attempt: on each host a launcher, its ranks below it, in a process group of their own."""
 
     def __init__(self, slots: dict[str, int], port: int, given: argparse.Namespace, run: Path) -> None:
-        self._run_on, self._pid_file = given.run_on, f"/tmp/segdiff-elastic-{os.getpid()}-{port}.pid"
+        self._run_on, self._pid_file = given.run_on, f"/tmp/segdiff-elastic-{os.getpid()}-{port}-{{host}}"
         hostfile = run / "hostfile"
         hostfile.parent.mkdir(parents=True, exist_ok=True)
         hostfile.write_text("".join(f"{host} slots={number}\n" for host, number in slots.items()))
@@ -74,37 +73,36 @@ class Launch:
             launcher += ["--master_addr", given.master_addr or next(iter(slots)), "--master_port", str(port)]
             # Ignored by DeepSpeed's launchers, SIGUSR1 goes past them to the ranks.
             inner = f"echo $$ > {self._pid_file}; trap '' USR1; exec {shlex.join([*launcher, *given.training])}"
-            outer = ["env", f"PATH={BIN}:{os.environ['PATH']}", *variables, "setsid", "--wait", "sh", "-c", inner]
-            there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(outer)}"
-            argv = [*shlex.split(given.run_on.format(host=host)), there]
+            outer = ["env", f"PATH={BIN}:{os.environ['PATH']}", *variables, "setsid", "--wait", "sh", "-c"]
+            there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*outer, inner.replace('{host}', host)])}"
+            argv = [*shlex.split(given.run_on.replace("{host}", host)), there]
             # Away from the terminal, so that Ctrl-C comes here alone.
             self._processes[host] = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def wait(self, grace_s: float, asked: list[int]) -> int:
-        """The exit code, 0 if all went well. When one host has ended or a stop was asked, the rest gets `grace_s`."""
+    def wait(self, grace_s: float, asked: list[int]) -> dict[str, int]:
+        """Each host's exit code. When one has failed, or a stop was asked for, the rest is given `grace_s`."""
         deadline = float("inf")
         while any(process.poll() is None for process in self._processes.values()) and time.monotonic() < deadline:
             if deadline == float("inf") and (asked or any(process.poll() for process in self._processes.values())):
                 deadline = time.monotonic() + grace_s
                 if asked:
                     say(f"{signal.Signals(asked[0]).name}: the ranks save a checkpoint")
-                    self._signal("USR1")
+                    self._everywhere(f"kill -s USR1 -- -$(cat {self._pid_file})")
             time.sleep(0.2)
-        self._signal("KILL")
+        self._everywhere(f"kill -s KILL -- -$(cat {self._pid_file}); rm -f {self._pid_file}")
         for process in self._processes.values():
             process.kill()
-        codes = [code for code in (process.wait() for process in self._processes.values()) if code]
-        return REFUSED if REFUSED in codes else next(iter(codes), 0)
+        return {host: process.wait() for host, process in self._processes.items()}
 
-    def _signal(self, name: str) -> None:
-        run_on_all(self._processes, self._run_on, f"kill -s {name} -- -$(cat {self._pid_file})", timeout_s=10)
+    def _everywhere(self, command: str) -> None:
+        run_on_all(self._processes, self._run_on, command, timeout_s=10)
 
 
 def run_on_all(hosts: Iterable[str], run_on: str, command: str, timeout_s: float) -> list[str]:
-    """Run a shell command on all hosts at once; returns those on which it succeeded in time."""
+    """Run a shell command, {host} in it filled in, on all hosts at once; returns those where it succeeded in time."""
 
     def succeeds(host: str) -> bool:
-        argv = [*shlex.split(run_on.format(host=host)), command]
+        argv = [*shlex.split(run_on.replace("{host}", host)), command.replace("{host}", host)]
         try:
             return not subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout_s).returncode
         except subprocess.TimeoutExpired:
@@ -138,14 +136,11 @@ def settings(training: list[str]) -> tuple[Path, Path, int, int]:
     if config["run"] is None:
         raise SystemExit("error: command line: run: not given; add --run, the run folder")
     run, segmenter = Path(config["run"]), "segmenter" in Path(training[0]).name
-    train = config["segmenter"]["train"] if segmenter else config["train"]
-    micro = 1 if train["micro_batch_size"] == "auto" else train["micro_batch_size"]
-    return (
-        run,
-        run / "segmenter" / "checkpoints" if segmenter else run / "checkpoints",
-        train["global_batch_size"],
-        micro,
-    )
+    folder, train = (run / "segmenter", config["segmenter"]["train"]) if segmenter else (run, config["train"])
+    micro_batch_size = 1 if train["micro_batch_size"] == "auto" else train["micro_batch_size"]
+    if train["global_batch_size"] % micro_batch_size:
+        raise SystemExit(f"error: config: train.global_batch_size: no multiple of micro_batch_size {micro_batch_size}")
+    return run, folder / "checkpoints", train["global_batch_size"], micro_batch_size
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

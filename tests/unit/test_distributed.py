@@ -120,6 +120,14 @@ def test_of_512_ranks_the_dead_and_the_slowest_are_named() -> None:
     assert why.startswith("rank 77 (node-9) hangs at 40,960 images in read (batch_reader.py:10): for 600 s no main")
 
 
+def test_an_error_of_all_ranks_is_left_to_them_and_one_of_a_single_rank_is_told() -> None:
+    trial = Trial()
+    trial.rounds(10)
+    trial.signs[5].state = "failed: ValueError: x"
+    assert trial.rounds(1) is None
+    assert trial.rounds(1) == "rank 5 (node-0) failed: ValueError: x"
+
+
 def test_patience_of_one_rank_holds_for_all_and_ends() -> None:
     trial = Trial()
     trial.rounds(10)

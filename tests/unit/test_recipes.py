@@ -336,6 +336,36 @@ def test_the_network_sees_what_was_dropped(make_task: Callable[..., DenoiserTask
     assert whole.edge_B2HW is batch.edge_B2HW
 
 
+def test_positions_decide_what_is_dropped(make_task: Callable[..., DenoiserTask], soft_shapes: ShardSet) -> None:
+    """The same slice twelve times: neither its neighbours nor its place in the batch matter, its position does."""
+    task = make_task(mask_dropout=0.3, class_dropout=0.3, organ_dropout=0.6)
+    one = batch_of(soft_shapes, range(1))
+    twelve = Batch(*(getattr(one, name).repeat_interleave(12, dim=0) for name in one.__dataclass_fields__))
+    position, order = torch.arange(12), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    told, shuffled = (task._conditions(replace(twelve, position_B=p)) for p in (position, position[order]))
+    assert torch.equal(shuffled.mask_BHW, told.mask_BHW[order])
+    assert torch.equal(shuffled.class_B, told.class_B[order])
+    assert 0 < int((told.class_B == NULL_CLASS).sum()) < 12
+    seen = {mask.numpy().tobytes() for mask in told.mask_BHW}
+    assert len(seen) >= 4  # whole, hidden, without one organ or the other or both
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero_terminal_snr": False, "timestep_sampling": "lognormal"}])
+def test_nothing_in_the_loss_waits_for_the_device(
+    soft_shapes: ShardSet, segmenter: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """On the meta device whatever asks a tensor for its values fails."""
+    meta = torch.device("meta")
+    settings: dict[str, Any] = {**EVERYTHING, "prediction_type": "v", "dice_segmenter": str(segmenter), **changes}
+    config = replace(SMALL, soft_masks=True)
+    task = DenoiserTask(soft_shapes, 32, config, DiffusionConfig(**settings), 3, tmp_path, meta)
+    on_host = batch_of(soft_shapes, range(4))
+    batch = Batch(*(getattr(on_host, name).to(meta) for name in on_host.__dataclass_fields__))
+    loss, told = task.loss(task.model, batch)
+    loss.backward()
+    assert {t.device for t in (loss, *told.values())} == {meta}
+
+
 # The Dice term
 
 
@@ -390,6 +420,11 @@ def test_weights_say_how_they_were_trained(make_task: Callable[..., DenoiserTask
     assert about["diffusion"]["snr_shift"] == 0.5
     digest = hashlib.sha256((segmenter / "model.safetensors").read_bytes()).hexdigest()
     assert about["dice_segmenter_sha256"] == digest
+    make_task(**EVERYTHING)  # goes on
+    config = SegmenterConfig(channels=(16, 32))
+    save_segmenter(segmenter.parent / "another", SegmenterNet(config, AMOS.num_classes).state_dict(), config, AMOS)
+    with pytest.raises(InputProblems, match="not the weights the run was started with"):
+        make_task(**EVERYTHING, dice_segmenter=str(segmenter.parent / "another"))
 
 
 # What is refused

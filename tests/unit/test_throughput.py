@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,18 +64,22 @@ def test_the_clock_tells_work_from_waiting_and_pauses() -> None:
     counter = FlopCounter(net)
     net(torch.zeros(8, 64))
     clock = StepClock(100, CPU, counter, Peak(1e9, "measured"))
+    waited_s, step_s = [], []
     for _ in range(4):
+        start = time.perf_counter()
         with clock.waiting():
             time.sleep(0.03)
+        waited_s.append(time.perf_counter() - start)
         time.sleep(0.07)
         clock.step()
+        step_s.append(time.perf_counter() - start)
         with clock.paused():
             time.sleep(0.1)
     rates = clock.rates(140)
-    assert rates["images_per_s"] == pytest.approx(100, rel=0.15)
-    assert rates["data_wait_fraction"] == pytest.approx(0.3, abs=0.05)
-    assert rates["step_s_p50"] == pytest.approx(0.1, rel=0.15)
-    assert rates["step_s_p95"] < 0.15
+    assert rates["images_per_s"] == pytest.approx(40 / sum(step_s), rel=0.05)
+    assert rates["data_wait_fraction"] == pytest.approx(sum(waited_s) / sum(step_s), rel=0.05)
+    assert rates["step_s_p50"] == pytest.approx(np.median(step_s), rel=0.05)
+    assert rates["step_s_p50"] <= rates["step_s_p95"] <= max(step_s) * 1.05
     # 2 * 64 * 64 for the product, and as much for the weight's gradient; the input needs none.
     assert rates["mfu"] == pytest.approx(rates["images_per_s"] * 4 * 64 * 64 / 1e9)
     assert 0.05 < rates["host_memory_gib"] < 100

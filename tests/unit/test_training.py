@@ -14,55 +14,19 @@ from typing import Any
 import pytest
 import torch
 from tests_support import write_shapes
+from training_support import CPU, NET, plain_losses, run_training
 
-from data_shards.feed.loader import LoaderConfig
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import Batch
-from data_shards.store.shards import ShardSet
 from segdiff_dist.checkpoint import complete_ones
-from segdiff_dist.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoiser import Denoiser
 from segdiff_dist.denoising import DenoiserTask
-from segdiff_dist.diffusion import DiffusionConfig
 from segdiff_dist.export import average_snapshots
 from segdiff_dist.sharded_state import SavedState
 from segdiff_dist.step_log import Guard
-from segdiff_dist.tracking import Tracker, TrackingConfig
-from segdiff_dist.train_config import TrainConfig, learning_rate
-from segdiff_dist.training import TrainingStopped, train
-
-CPU = torch.device("cpu")
-NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
-DIFFUSION = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
-QUICK: dict[str, Any] = {
-    "num_images": 96,
-    "global_batch_size": 8,
-    "micro_batch_size": 4,
-    "lr": 2e-3,
-    "warmup_images": 16,
-    "checkpoint_every_images": 32,
-    "log_every_images": 16,
-}
-
-
-def run_training(shapes: Path, run: Path, net: DenoiserConfig = NET, **changes: Any) -> list[float]:
-    """Train as the stage does; returns the logged losses."""
-    shards = ShardSet.open(shapes)
-    config = TrainConfig(**{**QUICK, **changes})
-    task = DenoiserTask(shards, shards.size, net, DIFFUSION, config.seed, run / "weights", CPU)
-    with Tracker(run, TrackingConfig(enabled=False), "train") as tracker:
-        train(
-            task,
-            shards,
-            shards.select(split="train"),
-            LoaderConfig(flip=True, rotate_degrees=10),
-            config,
-            run,
-            tracker,
-            CPU,
-            "config: here\n",
-        )
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+from segdiff_dist.train_config import TrainConfig
+from segdiff_dist.training import TrainingStopped
 
 
 def exported(run: Path) -> bytes:
@@ -102,37 +66,9 @@ def test_deepspeed_trains_what_plain_pytorch_trains(
     deepspeed = run_training(
         shapes, tmp_path, precision=precision, zero_stage=zero_stage, num_images=8 * steps, log_every_images=8
     )
-    plain = plain_losses(shapes, steps)
+    plain = plain_losses(shapes, steps, 8 * steps)
     # bf16 keeps 8 bits of every weight and activation, an error of up to 0.4 % in each; ten times that is allowed.
     assert deepspeed == pytest.approx(plain, rel=1e-5 if precision == "fp32" else 4e-2)
-
-
-def plain_losses(shapes: Path, steps: int) -> list[float]:
-    from data_shards.feed.loader import Loader
-    from data_shards.feed.order import Shuffled, rank_positions
-
-    shards, config = ShardSet.open(shapes), TrainConfig(**{**QUICK, "num_images": 8 * steps})
-    task = DenoiserTask(shards, shards.size, NET, DIFFUSION, 0, Path("unused"), CPU)
-    optimizer = torch.optim.AdamW(task.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    positions = rank_positions(0, micro_batch_size=4, num_micro_batches=2, rank=0, world_size=1)
-    rows = shards.select(split="train")
-    batches = iter(
-        Loader(shards, Shuffled(rows, 0), positions, LoaderConfig(flip=True, rotate_degrees=10), batch_size=4, seed=0)
-    )
-    losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(8 * step, config)
-        micro = []
-        for _ in range(2):
-            loss, _ = task.loss(task.model, next(batches))
-            (loss / 2).backward()
-            micro.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(sum(micro) / 2)
-    return losses
 
 
 def test_the_loss_depends_on_positions_and_not_on_their_batching(shapes: Path, tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Small training runs as the stages make them, for tests; and the referee, which has no DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.order import Shuffled, rank_positions
+from data_shards.store.shards import ShardSet
+from segdiff_dist.denoiser import DenoiserConfig
+from segdiff_dist.denoising import DenoiserTask
+from segdiff_dist.diffusion import DiffusionConfig
+from segdiff_dist.tracking import Tracker, TrackingConfig
+from segdiff_dist.train_config import TrainConfig, learning_rate
+from segdiff_dist.training import train
+
+CPU = torch.device("cpu")
+NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
+DIFFUSION = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
+LOADER = LoaderConfig(flip=True, rotate_degrees=10)
+QUICK: dict[str, Any] = {
+    "num_images": 96,
+    "global_batch_size": 8,
+    "micro_batch_size": 4,
+    "lr": 2e-3,
+    "warmup_images": 16,
+    "checkpoint_every_images": 32,
+    "log_every_images": 16,
+}
+
+
+def run_training(shapes: Path, run: Path, net: DenoiserConfig = NET, **changes: Any) -> list[float]:
+    """Train as the stage does; returns the logged losses."""
+    shards = ShardSet.open(shapes)
+    config = TrainConfig(**{**QUICK, **changes})
+    task = DenoiserTask(shards, shards.size, net, DIFFUSION, config.seed, run / "weights", CPU)
+    rows = shards.select(split="train")
+    with Tracker(run, TrackingConfig(enabled=False), "train") as tracker:
+        train(task, shards, rows, LOADER, config, run, tracker, CPU, "config: here\n")
+    return losses(run)
+
+
+def losses(run: Path) -> list[float]:
+    """What a run has logged."""
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def plain_losses(shapes: Path, steps: int, num_images: int) -> list[float]:
+    """The same run in plain PyTorch, fp32: gradients of two micro-batches of 4 averaged, AdamW, the same schedule."""
+    shards, config = ShardSet.open(shapes), TrainConfig(**{**QUICK, "num_images": num_images})
+    task = DenoiserTask(shards, shards.size, NET, DIFFUSION, 0, Path("unused"), CPU)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    positions = rank_positions(0, micro_batch_size=4, num_micro_batches=2, rank=0, world_size=1)
+    order = Shuffled(shards.select(split="train"), 0)
+    batches = iter(Loader(shards, order, positions, LOADER, batch_size=4, seed=0))
+    found = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(8 * step, config)
+        micro = []
+        for _ in range(2):
+            loss, _ = task.loss(task.model, next(batches))
+            (loss / 2).backward()
+            micro.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(sum(micro) / 2)
+    return found
+
+
+def train_under(
+    rank: int,
+    out: Path,
+    shapes: Path,
+    settings: list[tuple[str, int, int]],
+    num_images: int,
+    name: str | None = None,
+    until: int | None = None,
+) -> None:
+    """What each rank of a test does: the same run under each (precision, zero_stage, micro_batch_size), one after the
+    other, in OUT/<setting> or OUT/`name`; with `until` it is asked to stop there, as by Ctrl-C."""
+    for precision, zero_stage, micro_batch_size in settings:
+        folder = out / (name or f"{precision}-{zero_stage}-{micro_batch_size}")
+        changes: dict[str, Any] = {
+            "precision": precision,
+            "zero_stage": zero_stage,
+            "micro_batch_size": micro_batch_size,
+            "num_images": num_images,
+            "log_every_images": 8,
+            "checkpoint_every_images": num_images,
+        }
+        with _stopped_at(until if until and until < num_images else None):
+            run_training(shapes, folder, **changes)
+
+
+@contextmanager
+def _stopped_at(images: int | None) -> Iterator[None]:
+    """Training in this context gets a SIGTERM in time to stop after so many images, and is expected to."""
+    if images is None:
+        yield
+        return
+    loss = DenoiserTask.loss
+
+    def stopping(self: DenoiserTask, forward: Any, batch: Any) -> Any:
+        if images - 16 <= int(batch.position_B[0]) < images - 8:  # the ranks learn of it one step later
+            stopping.asked = stopping.asked or signal.raise_signal(signal.SIGTERM) is None  # type: ignore[attr-defined]
+        return loss(self, forward, batch)
+
+    stopping.asked = False  # type: ignore[attr-defined]
+    DenoiserTask.loss = stopping  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        DenoiserTask.loss = loss  # type: ignore[method-assign]

@@ -1,0 +1,93 @@
+"""The arithmetic of scaling, against cases that can be done by hand, and the page that shows its tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_shards.labels import AMOS
+from segdiff_dist import scale
+from segdiff_dist.denoiser import Denoiser, DenoiserConfig, describe
+from segdiff_dist.scale import ETHERNET, INFINIBAND, Network, Plan, images_per_s, most_ranks, state_bytes, wire_s
+
+NETWORK = Network()
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+
+
+def test_the_page_shows_what_is_computed() -> None:
+    page = PAGE.read_text()
+    for table in scale.tables():
+        assert table in page, f"docs/scale.md: run `python -m segdiff_dist.scale` and put in:\n{table}"
+
+
+def test_the_default_network_has_that_many_parameters() -> None:
+    with torch.device("meta"):
+        model = Denoiser(DenoiserConfig(), AMOS, 256)
+    assert describe(model)["parameters"] == pytest.approx(NETWORK.parameters, rel=0.001)
+
+
+def test_ranks_divide_the_global_batch() -> None:
+    assert [most_ranks(64, 16, ranks) for ranks in (1, 2, 3, 4, 8)] == [1, 2, 2, 4, 4]
+    assert most_ranks(3 * 256, 16, 56) == 48
+    assert most_ranks(2048, 16, 504) == 128
+    assert most_ranks(10, 4, 8) == 0
+    assert most_ranks(8, 1, 0) == 0
+
+
+def test_a_ring_is_as_slow_as_its_slowest_link() -> None:
+    assert wire_s(INFINIBAND, 1, 1e9) == 0
+    assert wire_s(INFINIBAND, 8, 360e9) == pytest.approx(7 / 8)
+    assert wire_s(INFINIBAND, 16, 320e9) == pytest.approx(15 / 16)
+    assert wire_s(ETHERNET, 16, 2.5e9) == pytest.approx(15 / 16)
+
+
+def test_one_gpu_is_bound_by_its_arithmetic() -> None:
+    rate = images_per_s(NETWORK, INFINIBAND, Plan(1, 256, 16))
+    bound = INFINIBAND.flops * INFINIBAND.mfu / NETWORK.flop_per_image
+    assert bound == pytest.approx(265.1, abs=0.1)
+    assert 0.99 * bound < rate < bound
+    # 113.67 M parameters * 52 bytes at 4.3 TB/s: 1.4 ms for the optimiser beside 966 ms.
+    assert 256 / rate - 256 / bound == pytest.approx(113.67e6 * 52 / 4.3e12)
+
+
+def test_gradients_travel_once_a_step_or_once_a_micro_batch() -> None:
+    plan = Plan(16, 1024, 16)
+    sizes = [
+        (scale.bytes_reduced(NETWORK, replace(plan, zero_stage=stage)) / NETWORK.parameters,
+         scale.bytes_gathered(NETWORK, replace(plan, zero_stage=stage)) / NETWORK.parameters)
+        for stage in range(4)
+    ]  # fmt: skip
+    assert sizes == [(8, 0), (2, 2), (8, 2), (8, 16)]
+
+
+@pytest.mark.parametrize("machine", [INFINIBAND, ETHERNET])
+@pytest.mark.parametrize("stage", range(4))
+def test_more_gpus_are_faster_and_never_more_efficient(machine: scale.Machine, stage: int) -> None:
+    rates = [images_per_s(NETWORK, machine, Plan(gpus, 16 * gpus, 16, stage)) / gpus for gpus in (1, 2, 8, 16, 64, 512)]
+    # ZeRO shares the optimiser's pass, 1 % of a step of 16 images; the network only costs.
+    assert all(later <= earlier * 1.03 for earlier, later in pairwise(rates))
+
+
+def test_overlap_and_accumulation_hide_a_slow_network() -> None:
+    plan = Plan(32, 512, 16)
+    rates = [
+        images_per_s(NETWORK, ETHERNET, p)
+        for p in (plan, replace(plan, overlap=1.0), replace(plan, global_batch_size=8192))
+    ]
+    assert rates[0] < rates[1] < rates[2]
+
+
+def test_a_stage_holds_no_more_than_the_one_before() -> None:
+    for gpus in (2, 8, 64):
+        sizes = [state_bytes(NETWORK, stage, gpus) for stage in (1, 2, 3)]
+        assert sizes == sorted(sizes, reverse=True)
+    # fp32 weights, gradients, two moments and two averages.
+    assert state_bytes(NETWORK, 0, 64) == NETWORK.parameters * 24
+
+
+def test_cost_is_price_over_rate() -> None:
+    assert scale.dollars_per_million_images(rate=1000.0, gpus=8, dollars_per_gpu_hour=4.5) == pytest.approx(10.0)
