@@ -93,15 +93,17 @@ class CheckpointWriter:
         *,
         keep: int,
         keep_every_images: int | None = None,
+        config: str = "",
         on_complete: Callable[[Path], None] | None = None,
     ) -> None:
+        self.config = config
         self.checkpoints, self.keep, self.keep_every_images = checkpoints, keep, keep_every_images
         self.waited_s = 0.0
         self.num_failed = 0
         self._on_complete = on_complete
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._staged: dict[str, list[torch.Tensor]] = {}
-        self._pending: tuple[Path, dict[str, Any], str] | None = None
+        self._pending: tuple[Path, dict[str, Any]] | None = None
         self._writing: Future[None] | None = None
         self._completing: Future[None] | None = None
         self._ended = 0  # images_seen of the last checkpoint whose writing ended here, well or not
@@ -113,12 +115,12 @@ class CheckpointWriter:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def start(self, state: ShardOfState, values: dict[str, Any], config: str) -> None:
+    def start(self, state: ShardOfState, values: dict[str, Any]) -> None:
         """Begin checkpoint values["images_seen"]. Call when nothing is pending."""
         begin = time.perf_counter()
         assert self._pending is None
         folder = self.checkpoints / checkpoint_name(values["images_seen"])
-        self._pending = folder, {**values, "ranks": world_size()}, config
+        self._pending = folder, {**values, "ranks": world_size()}
         self._writing = self._thread.submit(self._write, folder, replace(state, shards=self._copied(state.shards)))
         self.waited_s += time.perf_counter() - begin
 
@@ -141,7 +143,7 @@ class CheckpointWriter:
         """Finish the pending checkpoint if every rank has ended its writing."""
         if self._pending is None or self._writing is None:
             return
-        folder, values, config = self._pending
+        folder, values = self._pending
         if -agreed["checkpoint_behind"] < values["images_seen"]:
             return
         self._pending = None
@@ -152,7 +154,7 @@ class CheckpointWriter:
                 warnings.warn(f"checkpoint {folder} could not be written and is left out: {why}", stacklevel=2)
                 self._completing = self._thread.submit(shutil.rmtree, folder, True)
         elif is_main():
-            self._completing = self._thread.submit(self._complete, folder, values, config)
+            self._completing = self._thread.submit(self._complete, folder, values)
 
     def drain(self, agreement: Agreement, *, must_succeed: bool = False) -> None:
         """Wait for what is under way on every rank; call on every rank.
@@ -176,8 +178,8 @@ class CheckpointWriter:
         folder.mkdir(parents=True, exist_ok=True)
         sharded_state.write(folder, rank(), state)
 
-    def _complete(self, folder: Path, values: dict[str, Any], config: str) -> None:
-        write_text_atomically(folder / "config.yaml", config)
+    def _complete(self, folder: Path, values: dict[str, Any]) -> None:
+        write_text_atomically(folder / "config.yaml", self.config)
         write_text_atomically(folder / STATE, json.dumps(values, indent=2) + "\n")
         write_text_atomically(folder / MARKER, "")
         prune(self.checkpoints, self.keep, self.keep_every_images)

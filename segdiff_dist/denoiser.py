@@ -7,6 +7,7 @@ added to the time embedding. Dimensions: B batch, C channels, K mask channels, H
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,17 +140,24 @@ class Denoiser(nn.Module):
         """
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
+        # Written beside and moved file by file: whoever is killed or reads meanwhile never sees half a file.
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         prefix = "unet."
         unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
-        save_file(unet_weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        self.unet.save_config(folder)
+        save_file(unet_weights, unfinished / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        self.unet.save_config(unfinished)
         rest = {k: v.contiguous() for k, v in weights.items() if not k.startswith(prefix)}
         if rest:
-            save_file(rest, folder / "mask_encoder.safetensors")
-        about = {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
-        about |= dict(training or {})
-        (folder / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
+            save_file(rest, unfinished / "mask_encoder.safetensors")
+        about = dict(training or {})
+        about |= {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
+        (unfinished / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
+        folder.mkdir(exist_ok=True)
+        for file in sorted(unfinished.iterdir()):
+            file.replace(folder / file.name)
+        unfinished.rmdir()
 
     @classmethod
     def load(cls, folder: Path, attention: AttentionBackend = "auto") -> Denoiser:

@@ -183,7 +183,7 @@ def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusi
 
 def _refuse_another_segmenter(weights: Path, dice_term: DiceTerm, given: str) -> None:
     """A run that is resumed goes on with the segmenter it was started with, which its exported weights name."""
-    for about in sorted(weights.glob("*/segdiff.json")):
+    for about in sorted(weights.glob("[!.]*/segdiff.json")):
         before = json.loads(about.read_text()).get(_SEGMENTER_DIGEST, dice_term.weights_sha256)
         if before != dice_term.weights_sha256:
             found = f"not the weights the run was started with (sha256 {before[:12]}...)"

@@ -218,7 +218,8 @@ def _train(
             print(f"{stage}: already trained on {config.num_images:,} images in {folder}; nothing to do")
         return
     run = experiment.path("run")
-    resolved = save_experiment(experiment) if is_main() else ""
+    if is_main():
+        save_experiment(experiment)
     rows = _training_rows(experiment, shards)
     own = ("segmenter",) if stage == "segmenter" else ("denoiser", "diffusion", "train", "validation")
     sections = (*own, "loader")
@@ -235,7 +236,7 @@ def _train(
             folder,
             tracker,
             pick_device(config.device),
-            resolved,
+            _plain(experiment),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +20,7 @@ from data_shards.problems import problem
 from data_shards.records import Batch
 from segdiff_dist import checkpoint
 from segdiff_dist.checkpoint import CheckpointWriter
-from segdiff_dist.config import write_text_atomically
+from segdiff_dist.config import flatten, to_yaml, write_text_atomically
 from segdiff_dist.denoiser import describe
 from segdiff_dist.distributed import Agreement, agree, code_versions, gather_objects, is_main, rank, world_size
 from segdiff_dist.engine import Engine, start_distributed
@@ -84,9 +84,11 @@ def train(
     folder: Path,
     tracker: Tracker,
     device: torch.device,
-    resolved_config: str,
+    settings: Mapping[str, Any],
 ) -> None:
     """Train `task` on the given rows of the shard set, from the newest checkpoint in `folder` on.
+
+    `settings`: the whole resolved configuration, by section. Ranks must agree on it, and checkpoints keep a copy.
 
     Writes folder/checkpoints/, folder/log.jsonl, folder/snapshots/ and, through the task, the exported weights. Ctrl-C,
     SIGTERM and SIGUSR1 save a checkpoint and raise KeyboardInterrupt; the same call goes on from there, on any number
@@ -98,97 +100,158 @@ def train(
     if len(rows) == 0:
         raise problem(shards.root, "split", "no slice to train on", "widen loader.modalities or loader.axes")
     start_distributed(device)
-    agree({"shards digest": shards.digest, "config": resolved_config, **code_versions()})
-    order = make_order(shards, rows, loader_config.mix, config.seed)
-
-    def load(positions: Iterator[np.ndarray], batch_size: int) -> Iterator[Batch]:
-        loader = Loader(shards, order, positions, loader_config, batch_size=batch_size, seed=config.seed, device=device)
-        return iter(loader)
-
-    model = task.model.to(device).train()
-    if config.activation_checkpointing:
-        _checkpoint_activations(model)
-    first = rank_positions(0, micro_batch_size=1, num_micro_batches=1, rank=0, world_size=1)
-    counter, peak = FlopCounter(model), peak_flops(device, config.precision)
-    micro_batch_size = find_micro_batch(task, lambda: next(load(first, 1)), config, folder)
-    engine = Engine(model, config, micro_batch_size, device)
-    exporter = Exporter(task, config, folder)
-    state, window, guard = _resume(engine, exporter, shards, config, folder)
-    if is_main():
-        _cut_log(folder / "log.jsonl", state.images_seen)
-        about = {"ranks": world_size(), "device": str(device), "peak_tflops": peak.flops / 1e12, "peak": peak.source}
-        tracker.log_params({task.name: {**describe(task.model), **about}})
-    batches = load(
-        rank_positions(
-            state.images_seen,
-            micro_batch_size=micro_batch_size,
-            num_micro_batches=engine.num_micro_batches,
-            rank=rank(),
-            world_size=world_size(),
-        ),
-        micro_batch_size,
-    )
-    clock = StepClock(state.images_seen, device, counter, peak)
-    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
-    writer = CheckpointWriter(
-        folder / "checkpoints",
-        keep=config.keep_checkpoints,
-        keep_every_images=config.keep_every_images,
-        on_complete=exporter.export,
-    )
-    done = stop = state.images_seen >= config.num_images
+    # Settings are what sections hold; folders may have other names on other machines.
+    sections = {key: str(value) for key, value in flatten(settings).items() if "." in key}
+    agree({"shards digest": shards.digest, **sections, **code_versions()})
+    training = _Training(task, shards, rows, loader_config, config, folder, tracker, device, settings)
     with (
         Heartbeat(config.hang_timeout_s) as heartbeat,
-        _progress(task.name, config.num_images, state.images_seen) as bar,
         _CatchInterrupt() as interrupt,
-        writer,
+        training.writer,
     ):
-        while not (done or stop):
-            engine.set_lr(learning_rate(state.images_seen, config))
-            for micro_batch in range(1, engine.num_micro_batches + 1):
-                with clock.waiting():
-                    batch = next(batches)
-                loss, told = task.loss(engine, batch)
-                engine.backward(loss)
-                window.add(loss, told)
-                last = micro_batch == engine.num_micro_batches
-                skipped = engine.step(guard.veto(window.step_loss()) if last else None)
-            window.close_step(skipped)
-            guard.count(skipped)
-            before, state.images_seen = state.images_seen, state.images_seen + config.global_batch_size
-            engine.update_averages(state.images_seen, config.global_batch_size)
-            bar.update(min(state.images_seen, config.num_images) - before)
-            heartbeat.beat(state.images_seen)
-            clock.step()
-
-            done = state.images_seen >= config.num_images
-            if done or _crosses(before, state.images_seen, config.log_every_images):
-                row = {**window.means(), "grad_norm": engine.grad_norm(), "lr": learning_rate(before, config)}
-                row |= {"skipped_steps": guard.num_skipped, **clock.rates(state.images_seen)}
-                if is_main():
-                    bar.set_postfix_str(progress_line(row), refresh=False)
-                    _log(folder / "log.jsonl", tracker, task.name, row, state.images_seen)
-                if guard.num_in_a_row >= config.max_skipped_steps:
-                    raise TrainingStopped(_why_hopeless(task, guard, state, folder))
-
-            agreed = agreement.exchange({"stop": float(interrupt.asked), **writer.flags()})
-            writer.poll(agreed)
-            stop = agreed["stop"] > 0
-            save = done or stop or _crosses(before, state.images_seen, config.checkpoint_every_images)
-            with clock.paused():
-                validate_every = config.validate_every_images or config.checkpoint_every_images
-                if done or (not stop and _crosses(before, state.images_seen, validate_every)):
-                    with heartbeat.patience(_PATIENCE_S), engine.using_average(config.averages[0]):
-                        _judge(task, engine, state, tracker)
-                if save:
-                    writer.drain(agreement)
-                    values = {**vars(state), "window": window.values(), "guard": guard.values()}
-                    writer.start(engine.state(), {**values, "shards_digest": shards.digest}, resolved_config)
-        with heartbeat.patience(_PATIENCE_S):
-            writer.drain(agreement, must_succeed=True)
-    engine.close()
-    if not done:
+        training.run(heartbeat, interrupt)
+    if not training.done:
         raise KeyboardInterrupt
+
+
+class _Training:
+    """One run: what it needs, set up on every rank alike, and the loop."""
+
+    def __init__(
+        self,
+        task: Task,
+        shards: ShardSet,
+        rows: np.ndarray,
+        loader_config: LoaderConfig,
+        config: TrainConfig,
+        folder: Path,
+        tracker: Tracker,
+        device: torch.device,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.task, self.shards, self.config, self.folder, self.tracker = task, shards, config, folder, tracker
+        order = make_order(shards, rows, loader_config.mix, config.seed)
+
+        def load(start: int, size: int, num_micro_batches: int, of_rank: int, ranks: int) -> Iterator[Batch]:
+            positions = rank_positions(
+                start, micro_batch_size=size, num_micro_batches=num_micro_batches, rank=of_rank, world_size=ranks
+            )
+            return iter(
+                Loader(shards, order, positions, loader_config, batch_size=size, seed=config.seed, device=device)
+            )
+
+        model = task.model.to(device).train()
+        if config.activation_checkpointing:
+            _checkpoint_activations(model)
+        counter, peak = FlopCounter(model), peak_flops(device, config.precision)
+        size = find_micro_batch(task, lambda: next(load(0, 1, 1, 0, 1)), config, folder)
+        self.engine = Engine(model, config, size, device)
+        exporter = Exporter(task, config, folder)
+        self.state, self.window, self.guard = _resume(self.engine, exporter, shards, config, folder)
+        start = self.state.images_seen
+        if is_main():
+            _cut_log(folder / "log.jsonl", start)
+            about = {"ranks": world_size(), "device": str(device), "micro_batch_size_used": size}
+            about |= {"peak_tflops": peak.flops / 1e12, "peak_source": peak.source, **describe(task.model)}
+            tracker.log_params({task.name: about})
+        self.batches = load(start, size, self.engine.num_micro_batches, rank(), world_size())
+        self.clock = StepClock(start, device, counter, peak)
+        self.writer = CheckpointWriter(
+            folder / "checkpoints",
+            config=to_yaml(settings),
+            keep=config.keep_checkpoints,
+            keep_every_images=config.keep_every_images,
+            on_complete=exporter.export,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether all images were seen."""
+        return self.state.images_seen >= self.config.num_images
+
+    def run(self, heartbeat: Heartbeat, interrupt: _CatchInterrupt) -> None:
+        """Step, log, validate and save until all images were seen or a rank was asked to stop."""
+        config, state = self.config, self.state
+        agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
+        stop = False
+        with _progress(self.task.name, config.num_images, state.images_seen) as bar:
+            while not (self.done or stop):
+                before = state.images_seen
+                self._step()
+                heartbeat.beat(state.images_seen)
+                bar.update(min(state.images_seen, config.num_images) - before)
+                if self.done or _crosses(before, state.images_seen, config.log_every_images):
+                    bar.set_postfix_str(progress_line(self._log(before)), refresh=False)
+
+                agreed = agreement.exchange({"stop": float(interrupt.asked), **self.writer.flags()})
+                self.writer.poll(agreed)
+                stop = agreed["stop"] > 0
+                with self.clock.paused():
+                    validate_every = config.validate_every_images or config.checkpoint_every_images
+                    if self.done or (not stop and _crosses(before, state.images_seen, validate_every)):
+                        with heartbeat.patience(_PATIENCE_S):
+                            self._validate()
+                    if self.done or stop or _crosses(before, state.images_seen, config.checkpoint_every_images):
+                        self.writer.drain(agreement)
+                        self._save()
+            with heartbeat.patience(_PATIENCE_S):
+                self.writer.drain(agreement, must_succeed=True)
+        self.engine.close()
+
+    def _step(self) -> None:
+        """One global batch: this rank's share of it, a micro-batch at a time, and the update."""
+        engine, state = self.engine, self.state
+        engine.set_lr(learning_rate(state.images_seen, self.config))
+        for micro_batch in range(1, engine.num_micro_batches + 1):
+            with self.clock.waiting():
+                batch = next(self.batches)
+            loss, told = self.task.loss(engine, batch)
+            engine.backward(loss)
+            self.window.add(loss, told)
+            last = micro_batch == engine.num_micro_batches
+            skipped = engine.step(self.guard.veto(self.window.step_loss()) if last else None)
+        self.window.close_step(skipped)
+        self.guard.count(skipped)
+        state.images_seen += self.config.global_batch_size
+        engine.update_averages(state.images_seen, self.config.global_batch_size)
+        self.clock.step()
+
+    def _log(self, before: int) -> dict[str, float]:
+        """Means since the last line, to the log and the tracker. Raises TrainingStopped when nothing is learned."""
+        images_seen, guard = self.state.images_seen, self.guard
+        row = {**self.window.means(), "grad_norm": self.engine.grad_norm(), "lr": learning_rate(before, self.config)}
+        row |= {"skipped_steps": guard.num_skipped, **self.clock.rates(images_seen)}
+        if is_main():
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"images_seen": images_seen, **row}) + "\n")
+            self._track(row)
+        if guard.num_in_a_row >= self.config.max_skipped_steps:
+            newest = next(iter(checkpoint.complete_ones(self.folder / "checkpoints")), None)
+            raise TrainingStopped(
+                f"{self.task.name}: {guard.num_in_a_row} steps in a row up to {images_seen} images were skipped: their "
+                f"loss or gradient was no number, or far above the mean; the last good checkpoint is {newest or 'none'}"
+            )
+        return row
+
+    def _validate(self) -> None:
+        """Judge the first average, and see whether it is the best so far."""
+        with self.engine.using_average(self.config.averages[0]):
+            metrics = self.task.validate(self.engine, self.state.images_seen)
+        if self.task.score is not None:
+            score, best = metrics[self.task.score], self.state.best_score
+            self.state.is_best = best is None or score > best
+            self.state.best_score = score if best is None else max(score, best)
+            metrics = {**metrics, f"best_{self.task.score}": self.state.best_score}
+        self._track(metrics)
+
+    def _track(self, values: Mapping[str, float]) -> None:
+        named = {f"{self.task.name}/{name}": value for name, value in values.items()}
+        self.tracker.log_metrics(named, self.state.images_seen)
+
+    def _save(self) -> None:
+        """Begin a checkpoint of this moment."""
+        values = {**vars(self.state), "window": self.window.values(), "guard": self.guard.values()}
+        self.writer.start(self.engine.state(), {**values, "shards_digest": self.shards.digest})
 
 
 def _resume(
@@ -211,25 +274,6 @@ def _resume(
     return state, Window(engine.device, saved["window"]), guard
 
 
-def _judge(task: Task, engine: Engine, state: RunState, tracker: Tracker) -> None:
-    """Validate the average in place, and see whether it is the best so far."""
-    metrics = task.validate(engine, state.images_seen)
-    if task.score is not None:
-        score = metrics[task.score]
-        state.is_best = state.best_score is None or score > state.best_score
-        state.best_score = score if state.is_best else state.best_score
-        metrics = {**metrics, f"best_{task.score}": float(state.best_score or 0.0)}
-    tracker.log_metrics({f"{task.name}/{name}": value for name, value in metrics.items()}, state.images_seen)
-
-
-def _why_hopeless(task: Task, guard: Guard, state: RunState, folder: Path) -> str:
-    newest = next(iter(checkpoint.complete_ones(folder / "checkpoints")), None)
-    return (
-        f"{task.name}: {guard.num_in_a_row} steps in a row up to {state.images_seen} images were skipped: their loss "
-        f"or gradient was no number, or far above the mean; the last good checkpoint is {newest or 'none'}"
-    )
-
-
 def _checkpoint_activations(model: nn.Module) -> None:
     """Turn on what diffusers' networks have for it."""
     networks: list[Any] = [m for m in model.children() if hasattr(m, "enable_gradient_checkpointing")]
@@ -241,12 +285,6 @@ def _checkpoint_activations(model: nn.Module) -> None:
 
 def _crosses(before: int, after: int, every: int) -> bool:
     return before // every != after // every
-
-
-def _log(path: Path, tracker: Tracker, name: str, row: dict[str, float], images_seen: int) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({"images_seen": images_seen, **row}) + "\n")
-    tracker.log_metrics({f"{name}/{key}": value for key, value in row.items()}, images_seen)
 
 
 def _cut_log(path: Path, images_seen: int) -> None:

@@ -44,7 +44,7 @@ def run_training(shapes: Path, run: Path, net: DenoiserConfig = NET, **changes: 
     task = DenoiserTask(shards, shards.size, net, DIFFUSION, config.seed, run / "weights", CPU)
     rows = shards.select(split="train")
     with Tracker(run, TrackingConfig(enabled=False), "train") as tracker:
-        train(task, shards, rows, LOADER, config, run, tracker, CPU, "config: here\n")
+        train(task, shards, rows, LOADER, config, run, tracker, CPU, {"config": "here"})
     return losses(run)
 
 

@@ -57,7 +57,7 @@ def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path)
     with CheckpointWriter(tmp_path, keep=1, on_complete=exported.append) as writer:
         for images in (8, 16):
             weights.fill_(images)
-            writer.start(state(weights), {"images_seen": images}, "a: 1\n")
+            writer.start(state(weights), {"images_seen": images})
             weights.fill_(-1)
             for _ in range(2_000):
                 writer.poll(agreement.exchange({"stop": 0.0, **writer.flags()}))
@@ -89,9 +89,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_room_helps(small_disk: Pat
     weights = torch.ones(1_200_000)  # 4.8 MB: one fits, two do not
     agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
     with CheckpointWriter(small_disk, keep=1) as writer:
-        writer.start(state(weights), {"images_seen": 8}, "")
+        writer.start(state(weights), {"images_seen": 8})
         writer.drain(agreement, must_succeed=True)
-        writer.start(state(weights), {"images_seen": 16}, "")
+        writer.start(state(weights), {"images_seen": 16})
         with (
             pytest.warns(UserWarning, match=r"000000000016 could not be written and is left out: .*[Ss]pace"),
             pytest.raises(OSError, match="could not be written"),
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_room_helps(small_disk: Pat
         assert sharded_state.find_damage(small_disk / f"{8:012d}", 1, read_all=True) is None
         assert writer.num_failed == 1
         shutil.rmtree(small_disk / f"{8:012d}")  # room is made
-        writer.start(state(weights), {"images_seen": 24}, "")
+        writer.start(state(weights), {"images_seen": 24})
         writer.drain(agreement, must_succeed=True)
     assert [int(p.name) for p in checkpoint.complete_ones(small_disk)] == [24]
 

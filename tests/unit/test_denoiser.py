@@ -116,6 +116,25 @@ def test_saved_and_loaded_it_computes_the_same(tmp_path: Path, encoding: str, co
     assert (unet.config.sample_size, unet.config.in_channels) == (16, model.mask_join.num_channels)
 
 
+def test_a_killed_save_leaves_the_weights_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Denoiser(SMALL, AMOS, 16).eval()
+    model.save(tmp_path / "online", model.state_dict())
+    expected = model(*inputs())
+    changed = {name: value + 1.0 for name, value in model.state_dict().items()}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.unet), "save_config", killed)  # after the new weights were written
+        with pytest.raises(KeyboardInterrupt):
+            model.save(tmp_path / "online", changed)
+    assert torch.equal(Denoiser.load(tmp_path / "online")(*inputs()), expected)
+    model.save(tmp_path / "online", changed)
+    assert [p.name for p in tmp_path.iterdir()] == ["online"]
+    assert not torch.equal(Denoiser.load(tmp_path / "online")(*inputs()), expected)
+
+
 def test_weights_from_before_soft_masks_are_loaded(tmp_path: Path) -> None:
     model = Denoiser(replace(SMALL, mask_encoding="embedding"), AMOS, 16).eval()
     model.save(tmp_path, model.state_dict())

@@ -44,7 +44,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = ShardSet.open(shapes)
     task = SegmenterTask(shards, CONFIG, LoaderConfig(), folder / "weights", CPU)
     with Tracker(folder, TrackingConfig(enabled=False), "segmenter") as tracker:
-        train(task, shards, shards.select(split="train"), LoaderConfig(), CONFIG.train, folder, tracker, CPU, "")
+        train(task, shards, shards.select(split="train"), LoaderConfig(), CONFIG.train, folder, tracker, CPU, {})
     return folder
 
 
@@ -79,7 +79,7 @@ def test_a_worse_checkpoint_does_not_replace_the_weights(trained: Path, shapes: 
     config = replace(CONFIG.train, num_images=3_200, lr=0.5, lr_decay="constant", spike_factor=0.0)
     task = SegmenterTask(shards, CONFIG, LoaderConfig(), folder / "weights", CPU)
     with Tracker(folder, TrackingConfig(enabled=False), "segmenter") as tracker:
-        train(task, shards, shards.select(split="train"), LoaderConfig(), config, folder, tracker, CPU, "")
+        train(task, shards, shards.select(split="train"), LoaderConfig(), config, folder, tracker, CPU, {})
     last = json.loads((folder / "checkpoints" / f"{3_200:012d}" / "state.json").read_text())
     assert not last["is_best"]
     assert Segmenter.load(folder / "weights").weights_sha256 == best
