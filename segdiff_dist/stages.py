@@ -112,14 +112,14 @@ def train_segmenter(experiment: Experiment) -> None:
 
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
-    from segdiff_dist.denoising import DenoiserTask
+    from segdiff_dist.denoising import DenoiserTask, find_problems
     from segdiff_dist.validation import DenoiserValidation
 
     denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
     run, shards = _open_run_and_data(experiment, experiment.more_data)
     side = _side(shards, loader.crop_size)
     collect(
-        lambda: refuse(denoiser.problems(side) + experiment.diffusion.problems()),
+        lambda: refuse(find_problems(shards, side, denoiser, experiment.diffusion)),
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
         lambda: refuse(experiment.validation.problems() + experiment.tracking.problems()),
         lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
@@ -134,7 +134,7 @@ def train_denoiser(experiment: Experiment) -> None:
             shards.select(split="val", modalities=loader.modalities, axes=loader.axes),
             loader,
             experiment.diffusion,
-            experiment.sample.sampler,
+            replace(experiment.sample.sampler, guidance=1.0),
             experiment.validation,
             run,
             device,

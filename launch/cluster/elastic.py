@@ -50,6 +50,8 @@ def main() -> int:
         codes = Launch(slots, given.port + attempt % 1000, given, run).wait(given.grace_s, asked)
         if REFUSED in codes.values() or (slots and not any(codes.values())):
             return REFUSED if any(codes.values()) else 0
+        if asked:
+            break
         attempt, failures = attempt + 1, 0 if newest_complete(checkpoints) > before else failures + 1
         say(f"exit codes {codes}; launches in a row without a new checkpoint: {failures}")
         if failures > given.restarts:
