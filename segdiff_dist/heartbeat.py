@@ -48,7 +48,8 @@ class Sign:
     """The line of Python that the main thread is in."""
     patience_s: float = 0.0
     state: str = "running"
-    """`left` when it needs the others no more, `broken: why` when a collective broke off, `failed: why` else."""
+    """`left` when it needs the others no more, `interrupted` when all are to leave now, `broken: why` when a collective
+    broke off, `failed: why` else."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Heartbeat:
             self._sign.state = f"broken: {_in_short(error)}"
             self._thread.join(self._dead_after_s + 12 * self._interval_s)  # it ends this process
         elif together:
-            self._sign.state = "left"
+            self._sign.state = "left" if error is None else "interrupted"
             if self._court is not None:
                 self._court.all_left.wait()  # the store goes when rank 0 does
         else:
@@ -235,7 +236,7 @@ class Court:
             self._silent_rounds[n] = 0 if new.ticks != old.ticks else self._silent_rounds[n] + 1
             if new.beats != old.beats:
                 self._moved_s[n] = now_s
-        here = [n for n, sign in enumerate(signs) if sign.state != "left"]
+        here = [n for n, sign in enumerate(signs) if sign.state not in ("left", "interrupted")]
         if not here:
             self.all_left.set()
             return None
@@ -260,12 +261,14 @@ class Court:
         return Verdict(why, tuple(dead))
 
     def _broken(self, here: list[int]) -> Verdict | None:
-        """A collective broke off: because a rank died, which shows soon, or left; or for a reason of the network's."""
+        """A collective broke off: because a rank died, which shows soon, or left; or for a reason of the network's. Or
+        a rank was interrupted and the others were not."""
         broken = [n for n in here if self._sign(n).state.startswith("broken")]
-        self._broken_rounds = self._broken_rounds + 1 if broken else 0
+        gone = [n for n in range(len(self._silent_rounds)) if n not in here]
+        waiting = broken or any(self._sign(n).state == "interrupted" for n in gone)
+        self._broken_rounds = self._broken_rounds + 1 if waiting else 0
         if self._broken_rounds <= self._dead_after_rounds + 3:
             return None
-        gone = [n for n in range(len(self._silent_rounds)) if n not in here]
         if gone:
             return Verdict(f"{self._names(gone)} left while the others still needed it", tuple(gone))
         return Verdict(f"on {self._names(broken)} a collective is {self._sign(broken[0]).state}", tuple(broken))
