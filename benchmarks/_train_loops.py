@@ -274,19 +274,19 @@ def accelerated(turn: Turn, folder: Path, watch: Watch) -> None:
 
 
 def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
-    """segdiff_dist.training.train as the train stage calls it: loader, DeepSpeed engine (ZeRO 1), two averages, MLflow,
-    a line of the log every other step, and one checkpoint halfway through the timed steps.
+    """training.loop.train as the train stage calls it: loader, DeepSpeed engine (ZeRO 1), two averages, MLflow, a
+    line of the log every other step, and one checkpoint halfway through the timed steps.
 
     `bare` leaves averages, log lines, tracking and checkpoints out.
     """
     from data_shards.feed.loader import LoaderConfig
     from data_shards.store.shards import ShardSet
-    from segdiff_dist import training
-    from segdiff_dist.denoising import DenoiserTask
-    from segdiff_dist.diffusion import DiffusionConfig
-    from segdiff_dist.engine import Engine
-    from segdiff_dist.tracking import Tracker, TrackingConfig
-    from segdiff_dist.train_config import TrainConfig
+    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.task import DenoiserTask
+    from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+    from segdiff_dist.training import loop as training
+    from segdiff_dist.training.config import TrainConfig
+    from segdiff_dist.training.engine import Engine
 
     class TimedTask(DenoiserTask):
         def loss(self, forward: Callable[..., Any], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -331,11 +331,11 @@ def time_parts(watch: Watch) -> None:
     On a CPU nothing is asynchronous but the threads, so what a call takes is what the step pays for it. With several
     ranks it would hold waits for the others too.
     """
-    from segdiff_dist.checkpoint import CheckpointWriter
-    from segdiff_dist.distributed import Agreement
-    from segdiff_dist.engine import Engine
-    from segdiff_dist.step_log import Guard, Window
-    from segdiff_dist.training import _Training
+    from segdiff_dist.ranks.distributed import Agreement
+    from segdiff_dist.training.checkpoint import CheckpointWriter
+    from segdiff_dist.training.engine import Engine
+    from segdiff_dist.training.loop import _Training
+    from segdiff_dist.training.step_log import Guard, Window
 
     parts: dict[str, list[tuple[Any, str]]] = {
         "averages": [(Engine, "update_averages")],
@@ -413,7 +413,7 @@ class PngPairs(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 def make_unet(turn: Turn) -> UNet2DModel:
     """The network of every contender, with the same weights; two channels in, image and mask."""
     from data_shards.labels import AMOS
-    from segdiff_dist.denoiser import Denoiser
+    from segdiff_dist.denoising.denoiser import Denoiser
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -421,7 +421,7 @@ def make_unet(turn: Turn) -> UNet2DModel:
 
 
 def _denoiser_config(turn: Turn) -> Any:
-    from segdiff_dist.denoiser import DenoiserConfig
+    from segdiff_dist.denoising.denoiser import DenoiserConfig
 
     return DenoiserConfig(
         block_out_channels=turn.block_out_channels,
@@ -444,9 +444,9 @@ def checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str,
 def _checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
     """`gib` a checkpoint; by checkpoint `waited_s`, what the loop stood still, and `written_s`, from the start of the
     writing until it is complete; and `slowed`, how much longer pieces of work take beside a writing than alone."""
-    from segdiff_dist.checkpoint import CheckpointWriter
-    from segdiff_dist.distributed import Agreement
-    from segdiff_dist.sharded_state import Extent, ShardOfState
+    from segdiff_dist.ranks.distributed import Agreement
+    from segdiff_dist.training.checkpoint import CheckpointWriter
+    from segdiff_dist.training.sharded_state import Extent, ShardOfState
 
     torch.set_num_threads(1)
     kinds = ("online", "exp_avg", "exp_avg_sq", "ema_0.05", "ema_0.1")

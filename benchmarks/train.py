@@ -2,7 +2,7 @@
 
     (a) the published loop's design   fp32, row-major, plain AdamW, noise from the CPU, .item() every step, no averages
     (b) diffusers' style              accelerate, EMAModel, DDPMScheduler, clipping, DataLoader; fp32 and bf16
-    ours                              segdiff_dist.training.train, with two averages, log, MLflow and a checkpoint
+    ours                              segdiff_dist.training.loop.train, with two averages, log, MLflow and a checkpoint
     ours, bare                        the same without averages, log, MLflow and checkpoint
 
 Each with one and with two ranks, a thread of arithmetic each, in processes of their own that are started for the turn.

@@ -74,7 +74,7 @@ def train_segmenter(experiment: Experiment) -> int:
 
 
 def _train(stage: Callable[[Experiment], None], experiment: Experiment) -> int:
-    from segdiff_dist.training import TrainingStopped
+    from segdiff_dist.training.loop import TrainingStopped
 
     try:
         stage(experiment)
@@ -86,7 +86,7 @@ def _train(stage: Callable[[Experiment], None], experiment: Experiment) -> int:
 
 def sample(experiment: Experiment) -> int:
     """Make the missing images."""
-    from segdiff_dist.sampling import SamplingFailed
+    from segdiff_dist.sampling.job import SamplingFailed
 
     try:
         store = stages.sample(experiment)
@@ -121,7 +121,7 @@ def average(experiment: Experiment) -> int:
 
 def track(experiment: Experiment) -> int:
     """Send MLflow what waits in the run's spool."""
-    from segdiff_dist.tracking import send_spool
+    from segdiff_dist.tracking.tracker import send_spool
 
     run = experiment.path("run")
     print(f"{send_spool(run):,} records of {run} sent to MLflow")

@@ -17,15 +17,15 @@ from data_shards.phantom import PhantomConfig
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.store.convert import ConvertConfig
 from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate, write_text_atomically
-from segdiff_dist.denoiser import DenoiserConfig
-from segdiff_dist.diffusion import DiffusionConfig
+from segdiff_dist.denoising.denoiser import DenoiserConfig
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.validation import ValidationConfig
 from segdiff_dist.evaluation.job import EvaluateConfig
-from segdiff_dist.export import AverageConfig
-from segdiff_dist.sampling import SampleConfig
+from segdiff_dist.sampling.job import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig
-from segdiff_dist.tracking import TrackingConfig
-from segdiff_dist.train_config import TrainConfig
-from segdiff_dist.validation import ValidationConfig
+from segdiff_dist.tracking.tracker import TrackingConfig
+from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.export import AverageConfig
 
 CONFIG_FILE = "config.yaml"
 

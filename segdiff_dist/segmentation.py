@@ -22,9 +22,9 @@ from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from data_shards.records import MODALITIES, Batch
-from segdiff_dist.diffusion import to_model_range
-from segdiff_dist.distributed import rank, sum_over_ranks, world_size
-from segdiff_dist.train_config import TrainConfig
+from segdiff_dist.pixels import to_model_range
+from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
+from segdiff_dist.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet

@@ -14,9 +14,9 @@ from data_shards.feed.mixing import mix_groups
 from data_shards.problems import Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.attention import choose_attention
-from segdiff_dist.distributed import is_main, pick_device, world_size
 from segdiff_dist.experiment import Experiment, collect, refuse_another_config, save_experiment
-from segdiff_dist.tracking import Tracker, TrackingConfig
+from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
+from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
 
 
 def make_phantom(experiment: Experiment) -> None:
@@ -112,8 +112,8 @@ def train_segmenter(experiment: Experiment) -> None:
 
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
-    from segdiff_dist.denoising import DenoiserTask, find_problems
-    from segdiff_dist.validation import DenoiserValidation
+    from segdiff_dist.denoising.task import DenoiserTask, find_problems
+    from segdiff_dist.denoising.validation import DenoiserValidation
 
     denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
     run, shards = _open_run_and_data(experiment, experiment.more_data)
@@ -149,9 +149,9 @@ def train_denoiser(experiment: Experiment) -> None:
 
 def average(experiment: Experiment) -> tuple[Path, float]:
     """`segdiff average`: weights of another length into RUN/weights; returns their folder, and how far their profile
-    stays from the one asked for (segdiff_dist.ema.misfit)."""
-    from segdiff_dist.denoiser import Denoiser
-    from segdiff_dist.export import average_snapshots
+    stays from the one asked for (segdiff_dist.training.ema.misfit)."""
+    from segdiff_dist.denoising.denoiser import Denoiser
+    from segdiff_dist.training.export import average_snapshots
 
     run, wanted = experiment.path("run"), experiment.average
     refuse(wanted.problems())
@@ -165,7 +165,7 @@ def average(experiment: Experiment) -> tuple[Path, float]:
 
 def sample(experiment: Experiment) -> Any:
     """`segdiff sample`: RUN/samples; returns the SampleStore."""
-    from segdiff_dist import sampling
+    from segdiff_dist.sampling import job as sampling
 
     config = experiment.sample
     if config.weights == "ema":
@@ -208,9 +208,9 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
 def _train(
     experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, loader: Any, config: Any
 ) -> None:
-    from segdiff_dist.checkpoint import complete_ones, read_state
-    from segdiff_dist.export import is_exported
-    from segdiff_dist.training import train
+    from segdiff_dist.training.checkpoint import complete_ones, read_state
+    from segdiff_dist.training.export import is_exported
+    from segdiff_dist.training.loop import train
 
     newest = next(iter(complete_ones(folder / "checkpoints")), None)
     if newest is not None and read_state(newest)["images_seen"] >= config.num_images and is_exported(newest, folder):

@@ -17,7 +17,7 @@ DEAD_AFTER_S, HANG_TIMEOUT_S = 2.0, 4.0
 
 # From a server that has imported torch already, ranks are there at once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "segdiff_dist.heartbeat"])
+_context.set_forkserver_preload(["torch.distributed", "segdiff_dist.ranks.heartbeat"])
 
 
 class Ranks:
@@ -66,7 +66,7 @@ def _enter(rank: int, num_ranks: int, port: int, folder: Path, target: Callable[
     import torch
     import torch.distributed as dist
 
-    from segdiff_dist.distributed import prepare_environment
+    from segdiff_dist.ranks.distributed import prepare_environment
 
     torch.set_num_threads(1)
     prepare_environment()
@@ -80,7 +80,7 @@ def watched(rank: int, fault: str) -> None:
     import torch.distributed as dist
 
     from data_shards.problems import problem
-    from segdiff_dist.heartbeat import Heartbeat
+    from segdiff_dist.ranks.heartbeat import Heartbeat
 
     flushed = Path(f"flushed-{rank}")
     with Heartbeat(HANG_TIMEOUT_S, dead_after_s=DEAD_AFTER_S, last_words=flushed.touch) as heartbeat:
@@ -117,7 +117,7 @@ def _commit(fault: str) -> None:
 def agreeing(rank: int, differing: dict[int, dict[str, str]]) -> None:
     """Agree on settings of which some ranks have others; leaves found-RANK, the problems."""
     from data_shards.problems import InputProblems
-    from segdiff_dist.distributed import agree
+    from segdiff_dist.ranks.distributed import agree
 
     what = {"train.lr": "0.001", "data": "5" * 64, "long": "a" * 5000}
     found = []
@@ -133,7 +133,7 @@ def exchanging(rank: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from segdiff_dist.distributed import Agreement, gather_objects, sum_over_ranks
+    from segdiff_dist.ranks.distributed import Agreement, gather_objects, sum_over_ranks
 
     agreement = Agreement(("stop", "fraction"))
     agreed = []

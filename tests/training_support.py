@@ -15,12 +15,12 @@ import torch
 from data_shards.feed.loader import Loader, LoaderConfig
 from data_shards.feed.order import Shuffled, rank_positions
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoiser import DenoiserConfig
-from segdiff_dist.denoising import DenoiserTask
-from segdiff_dist.diffusion import DiffusionConfig
-from segdiff_dist.tracking import Tracker, TrackingConfig
-from segdiff_dist.train_config import TrainConfig, learning_rate
-from segdiff_dist.training import train
+from segdiff_dist.denoising.denoiser import DenoiserConfig
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.task import DenoiserTask
+from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+from segdiff_dist.training.config import TrainConfig, learning_rate
+from segdiff_dist.training.loop import train
 
 CPU = torch.device("cpu")
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from segdiff_dist.scale import most_ranks
+from segdiff_dist.ranks.scale import most_ranks
 
 BIN = Path(sys.executable).parent
 REFUSED = 2  # `segdiff`'s exit code for bad input, which no restart cures

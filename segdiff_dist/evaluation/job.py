@@ -31,7 +31,7 @@ from segdiff_dist.evaluation.summary import scalars as scalars
 from segdiff_dist.evaluation.worker import SIDES, Chunk, ChunkResult, Inputs, make_worker
 
 if TYPE_CHECKING:
-    from segdiff_dist.sample_store import SampleStore
+    from segdiff_dist.sampling.store import SampleStore
 
 FOLDER = "evaluation"
 # Items a task takes: long enough to drown Ray's overhead, short enough for a progress bar that moves.
@@ -115,7 +115,7 @@ def evaluate(
 
 def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, ShardSet, str]:
     """Open everything once here, so that what is wrong is said before Ray starts; last, the segmenter's digest."""
-    from segdiff_dist.sample_store import SampleStore
+    from segdiff_dist.sampling.store import SampleStore
     from segdiff_dist.segmentation import Segmenter
 
     problems = config.problems()

@@ -32,7 +32,7 @@ class Pictures:
         import pyarrow.parquet as pq
         import zarr
 
-        from segdiff_dist.sample_store import SampleStore
+        from segdiff_dist.sampling.store import SampleStore
 
         store = SampleStore.open(run / "samples")
         table = pq.read_table(run / "evaluation" / "samples.parquet").to_pydict()

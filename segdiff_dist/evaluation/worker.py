@@ -86,7 +86,7 @@ class _Evaluator:
         import zarr
 
         from data_shards.store.shards import ShardSet
-        from segdiff_dist.sample_store import SampleStore
+        from segdiff_dist.sampling.store import SampleStore
         from segdiff_dist.segmentation import Segmenter
 
         # The actor's one thread is fixed by its environment; torch is told too in case it was loaded before that.

@@ -35,7 +35,7 @@ def write_samples(run: Path, shapes: Path) -> None:
     import pyarrow as pa
 
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.sample_store import SampleStore
+    from segdiff_dist.sampling.store import SampleStore
 
     shards = ShardSet.open(shapes)
     items: list[dict[str, Any]] = []
@@ -113,7 +113,7 @@ def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -
     import torch
 
     from data_shards.records import MODALITIES
-    from segdiff_dist.sample_store import SampleStore
+    from segdiff_dist.sampling.store import SampleStore
 
     segmenter = Segmenter.load(run / "segmenter" / "weights")
     assert summary["provenance"]["segmenter_sha256"] == segmenter.weights_sha256

@@ -19,9 +19,9 @@ from data_shards.fan_out import Done, TaskFailure, fan_out, ray_session
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
-from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig
-from segdiff_dist.sample_store import SampleStore
-from segdiff_dist.sampling import SampleConfig, generate, item_conditions, list_items, sample
+from segdiff_dist.denoising.diffusion import DiffusionConfig, SamplerConfig
+from segdiff_dist.sampling.job import SampleConfig, generate, item_conditions, list_items, sample
+from segdiff_dist.sampling.store import SampleStore
 
 DIFFUSION = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
 QUICK: dict[str, Any] = {
@@ -44,7 +44,7 @@ def write_weights(run: Path, seed: int = 0, soft_masks: bool = False, **trained_
     """An untrained denoiser: its images mean nothing, but are the same every time."""
     import torch
 
-    from segdiff_dist.denoiser import Denoiser, DenoiserConfig
+    from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
 
     torch.manual_seed(seed)
     config = DenoiserConfig(
@@ -103,8 +103,8 @@ def test_a_killed_job_goes_on(shapes: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "test_sampling_job.py").write_text(
         "from data_shards.store.shards import ShardSet\n"
-        "from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig\n"
-        "from segdiff_dist.sampling import SampleConfig, sample\n"
+        "from segdiff_dist.denoising.diffusion import DiffusionConfig, SamplerConfig\n"
+        "from segdiff_dist.sampling.job import SampleConfig, sample\n"
         "def go(run, shapes):\n"
         "    shards = ShardSet.open(shapes)\n"
         "    config = SampleConfig(num=10, region_size=4, samples_per_mask=2, diverse_masks=2, num_workers=1,\n"
@@ -144,7 +144,7 @@ def test_workers_guide_and_see_soft_masks_less_the_organs_left_out(tmp_path: Pat
     import torch
     from tests_support import write_shapes
 
-    from segdiff_dist.denoiser import Denoiser
+    from segdiff_dist.denoising.denoiser import Denoiser
 
     shards = ShardSet.open(write_shapes(tmp_path / "set", num_patients=1, slices=2, soft_edge=True))
     run = write_weights(tmp_path / "run", soft_masks=True, mask_dropout=0.1)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from segdiff_dist import checkpoint, sharded_state
-from segdiff_dist.checkpoint import CheckpointWriter
 from segdiff_dist.config import write_text_atomically
-from segdiff_dist.distributed import Agreement
-from segdiff_dist.sharded_state import Extent, SavedState, ShardOfState
-from segdiff_dist.train_config import TrainConfig, learning_rate
+from segdiff_dist.ranks.distributed import Agreement
+from segdiff_dist.training import checkpoint, sharded_state
+from segdiff_dist.training.checkpoint import CheckpointWriter
+from segdiff_dist.training.config import TrainConfig, learning_rate
+from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState
 
 
 def make(folder: Path, images: int, complete: bool = True) -> Path:

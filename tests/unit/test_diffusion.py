@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from segdiff_dist.diffusion import (
+from segdiff_dist.denoising.diffusion import (
     DiffusionConfig,
     SamplerConfig,
     ddim_sample,
@@ -16,9 +16,8 @@ from segdiff_dist.diffusion import (
     predicted_x_0,
     prediction_target,
     q_sample,
-    to_model_range,
-    to_uint8,
 )
+from segdiff_dist.pixels import to_model_range, to_uint8
 
 
 def test_q_sample_and_v_agree_with_diffusers() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from ranks_support import agreeing, exchanging, ranks
 
-from segdiff_dist import distributed
-from segdiff_dist.distributed import Agreement, agree, code_versions, name_ranks
-from segdiff_dist.heartbeat import Court, Heartbeat, Sign
+from segdiff_dist.ranks import distributed
+from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, name_ranks
+from segdiff_dist.ranks.heartbeat import Court, Heartbeat, Sign
 
 
 def test_ranks_that_differ_are_named_with_what_they_have(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_code_that_differs_has_another_digest(tmp_path: Path) -> None:
     changed = tmp_path / "segdiff_kernels"
     changed.mkdir()
     (changed / "__init__.py").write_text("x = 1\n")
-    script = 'from segdiff_dist.distributed import code_versions; print(code_versions()["segdiff\'s code"])'
+    script = 'from segdiff_dist.ranks.distributed import code_versions; print(code_versions()["segdiff\'s code"])'
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     other = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() != versions["segdiff's code"]
@@ -146,6 +146,14 @@ def test_ranks_that_have_left_are_not_missed() -> None:
     trial.signs[0].state = "left"
     assert trial.rounds(1) is None
     assert trial.court.all_left.is_set()
+
+
+def test_a_rank_that_was_interrupted_alone_is_told_to_the_others() -> None:
+    trial = Trial()
+    trial.rounds(10)
+    trial.signs[0].state = "interrupted"
+    assert trial.rounds(15) is None
+    assert trial.rounds(10) == "rank 0 (node-0) left while the others still needed it"
 
 
 def test_a_rank_that_never_begins_is_named() -> None:

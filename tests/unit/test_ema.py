@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segdiff_dist import ema
+from segdiff_dist.training import ema
 
 
 @pytest.mark.parametrize("length", [0.01, 0.05, 0.1, 0.2, ema.WIDEST])

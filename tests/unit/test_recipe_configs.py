@@ -9,10 +9,10 @@ import torch
 
 from data_shards.labels import LABEL_TABLES
 from segdiff_dist.config import as_dict, differences
-from segdiff_dist.denoiser import Denoiser
-from segdiff_dist.diffusion import make_scheduler
+from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.experiment import Experiment, load_experiment
-from segdiff_dist.train_config import learning_rate
+from segdiff_dist.training.config import learning_rate
 
 FOLDER = Path(__file__).parents[2] / "launch" / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

@@ -18,11 +18,10 @@ from data_shards.labels import AMOS, BACKGROUND, LabelTable
 from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
-from segdiff_dist.conditioning import NULL_CLASS, NULL_MASK, Conditions, drop_conditions, guided
-from segdiff_dist.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.denoising import DenoiserTask, DiceTerm
-from segdiff_dist.diffusion import DiffusionConfig, make_scheduler, predicted_x_0, prediction_target, q_sample
-from segdiff_dist.loss_weighting import (
+from segdiff_dist.denoising.conditioning import NULL_CLASS, NULL_MASK, Conditions, drop_conditions, guided
+from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, predicted_x_0, prediction_target, q_sample
+from segdiff_dist.denoising.loss_weighting import (
     LossWeighting,
     PredictionType,
     lognormal_timesteps,
@@ -30,7 +29,8 @@ from segdiff_dist.loss_weighting import (
     prediction_error_per_x0_error,
     sums_by_timestep,
 )
-from segdiff_dist.organ_dropout import drop_organs, relabelled
+from segdiff_dist.denoising.organ_dropout import drop_organs, relabelled
+from segdiff_dist.denoising.task import DenoiserTask, DiceTerm
 from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data_shards.labels import AMOS
-from segdiff_dist import scale
-from segdiff_dist.denoiser import Denoiser, DenoiserConfig, describe
-from segdiff_dist.scale import ETHERNET, INFINIBAND, Network, Plan, images_per_s, most_ranks, state_bytes, wire_s
+from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig, describe
+from segdiff_dist.ranks import scale
+from segdiff_dist.ranks.scale import ETHERNET, INFINIBAND, Network, Plan, images_per_s, most_ranks, state_bytes, wire_s
 
 NETWORK = Network()
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 def test_the_page_shows_what_is_computed() -> None:
     page = PAGE.read_text()
     for table in scale.tables():
-        assert table in page, f"docs/scale.md: run `python -m segdiff_dist.scale` and put in:\n{table}"
+        assert table in page, f"docs/scale.md: run `python -m segdiff_dist.ranks.scale` and put in:\n{table}"
 
 
 def test_the_default_network_has_that_many_parameters() -> None:

@@ -16,9 +16,9 @@ from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.segmentation import Segmenter, SegmenterConfig, SegmenterNet, SegmenterTask
-from segdiff_dist.tracking import Tracker, TrackingConfig
-from segdiff_dist.train_config import TrainConfig
-from segdiff_dist.training import train
+from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.loop import train
 
 CPU = torch.device("cpu")
 CONFIG = SegmenterConfig(

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.problems import InputProblems
-from segdiff_dist import sharded_state
-from segdiff_dist.sharded_state import Extent, SavedState, ShardOfState, share
+from segdiff_dist.training import sharded_state
+from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (1,), "d": (2, 2, 2)}
 

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_shards.labels import AMOS
-from segdiff_dist.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.throughput import FlopCounter, Peak, StepClock, count_flops, peak_flops, progress_line
+from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.training.throughput import FlopCounter, Peak, StepClock, count_flops, peak_flops, progress_line
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def test_an_unknown_device_is_measured() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_stays_below_its_data_sheet() -> None:
-    from segdiff_dist.throughput import _measured_flops
+    from segdiff_dist.training.throughput import _measured_flops
 
     device = torch.device("cuda", 0)
     peak = peak_flops(device, "bf16")

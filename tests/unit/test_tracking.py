@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from data_shards.problems import InputProblems
-from segdiff_dist.mlflow_run import tracking_uri
-from segdiff_dist.spool import Spool, num_waiting
-from segdiff_dist.tracking import SPOOL, Tracker, TrackingConfig, send_spool
+from segdiff_dist.tracking.mlflow_run import tracking_uri
+from segdiff_dist.tracking.spool import Spool, num_waiting
+from segdiff_dist.tracking.tracker import SPOOL, Tracker, TrackingConfig, send_spool
 
 QUIET = TrackingConfig(system_metrics=False)
 IMPATIENT = TrackingConfig(system_metrics=False, flush_timeout_s=0.2)
@@ -150,7 +150,7 @@ def test_what_a_killed_process_recorded_is_sent_by_the_next(tmp_path: Path, monk
     program = f"""
 import os, signal
 from pathlib import Path
-from segdiff_dist.tracking import Tracker, TrackingConfig
+from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
 tracker = Tracker(Path({str(run)!r}), TrackingConfig(system_metrics=False), "train")
 for step in range(50):
     tracker.log_metrics({{"train/loss": step / 2}}, step)

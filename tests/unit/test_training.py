@@ -20,14 +20,14 @@ from training_support import CPU, NET, plain_losses, run_training
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import Batch
-from segdiff_dist.checkpoint import complete_ones
-from segdiff_dist.denoiser import Denoiser
-from segdiff_dist.denoising import DenoiserTask
-from segdiff_dist.export import average_snapshots
-from segdiff_dist.sharded_state import SavedState
-from segdiff_dist.step_log import Guard
-from segdiff_dist.train_config import TrainConfig
-from segdiff_dist.training import TrainingStopped
+from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.task import DenoiserTask
+from segdiff_dist.training.checkpoint import complete_ones
+from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.export import average_snapshots
+from segdiff_dist.training.loop import TrainingStopped
+from segdiff_dist.training.sharded_state import SavedState
+from segdiff_dist.training.step_log import Guard
 
 
 def exported(run: Path) -> bytes:
@@ -186,7 +186,7 @@ def test_what_saves_memory_changes_no_loss(shapes: Path, tmp_path: Path, option:
 def test_a_full_disk_costs_a_checkpoint_and_not_the_one_before(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segdiff_dist import sharded_state
+    from segdiff_dist.training import sharded_state
 
     write = sharded_state.write
 

@@ -15,9 +15,9 @@ import torch
 
 from data_shards.feed.loader import LoaderConfig
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig
-from segdiff_dist.validation import DenoiserValidation, ValidationConfig, choose_pictures
+from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.diffusion import DiffusionConfig, SamplerConfig
+from segdiff_dist.denoising.validation import DenoiserValidation, ValidationConfig, choose_pictures
 
 CPU = torch.device("cpu")
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from segdiff_dist import sharded_state
 from segdiff_dist.config import write_text_atomically
-from segdiff_dist.distributed import Agreement, is_main, rank, world_size
-from segdiff_dist.sharded_state import ShardOfState
+from segdiff_dist.ranks.distributed import Agreement, is_main, rank, world_size
+from segdiff_dist.training import sharded_state
+from segdiff_dist.training.sharded_state import ShardOfState
 
 MARKER = "COMPLETE"
 STATE = "state.json"

@@ -1,6 +1,6 @@
 """How a run scales: what a number of GPUs can train, computed from work, bytes and bandwidths. Pure arithmetic.
 
-`python -m segdiff_dist.scale` prints the tables of docs/scale.md. They are computed, not measured.
+`python -m segdiff_dist.ranks.scale` prints the tables of docs/scale.md. They are computed, not measured.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data_shards.problems import Problem
-from segdiff_dist.conditioning import GuidanceRemoves
-from segdiff_dist.loss_weighting import LossWeighting, PredictionType
+from segdiff_dist.denoising.conditioning import GuidanceRemoves
+from segdiff_dist.denoising.loss_weighting import LossWeighting, PredictionType
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
 
@@ -145,17 +145,6 @@ def shifted_betas(alphas_cumprod_T: Tensor, shift: float) -> Tensor:
     a_T = alphas_cumprod_T.double()
     shifted_T = shift**2 * a_T / (shift**2 * a_T + 1.0 - a_T)
     return 1.0 - shifted_T / torch.cat((shifted_T.new_ones(1), shifted_T[:-1]))
-
-
-def to_model_range(image_BHW: Tensor) -> Tensor:
-    """Grey values [B, H, W], uint8 or uint16, to float32 [B, 1, H, W] in [-1, 1]: the depth's whole range."""
-    assert image_BHW.dtype in (torch.uint8, torch.uint16), image_BHW.dtype
-    return image_BHW[:, None].to(torch.float32) / (torch.iinfo(image_BHW.dtype).max / 2.0) - 1.0
-
-
-def to_uint8(x_BCHW: Tensor) -> Tensor:
-    """The inverse of to_model_range for uint8, clipped and rounded."""
-    return ((x_BCHW[:, 0].clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
 
 
 def q_sample(x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:

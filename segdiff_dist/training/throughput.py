@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segdiff_dist.attention import set_attention
-from segdiff_dist.distributed import world_size
+from segdiff_dist.ranks.distributed import world_size
 
 # Dense TFLOP/s of bf16 and TF32 tensor cores and of fp32, from NVIDIA's data sheets (half of what they give "with
 # sparsity"). The first name that is part of torch.cuda.get_device_name() counts.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_shards.labels import BACKGROUND, LabelTable
-from segdiff_dist.conditioning import Conditions
+from segdiff_dist.denoising.conditioning import Conditions
 from segdiff_kernels import philox
 
 # Every combination of organs is then as likely as any other, as in Konz et al. 2024.

@@ -21,25 +21,24 @@ from data_shards.feed.order import Shuffled
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch, SliceRecord
 from data_shards.store.contact_sheet import class_colours
-from segdiff_dist.conditioning import Conditions, class_ids, guided
-from segdiff_dist.diffusion import (
+from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
+from segdiff_dist.denoising.diffusion import (
     DiffusionConfig,
     SamplerConfig,
     ddim_sample,
     make_scheduler,
     prediction_target,
     q_sample,
-    to_model_range,
-    to_uint8,
 )
-from segdiff_dist.distributed import is_main, rank, sum_over_ranks, world_size
-from segdiff_dist.loss_weighting import sums_by_timestep
+from segdiff_dist.denoising.loss_weighting import sums_by_timestep
+from segdiff_dist.pixels import to_model_range, to_uint8
+from segdiff_dist.ranks.distributed import is_main, rank, sum_over_ranks, world_size
 from segdiff_kernels import philox
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.tracking import Tracker
+    from segdiff_dist.tracking.tracker import Tracker
 
 Forward = Callable[..., Tensor]
 

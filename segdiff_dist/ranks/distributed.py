@@ -188,7 +188,7 @@ def _side_group() -> Any:
 
     global _side
     if _side is None or _side[0] is not dist.group.WORLD:
-        # Longer than any wait is meant to be: who waits in vain is found by segdiff_dist.heartbeat, which knows more.
+        # Longer than any wait is meant to be: heartbeat.py finds who waits in vain, and knows more.
         _side = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
     return _side[1]
 

@@ -21,8 +21,8 @@ from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.order import sample_at
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES
-from segdiff_dist.diffusion import DiffusionConfig, SamplerConfig
-from segdiff_dist.sample_store import SampleStore
+from segdiff_dist.denoising.diffusion import DiffusionConfig, SamplerConfig
+from segdiff_dist.sampling.store import SampleStore
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.conditioning import Conditions
-    from segdiff_dist.denoiser import Denoiser
+    from segdiff_dist.denoising.conditioning import Conditions
+    from segdiff_dist.denoising.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class _WorkerFactory:
         import torch
 
         from data_shards.store.shards import ShardSet
-        from segdiff_dist.denoiser import Denoiser
+        from segdiff_dist.denoising.denoiser import Denoiser
 
         store = SampleStore.open(self.store)
         shards = ShardSet.open(store.job["shards"])
@@ -248,8 +248,8 @@ def item_conditions(
     them and the set has them; target modality and axis."""
     import torch
 
-    from segdiff_dist.conditioning import Conditions, class_ids
-    from segdiff_dist.organ_dropout import relabelled
+    from segdiff_dist.denoising.conditioning import Conditions, class_ids
+    from segdiff_dist.denoising.organ_dropout import relabelled
 
     records = [shards.read(item["row"]).cropped(model.size) for item in items]
     edges = [r.edge_2HW for r in records if r.edge_2HW is not None] if model.config.soft_masks else []
@@ -277,8 +277,9 @@ def generate(
     """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id)."""
     import torch
 
-    from segdiff_dist.conditioning import guided
-    from segdiff_dist.diffusion import ddim_sample, make_scheduler, to_uint8
+    from segdiff_dist.denoising.conditioning import guided
+    from segdiff_dist.denoising.diffusion import ddim_sample, make_scheduler
+    from segdiff_dist.pixels import to_uint8
     from segdiff_kernels import philox
 
     item_B = torch.tensor([item["item_id"] for item in items], device=conditions.mask_BHW.device)
@@ -324,7 +325,7 @@ def _spread(table: list[dict[str, Any]], num: int) -> list[int]:
 def _num_gpus(config: SampleConfig) -> int:
     import torch
 
-    from segdiff_dist.distributed import pick_device
+    from segdiff_dist.ranks.distributed import pick_device
 
     return torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segdiff_dist.distributed import sum_over_ranks
+from segdiff_dist.ranks.distributed import sum_over_ranks
 
 # The running mean of the loss: its weight for one step, and how many steps must have gone into it before it counts.
 _MEAN_WEIGHT = 0.01

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.problems import problem, refuse
-from segdiff_dist import ema
-from segdiff_dist.distributed import is_main, prepare_environment, rank, world_size
-from segdiff_dist.sharded_state import Extent, SavedState, ShardOfState, share
-from segdiff_dist.train_config import TrainConfig
+from segdiff_dist.ranks.distributed import is_main, prepare_environment, rank, world_size
+from segdiff_dist.training import ema
+from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
 
 ONLINE = "online"
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_shards.problems import Problem
-from segdiff_dist import ema
+from segdiff_dist.training import ema
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TrainConfig:
     """Keep only the blocks' inputs and compute the rest again in the backward pass: a third more work, far less
     memory."""
     ema_lengths: tuple[float, ...] = (0.05, 0.1)
-    """Relative widths (sigma_rel) of the averages of the weights that are kept: segdiff_dist/ema.py. The first is what
+    """Relative widths (sigma_rel) of the averages of the weights that are kept: training/ema.py. The first is what
     validation and, by default, sampling use; `segdiff average` makes any other from the snapshots."""
     snapshot_every_images: int | None = None
     """Keep the averages of every so many images for `segdiff average`; null keeps none."""

@@ -18,18 +18,18 @@ from torch import Tensor
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
-from segdiff_dist.conditioning import Conditions, drop_conditions
-from segdiff_dist.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.diffusion import (
+from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
+from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.diffusion import (
     DiffusionConfig,
     make_scheduler,
     predicted_x_0,
     prediction_target,
     q_sample,
-    to_model_range,
 )
-from segdiff_dist.loss_weighting import lognormal_timesteps, loss_weights, sums_by_timestep
-from segdiff_dist.organ_dropout import drop_organs
+from segdiff_dist.denoising.loss_weighting import lognormal_timesteps, loss_weights, sums_by_timestep
+from segdiff_dist.denoising.organ_dropout import drop_organs
+from segdiff_dist.pixels import to_model_range
 from segdiff_dist.segmentation import Segmenter
 from segdiff_kernels import philox
 

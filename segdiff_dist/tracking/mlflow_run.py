@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segdiff_dist.config import write_text_atomically
-from segdiff_dist.spool import Record
+from segdiff_dist.tracking.spool import Record
 
 T = TypeVar("T")
 

@@ -18,22 +18,21 @@ from data_shards.feed.mixing import make_order
 from data_shards.feed.order import rank_positions
 from data_shards.problems import problem
 from data_shards.records import Batch
-from segdiff_dist import checkpoint
-from segdiff_dist.checkpoint import CheckpointWriter
 from segdiff_dist.config import flatten, to_yaml, write_text_atomically
-from segdiff_dist.denoiser import describe
-from segdiff_dist.distributed import Agreement, agree, code_versions, gather_objects, is_main, rank, world_size
-from segdiff_dist.engine import Engine, start_distributed
-from segdiff_dist.export import Exporter
-from segdiff_dist.heartbeat import Heartbeat
-from segdiff_dist.micro_batch import find_micro_batch
-from segdiff_dist.step_log import Guard, Window
-from segdiff_dist.throughput import FlopCounter, StepClock, peak_flops, progress_line
-from segdiff_dist.train_config import TrainConfig, learning_rate
+from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, gather_objects, is_main, rank, world_size
+from segdiff_dist.ranks.heartbeat import Heartbeat
+from segdiff_dist.training import checkpoint
+from segdiff_dist.training.checkpoint import CheckpointWriter
+from segdiff_dist.training.config import TrainConfig, learning_rate
+from segdiff_dist.training.engine import Engine, start_distributed
+from segdiff_dist.training.export import Exporter
+from segdiff_dist.training.micro_batch import find_micro_batch
+from segdiff_dist.training.step_log import Guard, Window
+from segdiff_dist.training.throughput import FlopCounter, StepClock, peak_flops, progress_line
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.tracking import Tracker
+    from segdiff_dist.tracking.tracker import Tracker
 
 
 # Validation and the end of a run may take this long before a rank counts as hanging.
@@ -152,7 +151,8 @@ class _Training:
         if is_main():
             _cut_log(folder / "log.jsonl", start)
             about = {"ranks": world_size(), "device": str(device), "micro_batch_size_used": size}
-            about |= {"peak_tflops": peak.flops / 1e12, "peak_source": peak.source, **describe(task.model)}
+            about |= {"peak_tflops": peak.flops / 1e12, "peak_source": peak.source}
+            about["parameters"] = sum(p.numel() for p in model.parameters())
             tracker.log_params({task.name: about})
         self.batches = load(start, size, self.engine.num_micro_batches, rank(), world_size())
         self.clock = StepClock(start, device, counter, peak)

@@ -12,11 +12,11 @@ import torch
 
 from data_shards.records import Batch
 from segdiff_dist.config import write_text_atomically
-from segdiff_dist.distributed import gather_objects, is_main, world_size
-from segdiff_dist.train_config import TrainConfig
+from segdiff_dist.ranks.distributed import gather_objects, is_main, world_size
+from segdiff_dist.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from segdiff_dist.training import Task
+    from segdiff_dist.training.loop import Task
 
 _FOUND = "micro_batch.json"
 # A larger size must be this much faster to be worth its memory.

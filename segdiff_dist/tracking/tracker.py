@@ -18,8 +18,8 @@ from typing import Any
 
 from data_shards.problems import Problem, problem
 from segdiff_dist.config import flatten
-from segdiff_dist.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
-from segdiff_dist.spool import Spool, num_waiting, spool_files
+from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
+from segdiff_dist.tracking.spool import Spool, num_waiting, spool_files
 
 SPOOL = "mlflow_spool"
 # MLflow refuses longer parameter values.

@@ -1,7 +1,7 @@
 """The denoiser: diffusers' UNet2DModel, told the mask, the modality and the axis.
 
-The mask is joined to the noised image (segdiff_dist.conditioning), the modality and axis enter as a class embedding
-added to the time embedding. Dimensions: B batch, C channels, K mask channels, H, W.
+The mask is joined to the noised image (conditioning.py), the modality and axis enter as a class embedding added to the
+time embedding. Dimensions: B batch, C channels, K mask channels, H, W.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from data_shards.records import Batch
 from segdiff_dist.attention import AttentionBackend, choose_attention, set_attention
-from segdiff_dist.conditioning import (
+from segdiff_dist.denoising.conditioning import (
     NULL_MASK,
     NUM_CLASSES,
     Conditioning,
@@ -176,8 +176,3 @@ class Denoiser(nn.Module):
             weights |= load_file(folder / "mask_encoder.safetensors")
         model.load_state_dict(weights)
         return model.eval()
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Figures of a model worth logging."""
-    return {"parameters": sum(p.numel() for p in model.parameters())}

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from data_shards.problems import Problem, problem
-from segdiff_dist import ema
-from segdiff_dist.checkpoint import checkpoint_name, read_state
 from segdiff_dist.config import write_text_atomically
-from segdiff_dist.engine import ONLINE
-from segdiff_dist.sharded_state import SavedState
-from segdiff_dist.train_config import TrainConfig
+from segdiff_dist.training import ema
+from segdiff_dist.training.checkpoint import checkpoint_name, read_state
+from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.engine import ONLINE
+from segdiff_dist.training.sharded_state import SavedState
 
 if TYPE_CHECKING:
-    from segdiff_dist.training import Task
+    from segdiff_dist.training.loop import Task
 
 _EXPORTED = "exported.json"
 
@@ -34,7 +34,7 @@ class AverageConfig:
     """Which average `segdiff average` makes."""
 
     length: float = 0.07
-    """Its relative width (sigma_rel): segdiff_dist/ema.py."""
+    """Its relative width (sigma_rel): segdiff_dist/training/ema.py."""
     images_seen: int | None = None
     """Where it ends; null: at the newest snapshot."""
 

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from data_shards.problems import InputProblems
-from segdiff_dist.distributed import name_ranks, rank, world_size
+from segdiff_dist.ranks.distributed import name_ranks, rank, world_size
 
 STOPPED = 75
 """Exit code of a rank that stops because of another. EX_TEMPFAIL of sysexits.h: the same command may well succeed."""

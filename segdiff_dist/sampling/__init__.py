@@ -1,0 +1,1 @@
+"""Masks to images, on Ray."""

@@ -1,0 +1,1 @@
+"""Numbers to MLflow, by way of a queue on disk."""

@@ -1,0 +1,1 @@
+"""Whatever is learned from the shards: one loop, on any number of ranks."""
