@@ -284,9 +284,9 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
     from segdiff_dist.denoising.diffusion import DiffusionConfig
     from segdiff_dist.denoising.task import DenoiserTask
     from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
-    from segdiff_dist.training import loop as training
     from segdiff_dist.training.config import TrainConfig
     from segdiff_dist.training.engine import Engine
+    from segdiff_dist.training.loop import train
 
     class TimedTask(DenoiserTask):
         def loss(self, forward: Callable[..., Any], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -299,7 +299,7 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
         num_images=never,
         global_batch_size=batch,
         micro_batch_size=turn.micro_batch_size,
-        precision="bf16" if turn.precision == "bf16" else "fp32",
+        zero_stage=int(os.environ.get("Z","1")), precision="bf16" if turn.precision == "bf16" else "fp32",
         log_every_images=never if bare else 2 * batch,
         checkpoint_every_images=never if bare else batch * (turn.warm_up + max(1, turn.steps // 2)),
         validate_every_images=never,
@@ -318,7 +318,7 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
             time_parts(watch)
         loader, rows = LoaderConfig(num_threads=1), shards.select(split="train")
         try:
-            training.train(task, shards, rows, loader, config, folder, tracker, device, {"train": asdict(config)})
+            train(task, shards, rows, loader, config, folder, tracker, device, {"train": asdict(config)})
         except Measured:
             if not bare:
                 watch.parts_s["waiting for data"] = _logged_wait_s(folder / "log.jsonl", turn)

@@ -122,3 +122,26 @@ def test_help_and_import_are_quick_and_light() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "usage: segdiff COMMAND" in out
     assert out.strip().endswith("set()")
+
+
+def test_another_average_is_made_after_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from segdiff_dist.denoising.denoiser import Denoiser
+
+    assert main(["average", "--run", str(folder / "run"), "--length", "0.08"]) == 0
+    assert "ema_0.08: its profile is" in capsys.readouterr().out
+    made, kept = (Denoiser.load(folder / "run" / "weights" / name).state_dict() for name in ("ema_0.08", "ema_0.1"))
+    assert made.keys() == kept.keys()
+    assert main(["average", "--run", str(folder / "run"), "--length", "0.5"]) == 2
+
+
+def test_training_left_pictures_and_a_validation_loss(folder: Path) -> None:
+    from PIL import Image
+
+    pictures = sorted((folder / "run" / "pictures").glob("samples_*.png"))
+    assert len(pictures) == 2
+    assert Image.open(pictures[-1]).width > 100
+
+
+def test_nothing_waits_for_the_tracker(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["track", str(folder / "run")]) == 0
+    assert capsys.readouterr().out.startswith("0 records")

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from ranks_support import agreeing, exchanging, ranks
 
-from segdiff_dist.ranks import distributed
+import data_shards
+import segdiff_dist
+import segdiff_kernels
 from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, name_ranks
 from segdiff_dist.ranks.heartbeat import Court, Heartbeat, Sign
 
@@ -68,17 +70,20 @@ def test_ranks_are_named_in_spans_with_their_hosts() -> None:
 
 
 def test_code_that_differs_has_another_digest(tmp_path: Path) -> None:
-    versions = code_versions()
-    assert versions == code_versions()
-    for package in ("data_shards", "segdiff_dist"):
-        (tmp_path / package).symlink_to(Path(distributed.__file__).parents[1] / package)
-    changed = tmp_path / "segdiff_kernels"
-    changed.mkdir()
-    (changed / "__init__.py").write_text("x = 1\n")
     script = 'from segdiff_dist.ranks.distributed import code_versions; print(code_versions()["segdiff\'s code"])'
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    other = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert other.stdout.strip() != versions["segdiff's code"]
+
+    def digest() -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    for package in (data_shards, segdiff_dist, segdiff_kernels):
+        (tmp_path / package.__name__).symlink_to(Path(package.__path__[0]))
+    assert digest() == code_versions()["segdiff's code"]
+    (tmp_path / "segdiff_kernels").unlink()
+    (tmp_path / "segdiff_kernels").mkdir()
+    (tmp_path / "segdiff_kernels" / "__init__.py").write_text("x = 1\n")
+    assert digest() != code_versions()["segdiff's code"]
 
 
 class Trial:

@@ -205,7 +205,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_one_before(
 def test_any_length_of_average_is_made_from_snapshots(shapes: Path, tmp_path: Path) -> None:
     """A run that kept two lengths gives a third one, as near as a run that kept that one had it."""
     options: dict[str, Any] = {
-        "num_images": 320,
+        "num_images": 192,
         "snapshot_every_images": 32,
         "precision": "fp32",
         "keep_checkpoints": 1,
@@ -214,7 +214,7 @@ def test_any_length_of_average_is_made_from_snapshots(shapes: Path, tmp_path: Pa
     run_training(shapes, tmp_path / "two", ema_lengths=(0.05, 0.1), **options)
     config = TrainConfig(ema_lengths=(0.05, 0.1))
     weights, misfit = average_snapshots(tmp_path / "two", config, 0.07)
-    exact = SavedState(tmp_path / "third" / "checkpoints" / f"{320:012d}", 1)
+    exact = SavedState(tmp_path / "third" / "checkpoints" / f"{192:012d}", 1)
     online, wanted = exact.full("online"), exact.full("ema_0.07")
     moved = sum(float((online[k] - wanted[k]).square().sum()) for k in wanted) ** 0.5
     off = sum(float((weights[k] - wanted[k]).square().sum()) for k in wanted) ** 0.5

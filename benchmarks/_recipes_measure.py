@@ -1,0 +1,127 @@
+"""How good a denoiser's images are: a fixed set of held-out masks sampled with fixed noise, and judged.
+
+    measured/SPLIT-IMAGES-AVERAGE-SAMPLER.json    Dice, distance and PSNR, with intervals over patients
+                                         .npz     the images, for the gallery
+
+Dimensions: N masks, B batch, H rows, W columns, K label ids, D features.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _recipes_runs import Run, Scale, samplers
+
+from segdiff_dist.config import write_text_atomically
+
+METRICS = ("dice", "distance", "psnr_db")
+HIGHER_IS_BETTER = {"dice": True, "distance": False, "psnr_db": True}
+_BATCH = 16
+# Of the masks, of their noise, and of the patients that are redrawn for intervals. The same for every run.
+_SEED, _RESAMPLES = 0, 1000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Which weights of a run are judged, and how."""
+
+    run: Run
+    images: int
+    weights: str
+    sampler: str
+    split: str
+
+    @property
+    def file(self) -> Path:
+        return self.run.folder / "measured" / f"{self.split}-{self.images}-{self.weights}-{self.sampler}.json"
+
+    @property
+    def is_done(self) -> bool:
+        return self.file.is_file()
+
+    def result(self) -> dict[str, Any]:
+        """dice, distance and psnr_db, each {"value", "ci95"}; those of the real slices as `real_dice`."""
+        return json.loads(self.file.read_text())
+
+    def images_NHW(self) -> dict[str, np.ndarray]:
+        """uint8 [N, H, W]: `mask`, `real` and `generated`."""
+        with np.load(self.file.with_suffix(".npz")) as arrays:
+            return dict(arrays)
+
+
+def measure(judged: Judged, scale: Scale) -> None:
+    """Sample and judge, unless that has been done."""
+    if judged.is_done:
+        return
+    import torch
+
+    from data_shards.records import MODALITIES
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.evaluation import metrics
+    from segdiff_dist.sampling.job import SampleConfig, list_items
+    from segdiff_dist.segmentation import Segmenter
+
+    torch.set_num_threads(1)
+    # Masks may be those without a body; what counts as right is the same for all.
+    asked, shards = (ShardSet.open([str(p)]) for p in (judged.run.shards, judged.run.data / "shards"))
+    rows = shards.select(split=judged.split, axes=["axial"])
+    items = list_items(shards, rows, SampleConfig(num=scale.num_masks, seed=_SEED)).to_pylist()
+    records = [shards.read(item["row"]) for item in items]
+    mask_NHW = np.stack([record.mask_HW for record in records])
+    real_NHW = torch.from_numpy(np.stack([record.image_uint8() for record in records]))
+    modality_N = torch.tensor([MODALITIES.index(item["source_modality"]) for item in items])
+    gen_NHW = torch.from_numpy(_sample(judged, scale, asked, items))
+
+    judge = Segmenter.load(judged.run.data / "judge" / "segmenter" / "weights")
+    table, patients_N = shards.label_table, np.array([item["case_id"] for item in items])
+    dice, statistics = {}, {}
+    for side, image_NHW in (("gen", gen_NHW), ("real", real_NHW)):
+        counts = metrics.confusion(mask_NHW, judge.predict(image_NHW, modality_N).numpy(), table.num_classes)
+        dice[side] = metrics.mean_dice(metrics.dice_per_class(counts), table.organ_ids)
+        statistics[side] = metrics.FeatureStatistics.of(judge.features(image_NHW, modality_N).numpy())
+    found = {
+        "dice": _mean(dice["gen"], patients_N),
+        "real_dice": _mean(dice["real"], patients_N),
+        "distance": {"value": metrics.frechet_distance(statistics["real"], statistics["gen"]), "ci95": None},
+        "psnr_db": _mean(metrics.psnr_db(real_NHW, gen_NHW), patients_N),
+        "num_masks": len(items),
+        "num_patients": len(set(patients_N)),
+    }
+    judged.file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        judged.file.with_suffix(".npz"), mask=mask_NHW, real=real_NHW.numpy(), generated=gen_NHW.numpy()
+    )
+    write_text_atomically(judged.file, json.dumps(found, indent=1) + "\n")
+
+
+def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any]]) -> np.ndarray:
+    """uint8 [N, H, W] images of the items."""
+    import torch
+
+    from segdiff_dist.denoising.denoiser import Denoiser
+    from segdiff_dist.denoising.diffusion import SamplerConfig
+    from segdiff_dist.experiment import load_experiment
+    from segdiff_dist.sampling.job import generate, item_conditions
+
+    model = Denoiser.load(judged.run.folder / "weights" / str(judged.images) / judged.weights)
+    diffusion = load_experiment(judged.run.folder / "config.yaml", None).diffusion
+    sampler, device = SamplerConfig(**samplers(scale)[judged.sampler]), torch.device("cpu")
+    made = []
+    for start in range(0, len(items), _BATCH):
+        some = items[start : start + _BATCH]
+        with torch.no_grad():
+            conditions = item_conditions(model, shards, some, (), device)
+            made.append(generate(model, some, conditions, diffusion, sampler, _SEED))
+    return np.concatenate(made)
+
+
+def _mean(values_N: np.ndarray, patients_N: np.ndarray) -> dict[str, Any]:
+    from segdiff_dist.evaluation.metrics import estimate
+
+    found = estimate(values_N, patients_N, resamples=_RESAMPLES, seed=_SEED)
+    assert found is not None, "no mask holds an organ"
+    return {"value": found.value, "ci95": found.interval}
