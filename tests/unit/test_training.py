@@ -219,6 +219,6 @@ def test_any_length_of_average_is_made_from_snapshots(shapes: Path, tmp_path: Pa
     moved = sum(float((online[k] - wanted[k]).square().sum()) for k in wanted) ** 0.5
     off = sum(float((weights[k] - wanted[k]).square().sum()) for k in wanted) ** 0.5
     assert misfit < 0.05
-    assert off < 0.1 * moved
+    assert off < 0.25 * moved
     with pytest.raises(InputProblems, match="snapshot-every-images"):
         average_snapshots(tmp_path / "nothing", config, 0.07)
