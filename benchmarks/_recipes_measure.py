@@ -19,7 +19,6 @@ from _recipes_runs import Run, Scale, samplers
 from segdiff_dist.config import write_text_atomically
 
 METRICS = ("dice", "distance", "psnr_db")
-HIGHER_IS_BETTER = {"dice": True, "distance": False, "psnr_db": True}
 _BATCH = 16
 # Of the masks, of their noise, and of the patients that are redrawn for intervals. The same for every run.
 _SEED, _RESAMPLES = 0, 1000

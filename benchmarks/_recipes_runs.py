@@ -114,7 +114,9 @@ OURS = Recipe(
         "train": {"lr": 1e-3},
     },
 )
-A_THIRD = replace(OURS, name="ours-a-third", about="ours, a third of the images, its schedule ending there", share=1 / 3)
+A_THIRD = replace(
+    OURS, name="ours-a-third", about="ours, a third of the images, its schedule ending there", share=1 / 3
+)
 
 
 def _without(name: str, about: str, changes: Settings, **others: Any) -> Recipe:
@@ -339,7 +341,9 @@ def forget_body(shards_at: Path, out: Path) -> None:
             edge_2HW = record.edge_2HW.copy()
             edge_2HW[0][edge_2HW[0] == body] = 0
         present = tuple(label for label in record.meta.labels_present if label != body)
-        writer.write(replace(record, mask_HW=mask_HW, edge_2HW=edge_2HW, meta=replace(record.meta, labels_present=present)))
+        writer.write(
+            replace(record, mask_HW=mask_HW, edge_2HW=edge_2HW, meta=replace(record.meta, labels_present=present))
+        )
     writer.finish({"label_table": asdict(shards.label_table), "preprocessing": shards.index["preprocessing"]})
 
 
@@ -353,7 +357,9 @@ def segdiff(stage: str, config: Path, log: Path, deadline: float = NEVER, thread
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", "import sys; from segdiff_dist.cli import main; sys.exit(main(sys.argv[1:]))"]
     with log.open("ab") as output:
-        process = subprocess.Popen([*command, stage, "--config", str(config)], stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            [*command, stage, "--config", str(config)], stdout=output, stderr=output, env=environment
+        )
         return _finish(process, f"segdiff {stage}", log, deadline)
 
 

@@ -29,6 +29,9 @@ from torch import Tensor, nn
 # A turn that has not ended by then will not: ranks that wait for each other.
 _TIMEOUT_S = 900.0
 
+PARTS = ("averages", "logging", "checkpointing", "optimiser")
+"""Of our loop, beside the network; see time_parts."""
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["_train_loops"])
 
@@ -65,8 +68,10 @@ class Watch:
         self._turn = turn
         self._began_s: list[float] = []
         self._waited_s: list[float] = []
+        self.told_wait_s: float | None = None
+        """What the loop itself says that it waited for data, where it does."""
         self.parts_s: dict[str, float] = {}
-        """Seconds by name, over the timed steps; see timed_parts."""
+        """Seconds by name, over the timed steps; see time_parts."""
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The loader's batches, over and over; the time that each takes to come is noted."""
@@ -93,7 +98,9 @@ class Watch:
         measured here), `parts_s`, and `peak_mib`, the rank's own memory without mapped files at its highest."""
         timed = self._began_s[self._turn.warm_up :]
         seconds = timed[-1] - timed[0]
-        waits = self._waited_s[self._turn.warm_up + 1 :]
+        waited_s = self.told_wait_s
+        if waited_s is None and self._waited_s:
+            waited_s = sum(self._waited_s[self._turn.warm_up + 1 :])
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         mapped_kib, peak_kib = (
             sum(int(status[name].split()[0]) for name in names) for names in (("RssFile", "RssShmem"), ("VmHWM",))
@@ -101,7 +108,7 @@ class Watch:
         return {
             "seconds": seconds,
             "step_s": np.diff(timed).tolist(),
-            "data_wait": sum(waits) / seconds if waits else None,
+            "data_wait": None if waited_s is None else waited_s / seconds,
             "parts_s": self.parts_s,
             "peak_mib": (peak_kib - mapped_kib) / 1024,
         }
@@ -275,7 +282,8 @@ def accelerated(turn: Turn, folder: Path, watch: Watch) -> None:
 
 def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
     """training.loop.train as the train stage calls it: loader, DeepSpeed engine (ZeRO 1), two averages, MLflow, a
-    line of the log every other step, and one checkpoint halfway through the timed steps.
+    line of the log every other step, and one checkpoint halfway through the timed steps, of which it takes four at
+    least. It is the run's first, which makes the memory that it is copied to.
 
     `bare` leaves averages, log lines, tracking and checkpoints out.
     """
@@ -299,9 +307,9 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
         num_images=never,
         global_batch_size=batch,
         micro_batch_size=turn.micro_batch_size,
-        zero_stage=int(os.environ.get("Z","1")), precision="bf16" if turn.precision == "bf16" else "fp32",
+        precision="bf16" if turn.precision == "bf16" else "fp32",
         log_every_images=never if bare else 2 * batch,
-        checkpoint_every_images=never if bare else batch * (turn.warm_up + max(1, turn.steps // 2)),
+        checkpoint_every_images=never if bare or turn.steps < 4 else batch * (turn.warm_up + turn.steps // 2),
         validate_every_images=never,
         hang_timeout_s=_TIMEOUT_S,
     )
@@ -321,7 +329,7 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
             train(task, shards, rows, loader, config, folder, tracker, device, {"train": asdict(config)})
         except Measured:
             if not bare:
-                watch.parts_s["waiting for data"] = _logged_wait_s(folder / "log.jsonl", turn)
+                watch.told_wait_s = _logged_wait_s(folder / "log.jsonl", turn)
             raise
 
 
@@ -351,6 +359,7 @@ def time_parts(watch: Watch) -> None:
         ],
         "optimiser": [(Engine, "step")],
     }
+    assert set(parts) == set(PARTS)
     for part, functions in parts.items():
         for owner, name in functions:
             setattr(owner, name, _timed(getattr(owner, name), part, watch.parts_s))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
@@ -141,9 +142,11 @@ def _main(args: list[str]) -> int:
     try:
         return _run(name, _COMMANDS[name], rest)
     except InputProblems as error:
-        if _is_main():
+        # Once a machine: what is missing may be missing on one of them alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            where = "error" if _is_main() else f"error on {socket.gethostname()}"
             for found in error.problems:
-                print(f"error: {found}", file=sys.stderr)
+                print(f"{where}: {found}", file=sys.stderr)
             plural = "s" if len(error.problems) > 1 else ""
             print(f"{len(error.problems)} problem{plural}; nothing was started", file=sys.stderr)
         return 2

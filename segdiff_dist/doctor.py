@@ -1,7 +1,7 @@
 """`segdiff doctor`: what this machine can run; for each engine, what was found, what is used instead, how to get it.
 
 It looks at what is installed and at the few engines whose presence proves nothing until they have been started: torch
-and its GPUs, DALI, DeepSpeed's compiled collective. Nothing here runs during training.
+and its GPUs, DALI. Nothing here runs during training.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import os
 import platform
 import shutil
 import sys
-import sysconfig
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +35,7 @@ _SHOWN = (
     ("MONAI", "monai", "resampling, the auxiliary segmenter, surface Dice"),
     ("torchmetrics", "torchmetrics", "image metrics"),
 )
-_PROBED = ("torch", "deepspeed", "nvidia-dali-cuda130", "triton", "ninja")
-_OP = "deepspeed_shm_comm"
-# A build takes two minutes on a slow machine; a lock older than this was left by a process that was killed.
-_STALE_LOCK_S = 600.0
-_GET_COMPILER = "install g++, ninja and Python's headers (Debian: apt-get install g++ ninja-build python3-dev)"
+_PROBED = ("torch", "deepspeed", "nvidia-dali-cuda130", "triton")
 
 
 @dataclass(frozen=True)
@@ -66,20 +59,14 @@ class Gpus:
 def main(argv: list[str]) -> int:
     """Print the report; 0 when the pipeline can run here, 1 when something it needs is missing."""
     parser = argparse.ArgumentParser(prog="segdiff doctor", description="Say what this machine can run.")
-    parser.add_argument(
-        "--build-ops",
-        action="store_true",
-        help="compile what DeepSpeed needs for several ranks on the CPU now, rather than on their first run",
-    )
-    if parser.parse_args(argv).build_ops:
-        return _build_ops()
+    parser.parse_args(argv)
     gpus, torch_rows = _torch()
     sections = (
         ("machine", [*_machine(), *_gpu(gpus)]),
         (
             "engines",
             [
-                *(*torch_rows, *_deepspeed(), _dali(gpus), *_libraries()),
+                *(*torch_rows, _deepspeed(), _dali(gpus), *_libraries()),
                 *(_attention(gpus), _triton(gpus), _annotator(), _fid()),
             ],
         ),
@@ -186,57 +173,8 @@ def _torch() -> tuple[Gpus, list[Row]]:
     ]
 
 
-def _deepspeed() -> list[Row]:
-    row, works = _requirement("DeepSpeed", "deepspeed", "sharded mixed-precision training")
-    return [row, _collective()] if works else [row]
-
-
-def _collective() -> Row:
-    """The op that DeepSpeed compiles before several ranks on one machine's CPU can talk to each other."""
-    name = "CPU collective"
-    folder = _op_folder()
-    if folder is not None and (folder / f"{_OP}.so").is_file():
-        return Row(name, "ok", f"built, in {folder}")
-    absent = _compiler_problems()
-    if absent:
-        return Row(
-            name,
-            "instead",
-            f"not built and cannot be: {' and '.join(absent)} missing; on the CPU only one rank can train",
-            f"{_GET_COMPILER}, then segdiff doctor --build-ops",
-        )
-    return Row(
-        name,
-        "instead",
-        "not built: DeepSpeed compiles it on the first run of several ranks on the CPU, in one or two minutes",
-        "segdiff doctor --build-ops",
-    )
-
-
-def _compiler_problems() -> list[str]:
-    checks: tuple[tuple[str, Callable[[], bool]], ...] = (
-        ("g++", lambda: shutil.which(os.environ.get("CXX", "g++")) is not None),
-        ("ninja", lambda: find_spec("ninja") is not None or shutil.which("ninja") is not None),
-        ("Python.h", lambda: (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()),
-    )
-    return [name for name, there in checks if not there()]
-
-
-def _op_folder() -> Path | None:
-    """Where torch keeps this op once it is compiled; None where torch cannot be imported."""
-    try:
-        import torch
-    except (ImportError, OSError):
-        return None
-    # torch.utils.cpp_extension names the folders below its root so, and has no public function to ask.
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if root is not None:
-        return Path(root) / _OP
-    from torch.utils.cpp_extension import get_default_build_root
-
-    build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
-    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
-    return Path(get_default_build_root()) / f"{python}_{build}" / _OP
+def _deepspeed() -> Row:
+    return _requirement("DeepSpeed", "deepspeed", "sharded mixed-precision training")[0]
 
 
 def _dali(gpus: Gpus) -> Row:
@@ -382,38 +320,6 @@ def _version(distribution: str) -> str | None:
 
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
-
-
-def _build_ops() -> int:
-    """Compile DeepSpeed's CPU collective, unless that is done already."""
-    absent = _compiler_problems()
-    if absent:
-        print(f"error: cannot compile: {' and '.join(absent)} missing", file=sys.stderr)
-        print(_GET_COMPILER, file=sys.stderr)
-        return 1
-    folder = _op_folder()
-    if folder is None:
-        print("error: torch does not import; see segdiff doctor", file=sys.stderr)
-        return 1
-    drop_stale_lock(folder)
-    os.environ.update(DS_ACCELERATOR="cpu", DS_LOG_LEVEL="warning")
-    started = time.perf_counter()
-    try:
-        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-        ShareMemCommBuilder().load(verbose=False)
-    except (ImportError, OSError, RuntimeError) as error:
-        print(f"error: {_OP} did not compile: {_short(error)}", file=sys.stderr)
-        return 1
-    print(f"{_OP}: ready in {folder} ({time.perf_counter() - started:.0f} s)")
-    return 0
-
-
-def drop_stale_lock(folder: Path) -> None:
-    """Remove the lock of a build that was killed: torch would wait on it for ever."""
-    lock = folder / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > _STALE_LOCK_S:
-        lock.unlink()
 
 
 if __name__ == "__main__":

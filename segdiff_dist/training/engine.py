@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
 
 ONLINE = "online"
+# Longer than any wait is meant to be: ranks/heartbeat.py finds who waits in vain, and knows more.
+_LONGEST_WAIT = timedelta(hours=2)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -232,11 +235,14 @@ def start_distributed(device: torch.device) -> Any:
         import deepspeed
         from deepspeed.utils import logger
     logger.setLevel(logging.WARNING)
-    if world_size() == 1:
-        # One process has nobody to share memory with; without this, DeepSpeed compiles an op on its first CPU run.
-        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    # Never DeepSpeed's shared-memory collective: it is compiled behind a lock file, and a rank killed there leaves the
+    # lock to hang every later run. gloo does the same.
+    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=is_main()
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=is_main(),
+            timeout=_LONGEST_WAIT,
         )
     return deepspeed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -102,13 +103,11 @@ def train(
     # Settings are what sections hold; folders may have other names on other machines.
     sections = {key: str(value) for key, value in flatten(settings).items() if "." in key}
     agree({"shards digest": shards.digest, **sections, **code_versions()})
-    training = _Training(task, shards, rows, loader_config, config, folder, tracker, device, settings)
-    with (
-        Heartbeat(config.hang_timeout_s) as heartbeat,
-        _CatchInterrupt() as interrupt,
-        training.writer,
-    ):
-        training.run(heartbeat, interrupt)
+    with Heartbeat(config.hang_timeout_s) as heartbeat:
+        with heartbeat.patience(_PATIENCE_S):
+            training = _Training(task, shards, rows, loader_config, config, folder, tracker, device, settings)
+        with _CatchInterrupt() as interrupt, training.writer:
+            training.run(heartbeat, interrupt)
     if not training.done:
         raise KeyboardInterrupt
 
@@ -177,8 +176,7 @@ class _Training:
         with _progress(self.task.name, config.num_images, state.images_seen) as bar:
             while not (self.done or stop):
                 before = state.images_seen
-                self._step()
-                heartbeat.beat(state.images_seen)
+                self._step(heartbeat)
                 bar.update(min(state.images_seen, config.num_images) - before)
                 if self.done or _crosses(before, state.images_seen, config.log_every_images):
                     bar.set_postfix_str(progress_line(self._log(before)), refresh=False)
@@ -192,19 +190,21 @@ class _Training:
                         with heartbeat.patience(_PATIENCE_S):
                             self._validate()
                     if self.done or stop or _crosses(before, state.images_seen, config.checkpoint_every_images):
-                        self.writer.drain(agreement)
-                        self._save()
+                        with heartbeat.patience(_PATIENCE_S):
+                            self.writer.drain(agreement)
+                            self._save()
             with heartbeat.patience(_PATIENCE_S):
                 self.writer.drain(agreement, must_succeed=True)
         self.engine.close()
 
-    def _step(self) -> None:
+    def _step(self, heartbeat: Heartbeat) -> None:
         """One global batch: this rank's share of it, a micro-batch at a time, and the update."""
         engine, state = self.engine, self.state
         engine.set_lr(learning_rate(state.images_seen, self.config))
         for micro_batch in range(1, engine.num_micro_batches + 1):
             with self.clock.waiting():
                 batch = next(self.batches)
+            heartbeat.beat(state.images_seen)  # who waits for data is behind the others, and is named
             loss, told = self.task.loss(engine, batch)
             engine.backward(loss)
             self.window.add(loss, told)
@@ -214,6 +214,7 @@ class _Training:
         self.guard.count(skipped)
         state.images_seen += self.config.global_batch_size
         engine.update_averages(state.images_seen, self.config.global_batch_size)
+        heartbeat.beat(state.images_seen)
         self.clock.step()
 
     def _log(self, before: int) -> dict[str, float]:
@@ -222,8 +223,9 @@ class _Training:
         row = {**self.window.means(), "grad_norm": self.engine.grad_norm(), "lr": learning_rate(before, self.config)}
         row |= {"skipped_steps": guard.num_skipped, **self.clock.rates(images_seen)}
         if is_main():
+            told = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
             with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps({"images_seen": images_seen, **row}) + "\n")
+                file.write(json.dumps({"images_seen": images_seen, **told}) + "\n")
             self._track(row)
         if guard.num_in_a_row >= self.config.max_skipped_steps:
             newest = next(iter(checkpoint.complete_ones(self.folder / "checkpoints")), None)
@@ -303,7 +305,7 @@ def _progress(name: str, total: int, initial: int) -> Any:
 
 class _CatchInterrupt:
     """Ctrl-C, SIGTERM and SIGUSR1 (what Slurm sends before it takes a job's machines) wait for the end of the step, so
-    that a checkpoint can be written first. A second one does not wait."""
+    that a checkpoint can be written first. Only a second Ctrl-C does not wait."""
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -312,8 +314,9 @@ class _CatchInterrupt:
         self._old = {s: signal.signal(s, self._ask) for s in self._SIGNALS}
         return self
 
-    def _ask(self, *_: Any) -> None:
-        if self.asked:
+    def _ask(self, number: int, _: Any) -> None:
+        # DeepSpeed's launcher sends its ranks SIGTERM for a Ctrl-C that the terminal has sent them already.
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
