@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Recipe:
 
     name: str
     about: str
-    settings: Settings
+    settings: Settings = field(hash=False)
     weights: str = AVERAGE
     sampler: str = "ours"
     has_body: bool = True

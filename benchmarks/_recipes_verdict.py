@@ -98,7 +98,8 @@ def told(found: Mapping[str, Any]) -> list[str]:
         if part is None:
             at = "never reached"
         else:
-            at = f"reached at {'<= ' if one['is_upper_bound'] else ''}{part:.0%} of its images, {by_time:.0%} of its seconds"
+            bound = "<= " if one["is_upper_bound"] else ""
+            at = f"reached at {bound}{part:.0%} of its images, {by_time:.0%} of its seconds"
         line = f"the paper's final {metric} {one['papers_final']:.3f}: {at}"
         if third := one.get("planned_for_a_third"):
             line += f"; planned for a third: {third['mean']:.3f} ({third['low']:.3f} .. {third['high']:.3f})"

@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,195 +28,31 @@ from pathlib import Path
 from typing import Any
 
 from _harness import commit, hardware, versions
+from _recipes_comparison import Comparison, Work
 from _recipes_figure import draw_curves, draw_gallery
-from _recipes_measure import METRICS, Judged, measure
+from _recipes_measure import Judged, measure
 from _recipes_runs import (
-    A_THIRD,
     ABLATIONS,
-    AVERAGE,
     NEVER,
-    ONLINE,
-    OURS,
     QUICK,
-    SAMPLED_OTHERWISE,
-    Recipe,
     Run,
     Scale,
     describe,
     make_data,
-    paper,
     samplers,
     train,
 )
-from _recipes_verdict import choose, over_seeds, told, verdict
+from _recipes_tables import print_result
 
 # Until a run has said how fast it is: images trained and images taken through the net once, a second on one core of an
 # AMD EPYC, for the net and size of Scale's defaults.
 _TRAINED_PER_S, _FORWARD_PER_S = 15.0, 47.0
 # Starting a training, and loading what a measurement needs.
 _START_S = 20.0
-_SEARCH_SPLIT = "val"
-
-Work = dict[Run, list[Judged]]
-
-
-class Comparison:
-    """One data set's runs and what is measured of them."""
-
-    def __init__(self, data: Path, scale: Scale, seeds: int, ablation_seeds: int, ablations: Sequence[Recipe]) -> None:
-        self.data, self.scale, self.seeds = data, scale, range(seeds)
-        self.ablation_seeds, self.ablations = range(ablation_seeds), ablations
-
-    @property
-    def split(self) -> str:
-        """Whose masks are sampled: those of test, where they are published."""
-        from data_shards.store.shards import ShardSet
-
-        if not (self.data / "shards" / "index.json").is_file():
-            return "test"
-        return "test" if len(ShardSet.open([str(self.data / "shards")]).select(split="test")) else "val"
-
-    def first_round(self) -> Work:
-        """The paper's candidates, ours, and its ablations."""
-        work: Work = {}
-        for lr in self.scale.paper_lrs:
-            run = self._run(paper(lr), 0)
-            work[run] = [self._final(run, w, "paper", _SEARCH_SPLIT) for w in (AVERAGE, ONLINE)]
-        for seed in self.seeds:
-            work[self._run(OURS, seed)] = self.curve(OURS, seed)
-        for recipe, seeds in ((A_THIRD, self.seeds), *((ablation, self.ablation_seeds) for ablation in self.ablations)):
-            for seed in seeds:
-                work[self._run(recipe, seed)] = [self._final(self._run(recipe, seed))]
-        for seed in self.ablation_seeds:
-            work[self._run(OURS, seed)] += self.sampled_otherwise(seed)
-        return work
-
-    def second_round(self) -> Work:
-        """The paper at its best, with every seed. Until it is known, any candidate stands for it."""
-        best = self.best_paper() or (self.scale.paper_lrs[-1], ONLINE)
-        return {self._run(paper(best[0]), seed): self.paper_curve(best, seed) for seed in self.seeds}
-
-    def search(self) -> dict[tuple[float, str], dict[str, Any]]:
-        """What has been measured of the paper's candidates, by learning rate and weights."""
-        found = {}
-        for lr in self.scale.paper_lrs:
-            for weights in (AVERAGE, ONLINE):
-                judged = self._final(self._run(paper(lr), 0), weights, "paper", _SEARCH_SPLIT)
-                if judged.is_done:
-                    found[lr, weights] = judged.result()
-        return found
-
-    def best_paper(self) -> tuple[float, str] | None:
-        """Learning rate and weights; None while candidates are missing."""
-        search = self.search()
-        if len(search) < 2 * len(self.scale.paper_lrs):
-            return None
-        best: tuple[float, str] = choose({k: {m: r[m]["value"] for m in METRICS} for k, r in search.items()})
-        return best
-
-    def curve(self, recipe: Recipe, seed: int) -> list[Judged]:
-        """Our recipe's points, or another's."""
-        run = self._run(recipe, seed)
-        return [Judged(run, n, recipe.weights, recipe.sampler, self.split) for n in run.points(self.scale)]
-
-    def paper_curve(self, best: tuple[float, str], seed: int) -> list[Judged]:
-        """The paper's at its best."""
-        return self.curve(replace(paper(best[0]), weights=best[1]), seed)
-
-    def sampled_otherwise(self, seed: int) -> list[Judged]:
-        """Our weights, sampled in other ways."""
-        run = self._run(OURS, seed)
-        return [self._final(run, weights, sampler) for _, _, weights, sampler in SAMPLED_OTHERWISE]
-
-    def _run(self, recipe: Recipe, seed: int) -> Run:
-        return Run(self.data, recipe, seed)
-
-    def _final(self, run: Run, weights: str = "", sampler: str = "", split: str = "") -> Judged:
-        recipe = run.recipe
-        weights, sampler, split = weights or recipe.weights, sampler or recipe.sampler, split or self.split
-        return Judged(run, run.num_images(self.scale), weights, sampler, split)
-
-    def result(self) -> dict[str, Any] | None:
-        """This data set's part of the JSON file; None while something is missing."""
-        best = self.best_paper()
-        if best is None or any(not judged.is_done for work in self.rounds() for judged in _all(work)):
-            return None
-        chosen = {"paper": [self.paper_curve(best, s) for s in self.seeds], "ours": self._curves(OURS)}
-        chosen["a_third"] = self._curves(A_THIRD)
-        label = f"the paper's, lr {best[0]:g}, {'averaged' if best[1] == AVERAGE else 'online'} weights"
-        labels = {"paper": label, "ours": "ours", "a_third": A_THIRD.about}
-        values = {k: [_values(curve) for curve in curves] for k, curves in chosen.items()}
-        seconds = {k: [[c.run.seconds()[c.images] for c in curve] for curve in v] for k, v in chosen.items()}
-        finals = [{m: v[m][-1] for m in METRICS} for v in values["a_third"]]
-        found = verdict(self.scale.points, values["ours"], values["paper"], seconds["ours"], seconds["paper"], finals)
-        return {
-            "split": self.split,
-            "num_masks": chosen["ours"][0][0].result()["num_masks"],
-            "num_patients": chosen["ours"][0][0].result()["num_patients"],
-            "real_dice": chosen["ours"][0][0].result()["real_dice"],
-            "search": [{"lr": lr, "weights": w, **r} for (lr, w), r in self.search().items()],
-            "best_paper": {"lr": best[0], "weights": best[1]},
-            "curves": {
-                name: {
-                    "label": labels[name],
-                    "images": [judged.images for judged in chosen[name][0]],
-                    "seconds": [statistics.fmean(s) for s in zip(*seconds[name], strict=True)],
-                    **{m: [over_seeds(v) for v in zip(*(c[m] for c in values[name]), strict=True)] for m in METRICS},
-                }
-                for name in chosen
-            },
-            "finals_over_patients": {name: chosen[name][0][-1].result() for name in ("paper", "ours")},
-            "verdict": found,
-            "ablations": self._ablations(),
-        }
-
-    def rounds(self) -> tuple[Work, Work]:
-        """All there is to do, in order."""
-        return self.first_round(), self.second_round()
-
-    def _curves(self, recipe: Recipe) -> list[list[Judged]]:
-        return [self.curve(recipe, seed) for seed in self.seeds]
-
-    def _ablations(self) -> list[dict[str, Any]]:
-        """A row each, ours first."""
-        judged: list[tuple[str, str, list[Judged]]] = [(OURS.name, OURS.about, [])]
-        judged[0][2].extend(self._final(self._run(OURS, seed)) for seed in self.ablation_seeds)
-        for recipe in self.ablations:
-            judged.append((recipe.name, recipe.about, [self._final(self._run(recipe, s)) for s in self.ablation_seeds]))
-        for number, (name, about, _, _) in enumerate(SAMPLED_OTHERWISE):
-            judged.append((name, about, [self.sampled_otherwise(seed)[number] for seed in self.ablation_seeds]))
-        return [
-            {
-                "name": name,
-                "about": about,
-                **{m: over_seeds([j.result()[m]["value"] for j in finals]) for m in METRICS},
-            }
-            for name, about, finals in judged
-        ]
-
-    def gallery(self) -> list[tuple[str, Any]]:
-        """Columns: mask, real slice, and both recipes' images along their training."""
-        best = self.best_paper()
-        assert best is not None
-        paper_curve, our_curve = self.paper_curve(best, 0), self.curve(OURS, 0)
-        shown = paper_curve[0].images_NHW()
-        columns = [("mask", shown["mask"]), ("real", shown["real"])]
-        for name, curve in (("paper", paper_curve), ("ours", our_curve)):
-            columns += [(f"{name} {judged.images:,}", judged.images_NHW()["generated"]) for judged in curve]
-        return columns
-
-
-def _all(work: Work) -> Iterable[Judged]:
-    return (judged for several in work.values() for judged in several)
-
-
-def _values(curve: list[Judged]) -> dict[str, list[float]]:
-    return {metric: [judged.result()[metric]["value"] for judged in curve] for metric in METRICS}
 
 
 def advance(run: Run, judged: list[Judged], scale: Scale, deadline: float) -> bool:
     """Train a run and measure it; False where time ran out before all was done. Runs in a process of the pool."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     if not train(run, scale, deadline):
         return False
     for one in judged:
@@ -231,6 +67,7 @@ def work_off(work: Work, scale: Scale, jobs: int, deadline: float) -> bool:
     waiting = {run: judged for run, judged in work.items() if _left(run, judged, scale, _Rates()) > 0}
     if not waiting:
         return True
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the pool's processes
     context = multiprocessing.get_context("spawn")
     complete = True
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
@@ -284,37 +121,6 @@ def print_plan(comparisons: Sequence[Comparison], jobs: int) -> None:
                 print(f"  {name:<28} {run.num_images(comparison.scale):>8,} {len(judged):>7} {left:>19.1f}")
     print(f"\nin all {total:.0f} core-minutes, about {total / jobs:.0f} minutes with {jobs} jobs")
     print("besides, once for each data set: slices and segmenter, 5 to 10 minutes")
-
-
-def print_result(name: str, result: dict[str, Any]) -> None:
-    """Tables of one data set."""
-    print(f"\n{name}: {result['num_masks']} masks of {result['num_patients']} patients, split {result['split']}")
-    print(f"real slices: Dice {result['real_dice']['value']:.3f}")
-    best = result["best_paper"]
-    print("\nthe paper's recipe, by learning rate and weights, on the validation split")
-    for row in result["search"]:
-        chosen = "  <- its best" if (row["lr"], row["weights"]) == (best["lr"], best["weights"]) else ""
-        print(f"  {row['lr']:<8g} {row['weights']:<10}" + _cells(lambda m, row=row: row[m]["value"]) + chosen)
-    print(f"\n{'':<46}{'Dice':>18}{'distance':>18}{'PSNR':>18}")
-    for curve in ("paper", "ours", "a_third"):
-        told_curve = result["curves"][curve]
-        for i, images in enumerate(told_curve["images"]):
-            label = f"{told_curve['label'][:34]:<36}{images:>8,}  "
-            print(label + "".join(f"{_spread(told_curve[m][i]):>18}" for m in METRICS))
-    print("\nours with one part changed")
-    for row in result["ablations"]:
-        print(f"  {row['about']:<64}" + _cells(lambda m, row=row: row[m]["mean"]))
-    print()
-    for line in told(result["verdict"]):
-        print(line)
-
-
-def _cells(value: Callable[[str], float]) -> str:
-    return f"  Dice {value('dice'):.3f}  distance {value('distance'):8.3f}  PSNR {value('psnr_db'):5.2f} dB"
-
-
-def _spread(value: dict[str, Any]) -> str:
-    return f"{value['mean']:.3f} ±{(value['high'] - value['low']) / 2:.3f}"
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -43,7 +43,6 @@ class Engine:
         self._adam = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self._adam.register_step_pre_hook(lambda *_: self._before_update())
         self._veto = torch.zeros((), device=device)
         self._norm: Tensor | float = float("nan")
         self._engine, self._zero, _, _ = deepspeed.initialize(
@@ -51,6 +50,7 @@ class Engine:
         )
         self.module: nn.Module = self._engine.module
         self._shards, self._extents = self._layout()
+        self._adam.register_step_pre_hook(lambda *_: self._before_update())
         self._averages = {name: [s.detach().clone() for s in self._shards] for name in config.averages}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,10 +70,8 @@ class Engine:
         if veto is not None:
             self._veto.copy_(veto)
         self._engine.step()
-        if self.config.zero_stage > 0:
-            self._norm = self._engine.get_global_grad_norm() or float("nan")
-            if not self._engine.was_step_applied():
-                return torch.ones_like(self._veto)
+        if self.config.zero_stage > 0 and not self._engine.was_step_applied():
+            return torch.ones_like(self._veto)  # DeepSpeed itself found that the gradient is no number
         return self._veto.clone()
 
     def set_lr(self, lr: float) -> None:
@@ -82,8 +80,9 @@ class Engine:
             group["lr"] = lr
 
     def grad_norm(self) -> float:
-        """Norm of the last update's gradient before clipping."""
-        return float(self._norm)
+        """Norm of the last update's gradient before clipping; waits for the device."""
+        norm = self._norm if self.config.zero_stage == 0 else self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
 
     def update_averages(self, images_seen: int, images: int) -> None:
         """Bring every average from images_seen - images to images_seen, in fp32, each rank on its own shard."""
@@ -143,10 +142,11 @@ class Engine:
         if self.config.zero_stage == 0:
             # DeepSpeed clips here too, but keeps the norm to itself.
             limit = self.config.gradient_clip or float("inf")
-            self._norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-            self._veto.copy_(torch.maximum(self._veto, (~torch.isfinite(self._norm)).float()))
-        on_device = self._shards[0].device if hasattr(self, "_shards") else self.device
-        self._adam.found_inf = self._veto.to(on_device)  # type: ignore[attr-defined]
+            self._norm = norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        else:
+            norm = self._zero._global_grad_norm
+        self._veto.copy_(torch.maximum(self._veto, (~torch.isfinite(norm)).to(self._veto)))
+        self._adam.found_inf = self._veto.to(self._shards[0].device)  # type: ignore[attr-defined]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """bf16 with ZeRO 0 is fp32 weights under autocast: DeepSpeed's own way there (0.19.8) is an unfused fp16
@@ -168,7 +168,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.num_micro_batches,
             "gradient_clipping": config.gradient_clip if config.zero_stage > 0 else 0.0,
-            "bf16": {"enabled": config.precision == "bf16" and config.zero_stage > 0},
+            # Its own check for gradients that are no number makes the host wait in every step; _before_update does not.
+            "bf16": {"enabled": config.precision == "bf16" and config.zero_stage > 0, "check_grad_overflow": False},
             "zero_optimization": zero,
             # AdamW stays ours with offload too: its fused CPU kernel is as fast as DeepSpeed's, which must be compiled.
             "zero_force_ds_cpu_optimizer": False,

@@ -1,0 +1,169 @@
+"""One data set's comparison: which runs there are, what is measured of them, and what that comes to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from _recipes_measure import METRICS, Judged
+from _recipes_runs import A_THIRD, AVERAGE, ONLINE, OURS, SAMPLED_OTHERWISE, Recipe, Run, Scale, paper
+from _recipes_verdict import choose, over_seeds, verdict
+
+# The paper's candidates are judged on it.
+_SEARCH_SPLIT = "val"
+
+Work = dict[Run, list[Judged]]
+
+
+class Comparison:
+    """One data set's runs and what is measured of them."""
+
+    def __init__(self, data: Path, scale: Scale, seeds: int, ablation_seeds: int, ablations: Sequence[Recipe]) -> None:
+        self.data, self.scale, self.seeds = data, scale, range(seeds)
+        self.ablation_seeds, self.ablations = range(ablation_seeds), ablations
+
+    @property
+    def split(self) -> str:
+        """Whose masks are sampled: those of test, where they are published."""
+        from data_shards.store.shards import ShardSet
+
+        if not (self.data / "shards" / "index.json").is_file():
+            return "test"
+        return "test" if len(ShardSet.open([str(self.data / "shards")]).select(split="test")) else "val"
+
+    def first_round(self) -> Work:
+        """The paper's candidates, ours, and its ablations."""
+        work: Work = {}
+        for lr in self.scale.paper_lrs:
+            run = self._run(paper(lr), 0)
+            work[run] = [self._final(run, w, "paper", _SEARCH_SPLIT) for w in (AVERAGE, ONLINE)]
+        for seed in self.seeds:
+            work[self._run(OURS, seed)] = self.curve(OURS, seed)
+        for recipe, seeds in ((A_THIRD, self.seeds), *((ablation, self.ablation_seeds) for ablation in self.ablations)):
+            for seed in seeds:
+                work[self._run(recipe, seed)] = [self._final(self._run(recipe, seed))]
+        for seed in self.ablation_seeds:
+            work[self._run(OURS, seed)] += self.sampled_otherwise(seed)
+        return work
+
+    def second_round(self) -> Work:
+        """The paper at its best, with every seed. Until it is known, any candidate stands for it."""
+        best = self.best_paper() or (self.scale.paper_lrs[-1], ONLINE)
+        return {self._run(paper(best[0]), seed): self.paper_curve(best, seed) for seed in self.seeds}
+
+    def search(self) -> dict[tuple[float, str], dict[str, Any]]:
+        """What has been measured of the paper's candidates, by learning rate and weights."""
+        found = {}
+        for lr in self.scale.paper_lrs:
+            for weights in (AVERAGE, ONLINE):
+                judged = self._final(self._run(paper(lr), 0), weights, "paper", _SEARCH_SPLIT)
+                if judged.is_done:
+                    found[lr, weights] = judged.result()
+        return found
+
+    def best_paper(self) -> tuple[float, str] | None:
+        """Learning rate and weights; None while candidates are missing."""
+        search = self.search()
+        if len(search) < 2 * len(self.scale.paper_lrs):
+            return None
+        best: tuple[float, str] = choose({k: {m: r[m]["value"] for m in METRICS} for k, r in search.items()})
+        return best
+
+    def curve(self, recipe: Recipe, seed: int) -> list[Judged]:
+        """Our recipe's points, or another's."""
+        run = self._run(recipe, seed)
+        return [Judged(run, n, recipe.weights, recipe.sampler, self.split) for n in run.points(self.scale)]
+
+    def paper_curve(self, best: tuple[float, str], seed: int) -> list[Judged]:
+        """The paper's at its best."""
+        return self.curve(replace(paper(best[0]), weights=best[1]), seed)
+
+    def sampled_otherwise(self, seed: int) -> list[Judged]:
+        """Our weights, sampled in other ways."""
+        run = self._run(OURS, seed)
+        return [self._final(run, weights, sampler) for _, _, weights, sampler in SAMPLED_OTHERWISE]
+
+    def _run(self, recipe: Recipe, seed: int) -> Run:
+        return Run(self.data, recipe, seed)
+
+    def _final(self, run: Run, weights: str = "", sampler: str = "", split: str = "") -> Judged:
+        recipe = run.recipe
+        weights, sampler, split = weights or recipe.weights, sampler or recipe.sampler, split or self.split
+        return Judged(run, run.num_images(self.scale), weights, sampler, split)
+
+    def result(self) -> dict[str, Any] | None:
+        """This data set's part of the JSON file; None while something is missing."""
+        best = self.best_paper()
+        if best is None or any(not judged.is_done for work in self.rounds() for judged in _all(work)):
+            return None
+        chosen = {"paper": [self.paper_curve(best, s) for s in self.seeds], "ours": self._curves(OURS)}
+        chosen["a_third"] = self._curves(A_THIRD)
+        label = f"the paper's, lr {best[0]:g}, {'averaged' if best[1] == AVERAGE else 'online'} weights"
+        labels = {"paper": label, "ours": "ours", "a_third": A_THIRD.about}
+        values = {k: [_values(curve) for curve in curves] for k, curves in chosen.items()}
+        seconds = {k: [[c.run.seconds()[c.images] for c in curve] for curve in v] for k, v in chosen.items()}
+        finals = [{m: v[m][-1] for m in METRICS} for v in values["a_third"]]
+        found = verdict(self.scale.points, values["ours"], values["paper"], seconds["ours"], seconds["paper"], finals)
+        return {
+            "split": self.split,
+            "num_masks": chosen["ours"][0][0].result()["num_masks"],
+            "num_patients": chosen["ours"][0][0].result()["num_patients"],
+            "real_dice": chosen["ours"][0][0].result()["real_dice"],
+            "search": [{"lr": lr, "weights": w, **r} for (lr, w), r in self.search().items()],
+            "best_paper": {"lr": best[0], "weights": best[1]},
+            "curves": {
+                name: {
+                    "label": labels[name],
+                    "images": [judged.images for judged in chosen[name][0]],
+                    "seconds": [statistics.fmean(s) for s in zip(*seconds[name], strict=True)],
+                    **{m: [over_seeds(v) for v in zip(*(c[m] for c in values[name]), strict=True)] for m in METRICS},
+                }
+                for name in chosen
+            },
+            "finals_over_patients": {name: chosen[name][0][-1].result() for name in ("paper", "ours")},
+            "verdict": found,
+            "ablations": self._ablations(),
+        }
+
+    def rounds(self) -> tuple[Work, Work]:
+        """All there is to do, in order."""
+        return self.first_round(), self.second_round()
+
+    def _curves(self, recipe: Recipe) -> list[list[Judged]]:
+        return [self.curve(recipe, seed) for seed in self.seeds]
+
+    def _ablations(self) -> list[dict[str, Any]]:
+        """A row each, ours first."""
+        judged: dict[tuple[str, str], list[Judged]] = {}
+        for seed in self.ablation_seeds:
+            for recipe in (OURS, *self.ablations):
+                judged.setdefault((recipe.name, recipe.about), []).append(self._final(self._run(recipe, seed)))
+            for (name, about, _, _), one in zip(SAMPLED_OTHERWISE, self.sampled_otherwise(seed), strict=True):
+                judged.setdefault((name, about), []).append(one)
+        return [
+            {"name": name, "about": about}
+            | {m: over_seeds([one.result()[m]["value"] for one in finals]) for m in METRICS}
+            for (name, about), finals in judged.items()
+        ]
+
+    def gallery(self) -> list[tuple[str, Any]]:
+        """Columns: mask, real slice, and both recipes' images along their training."""
+        best = self.best_paper()
+        assert best is not None
+        paper_curve, our_curve = self.paper_curve(best, 0), self.curve(OURS, 0)
+        shown = paper_curve[0].images_NHW()
+        columns = [("mask", shown["mask"]), ("real", shown["real"])]
+        for name, curve in (("paper", paper_curve), ("ours", our_curve)):
+            columns += [(f"{name} {judged.images:,}", judged.images_NHW()["generated"]) for judged in curve]
+        return columns
+
+
+def _all(work: Work) -> Iterable[Judged]:
+    return (judged for several in work.values() for judged in several)
+
+
+def _values(curve: list[Judged]) -> dict[str, list[float]]:
+    return {metric: [judged.result()[metric]["value"] for judged in curve] for metric in METRICS}
