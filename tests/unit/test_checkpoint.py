@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,19 +72,8 @@ def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path)
     assert SavedState(newest, 1).full("online")["w"].unique().tolist() == [16.0]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of its own, of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode != 0:
-        pytest.skip(f"no right to mount a small filesystem: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_and_room_helps(small_disk: Path) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before_and_room_helps(disk_of: Callable[[int], Path]) -> None:
+    small_disk = disk_of(8)
     weights = torch.ones(1_200_000)  # 4.8 MB: one fits, two do not
     agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
     with CheckpointWriter(small_disk, keep=1) as writer:

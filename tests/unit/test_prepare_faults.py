@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,26 +59,14 @@ def test_killed_workers_cost_nothing_but_their_volumes(archive, tmp_path: Path) 
     assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "clean")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of its own, of 64 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode != 0:
-        pytest.skip(f"no right to mount a small filesystem: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.parametrize("store", ["webdataset", "zarr"])
 @pytest.mark.parametrize("during", ["cutting", "writing"])
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
-    archive, tmp_path: Path, small_disk: Path, store: str, during: str
+    archive, tmp_path: Path, disk_of: Callable[[int], Path], store: str, during: str
 ) -> None:
     """Room for half of the volumes' slices ends the cutting of volumes; for them and half of the set, the writing."""
     config = PrepareConfig(size=48, slice_stride=2, samples_per_shard=64, store=store, num_workers=2)
-    clean = tmp_path / "clean"
+    clean, small_disk = tmp_path / "clean", disk_of(64)
     waiting = []
     prepare(archive.root, clean, config, progress=lambda *_: waiting.append(_folder_bytes(clean / ".partial")))
     room = 0.5 * waiting[-1] if during == "cutting" else waiting[-1] + 0.5 * _folder_bytes(clean)
