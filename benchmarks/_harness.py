@@ -23,7 +23,10 @@ from typing import Any
 
 Contender = Callable[[], tuple[float, float]]
 
-_PACKAGES = ("torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "webdataset", "zarr", "ray", "numpy", "pillow")
+_PACKAGES = (
+    *("torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "webdataset", "zarr", "ray", "numpy", "pillow"),
+    *("diffusers", "deepspeed", "accelerate"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Sprea
         for name in names[first:] + names[:first]:
             units, seconds = contenders[name]()
             rates[name].append(units / seconds)
-            print(f"  round {number + 1}/{rounds}  {name:<44} {units / seconds:>12,.0f}", flush=True)
+            print(f"  round {number + 1}/{rounds}  {name:<44} {_rate(units / seconds):>12}", flush=True)
     return {name: Spread(tuple(values)) for name, values in rates.items()}
 
 
@@ -113,7 +116,8 @@ def report(
     print(f"commit {source['revision']}{' with uncommitted changes' if source['dirty'] else ''}\n")
     print(f"{unit:<48} {'median':>12} {'min':>12} {'max':>12}")
     for name, spread in rates.items():
-        print(f"{name:<48} {spread.median:>12,.0f} {min(spread.rounds):>12,.0f} {max(spread.rounds):>12,.0f}")
+        told = [_rate(value) for value in (spread.median, min(spread.rounds), max(spread.rounds))]
+        print(f"{name:<48} {told[0]:>12} {told[1]:>12} {told[2]:>12}")
     print()
     for ratio in ratios:
         print(ratio)
@@ -185,3 +189,8 @@ def rss_mib(pid: int | None = None) -> float:
     status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) / 1024
+
+
+def _rate(value: float) -> str:
+    """Three digits of a small rate, whole numbers of a large one."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,41 +98,41 @@ class Comparison:
         best = self.best_paper()
         if best is None or any(not judged.is_done for work in self.rounds() for judged in _all(work)):
             return None
-        chosen = {"paper": [self.paper_curve(best, s) for s in self.seeds], "ours": self._curves(OURS)}
-        chosen["a_third"] = self._curves(A_THIRD)
-        label = f"the paper's, lr {best[0]:g}, {'averaged' if best[1] == AVERAGE else 'online'} weights"
-        labels = {"paper": label, "ours": "ours", "a_third": A_THIRD.about}
-        values = {k: [_values(curve) for curve in curves] for k, curves in chosen.items()}
-        seconds = {k: [[c.run.seconds()[c.images] for c in curve] for curve in v] for k, v in chosen.items()}
-        finals = [{m: v[m][-1] for m in METRICS} for v in values["a_third"]]
-        found = verdict(self.scale.points, values["ours"], values["paper"], seconds["ours"], seconds["paper"], finals)
+        curves = {
+            "paper": [self.paper_curve(best, seed) for seed in self.seeds],
+            "ours": [self.curve(OURS, seed) for seed in self.seeds],
+            "a_third": [self.curve(A_THIRD, seed) for seed in self.seeds],
+        }
+        values = {name: [_values(curve) for curve in several] for name, several in curves.items()}
+        seconds = {name: [[j.run.seconds()[j.images] for j in c] for c in several] for name, several in curves.items()}
+        weights = "averaged" if best[1] == AVERAGE else "online"
+        labels = {"paper": f"the paper's, lr {best[0]:g}, {weights} weights", "ours": "ours", "a_third": A_THIRD.about}
+        finals = [{metric: curve[metric][-1] for metric in METRICS} for curve in values["a_third"]]
+        any_final = curves["ours"][0][-1].result()
         return {
             "split": self.split,
-            "num_masks": chosen["ours"][0][0].result()["num_masks"],
-            "num_patients": chosen["ours"][0][0].result()["num_patients"],
-            "real_dice": chosen["ours"][0][0].result()["real_dice"],
-            "search": [{"lr": lr, "weights": w, **r} for (lr, w), r in self.search().items()],
+            **{name: any_final[name] for name in ("num_masks", "num_patients", "real_dice", "real_distance")},
+            "search": [{"lr": lr, "weights": w, **found} for (lr, w), found in self.search().items()],
             "best_paper": {"lr": best[0], "weights": best[1]},
             "curves": {
                 name: {
                     "label": labels[name],
-                    "images": [judged.images for judged in chosen[name][0]],
-                    "seconds": [statistics.fmean(s) for s in zip(*seconds[name], strict=True)],
+                    "images": [judged.images for judged in curves[name][0]],
+                    "seconds": [over_seeds(at) for at in zip(*seconds[name], strict=True)],
                     **{m: [over_seeds(v) for v in zip(*(c[m] for c in values[name]), strict=True)] for m in METRICS},
                 }
-                for name in chosen
+                for name in curves
             },
-            "finals_over_patients": {name: chosen[name][0][-1].result() for name in ("paper", "ours")},
-            "verdict": found,
+            "finals_over_patients": {name: curves[name][0][-1].result() for name in ("paper", "ours")},
+            "verdict": verdict(
+                self.scale.points, values["ours"], values["paper"], seconds["ours"], seconds["paper"], finals
+            ),
             "ablations": self._ablations(),
         }
 
     def rounds(self) -> tuple[Work, Work]:
         """All there is to do, in order."""
         return self.first_round(), self.second_round()
-
-    def _curves(self, recipe: Recipe) -> list[list[Judged]]:
-        return [self.curve(recipe, seed) for seed in self.seeds]
 
     def _ablations(self) -> list[dict[str, Any]]:
         """A row each, ours first."""

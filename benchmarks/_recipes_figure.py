@@ -59,33 +59,35 @@ def draw_curves(result: Mapping[str, Any], title: str, file: Path) -> None:
 
 
 def _band(axis: Any, curve: Mapping[str, Any], by: str, metric: str, colour: str) -> None:
-    at, values = curve[by], curve[metric]
+    at, values = _at(curve, by), curve[metric]
     axis.plot(at, [v["mean"] for v in values], color=colour, marker="o", markersize=3.5, label=curve["label"])
     axis.fill_between(at, [v["low"] for v in values], [v["high"] for v in values], color=colour, alpha=0.18, lw=0)
 
 
+def _at(curve: Mapping[str, Any], by: str) -> list[float]:
+    return curve["images"] if by == "images" else [seconds["mean"] for seconds in curve["seconds"]]
+
+
 def _references(axis: Any, result: Mapping[str, Any], by: str, metric: str) -> None:
-    """The paper's end, the real slices' Dice, and the runs that were planned for a third."""
+    """The paper's end, what real slices get, and the runs that were planned for a third."""
     end = result["curves"]["paper"][metric][-1]["mean"]
     axis.axhline(end, color=_COLOURS["paper"], lw=0.9, ls="--", label="where the paper's ends")
-    if metric == "dice":
-        axis.axhline(result["real_dice"]["value"], color="#6b7683", lw=0.9, ls=":", label="real slices")
-    third = result["curves"].get("a_third")
-    if third:
-        _, low, high = (third[metric][0][k] for k in ("mean", "low", "high"))
-        mean = third[metric][0]["mean"]
-        axis.errorbar(
-            third[by][0],
-            mean,
-            yerr=[[mean - low], [high - mean]],
-            color=_COLOURS["ours"],
-            marker="D",
-            markersize=5,
-            markerfacecolor="white",
-            capsize=2,
-            ls="none",
-            label="ours, planned for a third",
-        )
+    if real := result.get(f"real_{metric}"):
+        axis.axhline(real["value"], color="#6b7683", lw=0.9, ls=":", label="real slices")
+    third = result["curves"]["a_third"]
+    [value] = third[metric]
+    axis.errorbar(
+        _at(third, by),
+        [value["mean"]],
+        yerr=[[value["mean"] - value["low"]], [value["high"] - value["mean"]]],
+        color=_COLOURS["ours"],
+        marker="D",
+        markersize=5,
+        markerfacecolor="white",
+        capsize=2,
+        ls="none",
+        label="ours, planned for a third",
+    )
 
 
 def draw_gallery(columns: Sequence[tuple[str, np.ndarray]], file: Path, num_labels: int) -> None:

@@ -43,7 +43,8 @@ class Judged:
         return self.file.is_file()
 
     def result(self) -> dict[str, Any]:
-        """dice, distance and psnr_db, each {"value", "ci95"}; those of the real slices as `real_dice`."""
+        """dice, distance and psnr_db, each {"value", "ci95"}; beside them `real_dice` of the masks' own images, and
+        `real_distance` from those to as many of the training split."""
         return json.loads(self.file.read_text())
 
     def images_NHW(self) -> dict[str, np.ndarray]:
@@ -58,34 +59,36 @@ def measure(judged: Judged, scale: Scale) -> None:
         return
     import torch
 
-    from data_shards.records import MODALITIES
     from data_shards.store.shards import ShardSet
     from segdiff_dist.evaluation import metrics
-    from segdiff_dist.sampling.job import SampleConfig, list_items
     from segdiff_dist.segmentation import Segmenter
 
     torch.set_num_threads(1)
     # Masks may be those without a body; what counts as right is the same for all.
     asked, shards = (ShardSet.open([str(p)]) for p in (judged.run.shards, judged.run.data / "shards"))
-    rows = shards.select(split=judged.split, axes=["axial"])
-    items = list_items(shards, rows, SampleConfig(num=scale.num_masks, seed=_SEED)).to_pylist()
+    items = _items(shards, judged.split, scale)
     records = [shards.read(item["row"]) for item in items]
     mask_NHW = np.stack([record.mask_HW for record in records])
-    real_NHW = torch.from_numpy(np.stack([record.image_uint8() for record in records]))
-    modality_N = torch.tensor([MODALITIES.index(item["source_modality"]) for item in items])
+    real_NHW, modality_N = _images(shards, items)
     gen_NHW = torch.from_numpy(_sample(judged, scale, asked, items))
 
     judge = Segmenter.load(judged.run.data / "judge" / "segmenter" / "weights")
     table, patients_N = shards.label_table, np.array([item["case_id"] for item in items])
-    dice, statistics = {}, {}
-    for side, image_NHW in (("gen", gen_NHW), ("real", real_NHW)):
+
+    def dice(image_NHW: Any) -> dict[str, Any]:
         counts = metrics.confusion(mask_NHW, judge.predict(image_NHW, modality_N).numpy(), table.num_classes)
-        dice[side] = metrics.mean_dice(metrics.dice_per_class(counts), table.organ_ids)
-        statistics[side] = metrics.FeatureStatistics.of(judge.features(image_NHW, modality_N).numpy())
+        return _mean(metrics.mean_dice(metrics.dice_per_class(counts), table.organ_ids), patients_N)
+
+    def statistics(image_NHW: Any, modality_N: Any) -> metrics.FeatureStatistics:
+        return metrics.FeatureStatistics.of(judge.features(image_NHW, modality_N).numpy())
+
+    real = statistics(real_NHW, modality_N)
+    others = statistics(*_images(shards, _items(shards, "train", scale)))
     found = {
-        "dice": _mean(dice["gen"], patients_N),
-        "real_dice": _mean(dice["real"], patients_N),
-        "distance": {"value": metrics.frechet_distance(statistics["real"], statistics["gen"]), "ci95": None},
+        "dice": dice(gen_NHW),
+        "real_dice": dice(real_NHW),
+        "distance": {"value": metrics.frechet_distance(real, statistics(gen_NHW, modality_N)), "ci95": None},
+        "real_distance": {"value": metrics.frechet_distance(real, others), "ci95": None},
         "psnr_db": _mean(metrics.psnr_db(real_NHW, gen_NHW), patients_N),
         "num_masks": len(items),
         "num_patients": len(set(patients_N)),
@@ -95,6 +98,24 @@ def measure(judged: Judged, scale: Scale) -> None:
         judged.file.with_suffix(".npz"), mask=mask_NHW, real=real_NHW.numpy(), generated=gen_NHW.numpy()
     )
     write_text_atomically(judged.file, json.dumps(found, indent=1) + "\n")
+
+
+def _items(shards: Any, split: str, scale: Scale) -> list[dict[str, Any]]:
+    """The masks that are used of a split, modalities and patients mixed."""
+    from segdiff_dist.sampling.job import SampleConfig, list_items
+
+    return list_items(shards, shards.select(split=split), SampleConfig(num=scale.num_masks, seed=_SEED)).to_pylist()
+
+
+def _images(shards: Any, items: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """The items' own images, uint8 [N, H, W], and modalities, int64 [N]."""
+    import torch
+
+    from data_shards.records import MODALITIES
+
+    image_NHW = np.stack([shards.read(item["row"]).image_uint8() for item in items])
+    modality_N = torch.tensor([MODALITIES.index(item["source_modality"]) for item in items])
+    return torch.from_numpy(image_NHW), modality_N
 
 
 def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any]]) -> np.ndarray:

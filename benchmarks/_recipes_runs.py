@@ -52,7 +52,7 @@ class Scale:
     patients: tuple[int, int, int] = (16, 4, 4)
     """Of the phantom's train, val and test split, in each modality."""
     slice_stride: int = 4
-    num_masks: int = 96
+    num_masks: int = 80
     paper_steps: int = 50
     our_steps: int = 25
     paper_lrs: tuple[float, ...] = (1e-5, 1e-4, 1e-3)
@@ -67,7 +67,7 @@ QUICK = Scale(
     side=32,
     num_images=320,
     block_out_channels=(16, 32),
-    judge_images=640,
+    judge_images=1_600,
     judge_channels=(16, 32, 64),
     patients=(2, 2, 2),
     slice_stride=8,
@@ -95,7 +95,8 @@ class Recipe:
 def paper(lr: float) -> Recipe:
     """The published code's recipe (docs/recipes.md) but for what all share: net, batch, number of images.
 
-    Its models are of one modality each, so one net for both is told the modality, as ours is.
+    Its models are of one modality each, so one net for both is told the modality, as ours is; its masks cover the whole
+    patient, so they keep `body`.
     """
     settings: Settings = {
         "denoiser": {"mask_encoding": "scalar_signed", "soft_masks": False},
@@ -149,7 +150,7 @@ ABLATIONS = (
 # The same weights, used otherwise: (name, about, weights, sampler).
 SAMPLED_OTHERWISE = (
     ("ours-online", "weights without averaging", ONLINE, "ours"),
-    ("ours-paper-sampler", "the paper's sampler: 50 leading steps", AVERAGE, "paper"),
+    ("ours-paper-sampler", "the paper's sampler: its steps, leading timesteps", AVERAGE, "paper"),
 )
 
 
@@ -357,8 +358,13 @@ def segdiff(stage: str, config: Path, log: Path, deadline: float = NEVER, thread
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", "import sys; from segdiff_dist.cli import main; sys.exit(main(sys.argv[1:]))"]
     with log.open("ab") as output:
+        # In a session of its own: Ctrl-C would reach it besides, and a second signal does not wait for a checkpoint.
         process = subprocess.Popen(
-            [*command, stage, "--config", str(config)], stdout=output, stderr=output, env=environment
+            [*command, stage, "--config", str(config)],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
         return _finish(process, f"segdiff {stage}", log, deadline)
 

@@ -40,13 +40,16 @@ def reached_at(at: Sequence[float], values: Sequence[float], target: float, high
 
 
 def choose(candidates: Mapping[Any, Mapping[str, float]]) -> Any:
-    """The candidate with the best Dice and distance: the smallest sum of its ranks, then the smallest distance."""
-    ranks = dict.fromkeys(candidates, 0)
-    for metric in ("dice", "distance"):
-        sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
-        for rank, name in enumerate(sorted(candidates, key=lambda c: sign * candidates[c][metric])):
-            ranks[name] += rank
-    return min(candidates, key=lambda c: (ranks[c], candidates[c]["distance"]))
+    """The candidate with the best Dice and distance: the smallest sum of its ranks, then the smallest distance.
+
+    A rank is the number of candidates that are better.
+    """
+
+    def rank(name: Any, metric: str) -> int:
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        return sum(sign * other[metric] > sign * candidates[name][metric] for other in candidates.values())
+
+    return min(candidates, key=lambda c: (rank(c, "dice") + rank(c, "distance"), candidates[c]["distance"]))
 
 
 def verdict(

@@ -1,175 +1,28 @@
-"""The training loops that benchmarks/train.py sets side by side, and how one turn of one of them is run and timed.
+"""The training loops that benchmarks/train.py sets side by side: the published design, accelerate's, and ours.
 
-A turn is a run of its own: as many processes as it has ranks, one thread of arithmetic each, that meet over gloo. A
-step counts from the moment its batch is there to the moment the next one's is. Dimensions: B batch, C channels, H, W.
+Dimensions: B batch, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
-import multiprocessing
 import os
-import socket
-import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _train_turns import TIMEOUT_S, Measured, Turn, Watch
 from diffusers import UNet2DModel  # here, since what the ranks are forked from has then imported it
 from torch import Tensor, nn
 
-# A turn that has not ended by then will not: ranks that wait for each other.
-_TIMEOUT_S = 900.0
-
 PARTS = ("averages", "logging", "checkpointing", "optimiser")
 """Of our loop, beside the network; see time_parts."""
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["_train_loops"])
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one turn does. `loop` names a function of this module's LOOPS."""
-
-    loop: str
-    data: Path
-    """Holds pairs/ (PNG files) and shards/ (a shard set) of the same slices."""
-    size: int
-    block_out_channels: tuple[int, ...]
-    attention_resolutions: tuple[int, ...]
-    global_batch_size: int
-    ranks: int
-    precision: str
-    warm_up: int
-    steps: int
-    workers: int = 1
-    """DataLoader's processes, for each rank."""
-    parts: bool = False
-    """Also time the parts of our loop beside the network."""
-
-    @property
-    def micro_batch_size(self) -> int:
-        return self.global_batch_size // self.ranks
-
-
-class Watch:
-    """Times a rank's steps and its waits for data, and ends its run after the last of them."""
-
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-        self._began_s: list[float] = []
-        self._waited_s: list[float] = []
-        self.told_wait_s: float | None = None
-        """What the loop itself says that it waited for data, where it does."""
-        self.parts_s: dict[str, float] = {}
-        """Seconds by name, over the timed steps; see time_parts."""
-
-    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The loader's batches, over and over; the time that each takes to come is noted."""
-        while True:
-            iterator = iter(loader)
-            while True:
-                start = time.perf_counter()
-                batch = next(iterator, None)
-                if batch is None:
-                    break
-                self._waited_s.append(time.perf_counter() - start)
-                yield batch
-
-    def begin_step(self) -> None:
-        """Call at the beginning of every step, with its batch at hand. Raises Measured after the last timed one."""
-        self._began_s.append(time.perf_counter())
-        if len(self._began_s) == self._turn.warm_up + 1:
-            self.parts_s.clear()
-        if len(self._began_s) > self._turn.warm_up + self._turn.steps:
-            raise Measured
-
-    def result(self) -> dict[str, Any]:
-        """Over the timed steps: `step_s` each, `seconds` of all, `data_wait`, a fraction of them (None where it was not
-        measured here), `parts_s`, and `peak_mib`, the rank's own memory without mapped files at its highest."""
-        timed = self._began_s[self._turn.warm_up :]
-        seconds = timed[-1] - timed[0]
-        waited_s = self.told_wait_s
-        if waited_s is None and self._waited_s:
-            waited_s = sum(self._waited_s[self._turn.warm_up + 1 :])
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        mapped_kib, peak_kib = (
-            sum(int(status[name].split()[0]) for name in names) for names in (("RssFile", "RssShmem"), ("VmHWM",))
-        )
-        return {
-            "seconds": seconds,
-            "step_s": np.diff(timed).tolist(),
-            "data_wait": None if waited_s is None else waited_s / seconds,
-            "parts_s": self.parts_s,
-            "peak_mib": (peak_kib - mapped_kib) / 1024,
-        }
-
-
-class Measured(KeyboardInterrupt):
-    """What was to be measured has been: our loop lets every rank leave by this without a last checkpoint."""
-
-
-def run(turn: Turn, folder: Path) -> dict[str, Any]:
-    """One turn: of its ranks' results the longest seconds, the sum of memory, and rank 0's else.
-
-    Raises RuntimeError with what a rank wrote last where it failed.
-    """
-    folder.mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [_context.Process(target=_enter, args=(rank, port, turn, folder)) for rank in range(turn.ranks)]
-    for process in processes:
-        process.start()
-    try:
-        deadline = time.monotonic() + _TIMEOUT_S
-        for rank, process in enumerate(processes):
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.exitcode != 0:
-                said = (folder / f"output-{rank}").read_text(errors="replace")
-                raise RuntimeError(f"{turn.loop}: rank {rank} ended with {process.exitcode}:\n{said[-3000:]}")
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    results = [json.loads((folder / f"result-{rank}").read_text()) for rank in range(turn.ranks)]
-    return {
-        **results[0],
-        "seconds": max(result["seconds"] for result in results),
-        "peak_mib": sum(result["peak_mib"] for result in results),
-    }
-
-
-def _enter(rank: int, port: int, turn: Turn, folder: Path) -> None:
-    """A rank's process."""
-    output = (folder / f"output-{rank}").open("wb")
-    for stream in (1, 2):
-        os.dup2(output.fileno(), stream)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(turn.ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    torch.manual_seed(rank)
-    watch = Watch(turn)
-    try:
-        LOOPS[turn.loop](turn, folder, watch)
-    except Measured:
-        (folder / f"result-{rank}").write_text(json.dumps(watch.result()))
-    # Not by way of the interpreter's end, where DataLoader's workers and gloo's threads wait for each other.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0 if (folder / f"result-{rank}").exists() else 1)
-
-
-# --- (a) The published loop's design -----------------------------------------------------------------------------
 
 
 def published(turn: Turn, folder: Path, watch: Watch) -> None:
@@ -204,7 +57,7 @@ def published(turn: Turn, folder: Path, watch: Watch) -> None:
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=500, num_training_steps=200_000)
-    bar = tqdm(disable=int(os.environ["RANK"]) > 0)
+    bar = tqdm(disable=not _is_main())
     for images_BCHW, masks_BCHW in watch.batches(loader):
         watch.begin_step()
         images_BCHW, masks_BCHW = images_BCHW.to(device), masks_BCHW.to(device)
@@ -219,9 +72,6 @@ def published(turn: Turn, folder: Path, watch: Watch) -> None:
         optimizer.zero_grad()
         bar.update(1)
         bar.set_postfix(loss=loss.detach().item(), lr=lr_scheduler.get_last_lr()[0])
-
-
-# --- (b) diffusers' own style, with accelerate -------------------------------------------------------------------
 
 
 def accelerated(turn: Turn, folder: Path, watch: Watch) -> None:
@@ -277,9 +127,6 @@ def accelerated(turn: Turn, folder: Path, watch: Watch) -> None:
         bar.set_postfix(**logs)
 
 
-# --- Ours --------------------------------------------------------------------------------------------------------
-
-
 def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
     """training.loop.train as the train stage calls it: loader, DeepSpeed engine (ZeRO 1), two averages, MLflow, a
     line of the log every other step, and one checkpoint halfway through the timed steps, of which it takes four at
@@ -311,14 +158,14 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
         log_every_images=never if bare else 2 * batch,
         checkpoint_every_images=never if bare or turn.steps < 4 else batch * (turn.warm_up + turn.steps // 2),
         validate_every_images=never,
-        hang_timeout_s=_TIMEOUT_S,
+        hang_timeout_s=TIMEOUT_S,
     )
     shards = ShardSet.open(turn.data / "shards")
     weights = folder / "weights"
     task = TimedTask(shards, turn.size, _denoiser_config(turn), DiffusionConfig(), config.seed, weights, device)
     if bare:
         Engine.update_averages = lambda *_: None  # type: ignore[method-assign]
-    tracked = not bare and os.environ["RANK"] == "0"
+    tracked = not bare and _is_main()
     with Tracker(folder, TrackingConfig(enabled=tracked), "train") as tracker:
         while tracked and tracker.run_id is None:  # imports MLflow beside us, which takes seconds
             time.sleep(0.05)
@@ -395,9 +242,6 @@ LOOPS: dict[str, Callable[[Turn, Path, Watch], None]] = {
 }
 
 
-# --- What they share ---------------------------------------------------------------------------------------------
-
-
 class PngPairs(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Pairs of PNG files, images/N.png and masks/N.png, as float32 [1, H, W]; the mask as 2 * label / 255 - 1."""
 
@@ -429,6 +273,10 @@ def make_unet(turn: Turn) -> UNet2DModel:
         return Denoiser(_denoiser_config(turn), AMOS, turn.size).unet
 
 
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _denoiser_config(turn: Turn) -> Any:
     from segdiff_dist.denoising.denoiser import DenoiserConfig
 
@@ -438,59 +286,3 @@ def _denoiser_config(turn: Turn) -> Any:
         mask_encoding="scalar_signed",
         class_conditioning=False,
     )
-
-
-# --- What a checkpoint costs a step ------------------------------------------------------------------------------
-
-
-def checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
-    """Write a made-up state of so many parameters (weights, two moments, two averages, fp32) `times` times, from a
-    process of its own that works beside the writing; see _checkpoint_costs."""
-    with _context.Pool(1) as pool:
-        return pool.apply(_checkpoint_costs, (num_parameters, folder, times))
-
-
-def _checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
-    """`gib` a checkpoint; by checkpoint `waited_s`, what the loop stood still, and `written_s`, from the start of the
-    writing until it is complete; and `slowed`, how much longer pieces of work take beside a writing than alone."""
-    from segdiff_dist.ranks.distributed import Agreement
-    from segdiff_dist.training.checkpoint import CheckpointWriter
-    from segdiff_dist.training.sharded_state import Extent, ShardOfState
-
-    torch.set_num_threads(1)
-    kinds = ("online", "exp_avg", "exp_avg_sq", "ema_0.05", "ema_0.1")
-    state = ShardOfState(
-        {"weight": (num_parameters,)},
-        (Extent("weight", 0, num_parameters, 0, 0),),
-        {kind: [torch.full((num_parameters,), math.pi)] for kind in kinds},
-        {"step": 1.0},
-    )
-    matrix = torch.ones(512, 512)
-    waited_s, written_s, beside_s, alone_s = [], [], [], []
-
-    def work(seconds: list[float]) -> None:
-        start = time.perf_counter()
-        for _ in range(8):
-            matrix @ matrix
-        seconds.append(time.perf_counter() - start)
-
-    with CheckpointWriter(folder, config="", keep=1) as writer:
-        agreement = Agreement(CheckpointWriter.FLAGS)
-        for number in range(1, times + 1):
-            for _ in range(100):
-                work(alone_s)
-            before_s, start = writer.waited_s, time.perf_counter()
-            writer.start(state, {"images_seen": number})
-            waited_s.append(writer.waited_s - before_s)
-            begun = time.perf_counter()
-            while writer.pending:
-                work(beside_s)
-                writer.poll(agreement.exchange(writer.flags()))
-            written_s.append(time.perf_counter() - begun)
-            assert begun - start < 1.1 * waited_s[-1] + 0.01, "start() took longer than it says"
-    return {
-        "gib": 4 * len(kinds) * num_parameters / 2**30,
-        "waited_s": waited_s,
-        "written_s": written_s,
-        "slowed": statistics.median(beside_s) / statistics.median(alone_s) - 1.0,
-    }

@@ -44,11 +44,14 @@ from _recipes_runs import (
 )
 from _recipes_tables import print_result
 
+from data_shards.problems import InputProblems, Problem, refuse
+from segdiff_dist.config import differences, write_text_atomically
+
 # Until a run has said how fast it is: images trained and images taken through the net once, a second on one core of an
 # AMD EPYC, for the net and size of Scale's defaults.
 _TRAINED_PER_S, _FORWARD_PER_S = 15.0, 47.0
-# Starting a training, and loading what a measurement needs.
-_START_S = 20.0
+# To start a training, and to load what judging one takes.
+_START_S, _LOAD_S = 20.0, 5.0
 
 
 def advance(run: Run, judged: list[Judged], scale: Scale, deadline: float) -> bool:
@@ -64,7 +67,7 @@ def advance(run: Run, judged: list[Judged], scale: Scale, deadline: float) -> bo
 
 def work_off(work: Work, scale: Scale, jobs: int, deadline: float) -> bool:
     """Advance every run, `jobs` at a time; False where time ran out before all was done."""
-    waiting = {run: judged for run, judged in work.items() if _left(run, judged, scale, _Rates()) > 0}
+    waiting = {run: judged for run, judged in work.items() if not (run.is_trained and all(j.is_done for j in judged))}
     if not waiting:
         return True
     os.environ["OMP_NUM_THREADS"] = "1"  # for the pool's processes
@@ -92,33 +95,34 @@ class _Rates:
         self.trained = statistics.median(rates) if rates else _TRAINED_PER_S
         self.forward = _FORWARD_PER_S * self.trained / _TRAINED_PER_S
 
+    def minutes_to_train(self, run: Run, scale: Scale) -> float:
+        """Of one core; 0 where it is done."""
+        return 0.0 if run.is_trained else (_START_S + run.num_images(scale) / self.trained) / 60.0
 
-def _left(run: Run, judged: list[Judged], scale: Scale, rates: _Rates) -> float:
-    """Minutes of one core that a run and its measurements will still take."""
-    seconds = 0.0 if run.is_trained else _START_S + run.num_images(scale) / rates.trained
-    for one in judged:
-        if not one.is_done:
-            steps = samplers(scale)[one.sampler]["num_steps"]
-            seconds += _START_S / 4 + scale.num_masks * steps / rates.forward
-    return seconds / 60.0
+    def minutes_to_judge(self, judged: Iterable[Judged], scale: Scale) -> float:
+        """Likewise, of those that are not done."""
+        num_steps = [samplers(scale)[one.sampler]["num_steps"] for one in judged if not one.is_done]
+        return sum(_LOAD_S + scale.num_masks * steps / self.forward for steps in num_steps) / 60.0
 
 
 def print_plan(comparisons: Sequence[Comparison], jobs: int) -> None:
     """Every run, and the minutes that are left of it."""
     total = 0.0
     for comparison in comparisons:
-        rates = _Rates(run for work in comparison.rounds() for run in work)
+        scale, (first, second) = comparison.scale, comparison.rounds()
+        rates = _Rates([*first, *second])
+        rows = [(run.folder.name, run, judged, rates.minutes_to_train(run, scale)) for run, judged in first.items()]
+        for run, judged in second.items():
+            is_known = comparison.best_paper() is not None
+            # One of the candidates of the first round will be its first seed.
+            left = rates.minutes_to_train(run, scale) if is_known or run.seed else 0.0
+            rows.append((run.folder.name if is_known else f"the paper's best, {run.seed}", run, judged, left))
         print(f"\n{comparison.data.name}: {rates.trained:.1f} images a second and core")
-        print(f"  {'run':<28} {'images':>8} {'judged':>7} {'left, core-minutes':>19}")
-        for number, work in enumerate(comparison.rounds()):
-            for run, judged in work.items():
-                is_candidate = number == 1 and comparison.best_paper() is None
-                if is_candidate and run.seed == 0:
-                    continue
-                left = _left(run, judged, comparison.scale, rates)
-                total += left
-                name = f"paper-best-{run.seed}" if is_candidate else run.folder.name
-                print(f"  {name:<28} {run.num_images(comparison.scale):>8,} {len(judged):>7} {left:>19.1f}")
+        print(f"  {'run':<24}{'images':>8}{'left of it':>12}{'judged':>8}{'left of it':>12}   (core-minutes)")
+        for name, run, judged, left in rows:
+            to_judge = rates.minutes_to_judge(judged, scale)
+            total += left + to_judge
+            print(f"  {name:<24}{run.num_images(scale):>8,}{left:>12.1f}{len(judged):>8}{to_judge:>12.1f}")
     print(f"\nin all {total:.0f} core-minutes, about {total / jobs:.0f} minutes with {jobs} jobs")
     print("besides, once for each data set: slices and segmenter, 5 to 10 minutes")
 
@@ -129,7 +133,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--archive", type=Path, help="an archive in AMOS' layout, compared on besides the phantom")
     parser.add_argument("--only", choices=("phantom", "archive"), help="one data set alone")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write what was measured to FILE; figures beside"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where to write what was measured, with figures beside; OUT/recipes.json",
     )
     parser.add_argument("--quick", action="store_true", help="a tiny one, to see that it works, in OUT/quick")
     parser.add_argument("--dry-run", action="store_true", help="say what is left to do and how long it takes, and stop")
@@ -167,7 +174,8 @@ def main() -> int:
     if args.dry_run:
         print_plan(list(comparisons.values()), args.jobs)
         return 0
-    results = {}
+    refuse_another_scale(out, scale)
+    file, results = args.json or out / "recipes.json", {}
     for name, comparison in comparisons.items():
         print(f"{name}: slices and segmenter", flush=True)
         complete = make_data(comparison.data, sets[name], scale, args.jobs, deadline)
@@ -177,12 +185,25 @@ def main() -> int:
         result = comparison.result() if complete else None
         if result is None:
             print("time is up; the same command goes on from here")
-            return 0
+            break
         results[name] = result
         print_result(name, result)
-        draw(comparison, result, name, args.json or out / "recipes.json")
-    write(args, scale, results, args.json or out / "recipes.json")
+        draw(comparison, result, name, file)
+        write(args, scale, results, file)
     return 0
+
+
+def refuse_another_scale(out: Path, scale: Scale) -> None:
+    """What is in the folder may only be gone on with as it was begun."""
+    file, now = out / "scale.json", json.loads(json.dumps(describe(scale, samplers(scale))))
+    if not file.is_file():
+        write_text_atomically(file, json.dumps(now, indent=1) + "\n")
+        return
+    begun = json.loads(file.read_text())
+    refuse(
+        Problem(str(file), key, f"{old!r} there, {new!r} now", "use another --out, or that value")
+        for key, old, new in differences(begun, now)
+    )
 
 
 def draw(comparison: Comparison, result: dict[str, Any], name: str, beside: Path) -> None:
@@ -208,8 +229,12 @@ def write(args: argparse.Namespace, scale: Scale, results: dict[str, Any], file:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {file}", file=sys.stderr)
+    print(f"\nwritten to {file}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except InputProblems as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

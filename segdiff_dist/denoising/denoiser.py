@@ -129,7 +129,8 @@ class Denoiser(nn.Module):
         """float32 [B, 1, H, W] prediction, computed in the weights' dtype; x_t float32 in [-1, 1] plus noise."""
         dtype = self.unet.conv_in.weight.dtype
         x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
-        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        if not _prefers_rows(x_BCHW.device, dtype):
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         labels = class_B if self.config.class_conditioning else None
         return self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
 
@@ -176,3 +177,9 @@ class Denoiser(nn.Module):
             weights |= load_file(folder / "mask_encoder.safetensors")
         model.load_state_dict(weights)
         return model.eval()
+
+
+def _prefers_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """On a CPU the backward pass of GroupNorm in bf16 takes 15 times as long over channels-last as over rows."""
+    is_bf16 = dtype == torch.bfloat16 or torch.is_autocast_enabled(device.type)
+    return device.type == "cpu" and is_bf16 and torch.is_grad_enabled()

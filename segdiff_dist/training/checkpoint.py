@@ -124,6 +124,12 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, folder, replace(state, shards=self._copied(state.shards)))
         self.waited_s += time.perf_counter() - begin
 
+    def reserve(self, shards: dict[str, list[torch.Tensor]]) -> None:
+        """Take the host memory that copies of `shards` need; else the first copy waits for it, 1 s for 2 GiB."""
+        pinned = torch.cuda.is_available()
+        for kind, tensors in shards.items():
+            self._staged[kind] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned).fill_(0) for t in tensors]
+
     @property
     def pending(self) -> bool:
         """Whether a checkpoint is under way on some rank."""
@@ -187,14 +193,11 @@ class CheckpointWriter:
             self._on_complete(folder)
 
     def _copied(self, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-        """The tensors in host memory, in buffers that are kept from one checkpoint to the next."""
         if not self._staged:
-            pinned = torch.cuda.is_available()
-            for kind, tensors in shards.items():
-                self._staged[kind] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in tensors]
+            self.reserve(shards)
         for kind, tensors in shards.items():
             for kept, tensor in zip(self._staged[kind], tensors, strict=True):
                 kept.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.synchronize()
         return self._staged

@@ -162,6 +162,7 @@ class _Training:
             keep_every_images=config.keep_every_images,
             on_complete=exporter.export,
         )
+        self.writer.reserve(self.engine.state().shards)
 
     @property
     def done(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from tests_support import write_shapes
 
 from data_shards.store.shards import ShardSet
@@ -78,7 +77,8 @@ def test_forgetting_the_body_changes_nothing_else(tmp_path: Path, soft: Path) ->
         assert (new.meta.key, new.meta.split) == (old.meta.key, old.meta.split)
         np.testing.assert_array_equal(new.image_HW, old.image_HW)
         np.testing.assert_array_equal(new.mask_HW, np.where(old.mask_HW == body, 0, old.mask_HW))
-        assert old.edge_2HW is not None and new.edge_2HW is not None
+        assert old.edge_2HW is not None
+        assert new.edge_2HW is not None
         np.testing.assert_array_equal(new.edge_2HW[0], np.where(old.edge_2HW[0] == body, 0, old.edge_2HW[0]))
         np.testing.assert_array_equal(new.edge_2HW[1], old.edge_2HW[1])
 

@@ -1,0 +1,66 @@
+"""What writing a checkpoint costs the step that begins it, and the work beside it."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
+    """Write a made-up state of so many parameters (weights, two moments, two averages, fp32) `times` times, from a
+    process of its own that works beside the writing; see _checkpoint_costs."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_checkpoint_costs, (num_parameters, folder, times))
+
+
+def _checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
+    """`gib` a checkpoint; by checkpoint `waited_s`, what the loop stood still, and `written_s`, from the start of the
+    writing until it is complete; and `slowed`, how much longer pieces of work take beside a writing than alone."""
+    from segdiff_dist.ranks.distributed import Agreement
+    from segdiff_dist.training.checkpoint import CheckpointWriter
+    from segdiff_dist.training.sharded_state import Extent, ShardOfState
+
+    torch.set_num_threads(1)
+    kinds = ("online", "exp_avg", "exp_avg_sq", "ema_0.05", "ema_0.1")
+    state = ShardOfState(
+        {"weight": (num_parameters,)},
+        (Extent("weight", 0, num_parameters, 0, 0),),
+        {kind: [torch.full((num_parameters,), math.pi)] for kind in kinds},
+        {"step": 1.0},
+    )
+    matrix = torch.ones(512, 512)
+    waited_s, written_s, beside_s, alone_s = [], [], [], []
+
+    def work(seconds: list[float]) -> None:
+        start = time.perf_counter()
+        for _ in range(8):
+            matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+
+    with CheckpointWriter(folder, config="", keep=1) as writer:
+        writer.reserve(state.shards)  # as the loop does before its first step
+        agreement = Agreement(CheckpointWriter.FLAGS)
+        for number in range(1, times + 1):
+            for _ in range(100):
+                work(alone_s)
+            before_s, start = writer.waited_s, time.perf_counter()
+            writer.start(state, {"images_seen": number})
+            waited_s.append(writer.waited_s - before_s)
+            begun = time.perf_counter()
+            while writer.pending:
+                work(beside_s)
+                writer.poll(agreement.exchange(writer.flags()))
+            written_s.append(time.perf_counter() - begun)
+            assert begun - start < 1.1 * waited_s[-1] + 0.01, "start() took longer than it says"
+    return {
+        "gib": 4 * len(kinds) * num_parameters / 2**30,
+        "waited_s": waited_s,
+        "written_s": written_s,
+        "slowed": statistics.median(beside_s) / statistics.median(alone_s) - 1.0,
+    }
