@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then echo $$p; break; fi; done)
 EXTRAS ?= dev$(shell nvidia-smi -L >/dev/null 2>&1 && echo ,cuda)
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench recipes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,11 +38,14 @@ lint: $(STAMP) ## style, types and the direction of imports
 
 bench: $(STAMP) ## measure kernels, loader, training and sampling on this machine, into benchmarks/results
 	@for script in kernels/benchmarks/*.py benchmarks/*.py; do \
-		case "$$(basename "$$script")" in _*) continue;; esac; \
+		case "$$(basename "$$script")" in _*|recipes.py) continue;; esac; \
 		[ -e "$$script" ] || { echo "$$script: none yet"; continue; }; \
 		echo "$$script"; \
 		$(BIN)/python "$$script" --json "benchmarks/results/$$(basename "$$script" .py)-$$(hostname).json" $(ARGS); \
 	done
+
+recipes: $(STAMP) ## train the paper's recipe and ours side by side: hours, in pieces (ARGS="--budget-minutes 55")
+	$(BIN)/python benchmarks/recipes.py --out runs/recipes --jobs 2 $(ARGS)
 
 clean: ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """Measure a run's images: `segdiff evaluate` as a script.
 
-    python launch/evaluate.py --run runs/amos_256
+    python launch/evaluate.py --run runs/best_ct_mr
 
 Writes RUN/evaluation: samples.parquet, summary.json, figures and report.html.
 """

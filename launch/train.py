@@ -1,7 +1,7 @@
 """Train the denoiser: `segdiff train` as a script, for DeepSpeed's launcher.
 
-    python launch/train.py --config launch/configs/amos_256.yaml                      # one process
-    deepspeed launch/train.py --config launch/configs/amos_256.yaml                   # every GPU of this machine
+    python launch/train.py --config launch/configs/best_ct_mr.yaml                      # one process
+    deepspeed launch/train.py --config launch/configs/best_ct_mr.yaml                   # every GPU of this machine
     deepspeed --num_accelerators 2 launch/train.py --config ...                       # two ranks, also on the CPU
     deepspeed --hostfile launch/cluster/hostfile launch/train.py --config ...         # several machines
 

@@ -1,7 +1,7 @@
 """Train the auxiliary segmenter that judges the images: `segdiff train-segmenter` as a script.
 
-    python launch/train_segmenter.py --config launch/configs/amos_256.yaml
-    deepspeed launch/train_segmenter.py --config launch/configs/amos_256.yaml         # every GPU of this machine
+    python launch/train_segmenter.py --config launch/configs/best_ct_mr.yaml
+    deepspeed launch/train_segmenter.py --config launch/configs/best_ct_mr.yaml         # every GPU of this machine
 
 It uses the denoiser's shards: trained on the train split, chosen on the validation split.
 """
