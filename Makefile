@@ -28,7 +28,8 @@ demo: $(STAMP) ## the whole line on synthetic CT and MR, from volumes to a repor
 	$(BIN)/segdiff demo $(ARGS)
 
 test: $(STAMP) ## all tests, on the real engines
-	$(BIN)/pytest $(ARGS)
+	@# Two files at a time; threads of their own would only fight for the cores.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check .
