@@ -240,10 +240,11 @@ def start_distributed(device: torch.device) -> Any:
     # lock to hang every later run. gloo does the same.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if world_size() == 1:  # nobody to meet: no port, which another process might take first
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=is_main(),
-            timeout=_LONGEST_WAIT,
+            dist_backend=backend, auto_mpi_discovery=False, verbose=is_main(), timeout=_LONGEST_WAIT
         )
     return deepspeed

@@ -38,7 +38,7 @@ def start(
     config.write_text(CONFIG)
     command = [str(script), "--config", str(config)]
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-    launcher += ["--master_port", str(20000 + os.getpid() % 20000)]
+    launcher += ["--master_port", str(10000 + os.getpid() % 20000)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
         [*launcher, *command, "--run", str(folder / "run"), "--data", str(shapes)],
