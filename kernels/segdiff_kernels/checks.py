@@ -1,0 +1,50 @@
+"""What the kernels accept. Whatever else is given is refused by name: a kernel that guesses gives wrong numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# What activations may be held in; statistics and sums are float32 in all three.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(kernel: str, argument: str, found: object, supported: str) -> ValueError:
+    """The error to raise: kernel, argument, what was given, what to give."""
+    return ValueError(f"{kernel}: {argument}: {found}; give {supported}")
+
+
+def check_dtype(kernel: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raises ValueError where `tensor` is of none of these dtypes."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise refuse(kernel, argument, str(tensor.dtype).removeprefix("torch."), names)
+
+
+def check_shape(kernel: str, argument: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raises ValueError where `tensor` has another shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise refuse(kernel, argument, tuple(tensor.shape), f"shape {tuple(shape)}")
+
+
+def check_same_device(kernel: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError where a tensor is not on the device of the first."""
+    first = next(tensor for tensor in tensors.values() if tensor is not None)
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise refuse(kernel, argument, tensor.device, f"a tensor on {first.device}")
+
+
+def check_channels_last(kernel: str, argument: str, tensor_NCHW: Tensor) -> None:
+    """Raises ValueError unless `tensor_NCHW` has four dimensions, elements, and lies in memory as N, H, W, C."""
+    if tensor_NCHW.dim() != 4 or tensor_NCHW.numel() == 0:
+        raise refuse(kernel, argument, f"shape {tuple(tensor_NCHW.shape)}", "a non-empty tensor [N, C, H, W]")
+    if not tensor_NCHW.is_contiguous(memory_format=torch.channels_last):
+        raise refuse(
+            kernel,
+            argument,
+            f"strides {tensor_NCHW.stride()}",
+            "channels-last: .contiguous(memory_format=channels_last)",
+        )
