@@ -141,7 +141,7 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
     from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
     from segdiff_dist.training.config import TrainConfig
     from segdiff_dist.training.engine import Engine
-    from segdiff_dist.training.loop import train
+    from segdiff_dist.training.loop import TrainingJob, train
 
     class TimedTask(DenoiserTask):
         def loss(self, forward: Callable[..., Any], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -173,7 +173,7 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
             time_parts(watch)
         loader, rows = LoaderConfig(num_threads=1), shards.select(split="train")
         try:
-            train(task, shards, rows, loader, config, folder, tracker, device, {"train": asdict(config)})
+            train(TrainingJob(task, shards, rows, loader, config, folder, tracker, device, {"train": asdict(config)}))
         except Measured:
             if not bare:
                 watch.told_wait_s = _logged_wait_s(folder / "log.jsonl", turn)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
+
+from data_shards.problems import problem
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 # A store of this size holds what one task passes back; tasks pass paths and rows, not pixels.
 _OBJECT_STORE_BYTES = 200 * 1024**2
-# How often a task whose worker process died is given to a fresh one before it counts as failed.
-_RETRIES_AFTER_A_DEAD_WORKER = 2
+# How many workers a task may outlive before it counts as what kills them.
+_MOST_DEATHS = 3
+# Ray itself tries an address where nothing listens for minutes, and then ends the process.
+_CONNECT_TIMEOUT_S = 10.0
+# How long a job without any worker waits for machines to come (back) before it gives up.
+_PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,20 @@ class Done(Generic[Task, Result]):
     result: Result | TaskFailure
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What the machines of a Ray cluster have together."""
+
+    num_cpus: int
+    num_gpus: int
+
+
 @contextmanager
 def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
     """Join the cluster at `address`, or start Ray on this machine; whoever started it here also stops it.
 
-    Nested sessions share the outer one, so a command made of several stages starts Ray once.
+    Nested sessions share the outer one, so a command made of several stages starts Ray once. Raises InputProblems where
+    no cluster answers or Ray does not start.
     """
     # Set before Ray is imported: it reads them at import, and neither belongs in a person's terminal.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -48,19 +65,35 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         yield
         return
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
-    if address is None:
-        ray.init(
-            num_cpus=num_cpus or os.cpu_count(),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **common,
-        )
-    else:
-        ray.init(address=address, **common)
+    if address is not None:
+        _must_answer(address)
+    try:
+        if address is None:
+            ray.init(
+                "local",  # whatever RAY_ADDRESS says
+                num_cpus=num_cpus or os.cpu_count(),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **common,
+            )
+        else:
+            ray.init(address=address, **common)
+    except (OSError, RuntimeError, ValueError) as error:
+        where = "Ray on this machine" if address is None else f"Ray at {address}"
+        remedy = "`ray status` tells of a cluster, `segdiff doctor` of this machine; logs are in /tmp/ray"
+        raise problem(where, "start", _one_line(error), remedy) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def resources() -> Resources:
+    """Of the Ray that a ray_session around this call has joined or started."""
+    import ray
+
+    found = ray.cluster_resources()
+    return Resources(int(found.get("CPU", 0)), int(found.get("GPU", 0)))
 
 
 def fan_out(
@@ -71,6 +104,7 @@ def fan_out(
     threads_per_worker: int = 1,
     gpus_per_worker: float = 0.0,
     address: str | None = None,
+    patience_s: float = _PATIENCE_S,
 ) -> Iterator[Done[Task, Result]]:
     """Run every task on one of `num_workers` Ray actors; yield results as they come, in no fixed order. See Workers."""
     waiting = list(tasks)
@@ -82,6 +116,7 @@ def fan_out(
         threads_per_worker=threads_per_worker,
         gpus_per_worker=gpus_per_worker,
         address=address,
+        patience_s=patience_s,
     ) as workers:
         yield from workers.run(waiting)
 
@@ -90,7 +125,8 @@ class Workers(Generic[Task, Result]):
     """Ray actors that outlive a list of tasks: a context, in which `run` may be called for one list after the other.
 
     `make_worker` runs once in each actor and returns the function that does a task (so a model is loaded once). Actors
-    start when there is a task for them. Leaving the context early (an exception, Ctrl-C) stops them.
+    start when there is a task for them. One that is lost, alone or with its machine, is replaced as soon as there is
+    room; until then the others do its work. Leaving the context early (an exception, Ctrl-C) stops them.
     """
 
     def __init__(
@@ -101,12 +137,16 @@ class Workers(Generic[Task, Result]):
         threads_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
         address: str | None = None,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
         self._make_worker, self._num_workers, self._threads = make_worker, num_workers, threads_per_worker
         self._session = ray_session(address, num_cpus=max(num_workers * threads_per_worker, os.cpu_count() or 1))
-        self._gpus = gpus_per_worker
+        self._gpus, self._patience_s = gpus_per_worker, patience_s
+        self._placing: dict[Any, Any] = {}
+        self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
-        self._running: dict[Any, tuple[Any, Task]] = {}
+        self._running: dict[Any, tuple[Any, _Attempt[Task]]] = {}
+        self._deaths_at_start = 0
 
     def __enter__(self) -> Workers[Task, Result]:
         self._session.__enter__()
@@ -115,47 +155,110 @@ class Workers(Generic[Task, Result]):
     def __exit__(self, *error: Any) -> None:
         import ray
 
-        for actor in self._idle + [actor for actor, _ in self._running.values()]:
+        at_work = [actor for actor, _ in self._running.values()]
+        for actor in [*self._idle, *self._placing.values(), *self._starting.values(), *at_work]:
             ray.kill(actor)
         self._session.__exit__(*error)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Done[Task, Result]]:
         """Do every task; yield results as they come, in no fixed order.
 
-        A task that raises, or kills its worker three times, comes back as TaskFailure and costs only itself.
+        A task that raises, or kills its worker three times, comes back as TaskFailure and costs only itself. Where no
+        worker can set itself up, or none finds room for `patience_s`, all that are left come back so.
         """
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
-        waiting = list(tasks)[::-1]
+        room, why_not = self._num_workers, ""
+        waiting = [_Attempt(task) for task in list(tasks)[::-1]]
         while waiting or self._running:
-            while waiting and (self._idle or len(self._running) < self._num_workers):
-                actor = self._idle.pop() if self._idle else self._start()
-                task = waiting.pop()
-                self._running[actor.run.remote(task)] = (actor, task)
-            [reference], _ = ray.wait(list(self._running), num_returns=1)
-            actor, task = self._running.pop(reference)
+            self._ask_for(min(len(waiting), room - len(self._running)) - len(self._idle))
+            while waiting and self._idle:
+                actor, attempt = self._idle.pop(), waiting.pop()
+                self._running[actor.run.remote(attempt.task)] = (actor, attempt)
+            reference = self._next_event()
+            if reference is None:
+                waited = f"no machine had room for a worker within {self._patience_s:.0f} s ({self._needs()})"
+                failure = TaskFailure(why_not or waited)
+                yield from (Done(attempt.task, failure) for attempt in waiting)
+                return
+            if reference in self._placing or reference in self._starting:
+                if refused := self._greet(reference):
+                    room, why_not = room - 1, refused
+                continue
+            actor, attempt = self._running.pop(reference)
             try:
                 result: Any = ray.get(reference)
                 self._idle.append(actor)
             except RayTaskError as error:
                 result = TaskFailure(_one_line(error.cause))
                 self._idle.append(actor)
-            except RayActorError as error:
-                result = TaskFailure(f"its worker process died: {_one_line(error)}")
+            except RayError as error:  # the worker's process, or the machine under it
                 ray.kill(actor)
-            yield Done(task, result)
+                if attempt.num_deaths + 1 < _MOST_DEATHS:
+                    _say(f"a worker was lost ({_one_line(error, 160)}); its task goes to another")
+                    waiting.append(replace(attempt, num_deaths=attempt.num_deaths + 1))
+                    continue
+                result = TaskFailure(f"its worker process died: {_one_line(error)}")
+            yield Done(attempt.task, result)
 
-    def _start(self) -> Any:
+    def _ask_for(self, num: int) -> None:
+        """See that `num` workers are on their way."""
         import ray
 
-        actor_class = ray.remote(_Worker).options(
-            num_cpus=self._threads,
-            num_gpus=self._gpus,
-            max_restarts=-1,
-            max_task_retries=_RETRIES_AFTER_A_DEAD_WORKER,
-        )
-        return actor_class.remote(self._make_worker, self._threads)
+        actor_class = ray.remote(_Worker).options(num_cpus=self._threads, num_gpus=self._gpus, max_restarts=0)
+        for _ in range(num - len(self._placing) - len(self._starting)):
+            actor = actor_class.remote(self._threads)
+            self._placing[actor.__ray_ready__.remote()] = actor
+
+    def _greet(self, reference: Any) -> str | None:
+        """Have a worker that found a machine set itself up, and take one in that has. One that cannot is given up:
+        returns why."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        is_placed = reference in self._placing
+        actor = (self._placing if is_placed else self._starting).pop(reference)
+        try:
+            ray.get(reference)
+        except RayTaskError as error:
+            reason = f"a worker could not set itself up: {_one_line(error.cause)}"
+        except RayError as error:
+            ray.kill(actor)
+            self._deaths_at_start += 1
+            if self._deaths_at_start < _MOST_DEATHS:
+                _say(f"a worker was lost as it started ({_one_line(error, 160)})")
+                return None
+            reason = f"workers die as they start: {_one_line(error)}"
+        else:
+            if is_placed:
+                self._starting[actor.set_up.remote(self._make_worker)] = actor
+            else:
+                self._idle.append(actor)
+                self._deaths_at_start = 0
+            return None
+        ray.kill(actor)
+        _say(f"{reason}; going on without it")
+        return reason
+
+    def _next_event(self) -> Any | None:
+        """The reference of a task or start that has ended; None where nothing runs and no machine has had room for too
+        long."""
+        import ray
+
+        references = [*self._running, *self._starting, *self._placing]
+        if self._running or self._starting:
+            return ray.wait(references)[0][0]
+        if not references:
+            return None
+        ready, _ = ray.wait(references, timeout=self._patience_s / 10)
+        if not ready:
+            _say(f"no worker runs; waiting for a machine with room for one ({self._needs()})")
+            ready, _ = ray.wait(references, timeout=9 * self._patience_s / 10)
+        return ready[0] if ready else None
+
+    def _needs(self) -> str:
+        return f"{self._threads} CPU" + (f" and {self._gpus:g} GPU" if self._gpus else "")
 
 
 def runner() -> Callable[[Any], Any]:
@@ -163,17 +266,41 @@ def runner() -> Callable[[Any], Any]:
     return lambda task: task.run()
 
 
+@dataclass(frozen=True)
+class _Attempt(Generic[Task]):
+    task: Task
+    num_deaths: int = 0
+
+
 class _Worker:
     """The actor. Threads are fixed before torch loads, so that results do not depend on how many workers run."""
 
-    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]], num_threads: int) -> None:
+    def __init__(self, num_threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
+
+    def set_up(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         self._do = make_worker()
 
     def run(self, task: Any) -> Any:
         return self._do(task)
 
 
-def _one_line(error: BaseException) -> str:
+def _must_answer(address: str) -> None:
+    """Refuse a host:port where nothing listens; other addresses (`auto`) Ray refuses by itself."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        remedy = "start it with `ray start --head`, or leave the address out to use this machine alone"
+        raise problem(f"Ray at {address}", "address", f"nothing answers ({error})", remedy) from error
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _one_line(error: BaseException, most: int = 500) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:500]
+    return f"{type(error).__name__}: {text}"[:most]

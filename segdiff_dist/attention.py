@@ -1,19 +1,27 @@
-"""The attention switch: xformers on CUDA, torch's scaled_dot_product_attention elsewhere. This file owns xformers."""
+"""Self-attention of the networks, and the switch for what computes it: xformers on CUDA, torch elsewhere.
+
+This file owns xformers. N batch, L positions, H heads, D their width, C = H * D channels.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from data_shards.problems import problem
 
 if TYPE_CHECKING:
-    import torch
+    from diffusers.models.attention_processor import Attention
 
 AttentionBackend = Literal["auto", "sdpa", "xformers"]
+Backend = Literal["sdpa", "xformers"]
 
 
-def choose_attention(requested: AttentionBackend, device: torch.device) -> Literal["sdpa", "xformers"]:
+def choose_attention(requested: AttentionBackend, device: torch.device) -> Backend:
     """The backend to use on `device`. Asked for by name and not possible: refused; `auto` takes what is there."""
     available = device.type == "cuda" and importlib.util.find_spec("xformers") is not None
     if requested == "xformers" and not available:
@@ -24,10 +32,59 @@ def choose_attention(requested: AttentionBackend, device: torch.device) -> Liter
     return "xformers" if available and requested != "sdpa" else "sdpa"
 
 
-def set_attention(unet: Any, backend: Literal["sdpa", "xformers"]) -> None:
-    """Make every attention block of a diffusers model compute with `backend`."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+def attend(q_NLHD: Tensor, k_NLHD: Tensor, v_NLHD: Tensor, backend: Backend) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of each head, [N, L, H, D]. Vaswani et al. 2017, eq. 1."""
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+
+        return memory_efficient_attention(q_NLHD, k_NLHD, v_NLHD)
+    if q_NLHD.device.type != "cpu":
+        return _sdpa(q_NLHD, k_NLHD, v_NLHD)
+    # On a CPU the backward pass in bf16 takes up to six times what it takes in fp32: a sixth of a small net's step.
+    with torch.autocast("cpu", enabled=False):
+        return _sdpa(q_NLHD.float(), k_NLHD.float(), v_NLHD.float()).to(q_NLHD.dtype)
+
+
+def _sdpa(q_NLHD: Tensor, k_NLHD: Tensor, v_NLHD: Tensor) -> Tensor:
+    q_NHLD, k_NHLD, v_NHLD = (x.transpose(1, 2) for x in (q_NLHD, k_NLHD, v_NLHD))
+    return F.scaled_dot_product_attention(q_NHLD, k_NHLD, v_NHLD).transpose(1, 2)
+
+
+def set_attention(unet: Any, backend: Backend) -> None:
+    """Make every attention block of a diffusers model compute with `backend`, fused or not."""
+    from diffusers.models.attention_processor import Attention
 
     for module in unet.modules():
         if isinstance(module, Attention):
-            module.set_processor(XFormersAttnProcessor() if backend == "xformers" else AttnProcessor2_0())
+            module.set_processor(SelfAttention(backend))
+
+
+class SelfAttention:
+    """What a diffusers Attention block over an image's pixels does, between its norm and its residual sum."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def __call__(
+        self,
+        block: Attention,
+        x_NCHW: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attention.forward of a block with a group norm and a residual connection, as UNet2DModel's are; the time,
+        which the middle block gives it, has no part in it."""
+        assert encoder_hidden_states is None
+        assert attention_mask is None
+        N, C, H, W = x_NCHW.shape
+        y_NCL = block.group_norm(x_NCHW.flatten(2))
+        y_NLC = self.of_pixels(block, y_NCL.transpose(1, 2))
+        # x first: a sum lies in memory as its first term does.
+        return x_NCHW + y_NLC.transpose(1, 2).reshape(N, C, H, W)
+
+    def of_pixels(self, block: Attention, x_NLC: Tensor) -> Tensor:
+        """Normalised pixels to what is added to them."""
+        N, L, _ = x_NLC.shape
+        q_NLHD, k_NLHD, v_NLHD = (to(x_NLC).view(N, L, block.heads, -1) for to in (block.to_q, block.to_k, block.to_v))
+        return block.to_out[0](attend(q_NLHD, k_NLHD, v_NLHD, self.backend).flatten(2))

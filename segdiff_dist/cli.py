@@ -31,6 +31,8 @@ class _Command:
     sections: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     """(short flag, the flag that it stands for)"""
+    plans: bool = False
+    """Whether --dry-run also says what the work would cost (plan_NAME of segdiff_dist.commands)."""
 
 
 _COMMANDS = {
@@ -81,6 +83,7 @@ _COMMANDS = {
         "make images from masks, on Ray; makes only what is missing",
         named=("data", "run"),
         sections=("loader", "sample", "tracking"),
+        plans=True,
     ),
     "evaluate": _Command(
         "measure a run's samples, on Ray: metrics, figures, report.html",
@@ -197,11 +200,15 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
     if given.dry_run:
         if _is_main():
             print(to_yaml(as_dict(experiment)), end="")
+            if command.plans:
+                _function(f"plan_{name}")(experiment)
         return 0
-    function: Callable[[Experiment], int] = getattr(
-        importlib.import_module("segdiff_dist.commands"), name.replace("-", "_")
-    )
-    return function(experiment)
+    return _function(name.replace("-", "_"))(experiment)
+
+
+def _function(name: str) -> Callable[[Experiment], int]:
+    function: Callable[[Experiment], int] = getattr(importlib.import_module("segdiff_dist.commands"), name)
+    return function
 
 
 def _without_aliases(command: _Command, args: list[str]) -> list[str]:

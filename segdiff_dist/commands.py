@@ -97,10 +97,22 @@ def sample(experiment: Experiment) -> int:
     return 0
 
 
+def plan_sample(experiment: Experiment) -> None:
+    """Say how many images, how long and how many bytes; as comments, so that what --dry-run prints stays YAML."""
+    from data_shards.problems import InputProblems
+
+    try:
+        lines = str(stages.plan_sample(experiment)).splitlines()
+    except InputProblems as error:
+        lines = ["cannot start:", *map(str, error.problems)]
+    print("\n".join(f"# {line}" for line in lines))
+
+
 def evaluate(experiment: Experiment) -> int:
-    """Measure the samples and print the headline table."""
+    """Measure the samples and print the headline table; 1 when too many of them look like training images."""
     from segdiff_dist.evaluation.job import EvaluationFailed
     from segdiff_dist.evaluation.summary import format_table
+    from segdiff_dist.evaluation.trust import warnings
 
     try:
         summary = stages.evaluate(experiment)
@@ -109,7 +121,10 @@ def evaluate(experiment: Experiment) -> int:
         return 1
     print(format_table(summary))
     print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")
-    return 0
+    for warning in warnings(summary):
+        print(f"warning: {warning}", file=sys.stderr)
+    memorised = summary["trust"].get("memorisation")
+    return 0 if memorised is None or memorised["passed"] else 1
 
 
 def average(experiment: Experiment) -> int:

@@ -21,7 +21,7 @@ from segdiff_dist.denoising.denoiser import DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.validation import ValidationConfig
 from segdiff_dist.evaluation.job import EvaluateConfig
-from segdiff_dist.sampling.job import SampleConfig
+from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.tracking.tracker import TrackingConfig
 from segdiff_dist.training.config import TrainConfig

@@ -167,23 +167,39 @@ def sample(experiment: Experiment) -> Any:
     """`segdiff sample`: RUN/samples; returns the SampleStore."""
     from segdiff_dist.sampling import job as sampling
 
+    run, shards, rows, config = _sampled_from(experiment)
+    save_experiment(experiment)
+    with _tracker(experiment, "sample", run) as tracker:
+        tracker.log_params({"sample": _plain(experiment)["sample"]})
+        store = sampling.sample(run, shards, rows, experiment.diffusion, config)
+        tracker.log_metrics({"sample/num_images": len(store)})
+        tracker.log_artifact(store.path / "job.json", "samples")
+    return store
+
+
+def plan_sample(experiment: Experiment) -> Any:
+    """`segdiff sample --dry-run`: the sampling.plan.Plan of the job; nothing is written."""
+    from segdiff_dist.sampling.plan import plan
+
+    run, shards, rows, config = _sampled_from(experiment)
+    return plan(run, shards, rows, experiment.diffusion, config)
+
+
+def _sampled_from(experiment: Experiment) -> tuple[Path, ShardSet, Any, Any]:
+    """Run, shard set, its rows to draw masks from, and the settings; checked."""
+    from segdiff_dist.sampling.job import weights_digest
+
     config = experiment.sample
     if config.weights == "ema":
         config = replace(config, weights=experiment.train.averages[0])
     run, shards = _open_run_and_data(experiment)
     collect(
         lambda: refuse(config.problems()),
-        lambda: pick_device(config.device),
-        lambda: sampling.weights_digest(run / "weights" / config.weights),
+        lambda: config.ray_address or pick_device(config.device),
+        lambda: weights_digest(run / "weights" / config.weights),
     )
-    save_experiment(experiment)
     rows = shards.select(split=config.split, modalities=experiment.loader.modalities, axes=experiment.loader.axes)
-    with _tracker(experiment, "sample", run) as tracker:
-        tracker.log_params({"sample": _plain(experiment)["sample"]})
-        store = sampling.sample(run, shards, rows, experiment.diffusion, config)
-        tracker.log_metrics({"sample/num_images": len(store)})
-        tracker.log_artifact(run / "samples" / "job.json", "samples")
-    return store
+    return run, shards, rows, config
 
 
 def evaluate(experiment: Experiment) -> dict[str, Any]:
@@ -210,7 +226,7 @@ def _train(
 ) -> None:
     from segdiff_dist.training.checkpoint import complete_ones, read_state
     from segdiff_dist.training.export import is_exported
-    from segdiff_dist.training.loop import train
+    from segdiff_dist.training.loop import TrainingJob, train
 
     newest = next(iter(complete_ones(folder / "checkpoints")), None)
     if newest is not None and read_state(newest)["images_seen"] >= config.num_images and is_exported(newest, folder):
@@ -227,17 +243,8 @@ def _train(
         tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})
         if is_main():
             tracker.log_artifact(run / "config.yaml")
-        train(
-            make_task(tracker),
-            shards,
-            rows,
-            loader,
-            config,
-            folder,
-            tracker,
-            pick_device(config.device),
-            _plain(experiment),
-        )
+        device, settings = pick_device(config.device), _plain(experiment)
+        train(TrainingJob(make_task(tracker), shards, rows, loader, config, folder, tracker, device, settings))
 
 
 def _open_data(experiment: Experiment, more: tuple[str, ...]) -> ShardSet:

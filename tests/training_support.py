@@ -20,7 +20,7 @@ from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
 from segdiff_dist.training.config import TrainConfig, learning_rate
-from segdiff_dist.training.loop import train
+from segdiff_dist.training.loop import TrainingJob, train
 
 CPU = torch.device("cpu")
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
@@ -44,7 +44,7 @@ def run_training(shapes: Path, run: Path, net: DenoiserConfig = NET, **changes: 
     task = DenoiserTask(shards, shards.size, net, DIFFUSION, config.seed, run / "weights", CPU)
     rows = shards.select(split="train")
     with Tracker(run, TrackingConfig(enabled=False), "train") as tracker:
-        train(task, shards, rows, LOADER, config, run, tracker, CPU, {"config": "here"})
+        train(TrainingJob(task, shards, rows, LOADER, config, run, tracker, CPU, {"config": "here"}))
     return losses(run)
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from segdiff_kernels.compile_cases import CompileCase
+
 _BLOCK = 256
 
 
@@ -37,3 +39,24 @@ def launch_bits(seed: int, stream: int, position_B: Tensor, num_words: int) -> T
     grid = (position_B.shape[0], triton.cdiv(num_blocks, _BLOCK))
     philox_bits_kernel[grid](out, position_B.contiguous(), seed, stream, num_blocks, num_words, BLOCK=_BLOCK)
     return out
+
+
+def compile_cases() -> list[CompileCase]:
+    """The noise of one 256x256 image a program row; bound by arithmetic and by its stores."""
+    return [
+        CompileCase(
+            "philox/bits",
+            philox_bits_kernel,
+            signature={
+                "out_ptr": "*i64",
+                "position_ptr": "*i64",
+                "seed": "i64",
+                "stream": "i32",
+                "num_blocks": "i32",
+                "num_words": "i32",
+            },
+            constants={"BLOCK": _BLOCK},
+            divisible_by_16=("out_ptr", "position_ptr", "num_blocks", "num_words"),
+            streams=False,
+        )
+    ]

@@ -17,10 +17,10 @@ def is_interpreted() -> bool:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`; None where they can."""
+    """Why the kernels cannot run on `device`; None where they can. On the meta device they have shapes to answer with."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with torch on Linux"
-    if device.type == "cpu" and is_interpreted():
+    if device.type == "meta" or (device.type == "cpu" and is_interpreted()):
         return None
     if device.type != "cuda":
         return f"Triton's kernels need a GPU, and this is {device.type}"

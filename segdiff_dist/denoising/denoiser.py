@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from segdiff_dist.denoising.conditioning import (
     MaskJoin,
     class_ids,
 )
+from segdiff_kernels.backend import Kernels, why_not_triton
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class DenoiserConfig:
     class_conditioning: bool = True
     """Tell the net the modality and the axis."""
     attention: AttentionBackend = "auto"
+    kernels: Kernels = "auto"
+    """What computes the net: Triton's fused kernels, which need a GPU, or torch, through diffusers' own modules. auto:
+    the kernels where they run. The weights are the same."""
 
     def problems(self, size: int | None = None) -> list[Problem]:
         """What is out of range, also for slices of side `size` where it is known."""
@@ -88,6 +92,7 @@ class Denoiser(nn.Module):
             remedy = f"use at most {NULL_MASK}: id {NULL_MASK} stands for a mask that is not shown"
             raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
         self.config, self.label_table, self.size = config, label_table, size
+        self.is_fused = self.reads_labels = False
         self.mask_encoder = MaskEncoder(config.mask_encoding, label_table.num_classes, config.mask_embedding_dim)
         self.mask_join = MaskJoin(config.conditioning, self.mask_encoder.num_channels)
         resolutions = [size // 2**level for level in range(len(config.block_out_channels))]
@@ -106,11 +111,17 @@ class Denoiser(nn.Module):
         )
 
     def prepare_for(self, device: torch.device) -> Denoiser:
-        """Move to `device` and set the attention backend there.
+        """Move to `device`, and choose what computes attention and everything between the convolutions there.
 
         Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
         """
         set_attention(self.unet, choose_attention(self.config.attention, device))
+        if choose_kernels(self.config.kernels, self.unet, device) == "triton":
+            from segdiff_dist.denoising.fused_unet import fuse
+
+            self.reads_labels = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
+            self.is_fused = True
+            fuse(self.unet, reads_labels=self.reads_labels)
         return self.to(device)
 
     def conditions_of(self, batch: Batch) -> Conditions:
@@ -128,10 +139,12 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """float32 [B, 1, H, W] prediction, computed in the weights' dtype; x_t float32 in [-1, 1] plus noise."""
         dtype = self.unet.conv_in.weight.dtype
-        x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
-        if not _prefers_rows(x_BCHW.device, dtype):
-            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         labels = class_B if self.config.class_conditioning else None
+        if self.reads_labels:
+            return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
+        x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
+        if self.is_fused or not _prefers_rows(x_BCHW.device, dtype):
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         return self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
 
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
@@ -161,7 +174,7 @@ class Denoiser(nn.Module):
         unfinished.rmdir()
 
     @classmethod
-    def load(cls, folder: Path, attention: AttentionBackend = "auto") -> Denoiser:
+    def load(cls, folder: Path, attention: AttentionBackend = "auto", kernels: Kernels = "auto") -> Denoiser:
         """The denoiser that `save` wrote, in fp32 on the CPU."""
         from safetensors.torch import load_file
 
@@ -169,7 +182,7 @@ class Denoiser(nn.Module):
             raise problem(folder, "weights", "not found", "train first: `segdiff train --config F`")
         about = json.loads((folder / "segdiff.json").read_text())
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["denoiser"].items()}
-        config = DenoiserConfig(**{**values, "attention": attention})
+        config = DenoiserConfig(**{**values, "attention": attention, "kernels": kernels})
         table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
         model = cls(config, table, about["size"])
         weights = {f"unet.{k}": v for k, v in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
@@ -177,6 +190,23 @@ class Denoiser(nn.Module):
             weights |= load_file(folder / "mask_encoder.safetensors")
         model.load_state_dict(weights)
         return model.eval()
+
+
+def choose_kernels(requested: Kernels, unet: Any, device: torch.device) -> Literal["triton", "torch"]:
+    """What computes `unet` on `device`. Asked for by name and not possible: refused; `auto` takes what there is, and
+    under Triton's interpreter, which is for tests, torch."""
+    if requested == "torch" or (requested == "auto" and device.type == "cpu"):
+        return "torch"
+    reason = why_not_triton(device)
+    if reason is None:
+        from segdiff_dist.denoising.fused_unet import why_not_fused
+
+        reason = why_not_fused(unet)
+    if reason is None:
+        return "triton"
+    if requested == "triton":
+        raise problem("config", "denoiser.kernels", "triton", f"{reason}; use auto or torch")
+    return "torch"
 
 
 def _prefers_rows(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,11 +1,10 @@
-"""The diffusion process: schedules, noising, targets and DDIM sampling, on diffusers' DDIMScheduler.
+"""The diffusion process: schedules, noising and targets. From noise to images: samplers.py.
 
 Dimensions: B batch, C channels, H rows, W columns, T training timesteps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from data_shards.problems import Problem
-from segdiff_dist.denoising.conditioning import GuidanceRemoves
 from segdiff_dist.denoising.loss_weighting import LossWeighting, PredictionType
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
@@ -101,34 +99,15 @@ class DiffusionConfig:
         return {name: getattr(self, name) for name in PROCESS_FIELDS}
 
 
-@dataclass(frozen=True)
-class SamplerConfig:
-    """DDIM. The defaults are the paper's code: 50 leading steps, eta 0, x_0 clipped to [-1, 1]."""
-
-    num_steps: int = 50
-    eta: float = 0.0
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    clip_sample: bool = True
-    guidance: float = 1.0
-    """Classifier-free guidance (Ho and Salimans 2022); 1 is none, and more follows the conditions more closely."""
-    guidance_removes: GuidanceRemoves = "mask"
-    """What the prediction that is moved away from is not told. Training must have dropped the same."""
-
-
-def make_scheduler(config: DiffusionConfig, sampler: SamplerConfig | None = None) -> Any:
-    """diffusers' DDIMScheduler for this schedule. Training takes its alphas_cumprod, sampling its steps."""
+def make_scheduler(config: DiffusionConfig) -> Any:
+    """diffusers' DDIMScheduler for this schedule: its alphas_cumprod are what training noises by and sampling walks."""
     from diffusers import DDIMScheduler
 
-    sampler = sampler or SamplerConfig()
     settings = {
         "num_train_timesteps": config.num_train_timesteps,
         "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(config.beta_schedule, config.beta_schedule),
         "prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction_type],
         "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "timestep_spacing": sampler.timestep_spacing,
-        "clip_sample": sampler.clip_sample,
-        # With zero terminal SNR diffusers' own fallback would put alphas_cumprod[0] in place of 1 after the last step.
-        "set_alpha_to_one": True,
     }
     scheduler = DDIMScheduler(**settings)
     if config.snr_shift == 1.0:
@@ -180,27 +159,3 @@ def predicted_x_0(prediction_type: str, prediction_BCHW: Tensor, x_t_BCHW: Tenso
     if prediction_type == "epsilon":
         return (x_t_BCHW - (1.0 - a_B111).sqrt() * prediction_BCHW) / a_B111.sqrt()
     return a_B111.sqrt() * x_t_BCHW - (1.0 - a_B111).sqrt() * prediction_BCHW
-
-
-@torch.no_grad()
-def ddim_sample(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    scheduler: Any,
-    x_T_BCHW: Tensor,
-    sampler: SamplerConfig,
-    step_noise: Callable[[int], Tensor] | None = None,
-) -> Tensor:
-    """Run DDIM (Song et al. 2020, eq. 12) from noise to images in [-1, 1].
-
-    `predict(x_t, timestep_B)` is the network with its conditions bound; `step_noise(i)` gives step i's noise
-    [B, C, H, W] and is needed for eta > 0 only.
-    """
-    scheduler.set_timesteps(sampler.num_steps, device=x_T_BCHW.device)
-    x_t_BCHW = x_T_BCHW
-    for i, timestep in enumerate(scheduler.timesteps):
-        prediction_BCHW = predict(x_t_BCHW, timestep.expand(x_t_BCHW.shape[0]))
-        noise = step_noise(i) if sampler.eta > 0 and step_noise is not None else None
-        x_t_BCHW = scheduler.step(
-            prediction_BCHW, timestep, x_t_BCHW, eta=sampler.eta, variance_noise=noise
-        ).prev_sample
-    return x_t_BCHW

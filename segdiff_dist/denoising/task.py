@@ -24,14 +24,12 @@ from segdiff_dist.denoising.diffusion import (
     DiffusionConfig,
     make_scheduler,
     predicted_x_0,
-    prediction_target,
-    q_sample,
 )
 from segdiff_dist.denoising.loss_weighting import lognormal_timesteps, loss_weights, sums_by_timestep
 from segdiff_dist.denoising.organ_dropout import drop_organs
-from segdiff_dist.pixels import to_model_range
 from segdiff_dist.segmentation import Segmenter
-from segdiff_kernels import philox
+from segdiff_kernels.condition_input import condition_input, condition_input_reference
+from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -82,21 +80,16 @@ class DenoiserTask:
 
         Told besides: the squared error, unweighted, by quarters of the timesteps; `dice_loss`.
         """
-        prediction_type = self.diffusion.prediction_type
-        x_0_BCHW = to_model_range(batch.image_BHW)
-        noise_BCHW = philox.normal(self.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
-        timestep_B = self._timesteps(batch.position_B)
-        a_B = self._alphas_cumprod_T[timestep_B]
-        x_t_BCHW = q_sample(x_0_BCHW, noise_BCHW, a_B)
-        target_BCHW = prediction_target(prediction_type, x_0_BCHW, noise_BCHW, a_B)
+        x_t_BCHW, target_BCHW, timestep_B = self._noised(batch)
 
         prediction_BCHW = forward(x_t_BCHW, timestep_B, *self._conditions(batch))
 
-        error_B = (prediction_BCHW - target_BCHW).square().flatten(1).mean(1)
-        loss = (self._weight_T[timestep_B] * error_B).mean()
+        mean_squares = weighted_mse if self.model.is_fused else weighted_mse_reference
+        loss, error_B = mean_squares(prediction_BCHW, target_BCHW, self._weight_T[timestep_B])
         told = sums_by_timestep(error_B, timestep_B, self.diffusion.num_train_timesteps)
         if self.dice_term is not None:
-            x0_pred_BCHW = predicted_x_0(prediction_type, prediction_BCHW, x_t_BCHW, a_B)
+            a_B = self._alphas_cumprod_T[timestep_B]
+            x0_pred_BCHW = predicted_x_0(self.diffusion.prediction_type, prediction_BCHW, x_t_BCHW, a_B)
             dice_loss_B, counts_B = self.dice_term(x0_pred_BCHW, batch)
             # alpha_bar: 1 without noise, 0 where x0_pred is a guess. Samples without organs count as 0.
             weight_B = a_B * counts_B
@@ -115,10 +108,21 @@ class DenoiserTask:
             training[_SEGMENTER_DIGEST] = self.dice_term.weights_sha256
         self.model.save(self.weights / average, weights, training)
 
-    def _timesteps(self, position_B: Tensor) -> Tensor:
+    def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t and what is to be predicted, float32 [B, 1, H, W], and the timesteps, int64 [B]."""
+        position_B, timestep_B = batch.position_B, None
         if self.diffusion.timestep_sampling == "lognormal":
-            return lognormal_timesteps(self.seed, position_B, self._alphas_cumprod_T, *self.diffusion.lognormal)
-        return philox.timesteps(self.seed, position_B, self.diffusion.num_train_timesteps)
+            timestep_B = lognormal_timesteps(self.seed, position_B, self._alphas_cumprod_T, *self.diffusion.lognormal)
+        noised = (condition_input if self.model.is_fused else condition_input_reference)(
+            *(batch.image_BHW, batch.mask_BHW, position_B, self._alphas_cumprod_T),
+            seed=self.seed,
+            prediction_type=self.diffusion.prediction_type,
+            mask_encoding="none",  # what is shown of the mask is drawn besides, and encoded where the net is
+            num_classes=self.model.label_table.num_classes,
+            dtype=torch.float32,
+            timestep_B=timestep_B,
+        )
+        return noised.input_BCHW, noised.target_B1HW, noised.timestep_B
 
     def _conditions(self, batch: Batch) -> Conditions:
         diffusion, seed, position_B = self.diffusion, self.seed, batch.position_B

@@ -22,15 +22,9 @@ from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch, SliceRecord
 from data_shards.store.contact_sheet import class_colours
 from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
-from segdiff_dist.denoising.diffusion import (
-    DiffusionConfig,
-    SamplerConfig,
-    ddim_sample,
-    make_scheduler,
-    prediction_target,
-    q_sample,
-)
+from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, prediction_target, q_sample
 from segdiff_dist.denoising.loss_weighting import sums_by_timestep
+from segdiff_dist.denoising.samplers import SamplerConfig, sample
 from segdiff_dist.pixels import to_model_range, to_uint8
 from segdiff_dist.ranks.distributed import is_main, rank, sum_over_ranks, world_size
 from segdiff_kernels import philox
@@ -101,7 +95,14 @@ class DenoiserValidation:
     ) -> None:
         self.shards, self.diffusion, self.config, self.device = shards, diffusion, config, device
         self.folder, self.soft_masks, self.tracker = folder, soft_masks, tracker
-        self.sampler = replace(sampler, num_steps=config.num_steps, timestep_spacing="trailing", eta=0.0)
+        self.sampler = replace(
+            sampler,
+            solver="ddim",
+            num_steps=config.num_steps,
+            timestep_spacing="trailing",
+            eta=0.0,
+            segmenter_guidance=0.0,
+        )
         self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod.to(device)
         self._timestep_N = _spread_timesteps(config.seed, config.num_images, diffusion.num_train_timesteps).to(device)
         self._batches: list[Batch] = []
@@ -197,8 +198,7 @@ class DenoiserValidation:
         picture_B = torch.tensor(pictures, device=self.device)
         noise_BCHW = philox.normal(self.config.seed, philox.STREAM_SAMPLE, picture_B, (1, *records[0].mask_HW.shape))
         predict = guided(forward, self._conditions(records), self.sampler.guidance, self.sampler.guidance_removes)
-        scheduler = make_scheduler(self.diffusion, self.sampler)
-        return to_uint8(ddim_sample(predict, scheduler, noise_BCHW, self.sampler))
+        return to_uint8(sample(predict, self.diffusion, self.sampler, noise_BCHW))
 
     def _conditions(self, records: list[SliceRecord]) -> Conditions:
         modality_B = torch.tensor([MODALITIES.index(r.meta.modality) for r in records], device=self.device)

@@ -70,6 +70,7 @@ _STYLE: dict[str, Any] = {
 _DPI = 130
 _TILE_INCHES = 1.75
 _SAMPLES_OF_A_MASK = 4
+_NUM_NEAREST = 4
 _NAMES_OF_PAIRS = {
     "dice_mask_real": "mask and prediction on the real image",
     "dice_mask_gen": "mask and prediction on the generated image",
@@ -129,6 +130,7 @@ def _all_figures(pictures: Pictures, summary: dict[str, Any], amos_root: Path | 
         lambda: diversity(pictures),
         lambda: cross_modality(pictures),
         *(lambda s=s, t=t: two_modalities(pictures, s, t) for s, t in across),
+        lambda: nearest_training(pictures, summary),
         lambda: grey_values(summary["grey_values"]),
         lambda: clipping({m: clipping_of(pictures.shards, m, amos_root) for m in MODALITIES}),
     ]
@@ -180,6 +182,21 @@ def diversity(pictures: Pictures) -> Drawn:
         "its modality. Paper: Figure 4."
     )
     return canvas, Figure("diversity.png", "Diversity: one mask, several images", caption)
+
+
+def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
+    """Generated images beside the training images that they resemble most."""
+    found = summary["trust"].get("memorisation", {"nearest": []})["nearest"][:_NUM_NEAREST]
+    if not found:
+        return None
+    canvas, axes = _tiles(len(found), 3, ("generated", "nearest in pixels", "nearest in features"))
+    for row, told in zip(axes, found, strict=True):
+        _show_grey(row[0], pictures.generated(told["item_id"]), pictures.describe(told["item_id"]))
+        _note(row[0], "suspect" if told["suspect"] else "")
+        for ax, space in zip(row[1:], ("pixels", "segmenter"), strict=True):
+            _show_grey(ax, pictures.slice_image(told[f"training_row_{space}"]))
+    caption = "Suspects first, then the nearest in pixels; a suspect is nearer than 99 % of unseen real images are."
+    return canvas, Figure("nearest_training.png", "The training images that are nearest", caption)
 
 
 def cross_modality(pictures: Pictures) -> Drawn:

@@ -11,24 +11,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_shards.fan_out import TaskFailure, fan_out
+from data_shards.fan_out import Done, TaskFailure, Workers
+from data_shards.feed.order import sample_at
 from data_shards.problems import InputProblems, Problem, refuse
-from data_shards.store.set_index import file_sha256
 from data_shards.store.shards import ShardSet
-from segdiff_dist.evaluation import inception
-from segdiff_dist.evaluation.metrics import pixel_std
-from segdiff_dist.evaluation.summary import HEADLINE_METRICS, Evaluated, Interval, summarise
-from segdiff_dist.evaluation.summary import scalars as scalars
-from segdiff_dist.evaluation.worker import SIDES, Chunk, ChunkResult, Inputs, make_worker
+from segdiff_dist.evaluation import inception, perceptual, radiomics, trust
+from segdiff_dist.evaluation.provenance import not_available, provenance
+from segdiff_dist.evaluation.rows import RowWriter
+from segdiff_dist.evaluation.summary import Evaluated, spread_columns, summarise
+from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.evaluation.worker import SIDES, Chunk, Inputs, make_worker
 
 if TYPE_CHECKING:
     from segdiff_dist.sampling.store import SampleStore
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 FOLDER = "evaluation"
 # Items a task takes: long enough to drown Ray's overhead, short enough for a progress bar that moves.
 _ITEMS_A_TASK = 64
+_TRAINING_SLICES_A_TASK = 256
 # More workers than this wait for each other's memory bandwidth and hold a segmenter each.
 _MOST_DEFAULT_WORKERS = 16
 
@@ -48,6 +48,19 @@ class EvaluateConfig:
     """Exported weights of the auxiliary segmenter; RUN/segmenter/weights by default."""
     fid_weights: Literal["download"] | Path | None = None
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
+    lpips_weights: Literal["download"] | Path | None = None
+    """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
+    frd_images: int = 0
+    """Images on either side whose radiomics features make `frd`, about a second each; 0 leaves it out."""
+    surface_dice: bool = True
+    """Surface Dice of every organ in every pair of label maps."""
+    distribution_images: int = 5000
+    """Of how many images a side and group the features are kept, for kernel distance, precision, recall, density and
+    coverage. Frechet distances are of all images."""
+    memorisation: bool = False
+    """Look for training images among the generated ones (at most distribution_images): a pass over the train split."""
+    most_memorised: float = 0.05
+    """The share of suspects above which a set of samples fails: `segdiff evaluate` then exits with 1."""
     batch_size: int = 16
     num_workers: int | None = None
     """Ray workers; by default one a GPU, or one a core where there is none."""
@@ -66,12 +79,24 @@ class EvaluateConfig:
             for name in ("batch_size", "num_workers", "bootstrap_samples")
             if (value := getattr(self, name)) is not None and value < 1
         ]
-        if isinstance(self.fid_weights, Path) and not self.fid_weights.is_file():
-            found.append(
-                Problem("config", "evaluate.fid_weights", f"{self.fid_weights}: no such file", "give the file")
-            )
-        if self.fid_weights is not None and (reason := inception.missing_for_fid(str(self.fid_weights))):
-            found.append(Problem("config", "evaluate.fid_weights", str(self.fid_weights), reason))
+        found += [
+            Problem("config", f"evaluate.{name}", str(value), f"give {also}a whole number of at least 2")
+            for name, also in (("frd_images", "0 or "), ("distribution_images", ""))
+            if (value := getattr(self, name)) < 2 and not (also and value == 0)
+        ]
+        if not 0 <= self.most_memorised <= 1:
+            found.append(Problem("config", "evaluate.most_memorised", str(self.most_memorised), "give 0 to 1"))
+        for name, missing in (
+            ("fid_weights", inception.missing_for_fid),
+            ("lpips_weights", perceptual.missing_for_lpips),
+        ):
+            weights = getattr(self, name)
+            if isinstance(weights, Path) and not weights.is_file():
+                found.append(Problem("config", f"evaluate.{name}", f"{weights}: no such file", "give the file"))
+            if weights is not None and (reason := missing(str(weights))):
+                found.append(Problem("config", f"evaluate.{name}", str(weights), reason))
+        if self.frd_images and (reason := radiomics.missing_for_frd(self.frd_images)):
+            found.append(Problem("config", "evaluate.frd_images", str(self.frd_images), reason))
         if self.device == "cuda" and not _num_gpus():
             found.append(Problem("config", "evaluate.device", "cuda: no GPU found", "use auto or cpu"))
         return found
@@ -87,29 +112,45 @@ def evaluate(
     """Measure all samples of `run`, draw the figures, write the report; returns what summary.json holds.
 
     `amos_root`: the archive the shards were made from, for the figure of intensities before clipping; where it is
-    not given or gone, that figure is drawn from the stored slices and says so.
-    InputProblems, all at once, before any work: no or unfinished samples, no segmenter or one trained on another
-    label table, a shard set that is not the one sampled from. EvaluationFailed when items cannot be read.
+    not given or gone, that figure is drawn from the stored slices and says so. Errors as of `measure`.
     """
     from segdiff_dist.evaluation.figures import draw_figures
     from segdiff_dist.evaluation.report import write_report
 
+    summary = measure(run, config, progress=progress)
+    draw_figures(Path(run), amos_root=amos_root, progress=progress)
+    write_report(Path(run))
+    return summary
+
+
+def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Write samples.parquet, predictions.zarr and summary.json of `run`; returns what the last of them holds.
+
+    InputProblems, all at once, before any work: no or unfinished samples, samples without real images, no segmenter, a
+    broken one or one trained on another label table, a shard set that is not the one sampled from, weights that are not
+    there. EvaluationFailed when items cannot be read.
+    """
     run = Path(run)
     inputs, store, shards, segmenter_sha256 = _check(run, config)
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    measured = _measure(inputs, config, store, shards, progress)
-    spread = dict(_spread_of_masks(store))
-    summary = summarise(measured, spread, Interval(config.bootstrap_samples, config.seed))
-    summary["not_available"] = _not_available(summary, config)
-    summary["provenance"] = _provenance(inputs, store, shards, config)
-    summary["provenance"]["segmenter_sha256"] = segmenter_sha256
-    _write_samples(folder / "samples.parquet", measured, spread)
+    rows = folder / "samples.parquet.partial"
+    try:
+        measured, told = _measure(inputs, config, store, shards, rows, progress)
+    except EvaluationFailed:
+        rows.unlink(missing_ok=True)
+        raise
+    summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
+    summary["not_available"] = not_available(summary, inputs, store)
+    summary["provenance"] = provenance(inputs, store, shards) | {
+        "segmenter_sha256": segmenter_sha256,
+        "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
+        "distribution_images": config.distribution_images,
+    }
+    rows.replace(folder / "samples.parquet")
     _replace(inputs.predictions, folder / "predictions.zarr")
     # Last, so that a summary never stands beside older rows.
     _write_text(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    draw_figures(run, amos_root=amos_root, progress=progress)
-    write_report(run)
     return summary
 
 
@@ -130,7 +171,7 @@ def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, Shar
     weights = config.segmenter or run / "segmenter" / "weights"
     attempt("segmenter", lambda: Segmenter.load(weights))
     attempt("store", lambda: SampleStore.open(run / "samples"))
-    if "store" in opened:
+    if "store" in opened and "shards" in opened["store"].job:
         attempt("shards", lambda: ShardSet.open(opened["store"].job["shards"]))
     problems += _mismatches(run, **opened)
     refuse(problems)
@@ -140,7 +181,10 @@ def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, Shar
         shards=opened["shards"].resolved,
         segmenter=weights.resolve(),
         predictions=(run / FOLDER / "predictions.zarr.partial").resolve(),
-        fid_weights=_fid_weights(config),
+        fid_weights=_weights(config.fid_weights),
+        lpips_weights=_weights(config.lpips_weights),
+        radiomics_items=frozenset(_headline_items(opened["store"], config.frd_images, config.seed)),
+        surface_dice=config.surface_dice,
         batch_size=config.batch_size,
         device=("cuda" if _num_gpus() else "cpu") if config.device == "auto" else config.device,
     )
@@ -153,6 +197,12 @@ def _mismatches(
     if store is not None and (missing := store.missing()):
         value = f"{len(missing)} of {store.items.num_rows} not made yet"
         yield Problem(str(run / "samples"), "samples", value, "run the same `segdiff sample` again, it goes on")
+    if store is not None:
+        for damage in store.damaged():
+            yield Problem(str(run / "samples"), "samples", str(damage), "run the same `segdiff sample` again")
+    if store is not None and "shards" not in store.job:
+        value = "made from masks without images, so that there is nothing to compare them with"
+        yield Problem(str(run / "samples"), "samples", value, "evaluate samples whose masks come from a shard set")
     if store is not None and not store.items.num_rows:
         yield Problem(str(run / "samples"), "samples", "none", "run `segdiff sample`")
     if store is not None and shards is not None and shards.digest != store.job["shards_digest"]:
@@ -160,42 +210,99 @@ def _mismatches(
     if segmenter is not None and shards is not None and segmenter.label_table != shards.label_table:
         value = f"segmenter {segmenter.label_table.name!r}, shard set {shards.label_table.name!r}"
         yield Problem(shards.root, "label table", value, "train the segmenter on shards with these labels")
+    if segmenter is not None and not all(bool(w.isfinite().all()) for w in segmenter.net.state_dict().values()):
+        yield Problem("segmenter", "weights", "not all of them are finite", "train it again: `segdiff train-segmenter`")
 
 
-def _measure(inputs: Inputs, config: EvaluateConfig, store: SampleStore, shards: ShardSet, progress: bool) -> Evaluated:
+def _measure(
+    inputs: Inputs, config: EvaluateConfig, store: SampleStore, shards: ShardSet, rows: Path, progress: bool
+) -> tuple[Evaluated, dict[str, Any]]:
+    """Every chunk on a worker; its rows go to the file `rows`, and what the summary needs into running sums. Second,
+    the summary's section "trust"."""
     from tqdm import tqdm
 
     num_items = store.items.num_rows
     _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
+    capacity, seed = config.distribution_images, config.seed
+    # Rows are closed before the workers stop, and neither counts when a task failed.
+    with _workers(inputs, config) as workers, RowWriter(rows) as writer:
+        masks = trust.images_of_masks(store.items)
+        spread = {task.ids[0]: result for task, result in _in_order(workers.run(masks), masks)}
+        measured = Evaluated.empty(shards.label_table, store.items, spread, capacity=capacity, seed=seed)
+        with tqdm(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
+            for chunk, result in _in_order(workers.run(chunks), chunks, bar):
+                measured.add(chunk.start, chunk.stop, result)
+                columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
+                writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
+        told: dict[str, Any] = {"leakage": trust.leakage(store.items, shards)}
+        if config.memorisation:
+            told["memorisation"] = _memorisation(workers, rows.with_name("queries.partial.npz"), config, store, shards)
+    return measured, told
+
+
+def _memorisation(
+    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, store: SampleStore, shards: ShardSet
+) -> dict[str, Any]:
+    """The nearest training image of every generated one, and of every real one; `file` passes them to the workers."""
+    ids = _headline_items(store, config.distribution_images, config.seed)
+    asked = [trust.Queries(tuple(ids[i : i + _ITEMS_A_TASK])) for i in range(0, len(ids), _ITEMS_A_TASK)]
+    parts = [result for _, result in _in_order(workers.run(asked), asked)]
+    queries: dict[str, Any] = {"_".join(key): np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    np.savez(file, **queries)
+    rows = shards.select(split="train", labelled_only=False).tolist()
+    pieces = range(0, len(rows), _TRAINING_SLICES_A_TASK)
+    training = [trust.NearestInTraining(file.resolve(), tuple(rows[i : i + _TRAINING_SLICES_A_TASK])) for i in pieces]
+    nearest = trust.closer(result for _, result in _in_order(workers.run(training), training))
+    file.unlink()
+    return trust.memorisation(ids, store.items, shards, nearest, config.most_memorised)
+
+
+def _workers(inputs: Inputs, config: EvaluateConfig) -> Workers[Any, Any]:
     num_gpus = _num_gpus() if inputs.device == "cuda" else 0
     num_workers = config.num_workers or num_gpus or min(os.cpu_count() or 1, _MOST_DEFAULT_WORKERS)
-    results = fan_out(
-        make_worker(inputs),
-        chunks,
-        num_workers=num_workers,
-        gpus_per_worker=num_gpus / num_workers,
-        address=config.ray_address,
-    )
-    measured = Evaluated.empty(shards.label_table, store.items.to_pydict())
+    gpus = num_gpus / num_workers
+    return Workers(make_worker(inputs), num_workers=num_workers, gpus_per_worker=gpus, address=config.ray_address)
+
+
+def _in_order(results: Iterator[Done[Any, Any]], tasks: Sequence[Any], bar: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Tasks with their results in the order of `tasks`: one that is early waits for those before it.
+
+    EvaluationFailed once all are done when some failed; what comes after the first of them is not yielded.
+    """
+    waiting: dict[Any, Any] = {}
     failures: list[str] = []
-    waiting: dict[int, tuple[Chunk, ChunkResult]] = {}
-    expected = iter(chunks)
-    following = next(expected, None)
-    with tqdm(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
-        for done in results:
-            bar.update(done.task.stop - done.task.start)
-            if isinstance(done.result, TaskFailure):
-                failures.append(f"items {done.task.start} to {done.task.stop - 1}: {done.result.error}")
-                continue
-            waiting[done.task.start] = (done.task, done.result)
-            while following is not None and following.start in waiting:
-                chunk, result = waiting.pop(following.start)
-                measured.add(chunk.start, chunk.stop, result)
-                following = next(expected, None)
+    following = iter(tasks)
+    expected = next(following, None)
+    for done in results:
+        if isinstance(done.result, TaskFailure):
+            failures.append(f"{_told(done.task)}: {done.result.error}")
+        waiting[done.task] = done.result
+        while expected is not None and expected in waiting and not failures:
+            if bar is not None:
+                bar.update(expected.stop - expected.start)
+            yield expected, waiting.pop(expected)
+            expected = next(following, None)
     if failures:
-        raise EvaluationFailed("could not be measured: " + "; ".join(failures))
-    return measured
+        raise EvaluationFailed("could not be measured: " + "; ".join(sorted(failures)))
+
+
+def _told(task: Any) -> str:
+    """A task in an error message."""
+    if isinstance(task, Chunk):
+        return f"items {task.start} to {task.stop - 1}"
+    if isinstance(task, trust.NearestInTraining):
+        return f"training slices {task.rows[0]} to {task.rows[-1]}"
+    return f"items {task.ids[0]} to {task.ids[-1]}"
+
+
+def _headline_items(store: SampleStore, most: int, seed: int) -> list[int]:
+    """At most this many headline items, drawn at random: the same whenever the list and the seed are; in order."""
+    names = ("seed_index", "source_modality", "target_modality")
+    seed_index, source, target = (store.items[name].to_numpy() for name in names)
+    headline = np.flatnonzero((seed_index == 0) & (source == target))
+    priority = sample_at(headline, max(store.items.num_rows, 1), seed)
+    return sorted(headline[np.argsort(priority)][:most].tolist())
 
 
 def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
@@ -206,78 +313,6 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
     for side in SIDES:
         # A task's items are whole chunks: no two workers ever write to one.
         group.create_array(side, shape=shape, chunks=(min(16, _ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)
-
-
-def _spread_of_masks(store: SampleStore) -> Iterator[tuple[int, float]]:
-    """For each mask with several images in its own modality: the first image's item id and their pixel_std."""
-    items = store.items.to_pydict()
-    by_row: dict[int, list[int]] = {}
-    for i, row in enumerate(items["row"]):
-        if items["source_modality"][i] == items["target_modality"][i]:
-            by_row.setdefault(row, []).append(i)
-    for ids in by_row.values():
-        if len(ids) >= 2:
-            ids.sort(key=lambda i: items["seed_index"][i])
-            images = np.stack([np.asarray(store.image[i]) for i in ids])
-            spread = pixel_std(images, np.asarray(store.mask[ids[0]]))
-            if np.isfinite(spread):
-                yield ids[0], spread
-
-
-def _not_available(summary: dict[str, Any], config: EvaluateConfig) -> dict[str, str]:
-    """Metrics that have no value, each with its reason."""
-    reasons = {}
-    few = f"a distribution needs at least 2 samples, there are {summary['num_samples']}"
-    if "segmenter_frechet" not in summary["metrics"]:
-        reasons["segmenter_frechet"] = few
-    if "fid" not in summary["metrics"]:
-        given = None if config.fid_weights is None else str(config.fid_weights)
-        reasons["fid"] = inception.missing_for_fid(given) or few
-    for name in HEADLINE_METRICS:
-        if name not in summary["metrics"]:
-            reasons[name] = "no sample gives it a finite value"
-    return reasons
-
-
-def _provenance(inputs: Inputs, store: SampleStore, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
-    """What the numbers were made from, so that they can be made again."""
-    weights = None
-    if inputs.fid_weights is not None:
-        file = inception.downloaded_weights() if inputs.fid_weights == inception.DOWNLOAD else Path(inputs.fid_weights)
-        weights = {"file": file.name, "sha256": file_sha256(file)}
-    return {
-        "shards": shards.root,
-        "shards_digest": shards.digest,
-        "label_table": shards.label_table.name,
-        "fid_weights": weights,
-        "sample_job": store.job,
-        "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
-        "device": inputs.device,
-        "versions": {"python": sys.version.split()[0], **_versions()},
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("segdiff-dist", "torch", "torchmetrics", "monai", "diffusers", "numpy", "scipy", "zarr", "ray"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _write_samples(path: Path, measured: Evaluated, spread: dict[int, float]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, Any] = dict(measured.items)
-    columns["headline"] = measured.headline
-    columns |= measured.columns
-    columns["pixel_std"] = [spread.get(i, float("nan")) for i in range(len(measured.items["item_id"]))]
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.table(columns), partial, compression="zstd")
-    partial.replace(path)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -291,8 +326,8 @@ def _replace(new: Path, old: Path) -> None:
     new.rename(old)
 
 
-def _fid_weights(config: EvaluateConfig) -> str | None:
-    return str(config.fid_weights.resolve()) if isinstance(config.fid_weights, Path) else config.fid_weights
+def _weights(given: Path | str | None) -> str | None:
+    return str(given.resolve()) if isinstance(given, Path) else given
 
 
 def _num_gpus() -> int:

@@ -14,6 +14,11 @@ from data_shards.store.shards import ShardSet
 
 # Where in the order of Dice(mask, pred_gen) a gallery looks.
 GALLERY_QUANTILES = (0.25, 0.5, 0.75)
+# The columns of samples.parquet that figures need; the file has some hundreds.
+_COLUMNS = (
+    *("row", "case_id", "source_modality", "target_modality", "axis", "slice_index", "seed_index"),
+    *("headline", "dice_mask_gen", "pixel_std"),
+)
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Pictures:
         from segdiff_dist.sampling.store import SampleStore
 
         store = SampleStore.open(run / "samples")
-        table = pq.read_table(run / "evaluation" / "samples.parquet").to_pydict()
+        table = pq.read_table(run / "evaluation" / "samples.parquet", columns=list(_COLUMNS)).to_pydict()
         return cls(
             rows={name: np.array(values) for name, values in table.items()},
             shards=ShardSet.open(store.job["shards"]),
@@ -51,7 +56,11 @@ class Pictures:
 
     def real(self, i: int) -> np.ndarray:
         """The real image of the item's slice, uint8 [H, W] like the generated one."""
-        return self.shards.read(int(self.rows["row"][i])).cropped(self.image.shape[1]).image_uint8()
+        return self.slice_image(int(self.rows["row"][i]))
+
+    def slice_image(self, row: int) -> np.ndarray:
+        """A slice of the shard set, cropped like the generated images."""
+        return self.shards.read(row).cropped(self.image.shape[1]).image_uint8()
 
     def mask(self, i: int) -> np.ndarray:
         """The mask the item was made from."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_shards.records import MODALITIES
+from segdiff_dist.evaluation.definitions import DEFINITIONS
+from segdiff_dist.evaluation.trust import warnings
 
 REPORT = "report.html"
 
@@ -23,86 +24,6 @@ PUBLISHED = {
     "legacy_dice_mask_real": ("0.925", "0.927", "0.795", "0.843", "0.793", "0.848"),
     # The paper's text calls this row pred(real) against pred(generated); its code compares the mask.
     "legacy_dice_mask_gen": ("0.923", "0.927", "0.712", "0.766", "0.778", "0.807"),
-}
-
-
-@dataclass(frozen=True)
-class Definition:
-    """How a metric is called on the page, how it is written, and what it is."""
-
-    label: str
-    digits: int
-    better: str
-    text: str
-
-
-DEFINITIONS = {
-    "psnr_db": Definition(
-        "PSNR (dB)",
-        2,
-        "higher",
-        "Peak signal-to-noise ratio of the generated against the real image of the same slice, in one window "
-        "(grey values 0 to 255) for both; mean over images. Identical images would be infinite and are left out.",
-    ),
-    "ssim": Definition(
-        "SSIM",
-        3,
-        "higher",
-        "Structural similarity of the same pair: Gaussian window with sigma 1.5, data range 255, reflected beyond the "
-        "border (Wang et al. 2004).",
-    ),
-    "fid": Definition(
-        "FID",
-        1,
-        "lower",
-        "Fréchet distance between real and generated images on the features of torch-fidelity's Inception network "
-        "(2048 features). It is biased upwards when there are few images: compare at equal numbers only.",
-    ),
-    "segmenter_frechet": Definition(
-        "Segmenter Fréchet",
-        3,
-        "lower",
-        "Fréchet distance on the pooled encoder features of the auxiliary segmenter. It is not FID and has another "
-        "scale; comparable only between runs judged by the same segmenter on equally many images.",
-    ),
-    "dice_mask_real": Definition(
-        "Dice (mask, pred. real)",
-        3,
-        "higher",
-        "Dice of the mask and the segmenter's labels on the real image, over the organs present in the mask, "
-        "background and body left out; mean over organs, then over images. What the segmenter can do at best.",
-    ),
-    "dice_real_gen": Definition(
-        "Dice (pred. real, pred. gen.)",
-        3,
-        "higher",
-        "The same with the segmenter's labels on the real image as the reference, against those on the generated one.",
-    ),
-    "dice_mask_gen": Definition(
-        "Dice (mask, pred. gen.)",
-        3,
-        "higher",
-        "The same with the mask as the reference, against the labels on the generated image: does it follow its mask?",
-    ),
-    "legacy_dice_mask_real": Definition(
-        "Legacy Dice (mask, pred. real)",
-        3,
-        "higher",
-        "Dice as the paper's Table 1 has it: the mean over all classes with background, where a class absent from both "
-        "counts 1. It flatters images that hold few organs. Kept to be comparable with the published rows.",
-    ),
-    "legacy_dice_real_gen": Definition(
-        "Legacy Dice (pred. real, pred. gen.)", 3, "higher", "The same for the labels on real and generated images."
-    ),
-    "legacy_dice_mask_gen": Definition(
-        "Legacy Dice (mask, pred. gen.)", 3, "higher", "The same for the mask and the labels on the generated image."
-    ),
-    "pixel_std": Definition(
-        "Pixel std (grey values)",
-        2,
-        "",
-        "Standard deviation of each pixel over the images made from one mask, averaged over the patient.",
-    ),
 }
 
 
@@ -155,6 +76,7 @@ def render(title: str, summary: dict[str, Any], figures: list[dict[str, str]], c
         published_columns=PUBLISHED_COLUMNS,
         organs=_organ_rows(summary),
         provenance=_lines(summary["provenance"]),
+        trust_warnings=warnings(summary) if "trust" in summary else [],
     )
 
 

@@ -1,37 +1,48 @@
-"""What a Ray worker does: load the segmenter once, then turn chunks of items into rows, features and predictions.
+"""What a Ray worker does: load the networks once, then turn chunks of items into rows, features and predictions.
 
-Dimensions: B batch, H rows, W columns, K label ids, D features.
+Dimensions: B batch, H rows, W columns, K label ids, D features, O organs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from data_shards.records import MODALITIES, SliceRecord
-from segdiff_dist.evaluation import metrics
+from data_shards.records import MODALITIES
+from segdiff_dist.evaluation import metrics, surfaces
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
+    from data_shards.records import SliceMeta
 
 # The three pairs of label maps; the first of each is the reference whose classes count.
 PAIRS = ("mask_real", "real_gen", "mask_gen")
 SIDES = ("real", "gen")
+# HU inside an organ's mask on either image, CT only; `hu_mean_error` is the difference of the means without its sign.
+HU_METRICS = ("hu_mean_real", "hu_mean_gen", "hu_mean_error", "hu_std_real", "hu_std_gen")
+# Where an organ's area is measured: in the mask, and in the labels predicted on either image.
+SOURCES = ("mask", "real", "gen")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where a worker finds what it needs. Paths and settings only, so that it travels to any machine."""
+    """Where a worker finds what it needs. Paths and settings only, so that it travels to any machine.
+
+    `radiomics_items`: the ids of the items whose radiomics features are taken.
+    """
 
     samples: Path
     shards: str
     segmenter: Path
     predictions: Path
     fid_weights: str | None
+    lpips_weights: str | None
+    radiomics_items: frozenset[int]
+    surface_dice: bool
     batch_size: int
     device: str
 
@@ -49,7 +60,7 @@ class ChunkResult:
     """What a chunk gives back, all in item order.
 
     `columns`: float64 [B] by column of samples.parquet, NaN where a metric has no meaning for an item.
-    `features`: by (extractor, side), float32 [B, D]; rows of items outside the headline are NaN on the real side.
+    `features`: by (extractor, side), float [B, D]; NaN for items that have none: on the real side outside the headline.
     `grey_counts`: int64 [B, 2, 256], grey values of the real and the generated image; zero outside the headline.
     """
 
@@ -66,21 +77,28 @@ class Extractor(Protocol):
 
 def column_names(table: LabelTable) -> list[str]:
     """Names of the metric columns of samples.parquet, in order."""
-    names = ["psnr_db", "ssim"]
-    names += [f"{kind}_{pair}" for kind in ("dice", "legacy_dice") for pair in PAIRS]
-    return names + [f"dice_{pair}/{name}" for pair in PAIRS for name in table.names[1:]]
+    organs = [table.names[i] for i in table.organ_ids]
+    names = ["psnr_db", "ssim", "ms_ssim", "lpips"]
+    names += [f"{kind}_{pair}" for kind in ("dice", "surface_dice", "area_error", "legacy_dice") for pair in PAIRS]
+    names += [f"{name}/{organ}" for name in HU_METRICS for organ in organs]
+    names += [f"dice_{pair}/{name}" for pair in PAIRS for name in table.names[1:]]
+    names += [f"{kind}_{pair}/{organ}" for kind in ("surface_dice", "area_error") for pair in PAIRS for organ in organs]
+    return names + [f"area_mm2_{source}/{organ}" for source in SOURCES for organ in organs]
 
 
-def make_worker(inputs: Inputs) -> Callable[[], Callable[[Chunk], ChunkResult]]:
-    """A factory for fan_out: set up once in each actor, then evaluate chunk after chunk."""
+def make_worker(inputs: Inputs) -> Callable[[], Callable[[Any], Any]]:
+    """A factory for fan_out: set up once in each actor, then do task after task: a Chunk, or one of trust.py's."""
 
-    def make() -> Callable[[Chunk], ChunkResult]:
-        return _Evaluator(inputs).run
+    def make() -> Callable[[Any], Any]:
+        evaluator = Evaluator(inputs)
+        return lambda task: evaluator.run(task) if isinstance(task, Chunk) else task.run(evaluator)
 
     return make
 
 
-class _Evaluator:
+class Evaluator:
+    """What an actor has open: the samples, the slices behind them and the networks."""
+
     def __init__(self, inputs: Inputs) -> None:
         import torch
         import zarr
@@ -97,96 +115,192 @@ class _Evaluator:
         self.shards = ShardSet.open(inputs.shards)
         self.segmenter = Segmenter.load(inputs.segmenter, device=inputs.device)
         self.predictions: Any = zarr.open_group(inputs.predictions, mode="r+")
-        self.items = self.store.items.to_pydict()
         self.table = self.shards.label_table
+        tolerance_mm = surfaces.tolerances_mm(self.table)
+        self.tolerance_mm_O = [tolerance_mm[self.table.names[i]] for i in self.table.organ_ids]
         self.extractors: dict[str, Extractor] = {"segmenter": self.segmenter.features}
+        self.lpips: Callable[[Any, Any], np.ndarray] | None = None
+        self.radiomics: Callable[[np.ndarray], np.ndarray] | None = None
         if inputs.fid_weights is not None:
             from segdiff_dist.evaluation.inception import load_inception
 
             self.extractors["inception"] = load_inception(inputs.fid_weights, inputs.device)
+        if inputs.lpips_weights is not None:
+            from segdiff_dist.evaluation.perceptual import load_lpips
+
+            self.lpips = load_lpips(inputs.lpips_weights, inputs.device)
+        if inputs.radiomics_items:
+            from segdiff_dist.evaluation.radiomics import load_extractor
+
+            self.radiomics = load_extractor()
+
+    def on_device(self, images_BHW: np.ndarray) -> Any:
+        """A tensor where the networks are."""
+        import torch
+
+        return torch.from_numpy(images_BHW).to(self.inputs.device)
+
+    def features(self, image_BHW: Any, ids: Sequence[int]) -> np.ndarray:
+        """The segmenter's features, float32 [B, D], of images in the target modalities of these items."""
+        return self.features_of(image_BHW, self.store.items["target_modality"].take(list(ids)).to_pylist())
+
+    def features_of(self, image_BHW: Any, modality: Sequence[str]) -> np.ndarray:
+        """The same of images in these modalities, a batch at a time."""
+        import torch
+
+        modality_B = torch.tensor([MODALITIES.index(m) for m in modality], device=self.inputs.device)
+        pieces = zip(image_BHW.split(self.inputs.batch_size), modality_B.split(self.inputs.batch_size), strict=True)
+        return np.concatenate([self.segmenter.features(x, m).cpu().numpy() for x, m in pieces])
 
     def run(self, chunk: Chunk) -> ChunkResult:
-        parts = [
-            self._batch(np.arange(start, min(start + self.inputs.batch_size, chunk.stop)))
+        """Measure a chunk, and write the label maps of its images."""
+        batches = [
+            _Batch(self, start, min(start + self.inputs.batch_size, chunk.stop))
             for start in range(chunk.start, chunk.stop, self.inputs.batch_size)
         ]
-        label_maps = {side: np.concatenate([maps[side] for _, maps in parts]) for side in SIDES}
+        for batch in batches:
+            batch.measure()
         for side in SIDES:
-            self.predictions[side][chunk.start : chunk.stop] = label_maps[side]
-        results = [result for result, _ in parts]
+            self.predictions[side][chunk.start : chunk.stop] = np.concatenate([b.label_maps[side] for b in batches])
+        results = [batch.result for batch in batches]
+        features = {key: np.concatenate([r.features[key] for r in results]) for key in results[0].features}
         return ChunkResult(
             columns={name: np.concatenate([r.columns[name] for r in results]) for name in results[0].columns},
-            features={key: np.concatenate([r.features[key] for r in results]) for key in results[0].features},
+            features=features | self._radiomics_features(chunk),
             grey_counts=np.concatenate([r.grey_counts for r in results]),
         )
 
-    def _batch(self, ids: np.ndarray) -> tuple[ChunkResult, dict[str, np.ndarray]]:
-        """One batch of consecutive items: its result, and the label maps predicted on either side (uint8 [B, H, W])."""
+    def _radiomics_features(self, chunk: Chunk) -> dict[tuple[str, str], np.ndarray]:
+        """On either side; NaN for the items that were not chosen, and nothing where a chunk has no chosen one."""
+        chosen = [i for i in range(chunk.start, chunk.stop) if i in self.inputs.radiomics_items]
+        if self.radiomics is None or not chosen:
+            return {}
+        size = self.store.image.shape[1]
+        rows = self.store.items["row"].take(chosen).to_pylist()
+        images = {
+            "real": np.stack([self.shards.read(row).cropped(size).image_uint8() for row in rows]),
+            "gen": np.stack([np.asarray(self.store.image[i]) for i in chosen]),
+        }
+        found = {}
+        for side in SIDES:
+            features_BD = self.radiomics(images[side])
+            found["radiomics", side] = np.full((chunk.stop - chunk.start, features_BD.shape[1]), np.nan)
+            found["radiomics", side][np.array(chosen) - chunk.start] = features_BD
+        return found
+
+
+class _Batch:
+    """Consecutive items start..stop-1: their pixels, what is predicted on them, and what comes of it."""
+
+    def __init__(self, evaluator: Evaluator, start: int, stop: int) -> None:
+        self.evaluator, self.start, self.stop = evaluator, start, stop
+
+    def measure(self) -> None:
+        """Fill `result` and `label_maps` (uint8 [B, H, W] by side)."""
         import torch
 
-        size = self.store.image.shape[1]
-        records: list[SliceRecord] = [self.shards.read(int(self.items["row"][i])).cropped(size) for i in ids]
-        mask_BHW = np.stack([record.mask_HW for record in records])
-        generated = torch.from_numpy(np.asarray(self.store.image[int(ids[0]) : int(ids[-1]) + 1])).to(
-            self.inputs.device
-        )
-        target = self._modality_indices("target_modality", ids)
-        headline = np.array([is_headline(self.items, int(i)) for i in ids])
-        chosen = np.flatnonzero(headline)
+        store, device = self.evaluator.store, self.evaluator.inputs.device
+        size, num = store.image.shape[1], self.stop - self.start
+        items = store.items.slice(self.start, num).to_pydict()
+        self.spacing_mm = [self.evaluator.shards.meta(row).spacing_mm for row in items["row"]]
+        generated = torch.from_numpy(np.asarray(store.image[self.start : self.stop])).to(device)
+        target = torch.tensor([MODALITIES.index(m) for m in items["target_modality"]], device=device)
+        # A real counterpart exists only where the generated image has the modality of the slice it came from.
+        chosen = np.flatnonzero([is_headline(items, i) for i in range(num)])
 
-        columns = {name: np.full(len(ids), np.nan) for name in column_names(self.table)}
-        label_maps = {side: np.zeros(mask_BHW.shape, dtype=np.uint8) for side in SIDES}
-        features: dict[tuple[str, str], np.ndarray] = {}
-        grey_counts = np.zeros((len(ids), 2, 256), dtype=np.int64)
-
-        label_maps["gen"] = self.segmenter.predict(generated, target).cpu().numpy()
-        for name, extract in self.extractors.items():
-            features[name, "gen"] = extract(generated, target).float().cpu().numpy()
-            features[name, "real"] = np.full_like(features[name, "gen"], np.nan)
-        self._dice_columns(columns, "mask_gen", mask_BHW, label_maps["gen"], np.arange(len(ids)))
-
+        # What the image was made from, which may lack organs that the slice has.
+        self.label_maps = {"mask": np.asarray(store.mask[self.start : self.stop])}
+        self.label_maps["real"] = np.zeros_like(self.label_maps["mask"])
+        self.label_maps["gen"] = self.evaluator.segmenter.predict(generated, target).cpu().numpy()
+        self.result = ChunkResult({name: np.full(num, np.nan) for name in column_names(self.evaluator.table)})
+        self.result.grey_counts = np.zeros((num, 2, 256), dtype=np.int64)
+        for name, extract in self.evaluator.extractors.items():
+            features_BD = extract(generated, target).float().cpu().numpy()
+            self.result.features[name, "gen"] = _finite(features_BD, name, self.start)
+            self.result.features[name, "real"] = np.full_like(features_BD, np.nan)
         if len(chosen):
             # Generated images have 8 bits, so real ones are compared, and judged by the segmenter, at 8 bits too.
-            # A real counterpart exists only where the generated image has the modality of the slice it came from.
-            real = torch.from_numpy(np.stack([records[i].image_uint8() for i in chosen])).to(self.inputs.device)
-            modality = target[torch.from_numpy(chosen).to(target.device)]
-            fake = generated[torch.from_numpy(chosen).to(generated.device)]
-            label_maps["real"][chosen] = self.segmenter.predict(real, modality).cpu().numpy()
-            for name, extract in self.extractors.items():
-                features[name, "real"][chosen] = extract(real, modality).float().cpu().numpy()
-            columns["psnr_db"][chosen] = metrics.psnr_db(real, fake)
+            records = [self.evaluator.shards.read(items["row"][i]).cropped(size) for i in chosen]
+            real = torch.from_numpy(np.stack([record.image_uint8() for record in records])).to(device)
+            at = torch.from_numpy(chosen).to(device)
+            self._compare(real, generated[at], target[at], chosen)
+            self._hounsfield([record.meta for record in records], real, generated[at], chosen)
+        self._overlaps("mask_gen", np.arange(num))
+        if len(chosen):
+            self._overlaps("mask_real", chosen)
+            self._overlaps("real_gen", chosen)
+
+    def _compare(self, real: Any, fake: Any, modality: Any, chosen: np.ndarray) -> None:
+        """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""
+        columns, evaluator = self.result.columns, self.evaluator
+        self.label_maps["real"][chosen] = evaluator.segmenter.predict(real, modality).cpu().numpy()
+        for name, extract in evaluator.extractors.items():
+            features_BD = extract(real, modality).float().cpu().numpy()
+            self.result.features[name, "real"][chosen] = _finite(features_BD, name, self.start)
+        columns["psnr_db"][chosen] = metrics.psnr_db(real, fake)
+        if min(real.shape[1:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
+            columns["ssim"][chosen], columns["ms_ssim"][chosen] = metrics.ssim_and_ms_ssim(real, fake)
+        else:
             columns["ssim"][chosen] = metrics.ssim(real, fake)
-            self._dice_columns(columns, "mask_real", mask_BHW, label_maps["real"], chosen)
-            self._dice_columns(columns, "real_gen", label_maps["real"], label_maps["gen"], chosen)
-            for images, side in ((real, 0), (fake, 1)):
-                for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
-                    grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)
-        return ChunkResult(columns, features, grey_counts), label_maps
+        if evaluator.lpips is not None:
+            columns["lpips"][chosen] = evaluator.lpips(real, fake)
+        for images, side in ((real, 0), (fake, 1)):
+            for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
+                self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)
 
-    def _dice_columns(
-        self,
-        columns: dict[str, np.ndarray],
-        pair: str,
-        reference: np.ndarray,
-        predicted: np.ndarray,
-        chosen: np.ndarray,
-    ) -> None:
-        counts = metrics.confusion(reference[chosen], predicted[chosen], self.table.num_classes)
-        dice_BK = metrics.dice_per_class(counts)
-        columns[f"dice_{pair}"][chosen] = metrics.mean_dice(dice_BK, self.table.organ_ids)
+    def _hounsfield(self, metas: list[SliceMeta], real: Any, fake: Any, chosen: np.ndarray) -> None:
+        """HU inside each organ of the mask, from 8-bit grey values, so inside the window only; CT alone has HU."""
+        table, columns = self.evaluator.table, self.result.columns
+        is_ct = np.array([meta.modality == "CT" for meta in metas])
+        hu_a_grey = np.array([meta.intensity_scale * (2**meta.bits - 1) / metrics.GREY_RANGE for meta in metas])[
+            :, None
+        ]
+        at_0 = np.array([meta.intensity_offset for meta in metas])[:, None]
+        means = {}
+        for side, images in (("real", real), ("gen", fake)):
+            labels = self.label_maps["mask"][chosen]
+            mean, std = metrics.grey_moments(labels, images.cpu().numpy(), table.num_classes)
+            means[side], stds = mean * hu_a_grey + at_0, std * hu_a_grey
+            for label_id in table.organ_ids:
+                organ = table.names[label_id]
+                columns[f"hu_mean_{side}/{organ}"][chosen[is_ct]] = means[side][is_ct, label_id]
+                columns[f"hu_std_{side}/{organ}"][chosen[is_ct]] = stds[is_ct, label_id]
+        for label_id in table.organ_ids:
+            error = np.abs(means["gen"] - means["real"])[is_ct, label_id]
+            columns[f"hu_mean_error/{table.names[label_id]}"][chosen[is_ct]] = error
+
+    def _overlaps(self, pair: str, chosen: np.ndarray) -> None:
+        """Columns of a pair of label maps at places `chosen`."""
+        columns, table = self.result.columns, self.evaluator.table
+        first, second = pair.split("_")
+        reference, predicted = self.label_maps[first][chosen], self.label_maps[second][chosen]
+        counts = metrics.confusion(reference, predicted, table.num_classes)
         columns[f"legacy_dice_{pair}"][chosen] = metrics.legacy_dice(counts)
-        for label_id, name in enumerate(self.table.names[1:], start=1):
-            columns[f"dice_{pair}/{name}"][chosen] = dice_BK[:, label_id]
+        measured = {"dice": metrics.dice_per_class(counts), "area_error": metrics.area_errors(counts)}
+        if self.evaluator.inputs.surface_dice:
+            measured["surface_dice"] = np.full(measured["dice"].shape, np.nan)
+            for b, i in enumerate(chosen):
+                measured["surface_dice"][b, list(table.organ_ids)] = surfaces.surface_dice(
+                    reference[b], predicted[b], table.organ_ids, self.evaluator.tolerance_mm_O, self.spacing_mm[i]
+                )
+        pixel_mm2 = np.array([np.prod(self.spacing_mm[i]) for i in chosen])
+        for kind, values_BK in measured.items():
+            columns[f"{kind}_{pair}"][chosen] = metrics.mean_over_organs(values_BK, table.organ_ids)
+            for label_id in range(1, table.num_classes) if kind == "dice" else table.organ_ids:
+                columns[f"{kind}_{pair}/{table.names[label_id]}"][chosen] = values_BK[:, label_id]
+        for label_id in table.organ_ids:
+            organ = table.names[label_id]
+            columns[f"area_mm2_{first}/{organ}"][chosen] = counts[:, label_id].sum(axis=1) * pixel_mm2
+            columns[f"area_mm2_{second}/{organ}"][chosen] = counts[:, :, label_id].sum(axis=1) * pixel_mm2
 
-    def _modality_indices(self, column: str, ids: np.ndarray) -> Any:
-        import torch
 
-        indices = [MODALITIES.index(self.items[column][i]) for i in ids]
-        return torch.tensor(indices, dtype=torch.int64, device=self.inputs.device)
-
-
-def is_headline(items: dict[str, list[Any]], item_id: int) -> bool:
+def is_headline(items: dict[str, list[Any]], i: int) -> bool:
     """Whether an item counts in the headline numbers: the first sample of its mask, in the slice's own modality."""
-    return bool(
-        items["seed_index"][item_id] == 0 and items["source_modality"][item_id] == items["target_modality"][item_id]
-    )
+    return bool(items["seed_index"][i] == 0 and items["source_modality"][i] == items["target_modality"][i])
+
+
+def _finite(features_BD: np.ndarray, extractor: str, start: int) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(features_BD).all(axis=1))
+    if len(bad):
+        raise ValueError(f"the {extractor}'s features are not finite, first near item {start + int(bad[0])}")
+    return features_BD

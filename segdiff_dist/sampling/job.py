@@ -1,302 +1,151 @@
 """Sampling on Ray: the list of items is written first, then workers make what is missing of it, region by region.
 
-An item's noise depends on its id alone, and regions and threads are fixed by the job, so any number of workers makes
-the same images. Dimensions: B batch, C channels, H rows, W columns.
+An item's noise depends on its id alone, and threads are fixed by the job, so any number of workers, and on a CPU any
+batch size, makes the same images. Whoever is killed, worker, machine or this process, costs the regions it was at.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
-from data_shards.fan_out import TaskFailure, fan_out
-from data_shards.feed.order import sample_at
+from data_shards.fan_out import TaskFailure, fan_out, ray_session, resources
 from data_shards.problems import Problem, problem, refuse
-from data_shards.records import AXES, MODALITIES
-from segdiff_dist.denoising.diffusion import DiffusionConfig, SamplerConfig
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.items import list_items, list_items_of
 from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.sampling.worker import WorkerFactory, generate, item_conditions
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
-    from torch import Tensor
 
+    from data_shards.labels import LabelTable
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.denoising.conditioning import Conditions
-    from segdiff_dist.denoising.denoiser import Denoiser
 
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """What to make, and how."""
-
-    split: Annotated[Literal["train", "val", "test"], tyro.conf.arg(aliases=["--split"])] = "test"
-    """Whose masks are used."""
-    num: Annotated[int | None, tyro.conf.arg(aliases=["--num"])] = 1024
-    """Masks drawn from the split, patients and places mixed; null takes all of them."""
-    samples_per_mask: int = 1
-    """Images made for each of `diverse_masks` masks (Figure 4); 1 for the others."""
-    diverse_masks: int | None = None
-    """null: every mask gets samples_per_mask images. Otherwise the modalities' first masks in turn."""
-    target_modality: Literal["same", "other", "CT", "MR"] = "same"
-    """The modality to make. Another than the mask's own is the paper's Figure 5."""
-    without_organs: tuple[str, ...] = ()
-    """Organs to leave out of every mask, by name. A model trained with diffusion.organ_dropout knows such masks."""
-    cross_modality_masks: int = 0
-    """This many masks, the modalities' first in turn, also get images in the other modality."""
-    seed: int = 0
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    weights: str = "ema"
-    """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights as they are without an average. ema
-    is the first of train.ema_lengths."""
-    region_size: int = 16
-    """Images made together and written as one Zarr region."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    num_workers: int | None = None
-    """Ray workers; null: one a GPU, or one a core."""
-    threads_per_worker: int = 1
-    ray_address: str | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def problems(self) -> list[Problem]:
-        """What is out of range."""
-        found = []
-        for name in ("num", "samples_per_mask", "diverse_masks", "region_size", "num_workers", "threads_per_worker"):
-            value = getattr(self, name)
-            if value is not None and value < (0 if name == "diverse_masks" else 1):
-                found.append(Problem("config", f"sample.{name}", str(value), "give at least 1"))
-        if self.cross_modality_masks < 0:
-            found.append(
-                Problem("config", "sample.cross_modality_masks", str(self.cross_modality_masks), "give at least 0")
-            )
-        if self.sampler.num_steps < 1:
-            found.append(Problem("config", "sample.sampler.num_steps", str(self.sampler.num_steps), "give at least 1"))
-        if not 0 <= self.sampler.eta <= 1:
-            found.append(Problem("config", "sample.sampler.eta", str(self.sampler.eta), "give 0 to 1"))
-        if self.sampler.guidance < 0:
-            found.append(Problem("config", "sample.sampler.guidance", str(self.sampler.guidance), "give at least 0"))
-        return found
+__all__ = ["Crew", "Job", "SampleConfig", "SamplingFailed", "crew_of", "generate", "item_conditions", "joined"]
+__all__ += ["list_items", "prepare_job", "sample", "weights_digest"]
 
 
 class SamplingFailed(RuntimeError):
     """Some regions could not be made. The others are kept, and the same call tries these again."""
 
 
-def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.Table:
-    """The job's items in order: row, key, case_id, source_modality, target_modality, axis, slice_index, seed_index."""
-    import pyarrow as pa
+@dataclass(frozen=True)
+class Job:
+    """A checked job: `about` is what store's job.json is to hold; `size`: of its images, in pixels."""
 
-    order = sample_at(np.arange(len(rows)), len(rows), config.seed)
-    chosen = rows[order[: config.num]]
-    table = shards.samples.select(["key", "case_id", "modality", "axis", "slice_index"]).take(chosen).to_pylist()
-    diverse = set(_spread(table, len(table) if config.diverse_masks is None else config.diverse_masks))
-    items: list[dict[str, Any]] = []
+    path: Path
+    about: dict[str, Any]
+    items: pa.Table
+    size: int
+    store: SampleStore | None
+    """Where it has begun."""
+    masks_MHW: np.ndarray | None = None
+    """Of a folder, where it has not."""
 
-    def add(index: int, target: str, seed_index: int) -> None:
-        source = table[index]
-        items.append(
-            {
-                "item_id": len(items),
-                "row": int(chosen[index]),
-                "key": source["key"],
-                "case_id": source["case_id"],
-                "source_modality": source["modality"],
-                "target_modality": target,
-                "axis": source["axis"],
-                "slice_index": source["slice_index"],
-                "seed_index": seed_index,
-            }
-        )
 
-    for index, source in enumerate(table):
-        for seed_index in range(config.samples_per_mask if index in diverse else 1):
-            add(index, _target(config.target_modality, source["modality"]), seed_index)
-    for index in _spread(table, config.cross_modality_masks):
-        for seed_index in range(min(2, config.samples_per_mask)):  # the paper's Figures 6 and 7 show two
-            add(index, _target("other", table[index]["modality"]), seed_index)
-    return pa.Table.from_pylist(items)
+@dataclass(frozen=True)
+class Crew:
+    """Who makes the images."""
+
+    num_workers: int
+    device: str
+    gpus_per_worker: float
 
 
 def sample(
     run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig
 ) -> SampleStore:
-    """Make every missing image of the job into RUN/samples. Killed and started again, it makes only what is missing."""
-    from tqdm import tqdm
+    """Make every missing image of the job into RUN/samples. Killed and started again, it makes only what is missing.
 
-    if len(rows) == 0:
-        raise problem(
-            shards.root,
-            f"split {config.split!r}",
-            "no labelled slice",
-            "use a split that has masks (AMOS publishes none for its test cases: --split val)",
+    `rows`: the labelled slices of `shards` that masks are drawn from, not used with config.masks. Raises InputProblems
+    before work starts, SamplingFailed where regions could not be made.
+    """
+    job = prepare_job(run, shards, rows, diffusion, config)
+    if job.store is not None:
+        with job.store.locked():
+            _find_damage(job.store)
+            if not job.store.missing_regions():
+                return job.store
+    with joined(config):
+        crew = crew_of(config)
+        store = job.store or SampleStore.create(
+            job.path, job.about | {"device": crew.device}, job.items, job.size, job.masks_MHW
         )
-    weights = run / "weights" / config.weights
-    job: dict[str, Any] = {
-        "shards": shards.resolved,
-        "shards_digest": shards.digest,
-        "weights": str(weights.resolve()),
-        "weights_digest": weights_digest(weights),
-        "region_size": config.region_size,
-        "diffusion": diffusion.process,
-        "sample": {
-            k: v
-            for k, v in asdict(config).items()
-            if k not in ("num_workers", "ray_address", "device", "region_size")  # none of these changes an image
-        },
-    }
-    job = json.loads(json.dumps(job))  # as it is read back: tuples are lists
-    items = list_items(shards, rows, config)
-    about = json.loads((weights / "segdiff.json").read_text())
-    refuse(_unlike_training(weights, about, shards, diffusion, config))
-    if about["denoiser"].get("soft_masks") and "edge" not in shards.parts:
-        warnings.warn(
-            f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones", stacklevel=2
-        )
-    store = SampleStore.create(run / "samples", job, items, about["size"])
-    missing = store.missing_regions()
-    gpus = _num_gpus(config)
-    num_workers = config.num_workers or max(gpus, 1 if gpus else _num_cores() // config.threads_per_worker)
-    make_worker = _WorkerFactory(store.path, "cuda" if gpus else "cpu")
-    failures = []
-    with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc="sample", unit="img") as bar:
-        for done in fan_out(
-            make_worker,
-            missing,
-            num_workers=num_workers,
-            threads_per_worker=config.threads_per_worker,
-            gpus_per_worker=1.0 if gpus else 0.0,
-            address=config.ray_address,
-        ):
-            if isinstance(done.result, TaskFailure):
-                failures.append(f"region {done.task}: {done.result.error}")
-            else:
-                bar.update(len(store.region(done.task)))
-    if failures:
-        raise SamplingFailed(f"{len(failures)} of {len(missing)} regions failed, the first: {failures[0]}")
+        if store.job["device"] != crew.device:
+            remedy = f"another rounds differently: give --sample.device {store.job['device']}, or remove {store.path}"
+            raise problem(store.path, "device", f"begun on {store.job['device']!r}, not {crew.device!r}", remedy)
+        with store.locked():
+            _make_missing(store, crew, config)
     return store
 
 
-def _unlike_training(
-    weights: Path, about: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
-) -> list[Problem]:
-    """What the weights, whose segdiff.json is `about`, were not trained for. Old ones do not say all of it."""
-    found, sampler = [], config.sampler
-    if about["label_table"]["name"] != shards.label_table.name or about["size"] > shards.size:
-        trained = f"{about['label_table']['name']!r} at {about['size']} pixels"
-        value = f"{shards.label_table.name!r} at {shards.size} pixels"
-        remedy = f"the model was trained on {trained}: prepare the masks so"
-        found.append(Problem(str(shards.root), "label set, size", value, remedy))
-    organs = [shards.label_table.names[i] for i in shards.label_table.organ_ids]
-    if unknown := sorted(set(config.without_organs) - set(organs)):
-        found.append(Problem("config", "sample.without_organs", str(unknown), f"choose from {', '.join(organs)}"))
-    trained_with = about.get("diffusion", {})
-    for name, value in diffusion.process.items():
-        if trained_with.get(name, value) != value:
-            remedy = f"{weights} was trained with {trained_with[name]!r}: give that"
-            found.append(Problem("config", f"diffusion.{name}", repr(value), remedy))
-    needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
-    if sampler.guidance != 1.0 and not trained_with.get(needed):
-        remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"
-        found.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
-    return found
+def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig) -> Job:
+    """Check everything and list the items; writes nothing. Parameters and errors as of `sample`."""
+    from segdiff_dist.denoising.samplers import guidance_digest
+
+    weights = run / "weights" / config.weights
+    digest = weights_digest(weights)
+    trained = json.loads((weights / "segdiff.json").read_text())
+    found = _unlike_training(weights, trained, shards, diffusion, config)
+    if config.masks is None and len(rows) == 0:
+        remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
+        found.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
+    refuse(found)
+    about: dict[str, Any] = {
+        "weights": str(weights.resolve()),
+        "weights_digest": digest,
+        "guidance_segmenter_sha256": guidance_digest(config.sampler),
+        "region_size": config.region_size,
+        "diffusion": diffusion.process,
+        "sample": config.of_the_job(),
+    }
+    about |= _source_of(shards, config)
+    about = json.loads(json.dumps(about))  # as it is read back: tuples are lists
+    path = (config.out or run / "samples").resolve()
+    if (store := SampleStore.reopen(path, about)) is not None:
+        return Job(path, about, store.items, trained["size"], store)
+    if config.masks is not None:
+        return _job_of_folder(path, about, shards, trained["size"], config)
+    if trained["denoiser"].get("soft_masks") and "edge" not in shards.parts:
+        text = f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones"
+        warnings.warn(text, stacklevel=3)
+    return Job(path, about, list_items(shards, rows, config), trained["size"], None)
 
 
-@dataclass(frozen=True)
-class _WorkerFactory:
-    """Runs in the worker: loads the model once, returns the function that makes a region."""
-
-    store: Path
-    device: str
-
-    def __call__(self) -> Callable[[int], None]:
-        import torch
-
-        from data_shards.store.shards import ShardSet
-        from segdiff_dist.denoising.denoiser import Denoiser
-
-        store = SampleStore.open(self.store)
-        shards = ShardSet.open(store.job["shards"])
-        settings = store.job["sample"]
-        torch.set_num_threads(settings["threads_per_worker"])
-        device = torch.device(self.device)
-        model = Denoiser.load(Path(store.job["weights"])).prepare_for(device)
-        if settings["precision"] == "bf16":
-            model = model.to(torch.bfloat16)
-        diffusion, sampler = DiffusionConfig(**store.job["diffusion"]), SamplerConfig(**settings["sampler"])
-
-        def make_region(index: int) -> None:
-            items = store.items.slice(store.region(index).start, len(store.region(index))).to_pylist()
-            conditions = item_conditions(model, shards, items, settings["without_organs"], device)
-            image_BHW = generate(model, items, conditions, diffusion, sampler, settings["seed"])
-            store.write_region(index, image_BHW, conditions.mask_BHW.cpu().numpy())
-
-        return make_region
+def joined(config: SampleConfig) -> AbstractContextManager[None]:
+    """The Ray cluster that config names; nothing where this machine is to do it."""
+    return nullcontext() if config.ray_address is None else ray_session(config.ray_address)
 
 
-def item_conditions(
-    model: Denoiser, shards: ShardSet, items: list[dict[str, Any]], without_organs: Sequence[str], device: torch.device
-) -> Conditions:
-    """What the model is told of the items: masks less the organs left out, with soft edges where it was trained on
-    them and the set has them; target modality and axis."""
+def crew_of(config: SampleConfig) -> Crew:
+    """The workers of this machine, or of the cluster that was joined: one a GPU, or one a core."""
     import torch
 
-    from segdiff_dist.denoising.conditioning import Conditions, class_ids
-    from segdiff_dist.denoising.organ_dropout import relabelled
+    from segdiff_dist.ranks.distributed import pick_device
 
-    records = [shards.read(item["row"]).cropped(model.size) for item in items]
-    edges = [r.edge_2HW for r in records if r.edge_2HW is not None] if model.config.soft_masks else []
-    modality_B = torch.tensor([MODALITIES.index(item["target_modality"]) for item in items], device=device)
-    axis_B = torch.tensor([AXES.index(item["axis"]) for item in items], device=device)
-    conditions = Conditions(
-        torch.from_numpy(np.stack([record.mask_HW for record in records])).to(device),
-        class_ids(modality_B, axis_B),
-        torch.from_numpy(np.stack(edges)).to(device) if edges else None,
-    )
-    if not without_organs:
-        return conditions
-    lost_K = torch.tensor([name in without_organs for name in shards.label_table.names], device=device)
-    return relabelled(conditions, lost_K.expand(len(items), -1), shards.label_table)
-
-
-def generate(
-    model: Callable[..., Tensor],
-    items: list[dict[str, Any]],
-    conditions: Conditions,
-    diffusion: DiffusionConfig,
-    sampler: SamplerConfig,
-    seed: int,
-) -> np.ndarray:
-    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id)."""
-    import torch
-
-    from segdiff_dist.denoising.conditioning import guided
-    from segdiff_dist.denoising.diffusion import ddim_sample, make_scheduler
-    from segdiff_dist.pixels import to_uint8
-    from segdiff_kernels import philox
-
-    item_B = torch.tensor([item["item_id"] for item in items], device=conditions.mask_BHW.device)
-    shape = (1, *conditions.mask_BHW.shape[1:])
-
-    def noise(step: int) -> Tensor:
-        """Step -1 is the start; each step of each item has its own counters."""
-        return philox.normal(seed, philox.STREAM_SAMPLE + 1 + step, item_B, shape)
-
-    x_0_BCHW = ddim_sample(
-        guided(model, conditions, sampler.guidance, sampler.guidance_removes),
-        make_scheduler(diffusion, sampler),
-        noise(-1),
-        sampler,
-        noise,
-    )
-    return to_uint8(x_0_BCHW).cpu().numpy()
+    if config.ray_address is None:
+        num_cpus = os.cpu_count() or 1
+        num_gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
+    else:
+        found = resources()
+        num_cpus, num_gpus = found.num_cpus, 0 if config.device == "cpu" else found.num_gpus
+        if config.device == "cuda" and not num_gpus:
+            value = f"cuda, but the cluster at {config.ray_address} has no GPU"
+            raise problem("config", "sample.device", value, "give auto or cpu")
+    one_each = num_gpus or max(1, num_cpus // config.threads_per_worker)
+    num_workers = config.num_workers or one_each
+    gpus_per_worker = min(1.0, num_gpus / num_workers)
+    return Crew(num_workers, "cuda" if num_gpus else "cpu", gpus_per_worker)
 
 
 def weights_digest(folder: Path) -> str:
@@ -309,28 +158,91 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _target(wanted: str, source: str) -> str:
-    if wanted == "same":
-        return source
-    return next(m for m in MODALITIES if m != source) if wanted == "other" else wanted
+def _make_missing(store: SampleStore, crew: Crew, config: SampleConfig) -> None:
+    from tqdm import tqdm
+
+    missing = store.missing_regions()
+    failures = []
+    with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc="sample", unit="img") as bar:
+        for done in fan_out(
+            WorkerFactory(store.path, crew.device, config.batch_size, crew.num_workers),
+            missing,
+            num_workers=crew.num_workers,
+            threads_per_worker=config.threads_per_worker,
+            gpus_per_worker=crew.gpus_per_worker,
+            address=config.ray_address,
+        ):
+            if isinstance(done.result, TaskFailure):
+                failures.append(f"region {done.task}: {done.result.error}")
+            else:
+                bar.update(len(store.region(done.task)))
+    if failures:
+        text = f"{len(failures)} of {len(missing)} regions failed, the first: {failures[0]}"
+        raise SamplingFailed(f"{text}; the others are kept, and the same command tries these again")
 
 
-def _spread(table: list[dict[str, Any]], num: int) -> list[int]:
-    """The first `num` masks, modalities taken in turn."""
-    queues = [[i for i, row in enumerate(table) if row["modality"] == m] for m in MODALITIES]
-    merged = [q[k] for k in range(len(table)) for q in queues if k < len(q)]
-    return merged[:num]
+def _find_damage(store: SampleStore) -> None:
+    """Have what cannot be read any more made again."""
+    for damage in store.damaged():
+        warnings.warn(f"{damage}; region {damage.region} is made again", stacklevel=4)
+        store.unmark(damage.region)
 
 
-def _num_gpus(config: SampleConfig) -> int:
-    import torch
+def _source_of(shards: ShardSet, config: SampleConfig) -> dict[str, Any]:
+    """Where the masks come from, as job.json says it. Those of a folder are cut as the shard set was."""
+    if config.masks is None:
+        return {"shards": shards.resolved, "shards_digest": shards.digest}
+    from segdiff_dist.sampling.mask_folder import folder_digest
 
-    from segdiff_dist.ranks.distributed import pick_device
+    cut_like = {"masks_cut_like": shards.index["preprocessing"]}
+    return {"masks": str(config.masks.resolve()), "masks_digest": folder_digest(config.masks, config)} | cut_like
 
-    return torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
+
+def _job_of_folder(path: Path, about: dict[str, Any], shards: ShardSet, size: int, config: SampleConfig) -> Job:
+    from segdiff_dist.sampling.mask_folder import read_mask_folder
+
+    assert config.masks is not None
+    table = shards.label_table
+    masks = read_mask_folder(config.masks, shards, table, config)
+    if masks.num_empty:
+        text = f"{masks.num_empty} of the {len(masks.mask_MHW)} masks in {config.masks} are empty: background alone"
+        warnings.warn(text, stacklevel=4)
+    if table.body_id is not None and not (masks.mask_MHW == table.body_id).any():
+        text = f"no mask in {config.masks} says where the patient ends (class `body`): the model makes that up"
+        warnings.warn(text, stacklevel=4)
+    items = list_items_of(masks.rows, np.arange(len(masks.mask_MHW)), config)
+    return Job(path, about, items, size, None, masks.mask_MHW)
 
 
-def _num_cores() -> int:
-    import os
+def _unlike_training(
+    weights: Path, about: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
+) -> list[Problem]:
+    """What the weights, whose segdiff.json is `about`, were not trained for. Old ones do not say all of it."""
+    from segdiff_dist.denoising.samplers import guidance_problems
 
-    return os.cpu_count() or 1
+    sampler = config.sampler
+    found = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
+    if about["label_table"]["name"] != shards.label_table.name or about["size"] > shards.size:
+        trained = f"{about['label_table']['name']!r} at {about['size']} pixels"
+        value = f"{shards.label_table.name!r} at {shards.size} pixels"
+        remedy = f"the model was trained on {trained}: prepare the masks so"
+        found.append(Problem(str(shards.root), "label set, size", value, remedy))
+    found += _unknown_organs(config, shards.label_table)
+    trained_with = about.get("diffusion", {})
+    for name, value in diffusion.process.items():
+        if trained_with.get(name, value) != value:
+            remedy = f"{weights} was trained with {trained_with[name]!r}: give that"
+            found.append(Problem("config", f"diffusion.{name}", repr(value), remedy))
+    needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
+    if sampler.guidance != 1.0 and not trained_with.get(needed):
+        remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"
+        found.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
+    return found
+
+
+def _unknown_organs(config: SampleConfig, table: LabelTable) -> list[Problem]:
+    organs = [table.names[i] for i in table.organ_ids]
+    unknown = sorted(set(config.without_organs) - set(organs))
+    if not unknown:
+        return []
+    return [Problem("config", "sample.without_organs", str(unknown), f"choose from {', '.join(organs)}")]

@@ -37,6 +37,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the blocks' inputs and compute the rest again in the backward pass: a third more work, far less
     memory."""
+    compile: bool = False
+    """torch.compile the network. Its gradients are compared with eager's first, and it is refused where they differ."""
     ema_lengths: tuple[float, ...] = (0.05, 0.1)
     """Relative widths (sigma_rel) of the averages of the weights that are kept: training/ema.py. The first is what
     validation and, by default, sampling use; `segdiff average` makes any other from the snapshots."""
@@ -80,6 +82,8 @@ class TrainConfig:
         if self.offload != "none" and self.zero_stage < (3 if self.offload == "all" else 1):
             stages = "3" if self.offload == "all" else "1, 2 or 3"
             add("offload", self.offload, f"needs zero_stage {stages}; it is {self.zero_stage}")
+        if self.compile and self.zero_stage == 3:
+            add("compile", True, "zero_stage 3 gathers weights in between, which cannot be compiled; use 0 to 2")
         divisor = ranks * (1 if self.micro_batch_size == "auto" else self.micro_batch_size)
         if not found and self.global_batch_size % divisor:
             of = "ranks" if self.micro_batch_size == "auto" else "micro_batch_size * ranks"

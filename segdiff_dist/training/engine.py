@@ -23,6 +23,7 @@ from segdiff_dist.ranks.distributed import is_main, prepare_environment, rank, w
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
+from segdiff_kernels.ema_update import MAX_AVERAGES, EmaUpdate, ema_update_reference
 
 ONLINE = "online"
 # Longer than any wait is meant to be: ranks/heartbeat.py finds who waits in vain, and knows more.
@@ -52,6 +53,10 @@ class Engine:
         self._shards, self._extents = self._layout()
         self._adam.register_step_pre_hook(lambda *_: self._before_update())
         self._averages = {name: [s.detach().clone() for s in self._shards] for name in config.averages}
+        # The kernel reads each weight once for all averages; the result is the same.
+        is_fused = getattr(model, "is_fused", False) and len(self._averages) <= MAX_AVERAGES
+        weights, averages = [s.detach() for s in self._shards], list(self._averages.values())
+        self._fused_averages = EmaUpdate(averages, weights) if is_fused and config.offload == "none" else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
@@ -86,9 +91,12 @@ class Engine:
 
     def update_averages(self, images_seen: int, images: int) -> None:
         """Bring every average from images_seen - images to images_seen, in fp32, each rank on its own shard."""
-        weights = [s.detach() for s in self._shards]
-        for length, name in zip(self.config.ema_lengths, self.config.averages, strict=True):
-            torch._foreach_lerp_(self._averages[name], weights, 1.0 - ema.decay(length, images_seen, images))
+        decays = [ema.decay(length, images_seen, images) for length in self.config.ema_lengths]
+        if self._fused_averages is not None:
+            self._fused_averages(decays)
+        else:
+            weights = [s.detach() for s in self._shards]
+            ema_update_reference([self._averages[name] for name in self.config.averages], weights, decays)
 
     @contextmanager
     def using_average(self, name: str) -> Iterator[None]:

@@ -24,6 +24,7 @@ from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, gath
 from segdiff_dist.ranks.heartbeat import Heartbeat
 from segdiff_dist.training import checkpoint
 from segdiff_dist.training.checkpoint import CheckpointWriter
+from segdiff_dist.training.compiled import compile_checked
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.engine import Engine, start_distributed
 from segdiff_dist.training.export import Exporter
@@ -75,37 +76,51 @@ class RunState:
     """Whether the weights of this moment are the ones to export."""
 
 
-def train(
-    task: Task,
-    shards: ShardSet,
-    rows: np.ndarray,
-    loader_config: LoaderConfig,
-    config: TrainConfig,
-    folder: Path,
-    tracker: Tracker,
-    device: torch.device,
-    settings: Mapping[str, Any],
-) -> None:
-    """Train `task` on the given rows of the shard set, from the newest checkpoint in `folder` on.
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, on what, how and where to."""
 
-    `settings`: the whole resolved configuration, by section. Ranks must agree on it, and checkpoints keep a copy.
+    task: Task
+    shards: ShardSet
+    rows: np.ndarray
+    """Of the shard set: those to train on."""
+    loader: LoaderConfig
+    config: TrainConfig
+    folder: Path
+    """Takes checkpoints/, log.jsonl and snapshots/; the weights are exported by the task."""
+    tracker: Tracker
+    device: torch.device
+    settings: Mapping[str, Any]
+    """The whole resolved configuration, by section. Ranks must agree on it, and checkpoints keep a copy."""
 
-    Writes folder/checkpoints/, folder/log.jsonl, folder/snapshots/ and, through the task, the exported weights. Ctrl-C,
-    SIGTERM and SIGUSR1 save a checkpoint and raise KeyboardInterrupt; the same call goes on from there, on any number
-    of ranks and with any zero_stage.
+    def load(self, images_seen: int, batch_size: int, num_batches: int, of_rank: int, ranks: int) -> Iterator[Batch]:
+        """A rank's micro-batches from `images_seen` on, where a step has `num_batches` of them."""
+        order = make_order(self.shards, self.rows, self.loader.mix, self.config.seed)
+        positions = rank_positions(
+            images_seen, micro_batch_size=batch_size, num_micro_batches=num_batches, rank=of_rank, world_size=ranks
+        )
+        seed, device = self.config.seed, self.device
+        return iter(Loader(self.shards, order, positions, self.loader, batch_size=batch_size, seed=seed, device=device))
+
+
+def train(job: TrainingJob) -> None:
+    """Train from the newest checkpoint in the job's folder on.
+
+    Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and raise KeyboardInterrupt; the same call goes on from there, on any
+    number of ranks and with any zero_stage.
 
     Raises TrainingStopped after too many skipped steps in a row, and OSError where the last checkpoint cannot be
     written.
     """
-    if len(rows) == 0:
-        raise problem(shards.root, "split", "no slice to train on", "widen loader.modalities or loader.axes")
-    start_distributed(device)
+    if len(job.rows) == 0:
+        raise problem(job.shards.root, "split", "no slice to train on", "widen loader.modalities or loader.axes")
+    start_distributed(job.device)
     # Settings are what sections hold; folders may have other names on other machines.
-    sections = {key: str(value) for key, value in flatten(settings).items() if "." in key}
-    agree({"shards digest": shards.digest, **sections, **code_versions()})
-    with Heartbeat(config.hang_timeout_s) as heartbeat:
+    sections = {key: str(value) for key, value in flatten(job.settings).items() if "." in key}
+    agree({"shards digest": job.shards.digest, **sections, **code_versions()})
+    with Heartbeat(job.config.hang_timeout_s) as heartbeat:
         with heartbeat.patience(_PATIENCE_S):
-            training = _Training(task, shards, rows, loader_config, config, folder, tracker, device, settings)
+            training = _Training(job)
         with _CatchInterrupt() as interrupt, training.writer:
             training.run(heartbeat, interrupt)
     if not training.done:
@@ -115,49 +130,33 @@ def train(
 class _Training:
     """One run: what it needs, set up on every rank alike, and the loop."""
 
-    def __init__(
-        self,
-        task: Task,
-        shards: ShardSet,
-        rows: np.ndarray,
-        loader_config: LoaderConfig,
-        config: TrainConfig,
-        folder: Path,
-        tracker: Tracker,
-        device: torch.device,
-        settings: Mapping[str, Any],
-    ) -> None:
-        self.task, self.shards, self.config, self.folder, self.tracker = task, shards, config, folder, tracker
-        order = make_order(shards, rows, loader_config.mix, config.seed)
-
-        def load(start: int, size: int, num_micro_batches: int, of_rank: int, ranks: int) -> Iterator[Batch]:
-            positions = rank_positions(
-                start, micro_batch_size=size, num_micro_batches=num_micro_batches, rank=of_rank, world_size=ranks
-            )
-            return iter(
-                Loader(shards, order, positions, loader_config, batch_size=size, seed=config.seed, device=device)
-            )
-
-        model = task.model.to(device).train()
+    def __init__(self, job: TrainingJob) -> None:
+        self.task, self.config, self.tracker = job.task, job.config, job.tracker
+        self.shards_digest = job.shards.digest
+        self.log_file, self.checkpoints = job.folder / "log.jsonl", job.folder / "checkpoints"
+        task, config = job.task, job.config
+        model = task.model.to(job.device).train()
         if config.activation_checkpointing:
             _checkpoint_activations(model)
-        counter, peak = FlopCounter(model), peak_flops(device, config.precision)
-        size = find_micro_batch(task, lambda: next(load(0, 1, 1, 0, 1)), config, folder)
-        self.engine = Engine(model, config, size, device)
-        exporter = Exporter(task, config, folder)
-        self.state, self.window, self.guard = _resume(self.engine, exporter, shards, config, folder)
+        counter, peak = FlopCounter(model), peak_flops(job.device, config.precision)
+        size = find_micro_batch(task, lambda: next(job.load(0, 1, 1, 0, 1)), config, job.folder)
+        if config.compile:
+            compile_checked(task, next(job.load(0, size, 1, 0, 1)), config.precision)
+        self.engine = Engine(model, config, size, job.device)
+        exporter = Exporter(task, config, job.folder)
+        self.state, self.window, self.guard = _resume(self.engine, exporter, job)
         start = self.state.images_seen
         if is_main():
-            _cut_log(folder / "log.jsonl", start)
-            about = {"ranks": world_size(), "device": str(device), "micro_batch_size_used": size}
+            _cut_log(self.log_file, start)
+            about = {"ranks": world_size(), "device": str(job.device), "micro_batch_size_used": size}
             about |= {"peak_tflops": peak.flops / 1e12, "peak_source": peak.source}
             about["parameters"] = sum(p.numel() for p in model.parameters())
-            tracker.log_params({task.name: about})
-        self.batches = load(start, size, self.engine.num_micro_batches, rank(), world_size())
-        self.clock = StepClock(start, device, counter, peak)
+            job.tracker.log_params({task.name: about})
+        self.batches = job.load(start, size, self.engine.num_micro_batches, rank(), world_size())
+        self.clock = StepClock(start, job.device, counter, peak)
         self.writer = CheckpointWriter(
-            folder / "checkpoints",
-            config=to_yaml(settings),
+            self.checkpoints,
+            config=to_yaml(job.settings),
             keep=config.keep_checkpoints,
             keep_every_images=config.keep_every_images,
             on_complete=exporter.export,
@@ -225,11 +224,11 @@ class _Training:
         row |= {"skipped_steps": guard.num_skipped, **self.clock.rates(images_seen)}
         if is_main():
             told = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
-            with (self.folder / "log.jsonl").open("a") as file:
+            with self.log_file.open("a") as file:
                 file.write(json.dumps({"images_seen": images_seen, **told}) + "\n")
             self._track(row)
         if guard.num_in_a_row >= self.config.max_skipped_steps:
-            newest = next(iter(checkpoint.complete_ones(self.folder / "checkpoints")), None)
+            newest = next(iter(checkpoint.complete_ones(self.checkpoints)), None)
             raise TrainingStopped(
                 f"{self.task.name}: {guard.num_in_a_row} steps in a row up to {images_seen} images were skipped: their "
                 f"loss or gradient was no number, or far above the mean; the last good checkpoint is {newest or 'none'}"
@@ -254,21 +253,20 @@ class _Training:
     def _save(self) -> None:
         """Begin a checkpoint of this moment."""
         values = {**vars(self.state), "window": self.window.values(), "guard": self.guard.values()}
-        self.writer.start(self.engine.state(), {**values, "shards_digest": self.shards.digest})
+        self.writer.start(self.engine.state(), {**values, "shards_digest": self.shards_digest})
 
 
-def _resume(
-    engine: Engine, exporter: Exporter, shards: ShardSet, config: TrainConfig, folder: Path
-) -> tuple[RunState, Window, Guard]:
+def _resume(engine: Engine, exporter: Exporter, job: TrainingJob) -> tuple[RunState, Window, Guard]:
     """Where the newest usable checkpoint left off, or the beginning. The main rank chooses it for all."""
-    found = checkpoint.newest_usable(folder / "checkpoints") if is_main() else None
+    config = job.config
+    found = checkpoint.newest_usable(job.folder / "checkpoints") if is_main() else None
     newest: Path | None = gather_objects(found)[0]
     if newest is None:
         return RunState(), Window(engine.device), Guard(config.spike_factor, engine.device)
     saved = checkpoint.read_state(newest)
-    if saved["shards_digest"] != shards.digest:
+    if saved["shards_digest"] != job.shards.digest:
         remedy = "restore the shard set the run was started with, or use another run folder"
-        raise problem(newest, "shards_digest", f"not that of {shards.root}", remedy)
+        raise problem(newest, "shards_digest", f"not that of {job.shards.root}", remedy)
     engine.load(newest, saved["ranks"])
     if is_main():
         exporter.catch_up(newest)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
-from segdiff_dist.evaluation.job import EvaluateConfig, EvaluationFailed, evaluate
+from segdiff_dist.evaluation.job import EvaluateConfig, EvaluationFailed, evaluate, measure
 
 # Each worker takes a chunk of 64 items: with this many there are two chunks and something to merge.
 NUM_MASKS = 24
@@ -73,12 +75,20 @@ def sampled(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """Ray, started once for all that evaluates."""
+    with ray_session(num_cpus=2):
+        yield
+
+
 @pytest.fixture
 def run(sampled: Path, tmp_path: Path) -> Path:
     """A run of one's own, to spoil."""
     return Path(shutil.copytree(sampled, tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("ray")
 def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -> None:
     import pyarrow.parquet as pq
     import zarr
@@ -88,12 +98,13 @@ def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -
 
     folder = run / "evaluation"
     outcomes = []
-    for num_workers in (2, 1):
-        summary = evaluate(run, EvaluateConfig(num_workers=num_workers, **QUICK), progress=False)
+    for num_workers, stage in ((1, measure), (2, evaluate)):
+        config = EvaluateConfig(num_workers=num_workers, memorisation=True, **QUICK)
+        summary = stage(run, config, progress=False)
         assert json.loads((folder / "summary.json").read_text()) == summary
         predictions = zarr.open_group(folder / "predictions.zarr", mode="r")
         outcomes.append((summary, np.asarray(predictions["gen"]), np.asarray(predictions["real"])))
-    (summary, generated, real), (again, *maps) = outcomes
+    (again, *maps), (summary, generated, real) = outcomes
     assert summary == again
     np.testing.assert_array_equal(generated, maps[0])
     np.testing.assert_array_equal(real, maps[1])
@@ -105,7 +116,12 @@ def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -
     assert summary["metrics"]["psnr_db"]["value"] == pytest.approx(np.array(rows["psnr_db"])[headline].mean())
     assert summary["diversity"]["num_masks"] == NUM_MASKS
     assert set(summary["cross_modality"]) == {"CT_to_MR", "MR_to_CT"}
-    assert set(summary["not_available"]) == {"fid"}
+    # The images are too small for MS-SSIM, and nothing that needs weights or time was asked for.
+    assert set(summary["not_available"]) == {"fid", "lpips", "frd", "ms_ssim"}
+    assert {"segmenter_kernel_distance", "segmenter_precision", "segmenter_coverage"} < set(summary["metrics"])
+    _check_organs(summary, rows, headline)
+    assert summary["trust"]["memorisation"]["num_images"] == NUM_MASKS
+    assert summary["trust"]["leakage"]["patients"] == []
     # Noise of 15 grey values, less what clipping takes away.
     assert 10 < summary["diversity"]["metrics"]["pixel_std"]["value"] < 15
 
@@ -124,6 +140,26 @@ def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -
     _check_pages(folder)
 
 
+def _check_organs(summary: dict[str, Any], rows: dict[str, list[Any]], headline: np.ndarray) -> None:
+    """Liver, by the rows: n, area error, and volume error from the sums of areas of a patient's slices."""
+    liver = summary["by_organ"]["liver"]
+    areas = {name: np.array(rows[f"area_mm2_{name}/liver"])[headline] for name in ("mask", "gen")}
+    has = areas["mask"] > 0
+    assert liver["area_error_mask_gen"]["n"] == liver["surface_dice_mask_gen"]["n"] == has.sum()
+    errors = np.abs(areas["gen"] - areas["mask"])[has] / areas["mask"][has]
+    assert liver["area_error_mask_gen"]["value"] == pytest.approx(errors.mean())
+    patients = np.array(rows["case_id"])[headline]
+    sums = [{name: values[patients == p].sum() for name, values in areas.items()} for p in np.unique(patients)]
+    volumes = [abs(s["gen"] - s["mask"]) / s["mask"] for s in sums]
+    assert liver["volume_error_mask_gen"]["value"] == pytest.approx(np.mean(volumes))
+    assert liver["volume_error_mask_gen"]["num_patients"] == len(volumes) == 4
+    # Noise about the real image: HU of CT, in the mean near it and more spread; 2 HU a grey value.
+    assert liver["hu_mean_error"]["num_patients"] == 2
+    assert liver["hu_mean_gen"]["value"] == pytest.approx(liver["hu_mean_real"]["value"], abs=6)
+    assert liver["hu_mean_real"]["value"] == pytest.approx(2 * 150 - 256, abs=6)
+    assert liver["hu_std_gen"]["value"] > 2 * liver["hu_std_real"]["value"] > 0
+
+
 def _check_pages(folder: Path) -> None:
     figures = json.loads((folder / "figures" / "index.json").read_text())
     names = {Path(figure["file"]).stem for figure in figures}
@@ -135,7 +171,7 @@ def _check_pages(folder: Path) -> None:
         "modalities_from_ct",
         "modalities_from_mr",
     } < names
-    assert {"dice_by_organ", "grey_values", "clipping"} < names
+    assert {"dice_by_organ", "grey_values", "clipping", "nearest_training"} < names
     html = (folder / "report.html").read_text()
     assert all(figure["title"] in html for figure in figures)
     assert not list(folder.glob("*.partial"))
@@ -152,8 +188,10 @@ def test_everything_wrong_is_said_at_once(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "segmenter")
     done = run / "samples" / "done" / "000001"
     done.unlink()
-    text = refused(run, EvaluateConfig(num_workers=0, fid_weights=tmp_path / "no.pth"))
-    assert "evaluate.num_workers: 0" in text
+    config = EvaluateConfig(num_workers=0, distribution_images=1, frd_images=1, fid_weights=tmp_path / "no.pth")
+    text = refused(run, config)
+    for field in ("num_workers: 0", "distribution_images: 1", "frd_images: 1"):
+        assert f"evaluate.{field}" in text
     assert "no.pth: no such file" in text
     assert "segdiff train-segmenter" in text
     assert "10 of 96 not made yet" in text
@@ -164,18 +202,47 @@ def test_a_segmenter_of_another_label_table_is_refused(run: Path) -> None:
     assert "segmenter 'other', shard set 'amos'" in refused(run, EvaluateConfig(**QUICK))
 
 
+def test_a_segmenter_that_is_not_a_number_is_refused(run: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = run / "segmenter" / "weights" / "model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, file)
+    assert "weights: not all of them are finite" in refused(run, EvaluateConfig(**QUICK))
+
+
+def test_images_of_masks_without_images_are_refused(run: Path) -> None:
+    job = json.loads((run / "samples" / "job.json").read_text())
+    del job["shards"], job["shards_digest"]
+    (run / "samples" / "job.json").write_text(json.dumps(job))
+    assert "nothing to compare them with" in refused(run, EvaluateConfig(**QUICK))
+
+
 def test_other_shards_than_sampled_from_are_refused(run: Path) -> None:
     job = json.loads((run / "samples" / "job.json").read_text())
     (run / "samples" / "job.json").write_text(json.dumps(job | {"shards_digest": "1" * 64}))
     assert "not the shard set sampled from" in refused(run, EvaluateConfig(**QUICK))
 
 
-def test_items_that_cannot_be_read_are_named_and_nothing_is_written(run: Path) -> None:
-    # A Zarr shard whose bytes are gone: its checksum no longer fits.
+def test_a_damaged_image_is_refused_and_named(run: Path) -> None:
     [first, *_] = sorted(
         path for path in (run / "samples" / "images.zarr" / "image" / "c").rglob("*") if path.is_file()
     )
     first.write_bytes(first.read_bytes()[:-40] + bytes(40))
+    assert "damaged (items 0, 1, 2" in refused(run, EvaluateConfig(**QUICK))
+
+
+@pytest.mark.usefixtures("ray")
+def test_items_that_cannot_be_measured_are_named_and_nothing_is_written(
+    run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    for tar in copy.rglob("*.tar"):
+        content = tar.read_bytes()
+        tar.write_bytes(content[:2000] + bytes(b ^ 1 for b in content[2000:]))
+    job = json.loads((run / "samples" / "job.json").read_text())
+    (run / "samples" / "job.json").write_text(json.dumps(job | {"shards": str(copy)}))
     with pytest.raises(EvaluationFailed, match="items 0 to 63"):
-        evaluate(run, EvaluateConfig(num_workers=1, **QUICK), progress=False)
-    assert not (run / "evaluation" / "summary.json").exists()
+        measure(run, EvaluateConfig(num_workers=1, **QUICK), progress=False)
+    assert not [file.name for file in (run / "evaluation").iterdir() if file.suffix in (".json", ".parquet")]

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sampling_support import DIFFUSION, QUICK, arguments, flip_a_byte, make_here, pixels_of, write_weights
 
 from data_shards.fan_out import Done, TaskFailure, fan_out, ray_session
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.diffusion import DiffusionConfig, SamplerConfig
-from segdiff_dist.sampling.job import SampleConfig, generate, item_conditions, list_items, sample
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.items import list_items
+from segdiff_dist.sampling.job import prepare_job, sample
 from segdiff_dist.sampling.store import SampleStore
-
-DIFFUSION = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
-QUICK: dict[str, Any] = {
-    "num": 10,
-    "region_size": 4,
-    "samples_per_mask": 2,
-    "diverse_masks": 2,
-    "cross_modality_masks": 2,
-    "sampler": SamplerConfig(num_steps=3, timestep_spacing="trailing", eta=0.5),
-}
+from segdiff_dist.sampling.worker import generate, item_conditions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,30 +30,8 @@ def ray() -> Iterator[None]:
         yield
 
 
-def write_weights(run: Path, seed: int = 0, soft_masks: bool = False, **trained_with: Any) -> Path:
-    """An untrained denoiser: its images mean nothing, but are the same every time."""
-    import torch
-
-    from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-
-    torch.manual_seed(seed)
-    config = DenoiserConfig(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_resolutions=(16,),
-        soft_masks=soft_masks,
-    )
-    model = Denoiser(config, AMOS, 32)
-    training = {"diffusion": asdict(replace(DIFFUSION, **trained_with))} if trained_with else None
-    model.save(run / "weights" / "ema", model.state_dict(), training)
-    return run
-
-
 def make(run: Path, shapes: Path, **changes: Any) -> SampleStore:
-    shards = ShardSet.open(shapes)
-    config = SampleConfig(**{**QUICK, **changes})
-    return sample(run, shards, shards.select(split=config.split), DIFFUSION, config)
+    return sample(*arguments(run, shapes, **changes))
 
 
 def test_one_worker_and_two_make_the_same_images(shapes: Path, tmp_path: Path) -> None:
@@ -79,58 +47,23 @@ def test_one_worker_and_two_make_the_same_images(shapes: Path, tmp_path: Path) -
     assert len({image.tobytes() for image in images}) == len(images)  # each item has noise of its own
 
 
-def test_an_unfinished_job_makes_only_what_is_missing(shapes: Path, tmp_path: Path) -> None:
-    store = make(write_weights(tmp_path), shapes, num_workers=2)
-    whole = store.image[:]
-    (store.path / "done" / "000001").unlink()
+def test_an_unfinished_job_makes_only_what_is_missing_or_damaged(shapes: Path, tmp_path: Path) -> None:
+    store = make_here(write_weights(tmp_path), shapes)
+    whole = pixels_of(store)
+    store.unmark(1)
     store.image[4:8] = 0
-    store.image[0:4] = 77  # marked done: must not be made again
+    flip_a_byte(store, "mask", 2)
     assert store.missing() == [4, 5, 6, 7]
-    again = make(tmp_path, shapes, num_workers=1)
-    assert np.array_equal(again.image[4:], whole[4:])
-    assert (again.image[0:4] == 77).all()
-
-
-def test_a_killed_job_goes_on(shapes: Path, tmp_path: Path) -> None:
-    """The whole command is killed with SIGKILL in the middle; the same command then finishes the same images."""
-    expected = make(write_weights(tmp_path / "whole"), shapes, sampler=SamplerConfig(num_steps=40))
-    run = write_weights(tmp_path / "killed")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "from test_sampling_job import go\n"
-        "go(Path(sys.argv[2]), Path(sys.argv[3]))\n"
-    )
-    (tmp_path / "test_sampling_job.py").write_text(
-        "from data_shards.store.shards import ShardSet\n"
-        "from segdiff_dist.denoising.diffusion import DiffusionConfig, SamplerConfig\n"
-        "from segdiff_dist.sampling.job import SampleConfig, sample\n"
-        "def go(run, shapes):\n"
-        "    shards = ShardSet.open(shapes)\n"
-        "    config = SampleConfig(num=10, region_size=4, samples_per_mask=2, diverse_masks=2, num_workers=1,\n"
-        "        cross_modality_masks=2, sampler=SamplerConfig(num_steps=40))\n"
-        "    diffusion = DiffusionConfig(prediction_type='v', zero_terminal_snr=True)\n"
-        "    sample(run, shards, shards.select(split='test'), diffusion, config)\n"
-    )
-    job = [sys.executable, "-c", code, str(tmp_path), str(run), str(shapes)]
-    process = subprocess.Popen(job, stderr=subprocess.DEVNULL, start_new_session=True)
-    done = run / "samples" / "done"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (done.is_dir() and list(done.iterdir())):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    finished_before = {p.name: p.stat().st_mtime_ns for p in done.iterdir()}
-    assert finished_before
-    store = make(run, shapes, sampler=SamplerConfig(num_steps=40))
-    assert store.missing() == []
-    assert np.array_equal(store.image[:], expected.image[:])
-    assert finished_before == {name: (done / name).stat().st_mtime_ns for name in finished_before}
+    kept = {index: (store.path / "done" / f"{index:06d}").stat().st_mtime_ns for index in (0, 3)}
+    with pytest.warns(UserWarning, match=r"items 8\); region 2 is made again"):
+        again = make(tmp_path, shapes, num_workers=1)
+    assert all(np.array_equal(a, b) for a, b in zip(pixels_of(again), whole, strict=True))
+    assert kept == {index: (store.path / "done" / f"{index:06d}").stat().st_mtime_ns for index in kept}
 
 
 def test_another_job_in_the_same_folder_is_refused(shapes: Path, tmp_path: Path) -> None:
     run = write_weights(tmp_path)
-    make(run, shapes)
+    make_here(run, shapes)
     with pytest.raises(InputProblems, match=r"sample\.seed"):
         make(run, shapes, seed=1)
     make(run, shapes, num_workers=1)  # who makes the images is no part of the job
@@ -190,7 +123,7 @@ def test_what_the_weights_were_not_trained_for_is_refused(shapes: Path, tmp_path
 
 def test_a_set_without_soft_edges_is_said_to_be_one(shapes: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="keeps no soft edges"):
-        make(write_weights(tmp_path, soft_masks=True), shapes, num=1, cross_modality_masks=0)
+        prepare_job(*arguments(write_weights(tmp_path, soft_masks=True), shapes))
 
 
 def test_items_are_listed_by_rule(shapes: Path) -> None:
@@ -216,20 +149,26 @@ def test_a_split_without_masks_is_refused(shapes: Path, tmp_path: Path) -> None:
         sample(write_weights(tmp_path), shards, np.array([], dtype=np.int64), DIFFUSION, SampleConfig())
 
 
-def _worker() -> Any:
-    def work(task: int) -> int:
-        if task == 3:
-            raise ValueError("three is bad")
-        if task == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return task * task
+def worker_factory() -> Any:
+    """Of tasks that fail or kill their worker. Local, as Ray's processes cannot import this file."""
 
-    return work
+    def make_worker() -> Any:
+
+        def work(task: int) -> int:
+            if task == 3:
+                raise ValueError("three is bad")
+            if task == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return task * task
+
+        return work
+
+    return make_worker
 
 
 def test_a_failing_task_costs_only_itself() -> None:
     results: dict[int, Any] = {}
-    for done in fan_out(_worker, range(8), num_workers=2):
+    for done in fan_out(worker_factory(), range(8), num_workers=2):
         assert isinstance(done, Done)
         results[done.task] = done.result
     assert {k: v for k, v in results.items() if k not in (3, 4)} == {0: 0, 1: 1, 2: 4, 5: 25, 6: 36, 7: 49}
@@ -237,3 +176,19 @@ def test_a_failing_task_costs_only_itself() -> None:
     assert "ValueError: three is bad" in results[3].error
     assert isinstance(results[4], TaskFailure)
     assert "worker process died" in results[4].error
+
+
+def test_workers_that_cannot_set_themselves_up_say_why() -> None:
+    def unready() -> Any:
+        raise ValueError("no model here")
+
+    with pytest.warns(UserWarning, match="no model here; going on without it"):
+        results = [done.result for done in fan_out(unready, range(3), num_workers=1)]
+    assert results == [TaskFailure("a worker could not set itself up: ValueError: no model here")] * 3
+
+
+def test_a_cluster_without_room_is_waited_for_and_then_told() -> None:
+    with pytest.warns(UserWarning, match="waiting for a machine"):
+        [done] = fan_out(worker_factory(), [1], num_workers=1, threads_per_worker=64, patience_s=1.0)
+    assert isinstance(done.result, TaskFailure)
+    assert "no machine had room for a worker within 1 s (64 CPU)" in done.result.error

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from segdiff_dist.evaluation import metrics
+from data_shards.labels import LABEL_TABLES
+from segdiff_dist.evaluation import feature_sets, metrics, radiomics, surfaces
 
 NUM_CLASSES = 5
 ORGANS = (1, 2, 3)  # 4 stands for body
@@ -88,6 +89,44 @@ class TestDice:
         np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
+class TestAreaError:
+    def test_known_answer(self):
+        reference = np.array([[[1, 1, 2, 0, 0]]], np.uint8)
+        predicted = np.array([[[1, 0, 2, 2, 3]]], np.uint8)
+        errors = metrics.area_errors(metrics.confusion(reference, predicted, NUM_CLASSES))
+        # Id 1 at half its area, id 2 at twice its; id 3 is not in the reference.
+        np.testing.assert_allclose(errors[0, 1:], [0.5, 1.0, np.nan, np.nan])
+        assert metrics.mean_over_organs(errors, ORGANS)[0] == pytest.approx(0.75)
+
+
+class TestSurfaceDice:
+    square = np.zeros((20, 20), np.uint8)
+    square[5:15, 5:15] = 1
+
+    def dice(self, predicted: np.ndarray, tolerance_mm: float, spacing_mm: tuple[float, float] = (1.0, 1.0)) -> float:
+        return surfaces.surface_dice(self.square, predicted, (1,), (tolerance_mm,), spacing_mm)[0]
+
+    def test_a_shift_within_the_tolerance_costs_nothing(self):
+        shifted = np.roll(self.square, 2, 1)
+        assert self.dice(shifted, 2.0) == 1.0
+        # The two sides that moved lie beyond a smaller one; those along the shift, most of them, do not.
+        assert 0.5 < self.dice(shifted, 1.0) < 0.8
+
+    def test_tolerance_and_spacing_are_in_mm(self):
+        shifted = np.roll(self.square, 1, 1)
+        assert self.dice(shifted, 3.0, (1.0, 3.0)) == 1.0
+        assert self.dice(np.roll(self.square, 3, 0), 3.0, (3.0, 1.0)) < 1.0
+
+    def test_less_than_a_pixel_counts_as_one(self):
+        assert self.dice(np.roll(self.square, 1, 0), 2.0, (4.0, 4.0)) == 1.0
+
+    def test_every_organ_has_a_tolerance(self):
+        for table in LABEL_TABLES.values():
+            found = surfaces.tolerances_mm(table)
+            assert len(found) == len(table.organ_ids)
+            assert (found["liver"], found["sacrum" if "sacrum" in found else "urinary_bladder"]) == (5.0, 3.0)
+
+
 class TestLegacyDice:
     @pytest.mark.parametrize("seed", range(3))
     def test_is_one_minus_monais_dice_loss(self, seed):
@@ -130,6 +169,19 @@ class TestImageMetrics:
         for i in range(len(real)):
             assert psnr[i] == pytest.approx(peak_signal_noise_ratio(real[i], generated[i], data_range=255), rel=1e-6)
             assert ssim[i] == pytest.approx(structural_similarity(beyond[0][i], beyond[1][i], **gaussian), abs=1e-5)
+
+    def test_what_is_not_8_bit_is_refused(self):
+        images = torch.from_numpy(random_images(0))
+        broken = images.float()
+        broken[0, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"generated_BHW: torch.float32; give uint8"):
+            metrics.psnr_db(images, broken)
+        with pytest.raises(ValueError, match=r"real_BHW: torch.float32"):
+            metrics.ssim(broken, images)
+        with pytest.raises(ValueError, match="is not real_BHW's"):
+            metrics.ssim(images, images[:2])
+        with pytest.raises(ValueError, match="MS-SSIM needs 176"):
+            metrics.ssim_and_ms_ssim(images, images)
 
     def test_one_window_for_both_images(self):
         """A dark image is not stretched: the same difference costs the same wherever it lies."""
@@ -214,6 +266,69 @@ class TestFrechet:
         features = np.random.default_rng(2).normal(size=(1000, 3)) * 1e-3 + 1e6
         merged = metrics.FeatureStatistics.of(features[:300]).merge(metrics.FeatureStatistics.of(features[300:]))
         np.testing.assert_allclose(merged.covariance_DD, np.cov(features.T), rtol=1e-3, atol=1e-9)
+
+
+class TestFeatureSample:
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.randoms(use_true_random=False))
+    def test_order_and_parts_do_not_matter(self, sizes, random):
+        num = sum(sizes)
+        priority = np.array(random.sample(range(1000), num))
+        features = np.random.default_rng(num).normal(size=(num, 2)).astype(np.float32)
+        kept = features[np.argsort(priority)[:5]]
+        parts = np.split(np.arange(num), np.cumsum(sizes)[:-1])
+        random.shuffle(parts)
+        one, two = (feature_sets.FeatureSample(5) for _ in range(2))
+        for i, part in enumerate(parts):
+            (one if i % 2 else two).add(priority[part], features[part])
+        np.testing.assert_array_equal(one.merge([two]).features_ND, kept)
+
+    def test_memory_is_bounded(self):
+        sample = feature_sets.FeatureSample(10)
+        for start in range(0, 1000, 8):
+            sample.add(np.arange(start, start + 8), np.zeros((8, 3)))
+            assert sum(len(priority) for priority, _ in sample._parts) <= 20
+        assert len(sample) == 10
+
+
+class TestNeighbourhoods:
+    def test_known_answer(self):
+        """Real images on a line one apart; generated ones on top of one of them, and one far away."""
+        real, gen = np.arange(10.0)[:, None], np.array([[0.0]] * 5 + [[100.0]])
+        found = feature_sets.neighbourhoods(real, gen)
+        assert found.precision == pytest.approx(5 / 6)
+        # The balls around the five coincident images have no extent; that around 100 reaches to them.
+        assert found.recall == 1.0
+        # Zero lies in the balls of 0 to 3, whose 5th neighbours are 5, 4, 3 and 3 away.
+        assert found.density == pytest.approx(5 * 4 / (5 * 6))
+        assert found.coverage == pytest.approx(4 / 10)
+
+    def test_a_set_and_itself(self):
+        features = np.random.default_rng(0).normal(size=(40, 4))
+        found = feature_sets.neighbourhoods(features, features)
+        assert (found.precision, found.recall, found.coverage) == (1.0, 1.0, 1.0)
+        assert feature_sets.kernel_distance(features, features) < 0  # unbiased: its own pairs count on one side only
+
+    def test_nearest_skips_itself(self):
+        features = np.array([[0.0], [1.0], [5.0]])
+        distance, index = feature_sets.nearest(features, features, skip_self=True)
+        np.testing.assert_allclose(distance, [1, 1, 4])
+        np.testing.assert_array_equal(index, [1, 0, 1])
+
+
+class TestRadiomicsDistance:
+    def test_does_not_depend_on_a_features_unit(self):
+        rng = np.random.default_rng(0)
+        real, gen = rng.normal(size=(50, 3)), rng.normal(size=(60, 3)) + 0.5
+        plain, scaled = (
+            radiomics.frd(*(metrics.FeatureStatistics.of(side * unit + 7) for side in (real, gen)))
+            for unit in (np.ones(3), np.array([1e-3, 1.0, 1e4]))
+        )
+        assert plain == pytest.approx(scaled, rel=1e-6)
+
+    def test_constant_features_and_equal_sets(self):
+        same = metrics.FeatureStatistics.of(np.full((4, 2), 3.0))
+        assert radiomics.frd(same, same) is None
 
 
 class TestEstimate:

@@ -11,6 +11,7 @@ from data_shards.labels import LABEL_TABLES
 from segdiff_dist.config import as_dict, differences
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.diffusion import make_scheduler
+from segdiff_dist.denoising.samplers import spaced_timesteps
 from segdiff_dist.experiment import Experiment, load_experiment
 from segdiff_dist.training.config import learning_rate
 
@@ -33,6 +34,7 @@ def test_sections_agree(path: Path) -> None:
     dropped = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}
     needed = dropped[config.sample.sampler.guidance_removes]
     assert config.sample.sampler.guidance == 1.0 or getattr(config.diffusion, needed) > 0
+    assert config.sample.sampler.problems(config.diffusion) == []
 
 
 def test_the_papers_four_differ_in_their_slices_alone() -> None:
@@ -52,11 +54,12 @@ def test_the_papers_recipe_is_the_papers() -> None:
         model = Denoiser(config.denoiser, LABEL_TABLES[config.prepare.label_set], config.prepare.size)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(113.67e6, rel=1e-4)
     assert model.unet.config.in_channels == 2  # the noised image and 2 * label / 255 - 1
-    scheduler = make_scheduler(config.diffusion, config.sample.sampler)
-    assert torch.equal(scheduler.alphas_cumprod, DDIMScheduler(num_train_timesteps=1000).alphas_cumprod)
-    scheduler.set_timesteps(config.sample.sampler.num_steps)
-    assert scheduler.timesteps.tolist() == list(range(980, -1, -20))
-    assert scheduler.config.clip_sample
+    alphas_cumprod = make_scheduler(config.diffusion).alphas_cumprod
+    assert torch.equal(alphas_cumprod, DDIMScheduler(num_train_timesteps=1000).alphas_cumprod)
+    sampler = config.sample.sampler.resolved()
+    assert (sampler.solver, sampler.num_steps, sampler.timestep_spacing) == ("ddim", 50, "leading")
+    assert spaced_timesteps(1000, 50, "leading").tolist() == list(range(980, -1, -20))
+    assert sampler.clip_sample
     train = config.train
     assert train.warmup_images == 500 * train.global_batch_size
     assert learning_rate(train.warmup_images, train) == 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_shards.labels import AMOS
 from segdiff_dist.evaluation.report import PUBLISHED, write_report
-from segdiff_dist.evaluation.summary import Evaluated, Interval, scalars, summarise
+from segdiff_dist.evaluation.summary import Evaluated, scalars, summarise
+from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.evaluation.trust import Spread
 from segdiff_dist.evaluation.worker import ChunkResult, column_names
 
 LIVER, SPLEEN = "liver", "spleen"
@@ -37,12 +41,18 @@ def item(case: str, source: str, target: str, row: int, seed_index: int = 0) -> 
     }
 
 
-def measured(items: list[dict[str, Any]], dice_mask_gen: list[float]) -> Evaluated:
-    """Items with the Dice given; every other metric of a headline item is 0.5, and liver is the one organ."""
-    columns: dict[str, list[Any]] = {name: [i[name] for i in items] for name in items[0]}
-    columns["item_id"] = list(range(len(items)))
-    evaluated = Evaluated.empty(AMOS, columns)
-    headline = evaluated.headline
+def measured(
+    items: list[dict[str, Any]],
+    dice_mask_gen: list[float],
+    spread: dict[int, Spread] | None = None,
+    cuts: tuple[int, ...] = (),
+) -> Evaluated:
+    """Items with the Dice given; every other metric of a headline item is 0.5, and liver is the one organ.
+
+    `spread`: pixel_std by item; `cuts`: where the items are cut into chunks.
+    """
+    evaluated = Evaluated.empty(AMOS, pa.Table.from_pylist(items), spread or {})
+    headline = np.array([i["seed_index"] == 0 and i["source_modality"] == i["target_modality"] for i in items])
     result = ChunkResult({name: np.full(len(items), np.nan) for name in column_names(AMOS)})
     for name in ("psnr_db", "ssim", "dice_mask_real", "dice_real_gen", "legacy_dice_mask_real"):
         result.columns[name][headline] = 0.5
@@ -53,28 +63,30 @@ def measured(items: list[dict[str, Any]], dice_mask_gen: list[float]) -> Evaluat
     result.features = {("segmenter", "real"): features[0], ("segmenter", "gen"): features[1]}
     result.grey_counts = np.zeros((len(items), 2, 256), np.int64)
     result.grey_counts[headline, :, 100] = 64
-    evaluated.add(0, len(items), result)
+    for start, stop in itertools.pairwise((0, *cuts, len(items))):
+        part = ChunkResult({name: values[start:stop] for name, values in result.columns.items()})
+        part.features = {key: values[start:stop] for key, values in result.features.items()}
+        part.grey_counts = result.grey_counts[start:stop]
+        evaluated.add(start, stop, part)
     return evaluated
 
 
-@pytest.fixture
-def evaluated() -> Evaluated:
-    items = [
-        item("amos_0001", "CT", "CT", 0),
-        item("amos_0001", "CT", "CT", 1),
-        item("amos_0002", "CT", "CT", 2),
-        item("amos_0507", "MR", "MR", 3),
-        item("amos_0508", "MR", "MR", 4),
-        item("amos_0001", "CT", "CT", 0, seed_index=1),
-        item("amos_0001", "CT", "MR", 0),
-        item("amos_0002", "CT", "MR", 2),
-    ]
-    return measured(items, [0.9, 0.7, 0.5, 0.6, np.nan, 0.1, 0.2, 0.4])
+ITEMS = [
+    item("amos_0001", "CT", "CT", 0),
+    item("amos_0001", "CT", "CT", 1),
+    item("amos_0002", "CT", "CT", 2),
+    item("amos_0507", "MR", "MR", 3),
+    item("amos_0508", "MR", "MR", 4),
+    item("amos_0001", "CT", "CT", 0, seed_index=1),
+    item("amos_0001", "CT", "MR", 0),
+    item("amos_0002", "CT", "MR", 2),
+]
+DICE = [0.9, 0.7, 0.5, 0.6, np.nan, 0.1, 0.2, 0.4]
 
 
 @pytest.fixture
-def summary(evaluated: Evaluated) -> dict[str, Any]:
-    found = summarise(evaluated, {0: 12.5}, Interval(resamples=200, seed=0))
+def summary() -> dict[str, Any]:
+    found = summarise(measured(ITEMS, DICE, {0: Spread(12.5)}), Interval(resamples=200, seed=0))
     found["not_available"] = {"fid": "no Inception weights were given; <get> them"}
     found["provenance"] = {"label_table": "amos", "versions": {"torch": "2.13.0"}, "fid_weights": None}
     return found
@@ -111,7 +123,7 @@ class TestSummary:
         assert diversity["metrics"]["dice_mask_gen"]["value"] == pytest.approx((0.9 + 0.1) / 2)
 
     def test_distribution_metrics_need_two_samples(self):
-        found = summarise(measured([item("amos_0001", "CT", "CT", 0)], [0.5]), {}, Interval(10, 0))
+        found = summarise(measured([item("amos_0001", "CT", "CT", 0)], [0.5]), Interval(10, 0))
         assert "segmenter_frechet" not in found["metrics"]
         assert found["metrics"]["dice_mask_gen"]["ci95"] is None
 
@@ -132,19 +144,23 @@ class TestSummary:
         assert not any("fid" in name for name in flat)
         assert all(np.isfinite(value) for value in flat.values())
 
-    def test_sums_do_not_depend_on_chunks(self, evaluated, summary):
-        halves = Evaluated.empty(AMOS, evaluated.items)
-        rng = np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32)
-        rng[0, ~evaluated.headline] = np.nan
-        for start, stop in ((0, 3), (3, 8)):
-            part = ChunkResult({name: values[start:stop] for name, values in evaluated.columns.items()})
-            part.features = {("segmenter", side): rng[k, start:stop] for k, side in enumerate(("real", "gen"))}
-            part.grey_counts = np.zeros((stop - start, 2, 256), np.int64)
-            halves.add(start, stop, part)
-        again = summarise(halves, {0: 12.5}, Interval(resamples=200, seed=0))
-        assert again["metrics"]["segmenter_frechet"]["value"] == pytest.approx(
-            summary["metrics"]["segmenter_frechet"]["value"]
-        )
+    def test_neighbourhoods_need_six_samples(self, summary):
+        assert "segmenter_kernel_distance" in summary["metrics"]
+        assert "segmenter_precision" not in summary["metrics"]
+        items = [item(f"amos_{i:04d}", "CT", "CT", i) for i in range(6)]
+        found = summarise(measured(items, [0.5] * 6), Interval(10, 0))["metrics"]
+        for name in ("precision", "recall", "coverage"):
+            assert 0 <= found[f"segmenter_{name}"]["value"] <= 1
+        assert found["segmenter_density"]["better"] == "higher"
+
+    @pytest.mark.parametrize("cuts", [(3,), (1, 2, 7)])
+    def test_sums_do_not_depend_on_chunks(self, summary, cuts):
+        again = summarise(measured(ITEMS, DICE, {0: Spread(12.5)}, cuts), Interval(resamples=200, seed=0))
+        for name, entry in summary["metrics"].items():
+            assert again["metrics"][name]["value"] == pytest.approx(entry["value"])
+            assert again["metrics"][name]["n"] == entry["n"]
+        assert again["grey_values"] == summary["grey_values"]
+        assert again["diversity"] == summary["diversity"]
 
 
 class _Page(HTMLParser):

@@ -18,7 +18,7 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.segmentation import Segmenter, SegmenterConfig, SegmenterNet, SegmenterTask
 from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
 from segdiff_dist.training.config import TrainConfig
-from segdiff_dist.training.loop import train
+from segdiff_dist.training.loop import TrainingJob, train
 
 CPU = torch.device("cpu")
 CONFIG = SegmenterConfig(
@@ -43,8 +43,9 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("segmenter")
     shards = ShardSet.open(shapes)
     task = SegmenterTask(shards, CONFIG, LoaderConfig(), folder / "weights", CPU)
+    rows = shards.select(split="train")
     with Tracker(folder, TrackingConfig(enabled=False), "segmenter") as tracker:
-        train(task, shards, shards.select(split="train"), LoaderConfig(), CONFIG.train, folder, tracker, CPU, {})
+        train(TrainingJob(task, shards, rows, LoaderConfig(), CONFIG.train, folder, tracker, CPU, {}))
     return folder
 
 
@@ -78,8 +79,9 @@ def test_a_worse_checkpoint_does_not_replace_the_weights(trained: Path, shapes: 
     shards = ShardSet.open(shapes)
     config = replace(CONFIG.train, num_images=3_200, lr=0.5, lr_decay="constant", spike_factor=0.0)
     task = SegmenterTask(shards, CONFIG, LoaderConfig(), folder / "weights", CPU)
+    rows = shards.select(split="train")
     with Tracker(folder, TrackingConfig(enabled=False), "segmenter") as tracker:
-        train(task, shards, shards.select(split="train"), LoaderConfig(), config, folder, tracker, CPU, {})
+        train(TrainingJob(task, shards, rows, LoaderConfig(), config, folder, tracker, CPU, {}))
     last = json.loads((folder / "checkpoints" / f"{3_200:012d}" / "state.json").read_text())
     assert not last["is_best"]
     assert Segmenter.load(folder / "weights").weights_sha256 == best

@@ -1,0 +1,193 @@
+"""benchmarks/gpu.py: the device's ceilings, the kernels' parity, and the kernels against torch's operators.
+
+Dimensions: N batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _gpu_session import Session, describe
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"))
+import _bench
+
+GROUPS = 32
+# What a kernel may differ from torch's reference by, of the largest value, where activations are bf16.
+PARITY = 1e-2
+# The UNet's gradients in fp32, fused against eager, of the largest of all: products in another order too.
+UNET_PARITY = 1e-4
+
+
+def ceilings(session: Session) -> dict[str, float]:
+    """What the device gives at most: GB/s of a copy (read and write counted), TFLOP/s of a bf16 matrix product."""
+    num, side, device = session.scale.copy_bytes // 2, session.scale.gemm_side, session.device
+    source, target = (torch.zeros(num, dtype=torch.bfloat16, device=device) for _ in range(2))
+    copy_s = session.seconds(lambda: target.copy_(source), 20)
+    a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+    gemm_s = session.seconds(lambda: a @ b, 20)
+    found = {"copy_gb_per_s": 4 * num / copy_s / 1e9, "gemm_tflops": 2 * side**3 / gemm_s / 1e12}
+    print(f"  copy {found['copy_gb_per_s']:.0f} GB/s, {side}^3 bf16 product {found['gemm_tflops']:.1f} TFLOP/s")
+    return found
+
+
+def parity(session: Session) -> dict[str, Any]:
+    """Every kernel against its torch reference on this device, at the small shapes of its own benchmark."""
+    found: dict[str, Any] = {}
+    for name, script in kernel_benchmarks().items():
+        try:
+            _, toy = _bench.cases_of(script)
+            found[name] = {case.name: _bench.disagreement(case) for case in toy()}
+            print(f"  {name:<24} {max(found[name].values()):.1e} of the largest value at most", flush=True)
+        except Exception as error:  # the other kernels' parity is worth having
+            found[name] = {"error": describe(error)}
+            print(f"  {name:<24} {found[name]['error']}", flush=True)
+    errors = [e for cases in found.values() if "error" not in cases for e in cases.values()]
+    session.judge("kernels without parity figures", sum("error" in cases for cases in found.values()), 0, is_limit=True)
+    if errors:
+        session.judge("largest difference of a kernel from torch", max(errors), PARITY, is_limit=True)
+    return found
+
+
+def kernel_benchmarks() -> dict[str, Path]:
+    """kernels/benchmarks' scripts by name; that of the attention has a part of its own."""
+    folder = Path(_bench.__file__).parent
+    scripts = {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
+    return {name: path for name, path in scripts.items() if name != "attention"}
+
+
+def unet_parity(session: Session) -> dict[str, float]:
+    """Loss and gradients of the whole UNet, fused against diffusers' own, in fp32 without TF32."""
+    from _gpu_training import random_batch
+
+    from data_shards.labels import AMOS
+    from segdiff_dist.attention import set_attention
+    from segdiff_dist.denoising.conditioning import MaskEncoder
+    from segdiff_dist.denoising.denoiser import Denoiser
+    from segdiff_dist.denoising.fused_unet import fuse
+
+    scale, device = session.scale, session.device
+    torch.manual_seed(0)
+    eager, fused = (Denoiser(scale.net, AMOS, scale.size).unet.to(device) for _ in range(2))
+    fused.load_state_dict(eager.state_dict())
+    for unet in (eager, fused):
+        set_attention(unet, "sdpa")
+    fuse(fused, reads_labels=True)
+    batch = random_batch(2, scale.size, device)
+    x_t_N1HW = torch.randn(2, 1, scale.size, scale.size, device=device)
+    timestep_N, class_N = torch.tensor([3, 700], device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    onehot_NKHW = MaskEncoder("onehot", AMOS.num_classes, 1)(batch.mask_BHW, torch.float32)
+    x_NCHW = torch.cat((x_t_N1HW, onehot_NKHW), dim=1).contiguous(memory_format=torch.channels_last)
+
+    def gradients(net: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        prediction_N1HW = net(*args, return_dict=False, **kwargs)[0]
+        loss = F.mse_loss(prediction_N1HW, x_t_N1HW)
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        loss, expected = gradients(eager, x_NCHW, timestep_N, class_labels=class_N)
+        fused_loss, grads = gradients(fused, x_t_N1HW, timestep_N, class_N, mask_BHW=batch.mask_BHW)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+    # Some gradients are 0 but for rounding (a key's bias shifts all scores alike), so none is judged by itself.
+    scale_of_all = max(float(g.abs().max()) for g in expected.values())
+    largest = {name: float((grads[name] - g).abs().max()) / scale_of_all for name, g in expected.items()}
+    worst = max(largest, key=lambda name: largest[name])
+    found = {"loss": float((fused_loss - loss).abs() / loss), "largest": largest[worst]}
+    print(f"  loss {found['loss']:.1e} off, gradients {found['largest']:.1e} of the largest at most ({worst})")
+    session.judge("UNet's gradients, fused against eager, fp32", found["largest"], UNET_PARITY, is_limit=True)
+    return found | {"worst": worst}
+
+
+def norms(session: Session) -> list[dict[str, Any]]:
+    """group_norm_silu against torch over the UNet's shapes, forward and backward, bf16, channels-last."""
+    batch = session.scale.batches[0]
+    shapes = session.scale.norm_shapes or _bench.NORM_SHAPES
+    rows: list[dict[str, Any]] = []
+    for channels, side in shapes:
+        for case in (norm_forward(batch, channels, side), norm_backward(batch, channels, side)):
+            rows += _bench.measure(case) if session.device.type == "cuda" else _called_once(case)
+    if session.device.type == "cuda":
+        _bench.print_table(rows)
+        ceiling = session.told["parts"].get("ceilings", {}).get("found", {}).get("copy_gb_per_s")
+        ours = [row for row in rows if row["contender"] == "segdiff"]
+        forward = [row["gb_per_s"] for row in ours if row["case"].startswith("forward")]
+        backward = [row["times_reference"] for row in ours if row["case"].startswith("backward")]
+        if ceiling:
+            share = statistics.median(forward) / ceiling
+            session.judge("group_norm_silu forward, of the copy ceiling (median of shapes)", share, 0.92)
+        session.judge("group_norm_silu backward, times torch (median of shapes)", statistics.median(backward), 3.0)
+    return rows
+
+
+def norm_forward(batch: int, channels: int, side: int) -> _bench.Case:
+    """Bytes of the two-pass algorithm: x is read for its statistics and read again, y is written."""
+    from segdiff_kernels.group_norm_silu import group_norm_silu
+
+    groups = min(GROUPS, channels)
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        x_NCHW = _activation(batch, channels, side)
+        weight_C, bias_C = (torch.randn(channels, device=x_NCHW.device) for _ in range(2))
+        return x_NCHW, weight_C.to(x_NCHW.dtype), bias_C.to(x_NCHW.dtype)
+
+    contenders = {
+        "segdiff": lambda x, w, b: group_norm_silu(x, w, b, groups),
+        "torch": lambda x, w, b: F.silu(F.group_norm(x, groups, w, b, 1e-5)),
+    }
+    name = f"forward  {batch} x {channels} x {side} x {side}"
+    return _bench.Case(name, 3 * 2 * batch * channels * side**2, inputs, contenders)
+
+
+def norm_backward(batch: int, channels: int, side: int) -> _bench.Case:
+    """Bytes: dy and x are read for the sums, both are read again, dx is written."""
+    forward = norm_forward(batch, channels, side)
+
+    def inputs() -> tuple[Any, ...]:
+        leaves = [tensor.requires_grad_() for tensor in forward.inputs()]
+        outputs = {name: function(*leaves) for name, function in forward.contenders.items()}
+        return outputs, leaves, _activation(batch, channels, side)
+
+    def of(name: str) -> Any:
+        return lambda outputs, leaves, dy: torch.autograd.grad(outputs[name], leaves, dy, retain_graph=True)
+
+    name = f"backward {batch} x {channels} x {side} x {side}"
+    return _bench.Case(name, 5 * 2 * batch * channels * side**2, inputs, {n: of(n) for n in forward.contenders})
+
+
+def kernels(session: Session) -> dict[str, Any]:
+    """The other kernels, each by its own benchmark, over its real shapes; a dry run has done with parity."""
+    found: dict[str, Any] = {}
+    if session.device.type != "cuda":
+        return found
+    for name, script in kernel_benchmarks().items():
+        if name == "group_norm_silu":  # see norms
+            continue
+        try:
+            real, _ = _bench.cases_of(script)
+            found[name] = [row for case in real() for row in _bench.measure(case)]
+        except Exception as error:  # the others are worth having
+            found[name] = {"error": describe(error)}
+            print(f"  {name}: {found[name]['error']}", flush=True)
+            continue
+        _bench.print_table(found[name])
+    return found
+
+
+def _activation(batch: int, channels: int, side: int) -> Tensor:
+    x_NCHW = torch.randn(batch, channels, side, side, device=_bench.DEVICE, dtype=torch.bfloat16)
+    return x_NCHW.contiguous(memory_format=torch.channels_last)
+
+
+def _called_once(case: _bench.Case) -> list[dict[str, Any]]:
+    """A dry run: no times, only by how much the contenders differ."""
+    return [{"case": case.name, "disagreement": _bench.disagreement(case)}]

@@ -1,0 +1,163 @@
+"""What the parts of benchmarks/gpu.py share: their scale, the clock that they run against, and where results are kept.
+
+A part that fails costs itself alone: its error is recorded and the next one begins. The results file is written anew
+after every part, so that a machine that is taken away leaves what it had measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from _results import write
+
+from segdiff_dist.denoising.denoiser import DenoiserConfig
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    net: DenoiserConfig
+    size: int
+    batches: tuple[int, ...]
+    """Of the training steps, the first being the one that targets are about."""
+    rounds: int
+    steps: int
+    """Timed in each turn."""
+    sampling_batches: tuple[int, ...]
+    sampling_steps: int
+    copy_bytes: int
+    gemm_side: int
+    compiler: str | None
+    """torch.compile's backend; None leaves out what is compiled."""
+    attention_sizes: tuple[int, ...]
+    """Sides of the images whose attention is timed."""
+    norm_shapes: tuple[tuple[int, int], ...] | None = None
+    """Channels and side; None for the UNet's 18."""
+
+
+REAL = Scale(
+    net=DenoiserConfig(),
+    size=256,
+    batches=(32, 64),
+    rounds=5,
+    steps=4,
+    sampling_batches=(1, 4, 16),
+    sampling_steps=20,
+    copy_bytes=2**30,
+    gemm_side=8192,
+    compiler="inductor",
+    attention_sizes=(256, 512),
+)
+TOY = Scale(
+    # One level: each call of a kernel costs the interpreter a tenth of a second.
+    net=DenoiserConfig(block_out_channels=(8,), layers_per_block=1, attention_resolutions=(), norm_num_groups=4),
+    size=8,
+    batches=(2, 3),
+    rounds=1,
+    steps=1,
+    sampling_batches=(1,),
+    sampling_steps=1,
+    copy_bytes=2**22,
+    gemm_side=128,
+    compiler="aot_eager",
+    attention_sizes=(16,),
+    norm_shapes=((16, 8),),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A figure that has a target."""
+
+    name: str
+    value: float
+    target: float
+    is_limit: bool = False
+    """Whether it must stay below the target."""
+
+    @property
+    def reached(self) -> bool:
+        return self.value <= self.target if self.is_limit else self.value >= self.target
+
+    def __str__(self) -> str:
+        bound = "at most" if self.is_limit else "at least"
+        return f"{self.name}: {self.value:.2f}, {bound} {self.target:g}: {'reached' if self.reached else 'NOT reached'}"
+
+
+@dataclass
+class Session:
+    """One run of the benchmark."""
+
+    args: argparse.Namespace
+    scale: Scale
+    device: torch.device
+    told: dict[str, Any]
+    """What is written to the results file: the stamp, then `parts` by name and `verdicts`."""
+    start: float = field(default_factory=time.monotonic)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def left_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return 60.0 * self.args.budget_minutes - (time.monotonic() - self.start)
+
+    def part(self, name: str, run: Callable[[Session], Any], least_s: float = 0.0) -> None:
+        """Run a part and keep what it returns; skipped where fewer than `least_s` seconds are left."""
+        parts = self.told.setdefault("parts", {})
+        if self.left_s() < least_s:
+            parts[name] = {"skipped": f"{self.left_s():.0f} s were left, {least_s:.0f} s are needed"}
+            print(f"\n{name}: skipped, {parts[name]['skipped']}", flush=True)
+            write_quietly(self)
+            return
+        print(f"\n{name}", flush=True)
+        began = time.monotonic()
+        try:
+            parts[name] = {"found": run(self)}
+        except Exception as error:  # whatever it is, the other parts are worth having
+            parts[name] = {"error": describe(error)}
+            traceback.print_exc()
+        parts[name]["seconds"] = round(time.monotonic() - began, 1)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        write_quietly(self)
+
+    def judge(self, name: str, value: float, target: float, *, is_limit: bool = False) -> None:
+        """Set a figure against its target; a dry run's says nothing and is left out."""
+        if not self.args.dry_run:
+            self.verdicts.append(Verdict(name, value, target, is_limit))
+            print(f"  {self.verdicts[-1]}", flush=True)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """Of one call, over `repeats` calls in a row, on a GPU after one that does not count."""
+        if self.device.type == "cuda":
+            call()
+            self.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        self.synchronize()
+        return (time.perf_counter() - began) / repeats
+
+
+def write_quietly(session: Session) -> None:
+    """Bring the results file up to date."""
+    if session.args.json is not None:
+        told = {**session.told, "verdicts": [vars(v) | {"reached": v.reached} for v in session.verdicts]}
+        write(session.args, told)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,52 @@
+"""Samplers drawn: Dice and distance over evaluations of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_NAMES = {"ddim": "DDIM", "dpm_solver_pp_2m": "DPM-Solver++(2M)", "unipc": "UniPC", "heun": "Heun"}
+_COLOURS = {"ddim": "#b7791f", "dpm_solver_pp_2m": "#0e7c86", "unipc": "#6b46c1", "heun": "#c53030"}
+_STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "legend.frameon": False,
+}
+
+
+def draw(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float], title: str, file: Path) -> None:
+    """Two panels, a line a solver; dashed what is still as good as the reference. `rows` and `limits`: the JSON's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with mpl.rc_context(_STYLE):
+        canvas, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        for axis, metric, label in (
+            (axes[0], "dice", "Dice of mask and generated image (higher is better)"),
+            (axes[1], "distance", "segmenter-feature distance (lower is better)"),
+        ):
+            for solver, name in _NAMES.items():
+                mine = sorted((row for row in rows if row["solver"] == solver), key=lambda row: row["evaluations"])
+                x = [row["evaluations"] for row in mine]
+                axis.plot(x, [row[metric] for row in mine], marker="o", ms=3.5, color=_COLOURS[solver], label=name)
+            axis.axhline(limits[metric], ls="--", lw=1, color="#718096")
+            axis.set_xscale("log")
+            ticks = (5, 10, 20, 50)
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.set_xticks([], minor=True)
+            axis.set_xlabel("evaluations of the network")
+            axis.set_title(label)
+        axes[1].legend(fontsize=8)
+        canvas.suptitle(title, x=0.01, ha="left")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(file, dpi=130)
+        plt.close(canvas)

@@ -1,0 +1,138 @@
+"""How good a sampler's images are: held-out masks sampled with fixed noise, and judged by a run's segmenter.
+
+Dimensions: N images, H rows, W columns, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_shards.records import MODALITIES
+from data_shards.store.shards import ShardSet
+from segdiff_dist.config import write_text_atomically
+from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.samplers import SamplerConfig, num_evaluations
+from segdiff_dist.evaluation import metrics
+from segdiff_dist.experiment import load_experiment
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.items import list_items
+from segdiff_dist.sampling.job import weights_digest
+from segdiff_dist.sampling.worker import generate, item_conditions
+from segdiff_dist.segmentation import Segmenter
+
+_BATCH, _RESAMPLES = 16, 1000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A sampler's images, judged: Dice(mask, segmenter's prediction) of each, NaN where a mask has no organ, and the
+    Frechet distance of the segmenter's features to the real images'; that also for each noise by itself."""
+
+    sampler: SamplerConfig
+    evaluations: int
+    dice_N: np.ndarray
+    distance: float
+    distance_by_noise: tuple[float, ...]
+
+    @property
+    def dice(self) -> float:
+        return float(np.nanmean(self.dice_N))
+
+
+class Judge:
+    """A run's denoiser and segmenter, and the held-out masks. What was measured is kept in `out`, and not done again.
+
+    Each mask is sampled `num_noises` times; noise depends on mask and repetition alone, so samplers share it.
+    """
+
+    def __init__(self, run: Path, split: str, num: int | None, num_noises: int, out: Path) -> None:
+        experiment = load_experiment(None, run)
+        self.diffusion, precision = experiment.diffusion, experiment.sample.precision
+        weights = run / "weights" / experiment.train.averages[0]
+        device = torch.device("cpu")
+        model = Denoiser.load(weights).prepare_for(device)
+        self.model = model.to(torch.bfloat16) if precision == "bf16" else model
+        self.shards = ShardSet.open([experiment.given("data")])
+        self.segmenter = Segmenter.load(run / "segmenter" / "weights")
+        self.num_noises, self.out = num_noises, out
+        config = SampleConfig(split=split, num=num)  # type: ignore[arg-type]
+        loader = experiment.loader
+        rows = self.shards.select(split=split, modalities=loader.modalities, axes=loader.axes)
+        self.items = list_items(self.shards, rows, config).to_pylist()
+        self.patients_N = np.array([item["case_id"] for item in self.items] * num_noises)
+        self.about = {
+            "run": str(run),
+            "split": split,
+            "num_masks": len(self.items),
+            "num_patients": len(set(self.patients_N)),
+            "num_noises": num_noises,
+            "size": model.size,
+            "weights": weights_digest(weights),
+            "precision": precision,
+            "diffusion": self.diffusion.process,
+        }
+        records = [self.shards.read(item["row"]).cropped(model.size) for item in self.items]
+        self._mask_NHW = np.stack([record.mask_HW for record in records])
+        self._modality_N = torch.tensor([MODALITIES.index(item["target_modality"]) for item in self.items])
+        self._real = self._statistics(torch.from_numpy(np.stack([record.image_uint8() for record in records])))
+
+    def judge(self, sampler: SamplerConfig) -> Judged:
+        """Sample all masks and judge them, unless that has been done."""
+        sampler = sampler.resolved()
+        key = json.dumps([asdict(sampler), self.about], sort_keys=True)
+        file = self.out / f"{sampler.solver}-{sampler.num_steps}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
+        if not file.is_file():
+            write_text_atomically(file, json.dumps(self._measure(sampler)) + "\n")
+        found = json.loads(file.read_text())
+        return Judged(
+            sampler,
+            num_evaluations(sampler, self.diffusion),
+            np.array(found["dice"], dtype=np.float64),
+            found["distance"],
+            tuple(found["distance_by_noise"]),
+        )
+
+    def sample(self, sampler: SamplerConfig, items: Sequence[dict[str, Any]], noise: int) -> np.ndarray:
+        """uint8 [N, H, W] images of some items, batch by batch."""
+        made = []
+        with torch.inference_mode():
+            for start in range(0, len(items), _BATCH):
+                some = list(items[start : start + _BATCH])
+                conditions = item_conditions(self.model, self.shards, some, (), torch.device("cpu"))
+                made.append(generate(self.model, some, conditions, self.diffusion, sampler, noise))
+        return np.concatenate(made)
+
+    def difference(self, judged: Judged, reference: Judged) -> metrics.Estimate:
+        """Dice less the reference's, image by image with the same noise; its interval redraws patients."""
+        differences_N = judged.dice_N - reference.dice_N
+        found = metrics.estimate(differences_N, self.patients_N, resamples=_RESAMPLES, seed=0)
+        assert found is not None, "no mask holds an organ"
+        return found
+
+    def _measure(self, sampler: SamplerConfig) -> dict[str, Any]:
+        table, dice, by_noise = self.shards.label_table, [], []
+        for noise in range(self.num_noises):
+            image_NHW = torch.from_numpy(self.sample(sampler, self.items, noise))
+            predicted_NHW = self.segmenter.predict(image_NHW, self._modality_N).numpy()
+            counts = metrics.confusion(self._mask_NHW, predicted_NHW, table.num_classes)
+            dice += metrics.mean_dice(metrics.dice_per_class(counts), table.organ_ids).tolist()
+            by_noise.append(self._statistics(image_NHW))
+        together = by_noise[0]
+        for more in by_noise[1:]:
+            together = together.merge(more)
+        return {
+            "dice": dice,
+            "distance": metrics.frechet_distance(self._real, together),
+            "distance_by_noise": [metrics.frechet_distance(self._real, one) for one in by_noise],
+        }
+
+    def _statistics(self, image_NHW: torch.Tensor) -> metrics.FeatureStatistics:
+        return metrics.FeatureStatistics.of(self.segmenter.features(image_NHW, self._modality_N).numpy())

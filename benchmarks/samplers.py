@@ -1,0 +1,169 @@
+"""How few steps each solver needs to be as good as 50 of DDIM, on held-out masks and a trained run.
+
+Each mask is sampled with the same noise by every solver, at several numbers of steps, and judged by the run's
+segmenter. As good: Dice(mask, prediction on generated) at most 0.005 below that of 50 DDIM steps, and the Frechet
+distance of the segmenter's features at most 3 % above. The fewest steps of each solver that are as good are then timed
+in turns with DDIM's 50. What is measured is kept in --out; the same command again goes on.
+
+    OMP_NUM_THREADS=1 python benchmarks/samplers.py --run runs/demo/run --figure runs/samplers/samplers.png
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import Contender, arguments, compare, measure
+from _results import headline, stamp, write
+from _samplers_figure import draw
+from _samplers_measure import Judge, Judged
+
+from data_shards.problems import InputProblems
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.samplers import PRESETS, SamplerConfig, num_evaluations
+
+DICE_MARGIN, DISTANCE_MARGIN = 0.005, 0.03
+# Of the preset `fast`, against 50 DDIM steps.
+TARGET = 3.0
+STEPS = {
+    "ddim": (8, 10, 12, 16, 25),
+    "dpm_solver_pp_2m": (5, 6, 8, 10, 12, 16),
+    "unipc": (5, 6, 8, 10, 12, 16),
+    "heun": (4, 5, 6, 8),
+}
+_QUICK_STEPS = dict.fromkeys(STEPS, (4,))
+
+
+def reference_of(diffusion: DiffusionConfig) -> SamplerConfig:
+    """50 DDIM steps as the paper takes them; trailing where the net was trained to start at pure noise."""
+    return SamplerConfig(timestep_spacing="trailing" if diffusion.zero_terminal_snr else "leading").resolved()
+
+
+def is_as_good(dice: float, distance: float, reference: Judged) -> bool:
+    """Within the margins, or better."""
+    return dice >= reference.dice - DICE_MARGIN and distance <= reference.distance * (1 + DISTANCE_MARGIN)
+
+
+def row_of(judge: Judge, judged: Judged, reference: Judged) -> dict[str, Any]:
+    """What the table and the JSON tell of one sampler."""
+    difference = judge.difference(judged, reference)
+    return {
+        "solver": judged.sampler.solver,
+        "num_steps": judged.sampler.num_steps,
+        "timestep_spacing": judged.sampler.timestep_spacing,
+        "evaluations": judged.evaluations,
+        "dice": judged.dice,
+        "dice_difference": difference.value,
+        "dice_difference_ci95": difference.interval,
+        "distance": judged.distance,
+        "distance_ratio": judged.distance / reference.distance,
+        "distance_by_noise": judged.distance_by_noise,
+        "is_as_good": is_as_good(judged.dice, judged.distance, reference),
+    }
+
+
+def fewest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """Of each solver the row with the fewest evaluations that is as good; None where there is none."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for solver in STEPS:
+        good = [row for row in rows if row["solver"] == solver and row["is_as_good"]]
+        found[solver] = min(good, key=lambda row: row["evaluations"], default=None)
+    return found
+
+
+def told(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    interval = row["dice_difference_ci95"]
+    interval_told = "" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    return (
+        f"{row['solver']:<17} {row['num_steps']:>5} {row['evaluations']:>11} {row['dice']:>8.4f} "
+        f"{row['dice_difference']:>+8.4f} {interval_told:<19} {row['distance']:>8.4f} {row['distance_ratio']:>7.3f} "
+        f"{'yes' if row['is_as_good'] else 'no':>7}"
+    )
+
+
+def time_in_turns(judge: Judge, contenders: dict[str, SamplerConfig], rounds: int) -> Any:
+    """Images a second of each sampler, on one batch, in turns."""
+    batch = judge.items[:16]
+
+    def contender(sampler: SamplerConfig) -> Contender:
+        def work() -> tuple[float, float]:
+            began = time.perf_counter()
+            judge.sample(sampler, batch, noise=0)
+            return len(batch), time.perf_counter() - began
+
+        return work
+
+    return measure({name: contender(sampler) for name, sampler in contenders.items()}, rounds)
+
+
+def main() -> int:
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo/run"), help="a run with denoiser and segmenter")
+    parser.add_argument("--split", default="test", choices=("val", "test"))
+    parser.add_argument("--num", type=int, help="masks; all of the split where this is left out")
+    parser.add_argument("--noises", type=int, default=2, help="images of each mask")
+    parser.add_argument("--out", type=Path, default=Path("runs/samplers"), help="where measurements are kept")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw Dice and distance over evaluations")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    num, noises, rounds = (8, 1, 1) if args.quick else (args.num, args.noises, args.rounds)
+    try:
+        judge = Judge(args.run, args.split, num, noises, args.out)
+    except InputProblems as error:
+        print("\n".join(str(problem) for problem in error.problems), file=sys.stderr)
+        return 2
+    result = stamp(args)
+    reference_config = reference_of(judge.diffusion)
+    reference = judge.judge(reference_config)
+    rows = [row_of(judge, reference, reference)]
+    print(f"\n{'solver':<17} {'steps':>5} {'evaluations':>11} {'Dice':>8} {'less ref':>8} {'95 %':<19} ", end="")
+    print(f"{'distance':>8} {'/ ref':>7} {'as good':>7}\n{told(rows[0])}", flush=True)
+    for solver, steps in (_QUICK_STEPS if args.quick else STEPS).items():
+        for num_steps in steps:
+            sampler = SamplerConfig(solver=solver, num_steps=num_steps, timestep_spacing="trailing")  # type: ignore[arg-type]
+            rows.append(row_of(judge, judge.judge(sampler), reference))
+            print(told(rows[-1]), flush=True)
+
+    chosen = fewest(rows)
+    contenders = {"DDIM, 50 steps": reference_config, "preset fast": SamplerConfig(preset="fast").resolved()}
+    for solver, row in chosen.items():
+        if row is not None:
+            name = f"{solver}, {row['num_steps']} steps"
+            contenders[name] = SamplerConfig(**{key: row[key] for key in ("solver", "num_steps", "timestep_spacing")})
+    rates = time_in_turns(judge, contenders, rounds)
+    first, *others = contenders
+    ratios = [compare(rates, name, first, TARGET if name == "preset fast" else None) for name in others]
+    by_evaluations = num_evaluations(reference_config, judge.diffusion) / num_evaluations(
+        SamplerConfig(preset="fast"), judge.diffusion
+    )
+    limits = {"dice": reference.dice - DICE_MARGIN, "distance": reference.distance * (1 + DISTANCE_MARGIN)}
+    result |= {
+        "judged": judge.about,
+        "margins": {"dice": DICE_MARGIN, "distance": DISTANCE_MARGIN},
+        "limits": limits,
+        "rows": rows,
+        "fewest": chosen,
+        "preset_fast": PRESETS["fast"],
+        "preset_fast_by_evaluations": by_evaluations,
+        "images_per_s": {name: spread.to_json() for name, spread in rates.items()},
+        "ratios": [{"name": r.name, "against": r.against, "target": r.target, **r.spread.to_json()} for r in ratios],
+    }
+    print(f"\n{headline(result)}\n")
+    for solver, row in chosen.items():
+        print(f"{solver}: {'none as good' if row is None else told(row)}")
+    print(f"preset fast: {by_evaluations:.1f} times fewer evaluations than 50 DDIM steps")
+    for ratio in ratios:
+        print(ratio)
+    if args.figure is not None:
+        title = f"{judge.about['num_masks']} held-out masks, {noises} noises each; dashed: as good as 50 DDIM steps"
+        draw(rows, limits, title, args.figure)
+    write(args, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

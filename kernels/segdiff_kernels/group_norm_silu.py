@@ -1,0 +1,218 @@
+"""SiLU(GroupNorm(x + shift)), channels-last, forward and backward; Wu and He 2018, "Group Normalization".
+
+The norms of a diffusion UNet, with the time embedding folded into the statistics and the activation into the write.
+Dimensions: N batch, C channels, H, W, S slices of pixels (partials.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from segdiff_kernels.backend import why_not_triton
+from segdiff_kernels.checks import FLOATS, check_channels_last, check_dtype, check_same_device, check_shape, refuse
+from segdiff_kernels.partials import check_partials
+
+_NAME = "group_norm_silu"
+
+
+def group_norm_silu(
+    x_NCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    *,
+    shift_NC: Tensor | None = None,
+    silu: bool = True,
+    partials: Tensor | None = None,
+    fork: bool = False,
+) -> Any:
+    """SiLU(GroupNorm(x + shift)) as y [N, C, H, W], of x's dtype and channels-last as x is.
+
+    Activations float32, bfloat16 or float16; weight, bias and shift each any of these; statistics float32. shift is
+    added to every pixel of a sample's channel, and never written; its rows may be slices of longer ones. silu=False:
+    the norm alone. partials: what residual_add gave for x, which saves reading x for its statistics. fork=True: (y, x),
+    where the gradient of this second x, for a branch that goes round the norm, is added to dx in the same pass.
+
+    Saved for the backward pass: x, weight, bias and 16 bytes a sample and channel. Differentiable once, in x, weight,
+    bias and shift. Raises ValueError, naming the argument, for whatever else is given.
+    """
+    check_channels_last(_NAME, "x_NCHW", x_NCHW)
+    check_dtype(_NAME, "x_NCHW", x_NCHW, FLOATS)
+    check_affine(_NAME, x_NCHW.shape[1], weight_C, bias_C, num_groups, eps)
+    if shift_NC is not None:
+        check_dtype(_NAME, "shift_NC", shift_NC, FLOATS)
+        check_shape(_NAME, "shift_NC", shift_NC, x_NCHW.shape[:2])
+        if shift_NC.stride(1) != 1:
+            shift_NC = shift_NC.contiguous()
+    if partials is not None:
+        check_partials(_NAME, "partials", partials, x_NCHW)
+    check_same_device(_NAME, x_NCHW=x_NCHW, weight_C=weight_C, bias_C=bias_C, shift_NC=shift_NC, partials=partials)
+    if fork:
+        return _Fork.apply(x_NCHW, weight_C, bias_C, shift_NC, partials, num_groups, eps, silu)
+    return forward_op(x_NCHW, weight_C, bias_C, shift_NC, partials, num_groups, eps, silu)[0]
+
+
+def group_norm_silu_reference(
+    x_NCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    *,
+    shift_NC: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """The same by torch, in x's dtype, on any device and in any layout."""
+    if shift_NC is not None:
+        x_NCHW = x_NCHW + shift_NC.to(x_NCHW.dtype)[:, :, None, None]
+    weight_C, bias_C = weight_C.to(x_NCHW.dtype), bias_C.to(x_NCHW.dtype)
+    y_NCHW = torch.group_norm(x_NCHW, num_groups, weight_C, bias_C, eps)
+    return functional.silu(y_NCHW) if silu else y_NCHW
+
+
+def check_affine(kernel: str, num_channels: int, weight_C: Tensor, bias_C: Tensor, num_groups: int, eps: float) -> None:
+    """Raises ValueError unless these are the parameters of a GroupNorm over `num_channels`."""
+    for argument, parameter_C in (("weight_C", weight_C), ("bias_C", bias_C)):
+        check_dtype(kernel, argument, parameter_C, FLOATS)
+        check_shape(kernel, argument, parameter_C, (num_channels,))
+        if not parameter_C.is_contiguous():
+            raise refuse(kernel, argument, f"strides {parameter_C.stride()}", "a contiguous tensor")
+    if num_groups < 1 or num_channels % num_groups:
+        raise refuse(kernel, "num_groups", num_groups, f"a number that divides {num_channels} channels")
+    if not eps > 0:
+        raise refuse(kernel, "eps", eps, "a number above 0")
+
+
+def refuse_without_triton(kernel: str, device: torch.device) -> None:
+    """Raises ValueError where Triton's kernels cannot run; asked by the operators, which tracing does not enter."""
+    if reason := why_not_triton(device):
+        raise ValueError(f"{kernel}: {reason}")
+
+
+@torch.library.custom_op("segdiff::group_norm_silu", mutates_args=())
+def forward_op(
+    x_NCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    shift_NC: Tensor | None,
+    partials_NS2C: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, statistics float32 [N, 4, C]): two launches, three without partials."""
+    refuse_without_triton(_NAME, x_NCHW.device)
+    from segdiff_kernels._norm_triton import launch_forward
+
+    with torch.cuda.device_of(x_NCHW):
+        return launch_forward(x_NCHW, None, weight_C, bias_C, num_groups, eps, shift_NC, silu, partials_NS2C, None)
+
+
+@forward_op.register_fake
+def _(
+    x_NCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    shift_NC: Tensor | None,
+    partials_NS2C: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    n, c, _, _ = x_NCHW.shape
+    y_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
+    return y_NCHW, x_NCHW.new_empty((n, 4, c), dtype=torch.float32)
+
+
+@torch.library.custom_op("segdiff::group_norm_silu_backward", mutates_args=())
+def backward_op(
+    dy_NCHW: Tensor,
+    residual_NCHW: Tensor | None,
+    x_NCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    statistics_N4C: Tensor,
+    shift_dtype: torch.dtype | None,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx + residual, dweight, dbias, dshift [N, C], empty without a shift): three launches."""
+    refuse_without_triton(_NAME, x_NCHW.device)
+    from segdiff_kernels._norm_backward_triton import launch_backward
+
+    with torch.cuda.device_of(x_NCHW):
+        dx_NCHW, _, dweight_C, dbias_C, dshift_NC = launch_backward(
+            dy_NCHW, x_NCHW, None, weight_C, bias_C, statistics_N4C, num_groups, shift_dtype, silu, residual_NCHW, None
+        )
+    return dx_NCHW, dweight_C, dbias_C, statistics_N4C.new_empty(0) if dshift_NC is None else dshift_NC
+
+
+@backward_op.register_fake
+def _(
+    dy_NCHW: Tensor,
+    residual_NCHW: Tensor | None,
+    x_NCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    statistics_N4C: Tensor,
+    shift_dtype: torch.dtype | None,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
+    dshift = statistics_N4C.new_empty(0)
+    if shift_dtype is not None:
+        dshift = statistics_N4C.new_empty(x_NCHW.shape[:2], dtype=shift_dtype)
+    return dx_NCHW, torch.empty_like(weight_C), torch.empty_like(bias_C), dshift
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
+    x_NCHW, weight_C, bias_C, shift_NC, _, ctx.num_groups, _, ctx.silu = inputs
+    ctx.shift_dtype = None if shift_NC is None else shift_NC.dtype
+    ctx.save_for_backward(x_NCHW, weight_C, bias_C, statistics_N4C)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy_NCHW: Tensor | None, residual_NCHW: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of the eight inputs; residual is what flows back past the norm."""
+    if dy_NCHW is None:
+        return (residual_NCHW, *[None] * 7)
+    dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
+    if residual_NCHW is not None:
+        residual_NCHW = residual_NCHW.contiguous(memory_format=torch.channels_last)
+    dx_NCHW, dweight_C, dbias_C, dshift_NC = backward_op(
+        dy_NCHW, residual_NCHW, *ctx.saved_tensors, ctx.shift_dtype, ctx.num_groups, ctx.silu
+    )
+    dshift = None if ctx.shift_dtype is None else dshift_NC
+    return dx_NCHW, dweight_C, dbias_C, dshift, None, None, None, None
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dy_NCHW: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy_NCHW, None)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Fork(torch.autograd.Function):
+    """y and x again: an operator may not return its input, so this stands round it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        y_NCHW, statistics_N4C = forward_op(*inputs)
+        _save(ctx, inputs, statistics_N4C)
+        return y_NCHW, inputs[0].view_as(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *gradients)

@@ -1,0 +1,278 @@
+"""diffusers' UNet2DModel computed with the fused kernels: the same weights under the same names, fewer bytes moved.
+
+`fuse` gives the modules of a UNet other forward functions; parameters, state dict and hooks stay as they were. Between
+the blocks runs a Stream: activations, channels-last, and the partial statistics that the pass which wrote them took on
+the way, so that the next norm need not read them for its own.
+
+    resnet   SiLU(norm1(x)) -> conv1 -> SiLU(norm2(. + bias + time)) -> conv2 -> + bias + shortcut(x)
+    kernel   group_norm_silu            group_norm_silu                        residual_add
+
+In the up blocks norm1 and the 1x1 shortcut read x and the skip where they lie (skip_group_norm_silu, two GEMMs), and
+conv_in reads the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets import unet_2d_blocks as blocks
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from segdiff_kernels.group_norm_silu import group_norm_silu
+from segdiff_kernels.label_conv_in import label_conv_in
+from segdiff_kernels.residual_add import residual_add
+from segdiff_kernels.skip_group_norm_silu import skip_group_norm_silu
+
+
+class Stream(NamedTuple):
+    """What runs from block to block: x_NCHW, and residual_add's partial statistics of it where it made them."""
+
+    x_NCHW: Tensor
+    partials: Tensor | None = None
+
+
+def why_not_fused(unet: diffusers.UNet2DModel) -> str | None:
+    """What of this UNet the kernels have no form for; None where they can compute it."""
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            if module.time_embedding_norm != "default" or module.up or module.down or module.skip_time_act:
+                return "its resnets take the time otherwise than by addition, or resample"
+            if module.dropout.p > 0:
+                return f"its dropout is {module.dropout.p:g}"
+            if module.output_scale_factor != 1.0:
+                return f"its output_scale_factor is {module.output_scale_factor:g}"
+        elif isinstance(module, Attention) and module.rescale_output_factor != 1.0:
+            return f"its rescale_output_factor is {module.rescale_output_factor:g}"
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        if type(block) not in _FUSED:
+            return f"it holds a {type(block).__name__}"
+    return "it centres its input" if unet.config.center_input_sample else None
+
+
+def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
+    """Make `unet` compute with the kernels; assert why_not_fused(unet) is None.
+
+    `reads_labels`: conv_in takes the label map itself instead of its one-hot channels. Its forward is then
+    (x_t_B1HW, timestep_B, class_labels, mask_BHW=..., edge_B2HW=...), else diffusers' own.
+    """
+    assert why_not_fused(unet) is None
+    for module in unet.modules():
+        fused = _FUSED.get(type(module))
+        if fused is not None:
+            module.__class__ = fused
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv1.__class__ = module.conv2.__class__ = _Conv
+            if module.conv_shortcut is not None:
+                module.conv_shortcut.__class__ = _Shortcut
+        elif isinstance(module, Attention):
+            module.group_norm.__class__ = _PlainNorm
+    if reads_labels:
+        unet.conv_in.__class__ = _LabelConv
+
+
+class UNet2DModel(diffusers.UNet2DModel):
+    """diffusers' forward, with streams between the blocks. Its name is what save_config writes."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        **labels: Any,
+    ) -> Any:
+        emb_NE = self.time_embedding(self.time_proj(timestep.expand(sample.shape[0])).to(self.dtype))
+        if self.class_embedding is not None:
+            emb_NE = emb_NE + self.class_embedding(class_labels).to(self.dtype)
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        shifts = iter(_shifts([resnet for block in blocks for resnet in block.resnets], F.silu(emb_NE)))
+
+        # Of one input channel a convolution cannot tell the layout, and would answer in rows.
+        stream = Stream(self.conv_in(sample, **labels).contiguous(memory_format=torch.channels_last))
+        skips = [stream]
+        for block in self.down_blocks:
+            stream, more = block(stream, [next(shifts) for _ in block.resnets])
+            skips += more
+        stream = self.mid_block(stream, [next(shifts) for _ in self.mid_block.resnets])
+        for block in self.up_blocks:
+            here = skips[-len(block.resnets) :]
+            del skips[-len(block.resnets) :]
+            stream = block(stream, here, [next(shifts) for _ in block.resnets])
+        y_NCHW = self.conv_out(self.conv_norm_out(stream))
+        return UNet2DOutput(sample=y_NCHW) if return_dict else (y_NCHW,)
+
+
+def _shifts(resnets: list[Any], emb_NE: Tensor) -> list[Tensor]:
+    """What each resnet adds to its first convolution's output, [N, C]: its projection of the time, and the bias.
+
+    One product for all of them, or ten launches for each would take longer than what they compute.
+    """
+    if any(hasattr(resnet.time_emb_proj.weight, "ds_id") for resnet in resnets):
+        # ZeRO 3 brings weights together where their module is called.
+        return [resnet.time_emb_proj(emb_NE) + resnet.conv1.bias for resnet in resnets]
+    weight_CE = torch.cat([resnet.time_emb_proj.weight for resnet in resnets])
+    bias_C = torch.cat([resnet.time_emb_proj.bias for resnet in resnets])
+    bias_C = bias_C + torch.cat([resnet.conv1.bias for resnet in resnets])
+    shift_NC = F.linear(emb_NE, weight_CE, bias_C)
+    return list(shift_NC.split([len(resnet.conv1.bias) for resnet in resnets], dim=1))
+
+
+class _DownBlock(blocks.DownBlock2D):
+    def forward(self, stream: Stream, shifts: list[Tensor]) -> tuple[Stream, list[Stream]]:
+        outputs = []
+        attentions = getattr(self, "attentions", [None] * len(self.resnets))
+        for resnet, attention, shift_NC in zip(self.resnets, attentions, shifts, strict=True):
+            stream = _run(self, resnet, stream, shift_NC)
+            stream = stream if attention is None else attention(stream)
+            outputs.append(stream)
+        for downsample in self.downsamplers or ():
+            stream = Stream(downsample(stream.x_NCHW))
+            outputs.append(stream)
+        return stream, outputs
+
+
+class _AttnDownBlock(_DownBlock, blocks.AttnDownBlock2D):
+    pass
+
+
+class _MidBlock(blocks.UNetMidBlock2D):
+    def forward(self, stream: Stream, shifts: list[Tensor]) -> Stream:
+        stream = self.resnets[0](stream, shifts[0])
+        for attention, resnet, shift_NC in zip(self.attentions, self.resnets[1:], shifts[1:], strict=True):
+            stream = stream if attention is None else attention(stream)
+            stream = _run(self, resnet, stream, shift_NC)
+        return stream
+
+
+class _UpBlock(blocks.UpBlock2D):
+    def forward(self, stream: Stream, skips: list[Stream], shifts: list[Tensor]) -> Stream:
+        attentions = getattr(self, "attentions", [None] * len(self.resnets))
+        for resnet, attention, skip, shift_NC in zip(self.resnets, attentions, reversed(skips), shifts, strict=True):
+            stream = _run(self, resnet, stream, shift_NC, skip)
+            stream = stream if attention is None else attention(stream)
+        for upsample in self.upsamplers or ():
+            stream = Stream(upsample(stream.x_NCHW))
+        return stream
+
+
+class _AttnUpBlock(_UpBlock, blocks.AttnUpBlock2D):
+    pass
+
+
+def _run(block: Any, resnet: nn.Module, *inputs: Any) -> Stream:
+    """A resnet, or only its inputs kept and the rest computed again in the backward pass."""
+    if torch.is_grad_enabled() and block.gradient_checkpointing:
+        return block._gradient_checkpointing_func(resnet, *inputs)
+    return resnet(*inputs)
+
+
+class _Resnet(ResnetBlock2D):
+    def forward(self, stream: Stream, shift_NC: Tensor, skip: Stream | None = None) -> Stream:
+        # The inputs come back from the norm, so that what the shortcut's gradient adds to theirs is added there.
+        y_NCHW, *inputs = self.norm1(stream, skip, fork=True)
+        y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), shift_NC=shift_NC)
+        branch_NCHW, bias_C = self.conv2(y_NCHW), self.conv2.bias
+        if self.conv_shortcut is None:
+            (shortcut_NCHW,) = inputs
+        else:
+            shortcut_NCHW = self.conv_shortcut(*inputs)
+            bias_C = bias_C + self.conv_shortcut.bias
+        return Stream(*residual_add(branch_NCHW, shortcut_NCHW, bias_C, with_partials=True))
+
+
+class _Norm(nn.GroupNorm):
+    """GroupNorm and SiLU of a stream, or of a stream and a skip as if they were concatenated."""
+
+    activates = True
+
+    def forward(  # type: ignore[override]
+        self, stream: Stream, skip: Stream | None = None, shift_NC: Tensor | None = None, fork: bool = False
+    ) -> Any:
+        (x_NCHW, partials), silu = stream, self.activates
+        norm = self.weight, self.bias, self.num_groups, self.eps
+        if skip is None:
+            return group_norm_silu(x_NCHW, *norm, shift_NC=shift_NC, silu=silu, partials=partials, fork=fork)
+        return skip_group_norm_silu(
+            x_NCHW, skip.x_NCHW, *norm, silu=silu, partials=partials, skip_partials=skip.partials, fork=fork
+        )
+
+
+class _PlainNorm(_Norm):
+    activates = False
+
+
+class _Conv(nn.Conv2d):
+    """Leaves its bias to what comes next."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return F.conv2d(x_NCHW, self.weight, None, self.stride, self.padding)
+
+
+class _Shortcut(nn.Conv2d):
+    """A 1x1 convolution of one tensor, or of two as if they were concatenated; its bias is left to residual_add."""
+
+    def forward(self, x_NCHW: Tensor, skip_NCHW: Tensor | None = None) -> Tensor:
+        if skip_NCHW is None:
+            return F.conv2d(x_NCHW, self.weight)
+        N, C, H, W = x_NCHW.shape
+        w_OC, v_OC = self.weight.flatten(1).split((C, skip_NCHW.shape[1]), dim=1)
+        y_MO = torch.addmm(_rows(x_NCHW) @ w_OC.T, _rows(skip_NCHW), v_OC.T)
+        return y_MO.view(N, H, W, -1).permute(0, 3, 1, 2)
+
+
+class _LabelConv(nn.Conv2d):
+    """conv_in over the noised image and the mask's one-hot channels, from the label map."""
+
+    def forward(  # type: ignore[override]
+        self, x_t_B1HW: Tensor, mask_BHW: Tensor, edge_B2HW: Tensor | None = None
+    ) -> Tensor:
+        assert self.bias is not None
+        kind, dtype = x_t_B1HW.device.type, self.weight.dtype
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return label_conv_in(x_t_B1HW.to(dtype), mask_BHW, self.weight, self.bias, edge_B2HW=edge_B2HW)
+
+
+class _Upsample(Upsample2D):
+    """Without the way through row-major memory that diffusers takes for batches of 64 and more."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest"))
+
+
+class _Attention(Attention):
+    """Self-attention over the pixels of a stream."""
+
+    def forward(self, stream: Stream) -> Stream:
+        y_NCHW, x_NCHW = self.group_norm(stream, fork=True)
+        N, C, H, W = y_NCHW.shape
+        y_NLC = self.processor.of_pixels(self, _rows(y_NCHW).view(N, H * W, C))
+        y_NCHW = y_NLC.view(N, H, W, C).permute(0, 3, 1, 2)
+        return Stream(*residual_add(y_NCHW, x_NCHW, with_partials=True))
+
+
+_FUSED: dict[type, type] = {
+    diffusers.UNet2DModel: UNet2DModel,
+    blocks.DownBlock2D: _DownBlock,
+    blocks.AttnDownBlock2D: _AttnDownBlock,
+    blocks.UNetMidBlock2D: _MidBlock,
+    blocks.UpBlock2D: _UpBlock,
+    blocks.AttnUpBlock2D: _AttnUpBlock,
+    ResnetBlock2D: _Resnet,
+    Upsample2D: _Upsample,
+    Attention: _Attention,
+    nn.GroupNorm: _Norm,
+}
+
+
+def _rows(x_NCHW: Tensor) -> Tensor:
+    """[N * H * W, C], a view of a channels-last tensor."""
+    return x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)

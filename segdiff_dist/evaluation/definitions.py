@@ -1,0 +1,160 @@
+"""What each metric of the report is called, how it is written, and what it is. docs/metrics.md says it at length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How a metric is called on the page, how it is written, and what it is."""
+
+    label: str
+    digits: int
+    better: str
+    text: str
+
+
+_PAIRS = {
+    "mask_real": "mask, pred. real",
+    "real_gen": "pred. real, pred. gen.",
+    "mask_gen": "mask, pred. gen.",
+}
+
+
+def _organ_means(kind: str, label: str, better: str, text: str) -> dict[str, Definition]:
+    """One definition a pair of label maps; the first of a pair is the reference."""
+    same = "The same for this pair."
+    return {
+        f"{kind}_{pair}": Definition(f"{label} ({told})", 3, better, text if pair == "mask_real" else same)
+        for pair, told in _PAIRS.items()
+    }
+
+
+def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Definition]:
+    told = {
+        "precision": f"Share of generated images that lie within the 3rd neighbour's distance of a real one, on "
+        f"{features} (Kynkäänniemi et al. 2019): fidelity.",
+        "recall": f"Share of real images that lie so around a generated one, on {features}: variety.",
+        "density": f"Number of real images in whose neighbourhood, reaching to the 5th neighbour, a generated image "
+        f"lies, divided by 5, on {features} (Naeem et al. 2020): fidelity, less swayed by outliers; may exceed 1.",
+        "coverage": f"Share of real images whose neighbourhood holds a generated one, on {features}: variety.",
+    }
+    return {f"{extractor}_{name}": Definition(f"{label} {name}", 3, "higher", text) for name, text in told.items()}
+
+
+DEFINITIONS = {
+    "psnr_db": Definition(
+        "PSNR (dB)",
+        2,
+        "higher",
+        "Peak signal-to-noise ratio of the generated against the real image of the same slice, in one window "
+        "(grey values 0 to 255) for both; mean over images. Identical images would be infinite and are left out.",
+    ),
+    "ssim": Definition(
+        "SSIM",
+        3,
+        "higher",
+        "Structural similarity of the same pair: Gaussian window with sigma 1.5, data range 255, reflected beyond the "
+        "border (Wang et al. 2004).",
+    ),
+    "ms_ssim": Definition(
+        "MS-SSIM",
+        3,
+        "higher",
+        "The same on five scales, contrast and structure at each, luminance at the coarsest (Wang et al. 2003); from "
+        "176 pixels a side on.",
+    ),
+    "lpips": Definition(
+        "LPIPS",
+        3,
+        "lower",
+        "Distance of the same pair on AlexNet's features, weighted to agree with people (Zhang et al. 2018, version "
+        "0.1), the grey image as three equal channels.",
+    ),
+    "fid": Definition(
+        "FID",
+        1,
+        "lower",
+        "Fréchet distance between real and generated images on the features of torch-fidelity's Inception network "
+        "(2048 features). It is biased upwards when there are few images: compare at equal numbers only.",
+    ),
+    "segmenter_frechet": Definition(
+        "Segmenter Fréchet",
+        3,
+        "lower",
+        "Fréchet distance on the pooled encoder features of the auxiliary segmenter. It is not FID and has another "
+        "scale; comparable only between runs judged by the same segmenter on equally many images.",
+    ),
+    "frd": Definition(
+        "FRD",
+        3,
+        "lower",
+        "Fréchet radiomics distance: logarithm of the squared Fréchet distance of radiomics features, scaled by the "
+        "real images' mean and standard deviation (Konz et al. 2026, version 1 of frd-score).",
+    ),
+    "kid": Definition(
+        "KID",
+        4,
+        "lower",
+        "Squared maximum mean discrepancy with a cubic kernel on the same features as FID, unbiased, so comparable "
+        "between numbers of images (Binkowski et al. 2018); over all pairs rather than random subsets.",
+    ),
+    "segmenter_kernel_distance": Definition(
+        "Segmenter kernel distance", 4, "lower", "The same on the segmenter's features, whose scale is another."
+    ),
+    **_neighbourhoods("inception", "Inception", "Inception's features"),
+    **_neighbourhoods("segmenter", "Segmenter", "the segmenter's features"),
+    "dice_mask_real": Definition(
+        "Dice (mask, pred. real)",
+        3,
+        "higher",
+        "Dice of the mask and the segmenter's labels on the real image, over the organs present in the mask, "
+        "background and body left out; mean over organs, then over images. What the segmenter can do at best.",
+    ),
+    "dice_real_gen": Definition(
+        "Dice (pred. real, pred. gen.)",
+        3,
+        "higher",
+        "The same with the segmenter's labels on the real image as the reference, against those on the generated one.",
+    ),
+    "dice_mask_gen": Definition(
+        "Dice (mask, pred. gen.)",
+        3,
+        "higher",
+        "The same with the mask as the reference, against the labels on the generated image: does it follow its mask?",
+    ),
+    **_organ_means(
+        "surface_dice",
+        "Surface Dice",
+        "higher",
+        "Share of both outlines of an organ that lies within the organ's tolerance (2 to 7 mm, at least a pixel) of "
+        "the other outline (Nikolov et al. 2021); mean over the organs present, then over images.",
+    ),
+    **_organ_means(
+        "area_error",
+        "Area error",
+        "lower",
+        "Difference of an organ's areas as a share of the reference's, without its sign; mean over the organs present, "
+        "then over images.",
+    ),
+    "legacy_dice_mask_real": Definition(
+        "Legacy Dice (mask, pred. real)",
+        3,
+        "higher",
+        "Dice as the paper's Table 1 has it: the mean over all classes with background, where a class absent from both "
+        "counts 1. It flatters images that hold few organs. Kept to be comparable with the published rows.",
+    ),
+    "legacy_dice_real_gen": Definition(
+        "Legacy Dice (pred. real, pred. gen.)", 3, "higher", "The same for the labels on real and generated images."
+    ),
+    "legacy_dice_mask_gen": Definition(
+        "Legacy Dice (mask, pred. gen.)", 3, "higher", "The same for the mask and the labels on the generated image."
+    ),
+    "pixel_std": Definition(
+        "Pixel std (grey values)",
+        2,
+        "",
+        "Standard deviation of each pixel over the images made from one mask, averaged over the patient.",
+    ),
+}

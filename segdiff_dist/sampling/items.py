@@ -1,0 +1,119 @@
+"""The items of a job: which mask, which target modality, which seed index; and where their masks are read.
+
+Dimensions: H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from data_shards.feed.order import sample_at
+from data_shards.labels import LabelTable
+from data_shards.records import MODALITIES
+from segdiff_dist.sampling.config import SampleConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from data_shards.store.shards import ShardSet
+
+# The source modality of a mask that belongs to no image.
+NO_MODALITY = "none"
+_COLUMNS = ("key", "case_id", "modality", "axis", "slice_index")
+
+
+class MaskSource(Protocol):
+    """Masks by row: a shard set, or the masks of a folder. `parts` holds "edge" where there are soft edges."""
+
+    @property
+    def label_table(self) -> LabelTable: ...
+
+    @property
+    def parts(self) -> Any: ...
+
+    def read_mask(self, row: int) -> np.ndarray:
+        """uint8 [H, W] label ids."""
+
+    def read_part(self, row: int, part: str) -> np.ndarray:
+        """uint8 [2, H, W] of the part "edge", as in data_shards.records.SliceRecord."""
+
+
+@dataclass(frozen=True)
+class MaskArray:
+    """The masks of a folder, as a job keeps them: a Zarr array uint8 [M, H, W]."""
+
+    mask_MHW: Any
+    label_table: LabelTable
+    parts: tuple[str, ...] = ("mask",)
+
+    @classmethod
+    def open(cls, path: Path, label_table: LabelTable) -> MaskArray:
+        """The array at `path`."""
+        import zarr
+
+        return cls(zarr.open_array(path, mode="r"), label_table)
+
+    def read_mask(self, row: int) -> np.ndarray:
+        return np.asarray(self.mask_MHW[row])
+
+    def read_part(self, row: int, part: str) -> np.ndarray:
+        raise AssertionError(f"masks of a folder have no {part}")
+
+
+def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.Table:
+    """The items of masks of a shard set: see list_items_of. `rows` are those to draw from."""
+    return list_items_of(shards.samples.select(_COLUMNS), rows, config)
+
+
+def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa.Table:
+    """The job's items in order: item_id, row, key, case_id, source_modality, target_modality, axis, slice_index,
+    seed_index. `masks`: all there are, with key, case_id, modality, axis, slice_index."""
+    import pyarrow as pa
+
+    order = sample_at(np.arange(len(rows)), len(rows), config.seed)
+    chosen = rows[order[: config.num]]
+    table = masks.take(chosen).to_pylist()
+    diverse = set(_spread(table, len(table) if config.diverse_masks is None else config.diverse_masks))
+    items: list[dict[str, Any]] = []
+
+    def add(index: int, target: str, seed_index: int) -> None:
+        source = table[index]
+        items.append(
+            {
+                "item_id": len(items),
+                "row": int(chosen[index]),
+                "key": source["key"],
+                "case_id": source["case_id"],
+                "source_modality": source["modality"],
+                "target_modality": target,
+                "axis": source["axis"],
+                "slice_index": source["slice_index"],
+                "seed_index": seed_index,
+            }
+        )
+
+    def target(index: int, wanted: str) -> str:
+        if wanted in MODALITIES:
+            return wanted
+        own = table[index]["modality"]
+        own = config.target_modality if own == NO_MODALITY else own
+        return own if wanted == "same" else next(m for m in MODALITIES if m != own)
+
+    for index in range(len(table)):
+        for seed_index in range(config.samples_per_mask if index in diverse else 1):
+            add(index, target(index, config.target_modality), seed_index)
+    for index in _spread(table, config.cross_modality_masks):
+        for seed_index in range(min(2, config.samples_per_mask)):  # the paper's Figures 6 and 7 show two
+            add(index, target(index, "other"), seed_index)
+    return pa.Table.from_pylist(items)
+
+
+def _spread(table: list[dict[str, Any]], num: int) -> list[int]:
+    """The first `num` masks, modalities taken in turn."""
+    queues = [[i for i, row in enumerate(table) if row["modality"] == m] for m in (*MODALITIES, NO_MODALITY)]
+    merged = [q[k] for k in range(len(table)) for q in queues if k < len(q)]
+    return merged[:num]

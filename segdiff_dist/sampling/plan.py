@@ -1,0 +1,129 @@
+"""What a job would cost: how many images, how long, how many bytes. `segdiff sample --dry-run` prints it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from segdiff_dist.sampling.config import LEAST_BATCH, SampleConfig
+from segdiff_dist.sampling.job import Crew, Job, crew_of, joined, prepare_job
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.diffusion import DiffusionConfig
+
+# A pass that takes longer than this is not worth warming up for.
+_LONG_PASS_S = 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Seconds and bytes are of what is missing; seconds are None where nothing here can tell."""
+
+    num_images: int
+    num_missing: int
+    num_masks: int
+    passes_per_image: int
+    crew: Crew
+    seconds: float | None
+    seconds_from: str
+    num_bytes: int
+    bytes_from: str
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        time_told = "not known" if self.seconds is None else _duration(self.seconds)
+        workers = f"{self.crew.num_workers} worker{'s' if self.crew.num_workers > 1 else ''} on {self.crew.device}"
+        passes = f"{self.passes_per_image} passes through the net each"
+        return "\n".join(
+            [
+                f"images: {self.num_images:,} of {self.num_masks:,} masks, {passes}; {self.num_missing:,} missing",
+                f"time:   {time_told} with {workers} ({self.seconds_from})",
+                f"bytes:  {_size(self.num_bytes)} ({self.bytes_from})",
+            ]
+        )
+
+
+def plan(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig) -> Plan:
+    """What `sampling.job.sample` would do with the same arguments. Makes and writes no image; joins config.ray_address.
+
+    Seconds come from what the job has made so far, else from a pass through the net on this machine.
+    """
+    from segdiff_dist.denoising.samplers import num_evaluations
+
+    job = prepare_job(run, shards, rows, diffusion, config)
+    with joined(config):
+        crew = crew_of(config)
+    passes = num_evaluations(config.sampler, diffusion)
+    num_missing = len(job.items) if job.store is None else len(job.store.missing())
+    made = _made_so_far(job)
+    each: float | None
+    if made is not None:
+        each, seconds_from = made[0], f"as the {len(job.items) - num_missing:,} images made so far"
+    else:
+        pass_s, seconds_from = _seconds_of_a_pass(Path(job.about["weights"]), crew, config)
+        each = None if pass_s is None else pass_s * passes
+    return Plan(
+        num_images=len(job.items),
+        num_missing=num_missing,
+        num_masks=len(set(job.items["row"].to_pylist())),
+        passes_per_image=passes,
+        crew=crew,
+        seconds=None if each is None else num_missing * each / min(crew.num_workers, max(1, num_missing)),
+        seconds_from=seconds_from,
+        num_bytes=num_missing * (2 * job.size**2 if made is None else made[1]),
+        bytes_from="at most: before compression" if made is None else "as the images made so far",
+    )
+
+
+def _made_so_far(job: Job) -> tuple[float, int] | None:
+    """Seconds of a worker and bytes of an image and its mask, means over what is made."""
+    if job.store is None or not (done := job.store.done_regions()):
+        return None
+    num = sum(len(job.store.region(index)) for index in done)
+    seconds = sum(job.store.mark(index).get("seconds", 0.0) for index in done)
+    return seconds / num, sum(job.store.num_bytes(index) for index in done) // num
+
+
+def _seconds_of_a_pass(weights: Path, crew: Crew, config: SampleConfig) -> tuple[float | None, str]:
+    """Of one image through the net, on one worker's device."""
+    import torch
+
+    from segdiff_dist.denoising.denoiser import Denoiser
+
+    if crew.device == "cuda" and not torch.cuda.is_available():
+        return None, "no image made yet, and no GPU here to try on"
+    device = torch.device(crew.device)
+    model = Denoiser.load(weights).prepare_for(device)
+    model = model.to(torch.bfloat16) if config.precision == "bf16" else model
+    mask_BHW = torch.zeros(LEAST_BATCH, model.size, model.size, dtype=torch.uint8, device=device)
+    zero_B = torch.zeros(LEAST_BATCH, dtype=torch.int64, device=device)
+    seconds, threads = _LONG_PASS_S, torch.get_num_threads()
+    torch.set_num_threads(config.threads_per_worker)
+    with torch.inference_mode():
+        for _ in range(2):
+            began = time.perf_counter()
+            model(mask_BHW[:, None].float(), zero_B, mask_BHW, zero_B).sum().item()
+            seconds = time.perf_counter() - began
+            if seconds > _LONG_PASS_S:
+                break
+    torch.set_num_threads(threads)
+    return seconds / LEAST_BATCH, f"estimated from a pass of {LEAST_BATCH} images on this machine"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"

@@ -1,0 +1,213 @@
+"""What a Ray worker does: load the model once, then make region after region of a job.
+
+Dimensions: B batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.labels import LabelTable
+from data_shards.problems import problem
+from data_shards.records import AXES, MODALITIES
+from segdiff_dist.sampling.config import LEAST_BATCH
+from segdiff_dist.sampling.items import MaskArray, MaskSource
+from segdiff_dist.sampling.store import MASKS, SampleStore
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from segdiff_dist.denoising.conditioning import Conditions
+    from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.samplers import Guide, SamplerConfig
+
+# Of a worker's memory, what the activations may take. The rest is for weights, workspaces and what else runs there.
+_SHARE_FOR_ACTIVATIONS = 0.5
+
+
+@dataclass(frozen=True)
+class WorkerFactory:
+    """Runs in the worker: loads the model once, returns the function that makes a region and tells its seconds.
+
+    `num_workers`: of the job, some of which may share this machine's memory.
+    """
+
+    store: Path
+    device: str
+    batch_size: int | None = None
+    num_workers: int = 1
+
+    def __call__(self) -> Callable[[int], float]:
+        import torch
+
+        if not self.store.is_dir():
+            remedy = "the machines of a Ray cluster must all see the run folder: put it on a shared file system"
+            raise problem(socket.gethostname(), str(self.store), "not found", remedy)
+        store = SampleStore.open(self.store)
+        settings = store.job["sample"]
+        torch.set_num_threads(settings["threads_per_worker"])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+        per_machine = max(1, (os.cpu_count() or 1) // settings["threads_per_worker"])
+        beside = 1 if self.device == "cuda" else min(self.num_workers, per_machine)
+        made = _RegionMaker(store, torch.device(self.device))
+        made.batch_size = self.batch_size or batch_size_for(
+            made.model.config,
+            made.model.size,
+            made.passes,
+            memory_bytes(self.device) // beside,
+            store.region_size,
+        )
+        return made
+
+
+class _RegionMaker:
+    """The model and everything else that stays from region to region."""
+
+    def __init__(self, store: SampleStore, device: torch.device) -> None:
+        import torch
+
+        from segdiff_dist.denoising.denoiser import Denoiser
+        from segdiff_dist.denoising.diffusion import DiffusionConfig
+        from segdiff_dist.denoising.samplers import SamplerConfig
+        from segdiff_dist.denoising.task import DiceTerm
+
+        settings = store.job["sample"]
+        self.store, self.device, self.seed = store, device, settings["seed"]
+        self.without_organs: list[str] = settings["without_organs"]
+        model = Denoiser.load(Path(store.job["weights"])).prepare_for(device)
+        self.model = model.to(torch.bfloat16) if settings["precision"] == "bf16" else model
+        self.masks = open_masks(store, model.label_table)
+        self.diffusion, self.sampler = DiffusionConfig(**store.job["diffusion"]), SamplerConfig(**settings["sampler"])
+        self.passes = 1 if self.sampler.guidance == 1.0 else 2
+        self.dice_term = None
+        if self.sampler.segmenter_guidance > 0:
+            self.dice_term = DiceTerm(Path(str(self.sampler.guidance_segmenter)), model.label_table, device)
+        self.batch_size = LEAST_BATCH
+
+    def __call__(self, index: int) -> float:
+        began = time.perf_counter()
+        ids = self.store.region(index)
+        parts = [self._batch(range(at, min(at + self.batch_size, ids.stop))) for at in ids[:: self.batch_size]]
+        image_BHW, mask_BHW = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        seconds = time.perf_counter() - began
+        self.store.write_region(index, image_BHW, mask_BHW, seconds)
+        return seconds
+
+    def _batch(self, ids: range) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [B, H, W] images and masks of consecutive items."""
+        import torch
+
+        from segdiff_dist.denoising.samplers import segmenter_guide
+
+        items = self.store.items.slice(ids.start, len(ids)).to_pylist()
+        items += [items[0]] * (LEAST_BATCH - len(items))
+        with torch.inference_mode():
+            conditions = item_conditions(self.model, self.masks, items, self.without_organs, self.device)
+            guide = None
+            if self.dice_term is not None:
+                guide = segmenter_guide(self.dice_term, conditions, self.sampler.segmenter_guidance)
+            image_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, self.seed, guide)
+        return image_BHW[: len(ids)], conditions.mask_BHW.cpu().numpy()[: len(ids)]
+
+
+def open_masks(store: SampleStore, label_table: LabelTable) -> MaskSource:
+    """Where the masks of a job's items are read."""
+    from data_shards.store.shards import ShardSet
+
+    if "shards" in store.job:
+        return ShardSet.open(store.job["shards"])
+    return MaskArray.open(store.path / MASKS, label_table)
+
+
+def item_conditions(
+    model: Denoiser, masks: MaskSource, items: list[dict[str, Any]], without_organs: Sequence[str], device: torch.device
+) -> Conditions:
+    """What the model is told of the items: masks less the organs left out, with soft edges where it was trained on
+    them and the source has them; target modality and axis."""
+    import torch
+
+    from segdiff_dist.denoising.conditioning import Conditions, class_ids
+    from segdiff_dist.denoising.organ_dropout import relabelled
+
+    def stacked(read: Callable[[int], np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack([_centre(read(item["row"]), model.size) for item in items])).to(device)
+
+    has_edges = model.config.soft_masks and "edge" in masks.parts
+    modality_B = torch.tensor([MODALITIES.index(item["target_modality"]) for item in items], device=device)
+    axis_B = torch.tensor([AXES.index(item["axis"]) for item in items], device=device)
+    conditions = Conditions(
+        stacked(masks.read_mask),
+        class_ids(modality_B, axis_B),
+        stacked(lambda row: masks.read_part(row, "edge")) if has_edges else None,
+    )
+    if not without_organs:
+        return conditions
+    lost_K = torch.tensor([name in without_organs for name in masks.label_table.names], device=device)
+    return relabelled(conditions, lost_K.expand(len(items), -1), masks.label_table)
+
+
+def generate(
+    model: Callable[..., Tensor],
+    items: list[dict[str, Any]],
+    conditions: Conditions,
+    diffusion: DiffusionConfig,
+    sampler: SamplerConfig,
+    seed: int,
+    guide: Guide | None = None,
+) -> np.ndarray:
+    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id)."""
+    import torch
+
+    from segdiff_dist.denoising import samplers
+    from segdiff_dist.denoising.conditioning import guided
+    from segdiff_dist.pixels import to_uint8
+    from segdiff_kernels import philox
+
+    item_B = torch.tensor([item["item_id"] for item in items], device=conditions.mask_BHW.device)
+    shape = (1, *conditions.mask_BHW.shape[1:])
+
+    def noise(step: int) -> Tensor:
+        """Step -1 is the start; each step of each item has its own counters."""
+        return philox.normal(seed, philox.STREAM_SAMPLE + 1 + step, item_B, shape)
+
+    predict = guided(model, conditions, sampler.guidance, sampler.guidance_removes)
+    return to_uint8(samplers.sample(predict, diffusion, sampler, noise(-1), noise, guide)).cpu().numpy()
+
+
+def batch_size_for(config: DenoiserConfig, size: int, passes: int, available_bytes: int, most: int) -> int:
+    """How many images of `size` pixels fit into `available_bytes` at once, from LEAST_BATCH to `most`.
+
+    Counted are a UNet's skip connections and twelve maps of its widest level, four bytes a value: in, out, norms, the
+    concatenated skip, and what convolutions need. The paper's net at 64x64 is seen to take 30 MiB an image on a CPU in
+    fp32 and 25 in bf16; this says 32. `passes`: 2 where guidance goes through the net with and without conditions.
+    """
+    pixels = [size**2 // 4**level for level in range(len(config.block_out_channels))]
+    maps = [channels * count for channels, count in zip(config.block_out_channels, pixels, strict=True)]
+    values = (config.layers_per_block + 1) * sum(maps) + 12 * max(maps)
+    fit = int(_SHARE_FOR_ACTIVATIONS * available_bytes) // (4 * values * passes)
+    return min(max(LEAST_BATCH, fit), max(LEAST_BATCH, most))
+
+
+def memory_bytes(device: str) -> int:
+    """Of this machine's memory, or of the GPU's: all of it, so that what else runs there changes no batch."""
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _centre(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The central size x size pixels of [..., H, W], as the loader's centre crop gives them."""
+    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
+    return pixels[..., top : top + size, left : left + size]

@@ -1,0 +1,128 @@
+"""A sampling job on a Ray cluster of several nodes, whose parts are killed at no particular moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from sampling_support import make_here, pixels_of, write_weights
+
+from data_shards.fan_out import ray_session
+from data_shards.problems import InputProblems
+from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.sampling.store import SampleStore
+
+# Long enough that kills fall between, into and across regions.
+JOB: dict[str, Any] = {
+    "num": 24,
+    "region_size": 2,
+    "samples_per_mask": 1,
+    "cross_modality_masks": 0,
+    "sampler": SamplerConfig(num_steps=40, timestep_spacing="trailing"),
+}
+DRIVER = """
+import sys
+from pathlib import Path
+from sampling_support import arguments
+from segdiff_dist.sampling.job import sample
+from test_ray_cluster import JOB
+
+run, shapes, address = sys.argv[1:]
+sample(*arguments(Path(run), Path(shapes), **JOB, num_workers=2, ray_address=address))
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head that runs no workers, and two nodes with a core each."""
+    from ray.cluster_utils import Cluster
+
+    # Ray by default takes 15 s to call a node dead.
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    head = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "_system_config": quick}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(2):
+            add_node(made)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def add_node(cluster: Any) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, wait=False)
+
+
+def workers(cluster: Any) -> list[psutil.Process]:
+    """The processes of the cluster's actors; other clusters of this machine are left alone."""
+    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in cluster.worker_nodes]
+    found = []
+    for child in (child for raylet in raylets for child in raylet.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if " ".join(child.cmdline()).startswith("ray::_Worker") else []
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.02)
+    time.sleep(random.uniform(0.0, 0.3))
+
+
+def start(run: Path, shapes: Path, cluster: Any, log: Path) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-c", DRIVER, str(run), str(shapes), cluster.address]
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, stderr=stream, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+
+
+def test_worker_node_and_driver_killed_and_no_image_is_lost(shapes: Path, tmp_path: Path, cluster: Any) -> None:
+    undisturbed = make_here(write_weights(tmp_path / "undisturbed"), shapes, **JOB)
+    run, done = write_weights(tmp_path / "run"), tmp_path / "run" / "samples" / "done"
+
+    def num_done() -> int:
+        return len(list(done.iterdir())) if done.is_dir() else 0
+
+    first = start(run, shapes, cluster, tmp_path / "first.log")
+    try:
+        wait_until(lambda: num_done() >= 1)
+        random.choice(workers(cluster)).kill()
+        wait_until(lambda: num_done() >= 3)
+        lost = next(iter(cluster.worker_nodes))
+        cluster.remove_node(lost, allow_graceful=False)
+        wait_until(lambda: num_done() >= 5)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert num_done() < 12, "it was done before it could be killed"
+    assert "a worker was lost" in (tmp_path / "first.log").read_text()
+    before = {file.name: file.stat().st_mtime_ns for file in done.iterdir() if file.name.isdigit()}
+
+    add_node(cluster)
+    second = start(run, shapes, cluster, tmp_path / "second.log")
+    assert second.wait(timeout=240) == 0, (tmp_path / "second.log").read_text()
+    store = SampleStore.open(run / "samples")
+    assert store.missing() == []
+    assert list(store.damaged()) == []
+    assert all(np.array_equal(a, b) for a, b in zip(pixels_of(store), pixels_of(undisturbed), strict=True))
+    # None was made twice: what was done then has not been touched since.
+    assert before == {name: (done / name).stat().st_mtime_ns for name in before}
+
+
+def test_a_cluster_that_does_not_answer_is_refused() -> None:
+    told = "Ray at 127.0.0.1:9: address: nothing answers"
+    with pytest.raises(InputProblems, match=told), ray_session("127.0.0.1:9"):
+        pass

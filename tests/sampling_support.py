@@ -1,0 +1,78 @@
+"""What the tests of sampling share: an untrained denoiser, a small job, and its images made without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.labels import AMOS
+from data_shards.store.shards import ShardSet
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.job import prepare_job
+from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.sampling.worker import WorkerFactory
+
+DIFFUSION = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
+QUICK: dict[str, Any] = {
+    "num": 10,
+    "region_size": 4,
+    "samples_per_mask": 2,
+    "diverse_masks": 2,
+    "cross_modality_masks": 2,
+    "sampler": SamplerConfig(num_steps=3, timestep_spacing="trailing", eta=0.5),
+}
+
+
+def write_weights(run: Path, seed: int = 0, soft_masks: bool = False, **trained_with: Any) -> Path:
+    """An untrained denoiser: its images mean nothing, but are the same every time."""
+    import torch
+
+    from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+
+    torch.manual_seed(seed)
+    config = DenoiserConfig(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_resolutions=(16,),
+        soft_masks=soft_masks,
+    )
+    model = Denoiser(config, AMOS, 32)
+    training = {"diffusion": asdict(replace(DIFFUSION, **trained_with))} if trained_with else None
+    model.save(run / "weights" / "ema", model.state_dict(), training)
+    return run
+
+
+def arguments(run: Path, shapes: Path, **changes: Any) -> tuple[Any, ...]:
+    """Of job.sample, job.prepare_job and plan.plan, for QUICK with some settings changed."""
+    shards, config = ShardSet.open(shapes), SampleConfig(**{**QUICK, **changes})
+    return run, shards, shards.select(split=config.split), DIFFUSION, config
+
+
+def make_here(run: Path, shapes: Path, batch_size: int | None = None, **changes: Any) -> SampleStore:
+    """The job's images, made in this process by what runs in a worker: an undisturbed run."""
+    job = prepare_job(*arguments(run, shapes, batch_size=batch_size, **changes))
+    store = SampleStore.create(job.path, job.about | {"device": "cpu"}, job.items, job.size, job.masks_MHW)
+    make_region = WorkerFactory(store.path, "cpu", batch_size)()
+    for index in store.missing_regions():
+        make_region(index)
+    return store
+
+
+def pixels_of(store: SampleStore) -> tuple[np.ndarray, np.ndarray]:
+    """All images and masks."""
+    return np.asarray(store.image[:]), np.asarray(store.mask[:])
+
+
+def flip_a_byte(store: SampleStore, part: str, region: int) -> Path:
+    """Damage the first item of a region; returns the file."""
+    file = store.path / "images.zarr" / part / "c" / str(region) / "0" / "0"
+    content = bytearray(file.read_bytes())
+    content[40] ^= 0xFF
+    file.write_bytes(content)
+    return file

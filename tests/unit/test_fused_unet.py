@@ -1,0 +1,140 @@
+"""The UNet on the fused kernels against diffusers' own modules: same weights, same loss, same gradients, no copies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from kernels_support import DEVICE, relative_error
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_shards.labels import AMOS
+from data_shards.problems import InputProblems
+from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig, choose_kernels
+from segdiff_dist.denoising.fused_unet import why_not_fused
+
+# Skips of 16 channels beside streams of 24: with 8 groups of 5 channels one straddles the border.
+NET = DenoiserConfig(
+    block_out_channels=(16, 24), layers_per_block=1, norm_num_groups=8, attention_resolutions=(4,), kernels="torch"
+)
+SIZE = 8
+
+
+def pair(**changes: Any) -> tuple[Denoiser, Denoiser]:
+    """The same weights in diffusers' modules and in the fused ones."""
+    config = replace(NET, **changes)
+    torch.manual_seed(0)
+    eager = Denoiser(config, AMOS, SIZE).prepare_for(DEVICE).train()
+    fused = Denoiser(replace(config, kernels="triton"), AMOS, SIZE).prepare_for(DEVICE).train()
+    fused.load_state_dict(eager.state_dict())
+    return eager, fused
+
+
+def inputs(soft: bool = False) -> tuple[Tensor | None, ...]:
+    x_t = torch.randn(2, 1, SIZE, SIZE)
+    mask = torch.randint(0, AMOS.num_classes, (2, SIZE, SIZE), dtype=torch.uint8)
+    mask[0, :3] = 255
+    edge = torch.randint(0, AMOS.num_classes, (2, 2, SIZE, SIZE), dtype=torch.uint8) if soft else None
+    given = (x_t, torch.tensor([3, 900]), mask, torch.tensor([0, 4]), edge)
+    return tuple(x if x is None else x.to(DEVICE) for x in given)
+
+
+def gradients(model: Denoiser, given: tuple[Tensor | None, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = (model(*given) - given[0]).square().mean()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"soft_masks": True},
+        {"mask_encoding": "scalar_signed", "class_conditioning": False},
+        {"mask_encoding": "embedding", "conditioning": "multiply"},
+    ],
+)
+def test_loss_and_gradients_are_eagers(changes: dict[str, Any]) -> None:
+    eager, fused = pair(**changes)
+    given = inputs(soft="soft_masks" in changes)
+    loss, expected = gradients(eager, given)
+    fused_loss, found = gradients(fused, given)
+    assert relative_error(fused_loss, loss) <= 1e-5
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-5 * scale, name
+
+
+def test_checkpointed_activations_change_nothing() -> None:
+    _, fused = pair()
+    given = inputs()
+    loss, expected = gradients(fused, given)
+    fused.unet.enable_gradient_checkpointing()
+    again, found = gradients(fused, given)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_the_state_dict_goes_both_ways(tmp_path: Any) -> None:
+    eager, fused = pair()
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    fused.save(tmp_path / "weights", fused.state_dict())
+    theirs = UNet2DModel.from_pretrained(tmp_path / "weights")
+    assert type(theirs) is UNet2DModel
+    for name, value in eager.unet.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], value.cpu()), name
+    given = inputs()
+    loaded = Denoiser.load(tmp_path / "weights", kernels="triton").prepare_for(DEVICE)
+    with torch.no_grad():
+        assert relative_error(loaded(*given), eager(*given)) <= 1e-5
+
+
+class LayoutCopies(TorchDispatchMode):
+    """Notes every copy of activations (not of 3x3 weights) from one layout to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            source, result = args[-1] if func is torch.ops.aten.copy_.default else args[0], out
+            is_image = (
+                isinstance(source, Tensor) and source.dim() == 4 and min(source.shape[1:]) > 1 and source.shape[-1] != 3
+            )
+            if is_image and source.stride() != result.stride():
+                self.found.append(f"{func} {tuple(source.shape)} {source.stride()} -> {result.stride()}")
+        return out
+
+
+def test_activations_stay_channels_last() -> None:
+    """With tensors that hold nothing: what the custom operators and torch's say they return, forward and backward."""
+    fused = Denoiser(replace(NET, kernels="triton"), AMOS, SIZE).prepare_for(DEVICE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mask, numbers = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+        given = (x.to(DEVICE) for x in (torch.randn(2, 1, SIZE, SIZE), numbers, mask, numbers))
+        with LayoutCopies() as copies:
+            fused(*given).square().mean().backward()
+    assert copies.found == []
+
+
+def test_what_cannot_be_fused_is_refused() -> None:
+    assert choose_kernels("auto", Denoiser(NET, AMOS, SIZE).unet, torch.device("cpu")) == "torch"
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+    unet = UNet2DModel(sample_size=8, norm_num_groups=8, dropout=0.1, **blocks)
+    assert "dropout" in str(why_not_fused(unet))
+    with pytest.raises(InputProblems, match=r"dropout is 0\.1"):
+        choose_kernels("triton", unet, DEVICE)
+
+
+def test_without_gpu_and_interpreter_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputProblems, match="need a GPU, and this is cpu"):
+        choose_kernels("triton", Denoiser(NET, AMOS, SIZE).unet, torch.device("cpu"))

@@ -1,0 +1,123 @@
+"""Copies of training images, spread within a mask and leaked patients are found; on real engines, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from data_shards.labels import AMOS
+from data_shards.store.shards import ShardSet
+from segdiff_dist.evaluation import trust
+from segdiff_dist.evaluation.worker import Evaluator, Inputs
+from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+
+NUM_COPIED = 3
+
+
+def items_of(shards: ShardSet, rows: list[int], seeds: int = 1) -> list[dict[str, Any]]:
+    metas = [(row, shards.meta(row), seed) for row in rows for seed in range(seeds)]
+    return [
+        {
+            "item_id": i,
+            "row": row,
+            "key": meta.key,
+            "case_id": meta.case_id,
+            "source_modality": meta.modality,
+            "target_modality": meta.modality,
+            "axis": meta.axis,
+            "slice_index": meta.slice_index,
+            "seed_index": seed,
+        }
+        for i, (row, meta, seed) in enumerate(metas)
+    ]
+
+
+def evaluator_of(run: Path, shapes: Path, items: list[dict[str, Any]], images_NHW: np.ndarray) -> Evaluator:
+    import zarr
+
+    shards = ShardSet.open(shapes)
+    job = {"shards": str(shapes), "shards_digest": shards.digest, "weights_digest": "", "region_size": len(items)}
+    store = SampleStore.create(run / "samples", job, pa.Table.from_pylist(items), shards.size)
+    store.write_region(0, images_NHW, np.stack([shards.read(item["row"]).mask_HW for item in items]))
+    config = SegmenterConfig(channels=(8, 8, 8))
+    torch.manual_seed(0)
+    save_segmenter(run / "segmenter", SegmenterNet(config, AMOS.num_classes).state_dict(), config, AMOS)
+    zarr.create_group(run / "predictions.zarr")
+    return Evaluator(
+        Inputs(
+            samples=run / "samples",
+            shards=str(shapes),
+            segmenter=run / "segmenter",
+            predictions=run / "predictions.zarr",
+            fid_weights=None,
+            lpips_weights=None,
+            radiomics_items=frozenset(),
+            surface_dice=False,
+            batch_size=4,
+            device="cpu",
+        )
+    )
+
+
+def noisy(shards: ShardSet, rows: list[int], seed: int, spread: float = 15) -> np.ndarray:
+    images = np.stack([shards.read(row).image_HW for row in rows])
+    return (images + np.random.default_rng(seed).normal(0, spread, images.shape)).clip(0, 255).astype(np.uint8)
+
+
+def test_copies_of_training_images_are_found(tmp_path: Path, shapes: Path):
+    shards = ShardSet.open(shapes)
+    test, train = (shards.select(split=split).tolist() for split in ("test", "train"))
+    images = noisy(shards, test, 0)
+    # Copies need not be exact: here with a little noise.
+    images[:NUM_COPIED] = noisy(shards, train[:NUM_COPIED], 1, spread=2)
+    evaluator = evaluator_of(tmp_path, shapes, items_of(shards, test), images)
+    ids = list(range(len(test)))
+    asked = trust.Queries(tuple(ids)).run(evaluator)
+    np.savez(tmp_path / "queries.npz", **{"_".join(key): values for key, values in asked.items()})
+    # In parts of the training set, in any order.
+    parts = [trust.NearestInTraining(tmp_path / "queries.npz", tuple(train[i::3])).run(evaluator) for i in (2, 0, 1)]
+    found = trust.memorisation(ids, evaluator.store.items, shards, trust.closer(parts), most=0.01)
+    suspects = [told for told in found["nearest"] if told["suspect"]]
+    assert {suspect["item_id"] for suspect in suspects} == set(range(NUM_COPIED))
+    assert found["nearest"][:NUM_COPIED] == suspects
+    for suspect in suspects:
+        assert suspect["training_key_pixels"] == shards.meta(train[suspect["item_id"]]).key
+    assert found["memorised_share"] == pytest.approx(NUM_COPIED / len(test))
+    assert not found["passed"]
+    summary = {"trust": {"leakage": trust.leakage(evaluator.store.items, shards), "memorisation": found}}
+    assert "look like training images, more than 1.0%" in trust.warnings(summary)[-1]
+    assert trust.memorisation(ids, evaluator.store.items, shards, trust.closer(parts), most=0.5)["passed"]
+
+
+def test_spread_of_a_mask(tmp_path: Path, shapes: Path):
+    shards = ShardSet.open(shapes)
+    rows = shards.select(split="test").tolist()[:2]
+    items = items_of(shards, rows, seeds=3)
+    images = noisy(shards, [item["row"] for item in items], 0)
+    images[3:] = images[3]  # all images of the second mask are the same
+    evaluator = evaluator_of(tmp_path, shapes, items, images)
+    tasks = trust.images_of_masks(evaluator.store.items)
+    assert {task.ids for task in tasks} == {(0, 1, 2), (3, 4, 5)}
+    differing, same = (task.run(evaluator) for task in sorted(tasks, key=lambda task: task.ids))
+    assert 10 < differing.pixel_std < 15
+    assert differing.pairwise_ssim < 0.95
+    assert differing.pairwise_feature_distance > 0
+    assert np.isnan(differing.pairwise_ms_ssim)  # 32 pixels a side
+    assert (same.pixel_std, same.pairwise_feature_distance) == (0, 0)
+    assert same.pairwise_ssim == pytest.approx(1)
+
+
+def test_patients_of_the_train_split_are_named(shapes: Path):
+    shards = ShardSet.open(shapes)
+    apart = pa.Table.from_pylist(items_of(shards, shards.select(split="test").tolist()))
+    assert trust.leakage(apart, shards)["patients"] == []
+    row = int(shards.select(split="train")[0])
+    leaked = trust.leakage(pa.Table.from_pylist(items_of(shards, [row])), shards)
+    assert leaked["patients"] == [shards.meta(row).case_id]
+    assert "in the train split too" in trust.warnings({"trust": {"leakage": leaked}})[0]
