@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_shards.labels import AMOS
 from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_kernels.backend import Kernels
 
 # Network evaluations of the paper's sampler.
 STEPS_AN_IMAGE = 50
@@ -26,9 +27,9 @@ STEPS_AN_IMAGE = 50
 def sampling(session: Session) -> list[dict[str, Any]]:
     """Images a second at 50 network evaluations an image, by batch: eager, fused, compiled, and as a CUDA graph."""
     rows = []
-    torch.manual_seed(0)
+    ways = _ways(session)
     for batch in session.scale.sampling_batches:
-        for name, make in _ways(session).items():
+        for name, make in ways.items():
             row: dict[str, Any] = {"batch": batch, "way": name}
             try:
                 with torch.no_grad():
@@ -44,28 +45,34 @@ def sampling(session: Session) -> list[dict[str, Any]]:
 
 def _ways(session: Session) -> dict[str, Callable[[int], Callable[[], Any]]]:
     """By name, what makes one network evaluation for a batch."""
+    diffusers, ours = (_denoiser(session, kernels) for kernels in ("torch", "triton"))
     ways: dict[str, Callable[[int], Callable[[], Any]]] = {
-        "diffusers": partial(_evaluation, session, "torch"),
-        "ours": partial(_evaluation, session, "triton"),
+        "diffusers": partial(_evaluation, session, diffusers, diffusers),
+        "ours": partial(_evaluation, session, ours, ours),
     }
-    if session.scale.compiler is not None:
-        ways["ours, compiled"] = partial(_evaluation, session, "triton", compiled=True)
     if session.device.type == "cuda":
-        ways["ours, CUDA graph"] = lambda batch: captured(_evaluation(session, "triton", batch))
+        ways["ours, CUDA graph"] = lambda batch: captured(_evaluation(session, ours, ours, batch))
+    if session.scale.compiler is not None:
+        compiled = torch.compile(ours, backend=session.scale.compiler, dynamic=False)
+        ways["ours, compiled"] = partial(_evaluation, session, ours, compiled)
     return ways
 
 
-def _evaluation(session: Session, kernels: str, batch: int, *, compiled: bool = False) -> Callable[[], Tensor]:
-    scale, device = session.scale, session.device
-    net = replace(scale.net, kernels=kernels)
-    denoiser = Denoiser(net, AMOS, scale.size).prepare_for(device).to(torch.bfloat16).eval()
-    denoiser.unet.to(memory_format=torch.channels_last)
-    if compiled:
-        denoiser.compile(backend=scale.compiler, dynamic=False)
-    conditions = denoiser.conditions_of(random_batch(batch, scale.size, device))
-    x_t_B1HW = torch.randn(batch, 1, scale.size, scale.size, device=device)
-    timestep_B = torch.full((batch,), 500, device=device)
-    return lambda: denoiser(x_t_B1HW, timestep_B, *conditions)
+def _denoiser(session: Session, kernels: Kernels) -> Denoiser:
+    """In bf16, channels-last, ready to predict."""
+    scale = session.scale
+    torch.manual_seed(0)
+    denoiser = Denoiser(replace(scale.net, kernels=kernels), AMOS, scale.size).prepare_for(session.device)
+    return denoiser.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
+
+
+def _evaluation(
+    session: Session, denoiser: Denoiser, forward: Callable[..., Tensor], batch: int
+) -> Callable[[], Tensor]:
+    size, device = session.scale.size, session.device
+    conditions = denoiser.conditions_of(random_batch(batch, size, device))
+    x_t_B1HW, timestep_B = torch.randn(batch, 1, size, size, device=device), torch.full((batch,), 500, device=device)
+    return lambda: forward(x_t_B1HW, timestep_B, *conditions)
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -59,7 +59,7 @@ TOY = Scale(
     # One level: each call of a kernel costs the interpreter a tenth of a second.
     net=DenoiserConfig(block_out_channels=(8,), layers_per_block=1, attention_resolutions=(), norm_num_groups=4),
     size=8,
-    batches=(2, 3),
+    batches=(2,),
     rounds=1,
     steps=1,
     sampling_batches=(1,),
@@ -102,6 +102,8 @@ class Session:
     """What is written to the results file: the stamp, then `parts` by name and `verdicts`."""
     start: float = field(default_factory=time.monotonic)
     verdicts: list[Verdict] = field(default_factory=list)
+    lost_to: str | None = None
+    """The training loop that the device stopped answering in."""
 
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
@@ -113,7 +115,7 @@ class Session:
         if self.left_s() < least_s:
             parts[name] = {"skipped": f"{self.left_s():.0f} s were left, {least_s:.0f} s are needed"}
             print(f"\n{name}: skipped, {parts[name]['skipped']}", flush=True)
-            write_quietly(self)
+            self.save()
             return
         print(f"\n{name}", flush=True)
         began = time.monotonic()
@@ -123,15 +125,28 @@ class Session:
             parts[name] = {"error": describe(error)}
             traceback.print_exc()
         parts[name]["seconds"] = round(time.monotonic() - began, 1)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        write_quietly(self)
+        self.save()
+
+    def save(self, *, quiet: bool = True) -> None:
+        """Bring the results file up to date."""
+        self.told["verdicts"] = [vars(verdict) | {"reached": verdict.reached} for verdict in self.verdicts]
+        write(self.args, self.told, quiet=quiet)
 
     def judge(self, name: str, value: float, target: float, *, is_limit: bool = False) -> None:
         """Set a figure against its target; a dry run's says nothing and is left out."""
         if not self.args.dry_run:
             self.verdicts.append(Verdict(name, value, target, is_limit))
             print(f"  {self.verdicts[-1]}", flush=True)
+
+    def device_works(self) -> bool:
+        """Whether the device still answers; after an illegal access nothing does in this process. Frees its cache."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                return False
+        return True
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -148,13 +163,6 @@ class Session:
             call()
         self.synchronize()
         return (time.perf_counter() - began) / repeats
-
-
-def write_quietly(session: Session) -> None:
-    """Bring the results file up to date."""
-    if session.args.json is not None:
-        told = {**session.told, "verdicts": [vars(v) | {"reached": v.reached} for v in session.verdicts]}
-        write(session.args, told)
 
 
 def describe(error: BaseException) -> str:

@@ -74,6 +74,9 @@ def training_steps(session: Session, batch: int) -> dict[str, Any]:
                 found["micro_batch"][name] = loops[name].micro_batch_size
                 print(f"  {name}: ready, {session.left_s():.0f} s left", flush=True)
             except Exception as error:  # the other loops are worth having
+                if not session.device_works():
+                    session.lost_to = name
+                    raise
                 found["errors"][name] = describe(error)
                 print(f"  {name}: {found['errors'][name]}", flush=True)
             gc.collect()

@@ -32,10 +32,11 @@ def headline(told: Mapping[str, Any]) -> str:
     )
 
 
-def write(args: argparse.Namespace, told: Mapping[str, Any]) -> None:
-    """Write `told` to args.json, where that was asked for."""
+def write(args: argparse.Namespace, told: Mapping[str, Any], *, quiet: bool = False) -> None:
+    """Write `told` to args.json, where that was asked for, and unless quiet say so."""
     if args.json is None:
         return
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
-    print(f"written to {args.json}")
+    if not quiet:
+        print(f"written to {args.json}")

@@ -10,7 +10,7 @@ Dimensions: N images, C channels, H rows, W columns, O output channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,13 +114,10 @@ class Counter(TorchDispatchMode):
         name = func._schema.name
         if name in _CONVOLUTIONS:
             return _CONVOLUTIONS[name](self.budget, args, result)
-        rule = _RULES.get(name)
-        if rule is None:
-            if name.startswith("segdiff::"):
-                raise KeyError(f"{name}: say in _RULES what it launches and how often it reads what")
-            rule = _pointwise(_KINDS.get(name, "other"))
-        for kind, tally in rule(func, args, kwargs, result):
-            self.budget.add(kind, tally)
+        if name.startswith("segdiff::") and name not in _RULES:
+            raise KeyError(f"{name}: say in _RULES what it launches and how often it reads what")
+        kind, rule = _RULES.get(name, (_KINDS.get(name, "other"), _once))
+        self.budget.add(kind, rule((*args, *kwargs.values()), result))
         return result
 
 
@@ -135,17 +132,9 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# --- rules ------------------------------------------------------------------------------------------------------------
-
-_FREE = {
-    "aten::detach",
-    "aten::empty",
-    "aten::empty_like",
-    "aten::empty_strided",
-    "aten::new_empty",
-    "aten::_unsafe_view",
-}
-_FREE |= {"aten::lift_fresh", "aten::new_empty_strided"}
+# Neither views by their schema nor kernels.
+_FREE = {f"aten::{name}" for name in ("detach", "_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_strided")}
+_FREE |= {"aten::new_empty", "aten::new_empty_strided"}
 
 _KINDS = {
     "aten::silu": "SiLU",
@@ -163,7 +152,8 @@ _KINDS = {
     "aten::mse_loss_backward": "loss",
 }
 
-Rule = Callable[[Any, Sequence[Any], dict[str, Any], Any], Iterator[tuple[str, Tally]]]
+# Of an operator's arguments and result.
+Rule = Callable[[Sequence[Any], Any], Tally]
 
 
 def touched(*tensors: Any) -> int:
@@ -178,58 +168,30 @@ def touched(*tensors: Any) -> int:
     return total
 
 
-def _pointwise(kind: str, launches: int = 1) -> Rule:
-    """Every input once, every output once; an output that an input was written to is both."""
-
-    def rule(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[str, Tally]]:
-        inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-        yield kind, Tally(touched(*inputs, *tree_leaves(result)), launches)
-
-    return rule
+def _launching(num: int) -> Rule:
+    """So many kernels that together read every input once and write every output once."""
+    return lambda args, result: Tally(touched(*tree_leaves(args), *tree_leaves(result)), num)
 
 
-def _products(launches: int) -> Rule:
-    return _pointwise(PRODUCTS, launches)
+_once = _launching(1)
 
 
-def _group_norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[str, Tally]]:
+def _copy(args: Sequence[Any], result: Any) -> Tally:
+    """What is copied to is written alone."""
+    return Tally(touched(args[1], result), 1)
+
+
+def _group_norm(args: Sequence[Any], result: Any) -> Tally:
     """Moments read x; the affine map is joined with them in a small kernel; x is read again and y written.
     aten/src/ATen/native/cuda/group_norm_kernel.cu, GroupNormKernelImplInternal. It knows rows only, so PyTorch copies
     a channels-last x before (aten::clone)."""
-    yield "GroupNorm", Tally(touched(args[0], *args, *result), 3)
+    return Tally(touched(args[0], *args, *result), 3)
 
 
-def _group_norm_backward(
-    func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
-) -> Iterator[tuple[str, Tally]]:
+def _group_norm_backward(args: Sequence[Any], result: Any) -> Tally:
     """Sums over dy and x; three small kernels; dy and x are read again and dx written. The same file,
     GroupNormBackwardKernelImplInternal."""
-    yield "GroupNorm", Tally(touched(*args[:2], *args, *result), 5)
-
-
-def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[str, Tally]]:
-    """What is copied to is written alone."""
-    yield "copies to another layout", Tally(touched(args[1], result), 1)
-
-
-_RULES: dict[str, Rule] = {
-    "aten::copy_": _copy,
-    "aten::native_group_norm": _group_norm,
-    "aten::native_group_norm_backward": _group_norm_backward,
-    "aten::mm": _products(1),
-    "aten::addmm": _products(1),
-    "aten::bmm": _products(1),
-    "aten::_scaled_dot_product_flash_attention": _products(1),
-    # dO * O, then dq, dk, dv, then dq to its dtype: flash_api.cpp, mha_bwd.
-    "aten::_scaled_dot_product_flash_attention_backward": _products(3),
-    # Differences, then their mean: aten/src/ATen/native/Loss.cpp, mse_loss_out.
-    "aten::mse_loss": _pointwise("loss", 2),
-    # Zeros, then a sum by row: aten/src/ATen/native/cuda/Embedding.cu, up to 3072 indices.
-    "aten::embedding_dense_backward": _pointwise("other", 2),
-}
-
-
-# --- our kernels ------------------------------------------------------------------------------------------------------
+    return Tally(touched(*args[:2], *args, *result), 5)
 
 
 def _slices(x_NCHW: Tensor) -> int:
@@ -254,49 +216,54 @@ def _norm_backward(xs: Sequence[Tensor], dy_NCHW: Tensor, others: Sequence[Any],
     return Tally(2 * touched(*xs, dy_NCHW) + 2 * sum(map(_slices, xs)) + touched(*others, *result), 3)
 
 
-def _group_norm_silu(func: Any, args: Sequence[Any], kwargs: Any, result: Any) -> Iterator[tuple[str, Tally]]:
+def _group_norm_silu(args: Sequence[Any], result: Any) -> Tally:
     x_NCHW, weight_C, bias_C, shift_NC, partials_NS2C = args[:5]
-    yield "GroupNorm", _norm([x_NCHW], [partials_NS2C], (weight_C, bias_C, shift_NC), result)
+    return _norm([x_NCHW], [partials_NS2C], (weight_C, bias_C, shift_NC), result)
 
 
-def _group_norm_silu_backward(func: Any, args: Sequence[Any], kwargs: Any, result: Any) -> Iterator[tuple[str, Tally]]:
+def _group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
     dy_NCHW, residual_NCHW, x_NCHW, *others = args
-    yield "GroupNorm", _norm_backward([x_NCHW], dy_NCHW, (residual_NCHW, *others), result)
+    return _norm_backward([x_NCHW], dy_NCHW, (residual_NCHW, *others), result)
 
 
-def _skip_group_norm_silu(func: Any, args: Sequence[Any], kwargs: Any, result: Any) -> Iterator[tuple[str, Tally]]:
+def _skip_group_norm_silu(args: Sequence[Any], result: Any) -> Tally:
     x_NCHW, skip_NCHW, weight_C, bias_C, *partials = args[:6]
-    yield "GroupNorm", _norm([x_NCHW, skip_NCHW], partials, (weight_C, bias_C), result)
+    return _norm([x_NCHW, skip_NCHW], partials, (weight_C, bias_C), result)
 
 
-def _skip_group_norm_silu_backward(
-    func: Any, args: Sequence[Any], kwargs: Any, result: Any
-) -> Iterator[tuple[str, Tally]]:
+def _skip_group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
     dy_NCHW, residual_NCHW, skip_residual_NCHW, x_NCHW, skip_NCHW, *others = args
-    residuals = (residual_NCHW, skip_residual_NCHW)
-    yield "GroupNorm", _norm_backward([x_NCHW, skip_NCHW], dy_NCHW, (*residuals, *others), result)
+    return _norm_backward([x_NCHW, skip_NCHW], dy_NCHW, (residual_NCHW, skip_residual_NCHW, *others), result)
 
 
-_RULES |= {
-    "segdiff::group_norm_silu": _group_norm_silu,
-    "segdiff::group_norm_silu_backward": _group_norm_silu_backward,
-    "segdiff::skip_group_norm_silu": _skip_group_norm_silu,
-    "segdiff::skip_group_norm_silu_backward": _skip_group_norm_silu_backward,
-    # One pass; partials are among what it writes.
-    "segdiff::residual_add": _pointwise("additions", 1),
+_RULES: dict[str, tuple[str, Rule]] = {
+    "aten::copy_": ("copies to another layout", _copy),
+    "aten::native_group_norm": ("GroupNorm", _group_norm),
+    "aten::native_group_norm_backward": ("GroupNorm", _group_norm_backward),
+    "aten::mm": (PRODUCTS, _once),
+    "aten::addmm": (PRODUCTS, _once),
+    "aten::bmm": (PRODUCTS, _once),
+    "aten::_scaled_dot_product_flash_attention": (PRODUCTS, _once),
+    # dO * O, then dq, dk, dv, then dq to its dtype: flash_api.cpp, mha_bwd.
+    "aten::_scaled_dot_product_flash_attention_backward": (PRODUCTS, _launching(3)),
+    # Differences, then their mean: aten/src/ATen/native/Loss.cpp, mse_loss_out.
+    "aten::mse_loss": ("loss", _launching(2)),
+    # Zeros, then a sum by row: aten/src/ATen/native/cuda/Embedding.cu, up to 3072 indices.
+    "aten::embedding_dense_backward": ("other", _launching(2)),
+    "segdiff::group_norm_silu": ("GroupNorm", _group_norm_silu),
+    "segdiff::group_norm_silu_backward": ("GroupNorm", _group_norm_silu_backward),
+    "segdiff::skip_group_norm_silu": ("GroupNorm", _skip_group_norm_silu),
+    "segdiff::skip_group_norm_silu_backward": ("GroupNorm", _skip_group_norm_silu_backward),
+    "segdiff::residual_add": ("additions", _once),
     # The gradient of its bias: sums of chunks, then of those (where a batch is small, one launch does both).
-    "segdiff::residual_add_backward": _pointwise("bias of convolutions", 2),
+    "segdiff::residual_add_backward": ("bias of convolutions", _launching(2)),
     # The weights as a table (two), then the convolution. A table of ids, the products, their sum, its layout.
-    "segdiff::label_conv_in": _products(3),
-    "segdiff::label_conv_in_weight_gradient": _products(10),
-    "segdiff::label_conv_in_input_gradient": _products(3),
-    # Errors of slices and differences, then their mean.
-    "segdiff::weighted_mse": _pointwise("loss", 2),
-    "segdiff::weighted_mse_backward": _pointwise("loss", 1),
+    "segdiff::label_conv_in": (PRODUCTS, _launching(3)),
+    "segdiff::label_conv_in_weight_gradient": (PRODUCTS, _launching(10)),
+    # Errors of slices and differences, then their mean; and the differences times the incoming gradient.
+    "segdiff::weighted_mse": ("loss", _launching(2)),
+    "segdiff::weighted_mse_backward": ("loss", _once),
 }
-
-
-# --- convolutions -----------------------------------------------------------------------------------------------------
 
 
 def _is_channels_last(tensor_NCHW: Tensor) -> bool:

@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py --json benchmarks/results/gpu-h100.json
 
-Ceilings first (a copy, a matrix product), then the kernels' parity with torch, the norms and the other kernels over
-the shapes of the real UNet, whole training steps of batch 32 and 64 beside those of others (_gpu_training.py),
-sampling in small batches and the backends of attention. A part that fails or for which no time is left says so, and
-the rest goes on. `--dry-run` does all of it at toy size on a CPU, through Triton's interpreter, and times nothing that
-means anything.
+Ceilings first (a copy, a matrix product), then the kernels' parity with torch, whole training steps of batch 32 and 64
+beside those of others (_gpu_training.py), the norms and the other kernels over the shapes of the real UNet, sampling in
+small batches and the backends of attention. A part that fails or for which no time is left says so, and the rest goes
+on, in a new process where the device itself was lost. `--dry-run` does all of it at toy size on a CPU, through Triton's
+interpreter, and times nothing that means anything.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available():
+if "--dry-run" in sys.argv or not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,9 +29,9 @@ from typing import Any
 
 from _gpu_kernels import ceilings, kernels, norms, parity, unet_parity
 from _gpu_sampling import attention, sampling
-from _gpu_session import REAL, TOY, Session
+from _gpu_session import REAL, TOY, Session, Verdict
 from _gpu_training import training_steps
-from _results import headline, stamp, write
+from _results import headline, stamp
 
 # By name what runs, and the seconds that it needs at least; in the order of what is worth most.
 Parts = dict[str, tuple[Callable[[Session], Any], float]]
@@ -52,6 +53,28 @@ def parts_of(batches: tuple[int, ...]) -> Parts:
     }
 
 
+def go_on_afresh(session: Session, names: list[str]) -> None:
+    """Become a new process, for the parts after names[0], in which the device stopped answering. Where one training
+    loop was to blame, that part runs again without it."""
+    print(f"\nthe device does not answer any more since {session.lost_to or names[0]}; going on afresh", flush=True)
+    failed, *left = names
+    if session.lost_to is not None:
+        session.told["parts"][f"{failed}, {session.lost_to}"] = session.told["parts"].pop(failed)
+        session.save()
+        left = names
+    if left:
+        os.execv(sys.executable, [sys.executable, __file__, *afresh(session, left)])
+
+
+def afresh(session: Session, names: list[str]) -> list[str]:
+    """The command line that goes on with these parts."""
+    args = session.args
+    loops = args.loops if session.lost_to is None else args.loops.replace(session.lost_to[0], "")
+    kept = ["--quick"] * args.quick + (["--json", str(args.json)] if args.json else [])
+    minutes = f"{max(session.left_s(), 0) / 60:.2f}"
+    return [*kept, "--resume", "--budget-minutes", minutes, "--loops", loops, "--parts", *names]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured to FILE")
@@ -59,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-minutes", type=float, default=10.0, help="begin no part that would take longer")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="these alone; by default all")
     parser.add_argument("--loops", default="abcdefg", help="of the training loops these alone, by their letters")
+    parser.add_argument("--resume", action="store_true", help="keep the parts that FILE holds")
     parser.add_argument("--quick", action="store_true", help="one batch, one round, nothing compiled")
     args = parser.parse_args(arguments)
     if not args.dry_run and not torch.cuda.is_available():
@@ -73,17 +97,23 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--parts: {', '.join(sorted(unknown))}: not among {', '.join(parts)}")
     device = torch.device("cpu" if args.dry_run else "cuda")
     session = Session(args, scale, device, {**stamp(args), "dry_run": args.dry_run, "parts": {}})
+    if args.resume and args.json is not None:
+        before = json.loads(args.json.read_text())
+        session.told["parts"] = before["parts"]
+        session.verdicts = [Verdict(v["name"], v["value"], v["target"], v["is_limit"]) for v in before["verdicts"]]
     print(headline(session.told))
-    for name in args.parts or parts:
+    names = list(args.parts or parts)
+    for number, name in enumerate(names):
         session.part(name, *parts[name])
+        if not session.device_works():
+            go_on_afresh(session, names[number:])
     print(f"\n{60 * args.budget_minutes - session.left_s():.0f} s in all")
     for verdict in session.verdicts:
         print(verdict)
     failed = [name for name, told in session.told["parts"].items() if "error" in told]
     if failed:
         print(f"failed: {', '.join(failed)}")
-    session.told["verdicts"] = [vars(v) | {"reached": v.reached} for v in session.verdicts]
-    write(args, session.told)
+    session.save(quiet=False)
     return 1 if failed else 0
 
 

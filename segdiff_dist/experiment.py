@@ -40,7 +40,9 @@ _FREE = (
     ".hang_timeout_s",
     ".max_skipped_steps",
     ".micro_batch_size",
+    ".compile",
     "denoiser.attention",
+    "denoiser.kernels",
     *(f"loader.{name}" for name in ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "on_corrupt")),
 )
 

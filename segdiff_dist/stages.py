@@ -112,6 +112,7 @@ def train_segmenter(experiment: Experiment) -> None:
 
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
+    from segdiff_dist.denoising.denoiser import choose_kernels
     from segdiff_dist.denoising.task import DenoiserTask, find_problems
     from segdiff_dist.denoising.validation import DenoiserValidation
 
@@ -124,11 +125,15 @@ def train_denoiser(experiment: Experiment) -> None:
         lambda: refuse(experiment.validation.problems() + experiment.tracking.problems()),
         lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
         lambda: choose_attention(denoiser.attention, pick_device(config.device)),
+        lambda: choose_kernels(denoiser.kernels, pick_device(config.device)),
         lambda: refuse_another_config(experiment, run / "checkpoints", ("denoiser", "diffusion", "train", "loader")),
     )
 
     def make_task(tracker: Tracker) -> DenoiserTask:
         device = pick_device(config.device)
+        if is_main():
+            kernels, attention = choose_kernels(denoiser.kernels, device), choose_attention(denoiser.attention, device)
+            print(f"train: {device}, kernels: {kernels}, attention: {attention}")
         validation = DenoiserValidation(
             shards,
             shards.select(split="val", modalities=loader.modalities, axes=loader.axes),

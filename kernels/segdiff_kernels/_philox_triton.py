@@ -12,7 +12,7 @@ from segdiff_kernels.compile_cases import CompileCase
 _BLOCK = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "stream"])
 def philox_bits_kernel(out_ptr, position_ptr, seed, stream, num_blocks, num_words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Writes words 4i .. 4i + 3 of one position for a block of i."""
     row = tl.program_id(0)

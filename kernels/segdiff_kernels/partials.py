@@ -16,12 +16,12 @@ from segdiff_kernels.checks import check_dtype, check_shape, refuse
 
 
 def slice_pixels(num_pixels: int) -> int:
-    """Pixels of a slice: a power of two near the root of H * W, from 32 to 256.
+    """Pixels of a slice: a power of two near the root of H * W, from 64 to 256.
 
     A function of the image alone, so that a sample's statistics do not depend on its batch; 256 slices at 256x256, so
     that a batch of one fills a GPU of 132 multiprocessors.
     """
-    pixels = 32
+    pixels = 64
     while pixels * pixels < num_pixels and pixels < 256:
         pixels *= 2
     return pixels

@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
         Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
         """
         set_attention(self.unet, choose_attention(self.config.attention, device))
-        if choose_kernels(self.config.kernels, self.unet, device) == "triton":
+        if choose_kernels(self.config.kernels, device) == "triton":
             from segdiff_dist.denoising.fused_unet import fuse
 
             self.reads_labels = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
@@ -192,21 +192,15 @@ class Denoiser(nn.Module):
         return model.eval()
 
 
-def choose_kernels(requested: Kernels, unet: Any, device: torch.device) -> Literal["triton", "torch"]:
-    """What computes `unet` on `device`. Asked for by name and not possible: refused; `auto` takes what there is, and
-    under Triton's interpreter, which is for tests, torch."""
+def choose_kernels(requested: Kernels, device: torch.device) -> Literal["triton", "torch"]:
+    """What computes the net on `device`. Asked for by name and not possible: refused; `auto` takes what there is, and
+    on a CPU torch, also under Triton's interpreter, which is for tests."""
     if requested == "torch" or (requested == "auto" and device.type == "cpu"):
         return "torch"
     reason = why_not_triton(device)
-    if reason is None:
-        from segdiff_dist.denoising.fused_unet import why_not_fused
-
-        reason = why_not_fused(unet)
-    if reason is None:
-        return "triton"
-    if requested == "triton":
+    if reason is not None and requested == "triton":
         raise problem("config", "denoiser.kernels", "triton", f"{reason}; use auto or torch")
-    return "torch"
+    return "triton" if reason is None else "torch"
 
 
 def _prefers_rows(device: torch.device, dtype: torch.dtype) -> bool:

@@ -35,8 +35,9 @@ Guide = Callable[[Tensor, float], Tensor]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"solver": "ddim", "num_steps": 50, "timestep_spacing": "leading"},
-    "fast": {"solver": "dpm_solver_pp_2m", "num_steps": 10, "timestep_spacing": "trailing"},
-    "best": {"solver": "dpm_solver_pp_2m", "num_steps": 50, "timestep_spacing": "trailing"},
+    # The fewest passes that were as good as 50 DDIM steps in benchmarks/samplers.py; docs/sampling.md has the table.
+    "fast": {"solver": "ddim", "num_steps": 16, "timestep_spacing": "trailing"},
+    "best": {"solver": "unipc", "num_steps": 50, "timestep_spacing": "trailing"},
 }
 # What diffusers' solvers of higher order put in place of an alpha_bar of 0, whose logarithm they could not take.
 _LEAST_ALPHA_BAR = 2.0**-24
@@ -48,7 +49,7 @@ class SamplerConfig:
 
     preset: Literal["paper", "fast", "best"] = "paper"
     """What solver, num_steps and timestep_spacing are where they are null: the paper's; the cheapest as good as 50 DDIM
-    steps; the best there is."""
+    steps; the one that errs least."""
     solver: Solver | None = None
     """DDIM (Song et al. 2020), DPM-Solver++(2M) (Lu et al. 2022), UniPC (Zhao et al. 2023), or
     Heun (Karras et al. 2022), which goes through the net twice a step."""

@@ -76,14 +76,14 @@ class Distributions:
         first_B: np.ndarray,
         priority_B: np.ndarray,
     ) -> None:
-        """Take in a chunk's features [B, D] by (extractor, side); rows with NaN are images that have none.
+        """Take in a chunk's features [B, D] by (extractor, side); rows that are not finite are images that have none.
 
         `groups`: source, target and axis of its items; `first_B`: seed_index is 0; `priority_B`: see FeatureSample.
         """
         for group in dict.fromkeys(groups):
             member_B = np.array([g == group for g in groups]) & first_B
             for (extractor, side), features_BD in features.items():
-                chosen_B = member_B & ~np.isnan(features_BD).any(axis=1)
+                chosen_B = member_B & np.isfinite(features_BD).all(axis=1)
                 if not chosen_B.any():
                     continue
                 key = (extractor, side, *group)

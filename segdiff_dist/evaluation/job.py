@@ -253,8 +253,10 @@ def _memorisation(
     rows = shards.select(split="train", labelled_only=False).tolist()
     pieces = range(0, len(rows), _TRAINING_SLICES_A_TASK)
     training = [trust.NearestInTraining(file.resolve(), tuple(rows[i : i + _TRAINING_SLICES_A_TASK])) for i in pieces]
-    nearest = trust.closer(result for _, result in _in_order(workers.run(training), training))
-    file.unlink()
+    try:
+        nearest = trust.closer(result for _, result in _in_order(workers.run(training), training))
+    finally:
+        file.unlink()
     return trust.memorisation(ids, store.items, shards, nearest, config.most_memorised)
 
 

@@ -48,7 +48,7 @@ def surface_dice(
 
     An outline is an organ's pixels with a neighbour outside it. A tolerance below one pixel (the larger side of
     `spacing_mm`, rows then columns) counts as one pixel: masks say no more. Nikolov et al. 2021; MONAI's
-    compute_surface_dice gives the same, eight times slower.
+    compute_surface_dice gives the same and takes an order more time.
     """
     from scipy.ndimage import find_objects
 

@@ -55,8 +55,8 @@ class Engine:
         self._averages = {name: [s.detach().clone() for s in self._shards] for name in config.averages}
         # The kernel reads each weight once for all averages; the result is the same.
         is_fused = getattr(model, "is_fused", False) and len(self._averages) <= MAX_AVERAGES
-        weights, averages = [s.detach() for s in self._shards], list(self._averages.values())
-        self._fused_averages = EmaUpdate(averages, weights) if is_fused and config.offload == "none" else None
+        is_fused &= config.offload == "none"
+        self._fused_averages = EmaUpdate(list(self._averages.values()), self._shards) if is_fused else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._autocast():

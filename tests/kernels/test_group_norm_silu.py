@@ -190,10 +190,10 @@ def test_without_gpu_and_interpreter_it_stops_with_the_reason(monkeypatch: pytes
 
 
 def test_a_batch_of_one_is_cut_into_enough_slices_to_fill_a_gpu() -> None:
-    assert [slice_pixels(side * side) for side in (1, 8, 32, 64, 128, 256, 512)] == [32, 32, 32, 64, 128, 256, 256]
+    assert [slice_pixels(side * side) for side in (1, 8, 32, 64, 128, 256, 512)] == [64, 64, 64, 64, 128, 256, 256]
     for side, channels in ((32, 512), (64, 256), (128, 128), (256, 128)):
         assert num_slices(side * side) * (channels // channel_tile(channels)) >= 64, side
-    assert num_slices(33) == 2
+    assert num_slices(65) == 2
 
 
 def test_tiles_are_whole_where_the_channels_allow_it() -> None:

@@ -1,5 +1,5 @@
-"""Our metrics against independent implementations on the same inputs: torchmetrics, MONAI, scikit-learn, and, where their
-extras are installed, torch-fidelity and the packages of the authors of LPIPS and FRD."""
+"""Our metrics against independent implementations on the same inputs: torchmetrics, MONAI, scikit-learn and, where
+their extras are installed, torch-fidelity and the packages of the authors of LPIPS and FRD."""
 
 from __future__ import annotations
 

@@ -65,6 +65,16 @@ def test_no_part_begins_that_the_time_is_too_short_for(tmp_path: Path) -> None:
     assert parts["short"]["found"] == "done"
 
 
+def test_where_the_device_is_lost_the_rest_goes_on_without_the_loop_to_blame(tmp_path: Path) -> None:
+    session = _session(tmp_path / "found.json", minutes=3.0)
+    session.args.quick, session.args.loops, session.lost_to = True, "abe", "e ours"
+    arguments = gpu.afresh(session, ["training_32", "norms"])
+    assert arguments[-3:] == ["--parts", "training_32", "norms"]
+    for given in (["--loops", "ab"], ["--budget-minutes", "3.00"], ["--json", str(tmp_path / "found.json")]):
+        assert arguments[arguments.index(given[0]) + 1] == given[1]
+    assert {"--quick", "--resume"} <= set(arguments)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main(["--json", str(tmp_path / "none.json")]) == 0

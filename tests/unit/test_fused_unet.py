@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
+from data_shards.records import Batch
+from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig, choose_kernels
+from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.fused_unet import why_not_fused
+from segdiff_dist.denoising.task import DenoiserTask
 
 # Skips of 16 channels beside streams of 24: with 8 groups of 5 channels one straddles the border.
 NET = DenoiserConfig(
@@ -114,27 +119,32 @@ class LayoutCopies(TorchDispatchMode):
         return out
 
 
-def test_activations_stay_channels_last() -> None:
-    """With tensors that hold nothing: what the custom operators and torch's say they return, forward and backward."""
-    fused = Denoiser(replace(NET, kernels="triton"), AMOS, SIZE).prepare_for(DEVICE)
+def test_a_step_neither_waits_nor_changes_layout(shapes: Path, tmp_path: Path) -> None:
+    """With tensors that hold nothing, whose values cannot be asked for: what the custom operators and torch's say they
+    return, from the batch to the gradients."""
+    shards = ShardSet.open(shapes)
+    net = replace(NET, kernels="triton")
+    task = DenoiserTask(shards, SIZE, net, DiffusionConfig(loss_weighting="min_snr"), 0, tmp_path, DEVICE)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        mask, numbers = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
-        given = (x.to(DEVICE) for x in (torch.randn(2, 1, SIZE, SIZE), numbers, mask, numbers))
+        pixels, number = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+        batch = Batch(*(x.to(DEVICE) for x in (pixels, pixels, number, number, number)))
         with LayoutCopies() as copies:
-            fused(*given).square().mean().backward()
+            loss, _ = task.loss(task.model, batch)
+            loss.backward()
     assert copies.found == []
 
 
-def test_what_cannot_be_fused_is_refused() -> None:
-    assert choose_kernels("auto", Denoiser(NET, AMOS, SIZE).unet, torch.device("cpu")) == "torch"
+def test_what_cannot_be_fused_is_told() -> None:
+    assert why_not_fused(Denoiser(NET, AMOS, SIZE).unet) is None
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
-    unet = UNet2DModel(sample_size=8, norm_num_groups=8, dropout=0.1, **blocks)
-    assert "dropout" in str(why_not_fused(unet))
-    with pytest.raises(InputProblems, match=r"dropout is 0\.1"):
-        choose_kernels("triton", unet, DEVICE)
+    assert "dropout" in str(why_not_fused(UNet2DModel(sample_size=8, norm_num_groups=8, dropout=0.1, **blocks)))
+    others = {**blocks, "down_block_types": ("ResnetDownsampleBlock2D",)}
+    assert "ResnetDownsampleBlock2D" in str(why_not_fused(UNet2DModel(sample_size=8, norm_num_groups=8, **others)))
 
 
 def test_without_gpu_and_interpreter_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert choose_kernels("auto", cpu) == choose_kernels("torch", cpu) == "torch"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(InputProblems, match="need a GPU, and this is cpu"):
-        choose_kernels("triton", Denoiser(NET, AMOS, SIZE).unet, torch.device("cpu"))
+        choose_kernels("triton", cpu)
