@@ -102,7 +102,8 @@ def measure(judged: Judged, scale: Scale) -> None:
 
 def _items(shards: Any, split: str, scale: Scale) -> list[dict[str, Any]]:
     """The masks that are used of a split, modalities and patients mixed."""
-    from segdiff_dist.sampling.job import SampleConfig, list_items
+    from segdiff_dist.sampling.config import SampleConfig
+    from segdiff_dist.sampling.items import list_items
 
     return list_items(shards, shards.select(split=split), SampleConfig(num=scale.num_masks, seed=_SEED)).to_pylist()
 
@@ -125,7 +126,7 @@ def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any
     from segdiff_dist.denoising.denoiser import Denoiser
     from segdiff_dist.denoising.samplers import SamplerConfig
     from segdiff_dist.experiment import load_experiment
-    from segdiff_dist.sampling.job import generate, item_conditions
+    from segdiff_dist.sampling.worker import generate, item_conditions
 
     model = Denoiser.load(judged.run.folder / "weights" / str(judged.images) / judged.weights)
     diffusion = load_experiment(judged.run.folder / "config.yaml", None).diffusion

@@ -159,7 +159,8 @@ def main() -> int:
     for ratio in ratios:
         print(ratio)
     if args.figure is not None:
-        title = f"{judge.about['num_masks']} held-out masks, {noises} noises each; dashed: as good as 50 DDIM steps"
+        repeated = f", {noises} times" if noises > 1 else ""
+        title = f"{judge.about['num_masks']} held-out masks{repeated}; dashed: as good as 50 DDIM steps"
         draw(rows, limits, title, args.figure)
     write(args, result)
     return 0

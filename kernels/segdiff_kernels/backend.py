@@ -17,7 +17,7 @@ def is_interpreted() -> bool:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`; None where they can. On the meta device they have shapes to answer with."""
+    """Why the kernels cannot run on `device`; None where they can. The meta device gets shapes from them."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with torch on Linux"
     if device.type == "meta" or (device.type == "cpu" and is_interpreted()):

@@ -23,16 +23,13 @@ from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import list_items, list_items_of
 from segdiff_dist.sampling.store import SampleStore
-from segdiff_dist.sampling.worker import WorkerFactory, generate, item_conditions
+from segdiff_dist.sampling.worker import WorkerFactory
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from data_shards.labels import LabelTable
     from data_shards.store.shards import ShardSet
-
-__all__ = ["Crew", "Job", "SampleConfig", "SamplingFailed", "crew_of", "generate", "item_conditions", "joined"]
-__all__ += ["list_items", "prepare_job", "sample", "weights_digest"]
 
 
 class SamplingFailed(RuntimeError):

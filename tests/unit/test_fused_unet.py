@@ -22,6 +22,8 @@ from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig, choose_ker
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.fused_unet import why_not_fused
 from segdiff_dist.denoising.task import DenoiserTask
+from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.engine import Engine
 
 # Skips of 16 channels beside streams of 24: with 8 groups of 5 channels one straddles the border.
 NET = DenoiserConfig(
@@ -98,6 +100,21 @@ def test_the_state_dict_goes_both_ways(tmp_path: Any) -> None:
     loaded = Denoiser.load(tmp_path / "weights", kernels="triton").prepare_for(DEVICE)
     with torch.no_grad():
         assert relative_error(loaded(*given), eager(*given)) <= 1e-5
+
+
+def test_zero_3_trains_it_as_it_trains_eager() -> None:
+    """Where weights are gathered for the modules that are called, and the fused ones read some of their children's."""
+    config = TrainConfig(global_batch_size=2, micro_batch_size=2, precision="fp32", zero_stage=3, lr=1e-2)
+    given, losses = inputs(), []
+    for model in pair(block_out_channels=(16,), attention_resolutions=()):
+        engine = Engine(model, config, 2, DEVICE)
+        for _ in range(2):
+            loss = (engine(*given) - given[0]).square().mean()
+            engine.backward(loss)
+            engine.step()
+        losses.append(float(loss))
+        engine.close()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 class LayoutCopies(TorchDispatchMode):
