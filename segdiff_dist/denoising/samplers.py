@@ -21,6 +21,7 @@ from data_shards.problems import Problem
 from data_shards.records import AXES, Batch
 from segdiff_dist.denoising.conditioning import Conditions, GuidanceRemoves
 from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, predicted_x_0
+from segdiff_kernels.sampler_step import ddim_schedule, ddim_step, dynamic_limit, multistep_schedule, multistep_step
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
@@ -163,15 +164,20 @@ def sample(
     x_T_BCHW: Tensor,
     step_noise: Callable[[int], Tensor] | None = None,
     guide: Guide | None = None,
+    *,
+    fused: bool = False,
 ) -> Tensor:
     """float32 [B, C, H, W] images in [-1, 1] from noise x_T, standard normal.
 
     `step_noise(i)` gives step i's noise [B, C, H, W]; without it ValueError where eta > 0. `guide`: segmenter_guide's.
+    `fused`: all of a step but the network in one kernel, of the solvers that there is one for, where nothing guides.
     """
     own = sampler.resolved()
     if own.eta > 0 and step_noise is None:
         raise ValueError(f"step_noise: needed for eta {own.eta}, so that noise is a function of the item")
     timestep_S, a_S = _alphas_cumprod(own, diffusion)
+    if fused and guide is None and own.solver in ("ddim", "dpm_solver_pp_2m"):
+        return _fused(predict, diffusion.prediction_type, own, timestep_S, a_S, x_T_BCHW, step_noise)
 
     def x_0_at(x_t_BCHW: Tensor, step: int) -> Tensor:
         a, batch = float(a_S[step]), len(x_t_BCHW)
@@ -241,6 +247,37 @@ def _respaced(scheduler_class: Any, a_S: Tensor, **settings: Any) -> Any:
     scheduler.alphas_cumprod = a_up_S  # to the bit; by way of float32 betas small ones lose digits
     scheduler.set_timesteps(len(a_S))
     return scheduler
+
+
+def _fused(
+    predict: Predict,
+    prediction_type: str,
+    sampler: SamplerConfig,
+    timestep_S: np.ndarray,
+    a_S: Tensor,
+    x_T_BCHW: Tensor,
+    step_noise: Callable[[int], Tensor] | None,
+) -> Tensor:
+    """DDIM or DPM-Solver++(2M) by segdiff_kernels.sampler_step: a launch a step beside the network's."""
+    steps, x_t_BCHW, x_0_BCHW = range(len(a_S)), x_T_BCHW, None
+    is_ddim = sampler.solver == "ddim"
+    if is_ddim:
+        schedule = ddim_schedule(a_S, steps, prediction_type, sampler.eta)
+    else:  # the bound changes the second step, and with it the images: the same here as without the kernel
+        schedule = multistep_schedule(a_S.clamp(min=_LEAST_ALPHA_BAR), steps, prediction_type)
+    ones_B = torch.ones(len(x_T_BCHW), device=x_T_BCHW.device)
+    for step, coefficients in enumerate(schedule):
+        timestep_B = torch.full((len(x_t_BCHW),), int(timestep_S[step]), device=x_t_BCHW.device)
+        prediction_BCHW = predict(x_t_BCHW, timestep_B)
+        limit_B = ones_B if sampler.clip_sample else None
+        if sampler.dynamic_threshold > 0:
+            limit_B = dynamic_limit(x_t_BCHW, prediction_BCHW, coefficients, sampler.dynamic_threshold)
+        if is_ddim:
+            noise_BCHW = step_noise(step) if step_noise is not None and coefficients.prev_from_noise else None
+            x_t_BCHW = ddim_step(x_t_BCHW, prediction_BCHW, coefficients, noise_BCHW, limit_B=limit_B)
+        else:
+            x_t_BCHW, x_0_BCHW = multistep_step(x_t_BCHW, prediction_BCHW, x_0_BCHW, coefficients, limit_B=limit_B)
+    return x_t_BCHW
 
 
 def _ddim(

@@ -181,7 +181,8 @@ def generate(
         return philox.normal(seed, philox.STREAM_SAMPLE + 1 + step, item_B, shape)
 
     predict = guided(model, conditions, sampler.guidance, sampler.guidance_removes)
-    return to_uint8(samplers.sample(predict, diffusion, sampler, noise(-1), noise, guide)).cpu().numpy()
+    images_BCHW = samplers.sample(predict, diffusion, sampler, noise(-1), noise, guide, fused=model.is_fused)
+    return to_uint8(images_BCHW).cpu().numpy()
 
 
 def batch_size_for(config: DenoiserConfig, size: int, passes: int, available_bytes: int, most: int) -> int:

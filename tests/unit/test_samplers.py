@@ -116,6 +116,23 @@ def test_ddim_is_the_loop_of_diffusers(prediction: Any, spacing: Any, steps: int
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": "ddim", "eta": 0.5},
+        {"solver": "ddim", "dynamic_threshold": 0.9},
+        {"solver": "dpm_solver_pp_2m", "clip_sample": False},
+    ],
+)
+def test_the_fused_step_makes_the_same_images(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x_T, noise_S = torch.randn(2, 1, 4, 4), torch.randn(6, 2, 1, 4, 4)
+    sampler = SamplerConfig(num_steps=6, timestep_spacing="trailing", **settings)
+    diffusion = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
+    plain, fused = (sample(curved, diffusion, sampler, x_T, lambda i: noise_S[i], fused=f) for f in (False, True))
+    torch.testing.assert_close(fused, plain, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("solver", SOLVERS[1:])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_others_are_the_loops_of_diffusers(solver: Any, prediction: Any) -> None:
