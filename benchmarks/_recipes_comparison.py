@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from _recipes_measure import METRICS, Judged
-from _recipes_runs import A_THIRD, AVERAGE, ONLINE, OURS, SAMPLED_OTHERWISE, Recipe, Run, Scale, paper
+from _recipes_runs import (
+    A_THIRD,
+    AVERAGE,
+    NEVER,
+    ONLINE,
+    OURS,
+    SAMPLED_OTHERWISE,
+    Recipe,
+    Run,
+    Scale,
+    paper,
+    speeds,
+)
 from _recipes_verdict import choose, over_seeds, verdict
 
 # The paper's candidates are judged on it.
@@ -93,18 +105,26 @@ class Comparison:
         weights, sampler, split = weights or recipe.weights, sampler or recipe.sampler, split or self.split
         return Judged(run, run.num_images(self.scale), weights, sampler, split)
 
-    def result(self) -> dict[str, Any] | None:
-        """This data set's part of the JSON file; None while something is missing."""
+    def speeds(self, deadline: float = NEVER) -> dict[str, float] | None:
+        """Images a second of `paper` and `ours`; None where time ran out."""
         best = self.best_paper()
-        if best is None or any(not judged.is_done for work in self.rounds() for judged in _all(work)):
-            return None
+        assert best is not None
+        return speeds(self.data, {"paper": paper(best[0]), "ours": OURS}, self.scale, deadline)
+
+    def result(self, rates: dict[str, float]) -> dict[str, Any]:
+        """This data set's part of the JSON file, when all is done; `rates`: of speeds()."""
+        best = self.best_paper()
+        assert best is not None
         curves = {
             "paper": [self.paper_curve(best, seed) for seed in self.seeds],
             "ours": [self.curve(OURS, seed) for seed in self.seeds],
             "a_third": [self.curve(A_THIRD, seed) for seed in self.seeds],
         }
         values = {name: [_values(curve) for curve in several] for name, several in curves.items()}
-        seconds = {name: [[j.run.seconds()[j.images] for j in c] for c in several] for name, several in curves.items()}
+        seconds = {
+            name: [[judged.images / rates["paper" if name == "paper" else "ours"] for judged in c] for c in several]
+            for name, several in curves.items()
+        }
         weights = "averaged" if best[1] == AVERAGE else "online"
         labels = {"paper": f"the paper's, lr {best[0]:g}, {weights} weights", "ours": "ours", "a_third": A_THIRD.about}
         finals = [{metric: curve[metric][-1] for metric in METRICS} for curve in values["a_third"]]
@@ -114,6 +134,7 @@ class Comparison:
             **{name: any_final[name] for name in ("num_masks", "num_patients", "real_dice", "real_distance")},
             "search": [{"lr": lr, "weights": w, **found} for (lr, w), found in self.search().items()],
             "best_paper": {"lr": best[0], "weights": best[1]},
+            "images_per_s": rates,
             "curves": {
                 name: {
                     "label": labels[name],
@@ -158,10 +179,6 @@ class Comparison:
         for name, curve in (("paper", paper_curve), ("ours", our_curve)):
             columns += [(f"{name} {judged.images:,}", judged.images_NHW()["generated"]) for judged in curve]
         return columns
-
-
-def _all(work: Work) -> Iterable[Judged]:
-    return (judged for several in work.values() for judged in several)
 
 
 def _values(curve: list[Judged]) -> dict[str, list[float]]:

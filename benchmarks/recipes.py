@@ -182,11 +182,11 @@ def main() -> int:
         for number in range(2):
             # The second round depends on what the first one found.
             complete = complete and work_off(comparison.rounds()[number], scale, args.jobs, deadline)
-        result = comparison.result() if complete else None
-        if result is None:
+        rates = comparison.speeds(deadline) if complete else None
+        if rates is None:
             print("time is up; the same command goes on from here")
             break
-        results[name] = result
+        result = results[name] = comparison.result(rates)
         print_result(name, result)
         draw(comparison, result, name, file)
         write(args, scale, results, file)

@@ -90,6 +90,18 @@ _COMMANDS = {
         named=("run", "amos_root"),
         sections=("evaluate", "tracking"),
     ),
+    "export": _Command(
+        "a run's samples for nnU-Net, as NIfTI, PNG or shards; its model as a diffusers pipeline",
+        positional=(("exported", "OUT"),),
+        named=("run",),
+        sections=("export",),
+    ),
+    "volume": _Command(
+        "a whole CT or MR volume from a mask volume, with its affine and shape",
+        positional=(("mask_volume", "MASK"), ("exported", "OUT")),
+        named=("run", "data"),
+        sections=("volume", "sample"),
+    ),
     "track": _Command(
         "send MLflow what waits in a run folder since its server was away",
         positional=(("run", "RUN"),),
@@ -98,6 +110,7 @@ _COMMANDS = {
         "all of it on the phantom, on two CPU cores, in ten minutes",
         named=("run",),
     ),
+    "reproduce": _Command("table1: the paper's four models from an archive to the table, beside the published values"),
     "doctor": _Command("say what this machine can run, and how to get what is missing"),
 }
 
@@ -108,6 +121,8 @@ _PATHS = {
     "data": "the shard set: a folder or, for reading, a URL that fsspec knows",
     "more_data": "further shard sets to train on, alike in labels, size and codec",
     "converted": "the new shard set",
+    "exported": "what is written: a new folder or, by `volume`, a new NIfTI file",
+    "mask_volume": "a NIfTI volume of label ids of the model's table",
     "run": "the run folder: checkpoints, weights, samples, evaluation, MLflow's database",
 }
 
@@ -143,6 +158,10 @@ def _main(args: list[str]) -> int:
 
         return doctor.main(rest)
     try:
+        if name == "reproduce":
+            from segdiff_dist.reproduce import run
+
+            return run.main(rest)
         return _run(name, _COMMANDS[name], rest)
     except InputProblems as error:
         # Once a machine: what is missing may be missing on one of them alone.

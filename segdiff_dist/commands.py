@@ -127,6 +127,33 @@ def evaluate(experiment: Experiment) -> int:
     return 0 if memorised is None or memorised["passed"] else 1
 
 
+def export(experiment: Experiment) -> int:
+    """Write samples or model in the form of others."""
+    made = stages.export(experiment)
+    print(f"{made} in {experiment.exported}")
+    return 0
+
+
+def volume(experiment: Experiment) -> int:
+    """Paint a volume, and say how alike neighbouring slices are."""
+    report, config = stages.volume(experiment), experiment.volume
+    print(f"{experiment.exported}: {report.num_slices:,} {config.axis} slices of {config.modality}")
+    if report.outside > 0:
+        print(f"warning: {report.outside:.1%} of the labelled voxels lie outside of what the model's slices show")
+    if not report.has_body:
+        print("warning: no voxel says where the patient ends (class `body`): the model makes that up, slice by slice")
+    other = "independent" if config.noise == "shared" else "shared"
+    painted_mm, real_mm = report.gap_mm
+    for name, value in (
+        (f"{config.noise} noise, {painted_mm:g} mm apart", report.difference),
+        (f"{other} noise, {painted_mm:g} mm apart", report.difference_other),
+        (f"real slices, {real_mm:g} mm apart", report.difference_real),
+    ):
+        if value is not None:
+            print(f"mean difference between neighbouring slices, {name}: {value:.2f} grey values")
+    return 0
+
+
 def average(experiment: Experiment) -> int:
     """Write weights averaged over another length, from the run's snapshots."""
     folder, misfit = stages.average(experiment)

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             "engines",
             [
                 *(*torch_rows, _deepspeed(), _dali(gpus), *_libraries()),
-                *(_attention(gpus), _triton(gpus), _annotator(), _fid()),
+                *(_attention(gpus), _triton(gpus), _annotator(), _fid(), _lpips(), _frd()),
             ],
         ),
     )
@@ -274,6 +274,22 @@ def _fid() -> Row:
             f"set evaluate.fid_weights to 'download', or to the path of {WEIGHTS_FILE}",
         )
     return Row("FID", "ok", f"torch-fidelity {_version('torch-fidelity')}, weights in {weights}")
+
+
+def _lpips() -> Row:
+    from segdiff_dist.evaluation.perceptual import DOWNLOAD, missing_for_lpips
+
+    if missing_for_lpips(DOWNLOAD) is None:
+        return Row("LPIPS", "ok", f"lpips {_version('lpips')}; evaluate.lpips_weights names its AlexNet")
+    return Row("LPIPS", "instead", "not installed: SSIM and MS-SSIM are reported, and LPIPS is not", _extra("lpips"))
+
+
+def _frd() -> Row:
+    from segdiff_dist.evaluation.radiomics import missing_for_frd
+
+    if missing_for_frd(1) is None:
+        return Row("FRD", "ok", f"frd-score {_version('frd-score')}")
+    return Row("FRD", "instead", "not installed: segmenter_frechet is reported, and FRD is not", _extra("frd"))
 
 
 def _extra(name: str) -> str:

@@ -21,6 +21,7 @@ from segdiff_dist.denoising.denoiser import DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.validation import ValidationConfig
 from segdiff_dist.evaluation.job import EvaluateConfig
+from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.tracking.tracker import TrackingConfig
@@ -61,6 +62,10 @@ class Experiment:
     """Further shard sets to train on, alike in labels, size and codec."""
     converted: Path | None = None
     """The shard set that `convert` writes."""
+    exported: Path | None = None
+    """What `export` and `volume` write."""
+    mask_volume: Path | None = None
+    """The mask that `volume` paints after."""
     run: Path | None = None
     """The run folder: checkpoints, weights, samples, evaluation, and MLflow's database."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
@@ -74,6 +79,8 @@ class Experiment:
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    volume: VolumeConfig = field(default_factory=VolumeConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -226,6 +226,36 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     return summary
 
 
+def export(experiment: Experiment) -> str:
+    """`segdiff export OUT`: a run's samples, or its model; returns what was written."""
+    from segdiff_dist.export.job import export_model, export_samples
+
+    config = experiment.export
+    run, out = collect(lambda: experiment.path("run"), lambda: experiment.path("exported"))
+    _must_be_a_run(run)
+    if config.format != "pipeline":
+        return f"{export_samples(run, out, config):,} images"
+    name = experiment.train.averages[0] if config.weights == "ema" else config.weights
+    export_model(run / "weights" / name, out, experiment.diffusion, experiment.sample.sampler)
+    return "a diffusers pipeline"
+
+
+def volume(experiment: Experiment) -> Any:
+    """`segdiff volume MASK OUT`: returns its export.volume.VolumeReport."""
+    from segdiff_dist.export.volume import make_volume, painter, volume_problems
+    from segdiff_dist.pipeline import SegGuidedPipeline
+
+    config, sample = experiment.volume, experiment.sample
+    mask, out = collect(lambda: experiment.path("mask_volume"), lambda: experiment.path("exported"))
+    run, shards = _open_run_and_data(experiment)
+    weights = run / "weights" / (experiment.train.averages[0] if sample.weights == "ema" else sample.weights)
+    refuse(volume_problems(mask, out, config))
+    pipeline = SegGuidedPipeline.from_weights(
+        weights, experiment.diffusion, sample.sampler, device=sample.device, precision=sample.precision
+    )
+    return make_volume(mask, out, painter(pipeline, config, sample.seed), pipeline.size_with(shards), shards, config)
+
+
 def _train(
     experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, loader: Any, config: Any
 ) -> None:

@@ -18,6 +18,7 @@ from segdiff_dist.config import as_dict, merge, read_yaml, validate
 from segdiff_dist.experiment import Experiment, collect
 from segdiff_dist.training.config import TrainConfig
 
+Split = Literal["train", "val", "test"]
 ColumnName = Literal["ct_axial", "ct_all", "mri_axial", "mri_all"]
 COLUMN_NAMES: tuple[ColumnName, ...] = ("ct_axial", "ct_all", "mri_axial", "mri_all")
 # What a file given as --config may change. Paths and slices are the columns' own.
@@ -56,14 +57,14 @@ class Table1Settings:
 
 @dataclass(frozen=True)
 class Experiments:
-    """Settings resolved: `prepare` makes the shard set, `segmenter` the judge; `columns` by name, `recipes` unscaled."""
+    """Settings resolved: `prepare` makes the shard set, `segmenter` the judge; `recipes` are the columns unscaled."""
 
     prepare: Experiment
     segmenter: Experiment
     columns: dict[ColumnName, Experiment]
     recipes: dict[ColumnName, Experiment]
 
-    def sampled_from(self, splits: Mapping[ColumnName, str]) -> Experiments:
+    def sampled_from(self, splits: Mapping[ColumnName, Split]) -> Experiments:
         """The same, with each column's masks drawn from the split named."""
         chosen = {
             name: replace(column, sample=replace(column.sample, split=splits[name]))
@@ -94,14 +95,14 @@ def resolve(settings: Table1Settings) -> Experiments:
     return Experiments(replace(judge, run=None), judge, columns, recipes)
 
 
-def sampled_splits(settings: Table1Settings, experiments: Experiments) -> dict[ColumnName, str]:
+def sampled_splits(settings: Table1Settings, experiments: Experiments) -> dict[ColumnName, Split]:
     """The split of each column's masks: the recipe's, or `val` where none of its patients there has a mask. AMOS
     publishes no labels of its test cases. Raises InputProblems where neither split has one."""
     cases = archive.read_archive(settings.amos)
-    found: dict[ColumnName, str] = {}
+    found: dict[ColumnName, Split] = {}
     missing = []
     for name, column in experiments.columns.items():
-        candidates = (column.sample.split, "val")
+        candidates: tuple[Split, ...] = (column.sample.split, "val")
         masked = {case.split for case in cases if case.modality in column.loader.modalities and _has_mask(case, column)}
         chosen = next((split for split in candidates if split in masked), None)
         if chosen is None or "train" not in masked:

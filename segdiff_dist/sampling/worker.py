@@ -157,7 +157,7 @@ def item_conditions(
 
 
 def generate(
-    model: Callable[..., Tensor],
+    model: Denoiser,
     items: list[dict[str, Any]],
     conditions: Conditions,
     diffusion: DiffusionConfig,

@@ -1,0 +1,116 @@
+"""Samples as files: NIfTI or PNG pairs, and nnU-Net v2's raw data set.
+
+Dimensions: H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.labels import UNUSED, LabelTable
+from data_shards.problems import Problem
+from segdiff_dist.export.config import ExportConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.export.samples import FinishedSamples, Sample
+
+# nnU-Net v2, documentation/dataset_format.md: "Dataset" and a three-digit id, then a name of one's own.
+_NNUNET_NAME = re.compile(r"Dataset\d{3}_\w+")
+
+
+def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
+    """OUT/images/NAME and OUT/masks/NAME, `.png` (grey values and ids) or `.nii.gz` (H x W x 1, stored values such as
+    HU, in their place in the patient)."""
+    for folder in ("images", "masks"):
+        (out / folder).mkdir()
+    for sample in samples:
+        image, mask = (out / folder / f"{sample.name}{ending}" for folder in ("images", "masks"))
+        record = sample.record
+        if ending == ".png":
+            _save_png(image, record.image_HW)
+            _save_png(mask, record.mask_HW)
+        else:
+            affine, meta = np.array(record.meta.affine).reshape(4, 4), record.meta
+            values = (meta.intensity_scale, meta.intensity_offset)
+            _save_nifti(image, record.image_HW[..., None], affine, values)
+            _save_nifti(mask, record.mask_HW[..., None], affine)
+
+
+def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:
+    """Why the samples cannot be one nnU-Net data set called `out`."""
+    found = []
+    if not _NNUNET_NAME.fullmatch(out.name):
+        remedy = "name it as nnU-Net does: Dataset, three digits, an underscore and a name, as in Dataset701_Synthetic"
+        found.append(Problem(str(out), "output folder", out.name, remedy))
+    if len(samples.modalities) > 1:
+        remedy = "an nnU-Net channel is one modality: give --export.modality CT or MR, and make two data sets"
+        found.append(Problem(str(samples.store.path), "modalities", " and ".join(samples.modalities), remedy))
+    return found
+
+
+def write_nnunet(
+    out: Path, name: str, samples: FinishedSamples, iterated: Iterable[Sample], config: ExportConfig
+) -> None:
+    """A raw data set of nnU-Net v2 (documentation/dataset_format.md): imagesTr, labelsTr, dataset.json.
+
+    Images are two-dimensional: NIfTI of stored values with the slice's spacing, or PNG of grey values. Its labels must
+    be consecutive, so ids that stand for nothing are closed up. `name`: of the data set.
+    """
+    new_id_K, names = nnunet_labels(samples.label_table, keep_body=config.body_label)
+    ending = config.file_ending
+    for folder in ("imagesTr", "labelsTr"):
+        (out / folder).mkdir()
+    for sample in iterated:
+        record = sample.record
+        image, mask = out / "imagesTr" / f"{sample.name}_0000{ending}", out / "labelsTr" / f"{sample.name}{ending}"
+        mask_HW = new_id_K[record.mask_HW]
+        if ending == ".png":
+            _save_png(image, record.image_HW)
+            _save_png(mask, mask_HW)
+        else:
+            meta = record.meta
+            affine = np.diag([*meta.spacing_mm, 1.0, 1.0])
+            _save_nifti(image, record.image_HW, affine, (meta.intensity_scale, meta.intensity_offset))
+            _save_nifti(mask, mask_HW, affine)
+    about: dict[str, Any] = {
+        "channel_names": {"0": samples.modalities[0]},
+        "labels": {organ: index for index, organ in enumerate(names)},
+        "numTraining": len(samples),
+        "file_ending": ending,
+        # NibabelIO reads three dimensions alone.
+        "overwrite_image_reader_writer": "NaturalImage2DIO" if ending == ".png" else "SimpleITKIO",
+        "name": name,
+        "description": "synthetic images by segmentation-guided diffusion; not for diagnosis",
+    }
+    (out / "dataset.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def nnunet_labels(table: LabelTable, *, keep_body: bool) -> tuple[np.ndarray, list[str]]:
+    """uint8 [256] from the table's ids to consecutive ones, and the names of these. Without `body` it is background."""
+    kept = [i for i, name in enumerate(table.names) if name != UNUSED and (keep_body or i != table.body_id)]
+    new_id_K = np.zeros(256, np.uint8)
+    new_id_K[kept] = np.arange(len(kept))
+    return new_id_K, [table.names[i] for i in kept]
+
+
+def _save_png(file: Path, pixels_HW: np.ndarray) -> None:
+    from PIL import Image
+
+    Image.fromarray(pixels_HW).save(file)
+
+
+def _save_nifti(file: Path, stored: np.ndarray, affine: np.ndarray, values: tuple[float, float] | None = None) -> None:
+    """uint8 voxels as they are; `values`: slope and intercept in the header, by which readers restore HU."""
+    import nibabel as nib
+
+    image = nib.Nifti1Image(stored, affine)
+    image.header.set_xyzt_units("mm")
+    if values is not None:
+        image.header.set_slope_inter(*values)
+    nib.save(image, file)

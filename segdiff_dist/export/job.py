@@ -1,0 +1,117 @@
+"""`segdiff export`: what is wrong first, then everything beside the output folder, which is named last."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_shards.problems import Problem, problem, refuse, saying_when_full
+from segdiff_dist.export.config import ExportConfig
+from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
+from segdiff_dist.export.samples import FinishedSamples, Sample
+from segdiff_dist.export.shards import write_shard_set
+from segdiff_dist.sampling.store import SampleStore
+
+if TYPE_CHECKING:
+    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.samplers import SamplerConfig
+
+# A file takes whole blocks, a directory entry and a header besides its pixels.
+_BYTES_PER_FILE = 8192
+
+
+def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
+    """Write the finished samples of `run` to the new folder `out`; returns how many.
+
+    The folder appears when it is whole: a killed export leaves OUT's hidden neighbour, which the next one replaces.
+    Raises InputProblems: store missing, unfinished or damaged, `out` not empty, too little room; OutOfSpace.
+    """
+    store = SampleStore.open(config.samples or run / "samples")
+    refuse([*config.problems(), *out_problems(out)])
+    samples = FinishedSamples.of(store, config.modality)
+    found = nnunet_problems(out, samples) if config.format == "nnunet" else []
+    needed = len(samples) * 2 * (samples.size**2 + _BYTES_PER_FILE)
+    refuse([*found, *room_problems(out, needed)])
+    with saying_when_full(out):
+        unfinished = begin(out)
+        _write(unfinished, out.name, samples, config)
+        finish(unfinished, out)
+    return len(samples)
+
+
+def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
+    """Write the model in `weights` as a pipeline folder: see segdiff_dist.pipeline. Errors as of export_samples."""
+    from segdiff_dist.pipeline import pipeline_problems, write_pipeline
+
+    if not (weights / "segdiff.json").is_file():
+        raise problem(weights, "weights", "not found", "train first: `segdiff train --config F`")
+    needed = sum(file.stat().st_size for file in weights.iterdir())
+    refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
+    with saying_when_full(out):
+        unfinished = begin(out)
+        write_pipeline(weights, unfinished, diffusion, sampler)
+        finish(unfinished, out)
+
+
+def out_problems(out: Path) -> list[Problem]:
+    """Whether `out` can become the folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "not empty" if out.is_dir() else "is a file"
+        return [Problem(str(out), "output folder", what, "give a new or an empty one")]
+    return []
+
+
+def room_problems(out: Path, needed_bytes: int) -> list[Problem]:
+    """Whether `needed_bytes`, counted without compression, fit beside `out`."""
+    existing = next(folder for folder in out.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes <= free:
+        return []
+    value = f"{free / 2**30:.1f} GiB free, up to {needed_bytes / 2**30:.1f} GiB needed"
+    return [Problem(str(out), "disk space", value, "make room, or choose another disk")]
+
+
+def begin(out: Path) -> Path:
+    """A fresh folder beside `out`, on the same file system."""
+    unfinished = out.absolute().with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def finish(unfinished: Path, out: Path) -> None:
+    """Give a whole folder its name."""
+    if out.is_dir():
+        out.rmdir()
+    unfinished.rename(out.absolute())
+
+
+def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConfig) -> None:
+    from tqdm import tqdm
+
+    iterated: Iterable[Sample] = tqdm(samples, total=len(samples), desc="export", unit="img")
+    if config.format == "nnunet":
+        write_nnunet(folder, name, samples, iterated, config)
+    elif config.format == "shards":
+        write_shard_set(folder, samples, iterated, config)
+        return  # its index and table say the rest
+    else:
+        write_pairs(folder, iterated, ".png" if config.format == "png" else ".nii.gz")
+    _write_about(folder, samples)
+
+
+def _write_about(folder: Path, samples: FinishedSamples) -> None:
+    """provenance.json, and items.csv: which mask each image belongs to."""
+    about: dict[str, Any] = samples.provenance | {"label_table": list(samples.label_table.names)}
+    if not samples.knows_places:
+        about["geometry"] = "not kept of masks from a folder: spacing is written as 1 mm"
+    (folder / "provenance.json").write_text(json.dumps(about, indent=2) + "\n")
+    with (folder / "items.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        columns = ["name", *(name for name in samples.items[0] if name not in ("name", "row"))]
+        rows.writerow(columns)
+        rows.writerows([item[column] for column in columns] for item in samples.items)

@@ -1,0 +1,184 @@
+"""The images of a finished sample store, each with everything known of it: what all formats are written from.
+
+Dimensions: H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.ingest.intensity import GreyMap
+from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.labels import LABEL_TABLES, LabelTable
+from data_shards.problems import Problem, refuse
+from data_shards.records import SPLITS, SliceMeta, SliceRecord
+from segdiff_dist.sampling.store import SampleStore
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+
+# Of stored grey values: samples are uint8, a set they were learned from may hold 16 bits.
+_GREY_16_OF_8 = 257
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated slice. `record.meta` is that of the mask's slice where it has one, with what is synthetic put right:
+    modality, intensities, an own case_id, the digest of the model in place of the source file's. `name` holds neither
+    dot nor slash and is unique in the store: it is the key of `record.meta`."""
+
+    name: str
+    record: SliceRecord
+
+
+@dataclass(frozen=True)
+class FinishedSamples:
+    """A sample store of which every image is there, as one modality's or as all."""
+
+    store: SampleStore
+    modality: str | None = None
+
+    @classmethod
+    def of(cls, store: SampleStore, modality: str | None) -> FinishedSamples:
+        """The store's samples; refused: images missing or damaged, or none of the modality."""
+        found = []
+        again = "start the same `segdiff sample` again"
+        if missing := len(store.missing()):
+            found.append(Problem(str(store.path), "samples", f"{missing:,} of {len(store):,} missing", again))
+        if damaged := list(store.damaged()):
+            value = f"{len(damaged)} files are not as they were written, the first: {damaged[0].file}"
+            found.append(Problem(str(store.path), "samples", value, again))
+        samples = cls(store, modality)
+        if not len(samples):
+            remedy = f"choose from {', '.join(sorted(set(store.items['target_modality'].to_pylist())))}"
+            found.append(Problem(str(store.path), "export.modality", f"no image of {modality}", remedy))
+        refuse(found)
+        return samples
+
+    @cached_property
+    def items(self) -> list[dict[str, Any]]:
+        """The items chosen, ordered as shard sets are: by split, case, axis, slice. Their `name` is Sample.name, their
+        `case` CASE_ct_0, CASE_ct_1, ...: one for each image of the same mask and modality."""
+        made: Counter[tuple[str, str]] = Counter()
+        items = []
+        for item in self.store.items.to_pylist():
+            of = (item["key"], item["target_modality"])
+            item["case"] = f"{item['case_id']}_{of[1].lower()}_{made[of]}"
+            item["name"] = f"{item['case']}-{item['axis']}-{item['slice_index']:04d}"
+            made[of] += 1
+            if self.modality in (None, of[1]):
+                items.append(item)
+        return sorted(items, key=lambda i: (SPLITS.index(self._split(i)), i["case"], i["axis"], i["slice_index"]))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples in the order of `items`, read one at a time."""
+        for item in self.items:
+            yield self._sample(item)
+
+    @property
+    def size(self) -> int:
+        """Rows and columns of an image."""
+        return int(self.store.image.shape[-1])
+
+    @cached_property
+    def label_table(self) -> LabelTable:
+        """What the masks' ids mean."""
+        if self._shards is not None:
+            return self._shards.label_table
+        return LABEL_TABLES[self._preprocessing.get("label_set", PrepareConfig.label_set)]
+
+    @property
+    def modalities(self) -> list[str]:
+        """Those of the samples."""
+        return sorted({item["target_modality"] for item in self.items})
+
+    @property
+    def knows_places(self) -> bool:
+        """Whether spacing and place of the slices are known; of a folder of masks they are not kept."""
+        return self._shards is not None
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How the masks' slices were made, with size and depth of the samples."""
+        return self._preprocessing | {"size": self.size, "bits": 8, "soft_edge": False}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What made the images, to be kept beside them."""
+        job = self.store.job
+        names = ("weights_digest", "shards_digest", "masks_digest", "diffusion", "sample", "guidance_segmenter_sha256")
+        return {"synthetic": True, "made_by": "segdiff sample"} | {name: job[name] for name in names if name in job}
+
+    @cached_property
+    def _shards(self) -> ShardSet | None:
+        from data_shards.store.shards import ShardSet
+
+        return ShardSet.open(self.store.job["shards"]) if "shards" in self.store.job else None
+
+    @cached_property
+    def _preprocessing(self) -> dict[str, Any]:
+        index: dict[str, Any] = self.store.job.get("masks_cut_like", {})
+        return dict(index if self._shards is None else self._shards.index["preprocessing"])
+
+    def _split(self, item: dict[str, Any]) -> str:
+        return "train" if self._shards is None else SPLITS[self._shards.split_N[item["row"]]]
+
+    def _sample(self, item: dict[str, Any]) -> Sample:
+        at, target = item["item_id"], item["target_modality"]
+        image_HW, mask_HW = np.asarray(self.store.image[at]), np.asarray(self.store.mask[at])
+        source = None if self._shards is None else self._shards.meta(item["row"])
+        grey = self._grey_map(source, target)
+        made_from = f"{self.store.job['weights_digest']} {at}"
+        changes: dict[str, Any] = {
+            "case_id": item["case"],
+            "modality": target,
+            "intensity_scale": grey.scale,
+            "intensity_offset": grey.offset,
+            "labels_present": tuple(int(i) for i in np.unique(mask_HW) if i),
+            "source_sha256": hashlib.sha256(made_from.encode()).hexdigest(),
+            "bits": 8,
+        }
+        if source is None:
+            place = (item["axis"], item["slice_index"], "train", (1.0, 1.0), tuple(np.eye(4).ravel().tolist()))
+            meta = SliceMeta(
+                item["case"], target, *place, grey.scale, grey.offset, self.label_table.name,
+                changes["labels_present"], True, changes["source_sha256"],
+            )  # fmt: skip
+        else:
+            meta = replace(source, affine=self._cropped(source.affine), **changes)
+        return Sample(item["name"], SliceRecord(image_HW, mask_HW, meta))
+
+    def _cropped(self, affine: tuple[float, ...]) -> tuple[float, ...]:
+        """Of the centre that the model makes, from that of the whole slice."""
+        assert self._shards is not None
+        first = (self._shards.size - self.size) // 2
+        to_whole = np.eye(4)
+        to_whole[:2, 3] = first
+        return tuple((np.array(affine).reshape(4, 4) @ to_whole).ravel().tolist())
+
+    def _grey_map(self, source: SliceMeta | None, target: str) -> GreyMap:
+        """value = grey * scale + offset: the mask's own slice's where the modality is the same; else CT's window, and
+        for MR, which has no unit, the grey value itself."""
+        if source is not None and source.modality == target:
+            step = _GREY_16_OF_8 if source.bits == 16 else 1
+            return GreyMap(source.intensity_scale * step, source.intensity_offset)
+        return grey_map_of(target, self._preprocessing)
+
+
+def grey_map_of(modality: str, preprocessing: dict[str, Any]) -> GreyMap:
+    """What uint8 grey values of generated images mean where no real volume says it: HU by the window that the set was
+    made with, of MR the grey value itself."""
+    if modality == "CT":
+        low, high = preprocessing.get("hu_window", PrepareConfig.hu_window)
+        return GreyMap.between(low, high, 8)
+    return GreyMap(1.0, 0.0)

@@ -1,0 +1,270 @@
+"""A whole volume from a mask volume: cut into slices as `segdiff prepare` does, painted, put back where the mask is.
+
+Dimensions: I, J, K canonical (right, anterior, superior); S slices painted; H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_shards.ingest.archive import read_header
+from data_shards.ingest.body import BodyField, find_body
+from data_shards.ingest.intensity import GreyMap
+from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.ingest.slices import Slice, cut
+from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights, read_labels, read_volume
+from data_shards.labels import UNUSED, LabelTable
+from data_shards.problems import Problem, problem, refuse, saying_when_full
+from segdiff_dist.export.config import VolumeConfig
+from segdiff_dist.export.samples import grey_map_of
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.pipeline import SegGuidedPipeline
+
+# uint8 [S, H, W] images of masks [S, H, W] whose slices have these indices; with one noise for all of them or not.
+Paint = Callable[[np.ndarray, list[int], bool], np.ndarray]
+# Pairs of neighbouring real slices that are enough to say how much they differ.
+_REAL_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where painted slices lie among the stored voxels of a canonical volume, as data_shards' slices say it themselves.
+
+    view: canonical dimension through the slices, down the rows, along the columns. rows, columns: stored index of pixel
+    0, and what a pixel adds to it. through_S: stored index of each slice, rising.
+    """
+
+    view: tuple[int, int, int]
+    rows: tuple[float, float]
+    columns: tuple[float, float]
+    through_S: np.ndarray
+
+    @classmethod
+    def of(cls, volume: Volume, slices: list[Slice], first_pixel: int) -> Place:
+        """Of slices of `volume` that are cropped to the pixels from `first_pixel` on."""
+        from_mm = np.linalg.inv(volume.affine)
+        to_stored = from_mm @ np.array(slices[0].affine).reshape(4, 4)
+        row, column = (int(np.abs(to_stored[:3, c]).argmax()) for c in (0, 1))
+        through = 3 - row - column
+        start = to_stored[:3, 3] + first_pixel * (to_stored[:3, 0] + to_stored[:3, 1])
+        at_S = [(from_mm @ np.array(one.affine).reshape(4, 4))[through, 3] for one in slices]
+        steps = (float(to_stored[row, 0]), float(to_stored[column, 1]))
+        return cls((through, row, column), (start[row], steps[0]), (start[column], steps[1]), np.array(at_S))
+
+    def between(self, plane: int) -> list[tuple[int, float]]:
+        """The slices that show stored plane `plane`, with their weights: the nearest one where slices lie closer than
+        planes, as labels are resampled; else the two that it lies between."""
+        if len(self.through_S) < 2 or self.through_S[1] - self.through_S[0] <= 1.0:
+            return [(int(np.abs(self.through_S - plane).argmin()), 1.0)]
+        above = int(np.searchsorted(self.through_S, plane - 1e-6))
+        if above == 0 or above == len(self.through_S):
+            return [(min(above, len(self.through_S) - 1), 1.0)]
+        low, high = self.through_S[above - 1 : above + 1]
+        share = float((plane - low) / (high - low))
+        return [(above, 1.0)] if share > 1 - 1e-6 else [(above - 1, 1.0 - share), (above, share)]
+
+    def needed(self, num_planes: int) -> list[int]:
+        """The slices that show any plane; the others would be painted for nothing."""
+        return sorted({index for plane in range(num_planes) for index, _ in self.between(plane)})
+
+    def back(self, image_of: dict[int, np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [I, J, K] by linear interpolation, by area where pixels shrink, 0 where no pixel lies; and bool
+        [I, J, K] broadcast, where one does."""
+        through, row, column = self.view
+        size = len(next(iter(image_of.values())))
+        rows, columns = _weights(self.rows, shape[row], size), _weights(self.columns, shape[column], size)
+        planes = np.empty((shape[through], shape[row], shape[column]), np.float32)
+        for k in range(len(planes)):
+            mixed_HW = sum(np.float32(weight) * image_of[index] for index, weight in self.between(k))
+            planes[k] = (columns @ (rows @ mixed_HW).T).T
+        shown = np.outer(np.diff(rows.indptr) > 0, np.diff(columns.indptr) > 0)
+        order = np.argsort(self.view)
+        return planes.transpose(order), np.broadcast_to(shown, planes.shape).transpose(order)
+
+
+@dataclass(frozen=True)
+class VolumeReport:
+    """What was made. `outside`: the share of labelled voxels that the slices do not show. Differences are mean absolute
+    ones between neighbouring slices, in grey values: of some with the noise chosen, of the same ones with the other
+    noise, and of real slices about as far apart; None where there is nothing to measure on. `gap_mm`: how far apart
+    painted and real ones are."""
+
+    num_slices: int
+    outside: float
+    has_body: bool
+    difference: float | None
+    difference_other: float | None
+    difference_real: float | None
+    gap_mm: tuple[float, float]
+
+
+def make_volume(
+    mask_file: Path, out: Path, paint: Paint, size: int, shards: ShardSet, config: VolumeConfig
+) -> VolumeReport:
+    """Write the image of a mask volume to `out`: int16, HU or grey values, with the mask's shape, affine and codes.
+
+    `shards`: the set that the model was trained on, whose slices it saw the central `size` pixels of. Raises
+    InputProblems: an unreadable mask, ids that the set's labels do not have, `out` there already, no volume's name.
+    """
+    refuse(volume_problems(mask_file, out, config))
+    labels = _read_mask(mask_file, shards.label_table)
+    slices = _cut(labels, shards, config)
+    first = (shards.size - size) // 2
+    place, shape = Place.of(labels, slices, first), labels.voxels_IJK.shape
+    needed = place.needed(shape[place.view[0]])
+    window = slice(first, first + size)
+    mask_SHW = np.stack([slices[s].mask_HW[window, window] for s in needed])
+    indices = [slices[s].slice_index for s in needed]
+    image_SHW = paint(mask_SHW, indices, config.noise == "shared")
+    grey_IJK, shown_IJK = place.back(dict(zip(needed, image_SHW, strict=True)), shape)
+    grey = grey_map_of(config.modality, shards.index["preprocessing"])
+    with saying_when_full(out.parent):
+        _save(out, np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16), mask_file)
+    labelled_IJK = labels.voxels_IJK > 0
+    outside = 1.0 - float(shown_IJK[labelled_IJK].mean()) if labelled_IJK.any() else 0.0
+    body_id = shards.label_table.body_id
+    has_body = body_id is None or bool((mask_SHW == body_id).any())
+    probe = _probe(mask_SHW, config.probe_slices)
+    difference: float | None = None
+    other: float | None = None
+    real: float | None = None
+    gap = real_gap = 1
+    if probe is not None:
+        other_SHW = paint(mask_SHW[probe], indices[probe], config.noise != "shared")
+        difference, other = slice_difference(image_SHW[probe]), slice_difference(other_SHW)
+        gap = round(float(np.median(np.diff(indices[probe]))))
+        real, real_gap = real_difference(shards, config.modality, config.axis, gap, size)
+    spacing_mm = shards.index["preprocessing"].get("spacing_mm", PrepareConfig.spacing_mm)
+    gap_mm = (gap * spacing_mm, real_gap * spacing_mm)
+    return VolumeReport(len(needed), outside, has_body, difference, other, real, gap_mm)
+
+
+def painter(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int) -> Paint:
+    """Slice k has the noise of (seed, item k), or all have that of item 0."""
+
+    def paint(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
+        item_ids = [0] * len(indices) if shared else indices
+        return pipeline.paint(mask_SHW, item_ids, config.modality, config.axis, seed, described="volume")
+
+    return paint
+
+
+def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Problem]:
+    """What can be seen before a voxel is read."""
+    found = config.problems()
+    if not mask_file.is_file():
+        found.append(Problem(str(mask_file), "mask", "not found", "give a .nii.gz or .nii volume of label ids"))
+    else:
+        read_header(mask_file, found)
+    if config.body_image is not None and not config.body_image.is_file():
+        found.append(Problem("config", "volume.body_image", str(config.body_image), "not found: give a NIfTI volume"))
+    if not out.name.endswith((".nii.gz", ".nii")):
+        found.append(Problem(str(out), "output", "no NIfTI name", "let it end in .nii.gz or .nii"))
+    if out.exists():
+        found.append(Problem(str(out), "output", "is there already", "remove it, or give another name"))
+    if not out.absolute().parent.is_dir():
+        found.append(Problem(str(out), "output", "its folder does not exist", "make it first"))
+    return found
+
+
+def slice_difference(image_SHW: np.ndarray) -> float:
+    """Mean absolute difference between neighbouring slices, in grey values."""
+    return float(np.abs(np.diff(image_SHW.astype(np.float32), axis=0)).mean())
+
+
+def real_difference(shards: ShardSet, modality: str, axis: str, gap: int, size: int) -> tuple[float | None, int]:
+    """The same of the set's real slices that lie about `gap` slice indices apart, None where it has no such pair; and
+    how far apart they are: a set may hold every n-th slice alone."""
+    rows = shards.select(modalities=[modality], axes=[axis], labelled_only=False)
+    table = shards.samples.select(("case_id", "slice_index")).take(rows).to_pylist()
+    row_at = {(one["case_id"], one["slice_index"]): int(row) for one, row in zip(table, rows, strict=True)}
+    stride = int(shards.index["preprocessing"].get("slice_stride", PrepareConfig.slice_stride))
+    near = max(1, round(gap / stride)) * stride
+    pairs = [(row, row_at[case, k + near]) for (case, k), row in row_at.items() if (case, k + near) in row_at]
+    chosen = pairs[:: max(1, len(pairs) // _REAL_PAIRS)]
+    both = [np.stack([shards.read(row).cropped(size).image_uint8() for row in pair]) for pair in chosen]
+    return (float(np.mean([slice_difference(image_2HW) for image_2HW in both])) if both else None), near
+
+
+def _read_mask(file: Path, table: LabelTable) -> Volume:
+    try:
+        labels = read_labels(file, 256)
+    except UnreadableVolume as error:
+        raise problem(file, "voxels", error.reason, "give whole numbers from 0 to 255, one a voxel") from error
+    known = {i for i, name in enumerate(table.names) if name != UNUSED}
+    unknown = sorted(set(np.unique(labels.voxels_IJK).tolist()) - known)
+    if unknown:
+        raise problem(file, "label ids", unknown, f"no class of {table.name!r}, which the model knows: relabel them")
+    return labels
+
+
+def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig) -> list[Slice]:
+    """Every slice of the mask along the axis, as those of the set were cut."""
+    defaults = PrepareConfig()
+    names = ("size", "spacing_mm", "fit", "mask_resize")
+    how = {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
+    body, body_id = _body(labels, config), shards.label_table.body_id or 0
+    # As the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
+    return list(cut(labels, labels, body, GreyMap(1.0, 0.0), axis=config.axis, slice_stride=1, body_id=body_id, **how))
+
+
+def _body(labels: Volume, config: VolumeConfig) -> BodyField:
+    """Where the patient is, by config.body_image; nowhere without it, so that the mask stays as it is."""
+    if config.body_image is None:
+        return BodyField(np.broadcast_to(np.float32(0), labels.voxels_IJK.shape), np.ones(3))
+    try:
+        image = read_volume(config.body_image)
+    except UnreadableVolume as error:
+        raise problem(config.body_image, "voxels", error.reason, "give the image that the mask was drawn on") from error
+    same = image.voxels_IJK.shape == labels.voxels_IJK.shape and np.allclose(image.affine, labels.affine, atol=1e-3)
+    if not same:
+        remedy = "give the image that the mask was drawn on"
+        raise problem(config.body_image, "shape, affine", "not those of the mask", remedy)
+    return find_body(image, config.modality)
+
+
+def _weights(pixels: tuple[float, float], num_stored: int, size: int) -> scipy.sparse.csr_array:
+    """[num_stored, size]: the pixels that make each stored voxel of a dimension; an empty row where there is none."""
+    start, step = pixels
+    first = 0 if step > 0 else num_stored - 1
+    with np.errstate(invalid="ignore"):  # voxels that no pixel lies near have weights of 0 / 0, which count as none
+        weights = linear_weights(num_stored, size, step=abs(1.0 / step), start=(first - start) / step)
+    return weights if step > 0 else weights[::-1].tocsr()
+
+
+def _probe(mask_SHW: np.ndarray, num: int) -> slice | None:
+    """`num` slices in a row, in the middle of those whose masks show something."""
+    shown = np.flatnonzero(mask_SHW.any(axis=(1, 2)))
+    if num == 0 or len(mask_SHW) < 2:
+        return None
+    middle = int(shown[len(shown) // 2]) if len(shown) else len(mask_SHW) // 2
+    first = max(0, min(middle - num // 2, len(mask_SHW) - num))
+    return slice(first, first + num)
+
+
+def _save(out: Path, values_IJK: np.ndarray, mask_file: Path) -> None:
+    """In the mask's own orientation, written beside and renamed."""
+    import nibabel as nib
+    from nibabel import orientations
+
+    mask = nib.load(mask_file)
+    own = orientations.io_orientation(mask.affine)
+    canonical = np.stack((np.arange(3), np.ones(3)), axis=1)
+    values = orientations.apply_orientation(values_IJK, orientations.ornt_transform(canonical, own))
+    image = nib.Nifti1Image(values, mask.affine)
+    image.header.set_xyzt_units("mm")
+    for name in ("qform", "sform"):
+        code = int(mask.header[f"{name}_code"]) or 1
+        getattr(image, f"set_{name}")(mask.affine, code)
+    unfinished = out.with_name(f".unfinished.{out.name}")
+    nib.save(image, unfinished)
+    unfinished.rename(out)

@@ -1,0 +1,271 @@
+"""A trained model in five lines of anybody's code: a mask in, an image out.
+
+    FOLDER/model_index.json           diffusers' list of what lies below
+    FOLDER/unet/                      the UNet2DModel; beside its files, what joins the mask to its input
+    FOLDER/scheduler/                 the DDIMScheduler whose alphas_cumprod it was trained with
+    FOLDER/segdiff.json               schedule and sampler settings
+    FOLDER/README.md                  the model card
+
+Dimensions: B batch, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from data_shards.labels import UNUSED
+from data_shards.problems import Problem, problem, refuse
+from data_shards.records import AXES, MODALITIES
+from segdiff_dist.config import write_text_atomically
+from segdiff_dist.denoising.conditioning import Conditions, class_ids
+from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler
+from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.ranks.distributed import pick_device
+from segdiff_dist.sampling.config import LEAST_BATCH
+from segdiff_dist.sampling.worker import batch_size_for, generate, memory_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from data_shards.store.shards import ShardSet
+
+# More at once is not faster.
+_MOST_AT_ONCE = 16
+_UNET, _SCHEDULER, _ABOUT = "unet", "scheduler", "segdiff.json"
+
+
+@dataclass(frozen=True)
+class SegGuidedPipeline:
+    """Masks to images by one model. `from_pretrained` reads what `segdiff export --format pipeline` wrote."""
+
+    model: Denoiser
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    device: torch.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        precision: Literal["bf16", "fp32"] = "fp32",
+    ) -> SegGuidedPipeline:
+        """The pipeline in `folder`; `precision`: of the network. Raises InputProblems where it is none."""
+        folder = Path(folder)
+        if not (folder / _ABOUT).is_file():
+            remedy = "give what `segdiff export --run RUN --format pipeline OUT` wrote"
+            raise problem(folder, "pipeline", f"no {_ABOUT}", remedy)
+        about = json.loads((folder / _ABOUT).read_text())
+        diffusion, sampler = DiffusionConfig(**about["diffusion"]), SamplerConfig(**about["sampler"])
+        return cls.from_weights(folder / _UNET, diffusion, sampler, device=device, precision=precision)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Path,
+        diffusion: DiffusionConfig,
+        sampler: SamplerConfig,
+        *,
+        device: Literal["auto", "cpu", "cuda"],
+        precision: Literal["bf16", "fp32"],
+    ) -> SegGuidedPipeline:
+        """The model in a folder under RUN/weights. `diffusion` counts where the weights do not say theirs. Segmenter
+        guidance is left out. Raises InputProblems, also where the sampler does not go with how the net was trained."""
+        chosen = pick_device(device)
+        model = Denoiser.load(weights).prepare_for(chosen)
+        process, own = _trained_process(weights, diffusion), _without_segmenter(sampler)
+        refuse(own.problems(process))
+        return cls(model.to(torch.bfloat16) if precision == "bf16" else model, process, own, chosen)
+
+    def __call__(
+        self,
+        mask: Any,
+        modality: str = "MR",
+        *,
+        axis: str = "axial",
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        first_item: int = 0,
+    ) -> Image | list[Image]:
+        """8-bit grey PIL images: one of a mask [H, W], a list of masks [B, H, W].
+
+        `mask`: label ids of `labels`, any integer array or a PIL image, of `size` pixels, shown as docs/data.md says.
+        Image b has the noise of (seed, first_item + b): at the same precision, those of `segdiff sample` for that item.
+        num_inference_steps: null is the exported sampler's. Raises InputProblems.
+        """
+        from PIL import Image
+
+        mask_BHW, alone = self._checked(np.asarray(mask), modality, axis)
+        sampler = replace(self.sampler, num_steps=num_inference_steps or self.sampler.num_steps)
+        refuse(sampler.problems(self.diffusion))
+        item_ids = list(range(first_item, first_item + len(mask_BHW)))
+        made_BHW = replace(self, sampler=sampler).paint(mask_BHW, item_ids, modality, axis, seed)
+        images = [Image.fromarray(image_HW) for image_HW in made_BHW]
+        return images[0] if alone else images
+
+    @torch.inference_mode()
+    def paint(
+        self,
+        mask_BHW: np.ndarray,
+        item_ids: list[int],
+        modality: str,
+        axis: str,
+        seed: int,
+        described: str | None = None,
+    ) -> np.ndarray:
+        """uint8 [B, H, W] of masks that were checked, with the noise of (seed, item id) each, as many at once as fit;
+        `described`: what a progress bar says, where one is wanted."""
+        from tqdm import tqdm
+
+        passes = 1 if self.sampler.guidance == 1.0 else 2
+        room = memory_bytes(self.device.type) // (1 if self.device.type == "cuda" else os.cpu_count() or 1)
+        num = batch_size_for(self.model.config, self.size, passes, room, _MOST_AT_ONCE)
+        class_id = class_ids(torch.tensor(MODALITIES.index(modality)), torch.tensor(AXES.index(axis)))
+        image_BHW = np.empty_like(mask_BHW)
+        with tqdm(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
+            for at in range(0, len(mask_BHW), num):
+                rows = list(range(at, min(at + num, len(mask_BHW))))
+                # Filled up as sampling does, so that one image is rounded as it is among many.
+                filled = rows + rows[:1] * (LEAST_BATCH - len(rows))
+                told = torch.from_numpy(mask_BHW[filled]).to(self.device)
+                conditions = Conditions(told, class_id.expand(len(filled)).to(self.device))
+                items = [{"item_id": item_ids[row]} for row in filled]
+                made_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, seed)
+                image_BHW[rows] = made_BHW[: len(rows)]
+                bar.update(len(rows))
+        return image_BHW
+
+    def size_with(self, shards: ShardSet) -> int:
+        """`size`. Raises InputProblems where the set's slices are not what the model was trained on."""
+        table = self.model.label_table
+        if table == shards.label_table and self.size <= shards.size:
+            return self.size
+        value = f"{shards.label_table.name!r} at {shards.size} pixels"
+        remedy = f"the model was trained on {table.name!r} at {self.size}: give that set"
+        raise problem(shards.root, "label set, size", value, remedy)
+
+    @property
+    def size(self) -> int:
+        """Rows and columns of masks and images."""
+        return self.model.size
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """What the ids in a mask mean."""
+        return {i: name for i, name in enumerate(self.model.label_table.names) if name != UNUSED}
+
+    def _checked(self, mask: np.ndarray, modality: str, axis: str) -> tuple[np.ndarray, bool]:
+        """uint8 [B, H, W] and whether it was one mask."""
+        found = []
+
+        def check(field: str, good: bool, value: object, remedy: str) -> None:
+            if not good:
+                found.append(Problem("pipeline", field, str(value), remedy))
+
+        check("modality", modality in MODALITIES, modality, f"give one of {', '.join(MODALITIES)}")
+        check("axis", axis in AXES, axis, f"give one of {', '.join(AXES)}")
+        fits = mask.ndim in (2, 3) and mask.size > 0 and mask.shape[-2:] == (self.size, self.size)
+        check("mask", fits, f"shape {mask.shape}", f"give [H, W] or [B, H, W] of {self.size} x {self.size} pixels")
+        whole = mask.dtype.kind in "bui"
+        check("mask", whole, f"dtype {mask.dtype}", "give whole numbers, the label ids")
+        unknown = sorted(set(np.unique(mask).tolist()) - set(self.labels)) if whole else []
+        check("mask", not unknown, f"label ids {unknown}", f"use those of {self.model.label_table.name!r}: .labels")
+        refuse(found)
+        return mask.astype(np.uint8).reshape(-1, self.size, self.size), mask.ndim == 2
+
+
+def pipeline_problems(weights: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> list[Problem]:
+    """Why `sampler` does not go with how the net in `weights` was trained."""
+    return _without_segmenter(sampler).problems(_trained_process(weights, diffusion))
+
+
+def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
+    """Write the model in `weights` (a folder under RUN/weights) as a pipeline into the existing `folder`.
+
+    `diffusion` counts where the weights do not say theirs. Segmenter guidance stays behind: its segmenter does.
+    """
+    import diffusers
+
+    shutil.copytree(weights, folder / _UNET)
+    about = json.loads((weights / _ABOUT).read_text())
+    process, own = _trained_process(weights, diffusion), _without_segmenter(sampler.resolved())
+    make_scheduler(process).save_pretrained(folder / _SCHEDULER)
+    content = {"diffusion": process.process, "sampler": asdict(own)}
+    index = {
+        "_class_name": "SegGuidedPipeline",
+        "_diffusers_version": diffusers.__version__,
+        _UNET: ["diffusers", "UNet2DModel"],
+        _SCHEDULER: ["diffusers", "DDIMScheduler"],
+    }
+    write_text_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    write_text_atomically(folder / _ABOUT, json.dumps(content, indent=2) + "\n")
+    write_text_atomically(folder / "README.md", _card(about, process.process, own))
+
+
+def _trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConfig:
+    """What sampling must know of the process that the net was trained on."""
+    said = json.loads((weights / _ABOUT).read_text()).get("diffusion", {})
+    return DiffusionConfig(**{name: said.get(name, value) for name, value in otherwise.process.items()})
+
+
+def _without_segmenter(sampler: SamplerConfig) -> SamplerConfig:
+    return replace(sampler, segmenter_guidance=0.0, guidance_segmenter=None)
+
+
+def _card(about: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig) -> str:
+    """The model card, in the form of Hugging Face's (Mitchell et al. 2019)."""
+    size, table, net = about["size"], about["label_table"], about["denoiser"]
+    classes = "\n".join(f"| {i} | {name} |" for i, name in enumerate(table["names"]) if name != UNUSED)
+    told = "mask, modality and axis" if net["class_conditioning"] else "the mask alone: modality and axis are ignored"
+    return f"""---
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [medical, ct, mr, segmentation-guided-diffusion, segdiff]
+---
+
+# Segmentation-guided diffusion, {size} x {size}
+
+Paints the abdominal CT or MR slice that belongs to a label mask. It is told {told}.
+
+```python
+import numpy as np
+from segdiff_dist.pipeline import SegGuidedPipeline
+
+pipeline = SegGuidedPipeline.from_pretrained("this/folder")
+mask = np.load("mask.npy")  # uint8 [{size}, {size}], ids as below
+pipeline(mask, modality="MR").save("image.png")
+```
+
+The network alone, without segdiff: `diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input
+is the noised image with the encoded mask ({net["mask_encoding"]}, {net["conditioning"]}).
+
+## How it is sampled
+
+{sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}; the net predicts {process["prediction_type"]}
+on a {process["beta_schedule"]} schedule of {process["num_train_timesteps"]} timesteps
+({"with" if process["zero_terminal_snr"] else "without"} zero terminal SNR).
+
+## Masks
+
+Label set `{table["name"]}`. Masks are shown the radiological way (the patient's right on the left), cut as the training
+slices were.
+
+| id | class |
+| --- | --- |
+{classes}
+
+## Limits
+
+Images are synthetic. They are for research on methods, not for diagnosis, and may show anatomy that no patient has.
+Training images may be remembered: look at the memorisation check of `segdiff evaluate` before images are given away.
+The licence and the terms of the training data hold for this model too; neither is known to the program that wrote this.
+"""

@@ -1,0 +1,175 @@
+"""What reproducing the table takes: counts from the archive's headers, time and disk. Predicted, not measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from data_shards.ingest import archive
+from data_shards.ingest.volumes import num_resampled
+from data_shards.labels import LABEL_TABLES
+from data_shards.problems import Problem
+from segdiff_dist.denoising.samplers import num_evaluations
+from segdiff_dist.experiment import Experiment
+from segdiff_dist.ranks import scale
+from segdiff_dist.reproduce.settings import COLUMN_NAMES, Experiments, Table1Settings
+from segdiff_dist.reproduce.table import TITLES
+from segdiff_dist.training.config import TrainConfig
+
+# Tensor cores of an H200 do TF32 at half the rate of bf16 (data sheet: 494.5 and 989.5 TFLOP/s).
+_TF32 = replace(scale.INFINIBAND, flops=scale.INFINIBAND.flops / 2)
+# fp32 sampling uses none of them (sampling/worker.py): 67 TFLOP/s on the data sheet.
+_FP32 = replace(scale.INFINIBAND, flops=67e12)
+# Below this a step is bound by launching kernels and reading data, of which the model of docs/scale.md knows nothing.
+_SMALLEST_FLOP = 1e11
+# Canonical dimension that runs through an axis' slices (data_shards.ingest.slices).
+_THROUGH = {"sagittal": 0, "coronal": 1, "axial": 2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage. seconds: None where no model tells; bytes: what it leaves on the disk, at most."""
+
+    name: str
+    what: str
+    seconds: float | None
+    num_bytes: float
+
+
+def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
+    """Every step of the reproduction in order, as on `settings.gpus` H200. Reads headers, makes nothing."""
+    num_volumes, num_slices = _counts(experiments.prepare)
+    judge, config = experiments.segmenter, experiments.prepare.prepare
+    sides = (1 + config.bits // 8) * config.size**2
+    found = [
+        Step("prepare", f"{num_slices:,} slices of {num_volumes} volumes", None, num_slices * sides),
+        _training("train-segmenter", _segmenter_network(judge), judge.segmenter.train, settings.gpus),
+    ]
+    for name in (n for n in COLUMN_NAMES if n in experiments.columns):
+        column, title = experiments.columns[name], TITLES[name]
+        network = _denoiser_network(column)
+        num = _num_images(column)
+        passes = num_evaluations(column.sample.sampler, column.diffusion)
+        machine = _FP32 if column.sample.precision == "fp32" else scale.INFINIBAND
+        # A forward pass is a third of a training step's work.
+        work_s = num * passes * network.flop_per_image / 3 / (machine.flops * machine.mfu * settings.gpus)
+        sample_s = work_s if network.flop_per_image >= _SMALLEST_FLOP else None
+        split = column.sample.split
+        told = f"at most {num:,} images, {passes} passes each, masks of split {split}"
+        found += [
+            _training(f"{title}: train", network, column.train, settings.gpus),
+            Step(f"{title}: sample", told, sample_s, num * 2 * config.size**2),
+            Step(f"{title}: evaluate", "metrics, figures, report", None, num * 2 * config.size**2),
+        ]
+    return found
+
+
+def describe(found: list[Step], settings: Table1Settings) -> str:
+    """The steps as a table, and their sum, for a person."""
+    rows = [(step.name, step.what, _duration(step.seconds), _size(step.num_bytes)) for step in found]
+    known = sum(step.seconds for step in found if step.seconds is not None)
+    rows.append(("in all", "", _duration(known), _size(sum(step.num_bytes for step in found))))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    plural = "s" if settings.gpus > 1 else ""
+    basis = f"Time is predicted for {settings.gpus} H200{plural} (docs/scale.md), one step after the other; - where"
+    return "\n".join([*lines, f"{basis} that model says nothing. Bytes are at most."])
+
+
+def _counts(experiment: Experiment) -> tuple[int, int]:
+    """Volumes of the archive that are cut, and their slices along all axes: from the headers."""
+    import nibabel as nib
+
+    config = experiment.prepare
+    found: list[Problem] = []
+    num_volumes = num_slices = 0
+    for case in archive.read_archive(experiment.path("amos_root"), config.modalities):
+        header = archive.read_header(case.image, found)
+        if header is None:
+            continue
+        num_volumes += 1
+        shape, affine = header
+        codes = nib.orientations.io_orientation(affine)[:, 0].astype(int)
+        spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+        for axis in config.axes:
+            stored = int(np.flatnonzero(codes == _THROUGH[axis])[0])
+            num = num_resampled(shape[stored], config.spacing_mm / float(spacing_mm[stored]))
+            num_slices += len(range(config.slice_stride // 2, num, config.slice_stride))
+    return num_volumes, num_slices
+
+
+def _training(name: str, network: scale.Network, train: TrainConfig, gpus: int) -> Step:
+    micro = train.global_batch_size // gpus if train.micro_batch_size == "auto" else train.micro_batch_size
+    machine = scale.INFINIBAND if train.precision == "bf16" else _TF32
+    plan = scale.Plan(gpus, train.global_batch_size, micro, train.zero_stage)
+    seconds = None
+    if network.flop_per_image >= _SMALLEST_FLOP:
+        seconds = train.num_images / scale.images_per_s(network, machine, plan)
+    # fp32 weights, two moments and the averages; one checkpoint more while the oldest is not yet gone.
+    state = network.parameters * 4 * (3 + network.averages)
+    exported = network.parameters * 4 * (1 + network.averages)
+    told = f"{train.num_images:,} images, batch {train.global_batch_size}, {train.precision}"
+    return Step(name, told, seconds, state * (train.keep_checkpoints + 1) + exported)
+
+
+def _num_images(column: Experiment) -> int:
+    """Of a sample job, where the split has masks enough; 0 stands for `all of them`, which headers do not tell."""
+    sample, num = column.sample, column.sample.num or 0
+    diverse = num if sample.diverse_masks is None else min(sample.diverse_masks, num)
+    return num + diverse * (sample.samples_per_mask - 1)
+
+
+def _denoiser_network(column: Experiment) -> scale.Network:
+    """The column's net as the scaling model sees it: built without memory, its FLOPs counted."""
+    import torch
+
+    from segdiff_dist.denoising.denoiser import Denoiser
+
+    size = column.loader.crop_size or column.prepare.size
+    with torch.device("meta"):
+        model = Denoiser(column.denoiser, LABEL_TABLES[column.prepare.label_set], size)
+        x_t_BCHW, mask_BHW = torch.zeros(1, 1, size, size), torch.zeros(1, size, size, dtype=torch.uint8)
+        zero_B = torch.zeros(1, dtype=torch.int64)
+    return _network(column, column.train, model, x_t_BCHW, zero_B, mask_BHW, zero_B)
+
+
+def _segmenter_network(judge: Experiment) -> scale.Network:
+    import torch
+
+    from segdiff_dist.segmentation import SegmenterNet
+
+    size = judge.loader.crop_size or judge.prepare.size
+    with torch.device("meta"):
+        model = SegmenterNet(judge.segmenter, LABEL_TABLES[judge.prepare.label_set].num_classes)
+        image_BHW, zero_B = torch.zeros(1, size, size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    return _network(judge, judge.segmenter.train, model, image_BHW, zero_B)
+
+
+def _network(experiment: Experiment, train: TrainConfig, model: Any, *inputs: Any) -> scale.Network:
+    from segdiff_dist.training.throughput import count_flops
+
+    return scale.Network(
+        parameters=sum(p.numel() for p in model.parameters()),
+        flop_per_image=count_flops(model, *inputs),
+        averages=len(train.ema_lengths),
+        bytes_per_image=(1 + experiment.prepare.bits // 8) * experiment.prepare.size**2,
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{math.ceil(seconds)} s"
+
+
+def _size(num_bytes: float) -> str:
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
