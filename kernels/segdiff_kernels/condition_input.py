@@ -67,7 +67,8 @@ def condition_input(
 
     image uint8 or uint16, mask uint8, position int64, alphas_cumprod float32, flip uint8 (not 0 mirrors left and
     right). Noise is philox.normal(seed, STREAM_NOISE, position, (1, H, W)) from the same bits; its float32 value may
-    differ by rounding (4e-6). The timestep is philox.timesteps' unless given; one outside [0, T) counts as the nearest.
+    differ by rounding (4e-6, and more where it is near 0). The timestep is philox.timesteps' unless given; one outside
+    [0, T) counts as the nearest.
 
     onehot         C = 1 + num_classes; ids from num_classes on (255: a mask not shown) are 0 in every channel
     scalar_255     C = 2, id / 255; scalar_signed 2 id / 255 - 1

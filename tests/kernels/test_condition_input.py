@@ -90,8 +90,11 @@ def test_the_noise_is_drawn_from_the_same_bits() -> None:
     unit = (words >> 8).double() * 2.0**-24 + 2.0**-25
     radius, angle = torch.sqrt(-2.0 * torch.log(unit[..., 0])), 2.0 * torch.pi * unit[..., 1]
     exact = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).view(2, 1, 64, 33)
+    # Near 1 the uniform draw is rounded to float32 by up to 2^-25, in torch too; the radius has 1 / radius of that.
+    rounding = 2.0**-25 / radius.clamp(min=2.0**-12)
+    allowed = NOISE_TOLERANCE + torch.stack((rounding, rounding), dim=-1).view(2, 1, 64, 33)
     for tensor in (found.target_B1HW, found.input_BCHW):
-        assert (tensor.double() - exact).abs().max() < NOISE_TOLERANCE
+        assert ((tensor.double() - exact).abs() < allowed).all()
     assert torch.equal(found.target_B1HW, found.input_BCHW)
 
 
