@@ -19,8 +19,8 @@ from _recipes_runs import (
     Run,
     Scale,
     paper,
-    speeds,
 )
+from _recipes_speeds import speeds
 from _recipes_verdict import choose, over_seeds, verdict
 
 # The paper's candidates are judged on it.

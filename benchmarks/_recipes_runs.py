@@ -2,7 +2,6 @@
 
     OUT/DATA/shards, shards_without_body      the slices; the same with masks that do not say where the patient ends
     OUT/DATA/judge                            the segmenter's run
-    OUT/DATA/speeds.json                      images a second of both recipes, in turns
     OUT/DATA/runs/RECIPE-SEED/config.yaml     a run's settings, for `segdiff train`
                               weights/IMAGES/AVERAGE    its weights at some points of its training
                               seconds.json              how long its steps took up to these points
@@ -17,7 +16,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -37,8 +35,6 @@ POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 AVERAGE, ONLINE = "ema_0.05", "online"
 # The comparison's clock: whatever is asked to stop by then stops where it can go on.
 NEVER = float("inf")
-# How often, and for how many images, each recipe's speed is measured.
-_TURNS, _TURN_IMAGES = 3, 320
 
 
 @dataclass(frozen=True)
@@ -248,24 +244,6 @@ def train(run: Run, scale: Scale, deadline: float = NEVER) -> bool:
     write_text_atomically(run.folder / "seconds.json", json.dumps(seconds) + "\n")
     shutil.rmtree(run.folder / "run" / "checkpoints")
     return True
-
-
-def speeds(data: Path, recipes: Mapping[str, Recipe], scale: Scale, deadline: float = NEVER) -> dict[str, float] | None:
-    """Images a second of the recipes' training steps, one run at a time and in turns, the median of three; None where
-    time ran out. The comparison's own runs stand side by side and take turns with whatever else the machine does."""
-    file = data / "speeds.json"
-    if not file.is_file():
-        rates: dict[str, list[float]] = {name: [] for name in recipes}
-        for turn in range(_TURNS):
-            for name, recipe in recipes.items():
-                # Its schedule does not change what a step costs.
-                run = Run(data, replace(recipe, name=f"speed-{name}", share=_TURN_IMAGES / scale.num_images), turn)
-                if not train(run, scale, deadline):
-                    return None
-                images, seconds = list(run.seconds().items())[-1]
-                rates[name].append(images / seconds)
-        write_text_atomically(file, json.dumps({name: statistics.median(r) for name, r in rates.items()}) + "\n")
-    return json.loads(file.read_text())
 
 
 def seconds_at(log: Path, points: tuple[int, ...]) -> dict[int, float]:

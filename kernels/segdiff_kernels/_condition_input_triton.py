@@ -81,6 +81,7 @@ def condition_input_kernel(  # type: ignore[no-untyped-def]
     CHANNEL_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Everything of BLOCK pixels of a sample: window, noise, x_t, target, the mask's channels, in that order."""
     sample = tl.program_id(1).to(tl.int64)
     num_pixels = height * width
     stored_pixels = stored_height * stored_width

@@ -78,6 +78,7 @@ def label_conv_in_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
+    """out [B, HW, O]; a program for BLOCK_P pixels of a sample and BLOCK_O output channels."""
     sample = tl.program_id(1).to(tl.int64)
     num_pixels = height * width
     first = tl.program_id(0) * BLOCK_P
@@ -171,6 +172,7 @@ def label_conv_in_weight_gradient_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    """Partial sums [splits, 9, rows, O] of dout times [x ; one-hot ; 1]."""
     # A program has one row of taps. The other two rows' programs run beside it and find the gradients in the L2 cache.
     tap = 3 * tl.program_id(0)
     split = tl.program_id(1)
@@ -210,6 +212,7 @@ def label_conv_in_weight_gradient_kernel(  # type: ignore[no-untyped-def]
 def label_conv_in_input_gradient_kernel(  # type: ignore[no-untyped-def]
     dx_ptr, dout_ptr, table_ptr, height, width, out_channels, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr
 ):
+    """dx [B, HW], the sum over taps and output channels; a program for BLOCK_P pixels of a sample."""
     sample = tl.program_id(1).to(tl.int64)
     num_pixels = height * width
     first = tl.program_id(0) * BLOCK_P

@@ -89,6 +89,7 @@ class UNet2DModel(diffusers.UNet2DModel):
         return_dict: bool = True,
         **labels: Any,
     ) -> Any:
+        """As diffusers', but for `labels`: the mask, where conv_in reads it (see fuse)."""
         emb_NE = self.time_embedding(self.time_proj(timestep.expand(sample.shape[0])).to(self.dtype))
         if self.class_embedding is not None:
             emb_NE = emb_NE + self.class_embedding(class_labels).to(self.dtype)
@@ -127,6 +128,7 @@ def _shifts(resnets: list[Any], emb_NE: Tensor) -> list[Tensor]:
 
 class _DownBlock(blocks.DownBlock2D):
     def forward(self, stream: Stream, shifts: list[Tensor]) -> tuple[Stream, list[Stream]]:
+        """What leaves the block, and what its resnets and its downsampling leave for the up blocks."""
         outputs = []
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         for resnet, attention, shift_NC in zip(self.resnets, attentions, shifts, strict=True):
@@ -176,6 +178,7 @@ def _run(block: Any, resnet: nn.Module, *inputs: Any) -> Stream:
 
 class _Resnet(ResnetBlock2D):
     def forward(self, stream: Stream, shift_NC: Tensor, skip: Stream | None = None) -> Stream:
+        """The resnet of the stream, or of stream and skip as if they were concatenated."""
         # The inputs come back from the norm, so that what the shortcut's gradient adds to theirs is added there.
         y_NCHW, *inputs = self.norm1(stream, skip, fork=True)
         y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), shift_NC=shift_NC)
