@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _results import write
+from _harness import write
 
 from segdiff_dist.denoising.denoiser import DenoiserConfig
 
@@ -130,7 +130,7 @@ class Session:
     def save(self, *, quiet: bool = True) -> None:
         """Bring the results file up to date."""
         self.told["verdicts"] = [vars(verdict) | {"reached": verdict.reached} for verdict in self.verdicts]
-        write(self.args, self.told, quiet=quiet)
+        write(self.args.json, self.told, quiet=quiet)
 
     def judge(self, name: str, value: float, target: float, *, is_limit: bool = False) -> None:
         """Set a figure against its target; a dry run's says nothing and is left out."""

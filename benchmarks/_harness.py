@@ -110,35 +110,55 @@ def report(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the table and write args.json. `notes`: whatever else was measured or chosen, by name."""
-    machine, built_with, source = hardware(), versions(), commit()
-    print(f"\n{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, GPU {machine['gpu'] or 'none'}")
-    print(", ".join(f"{name} {version}" for name, version in built_with.items()))
-    print(f"commit {source['revision']}{' with uncommitted changes' if source['dirty'] else ''}\n")
+    told = stamp(args)
+    print(f"\n{headline(told)}\n")
     print(f"{unit:<48} {'median':>12} {'min':>12} {'max':>12}")
     for name, spread in rates.items():
-        told = [_rate(value) for value in (spread.median, min(spread.rounds), max(spread.rounds))]
-        print(f"{name:<48} {told[0]:>12} {told[1]:>12} {told[2]:>12}")
+        median, low, high = (_rate(value) for value in (spread.median, min(spread.rounds), max(spread.rounds)))
+        print(f"{name:<48} {median:>12} {low:>12} {high:>12}")
     print()
     for ratio in ratios:
         print(ratio)
     for name, value in (notes or {}).items():
         print(f"{name}: {value}")
-    if args.json is None:
-        return
-    told = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": machine,
-        "versions": built_with,
-        "commit": source,
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+    told |= {
         "unit": unit,
         "rows": [{"name": name, **spread.to_json()} for name, spread in rates.items()],
         "ratios": [{"name": r.name, "against": r.against, "target": r.target, **r.spread.to_json()} for r in ratios],
         "notes": dict(notes or {}),
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
-    print(f"written to {args.json}")
+    write(args.json, told)
+
+
+def stamp(args: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, Any]:
+    """When, on what, with which versions and arguments, at which commit. Arguments `without` are a machine's own."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit(),
+        "arguments": {k: str(value) for k, value in vars(args).items() if k != "json" and k not in without},
+    }
+
+
+def headline(told: Mapping[str, Any]) -> str:
+    """The stamp in three lines."""
+    machine, source = told["hardware"], told["commit"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, GPU {machine['gpu'] or 'none'}\n"
+        f"{', '.join(f'{name} {version}' for name, version in told['versions'].items())}\n"
+        f"commit {source['revision']}{' with uncommitted changes' if source['dirty'] else ''}"
+    )
+
+
+def write(file: Path | None, told: Mapping[str, Any], *, quiet: bool = False) -> None:
+    """Write `told` where that was asked for, and unless quiet say so."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+    if not quiet:
+        print(f"written to {file}")
 
 
 def hardware() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _figure_style import STYLE
 
 _LABELS = {
     "dice": "Dice of mask and generated image",
@@ -14,17 +15,6 @@ _LABELS = {
     "psnr_db": "PSNR, dB",
 }
 _COLOURS = {"paper": "#b7791f", "ours": "#0e7c86"}
-_STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
-    "legend.frameon": False,
-}
 _NUM_MASKS = 6
 
 
@@ -38,7 +28,7 @@ def draw_curves(result: Mapping[str, Any], title: str, file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         canvas, axes = plt.subplots(2, len(_LABELS), figsize=(11, 6.2), sharey="col", layout="constrained")
         for row, by in enumerate(("images", "seconds")):
             for axis, (metric, label) in zip(axes[row], _LABELS.items(), strict=True):

@@ -6,19 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _figure_style import STYLE
+
 _NAMES = {"ddim": "DDIM", "dpm_solver_pp_2m": "DPM-Solver++(2M)", "unipc": "UniPC", "heun": "Heun"}
 _COLOURS = {"ddim": "#b7791f", "dpm_solver_pp_2m": "#0e7c86", "unipc": "#6b46c1", "heun": "#c53030"}
-_STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
-    "legend.frameon": False,
-}
 
 
 def draw(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float], title: str, file: Path) -> None:
@@ -28,7 +19,7 @@ def draw(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float], title: 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         canvas, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
         for axis, metric, label in (
             (axes[0], "dice", "Dice of mask and generated image (higher is better)"),

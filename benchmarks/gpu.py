@@ -31,7 +31,7 @@ from _gpu_kernels import ceilings, kernels, norms, parity, unet_parity
 from _gpu_sampling import attention, sampling
 from _gpu_session import REAL, TOY, Session, Verdict
 from _gpu_training import training_steps
-from _results import headline, stamp
+from _harness import headline, stamp
 
 # By name what runs, and the seconds that it needs at least; in the order of what is worth most.
 Parts = dict[str, tuple[Callable[[Session], Any], float]]

@@ -23,11 +23,10 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from _harness import commit, hardware, versions
+from _harness import stamp, write
 from _recipes_comparison import Comparison, Work
 from _recipes_figure import draw_curves, draw_gallery
 from _recipes_measure import Judged, measure
@@ -189,7 +188,7 @@ def main() -> int:
         result = results[name] = comparison.result(rates)
         print_result(name, result)
         draw(comparison, result, name, file)
-        write(args, scale, results, file)
+        write_results(args, scale, results, file)
     return 0
 
 
@@ -216,20 +215,10 @@ def draw(comparison: Comparison, result: dict[str, Any], name: str, beside: Path
     draw_gallery(comparison.gallery(), beside.with_name(f"{beside.stem}-{name}-gallery.png"), num_labels)
 
 
-def write(args: argparse.Namespace, scale: Scale, results: dict[str, Any], file: Path) -> None:
+def write_results(args: argparse.Namespace, scale: Scale, results: dict[str, Any], file: Path) -> None:
     """The JSON file: what was measured, on what."""
-    content = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "arguments": {name: str(value) for name, value in vars(args).items() if name not in ("archive", "out", "json")},
-        "scale": describe(scale, samplers(scale)),
-        "results": results,
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {file}")
+    told = stamp(args, without=("archive", "out")) | {"scale": describe(scale, samplers(scale)), "results": results}
+    write(file, told)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Contender, arguments, compare, measure
-from _results import headline, stamp, write
+from _harness import Contender, arguments, compare, headline, measure, stamp, write
 from _samplers_figure import draw
 from _samplers_measure import Judge, Judged
 
@@ -162,7 +161,7 @@ def main() -> int:
         repeated = f", {noises} times" if noises > 1 else ""
         title = f"{judge.about['num_masks']} held-out masks{repeated}; dashed: as good as 50 DDIM steps"
         draw(rows, limits, title, args.figure)
-    write(args, result)
+    write(args.json, result)
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _results import headline, stamp, write
+from _harness import headline, stamp, write
 from _step_budget import PRODUCTS, Budget, Tally, count, per_image
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def main() -> None:
         reached = "reached" if share <= TARGETS[name] else "NOT reached"
         rows = told["shares"]["eager, rows"][name]
         print(f"{name}: {share:.2f} of eager channels-last, target {TARGETS[name]:.2f}: {reached}; {rows:.2f} of rows")
-    write(args, told)
+    write(args.json, told)
 
 
 def _on_meta(config: DenoiserConfig, size: int) -> Denoiser:

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _results import headline, stamp, write
+from _harness import headline, stamp, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Channels and sides of the feature maps that the paper's UNet normalises at 256x256, the skip connections joined: its
@@ -77,7 +77,7 @@ def main(description: str | None, real: Cases, toy: Cases) -> None:
         for case in toy():
             told["agreement"][case.name] = error = disagreement(case)
             print(f"{case.name:<60} contenders differ by {error:.1e} of the largest value at most")
-    write(args, told)
+    write(args.json, told)
 
 
 def cases_of(script: Path) -> tuple[Cases, Cases]:
