@@ -122,6 +122,10 @@ class Denoiser(nn.Module):
             self.reads_labels = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
             self.is_fused = True
             fuse(self.unet, reads_labels=self.reads_labels)
+        elif device.type == "cpu":
+            from segdiff_dist.denoising.cpu_unet import suit_cpu
+
+            suit_cpu(self.unet)
         return self.to(device)
 
     def conditions_of(self, batch: Batch) -> Conditions:
@@ -143,8 +147,7 @@ class Denoiser(nn.Module):
         if self.reads_labels:
             return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
         x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
-        if self.is_fused or not _prefers_rows(x_BCHW.device, dtype):
-            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         return self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
 
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
@@ -201,10 +204,3 @@ def choose_kernels(requested: Kernels, device: torch.device) -> Literal["triton"
     if reason is not None and requested == "triton":
         raise problem("config", "denoiser.kernels", "triton", f"{reason}; use auto or torch")
     return "triton" if reason is None else "torch"
-
-
-def _prefers_rows(device: torch.device, dtype: torch.dtype) -> bool:
-    """On a CPU the backward pass of GroupNorm in bf16 takes 15 times as long over channels-last as over rows."""
-    if device.type != "cpu" or not torch.is_grad_enabled():
-        return False
-    return dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")

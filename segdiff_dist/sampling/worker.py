@@ -18,6 +18,7 @@ import numpy as np
 from data_shards.labels import LabelTable
 from data_shards.problems import problem
 from data_shards.records import AXES, MODALITIES
+from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 from segdiff_dist.sampling.config import LEAST_BATCH
 from segdiff_dist.sampling.items import MaskArray, MaskSource
 from segdiff_dist.sampling.store import MASKS, SampleStore
@@ -56,6 +57,8 @@ class WorkerFactory:
         store = SampleStore.open(self.store)
         settings = store.job["sample"]
         torch.set_num_threads(settings["threads_per_worker"])
+        if self.device == "cpu":
+            keep_freed_memory()
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
         per_machine = max(1, (os.cpu_count() or 1) // settings["threads_per_worker"])
         beside = 1 if self.device == "cuda" else min(self.num_workers, per_machine)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.problems import problem, refuse
+from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 from segdiff_dist.ranks.distributed import is_main, prepare_environment, rank, world_size
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
@@ -240,6 +241,7 @@ def start_distributed(device: torch.device) -> Any:
     """torch.distributed, if it is not up; returns DeepSpeed, set to this device and quiet."""
     prepare_environment()
     if device.type == "cpu":
+        keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     with warnings.catch_warnings():
