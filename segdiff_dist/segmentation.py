@@ -22,6 +22,7 @@ from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from data_shards.records import MODALITIES, Batch
+from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
 from segdiff_dist.training.config import TrainConfig
@@ -102,6 +103,7 @@ class SegmenterNet(nn.Module):
             num_res_units=config.num_res_units,
             norm=("group", {"num_groups": _NORM_GROUPS}),
         )
+        suit_norms(self.unet)
 
     def forward(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """float32 scores [B, K, H, W] from uint8 or uint16 images and int64 modality ids."""
