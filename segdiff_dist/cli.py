@@ -1,6 +1,6 @@
 """The `segdiff` command: parse, call the stage, and turn what a person can put right into words and an exit code.
 
-0 done, 1 some of the input failed, 2 input refused before work started, 130 interrupted.
+0 done, 1 some of the input failed, 2 input refused before work started, 3 training stopped itself, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -88,7 +88,13 @@ _COMMANDS = {
     "evaluate": _Command(
         "measure a run's samples, on Ray: metrics, figures, report.html",
         named=("run", "amos_root"),
-        sections=("evaluate", "tracking"),
+        sections=("evaluate", "downstream", "tracking"),
+    ),
+    "report": _Command(
+        "of one evaluated run its figures and report.html anew; of several a page that sets them side by side",
+        positional=(("runs", "RUN [RUN ...]"),),
+        named=("compared",),
+        aliases=(("--out", "--compared"),),
     ),
     "export": _Command(
         "a run's samples for nnU-Net, as NIfTI, PNG or shards; its model as a diffusers pipeline",
@@ -124,6 +130,8 @@ _PATHS = {
     "exported": "what is written: a new folder or, by `volume`, a new NIfTI file",
     "mask_volume": "a NIfTI volume of label ids of the model's table",
     "run": "the run folder: checkpoints, weights, samples, evaluation, MLflow's database",
+    "runs": "run folders that were evaluated",
+    "compared": "the page of several runs: an HTML file, ./comparison.html by default",
 }
 
 

@@ -11,6 +11,9 @@ from segdiff_dist import stages
 if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
 
+TRAINING_STOPPED = 3
+"""Exit code of a training that stopped itself. Not 1, which Python gives any error: another start may cure that."""
+
 
 def phantom(experiment: Experiment) -> int:
     """Write the phantom archive."""
@@ -64,12 +67,12 @@ def convert(experiment: Experiment) -> int:
 
 
 def train(experiment: Experiment) -> int:
-    """Train the denoiser; 1 when the run stopped itself."""
+    """Train the denoiser; TRAINING_STOPPED when the run stopped itself."""
     return _train(stages.train_denoiser, experiment)
 
 
 def train_segmenter(experiment: Experiment) -> int:
-    """Train the auxiliary segmenter; 1 when the run stopped itself."""
+    """Train the auxiliary segmenter; TRAINING_STOPPED when the run stopped itself."""
     return _train(stages.train_segmenter, experiment)
 
 
@@ -80,7 +83,7 @@ def _train(stage: Callable[[Experiment], None], experiment: Experiment) -> int:
         stage(experiment)
     except TrainingStopped as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return TRAINING_STOPPED
     return 0
 
 
@@ -110,21 +113,32 @@ def plan_sample(experiment: Experiment) -> None:
 
 def evaluate(experiment: Experiment) -> int:
     """Measure the samples and print the headline table; 1 when too many of them look like training images."""
+    from segdiff_dist.downstream.job import DownstreamFailed
+    from segdiff_dist.downstream.summary import format_downstream
     from segdiff_dist.evaluation.job import EvaluationFailed
     from segdiff_dist.evaluation.summary import format_table
     from segdiff_dist.evaluation.trust import warnings
+    from segdiff_dist.sampling.job import SamplingFailed
 
     try:
         summary = stages.evaluate(experiment)
-    except EvaluationFailed as error:
+    except (EvaluationFailed, SamplingFailed, DownstreamFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(format_table(summary))
+    if "downstream" in summary:
+        print(f"\nDice on real slices:\n{format_downstream(summary['downstream'])}\n")
     print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")
     for warning in warnings(summary):
         print(f"warning: {warning}", file=sys.stderr)
     memorised = summary["trust"].get("memorisation")
     return 0 if memorised is None or memorised["passed"] else 1
+
+
+def report(experiment: Experiment) -> int:
+    """Draw the report of one run again, or set several side by side."""
+    print(f"report: {stages.report(experiment).resolve()}")
+    return 0
 
 
 def export(experiment: Experiment) -> int:

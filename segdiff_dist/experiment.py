@@ -20,6 +20,7 @@ from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml,
 from segdiff_dist.denoising.denoiser import DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.validation import ValidationConfig
+from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.job import EvaluateConfig
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.sampling.config import SampleConfig
@@ -68,6 +69,10 @@ class Experiment:
     """The mask that `volume` paints after."""
     run: Path | None = None
     """The run folder: checkpoints, weights, samples, evaluation, and MLflow's database."""
+    runs: tuple[Path, ...] = ()
+    """The evaluated run folders that `report` reads."""
+    compared: Path | None = None
+    """The page that `report` writes of several runs; comparison.html by default."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
@@ -79,6 +84,7 @@ class Experiment:
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     volume: VolumeConfig = field(default_factory=VolumeConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

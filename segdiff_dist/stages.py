@@ -211,19 +211,84 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     """`segdiff evaluate`: RUN/evaluation; returns the summary."""
     from segdiff_dist.evaluation.job import evaluate as evaluate_run
     from segdiff_dist.evaluation.summary import scalars
+    from segdiff_dist.export.register import register_evaluated
 
     run = experiment.path("run")
-    refuse(experiment.evaluate.problems())
+    refuse(experiment.evaluate.problems() + experiment.tracking.problems())
     _must_be_a_run(run)
+    downstream = plan_downstream(experiment) if experiment.evaluate.downstream else None
     save_experiment(experiment)
     with _tracker(experiment, "evaluate", run) as tracker:
         tracker.log_params({"evaluate": _plain(experiment)["evaluate"]})
         summary = evaluate_run(run, experiment.evaluate, amos_root=experiment.amos_root)
         tracker.log_metrics(scalars(summary))
+        if downstream is not None:
+            summary["downstream"] = _make_downstream(experiment, downstream, tracker)
         for name in ("summary.json", "samples.parquet", "report.html", "figures"):
             tracker.log_artifact(run / "evaluation" / name, "evaluation/figures" if name == "figures" else "evaluation")
         tracker.log_artifact(run / "config.yaml")
+        register_evaluated(run, summary, tracker)
     return summary
+
+
+def plan_downstream(experiment: Experiment) -> Any:
+    """The checked downstream.job.Downstream of a run whose samples are there."""
+    from segdiff_dist.downstream.job import plan
+    from segdiff_dist.evaluation.sums import Interval
+    from segdiff_dist.sampling.store import SampleStore
+
+    run, sample, evaluate = experiment.path("run"), experiment.sample, experiment.evaluate
+    if sample.weights == "ema":
+        sample = replace(sample, weights=experiment.train.averages[0])
+    sample = replace(sample, device=evaluate.device, num_workers=evaluate.num_workers, ray_address=evaluate.ray_address)
+    return plan(
+        run,
+        SampleStore.open(run / "samples"),
+        experiment.downstream,
+        diffusion=experiment.diffusion,
+        sample=sample,
+        segmenter=experiment.segmenter,
+        loader=experiment.loader,
+        interval=Interval(evaluate.bootstrap_samples, evaluate.seed),
+    )
+
+
+def _make_downstream(experiment: Experiment, planned: Any, tracker: Tracker) -> dict[str, Any]:
+    """Train and test, record, and draw the report again, which then tells of it."""
+    from segdiff_dist.downstream.summary import scalars
+    from segdiff_dist.evaluation.job import draw
+
+    made: dict[str, Any] = planned.make()
+    tracker.log_params({"downstream": _plain(experiment)["downstream"]})
+    tracker.log_metrics(scalars(made))
+    tracker.log_artifact(planned.folder / "summary.json", "downstream")
+    draw(planned.run, amos_root=experiment.amos_root)
+    return made
+
+
+def report(experiment: Experiment) -> Path:
+    """`segdiff report RUN [RUN ...]`: figures and report.html of one run drawn again, or the page that sets several
+    side by side; nothing is measured. Returns the page."""
+    from segdiff_dist.evaluation.comparison import open_runs
+    from segdiff_dist.evaluation.comparison_report import COMPARISON, write_comparison
+    from segdiff_dist.evaluation.figures import draw_figures
+    from segdiff_dist.evaluation.report import write_report
+
+    folders, out = experiment.runs, experiment.compared
+    found = []
+    if not folders:
+        found.append(Problem("command line", "RUN", "not given", "name one evaluated run folder, or several"))
+    if len(folders) == 1 and out is not None:
+        found.append(Problem("command line", "--out", str(out), "name several runs; of one, it is RUN/evaluation"))
+    if out is not None and out.is_dir():
+        found.append(Problem(str(out), "--out", "a folder", "name an HTML file"))
+    _, runs = collect(lambda: refuse(found), lambda: open_runs(folders))
+    if len(runs) > 1:
+        return write_comparison(runs, out or Path(COMPARISON))
+    [run] = runs
+    amos_root = experiment.amos_root or run.settings.get("amos_root")
+    draw_figures(run.folder, amos_root=Path(amos_root) if amos_root else None)
+    return write_report(run.folder)
 
 
 def export(experiment: Experiment) -> str:

@@ -29,12 +29,12 @@ import yaml
 from segdiff_dist.ranks.scale import most_ranks
 
 BIN = Path(sys.executable).parent
-REFUSED = 2  # `segdiff`'s exit code for bad input, which no restart cures
+HOPELESS = (2, 3)  # `segdiff`'s exit codes for bad input and for a training that stopped itself: it would again
 FORWARDED = ("CUDA_", "DS_", "GLOO_", "NCCL_", "OMP_", "TORCH_")
 
 
 def main() -> int:
-    """Launch until the run is done. 0 done, 1 given up, 2 input refused, 130 interrupted."""
+    """Launch until the run is done. 0 done, 1 given up, 2 input refused, 3 stopped itself, 130 interrupted."""
     given = parse()
     hosts = read_hostfile(given.hostfile)
     run, checkpoints, global_batch_size, micro_batch_size = settings(given.training)
@@ -48,8 +48,8 @@ def main() -> int:
         before = newest_complete(checkpoints)
         say(f"{len(answering)} of {len(hosts)} hosts answer; from {before or 'the start'} on {slots or 'none of them'}")
         codes = Launch(slots, given.port + attempt % 1000, given, run).wait(given.grace_s, asked)
-        if REFUSED in codes.values() or (slots and not any(codes.values())):
-            return REFUSED if any(codes.values()) else 0
+        if (final := final_code(codes)) is not None:
+            return final
         if asked:
             break
         attempt, failures = attempt + 1, 0 if newest_complete(checkpoints) > before else failures + 1
@@ -98,6 +98,13 @@ class Launch:
 
     def _everywhere(self, command: str) -> None:
         run_on_all(self._processes, self._run_on, command, timeout_s=10)
+
+
+def final_code(codes: dict[str, int]) -> int | None:
+    """The run's exit code where no other launch is called for; `codes`: the hosts' own, none where none answered."""
+    if codes and not any(codes.values()):
+        return 0
+    return next((code for code in HOPELESS if code in codes.values()), None)
 
 
 def run_on_all(hosts: Iterable[str], run_on: str, command: str, timeout_s: float) -> list[str]:

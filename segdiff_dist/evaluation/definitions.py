@@ -138,6 +138,34 @@ DEFINITIONS = {
         "Difference of an organ's areas as a share of the reference's, without its sign; mean over the organs present, "
         "then over images.",
     ),
+    "volume_error_mask_gen": Definition(
+        "Volume error (mask, pred. gen.)",
+        3,
+        "lower",
+        "Difference of an organ's areas, summed over a patient's slices along an axis, as a share of the mask's; mean "
+        "over patients and axes.",
+    ),
+    "hu_mean_real": Definition(
+        "Mean HU, real",
+        1,
+        "",
+        "Mean HU inside the organ's mask on the real CT image, averaged over images; from 8-bit grey values, so that "
+        "what the window clipped stays clipped.",
+    ),
+    "hu_mean_gen": Definition("Mean HU, generated", 1, "", "The same on the generated image."),
+    "hu_std_real": Definition(
+        "HU spread, real",
+        1,
+        "",
+        "Standard deviation of HU inside the organ's mask on the real CT image, averaged over images.",
+    ),
+    "hu_std_gen": Definition("HU spread, generated", 1, "", "The same on the generated image."),
+    "hu_mean_error": Definition(
+        "HU error",
+        1,
+        "lower",
+        "Difference of the two means of an image, without its sign, averaged over images.",
+    ),
     "legacy_dice_mask_real": Definition(
         "Legacy Dice (mask, pred. real)",
         3,
@@ -156,5 +184,13 @@ DEFINITIONS = {
         2,
         "",
         "Standard deviation of each pixel over the images made from one mask, averaged over the patient.",
+    ),
+    "pairwise_ssim": Definition("Pairwise SSIM", 3, "", "SSIM of two images made from one mask, mean over pairs."),
+    "pairwise_ms_ssim": Definition("Pairwise MS-SSIM", 3, "", "The same of MS-SSIM; from 176 pixels a side on."),
+    "pairwise_feature_distance": Definition(
+        "Pairwise feature distance",
+        3,
+        "",
+        "Euclidean distance of the segmenter's features of two images made from one mask, mean over pairs.",
     ),
 }

@@ -14,9 +14,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from data_shards.fan_out import Done, TaskFailure, Workers
 from data_shards.feed.order import sample_at
@@ -59,6 +60,9 @@ class EvaluateConfig:
     coverage. Frechet distances are of all images."""
     memorisation: bool = False
     """Look for training images among the generated ones (at most distribution_images): a pass over the train split."""
+    downstream: Annotated[bool, tyro.conf.arg(aliases=["--downstream"])] = False
+    """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones, as the
+    `downstream` section says: hours."""
     most_memorised: float = 0.05
     """The share of suspects above which a set of samples fails: `segdiff evaluate` then exits with 1."""
     batch_size: int = 16
@@ -114,13 +118,18 @@ def evaluate(
     `amos_root`: the archive the shards were made from, for the figure of intensities before clipping; where it is
     not given or gone, that figure is drawn from the stored slices and says so. Errors as of `measure`.
     """
+    summary = measure(run, config, progress=progress)
+    draw(run, amos_root=amos_root, progress=progress)
+    return summary
+
+
+def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> None:
+    """Figures and report of a measured `run`, from what lies in its folder."""
     from segdiff_dist.evaluation.figures import draw_figures
     from segdiff_dist.evaluation.report import write_report
 
-    summary = measure(run, config, progress=progress)
     draw_figures(Path(run), amos_root=amos_root, progress=progress)
     write_report(Path(run))
-    return summary
 
 
 def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:

@@ -78,21 +78,51 @@ class Pictures:
         """Case and slice on two lines."""
         return f"{self.rows['case_id'][i]}\n{self.rows['axis'][i]} {self.rows['slice_index'][i]}"
 
+    def dice(self, i: int) -> str:
+        """Dice(mask, pred_gen) in words; a mask without organs has none."""
+        dice = self.rows["dice_mask_gen"][i]
+        return f"Dice {dice:.2f}" if np.isfinite(dice) else "no organ in the mask"
+
     def gallery(self, modality: str) -> list[int]:
         """Headline items of a modality at the quartiles of Dice(mask, pred_gen), of different patients if possible."""
-        dice = self.rows["dice_mask_gen"]
-        items = np.flatnonzero(self.rows["headline"] & (self.rows["source_modality"] == modality) & np.isfinite(dice))
-        items = items[np.argsort(dice[items], kind="stable")]
+        return self.at_quartiles(self._by_dice(modality))
+
+    def at_quartiles(self, items: np.ndarray) -> list[int]:
+        """Of items in order, those at GALLERY_QUANTILES or near, of different patients if possible."""
         chosen: list[int] = []
         for quantile in GALLERY_QUANTILES:
             at = quantile * (len(items) - 1)
-            nearest = items[np.argsort(np.abs(np.arange(len(items)) - at), kind="stable")]
-            seen = {self.rows["case_id"][i] for i in chosen}
-            fresh = [i for i in nearest if self.rows["case_id"][i] not in seen] or [
-                i for i in nearest if i not in chosen
-            ]
-            chosen += [int(i) for i in fresh[:1]]
+            chosen += self._next(items[np.argsort(np.abs(np.arange(len(items)) - at), kind="stable")], chosen)
         return chosen
+
+    def extremes(self, modality: str, each: int) -> tuple[list[int], list[int]]:
+        """The headline items of a modality with the lowest and with the highest Dice(mask, pred_gen), worst first and
+        best last; all of different patients if possible, and none twice."""
+        items = self._by_dice(modality)
+        each = min(each, len(items) // 2)
+        worst: list[int] = []
+        best: list[int] = []
+        for _ in range(each):
+            worst += self._next(items, worst + best)
+            best += self._next(items[::-1], worst + best)
+        return worst, best[::-1]
+
+    def _by_dice(self, modality: str) -> np.ndarray:
+        """Headline items of a modality from the lowest Dice(mask, pred_gen) to the highest."""
+        dice = self.rows["dice_mask_gen"]
+        items = np.flatnonzero(self.rows["headline"] & (self.rows["source_modality"] == modality) & np.isfinite(dice))
+        return np.asarray(items[np.argsort(dice[items], kind="stable")])
+
+    def _next(self, items: np.ndarray, chosen: list[int]) -> list[int]:
+        """The first of `items` whose patient none of the chosen has; where all have been, the first not chosen."""
+        seen = {self.rows["case_id"][i] for i in chosen}
+        fresh = [i for i in items if self.rows["case_id"][i] not in seen] or [i for i in items if i not in chosen]
+        return [int(i) for i in fresh[:1]]
+
+    def headline(self, modality: str) -> dict[int, int]:
+        """Headline items of a modality by the row of their slice in the shard set."""
+        items = np.flatnonzero(self.rows["headline"] & (self.rows["source_modality"] == modality))
+        return {int(self.rows["row"][i]): int(i) for i in items}
 
     def several_of_a_mask(self, most: int) -> list[list[int]]:
         """For each modality the mask whose images differ by the median amount: its items in order of seed_index."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.definitions import DEFINITIONS
+from segdiff_dist.evaluation.figures import read_downstream
+from segdiff_dist.evaluation.tracked import TrackedRun, tracked_run
 from segdiff_dist.evaluation.trust import warnings
+from segdiff_dist.evaluation.worker import HU_METRICS
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 REPORT = "report.html"
 
@@ -28,25 +34,82 @@ PUBLISHED = {
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/evaluation/report.html from summary.json, figures/ and, if it is there, RUN/config.yaml."""
+    """Write RUN/evaluation/report.html from summary.json, figures/ and, if they are there, config.yaml, mlflow.json and
+    downstream/summary.json of RUN."""
     folder = run / "evaluation"
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     index = folder / "figures" / "index.json"
     figures = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
     for figure in figures:
-        pixels = (folder / "figures" / figure["file"]).read_bytes()
-        figure["source"] = "data:image/png;base64," + base64.b64encode(pixels).decode("ascii")
+        figure["source"] = png_url((folder / "figures" / figure["file"]).read_bytes())
     config = run / "config.yaml"
-    page = render(
-        run.resolve().name, summary, figures, config.read_text(encoding="utf-8") if config.is_file() else None
+    text = config.read_text(encoding="utf-8") if config.is_file() else None
+    page = render(run.resolve().name, summary, figures, text, tracked_run(run), read_downstream(run))
+    return write_page(folder / REPORT, page)
+
+
+def render(
+    title: str,
+    summary: dict[str, Any],
+    figures: list[dict[str, str]],
+    config: str | None,
+    tracked: TrackedRun | None = None,
+    downstream: dict[str, Any] | None = None,
+) -> str:
+    """The page as text. `figures`: title, caption, section and source (a data URL) of each."""
+    groups = groups_of(summary["metrics"], summary["by_modality"])
+    shown = [name for name in DEFINITIONS if any(name in entries for entries in groups.values())]
+    diversity = summary["diversity"]
+    varied = groups_of(diversity.get("metrics", {}), diversity.get("by_modality", {}))
+    organs, hu_organs = _organ_rows(summary), _hu_rows(summary)
+    defined = {*shown, *PUBLISHED, *(name for entries in varied.values() for name in entries)}
+    defined |= {"volume_error_mask_gen"} if organs else set()
+    defined |= set(HU_METRICS) if hu_organs else set()
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            summary=summary,
+            figures=[{"section": "images"} | figure for figure in figures],
+            config=config,
+            tracked=tracked,
+            groups=groups,
+            metrics={name: DEFINITIONS[name] for name in shown},
+            definitions=DEFINITIONS,
+            defined={name: told for name, told in DEFINITIONS.items() if name in defined},
+            published=PUBLISHED,
+            published_columns=PUBLISHED_COLUMNS,
+            organs=organs,
+            hu_organs=hu_organs,
+            hu_metrics={name: DEFINITIONS[name] for name in HU_METRICS},
+            varied=varied,
+            varied_metrics={n: DEFINITIONS[n] for n in DEFINITIONS if any(n in entries for entries in varied.values())},
+            provenance=_lines(summary["provenance"]),
+            downstream=downstream,
+            downstream_modalities=[
+                m for m in MODALITIES if downstream and any(m in arm["by_modality"] for arm in downstream["arms"])
+            ],
+            is_other_model=downstream is not None
+            and downstream["settings"]["weights_digest"] != summary["provenance"]["sample_job"].get("weights_digest"),
+            trust=summary.get("trust"),
+            memorised=summary.get("trust", {}).get("memorisation"),
+            percent="{:.1%}".format,
+            trust_warnings=warnings(summary) if "trust" in summary else [],
+        )
     )
-    partial = folder / f"{REPORT}.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(folder / REPORT)
 
 
-def render(title: str, summary: dict[str, Any], figures: list[dict[str, str]], config: str | None) -> str:
-    """The page as text. `figures`: title, caption and source (a data URL) of each."""
+def write_page(path: Path, text: str) -> Path:
+    """Write it so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    return partial.replace(path)
+
+
+def page_environment() -> Environment:
+    """Jinja2 for the templates beside this file, with filters that write entries of a summary."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -58,26 +121,21 @@ def render(title: str, summary: dict[str, Any], figures: list[dict[str, str]], c
     )
     environment.filters["entry"] = format_entry
     environment.filters["interval"] = format_interval
-    groups = {"All": summary["metrics"]} | {m: summary["by_modality"].get(m, {}) for m in MODALITIES}
+    return environment
+
+
+def png_url(pixels: bytes) -> str:
+    """A PNG file as an address that holds all of it."""
+    return "data:image/png;base64," + base64.b64encode(pixels).decode("ascii")
+
+
+def groups_of(overall: dict[str, Any], by_modality: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries by "All" and modality, as far as there are any; of one modality not twice the same."""
+    groups = {"All": overall} | {m: by_modality.get(m, {}) for m in MODALITIES}
     groups = {name: entries for name, entries in groups.items() if entries}
     if len(groups) == 2:
-        # One modality: "All" would say the same twice.
-        del groups["All"]
-    shown = [name for name in DEFINITIONS if any(name in entries for entries in groups.values())]
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        summary=summary,
-        figures=figures,
-        config=config,
-        groups=groups,
-        metrics={name: DEFINITIONS[name] for name in shown},
-        definitions=DEFINITIONS,
-        published=PUBLISHED,
-        published_columns=PUBLISHED_COLUMNS,
-        organs=_organ_rows(summary),
-        provenance=_lines(summary["provenance"]),
-        trust_warnings=warnings(summary) if "trust" in summary else [],
-    )
+        groups.pop("All", None)
+    return groups
 
 
 def format_number(value: float, digits: int) -> str:
@@ -108,6 +166,14 @@ def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     if summary["body"]:
         rows.append({"name": "body", "by_modality": {}, "overall": summary["body"]})
     return rows
+
+
+def _hu_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row an organ that has HU on both sides."""
+    organs = summary["by_modality_organ"].get("CT", {})
+    return [
+        {"name": organ.replace("_", " "), "entries": told} for organ, told in organs.items() if "hu_mean_gen" in told
+    ]
 
 
 def _lines(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -135,20 +135,30 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
 
 
 def scalars(summary: dict[str, Any]) -> dict[str, float]:
-    """Stable flat names for a tracker: `psnr_db`, `CT/psnr_db`, `axial/ssim`, `organ/liver/dice_mask_gen`,
-    `cross_modality/CT_to_MR/dice_mask_gen`, `diversity/pixel_std`, `trust/num_leaked`, `trust/memorised_share`."""
-    flat = {name: entry["value"] for name, entry in summary["metrics"].items()}
-    sections = [
-        (group, summary[kind]) for kind, group in (("by_modality", ""), ("by_axis", ""), ("by_organ", "organ/"))
-    ]
-    sections.append(("cross_modality/", summary["cross_modality"]))
-    for prefix, section in sections:
-        for group, entries in section.items():
-            flat |= {f"{prefix}{group}/{name}": entry["value"] for name, entry in entries.items()}
-    flat |= {f"diversity/{name}": entry["value"] for name, entry in summary["diversity"].get("metrics", {}).items()}
-    trust = summary.get("trust", {})
-    told = (("leakage", "num_leaked"), ("memorisation", "memorised_share"))
-    return flat | {f"trust/{name}": float(trust[part][name]) for part, name in told if part in trust}
+    """Stable flat names for a tracker: the metric last, before it what it is of.
+
+    `psnr_db`, `CT/psnr_db`, `axial/ssim`, `CT/axial/ssim`, `organ/liver/dice_mask_gen`, `CT/organ/liver/hu_mean_error`,
+    `axial/organ/liver/dice_mask_gen`, `body/dice_mask_gen`, `cross_modality/CT_to_MR/dice_mask_gen`,
+    `diversity/pixel_std`, `diversity/CT/pixel_std`, `trust/num_leaked`, `trust/memorised_share`,
+    `trust/nearer_pixels`, `num_samples`, `num_patients`.
+    """
+    diversity, trust = summary["diversity"], summary.get("trust", {})
+    groups = {"": summary["metrics"], "body/": summary["body"], "diversity/": diversity.get("metrics", {})}
+    sections = {
+        "": summary["by_modality"] | summary["by_axis"] | summary["by_modality_axis"],
+        "organ/": summary["by_organ"],
+        "cross_modality/": summary["cross_modality"],
+        "diversity/": diversity.get("by_modality", {}),
+    }
+    for part in ("by_modality_organ", "by_axis_organ"):
+        sections |= {f"{group}/organ/": organs for group, organs in summary[part].items()}
+    groups |= {f"{prefix}{group}/": told for prefix, section in sections.items() for group, told in section.items()}
+    flat = {f"{group}{name}": entry["value"] for group, entries in groups.items() for name, entry in entries.items()}
+    flat |= {name: float(summary[name]) for name in ("num_samples", "num_patients")}
+    told = (("leakage", "num_leaked"), ("memorisation", "num_suspects"), ("memorisation", "memorised_share"))
+    flat |= {f"trust/{name}": float(trust[part][name]) for part, name in told if part in trust}
+    nearer = trust.get("memorisation", {}).get("nearer", {})
+    return flat | {f"trust/nearer_{space}": ratio for space, ratio in nearer.items() if ratio is not None}
 
 
 def format_table(summary: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 # Of stored grey values: samples are uint8, a set they were learned from may hold 16 bits.
-_GREY_16_OF_8 = 257
+GREY_16_OF_8 = 257
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class FinishedSamples:
         """value = grey * scale + offset: the mask's own slice's where the modality is the same; else CT's window, and
         for MR, which has no unit, the grey value itself."""
         if source is not None and source.modality == target:
-            step = _GREY_16_OF_8 if source.bits == 16 else 1
+            step = GREY_16_OF_8 if source.bits == 16 else 1
             return GreyMap(source.intensity_scale * step, source.intensity_offset)
         return grey_map_of(target, self._preprocessing)
 

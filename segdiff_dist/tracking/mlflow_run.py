@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segdiff_dist.config import write_text_atomically
+from segdiff_dist.tracking.model_registry import NO_REGISTRY, register
 from segdiff_dist.tracking.spool import Record
 
 T = TypeVar("T")
@@ -60,8 +62,8 @@ class MlflowRun:
     def send(self, kind: str, records: Sequence[Record]) -> None:
         """Record them in order. Raises what MLflow raises when the store is away; sending again does no harm.
 
-        A metric with the same key, step and time is the same metric, tags and parameters replace themselves, and an
-        artifact overwrites itself.
+        A metric with the same key, step and time is the same metric, tags and parameters replace themselves, an
+        artifact overwrites itself, and a model is registered once for each digest.
         """
         try:
             run = self._opened()
@@ -74,6 +76,9 @@ class MlflowRun:
             elif kind == "artifact":
                 for record in records:
                     self._send_artifact(run, record)
+            elif kind == "model":
+                for record in records:
+                    self._send_model(run, record)
             else:
                 for record in records:
                     self._send_status(run, record)
@@ -120,6 +125,17 @@ class MlflowRun:
             if not _is_for_good(error):
                 raise
             self._refuse(record, first_line(error))
+
+    def _send_model(self, run: str, record: Record) -> None:
+        folder = self.folder / record["path"]
+        try:
+            register(self._client, run, folder, record["name"], record["digest"], record["tags"])
+        except Exception as error:
+            if not _is_for_good(error) and getattr(error, "error_code", None) not in NO_REGISTRY:
+                raise
+            self._refuse(record, first_line(error))
+        # Registered, its artifact is the copy to keep; refused, `segdiff export` makes it anew.
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _send_status(self, run: str, record: Record) -> None:
         if record["status"] == "RUNNING":

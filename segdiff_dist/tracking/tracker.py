@@ -8,6 +8,7 @@ ends is sent by the next one, or by send_spool.
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 import warnings
@@ -31,6 +32,8 @@ _BATCH = 1000
 _GATHER_S = 1.0
 # Between two tries while the server is away: the first pause, doubled up to the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
+# MLflow refuses '/' and ':' in a model's name; this one is a folder's name too, and stands quoted in a search.
+_MODEL_NAME = re.compile(r"\w[\w .-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,18 @@ class TrackingConfig:
     """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
     flush_timeout_s: float = 30.0
     """How long the end of a stage waits for a slow server. What is then unsent stays in RUN/mlflow_spool."""
+    register: str | None = "segdiff"
+    """The name in MLflow's model registry under which `segdiff evaluate` enters the model it has judged; null: none."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        if self.flush_timeout_s >= 0:
-            return []
-        return [Problem("config", "tracking.flush_timeout_s", str(self.flush_timeout_s), "give at least 0")]
+        found = []
+        if self.flush_timeout_s < 0:
+            found.append(Problem("config", "tracking.flush_timeout_s", str(self.flush_timeout_s), "give at least 0"))
+        if self.register is not None and not _MODEL_NAME.fullmatch(self.register):
+            remedy = "give up to 100 letters, digits, blanks, '.', '-' and '_', a letter or digit first; or null"
+            found.append(Problem("config", "tracking.register", repr(self.register), remedy))
+        return found
 
 
 class Tracker:
@@ -114,6 +123,25 @@ class Tracker:
         # Relative where that is possible, so that a spool moves with its run folder.
         where = path.relative_to(root) if path.is_relative_to(root) else path
         self._append("artifact", path=str(where), folder=folder)
+
+    @property
+    def registers_models(self) -> bool:
+        """Whether `register_model` does anything."""
+        return self._sender is not None and self.config.register is not None
+
+    def register_model(self, digest: str, tags: Mapping[str, str], write: Callable[[Path], None]) -> None:
+        """Enter a model into MLflow's registry as `tracking.register`: one version for each digest, its tags renewed.
+
+        `write` makes the model's folder at the path it is given, unless it waits there already; whatever it raises is
+        passed on. The folder is the spool's: removed once it is sent.
+        """
+        if not self.registers_models:
+            return
+        name = self.config.register
+        path = Path(SPOOL) / f"model-{name}-{digest[:12]}"
+        if not (self.folder / path).exists():
+            write(self.folder / path)
+        self._append("model", name=name, digest=digest, tags=dict(tags), path=str(path))
 
     def _append(self, kind: str, **values: Any) -> None:
         if self.config.enabled:

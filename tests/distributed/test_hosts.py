@@ -199,6 +199,15 @@ def test_what_training_refuses_is_not_tried_again(shapes: Path, tmp_path: Path) 
     assert "loader.crop_size" in said(folder)
 
 
+def test_a_training_that_stops_itself_is_not_tried_again(shapes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "learns-nothing"
+    flags = ["--train.lr", "1e30", "--train.warmup-images", "0", "--train.max-skipped-steps", "2"]
+    process = elastic(folder, "127.0.0.1 slots=1\n", "sh -c", training(folder, shapes, *flags))
+    assert process.wait(timeout=120) == 3, said(folder)[-5000:]
+    assert "2 steps in a row" in said(folder)
+    assert said(folder).count("hosts answer") == 1
+
+
 def test_hosts_that_never_answer_are_given_up(shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "silent"
     command = training(folder, shapes)

@@ -17,10 +17,10 @@ STEPS = 50
 SETTINGS: dict[int, list[tuple[str, int, int]]] = {
     1: [("fp32", 3, 2), ("bf16", 0, 8), ("bf16", 1, 1), ("bf16", 2, 1)],
     2: [("fp32", 0, 2), ("fp32", 1, 4), ("fp32", 2, 2), ("bf16", 1, 1), ("bf16", 3, 4)],
-    4: [("fp32", 2, 1), ("fp32", 3, 2)],
+    4: [("fp32", 1, 1), ("fp32", 3, 2)],
 }
 # bf16 keeps 8 bits of every weight and activation: an error of up to 0.4 % in each. In 50 steps a loss gathers a few of
-# those; 0.8 % was seen with fp32 weights under autocast (ZeRO 0), 2.8 % with bf16 weights (1 to 3).
+# those; 1.2 % was seen with fp32 weights under autocast (ZeRO 0), 2.9 % with bf16 weights (1 to 3).
 BOUND = {"fp32": 1e-5, "bf16": 4e-2}
 
 

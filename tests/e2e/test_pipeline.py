@@ -67,6 +67,20 @@ def test_mlflow_holds_every_stage(folder: Path) -> None:
     assert {"evaluation/report.html", "evaluation/summary.json"} <= names
 
 
+def test_the_evaluated_model_comes_out_of_mlflows_registry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+    import numpy as np
+
+    from segdiff_dist.pipeline import SegGuidedPipeline
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    [version] = mlflow.MlflowClient().search_model_versions("name = 'segdiff'")
+    found = summary(folder)["metrics"]["dice_mask_gen"]["value"]
+    assert float(version.tags["dice_mask_gen"]) == pytest.approx(found, rel=1e-5)
+    pipeline = SegGuidedPipeline.from_pretrained(mlflow.artifacts.download_artifacts("models:/segdiff/1"), device="cpu")
+    assert pipeline(np.zeros((pipeline.size, pipeline.size), np.uint8)).size == (pipeline.size, pipeline.size)
+
+
 def test_two_runs_can_be_compared_in_one_store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -145,3 +159,22 @@ def test_training_left_pictures_and_a_validation_loss(folder: Path) -> None:
 def test_nothing_waits_for_the_tracker(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["track", str(folder / "run")]) == 0
     assert capsys.readouterr().out.startswith("0 records")
+
+
+def test_what_generated_images_are_worth_stands_in_the_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--downstream.real-fractions", "1.0", "--downstream.seeds", "0"]
+    small = ["--downstream.num-masks", "4", "--downstream.num-images", "32"]
+    code = main(["evaluate", "--config", str(folder / "config.yaml"), "--downstream", *few, *small])
+    assert code == 0
+    table = capsys.readouterr().out
+    assert "all real + generated" in table
+    page = (folder / "run" / "evaluation" / "report.html").read_text()
+    assert "What generated images bring a segmenter" in page
+    found = json.loads((folder / "run" / "downstream" / "summary.json").read_text())
+    assert [arm["name"] for arm in found["arms"]] == ["real_100", "real_100_and_generated", "generated"]
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    [run] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.data.metrics["downstream/generated/dice"] == pytest.approx(found["arms"][2]["dice"]["value"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tracking_support import Server
 
 SHAPE = (24, 20, 10)
 SPACING_MM = (4.0, 4.0, 5.0)
@@ -106,3 +107,12 @@ def disk_of(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     for folder in mounted:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Not started yet; MLFLOW_TRACKING_URI names it."""
+    server = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    yield server
+    server.kill()

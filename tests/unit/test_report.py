@@ -6,18 +6,19 @@ import base64
 import itertools
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from evaluation_support import Page, is_self_contained
 
 from data_shards.labels import AMOS
 from segdiff_dist.evaluation.report import PUBLISHED, write_report
 from segdiff_dist.evaluation.summary import Evaluated, scalars, summarise
 from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.evaluation.tracked import locate
 from segdiff_dist.evaluation.trust import Spread
 from segdiff_dist.evaluation.worker import ChunkResult, column_names
 
@@ -81,6 +82,17 @@ ITEMS = [
     item("amos_0001", "CT", "MR", 0),
     item("amos_0002", "CT", "MR", 2),
 ]
+LEAKED = {"num_leaked": 1, "patients": ["amos_0002"], "files": []}
+MEMORISED = {
+    "memorised_share": 0.4,
+    "most_allowed": 0.05,
+    "passed": False,
+    "num_images": 5,
+    "num_suspects": 2,
+    "limits": {"pixels": 1.0, "segmenter": 1.0},
+    "nearer": {"pixels": 0.5, "segmenter": None},
+    "nearest": [],
+}
 DICE = [0.9, 0.7, 0.5, 0.6, np.nan, 0.1, 0.2, 0.4]
 
 
@@ -138,11 +150,38 @@ class TestSummary:
             "CT/dice_mask_gen",
             "axial/ssim",
             "organ/liver/dice_mask_gen",
+            "CT/axial/dice_mask_gen",
+            "CT/organ/liver/dice_mask_gen",
+            "axial/organ/liver/dice_mask_gen",
             "cross_modality/CT_to_MR/dice_mask_gen",
             "diversity/pixel_std",
+            "diversity/CT/pixel_std",
+            "num_samples",
+            "num_patients",
         } <= set(flat)
+        assert flat["MR/organ/liver/dice_mask_gen"] == pytest.approx(0.6)
         assert not any("fid" in name for name in flat)
         assert all(np.isfinite(value) for value in flat.values())
+
+    def test_every_number_of_the_summary_has_a_name(self, summary):
+        summary["body"] = {"dice_mask_gen": summary["metrics"]["dice_mask_gen"]}
+        summary["trust"] = {"leakage": LEAKED, "memorisation": MEMORISED}
+
+        def entries(told: Any) -> int:
+            if not isinstance(told, dict):
+                return 0
+            return 1 if "ci95" in told else sum(map(entries, told.values()))
+
+        flat = scalars(summary)
+        trust = {name: value for name, value in flat.items() if name.startswith("trust/")}
+        assert trust == {
+            "trust/num_leaked": 1,
+            "trust/num_suspects": 2,
+            "trust/memorised_share": 0.4,
+            "trust/nearer_pixels": 0.5,
+        }
+        assert "body/dice_mask_gen" in flat
+        assert len(flat) == entries(summary) + len(trust) + len(("num_samples", "num_patients"))
 
     def test_neighbourhoods_need_six_samples(self, summary):
         assert "segmenter_kernel_distance" in summary["metrics"]
@@ -163,32 +202,6 @@ class TestSummary:
         assert again["diversity"] == summary["diversity"]
 
 
-class _Page(HTMLParser):
-    """Collects tags, addresses and text, and checks that tags are closed in order."""
-
-    void = frozenset({"meta", "img", "br"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 @pytest.fixture
 def run(tmp_path: Path, summary: dict[str, Any]) -> Path:
     figures = tmp_path / "evaluation" / "figures"
@@ -204,23 +217,13 @@ class TestReport:
     def test_is_one_self_contained_page(self, run):
         page = write_report(run)
         html = page.read_text()
-        parsed = _Page(html)
         assert page == run / "evaluation" / "report.html"
-        assert not parsed.open
-        assert "script" not in parsed.tags
-        assert "link" not in parsed.tags
-        assert all(a.startswith(("#", "data:image/png;base64,")) for a in parsed.addresses)
+        assert is_self_contained(Page(html))
         assert not re.search(r"url\(|@import|https?://", html)
         assert base64.b64encode(PNG).decode() in html
 
-    def test_inner_links_lead_somewhere(self, run):
-        html = write_report(run).read_text()
-        for address in _Page(html).addresses:
-            if address.startswith("#"):
-                assert f'id="{address[1:]}"' in html
-
     def test_says_what_there_is_and_what_there_is_not(self, run):
-        text = _Page(write_report(run).read_text()).text
+        text = Page(write_report(run).read_text()).text
         assert "FID not available: no Inception weights were given; <get> them" in " ".join(text.split())
         assert "0.675" in text  # the headline Dice
         assert "A & B" in text
@@ -232,6 +235,69 @@ class TestReport:
     def test_without_figures_and_config(self, run):
         (run / "evaluation" / "figures" / "index.json").unlink()
         (run / "config.yaml").unlink()
-        text = _Page(write_report(run).read_text()).text
+        text = Page(write_report(run).read_text()).text
         assert "Figures" not in text
         assert "Configuration of the run" not in text
+
+    def test_trust_says_what_was_not_measured(self, run):
+        text = Page(write_report(run).read_text()).text
+        assert f"segdiff evaluate --run {run.name} --evaluate.memorisation" in text
+        assert "2 images of one mask" in text
+
+    def test_trust_says_what_was_found(self, run):
+        file = run / "evaluation" / "summary.json"
+        summary = json.loads(file.read_text())
+        file.write_text(json.dumps(summary | {"trust": {"leakage": LEAKED, "memorisation": MEMORISED}}))
+        page = Page(write_report(run).read_text())
+        assert "are in the train split as well: amos_0002" in page.text
+        assert "2 of 5" in page.text
+        assert "40.0%, where 5.0% are allowed. Failed." in page.text
+        assert "0.50 in pixels, \u2013 in features" in page.text
+        assert "Before release" in page.text
+
+    def test_diversity_has_a_row_a_metric(self, run):
+        page = Page(write_report(run).read_text())
+        assert page.row("Pixel std")[1:] == ["12.50"]
+
+    def test_hu_stands_by_organ(self, run):
+        file = run / "evaluation" / "summary.json"
+        summary = json.loads(file.read_text())
+        assert "hu" not in Page(write_report(run).read_text()).ids
+        entry = summary["metrics"]["psnr_db"]
+        names = ("hu_mean_real", "hu_mean_gen", "hu_mean_error", "hu_std_real", "hu_std_gen")
+        for value, name in zip((60.0, -5.5, 65.5, 10.0, 12.0), names, strict=True):
+            summary["by_modality_organ"]["CT"][LIVER][name] = entry | {"value": value, "ci95": None}
+        file.write_text(json.dumps(summary))
+        page = Page(write_report(run).read_text())
+        assert "hu" in page.ids
+        assert [LIVER, "60.0", "\u22125.5", "65.5", "10.0", "12.0"] in [row[:6] for row in page.rows]
+
+    def test_leads_to_mlflow(self, run):
+        assert "Not tracked in MLflow" in Page(write_report(run).read_text()).text
+        link = {"tracking_uri": None, "experiment": "abdomen", "run_id": "ab12"}
+        (run / "mlflow.json").write_text(json.dumps(link))
+        text = Page(write_report(run).read_text()).text
+        assert f"Experiment abdomen, run {run.name}, ab12" in text
+        assert f"mlflow ui --backend-store-uri sqlite:///{run}/mlflow.db" in text
+        (run / "mlflow.json").write_text(json.dumps(link | {"tracking_uri": "http://server:5000/"}))
+        page = Page(write_report(run).read_text())
+        assert "http://server:5000/#/runs/ab12" in page.addresses
+
+
+class TestWhereMlflowShowsARun:
+    def test_a_server_before_it_has_taken_the_run(self):
+        found = locate({"tracking_uri": "https://server/mlflow", "experiment": "e", "run_id": None}, Path("/r/a"))
+        assert (found.url, found.command, found.name) == ("https://server/mlflow", None, "a")
+
+    @pytest.mark.parametrize(
+        ("store", "shown"),
+        [
+            ("postgresql://me:secret@host:5432/db", "mlflow ui --backend-store-uri 'postgresql://me:***@host:5432/db'"),
+            ("http://me:secret@host:5000", "http://host:5000/#/runs/ab12"),
+            ("sqlite:////a folder/x.db", "mlflow ui --backend-store-uri 'sqlite:////a folder/x.db'"),
+        ],
+    )
+    def test_passwords_stay_at_home(self, store: str, shown: str):
+        found = locate({"tracking_uri": store, "experiment": "e", "run_id": "ab12"}, Path("/r/a"))
+        assert (found.url or found.command) == shown
+        assert "secret" not in str(found)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from evaluation_support import items_of
 
 from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
@@ -18,24 +19,6 @@ from segdiff_dist.sampling.store import SampleStore
 from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
 
 NUM_COPIED = 3
-
-
-def items_of(shards: ShardSet, rows: list[int], seeds: int = 1) -> list[dict[str, Any]]:
-    metas = [(row, shards.meta(row), seed) for row in rows for seed in range(seeds)]
-    return [
-        {
-            "item_id": i,
-            "row": row,
-            "key": meta.key,
-            "case_id": meta.case_id,
-            "source_modality": meta.modality,
-            "target_modality": meta.modality,
-            "axis": meta.axis,
-            "slice_index": meta.slice_index,
-            "seed_index": seed,
-        }
-        for i, (row, meta, seed) in enumerate(metas)
-    ]
 
 
 def evaluator_of(run: Path, shapes: Path, items: list[dict[str, Any]], images_NHW: np.ndarray) -> Evaluator:

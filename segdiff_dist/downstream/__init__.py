@@ -1,0 +1,1 @@
+"""What generated images are good for: segmenters trained with and without them, tested on real ones."""

@@ -1,0 +1,52 @@
+"""What `segdiff evaluate --downstream` trains and tests: the `downstream` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data_shards.problems import Problem
+
+
+@dataclass(frozen=True)
+class DownstreamConfig:
+    """Segmenters on real, on generated and on both kinds of images. Network and training are those of `segmenter`."""
+
+    real_fractions: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Shares of the training patients of each modality whose slices are used, alone and together with the generated
+    images. A smaller share's patients are among a larger one's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every training is made with each of them: another choice of patients, other weights to begin with, another order
+    of the images."""
+    num_masks: int | None = None
+    """Masks of the train split that generated images are made from; null: all of them."""
+    images_per_mask: int = 1
+    """Generated images of each mask."""
+    num_images: int | None = None
+    """Images every training sees, with repetitions; null: segmenter.train.num_images."""
+    split: Literal["val", "test"] | None = None
+    """Whose real slices are the test; null: the split that the evaluated samples' masks are from. Where it is val, no
+    training looks at it to choose its weights, and those of its end are tested."""
+
+    def problems(self) -> list[Problem]:
+        """What is out of range."""
+        found = []
+
+        def check(name: str, good: bool, remedy: str) -> None:
+            if not good:
+                found.append(Problem("config", f"downstream.{name}", str(getattr(self, name)), remedy))
+
+        fractions = self.real_fractions
+        check("real_fractions", bool(fractions) and all(0 < f <= 1 for f in fractions), "give shares above 0, up to 1")
+        check("real_fractions", len({share_name(f) for f in fractions}) == len(fractions), "give each once")
+        check("seeds", bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), "give one or more, each once")
+        check("seeds", all(seed >= 0 for seed in self.seeds), "give whole numbers of at least 0")
+        for name in ("num_masks", "images_per_mask", "num_images"):
+            value = getattr(self, name)
+            check(name, value is None or value >= 1, "give at least 1")
+        return found
+
+
+def share_name(fraction: float) -> str:
+    """A share of the patients, for names: 0.25 is `25`."""
+    return f"{100 * fraction:g}"

@@ -1,0 +1,230 @@
+"""`segdiff evaluate --downstream`: images of the train split's masks, a training a set and seed on Ray, the table.
+
+RUN/downstream/samples         generated images of masks of training patients, a sample store
+RUN/downstream/generated       the same as a shard set
+RUN/downstream/trainings/NAME  a segmenter each, and its scores: trainer.py
+RUN/downstream/settings.json   what all of them depend on
+RUN/downstream/summary.json    the table
+What is done is kept: the same command trains what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_shards.fan_out import TaskFailure, fan_out
+from data_shards.feed.loader import LoaderConfig
+from data_shards.problems import Problem, problem, refuse
+from data_shards.store.set_index import INDEX
+from data_shards.store.shards import ShardSet
+from segdiff_dist.config import as_dict, differences, write_text_atomically
+from segdiff_dist.downstream.arms import trainings_of
+from segdiff_dist.downstream.config import DownstreamConfig
+from segdiff_dist.downstream.summary import summarise
+from segdiff_dist.downstream.trainer import SCORES, Inputs, TrainerFactory, test_rows, training_rows
+from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.job import crew_of, sample, weights_digest
+from segdiff_dist.segmentation import SegmenterConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.sampling.store import SampleStore
+
+FOLDER, SUMMARY = "downstream", "summary.json"
+_SAMPLES, _GENERATED, _TRAININGS, _SETTINGS = "samples", "generated", "trainings", "settings.json"
+# Of the sections: what changes no training. More shares and seeds only add to what is there.
+_FREE = ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "validation_batch_size", "device")
+
+
+class DownstreamFailed(RuntimeError):
+    """Some trainings failed; the others are kept, and the same call tries these again."""
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """A checked job, made by `plan`."""
+
+    run: Path
+    shards: ShardSet
+    config: DownstreamConfig
+    diffusion: DiffusionConfig
+    sample: SampleConfig
+    segmenter: SegmenterConfig
+    loader: LoaderConfig
+    split: str
+    interval: Interval
+
+    @property
+    def folder(self) -> Path:
+        """Everything of it."""
+        return self.run / FOLDER
+
+    def make(self) -> dict[str, Any]:
+        """Sample, train, test; returns what summary.json holds.
+
+        SamplingFailed and DownstreamFailed where something could not be made; the rest is kept.
+        """
+        write_text_atomically(self.folder / _SETTINGS, json.dumps(_settings(self), indent=1) + "\n")
+        rows = training_rows(self.shards, self.loader)
+        samples = sample(self.run, self.shards, rows, self.diffusion, self.sample)
+        generated = _as_shards(samples, self.shards, self.folder / _GENERATED)
+        trainings = trainings_of(self.config)
+        done = self.folder / _TRAININGS
+        missing = [one for one in trainings if not (done / one.name / SCORES).is_file()]
+        _train(self, generated, missing, len(trainings))
+        summary = summarise(
+            {one: done / one.name / SCORES for one in trainings},
+            self.shards,
+            training_rows(self.shards, self.loader),
+            num_generated=len(samples),
+            interval=self.interval,
+        )
+        summary |= {"settings": _settings(self), "samples": str(samples.path)}
+        write_text_atomically(self.folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        return summary
+
+
+def plan(
+    run: Path,
+    evaluated: SampleStore,
+    config: DownstreamConfig,
+    *,
+    diffusion: DiffusionConfig,
+    sample: SampleConfig,
+    segmenter: SegmenterConfig,
+    loader: LoaderConfig,
+    interval: Interval,
+) -> Downstream:
+    """Check everything; nothing is written. `evaluated`: the run's samples, whose shard set is the real data.
+
+    `sample`: the settings that they were made with, which the new ones get too. Raises InputProblems, all at once:
+    settings out of range, a set of another size than the model's images, nothing to train or test on, trainings that
+    were begun with other settings.
+    """
+    if "shards" not in evaluated.job:
+        value = "made from masks without images"
+        raise problem(evaluated.path, "samples", value, "evaluate samples whose masks come from a shard set")
+    shards = ShardSet.open(evaluated.job["shards"])
+    split = config.split or evaluated.job["sample"]["split"]
+    train = replace(segmenter.train, num_images=config.num_images or segmenter.train.num_images)
+    made = Downstream(
+        run.resolve(),
+        shards,
+        config,
+        diffusion,
+        replace(
+            sample,
+            split="train",
+            masks=None,
+            num=config.num_masks,
+            samples_per_mask=config.images_per_mask,
+            diverse_masks=None,
+            cross_modality_masks=0,
+            target_modality="same",
+            out=run.resolve() / FOLDER / _SAMPLES,
+        ),
+        replace(segmenter, train=train),
+        # A mix would be of the real set's groups; crops are those of the model, which the set must be as large as.
+        replace(loader, mix={}, crop_size=None),
+        split,
+        interval,
+    )
+    refuse([*config.problems(), *_problems(made, int(evaluated.image.shape[-1]))])
+    return made
+
+
+def _problems(made: Downstream, size: int) -> Iterator[Problem]:
+    shards, loader = made.shards, made.loader
+    if made.split == "train":
+        remedy = "give val or test: on the train split every segmenter is as good as it remembers"
+        yield Problem("config", "downstream.split", "train (that of the samples)", remedy)
+    if size != shards.size:
+        value = f"{shards.size} pixels a side, where the model makes {size}"
+        yield Problem(shards.root, "size", value, "prepare a set of the model's size, and sample from that")
+    if not len(training_rows(shards, loader)):
+        yield Problem(shards.root, "train split", "no labelled slice", "widen loader.modalities or loader.axes")
+    if made.split != "train" and not len(test_rows(shards, loader, made.split)):
+        yield Problem(shards.root, f"{made.split} split", "no labelled slice", "give another downstream.split")
+    yield from made.segmenter.problems(shards.size)
+    before = made.folder / _SETTINGS
+    if before.is_file():
+        old, new = json.loads(before.read_text()), _settings(made)
+        for key, was, now in differences(old, new):
+            remedy = f"use that value, or remove {made.folder}"
+            yield Problem(str(before), key, f"{was!r} there, {now!r} now", remedy)
+
+
+def _settings(made: Downstream) -> dict[str, Any]:
+    """What every training depends on, beside its set of patients and its seed."""
+    sections = {"segmenter": as_dict(made.segmenter), "loader": as_dict(made.loader)}
+    kept = {
+        name: {key: value for key, value in section.items() if key not in _FREE} for name, section in sections.items()
+    }
+    kept["segmenter"]["train"] = {k: v for k, v in kept["segmenter"]["train"].items() if k not in (*_FREE, "seed")}
+    return json.loads(
+        json.dumps(
+            {
+                **kept,
+                "sample": made.sample.of_the_job(),
+                "weights_digest": weights_digest(made.run / "weights" / made.sample.weights),
+                "shards_digest": made.shards.digest,
+                "split": made.split,
+            }
+        )
+    )
+
+
+def _as_shards(samples: SampleStore, real: ShardSet, out: Path) -> Path:
+    """The images as a set that can be opened together with the real one; written once."""
+    from tqdm import tqdm
+
+    from segdiff_dist.export.config import ExportConfig
+    from segdiff_dist.export.samples import FinishedSamples
+    from segdiff_dist.export.shards import write_shard_set
+
+    finished = FinishedSamples.of(samples, None)
+    if (out / INDEX).is_file() and json.loads((out / INDEX).read_text()).get("synthetic") == finished.provenance:
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    iterated = tqdm(finished, total=len(finished), desc="as shards", unit="img")
+    config = ExportConfig(format="shards", split="train", codec=real.codec)
+    write_shard_set(out, finished, iterated, config, bits=real.bits, soft_edge="edge" in real.parts)
+    return out
+
+
+def _train(made: Downstream, generated: Path, missing: list[Any], total: int) -> None:
+    """Every missing training on a worker: one a GPU, or one a core."""
+    from tqdm import tqdm
+
+    crew = crew_of(made.sample)
+    inputs = Inputs(
+        made.shards.resolved,
+        generated,
+        made.folder / _TRAININGS,
+        made.segmenter,
+        made.loader,
+        made.split,
+        crew.device,
+    )
+    failures = []
+    with tqdm(total=total, initial=total - len(missing), desc="downstream", unit="training") as bar:
+        for done in fan_out(
+            TrainerFactory(inputs),
+            missing,
+            num_workers=min(crew.num_workers, os.cpu_count() or 1),
+            gpus_per_worker=crew.gpus_per_worker,
+            address=made.sample.ray_address,
+        ):
+            if isinstance(done.result, TaskFailure):
+                failures.append(f"{done.task.name}: {done.result.error}")
+            bar.update(1)
+    if failures:
+        text = f"{len(failures)} of {len(missing)} trainings failed, the first: {failures[0]}"
+        raise DownstreamFailed(f"{text}; the others are kept, and the same command tries these again")

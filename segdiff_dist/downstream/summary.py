@@ -1,0 +1,178 @@
+"""From the scores of all trainings to the table: Dice on real slices with intervals, and what generated images bring.
+
+Dimensions: N real slices that were tested, S seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.records import MODALITIES
+from segdiff_dist.downstream.arms import Arm, Training, patients_of, rows_of
+from segdiff_dist.evaluation.metrics import estimate
+from segdiff_dist.evaluation.sums import Interval
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+
+_PREFIX = "dice/"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one arm: Dice of every tested slice by every seed, float64 [S, N], by column (`dice`, `dice/ORGAN`)."""
+
+    seeds: tuple[int, ...]
+    columns: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The slices: case ids and modalities [N]."""
+
+    case_id_N: np.ndarray
+    modality_N: np.ndarray
+
+
+def summarise(
+    files: Mapping[Training, Path],
+    shards: ShardSet,
+    real_rows: np.ndarray,
+    *,
+    num_generated: int,
+    interval: Interval,
+) -> dict[str, Any]:
+    """What summary.json holds of the scores. `files`: scores.parquet by training; `real_rows`: of the set, those that
+    may be trained on."""
+    tested, scores = _read(files)
+    arms = [_arm(arm, scores[arm], tested, interval) for arm in scores]
+    for entry, arm in zip(arms, scores, strict=True):
+        entry |= _sizes(arm, scores[arm].seeds, shards, real_rows, num_generated)
+        alone = Arm(arm.real_fraction, generated=False)
+        if arm.generated and arm.real_fraction:
+            entry["gain"] = _gain(scores[alone], scores[arm], tested, interval)
+    num_patients = len(np.unique(tested.case_id_N))
+    return {"num_tested": len(tested.case_id_N), "num_test_patients": num_patients, "arms": arms}
+
+
+def scalars(summary: dict[str, Any]) -> dict[str, float]:
+    """Stable flat names for a tracker: `downstream/real_25_and_generated/dice`, `.../CT/dice`, `.../gain`."""
+    flat = {}
+    for arm in summary["arms"]:
+        for group, entry in {"": arm["dice"], **{f"{m}/": e for m, e in arm["by_modality"].items()}}.items():
+            flat[f"downstream/{arm['name']}/{group}dice"] = entry["value"]
+        if "gain" in arm:
+            flat[f"downstream/{arm['name']}/gain"] = arm["gain"]["dice"]["value"]
+    return flat
+
+
+def format_downstream(summary: dict[str, Any]) -> str:
+    """The table as text: a row a training set, 95 % intervals over patients in brackets."""
+    modalities = [m for m in MODALITIES if any(m in arm["by_modality"] for arm in summary["arms"])]
+    rows = [["trained on", "patients", "real", "generated", "Dice", *modalities, "generated images bring"]]
+    for arm in summary["arms"]:
+        told = [arm["by_modality"].get(m) for m in modalities]
+        gain = arm["gain"]["dice"] if "gain" in arm else None
+        counts = [f"{arm[name]:,}" for name in ("num_real_patients", "num_real_slices", "num_generated")]
+        rows.append([arm["label"], *counts, _cell(arm["dice"]), *map(_cell, told), _cell(gain, "+")])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _cell(entry: dict[str, Any] | None, sign: str = "") -> str:
+    if entry is None:
+        return "-"
+    ends = entry["ci95"]
+    return f"{entry['value']:{sign}.3f}" + (f" [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]" if ends else "")
+
+
+def _read(files: Mapping[Training, Path]) -> tuple[Tested, dict[Arm, Scores]]:
+    """Scores by arm; all trainings were tested on the same slices."""
+    import pyarrow.parquet as pq
+
+    by_arm: dict[Arm, list[tuple[int, dict[str, np.ndarray]]]] = {}
+    rows_N, tested = None, None
+    for training, file in files.items():
+        table = pq.read_table(file)
+        columns = {n: table[n].to_numpy() for n in table.column_names if n == "dice" or n.startswith(_PREFIX)}
+        by_arm.setdefault(training.arm, []).append((training.seed, columns))
+        rows_N = table["row"].to_numpy() if rows_N is None else rows_N
+        assert np.array_equal(rows_N, table["row"].to_numpy())
+        tested = Tested(*(np.array(table[name].to_pylist()) for name in ("case_id", "modality")))
+    assert tested is not None
+    return tested, {
+        arm: Scores(
+            tuple(seed for seed, _ in found),
+            {name: np.stack([columns[name] for _, columns in found]) for name in found[0][1]},
+        )
+        for arm, found in by_arm.items()
+    }
+
+
+def _arm(arm: Arm, scores: Scores, tested: Tested, interval: Interval) -> dict[str, Any]:
+    everywhere = np.ones(len(tested.case_id_N), dtype=bool)
+    organs = {name.removeprefix(_PREFIX): values for name, values in scores.columns.items() if name != "dice"}
+    dice_SN = scores.columns["dice"]
+
+    def existing(found: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+        return {name: entry for name, entry in found.items() if entry is not None}
+
+    return {
+        "name": arm.name,
+        "label": arm.label,
+        "real_fraction": arm.real_fraction,
+        "generated": arm.generated,
+        "seeds": list(scores.seeds),
+        "dice": _entry(dice_SN, tested, everywhere, interval),
+        "by_modality": existing({m: _entry(dice_SN, tested, tested.modality_N == m, interval) for m in MODALITIES}),
+        "by_organ": existing({organ: _entry(values, tested, everywhere, interval) for organ, values in organs.items()}),
+    }
+
+
+def _gain(alone: Scores, both: Scores, tested: Tested, interval: Interval) -> dict[str, Any]:
+    """Dice with generated images less Dice without, slice by slice and seed by seed."""
+    assert alone.seeds == both.seeds
+    change_SN = both.columns["dice"] - alone.columns["dice"]
+    everywhere = np.ones(len(tested.case_id_N), dtype=bool)
+    found = {"dice": _entry(change_SN, tested, everywhere, interval)}
+    for modality in MODALITIES:
+        entry = _entry(change_SN, tested, tested.modality_N == modality, interval)
+        if entry is not None:
+            found[modality] = entry
+    return found
+
+
+def _entry(values_SN: np.ndarray, tested: Tested, chosen_N: np.ndarray, interval: Interval) -> dict[str, Any] | None:
+    """The mean over slices of the mean over seeds, its interval over patients, and each seed's own mean: the first
+    says how far other patients may be, the second how far another training."""
+    values_SN = values_SN[:, chosen_N]
+    told = estimate(
+        values_SN.mean(axis=0), tested.case_id_N[chosen_N], resamples=interval.resamples, seed=interval.seed
+    )
+    if told is None:
+        return None
+    return {
+        "value": told.value,
+        "ci95": None if told.interval is None else list(told.interval),
+        "n": told.num_samples,
+        "num_patients": told.num_patients,
+        "by_seed": [float(np.nanmean(values_N)) for values_N in values_SN],
+    }
+
+
+def _sizes(
+    arm: Arm, seeds: tuple[int, ...], shards: ShardSet, real_rows: np.ndarray, num_generated: int
+) -> dict[str, int]:
+    """Of the training set; slices differ from seed to seed, as patients do: their mean."""
+    real = Arm(arm.real_fraction, generated=False)
+    slices = [len(rows_of(Training(real, seed), shards, real_rows)) for seed in seeds]
+    return {
+        "num_real_patients": len(patients_of(shards, real_rows, arm.real_fraction, seeds[0])),
+        "num_real_slices": round(float(np.mean(slices))),
+        "num_generated": num_generated * arm.generated,
+    }

@@ -1,0 +1,138 @@
+"""One training and its test, in a Ray worker: rows to weights to a table of Dice on real slices.
+
+FOLDER/NAME/weights        the segmenter
+FOLDER/NAME/log.jsonl      its training, output.txt beside it
+FOLDER/NAME/scores.parquet a row a real slice; exists when the training is done
+Dimensions: B batch, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.feed.loader import LoaderConfig
+from data_shards.records import MODALITIES
+from data_shards.store.shards import ShardSet
+from segdiff_dist.downstream.arms import Training, rows_of
+from segdiff_dist.evaluation import metrics
+from segdiff_dist.segmentation import Segmenter, SegmenterConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCORES, OUTPUT = "scores.parquet", "output.txt"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a worker needs to train and to test. Paths and settings only, so that it travels to any machine."""
+
+    real: str
+    generated: Path
+    folder: Path
+    """Takes a folder a training."""
+    segmenter: SegmenterConfig
+    loader: LoaderConfig
+    test_split: str
+    device: str
+
+
+class Trainer:
+    """What runs in a worker: opens the two sets once, then does training after training."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.cache = inputs.loader.cache
+
+    def __call__(self, training: Training) -> None:
+        """Train, test, and leave scores.parquet; from where an earlier try stopped."""
+        folder = self.inputs.folder / training.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / OUTPUT).open("a") as output, redirect_stdout(output), redirect_stderr(output):
+            self._train(training, folder)
+            table = self._test(folder / "weights")
+        _write(table, folder / SCORES)
+        # They hold the optimiser's state, several times the weights; what was trained to the end goes on no further.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def _train(self, training: Training, folder: Path) -> None:
+        import torch
+
+        from segdiff_dist.segmentation import SegmenterTask
+        from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+        from segdiff_dist.training.loop import TrainingJob, train
+
+        inputs, device = self.inputs, torch.device(self.inputs.device)
+        both = ShardSet.open([inputs.real, inputs.generated], cache=self.cache)
+        rows = rows_of(training, both, training_rows(both, inputs.loader))
+        config = replace(inputs.segmenter, train=replace(inputs.segmenter.train, seed=training.seed))
+        task = SegmenterTask(both, config, inputs.loader, folder / "weights", device)
+        if inputs.test_split == "val":
+            task.score = None
+        settings = {"training": {"name": training.name}}
+        loader = config.augmented(replace(inputs.loader, mix={}))
+        with Tracker(folder, TrackingConfig(enabled=False), "downstream") as tracker:
+            train(TrainingJob(task, both, rows, loader, config.train, folder, tracker, device, settings))
+
+    def _test(self, weights: Path) -> pa.Table:
+        shards = ShardSet.open(self.inputs.real, cache=self.cache)
+        rows = test_rows(shards, self.inputs.loader, self.inputs.test_split)
+        segmenter = Segmenter.load(weights, self.inputs.device)
+        return score(segmenter, shards, rows, self.inputs.segmenter.validation_batch_size)
+
+
+@dataclass(frozen=True)
+class TrainerFactory:
+    """Makes a Trainer in the worker."""
+
+    inputs: Inputs
+
+    def __call__(self) -> Trainer:
+        return Trainer(self.inputs)
+
+
+def training_rows(shards: ShardSet, loader: LoaderConfig) -> np.ndarray:
+    """The real slices that may be trained on, of the set or of the first of two."""
+    rows = shards.select(split="train", modalities=loader.modalities, axes=loader.axes)
+    return rows[shards.member_N[rows] == 0]
+
+
+def test_rows(shards: ShardSet, loader: LoaderConfig, split: str) -> np.ndarray:
+    """The real slices that all are tested on."""
+    return shards.select(split=split, modalities=loader.modalities, axes=loader.axes)
+
+
+def score(segmenter: Segmenter, shards: ShardSet, rows: np.ndarray, batch_size: int) -> pa.Table:
+    """Dice(mask, prediction on real) of each of these slices: row, case_id, modality, axis, `dice`, the mean over the
+    organs present, and `dice/ORGAN`. At 8 bits, as in `segdiff evaluate`, of which it is `dice_mask_real`."""
+    import pyarrow as pa
+    import torch
+
+    table, columns = shards.label_table, []
+    for start in range(0, len(rows), batch_size):
+        records = [shards.read(int(row)) for row in rows[start : start + batch_size]]
+        image_BHW = torch.from_numpy(np.stack([record.image_uint8() for record in records]))
+        modality_B = torch.tensor([MODALITIES.index(record.meta.modality) for record in records])
+        predicted_BHW = segmenter.predict(image_BHW, modality_B).cpu().numpy()
+        mask_BHW = np.stack([record.mask_HW for record in records])
+        columns.append(metrics.dice_per_class(metrics.confusion(mask_BHW, predicted_BHW, table.num_classes)))
+    dice_NK = np.concatenate(columns)
+    found: dict[str, Any] = {"row": rows}
+    found |= {name: shards.samples[name].take(rows).to_pylist() for name in ("case_id", "modality", "axis")}
+    found |= {"dice": metrics.mean_over_organs(dice_NK, table.organ_ids)}
+    found |= {f"dice/{table.names[i]}": dice_NK[:, i] for i in table.organ_ids}
+    return pa.table(found)
+
+
+def _write(table: pa.Table, file: Path) -> None:
+    import pyarrow.parquet as pq
+
+    partial = file.with_name(f"{file.name}.partial")
+    pq.write_table(table, partial)
+    partial.replace(file)

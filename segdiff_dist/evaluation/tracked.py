@@ -1,0 +1,58 @@
+"""Where MLflow shows a run folder's numbers, as RUN/mlflow.json tells it. MLflow itself is not asked."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run of MLflow. `url`: its page, where the store is a server; `command`: else what serves the store.
+
+    `run_id` is None until the store has taken the run.
+    """
+
+    store: str
+    experiment: str
+    name: str
+    run_id: str | None
+    url: str | None
+    command: str | None
+
+
+def tracked_run(run: Path) -> TrackedRun | None:
+    """The MLflow run of a run folder; None where nothing was ever tracked."""
+    link = run / "mlflow.json"
+    return locate(json.loads(link.read_text(encoding="utf-8")), run.resolve()) if link.is_file() else None
+
+
+def locate(link: Mapping[str, Any], folder: Path) -> TrackedRun:
+    """The same, of what mlflow.json holds and the absolute path of its folder.
+
+    Passwords in the store's address are left out: a report is passed on.
+    """
+    store = _without_password(link.get("tracking_uri") or f"sqlite:///{folder / 'mlflow.db'}")
+    run_id = link.get("run_id")
+    url = command = None
+    if store.startswith(("http://", "https://")):
+        # MLflow's address of a run by its id alone, which leads on to the experiment's.
+        url = f"{store.rstrip('/')}/#/runs/{run_id}" if run_id else store
+    else:
+        command = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
+    return TrackedRun(store, link.get("experiment", "segdiff"), folder.name, run_id, url, command)
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return uri
+    # A browser asks for name and password by itself.
+    name = "" if parts.scheme in ("http", "https") else user.split(":")[0] + (":***@" if ":" in user else "@")
+    return urlunsplit(parts._replace(netloc=name + host))

@@ -1,0 +1,45 @@
+"""`segdiff evaluate`'s last step: the model that made the samples, as a pipeline folder, on its way to MLflow."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from data_shards.problems import InputProblems, OutOfSpace, problem
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.export.job import export_model
+from segdiff_dist.sampling.job import weights_digest
+from segdiff_dist.tracking.tracker import Tracker
+
+
+def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> None:
+    """Enter the model behind RUN/samples into MLflow's registry, with the headline numbers of `summary` as tags.
+
+    Its sampler is the one that the samples were made with. A model that cannot be entered is passed over with a
+    warning: its weights are others by now, it cannot be a pipeline, the disk is full.
+    """
+    if not tracker.registers_models:
+        return
+    job = json.loads((run / "samples" / "job.json").read_text())
+    tags = {"shards_digest": job["shards_digest"], "num_samples": str(summary["num_samples"])}
+    tags |= {name: f"{entry['value']:.6g}" for name, entry in summary["metrics"].items()}
+    diffusion, sampler = DiffusionConfig(**job["diffusion"]), SamplerConfig(**job["sample"]["sampler"])
+    try:
+        weights = _weights_of(job, run)
+        tracker.register_model(
+            job["weights_digest"], tags, lambda folder: export_model(weights, folder, diffusion, sampler)
+        )
+    except (InputProblems, OutOfSpace) as error:
+        warnings.warn(f"the model is not entered into MLflow's registry: {error}", stacklevel=2)
+
+
+def _weights_of(job: dict[str, Any], run: Path) -> Path:
+    """The folder that the samples' model lies in, also where the run folder was moved since."""
+    recorded = Path(job["weights"])
+    for folder in (recorded, run / "weights" / recorded.name):
+        if (folder / "segdiff.json").is_file() and weights_digest(folder) == job["weights_digest"]:
+            return folder
+    raise problem(recorded, "weights", "not those that made the samples", "sample and evaluate again")

@@ -1,0 +1,121 @@
+"""`evaluate --downstream` on real engines: sampling, shards, trainings on Ray workers, the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sampling_support import DIFFUSION, make_here, write_weights
+
+from data_shards.fan_out import ray_session
+from data_shards.feed.loader import LoaderConfig
+from data_shards.problems import InputProblems
+from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.downstream.config import DownstreamConfig
+from segdiff_dist.downstream.job import Downstream, DownstreamFailed, plan
+from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.segmentation import SegmenterConfig
+from segdiff_dist.training.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("ray")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """Ray takes seconds to start: once for all tests here."""
+    with ray_session():
+        yield
+
+
+SEGMENTER = SegmenterConfig(
+    channels=(8, 16, 32),
+    first_stride=1,
+    train=TrainConfig(
+        num_images=320,
+        global_batch_size=8,
+        micro_batch_size=8,
+        lr=1e-2,
+        warmup_images=16,
+        checkpoint_every_images=160,
+        precision="fp32",
+        ema_lengths=(0.05,),
+    ),
+)
+CONFIG = DownstreamConfig(real_fractions=(1.0,), seeds=(0,), num_masks=8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """A run whose model was never trained: its images are noise."""
+    run = write_weights(tmp_path_factory.mktemp("downstream") / "run")
+    make_here(run, shapes, num=4)
+    return run
+
+
+def planned(run: Path, config: DownstreamConfig = CONFIG, **changes: Any) -> Downstream:
+    from segdiff_dist.sampling.store import SampleStore
+
+    sections: dict[str, Any] = {
+        "diffusion": DIFFUSION,
+        "sample": SampleConfig(
+            sampler=SamplerConfig(num_steps=3, timestep_spacing="trailing"), region_size=4, device="cpu", num_workers=2
+        ),
+        "segmenter": SEGMENTER,
+        "loader": LoaderConfig(num_threads=1),
+        "interval": Interval(100, 0),
+    }
+    return plan(run, SampleStore.open(run / "samples"), config, **sections | changes)
+
+
+def test_images_of_noise_teach_nothing_and_real_ones_do(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # A training that fails, here of a file where its folder is to be, is named, and the others are kept.
+    blocked = run / "downstream" / "trainings" / "generated-seed_0"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("")
+    with pytest.raises(DownstreamFailed, match=r"1 of 3 trainings failed, the first: generated-seed_0"):
+        planned(run).make()
+    blocked.unlink()
+
+    summary = planned(run).make()
+    dice = {arm["name"]: arm["dice"]["value"] for arm in summary["arms"]}
+    assert dice["real_100"] > 0.6
+    assert dice["generated"] < dice["real_100"] - 0.3
+    assert set(summary["arms"][0]["by_modality"]) == {"CT", "MR"}
+    assert summary["num_tested"] == 24
+    assert json.loads((run / "downstream" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    trainings = run / "downstream" / "trainings"
+    assert not list(trainings.glob("*/checkpoints"))
+    assert "segmenter:" in (trainings / "real_100-seed_0" / "output.txt").read_text()
+    assert "segmenter:" not in capfd.readouterr().err  # a bar of each would overwrite the job's own
+
+    # The same again trains nothing, and a further seed only what is missing.
+    before = {file: file.stat().st_mtime_ns for file in trainings.glob("*/scores.parquet")}
+    assert planned(run).make()["arms"] == summary["arms"]
+    more = planned(run, replace(CONFIG, seeds=(0, 1))).make()
+    assert [arm["seeds"] for arm in more["arms"]] == [[0, 1]] * 3
+    after = {file: file.stat().st_mtime_ns for file in trainings.glob("*/scores.parquet")}
+    assert len(after) == 6
+    assert before.items() <= after.items()
+
+
+def test_other_settings_are_refused_where_trainings_lie(run: Path) -> None:
+    planned(run).folder.mkdir(exist_ok=True)
+    wider = replace(SEGMENTER, channels=(8, 16, 64))
+    with pytest.raises(InputProblems) as error:
+        planned(run, segmenter=wider)
+    assert "segmenter.channels" in str(error.value)
+    assert "remove" in str(error.value)
+
+
+def test_everything_wrong_is_told_before_work(run: Path) -> None:
+    with pytest.raises(InputProblems) as error:
+        planned(run, replace(CONFIG, seeds=()), loader=LoaderConfig(axes=("coronal",)))
+    told = str(error.value)
+    assert "downstream.seeds" in told
+    assert "train split" in told
+    assert "test split" in told

@@ -1,0 +1,163 @@
+"""What the tests of reports share: a run evaluated in this process, and a reader of pages."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_shards.labels import AMOS
+from data_shards.store.shards import ShardSet
+
+CHANNELS = (8, 8, 8)
+
+
+def items_of(shards: ShardSet, rows: list[int], seeds: int = 1, across: int = 0) -> list[dict[str, Any]]:
+    """Items of these masks in their own modality, `seeds` images each; of the first `across` one in the other."""
+    wanted = [(row, shards.meta(row).modality, seed) for row in rows for seed in range(seeds)]
+    wanted += [(row, "MR" if shards.meta(row).modality == "CT" else "CT", 0) for row in rows[:across]]
+    return [
+        {
+            "item_id": i,
+            "row": row,
+            "key": shards.meta(row).key,
+            "case_id": shards.meta(row).case_id,
+            "source_modality": shards.meta(row).modality,
+            "target_modality": target,
+            "axis": shards.meta(row).axis,
+            "slice_index": shards.meta(row).slice_index,
+            "seed_index": seed,
+        }
+        for i, (row, target, seed) in enumerate(wanted)
+    ]
+
+
+def evaluate_here(
+    run: Path, shapes: Path, *, noise: float = 10.0, segmenter_seed: int = 0, rows: list[int] | None = None
+) -> Path:
+    """An evaluated run without figures and report: real slices with noise as its samples, an untrained segmenter as
+    its judge, and what is one in a worker done here. `rows`: the masks, by default those of the test split."""
+    import torch
+    import zarr
+
+    from segdiff_dist.evaluation import trust
+    from segdiff_dist.evaluation.provenance import not_available, provenance
+    from segdiff_dist.evaluation.rows import RowWriter
+    from segdiff_dist.evaluation.summary import Evaluated, spread_columns, summarise
+    from segdiff_dist.evaluation.sums import Interval
+    from segdiff_dist.evaluation.worker import Chunk, Evaluator, Inputs
+    from segdiff_dist.sampling.store import SampleStore
+    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+
+    shards = ShardSet.open(shapes)
+    items = items_of(shards, shards.select(split="test").tolist() if rows is None else rows, seeds=2, across=2)
+    job = {"shards": str(shapes), "shards_digest": shards.digest, "weights_digest": "", "region_size": len(items)}
+    store = SampleStore.create(run / "samples", job, pa.Table.from_pylist(items), shards.size)
+    records = [shards.read(item["row"]) for item in items]
+    images = np.stack([record.image_uint8() for record in records])
+    images = images + np.random.default_rng(0).normal(0, noise, images.shape)
+    store.write_region(0, images.clip(0, 255).astype(np.uint8), np.stack([record.mask_HW for record in records]))
+    store = SampleStore.open(run / "samples")
+
+    torch.manual_seed(segmenter_seed)
+    config = SegmenterConfig(channels=CHANNELS)
+    save_segmenter(run / "segmenter", SegmenterNet(config, AMOS.num_classes).state_dict(), config, AMOS)
+    folder = run / "evaluation"
+    group = zarr.create_group(folder / "predictions.zarr")
+    for side in ("real", "gen"):
+        group.create_array(side, shape=images.shape, chunks=(16, *images.shape[1:]), dtype="uint8", fill_value=0)
+    inputs = Inputs(
+        samples=run / "samples",
+        shards=str(shapes),
+        segmenter=run / "segmenter",
+        predictions=folder / "predictions.zarr",
+        fid_weights=None,
+        lpips_weights=None,
+        radiomics_items=frozenset(),
+        surface_dice=True,
+        batch_size=64,
+        device="cpu",
+    )
+    evaluator = Evaluator(inputs)
+    spread = {task.ids[0]: task.run(evaluator) for task in trust.images_of_masks(store.items)}
+    measured = Evaluated.empty(shards.label_table, store.items, spread)
+    result = evaluator.run(Chunk(0, len(items)))
+    measured.add(0, len(items), result)
+    with RowWriter(folder / "samples.parquet") as writer:
+        writer.write(store.items, result.columns | spread_columns(spread, 0, len(items)))
+    summary = summarise(measured, Interval(resamples=20, seed=0))
+    summary["trust"] = {"leakage": trust.leakage(store.items, shards)}
+    summary["not_available"] = not_available(summary, inputs, store)
+    summary["provenance"] = provenance(inputs, store, shards) | {
+        "segmenter_sha256": evaluator.segmenter.weights_sha256,
+        "distribution_images": 5000,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags are closed in order."""
+
+    void = frozenset({"meta", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.ids: set[str] = set()
+        self._cells: list[list[str]] = []
+        self.best: list[tuple[int, int]] = []
+        """Where in `rows` a value is marked as the best."""
+        self.pieces: list[str] = []
+        self.feed(html)
+
+    @property
+    def text(self) -> str:
+        """All text, with single spaces."""
+        return " ".join("".join(self.pieces).split())
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells of every table's rows, each as text."""
+        return [[" ".join(cell.split()) for cell in row] for row in self._cells]
+
+    def row(self, label: str) -> list[str]:
+        """The first row that begins with `label`."""
+        return next(row for row in self.rows if row[0].startswith(label))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [told[name] or "" for name in ("src", "href") if name in told]
+        if "id" in told:
+            self.ids.add(told["id"] or "")
+        if tag == "tr":
+            self._cells.append([])
+        if tag in ("td", "th"):
+            if told.get("class") == "best":
+                self.best.append((len(self._cells) - 1, len(self._cells[-1])))
+            self._cells[-1].append("")
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+        if {"td", "th"} & set(self.open):
+            self._cells[-1][-1] += data
+
+
+def is_self_contained(page: Page) -> bool:
+    """Whether the page asks nothing of anybody: addresses lead inside it, or hold a picture."""
+    inside = all(a.startswith(("#", "data:image/png;base64,")) for a in page.addresses)
+    led = all(a[1:] in page.ids for a in page.addresses if a.startswith("#"))
+    return inside and led and not page.open and not {"script", "link"} & set(page.tags) and "@import" not in page.html
