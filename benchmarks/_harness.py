@@ -29,6 +29,10 @@ _PACKAGES = (
 )
 
 
+# What decides how fast a CPU multiplies, as /proc/cpuinfo calls it.
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
 @dataclass(frozen=True)
 class Spread:
     """The median of what the rounds gave, with their smallest and largest."""
@@ -145,7 +149,8 @@ def headline(told: Mapping[str, Any]) -> str:
     """The stamp in three lines."""
     machine, source = told["hardware"], told["commit"]
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, GPU {machine['gpu'] or 'none'}\n"
+        f"{machine['cpu']} ({', '.join(machine['cpu_features'])}), "
+        f"{machine['cores']} cores, {machine['ram_gib']} GiB, GPU {machine['gpu'] or 'none'}\n"
         f"{', '.join(f'{name} {version}' for name, version in told['versions'].items())}\n"
         f"commit {source['revision']}{' with uncommitted changes' if source['dirty'] else ''}"
     )
@@ -162,18 +167,18 @@ def write(file: Path | None, told: Mapping[str, Any], *, quiet: bool = False) ->
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, the cores this process may use, memory in GiB, and the GPU's name or None."""
+    """CPU model, what it has for arithmetic, the cores this process may use, memory in GiB, the GPU's name or None."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
+    told = {"model name": platform.processor() or platform.machine(), "flags": ""}
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        named = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = named[0] if named else cpu
+    if info.is_file():  # of the first core
+        lines = (line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        told |= {name.strip(): value.strip() for name, value in lines}
+    flags = told["flags"].split()
     return {
-        "cpu": cpu,
+        "cpu": told["model name"],
+        "cpu_features": [flag for flag in _CPU_FEATURES if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
