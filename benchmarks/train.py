@@ -184,7 +184,8 @@ def checkpoint_note(costs: dict[str, Any]) -> str:
     waits = [waited / written for waited, written in zip(costs["waited_s"], costs["written_s"], strict=True)]
     again = max(waits[1:])
     return (
-        f"{costs['gib']:.2f} GiB: a step waits {', '.join(f'{s:.2f}' for s in costs['waited_s'])} s for "
+        f"{costs['gib']:.2f} GiB: a step of {costs['step_s']:g} s waits "
+        f"{', '.join(f'{s:.2f}' for s in costs['waited_s'])} s for "
         f"{', '.join(f'{s:.1f}' for s in costs['written_s'])} s of writing; after the first {again:.1%} of it, target "
         f"below 5%: {'reached' if again < 0.05 else 'NOT reached'}; work beside it slowed by {costs['slowed']:.1%}"
     )
@@ -194,13 +195,13 @@ def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--net", choices=("small", "paper"), default="small")
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks; by default 1 and 2, for paper 1")
-    parser.add_argument("--steps", type=int, help="timed steps a turn; by default 8, for paper 1")
+    parser.add_argument("--steps", type=int, help="timed steps a turn; by default 8, for paper 2")
     args = parser.parse_args()
     is_paper = args.net == "paper"
     net, rounds, warm_up, steps = _NETS[args.net], args.rounds, 2, args.steps or 8
     parameters, every_ranks = _PAPER_PARAMETERS, args.ranks or [1, 2]
     if is_paper:
-        rounds, warm_up, steps, every_ranks = min(rounds, 1), 1, args.steps or 1, args.ranks or [1]
+        rounds, steps, every_ranks = min(rounds, 1), args.steps or 2, args.ranks or [1]
     if args.quick:
         net, rounds, warm_up, steps, parameters = _NETS["tiny"], 1, 2, 4, _PAPER_PARAMETERS // 20
     target = None if args.quick else 1.9 if is_paper else 1.5

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -79,10 +80,11 @@ def prune(checkpoints: Path, keep: int, keep_every_images: int | None = None) ->
 class CheckpointWriter:
     """Writes checkpoints from a thread while the training goes on; use as a context, on every rank.
 
-    start() copies the rank's state and returns; the thread writes the copy. poll() is called after every step with what
-    the ranks agreed on; once all have written their part, the main rank writes the marker, and `on_complete(folder)` is
-    called there, in the thread. A checkpoint that could not be written (a full disk) is removed with a warning, and the
-    ones before it stay.
+    start() has the thread copy the rank's state and write the copy. On a CPU it returns at once, and the state stays as
+    it is until wait_until_copied(), which a step calls before it changes weights: its forward and backward pass run
+    beside the copy. poll() is called after every step with what the ranks agreed on; once all have written their part,
+    the main rank writes the marker, and `on_complete(folder)` is called there, in the thread. A checkpoint that could
+    not be written (a full disk) is removed with a warning, and the ones before it stay.
     """
 
     FLAGS = ("checkpoint_behind", "checkpoint_failed")
@@ -103,6 +105,8 @@ class CheckpointWriter:
         self._on_complete = on_complete
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._staged: dict[str, list[torch.Tensor]] = {}
+        self._copied = threading.Event()
+        self._copied.set()
         self._pending: tuple[Path, dict[str, Any]] | None = None
         self._writing: Future[None] | None = None
         self._completing: Future[None] | None = None
@@ -121,7 +125,16 @@ class CheckpointWriter:
         assert self._pending is None
         folder = self.checkpoints / checkpoint_name(values["images_seen"])
         self._pending = folder, {**values, "ranks": world_size()}
-        self._writing = self._thread.submit(self._write, folder, replace(state, shards=self._copied(state.shards)))
+        self._copied.clear()
+        self._writing = self._thread.submit(self._write, folder, state)
+        if torch.cuda.is_available():  # the host's link is far quicker than its disk, and nothing but the copy uses it
+            self._copied.wait()
+        self.waited_s += time.perf_counter() - begin
+
+    def wait_until_copied(self) -> None:
+        """The state may be changed again after this."""
+        begin = time.perf_counter()
+        self._copied.wait()
         self.waited_s += time.perf_counter() - begin
 
     def reserve(self, shards: dict[str, list[torch.Tensor]]) -> None:
@@ -181,8 +194,12 @@ class CheckpointWriter:
             raise OSError(f"the checkpoint could not be written: {self._writing and self._writing.exception()}")
 
     def _write(self, folder: Path, state: ShardOfState) -> None:
+        try:
+            copy = replace(state, shards=self._copy_of(state.shards))
+        finally:
+            self._copied.set()
         folder.mkdir(parents=True, exist_ok=True)
-        sharded_state.write(folder, rank(), state)
+        sharded_state.write(folder, rank(), copy)
 
     def _complete(self, folder: Path, values: dict[str, Any]) -> None:
         write_text_atomically(folder / "config.yaml", self.config)
@@ -192,7 +209,7 @@ class CheckpointWriter:
         if self._on_complete is not None:
             self._on_complete(folder)
 
-    def _copied(self, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    def _copy_of(self, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         if not self._staged:
             self.reserve(shards)
         for kind, tensors in shards.items():

@@ -209,6 +209,8 @@ class _Training:
             engine.backward(loss)
             self.window.add(loss, told)
             last = micro_batch == engine.num_micro_batches
+            if last:
+                self.writer.wait_until_copied()
             skipped = engine.step(self.guard.veto(self.window.step_loss()) if last else None)
         self.window.close_step(skipped)
         self.guard.count(skipped)

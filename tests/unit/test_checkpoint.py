@@ -57,6 +57,7 @@ def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path)
         for images in (8, 16):
             weights.fill_(images)
             writer.start(state(weights), {"images_seen": images})
+            writer.wait_until_copied()
             weights.fill_(-1)
             for _ in range(2_000):
                 writer.poll(agreement.exchange({"stop": 0.0, **writer.flags()}))

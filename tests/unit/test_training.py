@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import DenoiserTask
-from segdiff_dist.training.checkpoint import complete_ones
+from segdiff_dist.training.checkpoint import CheckpointWriter, complete_ones
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import average_snapshots
 from segdiff_dist.training.loop import TrainingStopped
@@ -108,6 +109,24 @@ def test_a_checkpoint_of_other_data_or_another_net_is_refused(shapes: Path, tmp_
         InputProblems, match=r"unet.conv_in.weight.*16x18x3x3 in the checkpoint, 24x18x3x3 in the model"
     ):
         run_training(shapes, run, net=replace(NET, block_out_channels=(24, 32)))
+
+
+def test_an_update_waits_for_the_copy_of_what_it_changes(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_of = CheckpointWriter._copy_of
+
+    def slow(self: CheckpointWriter, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+        time.sleep(0.3)
+        return copy_of(self, shards)
+
+    for name, copying in (("quick", copy_of), ("slow", slow)):
+        monkeypatch.setattr(CheckpointWriter, "_copy_of", copying)
+        run_training(shapes, tmp_path / name, num_images=48)
+    saved = [SavedState(tmp_path / name / "checkpoints" / f"{32:012d}", 1).full for name in ("quick", "slow")]
+    for kind in ("online", "exp_avg", "ema_0.05"):
+        quick, slowly = (full(kind) for full in saved)
+        assert all(torch.equal(quick[key], slowly[key]) for key in quick), kind
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "flipped"])
