@@ -25,7 +25,8 @@ def print_result(name: str, result: dict[str, Any]) -> None:
         for i, images in enumerate(curve["images"]):
             values = "".join(f"{_range(curve[metric][i]):>25}" for metric in METRICS)
             print(f"{images:>8,}{curve['seconds'][i]['mean']:>10.0f}{values}")
-    print("\nours with one part changed")
+    if result["ablations"]:
+        print("\nours with one part changed")
     for row in result["ablations"]:
         print(f"  {row['name']:<20}" + _cells(lambda m, row=row: row[m]["mean"]) + f"   {row['about']}")
     print()
