@@ -14,6 +14,7 @@ import numpy as np
 
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation import metrics, surfaces
+from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
@@ -110,6 +111,7 @@ class Evaluator:
         # The actor's one thread is fixed by its environment; torch is told too in case it was loaded before that.
         if inputs.device == "cpu":
             torch.set_num_threads(1)
+            keep_freed_memory()
         self.inputs = inputs
         self.store = SampleStore.open(inputs.samples)
         self.shards = ShardSet.open(inputs.shards)

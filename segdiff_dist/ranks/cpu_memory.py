@@ -13,7 +13,7 @@ _TOP_PAD = 64 * 2**20
 def keep_freed_memory() -> None:
     """Have this process take its large arrays from the heap and never give any of that back before it ends.
 
-    glibc maps every array above 32 MiB anew, and the kernel clears its pages at first touch: a fifth to a third of a
+    glibc maps every array above 32 MiB anew, and the kernel clears its pages at first touch: a sixth of a
     training step. What is resident stays at its highest mark, which a training reaches in its first step. Does nothing
     where the C library is another.
     """
