@@ -1,12 +1,14 @@
 """GroupNorm of the networks where a CPU trains them channels-last.
 
-torch's own backward pass over that layout goes from pixel to pixel in steps of a group's few channels, which is two to
-ten times as slow as going through whole rows of channels, some hundred thousand values at a time: docs/kernels.md.
-N batch, C channels, H rows, W columns, P pixels, G groups.
+torch's own backward pass over that layout goes from pixel to pixel in steps of a group's few channels, and in bf16 it
+is five times as slow as in fp32. Ours goes through whole rows of channels, some hundred thousand values at a time in
+fp32, where that is quicker, and has torch's do the rest in fp32: docs/kernels.md, section 7.
+N batch, B samples of a block, C channels, H rows, W columns, P pixels, G groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 # Two blocks of so many fp32 values lie in a core's second cache (2 MiB where this was measured).
 _BLOCK = 1 << 17
+# From so many values on, casting all of them to fp32 first takes longer than casting a block at a time.
+_MANY = 1 << 20
 
 
 def suit_norms(net: nn.Module) -> None:
@@ -56,8 +60,29 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NCHW, weight_C, mean_NG, rstd_NG = ctx.saved_tensors
-        dx_NCHW, dweight_C, dbias_C = group_norm_backward(gradients[0], x_NCHW, weight_C.float(), mean_NG, rstd_NG)
+        backward = group_norm_backward if _is_slow(x_NCHW, mean_NG.shape[1]) else _torchs_backward
+        dx_NCHW, dweight_C, dbias_C = backward(gradients[0], x_NCHW, weight_C.float(), mean_NG, rstd_NG)
         return dx_NCHW, None, dweight_C.to(weight_C.dtype), dbias_C.to(weight_C.dtype), None
+
+
+def _is_slow(x_NCHW: Tensor, groups: int) -> bool:
+    """Where torch's own takes longer, with one thread and with two: docs/kernels.md, section 7."""
+    channels_a_group = x_NCHW.shape[1] // groups
+    if x_NCHW.dtype == torch.float32:
+        return channels_a_group == 1
+    return channels_a_group <= 2 or x_NCHW.numel() >= _MANY
+
+
+def _torchs_backward(
+    dy_NCHW: Tensor, x_NCHW: Tensor, weight_C: Tensor, mean_NG: Tensor, rstd_NG: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As group_norm_backward, by torch in fp32, which is far quicker than torch in bf16."""
+    n, c, h, w = x_NCHW.shape
+    dx_NCHW, dweight_C, dbias_C = torch.ops.aten.native_group_norm_backward(
+        dy_NCHW.to(torch.float32, memory_format=torch.channels_last), x_NCHW.float(), mean_NG, rstd_NG, weight_C,
+        n, c, h * w, mean_NG.shape[1], [True, True, True],
+    )  # fmt: skip
+    return dx_NCHW.to(x_NCHW.dtype), dweight_C, dbias_C
 
 
 def group_norm_backward(
@@ -74,31 +99,46 @@ def group_norm_backward(
     x_NPC = x_NCHW.permute(0, 2, 3, 1).view(n, pixels, c)
     dy_NPC = dy_NCHW.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).view(n, pixels, c)
     dx_NPC = torch.empty_like(x_NPC)
-    step = max(1, _BLOCK // c)
-    blocks = [(i, slice(p, min(p + step, pixels))) for i in range(n) for p in range(0, pixels, step)]
-    x_of, dy_of = torch.empty(step, c), torch.empty(step, c)
+    blocks = list(_blocks(n, pixels, c))
+    x_of, dy_of = (torch.empty(max(x_NPC[block].numel() for block in blocks)) for _ in range(2))
 
-    def read(i: int, where: slice) -> tuple[Tensor, Tensor]:
-        num = where.stop - where.start
-        return x_of[:num].copy_(x_NPC[i, where]), dy_of[:num].copy_(dy_NPC[i, where])
+    def read(block: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        x_BPC, dy_BPC = x_NPC[block], dy_NPC[block]
+        num, shape = x_BPC.numel(), x_BPC.shape
+        return x_of[:num].view(shape).copy_(x_BPC), dy_of[:num].view(shape).copy_(dy_BPC)
 
     def per_channel(of_NG: Tensor) -> Tensor:
-        return of_NG.repeat_interleave(c // groups, dim=1)
+        return of_NG.repeat_interleave(c // groups, dim=1)[:, None]
 
     # Of x less its mean: the sum of dy x is far larger than what is left of it where the mean is.
-    sum_dy_NC, sum_dy_x_NC, mean_NC = torch.zeros(n, c), torch.zeros(n, c), per_channel(mean_NG)
-    for i, where in blocks:
-        x_PC, dy_PC = read(i, where)
-        sum_dy_NC[i] += dy_PC.sum(0)
-        sum_dy_x_NC[i] += dy_PC.mul_(x_PC.sub_(mean_NC[i])).sum(0)
+    sum_dy_NC, sum_dy_x_NC, mean_N1C = torch.zeros(n, c), torch.zeros(n, c), per_channel(mean_NG)
+    for block in blocks:
+        x_BPC, dy_BPC = read(block)
+        some = block[0]
+        sum_dy_NC[some] += dy_BPC.sum(1)
+        sum_dy_x_NC[some] += dy_BPC.mul_(x_BPC.sub_(mean_N1C[some])).sum(1)
 
     def over_group(of_NC: Tensor) -> Tensor:
         return (of_NC * weight_C).view(n, groups, -1).sum(2) / (c // groups * pixels)
 
     mean_w_dy_NG, mean_w_dy_x_NG = over_group(sum_dy_NC), over_group(sum_dy_x_NC)
-    rstd_NC, b_NC = per_channel(rstd_NG), per_channel(-mean_w_dy_x_NG * rstd_NG**3)
-    a_NC, c_NC = rstd_NC * weight_C, -b_NC * mean_NC - per_channel(mean_w_dy_NG * rstd_NG)
-    for i, where in blocks:
-        x_PC, dy_PC = read(i, where)
-        dx_NPC[i, where] = x_PC.mul_(b_NC[i]).addcmul_(dy_PC, a_NC[i]).add_(c_NC[i])
-    return dx_NPC.view(n, h, w, c).permute(0, 3, 1, 2), (sum_dy_x_NC * rstd_NC).sum(0), sum_dy_NC.sum(0)
+    rstd_N1C, b_N1C = per_channel(rstd_NG), per_channel(-mean_w_dy_x_NG * rstd_NG**3)
+    a_N1C, c_N1C = rstd_N1C * weight_C, -b_N1C * mean_N1C - per_channel(mean_w_dy_NG * rstd_NG)
+    for block in blocks:
+        x_BPC, dy_BPC = read(block)
+        some = block[0]
+        dx_NPC[block] = x_BPC.mul_(b_N1C[some]).addcmul_(dy_BPC, a_N1C[some]).add_(c_N1C[some])
+    dx_NCHW = dx_NPC.view(n, h, w, c).permute(0, 3, 1, 2)
+    return dx_NCHW, (sum_dy_x_NC * rstd_N1C[:, 0]).sum(0), sum_dy_NC.sum(0)
+
+
+def _blocks(n: int, pixels: int, c: int) -> Iterator[tuple[slice, slice]]:
+    """Samples and pixels of each block: several samples, or a part of one; in every thread's cache its share of it.
+
+    Few and large, since all threads meet after every operation on one.
+    """
+    most = _BLOCK * torch.get_num_threads()
+    samples, step = max(1, most // (pixels * c)), max(1, most // c)
+    for i in range(0, n, samples):
+        for p in range(0, pixels, step):
+            yield slice(i, min(i + samples, n)), slice(p, min(p + step, pixels))

@@ -42,15 +42,18 @@ def gradients(
 )
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize("by_rows", [True, False])
 def test_against_float64(
     shape: tuple[int, ...],
     groups: int,
     dtype: torch.dtype,
     bound: float,
     offset: float,
+    by_rows: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu_norm, "_BLOCK", 16 * 1000)
+    monkeypatch.setattr(cpu_norm, "_is_slow", lambda *_: by_rows)
     x_NCHW = (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=LAST)
     dy_NCHW = torch.randn(shape).to(dtype)  # rows, as a sum's gradient may come
     weight_C, bias_C = torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)
