@@ -8,8 +8,11 @@ Dimensions: B batch, H rows, W columns.
 
 from __future__ import annotations
 
+import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +57,7 @@ class Trainer:
         """Train, test, and leave scores.parquet; from where an earlier try stopped."""
         folder = self.inputs.folder / training.name
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / OUTPUT).open("a") as output, redirect_stdout(output), redirect_stderr(output):
+        with _speaking_into(folder / OUTPUT):
             self._train(training, folder)
             table = self._test(folder / "weights")
         _write(table, folder / SCORES)
@@ -128,6 +131,27 @@ def score(segmenter: Segmenter, shards: ShardSet, rows: np.ndarray, batch_size: 
     found |= {"dice": metrics.mean_over_organs(dice_NK, table.organ_ids)}
     found |= {f"dice/{table.names[i]}": dice_NK[:, i] for i in table.organ_ids}
     return pa.table(found)
+
+
+@contextmanager
+def _speaking_into(file: Path) -> Iterator[None]:
+    """What this process and those it starts say goes into `file`: Ray would pass it on to the job's own terminal."""
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    with file.open("ab") as output:
+        _redirect([output.fileno()] * 2)
+    try:
+        yield
+    finally:
+        _redirect(kept)
+        for descriptor in kept:
+            os.close(descriptor)
+
+
+def _redirect(descriptors: list[int]) -> None:
+    """Have descriptors 1 and 2 point where these do."""
+    for stream, descriptor, target in zip((sys.stdout, sys.stderr), (1, 2), descriptors, strict=True):
+        stream.flush()
+        os.dup2(target, descriptor)
 
 
 def _write(table: pa.Table, file: Path) -> None:
