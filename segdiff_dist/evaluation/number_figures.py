@@ -176,7 +176,7 @@ def usefulness(downstream: dict[str, Any] | None) -> Drawn:
         ax.minorticks_off()
         ax.margins(x=0.12)
     axes[0][0].set_ylabel("Dice on real slices")
-    axes[0][-1].legend(loc="lower right")
+    axes[0][-1].legend(loc="best")
     canvas.tight_layout()
     caption = (
         "Dice(mask, prediction) on the real test slices. Bars are 95 % intervals over test patients of the mean over "
