@@ -195,8 +195,7 @@ def _sampled_from(experiment: Experiment) -> tuple[Path, ShardSet, Any, Any]:
     from segdiff_dist.sampling.job import weights_digest
 
     config = experiment.sample
-    if config.weights == "ema":
-        config = replace(config, weights=experiment.train.averages[0])
+    config = replace(config, weights=_weights_name(experiment, config.weights))
     run, shards = _open_run_and_data(experiment)
     collect(
         lambda: refuse(config.problems()),
@@ -216,7 +215,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     run = experiment.path("run")
     refuse(experiment.evaluate.problems() + experiment.tracking.problems())
     _must_be_a_run(run)
-    downstream = plan_downstream(experiment) if experiment.evaluate.downstream else None
+    downstream = _plan_downstream(experiment) if experiment.evaluate.downstream else None
     save_experiment(experiment)
     with _tracker(experiment, "evaluate", run) as tracker:
         tracker.log_params({"evaluate": _plain(experiment)["evaluate"]})
@@ -231,16 +230,20 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     return summary
 
 
-def plan_downstream(experiment: Experiment) -> Any:
+def _plan_downstream(experiment: Experiment) -> Any:
     """The checked downstream.job.Downstream of a run whose samples are there."""
     from segdiff_dist.downstream.job import plan
     from segdiff_dist.evaluation.sums import Interval
     from segdiff_dist.sampling.store import SampleStore
 
     run, sample, evaluate = experiment.path("run"), experiment.sample, experiment.evaluate
-    if sample.weights == "ema":
-        sample = replace(sample, weights=experiment.train.averages[0])
-    sample = replace(sample, device=evaluate.device, num_workers=evaluate.num_workers, ray_address=evaluate.ray_address)
+    sample = replace(
+        sample,
+        weights=_weights_name(experiment, sample.weights),
+        device=evaluate.device,
+        num_workers=evaluate.num_workers,
+        ray_address=evaluate.ray_address,
+    )
     return plan(
         run,
         SampleStore.open(run / "samples"),
@@ -300,8 +303,12 @@ def export(experiment: Experiment) -> str:
     _must_be_a_run(run)
     if config.format != "pipeline":
         return f"{export_samples(run, out, config):,} images"
-    name = experiment.train.averages[0] if config.weights == "ema" else config.weights
-    export_model(run / "weights" / name, out, experiment.diffusion, experiment.sample.sampler)
+    export_model(
+        run / "weights" / _weights_name(experiment, config.weights),
+        out,
+        experiment.diffusion,
+        experiment.sample.sampler,
+    )
     return "a diffusers pipeline"
 
 
@@ -313,7 +320,7 @@ def volume(experiment: Experiment) -> Any:
     config, sample = experiment.volume, experiment.sample
     mask, out = collect(lambda: experiment.path("mask_volume"), lambda: experiment.path("exported"))
     run, shards = _open_run_and_data(experiment)
-    weights = run / "weights" / (experiment.train.averages[0] if sample.weights == "ema" else sample.weights)
+    weights = run / "weights" / _weights_name(experiment, sample.weights)
     refuse(volume_problems(mask, out, config))
     pipeline = SegGuidedPipeline.from_weights(
         weights, experiment.diffusion, sample.sampler, device=sample.device, precision=sample.precision
@@ -365,6 +372,11 @@ def _training_rows(experiment: Experiment, shards: ShardSet) -> Any:
 def _must_be_a_run(run: Path) -> None:
     if not run.is_dir():
         refuse([Problem(str(run), "run", "no such folder", "give the folder that training and sampling wrote")])
+
+
+def _weights_name(experiment: Experiment, name: str) -> str:
+    """The folder under RUN/weights; `ema` is the first average."""
+    return experiment.train.averages[0] if name == "ema" else name
 
 
 def _side(shards: ShardSet, crop_size: int | None) -> int:

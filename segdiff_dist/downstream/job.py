@@ -11,10 +11,10 @@ What is done is kept: the same command trains what is missing.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,10 @@ from segdiff_dist.config import as_dict, differences, write_text_atomically
 from segdiff_dist.downstream.arms import trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.summary import summarise
-from segdiff_dist.downstream.trainer import SCORES, Inputs, TrainerFactory, test_rows, training_rows
+from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
 from segdiff_dist.evaluation.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.job import crew_of, sample, weights_digest
+from segdiff_dist.sampling.job import crew_of, joined, sample, weights_digest
 from segdiff_dist.segmentation import SegmenterConfig
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Downstream:
         summary = summarise(
             {one: done / one.name / SCORES for one in trainings},
             self.shards,
-            training_rows(self.shards, self.loader),
+            rows,
             num_generated=len(samples),
             interval=self.interval,
         )
@@ -203,22 +203,23 @@ def _train(made: Downstream, generated: Path, missing: list[Any], total: int) ->
     """Every missing training on a worker: one a GPU, or one a core."""
     from tqdm import tqdm
 
-    crew = crew_of(made.sample)
-    inputs = Inputs(
-        made.shards.resolved,
-        generated,
-        made.folder / _TRAININGS,
-        made.segmenter,
-        made.loader,
-        made.split,
-        crew.device,
-    )
     failures = []
-    with tqdm(total=total, initial=total - len(missing), desc="downstream", unit="training") as bar:
+    bar = tqdm(total=total, initial=total - len(missing), desc="downstream", unit="training")
+    with joined(made.sample), bar:
+        crew = crew_of(made.sample)  # of the cluster, where one was joined
+        inputs = Inputs(
+            made.shards.resolved,
+            generated,
+            made.folder / _TRAININGS,
+            made.segmenter,
+            made.loader,
+            made.split,
+            crew.device,
+        )
         for done in fan_out(
-            TrainerFactory(inputs),
+            partial(Trainer, inputs),
             missing,
-            num_workers=min(crew.num_workers, os.cpu_count() or 1),
+            num_workers=crew.num_workers,
             gpus_per_worker=crew.gpus_per_worker,
             address=made.sample.ray_address,
         ):

@@ -47,11 +47,10 @@ class Inputs:
 
 
 class Trainer:
-    """What runs in a worker: opens the two sets once, then does training after training."""
+    """What runs in a worker: does training after training."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.cache = inputs.loader.cache
+        self.inputs, self.cache = inputs, inputs.loader.cache
 
     def __call__(self, training: Training) -> None:
         """Train, test, and leave scores.parquet; from where an earlier try stopped."""
@@ -88,16 +87,6 @@ class Trainer:
         rows = test_rows(shards, self.inputs.loader, self.inputs.test_split)
         segmenter = Segmenter.load(weights, self.inputs.device)
         return score(segmenter, shards, rows, self.inputs.segmenter.validation_batch_size)
-
-
-@dataclass(frozen=True)
-class TrainerFactory:
-    """Makes a Trainer in the worker."""
-
-    inputs: Inputs
-
-    def __call__(self) -> Trainer:
-        return Trainer(self.inputs)
 
 
 def training_rows(shards: ShardSet, loader: LoaderConfig) -> np.ndarray:
