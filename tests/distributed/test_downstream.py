@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from sampling_support import DIFFUSION, make_here, write_weights
 
-from data_shards.fan_out import ray_session
 from data_shards.feed.loader import LoaderConfig
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.samplers import SamplerConfig
@@ -22,14 +21,15 @@ from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.training.config import TrainConfig
 
-pytestmark = pytest.mark.usefixtures("ray")
-
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    """Ray takes seconds to start: once for all tests here."""
-    with ray_session():
-        yield
+def address() -> Iterator[str]:
+    """A Ray cluster to join, of one node with two cores."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
+    yield cluster.address
+    cluster.shutdown()
 
 
 SEGMENTER = SegmenterConfig(
@@ -57,13 +57,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     return run
 
 
-def planned(run: Path, config: DownstreamConfig = CONFIG, **changes: Any) -> Downstream:
+def planned(run: Path, config: DownstreamConfig = CONFIG, address: str | None = None, **changes: Any) -> Downstream:
     from segdiff_dist.sampling.store import SampleStore
 
     sections: dict[str, Any] = {
         "diffusion": DIFFUSION,
         "sample": SampleConfig(
-            sampler=SamplerConfig(num_steps=3, timestep_spacing="trailing"), region_size=4, device="cpu", num_workers=2
+            sampler=SamplerConfig(num_steps=3, timestep_spacing="trailing"),
+            region_size=4,
+            device="cpu",
+            ray_address=address,
         ),
         "segmenter": SEGMENTER,
         "loader": LoaderConfig(num_threads=1),
@@ -72,16 +75,18 @@ def planned(run: Path, config: DownstreamConfig = CONFIG, **changes: Any) -> Dow
     return plan(run, SampleStore.open(run / "samples"), config, **sections | changes)
 
 
-def test_images_of_noise_teach_nothing_and_real_ones_do(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_images_of_noise_teach_nothing_and_real_ones_do(
+    run: Path, address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     # A training that fails, here of a file where its folder is to be, is named, and the others are kept.
     blocked = run / "downstream" / "trainings" / "generated-seed_0"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("")
     with pytest.raises(DownstreamFailed, match=r"1 of 3 trainings failed, the first: generated-seed_0"):
-        planned(run).make()
+        planned(run, address=address).make()
     blocked.unlink()
 
-    summary = planned(run).make()
+    summary = planned(run, address=address).make()
     dice = {arm["name"]: arm["dice"]["value"] for arm in summary["arms"]}
     assert dice["real_100"] > 0.6
     assert dice["generated"] < dice["real_100"] - 0.3
@@ -97,10 +102,10 @@ def test_images_of_noise_teach_nothing_and_real_ones_do(run: Path, capfd: pytest
 
     # The same again trains nothing, and another one only what is missing.
     files = {file: file.stat().st_mtime_ns for file in trainings.glob("*/scores.parquet")}
-    assert planned(run).make()["arms"] == summary["arms"]
+    assert planned(run, address=address).make()["arms"] == summary["arms"]
     missing = trainings / "generated-seed_0" / "scores.parquet"
     missing.unlink()
-    assert planned(run).make()["arms"] == summary["arms"]  # trained anew, to the same scores
+    assert planned(run, address=address).make()["arms"] == summary["arms"]  # trained anew, to the same scores
     after = {file: file.stat().st_mtime_ns for file in trainings.glob("*/scores.parquet")}
     assert {file for file in files if files[file] != after[file]} == {missing}
 
