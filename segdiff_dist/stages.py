@@ -274,8 +274,7 @@ def report(experiment: Experiment) -> Path:
     side by side; nothing is measured. Returns the page."""
     from segdiff_dist.evaluation.comparison import open_runs
     from segdiff_dist.evaluation.comparison_report import COMPARISON, write_comparison
-    from segdiff_dist.evaluation.figures import draw_figures
-    from segdiff_dist.evaluation.report import write_report
+    from segdiff_dist.evaluation.job import draw
 
     folders, out = experiment.runs, experiment.compared
     found = []
@@ -290,8 +289,7 @@ def report(experiment: Experiment) -> Path:
         return write_comparison(runs, out or Path(COMPARISON))
     [run] = runs
     amos_root = experiment.amos_root or run.settings.get("amos_root")
-    draw_figures(run.folder, amos_root=Path(amos_root) if amos_root else None)
-    return write_report(run.folder)
+    return draw(run.folder, amos_root=Path(amos_root) if amos_root else None)
 
 
 def export(experiment: Experiment) -> str:

@@ -123,13 +123,13 @@ def evaluate(
     return summary
 
 
-def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> None:
-    """Figures and report of a measured `run`, from what lies in its folder."""
+def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> Path:
+    """Figures and report of a measured `run`, from what lies in its folder; returns the page."""
     from segdiff_dist.evaluation.figures import draw_figures
     from segdiff_dist.evaluation.report import write_report
 
     draw_figures(Path(run), amos_root=amos_root, progress=progress)
-    write_report(Path(run))
+    return write_report(Path(run))
 
 
 def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
