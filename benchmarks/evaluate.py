@@ -69,8 +69,7 @@ def where_the_time_goes(run: Path, size: int) -> dict[str, float]:
 
     steps: dict[str, tuple[int, Callable[[], Any]]] = {
         "read image and mask": (1, lambda: (store.image[:16], store.mask[:16])),
-        "segmenter, labels": (2, lambda: segmenter.predict(real, modality)),
-        "segmenter, features": (2, lambda: segmenter.features(real, modality)),
+        "segmenter, labels and features": (2, lambda: segmenter.predict_and_features(real, modality)),
         "SSIM and MS-SSIM": (1, lambda: metrics.ssim_and_ms_ssim(real, fake)),
         "PSNR": (1, lambda: metrics.psnr_db(real, fake)),
         "overlaps": (3, lambda: metrics.dice_per_class(metrics.confusion(masks, moved, AMOS.num_classes))),
@@ -133,7 +132,7 @@ def main() -> None:
         small, middle, large = sizes
         peaks: dict[str, int] = {}
         contenders = {f"{num:,} triples, 2 workers": with_workers(runs[num], num, 2, peaks) for num in sizes}
-        contenders[f"{middle:,} triples, 1 worker"] = with_workers(runs[middle], middle, 1, peaks)
+        contenders[f"{large:,} triples, 1 worker"] = with_workers(runs[large], large, 1, peaks)
         contenders[f"{small:,} triples, 2 workers, with surface Dice"] = with_workers(
             runs[small], small, 2, peaks, surface=True
         )
@@ -149,7 +148,7 @@ def main() -> None:
     verdict = "within" if minutes <= _LIMIT_MINUTES else "NOT within"
     notes["10,000 triples on 2 workers"] = f"{minutes:.1f} minutes ({told}), {verdict} {_LIMIT_MINUTES}"
     ratios = [
-        compare(rates, f"{middle:,} triples, 2 workers", f"{middle:,} triples, 1 worker", 1.8),
+        compare(rates, f"{large:,} triples, 2 workers", f"{large:,} triples, 1 worker", 1.8),
         # Linear: the rate of many is that of fewer, or better where what is done once weighs on the fewer.
         compare(rates, f"{large:,} triples, 2 workers", f"{middle:,} triples, 2 workers", 0.95),
     ]

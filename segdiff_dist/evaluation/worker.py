@@ -120,7 +120,7 @@ class Evaluator:
         self.table = self.shards.label_table
         tolerance_mm = surfaces.tolerances_mm(self.table)
         self.tolerance_mm_O = [tolerance_mm[self.table.names[i]] for i in self.table.organ_ids]
-        self.extractors: dict[str, Extractor] = {"segmenter": self.segmenter.features}
+        self.extractors: dict[str, Extractor] = {}
         self.lpips: Callable[[Any, Any], np.ndarray] | None = None
         self.radiomics: Callable[[np.ndarray], np.ndarray] | None = None
         if inputs.fid_weights is not None:
@@ -213,12 +213,11 @@ class _Batch:
         # What the image was made from, which may lack organs that the slice has.
         self.label_maps = {"mask": np.asarray(store.mask[self.start : self.stop])}
         self.label_maps["real"] = np.zeros_like(self.label_maps["mask"])
-        self.label_maps["gen"] = self.evaluator.segmenter.predict(generated, target).cpu().numpy()
+        self.label_maps["gen"], features = self._seen_by_networks(generated, target)
         self.result = ChunkResult({name: np.full(num, np.nan) for name in column_names(self.evaluator.table)})
         self.result.grey_counts = np.zeros((num, 2, 256), dtype=np.int64)
-        for name, extract in self.evaluator.extractors.items():
-            features_BD = extract(generated, target).float().cpu().numpy()
-            self.result.features[name, "gen"] = _finite(features_BD, name, self.start)
+        for name, features_BD in features.items():
+            self.result.features[name, "gen"] = features_BD
             self.result.features[name, "real"] = np.full_like(features_BD, np.nan)
         if len(chosen):
             # Generated images have 8 bits, so real ones are compared, and judged by the segmenter, at 8 bits too.
@@ -232,13 +231,21 @@ class _Batch:
             self._overlaps("mask_real", chosen)
             self._overlaps("real_gen", chosen)
 
+    def _seen_by_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
+        label_maps, features_BD = self.evaluator.segmenter.predict_and_features(image_BHW, modality_B)
+        found = {"segmenter": features_BD}
+        found |= {name: extract(image_BHW, modality_B) for name, extract in self.evaluator.extractors.items()}
+        return label_maps.cpu().numpy(), {
+            name: _finite(features.float().cpu().numpy(), name, self.start) for name, features in found.items()
+        }
+
     def _compare(self, real: Any, fake: Any, modality: Any, chosen: np.ndarray) -> None:
         """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""
         columns, evaluator = self.result.columns, self.evaluator
-        self.label_maps["real"][chosen] = evaluator.segmenter.predict(real, modality).cpu().numpy()
-        for name, extract in evaluator.extractors.items():
-            features_BD = extract(real, modality).float().cpu().numpy()
-            self.result.features[name, "real"][chosen] = _finite(features_BD, name, self.start)
+        self.label_maps["real"][chosen], features = self._seen_by_networks(real, modality)
+        for name, features_BD in features.items():
+            self.result.features[name, "real"][chosen] = features_BD
         columns["psnr_db"][chosen] = metrics.psnr_db(real, fake)
         if min(real.shape[1:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
             columns["ssim"][chosen], columns["ms_ssim"][chosen] = metrics.ssim_and_ms_ssim(real, fake)

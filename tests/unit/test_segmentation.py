@@ -105,6 +105,21 @@ def test_features_hold_every_level(channels: tuple[int, ...]) -> None:
     assert torch.isfinite(found).all()
 
 
+@pytest.mark.parametrize(("channels", "first_stride"), [((8, 16), 2), ((8, 16, 24), 1), ((16, 32, 64, 128), 2)])
+def test_one_pass_gives_labels_and_features_alike(channels: tuple[int, ...], first_stride: int) -> None:
+    net = SegmenterNet(SegmenterConfig(channels=channels, first_stride=first_stride), AMOS.num_classes)
+    segmenter = Segmenter(net, AMOS, "", CPU)
+    image = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8)
+    modality = torch.tensor([0, 1, 0])
+    with torch.no_grad():
+        scores, _ = net.scores_and_features(image, modality)
+    torch.testing.assert_close(scores, net(image, modality), rtol=0, atol=0)
+    labels, features = segmenter.predict_and_features(image, modality)
+    assert torch.equal(labels, scores.argmax(dim=1).to(torch.uint8))
+    assert torch.equal(labels, segmenter.predict(image, modality))
+    assert torch.equal(features, segmenter.features(image, modality))
+
+
 def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
     bad = SegmenterConfig(channels=(12, 24), first_stride=3)
     assert {p.field for p in bad.problems()} == {"segmenter.channels", "segmenter.first_stride"}
