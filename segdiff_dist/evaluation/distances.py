@@ -29,6 +29,8 @@ DISTANCE_METRICS = (
 )
 _LOWER_IS_BETTER = frozenset((*_FRECHET.values(), *_KERNEL.values()))
 
+_ROWS_A_MERGE = 512
+
 Entry = dict[str, Any]
 Key = tuple[str, str, str, str, str]
 ItemGroup = tuple[str, str, str]
@@ -56,6 +58,34 @@ class Group:
         return (source, target) in self.modalities and self.axis in (None, axis)
 
 
+class Moments:
+    """FeatureStatistics of a stream of features [B, D], taken in many rows at a time.
+
+    A merge costs D x D however few rows come, and the rows of a group come by the dozen.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self._merged = FeatureStatistics.empty(num_features)
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, features_BD: np.ndarray) -> None:
+        """Take in a batch."""
+        self._waiting.append(features_BD)
+        if sum(len(features) for features in self._waiting) >= _ROWS_A_MERGE:
+            self._merge()
+
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """Of all that came."""
+        self._merge()
+        return self._merged
+
+    def _merge(self) -> None:
+        if self._waiting:
+            self._merged = self._merged.merge(FeatureStatistics.of(np.concatenate(self._waiting)))
+            self._waiting = []
+
+
 @dataclass
 class Distributions:
     """Features by (extractor, side, source modality, target modality, axis); first samples of a mask only.
@@ -64,7 +94,7 @@ class Distributions:
     """
 
     capacity: int
-    moments: dict[Key, FeatureStatistics] = field(default_factory=dict)
+    moments: dict[Key, Moments] = field(default_factory=dict)
     samples: dict[Key, FeatureSample] = field(default_factory=dict)
     # Groups often hold the same items (one axis, one modality), and a distance is costly.
     _entries: dict[tuple[tuple[Key, ...], ...], dict[str, Entry]] = field(default_factory=dict)
@@ -87,8 +117,7 @@ class Distributions:
                 if not chosen_B.any():
                     continue
                 key = (extractor, side, *group)
-                new = FeatureStatistics.of(features_BD[chosen_B])
-                self.moments[key] = self.moments[key].merge(new) if key in self.moments else new
+                self.moments.setdefault(key, Moments(features_BD.shape[1])).add(features_BD[chosen_B])
                 if extractor in _KERNEL:
                     sample = self.samples.setdefault(key, FeatureSample(self.capacity))
                     sample.add(priority_B[chosen_B], features_BD[chosen_B])
@@ -108,7 +137,9 @@ class Distributions:
         return found
 
     def _frechet(self, extractor: str, real: tuple[Key, ...], gen: tuple[Key, ...]) -> dict[str, Entry]:
-        first, second = (reduce(FeatureStatistics.merge, (self.moments[k] for k in keys)) for keys in (real, gen))
+        first, second = (
+            reduce(FeatureStatistics.merge, (self.moments[k].statistics for k in keys)) for keys in (real, gen)
+        )
         if min(first.count, second.count) < 2:
             return {}
         value = (frd if extractor == "radiomics" else frechet_distance)(first, second)

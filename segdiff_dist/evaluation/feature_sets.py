@@ -154,9 +154,14 @@ def _kernel_mean(first_ND: np.ndarray, second_MD: np.ndarray, *, same: bool) -> 
     second_MD, total = np.asarray(second_MD, np.float64), 0.0
     for start in range(0, len(first_ND), _BLOCK):
         block_BD = np.asarray(first_ND[start : start + _BLOCK], np.float64)
-        kernel_BM = (block_BD @ second_MD.T / second_MD.shape[1] + 1.0) ** 3
+        # Of the same set only pairs from here on: those before are their mirror images, which are counted twice.
+        others_MD = second_MD[start:] if same else second_MD
+        kernel_BM = (block_BD / block_BD.shape[1]) @ others_MD.T
+        # In place: a fresh array of this size costs as much as the arithmetic.
+        kernel_BM += 1.0
+        np.power(kernel_BM, 3, out=kernel_BM)
         total += float(kernel_BM.sum())
         if same:
-            rows = np.arange(len(block_BD))
-            total -= float(kernel_BM[rows, start + rows].sum())
+            num = len(block_BD)
+            total += float(kernel_BM[:, num:].sum()) - float(np.trace(kernel_BM[:, :num]))
     return total / (len(first_ND) * (len(second_MD) - same))

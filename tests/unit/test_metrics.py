@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from data_shards.labels import LABEL_TABLES
-from segdiff_dist.evaluation import feature_sets, metrics, radiomics, surfaces
+from segdiff_dist.evaluation import distances, feature_sets, metrics, radiomics, surfaces
 
 NUM_CLASSES = 5
 ORGANS = (1, 2, 3)  # 4 stands for body
@@ -267,6 +267,17 @@ class TestFrechet:
         merged = metrics.FeatureStatistics.of(features[:300]).merge(metrics.FeatureStatistics.of(features[300:]))
         np.testing.assert_allclose(merged.covariance_DD, np.cov(features.T), rtol=1e-3, atol=1e-9)
 
+    def test_a_stream_in_small_parts_is_the_whole(self):
+        features = np.random.default_rng(3).normal(size=(1300, 5)) + 100
+        moments = distances.Moments(5)
+        for part in np.split(features, np.arange(17, 1300, 17)):
+            moments.add(part)
+        half_way = moments.statistics  # may be asked for at any time
+        moments.add(features)
+        assert (half_way.count, moments.statistics.count) == (1300, 2600)
+        np.testing.assert_allclose(half_way.covariance_DD, np.cov(features.T), rtol=1e-10)
+        np.testing.assert_allclose(moments.statistics.mean_D, features.mean(axis=0), rtol=1e-12)
+
 
 class TestFeatureSample:
     @settings(max_examples=30, deadline=None)
@@ -308,6 +319,15 @@ class TestNeighbourhoods:
         found = feature_sets.neighbourhoods(features, features)
         assert (found.precision, found.recall, found.coverage) == (1.0, 1.0, 1.0)
         assert feature_sets.kernel_distance(features, features) < 0  # unbiased: its own pairs count on one side only
+
+    def test_kernel_distance_over_several_blocks_of_rows(self):
+        real, gen = (np.random.default_rng(i).normal(size=(n, 6)) + i for i, n in ((0, 2100), (1, 1500)))
+
+        def kernel(x, y):
+            return (x @ y.T / 6 + 1) ** 3
+
+        within = [(kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1)) for x in (real, gen)]
+        assert feature_sets.kernel_distance(real, gen) == pytest.approx(sum(within) - 2 * kernel(real, gen).mean())
 
     def test_nearest_skips_itself(self):
         features = np.array([[0.0], [1.0], [5.0]])
