@@ -70,8 +70,8 @@ def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
 def describe(found: list[Step], settings: Table1Settings) -> str:
     """The steps as a table, and their sum, for a person."""
     rows = [(step.name, step.what, _duration(step.seconds), _size(step.num_bytes)) for step in found]
-    known = sum(step.seconds for step in found if step.seconds is not None)
-    rows.append(("in all", "", _duration(known), _size(sum(step.num_bytes for step in found))))
+    known = [step.seconds for step in found if step.seconds is not None]
+    rows.append(("in all", "", _duration(sum(known) if known else None), _size(sum(step.num_bytes for step in found))))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     plural = "s" if settings.gpus > 1 else ""
