@@ -48,6 +48,14 @@ _FREE = (
     *(f"loader.{name}" for name in ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "on_corrupt")),
 )
 
+# What a stage settles once it has left this in the run folder; in RUN/config.yaml other stages leave it as it stands.
+_SETTLED = {
+    "checkpoints": ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation"),
+    "segmenter/checkpoints": ("data", "more_data", "loader", "segmenter"),
+    "samples/job.json": ("sample",),
+    "evaluation/summary.json": ("evaluate", "downstream"),
+}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -118,25 +126,28 @@ def load_experiment(config_file: Path | None, run: Path | None) -> Experiment:
     return experiment
 
 
-def save_experiment(experiment: Experiment) -> str:
-    """Write RUN/config.yaml; returns its text."""
-    text = to_yaml(as_dict(experiment))
-    write_text_atomically(experiment.path("run") / CONFIG_FILE, text)
-    return text
+def save_experiment(experiment: Experiment, settles: tuple[str, ...]) -> None:
+    """Write RUN/config.yaml: what this stage settles, and beside it what no other stage has settled before."""
+    run, values = experiment.path("run"), as_dict(experiment)
+    if (run / CONFIG_FILE).is_file():
+        recorded = read_yaml(run / CONFIG_FILE)
+        others = {name for left, names in _SETTLED.items() if (run / left).exists() for name in names}
+        values |= {name: recorded[name] for name in others - set(settles) if name in recorded}
+    write_text_atomically(run / CONFIG_FILE, to_yaml(values))
 
 
 def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:
-    """Refuse to go on with a training that was started with other settings; `started` exists once it has begun."""
-    run = experiment.path("run")
-    if not started.exists() or not (run / CONFIG_FILE).is_file():
+    """Refuse to go on with a training that was started with other settings. `started` exists once it has begun, and
+    holds the settings of every checkpoint."""
+    recorded = max(started.glob(f"*/{CONFIG_FILE}"), default=experiment.path("run") / CONFIG_FILE)
+    if not started.exists() or not recorded.is_file():
         return
-    old, new = read_yaml(run / CONFIG_FILE), as_dict(experiment)
+    # A key that came with a later version stands for what was done before it.
+    old, new = merge(as_dict(Experiment()), read_yaml(recorded)), as_dict(experiment)
     found = [
-        Problem(
-            str(run / CONFIG_FILE), key, f"{before!r} there, {after!r} now", "use another run folder, or that value"
-        )
+        Problem(str(recorded), key, f"{before!r} there, {after!r} now", "use another run folder, or that value")
         for section in sections
-        for key, before, after in differences(old.get(section, {}), new[section], f"{section}.")
+        for key, before, after in differences(old[section], new[section], f"{section}.")
         if not key.endswith(_FREE)
     ]
     if found:

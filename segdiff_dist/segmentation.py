@@ -22,6 +22,7 @@ from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from data_shards.records import MODALITIES, Batch
+from segdiff_dist.config import write_text_atomically
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
@@ -51,6 +52,9 @@ class SegmenterConfig:
     """As in the `loader` section, whose value counts for the denoiser alone."""
     zoom: float = 0.0
     """Likewise."""
+    dice_over: int = 8
+    """Slices that Dice is taken over in training, as if they were one image; micro-batches are multiples of it, so that
+    the loss depends on neither their size nor the number of ranks."""
     validation_batch_size: int = 64
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -67,9 +71,20 @@ class SegmenterConfig:
         """The loader's settings with this section's augmentation."""
         return replace(loader, rotate_degrees=self.rotate_degrees, zoom=self.zoom)
 
+    @property
+    def dice_group(self) -> int:
+        """dice_over, or the whole of a smaller global batch."""
+        return min(self.dice_over, self.train.global_batch_size)
+
     def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
         """What is out of range."""
         found = self.train.problems("segmenter.train", ranks)
+        micro = self.train.micro_batch_size
+        if self.dice_over < 1:
+            found.append(Problem("config", "segmenter.dice_over", str(self.dice_over), "give at least 1"))
+        elif micro == "auto" or micro % self.dice_group:
+            remedy = f"give a multiple of {self.dice_group}, the slices that Dice is taken over (segmenter.dice_over)"
+            found.append(Problem("config", "segmenter.train.micro_batch_size", str(micro), remedy))
         for augmentation in self.augmented(LoaderConfig()).problems():
             found.append(replace(augmentation, field=augmentation.field.replace("loader.", "segmenter.")))
         if self.first_stride not in (1, 2):
@@ -175,8 +190,10 @@ class SegmenterTask:
         self.score = "val_dice" if len(self._validation_rows) else None
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """MONAI's DiceCELoss, Dice over the micro-batch and without background."""
-        return self._loss(forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long()), {}
+        """MONAI's DiceCELoss without background, Dice over every `dice_over` slices in their order."""
+        scores_BKHW, mask_B1HW = forward(batch.image_BHW, batch.modality_B), batch.mask_BHW[:, None].long()
+        groups = (tensor.split(self.config.dice_group) for tensor in (scores_BKHW, mask_B1HW))
+        return torch.stack([self._loss(scores, masks) for scores, masks in zip(*groups, strict=True)]).mean(), {}
 
     def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
         """Mean over organs of the Dice over the whole validation split; the ranks share the work."""
@@ -207,7 +224,8 @@ class SegmenterTask:
         all_positions = list(sequential_positions(len(self._validation_rows), size))
         mine = all_positions[rank() :: world_size()]
         most = -(-len(all_positions) // world_size())
-        plain = LoaderConfig(crop_size=self.loader.crop_size, num_threads=self.loader.num_threads)
+        loader = self.loader
+        plain = LoaderConfig(crop_size=loader.crop_size, num_threads=loader.num_threads, on_corrupt=loader.on_corrupt)
         order = Sequential(self._validation_rows)
         positions = iter([*mine, *all_positions[: most - len(mine)]])
         batches = Loader(self.shards, order, positions, plain, batch_size=size, seed=0, device=self.device)
@@ -224,7 +242,8 @@ class Segmenter:
 
     @classmethod
     def load(cls, weights: Path, device: torch.device | str = "cpu") -> Segmenter:
-        """The segmenter that training wrote to `weights`."""
+        """The segmenter that training wrote to `weights`; refused where it is not there or not whole."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not (weights / _ABOUT).is_file():
@@ -238,7 +257,11 @@ class Segmenter:
             kernel_size=about["kernel_size"],
         )
         net = SegmenterNet(config, table.num_classes)
-        net.load_state_dict(load_file(weights / _WEIGHTS))
+        try:
+            net.load_state_dict(load_file(weights / _WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            remedy = f"remove {weights} and run `segdiff train-segmenter` again: it exports it from its checkpoint"
+            raise problem(weights, "segmenter", f"cannot be read: {str(error).splitlines()[0]}", remedy) from error
         digest = hashlib.sha256((weights / _WEIGHTS).read_bytes()).hexdigest()
         return cls(net, table, digest, torch.device(device))
 
@@ -266,11 +289,14 @@ def _best(scores_BKHW: Tensor) -> Tensor:
 
 
 def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterConfig, table: LabelTable) -> None:
-    """Write weights as safetensors, and beside them what is needed to build the net again."""
+    """Write weights as safetensors, and beside them what is needed to build the net again; a reader sees the files of
+    before or the new ones, whole."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / _WEIGHTS)
+    unfinished = folder / f".{_WEIGHTS}.unfinished"
+    save_file({k: v.contiguous() for k, v in weights.items()}, unfinished)
+    unfinished.replace(folder / _WEIGHTS)
     about = {
         "channels": config.channels,
         "first_stride": config.first_stride,
@@ -278,4 +304,4 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
         "kernel_size": config.kernel_size,
         "label_table": asdict(table),
     }
-    (folder / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    write_text_atomically(folder / _ABOUT, json.dumps(about, indent=2) + "\n")

@@ -173,7 +173,8 @@ def sample(experiment: Experiment) -> Any:
     from segdiff_dist.sampling import job as sampling
 
     run, shards, rows, config = _sampled_from(experiment)
-    save_experiment(experiment)
+    if config.out is None:
+        save_experiment(experiment, ("sample",))
     with _tracker(experiment, "sample", run) as tracker:
         tracker.log_params({"sample": _plain(experiment)["sample"]})
         store = sampling.sample(run, shards, rows, experiment.diffusion, config)
@@ -216,7 +217,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     refuse(experiment.evaluate.problems() + experiment.tracking.problems())
     _must_be_a_run(run)
     downstream = _plan_downstream(experiment) if experiment.evaluate.downstream else None
-    save_experiment(experiment)
+    save_experiment(experiment, ("evaluate", "downstream"))
     with _tracker(experiment, "evaluate", run) as tracker:
         tracker.log_params({"evaluate": _plain(experiment)["evaluate"]})
         summary = evaluate_run(run, experiment.evaluate, amos_root=experiment.amos_root)
@@ -339,10 +340,11 @@ def _train(
             print(f"{stage}: already trained on {config.num_images:,} images in {folder}; nothing to do")
         return
     run = experiment.path("run")
-    if is_main():
-        save_experiment(experiment)
-    rows = _training_rows(experiment, shards)
     own = ("segmenter",) if stage == "segmenter" else ("denoiser", "diffusion", "train", "validation")
+    if is_main():
+        # The denoiser's loader and data are what the later stages go by.
+        save_experiment(experiment, own if stage == "segmenter" else (*own, "loader", "data", "more_data"))
+    rows = _training_rows(experiment, shards)
     sections = (*own, "loader")
     with _tracker(experiment, stage, run) as tracker:
         tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})

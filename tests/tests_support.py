@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from data_shards.store.shards import ShardSet
 
 SIZE = 32
 
@@ -18,18 +22,22 @@ def write_shapes(
     store: str = "webdataset",
     bits: int = 8,
     soft_edge: bool = False,
+    held_out: int = 2,
 ) -> Path:
-    """A shard set in which an ellipse is `body` and two discs in it are liver and spleen, brighter than the body."""
+    """A shard set in which an ellipse is `body` and two discs in it are liver and spleen, brighter than the body.
+
+    `num_patients` of each modality in the train split, `held_out` in each of the others."""
     from data_shards.labels import AMOS
     from data_shards.records import SliceMeta, SliceRecord
     from data_shards.store.shard_writer import ShardWriter, set_format
 
     writer = ShardWriter(out, set_format(store, codec, 10, size=size, bits=bits, soft_edge=soft_edge))
     row, column = np.mgrid[0:size, 0:size] / size
-    for split, patients in (("train", num_patients), ("val", 2), ("test", 2)):
+    for split, patients in (("train", num_patients), ("val", held_out), ("test", held_out)):
         for patient in range(patients):
             for modality, base in (("CT", 0), ("MR", 506)):
                 case = f"amos_{base + 1 + {'train': 0, 'val': 100, 'test': 200}[split] + patient:04d}"
+                file_sha256 = hashlib.sha256(case.encode()).hexdigest()
                 rng = np.random.default_rng([patient, base, len(split)])
                 for index in range(slices):
                     mask = np.zeros((size, size), np.uint8)
@@ -42,7 +50,7 @@ def write_shapes(
                     scale = 2.0 if bits == 8 else 2.0 / 257
                     meta = SliceMeta(
                         case, modality, "axial", index, split, (6.0, 6.0), tuple(np.eye(4).ravel()), scale, -256.0,
-                        "amos", tuple(int(i) for i in np.unique(mask) if i), True, "0" * 64, bits=bits,
+                        "amos", tuple(int(i) for i in np.unique(mask) if i), True, file_sha256, bits=bits,
                     )  # fmt: skip
                     grey_levels = image.clip(0, 255).astype(np.uint8)
                     if bits == 16:
@@ -57,3 +65,14 @@ def write_shapes(
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path in it."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def flip_mask_bytes(shards: ShardSet, rows: Sequence[int]) -> ShardSet:
+    """The set, of which one byte of each of these rows' masks is flipped on disk."""
+    where = shards.parts["mask"]
+    for row in rows:
+        file = Path(shards.root) / shards.index["shards"][where.file_N[row]]["file"]
+        content = bytearray(file.read_bytes())
+        content[where.offset_N[row] + where.bytes_N[row] // 2] ^= 4
+        file.write_bytes(content)
+    return shards

@@ -178,7 +178,9 @@ class Denoiser(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, attention: AttentionBackend = "auto", kernels: Kernels = "auto") -> Denoiser:
-        """The denoiser that `save` wrote, in fp32 on the CPU."""
+        """The denoiser that `save` wrote, in fp32 on the CPU. Weights that cannot be read, are another network's or are
+        not finite are refused."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not (folder / "segdiff.json").is_file():
@@ -188,10 +190,17 @@ class Denoiser(nn.Module):
         config = DenoiserConfig(**{**values, "attention": attention, "kernels": kernels})
         table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
         model = cls(config, table, about["size"])
-        weights = {f"unet.{k}": v for k, v in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
-        if (folder / "mask_encoder.safetensors").is_file():
-            weights |= load_file(folder / "mask_encoder.safetensors")
-        model.load_state_dict(weights)
+        remedy = f"remove {folder.parent} and run `segdiff train` again: it exports them from the newest checkpoint"
+        try:
+            weights = {f"unet.{k}": v for k, v in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
+            if (folder / "mask_encoder.safetensors").is_file():
+                weights |= load_file(folder / "mask_encoder.safetensors")
+            model.load_state_dict(weights)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise problem(folder, "weights", f"cannot be read: {str(error).splitlines()[0]}", remedy) from error
+        spoilt = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+        if spoilt:
+            raise problem(folder, "weights", f"not finite, as {spoilt[0]}", "sample from another average or checkpoint")
         return model.eval()
 
 

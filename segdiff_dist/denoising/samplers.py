@@ -249,6 +249,13 @@ def _respaced(scheduler_class: Any, a_S: Tensor, **settings: Any) -> Any:
     return scheduler
 
 
+def _above_0(a_S: Tensor) -> Tensor:
+    """The alpha_bars with _LEAST_ALPHA_BAR in place of 0, or less where others are as small: a step from one to its
+    equal would divide 0 by 0."""
+    least_other = min((a for a in a_S.tolist() if a > 0), default=1.0)
+    return a_S.clamp(min=min(_LEAST_ALPHA_BAR, 0.25 * least_other))
+
+
 def _fused(
     predict: Predict,
     prediction_type: str,
@@ -264,7 +271,7 @@ def _fused(
     if is_ddim:
         schedule = ddim_schedule(a_S, steps, prediction_type, sampler.eta)
     else:  # the bound changes the second step, and with it the images: the same here as without the kernel
-        schedule = multistep_schedule(a_S.clamp(min=_LEAST_ALPHA_BAR), steps, prediction_type)
+        schedule = multistep_schedule(_above_0(a_S), steps, prediction_type)
     ones_B = torch.ones(len(x_T_BCHW), device=x_T_BCHW.device)
     for step, coefficients in enumerate(schedule):
         timestep_B = torch.full((len(x_t_BCHW),), int(timestep_S[step]), device=x_t_BCHW.device)
@@ -318,7 +325,7 @@ def _multistep(
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     scheduler_class = UniPCMultistepScheduler if sampler.solver == "unipc" else DPMSolverMultistepScheduler
-    scheduler = _respaced(scheduler_class, a_S.clamp(min=_LEAST_ALPHA_BAR), solver_order=2)
+    scheduler = _respaced(scheduler_class, _above_0(a_S), solver_order=2)
     scheduler.set_begin_index(0)
     x_t_BCHW = x_T_BCHW
     for step, t in enumerate(scheduler.timesteps.tolist()):
@@ -333,10 +340,10 @@ def _heun(x_0_at: Callable[[Tensor, int], Tensor], a_S: Tensor, x_T_BCHW: Tensor
     """
     from diffusers import HeunDiscreteScheduler
 
-    scheduler = _respaced(HeunDiscreteScheduler, a_S.clamp(min=_LEAST_ALPHA_BAR))
+    scheduler = _respaced(HeunDiscreteScheduler, _above_0(a_S))
     steps = [len(a_S) - 1 - int(t) for t in scheduler.timesteps]  # 0, 1, 1, 2, 2, ...
     begin = 0
-    x_BCHW = x_T_BCHW / a_S[0].clamp(min=_LEAST_ALPHA_BAR).sqrt()
+    x_BCHW = x_T_BCHW / _above_0(a_S)[0].sqrt()
     if a_S[0] <= _LEAST_ALPHA_BAR:
         x_0_BCHW = x_0_at(x_T_BCHW, 0)
         if len(a_S) == 1:

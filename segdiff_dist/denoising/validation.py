@@ -112,9 +112,17 @@ class DenoiserValidation:
                 warnings.warn(f"{shards.root} has no validation slice: no val_loss, no sample grids", stacklevel=2)
             return
         self._batches = list(self._read(rows, loader))
-        self._picture_rows = choose_pictures(shards, rows, config.num_pictures)
-        size = loader.crop_size or shards.size
-        self._records = [shards.read(row).cropped(size) for row in self._picture_rows]
+        self._records = []
+        for row in choose_pictures(shards, rows, config.num_pictures):
+            try:
+                record = shards.read(row)
+            except ValueError as error:
+                if loader.on_corrupt == "raise":
+                    raise
+                warnings.warn(f"no sample grid of it: {error}", RuntimeWarning, stacklevel=2)
+                continue
+            self._picture_rows.append(row)
+            self._records.append(record.cropped(loader.crop_size or shards.size))
 
     @torch.no_grad()
     def __call__(self, forward: Forward, images_seen: int) -> dict[str, float]:

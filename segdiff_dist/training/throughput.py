@@ -40,6 +40,8 @@ _PEAK_TFLOPS: dict[str, tuple[float, float, float]] = {
 # Side of the matrices whose product is timed where the table does not help: large enough to reach the peak, small
 # enough to take a fraction of a second.
 _MEASURED_SIDE = {"cpu": 768, "cuda": 8192}
+# Long enough for one product among them to run undisturbed on a machine that does other work.
+_MEASURED_S = 0.5
 _MEASURED_REPEATS = 5
 
 
@@ -67,8 +69,9 @@ def peak_flops(device: torch.device, precision: Literal["bf16", "fp32"]) -> Peak
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     side = _MEASURED_SIDE[device.type]
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    best_s = float("inf")
-    for _ in range(_MEASURED_REPEATS):
+    best_s, repeats, end = float("inf"), 0, time.perf_counter() + _MEASURED_S
+    while repeats < _MEASURED_REPEATS or time.perf_counter() < end:
+        repeats += 1
         start = time.perf_counter()
         a @ b
         if device.type == "cuda":

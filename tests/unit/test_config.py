@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,7 @@ def test_values_out_of_range(
 def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
     base = load_experiment(None, None)
     experiment = Experiment(**{**base.__dict__, "run": tmp_path})
-    save_experiment(experiment)
+    save_experiment(experiment, ("train",))
     started = tmp_path / "checkpoints"
     other = Experiment(
         **{**experiment.__dict__, "train": type(base.train)(lr=5.0, seed=9, device="cpu", keep_checkpoints=9)}
@@ -118,6 +120,31 @@ def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
     with pytest.raises(InputProblems) as error:
         refuse_another_config(other, started, ("train",))
     assert [p.field for p in error.value.problems] == ["train.lr", "train.seed"]
+
+
+def test_a_later_stage_leaves_what_others_have_settled(tmp_path: Path) -> None:
+    """Sampling with another --config changes neither what was trained nor what training goes on with."""
+    base = replace(load_experiment(None, None), run=tmp_path, data="shards")
+    save_experiment(base, ("train",))
+    checkpoint = tmp_path / "checkpoints" / "000000000064"
+    checkpoint.mkdir(parents=True)
+    shutil.copy(tmp_path / "config.yaml", checkpoint)
+    other = replace(
+        base,
+        data="others",
+        train=replace(base.train, lr=5.0),
+        loader=replace(base.loader, modalities=("CT",)),
+        sample=replace(base.sample, seed=7),
+        segmenter=replace(base.segmenter, first_stride=1),
+    )
+    save_experiment(other, ("sample",))
+    kept = load_experiment(None, tmp_path)
+    assert (kept.train, kept.loader, kept.data, kept.sample.seed) == (base.train, base.loader, "shards", 7)
+    assert kept.segmenter.first_stride == 1  # no segmenter has begun, so it is still to be settled
+    # Even where the file was changed by hand, training goes by what its checkpoints were trained with.
+    save_experiment(other, ("train",))
+    with pytest.raises(InputProblems, match=f"{checkpoint.name}.*train.lr: 0.0001 there, 5.0 now"):
+        refuse_another_config(load_experiment(None, tmp_path), tmp_path / "checkpoints", ("train",))
 
 
 def test_merge_and_differences() -> None:

@@ -176,3 +176,21 @@ def test_a_table_that_leaves_no_id_for_a_hidden_mask_is_refused() -> None:
 def test_missing_weights_are_a_problem_for_people(tmp_path: Path) -> None:
     with pytest.raises(InputProblems, match="segdiff train"):
         Denoiser.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"), [("cut", "cannot be read"), ("gone", "cannot be read"), ("nan", "not finite")]
+)
+def test_broken_weights_are_a_problem_for_people(tmp_path: Path, harm: str, told: str) -> None:
+    model = Denoiser(SMALL, AMOS, 16)
+    weights = model.state_dict()
+    if harm == "nan":
+        weights["unet.conv_out.bias"] = torch.full_like(weights["unet.conv_out.bias"], float("nan"))
+    model.save(tmp_path / "ema", weights)
+    file = tmp_path / "ema" / "diffusion_pytorch_model.safetensors"
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == "gone":
+        file.unlink()
+    with pytest.raises(InputProblems, match="not finite" if harm == "nan" else "cannot be read"):
+        Denoiser.load(tmp_path / "ema")

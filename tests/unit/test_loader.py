@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests_support import write_shapes
+from tests_support import flip_mask_bytes, write_shapes
 
 from data_shards.feed.loader import Loader, LoaderConfig
 from data_shards.feed.mixing import make_order
@@ -83,14 +83,7 @@ def test_sequential_reading_visits_each_row_once(shapes: Path) -> None:
 
 def _damaged(out: Path, rows: list[int], **form: Any) -> ShardSet:
     """A set in which one byte of each of these rows' masks is flipped."""
-    shards = ShardSet.open(write_shapes(out, slices=3, **form))
-    where = shards.parts["mask"]
-    for row in rows:
-        file = out / shards.index["shards"][where.file_N[row]]["file"]
-        content = bytearray(file.read_bytes())
-        content[where.offset_N[row] + where.bytes_N[row] // 2] ^= 4
-        file.write_bytes(content)
-    return shards
+    return flip_mask_bytes(ShardSet.open(write_shapes(out, slices=3, **form)), rows)
 
 
 @pytest.mark.parametrize("form", [{"codec": "raw"}, {"codec": "png"}, {"store": "zarr"}], ids=str)

@@ -179,6 +179,22 @@ def test_with_a_perfect_network_all_arrive_at_the_image(solver: Any, prediction:
         torch.testing.assert_close(found, x_0, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("num_steps", [1, 40, 150, 1000])
+def test_grids_with_alpha_bars_near_0_are_walked(solver: Any, num_steps: int) -> None:
+    """The second alpha_bar of such a grid is below what stands in for the first, which is 0."""
+    diffusion = DiffusionConfig(prediction_type="v", zero_terminal_snr=True, snr_shift=0.125)
+    sampler = SamplerConfig(solver=solver, num_steps=num_steps, timestep_spacing="trailing")
+    x_0, a_T = torch.rand(1, 1, 4, 4) * 1.8 - 0.9, make_scheduler(diffusion).alphas_cumprod
+
+    def perfect(x_t: Tensor, t: Tensor) -> Tensor:
+        a = a_T[t][:, None, None, None]
+        return prediction_target("v", x_0, (x_t - a.sqrt() * x_0) / (1 - a).sqrt(), a_T[t])
+
+    found = sample(perfect, diffusion, sampler, torch.randn_like(x_0))
+    torch.testing.assert_close(found, x_0, atol=1e-2, rtol=0)
+
+
 def test_timesteps_fall_for_any_number_of_steps() -> None:
     from diffusers import DDIMScheduler
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import flip_mask_bytes, write_shapes
 
-from data_shards.feed.loader import LoaderConfig
+from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.order import Shuffled, rank_positions
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
@@ -118,6 +121,43 @@ def test_one_pass_gives_labels_and_features_alike(channels: tuple[int, ...], fir
     assert torch.equal(labels, scores.argmax(dim=1).to(torch.uint8))
     assert torch.equal(labels, segmenter.predict(image, modality))
     assert torch.equal(features, segmenter.features(image, modality))
+
+
+def test_the_loss_depends_on_neither_micro_batch_nor_ranks(shapes: Path, tmp_path: Path) -> None:
+    """Dice over eight slices at a time: 16 at once, or two times 8 that are summed up, give one gradient."""
+    shards = ShardSet.open(shapes)
+    task = SegmenterTask(shards, CONFIG, LoaderConfig(), tmp_path, CPU)
+    order = Shuffled(shards.select(split="train"), 0)
+    gradients = []
+    for size in (16, 8):
+        task.model.zero_grad()
+        positions = rank_positions(0, micro_batch_size=size, num_micro_batches=16 // size, rank=0, world_size=1)
+        batches = Loader(shards, order, positions, LoaderConfig(), batch_size=size, seed=0)
+        for batch in itertools.islice(batches, 16 // size):
+            loss, _ = task.loss(task.model, batch)
+            (loss * size / 16).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in task.model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    for micro in (4, "auto"):
+        [found] = replace(CONFIG, train=replace(CONFIG.train, micro_batch_size=micro)).problems()
+        assert "multiple of 8" in str(found)
+
+
+def test_a_damaged_validation_slice_is_left_out_where_the_loader_is_to_skip_it(tmp_path: Path) -> None:
+    shards = ShardSet.open(write_shapes(tmp_path / "set"))
+    flip_mask_bytes(shards, shards.select(split="val")[:1])
+    for on_corrupt in ("raise", "skip"):
+        task = SegmenterTask(shards, CONFIG, LoaderConfig(on_corrupt=on_corrupt), tmp_path, CPU)
+        with pytest.raises(ValueError) if on_corrupt == "raise" else pytest.warns(RuntimeWarning, match="skipped"):
+            assert 0 <= task.validate(task.model, 0)["val_dice"] <= 1
+
+
+def test_a_broken_segmenter_is_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "weights", tmp_path / "weights")
+    file = tmp_path / "weights" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputProblems, match="cannot be read"):
+        Segmenter.load(tmp_path / "weights")
 
 
 def test_settings_out_of_range_are_named(tmp_path: Path) -> None:

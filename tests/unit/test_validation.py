@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests_support import flip_mask_bytes, write_shapes
 
 from data_shards.feed.loader import LoaderConfig
 from data_shards.store.shards import ShardSet
@@ -29,7 +30,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-sys.path.insert(0, {here!r})
+sys.path[:0] = {folders!r}
 import test_validation
 dist.init_process_group("gloo")
 validation, forward, calls = test_validation.make(Path({shapes!r}), Path({folder!r}))
@@ -51,7 +52,7 @@ def make(shapes: Path, folder: Path, config: ValidationConfig = CONFIG, **option
         return net(*args)
 
     rows = options.pop("rows", shards.select(split="val"))
-    loader = LoaderConfig(num_threads=1, flip=True, rotate_degrees=30)
+    loader = LoaderConfig(num_threads=1, flip=True, rotate_degrees=30, on_corrupt=options.pop("on_corrupt", "raise"))
     sampler, diffusion = options.pop("sampler", SamplerConfig()), options.pop("diffusion", DIFFUSION)
     validation = DenoiserValidation(shards, rows, loader, diffusion, sampler, config, folder, CPU, **options)
     return validation, forward, calls
@@ -65,7 +66,8 @@ def on_ranks(num: int, shapes: Path, folder: Path) -> Iterator[tuple[dict[str, f
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = WORKER.format(here=str(Path(__file__).parent), shapes=str(shapes), folder=str(folder))
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    program = WORKER.format(folders=folders, shapes=str(shapes), folder=str(folder))
     common = {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **common, "RANK": str(rank)})
@@ -148,3 +150,17 @@ def test_bad_settings_are_named() -> None:
     assert [p.field for p in found] == [
         f"validation.{name}" for name in ("num_images", "num_pictures", "num_steps", "batch_size")
     ]
+
+
+@pytest.mark.filterwarnings("ignore:skipped:RuntimeWarning")
+def test_a_damaged_slice_is_left_out_where_the_loader_is_to_skip_it(tmp_path: Path) -> None:
+    shards = ShardSet.open(write_shapes(tmp_path / "set"))
+    rows = shards.select(split="val")
+    [picture] = choose_pictures(shards, rows, 1)
+    flip_mask_bytes(shards, [picture])
+    with pytest.raises(ValueError, match=f"sample {shards.key(picture)}"):
+        make(tmp_path / "set", tmp_path)
+    with pytest.warns(RuntimeWarning, match=f"no sample grid of it.*{shards.key(picture)}"):
+        validation, forward, _ = make(tmp_path / "set", tmp_path, on_corrupt="skip")
+    assert np.isfinite(validation(forward, 64)["val_loss"])
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
