@@ -73,8 +73,10 @@ def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentPars
     return parser
 
 
-def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Spread]:
-    """Units a second of every contender, from `rounds` rounds in turns."""
+def measure(
+    contenders: Mapping[str, Contender], rounds: int, goes_on: Callable[[], bool] = lambda: True
+) -> dict[str, Spread]:
+    """Units a second of every contender, from `rounds` rounds in turns, or fewer where `goes_on` says so after one."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
@@ -83,6 +85,8 @@ def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Sprea
             units, seconds = contenders[name]()
             rates[name].append(units / seconds)
             print(f"  round {number + 1}/{rounds}  {name:<44} {_rate(units / seconds):>12}", flush=True)
+        if not goes_on():
+            break
     return {name: Spread(tuple(values)) for name, values in rates.items()}
 
 

@@ -242,6 +242,7 @@ _RULES: dict[str, tuple[str, Rule]] = {
     "aten::native_group_norm_backward": ("GroupNorm", _group_norm_backward),
     "aten::mm": (PRODUCTS, _once),
     "aten::addmm": (PRODUCTS, _once),
+    "aten::addmm_": (PRODUCTS, _once),
     "aten::bmm": (PRODUCTS, _once),
     "aten::_scaled_dot_product_flash_attention": (PRODUCTS, _once),
     # dO * O, then dq, dk, dv, then dq to its dtype: flash_api.cpp, mha_bwd.

@@ -6,6 +6,7 @@ This file owns xformers. N batch, L positions, H heads, D their width, C = H * D
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,15 +22,33 @@ AttentionBackend = Literal["auto", "sdpa", "xformers"]
 Backend = Literal["sdpa", "xformers"]
 
 
-def choose_attention(requested: AttentionBackend, device: torch.device) -> Backend:
-    """The backend to use on `device`. Asked for by name and not possible: refused; `auto` takes what is there."""
-    available = device.type == "cuda" and importlib.util.find_spec("xformers") is not None
-    if requested == "xformers" and not available:
-        why = "xformers needs a CUDA GPU" if device.type != "cuda" else "xformers is not installed"
-        raise problem(
-            "config", "denoiser.attention", "xformers", f"{why}; install the `cuda` extra there, or use auto or sdpa"
-        )
-    return "xformers" if available and requested != "sdpa" else "sdpa"
+def choose_attention(requested: AttentionBackend, device: torch.device, head_dim: int = 8) -> Backend:
+    """The backend for heads so wide on `device`. Asked for by name and not possible: refused; `auto` takes what works
+    there."""
+    if requested == "sdpa" or (reason := why_not_xformers(device, head_dim)) is None:
+        return "sdpa" if requested == "sdpa" else "xformers"
+    if requested == "xformers":
+        raise problem("config", "denoiser.attention", "xformers", f"xformers {reason}; use auto or sdpa")
+    return "sdpa"
+
+
+@cache
+def why_not_xformers(device: torch.device, head_dim: int = 8) -> str | None:
+    """What keeps xformers from computing attention on `device`; None where it does, both ways, in bf16 and fp32.
+
+    Tried, not looked up: its wheel imports beside a torch or CUDA that it was not built for, and refuses when called.
+    """
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    if importlib.util.find_spec("xformers") is None:
+        return "is not installed: it comes with the `cuda` extra"
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            x_NLHD = torch.ones(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
+            attend(x_NLHD, x_NLHD, x_NLHD, "xformers").sum().backward()
+    except Exception as error:  # whatever a build for another torch comes up with
+        return f"fails here: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def attend(q_NLHD: Tensor, k_NLHD: Tensor, v_NLHD: Tensor, backend: Backend) -> Tensor:

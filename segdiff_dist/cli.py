@@ -261,13 +261,14 @@ def _is_main() -> bool:
 
 
 def _peek(args: list[str], flag: str) -> str | None:
-    """The value of a flag before the real parser runs, since that parser's defaults depend on it."""
+    """The value of a flag, of several the last, before the real parser runs, since its defaults depend on it."""
+    value = None
     for i, arg in enumerate(args):
         if arg == flag and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(f"{flag}="):
-            return arg.split("=", 1)[1]
-    return None
+            value = args[i + 1]
+        elif arg.startswith(f"{flag}="):
+            value = arg.split("=", 1)[1]
+    return value
 
 
 def _help() -> str:

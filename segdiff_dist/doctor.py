@@ -235,6 +235,14 @@ def _attention(gpus: Gpus) -> Row:
             "not installed: attention runs on torch's scaled_dot_product_attention",
             _extra("cuda"),
         )
+    import torch
+
+    from segdiff_dist.attention import why_not_xformers
+
+    reason = why_not_xformers(torch.device("cuda"))
+    if reason is not None:
+        told = f"{version} {reason}; attention runs on torch's scaled_dot_product_attention"
+        return Row("xformers", "instead", told)
     return Row("xformers", "ok", version)
 
 

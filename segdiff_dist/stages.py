@@ -124,7 +124,7 @@ def train_denoiser(experiment: Experiment) -> None:
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
         lambda: refuse(experiment.validation.problems() + experiment.tracking.problems()),
         lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
-        lambda: choose_attention(denoiser.attention, pick_device(config.device)),
+        lambda: choose_attention(denoiser.attention, pick_device(config.device), denoiser.attention_head_dim),
         lambda: choose_kernels(denoiser.kernels, pick_device(config.device)),
         lambda: refuse_another_config(experiment, run / "checkpoints", ("denoiser", "diffusion", "train", "loader")),
     )
@@ -132,7 +132,8 @@ def train_denoiser(experiment: Experiment) -> None:
     def make_task(tracker: Tracker) -> DenoiserTask:
         device = pick_device(config.device)
         if is_main():
-            kernels, attention = choose_kernels(denoiser.kernels, device), choose_attention(denoiser.attention, device)
+            kernels = choose_kernels(denoiser.kernels, device)
+            attention = choose_attention(denoiser.attention, device, denoiser.attention_head_dim)
             print(f"train: {device}, kernels: {kernels}, attention: {attention}")
         validation = DenoiserValidation(
             shards,

@@ -142,6 +142,7 @@ class Loader:
         self._steered = self._steered_by()
         self._sources: Iterator[tuple[np.ndarray, np.ndarray, list[Any]]] = self._read()
         self._in_flight: deque[tuple[np.ndarray, np.ndarray, list[Any]]] = deque()  # of batches inside DALI
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipeline = self._build(batch_size)
 
     @property
@@ -188,9 +189,15 @@ class Loader:
         """[B, C, H, W] owned by torch: DALI uses its own buffers again."""
         import torch
 
-        if self.device.type == "cuda":
-            return torch.from_dlpack(output.as_tensor()).clone()
-        return torch.from_numpy(output.as_array())  # as_array copies
+        if self._stream is None:
+            return torch.from_numpy(output.as_array())  # as_array copies
+        # Not on torch's own stream: behind all that training has queued there, the copy would read what DALI has
+        # written since into the same buffer.
+        with torch.cuda.stream(self._stream):
+            pixels = torch.from_dlpack(output.as_tensor()).clone()
+        self._stream.synchronize()
+        pixels.record_stream(torch.cuda.default_stream(self.device))
+        return pixels
 
     def _steered_by(self) -> tuple[str, ...]:
         """The numbers of augment.Steering that the pipeline takes."""

@@ -95,7 +95,7 @@ def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, A
     header |= {"preprocessing": {**header["preprocessing"], **changed}, "converted_from": shards.digest}
     counted, num_samples = [], {}
     for split, first, count in _runs(shards):
-        counted.append((split, count, partial(_rows_from, str(source), first, shards.digest, format)))
+        counted.append((split, count, partial(_rows_from, shards.resolved, first, shards.digest, format)))
         num_samples[split] = count
     num_workers = config.num_workers or os.cpu_count() or 1
     with saying_when_full(out), Workers(runner, num_workers=num_workers, address=config.ray_address) as workers:
@@ -128,7 +128,8 @@ def _open(root: str) -> ShardSet:
 
 def _asked(shards: ShardSet, config: ConvertConfig) -> dict[str, Any]:
     codec = "zstd" if config.store == "zarr" else config.codec
-    return {"converted_from": shards.digest, "store": config.store, "codec": codec}
+    form = {"store": config.store, "codec": codec, "samples_per_shard": config.samples_per_shard}
+    return {"converted_from": shards.digest, **form}
 
 
 def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> Iterator[Problem]:
@@ -140,8 +141,11 @@ def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> It
         made = read_index(out) if whole else json.loads((out / PARTIAL / _PLAN).read_bytes())
         asked = _asked(shards, config)
         then = {name: made.get(name) for name in asked}
+        if whole:
+            then["samples_per_shard"] = made["preprocessing"].get("samples_per_shard")
         if then != asked:
-            holds = f"holds another set ({then['store']}, {then['codec']}{'' if whole else ', unfinished'})"
+            form = f"{then['store']}, {then['codec']}, {then['samples_per_shard']} samples a shard"
+            holds = f"holds another set ({form}{'' if whole else ', unfinished'})"
             yield Problem(str(out), "output folder", holds, remedy)
     elif out.exists() and not out.is_dir():
         yield Problem(str(out), "output folder", "is a file", remedy)

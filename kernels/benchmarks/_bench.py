@@ -93,23 +93,25 @@ def cases_of(script: Path) -> tuple[Cases, Cases]:
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """A row for each contender: case, contender, microseconds (median), gigabytes a second, times the reference."""
+    """A row for each contender: case, contender, microseconds (median), gigabytes a second, times the reference; or,
+    where one cannot do it, its error."""
     sets = [case.inputs()]
     held = sum(t.numel() * t.element_size() for t in tree_leaves(sets[0]) if isinstance(t, Tensor))
     copies = max(1, min(_MOST_COPIES, -(-_PAST_THE_CACHE // max(held, 1))))
     sets += [case.inputs() for _ in range(copies - 1)]
-    microseconds = {name: _median_us(function, sets) for name, function in case.contenders.items()}
-    reference = list(microseconds.values())[-1]
-    return [
-        {
-            "case": case.name,
-            "contender": name,
-            "microseconds": us,
-            "gb_per_s": case.num_bytes / us / 1e3,
-            "times_reference": reference / us,
-        }
-        for name, us in microseconds.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, function in case.contenders.items():
+        row: dict[str, Any] = {"case": case.name, "contender": name}
+        try:
+            row["microseconds"] = us = _median_us(function, sets)
+            row["gb_per_s"] = case.num_bytes / us / 1e3
+        except Exception as error:  # a backend that refuses; the other contenders are worth having
+            row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        rows.append(row)
+    for row in rows:
+        if "error" not in row and "error" not in rows[-1]:
+            row["times_reference"] = rows[-1]["microseconds"] / row["microseconds"]
+    return rows
 
 
 def _median_us(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> float:
@@ -121,9 +123,14 @@ def _median_us(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) ->
 
 def disagreement(case: Case) -> float:
     """The largest difference of any contender from the last, as a share of the largest value."""
-    inputs = case.inputs()
+    seed = torch.seed()
+
+    def given() -> tuple[Any, ...]:
+        torch.manual_seed(seed)  # the same inputs for each, drawn anew: some contenders write into them
+        return case.inputs()
+
     *others, reference = (
-        [t.detach().double() for t in tree_leaves(function(*inputs)) if isinstance(t, Tensor)]
+        [t.detach().double() for t in tree_leaves(function(*given())) if isinstance(t, Tensor)]
         for function in case.contenders.values()
     )
     largest = 0.0
@@ -137,7 +144,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """One line a row."""
     print(f"{'case':<48} {'contender':<20} {'us':>10} {'GB/s':>10} {'x ref.':>8}")
     for row in rows:
-        print(
-            f"{row['case']:<48} {row['contender']:<20} {row['microseconds']:>10.1f} {row['gb_per_s']:>10.0f} "
-            f"{row['times_reference']:>8.2f}"
-        )
+        of_whom = f"{row['case']:<48} {row['contender']:<20}"
+        if "error" in row:
+            print(f"{of_whom} {row['error']}")
+            continue
+        times = row.get("times_reference", float("nan"))
+        print(f"{of_whom} {row['microseconds']:>10.1f} {row['gb_per_s']:>10.0f} {times:>8.2f}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import _bench
@@ -20,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_shards.labels import AMOS
-from segdiff_dist.attention import Backend, attend
+from segdiff_dist.attention import Backend, attend, why_not_xformers
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
 
 BATCH = 32
@@ -76,7 +75,7 @@ def _contenders() -> dict[str, Callable[..., Any]]:
     if DEVICE.type != "cuda":
         return {"sdpa": partial(_both_ways, "sdpa", None), "written out": partial(_both_ways, None, None)}
     found: dict[str, Callable[..., Any]] = {}
-    if find_spec("xformers") is not None:
+    if why_not_xformers(DEVICE) is None:
         found["xformers"] = partial(_both_ways, "xformers", None)
     return found | {f"sdpa, {name}": partial(_both_ways, "sdpa", backend) for name, backend in SDPA.items()}
 

@@ -45,21 +45,13 @@ def cases(lists: dict[str, Sequence[tuple[int, ...]]], nums_averages: Sequence[i
 
 
 def _fused(update: EmaUpdate, averages: list[list[Tensor]], weights: list[Tensor]) -> list[list[Tensor]]:
-    if DEVICE.type == "cpu":  # the dry run compares what the contenders give, so each starts from the same averages
-        averages = _copies(averages)
-        update = EmaUpdate(averages, weights)
     update(DECAYS[: len(averages)])
     return averages
 
 
 def _foreach(_: EmaUpdate, averages: list[list[Tensor]], weights: list[Tensor]) -> list[list[Tensor]]:
-    averages = _copies(averages) if DEVICE.type == "cpu" else averages
     ema_update_reference(averages, weights, DECAYS[: len(averages)])
     return averages
-
-
-def _copies(averages: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [[tensor.clone() for tensor in average] for average in averages]
 
 
 def _unet_shapes() -> list[tuple[int, ...]]:

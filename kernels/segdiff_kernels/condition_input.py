@@ -198,7 +198,8 @@ def _condition_input(
     outputs = _outputs(image_BRS, edge_B2RS, top_B, flip_B, height, width, mask_encoding, num_classes, dtype)
     per_sample = (timestep_B, top_B, left_B, flip_B)
     pixels = (image_BRS, mask_BRS, edge_B2RS)
-    launch(outputs, pixels, position_B, alphas_cumprod_T, per_sample, seed, prediction_type, mask_encoding)
+    with torch.cuda.device_of(image_BRS):
+        launch(outputs, pixels, position_B, alphas_cumprod_T, per_sample, seed, prediction_type, mask_encoding)
     return outputs
 
 

@@ -72,7 +72,8 @@ def _ema_update(averages: list[Tensor], weights: list[Tensor], shares: list[floa
     """averages: those of the first share, then those of the second. shares: 1 - decay of each."""
     from segdiff_kernels._ema_update_triton import launch
 
-    launch(averages, weights, shares)
+    with torch.cuda.device_of(weights[0]):
+        launch(averages, weights, shares)
 
 
 @_ema_update.register_fake

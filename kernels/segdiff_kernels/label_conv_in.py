@@ -79,7 +79,8 @@ def _label_conv_in(
     from segdiff_kernels._label_conv_in_triton import launch_forward
 
     out_BOHW = _channels_last(x_B1HW, weight_OC33.shape[0])
-    launch_forward(out_BOHW, x_B1HW, mask_BHW, edge_B2HW, weight_table(weight_OC33, x_B1HW.dtype), bias_O)
+    with torch.cuda.device_of(x_B1HW):
+        launch_forward(out_BOHW, x_B1HW, mask_BHW, edge_B2HW, weight_table(weight_OC33, x_B1HW.dtype), bias_O)
     return out_BOHW
 
 
@@ -95,7 +96,8 @@ def _weight_gradient(
     """float32 dweight [O, C, 3, 3] and dbias [O]; dout channels-last, of x's dtype."""
     from segdiff_kernels._label_conv_in_triton import launch_weight_gradient
 
-    partial_S9RO = launch_weight_gradient(dout_BOHW, x_B1HW, mask_BHW, edge_B2HW, channels)
+    with torch.cuda.device_of(x_B1HW):
+        partial_S9RO = launch_weight_gradient(dout_BOHW, x_B1HW, mask_BHW, edge_B2HW, channels)
     sum_9RO = partial_S9RO.sum(dim=0)
     out_channels = dout_BOHW.shape[1]
     dweight_OC33 = sum_9RO[:, :channels].permute(2, 1, 0).reshape(out_channels, channels, 3, 3)
@@ -118,7 +120,8 @@ def _input_gradient(dout_BOHW: Tensor, weight_OC33: Tensor) -> Tensor:
     from segdiff_kernels._label_conv_in_triton import launch_input_gradient
 
     dx_B1HW = dout_BOHW.new_empty((dout_BOHW.shape[0], 1, *dout_BOHW.shape[2:]))
-    launch_input_gradient(dx_B1HW, dout_BOHW, weight_table(weight_OC33[:, :1], dout_BOHW.dtype))
+    with torch.cuda.device_of(dout_BOHW):
+        launch_input_gradient(dx_B1HW, dout_BOHW, weight_table(weight_OC33[:, :1], dout_BOHW.dtype))
     return dx_B1HW
 
 

@@ -80,4 +80,5 @@ def bits_triton(seed: int, stream: int, position_B: Tensor, num_words: int) -> T
     """The same words as `bits`, from one Triton kernel; position_B on a GPU (or anywhere under the interpreter)."""
     from segdiff_kernels._philox_triton import launch_bits
 
-    return launch_bits(seed, stream, position_B, num_words)
+    with torch.cuda.device_of(position_B):
+        return launch_bits(seed, stream, position_B, num_words)

@@ -241,7 +241,8 @@ def _sampler_step(
     from segdiff_kernels._sampler_step_triton import launch
 
     outputs = _outputs(x_t, want_x0)
-    launch((x_t, prediction, unconditional, noise, previous_x0, limit), coefficients, guidance, outputs)
+    with torch.cuda.device_of(x_t):
+        launch((x_t, prediction, unconditional, noise, previous_x0, limit), coefficients, guidance, outputs)
     return outputs
 
 

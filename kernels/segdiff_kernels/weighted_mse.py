@@ -68,7 +68,8 @@ def _weighted_mse(
     from segdiff_kernels._weighted_mse_triton import launch
 
     outputs = _outputs(prediction_BCHW, needs_gradient)
-    launch(prediction_BCHW, target_BCHW, weight_B.contiguous(), *outputs)
+    with torch.cuda.device_of(prediction_BCHW):
+        launch(prediction_BCHW, target_BCHW, weight_B.contiguous(), *outputs)
     return outputs
 
 
@@ -91,7 +92,8 @@ def _weighted_mse_backward(difference_BCHW: Tensor, grad_loss: Tensor) -> Tensor
     from segdiff_kernels._weighted_mse_triton import launch_backward
 
     grad_BCHW = torch.empty_like(difference_BCHW)
-    launch_backward(difference_BCHW, grad_loss, grad_BCHW)
+    with torch.cuda.device_of(difference_BCHW):
+        launch_backward(difference_BCHW, grad_loss, grad_BCHW)
     return grad_BCHW
 
 

@@ -70,14 +70,22 @@ class DenoiserConfig:
             add("block_out_channels", list(channels), f"give channels that norm_num_groups ({groups}) divides")
         if self.layers_per_block < 1:
             add("layers_per_block", self.layers_per_block, "give at least 1")
-        if self.attention_head_dim < 1 or (channels and channels[-1] % self.attention_head_dim):
-            add("attention_head_dim", self.attention_head_dim, "give a width that divides the last channel count")
+        attending = {channels[-1]} if channels else set()  # the middle block
+        if size is not None and size % 2 ** (len(channels) - 1):
+            add("block_out_channels", list(channels), f"{len(channels)} levels halve {size} pixels unevenly")
+        elif size is not None:
+            sides = [size // 2**level for level in range(len(channels))]
+            attending |= {c for c, side in zip(channels, sides, strict=True) if side in self.attention_resolutions}
+            if strangers := [r for r in self.attention_resolutions if r not in sides]:
+                remedy = f"the levels are {', '.join(map(str, sides))} pixels wide; give some of these, or none"
+                add("attention_resolutions", strangers, remedy)
+        if self.attention_head_dim < 1 or any(c % self.attention_head_dim for c in attending):
+            told = ", ".join(map(str, sorted(attending)))
+            add("attention_head_dim", self.attention_head_dim, f"give a width that divides {told}: who attends")
         if self.mask_embedding_dim < 1:
             add("mask_embedding_dim", self.mask_embedding_dim, "give at least 1")
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
             add("soft_masks", True, "a scalar can hold one class only; use mask_encoding onehot or embedding")
-        if size is not None and size % 2 ** (len(channels) - 1):
-            add("block_out_channels", list(channels), f"{len(channels)} levels halve {size} pixels unevenly")
         return found
 
 
@@ -115,7 +123,7 @@ class Denoiser(nn.Module):
 
         Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
         """
-        set_attention(self.unet, choose_attention(self.config.attention, device))
+        set_attention(self.unet, choose_attention(self.config.attention, device, self.config.attention_head_dim))
         if choose_kernels(self.config.kernels, device) == "triton":
             from segdiff_dist.denoising.fused_unet import fuse
 

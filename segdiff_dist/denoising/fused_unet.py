@@ -30,6 +30,8 @@ from segdiff_kernels.label_conv_in import label_conv_in
 from segdiff_kernels.residual_add import residual_add
 from segdiff_kernels.skip_group_norm_silu import skip_group_norm_silu
 
+_MOST_ELEMENTS = 2**31 - 1
+
 
 class Stream(NamedTuple):
     """What runs from block to block: x_NCHW, and residual_add's partial statistics of it where it made them."""
@@ -227,7 +229,9 @@ class _Shortcut(nn.Conv2d):
             return F.conv2d(x_NCHW, self.weight)
         N, C, H, W = x_NCHW.shape
         w_OC, v_OC = self.weight.flatten(1).split((C, skip_NCHW.shape[1]), dim=1)
-        y_MO = torch.addmm(_rows(x_NCHW) @ w_OC.T, _rows(skip_NCHW), v_OC.T)
+        y_MO = _rows(x_NCHW) @ w_OC.T
+        # In place: torch.addmm would copy y first. Autocast does not know it.
+        y_MO.addmm_(_rows(skip_NCHW).to(y_MO.dtype), v_OC.T.to(y_MO.dtype))
         return y_MO.view(N, H, W, -1).permute(0, 3, 1, 2)
 
 
@@ -248,7 +252,10 @@ class _Upsample(Upsample2D):
     """Without the way through row-major memory that diffusers takes for batches of 64 and more."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest"))
+        # Of more elements than an int32 counts torch's channels-last kernel writes zeros (pytorch#141831).
+        at_once = max(1, _MOST_ELEMENTS // (4 * x_NCHW[0].numel()))
+        parts = [F.interpolate(part, scale_factor=2.0, mode="nearest") for part in x_NCHW.split(at_once)]
+        return self.conv(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 class _Attention(Attention):

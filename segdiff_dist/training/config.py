@@ -70,12 +70,14 @@ class TrainConfig:
 
         for name, low, high in _BOUNDS:
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and (value < low or (high is not None and value > high)):
+            if isinstance(value, (int, float)) and not low <= value <= (math.inf if high is None else high):
                 add(name, value, f"give at least {low}" if high is None else f"give {low} to {high}")
         if not all(0 < length <= ema.WIDEST for length in self.ema_lengths) or not self.ema_lengths:
             add("ema_lengths", list(self.ema_lengths), f"give one or more in (0, {ema.WIDEST:.3f}]")
         if len(set(map(ema.name_of, self.ema_lengths))) != len(self.ema_lengths):
             add("ema_lengths", list(self.ema_lengths), "give each once")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            add("betas", list(self.betas), "give two in [0, 1)")
         if self.snapshot_every_images and self.snapshot_every_images % self.checkpoint_every_images:
             remedy = f"give a multiple of checkpoint_every_images ({self.checkpoint_every_images})"
             add("snapshot_every_images", self.snapshot_every_images, remedy)

@@ -166,11 +166,11 @@ class Engine:
 
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self.config
-        zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_scatter": torch.cuda.is_available()}
+        zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_scatter": self.device.type == "cuda"}
         # ZeRO 3 would replace torch.nn.functional.linear for the whole process, by one that rounds bf16 otherwise; the
         # net's products are few, so what it saves is 22 MB.
         zero["memory_efficient_linear"] = False
-        place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        place = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if config.offload != "none":
             zero["offload_optimizer"] = place
         if config.offload == "all":
@@ -180,7 +180,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.num_micro_batches,
             "gradient_clipping": config.gradient_clip if config.zero_stage > 0 else 0.0,
-            # Its own check for gradients that are no number makes the host wait in every step; _before_update does not.
+            # Its own check for gradients that are no number makes the host wait once more in every step;
+            # _before_update does not. ZeRO 1 and 2 wait for the norm even so, once an update.
             "bf16": {"enabled": config.precision == "bf16" and config.zero_stage > 0, "check_grad_overflow": False},
             "zero_optimization": zero,
             # AdamW stays ours with offload too: its fused CPU kernel is as fast as DeepSpeed's, which must be compiled.
@@ -243,6 +244,8 @@ def start_distributed(device: torch.device) -> Any:
     if device.type == "cpu":
         keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:  # Triton launches on the current device, whatever its tensors lie on
+        torch.cuda.set_device(device)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

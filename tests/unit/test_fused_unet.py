@@ -18,6 +18,7 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
+from segdiff_dist.denoising import fused_unet
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig, choose_kernels
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.fused_unet import why_not_fused
@@ -149,6 +150,16 @@ def test_a_step_neither_waits_nor_changes_layout(shapes: Path, tmp_path: Path) -
             loss, _ = task.loss(task.model, batch)
             loss.backward()
     assert copies.found == []
+
+
+def test_what_torch_cannot_upsample_at_once_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    upsample = fused_unet._Upsample(8, use_conv=True)
+    x_NCHW = torch.randn(5, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    whole = upsample(x_NCHW)
+    monkeypatch.setattr(fused_unet, "_MOST_ELEMENTS", 2 * 4 * x_NCHW[0].numel())  # two images at once
+    pieces = upsample(x_NCHW)
+    assert pieces.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(pieces, whole)
 
 
 def test_what_cannot_be_fused_is_told() -> None:
