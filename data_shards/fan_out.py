@@ -71,14 +71,15 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         if address is None:
             ray.init(
                 "local",  # whatever RAY_ADDRESS says
-                num_cpus=num_cpus or os.cpu_count(),
+                num_cpus=num_cpus or num_cores(),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **common,
             )
         else:
             ray.init(address=address, **common)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain Exceptions too, as where its raylet does not come up
+        ray.shutdown()  # of what had started
         where = "Ray on this machine" if address is None else f"Ray at {address}"
         remedy = "`ray status` tells of a cluster, `segdiff doctor` of this machine; logs are in /tmp/ray"
         raise problem(where, "start", _one_line(error), remedy) from error
@@ -86,6 +87,11 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         yield
     finally:
         ray.shutdown()
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resources() -> Resources:
@@ -140,7 +146,7 @@ class Workers(Generic[Task, Result]):
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._make_worker, self._num_workers, self._threads = make_worker, num_workers, threads_per_worker
-        self._session = ray_session(address, num_cpus=max(num_workers * threads_per_worker, os.cpu_count() or 1))
+        self._session = ray_session(address, num_cpus=max(num_workers * threads_per_worker, num_cores()))
         self._gpus, self._patience_s = gpus_per_worker, patience_s
         self._placing: dict[Any, Any] = {}
         self._starting: dict[Any, Any] = {}

@@ -86,6 +86,8 @@ class SampleConfig:
         else:
             check("masks", self.masks.is_dir(), "not a folder: give one of .nii.gz, .nii or .png files")
             remedy = "a mask in a folder has no modality of its own: give CT or MR"
+            there = self.label_map is None or self.label_map.is_file()
+            check("label_map", there, "no such file: give a YAML or JSON file, or leave it out")
             check("target_modality", self.target_modality in ("CT", "MR"), remedy)
         return found + self.sampler.problems()
 

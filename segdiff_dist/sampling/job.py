@@ -6,9 +6,7 @@ batch size, makes the same images. Whoever is killed, worker, machine or this pr
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.fan_out import TaskFailure, fan_out, ray_session, resources
+from data_shards.fan_out import TaskFailure, fan_out, num_cores, ray_session, resources
 from data_shards.problems import Problem, problem, refuse
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import list_items, list_items_of
-from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.sampling.store import SampleStore, locked
+from segdiff_dist.sampling.weights import load_denoiser
+from segdiff_dist.sampling.weights import weights_digest as weights_digest  # where others look for it
 from segdiff_dist.sampling.worker import WorkerFactory
 
 if TYPE_CHECKING:
@@ -68,20 +68,25 @@ def sample(
     before work starts, SamplingFailed where regions could not be made.
     """
     job = prepare_job(run, shards, rows, diffusion, config)
-    if job.store is not None:
-        with job.store.locked():
-            _find_damage(job.store)
-            if not job.store.missing_regions():
-                return job.store
-    with joined(config):
-        crew = crew_of(config)
-        store = job.store or SampleStore.create(
-            job.path, job.about | {"device": crew.device}, job.items, job.size, job.masks_MHW
-        )
-        if store.job["device"] != crew.device:
-            remedy = f"another rounds differently: give --sample.device {store.job['device']}, or remove {store.path}"
-            raise problem(store.path, "device", f"begun on {store.job['device']!r}, not {crew.device!r}", remedy)
-        with store.locked():
+    with locked(job.path):
+        # Looked at again, now that no other command can begin it or put another in its place.
+        store = SampleStore.reopen(job.path, job.about)
+        if store is None and job.store is not None:
+            raise problem(job.path, "samples", "removed or damaged as this command began", "start it again")
+        if store is not None:
+            _look_over(store, job)
+            if not store.missing_regions():
+                return store
+        with joined(config):
+            crew = crew_of(config)
+            if store is None:
+                about = job.about | {"device": crew.device}
+                store = SampleStore.create(job.path, about, job.items, job.size, job.masks_MHW)
+                _look_over(store, job)
+            if store.job["device"] != crew.device:
+                kept = store.job["device"]
+                remedy = f"another rounds differently: give --sample.device {kept}, or remove {store.path}"
+                raise problem(store.path, "device", f"begun on {kept!r}, not {crew.device!r}", remedy)
             _make_missing(store, crew, config)
     return store
 
@@ -91,7 +96,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     from segdiff_dist.denoising.samplers import guidance_digest
 
     weights = run / "weights" / config.weights
-    digest = weights_digest(weights)
+    _, digest = load_denoiser(weights)  # what cannot be used is refused before there is a store
     trained = json.loads((weights / "segdiff.json").read_text())
     found = _unlike_training(weights, trained, shards, diffusion, config)
     if config.masks is None and len(rows) == 0:
@@ -131,7 +136,7 @@ def crew_of(config: SampleConfig) -> Crew:
     from segdiff_dist.ranks.distributed import pick_device
 
     if config.ray_address is None:
-        num_cpus = os.cpu_count() or 1
+        num_cpus = num_cores()
         num_gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
     else:
         found = resources()
@@ -145,14 +150,10 @@ def crew_of(config: SampleConfig) -> Crew:
     return Crew(num_workers, "cuda" if num_gpus else "cpu", gpus_per_worker)
 
 
-def weights_digest(folder: Path) -> str:
-    """sha256 over a weights folder's files; says which model made an image."""
-    if not (folder / "segdiff.json").is_file():
-        raise problem(folder, "weights", "not found", "train first: `segdiff train --config F`")
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+def fewer_masks(items: pa.Table, config: SampleConfig) -> str | None:
+    """Words for a job that found fewer masks than it was to draw; None where there were enough."""
+    num = len(set(items["row"].to_pylist()))
+    return None if config.num is None or num >= config.num else f"all {num:,} masks there are, not {config.num:,}"
 
 
 def _make_missing(store: SampleStore, crew: Crew, config: SampleConfig) -> None:
@@ -160,7 +161,8 @@ def _make_missing(store: SampleStore, crew: Crew, config: SampleConfig) -> None:
 
     missing = store.missing_regions()
     failures = []
-    with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc="sample", unit="img") as bar:
+    desc = "sample" if (few := fewer_masks(store.items, config)) is None else f"sample ({few})"
+    with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc=desc, unit="img") as bar:
         for done in fan_out(
             WorkerFactory(store.path, crew.device, config.batch_size, crew.num_workers),
             missing,
@@ -178,8 +180,9 @@ def _make_missing(store: SampleStore, crew: Crew, config: SampleConfig) -> None:
         raise SamplingFailed(f"{text}; the others are kept, and the same command tries these again")
 
 
-def _find_damage(store: SampleStore) -> None:
-    """Have what cannot be read any more made again."""
+def _look_over(store: SampleStore, job: Job) -> None:
+    """Note where things lie now, and have what cannot be read any more made again."""
+    store.update_places(job.about)
     for damage in store.damaged():
         warnings.warn(f"{damage}; region {damage.region} is made again", stacklevel=4)
         store.unmark(damage.region)
@@ -196,11 +199,13 @@ def _source_of(shards: ShardSet, config: SampleConfig) -> dict[str, Any]:
 
 
 def _job_of_folder(path: Path, about: dict[str, Any], shards: ShardSet, size: int, config: SampleConfig) -> Job:
-    from segdiff_dist.sampling.mask_folder import read_mask_folder
+    from segdiff_dist.sampling.mask_folder import others_told, read_mask_folder
 
     assert config.masks is not None
     table = shards.label_table
     masks = read_mask_folder(config.masks, shards, table, config)
+    if (others := others_told(config.masks)) is not None:
+        warnings.warn(f"{config.masks}: {others}: masks are NIfTI and PNG files", stacklevel=4)
     if masks.num_empty:
         text = f"{masks.num_empty} of the {len(masks.mask_MHW)} masks in {config.masks} are empty: background alone"
         warnings.warn(text, stacklevel=4)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +40,8 @@ class FolderMasks:
 
 
 def read_mask_folder(folder: Path, shards: ShardSet, label_table: LabelTable, config: SampleConfig) -> FolderMasks:
-    """Every mask below `folder`, NIfTI volumes resampled, turned and cut as the slices of `shards` were.
+    """Every mask below `folder`, NIfTI volumes resampled, turned and cut as the slices of `shards` were; of a volume
+    too thin for that, the slice in the middle.
 
     PNG masks say neither spacing nor orientation: they must be slices of the set's size, shown as docs/data.md says.
     Raises InputProblems for all that is wrong with the files at once: unreadable ones, ids that the label table or
@@ -68,10 +71,22 @@ def read_mask_folder(folder: Path, shards: ShardSet, label_table: LabelTable, co
 
 def mask_files(folder: Path) -> list[Path]:
     """The NIfTI and PNG files below a folder, by name; refused where there is none."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(_ENDINGS))
+    files = sorted(file for file in folder.rglob("*") if _ending(file) and file.is_file())
     if not files:
-        raise problem(folder, "masks", "none there", f"give a folder of {', '.join(_ENDINGS)} files")
+        passed_over = others_told(folder)
+        value = f"none there: {passed_over}" if passed_over else "none there"
+        raise problem(folder, "masks", value, f"give a folder of {', '.join(_ENDINGS)} files")
     return files
+
+
+def others_told(folder: Path) -> str | None:
+    """Words for the files below a folder that are no masks, hidden ones left out; None where there are none."""
+    others = [file for file in folder.rglob("*") if file.is_file() and file.name[0] != "." and not _ending(file)]
+    if not others:
+        return None
+    endings = sorted({file.suffix or file.name for file in others})
+    told = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
+    return f"{len(others):,} other file{'s' if len(others) > 1 else ''} passed over ({told})"
 
 
 def folder_digest(folder: Path, config: SampleConfig) -> str:
@@ -80,6 +95,7 @@ def folder_digest(folder: Path, config: SampleConfig) -> str:
     for file in mask_files(folder):
         digest.update(str(file.relative_to(folder)).encode() + hashlib.sha256(file.read_bytes()).digest())
     if config.label_map is not None:
+        read_yaml(config.label_map)  # refused where it is not there
         digest.update(config.label_map.read_bytes())
     return digest.hexdigest()
 
@@ -88,21 +104,22 @@ def _slices(
     file: Path, shards: ShardSet, to_own: Callable[[Path, np.ndarray], np.ndarray], axis: str
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(slice index, uint8 [H, W] in the model's ids) of a file's masks."""
-    if file.name.endswith(".png"):
+    if _ending(file) == ".png":
         yield 0, to_own(file, _read_png(file, shards.size))
         return
     from data_shards.ingest.archive import read_header
     from data_shards.ingest.body import BodyField
     from data_shards.ingest.intensity import GreyMap
     from data_shards.ingest.prepare_config import PrepareConfig
-    from data_shards.ingest.slices import cut
+    from data_shards.ingest.slices import Slice, cut
     from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 
     found: list[Problem] = []
     read_header(file, found)
     refuse(found)
     try:
-        labels = read_labels(file, _MOST_IDS)
+        with _named_in_lower_case(file) as named:
+            labels = read_labels(named, _MOST_IDS)
     except UnreadableVolume as error:
         raise problem(file, "voxels", error.reason, "give whole numbers from 0 to 255, one a voxel") from error
     own_IJK = to_own(file, labels.voxels_IJK)
@@ -112,8 +129,36 @@ def _slices(
     geometry = {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
     # A mask is cut as the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
     nobody = BodyField(np.broadcast_to(np.float32(0), own_IJK.shape), np.ones(3))
-    for one in cut(volume, volume, nobody, GreyMap(1.0, 0.0), axis=axis, body_id=0, **geometry):
+
+    def planes(**changes: Any) -> Iterator[Slice]:
+        return cut(volume, volume, nobody, GreyMap(1.0, 0.0), axis=axis, body_id=0, **geometry | changes)
+
+    is_empty = True
+    for one in planes():
+        is_empty = False
         yield one.slice_index, one.mask_HW
+    if is_empty:  # thinner than half a stride
+        every = list(planes(slice_stride=1))
+        middle = every[len(every) // 2]
+        yield middle.slice_index, middle.mask_HW
+
+
+def _ending(file: Path) -> str:
+    """Which of the endings a file has, in upper or lower case; nothing where it is no mask."""
+    name = file.name.lower()
+    return next((ending for ending in _ENDINGS if name.endswith(ending)), "")
+
+
+@contextmanager
+def _named_in_lower_case(file: Path) -> Iterator[Path]:
+    """The file under a name by which data_shards.ingest.volumes sees whether it is compressed."""
+    if file.name.endswith(_ENDINGS):
+        yield file
+        return
+    with TemporaryDirectory(prefix="segdiff-") as folder:
+        named = Path(folder) / f"mask{_ending(file)}"
+        named.symlink_to(file.resolve())
+        yield named
 
 
 def _read_png(file: Path, size: int) -> np.ndarray:
@@ -163,10 +208,10 @@ def _read_label_map(file: Path, table: LabelTable) -> dict[int, int]:
     known = {name: i for i, name in enumerate(table.names)} | {i: i for i in range(table.num_classes)}
     found, meanings = [], {}
     for theirs, meant in read_yaml(file).items():
-        is_id = str(theirs).isdigit() and int(theirs) < _MOST_IDS
+        is_id = str(theirs).isdecimal() and int(theirs) < _MOST_IDS
         if not is_id:
             found.append(Problem(str(file), "label id", repr(theirs), f"give whole numbers below {_MOST_IDS}"))
-        elif meant not in known:
+        elif not isinstance(meant, str | int) or isinstance(meant, bool) or meant not in known:
             remedy = f"choose from {', '.join(table.names)}"
             found.append(Problem(str(file), f"label id {theirs}", repr(meant), remedy))
         else:
@@ -176,9 +221,7 @@ def _read_label_map(file: Path, table: LabelTable) -> dict[int, int]:
 
 
 def _row(file: Path, axis: str, index: int) -> dict[str, Any]:
-    case_id = str(file)
-    for ending in _ENDINGS:
-        case_id = case_id.removesuffix(ending)
+    case_id = str(file)[: -len(_ending(file))]
     case_id = case_id.replace("/", "_").replace(".", "_")
     key = f"{case_id}-{axis}-{index:04d}"
     return {"key": key, "case_id": case_id, "modality": NO_MODALITY, "axis": axis, "slice_index": index}

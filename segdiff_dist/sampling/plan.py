@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from segdiff_dist.sampling.config import LEAST_BATCH, SampleConfig
-from segdiff_dist.sampling.job import Crew, Job, crew_of, joined, prepare_job
+from segdiff_dist.sampling.job import Crew, Job, crew_of, fewer_masks, joined, prepare_job
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -22,11 +22,13 @@ _LONG_PASS_S = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds and bytes are of what is missing; seconds are None where nothing here can tell."""
+    """Seconds and bytes are of what is missing; seconds are None where nothing here can tell. `fewer_masks`: said where
+    there are fewer than were to be drawn."""
 
     num_images: int
     num_missing: int
     num_masks: int
+    fewer_masks: str | None
     passes_per_image: int
     crew: Crew
     seconds: float | None
@@ -39,9 +41,10 @@ class Plan:
         time_told = "not known" if self.seconds is None else _duration(self.seconds)
         workers = f"{self.crew.num_workers} worker{'s' if self.crew.num_workers > 1 else ''} on {self.crew.device}"
         passes = f"{self.passes_per_image} passes through the net each"
+        masks = f"{self.num_masks:,} masks" if self.fewer_masks is None else self.fewer_masks
         return "\n".join(
             [
-                f"images: {self.num_images:,} of {self.num_masks:,} masks, {passes}; {self.num_missing:,} missing",
+                f"images: {self.num_images:,} of {masks}, {passes}; {self.num_missing:,} missing",
                 f"time:   {time_told} with {workers} ({self.seconds_from})",
                 f"bytes:  {_size(self.num_bytes)} ({self.bytes_from})",
             ]
@@ -71,6 +74,7 @@ def plan(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConf
         num_images=len(job.items),
         num_missing=num_missing,
         num_masks=len(set(job.items["row"].to_pylist())),
+        fewer_masks=fewer_masks(job.items, config),
         passes_per_image=passes,
         crew=crew,
         seconds=None if each is None else num_missing * each / min(crew.num_workers, max(1, num_missing)),

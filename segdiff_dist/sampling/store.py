@@ -4,8 +4,11 @@ RUN/samples/job.json        what made the images: masks, weights, sampler settin
 RUN/samples/items.parquet   one row an item: which mask, which modality, which seed index
 RUN/samples/images.zarr     arrays `image` and `mask`, uint8 [N, H, W], a Zarr shard a region; `item_id` and
                             `seed_index`, int64 [N]; the attributes name seed and weights
-RUN/samples/masks.zarr      uint8 [M, H, W], where the masks come from a folder: all that there are
+RUN/samples/masks.zarr      uint8 [M, H, W], where the masks come from a folder: all that there are, in one file
+RUN/samples/layout.json     CRC-32C of each file that was there before the first image, job.json and itself left out
 RUN/samples/done/000012     region 12 is written: CRC-32C of its two shard files, and the seconds that it took
+RUN/.samples.lock           held by the command at work, from before there is a store
+RUN/.samples.unfinished     a store that is being laid out. Nothing else is ever removed
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.problems import problem
+from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.store.codecs import ZSTD_LEVEL, crc32c
 from segdiff_dist.config import differences, flatten, write_text_atomically
 
@@ -32,8 +35,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MASKS = "masks.zarr"
-_JOB, _ITEMS, _IMAGES, _DONE, _LOCK = "job.json", "items.parquet", "images.zarr", "done", ".lock"
+_JOB, _ITEMS, _IMAGES, _LAYOUT, _DONE = "job.json", "items.parquet", "images.zarr", "layout.json", "done"
 _PARTS = ("image", "mask")
+# In job.json, where things lay. Digests beside them say what they are, so that a job may move with them.
+_PLACES = ("weights", "shards", "masks", "sample.sampler.guidance_segmenter")
 
 
 @dataclass(frozen=True)
@@ -57,70 +62,76 @@ class SampleStore:
         import zarr
 
         self.path = path
-        self.job: dict[str, Any] = json.loads((path / _JOB).read_text())
-        self.items: pa.Table = pq.read_table(path / _ITEMS)
-        group = zarr.open_group(path / _IMAGES, mode="r+")
-        self.image: Any = group["image"]
-        self.mask: Any = group["mask"]
+        self.job = _read_job(path)
+        try:
+            self.items: pa.Table = pq.read_table(path / _ITEMS)
+            group = zarr.open_group(path / _IMAGES, mode="r+")
+            self.image: Any = group["image"]
+            self.mask: Any = group["mask"]
+        except (OSError, ValueError, KeyError, TypeError) as error:  # of a store from before there was a layout.json
+            value = f"cannot be read ({' '.join(str(error).split())})"
+            raise problem(path, "samples", value, "restore the folder, or remove it and sample again") from error
 
     def __len__(self) -> int:
         return self.items.num_rows
 
     @classmethod
     def open(cls, path: Path) -> SampleStore:
-        """The store at `path`."""
+        """The store at `path`. Refused where there is none, or where one of the files laid out first is damaged."""
         if not (path / _JOB).is_file():
             raise problem(path, "samples", "not found", "sample first: `segdiff sample --run DIR --data SHARDS`")
+        remedy = "run the same `segdiff sample` again: it makes the file again"
+        refuse(Problem(str(path / name), "samples", "damaged or missing", remedy) for name in _broken_files(path))
         return cls(path)
 
     @classmethod
     def reopen(cls, path: Path, job: dict[str, Any]) -> SampleStore | None:
-        """The store at `path`, None where there is none; one of another job is refused. Where the job is to run, its
-        "device", is not compared."""
-        if not (path / _JOB).is_file():
+        """The store of `job` at `path`; None where `create` is to make it, or to mend what was laid out first.
+
+        Refused: a folder of other things; a store of another job, unless it has no image yet. Where the job is to run,
+        its "device", is not compared, nor where things lie that have digests.
+        """
+        if _is_free(path):
             return None
-        store = cls(path)
-        if differing := differences(flatten(store.job | {"device": job.get("device")}), flatten(job)):
-            key, old, new = differing[0]
-            value = f"the samples here were made with {old!r}, not {new!r}"
-            raise problem(path, key, value, f"use another folder (--out DIR), or remove {path}")
-        return store
+        try:
+            _refuse_another(path, job)
+            return None if _broken_files(path) else cls(path)
+        except InputProblems:
+            if _holds_no_image(path):
+                return None
+            raise
 
     @classmethod
     def create(
         cls, path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_MHW: np.ndarray | None = None
     ) -> SampleStore:
-        """Lay out a new job, or open the one that is there when it is the same; another job is refused."""
+        """Lay out a new job, or open the one that is there when it is the same; another job is refused.
+
+        It appears when it is whole: a killed creation leaves its hidden neighbour, which the next one replaces. Where
+        others may do the same, call it under `locked`.
+        """
         if (there := cls.reopen(path, job)) is not None:
             return there
-        import pyarrow.parquet as pq
-        import zarr
-        from zarr.codecs import ZstdCodec
-
-        shutil.rmtree(path, ignore_errors=True)  # what a killed creation left: without job.json it holds no images
-        (path / _DONE).mkdir(parents=True)
-        pq.write_table(items, path / _ITEMS)
-        # The frame's own checksum lets any reader find a flipped byte.
-        zstd = ZstdCodec(level=ZSTD_LEVEL, checksum=True)
-        told = {name: job.get(name) for name in ("weights", "weights_digest")}
-        group = zarr.open_group(path / _IMAGES, mode="w", attributes=told | {"seed": job.get("sample", {}).get("seed")})
-        for name in _PARTS:
-            group.create_array(
-                name,
-                shape=(items.num_rows, size, size),
-                dtype="uint8",
-                chunks=(1, size, size),
-                shards=(job["region_size"], size, size),
-                compressors=zstd,
-            )
-        for name in ("item_id", "seed_index"):
-            if name in items.column_names:
-                group.create_array(name, data=items[name].to_numpy().astype(np.int64))
-        if masks_MHW is not None:
-            chunk = (1, *masks_MHW.shape[1:])
-            zarr.create_array(path / MASKS, data=masks_MHW, chunks=chunk, compressors=zstd, write_data=True)
-        write_text_atomically(path / _JOB, json.dumps(job, indent=2) + "\n")
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if path.is_dir() and any(path.iterdir()):
+            if not _holds_no_image(path):
+                warnings.warn(f"{path}: damaged or missing: {', '.join(_broken_files(path))}; made again", stacklevel=3)
+                _lay_out(unfinished, job, items, size, masks_MHW)
+                _mend(path, unfinished)
+                return cls(path)
+            path.rename(unfinished)
+            shutil.rmtree(unfinished)
+        _lay_out(unfinished, job, items, size, masks_MHW)
+        unfinished.rename(path)
         return cls(path)
+
+    def update_places(self, job: dict[str, Any]) -> None:
+        """Have job.json say where weights, masks and segmenter lie now. `job`: the same but for its places."""
+        now = job | {"device": self.job.get("device")}
+        if now != self.job:
+            _write_job(self.path, now)
+            self.job = now
 
     @property
     def region_size(self) -> int:
@@ -138,7 +149,7 @@ class SampleStore:
 
     def done_regions(self) -> list[int]:
         """Regions that are made, in order."""
-        return sorted(int(p.name) for p in (self.path / _DONE).iterdir() if p.name.isdigit())
+        return sorted(int(p.name) for p in (self.path / _DONE).glob("*") if p.name.isdigit())
 
     def missing_regions(self) -> list[int]:
         """Regions not made yet."""
@@ -153,12 +164,16 @@ class SampleStore:
         """Write a region's images and masks, then mark it done; `seconds`: what it took to make them.
 
         No other process may write this region. Zarr replaces files whole, so even a worker that outlives its driver for
-        a moment, beside its successor, harms nothing: both write the same bytes.
+        a moment, beside its successor, harms nothing: both write the same bytes. Refused where another job has taken
+        the store's place meanwhile.
         """
+        _refuse_another(self.path, self.job)
         items = self.region(index)
         assert image_BHW.shape == mask_BHW.shape == (len(items), *self.image.shape[1:])
         mark: dict[str, Any] = {"seconds": round(seconds, 4)}
         for name, array, values_BHW in zip(_PARTS, (self.image, self.mask), (image_BHW, mask_BHW), strict=True):
+            if len(items) < self.region_size:  # Zarr would read the rest of the file first, which may be damaged
+                self._file(name, index).unlink(missing_ok=True)
             # An empty mask is stored as well: every region has a file that can be checked.
             array.with_config({"write_empty_chunks": True})[items.start : items.stop] = values_BHW
             mark[name] = _flushed_crc32c(self._file(name, index))
@@ -177,7 +192,7 @@ class SampleStore:
         """What done/INDEX says; nothing where it is damaged itself."""
         try:
             return dict(json.loads(self._mark(index).read_text()))
-        except ValueError:
+        except (ValueError, TypeError):
             return {}
 
     def num_bytes(self, index: int) -> int:
@@ -188,23 +203,6 @@ class SampleStore:
     def unmark(self, index: int) -> None:
         """Have a region made again."""
         self._mark(index).unlink(missing_ok=True)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """While this process works on the store, others are refused. The lock ends with the process, killed or not."""
-        with (self.path / _LOCK).open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                other = file.read().strip() or "another process"
-                raise problem(self.path, "samples", f"{other} is making them", "wait for it, or stop it") from error
-            except OSError as error:  # a file system without locks
-                warnings.warn(f"{self.path} cannot be locked ({error}): start one job at a time", stacklevel=3)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
 
     def _mark(self, index: int) -> Path:
         return self.path / _DONE / f"{index:06d}"
@@ -218,6 +216,146 @@ class SampleStore:
         except (OSError, RuntimeError, ValueError):  # of the file, of zstd, of Zarr's shard index
             return False
         return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While this process works on the store at `path`, be there one yet or not, others are refused. The lock ends with
+    the process, killed or not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f".{path.name}.lock").open("a+")
+    except OSError as error:
+        remedy = "choose another place (--out DIR)"
+        raise problem(path.parent, "output folder", f"cannot be written ({error})", remedy) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            other = file.read().strip() or "another process"
+            raise problem(path, "samples", f"{other} is making them", "wait for it, or stop it") from error
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{path} cannot be locked ({error}): start one job at a time", stacklevel=3)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a store may be laid out at `path` without touching what is there; refused where other things are."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if path.is_mount():  # no folder can take its name
+            raise problem(path, "output folder", "a mount point", f"give a folder in it: --out {path / 'samples'}")
+        return True
+    if not (path / _JOB).is_file() or not (path / _IMAGES).is_dir():
+        value = "holds other things than samples" if path.is_dir() else "a file"
+        raise problem(path, "output folder", value, "give a new or an empty one (--out DIR)")
+    return False
+
+
+def _holds_no_image(path: Path) -> bool:
+    """Whether a store may be removed: it holds what was laid out, no finished region, and nothing of anybody else's."""
+    own = {_JOB, _ITEMS, _IMAGES, MASKS, _LAYOUT, _DONE}
+    return {file.name for file in path.iterdir()} <= own and not any((path / _DONE).glob("*"))
+
+
+def _refuse_another(path: Path, job: dict[str, Any]) -> None:
+    def identity(job: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in flatten(job).items() if key not in (*_PLACES, "device")}
+
+    if differing := differences(identity(_read_job(path)), identity(job)):
+        key, old, new = differing[0]
+        value = f"the samples here were made with {old!r}, not {new!r}"
+        raise problem(path, key, value, f"use another folder (--out DIR), or remove {path}")
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    try:
+        job = json.loads((path / _JOB).read_text())
+        if not isinstance(job, dict):
+            raise ValueError(f"a {type(job).__name__}")
+    except (OSError, ValueError) as error:
+        remedy = f"restore it, or remove {path} and sample again: nothing else says what made the images"
+        raise problem(path / _JOB, "samples", f"damaged ({error})", remedy) from error
+    return job
+
+
+def _write_job(path: Path, job: dict[str, Any]) -> None:
+    write_text_atomically(path / _JOB, json.dumps(job, indent=2) + "\n")
+
+
+def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_MHW: np.ndarray | None) -> None:
+    """Write a store without images to the new folder `path`. The same arguments give the same bytes."""
+    import pyarrow.parquet as pq
+    import zarr
+    from zarr.codecs import ZstdCodec
+
+    path.mkdir(parents=True)
+    pq.write_table(items, path / _ITEMS)
+    # The frame's own checksum lets any reader find a flipped byte.
+    zstd = ZstdCodec(level=ZSTD_LEVEL, checksum=True)
+    settings = job.get("sample", {})
+    told = {"weights": settings.get("weights"), "weights_digest": job.get("weights_digest")}
+    group = zarr.open_group(path / _IMAGES, mode="w", attributes=told | {"seed": settings.get("seed")})
+    for name in _PARTS:
+        group.create_array(
+            name,
+            shape=(items.num_rows, size, size),
+            dtype="uint8",
+            chunks=(1, size, size),
+            shards=(job["region_size"], size, size),
+            compressors=zstd,
+        )
+    for name in ("item_id", "seed_index"):
+        if name in items.column_names:
+            group.create_array(name, data=items[name].to_numpy().astype(np.int64))
+    if masks_MHW is not None:
+        chunk = (1, *masks_MHW.shape[1:])
+        zarr.create_array(path / MASKS, data=masks_MHW, chunks=chunk, shards=masks_MHW.shape, compressors=zstd)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    checksums = {str(file.relative_to(path)): crc32c(file.read_bytes()) for file in files}
+    write_text_atomically(path / _LAYOUT, json.dumps(checksums, indent=2) + "\n")
+    (path / _DONE).mkdir()
+    _write_job(path, job)
+
+
+def _checksums(path: Path) -> dict[str, int] | None:
+    """What layout.json says; None where it is damaged, nothing in a store from before there was one."""
+    try:
+        return dict(json.loads((path / _LAYOUT).read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        return None
+
+
+def _broken_files(path: Path) -> list[str]:
+    """Files of the layout that are not as they were written."""
+    checksums = _checksums(path)
+    if checksums is None:
+        return [_LAYOUT]
+    return [name for name, expected in checksums.items() if _crc32c_of(path / name) != expected]
+
+
+def _mend(path: Path, fresh: Path) -> None:
+    """Move the files of a layout that was made again to where they were, if they are what was there."""
+    made, written = _checksums(fresh), _checksums(path)
+    assert made is not None
+    for name, crc in made.items():
+        expected = _crc32c_of(path / name) if written is None else written.get(name)
+        if expected != crc:
+            value = "damaged, and made again it is another: by another version, perhaps"
+            raise problem(path / name, "samples", value, f"restore it, or remove {path} and sample again")
+    for name in (*made, _LAYOUT):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / name).replace(path / name)
+    shutil.rmtree(fresh)
+
+
+def _crc32c_of(file: Path) -> int | None:
+    return crc32c(file.read_bytes()) if file.is_file() else None
 
 
 def _flushed_crc32c(file: Path) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.fan_out import num_cores
 from data_shards.labels import LabelTable
 from data_shards.problems import problem
 from data_shards.records import AXES, MODALITIES
@@ -22,6 +23,7 @@ from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 from segdiff_dist.sampling.config import LEAST_BATCH
 from segdiff_dist.sampling.items import MaskArray, MaskSource
 from segdiff_dist.sampling.store import MASKS, SampleStore
+from segdiff_dist.sampling.weights import changed, load_denoiser
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +62,7 @@ class WorkerFactory:
         if self.device == "cpu":
             keep_freed_memory()
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-        per_machine = max(1, (os.cpu_count() or 1) // settings["threads_per_worker"])
+        per_machine = max(1, num_cores() // settings["threads_per_worker"])
         beside = 1 if self.device == "cuda" else min(self.num_workers, per_machine)
         made = _RegionMaker(store, torch.device(self.device))
         made.batch_size = self.batch_size or batch_size_for(
@@ -74,12 +76,12 @@ class WorkerFactory:
 
 
 class _RegionMaker:
-    """The model and everything else that stays from region to region."""
+    """The model and everything else that stays from region to region; refused where it is not what the job began
+    with, as a command started later, or a worker that replaces another, would mix two models' images."""
 
     def __init__(self, store: SampleStore, device: torch.device) -> None:
         import torch
 
-        from segdiff_dist.denoising.denoiser import Denoiser
         from segdiff_dist.denoising.diffusion import DiffusionConfig
         from segdiff_dist.denoising.samplers import SamplerConfig
         from segdiff_dist.denoising.task import DiceTerm
@@ -87,14 +89,18 @@ class _RegionMaker:
         settings = store.job["sample"]
         self.store, self.device, self.seed = store, device, settings["seed"]
         self.without_organs: list[str] = settings["without_organs"]
-        model = Denoiser.load(Path(store.job["weights"])).prepare_for(device)
+        model, _ = load_denoiser(Path(store.job["weights"]), store.job["weights_digest"])
+        model = model.prepare_for(device)
         self.model = model.to(torch.bfloat16) if settings["precision"] == "bf16" else model
         self.masks = open_masks(store, model.label_table)
         self.diffusion, self.sampler = DiffusionConfig(**store.job["diffusion"]), SamplerConfig(**settings["sampler"])
         self.passes = 1 if self.sampler.guidance == 1.0 else 2
         self.dice_term = None
         if self.sampler.segmenter_guidance > 0:
-            self.dice_term = DiceTerm(Path(str(self.sampler.guidance_segmenter)), model.label_table, device)
+            segmenter = Path(str(self.sampler.guidance_segmenter))
+            self.dice_term = DiceTerm(segmenter, model.label_table, device)
+            if self.dice_term.weights_sha256 != store.job["guidance_segmenter_sha256"]:
+                raise changed(segmenter, "weights")
         self.batch_size = LEAST_BATCH
 
     def __call__(self, index: int) -> float:
@@ -124,11 +130,14 @@ class _RegionMaker:
 
 
 def open_masks(store: SampleStore, label_table: LabelTable) -> MaskSource:
-    """Where the masks of a job's items are read."""
+    """Where the masks of a job's items are read. A shard set that is not the job's any more is refused."""
     from data_shards.store.shards import ShardSet
 
     if "shards" in store.job:
-        return ShardSet.open(store.job["shards"])
+        shards = ShardSet.open(store.job["shards"])
+        if shards.digest != store.job["shards_digest"]:
+            raise changed(shards.root, "digest")
+        return shards
     return MaskArray.open(store.path / MASKS, label_table)
 
 
@@ -168,7 +177,10 @@ def generate(
     seed: int,
     guide: Guide | None = None,
 ) -> np.ndarray:
-    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id)."""
+    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id).
+
+    Raises InputProblems naming the items where the net predicts or the solver gives what is not finite.
+    """
     import torch
 
     from segdiff_dist.denoising import samplers
@@ -184,8 +196,28 @@ def generate(
         return philox.normal(seed, philox.STREAM_SAMPLE + 1 + step, item_B, shape)
 
     predict = guided(model, conditions, sampler.guidance, sampler.guidance_removes)
-    images_BCHW = samplers.sample(predict, diffusion, sampler, noise(-1), noise, guide, fused=model.is_fused)
+    finite_B = torch.ones(len(items), dtype=torch.bool, device=item_B.device)
+
+    def watched(x_t_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        """The prediction, looked at before any bound can hide what it is; on its device, so that nothing waits."""
+        prediction_BCHW = predict(x_t_BCHW, timestep_B)
+        finite_B.logical_and_(prediction_BCHW.flatten(1).isfinite().all(dim=1))
+        return prediction_BCHW
+
+    images_BCHW = samplers.sample(watched, diffusion, sampler, noise(-1), noise, guide, fused=model.is_fused)
+    finite_B.logical_and_(images_BCHW.flatten(1).isfinite().all(dim=1))
+    _refuse_spoilt(items, finite_B.tolist())
     return to_uint8(images_BCHW).cpu().numpy()
+
+
+def _refuse_spoilt(items: list[dict[str, Any]], is_finite: list[bool]) -> None:
+    spoilt = sorted({item["item_id"] for item, good in zip(items, is_finite, strict=True) if not good})
+    if not spoilt:
+        return
+    more = f" and {len(spoilt) - 8} more" if len(spoilt) > 8 else ""
+    value = f"not finite, in items {', '.join(map(str, spoilt[:8]))}{more}"
+    remedy = "sample from other weights (another average, an earlier checkpoint), or in fp32 if it was bf16"
+    raise problem("denoiser", "prediction", value, remedy)
 
 
 def batch_size_for(config: DenoiserConfig, size: int, passes: int, available_bytes: int, most: int) -> int:

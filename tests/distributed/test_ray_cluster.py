@@ -126,3 +126,10 @@ def test_a_cluster_that_does_not_answer_is_refused() -> None:
     told = "Ray at 127.0.0.1:9: address: nothing answers"
     with pytest.raises(InputProblems, match=told), ray_session("127.0.0.1:9"):
         pass
+
+
+def test_a_ray_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises: here an AttributeError, and a plain Exception where its raylet does not come up in 30 s."""
+    monkeypatch.setenv("RAY_object_spilling_config", "[]")
+    with pytest.raises(InputProblems, match="Ray on this machine: start: AttributeError"), ray_session(num_cpus=1):
+        pass

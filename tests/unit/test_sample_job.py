@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def test_lost_files_and_broken_marks_are_damage(shapes: Path, tmp_path: Path) ->
 
 
 def test_two_jobs_do_not_work_on_one_store(shapes: Path, tmp_path: Path) -> None:
-    store = make_here(write_weights(tmp_path), shapes)
-    with (store.path / ".lock").open("a") as other:
+    make_here(write_weights(tmp_path), shapes)
+    with (tmp_path / ".samples.lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(InputProblems, match="is making them"):
             sample(*arguments(tmp_path, shapes))
@@ -181,6 +182,38 @@ def test_nifti_masks_are_turned_and_cut_as_prepare_cuts(tmp_path: Path, archive:
         assert np.array_equal(ours, np.where(prepared == AMOS.body_id, 0, prepared))
 
 
+def test_a_volume_thinner_than_half_a_stride_gives_its_middle_slice(shapes: Path, tmp_path: Path) -> None:
+    write_nifti(tmp_path / "masks" / "one.nii.gz", np.full((16, 16, 1), BODY, np.uint8), np.diag([2.0, 2, 2, 1]))
+    three = np.stack([np.full((16, 16), label, np.uint8) for label in (SPLEEN, LIVER, BODY)], axis=-1)
+    write_nifti(tmp_path / "masks" / "three.nii", three, np.diag([2.0, 2, 2, 1]))
+    run, shards, *rest = arguments(
+        write_weights(tmp_path / "run"), shapes, masks=tmp_path / "masks", target_modality="MR", cross_modality_masks=0
+    )
+    shards.index["preprocessing"] |= {"slice_stride": 10, "spacing_mm": 2.0}
+    job = prepare_job(run, shards, *rest)
+    assert job.masks_MHW is not None
+    middle = {(item["case_id"], item["slice_index"]): item["row"] for item in job.items.to_pylist()}
+    assert set(middle) == {("one", 0), ("three", 1)}
+    assert (job.masks_MHW[middle["one", 0]] == BODY).all()
+    assert (job.masks_MHW[middle["three", 1]] == LIVER).all()
+
+
+def test_masks_may_be_named_in_upper_case_and_what_is_passed_over_is_told(shapes: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    write_png(masks / "A.PNG", discs())
+    write_nifti(masks / "b.nii.gz", np.full((16, 16, 4), LIVER, np.uint8), np.diag([2.0, 2, 2, 1]))
+    (masks / "b.nii.gz").rename(masks / "B.NII.GZ")
+    for name in ("c.mha", "d.npy", ".hidden"):
+        (masks / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 other files passed over \(\.mha, \.npy\)"):
+        job = folder_job(tmp_path, shapes)
+    assert set(job.items["case_id"].to_pylist()) == {"A", "B"}
+    (masks / "A.PNG").unlink()
+    (masks / "B.NII.GZ").unlink()
+    with pytest.raises(InputProblems, match="none there: 2 other files passed over"):
+        folder_job(tmp_path, shapes)
+
+
 def test_labels_are_mapped_where_a_table_says_how(shapes: Path, tmp_path: Path) -> None:
     theirs = np.select([discs() == LIVER, discs() == BODY], [200, 7]).astype(np.uint8)
     write_png(tmp_path / "masks" / "a.png", theirs)
@@ -191,6 +224,12 @@ def test_labels_are_mapped_where_a_table_says_how(shapes: Path, tmp_path: Path) 
     with pytest.raises(InputProblems, match=r"200: 'lever'; choose from background, spleen") as error:
         folder_job(tmp_path, shapes, label_map=tmp_path / "map.json")
     assert len(error.value.problems) == 2
+    (tmp_path / "lists.yaml").write_text("1: [liver, spleen]\n2: {liver: 1}\n3: yes\n²: liver\n4: null\n")
+    with pytest.raises(InputProblems, match=r"label id 1: \['liver', 'spleen'\]; choose from") as error:
+        folder_job(tmp_path, shapes, label_map=tmp_path / "lists.yaml")
+    assert len(error.value.problems) == 5
+    with pytest.raises(InputProblems, match=r"nowhere\.yaml: config: no such file"):
+        folder_job(tmp_path, shapes, label_map=tmp_path / "nowhere.yaml")
 
 
 def test_everything_wrong_with_a_folder_is_told_at_once(shapes: Path, tmp_path: Path) -> None:
@@ -235,6 +274,8 @@ def test_settings_of_a_folder_are_checked(tmp_path: Path) -> None:
     wrong = SampleConfig(masks=tmp_path / "none", batch_size=1)
     assert [p.field for p in wrong.problems()] == ["sample.batch_size", "sample.masks", "sample.target_modality"]
     assert SampleConfig(label_map=tmp_path / "x").problems()[0].field == "sample.label_map"
+    with_map = SampleConfig(masks=tmp_path / "empty", target_modality="CT", label_map=tmp_path / "nowhere.yaml")
+    assert [p.field for p in with_map.problems()] == ["sample.label_map"]
     assert SampleConfig(masks=tmp_path / "empty", target_modality="CT").problems() == []
 
 
@@ -261,6 +302,12 @@ def test_a_plan_counts_images_time_and_bytes(shapes: Path, tmp_path: Path) -> No
     assert after.seconds == pytest.approx(8 * sum(seconds) / 8 / 2)
     assert 0 < after.num_bytes < 8 * 2 * 32 * 32
     assert "8 missing" in str(after)
+    assert "images: 16 of 10 masks, 3 passes" in str(after)
+
+
+def test_a_plan_says_where_there_are_fewer_masks_than_were_asked_for(shapes: Path, tmp_path: Path) -> None:
+    planned = str(plan(*arguments(write_weights(tmp_path), shapes, num=1000, samples_per_mask=1)))
+    assert re.search(r"images: \d+ of all \d+ masks there are, not 1,000, 3 passes", planned)
 
 
 def test_a_dry_run_says_what_it_would_do(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,50 @@
+"""The weights that a job samples with: which they are, that they can be used, and that they stay the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_shards.problems import InputProblems, problem
+
+if TYPE_CHECKING:
+    from segdiff_dist.denoising.denoiser import Denoiser
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over a weights folder's files; says which model made an image. Folders in it are none of the model's."""
+    if not (folder / "segdiff.json").is_file():
+        raise problem(folder, "weights", "not found", "train first: `segdiff train --config F`")
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def load_denoiser(folder: Path, expected_digest: str | None = None) -> tuple[Denoiser, str]:
+    """The denoiser in `folder` and its digest, which was the same before and after loading.
+
+    Raises InputProblems: weights that cannot be used; another digest than the expected one, or two while loading.
+    """
+    from segdiff_dist.denoising.denoiser import Denoiser
+
+    digest = weights_digest(folder)
+    if expected_digest not in (None, digest):
+        raise changed(folder, "weights")
+    try:
+        model = Denoiser.load(folder)
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        remedy = "copy the folder again, or have `segdiff train` or `segdiff average` write it again"
+        value = f"says of no network how it is built ({type(error).__name__}: {error})"
+        raise problem(folder / "segdiff.json", "weights", value, remedy) from error
+    if weights_digest(folder) != digest:
+        raise problem(folder, "weights", "replaced while they were loaded", "wait until they are written, start again")
+    return model, digest
+
+
+def changed(what: object, field: str) -> InputProblems:
+    """The error where something that a job's images depend on is not what the job was begun with."""
+    remedy = "a store holds the images of one model and one list: put back what was there, or sample to another --out"
+    return problem(what, field, "changed since the job began", remedy)
