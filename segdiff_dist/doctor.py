@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_shards import __version__
+from data_shards.fan_out import num_cores
 
 State = Literal["ok", "instead", "missing"]
 
@@ -97,7 +98,7 @@ def format_report(sections: Iterable[tuple[str, list[Row]]]) -> str:
 
 def _machine() -> list[Row]:
     system, machine = platform.system(), platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     rows = [
         Row("platform", "ok", f"{system} {machine}")
         if (system, machine) == ("Linux", "x86_64")

@@ -12,7 +12,6 @@ Dimensions: B batch, H rows, W columns.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from data_shards.fan_out import num_cores
 from data_shards.labels import UNUSED
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES
@@ -127,7 +127,7 @@ class SegGuidedPipeline:
         from tqdm import tqdm
 
         passes = 1 if self.sampler.guidance == 1.0 else 2
-        room = memory_bytes(self.device.type) // (1 if self.device.type == "cuda" else os.cpu_count() or 1)
+        room = memory_bytes(self.device.type) // (1 if self.device.type == "cuda" else num_cores())
         num = batch_size_for(self.model.config, self.size, passes, room, _MOST_AT_ONCE)
         class_id = class_ids(torch.tensor(MODALITIES.index(modality)), torch.tensor(AXES.index(axis)))
         image_BHW = np.empty_like(mask_BHW)

@@ -171,14 +171,16 @@ def average(experiment: Experiment) -> tuple[Path, float]:
 
 def sample(experiment: Experiment) -> Any:
     """`segdiff sample`: RUN/samples; returns the SampleStore."""
-    from segdiff_dist.sampling import job as sampling
+    from segdiff_dist.sampling.job import make_job, prepare_job
 
     run, shards, rows, config = _sampled_from(experiment)
+    # Checked here, before a job that will not start leaves its settings in the run folder.
+    job = prepare_job(run, shards, rows, experiment.diffusion, config)
     if config.out is None:
         save_experiment(experiment, ("sample",))
     with _tracker(experiment, "sample", run) as tracker:
         tracker.log_params({"sample": _plain(experiment)["sample"]})
-        store = sampling.sample(run, shards, rows, experiment.diffusion, config)
+        store = make_job(job, config)
         tracker.log_metrics({"sample/num_images": len(store)})
         tracker.log_artifact(store.path / "job.json", "samples")
     return store

@@ -8,7 +8,6 @@ WHOLEBODY/.partial/ holds what is being made, and the words of tools that failed
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from data_shards.fan_out import TaskFailure, fan_out
+from data_shards.fan_out import TaskFailure, fan_out, num_cores
 from data_shards.ingest import archive
 from data_shards.ingest.archive import Case, read_header
 from data_shards.ingest.masks import (
@@ -182,7 +181,7 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
         _make_worker,
         tasks,
         num_workers=config.num_workers,
-        threads_per_worker=config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.num_workers),
+        threads_per_worker=config.threads_per_worker or max(1, num_cores() // config.num_workers),
         gpus_per_worker=config.gpus_per_worker,
         address=config.ray_address,
     )

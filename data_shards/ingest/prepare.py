@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards import __version__
-from data_shards.fan_out import Done, TaskFailure, Workers, runner
+from data_shards.fan_out import Done, TaskFailure, Workers, num_cores, runner
 from data_shards.ingest import archive, partials
 from data_shards.ingest.archive import Case
 from data_shards.ingest.masks import annotation_record, find_wholebody_problems
@@ -125,7 +125,7 @@ def prepare(
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in cases]
     # The largest first, so that no worker is left with one at the end while the others wait.
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
-    num_workers = config.num_workers or os.cpu_count() or 1
+    num_workers = config.num_workers or num_cores()
     workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=config.ray_address)
     with saying_when_full(out), workers:
         _start(out, plan)

@@ -148,7 +148,7 @@ def _read(path: Path, to_ids: Callable[[np.ndarray, float, float], np.ndarray] |
         image = nib.load(path)
         with path.open("rb", buffering=0) as file:
             hashed = _Hashed(file)
-            content = gzip.GzipFile(fileobj=hashed, mode="rb") if path.name.endswith(".gz") else hashed
+            content = gzip.GzipFile(fileobj=hashed, mode="rb") if path.name.lower().endswith(".gz") else hashed
             voxels = _stored_voxels(path, image, content, to_ids)
     except (OSError, EOFError, zlib.error, ImageFileError) as error:
         raise UnreadableVolume(str(path), f"truncated or damaged file: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from data_shards.fan_out import Workers, runner
+from data_shards.fan_out import Workers, num_cores, runner
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
 from data_shards.store.codecs import CODECS
@@ -97,7 +96,7 @@ def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, A
     for split, first, count in _runs(shards):
         counted.append((split, count, partial(_rows_from, shards.resolved, first, shards.digest, format)))
         num_samples[split] = count
-    num_workers = config.num_workers or os.cpu_count() or 1
+    num_workers = config.num_workers or num_cores()
     with saying_when_full(out), Workers(runner, num_workers=num_workers, address=config.ray_address) as workers:
         # Says whose the folder is, from the first shard until the index stands.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)

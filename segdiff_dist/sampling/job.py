@@ -17,6 +17,7 @@ import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out, num_cores, ray_session, resources
 from data_shards.problems import Problem, problem, refuse
+from data_shards.records import AXES, MODALITIES
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import list_items, list_items_of
@@ -67,7 +68,11 @@ def sample(
     `rows`: the labelled slices of `shards` that masks are drawn from, not used with config.masks. Raises InputProblems
     before work starts, SamplingFailed where regions could not be made.
     """
-    job = prepare_job(run, shards, rows, diffusion, config)
+    return make_job(prepare_job(run, shards, rows, diffusion, config), config)
+
+
+def make_job(job: Job, config: SampleConfig) -> SampleStore:
+    """Make what is missing of a job that was prepared with this config. Errors as of `sample`."""
     with locked(job.path):
         # Looked at again, now that no other command can begin it or put another in its place.
         store = SampleStore.reopen(job.path, job.about)
@@ -111,7 +116,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         "diffusion": diffusion.process,
         "sample": config.of_the_job(),
     }
-    about |= _source_of(shards, config)
+    about |= _source_of(shards, rows, config)
     about = json.loads(json.dumps(about))  # as it is read back: tuples are lists
     path = (config.out or run / "samples").resolve()
     if (store := SampleStore.reopen(path, about)) is not None:
@@ -188,10 +193,14 @@ def _look_over(store: SampleStore, job: Job) -> None:
         store.unmark(damage.region)
 
 
-def _source_of(shards: ShardSet, config: SampleConfig) -> dict[str, Any]:
+def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict[str, Any]:
     """Where the masks come from, as job.json says it. Those of a folder are cut as the shard set was."""
     if config.masks is None:
-        return {"shards": shards.resolved, "shards_digest": shards.digest}
+        drawn_from = {
+            "modalities": [MODALITIES[i] for i in np.unique(shards.modality_N[rows])],
+            "axes": [AXES[i] for i in np.unique(shards.axis_N[rows])],
+        }
+        return {"shards": shards.resolved, "shards_digest": shards.digest} | drawn_from
     from segdiff_dist.sampling.mask_folder import folder_digest
 
     cut_like = {"masks_cut_like": shards.index["preprocessing"]}

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,8 +116,7 @@ def _slices(
     read_header(file, found)
     refuse(found)
     try:
-        with _named_in_lower_case(file) as named:
-            labels = read_labels(named, _MOST_IDS)
+        labels = read_labels(file, _MOST_IDS)
     except UnreadableVolume as error:
         raise problem(file, "voxels", error.reason, "give whole numbers from 0 to 255, one a voxel") from error
     own_IJK = to_own(file, labels.voxels_IJK)
@@ -147,18 +144,6 @@ def _ending(file: Path) -> str:
     """Which of the endings a file has, in upper or lower case; nothing where it is no mask."""
     name = file.name.lower()
     return next((ending for ending in _ENDINGS if name.endswith(ending)), "")
-
-
-@contextmanager
-def _named_in_lower_case(file: Path) -> Iterator[Path]:
-    """The file under a name by which data_shards.ingest.volumes sees whether it is compressed."""
-    if file.name.endswith(_ENDINGS):
-        yield file
-        return
-    with TemporaryDirectory(prefix="segdiff-") as folder:
-        named = Path(folder) / f"mask{_ending(file)}"
-        named.symlink_to(file.resolve())
-        yield named
 
 
 def _read_png(file: Path, size: int) -> np.ndarray:

@@ -336,3 +336,19 @@ def test_a_store_of_another_sampler_is_refused(shapes: Path, tmp_path: Path) -> 
     with pytest.raises(InputProblems, match=r"sample\.sampler\.num_steps"):
         prepare_job(*arguments(run, shapes, sampler=replace(QUICK["sampler"], num_steps=4)))
     assert SampleStore.open(run / "samples").missing() == []
+
+
+def test_masks_of_other_modalities_are_another_list(shapes: Path, tmp_path: Path) -> None:
+    run = write_weights(tmp_path)
+    make_here(run, shapes)
+    _, shards, _, *settings = arguments(run, shapes)
+    with pytest.raises(InputProblems, match=r"modalities"):
+        prepare_job(run, shards, shards.select(split="test", modalities=("MR",)), *settings)
+
+
+def test_a_refused_sampling_leaves_the_run_folder_as_it_was(shapes: Path, tmp_path: Path) -> None:
+    run = write_weights(tmp_path)
+    make_here(run, shapes)
+    before = sorted(p.name for p in run.iterdir())
+    assert main(["sample", "--run", str(run), "--data", str(shapes), "--sample.seed", "5"]) == 2
+    assert sorted(p.name for p in run.iterdir()) == before
