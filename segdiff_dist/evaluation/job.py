@@ -9,28 +9,29 @@ RUN/evaluation/figures/*.png, report.html
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from data_shards.fan_out import Done, TaskFailure, Workers
-from data_shards.feed.order import sample_at
-from data_shards.problems import InputProblems, Problem, refuse
+from data_shards.fan_out import TaskFailure, Workers
+from data_shards.problems import InputProblems, Problem
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation import inception, perceptual, radiomics, trust
+from segdiff_dist.evaluation.checks import Checked, check
 from segdiff_dist.evaluation.provenance import not_available, provenance
 from segdiff_dist.evaluation.rows import RowWriter
 from segdiff_dist.evaluation.summary import Evaluated, spread_columns, summarise
 from segdiff_dist.evaluation.sums import Interval
-from segdiff_dist.evaluation.worker import SIDES, Chunk, Inputs, make_worker
+from segdiff_dist.evaluation.worker import SIDES, Chunk, Inputs, headline_items, make_worker
+from segdiff_dist.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
+    from segdiff_dist.sampling.job import Crew
     from segdiff_dist.sampling.store import SampleStore
 
 FOLDER = "evaluation"
@@ -74,7 +75,7 @@ class EvaluateConfig:
     seed: int = 0
     """Of the redrawing."""
     ray_address: str | None = None
-    """A Ray cluster to join; by default Ray is started on this machine."""
+    """A Ray cluster to join, whose GPUs and cores count then; by default Ray is started on this machine."""
 
     def problems(self) -> list[Problem]:
         """What is out of range or not there."""
@@ -101,7 +102,8 @@ class EvaluateConfig:
                 found.append(Problem("config", f"evaluate.{name}", str(weights), reason))
         if self.frd_images and (reason := radiomics.missing_for_frd(self.frd_images)):
             found.append(Problem("config", "evaluate.frd_images", str(self.frd_images), reason))
-        if self.device == "cuda" and not _num_gpus():
+        # Of a cluster it is known once that was joined.
+        if self.device == "cuda" and self.ray_address is None and not _num_gpus():
             found.append(Problem("config", "evaluate.device", "cuda: no GPU found", "use auto or cpu"))
         return found
 
@@ -136,23 +138,29 @@ def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict
     """Write samples.parquet, predictions.zarr and summary.json of `run`; returns what the last of them holds.
 
     InputProblems, all at once, before any work: no or unfinished samples, samples without real images, no segmenter, a
-    broken one or one trained on another label table, a shard set that is not the one sampled from, weights that are not
-    there. EvaluationFailed when items cannot be read.
+    broken one, one for images of another size or trained on another label table, a shard set that is not the one
+    sampled from, weights that are not there or cannot be read. EvaluationFailed when items cannot be read.
     """
+    from segdiff_dist.sampling.job import joined
+
     run = Path(run)
-    inputs, store, shards, segmenter_sha256 = _check(run, config)
-    folder = run / FOLDER
-    folder.mkdir(exist_ok=True)
-    rows = folder / "samples.parquet.partial"
-    try:
-        measured, told = _measure(inputs, config, store, shards, rows, progress)
-    except EvaluationFailed:
-        rows.unlink(missing_ok=True)
-        raise
+    checked = check(run, config)
+    store, shards = checked.store, checked.shards
+    with joined(_as_sampling(config)):
+        crew = crew_for(config)
+        inputs = _inputs(run, config, checked, crew.device)
+        folder = run / FOLDER
+        folder.mkdir(exist_ok=True)
+        rows = folder / "samples.parquet.partial"
+        try:
+            measured, told = _measure(inputs, crew, config, store, shards, rows, progress)
+        except EvaluationFailed:
+            rows.unlink(missing_ok=True)
+            raise
     summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
     summary["not_available"] = not_available(summary, inputs, store)
     summary["provenance"] = provenance(inputs, store, shards) | {
-        "segmenter_sha256": segmenter_sha256,
+        "segmenter_sha256": checked.segmenter_sha256,
         "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
         "distribution_images": config.distribution_images,
     }
@@ -163,68 +171,24 @@ def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict
     return summary
 
 
-def _check(run: Path, config: EvaluateConfig) -> tuple[Inputs, SampleStore, ShardSet, str]:
-    """Open everything once here, so that what is wrong is said before Ray starts; last, the segmenter's digest."""
-    from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation import Segmenter
-
-    problems = config.problems()
-    opened: dict[str, Any] = {}
-
-    def attempt(name: str, open_it: Any) -> None:
-        try:
-            opened[name] = open_it()
-        except InputProblems as error:
-            problems.extend(error.problems)
-
-    weights = config.segmenter or run / "segmenter" / "weights"
-    attempt("segmenter", lambda: Segmenter.load(weights))
-    attempt("store", lambda: SampleStore.open(run / "samples"))
-    if "store" in opened and "shards" in opened["store"].job:
-        attempt("shards", lambda: ShardSet.open(opened["store"].job["shards"]))
-    problems += _mismatches(run, **opened)
-    refuse(problems)
-    inputs = Inputs(
-        # Absolute, since a worker may not start in this folder.
+def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str) -> Inputs:
+    """For the workers: absolute paths, since a worker may not start in this folder."""
+    return Inputs(
         samples=(run / "samples").resolve(),
-        shards=opened["shards"].resolved,
-        segmenter=weights.resolve(),
+        shards=checked.shards.resolved,
+        segmenter=checked.segmenter.resolve(),
         predictions=(run / FOLDER / "predictions.zarr.partial").resolve(),
         fid_weights=_weights(config.fid_weights),
         lpips_weights=_weights(config.lpips_weights),
-        radiomics_items=frozenset(_headline_items(opened["store"], config.frd_images, config.seed)),
+        radiomics_items=frozenset(headline_items(checked.store.items, config.frd_images, config.seed)),
         surface_dice=config.surface_dice,
         batch_size=config.batch_size,
-        device=("cuda" if _num_gpus() else "cpu") if config.device == "auto" else config.device,
+        device=device,
     )
-    return inputs, opened["store"], opened["shards"], opened["segmenter"].weights_sha256
-
-
-def _mismatches(
-    run: Path, segmenter: Any = None, store: SampleStore | None = None, shards: ShardSet | None = None
-) -> Iterator[Problem]:
-    if store is not None and (missing := store.missing()):
-        value = f"{len(missing)} of {store.items.num_rows} not made yet"
-        yield Problem(str(run / "samples"), "samples", value, "run the same `segdiff sample` again, it goes on")
-    if store is not None:
-        for damage in store.damaged():
-            yield Problem(str(run / "samples"), "samples", str(damage), "run the same `segdiff sample` again")
-    if store is not None and "shards" not in store.job:
-        value = "made from masks without images, so that there is nothing to compare them with"
-        yield Problem(str(run / "samples"), "samples", value, "evaluate samples whose masks come from a shard set")
-    if store is not None and not store.items.num_rows:
-        yield Problem(str(run / "samples"), "samples", "none", "run `segdiff sample`")
-    if store is not None and shards is not None and shards.digest != store.job["shards_digest"]:
-        yield Problem(shards.root, "digest", "not the shard set sampled from", "restore it, or sample again")
-    if segmenter is not None and shards is not None and segmenter.label_table != shards.label_table:
-        value = f"segmenter {segmenter.label_table.name!r}, shard set {shards.label_table.name!r}"
-        yield Problem(shards.root, "label table", value, "train the segmenter on shards with these labels")
-    if segmenter is not None and not all(bool(w.isfinite().all()) for w in segmenter.net.state_dict().values()):
-        yield Problem("segmenter", "weights", "not all of them are finite", "train it again: `segdiff train-segmenter`")
 
 
 def _measure(
-    inputs: Inputs, config: EvaluateConfig, store: SampleStore, shards: ShardSet, rows: Path, progress: bool
+    inputs: Inputs, crew: Crew, config: EvaluateConfig, store: SampleStore, shards: ShardSet, rows: Path, progress: bool
 ) -> tuple[Evaluated, dict[str, Any]]:
     """Every chunk on a worker; its rows go to the file `rows`, and what the summary needs into running sums. Second,
     the summary's section "trust"."""
@@ -235,12 +199,20 @@ def _measure(
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
     capacity, seed = config.distribution_images, config.seed
     # Rows are closed before the workers stop, and neither counts when a task failed.
-    with _workers(inputs, config) as workers, RowWriter(rows) as writer:
+    with (
+        Workers(
+            make_worker(inputs),
+            num_workers=crew.num_workers,
+            gpus_per_worker=crew.gpus_per_worker,
+            address=config.ray_address,
+        ) as workers,
+        RowWriter(rows) as writer,
+    ):
         masks = trust.images_of_masks(store.items)
-        spread = {task.ids[0]: result for task, result in _in_order(workers.run(masks), masks)}
+        spread = {task.ids[0]: result for task, result in in_order(workers, masks)}
         measured = Evaluated.empty(shards.label_table, store.items, spread, capacity=capacity, seed=seed)
         with tqdm(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
-            for chunk, result in _in_order(workers.run(chunks), chunks, bar):
+            for chunk, result in in_order(workers, chunks, bar):
                 measured.add(chunk.start, chunk.stop, result)
                 columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
                 writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
@@ -253,49 +225,71 @@ def _measure(
 def _memorisation(
     workers: Workers[Any, Any], file: Path, config: EvaluateConfig, store: SampleStore, shards: ShardSet
 ) -> dict[str, Any]:
-    """The nearest training image of every generated one, and of every real one; `file` passes them to the workers."""
-    ids = _headline_items(store, config.distribution_images, config.seed)
-    asked = [trust.Queries(tuple(ids[i : i + _ITEMS_A_TASK])) for i in range(0, len(ids), _ITEMS_A_TASK)]
-    parts = [result for _, result in _in_order(workers.run(asked), asked)]
-    queries: dict[str, Any] = {"_".join(key): np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    np.savez(file, **queries)
+    """The nearest training image of every generated one, and of real ones that training has not seen; `file` passes
+    them to the workers."""
+    ids = headline_items(store.items, config.distribution_images, config.seed)
     rows = shards.select(split="train", labelled_only=False).tolist()
-    pieces = range(0, len(rows), _TRAINING_SLICES_A_TASK)
-    training = [trust.NearestInTraining(file.resolve(), tuple(rows[i : i + _TRAINING_SLICES_A_TASK])) for i in pieces]
+    unseen = trust.unseen_rows(store.items["row"].to_numpy()[ids], shards, config.seed)
+    if reason := trust.why_not(ids, rows, unseen):
+        return trust.not_made(reason)
+    asked: list[Any] = [trust.Queries(tuple(part)) for part in _parts(ids, _ITEMS_A_TASK)]
+    asked += [trust.UnseenQueries(tuple(part)) for part in _parts(unseen, _ITEMS_A_TASK)]
+    parts = [result for _, result in in_order(workers, asked)]
+    keys = dict.fromkeys(key for part in parts for key in part)
+    queries: dict[str, Any] = {"_".join(k): np.concatenate([part[k] for part in parts if k in part]) for k in keys}
+    np.savez(file, **queries)
+    training = [trust.NearestInTraining(file.resolve(), tuple(part)) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
     try:
-        nearest = trust.closer(result for _, result in _in_order(workers.run(training), training))
+        nearest = trust.closer(result for _, result in in_order(workers, training))
     finally:
         file.unlink()
     return trust.memorisation(ids, store.items, shards, nearest, config.most_memorised)
 
 
-def _workers(inputs: Inputs, config: EvaluateConfig) -> Workers[Any, Any]:
-    num_gpus = _num_gpus() if inputs.device == "cuda" else 0
-    num_workers = config.num_workers or num_gpus or min(os.cpu_count() or 1, _MOST_DEFAULT_WORKERS)
-    gpus = num_gpus / num_workers
-    return Workers(make_worker(inputs), num_workers=num_workers, gpus_per_worker=gpus, address=config.ray_address)
+def _parts(values: list[int], most: int) -> list[list[int]]:
+    return [values[start : start + most] for start in range(0, len(values), most)]
 
 
-def _in_order(results: Iterator[Done[Any, Any]], tasks: Sequence[Any], bar: Any = None) -> Iterator[tuple[Any, Any]]:
+def _as_sampling(config: EvaluateConfig) -> SampleConfig:
+    """As far as both say who is to work, and where."""
+    return SampleConfig(num_workers=config.num_workers, device=config.device, ray_address=config.ray_address)
+
+
+def crew_for(config: EvaluateConfig) -> Crew:
+    """One worker a GPU, or one a core, of this machine or of the cluster that was joined."""
+    from segdiff_dist.sampling.job import crew_of
+
+    try:
+        crew = crew_of(_as_sampling(config))
+    except InputProblems as error:
+        fields = [replace(one, field=one.field.replace("sample.", "evaluate.")) for one in error.problems]
+        raise InputProblems(fields) from error
+    if config.num_workers is not None or crew.device != "cpu":
+        return crew
+    return replace(crew, num_workers=min(crew.num_workers, _MOST_DEFAULT_WORKERS))
+
+
+def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) -> Iterator[tuple[Any, Any]]:
     """Tasks with their results in the order of `tasks`: one that is early waits for those before it.
 
-    EvaluationFailed once all are done when some failed; what comes after the first of them is not yielded.
+    EvaluationFailed as soon as one fails: no more are begun, and what those at work bring is not kept.
     """
     waiting: dict[Any, Any] = {}
-    failures: list[str] = []
     following = iter(tasks)
     expected = next(following, None)
+    results: Any = workers.run(tasks)
     for done in results:
         if isinstance(done.result, TaskFailure):
-            failures.append(f"{_told(done.task)}: {done.result.error}")
+            results.close()
+            failed = [done, *(other for other in workers.run(()) if isinstance(other.result, TaskFailure))]
+            told = sorted(f"{_told(one.task)}: {one.result.error}" for one in failed)
+            raise EvaluationFailed(f"could not be measured: {'; '.join(told)}")
         waiting[done.task] = done.result
-        while expected is not None and expected in waiting and not failures:
+        while expected is not None and expected in waiting:
             if bar is not None:
                 bar.update(expected.stop - expected.start)
             yield expected, waiting.pop(expected)
             expected = next(following, None)
-    if failures:
-        raise EvaluationFailed("could not be measured: " + "; ".join(sorted(failures)))
 
 
 def _told(task: Any) -> str:
@@ -304,16 +298,9 @@ def _told(task: Any) -> str:
         return f"items {task.start} to {task.stop - 1}"
     if isinstance(task, trust.NearestInTraining):
         return f"training slices {task.rows[0]} to {task.rows[-1]}"
+    if isinstance(task, trust.UnseenQueries):
+        return f"real slices {task.rows[0]} to {task.rows[-1]}"
     return f"items {task.ids[0]} to {task.ids[-1]}"
-
-
-def _headline_items(store: SampleStore, most: int, seed: int) -> list[int]:
-    """At most this many headline items, drawn at random: the same whenever the list and the seed are; in order."""
-    names = ("seed_index", "source_modality", "target_modality")
-    seed_index, source, target = (store.items[name].to_numpy() for name in names)
-    headline = np.flatnonzero((seed_index == 0) & (source == target))
-    priority = sample_at(headline, max(store.items.num_rows, 1), seed)
-    return sorted(headline[np.argsort(priority)][:most].tolist())
 
 
 def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_shards.labels import LabelTable
+from data_shards.problems import Problem, refuse
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
+from segdiff_dist.config import differences
+from segdiff_dist.evaluation.provenance import identity
+
+if TYPE_CHECKING:
+    from segdiff_dist.sampling.store import SampleStore
 
 # Where in the order of Dice(mask, pred_gen) a gallery looks.
 GALLERY_QUANTILES = (0.25, 0.5, 0.75)
@@ -33,17 +41,20 @@ class Pictures:
 
     @classmethod
     def open(cls, run: Path) -> Pictures:
-        """Open what sampling and evaluation left in `run`."""
+        """Open what sampling and evaluation left in `run`. InputProblems where the samples, or the slices behind them,
+        are no longer those that were measured: pictures would stand beside the numbers of others."""
         import pyarrow.parquet as pq
         import zarr
 
         from segdiff_dist.sampling.store import SampleStore
 
         store = SampleStore.open(run / "samples")
+        shards = ShardSet.open(store.job["shards"])
+        refuse(_changed_since(run, store, shards))
         table = pq.read_table(run / "evaluation" / "samples.parquet", columns=list(_COLUMNS)).to_pydict()
         return cls(
             rows={name: np.array(values) for name, values in table.items()},
-            shards=ShardSet.open(store.job["shards"]),
+            shards=shards,
             image=store.image,
             masks=store.mask,
             predictions=zarr.open_group(run / "evaluation" / "predictions.zarr", mode="r"),
@@ -154,3 +165,18 @@ class Pictures:
     def _of_row(self, row: int, target: str) -> list[int]:
         items = np.flatnonzero((self.rows["row"] == row) & (self.rows["target_modality"] == target))
         return [int(i) for i in items[np.argsort(self.rows["seed_index"][items], kind="stable")]]
+
+
+def _changed_since(run: Path, store: SampleStore, shards: ShardSet) -> Iterator[Problem]:
+    """What is not as it was when RUN/evaluation/summary.json was written."""
+    made_from = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))["provenance"]
+    remedy = f"measure them: `segdiff evaluate --run {run}`"
+    if differing := differences(identity(made_from["sample_job"]), identity(store.job)):
+        key, measured, now = differing[0]
+        value = f"others than were measured: {key} was {measured!r}, is {now!r}"
+        yield Problem(str(store.path), "samples", value, remedy)
+    elif missing := len(store.missing()):
+        value = f"{missing:,} of {len(store):,} not there any more"
+        yield Problem(str(store.path), "samples", value, "run the same `segdiff sample` again")
+    if shards.digest != made_from["shards_digest"]:
+        yield Problem(shards.root, "digest", "not the shard set that was measured on", f"restore it, or {remedy}")

@@ -156,7 +156,7 @@ def scalars(summary: dict[str, Any]) -> dict[str, float]:
     flat = {f"{group}{name}": entry["value"] for group, entries in groups.items() for name, entry in entries.items()}
     flat |= {name: float(summary[name]) for name in ("num_samples", "num_patients")}
     told = (("leakage", "num_leaked"), ("memorisation", "num_suspects"), ("memorisation", "memorised_share"))
-    flat |= {f"trust/{name}": float(trust[part][name]) for part, name in told if part in trust}
+    flat |= {f"trust/{name}": float(trust[part][name]) for part, name in told if name in trust.get(part, {})}
     nearer = trust.get("memorisation", {}).get("nearer", {})
     return flat | {f"trust/nearer_{space}": ratio for space, ratio in nearer.items() if ratio is not None}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.feed.order import sample_at
 from segdiff_dist.evaluation import metrics
 from segdiff_dist.evaluation.feature_sets import nearest
 from segdiff_dist.evaluation.worker import SIDES
@@ -81,24 +82,26 @@ def images_of_masks(items: pa.Table) -> list[ImagesOfAMask]:
 
 @dataclass(frozen=True)
 class Queries:
-    """A worker's task: where items lie in each space, on either side; float32 [B, D] by (space, side)."""
+    """A worker's task: where items' generated images lie in each space; float32 [B, D] by (space, side)."""
 
     ids: tuple[int, ...]
 
     def run(self, evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
-        """The real side is the item's own slice."""
-        size = evaluator.store.image.shape[1]
-        rows = evaluator.store.items["row"].take(list(self.ids)).to_pylist()
-        images = {
-            "real": np.stack([evaluator.shards.read(row).cropped(size).image_uint8() for row in rows]),
-            "gen": np.stack([np.asarray(evaluator.store.image[i]) for i in self.ids]),
-        }
-        found = {}
-        for side in SIDES:
-            image_BHW = evaluator.on_device(images[side])
-            found["segmenter", side] = evaluator.features(image_BHW, self.ids)
-            found["pixels", side] = small(images[side])
-        return found
+        """The generated side alone."""
+        images_BHW = np.stack([np.asarray(evaluator.store.image[i]) for i in self.ids])
+        features_BD = evaluator.features(evaluator.on_device(images_BHW), self.ids)
+        return {("segmenter", "gen"): features_BD, ("pixels", "gen"): small(images_BHW)}
+
+
+@dataclass(frozen=True)
+class UnseenQueries:
+    """A worker's task: the same of these real slices of the shard set."""
+
+    rows: tuple[int, ...]
+
+    def run(self, evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
+        """The real side alone."""
+        return {(space, "real"): found for space, found in _in_each_space(self.rows, evaluator).items()}
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,7 @@ class NearestInTraining:
 
     def run(self, evaluator: Evaluator) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
         """Distance [Q] and row [Q] by (space, side)."""
-        records = [evaluator.shards.read(row).cropped(evaluator.store.image.shape[1]) for row in self.rows]
-        images_NHW = np.stack([record.image_uint8() for record in records])
-        modality = [record.meta.modality for record in records]
-        training = {
-            "segmenter": evaluator.features_of(evaluator.on_device(images_NHW), modality),
-            "pixels": small(images_NHW),
-        }
+        training = _in_each_space(self.rows, evaluator)
         found = {}
         with np.load(self.queries) as queries:
             for space in SPACES:
@@ -124,6 +121,41 @@ class NearestInTraining:
                     distance_Q, index_Q = nearest(queries[f"{space}_{side}"], training[space])
                     found[space, side] = (distance_Q, np.asarray(self.rows)[index_Q])
         return found
+
+
+def _in_each_space(rows: Sequence[int], evaluator: Evaluator) -> dict[str, np.ndarray]:
+    """Where slices of the shard set lie, cropped like the generated images: float32 [N, D] by space."""
+    records = [evaluator.shards.read(row).cropped(evaluator.store.image.shape[1]) for row in rows]
+    images_NHW = np.stack([record.image_uint8() for record in records])
+    modality = [record.meta.modality for record in records]
+    features_ND = evaluator.features_of(evaluator.on_device(images_NHW), modality)
+    return {"segmenter": features_ND, "pixels": small(images_NHW)}
+
+
+def unseen_rows(rows: np.ndarray, shards: ShardSet, seed: int) -> list[int]:
+    """The real slices that images of the masks `rows` are held against: those slices themselves, but for any whose
+    patient or source file is in the train split. In place of these, as for all masks of that split, stand others of the
+    same modalities and axes that are not in it, drawn by `seed`. Empty where training has seen all there are."""
+    own = np.unique(rows)
+    unseen = own[~_in_training(own, shards)]
+    if len(unseen) == len(own):
+        return own.tolist()
+    alike = np.isin(shards.modality_N, shards.modality_N[own]) & np.isin(shards.axis_N, shards.axis_N[own])
+    others = np.setdiff1d(np.flatnonzero(alike), own)
+    others = others[~_in_training(others, shards)]
+    order = sample_at(np.arange(len(others)), max(len(others), 1), seed)
+    return np.sort(np.concatenate((unseen, others[order[: len(own) - len(unseen)]]))).tolist()
+
+
+def _in_training(rows: np.ndarray, shards: ShardSet) -> np.ndarray:
+    """bool [len(rows)]: whether a slice's patient or source file is in the train split."""
+    training = shards.select(split="train", labelled_only=False)
+    found = np.zeros(len(rows), dtype=bool)
+    for name in ("case_id", "source_sha256"):
+        values = shards.samples[name]
+        known = set(values.take(training).to_pylist())
+        found |= np.array([value in known for value in values.take(rows).to_pylist()], dtype=bool)
+    return found
 
 
 def small(images_BHW: np.ndarray) -> np.ndarray:
@@ -157,16 +189,17 @@ def memorisation(
     nearest_by: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
     most: float,
 ) -> dict[str, Any]:
-    """How near generated images lie to training ones, against unseen real images of the same slices.
+    """How near generated images lie to training ones, against real images that training has not seen.
 
-    A suspect lies nearer than the first percentile of the real images in both spaces; were nothing copied, about 1 %
-    would in each. `passed`: at most the share `most` are suspects. `nearer`: median distance of the generated over
+    A suspect lies no farther than the first percentile of the real images in both spaces; were nothing copied, about
+    1 % would in each. `passed`: at most the share `most` are suspects. `nearer`: median distance of the generated over
     that of the real; well below 1 it tells of copies. After Meehan et al. 2020.
     """
     limits = {space: float(np.quantile(nearest_by[space, "real"][0], _QUANTILE)) for space in SPACES}
     is_suspect = np.ones(len(ids), dtype=bool)
     for space in SPACES:
-        is_suspect &= nearest_by[space, "gen"][0] < limits[space]
+        # Not below alone: where unseen images have a twin in training, the limit is 0, and so is a copy's distance.
+        is_suspect &= nearest_by[space, "gen"][0] <= limits[space]
     medians = {key: float(np.median(distance_Q)) for key, (distance_Q, _) in nearest_by.items()}
     # Suspects first, then by how near they are in pixels.
     order = np.lexsort((nearest_by["pixels", "gen"][0], ~is_suspect))
@@ -187,10 +220,27 @@ def memorisation(
         "passed": share <= most,
         "num_images": len(ids),
         "num_suspects": int(is_suspect.sum()),
+        "num_unseen": len(nearest_by["pixels", "real"][0]),
         "limits": limits,
         "nearer": {s: medians[s, "gen"] / medians[s, "real"] if medians[s, "real"] else None for s in SPACES},
         "nearest": [told(int(q)) for q in order[:_MOST_TOLD]],
     }
+
+
+def not_made(reason: str) -> dict[str, Any]:
+    """What stands in place of `memorisation` where nothing can be said: neither passed nor failed."""
+    return {"passed": None, "reason": reason, "nearest": []}
+
+
+def why_not(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) -> str | None:
+    """Why there is no telling copies of `training` (rows) among `ids` (items); None where there is."""
+    if not ids:
+        return "no sample is the first of its mask in the modality of the mask's own slice"
+    if not training:
+        return "the shard set has no train split"
+    if not unseen:
+        return "the shard set has no slice of a patient and a file outside of the train split to hold them against"
+    return None
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
@@ -200,7 +250,9 @@ def warnings(summary: dict[str, Any]) -> list[str]:
     if leaked["num_leaked"]:
         names = leaked["patients"] or leaked["files"]
         found.append(f"{leaked['num_leaked']} patients or files are in the train split too: {', '.join(names[:5])}")
-    if memorised is not None and not memorised["passed"]:
+    if memorised is not None and memorised["passed"] is None:
+        found.append(f"whether training images are among the samples is not known: {memorised['reason']}")
+    if memorised is not None and memorised["passed"] is False:
         share, most = memorised["memorised_share"], memorised["most_allowed"]
         found.append(
             f"{share:.1%} of the images look like training images, more than {most:.1%}: see trust.memorisation"

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from data_shards.feed.order import sample_at
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation import metrics, surfaces
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from data_shards.labels import LabelTable
     from data_shards.records import SliceMeta
 
@@ -306,6 +309,16 @@ class _Batch:
 def is_headline(items: dict[str, list[Any]], i: int) -> bool:
     """Whether an item counts in the headline numbers: the first sample of its mask, in the slice's own modality."""
     return bool(items["seed_index"][i] == 0 and items["source_modality"][i] == items["target_modality"][i])
+
+
+def headline_items(items: pa.Table, most: int, seed: int) -> list[int]:
+    """At most this many headline items, drawn at random: the same whenever the list and the seed are; in order."""
+    seed_index, source, target = (
+        items[name].to_numpy() for name in ("seed_index", "source_modality", "target_modality")
+    )
+    headline = np.flatnonzero((seed_index == 0) & (source == target))
+    priority = sample_at(headline, max(items.num_rows, 1), seed)
+    return sorted(headline[np.argsort(priority)][:most].tolist())
 
 
 def _finite(features_BD: np.ndarray, extractor: str, start: int) -> np.ndarray:

@@ -39,6 +39,11 @@ class ExportConfig:
     weights: str = "ema"
     """pipeline: the folder under RUN/weights; ema is the first of train.ema_lengths."""
 
+    @property
+    def writes_values(self) -> bool:
+        """Whether files say what grey values mean, HU of CT."""
+        return self.format in ("nifti", "shards") or (self.format == "nnunet" and self.file_ending == ".nii.gz")
+
     def problems(self) -> list[Problem]:
         """What is out of range."""
         checks = (("store", STORES), ("codec", CODECS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
-from segdiff_dist.export.samples import FinishedSamples, Sample
+from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
 from segdiff_dist.export.shards import write_shard_set
 from segdiff_dist.sampling.store import SampleStore
 
@@ -28,14 +29,20 @@ def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
     """Write the finished samples of `run` to the new folder `out`; returns how many.
 
     The folder appears when it is whole: a killed export leaves OUT's hidden neighbour, which the next one replaces.
-    Raises InputProblems: store missing, unfinished or damaged, `out` not empty, too little room; OutOfSpace.
+    Raises InputProblems: store missing, unfinished or damaged, another shard set than the one sampled from, HU that
+    nobody knows, `out` not empty, too little room; OutOfSpace.
     """
     store = SampleStore.open(config.samples or run / "samples")
     refuse([*config.problems(), *out_problems(out)])
     samples = FinishedSamples.of(store, config.modality)
     found = nnunet_problems(out, samples) if config.format == "nnunet" else []
+    borrows = config.writes_values and samples.has_borrowed_hu
+    if borrows and samples.borrowed_map is None:
+        found.append(unknown_hu(store.path, "give --format png (nnunet: --export.file-ending .png), which has no HU"))
     needed = len(samples) * 2 * (samples.size**2 + _BYTES_PER_FILE)
     refuse([*found, *room_problems(out, needed)])
+    if borrows:
+        warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
     with saying_when_full(out):
         unfinished = begin(out)
         _write(unfinished, out.name, samples, config)

@@ -18,14 +18,17 @@ from segdiff_dist.tracking.tracker import Tracker
 def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> None:
     """Enter the model behind RUN/samples into MLflow's registry, with the headline numbers of `summary` as tags.
 
-    Its sampler is the one that the samples were made with. A model that cannot be entered is passed over with a
-    warning: its weights are others by now, it cannot be a pipeline, the disk is full.
+    The tag `memorisation` says what the check for training images among the samples found, where it was asked for. The
+    sampler is the one that the samples were made with. A model that cannot be entered is passed over with a warning:
+    its weights are others by now, it cannot be a pipeline, the disk is full.
     """
     if not tracker.registers_models:
         return
     job = json.loads((run / "samples" / "job.json").read_text())
     tags = {"shards_digest": job["shards_digest"], "num_samples": str(summary["num_samples"])}
     tags |= {name: f"{entry['value']:.6g}" for name, entry in summary["metrics"].items()}
+    if (memorised := summary.get("trust", {}).get("memorisation")) is not None:
+        tags["memorisation"] = {True: "passed", False: "failed", None: "not known"}[memorised["passed"]]
     diffusion, sampler = DiffusionConfig(**job["diffusion"]), SamplerConfig(**job["sample"]["sampler"])
     try:
         weights = _weights_of(job, run)

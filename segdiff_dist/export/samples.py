@@ -6,6 +6,7 @@ Dimensions: H rows, W columns.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import numpy as np
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LABEL_TABLES, LabelTable
-from data_shards.problems import Problem, refuse
+from data_shards.problems import InputProblems, Problem, refuse
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from segdiff_dist.sampling.store import SampleStore
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 # Of stored grey values: samples are uint8, a set they were learned from may hold 16 bits.
 GREY_16_OF_8 = 257
+# A tar's header takes 100 bytes of a name: what an export and a codec add to a case's are 40 at most.
+_LONGEST_CASE = 60
+# Of volumes that were each stretched to their own percentiles (prepare.intensity paper).
+HU_BY_MEDIAN = (
+    "HU are those of a typical volume, by the median of the maps of the set's CT slices: each volume was stretched to "
+    "its own percentiles (prepare.intensity paper), and an image that is of none of them has no HU of its own"
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,8 @@ class FinishedSamples:
 
     @classmethod
     def of(cls, store: SampleStore, modality: str | None) -> FinishedSamples:
-        """The store's samples; refused: images missing or damaged, or none of the modality."""
+        """The store's samples; refused: images missing or damaged, none of the modality, another shard set where the
+        one sampled from was."""
         found = []
         again = "start the same `segdiff sample` again"
         if missing := len(store.missing()):
@@ -55,10 +64,19 @@ class FinishedSamples:
         if damaged := list(store.damaged()):
             value = f"{len(damaged)} files are not as they were written, the first: {damaged[0].file}"
             found.append(Problem(str(store.path), "samples", value, again))
-        samples = cls(store, modality)
-        if not len(samples):
-            remedy = f"choose from {', '.join(sorted(set(store.items['target_modality'].to_pylist())))}"
+        targets = sorted(set(store.items["target_modality"].to_pylist()))
+        if not targets or modality not in (None, *targets):
+            remedy = f"choose from {', '.join(targets)}"
             found.append(Problem(str(store.path), "export.modality", f"no image of {modality}", remedy))
+        samples = cls(store, modality)
+        try:
+            shards = samples._shards
+        except InputProblems as error:
+            raise InputProblems([*found, *error.problems]) from error
+        if shards is not None and shards.digest != store.job["shards_digest"]:
+            found.append(
+                Problem(shards.root, "digest", "not the shard set sampled from", "restore it, or sample again")
+            )
         refuse(found)
         return samples
 
@@ -70,7 +88,7 @@ class FinishedSamples:
         items = []
         for item in self.store.items.to_pylist():
             of = (item["key"], item["target_modality"])
-            item["case"] = f"{item['case_id']}_{of[1].lower()}_{made[of]}"
+            item["case"] = f"{_plain(item['case_id'])}_{of[1].lower()}_{made[of]}"
             item["name"] = f"{item['case']}-{item['axis']}-{item['slice_index']:04d}"
             made[of] += 1
             if self.modality in (None, of[1]):
@@ -117,7 +135,19 @@ class FinishedSamples:
         """What made the images, to be kept beside them."""
         job = self.store.job
         names = ("weights_digest", "shards_digest", "masks_digest", "diffusion", "sample", "guidance_segmenter_sha256")
-        return {"synthetic": True, "made_by": "segdiff sample"} | {name: job[name] for name in names if name in job}
+        about = {"synthetic": True, "made_by": "segdiff sample"} | {name: job[name] for name in names if name in job}
+        return about | ({"hu": HU_BY_MEDIAN} if self.has_borrowed_hu else {})
+
+    @cached_property
+    def has_borrowed_hu(self) -> bool:
+        """Whether there is CT of masks that are of no CT slice, and no window for all that gives it HU."""
+        borrows = any(i["target_modality"] == "CT" != i["source_modality"] for i in self.items)
+        return borrows and is_stretched(self._preprocessing)
+
+    @cached_property
+    def borrowed_map(self) -> GreyMap | None:
+        """That of CT images whose masks are of no CT slice."""
+        return grey_map_of("CT", self._preprocessing, self._shards)
 
     @cached_property
     def _shards(self) -> ShardSet | None:
@@ -167,18 +197,47 @@ class FinishedSamples:
         return tuple((np.array(affine).reshape(4, 4) @ to_whole).ravel().tolist())
 
     def _grey_map(self, source: SliceMeta | None, target: str) -> GreyMap:
-        """value = grey * scale + offset: the mask's own slice's where the modality is the same; else CT's window, and
-        for MR, which has no unit, the grey value itself."""
+        """value = grey * scale + offset: the mask's own slice's where the modality is the same; else that of CT in the
+        set, and for MR, which has no unit, the grey value itself."""
         if source is not None and source.modality == target:
             step = GREY_16_OF_8 if source.bits == 16 else 1
             return GreyMap(source.intensity_scale * step, source.intensity_offset)
-        return grey_map_of(target, self._preprocessing)
+        # Unknown HU are refused where they would be written: what is left are formats of grey values alone.
+        return (self.borrowed_map if target == "CT" else None) or GreyMap(1.0, 0.0)
 
 
-def grey_map_of(modality: str, preprocessing: dict[str, Any]) -> GreyMap:
-    """What uint8 grey values of generated images mean where no real volume says it: HU by the window that the set was
-    made with, of MR the grey value itself."""
-    if modality == "CT":
+def is_stretched(preprocessing: dict[str, Any]) -> bool:
+    """Whether a grey value means another HU in each CT volume of the set."""
+    return bool(preprocessing.get("intensity", PrepareConfig.intensity) == "paper")
+
+
+def grey_map_of(modality: str, preprocessing: dict[str, Any], shards: ShardSet | None) -> GreyMap | None:
+    """What uint8 grey values of generated images mean where no real volume says it: of MR the grey value itself, of CT
+    HU by the window that the set was made with; where each volume was stretched to its own percentiles, by the median
+    scale and offset of the set's CT slices, and None where it is not at hand or has none."""
+    if modality != "CT":
+        return GreyMap(1.0, 0.0)
+    if not is_stretched(preprocessing):
         low, high = preprocessing.get("hu_window", PrepareConfig.hu_window)
         return GreyMap.between(low, high, 8)
-    return GreyMap(1.0, 0.0)
+    if shards is None or not len(rows := shards.select(modalities=["CT"], labelled_only=False)):
+        return None
+    scale, offset = (
+        float(np.median(shards.samples[name].to_numpy()[rows])) for name in ("intensity_scale", "intensity_offset")
+    )
+    return GreyMap(scale * (GREY_16_OF_8 if shards.bits == 16 else 1), offset)
+
+
+def unknown_hu(where: object, remedy: str) -> Problem:
+    """Where grey_map_of gives none."""
+    value = "not known: each CT volume was stretched to its own percentiles (prepare.intensity paper)"
+    return Problem(str(where), "HU", value, remedy)
+
+
+def _plain(case_id: str) -> str:
+    """A case's name as every format and a tar's header take it: what is cut off, or a space, is told by a digest."""
+    plain = re.sub(r"\s", "_", case_id)
+    if plain == case_id and len(case_id.encode()) <= _LONGEST_CASE:
+        return case_id
+    digest = hashlib.sha256(case_id.encode()).hexdigest()[:8]
+    return plain.encode()[: _LONGEST_CASE - 9].decode(errors="ignore") + f"_{digest}"

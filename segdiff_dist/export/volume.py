@@ -5,6 +5,7 @@ Dimensions: I, J, K canonical (right, anterior, superior); S slices painted; H r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights,
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
-from segdiff_dist.export.samples import grey_map_of
+from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -113,9 +114,15 @@ def make_volume(
     """Write the image of a mask volume to `out`: int16, HU or grey values, with the mask's shape, affine and codes.
 
     `shards`: the set that the model was trained on, whose slices it saw the central `size` pixels of. Raises
-    InputProblems: an unreadable mask, ids that the set's labels do not have, `out` there already, no volume's name.
+    InputProblems: an unreadable mask, ids that the set's labels do not have, HU that nobody knows, `out` there already,
+    no volume's name.
     """
-    refuse(volume_problems(mask_file, out, config))
+    grey = grey_map_of(config.modality, shards.index["preprocessing"], shards)
+    unknown = [unknown_hu(shards.root, "give a set with CT in it, or --modality MR")] if grey is None else []
+    refuse([*volume_problems(mask_file, out, config), *unknown])
+    assert grey is not None
+    if config.modality == "CT" and is_stretched(shards.index["preprocessing"]):
+        warnings.warn(HU_BY_MEDIAN, stacklevel=2)
     labels = _read_mask(mask_file, shards.label_table)
     slices = _cut(labels, shards, config)
     first = (shards.size - size) // 2
@@ -126,7 +133,6 @@ def make_volume(
     indices = [slices[s].slice_index for s in needed]
     image_SHW = paint(mask_SHW, indices, config.noise == "shared")
     grey_IJK, shown_IJK = place.back(dict(zip(needed, image_SHW, strict=True)), shape)
-    grey = grey_map_of(config.modality, shards.index["preprocessing"])
     with saying_when_full(out.parent):
         _save(out, np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16), mask_file)
     labelled_IJK = labels.voxels_IJK > 0

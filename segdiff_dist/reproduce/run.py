@@ -26,8 +26,8 @@ from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits
 
 _MEASURED = "measured.json"
-# Of the evaluate section: what changes no number.
-_NOT_MEASURED = ("num_workers", "batch_size", "device", "ray_address")
+# Of the evaluate section: what changes no number, and where the segmenter lies, of which the digest tells.
+_NOT_MEASURED = ("num_workers", "batch_size", "device", "ray_address", "segmenter")
 
 
 class StepFailed(RuntimeError):
@@ -88,22 +88,26 @@ def reproduce(settings: Table1Settings, experiments: Experiments) -> dict[str, A
 
 
 def evaluate_once(column: Experiment) -> None:
-    """`segdiff evaluate`, unless the same samples were measured before with the same segmenter and settings."""
+    """`segdiff evaluate`, unless the same samples were measured before with the same segmenter and settings, and what
+    that left is still there: `segdiff evaluate --run` by hand may have put other figures in its place."""
+    from segdiff_dist.evaluation.provenance import identity
     from segdiff_dist.sampling.store import SampleStore
 
     folder = column.path("run") / "evaluation"
     assert column.evaluate.segmenter is not None
     of = {
         "evaluate": {k: v for k, v in as_dict(column)["evaluate"].items() if k not in _NOT_MEASURED},
-        "samples": SampleStore.open(column.path("run") / "samples").job,
+        "samples": identity(SampleStore.open(column.path("run") / "samples").job),
         "segmenter": file_sha256(column.evaluate.segmenter / "model.safetensors"),
     }
     mark, summary, report = folder / _MEASURED, folder / "summary.json", folder / "report.html"
-    if all(file.is_file() for file in (mark, summary, report)) and json.loads(mark.read_text()) == of:
+    is_there = all(file.is_file() for file in (mark, summary, report))
+    if is_there and json.loads(mark.read_text()) == of | {"summary": file_sha256(summary)}:
         print(f"evaluate: measured already in {folder}; nothing to do")
         return
+    mark.unlink(missing_ok=True)
     stages.evaluate(column)
-    write_text_atomically(mark, json.dumps(of, indent=2) + "\n")
+    write_text_atomically(mark, json.dumps(of | {"summary": file_sha256(summary)}, indent=2) + "\n")
 
 
 def _summary(column: Experiment) -> dict[str, Any]:

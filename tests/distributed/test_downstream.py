@@ -8,26 +8,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from sampling_support import DIFFUSION, make_here, write_weights
 
+from data_shards.fan_out import ray_session
 from data_shards.feed.loader import LoaderConfig
 from data_shards.problems import InputProblems
+from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.downstream.arms import Arm, Training
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.job import Downstream, DownstreamFailed, plan
+from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer
+from segdiff_dist.evaluation.job import EvaluateConfig, crew_for
 from segdiff_dist.evaluation.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.sampling.job import Crew
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.training.config import TrainConfig
+
+HEAD = {"num_cpus": 2, "num_gpus": 8, "object_store_memory": 100 * 2**20}
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A Ray cluster to join, of one node with two cores."""
+    """A Ray cluster to join, of one node with two cores and, as it says, eight GPUs."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     yield cluster.address
     cluster.shutdown()
 
@@ -126,3 +135,37 @@ def test_everything_wrong_is_told_before_work(run: Path) -> None:
     assert "downstream.seeds" in told
     assert "train split" in told
     assert "test split" in told
+
+
+@pytest.mark.parametrize(
+    ("device", "num_workers", "crew"),
+    [
+        ("auto", None, Crew(8, "cuda", 1.0)),
+        ("auto", 3, Crew(3, "cuda", 1.0)),  # Ray has no 8 / 3 GPUs to give
+        ("cuda", 16, Crew(16, "cuda", 0.5)),
+        ("cpu", None, Crew(2, "cpu", 0.0)),
+    ],
+)
+def test_evaluation_counts_what_the_cluster_has(address: str, device: Any, num_workers: int | None, crew: Crew) -> None:
+    config = EvaluateConfig(device=device, num_workers=num_workers, ray_address=address)
+    assert config.problems() == []
+    with ray_session(address):
+        assert crew_for(config) == crew
+
+
+def test_where_the_test_is_on_val_no_training_looks_at_it(tmp_path: Path, shapes: Path) -> None:
+    """Weights that were chosen by their Dice on the test's own slices would be flattered."""
+    run = write_weights(tmp_path / "run")
+    make_here(run, shapes, num=2, split="val")
+    made = planned(run, segmenter=replace(SEGMENTER, train=replace(SEGMENTER.train, num_images=32, warmup_images=8)))
+    assert made.split == "val"
+    inputs = Inputs(str(shapes), shapes, made.folder, made.segmenter, made.loader, made.split, "cpu")
+    training = Training(Arm(1.0, False), 0)
+    Trainer(inputs)(training)
+    folder = made.folder / training.name
+    scores = pq.read_table(folder / SCORES)
+    assert scores["row"].to_pylist() == ShardSet.open(shapes).select(split="val").tolist()
+    assert "val_dice" not in (folder / "log.jsonl").read_text()
+
+    with pytest.raises(InputProblems, match="give val or test"):
+        planned(make_here(write_weights(tmp_path / "other"), shapes, num=2, split="train").path.parent)

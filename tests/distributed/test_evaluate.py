@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests_support import write_shapes
 
-from data_shards.fan_out import ray_session
+from data_shards.fan_out import Workers, ray_session
 from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
-from segdiff_dist.evaluation.job import EvaluateConfig, EvaluationFailed, evaluate, measure
+from segdiff_dist.cli import main
+from segdiff_dist.evaluation import inception, perceptual, trust
+from segdiff_dist.evaluation.job import EvaluateConfig, EvaluationFailed, evaluate, in_order, measure
+from segdiff_dist.evaluation.worker import Chunk
 
 # Each worker takes a chunk of 64 items: with this many there are two chunks and something to merge.
 NUM_MASKS = 24
 QUICK: dict[str, Any] = {"bootstrap_samples": 50, "batch_size": 7, "device": "cpu"}
 
 
-def write_segmenter(weights: Path, table: LabelTable = AMOS) -> None:
+def write_segmenter(weights: Path, table: LabelTable = AMOS, num_levels: int = 3) -> None:
     """An untrained segmenter: its labels mean nothing, but are the same every time."""
     import torch
 
     from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
 
-    config = SegmenterConfig(channels=(8, 8, 8))
+    config = SegmenterConfig(channels=(8,) * num_levels)
     torch.manual_seed(0)
     save_segmenter(weights, SegmenterNet(config, table.num_classes).state_dict(), config, table)
 
 
-def write_samples(run: Path, shapes: Path) -> None:
+def write_samples(run: Path, shapes: Path, split: str = "test", noise: float = 15, across_only: bool = False) -> None:
     """Headline, diversity (three a mask) and cross-modality items; the "generated" images are noisy real ones."""
     import pyarrow as pa
 
@@ -41,10 +46,12 @@ def write_samples(run: Path, shapes: Path) -> None:
 
     shards = ShardSet.open(shapes)
     items: list[dict[str, Any]] = []
-    for row in shards.select(split="test")[:NUM_MASKS]:
+    for row in shards.select(split=split)[:NUM_MASKS]:
         meta = shards.meta(int(row))
         other = "MR" if meta.modality == "CT" else "CT"
         for target, seed_index in ((meta.modality, 0), (meta.modality, 1), (meta.modality, 2), (other, 0)):
+            if across_only and target != other:
+                continue
             items.append(
                 {
                     "item_id": len(items),
@@ -62,8 +69,8 @@ def write_samples(run: Path, shapes: Path) -> None:
     store = SampleStore.create(run / "samples", job, pa.Table.from_pylist(items), shards.size)
     for region in store.missing_regions():
         records = [shards.read(items[i]["row"]) for i in store.region(region)]
-        noise = [np.random.default_rng(i).normal(0, 15, (shards.size, shards.size)) for i in store.region(region)]
-        images = np.stack([(r.image_HW + n).clip(0, 255) for r, n in zip(records, noise, strict=True)])
+        noises = [np.random.default_rng(i).normal(0, noise, (shards.size, shards.size)) for i in store.region(region)]
+        images = np.stack([(r.image_HW + n).clip(0, 255) for r, n in zip(records, noises, strict=True)])
         store.write_region(region, images.astype(np.uint8), np.stack([r.mask_HW for r in records]))
 
 
@@ -231,6 +238,100 @@ def test_a_damaged_image_is_refused_and_named(run: Path) -> None:
     )
     first.write_bytes(first.read_bytes()[:-40] + bytes(40))
     assert "damaged (items 0, 1, 2" in refused(run, EvaluateConfig(**QUICK))
+
+
+@pytest.mark.parametrize("harm", ["cut", "other net", "not json"])
+def test_a_segmenter_that_cannot_be_read_is_refused(run: Path, harm: str) -> None:
+    weights = run / "segmenter" / "weights"
+    if harm == "cut":
+        file = weights / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == "other net":
+        about = json.loads((weights / "segdiff.json").read_text())
+        (weights / "segdiff.json").write_text(json.dumps(about | {"channels": [8, 16]}))
+    else:
+        (weights / "segdiff.json").write_text("{")
+    done = run / "samples" / "done" / "000001"
+    done.unlink()
+    text = refused(run, EvaluateConfig(**QUICK))
+    assert f"{weights}: segmenter: cannot be read" in text
+    assert "10 of 96 not made yet" in text, "all at once"
+
+
+def test_a_segmenter_for_larger_images_is_refused(tmp_path: Path) -> None:
+    write_samples(tmp_path, write_shapes(tmp_path / "set", slices=1, size=36))
+    write_segmenter(tmp_path / "segmenter" / "weights", num_levels=4)
+    assert "do not halve the images' 36 pixels evenly" in refused(tmp_path, EvaluateConfig(**QUICK))
+
+
+def test_weights_of_a_metric_that_cannot_be_read_are_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the packages are there; here they may not be, and what reads the file stands in for all of them."""
+    import torch
+
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"half a download")
+    for module in (inception, perceptual):
+        monkeypatch.setattr(module, "find_spec", lambda _: True)
+    monkeypatch.setattr(inception, "load_inception", lambda path, device: torch.load(path, weights_only=True))
+    text = refused(run, EvaluateConfig(fid_weights=file, lpips_weights=file, **QUICK))
+    for name in ("fid_weights", "lpips_weights"):
+        assert f"evaluate.{name}: {file}: cannot be read" in text
+
+
+@pytest.mark.usefixtures("ray")
+def test_nothing_is_lost_where_copies_cannot_be_told(tmp_path: Path, shapes: Path) -> None:
+    write_segmenter(tmp_path / "segmenter" / "weights")
+    write_samples(tmp_path, shapes, across_only=True)
+    summary = evaluate(tmp_path, EvaluateConfig(num_workers=1, memorisation=True, **QUICK), progress=False)
+    assert summary["cross_modality"]["CT_to_MR"]["dice_mask_gen"]["n"] == NUM_MASKS / 2
+    memorised = summary["trust"]["memorisation"]
+    assert memorised["passed"] is None
+    assert "no sample is the first of its mask" in memorised["reason"]
+    assert "is not known" in trust.warnings(summary)[-1]
+    assert "Not passed." in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_model_that_copies_fails_where_its_masks_are_those_of_training(
+    tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_segmenter(tmp_path / "segmenter" / "weights")
+    write_samples(tmp_path, shapes, split="train", noise=0)
+    command = ["evaluate", "--run", str(tmp_path), "--evaluate.memorisation", "--evaluate.num-workers", "1"]
+    assert main([*command, "--evaluate.device", "cpu", "--tracking.no-enabled"]) == 1
+    assert "100.0% of the images look like training images" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
+    assert summary["trust"]["memorisation"]["passed"] is False
+    assert summary["trust"]["leakage"]["num_leaked"] > 0
+
+
+def stumbling(folder: Path, bad: int) -> Any:
+    """A worker that fails at item `bad` and leaves a file for every other task."""
+
+    def make() -> Any:
+        def run(chunk: Chunk) -> int:
+            time.sleep(0.05)
+            if chunk.start == bad:
+                raise ValueError(f"slice {bad} cannot be read")
+            (folder / str(chunk.start)).touch()
+            return chunk.start
+
+        return run
+
+    return make
+
+
+@pytest.mark.usefixtures("ray")
+def test_after_a_failure_no_more_is_measured(tmp_path: Path) -> None:
+    chunks = [Chunk(start, start + 1) for start in range(60)]
+    with Workers(stumbling(tmp_path, 4), num_workers=2) as workers:
+        with pytest.raises(EvaluationFailed, match=r"measured: items 4 to 4: ValueError: slice 4 cannot be read$"):
+            list(in_order(workers, chunks))
+        assert len(list(tmp_path.iterdir())) < 30
+        # The workers are free for what comes next.
+        assert [task.start for task, _ in in_order(workers, chunks[10:14])] == [10, 11, 12, 13]
 
 
 @pytest.mark.usefixtures("ray")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_support import Page, evaluate_here, is_self_contained
-from tests_support import write_shapes
+from tests_support import SIZE, write_shapes
 
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
@@ -20,6 +20,7 @@ from segdiff_dist.evaluation.comparison_report import write_comparison
 from segdiff_dist.evaluation.definitions import DEFINITIONS
 from segdiff_dist.evaluation.figures import draw_figures
 from segdiff_dist.evaluation.pictures import Pictures
+from segdiff_dist.sampling.store import SampleStore
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,15 @@ def changed(run: Path, **provenance: Any) -> Path:
     summary = json.loads(file.read_text())
     summary["provenance"] |= provenance
     file.write_text(json.dumps(summary))
+    return run
+
+
+def with_other_samples(run: Path) -> Path:
+    """Black images of another model in place of those that were measured."""
+    old = SampleStore.open(run / "samples")
+    shutil.rmtree(run / "samples")
+    store = SampleStore.create(run / "samples", old.job | {"weights_digest": "another"}, old.items, SIZE)
+    store.write_region(0, *np.zeros((2, len(store), SIZE, SIZE), np.uint8))
     return run
 
 
@@ -126,6 +136,12 @@ class TestWhereRunsDoNotCompare:
         [found] = disagreements(open_runs([with_fid, other_fid]))
         assert "fid" in found.metrics
 
+    def test_samples_made_anew_are_not_shown_beside_the_numbers_of_others(self, runs: list[Path], tmp_path: Path):
+        other = with_other_samples(copied(runs[1], tmp_path / "other"))
+        page = page_of([runs[0], other], tmp_path)
+        assert "others than were measured: weights_digest was '', is 'another'" in page.text
+        assert page.tags.count("img") == 1
+
 
 class TestChoices:
     def test_names_tell_runs_apart(self):
@@ -191,6 +207,26 @@ class TestCommand:
         assert str(page) in capsys.readouterr().out
         assert Page(page.read_text(encoding="utf-8")).tags.count("img") >= 10
         assert before == {file: (run / "evaluation" / file).read_bytes() for file in before}
+
+    def test_numbers_of_other_samples_are_not_drawn_with_these(self, runs: list[Path], tmp_path: Path, capsys):
+        run = with_other_samples(copied(runs[0], tmp_path / "run"))
+        assert main(["report", str(run)]) == 2
+        said = capsys.readouterr().err
+        assert "others than were measured: weights_digest was '', is 'another'" in said
+        assert f"segdiff evaluate --run {run}" in said
+        assert not (run / "evaluation" / "report.html").exists()
+
+    def test_a_moved_shard_set_is_the_same_and_another_at_its_place_is_not(
+        self, runs: list[Path], shapes: Path, tmp_path: Path, capsys
+    ):
+        run = copied(runs[0], tmp_path / "run")
+        file = run / "samples" / "job.json"
+        job = json.loads(file.read_text())
+        file.write_text(json.dumps(job | {"shards": str(shutil.copytree(shapes, tmp_path / "moved"))}))
+        assert main(["report", str(run)]) == 0
+        file.write_text(json.dumps(job | {"shards": str(write_shapes(tmp_path / "other", slices=7))}))
+        assert main(["report", str(run)]) == 2
+        assert "not the shard set that was measured on" in capsys.readouterr().err
 
     def test_sets_several_side_by_side(self, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from tests_support import bytes_of, write_shapes
 from data_shards.labels import AMOS, MERGED
 from data_shards.problems import InputProblems
 from data_shards.store.inspect import inspect_shards
+from data_shards.store.shard_writer import ShardWriter, set_format
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
@@ -121,6 +123,107 @@ def test_what_is_refused(run: Path, shapes: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(InputProblems, match=r"of .* missing"):
         export_samples(tmp_path / "run", tmp_path / "new", ExportConfig("png"))
     assert not (tmp_path / "new").exists()
+
+
+def test_another_set_in_place_of_the_one_sampled_from_is_refused(tmp_path: Path) -> None:
+    """Its slices would lend their spacing, place and HU to images that are not theirs."""
+    place = tmp_path / "set"
+    run = write_weights(tmp_path / "run")
+    make_here(run, write_shapes(place), num=2)
+    shutil.rmtree(place)
+    write_shapes(place, num_patients=2, slices=3)
+    with pytest.raises(InputProblems, match="not the shard set sampled from"):
+        export_samples(run, tmp_path / "out", ExportConfig("nifti"))
+    shutil.rmtree(place)
+    with pytest.raises(InputProblems, match=str(place)):
+        export_samples(run, tmp_path / "out", ExportConfig("nifti"))
+    assert not (tmp_path / "out").exists()
+
+
+def masks_in(folder: Path, name: str) -> Path:
+    """A folder with one mask of that name."""
+    (folder / name).parent.mkdir(parents=True)
+    mask = np.full((32, 32), LIVER, np.uint8)
+    mask[:8] = BODY
+    Image.fromarray(mask).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", [f"study_{'x' * 60}/série_{'é' * 40}/mask.png", "a b/mask 1.png"])
+def test_any_name_of_a_mask_can_be_exported(name: str, shapes: Path, tmp_path: Path) -> None:
+    """A tar's header takes 100 bytes of a name, DALI's index no space."""
+    run = write_weights(tmp_path / "run")
+    masks = masks_in(tmp_path / "masks", name)
+    make_here(run, shapes, masks=masks, target_modality="CT", num=None, diverse_masks=None, cross_modality_masks=1)
+    for form in ("shards", "nifti", "png"):
+        assert export_samples(run, tmp_path / form, ExportConfig(form)) == 4
+    assert inspect_shards(str(tmp_path / "shards")).ok
+    [*keys] = ShardSet.open(tmp_path / "shards").samples["key"].to_pylist()
+    assert len(set(keys)) == 4
+    assert not [key for key in keys if " " in key or len(key.encode()) > 86]
+    listed = (tmp_path / "png" / "items.csv").read_text()
+    assert name.removesuffix(".png").replace("/", "_") in listed, "which mask it is of"
+
+
+def stretched(out: Path, modalities: tuple[str, ...] = ("CT", "MR")) -> Path:
+    """A set as prepare.intensity paper makes it: each CT volume by percentiles of its own."""
+    shards = ShardSet.open(write_shapes(out.with_name(f"{out.name} plain"), num_patients=3))
+    writer = ShardWriter(out, set_format("webdataset", "raw", 10, size=32, bits=8, soft_edge=False))
+    scale = {case: 1.0 + number / 10 for number, case in enumerate(sorted(set(shards.samples["case_id"].to_pylist())))}
+    for row in range(len(shards)):
+        record = shards.read(row)
+        if record.meta.modality in modalities:
+            meta = replace(record.meta, intensity_scale=scale[record.meta.case_id], intensity_offset=-200.0)
+            writer.write(replace(record, meta=meta))
+    preprocessing = shards.index["preprocessing"] | {"intensity": "paper"}
+    writer.finish({"label_table": {"name": AMOS.name, "names": AMOS.names}, "preprocessing": preprocessing})
+    return out
+
+
+def test_hu_of_volumes_that_were_each_stretched(tmp_path: Path) -> None:
+    """A mask's own CT slice says its HU; what is of none has the median's, and it is said."""
+    shapes = stretched(tmp_path / "set")
+    shards = ShardSet.open(shapes)
+    scales = shards.samples["intensity_scale"].to_numpy()[shards.select(modalities=["CT"])]
+    assert len(set(scales)) == 7
+    run = write_weights(tmp_path / "run")
+    store = make_here(run, shapes)
+    items = {row["item_id"]: row for row in store.items.to_pylist() if row["target_modality"] == "CT"}
+    assert {row["source_modality"] for row in items.values()} == {"CT", "MR"}
+    with pytest.warns(UserWarning, match="median of the maps"):
+        export_samples(run, tmp_path / "nifti", ExportConfig("nifti", modality="CT"))
+    listed = [line.split(",") for line in (tmp_path / "nifti" / "items.csv").read_text().splitlines()]
+    for name, item in ((row[0], int(row[listed[0].index("item_id")])) for row in listed[1:]):
+        own = shards.meta(items[item]["row"])
+        slope = own.intensity_scale if own.modality == "CT" else np.median(scales)
+        hu = nib.load(tmp_path / "nifti" / "images" / f"{name}.nii.gz").get_fdata()[..., 0]
+        np.testing.assert_allclose(hu, store.image[item] * slope - 200.0, atol=1e-3)
+    assert "median" in json.loads((tmp_path / "nifti" / "provenance.json").read_text())["hu"]
+
+    with pytest.warns(UserWarning, match="median of the maps"):
+        painted = white_volume(tmp_path, shards)
+    assert painted.max() == round(255 * float(np.median(scales)) - 200)
+
+
+def white_volume(folder: Path, shards: ShardSet) -> np.ndarray:
+    """A CT volume whose every slice is painted white."""
+    mask, out = folder / "mask.nii.gz", folder / "image.nii.gz"
+    nib.save(nib.Nifti1Image(np.full((12, 12, 4), LIVER, np.uint8), np.diag([3.0, 3.0, 3.0, 1.0])), mask)
+    make_volume(mask, out, lambda mask_SHW, *_: np.full_like(mask_SHW, 255), 32, shards, VolumeConfig("CT"))
+    return np.asarray(nib.load(out).get_fdata())
+
+
+def test_hu_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    mr = stretched(tmp_path / "mr", ("MR",))
+    with pytest.raises(InputProblems, match="HU: not known"):
+        white_volume(tmp_path, ShardSet.open(mr))
+    run = write_weights(tmp_path / "run")
+    masks = masks_in(tmp_path / "masks", "mask.png")
+    make_here(run, stretched(tmp_path / "set"), masks=masks, target_modality="CT", cross_modality_masks=0)
+    for form in ("nifti", "shards"):
+        with pytest.raises(InputProblems, match=r"HU: not known.*--format png"):
+            export_samples(run, tmp_path / "out", ExportConfig(form))
+    assert export_samples(run, tmp_path / "out", ExportConfig("png")) == 2
 
 
 def test_an_interrupted_export_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,14 @@ def sampled(run: Path, shapes: Path, seed: int = 0) -> SampleStore:
     return make_here(run, shapes, num=3, precision="fp32")
 
 
-def evaluated(run: Path, dice: float, config: TrackingConfig = QUIET) -> str | None:
+def evaluated(run: Path, dice: float, config: TrackingConfig = QUIET, **trust: Any) -> str | None:
     """What `segdiff evaluate` does once it has measured; returns the MLflow run's id."""
     with Tracker(run, config, "evaluate") as tracker:
-        summary = {"num_samples": 3, "metrics": {"dice_mask_gen": {"value": dice}, "psnr_db": {"value": 20.0}}}
+        summary: dict[str, Any] = {
+            "num_samples": 3,
+            "metrics": {"dice_mask_gen": {"value": dice}, "psnr_db": {"value": 20.0}},
+        }
+        summary["trust"] = trust
         register_evaluated(run, summary, tracker)
     return tracker.run_id
 
@@ -95,6 +99,10 @@ def test_each_model_is_registered_once_and_paints_what_was_evaluated(
     [again] = versions(run)
     assert again.tags == version.tags | {"dice_mask_gen": "0.6"}
     assert list((run / SPOOL).iterdir()) == []
+
+    for passed, told in ((False, "failed"), (None, "not known"), (True, "passed")):
+        evaluated(run, 0.6, memorisation={"passed": passed})
+        assert versions(run)[0].tags == again.tags | {"memorisation": told}
 
     other = tmp_path / "other"  # another model of the same name, in the same store
     assert not paints(loaded(1, run, monkeypatch), sampled(other, shapes, seed=1))

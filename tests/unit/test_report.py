@@ -19,7 +19,7 @@ from segdiff_dist.evaluation.report import PUBLISHED, write_report
 from segdiff_dist.evaluation.summary import Evaluated, scalars, summarise
 from segdiff_dist.evaluation.sums import Interval
 from segdiff_dist.evaluation.tracked import locate
-from segdiff_dist.evaluation.trust import Spread
+from segdiff_dist.evaluation.trust import Spread, not_made
 from segdiff_dist.evaluation.worker import ChunkResult, column_names
 
 LIVER, SPLEEN = "liver", "spleen"
@@ -254,6 +254,16 @@ class TestReport:
         assert "40.0%, where 5.0% are allowed. Failed." in page.text
         assert "0.50 in pixels, \u2013 in features" in page.text
         assert "Before release" in page.text
+
+    def test_trust_that_could_not_be_told_is_not_called_passed(self, run):
+        file = run / "evaluation" / "summary.json"
+        summary = json.loads(file.read_text())
+        summary["trust"] = {"leakage": LEAKED, "memorisation": not_made("the shard set has no <train> split")}
+        file.write_text(json.dumps(summary))
+        text = Page(write_report(run).read_text()).text
+        assert "The check could not be made: the shard set has no <train> split. Not passed." in text
+        assert "Before release: whether training images are among the samples is not known" in text
+        assert not [name for name in scalars(summary) if name.startswith("trust/") and name != "trust/num_leaked"]
 
     def test_diversity_has_a_row_a_metric(self, run):
         page = Page(write_report(run).read_text())

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sampling_support import make_here, write_weights
 
+from data_shards.labels import AMOS
 from data_shards.phantom import PhantomConfig, write_phantom
 from data_shards.problems import InputProblems
 from segdiff_dist.cli import main
+from segdiff_dist.evaluation.job import EvaluateConfig, measure
+from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce import plan, table
+from segdiff_dist.reproduce.run import evaluate_once
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, Experiments, Table1Settings, resolve, sampled_splits
+from segdiff_dist.tracking.tracker import TrackingConfig
 
 AMOS_PATIENTS = {"train": 240, "val": 120, "test": 240}
 
@@ -178,3 +185,53 @@ def test_every_changed_setting_is_on_the_page(phantom: Path, tmp_path: Path) -> 
         assert words in page
     assert "&lt;weights&gt;" in page
     assert "http" not in page
+
+
+@pytest.fixture(scope="module")
+def measurable(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Experiment:
+    """A column of which everything is there but the evaluation."""
+    import torch
+
+    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+
+    run = write_weights(tmp_path_factory.mktemp("column"))
+    make_here(run, shapes, num=2, samples_per_mask=1, cross_modality_masks=0)
+    config = SegmenterConfig(channels=(8, 8))
+    for name in ("judge", "other"):
+        save_segmenter(run / name, SegmenterNet(config, AMOS.num_classes).state_dict(), config, AMOS)
+        torch.manual_seed(1)
+    evaluate = EvaluateConfig(segmenter=run / "judge", device="cpu", num_workers=1, bootstrap_samples=10)
+    return Experiment(run=run, evaluate=evaluate, tracking=TrackingConfig(enabled=False))
+
+
+@pytest.mark.usefixtures("ray")
+def test_figures_that_another_command_put_there_are_not_the_tables(
+    measurable: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = measurable.path("run") / "evaluation"
+
+    def measured() -> tuple[bool, str]:
+        """Whether the step did something, and who judged the figures that it leaves."""
+        capsys.readouterr()
+        evaluate_once(measurable)
+        judge = json.loads((folder / "summary.json").read_text())["provenance"]["segmenter_sha256"]
+        return "nothing to do" not in capsys.readouterr().out, judge
+
+    did, judge = measured()
+    assert did
+    assert measured() == (False, judge)
+    other = replace(measurable.evaluate, segmenter=measurable.path("run") / "other")
+    by_hand = measure(measurable.path("run"), other, progress=False)
+    assert by_hand["provenance"]["segmenter_sha256"] != judge
+    assert measured() == (True, judge)
+
+    # A moved set is the same set; an evaluation that breaks off vouches for nothing.
+    file = measurable.path("run") / "samples" / "job.json"
+    job = json.loads(file.read_text())
+    moved = shutil.copytree(job["shards"], measurable.path("run") / "moved")
+    file.write_text(json.dumps(job | {"shards": str(moved)}))
+    assert measured() == (False, judge)
+    shutil.rmtree(moved)
+    with pytest.raises(InputProblems):
+        evaluate_once(replace(measurable, evaluate=replace(measurable.evaluate, seed=1)))
+    assert not (folder / "measured.json").exists()

@@ -350,5 +350,7 @@ def test_a_refused_sampling_leaves_the_run_folder_as_it_was(shapes: Path, tmp_pa
     run = write_weights(tmp_path)
     make_here(run, shapes)
     before = sorted(p.name for p in run.iterdir())
+    from segdiff_dist.cli import main
+
     assert main(["sample", "--run", str(run), "--data", str(shapes), "--sample.seed", "5"]) == 2
     assert sorted(p.name for p in run.iterdir()) == before

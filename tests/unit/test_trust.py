@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from evaluation_support import items_of
+from tests_support import write_shapes
 
 from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
@@ -53,6 +54,18 @@ def noisy(shards: ShardSet, rows: list[int], seed: int, spread: float = 15) -> n
     return (images + np.random.default_rng(seed).normal(0, spread, images.shape)).clip(0, 255).astype(np.uint8)
 
 
+def checked(evaluator: Evaluator, folder: Path, most: float) -> dict[str, Any]:
+    """The memorisation check of all items, as the job makes it: the training set in parts, in any order."""
+    shards, items = evaluator.shards, evaluator.store.items
+    ids = list(range(items.num_rows))
+    unseen = trust.unseen_rows(items["row"].to_numpy(), shards, seed=0)
+    asked = trust.Queries(tuple(ids)).run(evaluator) | trust.UnseenQueries(tuple(unseen)).run(evaluator)
+    np.savez(folder / "queries.npz", **{"_".join(key): values for key, values in asked.items()})
+    train = shards.select(split="train").tolist()
+    parts = [trust.NearestInTraining(folder / "queries.npz", tuple(train[i::3])).run(evaluator) for i in (2, 0, 1)]
+    return trust.memorisation(ids, items, shards, trust.closer(parts), most=most)
+
+
 def test_copies_of_training_images_are_found(tmp_path: Path, shapes: Path):
     shards = ShardSet.open(shapes)
     test, train = (shards.select(split=split).tolist() for split in ("test", "train"))
@@ -60,22 +73,56 @@ def test_copies_of_training_images_are_found(tmp_path: Path, shapes: Path):
     # Copies need not be exact: here with a little noise.
     images[:NUM_COPIED] = noisy(shards, train[:NUM_COPIED], 1, spread=2)
     evaluator = evaluator_of(tmp_path, shapes, items_of(shards, test), images)
-    ids = list(range(len(test)))
-    asked = trust.Queries(tuple(ids)).run(evaluator)
-    np.savez(tmp_path / "queries.npz", **{"_".join(key): values for key, values in asked.items()})
-    # In parts of the training set, in any order.
-    parts = [trust.NearestInTraining(tmp_path / "queries.npz", tuple(train[i::3])).run(evaluator) for i in (2, 0, 1)]
-    found = trust.memorisation(ids, evaluator.store.items, shards, trust.closer(parts), most=0.01)
+    found = checked(evaluator, tmp_path, most=0.01)
     suspects = [told for told in found["nearest"] if told["suspect"]]
     assert {suspect["item_id"] for suspect in suspects} == set(range(NUM_COPIED))
     assert found["nearest"][:NUM_COPIED] == suspects
     for suspect in suspects:
         assert suspect["training_key_pixels"] == shards.meta(train[suspect["item_id"]]).key
     assert found["memorised_share"] == pytest.approx(NUM_COPIED / len(test))
+    assert found["num_unseen"] == len(test)
     assert not found["passed"]
     summary = {"trust": {"leakage": trust.leakage(evaluator.store.items, shards), "memorisation": found}}
     assert "look like training images, more than 1.0%" in trust.warnings(summary)[-1]
-    assert trust.memorisation(ids, evaluator.store.items, shards, trust.closer(parts), most=0.5)["passed"]
+    assert checked(evaluator, tmp_path, most=0.5)["passed"]
+
+
+def test_copies_are_found_where_masks_are_those_of_training(tmp_path: Path, shapes: Path):
+    """Their own slices are what was copied: they are no measure of how near an unseen image comes."""
+    shards = ShardSet.open(shapes)
+    train = shards.select(split="train").tolist()
+    exact = np.stack([shards.read(row).image_HW for row in train])
+    copied = checked(evaluator_of(tmp_path / "copied", shapes, items_of(shards, train), exact), tmp_path, most=0.05)
+    assert (copied["memorised_share"], copied["passed"]) == (1.0, False)
+    others = evaluator_of(tmp_path / "others", shapes, items_of(shards, train), noisy(shards, train, 0, spread=60))
+    assert checked(others, tmp_path, most=0.05)["passed"]
+
+
+def test_what_images_are_held_against_was_not_trained_on(tmp_path: Path, shapes: Path):
+    shards = ShardSet.open(shapes)
+    train, test = (shards.select(split=split, modalities=["CT"]) for split in ("train", "test"))
+    assert trust.unseen_rows(test, shards, seed=0) == test.tolist()
+    # Two that training knows are replaced by two of the same modality that it does not know, the others stay.
+    mixed = trust.unseen_rows(np.concatenate((train[:2], test[2:])), shards, seed=0)
+    assert set(test[2:]) < set(mixed)
+    assert len(mixed) == len(test)
+    assert not set(mixed) & set(train)
+    assert {shards.meta(row).modality for row in mixed} == {"CT"}
+
+    everything = ShardSet.open(write_shapes(tmp_path / "set", num_patients=1, slices=2, held_out=0))
+    rows = everything.select(split="train")
+    assert trust.unseen_rows(rows, everything, seed=0) == []
+    assert "to hold them against" in (trust.why_not([0], rows.tolist(), []) or "")
+
+
+def test_a_copy_is_found_beside_unseen_images_that_have_a_twin_in_training(shapes: Path):
+    """The same slice in two splits under two names: the limit is 0, and a copy is not below it."""
+    shards = ShardSet.open(shapes)
+    rows = shards.select(split="test").tolist()[:4]
+    items = pa.Table.from_pylist(items_of(shards, rows))
+    sides = {"gen": np.array([0.0, 1.0, 1.0, 1.0]), "real": np.zeros(4)}
+    nearest = {(space, side): (d, np.zeros(4, np.int64)) for space in trust.SPACES for side, d in sides.items()}
+    assert trust.memorisation(range(4), items, shards, nearest, most=0.05)["num_suspects"] == 1
 
 
 def test_spread_of_a_mask(tmp_path: Path, shapes: Path):
