@@ -212,6 +212,7 @@ def _sampled_from(experiment: Experiment) -> tuple[Path, ShardSet, Any, Any]:
 
 def evaluate(experiment: Experiment) -> dict[str, Any]:
     """`segdiff evaluate`: RUN/evaluation; returns the summary."""
+    from segdiff_dist.evaluation.checks import check
     from segdiff_dist.evaluation.job import evaluate as evaluate_run
     from segdiff_dist.evaluation.summary import scalars
     from segdiff_dist.export.register import register_evaluated
@@ -219,6 +220,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     run = experiment.path("run")
     refuse(experiment.evaluate.problems() + experiment.tracking.problems())
     _must_be_a_run(run)
+    check(run, experiment.evaluate)  # here too, before an evaluation that will not start leaves anything behind
     downstream = _plan_downstream(experiment) if experiment.evaluate.downstream else None
     save_experiment(experiment, ("evaluate", "downstream"))
     with _tracker(experiment, "evaluate", run) as tracker:
