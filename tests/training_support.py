@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from segdiff_dist.denoising.denoiser import DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+from segdiff_dist.training import checkpoint
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.loop import TrainingJob, train
 
@@ -100,6 +102,24 @@ def train_under(
         }
         with _stopped_at(until if until and until < num_images else None):
             run_training(shapes, folder, **changes)
+
+
+def train_judged(rank: int, out: Path, shapes: Path, scores: dict[int, float], lost: int, until: int) -> None:
+    """What each rank of a test does: a run whose weights have these scores, stopped at `until` and gone on with. For
+    the state of checkpoint `lost` the main rank then finds no room, which the others cannot see."""
+    DenoiserTask.score = "overlap"  # type: ignore[assignment]
+    DenoiserTask.validate = lambda _, __, images_seen: {"overlap": scores[images_seen]}  # type: ignore[method-assign]
+    write = checkpoint.write_durably
+
+    def full(path: Path, text: str) -> None:
+        if path.name == checkpoint.STATE and int(path.parent.name) == lost:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    with _stopped_at(until):
+        run_training(shapes, out, micro_batch_size=2)
+    checkpoint.write_durably = full
+    run_training(shapes, out, micro_batch_size=2)
 
 
 @contextmanager

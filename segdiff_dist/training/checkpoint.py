@@ -2,7 +2,7 @@
 exists.
 
     rank_00000.safetensors, .json   one pair a rank (sharded_state.py)
-    state.json                      images_seen and what else the loop goes on from
+    state.json                      images_seen and what else the loop goes on from, such as whose weights are best
     config.yaml                     the resolved config
     COMPLETE                        written last, when every rank's files are safely on the disk
 """
@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from segdiff_dist.config import write_text_atomically
+from data_shards.problems import InputProblems, problem
 from segdiff_dist.ranks.distributed import Agreement, is_main, rank, world_size
 from segdiff_dist.training import sharded_state
-from segdiff_dist.training.sharded_state import ShardOfState
+from segdiff_dist.training.sharded_state import ShardOfState, sync_folder, write_durably
 
 MARKER = "COMPLETE"
 STATE = "state.json"
@@ -38,43 +38,83 @@ def checkpoint_name(images_seen: int) -> str:
 
 
 def complete_ones(checkpoints: Path) -> list[Path]:
-    """Folders with their marker, the newest first; newer ones without it are passed over with a warning."""
+    """Folders with their marker and a state that can be read, the newest first; newer ones without are passed over with
+    a warning."""
     found = []
-    for folder in sorted((p for p in checkpoints.glob("[0-9]*") if p.is_dir()), reverse=True):
-        if (folder / MARKER).is_file():
+    for folder in _newest_first(checkpoints):
+        why = why_unusable(folder)
+        if why is None:
             found.append(folder)
         elif not found:
-            warnings.warn(f"checkpoint {folder} is incomplete and passed over", stacklevel=2)
+            warnings.warn(f"checkpoint {folder} {why}", stacklevel=2)
     return found
 
 
 def newest_usable(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint whose files match their checksums; others are passed over with a warning."""
-    for folder in complete_ones(checkpoints):
-        damage = sharded_state.find_damage(folder, read_state(folder)["ranks"], read_all=True)
-        if damage is None:
+    """The newest complete checkpoint whose files match their checksums; the main rank asks, before others write.
+
+    Newer ones are passed over with a warning, and lose their marker: the run will write into their folders again, where
+    a kill must not leave old and new files that pass for a checkpoint.
+    """
+    for folder in _newest_first(checkpoints):
+        why = why_unusable(folder, read_all=True)
+        if why is None:
             return folder
-        warnings.warn(f"checkpoint {folder} is damaged and passed over: {damage}", stacklevel=2)
+        warnings.warn(f"checkpoint {folder} {why}", stacklevel=2)
+        (folder / MARKER).unlink(missing_ok=True)
     return None
 
 
+def why_unusable(folder: Path, *, read_all: bool = False) -> str | None:
+    """Why a checkpoint is passed over, in words, or None; `read_all` compares checksums too."""
+    if not (folder / MARKER).is_file():
+        return "is incomplete and passed over"
+    try:
+        ranks = read_state(folder)["ranks"]
+    except InputProblems as error:
+        return f"is damaged and passed over: {STATE}: {error.problems[0].value}"
+    damage = sharded_state.find_damage(folder, ranks, read_all=True) if read_all else None
+    return damage and f"is damaged and passed over: {damage}"
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """What the loop went on with; `ranks` says how many files there are."""
-    return json.loads((folder / STATE).read_text())
+    """What the loop went on with; `ranks` says how many files there are. Raises InputProblems where it is damaged."""
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise problem(folder, STATE, error, "remove this folder; the checkpoint before it is taken") from error
 
 
 def prune(checkpoints: Path, keep: int, keep_every_images: int | None = None) -> None:
-    """Remove all but the newest `keep` complete checkpoints and those whose count keep_every_images divides; and what
-    is incomplete and older than those."""
-    complete = complete_ones(checkpoints)
+    """Remove all but the newest `keep` complete checkpoints, the one with the best weights so far, and those that
+    `crossings` names; and what is incomplete and older than those."""
+    complete = [folder for folder in _newest_first(checkpoints) if why_unusable(folder) is None]
     if not complete:
         return
-    kept = set(complete[:keep]) | {p for p in complete if keep_every_images and int(p.name) % keep_every_images == 0}
+    kept = {folder.name for folder in complete[:keep]}
+    if (best := read_state(complete[0]).get("best_images_seen")) is not None:
+        kept.add(checkpoint_name(best))
+    if keep_every_images:
+        kept |= set(map(checkpoint_name, crossings((int(folder.name) for folder in complete), keep_every_images)))
     for folder in checkpoints.glob("[0-9]*"):
-        if folder not in kept and folder.name < complete[0].name:
+        if folder.name not in kept and folder.name < complete[0].name:
             # Without its marker a half-removed checkpoint reads as incomplete, never as whole.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
+
+
+def crossings(counts: Iterable[int], every: int) -> set[int]:
+    """The first of `counts` at or past each multiple of `every`: what stands for that multiple where no batch, or no
+    checkpoint, ends on it."""
+    first: dict[int, int] = {}
+    for count in sorted(counts):
+        first.setdefault(count // every, count)
+    first.pop(0, None)
+    return set(first.values())
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    return sorted((p for p in checkpoints.glob("[0-9]*") if p.is_dir()), reverse=True)
 
 
 class CheckpointWriter:
@@ -84,7 +124,9 @@ class CheckpointWriter:
     it is until wait_until_copied(), which a step calls before it changes weights: its forward and backward pass run
     beside the copy. poll() is called after every step with what the ranks agreed on; once all have written their part,
     the main rank writes the marker, and `on_complete(folder)` is called there, in the thread. A checkpoint that could
-    not be written (a full disk) is removed with a warning, and the ones before it stay.
+    not be written (a full disk) is removed with a warning, and the ones before it stay; one that is whole stays where
+    `on_complete` raises OSError, with a warning too. Both count in `num_failed`. `lost` is the count of the last one
+    that could not be written, on every rank; it is sure after drain().
     """
 
     FLAGS = ("checkpoint_behind", "checkpoint_failed")
@@ -102,6 +144,7 @@ class CheckpointWriter:
         self.checkpoints, self.keep, self.keep_every_images = checkpoints, keep, keep_every_images
         self.waited_s = 0.0
         self.num_failed = 0
+        self.lost = 0
         self._on_complete = on_complete
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._staged: dict[str, list[torch.Tensor]] = {}
@@ -112,6 +155,9 @@ class CheckpointWriter:
         self._completing: Future[None] | None = None
         self._ended = 0  # images_seen of the last checkpoint whose writing ended here, well or not
         self._failed = 0  # likewise, not well
+        self._last = 0  # likewise, begun
+        self._settled = True  # whether all ranks know what became of that one
+        self._error: OSError | None = None  # what it failed with here
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -125,11 +171,19 @@ class CheckpointWriter:
         assert self._pending is None
         folder = self.checkpoints / checkpoint_name(values["images_seen"])
         self._pending = folder, {**values, "ranks": world_size()}
+        self._begin(values["images_seen"])
         self._copied.clear()
         self._writing = self._thread.submit(self._write, folder, state)
         if torch.cuda.is_available():  # the host's link is far quicker than its disk, and nothing but the copy uses it
             self._copied.wait()
         self.waited_s += time.perf_counter() - begin
+
+    def take_up(self, folder: Path, values: dict[str, Any] | None = None) -> None:
+        """Do again what follows from the complete checkpoint that a run goes on from, which was perhaps killed before;
+        with `values`, first make them its state. Call on every rank, before the first start()."""
+        self._begin(int(folder.name))
+        if is_main():
+            self._completing = self._thread.submit(self._complete, folder, values)
 
     def wait_until_copied(self) -> None:
         """The state may be changed again after this."""
@@ -160,14 +214,16 @@ class CheckpointWriter:
 
     def poll(self, agreed: dict[str, float]) -> None:
         """Finish the pending checkpoint if every rank has ended its writing."""
+        if agreed["checkpoint_failed"] > self.lost:
+            self.lost = int(agreed["checkpoint_failed"])
+            self.num_failed += 1
         if self._pending is None or self._writing is None:
             return
         folder, values = self._pending
         if -agreed["checkpoint_behind"] < values["images_seen"]:
             return
         self._pending = None
-        if agreed["checkpoint_failed"] >= values["images_seen"]:
-            self.num_failed += 1
+        if self.lost == values["images_seen"]:
             if is_main():
                 why = self._writing.exception() or "another rank could not write its part"
                 warnings.warn(f"checkpoint {folder} could not be written and is left out: {why}", stacklevel=2)
@@ -178,20 +234,32 @@ class CheckpointWriter:
     def drain(self, agreement: Agreement, *, must_succeed: bool = False) -> None:
         """Wait for what is under way on every rank; call on every rank.
 
-        Raises OSError where it could not be written and `must_succeed`.
+        Raises OSError where the last checkpoint, or what follows from it, could not be written and `must_succeed`.
         """
         begin = time.perf_counter()
-        failed = self.num_failed
         if self._writing is not None:
             self._writing.exception()  # waits
         while self._pending is not None:
-            agreement.exchange({"stop": 0.0, **self.flags()})
-            self.poll(agreement.finish())
+            self._agree(agreement)
         if self._completing is not None:
             self._completing.result()
+        if not self._settled:  # whether it became complete only the main rank knows
+            self._agree(agreement)
+            self._settled = True
         self.waited_s += time.perf_counter() - begin
-        if must_succeed and self.num_failed > failed:
-            raise OSError(f"the checkpoint could not be written: {self._writing and self._writing.exception()}")
+        if must_succeed and self._last and self.lost == self._last:
+            why = self._error or (self._writing and self._writing.exception()) or "another rank could not write"
+            raise OSError(f"the checkpoint could not be written: {why}")
+        if must_succeed and self._error is not None:
+            raise OSError(f"the checkpoint is whole, but what follows from it could not be written: {self._error}")
+
+    def _begin(self, images_seen: int) -> None:
+        self._last, self._settled, self._error = images_seen, False, None
+
+    def _agree(self, agreement: Agreement) -> None:
+        stop = agreement.finish().get("stop", 0.0)  # the loop, which has yet to hear of it, is told after us
+        agreement.exchange({"stop": stop, **self.flags()})
+        self.poll(agreement.finish())
 
     def _write(self, folder: Path, state: ShardOfState) -> None:
         try:
@@ -199,15 +267,35 @@ class CheckpointWriter:
         finally:
             self._copied.set()
         folder.mkdir(parents=True, exist_ok=True)
+        if is_main():
+            (folder / MARKER).unlink(missing_ok=True)  # of one that was damaged, and is written anew
         sharded_state.write(folder, rank(), copy)
 
-    def _complete(self, folder: Path, values: dict[str, Any]) -> None:
-        write_text_atomically(folder / "config.yaml", self.config)
-        write_text_atomically(folder / STATE, json.dumps(values, indent=2) + "\n")
-        write_text_atomically(folder / MARKER, "")
-        prune(self.checkpoints, self.keep, self.keep_every_images)
-        if self._on_complete is not None:
-            self._on_complete(folder)
+    def _complete(self, folder: Path, values: dict[str, Any] | None) -> None:
+        try:
+            if values is not None:
+                self._seal(folder, values)
+        except OSError as error:
+            self._error, self._failed = error, int(folder.name)
+            warnings.warn(f"checkpoint {folder} could not be written: {error}", stacklevel=1)
+            if not (folder / MARKER).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+        try:
+            prune(self.checkpoints, self.keep, self.keep_every_images)
+            if self._on_complete is not None:
+                self._on_complete(folder)
+        except OSError as error:
+            self._error = error
+            self.num_failed += 1
+            what = "is whole, but what follows from it could not be written"
+            warnings.warn(f"checkpoint {folder} {what}: {error}", stacklevel=1)
+
+    def _seal(self, folder: Path, values: dict[str, Any]) -> None:
+        write_durably(folder / "config.yaml", self.config)
+        write_durably(folder / STATE, json.dumps(values, indent=2) + "\n")
+        sync_folder(self.checkpoints)
+        write_durably(folder / MARKER, "")
 
     def _copy_of(self, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         if not self._staged:
@@ -215,6 +303,8 @@ class CheckpointWriter:
         for kind, tensors in shards.items():
             for kept, tensor in zip(self._staged[kind], tensors, strict=True):
                 kept.copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        # Each by name: the current device of this thread is the first, whichever is the rank's.
+        for device in {tensor.device for tensors in shards.values() for tensor in tensors}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         return self._staged

@@ -43,12 +43,13 @@ class TrainConfig:
     """Relative widths (sigma_rel) of the averages of the weights that are kept: training/ema.py. The first is what
     validation and, by default, sampling use; `segdiff average` makes any other from the snapshots."""
     snapshot_every_images: int | None = None
-    """Keep the averages of every so many images for `segdiff average`; null keeps none."""
+    """Keep the averages of the first checkpoint at or past each multiple of this for `segdiff average`; null keeps
+    none."""
     checkpoint_every_images: int = 256_000
     keep_checkpoints: int = 3
     """The newest checkpoints to keep."""
     keep_every_images: int | None = None
-    """Also keep those whose count this divides, for ever."""
+    """Also keep the first at or past each multiple of this, for ever. The one with the best weights is always kept."""
     log_every_images: int = 6_400
     validate_every_images: int | None = None
     """Null: when a checkpoint is written."""

@@ -1,13 +1,15 @@
 """What a finished checkpoint leaves for others: exported weights, and snapshots of the averages.
 
 RUN/weights/<average>/         through the task: for the denoiser a diffusers folder
-RUN/weights/exported.json      images_seen of the checkpoint they come from
+RUN/weights/exported.json      images_seen of the checkpoint they come from; written last, for `checkpoint`
 RUN/snapshots/<images>/<average>.safetensors     for `segdiff average`
 """
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,11 @@ import torch
 from torch import Tensor
 
 from data_shards.problems import Problem, problem
-from segdiff_dist.config import write_text_atomically
 from segdiff_dist.training import ema
-from segdiff_dist.training.checkpoint import checkpoint_name, read_state
+from segdiff_dist.training.checkpoint import checkpoint_name, crossings, read_state, why_unusable
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import ONLINE
-from segdiff_dist.training.sharded_state import SavedState
+from segdiff_dist.training.sharded_state import SavedState, write_durably
 
 if TYPE_CHECKING:
     from segdiff_dist.training.loop import Task
@@ -57,29 +58,30 @@ class Exporter:
         self.task, self.config, self.folder = task, config, folder
 
     def export(self, checkpoint: Path) -> None:
-        """Export a complete checkpoint, if it is one that counts; main rank."""
-        state = read_state(checkpoint)
-        if state["is_best"]:
-            saved = SavedState(checkpoint, state["ranks"])
-            # Where the best are chosen, they were chosen by the first average.
-            averages = (*self.config.averages, ONLINE) if self.task.score is None else self.config.averages[:1]
-            for average in averages:
-                self.task.export(average, saved.full(average))
-            exported = {"images_seen": state["images_seen"], "averages": averages}
-            write_text_atomically(self.folder / "weights" / _EXPORTED, json.dumps(exported) + "\n")
-        every = self.config.snapshot_every_images
-        if every and state["images_seen"] % every == 0:
-            self._snapshot(checkpoint, state)
+        """Leave what a complete checkpoint leaves, unless it was left already; main rank.
 
-    def catch_up(self, checkpoint: Path) -> None:
-        """Export the newest checkpoint where the run was killed before it could; main rank."""
-        if not is_exported(checkpoint, self.folder):
-            self.export(checkpoint)
+        The weights are those of the checkpoint that its state calls best: of itself where the task has no score. They
+        are exported once, or as soon as what prevented it has passed. Raises OSError where they cannot be written.
+        """
+        from safetensors import SafetensorError
 
-    def _snapshot(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        if is_exported(checkpoint, self.folder):
+            return
+        try:
+            self._snapshot(checkpoint)
+            self._weights(checkpoint)
+        except SafetensorError as error:  # its own error for what the system refused
+            raise OSError(f"{self.folder}: {error}") from error
+
+    def _snapshot(self, checkpoint: Path) -> None:
+        """Keep the averages of the first checkpoint at or past each multiple of snapshot_every_images."""
         from safetensors.torch import save_file
 
-        saved = SavedState(checkpoint, state["ranks"])
+        every, images_seen = self.config.snapshot_every_images, int(checkpoint.name)
+        before = [taken for taken in _snapshots(self.folder, self.config.averages) if taken < images_seen]
+        if not every or images_seen not in crossings([*before, images_seen], every):
+            return
+        saved = SavedState(checkpoint, read_state(checkpoint)["ranks"])
         folder = self.folder / "snapshots" / checkpoint.name
         folder.mkdir(parents=True, exist_ok=True)
         for average in self.config.averages:
@@ -88,12 +90,47 @@ class Exporter:
             save_file(saved.full(average), path.with_suffix(".unfinished"))
             path.with_suffix(".unfinished").rename(path)
 
+    def _weights(self, checkpoint: Path) -> None:
+        state, note = read_state(checkpoint), _read_note(self.folder)
+        images_seen = state["images_seen"]
+        best = images_seen if self.task.score is None else state.get("best_images_seen")
+        if best is not None and (best == images_seen or best != note.get("images_seen")):
+            source = checkpoint.parent / checkpoint_name(best)
+            if source != checkpoint and (why := why_unusable(source, read_all=True)):
+                warnings.warn(f"the best weights are not exported: checkpoint {source} {why}", stacklevel=1)
+                return
+            saved = SavedState(source, read_state(source)["ranks"])
+            # Where the best are chosen, they were chosen by the first average.
+            averages = (*self.config.averages, ONLINE) if self.task.score is None else self.config.averages[:1]
+            for average in averages:
+                self.task.export(average, saved.full(average))
+            note = {"images_seen": best, "averages": averages}
+        if note:  # else nothing was ever judged
+            write_durably(self.folder / "weights" / _EXPORTED, json.dumps({**note, "checkpoint": images_seen}) + "\n")
+
 
 def is_exported(checkpoint: Path, folder: Path) -> bool:
-    """Whether the weights under `folder` are those of a checkpoint, or better ones from before it."""
-    note = folder / "weights" / _EXPORTED
-    exported = json.loads(note.read_text())["images_seen"] if note.is_file() else -1
-    return exported >= int(checkpoint.name) or not read_state(checkpoint)["is_best"]
+    """Whether all that a checkpoint leaves is under `folder`, and the weights there are those it calls best."""
+    note = _read_note(folder)
+    best = read_state(checkpoint).get("best_images_seen")
+    done = note.get("checkpoint", note.get("images_seen"))  # runs of before say the latter alone
+    return done == int(checkpoint.name) and best in (None, note["images_seen"])
+
+
+def _read_note(folder: Path) -> dict[str, Any]:
+    """exported.json; empty where there is none that can be read."""
+    try:
+        return json.loads((folder / "weights" / _EXPORTED).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _snapshots(run: Path, averages: Sequence[str]) -> list[int]:
+    """The counts of a run's snapshots that are whole."""
+    folders = [
+        p for p in (run / "snapshots").glob("[0-9]*") if all((p / f"{a}.safetensors").is_file() for a in averages)
+    ]
+    return sorted(int(p.name) for p in folders)
 
 
 def average_snapshots(
@@ -106,7 +143,7 @@ def average_snapshots(
     """
     from safetensors.torch import load_file
 
-    taken = sorted(int(p.name) for p in (run / "snapshots").glob("[0-9]*") if p.is_dir())
+    taken = _snapshots(run, config.averages)
     end = images_seen or max(taken, default=0)
     used = [(length_of, t) for t in taken if t <= end for length_of in config.ema_lengths]
     if not used or used[-1][1] != end:

@@ -47,7 +47,8 @@ class Task(Protocol):
     name: str
     model: nn.Module
     score: str | None
-    """The number of `validate` that says which weights are best, and only those are exported; None: the newest are."""
+    """The number of `validate` that says which weights are best, and only those are exported; None: the newest are. A
+    new best is always saved, so that those are weights that were judged, not others from around then."""
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's mean loss, through `forward`, which is the model as the engine runs it; and what else is
@@ -72,8 +73,10 @@ class RunState:
 
     images_seen: int = 0
     best_score: float | None = None
-    is_best: bool = True
-    """Whether the weights of this moment are the ones to export."""
+    best_images_seen: int | None = None
+    """Whose weights are to be exported: those that had the best score, or without a score the newest."""
+    validated_images_seen: int | None = None
+    """The last that were judged."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ class _Training:
             compile_checked(task, next(job.load(0, size, 1, 0, 1)), config.precision)
         self.engine = Engine(model, config, size, job.device)
         exporter = Exporter(task, config, job.folder)
-        self.state, self.window, self.guard = _resume(self.engine, exporter, job)
+        self.resumed_from, self.state, self.window, self.guard = _resume(self.engine, job)
+        self.best_before = self.state.best_score, self.state.best_images_seen
         start = self.state.images_seen
         if is_main():
             _cut_log(self.log_file, start)
@@ -173,6 +177,8 @@ class _Training:
         config, state = self.config, self.state
         agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
         stop = False
+        with heartbeat.patience(_PATIENCE_S), self.clock.paused():
+            self._take_up()
         with _progress(self.task.name, config.num_images, state.images_seen) as bar:
             while not (self.done or stop):
                 before = state.images_seen
@@ -184,14 +190,14 @@ class _Training:
                 agreed = agreement.exchange({"stop": float(interrupt.asked), **self.writer.flags()})
                 self.writer.poll(agreed)
                 stop = agreed["stop"] > 0
-                with self.clock.paused():
-                    validate_every = config.validate_every_images or config.checkpoint_every_images
-                    if self.done or (not stop and _crosses(before, state.images_seen, validate_every)):
-                        with heartbeat.patience(_PATIENCE_S):
-                            self._validate()
-                    if self.done or stop or _crosses(before, state.images_seen, config.checkpoint_every_images):
-                        with heartbeat.patience(_PATIENCE_S):
-                            self.writer.drain(agreement)
+                validates = self._is_validation_due and (self.done or not stop)
+                saves = self.done or stop or _crosses(before, state.images_seen, config.checkpoint_every_images)
+                if validates or saves:
+                    with heartbeat.patience(_PATIENCE_S), self.clock.paused():
+                        self.writer.drain(agreement)
+                        self._forget_lost_best()
+                        is_best = validates and self._validate()
+                        if saves or is_best:
                             self._save()
             with heartbeat.patience(_PATIENCE_S):
                 self.writer.drain(agreement, must_succeed=True)
@@ -237,16 +243,44 @@ class _Training:
             )
         return row
 
-    def _validate(self) -> None:
-        """Judge the first average, and see whether it is the best so far."""
+    @property
+    def _is_validation_due(self) -> bool:
+        """Whether the averages of this moment are ones to judge."""
+        images_seen, every = self.state.images_seen, self.config.validate_every_images
+        before = images_seen - self.config.global_batch_size
+        return self.done or _crosses(before, images_seen, every or self.config.checkpoint_every_images)
+
+    def _validate(self) -> bool:
+        """Judge the first average; returns whether its score is the best so far."""
+        state, name = self.state, self.task.score
         with self.engine.using_average(self.config.averages[0]):
-            metrics = self.task.validate(self.engine, self.state.images_seen)
-        if self.task.score is not None:
-            score, best = metrics[self.task.score], self.state.best_score
-            self.state.is_best = best is None or score > best
-            self.state.best_score = score if best is None else max(score, best)
-            metrics = {**metrics, f"best_{self.task.score}": self.state.best_score}
+            metrics = self.task.validate(self.engine, state.images_seen)
+        state.validated_images_seen = state.images_seen
+        is_best = False
+        if name is not None:
+            score, best = metrics[name], state.best_score
+            self.best_before = best, state.best_images_seen
+            if best is None or math.isnan(best) or score > best:
+                is_best, best, state.best_images_seen = True, score, state.images_seen
+            state.best_score = best
+            metrics = {**metrics, f"best_{name}": best}
         self._track(metrics)
+        return is_best
+
+    def _take_up(self) -> None:
+        """What a stop or a kill left undone at the checkpoint the run goes on from: the validation that was due there,
+        so that a stop does not change which weights are best, and the export."""
+        state = self.state
+        if self.resumed_from is None:
+            return
+        is_best = self._is_validation_due and state.validated_images_seen != state.images_seen and self._validate()
+        values = {**checkpoint.read_state(self.resumed_from), **vars(state)} if is_best else None
+        self.writer.take_up(self.resumed_from, values)
+
+    def _forget_lost_best(self) -> None:
+        """The best weights whose checkpoint could not be written are gone: the next must beat those before them."""
+        if self.task.score is not None and self.writer.lost == self.state.best_images_seen:
+            self.state.best_score, self.state.best_images_seen = self.best_before
 
     def _track(self, values: Mapping[str, float]) -> None:
         named = {f"{self.task.name}/{name}": value for name, value in values.items()}
@@ -254,27 +288,29 @@ class _Training:
 
     def _save(self) -> None:
         """Begin a checkpoint of this moment."""
+        if self.task.score is None:
+            self.state.best_images_seen = self.state.images_seen
         values = {**vars(self.state), "window": self.window.values(), "guard": self.guard.values()}
         self.writer.start(self.engine.state(), {**values, "shards_digest": self.shards_digest})
 
 
-def _resume(engine: Engine, exporter: Exporter, job: TrainingJob) -> tuple[RunState, Window, Guard]:
-    """Where the newest usable checkpoint left off, or the beginning. The main rank chooses it for all."""
+def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, Window, Guard]:
+    """Where the newest usable checkpoint left off, and its folder; or the beginning. The main rank chooses it."""
     config = job.config
     found = checkpoint.newest_usable(job.folder / "checkpoints") if is_main() else None
     newest: Path | None = gather_objects(found)[0]
     if newest is None:
-        return RunState(), Window(engine.device), Guard(config.spike_factor, engine.device)
+        return None, RunState(), Window(engine.device), Guard(config.spike_factor, engine.device)
     saved = checkpoint.read_state(newest)
     if saved["shards_digest"] != job.shards.digest:
         remedy = "restore the shard set the run was started with, or use another run folder"
         raise problem(newest, "shards_digest", f"not that of {job.shards.root}", remedy)
     engine.load(newest, saved["ranks"])
-    if is_main():
-        exporter.catch_up(newest)
-    state = RunState(saved["images_seen"], saved["best_score"], saved["is_best"])
+    # Checkpoints of before do not say whose weights were best, nor when they were judged.
+    best, validated = saved.get("best_images_seen"), saved.get("validated_images_seen")
+    state = RunState(saved["images_seen"], saved["best_score"], best, validated)
     guard = Guard(config.spike_factor, engine.device, saved["guard"])
-    return state, Window(engine.device, saved["window"]), guard
+    return newest, state, Window(engine.device, saved["window"]), guard
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,35 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
         unfinished.unlink(missing_ok=True)
         raise OSError(f"{path}: {error}") from error
     written = {"bytes": path.stat().st_size, "crc32c": checksum}
-    note = path.with_suffix(".json")
-    note.with_suffix(".tmp").write_text(json.dumps(written) + "\n")
-    note.with_suffix(".tmp").rename(note)
+    write_durably(path.with_suffix(".json"), json.dumps(written) + "\n")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write beside `path`, wait for the disk and rename: even after a power cut all of it is there, or what was before.
+
+    Raises OSError where the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network filesystems sync files alone
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ranks_support import ranks
 from tests_support import write_shapes
-from training_support import plain_losses, train_under
+from training_support import plain_losses, train_judged, train_under
 
 STEPS = 50
 # By ranks: (precision, zero_stage, micro_batch_size). A step has 8 images, so a micro-batch of 1 on one rank makes 8.
@@ -69,3 +69,16 @@ def test_a_run_goes_on_with_any_ranks_stage_and_micro_batch(shards: Path, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "legs" / "log.jsonl").read_text().splitlines()]
     assert [row["images_seen"] for row in rows] == list(range(8, 8 * STEPS + 1, 8))
     assert [row["loss"] for row in rows] == pytest.approx(referee(shards), rel=1e-5)
+
+
+@pytest.mark.parametrize(("lost", "best"), [(64, 32), (96, 64)])
+def test_ranks_agree_on_which_weights_are_best(shards: Path, tmp_path: Path, lost: int, best: int) -> None:
+    """Stopped at 64, where a validation is due that the next start makes up for; the main rank alone sees what its disk
+    refuses then."""
+    scores = {32: 0.5, 64: 0.6, 96: 0.9 if lost == 96 else 0.4}
+    with ranks(2, tmp_path, train_judged, tmp_path / "run", shards, scores, lost, 64) as started:
+        codes = [started.ended(rank, 200) for rank in range(2)]
+    # Where the last checkpoint is lost, all ranks fail alike.
+    assert codes == ([1, 1] if lost == 96 else [0, 0]), started.stderr(0)[-3000:]
+    note = json.loads((tmp_path / "run" / "weights" / "exported.json").read_text())
+    assert note["images_seen"] == best

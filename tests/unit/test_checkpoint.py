@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_shards.problems import InputProblems
 from segdiff_dist.config import write_text_atomically
 from segdiff_dist.ranks.distributed import Agreement
 from segdiff_dist.training import checkpoint, sharded_state
@@ -18,10 +22,12 @@ from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState
 
 
-def make(folder: Path, images: int, complete: bool = True) -> Path:
+def make(folder: Path, images: int, complete: bool = True, **values: int) -> Path:
     path = folder / checkpoint.checkpoint_name(images)
     path.mkdir(parents=True)
+    sharded_state.write(path, 0, state(torch.ones(4)))
     if complete:
+        write_text_atomically(path / checkpoint.STATE, json.dumps({"images_seen": images, "ranks": 1, **values}))
         write_text_atomically(path / checkpoint.MARKER, "")
     return path
 
@@ -40,7 +46,53 @@ def test_pruning_keeps_the_newest_and_every_nth_and_clears_old_ruins(tmp_path: P
     for images, complete in ((10, True), (20, True), (25, False), (30, True), (40, True), (50, True), (60, False)):
         make(tmp_path, images, complete)
     checkpoint.prune(tmp_path, keep=2, keep_every_images=20)
-    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [20, 40, 50, 60]
+    assert there(tmp_path) == [20, 40, 50, 60]
+
+
+def test_pruning_keeps_the_first_past_each_multiple_and_the_best(tmp_path: Path) -> None:
+    """A batch of 24 ends on few multiples of 64; what was kept once is kept in every later pruning."""
+    for images in range(24, 24 * 17, 24):
+        make(tmp_path, images, best_images_seen=48)
+        checkpoint.prune(tmp_path, keep=1, keep_every_images=64)
+    assert there(tmp_path) == [48, 72, 144, 192, 264, 336, 384]
+    assert checkpoint.crossings([24, 48, 60], 64) == set()
+
+
+def test_one_whose_state_cannot_be_read_is_damaged(tmp_path: Path) -> None:
+    make(tmp_path, 100)
+    (make(tmp_path, 200) / checkpoint.STATE).write_text("")
+    with pytest.raises(InputProblems, match="remove this folder"):
+        checkpoint.read_state(tmp_path / f"{200:012d}")
+    for find in (lambda: checkpoint.complete_ones(tmp_path)[0], lambda: checkpoint.newest_usable(tmp_path)):
+        with pytest.warns(UserWarning, match=r"200 is damaged and passed over: state.json"):
+            assert find() == tmp_path / f"{100:012d}"
+
+
+def test_one_that_was_passed_over_never_outlives_or_mixes_with_what_comes_after(tmp_path: Path) -> None:
+    """A damaged 300, of two ranks; the run goes on from 200 on one rank, is stopped at 250, and killed at 300."""
+    make(tmp_path, 200)
+    damaged = make(tmp_path, 300, ranks=2)
+    with pytest.warns(UserWarning, match=r"300 is damaged and passed over: rank_00001"):
+        assert checkpoint.newest_usable(tmp_path) == tmp_path / f"{200:012d}"
+    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.start(state(torch.ones(4)), {"images_seen": 250})
+        writer.drain(agreement, must_succeed=True)
+        assert [int(p.name) for p in newest_first(tmp_path)] == [250]
+        write_text_atomically(damaged / checkpoint.MARKER, "")  # as if nobody had passed over it
+        writer.start(state(torch.ones(4)), {"images_seen": 300})
+    assert (damaged / sharded_state.file_name(0)).is_file()
+    assert [int(p.name) for p in newest_first(tmp_path)] == [250]
+
+
+def there(checkpoints: Path) -> list[int]:
+    return sorted(int(p.name) for p in checkpoints.iterdir())
+
+
+def newest_first(checkpoints: Path) -> list[Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return checkpoint.complete_ones(checkpoints)
 
 
 def state(values: torch.Tensor) -> ShardOfState:
@@ -93,6 +145,64 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_room_helps(disk_of: Callab
         writer.start(state(weights), {"images_seen": 24})
         writer.drain(agreement, must_succeed=True)
     assert [int(p.name) for p in checkpoint.complete_ones(small_disk)] == [24]
+
+
+def test_what_follows_from_a_checkpoint_may_fail_and_the_next_makes_up_for_it(tmp_path: Path) -> None:
+    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
+    exported = []
+
+    def export(folder: Path) -> None:
+        if int(folder.name) != 24:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        exported.append(int(folder.name))
+
+    with CheckpointWriter(tmp_path, keep=1, on_complete=export) as writer:
+        for images in (16, 24):
+            writer.start(state(torch.ones(4)), {"images_seen": images})
+            if images == 16:
+                with pytest.warns(UserWarning, match=r"016 is whole, but .*No space"):
+                    writer.drain(agreement)
+                assert [int(p.name) for p in checkpoint.complete_ones(tmp_path)] == [16]
+        writer.drain(agreement, must_succeed=True)
+        assert (exported, writer.num_failed, writer.lost) == ([24], 1, 0)
+        writer.start(state(torch.ones(4)), {"images_seen": 32})
+        with pytest.warns(UserWarning, match="is whole"), pytest.raises(OSError, match=r"is whole.*No space"):
+            writer.drain(agreement, must_succeed=True)
+
+
+def test_one_that_cannot_be_marked_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
+    write = checkpoint.write_durably
+
+    def full(path: Path, text: str) -> None:
+        if path.name == checkpoint.MARKER and int(path.parent.name) == 16:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_durably", full)
+    with CheckpointWriter(tmp_path, keep=3) as writer:
+        for images in (8, 16, 24):
+            writer.start(state(torch.ones(4)), {"images_seen": images})
+            if images == 16:
+                with pytest.warns(UserWarning, match=r"016 could not be written.*No space"):
+                    writer.drain(agreement)
+            writer.drain(agreement, must_succeed=images != 16)
+        assert (writer.num_failed, writer.lost) == (1, 16)
+    assert there(tmp_path) == [8, 24]
+
+
+def test_the_copy_waits_for_the_gpu_that_holds_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins with GPU 0 as its device, whichever is its rank's."""
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 3)  # type: ignore[assignment]
+
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.start(state(torch.ones(4).as_subclass(OnGpu)), {"images_seen": 8})
+        writer.wait_until_copied()
+    assert waited == [torch.device("cuda", 3)]
 
 
 def test_schedules_count_images() -> None:

@@ -167,7 +167,8 @@ def test_settings_out_of_range_are_named() -> None:
     assert DenoiserConfig().problems(100)[0].field == "denoiser.block_out_channels"
     [found] = DenoiserConfig().problems(224)  # 224, 112, 56, 28, 14, 7: nowhere 16
     assert found.field == "denoiser.attention_resolutions"
-    [found] = DenoiserConfig((16, 32), norm_num_groups=8, attention_resolutions=(32,), attention_head_dim=32).problems(32)
+    wide = DenoiserConfig((16, 32), norm_num_groups=8, attention_resolutions=(32,), attention_head_dim=32)
+    [found] = wide.problems(32)
     assert found.field == "denoiser.attention_head_dim"  # the first level's 16 channels attend too
 
 
