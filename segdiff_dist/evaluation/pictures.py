@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +15,7 @@ from data_shards.problems import Problem, refuse
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import differences
-from segdiff_dist.evaluation.provenance import identity
-
-if TYPE_CHECKING:
-    from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.sampling.store import SampleStore, identity
 
 # Where in the order of Dice(mask, pred_gen) a gallery looks.
 GALLERY_QUANTILES = (0.25, 0.5, 0.75)
@@ -45,8 +42,6 @@ class Pictures:
         are no longer those that were measured: pictures would stand beside the numbers of others."""
         import pyarrow.parquet as pq
         import zarr
-
-        from segdiff_dist.sampling.store import SampleStore
 
         store = SampleStore.open(run / "samples")
         shards = ShardSet.open(store.job["shards"])

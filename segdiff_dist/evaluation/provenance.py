@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.store.set_index import file_sha256
-from segdiff_dist.config import flatten
 from segdiff_dist.evaluation import inception, perceptual, radiomics
 from segdiff_dist.evaluation.distances import DISTANCE_METRICS, fewest_samples
 from segdiff_dist.evaluation.metrics import MS_SSIM_SMALLEST_SIDE
@@ -25,13 +24,6 @@ _PACKAGES = (
     *("segdiff-dist", "torch", "torchmetrics", "monai", "diffusers", "numpy", "scipy", "zarr", "ray"),
     *("torch-fidelity", "torchvision", "lpips", "frd-score", "pyradiomics"),
 )
-# Of job.json: where things lay. Digests beside them say what they are, also once a run was moved.
-_PLACES = ("weights", "shards", "masks", "sample.sampler.guidance_segmenter")
-
-
-def identity(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a sample job from every other, by dotted key: the job.json of its store without the places in it."""
-    return {key: value for key, value in flatten(job).items() if key not in _PLACES}
 
 
 def not_available(summary: dict[str, Any], inputs: Inputs, store: SampleStore) -> dict[str, str]:

@@ -90,8 +90,7 @@ def reproduce(settings: Table1Settings, experiments: Experiments) -> dict[str, A
 def evaluate_once(column: Experiment) -> None:
     """`segdiff evaluate`, unless the same samples were measured before with the same segmenter and settings, and what
     that left is still there: `segdiff evaluate --run` by hand may have put other figures in its place."""
-    from segdiff_dist.evaluation.provenance import identity
-    from segdiff_dist.sampling.store import SampleStore
+    from segdiff_dist.sampling.store import SampleStore, identity
 
     folder = column.path("run") / "evaluation"
     assert column.evaluate.segmenter is not None

@@ -19,7 +19,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,11 +261,14 @@ def _holds_no_image(path: Path) -> bool:
     return {file.name for file in path.iterdir()} <= own and not any((path / _DONE).glob("*"))
 
 
-def _refuse_another(path: Path, job: dict[str, Any]) -> None:
-    def identity(job: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in flatten(job).items() if key not in (*_PLACES, "device")}
+def identity(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a job from every other, by dotted key: its job.json without the places in it."""
+    return {key: value for key, value in flatten(job).items() if key not in _PLACES}
 
-    if differing := differences(identity(_read_job(path)), identity(job)):
+
+def _refuse_another(path: Path, job: dict[str, Any]) -> None:
+    there, asked = (identity(one) | {"device": None} for one in (_read_job(path), job))  # which has words of its own
+    if differing := differences(there, asked):
         key, old, new = differing[0]
         value = f"the samples here were made with {old!r}, not {new!r}"
         raise problem(path, key, value, f"use another folder (--out DIR), or remove {path}")
