@@ -34,7 +34,7 @@ from segdiff_dist.denoising.task import DenoiserTask, DiceTerm
 from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
 
 CPU = torch.device("cpu")
-SMALL = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(8,))
+SMALL = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v", "x0")
 ALPHAS_CUMPROD = make_scheduler(DiffusionConfig()).alphas_cumprod
 LIVER, SPLEEN = 6, 1
