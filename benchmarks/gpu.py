@@ -1,6 +1,6 @@
 """Everything that has to be measured on a GPU, in one command and under ten minutes.
 
-    python benchmarks/gpu.py --json benchmarks/results/gpu-h100.json
+    python benchmarks/gpu.py --json benchmarks/results/gpu-h200.json
 
 Ceilings first (a copy, a matrix product), then the kernels' parity with torch, whole training steps of batch 32 beside
 those of others (_gpu_training.py), the norms over the shapes of the real UNet, the backends of attention, the other
