@@ -122,7 +122,8 @@ def train_denoiser(experiment: Experiment) -> None:
     collect(
         lambda: refuse(find_problems(shards, side, denoiser, experiment.diffusion)),
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
-        lambda: refuse(experiment.validation.problems() + experiment.tracking.problems()),
+        lambda: refuse(experiment.validation.problems(experiment.diffusion.num_train_timesteps)),
+        lambda: refuse(experiment.tracking.problems()),
         lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
         lambda: choose_attention(denoiser.attention, pick_device(config.device), denoiser.attention_head_dim),
         lambda: choose_kernels(denoiser.kernels, pick_device(config.device)),

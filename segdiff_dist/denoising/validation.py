@@ -61,13 +61,16 @@ class ValidationConfig:
     seed: int = 0
     """Of slices, noise and timesteps. Keep it to compare runs."""
 
-    def problems(self) -> list[Problem]:
-        """What is out of range."""
+    def problems(self, num_train_timesteps: int) -> list[Problem]:
+        """What is out of range, for a net that knows so many timesteps."""
         found = []
         for name, low in (("num_images", 1), ("num_pictures", 0), ("num_steps", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value < low:
                 found.append(Problem("config", f"validation.{name}", str(value), f"give at least {low}"))
+        if self.num_steps > num_train_timesteps:
+            remedy = f"the net knows {num_train_timesteps} timesteps: give at most that many"
+            found.append(Problem("config", "validation.num_steps", str(self.num_steps), remedy))
         return found
 
 

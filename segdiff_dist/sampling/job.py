@@ -59,6 +59,11 @@ class Crew:
     device: str
     gpus_per_worker: float
 
+    @property
+    def num_beside(self) -> int:
+        """Workers that share one GPU; without GPUs all of them, on however many machines."""
+        return round(1 / self.gpus_per_worker) if self.device == "cuda" else self.num_workers
+
 
 def sample(
     run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig
@@ -169,7 +174,7 @@ def _make_missing(store: SampleStore, crew: Crew, config: SampleConfig) -> None:
     desc = "sample" if (few := fewer_masks(store.items, config)) is None else f"sample ({few})"
     with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc=desc, unit="img") as bar:
         for done in fan_out(
-            WorkerFactory(store.path, crew.device, config.batch_size, crew.num_workers),
+            WorkerFactory(store.path, crew.device, config.batch_size, crew.num_beside),
             missing,
             num_workers=crew.num_workers,
             threads_per_worker=config.threads_per_worker,

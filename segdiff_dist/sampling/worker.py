@@ -5,6 +5,7 @@ Dimensions: B batch, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -42,13 +43,14 @@ _SHARE_FOR_ACTIVATIONS = 0.5
 class WorkerFactory:
     """Runs in the worker: loads the model once, returns the function that makes a region and tells its seconds.
 
-    `num_workers`: of the job, some of which may share this machine's memory.
+    `num_beside`: workers that may share the memory it is to work in: those of its GPU, or all of the job, of which only
+    as many are on this machine as it has room for.
     """
 
     store: Path
     device: str
     batch_size: int | None = None
-    num_workers: int = 1
+    num_beside: int = 1
 
     def __call__(self) -> Callable[[int], float]:
         import torch
@@ -62,8 +64,8 @@ class WorkerFactory:
         if self.device == "cpu":
             keep_freed_memory()
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-        per_machine = max(1, num_cores() // settings["threads_per_worker"])
-        beside = 1 if self.device == "cuda" else min(self.num_workers, per_machine)
+        most = math.inf if self.device == "cuda" else max(1, num_cores() // settings["threads_per_worker"])
+        beside = int(min(self.num_beside, most))
         made = _RegionMaker(store, torch.device(self.device))
         made.batch_size = self.batch_size or batch_size_for(
             made.model.config,

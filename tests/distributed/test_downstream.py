@@ -150,7 +150,13 @@ def test_evaluation_counts_what_the_cluster_has(address: str, device: Any, num_w
     config = EvaluateConfig(device=device, num_workers=num_workers, ray_address=address)
     assert config.problems() == []
     with ray_session(address):
-        assert crew_for(config) == crew
+        found = crew_for(config)
+    assert found == crew
+    # Those that have to share a GPU's memory, or this machine's.
+    assert (
+        found.num_beside
+        == {(8, "cuda"): 1, (3, "cuda"): 1, (16, "cuda"): 2, (2, "cpu"): 2}[crew.num_workers, crew.device]
+    )
 
 
 def test_where_the_test_is_on_val_no_training_looks_at_it(tmp_path: Path, shapes: Path) -> None:
