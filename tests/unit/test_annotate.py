@@ -265,8 +265,10 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(archive, tool: Tool, t
 def test_ctrl_c_stops_the_tools_and_the_same_command_goes_on(archive, tool: Tool, tmp_path: Path) -> None:
     out = tmp_path / "whole"
     tool.order("amos_0003", "sleep")
+    # Where the tests run in a shell's background, SIGINT is ignored, and a child inherits that.
     script = (
-        "from pathlib import Path; from data_shards.ingest.annotate import *\n"
+        "import signal; from pathlib import Path; from data_shards.ingest.annotate import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"annotate(Path({str(archive.root)!r}), Path({str(out)!r}), {tool.config!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
