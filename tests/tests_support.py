@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from data_shards.store.shards import ShardSet
 
@@ -76,3 +78,12 @@ def flip_mask_bytes(shards: ShardSet, rows: Sequence[int]) -> ShardSet:
         content[where.offset_N[row] + where.bytes_N[row] // 2] ^= 4
         file.write_bytes(content)
     return shards
+
+
+def actors_of(starters: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The processes of fan_out's Ray actors under any of `starters`; another test's on this machine are left alone."""
+    found = []
+    for child in (child for starter in starters for child in starter.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if " ".join(child.cmdline()).startswith("ray::_Worker") else []
+    return found

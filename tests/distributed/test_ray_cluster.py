@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from sampling_support import make_here, pixels_of, write_weights
+from tests_support import actors_of
 
 from data_shards.fan_out import ray_session
 from data_shards.problems import InputProblems
@@ -65,13 +65,8 @@ def add_node(cluster: Any) -> Any:
 
 
 def workers(cluster: Any) -> list[psutil.Process]:
-    """The processes of the cluster's actors; other clusters of this machine are left alone."""
-    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in cluster.worker_nodes]
-    found = []
-    for child in (child for raylet in raylets for child in raylet.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            found += [child] if " ".join(child.cmdline()).startswith("ray::_Worker") else []
-    return found
+    """The processes of the cluster's actors."""
+    return actors_of([psutil.Process(node.all_processes["raylet"][0].process.pid) for node in cluster.worker_nodes])
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from tests_support import bytes_of
+from tests_support import actors_of, bytes_of
 
 from data_shards.ingest.archive import read_archive
 from data_shards.ingest.case_slices import slices_of
@@ -31,29 +30,18 @@ CONFIG = PrepareConfig(size=32, slice_stride=3, samples_per_shard=16, num_worker
 pytestmark = pytest.mark.usefixtures("ray")
 
 
-def _worker_pids() -> list[int]:
-    """Processes of the actors that cut volumes and write shards."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def test_killed_workers_cost_nothing_but_their_volumes(archive, tmp_path: Path) -> None:
     killed = []
 
     def kill_one(*_: int) -> None:
-        pids = _worker_pids()
-        if pids and len(killed) < 3:
-            os.kill(pids[0], signal.SIGKILL)
-            killed.append(pids[0])
+        # Not a third: where all three had the same volume, it would rightly count as what kills them.
+        actors = actors_of([psutil.Process()])
+        if actors and len(killed) < 2:
+            actors[0].kill()
+            killed.append(actors[0].pid)
 
     report = prepare(archive.root, tmp_path / "set", CONFIG, progress=kill_one)
-    assert len(killed) == 3
+    assert len(killed) == 2
     assert (report.num_cases, report.failed) == (6, ())
     prepare(archive.root, tmp_path / "clean", CONFIG)
     assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "clean")
@@ -68,7 +56,8 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     config = PrepareConfig(size=48, slice_stride=2, samples_per_shard=64, store=store, num_workers=2)
     clean, small_disk = tmp_path / "clean", disk_of(64)
     waiting = []
-    prepare(archive.root, clean, config, progress=lambda *_: waiting.append(_folder_bytes(clean / ".partial")))
+    one = replace(config, num_workers=1)
+    prepare(archive.root, clean, one, progress=lambda *_: waiting.append(_folder_bytes(clean / ".partial")))
     room = 0.5 * waiting[-1] if during == "cutting" else waiting[-1] + 0.5 * _folder_bytes(clean)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(max(0, int(shutil.disk_usage(small_disk).free - room))))
