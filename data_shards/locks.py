@@ -1,0 +1,421 @@
+"""One command at a time on what it writes: a lock file that says who is at work, and that outlives nobody.
+
+    OUT/.segdiff.lock       of a folder that a command fills          RUN/.train.lock, ...   of a part of a run folder
+
+The holder keeps an flock on the file, writes down who it is, and touches the file every few seconds. It removes the
+file when it ends. What a dead holder left is taken over:
+
+- On the holder's own machine the kernel has let go of the flock. Where the file system has no locks, the process and
+  the time it started at decide.
+- On another machine the flock of a shared file system is not always to be trusted, so the file is watched: a holder
+  that is alive touches it. Clocks are not compared.
+
+Nothing in a lock file is acted upon but the comparison: it may lie in a stranger's folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from data_shards.problems import InputProblems, OutOfSpace, out_of_space, problem
+
+# Of a folder that a command fills.
+FOLDER_LOCK = ".segdiff.lock"
+# How often a holder touches its file, and for how long one on another machine may seem dead: several touches.
+_BEAT_S, _WATCH_S = 10.0, 35.0
+# A file that was not touched for so long needs no watching, however wrong a clock is.
+_LONG_AGO_S = 3600.0
+# A rank that is started again waits so long for the one before it to end.
+_SAME_JOB_S = 90.0
+# A lock that is busy names its holder after a moment; without flock the later of two writers shows after one.
+_GRACE_S, _SETTLE_S, _POLL_S = 1.0, 0.5, 0.25
+_MOST_BYTES, _MOST_CHARACTERS = 4096, 160
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+_lent: set[tuple[int, int, str]] = set()
+"""(process, thread, file) of locks within which the same thread may take the same lock again."""
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """Who is at work. `machine`: of a process table, or empty; `started`: the process' start in clock ticks; `job`:
+    what the ranks of one start of a training have in common."""
+
+    host: str
+    machine: str
+    pid: int
+    started: int
+    command: str
+    since: str
+    job: str
+    token: str
+
+    @classmethod
+    def here(cls) -> _Holder:
+        """This process."""
+        return cls(
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            started=_started(os.getpid()) or 0,
+            command=_command(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            job=_job(),
+            token=uuid.uuid4().hex,
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} ({self.command}, since {self.since})"
+
+    @property
+    def shares_kernel(self) -> bool:
+        """Whether it is, or was, on this machine, in whichever container."""
+        return bool(self.machine) and self.machine.split(":")[0] == _machine().split(":")[0]
+
+    @property
+    def is_alive_here(self) -> bool | None:
+        """Whether the process runs; None where this process cannot see it."""
+        if not self.machine or self.machine != _machine():
+            return None
+        return _started(self.pid) == self.started
+
+
+@contextmanager
+def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Iterator[None]:
+    """Hold the lock `file` over `where`, which this command writes; its folder is made where it is missing.
+
+    `doing` completes a sentence about the holder: "is preparing it". With `lends` the same thread may take the lock
+    again inside: a stage that calls another.
+
+    Raises InputProblems where another process holds it, or where the folder cannot be written, so it is also the check
+    of the latter; OutOfSpace where the disk is full.
+    """
+    key = (os.getpid(), threading.get_ident(), os.path.realpath(file))
+    if key in _lent:
+        yield
+        return
+    made = _make_folder(file.parent, where)
+    held = None
+    try:
+        held = _acquire(file, where, doing)
+        if lends:
+            _lent.add(key)
+        yield
+    finally:
+        _lent.discard(key)
+        if held is not None:
+            held.release()
+        with suppress(OSError):  # not empty: there is something to keep
+            for folder in made:
+                folder.rmdir()
+
+
+def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
+    """For the ranks beside the one that holds the lock of their job: raise InputProblems where another job holds it."""
+    watch, own = _Watch(file), _job()
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return  # the rank that takes it knows better
+        try:
+            holder, lives = _read(descriptor), watch.look(descriptor)
+        finally:
+            os.close(descriptor)
+        if holder is None or holder.job == own:
+            return
+        lives = holder.is_alive_here if holder.is_alive_here is not None else lives
+        if lives is not None:
+            if lives:
+                raise _in_use(where, holder, doing)
+            return
+        time.sleep(_POLL_S)
+
+
+def lock_beside(path: Path) -> Path:
+    """The lock file of something that is to appear under the name `path`."""
+    return path.absolute().with_name(f".{path.name}.lock")
+
+
+class _Watch:
+    """Whether somebody touches a lock file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._since, self._seen, self._said = file, 0.0, (0, b""), False
+
+    def look(self, descriptor: int) -> bool | None:
+        """True when it was touched since the last look at the same holder, False when it has not been for too long,
+        None until one of the two is known."""
+        touched, content = os.fstat(descriptor).st_mtime_ns, os.pread(descriptor, _MOST_BYTES, 0)
+        if time.time() - touched / 1e9 > _LONG_AGO_S:
+            return False
+        before, self._seen = self._seen, (touched, content)
+        if before[1] != content:
+            self._since = time.monotonic()
+            return None
+        if before[0] != touched:
+            self._since = time.monotonic()
+            return True
+        return False if time.monotonic() - self._since > _WATCH_S else None
+
+    def say(self, where: Path, holder: _Holder) -> None:
+        """Why nothing happens for a while, once."""
+        if not self._said:
+            self._said = True
+            text = f"{where}: {holder} has not said that it ended; waiting up to {_WATCH_S:.0f} s for a sign of it"
+            warnings.warn(text, stacklevel=5)
+
+
+def _acquire(file: Path, where: Path, doing: str) -> _Held:
+    own, watch, begin = _Holder.here(), _Watch(file), time.monotonic()
+    while True:
+        descriptor = _open(file, where)
+        taken = False
+        try:
+            has_flock = _flock(descriptor)
+            if has_flock is not False and not _is_at(descriptor, file):
+                continue  # its holder removed it between the two calls
+            holder = _read(descriptor)
+            if _is_free(holder, has_flock):
+                gone: bool | None = True
+            else:
+                gone = _is_gone(holder, has_flock, watch, descriptor, begin, own)
+                if gone is False:
+                    raise _in_use(where, holder, doing)
+            if gone and has_flock is False:  # on a server that knows not yet that its client is dead
+                file.unlink(missing_ok=True)
+            elif gone:
+                taken = _write(descriptor, file, where, own, settles=has_flock is None)
+                if taken:
+                    return _Held(file, descriptor, own)
+            elif holder is not None and not holder.shares_kernel:
+                watch.say(where, holder)
+        finally:
+            if not taken:
+                os.close(descriptor)
+        time.sleep(_POLL_S)
+
+
+def _is_free(holder: _Holder | None, has_flock: bool | None) -> bool:
+    """Whether nobody can be at work: an flock on this machine's own kernel is sure."""
+    if has_flock is True:
+        return holder is None or holder.shares_kernel
+    return has_flock is None and (holder is None or holder.is_alive_here is False)
+
+
+def _is_gone(
+    holder: _Holder | None,
+    has_flock: bool | None,
+    watch: _Watch,
+    descriptor: int,
+    begin: float,
+    own: _Holder,
+) -> bool | None:
+    """Whether the holder of a lock that is not free is dead all the same; None: look again."""
+    waited_s = time.monotonic() - begin
+    if has_flock is False and (holder is None or holder.shares_kernel):
+        # Whoever has the flock may be about to write its name over a dead one's.
+        knows = holder is not None and holder.is_alive_here is not False
+        lives: bool | None = True if knows or waited_s > _GRACE_S else None
+    elif holder is not None and holder.is_alive_here:
+        lives = True
+    else:
+        lives = watch.look(descriptor)
+    if lives and holder is not None and own.job and holder.job == own.job and waited_s < _SAME_JOB_S:
+        return None
+    return None if lives is None else not lives
+
+
+class _Held:
+    """A lock that is held: touched from a thread until it is released."""
+
+    def __init__(self, file: Path, descriptor: int, own: _Holder) -> None:
+        self._file, self._descriptor, self._own = file, descriptor, own
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Remove the file and let go."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(OSError):
+            there = _read_file(self._file)
+            if there is not None and there.token == self._own.token:
+                self._file.unlink()
+        os.close(self._descriptor)
+
+    def _beat(self) -> None:
+        pause_s = _SETTLE_S  # two that began at once, on machines that do not see each other's flocks, show soon
+        while not self._ended.wait(pause_s):
+            pause_s = _BEAT_S
+            with suppress(OSError):
+                os.utime(self._descriptor)
+                if (other := _read_file(self._file)) is not None and other.token != self._own.token:
+                    # This machine slept, or was cut off: two must not write.
+                    warnings.warn(f"{self._file}: {other} has taken over; this command stops", stacklevel=1)
+                    _stop_this_process()
+                    return
+
+
+def _stop_this_process() -> None:
+    """As Ctrl-C would; in a shell's background, where that is ignored, as `kill` would."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM if ignored else signal.SIGINT)
+
+
+def _open(file: Path, where: Path) -> int:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        try:
+            descriptor = os.open(file, flags | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another command has just removed the folder that it had made
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, flags | os.O_CREAT, 0o666)
+        except PermissionError:  # in a shared folder, of another person; its flock can be seen all the same
+            descriptor = os.open(file, flags & ~os.O_RDWR | os.O_RDONLY)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise problem(file, "lock file", "not a file", "remove it") from error
+        raise _not_writable(where, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise problem(file, "lock file", "not a file", "remove it")
+    return descriptor
+
+
+def _make_folder(folder: Path, where: Path) -> list[Path]:
+    """Make it and what is above it; returns what was missing, the innermost first."""
+    missing = [one for one in (folder, *folder.absolute().parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(where, error) from error
+    return missing
+
+
+def _not_writable(where: Path, error: OSError) -> InputProblems | OutOfSpace:
+    if out_of_space(error):
+        return OutOfSpace(where, str(error))
+    return problem(where, "output folder", f"cannot be written ({error})", "choose another place, or make it writable")
+
+
+def _in_use(where: Path, holder: _Holder | None, doing: str) -> InputProblems:
+    return problem(where, "at work here", f"{holder or 'another process'} {doing}", "wait for it, or stop it")
+
+
+def _flock(descriptor: int) -> bool | None:
+    """True: taken; False: another has it; None: the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS or error.errno == errno.EBADF:  # NFS: not through what is open for reading alone
+            return None
+        raise
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether the open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _write(descriptor: int, file: Path, where: Path, own: _Holder, *, settles: bool) -> bool:
+    """Put this process' name into the file; False where another has been quicker."""
+    content = json.dumps(asdict(own)).encode() + b"\n"
+    try:
+        if not os.access(file, os.W_OK):  # another person's, in a shared folder: ours takes its place
+            file.unlink()
+            return False
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content, 0)
+    except OSError as error:
+        with suppress(OSError):
+            file.unlink()
+        raise _not_writable(where, error) from error
+    if settles:
+        time.sleep(_SETTLE_S)
+        there = _read_file(file)
+        return there is not None and there.token == own.token
+    return _is_at(descriptor, file)
+
+
+def _read_file(file: Path) -> _Holder | None:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> _Holder | None:
+    """Who has written itself down; None where that is nobody, or not legible."""
+    try:
+        values = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
+        texts = {f.name: _shown(str(values[f.name])) for f in fields(_Holder) if f.name not in ("pid", "started")}
+        return _Holder(pid=int(values["pid"]), started=int(values["started"]), **texts)
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+
+
+def _shown(text: str) -> str:
+    """Fit for a terminal, whoever wrote it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_MOST_CHARACTERS])
+
+
+def _machine() -> str:
+    """Boot and process table: what a process id is unique in while it lives. Empty where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since the boot (proc(5)); None where none of that id is at work."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(rest[18])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _job() -> str:
+    """What the ranks of one training have in common, also when they are started again; empty for a lone process."""
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    address = os.environ.get("MASTER_ADDR", "")
+    # One that every machine has is none.
+    host = socket.gethostname() if address in ("localhost", "127.0.0.1", "::1") else ""
+    return f"{host}/{address}:{os.environ.get('MASTER_PORT', '')}"
+
+
+def _command() -> str:
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
+    return _shown(re.sub(r"://[^/@\s]*@", "://", shlex.join(words)))
