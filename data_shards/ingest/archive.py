@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.problems import Problem, problem
+from data_shards.ingest.nifti import read_geometry
+from data_shards.problems import InputProblems, Problem, problem
 from data_shards.records import MODALITIES
 
 DATASET_FILE = "dataset.json"
@@ -68,8 +70,6 @@ def read_archive(root: Path, modalities: Sequence[str] = MODALITIES) -> list[Cas
 
 def find_problems(root: Path, modalities: Sequence[str] = MODALITIES) -> list[Problem]:
     """All that can be seen before work starts, reading headers alone; an empty list means go."""
-    from data_shards.problems import InputProblems
-
     try:
         content = _read_dataset(root)
     except InputProblems as error:
@@ -188,10 +188,19 @@ def _problems_with_files(case: Case) -> list[Problem]:
         if len(both := nifti_files(file.parent, case.case_id)) > 1:
             value = f"both {both[0].name} and {both[1].name}"
             found.append(Problem(str(file.parent), f"case id {case.case_id}", value, "keep the one that is meant"))
-    headers = [read_header(file, found) for file in files]
-    if len(headers) < 2 or headers[0] is None or headers[1] is None:
+    geometries = []
+    for file in files:
+        if not file.is_file():
+            remedy = "restore it, or take it out of dataset.json"
+            found.append(Problem(str(file), "file", f"missing, but {DATASET_FILE} names it", remedy))
+            continue
+        try:
+            geometries.append(read_geometry(file))
+        except InputProblems as error:
+            found += error.problems
+    if len(geometries) < 2:
         return found
-    (shape, affine), (label_shape, label_affine) = headers[0], headers[1]
+    (shape, affine), (label_shape, label_affine) = ((one.shape, one.affine) for one in geometries)
     remedy = "use the label that was drawn on this image, on its grid"
     if shape != label_shape:
         found.append(Problem(str(case.label), "shape", f"{label_shape}, its image has {shape}", remedy))
@@ -201,38 +210,16 @@ def _problems_with_files(case: Case) -> list[Problem]:
 
 
 def read_header(file: Path, found: list[Problem]) -> tuple[tuple[int, ...], np.ndarray] | None:
-    """Shape and affine (voxel index as stored to RAS mm) of a 3-D NIfTI file; None, with the reason added to `found`,
-    where it has none that can be used."""
-    import nibabel as nib
-
-    def wrong(field: str, value: str, remedy: str) -> None:
-        found.append(Problem(str(file), field, value, remedy))
-
-    if not file.is_file():
-        wrong("file", f"missing, but {DATASET_FILE} names it", "restore it, or take it out of dataset.json")
-        return None
+    """Shape and affine (voxel index as stored to RAS mm) of a 3-D NIfTI file; None, with the reasons added to `found`,
+    where it has none that can be used. What of it is a guess is warned of; `read_geometry` returns it in words."""
     try:
-        image = nib.load(file)
-    except Exception as error:  # nibabel raises whatever the bytes lead it to
-        wrong("header", f"not NIfTI ({' '.join(str(error).split())[:120]})", "restore the file from the archive")
+        geometry = read_geometry(file)
+    except InputProblems as error:
+        found += error.problems
         return None
-    if not isinstance(image, nib.Nifti1Image):
-        wrong("header", f"{type(image).__name__}, not NIfTI", "convert the file to .nii.gz")
-        return None
-    shape, dtype, affine = image.shape, image.get_data_dtype(), image.affine
-    if len(shape) > 3 and set(shape[3:]) == {1}:
-        shape = shape[:3]
-    if len(shape) != 3:
-        wrong("dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file")
-    elif min(shape) < 1:
-        wrong("shape", f"{shape} is empty", "restore the file from the archive")
-    elif dtype.kind not in "iuf":
-        wrong("data type", str(dtype), "store one real number a voxel")
-    elif not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        wrong("affine", str(np.round(affine[:3], 4).tolist()), "the voxel axes must span space: repair the header")
-    else:
-        return shape, affine
-    return None
+    for note in geometry.notes:
+        warnings.warn(f"{file}: {note}", stacklevel=2)
+    return geometry.shape, geometry.affine
 
 
 def largest_shift_voxels(shape: tuple[int, ...], affine: np.ndarray, other: np.ndarray) -> float:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.ingest.volumes import UnreadableVolume
+from data_shards.ingest.nifti import read_geometry
+from data_shards.ingest.volumes import UnreadableVolume, whole_numbers
 from data_shards.labels import WHOLEBODY
 
 # Classes that TotalVIBE's table holds under another name or within another class; None where it holds nothing like it,
@@ -67,8 +68,9 @@ def to_wholebody_ids(made: Path, out: Path) -> None:
     import nibabel as nib
 
     try:
+        read_geometry(made)
         image = nib.load(made)
-        ids = np.asanyarray(image.dataobj)
+        ids = whole_numbers(np.asanyarray(image.dataobj), 1.0, 0.0)
     except Exception as error:  # nibabel raises whatever the bytes lead it to
         raise UnreadableVolume(str(made), f"not NIfTI ({' '.join(str(error).split())[:120]})") from error
     names = class_names(image.header)

@@ -20,11 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.ingest.nifti import MOST_BYTES_BEHIND_VOXELS, Geometry, is_packed, read_geometry, value_scale
+from data_shards.problems import InputProblems
+
 if TYPE_CHECKING:
     import scipy.sparse
 
-# Deflate packs at most 258 bytes into two bits (RFC 1951): 1032 to 1.
-_MOST_DEFLATED = 1032
+# Labels and float images saved by way of each other come back as 0.99998 or 2.0004; beyond this they are other numbers.
+_WHOLE = 1e-3
+# Resampling sums float32 products of values; beyond this they overflow.
+_LARGEST_VALUE = 1e30
 # An overlap this small is none: what is left where a stretch ends on an element's edge.
 _ROUNDING = 1e-9
 
@@ -45,7 +50,8 @@ class Volume:
     """A stored volume in canonical orientation; no voxel is copied or converted until it is asked for.
 
     voxels_IJK: as stored, value = voxel * slope + intercept. affine: 4x4, voxel index to RAS mm; an oblique volume
-    keeps its own axes, each named after the nearest anatomical one. sha256: of the file.
+    keeps its own axes, each named after the nearest anatomical one. sha256: of the file. notes: what of its header was
+    converted or is a guess, see nifti.Geometry.
     """
 
     voxels_IJK: np.ndarray
@@ -53,6 +59,7 @@ class Volume:
     intercept: float
     affine: np.ndarray
     sha256: str
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing_mm(self) -> np.ndarray:
@@ -74,19 +81,26 @@ def read_volume(path: Path) -> Volume:
     """Read a 3-D .nii or .nii.gz; little more memory is used than the voxels take.
 
     Raises UnreadableVolume for what a header cannot show: a file cut short, a bad gzip checksum, bytes that belong to
-    nothing, values that are not finite.
+    nothing, values that are not finite; and for what `read_geometry` refuses.
     """
-    return _read(path, None)
+    volume = _read(path, None)
+    ends = np.array([volume.voxels_IJK.min(), volume.voxels_IJK.max()], dtype=np.float64)
+    if not (np.abs(ends * volume.slope + volume.intercept) < _LARGEST_VALUE).all():
+        reason = f"its values reach {_LARGEST_VALUE:g} (slope {volume.slope:g}, intercept {volume.intercept:g})"
+        raise UnreadableVolume(str(path), reason)
+    return volume
 
 
 def read_labels(path: Path, num_ids: int) -> Volume:
-    """Read a label volume as uint8, whatever type it is stored as, in no more memory than that takes. Raises
-    UnreadableVolume also for ids outside 0..num_ids-1 and for numbers that are not whole."""
+    """Read a label volume as uint8, whatever type it is stored as, in no more memory than that takes. Numbers within
+    0.001 of a whole one are rounded. Raises UnreadableVolume also for ids outside 0..num_ids-1 and for other numbers.
+    """
 
     def to_ids(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-        ids = plane if (slope, intercept) == (1.0, 0.0) else plane * slope + intercept
-        if ids.dtype.kind == "f" and not np.array_equal(ids, np.rint(ids)):
-            raise UnreadableVolume(str(path), "label ids are not whole numbers")
+        try:
+            ids = whole_numbers(plane, slope, intercept)
+        except ValueError as error:
+            raise UnreadableVolume(str(path), str(error)) from error
         lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= num_ids:
             wrong = lowest if lowest < 0 else highest
@@ -94,6 +108,25 @@ def read_labels(path: Path, num_ids: int) -> Volume:
         return ids.astype(np.uint8, copy=False)
 
     return _read(path, to_ids)
+
+
+def whole_numbers(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """The label ids of stored numbers: themselves, or rounded where all are within 0.001 of whole ones. Raises
+    ValueError with the first number that is not, and where it comes from."""
+    if stored.dtype.kind in "iu" and (slope, intercept) == (1.0, 0.0):
+        return stored
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
+        whole = np.rint(numbers)
+        far = ~(np.abs(numbers - whole) <= _WHOLE)
+    if far.any():
+        at = np.unravel_index(int(np.argmax(far)), far.shape)
+        cause = ""
+        if (slope, intercept) != (1.0, 0.0):
+            cause = f": stored {stored[at]:g}, scl_slope {slope:.4g}, scl_inter {intercept:.4g} in the header"
+        remedy = "save the label again as whole numbers, with slope 1 and intercept 0"
+        raise ValueError(f"label ids are not whole numbers: {numbers[at]:.6g}{cause}; {remedy}")
+    return whole
 
 
 def planes_in_memory(voxels_IJK: np.ndarray) -> Iterator[np.ndarray]:
@@ -142,36 +175,39 @@ def nearest_elements(num_out: int, num_in: int, *, step: float) -> np.ndarray:
 def _read(path: Path, to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None) -> Volume:
     """`to_ids` turns each stored plane, with slope and intercept, into uint8."""
     import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
 
     try:
-        image = nib.load(path)
+        geometry = read_geometry(path)
         with path.open("rb", buffering=0) as file:
             hashed = _Hashed(file)
-            content = gzip.GzipFile(fileobj=hashed, mode="rb") if path.name.lower().endswith(".gz") else hashed
-            voxels = _stored_voxels(path, image, content, to_ids)
-    except (OSError, EOFError, zlib.error, ImageFileError) as error:
+            content = gzip.GzipFile(fileobj=hashed, mode="rb") if is_packed(path) else hashed
+            voxels = _stored_voxels(path, geometry, content, to_ids)
+    except InputProblems as error:
+        reason = "; ".join(f"{one.field}: {one.value}; {one.remedy}" for one in error.problems)
+        raise UnreadableVolume(str(path), reason) from error
+    except (OSError, EOFError, zlib.error) as error:
         raise UnreadableVolume(str(path), f"truncated or damaged file: {error}") from error
-    orientation = nib.io_orientation(image.affine)
+    except MemoryError as error:
+        reason = f"{geometry.voxel_bytes / 2**30:.1f} GiB of voxels do not fit into memory: resample it"
+        raise UnreadableVolume(str(path), reason) from error
+    orientation = nib.io_orientation(geometry.affine)
     canonical = nib.apply_orientation(voxels, orientation)
-    affine = image.affine @ nib.orientations.inv_ornt_aff(orientation, voxels.shape)
-    slope, intercept = (1.0, 0.0) if to_ids else (float(image.dataobj.slope), float(image.dataobj.inter))
-    return Volume(canonical, slope, intercept, affine, hashed.sha256.hexdigest())
+    affine = geometry.affine @ nib.orientations.inv_ornt_aff(orientation, voxels.shape)
+    slope, intercept = (1.0, 0.0) if to_ids else value_scale(geometry.header)
+    return Volume(canonical, slope, intercept, affine, hashed.sha256.hexdigest(), geometry.notes)
 
 
 def _stored_voxels(
-    path: Path, image: Any, content: io.IOBase, to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None
+    path: Path,
+    geometry: Geometry,
+    content: io.IOBase,
+    to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None,
 ) -> np.ndarray:
     """The voxels in the order of the file, read plane by plane into the one array that stays. Reads to the end of the
-    file, where gzip's checksum stands."""
-    shape, dtype = image.header.get_data_shape()[:3], image.header.get_data_dtype()
-    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    # A header can claim any size; what the file cannot hold is refused before memory is asked for.
-    most = path.stat().st_size * (_MOST_DEFLATED if isinstance(content, gzip.GzipFile) else 1)
-    if needed > most:
-        raise UnreadableVolume(str(path), f"truncated file: at most {most} bytes of voxels, {needed} expected")
-    _fill(np.empty(int(image.dataobj.offset), np.uint8), content)
+    file, where gzip's checksum stands; a file that goes on and on behind its voxels is refused."""
+    shape, dtype = geometry.shape, geometry.header.get_data_dtype()
+    slope, intercept = value_scale(geometry.header)
+    _fill(np.empty(int(geometry.header.get_data_offset()), np.uint8), content)
     voxels = np.empty(shape, dtype if to_ids is None else np.uint8, order="F")
     plane = np.empty(shape[:2], dtype, order="F")
     not_finite = 0
@@ -179,14 +215,19 @@ def _stored_voxels(
         stored = voxels[:, :, k] if to_ids is None else plane
         filled = _fill(stored, content)
         if filled < stored.nbytes:
-            missing = f"{k * stored.nbytes + filled} bytes of voxels, {needed} expected"
+            missing = f"{k * stored.nbytes + filled} bytes of voxels, {geometry.voxel_bytes} expected"
             raise UnreadableVolume(str(path), f"truncated file: {missing}")
         if dtype.kind == "f":
             not_finite += stored.size - int(np.count_nonzero(np.isfinite(stored)))
         if to_ids is not None and not not_finite:
             voxels[:, :, k] = to_ids(stored, slope, intercept)
-    while _fill(plane, content):
-        pass
+    behind = 0
+    rest = np.empty(2**16, np.uint8)
+    while got := _fill(rest, content):
+        behind += got
+        if behind > MOST_BYTES_BEHIND_VOXELS:
+            reason = f"damaged file: more than {MOST_BYTES_BEHIND_VOXELS // 2**20} MiB behind the voxels it declares"
+            raise UnreadableVolume(str(path), reason)
     if not_finite:
         raise UnreadableVolume(str(path), f"{not_finite} voxels are NaN or infinite")
     return voxels

@@ -16,6 +16,7 @@ import numpy as np
 from data_shards.ingest.archive import read_header
 from data_shards.ingest.body import BodyField, find_body
 from data_shards.ingest.intensity import GreyMap
+from data_shards.ingest.nifti import read_geometry
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import Slice, cut
 from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights, read_labels, read_volume
@@ -262,7 +263,7 @@ def _save(out: Path, values_IJK: np.ndarray, mask_file: Path) -> None:
     import nibabel as nib
     from nibabel import orientations
 
-    mask = nib.load(mask_file)
+    mask = read_geometry(mask_file)  # in mm, whatever unit the mask's header counts in
     own = orientations.io_orientation(mask.affine)
     canonical = np.stack((np.arange(3), np.ones(3)), axis=1)
     values = orientations.apply_orientation(values_IJK, orientations.ornt_transform(canonical, own))

@@ -1,0 +1,290 @@
+"""NIfTI headers: read without the voxels, checked, and the one rule for where a volume is in space (docs/data.md 4).
+
+nibabel decodes the header's fields; the file is opened here, so that no more of it is read than a header has bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.problems import InputProblems, Problem, problem, refuse
+
+# Sizes and first bytes: NIfTI-1.1 (nifti1.h) and NIfTI-2 (nifti2.h); voxels follow the header and four bytes.
+_HEADER_BYTES = {348: "Nifti1Header", 540: "Nifti2Header"}
+_FEWEST_BYTES_BEFORE_VOXELS = {348: 352, 540: 544}
+# Extensions (tables of labels, DICOM fields) lie between header and voxels. They take kilobytes.
+_MOST_BYTES_BEFORE_VOXELS = 64 * 2**20
+# A few writers pad their files. More than this behind the voxels is another file, or a bomb.
+MOST_BYTES_BEHIND_VOXELS = 16 * 2**20
+# Deflate packs at most 258 bytes into two bits (RFC 1951): 1032 to 1.
+_MOST_DEFLATED = 1032
+# 1024 x 1024 x 2048: a whole body at 1 mm from a detector twice as fine as those in use.
+_MOST_VOXELS = 2**31
+# Codes of xyzt_units for space (nifti1.h). Writers often leave the unit out (0): the numbers are then millimetres.
+_UNITS = {0: ("no unit", 1.0), 1: ("metres", 1000.0), 2: ("millimetres", 1.0), 3: ("micrometres", 0.001)}
+# Beyond this no scanner of people measures: finer is microscopy, coarser shows no organ. Another unit is 1,000 away.
+SPACING_LIMITS_MM = (0.05, 50.0)
+# Nobody is longer, and no field of view is.
+_LONGEST_MM = 5000.0
+# pixdim and the columns of sform say the same length twice; writers round one of the two.
+_SAME_LENGTH = 0.02
+# Rounded headers leave hundredths of a degree. A tilted gantry makes 5 to 30.
+_LARGEST_SHEAR_DEGREES = 1.0
+# Two descriptions of the same axes; aligned to an atlas, they may differ by a little.
+_SAME_AXIS_DEGREES = 5.0
+_RESTORE = "restore the file from the archive"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of a file are. shape: stored I, J, K; affine: 4x4, voxel index as stored to RAS mm.
+
+    `notes`: what was converted, and what is a guess, in words; empty for most files. `header`: nibabel's.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    notes: tuple[str, ...]
+    header: Any
+
+    @property
+    def spacing_mm(self) -> np.ndarray:
+        """Distance between neighbouring voxels along each stored dimension."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of all voxels as stored."""
+        return int(np.prod(self.shape, dtype=object)) * int(self.header.get_data_dtype().itemsize)
+
+
+def read_geometry(file: Path) -> Geometry:
+    """Where the volume in a .nii or .nii.gz is, from its header alone.
+
+    sform counts where its code is above 0, else qform where its code is, else pixdim: then the sides are a guess, and
+    a note says so. Metres and micrometres are converted. Raises InputProblems, all at once, for what is no 3-D NIfTI
+    file of real numbers, cannot be held by a file of its length, or is contradictory or absurd in space.
+    """
+    header = _read_header(file)
+    found: list[Problem] = []
+    shape = _shape(file, header, found)
+    if header.get_data_dtype().kind not in "iuf":
+        found.append(Problem(str(file), "data type", str(header.get_data_dtype()), "store one real number a voxel"))
+    found += _problems_with_numbers(file, header)
+    affine, notes = _affine(file, header, found)
+    if shape is None or affine is None:
+        raise InputProblems(found)
+    geometry = Geometry(shape, affine, tuple(notes), header)
+    found += _problems_with_size(file, geometry)
+    refuse(found)
+    return geometry
+
+
+def is_packed(file: Path) -> bool:
+    """Whether the file is gzip, by its first bytes, whatever its name is."""
+    with file.open("rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
+
+
+def value_scale(header: Any) -> tuple[float, float]:
+    """Slope and intercept: value = voxel * slope + intercept. 1 and 0 where the header has none that can be used, as
+    NIfTI says for slope 0."""
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    return (slope, intercept) if slope != 0 and np.isfinite(slope) else (1.0, 0.0)
+
+
+def _read_header(file: Path) -> Any:
+    """nibabel's header, without extensions."""
+    import nibabel as nib
+
+    def wrong(reason: object) -> InputProblems:
+        return problem(file, "header", f"not NIfTI ({' '.join(str(reason).split())[:120]})", _RESTORE)
+
+    try:
+        with gzip.open(file, "rb") if is_packed(file) else file.open("rb") as content:
+            block = content.read(max(_HEADER_BYTES))
+    except (OSError, EOFError, zlib.error) as error:
+        raise wrong(error) from error
+    sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
+    size = next((n for n in _HEADER_BYTES if n in sizes), None)
+    if size is None or len(block) < size:
+        raise wrong("its first bytes are no NIfTI header")
+    made = getattr(nib, _HEADER_BYTES[size])
+    try:
+        raw = made(block[:size], check=False)
+        header = made(block[:size])
+        header.get_data_dtype(), header.get_data_shape()
+    except Exception as error:  # nibabel raises whatever the bytes lead it to
+        raise wrong(error) from error
+    if not bytes(raw["magic"].item()).startswith(b"n+"):
+        raise wrong(f"magic {raw['magic'].item()!r}: not header and voxels in one file")
+    # nibabel mends these without a word that would reach anybody.
+    header["pixdim"][1:4] = raw["pixdim"][1:4]
+    offset = float(raw["vox_offset"])
+    if not _FEWEST_BYTES_BEFORE_VOXELS[size] <= offset <= _MOST_BYTES_BEFORE_VOXELS:
+        remedy = f"voxels begin {_FEWEST_BYTES_BEFORE_VOXELS[size]} bytes to 64 MiB after the start: repair the header"
+        raise problem(file, "vox_offset", f"{offset:g}", remedy)
+    return header
+
+
+def _shape(file: Path, header: Any, found: list[Problem]) -> tuple[int, int, int] | None:
+    shape = tuple(int(n) for n in header.get_data_shape())
+    if len(shape) > 3 and set(shape[3:]) == {1}:
+        shape = shape[:3]
+    if len(shape) != 3:
+        found.append(Problem(str(file), "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file"))
+        return None
+    if min(shape) < 1:
+        found.append(Problem(str(file), "shape", f"{shape} is empty", _RESTORE))
+        return None
+    return shape[0], shape[1], shape[2]
+
+
+def _problems_with_numbers(file: Path, header: Any) -> list[Problem]:
+    slope, intercept = value_scale(header)
+    if np.isfinite(intercept):
+        return []
+    value = f"{intercept}, though the slope is {slope:g}"
+    return [Problem(str(file), "scl_inter", value, "write 0 there, or the intercept that is meant")]
+
+
+def _affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
+    """Stored voxel index to RAS mm, by the one rule, and notes; None, with the reasons in `found`, where none holds."""
+    unit_code = int(header["xyzt_units"]) & 7
+    if unit_code not in _UNITS:
+        known = ", ".join(f"{code} {name}" for code, (name, _) in _UNITS.items())
+        found.append(Problem(str(file), "xyzt_units", f"code {unit_code} for space", f"NIfTI has {known}"))
+        return None, []
+    unit, factor = _UNITS[unit_code]
+    notes = [] if factor == 1.0 else [f"{unit} are converted to millimetres"]
+    affine, said = _stated_affine(file, header, found)
+    if affine is None:
+        return None, []
+    notes += said
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    # Shown in the numbers of the header: that is where they are to be put right.
+    lines = np.round(affine[:3], 4).tolist()
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        directions = affine[:3, :3] / spacing
+        flat = not np.isfinite(affine).all() or not abs(np.linalg.det(directions)) > 1e-6
+    if flat:
+        found.append(Problem(str(file), "affine", str(lines), "the voxel axes must span space: repair the header"))
+        return None, []
+    low, high = SPACING_LIMITS_MM
+    if not ((spacing * factor >= low * 0.999).all() and (spacing * factor <= high * 1.001).all()):
+        value = f"{' x '.join(f'{one:.4g}' for one in spacing * factor)} mm (the header says {unit})"
+        remedy = f"voxels are {low} to {high:.0f} mm wide: correct xyzt_units (mm is 2) or the numbers"
+        found.append(Problem(str(file), "spacing", value, remedy))
+        return None, []
+    cosine = np.abs(directions.T @ directions - np.eye(3)).max()
+    shear = float(np.degrees(np.arcsin(min(1.0, cosine))))
+    if shear > _LARGEST_SHEAR_DEGREES:
+        remedy = "resample it to a rectangular grid (dcm2niix writes one for a tilted gantry, named *_Tilt)"
+        found.append(Problem(str(file), "affine", f"its axes are {shear:.1f} degrees off a right angle", remedy))
+        return None, []
+    return np.diag([factor, factor, factor, 1.0]) @ affine, notes
+
+
+def _stated_affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
+    """What the header states, in its own unit."""
+    pixdim = np.array(header["pixdim"][1:4], dtype=np.float64)
+    has_pixdim = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
+    qform = _qform(header)
+    if int(header["sform_code"]) != 0:
+        sform = np.array(header.get_sform(), dtype=np.float64)
+        return sform, _compared(file, sform, qform, int(header["qform_code"]), pixdim if has_pixdim else None, found)
+    if not has_pixdim:
+        found.append(
+            Problem(str(file), "pixdim", str(pixdim.tolist()), "the size of a voxel must be stated: repair the header")
+        )
+        return None, []
+    if int(header["qform_code"]) != 0:
+        if qform is None:
+            found.append(Problem(str(file), "qform", "no rotation", "repair the header, or write an sform"))
+        return qform, []
+    note = "neither qform nor sform: which side is left is a guess (columns are taken to run left, front, up)"
+    return _from_pixdim(header, pixdim), [note]
+
+
+def _from_pixdim(header: Any, pixdim: np.ndarray) -> np.ndarray:
+    """As nibabel and SPM read such a file: the first index runs to the left, the others to front and top, and the
+    middle of the volume is the origin."""
+    steps = pixdim * [-1.0, 1.0, 1.0]
+    affine = np.diag([*steps, 1.0])
+    shape = (*header.get_data_shape(), 1, 1, 1)[:3]
+    affine[:3, 3] = -steps * (np.array(shape, dtype=np.float64) - 1.0) / 2.0
+    return affine
+
+
+def _qform(header: Any) -> np.ndarray | None:
+    if int(header["qform_code"]) == 0:
+        return None
+    try:
+        return np.array(header.get_qform(), dtype=np.float64)
+    except Exception:  # a quaternion that is none, a negative pixdim
+        return None
+
+
+def _compared(
+    file: Path,
+    sform: np.ndarray,
+    qform: np.ndarray | None,
+    qform_code: int,
+    pixdim: np.ndarray | None,
+    found: list[Problem],
+) -> list[str]:
+    """Notes on a header whose sform is taken; a contradiction in the size of a voxel goes to `found`."""
+    import nibabel as nib
+
+    lengths = np.linalg.norm(sform[:3, :3], axis=0)
+    if not np.isfinite(sform).all() or not (lengths > 0).all():
+        return []
+    if pixdim is not None and (np.abs(lengths - pixdim) > _SAME_LENGTH * pixdim).any():
+        value = f"{np.round(lengths, 4).tolist()} by sform, {np.round(pixdim, 4).tolist()} by pixdim"
+        found.append(
+            Problem(str(file), "spacing", value, "which is the voxel's size cannot be known: repair the header")
+        )
+    if qform_code == 0:
+        return []
+    if qform is None or not np.isfinite(qform).all() or not (np.linalg.norm(qform[:3, :3], axis=0) > 0).all():
+        return ["its qform is broken; sform is taken"]
+    codes = ["".join(str(code) for code in nib.aff2axcodes(one)) for one in (sform, qform)]
+    if codes[0] != codes[1]:
+        return [f"which side is left is a guess: sform says {codes[0]} and is taken, qform says {codes[1]}"]
+    cosine = (sform[:3, :3] / lengths * (qform[:3, :3] / np.linalg.norm(qform[:3, :3], axis=0))).sum(axis=0)
+    angle = float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))).max())
+    if angle > _SAME_AXIS_DEGREES:
+        return [f"sform and qform are turned by {angle:.0f} degrees against each other; sform is taken"]
+    return []
+
+
+def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
+    """What the file cannot hold, and what no volume has."""
+    found = []
+    shape, needed = geometry.shape, geometry.voxel_bytes
+    length, most = file.stat().st_size, file.stat().st_size
+    offset = int(geometry.header.get_data_offset())
+    if is_packed(file):
+        most = length * _MOST_DEFLATED
+    elif length > offset + needed + MOST_BYTES_BEHIND_VOXELS:
+        value = f"{length - offset - needed:,} bytes behind the voxels"
+        found.append(
+            Problem(str(file), "length", value, f"the header declares fewer voxels than there are; {_RESTORE}")
+        )
+    if needed > most - offset:
+        value = f"{shape} needs {needed:,} bytes; truncated file: it can hold at most {max(0, most - offset):,}"
+        found.append(Problem(str(file), "shape", value, _RESTORE))
+    elif int(np.prod(shape, dtype=object)) > _MOST_VOXELS:
+        value = f"{shape} is {int(np.prod(shape, dtype=object)):,} voxels"
+        found.append(Problem(str(file), "shape", value, f"at most {_MOST_VOXELS:,} are read: resample it"))
+    extent = float((geometry.spacing_mm * np.array(shape)).max())
+    if extent > _LONGEST_MM:
+        value = f"{extent / 1000:,.1f} m long ({shape} voxels of {np.round(geometry.spacing_mm, 3).tolist()} mm)"
+        found.append(Problem(str(file), "spacing", value, "correct xyzt_units, the spacing or the shape"))
+    return found
