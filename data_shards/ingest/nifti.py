@@ -111,20 +111,21 @@ def _read_header(file: Path) -> Any:
             block = content.read(max(_HEADER_BYTES))
     except (OSError, EOFError, zlib.error) as error:
         raise wrong(error) from error
-    sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
+    sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     size = next((n for n in _HEADER_BYTES if n in sizes), None)
     if size is None or len(block) < size:
         raise wrong("its first bytes are no NIfTI header")
     made = getattr(nib, _HEADER_BYTES[size])
     try:
         raw = made(block[:size], check=False)
-        header = made(block[:size])
+        with nib.imageglobals.LoggingOutputSuppressor():
+            header = made(block[:size])
         header.get_data_dtype(), header.get_data_shape()
     except Exception as error:  # nibabel raises whatever the bytes lead it to
         raise wrong(error) from error
     if not bytes(raw["magic"].item()).startswith(b"n+"):
         raise wrong(f"magic {raw['magic'].item()!r}: not header and voxels in one file")
-    # nibabel mends these without a word that would reach anybody.
+    # nibabel replaces these where they are not above 0; here they are refused.
     header["pixdim"][1:4] = raw["pixdim"][1:4]
     offset = float(raw["vox_offset"])
     if not _FEWEST_BYTES_BEFORE_VOXELS[size] <= offset <= _MOST_BYTES_BEFORE_VOXELS:

@@ -45,9 +45,14 @@ class Line:
         return (shown[:, ::-1] @ linear_weights(self.num_grid, num_in, step=step)).tocsr()
 
     def nearest(self) -> tuple[slice, np.ndarray]:
-        """The pixels that lie inside the volume, and the stored voxel of each, int64."""
+        """The pixels that lie inside the volume, and the stored voxel of each, int64. A volume so thin that it lies
+        between the pixels' centres is shown by the pixel that holds its middle."""
         shown = self.first + np.floor((np.arange(self.size) + 0.5) * self.pixel).astype(np.int64)
         inside = np.flatnonzero((shown >= 0) & (shown < self.num_grid))
+        if len(inside) == 0:
+            middle = self.num_grid // 2
+            inside = np.array([int((middle - self.first + 0.5) / self.pixel)])
+            shown[inside] = middle
         voxels = nearest_elements(self.num_grid, self.num_stored, step=self.step)
         return slice(inside[0], inside[-1] + 1), voxels[self.num_grid - 1 - shown[inside]]
 

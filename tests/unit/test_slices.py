@@ -257,3 +257,29 @@ def test_interpolated_id_numbers_invent_classes_and_the_others_do_not() -> None:
     }
     assert found["nearest"] == found["soft"] == {2, 9}
     assert found["bilinear_ids"] > {2, 9}
+
+
+@pytest.mark.parametrize("mask_resize", ["nearest", "soft", "bilinear_ids"])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("thin", [(40, 36, 1), (40, 36, 2), (1, 36, 30), (40, 2, 30), (1, 1, 1)], ids=str)
+def test_a_volume_of_one_or_two_voxels_is_cut_along_every_axis(thin, axis: str, fit: str, mask_resize: str) -> None:
+    volume = _volume(np.full(thin, 100, np.int16))
+    found = _cut(
+        volume, np.full(thin, 6, np.uint8), axis=axis, fit=fit, mask_resize=mask_resize, body_id=16, slice_stride=1
+    )
+    assert len(found) == thin[THROUGH[axis]]
+    for one in found:
+        assert one.image_HW.shape == one.mask_HW.shape == (16, 16)
+        if mask_resize == "nearest":
+            assert set(np.unique(one.mask_HW)) <= {0, 6}
+            assert (one.mask_HW == 6).any()
+
+
+def test_a_volume_between_the_pixels_is_shown_by_the_pixel_that_holds_it() -> None:
+    (one,) = _cut(
+        _volume(np.full((160, 1, 1), 100, np.int16)), np.full((160, 1, 1), 6, np.uint8), axis="coronal", fit="pad"
+    )
+    (row,) = np.flatnonzero((one.mask_HW == 6).any(axis=1))
+    np.testing.assert_allclose(_world(one, row, 0)[2], 30.0, atol=one.spacing_mm[0] / 2 + 1e-6)
+    assert one.image_HW[row].max() == one.image_HW.max() > 0

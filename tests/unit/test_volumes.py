@@ -162,6 +162,30 @@ def test_labels_scaled_by_their_header_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_labels(tmp_path / "l.nii.gz", 16).voxels_IJK, expected)
 
 
+@pytest.mark.parametrize(("off", "is_read"), [(0.0, True), (4e-5, True), (-9e-4, True), (2e-3, False), (0.012, False)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
+def test_labels_a_little_off_are_rounded_and_others_refused_with_value_and_slope(
+    tmp_path: Path, off: float, is_read: bool, dtype: type
+) -> None:
+    """As floats, and as integers that nibabel scales by a slope of its own."""
+    ids = np.random.default_rng(0).integers(0, 16, (4, 5, 6))
+    values = np.where(ids == 3, ids + off, ids)
+    image = nib.Nifti1Image(values.astype(np.float64), AFFINE)
+    image.header.set_data_dtype(dtype)
+    if dtype is np.int16:
+        image.header.set_slope_inter(1 / 2048, 8)
+        stored = np.rint((values - 8) * 2048).astype(np.int16)
+        image = nib.Nifti1Image(stored, AFFINE, image.header)
+        image.header.set_slope_inter(1 / 2048, 8)
+    nib.save(image, tmp_path / "l.nii.gz")
+    if is_read:
+        np.testing.assert_array_equal(read_labels(tmp_path / "l.nii.gz", 16).voxels_IJK, ids)
+        return
+    with pytest.raises(UnreadableVolume, match=r"not whole numbers: 3\.0") as caught:
+        read_labels(tmp_path / "l.nii.gz", 16)
+    assert ("scl_slope 0.000488" in caught.value.reason) == (dtype is np.int16)
+
+
 @pytest.mark.parametrize(("num_stored", "step", "expected"), [(10, 1.0, 10), (63, 0.2, 311), (10, 2.0, 5), (1, 0.3, 1)])
 def test_the_resampled_line_ends_inside_the_stored_one(num_stored: int, step: float, expected: int) -> None:
     assert num_resampled(num_stored, step) == expected
