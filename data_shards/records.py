@@ -5,10 +5,15 @@ Dimensions: B batch, H rows, W columns.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from data_shards.problems import Problem, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +23,36 @@ AXES = ("axial", "coronal", "sagittal")
 SPLITS = ("train", "val", "test")
 # Who drew a mask: nobody (body alone), the archive's experts, a whole-body tool, or the one laid over the other.
 MASK_SOURCES = ("none", "expert", "wholebody", "merged")
+# A case id becomes a part of names of files and of members of tars. A tar's header holds 100 bytes of a name, and the
+# longest that is added to an id is `-sagittal-0000.image.npy.zst`.
+LONGEST_CASE_ID = 72
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+CASE_ID_RULE = f"letters, digits, _, - and, not at the front, dots; {LONGEST_CASE_ID} characters at most"
+
+
+def is_case_id(value: object) -> bool:
+    """Whether `value` is a name and no path: ASCII letters, digits, `.`, `_` and `-`, no dot at the front, at most
+    LONGEST_CASE_ID characters. This is the one rule for case ids; it is checked wherever one enters."""
+    return isinstance(value, str) and len(value) <= LONGEST_CASE_ID and _NAME.fullmatch(value) is not None
+
+
+def case_id_problems(where: object, ids: Iterable[object], remedy: str = "do not use this file") -> list[Problem]:
+    """One problem for all of `ids` that are no case ids, an empty list where there is none."""
+    wrong = [value for value in ids if not is_case_id(value)]
+    if not wrong:
+        return []
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return [Problem(str(where), "case id", f"{repr(wrong[0])[:100]}{more}", f"an id has {CASE_ID_RULE}: {remedy}")]
+
+
+def is_path_inside(value: object) -> bool:
+    """Whether `value` is a relative path of plain names, so that it leads nowhere but into the folder it is read in.
+
+    Each part has the characters of a case id: no `..`, no hidden file, no drive, no URL.
+    """
+    if not isinstance(value, str) or not value or value.startswith("/"):
+        return False
+    return all(_NAME.fullmatch(part) for part in PurePosixPath(value).parts) and value == str(PurePosixPath(value))
 
 
 @dataclass(frozen=True)
@@ -46,9 +81,17 @@ class SliceMeta:
     mask_source: str = "expert"
     bits: int = 8
 
+    def __post_init__(self) -> None:
+        # Every writer of tars, arrays and files is given its samples' meta: no name of theirs leads out of a folder.
+        found = case_id_problems("slice", [self.case_id], "rename the case")
+        for name, words in (("modality", MODALITIES), ("axis", AXES), ("split", SPLITS)):
+            if (value := getattr(self, name)) not in words:
+                found.append(Problem(f"slice of {self.case_id!r}", name, repr(value), f"use one of {', '.join(words)}"))
+        refuse(found)
+
     @property
     def key(self) -> str:
-        """The sample's name in its shard, unique in a shard set; holds no dot, which WebDataset splits at."""
+        """The sample's name in its shard, unique in a shard set. In a tar it has no dot, which WebDataset splits at."""
         return f"{self.case_id}-{self.axis}-{self.slice_index:04d}"
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_shards.ingest.nifti import read_geometry
 from data_shards.problems import InputProblems, Problem, problem
-from data_shards.records import MODALITIES
+from data_shards.records import MODALITIES, is_case_id
 
 DATASET_FILE = "dataset.json"
 # dataset.json's lists, and the splits they are. AMOS publishes no labels for its test cases.
@@ -165,11 +165,15 @@ def _problems_with_entry(where: str, split: str, entry: Any) -> tuple[str | None
     image = entry.get("image") if isinstance(entry, dict) else None
     if not isinstance(image, str):
         return None, [Problem(where, split, repr(entry)[:80], "give an object with `image` and `label`")]
-    if not re.fullmatch(r"[A-Za-z0-9_-]*\d", _case_id(image)):
+    for file in (image, entry.get("label")):
+        if isinstance(file, str) and (".." in Path(file).parts or Path(file).is_absolute() or "\0" in file):
+            return None, [Problem(where, split, repr(file)[:100], "give a path inside the archive's folder")]
+    if len(_case_id(image)) > _LONGEST_CASE_ID:
+        return None, [Problem(where, split, image[:200], f"name cases with at most {_LONGEST_CASE_ID} characters")]
+    # A tar's member is named by its case, and WebDataset splits names at the first dot.
+    if not (is_case_id(_case_id(image)) and re.fullmatch(r"[^.]*[0-9]", _case_id(image))):
         remedy = "name files by case, as amos_0001.nii.gz: letters, digits, _ and -, ending in the case's number"
         return None, [Problem(where, split, image, remedy)]
-    if len(_case_id(image)) > _LONGEST_CASE_ID:
-        return None, [Problem(where, split, image, f"name cases with at most {_LONGEST_CASE_ID} characters")]
     if split == "test":
         return image, []
     if not isinstance(entry.get("label"), str):

@@ -13,6 +13,7 @@ from typing import Any
 from data_shards.fan_out import Workers, num_cores, runner
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
+from data_shards.store import tar_store
 from data_shards.store.codecs import CODECS
 from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, STORES, read_index, write_atomically
 from data_shards.store.shard_writer import Format, Payloads, plan_shards, set_format, write_shards
@@ -76,7 +77,7 @@ def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, A
     out = Path(out).absolute()
     refuse(config.problems())
     shards = ShardSet.open(source)
-    refuse(_problems_with_out(out, shards, config))
+    refuse([*_problems_with_out(out, shards, config), *_problems_with_ids(shards, config)])
     if (out / INDEX).exists():
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return read_index(out)
@@ -129,6 +130,11 @@ def _asked(shards: ShardSet, config: ConvertConfig) -> dict[str, Any]:
     codec = "zstd" if config.store == "zarr" else config.codec
     form = {"store": config.store, "codec": codec, "samples_per_shard": config.samples_per_shard}
     return {"converted_from": shards.digest, **form}
+
+
+def _problems_with_ids(shards: ShardSet, config: ConvertConfig) -> list[Problem]:
+    ids = shards.samples["case_id"].unique().to_pylist() if config.store == "webdataset" else []
+    return tar_store.dot_problems(shards.root, ids)
 
 
 def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> Iterator[Problem]:

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.records import AXES, MASK_SOURCES, MODALITIES, SPLITS, SliceMeta
+from data_shards.records import (
+    AXES,
+    CASE_ID_RULE,
+    MASK_SOURCES,
+    MODALITIES,
+    SPLITS,
+    SliceMeta,
+    case_id_problems,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,6 +124,10 @@ def read(path: Path) -> pa.Table:
     for name, words in VOCABULARY.items():
         if table.num_rows and table[name].chunk(0).dictionary.to_pylist() != list(words):
             raise ValueError(f"column {name}: its dictionary is not {', '.join(words)}")
+    for chunk in table["case_id"].chunks:
+        ids = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        if found := case_id_problems(path, ids.to_pylist()):
+            raise ValueError(f"{found[0].field} {found[0].value}; an id has {CASE_ID_RULE}")
     return table
 
 

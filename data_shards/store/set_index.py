@@ -13,12 +13,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data_shards import __version__
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, Problem, problem
+from data_shards.records import is_path_inside
 from data_shards.store.codecs import CODECS
 
 FORMAT_VERSION = 2
@@ -139,8 +140,7 @@ def broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> Iterator
             yield Problem(str(file), "sha256", value, _RESTORE)
 
 
-def _refuse_tricks(file: str, where: object) -> None:
+def _refuse_tricks(file: object, where: object) -> None:
     """Files of a set lie inside its folder."""
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
+    if not is_path_inside(file):
         raise problem(where, "file", repr(file), "the path leads out of the set: do not use this set")

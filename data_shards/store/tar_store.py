@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data_shards.problems import Problem
+from data_shards.problems import Problem, refuse
 from data_shards.records import SliceMeta
 from data_shards.store.codecs import EXTENSIONS, crc32c
 
@@ -49,6 +49,7 @@ def write_tar(
             fileobj=cast(Any, stream), mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_WHOLE_MEMBERS
         )
         for meta, payloads in samples:
+            refuse(dot_problems(path, [meta.case_id]))
             values = meta.to_json()
             members = {f"{part}.{extension}": payload for part, payload in payloads.items()}
             members["meta.json"] = json.dumps(values, sort_keys=True).encode()
@@ -72,6 +73,14 @@ def write_tar(
     tar_entry = {"bytes": stream.num_bytes, "samples": len(rows), "sha256": stream.sha256.hexdigest()}
     idx_entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return rows, tar_entry, [idx_entry]
+
+
+def dot_problems(where: object, case_ids: Iterable[str]) -> list[Problem]:
+    """Case ids that no tar can hold: WebDataset splits a member's name at the first dot."""
+    if (dotted := next((case_id for case_id in case_ids if "." in case_id), None)) is None:
+        return []
+    remedy = "tars (store webdataset) hold ids without dots: use store zarr, or rename the case"
+    return [Problem(str(where), "case id", repr(dotted), remedy)]
 
 
 def problems_with_members(path: Path, expected: dict[str, tuple[int, int]]) -> Iterator[Problem]:

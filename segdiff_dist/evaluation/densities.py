@@ -84,8 +84,9 @@ def _volume_files(shards: ShardSet, amos_root: Path | None, cases: Iterable[str]
     source = shards.index.get("source") or {}
     for case in cases:
         if amos_root is not None and case in source:
-            file = amos_root / source[case]["image"][0]
-            if file.is_file():
+            name = source[case]["image"][0]
+            file = amos_root / name
+            if ".." not in Path(name).parts and not Path(name).is_absolute() and file.is_file():
                 yield case, file
 
 

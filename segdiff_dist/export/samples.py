@@ -6,7 +6,6 @@ Dimensions: H rows, W columns.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -235,9 +234,9 @@ def unknown_hu(where: object, remedy: str) -> Problem:
 
 
 def _plain(case_id: str) -> str:
-    """A case's name as every format and a tar's header take it: what is cut off, or a space, is told by a digest."""
-    plain = re.sub(r"\s", "_", case_id)
-    if plain == case_id and len(case_id.encode()) <= _LONGEST_CASE:
+    """A case's name as every format and a tar's header take it, without dots; what is cut off or changed of it is told
+    by a digest."""
+    plain = case_id.replace(".", "_")[:_LONGEST_CASE]
+    if plain == case_id:
         return case_id
-    digest = hashlib.sha256(case_id.encode()).hexdigest()[:8]
-    return plain.encode()[: _LONGEST_CASE - 9].decode(errors="ignore") + f"_{digest}"
+    return f"{plain[: _LONGEST_CASE - 9]}_{hashlib.sha256(case_id.encode()).hexdigest()[:8]}"

@@ -13,7 +13,8 @@ import numpy as np
 
 from data_shards.feed.order import sample_at
 from data_shards.labels import LabelTable
-from data_shards.records import MODALITIES
+from data_shards.problems import Problem
+from data_shards.records import AXES, MODALITIES, case_id_problems
 from segdiff_dist.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # The source modality of a mask that belongs to no image.
 NO_MODALITY = "none"
+# A column of items whose masks are of a folder in which names are not ids: the mask's path in it.
+MASK_FILE = "mask_file"
 _COLUMNS = ("key", "case_id", "modality", "axis", "slice_index")
 
 
@@ -71,7 +74,8 @@ def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.T
 
 def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa.Table:
     """The job's items in order: item_id, row, key, case_id, source_modality, target_modality, axis, slice_index,
-    seed_index. `masks`: all there are, with key, case_id, modality, axis, slice_index."""
+    seed_index, and mask_file where `masks` have it. `masks`: all there are, with key, case_id, modality, axis,
+    slice_index."""
     import pyarrow as pa
 
     order = sample_at(np.arange(len(rows)), len(rows), config.seed)
@@ -94,6 +98,7 @@ def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa
                 "slice_index": source["slice_index"],
                 "seed_index": seed_index,
             }
+            | ({MASK_FILE: source[MASK_FILE]} if MASK_FILE in source else {})
         )
 
     def target(index: int, wanted: str) -> str:
@@ -110,6 +115,20 @@ def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa
         for seed_index in range(min(2, config.samples_per_mask)):  # the paper's Figures 6 and 7 show two
             add(index, target(index, "other"), seed_index)
     return pa.Table.from_pylist(items)
+
+
+def item_problems(file: Path, items: pa.Table) -> list[Problem]:
+    """What of a job's list leads out of the folders that others write by it: case ids and words that are none."""
+    remedy = "sample again into a new folder (--out DIR)"
+    found: list[Problem] = []
+    if "case_id" in items.column_names:
+        found += case_id_problems(file, items["case_id"].unique().to_pylist(), remedy)
+    words = {"axis": AXES, "source_modality": (*MODALITIES, NO_MODALITY), "target_modality": MODALITIES}
+    for name, known in words.items():
+        values = items[name].unique().to_pylist() if name in items.column_names else []
+        if unknown := [value for value in values if value not in known]:
+            found.append(Problem(str(file), name, repr(unknown[0])[:100], f"not one of {', '.join(known)}: {remedy}"))
+    return found
 
 
 def _spread(table: list[dict[str, Any]], num: int) -> list[int]:

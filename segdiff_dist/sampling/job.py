@@ -20,7 +20,7 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.items import list_items, list_items_of
+from segdiff_dist.sampling.items import MASK_FILE, list_items, list_items_of
 from segdiff_dist.sampling.store import SampleStore, locked
 from segdiff_dist.sampling.weights import load_denoiser
 from segdiff_dist.sampling.weights import weights_digest as weights_digest  # where others look for it
@@ -213,13 +213,19 @@ def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict
 
 
 def _job_of_folder(path: Path, about: dict[str, Any], shards: ShardSet, size: int, config: SampleConfig) -> Job:
-    from segdiff_dist.sampling.mask_folder import others_told, read_mask_folder
+    from segdiff_dist.sampling.mask_folder import is_named_after, others_told, read_mask_folder
 
     assert config.masks is not None
     table = shards.label_table
     masks = read_mask_folder(config.masks, shards, table, config)
     if (others := others_told(config.masks)) is not None:
         warnings.warn(f"{config.masks}: {others}: masks are NIfTI and PNG files", stacklevel=4)
+    if MASK_FILE in masks.rows.column_names:
+        named = {row[MASK_FILE]: row["case_id"] for row in masks.rows.select([MASK_FILE, "case_id"]).to_pylist()}
+        changed = {file: case_id for file, case_id in named.items() if not is_named_after(Path(file))}
+        first = next(iter(changed.items()))
+        text = f"{len(changed)} masks in {config.masks} have names that no id can hold: {first[0]!r} is {first[1]}"
+        warnings.warn(f"{text}; items.parquet lists them all (mask_file)", stacklevel=4)
     if masks.num_empty:
         text = f"{masks.num_empty} of the {len(masks.mask_MHW)} masks in {config.masks} are empty: background alone"
         warnings.warn(text, stacklevel=4)

@@ -6,6 +6,8 @@ Dimensions: I, J, K as in data_shards.ingest.volumes; H rows, W columns; M masks
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,10 @@ import numpy as np
 
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import InputProblems, Problem, problem, refuse
+from data_shards.records import LONGEST_CASE_ID, is_case_id
 from segdiff_dist.config import read_yaml
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.items import NO_MODALITY
+from segdiff_dist.sampling.items import MASK_FILE, NO_MODALITY
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,13 +52,14 @@ def read_mask_folder(folder: Path, shards: ShardSet, label_table: LabelTable, co
 
     files = mask_files(folder)
     to_own = _label_map(config.label_map, label_table)
+    names_files = any(not is_named_after(file.relative_to(folder)) for file in files)
     found: list[Problem] = []
     masks: list[np.ndarray] = []
     rows: list[dict[str, Any]] = []
     for file in files:
         try:
             for index, mask_HW in _slices(file, shards, to_own, config.masks_axis):
-                rows.append(_row(file.relative_to(folder), config.masks_axis, index))
+                rows.append(_row(file.relative_to(folder), config.masks_axis, index, names_files=names_files))
                 masks.append(mask_HW)
         except InputProblems as error:
             found += error.problems
@@ -205,8 +209,28 @@ def _read_label_map(file: Path, table: LabelTable) -> dict[int, int]:
     return meanings
 
 
-def _row(file: Path, axis: str, index: int) -> dict[str, Any]:
-    case_id = str(file)[: -len(_ending(file))]
-    case_id = case_id.replace("/", "_").replace(".", "_")
+def case_id_of(file: Path) -> str:
+    """The case id of a mask file, from its path below the folder: / and . become _. So does what else an id cannot
+    hold, such as a space or a letter with an accent; a digest of the whole name then keeps it unique."""
+    name = _joined_name(file)
+    if is_case_id(name):
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[: LONGEST_CASE_ID - 9] + f"_{digest}"
+
+
+def is_named_after(file: Path) -> bool:
+    """Whether a mask's id is its file's name, folders joined by _."""
+    return case_id_of(file) == _joined_name(file)
+
+
+def _joined_name(file: Path) -> str:
+    return str(file)[: -len(_ending(file))].replace("/", "_").replace(".", "_")
+
+
+def _row(file: Path, axis: str, index: int, *, names_files: bool) -> dict[str, Any]:
+    case_id = case_id_of(file)
     key = f"{case_id}-{axis}-{index:04d}"
-    return {"key": key, "case_id": case_id, "modality": NO_MODALITY, "axis": axis, "slice_index": index}
+    row = {"key": key, "case_id": case_id, "modality": NO_MODALITY, "axis": axis, "slice_index": index}
+    # Only where ids do not say it: the list of a job from before there was this column is the same.
+    return row | ({MASK_FILE: os.fsencode(file).decode(errors="replace")} if names_files else {})

@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.problems import InputProblems, Problem, problem, refuse
+from data_shards.records import is_path_inside
 from data_shards.store.codecs import ZSTD_LEVEL, crc32c
 from segdiff_dist.config import differences, flatten, write_text_atomically
+from segdiff_dist.sampling.items import item_problems
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,6 +73,7 @@ class SampleStore:
         except (OSError, ValueError, KeyError, TypeError) as error:  # of a store from before there was a layout.json
             value = f"cannot be read ({' '.join(str(error).split())})"
             raise problem(path, "samples", value, "restore the folder, or remove it and sample again") from error
+        refuse(item_problems(path / _ITEMS, self.items))
 
     def __len__(self) -> int:
         return self.items.num_rows
@@ -325,9 +328,11 @@ def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_
 
 
 def _checksums(path: Path) -> dict[str, int] | None:
-    """What layout.json says; None where it is damaged, nothing in a store from before there was one."""
+    """What layout.json says; None where it is damaged or names what is not in the store, nothing in a store from before
+    there was one."""
     try:
-        return dict(json.loads((path / _LAYOUT).read_text()))
+        checksums = dict(json.loads((path / _LAYOUT).read_text()))
+        return checksums if all(map(is_path_inside, checksums)) else None
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError):
