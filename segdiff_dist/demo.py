@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from data_shards.fan_out import ray_session
+from data_shards.locks import locked
 from segdiff_dist import stages
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def run_demo(experiment: Experiment) -> int:
         ("evaluate", lambda: evaluated.update(stages.evaluate(experiment))),
     ]
     times_s = {}
-    with ray_session(experiment.prepare.ray_address):
+    run = experiment.path("run")
+    with locked(run / ".demo.lock", run, "is running the demo"), ray_session(experiment.prepare.ray_address):
         for number, (name, step) in enumerate(steps, 1):
             print(f"\n[{number}/{len(steps)}] {name}", flush=True)
             start = time.perf_counter()

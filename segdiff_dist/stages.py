@@ -6,12 +6,14 @@ A stage that is done already does nothing and says so; one that was interrupted 
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_shards.feed.mixing import mix_groups
-from data_shards.problems import Problem, problem, refuse
+from data_shards.locks import FOLDER_LOCK, lock_beside, locked, refuse_where_locked
+from data_shards.problems import OutOfSpace, Problem, out_of_space, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.attention import choose_attention
 from segdiff_dist.experiment import Experiment, collect, refuse_another_config, save_experiment
@@ -21,14 +23,17 @@ from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
 
 def make_phantom(experiment: Experiment) -> None:
     """`segdiff phantom OUT`."""
-    from data_shards.phantom import write_phantom
+    from data_shards.phantom import find_problems, write_phantom
 
-    refuse(experiment.phantom.problems())
     out = experiment.path("amos_root")
+    refuse(find_problems(out, experiment.phantom))
     if experiment.run is None:
         write_phantom(out, experiment.phantom)
         return
-    with _tracker(experiment, "phantom", experiment.run) as tracker:
+    with (
+        locked(out / FOLDER_LOCK, out, "is writing it", lends=True),
+        _tracker(experiment, "phantom", experiment.run) as tracker,
+    ):
         write_phantom(out, experiment.phantom)
         tracker.log_params({"phantom": _plain(experiment)["phantom"]})
         tracker.log_artifact(out / "dataset.json", "phantom")
@@ -41,7 +46,10 @@ def annotate(experiment: Experiment) -> Any:
     root, wholebody = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("wholebody"))
     # Checked here, before a tracker makes a folder for a stage that will not start.
     refuse(annotating.find_problems(root, wholebody, experiment.annotate))
-    with _tracker(experiment, "annotate", experiment.run or wholebody) as tracker:
+    with (
+        locked(wholebody / FOLDER_LOCK, wholebody, "is annotating it", lends=True),
+        _tracker(experiment, "annotate", experiment.run or wholebody) as tracker,
+    ):
         report = annotating.annotate(root, wholebody, experiment.annotate)
         tracker.log_params(
             {"annotate": _plain(experiment)["annotate"], "annotate_tool_version": report.tool_version or "unknown"}
@@ -60,7 +68,10 @@ def prepare(experiment: Experiment) -> Any:
     from data_shards.ingest.prepare import find_problems
 
     refuse(find_problems(root, out, experiment.prepare, experiment.wholebody))
-    with _tracker(experiment, "prepare", experiment.run or out) as tracker:
+    with (
+        locked(out / FOLDER_LOCK, out, "is preparing it", lends=True),
+        _tracker(experiment, "prepare", experiment.run or out) as tracker,
+    ):
         report = prepare_shards(root, out, experiment.prepare, wholebody=experiment.wholebody)
         if not report.num_samples:
             return report
@@ -166,20 +177,22 @@ def average(experiment: Experiment) -> tuple[Path, float]:
     model = Denoiser.load(like)
     weights, misfit = average_snapshots(run, experiment.train, wanted.length, wanted.images_seen)
     folder = run / "weights" / wanted.name
-    model.save(folder, weights, json.loads((like / "segdiff.json").read_text()))
+    with locked(lock_beside(folder), folder, "is writing it"):
+        model.save(folder, weights, json.loads((like / "segdiff.json").read_text()))
     return folder, misfit
 
 
 def sample(experiment: Experiment) -> Any:
     """`segdiff sample`: RUN/samples; returns the SampleStore."""
     from segdiff_dist.sampling.job import make_job, prepare_job
+    from segdiff_dist.sampling.store import locked as at_work
 
     run, shards, rows, config = _sampled_from(experiment)
     # Checked here, before a job that will not start leaves its settings in the run folder.
     job = prepare_job(run, shards, rows, experiment.diffusion, config)
-    if config.out is None:
-        save_experiment(experiment, ("sample",))
-    with _tracker(experiment, "sample", run) as tracker:
+    with at_work(job.path, lends=True), _tracker(experiment, "sample", run) as tracker:
+        if config.out is None:
+            save_experiment(experiment, ("sample",))
         tracker.log_params({"sample": _plain(experiment)["sample"]})
         store = make_job(job, config)
         tracker.log_metrics({"sample/num_images": len(store)})
@@ -214,6 +227,7 @@ def _sampled_from(experiment: Experiment) -> tuple[Path, ShardSet, Any, Any]:
 def evaluate(experiment: Experiment) -> dict[str, Any]:
     """`segdiff evaluate`: RUN/evaluation; returns the summary."""
     from segdiff_dist.evaluation.checks import check
+    from segdiff_dist.evaluation.job import at_work
     from segdiff_dist.evaluation.job import evaluate as evaluate_run
     from segdiff_dist.evaluation.summary import scalars
     from segdiff_dist.export.register import register_evaluated
@@ -223,8 +237,8 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     _must_be_a_run(run)
     check(run, experiment.evaluate)  # here too, before an evaluation that will not start leaves anything behind
     downstream = _plan_downstream(experiment) if experiment.evaluate.downstream else None
-    save_experiment(experiment, ("evaluate", "downstream"))
-    with _tracker(experiment, "evaluate", run) as tracker:
+    with at_work(run, lends=True), _tracker(experiment, "evaluate", run) as tracker:
+        save_experiment(experiment, ("evaluate", "downstream"))
         tracker.log_params({"evaluate": _plain(experiment)["evaluate"]})
         summary = evaluate_run(run, experiment.evaluate, amos_root=experiment.amos_root)
         tracker.log_metrics(scalars(summary))
@@ -327,10 +341,12 @@ def volume(experiment: Experiment) -> Any:
     run, shards = _open_run_and_data(experiment)
     weights = run / "weights" / _weights_name(experiment, sample.weights)
     refuse(volume_problems(mask, out, config))
-    pipeline = SegGuidedPipeline.from_weights(
-        weights, experiment.diffusion, sample.sampler, device=sample.device, precision=sample.precision
-    )
-    return make_volume(mask, out, painter(pipeline, config, sample.seed), pipeline.size_with(shards), shards, config)
+    with locked(lock_beside(out), out, "is making it"):
+        pipeline = SegGuidedPipeline.from_weights(
+            weights, experiment.diffusion, sample.sampler, device=sample.device, precision=sample.precision
+        )
+        paint, size = painter(pipeline, config, sample.seed), pipeline.size_with(shards)
+        return make_volume(mask, out, paint, size, shards, config)
 
 
 def _train(
@@ -347,17 +363,26 @@ def _train(
         return
     run = experiment.path("run")
     own = ("segmenter",) if stage == "segmenter" else ("denoiser", "diffusion", "train", "validation")
-    if is_main():
-        # The denoiser's loader and data are what the later stages go by.
-        save_experiment(experiment, own if stage == "segmenter" else (*own, "loader", "data", "more_data"))
     rows = _training_rows(experiment, shards)
     sections = (*own, "loader")
-    with _tracker(experiment, stage, run) as tracker:
+    with _training_lock(folder), _tracker(experiment, stage, run) as tracker:
+        if is_main():
+            # The denoiser's loader and data are what the later stages go by.
+            save_experiment(experiment, own if stage == "segmenter" else (*own, "loader", "data", "more_data"))
         tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})
         if is_main():
             tracker.log_artifact(run / "config.yaml")
         device, settings = pick_device(config.device), _plain(experiment)
         train(TrainingJob(make_task(tracker), shards, rows, loader, config, folder, tracker, device, settings))
+
+
+def _training_lock(folder: Path) -> AbstractContextManager[None]:
+    """Held by the main rank of a job; the others refuse what it refuses, so that none waits for it in vain."""
+    file, doing = folder / ".train.lock", "is training there"
+    if is_main():
+        return locked(file, folder, doing)
+    refuse_where_locked(file, folder, doing)
+    return nullcontext()
 
 
 def _open_data(experiment: Experiment, more: tuple[str, ...]) -> ShardSet:
@@ -402,4 +427,10 @@ def _plain(experiment: Experiment) -> dict[str, Any]:
 def _tracker(experiment: Experiment, stage: str, folder: Path) -> Tracker:
     """The main rank records; the others keep quiet."""
     config = experiment.tracking if is_main() else TrackingConfig(enabled=False)
-    return Tracker(folder, config, stage)
+    try:
+        return Tracker(folder, config, stage)
+    except OSError as error:
+        if out_of_space(error):
+            raise OutOfSpace(folder, str(error)) from error
+        remedy = "make it writable, or choose another; without a record: --tracking.no-enabled"
+        raise problem(folder, "run folder", f"cannot be written ({error})", remedy) from error

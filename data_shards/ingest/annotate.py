@@ -31,6 +31,7 @@ from data_shards.ingest.masks import (
 from data_shards.ingest.tool import ask, last_words, run_tool
 from data_shards.ingest.totalsegmentator import to_wholebody_ids
 from data_shards.ingest.volumes import UnreadableVolume
+from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, refuse, saying_when_full
 from data_shards.records import MODALITIES
 from data_shards.store.set_index import file_sha256, write_atomically
@@ -143,12 +144,13 @@ def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annota
 
     A mask stays while its image is, byte for byte, the one it was made from; one that was changed by hand is never
     overwritten. A volume that fails costs only itself. Raises InputProblems before any work for whatever find_problems
-    finds, and OutOfSpace when the disk is full.
+    finds, where another process annotates into the same folder, and where it cannot be written; OutOfSpace when the
+    disk is full.
     """
     amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
     problems, version = _check(amos_root, wholebody, config)
     refuse(problems)
-    with saying_when_full(wholebody):
+    with locked(wholebody / FOLDER_LOCK, wholebody, "is annotating it"), saying_when_full(wholebody):
         return _run(amos_root, wholebody, config, version)
 
 

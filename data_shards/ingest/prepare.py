@@ -24,6 +24,7 @@ from data_shards.ingest.archive import Case
 from data_shards.ingest.masks import annotation_record, find_wholebody_problems
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LABEL_TABLES
+from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse, saying_when_full
 from data_shards.records import MASK_SOURCES, SPLITS
 from data_shards.store.set_index import (
@@ -111,11 +112,23 @@ def prepare(
     itself: the others make the set, index.json and the report name it, and the next call tries it again.
     progress(volumes done, volumes in all, failed) is called as they finish.
 
-    Raises InputProblems before any work for whatever find_problems finds, and OutOfSpace when the disk is full.
+    Raises InputProblems before any work for whatever find_problems finds, where another process prepares the same set,
+    and where `out` cannot be written; OutOfSpace when the disk is full.
     """
     amos_root, out = Path(amos_root).absolute(), Path(out).absolute()
     wholebody = None if wholebody is None else Path(wholebody).absolute()
     refuse(find_problems(amos_root, out, config, wholebody))
+    with locked(out / FOLDER_LOCK, out, "is preparing it"):
+        return _prepare(amos_root, out, config, progress, wholebody)
+
+
+def _prepare(
+    amos_root: Path,
+    out: Path,
+    config: PrepareConfig,
+    progress: Callable[[int, int, int], None] | None,
+    wholebody: Path | None,
+) -> PrepareReport:
     cases = archive.read_archive(amos_root, config.modalities)
     plan = {"preprocessing": config.of_the_set(), "source": _source(amos_root, cases, wholebody)}
     index = read_index(out) if (out / INDEX).exists() else None

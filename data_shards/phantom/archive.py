@@ -14,8 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_shards.ingest.masks import ANNOTATIONS, ANNOTATIONS_VERSION
+from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import Problem, refuse
 from data_shards.store.set_index import file_sha256
 
 # Raised whenever the same config would give other voxels, so that two generators never fill one folder.
@@ -37,11 +38,23 @@ def write_phantom(out: Path, config: PhantomConfig) -> None:
     Raises InputProblems for a config out of range, an `out` that is something else, or one made with another config.
     labelsTs/ holds the test cases' truth, which AMOS does not publish; dataset.json leaves it out, as AMOS' does.
     """
-    refuse(config.problems())
+    out = Path(out)
+    refuse(find_problems(out, config))
+    with locked(out / FOLDER_LOCK, out, "is writing it"):
+        refuse(_problems_with_out(out, config))  # again, now that no other command can begin in it
+        _write_archive(out, config)
+
+
+def find_problems(out: Path, config: PhantomConfig) -> list[Problem]:
+    """All that can be seen before work starts; an empty list means go."""
+    return config.problems() or _problems_with_out(out, config)
+
+
+def _write_archive(out: Path, config: PhantomConfig) -> None:
     from data_shards.phantom.case import make_case, nifti_gz
 
-    out = Path(out)
-    _claim(out, config)
+    if not (out / _ABOUT_FILE).exists():
+        _write(out / _ABOUT_FILE, _json(_about(config)))
     keys = case_keys(config)
     for kind in ("images", "labels"):
         for suffix in _FOLDER_SUFFIX.values():
@@ -105,24 +118,26 @@ def _annotations(out: Path, keys: list[CaseKey]) -> dict[str, Any]:
     }
 
 
-def _claim(out: Path, config: PhantomConfig) -> None:
-    """Make `out` this phantom's folder, or refuse it."""
-    about = {"phantom_version": PHANTOM_VERSION, "config": config.to_json()}
+def _about(config: PhantomConfig) -> dict[str, Any]:
+    return {"phantom_version": PHANTOM_VERSION, "config": config.to_json()}
+
+
+def _problems_with_out(out: Path, config: PhantomConfig) -> list[Problem]:
+    """Why `out` cannot become, or go on as, this phantom's folder."""
     about_file = out / _ABOUT_FILE
     if out.exists() and not out.is_dir():
-        raise problem(out, "OUT", "not a folder", "name a new folder")
+        return [Problem(str(out), "OUT", "not a folder", "name a new folder")]
     if about_file.exists():
         try:
             found = json.loads(about_file.read_text())
         except ValueError as error:
             remedy = "delete the folder or name a new one"
-            raise problem(about_file, "content", f"not JSON ({error})", remedy) from error
-        refuse(_differences(about_file, found, about))
-        return
-    if out.exists() and any(entry != _temporary(about_file) for entry in out.iterdir()):
-        raise problem(out, "OUT", "a folder with other things in it", "name a new or an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    _write(about_file, _json(about))
+            return [Problem(str(about_file), "content", f"not JSON ({error})", remedy)]
+        return _differences(about_file, found, _about(config))
+    own = (_temporary(about_file).name, FOLDER_LOCK)
+    if out.exists() and any(entry.name not in own for entry in out.iterdir()):
+        return [Problem(str(out), "OUT", "a folder with other things in it", "name a new or an empty folder")]
+    return []
 
 
 def _differences(where: Path, found: Any, wanted: dict[str, Any]) -> list[Problem]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.fan_out import Workers, num_cores, runner
+from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
 from data_shards.store import tar_store
@@ -71,16 +72,22 @@ class _Rows:
 def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, Any]:
     """Write the set at `source` (a folder or a URL) to `out` in another form; returns its index.
 
-    The same call again goes on, or does nothing. Raises InputProblems before any work, OutOfSpace, and ShardFailed
-    where a sample of the source is damaged.
+    The same call again goes on, or does nothing. Raises InputProblems before any work, also where another process
+    writes `out` and where that cannot be written; OutOfSpace, and ShardFailed where a sample of the source is damaged.
     """
     out = Path(out).absolute()
     refuse(config.problems())
     shards = ShardSet.open(source)
     refuse([*_problems_with_out(out, shards, config), *_problems_with_ids(shards, config)])
-    if (out / INDEX).exists():
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        return read_index(out)
+    if not (out / INDEX).exists():
+        with locked(out / FOLDER_LOCK, out, "is writing it"):
+            if not (out / INDEX).exists():  # by a command that ended as this one began
+                return _convert(shards, out, config)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    return read_index(out)
+
+
+def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, Any]:
     codec = "zstd" if config.store == "zarr" else config.codec
     format = set_format(
         config.store,

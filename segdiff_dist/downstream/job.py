@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.loader import LoaderConfig
+from data_shards.locks import lock_beside, locked
 from data_shards.problems import Problem, problem, refuse
 from data_shards.store.set_index import INDEX
 from data_shards.store.shards import ShardSet
@@ -69,8 +70,13 @@ class Downstream:
     def make(self) -> dict[str, Any]:
         """Sample, train, test; returns what summary.json holds.
 
-        SamplingFailed and DownstreamFailed where something could not be made; the rest is kept.
+        InputProblems where another process is at it; SamplingFailed and DownstreamFailed where something could not be
+        made; the rest is kept.
         """
+        with locked(lock_beside(self.folder), self.folder, "is training segmenters for it"):
+            return self._make()
+
+    def _make(self) -> dict[str, Any]:
         write_text_atomically(self.folder / _SETTINGS, json.dumps(_settings(self), indent=1) + "\n")
         rows = training_rows(self.shards, self.loader)
         samples = sample(self.run, self.shards, rows, self.diffusion, self.sample)

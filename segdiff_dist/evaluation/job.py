@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 import tyro
 
 from data_shards.fan_out import TaskFailure, Workers
+from data_shards.locks import lock_beside, locked
 from data_shards.problems import InputProblems, Problem
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation import inception, perceptual, radiomics, trust
@@ -130,8 +132,9 @@ def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> 
     from segdiff_dist.evaluation.figures import draw_figures
     from segdiff_dist.evaluation.report import write_report
 
-    draw_figures(Path(run), amos_root=amos_root, progress=progress)
-    return write_report(Path(run))
+    with at_work(Path(run)):
+        draw_figures(Path(run), amos_root=amos_root, progress=progress)
+        return write_report(Path(run))
 
 
 def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -139,12 +142,23 @@ def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict
 
     InputProblems, all at once, before any work: no or unfinished samples, samples without real images, no segmenter, a
     broken one, one for images of another size or trained on another label table, a shard set that is not the one
-    sampled from, weights that are not there or cannot be read. EvaluationFailed when items cannot be read.
+    sampled from, weights that are not there or cannot be read; another process that writes RUN/evaluation, or a RUN
+    that cannot be written. EvaluationFailed when items cannot be read.
     """
-    from segdiff_dist.sampling.job import joined
-
     run = Path(run)
     checked = check(run, config)
+    with at_work(run):
+        return _measure_checked(run, config, checked, progress)
+
+
+def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
+    """While this process writes RUN/evaluation others are refused: data_shards.locks."""
+    return locked(lock_beside(run / FOLDER), run / FOLDER, "is evaluating or drawing", lends=lends)
+
+
+def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, progress: bool) -> dict[str, Any]:
+    from segdiff_dist.sampling.job import joined
+
     store, shards = checked.store, checked.shards
     with joined(_as_sampling(config)):
         crew = crew_for(config)

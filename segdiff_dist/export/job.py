@@ -7,9 +7,11 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_shards.locks import lock_beside, locked
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
@@ -30,17 +32,22 @@ def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
 
     The folder appears when it is whole: a killed export leaves OUT's hidden neighbour, which the next one replaces.
     Raises InputProblems: store missing, unfinished or damaged, another shard set than the one sampled from, HU that
-    nobody knows, `out` not empty, too little room; OutOfSpace.
+    nobody knows, `out` not empty, too little room, another process at work on it, no right to write; OutOfSpace.
     """
     store = SampleStore.open(config.samples or run / "samples")
     refuse([*config.problems(), *out_problems(out)])
+    with at_work(out):
+        return _export(store, out, config)
+
+
+def _export(store: SampleStore, out: Path, config: ExportConfig) -> int:
     samples = FinishedSamples.of(store, config.modality)
     found = nnunet_problems(out, samples) if config.format == "nnunet" else []
     borrows = config.writes_values and samples.has_borrowed_hu
     if borrows and samples.borrowed_map is None:
         found.append(unknown_hu(store.path, "give --format png (nnunet: --export.file-ending .png), which has no HU"))
     needed = len(samples) * 2 * (samples.size**2 + _BYTES_PER_FILE)
-    refuse([*found, *room_problems(out, needed)])
+    refuse([*found, *out_problems(out), *room_problems(out, needed)])
     if borrows:
         warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
     with saying_when_full(out):
@@ -58,10 +65,16 @@ def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: 
         raise problem(weights, "weights", "not found", "train first: `segdiff train --config F`")
     needed = sum(file.stat().st_size for file in weights.iterdir())
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
-    with saying_when_full(out):
+    with at_work(out), saying_when_full(out):
+        refuse(out_problems(out))
         unfinished = begin(out)
         write_pipeline(weights, unfinished, diffusion, sampler)
         finish(unfinished, out)
+
+
+def at_work(out: Path) -> AbstractContextManager[None]:
+    """While this process makes `out`, others are refused: data_shards.locks."""
+    return locked(lock_beside(out), out, "is exporting to it")
 
 
 def out_problems(out: Path) -> list[Problem]:

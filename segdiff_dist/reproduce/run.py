@@ -17,6 +17,7 @@ from typing import Any
 
 from data_shards.fan_out import ray_session
 from data_shards.ingest.prepare import find_problems
+from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import problem, refuse
 from data_shards.store.set_index import file_sha256
 from segdiff_dist import stages
@@ -72,18 +73,21 @@ def reproduce(settings: Table1Settings, experiments: Experiments) -> dict[str, A
             (f"{title}: sample", partial(stages.sample, column)),
             (f"{title}: evaluate", partial(evaluate_once, column)),
         ]
-    with ray_session(experiments.prepare.prepare.ray_address):
+    with (
+        locked(settings.out / FOLDER_LOCK, settings.out, "is making this table"),
+        ray_session(experiments.prepare.prepare.ray_address),
+    ):
         for number, (what, step) in enumerate(steps, 1):
             print(f"\n[{number}/{len(steps)}] {what}", flush=True)
             start = time.perf_counter()
             step()
             print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)
-    measured = [
-        table.Measured(name, experiments.recipes[name], column, _summary(column))
-        for name, column in experiments.columns.items()
-    ]
-    made = table.build(measured, patients(settings.amos))
-    table.write(settings.out, made)
+        measured = [
+            table.Measured(name, experiments.recipes[name], column, _summary(column))
+            for name, column in experiments.columns.items()
+        ]
+        made = table.build(measured, patients(settings.amos))
+        table.write(settings.out, made)
     return made
 
 

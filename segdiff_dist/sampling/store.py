@@ -7,26 +7,26 @@ RUN/samples/images.zarr     arrays `image` and `mask`, uint8 [N, H, W], a Zarr s
 RUN/samples/masks.zarr      uint8 [M, H, W], where the masks come from a folder: all that there are, in one file
 RUN/samples/layout.json     CRC-32C of each file that was there before the first image, job.json and itself left out
 RUN/samples/done/000012     region 12 is written: CRC-32C of its two shard files, and the seconds that it took
-RUN/.samples.lock           held by the command at work, from before there is a store
+RUN/.samples.lock           held by the command at work, from before there is a store (data_shards/locks.py)
 RUN/.samples.unfinished     a store that is being laid out. Nothing else is ever removed
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards import locks
+from data_shards.locks import lock_beside
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.records import is_path_inside
 from data_shards.store.codecs import ZSTD_LEVEL, crc32c
@@ -221,29 +221,9 @@ class SampleStore:
         return True
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """While this process works on the store at `path`, be there one yet or not, others are refused. The lock ends with
-    the process, killed or not."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_name(f".{path.name}.lock").open("a+")
-    except OSError as error:
-        remedy = "choose another place (--out DIR)"
-        raise problem(path.parent, "output folder", f"cannot be written ({error})", remedy) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            other = file.read().strip() or "another process"
-            raise problem(path, "samples", f"{other} is making them", "wait for it, or stop it") from error
-        except OSError as error:  # a file system without locks
-            warnings.warn(f"{path} cannot be locked ({error}): start one job at a time", stacklevel=3)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+def locked(path: Path, *, lends: bool = False) -> AbstractContextManager[None]:
+    """While this process works on the store at `path`, be there one yet or not, others are refused (locks.py)."""
+    return locks.locked(lock_beside(path), path, "is making them", lends=lends)
 
 
 def _is_free(path: Path) -> bool:
