@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from data_shards.documents import parse_yaml, read_bytes, shown
 from data_shards.problems import InputProblems, Problem, problem
 
 T = TypeVar("T")
+
+_MOST_BYTES = 1024**2
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -24,10 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise problem(
             path, "config", "no such file", "give the path of a YAML file, for example launch/configs/demo.yaml"
         )
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise problem(path, "config", f"not YAML: {' '.join(str(error).split())}", "correct the file") from None
+    values = parse_yaml(read_bytes(path, "correct the file", most_bytes=_MOST_BYTES), path, "correct the file")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -101,4 +101,4 @@ def _explain(error: Any, where: str) -> Problem:
     field = ".".join(str(part) for part in error["loc"][1:]) or "(top)"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return Problem(where, field, "unknown key", "correct the spelling or remove it; --help lists the keys")
-    return Problem(where, field, repr(error["input"]), error["msg"].removeprefix("Input ").rstrip("."))
+    return Problem(where, field, shown(repr(error["input"])), error["msg"].removeprefix("Input ").rstrip("."))
