@@ -1,0 +1,157 @@
+"""How much fine detail images have: power by band of spatial frequency, and texture inside organs.
+
+Pure functions of arrays; training's validation and the evaluation both stand on them.
+
+Dimensions: B batch, H rows, W columns, F bands (coarse to fine), K label ids (background is id 0).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+# Bands of radial frequency as shares of the Nyquist frequency (half a cycle a pixel), so that they mean the same for
+# images of every size: wavelengths of 64 to 16, 16 to 8, 8 to 4, 4 to 2.7 and 2.7 to 2 pixels.
+BANDS = ((1 / 32, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 3 / 4), (3 / 4, 1.0))
+# In percent of the Nyquist frequency, for names of metrics.
+BAND_NAMES = tuple(f"{int(100 * low)}_{int(100 * high)}" for low, high in BANDS)
+# Narrower images, what their constant border leaves, have too few frequencies for five bands.
+FEWEST_PIXELS_A_SIDE = 16
+# The standard deviation of so many grey values has a standard error of 18 %, of white noise.
+FEWEST_PIXELS_INSIDE = 16
+
+
+def band_powers(real_BHW: np.ndarray, generated_BHW: np.ndarray) -> tuple[Array, Array]:
+    """Mean power [B, F] in each of BANDS of real and of generated images, in grey values squared a frequency.
+
+    The radially averaged power spectrum of Durall et al. 2020, eq. 2 and 3, its mean over the frequencies of a band.
+    Both images of a pair are cut to where the real one is not a constant border, so that padding and its edge do not
+    count, and fade out towards that box's sides by a Hann window: otherwise what an image shows at opposite sides would
+    meet there, an edge that has power at all frequencies in both images and hides what is missing in one. NaN where the
+    box is narrower than FEWEST_PIXELS_A_SIDE, and in a band that has no frequency in so small an image.
+
+    Any number type; ValueError when the shapes differ.
+    """
+    if real_BHW.ndim != 3 or real_BHW.shape != generated_BHW.shape:
+        raise ValueError(f"generated_BHW: {generated_BHW.shape} is not real_BHW's {real_BHW.shape}")
+    powers_2BF = np.full((2, len(real_BHW), len(BANDS)), np.nan)
+    for b, real_HW in enumerate(real_BHW):
+        window_HW = _window(real_HW)
+        if window_HW is not None:
+            powers_2BF[0, b] = _band_power(real_HW, window_HW)
+            powers_2BF[1, b] = _band_power(generated_BHW[b], window_HW)
+    return powers_2BF[0], powers_2BF[1]
+
+
+def power_ratios(real_BF: Array, generated_BF: Array) -> Array:
+    """Generated over real power [F], each summed over the images; NaN where the real images have none."""
+    both_BF = np.isfinite(real_BF) & np.isfinite(generated_BF)
+    real_F, generated_F = (np.where(both_BF, power_BF, 0.0).sum(axis=0) for power_BF in (real_BF, generated_BF))
+    return ratio(generated_F, real_F)
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """Their quotient, of any shape; NaN where the denominator is 0."""
+    quotient: Array = np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1.0), np.nan)
+    return quotient
+
+
+def sharpness(ratio_XF: Array) -> Array:
+    """How near the bands' power ratios are to 1, over the last axis: exp(-mean of |ln ratio|), in 0 to 1.
+
+    The geometric mean of ratio or 1 / ratio, whichever is below 1: power that is missing costs as much as power that is
+    too much, and no band makes up for another. Bands that are NaN are left out; NaN where all are.
+    """
+    known_XF = np.isfinite(ratio_XF)
+    # A band without any power makes the whole 0, as the limit does.
+    positive_XF = known_XF & (ratio_XF > 0)
+    log_XF = np.abs(np.log(np.where(positive_XF, ratio_XF, 1.0)))
+    num_X = known_XF.sum(axis=-1)
+    mean_X = log_XF.sum(axis=-1) / np.maximum(num_X, 1)
+    has_none_X = (known_XF & ~positive_XF).any(axis=-1)
+    return np.where(num_X == 0, np.nan, np.where(has_none_X, 0.0, np.exp(-mean_X)))
+
+
+def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int) -> Array:
+    """Standard deviation (n) [B, K] of fine detail inside each label id, in grey values.
+
+    Fine detail is the image less its mean under the 3x3 binomial filter. Only pixels whose eight neighbours have the
+    same label count, so nothing beyond an organ's outline does. NaN where fewer than FEWEST_PIXELS_INSIDE are left.
+    """
+    image_BHW = images_BHW.astype(np.float64)
+    smooth_BHW = image_BHW
+    for axis in (1, 2):
+        padded = np.pad(smooth_BHW, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
+        before, after = (np.take(padded, range(s, s + image_BHW.shape[axis]), axis=axis) for s in (0, 2))
+        smooth_BHW = (before + 2.0 * smooth_BHW + after) / 4.0
+    detail_BHW = image_BHW - smooth_BHW
+    inside_BHW = _interior(labels_BHW)
+    place = (labels_BHW.astype(np.int64) + np.arange(len(labels_BHW))[:, None, None] * num_classes)[inside_BHW]
+    detail, length = detail_BHW[inside_BHW], len(labels_BHW) * num_classes
+    count_BK, sum_BK, square_BK = (
+        np.bincount(place, weights, length).reshape(-1, num_classes) for weights in (None, detail, detail**2)
+    )
+    num_BK = np.where(count_BK >= FEWEST_PIXELS_INSIDE, count_BK, np.nan)
+    return np.sqrt(np.maximum(square_BK / num_BK - (sum_BK / num_BK) ** 2, 0.0))
+
+
+def _interior(labels_BHW: np.ndarray) -> npt.NDArray[np.bool_]:
+    """Pixels with eight neighbours of their own label."""
+    inside_BHW = np.zeros(labels_BHW.shape, dtype=bool)
+    height, width = labels_BHW.shape[1:]
+    centre = labels_BHW[:, 1:-1, 1:-1]
+    same = np.ones(centre.shape, dtype=bool)
+    for row in range(3):
+        for column in range(3):
+            same &= labels_BHW[:, row : row + height - 2, column : column + width - 2] == centre
+    inside_BHW[:, 1:-1, 1:-1] = same
+    return inside_BHW
+
+
+def _window(real_HW: np.ndarray) -> Array | None:
+    """A Hann window over what is not a constant border, 0 elsewhere; None where that is too narrow."""
+    rows, columns = (_without_border(image) for image in (real_HW, real_HW.T))
+    if min(len(rows), len(columns)) < FEWEST_PIXELS_A_SIDE:
+        return None
+    window_HW = np.zeros(real_HW.shape)
+    # Half a pixel from its zeros on, so that the outermost pixels count a little.
+    fade_H, fade_W = (np.sin(np.pi * (np.arange(len(r)) + 0.5) / len(r)) ** 2 for r in (rows, columns))
+    window_HW[rows.start : rows.stop, columns.start : columns.stop] = fade_H[:, None] * fade_W
+    return window_HW
+
+
+def _without_border(image_HW: np.ndarray) -> range:
+    """The rows from the first to the last that is not all of the value that the image's first or last row has."""
+    first, last = ((image_HW != image_HW[end, end]).any(axis=1) for end in (0, -1))
+    if not first.any() or not last.any():
+        return range(0)
+    return range(int(first.argmax()), len(last) - int(last[::-1].argmax()))
+
+
+def _band_power(image_HW: np.ndarray, window_HW: Array) -> Array:
+    """Mean power [F] of each band; zeros around the window only make the spectrum's grid finer."""
+    centred_HW = image_HW - (image_HW * window_HW).sum() / window_HW.sum()
+    power = np.abs(np.fft.rfft2(centred_HW * window_HW)) ** 2 / (window_HW**2).sum()
+    band, weight, total_F = _frequencies(*image_HW.shape)
+    sum_F = np.bincount(band, (power * weight).ravel(), len(BANDS) + 1)[: len(BANDS)]
+    return ratio(sum_F, total_F)
+
+
+@lru_cache(maxsize=16)
+def _frequencies(height: int, width: int) -> tuple[npt.NDArray[np.int64], Array, Array]:
+    """Of the half spectrum that rfft2 gives: each frequency's band (the number of bands where it is in none), how often
+    it stands for itself and its mirror image, and the sum of that by band."""
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) / 0.5
+    band = np.full(radius.shape, len(BANDS))
+    for f, (low, high) in enumerate(BANDS):
+        band[(radius >= low) & (radius < high)] = f
+    weight = np.full(radius.shape, 2.0)
+    weight[:, 0] = 1.0
+    if width % 2 == 0:
+        weight[:, -1] = 1.0
+    total_F = np.bincount(band.ravel(), weight.ravel(), len(BANDS) + 1)[: len(BANDS)]
+    return band.ravel(), weight, total_F
