@@ -116,6 +116,7 @@ def evaluate(experiment: Experiment) -> int:
     from segdiff_dist.downstream.job import DownstreamFailed
     from segdiff_dist.downstream.summary import format_downstream
     from segdiff_dist.evaluation.job import EvaluationFailed
+    from segdiff_dist.evaluation.sharpness import sharpness_messages
     from segdiff_dist.evaluation.summary import format_table
     from segdiff_dist.evaluation.trust import warnings
     from segdiff_dist.sampling.job import SamplingFailed
@@ -126,6 +127,8 @@ def evaluate(experiment: Experiment) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(format_table(summary))
+    for message in sharpness_messages(summary["metrics"]):
+        print(message)
     if "downstream" in summary:
         print(f"\nDice on real slices:\n{format_downstream(summary['downstream'])}\n")
     print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")

@@ -7,6 +7,7 @@ Dimensions: B batch, H rows, W columns, F bands (coarse to fine), K label ids (b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -97,6 +98,13 @@ def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int
     )
     num_BK = np.where(count_BK >= FEWEST_PIXELS_INSIDE, count_BK, np.nan)
     return np.sqrt(np.maximum(square_BK / num_BK - (sum_BK / num_BK) ** 2, 0.0))
+
+
+def mean_texture(std_BK: Array, organ_ids: Sequence[int]) -> Array:
+    """Mean [B] of texture_std over the organs that have one; NaN where none has."""
+    organs_BO = std_BK[:, list(organ_ids)]
+    known_BO = np.isfinite(organs_BO)
+    return ratio(np.where(known_BO, organs_BO, 0.0).sum(axis=1), known_BO.sum(axis=1))
 
 
 def _interior(labels_BHW: np.ndarray) -> npt.NDArray[np.bool_]:

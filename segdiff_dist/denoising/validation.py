@@ -1,4 +1,5 @@
-"""How the denoiser does on held-out slices while it is trained: a loss on fixed noise, and pictures from fixed masks.
+"""How the denoiser does on held-out slices while it is trained: a loss on fixed noise, and pictures from fixed masks
+with their sharpness.
 
 Slices, noise and timesteps depend on the validation's seed alone, so the same weights give the same numbers at any time
 and on any number of ranks. Dimensions: N slices, P pictures, B batch, C channels, H rows, W columns.
@@ -27,6 +28,7 @@ from segdiff_dist.denoising.loss_weighting import sums_by_timestep
 from segdiff_dist.denoising.samplers import SamplerConfig, sample
 from segdiff_dist.pixels import to_model_range, to_uint8
 from segdiff_dist.ranks.distributed import is_main, rank, sum_over_ranks, world_size
+from segdiff_dist.spectra import BAND_NAMES, band_powers, mean_texture, power_ratios, ratio, sharpness, texture_std
 from segdiff_kernels import philox
 
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ class ValidationConfig:
 
 
 class DenoiserValidation:
-    """Called with (forward, images_seen) on all ranks: val_loss, val_loss_t_FROM_TO, and pictures/samples_*.png.
+    """Called with (forward, images_seen) on all ranks: val_loss, val_loss_t_FROM_TO, pictures/samples_*.png, and of
+    these val_sharpness, val_sharpness_BAND and val_texture.
 
     `rows` are the validation split's; where there are none, this is said once and nothing is measured. The loss is the
     squared error that training tells by timestep, without its weights and with every condition shown. The slices are
@@ -135,6 +138,7 @@ class DenoiserValidation:
         metrics = self._losses(forward)
         if self._records:
             generated_PHW = self._generate(forward)
+            metrics |= picture_sharpness(self._records, generated_PHW, self.shards.label_table)
             if is_main():
                 self._draw(generated_PHW, images_seen)
         return metrics
@@ -244,6 +248,22 @@ def choose_pictures(shards: ShardSet, rows: np.ndarray, num: int) -> list[int]:
     queues = [[i for _, i in sorted(group, key=lambda entry: entry[0])] for group in groups.values()]
     in_turn = (queue[k] for k in range(max(map(len, queues))) for queue in queues if k < len(queue))
     return [int(rows[i]) for _, i in zip(range(num), in_turn, strict=False)]
+
+
+def picture_sharpness(records: list[SliceRecord], generated_PHW: np.ndarray, table: LabelTable) -> dict[str, float]:
+    """Sharpness of the pictures against their slices' own images, as the evaluation has it: `val_sharpness`, a power
+    ratio a band (`val_sharpness_75_100` is the finest) and `val_texture`. What cannot be measured is left out."""
+    real_PHW = np.stack([record.image_uint8() for record in records])
+    ratio_F = power_ratios(*band_powers(real_PHW, generated_PHW))
+    mask_PHW = np.stack([record.mask_HW for record in records])
+    std_real, std_generated = (
+        np.nansum(mean_texture(texture_std(mask_PHW, images_PHW, table.num_classes), table.organ_ids))
+        for images_PHW in (real_PHW, generated_PHW)
+    )
+    found = {"val_sharpness": sharpness(ratio_F)}
+    found |= {f"val_sharpness_{name}": ratio_F[f] for f, name in enumerate(BAND_NAMES)}
+    found |= {"val_texture": ratio(std_generated, std_real)}
+    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
 def draw_sample_grid(

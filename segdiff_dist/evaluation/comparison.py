@@ -130,6 +130,10 @@ def best_of(values: Sequence[float | None], definition: Definition, *, least: fl
     told = {i: round(max(value, least), definition.digits) for i, value in enumerate(values) if value is not None}
     if not definition.better or len(set(told.values())) < 2:
         return set()
+    if definition.better == "one":
+        # As a factor: half as much is as far from 1 as twice as much.
+        distance = {i: abs(math.log(max(value, 1e-9))) for i, value in told.items()}
+        return {i for i, far in distance.items() if far == min(distance.values())}
     best = max(told.values()) if definition.better == "higher" else min(told.values())
     return {i for i, value in told.items() if value == best}
 

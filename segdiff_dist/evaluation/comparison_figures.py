@@ -39,7 +39,9 @@ def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str
                     ax.plot(entries[metric]["value"], position + offset, "o", color=colour, ms=4.5)
                     if entries[metric]["ci95"] is not None:
                         ax.plot(entries[metric]["ci95"], [position + offset] * 2, color=colour, lw=1.4)
-        better = {"higher": "\u2192 better", "lower": "\u2190 better"}.get(DEFINITIONS[metric].better, "")
+        better = {"higher": "\u2192 better", "lower": "\u2190 better", "one": "1 is best"}.get(
+            DEFINITIONS[metric].better, ""
+        )
         ax.set_title(DEFINITIONS[metric].label, fontsize=9)
         ax.set_xlabel(better, fontsize=7.5)
         ax.set_yticks(range(len(names)), [_shortened(name) for name in names])

@@ -28,10 +28,11 @@ from segdiff_dist.evaluation.report import page_environment, png_url, write_page
 COMPARISON = "comparison.html"
 # What the figure shows, where runs have it.
 _DRAWN = (
-    *("dice_mask_gen", "surface_dice_mask_gen", "dice_mask_real", "psnr_db", "ssim", "lpips", "fid"),
+    *("dice_mask_gen", "sharpness", "texture", "surface_dice_mask_gen", "dice_mask_real", "psnr_db", "ssim", "lpips"),
+    "fid",
     *("segmenter_frechet", "segmenter_precision", "segmenter_recall"),
 )
-_MOST_PANELS = 9
+_MOST_PANELS = 12
 _KERNEL_DISTANCES = ("kid", "segmenter_kernel_distance")
 
 # Entries of a summary by "All" and modality, for each run in order.

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from segdiff_dist.spectra import BAND_NAMES, BANDS, FEWEST_PIXELS_INSIDE
+
 
 @dataclass(frozen=True)
 class Definition:
-    """How a metric is called on the page, how it is written, and what it is."""
+    """How a metric is called on the page, how it is written, which values are better, and what it is.
+
+    `better`: "higher", "lower", "one" (nearest to 1), or empty where none is better by itself.
+    """
 
     label: str
     digits: int
@@ -43,6 +48,44 @@ def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Defi
     return {f"{extractor}_{name}": Definition(f"{label} {name}", 3, "higher", text) for name, text in told.items()}
 
 
+def wavelengths(band: int) -> str:
+    """The wavelengths of one of spectra.BANDS, in pixels."""
+    low, high = BANDS[band]
+    return f"{2 / high:.3g} to {2 / low:.3g}"
+
+
+def _sharpness() -> dict[str, Definition]:
+    band_text = (
+        "Power of the generated over that of the real images at wavelengths of {} pixels ({:.0%} to {:.0%} of the "
+        "Nyquist frequency): sums over images of the radially averaged power spectrum (Durall et al. 2020), under a "
+        "Hann window, without constant borders. Below 1 detail is missing, above 1 there is too much."
+    )
+    labels = ("coarsest", "coarse", "middle", "fine", "finest")
+    return {
+        "sharpness": Definition(
+            "Sharpness",
+            3,
+            "higher",
+            "How near the five power ratios of generated to real images are to 1: exp(-mean of |ln ratio|). 1 where "
+            "the images have the real ones' power at every wavelength; blur lowers it, and so does noise.",
+        ),
+        **{
+            f"sharpness_{BAND_NAMES[f]}": Definition(
+                f"Power ratio, {label}", 3, "one", band_text.format(wavelengths(f), *BANDS[f])
+            )
+            for f, label in enumerate(labels)
+        },
+        "texture": Definition(
+            "Texture in organs",
+            3,
+            "one",
+            "Fine detail inside organs, generated over real: the standard deviation of the grey values less their 3x3 "
+            f"binomial mean, inside an organ's outline where {FEWEST_PIXELS_INSIDE} pixels are left; mean over organs, "
+            "then over images. Below 1 organs are too smooth, above 1 too grainy.",
+        ),
+    }
+
+
 DEFINITIONS = {
     "psnr_db": Definition(
         "PSNR (dB)",
@@ -72,6 +115,7 @@ DEFINITIONS = {
         "Distance of the same pair on AlexNet's features, weighted to agree with people (Zhang et al. 2018, version "
         "0.1), the grey image as three equal channels.",
     ),
+    **_sharpness(),
     "fid": Definition(
         "FID",
         1,

@@ -18,6 +18,7 @@ from segdiff_dist.evaluation import sample_figures as samples
 from segdiff_dist.evaluation.densities import clipping_of
 from segdiff_dist.evaluation.look import Drawn, Figure, save, styled
 from segdiff_dist.evaluation.pictures import Pictures
+from segdiff_dist.evaluation.sharpness_figures import power_by_band
 
 INDEX = "index.json"
 
@@ -66,6 +67,7 @@ def _all_figures(
         *(lambda m=m: samples.gallery(pictures, m) for m in MODALITIES),
         *(lambda m=m: samples.extremes(pictures, m) for m in MODALITIES),
         lambda: numbers.dice_by_organ(summary),
+        lambda: power_by_band(summary),
         lambda: numbers.hu_by_organ(summary),
         lambda: samples.nearest_training(pictures, summary),
         lambda: samples.diversity(pictures),

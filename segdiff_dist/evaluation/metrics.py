@@ -315,14 +315,14 @@ def estimate_from_sums(sums_P: Array, counts_P: Counts, *, resamples: int, seed:
     assert (counts_P > 0).all()
     num_patients, interval = len(sums_P), None
     if num_patients >= 2:
-        draws = _redrawn(num_patients, resamples, seed)
+        draws = redrawn(num_patients, resamples, seed)
         low, high = np.percentile((draws @ sums_P) / (draws @ counts_P), _INTERVAL)
         interval = (float(low), float(high))
     return Estimate(float(sums_P.sum() / counts_P.sum()), interval, int(counts_P.sum()), num_patients)
 
 
 @lru_cache(maxsize=16)
-def _redrawn(num_patients: int, resamples: int, seed: int) -> Counts:
+def redrawn(num_patients: int, resamples: int, seed: int) -> Counts:
     """How often each patient is drawn, [resamples, num_patients]; the same for every metric of as many patients."""
     return np.random.default_rng(seed).multinomial(num_patients, np.full(num_patients, 1 / num_patients), resamples)
 

@@ -12,6 +12,7 @@ from data_shards.store.set_index import file_sha256
 from segdiff_dist.evaluation import inception, perceptual, radiomics
 from segdiff_dist.evaluation.distances import DISTANCE_METRICS, fewest_samples
 from segdiff_dist.evaluation.metrics import MS_SSIM_SMALLEST_SIDE
+from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS, missing_reason
 from segdiff_dist.evaluation.summary import HEADLINE_METRICS
 from segdiff_dist.evaluation.surfaces import tolerances_mm
 
@@ -30,7 +31,7 @@ def not_available(summary: dict[str, Any], inputs: Inputs, store: SampleStore) -
     """Metrics that have no value, each with its reason and what to do about it."""
     # The other figures on Inception's features lack what fid lacks, which is said once.
     of_inception = () if "fid" in summary["metrics"] else ("kid", "inception_")
-    names = [n for n in (*HEADLINE_METRICS, *DISTANCE_METRICS) if n not in summary["metrics"]]
+    names = [n for n in (*HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS) if n not in summary["metrics"]]
     return {n: _reason(n, summary, inputs, store) for n in names if not (of_inception and n.startswith(of_inception))}
 
 
@@ -63,6 +64,8 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, store: SampleSto
     side = store.image.shape[1]
     if name == "ms_ssim" and side < MS_SSIM_SMALLEST_SIDE:
         return f"five scales need images of {MS_SSIM_SMALLEST_SIDE} pixels a side, these have {side}"
+    if name in SHARPNESS_METRICS:
+        return missing_reason(name)
     if name.startswith("surface_dice") and not inputs.surface_dice:
         return "evaluate.surface_dice is off"
     return "no sample gives it a finite value"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.definitions import DEFINITIONS
 from segdiff_dist.evaluation.figures import read_downstream
+from segdiff_dist.evaluation.sharpness import sharpness_messages
 from segdiff_dist.evaluation.tracked import TrackedRun, tracked_run
 from segdiff_dist.evaluation.trust import warnings
 from segdiff_dist.evaluation.worker import HU_METRICS
@@ -92,6 +93,7 @@ def render(
             ],
             is_other_model=downstream is not None
             and downstream["settings"]["weights_digest"] != summary["provenance"]["sample_job"].get("weights_digest"),
+            sharpness=_sharpness_of(summary),
             trust=summary.get("trust"),
             memorised=summary.get("trust", {}).get("memorisation"),
             percent="{:.1%}".format,
@@ -166,6 +168,22 @@ def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     if summary["body"]:
         rows.append({"name": "body", "by_modality": {}, "overall": summary["body"]})
     return rows
+
+
+def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of blur: sentences for all images or, where there are several, by modality; and texture by
+    organ and modality."""
+    groups = groups_of(summary["metrics"], summary["by_modality"])
+    messages = {group: sharpness_messages(entries) for group, entries in groups.items()}
+    by_modality = summary["by_modality_organ"]
+    organs = {
+        organ.replace("_", " "): {m: of.get(organ, {}).get("texture") for m, of in by_modality.items()}
+        for organ in summary["by_organ"]
+    }
+    return {
+        "messages": {group: told for group, told in messages.items() if told},
+        "organs": {organ: entries for organ, entries in organs.items() if any(entries.values())},
+    }
 
 
 def _hu_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from data_shards.labels import BODY, LabelTable
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.evaluation.distances import DISTANCE_METRICS, Distributions, Entry, Group
 from segdiff_dist.evaluation.metrics import Estimate
+from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS, organ_entries, sharpness_entries
 from segdiff_dist.evaluation.sums import Interval, PatientSums, SumKey
 from segdiff_dist.evaluation.trust import Spread
 from segdiff_dist.evaluation.worker import HU_METRICS, PAIRS, SIDES, ChunkResult, column_names, is_headline
@@ -104,10 +105,13 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
     by_both = {f"{m}/{a}": Group.of(m, a) for m in MODALITIES for a in AXES}
 
     def entries(group: Group) -> dict[str, Entry]:
-        return means.of(HEADLINE_METRICS, _headline(group)) | measured.distributions.entries(group, group)
+        found = means.of(HEADLINE_METRICS, _headline(group))
+        found |= sharpness_entries(measured.sums, _headline(group), interval)
+        return found | measured.distributions.entries(group, group)
 
     def by_organ(group: Group) -> dict[str, Any]:
-        return {organ: means.organ(organ, _headline(group)) for organ in organs}
+        which = _headline(group)
+        return {o: means.organ(o, which) | organ_entries(measured.sums, o, which, interval) for o in organs}
 
     def existing(groups: dict[str, Group], tell: Callable[[Group], dict[str, Any]]) -> dict[str, Any]:
         return {name: tell(group) for name, group in groups.items() if measured.sums.num_samples(_headline(group))}
@@ -167,7 +171,7 @@ def format_table(summary: dict[str, Any]) -> str:
     rows = [["", *(f"{name} (n={_most_samples(entries)})" for name, entries in columns.items())]]
     rows += [
         [metric, *(_cell(entries.get(metric)) for entries in columns.values())]
-        for metric in (*HEADLINE_METRICS, *DISTANCE_METRICS)
+        for metric in (*HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS)
         if any(metric in entries for entries in columns.values())
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -69,14 +69,7 @@ class PatientSums:
         self, names: Sequence[str], which: Callable[[SumKey], bool], interval: Interval
     ) -> dict[str, Estimate | None]:
         """Mean of each column over the samples that `which` picks; None where no value is finite."""
-        keys = sorted(key for key in self._sums if which(key))
-        if not keys:
-            return dict.fromkeys(names)
-        chosen = [self._column[name] for name in names]
-        patients, patient_of_key = np.unique([key.case_id for key in keys], return_inverse=True)
-        sums_PC, counts_PC = np.zeros((len(patients), len(names))), np.zeros((len(patients), len(names)), np.int64)
-        np.add.at(sums_PC, patient_of_key, np.stack([self._sums[key][chosen] for key in keys]))
-        np.add.at(counts_PC, patient_of_key, np.stack([self._counts[key][chosen] for key in keys]))
+        sums_PC, counts_PC = self.by_patient(names, which)
         found: dict[str, Estimate | None] = {}
         for c, name in enumerate(names):
             has_P = counts_PC[:, c] > 0
@@ -88,6 +81,17 @@ class PatientSums:
                 else None
             )
         return found
+
+    def by_patient(self, names: Sequence[str], which: Callable[[SumKey], bool]) -> tuple[np.ndarray, np.ndarray]:
+        """Sums and numbers of finite values [P, C] of these columns, of each patient of the keys that `which` picks."""
+        keys = sorted(key for key in self._sums if which(key))
+        chosen = [self._column[name] for name in names]
+        patients, patient_of_key = np.unique([key.case_id for key in keys], return_inverse=True)
+        sums_PC, counts_PC = np.zeros((len(patients), len(names))), np.zeros((len(patients), len(names)), np.int64)
+        for p, key in zip(patient_of_key, keys, strict=True):
+            sums_PC[p] += self._sums[key][chosen]
+            counts_PC[p] += self._counts[key][chosen]
+        return sums_PC, counts_PC
 
     def volume_error(
         self, reference: str, predicted: str, which: Callable[[SumKey], bool], interval: Interval

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_shards.feed.order import sample_at
 from data_shards.records import MODALITIES
-from segdiff_dist.evaluation import metrics, surfaces
+from segdiff_dist.evaluation import metrics, sharpness, surfaces
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def column_names(table: LabelTable) -> list[str]:
     organs = [table.names[i] for i in table.organ_ids]
     names = ["psnr_db", "ssim", "ms_ssim", "lpips"]
     names += [f"{kind}_{pair}" for kind in ("dice", "surface_dice", "area_error", "legacy_dice") for pair in PAIRS]
+    names += sharpness.sharpness_columns(table)
     names += [f"{name}/{organ}" for name in HU_METRICS for organ in organs]
     names += [f"dice_{pair}/{name}" for pair in PAIRS for name in table.names[1:]]
     names += [f"{kind}_{pair}/{organ}" for kind in ("surface_dice", "area_error") for pair in PAIRS for organ in organs]
@@ -256,6 +257,11 @@ class _Batch:
             columns["ssim"][chosen] = metrics.ssim(real, fake)
         if evaluator.lpips is not None:
             columns["lpips"][chosen] = evaluator.lpips(real, fake)
+        sharp = sharpness.measure(
+            real.cpu().numpy(), fake.cpu().numpy(), self.label_maps["mask"][chosen], evaluator.table
+        )
+        for name, values in sharp.items():
+            columns[name][chosen] = values
         for images, side in ((real, 0), (fake, 1)):
             for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
                 self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)

@@ -33,7 +33,7 @@ PAPER_ROWS = {
 # What says more than the paper's rows do.
 _FURTHER_ROWS = (
     *("dice_mask_real", "dice_real_gen", "dice_mask_gen", "legacy_dice_real_gen"),
-    *("surface_dice_mask_gen", "kid", "segmenter_frechet"),
+    *("surface_dice_mask_gen", "sharpness", "sharpness_75_100", "texture", "kid", "segmenter_frechet"),
 )
 # At least so many triples a column: Hunecke and Chen, section 5.3.
 FEWEST_TRIPLES = 1024

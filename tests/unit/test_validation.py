@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.samplers import SamplerConfig
-from segdiff_dist.denoising.validation import DenoiserValidation, ValidationConfig, choose_pictures
+from segdiff_dist.denoising.validation import (
+    DenoiserValidation,
+    ValidationConfig,
+    choose_pictures,
+    picture_sharpness,
+)
+from segdiff_dist.spectra import BAND_NAMES
 
 CPU = torch.device("cpu")
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
@@ -82,7 +89,8 @@ def on_ranks(num: int, shapes: Path, folder: Path) -> Iterator[tuple[dict[str, f
 def test_the_same_weights_give_the_same_number_on_any_number_of_ranks(shapes: Path, tmp_path: Path) -> None:
     validation, forward, _ = make(shapes, tmp_path / "one")
     alone = validation(forward, 640)
-    assert set(alone) == {"val_loss", *(f"val_loss_t_{t}_{t + 250}" for t in (0, 250, 500, 750))}
+    assert {"val_loss", *(f"val_loss_t_{t}_{t + 250}" for t in (0, 250, 500, 750))} < set(alone)
+    assert {"val_sharpness", *(f"val_sharpness_{band}" for band in BAND_NAMES), "val_texture"} < set(alone)
     assert validation(forward, 1280) == alone
     assert make(shapes, tmp_path / "again")[0](forward, 0) == alone
     # 22 slices in batches of 4 and 5 pictures: uneven shares.
@@ -135,6 +143,22 @@ def test_the_grid_is_drawn_and_tracked(shapes: Path, tmp_path: Path) -> None:
     assert calls == [4] * 6 + [8] * 3 + [2] * 3
     with Image.open(tmp_path / "pictures" / "samples_000000012800.png") as picture:
         assert picture.width > 5 * 128
+
+
+def test_blurred_pictures_have_less_power_in_the_fine_bands(shapes: Path) -> None:
+    shards = ShardSet.open(shapes)
+    records = [shards.read(row) for row in choose_pictures(shards, shards.select(split="val"), 6)]
+    real = np.stack([record.image_uint8() for record in records])
+    same = picture_sharpness(records, real, shards.label_table)
+    assert set(same.values()) == {1.0}
+    soft = sum(np.roll(real.astype(float), shift, axis) for axis in (1, 2) for shift in (-1, 0, 1)) / 6
+    blurred = picture_sharpness(records, soft.round().astype(np.uint8), shards.label_table)
+    assert blurred["val_sharpness_75_100"] < 0.3 < 0.8 < blurred["val_sharpness_3_12"]
+    assert blurred["val_sharpness"] < 0.8
+    assert blurred["val_texture"] < 0.8
+    # Masks without organs have no texture, and nothing stands for it.
+    without = [replace(record, mask_HW=np.zeros_like(record.mask_HW)) for record in records]
+    assert "val_texture" not in picture_sharpness(without, real, shards.label_table)
 
 
 def test_without_a_validation_split_nothing_is_measured(shapes: Path, tmp_path: Path) -> None:
