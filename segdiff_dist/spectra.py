@@ -55,8 +55,9 @@ def power_ratios(real_BF: Array, generated_BF: Array) -> Array:
     return ratio(generated_F, real_F)
 
 
-def ratio(numerator: Array, denominator: Array) -> Array:
+def ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Array:
     """Their quotient, of any shape; NaN where the denominator is 0."""
+    numerator, denominator = (np.asarray(of, dtype=np.float64) for of in (numerator, denominator))
     quotient: Array = np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1.0), np.nan)
     return quotient
 
@@ -150,16 +151,16 @@ def _band_power(image_HW: np.ndarray, window_HW: Array) -> Array:
 
 
 @lru_cache(maxsize=16)
-def _frequencies(height: int, width: int) -> tuple[npt.NDArray[np.int64], Array, Array]:
+def _frequencies(height: int, width: int) -> tuple[npt.NDArray[np.intp], Array, Array]:
     """Of the half spectrum that rfft2 gives: each frequency's band (the number of bands where it is in none), how often
     it stands for itself and its mirror image, and the sum of that by band."""
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) / 0.5
-    band = np.full(radius.shape, len(BANDS))
+    band = np.full(radius.shape, len(BANDS), dtype=np.intp)
     for f, (low, high) in enumerate(BANDS):
         band[(radius >= low) & (radius < high)] = f
     weight = np.full(radius.shape, 2.0)
     weight[:, 0] = 1.0
     if width % 2 == 0:
         weight[:, -1] = 1.0
-    total_F = np.bincount(band.ravel(), weight.ravel(), len(BANDS) + 1)[: len(BANDS)]
+    total_F = np.bincount(band.ravel(), weight.ravel(), len(BANDS) + 1)[: len(BANDS)].astype(np.float64)
     return band.ravel(), weight, total_F
