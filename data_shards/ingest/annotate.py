@@ -60,6 +60,9 @@ class AnnotateConfig:
     version_command: str | None = None
     """Prints the version of `command`'s tool; its first line is recorded."""
     modalities: tuple[str, ...] = MODALITIES
+    """Which of the archive's cases."""
+    modality: str | None = None
+    """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
     num_workers: int = 1
     """Volumes at a time."""
     threads_per_worker: int | None = None
@@ -82,6 +85,7 @@ class AnnotateConfig:
         chosen = self.modalities
         good = bool(chosen) and len(set(chosen)) == len(chosen) and set(chosen) <= set(MODALITIES)
         check("modalities", good, f"choose from {', '.join(MODALITIES)}, each once")
+        check("modality", self.modality in (None, *MODALITIES), f"use one of {', '.join(MODALITIES)}, or leave it out")
         check("num_workers", self.num_workers >= 1, "use 1 or more")
         check("threads_per_worker", self.threads_per_worker is None or self.threads_per_worker >= 1, "use 1 or more")
         check("gpus_per_worker", self.gpus_per_worker >= 0, "use 0 or more")
@@ -165,7 +169,7 @@ def _check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> tuple[li
     found = config.problems()
     if found:
         return found, None
-    found += archive.find_problems(amos_root, config.modalities)
+    found += archive.find_problems(amos_root, config.modalities, config.modality)
     version, wrong = _tool_version(config)
     return found + wrong + list(_folder_problems(wholebody, _new_annotations(config, version), wrong)), version
 
@@ -177,7 +181,7 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
     content = read_annotations(wholebody) or _new_annotations(config, version)
     _adopt(wholebody, content["cases"])
     _write_json(wholebody / ANNOTATIONS, content)
-    cases = archive.read_archive(amos_root, config.modalities)
+    cases = archive.read_archive(amos_root, config.modalities, config.modality)
     tasks = [_Task(case, wholebody, config, content["cases"].get(case.case_id)) for case in cases]
     results = fan_out(
         _make_worker,

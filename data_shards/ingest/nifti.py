@@ -102,6 +102,7 @@ def value_scale(header: Any) -> tuple[float, float]:
 def _read_header(file: Path) -> Any:
     """nibabel's header, without extensions."""
     import nibabel as nib
+    from nibabel import imageglobals
 
     def wrong(reason: object) -> InputProblems:
         return problem(file, "header", f"not NIfTI ({' '.join(str(reason).split())[:120]})", _RESTORE)
@@ -118,7 +119,7 @@ def _read_header(file: Path) -> Any:
     made = getattr(nib, _HEADER_BYTES[size])
     try:
         raw = made(block[:size], check=False)
-        with nib.imageglobals.LoggingOutputSuppressor():
+        with imageglobals.LoggingOutputSuppressor():
             header = made(block[:size])
         header.get_data_dtype(), header.get_data_shape()
     except Exception as error:  # nibabel raises whatever the bytes lead it to

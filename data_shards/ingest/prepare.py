@@ -21,6 +21,7 @@ from data_shards import __version__
 from data_shards.fan_out import Done, TaskFailure, Workers, num_cores, runner
 from data_shards.ingest import archive, partials
 from data_shards.ingest.archive import Case
+from data_shards.ingest.dataset_json import DATASET_FILE
 from data_shards.ingest.masks import annotation_record, find_wholebody_problems
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LABEL_TABLES
@@ -129,7 +130,7 @@ def _prepare(
     progress: Callable[[int, int, int], None] | None,
     wholebody: Path | None,
 ) -> PrepareReport:
-    cases = archive.read_archive(amos_root, config.modalities)
+    cases = archive.read_archive(amos_root, config.modalities, config.modality)
     plan = {"preprocessing": config.of_the_set(), "source": _source(amos_root, cases, wholebody)}
     index = read_index(out) if (out / INDEX).exists() else None
     if index is not None and not index["failed"]:
@@ -160,10 +161,10 @@ def find_problems(amos_root: Path, out: Path, config: PrepareConfig, wholebody: 
     """All that can be seen before work starts: the config, the archive's files and headers, the whole-body masks', and
     what `out` holds."""
     found = config.problems()
-    in_archive = archive.find_problems(amos_root, config.modalities)
+    in_archive = archive.find_problems(amos_root, config.modalities, config.modality)
     source = None
     if not in_archive:
-        cases = archive.read_archive(amos_root, config.modalities)
+        cases = archive.read_archive(amos_root, config.modalities, config.modality)
         in_archive = find_wholebody_problems(cases, config.label_set, wholebody)
         source = None if in_archive else _source(amos_root, cases, wholebody)
     plan = {"preprocessing": config.of_the_set(), "source": source}
@@ -208,7 +209,7 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(str(out), "output folder", "is a file", "choose another folder")
     else:
         # Whatever else lies there, a tracker's files for one, is neither read nor touched.
-        for name in (archive.DATASET_FILE, SHARDS, SAMPLES):
+        for name in (DATASET_FILE, SHARDS, SAMPLES):
             if (out / name).exists():
                 yield Problem(str(out), "output folder", f"holds {name} of something else", "choose a new folder")
 
@@ -216,8 +217,9 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
 def _differences(where: Path, made: dict[str, Any], plan: dict[str, Any]) -> Iterator[Problem]:
     """How a set differs from the one asked for. Cases that failed may have been mended or taken out since."""
     remedy = "choose another folder, or remove this one to make the set anew"
-    for name, value in plan["preprocessing"].items():
-        before = made["preprocessing"].get(name)
+    # `modality` is there only where it was stated.
+    for name in dict.fromkeys((*plan["preprocessing"], *({"modality"} & made["preprocessing"].keys()))):
+        before, value = made["preprocessing"].get(name), plan["preprocessing"].get(name)
         if before != value:
             yield Problem(str(where), name, f"made with {before!r}, asked for {value!r}", remedy)
     if plan["source"] is None:

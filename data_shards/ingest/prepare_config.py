@@ -28,6 +28,9 @@ class PrepareConfig:
     """amos: the archive's 15 organs. wholebody: masks of a whole-body tool. merged: the first laid over the second."""
     axes: tuple[str, ...] = AXES
     modalities: tuple[str, ...] = MODALITIES
+    """Which of the archive's cases are taken."""
+    modality: str | None = None
+    """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
     size: int = 256
     spacing_mm: float = 1.0
     slice_stride: int = 1
@@ -73,6 +76,7 @@ class PrepareConfig:
             ("store", STORES),
         ):
             check(name, getattr(self, name) in choices, f"use one of {', '.join(choices)}")
+        check("modality", self.modality in (None, *MODALITIES), f"use one of {', '.join(MODALITIES)}, or leave it out")
         lossless = "is not among the codecs that keep every label id; " if self.codec not in CODECS else ""
         check("codec", self.codec in CODECS, f"{lossless}use one of {', '.join(CODECS)}")
         check("bits", self.bits in (8, 16), "use 8 or 16")
@@ -93,6 +97,8 @@ class PrepareConfig:
         values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_THE_SET}
         values["axes"] = [axis for axis in AXES if axis in self.axes]
         values["modalities"] = [modality for modality in MODALITIES if modality in self.modalities]
+        if self.modality is None:  # as before there was a way to state it
+            del values["modality"]
         if self.store == "zarr":
             values["codec"] = "zstd"
         return dict(json.loads(json.dumps(values)))

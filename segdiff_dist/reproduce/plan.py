@@ -86,7 +86,7 @@ def _counts(experiment: Experiment) -> tuple[int, int]:
     config = experiment.prepare
     found: list[Problem] = []
     num_volumes = num_slices = 0
-    for case in archive.read_archive(experiment.path("amos_root"), config.modalities):
+    for case in archive.read_archive(experiment.path("amos_root"), config.modalities, config.modality):
         header = archive.read_header(case.image, found)
         if header is None:
             continue

@@ -1,0 +1,201 @@
+"""dataset.json of an archive: AMOS' lists of cases and its table of labels, as strangers may have written them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from reprlib import repr as short
+from typing import Any
+
+from data_shards.ingest.modality import AMOS_NAME
+from data_shards.problems import Problem, problem
+from data_shards.records import is_case_id
+
+DATASET_FILE = "dataset.json"
+# dataset.json's lists, and the splits they are. AMOS publishes no labels for its test cases.
+_SPLIT_OF = {"training": "train", "validation": "val", "test": "test"}
+# Keys that nnU-Net 2 writes and AMOS does not.
+_NNUNET_KEYS = ("channel_names", "file_ending", "numTraining")
+# Ids as dataset.json names them, its misspellings (`arota`, `postcava`) and their corrections.
+_ORGAN_NAMES: tuple[frozenset[str], ...] = tuple(
+    frozenset(names.split("|"))
+    for names in (
+        "background",
+        "spleen",
+        "right kidney|kidney right",
+        "left kidney|kidney left",
+        "gall bladder|gallbladder",
+        "esophagus|oesophagus",
+        "liver",
+        "stomach",
+        "arota|aorta",
+        "postcava|inferior vena cava",
+        "pancreas",
+        "right adrenal gland|adrenal gland right",
+        "left adrenal gland|adrenal gland left",
+        "duodenum",
+        "bladder|urinary bladder",
+        "prostate uterus",
+    )
+)
+# Wrong names that are listed one by one: enough for a table in another order.
+_MOST_NAMED = 20
+# nnU-Net writes the channel's number behind an image's name and none behind its label's: CASE_0000.nii.gz.
+_CHANNEL = re.compile(r"(.*[0-9])_([0-9]{4})")
+_FIRST_CHANNEL = "0000"
+# A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
+_LONGEST_CASE_ID = 64
+# What Linux allows (limits.h): longer ones are an error of the file system, not a file that is missing.
+_LONGEST_PATH, _LONGEST_NAME = 4096, 255
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case as dataset.json lists it: paths below the archive. `case_id` is the image's name without ending, and
+    without the channel's number where it carries one."""
+
+    split: str
+    image: str
+    label: str | None
+    case_id: str
+
+
+def read_dataset(root: Path) -> dict[str, Any]:
+    """The content of ROOT/dataset.json, which has at least one list of cases. Raises InputProblems."""
+    remedy = "give the folder of an AMOS 2022 archive: dataset.json beside imagesTr, labelsTr, ..."
+    if not root.is_dir():
+        raise problem(root, "AMOS folder", "not a folder", remedy)
+    file = root / DATASET_FILE
+    if not file.is_file():
+        raise problem(root, DATASET_FILE, "missing", remedy)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise problem(file, "JSON", f"invalid ({error})", "restore the file from the archive") from error
+    if not isinstance(content, dict):
+        raise problem(file, "JSON", f"a {type(content).__name__}, not an object", "restore the file from the archive")
+    if not any(name in content for name in _SPLIT_OF):
+        value = "lists no cases: it has no `training`, `validation` or `test`"
+        if any(name in content for name in ("channel_names", "file_ending", "numTraining")):
+            value = f"is nnU-Net's and {value}"
+        remedy = (
+            "list each case as AMOS does, {image, label} in `training` and `validation`, and give `labels` as id: name"
+        )
+        raise problem(file, "JSON", value, remedy)
+    for name in _SPLIT_OF:
+        if not isinstance(content.get(name, []), list):
+            raise problem(file, name, type(content[name]).__name__, "give a list of {image, label} entries")
+    return content
+
+
+def read_entries(where: str, content: dict[str, Any]) -> tuple[list[Entry], list[Problem]]:
+    """The cases that dataset.json lists, and everything wrong with its entries; `where` is its name."""
+    listed = [(split, entry) for name, split in _SPLIT_OF.items() for entry in content.get(name, [])]
+    # Test entries are plain file names in some releases of the format.
+    pairs = [(split, {"image": entry} if isinstance(entry, str) else entry) for split, entry in listed]
+    # Where one label shows that the number behind its image's name is a channel, it is one behind others' names too.
+    has_channels = any(_shows_channel(entry) for _, entry in pairs)
+    entries: list[Entry] = []
+    found: list[Problem] = []
+    for split, raw in pairs:
+        entry, wrong = _read_entry(where, split, raw, has_channels)
+        found += wrong
+        if entry is not None:
+            entries.append(entry)
+    return entries, found
+
+
+def file_stem(file: str) -> str:
+    """A NIfTI file's name without folders and ending."""
+    return re.sub(r"\.nii(\.gz)?$", "", PurePosixPath(file).name)
+
+
+def _read_entry(where: str, split: str, raw: Any, has_channels: bool) -> tuple[Entry | None, list[Problem]]:
+    """The entry, None where there is no telling which case it is, and what is wrong with it."""
+    image = raw.get("image") if isinstance(raw, dict) else None
+    if not isinstance(image, str):
+        return None, [Problem(where, split, short(raw), "give an object with `image` and `label`")]
+    label = None if split == "test" else raw.get("label")
+    for path in (image, label):
+        if isinstance(path, str) and not _is_below(path):
+            remedy = "give a path inside the archive's folder, as ./imagesTr/amos_0001.nii.gz"
+            return None, [Problem(where, split, short(path), remedy)]
+    stem = file_stem(image)
+    if len(stem) > _LONGEST_CASE_ID:
+        return None, [Problem(where, split, image, f"name cases with at most {_LONGEST_CASE_ID} characters")]
+    # A tar's member is named by its case, and WebDataset splits names at the first dot.
+    if not (is_case_id(stem) and re.fullmatch(r"[^.]*[0-9]", stem)):
+        remedy = "name files by case, as amos_0001.nii.gz: letters, digits, _ and -, ending in the case's number"
+        return None, [Problem(where, split, image, remedy)]
+    channel = _CHANNEL.fullmatch(stem)
+    if channel and AMOS_NAME.fullmatch(channel[1]) and channel[2] != _FIRST_CHANNEL:
+        remedy = f"list {channel[1]}_{_FIRST_CHANNEL} alone: a case has one image"
+        return None, [Problem(where, split, f"{image} is channel {int(channel[2])} of {channel[1]}", remedy)]
+    if split == "test":
+        return Entry(split, image, None, _case_id(stem, None, has_channels)), []
+    if not isinstance(label, str):
+        return None, [Problem(where, split, f"{image} has no label", "name its label file, or list it under `test`")]
+    label_stem = file_stem(label)
+    entry = Entry(split, image, label, _case_id(stem, label_stem, has_channels))
+    if _case_id(label_stem, None, False) != entry.case_id:
+        remedy = "image and label of a case carry the same file name"
+        return entry, [Problem(where, split, f"{image} is labelled by {label}", remedy)]
+    return entry, []
+
+
+def _is_below(path: str) -> bool:
+    """Whether a path is one that a file below the archive can have: an archive leads to no files elsewhere."""
+    parts = PurePosixPath(path).parts
+    try:
+        lengths = [len(part.encode()) for part in parts]
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and a file name cannot
+        return False
+    whole = bool(parts) and sum(lengths) < _LONGEST_PATH and max(lengths) <= _LONGEST_NAME
+    return whole and parts[0] != "/" and ".." not in parts and all(ord(letter) >= 32 for letter in path)
+
+
+def _shows_channel(raw: Any) -> bool:
+    """Whether an entry's label is named like its image without a channel's number."""
+    image, label = (raw.get("image"), raw.get("label")) if isinstance(raw, dict) else (None, None)
+    if not isinstance(image, str) or not isinstance(label, str):
+        return False
+    return file_stem(image) == f"{file_stem(label)}_{_FIRST_CHANNEL}"
+
+
+def _case_id(stem: str, label_stem: str | None, has_channels: bool) -> str:
+    """The case of an image, or of a label, of this name: without the first channel's number where that is one.
+
+    It is one where the label shows it, behind AMOS' own names, and, of an image without a label, where the archive has
+    channels. Otherwise it may be the case's own number.
+    """
+    channel = _CHANNEL.fullmatch(stem)
+    if channel is None or channel[2] != _FIRST_CHANNEL:
+        return stem
+    shown = channel[1] == label_stem or (label_stem is None and has_channels)
+    return channel[1] if shown or AMOS_NAME.fullmatch(channel[1]) else stem
+
+
+def problems_with_organs(where: str, organs: Any) -> Iterator[Problem]:
+    """What is wrong with `labels`. It may be left out: ids are checked against the table voxel by voxel anyway."""
+    if organs is None:
+        return
+    if not isinstance(organs, dict):
+        yield Problem(where, "labels", type(organs).__name__, "give an object of id: name")
+        return
+    if organs and all(isinstance(value, int) and not isinstance(value, bool) for value in organs.values()):
+        organs = {str(value): name for name, value in organs.items()}  # nnU-Net 2 writes name: id
+    num_wrong = 0
+    for text, name in organs.items():
+        is_id = text.isascii() and text.isdecimal() and len(text) < 4 and int(text) < len(_ORGAN_NAMES)
+        known = _ORGAN_NAMES[int(text)] if is_id else frozenset()
+        if not isinstance(name, str) or " ".join(re.split(r"[\s_/-]+", name.strip().lower())) not in known:
+            num_wrong += 1
+            if num_wrong > _MOST_NAMED:
+                yield Problem(where, "labels", f"{len(organs)} entries", "give AMOS' table of 15 organs")
+                return
+            expected = f"'{sorted(known)[0]}'" if known else f"no id above {len(_ORGAN_NAMES) - 1}"
+            remedy = f"AMOS has {expected} there: renumber the labels to AMOS' table"
+            yield Problem(where, f"labels.{text[:20]}", short(name), remedy)

@@ -1,0 +1,127 @@
+"""CT or MR: what the setting or dataset.json states, and AMOS' numbers for cases that carry AMOS' own names.
+
+A wrong modality cuts MR by a window of HU, or stretches CT, and nothing later shows it. So nothing is guessed from
+other names, and what contradicts is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from reprlib import repr as short
+from typing import Any
+
+from data_shards.problems import Problem
+from data_shards.records import MODALITIES
+
+# AMOS 2022: its cases up to 500 are CT, those above are MR (its readme's "< 500" is off by one).
+AMOS_NAME = re.compile(r"amos_([0-9]{4})")
+_LAST_CT_NUMBER = 500
+# dataset.json holds it as `modality` (AMOS, Medical Segmentation Decathlon, nnU-Net 1) or `channel_names` (nnU-Net 2).
+_KEYS = ("modality", "channel_names")
+# Words that stand for a modality there, after lower case and without what is no letter or digit.
+_WORDS = {
+    "CT": {"ct", "cta", "cect", "ncct", "cbct", "ldct", "computedtomography", "computertomography"},
+    "MR": {
+        *("mr", "mri", "mra", "nmr", "magneticresonance", "magneticresonanceimaging", "t1", "t2", "t1w", "t2w", "t1c"),
+        *("t1ce", "t1gd", "t1n", "t2f", "flair", "pd", "pdw", "dwi", "adc", "dce", "swi", "t2spir", "t1dual", "dixon"),
+        *("stir", "mprage", "haste", "vibe"),
+    },
+}
+
+
+def find_modalities(
+    where: str, content: dict[str, Any], case_ids: Sequence[str], stated: str | None
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[Problem]]:
+    """Modality by case id, notes by case id where a statement was set aside, and every contradiction and doubt.
+
+    `content` is that of dataset.json, `where` its name, `stated` the setting, CT or MR or None. The setting counts for
+    every case. Without it dataset.json's statement does, but for AMOS' own names: AMOS' dataset.json says CT although
+    its cases above 500 are MR, so for them the number counts, and only MR stated for a number of CT is a contradiction.
+    """
+    known, found = _stated_in(where, content)
+    by_number = {case_id: _by_number(case_id) for case_id in case_ids}
+    if stated in MODALITIES:  # anything else is refused among the settings
+        return _by_setting(where, stated, known, by_number)
+    if found:
+        return {}, {}, found
+    result: dict[str, str] = {}
+    doubtful: list[str] = []
+    contradicting: list[str] = []
+    for case_id, number_says in by_number.items():
+        if number_says is not None and (known != {"MR"} or number_says == "MR"):
+            result[case_id] = number_says
+        elif number_says is not None:
+            contradicting.append(case_id)
+        elif len(known) == 1:
+            result[case_id] = next(iter(known))
+        else:
+            doubtful.append(case_id)
+    if contradicting:
+        value = (
+            f"{short(content.get(_KEYS[0]) or content.get(_KEYS[1]))}, but by AMOS' numbers {_named(contradicting)} CT"
+        )
+        remedy = "state which it is with `modality` (--prepare.modality MR), or give cases of your own other names"
+        found.append(Problem(where, "modality", value, remedy))
+    if doubtful:
+        said = "states both CT and MR" if known else "is not stated"
+        remedy = 'state it there ("modality": {"0": "CT"} or {"0": "MR"}) or with --prepare.modality CT or MR'
+        found.append(Problem(where, "modality", f"{said} for {_named(doubtful, verb=False)}", remedy))
+    return result, {}, found
+
+
+def _by_setting(
+    where: str, stated: str, known: set[str], by_number: dict[str, str | None]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[Problem]]:
+    numbered = {number_says for number_says in by_number.values() if number_says is not None}
+    if len(numbered) == 2:
+        value = f"{stated} for every case, but AMOS' numbers name both CT and MR"
+        remedy = f"leave `modality` out; to use {stated} alone, give `modalities` (--prepare.modalities {stated})"
+        return {}, {}, [Problem(where, "modality", value, remedy)]
+    against = []
+    if known and known != {stated}:
+        against.append(f"{' and '.join(sorted(known))} in dataset.json")
+    if numbered and numbered != {stated}:
+        against.append(f"{numbered.pop()} by AMOS' numbers")
+    notes = (f"taken as {stated} as stated, against {', '.join(against)}",) if against else ()
+    return dict.fromkeys(by_number, stated), dict.fromkeys(by_number, notes), []
+
+
+def _by_number(case_id: str) -> str | None:
+    """The modality of a case that carries one of AMOS' own names."""
+    number = AMOS_NAME.fullmatch(case_id)
+    if number is None:
+        return None
+    return "CT" if int(number[1]) <= _LAST_CT_NUMBER else "MR"
+
+
+def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Problem]]:
+    """What dataset.json states: some of CT and MR; a statement that cannot be understood is a problem."""
+    known: set[str] = set()
+    for key in _KEYS:
+        statement = content.get(key)
+        if statement is None:
+            continue
+        words = list(statement.values()) if isinstance(statement, dict) else statement
+        words = words if isinstance(words, list) else [words]
+        for word in words:
+            meant = _meant(word)
+            if not meant:
+                remedy = 'write {"0": "CT"} or {"0": "MR"}, or state it with --prepare.modality CT or MR'
+                return set(), [Problem(where, key, short(statement), remedy)]
+            known |= meant
+    return known, []
+
+
+def _meant(word: Any) -> set[str]:
+    """The modalities that a word names: `MRI`, `T2w`, `CT and MR`; none for what is not known."""
+    if not isinstance(word, str):
+        return set()
+    parts = [re.sub(r"[\W_]", "", part) for part in (word.lower(), *re.split(r"[\W_]+", word.lower()))]
+    return {modality for modality, words in _WORDS.items() for part in parts if part in words}
+
+
+def _named(case_ids: Sequence[str], verb: bool = True) -> str:
+    """`a, b and 7 more`, with `is` or `are` behind it."""
+    names = ", ".join(case_ids[:3]) + (f" and {len(case_ids) - 3} more" if len(case_ids) > 3 else "")
+    return names + (f" {'is' if len(case_ids) == 1 else 'are'}" if verb else "")
