@@ -13,7 +13,12 @@ _LABELS = {
     "dice": "Dice of mask and generated image",
     "distance": "segmenter-feature distance (log)",
     "psnr_db": "PSNR, dB",
+    "sharpness": "sharpness (1: the real images' power)",
+    "sharpness_75_100": "power, finest band, generated / real",
+    "texture": "texture in organs, generated / real",
 }
+# What real images have, of figures that are of two images.
+_OF_REAL = {"sharpness": 1.0, "sharpness_75_100": 1.0, "texture": 1.0}
 _COLOURS = {"paper": "#b7791f", "ours": "#0e7c86"}
 _NUM_MASKS = 6
 
@@ -29,7 +34,9 @@ def draw_curves(result: Mapping[str, Any], title: str, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     with mpl.rc_context(STYLE):
-        canvas, axes = plt.subplots(2, len(_LABELS), figsize=(11, 6.2), sharey="col", layout="constrained")
+        canvas, axes = plt.subplots(
+            2, len(_LABELS), figsize=(3.7 * len(_LABELS), 6.2), sharey="col", layout="constrained"
+        )
         for row, by in enumerate(("images", "seconds")):
             for axis, (metric, label) in zip(axes[row], _LABELS.items(), strict=True):
                 for name, colour in _COLOURS.items():
@@ -37,7 +44,7 @@ def draw_curves(result: Mapping[str, Any], title: str, file: Path) -> None:
                 _references(axis, result, by, metric)
                 axis.set_xlabel({"images": "images seen", "seconds": "seconds of training steps, one core"}[by])
                 axis.set_xlim(left=0)
-                if metric == "distance":
+                if metric in ("distance", "sharpness_75_100"):
                     axis.set_yscale("log")
                 if row == 0:
                     axis.set_title(label)
@@ -62,8 +69,9 @@ def _references(axis: Any, result: Mapping[str, Any], by: str, metric: str) -> N
     """The paper's end, what real slices get, and the runs that were planned for a third."""
     end = result["curves"]["paper"][metric][-1]["mean"]
     axis.axhline(end, color=_COLOURS["paper"], lw=0.9, ls="--", label="where the paper's ends")
-    if real := result.get(f"real_{metric}"):
-        axis.axhline(real["value"], color="#6b7683", lw=0.9, ls=":", label="real slices")
+    real = result[f"real_{metric}"]["value"] if f"real_{metric}" in result else _OF_REAL.get(metric)
+    if real is not None:
+        axis.axhline(real, color="#6b7683", lw=0.9, ls=":", label="real slices")
     third = result["curves"]["a_third"]
     [value] = third[metric]
     axis.errorbar(
@@ -80,7 +88,9 @@ def _references(axis: Any, result: Mapping[str, Any], by: str, metric: str) -> N
     )
 
 
-def draw_gallery(columns: Sequence[tuple[str, np.ndarray]], file: Path, num_labels: int) -> None:
+def draw_gallery(
+    columns: Sequence[tuple[str, np.ndarray]], file: Path, num_labels: int, cell_inches: float = 1.15
+) -> None:
     """A row a mask: columns are (title, uint8 [N, H, W]); the first holds label ids, below `num_labels`."""
     import matplotlib as mpl
 
@@ -88,9 +98,8 @@ def draw_gallery(columns: Sequence[tuple[str, np.ndarray]], file: Path, num_labe
     from matplotlib import pyplot as plt
 
     chosen = _varied(columns[0][1])
-    canvas, axes = plt.subplots(
-        len(chosen), len(columns), figsize=(1.15 * len(columns), 1.18 * len(chosen) + 0.3), squeeze=False
-    )
+    size = (cell_inches * len(columns), 1.026 * cell_inches * len(chosen) + 0.3)
+    canvas, axes = plt.subplots(len(chosen), len(columns), figsize=size, squeeze=False)
     for row, index in enumerate(chosen):
         for column, (title, image_NHW) in enumerate(columns):
             axis, is_mask = axes[row][column], column == 0

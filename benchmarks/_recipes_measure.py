@@ -1,6 +1,6 @@
 """How good a denoiser's images are: a fixed set of held-out masks sampled with fixed noise, and judged.
 
-    measured/SPLIT-IMAGES-AVERAGE-SAMPLER.json    Dice, distance and PSNR, with intervals over patients
+    measured/SPLIT-IMAGES-AVERAGE-SAMPLER.json    Dice, distance, PSNR and sharpness, with intervals over patients
                                          .npz     the images, for the gallery
 
 Dimensions: N masks, B batch, H rows, W columns, K label ids, D features.
@@ -17,8 +17,9 @@ import numpy as np
 from _recipes_runs import Run, Scale, samplers
 
 from segdiff_dist.config import write_text_atomically
+from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS
 
-METRICS = ("dice", "distance", "psnr_db")
+METRICS = ("dice", "distance", "psnr_db", *SHARPNESS_METRICS)
 _BATCH = 16
 # Of the masks, of their noise, and of the patients that are redrawn for intervals. The same for every run.
 _SEED, _RESAMPLES = 0, 1000
@@ -40,10 +41,11 @@ class Judged:
 
     @property
     def is_done(self) -> bool:
-        return self.file.is_file()
+        # A folder of an earlier version lacks some: measured again.
+        return self.file.is_file() and set(METRICS) <= set(self.result())
 
     def result(self) -> dict[str, Any]:
-        """dice, distance and psnr_db, each {"value", "ci95"}; beside them `real_dice` of the masks' own images, and
+        """METRICS, each {"value", "ci95"}; beside them `real_dice` of the masks' own images, and
         `real_distance` from those to as many of the training split."""
         return json.loads(self.file.read_text())
 
@@ -90,6 +92,7 @@ def measure(judged: Judged, scale: Scale) -> None:
         "distance": {"value": metrics.frechet_distance(real, statistics(gen_NHW, modality_N)), "ci95": None},
         "real_distance": {"value": metrics.frechet_distance(real, others), "ci95": None},
         "psnr_db": _mean(metrics.psnr_db(real_NHW, gen_NHW), patients_N),
+        **_sharpness(real_NHW.numpy(), gen_NHW.numpy(), mask_NHW, table, patients_N),
         "num_masks": len(items),
         "num_patients": len(set(patients_N)),
     }
@@ -138,6 +141,20 @@ def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any
             conditions = item_conditions(model, shards, some, (), device)
             made.append(generate(model, some, conditions, diffusion, sampler, _SEED))
     return np.concatenate(made)
+
+
+def _sharpness(real_NHW: Any, gen_NHW: Any, mask_NHW: Any, table: Any, patients_N: np.ndarray) -> dict[str, Any]:
+    """SHARPNESS_METRICS as the evaluation has them; NaN where the masks hold no organ that is large enough."""
+    from segdiff_dist.evaluation.sharpness import measure as columns_of
+    from segdiff_dist.evaluation.sharpness import sharpness_entries
+    from segdiff_dist.evaluation.sums import Interval, PatientSums, SumKey
+
+    columns = columns_of(real_NHW, gen_NHW, mask_NHW, table)
+    sums = PatientSums(list(columns))
+    sums.add([SumKey("", str(p), "", "", "") for p in patients_N], np.stack(list(columns.values()), axis=1))
+    entries = sharpness_entries(sums, lambda _: True, Interval(_RESAMPLES, _SEED))
+    nothing = {"value": float("nan"), "ci95": None}
+    return {m: {k: entries.get(m, nothing)[k] for k in nothing} for m in SHARPNESS_METRICS}
 
 
 def _mean(values_N: np.ndarray, patients_N: np.ndarray) -> dict[str, Any]:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from _recipes_measure import METRICS
 from _recipes_verdict import told
+
+_SHOWN = {
+    "dice": "Dice",
+    "distance": "distance",
+    "psnr_db": "PSNR, dB",
+    "sharpness": "sharpness",
+    "sharpness_75_100": "power, finest band",
+    "texture": "texture",
+}
 
 
 def print_result(name: str, result: dict[str, Any]) -> None:
@@ -19,11 +27,12 @@ def print_result(name: str, result: dict[str, Any]) -> None:
     for row in result["search"]:
         chosen = "  <- its best" if (row["lr"], row["weights"]) == (best["lr"], best["weights"]) else ""
         print(f"  {row['lr']:<8g} {row['weights']:<10}" + _cells(lambda m, row=row: row[m]["value"]) + chosen)
-    print(f"\n{'images':>8}{'seconds':>10}{'Dice':>25}{'distance':>25}{'PSNR, dB':>25}   (mean, range over seeds)")
+    heads = "".join(f"{head:>25}" for head in _SHOWN.values())
+    print(f"\n{'images':>8}{'seconds':>10}{heads}   (mean, range over seeds)")
     for curve in result["curves"].values():
         print(curve["label"])
         for i, images in enumerate(curve["images"]):
-            values = "".join(f"{_range(curve[metric][i]):>25}" for metric in METRICS)
+            values = "".join(f"{_range(curve[metric][i]):>25}" for metric in _SHOWN)
             print(f"{images:>8,}{curve['seconds'][i]['mean']:>10.0f}{values}")
     if result["ablations"]:
         print("\nours with one part changed")
@@ -35,7 +44,9 @@ def print_result(name: str, result: dict[str, Any]) -> None:
 
 
 def _cells(value: Callable[[str], float]) -> str:
-    return f"  Dice {value('dice'):.3f}  distance {value('distance'):8.3f}  PSNR {value('psnr_db'):5.2f} dB"
+    return f"  Dice {value('dice'):.3f}  distance {value('distance'):8.3f}  PSNR {value('psnr_db'):5.2f} dB" + (
+        f"  sharpness {value('sharpness'):.3f}  finest {value('sharpness_75_100'):.3f}  texture {value('texture'):.3f}"
+    )
 
 
 def _range(value: dict[str, Any]) -> str:

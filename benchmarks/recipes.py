@@ -4,7 +4,9 @@ Both train the same small net on the same slices of CT and MR, with as many imag
 each; only what docs/recipes.md lists as a recipe's differs. The paper's takes its learning rate, and whether its
 weights are averaged, from what is best on the validation split. At several points of training a fixed set of held-out
 masks is sampled, and judged by a segmenter that was trained on the same training split: Dice over the organs of the
-mask, Frechet distance of the segmenter's features, PSNR. Then ours with one part at a time as the paper has it.
+mask, Frechet distance of the segmenter's features, PSNR, and sharpness (power by band of frequency, and texture inside
+organs, against the real images, since blur costs nothing in the others). Then ours with one part at a time as the paper
+has it.
 
 A comparison lives in a folder (--out) and goes on where it was stopped: --budget-minutes stops it in time, --dry-run
 says what is left. By default on a phantom; --archive adds an archive in AMOS' layout. Where its test split has no

@@ -1,0 +1,169 @@
+"""Training objectives compared with all that is measured in view: Dice, sharpness, texture, precision, recall, PSNR.
+
+launch/configs/amos_small.yaml on an archive in AMOS' layout, trained for as many images with each of three objectives:
+x0 with zero terminal SNR (as shipped), v with zero terminal SNR, and x0 with min-SNR's weights. Same seed, same masks
+and noise, one segmenter, which was trained on the same training split and judges all of them. `segdiff evaluate`
+measures each; a table, a JSON file and one picture of the same masks are what comes of it.
+
+    OUT/shards, OUT/segmenter-run    what all of them share
+    OUT/runs/NAME                    a run folder each
+
+What is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _harness import headline, stamp, write
+from _recipes_figure import draw_gallery
+from _recipes_runs import segdiff
+
+from data_shards.problems import InputProblems
+from data_shards.records import MODALITIES
+from segdiff_dist.config import merge, read_yaml, to_yaml, write_text_atomically
+from segdiff_dist.evaluation.definitions import DEFINITIONS
+from segdiff_dist.evaluation.sharpness import SHARPNESS_BANDS, sharpness_messages
+
+_CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "amos_small.yaml"
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "x0": ("x0, zero terminal SNR (shipped)", {}),
+    "v": ("v, zero terminal SNR", {"prediction_type": "v"}),
+    # Its weight of pure noise is 0, which a zero terminal SNR would make of the step that sampling begins at.
+    "x0-min-snr": ("x0, min-SNR", {"zero_terminal_snr": False, "loss_weighting": "min_snr"}),
+}
+METRICS = (
+    *("dice_mask_real", "dice_mask_gen", "sharpness", *SHARPNESS_BANDS, "texture"),
+    *("segmenter_precision", "segmenter_recall", "segmenter_frechet", "psnr_db", "ssim"),
+)
+
+
+def settings_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The config file of a run."""
+    over: dict[str, Any] = {
+        "amos_root": str(args.archive.absolute()),
+        "data": str(args.out.absolute() / "shards"),
+        "run": str(args.out.absolute() / "runs" / name),
+        "diffusion": OBJECTIVES[name][1],
+        "evaluate": {"segmenter": str(_segmenter(args.out.absolute()))},
+        "tracking": {"enabled": False},
+    }
+    settings = merge(read_yaml(_CONFIG), over)
+    return merge(settings, {"train": {"num_images": args.images}}) if args.images else settings
+
+
+def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every stage that is missing; returns summary.json by objective."""
+    out, found = args.out.absolute(), {}
+    for name in OBJECTIVES:
+        settings = settings_of(name, args)
+        run, config = Path(settings["run"]), out / f"{name}.yaml"
+        write_text_atomically(config, to_yaml(settings))
+        shared = out / "segmenter.yaml"
+        write_text_atomically(shared, to_yaml(merge(settings, {"run": str(_segmenter(out).parents[1])})))
+        stages = {
+            ("prepare", shared): out / "shards" / "index.json",
+            ("train-segmenter", shared): _segmenter(out) / "segdiff.json",
+            ("train", config): run / "weights" / "ema_0.05" / "segdiff.json",
+            ("sample", config): run / "samples" / "items.parquet",
+            ("evaluate", config): run / "evaluation" / "summary.json",
+        }
+        for (stage, file), product in stages.items():
+            # Training and sampling find out for themselves what is left of them.
+            if not product.is_file() or stage in ("train", "sample"):
+                print(f"{name}: {stage}", flush=True)
+                segdiff(stage, file, out / f"{name}.log", threads=args.threads)
+        found[name] = json.loads((run / "evaluation" / "summary.json").read_text())
+    return found
+
+
+def rows_of(summaries: dict[str, dict[str, Any]], group: str) -> dict[str, dict[str, Any]]:
+    """Entries of METRICS by objective; `group`: "all" or a modality."""
+    found = {}
+    for name, summary in summaries.items():
+        entries = summary["metrics"] if group == "all" else summary["by_modality"].get(group, {})
+        kept = ("value", "ci95", "n", "num_patients")
+        found[name] = {m: {k: entries[m].get(k) for k in kept} for m in METRICS if m in entries}
+    return found
+
+
+def print_table(rows: dict[str, dict[str, Any]], group: str) -> None:
+    """A row a metric, a column an objective, intervals over patients in brackets."""
+    print(f"\n{group:<44}" + "".join(f"{name:>26}" for name in rows))
+    for metric in METRICS:
+        if any(metric in entries for entries in rows.values()):
+            cells = [_cell(entries.get(metric), DEFINITIONS[metric].digits) for entries in rows.values()]
+            print(f"{DEFINITIONS[metric].label:<44}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+def draw(args: argparse.Namespace, file: Path) -> None:
+    """Masks, their real images, and every objective's; chosen by rule: of each modality, by Dice (mask, pred. gen.)
+    averaged over the objectives, those at the quartiles."""
+    from segdiff_dist.evaluation.comparison import shared_masks
+    from segdiff_dist.evaluation.pictures import Pictures
+
+    pictures = [Pictures.open(args.out / "runs" / name) for name in OBJECTIVES]
+    chosen = [items for modality in MODALITIES for items in shared_masks(pictures, modality)]
+    first = pictures[0]
+    columns = [("mask", np.stack([first.mask(items[0]) for items in chosen]))]
+    columns += [("real", np.stack([first.real(items[0]) for items in chosen]))]
+    for k, (about, _) in enumerate(OBJECTIVES.values()):
+        columns.append((about.replace(" (shipped)", ""), np.stack([pictures[k].generated(i[k]) for i in chosen])))
+    draw_gallery(columns, file, first.label_table.num_classes, cell_inches=1.7)
+
+
+def _segmenter(out: Path) -> Path:
+    return out / "segmenter-run" / "segmenter" / "weights"
+
+
+def _cell(entry: dict[str, Any] | None, digits: int) -> str:
+    if entry is None:
+        return "-"
+    interval = entry["ci95"]
+    return f"{entry['value']:.{digits}f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", type=Path, required=True, help="an archive in AMOS' layout")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="the comparison's folder")
+    parser.add_argument("--images", type=int, help="of a training, in place of the config's")
+    parser.add_argument("--threads", type=int, default=1, help="of a training")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured; a picture beside")
+    args = parser.parse_args()
+    summaries = make(args)
+    results = {group: rows_of(summaries, group) for group in ("all", *MODALITIES)}
+    told = stamp(args, without=("archive", "out"))
+    print(headline(told))
+    for group, rows in results.items():
+        print_table(rows, group)
+    for name, summary in summaries.items():
+        print(f"{name}: {' '.join(sharpness_messages(summary['metrics']))}")
+    file = args.json or args.out / "objectives.json"
+    first = next(iter(summaries.values()))
+    counts = {name: first[name] for name in ("num_samples", "num_patients")}
+    told |= counts | {
+        "config": _CONFIG.name,
+        "objectives": {name: {"label": label, "diffusion": over} for name, (label, over) in OBJECTIVES.items()},
+        "results": results,
+        "texture_by_organ": {
+            name: {o: e["texture"]["value"] for o, e in summary["by_organ"].items() if "texture" in e}
+            for name, summary in summaries.items()
+        },
+    }
+    write(file, told)
+    draw(args, file.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except InputProblems as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
