@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 runs: Any = importlib.import_module("_recipes_runs")
 comparison: Any = importlib.import_module("_recipes_comparison")
 verdicts: Any = importlib.import_module("_recipes_verdict")
+measurements: Any = importlib.import_module("_recipes_measure")
+objectives: Any = importlib.import_module("objectives")
 
 # All that may set two recipes apart.
 RECIPE = {
@@ -65,6 +68,45 @@ def test_every_run_is_one_that_training_takes(tmp_path: Path, soft: Path) -> Non
             every = experiment.train.keep_every_images
             assert all(n % every == 0 and n % scale.batch_size == 0 for n in run.points(scale))
             assert run.points(scale)[-1] == experiment.train.num_images
+
+
+def test_blur_is_measured_beside_dice(soft: Path) -> None:
+    shards = ShardSet.open([str(soft)])
+    records = [shards.read(row) for row in range(len(shards))]
+    real, mask = (np.stack(of) for of in zip(*((r.image_uint8(), r.mask_HW) for r in records), strict=True))
+    soft_images = sum(np.roll(real.astype(float), shift, axis) for axis in (1, 2) for shift in (-1, 0, 1)) / 6
+    patients = np.array([r.meta.case_id for r in records])
+    found = measurements._sharpness(real, soft_images.astype(np.uint8), mask, shards.label_table, patients)
+    assert set(found) < set(measurements.METRICS)
+    assert found["sharpness_75_100"]["value"] < 0.3 < found["sharpness_3_12"]["value"]
+    # Without organs there is no texture, and a curve may hold what is none.
+    found = measurements._sharpness(real, real, np.zeros_like(mask), shards.label_table, patients)
+    assert np.isnan(found["texture"]["value"])
+
+
+def test_measured_without_sharpness_is_measured_again(tmp_path: Path) -> None:
+    judged = measurements.Judged(runs.Run(tmp_path, runs.OURS, 0), 320, "online", "ours", "val")
+    assert not judged.is_done
+    judged.file.parent.mkdir(parents=True)
+    before = {key: {"value": 1.0, "ci95": None} for key in ("dice", "distance", "psnr_db")}
+    judged.file.write_text(json.dumps(before))
+    assert not judged.is_done
+    judged.file.write_text(json.dumps(before | {key: {"value": 1.0, "ci95": None} for key in measurements.METRICS}))
+    assert judged.is_done
+
+
+def test_objectives_differ_in_the_objective_alone(tmp_path: Path, soft: Path) -> None:
+    args = Namespace(archive=tmp_path / "archive", out=tmp_path, images=None)
+    shipped = flatten(objectives.settings_of("x0", args))
+    for name in objectives.OBJECTIVES:
+        settings = objectives.settings_of(name, args)
+        theirs = flatten(settings)
+        apart = {key for key in shipped.keys() | theirs.keys() if shipped.get(key) != theirs.get(key)}
+        assert apart <= RECIPE | {"run"}
+        (tmp_path / "config.yaml").write_text(to_yaml(settings))
+        experiment = load_experiment(tmp_path / "config.yaml", None)
+        assert find_problems(ShardSet.open([str(soft)]), 64, experiment.denoiser, experiment.diffusion) == []
+    assert shipped["diffusion.prediction_type"] == "x0"
 
 
 def test_forgetting_the_body_changes_nothing_else(tmp_path: Path, soft: Path) -> None:
