@@ -46,7 +46,7 @@ _LONG_AGO_S = 3600.0
 _SAME_JOB_S = 90.0
 # A lock that is busy names its holder after a moment; without flock the later of two writers shows after one.
 _GRACE_S, _SETTLE_S, _POLL_S = 1.0, 0.5, 0.25
-_MOST_BYTES, _MOST_CHARACTERS = 4096, 160
+_MOST_BYTES, _MOST_CHARACTERS = 4096, 120
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _lent: set[tuple[int, int, str]] = set()
@@ -290,6 +290,8 @@ def _open(file: Path, where: Path) -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, flags | os.O_CREAT, 0o666)
         except PermissionError:  # in a shared folder, of another person; its flock can be seen all the same
+            if not file.exists():
+                raise
             descriptor = os.open(file, flags & ~os.O_RDWR | os.O_RDONLY)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
@@ -314,7 +316,8 @@ def _make_folder(folder: Path, where: Path) -> list[Path]:
 def _not_writable(where: Path, error: OSError) -> InputProblems | OutOfSpace:
     if out_of_space(error):
         return OutOfSpace(where, str(error))
-    return problem(where, "output folder", f"cannot be written ({error})", "choose another place, or make it writable")
+    value = f"cannot be written ({error.strerror})"
+    return problem(where, "output folder", value, "choose another place, or make it writable for you")
 
 
 def _in_use(where: Path, holder: _Holder | None, doing: str) -> InputProblems:
@@ -385,7 +388,8 @@ def _read(descriptor: int) -> _Holder | None:
 
 def _shown(text: str) -> str:
     """Fit for a terminal, whoever wrote it."""
-    return "".join(c if c.isprintable() else "?" for c in text[:_MOST_CHARACTERS])
+    cut = text[:_MOST_CHARACTERS] + "..." if len(text) > _MOST_CHARACTERS + 3 else text
+    return "".join(c if c.isprintable() else "?" for c in cut)
 
 
 def _machine() -> str:

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What to do about what the system refuses.
+_REMEDIES = {
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable for you, or choose another place"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY), "choose another path"),
+    errno.ENOENT: "restore it, or give another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: give the path itself",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit (ulimit -n)"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.EREMOTEIO), "the disk or its server fails: see to it first"),
+    errno.ENOMEM: "free memory first",
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +70,25 @@ class OutOfSpace(RuntimeError):
 
 @contextmanager
 def saying_when_full(folder: object) -> Iterator[None]:
-    """Turn the error of a full disk into OutOfSpace."""
+    """Turn the error of a full disk into OutOfSpace, also one that a library has given another type."""
     try:
         yield
-    except OSError as error:
-        if out_of_space(error):
-            raise OutOfSpace(folder, str(error)) from error
+    except (InputProblems, OutOfSpace):
+        raise
+    except Exception as error:
+        if out_of_space(error) if isinstance(error, OSError) and error.errno else tells_of_full_disk(str(error)):
+            raise OutOfSpace(folder, " ".join(str(error).split())[:300]) from error
+        raise
+
+
+@contextmanager
+def removed_on_failure(path: Path) -> Iterator[Path]:
+    """Leave nothing half-written behind: a file or folder of this name is removed where the block does not end well."""
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         raise
 
 
@@ -69,4 +98,22 @@ class ShardFailed(RuntimeError):
 
 def out_of_space(error: OSError) -> bool:
     """Whether an OSError says that no more can be written, as opposed to a file that cannot be."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in _FULL
+
+
+def tells_of_full_disk(text: str) -> bool:
+    """The same of the words of an error that came from another process."""
+    return any(os.strerror(code) in text for code in _FULL)
+
+
+def describe(error: OSError) -> str:
+    """One line for a person of an error that nobody expected: path, reason and remedy."""
+    if error.args and isinstance(error.args[0], list) and error.args[0]:  # shutil.Error: (from, to, why) of each file
+        _, path, reason = error.args[0][0]
+        return f"{path}: {' '.join(str(reason).split())}; put that right and start the same command again"
+    paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if out_of_space(error):
+        return str(OutOfSpace(paths[-1] if paths else "disk", reason))
+    remedy = _REMEDIES.get(error.errno or 0, "put that right and start the same command again")
+    return f"{': '.join([*paths[-1:], reason])}; {remedy}"

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from data_shards.problems import InputProblems, OutOfSpace, ShardFailed
+from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, describe, refuse
+from segdiff_dist import surroundings
 
 if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
@@ -135,17 +138,29 @@ _PATHS = {
 }
 
 
+# Commands that need no temporary folder.
+_WITHOUT_TEMPORARY_FILES = ("inspect", "phantom", "report", "track", "doctor")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # The reader has seen enough (`segdiff --help | head`). SIGPIPE itself stays off: it would also kill a process
-        # whose store or tracker closes a connection.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell shows for a command that SIGPIPE ended
+    except OSError as error:
+        # What was printed found no reader or no room. The rest goes nowhere, or Python would try again as it ends.
+        if _reader_is_gone():
+            # It has seen enough (`segdiff --help | head`). SIGPIPE itself stays off: it would also kill a process
+            # whose store or tracker closes a connection.
+            code = 141  # what a shell shows for a command that SIGPIPE ended
+        else:
+            print(f"error: {describe(error)}", file=sys.stderr)
+            code = 1
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return code
 
 
 def _main(args: list[str]) -> int:
@@ -161,11 +176,16 @@ def _main(args: list[str]) -> int:
     if name not in _COMMANDS:
         print(f"segdiff: {name!r} is not a command\n\n{_help()}", file=sys.stderr)
         return 2
-    if name == "doctor":
-        from segdiff_dist import doctor
-
-        return doctor.main(rest)
+    changed = surroundings.complete()
+    if changed is not None and _is_main():
+        print(changed, file=sys.stderr)
     try:
+        if name not in _WITHOUT_TEMPORARY_FILES:
+            refuse(surroundings.temporary_folder_problems())
+        if name == "doctor":
+            from segdiff_dist import doctor
+
+            return doctor.main(rest)
         if name == "reproduce":
             from segdiff_dist.reproduce import run
 
@@ -182,6 +202,12 @@ def _main(args: list[str]) -> int:
         return 2
     except (OutOfSpace, ShardFailed) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if _reader_is_gone():
+            raise
+        # Where it could be foreseen it was refused above; a disk may still fill, and a server go away.
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
@@ -254,6 +280,15 @@ def demo_config() -> Path:
     from importlib.resources import files
 
     return Path(str(files("segdiff_dist.configs").joinpath("demo.yaml")))
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a notebook's or a test's stream is no file
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _is_main() -> bool:

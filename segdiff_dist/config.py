@@ -14,7 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_shards.documents import parse_yaml, read_bytes, shown
-from data_shards.problems import InputProblems, Problem, problem
+from data_shards.problems import InputProblems, Problem, problem, removed_on_failure
 
 T = TypeVar("T")
 
@@ -87,9 +87,9 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 def write_text_atomically(path: Path, text: str) -> None:
     """Write beside `path` and rename, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with removed_on_failure(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as temporary:
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def _adapter(cls: type[T]) -> TypeAdapter[list[T]]:

@@ -13,7 +13,15 @@ from typing import Any
 
 from data_shards.feed.mixing import mix_groups
 from data_shards.locks import FOLDER_LOCK, lock_beside, locked, refuse_where_locked
-from data_shards.problems import OutOfSpace, Problem, out_of_space, problem, refuse
+from data_shards.problems import (
+    OutOfSpace,
+    Problem,
+    out_of_space,
+    problem,
+    refuse,
+    removed_on_failure,
+    saying_when_full,
+)
 from data_shards.store.shards import ShardSet
 from segdiff_dist.attention import choose_attention
 from segdiff_dist.experiment import Experiment, collect, refuse_another_config, save_experiment
@@ -177,7 +185,8 @@ def average(experiment: Experiment) -> tuple[Path, float]:
     model = Denoiser.load(like)
     weights, misfit = average_snapshots(run, experiment.train, wanted.length, wanted.images_seen)
     folder = run / "weights" / wanted.name
-    with locked(lock_beside(folder), folder, "is writing it"):
+    unfinished = folder.with_name(f".{folder.name}.unfinished")  # Denoiser.save's
+    with locked(lock_beside(folder), folder, "is writing it"), saying_when_full(folder), removed_on_failure(unfinished):
         model.save(folder, weights, json.loads((like / "segdiff.json").read_text()))
     return folder, misfit
 

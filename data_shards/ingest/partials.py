@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.problems import removed_on_failure
 from data_shards.records import SliceMeta
 from data_shards.store.set_index import write_atomically
 from data_shards.store.shard_writer import Format, Payloads
@@ -26,12 +27,12 @@ from data_shards.store.shard_writer import Format, Payloads
 def write_partial(path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], stamp: str) -> None:
     """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes."""
     described = []
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as stream:
-        for meta, payloads in samples:
-            lengths = {part: stream.write(_lz4().encode(payload)) for part, payload in payloads.items()}
-            described.append([meta.to_json(), lengths])
-    unfinished.rename(path.with_suffix(".bin"))
+    with removed_on_failure(path.with_suffix(".unfinished")) as unfinished:
+        with unfinished.open("wb") as stream:
+            for meta, payloads in samples:
+                lengths = {part: stream.write(_lz4().encode(payload)) for part, payload in payloads.items()}
+                described.append([meta.to_json(), lengths])
+        unfinished.rename(path.with_suffix(".bin"))
     content = {"stamp": stamp, "bytes": path.with_suffix(".bin").stat().st_size, "samples": described}
     write_atomically(path.with_suffix(".json"), json.dumps(content).encode())
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data_shards.ingest.masks import ANNOTATIONS, ANNOTATIONS_VERSION
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
-from data_shards.problems import Problem, refuse
+from data_shards.problems import Problem, refuse, removed_on_failure, saying_when_full
 from data_shards.store.set_index import file_sha256
 
 # Raised whenever the same config would give other voxels, so that two generators never fill one folder.
@@ -40,7 +40,7 @@ def write_phantom(out: Path, config: PhantomConfig) -> None:
     """
     out = Path(out)
     refuse(find_problems(out, config))
-    with locked(out / FOLDER_LOCK, out, "is writing it"):
+    with locked(out / FOLDER_LOCK, out, "is writing it"), saying_when_full(out):
         refuse(_problems_with_out(out, config))  # again, now that no other command can begin in it
         _write_archive(out, config)
 
@@ -157,9 +157,9 @@ def _path(out: Path, kind: str, key: CaseKey) -> Path:
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all: a temporary name beside the file, then a rename."""
-    temporary = _temporary(path)
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with removed_on_failure(_temporary(path)) as temporary:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
 
 
 def _temporary(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_shards.labels import LabelTable
+from data_shards.problems import removed_on_failure
 from data_shards.records import AXES, MODALITIES, SPLITS
 from data_shards.store.shards import ShardSet
 
@@ -85,6 +87,21 @@ def _perceived(rgb_N3: np.ndarray) -> np.ndarray:
     )
 
 
+class NotSaved(OSError):
+    """A picture could not be written; the message is the system's reason."""
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Written beside `path` and renamed: two that look at one set at once see whole pictures."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with removed_on_failure(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as temporary:
+            picture.save(temporary, format="PNG")
+            temporary.replace(path)
+    except OSError as error:
+        raise NotSaved(error.strerror or str(error)) from error
+
+
 def overlay(image_HW: np.ndarray, mask_HW: np.ndarray, table: LabelTable) -> np.ndarray:
     """uint8 [H, W, 3]: the image with organs tinted and the body's outline drawn."""
     grey = np.repeat(image_HW[:, :, None].astype(np.float32), 3, axis=2)
@@ -121,8 +138,7 @@ def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
             for number, row in enumerate(_examples(shard_set, split, modality, axis)):
                 _draw_pair(sheet, draw, shard_set, row, (left + number * (2 * _CELL + _GAP), top))
     _draw_legend(draw, shard_set.label_table, legend, height - legend_height - _GAP, width)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    _save(sheet, path)
 
 
 def draw_class_histogram(
@@ -160,8 +176,7 @@ def draw_class_histogram(
             if share > 0:
                 y = top + k * bar
                 draw.rectangle((left, y, left + max(1, reach(share)), y + bar - 2), fill=shades[k])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    _save(picture, path)
 
 
 def _examples(shard_set: ShardSet, split: str, modality: str, axis: str) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.records import AXES, MASK_SOURCES, MODALITIES, SPLITS
 from data_shards.store.byte_store import local_path
-from data_shards.store.contact_sheet import draw_class_histogram, draw_contact_sheet
+from data_shards.store.contact_sheet import NotSaved, draw_class_histogram, draw_contact_sheet
 from data_shards.store.samples_table import numbers
 from data_shards.store.shards import ShardSet
 
@@ -47,6 +47,8 @@ class InspectReport:
     failed: tuple[dict[str, str], ...]
     contact_sheet: Path
     histogram: Path
+    not_drawn: str | None = None
+    """Why there are no pictures."""
 
     @property
     def num_samples(self) -> int:
@@ -61,7 +63,8 @@ class InspectReport:
 
 def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bool = True) -> InspectReport:
     """Count what the set at `path` (a folder or a URL) holds, and draw contact_sheet.png and class_histogram.png into
-    `pictures`, by default the set's own folder, or the current one where the set is behind a URL.
+    `pictures`, by default the set's own folder, or the current one where the set is behind a URL. Where that cannot be
+    written the report says so.
 
     Reads every mask and, with `verify`, every byte. Raises InputProblems where the set is not whole, and ValueError for
     a sample that is damaged.
@@ -82,8 +85,12 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
     pixels, class_slices = _count_classes(shard_set, labelled_rows)
     pictures = pictures or folder or Path()
     contact_sheet, histogram = pictures / "contact_sheet.png", pictures / "class_histogram.png"
-    draw_contact_sheet(shard_set, contact_sheet)
-    draw_class_histogram(shard_set.label_table, pixels, histogram)
+    not_drawn = None
+    try:
+        draw_contact_sheet(shard_set, contact_sheet)
+        draw_class_histogram(shard_set.label_table, pixels, histogram)
+    except NotSaved as error:  # what was counted is worth saying all the same
+        not_drawn = str(error)
     drawn_by = np.bincount(numbers(shard_set.samples, "mask_source"), minlength=len(MASK_SOURCES)).tolist()
     return InspectReport(
         path=shard_set.root,
@@ -103,6 +110,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         failed=tuple(shard_set.index.get("failed", ())),
         contact_sheet=contact_sheet,
         histogram=histogram,
+        not_drawn=not_drawn,
     )
 
 
@@ -186,7 +194,10 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield "no patient is in more than one split"
     for entry in report.failed:
         yield f"not in the set: {entry['case_id']}: {entry['file']}: {entry['reason']}"
-    yield f"pictures: {report.contact_sheet}, {report.histogram}"
+    if report.not_drawn is None:
+        yield f"pictures: {report.contact_sheet}, {report.histogram}"
+    else:
+        yield f"no pictures: cannot write to {report.contact_sheet.absolute().parent} ({report.not_drawn})"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_shards import __version__
 from data_shards.labels import LabelTable
-from data_shards.problems import InputProblems, Problem, problem
+from data_shards.problems import InputProblems, Problem, problem, removed_on_failure
 from data_shards.records import is_path_inside
 from data_shards.store.codecs import CODECS
 
@@ -122,9 +122,9 @@ def write_index(
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path` and rename, so that a reader never sees half a file."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.rename(path)
+    with removed_on_failure(path.with_name(f"{path.name}.unfinished")) as unfinished:
+        unfinished.write_bytes(content)
+        unfinished.rename(path)
 
 
 def broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.loader import LoaderConfig
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import Problem, problem, refuse, saying_when_full
 from data_shards.store.set_index import INDEX
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import as_dict, differences, write_text_atomically
@@ -73,7 +73,8 @@ class Downstream:
         InputProblems where another process is at it; SamplingFailed and DownstreamFailed where something could not be
         made; the rest is kept.
         """
-        with locked(lock_beside(self.folder), self.folder, "is training segmenters for it"):
+        held = locked(lock_beside(self.folder), self.folder, "is training segmenters for it")
+        with held, saying_when_full(self.folder):
             return self._make()
 
     def _make(self) -> dict[str, Any]:

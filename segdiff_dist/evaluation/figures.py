@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_shards.problems import removed_on_failure
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation import number_figures as numbers
 from segdiff_dist.evaluation import sample_figures as samples
@@ -35,9 +36,9 @@ def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = F
     pictures, downstream = Pictures.open(run), read_downstream(run)
     partial = folder.with_name("figures.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     drawn: list[Figure] = []
-    with styled():
+    with removed_on_failure(partial), styled():
+        partial.mkdir(parents=True)
         for draw in tqdm(
             _all_figures(pictures, summary, downstream, amos_root), desc="figures", unit="figure", disable=not progress
         ):
@@ -46,9 +47,9 @@ def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = F
                 canvas, figure = result
                 save(canvas, partial / figure.file)
                 drawn.append(figure)
-    (partial / INDEX).write_text(json.dumps([asdict(figure) for figure in drawn], indent=1), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        (partial / INDEX).write_text(json.dumps([asdict(figure) for figure in drawn], indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     return drawn
 
 

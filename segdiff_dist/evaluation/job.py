@@ -21,7 +21,7 @@ import tyro
 
 from data_shards.fan_out import TaskFailure, Workers
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import InputProblems, Problem
+from data_shards.problems import InputProblems, Problem, removed_on_failure, saying_when_full
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation import inception, perceptual, radiomics, trust
 from segdiff_dist.evaluation.checks import Checked, check
@@ -132,7 +132,7 @@ def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> 
     from segdiff_dist.evaluation.figures import draw_figures
     from segdiff_dist.evaluation.report import write_report
 
-    with at_work(Path(run)):
+    with at_work(Path(run)), saying_when_full(Path(run) / FOLDER):
         draw_figures(Path(run), amos_root=amos_root, progress=progress)
         return write_report(Path(run))
 
@@ -147,8 +147,10 @@ def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict
     """
     run = Path(run)
     checked = check(run, config)
-    with at_work(run):
-        return _measure_checked(run, config, checked, progress)
+    folder = run / FOLDER
+    rows, predictions = folder / "samples.parquet.partial", folder / "predictions.zarr.partial"
+    with at_work(run), saying_when_full(folder), removed_on_failure(rows), removed_on_failure(predictions):
+        return _measure_checked(run, config, checked, rows, progress)
 
 
 def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
@@ -156,7 +158,7 @@ def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
     return locked(lock_beside(run / FOLDER), run / FOLDER, "is evaluating or drawing", lends=lends)
 
 
-def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, progress: bool) -> dict[str, Any]:
+def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: Path, progress: bool) -> dict[str, Any]:
     from segdiff_dist.sampling.job import joined
 
     store, shards = checked.store, checked.shards
@@ -165,12 +167,7 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, progre
         inputs = _inputs(run, config, checked, crew.device)
         folder = run / FOLDER
         folder.mkdir(exist_ok=True)
-        rows = folder / "samples.parquet.partial"
-        try:
-            measured, told = _measure(inputs, crew, config, store, shards, rows, progress)
-        except EvaluationFailed:
-            rows.unlink(missing_ok=True)
-            raise
+        measured, told = _measure(inputs, crew, config, store, shards, rows, progress)
     summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
     summary["not_available"] = not_available(summary, inputs, store)
     summary["provenance"] = provenance(inputs, store, shards) | {
@@ -328,9 +325,9 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with removed_on_failure(path.with_name(f"{path.name}.partial")) as partial:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 def _replace(new: Path, old: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_shards.problems import removed_on_failure
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.definitions import DEFINITIONS
 from segdiff_dist.evaluation.figures import read_downstream
@@ -105,9 +106,9 @@ def render(
 def write_page(path: Path, text: str) -> Path:
     """Write it so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
+    with removed_on_failure(path.with_name(f"{path.name}.partial")) as partial:
+        partial.write_text(text, encoding="utf-8")
+        return partial.replace(path)
 
 
 def page_environment() -> Environment:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.problems import Problem, problem, refuse, removed_on_failure, saying_when_full
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
 from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
@@ -50,8 +50,7 @@ def _export(store: SampleStore, out: Path, config: ExportConfig) -> int:
     refuse([*found, *out_problems(out), *room_problems(out, needed)])
     if borrows:
         warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
-    with saying_when_full(out):
-        unfinished = begin(out)
+    with saying_when_full(out), removed_on_failure(begin(out)) as unfinished:
         _write(unfinished, out.name, samples, config)
         finish(unfinished, out)
     return len(samples)
@@ -67,9 +66,9 @@ def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: 
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
     with at_work(out), saying_when_full(out):
         refuse(out_problems(out))
-        unfinished = begin(out)
-        write_pipeline(weights, unfinished, diffusion, sampler)
-        finish(unfinished, out)
+        with removed_on_failure(begin(out)) as unfinished:
+            write_pipeline(weights, unfinished, diffusion, sampler)
+            finish(unfinished, out)
 
 
 def at_work(out: Path) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out, num_cores, ray_session, resources
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import Problem, problem, refuse, saying_when_full
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.sampling.config import SampleConfig
@@ -71,14 +71,14 @@ def sample(
     """Make every missing image of the job into RUN/samples. Killed and started again, it makes only what is missing.
 
     `rows`: the labelled slices of `shards` that masks are drawn from, not used with config.masks. Raises InputProblems
-    before work starts, SamplingFailed where regions could not be made.
+    before work starts, SamplingFailed where regions could not be made, OutOfSpace where the disk is full.
     """
     return make_job(prepare_job(run, shards, rows, diffusion, config), config)
 
 
 def make_job(job: Job, config: SampleConfig) -> SampleStore:
     """Make what is missing of a job that was prepared with this config. Errors as of `sample`."""
-    with locked(job.path):
+    with locked(job.path), saying_when_full(job.path):
         # Looked at again, now that no other command can begin it or put another in its place.
         store = SampleStore.reopen(job.path, job.about)
         if store is None and job.store is not None:

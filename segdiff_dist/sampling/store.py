@@ -27,7 +27,7 @@ import numpy as np
 
 from data_shards import locks
 from data_shards.locks import lock_beside
-from data_shards.problems import InputProblems, Problem, problem, refuse
+from data_shards.problems import InputProblems, Problem, problem, refuse, removed_on_failure
 from data_shards.records import is_path_inside
 from data_shards.store.codecs import ZSTD_LEVEL, crc32c
 from segdiff_dist.config import differences, flatten, write_text_atomically
@@ -120,13 +120,15 @@ class SampleStore:
         if path.is_dir() and any(path.iterdir()):
             if not _holds_no_image(path):
                 warnings.warn(f"{path}: damaged or missing: {', '.join(_broken_files(path))}; made again", stacklevel=3)
-                _lay_out(unfinished, job, items, size, masks_MHW)
-                _mend(path, unfinished)
+                with removed_on_failure(unfinished):
+                    _lay_out(unfinished, job, items, size, masks_MHW)
+                    _mend(path, unfinished)
                 return cls(path)
             path.rename(unfinished)
             shutil.rmtree(unfinished)
-        _lay_out(unfinished, job, items, size, masks_MHW)
-        unfinished.rename(path)
+        with removed_on_failure(unfinished):
+            _lay_out(unfinished, job, items, size, masks_MHW)
+            unfinished.rename(path)
         return cls(path)
 
     def update_places(self, job: dict[str, Any]) -> None:

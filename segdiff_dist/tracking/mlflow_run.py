@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_shards.problems import OutOfSpace
 from segdiff_dist.config import write_text_atomically
 from segdiff_dist.tracking.model_registry import NO_REGISTRY, register
 from segdiff_dist.tracking.spool import Record
@@ -247,7 +248,8 @@ class SystemMetrics(threading.Thread):
         """Once an interval, until stopped."""
         while not self._stopped.wait(self._interval_s):
             values = {f"system/{name}": value for name, value in self._sample().items()}
-            self._log(values, int(time.time() - self._began_s))
+            with contextlib.suppress(OutOfSpace, OSError):  # the stage itself says that its disk is full
+                self._log(values, int(time.time() - self._began_s))
 
     def stop(self) -> None:
         """No sample is taken after this."""
@@ -289,6 +291,8 @@ def _import_mlflow() -> None:
     import mlflow.tracking  # noqa: F401
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Each try at a database that is full or read-only would be a traceback; the sender says it once, in a line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _read_link(folder: Path) -> dict[str, Any]:

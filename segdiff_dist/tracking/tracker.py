@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.problems import Problem, problem
+from data_shards.problems import OutOfSpace, Problem, problem
 from segdiff_dist.config import flatten
 from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
 from segdiff_dist.tracking.spool import Spool, num_waiting, spool_files
@@ -93,8 +93,12 @@ class Tracker:
         if self._watch is not None:
             self._watch.stop()
         state = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        self._append("tags", values={f"stage.{self.stage}": state})
-        self._append("status", status={"finished": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED"))
+        try:
+            self._append("tags", values={f"stage.{self.stage}": state})
+            self._append("status", status={"finished": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED"))
+        except OutOfSpace:
+            if kind is None:
+                raise
         if not self._sender.finish(self.config.flush_timeout_s):
             warnings.warn(
                 f"{num_waiting(self.folder / SPOOL)} records for MLflow at {self._run.uri} wait in "

@@ -226,7 +226,7 @@ def test_a_lock_file_of_a_stranger_leads_nowhere(file: Path, tmp_path: Path) -> 
     left_by(file, host="\x1b[31mred\n" + "x" * 500, machine="another:1")
     os.utime(file, (0, 0))
     take(file)
-    assert locks._shown("\x1b[31mred\n" + "x" * 500) == "?[31mred?" + "x" * 151
+    assert locks._shown("\x1b[31mred\n" + "x" * 500) == "?[31mred?" + "x" * 111 + "..."
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

@@ -1,0 +1,80 @@
+"""What libraries take for granted of a process: a home folder that can be written, a user's name, a temporary folder.
+
+In a container under a number without a passwd entry (docker run --user, OpenShift) or with a read-only root none of
+them may be there, and each library fails in its own words. Call `complete` before they are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import tempfile
+from pathlib import Path
+
+from data_shards.problems import Problem
+
+# Where compilers and matplotlib keep what they can make again: by default under the home folder.
+_CACHES = {"TRITON_HOME": ".", "TORCH_EXTENSIONS_DIR": "torch_extensions", "MPLCONFIGDIR": "matplotlib"}
+
+
+def complete() -> str | None:
+    """Give this process, and those it starts, what it lacks of HOME and USER. Returns a line where HOME was changed.
+
+    A home folder that can be read but not written stays, since credentials are read there; only caches go elsewhere.
+    """
+    entry = _passwd_entry()
+    if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")) and entry is None:
+        os.environ["USER"] = os.environ["LOGNAME"] = f"uid-{os.getuid()}"  # what getpass.getuser looks for
+    given = os.environ.get("HOME")
+    home = given or (entry.pw_dir if entry is not None else "")
+    if home and _is_writable(home):
+        return None
+    place = _private_folder()
+    if place is None:  # the command says so, if it needs temporary files
+        return None
+    if home.strip("/") and os.path.isdir(home) and os.access(home, os.R_OK | os.X_OK):
+        for name, folder in _CACHES.items():
+            os.environ.setdefault(name, str(place / folder))
+        return None
+    os.environ["HOME"] = str(place)
+    what = "not set" if given is None else f"{given!r}, not a folder that can be written"
+    return f"HOME is {what}: {place} takes its place; set HOME to choose another"
+
+
+def temporary_folder_problems() -> list[Problem]:
+    """Why no temporary file can be made."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        value = f"no temporary folder can be written ({error.strerror})"
+        return [Problem("environment", "TMPDIR", value, "set TMPDIR to a folder that can be, on a local disk")]
+    return []
+
+
+def _passwd_entry() -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwuid(os.getuid())
+    except KeyError:
+        return None
+
+
+def _is_writable(folder: str) -> bool:
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _private_folder() -> Path | None:
+    """A folder of this user's alone under the temporary one, the same at every start so that caches last; None where
+    there is nothing that can be written."""
+    if temporary_folder_problems():
+        return None
+    folder = Path(tempfile.gettempdir()) / f"segdiff-home-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        # Whoever could put something there would have this user run it.
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            return folder
+        return Path(tempfile.mkdtemp(prefix="segdiff-home-"))
+    except OSError:
+        return None
