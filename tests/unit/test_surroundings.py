@@ -1,0 +1,163 @@
+"""A machine that lacks what programs take for granted: a home, a user's name, room, a place to write."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.problems import OutOfSpace, describe, removed_on_failure, saying_when_full
+from segdiff_dist import cli, commands, surroundings
+
+SEGDIFF = [sys.executable, "-c", "from segdiff_dist.cli import main; raise SystemExit(main())"]
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No passwd entry, no HOME, no name; returns the temporary folder."""
+
+    def unknown(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("TRITON_HOME", "TORCH_EXTENSIONS_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")  # undone after the test, whatever sets it
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_passwd_entry_there_is_a_home_and_a_name(nobody: Path) -> None:
+    said = surroundings.complete()
+    assert said is not None
+    assert said.startswith("HOME is not set: ")
+    assert Path.home().parent == nobody
+    assert Path.home().stat().st_mode & 0o777 == 0o700
+    assert getpass.getuser() == f"uid-{os.getuid()}"
+    first = Path.home()
+    assert surroundings.complete() is None  # it is there now
+    os.environ.pop("HOME")
+    surroundings.complete()
+    assert Path.home() == first
+
+
+@pytest.mark.parametrize("home", ["/", "/nowhere/at/all"])
+def test_a_home_that_is_none_is_replaced(nobody: Path, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(surroundings, "_is_writable", lambda _: False)
+    said = surroundings.complete()
+    assert said is not None
+    assert said.startswith(f"HOME is {home!r}, not a folder that can be written: ")
+    assert Path.home().parent == nobody
+
+
+def test_a_home_that_can_be_read_stays_and_caches_go_elsewhere(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = nobody / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(surroundings, "_is_writable", lambda folder: folder != str(home))
+    assert surroundings.complete() is None
+    assert os.environ["HOME"] == str(home)
+    assert Path(os.environ["TRITON_HOME"]).parent == nobody
+
+
+def test_a_folder_that_another_has_prepared_is_not_used(nobody: Path) -> None:
+    trap = nobody / f"segdiff-home-{os.getuid()}"
+    trap.mkdir(mode=0o777)
+    trap.chmod(0o777)
+    surroundings.complete()
+    assert Path.home() != trap
+    shutil.rmtree(trap)
+    trap.symlink_to(nobody)
+    os.environ.pop("HOME")
+    surroundings.complete()
+    assert Path.home() != trap
+
+
+def test_without_a_temporary_folder_it_says_tmpdir(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def nothing() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nothing)
+    assert cli.main(["train", "--run", str(tmp_path / "run"), "--data", "set"]) == 2
+    error = capsys.readouterr().err
+    assert "error: environment: TMPDIR: no temporary folder can be written" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/data/x"), "/data/x: Read-only file system; make it writable"),
+        (PermissionError(errno.EACCES, "Permission denied", b"/data/x"), "/data/x: Permission denied; make it"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk: no space left (No space left on device); make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/data/x"), "/data/x: no space left (Disk quota exceeded)"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/b"), "/a/b: Not a directory; choose another path"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/a"), "/a: File name too long; choose a shorter name"),
+        (shutil.Error([("/a", "/b", "[Errno 5] Input/output error\n: '/b'")]), "/b: [Errno 5] Input/output error : "),
+        (OSError("words of\n a library"), "words of a library; put that right and start the same command again"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    raised: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fails(_: Any) -> int:
+        raise raised
+
+    monkeypatch.setattr(commands, "phantom", fails)
+    assert cli.main(["phantom", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}")
+    assert error.count("\n") == 1
+    assert describe(raised) in error
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "phantom", interrupted)
+    assert cli.main(["phantom", "out"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command goes on from here\n"
+
+
+def test_a_reader_that_leaves_and_an_output_without_room(shapes: Path) -> None:
+    command = " ".join(f"'{word}'" for word in [*SEGDIFF, "inspect", str(shapes)])
+    script = f"{command} 2>&1 | head -n 1 > /dev/null; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("141\n", "")
+    ended = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "no space left" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_nothing_half_written_stays(tmp_path: Path) -> None:
+    def write(path: Path, error: BaseException) -> None:
+        with saying_when_full(tmp_path), removed_on_failure(path):
+            path.mkdir() if path.suffix == "" else path.write_text("half")
+            raise error
+
+    for name in ("file.tmp", "folder"):
+        with pytest.raises(OutOfSpace, match="no space left"):
+            write(tmp_path / name, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / name, KeyboardInterrupt())
+        with pytest.raises(OutOfSpace):  # as safetensors says it
+            write(tmp_path / name, RuntimeError("Error while serializing: No space left on device (os error 28)"))
+        with pytest.raises(RuntimeError, match="else"):
+            write(tmp_path / name, RuntimeError("something else"))
+    assert list(tmp_path.iterdir()) == []
