@@ -82,18 +82,17 @@ def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int
     """Standard deviation (n) [B, K] of fine detail inside each label id, in grey values.
 
     Fine detail is the image less its mean under the 3x3 binomial filter. Only pixels whose eight neighbours have the
-    same label count, so nothing beyond an organ's outline does. NaN where fewer than FEWEST_PIXELS_INSIDE are left.
+    same label count, so nothing beyond an organ's outline does. NaN where fewer than FEWEST_PIXELS_INSIDE are left, and
+    for background.
     """
     image_BHW = images_BHW.astype(np.float64)
-    smooth_BHW = image_BHW
-    for axis in (1, 2):
-        padded = np.pad(smooth_BHW, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        before, after = (np.take(padded, range(s, s + image_BHW.shape[axis]), axis=axis) for s in (0, 2))
-        smooth_BHW = (before + 2.0 * smooth_BHW + after) / 4.0
-    detail_BHW = image_BHW - smooth_BHW
+    # Of all but the outermost pixels, which have no eight neighbours.
+    rows_BHW = image_BHW[:, :-2] + 2.0 * image_BHW[:, 1:-1] + image_BHW[:, 2:]
+    smooth_BHW = (rows_BHW[:, :, :-2] + 2.0 * rows_BHW[:, :, 1:-1] + rows_BHW[:, :, 2:]) / 16.0
     inside_BHW = _interior(labels_BHW)
-    place = (labels_BHW.astype(np.int64) + np.arange(len(labels_BHW))[:, None, None] * num_classes)[inside_BHW]
-    detail, length = detail_BHW[inside_BHW], len(labels_BHW) * num_classes
+    detail = (image_BHW[:, 1:-1, 1:-1] - smooth_BHW)[inside_BHW]
+    place = labels_BHW[:, 1:-1, 1:-1][inside_BHW].astype(np.int64) + np.nonzero(inside_BHW)[0] * num_classes
+    length = len(labels_BHW) * num_classes
     count_BK, sum_BK, square_BK = (
         np.bincount(place, weights, length).reshape(-1, num_classes) for weights in (None, detail, detail**2)
     )
@@ -109,16 +108,15 @@ def mean_texture(std_BK: Array, organ_ids: Sequence[int]) -> Array:
 
 
 def _interior(labels_BHW: np.ndarray) -> npt.NDArray[np.bool_]:
-    """Pixels with eight neighbours of their own label."""
-    inside_BHW = np.zeros(labels_BHW.shape, dtype=bool)
+    """Which pixels are not background and have eight neighbours of their own label, bool [B, H - 2, W - 2]: of all but
+    the outermost."""
     height, width = labels_BHW.shape[1:]
     centre = labels_BHW[:, 1:-1, 1:-1]
-    same = np.ones(centre.shape, dtype=bool)
+    same_BHW = centre > 0
     for row in range(3):
         for column in range(3):
-            same &= labels_BHW[:, row : row + height - 2, column : column + width - 2] == centre
-    inside_BHW[:, 1:-1, 1:-1] = same
-    return inside_BHW
+            same_BHW &= labels_BHW[:, row : row + height - 2, column : column + width - 2] == centre
+    return same_BHW
 
 
 def _window(real_HW: np.ndarray) -> Array | None:
