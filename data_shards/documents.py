@@ -76,7 +76,7 @@ def parse_yaml(content: bytes, where: object, remedy: str) -> Any:
     return values
 
 
-def read_bytes(path: Path, remedy: str, most_bytes: int) -> bytes:
+def read_bytes(path: Path, remedy: str, most_bytes: int = _MOST_JSON_BYTES) -> bytes:
     """All bytes of a file. Raises InputProblems: not there, a folder or a pipe, longer than `most_bytes`."""
     try:
         about = path.stat()

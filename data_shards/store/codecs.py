@@ -18,6 +18,10 @@ import numpy as np
 CODECS = ("raw", "zstd", "png", "jpeg2000")
 EXTENSIONS = {"raw": "npy", "zstd": "npy.zst", "png": "png", "jpeg2000": "jp2"}
 PICTURES = ("png", "jpeg2000")
+_PICTURE_FORMATS = {"png": "PNG", "jpeg2000": "JPEG2000"}
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# Of a NumPy file (format 1.0: two bytes for the length of its header).
+_MOST_HEADER_BYTES = 10 + 65_535
 # zstd's own default: a tenth of the time of level 9 for a few per cent more bytes.
 ZSTD_LEVEL = 3
 
@@ -51,12 +55,9 @@ def decode_into(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray) -> 
     if codec == "raw":
         stored = np.frombuffer(payload, np.uint8)
     elif codec == "zstd":
-        try:
-            stored = np.frombuffer(_zstd().decode(payload), np.uint8)[-out_HW.nbytes :]
-        except RuntimeError as error:
-            raise ValueError(f"not a whole zstd frame ({error})") from error
+        stored = np.frombuffer(_unzstd(payload, out_HW.nbytes + _MOST_HEADER_BYTES), np.uint8)[-out_HW.nbytes :]
     else:
-        _decode_picture(payload, out_HW)
+        _decode_picture(payload, codec, out_HW)
         return
     if stored.size != out_HW.nbytes:
         raise ValueError(f"{stored.size} bytes of pixels, {out_HW.nbytes} expected")
@@ -70,16 +71,51 @@ def crc32c(payload: bytes | np.ndarray) -> int:
     return int(google_crc32c.value(payload if isinstance(payload, bytes) else payload.tobytes()))
 
 
-def _decode_picture(payload: np.ndarray | bytes, out_HW: np.ndarray) -> None:
-    from PIL import Image, UnidentifiedImageError
+def _decode_picture(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray) -> None:
+    from PIL import Image
 
     try:
-        pixels = np.asarray(Image.open(io.BytesIO(bytes(payload))))
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        with Image.open(io.BytesIO(bytes(payload)), formats=[_PICTURE_FORMATS[codec]]) as picture:
+            if picture.size != out_HW.shape[::-1]:  # before a pixel is decoded: a few bytes can stand for gigabytes
+                raise ValueError(f"it holds {picture.height} x {picture.width} pixels, not {out_HW.shape}")
+            pixels = np.asarray(picture)
+    except (OSError, SyntaxError, ArithmeticError, LookupError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a picture ({error})") from error
     if pixels.shape != out_HW.shape or pixels.dtype != out_HW.dtype:
         raise ValueError(f"it holds {pixels.dtype} {pixels.shape}, not {out_HW.dtype} {out_HW.shape}")
     out_HW[:] = pixels
+
+
+def _unzstd(payload: np.ndarray | bytes, most_bytes: int) -> bytes:
+    """What a zstd frame holds, at most `most_bytes`. Raises ValueError where it is more, or no whole frame."""
+    held = _zstd_content_bytes(bytes(payload[:18]))
+    try:
+        if held is None:  # its writer streamed it: unpacked until it ends or is too long
+            import pyarrow as pa
+
+            with pa.CompressedInputStream(pa.BufferReader(bytes(payload)), "zstd") as stream:
+                content: bytes = stream.read(most_bytes + 1)
+            held = len(content)
+        elif held <= most_bytes:
+            content = bytes(_zstd().decode(payload))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"not a whole zstd frame ({error})") from error
+    if held > most_bytes:
+        raise ValueError(f"a zstd frame of {held:,} bytes or more, {most_bytes:,} expected at most")
+    return content
+
+
+def _zstd_content_bytes(start: bytes) -> int | None:
+    """What a frame says that it unpacks to; None where it does not say. RFC 8878, section 3.1.1.1."""
+    if len(start) < 6 or start[:4] != _ZSTD_MAGIC:
+        raise ValueError("not a whole zstd frame (it does not begin like one)")
+    descriptor = start[4]
+    is_single_segment, size_flag = bool(descriptor & 0x20), descriptor >> 6
+    num_bytes = {0: int(is_single_segment), 1: 2, 2: 4, 3: 8}[size_flag]
+    if num_bytes == 0:
+        return None
+    begin = 5 + (not is_single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    return int.from_bytes(start[begin : begin + num_bytes], "little") + (256 if size_flag == 1 else 0)
 
 
 def _zstd() -> Any:

@@ -111,24 +111,42 @@ def write(table: pa.Table, path: Path) -> None:
 
 
 def read(path: Path) -> pa.Table:
-    """The table, memory-mapped: nothing is read until it is looked at. Raises ValueError where it is no such file."""
+    """The table, memory-mapped. Raises ValueError where it is no such file, or one whose values cannot be looked at."""
     import pyarrow as pa
 
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+        # Offsets and codes that lead out of their buffers end the process when they are followed.
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"not an Arrow file ({' '.join(str(error).split())[:120]})") from error
     missing = set(schema().names) - set(table.column_names)
     if missing:
         raise ValueError(f"columns missing: {', '.join(sorted(missing))}")
+    for field in schema():
+        _refuse_column(table.schema.field(field.name), field, table[field.name].null_count)
     for name, words in VOCABULARY.items():
-        if table.num_rows and table[name].chunk(0).dictionary.to_pylist() != list(words):
-            raise ValueError(f"column {name}: its dictionary is not {', '.join(words)}")
+        for chunk in table[name].chunks:
+            if chunk.dictionary.to_pylist() != list(words):
+                raise ValueError(f"column {name}: its dictionary is not {', '.join(words)}")
+    for name in ("intensity_scale", "intensity_offset", "spacing_mm", "affine"):
+        if not all(np.isfinite(_flat(chunk)).all() for chunk in table[name].chunks):
+            raise ValueError(f"column {name}: not all finite")
     for chunk in table["case_id"].chunks:
-        ids = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
-        if found := case_id_problems(path, ids.to_pylist()):
+        if found := case_id_problems(path, chunk.dictionary.to_pylist()):
             raise ValueError(f"{found[0].field} {found[0].value}; an id has {CASE_ID_RULE}")
     return table
+
+
+def _flat(chunk: pa.Array) -> np.ndarray:
+    return np.asarray((chunk.flatten() if hasattr(chunk, "flatten") else chunk).to_numpy(zero_copy_only=False))
+
+
+def _refuse_column(found: pa.Field, expected: pa.Field, num_nulls: int) -> None:
+    if found.type != expected.type:
+        raise ValueError(f"column {found.name}: {found.type}, not {expected.type}")
+    if num_nulls:
+        raise ValueError(f"column {found.name}: {num_nulls} values are missing")
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:

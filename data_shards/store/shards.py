@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.documents import reading
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta, SliceRecord
@@ -23,7 +24,7 @@ from data_shards.store import samples_table, tar_store
 from data_shards.store.byte_store import ByteStore, Range, local_copy, local_path, open_byte_store, read_file
 from data_shards.store.codecs import crc32c, decode_into
 from data_shards.store.samples_table import PARTS
-from data_shards.store.set_index import INDEX, SAMPLES, broken_files, file_sha256, parse_index, read_index
+from data_shards.store.set_index import INDEX, SAMPLES, broken_files, parse_index, read_index, sound_samples_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -315,7 +316,7 @@ def _open_one(
         digest = sha256((folder / INDEX).read_bytes()).hexdigest()
         if check_files or verify:
             refuse(broken_files(folder, index, verify=verify))
-        samples_file = folder / SAMPLES
+        samples_file, remedy = folder / SAMPLES, "restore the file, or prepare the set again"
     else:
         try:
             content = read_file(root, INDEX)
@@ -325,12 +326,11 @@ def _open_one(
             raise problem(root, INDEX, f"cannot be read ({error})", "check the URL and the credentials") from error
         index, digest = parse_index(content, f"{root}/{INDEX}"), sha256(content).hexdigest()
         samples_file = local_copy(root, SAMPLES, cache.folder, digest, num_bytes=index["samples"]["bytes"])
-        if file_sha256(samples_file) != index["samples"]["sha256"]:
-            raise problem(f"{root}/{SAMPLES}", "sha256", "not that of index.json", f"restore it; remove {samples_file}")
-    try:
+        remedy = f"restore it; remove {samples_file}"
+    where = f"{root.rstrip('/')}/{SAMPLES}"
+    with reading(where, "the table of a set", remedy):
+        sound_samples_file(samples_file, where, index, remedy)
         table = samples_table.read(samples_file)
-    except ValueError as error:
-        raise problem(samples_file, "content", error, "restore the file, or prepare the set again") from error
     refuse(_disagreements(root, index, table, verify=verify))
     return index, digest, table
 
@@ -349,6 +349,13 @@ def _disagreements(root: str, index: dict[str, Any], table: pa.Table, *, verify:
         if len(where.file_N) and ((where.file_N[1:] < where.file_N[:-1]).any() or where.file_N[-1] >= len(entries)):
             value = f"does not rise, or beyond the {len(entries)} of index.json"
             yield Problem(f"{root}/{SAMPLES}", f"{part}_file", value, remedy)
+            return
+        sizes = np.array([entry["bytes"] for entry in entries] + [0], np.int64)[where.file_N]  # the last one's is 0
+        there = where.file_N >= 0
+        outside = there & ((where.offset_N < 0) | (where.bytes_N < 0) | (where.offset_N > sizes - where.bytes_N))
+        if outside.any() or (where.file_N < -1).any() or (part != "edge" and not there.all()):
+            value = "outside the file that it names, or not there"
+            yield Problem(f"{root}/{SAMPLES}", f"{part}_offset", value, remedy)
             return
         counted[part] = np.diff(np.searchsorted(where.file_N, np.arange(len(entries) + 1)))
     for number, entry in enumerate(entries):

@@ -7,7 +7,9 @@ import json
 import pickle
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import SliceMeta, SliceRecord
 from data_shards.store import samples_table
-from data_shards.store.codecs import CODECS, EXTENSIONS, crc32c, decode_into
-from data_shards.store.set_index import FORMAT_VERSION, file_sha256
+from data_shards.store.codecs import CODECS, EXTENSIONS, crc32c, decode_into, encode
+from data_shards.store.set_index import FORMAT_VERSION, file_crc32c, file_sha256
 from data_shards.store.shard_writer import ShardWriter, set_format
 from data_shards.store.shards import CacheConfig, ShardSet
 
@@ -358,7 +360,7 @@ def test_a_table_with_its_words_in_another_order_is_refused(spoilt: Path) -> Non
     table = table.set_column(table.schema.get_field_index("modality"), "modality", swapped)
     samples_table.write(table, spoilt / "other.arrow")
     (spoilt / "other.arrow").replace(spoilt / "samples.arrow")
-    _edit_index(spoilt, lambda index: index["samples"].update(bytes=(spoilt / "samples.arrow").stat().st_size))
+    _claim_the_table(spoilt)
     assert "column modality: its dictionary is not CT, MR" in _refusal(spoilt)
 
 
@@ -378,6 +380,13 @@ def test_a_table_with_its_words_in_another_order_is_refused(spoilt: Path) -> Non
 def test_an_index_that_lacks_something_is_refused_in_words(spoilt: Path, change: Callable[[Any], Any]) -> None:
     _edit_index(spoilt, change)
     assert "not a shard set's index" in _refusal(spoilt)
+
+
+def _claim_the_table(path: Path) -> None:
+    """Have index.json say what samples.arrow is now, as whoever forges a set would."""
+    file = path / "samples.arrow"
+    about = {"bytes": file.stat().st_size, "sha256": file_sha256(file), "crc32c": file_crc32c(file)}
+    _edit_index(path, lambda index: index["samples"].update(about))
 
 
 def _edit_index(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -452,3 +461,88 @@ def test_a_writer_that_was_killed_leaves_an_unfinished_set_that_can_be_written_a
     assert "unfinished" in _refusal(out)
     _write(out, store)
     assert len(ShardSet.open(out, verify=True)) == sum(COUNTS.values())
+
+
+@pytest.mark.parametrize("bit", [0x01, 0x10, 0x80])
+def test_a_flipped_bit_in_the_table_is_found_when_the_set_is_opened(spoilt: Path, bit: int) -> None:
+    """An offset of `key` leads out of its buffer, and a split's code is another split: neither is followed."""
+    file, content = spoilt / "samples.arrow", (spoilt / "samples.arrow").read_bytes()
+    for at in range(len(content) // 40, len(content), len(content) // 40):
+        changed = bytearray(content)
+        changed[at] ^= bit
+        file.write_bytes(changed)
+        assert "crc32c" in _refusal(spoilt)
+    file.write_bytes(content)
+    _edit_index(spoilt, lambda index: index["samples"].pop("crc32c"))  # as older writers left it out
+    ShardSet.open(spoilt)
+    file.write_bytes(changed)
+    assert "sha256" in _refusal(spoilt)
+
+
+def test_a_forged_table_is_refused_or_read_but_ends_no_process(spoilt: Path) -> None:
+    """Whoever forges a set makes the checksums fit: then the values themselves must not lead anywhere."""
+    rng = np.random.default_rng(0)
+    content = (spoilt / "samples.arrow").read_bytes()
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(content)
+        for at in rng.integers(0, len(content), rng.integers(1, 4)):
+            changed[at] = rng.integers(0, 256)
+        (spoilt / "samples.arrow").write_bytes(changed)
+        _claim_the_table(spoilt)
+        try:
+            opened = ShardSet.open(spoilt)
+        except InputProblems:
+            refused += 1
+            continue
+        opened.select(split="train", modalities=["CT"])
+        for row in range(len(opened)):
+            opened.key(row)
+            with suppress(ValueError):  # names shard and sample
+                opened.read(row)
+    assert refused > 30
+
+
+def test_a_frame_that_unpacks_to_more_than_the_pixels_is_refused_before_it_is() -> None:
+    from numcodecs.zstd import Zstd
+
+    out = np.empty((SIZE, SIZE), np.uint8)
+    bomb = Zstd(level=19).encode(bytes(200_000_000))
+    assert len(bomb) < 10_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="200,000,000 bytes"):
+        decode_into(bomb, "zstd", out)
+    streamed = bomb[:4] + bytes([bomb[4] & 0x1F]) + b"\x88" + bomb[9:]  # its length left out, a window instead
+    with pytest.raises(ValueError, match="zstd frame"):
+        decode_into(streamed, "zstd", out)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("codec", ["png", "jpeg2000"])
+def test_a_picture_larger_than_the_slices_is_refused_before_it_is_decoded(codec: str) -> None:
+    large = encode(np.zeros((4000, 4000), np.uint8), codec)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="4000 x 4000"):
+        decode_into(large, codec, np.empty((SIZE, SIZE), np.uint8))
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [0, -1, 300_000, True, 1.5])
+def test_absurd_sizes_are_refused(spoilt: Path, size: object) -> None:
+    _edit_index(spoilt, lambda index: index["preprocessing"].update(size=size))
+    assert "preprocessing.size" in _refusal(spoilt)
+
+
+def test_parts_outside_their_file_are_refused(spoilt: Path) -> None:
+    import pyarrow as pa
+
+    table = samples_table.read(spoilt / "samples.arrow")
+    where = table.schema.get_field_index("mask_offset")
+    for offset in (-512, 2**40):
+        moved = pa.array([offset, *table["mask_offset"].to_pylist()[1:]], pa.int64())
+        samples_table.write(table.set_column(where, "mask_offset", moved), spoilt / "other.arrow")
+        (spoilt / "other.arrow").replace(spoilt / "samples.arrow")
+        _claim_the_table(spoilt)
+        assert "mask_offset" in _refusal(spoilt)
