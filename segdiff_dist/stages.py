@@ -199,6 +199,8 @@ def sample(experiment: Experiment) -> Any:
     run, shards, rows, config = _sampled_from(experiment)
     # Checked here, before a job that will not start leaves its settings in the run folder.
     job = prepare_job(run, shards, rows, experiment.diffusion, config)
+    if job.classes is not None:
+        print(job.classes, flush=True)
     with at_work(job.path, lends=True), _tracker(experiment, "sample", run) as tracker:
         if config.out is None:
             save_experiment(experiment, ("sample",))

@@ -45,13 +45,15 @@ _RESTORE = "restore the file from the archive"
 class Geometry:
     """Where the voxels of a file are. shape: stored I, J, K; affine: 4x4, voxel index as stored to RAS mm.
 
-    `notes`: what was converted, and what is a guess, in words; empty for most files. `header`: nibabel's.
+    `notes`: what was converted, and what is a guess, in words; empty for most files. `header`: nibabel's. `is_flat`:
+    the file is two-dimensional.
     """
 
     shape: tuple[int, int, int]
     affine: np.ndarray
     notes: tuple[str, ...]
     header: Any
+    is_flat: bool = False
 
     @property
     def spacing_mm(self) -> np.ndarray:
@@ -64,14 +66,18 @@ class Geometry:
         return int(np.prod(self.shape, dtype=object)) * int(self.header.get_data_dtype().itemsize)
 
 
-def read_geometry(file: Path) -> Geometry:
+def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     """Where the volume in a .nii or .nii.gz is, from its header alone.
 
     sform counts where its code is above 0, else qform where its code is, else pixdim: then the sides are a guess, and
     a note says so. Metres and micrometres are converted. Raises InputProblems, all at once, for what is no 3-D NIfTI
-    file of real numbers, cannot be held by a file of its length, or is contradictory or absurd in space.
+    file of real numbers, cannot be held by a file of its length, or is contradictory or absurd in space. `one_slice`: a
+    two-dimensional image is a volume of one plane, and how wide a dimension of one voxel is does not matter.
     """
     header = _read_header(file)
+    is_flat = one_slice and int(header["dim"][0]) == 2
+    if one_slice:
+        _give_thickness(header)
     found: list[Problem] = []
     shape = _shape(file, header, found)
     if header.get_data_dtype().kind not in "iuf":
@@ -80,7 +86,7 @@ def read_geometry(file: Path) -> Geometry:
     affine, notes = _affine(file, header, found)
     if shape is None or affine is None:
         raise InputProblems(found)
-    geometry = Geometry(shape, affine, tuple(notes), header)
+    geometry = Geometry(shape, affine, tuple(notes), header, is_flat)
     found += _problems_with_size(file, geometry)
     refuse(found)
     return geometry
@@ -133,6 +139,27 @@ def _read_header(file: Path) -> Any:
         remedy = f"voxels begin {_FEWEST_BYTES_BEFORE_VOXELS[size]} bytes to 64 MiB after the start: repair the header"
         raise problem(file, "vox_offset", f"{offset:g}", remedy)
     return header
+
+
+def _give_thickness(header: Any) -> None:
+    """Make a two-dimensional image a volume of one plane. Where a dimension has one voxel, its width, which nnU-Net
+    writes as 999 and others as 0, becomes that of a pixel in the plane."""
+    if int(header["dim"][0]) == 2:
+        header["dim"][0], header["dim"][3] = 3, 1
+    widths = header["pixdim"][1:4].astype(np.float64)
+    rows = [header[f"srow_{name}"] for name in "xyz"]
+    for d in np.flatnonzero(header["dim"][1:4] == 1).tolist():
+        others = [other for other in range(3) if other != d]
+        width = min((float(one) for one in widths[others] if np.isfinite(one) and one > 0), default=1.0)
+        header["pixdim"][1 + d] = width
+        along = np.array([row[d] for row in rows], dtype=np.float64)
+        if not np.isfinite(along).all() or not along.any():
+            first, second = (np.array([row[other] for row in rows], dtype=np.float64) for other in others)
+            along = np.cross(first, second) * (-1.0 if d == 1 else 1.0)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            along = along / np.linalg.norm(along) * width
+        for row, step in zip(rows, along.tolist(), strict=True):
+            row[d] = step
 
 
 def _shape(file: Path, header: Any, found: list[Problem]) -> tuple[int, int, int] | None:

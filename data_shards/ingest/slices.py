@@ -7,7 +7,7 @@ sagittal  rows from head to feet,          columns from anterior to posterior
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from data_shards.ingest.volumes import Volume, num_resampled
 
 # Canonical dimension (0 I right, 1 J anterior, 2 K superior) that runs through the slices, down the rows and along the
 # columns. Rows and columns all run against their canonical dimension.
-_VIEWS = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
+VIEWS = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 FITS = ("auto", "crop", "pad")
 # nearest: the nearest voxel's id. soft: every class resampled like an image, the largest share wins. bilinear_ids: id
 # numbers resampled like grey values and rounded, as the paper's code does; invents classes at borders.
@@ -43,6 +43,13 @@ class Slice:
     edge_2HW: np.ndarray | None = None
 
 
+def num_slices(shape: Sequence[int], spacing_mm: np.ndarray, axis: str, grid_mm: float) -> int:
+    """Slices along `axis` of a volume of canonical `shape` and spacing, resampled to `grid_mm`: `cut` numbers them from
+    0 and gives every slice_stride-th, from slice_stride // 2 on."""
+    through = VIEWS[axis][0]
+    return num_resampled(shape[through], grid_mm / float(spacing_mm[through]))
+
+
 def cut(
     volume: Volume,
     labels: Volume | None,
@@ -57,8 +64,10 @@ def cut(
     body_id: int,
     mask_resize: str = "nearest",
     soft_edge: bool = False,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[Slice]:
-    """Every `slice_stride`-th slice along `axis` of the volume resampled to `spacing_mm`, resized to size x size.
+    """Every `slice_stride`-th slice along `axis` of the volume resampled to `spacing_mm`, resized to size x size; or
+    those of `indices`, which rise.
 
     Images are linear, by area where they shrink; labels as `mask_resize` says, soft_edge with `soft` only. `body_id`
     fills what of the body carries no label. fit `crop` keeps the middle square of the short side, `pad` shows all, in a
@@ -66,10 +75,10 @@ def cut(
     would cut the body. Values are clipped last, so a grey value is that of the resampled volume.
     """
     assert mask_resize == "soft" or not soft_edge, "soft edges come of soft masks"
-    view = _VIEWS[axis]
+    view = VIEWS[axis]
     steps = spacing_mm / volume.spacing_mm
     lines = _lines(volume.voxels_IJK.shape, steps, view, size, _fit_of(fit, axis))
-    num_grid = num_resampled(volume.voxels_IJK.shape[view[0]], steps[view[0]])
+    num_grid = num_slices(volume.voxels_IJK.shape, volume.spacing_mm, axis, spacing_mm)
     of_voxels = Resampling.of(volume.voxels_IJK.shape, steps, view, lines, num_grid)
     images = Planes(volume.voxels_IJK, view, of_voxels)
     bodies = Planes(
@@ -90,7 +99,7 @@ def cut(
         values -= np.float32(grey.offset)
         return values
 
-    for index in range(slice_stride // 2, num_grid, slice_stride):
+    for index in range(slice_stride // 2, num_grid, slice_stride) if indices is None else indices:
         image = grey.to_grey(images.mixed(index, above_offset))
         mask, edge = masks.at(index, bodies.mixed(index, np.asarray))
         affine, spacing = _placed(volume.affine, view, index * steps[view[0]], *lines)

@@ -91,9 +91,10 @@ def read_volume(path: Path) -> Volume:
     return volume
 
 
-def read_labels(path: Path, num_ids: int) -> Volume:
+def read_labels(path: Path, num_ids: int, *, one_slice: bool = False) -> Volume:
     """Read a label volume as uint8, whatever type it is stored as, in no more memory than that takes. Numbers within
     0.001 of a whole one are rounded. Raises UnreadableVolume also for ids outside 0..num_ids-1 and for other numbers.
+    `one_slice` as of read_geometry.
     """
 
     def to_ids(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -107,7 +108,7 @@ def read_labels(path: Path, num_ids: int) -> Volume:
             raise UnreadableVolume(str(path), f"label id {wrong} is outside the table, which ends at {num_ids - 1}")
         return ids.astype(np.uint8, copy=False)
 
-    return _read(path, to_ids)
+    return _read(path, to_ids, one_slice=one_slice)
 
 
 def whole_numbers(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -172,12 +173,14 @@ def nearest_elements(num_out: int, num_in: int, *, step: float) -> np.ndarray:
     return np.minimum(np.floor(step * np.arange(num_out) + 0.5).astype(np.int64), num_in - 1)
 
 
-def _read(path: Path, to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None) -> Volume:
+def _read(
+    path: Path, to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None, *, one_slice: bool = False
+) -> Volume:
     """`to_ids` turns each stored plane, with slope and intercept, into uint8."""
     import nibabel as nib
 
     try:
-        geometry = read_geometry(path)
+        geometry = read_geometry(path, one_slice=one_slice)
         with path.open("rb", buffering=0) as file:
             hashed = _Hashed(file)
             content = gzip.GzipFile(fileobj=hashed, mode="rb") if is_packed(path) else hashed

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.ingest.slices import VIEWS
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem
 from segdiff_dist.export.config import ExportConfig
 
 if TYPE_CHECKING:
+    from data_shards.records import SliceMeta
     from segdiff_dist.export.samples import FinishedSamples, Sample
 
 # nnU-Net v2, documentation/dataset_format.md: "Dataset" and a three-digit id, then a name of one's own.
@@ -25,7 +27,7 @@ _NNUNET_NAME = re.compile(r"Dataset\d{3}_\w+")
 
 
 def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
-    """OUT/images/NAME and OUT/masks/NAME, `.png` (grey values and ids) or `.nii.gz` (H x W x 1, stored values such as
+    """OUT/images/NAME and OUT/masks/NAME, `.png` (grey values and ids) or `.nii.gz` (W x H x 1, stored values such as
     HU, in their place in the patient)."""
     for folder in ("images", "masks"):
         (out / folder).mkdir()
@@ -36,10 +38,10 @@ def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
             _save_png(image, record.image_HW)
             _save_png(mask, record.mask_HW)
         else:
-            affine, meta = np.array(record.meta.affine).reshape(4, 4), record.meta
+            affine, meta = slice_affine(record.meta, sample.knows_place), record.meta
             values = (meta.intensity_scale, meta.intensity_offset)
-            _save_nifti(image, record.image_HW[..., None], affine, values)
-            _save_nifti(mask, record.mask_HW[..., None], affine)
+            _save_nifti(image, record.image_HW.T[..., None], affine, values)
+            _save_nifti(mask, record.mask_HW.T[..., None], affine)
 
 
 def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:
@@ -59,8 +61,9 @@ def write_nnunet(
 ) -> None:
     """A raw data set of nnU-Net v2 (documentation/dataset_format.md): imagesTr, labelsTr, dataset.json.
 
-    Images are two-dimensional: NIfTI of stored values with the slice's spacing, or PNG of grey values. Its labels must
-    be consecutive, so ids that stand for nothing are closed up. `name`: of the data set.
+    Images are two-dimensional: NIfTI of stored values with the slice's spacing and, of axial slices, its place; or PNG
+    of grey values. nnU-Net's labels must be consecutive, so ids that stand for nothing are closed up. `name`: of the
+    data set.
     """
     new_id_K, names = nnunet_labels(samples.label_table, keep_body=config.body_label)
     ending = config.file_ending
@@ -75,9 +78,9 @@ def write_nnunet(
             _save_png(mask, mask_HW)
         else:
             meta = record.meta
-            affine = np.diag([*meta.spacing_mm, 1.0, 1.0])
-            _save_nifti(image, record.image_HW, affine, (meta.intensity_scale, meta.intensity_offset))
-            _save_nifti(mask, mask_HW, affine)
+            affine = flat_affine(meta, sample.knows_place)
+            _save_nifti(image, record.image_HW.T, affine, (meta.intensity_scale, meta.intensity_offset))
+            _save_nifti(mask, mask_HW.T, affine)
     about: dict[str, Any] = {
         "channel_names": {"0": samples.modalities[0]},
         "labels": {organ: index for index, organ in enumerate(names)},
@@ -89,6 +92,36 @@ def write_nnunet(
         "description": "synthetic images by segmentation-guided diffusion; not for diagnosis",
     }
     (out / "dataset.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def slice_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:
+    """4x4 from NIfTI's (i, j, k, 1), which are column, row and 0 of the slice, to RAS mm.
+
+    NIfTI's first index runs along a row of the picture, as SimpleITK and every viewer show it. A slice whose place is
+    not known, or is not that of a slice of its axis, is at the origin and shown as such slices are (docs/data.md 2).
+    """
+    affine = np.array(meta.affine).reshape(4, 4)[:, [1, 0, 2, 3]]
+    through, row, column = VIEWS[meta.axis]
+    step = np.linalg.norm(affine[:3, :2], axis=0)
+    spacing = np.array(meta.spacing_mm)[::-1]
+    if knows_place and np.allclose(step, spacing, rtol=0.01):
+        nearest = np.abs(affine[:3, :2]).argmax(axis=0).tolist()
+        if nearest == [column, row] and affine[column, 0] < 0 and affine[row, 1] < 0:
+            return affine
+    affine = np.zeros((4, 4))
+    affine[column, 0], affine[row, 1], affine[through, 2], affine[3, 3] = -spacing[0], -spacing[1], 1.0, 1.0
+    return affine
+
+
+def flat_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:
+    """The same for a two-dimensional file. Its readers take the axial plane for the image's: other slices, and those
+    turned out of it, have their spacing and no place, and look as they do in a picture."""
+    affine = slice_affine(meta, knows_place)
+    step = np.linalg.norm(affine[:3, :2], axis=0)
+    directions = affine[:2, :2] / step
+    if np.allclose(directions.T @ directions, np.eye(2), atol=1e-3):
+        return affine
+    return np.diag([-step[0], -step[1], 1.0, 1.0])
 
 
 def nnunet_labels(table: LabelTable, *, keep_body: bool) -> tuple[np.ndarray, list[str]]:
@@ -111,6 +144,9 @@ def _save_nifti(file: Path, stored: np.ndarray, affine: np.ndarray, values: tupl
 
     image = nib.Nifti1Image(stored, affine)
     image.header.set_xyzt_units("mm")
+    # Scanner coordinates, in both forms: some readers know one of the two alone.
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
     if values is not None:
         image.header.set_slope_inter(*values)
     nib.save(image, file)

@@ -6,10 +6,12 @@ Dimensions: H rows, W columns.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +19,10 @@ import numpy as np
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LABEL_TABLES, LabelTable
-from data_shards.problems import InputProblems, Problem, refuse
+from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
-from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.sampling.store import JOB, LABELS, SampleStore
+from segdiff_dist.sampling.weights import weights_digest
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -39,10 +42,12 @@ HU_BY_MEDIAN = (
 class Sample:
     """A generated slice. `record.meta` is that of the mask's slice where it has one, with what is synthetic put right:
     modality, intensities, an own case_id, the digest of the model in place of the source file's. `name` holds neither
-    dot nor slash and is unique in the store: it is the key of `record.meta`."""
+    dot nor slash and is unique in the store: it is the key of `record.meta`. `knows_place`: spacing and affine are the
+    slice's; of masks of a folder they are not kept."""
 
     name: str
     record: SliceRecord
+    knows_place: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class FinishedSamples:
         samples = cls(store, modality)
         try:
             shards = samples._shards
+            _ = samples.label_table  # refused before the first file is written
         except InputProblems as error:
             raise InputProblems([*found, *error.problems]) from error
         if shards is not None and shards.digest != store.job["shards_digest"]:
@@ -109,10 +115,22 @@ class FinishedSamples:
 
     @cached_property
     def label_table(self) -> LabelTable:
-        """What the masks' ids mean."""
+        """What the masks' ids mean: of masks of a folder, by job.json. Raises InputProblems where nothing says it."""
         if self._shards is not None:
             return self._shards.label_table
-        return LABEL_TABLES[self._preprocessing.get("label_set", PrepareConfig.label_set)]
+        where = self.store.path / JOB
+        job = self.store.job
+        if LABELS in job:
+            return _label_table(where, job[LABELS])
+        # A job of an earlier version: its model knows the table, and the sets of `segdiff prepare` name theirs.
+        model = Path(job["weights"]) / "segdiff.json"
+        if model.is_file() and weights_digest(model.parent) == job["weights_digest"]:
+            return _label_table(model, json.loads(model.read_text())[LABELS])
+        name = self._preprocessing.get("label_set")
+        if name not in LABEL_TABLES:
+            remedy = "start the same `segdiff sample` again: it writes the table down"
+            raise problem(where, LABELS, "not there", remedy)
+        return LABEL_TABLES[name]
 
     @property
     def modalities(self) -> list[str]:
@@ -185,7 +203,7 @@ class FinishedSamples:
             )  # fmt: skip
         else:
             meta = replace(source, affine=self._cropped(source.affine), **changes)
-        return Sample(item["name"], SliceRecord(image_HW, mask_HW, meta))
+        return Sample(item["name"], SliceRecord(image_HW, mask_HW, meta), source is not None)
 
     def _cropped(self, affine: tuple[float, ...]) -> tuple[float, ...]:
         """Of the centre that the model makes, from that of the whole slice."""
@@ -203,6 +221,13 @@ class FinishedSamples:
             return GreyMap(source.intensity_scale * step, source.intensity_offset)
         # Unknown HU are refused where they would be written: what is left are formats of grey values alone.
         return (self.borrowed_map if target == "CT" else None) or GreyMap(1.0, 0.0)
+
+
+def _label_table(where: Path, content: Any) -> LabelTable:
+    try:
+        return LabelTable(str(content["name"]), tuple(map(str, content["names"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise problem(where, LABELS, f"cannot be used ({error})", "restore the file, or sample again") from error
 
 
 def is_stretched(preprocessing: dict[str, Any]) -> bool:

@@ -47,24 +47,34 @@ class MaskSource(Protocol):
 
 @dataclass(frozen=True)
 class MaskArray:
-    """The masks of a folder, as a job keeps them: a Zarr array uint8 [M, H, W]."""
+    """The masks of a folder, as a job keeps them: a Zarr array uint8 [M, H, W] of those that were drawn. `rows` [M]: of
+    all masks of the folder, which these are."""
 
     mask_MHW: Any
     label_table: LabelTable
+    rows: np.ndarray
     parts: tuple[str, ...] = ("mask",)
 
     @classmethod
-    def open(cls, path: Path, label_table: LabelTable) -> MaskArray:
-        """The array at `path`."""
+    def open(cls, path: Path, label_table: LabelTable, items: pa.Table) -> MaskArray:
+        """The array at `path`, of a job with these items."""
         import zarr
 
-        return cls(zarr.open_array(path, mode="r"), label_table)
+        mask_MHW, rows = zarr.open_array(path, mode="r"), drawn_rows(items)
+        if len(rows) != mask_MHW.shape[0]:  # of a job from when every mask of the folder was kept
+            rows = np.arange(mask_MHW.shape[0])
+        return cls(mask_MHW, label_table, rows)
 
     def read_mask(self, row: int) -> np.ndarray:
-        return np.asarray(self.mask_MHW[row])
+        return np.asarray(self.mask_MHW[int(np.searchsorted(self.rows, row))])
 
     def read_part(self, row: int, part: str) -> np.ndarray:
         raise AssertionError(f"masks of a folder have no {part}")
+
+
+def drawn_rows(items: pa.Table) -> np.ndarray:
+    """int64: the rows of the masks that items need, each once, rising."""
+    return np.unique(items["row"].to_numpy())
 
 
 def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.Table:

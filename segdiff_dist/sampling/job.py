@@ -20,8 +20,8 @@ from data_shards.problems import Problem, problem, refuse, saying_when_full
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.items import MASK_FILE, list_items, list_items_of
-from segdiff_dist.sampling.store import SampleStore, locked
+from segdiff_dist.sampling.items import MASK_FILE, MaskArray, drawn_rows, list_items, list_items_of
+from segdiff_dist.sampling.store import LABELS, MASKS, SampleStore, locked
 from segdiff_dist.sampling.weights import load_denoiser
 from segdiff_dist.sampling.weights import weights_digest as weights_digest  # where others look for it
 from segdiff_dist.sampling.worker import WorkerFactory
@@ -48,7 +48,9 @@ class Job:
     store: SampleStore | None
     """Where it has begun."""
     masks_MHW: np.ndarray | None = None
-    """Of a folder, where it has not."""
+    """Of a folder, where it has not: those that are drawn."""
+    classes: str | None = None
+    """Of a folder: words for the classes in the masks that are drawn."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     about = json.loads(json.dumps(about))  # as it is read back: tuples are lists
     path = (config.out or run / "samples").resolve()
     if (store := SampleStore.reopen(path, about)) is not None:
-        return Job(path, about, store.items, trained["size"], store)
+        classes = None if config.masks is None else _classes_of(store, shards.label_table)
+        return Job(path, about, store.items, trained["size"], store, classes=classes)
     if config.masks is not None:
         return _job_of_folder(path, about, shards, trained["size"], config)
     if trained["denoiser"].get("soft_masks") and "edge" not in shards.parts:
@@ -199,41 +202,55 @@ def _look_over(store: SampleStore, job: Job) -> None:
 
 
 def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict[str, Any]:
-    """Where the masks come from, as job.json says it. Those of a folder are cut as the shard set was."""
+    """Where the masks come from, as job.json says it. Those of a folder are cut as the shard set was, and have its
+    label table."""
     if config.masks is None:
         drawn_from = {
             "modalities": [MODALITIES[i] for i in np.unique(shards.modality_N[rows])],
             "axes": [AXES[i] for i in np.unique(shards.axis_N[rows])],
         }
         return {"shards": shards.resolved, "shards_digest": shards.digest} | drawn_from
-    from segdiff_dist.sampling.mask_folder import folder_digest
+    from segdiff_dist.sampling.mask_files import folder_digest
 
-    cut_like = {"masks_cut_like": shards.index["preprocessing"]}
-    return {"masks": str(config.masks.resolve()), "masks_digest": folder_digest(config.masks, config)} | cut_like
+    digest = folder_digest(config.masks, config)
+    # The set may not be there any more when the images are exported, and its writer may have a table of their own.
+    table = {"name": shards.label_table.name, "names": list(shards.label_table.names)}
+    of_the_set = {"masks_cut_like": shards.index["preprocessing"], LABELS: table}
+    return {"masks": str(config.masks.resolve()), "masks_digest": digest} | of_the_set
 
 
 def _job_of_folder(path: Path, about: dict[str, Any], shards: ShardSet, size: int, config: SampleConfig) -> Job:
-    from segdiff_dist.sampling.mask_folder import is_named_after, others_told, read_mask_folder
+    from segdiff_dist.sampling.mask_files import list_folder
+    from segdiff_dist.sampling.mask_folder import ClassCounts, MaskFolder
 
     assert config.masks is not None
-    table = shards.label_table
-    masks = read_mask_folder(config.masks, shards, table, config)
-    if (others := others_told(config.masks)) is not None:
-        warnings.warn(f"{config.masks}: {others}: masks are NIfTI and PNG files", stacklevel=4)
-    if MASK_FILE in masks.rows.column_names:
-        named = {row[MASK_FILE]: row["case_id"] for row in masks.rows.select([MASK_FILE, "case_id"]).to_pylist()}
-        changed = {file: case_id for file, case_id in named.items() if not is_named_after(Path(file))}
-        first = next(iter(changed.items()))
-        text = f"{len(changed)} masks in {config.masks} have names that no id can hold: {first[0]!r} is {first[1]}"
-        warnings.warn(f"{text}; items.parquet lists them all (mask_file)", stacklevel=4)
-    if masks.num_empty:
-        text = f"{masks.num_empty} of the {len(masks.mask_MHW)} masks in {config.masks} are empty: background alone"
+    folder, table = MaskFolder(config.masks, shards, size, config), shards.label_table
+    if not len(folder):
+        refuse(folder.problems)
+    items = list_items_of(folder.rows, np.arange(len(folder)), config)
+    masks_MHW = folder.read(drawn_rows(items))
+    counts = ClassCounts.of(masks_MHW)
+    if (passed_over := list_folder(config.masks).passed_over()) is not None:
+        warnings.warn(f"{config.masks}: {passed_over}", stacklevel=4)
+    if renamed := folder.renamed():
+        file, case_id = next(iter(renamed.items()))
+        text = f"{len(renamed)} masks in {config.masks} have names that no id can hold: {file!r} is {case_id}"
+        warnings.warn(f"{text}; items.parquet lists them all ({MASK_FILE})", stacklevel=4)
+    if counts.num_empty:
+        text = f"{counts.num_empty} of the {counts.num_masks} masks in {config.masks} are empty: background alone"
         warnings.warn(text, stacklevel=4)
-    if table.body_id is not None and not (masks.mask_MHW == table.body_id).any():
+    if table.body_id is not None and not counts.num_masks_K[table.body_id]:
         text = f"no mask in {config.masks} says where the patient ends (class `body`): the model makes that up"
         warnings.warn(text, stacklevel=4)
-    items = list_items_of(masks.rows, np.arange(len(masks.mask_MHW)), config)
-    return Job(path, about, items, size, None, masks.mask_MHW)
+    return Job(path, about, items, size, None, masks_MHW, counts.words(table))
+
+
+def _classes_of(store: SampleStore, table: LabelTable) -> str:
+    """Words for the classes in the masks of a job of a folder that has begun."""
+    from segdiff_dist.sampling.mask_folder import ClassCounts
+
+    masks = MaskArray.open(store.path / MASKS, table, store.items)
+    return ClassCounts.of(masks.read_mask(row) for row in drawn_rows(store.items).tolist()).words(table)
 
 
 def _unlike_training(

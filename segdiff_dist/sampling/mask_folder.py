@@ -1,14 +1,16 @@
 """Masks of a folder: NIfTI volumes, cut as `segdiff prepare` cuts, or PNG slices; in the ids of the model's table.
 
-Dimensions: I, J, K as in data_shards.ingest.volumes; H rows, W columns; M masks.
+First all masks are listed, from headers alone. Then those that are drawn are read, one file at a time.
+
+Dimensions: I, J, K as in data_shards.ingest.volumes; H rows, W columns; M masks that are drawn.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,156 +19,237 @@ import numpy as np
 
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import InputProblems, Problem, problem, refuse
-from data_shards.records import LONGEST_CASE_ID, is_case_id
 from segdiff_dist.config import read_yaml
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import MASK_FILE, NO_MODALITY
+from segdiff_dist.sampling.mask_files import case_id_of, ending, is_named_after, mask_files
+from segdiff_dist.sampling.png_masks import kind_of, read_png_header, read_png_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from data_shards.ingest.nifti import Geometry
     from data_shards.store.shards import ShardSet
 
-_ENDINGS = (".nii.gz", ".nii", ".png")
 _MOST_IDS = 256
 
 
 @dataclass(frozen=True)
-class FolderMasks:
-    """All masks of a folder: uint8 [M, H, W] ids, and a row for each (key, case_id, modality, axis, slice_index)."""
+class _Listed:
+    """A file of masks: the axis that the model is given, the axis it is cut along, and the indices of its slices.
+    `is_slice`: it is one of the set's slices as it is."""
 
-    mask_MHW: np.ndarray
-    rows: pa.Table
+    file: Path
+    axis: str
+    cut_along: str
+    indices: Sequence[int]
+    is_slice: bool
+
+
+class MaskFolder:
+    """The masks of a folder. `rows`: one a mask (key, case_id, modality, axis, slice_index, and mask_file where names
+    are no ids), in the order of the files' names; `problems`: what the headers show to be wrong.
+
+    `model_size`: rows and columns of what the model sees, the middle of the set's slices. PNG masks, and NIfTI files
+    of one slice, that have as many are taken as they are, as are those of the set's size.
+    """
+
+    def __init__(self, folder: Path, shards: ShardSet, model_size: int, config: SampleConfig) -> None:
+        self.folder, self.config, self.size = folder, config, shards.size
+        self.sizes = (shards.size,) if model_size == shards.size else (shards.size, model_size)
+        self.table = shards.label_table
+        self._cut_as = _cut_as(shards)
+        self._to_own = _label_map(config.label_map, self.table)
+        self.problems: list[Problem] = []
+        self._files: list[_Listed] = []
+        notes: Counter[str] = Counter()
+        for file in mask_files(folder):
+            try:
+                self._files.append(self._listed(file, notes))
+            except InputProblems as error:
+                self.problems += error.problems
+            except OSError as error:
+                self.problems.append(_unreadable(file, error))
+        for note, count in notes.items():
+            warnings.warn(f"{folder}: of {count} mask{'s' if count > 1 else ''}: {note}", stacklevel=2)
+        self.rows = self._rows()
+        self._first_row = np.cumsum([0, *(len(one.indices) for one in self._files)])
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [M, H, W]: the masks of some rows, which rise, in the model's ids. One file is in memory at a time.
+
+        Raises InputProblems for everything wrong with the folder at once: what the headers showed, files that cannot be
+        read, and ids that neither the label table nor config.label_map knows.
+        """
+        mask_MHW = np.zeros((len(rows), self.size, self.size), np.uint8)
+        found = list(self.problems)
+        file_M = np.searchsorted(self._first_row, rows, side="right") - 1
+        for number in np.unique(file_M).tolist():
+            at = np.flatnonzero(file_M == number)
+            listed = self._files[number]
+            indices = [listed.indices[row] for row in (rows[at] - self._first_row[number]).tolist()]
+            try:
+                for place, mask_HW in zip(at.tolist(), self._masks(listed, indices), strict=True):
+                    first = (self.size - len(mask_HW)) // 2
+                    mask_MHW[place, first : first + len(mask_HW), first : first + len(mask_HW)] = mask_HW
+            except InputProblems as error:
+                found += error.problems
+            except OSError as error:
+                found.append(_unreadable(listed.file, error))
+        refuse(found)
+        return mask_MHW
+
+    def renamed(self) -> dict[str, str]:
+        """File and case id of the masks whose names no id can hold."""
+        files = (one.file.relative_to(self.folder) for one in self._files)
+        return {str(file): case_id_of(file) for file in files if not is_named_after(file)}
+
+    def _listed(self, file: Path, notes: Counter[str]) -> _Listed:
+        """What a file holds, by its header; what of that is a guess goes to `notes`."""
+        from data_shards.ingest.nifti import read_geometry
+        from data_shards.ingest.slices import num_slices
+
+        axis = self.config.masks_axis
+        if ending(file) == ".png":
+            read_png_header(file, self.sizes)
+            return _Listed(file, axis, axis, (0,), True)
+        _refuse_pictures(file)
+        geometry = read_geometry(file, one_slice=True)
+        notes.update(geometry.notes)
+        shape, spacing_mm = _canonical(geometry)
+        cut_along = _cut_along(shape, axis)
+        # Two dimensions can say no other axis than this one.
+        told = axis if geometry.is_flat and cut_along == "axial" else cut_along
+        num = num_slices(shape, spacing_mm, cut_along, self._cut_as["spacing_mm"])
+        stride = self._cut_as["slice_stride"]
+        # A volume thinner than half a stride gives the slice in its middle.
+        indices = range(stride // 2, num, stride) or (num // 2,)
+        return _Listed(file, told, cut_along, indices, _is_slice(shape, cut_along, self.sizes))
+
+    def _rows(self) -> pa.Table:
+        """A column at a time: hundreds of whole-body volumes are a hundred thousand slices."""
+        import pyarrow as pa
+
+        columns: dict[str, list[Any]] = {name: [] for name in ("key", "case_id", "axis", "slice_index", MASK_FILE)}
+        for one in self._files:
+            file, num = one.file.relative_to(self.folder), len(one.indices)
+            case_id = case_id_of(file)
+            columns["key"] += [f"{case_id}-{one.axis}-{index:04d}" for index in one.indices]
+            columns["slice_index"] += one.indices
+            for name, value in (("case_id", case_id), ("axis", one.axis), (MASK_FILE, _text(file))):
+                columns[name] += [value] * num
+        if twice := [key for key, count in Counter(columns["key"]).items() if count > 1]:
+            value = f"two masks are called {twice[0]}"
+            self.problems.append(Problem(str(self.folder), "names", value, "rename one of the files"))
+        if not self.renamed():  # the list of a job from before there was this column is the same
+            del columns[MASK_FILE]
+        columns["modality"] = [NO_MODALITY] * len(columns["key"])
+        return pa.table(columns)
+
+    def _masks(self, listed: _Listed, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """uint8 [H, W] in the model's ids: slices of a file."""
+        from data_shards.ingest.body import BodyField
+        from data_shards.ingest.intensity import GreyMap
+        from data_shards.ingest.slices import VIEWS, cut
+        from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
+
+        file = listed.file
+        if ending(file) == ".png":
+            any_palette = self.config.label_map is not None
+            yield self._to_own(file, read_png_ids(file, self.sizes, _MOST_IDS, any_palette=any_palette))
+            return
+        try:
+            labels = read_labels(file, _MOST_IDS, one_slice=True)
+        except UnreadableVolume as error:
+            raise problem(file, "voxels", error.reason, "give whole numbers from 0 to 255, one a voxel") from error
+        own_IJK = self._to_own(file, labels.voxels_IJK)
+        if listed.is_slice:
+            yield own_IJK.transpose(VIEWS[listed.cut_along])[0, ::-1, ::-1]
+            return
+        volume = Volume(own_IJK, 1.0, 0.0, labels.affine, labels.sha256)
+        # Cut as the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
+        nobody = BodyField(np.broadcast_to(np.float32(0), own_IJK.shape), np.ones(3))
+        how = {"axis": listed.cut_along, "body_id": 0, **self._cut_as}
+        for one in cut(volume, volume, nobody, GreyMap(1.0, 0.0), indices=indices, **how):
+            yield one.mask_HW
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """How many of some masks show each class: int64 [256] by id; and how many show none."""
+
+    num_masks_K: np.ndarray
+    num_masks: int
     num_empty: int
 
+    @classmethod
+    def of(cls, masks: Iterable[np.ndarray]) -> ClassCounts:
+        """Of uint8 [H, W] masks."""
+        num_masks_K, num, num_empty = np.zeros(_MOST_IDS, np.int64), 0, 0
+        for mask_HW in masks:
+            num_masks_K += np.bincount(mask_HW.ravel(), minlength=_MOST_IDS) > 0
+            num, num_empty = num + 1, num_empty + (not mask_HW.any())
+        return cls(num_masks_K, num, num_empty)
 
-def read_mask_folder(folder: Path, shards: ShardSet, label_table: LabelTable, config: SampleConfig) -> FolderMasks:
-    """Every mask below `folder`, NIfTI volumes resampled, turned and cut as the slices of `shards` were; of a volume
-    too thin for that, the slice in the middle.
-
-    PNG masks say neither spacing nor orientation: they must be slices of the set's size, shown as docs/data.md says.
-    Raises InputProblems for all that is wrong with the files at once: unreadable ones, ids that the label table or
-    config.label_map does not know, PNGs of another size.
-    """
-    import pyarrow as pa
-
-    files = mask_files(folder)
-    to_own = _label_map(config.label_map, label_table)
-    names_files = any(not is_named_after(file.relative_to(folder)) for file in files)
-    found: list[Problem] = []
-    masks: list[np.ndarray] = []
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        try:
-            for index, mask_HW in _slices(file, shards, to_own, config.masks_axis):
-                rows.append(_row(file.relative_to(folder), config.masks_axis, index, names_files=names_files))
-                masks.append(mask_HW)
-        except InputProblems as error:
-            found += error.problems
-    keys = [row["key"] for row in rows]
-    if len(set(keys)) < len(keys) and not found:
-        twice = next(key for key in keys if keys.count(key) > 1)
-        found.append(Problem(str(folder), "names", f"two masks are called {twice}", "rename one of the files"))
-    refuse(found)
-    return FolderMasks(np.stack(masks), pa.Table.from_pylist(rows), sum(not mask_HW.any() for mask_HW in masks))
+    def words(self, table: LabelTable) -> str:
+        """Id, name and number of masks of every class that there is."""
+        classes = [
+            f"{i} {table.names[i] if i < table.num_classes else '?'} in {self.num_masks_K[i]:,}"
+            for i in np.flatnonzero(self.num_masks_K)
+        ]
+        return f"classes in the {self.num_masks:,} mask{'s' if self.num_masks > 1 else ''}: {', '.join(classes)}"
 
 
-def mask_files(folder: Path) -> list[Path]:
-    """The NIfTI and PNG files below a folder, by name; refused where there is none."""
-    files = sorted(file for file in folder.rglob("*") if _ending(file) and file.is_file())
-    if not files:
-        passed_over = others_told(folder)
-        value = f"none there: {passed_over}" if passed_over else "none there"
-        raise problem(folder, "masks", value, f"give a folder of {', '.join(_ENDINGS)} files")
-    return files
+def _unreadable(file: Path, error: OSError) -> Problem:
+    return Problem(str(file), "file", f"cannot be read ({error.strerror or error})", "make it readable")
 
 
-def others_told(folder: Path) -> str | None:
-    """Words for the files below a folder that are no masks, hidden ones left out; None where there are none."""
-    others = [file for file in folder.rglob("*") if file.is_file() and file.name[0] != "." and not _ending(file)]
-    if not others:
-        return None
-    endings = sorted({file.suffix or file.name for file in others})
-    told = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
-    return f"{len(others):,} other file{'s' if len(others) > 1 else ''} passed over ({told})"
-
-
-def folder_digest(folder: Path, config: SampleConfig) -> str:
-    """sha256 over the names and bytes of a folder's masks and of the label map."""
-    digest = hashlib.sha256()
-    for file in mask_files(folder):
-        digest.update(str(file.relative_to(folder)).encode() + hashlib.sha256(file.read_bytes()).digest())
-    if config.label_map is not None:
-        read_yaml(config.label_map)  # refused where it is not there
-        digest.update(config.label_map.read_bytes())
-    return digest.hexdigest()
-
-
-def _slices(
-    file: Path, shards: ShardSet, to_own: Callable[[Path, np.ndarray], np.ndarray], axis: str
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(slice index, uint8 [H, W] in the model's ids) of a file's masks."""
-    if _ending(file) == ".png":
-        yield 0, to_own(file, _read_png(file, shards.size))
-        return
-    from data_shards.ingest.archive import read_header
-    from data_shards.ingest.body import BodyField
-    from data_shards.ingest.intensity import GreyMap
+def _cut_as(shards: ShardSet) -> dict[str, Any]:
+    """How the set's slices were cut."""
     from data_shards.ingest.prepare_config import PrepareConfig
-    from data_shards.ingest.slices import Slice, cut
-    from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 
-    found: list[Problem] = []
-    read_header(file, found)
-    refuse(found)
-    try:
-        labels = read_labels(file, _MOST_IDS)
-    except UnreadableVolume as error:
-        raise problem(file, "voxels", error.reason, "give whole numbers from 0 to 255, one a voxel") from error
-    own_IJK = to_own(file, labels.voxels_IJK)
-    volume = Volume(own_IJK, 1.0, 0.0, labels.affine, labels.sha256)
     defaults = PrepareConfig()
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize")
-    geometry = {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
-    # A mask is cut as the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
-    nobody = BodyField(np.broadcast_to(np.float32(0), own_IJK.shape), np.ones(3))
-
-    def planes(**changes: Any) -> Iterator[Slice]:
-        return cut(volume, volume, nobody, GreyMap(1.0, 0.0), axis=axis, body_id=0, **geometry | changes)
-
-    is_empty = True
-    for one in planes():
-        is_empty = False
-        yield one.slice_index, one.mask_HW
-    if is_empty:  # thinner than half a stride
-        every = list(planes(slice_stride=1))
-        middle = every[len(every) // 2]
-        yield middle.slice_index, middle.mask_HW
+    return {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
 
 
-def _ending(file: Path) -> str:
-    """Which of the endings a file has, in upper or lower case; nothing where it is no mask."""
-    name = file.name.lower()
-    return next((ending for ending in _ENDINGS if name.endswith(ending)), "")
+def _refuse_pictures(file: Path) -> None:
+    """A picture that is called NIfTI is named as what it is."""
+    with file.open("rb") as stream:
+        kind = kind_of(stream.read(16))
+    if kind not in (None, "gzip"):
+        remedy = "let its name end in .png" if kind == "PNG" else "save the mask itself as NIfTI or PNG"
+        raise problem(file, "NIfTI", f"{kind} by its bytes, whatever its name", remedy)
 
 
-def _read_png(file: Path, size: int) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _canonical(geometry: Geometry) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and spacing in mm along I, J, K."""
+    import nibabel as nib
 
-    try:
-        with Image.open(file) as picture:
-            mode, pixels = picture.mode, np.asarray(picture)
-    except (OSError, UnidentifiedImageError) as error:
-        raise problem(file, "PNG", f"cannot be read ({error})", "write it again") from error
-    if mode not in ("1", "L", "P", "I;16", "I") or pixels.ndim != 2:
-        raise problem(file, "PNG", f"{mode} pixels", "a mask has one channel, and in it label ids")
-    if pixels.shape != (size, size):
-        height, width = pixels.shape
-        remedy = f"make it {size}x{size}, or give NIfTI, which says its spacing and is resampled"
-        raise problem(file, "size", f"{width}x{height} pixels", remedy)
-    if pixels.min() < 0 or pixels.max() >= _MOST_IDS:
-        raise problem(file, "label ids", f"up to {pixels.max()}", f"give whole numbers below {_MOST_IDS}")
-    return pixels.astype(np.uint8)
+    stored_of = np.argsort(nib.io_orientation(geometry.affine)[:, 0])
+    return tuple(geometry.shape[d] for d in stored_of), geometry.spacing_mm[stored_of]
+
+
+def _cut_along(shape: Sequence[int], asked: str) -> str:
+    """The axis of a volume: where it is one slice, its own."""
+    from data_shards.ingest.slices import VIEWS
+
+    thin = [axis for axis, view in VIEWS.items() if shape[view[0]] == 1]
+    return asked if asked in thin or len(thin) != 1 else thin[0]
+
+
+def _is_slice(shape: Sequence[int], axis: str, sizes: Sequence[int]) -> bool:
+    from data_shards.ingest.slices import VIEWS
+
+    through, row, column = VIEWS[axis]
+    return shape[through] == 1 and shape[row] == shape[column] and shape[row] in sizes
+
+
+def _text(file: Path) -> str:
+    return os.fsencode(file).decode(errors="replace")
 
 
 def _label_map(file: Path | None, table: LabelTable) -> Callable[[Path, np.ndarray], np.ndarray]:
@@ -197,7 +280,7 @@ def _read_label_map(file: Path, table: LabelTable) -> dict[int, int]:
     known = {name: i for i, name in enumerate(table.names)} | {i: i for i in range(table.num_classes)}
     found, meanings = [], {}
     for theirs, meant in read_yaml(file).items():
-        is_id = str(theirs).isdecimal() and int(theirs) < _MOST_IDS
+        is_id = str(theirs).isdecimal() and len(str(theirs)) <= 3 and int(theirs) < _MOST_IDS
         if not is_id:
             found.append(Problem(str(file), "label id", repr(theirs), f"give whole numbers below {_MOST_IDS}"))
         elif not isinstance(meant, str | int) or isinstance(meant, bool) or meant not in known:
@@ -207,30 +290,3 @@ def _read_label_map(file: Path, table: LabelTable) -> dict[int, int]:
             meanings[int(theirs)] = known[meant]
     refuse(found)
     return meanings
-
-
-def case_id_of(file: Path) -> str:
-    """The case id of a mask file, from its path below the folder: / and . become _. So does what else an id cannot
-    hold, such as a space or a letter with an accent; a digest of the whole name then keeps it unique."""
-    name = _joined_name(file)
-    if is_case_id(name):
-        return name
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[: LONGEST_CASE_ID - 9] + f"_{digest}"
-
-
-def is_named_after(file: Path) -> bool:
-    """Whether a mask's id is its file's name, folders joined by _."""
-    return case_id_of(file) == _joined_name(file)
-
-
-def _joined_name(file: Path) -> str:
-    return str(file)[: -len(_ending(file))].replace("/", "_").replace(".", "_")
-
-
-def _row(file: Path, axis: str, index: int, *, names_files: bool) -> dict[str, Any]:
-    case_id = case_id_of(file)
-    key = f"{case_id}-{axis}-{index:04d}"
-    row = {"key": key, "case_id": case_id, "modality": NO_MODALITY, "axis": axis, "slice_index": index}
-    # Only where ids do not say it: the list of a job from before there was this column is the same.
-    return row | ({MASK_FILE: os.fsencode(file).decode(errors="replace")} if names_files else {})

@@ -35,6 +35,8 @@ class Plan:
     seconds_from: str
     num_bytes: int
     bytes_from: str
+    classes: str | None = None
+    """Of masks of a folder: which there are."""
 
     def __str__(self) -> str:
         """A few lines for a person."""
@@ -47,6 +49,7 @@ class Plan:
                 f"images: {self.num_images:,} of {masks}, {passes}; {self.num_missing:,} missing",
                 f"time:   {time_told} with {workers} ({self.seconds_from})",
                 f"bytes:  {_size(self.num_bytes)} ({self.bytes_from})",
+                *([] if self.classes is None else [self.classes]),
             ]
         )
 
@@ -81,6 +84,7 @@ def plan(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConf
         seconds_from=seconds_from,
         num_bytes=num_missing * (2 * job.size**2 if made is None else made[1]),
         bytes_from="at most: before compression" if made is None else "as the images made so far",
+        classes=job.classes,
     )
 
 

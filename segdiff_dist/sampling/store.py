@@ -4,7 +4,7 @@ RUN/samples/job.json        what made the images: masks, weights, sampler settin
 RUN/samples/items.parquet   one row an item: which mask, which modality, which seed index
 RUN/samples/images.zarr     arrays `image` and `mask`, uint8 [N, H, W], a Zarr shard a region; `item_id` and
                             `seed_index`, int64 [N]; the attributes name seed and weights
-RUN/samples/masks.zarr      uint8 [M, H, W], where the masks come from a folder: all that there are, in one file
+RUN/samples/masks.zarr      uint8 [M, H, W], where the masks come from a folder: all that were drawn, in one file
 RUN/samples/layout.json     CRC-32C of each file that was there before the first image, job.json and itself left out
 RUN/samples/done/000012     region 12 is written: CRC-32C of its two shard files, and the seconds that it took
 RUN/.samples.lock           held by the command at work, from before there is a store (data_shards/locks.py)
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MASKS = "masks.zarr"
-_JOB, _ITEMS, _IMAGES, _LAYOUT, _DONE = "job.json", "items.parquet", "images.zarr", "layout.json", "done"
+JOB, _ITEMS, _IMAGES, _LAYOUT, _DONE = "job.json", "items.parquet", "images.zarr", "layout.json", "done"
 _PARTS = ("image", "mask")
+# In job.json: names by label id, of a job whose masks come from a folder. Jobs of earlier versions do not have it.
+LABELS = "label_table"
 # In job.json, where things lay. Digests beside them say what they are, so that a job may move with them.
 _PLACES = ("weights", "shards", "masks", "sample.sampler.guidance_segmenter")
 
@@ -81,7 +83,7 @@ class SampleStore:
     @classmethod
     def open(cls, path: Path) -> SampleStore:
         """The store at `path`. Refused where there is none, or where one of the files laid out first is damaged."""
-        if not (path / _JOB).is_file():
+        if not (path / JOB).is_file():
             raise problem(path, "samples", "not found", "sample first: `segdiff sample --run DIR --data SHARDS`")
         remedy = "run the same `segdiff sample` again: it makes the file again"
         refuse(Problem(str(path / name), "samples", "damaged or missing", remedy) for name in _broken_files(path))
@@ -234,7 +236,7 @@ def _is_free(path: Path) -> bool:
         if path.is_mount():  # no folder can take its name
             raise problem(path, "output folder", "a mount point", f"give a folder in it: --out {path / 'samples'}")
         return True
-    if not (path / _JOB).is_file() or not (path / _IMAGES).is_dir():
+    if not (path / JOB).is_file() or not (path / _IMAGES).is_dir():
         value = "holds other things than samples" if path.is_dir() else "a file"
         raise problem(path, "output folder", value, "give a new or an empty one (--out DIR)")
     return False
@@ -242,7 +244,7 @@ def _is_free(path: Path) -> bool:
 
 def _holds_no_image(path: Path) -> bool:
     """Whether a store may be removed: it holds what was laid out, no finished region, and nothing of anybody else's."""
-    own = {_JOB, _ITEMS, _IMAGES, MASKS, _LAYOUT, _DONE}
+    own = {JOB, _ITEMS, _IMAGES, MASKS, _LAYOUT, _DONE}
     return {file.name for file in path.iterdir()} <= own and not any((path / _DONE).glob("*"))
 
 
@@ -252,7 +254,10 @@ def identity(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_another(path: Path, job: dict[str, Any]) -> None:
-    there, asked = (identity(one) | {"device": None} for one in (_read_job(path), job))  # which has words of its own
+    begun = _read_job(path)
+    if LABELS not in begun:
+        job = {key: value for key, value in job.items() if key != LABELS}
+    there, asked = (identity(one) | {"device": None} for one in (begun, job))  # which has words of its own
     if differing := differences(there, asked):
         key, old, new = differing[0]
         value = f"the samples here were made with {old!r}, not {new!r}"
@@ -261,17 +266,17 @@ def _refuse_another(path: Path, job: dict[str, Any]) -> None:
 
 def _read_job(path: Path) -> dict[str, Any]:
     try:
-        job = json.loads((path / _JOB).read_text())
+        job = json.loads((path / JOB).read_text())
         if not isinstance(job, dict):
             raise ValueError(f"a {type(job).__name__}")
     except (OSError, ValueError) as error:
         remedy = f"restore it, or remove {path} and sample again: nothing else says what made the images"
-        raise problem(path / _JOB, "samples", f"damaged ({error})", remedy) from error
+        raise problem(path / JOB, "samples", f"damaged ({error})", remedy) from error
     return job
 
 
 def _write_job(path: Path, job: dict[str, Any]) -> None:
-    write_text_atomically(path / _JOB, json.dumps(job, indent=2) + "\n")
+    write_text_atomically(path / JOB, json.dumps(job, indent=2) + "\n")
 
 
 def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_MHW: np.ndarray | None) -> None:

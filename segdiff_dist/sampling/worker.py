@@ -140,7 +140,7 @@ def open_masks(store: SampleStore, label_table: LabelTable) -> MaskSource:
         if shards.digest != store.job["shards_digest"]:
             raise changed(shards.root, "digest")
         return shards
-    return MaskArray.open(store.path / MASKS, label_table)
+    return MaskArray.open(store.path / MASKS, label_table, store.items)
 
 
 def item_conditions(

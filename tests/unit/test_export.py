@@ -66,8 +66,8 @@ def test_nnunet_raw_data_set(run: Path, store: SampleStore, tmp_path: Path) -> N
         assert image.shape == mask.shape == (32, 32)
         assert image.header.get_zooms() == (6.0, 6.0)
         slope = 2.0 if items[item]["source_modality"] == "CT" else 512 / 255  # the mask's own slice's, or the window
-        np.testing.assert_allclose(image.get_fdata(), store.image[item] * slope - 256.0, atol=1e-3)
-        np.testing.assert_array_equal(mask, np.where(store.mask[item] == BODY, 0, store.mask[item]))
+        np.testing.assert_allclose(image.get_fdata().T, store.image[item] * slope - 256.0, atol=1e-3)
+        np.testing.assert_array_equal(mask.T, np.where(store.mask[item] == BODY, 0, store.mask[item]))
 
 
 def test_nnunet_labels_close_up_what_stands_for_nothing() -> None:
@@ -86,7 +86,7 @@ def test_png_and_nifti_pairs(run: Path, store: SampleStore, tmp_path: Path) -> N
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / "images" / f"{name}.png")), images[item])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / "masks" / f"{name}.png")), masks[item])
     stored = nib.load(tmp_path / "nifti" / "masks" / f"{name}.nii.gz")
-    np.testing.assert_array_equal(np.asarray(stored.dataobj)[..., 0], masks[item])
+    np.testing.assert_array_equal(np.asarray(stored.dataobj)[..., 0].T, masks[item])
     assert json.loads((tmp_path / "png" / "provenance.json").read_text())["synthetic"] is True
 
 
@@ -196,7 +196,7 @@ def test_hu_of_volumes_that_were_each_stretched(tmp_path: Path) -> None:
         own = shards.meta(items[item]["row"])
         slope = own.intensity_scale if own.modality == "CT" else np.median(scales)
         hu = nib.load(tmp_path / "nifti" / "images" / f"{name}.nii.gz").get_fdata()[..., 0]
-        np.testing.assert_allclose(hu, store.image[item] * slope - 200.0, atol=1e-3)
+        np.testing.assert_allclose(hu.T, store.image[item] * slope - 200.0, atol=1e-3)
     assert "median" in json.loads((tmp_path / "nifti" / "provenance.json").read_text())["hu"]
 
     with pytest.warns(UserWarning, match="median of the maps"):

@@ -1,0 +1,242 @@
+"""PNG masks: what a file is by its bytes, and the label ids in it; refused wherever these are not what somebody drew.
+
+The picture library decodes; before it does, every chunk's checksum and the length of the pixels are checked here, so
+that no damaged or endless file reaches it.
+
+Dimensions: H rows, W columns, K palette entries.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.problems import InputProblems, problem
+
+PNG = b"\x89PNG\r\n\x1a\n"
+# First bytes of what masks are saved as, and what it is called. JPEG and WebP change the ids that they store.
+_KINDS = (
+    (PNG, "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"RIFF", "WebP"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+)
+# Colour types of the PNG specification (ISO/IEC 15948, 11.2.2), and how many samples a pixel has.
+_COLOURS = {0: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("grey and alpha", 2), 6: ("RGBA", 4)}
+_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+# Adam7: first row and column of each pass, and the steps between them.
+_PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+# A mask of 1024x1024 takes a few kilobytes; a colour profile or a thumbnail beside it some hundreds.
+_MOST_BYTES = 64 * 2**20
+_ORIENTATION = 0x0112  # of EXIF: 1 is as stored
+_WRITE_AGAIN = "write it again"
+
+
+@dataclass(frozen=True)
+class PngHeader:
+    """IHDR of a picture with one sample a pixel."""
+
+    width: int
+    height: int
+    depth: int
+    is_palette: bool
+    is_interlaced: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels, once inflated: each row has its filter's byte in front."""
+        passes = _PASSES if self.is_interlaced else ((0, 0, 1, 1),)
+        total = 0
+        for row, column, rows, columns in passes:
+            height, width = -(-(self.height - row) // rows), -(-(self.width - column) // columns)
+            if height > 0 and width > 0:
+                total += height * (1 + -(-width * self.depth // 8))
+        return total
+
+
+def kind_of(start: bytes) -> str | None:
+    """What a file is by its first bytes; None where that is nothing known here."""
+    return next((name for magic, name in _KINDS if start.startswith(magic)), None)
+
+
+def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
+    """The header, from the first bytes alone. Raises InputProblems: another format, whatever the name says; several
+    samples a pixel; pixels that are not one of `sizes` (rows and columns alike)."""
+    with file.open("rb") as stream:
+        start = stream.read(33)
+    kind = kind_of(start)
+    if kind != "PNG":
+        raise problem(file, "PNG", *_another_kind(kind))
+    if len(start) < 33 or start[12:16] != b"IHDR" or zlib.crc32(start[12:29]) != int.from_bytes(start[29:33], "big"):
+        raise _damaged(file, "its header is damaged")
+    width, height = (int.from_bytes(start[at : at + 4], "big") for at in (16, 20))
+    depth, colour, _, _, interlaced = start[24:29]
+    if depth not in _DEPTHS.get(colour, ()) or interlaced > 1 or start[26:28] != b"\0\0":
+        raise _damaged(file, "its header says what no PNG has")
+    name, samples = _COLOURS[colour]
+    if samples > 1:
+        remedy = "a mask has one channel, and in it label ids"
+        raise problem(file, "PNG", f"{name} pixels", remedy)
+    if width != height or width not in sizes:
+        asked = " or ".join(f"{size}x{size}" for size in sizes)
+        remedy = f"make it {asked}, or give NIfTI, which says its spacing and is resampled"
+        raise problem(file, "size", f"{width}x{height} pixels", remedy)
+    return PngHeader(width, height, depth, name == "palette", bool(interlaced))
+
+
+def read_png_ids(file: Path, sizes: Collection[int], num_ids: int, *, any_palette: bool = False) -> np.ndarray:
+    """uint8 [H, W]: the samples as stored, which are the label ids; of a palette, the index.
+
+    `any_palette`: somebody has said what each index means. Raises InputProblems as read_png_header, and for what is
+    damaged or longer than declared, several frames, an orientation, a palette that may have been made for this picture
+    alone, and ids from `num_ids` on.
+    """
+    header = read_png_header(file, sizes)
+    if file.stat().st_size > _MOST_BYTES:
+        value = f"{file.stat().st_size:,} bytes for {header.width}x{header.height} pixels"
+        raise problem(file, "PNG", value, _WRITE_AGAIN)
+    content = file.read_bytes()
+    chunks = list(_chunks(file, content))
+    _check_pixels(file, header, [body for name, body in chunks if name == b"IDAT"])
+    frames = [int.from_bytes(body[:4], "big") for name, body in chunks if name == b"acTL"]
+    if frames and frames[0] != 1:
+        raise problem(file, "PNG", f"{frames[0]} frames", "which one is the mask cannot be known: save it alone")
+    samples_HW, palette = _decoded(file, content, header)
+    if samples_HW.max() >= num_ids:
+        value = f"up to {samples_HW.max()}"
+        raise problem(file, "label ids", value, f"give whole numbers below {num_ids}")
+    if header.is_palette:
+        _check_palette(file, palette, samples_HW, any_palette=any_palette)
+    return samples_HW.astype(np.uint8)
+
+
+def palette_is_of_a_table(palette_K3: np.ndarray, used: Collection[int]) -> bool:
+    """Whether a palette's index can be taken for the label id.
+
+    It can where the used colours are grey, each as bright as its index, or Pascal VOC's, or where the palette also has
+    colours that the picture does not show: then it was made for a table of classes. A palette of the picture's own
+    colours is what saving a picture with few colours makes, in an order of its own; so does a cube of colours.
+    """
+    indices = sorted(used)
+    shown = palette_K3[indices]
+    if (shown == np.array(indices)[:, None]).all() or (shown == _voc_palette()[indices]).all():
+        return True
+    colours = {tuple(colour) for colour in palette_K3.tolist()}
+    spare = colours - {tuple(colour) for colour in shown.tolist()} - {(0, 0, 0)}  # black fills up
+    levels = [len(np.unique(channel)) for channel in palette_K3.T]
+    is_cube = len(colours) > 100 and len(colours) >= 0.9 * np.prod(levels)
+    return bool(spare) and not is_cube
+
+
+def _another_kind(kind: str | None) -> tuple[str, str]:
+    """Value and remedy for what is not PNG."""
+    if kind is None:
+        return "not PNG by its bytes", _WRITE_AGAIN
+    remedy = "save the mask itself as PNG"
+    if kind in ("JPEG", "WebP", "JPEG 2000"):
+        remedy = f"{kind} changes the ids it stores: save the mask, as it was drawn, as PNG"
+    elif kind == "gzip":
+        remedy = "if it is NIfTI, let its name end in .nii.gz"
+    return f"{kind} by its bytes, whatever its name", remedy
+
+
+def _damaged(file: Path, reason: object) -> InputProblems:
+    return problem(file, "PNG", f"cannot be read ({' '.join(str(reason).split())[:120]})", _WRITE_AGAIN)
+
+
+def _chunks(file: Path, content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and body of each chunk, to IEND; refused where a checksum does not hold or the file ends before."""
+    at = len(PNG)
+    while at + 12 <= len(content):
+        length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        body, checksum = content[at + 8 : at + 8 + length], content[at + 8 + length : at + 12 + length]
+        if len(checksum) < 4 or zlib.crc32(name + body) != int.from_bytes(checksum, "big"):
+            raise _damaged(file, f"chunk {name!r} is damaged")
+        yield name, body
+        if name == b"IEND":
+            return
+        at += 12 + length
+    raise _damaged(file, "it ends too early")
+
+
+def _check_pixels(file: Path, header: PngHeader, bodies: list[bytes]) -> None:
+    """Whether the packed pixels are as many as the header declares; no more of them is unpacked than that."""
+    inflate = zlib.decompressobj()
+    packed = b"".join(bodies)
+    try:
+        pixels = inflate.decompress(packed, header.num_bytes + 1)
+    except zlib.error as error:
+        raise _damaged(file, error) from error
+    if len(pixels) > header.num_bytes:
+        raise _damaged(file, f"more pixels than its {header.width}x{header.height}")
+    # The checksum behind the pixels is read with what is left; one byte of room, which nothing may fill.
+    try:
+        behind = inflate.decompress(inflate.unconsumed_tail, 1)
+    except zlib.error as error:
+        raise _damaged(file, error) from error
+    if len(pixels) < header.num_bytes or behind or not inflate.eof:
+        raise _damaged(file, "other pixels than its header declares")
+
+
+def _decoded(file: Path, content: bytes, header: PngHeader) -> tuple[np.ndarray, np.ndarray]:
+    """Samples [H, W] as stored, and the palette uint8 [K, 3]."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            samples_HW = np.asarray(picture)
+            palette = np.array(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+            orientation = _orientation(picture)
+    except Exception as error:  # Pillow raises whatever the bytes lead it to
+        raise _damaged(file, error) from error
+    if samples_HW.shape != (header.height, header.width):
+        raise _damaged(file, "other pixels than its header declares")
+    if orientation not in (None, 1):
+        remedy = "viewers turn it, other programs do not: save it as it is meant, without an orientation"
+        raise problem(file, "EXIF orientation", orientation, remedy)
+    if not header.is_palette and header.depth in (2, 4):
+        # Pillow stretches these to 0 .. 255; the ids are the samples as they are stored.
+        samples_HW = samples_HW // (255 // (2**header.depth - 1))
+    return samples_HW, palette
+
+
+def _orientation(picture: Any) -> Any:
+    """The EXIF tag; None where there is no EXIF, or none that can be read: then no viewer turns the picture."""
+    try:
+        return picture.getexif().get(_ORIENTATION)
+    except Exception:  # of broken EXIF, whatever its bytes lead to
+        return None
+
+
+def _check_palette(file: Path, palette_K3: np.ndarray, indices_HW: np.ndarray, *, any_palette: bool) -> None:
+    used = np.unique(indices_HW).tolist()
+    if used[-1] >= len(palette_K3):
+        raise _damaged(file, f"colour {used[-1]} of a palette of {len(palette_K3)}")
+    if any_palette or palette_is_of_a_table(palette_K3, used):
+        return
+    value = f"its palette holds only the picture's own {len(used)} colours, or a cube of colours"
+    remedy = (
+        "its order may be a program's own: save ids as 8-bit grey, or say in a --sample.label-map what each index is"
+    )
+    raise problem(file, "palette", value, remedy)
+
+
+def _voc_palette() -> np.ndarray:
+    """uint8 [256, 3]: the colours of Pascal VOC's classes (its devkit's VOCcolormap), which annotation tools write."""
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
