@@ -114,6 +114,7 @@ _COMMANDS = {
     "track": _Command(
         "send MLflow what waits in a run folder since its server was away",
         positional=(("run", "RUN"),),
+        sections=("tracking",),
     ),
     "demo": _Command(
         "all of it on the phantom, on two CPU cores, in ten minutes",

@@ -183,7 +183,7 @@ def track(experiment: Experiment) -> int:
     from segdiff_dist.tracking.tracker import send_spool
 
     run = experiment.path("run")
-    print(f"{send_spool(run):,} records of {run} sent to MLflow")
+    print(f"{send_spool(run, experiment.tracking.adopt):,} records of {run} sent to MLflow")
     return 0
 
 

@@ -15,6 +15,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from tests_support import write_shapes
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The key that signs run folders is the tests' own, not the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shard set of write_shapes, made once."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+
+from segdiff_dist.tracking.link import is_plain_for_sqlite, read_link
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,12 @@ class TrackedRun:
 
 
 def tracked_run(run: Path) -> TrackedRun | None:
-    """The MLflow run of a run folder; None where nothing was ever tracked."""
-    link = run / "mlflow.json"
-    return locate(json.loads(link.read_text(encoding="utf-8")), run.resolve()) if link.is_file() else None
+    """The MLflow run of a run folder; None where nothing was ever tracked, or mlflow.json is damaged."""
+    try:
+        link = read_link(run)
+        return locate(link, run.resolve()) if link else None
+    except ValueError:  # InputProblems, or an address that is none
+        return None
 
 
 def locate(link: Mapping[str, Any], folder: Path) -> TrackedRun:
@@ -43,9 +47,11 @@ def locate(link: Mapping[str, Any], folder: Path) -> TrackedRun:
     if store.startswith(("http://", "https://")):
         # MLflow's address of a run by its id alone, which leads on to the experiment's.
         url = f"{store.rstrip('/')}/#/runs/{run_id}" if run_id else store
-    else:
+    elif link.get("tracking_uri") or is_plain_for_sqlite(folder):
         command = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
-    return TrackedRun(store, link.get("experiment", "segdiff"), folder.name, run_id, url, command)
+    else:  # '?' and '%' mean something in a URL of sqlite
+        command = f"cd {shlex.quote(str(folder))} && mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    return TrackedRun(store, link.get("experiment") or "segdiff", folder.name, run_id, url, command)
 
 
 def _without_password(uri: str) -> str:

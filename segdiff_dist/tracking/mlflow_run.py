@@ -1,7 +1,8 @@
 """The MLflow run of a run folder: found or begun again, and sent to. This file owns MLflow.
 
-The store is sqlite in the folder unless MLFLOW_TRACKING_URI says otherwise. RUN/mlflow.json remembers store and run, so
-that every stage adds to the same one.
+The store is sqlite in the folder unless MLFLOW_TRACKING_URI says otherwise. RUN/mlflow.json (link.py) remembers store
+and run, so that every stage adds to the same one. What the folder's own files name is followed inside the folder only
+(inside.py): the spool's paths, and where the folder's database puts artifacts.
 """
 
 from __future__ import annotations
@@ -12,23 +13,33 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from data_shards.problems import OutOfSpace
-from segdiff_dist.config import write_text_atomically
+from data_shards.problems import OutOfSpace, problem
+from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside
+from segdiff_dist.tracking.link import (
+    ARTIFACTS,
+    DATABASE,
+    LINK,
+    REFUSED,
+    SPOOL,
+    local_uri,
+    new_token,
+    read_link,
+    write_link,
+)
 from segdiff_dist.tracking.model_registry import NO_REGISTRY, register
+from segdiff_dist.tracking.records import why_not_sent
 from segdiff_dist.tracking.spool import Record
 
 T = TypeVar("T")
 
-# mlflow.json, and what MLflow would not take, kept for a person to look at.
-_LINK, _REFUSED = "mlflow.json", "mlflow_refused.jsonl"
 # The tag that tells a run from the others of its store, known before the run is created.
 _TOKEN_TAG = "segdiff.token"
 # The most that MLflow takes in one request (its REST API, runs/log-batch).
@@ -38,23 +49,32 @@ _SYSTEM_METRICS_S = 10.0
 # What is answered to a record that will never be taken, however often it is sent: MLflow's codes, and HTTP's for a
 # request that is malformed or too large.
 _REFUSALS, _HTTP_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"), (400, 413)
+# How long another process may be writing to the folder's database.
+_DATABASE_PATIENCE_S = 30.0
 
 
 class MlflowRun:
-    """The MLflow run of a folder. Nothing is asked of the server before the first `send`."""
+    """The MLflow run of a folder that is not foreign (link.py). Nothing is asked of the server before the first `send`.
+
+    Raises InputProblems where mlflow.json is damaged, or the spool or sqlite's file is a link, a device or a pipe.
+    """
 
     def __init__(self, folder: Path, experiment: str = "segdiff") -> None:
         # Imported by whoever begins, so that no thread imports beside another.
         _import_mlflow()
         self.folder = folder
         self.uri = tracking_uri(folder)
-        link = _read_link(folder)
-        self._experiment = link.get("experiment", experiment)
-        if not link or (link.get("tracking_uri") or _local_uri(folder)) != self.uri:
+        self._is_local = self.uri == local_uri(folder)
+        for name in (SPOOL, DATABASE) if self._is_local else (SPOOL,):
+            if (odd := (folder / name)).is_symlink() or (odd.exists() and not (odd.is_dir() or odd.is_file())):
+                raise problem(odd, "tracking", "a link, a device or a pipe", "remove it")
+        link = read_link(folder)
+        self._experiment = link.get("experiment") or experiment
+        if not link or (link.get("tracking_uri") or local_uri(folder)) != self.uri:
             self._experiment = experiment
-            link = {"run_id": None}
-        self.run_id: str | None = link["run_id"]
-        self._token = link.get("token") or uuid.uuid4().hex
+            link = {}
+        self.run_id: str | None = link.get("run_id")
+        self._token = link.get("token") or new_token()
         self.began_s = link.get("began_s") or time.time()
         self._write_link()
         self._client: Any = None
@@ -66,6 +86,14 @@ class MlflowRun:
         A metric with the same key, step and time is the same metric, tags and parameters replace themselves, an
         artifact overwrites itself, and a model is registered once for each digest.
         """
+        sound = []
+        for record in records:
+            reason = why_not_sent(record)
+            sound.append(record) if reason is None else self._refuse(record, reason)
+        if sound:
+            self._send(kind, sound)
+
+    def _send(self, kind: str, records: Sequence[Record]) -> None:
         try:
             run = self._opened()
             if kind == "metrics":
@@ -113,10 +141,11 @@ class MlflowRun:
             self._log(chunk, lambda some: self._client.log_batch(run, tags=some))
 
     def _send_artifact(self, run: str, record: Record) -> None:
-        path = self.folder / record["path"]
-        if not path.exists():
-            self._refuse(record, f"{path} is gone")
+        reason = why_not_inside(self.folder, record["path"]) or self._why_not_to(run, record["folder"])
+        if reason is not None:
+            self._refuse(record, reason)
             return
+        path = self.folder / record["path"]
         try:
             if path.is_dir():
                 self._client.log_artifacts(run, str(path), record["folder"] or path.name)
@@ -126,9 +155,21 @@ class MlflowRun:
             if not _is_for_good(error):
                 raise
             self._refuse(record, first_line(error))
+        if (copy := spooled_copy(record["path"], "copy-")) is not None:
+            shutil.rmtree(self.folder / SPOOL / copy, ignore_errors=True)
 
     def _send_model(self, run: str, record: Record) -> None:
-        folder = self.folder / record["path"]
+        copy = spooled_copy(record["path"], "model-")
+        if copy is None:
+            self._refuse(record, f"{record['path']!r:.80} is no model of the spool")
+            return
+        reason = why_not_inside(self.folder, record["path"])
+        # Of a model that is registered already the folder is not needed.
+        reason = None if reason is not None and reason.endswith(" is gone") else reason
+        if (reason := reason or self._why_not_to(run, "model")) is not None:
+            self._refuse(record, reason)
+            return
+        folder = self.folder / SPOOL / copy
         try:
             register(self._client, run, folder, record["name"], record["digest"], record["tags"])
         except Exception as error:
@@ -137,6 +178,17 @@ class MlflowRun:
             self._refuse(record, first_line(error))
         # Registered, its artifact is the copy to keep; refused, `segdiff export` makes it anew.
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _why_not_to(self, run: str, folder: str | None) -> str | None:
+        """Why an artifact cannot be put there, in the folder's own store: a link on the way would lead out of it."""
+        if not self._is_local:
+            return None
+        to = PurePosixPath(ARTIFACTS, run, "artifacts", folder or "")
+        for part in [*to.parents][-2::-1]:
+            if (self.folder / part).is_symlink():
+                return f"{self.folder / part} is a link"
+        found = odd_entry(self.folder / to)
+        return None if found is None else f"{found} is a link, a device or a pipe"
 
     def _send_status(self, run: str, record: Record) -> None:
         if record["status"] == "RUNNING":
@@ -161,8 +213,8 @@ class MlflowRun:
 
     def _refuse(self, record: Record, reason: str) -> None:
         """Put a record aside, so that those behind it get through."""
-        aside = self.folder / _REFUSED
-        with aside.open("a") as file:
+        aside = self.folder / REFUSED
+        with os.fdopen(open_plain(aside, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
             file.write(json.dumps({**record, "reason": reason}) + "\n")
         warnings.warn(f"MLflow does not take a record ({reason}); it is kept in {aside}", stacklevel=2)
 
@@ -175,13 +227,33 @@ class MlflowRun:
         self._client = self._client or MlflowClient(tracking_uri=self.uri)
         if self.run_id is None or not self._is_there(self.run_id):
             if self.run_id is not None:  # the store was emptied since: begin a new run in it
-                self._token = uuid.uuid4().hex
+                self._token = new_token()
                 self.run_id = None
                 self._write_link()
             self.run_id = self._find_or_create()
             self._write_link()
+        if self._is_local:
+            self._keep_artifacts_inside(self.run_id)
         self._checked = True
         return self.run_id
+
+    def _keep_artifacts_inside(self, run: str) -> None:
+        """Have the folder's database name the folder itself as the place for the run's artifacts.
+
+        It names another one where the folder was moved since, or somebody else wrote the database: MLflow would follow.
+        Raises RuntimeError where the database does not take it.
+        """
+        where = (self.folder.resolve() / ARTIFACTS / run / "artifacts").as_uri()
+        if self._client.get_run(run).info.artifact_uri == where:
+            return
+        with contextlib.closing(
+            sqlite3.connect(self.folder.resolve() / DATABASE, timeout=_DATABASE_PATIENCE_S)
+        ) as database:
+            database.execute("PRAGMA trusted_schema = OFF")
+            database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (where, run))
+            database.commit()
+        if (found := self._client.get_run(run).info.artifact_uri) != where:
+            raise RuntimeError(f"{self.folder / DATABASE} puts artifacts at {found}")
 
     def _is_there(self, run: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -204,7 +276,7 @@ class MlflowRun:
                 return found[0].info.run_id
         else:
             local = self.uri.startswith("sqlite:")
-            location = (root / "mlartifacts").as_uri() if local else None
+            location = (root / ARTIFACTS).as_uri() if local else None
             experiment_id = client.create_experiment(self._experiment, artifact_location=location)
         tags = {"run_folder": str(root), _TOKEN_TAG: self._token}
         run = client.create_run(experiment_id, int(self.began_s * 1000), run_name=root.name, tags=tags)
@@ -213,13 +285,13 @@ class MlflowRun:
     def _write_link(self) -> None:
         link = {
             # Sqlite in the folder goes without a path, so that the folder can be moved.
-            "tracking_uri": None if self.uri == _local_uri(self.folder) else self.uri,
+            "tracking_uri": None if self._is_local else self.uri,
             "experiment": self._experiment,
             "run_id": self.run_id,
             "token": self._token,
             "began_s": self.began_s,
         }
-        write_text_atomically(self.folder / _LINK, json.dumps(link) + "\n")
+        write_link(self.folder, link)
 
 
 class SystemMetrics(threading.Thread):
@@ -267,13 +339,21 @@ class SystemMetrics(threading.Thread):
 
 def tracking_uri(folder: Path) -> str:
     """MLFLOW_TRACKING_URI; without it the store that the folder's run was begun in, at first sqlite in the folder."""
-    known = _read_link(folder).get("tracking_uri")
-    return os.environ.get("MLFLOW_TRACKING_URI") or known or _local_uri(folder)
+    known = read_link(folder).get("tracking_uri")
+    return os.environ.get("MLFLOW_TRACKING_URI") or known or local_uri(folder)
 
 
 def is_tracked(folder: Path) -> bool:
     """Whether a stage was ever tracked in this folder."""
-    return (folder / _LINK).is_file()
+    return (folder / LINK).is_file()
+
+
+def spooled_copy(path: str, prefix: str) -> str | None:
+    """The name of a copy that the spool keeps until it is sent, and that its record's path names or lies in; None for
+    any other path: nothing else is ever removed."""
+    parts = PurePosixPath(path).parts
+    is_copy = len(parts) >= 2 and parts[0] == SPOOL and parts[1].startswith(prefix) and ".." not in parts
+    return parts[1] if is_copy else None
 
 
 def _is_for_good(error: Exception) -> bool:
@@ -293,15 +373,6 @@ def _import_mlflow() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Each try at a database that is full or read-only would be a traceback; the sender says it once, in a line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-
-
-def _read_link(folder: Path) -> dict[str, Any]:
-    link = folder / _LINK
-    return json.loads(link.read_text()) if link.is_file() else {}
-
-
-def _local_uri(folder: Path) -> str:
-    return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

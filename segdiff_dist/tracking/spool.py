@@ -17,10 +17,13 @@ from typing import Any
 
 from data_shards.problems import saying_when_full
 from segdiff_dist.config import write_text_atomically
+from segdiff_dist.tracking.inside import open_plain
 
 Record = dict[str, Any]
 
 _READ_BYTES = 1 << 20
+# Longer lines are none of ours: a stage's settings, each at MLflow's longest, are a tenth of it.
+_MOST_LINE_BYTES = 1 << 24
 
 
 class Spool:
@@ -33,7 +36,7 @@ class Spool:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self._descriptor = path, descriptor
         self._sent = path.with_suffix(".sent")
-        self._offset = int(self._sent.read_text()) if self._sent.is_file() else 0
+        self._offset = self._sent_before()
 
     @classmethod
     def create(cls, folder: Path) -> Spool:
@@ -42,17 +45,21 @@ class Spool:
         path = folder / f"{time.time_ns():020d}-{os.getpid()}.jsonl"
         # Locked before it has the name that adopt() looks for.
         hidden = path.with_suffix(".new")
-        descriptor = os.open(hidden, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = open_plain(hidden, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         hidden.rename(path)
         return cls(path, descriptor)
 
     @classmethod
     def adopt(cls, path: Path) -> Spool | None:
-        """The file of a writer that is gone; None where it is still there, or the file is not."""
+        """The file of a writer that is gone; None where it is still there, or the file is not, or is a link or no
+        file at all."""
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+            descriptor = open_plain(path, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
+            return None
+        except OSError as error:
+            warnings.warn(f"{path}: passed over: {error}", stacklevel=2)
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,12 +83,14 @@ class Spool:
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 offset += len(line) + 1
-                try:
-                    record = json.loads(line)
-                except ValueError:  # a power cut or a full disk came in between
+                record = _record(line)
+                if record is None:  # a power cut or a full disk came in between
                     warnings.warn(f"{self.path}: a damaged line is passed over", stacklevel=2)
                     continue
                 yield record, offset
+            if len(rest) > _MOST_LINE_BYTES:
+                warnings.warn(f"{self.path}: a line without an end; what follows it is passed over", stacklevel=2)
+                return
 
     def mark_sent(self, offset: int) -> None:
         """Everything up to `offset` is done with, whatever happens next."""
@@ -91,6 +100,15 @@ class Spool:
     def num_waiting(self) -> int:
         """How many records are not done with."""
         return sum(1 for _ in self.waiting())
+
+    def _sent_before(self) -> int:
+        """What `.sent` says, where that is a place in the file; the start otherwise: sending twice does no harm."""
+        try:
+            with os.fdopen(open_plain(self._sent, os.O_RDONLY), "rb") as file:
+                offset = int(file.read(20))
+        except (OSError, ValueError):
+            return 0
+        return offset if 0 <= offset <= os.fstat(self._descriptor).st_size else 0
 
     def close(self) -> None:
         """Give the file up; whoever comes next adopts it."""
@@ -103,15 +121,27 @@ class Spool:
 
 
 def spool_files(folder: Path) -> list[Path]:
-    """The spool's files, oldest first."""
-    return sorted(folder.glob("*.jsonl"))
+    """The spool's files, oldest first; none where its folder is a link."""
+    return [] if folder.is_symlink() else sorted(folder.glob("*.jsonl"))
 
 
 def num_waiting(folder: Path) -> int:
     """Records in a spool's folder that are not done with, also those of writers that live."""
     count = 0
     for path in spool_files(folder):
-        spool = Spool(path, os.open(path, os.O_RDONLY))
+        try:
+            spool = Spool(path, open_plain(path, os.O_RDONLY))
+        except OSError:  # sent meanwhile, or no file
+            continue
         count += spool.num_waiting()
         spool.close()
     return count
+
+
+def _record(line: bytes) -> Record | None:
+    """The record in a line; None where there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

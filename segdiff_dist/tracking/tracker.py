@@ -2,27 +2,33 @@
 
 Nothing here waits for a server. What a stage records is appended to a spool in the folder (spool.py), and a thread
 sends it from there in order (mlflow_run.py); while the server is away it tries again, and what is left when the stage
-ends is sent by the next one, or by send_spool.
+ends is sent by the next one, or by send_spool. In a folder whose tracking somebody else began (link.py) nothing is
+recorded or sent before it is adopted.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
+import shutil
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_shards.problems import OutOfSpace, Problem, problem
+import tyro
+
+from data_shards.field_source import FROM_A_PERSON
+from data_shards.problems import OutOfSpace, Problem, problem, saying_when_full
 from segdiff_dist.config import flatten
+from segdiff_dist.tracking.link import SPOOL, adopt, is_foreign
 from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
-from segdiff_dist.tracking.spool import Spool, num_waiting, spool_files
+from segdiff_dist.tracking.records import MODEL_NAME
+from segdiff_dist.tracking.spool import Record, Spool, num_waiting, spool_files
 
-SPOOL = "mlflow_spool"
 # MLflow refuses longer parameter values.
 _MAX_PARAM = 6000
 # Records that are read from the spool and sent together.
@@ -32,8 +38,9 @@ _BATCH = 1000
 _GATHER_S = 1.0
 # Between two tries while the server is away: the first pause, doubled up to the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
-# MLflow refuses '/' and ':' in a model's name; this one is a folder's name too, and stands quoted in a search.
-_MODEL_NAME = re.compile(r"\w[\w .-]{0,99}")
+# How to take over a folder whose tracking this user did not begin on this machine.
+_FOREIGN = "its tracking was begun by another user or on another machine, or was changed since"
+_ADOPT = "if you trust the folder, `segdiff track {} --adopt` takes it over"
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,16 @@ class TrackingConfig:
     """How long the end of a stage waits for a slow server. What is then unsent stays in RUN/mlflow_spool."""
     register: str | None = "segdiff"
     """The name in MLflow's model registry under which `segdiff evaluate` enters the model it has judged; null: none."""
+    adopt: Annotated[bool, tyro.conf.arg(aliases=["--adopt"])] = field(default=False, metadata=FROM_A_PERSON)
+    """Take over the tracking of a run folder that came from somebody else or from another machine: send what waits in
+    it, and go on in its MLflow run."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
         found = []
         if self.flush_timeout_s < 0:
             found.append(Problem("config", "tracking.flush_timeout_s", str(self.flush_timeout_s), "give at least 0"))
-        if self.register is not None and not _MODEL_NAME.fullmatch(self.register):
+        if self.register is not None and not MODEL_NAME.fullmatch(self.register):
             remedy = "give up to 100 letters, digits, blanks, '.', '-' and '_', a letter or digit first; or null"
             found.append(Problem("config", "tracking.register", repr(self.register), remedy))
         return found
@@ -69,8 +79,8 @@ class Tracker:
     def __init__(self, folder: Path, config: TrackingConfig, stage: str) -> None:
         self.folder, self.config, self.stage = folder, config, stage
         self._sender: _Sender | None = None
-        if config.enabled:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._spool: Spool | None = None
+        if config.enabled and _may_track(folder, config.adopt):
             self._run = MlflowRun(folder, config.experiment)
             self._spool = Spool.create(folder / SPOOL)
             self._append("tags", values={f"stage.{stage}": "running"})
@@ -118,15 +128,21 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a copy of a file, or of a folder's files, with the run.
 
-        The path is what is spooled, not the bytes: the copy shows the file as it is when its turn comes, and a file
-        that is gone by then is left out with a warning.
+        Of what lies in the run folder the path is spooled, not the bytes: the copy shows the file as it is when its
+        turn comes, and a file that is gone by then is left out with a warning. What lies elsewhere is copied into the
+        spool, since paths that lead out of the folder are not followed.
         """
         if self._sender is None or not path.exists():
             return
-        path, root = path.resolve(), self.folder.resolve()
-        # Relative where that is possible, so that a spool moves with its run folder.
-        where = path.relative_to(root) if path.is_relative_to(root) else path
-        self._append("artifact", path=str(where), folder=folder)
+        where, root = path.resolve(), self.folder.resolve()
+        if not where.is_relative_to(root):
+            copied = root / SPOOL / f"copy-{uuid.uuid4().hex}" / path.name
+            copied.parent.mkdir()
+            with saying_when_full(copied.parent):
+                shutil.copytree(where, copied) if where.is_dir() else shutil.copyfile(where, copied)
+            where = copied
+        # Relative, so that a spool moves with its run folder.
+        self._append("artifact", path=str(where.relative_to(root)), folder=folder)
 
     @property
     def registers_models(self) -> bool:
@@ -148,19 +164,24 @@ class Tracker:
         self._append("model", name=name, digest=digest, tags=dict(tags), path=str(path))
 
     def _append(self, kind: str, **values: Any) -> None:
-        if self.config.enabled:
+        if self._spool is not None:
             self._spool.append({"kind": kind, "ms": int(time.time() * 1000), **values})
             if self._sender is not None:
                 self._sender.wake()
 
 
-def send_spool(folder: Path) -> int:
+def send_spool(folder: Path, adopts: bool = False) -> int:
     """Send what waits in the folder's spool, from this thread; returns how many records there were.
 
-    Raises InputProblems where the folder has never been tracked or the store does not answer: what is unsent stays.
+    Raises InputProblems where the folder has never been tracked or the store does not answer: what is unsent stays. So
+    does what waits in a foreign folder (link.py) unless it is adopted.
     """
     if not is_tracked(folder):
         raise problem(folder, "run", "was never tracked", "give the folder of a run with tracking")
+    if is_foreign(folder):
+        if not adopts:
+            raise problem(folder, "tracking", _FOREIGN, f"nothing was sent; {_ADOPT.format(folder)}")
+        _adopt(folder)
     run = MlflowRun(folder)
     before = num_waiting(folder / SPOOL)
     try:
@@ -170,6 +191,26 @@ def send_spool(folder: Path) -> int:
         remedy = f"{left} records still wait in {folder / SPOOL}; try again when it is back"
         raise problem(run.uri, "MLflow", first_line(error), remedy) from error
     return before - num_waiting(folder / SPOOL)
+
+
+def _may_track(folder: Path, adopts: bool) -> bool:
+    """Whether a stage may record in the folder, which is made; says why not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_foreign(folder):
+        return True
+    if adopts:
+        _adopt(folder)
+        return True
+    warnings.warn(f"{folder}: {_FOREIGN}: MLflow records nothing here; {_ADOPT.format(folder)}", stacklevel=4)
+    return False
+
+
+def _adopt(folder: Path) -> None:
+    if (other := adopt(folder)) is not None:
+        warnings.warn(
+            f"{folder} names the MLflow store {other!r}, which is not used; MLFLOW_TRACKING_URI={other} goes on there",
+            stacklevel=4,
+        )
 
 
 class _Sender(threading.Thread):
@@ -233,10 +274,14 @@ def _send_waiting(run: MlflowRun, own: Spool | None, stopped: Callable[[], bool]
                 left.close()
 
 
+def _kind(entry: tuple[Record, int]) -> str:
+    return str(entry[0].get("kind"))
+
+
 def _send_file(run: MlflowRun, spool: Spool, stopped: Callable[[], bool]) -> bool:
     """Records of one kind that follow each other go together. Returns False when stopped before the end."""
     waiting = spool.waiting()
-    for kind, group in itertools.groupby(waiting, key=lambda entry: entry[0]["kind"]):
+    for kind, group in itertools.groupby(waiting, key=_kind):
         for entries in chunks(group, _BATCH):
             if stopped():
                 return False

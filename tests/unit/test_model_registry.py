@@ -168,7 +168,7 @@ def test_what_cannot_be_registered_is_said_and_passed_over(
     kept = run / SPOOL / "model-x"
     kept.mkdir()
     spool.append({"kind": "model", "ms": 0, "name": "a/b", "digest": "0" * 64, "tags": {}, "path": f"{SPOOL}/model-x"})
-    spool.append({"kind": "model", "ms": 0, "name": "c", "digest": "0" * 64, "tags": {}, "path": "gone"})
+    spool.append({"kind": "model", "ms": 0, "name": "c", "digest": "0" * 64, "tags": {}, "path": f"{SPOOL}/model-gone"})
     spool.append({"kind": "tags", "ms": 0, "values": {"behind": "yes"}})
     spool.close()
     with pytest.warns(UserWarning, match="does not take a record"):

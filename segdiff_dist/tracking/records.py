@@ -1,0 +1,75 @@
+"""What a record of the spool may hold. The spool may lie in a folder that somebody else wrote."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from segdiff_dist.tracking.inside import why_not_plain
+
+# MLflow refuses '/' and ':' in a model's name; this one is a folder's name too, and stands quoted in a search.
+MODEL_NAME = re.compile(r"\w[\w .-]{0,99}")
+_DIGEST = re.compile(r"[0-9a-f]{1,128}")
+_STATUS = ("RUNNING", "FINISHED", "FAILED", "KILLED")
+# MLflow's columns are 64 bits wide; times beyond the year 5000 are none.
+_MOST_STEP, _MOST_MS = 2**63 - 1, 10**14
+
+
+def why_not_sent(record: Any) -> str | None:
+    """Why a record cannot be sent, by its text alone; None when it can."""
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return "not a record"
+    check = _CHECKS.get(record["kind"])
+    if check is None:
+        return f"no kind {record['kind']!r:.40}"
+    wrong = [name for name, is_right in check.items() if not is_right(record.get(name))]
+    return f"{record['kind']}: {', '.join(wrong)}: not what is recorded there" if wrong else None
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half a pair of surrogates, which JSON can write and no database takes
+        return False
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(key) and _is_text(one) for key, one in value.items())
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and float(value) is not None
+    except OverflowError:
+        return False
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(key) and _is_number(one) for key, one in value.items())
+
+
+def _is_ms(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_MS
+
+
+def _is_path(value: Any) -> bool:
+    return _is_text(value) and why_not_plain(value) is None
+
+
+_CHECKS: dict[str, dict[str, Any]] = {
+    "metrics": {
+        "values": _is_numbers,
+        "step": lambda value: type(value) is int and abs(value) <= _MOST_STEP,
+        "ms": _is_ms,
+    },
+    "params": {"values": _is_texts},
+    "tags": {"values": _is_texts},
+    "artifact": {"path": _is_text, "folder": lambda value: value is None or _is_path(value)},
+    "model": {
+        "path": _is_text,
+        "name": lambda value: isinstance(value, str) and MODEL_NAME.fullmatch(value) is not None,
+        "digest": lambda value: isinstance(value, str) and _DIGEST.fullmatch(value) is not None,
+        "tags": _is_texts,
+    },
+    "status": {"status": lambda value: value in _STATUS, "ms": _is_ms},
+}
