@@ -36,6 +36,8 @@ class _Command:
     """(short flag, the flag that it stands for)"""
     plans: bool = False
     """Whether --dry-run also says what the work would cost (plan_NAME of segdiff_dist.commands)."""
+    written: tuple[str, ...] = ()
+    """Paths that it writes without having them on the command line."""
 
 
 _COMMANDS = {
@@ -119,6 +121,7 @@ _COMMANDS = {
     "demo": _Command(
         "all of it on the phantom, on two CPU cores, in ten minutes",
         named=("run",),
+        written=("amos_root", "data"),
     ),
     "reproduce": _Command("table1: the paper's four models from an archive to the table, beside the published values"),
     "doctor": _Command("say what this machine can run, and how to get what is missing"),
@@ -220,13 +223,16 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
     import tyro
 
     from segdiff_dist.config import as_dict, to_yaml
-    from segdiff_dist.experiment import load_experiment
+    from segdiff_dist.experiment import Withheld, load_experiment, value_of
 
     args = _without_aliases(command, args)
     config_file, run = _peek(args, "--config"), _peek(args, "--run")
     if name == "demo" and config_file is None:
         config_file = str(demo_config())
-    base = load_experiment(Path(config_file) if config_file else None, Path(run) if run else None)
+    # What a command is pointed at by its position is named by a person.
+    written = [key for key, _ in command.positional] + list(command.written)
+    withheld: list[Withheld] = []
+    base = load_experiment(Path(config_file) if config_file else None, Path(run) if run else None, written, withheld)
 
     types = get_type_hints(type(base))
 
@@ -251,6 +257,10 @@ def _run(name: str, command: _Command, args: list[str]) -> int:
     )
     chosen = {f.name: getattr(given, f.name) for f in fields(given) if f.name not in ("config", "dry_run")}
     experiment: Experiment = replace(base, **chosen)
+    for one in withheld:
+        is_used = one.key.split(".")[0] in (*command.named, *command.sections, *written)
+        if is_used and one.key != "run" and value_of(experiment, one.key) == one.default and _is_main():
+            print(f"note: {one}", file=sys.stderr)
     if given.dry_run:
         if _is_main():
             print(to_yaml(as_dict(experiment)), end="")

@@ -1,16 +1,19 @@
 """The whole configuration of an experiment, one section a stage, and where it comes from.
 
-Later wins: the sections' defaults, the run folder's config.yaml, --config FILE, flags.
+Later wins: the sections' defaults, the run folder's config.yaml, --config FILE, flags. Of the run folder's file, which
+somebody else may have written, everything but commands, addresses and paths that are written to: those are a person's,
+and marked on their fields (data_shards.field_source).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from data_shards.feed.loader import LoaderConfig
+from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.ingest.annotate import AnnotateConfig
 from data_shards.ingest.prepare import PrepareConfig
 from data_shards.phantom import PhantomConfig
@@ -63,23 +66,23 @@ class Experiment:
 
     amos_root: Path | None = None
     """The archive: dataset.json, imagesTr, labelsTr, ..."""
-    wholebody: Path | None = None
+    wholebody: Path | None = field(default=None, metadata=FROM_A_PERSON)
     """Whole-body masks, <case id>.nii.gz: what `annotate` writes and `prepare` reads."""
-    data: str | None = None
+    data: str | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """The shard set that `prepare` writes and the later stages read: a folder or, for reading, a URL of fsspec's."""
-    more_data: tuple[str, ...] = ()
+    more_data: tuple[str, ...] = field(default=(), metadata=ADDRESS_FROM_A_PERSON)
     """Further shard sets to train on, alike in labels, size and codec."""
-    converted: Path | None = None
+    converted: Path | None = field(default=None, metadata=FROM_A_PERSON)
     """The shard set that `convert` writes."""
-    exported: Path | None = None
+    exported: Path | None = field(default=None, metadata=FROM_A_PERSON)
     """What `export` and `volume` write."""
     mask_volume: Path | None = None
     """The mask that `volume` paints after."""
-    run: Path | None = None
+    run: Path | None = field(default=None, metadata=FROM_A_PERSON)
     """The run folder: checkpoints, weights, samples, evaluation, and MLflow's database."""
     runs: tuple[Path, ...] = ()
     """The evaluated run folders that `report` reads."""
-    compared: Path | None = None
+    compared: Path | None = field(default=None, metadata=FROM_A_PERSON)
     """The page that `report` writes of several runs; comparison.html by default."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
@@ -114,16 +117,76 @@ class Experiment:
         return Path(value)
 
 
-def load_experiment(config_file: Path | None, run: Path | None) -> Experiment:
-    """The experiment before flags. `run` is the run folder, where it is known already."""
+@dataclass(frozen=True)
+class Withheld:
+    """A value of RUN/config.yaml that is not used, since only a person may give it."""
+
+    file: Path
+    key: str
+    value: Any
+    default: Any
+
+    def __str__(self) -> str:
+        given = f"--{self.key.replace('_', '-')} or --config"
+        return f"{self.file}: {self.key}: {self.value!r:.200} is not taken from a run folder; give it by {given}"
+
+
+def load_experiment(
+    config_file: Path | None, run: Path | None, written: Sequence[str] = (), withheld: list[Withheld] | None = None
+) -> Experiment:
+    """The experiment before flags. `run` is the run folder, where it is known already; `written`: further keys that are
+    not taken from its config.yaml. What is not taken is appended to `withheld`."""
     values = as_dict(Experiment())
     from_file = read_yaml(config_file) if config_file is not None else {}
     if run is None and isinstance(from_file.get("run"), str):
         run = Path(from_file["run"])
     if run is not None and (run / CONFIG_FILE).is_file():
-        values = merge(values, read_yaml(run / CONFIG_FILE))
+        recorded = read_yaml(run / CONFIG_FILE)
+        left_out = _withhold(Experiment, recorded, values, run / CONFIG_FILE, written)
+        if withheld is not None:
+            withheld += left_out
+        values = merge(values, recorded) | {"run": str(run)}
     experiment = validate(Experiment, merge(values, from_file), config_file or "config")
     return experiment
+
+
+def value_of(experiment: Experiment, key: str) -> Any:
+    """The plain value of a dotted key."""
+    value: Any = as_dict(experiment)
+    for name in key.split("."):
+        value = value[name]
+    return value
+
+
+def _withhold(
+    section: Any,
+    recorded: dict[str, Any],
+    defaults: Mapping[str, Any],
+    file: Path,
+    written: Sequence[str],
+    prefix: str = "",
+) -> list[Withheld]:
+    """Take out of `recorded` what only a person may give; returns what said something else than the default."""
+    found = []
+    for one in fields(section):
+        if one.name not in recorded:
+            continue
+        value, default = recorded[one.name], defaults[one.name]
+        if is_dataclass(one.default_factory):
+            if isinstance(value, dict):
+                found += _withhold(one.default_factory, value, default, file, (), f"{prefix}{one.name}.")
+        elif one.name in written or one.metadata == FROM_A_PERSON or _is_address(one, value):
+            del recorded[one.name]
+            if value != default:
+                found.append(Withheld(file, f"{prefix}{one.name}", value, default))
+    return found
+
+
+def _is_address(one: Field[Any], value: Any) -> bool:
+    """Whether the value of a field leads to another machine. fsspec reads PROTOCOL:// and PROTOCOL:: as such."""
+    texts = value if isinstance(value, list) else [value]
+    is_one = any(isinstance(text, str) and ("://" in text or "::" in text or text == "download") for text in texts)
+    return one.metadata == ADDRESS_FROM_A_PERSON and is_one
 
 
 def save_experiment(experiment: Experiment, settles: tuple[str, ...]) -> None:

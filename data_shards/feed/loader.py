@@ -21,6 +21,7 @@ from data_shards.feed.augment import steering
 from data_shards.feed.batch_reader import BatchReader
 from data_shards.feed.mixing import mix_problems
 from data_shards.feed.order import Order
+from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch
 from data_shards.store.codecs import PICTURES
@@ -70,7 +71,7 @@ class LoaderConfig:
     """DALI's decoding threads."""
     prefetch_batches: int = 4
     """Batches made ahead, in a thread of their own; 0 makes them when they are asked for."""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = field(default=None, metadata=FROM_A_PERSON)
     """Where bytes of remote sets are kept on this machine."""
     cache_gib: float = 0.0
     """How many of them at most."""

@@ -12,12 +12,13 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
 from data_shards.fan_out import TaskFailure, fan_out, num_cores
+from data_shards.field_source import FROM_A_PERSON
 from data_shards.ingest import archive
 from data_shards.ingest.archive import Case, read_header
 from data_shards.ingest.masks import (
@@ -55,9 +56,9 @@ class AnnotateConfig:
     tool: Literal["totalsegmentator", "command"] = "totalsegmentator"
     """`totalsegmentator` runs the installed TotalSegmentator and maps its classes by name; `command` runs `command`,
     whose masks count by the whole-body table's ids already."""
-    command: str | None = None
+    command: str | None = field(default=None, metadata=FROM_A_PERSON)
     """Template; {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word, without a shell."""
-    version_command: str | None = None
+    version_command: str | None = field(default=None, metadata=FROM_A_PERSON)
     """Prints the version of `command`'s tool; its first line is recorded."""
     modalities: tuple[str, ...] = MODALITIES
     """Which of the archive's cases."""
@@ -71,7 +72,7 @@ class AnnotateConfig:
     """More than 0 spreads the workers over several GPUs."""
     timeout_s: float | None = None
     """For one volume; null: none."""
-    ray_address: str | None = None
+    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
 
     def problems(self, where: str = "annotate") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""
@@ -250,11 +251,11 @@ def _template_problems(
         return
     if not words:
         yield Problem(where, name, repr(template), "give a command")
-    for field in sorted(fields - set(allowed)):
-        known = f"use {', '.join(f'{{{field}}}' for field in allowed)}" if allowed else "none can be used here"
-        yield Problem(where, name, f"placeholder {{{field}}}", f"{known}; {{{{ and }}}} stand for braces")
-    for field in sorted(set(needed) - fields):
-        yield Problem(where, name, repr(template), f"say where it takes {{{field}}}")
+    for other in sorted(fields - set(allowed)):
+        known = f"use {', '.join(f'{{{one}}}' for one in allowed)}" if allowed else "none can be used here"
+        yield Problem(where, name, f"placeholder {{{other}}}", f"{known}; {{{{ and }}}} stand for braces")
+    for other in sorted(set(needed) - fields):
+        yield Problem(where, name, repr(template), f"say where it takes {{{other}}}")
 
 
 def _tool_version(config: AnnotateConfig) -> tuple[str | None, list[Problem]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from data_shards.field_source import FROM_A_PERSON
 from data_shards.ingest.intensity import INTENSITIES
 from data_shards.ingest.slices import FITS, MASK_RESIZES
 from data_shards.labels import LABEL_TABLES
@@ -54,7 +55,7 @@ class PrepareConfig:
     """Of the tars: raw is fastest, zstd smaller, png and jpeg2000 smallest. Zarr is always zstd."""
     samples_per_shard: int = 1024
     num_workers: int | None = None
-    ray_address: str | None = None
+    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
 
     def problems(self, where: str = "prepare") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""

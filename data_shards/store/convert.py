@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from data_shards.fan_out import Workers, num_cores, runner
+from data_shards.field_source import FROM_A_PERSON
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
@@ -35,7 +36,7 @@ class ConvertConfig:
     """Of the tars: raw, zstd, png or jpeg2000. Zarr is always zstd."""
     samples_per_shard: int = 1024
     num_workers: int | None = None
-    ray_address: str | None = None
+    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
 
     def problems(self, where: str = "convert") -> list[Problem]:
         """Everything out of range, each with what to do about it."""

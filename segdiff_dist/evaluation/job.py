@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from data_shards.fan_out import TaskFailure, Workers
+from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import InputProblems, Problem, removed_on_failure, saying_when_full
 from data_shards.store.shards import ShardSet
@@ -50,9 +51,9 @@ class EvaluateConfig:
 
     segmenter: Path | None = None
     """Exported weights of the auxiliary segmenter; RUN/segmenter/weights by default."""
-    fid_weights: Literal["download"] | Path | None = None
+    fid_weights: Literal["download"] | Path | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
-    lpips_weights: Literal["download"] | Path | None = None
+    lpips_weights: Literal["download"] | Path | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
     frd_images: int = 0
     """Images on either side whose radiomics features make `frd`, about a second each; 0 leaves it out."""
@@ -76,7 +77,7 @@ class EvaluateConfig:
     """How often the patients are redrawn for a 95 % interval."""
     seed: int = 0
     """Of the redrawing."""
-    ray_address: str | None = None
+    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
     """A Ray cluster to join, whose GPUs and cores count then; by default Ray is started on this machine."""
 
     def problems(self) -> list[Problem]:

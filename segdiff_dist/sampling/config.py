@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import AXES
 from segdiff_dist.denoising.samplers import SamplerConfig
@@ -51,7 +52,7 @@ class SampleConfig:
     weights: str = "ema"
     """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights as they are without an average. ema
     is the first of train.ema_lengths."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = None
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = field(default=None, metadata=FROM_A_PERSON)
     """The folder of the images; null: RUN/samples, which `segdiff evaluate` reads."""
     region_size: int = 16
     """Images written as one Zarr region, by one worker."""
@@ -63,7 +64,9 @@ class SampleConfig:
     num_workers: int | None = None
     """Ray workers; null: one a GPU, or one a core, of this machine or of the cluster at ray_address."""
     threads_per_worker: int = 1
-    ray_address: Annotated[str | None, tyro.conf.arg(aliases=["--ray-address"])] = None
+    ray_address: Annotated[str | None, tyro.conf.arg(aliases=["--ray-address"])] = field(
+        default=None, metadata=FROM_A_PERSON
+    )
     """A Ray cluster to work on: host:port, or auto on one of its machines. All of them must see run and data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

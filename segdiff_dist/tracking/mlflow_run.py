@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from data_shards.problems import OutOfSpace, problem
-from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside
+from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside, why_not_plain
 from segdiff_dist.tracking.link import (
     ARTIFACTS,
     DATABASE,
@@ -155,11 +155,10 @@ class MlflowRun:
             if not _is_for_good(error):
                 raise
             self._refuse(record, first_line(error))
-        if (copy := spooled_copy(record["path"], "copy-")) is not None:
-            shutil.rmtree(self.folder / SPOOL / copy, ignore_errors=True)
+        self._remove_copy(record)
 
     def _send_model(self, run: str, record: Record) -> None:
-        copy = spooled_copy(record["path"], "model-")
+        copy = spooled_copy(record["path"])
         if copy is None:
             self._refuse(record, f"{record['path']!r:.80} is no model of the spool")
             return
@@ -177,7 +176,7 @@ class MlflowRun:
                 raise
             self._refuse(record, first_line(error))
         # Registered, its artifact is the copy to keep; refused, `segdiff export` makes it anew.
-        shutil.rmtree(folder, ignore_errors=True)
+        self._remove_copy(record)
 
     def _why_not_to(self, run: str, folder: str | None) -> str | None:
         """Why an artifact cannot be put there, in the folder's own store: a link on the way would lead out of it."""
@@ -217,6 +216,12 @@ class MlflowRun:
         with os.fdopen(open_plain(aside, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
             file.write(json.dumps({**record, "reason": reason}) + "\n")
         warnings.warn(f"MLflow does not take a record ({reason}); it is kept in {aside}", stacklevel=2)
+        self._remove_copy(record)
+
+    def _remove_copy(self, record: Record) -> None:
+        """Remove what the spool kept for a record that is done with."""
+        if (copy := spooled_copy(record.get("path"))) is not None and not (self.folder / SPOOL).is_symlink():
+            shutil.rmtree(self.folder / SPOOL / copy, ignore_errors=True)  # which does not follow links
 
     def _opened(self) -> str:
         """The folder's run: the one recorded in mlflow.json while it exists, or a new one."""
@@ -348,11 +353,11 @@ def is_tracked(folder: Path) -> bool:
     return (folder / LINK).is_file()
 
 
-def spooled_copy(path: str, prefix: str) -> str | None:
-    """The name of a copy that the spool keeps until it is sent, and that its record's path names or lies in; None for
+def spooled_copy(path: object) -> str | None:
+    """The name of a copy that the spool keeps until it is sent, and that its record's path names or is in; None for
     any other path: nothing else is ever removed."""
-    parts = PurePosixPath(path).parts
-    is_copy = len(parts) >= 2 and parts[0] == SPOOL and parts[1].startswith(prefix) and ".." not in parts
+    parts = PurePosixPath(path).parts if isinstance(path, str) and why_not_plain(path) is None else ()
+    is_copy = len(parts) >= 2 and parts[0] == SPOOL and parts[1].startswith(("model-", "copy-"))
     return parts[1] if is_copy else None
 
 

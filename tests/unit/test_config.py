@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import InputProblems
 from segdiff_dist.cli import main
-from segdiff_dist.config import as_dict, differences, merge
+from segdiff_dist.config import as_dict, differences, merge, to_yaml
 from segdiff_dist.experiment import Experiment, load_experiment, refuse_another_config, save_experiment
 
 CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml"))
@@ -145,6 +149,63 @@ def test_a_later_stage_leaves_what_others_have_settled(tmp_path: Path) -> None:
     save_experiment(other, ("train",))
     with pytest.raises(InputProblems, match=f"{checkpoint.name}.*train.lr: 0.0001 there, 5.0 now"):
         refuse_another_config(load_experiment(None, tmp_path), tmp_path / "checkpoints", ("train",))
+
+
+def test_commands_addresses_and_paths_to_write_are_not_taken_from_a_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = {
+        "run": "/elsewhere",
+        "data": "http://attacker/set",
+        "more_data": ["/local", "simplecache::s3://attacker/set"],
+        "wholebody": "/elsewhere/masks",
+        "exported": "/elsewhere/out",
+        "annotate": {"tool": "command", "command": "touch {image} {mask}", "version_command": "touch /elsewhere"},
+        "prepare": {"ray_address": "10.9.8.7:6379", "size": 64},
+        "convert": {"ray_address": "10.9.8.7:6379"},
+        "sample": {"ray_address": "10.9.8.7:6379", "out": "/elsewhere/samples", "num": 7},
+        "evaluate": {"ray_address": "10.9.8.7:6379", "fid_weights": "download", "lpips_weights": "weights.pth"},
+        "loader": {"cache_dir": "/elsewhere/cache", "cache_gib": 1.0},
+        "tracking": {"adopt": True},
+    }
+    (tmp_path / "config.yaml").write_text(to_yaml(evil))
+    taken, default = load_experiment(None, tmp_path), Experiment()
+    assert (taken.run, taken.data, taken.more_data, taken.wholebody, taken.exported) == (tmp_path, None, (), None, None)
+    assert taken.annotate == replace(default.annotate, tool="command")
+    assert taken.prepare == replace(default.prepare, size=64)
+    assert taken.convert == default.convert
+    assert taken.sample == replace(default.sample, num=7)
+    assert taken.evaluate == replace(default.evaluate, lpips_weights=Path("weights.pth"))
+    assert taken.loader == replace(default.loader, cache_gib=1.0)
+    assert taken.tracking == default.tracking
+    # What a person names in a file of their own is taken, and wins.
+    assert load_experiment(tmp_path / "config.yaml", None).sample.ray_address == "10.9.8.7:6379"
+
+    asked = ["sample", "--run", str(tmp_path), "--data", "here", "--dry-run"]
+    assert main(asked) == 0
+    said = capsys.readouterr()
+    assert "10.9.8.7" not in said.out
+    assert "sample.ray_address: '10.9.8.7:6379' is not taken from a run folder; give it" in said.err
+    assert "http://attacker" not in said.err  # --data was given
+    # The folder that `prepare` writes is named by a person, also where it lies on this machine.
+    (tmp_path / "config.yaml").write_text(to_yaml({"amos_root": "/elsewhere", "data": "/elsewhere/shards"}))
+    assert main(["prepare", "--run", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "amos_root: not given" in said.err
+    assert "data: not given" in said.err
+    assert load_experiment(None, tmp_path).data == "/elsewhere/shards"
+
+
+def test_every_field_that_runs_connects_or_writes_is_a_persons() -> None:
+    def of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for one in fields(section):
+            if is_dataclass(one.default_factory):
+                yield from of(one.default_factory, f"{prefix}{one.name}.")
+            else:
+                yield f"{prefix}{one.name}", one
+
+    risky = re.compile(r"command|address|uri|url|host|port$|(^|[._])out$|cache_dir|adopt|exported|converted|compared")
+    assert [name for name, one in of(Experiment) if risky.search(name) and one.metadata != FROM_A_PERSON] == []
 
 
 def test_merge_and_differences() -> None:
