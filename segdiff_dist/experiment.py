@@ -172,9 +172,10 @@ def _withhold(
         if one.name not in recorded:
             continue
         value, default = recorded[one.name], defaults[one.name]
-        if is_dataclass(one.default_factory):
+        made_by: Any = one.default_factory
+        if is_dataclass(made_by):
             if isinstance(value, dict):
-                found += _withhold(one.default_factory, value, default, file, (), f"{prefix}{one.name}.")
+                found += _withhold(made_by, value, default, file, (), f"{prefix}{one.name}.")
         elif one.name in written or one.metadata == FROM_A_PERSON or _is_address(one, value):
             del recorded[one.name]
             if value != default:
