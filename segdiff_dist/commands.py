@@ -38,11 +38,15 @@ def annotate(experiment: Experiment) -> int:
 
 def prepare(experiment: Experiment) -> int:
     """Write the shard set; 1 when some volumes could not be read."""
+    from data_shards.store.inspect import recognised_lines
+
     report = stages.prepare(experiment)
     done_before = "; it was finished already, nothing to do" if report.skipped_done else ""
     print(f"{report.num_samples:,} slices of {report.num_cases} volumes in {experiment.data}{done_before}")
     if experiment.wholebody is not None:
         print("masks: " + ", ".join(f"{source} of {count} volumes" for source, count in report.masks.items()))
+    for line in recognised_lines(report.recognised):
+        print(line)
     for case, file, reason in report.failed:
         print(f"failed: {case}: {file}: {reason}")
     if report.failed:

@@ -14,12 +14,17 @@ from data_shards.labels import LABEL_TABLES
 from data_shards.records import SliceMeta, SliceRecord
 
 
-def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iterator[SliceRecord]:
-    """Every slice of a case, by axis and slice index, one at a time.
+def slices_of(
+    case: Case, config: PrepareConfig, wholebody: Path | None, notes: list[str] | None = None
+) -> Iterator[SliceRecord]:
+    """Every slice of a case, by axis and slice index, one at a time. `notes` is given what was recognised on the way:
+    units that were converted, sides that are a guess, padding, axes without a slice.
 
     Raises UnreadableVolume for voxels that cannot be used: before the first slice, so a case is whole or not there.
     """
+    notes = [] if notes is None else notes
     from data_shards.ingest.body import find_body
+    from data_shards.ingest.grey_values import problem_with_values, take_padding_as_air
     from data_shards.ingest.intensity import grey_map
     from data_shards.ingest.masks import read_case_mask
     from data_shards.ingest.volumes import UnreadableVolume, read_volume
@@ -30,6 +35,12 @@ def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iter
     mask = read_case_mask(case, image, config.label_set, wholebody)
     if image.voxels_IJK.min() == image.voxels_IJK.max():
         raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: it shows nothing")
+    padding = take_padding_as_air(image, case.modality)
+    wrong = problem_with_values(image, case.modality, padding.num_voxels, config.modality is not None)
+    if wrong is not None:
+        raise UnreadableVolume(str(case.image), wrong)
+    of_mask = () if mask.volume is None else mask.volume.notes
+    notes += dict.fromkeys((*case.notes, *image.notes, *of_mask, *padding.notes))
     try:
         grey = grey_map(
             image,
@@ -38,6 +49,7 @@ def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iter
             hu_window=config.hu_window,
             mr_percentiles=config.mr_percentiles,
             bits=config.bits,
+            num_padding=padding.num_voxels,
         )
     except ValueError as error:
         raise UnreadableVolume(str(case.image), str(error)) from error
@@ -46,7 +58,9 @@ def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iter
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
     geometry = {name: getattr(config, name) for name in names}
     for axis in config.of_the_set()["axes"]:
+        is_thin = True
         for one in cut(image, mask.volume, body, grey, axis=axis, body_id=table.body_id, **geometry):
+            is_thin = False
             pixels = np.bincount(one.mask_HW.ravel(), minlength=table.num_classes)
             if labelled and pixels[list(table.organ_ids)].sum() < config.min_labelled_pixels:
                 continue
@@ -68,3 +82,5 @@ def slices_of(case: Case, config: PrepareConfig, wholebody: Path | None) -> Iter
                 bits=config.bits,
             )
             yield SliceRecord(one.image_HW, one.mask_HW, meta, one.edge_2HW)
+        if is_thin:
+            notes.append(f"no {axis} slice: the volume is thinner than half of slice_stride ({config.slice_stride})")

@@ -40,27 +40,32 @@ def grey_map(
     hu_window: tuple[float, float],
     mr_percentiles: tuple[float, float],
     bits: int,
+    num_padding: int = 0,
 ) -> GreyMap:
     """How a volume's values become grey values of 8 or 16 bits.
 
     CT: the window's lower end is 0, its upper end the highest grey (the paper: [-256, 256] HU); with `intensity` paper
     the same of the percentiles of the values clipped to the window. MR: the volume's own percentiles (1 and 99 in the
-    paper), over all of its voxels. Raises ValueError when the percentiles are equal: such a volume is all but empty.
+    paper), over all of its voxels but `num_padding` of the lowest, which nobody measured. Raises ValueError when the
+    percentiles are equal: such a volume is all but empty.
     """
     if modality == "CT" and intensity == "window":
         return GreyMap.between(*hu_window, bits)
     clip = hu_window if modality == "CT" else (-np.inf, np.inf)
-    low, high = percentiles(volume, mr_percentiles, clip)
+    low, high = percentiles(volume, mr_percentiles, clip, num_padding)
     if high <= low:
         first, last = mr_percentiles
         raise ValueError(f"its percentiles {first:g} and {last:g} are both {low:g}: it shows nothing")
     return GreyMap.between(low, high, bits)
 
 
-def percentiles(volume: Volume, chosen: tuple[float, float], clip: tuple[float, float]) -> tuple[float, float]:
-    """Two percentiles of the volume's values clipped to `clip`, as numpy.percentile gives them."""
+def percentiles(
+    volume: Volume, chosen: tuple[float, float], clip: tuple[float, float], num_padding: int = 0
+) -> tuple[float, float]:
+    """Two percentiles of the volume's values clipped to `clip`, as numpy.percentile gives them; `num_padding` voxels of
+    the lowest value are left out."""
     last = volume.voxels_IJK.size - 1
-    rank = np.array(chosen) / 100.0 * last
+    rank = num_padding + np.array(chosen) / 100.0 * (last - num_padding)
     if volume.slope < 0:
         # The values rise where the stored numbers fall.
         rank = last - rank

@@ -2,7 +2,8 @@
 
     CASE.bin     the parts of every slice, one after another, each an LZ4 block: a third of the bytes to write and read
                  for a tenth of a millisecond
-    CASE.json    written last: stamp, and the meta and the parts' lengths of every slice
+    CASE.json    written last: stamp, what was recognised in the volume, and the meta and the parts' lengths of every
+                 slice
 
 Slices go to the disk as they are cut, so a volume's slices are never in memory together.
 """
@@ -10,7 +11,7 @@ Slices go to the disk as they are cut, so a volume's slices are never in memory 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,11 @@ from data_shards.store.set_index import write_atomically
 from data_shards.store.shard_writer import Format, Payloads
 
 
-def write_partial(path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], stamp: str) -> None:
-    """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes."""
+def write_partial(
+    path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], stamp: str, notes: Sequence[str] = ()
+) -> None:
+    """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes. `notes` is read when all
+    samples are written, so that whoever makes them can add to it."""
     described = []
     with removed_on_failure(path.with_suffix(".unfinished")) as unfinished:
         with unfinished.open("wb") as stream:
@@ -33,7 +37,8 @@ def write_partial(path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], sta
                 lengths = {part: stream.write(_lz4().encode(payload)) for part, payload in payloads.items()}
                 described.append([meta.to_json(), lengths])
         unfinished.rename(path.with_suffix(".bin"))
-    content = {"stamp": stamp, "bytes": path.with_suffix(".bin").stat().st_size, "samples": described}
+    length = path.with_suffix(".bin").stat().st_size
+    content = {"stamp": stamp, "bytes": length, "notes": list(notes), "samples": described}
     write_atomically(path.with_suffix(".json"), json.dumps(content).encode())
 
 
@@ -49,18 +54,19 @@ def stamp_of(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished partial holds; mask_sources: who drew its masks, each once."""
+    """What a finished partial holds; mask_sources: who drew its masks, each once; notes: what was recognised."""
 
     stamp: str
     num_samples: int
     mask_sources: frozenset[str]
+    notes: tuple[str, ...]
 
 
 def summarise(path: Path) -> Summary:
     """Of a finished partial."""
     content = json.loads(path.with_suffix(".json").read_bytes())
     sources = frozenset(meta["mask_source"] for meta, _ in content["samples"])
-    return Summary(content["stamp"], len(content["samples"]), sources)
+    return Summary(content["stamp"], len(content["samples"]), sources, tuple(content.get("notes", ())))
 
 
 @dataclass(frozen=True)

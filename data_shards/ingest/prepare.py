@@ -47,13 +47,15 @@ _PLAN = "plan.json"
 @dataclass(frozen=True)
 class PrepareReport:
     """What prepare left behind. `failed`: (case_id, file, reason) for each volume that is not in the set. `masks`:
-    number of cases by who drew their masks (records.MASK_SOURCES)."""
+    number of cases by who drew their masks (records.MASK_SOURCES). `recognised`: by case id what was converted, left
+    out or guessed in a volume, in words; cases with nothing of the kind are not in it."""
 
     num_samples: int
     num_cases: int
     failed: tuple[tuple[str, str, str], ...]
     skipped_done: bool
     masks: dict[str, int]
+    recognised: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ class _Task:
             return None
         format = self.config.format
         try:
-            records = slices_of(self.case, self.config, self.wholebody)
-            partials.write_partial(self.partial, ((r.meta, format.payloads(r)) for r in records), stamp)
+            notes: list[str] = []
+            records = slices_of(self.case, self.config, self.wholebody, notes)
+            partials.write_partial(self.partial, ((r.meta, format.payloads(r)) for r in records), stamp, notes)
         except UnreadableVolume as error:
             return _Failed(error.file, error.reason)
         except OSError as error:
@@ -135,7 +138,8 @@ def _prepare(
     index = read_index(out) if (out / INDEX).exists() else None
     if index is not None and not index["failed"]:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        return PrepareReport(index["num_samples"], len(index["source"]), (), True, index["mask_sources"])
+        recognised = index.get("recognised", {})
+        return PrepareReport(index["num_samples"], len(index["source"]), (), True, index["mask_sources"], recognised)
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in cases]
     # The largest first, so that no worker is left with one at the end while the others wait.
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
@@ -149,12 +153,13 @@ def _prepare(
         report = tuple((entry["case_id"], entry["file"], entry["reason"]) for entry in missing)
         done = [task for task in tasks if task.case.case_id not in failed]
         if not done:
-            return PrepareReport(0, 0, report, False, {})
+            return PrepareReport(0, 0, report, False, {}, {})
         if index is None or index["failed"] != missing:
             index = _write_set(out, done, config, {**plan, "failed": missing}, workers, wholebody)
     if not failed:
         shutil.rmtree(out / PARTIAL)
-    return PrepareReport(index["num_samples"], len(done), report, False, index["mask_sources"])
+    recognised = index.get("recognised", {})
+    return PrepareReport(index["num_samples"], len(done), report, False, index["mask_sources"], recognised)
 
 
 def find_problems(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None = None) -> list[Problem]:
@@ -288,6 +293,7 @@ def _write_set(
     table = LABEL_TABLES[config.label_set]
     num_samples: Counter[str] = Counter()
     masks: Counter[str] = Counter()
+    recognised: dict[str, list[str]] = {}
     counted = []
     for task in sorted(done, key=lambda task: (SPLITS.index(task.case.split), task.case.case_id)):
         summary = partials.summarise(task.partial)
@@ -295,11 +301,15 @@ def _write_set(
         counted.append((task.case.split, summary.num_samples, run))
         num_samples[task.case.split] += summary.num_samples
         masks.update(summary.mask_sources)
+        if summary.notes:
+            recognised[task.case.case_id] = list(summary.notes)
     header = {
         **header,
         "label_table": {"name": table.name, "names": list(table.names)},
         "mask_sources": {source: masks[source] for source in MASK_SOURCES if masks[source]},
     }
+    if recognised:
+        header["recognised"] = recognised
     if wholebody is not None:
         header["wholebody"] = annotation_record(wholebody)
     shards = plan_shards(out, counted, config.format)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,8 @@ class InspectReport:
     slices: samples by (split, modality, axis). patients: (labelled, unlabelled) by group. pixels, class_slices: int64
     [num_classes] by group, over labelled samples. masks: slices by who drew their masks. leaking: patients in more than
     one split, with those splits; a patient is known by case id and by the image file's sha256, whatever its name.
-    failed: volumes that prepare could not use, as index.json names them.
+    failed: volumes that prepare could not use, as index.json names them. recognised: by case id, what prepare
+    converted, left out or guessed.
     """
 
     path: str
@@ -45,6 +46,7 @@ class InspectReport:
     masks: dict[str, int]
     leaking: tuple[tuple[str, tuple[str, ...]], ...]
     failed: tuple[dict[str, str], ...]
+    recognised: dict[str, list[str]]
     contact_sheet: Path
     histogram: Path
     not_drawn: str | None = None
@@ -108,6 +110,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         masks={source: count for source, count in zip(MASK_SOURCES, drawn_by, strict=True) if count},
         leaking=tuple(_leaks(shard_set.samples)),
         failed=tuple(shard_set.index.get("failed", ())),
+        recognised=_recognised(shard_set.index),
         contact_sheet=contact_sheet,
         histogram=histogram,
         not_drawn=not_drawn,
@@ -117,6 +120,28 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
 def format_report(report: InspectReport) -> str:
     """The report as tables for a terminal."""
     return "\n".join(_lines(report))
+
+
+def recognised_lines(recognised: dict[str, list[str]]) -> Iterator[str]:
+    """What was recognised in the volumes, a line for each kind with the cases that it holds for."""
+    cases_of: dict[str, list[str]] = {}
+    for case_id, notes in sorted(recognised.items()):
+        for note in notes:
+            cases_of.setdefault(note, []).append(case_id)
+    for note, cases in cases_of.items():
+        names = ", ".join(cases[:3]) + (", ..." if len(cases) > 3 else "")
+        yield f"{note}: {len(cases)} volume{'s' if len(cases) > 1 else ''} ({names})"
+
+
+def _recognised(index: dict[str, Any]) -> dict[str, list[str]]:
+    """What index.json says of it: any writer may add fields, so only what has this form is shown."""
+    content = index.get("recognised")
+    notes_of = content.items() if isinstance(content, dict) else ()
+    return {
+        case_id: notes
+        for case_id, notes in notes_of
+        if isinstance(notes, list) and all(isinstance(note, str) for note in notes)
+    }
 
 
 def _leaks(samples: pa.Table) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -192,6 +217,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield f"LEAK: patient {case_id} is in {' and '.join(splits)}"
     if not report.leaking:
         yield "no patient is in more than one split"
+    yield from recognised_lines(report.recognised)
     for entry in report.failed:
         yield f"not in the set: {entry['case_id']}: {entry['file']}: {entry['reason']}"
     if report.not_drawn is None:

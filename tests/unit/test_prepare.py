@@ -16,6 +16,7 @@ from data_shards.ingest.intensity import restore
 from data_shards.ingest.prepare import PrepareConfig, find_problems, prepare
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
+from data_shards.store.inspect import recognised_lines
 from data_shards.store.shards import ShardSet
 
 CONFIG = PrepareConfig(size=32, slice_stride=7, samples_per_shard=40, num_workers=1)
@@ -291,3 +292,30 @@ def test_stored_compression_does_not_matter(archive, tmp_path: Path) -> None:
         if case == "amos_0003":
             np.testing.assert_array_equal(zipped.read(row).image_HW, plain.read(row).image_HW)
             assert zipped.meta(row).source_sha256 != plain.meta(row).source_sha256
+
+
+def test_what_was_recognised_is_said_and_ct_without_offset_costs_its_volume(archive, tmp_path: Path) -> None:
+    import nibabel as nib
+
+    image, _ = archive.patient("CT", 1)
+    image[:5] = -2000
+    archive.save(archive.root / "imagesTr/amos_0001.nii.gz", image)
+    lost, _ = archive.patient("CT", 2)
+    archive.save(archive.root / "imagesVa/amos_0002.nii.gz", (lost.astype(int) + 1024).clip(0).astype(np.uint16))
+    for folder in ("imagesTr", "labelsTr"):
+        file = archive.root / folder / "amos_0501.nii.gz"
+        stored = nib.load(file)
+        metres = nib.Nifti1Image(np.asarray(stored.dataobj), np.diag([0.001, 0.001, 0.001, 1]) @ stored.affine)
+        metres.header.set_xyzt_units("meter")
+        nib.save(metres, file)
+    report = prepare(archive.root, tmp_path / "set", CONFIG)
+    assert [(case, "RescaleIntercept" in reason) for case, _, reason in report.failed] == [("amos_0002", True)]
+    index = ShardSet.open(tmp_path / "set").index
+    assert index["recognised"] == report.recognised
+    assert "padding of -2000 HU" in report.recognised["amos_0001"][0]
+    assert "metres are converted" in report.recognised["amos_0501"][0]
+    assert set(report.recognised) == {"amos_0001", "amos_0501"}
+    shown = "\n".join(recognised_lines(report.recognised))
+    assert "padding of -2000 HU is taken as air and left out of percentiles: 1 volume (amos_0001)" in shown
+    # The next call, which tries the failed volume alone, says the same of the others.
+    assert prepare(archive.root, tmp_path / "set", CONFIG).recognised == report.recognised
