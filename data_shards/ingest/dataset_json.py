@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from reprlib import repr as short
 from typing import Any
 
+from data_shards.documents import read_json
 from data_shards.ingest.modality import AMOS_NAME
 from data_shards.problems import Problem, problem
 from data_shards.records import is_case_id
@@ -71,12 +71,7 @@ def read_dataset(root: Path) -> dict[str, Any]:
     file = root / DATASET_FILE
     if not file.is_file():
         raise problem(root, DATASET_FILE, "missing", remedy)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise problem(file, "JSON", f"invalid ({error})", "restore the file from the archive") from error
-    if not isinstance(content, dict):
-        raise problem(file, "JSON", f"a {type(content).__name__}, not an object", "restore the file from the archive")
+    content = read_json(file, "restore the file from the archive", "the content of an archive")
     if not any(name in content for name in _SPLIT_OF):
         value = "lists no cases: it has no `training`, `validation` or `test`"
         if any(name in content for name in ("channel_names", "file_ending", "numTraining")):
