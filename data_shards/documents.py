@@ -1,28 +1,40 @@
 """JSON and YAML from files that anybody may have written: bounded in bytes and depth, refused with file and place.
 
-What comes out is plain values. Whether they are those of a format is for that format's reader to say, within `reading`,
-which turns what goes wrong there into one problem with file and remedy.
+What comes out is plain values: finite numbers, text that can be printed and be a path, no key twice. Whether they are
+those of a format is for that format's reader to say: by `checked`, or within `reading`, which turns what goes wrong
+there into one problem with file and remedy.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from data_shards.problems import InputProblems, problem
+from data_shards.plain_yaml import load_yaml
+from data_shards.problems import InputProblems, Problem, problem
 
-# The index of ten million slices in ten thousand shards takes 8 MB; a configuration a few KB.
-_MOST_JSON_BYTES, _MOST_YAML_BYTES = 256 * 1024**2, 1024**2
+# The index of ten million slices in ten thousand shards takes 8 MB. A configuration takes a few KB; PyYAML reads 50 KB
+# a second.
+_MOST_JSON_BYTES, _MOST_YAML_BYTES = 256 * 1024**2, 256 * 1024
 # Ours are at most 8 deep. Python gives up near 1,000, and code that walks through values before that.
 _MOST_DEPTH = 64
 # Of a value or an error, what a person is shown.
 _MOST_SHOWN = 160
+# Of one file: what is wrong with more than these is another file altogether.
+_MOST_PROBLEMS = 8
+# -2^63 and 2^64 - 1 have 20 characters.
+_MOST_DIGITS = 20
+# What cannot be written as UTF-8, or be part of a path.
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 # What reading plain values as those of a format raises where they are not.
 _MISREAD = (
     ArithmeticError,
@@ -55,11 +67,16 @@ def parse_json(content: bytes, where: object, remedy: str, what: str = "a JSON o
 def parse_json_value(content: bytes, where: object, remedy: str, what: str = "JSON") -> Any:
     """Whatever JSON `content` is. Raises InputProblems where it is none, or nested too deeply."""
     try:
-        values = json.loads(content.removeprefix(b"\xef\xbb\xbf"))
+        values = json.loads(
+            content.removeprefix(b"\xef\xbb\xbf"),
+            object_pairs_hook=_without_twins,
+            parse_int=_bounded_int,
+            parse_float=_finite,
+            parse_constant=_no_number,
+        )
+        _refuse_unusable(values)
     except (ValueError, RecursionError) as error:
         raise problem(where, "content", f"not {what} ({shown(error)})", remedy) from None
-    if _is_deep(values):
-        raise problem(where, "content", f"nested more than {_MOST_DEPTH} deep", remedy)
     return values
 
 
@@ -68,11 +85,10 @@ def parse_yaml(content: bytes, where: object, remedy: str) -> Any:
     if len(content) > _MOST_YAML_BYTES:
         raise problem(where, "content", f"{len(content):,} bytes; {_MOST_YAML_BYTES:,} are read", remedy)
     try:
-        values = yaml.load(content.decode("utf-8-sig"), _Loader)
-    except (yaml.YAMLError, *_MISREAD) as error:
+        values = load_yaml(content.decode("utf-8-sig"), _MOST_DEPTH)
+        _refuse_unusable(values)
+    except _MISREAD as error:
         raise problem(where, "content", f"not YAML: {shown(error)}", remedy) from None
-    if _is_deep(values):
-        raise problem(where, "content", f"nested more than {_MOST_DEPTH} deep", remedy)
     return values
 
 
@@ -106,6 +122,25 @@ def reading(where: object, what: str, remedy: str, field: str = "content") -> It
         raise problem(where, field, f"not {what} ({shown(missing)})", remedy) from error
 
 
+def checked(values: Any, kind: Any, where: object, what: str, remedy: str) -> None:
+    """Compare plain values with a type, a TypedDict for example; keys that it does not name may be there.
+
+    Raises InputProblems: the first few places that are missing or of another type.
+    """
+    try:
+        _adapter(kind).validate_python(values, strict=True)
+    except ValidationError as error:
+        raise InputProblems(
+            Problem(
+                str(where),
+                "content",
+                f"not {what} ({shown('.'.join(map(str, one['loc'])))}: {shown(repr(one['input']), 60)})",
+                f"{shown(one['msg'])}; {remedy}",
+            )
+            for one in error.errors(include_url=False)[:_MOST_PROBLEMS]
+        ) from None
+
+
 def shown(value: object, most: int = _MOST_SHOWN) -> str:
     """One line of bounded length that a terminal can print, whoever wrote the value."""
     text = str(value)[: 8 * most]
@@ -116,21 +151,48 @@ def shown(value: object, most: int = _MOST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without anchors."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            text = f"*{event.anchor} is an alias; write out what it stands for"
-            raise yaml.composer.ComposerError(None, None, text, event.start_mark)
-        return super().compose_node(parent, index)
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
-def _is_deep(values: Any) -> bool:
-    """Whether lists and objects lie in each other more than _MOST_DEPTH deep."""
-    layer = [values] if isinstance(values, dict | list) else []
-    for _ in range(_MOST_DEPTH):
-        inside = (v for one in layer for v in (one.values() if isinstance(one, dict) else one))
-        layer = [v for v in inside if isinstance(v, dict | list)]
-    return bool(layer)
+def _refuse_unusable(values: Any) -> None:
+    """Raise ValueError for nesting beyond _MOST_DEPTH and for text that no file and no path can hold."""
+    layer = [values]
+    for _ in range(_MOST_DEPTH + 1):
+        inside: list[Any] = []
+        for one in layer:
+            if isinstance(one, dict):
+                inside += one.keys()
+                inside += one.values()
+            elif isinstance(one, list):
+                inside += one
+            elif isinstance(one, str) and (found := _UNUSABLE.search(one)):
+                raise ValueError(f"character {found[0]!a} in a text")
+        layer = inside
+    if layer:
+        raise ValueError(f"nested more than {_MOST_DEPTH} deep")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for i, key in enumerate(keys) if key in keys[:i])[:40]!r} comes twice")
+    return found
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return number
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")

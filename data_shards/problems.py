@@ -34,7 +34,13 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.field}: {self.value}; {self.remedy}"
+        # A value of 10 MB is not printed whole.
+        field, value = _without_middle(self.field, 200), _without_middle(self.value, 1000)
+        return f"{_without_middle(self.where, 1000)}: {field}: {value}; {_without_middle(self.remedy, 1000)}"
+
+
+def _without_middle(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-(most // 3 - 5) :]}"
 
 
 class InputProblems(ValueError):

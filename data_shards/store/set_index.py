@@ -13,15 +13,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_shards import __version__
-from data_shards.documents import parse_json, read_bytes, reading, shown
+from data_shards.documents import checked, parse_json, read_bytes, reading, shown
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse, removed_on_failure
 from data_shards.records import is_path_inside
@@ -39,7 +38,6 @@ _RESTORE = "restore the file, or remove the folder and prepare it again"
 _PREPARE_AGAIN = "prepare the set again"
 # Pixels a side. A slice is decoded whole, and prepare writes up to 2,048.
 _LARGEST_SIZE = 4096
-_MOST_PROBLEMS = 8
 
 
 def file_sha256(path: Path) -> str:
@@ -83,8 +81,8 @@ def parse_index(content: bytes, where: object) -> dict[str, Any]:
         raise problem(where, "format_version", version, remedy)
     if version < FORMAT_VERSION:
         raise problem(where, "format_version", version, f"this version reads {FORMAT_VERSION}: prepare the set again")
+    checked(index, _Index, where, "a shard set's index", _PREPARE_AGAIN)
     with reading(where, "a shard set's index", _PREPARE_AGAIN):
-        refuse(_problems_of(index, where))
         LabelTable(index["label_table"]["name"], tuple(index["label_table"]["names"]))
     refuse(
         Problem(str(where), "file", shown(repr(entry["file"])), "the path leads out of the set: do not use this set")
@@ -163,22 +161,6 @@ def sound_samples_file(path: Path, where: object, index: dict[str, Any], remedy:
     if found != expected:
         value = f"{str(found)[:12]} where {INDEX} says {str(expected)[:12]}: its bytes are not those that were written"
         raise problem(where, name, value, remedy)
-
-
-def _problems_of(index: dict[str, Any], where: object) -> Iterator[Problem]:
-    """What is missing or of a wrong type, the first few."""
-    try:
-        _index_type().validate_python(index, strict=True)
-    except ValidationError as error:
-        for one in error.errors(include_url=False)[:_MOST_PROBLEMS]:
-            at = ".".join(map(str, one["loc"]))
-            value = f"not a shard set's index ({at}: {shown(repr(one['input']), 60)})"
-            yield Problem(str(where), "content", value, f"{one['msg']}; {_PREPARE_AGAIN}")
-
-
-@cache
-def _index_type() -> TypeAdapter[Any]:
-    return TypeAdapter(_Index)
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
