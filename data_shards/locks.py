@@ -128,8 +128,12 @@ def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Itera
 
 
 def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
-    """For the ranks beside the one that holds the lock of their job: raise InputProblems where another job holds it."""
+    """For the ranks beside the one that holds the lock of their job: raise InputProblems where that one will, since
+    another job holds it or the folder cannot be written. Writes nothing."""
     watch, own = _Watch(file), _job()
+    there = next(folder for folder in file.absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _not_writable(where, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     while True:
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -318,7 +318,9 @@ def report(experiment: Experiment) -> Path:
         found.append(Problem(str(out), "--out", "a folder", "name an HTML file"))
     _, runs = collect(lambda: refuse(found), lambda: open_runs(folders))
     if len(runs) > 1:
-        return write_comparison(runs, out or Path(COMPARISON))
+        page = out or Path(COMPARISON)
+        with locked(lock_beside(page), page, "is writing it"), saying_when_full(page):
+            return write_comparison(runs, page)
     [run] = runs
     amos_root = experiment.amos_root or run.settings.get("amos_root")
     return draw(run.folder, amos_root=Path(amos_root) if amos_root else None)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -145,7 +146,8 @@ def _prepare(
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
     num_workers = config.num_workers or num_cores()
     workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=config.ray_address)
-    with saying_when_full(out), workers:
+    with saying_when_full(out), ExitStack() as at_the_end, workers:
+        at_the_end.callback(_remove_half_written, out)
         _start(out, plan)
         failed = dict(_cut_volumes(tasks, workers, out, progress))
         roots = [amos_root] if wholebody is None else [amos_root, wholebody]
@@ -240,9 +242,14 @@ def _differences(where: Path, made: dict[str, Any], plan: dict[str, Any]) -> Ite
 def _start(out: Path, plan: dict[str, Any]) -> None:
     folder = out / PARTIAL
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.unfinished"):
-        leftover.unlink()
+    _remove_half_written(out)
     write_atomically(folder / _PLAN, json.dumps(plan, indent=1, sort_keys=True).encode())
+
+
+def _remove_half_written(out: Path) -> None:
+    """What workers that were stopped were at."""
+    for leftover in (out / PARTIAL).glob("*.unfinished"):
+        leftover.unlink(missing_ok=True)
 
 
 def _cut_volumes(

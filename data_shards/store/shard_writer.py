@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_shards.fan_out import Done, TaskFailure, Workers
-from data_shards.problems import OutOfSpace, ShardFailed, out_of_space
+from data_shards.problems import OutOfSpace, ShardFailed, out_of_space, removed_on_failure
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table, tar_store, zarr_store
 from data_shards.store.codecs import encode
@@ -178,7 +178,8 @@ def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples:
         tables.append(samples_table.read(file.with_suffix(".arrow")))
     table = samples_table.joined(tables, first_files)
     assert table.num_rows == num_samples, f"{table.num_rows} rows, {num_samples} samples"
-    samples_table.write(table, out / f"{SAMPLES}.unfinished")
+    with removed_on_failure(out / f"{SAMPLES}.unfinished") as unfinished:
+        samples_table.write(table, unfinished)
     del tables, table
     # The plan first: a folder that has one also has what it says is done.
     (out / UNFINISHED / _PLAN).unlink(missing_ok=True)
