@@ -17,6 +17,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+from data_shards.documents import read_json
 from data_shards.fan_out import TaskFailure, fan_out, num_cores
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.ingest import archive
@@ -292,8 +293,11 @@ def _adopt(wholebody: Path, cases: dict[str, Any]) -> None:
     """Take up masks that were finished while nobody was left to write their records down."""
     for file in (wholebody / _PARTIAL).glob("*.json"):
         mask = wholebody / f"{file.stem}.nii.gz"
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if mask.is_file() and file_sha256(mask) == record["mask_sha256"]:
+        try:
+            record = read_json(file, "remove it")
+        except InputProblems:  # of no use: the mask is made anew
+            continue
+        if mask.is_file() and file_sha256(mask) == record.get("mask_sha256"):
             cases[file.stem] = record
 
 

@@ -8,7 +8,6 @@ Dimensions: I right, J anterior, K superior (canonical, RAS+).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.documents import read_json
 from data_shards.ingest.archive import (
     AFFINE_TOLERANCE_VOXELS,
     Case,
@@ -160,11 +160,9 @@ def read_annotations(wholebody: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     remedy = "restore it, or take it away: the masks are then taken as made by hand"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise problem(file, "JSON", f"invalid ({error})", remedy) from error
-    whole = isinstance(content, dict) and isinstance(content.get("cases"), dict)
+    content = read_json(file, remedy, "a record of annotations")
+    cases = content.get("cases")
+    whole = isinstance(cases, dict) and all(_is_record(record) for record in cases.values())
     version = content.get("format_version") if whole else None
     if not isinstance(version, int):
         raise problem(file, "content", "not a record of annotations: no format_version or cases", remedy)
@@ -174,6 +172,11 @@ def read_annotations(wholebody: Path) -> dict[str, Any] | None:
         )
         raise problem(file, "format_version", version, remedy)
     return dict(content)
+
+
+def _is_record(record: object) -> bool:
+    """Whether it says what a mask was made from, as `segdiff annotate` writes it."""
+    return isinstance(record, dict) and all(isinstance(record.get(f"{of}_sha256"), str) for of in ("image", "mask"))
 
 
 def annotation_record(wholebody: Path) -> dict[str, Any] | None:

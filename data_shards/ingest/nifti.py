@@ -6,7 +6,10 @@ nibabel decodes the header's fields; the file is opened here, so that no more of
 from __future__ import annotations
 
 import gzip
+import logging
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +128,7 @@ def _read_header(file: Path) -> Any:
     made = getattr(nib, _HEADER_BYTES[size])
     try:
         raw = made(block[:size], check=False)
-        with imageglobals.LoggingOutputSuppressor():
+        with _without_log(imageglobals.logger):
             header = made(block[:size])
         header.get_data_dtype(), header.get_data_shape()
     except Exception as error:  # nibabel raises whatever the bytes lead it to
@@ -139,6 +142,17 @@ def _read_header(file: Path) -> Any:
         remedy = f"voxels begin {_FEWEST_BYTES_BEFORE_VOXELS[size]} bytes to 64 MiB after the start: repair the header"
         raise problem(file, "vox_offset", f"{offset:g}", remedy)
     return header
+
+
+@contextmanager
+def _without_log(logger: logging.Logger) -> Iterator[None]:
+    """nibabel writes what it mends in a header to the terminal, without the file's name."""
+    was = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def _give_thickness(header: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards import __version__
+from data_shards.documents import read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers, num_cores, runner
 from data_shards.ingest import archive, partials
 from data_shards.ingest.archive import Case
@@ -211,7 +212,12 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
         yield from _differences(out / INDEX, made, plan)
     elif plan_file.is_file():
         # Every case of an unfinished set is compared again by its checksums, so only the config counts.
-        yield from _differences(plan_file, json.loads(plan_file.read_text(encoding="utf-8")), {**plan, "source": None})
+        remedy = f"remove {plan_file.parent}: the volumes are then cut anew"
+        try:
+            with reading(plan_file, "the plan of an unfinished set", remedy):
+                yield from list(_differences(plan_file, read_json(plan_file, remedy), {**plan, "source": None}))
+        except InputProblems as error:
+            yield from error.problems
     elif out.exists() and not out.is_dir():
         yield Problem(str(out), "output folder", "is a file", "choose another folder")
     else:
