@@ -320,9 +320,9 @@ def _make_mask(task: _Task) -> _Made:
     mask = task.wholebody / f"{case.case_id}.nii.gz"
     image_sha256 = file_sha256(case.image)
     if recorded is not None and mask.is_file():
-        if file_sha256(mask) != recorded["mask_sha256"]:
+        if file_sha256(mask) != recorded.get("mask_sha256"):
             return _Made(None, f"{mask.name} was changed since it was made; move it away to have it made anew")
-        if image_sha256 == recorded["image_sha256"]:
+        if image_sha256 == recorded.get("image_sha256"):
             return _Made(recorded, kept=True)
     work = task.wholebody / _PARTIAL / case.case_id
     shutil.rmtree(work, ignore_errors=True)

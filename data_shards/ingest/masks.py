@@ -162,7 +162,7 @@ def read_annotations(wholebody: Path) -> dict[str, Any] | None:
     remedy = "restore it, or take it away: the masks are then taken as made by hand"
     content = read_json(file, remedy, "a record of annotations")
     cases = content.get("cases")
-    whole = isinstance(cases, dict) and all(_is_record(record) for record in cases.values())
+    whole = isinstance(cases, dict) and all(isinstance(record, dict) for record in cases.values())
     version = content.get("format_version") if whole else None
     if not isinstance(version, int):
         raise problem(file, "content", "not a record of annotations: no format_version or cases", remedy)
@@ -172,11 +172,6 @@ def read_annotations(wholebody: Path) -> dict[str, Any] | None:
         )
         raise problem(file, "format_version", version, remedy)
     return dict(content)
-
-
-def _is_record(record: object) -> bool:
-    """Whether it says what a mask was made from, as `segdiff annotate` writes it."""
-    return isinstance(record, dict) and all(isinstance(record.get(f"{of}_sha256"), str) for of in ("image", "mask"))
 
 
 def annotation_record(wholebody: Path) -> dict[str, Any] | None:

@@ -276,6 +276,25 @@ def test_volume_lies_where_the_mask_does(axis: str, orientation: str, shapes: Pa
     assert (hu[around] < 0).all()
 
 
+def test_a_volume_of_a_mask_in_micrometres_is_that_of_one_in_millimetres(shapes: Path, tmp_path: Path) -> None:
+    """The image is written in millimetres, whatever the mask's header counts in."""
+    mask = np.full((24, 22, 12), BODY, np.uint8)
+    mask[5:12, 5:12, 3:9] = LIVER
+    shards = ShardSet.open(shapes)
+    made = []
+    for unit, factor in (("mm", 1.0), ("micron", 1000.0), ("meter", 0.001)):
+        image = nib.Nifti1Image(mask, np.diag([4 * factor, 4 * factor, 5 * factor, 1.0]))
+        image.header.set_xyzt_units(unit)
+        file, out = tmp_path / f"{unit}.nii.gz", tmp_path / f"image_{unit}.nii.gz"
+        nib.save(image, file)
+        make_volume(file, out, lambda mask_SHW, *_: 40 * mask_SHW, shards.size, shards, VolumeConfig("CT"))
+        made.append(nib.load(out))
+    for other in made[1:]:
+        np.testing.assert_allclose(other.affine, made[0].affine, rtol=1e-6)
+        assert other.header.get_xyzt_units()[0] == "mm"
+        np.testing.assert_array_equal(other.get_fdata(), made[0].get_fdata())
+
+
 def test_volume_from_a_model(run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """CT comes out in HU; where masks are alike, shared noise gives the same slice and independent noise does not."""
     shutil.copytree(run / "weights" / "ema", run / "weights" / TrainConfig().averages[0], dirs_exist_ok=True)

@@ -229,7 +229,7 @@ def test_each_fault_of_a_folder_is_named(case: Case, wholebody: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "JSON: invalid"), ("[]", "not a record"), ('{"format_version": 1}', "not a record"),
+    [("{", "not a record of annotations"), ("[]", "not a record"), ('{"format_version": 1}', "not a record"),
      ('{"format_version": 99, "cases": {}}', "format_version: 99")],
 )  # fmt: skip
 def test_a_broken_or_newer_record_is_refused(case: Case, wholebody: Path, content: str, words: str) -> None:
