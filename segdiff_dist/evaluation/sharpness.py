@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SHARPNESS_BANDS = tuple(f"sharpness_{name}" for name in BAND_NAMES)
 SHARPNESS_METRICS = ("sharpness", *SHARPNESS_BANDS, "texture")
 _SIDES = ("real", "gen")
+# What is of the generated image alone, and is measured where it has no real counterpart too.
+GENERATED_COLUMNS = (*(f"power_gen_{band}" for band in BAND_NAMES), "texture_gen")
 # A ratio beyond these is put into words: half of the real images' power, or twice as much.
 _TOO_LITTLE, _TOO_MUCH = 0.5, 2.0
 
@@ -84,6 +86,28 @@ def sharpness_entries(sums: PatientSums, which: Callable[[SumKey], bool], interv
     return {
         name: _entry(name, estimate) | {"num_left_out": num_samples - estimate.num_samples}
         for name, (estimate, _) in found.items()
+    }
+
+
+def unpaired_entries(
+    sums: PatientSums, generated: Callable[[SumKey], bool], real: Callable[[SumKey], bool]
+) -> dict[str, Entry]:
+    """SHARPNESS_METRICS of generated images against real ones of other patients: ratios of means, without intervals."""
+    values, counts = {}, {}
+    for metric, column in zip((*SHARPNESS_BANDS, "texture"), GENERATED_COLUMNS, strict=True):
+        means = []
+        for name, which in ((column, generated), (column.replace("_gen", "_real"), real)):
+            sums_P1, counts_P1 = sums.by_patient([name], which)
+            means.append(ratio(sums_P1.sum(), counts_P1.sum()))
+            counts[metric] = int(counts_P1.sum()) if which is generated else counts[metric]
+        values[metric] = float(ratio(*means))
+    values = {"sharpness": float(sharpness(np.array([values[band] for band in SHARPNESS_BANDS])))} | values
+    counts["sharpness"] = max(counts[band] for band in SHARPNESS_BANDS)
+    num_patients = len(sums.patients(generated))
+    return {
+        metric: _entry(metric, Estimate(value, None, counts[metric], num_patients))
+        for metric, value in values.items()
+        if np.isfinite(value)
     }
 
 

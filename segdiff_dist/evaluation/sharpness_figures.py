@@ -35,6 +35,7 @@ def power_by_band(summary: dict[str, Any]) -> Drawn:
             if entry["ci95"] is not None:
                 ax.plot([x, x], [max(end, _LOWEST) for end in entry["ci95"]], color=colour, lw=1.4)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xticks(range(len(SHARPNESS_BANDS)), [wavelengths(f) for f in range(len(SHARPNESS_BANDS))])
     ax.set(xlabel="wavelength, pixels (coarse to fine)", ylabel="power, generated / real")
     ax.legend()

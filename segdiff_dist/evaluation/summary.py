@@ -16,7 +16,7 @@ from data_shards.labels import BODY, LabelTable
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.evaluation.distances import DISTANCE_METRICS, Distributions, Entry, Group
 from segdiff_dist.evaluation.metrics import Estimate
-from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS, organ_entries, sharpness_entries
+from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS, organ_entries, sharpness_entries, unpaired_entries
 from segdiff_dist.evaluation.sums import Interval, PatientSums, SumKey
 from segdiff_dist.evaluation.trust import Spread
 from segdiff_dist.evaluation.worker import HU_METRICS, PAIRS, SIDES, ChunkResult, column_names, is_headline
@@ -252,7 +252,8 @@ def _cross_modality(measured: Evaluated, means: _Means) -> dict[str, dict[str, E
 
             if source != target and measured.sums.num_samples(which):
                 distances = measured.distributions.entries(Group.of(target), group)
-                found[f"{source}_to_{target}"] = means.of(names, which) | distances
+                sharp = unpaired_entries(measured.sums, which, _headline(Group.of(target)))
+                found[f"{source}_to_{target}"] = means.of(names, which) | sharp | distances
     return found
 
 

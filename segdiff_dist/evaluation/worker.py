@@ -230,6 +230,7 @@ class _Batch:
             at = torch.from_numpy(chosen).to(device)
             self._compare(real, generated[at], target[at], chosen)
             self._hounsfield([record.meta for record in records], real, generated[at], chosen)
+        self._sharpness_of_others(items, generated)
         self._overlaps("mask_gen", np.arange(num))
         if len(chosen):
             self._overlaps("mask_real", chosen)
@@ -265,6 +266,18 @@ class _Batch:
         for images, side in ((real, 0), (fake, 1)):
             for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
                 self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)
+
+    def _sharpness_of_others(self, items: dict[str, list[Any]], generated: Any) -> None:
+        """Power and texture of images of the other modality; their own slice only says where its border is."""
+        size, sources, targets = generated.shape[1], items["source_modality"], items["target_modality"]
+        across = np.array([i for i in range(len(sources)) if sources[i] != targets[i]], dtype=np.int64)
+        if not len(across):
+            return
+        real = np.stack([self.evaluator.shards.read(items["row"][i]).cropped(size).image_uint8() for i in across])
+        masks = self.label_maps["mask"][across]
+        found = sharpness.measure(real, generated.cpu().numpy()[across], masks, self.evaluator.table)
+        for name in sharpness.GENERATED_COLUMNS:
+            self.result.columns[name][across] = found[name]
 
     def _hounsfield(self, metas: list[SliceMeta], real: Any, fake: Any, chosen: np.ndarray) -> None:
         """HU inside each organ of the mask, from 8-bit grey values, so inside the window only; CT alone has HU."""

@@ -56,8 +56,20 @@ def test_figures_are_ratios_of_the_rows_sums(run: Path) -> None:
     power = {side: np.array(rows[f"power_{side}_50_75"])[headline] for side in ("real", "gen")}
     found = summary_of(run)["metrics"]["sharpness_50_75"]
     assert found["value"] == pytest.approx(power["gen"].sum() / power["real"].sum())
-    assert np.isnan(np.array(rows["power_gen_50_75"])[~headline]).all()
+    assert np.isnan(np.array(rows["power_real_50_75"])[~headline]).all()
     assert np.nanmax(rows["sharpness"]) <= 1
+
+
+def test_images_of_the_other_modality_are_held_to_real_ones_of_it(run: Path) -> None:
+    rows = pq.read_table(run / "evaluation" / "samples.parquet").to_pydict()
+    target, source = np.array(rows["target_modality"]), np.array(rows["source_modality"])
+    real = np.array(rows["power_real_50_75"])[np.array(rows["headline"]) & (target == "MR")]
+    generated = np.array(rows["power_gen_50_75"])[(target == "MR") & (source == "CT")]
+    found = summary_of(run)["cross_modality"]["CT_to_MR"]
+    assert found["sharpness_50_75"]["value"] == pytest.approx(generated.mean() / real.mean())
+    assert found["sharpness_50_75"]["n"] == len(generated)
+    assert found["sharpness"]["ci95"] is None
+    assert set(SHARPNESS_METRICS) <= set(found)
 
 
 def test_the_same_images_are_sharp(run: Path, shapes: Path, tmp_path: Path) -> None:
