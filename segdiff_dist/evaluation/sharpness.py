@@ -93,14 +93,13 @@ def unpaired_entries(
     sums: PatientSums, generated: Callable[[SumKey], bool], real: Callable[[SumKey], bool]
 ) -> dict[str, Entry]:
     """SHARPNESS_METRICS of generated images against real ones of other patients: ratios of means, without intervals."""
-    values, counts = {}, {}
+    values: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for metric, column in zip((*SHARPNESS_BANDS, "texture"), GENERATED_COLUMNS, strict=True):
-        means = []
-        for name, which in ((column, generated), (column.replace("_gen", "_real"), real)):
-            sums_P1, counts_P1 = sums.by_patient([name], which)
-            means.append(ratio(sums_P1.sum(), counts_P1.sum()))
-            counts[metric] = int(counts_P1.sum()) if which is generated else counts[metric]
-        values[metric] = float(ratio(*means))
+        sums_P1, counts_P1 = sums.by_patient([column], generated)
+        real_sums_P1, real_counts_P1 = sums.by_patient([column.replace("_gen", "_real")], real)
+        mean, real_mean = ratio(sums_P1.sum(), counts_P1.sum()), ratio(real_sums_P1.sum(), real_counts_P1.sum())
+        values[metric], counts[metric] = float(ratio(mean, real_mean)), int(counts_P1.sum())
     values = {"sharpness": float(sharpness(np.array([values[band] for band in SHARPNESS_BANDS])))} | values
     counts["sharpness"] = max(counts[band] for band in SHARPNESS_BANDS)
     num_patients = len(sums.patients(generated))
