@@ -113,7 +113,7 @@ def draw_gallery(
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(title, fontsize=7)
-    canvas.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=0.93, wspace=0.03, hspace=0.03)
+    canvas.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=1 - 0.3 / size[1], wspace=0.03, hspace=0.03)
     file.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(file, dpi=110)
     plt.close(canvas)
