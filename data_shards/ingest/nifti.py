@@ -231,7 +231,10 @@ def _affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray |
         remedy = "resample it to a rectangular grid (dcm2niix writes one for a tilted gantry, named *_Tilt)"
         found.append(Problem(str(file), "affine", f"its axes are {shear:.1f} degrees off a right angle", remedy))
         return None, []
-    return np.diag([factor, factor, factor, 1.0]) @ affine, notes
+    if factor != 1.0:
+        # Headers hold four bytes a number: 0.004 m comes back as 4.00000019 mm, and a voxel's edge on another side.
+        affine = np.round(np.diag([factor, factor, factor, 1.0]) @ affine, 5)
+    return affine, notes
 
 
 def _stated_affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
