@@ -153,6 +153,24 @@ def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
         time.sleep(_POLL_S)
 
 
+@contextmanager
+def short_turn(folder: Path, patience_s: float = 30.0) -> Iterator[None]:
+    """Wait for other processes that are in such a block for the same folder: for a file that several commands read,
+    change and write again. Takes no file; goes on without where there are no locks, or nobody lets go in time."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        descriptor = None
+    begin = time.monotonic()
+    try:
+        while descriptor is not None and _flock(descriptor) is False and time.monotonic() - begin < patience_s:
+            time.sleep(_POLL_S / 10)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def lock_beside(path: Path) -> Path:
     """The lock file of something that is to appear under the name `path`."""
     return path.absolute().with_name(f".{path.name}.lock")

@@ -16,6 +16,7 @@ from data_shards.feed.loader import LoaderConfig
 from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.ingest.annotate import AnnotateConfig
 from data_shards.ingest.prepare import PrepareConfig
+from data_shards.locks import short_turn
 from data_shards.phantom import PhantomConfig
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.store.convert import ConvertConfig
@@ -193,11 +194,12 @@ def _is_address(one: Field[Any], value: Any) -> bool:
 def save_experiment(experiment: Experiment, settles: tuple[str, ...]) -> None:
     """Write RUN/config.yaml: what this stage settles, and beside it what no other stage has settled before."""
     run, values = experiment.path("run"), as_dict(experiment)
-    if (run / CONFIG_FILE).is_file():
-        recorded = read_yaml(run / CONFIG_FILE)
-        others = {name for left, names in _SETTLED.items() if (run / left).exists() for name in names}
-        values |= {name: recorded[name] for name in others - set(settles) if name in recorded}
-    write_text_atomically(run / CONFIG_FILE, to_yaml(values))
+    with short_turn(run):
+        if (run / CONFIG_FILE).is_file():
+            recorded = read_yaml(run / CONFIG_FILE)
+            others = {name for left, names in _SETTLED.items() if (run / left).exists() for name in names}
+            values |= {name: recorded[name] for name in others - set(settles) if name in recorded}
+        write_text_atomically(run / CONFIG_FILE, to_yaml(values))
 
 
 def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:

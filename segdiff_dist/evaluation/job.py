@@ -176,10 +176,13 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
         "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
         "distribution_images": config.distribution_images,
     }
-    rows.replace(folder / "samples.parquet")
-    _replace(inputs.predictions, folder / "predictions.zarr")
-    # Last, so that a summary never stands beside older rows.
-    _write_text(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    with removed_on_failure(folder / "summary.json.partial") as partial:
+        # All is written before anything of an earlier evaluation goes: a disk that fills leaves that whole.
+        partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        rows.replace(folder / "samples.parquet")
+        _replace(inputs.predictions, folder / "predictions.zarr")
+        # Last, so that a summary never stands beside older rows.
+        partial.replace(folder / "summary.json")
     return summary
 
 
@@ -323,12 +326,6 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
     for side in SIDES:
         # A task's items are whole chunks: no two workers ever write to one.
         group.create_array(side, shape=shape, chunks=(min(16, _ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with removed_on_failure(path.with_name(f"{path.name}.partial")) as partial:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
 
 
 def _replace(new: Path, old: Path) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from data_shards.locks import short_turn
 from data_shards.problems import OutOfSpace, problem
 from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside, why_not_plain
 from segdiff_dist.tracking.link import (
@@ -68,15 +69,16 @@ class MlflowRun:
         for name in (SPOOL, DATABASE) if self._is_local else (SPOOL,):
             if (odd := (folder / name)).is_symlink() or (odd.exists() and not (odd.is_dir() or odd.is_file())):
                 raise problem(odd, "tracking", "a link, a device or a pipe", "remove it")
-        link = read_link(folder)
-        self._experiment = link.get("experiment") or experiment
-        if not link or (link.get("tracking_uri") or local_uri(folder)) != self.uri:
-            self._experiment = experiment
-            link = {}
-        self.run_id: str | None = link.get("run_id")
-        self._token = link.get("token") or new_token()
-        self.began_s = link.get("began_s") or time.time()
-        self._write_link()
+        with short_turn(folder):  # stages that begin at once are one run
+            link = read_link(folder)
+            self._experiment = link.get("experiment") or experiment
+            if not link or (link.get("tracking_uri") or local_uri(folder)) != self.uri:
+                self._experiment = experiment
+                link = {}
+            self.run_id: str | None = link.get("run_id")
+            self._token = link.get("token") or new_token()
+            self.began_s = link.get("began_s") or time.time()
+            self._write_link()
         self._client: Any = None
         self._checked = False
 
@@ -227,6 +229,10 @@ class MlflowRun:
         """The folder's run: the one recorded in mlflow.json while it exists, or a new one."""
         if self._checked and self.run_id is not None:
             return self.run_id
+        with short_turn(self.folder):  # two that make one database at once break it
+            return self._open_run()
+
+    def _open_run(self) -> str:
         from mlflow.tracking import MlflowClient
 
         self._client = self._client or MlflowClient(tracking_uri=self.uri)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from data_shards import locks
-from data_shards.locks import locked, refuse_where_locked
+from data_shards.locks import locked, refuse_where_locked, short_turn
 from data_shards.problems import InputProblems, OutOfSpace
 
 HOLD = """
@@ -257,3 +257,21 @@ def test_a_folder_that_cannot_be_written_is_refused(
 def test_passwords_do_not_enter_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/opt/bin/segdiff", "train", "--data", "https://me:secret@host/set"])
     assert locks._Holder.here().command == "segdiff train --data https://host/set"
+
+
+def test_short_turns_follow_each_other_and_leave_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from data_shards.locks import short_turn\n"
+        "for _ in range(50):\n"
+        "    with short_turn(Path(sys.argv[1])):\n"
+        "        file = Path(sys.argv[1], 'count'); file.write_text(str(int(file.read_text()) + 1))\n"
+    )
+    (tmp_path / "count").write_text("0")
+    both = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
+    assert (tmp_path / "count").read_text() == "100"
+    assert [one.name for one in tmp_path.iterdir()] == ["count"]
+    with short_turn(tmp_path), short_turn(tmp_path, patience_s=0.1):
+        pass  # who waits too long goes on
+    with short_turn(tmp_path / "nowhere"):
+        pass

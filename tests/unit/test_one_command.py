@@ -160,3 +160,22 @@ def test_a_full_disk_while_figures_are_drawn(run: Path, monkeypatch: pytest.Monk
             evaluation.draw(run, progress=False)
     assert bytes_of(run) == before
     assert json.loads((run / "evaluation" / "figures" / "index.json").read_text())
+
+
+def test_a_full_disk_while_samples_are_measured(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(inputs: Any, crew: Any, config: Any, store: Any, shards: Any, rows: Path, *_: Any) -> Any:
+        rows.write_text("half")
+        inputs.predictions.mkdir()
+        raise evaluation.EvaluationFailed(f"could not be measured: items 0 to 9: OSError: {NO_SPACE}")
+
+    before = bytes_of(run / "evaluation")
+    monkeypatch.setattr(evaluation, "_measure", full)
+    args = ["--run", str(run), "--evaluate.segmenter", str(run / "segmenter"), "--tracking.no-enabled"]
+    assert cli.main(["evaluate", *args]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {run / 'evaluation'}: no space left (could not be measured: items 0 to 9: ")
+    assert "make room and start the same command again" in error
+    assert error.count("\n") == 1
+    assert bytes_of(run / "evaluation") == before
