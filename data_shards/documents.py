@@ -36,7 +36,7 @@ _MOST_DIGITS = 20
 # What cannot be written as UTF-8, or be part of a path.
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 # What reading plain values as those of a format raises where they are not.
-_MISREAD = (
+MISREAD = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -87,7 +87,7 @@ def parse_yaml(content: bytes, where: object, remedy: str) -> Any:
     try:
         values = load_yaml(content.decode("utf-8-sig"), _MOST_DEPTH)
         _refuse_unusable(values)
-    except _MISREAD as error:
+    except MISREAD as error:
         raise problem(where, "content", f"not YAML: {shown(error)}", remedy) from None
     return values
 
@@ -117,7 +117,7 @@ def reading(where: object, what: str, remedy: str, field: str = "content") -> It
         yield
     except InputProblems:
         raise
-    except _MISREAD as error:
+    except MISREAD as error:
         missing = f"{error} is missing" if type(error) is KeyError else error
         raise problem(where, field, f"not {what} ({shown(missing)})", remedy) from error
 

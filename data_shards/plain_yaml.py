@@ -1,4 +1,4 @@
-"""YAML as plain as JSON: no aliases, no tags of other kinds, text for keys, no key twice, bounded nesting."""
+"""YAML as plain as JSON: no aliases, no tags of other kinds, text or whole numbers for keys, no key twice, bounded nesting."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = set()
+        keys: set[Any] = set()
         for key_node, _ in getattr(node, "value", None) or ():
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                said = f"the key {str(key)[:40]!r} is a {type(key).__name__}: write it in quotes"
+            if type(key) not in (str, int):
+                said = f"the key {str(key)[:40]!r} is read as {type(key).__name__}: write it in quotes"
                 raise ConstructorError(None, None, said, key_node.start_mark)
             if key in keys:
-                raise ConstructorError(None, None, f"the key {key[:40]!r} comes twice", key_node.start_mark)
+                raise ConstructorError(None, None, f"the key {str(key)[:40]!r} comes twice", key_node.start_mark)
             keys.add(key)
         return super().construct_mapping(node, deep=deep)
 

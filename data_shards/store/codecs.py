@@ -55,7 +55,7 @@ def decode_into(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray) -> 
     if codec == "raw":
         stored = np.frombuffer(payload, np.uint8)
     elif codec == "zstd":
-        stored = np.frombuffer(_unzstd(payload, out_HW.nbytes + _MOST_HEADER_BYTES), np.uint8)[-out_HW.nbytes :]
+        stored = np.frombuffer(unzstd(payload, out_HW.nbytes + _MOST_HEADER_BYTES), np.uint8)[-out_HW.nbytes :]
     else:
         _decode_picture(payload, codec, out_HW)
         return
@@ -86,7 +86,7 @@ def _decode_picture(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray)
     out_HW[:] = pixels
 
 
-def _unzstd(payload: np.ndarray | bytes, most_bytes: int) -> bytes:
+def unzstd(payload: np.ndarray | bytes, most_bytes: int) -> bytes:
     """What a zstd frame holds, at most `most_bytes`. Raises ValueError where it is more, or no whole frame."""
     held = _zstd_content_bytes(bytes(payload[:18]))
     try:

@@ -27,6 +27,11 @@ NO_MODALITY = "none"
 # A column of items whose masks are of a folder in which names are not ids: the mask's path in it.
 MASK_FILE = "mask_file"
 _COLUMNS = ("key", "case_id", "modality", "axis", "slice_index")
+# Of a job's items.
+COLUMNS: dict[str, type] = {
+    **dict.fromkeys(("item_id", "row", "slice_index", "seed_index"), int),
+    **dict.fromkeys(("key", "case_id", "source_modality", "target_modality", "axis"), str),
+}
 
 
 class MaskSource(Protocol):
@@ -58,9 +63,9 @@ class MaskArray:
     @classmethod
     def open(cls, path: Path, label_table: LabelTable, items: pa.Table) -> MaskArray:
         """The array at `path`, of a job with these items."""
-        import zarr
+        from segdiff_dist.sampling.store_files import open_masks
 
-        mask_MHW, rows = zarr.open_array(path, mode="r"), drawn_rows(items)
+        mask_MHW, rows = open_masks(path), drawn_rows(items)
         if len(rows) != mask_MHW.shape[0]:  # of a job from when every mask of the folder was kept
             rows = np.arange(mask_MHW.shape[0])
         return cls(mask_MHW, label_table, rows)

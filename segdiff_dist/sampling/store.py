@@ -28,19 +28,27 @@ import numpy as np
 from data_shards import locks
 from data_shards.locks import lock_beside
 from data_shards.problems import InputProblems, Problem, problem, refuse, removed_on_failure
-from data_shards.records import is_path_inside
 from data_shards.store.codecs import ZSTD_LEVEL, crc32c
 from segdiff_dist.config import differences, flatten, write_text_atomically
-from segdiff_dist.sampling.items import item_problems
+from segdiff_dist.sampling.store_files import (
+    DONE,
+    IMAGES,
+    ITEMS,
+    JOB,
+    LABELS,
+    LAYOUT,
+    PARTS,
+    open_images,
+    read_checksums,
+    read_items,
+    read_job,
+    read_mark,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MASKS = "masks.zarr"
-JOB, _ITEMS, _IMAGES, _LAYOUT, _DONE = "job.json", "items.parquet", "images.zarr", "layout.json", "done"
-_PARTS = ("image", "mask")
-# In job.json: names by label id, of a job whose masks come from a folder. Jobs of earlier versions do not have it.
-LABELS = "label_table"
 # In job.json, where things lay. Digests beside them say what they are, so that a job may move with them.
 _PLACES = ("weights", "shards", "masks", "sample.sampler.guidance_segmenter")
 
@@ -62,20 +70,10 @@ class SampleStore:
     """The images of one sample job, some of which may be missing yet."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-        import zarr
-
         self.path = path
-        self.job = _read_job(path)
-        try:
-            self.items: pa.Table = pq.read_table(path / _ITEMS)
-            group = zarr.open_group(path / _IMAGES, mode="r+")
-            self.image: Any = group["image"]
-            self.mask: Any = group["mask"]
-        except (OSError, ValueError, KeyError, TypeError) as error:  # of a store from before there was a layout.json
-            value = f"cannot be read ({' '.join(str(error).split())})"
-            raise problem(path, "samples", value, "restore the folder, or remove it and sample again") from error
-        refuse(item_problems(path / _ITEMS, self.items))
+        self.job = read_job(path)
+        self.items: pa.Table = read_items(path)
+        self.image, self.mask = open_images(path, len(self), self.region_size)
 
     def __len__(self) -> int:
         return self.items.num_rows
@@ -156,7 +154,8 @@ class SampleStore:
 
     def done_regions(self) -> list[int]:
         """Regions that are made, in order."""
-        return sorted(int(p.name) for p in (self.path / _DONE).glob("*") if p.name.isdigit())
+        marks = {file.name for file in (self.path / DONE).glob("*")}
+        return [index for index in range(self.num_regions) if self._mark(index).name in marks]
 
     def missing_regions(self) -> list[int]:
         """Regions not made yet."""
@@ -178,7 +177,7 @@ class SampleStore:
         items = self.region(index)
         assert image_BHW.shape == mask_BHW.shape == (len(items), *self.image.shape[1:])
         mark: dict[str, Any] = {"seconds": round(seconds, 4)}
-        for name, array, values_BHW in zip(_PARTS, (self.image, self.mask), (image_BHW, mask_BHW), strict=True):
+        for name, array, values_BHW in zip(PARTS, (self.image, self.mask), (image_BHW, mask_BHW), strict=True):
             if len(items) < self.region_size:  # Zarr would read the rest of the file first, which may be damaged
                 self._file(name, index).unlink(missing_ok=True)
             # An empty mask is stored as well: every region has a file that can be checked.
@@ -190,21 +189,18 @@ class SampleStore:
         """Every finished region whose files are not as they were written, found by their checksums."""
         for index in self.done_regions():
             mark = self.mark(index)
-            for name in _PARTS:
+            for name in PARTS:
                 file = self._file(name, index)
                 if not file.is_file() or crc32c(file.read_bytes()) != mark.get(name):
                     yield Damage(index, file, tuple(i for i in self.region(index) if not self._reads(name, i)))
 
     def mark(self, index: int) -> dict[str, Any]:
         """What done/INDEX says; nothing where it is damaged itself."""
-        try:
-            return dict(json.loads(self._mark(index).read_text()))
-        except (ValueError, TypeError):
-            return {}
+        return read_mark(self._mark(index))
 
     def num_bytes(self, index: int) -> int:
         """What a finished region takes on disk."""
-        files = [self._file(name, index) for name in _PARTS]
+        files = [self._file(name, index) for name in PARTS]
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def unmark(self, index: int) -> None:
@@ -212,10 +208,10 @@ class SampleStore:
         self._mark(index).unlink(missing_ok=True)
 
     def _mark(self, index: int) -> Path:
-        return self.path / _DONE / f"{index:06d}"
+        return self.path / DONE / f"{index:06d}"
 
     def _file(self, name: str, index: int) -> Path:
-        return self.path / _IMAGES / name / "c" / str(index) / "0" / "0"
+        return self.path / IMAGES / name / "c" / str(index) / "0" / "0"
 
     def _reads(self, name: str, item: int) -> bool:
         try:
@@ -236,7 +232,7 @@ def _is_free(path: Path) -> bool:
         if path.is_mount():  # no folder can take its name
             raise problem(path, "output folder", "a mount point", f"give a folder in it: --out {path / 'samples'}")
         return True
-    if not (path / JOB).is_file() or not (path / _IMAGES).is_dir():
+    if not (path / JOB).is_file() or not (path / IMAGES).is_dir():
         value = "holds other things than samples" if path.is_dir() else "a file"
         raise problem(path, "output folder", value, "give a new or an empty one (--out DIR)")
     return False
@@ -244,8 +240,8 @@ def _is_free(path: Path) -> bool:
 
 def _holds_no_image(path: Path) -> bool:
     """Whether a store may be removed: it holds what was laid out, no finished region, and nothing of anybody else's."""
-    own = {JOB, _ITEMS, _IMAGES, MASKS, _LAYOUT, _DONE}
-    return {file.name for file in path.iterdir()} <= own and not any((path / _DONE).glob("*"))
+    own = {JOB, ITEMS, IMAGES, MASKS, LAYOUT, DONE}
+    return {file.name for file in path.iterdir()} <= own and not any((path / DONE).glob("*"))
 
 
 def identity(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +250,7 @@ def identity(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_another(path: Path, job: dict[str, Any]) -> None:
-    begun = _read_job(path)
+    begun = read_job(path)
     if LABELS not in begun:
         job = {key: value for key, value in job.items() if key != LABELS}
     there, asked = (identity(one) | {"device": None} for one in (begun, job))  # which has words of its own
@@ -262,17 +258,6 @@ def _refuse_another(path: Path, job: dict[str, Any]) -> None:
         key, old, new = differing[0]
         value = f"the samples here were made with {old!r}, not {new!r}"
         raise problem(path, key, value, f"use another folder (--out DIR), or remove {path}")
-
-
-def _read_job(path: Path) -> dict[str, Any]:
-    try:
-        job = json.loads((path / JOB).read_text())
-        if not isinstance(job, dict):
-            raise ValueError(f"a {type(job).__name__}")
-    except (OSError, ValueError) as error:
-        remedy = f"restore it, or remove {path} and sample again: nothing else says what made the images"
-        raise problem(path / JOB, "samples", f"damaged ({error})", remedy) from error
-    return job
 
 
 def _write_job(path: Path, job: dict[str, Any]) -> None:
@@ -286,13 +271,13 @@ def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_
     from zarr.codecs import ZstdCodec
 
     path.mkdir(parents=True)
-    pq.write_table(items, path / _ITEMS)
+    pq.write_table(items, path / ITEMS)
     # The frame's own checksum lets any reader find a flipped byte.
     zstd = ZstdCodec(level=ZSTD_LEVEL, checksum=True)
     settings = job.get("sample", {})
     told = {"weights": settings.get("weights"), "weights_digest": job.get("weights_digest")}
-    group = zarr.open_group(path / _IMAGES, mode="w", attributes=told | {"seed": settings.get("seed")})
-    for name in _PARTS:
+    group = zarr.open_group(path / IMAGES, mode="w", attributes=told | {"seed": settings.get("seed")})
+    for name in PARTS:
         group.create_array(
             name,
             shape=(items.num_rows, size, size),
@@ -309,41 +294,29 @@ def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_
         zarr.create_array(path / MASKS, data=masks_MHW, chunks=chunk, shards=masks_MHW.shape, compressors=zstd)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     checksums = {str(file.relative_to(path)): crc32c(file.read_bytes()) for file in files}
-    write_text_atomically(path / _LAYOUT, json.dumps(checksums, indent=2) + "\n")
-    (path / _DONE).mkdir()
+    write_text_atomically(path / LAYOUT, json.dumps(checksums, indent=2) + "\n")
+    (path / DONE).mkdir()
     _write_job(path, job)
-
-
-def _checksums(path: Path) -> dict[str, int] | None:
-    """What layout.json says; None where it is damaged or names what is not in the store, nothing in a store from before
-    there was one."""
-    try:
-        checksums = dict(json.loads((path / _LAYOUT).read_text()))
-        return checksums if all(map(is_path_inside, checksums)) else None
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError):
-        return None
 
 
 def _broken_files(path: Path) -> list[str]:
     """Files of the layout that are not as they were written."""
-    checksums = _checksums(path)
+    checksums = read_checksums(path)
     if checksums is None:
-        return [_LAYOUT]
+        return [LAYOUT]
     return [name for name, expected in checksums.items() if _crc32c_of(path / name) != expected]
 
 
 def _mend(path: Path, fresh: Path) -> None:
     """Move the files of a layout that was made again to where they were, if they are what was there."""
-    made, written = _checksums(fresh), _checksums(path)
+    made, written = read_checksums(fresh), read_checksums(path)
     assert made is not None
     for name, crc in made.items():
         expected = _crc32c_of(path / name) if written is None else written.get(name)
         if expected != crc:
             value = "damaged, and made again it is another: by another version, perhaps"
             raise problem(path / name, "samples", value, f"restore it, or remove {path} and sample again")
-    for name in (*made, _LAYOUT):
+    for name in (*made, LAYOUT):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (fresh / name).replace(path / name)
     shutil.rmtree(fresh)
