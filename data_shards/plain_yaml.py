@@ -1,4 +1,4 @@
-"""YAML as plain as JSON: no aliases, no tags of other kinds, text or whole numbers for keys, no key twice, bounded nesting."""
+"""YAML as plain as JSON: no aliases, no tags of other kinds, keys that are text or whole numbers, bounded nesting."""
 
 from __future__ import annotations
 
