@@ -29,7 +29,7 @@ FEWEST_PIXELS_INSIDE = 16
 def band_powers(real_BHW: np.ndarray, generated_BHW: np.ndarray) -> tuple[Array, Array]:
     """Mean power [B, F] in each of BANDS of real and of generated images, in grey values squared a frequency.
 
-    The radially averaged power spectrum of Durall et al. 2020, eq. 2 and 3, its mean over the frequencies of a band.
+    The radially averaged power spectrum (Durall et al. 2020, "Watch your up-convolution"), its mean over a band.
     Both images of a pair are cut to where the real one is not a constant border, so that padding and its edge do not
     count, and fade out towards that box's sides by a Hann window: otherwise what an image shows at opposite sides would
     meet there, an edge that has power at all frequencies in both images and hides what is missing in one. NaN where the

@@ -32,6 +32,8 @@ SHARPNESS_METRICS = ("sharpness", *SHARPNESS_BANDS, "texture")
 _SIDES = ("real", "gen")
 # What is of the generated image alone, and is measured where it has no real counterpart too.
 GENERATED_COLUMNS = (*(f"power_gen_{band}" for band in BAND_NAMES), "texture_gen")
+# What blur takes and noise adds; coarser ones are shades and whole organs.
+_FINE_BANDS = SHARPNESS_BANDS[2:]
 # A ratio beyond these is put into words: half of the real images' power, or twice as much.
 _TOO_LITTLE, _TOO_MUCH = 0.5, 2.0
 
@@ -166,11 +168,12 @@ def sharpness_messages(entries: dict[str, Entry]) -> list[str]:
     """What is blurred and what has too much detail, in words, a sentence each; `entries` of summary.json by metric."""
     found = []
     bands = {metric: entries[metric]["value"] for metric in SHARPNESS_BANDS if metric in entries}
-    for told, share in (
-        ("blurred", {m: v for m, v in bands.items() if v < _TOO_LITTLE}),
-        ("noisier than real ones", {m: v for m, v in bands.items() if v > _TOO_MUCH}),
+    for fine, coarse, share in (
+        ("blurred", "flatter than real ones", {m: v for m, v in bands.items() if v < _TOO_LITTLE}),
+        ("noisier than real ones", "too uneven", {m: v for m, v in bands.items() if v > _TOO_MUCH}),
     ):
         if share:
+            told = fine if set(share) & set(_FINE_BANDS) else coarse
             parts = ", ".join(
                 f"{_percent(v)} at {wavelengths(SHARPNESS_BANDS.index(m))} pixels" for m, v in reversed(share.items())
             )

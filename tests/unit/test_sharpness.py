@@ -109,6 +109,10 @@ def test_words_name_what_is_blurred_and_what_is_noise() -> None:
         "2.67 to 4 pixels."
     )
     assert "noisier than real ones" in told(sharpness_75_100=3.0)
+    assert "flatter than real ones: power, of the real images', by wavelength: 30% at 16 to 64 pixels" in told(
+        sharpness_3_12=0.3, sharpness_75_100=1.0
+    )
+    assert "too uneven" in told(sharpness_12_25=2.5)
     assert told(sharpness_75_100=0.9).startswith("Generated images have between half and twice")
     assert told(texture=0.3) == "Inside organs, fine texture is 30% of the real images'."
     assert told() == ""
