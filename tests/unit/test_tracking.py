@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,24 @@ def test_a_folder_never_tracked_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputProblems, match="never tracked"):
         send_spool(tmp_path)
     assert TrackingConfig(flush_timeout_s=-1).problems()
+
+
+def test_a_database_on_a_full_disk_is_said_once(
+    disk_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = TrackingConfig(system_metrics=False, flush_timeout_s=3.0)
+    disk = disk_of(16)
+    with Tracker(disk, QUIET, "train"):
+        pass
+    room = shutil.disk_usage(disk).free - 16 * 1024
+    (disk / "ballast").write_bytes(bytes(room))
+    capfd.readouterr()
+    with pytest.warns(UserWarning, match="MLflow") as said, Tracker(disk, config, "sample") as tracker:
+        tracker.log_params({f"name_{i}": "x" * 20 for i in range(100)})
+    assert sum("takes nothing now" in str(one.message) for one in said) == 1
+    assert "Traceback" not in capfd.readouterr().err
+    (disk / "ballast").unlink()
+    with Tracker(disk, QUIET, "sample"):
+        pass
+    assert num_waiting(disk / SPOOL) == 0
