@@ -27,6 +27,7 @@ from segdiff_dist.sampling.items import list_items
 from segdiff_dist.sampling.job import weights_digest
 from segdiff_dist.sampling.worker import generate, item_conditions
 from segdiff_dist.segmentation import Segmenter
+from segdiff_dist.spectra import band_powers, power_ratios
 
 _BATCH, _RESAMPLES = 16, 1000
 
@@ -34,13 +35,15 @@ _BATCH, _RESAMPLES = 16, 1000
 @dataclass(frozen=True)
 class Judged:
     """A sampler's images, judged: Dice(mask, segmenter's prediction) of each, NaN where a mask has no organ, and the
-    Frechet distance of the segmenter's features to the real images'; that also for each noise by itself."""
+    Frechet distance of the segmenter's features to the real images'; that also for each noise by itself; and by band of
+    frequency the power of its images over that of the real ones, of which Dice sees nothing."""
 
     sampler: SamplerConfig
     evaluations: int
     dice_N: np.ndarray
     distance: float
     distance_by_noise: tuple[float, ...]
+    power_ratio_F: np.ndarray
 
     @property
     def dice(self) -> float:
@@ -82,12 +85,13 @@ class Judge:
         records = [self.shards.read(item["row"]).cropped(model.size) for item in self.items]
         self._mask_NHW = np.stack([record.mask_HW for record in records])
         self._modality_N = torch.tensor([MODALITIES.index(item["target_modality"]) for item in self.items])
-        self._real = self._statistics(torch.from_numpy(np.stack([record.image_uint8() for record in records])))
+        self._real_NHW = np.stack([record.image_uint8() for record in records])
+        self._real = self._statistics(torch.from_numpy(self._real_NHW))
 
     def judge(self, sampler: SamplerConfig) -> Judged:
         """Sample all masks and judge them, unless that has been done."""
         sampler = sampler.resolved()
-        key = json.dumps([asdict(sampler), self.about], sort_keys=True)
+        key = json.dumps([asdict(sampler), self.about, "power_ratio"], sort_keys=True)
         file = self.out / f"{sampler.solver}-{sampler.num_steps}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
         if not file.is_file():
             write_text_atomically(file, json.dumps(self._measure(sampler)) + "\n")
@@ -98,6 +102,7 @@ class Judge:
             np.array(found["dice"], dtype=np.float64),
             found["distance"],
             tuple(found["distance_by_noise"]),
+            np.array(found["power_ratio"], dtype=np.float64),
         )
 
     def sample(self, sampler: SamplerConfig, items: Sequence[dict[str, Any]], noise: int) -> np.ndarray:
@@ -118,19 +123,21 @@ class Judge:
         return found
 
     def _measure(self, sampler: SamplerConfig) -> dict[str, Any]:
-        table, dice, by_noise = self.shards.label_table, [], []
+        table, dice, by_noise, powers = self.shards.label_table, [], [], []
         for noise in range(self.num_noises):
             image_NHW = torch.from_numpy(self.sample(sampler, self.items, noise))
             predicted_NHW = self.segmenter.predict(image_NHW, self._modality_N).numpy()
             counts = metrics.confusion(self._mask_NHW, predicted_NHW, table.num_classes)
             dice += metrics.mean_dice(metrics.dice_per_class(counts), table.organ_ids).tolist()
             by_noise.append(self._statistics(image_NHW))
+            powers.append(band_powers(self._real_NHW, image_NHW.numpy()))
         together = by_noise[0]
         for more in by_noise[1:]:
             together = together.merge(more)
         return {
             "dice": dice,
             "distance": metrics.frechet_distance(self._real, together),
+            "power_ratio": power_ratios(*(np.concatenate(side) for side in zip(*powers, strict=True))).tolist(),
             "distance_by_noise": [metrics.frechet_distance(self._real, one) for one in by_noise],
         }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def run_demo(experiment: Experiment) -> int:
     """Run every stage, print the headline table, the time each stage took, and where the report is."""
+    from segdiff_dist.evaluation.sharpness import sharpness_messages
     from segdiff_dist.evaluation.summary import format_table
 
     evaluated: dict[str, Any] = {}
@@ -35,7 +36,8 @@ def run_demo(experiment: Experiment) -> int:
             start = time.perf_counter()
             step()
             times_s[name] = time.perf_counter() - start
-    print(f"\n{format_table(evaluated)}\n")
+    print(f"\n{format_table(evaluated)}")
+    print("\n".join((*sharpness_messages(evaluated["metrics"]), "")))
     print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in times_s.items()), end="")
     print(f"  in all {sum(times_s.values()) / 60:.1f} min")
     print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")
