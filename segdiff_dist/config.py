@@ -92,6 +92,15 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
 
 
+def with_usual_mode(path: Path) -> Path:
+    """Give a new file the permissions that open() gives one; returns it. safetensors makes its files for their owner
+    alone, and weights of a shared run are to be read by others."""
+    status = Path("/proc/self/status").read_text()
+    umask = next((line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), "0022")
+    path.chmod(0o666 & ~int(umask, 8))
+    return path
+
+
 def _adapter(cls: type[T]) -> TypeAdapter[list[T]]:
     # pydantic takes a config for plain dataclasses from what contains them, hence the list.
     return TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]

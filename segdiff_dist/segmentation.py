@@ -22,7 +22,7 @@ from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from data_shards.records import MODALITIES, Batch
-from segdiff_dist.config import write_text_atomically
+from segdiff_dist.config import with_usual_mode, write_text_atomically
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
@@ -296,7 +296,7 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{_WEIGHTS}.unfinished"
     save_file({k: v.contiguous() for k, v in weights.items()}, unfinished)
-    unfinished.replace(folder / _WEIGHTS)
+    with_usual_mode(unfinished).replace(folder / _WEIGHTS)
     about = {
         "channels": config.channels,
         "first_stride": config.first_stride,

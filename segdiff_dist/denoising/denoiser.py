@@ -20,6 +20,7 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from data_shards.records import Batch
 from segdiff_dist.attention import AttentionBackend, choose_attention, set_attention
+from segdiff_dist.config import with_usual_mode
 from segdiff_dist.denoising.conditioning import (
     NULL_MASK,
     NUM_CLASSES,
@@ -181,7 +182,7 @@ class Denoiser(nn.Module):
         (unfinished / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
         folder.mkdir(exist_ok=True)
         for file in sorted(unfinished.iterdir()):
-            file.replace(folder / file.name)
+            with_usual_mode(file).replace(folder / file.name)
         unfinished.rmdir()
 
     @classmethod

@@ -161,3 +161,14 @@ def test_nothing_half_written_stays(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="else"):
             write(tmp_path / name, RuntimeError("something else"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    from sampling_support import write_weights
+
+    before = os.umask(0o027)
+    try:
+        weights = write_weights(tmp_path) / "weights" / "ema"
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in weights.iterdir()} == {0o640}
