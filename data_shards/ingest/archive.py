@@ -129,7 +129,11 @@ def _problems_with_files(case: Case) -> list[Problem]:
     if shape != label_shape:
         found.append(Problem(str(case.label), "shape", f"{label_shape}, its image has {shape}", remedy))
     elif (moved := largest_shift_voxels(shape, affine, label_affine)) > AFFINE_TOLERANCE_VOXELS:
-        found.append(Problem(str(case.label), "affine", f"off by {moved:.2g} voxels from its image", remedy))
+        guessed = "; ".join(
+            f"{file.name}: {note}" for file, one in zip(files, geometries, strict=True) for note in one.notes
+        )
+        value = f"off by {moved:.2g} voxels from its image" + (f" ({guessed})" if guessed else "")
+        found.append(Problem(str(case.label), "affine", value, remedy))
     return found
 
 

@@ -16,6 +16,8 @@ from data_shards.ingest.volumes import Volume, planes_in_memory
 
 # Clipped air is padding that is air: scanners and converters end at -1000 or -1024 HU. Water is 0 by definition.
 _AIR_HU = (-1100.0, -900.0)
+# Fat inside a field of view that is padded with 0 is this far below it.
+_BELOW_PADDING_HU = 50.0
 # What of the planes' borders has one number, at least. A round field of view leaves nearly all of it, one side a third.
 _BORDER_SHARE = 0.25
 _VOLUME_SHARE = 0.01
@@ -40,7 +42,7 @@ _SMALLEST_SPAN_HU = 100.0
 _LIKE_HU_SHARE = 0.05
 _LOST_OFFSET = (
     "these are not HU (air is -1000). The conversion lost RescaleIntercept, often -1024: convert it again from DICOM, "
-    "or write the intercept into the header's scl_inter"
+    "or write the intercept into the header's scl_inter; if it is MR, state that with --prepare.modality MR"
 )
 
 
@@ -141,7 +143,11 @@ def _is_padding(volume: Volume, number: Any, modality: str, num_filled: int) -> 
     if equal == size or equal < _VOLUME_SHARE * size or equal < _SPIKE * max(just_below, just_above):
         return False
     # A CT cut to a window has its lower end for air; a number above air is padding where there is air below it.
-    return modality == "MR" or value < _AIR_HU[0] or _count_below(volume, value - 100.0) >= _VOLUME_SHARE * size
+    return (
+        modality == "MR"
+        or value < _AIR_HU[0]
+        or _count_below(volume, value - _BELOW_PADDING_HU) >= _VOLUME_SHARE * size
+    )
 
 
 def _reach(voxels_IJK: np.ndarray, centre: float) -> tuple[float, float]:

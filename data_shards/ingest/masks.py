@@ -21,8 +21,8 @@ from data_shards.ingest.archive import (
     Case,
     largest_shift_voxels,
     nifti_files,
-    read_header,
 )
+from data_shards.ingest.nifti import read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, BODY, LABEL_TABLES, UNUSED, WHOLEBODY
 from data_shards.problems import InputProblems, Problem, problem
@@ -150,7 +150,10 @@ def find_wholebody_problems(cases: Sequence[Case], label_set: str, wholebody: Pa
             value = f"both {files[0].name} and {files[1].name}"
             found.append(Problem(str(wholebody), f"case id {case_id}", value, "keep the one that is meant"))
         for file in files:
-            read_header(file, found)
+            try:
+                read_geometry(file)
+            except InputProblems as error:
+                found += error.problems
     return found
 
 

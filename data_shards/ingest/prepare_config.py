@@ -16,6 +16,8 @@ from data_shards.store.codecs import CODECS
 from data_shards.store.set_index import STORES
 from data_shards.store.shard_writer import Format, set_format
 
+# Far beyond what any header stores in 16 bits.
+_LARGEST_HU = 100_000.0
 # How the work is spread, which changes no byte of the set.
 _NOT_IN_THE_SET = ("num_workers", "ray_address")
 
@@ -88,7 +90,8 @@ class PrepareConfig:
             check(name, getattr(self, name) >= 1, "use 1 or more")
         check("min_labelled_pixels", self.min_labelled_pixels >= 0, "use 0 or more")
         check("num_workers", self.num_workers is None or self.num_workers >= 1, "use 1 or more, or leave it out")
-        check("hu_window", self.hu_window[0] < self.hu_window[1], "give the lower end first")
+        low, high = self.hu_window
+        check("hu_window", -_LARGEST_HU <= low < high <= _LARGEST_HU, "give two HU, the lower end first")
         low, high = self.mr_percentiles
         check("mr_percentiles", 0.0 <= low < high <= 100.0, "use two rising values from 0 to 100")
         return found

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Labels and float images saved by way of each other come back as 0.99998 or 2.0004; beyond this they are other numbers.
 _WHOLE = 1e-3
+# Volumes beyond this are set against the memory that is free.
+_LARGE_BYTES = 2**30
 # Resampling sums float32 products of values; beyond this they overflow.
 _LARGEST_VALUE = 1e30
 # An overlap this small is none: what is left where a stretch ends on an element's edge.
@@ -210,6 +212,13 @@ def _stored_voxels(
     file, where gzip's checksum stands; a file that goes on and on behind its voxels is refused."""
     shape, dtype = geometry.shape, geometry.header.get_data_dtype()
     slope, intercept = value_scale(geometry.header)
+    free = _free_bytes() if geometry.voxel_bytes > _LARGE_BYTES else None
+    if free is not None and geometry.voxel_bytes > free:
+        # A process that asks for more is killed without a word, and a file of a few MB can unpack to that.
+        reason = (
+            f"{geometry.voxel_bytes / 2**30:.1f} GiB of voxels, {free / 2**30:.1f} GiB of memory are free: resample it"
+        )
+        raise UnreadableVolume(str(path), reason)
     _fill(np.empty(int(geometry.header.get_data_offset()), np.uint8), content)
     voxels = np.empty(shape, dtype if to_ids is None else np.uint8, order="F")
     plane = np.empty(shape[:2], dtype, order="F")
@@ -243,6 +252,18 @@ def _fill(array: np.ndarray, content: io.IOBase) -> int:
     while filled < len(rest) and (got := content.readinto(rest[filled:])):  # type: ignore[attr-defined]
         filled += got
     return filled
+
+
+def _free_bytes() -> int | None:
+    """Memory that this machine can still give, or this container ever; None where the system does not say."""
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # another system; `max`: no limit
+        pass
+    return min(free, default=None)
 
 
 class _Hashed(io.RawIOBase):

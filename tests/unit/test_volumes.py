@@ -265,3 +265,16 @@ def test_stretches_are_cut_at_the_window_and_outside_the_input_is_zero() -> None
     np.testing.assert_allclose(outside[1:3], [[third] * 3 + [0] * 3, [0] * 3 + [third] * 3], rtol=1e-6)
     cut = linear_weights(2, 6, step=3.0, start=1.0, window=(1, 5)).toarray()
     np.testing.assert_allclose(cut, [[0, half, half, 0, 0, 0], [0, 0, 0, half, half, 0]])
+
+
+def test_more_voxels_than_memory_are_refused_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_shards.ingest import volumes
+
+    nib.save(nib.Nifti1Image(_coded(), AFFINE), tmp_path / "v.nii.gz")
+    monkeypatch.setattr(volumes, "_LARGE_BYTES", 0)
+    read_volume(tmp_path / "v.nii.gz")
+    monkeypatch.setattr(volumes, "_free_bytes", lambda: 100)
+    with pytest.raises(UnreadableVolume, match="GiB of memory are free"):
+        read_volume(tmp_path / "v.nii.gz")
