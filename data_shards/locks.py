@@ -49,6 +49,7 @@ _GRACE_S, _SETTLE_S, _POLL_S = 1.0, 0.5, 0.25
 _MOST_BYTES, _MOST_CHARACTERS = 4096, 120
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
+_begun = False
 _lent: set[tuple[int, int, str]] = set()
 """(process, thread, file) of locks within which the same thread may take the same lock again."""
 
@@ -107,6 +108,7 @@ def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Itera
     Raises InputProblems where another process holds it, or where the folder cannot be written, so it is also the check
     of the latter; OutOfSpace where the disk is full.
     """
+    global _begun
     key = (os.getpid(), threading.get_ident(), os.path.realpath(file))
     if key in _lent:
         yield
@@ -115,6 +117,7 @@ def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Itera
     held = None
     try:
         held = _acquire(file, where, doing)
+        _begun = True
         if lends:
             _lent.add(key)
         yield
@@ -127,11 +130,16 @@ def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Itera
                 folder.rmdir()
 
 
+def work_has_begun() -> bool:
+    """Whether this process has ever held a lock: before, it has written nothing."""
+    return _begun
+
+
 def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
     """For the ranks beside the one that holds the lock of their job: raise InputProblems where that one will, since
     another job holds it or the folder cannot be written. Writes nothing."""
     watch, own = _Watch(file), _job()
-    there = next(folder for folder in file.absolute().parents if folder.exists())
+    there = next(folder for folder in file.absolute().parents if os.path.exists(folder))
     if not os.access(there, os.W_OK | os.X_OK):
         raise _not_writable(where, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     while True:
@@ -327,8 +335,8 @@ def _open(file: Path, where: Path) -> int:
 
 def _make_folder(folder: Path, where: Path) -> list[Path]:
     """Make it and what is above it; returns what was missing, the innermost first."""
-    missing = [one for one in (folder, *folder.absolute().parents) if not one.exists()]
     try:
+        missing = [one for one in (folder, *folder.absolute().parents) if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(where, error) from error
@@ -343,7 +351,9 @@ def _not_writable(where: Path, error: OSError) -> InputProblems | OutOfSpace:
 
 
 def _in_use(where: Path, holder: _Holder | None, doing: str) -> InputProblems:
-    return problem(where, "at work here", f"{holder or 'another process'} {doing}", "wait for it, or stop it")
+    # A dead one's name says nothing of who has its flock: a process that it had started, perhaps.
+    who = "another process" if holder is None or holder.is_alive_here is False else holder
+    return problem(where, "at work here", f"{who} {doing}", "wait for it, or stop it")
 
 
 def _flock(descriptor: int) -> bool | None:

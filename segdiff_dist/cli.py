@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+from data_shards.locks import work_has_begun
 from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, describe, refuse
 from segdiff_dist import surroundings
 
@@ -142,6 +143,8 @@ _PATHS = {
 }
 
 
+# Commands that take no lock.
+_ONLY_READ = ("inspect", "track", "doctor")
 # Commands that need no temporary folder.
 _WITHOUT_TEMPORARY_FILES = ("inspect", "phantom", "report", "track", "doctor")
 
@@ -210,9 +213,11 @@ def _main(args: list[str]) -> int:
     except OSError as error:
         if _reader_is_gone():
             raise
-        # Where it could be foreseen it was refused above; a disk may still fill, and a server go away.
         print(f"error: {describe(error)}", file=sys.stderr)
-        return 1
+        if name in _ONLY_READ or work_has_begun():  # a disk may fill, and a server go away
+            return 1
+        print("nothing was started", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from data_shards import locks
 from data_shards.problems import OutOfSpace, describe, removed_on_failure, saying_when_full
 from segdiff_dist import cli, commands, surroundings
 
@@ -118,11 +119,38 @@ def test_what_the_system_refuses_is_one_line(
         raise raised
 
     monkeypatch.setattr(commands, "phantom", fails)
+    monkeypatch.setattr(locks, "_begun", True)
     assert cli.main(["phantom", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}")
     assert error.count("\n") == 1
     assert describe(raised) in error
+    monkeypatch.setattr(locks, "_begun", False)
+    assert cli.main(["phantom", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"{error}nothing was started\n"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "note/deeper"])
+def test_a_name_that_cannot_be_one_is_refused(
+    name: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "note").touch()
+    smoke = ("--config", str(Path(__file__).parents[2] / "launch" / "configs" / "smoke.yaml"))
+    out = f"{tmp_path}/{name}"
+    for args in (
+        ("phantom", out, *smoke),
+        ("convert", str(shapes), out),
+        ("train", "--run", out, "--data", str(shapes), *smoke),
+        ("evaluate", "--run", out),
+        ("sample", "--run", out, "--data", str(shapes)),
+        ("export", out, "--run", str(tmp_path)),
+        ("inspect", out),
+    ):
+        assert cli.main(list(args)) in ((1, 2) if args[0] == "inspect" else (2,)), args[0]
+        error = capsys.readouterr().err
+        assert error.startswith("error: "), args[0]
+        assert "Traceback" not in error
+    assert [one.name for one in tmp_path.iterdir()] == ["note"]
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
