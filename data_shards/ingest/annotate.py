@@ -233,7 +233,8 @@ def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem
                 value = f"made with {content.get(name)!r}, asked for {asked[name]!r}"
                 yield Problem(str(wholebody / ANNOTATIONS), name, value, "choose another folder, or use the same tool")
     named = content["cases"] if content is not None else {}
-    case_ids = sorted(file.name.split(".nii")[0] for file in wholebody.glob("*.nii*"))
+    # Hidden ones are no masks: a Mac leaves forks called ._NAME.
+    case_ids = sorted(file.name.split(".nii")[0] for file in wholebody.glob("[!.]*.nii*"))
     strange = [i for i in case_ids if i not in named and not _record_file(wholebody, i).exists()]
     if strange:
         value = f"{len(strange)} that {ANNOTATIONS} does not name: {', '.join(strange[:3])}"
