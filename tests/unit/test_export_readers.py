@@ -228,6 +228,6 @@ def test_a_job_from_before_the_table_travelled(shards: Path, tmp_path: Path) -> 
     ):
         export_samples(run, tmp_path / "other", ExportConfig("png"))
     file.write_text(json.dumps(job | {"label_table": {"names": ["liver"]}}))
-    with pytest.raises(InputProblems, match=r"label_table: cannot be used"):
+    with pytest.raises(InputProblems, match=r"job\.json: .*label_table"):
         export_samples(run, tmp_path / "other", ExportConfig("png"))
     assert not (tmp_path / "other").exists()

@@ -455,7 +455,7 @@ def test_masks_of_jobs_that_kept_every_mask_are_found(run: Path, shapes: Path, t
     write_volumes(tmp_path / "masks", 3)
     every, few = (job_of(run, shapes, tmp_path / "masks", num=num) for num in (None, 3))
     for name, masks in (("old", every.masks_MHW), ("new", few.masks_MHW)):
-        zarr.create_array(tmp_path / name, data=masks)
+        zarr.create_array(tmp_path / name, data=masks, chunks=(1, SIZE, SIZE), shards=masks.shape)
     for item in few.items.to_pylist():
         found = [MaskArray.open(tmp_path / name, AMOS, few.items).read_mask(item["row"]) for name in ("old", "new")]
         np.testing.assert_array_equal(*found)
