@@ -31,7 +31,7 @@ class SampleConfig:
     """A folder of masks to use in place of a split: NIfTI volumes, cut as the shard set was, or PNG slices of its size.
     target_modality then is CT or MR."""
     masks_axis: Literal["axial", "coronal", "sagittal"] = "axial"
-    """The axis along which NIfTI masks are cut, and which the model is told of PNG masks."""
+    """The axis along which NIfTI masks are cut, and which PNG masks are of. A NIfTI file of one slice has its own."""
     label_map: Path | None = None
     """A YAML or JSON file that says what the ids in `masks` mean: `id: name or id of the model's label table`. null:
     they are the model's own."""

@@ -122,12 +122,12 @@ class MaskFolder:
         shape, spacing_mm = _canonical(geometry)
         cut_along = _cut_along(shape, axis)
         # Two dimensions can say no other axis than this one.
-        told = axis if geometry.is_flat and cut_along == "axial" else cut_along
+        given = axis if geometry.is_flat and cut_along == "axial" else cut_along
         num = num_slices(shape, spacing_mm, cut_along, self._cut_as["spacing_mm"])
         stride = self._cut_as["slice_stride"]
         # A volume thinner than half a stride gives the slice in its middle.
         indices = range(stride // 2, num, stride) or (num // 2,)
-        return _Listed(file, told, cut_along, indices, _is_slice(shape, cut_along, self.sizes))
+        return _Listed(file, given, cut_along, indices, _is_slice(shape, cut_along, self.sizes))
 
     def _rows(self) -> pa.Table:
         """A column at a time: hundreds of whole-body volumes are a hundred thousand slices."""
