@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from data_shards.problems import problem
+from data_shards.ray_session import num_cores, one_line, ray_session
+
+__all__ = ["Done", "Resources", "TaskFailure", "Workers", "fan_out", "num_cores", "ray_session", "resources", "runner"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# A store of this size holds what one task passes back; tasks pass paths and rows, not pixels.
-_OBJECT_STORE_BYTES = 200 * 1024**2
 # How many workers a task may outlive before it counts as what kills them.
 _MOST_DEATHS = 3
-# Ray itself tries an address where nothing listens for minutes, and then ends the process.
-_CONNECT_TIMEOUT_S = 10.0
 # How long a job without any worker waits for machines to come (back) before it gives up.
 _PATIENCE_S = 300.0
+# How long a worker may take to set itself up: to load a model, on the first use of some to download it.
+_SET_UP_S = 1800.0
+# How often a wait for tasks says what it waits for.
+_SAY_EVERY_S = 600.0
+# What a task passes back is small; a worker that has ended its task and does not hand it over is lost.
+_RESULT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -47,51 +49,6 @@ class Resources:
 
     num_cpus: int
     num_gpus: int
-
-
-@contextmanager
-def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
-    """Join the cluster at `address`, or start Ray on this machine; whoever started it here also stops it.
-
-    Nested sessions share the outer one, so a command made of several stages starts Ray once. Raises InputProblems where
-    no cluster answers or Ray does not start.
-    """
-    # Set before Ray is imported: it reads them at import, and neither belongs in a person's terminal.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
-    if address is not None:
-        _must_answer(address)
-    try:
-        if address is None:
-            ray.init(
-                "local",  # whatever RAY_ADDRESS says
-                num_cpus=num_cpus or num_cores(),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **common,
-            )
-        else:
-            ray.init(address=address, **common)
-    except Exception as error:  # Ray raises plain Exceptions too, as where its raylet does not come up
-        ray.shutdown()  # of what had started
-        where = "Ray on this machine" if address is None else f"Ray at {address}"
-        remedy = "`ray status` tells of a cluster, `segdiff doctor` of this machine; logs are in /tmp/ray"
-        raise problem(where, "start", _one_line(error), remedy) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def num_cores() -> int:
-    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's cpuset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resources() -> Resources:
@@ -194,18 +151,18 @@ class Workers(Generic[Task, Result]):
                 continue
             actor, attempt = self._running.pop(reference)
             try:
-                result: Any = ray.get(reference)
+                result: Any = ray.get(reference, timeout=_RESULT_S)
                 self._idle.append(actor)
             except RayTaskError as error:
-                result = TaskFailure(_one_line(error.cause))
+                result = TaskFailure(one_line(error.cause))
                 self._idle.append(actor)
             except RayError as error:  # the worker's process, or the machine under it
                 ray.kill(actor)
                 if attempt.num_deaths + 1 < _MOST_DEATHS:
-                    _say(f"a worker was lost ({_one_line(error, 160)}); its task goes to another")
+                    _say(f"a worker was lost ({one_line(error, 160)}); its task goes to another")
                     waiting.append(replace(attempt, num_deaths=attempt.num_deaths + 1))
                     continue
-                result = TaskFailure(f"its worker process died: {_one_line(error)}")
+                result = TaskFailure(f"its worker process died: {one_line(error)}")
             yield Done(attempt.task, result)
 
     def _ask_for(self, num: int) -> None:
@@ -226,16 +183,16 @@ class Workers(Generic[Task, Result]):
         is_placed = reference in self._placing
         actor = (self._placing if is_placed else self._starting).pop(reference)
         try:
-            ray.get(reference)
+            ray.get(reference, timeout=_RESULT_S)
         except RayTaskError as error:
-            reason = f"a worker could not set itself up: {_one_line(error.cause)}"
+            reason = f"a worker could not set itself up: {one_line(error.cause)}"
         except RayError as error:
             ray.kill(actor)
             self._deaths_at_start += 1
             if self._deaths_at_start < _MOST_DEATHS:
-                _say(f"a worker was lost as it started ({_one_line(error, 160)})")
+                _say(f"a worker was lost as it started ({one_line(error, 160)})")
                 return None
-            reason = f"workers die as they start: {_one_line(error)}"
+            reason = f"workers die as they start: {one_line(error)}"
         else:
             if is_placed:
                 self._starting[actor.set_up.remote(self._make_worker)] = actor
@@ -254,14 +211,40 @@ class Workers(Generic[Task, Result]):
 
         references = [*self._running, *self._starting, *self._placing]
         if self._running or self._starting:
-            return ray.wait(references)[0][0]
+            return self._event_at_work(references)
         if not references:
             return None
         ready, _ = ray.wait(references, timeout=self._patience_s / 10)
         if not ready:
+            # Where the process of one has died before Ray knew of it, Ray may wait for that: others are asked for.
+            for actor in self._placing.values():
+                ray.kill(actor)
+            num = len(self._placing)
+            self._placing.clear()
+            self._ask_for(num)
+            references = list(self._placing)
             _say(f"no worker runs; waiting for a machine with room for one ({self._needs()})")
             ready, _ = ray.wait(references, timeout=9 * self._patience_s / 10)
         return ready[0] if ready else None
+
+    def _event_at_work(self, references: list[Any]) -> Any:
+        """The same while workers are at work or set themselves up. A task may take as long as it needs: a worker that
+        dies ends the wait. One that does not finish setting itself up is killed, which ends it too."""
+        import ray
+
+        begun = time.monotonic()
+        while True:
+            ready, _ = ray.wait(references, timeout=_SAY_EVERY_S)
+            if ready:
+                return ready[0]
+            waited_s = time.monotonic() - begun
+            _say(
+                f"waiting for {waited_s / 60:.0f} minutes: {len(self._running)} tasks at work, {len(self._starting)} "
+                f"workers setting themselves up, {len(self._placing)} without a machine"
+            )
+            if waited_s >= _SET_UP_S:
+                for actor in self._starting.values():
+                    ray.kill(actor)
 
     def _needs(self) -> str:
         return f"{self._threads} CPU" + (f" and {self._gpus:g} GPU" if self._gpus else "")
@@ -291,22 +274,5 @@ class _Worker:
         return self._do(task)
 
 
-def _must_answer(address: str) -> None:
-    """Refuse a host:port where nothing listens; other addresses (`auto`) Ray refuses by itself."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        remedy = "start it with `ray start --head`, or leave the address out to use this machine alone"
-        raise problem(f"Ray at {address}", "address", f"nothing answers ({error})", remedy) from error
-
-
 def _say(text: str) -> None:
     warnings.warn(text, stacklevel=4)
-
-
-def _one_line(error: BaseException, most: int = 500) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:most]

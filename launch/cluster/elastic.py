@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -64,7 +65,8 @@ class Launch:
     """One attempt: on each host a launcher, its ranks below it, in a process group of their own."""
 
     def __init__(self, slots: dict[str, int], port: int, given: argparse.Namespace, run: Path) -> None:
-        self._run_on, self._pid_file = given.run_on, f"/tmp/segdiff-elastic-{os.getpid()}-{port}-{{host}}"
+        # On every host a new folder of this user's alone, under a name that nobody else can have put a link at.
+        self._run_on, self._private = given.run_on, f"/tmp/segdiff-elastic-{secrets.token_hex(8)}-{{host}}"
         hostfile = run / "hostfile"
         hostfile.parent.mkdir(parents=True, exist_ok=True)
         hostfile.write_text("".join(f"{host} slots={number}\n" for host, number in slots.items()))
@@ -74,8 +76,19 @@ class Launch:
             launcher = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(number)]
             launcher += ["--master_addr", given.master_addr or next(iter(slots)), "--master_port", str(port)]
             # Ignored by DeepSpeed's launchers, SIGUSR1 goes past them to the ranks.
-            inner = f"echo $$ > {self._pid_file}; trap '' USR1; exec {shlex.join([*launcher, *given.training])}"
-            outer = ["env", f"PATH={BIN}:{os.environ['PATH']}", *variables, "setsid", "--wait", "sh", "-c"]
+            inner = f"umask 077; mkdir {self._private} && echo $$ > {self._private}/pid || exit 1; umask {umask()}; "
+            inner += f"trap '' USR1; exec {shlex.join([*launcher, *given.training])}"
+            # PYTHONSAFEPATH: the launcher starts modules by name, and none is taken from the current folder.
+            outer = [
+                "env",
+                f"PATH={BIN}:{os.environ['PATH']}",
+                "PYTHONSAFEPATH=1",
+                *variables,
+                "setsid",
+                "--wait",
+                "sh",
+                "-c",
+            ]
             there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*outer, inner.replace('{host}', host)])}"
             argv = [*shlex.split(given.run_on.replace("{host}", host)), there]
             # Away from the terminal, so that Ctrl-C comes here alone.
@@ -89,15 +102,22 @@ class Launch:
                 deadline = time.monotonic() + grace_s
                 if asked:
                     say(f"{signal.Signals(asked[0]).name}: the ranks save a checkpoint")
-                    self._everywhere(f"kill -s USR1 -- -$(cat {self._pid_file})")
+                    self._everywhere(f"kill -s USR1 -- -$(cat {self._private}/pid)")
             time.sleep(0.2)
-        self._everywhere(f"kill -s KILL -- -$(cat {self._pid_file}); rm -f {self._pid_file}")
+        self._everywhere(f"kill -s KILL -- -$(cat {self._private}/pid); rm -rf {self._private}")
         for process in self._processes.values():
             process.kill()
         return {host: process.wait() for host, process in self._processes.items()}
 
     def _everywhere(self, command: str) -> None:
         run_on_all(self._processes, self._run_on, command, timeout_s=10)
+
+
+def umask() -> str:
+    """This process' umask, for a shell."""
+    before = os.umask(0o077)
+    os.umask(before)
+    return f"{before:03o}"
 
 
 def final_code(codes: dict[str, int]) -> int | None:

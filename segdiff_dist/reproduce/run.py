@@ -158,7 +158,8 @@ def _train(command: str, experiment: Experiment, ranks: int) -> None:
     # Beside the run folder, whose own config.yaml tells the stage what it was started with. It names the run, too.
     config = run.with_name(f"{run.name}.yaml")
     write_text_atomically(config, to_yaml(as_dict(experiment)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+    # -P: no module of the current folder is taken for torch's or ours.
+    launcher = ["-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
     segdiff = str(Path(sys.executable).with_name("segdiff"))
     ended = subprocess.run([sys.executable, *launcher, segdiff, command, "--config", str(config)], check=False)
     if ended.returncode:

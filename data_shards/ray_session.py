@@ -1,0 +1,231 @@
+"""Ray started on this machine for one command, or a cluster joined.
+
+What is started here is this user's alone: it listens on the loopback address, takes calls that carry a secret of this
+process, keeps its files in a private folder that is removed afterwards, and its workers do not search the current
+folder for modules. A cluster that is joined is as safe as whoever started it made it (launch/cluster/README.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_shards.problems import problem
+
+# A store of this size holds what one task passes back; tasks pass paths and rows, not pixels.
+_OBJECT_STORE_BYTES = 200 * 1024**2
+# Ray itself tries an address where nothing listens for minutes, and then ends the process.
+_CONNECT_TIMEOUT_S = 10.0
+# Ray starts in seconds, on a busy machine in half a minute. Where one of its processes dies meanwhile it may wait on.
+_SAY_AFTER_S, _START_TIMEOUT_S = 20.0, 180.0
+# Ray puts sockets at FOLDER/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, and a socket's path has
+# 107 bytes at most (unix(7)).
+_MOST_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+
+
+@contextmanager
+def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
+    """Join the cluster at `address`, or start Ray on this machine; whoever started it here also stops it.
+
+    Nested sessions share the outer one, so a command made of several stages starts Ray once. Raises InputProblems where
+    no cluster answers, or Ray does not start within 3 minutes.
+    """
+    # Set before Ray is imported: it reads them at import, and neither belongs in a person's terminal.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with _joined(address) if address is not None else _on_this_machine(num_cpus or num_cores()):
+        yield
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_line(error: BaseException, most: int = 500) -> str:
+    """An error for a message of one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:most]
+
+
+_PRIVATE = {
+    # The switch by which Ray keeps to the loopback address, on Windows and macOS by default.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Workers are started when there is an actor for them. One that is started ahead and dies as it starts is waited for
+    # without end.
+    "RAY_prestart_worker_first_driver": "0",
+    # No folder of a script, and none that is just the current one, on the path of Ray's processes.
+    "PYTHONSAFEPATH": "1",
+    "RAY_AUTH_MODE": "token",
+}
+
+
+@contextmanager
+def _on_this_machine(num_cpus: int) -> Iterator[None]:
+    import ray
+
+    folder = _private_folder()
+    with _authentication(), _environment(_PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}), _loopback():
+        _read_authentication()
+        _start(
+            "Ray on this machine",
+            f"`segdiff doctor` says what this machine can run; logs are in {folder}",
+            lambda: ray.init(
+                "local",  # whatever RAY_ADDRESS says
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=str(folder / "r"),
+                job_config=_job_config(),
+                **_COMMON,
+            ),
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    import ray
+
+    _must_answer(address)
+    remedy = "`ray status` says what it has; one with a token takes only who has it (launch/cluster/README.md)"
+    _start(f"Ray at {address}", remedy, lambda: ray.init(address=address, job_config=_job_config(), **_COMMON))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+_COMMON: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
+
+
+def _start(where: str, remedy: str, start: Callable[[], object]) -> None:
+    """Call ray.init in a thread, since it may wait without end. Raises InputProblems where it fails or takes too
+    long."""
+    import ray
+
+    failed: list[BaseException] = []
+
+    def begin() -> None:
+        try:
+            start()
+        except BaseException as error:  # Ray raises plain Exceptions too, as where its raylet does not come up
+            failed.append(error)
+
+    thread = threading.Thread(target=begin, name="ray-start", daemon=True)
+    thread.start()
+    thread.join(_SAY_AFTER_S)
+    if thread.is_alive():
+        warnings.warn(f"waiting for {where} to start, {_START_TIMEOUT_S:.0f} s at most", stacklevel=5)
+        thread.join(_START_TIMEOUT_S - _SAY_AFTER_S)
+    if thread.is_alive():
+        raise problem(where, "start", f"did not start within {_START_TIMEOUT_S:.0f} s", remedy)
+    if failed:
+        ray.shutdown()  # of what had started
+        raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
+
+
+def _private_folder() -> Path:
+    """A new folder of this user's alone, with a path that is short enough for Ray's sockets."""
+    for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
+        if len(os.fsencode(f"{parent}/sd-12345678/r")) <= _MOST_FOLDER_BYTES and os.access(parent, os.W_OK | os.X_OK):
+            # Mode 0700. Ray opens the folder that it is given itself to everybody, hence the one within.
+            return Path(tempfile.mkdtemp(prefix="sd-", dir=parent))
+    value = f"{tempfile.gettempdir()} has too long a path for Ray's sockets"
+    raise problem("environment", "TMPDIR", value, f"set TMPDIR to a folder of at most {_MOST_FOLDER_BYTES - 14} bytes")
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """The same as RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, where Ray was imported before and has read it."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _authentication() -> Iterator[None]:
+    """Afterwards Ray knows mode and token as they were before."""
+    try:
+        yield
+    finally:
+        _read_authentication()
+
+
+def _read_authentication() -> None:
+    """Have Ray read mode and token from the environment anew: it keeps what it has read."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of this process and those it starts, put back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _job_config() -> Any:
+    """Ray has its workers search the driver's current folder for modules; a `nibabel.py` there would be run."""
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _WithoutCurrentFolder()
+    return config
+
+
+class _WithoutCurrentFolder(list[str]):
+    """The folders that Ray adds to its workers' module path, without the current one, which it adds last."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        kept, current = list(folders), os.path.abspath(os.curdir)
+        if current in kept:
+            kept.reverse()
+            kept.remove(current)
+            kept.reverse()
+        super().extend(kept)
+
+
+def _must_answer(address: str) -> None:
+    """Refuse a host:port where nothing listens; other addresses (`auto`) Ray refuses by itself."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        remedy = "start it with `ray start --head`, or leave the address out to use this machine alone"
+        raise problem(f"Ray at {address}", "address", f"nothing answers ({error})", remedy) from error

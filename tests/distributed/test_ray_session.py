@@ -1,0 +1,120 @@
+"""Ray started on this machine is this user's alone, and no wait for it is without end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_shards import ray_session as sessions
+from data_shards.fan_out import fan_out, ray_session
+from data_shards.problems import InputProblems
+
+# A module that one of our workers, or Ray's own, imports somewhere on its way.
+SHADOWS = ("numcodecs", "webdataset", "scipy", "google_crc32c", "nibabel", "zarr", "numpy", "aiohttp")
+DRIVER = """
+import os, sys
+from data_shards.fan_out import fan_out, ray_session
+from pathlib import Path
+
+def make_worker():
+    def look(name):
+        __import__(name)
+        return sys.path, sys.modules[name].__file__
+    return look
+
+with ray_session(num_cpus=2):
+    for done in fan_out(make_worker, ["nibabel", "zarr"], num_workers=1):
+        path, file = done.result
+        assert os.getcwd() not in path and "" not in path, path
+        assert not file.startswith(os.getcwd()), file
+print("looked")
+"""
+
+
+def below() -> list[psutil.Process]:
+    """Ray's processes of this one."""
+    return [one for one in psutil.Process().children(recursive=True) if one.is_running()]
+
+
+def test_it_listens_on_loopback_alone_with_a_token_in_a_private_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(dir="/tmp"))
+    before = set(os.listdir(tempfile.gettempdir()))
+    environment = dict(os.environ)
+    with ray_session(num_cpus=1):
+        made = set(os.listdir(tempfile.gettempdir())) - before
+        [folder] = [Path(tempfile.gettempdir(), name) for name in made if name.startswith("sd-")]
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        for done in fan_out(lambda: lambda task: os.environ["RAY_AUTH_MODE"], [0], num_workers=1):
+            assert done.result == "token"
+        listening = [
+            connection.laddr.ip
+            for process in [psutil.Process(), *below()]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) >= 3
+        assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
+        import ray
+
+        gcs = ray.get_runtime_context().gcs_address
+        stranger = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {"RAY_AUTH_MODE": "disabled"}
+        asked = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", gcs]
+        refused = subprocess.run(asked, env=stranger, capture_output=True, text=True, timeout=120)
+        assert refused.returncode != 0
+    assert not folder.exists()
+    assert dict(os.environ) == environment
+    # A second session of the process, with a secret of its own.
+    assert [done.result for done in fan_out(lambda: lambda task: task + 1, [1], num_workers=1)] == [2]
+
+
+def test_workers_do_not_search_the_current_folder(tmp_path: Path) -> None:
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n")
+    driver = tmp_path / "elsewhere" / "driver.py"
+    driver.parent.mkdir()
+    driver.write_text(DRIVER)
+    done = subprocess.run([sys.executable, driver], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "looked\n", done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_worker_killed_as_it_starts_is_replaced() -> None:
+    killed: list[int] = []
+
+    def kill_the_first() -> None:
+        while not killed:
+            for process in below():
+                try:
+                    line = process.cmdline()
+                    if line and (("python" in line[0] and "default_worker.py" in " ".join(line)) or "ray::" in line[0]):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        return
+                except (psutil.Error, ProcessLookupError):
+                    continue
+            time.sleep(0.005)
+
+    threading.Thread(target=kill_the_first, daemon=True).start()
+    results = [done.result for done in fan_out(lambda: lambda task: task, [1, 2, 3], num_workers=1)]
+    assert sorted(results) == [1, 2, 3]
+    assert killed
+
+
+def test_a_start_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(sessions, "_START_TIMEOUT_S", 0.3)
+    with (
+        pytest.warns(UserWarning, match="waiting for Ray on this machine to start"),
+        pytest.raises(InputProblems, match="did not start within"),
+    ):
+        sessions._start("Ray on this machine", "remedy", lambda: time.sleep(30))
