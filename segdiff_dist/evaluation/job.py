@@ -26,6 +26,7 @@ from data_shards.problems import InputProblems, Problem, removed_on_failure, say
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation import inception, perceptual, radiomics, trust
 from segdiff_dist.evaluation.checks import Checked, check
+from segdiff_dist.evaluation.downloads import Weights, weights_for
 from segdiff_dist.evaluation.provenance import not_available, provenance
 from segdiff_dist.evaluation.rows import RowWriter
 from segdiff_dist.evaluation.summary import Evaluated, spread_columns, summarise
@@ -162,20 +163,20 @@ def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
 def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: Path, progress: bool) -> dict[str, Any]:
     from segdiff_dist.sampling.job import joined
 
-    store, shards = checked.store, checked.shards
-    with joined(_as_sampling(config)):
-        crew = crew_for(config)
-        inputs = _inputs(run, config, checked, crew.device)
-        folder = run / FOLDER
-        folder.mkdir(exist_ok=True)
-        measured, told = _measure(inputs, crew, config, store, shards, rows, progress)
-    summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
-    summary["not_available"] = not_available(summary, inputs, store)
-    summary["provenance"] = provenance(inputs, store, shards) | {
-        "segmenter_sha256": checked.segmenter_sha256,
-        "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
-        "distribution_images": config.distribution_images,
-    }
+    store, shards, folder = checked.store, checked.shards, run / FOLDER
+    folder.mkdir(exist_ok=True)
+    with weights_for(config, folder) as weights:
+        with joined(_as_sampling(config)):
+            crew = crew_for(config)
+            inputs = _inputs(run, config, checked, crew.device, weights)
+            measured, told = _measure(inputs, crew, config, store, shards, rows, progress)
+        summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
+        summary["not_available"] = not_available(summary, inputs, store) | weights.missing
+        summary["provenance"] = provenance(inputs, store, shards) | {
+            "segmenter_sha256": checked.segmenter_sha256,
+            "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
+            "distribution_images": config.distribution_images,
+        }
     with removed_on_failure(folder / "summary.json.partial") as partial:
         # All is written before anything of an earlier evaluation goes: a disk that fills leaves that whole.
         partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -186,15 +187,15 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
     return summary
 
 
-def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str) -> Inputs:
+def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, weights: Weights) -> Inputs:
     """For the workers: absolute paths, since a worker may not start in this folder."""
     return Inputs(
         samples=(run / "samples").resolve(),
         shards=checked.shards.resolved,
         segmenter=checked.segmenter.resolve(),
         predictions=(run / FOLDER / "predictions.zarr.partial").resolve(),
-        fid_weights=_weights(config.fid_weights),
-        lpips_weights=_weights(config.lpips_weights),
+        fid_weights=weights.fid,
+        lpips_weights=weights.lpips,
         radiomics_items=frozenset(headline_items(checked.store.items, config.frd_images, config.seed)),
         surface_dice=config.surface_dice,
         batch_size=config.batch_size,
@@ -331,10 +332,6 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
 def _replace(new: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     new.rename(old)
-
-
-def _weights(given: Path | str | None) -> str | None:
-    return str(given.resolve()) if isinstance(given, Path) else given
 
 
 def _num_gpus() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +40,8 @@ def provenance(inputs: Inputs, store: SampleStore, shards: ShardSet) -> dict[str
         "shards": shards.root,
         "shards_digest": shards.digest,
         "label_table": shards.label_table.name,
-        "fid_weights": _digest(inputs.fid_weights, inception.downloaded_weights),
-        "lpips_weights": _digest(inputs.lpips_weights, perceptual.downloaded_weights),
+        "fid_weights": _digest(inputs.fid_weights),
+        "lpips_weights": _digest(inputs.lpips_weights),
         "frd_images": len(inputs.radiomics_items),
         "surface_dice_tolerance_mm": tolerances_mm(shards.label_table) if inputs.surface_dice else None,
         "sample_job": store.job,
@@ -71,12 +70,9 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, store: SampleSto
     return "no sample gives it a finite value"
 
 
-def _digest(weights: str | None, downloaded: Callable[[], Path]) -> dict[str, str] | None:
+def _digest(weights: str | None) -> dict[str, str] | None:
     """Which file of weights a number was made with."""
-    if weights is None:
-        return None
-    file = downloaded() if weights == inception.DOWNLOAD else Path(weights)
-    return {"file": file.name, "sha256": file_sha256(file)}
+    return None if weights is None else {"file": Path(weights).name, "sha256": file_sha256(Path(weights))}
 
 
 def _versions() -> dict[str, str]:
