@@ -82,7 +82,7 @@ def _on_this_machine(num_cpus: int) -> Iterator[None]:
     folder = _private_folder()
     with _authentication(), _environment(_PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}), _loopback():
         _read_authentication()
-        _start(
+        started = _started(
             "Ray on this machine",
             f"`segdiff doctor` says what this machine can run; logs are in {folder}",
             lambda: ray.init(
@@ -95,11 +95,12 @@ def _on_this_machine(num_cpus: int) -> Iterator[None]:
                 **_COMMON,
             ),
         )
-        try:
-            yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+        with started:
+            try:
+                yield
+            finally:
+                ray.shutdown()
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -108,40 +109,47 @@ def _joined(address: str) -> Iterator[None]:
 
     _must_answer(address)
     remedy = "`ray status` says what it has; one with a token takes only who has it (launch/cluster/README.md)"
-    _start(f"Ray at {address}", remedy, lambda: ray.init(address=address, job_config=_job_config(), **_COMMON))
-    try:
+    with _started(f"Ray at {address}", remedy, lambda: ray.init(address=address, job_config=_job_config(), **_COMMON)):
         yield
-    finally:
-        ray.shutdown()
 
 
 _COMMON: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
 
 
-def _start(where: str, remedy: str, start: Callable[[], object]) -> None:
-    """Call ray.init in a thread, since it may wait without end. Raises InputProblems where it fails or takes too
-    long."""
+@contextmanager
+def _started(where: str, remedy: str, start: Callable[[], object]) -> Iterator[None]:
+    """Within it Ray is there. Calls ray.init in a thread, since it may wait without end. Raises InputProblems where it
+    fails or takes too long.
+
+    The thread lives as long as the session: Ray's processes are killed by the system when the one that began them ends
+    (PR_SET_PDEATHSIG of prctl(2), which counts threads).
+    """
     import ray
 
     failed: list[BaseException] = []
+    is_there, is_over = threading.Event(), threading.Event()
 
     def begin() -> None:
         try:
             start()
         except BaseException as error:  # Ray raises plain Exceptions too, as where its raylet does not come up
             failed.append(error)
+        is_there.set()
+        is_over.wait()
 
-    thread = threading.Thread(target=begin, name="ray-start", daemon=True)
-    thread.start()
-    thread.join(_SAY_AFTER_S)
-    if thread.is_alive():
-        warnings.warn(f"waiting for {where} to start, {_START_TIMEOUT_S:.0f} s at most", stacklevel=5)
-        thread.join(_START_TIMEOUT_S - _SAY_AFTER_S)
-    if thread.is_alive():
-        raise problem(where, "start", f"did not start within {_START_TIMEOUT_S:.0f} s", remedy)
-    if failed:
-        ray.shutdown()  # of what had started
-        raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
+    threading.Thread(target=begin, name="ray", daemon=True).start()
+    try:
+        if not is_there.wait(_SAY_AFTER_S):
+            warnings.warn(f"waiting for {where} to start, {_START_TIMEOUT_S:.0f} s at most", stacklevel=5)
+            if not is_there.wait(_START_TIMEOUT_S - _SAY_AFTER_S):
+                raise problem(where, "start", f"did not start within {_START_TIMEOUT_S:.0f} s", remedy)
+        if failed:
+            raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
+        yield
+    finally:
+        if is_there.is_set():
+            ray.shutdown()  # also of what had started where the rest did not
+        is_over.set()
 
 
 def _private_folder() -> Path:
