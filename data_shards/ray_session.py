@@ -69,8 +69,6 @@ _PRIVATE = {
     # Workers are started when there is an actor for them. One that is started ahead and dies as it starts is waited for
     # without end.
     "RAY_prestart_worker_first_driver": "0",
-    # No folder of a script, and none that is just the current one, on the path of Ray's processes.
-    "PYTHONSAFEPATH": "1",
     "RAY_AUTH_MODE": "token",
 }
 
