@@ -94,8 +94,9 @@ def test_a_worker_killed_as_it_starts_is_replaced() -> None:
         while not killed:
             for process in below():
                 try:
-                    line = process.cmdline()
-                    if line and (("python" in line[0] and "default_worker.py" in " ".join(line)) or "ray::" in line[0]):
+                    program, *rest = process.cmdline() or [""]
+                    is_python = Path(program).name.startswith("python")
+                    if program.startswith("ray::_Worker") or (is_python and "default_worker.py" in " ".join(rest)):
                         os.kill(process.pid, signal.SIGKILL)
                         killed.append(process.pid)
                         return
