@@ -183,10 +183,11 @@ def _authentication() -> Iterator[None]:
 
 def _read_authentication() -> None:
     """Have Ray read mode and token from the environment anew: it keeps what it has read."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray import _raylet
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    engine: Any = _raylet  # compiled, so that no type of it is known
+    engine.Config.initialize("")
+    engine.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

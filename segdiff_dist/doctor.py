@@ -298,7 +298,8 @@ def _frd() -> Row:
 
     if missing_for_frd(1) is None:
         return Row("FRD", "ok", f"frd-score {_version('frd-score')}")
-    return Row("FRD", "instead", "not installed: segmenter_frechet is reported, and FRD is not", _extra("frd"))
+    remedy = f"Python 3.11: pip install --no-build-isolation pyradiomics==3.0.1, {_extra('frd')}; see docs/metrics.md"
+    return Row("FRD", "instead", "not installed: segmenter_frechet is reported, and FRD is not", remedy)
 
 
 def _extra(name: str) -> str:

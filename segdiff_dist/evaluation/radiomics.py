@@ -12,8 +12,9 @@ import numpy as np
 from segdiff_dist.evaluation.metrics import FeatureStatistics, frechet_distance
 
 HOW_TO_GET = (
-    "install the extra, pip install 'segdiff-dist[frd]' (pyradiomics is built by a C compiler), and set "
-    "evaluate.frd_images to the number of images on either side"
+    "on Python 3.11 pip install 'numpy>=2' 'setuptools<81' wheel, pip install --no-build-isolation pyradiomics==3.0.1, "
+    "then the extra, pip install 'segdiff-dist[frd]' (docs/metrics.md), and set evaluate.frd_images to the number of "
+    "images on either side"
 )
 
 
