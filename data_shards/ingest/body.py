@@ -24,6 +24,10 @@ _SMALLEST_LIMB = 0.01
 # More than the noise that clipping leaves, less than the step from air to fat.
 _ABOVE_CLIPPED_AIR_HU = 30.0
 _MR_SMOOTHING_MM = 4.0
+# Of the range of values; air is at its lower end.
+_BRIGHTEST_AIR = 0.25
+# Of the range of values: what sums of single precision leave of equal numbers.
+_ROUNDING = 1e-4
 # The middle of a blurred edge, a little below one half because air is not quite dark.
 _EDGE_OF_BRIGHTEST = 0.4
 
@@ -36,8 +40,9 @@ class BodyField:
     steps: np.ndarray
 
 
-def find_body(volume: Volume, modality: str) -> BodyField:
-    """The patient's envelope: skin to skin, lungs and gas inside it, table outside it."""
+def find_body(volume: Volume, modality: str, *, is_padded: bool = False) -> BodyField:
+    """The patient's envelope: skin to skin, lungs and gas inside it, table outside it. `is_padded`: the lowest value is
+    that of padding, which says nothing of where MR's air gives way to tissue."""
     from scipy import ndimage
 
     steps = np.maximum(1.0, _GRID_MM / volume.spacing_mm)
@@ -45,8 +50,10 @@ def find_body(volume: Volume, modality: str) -> BodyField:
     if modality == "CT":
         return BodyField(_envelope(_ct_tissue(_coarse(volume, steps)), spacing_mm).astype(np.float32), steps)
     smooth = _coarse(volume, steps)
+    measured = smooth > smooth.min() + _ROUNDING * np.ptp(smooth) if is_padded else None
     ndimage.gaussian_filter(smooth, (0.7, 0.7, 0.0), output=smooth)
-    inside = _envelope(_mr_tissue(smooth), spacing_mm)
+    inside = _envelope(_mr_tissue(smooth, measured), spacing_mm)
+    del measured
     inside = _without_halo(inside, smooth).astype(np.float32)
     # Skin that fades into noise leaves a ragged edge; a patient's outline is smooth.
     ndimage.gaussian_filter(inside, _MR_SMOOTHING_MM / spacing_mm, output=inside)
@@ -76,11 +83,15 @@ def _ct_tissue(coarse: np.ndarray) -> np.ndarray:
     return coarse > max(_CT_TISSUE_HU, lowest + _ABOVE_CLIPPED_AIR_HU)
 
 
-def _mr_tissue(smooth: np.ndarray) -> np.ndarray:
-    floor, ceiling = np.percentile(smooth, (1.0, 99.0))
+def _mr_tissue(smooth: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
+    """Brighter than air; `measured`: where that is decided, everywhere by default."""
+    floor, ceiling = np.percentile(smooth if measured is None else smooth[measured], (1.0, 99.0))
     grey = smooth - floor
     grey /= max(float(ceiling - floor), 1e-6)
-    return grey > _triangle_threshold(grey)
+    if measured is None:
+        return grey > _triangle_threshold(grey)
+    # Where padding has taken air's place, tissue may be the higher peak: air's is among the dark ones.
+    return grey > _triangle_threshold(grey[measured], peak_below=_BRIGHTEST_AIR)
 
 
 def _without_halo(inside: np.ndarray, smooth: np.ndarray) -> np.ndarray:
@@ -96,12 +107,12 @@ def _without_halo(inside: np.ndarray, smooth: np.ndarray) -> np.ndarray:
     return _filled(inside & ~dark_rim)
 
 
-def _triangle_threshold(grey: np.ndarray) -> float:
+def _triangle_threshold(grey: np.ndarray, peak_below: float = 1.0) -> float:
     """Where the peak of air gives way to tissue, for grey values in [0, 1]: the bin farthest below the line from the
     histogram's peak to its end (Zack et al. 1977). Otsu's threshold would leave out dark tissue: lung, bone,
     suppressed fat."""
     counts, edges = np.histogram(np.clip(grey, 0.0, 1.0), bins=256, range=(0.0, 1.0))
-    peak = int(np.argmax(counts[:-1]))
+    peak = int(np.argmax(counts[: min(int(256 * peak_below), 255)]))
     fall = counts[peak:-1].astype(np.float64)
     line = np.linspace(fall[0], 0.0, len(fall))
     return float(edges[peak + 1 + int(np.argmax(line - fall))])

@@ -53,7 +53,7 @@ def slices_of(
         )
     except ValueError as error:
         raise UnreadableVolume(str(case.image), str(error)) from error
-    body = find_body(image, case.modality)
+    body = find_body(image, case.modality, is_padded=padding.num_voxels > 0)
     labelled = mask.source != "none"
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
     geometry = {name: getattr(config, name) for name in names}

@@ -35,6 +35,8 @@ _RENAMED: dict[str, str | None] = {
     "brain": None,
 }
 _RENAMED_BY_START = {"vertebrae_": "vertebra_body", "rib_": "bone_other"}
+# Its tasks have a few hundred classes at most.
+_LARGEST_ID = 2**16
 _LABEL = re.compile(rb'<Label\s[^>]*?Key="(\d+)"[^>]*>\s*(?:<!\[CDATA\[)?\s*([\w .-]+?)\s*(?:\]\]>)?\s*</Label>')
 
 
@@ -77,6 +79,9 @@ def to_wholebody_ids(made: Path, out: Path) -> None:
     if not names:
         raise UnreadableVolume(str(made), "no class names in its header: TotalSegmentator 2 with --ml writes them")
     present = np.unique(ids)
+    if present[0] < 0 or present[-1] > _LARGEST_ID:
+        wrong = present[0] if present[0] < 0 else present[-1]
+        raise UnreadableVolume(str(made), f"id {wrong:g} is no class of TotalSegmentator 2")
     table = np.zeros(int(present.max()) + 1, dtype=np.uint8)
     for value in present.tolist():
         if value == 0:
