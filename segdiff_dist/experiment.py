@@ -30,6 +30,7 @@ from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.tracking.tracker import TrackingConfig
+from segdiff_dist.training.checkpoint import named_as_one
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import AverageConfig
 
@@ -205,7 +206,8 @@ def save_experiment(experiment: Experiment, settles: tuple[str, ...]) -> None:
 def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:
     """Refuse to go on with a training that was started with other settings. `started` exists once it has begun, and
     holds the settings of every checkpoint."""
-    recorded = max(started.glob(f"*/{CONFIG_FILE}"), default=experiment.path("run") / CONFIG_FILE)
+    of_checkpoints = (file for file in started.glob(f"*/{CONFIG_FILE}") if named_as_one(file.parent))
+    recorded = max(of_checkpoints, default=experiment.path("run") / CONFIG_FILE)
     if not started.exists() or not recorded.is_file():
         return
     # A key that came with a later version stands for what was done before it.

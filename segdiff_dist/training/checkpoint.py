@@ -86,21 +86,40 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def prune(checkpoints: Path, keep: int, keep_every_images: int | None = None) -> None:
-    """Remove all but the newest `keep` complete checkpoints, the one with the best weights so far, and those that
-    `crossings` names; and what is incomplete and older than those."""
+    """Remove all but the newest `keep` complete checkpoints, the newest sound one, the one with the best weights so
+    far, and those that `crossings` names; and what is incomplete and older than those."""
     complete = [folder for folder in _newest_first(checkpoints) if why_unusable(folder) is None]
     if not complete:
         return
     kept = {folder.name for folder in complete[:keep]}
     if (best := read_state(complete[0]).get("best_images_seen")) is not None:
         kept.add(checkpoint_name(best))
+    if (sound := _newest_sound(complete)) is not None:
+        kept.add(sound.name)
     if keep_every_images:
         kept |= set(map(checkpoint_name, crossings((int(folder.name) for folder in complete), keep_every_images)))
-    for folder in checkpoints.glob("[0-9]*"):
+    for folder in _newest_first(checkpoints):
         if folder.name not in kept and folder.name < complete[0].name:
             # Without its marker a half-removed checkpoint reads as incomplete, never as whole.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
+
+
+def discard_unsound(checkpoints: Path) -> Path | None:
+    """After a run whose last steps were all skipped: have none of the checkpoints written since the first of them be
+    resumed, and return the newest one from before. Their weights are those of that moment, so nothing is lost."""
+    complete = complete_ones(checkpoints)
+    sound = _newest_sound(complete)
+    for folder in complete:
+        if folder == sound:
+            break
+        (folder / MARKER).unlink(missing_ok=True)
+    return sound
+
+
+def _newest_sound(complete: Iterable[Path]) -> Path | None:
+    """The first that was not written within a streak of skipped steps, as those of before do not say."""
+    return next((folder for folder in complete if read_state(folder).get("sound", True)), None)
 
 
 def crossings(counts: Iterable[int], every: int) -> set[int]:
@@ -113,8 +132,13 @@ def crossings(counts: Iterable[int], every: int) -> set[int]:
     return set(first.values())
 
 
+def named_as_one(folder: Path) -> bool:
+    """Whether a folder beside checkpoints has the name of one: copies and backups (000000000064.bak) have not."""
+    return len(folder.name) >= _DIGITS and folder.name.isascii() and folder.name.isdigit() and folder.is_dir()
+
+
 def _newest_first(checkpoints: Path) -> list[Path]:
-    return sorted((p for p in checkpoints.glob("[0-9]*") if p.is_dir()), reverse=True)
+    return sorted((p for p in checkpoints.glob("[0-9]*") if named_as_one(p)), reverse=True)
 
 
 class CheckpointWriter:

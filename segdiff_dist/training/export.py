@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_shards.problems import Problem, problem
 from segdiff_dist.training import ema
-from segdiff_dist.training.checkpoint import checkpoint_name, crossings, read_state, why_unusable
+from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_as_one, read_state, why_unusable
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import ONLINE
 from segdiff_dist.training.sharded_state import SavedState, write_durably
@@ -93,7 +93,8 @@ class Exporter:
     def _weights(self, checkpoint: Path) -> None:
         state, note = read_state(checkpoint), _read_note(self.folder)
         images_seen = state["images_seen"]
-        best = images_seen if self.task.score is None else state.get("best_images_seen")
+        # Without a score the newest are the best, unless they are from within a streak of skipped steps.
+        best = state.get("best_images_seen", images_seen if self.task.score is None else None)
         if best is not None and (best == images_seen or best != note.get("images_seen")):
             source = checkpoint.parent / checkpoint_name(best)
             if source != checkpoint and (why := why_unusable(source, read_all=True)):
@@ -128,7 +129,9 @@ def _read_note(folder: Path) -> dict[str, Any]:
 def _snapshots(run: Path, averages: Sequence[str]) -> list[int]:
     """The counts of a run's snapshots that are whole."""
     folders = [
-        p for p in (run / "snapshots").glob("[0-9]*") if all((p / f"{a}.safetensors").is_file() for a in averages)
+        p
+        for p in (run / "snapshots").glob("[0-9]*")
+        if named_as_one(p) and all((p / f"{a}.safetensors").is_file() for a in averages)
     ]
     return sorted(int(p.name) for p in folders)
 

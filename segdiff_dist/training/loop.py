@@ -124,8 +124,12 @@ def train(job: TrainingJob) -> None:
     with Heartbeat(job.config.hang_timeout_s) as heartbeat:
         with heartbeat.patience(_PATIENCE_S):
             training = _Training(job)
-        with _CatchInterrupt() as interrupt, training.writer:
-            training.run(heartbeat, interrupt)
+        try:
+            with _CatchInterrupt() as interrupt, training.writer:
+                training.run(heartbeat, interrupt)
+        except TrainingStopped as stopped:
+            sound = checkpoint.discard_unsound(training.checkpoints) if is_main() else None
+            raise TrainingStopped(f"{stopped}. {_what_now(sound, job.config)}") from None
     if not training.done:
         raise KeyboardInterrupt
 
@@ -184,11 +188,16 @@ class _Training:
                 before = state.images_seen
                 self._step(heartbeat)
                 bar.update(min(state.images_seen, config.num_images) - before)
-                if self.done or _crosses(before, state.images_seen, config.log_every_images):
+                logs = self.done or _crosses(before, state.images_seen, config.log_every_images)
+                if logs:
                     bar.set_postfix_str(progress_line(self._log(before)), refresh=False)
 
                 agreed = agreement.exchange({"stop": float(interrupt.asked), **self.writer.flags()})
                 self.writer.poll(agreed)
+                if logs and self.guard.longest_in_a_row >= config.max_skipped_steps:
+                    with heartbeat.patience(_PATIENCE_S):
+                        self.writer.drain(agreement)
+                    raise TrainingStopped(self._why_stopped())
                 stop = agreed["stop"] > 0
                 validates = self._is_validation_due and (self.done or not stop)
                 saves = self.done or stop or _crosses(before, state.images_seen, config.checkpoint_every_images)
@@ -226,7 +235,7 @@ class _Training:
         self.clock.step()
 
     def _log(self, before: int) -> dict[str, float]:
-        """Means since the last line, to the log and the tracker. Raises TrainingStopped when nothing is learned."""
+        """Means since the last line, to the log and the tracker."""
         images_seen, guard = self.state.images_seen, self.guard
         row = {**self.window.means(), "grad_norm": self.engine.grad_norm(), "lr": learning_rate(before, self.config)}
         row |= {"skipped_steps": guard.num_skipped, **self.clock.rates(images_seen)}
@@ -235,13 +244,12 @@ class _Training:
             with self.log_file.open("a") as file:
                 file.write(json.dumps({"images_seen": images_seen, **told}) + "\n")
             self._track(row)
-        if guard.num_in_a_row >= self.config.max_skipped_steps:
-            newest = next(iter(checkpoint.complete_ones(self.checkpoints)), None)
-            raise TrainingStopped(
-                f"{self.task.name}: {guard.num_in_a_row} steps in a row up to {images_seen} images were skipped: their "
-                f"loss or gradient was no number, or far above the mean; the last good checkpoint is {newest or 'none'}"
-            )
         return row
+
+    def _why_stopped(self) -> str:
+        """In words, without what to do about it."""
+        skipped = f"{self.guard.longest_in_a_row} steps in a row up to {self.state.images_seen} images were skipped"
+        return f"{self.task.name}: {skipped}: their loss or gradient was not a number, or far above the mean"
 
     @property
     def _is_validation_due(self) -> bool:
@@ -288,10 +296,24 @@ class _Training:
 
     def _save(self) -> None:
         """Begin a checkpoint of this moment."""
-        if self.task.score is None:
+        # Weights from within a streak of skipped steps may be what causes it. At the end of a run it was a short one.
+        sound = self.guard.num_in_a_row == 0 and self.guard.longest_in_a_row < self.config.max_skipped_steps
+        if self.task.score is None and (sound or self.done):
             self.state.best_images_seen = self.state.images_seen
-        values = {**vars(self.state), "window": self.window.values(), "guard": self.guard.values()}
+        values = {**vars(self.state), "window": self.window.values(), "guard": self.guard.values(), "sound": sound}
         self.writer.start(self.engine.state(), {**values, "shards_digest": self.shards_digest})
+
+
+def _what_now(sound: Path | None, config: TrainConfig) -> str:
+    """After a run that learned nothing any more: where it was well, and what to type."""
+    where = (
+        "No checkpoint is from before the first of them"
+        if sound is None
+        else f"The newest checkpoint from before the first of them is {sound}, and the same command goes on from it"
+    )
+    return (
+        f"{where}; if it ends so again: a new --run folder and a lower lr ({config.lr / 10:g} instead of {config.lr:g})"
+    )
 
 
 def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, Window, Guard]:

@@ -71,14 +71,16 @@ class Guard:
 
     def __init__(self, spike_factor: float, device: torch.device, values: list[float] | None = None) -> None:
         self._spike_factor = spike_factor
-        # Running mean of the loss, steps in it, steps skipped in all, steps skipped in a row.
-        self._values_4 = torch.tensor(values or [0.0] * 4, dtype=torch.float64, device=device)
+        # Running mean of the loss, steps in it, steps skipped in all, in a row up to now, and in a row at most.
+        values = list(values or [0.0] * 4)
+        values += values[3:] if len(values) == 4 else []  # as checkpoints of before have it
+        self._values_5 = torch.tensor(values, dtype=torch.float64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def veto(self, step_loss: Tensor) -> Tensor:
         """1.0 where the loss is no number or stands out, else 0.0; on the device."""
         self._loss = step_loss
-        mean, steps, _, _ = self._values_4
+        mean, steps, *_ = self._values_5
         stands_out = (steps >= _STEPS_BEFORE_SPIKES_COUNT) & (step_loss > self._spike_factor * mean)
         if self._spike_factor == 0:
             stands_out = torch.zeros_like(stands_out)
@@ -86,23 +88,28 @@ class Guard:
 
     def count(self, skipped: Tensor) -> None:
         """After the step: whether its update was not made (1.0), whoever prevented it."""
-        mean, steps, total, in_a_row = self._values_4
+        mean, steps, total, in_a_row, longest = self._values_5
         weight = torch.clamp(1.0 / (steps + 1.0), min=_MEAN_WEIGHT)
         one = torch.ones_like(mean)
-        made = torch.stack((mean + weight * (self._loss - mean), steps + one, total, torch.zeros_like(mean)))
-        not_made = torch.stack((mean, steps, total + one, in_a_row + one))
-        self._values_4 = torch.where(skipped > 0, not_made, made)
+        made = torch.stack((mean + weight * (self._loss - mean), steps + one, total, torch.zeros_like(mean), longest))
+        not_made = torch.stack((mean, steps, total + one, in_a_row + one, torch.maximum(longest, in_a_row + one)))
+        self._values_5 = torch.where(skipped > 0, not_made, made)
 
     @property
     def num_skipped(self) -> int:
         """Steps skipped since the run began; waits for the device."""
-        return int(self._values_4[2])
+        return int(self._values_5[2])
 
     @property
     def num_in_a_row(self) -> int:
         """Steps skipped since the last update; waits for the device."""
-        return int(self._values_4[3])
+        return int(self._values_5[3])
+
+    @property
+    def longest_in_a_row(self) -> int:
+        """The most steps skipped in a row since the run began, also where updates followed; waits for the device."""
+        return int(self._values_5[4])
 
     def values(self) -> list[float]:
         """What to save."""
-        return self._values_4.tolist()
+        return self._values_5.tolist()

@@ -24,7 +24,7 @@ from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import DenoiserTask
-from segdiff_dist.training import sharded_state
+from segdiff_dist.training import checkpoint, sharded_state
 from segdiff_dist.training.checkpoint import CheckpointWriter, complete_ones
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import average_snapshots, is_exported
@@ -281,6 +281,50 @@ def test_a_loss_or_gradient_that_is_no_number_costs_its_step_and_many_stop_the_r
     for kind in ("online", "ema_0.1"):
         for weights in SavedState(tmp_path / "checkpoints" / f"{32:012d}", 1).full(kind).values():
             assert torch.isfinite(weights).all()
+
+
+def _without_a_loss(monkeypatch: pytest.MonkeyPatch, positions: range) -> None:
+    loss = DenoiserTask.loss
+
+    def spoilt(self: DenoiserTask, forward: Any, batch: Batch) -> Any:
+        found, told = loss(self, forward, batch)
+        return (found * float("nan") if int(batch.position_B[0]) in positions else found), told
+
+    monkeypatch.setattr(DenoiserTask, "loss", spoilt)
+
+
+DIVERGING: dict[str, Any] = {"max_skipped_steps": 5, "keep_checkpoints": 1, "checkpoint_every_images": 8}
+
+
+def test_the_checkpoint_from_before_a_streak_of_skipped_steps_is_kept_named_and_gone_on_from(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _without_a_loss(patch, range(40, 200))
+        with pytest.raises(TrainingStopped, match=r"from before the first of them is .*000000000040, and the same"):
+            run_training(shapes, tmp_path, **DIVERGING)
+    weights = json.loads((tmp_path / "weights" / "exported.json").read_text())
+    assert weights["images_seen"] == 40
+    assert [one.name for one in checkpoint.complete_ones(tmp_path / "checkpoints")] == [f"{40:012d}"]
+    # What spoilt the steps is gone: the same call ends as a run that never met it.
+    assert run_training(shapes, tmp_path, **DIVERGING) == run_training(shapes, tmp_path / "well", **DIVERGING)
+
+
+def test_a_streak_that_ended_between_two_lines_of_the_log_stops_the_run_too(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_a_loss(monkeypatch, range(24, 64))
+    with pytest.raises(TrainingStopped, match=r"5 steps in a row up to 96 images.*000000000024"):
+        run_training(shapes, tmp_path, log_every_images=96, **DIVERGING)
+
+
+def test_a_run_that_never_learned_names_no_checkpoint(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_a_loss(monkeypatch, range(200))
+    with pytest.raises(TrainingStopped, match=r"No checkpoint is from before.*lower lr"):
+        run_training(shapes, tmp_path, **DIVERGING)
+    assert not (tmp_path / "weights").exists()
 
 
 def test_a_spike_is_skipped_and_the_rest_is_as_if_it_had_not_been() -> None:
