@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from data_shards.documents import read_json, reading
 from data_shards.fan_out import num_cores
 from data_shards.labels import UNUSED
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES
-from segdiff_dist.config import write_text_atomically
+from segdiff_dist.config import validate, write_text_atomically
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 # More at once is not faster.
 _MOST_AT_ONCE = 16
 _UNET, _SCHEDULER, _ABOUT = "unet", "scheduler", "segdiff.json"
+_RESTORE = "copy the folder again from where it was written"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class SegGuidedPipeline:
         if not (folder / _ABOUT).is_file():
             remedy = "give what `segdiff export --run RUN --format pipeline OUT` wrote"
             raise problem(folder, "pipeline", f"no {_ABOUT}", remedy)
-        about = json.loads((folder / _ABOUT).read_text())
-        diffusion, sampler = DiffusionConfig(**about["diffusion"]), SamplerConfig(**about["sampler"])
+        about = read_json(folder / _ABOUT, _RESTORE)
+        with reading(folder / _ABOUT, "the description of a pipeline", _RESTORE):
+            diffusion = validate(DiffusionConfig, about["diffusion"], folder / _ABOUT)
+            sampler = validate(SamplerConfig, about["sampler"], folder / _ABOUT)
         return cls.from_weights(folder / _UNET, diffusion, sampler, device=device, precision=precision)
 
     @classmethod
@@ -195,8 +199,11 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
     """
     import diffusers
 
-    shutil.copytree(weights, folder / _UNET)
-    about = json.loads((weights / _ABOUT).read_text())
+    # Not copytree, which gathers what goes wrong, a full disk too, into an error of its own.
+    (folder / _UNET).mkdir()
+    for file in sorted(file for file in weights.iterdir() if file.is_file()):
+        shutil.copyfile(file, folder / _UNET / file.name)
+    about = read_json(weights / _ABOUT, _RESTORE)
     process, own = _trained_process(weights, diffusion), _without_segmenter(sampler.resolved())
     make_scheduler(process).save_pretrained(folder / _SCHEDULER)
     content = {"diffusion": process.process, "sampler": asdict(own)}
@@ -213,8 +220,10 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
 
 def _trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConfig:
     """What sampling must know of the process that the net was trained on."""
-    said = json.loads((weights / _ABOUT).read_text()).get("diffusion", {})
-    return DiffusionConfig(**{name: said.get(name, value) for name, value in otherwise.process.items()})
+    with reading(weights / _ABOUT, "the description of a denoiser", _RESTORE):
+        said = read_json(weights / _ABOUT, _RESTORE).get("diffusion", {})
+        values = {name: said.get(name, value) for name, value in otherwise.process.items()}
+        return validate(DiffusionConfig, values, weights / _ABOUT)
 
 
 def _without_segmenter(sampler: SamplerConfig) -> SamplerConfig:

@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_shards.documents import read_json, reading
 from data_shards.feed.loader import Loader, LoaderConfig
 from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
-from data_shards.problems import Problem, problem
+from data_shards.problems import Problem, problem, refuse, removed_on_failure
 from data_shards.records import MODALITIES, Batch
-from segdiff_dist.config import with_usual_mode, write_text_atomically
+from segdiff_dist.config import validate, with_usual_mode, write_text_atomically
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -37,6 +39,8 @@ _EPSILON = 1e-6
 # Group normalisation instead of MONAI's instance normalisation: it keeps how bright an image is, and unlike batch
 # normalisation it has no running statistics that an average of the weights would not fit.
 _NORM_GROUPS = 8
+# Of a net that is read: beyond what anybody trains.
+_MOST_LEVELS, _MOST_UNITS, _LARGEST_KERNEL = 12, 16, 15
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,20 @@ class SegmenterConfig:
             remedy = f"{len(self.channels)} levels halve {size} pixels unevenly"
             found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
         return found
+
+
+def _shape_problems(config: SegmenterConfig, where: Path) -> list[Problem]:
+    """Of a description that anybody may have written: shapes that cannot be built, or not in any time."""
+    fits = (
+        2 <= len(config.channels) <= _MOST_LEVELS
+        and all(c >= 1 and c % _NORM_GROUPS == 0 for c in config.channels)
+        and config.first_stride in (1, 2)
+        and 0 <= config.num_res_units <= _MOST_UNITS
+        and 1 <= config.kernel_size <= _LARGEST_KERNEL
+    )
+    return (
+        [] if fits else [Problem(str(where), "segmenter", "not a net's shape", "restore the file that training wrote")]
+    )
 
 
 class SegmenterNet(nn.Module):
@@ -243,25 +261,19 @@ class Segmenter:
     @classmethod
     def load(cls, weights: Path, device: torch.device | str = "cpu") -> Segmenter:
         """The segmenter that training wrote to `weights`; refused where it is not there or not whole."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         if not (weights / _ABOUT).is_file():
-            raise problem(weights, "segmenter", "not found", "train it first: `segdiff train-segmenter --config F`")
-        about = json.loads((weights / _ABOUT).read_text())
-        table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
-        config = SegmenterConfig(
-            channels=tuple(about["channels"]),
-            first_stride=about["first_stride"],
-            num_res_units=about["num_res_units"],
-            kernel_size=about["kernel_size"],
-        )
-        net = SegmenterNet(config, table.num_classes)
-        try:
-            net.load_state_dict(load_file(weights / _WEIGHTS))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            remedy = f"remove {weights} and run `segdiff train-segmenter` again: it exports it from its checkpoint"
-            raise problem(weights, "segmenter", f"cannot be read: {str(error).splitlines()[0]}", remedy) from error
+            remedy = "train it first: `segdiff train-segmenter --run RUN --data SHARDS`"
+            raise problem(weights, "segmenter", "not found", remedy)
+        remedy = f"remove {weights} and run `segdiff train-segmenter` again: it exports it from its checkpoint"
+        refuse_damaged(weights, "segmenter", remedy)
+        about = read_json(weights / _ABOUT, remedy, "the description of a segmenter")
+        with reading(weights / _ABOUT, "the description of a segmenter", remedy):
+            table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
+            shape = {name: about[name] for name in ("channels", "first_stride", "num_res_units", "kernel_size")}
+            config = validate(SegmenterConfig, shape, weights / _ABOUT)
+            refuse(_shape_problems(config, weights / _ABOUT))
+        files = [("", weights / _WEIGHTS)]
+        net = read_weights(files, lambda: SegmenterNet(config, table.num_classes), "segmenter", remedy)
         digest = hashlib.sha256((weights / _WEIGHTS).read_bytes()).hexdigest()
         return cls(net, table, digest, torch.device(device))
 
@@ -294,9 +306,9 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{_WEIGHTS}.unfinished"
-    save_file({k: v.contiguous() for k, v in weights.items()}, unfinished)
-    with_usual_mode(unfinished).replace(folder / _WEIGHTS)
+    with removed_on_failure(folder / f".{_WEIGHTS}.unfinished") as unfinished:
+        save_file({k: v.contiguous() for k, v in weights.items()}, unfinished)
+        with_usual_mode(unfinished).replace(folder / _WEIGHTS)
     about = {
         "channels": config.channels,
         "first_stride": config.first_stride,
@@ -305,3 +317,4 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
         "label_table": asdict(table),
     }
     write_text_atomically(folder / _ABOUT, json.dumps(about, indent=2) + "\n")
+    write_digests(folder, (_WEIGHTS, _ABOUT))

@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from data_shards.documents import read_json, reading
 from data_shards.labels import LabelTable
-from data_shards.problems import Problem, problem
+from data_shards.problems import Problem, problem, refuse, removed_on_failure
 from data_shards.records import Batch
 from segdiff_dist.attention import AttentionBackend, choose_attention, set_attention
-from segdiff_dist.config import with_usual_mode
+from segdiff_dist.config import validate, with_usual_mode
 from segdiff_dist.denoising.conditioning import (
     NULL_MASK,
     NUM_CLASSES,
@@ -31,7 +32,11 @@ from segdiff_dist.denoising.conditioning import (
     MaskJoin,
     class_ids,
 )
+from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
+
+# Beyond what fits into any GPU.
+_MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 
 
 @dataclass(frozen=True)
@@ -169,48 +174,53 @@ class Denoiser(nn.Module):
         # Written beside and moved file by file: whoever is killed or reads meanwhile never sees half a file.
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        prefix = "unet."
-        unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
-        save_file(unet_weights, unfinished / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        self.unet.save_config(unfinished)
-        rest = {k: v.contiguous() for k, v in weights.items() if not k.startswith(prefix)}
-        if rest:
-            save_file(rest, unfinished / "mask_encoder.safetensors")
-        about = dict(training or {})
-        about |= {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
-        (unfinished / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
-        folder.mkdir(exist_ok=True)
-        for file in sorted(unfinished.iterdir()):
-            with_usual_mode(file).replace(folder / file.name)
-        unfinished.rmdir()
+        with removed_on_failure(unfinished):
+            unfinished.mkdir(parents=True)
+            prefix = "unet."
+            unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
+            save_file(unet_weights, unfinished / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            self.unet.save_config(unfinished)
+            rest = {k: v.contiguous() for k, v in weights.items() if not k.startswith(prefix)}
+            if rest:
+                save_file(rest, unfinished / "mask_encoder.safetensors")
+            about = dict(training or {})
+            about |= {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
+            (unfinished / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
+            write_digests(unfinished, sorted(file.name for file in unfinished.iterdir()))
+            folder.mkdir(exist_ok=True)
+            for file in sorted(unfinished.iterdir()):
+                with_usual_mode(file).replace(folder / file.name)
+            unfinished.rmdir()
 
     @classmethod
     def load(cls, folder: Path, attention: AttentionBackend = "auto", kernels: Kernels = "auto") -> Denoiser:
         """The denoiser that `save` wrote, in fp32 on the CPU. Weights that cannot be read, are another network's or are
         not finite are refused."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         if not (folder / "segdiff.json").is_file():
-            raise problem(folder, "weights", "not found", "train first: `segdiff train --config F`")
-        about = json.loads((folder / "segdiff.json").read_text())
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["denoiser"].items()}
-        config = DenoiserConfig(**{**values, "attention": attention, "kernels": kernels})
-        table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
-        model = cls(config, table, about["size"])
+            raise problem(folder, "weights", "not found", "train first: `segdiff train --run RUN --data SHARDS`")
         remedy = f"remove {folder.parent} and run `segdiff train` again: it exports them from the newest checkpoint"
-        try:
-            weights = {f"unet.{k}": v for k, v in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
-            if (folder / "mask_encoder.safetensors").is_file():
-                weights |= load_file(folder / "mask_encoder.safetensors")
-            model.load_state_dict(weights)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise problem(folder, "weights", f"cannot be read: {str(error).splitlines()[0]}", remedy) from error
-        spoilt = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
-        if spoilt:
-            raise problem(folder, "weights", f"not finite, as {spoilt[0]}", "sample from another average or checkpoint")
-        return model.eval()
+        refuse_damaged(folder, "weights", remedy)
+        about_file, what = folder / "segdiff.json", "the description of a denoiser"
+        about = read_json(about_file, remedy, what)
+        with reading(about_file, what, remedy):
+            config = validate(DenoiserConfig, about["denoiser"], about_file)
+            config = replace(config, attention=attention, kernels=kernels)
+            table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
+            size = int(about["size"])
+            refuse(config.problems(size) + _size_problems(config, size, about_file))
+        files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]
+        if (folder / "mask_encoder.safetensors").is_file():
+            files.append(("", folder / "mask_encoder.safetensors"))
+        return read_weights(files, lambda: cls(config, table, size), "weights", remedy).eval()
+
+
+def _size_problems(config: DenoiserConfig, size: int, where: Path) -> list[Problem]:
+    """Nets that nobody has trained, and that would take long to build even without memory."""
+    levels, layers = len(config.block_out_channels), config.layers_per_block
+    if levels <= _MOST_LEVELS and layers <= _MOST_LAYERS and 1 <= size <= _LARGEST_SIZE:
+        return []
+    value = f"{levels} levels of {layers} layers for {size} pixels"
+    return [Problem(str(where), "denoiser", value, "restore the file that training wrote")]
 
 
 def choose_kernels(requested: Kernels, device: torch.device) -> Literal["triton", "torch"]:

@@ -4,11 +4,13 @@ exists.
     rank_00000.safetensors, .json   one pair a rank (sharded_state.py)
     state.json                      images_seen and what else the loop goes on from, such as whose weights are best
     config.yaml                     the resolved config
-    COMPLETE                        written last, when every rank's files are safely on the disk
+    COMPLETE                        written last, when every rank's files are safely on the disk: the CRC-32C of
+                                    state.json, which every read compares; empty in checkpoints of before
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -18,11 +20,15 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from data_shards.problems import InputProblems, problem
+from data_shards.documents import checked, read_bytes, reading
+from data_shards.problems import InputProblems
+from data_shards.store.codecs import crc32c
 from segdiff_dist.ranks.distributed import Agreement, is_main, rank, world_size
 from segdiff_dist.training import sharded_state
 from segdiff_dist.training.sharded_state import ShardOfState, sync_folder, write_durably
@@ -79,10 +85,30 @@ def why_unusable(folder: Path, *, read_all: bool = False) -> str | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What the loop went on with; `ranks` says how many files there are. Raises InputProblems where it is damaged."""
-    try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise problem(folder, STATE, error, "remove this folder; the checkpoint before it is taken") from error
+    remedy, what = "remove this folder; the checkpoint before it is taken", "the state of a training"
+    with reading(folder, what, remedy, STATE):
+        content = read_bytes(folder / STATE, remedy)
+        marker = (folder / MARKER).read_text() if (folder / MARKER).is_file() else ""
+        if marker and int(marker) != crc32c(content):
+            raise ValueError("its bytes are not those that were written")
+        state: Any = json.loads(content)  # which may hold NaN, as the sums of a window do
+        checked(state, _State, folder / STATE, what, remedy)
+        if state["images_seen"] != int(folder.name):
+            raise ValueError(f"images_seen {state['images_seen']}")
+    return dict(state)
+
+
+class _State(TypedDict):
+    # `guard`, `window` and `shards_digest` are there in every checkpoint of a training.
+    images_seen: Annotated[int, Field(ge=0, lt=2**63)]
+    ranks: Annotated[int, Field(ge=1, le=2**20)]
+    best_score: NotRequired[float | int | None]
+    best_images_seen: NotRequired[Annotated[int, Field(ge=0, lt=2**63)] | None]
+    validated_images_seen: NotRequired[Annotated[int, Field(ge=0, lt=2**63)] | None]
+    shards_digest: NotRequired[str]
+    sound: NotRequired[bool]
+    guard: NotRequired[Annotated[list[float | int], Field(min_length=4, max_length=5)]]
+    window: NotRequired[dict[str, Annotated[list[float | int], Field(min_length=2, max_length=2)]]]
 
 
 def prune(checkpoints: Path, keep: int, keep_every_images: int | None = None) -> None:
@@ -135,6 +161,12 @@ def crossings(counts: Iterable[int], every: int) -> set[int]:
 def named_as_one(folder: Path) -> bool:
     """Whether a folder beside checkpoints has the name of one: copies and backups (000000000064.bak) have not."""
     return len(folder.name) >= _DIGITS and folder.name.isascii() and folder.name.isdigit() and folder.is_dir()
+
+
+def _failure(what: str, why: object) -> OSError:
+    """The error of a run whose last checkpoint failed, with the number by which a full disk is known."""
+    number = why.errno if isinstance(why, OSError) else None
+    return OSError(number or errno.EIO, f"{what}: {why}")
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
@@ -273,9 +305,10 @@ class CheckpointWriter:
         self.waited_s += time.perf_counter() - begin
         if must_succeed and self._last and self.lost == self._last:
             why = self._error or (self._writing and self._writing.exception()) or "another rank could not write"
-            raise OSError(f"the checkpoint could not be written: {why}")
+            raise _failure("the checkpoint could not be written", why)
         if must_succeed and self._error is not None:
-            raise OSError(f"the checkpoint is whole, but what follows from it could not be written: {self._error}")
+            what = "the checkpoint is whole, but what follows from it could not be written"
+            raise _failure(what, self._error)
 
     def _begin(self, images_seen: int) -> None:
         self._last, self._settled, self._error = images_seen, False, None
@@ -319,7 +352,7 @@ class CheckpointWriter:
         write_durably(folder / "config.yaml", self.config)
         write_durably(folder / STATE, json.dumps(values, indent=2) + "\n")
         sync_folder(self.checkpoints)
-        write_durably(folder / MARKER, "")
+        write_durably(folder / MARKER, f"{crc32c((folder / STATE).read_bytes())}\n")
 
     def _copy_of(self, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         if not self._staged:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from data_shards.problems import Problem, problem
+from data_shards.documents import read_json
+from data_shards.problems import InputProblems, Problem, problem, removed_on_failure
 from segdiff_dist.training import ema
 from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_as_one, read_state, why_unusable
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import ONLINE
-from segdiff_dist.training.sharded_state import SavedState, write_durably
+from segdiff_dist.training.sharded_state import SavedState, number_of, write_durably
+from segdiff_dist.weight_files import refuse_damaged, write_digests
 
 if TYPE_CHECKING:
     from segdiff_dist.training.loop import Task
@@ -71,7 +73,7 @@ class Exporter:
             self._snapshot(checkpoint)
             self._weights(checkpoint)
         except SafetensorError as error:  # its own error for what the system refused
-            raise OSError(f"{self.folder}: {error}") from error
+            raise OSError(number_of(error), str(error), str(self.folder)) from error
 
     def _snapshot(self, checkpoint: Path) -> None:
         """Keep the averages of the first checkpoint at or past each multiple of snapshot_every_images."""
@@ -87,8 +89,10 @@ class Exporter:
         for average in self.config.averages:
             path = folder / f"{average}.safetensors"
             # Not in half precision, as Karras et al. keep theirs: what it rounds away is more than the misfit.
-            save_file(saved.full(average), path.with_suffix(".unfinished"))
-            path.with_suffix(".unfinished").rename(path)
+            with removed_on_failure(path.with_suffix(".unfinished")) as unfinished:
+                save_file(saved.full(average), unfinished)
+                unfinished.rename(path)
+        write_digests(folder, [f"{average}.safetensors" for average in self.config.averages])
 
     def _weights(self, checkpoint: Path) -> None:
         state, note = read_state(checkpoint), _read_note(self.folder)
@@ -120,9 +124,11 @@ def is_exported(checkpoint: Path, folder: Path) -> bool:
 
 def _read_note(folder: Path) -> dict[str, Any]:
     """exported.json; empty where there is none that can be read."""
+    file = folder / "weights" / _EXPORTED
     try:
-        return json.loads((folder / "weights" / _EXPORTED).read_text())
-    except (OSError, ValueError):
+        note = read_json(file, "remove it")
+        return note if isinstance(note.get("images_seen"), int) else {}
+    except InputProblems:
         return {}
 
 
@@ -144,6 +150,7 @@ def average_snapshots(
 
     Raises InputProblems where there are no snapshots up to there.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     taken = _snapshots(run, config.averages)
@@ -154,8 +161,13 @@ def average_snapshots(
         raise problem(run / "snapshots", "images_seen", end, f"there: {have}; train with --train.snapshot-every-images")
     share_N = ema.reconstruct(used, (length, end))
     total: dict[str, Tensor] = {}
+    remedy = "remove this snapshot; the others give the average a little less exactly"
     for (length_of, t), part in zip(used, share_N, strict=True):
-        file = run / "snapshots" / checkpoint_name(t) / f"{ema.name_of(length_of)}.safetensors"
-        for name, values in load_file(file).items():
-            total[name] = total.get(name, torch.zeros(())) + part * values.double()
+        folder = run / "snapshots" / checkpoint_name(t)
+        refuse_damaged(folder, "snapshot", remedy)
+        try:
+            for name, values in load_file(folder / f"{ema.name_of(length_of)}.safetensors").items():
+                total[name] = total.get(name, torch.zeros(())) + part * values.double()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise problem(folder, "snapshot", f"cannot be read: {error}", remedy) from error
     return {name: values.float() for name, values in total.items()}, ema.misfit(used, (length, end))

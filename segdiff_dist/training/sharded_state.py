@@ -8,9 +8,11 @@ them. Safetensors hold numbers only, so a checkpoint from a stranger cannot run 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -20,10 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards.problems import Problem, problem
+from data_shards.documents import read_json, reading
+from data_shards.problems import InputProblems, Problem, problem
 
 # Read and checked in pieces of this size.
 _PIECE_BYTES = 16 * 2**20
+# In a file's header.
+_LAYOUT = "layout"
+_ANOTHER = "use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,10 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
     path = folder / file_name(rank)
     unfinished = path.with_suffix(".unfinished")
     tensors, extents = _packed(state)
-    header = {
-        "extents": json.dumps([astuple(e) for e in extents]),
-        "shapes": json.dumps(state.shapes),
-        "scalars": json.dumps(state.scalars),
-    }
+    # One entry: of several, safetensors writes another order each time, and a checkpoint's bytes are to be a function
+    # of what is in it.
+    layout = {"extents": [astuple(e) for e in extents], "shapes": state.shapes, "scalars": state.scalars}
+    header = {_LAYOUT: json.dumps(layout)}
     try:
         save_file(tensors, unfinished, metadata=header)
         with unfinished.open("rb") as stream:
@@ -90,9 +95,15 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
         raise
     except Exception as error:  # safetensors gives its own error for what the system refused
         unfinished.unlink(missing_ok=True)
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(number_of(error), str(error), str(path)) from error
     written = {"bytes": path.stat().st_size, "crc32c": checksum}
     write_durably(path.with_suffix(".json"), json.dumps(written) + "\n")
+
+
+def number_of(error: Exception) -> int:
+    """The errno of what safetensors says in words alone: "... (os error 28)". EIO where it says none."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else errno.EIO
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -129,7 +140,7 @@ def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:
     for rank in range(num_files):
         path = folder / file_name(rank)
         try:
-            expected = json.loads(path.with_suffix(".json").read_text())
+            expected = read_json(path.with_suffix(".json"), "remove this checkpoint")
             found = path.stat().st_size
             if found != expected["bytes"]:
                 return f"{path.name} has {found} bytes of {expected['bytes']}"
@@ -137,6 +148,8 @@ def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:
                 with path.open("rb") as stream:
                     if _crc32c(stream) != expected["crc32c"]:
                         return f"{path.name} does not match its checksum"
+        except InputProblems as error:
+            return f"{path.name}: {error.problems[0].value}"
         except (OSError, ValueError, KeyError) as error:
             return f"{path.name}: {error}"
     return None
@@ -146,20 +159,34 @@ class SavedState:
     """The state that `num_files` ranks wrote to a folder."""
 
     def __init__(self, folder: Path, num_files: int) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.folder = folder
-        self._files = [safe_open(folder / file_name(rank), "pt") for rank in range(num_files)]
         self._where: dict[str, list[tuple[Extent, int]]] = {}
-        for number, file in enumerate(self._files):
-            header = file.metadata()
-            for values in json.loads(header["extents"]):
-                extent = Extent(*values)
-                self._where.setdefault(extent.parameter, []).append((extent, number))
-            if number == 0:
-                self.shapes = {k: tuple(v) for k, v in json.loads(header["shapes"]).items()}
-                self.scalars: dict[str, float] = json.loads(header["scalars"])
-                self.kinds = sorted({key.rpartition(".")[0] for key in file.keys()})  # noqa: SIM118 (no mapping)
+        with reading(folder, "the state of a training", _ANOTHER):
+            try:
+                self._files = [safe_open(folder / file_name(rank), "pt") for rank in range(num_files)]
+            except SafetensorError as error:
+                raise ValueError(str(error)) from error
+            for number, file in enumerate(self._files):
+                layout = _layout_of(file.metadata())
+                sizes = _sizes(file)
+                if number == 0:
+                    self.shapes = {str(k): tuple(map(int, v)) for k, v in layout["shapes"].items()}
+                    self.scalars: dict[str, float] = {str(k): float(v) for k, v in layout["scalars"].items()}
+                    self.kinds = sorted({key.rpartition(".")[0] for key in sizes})
+                for values in layout["extents"]:
+                    extent = Extent(str(values[0]), *map(int, values[1:]))
+                    self._refuse_outside(extent, sizes)
+                    self._where.setdefault(extent.parameter, []).append((extent, number))
+
+    def _refuse_outside(self, extent: Extent, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError for what leads out of a parameter, or of the file."""
+        length = extent.stop - extent.start
+        whole = math.prod(self.shapes[extent.parameter])
+        held = min(sizes.get(f"{kind}.{extent.shard}", -1) for kind in self.kinds)
+        if not (0 <= extent.start < extent.stop <= whole and 0 <= extent.offset <= held - length):
+            raise ValueError(f"{extent} leads out of its file")
 
     def problems_for(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Problem]:
         """How the parameters differ from those of a model: another architecture, key by key."""
@@ -189,12 +216,15 @@ class SavedState:
                 filled += high - low
             if filled != wanted.stop - wanted.start:
                 value = f"{filled} of {wanted.stop - wanted.start} elements of {kind}"
-                raise problem(self.folder, wanted.parameter, value, "use another checkpoint")
+                raise problem(self.folder, wanted.parameter, value, _ANOTHER)
 
     def full(self, kind: str) -> dict[str, Tensor]:
         """Every parameter of a kind, whole: fp32 on the CPU."""
         whole = {}
         for name, shape in self.shapes.items():
+            held = sum(saved.stop - saved.start for saved, _ in self._where.get(name, ()))
+            if held < math.prod(shape):  # before memory is taken for it
+                raise problem(self.folder, name, f"{held} of {math.prod(shape)} elements of {kind}", _ANOTHER)
             flat = torch.empty(math.prod(shape))
             self.fill(kind, [Extent(name, 0, flat.numel(), 0, 0)], [flat])
             whole[name] = flat.view(shape)
@@ -218,6 +248,21 @@ def _packed(state: ShardOfState) -> tuple[dict[str, Tensor], list[Extent]]:
         pieces = [shards[e.shard].view(-1)[e.offset : e.offset + e.stop - e.start] for e in state.extents]
         tensors[f"{kind}.0"] = torch.cat(pieces) if pieces else torch.empty(0)
     return tensors, packed
+
+
+def _layout_of(header: Mapping[str, str]) -> dict[str, Any]:
+    """Extents, shapes and scalars; checkpoints of before have an entry for each."""
+    if _LAYOUT in header:
+        return dict(json.loads(header[_LAYOUT]))
+    return {name: json.loads(header[name]) for name in ("extents", "shapes", "scalars")}
+
+
+def _sizes(file: Any) -> dict[str, int]:
+    """Elements of each flat tensor of a file."""
+    shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no mapping)
+    if any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError("its tensors are not flat")
+    return {key: int(shape[0]) for key, shape in shapes.items()}
 
 
 def _crc32c(stream: Any) -> int:

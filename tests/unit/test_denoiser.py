@@ -141,6 +141,7 @@ def test_weights_from_before_soft_masks_are_loaded(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "segdiff.json").read_text())
     del about["denoiser"]["soft_masks"]
     (tmp_path / "segdiff.json").write_text(json.dumps(about))
+    (tmp_path / "digests.json").unlink()  # likewise of later
     assert torch.equal(model(*inputs()), Denoiser.load(tmp_path)(*inputs()))
 
 
@@ -184,7 +185,7 @@ def test_missing_weights_are_a_problem_for_people(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"), [("cut", "cannot be read"), ("gone", "cannot be read"), ("nan", "not finite")]
+    ("harm", "told"), [("cut", "not those that were written"), ("gone", "missing"), ("nan", "not finite")]
 )
 def test_broken_weights_are_a_problem_for_people(tmp_path: Path, harm: str, told: str) -> None:
     model = Denoiser(SMALL, AMOS, 16)
@@ -197,5 +198,5 @@ def test_broken_weights_are_a_problem_for_people(tmp_path: Path, harm: str, told
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "gone":
         file.unlink()
-    with pytest.raises(InputProblems, match="not finite" if harm == "nan" else "cannot be read"):
+    with pytest.raises(InputProblems, match=told):
         Denoiser.load(tmp_path / "ema")

@@ -1,0 +1,116 @@
+"""Weights in folders, as they are written and read: with the digest of every file, and never built before their shapes
+are known to fit.
+
+    FOLDER/digests.json     CRC-32C and bytes of the files that make the net; folders of before have none
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from data_shards.documents import read_json, reading
+from data_shards.problems import InputProblems, Problem, problem, refuse
+from segdiff_dist.config import write_text_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Net = TypeVar("Net", bound="nn.Module")
+
+DIGESTS = "digests.json"
+# A folder is replaced file by file, in a moment; a reader looks again before it calls that damage.
+_LOOKS, _PAUSE_S = 5, 0.2
+
+
+def write_digests(folder: Path, names: Iterable[str]) -> None:
+    """Leave digests.json for files of a folder."""
+    from data_shards.store.set_index import file_crc32c
+
+    files = [folder / name for name in names]
+    digests = {file.name: {"bytes": file.stat().st_size, "crc32c": file_crc32c(file)} for file in files}
+    write_text_atomically(folder / DIGESTS, json.dumps(digests, indent=1, sort_keys=True) + "\n")
+
+
+def refuse_damaged(folder: Path, what: str, remedy: str) -> None:
+    """Compare a folder's files with its digests.json, where it has one. Raises InputProblems, a problem a file."""
+    for look in range(_LOOKS):
+        found = _damage(folder, what, remedy)
+        if not found:
+            return
+        if look < _LOOKS - 1:
+            time.sleep(_PAUSE_S)
+    refuse(found)
+
+
+def _damage(folder: Path, what: str, remedy: str) -> list[Problem]:
+    from data_shards.store.set_index import file_crc32c
+
+    file = folder / DIGESTS
+    if not file.is_file():
+        return []
+    found = []
+    try:
+        digests = read_json(file, remedy, "the digests of a folder of weights")
+        with reading(file, "the digests of a folder of weights", remedy):
+            for name, expected in digests.items():
+                path = folder / Path(name).name
+                if not path.is_file():
+                    found.append(Problem(str(path), what, "missing", remedy))
+                elif path.stat().st_size != expected["bytes"] or file_crc32c(path) != expected["crc32c"]:
+                    found.append(Problem(str(path), what, "its bytes are not those that were written", remedy))
+    except InputProblems as error:
+        found += error.problems
+    return found
+
+
+def read_weights(files: Iterable[tuple[str, Path]], make: Callable[[], Net], what: str, remedy: str) -> Net:
+    """The net that `make` builds, with the weights of `files`: (what stands before the names in a file, file).
+
+    The net is built without memory first: a few bytes of a description can ask for more than a machine has. Raises
+    InputProblems: files that cannot be read, another net's, values that are not finite.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    files = list(files)
+    where = files[0][1].parent
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for prefix, file in files:
+            with safe_open(file, "pt") as opened:
+                shapes |= {f"{prefix}{key}": tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        with reading(where, "the description of a net", remedy, what), torch.device("meta"):
+            expected = {name: tuple(value.shape) for name, value in make().state_dict().items()}
+        refuse(_differences(where, what, shapes, expected, remedy))
+        net = make()
+        weights: dict[str, Tensor] = {}
+        for prefix, file in files:
+            weights |= {f"{prefix}{key}": value for key, value in load_file(file).items()}
+        net.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputProblems):
+            raise
+        raise problem(where, what, f"cannot be read: {(str(error).splitlines() or [''])[0][:200]}", remedy) from error
+    spoilt = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
+    if spoilt:
+        raise problem(where, what, f"not finite, as {spoilt[0]}", "use another average or checkpoint")
+    return net
+
+
+def _differences(
+    where: Path, what: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], remedy: str
+) -> list[Problem]:
+    """The first parameter of which file and description differ, and how many do."""
+    differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    if not differing:
+        return []
+    name = differing[0]
+    shown = [("x".join(map(str, one[name])) or "a number") if name in one else "nothing" for one in (found, expected)]
+    value = f"another net's: {name[:100]} is {shown[0]} in the file and {shown[1]} in the description"
+    more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+    return [Problem(str(where), what, value + more, remedy)]
