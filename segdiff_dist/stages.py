@@ -307,6 +307,7 @@ def report(experiment: Experiment) -> Path:
     from segdiff_dist.evaluation.comparison import open_runs
     from segdiff_dist.evaluation.comparison_report import COMPARISON, write_comparison
     from segdiff_dist.evaluation.job import draw
+    from segdiff_dist.evaluation.saved import drawing
 
     folders, out = experiment.runs, experiment.compared
     found = []
@@ -319,11 +320,12 @@ def report(experiment: Experiment) -> Path:
     _, runs = collect(lambda: refuse(found), lambda: open_runs(folders))
     if len(runs) > 1:
         page = out or Path(COMPARISON)
-        with locked(lock_beside(page), page, "is writing it"), saying_when_full(page):
+        with locked(lock_beside(page), page, "is writing it"), saying_when_full(page), drawing(runs[0].folder):
             return write_comparison(runs, page)
     [run] = runs
     amos_root = experiment.amos_root or run.settings.get("amos_root")
-    return draw(run.folder, amos_root=Path(amos_root) if amos_root else None)
+    with drawing(run.folder):
+        return draw(run.folder, amos_root=Path(amos_root) if isinstance(amos_root, str | Path) else None)
 
 
 def export(experiment: Experiment) -> str:

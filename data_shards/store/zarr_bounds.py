@@ -9,8 +9,10 @@ from typing import Any
 from data_shards.store.codecs import unzstd
 
 
-def is_plain_array(array: Any, shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...]) -> bool:
-    """Whether it is a sharded uint8 array of these shapes, its chunks compressed with zstd alone."""
+def is_plain_array(
+    array: Any, shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...] | None = None
+) -> bool:
+    """Whether it is a uint8 array of these shapes, sharded or not, its chunks compressed with zstd alone."""
     import zarr
 
     if not isinstance(array, zarr.Array) or array.metadata.zarr_format != 3 or array.dtype != "uint8":
@@ -18,6 +20,8 @@ def is_plain_array(array: Any, shape: tuple[int, ...], chunks: tuple[int, ...], 
     if (array.shape, array.chunks, array.shards) != (shape, chunks, shards):
         return False
     outer = [codec.to_dict() for codec in array.metadata.codecs]
+    if shards is None:
+        return [codec["name"] for codec in outer] == ["bytes", "zstd"]
     if [codec["name"] for codec in outer] != ["sharding_indexed"]:
         return False
     settings: Any = outer[0]["configuration"]

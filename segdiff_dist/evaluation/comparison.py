@@ -11,15 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.documents import read_json
 from data_shards.problems import InputProblems, Problem
 from segdiff_dist.config import flatten, read_yaml
 from segdiff_dist.evaluation.definitions import Definition
 from segdiff_dist.evaluation.pictures import Pictures
+from segdiff_dist.evaluation.saved import (
+    PREDICTIONS,
+    SAMPLES,
+    SUMMARY,
+    open_predictions,
+    read_rows,
+    read_summary,
+)
 from segdiff_dist.evaluation.summary import FORMAT_VERSION
 from segdiff_dist.evaluation.tracked import TrackedRun, tracked_run
 
-# What evaluation leaves, as far as it is read here.
-_SUMMARY, _SAMPLES, _PREDICTIONS = "summary.json", "samples.parquet", "predictions.zarr"
 _ALL = ("",)
 _OF_THE_SEGMENTER = ("dice_", "surface_dice_", "area_error_", "legacy_dice_", "segmenter_")
 _OF_INCEPTION = ("fid", "kid", "inception_")
@@ -168,25 +175,21 @@ def _same_mask(pictures: Sequence[Pictures], items: Sequence[int]) -> bool:
 
 
 def _open(folder: Path, name: str) -> EvaluatedRun:
-    import pyarrow.parquet as pq
-    import zarr
-
     problems = list(_find_problems(folder))
     if problems:
         raise InputProblems(problems)
-    evaluation = folder / "evaluation"
     columns = ["row", "target_modality", "headline"]
-    rows = pq.read_table(evaluation / _SAMPLES, columns=columns).to_pydict()
+    table = read_rows(folder, columns)
+    rows = table.to_pydict()
     slices = {(row, modality) for row, modality, headline in zip(*(rows[c] for c in columns), strict=True) if headline}
     config = folder / "config.yaml"
-    predictions: Any = zarr.open_group(evaluation / _PREDICTIONS, mode="r")
     return EvaluatedRun(
         name=name,
         folder=folder,
-        summary=json.loads((evaluation / _SUMMARY).read_text(encoding="utf-8")),
+        summary=read_summary(folder),
         settings=flatten(read_yaml(config)) if config.is_file() else {},
         slices=frozenset(slices),
-        side=int(predictions["gen"].shape[1]),
+        side=int(open_predictions(folder, table.num_rows)["gen"].shape[1]),
         tracked=tracked_run(folder),
     )
 
@@ -196,18 +199,18 @@ def _find_problems(folder: Path) -> Iterator[Problem]:
         yield Problem(str(folder), "run", "no such folder", "give the folder that training and sampling wrote")
         return
     remedy = f"run `segdiff evaluate --run {folder}`"
-    missing = [name for name in (_SUMMARY, _SAMPLES, _PREDICTIONS) if not (folder / "evaluation" / name).exists()]
+    missing = [name for name in (SUMMARY, SAMPLES, PREDICTIONS) if not (folder / "evaluation" / name).exists()]
     if missing:
         yield Problem(str(folder), "evaluation", f"{', '.join(missing)} not there", remedy)
         return
     try:
-        version = json.loads((folder / "evaluation" / _SUMMARY).read_text(encoding="utf-8")).get("format_version")
-    except (ValueError, AttributeError):
-        yield Problem(str(folder / "evaluation" / _SUMMARY), "evaluation", "not a summary", remedy)
+        version = read_json(folder / "evaluation" / SUMMARY, remedy).get("format_version")
+    except InputProblems:
+        yield Problem(str(folder / "evaluation" / SUMMARY), "evaluation", "not a summary", remedy)
         return
     if version != FORMAT_VERSION:
         value = f"{version}, this version of segdiff reads {FORMAT_VERSION}"
-        yield Problem(str(folder / "evaluation" / _SUMMARY), "format_version", value, remedy)
+        yield Problem(str(folder / "evaluation" / SUMMARY), "format_version", value, remedy)
 
 
 def _told(value: Any) -> str:

@@ -19,6 +19,7 @@ from segdiff_dist.evaluation import sample_figures as samples
 from segdiff_dist.evaluation.densities import clipping_of
 from segdiff_dist.evaluation.look import Drawn, Figure, save, styled
 from segdiff_dist.evaluation.pictures import Pictures
+from segdiff_dist.evaluation.saved import read_downstream, read_summary
 from segdiff_dist.evaluation.sharpness_figures import power_by_band
 
 INDEX = "index.json"
@@ -32,7 +33,7 @@ def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = F
     from tqdm import tqdm
 
     folder = run / "evaluation" / "figures"
-    summary = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(run)
     pictures, downstream = Pictures.open(run), read_downstream(run)
     partial = folder.with_name("figures.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -51,13 +52,6 @@ def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = F
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     return drawn
-
-
-def read_downstream(run: Path) -> dict[str, Any] | None:
-    """What `segdiff evaluate --downstream` left in RUN/downstream/summary.json."""
-    file = run / "downstream" / "summary.json"
-    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found
 
 
 def _all_figures(

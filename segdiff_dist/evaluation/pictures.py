@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from data_shards.labels import LabelTable
-from data_shards.problems import Problem, refuse
+from data_shards.problems import Problem, problem, refuse
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import differences
+from segdiff_dist.evaluation.saved import open_predictions, read_rows, read_summary
 from segdiff_dist.sampling.store import SampleStore, identity
 
 # Where in the order of Dice(mask, pred_gen) a gallery looks.
@@ -40,19 +40,19 @@ class Pictures:
     def open(cls, run: Path) -> Pictures:
         """Open what sampling and evaluation left in `run`. InputProblems where the samples, or the slices behind them,
         are no longer those that were measured: pictures would stand beside the numbers of others."""
-        import pyarrow.parquet as pq
-        import zarr
-
         store = SampleStore.open(run / "samples")
         shards = ShardSet.open(store.job["shards"])
         refuse(_changed_since(run, store, shards))
-        table = pq.read_table(run / "evaluation" / "samples.parquet", columns=list(_COLUMNS)).to_pydict()
+        table = read_rows(run, _COLUMNS)
+        if table.num_rows != len(store):
+            value = f"{table.num_rows:,} rows, {len(store):,} samples"
+            raise problem(run / "evaluation", "samples.parquet", value, f"run `segdiff evaluate --run {run}`")
         return cls(
-            rows={name: np.array(values) for name, values in table.items()},
+            rows={name: np.array(values) for name, values in table.to_pydict().items()},
             shards=shards,
             image=store.image,
             masks=store.mask,
-            predictions=zarr.open_group(run / "evaluation" / "predictions.zarr", mode="r"),
+            predictions=open_predictions(run, len(store)),
         )
 
     @property
@@ -164,7 +164,7 @@ class Pictures:
 
 def _changed_since(run: Path, store: SampleStore, shards: ShardSet) -> Iterator[Problem]:
     """What is not as it was when RUN/evaluation/summary.json was written."""
-    made_from = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))["provenance"]
+    made_from = read_summary(run)["provenance"]
     remedy = f"measure them: `segdiff evaluate --run {run}`"
     if differing := differences(identity(made_from["sample_job"]), identity(store.job)):
         key, measured, now = differing[0]

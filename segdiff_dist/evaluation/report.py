@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_shards.documents import read_bytes
 from data_shards.problems import removed_on_failure
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.definitions import DEFINITIONS
-from segdiff_dist.evaluation.figures import read_downstream
+from segdiff_dist.evaluation.saved import read_downstream, read_figures, read_summary
 from segdiff_dist.evaluation.sharpness import sharpness_messages
 from segdiff_dist.evaluation.tracked import TrackedRun, tracked_run
 from segdiff_dist.evaluation.trust import warnings
@@ -39,13 +39,11 @@ def write_report(run: Path) -> Path:
     """Write RUN/evaluation/report.html from summary.json, figures/ and, if they are there, config.yaml, mlflow.json and
     downstream/summary.json of RUN."""
     folder = run / "evaluation"
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    index = folder / "figures" / "index.json"
-    figures = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
+    summary, figures = read_summary(run), read_figures(run)
     for figure in figures:
         figure["source"] = png_url((folder / "figures" / figure["file"]).read_bytes())
     config = run / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else None
+    text = read_bytes(config, "remove it").decode(errors="replace") if config.is_file() else None
     page = render(run.resolve().name, summary, figures, text, tracked_run(run), read_downstream(run))
     return write_page(folder / REPORT, page)
 

@@ -10,18 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_shards.documents import read_json
 from data_shards.fan_out import ray_session
 from data_shards.ingest.prepare import find_problems
 from data_shards.locks import FOLDER_LOCK, locked
-from data_shards.problems import problem, refuse
+from data_shards.problems import InputProblems, problem, refuse
 from data_shards.store.set_index import file_sha256
 from segdiff_dist import stages
 from segdiff_dist.config import as_dict, to_yaml, write_text_atomically
+from segdiff_dist.evaluation.saved import read_summary
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits
@@ -105,7 +108,7 @@ def evaluate_once(column: Experiment) -> None:
     }
     mark, summary, report = folder / _MEASURED, folder / "summary.json", folder / "report.html"
     is_there = all(file.is_file() for file in (mark, summary, report))
-    if is_there and json.loads(mark.read_text()) == of | {"summary": file_sha256(summary)}:
+    if is_there and _marked(mark) == of | {"summary": file_sha256(summary)}:
         print(f"evaluate: measured already in {folder}; nothing to do")
         return
     mark.unlink(missing_ok=True)
@@ -113,9 +116,15 @@ def evaluate_once(column: Experiment) -> None:
     write_text_atomically(mark, json.dumps(of | {"summary": file_sha256(summary)}, indent=2) + "\n")
 
 
+def _marked(mark: Path) -> dict[str, Any]:
+    """What the mark says; nothing where it is damaged: it is measured again then."""
+    with suppress(InputProblems):
+        return read_json(mark, "remove it")
+    return {}
+
+
 def _summary(column: Experiment) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((column.path("run") / "evaluation" / "summary.json").read_text(encoding="utf-8"))
-    return found
+    return read_summary(column.path("run"))
 
 
 def _checked(settings: Table1Settings) -> Experiments:
