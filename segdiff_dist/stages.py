@@ -5,12 +5,12 @@ A stage that is done already does nothing and says so; one that was interrupted 
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_shards.documents import read_json
 from data_shards.feed.mixing import mix_groups
 from data_shards.locks import FOLDER_LOCK, lock_beside, locked, refuse_where_locked
 from data_shards.problems import (
@@ -187,7 +187,7 @@ def average(experiment: Experiment) -> tuple[Path, float]:
     folder = run / "weights" / wanted.name
     unfinished = folder.with_name(f".{folder.name}.unfinished")  # Denoiser.save's
     with locked(lock_beside(folder), folder, "is writing it"), saying_when_full(folder), removed_on_failure(unfinished):
-        model.save(folder, weights, json.loads((like / "segdiff.json").read_text()))
+        model.save(folder, weights, read_json(like / "segdiff.json", "copy the weights again"))
     return folder, misfit
 
 

@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from data_shards.documents import checked, read_json
 from data_shards.problems import removed_on_failure
 from data_shards.records import SliceMeta
 from data_shards.store.set_index import write_atomically
@@ -45,10 +48,11 @@ def write_partial(
 def stamp_of(path: Path) -> str | None:
     """The stamp of a finished partial; None where there is none, or one that a lost machine left half on its disk."""
     try:
-        content = json.loads(path.with_suffix(".json").read_bytes())
-        whole = path.with_suffix(".bin").stat().st_size == content["bytes"]
-        return str(content["stamp"]) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        content = _described(path)
+        for values, _ in content["samples"]:
+            SliceMeta.from_json(values)
+        return str(content["stamp"]) if path.with_suffix(".bin").stat().st_size == content["bytes"] else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -64,7 +68,7 @@ class Summary:
 
 def summarise(path: Path) -> Summary:
     """Of a finished partial."""
-    content = json.loads(path.with_suffix(".json").read_bytes())
+    content = _described(path)
     sources = frozenset(meta["mask_source"] for meta, _ in content["samples"])
     return Summary(content["stamp"], len(content["samples"]), sources, tuple(content.get("notes", ())))
 
@@ -81,7 +85,7 @@ class PartialRun:
 
     def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]:
         """Meta and parts, as write_partial was given them."""
-        described = json.loads(self.path.with_suffix(".json").read_bytes())["samples"]
+        described = _described(self.path)["samples"]
         before = sum(sum(lengths.values()) for _, lengths in described[: self.start])
         with self.path.with_suffix(".bin").open("rb") as stream:
             stream.seek(before)
@@ -95,6 +99,23 @@ class PartialRun:
             return payload
         shape, dtype = self.format.shapes[part]
         return np.frombuffer(payload, dtype).reshape(shape)
+
+
+class _Content(TypedDict):
+    stamp: str
+    bytes: int
+    notes: NotRequired[list[str]]
+    samples: list[Annotated[list[dict[str, Any]], Field(min_length=2, max_length=2)]]
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """PATH.json. Raises InputProblems where it is not what write_partial wrote."""
+    file, what, remedy = path.with_suffix(".json"), "the description of a volume's slices", "remove it"
+    content = read_json(file, remedy, what)
+    checked(content, _Content, file, what, remedy)
+    for _, lengths in content["samples"]:
+        checked(lengths, dict[str, Annotated[int, Field(ge=0)]], file, what, remedy)
+    return content
 
 
 @cache

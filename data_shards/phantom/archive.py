@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_shards.documents import read_json
 from data_shards.ingest.masks import ANNOTATIONS, ANNOTATIONS_VERSION
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
-from data_shards.problems import Problem, refuse, removed_on_failure, saying_when_full
+from data_shards.problems import InputProblems, Problem, refuse, removed_on_failure, saying_when_full
 from data_shards.store.set_index import file_sha256
 
 # Raised whenever the same config would give other voxels, so that two generators never fill one folder.
@@ -129,10 +130,9 @@ def _problems_with_out(out: Path, config: PhantomConfig) -> list[Problem]:
         return [Problem(str(out), "OUT", "not a folder", "name a new folder")]
     if about_file.exists():
         try:
-            found = json.loads(about_file.read_text())
-        except ValueError as error:
-            remedy = "delete the folder or name a new one"
-            return [Problem(str(about_file), "content", f"not JSON ({error})", remedy)]
+            found = read_json(about_file, "delete the folder or name a new one", "JSON")
+        except InputProblems as error:
+            return list(error.problems)
         return _differences(about_file, found, _about(config))
     own = (_temporary(about_file).name, FOLDER_LOCK)
     if out.exists() and any(entry.name not in own for entry in out.iterdir()):

@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from data_shards.documents import read_json
 from data_shards.fan_out import Workers, num_cores, runner
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.locks import FOLDER_LOCK, locked
@@ -151,7 +152,9 @@ def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> It
         yield Problem(str(out), "output folder", "is the set that is to be converted", remedy)
     elif (out / INDEX).exists() or (out / PARTIAL / _PLAN).is_file():
         whole = (out / INDEX).exists()
-        made = read_index(out) if whole else json.loads((out / PARTIAL / _PLAN).read_bytes())
+        made = (
+            read_index(out) if whole else read_json(out / PARTIAL / _PLAN, f"remove {out}", "the plan of a conversion")
+        )
         asked = _asked(shards, config)
         then = {name: made.get(name) for name in asked}
         if whole:

@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from typing_extensions import TypedDict
 
+from data_shards.documents import checked, read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers
-from data_shards.problems import OutOfSpace, ShardFailed, out_of_space, removed_on_failure
+from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, out_of_space, removed_on_failure
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table, tar_store, zarr_store
 from data_shards.store.codecs import encode
 from data_shards.store.set_index import SAMPLES, SHARDS, UNFINISHED, write_atomically, write_index
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Payloads = dict[str, Any]  # part -> encoded bytes (webdataset) or pixels (zarr)
 _DONE, _PLAN = ".done", "plan.json"
@@ -137,7 +143,7 @@ def write_shards(
 
     format = tasks[0].format
     _start(out / UNFINISHED, tasks, num_samples, header)
-    waiting = [task for task in tasks if not task.done.exists()]
+    waiting = [task for task in tasks if not _is_done(task)]
     total = sum(num_samples.values())
     with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), desc="write shards", unit="shard") as bar:
         done: Done[ShardTask, str | None]
@@ -171,11 +177,11 @@ def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples:
     metadata: list[dict[str, Any]] = []
     first_files, tables = [], []
     for file in done:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content, rows = _read_done(file)
         first_files.append(len(in_shards))
         in_shards += content["shards"]
         metadata += content["metadata"]
-        tables.append(samples_table.read(file.with_suffix(".arrow")))
+        tables.append(rows)
     table = samples_table.joined(tables, first_files)
     assert table.num_rows == num_samples, f"{table.num_rows} rows, {num_samples} samples"
     with removed_on_failure(out / f"{SAMPLES}.unfinished") as unfinished:
@@ -188,6 +194,28 @@ def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples:
     for entry in (*in_shards, *metadata):
         entry["file"] = f"{SHARDS}/{entry['file']}"
     return write_index(out, header, in_shards, metadata, num_samples)
+
+
+class _Done(TypedDict):
+    shards: list[dict[str, Any]]
+    metadata: list[dict[str, Any]]
+
+
+def _read_done(file: Path) -> tuple[dict[str, Any], pa.Table]:
+    """Entries of index.json and rows of a finished shard. Raises InputProblems where they are not those written."""
+    what, remedy = "the description of a finished shard", "remove it, and start the same command again"
+    content = read_json(file, remedy, what)
+    checked(content, _Done, file, what, remedy)
+    with reading(file.with_suffix(".arrow"), "the rows of a finished shard", remedy):
+        return content, samples_table.read(file.with_suffix(".arrow"))
+
+
+def _is_done(task: ShardTask) -> bool:
+    """Whether a shard need not be written again."""
+    with suppress(InputProblems):
+        _read_done(task.done)
+        return True
+    return False
 
 
 @dataclass

@@ -7,7 +7,6 @@ Dimensions: B batch, C channels, H rows, W columns, S sampling steps from noise 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.problems import Problem
+from data_shards.documents import read_json, reading
+from data_shards.problems import InputProblems, Problem
 from data_shards.records import AXES, Batch
 from segdiff_dist.denoising.conditioning import Conditions, GuidanceRemoves
 from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, predicted_x_0
@@ -119,10 +119,15 @@ def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem
         return []
     from data_shards.labels import LabelTable
 
-    about = json.loads(file.read_text())["label_table"]
-    if LabelTable(about["name"], tuple(about["names"])) == table:
+    try:
+        with reading(file, "a segmenter's description", "copy the folder again, or train again"):
+            about = read_json(file, "copy the folder again, or train again")["label_table"]
+            found = LabelTable(about["name"], tuple(about["names"]))
+    except InputProblems as error:
+        return list(error.problems)
+    if found == table:
         return []
-    remedy = f"its labels are {about['name']!r}, the masks' {table.name!r}: train a segmenter on these"
+    remedy = f"its labels are {found.name!r}, the masks' {table.name!r}: train a segmenter on these"
     return [Problem("config", "sample.sampler.guidance_segmenter", str(sampler.guidance_segmenter), remedy)]
 
 

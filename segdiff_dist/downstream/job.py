@@ -13,16 +13,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_shards.documents import read_json
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.loader import LoaderConfig
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import Problem, problem, refuse, saying_when_full
-from data_shards.store.set_index import INDEX
+from data_shards.problems import InputProblems, Problem, problem, refuse, saying_when_full
+from data_shards.store.set_index import read_index
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import as_dict, differences, write_text_atomically
 from segdiff_dist.downstream.arms import trainings_of
@@ -162,7 +164,7 @@ def _problems(made: Downstream, size: int) -> Iterator[Problem]:
     yield from made.segmenter.problems(shards.size)
     before = made.folder / _SETTINGS
     if before.is_file():
-        old, new = json.loads(before.read_text()), _settings(made)
+        old, new = read_json(before, f"remove {made.folder}", "settings"), _settings(made)
         for key, was, now in differences(old, new):
             remedy = f"use that value, or remove {made.folder}"
             yield Problem(str(before), key, f"{was!r} there, {now!r} now", remedy)
@@ -188,6 +190,13 @@ def _settings(made: Downstream) -> dict[str, Any]:
     )
 
 
+def _provenance_of(out: Path) -> Any:
+    """What the set in `out` was made of; None where there is none that can be read."""
+    with suppress(InputProblems):
+        return read_index(out).get("synthetic")
+    return None
+
+
 def _as_shards(samples: SampleStore, real: ShardSet, out: Path) -> Path:
     """The images as a set that can be opened together with the real one; written once."""
     from tqdm import tqdm
@@ -197,7 +206,7 @@ def _as_shards(samples: SampleStore, real: ShardSet, out: Path) -> Path:
     from segdiff_dist.export.shards import write_shard_set
 
     finished = FinishedSamples.of(samples, None)
-    if (out / INDEX).is_file() and json.loads((out / INDEX).read_text()).get("synthetic") == finished.provenance:
+    if _provenance_of(out) == finished.provenance:
         return out
     shutil.rmtree(out, ignore_errors=True)
     iterated = tqdm(finished, total=len(finished), desc="as shards", unit="img")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.samplers import SamplerConfig
 from segdiff_dist.export.job import export_model
 from segdiff_dist.sampling.job import weights_digest
+from segdiff_dist.sampling.store_files import read_job
 from segdiff_dist.tracking.tracker import Tracker
 
 
@@ -24,7 +24,7 @@ def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> 
     """
     if not tracker.registers_models:
         return
-    job = json.loads((run / "samples" / "job.json").read_text())
+    job = read_job(run / "samples")
     tags = {"shards_digest": job["shards_digest"], "num_samples": str(summary["num_samples"])}
     tags |= {name: f"{entry['value']:.6g}" for name, entry in summary["metrics"].items()}
     if (memorised := summary.get("trust", {}).get("memorisation")) is not None:

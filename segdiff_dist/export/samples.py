@@ -6,7 +6,6 @@ Dimensions: H rows, W columns.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.documents import read_json, reading
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LABEL_TABLES, LabelTable
@@ -125,7 +125,8 @@ class FinishedSamples:
         # A job of an earlier version: its model knows the table, and the sets of `segdiff prepare` name theirs.
         model = Path(job["weights"]) / "segdiff.json"
         if model.is_file() and weights_digest(model.parent) == job["weights_digest"]:
-            return _label_table(model, json.loads(model.read_text())[LABELS])
+            with reading(model, "a model's description", "copy the weights again"):
+                return _label_table(model, read_json(model, "copy the weights again")[LABELS])
         name = self._preprocessing.get("label_set")
         if name not in LABEL_TABLES:
             remedy = "start the same `segdiff sample` again: it writes the table down"
