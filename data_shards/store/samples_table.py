@@ -162,6 +162,12 @@ def numbers(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(chunk.to_numpy(zero_copy_only=pa.types.is_primitive(chunk.type) and chunk.type != pa.bool_()))
 
 
+def largest_label(table: pa.Table) -> int:
+    """The highest id in `labels_present`; 0 where there is none."""
+    ids = [chunk.flatten().to_numpy() for chunk in table["labels_present"].chunks]
+    return max((int(one.max()) for one in ids if len(one)), default=0)
+
+
 def meta_of(table: pa.Table, row: int) -> SliceMeta:
     """The meta of one row."""
     values = table.slice(int(row), 1).to_pylist()[0]

@@ -342,6 +342,11 @@ def _disagreements(root: str, index: dict[str, Any], table: pa.Table, *, verify:
         value = f"{index['num_samples']} where {SAMPLES} has {table.num_rows} rows"
         yield Problem(f"{root}/{INDEX}", "num_samples", value, remedy)
         return
+    num_labels = len(index["label_table"]["names"])
+    if (largest := samples_table.largest_label(table)) >= num_labels:
+        value = f"{largest}, of {num_labels} labels in {INDEX}"
+        yield Problem(f"{root}/{SAMPLES}", "labels_present", value, remedy)
+        return
     entries = index["shards"]
     files = {part: Part.of(table, part) for part in PARTS}
     counted = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.documents import reading
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import MODALITIES
@@ -166,12 +167,14 @@ def _changed_since(run: Path, store: SampleStore, shards: ShardSet) -> Iterator[
     """What is not as it was when RUN/evaluation/summary.json was written."""
     made_from = read_summary(run)["provenance"]
     remedy = f"measure them: `segdiff evaluate --run {run}`"
-    if differing := differences(identity(made_from["sample_job"]), identity(store.job)):
+    with reading(run / "evaluation" / "summary.json", "the summary of an evaluation", remedy):
+        measured_job, measured_digest = identity(made_from["sample_job"]), made_from["shards_digest"]
+    if differing := differences(measured_job, identity(store.job)):
         key, measured, now = differing[0]
         value = f"others than were measured: {key} was {measured!r}, is {now!r}"
         yield Problem(str(store.path), "samples", value, remedy)
     elif missing := len(store.missing()):
         value = f"{missing:,} of {len(store):,} not there any more"
         yield Problem(str(store.path), "samples", value, "run the same `segdiff sample` again")
-    if shards.digest != made_from["shards_digest"]:
+    if shards.digest != measured_digest:
         yield Problem(shards.root, "digest", "not the shard set that was measured on", f"restore it, or {remedy}")

@@ -44,8 +44,8 @@ class _Diversity(TypedDict):
 
 
 class _Provenance(TypedDict):
-    sample_job: dict[str, Any]
-    shards_digest: str
+    sample_job: NotRequired[dict[str, Any]]
+    shards_digest: NotRequired[str]
     segmenter_sha256: NotRequired[str]
 
 
