@@ -63,6 +63,15 @@ def test_absurd_sizes_are_refused(shapes_set: Path, size: object) -> None:
         parse_index(json.dumps(index).encode(), "index.json")
 
 
+@pytest.mark.parametrize("name", ["x" * 10**6, "a\nb", "\x1b[31m", ["liver"], None, "background"])
+def test_label_tables_with_absurd_names_are_refused(shapes_set: Path, name: object) -> None:
+    index = json.loads((shapes_set / "index.json").read_bytes())
+    index["label_table"]["names"][1] = name
+    with pytest.raises(InputProblems, match=r"index\.json: content: not a shard set's index") as caught:
+        parse_index(json.dumps(index).encode(), "index.json")
+    assert len(str(caught.value)) < 1_000
+
+
 @pytest.mark.parametrize("codec", ["zstd", "png", "jpeg2000"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_payloads(codec: str, dtype: type) -> None:
