@@ -34,7 +34,15 @@ from data_shards.ingest.tool import ask, last_words, run_tool
 from data_shards.ingest.totalsegmentator import to_wholebody_ids
 from data_shards.ingest.volumes import UnreadableVolume
 from data_shards.locks import FOLDER_LOCK, locked
-from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, refuse, saying_when_full
+from data_shards.problems import (
+    InputProblems,
+    OutOfSpace,
+    Problem,
+    out_of_space,
+    refuse,
+    saying_when_full,
+    tells_of_full_disk,
+)
 from data_shards.records import MODALITIES
 from data_shards.store.set_index import file_sha256, write_atomically
 
@@ -48,6 +56,8 @@ _TOTALSEGMENTATOR_COMMAND = f"{_TOTALSEGMENTATOR} -i {{image}} -o {{mask}} --ml 
 _INSTALL = "pip install TotalSegmentator in an environment of its own and put its bin folder on PATH"
 _PLACEHOLDERS = ("image", "mask", "modality", "case_id")
 _PARTIAL = ".partial"
+# With less left, a tool that failed is taken to have failed for want of it: a mask compresses to some 100 KB.
+_LEAST_FREE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -331,7 +341,10 @@ def _make_mask(task: _Task) -> _Made:
     made, started = work / "made.nii.gz", time.monotonic()
     reason = run_tool(task.config.words(case, made), work / "tool.log", task.config.timeout_s)
     if reason:
-        return _Made(None, reason)
+        made.unlink(missing_ok=True)
+        # A tool whose disk is full may have no room to say so.
+        full = tells_of_full_disk(reason) or shutil.disk_usage(work).free < _LEAST_FREE_BYTES
+        return _Made(None, reason, full=full)
     if not made.is_file():
         return _Made(None, f"the tool ended well but wrote no mask{last_words(work / 'tool.log')}")
     try:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_shards.documents import read_json
 from data_shards.problems import InputProblems, Problem, problem, removed_on_failure
+from segdiff_dist.config import with_usual_mode
 from segdiff_dist.training import ema
 from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_as_one, read_state, why_unusable
 from segdiff_dist.training.config import TrainConfig
@@ -91,7 +92,7 @@ class Exporter:
             # Not in half precision, as Karras et al. keep theirs: what it rounds away is more than the misfit.
             with removed_on_failure(path.with_suffix(".unfinished")) as unfinished:
                 save_file(saved.full(average), unfinished)
-                unfinished.rename(path)
+                with_usual_mode(unfinished).rename(path)
         write_digests(folder, [f"{average}.safetensors" for average in self.config.averages])
 
     def _weights(self, checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_shards.documents import read_json, reading
 from data_shards.problems import InputProblems, Problem, problem
+from segdiff_dist.config import with_usual_mode
 
 # Read and checked in pieces of this size.
 _PIECE_BYTES = 16 * 2**20
@@ -89,7 +90,7 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
         with unfinished.open("rb") as stream:
             os.fsync(stream.fileno())
             checksum = _crc32c(stream)
-        unfinished.rename(path)
+        with_usual_mode(unfinished).rename(path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise

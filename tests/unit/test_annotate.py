@@ -28,7 +28,7 @@ from data_shards.ingest.archive import read_archive
 from data_shards.ingest.masks import find_wholebody_problems
 from data_shards.ingest.totalsegmentator import wholebody_id
 from data_shards.labels import WHOLEBODY
-from data_shards.problems import InputProblems
+from data_shards.problems import InputProblems, OutOfSpace
 from segdiff_dist.cli import main
 
 LIVER, HEART = WHOLEBODY.names.index("liver"), WHOLEBODY.names.index("heart")
@@ -260,6 +260,13 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(archive, tool: Tool, t
     assert b"make room and start the same command again" in done.stderr
     assert len(record_of(out)["cases"]) == 3
     assert annotate(archive.root, out, tool.config).num_kept == 3
+
+
+def test_a_tool_whose_disk_is_full_ends_the_command_and_leaves_nothing(archive, tool: Tool, tmp_path: Path) -> None:
+    command = "sh -c 'cat {image} > {mask}; echo No space left on device; exit 1'"
+    with pytest.raises(OutOfSpace, match="make room and start the same command again"):
+        annotate(archive.root, tmp_path / "whole", replace(tool.config, command=command))
+    assert not list((tmp_path / "whole").rglob("made.nii.gz"))
 
 
 def test_ctrl_c_stops_the_tools_and_the_same_command_goes_on(archive, tool: Tool, tmp_path: Path) -> None:
