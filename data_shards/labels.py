@@ -12,7 +12,6 @@ from dataclasses import dataclass
 BACKGROUND = "background"
 BODY = "body"
 UNUSED = "unused"
-_LONGEST_NAME = 100
 
 # Ids and names of AMOS 2022 (Ji et al. 2022, dataset.json), misspelt names put right.
 _AMOS_ORGANS = (
@@ -61,9 +60,6 @@ class LabelTable:
     def __post_init__(self) -> None:
         if not self.names or self.names[0] != BACKGROUND or len(set(self.names)) != len(self.names):
             raise ValueError(f"label table {self.name!r}: names must be unique and start with {BACKGROUND!r}")
-        if odd := [n for n in (self.name, *self.names) if len(n) > _LONGEST_NAME or not n.isprintable()]:
-            # They become legends, columns and lines of a terminal.
-            raise ValueError(f"label table: {odd[0][:40]!r}: names are one line of at most {_LONGEST_NAME} characters")
         if len(self.names) > 256:
             raise ValueError(f"label table {self.name!r}: {len(self.names)} ids do not fit into uint8")
 

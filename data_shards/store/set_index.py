@@ -163,6 +163,8 @@ def sound_samples_file(path: Path, where: object, index: dict[str, Any], remedy:
         raise problem(where, name, value, remedy)
 
 
+# They become legends, columns and lines of a terminal.
+_Name = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -185,8 +187,8 @@ class _Shard(_File):
 
 
 class _LabelTable(TypedDict):
-    name: str
-    names: Annotated[list[str], Field(min_length=1, max_length=256)]
+    name: _Name
+    names: Annotated[list[_Name], Field(min_length=1, max_length=256)]
 
 
 class _Preprocessing(TypedDict):

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_shards.documents import read_json
+from data_shards.documents import read_json, reading
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.loader import LoaderConfig
 from data_shards.locks import lock_beside, locked
@@ -34,6 +34,7 @@ from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, 
 from segdiff_dist.evaluation.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import crew_of, joined, sample, weights_digest
+from segdiff_dist.sampling.store_files import JOB
 from segdiff_dist.segmentation import SegmenterConfig
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def plan(
         value = "made from masks without images"
         raise problem(evaluated.path, "samples", value, "evaluate samples whose masks come from a shard set")
     shards = ShardSet.open(evaluated.job["shards"])
-    split = config.split or evaluated.job["sample"]["split"]
+    with reading(evaluated.path / JOB, "the description of a job", "sample again"):
+        split = config.split or evaluated.job["sample"]["split"]
     train = replace(segmenter.train, num_images=config.num_images or segmenter.train.num_images)
     made = Downstream(
         run.resolve(),

@@ -6,12 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from data_shards.documents import reading
 from data_shards.problems import InputProblems, OutOfSpace, problem
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.samplers import SamplerConfig
 from segdiff_dist.export.job import export_model
 from segdiff_dist.sampling.job import weights_digest
-from segdiff_dist.sampling.store_files import read_job
+from segdiff_dist.sampling.store_files import JOB, read_job
 from segdiff_dist.tracking.tracker import Tracker
 
 
@@ -29,8 +30,9 @@ def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> 
     tags |= {name: f"{entry['value']:.6g}" for name, entry in summary["metrics"].items()}
     if (memorised := summary.get("trust", {}).get("memorisation")) is not None:
         tags["memorisation"] = {True: "passed", False: "failed", None: "not known"}[memorised["passed"]]
-    diffusion, sampler = DiffusionConfig(**job["diffusion"]), SamplerConfig(**job["sample"]["sampler"])
     try:
+        with reading(run / "samples" / JOB, "the description of a job", "sample and evaluate again"):
+            diffusion, sampler = DiffusionConfig(**job["diffusion"]), SamplerConfig(**job["sample"]["sampler"])
         weights = _weights_of(job, run)
         tracker.register_model(
             job["weights_digest"], tags, lambda folder: export_model(weights, folder, diffusion, sampler)
@@ -41,7 +43,8 @@ def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> 
 
 def _weights_of(job: dict[str, Any], run: Path) -> Path:
     """The folder that the samples' model lies in, also where the run folder was moved since."""
-    recorded = Path(job["weights"])
+    with reading(run / "samples" / JOB, "the description of a job", "sample and evaluate again"):
+        recorded = Path(job["weights"])
     for folder in (recorded, run / "weights" / recorded.name):
         if (folder / "segdiff.json").is_file() and weights_digest(folder) == job["weights_digest"]:
             return folder

@@ -64,8 +64,9 @@ def read_job(path: Path) -> dict[str, Any]:
     try:
         job = read_json(path / JOB, remedy)
         checked(job, _Job, path / JOB, "a job", remedy)
-        if "shards" in job and "shards_digest" not in job:
-            raise ValueError("shards_digest is missing")
+        for name in ("shards_digest",) if "shards" in job else ("weights", "weights_digest"):
+            if name not in job:  # where labels come from: the shard set, or the weights of those who had none
+                raise ValueError(f"{name} is missing")
         if LABELS in job:
             LabelTable(job[LABELS]["name"], tuple(job[LABELS]["names"]))
     except ValueError as error:

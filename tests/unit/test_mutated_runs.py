@@ -24,6 +24,7 @@ from segdiff_dist.evaluation.comparison import open_runs
 from segdiff_dist.evaluation.pictures import Pictures
 from segdiff_dist.evaluation.report import write_report
 from segdiff_dist.evaluation.saved import drawing, read_downstream, read_figures, read_rows, read_summary
+from segdiff_dist.export.samples import FinishedSamples
 from segdiff_dist.sampling.items import MaskArray
 from segdiff_dist.sampling.store import SampleStore
 
@@ -69,6 +70,7 @@ def attempts(file: Path, num: int, seed: int) -> Iterator[None]:
 
 def look_at(store: SampleStore) -> None:
     """What every user of a store does with it."""
+    assert FinishedSamples.of(store, None).label_table.num_classes
     store.missing()
     list(store.damaged())
     for index in store.done_regions():
