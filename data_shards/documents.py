@@ -40,8 +40,10 @@ MISREAD = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    EOFError,
     LookupError,
     MemoryError,
+    NotImplementedError,
     OSError,
     RecursionError,
     TypeError,
@@ -115,11 +117,16 @@ def reading(where: object, what: str, remedy: str, field: str = "content") -> It
     """
     try:
         yield
-    except InputProblems:
-        raise
-    except MISREAD as error:
+    except Exception as error:
+        if isinstance(error, InputProblems) or not is_misread(error):
+            raise
         missing = f"{error} is missing" if type(error) is KeyError else error
         raise problem(where, field, f"not {what} ({shown(missing)})", remedy) from error
+
+
+def is_misread(error: Exception) -> bool:
+    """Whether a reader raises this of a file that is not of its format. Some of Arrow's errors are no ValueError."""
+    return isinstance(error, MISREAD) or type(error).__module__.startswith("pyarrow.")
 
 
 def checked(values: Any, kind: Any, where: object, what: str, remedy: str) -> None:

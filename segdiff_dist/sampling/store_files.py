@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from data_shards.documents import MISREAD, checked, read_json, shown
+from data_shards.documents import checked, is_misread, read_json, shown
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, problem, refuse
 from data_shards.records import is_path_inside
@@ -159,7 +159,7 @@ def open_masks(path: Path) -> Any:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except InputProblems:
-        raise
-    except MISREAD as error:
+    except Exception as error:
+        if isinstance(error, InputProblems) or not is_misread(error):
+            raise
         raise problem(path, "samples", f"cannot be read ({shown(error)})", _AGAIN) from error

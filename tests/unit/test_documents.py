@@ -105,7 +105,10 @@ def test_only_files_of_a_bounded_length_are_read(tmp_path: Path):
             read_bytes(tmp_path / name, "remove it", most_bytes=10)
 
 
-@pytest.mark.parametrize("error", [KeyError("size"), TypeError("x"), IndexError("x"), OverflowError("x"), ValueError()])
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("size"), TypeError("x"), IndexError("x"), OverflowError("x"), ValueError(), NotImplementedError()],
+)
 def test_what_a_reader_trips_over_becomes_a_problem(error: Exception):
     with (
         pytest.raises(InputProblems, match=r"layout\.json: content: not a layout .*; sample again"),
