@@ -50,6 +50,13 @@ _WHOLEBODY_CLASSES = (
 )  # fmt: skip
 
 
+def shown_name(name: str, most: int = 40) -> str:
+    """A label's name as a person reads it: on one line, without control characters, its middle left out if long."""
+    plain = "".join(c if c.isprintable() else " " for c in name.replace("_", " "))
+    plain = " ".join(plain.split()) or "(no name)"
+    return plain if len(plain) <= most else f"{plain[: most // 2]}\u2026{plain[-(most // 2 - 1) :]}"
+
+
 @dataclass(frozen=True)
 class LabelTable:
     """Names by id. Id 0 is background; `body`, where present, is the rest of the patient; `unused` is no class."""

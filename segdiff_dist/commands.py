@@ -120,6 +120,7 @@ def evaluate(experiment: Experiment) -> int:
     from segdiff_dist.downstream.job import DownstreamFailed
     from segdiff_dist.downstream.summary import format_downstream
     from segdiff_dist.evaluation.job import EvaluationFailed
+    from segdiff_dist.evaluation.segmenter_check import segmenter_messages
     from segdiff_dist.evaluation.sharpness import sharpness_messages
     from segdiff_dist.evaluation.summary import format_table
     from segdiff_dist.evaluation.trust import warnings
@@ -133,6 +134,8 @@ def evaluate(experiment: Experiment) -> int:
     print(format_table(summary))
     for message in sharpness_messages(summary["metrics"]):
         print(message)
+    for message in segmenter_messages(summary):
+        print(f"warning: {message}", file=sys.stderr)
     if "downstream" in summary:
         print(f"\nDice on real slices:\n{format_downstream(summary['downstream'])}\n")
     print(f"report: {(experiment.path('run') / 'evaluation' / 'report.html').resolve()}")

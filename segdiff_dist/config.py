@@ -6,6 +6,7 @@ The sections themselves stand beside the code they configure; the whole is segdi
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise problem(path, "config", f"a {type(values).__name__}", "the file must hold a mapping of sections")
     return values
+
+
+def next_command(stage: str, *flags: str, run: Path) -> str:
+    """A command as one types it, in backticks: paths that contain blanks are quoted."""
+    return f"`segdiff {stage} --run {shlex.quote(str(run))}{''.join(f' {shlex.quote(flag)}' for flag in flags)}`"
+
+
+def how_to_make(stage: str, missing: Path) -> str:
+    """What makes the missing folder: the stage on the run folder that it lies in, if that has a configuration, or what
+    explains the stage."""
+    for run in missing.absolute().parents:
+        if (run / "config.yaml").is_file():
+            return next_command(stage, run=run)
+    return f"`segdiff {stage} --help` says how"
 
 
 def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:

@@ -23,7 +23,7 @@ from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse, removed_on_failure
 from data_shards.records import MODALITIES, Batch
-from segdiff_dist.config import validate, with_usual_mode, write_text_atomically
+from segdiff_dist.config import how_to_make, validate, with_usual_mode, write_text_atomically
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
@@ -262,7 +262,7 @@ class Segmenter:
     def load(cls, weights: Path, device: torch.device | str = "cpu") -> Segmenter:
         """The segmenter that training wrote to `weights`; refused where it is not there or not whole."""
         if not (weights / _ABOUT).is_file():
-            remedy = "train it first: `segdiff train-segmenter --run RUN --data SHARDS`"
+            remedy = f"train it first: {how_to_make('train-segmenter', weights)}"
             raise problem(weights, "segmenter", "not found", remedy)
         remedy = f"remove {weights} and run `segdiff train-segmenter` again: it exports it from its checkpoint"
         refuse_damaged(weights, "segmenter", remedy)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.labels import LabelTable
+from data_shards.labels import LabelTable, shown_name
 from data_shards.problems import removed_on_failure
 from data_shards.records import AXES, MODALITIES, SPLITS
 from data_shards.store.shards import ShardSet
@@ -170,7 +170,7 @@ def draw_class_histogram(
         _write(draw, (at - 14, height - 18), f"{100 * 10.0**-power:g} %", _FAINT, 10)
     for line, class_id in enumerate(shown):
         top = _TOP + line * (bar * len(groups) + _GAP)
-        _write(draw, (8, top + (bar * len(groups)) // 2 - 7), table.names[class_id].replace("_", " "), _INK, 11)
+        _write(draw, (8, top + (bar * len(groups)) // 2 - 7), shown_name(table.names[class_id]), _INK, 11)
         for k, group in enumerate(groups):
             share = pixels[group][class_id] / max(int(pixels[group].sum()), 1)
             if share > 0:
@@ -231,7 +231,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, table: LabelTable, class_ids: list[i
     for order, class_id in enumerate(class_ids):
         left, line = 2 * _GAP + step * (order % columns), top + line_height * (order // columns)
         draw.rectangle((left, line + 3, left + letters, line + 3 + letters), fill=tuple(map(int, colours[class_id])))
-        _write(draw, (left + letters + 6, line + 2), table.names[class_id].replace("_", " "), _INK, letters)
+        _write(draw, (left + letters + 6, line + 2), shown_name(table.names[class_id]), _INK, letters)
 
 
 def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:

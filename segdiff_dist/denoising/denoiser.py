@@ -21,7 +21,7 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse, removed_on_failure
 from data_shards.records import Batch
 from segdiff_dist.attention import AttentionBackend, choose_attention, set_attention
-from segdiff_dist.config import validate, with_usual_mode
+from segdiff_dist.config import how_to_make, validate, with_usual_mode
 from segdiff_dist.denoising.conditioning import (
     NULL_MASK,
     NUM_CLASSES,
@@ -197,7 +197,7 @@ class Denoiser(nn.Module):
         """The denoiser that `save` wrote, in fp32 on the CPU. Weights that cannot be read, are another network's or are
         not finite are refused."""
         if not (folder / "segdiff.json").is_file():
-            raise problem(folder, "weights", "not found", "train first: `segdiff train --run RUN --data SHARDS`")
+            raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
         remedy = f"remove {folder.parent} and run `segdiff train` again: it exports them from the newest checkpoint"
         refuse_damaged(folder, "weights", remedy)
         about_file, what = folder / "segdiff.json", "the description of a denoiser"

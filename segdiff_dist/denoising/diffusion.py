@@ -88,7 +88,7 @@ class DiffusionConfig:
         check("joint_dropout", dropped <= 1, "mask_dropout, class_dropout and joint_dropout add up to more than 1")
         check("dice_weight", self.dice_weight >= 0, "give at least 0")
         if self.dice_weight > 0:
-            remedy = "give the folder of a segmenter's weights: train one with `segdiff train-segmenter --config F`"
+            remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if self.dice_segmenter is None else Path(self.dice_segmenter)
             check("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
         return found

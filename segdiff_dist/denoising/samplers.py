@@ -95,7 +95,7 @@ class SamplerConfig:
         check("guidance", own.guidance >= 0, "give at least 0")
         check("segmenter_guidance", own.segmenter_guidance >= 0, "give at least 0")
         if own.segmenter_guidance > 0:
-            remedy = "give the folder of a segmenter's weights: train one with `segdiff train-segmenter --config F`"
+            remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if own.guidance_segmenter is None else Path(own.guidance_segmenter)
             check("guidance_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
         if diffusion is None:

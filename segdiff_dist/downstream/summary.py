@@ -88,7 +88,8 @@ def _cell(entry: dict[str, Any] | None, sign: str = "") -> str:
     if entry is None:
         return "-"
     ends = entry["ci95"]
-    return f"{entry['value']:{sign}.3f}" + (f" [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]" if ends else "")
+    told = [f"{value:{sign}z.3f}" for value in (entry["value"], *(ends or ()))]
+    return told[0] + (f" [{told[1]}, {told[2]}]" if ends else "")
 
 
 def _read(files: Mapping[Training, Path]) -> tuple[Tested, dict[Arm, Scores]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_shards.documents import read_json
 from data_shards.problems import InputProblems, Problem
-from segdiff_dist.config import flatten, read_yaml
+from segdiff_dist.config import flatten, next_command, read_yaml
 from segdiff_dist.evaluation.definitions import Definition
 from segdiff_dist.evaluation.pictures import Pictures
 from segdiff_dist.evaluation.saved import (
@@ -24,20 +24,19 @@ from segdiff_dist.evaluation.saved import (
     read_rows,
     read_summary,
 )
+from segdiff_dist.evaluation.segmenter_check import OF_THE_SEGMENTER
 from segdiff_dist.evaluation.summary import FORMAT_VERSION
 from segdiff_dist.evaluation.tracked import TrackedRun, tracked_run
 
 _ALL = ("",)
-_OF_THE_SEGMENTER = ("dice_", "surface_dice_", "area_error_", "legacy_dice_", "segmenter_")
 _OF_INCEPTION = ("fid", "kid", "inception_")
 # A key of summary.json's provenance, what it means that runs differ in it, and the metrics (by their beginnings) that
 # do not compare then.
 _MUST_AGREE = (
     (
         "segmenter_sha256",
-        "The runs were judged by different segmenters; segdiff evaluate --run RUN --evaluate.segmenter WEIGHTS judges "
-        "them by one",
-        _OF_THE_SEGMENTER,
+        "The runs were judged by different segmenters",
+        OF_THE_SEGMENTER,
     ),
     ("shards_digest", "The runs were sampled from different shard sets", _ALL),
     ("fid_weights", "Inception's weights differ", _OF_INCEPTION),
@@ -112,7 +111,7 @@ def disagreements(runs: Sequence[EvaluatedRun]) -> list[Disagreement]:
         told = [run.summary["provenance"].get(key) for run in runs]
         # Where a run lacks a metric, there is nothing to compare.
         if len({json.dumps(value, sort_keys=True) for value in told if value}) > 1:
-            found.append(Disagreement(text, metrics))
+            found.append(Disagreement(text + (_one_segmenter(runs) if key == "segmenter_sha256" else ""), metrics))
     if len({run.side for run in runs}) > 1:
         sides = ", ".join(str(side) for side in sorted({run.side for run in runs}))
         found.append(Disagreement(f"The images have different sizes ({sides} pixels a side)", _ALL))
@@ -121,6 +120,18 @@ def disagreements(runs: Sequence[EvaluatedRun]) -> list[Disagreement]:
         counts = ", ".join(f"{len(run.slices)} of {run.name}" for run in runs)
         found.append(Disagreement(f"The runs were measured on different slices: {shared} in common, {counts}", _ALL))
     return found
+
+
+def _one_segmenter(runs: Sequence[EvaluatedRun]) -> str:
+    """The commands that judge all runs by the first one's segmenter; nothing where that is not in its run folder."""
+    weights = runs[0].folder.resolve() / "segmenter" / "weights"
+    if not weights.is_dir():
+        return "; evaluate.segmenter names the one to judge them by"
+    digest = runs[0].summary["provenance"]["segmenter_sha256"]
+    others = [run for run in runs if run.summary["provenance"]["segmenter_sha256"] != digest]
+    flags = ("--evaluate.segmenter", str(weights))
+    commands = ", ".join(next_command("evaluate", *flags, run=run.folder.resolve()) for run in others)
+    return f"; by that of {runs[0].name} they are judged with {commands}"
 
 
 def compares(metric: str, found: Sequence[Disagreement]) -> bool:
@@ -198,7 +209,7 @@ def _find_problems(folder: Path) -> Iterator[Problem]:
     if not folder.is_dir():
         yield Problem(str(folder), "run", "no such folder", "give the folder that training and sampling wrote")
         return
-    remedy = f"run `segdiff evaluate --run {folder}`"
+    remedy = f"run {next_command('evaluate', run=folder)}"
     missing = [name for name in (SUMMARY, SAMPLES, PREDICTIONS) if not (folder / "evaluation" / name).exists()]
     if missing:
         yield Problem(str(folder), "evaluation", f"{', '.join(missing)} not there", remedy)

@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from segdiff_dist.evaluation.definitions import DEFINITIONS
-from segdiff_dist.evaluation.look import MODALITY_COLOURS, Drawn, Figure, legend, note, show_grey, show_labels, tiles
+from segdiff_dist.evaluation.look import (
+    MODALITY_COLOURS,
+    Drawn,
+    Figure,
+    legend,
+    note,
+    plain,
+    show_grey,
+    show_labels,
+    tiles,
+)
 from segdiff_dist.evaluation.pictures import Pictures
 
 _ALL_COLOUR = "#1f2933"
@@ -86,4 +96,4 @@ def _handle(label: str, colour: str) -> Any:
 
 def _shortened(name: str) -> str:
     """A run's name, its middle left out where it would not fit above a tile."""
-    return name if len(name) <= 24 else f"{name[:11]}\u2026{name[-12:]}"
+    return plain(name if len(name) <= 24 else f"{name[:11]}\u2026{name[-12:]}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_shards.labels import shown_name
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation import comparison_figures as figures
@@ -24,13 +25,21 @@ from segdiff_dist.evaluation.definitions import DEFINITIONS, Definition
 from segdiff_dist.evaluation.look import Drawn, save, styled
 from segdiff_dist.evaluation.pictures import Pictures
 from segdiff_dist.evaluation.report import page_environment, png_url, write_page
+from segdiff_dist.evaluation.segmenter_check import MARK, is_unreliable, segmenter_messages
+from segdiff_dist.evaluation.summary import headline_dice, top_metrics
 
 COMPARISON = "comparison.html"
 # What the figure shows, where runs have it.
 _DRAWN = (
-    *("dice_mask_gen", "sharpness", "texture", "surface_dice_mask_gen", "dice_mask_real", "psnr_db", "ssim", "lpips"),
-    "fid",
-    *("segmenter_frechet", "segmenter_precision", "segmenter_recall"),
+    *(
+        "dice_either_mask_gen",
+        "dice_either_mask_real",
+        "segmenter_precision",
+        "segmenter_recall",
+        "sharpness",
+        "texture",
+    ),
+    *("dice_mask_gen", "surface_dice_mask_gen", "psnr_db", "ssim", "lpips", "fid", "segmenter_frechet"),
 )
 _MOST_PANELS = 12
 _KERNEL_DISTANCES = ("kid", "segmenter_kernel_distance")
@@ -61,6 +70,9 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
             no_gallery=reason,
             settings=differing_settings(runs),
             without_settings=[run.name for run in runs if not run.settings],
+            organ_metric=DEFINITIONS[headline_dice([run.summary["metrics"] for run in runs])].label,
+            segmenter_messages={run.name: told for run in runs if (told := segmenter_messages(run.summary))},
+            mark=MARK,
             definitions={n: d for n, d in DEFINITIONS.items() if any(n in e for told in groups.values() for e in told)},
             one_store=len({run.tracked.store if run.tracked else None for run in runs}) == 1,
         )
@@ -79,19 +91,20 @@ def _groups(runs: Sequence[EvaluatedRun]) -> Groups:
 
 
 def _metric_rows(by_run: list[dict[str, Any]], found: Sequence[Disagreement]) -> list[dict[str, Any]]:
-    names = [name for name in DEFINITIONS if any(name in entries for entries in by_run)]
+    ordered = dict.fromkeys((*top_metrics(by_run), *DEFINITIONS))
+    names = [name for name in ordered if any(name in entries for entries in by_run)]
     return [_row(DEFINITIONS[n].label, n, DEFINITIONS[n], [e.get(n) for e in by_run], found) for n in names]
 
 
 def _organ_tables(runs: Sequence[EvaluatedRun], found: Sequence[Disagreement]) -> dict[str, list[dict[str, Any]]]:
-    """By modality, a row an organ: Dice (mask, pred. gen.)."""
-    metric, tables = "dice_mask_gen", {}
+    """By modality, a row an organ: Dice (mask, pred. gen.), with false organs where all runs have that."""
+    metric, tables = headline_dice([run.summary["metrics"] for run in runs]), {}
     for modality in MODALITIES:
         by_run = [run.summary["by_modality_organ"].get(modality, {}) for run in runs]
         organs = dict.fromkeys(o for organs in by_run for o, entries in organs.items() if metric in entries)
         rows = [
             _row(
-                organ.replace("_", " "),
+                shown_name(organ),
                 metric,
                 DEFINITIONS[metric],
                 [organs.get(organ, {}).get(metric) for organs in by_run],
@@ -110,7 +123,8 @@ def _row(
     may_compare = compares(metric, found)
     # An unbiased estimate of what is never negative: below 0 it says no more than 0.
     least = 0.0 if metric in _KERNEL_DISTANCES else -math.inf
-    values = [entry["value"] if entry else None for entry in entries]
+    # What means nothing is shown, and is never the best.
+    values = [None if entry is None or is_unreliable(entry) else entry["value"] for entry in entries]
     best = best_of(values, definition, least=least) if may_compare else set()
     cells = [{"entry": entry, "best": i in best} for i, entry in enumerate(entries)]
     return {"label": label, "definition": definition, "compares": may_compare, "cells": cells}

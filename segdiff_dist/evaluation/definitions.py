@@ -27,13 +27,37 @@ _PAIRS = {
 }
 
 
-def _organ_means(kind: str, label: str, better: str, text: str) -> dict[str, Definition]:
+_TEXT_OF_PAIRS = {
+    "mask_real": "Of the mask as the reference and the segmenter's labels on the real image: its best.",
+    "real_gen": "Of the segmenter's labels on the real image as the reference and those on the generated one.",
+    "mask_gen": "Of the mask as the reference and the segmenter's labels on the generated image.",
+}
+
+
+def _organ_means(kind: str, label: str, better: str, text: str, digits: int = 3) -> dict[str, Definition]:
     """One definition a pair of label maps; the first of a pair is the reference."""
-    same = "The same for this pair."
     return {
-        f"{kind}_{pair}": Definition(f"{label} ({told})", 3, better, text if pair == "mask_real" else same)
+        f"{kind}_{pair}": Definition(f"{label} ({told})", digits, better, f"{text} {_TEXT_OF_PAIRS[pair]}")
         for pair, told in _PAIRS.items()
     }
+
+
+def _false_positives() -> dict[str, Definition]:
+    """Two definitions a pair of label maps."""
+    return _organ_means(
+        "false_positive_rate",
+        "False organs",
+        "lower",
+        "Share of the organs absent from the reference that appear in the other label map all the same; of one organ: "
+        "share of the images without it where it appears. Mean over images.",
+    ) | _organ_means(
+        "false_positive_area_mm2",
+        "Area of false organs, mm²",
+        "lower",
+        "Area of organs that the reference does not hold, all together; of one organ: over the images without it. "
+        "Mean over images, those without any false organ included.",
+        digits=1,
+    )
 
 
 def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Definition]:
@@ -98,22 +122,22 @@ DEFINITIONS = {
         "SSIM",
         3,
         "higher",
-        "Structural similarity of the same pair: Gaussian window with sigma 1.5, data range 255, reflected beyond the "
-        "border (Wang et al. 2004).",
+        "Structural similarity of the generated and the real image: Gaussian window with sigma 1.5, data range 255, "
+        "reflected beyond the border (Wang et al. 2004).",
     ),
     "ms_ssim": Definition(
         "MS-SSIM",
         3,
         "higher",
-        "The same on five scales, contrast and structure at each, luminance at the coarsest (Wang et al. 2003); from "
-        "176 pixels a side on.",
+        "Structural similarity of the generated and the real image on five scales, contrast and structure at each, "
+        "luminance at the coarsest (Wang et al. 2003); from 176 pixels a side on.",
     ),
     "lpips": Definition(
         "LPIPS",
         3,
         "lower",
-        "Distance of the same pair on AlexNet's features, weighted to agree with people (Zhang et al. 2018, version "
-        "0.1), the grey image as three equal channels.",
+        "Distance of the generated and the real image on AlexNet's features, weighted to agree with people (Zhang et "
+        "al. 2018, version 0.1), the grey image as three equal channels.",
     ),
     **_sharpness(),
     "fid": Definition(
@@ -141,14 +165,25 @@ DEFINITIONS = {
         "KID",
         4,
         "lower",
-        "Squared maximum mean discrepancy with a cubic kernel on the same features as FID, unbiased, so comparable "
+        "Squared maximum mean discrepancy with a cubic kernel on Inception's features, unbiased, so comparable "
         "between numbers of images (Binkowski et al. 2018); over all pairs rather than random subsets.",
     ),
     "segmenter_kernel_distance": Definition(
-        "Segmenter kernel distance", 4, "lower", "The same on the segmenter's features, whose scale is another."
+        "Segmenter kernel distance",
+        4,
+        "lower",
+        "Squared maximum mean discrepancy of real and generated images with a cubic kernel on the segmenter's "
+        "features, unbiased (Binkowski et al. 2018), over all pairs; may be below 0 by chance. KID has another scale.",
     ),
     **_neighbourhoods("inception", "Inception", "Inception's features"),
     **_neighbourhoods("segmenter", "Segmenter", "the segmenter's features"),
+    **_organ_means(
+        "dice_either",
+        "Dice, false organs count",
+        "higher",
+        "Dice over the organs present in either label map: one that only the second has counts 0. Background and body "
+        "are left out; mean over organs, then over images; an image whose two maps hold no organ is left out.",
+    ),
     "dice_mask_real": Definition(
         "Dice (mask, pred. real)",
         3,
@@ -160,13 +195,14 @@ DEFINITIONS = {
         "Dice (pred. real, pred. gen.)",
         3,
         "higher",
-        "The same with the segmenter's labels on the real image as the reference, against those on the generated one.",
+        "Dice over the organs present in the segmenter's labels on the real image, against those on the generated one.",
     ),
     "dice_mask_gen": Definition(
         "Dice (mask, pred. gen.)",
         3,
         "higher",
-        "The same with the mask as the reference, against the labels on the generated image: does it follow its mask?",
+        "Dice of the mask and the segmenter's labels on the generated image, over the organs present in the mask: does "
+        "the image follow its mask? An organ that appears beside them costs nothing here.",
     ),
     **_organ_means(
         "surface_dice",
@@ -182,6 +218,7 @@ DEFINITIONS = {
         "Difference of an organ's areas as a share of the reference's, without its sign; mean over the organs present, "
         "then over images.",
     ),
+    **_false_positives(),
     "volume_error_mask_gen": Definition(
         "Volume error (mask, pred. gen.)",
         3,
@@ -196,14 +233,16 @@ DEFINITIONS = {
         "Mean HU inside the organ's mask on the real CT image, averaged over images; from 8-bit grey values, so that "
         "what the window clipped stays clipped.",
     ),
-    "hu_mean_gen": Definition("Mean HU, generated", 1, "", "The same on the generated image."),
+    "hu_mean_gen": Definition("Mean HU, generated", 1, "", "Mean HU inside the organ's mask on the generated image."),
     "hu_std_real": Definition(
         "HU spread, real",
         1,
         "",
         "Standard deviation of HU inside the organ's mask on the real CT image, averaged over images.",
     ),
-    "hu_std_gen": Definition("HU spread, generated", 1, "", "The same on the generated image."),
+    "hu_std_gen": Definition(
+        "HU spread, generated", 1, "", "Standard deviation of HU inside the organ's mask on the generated image."
+    ),
     "hu_mean_error": Definition(
         "HU error",
         1,
@@ -218,10 +257,16 @@ DEFINITIONS = {
         "counts 1. It flatters images that hold few organs. Kept to be comparable with the published rows.",
     ),
     "legacy_dice_real_gen": Definition(
-        "Legacy Dice (pred. real, pred. gen.)", 3, "higher", "The same for the labels on real and generated images."
+        "Legacy Dice (pred. real, pred. gen.)",
+        3,
+        "higher",
+        "The paper's Dice of the labels on real and generated images.",
     ),
     "legacy_dice_mask_gen": Definition(
-        "Legacy Dice (mask, pred. gen.)", 3, "higher", "The same for the mask and the labels on the generated image."
+        "Legacy Dice (mask, pred. gen.)",
+        3,
+        "higher",
+        "The paper's Dice of the mask and the labels on the generated image.",
     ),
     "pixel_std": Definition(
         "Pixel std (grey values)",
@@ -230,7 +275,9 @@ DEFINITIONS = {
         "Standard deviation of each pixel over the images made from one mask, averaged over the patient.",
     ),
     "pairwise_ssim": Definition("Pairwise SSIM", 3, "", "SSIM of two images made from one mask, mean over pairs."),
-    "pairwise_ms_ssim": Definition("Pairwise MS-SSIM", 3, "", "The same of MS-SSIM; from 176 pixels a side on."),
+    "pairwise_ms_ssim": Definition(
+        "Pairwise MS-SSIM", 3, "", "MS-SSIM of two images made from one mask, mean over pairs; from 176 pixels."
+    ),
     "pairwise_feature_distance": Definition(
         "Pairwise feature distance",
         3,

@@ -29,6 +29,9 @@ DISTANCE_METRICS = (
 )
 _LOWER_IS_BETTER = frozenset((*_FRECHET.values(), *_KERNEL.values()))
 
+# From fewer images a side a distance is noise: their covariance has next to no rank.
+FEWEST_FOR_DISTANCES = 5
+
 _ROWS_A_MERGE = 512
 
 Entry = dict[str, Any]
@@ -38,7 +41,7 @@ ItemGroup = tuple[str, str, str]
 
 def fewest_samples(name: str) -> int:
     """How many samples a side one of DISTANCE_METRICS needs."""
-    return 2 if name in _LOWER_IS_BETTER else FEWEST_FOR_NEIGHBOURS
+    return FEWEST_FOR_DISTANCES if name in _LOWER_IS_BETTER else FEWEST_FOR_NEIGHBOURS
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Distributions:
         first, second = (
             reduce(FeatureStatistics.merge, (self.moments[k].statistics for k in keys)) for keys in (real, gen)
         )
-        if min(first.count, second.count) < 2:
+        if min(first.count, second.count) < FEWEST_FOR_DISTANCES:
             return {}
         value = (frd if extractor == "radiomics" else frechet_distance)(first, second)
         name, num_features = _FRECHET[extractor], len(first.mean_D)
@@ -153,7 +156,7 @@ class Distributions:
             self.samples[keys[0]].merge([self.samples[k] for k in keys[1:]]).features_ND for keys in (real, gen)
         )
         fewest, values = min(len(first), len(second)), {}
-        if fewest >= 2:
+        if fewest >= FEWEST_FOR_DISTANCES:
             values[_KERNEL[extractor]] = kernel_distance(first, second)
         if fewest >= FEWEST_FOR_NEIGHBOURS:
             values |= {f"{extractor}_{name}": value for name, value in vars(neighbourhoods(first, second)).items()}

@@ -24,11 +24,14 @@ from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import InputProblems, Problem, removed_on_failure, saying_when_full
 from data_shards.store.shards import ShardSet
-from segdiff_dist.evaluation import inception, perceptual, radiomics, trust
+from segdiff_dist.config import read_yaml
+from segdiff_dist.evaluation import copies, inception, perceptual, radiomics, trust
 from segdiff_dist.evaluation.checks import Checked, check
+from segdiff_dist.evaluation.distances import FEWEST_FOR_DISTANCES
 from segdiff_dist.evaluation.downloads import Weights, weights_for
 from segdiff_dist.evaluation.provenance import not_available, provenance
 from segdiff_dist.evaluation.rows import RowWriter
+from segdiff_dist.evaluation.segmenter_check import mark_unreliable
 from segdiff_dist.evaluation.summary import Evaluated, spread_columns, summarise
 from segdiff_dist.evaluation.sums import Interval
 from segdiff_dist.evaluation.worker import SIDES, Chunk, Inputs, headline_items, make_worker
@@ -89,9 +92,14 @@ class EvaluateConfig:
             if (value := getattr(self, name)) is not None and value < 1
         ]
         found += [
-            Problem("config", f"evaluate.{name}", str(value), f"give {also}a whole number of at least 2")
+            Problem(
+                "config",
+                f"evaluate.{name}",
+                str(value),
+                f"give {also}a whole number of at least {FEWEST_FOR_DISTANCES}",
+            )
             for name, also in (("frd_images", "0 or "), ("distribution_images", ""))
-            if (value := getattr(self, name)) < 2 and not (also and value == 0)
+            if (value := getattr(self, name)) < FEWEST_FOR_DISTANCES and not (also and value == 0)
         ]
         if not 0 <= self.most_memorised <= 1:
             found.append(Problem("config", "evaluate.most_memorised", str(self.most_memorised), "give 0 to 1"))
@@ -177,6 +185,7 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
             "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
             "distribution_images": config.distribution_images,
         }
+    mark_unreliable(summary)
     with removed_on_failure(folder / "summary.json.partial") as partial:
         # All is written before anything of an earlier evaluation goes: a disk that fills leaves that whole.
         partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -257,9 +266,30 @@ def _memorisation(
     training = [trust.NearestInTraining(file.resolve(), tuple(part)) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
     try:
         nearest = trust.closer(result for _, result in in_order(workers, training))
+        nearest |= _nearest_copies(workers, file.resolve(), rows)
     finally:
         file.unlink()
     return trust.memorisation(ids, store.items, shards, nearest, config.most_memorised)
+
+
+def _nearest_copies(
+    workers: Workers[Any, Any], file: Path, rows: list[int]
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """The same where training images may be mirrored, turned, shifted, scaled or changed in brightness."""
+    config = file.parents[1] / "config.yaml"
+    loader = read_yaml(config).get("loader") if config.is_file() else None
+    ranges = copies.Ranges.of(loader if isinstance(loader, dict) else {})
+    asked = [copies.CopyCandidates(file, tuple(part), ranges) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
+    candidates = copies.best_candidates(result for _, result in in_order(workers, asked))
+    found = {}
+    for side, (rows_QC, variants_QC) in candidates.items():
+        parts = []
+        for start in range(0, len(rows_QC), _ITEMS_A_TASK):
+            part = slice(start, start + _ITEMS_A_TASK)
+            parts.append(copies.NearestCopy(file, side, start, rows_QC[part], variants_QC[part], ranges))
+        distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts)), strict=True)
+        found["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
+    return found
 
 
 def _parts(values: list[int], most: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.labels import BACKGROUND, BODY, LabelTable
+from data_shards.labels import BACKGROUND, BODY, LabelTable, shown_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +94,11 @@ def save(canvas: Canvas, target: Path | IO[bytes]) -> None:
     plt.close(canvas)
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is: between two dollars it would read mathematics, and fail where it is none."""
+    return text.replace("$", r"\$")
+
+
 def organ_colour(name: str) -> str:
     """The fixed colour of a class; one drawn from its name for classes beyond the palette."""
     if name in ORGAN_COLOURS:
@@ -150,7 +155,7 @@ def legend(canvas: Canvas, table: LabelTable, label_maps: Sequence[np.ndarray]) 
 
     present = sorted(set(np.concatenate([np.unique(labels) for labels in label_maps]).tolist()))
     names = [table.names[i] for i in present if table.names[i] != BACKGROUND]
-    handles = [Patch(color=organ_colour(name), label=name.replace("_", " ")) for name in names]
+    handles = [Patch(color=organ_colour(name), label=plain(shown_name(name))) for name in names]
     columns = max(2, int(canvas.get_figwidth() / 1.45))
     if handles:
         canvas.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7, handlelength=1.0)

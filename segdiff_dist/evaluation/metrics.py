@@ -57,6 +57,22 @@ def dice_per_class(confusion_BKK: Counts) -> Array:
     return dice
 
 
+def dice_either(confusion_BKK: Counts) -> Array:
+    """The same Dice [B, K], but NaN only where the id is absent from both maps: an id that the prediction has and the
+    reference has not counts 0."""
+    overlap, reference, predicted = _overlaps(confusion_BKK)
+    either = reference + predicted
+    dice: Array = np.where(either > 0, 2.0 * overlap / np.maximum(either, 1), np.nan)
+    return dice
+
+
+def false_positive_pixels(confusion_BKK: Counts) -> Array:
+    """Predicted pixels [B, K] of each id that is absent from the reference; NaN where the reference has it."""
+    _, reference, predicted = _overlaps(confusion_BKK)
+    pixels: Array = np.where(reference > 0, np.nan, predicted.astype(np.float64))
+    return pixels
+
+
 def mean_dice(dice_BK: Array, organ_ids: Sequence[int]) -> Array:
     """Mean Dice [B] over the organs present in each sample's reference; NaN for a sample that holds none."""
     return mean_over_organs(dice_BK, organ_ids)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.labels import shown_name
 from segdiff_dist.evaluation.densities import Clipping
-from segdiff_dist.evaluation.look import GENERATED_COLOUR, MODALITY_COLOURS, REAL_COLOUR, Drawn, Figure
+from segdiff_dist.evaluation.look import GENERATED_COLOUR, MODALITY_COLOURS, REAL_COLOUR, Drawn, Figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ def dice_by_organ(summary: dict[str, Any]) -> Drawn:
         ax.set(title=modality, xlim=(0, 1), xlabel="Dice")
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
-    axes[0][0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes[0][0].set_yticks(range(len(names)), [plain(shown_name(name)) for name in names])
     axes[0][0].set_ylim(len(names) - 0.5, -0.5)
     canvas.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
     handles = [Patch(color=colour, label=_NAMES_OF_PAIRS[pair]) for pair, colour in _COLOURS_OF_PAIRS.items()]
@@ -86,7 +87,7 @@ def hu_by_organ(summary: dict[str, Any]) -> Drawn:
             if mean["ci95"] is not None:
                 ax.plot(mean["ci95"], [at, at], color=colour, lw=1.6)
             ax.plot(value, at, "o", color=colour, ms=4)
-    ax.set_yticks(range(len(organs)), [name.replace("_", " ") for name in organs])
+    ax.set_yticks(range(len(organs)), [plain(shown_name(name)) for name in organs])
     ax.set(xlabel="HU", ylim=(len(organs) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)

@@ -14,7 +14,7 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
-from segdiff_dist.config import differences
+from segdiff_dist.config import differences, next_command
 from segdiff_dist.evaluation.saved import open_predictions, read_rows, read_summary
 from segdiff_dist.sampling.store import SampleStore, identity
 
@@ -47,7 +47,7 @@ class Pictures:
         table = read_rows(run, _COLUMNS)
         if table.num_rows != len(store):
             value = f"{table.num_rows:,} rows, {len(store):,} samples"
-            raise problem(run / "evaluation", "samples.parquet", value, f"run `segdiff evaluate --run {run}`")
+            raise problem(run / "evaluation", "samples.parquet", value, f"run {next_command('evaluate', run=run)}")
         return cls(
             rows={name: np.array(values) for name, values in table.to_pydict().items()},
             shards=shards,
@@ -166,7 +166,7 @@ class Pictures:
 def _changed_since(run: Path, store: SampleStore, shards: ShardSet) -> Iterator[Problem]:
     """What is not as it was when RUN/evaluation/summary.json was written."""
     made_from = read_summary(run)["provenance"]
-    remedy = f"measure them: `segdiff evaluate --run {run}`"
+    remedy = f"measure them: {next_command('evaluate', run=run)}"
     with reading(run / "evaluation" / "summary.json", "the summary of an evaluation", remedy):
         measured_job, measured_digest = identity(made_from["sample_job"]), made_from["shards_digest"]
     if differing := differences(measured_job, identity(store.job)):

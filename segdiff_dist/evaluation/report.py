@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.documents import read_bytes
+from data_shards.labels import shown_name
 from data_shards.problems import removed_on_failure
 from data_shards.records import MODALITIES
+from segdiff_dist.config import next_command
 from segdiff_dist.evaluation.definitions import DEFINITIONS
 from segdiff_dist.evaluation.saved import read_downstream, read_figures, read_summary
+from segdiff_dist.evaluation.segmenter_check import MARK, is_unreliable, segmenter_messages
 from segdiff_dist.evaluation.sharpness import sharpness_messages
+from segdiff_dist.evaluation.summary import top_metrics
 from segdiff_dist.evaluation.tracked import TrackedRun, tracked_run
 from segdiff_dist.evaluation.trust import warnings
 from segdiff_dist.evaluation.worker import HU_METRICS
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 REPORT = "report.html"
+_FALSE_ORGANS = "false_positive_rate_mask_gen"
+# At the top of the page, behind TOP_METRICS.
+_FURTHER_CARDS = ("psnr_db", "ssim", "fid", "segmenter_frechet")
 
 # Table 1 of Hunecke and Chen, "Medical Image Generation Using Segmentation-Guided Diffusion": AMOS 2022 at 256x256,
 # and, for MR, the later rows of the authors' own result file, which are not in the paper.
@@ -44,7 +51,7 @@ def write_report(run: Path) -> Path:
         figure["source"] = png_url((folder / "figures" / figure["file"]).read_bytes())
     config = run / "config.yaml"
     text = read_bytes(config, "remove it").decode(errors="replace") if config.is_file() else None
-    page = render(run.resolve().name, summary, figures, text, tracked_run(run), read_downstream(run))
+    page = render(run.resolve().name, summary, figures, text, tracked_run(run), read_downstream(run), run.resolve())
     return write_page(folder / REPORT, page)
 
 
@@ -55,8 +62,10 @@ def render(
     config: str | None,
     tracked: TrackedRun | None = None,
     downstream: dict[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> str:
-    """The page as text. `figures`: title, caption, section and source (a data URL) of each."""
+    """The page as text. `figures`: title, caption, section and source (a data URL) of each; `folder`: of the run, for
+    the commands that the page names."""
     groups = groups_of(summary["metrics"], summary["by_modality"])
     shown = [name for name in DEFINITIONS if any(name in entries for entries in groups.values())]
     diversity = summary["diversity"]
@@ -70,6 +79,7 @@ def render(
         .get_template("report.html.j2")
         .render(
             title=title,
+            command=next_command("evaluate", run=folder or Path(title)).strip("`"),
             summary=summary,
             figures=[{"section": "images"} | figure for figure in figures],
             config=config,
@@ -92,6 +102,11 @@ def render(
             ],
             is_other_model=downstream is not None
             and downstream["settings"]["weights_digest"] != summary["provenance"]["sample_job"].get("weights_digest"),
+            top_metrics=[name for name in (*top_metrics(groups.values()), *_FURTHER_CARDS) if name in shown],
+            mark=MARK,
+            shown_name=shown_name,
+            is_unreliable=is_unreliable,
+            segmenter_messages=segmenter_messages(summary),
             sharpness=_sharpness_of(summary),
             trust=summary.get("trust"),
             memorised=summary.get("trust", {}).get("memorisation"),
@@ -140,13 +155,15 @@ def groups_of(overall: dict[str, Any], by_modality: dict[str, Any]) -> dict[str,
 
 
 def format_number(value: float, digits: int) -> str:
-    """A number with a true minus sign."""
-    return f"{value:.{digits}f}".replace("-", "\u2212")
+    """A number with a true minus sign, and none before zero."""
+    return f"{value:z.{digits}f}".replace("-", "\u2212")
 
 
 def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
-    """A value of the summary, or a dash where there is none."""
-    return "\u2013" if entry is None else format_number(entry["value"], digits)
+    """A value of the summary, with a mark where it means nothing, or a dash where there is none."""
+    if entry is None:
+        return "\u2013"
+    return format_number(entry["value"], digits) + (f" {MARK}" if is_unreliable(entry) else "")
 
 
 def format_interval(entry: dict[str, Any] | None, digits: int, between: str = " to ") -> str:
@@ -161,9 +178,10 @@ def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an organ with its entries by modality; body last and marked."""
     rows = []
     for organ, overall in summary["by_organ"].items():
-        if "dice_mask_gen" in overall:
+        # An organ that no mask holds is shown where it appears all the same.
+        if "dice_mask_gen" in overall or overall.get(_FALSE_ORGANS, {"value": 0})["value"] > 0:
             by_modality = {m: organs.get(organ, {}) for m, organs in summary["by_modality_organ"].items()}
-            rows.append({"name": organ.replace("_", " "), "by_modality": by_modality, "overall": overall})
+            rows.append({"name": shown_name(organ), "by_modality": by_modality, "overall": overall})
     if summary["body"]:
         rows.append({"name": "body", "by_modality": {}, "overall": summary["body"]})
     return rows
@@ -176,8 +194,7 @@ def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
     messages = {group: sharpness_messages(entries) for group, entries in groups.items()}
     by_modality = summary["by_modality_organ"]
     organs = {
-        organ.replace("_", " "): {m: of.get(organ, {}).get("texture") for m, of in by_modality.items()}
-        for organ in summary["by_organ"]
+        organ: {m: of.get(organ, {}).get("texture") for m, of in by_modality.items()} for organ in summary["by_organ"]
     }
     return {
         "messages": {group: told for group, told in messages.items() if told},
@@ -188,9 +205,7 @@ def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
 def _hu_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an organ that has HU on both sides."""
     organs = summary["by_modality_organ"].get("CT", {})
-    return [
-        {"name": organ.replace("_", " "), "entries": told} for organ, told in organs.items() if "hu_mean_gen" in told
-    ]
+    return [{"name": shown_name(organ), "entries": told} for organ, told in organs.items() if "hu_mean_gen" in told]
 
 
 def _lines(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -100,12 +100,19 @@ def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
     if memorisation is None or not memorisation["nearest"]:
         return None
     found, limits = memorisation["nearest"][:_NUM_NEAREST], memorisation["limits"]
-    canvas, axes = tiles(len(found), 3, ("generated", "nearest in pixels", "nearest in features"))
+    columns = {
+        "pixels": "nearest in pixels",
+        "segmenter": "nearest in features",
+        "copies": "nearest, turned or mirrored",
+    }
+    # Evaluations of earlier versions did not search for changed copies.
+    spaces = [space for space in columns if space in limits]
+    canvas, axes = tiles(len(found), 1 + len(spaces), ("generated", *(columns[space] for space in spaces)))
     for row, told in zip(axes, found, strict=True):
         show_grey(row[0], pictures.generated(told["item_id"]), pictures.describe(told["item_id"]))
         if told["suspect"]:
             note(row[0], "suspect")
-        for ax, space in zip(row[1:], ("pixels", "segmenter"), strict=True):
+        for ax, space in zip(row[1:], spaces, strict=True):
             show_grey(ax, pictures.slice_image(told[f"training_row_{space}"]))
             times = f"\n{told[f'distance_{space}'] / limits[space]:.2f} x the limit" if limits[space] else ""
             note(ax, told[f"training_key_{space}"] + times)

@@ -5,6 +5,7 @@ RUN/evaluation/summary.json, samples.parquet, predictions.zarr, figures/index.js
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from data_shards.documents import MISREAD, checked, parse_json_value, read_bytes
 from data_shards.problems import InputProblems, OutOfSpace, problem
 from data_shards.records import is_path_inside
 from data_shards.store.zarr_bounds import bound_zstd, is_plain_array
+from segdiff_dist.config import next_command
+from segdiff_dist.evaluation.segmenter_check import mark_unreliable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,11 +111,11 @@ class _Downstream(TypedDict):
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """RUN/evaluation/summary.json."""
+    """RUN/evaluation/summary.json, what means nothing marked also where an earlier version wrote it."""
     file = run / _FOLDER / SUMMARY
     summary = read_json(file, _evaluate_again(run), "the summary of an evaluation")
     checked(summary, _Summary, file, "the summary of an evaluation", _evaluate_again(run))
-    return summary
+    return mark_unreliable(summary)
 
 
 def read_downstream(run: Path) -> dict[str, Any] | None:
@@ -127,7 +130,7 @@ def read_downstream(run: Path) -> dict[str, Any] | None:
 
 def read_figures(run: Path) -> list[dict[str, str]]:
     """RUN/evaluation/figures/index.json: file, title, caption, section of each figure; none where it is not there."""
-    file, remedy = run / _FOLDER / FIGURES, f"draw them again: `segdiff report {run}`"
+    file, remedy = run / _FOLDER / FIGURES, f"draw them again: `segdiff report {shlex.quote(str(run))}`"
     if not file.exists():
         return []
     figures: list[dict[str, str]] = parse_json_value(read_bytes(file, remedy), file, remedy, "a list of figures")
@@ -192,4 +195,4 @@ def drawing(run: Path) -> Iterator[None]:
 
 
 def _evaluate_again(run: Path) -> str:
-    return f"run `segdiff evaluate --run {run}`"
+    return f"run {next_command('evaluate', run=run)}"

@@ -5,7 +5,7 @@ Dimensions: B batch, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +16,47 @@ from data_shards.labels import BODY, LabelTable
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.evaluation.distances import DISTANCE_METRICS, Distributions, Entry, Group
 from segdiff_dist.evaluation.metrics import Estimate
+from segdiff_dist.evaluation.segmenter_check import is_unreliable
 from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS, organ_entries, sharpness_entries, unpaired_entries
 from segdiff_dist.evaluation.sums import Interval, PatientSums, SumKey
 from segdiff_dist.evaluation.trust import Spread
-from segdiff_dist.evaluation.worker import HU_METRICS, PAIRS, SIDES, ChunkResult, column_names, is_headline
+from segdiff_dist.evaluation.worker import (
+    FALSE_POSITIVES,
+    HU_METRICS,
+    PAIRS,
+    SIDES,
+    ChunkResult,
+    column_names,
+    is_headline,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 2
 # What is told of each organ and each pair of label maps; `volume_error` besides, which comes of sums of areas.
-ORGAN_METRICS = tuple(f"{kind}_{pair}" for kind in ("dice", "surface_dice", "area_error") for pair in PAIRS)
+ORGAN_METRICS = tuple(
+    f"{kind}_{pair}"
+    for kind in ("dice_either", "dice", "surface_dice", "area_error", *FALSE_POSITIVES)
+    for pair in PAIRS
+)
 HEADLINE_METRICS = (
     *("psnr_db", "ssim", "ms_ssim", "lpips"),
     *ORGAN_METRICS,
     *(f"legacy_dice_{pair}" for pair in PAIRS),
 )
+# What a page or a table shows first. A false organ, a segmenter that fails, lack of variety and blur all lower one.
+TOP_METRICS = (
+    *("dice_either_mask_gen", "dice_either_mask_real", "segmenter_precision", "segmenter_recall", "sharpness"),
+)
+# Evaluations of earlier versions have these in place of the first two.
+_EARLIER = {"dice_either_mask_gen": "dice_mask_gen", "dice_either_mask_real": "dice_mask_real"}
+# Stands behind a figure of the terminal's table that means nothing.
+UNRELIABLE = "(!)"
 DIVERSITY_METRICS = tuple(field.name for field in fields(Spread))
 _UNITS = {"psnr_db": "dB", "pixel_std": "grey values"} | dict.fromkeys(HU_METRICS, "HU")
-_LOWER_IS_BETTER = ("lpips", "area_error", "volume_error", "hu_mean_error")
+_UNITS |= {f"false_positive_area_mm2_{pair}": "mm2" for pair in PAIRS}
+_LOWER_IS_BETTER = ("lpips", "area_error", "volume_error", "hu_mean_error", "false_positive_")
 # Of these neither more nor less is better by itself.
 _NEITHER = (*DIVERSITY_METRICS, "hu_mean_real", "hu_mean_gen", "hu_std_real", "hu_std_gen")
 # Kinds of samples that are summed apart: see _kinds.
@@ -166,16 +188,30 @@ def scalars(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def format_table(summary: dict[str, Any]) -> str:
-    """The headline metrics as text: a row a metric, a column a modality, 95 % intervals in brackets."""
+    """The headline metrics as text: a row a metric, a column a modality, 95 % intervals in brackets; UNRELIABLE behind
+    what means nothing."""
     columns = {"all": summary["metrics"], **summary["by_modality"]}
     rows = [["", *(f"{name} (n={_most_samples(entries)})" for name, entries in columns.items())]]
     rows += [
         [metric, *(_cell(entries.get(metric)) for entries in columns.values())]
-        for metric in (*HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS)
+        for metric in dict.fromkeys(
+            (*top_metrics(columns.values()), *HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS)
+        )
         if any(metric in entries for entries in columns.values())
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def top_metrics(groups: Collection[dict[str, Entry]]) -> list[str]:
+    """TOP_METRICS, each replaced by what earlier versions had in its place where none of the groups has it."""
+    return [n if any(n in entries for entries in groups) else _EARLIER.get(n, n) for n in TOP_METRICS]
+
+
+def headline_dice(groups: Collection[dict[str, Entry]]) -> str:
+    """The Dice that runs or groups of entries are compared by: the one that false organs lower, if all have it."""
+    told = [entries for entries in groups if "dice_mask_gen" in entries]
+    return "dice_either_mask_gen" if all("dice_either_mask_gen" in entries for entries in told) else "dice_mask_gen"
 
 
 def _most_samples(entries: dict[str, Entry]) -> int:
@@ -187,8 +223,9 @@ def _cell(entry: Entry | None) -> str:
         return "-"
     interval = entry.get("ci95")
     value = entry["value"]
-    told = f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
-    return told + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    told = f"{value:z.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
+    told += f" [{interval[0]:z.3f}, {interval[1]:z.3f}]" if interval else ""
+    return f"{told} {UNRELIABLE}" if is_unreliable(entry) else told
 
 
 class _Means:
@@ -242,7 +279,8 @@ def _cross_modality(measured: Evaluated, means: _Means) -> dict[str, dict[str, E
     """Images of one modality made from masks of the other. No real counterpart: the mask is followed or not, and the
     images are set against real ones of the target modality (other patients)."""
     found = {}
-    names = [f"{kind}_mask_gen" for kind in ("dice", "surface_dice", "area_error", "legacy_dice")]
+    kinds = ("dice_either", "dice", "surface_dice", "area_error", *FALSE_POSITIVES, "legacy_dice")
+    names = [f"{kind}_mask_gen" for kind in kinds]
     for source in MODALITIES:
         for target in MODALITIES:
             group = Group(frozenset({(source, target)}))
@@ -266,7 +304,7 @@ def _diversity(measured: Evaluated, means: _Means) -> dict[str, Any]:
         return lambda key: key.kind == _SEVERAL and group.holds(key.source, key.target, key.axis)
 
     def entries(group: Group) -> dict[str, Entry]:
-        found = means.of(("dice_mask_gen", *DIVERSITY_METRICS), several(group))
+        found = means.of(("dice_either_mask_gen", "dice_mask_gen", *DIVERSITY_METRICS), several(group))
         for name in DIVERSITY_METRICS:
             if name in found:
                 # One value a mask: its other images are not left out.

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 SPACES = ("segmenter", "pixels")
 # An image is near to training where fewer than this share of unseen real images are as near.
 _QUANTILE = 0.01
+# The third space, segdiff_dist.evaluation.copies. It decides alone, so its limit is below that of the others.
+COPIES = "copies"
+_COPY_SHARE = 0.9
 # Of one mask's images this many are compared in pairs, which are 28 then.
 _MOST_IMAGES = 8
 # Pixel space is the image in this many square means a side: shifts and noise of a pixel or two do not count.
@@ -192,21 +195,28 @@ def memorisation(
     """How near generated images lie to training ones, against real images that training has not seen.
 
     A suspect lies no farther than the first percentile of the real images in both spaces; were nothing copied, about
-    1 % would in each. `passed`: at most the share `most` are suspects. `nearer`: median distance of the generated over
-    that of the real; well below 1 it tells of copies. After Meehan et al. 2020.
+    1 % would in each. Or it is a copy: nearer than _COPY_SHARE of the first percentile where training images may be
+    mirrored, turned, shifted, scaled or changed in brightness (("copies", side) of `nearest_by`). `passed`: at most
+    the share `most` are suspects. `nearer`: median distance of the generated over that of the real; well below 1 it
+    tells of copies. After Meehan et al. 2020.
     """
     limits = {space: float(np.quantile(nearest_by[space, "real"][0], _QUANTILE)) for space in SPACES}
     is_suspect = np.ones(len(ids), dtype=bool)
     for space in SPACES:
         # Not below alone: where unseen images have a twin in training, the limit is 0, and so is a copy's distance.
         is_suspect &= nearest_by[space, "gen"][0] <= limits[space]
+    spaces: tuple[str, ...] = SPACES
+    if (COPIES, "gen") in nearest_by:
+        spaces = (*SPACES, COPIES)
+        limits[COPIES] = _COPY_SHARE * float(np.quantile(nearest_by[COPIES, "real"][0], _QUANTILE))
+        is_suspect |= nearest_by[COPIES, "gen"][0] <= limits[COPIES]
     medians = {key: float(np.median(distance_Q)) for key, (distance_Q, _) in nearest_by.items()}
-    # Suspects first, then by how near they are in pixels.
-    order = np.lexsort((nearest_by["pixels", "gen"][0], ~is_suspect))
+    # Suspects first, then by how near they are to a training image, changed or not.
+    order = np.lexsort((nearest_by[spaces[-1], "gen"][0], ~is_suspect))
 
     def told(q: int) -> dict[str, Any]:
         entry = {"item_id": int(ids[q]), "key": items["key"][int(ids[q])].as_py(), "suspect": bool(is_suspect[q])}
-        for space in SPACES:
+        for space in spaces:
             distance_Q, row_Q = nearest_by[space, "gen"]
             entry[f"distance_{space}"] = float(distance_Q[q])
             entry[f"training_row_{space}"] = int(row_Q[q])
@@ -222,7 +232,7 @@ def memorisation(
         "num_suspects": int(is_suspect.sum()),
         "num_unseen": len(nearest_by["pixels", "real"][0]),
         "limits": limits,
-        "nearer": {s: medians[s, "gen"] / medians[s, "real"] if medians[s, "real"] else None for s in SPACES},
+        "nearer": {s: medians[s, "gen"] / medians[s, "real"] if medians[s, "real"] else None for s in spaces},
         "nearest": [told(int(q)) for q in order[:_MOST_TOLD]],
     }
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # The three pairs of label maps; the first of each is the reference whose classes count.
 PAIRS = ("mask_real", "real_gen", "mask_gen")
 SIDES = ("real", "gen")
+# Of organs that the reference does not hold: whether they appear, and on what area.
+FALSE_POSITIVES = ("false_positive_rate", "false_positive_area_mm2")
 # HU inside an organ's mask on either image, CT only; `hu_mean_error` is the difference of the means without its sign.
 HU_METRICS = ("hu_mean_real", "hu_mean_gen", "hu_mean_error", "hu_std_real", "hu_std_gen")
 # Where an organ's area is measured: in the mask, and in the labels predicted on either image.
@@ -83,11 +85,13 @@ def column_names(table: LabelTable) -> list[str]:
     """Names of the metric columns of samples.parquet, in order."""
     organs = [table.names[i] for i in table.organ_ids]
     names = ["psnr_db", "ssim", "ms_ssim", "lpips"]
-    names += [f"{kind}_{pair}" for kind in ("dice", "surface_dice", "area_error", "legacy_dice") for pair in PAIRS]
+    kinds = ("dice", "dice_either", "surface_dice", "area_error", "legacy_dice", *FALSE_POSITIVES)
+    names += [f"{kind}_{pair}" for kind in kinds for pair in PAIRS]
     names += sharpness.sharpness_columns(table)
     names += [f"{name}/{organ}" for name in HU_METRICS for organ in organs]
     names += [f"dice_{pair}/{name}" for pair in PAIRS for name in table.names[1:]]
-    names += [f"{kind}_{pair}/{organ}" for kind in ("surface_dice", "area_error") for pair in PAIRS for organ in organs]
+    of_organs = ("dice_either", "surface_dice", "area_error", *FALSE_POSITIVES)
+    names += [f"{kind}_{pair}/{organ}" for kind in of_organs for pair in PAIRS for organ in organs]
     return names + [f"area_mm2_{source}/{organ}" for source in SOURCES for organ in organs]
 
 
@@ -307,7 +311,11 @@ class _Batch:
         reference, predicted = self.label_maps[first][chosen], self.label_maps[second][chosen]
         counts = metrics.confusion(reference, predicted, table.num_classes)
         columns[f"legacy_dice_{pair}"][chosen] = metrics.legacy_dice(counts)
-        measured = {"dice": metrics.dice_per_class(counts), "area_error": metrics.area_errors(counts)}
+        measured = {
+            "dice": metrics.dice_per_class(counts),
+            "dice_either": metrics.dice_either(counts),
+            "area_error": metrics.area_errors(counts),
+        }
         if self.evaluator.inputs.surface_dice:
             measured["surface_dice"] = np.full(measured["dice"].shape, np.nan)
             for b, i in enumerate(chosen):
@@ -323,6 +331,17 @@ class _Batch:
             organ = table.names[label_id]
             columns[f"area_mm2_{first}/{organ}"][chosen] = counts[:, label_id].sum(axis=1) * pixel_mm2
             columns[f"area_mm2_{second}/{organ}"][chosen] = counts[:, :, label_id].sum(axis=1) * pixel_mm2
+        false_BO = metrics.false_positive_pixels(counts)[:, list(table.organ_ids)]
+        appears_BO = np.where(np.isnan(false_BO), np.nan, false_BO > 0)
+        false_positives = dict(zip(FALSE_POSITIVES, (appears_BO, false_BO * pixel_mm2[:, None]), strict=True))
+        for kind, values_BO in false_positives.items():
+            for o, label_id in enumerate(table.organ_ids):
+                columns[f"{kind}_{pair}/{table.names[label_id]}"][chosen] = values_BO[:, o]
+        rate, area = FALSE_POSITIVES
+        every_organ = range(len(table.organ_ids))
+        columns[f"{rate}_{pair}"][chosen] = metrics.mean_over_organs(appears_BO, every_organ)
+        # Of an image the area of all false organs together, not their mean.
+        columns[f"{area}_{pair}"][chosen] = np.nansum(false_positives[area], axis=1)
 
 
 def is_headline(items: dict[str, list[Any]], i: int) -> bool:

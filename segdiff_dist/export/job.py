@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import Problem, problem, refuse, removed_on_failure, saying_when_full
+from segdiff_dist.config import how_to_make
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
 from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
@@ -61,7 +62,7 @@ def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: 
     from segdiff_dist.pipeline import pipeline_problems, write_pipeline
 
     if not (weights / "segdiff.json").is_file():
-        raise problem(weights, "weights", "not found", "train first: `segdiff train --config F`")
+        raise problem(weights, "weights", "not found", f"train first: {how_to_make('train', weights)}")
     needed = sum(file.stat().st_size for file in weights.iterdir())
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
     with at_work(out), saying_when_full(out):

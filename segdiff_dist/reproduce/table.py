@@ -11,6 +11,8 @@ from typing import Any
 from segdiff_dist.config import as_dict, differences, write_text_atomically
 from segdiff_dist.evaluation.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report import PUBLISHED, PUBLISHED_COLUMNS, format_entry, format_interval
+from segdiff_dist.evaluation.segmenter_check import MARK, segmenter_messages
+from segdiff_dist.evaluation.summary import TOP_METRICS
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, ColumnName
 
@@ -32,8 +34,9 @@ PAPER_ROWS = {
 }
 # What says more than the paper's rows do.
 _FURTHER_ROWS = (
-    *("dice_mask_real", "dice_real_gen", "dice_mask_gen", "legacy_dice_real_gen"),
-    *("surface_dice_mask_gen", "sharpness", "sharpness_75_100", "texture", "kid", "segmenter_frechet"),
+    *("dice_either_mask_gen", "dice_either_mask_real", "segmenter_precision", "segmenter_recall", "sharpness"),
+    *("dice_mask_real", "dice_real_gen", "dice_mask_gen", "legacy_dice_real_gen", "false_positive_rate_mask_gen"),
+    *("surface_dice_mask_gen", "sharpness_75_100", "texture", "kid", "segmenter_frechet"),
 )
 # At least so many triples a column: Hunecke and Chen, section 5.3.
 FEWEST_TRIPLES = 1024
@@ -90,6 +93,7 @@ def build(columns: Sequence[Measured], patients: dict[str, int]) -> dict[str, An
     return {
         "source": "Hunecke and Chen, Medical Image Generation Using Segmentation-Guided Diffusion, Table 1",
         "rows": PAPER_ROWS,
+        "segmenter_messages": {column["title"]: column["segmenter_messages"] for column in told},
         "further_rows": {name: DEFINITIONS[name].label for name in shown},
         "columns": told,
         "patients": patients,
@@ -114,8 +118,20 @@ def verdict(table: dict[str, Any]) -> str:
     return "Run with the shipped recipes of the paper, unchanged; what differs from the paper is said below."
 
 
+def headline(table: dict[str, Any]) -> str:
+    """One sentence with the figure that a false organ lowers, of every column that has it; else nothing."""
+    metric, columns = TOP_METRICS[0], [c for c in table["columns"] if TOP_METRICS[0] in c["measured"]]
+    told = ", ".join(f"{c['title']} {_with_interval(c, metric)}" for c in columns)
+    return f"{DEFINITIONS[metric].label}: {told}." if told else ""
+
+
+def marked(table: dict[str, Any]) -> list[str]:
+    """Where a column's segmenter fails on real images, so that its figures carry MARK; a sentence each."""
+    return [f"{MARK} {title}: {message}" for title, told in table["segmenter_messages"].items() for message in told]
+
+
 def cell(column: dict[str, Any], metric: str) -> str:
-    """A measured value, a dash where there is none."""
+    """A measured value, with MARK where it means nothing; a dash where there is none."""
     return format_entry(column["measured"].get(metric), DEFINITIONS[metric].digits)
 
 
@@ -153,7 +169,9 @@ def markdown(table: dict[str, Any]) -> str:
     """The page as Markdown."""
     columns = table["columns"]
     heads = [f"{c['title']}, {kind}" for c in columns for kind in _kinds(c)]
-    lines = ["# Table 1", "", verdict(table), "", _row(["", *heads]), _row(["---"] * (1 + len(heads)))]
+    lines = ["# Table 1", "", verdict(table), ""]
+    lines += [line for text in (headline(table), *marked(table)) if text for line in (text, "")]
+    lines += [_row(["", *heads]), _row(["---"] * (1 + len(heads)))]
     for metric, label in table["rows"].items():
         values = [v for c in columns for v in _values(c, metric)]
         lines.append(_row([label, *values]))
@@ -185,7 +203,14 @@ def page(table: dict[str, Any]) -> str:
     )
     environment.filters["plainly"] = _plainly
     return environment.get_template("table1.html.j2").render(
-        table=table, verdict=verdict(table), facts=facts(table), missing=missing(table), cell=cell, interval=interval
+        table=table,
+        verdict=verdict(table),
+        headline=headline(table),
+        marked=marked(table),
+        facts=facts(table),
+        missing=missing(table),
+        cell=cell,
+        interval=interval,
     )
 
 
@@ -199,6 +224,7 @@ def _column(column: Measured) -> dict[str, Any]:
         "later": _published(f"{_PUBLISHED_AS[column.name]}, later"),
         "measured": {name: summary["metrics"][name] for name in shown},
         "not_available": summary["not_available"],
+        "segmenter_messages": segmenter_messages(summary),
         "size": used.loader.crop_size or used.prepare.size,
         "label_set": used.prepare.label_set,
         "train_images": used.train.num_images,

@@ -29,7 +29,7 @@ from data_shards import locks
 from data_shards.locks import lock_beside
 from data_shards.problems import InputProblems, Problem, problem, refuse, removed_on_failure
 from data_shards.store.codecs import ZSTD_LEVEL, crc32c
-from segdiff_dist.config import differences, flatten, write_text_atomically
+from segdiff_dist.config import differences, flatten, how_to_make, write_text_atomically
 from segdiff_dist.sampling.store_files import (
     DONE,
     IMAGES,
@@ -82,7 +82,7 @@ class SampleStore:
     def open(cls, path: Path) -> SampleStore:
         """The store at `path`. Refused where there is none, or where one of the files laid out first is damaged."""
         if not (path / JOB).is_file():
-            raise problem(path, "samples", "not found", "sample first: `segdiff sample --run DIR --data SHARDS`")
+            raise problem(path, "samples", "not found", f"sample first: {how_to_make('sample', path)}")
         remedy = "run the same `segdiff sample` again: it makes the file again"
         refuse(Problem(str(path / name), "samples", "damaged or missing", remedy) for name in _broken_files(path))
         return cls(path)

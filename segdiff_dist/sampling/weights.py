@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_shards.problems import InputProblems, problem
+from segdiff_dist.config import how_to_make
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.denoiser import Denoiser
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def weights_digest(folder: Path) -> str:
     """sha256 over a weights folder's files; says which model made an image. Folders in it are none of the model's."""
     if not (folder / "segdiff.json").is_file():
-        raise problem(folder, "weights", "not found", "train first: `segdiff train --config F`")
+        raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):
         digest.update(file.name.encode() + file.read_bytes())

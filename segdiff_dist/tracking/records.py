@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import posixpath
 import re
 from typing import Any
 
@@ -10,9 +12,25 @@ from segdiff_dist.tracking.inside import why_not_plain
 # MLflow refuses '/' and ':' in a model's name; this one is a folder's name too, and stands quoted in a search.
 MODEL_NAME = re.compile(r"\w[\w .-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{1,128}")
+# What MLflow takes as a metric's name on any system, and how much of it.
+_KEY, _MOST_KEY = re.compile(r"[\w. /-]+"), 250
 _STATUS = ("RUNNING", "FINISHED", "FAILED", "KILLED")
 # MLflow's columns are 64 bits wide; times beyond the year 5000 are none.
 _MOST_STEP, _MOST_MS = 2**63 - 1, 10**14
+
+
+def metric_key(name: str) -> str:
+    """A metric's name as MLflow takes it; organs' names are in some. What it does not take is replaced, and a digest of
+    the name added, so that two names never become one."""
+    if len(name) <= _MOST_KEY and _KEY.fullmatch(name) and posixpath.normpath(name) == name and name[0] not in "./":
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    plain = re.sub(r"[^\w. /-]", "_", name)
+    head, _, metric = plain.rpartition("/")
+    # Parts that a path would skip or follow upwards are left out; the metric itself stays last.
+    readable = "/".join(part for part in head.split("/") if part.strip(". ")) or "name"
+    end = f"-{digest}/{metric[-100:].strip('. ') or 'metric'}"
+    return readable[: _MOST_KEY - len(end)] + end
 
 
 def why_not_sent(record: Any) -> str | None:

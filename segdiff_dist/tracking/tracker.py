@@ -9,6 +9,7 @@ recorded or sent before it is adopted.
 from __future__ import annotations
 
 import itertools
+import shlex
 import shutil
 import threading
 import time
@@ -26,7 +27,7 @@ from data_shards.problems import OutOfSpace, Problem, problem, saying_when_full
 from segdiff_dist.config import flatten
 from segdiff_dist.tracking.link import SPOOL, adopt, is_foreign
 from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
-from segdiff_dist.tracking.records import MODEL_NAME
+from segdiff_dist.tracking.records import MODEL_NAME, metric_key
 from segdiff_dist.tracking.spool import Record, Spool, num_waiting, spool_files
 
 # MLflow refuses longer parameter values.
@@ -112,7 +113,8 @@ class Tracker:
         if not self._sender.finish(self.config.flush_timeout_s):
             warnings.warn(
                 f"{num_waiting(self.folder / SPOOL)} records for MLflow at {self._run.uri} wait in "
-                f"{self.folder / SPOOL}; the next stage in this folder sends them, or `segdiff track {self.folder}`",
+                f"{self.folder / SPOOL}; the next stage in this folder sends them, or `segdiff track "
+                f"{shlex.quote(str(self.folder))}`",
                 stacklevel=2,
             )
 
@@ -122,7 +124,7 @@ class Tracker:
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers under stable names at `step` (images seen, for training). NaN is left out."""
-        numbers = {key: float(value) for key, value in values.items()}
+        numbers = {metric_key(key): float(value) for key, value in values.items()}
         self._append("metrics", values={k: v for k, v in numbers.items() if v == v}, step=step)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
@@ -180,7 +182,7 @@ def send_spool(folder: Path, adopts: bool = False) -> int:
         raise problem(folder, "run", "was never tracked", "give the folder of a run with tracking")
     if is_foreign(folder):
         if not adopts:
-            raise problem(folder, "tracking", _FOREIGN, f"nothing was sent; {_ADOPT.format(folder)}")
+            raise problem(folder, "tracking", _FOREIGN, f"nothing was sent; {_ADOPT.format(shlex.quote(str(folder)))}")
         _adopt(folder)
     run = MlflowRun(folder)
     before = num_waiting(folder / SPOOL)
@@ -201,7 +203,9 @@ def _may_track(folder: Path, adopts: bool) -> bool:
     if adopts:
         _adopt(folder)
         return True
-    warnings.warn(f"{folder}: {_FOREIGN}: MLflow records nothing here; {_ADOPT.format(folder)}", stacklevel=4)
+    warnings.warn(
+        f"{folder}: {_FOREIGN}: MLflow records nothing here; {_ADOPT.format(shlex.quote(str(folder)))}", stacklevel=4
+    )
     return False
 
 

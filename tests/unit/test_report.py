@@ -15,6 +15,7 @@ import pytest
 from evaluation_support import Page, is_self_contained
 
 from data_shards.labels import AMOS
+from segdiff_dist.evaluation.distances import fewest_samples
 from segdiff_dist.evaluation.report import PUBLISHED, write_report
 from segdiff_dist.evaluation.summary import Evaluated, scalars, summarise
 from segdiff_dist.evaluation.sums import Interval
@@ -23,6 +24,7 @@ from segdiff_dist.evaluation.trust import Spread, not_made
 from segdiff_dist.evaluation.worker import ChunkResult, column_names
 
 LIVER, SPLEEN = "liver", "spleen"
+ONCE = Interval(10, 0)
 # One pixel.
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -124,8 +126,8 @@ class TestSummary:
     def test_cross_modality_stands_apart(self, summary):
         across = summary["cross_modality"]["CT_to_MR"]
         assert across["dice_mask_gen"]["value"] == pytest.approx(0.3)
-        # Two generated against the two real MR images.
-        assert (across["segmenter_frechet"]["n"], across["segmenter_frechet"]["num_real"]) == (2, 2)
+        # Two generated against the two real MR images are too few.
+        assert "segmenter_frechet" not in across
         assert "psnr_db" not in across
 
     def test_diversity_stands_apart(self, summary):
@@ -134,9 +136,12 @@ class TestSummary:
         assert diversity["metrics"]["pixel_std"]["value"] == 12.5
         assert diversity["metrics"]["dice_mask_gen"]["value"] == pytest.approx((0.9 + 0.1) / 2)
 
-    def test_distribution_metrics_need_two_samples(self):
-        found = summarise(measured([item("amos_0001", "CT", "CT", 0)], [0.5]), Interval(10, 0))
-        assert "segmenter_frechet" not in found["metrics"]
+    @pytest.mark.parametrize("num", [1, 2, 4, 5])
+    def test_distribution_metrics_need_five_samples(self, num):
+        found = summarise(measured([item("amos_0001", "CT", "CT", row) for row in range(num)], [0.5] * num), ONCE)
+        for name in ("segmenter_frechet", "segmenter_kernel_distance"):
+            assert (name in found["metrics"]) == (num >= 5)
+            assert fewest_samples(name) == 5
         assert found["metrics"]["dice_mask_gen"]["ci95"] is None
 
     def test_is_valid_json(self, summary):
@@ -241,7 +246,7 @@ class TestReport:
 
     def test_trust_says_what_was_not_measured(self, run):
         text = Page(write_report(run).read_text()).text
-        assert f"segdiff evaluate --run {run.name} --evaluate.memorisation" in text
+        assert f"segdiff evaluate --run {run.resolve()} --evaluate.memorisation" in text
         assert "2 images of one mask" in text
 
     def test_trust_says_what_was_found(self, run):
