@@ -44,7 +44,7 @@ def next_command(stage: str, *flags: str, run: Path) -> str:
 def how_to_make(stage: str, missing: Path) -> str:
     """What makes the missing folder: the stage on the run folder that it lies in, if that has a configuration, or what
     explains the stage."""
-    for run in missing.absolute().parents:
+    for run in list(missing.absolute().parents)[:2]:  # RUN/weights, RUN/segmenter/weights
         if (run / "config.yaml").is_file():
             return next_command(stage, run=run)
     return f"`segdiff {stage} --help` says how"

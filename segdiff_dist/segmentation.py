@@ -264,7 +264,8 @@ class Segmenter:
         if not (weights / _ABOUT).is_file():
             remedy = f"train it first: {how_to_make('train-segmenter', weights)}"
             raise problem(weights, "segmenter", "not found", remedy)
-        remedy = f"remove {weights} and run `segdiff train-segmenter` again: it exports it from its checkpoint"
+        again = how_to_make("train-segmenter", weights)
+        remedy = f"remove {weights}; training again exports it from its checkpoint: {again}"
         refuse_damaged(weights, "segmenter", remedy)
         about = read_json(weights / _ABOUT, remedy, "the description of a segmenter")
         with reading(weights / _ABOUT, "the description of a segmenter", remedy):

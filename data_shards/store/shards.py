@@ -7,6 +7,7 @@ Dimensions: N samples, H rows, W columns.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -280,7 +281,8 @@ class ShardSet:
         member, entry = self._file(int(self.parts[part].file_N[row]))
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         shard = f"{member.root.rstrip('/')}/{entry['file']}"
-        return f"{shard}: sample {self.key(row)}: {part}: {reason}; verify the set with `segdiff inspect`"
+        command = f"segdiff inspect {shlex.quote(member.root)}"
+        return f"{shard}: sample {self.key(row)}: {part}: {reason}; verify the set with `{command}`"
 
     def _file(self, file: int) -> tuple[Member, dict[str, Any]]:
         member = [m for m in self.members if m.first_file <= file][-1]

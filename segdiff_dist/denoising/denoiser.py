@@ -198,7 +198,8 @@ class Denoiser(nn.Module):
         not finite are refused."""
         if not (folder / "segdiff.json").is_file():
             raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
-        remedy = f"remove {folder.parent} and run `segdiff train` again: it exports them from the newest checkpoint"
+        again = how_to_make("train", folder)
+        remedy = f"remove {folder.parent}; training again exports them from the newest checkpoint: {again}"
         refuse_damaged(folder, "weights", remedy)
         about_file, what = folder / "segdiff.json", "the description of a denoiser"
         about = read_json(about_file, remedy, what)

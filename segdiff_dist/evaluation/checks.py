@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
+from segdiff_dist.config import how_to_make
 from segdiff_dist.evaluation import inception, perceptual
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _open_segmenter(weights: Path) -> Segmenter:
     except InputProblems:
         raise
     except (KeyError, TypeError, ValueError) as error:  # of segdiff.json
-        remedy = "copy the folder again, or train again: `segdiff train-segmenter`"
+        remedy = f"copy the folder again, or train again: {how_to_make('train-segmenter', weights)}"
         raise problem(weights, "segmenter", f"cannot be read: {_one_line(error)}", remedy) from error
 
 
@@ -92,17 +93,26 @@ def _mismatches(
         value = "made from masks without images, so that there is nothing to compare them with"
         yield Problem(str(run / "samples"), "samples", value, "evaluate samples whose masks come from a shard set")
     if store is not None and not store.items.num_rows:
-        yield Problem(str(run / "samples"), "samples", "none", "run `segdiff sample`")
+        yield Problem(
+            str(run / "samples"), "samples", "none", f"sample again: {how_to_make('sample', run / 'samples')}"
+        )
     if store is not None and shards is not None and shards.digest != store.job["shards_digest"]:
         yield Problem(shards.root, "digest", "not the shard set sampled from", "restore it, or sample again")
     if segmenter is not None and shards is not None and segmenter.label_table != shards.label_table:
         value = f"segmenter {segmenter.label_table.name!r}, shard set {shards.label_table.name!r}"
         yield Problem(shards.root, "label table", value, "train the segmenter on shards with these labels")
     if segmenter is not None and not all(bool(w.isfinite().all()) for w in segmenter.net.state_dict().values()):
-        yield Problem("segmenter", "weights", "not all of them are finite", "train it again: `segdiff train-segmenter`")
+        yield Problem(
+            "segmenter",
+            "weights",
+            "not all of them are finite",
+            "train it again; `segdiff train-segmenter --help` says how",
+        )
     if segmenter is not None and store is not None and not _takes(segmenter, store.image.shape[1]):
         value = f"its levels do not halve the images' {store.image.shape[1]} pixels evenly"
-        yield Problem("segmenter", "levels", value, "train one on slices of that size: `segdiff train-segmenter`")
+        yield Problem(
+            "segmenter", "levels", value, "train one on slices of that size; `segdiff train-segmenter --help` says how"
+        )
 
 
 def _takes(segmenter: Segmenter, side: int) -> bool:
