@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from data_shards.locks import work_has_begun
 from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, describe, refuse
 from segdiff_dist import surroundings
+from segdiff_dist.ranks.distributed import launcher_problems, leave_launcher
 
 if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
@@ -149,6 +150,10 @@ _ONLY_READ = ("inspect", "track", "doctor")
 _WITHOUT_TEMPORARY_FILES = ("inspect", "phantom", "report", "track", "doctor")
 
 
+# Commands that a launcher starts once for each GPU.
+_ON_RANKS = ("train", "train-segmenter")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
@@ -183,10 +188,15 @@ def _main(args: list[str]) -> int:
     if name not in _COMMANDS:
         print(f"segdiff: {name!r} is not a command\n\n{_help()}", file=sys.stderr)
         return 2
+    note = None if name in _ON_RANKS else leave_launcher(name)
+    if note is not None:
+        print(note, file=sys.stderr)
     changed = surroundings.complete()
     if changed is not None and _is_main():
         print(changed, file=sys.stderr)
     try:
+        if name in _ON_RANKS:
+            refuse(launcher_problems())
         if name not in _WITHOUT_TEMPORARY_FILES:
             refuse(surroundings.temporary_folder_problems())
         if name == "doctor":

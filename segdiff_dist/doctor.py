@@ -7,18 +7,17 @@ and its GPUs, DALI. Nothing here runs during training.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 from data_shards import __version__
 from data_shards.fan_out import num_cores
+from segdiff_dist.ranks.host_memory import host_memory
 
 State = Literal["ok", "instead", "missing"]
 
@@ -131,13 +130,8 @@ def _machine() -> list[Row]:
 
 def _memory_gib() -> float | None:
     """Memory this process may use: the machine's, or its container's where that is less."""
-    if "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cgroup = Path("/sys/fs/cgroup/memory.max")
-    if cgroup.is_file() and (text := cgroup.read_text().strip()).isdigit():
-        limit = min(limit, int(text))
-    return limit / _GIB
+    memory = host_memory()
+    return memory and memory.total / _GIB
 
 
 def _gpu(gpus: Gpus) -> list[Row]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def convert(experiment: Experiment) -> dict[str, Any]:
 
 def train_segmenter(experiment: Experiment) -> None:
     """`segdiff train-segmenter`: the auxiliary U-Net into RUN/segmenter."""
+    from segdiff_dist.footprint import segmenter_network
     from segdiff_dist.segmentation import SegmenterTask
 
     config, loader = experiment.segmenter, experiment.loader
@@ -126,6 +128,8 @@ def train_segmenter(experiment: Experiment) -> None:
         lambda _: SegmenterTask(shards, config, loader, folder / "weights", device),
         config.augmented(loader),
         config.train,
+        segmenter_network(config, shards, _side(shards, loader.crop_size)),
+        multiple_of=config.dice_group,
     )
 
 
@@ -134,6 +138,7 @@ def train_denoiser(experiment: Experiment) -> None:
     from segdiff_dist.denoising.denoiser import choose_kernels
     from segdiff_dist.denoising.task import DenoiserTask, find_problems
     from segdiff_dist.denoising.validation import DenoiserValidation
+    from segdiff_dist.footprint import denoiser_network, small_config
 
     denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
     run, shards = _open_run_and_data(experiment, experiment.more_data)
@@ -170,7 +175,9 @@ def train_denoiser(experiment: Experiment) -> None:
         weights = run / "weights"
         return DenoiserTask(shards, side, denoiser, experiment.diffusion, config.seed, weights, device, validation)
 
-    _train(experiment, shards, "train", run, make_task, loader, config)
+    network = denoiser_network(denoiser, shards, side, pick_device(config.device))
+    small = partial(small_config, shards, side, pick_device(config.device))
+    _train(experiment, shards, "train", run, make_task, loader, config, network, small=small)
 
 
 def average(experiment: Experiment) -> tuple[Path, float]:
@@ -365,30 +372,49 @@ def volume(experiment: Experiment) -> Any:
 
 
 def _train(
-    experiment: Experiment, shards: ShardSet, stage: str, folder: Path, make_task: Any, loader: Any, config: Any
+    experiment: Experiment,
+    shards: ShardSet,
+    stage: str,
+    folder: Path,
+    make_task: Any,
+    loader: Any,
+    config: Any,
+    network: Any,
+    **limits: Any,
 ) -> None:
+    """`network`: a training.memory_plan.Network; `limits`: what else memory_problems takes."""
     from segdiff_dist.training.checkpoint import complete_ones, read_state
     from segdiff_dist.training.export import is_exported
     from segdiff_dist.training.loop import TrainingJob, train
+    from segdiff_dist.training.memory_plan import capacity_of, memory_problems, refuse_together, warn_of_length
 
     newest = next(iter(complete_ones(folder / "checkpoints")), None)
-    if newest is not None and read_state(newest)["images_seen"] >= config.num_images and is_exported(newest, folder):
+    images_seen = read_state(newest)["images_seen"] if newest is not None else 0
+    if newest is not None and images_seen >= config.num_images and is_exported(newest, folder):
         if is_main():
             print(f"{stage}: already trained on {config.num_images:,} images in {folder}; nothing to do")
         return
+    device = pick_device(config.device)
+    section = "segmenter.train" if stage == "segmenter" else stage
+    too_little = memory_problems(section, network, config, capacity_of(device), ranks=world_size(), **limits)
+    if world_size() == 1:
+        refuse(too_little)
+    warn_of_length(section, network, config.num_images - images_seen, config, device)
     run = experiment.path("run")
     own = ("segmenter",) if stage == "segmenter" else ("denoiser", "diffusion", "train", "validation")
     rows = _training_rows(experiment, shards)
     sections = (*own, "loader")
-    with _training_lock(folder), _tracker(experiment, stage, run) as tracker:
-        if is_main():
-            # The denoiser's loader and data are what the later stages go by.
-            save_experiment(experiment, own if stage == "segmenter" else (*own, "loader", "data", "more_data"))
-        tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})
-        if is_main():
-            tracker.log_artifact(run / "config.yaml")
-        device, settings = pick_device(config.device), _plain(experiment)
-        train(TrainingJob(make_task(tracker), shards, rows, loader, config, folder, tracker, device, settings))
+    with _training_lock(folder):
+        refuse_together(too_little, device)
+        with _tracker(experiment, stage, run) as tracker:
+            if is_main():
+                # The denoiser's loader and data are what the later stages go by.
+                save_experiment(experiment, own if stage == "segmenter" else (*own, "loader", "data", "more_data"))
+            tracker.log_params({name: _plain(experiment)[name] for name in sections} | {"shards_digest": shards.digest})
+            if is_main():
+                tracker.log_artifact(run / "config.yaml")
+            settings = _plain(experiment)
+            train(TrainingJob(make_task(tracker), shards, rows, loader, config, folder, tracker, device, settings))
 
 
 def _training_lock(folder: Path) -> AbstractContextManager[None]:

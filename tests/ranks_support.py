@@ -145,3 +145,58 @@ def exchanging(rank: int) -> None:
     agreed.append(agreement.finish())
     assert gather_objects({"rank": rank}) == [{"rank": n} for n in range(dist.get_world_size())]
     Path(f"agreed-{rank}").write_text(json.dumps(agreed))
+
+
+def sizing(rank: int) -> None:
+    """Look for a micro-batch size with a file that only rank 0 sees, as on a disk that is slow to show it to others;
+    leaves size-RANK and tried-RANK."""
+    from segdiff_dist.training import micro_batch
+    from segdiff_dist.training.config import TrainConfig
+
+    def rates(*_: Any) -> list[float]:
+        Path(f"tried-{rank}").touch()
+        return [1.0, 2.0]
+
+    micro_batch._rates = rates
+    task, batch = tiny_task(), tiny_batch()
+    config = TrainConfig(global_batch_size=4, micro_batch_size="auto")
+    folder = Path("run" if rank == 0 else "another view of it")
+    sizes = [micro_batch.find_micro_batch(task, lambda: batch, config, folder)]
+    was_tried = Path(f"tried-{rank}").exists()
+    Path(f"tried-{rank}").unlink(missing_ok=True)
+    sizes.append(micro_batch.find_micro_batch(task, lambda: batch, config, folder))
+    Path(f"size-{rank}").write_text(json.dumps([sizes, was_tried, Path(f"tried-{rank}").exists()]))
+
+
+def refusing(rank: int) -> None:
+    """Rank 1 alone has too little memory; leaves refused-RANK, what each then says."""
+    import torch
+
+    from data_shards.problems import InputProblems, Problem
+    from segdiff_dist.training.memory_plan import refuse_together
+
+    refuse_together([], torch.device("cpu"))
+    try:
+        refuse_together([Problem("memory", "size", "16", "give 8")] if rank == 1 else [], torch.device("cpu"))
+    except InputProblems as error:
+        Path(f"refused-{rank}").write_text(str(error))
+
+
+def tiny_task() -> Any:
+    """A task with one linear layer."""
+    from types import SimpleNamespace
+
+    import torch
+
+    return SimpleNamespace(name="tiny", model=torch.nn.Linear(2, 2))
+
+
+def tiny_batch() -> Any:
+    """One image of 8x8 on the CPU."""
+    import torch
+
+    from data_shards.records import Batch
+
+    zero_B = torch.zeros(1, dtype=torch.int64)
+    pixels_BHW = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    return Batch(pixels_BHW, pixels_BHW, zero_B, zero_B, zero_B, None)

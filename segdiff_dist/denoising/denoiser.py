@@ -129,6 +129,11 @@ class Denoiser(nn.Module):
 
         Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
         """
+        self.choose_operators(device)
+        return self.to(device)
+
+    def choose_operators(self, device: torch.device) -> None:
+        """What computes on `device`, without moving there."""
         set_attention(self.unet, choose_attention(self.config.attention, device, self.config.attention_head_dim))
         if choose_kernels(self.config.kernels, device) == "triton":
             from segdiff_dist.denoising.fused_unet import fuse
@@ -140,7 +145,6 @@ class Denoiser(nn.Module):
             from segdiff_dist.denoising.cpu_unet import suit_cpu
 
             suit_cpu(self.unet)
-        return self.to(device)
 
     def conditions_of(self, batch: Batch) -> Conditions:
         """What the net is told of a batch: the arguments of forward after x_t and timestep."""

@@ -8,13 +8,19 @@ import os
 import platform
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 from data_shards.problems import Problem, problem, refuse
+
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_UNSET = "where no launcher started this command, `unset RANK WORLD_SIZE MASTER_ADDR` and start it again"
 
 
 def rank() -> int:
@@ -60,8 +66,59 @@ def prepare_environment() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif world_size() > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        found = f"{os.environ['RANK']} of {world_size()}, without MASTER_ADDR and MASTER_PORT"
+        raise problem("environment", "RANK", found, _UNSET)
     elif world_size() > 1 and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def leave_launcher(command: str) -> str | None:
+    """Forget what a launcher, or a shell since an earlier launch, says of ranks: for a command that is one process.
+    Returns a line that says so, where there was anything."""
+    left = [f"{name}={os.environ.pop(name)}" for name in _LAUNCHERS if name in os.environ]
+    if not any(one.startswith(("RANK=", "WORLD_SIZE=")) for one in left):
+        return None
+    return f"note: {command} is one process: {' '.join(left)} of the environment are not used"
+
+
+def launcher_problems() -> list[Problem]:
+    """What cannot be in the ranks that the environment names."""
+    given = {name: os.environ[name] for name in _LAUNCHERS if name in os.environ and name != "MASTER_ADDR"}
+    wrong = [name for name, value in given.items() if not value.isdecimal()]
+    if not wrong and "WORLD_SIZE" in given and "RANK" not in given:
+        wrong = ["WORLD_SIZE"]
+    elif not wrong and rank() >= world_size():
+        wrong = ["RANK"]
+    found = f"{' '.join(f'{name}={value}' for name, value in given.items())}: no launcher sets that"
+    return [Problem("environment", name, found, _UNSET) for name in wrong[:1]]
+
+
+@contextmanager
+def naming_who_is_missing(after_s: float = 5.0) -> Iterator[None]:
+    """Around the meeting of the ranks: who has waited for `after_s` says for whom and where, and again every five
+    minutes. A shell that still has an earlier launch's RANK waits in vain."""
+    if world_size() == 1:
+        yield
+        return
+    met = threading.Event()
+    others = "rank 0" if rank() else "rank 1" if world_size() == 2 else f"ranks 1 to {world_size() - 1}"
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+
+    def remind() -> None:
+        waited_s = delay_s = after_s
+        while not met.wait(delay_s):
+            waiting = f"rank {rank()} of {world_size()} has waited {waited_s:.0f} s for {others} at {where}"
+            sys.stderr.write(f"{waiting}; {_UNSET}\n")
+            sys.stderr.flush()
+            delay_s = 300.0
+            waited_s += delay_s
+
+    threading.Thread(target=remind, name="who-is-missing", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 def barrier() -> None:

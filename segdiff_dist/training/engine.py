@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data_shards.problems import problem, refuse
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
-from segdiff_dist.ranks.distributed import is_main, prepare_environment, rank, world_size
+from segdiff_dist.ranks.distributed import is_main, naming_who_is_missing, prepare_environment, rank, world_size
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
@@ -260,7 +260,8 @@ def start_distributed(device: torch.device) -> Any:
         if world_size() == 1:  # nobody to meet: no port, which another process might take first
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, verbose=is_main(), timeout=_LONGEST_WAIT
-        )
+        with naming_who_is_missing():
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, verbose=is_main(), timeout=_LONGEST_WAIT
+            )
     return deepspeed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from data_shards.records import Batch
 from segdiff_dist.config import write_text_atomically
 from segdiff_dist.ranks.distributed import gather_objects, is_main, world_size
+from segdiff_dist.ranks.host_memory import host_memory, rank_share
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.throughput import memory_in_use
 
 if TYPE_CHECKING:
     from segdiff_dist.training.loop import Task
@@ -27,19 +31,23 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
     """The configured size or, for `auto`, the smallest of the fastest that fit: by a training step on copies of the
     first image that `load` gives, of each size that divides a rank's share of the global batch.
 
-    What was found is kept in `folder` for each number of ranks, so that a resumed run computes bit for bit what it
-    would have. Call on every rank: the slowest decides.
+    What was found is kept in `folder`, so that a resumed run computes bit for bit what it would have: for these ranks
+    and devices, and all else that memory and speed depend on. Call on every rank, after torch.distributed was started:
+    the main rank reads what is kept, or the slowest decides.
     """
     if config.micro_batch_size != "auto":
         return config.micro_batch_size
     batch = load()
     share = config.global_batch_size // world_size()
     file = folder / _FOUND
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    key = f"{world_size()} ranks, {batch.image_BHW.device.type}"
-    if key in known:
-        return known[key]
+    devices = gather_objects(_device(batch.image_BHW.device))
+    key = _key(task.model, batch, config, devices)
     sizes = [size for size in range(1, share + 1) if share % size == 0]
+    # The main rank alone reads the file: another's view of it may be older, and it would try alone.
+    known = _read(file) if is_main() else {}
+    decided: int | None = gather_objects(known.get(key))[0]
+    if decided in sizes:
+        return decided
     rates = gather_objects(_rates(task, batch, config, sizes))
     everywhere = [min(rate[i] for rate in rates) for i in range(min(map(len, rates)))]
     if not everywhere:
@@ -54,6 +62,41 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
     return sizes[best]
 
 
+def _read(file: Path) -> dict[str, int]:
+    """What was found before; what cannot be read is tried again."""
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in known.items() if type(v) is int} if isinstance(known, dict) else {}
+
+
+def _device(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    about = torch.cuda.get_device_properties(device)
+    return f"{about.name} {about.total_memory / 2**30:.0f} GiB"
+
+
+def _key(model: nn.Module, batch: Batch, config: TrainConfig, devices: list[str]) -> str:
+    """What the fastest size depends on, as text. `devices` by rank."""
+    shapes = repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
+    facts = {
+        "ranks": len(devices),
+        "devices": sorted(set(devices)),
+        "kernels": "triton" if getattr(model, "is_fused", False) else "torch",
+        "precision": config.precision,
+        "compile": config.compile,
+        "checkpointing": config.activation_checkpointing,
+        "zero": f"{config.zero_stage} {config.offload}",
+        "global batch": config.global_batch_size,
+        "torch": torch.__version__,
+        "net": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "size": list(batch.image_BHW.shape[1:]),
+    }
+    return json.dumps(facts)
+
+
 def _rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> list[float]:
     """Images a second of each size, up to the first that does not fit or is slower than two smaller ones."""
     device = batch.image_BHW.device
@@ -64,10 +107,15 @@ def _rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> l
         * (3 + len(config.ema_lengths))
         // max(1, world_size() if config.zero_stage else 1)
     )
+    before, done = _resident(), 0
     try:
         kept_free = torch.empty(held if device.type == "cuda" else 0, device=device)
         for size in sizes:
+            # A CPU raises no error where memory ends: the kernel kills.
+            if device.type == "cpu" and rates and not _has_room(_resident() - before, done, size, 4 * held):
+                break
             rates.append(_rate(task, _repeated(batch, size), config, device))
+            done = size
             if len(rates) > 2 and rates[-1] < min(rates[-3:-1]):
                 break
         del kept_free
@@ -76,6 +124,16 @@ def _rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> l
     finally:
         task.model.zero_grad(set_to_none=True)
     return rates
+
+
+def _resident() -> float:
+    return memory_in_use(torch.device("cpu"))["host_memory_gib"] * 2**30
+
+
+def _has_room(grown: float, done: int, size: int, held: float) -> bool:
+    """Whether the host has memory for `size` images, where `done` took `grown` bytes, and for `held` bytes besides."""
+    memory = host_memory()
+    return memory is None or grown / done * size - grown + held <= rank_share(memory).available
 
 
 def _rate(task: Task, batch: Batch, config: TrainConfig, device: torch.device) -> float:

@@ -1,0 +1,55 @@
+"""What the two networks of an experiment take of memory and time: how to build each, and what to feed it, as shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from segdiff_dist.attention import set_attention
+from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.experiment import load_experiment
+from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet
+from segdiff_dist.training.memory_plan import Network, SmallConfig, on_meta
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+
+_SMALL = "amos_small.yaml"
+
+
+def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device: torch.device) -> Network:
+    """The denoiser for slices of `side` pixels, with what computes it on `device`."""
+
+    def make() -> nn.Module:
+        model = Denoiser(config, shards.label_table, side)
+        model.choose_operators(device)
+        set_attention(model.unet, "sdpa")  # keeps no more than the others do
+        return model
+
+    def inputs(images: int) -> tuple[torch.Tensor, ...]:
+        numbers = on_meta(images, dtype=torch.int64)
+        edge = (on_meta(images, 2, side, side, dtype=torch.uint8),) if config.soft_masks else ()
+        mask = on_meta(images, side, side, dtype=torch.uint8)
+        return (on_meta(images, 1, side, side), numbers, mask, numbers, *edge)
+
+    return Network(make, inputs)
+
+
+def segmenter_network(config: SegmenterConfig, shards: ShardSet, side: int) -> Network:
+    """The segmenter for slices of `side` pixels."""
+
+    def inputs(images: int) -> tuple[torch.Tensor, ...]:
+        return on_meta(images, side, side, dtype=torch.uint8), on_meta(images, dtype=torch.int64)
+
+    return Network(lambda: SegmenterNet(config, shards.label_table.num_classes), inputs)
+
+
+def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:
+    """The shipped configuration for small machines, on slices of `side` pixels."""
+    file = Path(__file__).with_name("configs") / _SMALL
+    experiment = load_experiment(file, None)
+    network = denoiser_network(experiment.denoiser, shards, side, device)
+    return SmallConfig(f"launch/configs/{_SMALL}", network, experiment.train)

@@ -1,0 +1,75 @@
+"""What an earlier launch left in a shell: RANK, WORLD_SIZE, MASTER_ADDR."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+
+from segdiff_dist import cli
+from segdiff_dist.ranks.distributed import launcher_problems, leave_launcher, naming_who_is_missing
+
+STALE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+
+
+def stale(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_who_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch.distributed as dist
+
+    stale(monkeypatch, **STALE)
+    with pytest.raises(dist.DistError), naming_who_is_missing(after_s=0.2):
+        dist.TCPStore("127.0.0.1", 29577, 4, is_master=False, timeout=timedelta(seconds=1))
+    error = capsys.readouterr().err
+    assert "rank 1 of 4 has waited 0 s for rank 0 at 127.0.0.1:29577" in error
+    assert "`unset RANK WORLD_SIZE MASTER_ADDR`" in error
+
+
+def test_the_main_rank_names_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stale(monkeypatch, **{**STALE, "RANK": "0"})
+    with naming_who_is_missing(after_s=0.01):
+        time.sleep(0.2)
+    assert "rank 0 of 4 has waited 0 s for ranks 1 to 3" in capsys.readouterr().err
+
+
+def test_who_meets_in_time_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stale(monkeypatch, **STALE)
+    with naming_who_is_missing(after_s=0.2):
+        pass
+    time.sleep(0.3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_of_one_process_is_the_main_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale(monkeypatch, **STALE)
+    assert cli.main(["sample", "--dry-run"]) == 0
+    out, error = capsys.readouterr()
+    assert "denoiser:" in out  # which only the main rank prints
+    assert "note: sample is one process: RANK=1 WORLD_SIZE=4" in error
+    assert leave_launcher("sample") is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "one", "WORLD_SIZE": "2"}],
+)
+def test_what_no_launcher_sets_is_refused(
+    values: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale(monkeypatch, **values)
+    assert cli.main(["train", "--dry-run"]) == 2
+    assert "no launcher sets that; where no launcher started" in capsys.readouterr().err
+
+
+def test_what_launchers_set_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for values in ({}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, STALE):
+        stale(monkeypatch, **values)
+        assert launcher_problems() == []
