@@ -48,17 +48,17 @@ class Network:
         """`make`: the network, called under the meta device; `inputs`: the arguments of its forward for so many images,
         on the meta device."""
         self._make, self._inputs = make, inputs
-        self._images: dict[tuple[bool, bool], tuple[int, int]] = {}
+        self._kept: dict[tuple[str, bool], float] = {}
 
     @cached_property
     def num_parameters(self) -> int:
         """Of the whole network."""
-        return sum(p.numel() for p in self._model().parameters())
+        return sum(p.numel() for p in self._model.parameters())
 
     @cached_property
     def flops_per_image(self) -> int:
         """Forward and backward."""
-        return count_flops(self._model(), *self._inputs(1))
+        return count_flops(self._model, *self._inputs(1))
 
     @property
     def most_flops_per_image(self) -> float:
@@ -68,29 +68,30 @@ class Network:
     def activations(self, images: int, precision: str, checkpointing: bool) -> int:
         """Bytes that autograd keeps of a forward pass, without the weights; with activation checkpointing also those of
         the largest block, which is computed again."""
-        key = (precision == "bf16", checkpointing)
-        if key not in self._images:
-            one, two = (self._kept(number, *key) for number in (1, 2))
-            self._images[key] = (max(0, 2 * one - two), two - one)
-        fixed, each = self._images[key]
-        return fixed + images * each
+        key = (precision, checkpointing)
+        if key not in self._kept:
+            self._kept[key] = self._kept_of_two(*key) / 2
+        return int(images * self._kept[key])
 
+    @cached_property
     def _model(self) -> nn.Module:
         with torch.device("meta"):
-            return self._make().to("meta").train()
+            return self._make().train()
 
-    def _kept(self, images: int, bf16: bool, checkpointing: bool) -> int:
-        model = self._model()
-        if bf16:
-            model = model.to(torch.bfloat16)
-        kept = _KeptBytes(model)
-        blocks = list(_checkpointed(model)) if checkpointing else []
-        largest = kept.of_largest(blocks, *self._inputs(images)) if blocks else 0
-        parts: list[Any] = list(model.children())
-        for network in parts:
-            if blocks and hasattr(network, "enable_gradient_checkpointing"):
-                network.enable_gradient_checkpointing()
-        return kept.of(*self._inputs(images)) + largest
+    def _kept_of_two(self, precision: str, checkpointing: bool) -> int:
+        model = self._model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        kept, inputs = _KeptBytes(model), self._inputs(2)
+        if not checkpointing:
+            return kept.of(*inputs)
+        largest = kept.of_largest(_checkpointed(model), *inputs)
+        networks: list[Any] = [m for m in model.children() if hasattr(m, "enable_gradient_checkpointing")]
+        for network in networks:
+            network.enable_gradient_checkpointing()
+        try:
+            return kept.of(*inputs) + largest
+        finally:
+            for network in networks:
+                network.disable_gradient_checkpointing()
 
 
 class _KeptBytes:
