@@ -36,7 +36,9 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
 
 def rank_share(memory: HostMemory) -> HostMemory:
     """A rank's part, where a launcher has started several on this machine."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", "") if "RANK" in os.environ else ""
+    # torchrun's name, DeepSpeed's and Slurm's.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE") if "RANK" in os.environ else ()
+    text = next((os.environ[name] for name in names if name in os.environ), "1")
     ranks = max(1, int(text)) if text.isdecimal() else 1
     return HostMemory(memory.total // ranks, memory.available // ranks)
 

@@ -55,7 +55,9 @@ def test_a_container_of_version_1(tmp_path: Path, path: str) -> None:
     assert host_memory(proc, cgroups) == HostMemory(64 * GIB, 32 * GIB)
 
 
-def test_ranks_share_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"])
+def test_ranks_share_a_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "4")
+    assert rank_share(HostMemory(64 * GIB, 32 * GIB)) == HostMemory(64 * GIB, 32 * GIB)  # no rank of a launch
     monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert rank_share(HostMemory(64 * GIB, 32 * GIB)) == HostMemory(16 * GIB, 8 * GIB)
