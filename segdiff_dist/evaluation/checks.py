@@ -101,13 +101,6 @@ def _mismatches(
     if segmenter is not None and shards is not None and segmenter.label_table != shards.label_table:
         value = f"segmenter {segmenter.label_table.name!r}, shard set {shards.label_table.name!r}"
         yield Problem(shards.root, "label table", value, "train the segmenter on shards with these labels")
-    if segmenter is not None and not all(bool(w.isfinite().all()) for w in segmenter.net.state_dict().values()):
-        yield Problem(
-            "segmenter",
-            "weights",
-            "not all of them are finite",
-            "train it again; `segdiff train-segmenter --help` says how",
-        )
     if segmenter is not None and store is not None and not _takes(segmenter, store.image.shape[1]):
         value = f"its levels do not halve the images' {store.image.shape[1]} pixels evenly"
         yield Problem(
