@@ -175,8 +175,13 @@ def test_who_was_taken_for_dead_and_wakes_up_stops(file: Path) -> None:
             left_by(file, token="another")
             time.sleep(5)
 
-    with pytest.warns(match="has taken over; this command stops"), pytest.raises(KeyboardInterrupt):
-        sleep()
+    # In a shell's background SIGINT is ignored, and the signal that takes its place ends the process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.warns(match="has taken over; this command stops"), pytest.raises(KeyboardInterrupt):
+            sleep()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert file.exists()
 
 
