@@ -113,7 +113,7 @@ def leave_nothing_running() -> Iterator[None]:
     for process in started:
         process.terminate()
     for process in started:
-        process.wait(timeout=60)
+        process.wait(timeout=120)
     started.clear()
 
 
@@ -182,7 +182,7 @@ def test_asked_to_stop_the_ranks_save_first(shapes: Path, tmp_path: Path) -> Non
     )
     wait_for(folder, 16, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 130, said(folder)[-5000:]
+    assert process.wait(timeout=120) == 130, said(folder)[-5000:]
     assert "{'127.0.0.1': 2}" in said(folder)
     [saved] = (folder / "run" / "checkpoints").glob("*/COMPLETE")
     # Not where the config wants one, but where the run stood.
@@ -194,7 +194,7 @@ def test_asked_to_stop_the_ranks_save_first(shapes: Path, tmp_path: Path) -> Non
 def test_what_training_refuses_is_not_tried_again(shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "refused"
     process = elastic(folder, "127.0.0.1 slots=1\n", "sh -c", training(folder, shapes, "--loader.crop-size", "4096"))
-    assert process.wait(timeout=60) == 2, said(folder)[-5000:]
+    assert process.wait(timeout=120) == 2, said(folder)[-5000:]
     assert said(folder).count("hosts answer") == 1
     assert "loader.crop_size" in said(folder)
 
@@ -212,6 +212,6 @@ def test_hosts_that_never_answer_are_given_up(shapes: Path, tmp_path: Path) -> N
     folder = tmp_path / "silent"
     command = training(folder, shapes)
     process = elastic(folder, "node-0 slots=8\n", "false", ["--restarts", "1", *command])
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     assert said(folder).count("0 of 1 hosts answer") == 2
     assert "without a new checkpoint: 2" in said(folder)
