@@ -138,8 +138,8 @@ def main() -> int:
     args = parser.parse_args()
     summaries = make(args)
     results = {group: rows_of(summaries, group) for group in ("all", *MODALITIES)}
-    told = stamp(args, without=("archive", "out"))
-    print(headline(told))
+    record = stamp(args, without=("archive", "out"))
+    print(headline(record))
     for group, rows in results.items():
         print_table(rows, group)
     for name, summary in summaries.items():
@@ -147,7 +147,7 @@ def main() -> int:
     file = args.json or args.out / "objectives.json"
     first = next(iter(summaries.values()))
     counts = {name: first[name] for name in ("num_samples", "num_patients")}
-    told |= counts | {
+    record |= counts | {
         "config": _CONFIG.name,
         "objectives": {name: {"label": label, "diffusion": over} for name, (label, over) in OBJECTIVES.items()},
         "results": results,
@@ -156,7 +156,7 @@ def main() -> int:
             for name, summary in summaries.items()
         },
     }
-    write(file, told)
+    write(file, record)
     draw(args, file.with_suffix(".png"))
     return 0
 

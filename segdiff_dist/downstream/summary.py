@@ -88,8 +88,8 @@ def _cell(entry: dict[str, Any] | None, sign: str = "") -> str:
     if entry is None:
         return "-"
     ends = entry["ci95"]
-    told = [f"{value:{sign}z.3f}" for value in (entry["value"], *(ends or ()))]
-    return told[0] + (f" [{told[1]}, {told[2]}]" if ends else "")
+    texts = [f"{value:{sign}z.3f}" for value in (entry["value"], *(ends or ()))]
+    return texts[0] + (f" [{texts[1]}, {texts[2]}]" if ends else "")
 
 
 def _read(files: Mapping[Training, Path]) -> tuple[Tested, dict[Arm, Scores]]:

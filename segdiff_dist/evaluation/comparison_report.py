@@ -71,7 +71,7 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
             settings=differing_settings(runs),
             without_settings=[run.name for run in runs if not run.settings],
             organ_metric=DEFINITIONS[headline_dice([run.summary["metrics"] for run in runs])].label,
-            segmenter_messages={run.name: told for run in runs if (told := segmenter_messages(run.summary))},
+            segmenter_messages={run.name: messages for run in runs if (messages := segmenter_messages(run.summary))},
             mark=MARK,
             definitions={n: d for n, d in DEFINITIONS.items() if any(n in e for told in groups.values() for e in told)},
             one_store=len({run.tracked.store if run.tracked else None for run in runs}) == 1,

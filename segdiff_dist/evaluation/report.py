@@ -197,7 +197,7 @@ def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
         organ: {m: of.get(organ, {}).get("texture") for m, of in by_modality.items()} for organ in summary["by_organ"]
     }
     return {
-        "messages": {group: told for group, told in messages.items() if told},
+        "messages": {group: lines for group, lines in messages.items() if lines},
         "organs": {organ: entries for organ, entries in organs.items() if any(entries.values())},
     }
 
@@ -205,7 +205,9 @@ def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
 def _hu_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an organ that has HU on both sides."""
     organs = summary["by_modality_organ"].get("CT", {})
-    return [{"name": shown_name(organ), "entries": told} for organ, told in organs.items() if "hu_mean_gen" in told]
+    return [
+        {"name": shown_name(organ), "entries": entries} for organ, entries in organs.items() if "hu_mean_gen" in entries
+    ]
 
 
 def _lines(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

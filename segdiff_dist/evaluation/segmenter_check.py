@@ -76,9 +76,9 @@ def segmenter_messages(summary: dict[str, Any]) -> list[str]:
         lost = [(shown_name(o), e[_JUDGE]["value"]) for o, e in organs.items() if fails(e)]
         # Where it fails altogether, that was said.
         if lost and not fails(by_modality.get(modality, {})):
-            told = ", ".join(f"{organ} ({value:.3f})" for organ, value in lost)
+            names = ", ".join(f"{organ} ({value:.3f})" for organ, value in lost)
             found.append(
-                f"On real {modality} images the segmenter does not find {told}: the figures of "
+                f"On real {modality} images the segmenter does not find {names}: the figures of "
                 f"{'this organ' if len(lost) == 1 else 'these organs'} on generated {modality} images mean nothing."
             )
     return found

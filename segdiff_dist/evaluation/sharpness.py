@@ -173,11 +173,11 @@ def sharpness_messages(entries: dict[str, Entry]) -> list[str]:
         ("noisier than real ones", "too uneven", {m: v for m, v in bands.items() if v > _TOO_MUCH}),
     ):
         if share:
-            told = fine if set(share) & set(_FINE_BANDS) else coarse
+            what = fine if set(share) & set(_FINE_BANDS) else coarse
             parts = ", ".join(
                 f"{_percent(v)} at {wavelengths(SHARPNESS_BANDS.index(m))} pixels" for m, v in reversed(share.items())
             )
-            found.append(f"Generated images are {told}: power, of the real images', by wavelength: {parts}.")
+            found.append(f"Generated images are {what}: power, of the real images', by wavelength: {parts}.")
     if bands and not found:
         found.append("Generated images have between half and twice the real images' power at every wavelength.")
     texture = entries.get("texture", {}).get("value")

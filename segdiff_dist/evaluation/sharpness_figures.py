@@ -27,11 +27,11 @@ def power_by_band(summary: dict[str, Any]) -> Drawn:
     for k, (modality, entries) in enumerate(groups.items()):
         places = [f for f, band in enumerate(SHARPNESS_BANDS) if band in entries]
         at = np.array(places) + 0.08 * (k - (len(groups) - 1) / 2)
-        told = [entries[SHARPNESS_BANDS[f]] for f in places]
-        values = [max(entry["value"], _LOWEST) for entry in told]
+        chosen = [entries[SHARPNESS_BANDS[f]] for f in places]
+        values = [max(entry["value"], _LOWEST) for entry in chosen]
         colour = MODALITY_COLOURS[modality]
         ax.plot(at, values, color=colour, marker="o", ms=4.5, lw=1.4, label=modality)
-        for x, entry in zip(at, told, strict=True):
+        for x, entry in zip(at, chosen, strict=True):
             if entry["ci95"] is not None:
                 ax.plot([x, x], [max(end, _LOWEST) for end in entry["ci95"]], color=colour, lw=1.4)
     ax.set_yscale("log")

@@ -210,8 +210,8 @@ def top_metrics(groups: Collection[dict[str, Entry]]) -> list[str]:
 
 def headline_dice(groups: Collection[dict[str, Entry]]) -> str:
     """The Dice that runs or groups of entries are compared by: the one that false organs lower, if all have it."""
-    told = [entries for entries in groups if "dice_mask_gen" in entries]
-    return "dice_either_mask_gen" if all("dice_either_mask_gen" in entries for entries in told) else "dice_mask_gen"
+    measured = [entries for entries in groups if "dice_mask_gen" in entries]
+    return "dice_either_mask_gen" if all("dice_either_mask_gen" in entries for entries in measured) else "dice_mask_gen"
 
 
 def _most_samples(entries: dict[str, Entry]) -> int:
@@ -223,9 +223,9 @@ def _cell(entry: Entry | None) -> str:
         return "-"
     interval = entry.get("ci95")
     value = entry["value"]
-    told = f"{value:z.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
-    told += f" [{interval[0]:z.3f}, {interval[1]:z.3f}]" if interval else ""
-    return f"{told} {UNRELIABLE}" if is_unreliable(entry) else told
+    text = f"{value:z.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
+    text += f" [{interval[0]:z.3f}, {interval[1]:z.3f}]" if interval else ""
+    return f"{text} {UNRELIABLE}" if is_unreliable(entry) else text
 
 
 class _Means:

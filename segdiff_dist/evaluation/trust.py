@@ -198,7 +198,7 @@ def memorisation(
     1 % would in each. Or it is a copy: nearer than _COPY_SHARE of the first percentile where training images may be
     mirrored, turned, shifted, scaled or changed in brightness (("copies", side) of `nearest_by`). `passed`: at most
     the share `most` are suspects. `nearer`: median distance of the generated over that of the real; well below 1 it
-    tells of copies. After Meehan et al. 2020.
+    is a sign of copies. After Meehan et al. 2020.
     """
     limits = {space: float(np.quantile(nearest_by[space, "real"][0], _QUANTILE)) for space in SPACES}
     is_suspect = np.ones(len(ids), dtype=bool)

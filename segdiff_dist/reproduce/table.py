@@ -121,13 +121,15 @@ def verdict(table: dict[str, Any]) -> str:
 def headline(table: dict[str, Any]) -> str:
     """One sentence with the figure that a false organ lowers, of every column that has it; else nothing."""
     metric, columns = TOP_METRICS[0], [c for c in table["columns"] if TOP_METRICS[0] in c["measured"]]
-    told = ", ".join(f"{c['title']} {_with_interval(c, metric)}" for c in columns)
-    return f"{DEFINITIONS[metric].label}: {told}." if told else ""
+    parts = ", ".join(f"{c['title']} {_with_interval(c, metric)}" for c in columns)
+    return f"{DEFINITIONS[metric].label}: {parts}." if parts else ""
 
 
 def marked(table: dict[str, Any]) -> list[str]:
     """Where a column's segmenter fails on real images, so that its figures carry MARK; a sentence each."""
-    return [f"{MARK} {title}: {message}" for title, told in table["segmenter_messages"].items() for message in told]
+    return [
+        f"{MARK} {title}: {message}" for title, messages in table["segmenter_messages"].items() for message in messages
+    ]
 
 
 def cell(column: dict[str, Any], metric: str) -> str:

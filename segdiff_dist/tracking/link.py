@@ -96,7 +96,7 @@ def adopt(folder: Path) -> str | None:
 
 
 def new_token() -> str:
-    """What tells a run from the others of its store."""
+    """What distinguishes a run from the others of its store."""
     return uuid.uuid4().hex
 
 

@@ -185,9 +185,9 @@ def test_missing_weights_are_a_problem_for_people(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"), [("cut", "not those that were written"), ("gone", "missing"), ("nan", "not finite")]
+    ("harm", "message"), [("cut", "not those that were written"), ("gone", "missing"), ("nan", "not finite")]
 )
-def test_broken_weights_are_a_problem_for_people(tmp_path: Path, harm: str, told: str) -> None:
+def test_broken_weights_are_a_problem_for_people(tmp_path: Path, harm: str, message: str) -> None:
     model = Denoiser(SMALL, AMOS, 16)
     weights = model.state_dict()
     if harm == "nan":
@@ -198,5 +198,5 @@ def test_broken_weights_are_a_problem_for_people(tmp_path: Path, harm: str, told
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "gone":
         file.unlink()
-    with pytest.raises(InputProblems, match=told):
+    with pytest.raises(InputProblems, match=message):
         Denoiser.load(tmp_path / "ema")

@@ -203,4 +203,4 @@ def test_no_negative_zero(value: float):
 
 
 def test_definitions_need_no_other_to_be_understood():
-    assert [name for name, told in DEFINITIONS.items() if told.text.startswith("The same")] == []
+    assert [name for name, definition in DEFINITIONS.items() if definition.text.startswith("The same")] == []

@@ -101,21 +101,21 @@ def test_blur_lowers_what_dice_does_not_see() -> None:
 
 
 def test_words_name_what_is_blurred_and_what_is_noise() -> None:
-    def told(**bands: float) -> str:
+    def described(**bands: float) -> str:
         return " ".join(sharpness_messages({name: {"value": value} for name, value in bands.items()}))
 
-    assert told(**ISSUE_BANDS) == (
+    assert described(**ISSUE_BANDS) == (
         "Generated images are blurred: power, of the real images', by wavelength: 4.0% at 2 to 2.67 pixels, 20% at "
         "2.67 to 4 pixels."
     )
-    assert "noisier than real ones" in told(sharpness_75_100=3.0)
-    assert "flatter than real ones: power, of the real images', by wavelength: 30% at 16 to 64 pixels" in told(
+    assert "noisier than real ones" in described(sharpness_75_100=3.0)
+    assert "flatter than real ones: power, of the real images', by wavelength: 30% at 16 to 64 pixels" in described(
         sharpness_3_12=0.3, sharpness_75_100=1.0
     )
-    assert "too uneven" in told(sharpness_12_25=2.5)
-    assert told(sharpness_75_100=0.9).startswith("Generated images have between half and twice")
-    assert told(texture=0.3) == "Inside organs, fine texture is 30% of the real images'."
-    assert told() == ""
+    assert "too uneven" in described(sharpness_12_25=2.5)
+    assert described(sharpness_75_100=0.9).startswith("Generated images have between half and twice")
+    assert described(texture=0.3) == "Inside organs, fine texture is 30% of the real images'."
+    assert described() == ""
 
 
 def test_the_report_says_it_at_the_top(run: Path) -> None:

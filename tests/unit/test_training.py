@@ -287,8 +287,8 @@ def _without_a_loss(monkeypatch: pytest.MonkeyPatch, positions: range) -> None:
     loss = DenoiserTask.loss
 
     def spoilt(self: DenoiserTask, forward: Any, batch: Batch) -> Any:
-        found, told = loss(self, forward, batch)
-        return (found * float("nan") if int(batch.position_B[0]) in positions else found), told
+        found, metrics = loss(self, forward, batch)
+        return (found * float("nan") if int(batch.position_B[0]) in positions else found), metrics
 
     monkeypatch.setattr(DenoiserTask, "loss", spoilt)
 
