@@ -30,6 +30,7 @@ class _Loader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node of the document; aliases and nesting beyond `most_depth` are refused."""
         event: Any = self.peek_event()
         if self.check_event(yaml.AliasEvent):
             # Aliases of aliases make a value of any size from some bytes.
@@ -43,6 +44,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A dictionary with keys of text or whole numbers, each once."""
         keys: set[Any] = set()
         for key_node, _ in getattr(node, "value", None) or ():
             key = self.construct_object(key_node, deep=True)

@@ -17,7 +17,7 @@ from typing import Literal
 
 from data_shards import __version__
 from data_shards.fan_out import num_cores
-from segdiff_dist.ranks.host_memory import host_memory
+from data_shards.host_memory import host_memory
 
 State = Literal["ok", "instead", "missing"]
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.host_memory import host_memory
 from data_shards.ingest.nifti import MOST_BYTES_BEHIND_VOXELS, Geometry, is_packed, read_geometry, value_scale
 from data_shards.problems import InputProblems
 
@@ -100,6 +101,7 @@ def read_labels(path: Path, num_ids: int, *, one_slice: bool = False) -> Volume:
     """
 
     def to_ids(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+        """Whole label ids of stored numbers, any shape."""
         try:
             ids = whole_numbers(plane, slope, intercept)
         except ValueError as error:
@@ -212,11 +214,12 @@ def _stored_voxels(
     file, where gzip's checksum stands; a file that goes on and on behind its voxels is refused."""
     shape, dtype = geometry.shape, geometry.header.get_data_dtype()
     slope, intercept = value_scale(geometry.header)
-    free = _free_bytes() if geometry.voxel_bytes > _LARGE_BYTES else None
-    if free is not None and geometry.voxel_bytes > free:
+    memory = host_memory() if geometry.voxel_bytes > _LARGE_BYTES else None
+    if memory is not None and geometry.voxel_bytes > memory.available:
         # A process that asks for more is killed without a word, and a file of a few MB can unpack to that.
         reason = (
-            f"{geometry.voxel_bytes / 2**30:.1f} GiB of voxels, {free / 2**30:.1f} GiB of memory are free: resample it"
+            f"{geometry.voxel_bytes / 2**30:.1f} GiB of voxels, {memory.available / 2**30:.1f} GiB of memory are free: "
+            f"resample it"
         )
         raise UnreadableVolume(str(path), reason)
     _fill(np.empty(int(geometry.header.get_data_offset()), np.uint8), content)
@@ -252,18 +255,6 @@ def _fill(array: np.ndarray, content: io.IOBase) -> int:
     while filled < len(rest) and (got := content.readinto(rest[filled:])):  # type: ignore[attr-defined]
         filled += got
     return filled
-
-
-def _free_bytes() -> int | None:
-    """Memory that this machine can still give, or this container ever; None where the system does not say."""
-    free = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # another system; `max`: no limit
-        pass
-    return min(free, default=None)
 
 
 class _Hashed(io.RawIOBase):

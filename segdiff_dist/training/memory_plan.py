@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from data_shards.host_memory import HostMemory, host_memory, rank_share
 from data_shards.problems import Problem, refuse
 from segdiff_dist.ranks.distributed import gather_objects, is_main, world_size
-from segdiff_dist.ranks.host_memory import HostMemory, host_memory, rank_share
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import start_distributed
 from segdiff_dist.training.throughput import count_flops, peak_flops

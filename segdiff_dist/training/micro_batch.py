@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from data_shards.host_memory import host_memory, rank_share
 from data_shards.records import Batch
 from segdiff_dist.config import write_text_atomically
 from segdiff_dist.ranks.distributed import gather_objects, is_main, world_size
-from segdiff_dist.ranks.host_memory import host_memory, rank_share
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.throughput import memory_in_use
 

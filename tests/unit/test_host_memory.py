@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from segdiff_dist.ranks.host_memory import HostMemory, host_memory, rank_share
+from data_shards.host_memory import HostMemory, host_memory, rank_share
 
 GIB = 2**30
 

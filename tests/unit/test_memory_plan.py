@@ -11,11 +11,11 @@ import pytest
 import torch
 from ranks_support import ranks, refusing
 
+from data_shards.host_memory import HostMemory
 from data_shards.labels import LabelTable
 from segdiff_dist import cli
 from segdiff_dist.denoising.denoiser import DenoiserConfig
 from segdiff_dist.footprint import denoiser_network, segmenter_network, small_config
-from segdiff_dist.ranks.host_memory import HostMemory
 from segdiff_dist.segmentation import SegmenterConfig
 from segdiff_dist.training import memory_plan
 from segdiff_dist.training.config import TrainConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks_support import ranks, sizing, tiny_batch, tiny_task
 
-from segdiff_dist.ranks.host_memory import HostMemory
+from data_shards.host_memory import HostMemory
 from segdiff_dist.training import micro_batch
 from segdiff_dist.training.config import TrainConfig
 

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data_shards.host_memory import HostMemory
 from data_shards.ingest.volumes import (
     UnreadableVolume,
     linear_weights,
@@ -275,6 +276,6 @@ def test_more_voxels_than_memory_are_refused_before_it_is_taken(
     nib.save(nib.Nifti1Image(_coded(), AFFINE), tmp_path / "v.nii.gz")
     monkeypatch.setattr(volumes, "_LARGE_BYTES", 0)
     read_volume(tmp_path / "v.nii.gz")
-    monkeypatch.setattr(volumes, "_free_bytes", lambda: 100)
+    monkeypatch.setattr(volumes, "host_memory", lambda: HostMemory(1000, 100))
     with pytest.raises(UnreadableVolume, match="GiB of memory are free"):
         read_volume(tmp_path / "v.nii.gz")
