@@ -75,11 +75,12 @@ def prepare_environment() -> None:
 
 def leave_launcher(command: str) -> str | None:
     """Forget what a launcher, or a shell since an earlier launch, says of ranks: for a command that is one process.
-    Returns a line that says so, where there was anything."""
-    left = [f"{name}={os.environ.pop(name)}" for name in _LAUNCHERS if name in os.environ]
-    if not any(one.startswith(("RANK=", "WORLD_SIZE=")) for one in left):
+    Returns a line that says so, where there was more than a world of one."""
+    left = {name: os.environ.pop(name) for name in _LAUNCHERS if name in os.environ}
+    if (left.get("RANK", "0"), left.get("WORLD_SIZE", "1")) == ("0", "1"):
         return None
-    return f"note: {command} is one process: {' '.join(left)} of the environment are not used"
+    said = " ".join(f"{name}={value}" for name, value in left.items())
+    return f"note: {command} is one process: {said} of the environment are not used"
 
 
 def launcher_problems() -> list[Problem]:

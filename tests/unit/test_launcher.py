@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 
@@ -55,6 +56,12 @@ def test_a_command_of_one_process_is_the_main_one(
     assert "denoiser:" in out  # which only the main rank prints
     assert "note: sample is one process: RANK=1 WORLD_SIZE=4" in error
     assert leave_launcher("sample") is None
+
+
+def test_a_world_of_one_is_forgotten_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale(monkeypatch, **{**STALE, "RANK": "0", "WORLD_SIZE": "1"})
+    assert leave_launcher("sample") is None
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
 
 
 @pytest.mark.parametrize(
