@@ -1,7 +1,7 @@
-"""The denoiser: diffusers' UNet2DModel, told the mask, the modality and the axis.
+"""The denoiser: diffusers' UNet2DModel, conditioned on the mask, the modality and the axis.
 
 The mask is joined to the noised image (conditioning.py), the modality and axis enter as a class embedding added to the
-time embedding. Dimensions: B batch, C channels, K mask channels, H, W.
+time embedding. Dimensions: B batch, C channels, K mask channels, H, W; h, w: half of H, W.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_shards.documents import read_json, reading
@@ -38,6 +39,12 @@ from segdiff_kernels.backend import Kernels, why_not_triton
 # Beyond what fits into any GPU.
 _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 
+Net = Literal["unet", "efficient"]
+# The side of the square of pixels that the net takes as one: 1 is no stem.
+_STEM: dict[Net, int] = {"unet": 1, "efficient": 2}
+# h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3 (adaptive group norm).
+_ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
+
 
 @dataclass(frozen=True)
 class DenoiserConfig:
@@ -46,9 +53,13 @@ class DenoiserConfig:
     block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512)
     layers_per_block: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
-    """Feature-map sides at which the blocks hold self-attention; the middle block always does."""
+    """Feature-map sides at which the blocks hold self-attention; the middle block always does. They are halves of the
+    image's side, which `net: efficient` has already halved at the first level."""
     attention_head_dim: int = 8
     norm_num_groups: int = 32
+    net: Net = "unet"
+    """unet: the paper's. efficient: its levels begin at half the image's side, behind a stem that makes four channels
+    of each 2x2 pixels, and the time scales and shifts what a norm gives. More depth for the same time."""
     conditioning: Conditioning = "concat"
     """How the mask is joined to the noised image: concatenated, added or multiplied."""
     mask_encoding: MaskEncoding = "onehot"
@@ -62,7 +73,17 @@ class DenoiserConfig:
     attention: AttentionBackend = "auto"
     kernels: Kernels = "auto"
     """What computes the net: Triton's fused kernels, which need a GPU, or torch, through diffusers' own modules. auto:
-    the kernels where they run. The weights are the same."""
+    the kernels where they run. The weights are the same. `net: efficient` has kernels for loss, noise and averages,
+    which auto takes, and none between its convolutions: triton is refused."""
+
+    @property
+    def stem(self) -> int:
+        """Side of the squares of pixels that become one position of the first level; 1 for `net: unet`."""
+        return _STEM[self.net]
+
+    def sides(self, size: int) -> list[int]:
+        """Feature-map sides of the levels, for images of side `size`."""
+        return [size // self.stem // 2**level for level in range(len(self.block_out_channels))]
 
     def problems(self, size: int | None = None) -> list[Problem]:
         """What is out of range, also for slices of side `size` where it is known."""
@@ -77,10 +98,15 @@ class DenoiserConfig:
         if self.layers_per_block < 1:
             add("layers_per_block", self.layers_per_block, "give at least 1")
         attending = {channels[-1]} if channels else set()  # the middle block
-        if size is not None and size % 2 ** (len(channels) - 1):
-            add("block_out_channels", list(channels), f"{len(channels)} levels halve {size} pixels unevenly")
+        multiple = self.stem * 2 ** max(0, len(channels) - 1)
+        if size is not None and size % multiple:
+            stem = ", behind a stem that halves too," if self.stem > 1 else ""
+            remedy = (
+                f"{len(channels)} levels{stem} halve {size} pixels unevenly: give fewer, or a multiple of {multiple}"
+            )
+            add("block_out_channels", list(channels), remedy)
         elif size is not None:
-            sides = [size // 2**level for level in range(len(channels))]
+            sides = self.sides(size)
             attending |= {c for c, side in zip(channels, sides, strict=True) if side in self.attention_resolutions}
             if strangers := [r for r in self.attention_resolutions if r not in sides]:
                 remedy = f"the levels are {', '.join(map(str, sides))} pixels wide; give some of these, or none"
@@ -92,6 +118,8 @@ class DenoiserConfig:
             add("mask_embedding_dim", self.mask_embedding_dim, "give at least 1")
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
             add("soft_masks", True, "a scalar can hold one class only; use mask_encoding onehot or embedding")
+        if self.kernels == "triton" and self.net == "efficient":
+            add("kernels", "triton", "adaptive group norm has no kernel yet; use auto or torch, or net unet")
         return found
 
 
@@ -106,15 +134,14 @@ class Denoiser(nn.Module):
             remedy = f"use at most {NULL_MASK}: id {NULL_MASK} stands for a mask that is not shown"
             raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
         self.config, self.label_table, self.size = config, label_table, size
-        self.is_fused = self.reads_labels = False
+        self.uses_kernels = self.is_fused = self.reads_labels = False
         self.mask_encoder = MaskEncoder(config.mask_encoding, label_table.num_classes, config.mask_embedding_dim)
         self.mask_join = MaskJoin(config.conditioning, self.mask_encoder.num_channels)
-        resolutions = [size // 2**level for level in range(len(config.block_out_channels))]
-        attends = [r in config.attention_resolutions for r in resolutions]
+        attends = [side in config.attention_resolutions for side in config.sides(size)]
         self.unet = UNet2DModel(
-            sample_size=size,
-            in_channels=self.mask_join.num_channels,
-            out_channels=1,
+            sample_size=size // config.stem,
+            in_channels=self.mask_join.num_channels * config.stem**2,
+            out_channels=config.stem**2,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -122,6 +149,7 @@ class Denoiser(nn.Module):
             attention_head_dim=config.attention_head_dim,
             norm_num_groups=config.norm_num_groups,
             num_class_embeds=NUM_CLASSES if config.class_conditioning else None,
+            **(_ADAPTIVE | {"attn_norm_num_groups": config.norm_num_groups} if config.net == "efficient" else {}),
         )
 
     def prepare_for(self, device: torch.device) -> Denoiser:
@@ -135,7 +163,8 @@ class Denoiser(nn.Module):
     def choose_operators(self, device: torch.device) -> None:
         """What computes on `device`, without moving there."""
         set_attention(self.unet, choose_attention(self.config.attention, device, self.config.attention_head_dim))
-        if choose_kernels(self.config.kernels, device) == "triton":
+        self.uses_kernels = choose_kernels(self.config.kernels, device) == "triton"
+        if self.uses_kernels and self.config.net == "unet":
             from segdiff_dist.denoising.fused_unet import fuse
 
             self.reads_labels = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
@@ -165,8 +194,11 @@ class Denoiser(nn.Module):
         if self.reads_labels:
             return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
         x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
+        if self.config.stem > 1:
+            x_BCHW = F.pixel_unshuffle(x_BCHW, self.config.stem)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        return self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
+        y_BCHW = self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
+        return F.pixel_shuffle(y_BCHW, self.config.stem) if self.config.stem > 1 else y_BCHW
 
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
         """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it what the folder cannot say.

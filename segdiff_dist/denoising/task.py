@@ -84,7 +84,7 @@ class DenoiserTask:
 
         prediction_BCHW = forward(x_t_BCHW, timestep_B, *self._conditions(batch))
 
-        mean_squares = weighted_mse if self.model.is_fused else weighted_mse_reference
+        mean_squares = weighted_mse if self.model.uses_kernels else weighted_mse_reference
         loss, error_B = mean_squares(prediction_BCHW, target_BCHW, self._weight_T[timestep_B])
         told = sums_by_timestep(error_B, timestep_B, self.diffusion.num_train_timesteps)
         if self.dice_term is not None:
@@ -113,7 +113,7 @@ class DenoiserTask:
         position_B, timestep_B = batch.position_B, None
         if self.diffusion.timestep_sampling == "lognormal":
             timestep_B = lognormal_timesteps(self.seed, position_B, self._alphas_cumprod_T, *self.diffusion.lognormal)
-        noised = (condition_input if self.model.is_fused else condition_input_reference)(
+        noised = (condition_input if self.model.uses_kernels else condition_input_reference)(
             *(batch.image_BHW, batch.mask_BHW, position_B, self._alphas_cumprod_T),
             seed=self.seed,
             prediction_type=self.diffusion.prediction_type,

@@ -206,7 +206,7 @@ def generate(
         finite_B.logical_and_(prediction_BCHW.flatten(1).isfinite().all(dim=1))
         return prediction_BCHW
 
-    images_BCHW = samplers.sample(watched, diffusion, sampler, noise(-1), noise, guide, fused=model.is_fused)
+    images_BCHW = samplers.sample(watched, diffusion, sampler, noise(-1), noise, guide, fused=model.uses_kernels)
     finite_B.logical_and_(images_BCHW.flatten(1).isfinite().all(dim=1))
     _refuse_spoilt(items, finite_B.tolist())
     return to_uint8(images_BCHW).cpu().numpy()

@@ -55,7 +55,7 @@ class Engine:
         self._adam.register_step_pre_hook(lambda *_: self._before_update())
         self._averages = {name: [s.detach().clone() for s in self._shards] for name in config.averages}
         # The kernel reads each weight once for all averages; the result is the same.
-        is_fused = getattr(model, "is_fused", False) and len(self._averages) <= MAX_AVERAGES
+        is_fused = getattr(model, "uses_kernels", False) and len(self._averages) <= MAX_AVERAGES
         is_fused &= config.offload == "none"
         self._fused_averages = EmaUpdate(list(self._averages.values()), self._shards) if is_fused else None
 

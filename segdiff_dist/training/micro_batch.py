@@ -84,7 +84,7 @@ def _key(model: nn.Module, batch: Batch, config: TrainConfig, devices: list[str]
     facts = {
         "ranks": len(devices),
         "devices": sorted(set(devices)),
-        "kernels": "triton" if getattr(model, "is_fused", False) else "torch",
+        "kernels": "triton" if getattr(model, "uses_kernels", False) else "torch",
         "precision": config.precision,
         "compile": config.compile,
         "checkpointing": config.activation_checkpointing,

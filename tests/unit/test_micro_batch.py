@@ -49,7 +49,7 @@ def test_what_was_found_is_kept_for_the_same_machine_alone(
         assert find(replace(CONFIG, **other)) == (2, True), other
     assert find(task=SimpleNamespace(name="tiny", model=torch.nn.Linear(2, 3))) == (2, True)
     fused = tiny_task()
-    fused.model.is_fused = True
+    fused.model.uses_kernels = True
     assert find(task=fused) == (2, True)
     for device in ("NVIDIA H100 79 GiB", "NVIDIA H100 39 GiB", "NVIDIA H200 79 GiB"):
         monkeypatch.setattr(micro_batch, "_device", lambda _, device=device: device)
