@@ -59,6 +59,7 @@ def condition_input_kernel(  # type: ignore[no-untyped-def]
     mask_ptr,
     position_ptr,
     alphas_cumprod_ptr,
+    levels_ptr,
     edge_ptr,
     timestep_ptr,
     top_ptr,
@@ -71,6 +72,7 @@ def condition_input_kernel(  # type: ignore[no-untyped-def]
     stored_height,
     stored_width,
     half_range,
+    HAS_LEVELS: tl.constexpr,
     HAS_EDGE: tl.constexpr,
     HAS_TIMESTEP: tl.constexpr,
     HAS_CROP: tl.constexpr,
@@ -108,17 +110,24 @@ def condition_input_kernel(  # type: ignore[no-untyped-def]
     noise_2, noise_3 = box_muller(word_2, word_3)
     noise = tl.reshape(tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3)), (BLOCK,))
 
-    if HAS_TIMESTEP:
+    if HAS_LEVELS:
+        timestep = tl.zeros((), tl.int64)
+    elif HAS_TIMESTEP:
         timestep = tl.load(timestep_ptr + sample)
     else:
         word, _1, _2, _3 = words(seed, _STREAM_TIMESTEP, position, tl.zeros((1,), tl.uint32))
         timestep = tl.sum((word.to(tl.uint64) * num_timesteps) >> 32, 0).to(tl.int64)
     if tl.program_id(0) == 0:
         tl.store(timestep_out_ptr + sample, timestep)
-    a = tl.load(alphas_cumprod_ptr + tl.minimum(tl.maximum(timestep, 0), num_timesteps - 1))
-    signal, spread = tl.sqrt_rn(a), tl.sqrt_rn(1.0 - a)
+    if HAS_LEVELS:
+        signal, spread = tl.load(levels_ptr + 4 * sample), tl.load(levels_ptr + 4 * sample + 1)
+    else:
+        a = tl.load(alphas_cumprod_ptr + tl.minimum(tl.maximum(timestep, 0), num_timesteps - 1))
+        signal, spread = tl.sqrt_rn(a), tl.sqrt_rn(1.0 - a)
     x_t = signal * x_0 + spread * noise
-    if PREDICTION == 0:
+    if HAS_LEVELS:
+        target = tl.load(levels_ptr + 4 * sample + 2) * x_0 + tl.load(levels_ptr + 4 * sample + 3) * noise
+    elif PREDICTION == 0:
         target = noise
     elif PREDICTION == 1:
         target = signal * noise - spread * x_0
@@ -176,13 +185,18 @@ def launch(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     pixels: tuple[Tensor, Tensor, Tensor | None],
     position_B: Tensor,
-    alphas_cumprod_T: Tensor,
+    levels: tuple[Tensor | None, Tensor | None],
     per_sample: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     seed: int,
-    prediction_type: str,
+    prediction_type: str | None,
     mask_encoding: str,
 ) -> None:
-    """Fill the outputs of the operator. pixels: image, mask, edge; per_sample: timestep, top, left, flip."""
+    """Fill the outputs of the operator.
+
+    pixels: image, mask, edge; levels: alphas_cumprod and levels, of which one is None; per_sample: timestep, top, left,
+    flip. prediction_type is None with levels.
+    """
+    alphas_cumprod_T, levels_B4 = (None if t is None else t.contiguous() for t in levels)
     image_BRS, mask_BRS, edge_B2RS = pixels
     input_BCHW = outputs[0]
     timestep_B, top_B, left_B, flip_B = (None if t is None else t.contiguous() for t in per_sample)
@@ -190,16 +204,17 @@ def launch(
     block, num_warps = config(mask_encoding, channels)
     condition_input_kernel[triton.cdiv(height * width, block), batch](
         *outputs,
-        *(image_BRS, mask_BRS, position_B.contiguous(), alphas_cumprod_T.contiguous()),
+        *(image_BRS, mask_BRS, position_B.contiguous(), alphas_cumprod_T, levels_B4),
         *(edge_B2RS, timestep_B, top_B, left_B, flip_B),
-        *(seed, alphas_cumprod_T.numel(), height, width, *image_BRS.shape[1:]),
+        *(seed, 0 if alphas_cumprod_T is None else alphas_cumprod_T.numel(), height, width, *image_BRS.shape[1:]),
         torch.iinfo(image_BRS.dtype).max / 2.0,
+        HAS_LEVELS=levels_B4 is not None,
         HAS_EDGE=edge_B2RS is not None,
         HAS_TIMESTEP=timestep_B is not None,
         HAS_CROP=top_B is not None,
         HAS_FLIP=flip_B is not None,
         ENCODING=_ENCODINGS[mask_encoding],
-        PREDICTION=_PREDICTIONS[prediction_type],
+        PREDICTION=None if prediction_type is None else _PREDICTIONS[prediction_type],
         C=channels,
         CHANNEL_TILE=triton.next_power_of_2(channels),
         BLOCK=block,
@@ -208,33 +223,39 @@ def launch(
 
 
 def compile_cases() -> list[CompileCase]:
-    """256x256, 17 classes: x_t alone from 8 and 16 bits, one-hot channels, a scalar."""
+    """256x256, 17 classes: x_t alone from 8 and 16 bits, one-hot channels, a scalar; with levels, alone and one-hot."""
     cases = []
-    for mask_encoding, channels, dtype, image in (
-        ("none", 1, "bf16", "u8"),
-        ("none", 1, "fp32", "u16"),
-        ("onehot", 18, "bf16", "u8"),
-        ("scalar_255", 2, "bf16", "u8"),
+    for mask_encoding, channels, dtype, image, noise_by in (
+        ("none", 1, "bf16", "u8", "alphas_cumprod"),
+        ("none", 1, "fp32", "u16", "alphas_cumprod"),
+        ("onehot", 18, "bf16", "u8", "alphas_cumprod"),
+        ("scalar_255", 2, "bf16", "u8", "alphas_cumprod"),
+        ("none", 1, "bf16", "u8", "levels"),
+        ("onehot", 18, "bf16", "u8", "levels"),
     ):
+        has_levels = noise_by == "levels"
         block, num_warps = config(mask_encoding, channels)
         pointers = {"input_ptr": f"*{dtype}", "target_ptr": "*fp32", "timestep_out_ptr": "*i64"}
         pointers |= {"mask_out_ptr": "*u8", "edge_out_ptr": "*u8", "image_ptr": f"*{image}", "mask_ptr": "*u8"}
-        pointers |= {"position_ptr": "*i64", "alphas_cumprod_ptr": "*fp32"}
-        absent = ("edge_ptr", "timestep_ptr", "top_ptr", "left_ptr", "flip_ptr")
+        pointers |= {"position_ptr": "*i64", f"{noise_by}_ptr": "*fp32"}
+        other = "alphas_cumprod_ptr" if has_levels else "levels_ptr"
+        absent = ("edge_ptr", "timestep_ptr", "top_ptr", "left_ptr", "flip_ptr", other)
         sides = ("height", "width", "stored_height", "stored_width")
         case = CompileCase(
-            name=f"condition_input/{mask_encoding} {dtype} from {image}",
+            name=f"condition_input/{mask_encoding} {dtype} from {image}{' by levels' if has_levels else ''}",
             function=condition_input_kernel,
             signature=pointers | dict.fromkeys(("seed", "num_timesteps", *sides), "i32") | {"half_range": "fp32"},
             constants=dict.fromkeys(absent)
             | dict.fromkeys(("HAS_EDGE", "HAS_TIMESTEP", "HAS_CROP", "HAS_FLIP"), False)
-            | {"ENCODING": _ENCODINGS[mask_encoding], "PREDICTION": _PREDICTIONS["v"]}
-            | {"C": channels, "CHANNEL_TILE": triton.next_power_of_2(channels), "BLOCK": block},
+            | {"HAS_LEVELS": has_levels, "PREDICTION": None if has_levels else _PREDICTIONS["v"]}
+            | {"ENCODING": _ENCODINGS[mask_encoding], "C": channels}
+            | {"CHANNEL_TILE": triton.next_power_of_2(channels), "BLOCK": block},
             num_warps=num_warps,
             divisible_by_16=(*pointers, *sides),
-            # Position and alphas_cumprod are a number a program. With one-hot channels a thread holds two pixels, as
-            # it has 32 channels of each to keep: 2 of 43 bytes a pixel are then read narrowly.
-            narrow_loads=4 if mask_encoding == "onehot" else 2,
+            # A program reads its sample's position and noise, which is one number of alphas_cumprod or four of levels.
+            # With one-hot channels a thread holds two pixels, as it has 32 channels of each to keep: 2 of 43 bytes a
+            # pixel are then read narrowly.
+            narrow_loads=(5 if has_levels else 2) + (2 if mask_encoding == "onehot" else 0),
         )
         cases.append(case)
     return cases

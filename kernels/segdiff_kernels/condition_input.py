@@ -1,6 +1,7 @@
 """What the network reads and what it should answer, from grey values, labels and a position, in one pass.
 
-Crop and flip, grey values to [-1, 1], noise and timestep from Philox, x_t, the mask as channels, and the target.
+Crop and flip, grey values to [-1, 1], noise and timestep from Philox, x_t, the mask as channels, and the target. The
+noise level is a timestep's or, where objectives have continuous levels, four numbers a sample.
 
 Dimensions: B batch, C = 1 + mask channels, H, W of the result, R, S of the stored slice, T training timesteps.
 """
@@ -35,7 +36,7 @@ class Crop(NamedTuple):
 
 
 class ConditionedInput(NamedTuple):
-    """input_BCHW: x_t and the mask's channels, channels-last; target_B1HW float32; timestep_B int64.
+    """input_BCHW: x_t and the mask's channels, channels-last; target_B1HW float32; timestep_B int64, 0 with levels.
 
     mask_BHW, edge_B2HW: the labels as they lie under x_t: what was given where nothing was cropped or flipped.
     """
@@ -51,15 +52,16 @@ def condition_input(
     image_BRS: Tensor,
     mask_BRS: Tensor,
     position_B: Tensor,
-    alphas_cumprod_T: Tensor,
+    alphas_cumprod_T: Tensor | None,
     *,
     seed: int,
-    prediction_type: PredictionType,
+    prediction_type: PredictionType | None,
     mask_encoding: MaskChannels,
     num_classes: int,
     dtype: torch.dtype = torch.bfloat16,
     edge_B2RS: Tensor | None = None,
     timestep_B: Tensor | None = None,
+    levels_B4: Tensor | None = None,
     crop: Crop | None = None,
     flip_B: Tensor | None = None,
 ) -> ConditionedInput:
@@ -76,25 +78,32 @@ def condition_input(
 
     Soft edges (one-hot only; segdiff's Batch.edge_B2HW) mix two classes by the first one's share, rounded to `dtype`.
     Ho et al. 2020, eq. 4; v: Salimans and Ho 2022, section 4. Raises ValueError for what is not supported.
+
+    Instead of alphas_cumprod, levels (float32, contiguous) gives each sample its own signal, spread, target_from_x0 and
+    target_from_noise:
+
+        x_t    = signal x_0 + spread noise
+        target = target_from_x0 x_0 + target_from_noise noise
+
+    as Karras et al. 2022, table 1 (a sigma a sample) and Liu et al. 2022 (rectified flow) need it. There are no
+    timesteps then: timestep must be None, the result's timestep_B is int64 zeros, and prediction_type is not used.
     """
     given = {"image": image_BRS, "mask": mask_BRS, "position": position_B, "alphas_cumprod": alphas_cumprod_T}
     window = {} if crop is None else {"crop.top": crop.top_B, "crop.left": crop.left_B}
-    check_same_device(_NAME, **given, edge=edge_B2RS, timestep=timestep_B, flip=flip_B, **window)
+    check_same_device(_NAME, **given, levels=levels_B4, edge=edge_B2RS, timestep=timestep_B, flip=flip_B, **window)
     _check_pixels(image_BRS, mask_BRS, edge_B2RS)
     _check_per_sample(image_BRS.shape[0], position_B, timestep_B, flip_B, crop)
-    check_dtype(_NAME, "alphas_cumprod", alphas_cumprod_T, (torch.float32,))
-    if alphas_cumprod_T.dim() != 1 or alphas_cumprod_T.numel() == 0:
-        raise refuse(_NAME, "alphas_cumprod", f"shape {tuple(alphas_cumprod_T.shape)}", "a value a timestep, [T]")
-    _check_choices(seed, prediction_type, mask_encoding, num_classes, dtype, edge_B2RS)
+    _check_noise_levels(image_BRS.shape[0], alphas_cumprod_T, levels_B4, timestep_B, prediction_type)
+    _check_choices(seed, mask_encoding, num_classes, dtype, edge_B2RS)
     height, width = image_BRS.shape[1:] if crop is None else (crop.height, crop.width)
     if not (1 <= height <= image_BRS.shape[1] and 1 <= width <= image_BRS.shape[2]):
         raise refuse(_NAME, "crop", f"{height}x{width}", f"sides within {tuple(image_BRS.shape[1:])}")
     if image_BRS.device.type != "meta" and (why := why_not_triton(image_BRS.device)):
         raise refuse(_NAME, "image", why, "a GPU, or use condition_input_reference")
     outputs = _condition_input(
-        *(image_BRS, mask_BRS, position_B, alphas_cumprod_T, edge_B2RS, timestep_B),
+        *(image_BRS, mask_BRS, position_B, alphas_cumprod_T, levels_B4, edge_B2RS, timestep_B),
         *(None if crop is None else crop.top_B, None if crop is None else crop.left_B, flip_B),
-        *(height, width, seed, prediction_type, mask_encoding, num_classes, dtype),
+        *(height, width, seed, prediction_type if levels_B4 is None else None, mask_encoding, num_classes, dtype),
     )
     input_BCHW, target_B1HW, timestep_B, mask_BHW, edge_B2HW = outputs
     if crop is None and flip_B is None:  # an operator may not return what it was given
@@ -106,32 +115,40 @@ def condition_input_reference(
     image_BRS: Tensor,
     mask_BRS: Tensor,
     position_B: Tensor,
-    alphas_cumprod_T: Tensor,
+    alphas_cumprod_T: Tensor | None,
     *,
     seed: int,
-    prediction_type: PredictionType,
+    prediction_type: PredictionType | None,
     mask_encoding: MaskChannels,
     num_classes: int,
     dtype: torch.dtype = torch.bfloat16,
     edge_B2RS: Tensor | None = None,
     timestep_B: Tensor | None = None,
+    levels_B4: Tensor | None = None,
     crop: Crop | None = None,
     flip_B: Tensor | None = None,
 ) -> ConditionedInput:
     """The same in torch, on any device."""
+    _check_noise_levels(image_BRS.shape[0], alphas_cumprod_T, levels_B4, timestep_B, prediction_type)
     mask_BHW = _windowed(mask_BRS, crop, flip_B)
     edge_B2HW = None if edge_B2RS is None else _windowed(edge_B2RS, crop, flip_B)
     image_B1HW = _windowed(image_BRS, crop, flip_B)[:, None]
     x_0_B1HW = image_B1HW.float() / (torch.iinfo(image_BRS.dtype).max / 2.0) - 1.0
     noise_B1HW = philox.normal(seed, philox.STREAM_NOISE, position_B, x_0_B1HW.shape[1:])
-    if timestep_B is None:
-        timestep_B = philox.timesteps(seed, position_B, len(alphas_cumprod_T))
-    a_B111 = alphas_cumprod_T[timestep_B.clamp(0, len(alphas_cumprod_T) - 1)][:, None, None, None]
-    signal_B111, spread_B111 = a_B111.sqrt(), (1.0 - a_B111).sqrt()
+    if levels_B4 is None:
+        assert alphas_cumprod_T is not None  # checked above
+        if timestep_B is None:
+            timestep_B = philox.timesteps(seed, position_B, len(alphas_cumprod_T))
+        a_B111 = alphas_cumprod_T[timestep_B.clamp(0, len(alphas_cumprod_T) - 1)][:, None, None, None]
+        signal_B111, spread_B111 = a_B111.sqrt(), (1.0 - a_B111).sqrt()
+        target_B1HW = noise_B1HW if prediction_type == "epsilon" else x_0_B1HW
+        if prediction_type == "v":
+            target_B1HW = signal_B111 * noise_B1HW - spread_B111 * x_0_B1HW
+    else:
+        timestep_B = torch.zeros_like(position_B)
+        signal_B111, spread_B111, from_x_0_B111, from_noise_B111 = levels_B4[:, :, None, None, None].unbind(1)
+        target_B1HW = from_x_0_B111 * x_0_B1HW + from_noise_B111 * noise_B1HW
     x_t_B1HW = signal_B111 * x_0_B1HW + spread_B111 * noise_B1HW
-    target_B1HW = noise_B1HW if prediction_type == "epsilon" else x_0_B1HW
-    if prediction_type == "v":
-        target_B1HW = signal_B111 * noise_B1HW - spread_B111 * x_0_B1HW
     input_BCHW = x_t_B1HW.to(dtype)
     if mask_encoding != "none":
         mask_BKHW = _mask_channels(mask_BHW, edge_B2HW, mask_encoding, num_classes, dtype)
@@ -179,7 +196,8 @@ def _condition_input(
     image_BRS: Tensor,
     mask_BRS: Tensor,
     position_B: Tensor,
-    alphas_cumprod_T: Tensor,
+    alphas_cumprod_T: Tensor | None,
+    levels_B4: Tensor | None,
     edge_B2RS: Tensor | None,
     timestep_B: Tensor | None,
     top_B: Tensor | None,
@@ -188,7 +206,7 @@ def _condition_input(
     height: int,
     width: int,
     seed: int,
-    prediction_type: str,
+    prediction_type: str | None,
     mask_encoding: str,
     num_classes: int,
     dtype: torch.dtype,
@@ -198,8 +216,9 @@ def _condition_input(
     outputs = _outputs(image_BRS, edge_B2RS, top_B, flip_B, height, width, mask_encoding, num_classes, dtype)
     per_sample = (timestep_B, top_B, left_B, flip_B)
     pixels = (image_BRS, mask_BRS, edge_B2RS)
+    levels = (alphas_cumprod_T, levels_B4)
     with torch.cuda.device_of(image_BRS):
-        launch(outputs, pixels, position_B, alphas_cumprod_T, per_sample, seed, prediction_type, mask_encoding)
+        launch(outputs, pixels, position_B, levels, per_sample, seed, prediction_type, mask_encoding)
     return outputs
 
 
@@ -208,7 +227,8 @@ def _(
     image_BRS: Tensor,
     mask_BRS: Tensor,
     position_B: Tensor,
-    alphas_cumprod_T: Tensor,
+    alphas_cumprod_T: Tensor | None,
+    levels_B4: Tensor | None,
     edge_B2RS: Tensor | None,
     timestep_B: Tensor | None,
     top_B: Tensor | None,
@@ -217,7 +237,7 @@ def _(
     height: int,
     width: int,
     seed: int,
-    prediction_type: str,
+    prediction_type: str | None,
     mask_encoding: str,
     num_classes: int,
     dtype: torch.dtype,
@@ -279,22 +299,40 @@ def _check_per_sample(
             check_shape(_NAME, argument, tensor, (batch,))
 
 
+def _check_noise_levels(
+    batch: int,
+    alphas_cumprod_T: Tensor | None,
+    levels_B4: Tensor | None,
+    timestep_B: Tensor | None,
+    prediction_type: str | None,
+) -> None:
+    """Exactly one of a schedule by timestep and four numbers a sample."""
+    if prediction_type not in get_args(PredictionType) and (prediction_type is not None or levels_B4 is None):
+        raise refuse(_NAME, "prediction_type", repr(prediction_type), " or ".join(get_args(PredictionType)))
+    if levels_B4 is None:
+        if alphas_cumprod_T is None:
+            raise refuse(_NAME, "alphas_cumprod", "None, as levels", "one of the two")
+        check_dtype(_NAME, "alphas_cumprod", alphas_cumprod_T, (torch.float32,))
+        if alphas_cumprod_T.dim() != 1 or alphas_cumprod_T.numel() == 0:
+            raise refuse(_NAME, "alphas_cumprod", f"shape {tuple(alphas_cumprod_T.shape)}", "a value a timestep, [T]")
+        return
+    if alphas_cumprod_T is not None:
+        raise refuse(_NAME, "levels", "a tensor, as alphas_cumprod", "one of the two")
+    if timestep_B is not None:
+        raise refuse(_NAME, "timestep", "a tensor, with levels", "None: levels are the noise of each sample")
+    check_dtype(_NAME, "levels", levels_B4, (torch.float32,))
+    check_shape(_NAME, "levels", levels_B4, (batch, 4))
+    if not levels_B4.is_contiguous():
+        raise refuse(_NAME, "levels", f"strides {levels_B4.stride()}", "a contiguous tensor")
+
+
 def _check_choices(
-    seed: int,
-    prediction_type: str,
-    mask_encoding: str,
-    num_classes: int,
-    dtype: torch.dtype,
-    edge_B2RS: Tensor | None,
+    seed: int, mask_encoding: str, num_classes: int, dtype: torch.dtype, edge_B2RS: Tensor | None
 ) -> None:
     if not -(2**63) <= seed < 2**63:
         raise refuse(_NAME, "seed", seed, "a number of 64 bits, with sign")
-    for argument, value, known in (
-        ("prediction_type", prediction_type, get_args(PredictionType)),
-        ("mask_encoding", mask_encoding, get_args(MaskChannels)),
-    ):
-        if value not in known:
-            raise refuse(_NAME, argument, repr(value), " or ".join(known))
+    if mask_encoding not in get_args(MaskChannels):
+        raise refuse(_NAME, "mask_encoding", repr(mask_encoding), " or ".join(get_args(MaskChannels)))
     if not 1 <= num_classes <= 255:
         raise refuse(_NAME, "num_classes", num_classes, "1 to 255: id 255 stands for a mask that is not shown")
     if dtype not in FLOATS:
