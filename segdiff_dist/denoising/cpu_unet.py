@@ -28,13 +28,21 @@ class _Resnet(ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         hidden_NCHW = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
-        if temb is not None:
-            hidden_NCHW = hidden_NCHW + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-        hidden_NCHW = self.conv2(self.nonlinearity(self.norm2(hidden_NCHW)))
+        if temb is None:
+            hidden_NCHW = self.norm2(hidden_NCHW)
+        else:
+            time_NC11 = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+            if self.time_embedding_norm == "default":
+                hidden_NCHW = self.norm2(hidden_NCHW + time_NC11)
+            else:  # Dhariwal and Nichol 2021, section 3: adaptive group norm
+                scale_NC11, shift_NC11 = time_NC11.chunk(2, dim=1)
+                hidden_NCHW = self.norm2(hidden_NCHW) * (1 + scale_NC11) + shift_NC11
+        hidden_NCHW = self.conv2(self.nonlinearity(hidden_NCHW))
         shortcut_NCHW = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return shortcut_NCHW + hidden_NCHW
 
 
 def _is_plain(resnet: ResnetBlock2D) -> bool:
-    is_default = resnet.time_embedding_norm == "default" and not resnet.skip_time_act and resnet.dropout.p == 0
-    return is_default and resnet.upsample is resnet.downsample is None and resnet.output_scale_factor == 1.0
+    takes_time = resnet.time_embedding_norm in ("default", "scale_shift") and not resnet.skip_time_act
+    is_plain = resnet.upsample is resnet.downsample is None and resnet.output_scale_factor == 1.0
+    return takes_time and is_plain and resnet.dropout.p == 0
