@@ -234,6 +234,10 @@ def _card(about: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig
     """The model card, in the form of Hugging Face's (Mitchell et al. 2019)."""
     size, table, net = about["size"], about["label_table"], about["denoiser"]
     classes = "\n".join(f"| {i} | {name} |" for i, name in enumerate(table["names"]) if name != UNUSED)
+    stem = ""
+    if net.get("net") == "efficient":  # older descriptions do not name it
+        stem = """. Each 2x2 pixels are four channels, in the input
+`torch.nn.functional.pixel_unshuffle(x, 2)` and in the output, of which `pixel_shuffle(y, 2)` makes the image"""
     told = "mask, modality and axis" if net["class_conditioning"] else "the mask alone: modality and axis are ignored"
     return f"""---
 library_name: diffusers
@@ -255,7 +259,7 @@ pipeline(mask, modality="MR").save("image.png")
 ```
 
 The network alone, without segdiff: `diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input
-is the noised image with the encoded mask ({net["mask_encoding"]}, {net["conditioning"]}).
+is the noised image with the encoded mask ({net["mask_encoding"]}, {net["conditioning"]}){stem}.
 
 ## How it is sampled
 

@@ -135,7 +135,7 @@ def train_segmenter(experiment: Experiment) -> None:
 
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
-    from segdiff_dist.denoising.denoiser import choose_kernels
+    from segdiff_dist.denoising.denoiser import choose_kernels, kernels_in_words
     from segdiff_dist.denoising.task import DenoiserTask, find_problems
     from segdiff_dist.denoising.validation import DenoiserValidation
     from segdiff_dist.footprint import denoiser_network, small_config
@@ -157,7 +157,7 @@ def train_denoiser(experiment: Experiment) -> None:
     def make_task(tracker: Tracker) -> DenoiserTask:
         device = pick_device(config.device)
         if is_main():
-            kernels = choose_kernels(denoiser.kernels, device)
+            kernels = kernels_in_words(denoiser, device)
             attention = choose_attention(denoiser.attention, device, denoiser.attention_head_dim)
             print(f"train: {device}, kernels: {kernels}, attention: {attention}")
         validation = DenoiserValidation(

@@ -269,3 +269,10 @@ def choose_kernels(requested: Kernels, device: torch.device) -> Literal["triton"
     if reason is not None and requested == "triton":
         raise problem("config", "denoiser.kernels", "triton", f"{reason}; use auto or torch")
     return "triton" if reason is None else "torch"
+
+
+def kernels_in_words(config: DenoiserConfig, device: torch.device) -> str:
+    """What computes on `device`, for people."""
+    chosen = choose_kernels(config.kernels, device)
+    only_around = chosen == "triton" and config.net == "efficient"
+    return "triton; the net by torch, as adaptive group norm has no kernel yet" if only_around else chosen

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels_support import DEVICE
+from sampling_support import DIFFUSION, QUICK, make_here
 from torch import nn
+from training_support import CPU, run_training
 
 from data_shards.labels import AMOS
+from data_shards.records import Batch
+from data_shards.store.shards import ShardSet
+from segdiff_dist.denoising import denoiser
 from segdiff_dist.denoising.conditioning import NUM_CLASSES
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.task import DenoiserTask
+from segdiff_dist.export.job import export_model
+from segdiff_dist.footprint import denoiser_network
+from segdiff_dist.pipeline import SegGuidedPipeline
+from segdiff_dist.sampling.worker import batch_size_for
+from segdiff_dist.training.throughput import count_flops
 
-CPU = torch.device("cpu")
 SMALL = DenoiserConfig(
     block_out_channels=(16, 32),
     layers_per_block=1,
@@ -107,3 +123,136 @@ def test_the_other_net_has_the_names_and_numbers_it_had() -> None:
     assert model.unet.config.attn_norm_num_groups is None
     assert isinstance(model.unet.mid_block.attentions[0].group_norm, nn.GroupNorm)
     assert (model.unet.config.sample_size, model.unet.config.out_channels) == (32, 1)
+
+
+def test_on_a_cpu_it_computes_what_diffusers_does_and_stays_channels_last() -> None:
+    torch.manual_seed(0)
+    theirs = Denoiser(SMALL, AMOS, 32).train()
+    ours = copy.deepcopy(theirs).prepare_for(CPU)
+    in_rows: list[str] = []
+
+    def note(name: str, y_NCHW: torch.Tensor) -> None:
+        if not y_NCHW.is_contiguous(memory_format=torch.channels_last):
+            in_rows.append(name)
+
+    for name, module in ours.unet.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+            module.register_forward_hook(lambda _, __, y_NCHW, name=name: note(name, y_NCHW))
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(lambda _, args, name=name: note(f"into {name}", args[0]))
+    losses = []
+    for model in (theirs, ours):
+        loss = model(*inputs()).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for (name, mine), yours in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad - yours.grad).abs().max() <= 1e-5 * yours.grad.abs().max() + 1e-8, name  # type: ignore[operator, union-attr]
+    assert [name for name in in_rows if "attentions" not in name] == []  # attention norms pixels in rows
+
+
+def test_on_a_gpu_only_what_surrounds_the_net_is_by_kernels(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ShardSet.open(shapes)
+    by_torch = DenoiserTask(shards, 32, SMALL, DIFFUSION, 0, tmp_path, CPU)
+    assert not by_torch.model.uses_kernels
+    monkeypatch.setattr(denoiser, "choose_kernels", lambda *_: "triton")
+    assert "the net by torch" in denoiser.kernels_in_words(SMALL, CPU)
+    assert denoiser.kernels_in_words(replace(SMALL, net="unet"), CPU) == "triton"
+    by_kernels = DenoiserTask(shards, 32, SMALL, DIFFUSION, 0, tmp_path, DEVICE)
+    assert (by_kernels.model.uses_kernels, by_kernels.model.is_fused) == (True, False)
+    mask = inputs()[2]
+    number = torch.arange(2)
+    batches = [Batch(*(x.to(device) for x in (mask, mask, number % 2, number, number))) for device in (CPU, DEVICE)]
+    expected, _ = by_torch.loss(by_torch.model, batches[0])
+    found, _ = by_kernels.loss(by_kernels.model, batches[1])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_it_trains_and_goes_on_where_it_stopped(shapes: Path, tmp_path: Path) -> None:
+    """With its activations computed twice."""
+    changes: dict[str, Any] = {"num_images": 48, "micro_batch_size": 8, "activation_checkpointing": True}
+    whole = run_training(shapes, tmp_path / "whole", SMALL, **changes)
+    assert whole[-1] < 0.9 * whole[0]
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    shutil.rmtree(cut / "checkpoints" / f"{48:012d}")
+    assert run_training(shapes, cut, SMALL, **changes) == whole
+    weights = [
+        run / "weights" / "ema_0.05" / "diffusion_pytorch_model.safetensors" for run in (tmp_path / "whole", cut)
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert Denoiser.load(weights[0].parent).config == SMALL
+
+
+def test_recomputed_activations_change_no_gradient() -> None:
+    model = Denoiser(SMALL, AMOS, 32).prepare_for(CPU).train()
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model(*inputs()).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+        model.unet.enable_gradient_checkpointing()
+    assert all(torch.equal(again, plain) for plain, again in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_its_activations_are_counted(checkpointing: bool) -> None:
+    shards: Any = SimpleNamespace(label_table=AMOS)
+    network = denoiser_network(SMALL, shards, 32, CPU)
+    model = network._make().prepare_for(CPU).train()
+    if checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*(torch.zeros_like(t, device="cpu") for t in network._inputs(4)))
+    counted = sum(storage.nbytes() for storage in kept.values())
+    planned = network.activations(4, "fp32", checkpointing)
+    if checkpointing:  # with the block that is computed again
+        assert counted < planned < network.activations(4, "fp32", False)
+    else:
+        assert planned == pytest.approx(counted, rel=0.03)
+
+
+def test_flops_and_batches_know_the_stem() -> None:
+    """The stem's convolutions see a quarter of the pixels; memory of a batch as measured on a CPU in fp32."""
+    config = replace(SMALL, attention_resolutions=(), norm_num_groups=8)
+    flops = {}
+    for net in ("unet", "efficient"):
+        with torch.device("meta"):
+            model = Denoiser(replace(config, net=net), AMOS, 32)  # type: ignore[arg-type]
+            flops[net] = count_flops(model, *(x.to("meta")[:1] for x in inputs()))
+    assert flops["unet"] / 4 < flops["efficient"] < flops["unet"] / 2
+    deep = replace(config, block_out_channels=(64, 96, 128), layers_per_block=2)
+    for size, measured_mib in ((64, 5.7), (256, 85.2)):
+        fit = batch_size_for(deep, size, 1, 2 * 2**34, 10**6)  # of which a half is for activations
+        assert 0.6 * 2**34 < fit * measured_mib * 2**20 < 2**34
+    assert batch_size_for(deep, 64, 1, 2**30, 10**6) > batch_size_for(replace(deep, net="unet"), 64, 1, 2**30, 10**6)
+
+
+def test_sampling_and_the_pipeline_folder_give_the_same_images(shapes: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    model = Denoiser(SMALL, AMOS, 32)
+    weights = tmp_path / "weights" / "ema"
+    model.save(weights, model.state_dict(), {"diffusion": asdict(DIFFUSION)})
+    store = make_here(tmp_path, shapes, num=3, out=tmp_path / "samples")
+    export_model(weights, tmp_path / "pipeline", DIFFUSION, QUICK["sampler"])
+    pipeline = SegGuidedPipeline.from_pretrained(tmp_path / "pipeline", device="cpu", precision="bf16")
+    for item in store.items.to_pylist():
+        at = item["item_id"]
+        image = pipeline(store.mask[at], modality=item["target_modality"], axis=item["axis"], first_item=at)
+        np.testing.assert_array_equal(np.asarray(image), store.image[at])
+    unet = UNet2DModel.from_pretrained(tmp_path / "pipeline", subfolder="unet")
+    assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (16, 72, 4)
+    assert "pixel_unshuffle(x, 2)" in (tmp_path / "pipeline" / "README.md").read_text()
