@@ -7,7 +7,8 @@ Both are, with numbers known before sampling begins,
     x_prev = C x_t + D p + E x0 + F x0 of the step before + G noise
 
 so one kernel reads each tensor once and writes x_prev, and x0 where the next step wants it. What the net predicts and
-which solver it is decide A to G alone, which are derived here in float64.
+which solver it is decide A to G alone, which are derived here in float64. What it predicts may be any combination of
+x_t and x_0 (LinearPrediction), EDM's and rectified flow's too.
 
 a is alphas_cumprod, alpha = sqrt(a), sigma = sqrt(1 - a). Dimensions: B batch, C channels, H rows, W columns, T
 training timesteps.
@@ -29,6 +30,7 @@ from segdiff_kernels.dense import check_can_run, check_same_dense
 _NAME = "sampler_step"
 # A program's elements: 16 a thread.
 BLOCK = 2048
+_PREDICTIONS = "epsilon, v, x0 or a LinearPrediction"
 
 
 class StepCoefficients(NamedTuple):
@@ -43,7 +45,25 @@ class StepCoefficients(NamedTuple):
     prev_from_noise: float
 
 
-def ddim_coefficients(a_t: float, a_prev: float, prediction_type: str, eta: float = 0.0) -> StepCoefficients:
+class LinearPrediction(NamedTuple):
+    """What a net predicts at one noise level: x_0 = x0_from_x x_t + x0_from_prediction p.
+
+    x_t is in variance-preserving form, sqrt(a) x_0 + sqrt(1 - a) noise. The same mixture at another scale is a multiple
+    of it, so the two numbers serve every objective that is linear in x_0 and noise:
+
+        EDM (Karras et al. 2022, eq. 7)         a = 1 / (1 + sigma^2): c_skip / sqrt(a) and c_out
+        rectified flow (Liu et al. 2022)        a = ((1 - t) / n)^2, n = sqrt((1 - t)^2 + t^2): n and -t
+    """
+
+    x0_from_x: float
+    x0_from_prediction: float
+
+
+# "epsilon", "v", "x0", or what the prediction means at this step.
+Prediction = str | LinearPrediction
+
+
+def ddim_coefficients(a_t: float, a_prev: float, prediction_type: Prediction, eta: float = 0.0) -> StepCoefficients:
     """DDIM from a_t to a_prev. Song et al. 2020, eq. 12, with sigma of eq. 16.
 
     The noise that is put back is the one predicted, whether x0 was clipped or not. a_prev is 1 after the last step.
@@ -59,7 +79,9 @@ def ddim_coefficients(a_t: float, a_prev: float, prediction_type: str, eta: floa
     )
 
 
-def multistep_coefficients(a_t: float, a_prev: float, a_before: float | None, prediction_type: str) -> StepCoefficients:
+def multistep_coefficients(
+    a_t: float, a_prev: float, a_before: float | None, prediction_type: Prediction
+) -> StepCoefficients:
     """DPM-Solver++(2M) from a_t to a_prev, where the step before came from a_before. Lu et al. 2022, algorithm 2.
 
     First order where a_before is None, as in the first step, and where a_prev is 1, where log SNR is infinite. Written
@@ -78,23 +100,29 @@ def multistep_coefficients(a_t: float, a_prev: float, a_before: float | None, pr
 
 
 def ddim_schedule(
-    alphas_cumprod_T: Tensor, timesteps: Sequence[int], prediction_type: str, eta: float = 0.0
+    alphas_cumprod_T: Tensor,
+    timesteps: Sequence[int],
+    prediction_type: Prediction | Sequence[Prediction],
+    eta: float = 0.0,
 ) -> list[StepCoefficients]:
-    """DDIM's steps along falling timesteps, and from the last of them to the image."""
+    """DDIM's steps along falling timesteps, and from the last of them to the image.
+
+    prediction_type: of all steps, or one for each. Levels of little noise need alphas_cumprod in float64: at
+    sigma = 0.002 float32 has 1 - a to 1 % only. Raises ValueError for what the coefficients refuse.
+    """
     path = _path(alphas_cumprod_T, timesteps)
-    return [ddim_coefficients(a_t, a_prev, prediction_type, eta) for a_t, a_prev in itertools.pairwise(path)]
+    steps = zip(itertools.pairwise(path), _by_step(prediction_type, len(timesteps)), strict=True)
+    return [ddim_coefficients(a_t, a_prev, predicted, eta) for (a_t, a_prev), predicted in steps]
 
 
 def multistep_schedule(
-    alphas_cumprod_T: Tensor, timesteps: Sequence[int], prediction_type: str
+    alphas_cumprod_T: Tensor, timesteps: Sequence[int], prediction_type: Prediction | Sequence[Prediction]
 ) -> list[StepCoefficients]:
-    """DPM-Solver++(2M)'s steps along falling timesteps, and from the last of them to the image."""
+    """DPM-Solver++(2M)'s steps along falling timesteps, and from the last of them to the image; as ddim_schedule."""
     path = _path(alphas_cumprod_T, timesteps)
-    before = [None, *path]
-    return [
-        multistep_coefficients(a_t, a_prev, before[i], prediction_type)
-        for i, (a_t, a_prev) in enumerate(itertools.pairwise(path))
-    ]
+    before = [None, *path[:-2]]
+    steps = zip(itertools.pairwise(path), before, _by_step(prediction_type, len(timesteps)), strict=True)
+    return [multistep_coefficients(a_t, a_prev, a_before, predicted) for (a_t, a_prev), a_before, predicted in steps]
 
 
 def ddim_step(
@@ -265,20 +293,39 @@ def _outputs(x_t: Tensor, want_x0: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_t), torch.empty_like(x_t) if want_x0 else x_t.new_empty(0)
 
 
-def _meaning(a_t: float, a_prev: float, prediction_type: str) -> tuple[float, float, float, float]:
+def _meaning(a_t: float, a_prev: float, prediction_type: Prediction) -> tuple[float, float, float, float]:
     """x0 and the noise as combinations of x_t and the prediction. Salimans and Ho 2022, section 4."""
     if not 0.0 <= a_t < a_prev <= 1.0:
         raise refuse(_NAME, "a_t, a_prev", f"{a_t}, {a_prev}", "0 <= a_t < a_prev <= 1")
     alpha, sigma = math.sqrt(a_t), math.sqrt(1.0 - a_t)
+    if isinstance(prediction_type, LinearPrediction):
+        x0_from_x, x0_from_p = map(float, prediction_type)
+        if not (math.isfinite(x0_from_x) and math.isfinite(x0_from_p)):
+            raise refuse(_NAME, "prediction_type", prediction_type, "finite numbers")
+        # noise = (x_t - alpha x0) / sigma
+        return x0_from_x, x0_from_p, (1.0 - alpha * x0_from_x) / sigma, -alpha * x0_from_p / sigma
     if prediction_type == "v":
         return alpha, -sigma, sigma, alpha
     if prediction_type == "x0":
         return 0.0, 1.0, 1.0 / sigma, -alpha / sigma
     if prediction_type != "epsilon":
-        raise refuse(_NAME, "prediction_type", repr(prediction_type), "epsilon, v or x0")
+        raise refuse(_NAME, "prediction_type", repr(prediction_type), _PREDICTIONS)
     if a_t == 0.0:
         raise refuse(_NAME, "a_t", "0 with epsilon, which says nothing of the image there", "v or x0")
     return 1.0 / alpha, -sigma / alpha, 0.0, 1.0
+
+
+def _by_step(prediction_type: Prediction | Sequence[Prediction], num_steps: int) -> Sequence[Prediction]:
+    """One for each step. A string and a LinearPrediction are sequences too, but mean all steps."""
+    if isinstance(prediction_type, str | LinearPrediction):
+        return [prediction_type] * num_steps
+    try:
+        num_given = len(prediction_type)
+    except TypeError:
+        raise refuse(_NAME, "prediction_type", repr(prediction_type), _PREDICTIONS) from None
+    if num_given != num_steps:
+        raise refuse(_NAME, "prediction_type", f"{num_given} for {num_steps} steps", "one a step")
+    return prediction_type
 
 
 def _lambda(a: float) -> float:

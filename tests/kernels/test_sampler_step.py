@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from kernels_support import DEVICE, assert_near, fresh_generator, randn
 from torch import Tensor
 
 from segdiff_kernels.sampler_step import (
+    LinearPrediction,
     ddim_coefficients,
     ddim_schedule,
     ddim_step,
@@ -76,6 +83,129 @@ def test_multistep_follows_diffusers(prediction_type: str, zero_snr: bool, num_s
         ours, x0 = multistep_step(ours, predict(ours, timestep), x0, step)
         theirs = scheduler.step(predict(theirs, timestep), timestep, theirs).prev_sample
         assert_near(ours, theirs, 1e-4)
+
+
+def named(prediction_type: str, a: float) -> LinearPrediction:
+    """A prediction type as the x_0 that it means. Salimans and Ho 2022, section 4."""
+    alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
+    meanings = {"v": (alpha, -sigma), "x0": (0.0, 1.0), "epsilon": (1 / alpha, -sigma / alpha) if a else (0.0, 0.0)}
+    return LinearPrediction(*meanings[prediction_type])
+
+
+def edm(sigma: float, sigma_data: float) -> tuple[float, LinearPrediction, float]:
+    """alpha_bar, what the net predicts, and its input as a multiple of x_t. Karras et al. 2022, table 1."""
+    total = math.hypot(sigma, sigma_data)
+    scale = math.hypot(1.0, sigma)  # x_0 + sigma noise = scale x_t
+    prediction = LinearPrediction(sigma_data**2 / total**2 * scale, sigma * sigma_data / total)
+    return 1.0 / scale**2, prediction, scale / total
+
+
+def flow(t: float) -> tuple[float, LinearPrediction, float]:
+    """The same of rectified flow, x = (1 - t) x_0 + t noise, whose net predicts noise - x_0. Liu et al. 2022."""
+    scale = math.hypot(1.0 - t, t)  # x = scale x_t
+    return ((1.0 - t) / scale) ** 2, LinearPrediction(scale, -t), scale
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v", "x0"])
+def test_a_linear_prediction_of_a_named_type_is_that_type(prediction_type: str) -> None:
+    for a_t, a_prev in ((1e-4, 0.2), (0.3, 0.5), (0.5, 1.0), (0.9999, 0.99999), (0.0, 0.1)):
+        if prediction_type == "epsilon" and a_t == 0.0:  # refused by name
+            continue
+        linear = named(prediction_type, a_t)
+        for eta in (0.0, 0.6):
+            expected = ddim_coefficients(a_t, a_prev, prediction_type, eta)
+            assert ddim_coefficients(a_t, a_prev, linear, eta) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        for a_before in (None, a_t / 2):
+            expected = multistep_coefficients(a_t, a_prev, a_before if a_t else None, prediction_type)
+            found = multistep_coefficients(a_t, a_prev, a_before if a_t else None, linear)
+            assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v", "x0"])
+def test_schedules_take_one_prediction_a_step(prediction_type: str) -> None:
+    alphas_cumprod = DDIMScheduler().alphas_cumprod
+    timesteps = range(999, -1, -111)
+    linear = [named(prediction_type, float(alphas_cumprod[t])) for t in timesteps]
+    for schedule in (ddim_schedule, multistep_schedule):
+        expected = schedule(alphas_cumprod, timesteps, prediction_type)
+        for found, step in zip(schedule(alphas_cumprod, timesteps, linear), expected, strict=True):
+            assert found == pytest.approx(step, rel=1e-9, abs=1e-9)
+    alike = multistep_schedule(alphas_cumprod, timesteps, LinearPrediction(0.0, 1.0))
+    assert [step[:2] for step in alike] == [(0.0, 1.0)] * len(timesteps)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edms_preconditioning_gives_its_image_and_its_euler_step(sigma_data: float) -> None:
+    """Karras et al. 2022, eq. 7 and algorithm 1, from the most noise to the least; x_t and its own form in float64."""
+    generator = fresh_generator()
+    for sigma, sigma_next in itertools.pairwise((500.0, 80.0, 1.0, 0.02, 0.002, 0.0)):
+        x = sigma * randn(generator, *SHAPE).double() + 0.5
+        prediction = randn(generator, *SHAPE).double()
+        total = math.hypot(sigma, sigma_data)
+        c_skip, c_out = (sigma_data / total) ** 2, sigma * sigma_data / total
+        image = c_skip * x + c_out * prediction
+        expected = x + (sigma_next - sigma) * (x - image) / sigma
+
+        a, meaning, _ = edm(sigma, sigma_data)
+        a_next = 1.0 / (1.0 + sigma_next**2)
+        step = ddim_coefficients(a, a_next, meaning)
+        x_prev, x0 = sampler_step_reference(math.sqrt(a) * x, prediction, step)
+        assert_near(x0, image, 1e-9)
+        assert_near(x_prev / math.sqrt(a_next), expected, 1e-9)
+        fused = ddim_step((math.sqrt(a) * x).float(), prediction.float(), step)
+        assert_near(fused.double() / math.sqrt(a_next), expected, 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_steps"), [(EDMEulerScheduler, 12), (EDMDPMSolverMultistepScheduler, 12), (EDMEulerScheduler, 1)]
+)
+def test_edm_follows_diffusers(kind: Any, num_steps: int) -> None:
+    scheduler = kind(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    scheduler.set_timesteps(num_steps)
+    sigmas = scheduler.sigmas.double().tolist()[:-1]
+    alphas_cumprod, meanings, input_scales = zip(*(edm(sigma, 0.5) for sigma in sigmas), strict=True)
+    path = torch.tensor(alphas_cumprod, dtype=torch.float64)
+    is_ddim = kind is EDMEulerScheduler
+    steps = (ddim_schedule if is_ddim else multistep_schedule)(path, range(num_steps), meanings)
+    theirs = sigmas[0] * randn(fresh_generator(), *SHAPE)
+    ours, x0 = math.sqrt(path[0]) * theirs, None
+    for i, (timestep, step) in enumerate(zip(scheduler.timesteps, steps, strict=True)):
+        prediction = predict(input_scales[i] * ours, 40 * i)
+        if is_ddim:
+            ours = ddim_step(ours, prediction, step)
+        else:
+            ours, x0 = multistep_step(ours, prediction, x0, step)
+        prediction = predict(scheduler.scale_model_input(theirs, timestep), 40 * i)
+        theirs = scheduler.step(prediction, timestep, theirs).prev_sample
+        a_prev = path[i + 1] if i + 1 < num_steps else torch.ones(())
+        assert_near(ours, a_prev.sqrt() * theirs, 1e-4)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_rectified_flow_follows_diffusers_from_pure_noise(second_order: bool) -> None:
+    times = [1.0, 0.97, 0.9, 0.75, 0.5, 0.3, 0.1]
+    if second_order:  # diffusers' log SNR has no end at t = 1
+        scheduler = DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", lower_order_final=False
+        )
+        scheduler.set_timesteps(7)
+        times = scheduler.sigmas.double().tolist()[:-1]
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=times)
+    alphas_cumprod, meanings, scales = zip(*(flow(t) for t in times), strict=True)
+    path = torch.tensor(alphas_cumprod, dtype=torch.float64)
+    steps = (multistep_schedule if second_order else ddim_schedule)(path, range(len(times)), meanings)
+    theirs = randn(fresh_generator(), *SHAPE)
+    ours, x0 = theirs / scales[0], None
+    for i, (timestep, step) in enumerate(zip(scheduler.timesteps, steps, strict=True)):
+        prediction = predict(scales[i] * ours, 40 * i)
+        if second_order:
+            ours, x0 = multistep_step(ours, prediction, x0, step)
+        else:
+            ours = ddim_step(ours, prediction, step)
+        theirs = scheduler.step(predict(theirs, 40 * i), timestep, theirs).prev_sample
+        assert_near(ours, theirs / (scales[i + 1] if i + 1 < len(times) else 1.0), 1e-4)
 
 
 def test_dynamic_thresholding_is_diffusers() -> None:
@@ -196,6 +326,11 @@ def test_what_it_refuses() -> None:
         ("a_t: 0 with epsilon", lambda: ddim_coefficients(0.0, 0.3, "epsilon")),
         ("a_before: 0.4", lambda: multistep_coefficients(0.3, 0.5, 0.4, "v")),
         ("prediction_type: 'sample'", lambda: ddim_coefficients(0.3, 0.5, "sample")),
+        ("prediction_type: None", lambda: ddim_schedule(torch.tensor([0.9, 0.5]), [1, 0], None)),
+        ("prediction_type: 0.5", lambda: multistep_schedule(torch.tensor([0.9, 0.5]), [1, 0], (0.5, 0.5))),
+        ("prediction_type: 1 for 2 steps", lambda: ddim_schedule(torch.tensor([0.9, 0.5]), [1, 0], ["v"])),
+        ("prediction_type: LinearPrediction", lambda: ddim_coefficients(0.3, 0.5, LinearPrediction(math.inf, 1.0))),
+        ("prediction_type: LinearPrediction", lambda: ddim_coefficients(0.3, 0.5, LinearPrediction(1.0, math.nan))),
         ("eta: 2", lambda: ddim_coefficients(0.3, 0.5, "v", eta=2)),
         ("timesteps: ", lambda: ddim_schedule(torch.tensor([0.9, 0.5]), [2, 1], "v")),
         ("timesteps: ", lambda: multistep_schedule(torch.tensor([0.9, 0.5]), [], "v")),
