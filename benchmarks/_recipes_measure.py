@@ -127,7 +127,7 @@ def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any
     import torch
 
     from segdiff_dist.denoising.denoiser import Denoiser
-    from segdiff_dist.denoising.samplers import SamplerConfig
+    from segdiff_dist.denoising.sampler_config import SamplerConfig
     from segdiff_dist.experiment import load_experiment
     from segdiff_dist.sampling.worker import generate, item_conditions
 

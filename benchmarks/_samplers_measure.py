@@ -19,7 +19,8 @@ from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import write_text_atomically
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.samplers import SamplerConfig, num_evaluations
+from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.evaluation import metrics
 from segdiff_dist.experiment import load_experiment
 from segdiff_dist.sampling.config import SampleConfig
@@ -90,7 +91,7 @@ class Judge:
 
     def judge(self, sampler: SamplerConfig) -> Judged:
         """Sample all masks and judge them, unless that has been done."""
-        sampler = sampler.resolved()
+        sampler = sampler.resolved(self.diffusion.objective)
         key = json.dumps([asdict(sampler), self.about, "power_ratio"], sort_keys=True)
         file = self.out / f"{sampler.solver}-{sampler.num_steps}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
         if not file.is_file():

@@ -32,7 +32,7 @@ from data_shards.records import SliceMeta, SliceRecord
 from data_shards.store.shard_writer import ShardWriter, set_format
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
-from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.sampling.config import SampleConfig
 
 _NETS: dict[str, tuple[int, DenoiserConfig]] = {

@@ -23,7 +23,8 @@ from _samplers_measure import Judge, Judged
 
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.diffusion import DiffusionConfig
-from segdiff_dist.denoising.samplers import PRESETS, SamplerConfig, num_evaluations
+from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig
+from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.spectra import sharpness
 
 DICE_MARGIN, DISTANCE_MARGIN = 0.005, 0.03

@@ -28,8 +28,10 @@ from data_shards.records import AXES, MODALITIES
 from segdiff_dist.config import validate, write_text_atomically
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler
-from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.denoising.diffusion import DiffusionConfig, as_trained, make_scheduler
+from segdiff_dist.denoising.grids import sigma_bounds
+from segdiff_dist.denoising.process import make_process
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import LEAST_BATCH
 from segdiff_dist.sampling.worker import batch_size_for, generate, memory_bytes
@@ -204,30 +206,65 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
     for file in sorted(file for file in weights.iterdir() if file.is_file()):
         shutil.copyfile(file, folder / _UNET / file.name)
     about = read_json(weights / _ABOUT, _RESTORE)
-    process, own = _trained_process(weights, diffusion), _without_segmenter(sampler.resolved())
-    make_scheduler(process).save_pretrained(folder / _SCHEDULER)
+    process = _trained_process(weights, diffusion)
+    own = _without_segmenter(sampler.resolved(process.objective))
+    scheduler = scheduler_of(process, own)
+    scheduler.save_pretrained(folder / _SCHEDULER)
     content = {"diffusion": process.process, "sampler": asdict(own)}
     index = {
         "_class_name": "SegGuidedPipeline",
         "_diffusers_version": diffusers.__version__,
         _UNET: ["diffusers", "UNet2DModel"],
-        _SCHEDULER: ["diffusers", "DDIMScheduler"],
+        _SCHEDULER: ["diffusers", type(scheduler).__name__],
     }
     write_text_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     write_text_atomically(folder / _ABOUT, json.dumps(content, indent=2) + "\n")
     write_text_atomically(folder / "README.md", _card(about, process.process, own))
 
 
+def scheduler_of(process: DiffusionConfig, sampler: SamplerConfig) -> Any:
+    """diffusers' scheduler that says most of a process: DDIM's, EDM's, or that of rectified flow."""
+    from diffusers import EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    if process.objective == "ddpm":
+        return make_scheduler(process)
+    if process.objective == "flow":
+        return FlowMatchEulerDiscreteScheduler(shift=1.0 / process.snr_shift)
+    least, most = sigma_bounds(sampler, make_process(process))
+    return EDMDPMSolverMultistepScheduler(
+        sigma_min=least, sigma_max=most, sigma_data=process.sigma_data, rho=sampler.rho
+    )
+
+
 def _trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConfig:
     """What sampling must know of the process that the net was trained on."""
     with reading(weights / _ABOUT, "the description of a denoiser", _RESTORE):
         said = read_json(weights / _ABOUT, _RESTORE).get("diffusion", {})
-        values = {name: said.get(name, value) for name, value in otherwise.process.items()}
-        return validate(DiffusionConfig, values, weights / _ABOUT)
+        process = as_trained(otherwise, said)[0].process
+        return validate(DiffusionConfig, process, weights / _ABOUT)
 
 
 def _without_segmenter(sampler: SamplerConfig) -> SamplerConfig:
     return replace(sampler, segmenter_guidance=0.0, guidance_segmenter=None)
+
+
+def _process_words(process: dict[str, Any]) -> str:
+    objective = process.get("objective", "ddpm")
+    if objective == "edm":
+        return f"EDM's preconditioning with sigma_data {process['sigma_data']:g}, continuous noise levels"
+    if objective == "flow":
+        return "rectified flow: the net predicts noise - x_0 at t in [0, 1]"
+    ends = "with" if process["zero_terminal_snr"] else "without"
+    schedule = f"{process['beta_schedule']} schedule of {process['num_train_timesteps']} timesteps"
+    return f"the net predicts {process['prediction_type']} on a {schedule} ({ends} zero terminal SNR)"
+
+
+def _guidance_words(sampler: SamplerConfig) -> str:
+    if sampler.guidance == 1.0:
+        return ""
+    between = sampler.guidance_interval
+    where = "" if between is None else f" at noise levels {between[0]:g} to {between[1]:g}"
+    return f", guidance {sampler.guidance:g}{where}"
 
 
 def _card(about: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig) -> str:
@@ -263,9 +300,7 @@ is the noised image with the encoded mask ({net["mask_encoding"]}, {net["conditi
 
 ## How it is sampled
 
-{sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}; the net predicts {process["prediction_type"]}
-on a {process["beta_schedule"]} schedule of {process["num_train_timesteps"]} timesteps
-({"with" if process["zero_terminal_snr"] else "without"} zero terminal SNR).
+{sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}{_guidance_words(sampler)}; {_process_words(process)}.
 
 ## Masks
 

@@ -136,6 +136,7 @@ def train_segmenter(experiment: Experiment) -> None:
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
     from segdiff_dist.denoising.denoiser import choose_kernels, kernels_in_words
+    from segdiff_dist.denoising.sigma_data import with_sigma_data
     from segdiff_dist.denoising.task import DenoiserTask, find_problems
     from segdiff_dist.denoising.validation import DenoiserValidation
     from segdiff_dist.footprint import denoiser_network, small_config
@@ -143,10 +144,11 @@ def train_denoiser(experiment: Experiment) -> None:
     denoiser, loader, config = experiment.denoiser, experiment.loader, experiment.train
     run, shards = _open_run_and_data(experiment, experiment.more_data)
     side = _side(shards, loader.crop_size)
+    diffusion = experiment.diffusion
     collect(
-        lambda: refuse(find_problems(shards, side, denoiser, experiment.diffusion)),
+        lambda: refuse(find_problems(shards, side, denoiser, diffusion)),
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
-        lambda: refuse(experiment.validation.problems(experiment.diffusion.num_train_timesteps)),
+        lambda: refuse(experiment.validation.problems(diffusion)),
         lambda: refuse(experiment.tracking.problems()),
         lambda: loader.mix and mix_groups(shards, _training_rows(experiment, shards), loader.mix),
         lambda: choose_attention(denoiser.attention, pick_device(config.device), denoiser.attention_head_dim),
@@ -160,11 +162,12 @@ def train_denoiser(experiment: Experiment) -> None:
             kernels = kernels_in_words(denoiser, device)
             attention = choose_attention(denoiser.attention, device, denoiser.attention_head_dim)
             print(f"train: {device}, kernels: {kernels}, attention: {attention}")
+        process = with_sigma_data(diffusion, shards, _training_rows(experiment, shards))
         validation = DenoiserValidation(
             shards,
             shards.select(split="val", modalities=loader.modalities, axes=loader.axes),
             loader,
-            experiment.diffusion,
+            process,
             replace(experiment.sample.sampler, guidance=1.0),
             experiment.validation,
             run,
@@ -173,7 +176,7 @@ def train_denoiser(experiment: Experiment) -> None:
             tracker=tracker,
         )
         weights = run / "weights"
-        return DenoiserTask(shards, side, denoiser, experiment.diffusion, config.seed, weights, device, validation)
+        return DenoiserTask(shards, side, denoiser, process, config.seed, weights, device, validation)
 
     network = denoiser_network(denoiser, shards, side, pick_device(config.device))
     small = partial(small_config, shards, side, pick_device(config.device))

@@ -11,7 +11,7 @@ import numpy as np
 from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.diffusion import DiffusionConfig
-from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import prepare_job
 from segdiff_dist.sampling.store import SampleStore

@@ -1,11 +1,11 @@
-"""The diffusion process: schedules, noising and targets. From noise to images: samplers.py.
+"""The `diffusion` section, and DDPM's schedules, noising and targets. All objectives: process.py.
 
 Dimensions: B batch, C channels, H rows, W columns, T training timesteps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,11 @@ from data_shards.problems import Problem
 from segdiff_dist.denoising.loss_weighting import LossWeighting, PredictionType
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
+Objective = Literal["ddpm", "edm", "flow"]
 
 # What images depend on when they are sampled; the rest of DiffusionConfig says how the network is trained.
-PROCESS_FIELDS = ("num_train_timesteps", "beta_schedule", "prediction_type", "zero_terminal_snr", "snr_shift")
+_DDPM_FIELDS = ("num_train_timesteps", "beta_schedule", "prediction_type", "zero_terminal_snr", "snr_shift")
+_SIGMA_FIELDS = ("objective", "sigma_data", "lognormal", "snr_shift")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ class DiffusionConfig:
     formulas and sources.
     """
 
+    objective: Objective = "ddpm"
+    """ddpm: timesteps of a schedule, and a prediction_type (Ho et al. 2020). edm: continuous noise levels and EDM's
+    preconditioning (Karras et al. 2022). flow: rectified flow (Liu et al. 2022). The last two draw ln sigma from
+    `lognormal`, and have a prediction of their own: prediction_type and the schedule are not used."""
+    sigma_data: float | None = None
+    """Standard deviation of the images in [-1, 1], for objective edm; null: measured on the training slices."""
     num_train_timesteps: int = 1000
     beta_schedule: BetaSchedule = "linear"
     prediction_type: PredictionType = "epsilon"
@@ -40,12 +48,13 @@ class DiffusionConfig:
     timestep_sampling: Literal["uniform", "lognormal"] = "uniform"
     """lognormal: the noise level's logarithm is drawn from a normal distribution (Karras et al. 2022)."""
     lognormal: tuple[float, float] = (-1.2, 1.2)
-    """Mean and standard deviation of ln sigma. The defaults are Karras et al.'s."""
+    """Mean and standard deviation of ln sigma (P_mean and P_std); for flow, of the logit of t. The defaults are Karras
+    et al.'s; Esser et al. 2024 use 0 and 1 for flow."""
     loss_weighting: LossWeighting = "none"
     min_snr_gamma: float = 5.0
     """Hang et al.'s."""
     edm_sigma_data: float = 0.5
-    """Standard deviation of the images in [-1, 1]. Karras et al.'s."""
+    """Standard deviation of the images in [-1, 1] in loss_weighting edm. Karras et al.'s."""
     mask_dropout: float = 0.0
     """Probability that a sample is shown without its mask: guidance that removes the mask needs it."""
     class_dropout: float = 0.0
@@ -67,6 +76,16 @@ class DiffusionConfig:
             if not good:
                 found.append(Problem("config", f"diffusion.{name}", str(getattr(self, name)), remedy))
 
+        if self.objective != "ddpm":
+            own = f"{self.objective} has no timesteps and its own prediction"
+            for name in ("prediction_type", "zero_terminal_snr", "timestep_sampling", "beta_schedule"):
+                default = DiffusionConfig.__dataclass_fields__[name].default
+                check(name, getattr(self, name) == default, f"{own}: leave it out, or use objective ddpm")
+            again = "edm has that weight by itself: use none"
+            check("loss_weighting", (self.objective, self.loss_weighting) != ("edm", "edm"), again)
+        remedy = "only objective edm has it: leave it out"
+        check("sigma_data", self.sigma_data is None or self.objective == "edm", remedy)
+        check("sigma_data", self.sigma_data is None or self.sigma_data > 0, "give more than 0, or null to measure it")
         zero_snr = self.zero_terminal_snr
         check("num_train_timesteps", self.num_train_timesteps >= 2, "give at least 2")
         check(
@@ -96,7 +115,23 @@ class DiffusionConfig:
     @property
     def process(self) -> dict[str, Any]:
         """The values that sampling depends on."""
-        return {name: getattr(self, name) for name in PROCESS_FIELDS}
+        names = _DDPM_FIELDS if self.objective == "ddpm" else _SIGMA_FIELDS
+        return {name: getattr(self, name) for name in names}
+
+
+def as_trained(config: DiffusionConfig, trained: dict[str, Any]) -> tuple[DiffusionConfig, dict[str, tuple[Any, Any]]]:
+    """`config` with what the weights' segdiff.json says of the process they were trained on, and where the two differ:
+    name -> (trained, config's). Old weights do not say all; what is measured in training (sigma_data) the config need
+    not say."""
+    objective = trained.get("objective", "ddpm")
+    names = _DDPM_FIELDS if objective == "ddpm" else _SIGMA_FIELDS
+    told = {name: trained[name] for name in names if name in trained} | {"objective": objective}
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    differ = {name: (value, getattr(config, name)) for name, value in told.items() if getattr(config, name) != value}
+    if config.sigma_data is None:
+        differ.pop("sigma_data", None)
+    own = {} if objective == config.objective else {name: getattr(DiffusionConfig(), name) for name in _DDPM_FIELDS}
+    return replace(config, **{**own, "sigma_data": None, **told}), differ
 
 
 def make_scheduler(config: DiffusionConfig) -> Any:

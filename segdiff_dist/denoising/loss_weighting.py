@@ -16,7 +16,7 @@ PredictionType = Literal["epsilon", "v", "x0"]
 LossWeighting = Literal["none", "min_snr", "edm"]
 
 # Enough to see whether noise or detail is what is not learned, few enough for one picture.
-_NUM_BUCKETS = 4
+NUM_BUCKETS = 4
 
 
 def prediction_error_per_x0_error(prediction_type: PredictionType, alphas_cumprod_T: Tensor) -> Tensor:
@@ -49,8 +49,15 @@ def loss_weights(
     snr_T = signal_to_noise(alphas_cumprod_T)
     if weighting == "none":
         return torch.ones_like(snr_T, dtype=torch.float32)
-    wanted_T = snr_T.clamp(max=min_snr_gamma) if weighting == "min_snr" else snr_T + edm_sigma_data**-2
+    wanted_T = weight_of_x0_error(weighting, snr_T, min_snr_gamma=min_snr_gamma, edm_sigma_data=edm_sigma_data)
     return (wanted_T / prediction_error_per_x0_error(prediction_type, alphas_cumprod_T)).float()
+
+
+def weight_of_x0_error(
+    weighting: Literal["min_snr", "edm"], snr: Tensor, *, min_snr_gamma: float, edm_sigma_data: float
+) -> Tensor:
+    """What the squared error of x_0 counts at these signal-to-noise ratios; see loss_weights."""
+    return snr.clamp(max=min_snr_gamma) if weighting == "min_snr" else snr + edm_sigma_data**-2
 
 
 def lognormal_timesteps(seed: int, position_B: Tensor, alphas_cumprod_T: Tensor, mean: float, std: float) -> Tensor:
@@ -75,8 +82,8 @@ def sums_by_timestep(error_B: Tensor, timestep_B: Tensor, num_train_timesteps: i
 
     Detached, and nothing waits for the device.
     """
-    ids_4 = torch.arange(_NUM_BUCKETS, device=error_B.device)
-    inside_B4 = (timestep_B * _NUM_BUCKETS // num_train_timesteps)[:, None] == ids_4
+    ids_4 = torch.arange(NUM_BUCKETS, device=error_B.device)
+    inside_B4 = (timestep_B * NUM_BUCKETS // num_train_timesteps)[:, None] == ids_4
     sums_42 = torch.stack(((error_B.detach().float()[:, None] * inside_B4).sum(0), inside_B4.float().sum(0)), dim=1)
-    edges = [-(-i * num_train_timesteps // _NUM_BUCKETS) for i in range(_NUM_BUCKETS + 1)]
-    return {f"loss_t_{edges[i]}_{edges[i + 1]}": sums_42[i] for i in range(_NUM_BUCKETS)}
+    edges = [-(-i * num_train_timesteps // NUM_BUCKETS) for i in range(NUM_BUCKETS + 1)]
+    return {f"loss_t_{edges[i]}_{edges[i + 1]}": sums_42[i] for i in range(NUM_BUCKETS)}

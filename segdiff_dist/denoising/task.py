@@ -1,6 +1,6 @@
 """What the denoiser learns: the loss of a batch, with everything random in it drawn by position.
 
-Dimensions: B batch, C channels, K classes, H rows, W columns, T training timesteps.
+Dimensions: B batch, C channels, K classes, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.denoising.diffusion import (
-    DiffusionConfig,
-    make_scheduler,
-    predicted_x_0,
-)
-from segdiff_dist.denoising.loss_weighting import lognormal_timesteps, loss_weights, sums_by_timestep
+from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.organ_dropout import drop_organs
+from segdiff_dist.denoising.process import make_process
+from segdiff_dist.denoising.sigma_data import with_sigma_data
 from segdiff_dist.segmentation import Segmenter
-from segdiff_kernels.condition_input import condition_input, condition_input_reference
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 if TYPE_CHECKING:
@@ -59,6 +55,7 @@ class DenoiserTask:
         validation: Callable[[Callable[..., Any], int], dict[str, float]] | None = None,
     ) -> None:
         refuse(find_problems(shards, size, denoiser, diffusion))
+        diffusion = with_sigma_data(diffusion, shards, shards.select(split="train"))
         self.seed, self.diffusion, self.weights, self.validation = seed, diffusion, weights, validation
         self.dice_term = None
         if diffusion.dice_weight > 0:
@@ -66,30 +63,24 @@ class DenoiserTask:
             _refuse_another_segmenter(weights, self.dice_term, str(diffusion.dice_segmenter))
         with _seeded(seed):
             self.model = Denoiser(denoiser, shards.label_table, size).prepare_for(device)
-        self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod.to(device)
-        self._weight_T = loss_weights(
-            diffusion.loss_weighting,
-            diffusion.prediction_type,
-            self._alphas_cumprod_T,
-            min_snr_gamma=diffusion.min_snr_gamma,
-            edm_sigma_data=diffusion.edm_sigma_data,
-        )
+        self.process = make_process(diffusion, device)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_m of the paper's section 3.2, weighted by timestep, and the Dice term where there is one.
+        """L_m of the paper's section 3.2, weighted by noise level, and the Dice term where there is one.
 
-        Told besides: the squared error, unweighted, by quarters of the timesteps; `dice_loss`.
+        Told besides: the squared error, unweighted, by quarters of the noise levels; `dice_loss`.
         """
-        x_t_BCHW, target_BCHW, timestep_B = self._noised(batch)
+        process = self.process
+        x_BCHW, target_BCHW, level_B = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
 
-        prediction_BCHW = forward(x_t_BCHW, timestep_B, *self._conditions(batch))
+        prediction_BCHW = forward(x_BCHW, process.time(level_B), *self._conditions(batch))
 
         mean_squares = weighted_mse if self.model.uses_kernels else weighted_mse_reference
-        loss, error_B = mean_squares(prediction_BCHW, target_BCHW, self._weight_T[timestep_B])
-        told = sums_by_timestep(error_B, timestep_B, self.diffusion.num_train_timesteps)
+        loss, error_B = mean_squares(prediction_BCHW, target_BCHW, process.weight(level_B))
+        told = process.sums(error_B, level_B)
         if self.dice_term is not None:
-            a_B = self._alphas_cumprod_T[timestep_B]
-            x0_pred_BCHW = predicted_x_0(self.diffusion.prediction_type, prediction_BCHW, x_t_BCHW, a_B)
+            a_B = process.alpha_bar(level_B)
+            x0_pred_BCHW = process.x_0(prediction_BCHW, x_BCHW, level_B)
             dice_loss_B, counts_B = self.dice_term(x0_pred_BCHW, batch)
             # alpha_bar: 1 without noise, 0 where x0_pred is a guess. Samples without organs count as 0.
             weight_B = a_B * counts_B
@@ -107,22 +98,6 @@ class DenoiserTask:
         if self.dice_term is not None:
             training[_SEGMENTER_DIGEST] = self.dice_term.weights_sha256
         self.model.save(self.weights / average, weights, training)
-
-    def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t and what is to be predicted, float32 [B, 1, H, W], and the timesteps, int64 [B]."""
-        position_B, timestep_B = batch.position_B, None
-        if self.diffusion.timestep_sampling == "lognormal":
-            timestep_B = lognormal_timesteps(self.seed, position_B, self._alphas_cumprod_T, *self.diffusion.lognormal)
-        noised = (condition_input if self.model.uses_kernels else condition_input_reference)(
-            *(batch.image_BHW, batch.mask_BHW, position_B, self._alphas_cumprod_T),
-            seed=self.seed,
-            prediction_type=self.diffusion.prediction_type,
-            mask_encoding="none",  # what is shown of the mask is drawn besides, and encoded where the net is
-            num_classes=self.model.label_table.num_classes,
-            dtype=torch.float32,
-            timestep_B=timestep_B,
-        )
-        return noised.input_BCHW, noised.target_B1HW, noised.timestep_B
 
     def _conditions(self, batch: Batch) -> Conditions:
         diffusion, seed, position_B = self.diffusion, self.seed, batch.position_B

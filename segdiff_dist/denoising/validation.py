@@ -1,8 +1,8 @@
 """How the denoiser does on held-out slices while it is trained: a loss on fixed noise, and pictures from fixed masks
 with their sharpness.
 
-Slices, noise and timesteps depend on the validation's seed alone, so the same weights give the same numbers at any time
-and on any number of ranks. Dimensions: N slices, P pictures, B batch, C channels, H rows, W columns.
+Slices, noise and noise levels depend on the validation's seed alone, so the same weights give the same numbers at any
+time and on any number of ranks. Dimensions: N slices, P pictures, B batch, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch, SliceRecord
 from data_shards.store.contact_sheet import class_colours
 from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
-from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, prediction_target, q_sample
-from segdiff_dist.denoising.loss_weighting import sums_by_timestep
-from segdiff_dist.denoising.samplers import SamplerConfig, sample
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.process import make_process
+from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.denoising.samplers import sample
 from segdiff_dist.pixels import to_model_range, to_uint8
 from segdiff_dist.ranks.distributed import is_main, rank, sum_over_ranks, world_size
 from segdiff_dist.spectra import BAND_NAMES, band_powers, mean_texture, power_ratios, ratio, sharpness, texture_std
@@ -57,31 +58,32 @@ class ValidationConfig:
     num_pictures: int = 8
     """Masks of the sample grid; 0 draws none."""
     num_steps: int = 25
-    """DDIM steps of a picture, with trailing timesteps."""
+    """DDIM steps of a picture, with trailing timesteps, or on Karras et al.'s grid for objective edm."""
     batch_size: int = 16
     """Images a rank takes through the net at once."""
     seed: int = 0
     """Of slices, noise and timesteps. Keep it to compare runs."""
 
-    def problems(self, num_train_timesteps: int) -> list[Problem]:
-        """What is out of range, for a net that knows so many timesteps."""
+    def problems(self, diffusion: DiffusionConfig) -> list[Problem]:
+        """What is out of range, for a net that is trained so."""
         found = []
         for name, low in (("num_images", 1), ("num_pictures", 0), ("num_steps", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value < low:
                 found.append(Problem("config", f"validation.{name}", str(value), f"give at least {low}"))
-        if self.num_steps > num_train_timesteps:
-            remedy = f"the net knows {num_train_timesteps} timesteps: give at most that many"
+        most = diffusion.num_train_timesteps
+        if diffusion.objective == "ddpm" and self.num_steps > most:
+            remedy = f"the net knows {most} timesteps: give at most that many"
             found.append(Problem("config", "validation.num_steps", str(self.num_steps), remedy))
         return found
 
 
 class DenoiserValidation:
-    """Called with (forward, images_seen) on all ranks: val_loss, val_loss_t_FROM_TO, pictures/samples_*.png, and of
-    these val_sharpness, val_sharpness_BAND and val_texture.
+    """Called with (forward, images_seen) on all ranks: val_loss, val_loss_t_FROM_TO (val_loss_sigma_FROM_TO without
+    timesteps), pictures/samples_*.png, and of these val_sharpness, val_sharpness_BAND and val_texture.
 
     `rows` are the validation split's; where there are none, this is said once and nothing is measured. The loss is the
-    squared error that training tells by timestep, without its weights and with every condition shown. The slices are
+    squared error that training logs by noise level, without its weights and with every condition shown. The slices are
     read once, when this is made, and stay on the device: 2 bytes a pixel.
     """
 
@@ -103,14 +105,17 @@ class DenoiserValidation:
         self.folder, self.soft_masks, self.tracker = folder, soft_masks, tracker
         self.sampler = replace(
             sampler,
+            preset="fast",
             solver="ddim",
             num_steps=config.num_steps,
-            timestep_spacing="trailing",
+            timestep_spacing=None,  # trailing, or what the objective has in its place
             eta=0.0,
+            churn=0.0,
+            guidance_interval=None,
             segmenter_guidance=0.0,
-        )
-        self._alphas_cumprod_T: Tensor = make_scheduler(diffusion).alphas_cumprod.to(device)
-        self._timestep_N = _spread_timesteps(config.seed, config.num_images, diffusion.num_train_timesteps).to(device)
+        ).resolved(diffusion.objective)
+        self._process = make_process(diffusion, device)
+        self._level_N = self._process.spread_levels(_spread_shares(config.seed, config.num_images)).to(device)
         self._batches: list[Batch] = []
         self._picture_rows: list[int] = []
         if len(rows) == 0:
@@ -154,8 +159,8 @@ class DenoiserValidation:
             errors_N2[batch.position_B[mine_B], 1] = 1.0
         sum_over_ranks(errors_N2)
         seen_N = errors_N2[:, 1] > 0  # unless loader.on_corrupt left some out
-        error_N, timestep_N = errors_N2[seen_N, 0], self._timestep_N[seen_N]
-        parts = sums_by_timestep(error_N, timestep_N, self.diffusion.num_train_timesteps)
+        error_N = errors_N2[seen_N, 0]
+        parts = self._process.sums(error_N, self._level_N[seen_N])
         metrics = {"val_loss": float(error_N.mean())}
         return metrics | {f"val_{name}": float(total / count) for name, (total, count) in parts.items() if count > 0}
 
@@ -164,13 +169,11 @@ class DenoiserValidation:
         x_0_BCHW = to_model_range(batch.image_BHW)
         noise_BCHW = philox.normal(self.config.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
         # Positions from num_images on only make the last ranks' batches as large as the others'.
-        timestep_B = self._timestep_N[batch.position_B.clamp(max=self.config.num_images - 1)]
-        a_B = self._alphas_cumprod_T[timestep_B]
-        x_t_BCHW = q_sample(x_0_BCHW, noise_BCHW, a_B)
-        target_BCHW = prediction_target(self.diffusion.prediction_type, x_0_BCHW, noise_BCHW, a_B)
+        level_B = self._level_N[batch.position_B.clamp(max=self.config.num_images - 1)]
+        x_BCHW, target_BCHW, _ = self._process.with_noise(x_0_BCHW, noise_BCHW, level_B)
         edge_B2HW = batch.edge_B2HW if self.soft_masks else None
         conditions = Conditions(batch.mask_BHW, class_ids(batch.modality_B, batch.axis_B), edge_B2HW)
-        prediction_BCHW = forward(x_t_BCHW, timestep_B, *conditions)
+        prediction_BCHW = forward(x_BCHW, self._process.time(level_B), *conditions)
         return (prediction_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
 
     def _read(self, rows: np.ndarray, loader: LoaderConfig) -> Iterator[Batch]:
@@ -293,14 +296,14 @@ def draw_sample_grid(
     sheet.save(path)
 
 
-def _spread_timesteps(seed: int, num: int, num_train_timesteps: int) -> Tensor:
-    """int64 [N]: position n's timestep, spread evenly over all of them, which makes the mean less noisy than drawing.
+def _spread_shares(seed: int, num: int) -> np.ndarray:
+    """float64 [N] in [0, 1), evenly spread, which makes a mean over noise levels less noisy than drawing.
 
     An additive recurrence (Kronecker sequence) with the golden ratio, from a start that the seed draws.
     """
     start = float(philox.uniform(seed, philox.STREAM_TIMESTEP, torch.zeros(1, dtype=torch.int64), 1))
-    u_N = (start + np.arange(num, dtype=np.float64) * _GOLDEN_FRACTION) % 1.0
-    return torch.from_numpy((u_N * num_train_timesteps).astype(np.int64))
+    shares_N: np.ndarray = (start + np.arange(num, dtype=np.float64) * _GOLDEN_FRACTION) % 1.0
+    return shares_N
 
 
 def _write(draw: Any, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:

@@ -22,7 +22,7 @@ from segdiff_dist.sampling.store import SampleStore
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.diffusion import DiffusionConfig
-    from segdiff_dist.denoising.samplers import SamplerConfig
+    from segdiff_dist.denoising.sampler_config import SamplerConfig
 
 # A file takes whole blocks, a directory entry and a header besides its pixels.
 _BYTES_PER_FILE = 8192

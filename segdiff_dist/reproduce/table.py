@@ -233,7 +233,7 @@ def _column(column: Measured) -> dict[str, Any]:
         "num_samples": summary["num_samples"],
         "num_patients": summary["num_patients"],
         "split": used.sample.split,
-        "sampling_steps": used.sample.sampler.resolved().num_steps,
+        "sampling_steps": used.sample.sampler.resolved(used.diffusion.objective).num_steps,
     }
 
 

@@ -11,7 +11,8 @@ import tyro
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import AXES
-from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.denoising.diffusion import Objective
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 
 # Below this a CPU's fp32 products take another path and round differently, so smaller batches are filled up to it.
 LEAST_BATCH = 4
@@ -19,6 +20,8 @@ LEAST_BATCH = 4
 # Who makes the images and where they come to lie changes none of them. What they show is told of `masks` and
 # `label_map` by a digest of the files.
 _NOT_IN_THE_JOB = ("num_workers", "ray_address", "device", "region_size", "batch_size", "out", "masks", "label_map")
+# The sampler's settings that came after the first job.json: there while they are not the defaults.
+_LATER = ("sigma_min", "sigma_max", "rho", "churn", "churn_interval", "churn_noise", "guidance_interval")
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,14 @@ class SampleConfig:
             check("target_modality", self.target_modality in ("CT", "MR"), remedy)
         return found + self.sampler.problems()
 
-    def of_the_job(self) -> dict[str, Any]:
-        """The values that the images depend on."""
+    def of_the_job(self, objective: Objective) -> dict[str, Any]:
+        """The values that the images of a net of this objective depend on."""
         unused = "masks_axis" if self.masks is None else "split"
         values = {name: value for name, value in asdict(self).items() if name not in (*_NOT_IN_THE_JOB, unused)}
-        sampler = asdict(self.sampler.resolved())
-        del sampler["preset"]  # its values say it all
+        resolved, usual = self.sampler.resolved(objective), SamplerConfig()
+        # The preset's values say it all; and a job that began before there was a setting goes on without it.
+        left_out = {"preset", *(name for name in _LATER if getattr(resolved, name) == getattr(usual, name))}
+        sampler = {name: value for name, value in asdict(resolved).items() if name not in left_out}
         if self.sampler.guidance_segmenter is not None:  # a worker may not start in this folder
             sampler["guidance_segmenter"] = str(Path(self.sampler.guidance_segmenter).resolve())
         return values | {"sampler": sampler}

@@ -18,7 +18,7 @@ import numpy as np
 from data_shards.fan_out import TaskFailure, fan_out, num_cores, ray_session, resources
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from data_shards.records import AXES, MODALITIES
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.diffusion import DiffusionConfig, as_trained
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import MASK_FILE, MaskArray, drawn_rows, list_items, list_items_of
 from segdiff_dist.sampling.store import LABELS, MASKS, SampleStore, locked
@@ -105,12 +105,13 @@ def make_job(job: Job, config: SampleConfig) -> SampleStore:
 
 def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig) -> Job:
     """Check everything and list the items; writes nothing. Parameters and errors as of `sample`."""
-    from segdiff_dist.denoising.samplers import guidance_digest
+    from segdiff_dist.denoising.sampler_config import guidance_digest
 
     weights = run / "weights" / config.weights
     _, digest = load_denoiser(weights)  # what cannot be used is refused before there is a store
     trained = json.loads((weights / "segdiff.json").read_text())
-    found = _unlike_training(weights, trained, shards, diffusion, config)
+    diffusion, found = _as_trained(weights, trained, diffusion)
+    found += _unlike_training(weights, trained, shards, diffusion, config)
     if config.masks is None and len(rows) == 0:
         remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
         found.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
@@ -121,7 +122,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         "guidance_segmenter_sha256": guidance_digest(config.sampler),
         "region_size": config.region_size,
         "diffusion": diffusion.process,
-        "sample": config.of_the_job(),
+        "sample": config.of_the_job(diffusion.objective),
     }
     about |= _source_of(shards, rows, config)
     about = json.loads(json.dumps(about))  # as it is read back: tuples are lists
@@ -253,11 +254,23 @@ def _classes_of(store: SampleStore, table: LabelTable) -> str:
     return ClassCounts.of(masks.read_mask(row) for row in drawn_rows(store.items).tolist()).words(table)
 
 
+def _as_trained(
+    weights: Path, about: dict[str, Any], diffusion: DiffusionConfig
+) -> tuple[DiffusionConfig, list[Problem]]:
+    """The process that the weights were trained on, and where the config says otherwise."""
+    trained, differ = as_trained(diffusion, about.get("diffusion", {}))
+    found = []
+    for name, (before, now) in differ.items():
+        remedy = f"{weights} was trained with {before!r}: give that"
+        found.append(Problem("config", f"diffusion.{name}", repr(now), remedy))
+    return trained, found
+
+
 def _unlike_training(
     weights: Path, about: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
 ) -> list[Problem]:
     """What the weights, whose segdiff.json is `about`, were not trained for. Old ones do not say all of it."""
-    from segdiff_dist.denoising.samplers import guidance_problems
+    from segdiff_dist.denoising.sampler_config import guidance_problems
 
     sampler = config.sampler
     found = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
@@ -268,10 +281,6 @@ def _unlike_training(
         found.append(Problem(str(shards.root), "label set, size", value, remedy))
     found += _unknown_organs(config, shards.label_table)
     trained_with = about.get("diffusion", {})
-    for name, value in diffusion.process.items():
-        if trained_with.get(name, value) != value:
-            remedy = f"{weights} was trained with {trained_with[name]!r}: give that"
-            found.append(Problem("config", f"diffusion.{name}", repr(value), remedy))
     needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
     if sampler.guidance != 1.0 and not trained_with.get(needed):
         remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"

@@ -59,12 +59,13 @@ def plan(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConf
 
     Seconds come from what the job has made so far, else from a pass through the net on this machine.
     """
+    from segdiff_dist.denoising.diffusion import DiffusionConfig
     from segdiff_dist.denoising.samplers import num_evaluations
 
     job = prepare_job(run, shards, rows, diffusion, config)
     with joined(config):
         crew = crew_of(config)
-    passes = num_evaluations(config.sampler, diffusion)
+    passes = num_evaluations(config.sampler, DiffusionConfig(**job.about["diffusion"]))
     num_missing = len(job.items) if job.store is None else len(job.store.missing())
     made = _made_so_far(job)
     each: float | None

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.conditioning import Conditions
     from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
     from segdiff_dist.denoising.diffusion import DiffusionConfig
-    from segdiff_dist.denoising.samplers import Guide, SamplerConfig
+    from segdiff_dist.denoising.sampler_config import SamplerConfig
+    from segdiff_dist.denoising.samplers import Guide
 
 # Of a worker's memory, what the activations may take. The rest is for weights, workspaces and what else runs there.
 _SHARE_FOR_ACTIVATIONS = 0.5
@@ -85,7 +86,7 @@ class _RegionMaker:
         import torch
 
         from segdiff_dist.denoising.diffusion import DiffusionConfig
-        from segdiff_dist.denoising.samplers import SamplerConfig
+        from segdiff_dist.denoising.sampler_config import SamplerConfig
         from segdiff_dist.denoising.task import DiceTerm
 
         settings = store.job["sample"]
@@ -197,16 +198,29 @@ def generate(
         """Step -1 is the start; each step of each item has its own counters."""
         return philox.normal(seed, philox.STREAM_SAMPLE + 1 + step, item_B, shape)
 
-    predict = guided(model, conditions, sampler.guidance, sampler.guidance_removes)
     finite_B = torch.ones(len(items), dtype=torch.bool, device=item_B.device)
 
-    def watched(x_t_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
+    def watched(guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
         """The prediction, looked at before any bound can hide what it is; on its device, so that nothing waits."""
-        prediction_BCHW = predict(x_t_BCHW, timestep_B)
-        finite_B.logical_and_(prediction_BCHW.flatten(1).isfinite().all(dim=1))
-        return prediction_BCHW
+        predict = guided(model, conditions, guidance, sampler.guidance_removes)
 
-    images_BCHW = samplers.sample(watched, diffusion, sampler, noise(-1), noise, guide, fused=model.uses_kernels)
+        def predict_and_look(x_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
+            prediction_BCHW = predict(x_BCHW, timestep_B)
+            finite_B.logical_and_(prediction_BCHW.flatten(1).isfinite().all(dim=1))
+            return prediction_BCHW
+
+        return predict_and_look
+
+    images_BCHW = samplers.sample(
+        watched(sampler.guidance),
+        diffusion,
+        sampler,
+        noise(-1),
+        noise,
+        guide,
+        unguided=None if sampler.guidance_interval is None else watched(1.0),
+        fused=model.uses_kernels,
+    )
     finite_B.logical_and_(images_BCHW.flatten(1).isfinite().all(dim=1))
     _refuse_spoilt(items, finite_B.tolist())
     return to_uint8(images_BCHW).cpu().numpy()

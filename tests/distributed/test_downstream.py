@@ -16,7 +16,7 @@ from data_shards.fan_out import ray_session
 from data_shards.feed.loader import LoaderConfig
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.downstream.arms import Arm, Training
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.job import Downstream, DownstreamFailed, plan

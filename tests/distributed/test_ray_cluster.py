@@ -20,7 +20,7 @@ from tests_support import actors_of
 
 from data_shards.fan_out import ray_session
 from data_shards.problems import InputProblems
-from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.sampling.store import SampleStore
 
 # Long enough that kills fall between, into and across regions.

@@ -62,7 +62,7 @@ def test_every_run_is_one_that_training_takes(tmp_path: Path, soft: Path) -> Non
             experiment = load_experiment(tmp_path / "config.yaml", None)
             found = find_problems(shards, scale.side, experiment.denoiser, experiment.diffusion)
             found += experiment.train.problems("train", 1)
-            found += experiment.validation.problems(experiment.diffusion.num_train_timesteps)
+            found += experiment.validation.problems(experiment.diffusion)
             assert found == []
             # Each point is a checkpoint, and one that is kept.
             every = experiment.train.keep_every_images

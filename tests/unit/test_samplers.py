@@ -18,17 +18,9 @@ from data_shards.labels import AMOS
 from data_shards.records import MODALITIES
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, prediction_target
-from segdiff_dist.denoising.samplers import (
-    PRESETS,
-    SamplerConfig,
-    bounded,
-    guidance_digest,
-    guidance_problems,
-    num_evaluations,
-    sample,
-    segmenter_guide,
-    spaced_timesteps,
-)
+from segdiff_dist.denoising.grids import spaced_timesteps
+from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig, guidance_digest, guidance_problems
+from segdiff_dist.denoising.samplers import bounded, num_evaluations, sample, segmenter_guide
 from segdiff_dist.denoising.task import DiceTerm
 from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
 

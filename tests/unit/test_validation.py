@@ -19,7 +19,7 @@ from data_shards.feed.loader import LoaderConfig
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
-from segdiff_dist.denoising.samplers import SamplerConfig
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.validation import (
     DenoiserValidation,
     ValidationConfig,

@@ -1,0 +1,43 @@
+"""The standard deviation of the training slices, which EDM's preconditioning is made for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_shards.problems import problem
+from segdiff_dist.denoising.diffusion import DiffusionConfig
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+
+# Enough for three digits, and read in a second or two.
+_MOST_SLICES = 512
+
+
+def with_sigma_data(diffusion: DiffusionConfig, shards: ShardSet, rows: np.ndarray) -> DiffusionConfig:
+    """The same with sigma_data measured on the slices `rows`, where the objective needs it and none is given."""
+    if diffusion.objective != "edm" or diffusion.sigma_data is not None or len(rows) == 0:
+        return diffusion
+    return replace(diffusion, sigma_data=measure_sigma_data(shards, rows))
+
+
+def measure_sigma_data(shards: ShardSet, rows: np.ndarray) -> float:
+    """Standard deviation of the pixels in [-1, 1] of at most 512 of the slices, evenly spaced; to four digits.
+
+    A function of set and rows alone, so that every rank and every restart has the same. Raises InputProblems where all
+    pixels are alike.
+    """
+    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MOST_SLICES)).round().astype(np.int64)]
+    sums = np.zeros(3)  # of 1, x, x^2
+    for row in chosen:
+        image_HW = shards.read(int(row)).image_HW
+        x_HW = image_HW / (np.iinfo(image_HW.dtype).max / 2.0) - 1.0
+        sums += (x_HW.size, x_HW.sum(), np.square(x_HW).sum())
+    mean = sums[1] / sums[0]
+    variance = sums[2] / sums[0] - mean**2
+    if variance < 1e-6:
+        raise problem(shards.root, "training slices", "all pixels alike", "prepare the set again, and look at it")
+    return float(f"{np.sqrt(variance):.4g}")
