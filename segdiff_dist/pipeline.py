@@ -300,7 +300,8 @@ is the noised image with the encoded mask ({net["mask_encoding"]}, {net["conditi
 
 ## How it is sampled
 
-{sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}{_guidance_words(sampler)}; {_process_words(process)}.
+{sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}{_guidance_words(sampler)};
+{_process_words(process)}.
 
 ## Masks
 

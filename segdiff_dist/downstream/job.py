@@ -183,7 +183,7 @@ def _settings(made: Downstream) -> dict[str, Any]:
         json.dumps(
             {
                 **kept,
-                "sample": made.sample.of_the_job(),
+                "sample": made.sample.of_the_job(made.diffusion.objective),
                 "weights_digest": weights_digest(made.run / "weights" / made.sample.weights),
                 "shards_digest": made.shards.digest,
                 "split": made.split,

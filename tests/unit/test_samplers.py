@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_shards.labels import AMOS
 from data_shards.records import MODALITIES
+from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, prediction_target
 from segdiff_dist.denoising.grids import spaced_timesteps
@@ -336,7 +337,7 @@ def test_explicit_keys_override_the_preset_and_nothing_is_left_open() -> None:
     assert asdict(SamplerConfig().resolved()) | PRESETS["paper"] == asdict(SamplerConfig().resolved())
     fast = SamplerConfig(preset="fast", num_steps=17).resolved()
     assert (fast.num_steps, fast.solver) == (17, PRESETS["fast"]["solver"])
-    assert SamplerConfig(**json.loads(json.dumps(asdict(fast)))) == fast == fast.resolved()
+    assert validate(SamplerConfig, json.loads(json.dumps(asdict(fast))), "job") == fast == fast.resolved()
 
 
 def test_fast_is_at_least_three_times_cheaper() -> None:
