@@ -84,11 +84,12 @@ class SegGuidedPipeline:
         device: Literal["auto", "cpu", "cuda"],
         precision: Literal["bf16", "fp32"],
     ) -> SegGuidedPipeline:
-        """The model in a folder under RUN/weights. `diffusion` counts where the weights do not say theirs. Segmenter
-        guidance is left out. Raises InputProblems, also where the sampler does not go with how the net was trained."""
+        """The model in a folder under RUN/weights. `diffusion` counts where the weights do not say theirs. What needs
+        another network (segmenter guidance, autoguidance) is left out. Raises InputProblems, also where the sampler
+        does not go with how the net was trained."""
         chosen = pick_device(device)
         model = Denoiser.load(weights).prepare_for(chosen)
-        process, own = _trained_process(weights, diffusion), _without_segmenter(sampler)
+        process, own = _trained_process(weights, diffusion), _alone(sampler)
         refuse(own.problems(process))
         return cls(model.to(torch.bfloat16) if precision == "bf16" else model, process, own, chosen)
 
@@ -191,13 +192,14 @@ class SegGuidedPipeline:
 
 def pipeline_problems(weights: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> list[Problem]:
     """Why `sampler` does not go with how the net in `weights` was trained."""
-    return _without_segmenter(sampler).problems(_trained_process(weights, diffusion))
+    return _alone(sampler).problems(_trained_process(weights, diffusion))
 
 
 def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
     """Write the model in `weights` (a folder under RUN/weights) as a pipeline into the existing `folder`.
 
-    `diffusion` counts where the weights do not say theirs. Segmenter guidance stays behind: its segmenter does.
+    `diffusion` counts where the weights do not say theirs. Segmenter guidance and autoguidance stay behind
+    with their networks.
     """
     import diffusers
 
@@ -207,7 +209,7 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
         shutil.copyfile(file, folder / _UNET / file.name)
     about = read_json(weights / _ABOUT, _RESTORE)
     process = _trained_process(weights, diffusion)
-    own = _without_segmenter(sampler.resolved(process.objective))
+    own = _alone(sampler.resolved(process.objective))
     scheduler = scheduler_of(process, own)
     scheduler.save_pretrained(folder / _SCHEDULER)
     content = {"diffusion": process.process, "sampler": asdict(own)}
@@ -244,8 +246,10 @@ def _trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConf
         return validate(DiffusionConfig, process, weights / _ABOUT)
 
 
-def _without_segmenter(sampler: SamplerConfig) -> SamplerConfig:
-    return replace(sampler, segmenter_guidance=0.0, guidance_segmenter=None)
+def _alone(sampler: SamplerConfig) -> SamplerConfig:
+    """Without what needs another network: segmenter guidance and autoguidance."""
+    guidance = sampler.guidance if sampler.guidance_weights is None else 1.0
+    return replace(sampler, segmenter_guidance=0.0, guidance_segmenter=None, guidance=guidance, guidance_weights=None)
 
 
 def _process_words(process: dict[str, Any]) -> str:

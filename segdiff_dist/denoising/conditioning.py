@@ -131,16 +131,28 @@ def drop_conditions(
 
 
 def guided(
-    predict: Callable[..., Tensor], conditions: Conditions, guidance: float, removes: GuidanceRemoves
+    predict: Callable[..., Tensor],
+    conditions: Conditions,
+    guidance: float,
+    removes: GuidanceRemoves,
+    weaker: Callable[..., Tensor] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """predict(x_t, timestep_B) with the conditions bound and classifier-free guidance: p0 + guidance * (p1 - p0).
 
     p1 is told everything, p0 not what is removed; 1 is without guidance and costs one forward instead of one of twice
-    the batch. eps, v and x_0 are, at a given x_t, affine in each other, so guidance in one is guidance in all. Ho and
-    Salimans 2022, eq. 6, with guidance = 1 + w.
+    the batch. With autoguidance p0 is what the `weaker` net predicts, told everything (Karras et al. 2024). eps, v and
+    x_0 are, at a given x_t, affine in each other, so guidance in one is guidance in all. Ho and Salimans 2022, eq. 6,
+    with guidance = 1 + w.
     """
     if guidance == 1.0:
         return lambda x_t_BCHW, timestep_B: predict(x_t_BCHW, timestep_B, *conditions)
+    if weaker is not None:
+
+        def predict_away(x_t_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
+            p0_BCHW = weaker(x_t_BCHW, timestep_B, *conditions)
+            return p0_BCHW + guidance * (predict(x_t_BCHW, timestep_B, *conditions) - p0_BCHW)
+
+        return predict_away
     yes_B = torch.ones_like(conditions.class_B, dtype=torch.bool)
     told_nothing = without(conditions, yes_B & (removes != "class"), yes_B & (removes != "mask"))
     pairs = zip(conditions, told_nothing, strict=True)

@@ -63,6 +63,9 @@ class SamplerConfig:
     """Classifier-free guidance (Ho and Salimans 2022); 1 is none, and more follows the conditions more closely."""
     guidance_removes: GuidanceRemoves = "mask"
     """What the prediction that is moved away from is not told. Training must have dropped the same."""
+    guidance_weights: str | None = None
+    """Autoguidance (Karras et al. 2024): moved away from is the prediction of a weaker version of the net, told the
+    same, in place of guidance_removes. A folder beside the weights: one of `segdiff average` early in the run."""
     guidance_interval: tuple[float, float] | None = None
     """The noise levels sigma above the first and up to the second at which guidance acts (Kynkaanniemi et al. 2024);
     null: all. Elsewhere a step costs one pass."""
@@ -95,6 +98,8 @@ class SamplerConfig:
         check("eta", own.solver == "ddim" or own.eta == 0, f"{own.solver} adds no noise: give 0, or use solver ddim")
         check("churn", own.churn >= 0, "give at least 0")
         check("churn", own.solver == "heun" or own.churn == 0, f"{own.solver} has none: give 0, or use solver heun")
+        remedy = "it acts with guidance alone: give that another value than 1"
+        check("guidance_weights", own.guidance_weights is None or own.guidance != 1.0, remedy)
         for name in ("churn_interval", "guidance_interval"):
             ends = getattr(own, name)
             check(name, ends is None or 0 <= ends[0] < ends[1], "give two noise levels, the lower one first")

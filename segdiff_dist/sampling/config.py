@@ -21,7 +21,10 @@ LEAST_BATCH = 4
 # `label_map` by a digest of the files.
 _NOT_IN_THE_JOB = ("num_workers", "ray_address", "device", "region_size", "batch_size", "out", "masks", "label_map")
 # The sampler's settings that came after the first job.json: there while they are not the defaults.
-_LATER = ("sigma_min", "sigma_max", "rho", "churn", "churn_interval", "churn_noise", "guidance_interval")
+_LATER = (
+    *("sigma_min", "sigma_max", "rho", "churn", "churn_interval", "churn_noise"),
+    *("guidance_interval", "guidance_weights"),
+)
 
 
 @dataclass(frozen=True)

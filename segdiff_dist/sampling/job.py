@@ -124,6 +124,8 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         "diffusion": diffusion.process,
         "sample": config.of_the_job(diffusion.objective),
     }
+    if config.sampler.guidance_weights is not None:
+        about["guidance_weights_digest"] = _weaker_digest(weights, trained, config.sampler.guidance_weights)
     about |= _source_of(shards, rows, config)
     about = json.loads(json.dumps(about))  # as it is read back: tuples are lists
     path = (config.out or run / "samples").resolve()
@@ -266,6 +268,22 @@ def _as_trained(
     return trained, found
 
 
+def _weaker_digest(weights: Path, about: dict[str, Any], name: str) -> str:
+    """The digest of the weaker model's weights, which must be of the same net on the same process."""
+    weaker = weights.parent / name
+    _, digest = load_denoiser(weaker)
+    other = json.loads((weaker / "segdiff.json").read_text())
+    alike = all(other.get(key) == about.get(key) for key in ("denoiser", "label_table", "size"))
+    if (
+        not alike
+        or as_trained(DiffusionConfig(), other.get("diffusion", {}))[0]
+        != as_trained(DiffusionConfig(), about.get("diffusion", {}))[0]
+    ):
+        remedy = f"give weights of the same run as {weights}"
+        raise problem("config", "sample.sampler.guidance_weights", f"{weaker}, of another net", remedy)
+    return digest
+
+
 def _unlike_training(
     weights: Path, about: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
 ) -> list[Problem]:
@@ -282,7 +300,7 @@ def _unlike_training(
     found += _unknown_organs(config, shards.label_table)
     trained_with = about.get("diffusion", {})
     needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
-    if sampler.guidance != 1.0 and not trained_with.get(needed):
+    if sampler.guidance != 1.0 and sampler.guidance_weights is None and not trained_with.get(needed):
         remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"
         found.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
     return found

@@ -47,6 +47,7 @@ class _Job(TypedDict):
     weights: NotRequired[str]
     weights_digest: NotRequired[str]
     guidance_segmenter_sha256: NotRequired[str | None]
+    guidance_weights_digest: NotRequired[str]
     diffusion: NotRequired[dict[str, Any]]
     sample: NotRequired[_Sampled]
     device: NotRequired[str | None]

@@ -97,7 +97,13 @@ class _RegionMaker:
         self.model = model.to(torch.bfloat16) if settings["precision"] == "bf16" else model
         self.masks = open_masks(store, model.label_table)
         self.diffusion, self.sampler = DiffusionConfig(**store.job["diffusion"]), SamplerConfig(**settings["sampler"])
-        self.passes = 1 if self.sampler.guidance == 1.0 else 2
+        self.passes = 1 if self.sampler.guidance == 1.0 or self.sampler.guidance_weights else 2
+        self.weaker = None
+        if self.sampler.guidance_weights is not None:
+            beside = Path(store.job["weights"]).parent / self.sampler.guidance_weights
+            weaker, _ = load_denoiser(beside, store.job["guidance_weights_digest"])
+            self.weaker = weaker.prepare_for(device)
+            self.weaker = self.weaker.to(torch.bfloat16) if settings["precision"] == "bf16" else self.weaker
         self.dice_term = None
         if self.sampler.segmenter_guidance > 0:
             segmenter = Path(str(self.sampler.guidance_segmenter))
@@ -128,7 +134,8 @@ class _RegionMaker:
             guide = None
             if self.dice_term is not None:
                 guide = segmenter_guide(self.dice_term, conditions, self.sampler.segmenter_guidance)
-            image_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, self.seed, guide)
+            settings = self.diffusion, self.sampler, self.seed
+            image_BHW = generate(self.model, items, conditions, *settings, guide, self.weaker)
         return image_BHW[: len(ids)], conditions.mask_BHW.cpu().numpy()[: len(ids)]
 
 
@@ -179,8 +186,10 @@ def generate(
     sampler: SamplerConfig,
     seed: int,
     guide: Guide | None = None,
+    weaker: Denoiser | None = None,
 ) -> np.ndarray:
-    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id).
+    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id). `weaker`: the net
+    of autoguidance.
 
     Raises InputProblems naming the items where the net predicts or the solver gives what is not finite.
     """
@@ -202,7 +211,7 @@ def generate(
 
     def watched(guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
         """The prediction, looked at before any bound can hide what it is; on its device, so that nothing waits."""
-        predict = guided(model, conditions, guidance, sampler.guidance_removes)
+        predict = guided(model, conditions, guidance, sampler.guidance_removes, weaker)
 
         def predict_and_look(x_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
             prediction_BCHW = predict(x_BCHW, timestep_B)
