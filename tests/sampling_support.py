@@ -28,7 +28,9 @@ QUICK: dict[str, Any] = {
 }
 
 
-def write_weights(run: Path, seed: int = 0, soft_masks: bool = False, **trained_with: Any) -> Path:
+def write_weights(
+    run: Path, seed: int = 0, soft_masks: bool = False, average: str = "ema", **trained_with: Any
+) -> Path:
     """An untrained denoiser: its images mean nothing, but are the same every time."""
     import torch
 
@@ -43,15 +45,16 @@ def write_weights(run: Path, seed: int = 0, soft_masks: bool = False, **trained_
         soft_masks=soft_masks,
     )
     model = Denoiser(config, AMOS, 32)
-    training = {"diffusion": asdict(replace(DIFFUSION, **trained_with))} if trained_with else None
-    model.save(run / "weights" / "ema", model.state_dict(), training)
+    process = DiffusionConfig() if "objective" in trained_with else DIFFUSION
+    training = {"diffusion": asdict(replace(process, **trained_with))} if trained_with else None
+    model.save(run / "weights" / average, model.state_dict(), training)
     return run
 
 
-def arguments(run: Path, shapes: Path, **changes: Any) -> tuple[Any, ...]:
+def arguments(run: Path, shapes: Path, diffusion: DiffusionConfig = DIFFUSION, **changes: Any) -> tuple[Any, ...]:
     """Of job.sample, job.prepare_job and plan.plan, for QUICK with some settings changed."""
     shards, config = ShardSet.open(shapes), SampleConfig(**{**QUICK, **changes})
-    return run, shards, shards.select(split=config.split), DIFFUSION, config
+    return run, shards, shards.select(split=config.split), diffusion, config
 
 
 def make_here(run: Path, shapes: Path, batch_size: int | None = None, **changes: Any) -> SampleStore:

@@ -39,11 +39,13 @@ QUICK: dict[str, Any] = {
 }
 
 
-def run_training(shapes: Path, run: Path, net: DenoiserConfig = NET, **changes: Any) -> list[float]:
+def run_training(
+    shapes: Path, run: Path, net: DenoiserConfig = NET, diffusion: DiffusionConfig = DIFFUSION, **changes: Any
+) -> list[float]:
     """Train as the stage does; returns the logged losses."""
     shards = ShardSet.open(shapes)
     config = TrainConfig(**{**QUICK, **changes})
-    task = DenoiserTask(shards, shards.size, net, DIFFUSION, config.seed, run / "weights", CPU)
+    task = DenoiserTask(shards, shards.size, net, diffusion, config.seed, run / "weights", CPU)
     rows = shards.select(split="train")
     with Tracker(run, TrackingConfig(enabled=False), "train") as tracker:
         train(TrainingJob(task, shards, rows, LOADER, config, run, tracker, CPU, {"config": "here"}))

@@ -152,9 +152,11 @@ class FinishedSamples:
     def provenance(self) -> dict[str, Any]:
         """What made the images, to be kept beside them."""
         job = self.store.job
-        names = ("weights_digest", "shards_digest", "masks_digest", "diffusion", "sample", "guidance_segmenter_sha256")
-        names += ("guidance_weights_digest",)
-        about = {"synthetic": True, "made_by": "segdiff sample"} | {name: job[name] for name in names if name in job}
+        names = ("weights_digest", "shards_digest", "masks_digest", "diffusion", "sample")
+        of_guides = ("guidance_segmenter_sha256", "guidance_weights_digest")
+        about = {"synthetic": True, "made_by": "segdiff sample"} | {
+            name: job[name] for name in names + of_guides if name in job
+        }
         return about | ({"hu": HU_BY_MEDIAN} if self.has_borrowed_hu else {})
 
     @cached_property
