@@ -70,10 +70,12 @@ def spaced_timesteps(num_train_timesteps: int, num_steps: int, spacing: Timestep
 
 
 def sigma_bounds(sampler: SamplerConfig, process: Process) -> tuple[float, float]:
-    """The lowest and highest sigma of a grid of sigmas: as configured, else 0.01 and 80 as far as training saw them."""
+    """The lowest and highest sigma of a grid of sigmas: as configured, else 0.01 and 80 / snr_shift as far as training
+    saw them."""
     low, high = process.sigma_range()
     least = max(low, _USUAL_SIGMAS[0]) if sampler.sigma_min is None else sampler.sigma_min
-    return least, min(high, _USUAL_SIGMAS[1]) if sampler.sigma_max is None else sampler.sigma_max
+    usual = _USUAL_SIGMAS[1] / process.config.snr_shift
+    return least, min(high, usual) if sampler.sigma_max is None else sampler.sigma_max
 
 
 def _sigmas(sampler: SamplerConfig, process: Process) -> list[float]:

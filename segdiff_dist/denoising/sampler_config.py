@@ -43,7 +43,7 @@ class SamplerConfig:
     sigma_min: float | None = None
     """Of karras and log_snr; null: 0.01, one grey value, or the lowest level of training."""
     sigma_max: float | None = None
-    """Likewise; null: 80, or the highest level of training."""
+    """Likewise; null: 80 / diffusion.snr_shift, or the highest level of training."""
     rho: float = 7.0
     """Of karras: more gives more of the steps to low noise."""
     eta: float = 0.0

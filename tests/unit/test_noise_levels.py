@@ -94,6 +94,7 @@ def test_log_snr_grid_has_even_ratios() -> None:
 def test_ends_of_a_grid_are_those_of_training_where_they_are_nearer() -> None:
     grid = SamplerConfig(timestep_spacing="karras")
     assert sigma_bounds(grid, make_process(EDM)) == (0.01, 80.0)
+    assert sigma_bounds(grid, make_process(replace(EDM, snr_shift=0.5))) == (0.01, 160.0)  # twice the size
     narrow = make_process(replace(EDM, lognormal=(0.0, 0.5)))
     assert sigma_bounds(grid, narrow) == pytest.approx((math.exp(-2.5), math.exp(2.5)))
     low, high = sigma_bounds(grid, make_process(DiffusionConfig()))
