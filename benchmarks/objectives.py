@@ -1,12 +1,13 @@
 """Training objectives compared with all that is measured in view: Dice, sharpness, texture, precision, recall, PSNR.
 
-launch/configs/amos_small.yaml on an archive in AMOS' layout, trained for as many images with each of three objectives:
-x0 with zero terminal SNR (as shipped), v with zero terminal SNR, and x0 with min-SNR's weights. Same seed, same masks
-and noise, one segmenter, which was trained on the same training split and judges all of them. `segdiff evaluate`
-measures each; a table, a JSON file and one picture of the same masks are what comes of it.
+launch/configs/amos_small.yaml on an archive in AMOS' layout: EDM with guidance and the efficient net, as shipped; and
+the former net, for as many images, with x0 and zero terminal SNR, v with zero terminal SNR, and x0 with min-SNR's
+weights. Same masks, and one segmenter, which was trained on the same training split and judges all of them. `segdiff
+evaluate` measures each; a table, a JSON file and one picture of the same masks are what comes of it. Of several seeds (of
+training and of sampling) the table has mean and range; the picture and the intervals over patients are the first's.
 
     OUT/shards, OUT/segmenter-run    what all of them share
-    OUT/runs/NAME                    a run folder each
+    OUT/runs/NAME-SEED               a run folder each
 
 What is there already is not made again.
 """
@@ -31,74 +32,99 @@ from segdiff_dist.evaluation.definitions import DEFINITIONS
 from segdiff_dist.evaluation.sharpness import SHARPNESS_BANDS, sharpness_messages
 
 _CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "amos_small.yaml"
+
+
+def _former(**diffusion: Any) -> dict[str, Any]:
+    """What amos_small.yaml was before EDM, with this in its diffusion section."""
+    ddpm = {"objective": "ddpm", "lognormal": [-1.2, 1.2], "mask_dropout": 0.0, "zero_terminal_snr": True}
+    ddim = {"solver": "ddim", "num_steps": 25, "timestep_spacing": "trailing", "guidance": 1.0}
+    return {
+        "denoiser": {"net": "unet", "block_out_channels": [16, 48, 96, 96], "layers_per_block": 1},
+        "diffusion": {**ddpm, **diffusion},
+        "sample": {"sampler": {**ddim, "guidance_interval": None}},
+    }
+
+
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "x0": ("x0, zero terminal SNR (shipped)", {}),
-    "v": ("v, zero terminal SNR", {"prediction_type": "v"}),
+    "edm": ("EDM, guided, efficient net (shipped)", {}),
+    "x0": ("x0, zero terminal SNR", _former(prediction_type="x0")),
+    "v": ("v, zero terminal SNR", _former(prediction_type="v")),
     # Its weight of pure noise is 0, which a zero terminal SNR would make of the step that sampling begins at.
-    "x0-min-snr": ("x0, min-SNR", {"zero_terminal_snr": False, "loss_weighting": "min_snr"}),
+    "x0-min-snr": ("x0, min-SNR", _former(prediction_type="x0", zero_terminal_snr=False, loss_weighting="min_snr")),
 }
 METRICS = (
-    *("dice_mask_real", "dice_mask_gen", "sharpness", *SHARPNESS_BANDS, "texture"),
+    *("dice_either_mask_real", "dice_either_mask_gen", "dice_mask_real", "dice_mask_gen", "false_positive_rate_gen"),
+    *("sharpness", *SHARPNESS_BANDS, "texture"),
     *("segmenter_precision", "segmenter_recall", "segmenter_frechet", "psnr_db", "ssim"),
 )
 
 
-def settings_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(name: str, args: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     """The config file of a run."""
     over: dict[str, Any] = {
         "amos_root": str(args.archive.absolute()),
         "data": str(args.out.absolute() / "shards"),
-        "run": str(args.out.absolute() / "runs" / name),
-        "diffusion": OBJECTIVES[name][1],
+        "run": str(args.out.absolute() / "runs" / f"{name}-{seed}"),
+        "train": {"seed": seed},
+        "sample": {"seed": seed},
         "evaluate": {"segmenter": str(_segmenter(args.out.absolute()))},
         "tracking": {"enabled": False},
     }
-    settings = merge(read_yaml(_CONFIG), over)
+    settings = merge(merge(read_yaml(_CONFIG), OBJECTIVES[name][1]), over)
     return merge(settings, {"train": {"num_images": args.images}}) if args.images else settings
 
 
-def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Every stage that is missing; returns summary.json by objective."""
+def make(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Every stage that is missing; returns summary.json of each seed by objective."""
     out, found = args.out.absolute(), {}
-    for name in OBJECTIVES:
-        settings = settings_of(name, args)
-        run, config = Path(settings["run"]), out / f"{name}.yaml"
-        write_text_atomically(config, to_yaml(settings))
-        shared = out / "segmenter.yaml"
-        write_text_atomically(shared, to_yaml(merge(settings, {"run": str(_segmenter(out).parents[1])})))
-        stages = {
-            ("prepare", shared): out / "shards" / "index.json",
-            ("train-segmenter", shared): _segmenter(out) / "segdiff.json",
-            ("train", config): run / "weights" / "ema_0.05" / "segdiff.json",
-            ("sample", config): run / "samples" / "items.parquet",
-            ("evaluate", config): run / "evaluation" / "summary.json",
-        }
-        for (stage, file), product in stages.items():
-            # Training and sampling find out for themselves what is left of them.
-            if not product.is_file() or stage in ("train", "sample"):
-                print(f"{name}: {stage}", flush=True)
-                segdiff(stage, file, out / f"{name}.log", threads=args.threads)
-        found[name] = json.loads((run / "evaluation" / "summary.json").read_text())
+    for name in args.objectives:
+        found[name] = [_make_run(name, seed, args, out) for seed in range(args.seeds)]
     return found
 
 
-def rows_of(summaries: dict[str, dict[str, Any]], group: str) -> dict[str, dict[str, Any]]:
-    """Entries of METRICS by objective; `group`: "all" or a modality."""
-    found = {}
-    for name, summary in summaries.items():
-        entries = summary["metrics"] if group == "all" else summary["by_modality"].get(group, {})
-        kept = ("value", "ci95", "n", "num_patients")
-        found[name] = {m: {k: entries[m].get(k) for k in kept} for m in METRICS if m in entries}
+def _make_run(name: str, seed: int, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    settings = settings_of(name, args, seed)
+    run, config = Path(settings["run"]), out / f"{name}-{seed}.yaml"
+    write_text_atomically(config, to_yaml(settings))
+    shared = out / "segmenter.yaml"
+    write_text_atomically(shared, to_yaml(merge(settings, {"run": str(_segmenter(out).parents[1])})))
+    stages = {
+        ("prepare", shared): out / "shards" / "index.json",
+        ("train-segmenter", shared): _segmenter(out) / "segdiff.json",
+        ("train", config): run / "weights" / "ema_0.05" / "segdiff.json",
+        ("sample", config): run / "samples" / "items.parquet",
+        ("evaluate", config): run / "evaluation" / "summary.json",
+    }
+    for (stage, file), product in stages.items():
+        # Training and sampling find out for themselves what is left of them.
+        if not product.is_file() or stage in ("train", "sample"):
+            print(f"{name}, seed {seed}: {stage}", flush=True)
+            segdiff(stage, file, out / f"{name}-{seed}.log", threads=args.threads)
+    summary: dict[str, Any] = json.loads((run / "evaluation" / "summary.json").read_text())
+    return summary
+
+
+def rows_of(summaries: dict[str, list[dict[str, Any]]], group: str) -> dict[str, dict[str, Any]]:
+    """Entries of METRICS by objective; `group`: "all" or a modality. `value` is the mean over seeds, `of_seeds` what it
+    is of; the interval over patients is the first seed's."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, of_seeds in summaries.items():
+        groups = [s["metrics"] if group == "all" else s["by_modality"].get(group, {}) for s in of_seeds]
+        found[name] = {}
+        for metric in (m for m in METRICS if all(m in entries for entries in groups)):
+            values = [entries[metric]["value"] for entries in groups]
+            kept = {k: groups[0][metric].get(k) for k in ("ci95", "n", "num_patients")}
+            found[name][metric] = {"value": float(np.mean(values)), "of_seeds": values, **kept}
     return found
 
 
 def print_table(rows: dict[str, dict[str, Any]], group: str) -> None:
     """A row a metric, a column an objective, intervals over patients in brackets."""
-    print(f"\n{group:<44}" + "".join(f"{name:>26}" for name in rows))
+    print(f"\n{group:<44}" + "".join(f"{name:>38}" for name in rows))
     for metric in METRICS:
         if any(metric in entries for entries in rows.values()):
             cells = [_cell(entries.get(metric), DEFINITIONS[metric].digits) for entries in rows.values()]
-            print(f"{DEFINITIONS[metric].label:<44}" + "".join(f"{cell:>26}" for cell in cells))
+            print(f"{DEFINITIONS[metric].label:<44}" + "".join(f"{cell:>38}" for cell in cells))
 
 
 def draw(args: argparse.Namespace, file: Path) -> None:
@@ -107,12 +133,13 @@ def draw(args: argparse.Namespace, file: Path) -> None:
     from segdiff_dist.evaluation.comparison import shared_masks
     from segdiff_dist.evaluation.pictures import Pictures
 
-    pictures = [Pictures.open(args.out / "runs" / name) for name in OBJECTIVES]
+    pictures = [Pictures.open(args.out / "runs" / f"{name}-0") for name in args.objectives]
     chosen = [items for modality in MODALITIES for items in shared_masks(pictures, modality)]
     first = pictures[0]
     columns = [("mask", np.stack([first.mask(items[0]) for items in chosen]))]
     columns += [("real", np.stack([first.real(items[0]) for items in chosen]))]
-    for k, (about, _) in enumerate(OBJECTIVES.values()):
+    for k, name in enumerate(args.objectives):
+        about = OBJECTIVES[name][0]
         columns.append((about.replace(" (shipped)", ""), np.stack([pictures[k].generated(i[k]) for i in chosen])))
     draw_gallery(columns, file, first.label_table.num_classes, cell_inches=1.7)
 
@@ -124,8 +151,9 @@ def _segmenter(out: Path) -> Path:
 def _cell(entry: dict[str, Any] | None, digits: int) -> str:
     if entry is None:
         return "-"
-    interval = entry["ci95"]
-    return f"{entry['value']:.{digits}f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    interval, values = entry["ci95"], entry["of_seeds"]
+    spread = f" {min(values):.{digits}f}-{max(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{entry['value']:.{digits}f}{spread}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def main() -> int:
@@ -134,6 +162,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="the comparison's folder")
     parser.add_argument("--images", type=int, help="of a training, in place of the config's")
     parser.add_argument("--threads", type=int, default=1, help="of a training")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each objective, of seed 0, 1, ...")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured; a picture beside")
     args = parser.parse_args()
     summaries = make(args)
@@ -142,18 +172,18 @@ def main() -> int:
     print(headline(record))
     for group, rows in results.items():
         print_table(rows, group)
-    for name, summary in summaries.items():
-        print(f"{name}: {' '.join(sharpness_messages(summary['metrics']))}")
+    for name, of_seeds in summaries.items():
+        print(f"{name}: {' '.join(sharpness_messages(of_seeds[0]['metrics']))}")
     file = args.json or args.out / "objectives.json"
-    first = next(iter(summaries.values()))
+    first = next(iter(summaries.values()))[0]
     counts = {name: first[name] for name in ("num_samples", "num_patients")}
     record |= counts | {
         "config": _CONFIG.name,
-        "objectives": {name: {"label": label, "diffusion": over} for name, (label, over) in OBJECTIVES.items()},
+        "objectives": {name: {"label": OBJECTIVES[name][0], "over": OBJECTIVES[name][1]} for name in summaries},
         "results": results,
         "texture_by_organ": {
-            name: {o: e["texture"]["value"] for o, e in summary["by_organ"].items() if "texture" in e}
-            for name, summary in summaries.items()
+            name: {o: e["texture"]["value"] for o, e in of_seeds[0]["by_organ"].items() if "texture" in e}
+            for name, of_seeds in summaries.items()
         },
     }
     write(file, record)

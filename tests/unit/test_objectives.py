@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
+from segdiff_dist.config import as_dict, to_yaml
 from segdiff_dist.denoising.diffusion import DiffusionConfig, as_trained
 from segdiff_dist.denoising.process import SigmaProcess, make_process
 from segdiff_dist.denoising.sigma_data import measure_sigma_data, with_sigma_data
+from segdiff_dist.experiment import Experiment, refuse_another_config
 from segdiff_dist.pixels import to_model_range
 from segdiff_kernels import philox
 
@@ -183,3 +186,14 @@ def test_weights_know_their_process() -> None:
     assert process.process == DiffusionConfig(prediction_type="v", zero_terminal_snr=True).process
     assert differ["objective"] == ("ddpm", "edm")
     assert as_trained(DiffusionConfig(), {}) == (DiffusionConfig(), {})
+
+
+def test_a_training_goes_on_under_its_own_objective(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    before = Experiment(run=tmp_path, diffusion=DiffusionConfig(objective="edm"))
+    (tmp_path / "config.yaml").write_text(to_yaml(as_dict(before)))
+    refuse_another_config(before, tmp_path / "checkpoints", ("diffusion",))
+    for other in (DiffusionConfig(), DiffusionConfig(objective="flow"), DiffusionConfig(objective="edm", sigma_data=1)):
+        now = Experiment(run=tmp_path, diffusion=other)
+        with pytest.raises(InputProblems, match=r"diffusion\.(objective|sigma_data).*use another run folder"):
+            refuse_another_config(now, tmp_path / "checkpoints", ("diffusion",))
