@@ -3,8 +3,8 @@
 launch/configs/amos_small.yaml on an archive in AMOS' layout: EDM with guidance and the efficient net, as shipped; and
 the former net, for as many images, with x0 and zero terminal SNR, v with zero terminal SNR, and x0 with min-SNR's
 weights. Same masks, and one segmenter, which was trained on the same training split and judges all of them. `segdiff
-evaluate` measures each; a table, a JSON file and one picture of the same masks are what comes of it. Of several seeds (of
-training and of sampling) the table has mean and range; the picture and the intervals over patients are the first's.
+evaluate` measures each; a table, a JSON file and one picture of the same masks are what comes of it. Of several seeds
+(training and sampling) the table has mean and range; the picture and the intervals over patients are the first's.
 
     OUT/shards, OUT/segmenter-run    what all of them share
     OUT/runs/NAME-SEED               a run folder each
