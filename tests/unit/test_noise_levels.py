@@ -125,7 +125,17 @@ def test_models_with_timesteps_get_those_between() -> None:
 # Solvers
 
 
-@pytest.mark.parametrize("diffusion", [EDM, FLOW, DDPM], ids=["edm", "flow", "ddpm"])
+@pytest.mark.parametrize("spacing", ["karras", "log_snr"])
+def test_models_with_timesteps_are_walked_on_these_grids_too(spacing: Any) -> None:
+    errors = {}
+    for solver in SOLVERS:
+        sampler = SamplerConfig(solver=solver, num_steps=60, timestep_spacing=spacing, clip_sample=False)  # type: ignore[arg-type]
+        errors[solver] = error(DDPM, sampler)
+    assert errors["ddim"] < 0.05
+    assert max(errors[solver] for solver in SOLVERS[1:]) < errors["ddim"] / 5
+
+
+@pytest.mark.parametrize("diffusion", [EDM, FLOW], ids=["edm", "flow"])
 @pytest.mark.parametrize("spacing", ["karras", "log_snr"])
 def test_ddim_is_of_first_order_and_the_others_of_second(diffusion: DiffusionConfig, spacing: Any) -> None:
     for solver, (low, high) in zip(SOLVERS, [(0.8, 1.2), (1.6, 3.6), (1.6, 3.6), (1.6, 2.6)], strict=True):

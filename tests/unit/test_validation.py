@@ -170,11 +170,11 @@ def test_without_a_validation_split_nothing_is_measured(shapes: Path, tmp_path: 
 
 
 def test_bad_settings_are_named() -> None:
-    found = ValidationConfig(num_images=0, num_pictures=-1, num_steps=0, batch_size=0).problems(1000)
+    found = ValidationConfig(num_images=0, num_pictures=-1, num_steps=0, batch_size=0).problems(DiffusionConfig())
     assert [p.field for p in found] == [
         f"validation.{name}" for name in ("num_images", "num_pictures", "num_steps", "batch_size")
     ]
-    [found_one] = ValidationConfig(num_steps=30).problems(25)
+    [found_one] = ValidationConfig(num_steps=30).problems(DiffusionConfig(num_train_timesteps=25))
     assert "knows 25 timesteps" in str(found_one)
 
 
