@@ -34,7 +34,7 @@ class _Resnet(ResnetBlock2D):
             time_NC11 = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
             if self.time_embedding_norm == "default":
                 hidden_NCHW = self.norm2(hidden_NCHW + time_NC11)
-            else:  # Dhariwal and Nichol 2021, section 3: adaptive group norm
+            else:  # Dhariwal and Nichol 2021, section 3.1: adaptive group norm
                 scale_NC11, shift_NC11 = time_NC11.chunk(2, dim=1)
                 hidden_NCHW = self.norm2(hidden_NCHW) * (1 + scale_NC11) + shift_NC11
         hidden_NCHW = self.conv2(self.nonlinearity(hidden_NCHW))

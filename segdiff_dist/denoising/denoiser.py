@@ -42,7 +42,7 @@ _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 Net = Literal["unet", "efficient"]
 # The side of the square of pixels that the net takes as one: 1 is no stem.
 _STEM: dict[Net, int] = {"unet": 1, "efficient": 2}
-# h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3 (adaptive group norm).
+# h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
 
