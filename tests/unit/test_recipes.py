@@ -400,7 +400,7 @@ def test_the_dice_term_moves_the_denoiser_alone_and_counts_where_little_is_noise
     base, _ = plain.loss(plain.model, batch)
     loss, told = with_dice.loss(with_dice.model, batch)
     torch.testing.assert_close((loss - base).detach(), 0.5 * told["dice_loss"][0] / 8)
-    t = with_dice._noised(batch)[2]
+    t = with_dice.process.noised(batch, with_dice.seed, use_kernels=False).level_B
     torch.testing.assert_close(told["dice_loss"][1], ALPHAS_CUMPROD[t].sum())
     loss.backward()
     base.backward()
