@@ -24,7 +24,7 @@ def slices_of(
     """
     notes = [] if notes is None else notes
     from data_shards.ingest.body import find_body
-    from data_shards.ingest.grey_values import problem_with_values, take_padding_as_air
+    from data_shards.ingest.grey_values import problem_with_values, take_padding_as_air, take_window_end_as_air
     from data_shards.ingest.intensity import grey_map
     from data_shards.ingest.masks import read_case_mask
     from data_shards.ingest.volumes import UnreadableVolume, read_volume
@@ -39,8 +39,11 @@ def slices_of(
     wrong = problem_with_values(image, case.modality, padding.num_voxels, config.modality is not None)
     if wrong is not None:
         raise UnreadableVolume(str(case.image), wrong)
+    window_end = take_window_end_as_air(image, case.modality)
     of_mask = () if mask.volume is None else mask.volume.notes
     notes += dict.fromkeys((*case.notes, *image.notes, *of_mask, *padding.notes))
+    if window_end is not None:
+        notes.append(window_end)
     try:
         grey = grey_map(
             image,

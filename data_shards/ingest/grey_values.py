@@ -16,6 +16,9 @@ from data_shards.ingest.volumes import Volume, planes_in_memory
 
 # Clipped air is padding that is air: scanners and converters end at -1000 or -1024 HU. Water is 0 by definition.
 _AIR_HU = (-1100.0, -900.0)
+# A window's lower end from here on also holds fat, and what is at it may be that.
+_LOWEST_FAT_HU = -130.0
+_AIR_NOW_HU = -1000.0
 # Fat inside a field of view that is padded with 0 is this far below it.
 _BELOW_PADDING_HU = 50.0
 # What of the planes' borders has one number, at least. A round field of view leaves nearly all of it, one side a third.
@@ -80,6 +83,31 @@ def take_padding_as_air(volume: Volume, modality: str) -> Padding:
         unit = " HU" if modality == "CT" else ""
         notes.append(f"padding of {_value(volume, number):g}{unit} is taken as air and left out of percentiles")
     return Padding(num_voxels, tuple(notes))
+
+
+def take_window_end_as_air(volume: Volume, modality: str) -> str | None:
+    """Give the voxels of a CT that was cut to a window, in place, -1000 HU where they are at the window's lower end and
+    that is air or lung; a note that says so, None where nothing was changed.
+
+    Such a volume's air is -160 HU, say: under a window that reaches lower it would be grey, beside others' black.
+    """
+    if modality != "CT":
+        return None
+    voxels_IJK = volume.voxels_IJK
+    end = voxels_IJK.min() if volume.slope > 0 else voxels_IJK.max()
+    value = _value(volume, end)
+    if not _AIR_HU[1] < value <= _LOWEST_FAT_HU or end not in list(_border_numbers(voxels_IJK)):
+        return None
+    air: Any = (_AIR_NOW_HU - volume.intercept) / volume.slope
+    if voxels_IJK.dtype.kind in "iu":
+        limits = np.iinfo(voxels_IJK.dtype)
+        air = round(air)
+        if not limits.min <= air <= limits.max:
+            return None
+    for k in range(voxels_IJK.shape[2]):
+        plane = voxels_IJK[:, :, k]
+        plane[plane == end] = air
+    return f"cut to a window that ends at {value:g} HU, where air is: taken as {_AIR_NOW_HU:g} HU"
 
 
 def problem_with_values(volume: Volume, modality: str, num_padding: int, stated: bool) -> str | None:

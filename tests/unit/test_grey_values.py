@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from data_shards.ingest.body import find_body
-from data_shards.ingest.grey_values import Padding, problem_with_values, take_padding_as_air
+from data_shards.ingest.grey_values import (
+    Padding,
+    problem_with_values,
+    take_padding_as_air,
+    take_window_end_as_air,
+)
 from data_shards.ingest.intensity import percentiles
 from data_shards.ingest.volumes import Volume
 
@@ -109,6 +114,32 @@ def test_clipped_air_is_no_padding_and_such_ct_is_read(clip: tuple[int, int] | N
     assert take_padding_as_air(volume, "CT") == Padding(0, ())
     np.testing.assert_array_equal(volume.voxels_IJK, before)
     assert problem_with_values(volume, "CT", 0, stated=False) is None
+
+
+@pytest.mark.parametrize(("dtype", "slope", "intercept"), [(np.int16, 1, 0), (np.float32, 1, 0), (np.int16, -0.5, 8)])
+def test_the_air_of_a_ct_that_was_cut_to_a_window_is_as_black_as_others(
+    dtype: Any, slope: float, intercept: float
+) -> None:
+    values, _ = _values("CT")
+    volume = _volume(np.clip(values, -160, 240), dtype, slope, intercept)
+    note = take_window_end_as_air(volume, "CT")
+    assert note is not None
+    assert "-160 HU" in note
+    found = volume.values(volume.voxels_IJK)
+    np.testing.assert_allclose(found[values <= -160], -1000)
+    np.testing.assert_allclose(found[values > -160], np.clip(values, -160, 240)[values > -160], atol=0.5)
+    assert take_window_end_as_air(volume, "CT") is None  # there is nothing left to do
+    eight_bits = _volume(np.clip(values, -160, 240), np.uint8, 400 / 255, -160)
+    for other, modality in (
+        (_volume(values), "CT"),
+        (_volume(np.clip(values, -1000, 240)), "CT"),
+        (_volume(np.clip(values, -75, 175)), "CT"),  # fat is there too
+        (eight_bits, "CT"),  # which can hold no lower number
+        (_volume(np.clip(values, -160, 240)), "MR"),
+    ):
+        before = other.voxels_IJK.copy()
+        assert take_window_end_as_air(other, modality) is None
+        np.testing.assert_array_equal(other.voxels_IJK, before)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
