@@ -1,6 +1,7 @@
 """A batch's input and target from pixels and labels: ours, torch as training does it without kernels, and compiled.
 
-256x256, 17 classes, bf16: x_t alone, as label_conv_in takes it, and beside the one-hot channels.
+256x256, 17 classes, bf16: x_t alone, as label_conv_in takes it, beside the one-hot channels, and with a noise level for
+each sample.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 import _bench
 import torch
 from _bench import DEVICE, Case
+from torch import Tensor
 
 from segdiff_kernels.condition_input import condition_input, condition_input_reference, num_channels
 
@@ -17,30 +19,37 @@ NUM_CLASSES = 17
 
 
 def cases(batch: int, size: int) -> list[Case]:
-    """Each encoding, and x_t from 16 bits."""
+    """Each encoding, x_t from 16 bits, and EDM's levels."""
     return [
         _case(batch, size, "none", torch.uint8),
         _case(batch, size, "onehot", torch.uint8),
         _case(batch, size, "scalar_255", torch.uint8),
         _case(batch, size, "none", torch.uint16),
+        _case(batch, size, "none", torch.uint8, by_levels=True),
     ]
 
 
-def _case(batch: int, size: int, mask_encoding: Any, grey: torch.dtype) -> Case:
+def _case(batch: int, size: int, mask_encoding: Any, grey: torch.dtype, by_levels: bool = False) -> Case:
     def inputs() -> tuple[Any, ...]:
         shape = (batch, size, size)
         image_BHW = torch.randint(0, torch.iinfo(grey).max + 1, shape, device=DEVICE).to(grey)
         mask_BHW = torch.randint(0, NUM_CLASSES, shape, device=DEVICE, dtype=torch.uint8)
         position_B = torch.randint(0, 2**40, (batch,), device=DEVICE)
-        return image_BHW, mask_BHW, position_B, torch.linspace(0.999, 0.001, 1000, device=DEVICE)
+        noise = _edm_levels(batch) if by_levels else torch.linspace(0.999, 0.001, 1000, device=DEVICE)
+        return image_BHW, mask_BHW, position_B, noise
 
     about: dict[str, Any] = {"seed": 0, "prediction_type": "v", "num_classes": NUM_CLASSES}
 
-    def ours(*tensors: Any) -> Any:
-        return condition_input(*tensors, mask_encoding=mask_encoding, **about)[:3]
+    def call(function: Any, image_BHW: Tensor, mask_BHW: Tensor, position_B: Tensor, noise: Tensor) -> Any:
+        alphas_cumprod_T, levels_B4 = (None, noise) if by_levels else (noise, None)
+        given = (image_BHW, mask_BHW, position_B, alphas_cumprod_T)
+        return function(*given, levels_B4=levels_B4, mask_encoding=mask_encoding, **about)[:3]
 
-    def reference(*tensors: Any) -> Any:
-        return condition_input_reference(*tensors, mask_encoding=mask_encoding, **about)[:3]
+    def ours(*tensors: Tensor) -> Any:
+        return call(condition_input, *tensors)
+
+    def reference(*tensors: Tensor) -> Any:
+        return call(condition_input_reference, *tensors)
 
     contenders = {"ours": ours}
     if DEVICE.type == "cuda" and grey == torch.uint8:  # inductor knows little of uint16; a toy is not worth it
@@ -48,8 +57,15 @@ def _case(batch: int, size: int, mask_encoding: Any, grey: torch.dtype) -> Case:
     contenders["torch"] = reference
     read = grey.itemsize + (mask_encoding != "none")
     written = 2 * num_channels(mask_encoding, NUM_CLASSES) + 4
-    name = f"B={batch} {size}x{size} {mask_encoding} from {8 * grey.itemsize} bits"
+    name = f"B={batch} {size}x{size} {mask_encoding} from {8 * grey.itemsize} bits{' by levels' if by_levels else ''}"
     return Case(name, batch * size**2 * (read + written), inputs, contenders)
+
+
+def _edm_levels(batch: int) -> Tensor:
+    """Sigma from 0.002 to 80, sigma_data 0.5. Karras et al. 2022, table 1."""
+    sigma_B = torch.logspace(-2.7, 1.9, batch, device=DEVICE)
+    total_B = torch.sqrt(sigma_B**2 + 0.25)
+    return torch.stack((1 / total_B, sigma_B / total_B, sigma_B / (0.5 * total_B), -0.5 / total_B), dim=1)
 
 
 if __name__ == "__main__":
