@@ -42,6 +42,8 @@ _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 Net = Literal["unet", "efficient"]
 # The side of the square of pixels that the net takes as one: 1 is no stem.
 _STEM: dict[Net, int] = {"unet": 1, "efficient": 2}
+# Of a pixel, between the stem's inverse and the prediction.
+_HEAD_CHANNELS = 8
 # h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
@@ -123,6 +125,24 @@ class DenoiserConfig:
         return found
 
 
+class PixelHead(nn.Module):
+    """What the efficient net ends in: at the image's own side, from the stem's inverse and the noised image.
+
+    Four channels that become four pixels know nothing of each other, and flat areas would show it as a chequer of two
+    pixels; two small convolutions see all of them. They also have each pixel's noise as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(_HEAD_CHANNELS + 1, 2 * _HEAD_CHANNELS, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(2 * _HEAD_CHANNELS, 1, kernel_size=3, padding=1)
+
+    def forward(self, features_BCHW: Tensor, x_t_B1HW: Tensor) -> Tensor:
+        """[B, 1, H, W] from [B, 8, H, W] and the noised image."""
+        joined_BCHW = torch.cat((features_BCHW, x_t_B1HW), dim=1).contiguous(memory_format=torch.channels_last)
+        return self.conv_out(F.silu(self.conv_in(joined_BCHW)))
+
+
 class Denoiser(nn.Module):
     """eps, v or x_0 from a noised image, its timestep, its mask and its class."""
 
@@ -141,7 +161,7 @@ class Denoiser(nn.Module):
         self.unet = UNet2DModel(
             sample_size=size // config.stem,
             in_channels=self.mask_join.num_channels * config.stem**2,
-            out_channels=config.stem**2,
+            out_channels=1 if config.net == "unet" else _HEAD_CHANNELS * config.stem**2,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -151,6 +171,8 @@ class Denoiser(nn.Module):
             num_class_embeds=NUM_CLASSES if config.class_conditioning else None,
             **(_ADAPTIVE | {"attn_norm_num_groups": config.norm_num_groups} if config.net == "efficient" else {}),
         )
+
+        self.head = PixelHead() if config.net == "efficient" else None
 
     def prepare_for(self, device: torch.device) -> Denoiser:
         """Move to `device`, and choose what computes attention and everything between the convolutions there.
@@ -194,11 +216,13 @@ class Denoiser(nn.Module):
         if self.reads_labels:
             return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
         x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
-        if self.config.stem > 1:
+        if self.head is not None:
             x_BCHW = F.pixel_unshuffle(x_BCHW, self.config.stem)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        y_BCHW = self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0].float()
-        return F.pixel_shuffle(y_BCHW, self.config.stem) if self.config.stem > 1 else y_BCHW
+        y_BCHW = self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0]
+        if self.head is not None:
+            y_BCHW = self.head(F.pixel_shuffle(y_BCHW, self.config.stem), x_t_BCHW.to(dtype))
+        return y_BCHW.float()
 
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
         """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it what the folder cannot say.
