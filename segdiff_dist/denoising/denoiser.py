@@ -126,21 +126,23 @@ class DenoiserConfig:
 
 
 class PixelHead(nn.Module):
-    """What the efficient net ends in: at the image's own side, from the stem's inverse and the noised image.
+    """What the efficient net ends in: a correction at the image's own side, which begins as none.
 
-    Four channels that become four pixels know nothing of each other, and flat areas would show it as a chequer of two
-    pixels; two small convolutions see all of them. They also have each pixel's noise as it is.
+    Four channels that become four pixels know nothing of each other, and flat areas show it as a chequer of two pixels;
+    two small convolutions see all of them, and the noised image.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(_HEAD_CHANNELS + 1, 2 * _HEAD_CHANNELS, kernel_size=3, padding=1)
         self.conv_out = nn.Conv2d(2 * _HEAD_CHANNELS, 1, kernel_size=3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, features_BCHW: Tensor, x_t_B1HW: Tensor) -> Tensor:
-        """[B, 1, H, W] from [B, 8, H, W] and the noised image."""
-        joined_BCHW = torch.cat((features_BCHW, x_t_B1HW), dim=1).contiguous(memory_format=torch.channels_last)
-        return self.conv_out(F.silu(self.conv_in(joined_BCHW)))
+        """[B, 1, H, W] from [B, 1 + 8, H, W], the prediction and what it is corrected by, and the noised image."""
+        joined_BCHW = torch.cat((features_BCHW[:, 1:], x_t_B1HW), dim=1).contiguous(memory_format=torch.channels_last)
+        return features_BCHW[:, :1] + self.conv_out(F.silu(self.conv_in(joined_BCHW)))
 
 
 class Denoiser(nn.Module):
@@ -161,7 +163,7 @@ class Denoiser(nn.Module):
         self.unet = UNet2DModel(
             sample_size=size // config.stem,
             in_channels=self.mask_join.num_channels * config.stem**2,
-            out_channels=1 if config.net == "unet" else _HEAD_CHANNELS * config.stem**2,
+            out_channels=1 if config.net == "unet" else (1 + _HEAD_CHANNELS) * config.stem**2,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),

@@ -106,7 +106,8 @@ class SamplerConfig:
         check("churn_noise", own.churn_noise > 0, "give more than 0; 1 is usual")
         check("rho", own.rho > 0, "give more than 0; 7 is usual")
         for name in ("sigma_min", "sigma_max"):
-            check(name, getattr(own, name) is None or getattr(own, name) > 0, "give more than 0, or null")
+            # Below it alpha_bar is 1 in the digits that solvers have.
+            check(name, getattr(own, name) is None or getattr(own, name) >= 0.002, "give at least 0.002, or null")
         check("dynamic_threshold", 0 <= own.dynamic_threshold <= 1, "give a quantile from 0 to 1")
         check("guidance", own.guidance >= 0, "give at least 0")
         check("segmenter_guidance", own.segmenter_guidance >= 0, "give at least 0")

@@ -274,7 +274,7 @@ def test_presets_go_with_every_objective() -> None:
         ({"timestep_spacing": "trailing"}, EDM, "timestep_spacing"),
         ({"timestep_spacing": "leading"}, FLOW, "timestep_spacing"),
         ({"timestep_spacing": "karras", "sigma_max": 1000.0}, EDM, "sigma_max"),
-        ({"timestep_spacing": "karras", "sigma_min": 1e-5}, EDM, "sigma_min"),
+        ({"timestep_spacing": "karras", "sigma_min": 0.002}, replace(EDM, lognormal=(0.0, 1.0)), "sigma_min"),
         ({"timestep_spacing": "karras", "sigma_min": 90.0}, EDM, "sigma_min"),
         ({"timestep_spacing": "karras", "sigma_max": 200.0}, DiffusionConfig(), "sigma_max"),
         ({"sigma_max": 0.0}, None, "sigma_max"),
