@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,16 @@ def test_the_best_is_one_model_for_everything() -> None:
     assert table.body_id is not None
     with torch.device("meta"):
         model = Denoiser(config.denoiser, table, config.prepare.size)
-    assert model.unet.config.in_channels == 1 + table.num_classes
+    assert model.unet.config.in_channels == 4 * (1 + table.num_classes)  # of 2x2 pixels
     assert model.unet.mid_block.attentions[0].heads == 512 // 64
-    assert float(make_scheduler(config.diffusion).alphas_cumprod[-1]) == 0.0
-    assert config.sample.sampler.timestep_spacing == "trailing"  # begins at pure noise, as training ends there
+    assert (config.diffusion.objective, config.sample.sampler.timestep_spacing) == ("edm", "karras")
+
+
+def test_recipes_of_one_objective_differ_by_what_follows_from_size() -> None:
+    """At four times the pixels a side the noise that hides as much is four times as strong."""
+    small, large = shipped("amos_small"), shipped("best_ct_mr")
+    assert small.prepare.size / large.prepare.size == large.diffusion.snr_shift == 0.25
+    assert small.diffusion == replace(large.diffusion, snr_shift=small.diffusion.snr_shift)
+    assert small.sample.sampler.guidance_interval is not None
+    scaled = tuple(4 * sigma for sigma in small.sample.sampler.guidance_interval)
+    assert large.sample.sampler.guidance_interval == pytest.approx(scaled)
