@@ -278,7 +278,8 @@ def _card(about: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig
     stem = ""
     if net.get("net") == "efficient":  # older descriptions do not name it
         stem = """. Each 2x2 pixels are four channels, in the input
-`torch.nn.functional.pixel_unshuffle(x, 2)` and in the output, of which `pixel_shuffle(y, 2)` makes the image"""
+`torch.nn.functional.pixel_unshuffle(x, 2)` and in the output, of which `pixel_shuffle(y, 2)` makes nine numbers a
+pixel: the prediction, and what `head` in mask_encoder.safetensors corrects it by"""
     told = "mask, modality and axis" if net["class_conditioning"] else "the mask alone: modality and axis are ignored"
     return f"""---
 library_name: diffusers

@@ -47,7 +47,8 @@ def inputs(size: int = 32, num: int = 2) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def test_it_is_a_unet_of_diffusers_between_two_rearrangements() -> None:
-    """Each 2x2 pixels are four channels, the rows of the square first: Shi et al. 2016, eq. 4."""
+    """Each 2x2 pixels are four channels, the rows of the square first: Shi et al. 2016, eq. 4. Of nine numbers a pixel
+    that come back, the first is the prediction, and a small net at the image's side corrects it by the others."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
@@ -55,7 +56,7 @@ def test_it_is_a_unet_of_diffusers_between_two_rearrangements() -> None:
     unet = UNet2DModel(
         sample_size=16,
         in_channels=4 * (1 + AMOS.num_classes),
-        out_channels=4,
+        out_channels=4 * 9,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -71,10 +72,19 @@ def test_it_is_a_unet_of_diffusers_between_two_rearrangements() -> None:
     onehot_BKHW = F.one_hot(mask_BHW.long(), AMOS.num_classes).permute(0, 3, 1, 2).float()
     joined_BCHW = torch.cat((x_t_BCHW, onehot_BKHW), dim=1)
     squares = [joined_BCHW[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-    y_B4hw = unet(torch.stack(squares, dim=2).flatten(1, 2), timestep_B, class_B).sample
-    expected_BCHW = torch.empty_like(x_t_BCHW)
+    y_BFhw = unet(torch.stack(squares, dim=2).flatten(1, 2), timestep_B, class_B).sample
+    features_B9HW = torch.empty(2, 9, 32, 32)
     for k, (i, j) in enumerate((i, j) for i in (0, 1) for j in (0, 1)):
-        expected_BCHW[:, 0, i::2, j::2] = y_B4hw[:, k]
+        features_B9HW[:, :, i::2, j::2] = y_BFhw[:, k::4]
+    # It begins as no correction at all.
+    torch.testing.assert_close(
+        model(x_t_BCHW, timestep_B, mask_BHW, class_B), features_B9HW[:, :1], rtol=1e-5, atol=1e-5
+    )
+    assert model.head is not None
+    nn.init.normal_(model.head.conv_out.weight)
+    joined_BCHW = torch.cat((features_B9HW[:, 1:], x_t_BCHW), dim=1)
+    correction_BCHW = model.head.conv_out(F.silu(model.head.conv_in(joined_BCHW)))
+    expected_BCHW = features_B9HW[:, :1] + correction_BCHW
     found_BCHW = model(x_t_BCHW, timestep_B, mask_BHW, class_B)
     assert (found_BCHW.shape, found_BCHW.dtype) == (x_t_BCHW.shape, torch.float32)
     torch.testing.assert_close(found_BCHW, expected_BCHW, rtol=1e-5, atol=1e-5)
