@@ -136,8 +136,8 @@ class PixelHead(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(_HEAD_CHANNELS + 1, 2 * _HEAD_CHANNELS, kernel_size=3, padding=1)
         self.conv_out = nn.Conv2d(2 * _HEAD_CHANNELS, 1, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features_BCHW: Tensor, x_t_B1HW: Tensor) -> Tensor:
         """[B, 1, H, W] from [B, 1 + 8, H, W], the prediction and what it is corrected by, and the noised image."""
