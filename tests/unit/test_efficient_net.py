@@ -103,6 +103,8 @@ def test_saved_and_loaded_it_computes_the_same(tmp_path: Path, encoding: str, co
 
 def test_every_parameter_learns_and_every_condition_counts() -> None:
     model = Denoiser(SMALL, AMOS, 32).prepare_for(CPU).train()
+    assert model.head is not None
+    nn.init.normal_(model.head.conv_out.weight)  # which begins as 0, and is all that learns before it in the first step
     x, t, mask, classes = inputs()
     base = model(x, t, mask, classes)
     (base * torch.randn_like(base)).sum().backward()
@@ -264,5 +266,5 @@ def test_sampling_and_the_pipeline_folder_give_the_same_images(shapes: Path, tmp
         image = pipeline(store.mask[at], modality=item["target_modality"], axis=item["axis"], first_item=at)
         np.testing.assert_array_equal(np.asarray(image), store.image[at])
     unet = UNet2DModel.from_pretrained(tmp_path / "pipeline", subfolder="unet")
-    assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (16, 72, 4)
+    assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (16, 72, 36)
     assert "pixel_unshuffle(x, 2)" in (tmp_path / "pipeline" / "README.md").read_text()
