@@ -8,3 +8,8 @@ to another machine or names what is written is taken from a person alone: from f
 FROM_A_PERSON = {"source": "a person"}
 # From a run folder where it is a path on this machine, which is read; never where it is an address.
 ADDRESS_FROM_A_PERSON = {"source": "a person, where it is an address"}
+
+
+def is_address(text: object) -> bool:
+    """Whether a value leads to another machine. fsspec reads PROTOCOL:// and PROTOCOL:: as such."""
+    return isinstance(text, str) and ("://" in text or "::" in text)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.feed.loader import LoaderConfig
-from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
+from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON, is_address
 from data_shards.ingest.annotate import AnnotateConfig
 from data_shards.ingest.prepare import PrepareConfig
 from data_shards.locks import short_turn
@@ -186,9 +186,9 @@ def _withhold(
 
 
 def _is_address(one: Field[Any], value: Any) -> bool:
-    """Whether the value of a field leads to another machine. fsspec reads PROTOCOL:// and PROTOCOL:: as such."""
+    """Whether the value of a field leads to another machine."""
     texts = value if isinstance(value, list) else [value]
-    is_one = any(isinstance(text, str) and ("://" in text or "::" in text or text == "download") for text in texts)
+    is_one = any(is_address(text) or text == "download" for text in texts)
     return one.metadata == ADDRESS_FROM_A_PERSON and is_one
 
 

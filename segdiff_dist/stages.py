@@ -256,6 +256,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     run = experiment.path("run")
     refuse(experiment.evaluate.problems() + experiment.tracking.problems())
     _must_be_a_run(run)
+    _refuse_addresses(experiment, (run,))
     check(run, experiment.evaluate)  # here too, before an evaluation that will not start leaves anything behind
     downstream = _plan_downstream(experiment) if experiment.evaluate.downstream else None
     with at_work(run, lends=True), _tracker(experiment, "evaluate", run) as tracker:
@@ -327,6 +328,7 @@ def report(experiment: Experiment) -> Path:
         found.append(Problem("command line", "--out", str(out), "name several runs; of one, it is RUN/evaluation"))
     if out is not None and out.is_dir():
         found.append(Problem(str(out), "--out", "a folder", "name an HTML file"))
+    _refuse_addresses(experiment, folders)
     _, runs = collect(lambda: refuse(found), lambda: open_runs(folders))
     if len(runs) > 1:
         page = out or Path(COMPARISON)
@@ -346,6 +348,7 @@ def export(experiment: Experiment) -> str:
     run, out = collect(lambda: experiment.path("run"), lambda: experiment.path("exported"))
     _must_be_a_run(run)
     if config.format != "pipeline":
+        _refuse_addresses(experiment, (run,))
         return f"{export_samples(run, out, config):,} images"
     export_model(
         run / "weights" / _weights_name(experiment, config.weights),
@@ -442,6 +445,13 @@ def _open_run_and_data(experiment: Experiment, more: tuple[str, ...] = ()) -> tu
 
 def _training_rows(experiment: Experiment, shards: ShardSet) -> Any:
     return shards.select(split="train", modalities=experiment.loader.modalities, axes=experiment.loader.axes)
+
+
+def _refuse_addresses(experiment: Experiment, runs: tuple[Path, ...]) -> None:
+    """Refuse samples whose shard set is behind an address that a run folder alone names."""
+    from segdiff_dist.sampling.store_files import foreign_addresses
+
+    refuse([found for run in runs for found in foreign_addresses(run / "samples", experiment.data)])
 
 
 def _must_be_a_run(run: Path) -> None:

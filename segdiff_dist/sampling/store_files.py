@@ -14,8 +14,9 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_shards.documents import checked, is_misread, read_json, shown
+from data_shards.field_source import is_address
 from data_shards.labels import LabelTable
-from data_shards.problems import InputProblems, problem, refuse
+from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.records import is_path_inside
 from data_shards.store.zarr_bounds import bound_zstd, is_plain_array
 from segdiff_dist.sampling.items import COLUMNS, item_problems
@@ -57,6 +58,18 @@ class _Job(TypedDict):
     masks_digest: NotRequired[str]
     masks_cut_like: NotRequired[dict[str, Any]]
     label_table: NotRequired[_LabelTable]
+
+
+def foreign_addresses(path: Path, given: str | None) -> list[Problem]:
+    """The shard set of the store at `path`, where it lies behind an address that nobody gave: job.json may be of
+    somebody else, and what it names would be connected to. `given`: the `data` of a person."""
+    if not (path / JOB).is_file():
+        return []
+    named = read_job(path).get("shards")
+    if not is_address(named) or named == given:
+        return []
+    remedy = "an address is not taken from a run folder: give it as `data` in a --config FILE"
+    return [Problem(str(path / JOB), "shards", str(named), remedy)]
 
 
 def read_job(path: Path) -> dict[str, Any]:

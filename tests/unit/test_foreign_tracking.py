@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sampling_support import make_here, write_weights
 
 from data_shards.problems import InputProblems
+from segdiff_dist import cli
 from segdiff_dist.evaluation.tracked import tracked_run
 from segdiff_dist.tracking.inside import why_not_inside
 from segdiff_dist.tracking.link import is_foreign
@@ -234,3 +236,19 @@ def test_the_store_is_in_the_folder_whatever_it_is_called(tmp_path: Path, name: 
     found = tracked_run(run)
     assert found is not None
     assert str(found.command).startswith("cd ")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "export"])
+def test_an_address_in_a_strangers_samples_is_not_connected_to(
+    shapes: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_to_connect(*_: Any, **__: Any) -> None:
+        raise AssertionError("connected")
+
+    run = make_here(write_weights(tmp_path / "run"), shapes, num=1).path.parent
+    job = json.loads((run / "samples" / "job.json").read_text()) | {"shards": "http://192.0.2.1/shards"}
+    (run / "samples" / "job.json").write_text(json.dumps(job))
+    monkeypatch.setattr("data_shards.store.shards.ShardSet.open", refuse_to_connect)
+    arguments = {"evaluate": ["--run", run], "report": [run], "export": [tmp_path / "out", "--run", run]}[command]
+    assert cli.main([command, *map(str, arguments)]) == 2
+    assert "an address is not taken from a run folder" in capsys.readouterr().err
