@@ -135,7 +135,7 @@ def train_segmenter(experiment: Experiment) -> None:
 
 def train_denoiser(experiment: Experiment) -> None:
     """`segdiff train`: the denoiser into RUN/checkpoints and RUN/weights."""
-    from segdiff_dist.denoising.denoiser import choose_kernels, kernels_in_words
+    from segdiff_dist.denoising.denoiser import choose_kernels
     from segdiff_dist.denoising.sigma_data import with_sigma_data
     from segdiff_dist.denoising.task import DenoiserTask, find_problems
     from segdiff_dist.denoising.validation import DenoiserValidation
@@ -159,7 +159,7 @@ def train_denoiser(experiment: Experiment) -> None:
     def make_task(tracker: Tracker) -> DenoiserTask:
         device = pick_device(config.device)
         if is_main():
-            kernels = kernels_in_words(denoiser, device)
+            kernels = choose_kernels(denoiser.kernels, device)
             attention = choose_attention(denoiser.attention, device, denoiser.attention_head_dim)
             print(f"train: {device}, kernels: {kernels}, attention: {attention}")
         process = with_sigma_data(diffusion, shards, _training_rows(experiment, shards))

@@ -43,13 +43,14 @@ def _sum_tile(  # type: ignore[no-untyped-def]
     C: tl.constexpr,
     P: tl.constexpr,
     SILU: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Sums over a slice of x; all pointers but x_ptr are at x's first channel."""
     exists_C = c_C < CX
     row = n * HW + s * P
-    centre_1C, scale_1C, offset_1C = load_affine(statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C)
+    centre_1C, scale_1C, offset_1C = load_affine(statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C, PER_SAMPLE)
     dz_sum_PC = tl.full((BLOCK_P, BLOCK_C), 0.0, tl.float32)
     product_sum_PC = tl.full((BLOCK_P, BLOCK_C), 0.0, tl.float32)
     for start in range(0, P, BLOCK_P):
@@ -81,6 +82,7 @@ def sums_kernel(  # type: ignore[no-untyped-def]
     C2: tl.constexpr,
     P: tl.constexpr,
     SILU: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -93,12 +95,12 @@ def sums_kernel(  # type: ignore[no-untyped-def]
     if tile < tiles:
         _sum_tile(
             x_ptr, dy_ptr, statistics_ptr, weight_ptr, bias_ptr, sums_ptr,
-            n, s, tile * BLOCK_C + c_C, HW, S, C1, C, P, SILU, BLOCK_P, BLOCK_C,
+            n, s, tile * BLOCK_C + c_C, HW, S, C1, C, P, SILU, PER_SAMPLE, BLOCK_P, BLOCK_C,
         )  # fmt: skip
     elif C2 > 0:
         _sum_tile(
             skip_ptr, dy_ptr + C1, statistics_ptr + C1, weight_ptr + C1, bias_ptr + C1, sums_ptr + C1,
-            n, s, (tile - tiles) * BLOCK_C + c_C, HW, S, C2, C, P, SILU, BLOCK_P, BLOCK_C,
+            n, s, (tile - tiles) * BLOCK_C + c_C, HW, S, C2, C, P, SILU, PER_SAMPLE, BLOCK_P, BLOCK_C,
         )  # fmt: skip
 
 
@@ -114,6 +116,7 @@ def coefficients_kernel(  # type: ignore[no-untyped-def]
     S,
     C: tl.constexpr,
     K: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -143,6 +146,8 @@ def coefficients_kernel(  # type: ignore[no-untyped-def]
     tl.store(totals_ptr, dz_GK, mask=exists_GK)
     tl.store(totals_ptr + C, product_GK, mask=exists_GK)
 
+    if PER_SAMPLE:
+        weight_ptr += n * C
     # rstd times the group's means of weight * dz and of weight * dz * xhat.
     scale_GK = rstd_GK * tl.load(weight_ptr + c_GK, mask=exists_GK, other=0.0).to(tl.float32)
     dz_mean_G1 = (tl.sum(scale_GK * dz_GK, axis=1) / (K * HW))[:, None]
@@ -173,6 +178,7 @@ def _dx_tile(  # type: ignore[no-untyped-def]
     CX: tl.constexpr,
     C: tl.constexpr,
     SILU: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """dx of a tile; x, residual and dx have rows of CX channels, all other pointers are at x's first channel."""
@@ -183,7 +189,7 @@ def _dx_tile(  # type: ignore[no-untyped-def]
     where_PC = p_P1 * CX + c_C[None, :]
     x_PC = tl.load(x_ptr + row * CX + where_PC, mask=keep_PC, other=0.0).to(tl.float32)
     dy_PC = tl.load(dy_ptr + row * C + (p_P1 * C + c_C[None, :]), mask=keep_PC, other=0.0).to(tl.float32)
-    centre_1C, scale_1C, offset_1C = load_affine(statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C)
+    centre_1C, scale_1C, offset_1C = load_affine(statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C, PER_SAMPLE)
     coefficients_ptr += n * 2 * C
     constant_1C = tl.load(coefficients_ptr + c_C, mask=exists_C, other=0.0)[None, :]
     slope_1C = tl.load(coefficients_ptr + C + c_C, mask=exists_C, other=0.0)[None, :]
@@ -234,6 +240,7 @@ def dx_kernel(  # type: ignore[no-untyped-def]
     C1: tl.constexpr,
     C2: tl.constexpr,
     SILU: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -241,23 +248,25 @@ def dx_kernel(  # type: ignore[no-untyped-def]
     C: tl.constexpr = C1 + C2
     tiles: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
     skip_tiles: tl.constexpr = (C2 + BLOCK_C - 1) // BLOCK_C
-    parameter_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    # Of a sample's own weight and bias the gradients are the totals.
+    parameter_tiles: tl.constexpr = 0 if PER_SAMPLE else (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     c_C = tl.arange(0, BLOCK_C)
     if program < parameter_tiles:
-        _parameter_gradients(totals_ptr, dweight_ptr, dbias_ptr, program * BLOCK_C + c_C, N, C, BLOCK_P, BLOCK_C)
+        if not PER_SAMPLE:
+            _parameter_gradients(totals_ptr, dweight_ptr, dbias_ptr, program * BLOCK_C + c_C, N, C, BLOCK_P, BLOCK_C)
     else:
         n, block, tile = where_in_grid(program - parameter_tiles, num_blocks, tiles + skip_tiles)
         if tile < tiles:
             _dx_tile(
                 x_ptr, dy_ptr, residual_ptr, dx_ptr, statistics_ptr, weight_ptr, bias_ptr, coefficients_ptr,
-                n, block * BLOCK_P, tile * BLOCK_C + c_C, HW, C1, C, SILU, BLOCK_P,
+                n, block * BLOCK_P, tile * BLOCK_C + c_C, HW, C1, C, SILU, PER_SAMPLE, BLOCK_P,
             )  # fmt: skip
         elif C2 > 0:
             _dx_tile(
                 skip_ptr, dy_ptr + C1, skip_residual_ptr, dskip_ptr, statistics_ptr + C1, weight_ptr + C1,
                 bias_ptr + C1, coefficients_ptr + C1,
-                n, block * BLOCK_P, (tile - tiles) * BLOCK_C + c_C, HW, C2, C, SILU, BLOCK_P,
+                n, block * BLOCK_P, (tile - tiles) * BLOCK_C + c_C, HW, C2, C, SILU, PER_SAMPLE, BLOCK_P,
             )  # fmt: skip
 
 
@@ -274,10 +283,13 @@ def launch_backward(
     residual_NCHW: Tensor | None,
     skip_residual_NCHW: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """(dx, dskip, dweight, dbias, dshift [N, C]); `residual` and `skip_residual` are added to dx and dskip."""
+    """(dx, dskip, dweight, dbias, dshift [N, C]); `residual` and `skip_residual` are added to dx and dskip.
+
+    weight and bias are [C], or [N, C] for each sample; so are their gradients.
+    """
     n, c1, h, w = x_NCHW.shape
     c2 = 0 if skip_NCHW is None else skip_NCHW.shape[1]
-    c, slices = c1 + c2, num_slices(h * w)
+    c, slices, per_sample = c1 + c2, num_slices(h * w), weight_C.dim() == 2
     norm = norm_tiles(h * w, c1, c2, x_NCHW.dtype)
     channel_tiles = triton.cdiv(c1, norm["BLOCK_C"]) + triton.cdiv(c2, norm["BLOCK_C"])
 
@@ -296,6 +308,7 @@ def launch_backward(
         C2=c2,
         P=slice_pixels(h * w),
         SILU=silu,
+        PER_SAMPLE=per_sample,
         **norm,
     )
     totals_N2C = statistics_N4C.new_empty((n, 2, c))
@@ -313,13 +326,18 @@ def launch_backward(
         slices,
         C=c,
         K=c // num_groups,
+        PER_SAMPLE=per_sample,
         **merge,
     )
     dx_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
     dskip_NCHW = None if skip_NCHW is None else torch.empty_like(skip_NCHW, memory_format=torch.channels_last)
     dweight_C, dbias_C = torch.empty_like(weight_C), torch.empty_like(bias_C)
+    if per_sample:
+        dweight_C.copy_(totals_N2C[:, 1])
+        dbias_C.copy_(totals_N2C[:, 0])
     blocks = triton.cdiv(h * w, norm["BLOCK_P"])
-    dx_kernel[(triton.cdiv(c, norm["BLOCK_C"]) + n * blocks * channel_tiles,)](
+    parameter_tiles = 0 if per_sample else triton.cdiv(c, norm["BLOCK_C"])
+    dx_kernel[(parameter_tiles + n * blocks * channel_tiles,)](
         x_NCHW,
         skip_NCHW,
         dy_NCHW,
@@ -332,14 +350,15 @@ def launch_backward(
         bias_C,
         coefficients_N2C,
         totals_N2C,
-        dweight_C,
-        dbias_C,
+        None if per_sample else dweight_C,
+        None if per_sample else dbias_C,
         h * w,
         n,
         blocks,
         C1=c1,
         C2=c2,
         SILU=silu,
+        PER_SAMPLE=per_sample,
         **norm,
     )
     return dx_NCHW, dskip_NCHW, dweight_C, dbias_C, dshift_NC
@@ -347,13 +366,16 @@ def launch_backward(
 
 def compile_cases() -> list[CompileCase]:
     """The real UNet's norms, with 32 groups; parameters and shift float32; x and skip go round the norm too."""
-    return [case for c1, c2, side, dtype in UNET_NORMS for case in _compile_cases(c1, c2, side * side, dtype)]
+    shapes = [(c1, c2, side * side, dtype) for c1, c2, side, dtype in UNET_NORMS]
+    per_sample = _compile_cases(*shapes[0], per_sample=True)
+    return [case for shape in shapes for case in _compile_cases(*shape)] + per_sample
 
 
-def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype) -> list[CompileCase]:
+def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype, *, per_sample: bool = False) -> list[CompileCase]:
     x, name = f"*{TRITON_NAME[dtype]}", f"C={c1}+{c2} {pixels} pixels {TRITON_NAME[dtype]}"
+    name += " per sample" * per_sample
     skip = ("skip_ptr", "skip_residual_ptr", "dskip_ptr")
-    shapes = {"C1": c1, "C2": c2, "SILU": True, **norm_tiles(pixels, c1, c2, dtype)}
+    shapes = {"C1": c1, "C2": c2, "SILU": True, "PER_SAMPLE": per_sample, **norm_tiles(pixels, c1, c2, dtype)}
     affine = dict.fromkeys(("statistics_ptr", "weight_ptr", "bias_ptr"), "*fp32")
     read = {**dict.fromkeys(("x_ptr", "dy_ptr", *(skip[:1] if c2 else ())), x), **affine}
     sums = CompileCase(
@@ -369,17 +391,21 @@ def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype) -> list[Co
         name=f"group_norm_silu_backward/coefficients {name}",
         function=coefficients_kernel,
         signature={**dict.fromkeys(merged, "*fp32"), "HW": "i32", "S": "i32"},
-        constants={"C": c1 + c2, "K": (c1 + c2) // 32, **merge_tiles(c1 + c2, 32, num_slices(pixels))},
+        constants={
+            **{"C": c1 + c2, "K": (c1 + c2) // 32, "PER_SAMPLE": per_sample},
+            **merge_tiles(c1 + c2, 32, num_slices(pixels)),
+        },
         divisible_by_16=(*merged, "HW"),
         streams=False,
     )
     used = {**read, **dict.fromkeys(("residual_ptr", "dx_ptr", *(skip[1:] if c2 else ())), x)}
-    used |= dict.fromkeys(("coefficients_ptr", "totals_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
+    parameters = ("dweight_ptr", "dbias_ptr")
+    used |= dict.fromkeys(("coefficients_ptr", "totals_ptr", *(() if per_sample else parameters)), "*fp32")
     dx = CompileCase(
         name=f"group_norm_silu_backward/dx {name}",
         function=dx_kernel,
         signature={**used, "HW": "i32", "N": "i32", "num_blocks": "i32"},
-        constants={**({} if c2 else dict.fromkeys(skip)), **shapes},
+        constants={**({} if c2 else dict.fromkeys(skip)), **dict.fromkeys(parameters if per_sample else ()), **shapes},
         divisible_by_16=(*used, "HW", "N"),
         narrow_loads=14 if c2 else 7,
     )

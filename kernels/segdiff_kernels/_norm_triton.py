@@ -126,9 +126,17 @@ def sigmoid(z):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_affine(statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(centre, scale, offset) of a tile's channels, float32 [1, BLOCK_C]: z = (x - centre) * scale + offset."""
+def load_affine(  # type: ignore[no-untyped-def]
+    statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C: tl.constexpr, PER_SAMPLE: tl.constexpr
+):
+    """(centre, scale, offset) of a tile's channels, float32 [1, BLOCK_C]: z = (x - centre) * scale + offset.
+
+    PER_SAMPLE: weight and bias have a row of C for each sample.
+    """
     statistics_ptr += n * 4 * C + c_C
+    if PER_SAMPLE:
+        weight_ptr += n * C
+        bias_ptr += n * C
     centre_C = tl.load(statistics_ptr, mask=exists_C, other=0.0)
     rstd_C = tl.load(statistics_ptr + C, mask=exists_C, other=0.0)
     correction_C = tl.load(statistics_ptr + 2 * C, mask=exists_C, other=0.0)
@@ -151,6 +159,7 @@ def _normalise_tile(  # type: ignore[no-untyped-def]
     CX: tl.constexpr,
     C: tl.constexpr,
     SILU: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """A tile of x, whose rows hold CX channels, into rows of C; all pointers but x_ptr are at x's first channel."""
@@ -159,7 +168,7 @@ def _normalise_tile(  # type: ignore[no-untyped-def]
     keep_PC = (first_pixel + p_P1 < HW) & exists_C[None, :]
     row = n * HW + first_pixel
     x_PC = tl.load(x_ptr + row * CX + (p_P1 * CX + c_C[None, :]), mask=keep_PC, other=0.0).to(tl.float32)
-    centre_1C, scale_1C, offset_1C = load_affine(statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C)
+    centre_1C, scale_1C, offset_1C = load_affine(statistics_ptr, weight_ptr, bias_ptr, n, c_C, exists_C, C, PER_SAMPLE)
     z_PC = (x_PC - centre_1C) * scale_1C + offset_1C
     if SILU:
         z_PC *= sigmoid(z_PC)
@@ -179,6 +188,7 @@ def normalise_kernel(  # type: ignore[no-untyped-def]
     C1: tl.constexpr,
     C2: tl.constexpr,
     SILU: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -191,12 +201,12 @@ def normalise_kernel(  # type: ignore[no-untyped-def]
     if tile < tiles:
         _normalise_tile(
             x_ptr, y_ptr, statistics_ptr, weight_ptr, bias_ptr,
-            n, block * BLOCK_P, tile * BLOCK_C + c_C, HW, C1, C, SILU, BLOCK_P,
+            n, block * BLOCK_P, tile * BLOCK_C + c_C, HW, C1, C, SILU, PER_SAMPLE, BLOCK_P,
         )  # fmt: skip
     elif C2 > 0:
         _normalise_tile(
             skip_ptr, y_ptr + C1, statistics_ptr + C1, weight_ptr + C1, bias_ptr + C1,
-            n, block * BLOCK_P, (tile - tiles) * BLOCK_C + c_C, HW, C2, C, SILU, BLOCK_P,
+            n, block * BLOCK_P, (tile - tiles) * BLOCK_C + c_C, HW, C2, C, SILU, PER_SAMPLE, BLOCK_P,
         )  # fmt: skip
 
 
@@ -266,6 +276,7 @@ def launch_forward(
         C1=c1,
         C2=c2,
         SILU=silu,
+        PER_SAMPLE=weight_C.dim() == 2,
         **norm,
     )
     return y_NCHW, statistics_N4C
@@ -282,12 +293,15 @@ UNET_NORMS = (
 
 
 def compile_cases() -> list[CompileCase]:
-    """The real UNet's norms, with 32 groups; parameters and shift float32."""
-    return [case for c1, c2, side, dtype in UNET_NORMS for case in _compile_cases(c1, c2, side * side, dtype)]
+    """The real UNet's norms, with 32 groups; parameters and shift float32; one with parameters for each sample."""
+    shapes = [(c1, c2, side * side, dtype) for c1, c2, side, dtype in UNET_NORMS]
+    per_sample = _compile_cases(*shapes[0], per_sample=True)[1:]
+    return [case for shape in shapes for case in _compile_cases(*shape)] + per_sample
 
 
-def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype) -> list[CompileCase]:
+def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype, *, per_sample: bool = False) -> list[CompileCase]:
     x, name = f"*{TRITON_NAME[dtype]}", f"C={c1}+{c2} {pixels} pixels {TRITON_NAME[dtype]}"
+    name += " per sample" * per_sample
     absent = () if c2 else ("skip_partials_ptr",)
     merged = ["partials_ptr", "shift_ptr", "statistics_ptr", *(["skip_partials_ptr"] if c2 else [])]
     merge = CompileCase(
@@ -310,7 +324,7 @@ def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype) -> list[Co
         signature={**tensors, "HW": "i32", "num_blocks": "i32"},
         constants={
             **({} if c2 else {"skip_ptr": None}),
-            **{"C1": c1, "C2": c2, "SILU": True},
+            **{"C1": c1, "C2": c2, "SILU": True, "PER_SAMPLE": per_sample},
             **norm_tiles(pixels, c1, c2, dtype),
         },
         divisible_by_16=(*tensors, "HW"),

@@ -33,7 +33,8 @@ def group_norm_silu(
 ) -> Any:
     """SiLU(GroupNorm(x + shift)) as y [N, C, H, W], of x's dtype and channels-last as x is.
 
-    Activations float32, bfloat16 or float16; weight, bias and shift each any of these; statistics float32. shift is
+    Activations float32, bfloat16 or float16; weight, bias and shift each any of these; statistics float32. weight and
+    bias may be [N, C], for each sample: adaptive group norm (Dhariwal and Nichol 2021, section 3.1). shift is
     added to every pixel of a sample's channel, and never written; its rows may be slices of longer ones. silu=False:
     the norm alone. partials: what residual_add gave for x, which saves reading x for its statistics. fork=True: (y, x),
     where the gradient of this second x, for a branch that goes round the norm, is added to dx in the same pass.
@@ -43,7 +44,7 @@ def group_norm_silu(
     """
     check_channels_last(_NAME, "x_NCHW", x_NCHW)
     check_dtype(_NAME, "x_NCHW", x_NCHW, FLOATS)
-    check_affine(_NAME, x_NCHW.shape[1], weight_C, bias_C, num_groups, eps)
+    check_affine(_NAME, x_NCHW.shape[1], weight_C, bias_C, num_groups, eps, num_samples=x_NCHW.shape[0])
     if shift_NC is not None:
         check_dtype(_NAME, "shift_NC", shift_NC, FLOATS)
         check_shape(_NAME, "shift_NC", shift_NC, x_NCHW.shape[:2])
@@ -71,15 +72,31 @@ def group_norm_silu_reference(
     if shift_NC is not None:
         x_NCHW = x_NCHW + shift_NC.to(x_NCHW.dtype)[:, :, None, None]
     weight_C, bias_C = weight_C.to(x_NCHW.dtype), bias_C.to(x_NCHW.dtype)
-    y_NCHW = torch.group_norm(x_NCHW, num_groups, weight_C, bias_C, eps)
+    if weight_C.dim() == 2:
+        y_NCHW = torch.group_norm(x_NCHW, num_groups, eps=eps)
+        y_NCHW = y_NCHW * weight_C[:, :, None, None] + bias_C[:, :, None, None]
+    else:
+        y_NCHW = torch.group_norm(x_NCHW, num_groups, weight_C, bias_C, eps)
     return functional.silu(y_NCHW) if silu else y_NCHW
 
 
-def check_affine(kernel: str, num_channels: int, weight_C: Tensor, bias_C: Tensor, num_groups: int, eps: float) -> None:
-    """Raises ValueError unless these are the parameters of a GroupNorm over `num_channels`."""
+def check_affine(
+    kernel: str,
+    num_channels: int,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    num_groups: int,
+    eps: float,
+    num_samples: int | None = None,
+) -> None:
+    """Raises ValueError unless these are the parameters of a GroupNorm over `num_channels`, or with `num_samples`
+    those of each sample."""
+    shape: tuple[int, ...] = (num_channels,)
+    if num_samples is not None and weight_C.dim() == 2:
+        shape = (num_samples, num_channels)
     for argument, parameter_C in (("weight_C", weight_C), ("bias_C", bias_C)):
         check_dtype(kernel, argument, parameter_C, FLOATS)
-        check_shape(kernel, argument, parameter_C, (num_channels,))
+        check_shape(kernel, argument, parameter_C, shape)
         if not parameter_C.is_contiguous():
             raise refuse(kernel, argument, f"strides {parameter_C.stride()}", "a contiguous tensor")
     if num_groups < 1 or num_channels % num_groups:

@@ -75,8 +75,7 @@ class DenoiserConfig:
     attention: AttentionBackend = "auto"
     kernels: Kernels = "auto"
     """What computes the net: Triton's fused kernels, which need a GPU, or torch, through diffusers' own modules. auto:
-    the kernels where they run. The weights are the same. `net: efficient` has kernels for loss, noise and averages,
-    which auto takes, and none between its convolutions: triton is refused."""
+    the kernels where they run. The weights are the same."""
 
     @property
     def stem(self) -> int:
@@ -120,8 +119,6 @@ class DenoiserConfig:
             add("mask_embedding_dim", self.mask_embedding_dim, "give at least 1")
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
             add("soft_masks", True, "a scalar can hold one class only; use mask_encoding onehot or embedding")
-        if self.kernels == "triton" and self.net == "efficient":
-            add("kernels", "triton", "adaptive group norm has no kernel yet; use auto or torch, or net unet")
         return found
 
 
@@ -156,7 +153,7 @@ class Denoiser(nn.Module):
             remedy = f"use at most {NULL_MASK}: id {NULL_MASK} stands for a mask that is not shown"
             raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
         self.config, self.label_table, self.size = config, label_table, size
-        self.uses_kernels = self.is_fused = self.reads_labels = False
+        self.uses_kernels = self.reads_labels = False
         self.mask_encoder = MaskEncoder(config.mask_encoding, label_table.num_classes, config.mask_embedding_dim)
         self.mask_join = MaskJoin(config.conditioning, self.mask_encoder.num_channels)
         attends = [side in config.attention_resolutions for side in config.sides(size)]
@@ -188,11 +185,11 @@ class Denoiser(nn.Module):
         """What computes on `device`, without moving there."""
         set_attention(self.unet, choose_attention(self.config.attention, device, self.config.attention_head_dim))
         self.uses_kernels = choose_kernels(self.config.kernels, device) == "triton"
-        if self.uses_kernels and self.config.net == "unet":
+        if self.uses_kernels:
             from segdiff_dist.denoising.fused_unet import fuse
 
-            self.reads_labels = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
-            self.is_fused = True
+            is_onehot = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
+            self.reads_labels = is_onehot and self.config.stem == 1
             fuse(self.unet, reads_labels=self.reads_labels)
         elif device.type == "cpu":
             from segdiff_dist.denoising.cpu_unet import suit_cpu
@@ -295,10 +292,3 @@ def choose_kernels(requested: Kernels, device: torch.device) -> Literal["triton"
     if reason is not None and requested == "triton":
         raise problem("config", "denoiser.kernels", "triton", f"{reason}; use auto or torch")
     return "triton" if reason is None else "torch"
-
-
-def kernels_in_words(config: DenoiserConfig, device: torch.device) -> str:
-    """What computes on `device`, for people."""
-    chosen = choose_kernels(config.kernels, device)
-    only_around = chosen == "triton" and config.net == "efficient"
-    return "triton; the net by torch, as adaptive group norm has no kernel yet" if only_around else chosen

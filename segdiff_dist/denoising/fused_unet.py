@@ -7,8 +7,9 @@ the way, so that the next norm need not read them for its own.
     resnet   SiLU(norm1(x)) -> conv1 -> SiLU(norm2(. + bias + time)) -> conv2 -> + bias + shortcut(x)
     kernel   group_norm_silu            group_norm_silu                        residual_add
 
-In the up blocks norm1 and the 1x1 shortcut read x and the skip where they lie (skip_group_norm_silu, two GEMMs), and
-conv_in reads the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
+Where the time scales too (adaptive group norm), norm2 has a weight and a bias for each sample. In the up blocks norm1
+and the 1x1 shortcut read x and the skip where they are (skip_group_norm_silu, two GEMMs), and conv_in, where there is
+no stem before it, reads the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def why_not_fused(unet: diffusers.UNet2DModel) -> str | None:
     """What of this UNet the kernels have no form for; None where they can compute it."""
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
-            if module.time_embedding_norm != "default" or module.up or module.down or module.skip_time_act:
-                return "its resnets take the time otherwise than by addition, or resample"
+            takes_time = module.time_embedding_norm in ("default", "scale_shift") and not module.skip_time_act
+            if not takes_time or module.up or module.down:
+                return "its resnets take the time otherwise than by addition or by scale and shift, or resample"
             if module.dropout.p > 0:
                 return f"its dropout is {module.dropout.p:g}"
             if module.output_scale_factor != 1.0:
@@ -96,45 +98,64 @@ class UNet2DModel(diffusers.UNet2DModel):
         if self.class_embedding is not None:
             emb_NE = emb_NE + self.class_embedding(class_labels).to(self.dtype)
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        shifts = iter(_shifts([resnet for block in blocks for resnet in block.resnets], F.silu(emb_NE)))
+        times = iter(_times([resnet for block in blocks for resnet in block.resnets], F.silu(emb_NE)))
 
         # Of one input channel a convolution cannot tell the layout, and would answer in rows.
         stream = Stream(self.conv_in(sample, **labels).contiguous(memory_format=torch.channels_last))
         skips = [stream]
         for block in self.down_blocks:
-            stream, more = block(stream, [next(shifts) for _ in block.resnets])
+            stream, more = block(stream, [next(times) for _ in block.resnets])
             skips += more
-        stream = self.mid_block(stream, [next(shifts) for _ in self.mid_block.resnets])
+        stream = self.mid_block(stream, [next(times) for _ in self.mid_block.resnets])
         for block in self.up_blocks:
             here = skips[-len(block.resnets) :]
             del skips[-len(block.resnets) :]
-            stream = block(stream, here, [next(shifts) for _ in block.resnets])
+            stream = block(stream, here, [next(times) for _ in block.resnets])
         y_NCHW = self.conv_out(self.conv_norm_out(stream))
         return UNet2DOutput(sample=y_NCHW) if return_dict else (y_NCHW,)
 
 
-def _shifts(resnets: list[Any], emb_NE: Tensor) -> list[Tensor]:
-    """What each resnet adds to its first convolution's output, [N, C]: its projection of the time, and the bias.
+class Time(NamedTuple):
+    """What the time does in a resnet: SiLU(norm(x + shift_NC)), or with a scale and an offset for each sample
+    SiLU(norm(x + shift_NC) (1 + scale_NC) + offset_NC). The shift holds the first convolution's bias."""
+
+    shift_NC: Tensor
+    scale_NC: Tensor | None = None
+    offset_NC: Tensor | None = None
+
+
+def _times(resnets: list[Any], emb_NE: Tensor) -> list[Time]:
+    """Of each resnet, from its projection of the time.
 
     One product for all of them, or ten launches for each would take longer than what they compute.
     """
     if any(hasattr(resnet.time_emb_proj.weight, "ds_id") for resnet in resnets):
         # ZeRO 3 brings weights together where their module is called.
-        return [resnet.time_emb_proj(emb_NE) + resnet.conv1.bias for resnet in resnets]
+        return [_time(resnet, resnet.time_emb_proj(emb_NE), resnet.conv1.bias) for resnet in resnets]
     weight_CE = torch.cat([resnet.time_emb_proj.weight for resnet in resnets])
     bias_C = torch.cat([resnet.time_emb_proj.bias for resnet in resnets])
-    bias_C = bias_C + torch.cat([resnet.conv1.bias for resnet in resnets])
-    shift_NC = F.linear(emb_NE, weight_CE, bias_C)
-    return list(shift_NC.split([len(resnet.conv1.bias) for resnet in resnets], dim=1))
+    if all(resnet.time_embedding_norm == "default" for resnet in resnets):
+        bias_C = bias_C + torch.cat([resnet.conv1.bias for resnet in resnets])
+        shift_NC = F.linear(emb_NE, weight_CE, bias_C)
+        return [Time(of_NC) for of_NC in shift_NC.split([len(resnet.conv1.bias) for resnet in resnets], dim=1)]
+    rows = F.linear(emb_NE, weight_CE, bias_C).split([len(resnet.time_emb_proj.bias) for resnet in resnets], dim=1)
+    return [_time(resnet, row, resnet.conv1.bias) for resnet, row in zip(resnets, rows, strict=True)]
+
+
+def _time(resnet: Any, projected_NC: Tensor, bias_C: Tensor) -> Time:
+    if resnet.time_embedding_norm == "default":
+        return Time(projected_NC + bias_C)
+    scale_NC, offset_NC = projected_NC.chunk(2, dim=1)
+    return Time(bias_C.expand_as(scale_NC), scale_NC, offset_NC)
 
 
 class _DownBlock(blocks.DownBlock2D):
-    def forward(self, stream: Stream, shifts: list[Tensor]) -> tuple[Stream, list[Stream]]:
+    def forward(self, stream: Stream, times: list[Time]) -> tuple[Stream, list[Stream]]:
         """What leaves the block, and what its resnets and its downsampling leave for the up blocks."""
         outputs = []
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
-        for resnet, attention, shift_NC in zip(self.resnets, attentions, shifts, strict=True):
-            stream = _run(self, resnet, stream, shift_NC)
+        for resnet, attention, time in zip(self.resnets, attentions, times, strict=True):
+            stream = _run(self, resnet, stream, time)
             stream = stream if attention is None else attention(stream)
             outputs.append(stream)
         for downsample in self.downsamplers or ():
@@ -148,19 +169,19 @@ class _AttnDownBlock(_DownBlock, blocks.AttnDownBlock2D):
 
 
 class _MidBlock(blocks.UNetMidBlock2D):
-    def forward(self, stream: Stream, shifts: list[Tensor]) -> Stream:
-        stream = self.resnets[0](stream, shifts[0])
-        for attention, resnet, shift_NC in zip(self.attentions, self.resnets[1:], shifts[1:], strict=True):
+    def forward(self, stream: Stream, times: list[Time]) -> Stream:
+        stream = self.resnets[0](stream, times[0])
+        for attention, resnet, time in zip(self.attentions, self.resnets[1:], times[1:], strict=True):
             stream = stream if attention is None else attention(stream)
-            stream = _run(self, resnet, stream, shift_NC)
+            stream = _run(self, resnet, stream, time)
         return stream
 
 
 class _UpBlock(blocks.UpBlock2D):
-    def forward(self, stream: Stream, skips: list[Stream], shifts: list[Tensor]) -> Stream:
+    def forward(self, stream: Stream, skips: list[Stream], times: list[Time]) -> Stream:
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
-        for resnet, attention, skip, shift_NC in zip(self.resnets, attentions, reversed(skips), shifts, strict=True):
-            stream = _run(self, resnet, stream, shift_NC, skip)
+        for resnet, attention, skip, time in zip(self.resnets, attentions, reversed(skips), times, strict=True):
+            stream = _run(self, resnet, stream, time, skip)
             stream = stream if attention is None else attention(stream)
         for upsample in self.upsamplers or ():
             stream = Stream(upsample(stream.x_NCHW))
@@ -179,11 +200,11 @@ def _run(block: Any, resnet: nn.Module, *inputs: Any) -> Stream:
 
 
 class _Resnet(ResnetBlock2D):
-    def forward(self, stream: Stream, shift_NC: Tensor, skip: Stream | None = None) -> Stream:
+    def forward(self, stream: Stream, time: Time, skip: Stream | None = None) -> Stream:
         """The resnet of the stream, or of stream and skip as if they were concatenated."""
         # The inputs come back from the norm, so that what the shortcut's gradient adds to theirs is added there.
         y_NCHW, *inputs = self.norm1(stream, skip, fork=True)
-        y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), shift_NC=shift_NC)
+        y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), time=time)
         branch_NCHW, bias_C = self.conv2(y_NCHW), self.conv2.bias
         if self.conv_shortcut is None:
             (shortcut_NCHW,) = inputs
@@ -199,15 +220,27 @@ class _Norm(nn.GroupNorm):
     activates = True
 
     def forward(  # type: ignore[override]
-        self, stream: Stream, skip: Stream | None = None, shift_NC: Tensor | None = None, fork: bool = False
+        self, stream: Stream, skip: Stream | None = None, time: Time | None = None, fork: bool = False
     ) -> Any:
         (x_NCHW, partials), silu = stream, self.activates
-        norm = self.weight, self.bias, self.num_groups, self.eps
+        norm = *_affine(self, time), self.num_groups, self.eps
         if skip is None:
+            shift_NC = None if time is None else time.shift_NC
             return group_norm_silu(x_NCHW, *norm, shift_NC=shift_NC, silu=silu, partials=partials, fork=fork)
         return skip_group_norm_silu(
             x_NCHW, skip.x_NCHW, *norm, silu=silu, partials=partials, skip_partials=skip.partials, fork=fork
         )
+
+
+def _affine(norm: nn.GroupNorm, time: Time | None) -> tuple[Tensor, Tensor]:
+    """The norm's weight and bias, [C], or those of each sample, [N, C], where the time has a scale.
+
+    (weight x + bias) (1 + scale) + offset is a norm with other parameters: numbers of channels, not of pixels.
+    """
+    if time is None or time.scale_NC is None or time.offset_NC is None:
+        return norm.weight, norm.bias
+    scale_NC = 1.0 + time.scale_NC.float()
+    return norm.weight * scale_NC, norm.bias * scale_NC + time.offset_NC.float()
 
 
 class _PlainNorm(_Norm):

@@ -64,6 +64,22 @@ def test_forward_and_gradients_are_those_of_float64(
         assert_near(tensor, reference)
 
 
+@pytest.mark.parametrize(("shape", "groups", "dtype", "parameters", "shifts"), CASES[1:8:2])
+def test_each_sample_may_have_its_own_weight_and_bias(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, parameters: torch.dtype, shifts: torch.dtype
+) -> None:
+    g = fresh_generator()
+    weight, bias = randn(g, *shape[:2], dtype=parameters), randn(g, *shape[:2], dtype=parameters)
+    shift = randn(g, *shape[:2], dtype=shifts)
+    x, dy = randn(g, *shape, dtype=dtype), randn(g, *shape, dtype=dtype)
+    found = results(x, weight, bias, shift, dy, num_groups=groups)
+    for tensor, reference in zip(found, expected(x, weight, bias, shift, dy, groups), strict=True):
+        assert_near(tensor, reference)
+    shared = [row.expand(shape[0], -1).contiguous() for row in (weight[:1], bias[:1])]
+    same = group_norm_silu(x, *shared, groups, shift_NC=shift)
+    assert torch.equal(same, group_norm_silu(x, weight[0], bias[0], groups, shift_NC=shift))
+
+
 def test_the_norm_alone_with_a_gradient_of_another_layout() -> None:
     g = fresh_generator()
     x, weight, bias = randn(g, 2, 24, 6, 5), randn(g, 24), randn(g, 24)
@@ -147,6 +163,10 @@ def test_the_operator_is_one_that_torch_can_trace() -> None:
     statistics = randn(g, 1, 4, 8)
     arguments = (x.detach(), None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
     torch.library.opcheck(op.backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    weight, bias = weight.detach()[None].requires_grad_(), bias.detach()[None].requires_grad_()
+    torch.library.opcheck(op.forward_op, (x, weight, bias, shift, None, 2, 1e-5, True))
+    arguments = (x.detach(), None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
+    torch.library.opcheck(op.backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def valid() -> dict[str, Any]:
@@ -164,6 +184,8 @@ def valid() -> dict[str, Any]:
         ("x_NCHW", torch.zeros(0, 8, 3, 3)),
         ("weight_C", torch.zeros(9)),
         ("weight_C", torch.zeros(8, dtype=torch.int32)),
+        ("weight_C", torch.zeros(3, 8)),
+        ("bias_C", torch.zeros(2, 8)),
         ("bias_C", torch.zeros(16)[::2]),
         ("bias_C", torch.zeros(8, device="meta")),
         ("num_groups", 3),

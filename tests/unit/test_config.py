@@ -100,7 +100,6 @@ def test_what_is_missing_is_said_before_work_starts(tmp_path: Path, capsys: pyte
         (["--train.global-batch-size", "7", "--train.micro-batch-size", "2"], "multiple of micro_batch_size"),
         (["--loader.crop-size", "4096"], "loader.crop_size: 4096"),
         (["--diffusion.zero-terminal-snr"], "prediction_type v or x0"),
-        (["--denoiser.net", "efficient", "--denoiser.kernels", "triton"], "adaptive group norm has no kernel"),
     ],
 )
 def test_values_out_of_range(

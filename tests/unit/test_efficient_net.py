@@ -13,18 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels_support import DEVICE
 from sampling_support import DIFFUSION, QUICK, make_here
 from torch import nn
 from training_support import CPU, run_training
 
 from data_shards.labels import AMOS
-from data_shards.records import Batch
-from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising import denoiser
 from segdiff_dist.denoising.conditioning import NUM_CLASSES
 from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.export.job import export_model
 from segdiff_dist.footprint import denoiser_network
 from segdiff_dist.pipeline import SegGuidedPipeline
@@ -124,8 +119,6 @@ def test_settings_that_do_not_fit_the_stem_are_named() -> None:
     [found] = replace(SMALL, attention_resolutions=(32,)).problems(32)
     assert found.field == "denoiser.attention_resolutions"
     assert "16, 8 pixels wide" in found.remedy
-    [found] = replace(SMALL, kernels="triton").problems(32)
-    assert found.field == "denoiser.kernels"
 
 
 def test_the_other_net_has_the_names_and_numbers_it_had() -> None:
@@ -161,25 +154,6 @@ def test_on_a_cpu_it_computes_what_diffusers_does_and_stays_channels_last() -> N
     for (name, mine), yours in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (mine.grad - yours.grad).abs().max() <= 1e-5 * yours.grad.abs().max() + 1e-8, name  # type: ignore[operator, union-attr]
     assert [name for name in in_rows if "attentions" not in name] == []  # attention norms pixels in rows
-
-
-def test_on_a_gpu_only_what_surrounds_the_net_is_by_kernels(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shards = ShardSet.open(shapes)
-    by_torch = DenoiserTask(shards, 32, SMALL, DIFFUSION, 0, tmp_path, CPU)
-    assert not by_torch.model.uses_kernels
-    monkeypatch.setattr(denoiser, "choose_kernels", lambda *_: "triton")
-    assert "the net by torch" in denoiser.kernels_in_words(SMALL, CPU)
-    assert denoiser.kernels_in_words(replace(SMALL, net="unet"), CPU) == "triton"
-    by_kernels = DenoiserTask(shards, 32, SMALL, DIFFUSION, 0, tmp_path, DEVICE)
-    assert (by_kernels.model.uses_kernels, by_kernels.model.is_fused) == (True, False)
-    mask = inputs()[2]
-    number = torch.arange(2)
-    batches = [Batch(*(x.to(device) for x in (mask, mask, number % 2, number, number))) for device in (CPU, DEVICE)]
-    expected, _ = by_torch.loss(by_torch.model, batches[0])
-    found, _ = by_kernels.loss(by_kernels.model, batches[1])
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_it_trains_and_goes_on_where_it_stopped(shapes: Path, tmp_path: Path) -> None:

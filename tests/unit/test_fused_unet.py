@@ -65,6 +65,7 @@ def gradients(model: Denoiser, given: tuple[Tensor | None, ...]) -> tuple[Tensor
         {"soft_masks": True},
         {"mask_encoding": "scalar_signed", "class_conditioning": False},
         {"mask_encoding": "embedding", "conditioning": "multiply"},
+        {"net": "efficient"},
     ],
 )
 def test_loss_and_gradients_are_eagers(changes: dict[str, Any]) -> None:
@@ -103,11 +104,12 @@ def test_the_state_dict_goes_both_ways(tmp_path: Any) -> None:
         assert relative_error(loaded(*given), eager(*given)) <= 1e-5
 
 
-def test_zero_3_trains_it_as_it_trains_eager() -> None:
+@pytest.mark.parametrize("net", ["unet", "efficient"])
+def test_zero_3_trains_it_as_it_trains_eager(net: str) -> None:
     """Where weights are gathered for the modules that are called, and the fused ones read some of their children's."""
     config = TrainConfig(global_batch_size=2, micro_batch_size=2, precision="fp32", zero_stage=3, lr=1e-2)
     given, losses = inputs(), []
-    for model in pair(block_out_channels=(16,), attention_resolutions=()):
+    for model in pair(net=net, block_out_channels=(16,), attention_resolutions=()):
         engine = Engine(model, config, 2, DEVICE)
         for _ in range(2):
             loss = (engine(*given) - given[0]).square().mean()
