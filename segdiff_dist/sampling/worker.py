@@ -250,12 +250,12 @@ def batch_size_for(config: DenoiserConfig, size: int, passes: int, available_byt
 
     Counted are a UNet's skip connections and twelve maps of its widest level, four bytes a value: in, out, norms, the
     concatenated skip, and what convolutions need. The paper's net at 64x64 is seen to take 30 MiB an image on a CPU in
-    fp32 and 25 in bf16; this says 32. Of `net: efficient` twenty maps are counted: beside its levels, which begin at
-    half the side, the encoded mask is large. (64, 96, 128) at 64x64 takes 5.7 MiB in fp32; this says 6.1.
+    fp32 and 25 in bf16; this says 32. Of `net: efficient` 28 maps are counted: beside its levels, which begin at half
+    the side, mask and head are large. (64, 96, 128) at 64x64 takes 5.4 to 7.6 MiB in fp32; this says 8.1.
     `passes`: 2 where guidance goes through the net with and without conditions.
     """
     maps = [channels * side**2 for channels, side in zip(config.block_out_channels, config.sides(size), strict=True)]
-    values = (config.layers_per_block + 1) * sum(maps) + (12 if config.net == "unet" else 20) * max(maps)
+    values = (config.layers_per_block + 1) * sum(maps) + (12 if config.net == "unet" else 28) * max(maps)
     fit = int(_SHARE_FOR_ACTIVATIONS * available_bytes) // (4 * values * passes)
     return min(max(LEAST_BATCH, fit), max(LEAST_BATCH, most))
 
