@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,7 @@ def train_under(
         }
         with _stopped_at(until if until and until < num_images else None):
             run_training(shapes, folder, **changes)
+    assert "torch._inductor.compile_fx" not in sys.modules, "a compiler that nobody asked for takes seconds to load"
 
 
 def train_judged(rank: int, out: Path, shapes: Path, scores: dict[int, float], lost: int, until: int) -> None:
