@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ from tests_support import write_shapes
 def _state(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The key that signs run folders is the tests' own, not the user's."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment(_state: None) -> Iterator[None]:
+    """A training in this process leaves RANK and WORLD_SIZE, MLflow its store: not to the next file's tests."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
