@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,17 @@ SMOKE = ("--config", str(Path(__file__).parents[2] / "launch" / "configs" / "smo
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.fixture
-def run(shapes: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with weights, finished samples, a segmenter and an evaluation."""
-    run = write_weights(tmp_path / "place" / "run")
+    run = write_weights(tmp_path_factory.mktemp("finished") / "run")
     return evaluate_here(run, shapes)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """The finished run's copy, to change."""
+    return Path(shutil.copytree(finished, tmp_path / "place" / "run"))
 
 
 def commands(place: Path, amos: Path, shapes: Path) -> dict[str, tuple[Path, list[str]]]:
