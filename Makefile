@@ -28,8 +28,9 @@ demo: $(STAMP) ## the whole line on synthetic CT and MR, from volumes to a repor
 	$(BIN)/segdiff demo $(ARGS)
 
 test: $(STAMP) ## all tests, on the real engines
-	@# Two files at a time; threads of their own would only fight for the cores.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	@# Two files at a time; threads of their own would only fight for the cores. In the order of their names: the files
+	@# that take minutes are in tests/distributed and tests/e2e, and what begins last must not be one of them.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check .
