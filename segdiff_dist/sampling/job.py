@@ -110,8 +110,8 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     weights = run / "weights" / config.weights
     _, digest = load_denoiser(weights)  # what cannot be used is refused before there is a store
     trained = json.loads((weights / "segdiff.json").read_text())
-    diffusion, found = _as_trained(weights, trained, diffusion)
-    found += _unlike_training(weights, trained, shards, diffusion, config)
+    diffusion, contradicted = _as_trained(weights, trained, diffusion)
+    found = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
     if config.masks is None and len(rows) == 0:
         remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
         found.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
