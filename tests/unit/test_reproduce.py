@@ -177,7 +177,7 @@ def test_every_changed_setting_is_on_the_page(phantom: Path, tmp_path: Path) -> 
     small = built(resolve(settings(phantom, scale="small")), num_samples=90)
     changed = {key: (before, after) for key, before, after in small["differences"]}
     assert changed["train.num_images"] == (3_200_000, 9_600)
-    assert changed["diffusion.prediction_type"] == ("epsilon", "x0")
+    assert changed["diffusion.objective"] == ("ddpm", "edm")
     assert table.write(tmp_path, small) == tmp_path / "table1.html"
     assert json.loads((tmp_path / "table1.json").read_text()) == small
     page = (tmp_path / "table1.html").read_text()
