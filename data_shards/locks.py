@@ -130,8 +130,14 @@ def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Itera
                 folder.rmdir()
 
 
+def begin_command() -> None:
+    """Called as a command begins: a process may run one after another."""
+    global _begun
+    _begun = False
+
+
 def work_has_begun() -> bool:
-    """Whether this process has ever held a lock: before, it has written nothing."""
+    """Whether this command has held a lock: before, it has written nothing."""
     return _begun
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from data_shards.locks import work_has_begun
+from data_shards.locks import begin_command, work_has_begun
 from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, describe, refuse
 from segdiff_dist import surroundings
 from segdiff_dist.ranks.distributed import launcher_problems, leave_launcher
@@ -156,6 +156,7 @@ _ON_RANKS = ("train", "train-segmenter")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    begin_command()
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

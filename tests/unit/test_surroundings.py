@@ -119,13 +119,13 @@ def test_what_the_system_refuses_is_one_line(
         raise raised
 
     monkeypatch.setattr(commands, "phantom", fails)
-    monkeypatch.setattr(locks, "_begun", True)
+    monkeypatch.setattr(cli, "work_has_begun", lambda: True)
     assert cli.main(["phantom", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}")
     assert error.count("\n") == 1
     assert describe(raised) in error
-    monkeypatch.setattr(locks, "_begun", False)
+    monkeypatch.setattr(cli, "work_has_begun", lambda: False)
     assert cli.main(["phantom", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"{error}nothing was started\n"
 
@@ -151,6 +151,13 @@ def test_a_name_that_cannot_be_one_is_refused(
         assert error.startswith("error: "), args[0]
         assert "Traceback" not in error
     assert [one.name for one in tmp_path.iterdir()] == ["note"]
+
+
+def test_what_an_earlier_command_did_says_nothing_of_the_next(tmp_path: Path) -> None:
+    with locks.locked(tmp_path / ".lock", tmp_path, "is at work"):
+        assert locks.work_has_begun()
+    (tmp_path / "note").touch()
+    assert cli.main(["phantom", str(tmp_path / "note" / "deeper")]) == 2
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
