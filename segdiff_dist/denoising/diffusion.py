@@ -125,13 +125,13 @@ def as_trained(config: DiffusionConfig, trained: dict[str, Any]) -> tuple[Diffus
     not say."""
     objective = trained.get("objective", "ddpm")
     names = _DDPM_FIELDS if objective == "ddpm" else _SIGMA_FIELDS
-    told = {name: trained[name] for name in names if name in trained} | {"objective": objective}
-    told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-    differ = {name: (value, getattr(config, name)) for name, value in told.items() if getattr(config, name) != value}
+    said = {name: trained[name] for name in names if name in trained} | {"objective": objective}
+    said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    differ = {name: (value, getattr(config, name)) for name, value in said.items() if getattr(config, name) != value}
     if config.sigma_data is None:
         differ.pop("sigma_data", None)
     own = {} if objective == config.objective else {name: getattr(DiffusionConfig(), name) for name in _DDPM_FIELDS}
-    return replace(config, **{**own, "sigma_data": None, **told}), differ
+    return replace(config, **{**own, "sigma_data": None, **said}), differ
 
 
 def make_scheduler(config: DiffusionConfig) -> Any:
