@@ -64,8 +64,8 @@ class SamplerConfig:
     guidance_removes: GuidanceRemoves = "mask"
     """What the prediction that is moved away from is not told. Training must have dropped the same."""
     guidance_weights: str | None = None
-    """Autoguidance (Karras et al. 2024): moved away from is the prediction of a weaker version of the net with
-    the same conditions, in place of guidance_removes. A folder beside the weights: one of `segdiff average` early in the run."""
+    """Autoguidance (Karras et al. 2024): moved away from is the prediction of a weaker version of the net with the same
+    conditions, in place of guidance_removes. A folder beside the weights: one of `segdiff average` early in the run."""
     guidance_interval: tuple[float, float] | None = None
     """The noise levels sigma above the first and up to the second at which guidance acts (Kynkaanniemi et al. 2024);
     null: all. Elsewhere a step costs one pass."""
