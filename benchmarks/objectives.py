@@ -37,11 +37,11 @@ _CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "amos_small.yaml"
 def _former(**diffusion: Any) -> dict[str, Any]:
     """What amos_small.yaml was before EDM, with this in its diffusion section."""
     ddpm = {"objective": "ddpm", "lognormal": [-1.2, 1.2], "mask_dropout": 0.0, "zero_terminal_snr": True}
-    ddim = {"solver": "ddim", "num_steps": 25, "timestep_spacing": "trailing", "guidance": 1.0}
+    ddim = {"solver": "ddim", "num_steps": 25, "timestep_spacing": "trailing", "clip_sample": True}
     return {
         "denoiser": {"net": "unet", "block_out_channels": [16, 48, 96, 96], "layers_per_block": 1},
         "diffusion": {**ddpm, **diffusion},
-        "sample": {"sampler": {**ddim, "guidance_interval": None}},
+        "sample": {"sampler": {**ddim, "guidance": 1.0, "guidance_interval": None}},
     }
 
 
