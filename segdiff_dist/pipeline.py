@@ -2,7 +2,7 @@
 
     FOLDER/model_index.json           diffusers' list of what lies below
     FOLDER/unet/                      the UNet2DModel; beside its files, what joins the mask to its input
-    FOLDER/scheduler/                 the DDIMScheduler whose alphas_cumprod it was trained with
+    FOLDER/scheduler/                 diffusers' scheduler of the process that it was trained on
     FOLDER/segdiff.json               schedule and sampler settings
     FOLDER/README.md                  the model card
 

@@ -19,6 +19,7 @@ from data_shards.feed.order import Shuffled, rank_positions
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.denoiser import DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.sigma_data import with_sigma_data
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
 from segdiff_dist.training import checkpoint
@@ -46,8 +47,9 @@ def run_training(
     """Train as the stage does; returns the logged losses."""
     shards = ShardSet.open(shapes)
     config = TrainConfig(**{**QUICK, **changes})
-    task = DenoiserTask(shards, shards.size, net, diffusion, config.seed, run / "weights", CPU)
     rows = shards.select(split="train")
+    process = with_sigma_data(diffusion, shards, rows)
+    task = DenoiserTask(shards, shards.size, net, process, config.seed, run / "weights", CPU)
     with Tracker(run, TrackingConfig(enabled=False), "train") as tracker:
         train(TrainingJob(task, shards, rows, LOADER, config, run, tracker, CPU, {"config": "here"}))
     return losses(run)

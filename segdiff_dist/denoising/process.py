@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -164,8 +164,8 @@ class SigmaProcess:
     t / (1 - t), so ln sigma is the logit of t, and t is logit-normal.
     """
 
-    def __init__(self, config: DiffusionConfig, device: torch.device | None = None) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config = config
         mean, self._std = config.lognormal
         self._mean = mean - math.log(config.snr_shift)
 
@@ -298,6 +298,4 @@ Process = TimestepProcess | SigmaProcess
 
 def make_process(config: DiffusionConfig, device: torch.device | None = None) -> Process:
     """The process that a configuration describes, with its tables on `device`."""
-    kind: Any = TimestepProcess if config.objective == "ddpm" else SigmaProcess
-    made: Process = kind(config, device)
-    return made
+    return TimestepProcess(config, device) if config.objective == "ddpm" else SigmaProcess(config)

@@ -23,7 +23,6 @@ from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.organ_dropout import drop_organs
 from segdiff_dist.denoising.process import make_process
-from segdiff_dist.denoising.sigma_data import with_sigma_data
 from segdiff_dist.segmentation import Segmenter
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
@@ -37,7 +36,8 @@ _SEGMENTER_DIGEST = "dice_segmenter_sha256"
 class DenoiserTask:
     """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
 
-    `validation`, called as Task.validate is, gives what is measured on held-out slices; without it nothing is.
+    For objective edm, `diffusion` holds sigma_data already (sigma_data.py). `validation`, called as Task.validate is,
+    gives what is measured on held-out slices; without it nothing is.
     """
 
     name = "train"
@@ -55,7 +55,6 @@ class DenoiserTask:
         validation: Callable[[Callable[..., Any], int], dict[str, float]] | None = None,
     ) -> None:
         refuse(find_problems(shards, size, denoiser, diffusion))
-        diffusion = with_sigma_data(diffusion, shards, shards.select(split="train"))
         self.seed, self.diffusion, self.weights, self.validation = seed, diffusion, weights, validation
         self.dice_term = None
         if diffusion.dice_weight > 0:
