@@ -17,7 +17,7 @@ import numpy as np
 from _recipes_runs import Run, Scale, samplers
 
 from segdiff_dist.config import write_text_atomically
-from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS
+from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS
 
 METRICS = ("dice", "distance", "psnr_db", *SHARPNESS_METRICS)
 _BATCH = 16
@@ -62,7 +62,7 @@ def measure(judged: Judged, scale: Scale) -> None:
     import torch
 
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.evaluation import metrics
+    from segdiff_dist.evaluation.metrics import frechet, overlaps, similarity
     from segdiff_dist.segmentation import Segmenter
 
     torch.set_num_threads(1)
@@ -78,20 +78,20 @@ def measure(judged: Judged, scale: Scale) -> None:
     table, patients_N = shards.label_table, np.array([item["case_id"] for item in items])
 
     def dice(image_NHW: Any) -> dict[str, Any]:
-        counts = metrics.confusion(mask_NHW, judge.predict(image_NHW, modality_N).numpy(), table.num_classes)
-        return _mean(metrics.mean_dice(metrics.dice_per_class(counts), table.organ_ids), patients_N)
+        counts = overlaps.confusion(mask_NHW, judge.predict(image_NHW, modality_N).numpy(), table.num_classes)
+        return _mean(overlaps.mean_dice(overlaps.dice_per_class(counts), table.organ_ids), patients_N)
 
-    def statistics(image_NHW: Any, modality_N: Any) -> metrics.FeatureStatistics:
-        return metrics.FeatureStatistics.of(judge.features(image_NHW, modality_N).numpy())
+    def statistics(image_NHW: Any, modality_N: Any) -> frechet.FeatureStatistics:
+        return frechet.FeatureStatistics.of(judge.features(image_NHW, modality_N).numpy())
 
     real = statistics(real_NHW, modality_N)
     others = statistics(*_images(shards, _items(shards, "train", scale)))
     found = {
         "dice": dice(gen_NHW),
         "real_dice": dice(real_NHW),
-        "distance": {"value": metrics.frechet_distance(real, statistics(gen_NHW, modality_N)), "ci95": None},
-        "real_distance": {"value": metrics.frechet_distance(real, others), "ci95": None},
-        "psnr_db": _mean(metrics.psnr_db(real_NHW, gen_NHW), patients_N),
+        "distance": {"value": frechet.frechet_distance(real, statistics(gen_NHW, modality_N)), "ci95": None},
+        "real_distance": {"value": frechet.frechet_distance(real, others), "ci95": None},
+        "psnr_db": _mean(similarity.psnr_db(real_NHW, gen_NHW), patients_N),
         **_sharpness(real_NHW.numpy(), gen_NHW.numpy(), mask_NHW, table, patients_N),
         "num_masks": len(items),
         "num_patients": len(set(patients_N)),
@@ -145,9 +145,9 @@ def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any
 
 def _sharpness(real_NHW: Any, gen_NHW: Any, mask_NHW: Any, table: Any, patients_N: np.ndarray) -> dict[str, Any]:
     """SHARPNESS_METRICS as the evaluation has them; NaN where the masks hold no organ that is large enough."""
-    from segdiff_dist.evaluation.sharpness import measure as columns_of
-    from segdiff_dist.evaluation.sharpness import sharpness_entries
-    from segdiff_dist.evaluation.sums import Interval, PatientSums, SumKey
+    from segdiff_dist.evaluation.metrics.sharpness import measure as columns_of
+    from segdiff_dist.evaluation.metrics.sharpness import sharpness_entries
+    from segdiff_dist.evaluation.metrics.sums import Interval, PatientSums, SumKey
 
     columns = columns_of(real_NHW, gen_NHW, mask_NHW, table)
     sums = PatientSums(list(columns))
@@ -158,7 +158,7 @@ def _sharpness(real_NHW: Any, gen_NHW: Any, mask_NHW: Any, table: Any, patients_
 
 
 def _mean(values_N: np.ndarray, patients_N: np.ndarray) -> dict[str, Any]:
-    from segdiff_dist.evaluation.metrics import estimate
+    from segdiff_dist.evaluation.metrics.estimates import estimate
 
     found = estimate(values_N, patients_N, resamples=_RESAMPLES, seed=_SEED)
     assert found is not None, "no mask holds an organ"

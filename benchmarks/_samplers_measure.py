@@ -21,7 +21,7 @@ from segdiff_dist.config import write_text_atomically
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import num_evaluations
-from segdiff_dist.evaluation import metrics
+from segdiff_dist.evaluation.metrics import estimates, frechet, overlaps
 from segdiff_dist.experiment import load_experiment
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import list_items
@@ -116,10 +116,10 @@ class Judge:
                 made.append(generate(self.model, some, conditions, self.diffusion, sampler, noise))
         return np.concatenate(made)
 
-    def difference(self, judged: Judged, reference: Judged) -> metrics.Estimate:
+    def difference(self, judged: Judged, reference: Judged) -> estimates.Estimate:
         """Dice less the reference's, image by image with the same noise; its interval redraws patients."""
         differences_N = judged.dice_N - reference.dice_N
-        found = metrics.estimate(differences_N, self.patients_N, resamples=_RESAMPLES, seed=0)
+        found = estimates.estimate(differences_N, self.patients_N, resamples=_RESAMPLES, seed=0)
         assert found is not None, "no mask holds an organ"
         return found
 
@@ -128,8 +128,8 @@ class Judge:
         for noise in range(self.num_noises):
             image_NHW = torch.from_numpy(self.sample(sampler, self.items, noise))
             predicted_NHW = self.segmenter.predict(image_NHW, self._modality_N).numpy()
-            counts = metrics.confusion(self._mask_NHW, predicted_NHW, table.num_classes)
-            dice += metrics.mean_dice(metrics.dice_per_class(counts), table.organ_ids).tolist()
+            counts = overlaps.confusion(self._mask_NHW, predicted_NHW, table.num_classes)
+            dice += overlaps.mean_dice(overlaps.dice_per_class(counts), table.organ_ids).tolist()
             by_noise.append(self._statistics(image_NHW))
             powers.append(band_powers(self._real_NHW, image_NHW.numpy()))
         together = by_noise[0]
@@ -137,10 +137,10 @@ class Judge:
             together = together.merge(more)
         return {
             "dice": dice,
-            "distance": metrics.frechet_distance(self._real, together),
+            "distance": frechet.frechet_distance(self._real, together),
             "power_ratio": power_ratios(*(np.concatenate(side) for side in zip(*powers, strict=True))).tolist(),
-            "distance_by_noise": [metrics.frechet_distance(self._real, one) for one in by_noise],
+            "distance_by_noise": [frechet.frechet_distance(self._real, one) for one in by_noise],
         }
 
-    def _statistics(self, image_NHW: torch.Tensor) -> metrics.FeatureStatistics:
-        return metrics.FeatureStatistics.of(self.segmenter.features(image_NHW, self._modality_N).numpy())
+    def _statistics(self, image_NHW: torch.Tensor) -> frechet.FeatureStatistics:
+        return frechet.FeatureStatistics.of(self.segmenter.features(image_NHW, self._modality_N).numpy())

@@ -22,9 +22,9 @@ from _harness import Contender, arguments, compare, measure, report
 
 from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS
-from segdiff_dist.evaluation import feature_sets, metrics, surfaces
-from segdiff_dist.evaluation.job import EvaluateConfig
-from segdiff_dist.evaluation.job import measure as evaluate
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.job import measure as evaluate
+from segdiff_dist.evaluation.metrics import feature_sets, frechet, overlaps, similarity, surfaces
 
 _LIMIT_MINUTES, _LIMIT_TRIPLES = 15, 10_000
 
@@ -70,9 +70,9 @@ def where_the_time_goes(run: Path, size: int) -> dict[str, float]:
     steps: dict[str, tuple[int, Callable[[], Any]]] = {
         "read image and mask": (1, lambda: (store.image[:16], store.mask[:16])),
         "segmenter, labels and features": (2, lambda: segmenter.predict_and_features(real, modality)),
-        "SSIM and MS-SSIM": (1, lambda: metrics.ssim_and_ms_ssim(real, fake)),
-        "PSNR": (1, lambda: metrics.psnr_db(real, fake)),
-        "overlaps": (3, lambda: metrics.dice_per_class(metrics.confusion(masks, moved, AMOS.num_classes))),
+        "SSIM and MS-SSIM": (1, lambda: similarity.ssim_and_ms_ssim(real, fake)),
+        "PSNR": (1, lambda: similarity.psnr_db(real, fake)),
+        "overlaps": (3, lambda: overlaps.dice_per_class(overlaps.confusion(masks, moved, AMOS.num_classes))),
         "surface Dice (not in the rates)": (3, all_surfaces),
     }
     return {name: round(times * _best_ms(step) / 16, 2) for name, (times, step) in steps.items()}
@@ -81,9 +81,9 @@ def where_the_time_goes(run: Path, size: int) -> dict[str, float]:
 def distances_seconds(num: int) -> dict[str, float]:
     """Seconds of the driver for one group's distances on `num` images a side, 1008 features."""
     real, gen = np.random.default_rng(0).normal(size=(2, num, 1008)).astype(np.float32)
-    first, second = (metrics.FeatureStatistics.of(side) for side in (real, gen))
+    first, second = (frechet.FeatureStatistics.of(side) for side in (real, gen))
     steps = {
-        "Frechet": lambda: metrics.frechet_distance(first, second),
+        "Frechet": lambda: frechet.frechet_distance(first, second),
         "kernel": lambda: feature_sets.kernel_distance(real, gen),
         "neighbourhoods": lambda: feature_sets.neighbourhoods(real, gen),
     }

@@ -28,8 +28,8 @@ from _recipes_runs import segdiff
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from segdiff_dist.config import merge, read_yaml, to_yaml, write_text_atomically
-from segdiff_dist.evaluation.definitions import DEFINITIONS
-from segdiff_dist.evaluation.sharpness import SHARPNESS_BANDS, sharpness_messages
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
+from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_BANDS, sharpness_messages
 
 _CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "amos_small.yaml"
 
@@ -130,8 +130,8 @@ def print_table(rows: dict[str, dict[str, Any]], group: str) -> None:
 def draw(args: argparse.Namespace, file: Path) -> None:
     """Masks, their real images, and every objective's; chosen by rule: of each modality, by Dice (mask, pred. gen.)
     averaged over the objectives, those at the quartiles."""
-    from segdiff_dist.evaluation.comparison import shared_masks
-    from segdiff_dist.evaluation.pictures import Pictures
+    from segdiff_dist.evaluation.report.comparison import shared_masks
+    from segdiff_dist.evaluation.report.pictures import Pictures
 
     pictures = [Pictures.open(args.out / "runs" / f"{name}-0") for name in args.objectives]
     chosen = [items for modality in MODALITIES for items in shared_masks(pictures, modality)]

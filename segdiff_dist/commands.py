@@ -119,11 +119,11 @@ def evaluate(experiment: Experiment) -> int:
     """Measure the samples and print the headline table; 1 when too many of them look like training images."""
     from segdiff_dist.downstream.job import DownstreamFailed
     from segdiff_dist.downstream.summary import format_downstream
-    from segdiff_dist.evaluation.job import EvaluationFailed
-    from segdiff_dist.evaluation.segmenter_check import segmenter_messages
-    from segdiff_dist.evaluation.sharpness import sharpness_messages
-    from segdiff_dist.evaluation.summary import format_table
-    from segdiff_dist.evaluation.trust import warnings
+    from segdiff_dist.evaluation.measure.job import EvaluationFailed
+    from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
+    from segdiff_dist.evaluation.measure.summary import format_table
+    from segdiff_dist.evaluation.measure.trust import warnings
+    from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
     from segdiff_dist.sampling.job import SamplingFailed
 
     try:

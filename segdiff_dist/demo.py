@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def run_demo(experiment: Experiment) -> int:
     """Run every stage, print the headline table, the time each stage took, and where the report is."""
-    from segdiff_dist.evaluation.sharpness import sharpness_messages
-    from segdiff_dist.evaluation.summary import format_table
+    from segdiff_dist.evaluation.measure.summary import format_table
+    from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
 
     evaluated: dict[str, Any] = {}
     steps: list[tuple[str, Callable[[], Any]]] = [

@@ -258,7 +258,7 @@ def _annotator() -> Row:
 
 
 def _fid() -> Row:
-    from segdiff_dist.evaluation.inception import WEIGHTS_FILE, downloaded_weights
+    from segdiff_dist.evaluation.metrics.inception import WEIGHTS_FILE, downloaded_weights
 
     absent = [name for name in ("torch-fidelity", "torchvision") if _version(name) is None]
     if absent:
@@ -280,7 +280,7 @@ def _fid() -> Row:
 
 
 def _lpips() -> Row:
-    from segdiff_dist.evaluation.perceptual import DOWNLOAD, missing_for_lpips
+    from segdiff_dist.evaluation.metrics.perceptual import DOWNLOAD, missing_for_lpips
 
     if missing_for_lpips(DOWNLOAD) is None:
         return Row("LPIPS", "ok", f"lpips {_version('lpips')}; evaluate.lpips_weights names its AlexNet")
@@ -288,7 +288,7 @@ def _lpips() -> Row:
 
 
 def _frd() -> Row:
-    from segdiff_dist.evaluation.radiomics import missing_for_frd
+    from segdiff_dist.evaluation.metrics.radiomics import missing_for_frd
 
     if missing_for_frd(1) is None:
         return Row("FRD", "ok", f"frd-score {_version('frd-score')}")

@@ -25,7 +25,7 @@ from segdiff_dist.denoising.denoiser import DenoiserConfig
 from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.denoising.validation import ValidationConfig
 from segdiff_dist.downstream.config import DownstreamConfig
-from segdiff_dist.evaluation.job import EvaluateConfig
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.segmentation import SegmenterConfig

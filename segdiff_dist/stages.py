@@ -247,10 +247,10 @@ def _sampled_from(experiment: Experiment) -> tuple[Path, ShardSet, Any, Any]:
 
 def evaluate(experiment: Experiment) -> dict[str, Any]:
     """`segdiff evaluate`: RUN/evaluation; returns the summary."""
-    from segdiff_dist.evaluation.checks import check
-    from segdiff_dist.evaluation.job import at_work
-    from segdiff_dist.evaluation.job import evaluate as evaluate_run
-    from segdiff_dist.evaluation.summary import scalars
+    from segdiff_dist.evaluation.evaluate import evaluate as evaluate_run
+    from segdiff_dist.evaluation.measure.checks import check
+    from segdiff_dist.evaluation.measure.job import at_work
+    from segdiff_dist.evaluation.measure.summary import scalars
     from segdiff_dist.export.register import register_evaluated
 
     run = experiment.path("run")
@@ -276,7 +276,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
 def _plan_downstream(experiment: Experiment) -> Any:
     """The checked downstream.job.Downstream of a run whose samples are there."""
     from segdiff_dist.downstream.job import plan
-    from segdiff_dist.evaluation.sums import Interval
+    from segdiff_dist.evaluation.metrics.sums import Interval
     from segdiff_dist.sampling.store import SampleStore
 
     run, sample, evaluate = experiment.path("run"), experiment.sample, experiment.evaluate
@@ -302,7 +302,7 @@ def _plan_downstream(experiment: Experiment) -> Any:
 def _make_downstream(experiment: Experiment, planned: Any, tracker: Tracker) -> dict[str, Any]:
     """Train and test, record, and draw the report again, which then tells of it."""
     from segdiff_dist.downstream.summary import scalars
-    from segdiff_dist.evaluation.job import draw
+    from segdiff_dist.evaluation.evaluate import draw
 
     made: dict[str, Any] = planned.make()
     tracker.log_params({"downstream": _plain(experiment)["downstream"]})
@@ -315,10 +315,10 @@ def _make_downstream(experiment: Experiment, planned: Any, tracker: Tracker) -> 
 def report(experiment: Experiment) -> Path:
     """`segdiff report RUN [RUN ...]`: figures and report.html of one run drawn again, or the page that sets several
     side by side; nothing is measured. Returns the page."""
-    from segdiff_dist.evaluation.comparison import open_runs
-    from segdiff_dist.evaluation.comparison_report import COMPARISON, write_comparison
-    from segdiff_dist.evaluation.job import draw
-    from segdiff_dist.evaluation.saved import drawing
+    from segdiff_dist.evaluation.evaluate import draw
+    from segdiff_dist.evaluation.measure.saved import drawing
+    from segdiff_dist.evaluation.report.comparison import open_runs
+    from segdiff_dist.evaluation.report.comparison_page import COMPARISON, write_comparison
 
     folders, out = experiment.runs, experiment.compared
     found = []

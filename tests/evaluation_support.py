@@ -44,12 +44,12 @@ def evaluate_here(
     import torch
     import zarr
 
-    from segdiff_dist.evaluation import trust
-    from segdiff_dist.evaluation.provenance import not_available, provenance
-    from segdiff_dist.evaluation.rows import RowWriter
-    from segdiff_dist.evaluation.summary import Evaluated, spread_columns, summarise
-    from segdiff_dist.evaluation.sums import Interval
-    from segdiff_dist.evaluation.worker import Chunk, Evaluator, Inputs
+    from segdiff_dist.evaluation.measure import trust
+    from segdiff_dist.evaluation.measure.provenance import not_available, provenance
+    from segdiff_dist.evaluation.measure.rows import RowWriter
+    from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
+    from segdiff_dist.evaluation.measure.worker import Chunk, Evaluator, Inputs
+    from segdiff_dist.evaluation.metrics.sums import Interval
     from segdiff_dist.sampling.store import SampleStore
     from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
 

@@ -31,7 +31,7 @@ from segdiff_dist.downstream.arms import trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.summary import summarise
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
-from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import crew_of, joined, sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB

@@ -14,8 +14,8 @@ import numpy as np
 
 from data_shards.records import MODALITIES
 from segdiff_dist.downstream.arms import Arm, Training, patients_of, rows_of
-from segdiff_dist.evaluation.metrics import estimate
-from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.evaluation.metrics.estimates import estimate
+from segdiff_dist.evaluation.metrics.sums import Interval
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet

@@ -24,7 +24,7 @@ from data_shards.problems import removed_on_failure
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.downstream.arms import Training, rows_of
-from segdiff_dist.evaluation import metrics
+from segdiff_dist.evaluation.metrics import overlaps
 from segdiff_dist.segmentation import Segmenter, SegmenterConfig
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def score(segmenter: Segmenter, shards: ShardSet, rows: np.ndarray, batch_size: 
         modality_B = torch.tensor([MODALITIES.index(record.meta.modality) for record in records])
         predicted_BHW = segmenter.predict(image_BHW, modality_B).cpu().numpy()
         mask_BHW = np.stack([record.mask_HW for record in records])
-        columns.append(metrics.dice_per_class(metrics.confusion(mask_BHW, predicted_BHW, table.num_classes)))
+        columns.append(overlaps.dice_per_class(overlaps.confusion(mask_BHW, predicted_BHW, table.num_classes)))
     dice_NK = np.concatenate(columns)
     found: dict[str, Any] = {"row": rows}
     found |= {name: shards.samples[name].take(rows).to_pylist() for name in ("case_id", "modality", "axis")}
-    found |= {"dice": metrics.mean_over_organs(dice_NK, table.organ_ids)}
+    found |= {"dice": overlaps.mean_over_organs(dice_NK, table.organ_ids)}
     found |= {f"dice/{table.names[i]}": dice_NK[:, i] for i in table.organ_ids}
     return pa.table(found)
 

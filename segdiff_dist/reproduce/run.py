@@ -24,7 +24,7 @@ from data_shards.problems import InputProblems, problem, refuse
 from data_shards.store.set_index import file_sha256
 from segdiff_dist import stages
 from segdiff_dist.config import as_dict, to_yaml, write_text_atomically
-from segdiff_dist.evaluation.saved import read_summary
+from segdiff_dist.evaluation.measure.saved import read_summary
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits
@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     """Parse, then plan or reproduce; returns the exit code."""
     import tyro
 
-    from segdiff_dist.evaluation.job import EvaluationFailed
+    from segdiff_dist.evaluation.measure.job import EvaluationFailed
     from segdiff_dist.sampling.job import SamplingFailed
     from segdiff_dist.training.loop import TrainingStopped
 

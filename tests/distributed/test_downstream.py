@@ -21,8 +21,9 @@ from segdiff_dist.downstream.arms import Arm, Training
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.job import Downstream, DownstreamFailed, plan
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer
-from segdiff_dist.evaluation.job import EvaluateConfig, crew_for
-from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.job import crew_for
+from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import Crew
 from segdiff_dist.segmentation import SegmenterConfig

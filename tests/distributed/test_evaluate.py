@@ -18,9 +18,12 @@ from data_shards.fan_out import Workers, ray_session
 from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
 from segdiff_dist.cli import main
-from segdiff_dist.evaluation import inception, perceptual, trust
-from segdiff_dist.evaluation.job import EvaluateConfig, EvaluationFailed, evaluate, in_order, measure
-from segdiff_dist.evaluation.worker import Chunk
+from segdiff_dist.evaluation.evaluate import evaluate
+from segdiff_dist.evaluation.measure import trust
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.job import EvaluationFailed, in_order, measure
+from segdiff_dist.evaluation.measure.worker import Chunk
+from segdiff_dist.evaluation.metrics import inception, perceptual
 
 # Each worker takes a chunk of 64 items: with this many there are two chunks and something to merge.
 NUM_MASKS = 24

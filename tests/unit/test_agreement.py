@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from segdiff_dist.evaluation import feature_sets, metrics, perceptual, radiomics, surfaces
+from segdiff_dist.evaluation.metrics import feature_sets, frechet, perceptual, radiomics, similarity, surfaces
 
 
 def textures(seed: int, num: int, side: int) -> np.ndarray:
@@ -27,7 +27,7 @@ def blobs(seed: int, side: int = 48) -> np.ndarray:
     return gaussian_filter(rng.normal(size=(5, side, side)), (0, 5, 5)).argmax(axis=0).astype(np.uint8)
 
 
-@pytest.mark.parametrize("side", [metrics.MS_SSIM_SMALLEST_SIDE, 203])
+@pytest.mark.parametrize("side", [similarity.MS_SSIM_SMALLEST_SIDE, 203])
 def test_similarities_are_torchmetrics(side):
     from torchmetrics.functional.image import (
         multiscale_structural_similarity_index_measure,
@@ -37,13 +37,13 @@ def test_similarities_are_torchmetrics(side):
     real = torch.from_numpy(textures(0, 2, side))
     # One near, one that has nothing to do with it, so that contrast terms are negative too.
     generated = torch.stack([(real[0].float() * 0.9 + 8).to(torch.uint8), torch.from_numpy(textures(1, 1, side)[0])])
-    ours = metrics.ssim_and_ms_ssim(real, generated)
+    ours = similarity.ssim_and_ms_ssim(real, generated)
     pair = (generated[:, None].float(), real[:, None].float())
     whole = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
     scales = multiscale_structural_similarity_index_measure(*pair, data_range=255.0, reduction="none", normalize="relu")
     np.testing.assert_allclose(ours[0], whole.numpy().ravel(), atol=2e-5)
     np.testing.assert_allclose(ours[1], scales.numpy().ravel(), atol=2e-5)
-    np.testing.assert_array_equal(ours[0], metrics.ssim(real, generated))
+    np.testing.assert_array_equal(ours[0], similarity.ssim(real, generated))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -107,8 +107,8 @@ def test_distances_are_torch_fidelitys():
     rng = np.random.default_rng(2)
     real, gen = (torch.from_numpy(rng.normal(size=(80, 8)) + shift).float() for shift in (0.0, 0.4))
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(side) for side in (real, gen)), verbose=False)
-    statistics = [metrics.FeatureStatistics.of(side.numpy()) for side in (real, gen)]
-    assert metrics.frechet_distance(*statistics) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    statistics = [frechet.FeatureStatistics.of(side.numpy()) for side in (real, gen)]
+    assert frechet.frechet_distance(*statistics) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     theirs = kid_features_to_metric(real, gen, kid_subsets=1, kid_subset_size=80, verbose=False)
     ours = feature_sets.kernel_distance(real.numpy(), gen.numpy())
     assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
@@ -153,5 +153,5 @@ def test_frd_is_frd_scores(tmp_path: Path, capsys):
             Image.fromarray(image).save(tmp_path / name / f"{i}.png")
     theirs = frd_score.compute_frd([str(tmp_path / "real"), str(tmp_path / "gen")], num_workers=1)
     extract = radiomics.load_extractor()
-    statistics = [metrics.FeatureStatistics.of(extract(images)) for images in sides]
+    statistics = [frechet.FeatureStatistics.of(extract(images)) for images in sides]
     assert radiomics.frd(*statistics) == pytest.approx(theirs, abs=1e-3)

@@ -15,11 +15,11 @@ from tests_support import SIZE, write_shapes
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
-from segdiff_dist.evaluation.comparison import best_of, disagreements, names_of, open_runs, shared_masks
-from segdiff_dist.evaluation.comparison_report import write_comparison
-from segdiff_dist.evaluation.definitions import DEFINITIONS
-from segdiff_dist.evaluation.figures import draw_figures
-from segdiff_dist.evaluation.pictures import Pictures
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
+from segdiff_dist.evaluation.report.comparison import best_of, disagreements, names_of, open_runs, shared_masks
+from segdiff_dist.evaluation.report.comparison_page import write_comparison
+from segdiff_dist.evaluation.report.figures import draw_figures
+from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.sampling.store import SampleStore
 
 

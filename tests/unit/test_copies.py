@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from segdiff_dist.evaluation import copies, trust
+from segdiff_dist.evaluation.measure import copies, trust
 
 SIDE, NUM_TRAINING, NUM_COPIED, NUM_UNSEEN = 48, 40, 12, 40
 # What the stated rate is of: docs/metrics.md.

@@ -11,7 +11,7 @@ import pytest
 from tests_support import write_shapes
 
 from data_shards.store.shards import ShardSet
-from segdiff_dist.evaluation.densities import clipping_of
+from segdiff_dist.evaluation.metrics.densities import clipping_of
 
 CASES = ("amos_0001", "amos_0002", "amos_0003")
 # The window of the shapes set: stored value * 2 - 256.

@@ -7,9 +7,9 @@ from urllib.error import URLError
 
 import pytest
 
-from segdiff_dist.evaluation import inception, perceptual
-from segdiff_dist.evaluation.downloads import weights_for
-from segdiff_dist.evaluation.job import EvaluateConfig
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.metrics import inception, perceptual
+from segdiff_dist.evaluation.metrics.downloads import weights_for
 
 
 def test_what_cannot_be_downloaded_costs_that_figure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.downstream.arms import Arm, Training, arms_of, patients_of, rows_of, trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.summary import format_downstream, scalars, summarise
-from segdiff_dist.evaluation.sums import Interval
+from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.samples import FinishedSamples
 from segdiff_dist.export.shards import write_shard_set

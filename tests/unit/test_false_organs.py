@@ -10,14 +10,9 @@ import pytest
 from evaluation_support import Page, evaluate_here
 
 from data_shards.labels import AMOS
-from segdiff_dist.evaluation import metrics
-from segdiff_dist.evaluation.comparison import open_runs
-from segdiff_dist.evaluation.comparison_report import write_comparison
-from segdiff_dist.evaluation.definitions import DEFINITIONS
-from segdiff_dist.evaluation.report import format_number, write_report
-from segdiff_dist.evaluation.saved import read_summary
-from segdiff_dist.evaluation.segmenter_check import MARK, mark_unreliable, segmenter_messages
-from segdiff_dist.evaluation.summary import (
+from segdiff_dist.evaluation.measure.saved import read_summary
+from segdiff_dist.evaluation.measure.segmenter_check import MARK, mark_unreliable, segmenter_messages
+from segdiff_dist.evaluation.measure.summary import (
     TOP_METRICS,
     UNRELIABLE,
     format_table,
@@ -25,7 +20,12 @@ from segdiff_dist.evaluation.summary import (
     scalars,
     top_metrics,
 )
-from segdiff_dist.evaluation.worker import _Batch
+from segdiff_dist.evaluation.measure.worker import _Batch
+from segdiff_dist.evaluation.metrics import overlaps
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
+from segdiff_dist.evaluation.report.comparison import open_runs
+from segdiff_dist.evaluation.report.comparison_page import write_comparison
+from segdiff_dist.evaluation.report.page import format_number, write_report
 
 LIVER, SPLEEN = AMOS.names.index("liver"), AMOS.names.index("spleen")
 SIDE = 8
@@ -100,10 +100,10 @@ class TestFalseOrgans:
     def test_is_never_above_the_one_without_false_organs(self, seed):
         random = np.random.default_rng(seed)
         maps = random.integers(0, AMOS.num_classes, (2, 5, 6, 6)).astype(np.uint8)
-        counts = metrics.confusion(*maps, AMOS.num_classes)
+        counts = overlaps.confusion(*maps, AMOS.num_classes)
         plain, either = (
-            metrics.mean_dice(dice, AMOS.organ_ids)
-            for dice in (metrics.dice_per_class(counts), metrics.dice_either(counts))
+            overlaps.mean_dice(dice, AMOS.organ_ids)
+            for dice in (overlaps.dice_per_class(counts), overlaps.dice_either(counts))
         )
         assert (either <= plain).all()
 

@@ -14,7 +14,7 @@ from sampling_support import make_here, write_weights
 
 from data_shards.problems import InputProblems
 from segdiff_dist import cli
-from segdiff_dist.evaluation.tracked import tracked_run
+from segdiff_dist.evaluation.report.tracked import tracked_run
 from segdiff_dist.tracking.inside import why_not_inside
 from segdiff_dist.tracking.link import is_foreign
 from segdiff_dist.tracking.mlflow_run import tracking_uri

@@ -11,9 +11,9 @@ from mlflow.utils.validation import path_not_unique, validate_param_and_metric_n
 
 from data_shards.labels import LabelTable, shown_name
 from data_shards.store.contact_sheet import _write
-from segdiff_dist.evaluation import comparison_figures, look, number_figures
-from segdiff_dist.evaluation.report import render
-from segdiff_dist.evaluation.segmenter_check import segmenter_messages
+from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
+from segdiff_dist.evaluation.report import comparison_figures, look, number_figures
+from segdiff_dist.evaluation.report.page import render
 from segdiff_dist.tracking.records import metric_key
 
 NAMES = (

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from data_shards.labels import LABEL_TABLES
-from segdiff_dist.evaluation import distances, feature_sets, metrics, radiomics, surfaces
+from segdiff_dist.evaluation.metrics import (
+    distances,
+    estimates,
+    feature_sets,
+    frechet,
+    overlaps,
+    radiomics,
+    similarity,
+    surfaces,
+)
 
 NUM_CLASSES = 5
 ORGANS = (1, 2, 3)  # 4 stands for body
@@ -39,24 +48,24 @@ class TestDice:
     def test_known_answer(self):
         reference = np.array([[[1, 1, 2, 0]]], np.uint8)
         predicted = np.array([[[1, 0, 2, 3]]], np.uint8)
-        dice = metrics.dice_per_class(metrics.confusion(reference, predicted, NUM_CLASSES))
+        dice = overlaps.dice_per_class(overlaps.confusion(reference, predicted, NUM_CLASSES))
         # Background: one pixel of the reference, missed. Id 3: a stray pixel of an absent organ has no Dice.
         np.testing.assert_allclose(dice[0], [0.0, 2 / 3, 1.0, np.nan, np.nan])
-        assert metrics.mean_dice(dice, ORGANS)[0] == pytest.approx(5 / 6)
+        assert overlaps.mean_dice(dice, ORGANS)[0] == pytest.approx(5 / 6)
 
     def test_body_and_background_do_not_count_as_organs(self):
         reference = np.full((1, 4, 4), 4, np.uint8)
-        dice = metrics.dice_per_class(metrics.confusion(reference, reference, NUM_CLASSES))
+        dice = overlaps.dice_per_class(overlaps.confusion(reference, reference, NUM_CLASSES))
         assert dice[0, 4] == 1.0
-        assert np.isnan(metrics.mean_dice(dice, ORGANS)[0])
+        assert np.isnan(overlaps.mean_dice(dice, ORGANS)[0])
 
     def test_ids_outside_the_table_are_refused(self):
         with pytest.raises(ValueError, match="id 7 lies outside"):
-            metrics.confusion(np.zeros((1, 2, 2), np.uint8), np.full((1, 2, 2), 7, np.uint8), NUM_CLASSES)
+            overlaps.confusion(np.zeros((1, 2, 2), np.uint8), np.full((1, 2, 2), 7, np.uint8), NUM_CLASSES)
 
     def test_shapes_must_agree(self):
         with pytest.raises(ValueError, match="differ in shape"):
-            metrics.confusion(np.zeros((1, 2, 2), np.uint8), np.zeros((1, 2, 3), np.uint8), NUM_CLASSES)
+            overlaps.confusion(np.zeros((1, 2, 2), np.uint8), np.zeros((1, 2, 3), np.uint8), NUM_CLASSES)
 
     @pytest.mark.parametrize("seed", range(3))
     def test_agrees_with_monai(self, seed):
@@ -65,7 +74,7 @@ class TestDice:
         reference, predicted = random_labels(seed), random_labels(seed + 100)
         reference[0][reference[0] == 2] = 0  # absent from one reference: NaN in both
         theirs = DiceMetric(include_background=True, ignore_empty=True)(one_hot(predicted), one_hot(reference))
-        ours = metrics.dice_per_class(metrics.confusion(reference, predicted, NUM_CLASSES))
+        ours = overlaps.dice_per_class(overlaps.confusion(reference, predicted, NUM_CLASSES))
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
         assert np.isnan(ours[0, 2])
 
@@ -73,19 +82,20 @@ class TestDice:
     @given(label_pairs)
     def test_bounds_and_identity(self, pair):
         reference, predicted = pair
-        counts = metrics.confusion(reference, predicted, NUM_CLASSES)
+        counts = overlaps.confusion(reference, predicted, NUM_CLASSES)
         assert counts.sum() == reference.size
-        dice = metrics.dice_per_class(counts)
+        dice = overlaps.dice_per_class(counts)
         assert ((dice >= 0) & (dice <= 1) | np.isnan(dice)).all()
-        itself = metrics.mean_dice(metrics.dice_per_class(metrics.confusion(reference, reference, NUM_CLASSES)), ORGANS)
+        of_itself = overlaps.confusion(reference, reference, NUM_CLASSES)
+        itself = overlaps.mean_dice(overlaps.dice_per_class(of_itself), ORGANS)
         has_organ = np.isin(reference, ORGANS).any(axis=(1, 2))
         np.testing.assert_array_equal(itself, np.where(has_organ, 1.0, np.nan))
 
     @pytest.mark.parametrize("seed", range(3))
     def test_a_sample_does_not_depend_on_its_batch(self, seed):
         reference, predicted = random_labels(seed), random_labels(seed + 7)
-        together = metrics.confusion(reference, predicted, NUM_CLASSES)
-        alone = [metrics.confusion(r[None], p[None], NUM_CLASSES) for r, p in zip(reference, predicted, strict=True)]
+        together = overlaps.confusion(reference, predicted, NUM_CLASSES)
+        alone = [overlaps.confusion(r[None], p[None], NUM_CLASSES) for r, p in zip(reference, predicted, strict=True)]
         np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
@@ -93,10 +103,10 @@ class TestAreaError:
     def test_known_answer(self):
         reference = np.array([[[1, 1, 2, 0, 0]]], np.uint8)
         predicted = np.array([[[1, 0, 2, 2, 3]]], np.uint8)
-        errors = metrics.area_errors(metrics.confusion(reference, predicted, NUM_CLASSES))
+        errors = overlaps.area_errors(overlaps.confusion(reference, predicted, NUM_CLASSES))
         # Id 1 at half its area, id 2 at twice its; id 3 is not in the reference.
         np.testing.assert_allclose(errors[0, 1:], [0.5, 1.0, np.nan, np.nan])
-        assert metrics.mean_over_organs(errors, ORGANS)[0] == pytest.approx(0.75)
+        assert overlaps.mean_over_organs(errors, ORGANS)[0] == pytest.approx(0.75)
 
 
 class TestSurfaceDice:
@@ -136,7 +146,7 @@ class TestLegacyDice:
         reference[reference == 3], predicted[predicted == 3] = 0, 0  # absent from both: counts 1
         predicted[1, 0, 0] = 3  # one stray pixel: counts about 0
         loss = DiceLoss(include_background=True, reduction="none")(one_hot(predicted), one_hot(reference))
-        ours = metrics.legacy_dice(metrics.confusion(reference, predicted, NUM_CLASSES))
+        ours = overlaps.legacy_dice(overlaps.confusion(reference, predicted, NUM_CLASSES))
         np.testing.assert_allclose(ours, 1 - loss.flatten(1).mean(dim=1).numpy(), rtol=1e-5)
 
     def test_flatters_where_most_classes_are_absent(self):
@@ -146,23 +156,23 @@ class TestLegacyDice:
         for label_id in range(15):
             counts[0, label_id, label_id] = overlap
             counts[0, label_id, (label_id + 1) % 15] = size - overlap
-        assert metrics.legacy_dice(counts)[0] == pytest.approx(0.925, abs=1e-3)
-        assert np.nanmean(metrics.dice_per_class(counts)) == pytest.approx(0.635)
+        assert overlaps.legacy_dice(counts)[0] == pytest.approx(0.925, abs=1e-3)
+        assert np.nanmean(overlaps.dice_per_class(counts)) == pytest.approx(0.635)
 
 
 class TestImageMetrics:
     def test_psnr_known_answer(self):
         real = torch.full((1, 16, 16), 100, dtype=torch.uint8)
         # A constant difference of 10: 20 log10(255 / 10).
-        assert metrics.psnr_db(real, real + 10)[0] == pytest.approx(28.1308, abs=1e-4)
-        assert np.isinf(metrics.psnr_db(real, real)[0])
+        assert similarity.psnr_db(real, real + 10)[0] == pytest.approx(28.1308, abs=1e-4)
+        assert np.isinf(similarity.psnr_db(real, real)[0])
 
     def test_psnr_and_ssim_agree_with_skimage(self):
         from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
         real, generated = random_images(0), random_images(1)
-        psnr = metrics.psnr_db(torch.from_numpy(real), torch.from_numpy(generated))
-        ssim = metrics.ssim(torch.from_numpy(real), torch.from_numpy(generated))
+        psnr = similarity.psnr_db(torch.from_numpy(real), torch.from_numpy(generated))
+        ssim = similarity.ssim(torch.from_numpy(real), torch.from_numpy(generated))
         # skimage leaves out pixels whose window reaches over the border; torchmetrics reflects the image there instead.
         beyond = [np.pad(images, ((0, 0), (5, 5), (5, 5)), mode="reflect") for images in (real, generated)]
         gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
@@ -175,30 +185,30 @@ class TestImageMetrics:
         broken = images.float()
         broken[0, 0, 0] = float("nan")
         with pytest.raises(ValueError, match=r"generated_BHW: torch.float32; give uint8"):
-            metrics.psnr_db(images, broken)
+            similarity.psnr_db(images, broken)
         with pytest.raises(ValueError, match=r"real_BHW: torch.float32"):
-            metrics.ssim(broken, images)
+            similarity.ssim(broken, images)
         with pytest.raises(ValueError, match="is not real_BHW's"):
-            metrics.ssim(images, images[:2])
+            similarity.ssim(images, images[:2])
         with pytest.raises(ValueError, match="MS-SSIM needs 176"):
-            metrics.ssim_and_ms_ssim(images, images)
+            similarity.ssim_and_ms_ssim(images, images)
 
     def test_one_window_for_both_images(self):
         """A dark image is not stretched: the same difference costs the same wherever it lies."""
         dark, bright = (torch.full((1, 16, 16), value, dtype=torch.uint8) for value in (10, 200))
-        assert metrics.psnr_db(dark, dark + 20)[0] == pytest.approx(metrics.psnr_db(bright, bright + 20)[0])
+        assert similarity.psnr_db(dark, dark + 20)[0] == pytest.approx(similarity.psnr_db(bright, bright + 20)[0])
 
     def test_ssim_of_an_image_with_itself_is_one(self):
         images = torch.from_numpy(random_images(4))
-        np.testing.assert_allclose(metrics.ssim(images, images), 1.0, atol=1e-6)
+        np.testing.assert_allclose(similarity.ssim(images, images), 1.0, atol=1e-6)
 
     def test_pixel_std_counts_the_patient_only(self):
         images = np.zeros((2, 2, 2), np.uint8)
         images[1] = [[0, 10], [0, 200]]
         mask = np.array([[4, 1], [0, 0]], np.uint8)
         # Two values 0 and 10 have the standard deviation 7.07 (n - 1); the other pixel of the patient does not vary.
-        assert metrics.pixel_std(images, mask) == pytest.approx(10 / np.sqrt(2) / 2)
-        assert np.isnan(metrics.pixel_std(images, np.zeros((2, 2), np.uint8)))
+        assert similarity.pixel_std(images, mask) == pytest.approx(10 / np.sqrt(2) / 2)
+        assert np.isnan(similarity.pixel_std(images, np.zeros((2, 2), np.uint8)))
 
 
 class _Pool(torch.nn.Module):
@@ -215,7 +225,7 @@ class TestFrechet:
     def test_agrees_with_torchmetrics_fid(self, num_samples):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        from segdiff_dist.evaluation.inception import grey_extractor
+        from segdiff_dist.evaluation.metrics.inception import grey_extractor
 
         real, generated = (torch.from_numpy(random_images(seed, (num_samples, 32, 32))) for seed in (0, 1))
         theirs = FrechetInceptionDistance(feature=_Pool()).set_dtype(torch.float64)
@@ -223,8 +233,8 @@ class TestFrechet:
             theirs.update(images[:, None].expand(-1, 3, -1, -1), real=is_real)
         extract = grey_extractor(_Pool())
         modality = torch.zeros(num_samples, dtype=torch.int64)
-        ours = metrics.frechet_distance(
-            *(metrics.FeatureStatistics.of(extract(images, modality).numpy()) for images in (real, generated))
+        ours = frechet.frechet_distance(
+            *(frechet.FeatureStatistics.of(extract(images, modality).numpy()) for images in (real, generated))
         )
         assert ours == pytest.approx(float(theirs.compute()), rel=1e-3, abs=1e-4)
 
@@ -232,39 +242,39 @@ class TestFrechet:
         """Diagonal Gaussians: |m1 - m2|^2 + sum (s1 - s2)^2."""
         means, spreads = np.array([[0.0, 1.0], [3.0, 1.0]]), np.array([[1.0, 2.0], [2.0, 5.0]])
         first, second = (
-            metrics.FeatureStatistics(101, mean, np.diag(spread**2) * 100)
+            frechet.FeatureStatistics(101, mean, np.diag(spread**2) * 100)
             for mean, spread in zip(means, spreads, strict=True)
         )
-        assert metrics.frechet_distance(first, second) == pytest.approx(9 + 1 + 9)
+        assert frechet.frechet_distance(first, second) == pytest.approx(9 + 1 + 9)
 
     def test_nothing_between_a_set_and_itself(self):
-        statistics = metrics.FeatureStatistics.of(np.random.default_rng(0).normal(size=(10, 64)) * 50 + 1e4)
-        assert metrics.frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-6)
+        statistics = frechet.FeatureStatistics.of(np.random.default_rng(0).normal(size=(10, 64)) * 50 + 1e4)
+        assert frechet.frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-6)
 
     def test_constant_features(self):
-        same, shifted = (metrics.FeatureStatistics.of(np.full((4, 3), value)) for value in (1.0, 3.0))
-        assert metrics.frechet_distance(same, shifted) == pytest.approx(12.0)
+        same, shifted = (frechet.FeatureStatistics.of(np.full((4, 3), value)) for value in (1.0, 3.0))
+        assert frechet.frechet_distance(same, shifted) == pytest.approx(12.0)
 
     def test_symmetric(self):
         rng = np.random.default_rng(1)
-        first, second = (metrics.FeatureStatistics.of(rng.normal(size=(n, 30)) + n) for n in (12, 90))
-        assert metrics.frechet_distance(first, second) == pytest.approx(metrics.frechet_distance(second, first))
+        first, second = (frechet.FeatureStatistics.of(rng.normal(size=(n, 30)) + n) for n in (12, 90))
+        assert frechet.frechet_distance(first, second) == pytest.approx(frechet.frechet_distance(second, first))
 
     @settings(max_examples=30, deadline=None)
     @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
     def test_parts_merge_to_the_whole(self, sizes, seed):
         parts = [np.random.default_rng([seed, i]).normal(size=(n, 4)) for i, n in enumerate(sizes)]
-        merged = metrics.FeatureStatistics.empty(4)
+        merged = frechet.FeatureStatistics.empty(4)
         for part in parts:
-            merged = merged.merge(metrics.FeatureStatistics.of(part))
-        whole = metrics.FeatureStatistics.of(np.concatenate(parts))
+            merged = merged.merge(frechet.FeatureStatistics.of(part))
+        whole = frechet.FeatureStatistics.of(np.concatenate(parts))
         assert merged.count == whole.count
         np.testing.assert_allclose(merged.mean_D, whole.mean_D, atol=1e-12)
         np.testing.assert_allclose(merged.scatter_DD, whole.scatter_DD, atol=1e-10)
 
     def test_a_small_spread_around_a_large_mean_survives(self):
         features = np.random.default_rng(2).normal(size=(1000, 3)) * 1e-3 + 1e6
-        merged = metrics.FeatureStatistics.of(features[:300]).merge(metrics.FeatureStatistics.of(features[300:]))
+        merged = frechet.FeatureStatistics.of(features[:300]).merge(frechet.FeatureStatistics.of(features[300:]))
         np.testing.assert_allclose(merged.covariance_DD, np.cov(features.T), rtol=1e-3, atol=1e-9)
 
     def test_a_stream_in_small_parts_is_the_whole(self):
@@ -341,13 +351,13 @@ class TestRadiomicsDistance:
         rng = np.random.default_rng(0)
         real, gen = rng.normal(size=(50, 3)), rng.normal(size=(60, 3)) + 0.5
         plain, scaled = (
-            radiomics.frd(*(metrics.FeatureStatistics.of(side * unit + 7) for side in (real, gen)))
+            radiomics.frd(*(frechet.FeatureStatistics.of(side * unit + 7) for side in (real, gen)))
             for unit in (np.ones(3), np.array([1e-3, 1.0, 1e4]))
         )
         assert plain == pytest.approx(scaled, rel=1e-6)
 
     def test_constant_features_and_equal_sets(self):
-        same = metrics.FeatureStatistics.of(np.full((4, 2), 3.0))
+        same = frechet.FeatureStatistics.of(np.full((4, 2), 3.0))
         assert radiomics.frd(same, same) is None
 
 
@@ -356,15 +366,15 @@ class TestEstimate:
 
     def test_mean_n_and_what_is_left_out(self):
         values = np.array([1.0, 3.0, np.nan, np.inf])
-        found = metrics.estimate(values, np.array(["a", "b", "a", "c"]), resamples=100, seed=0)
+        found = estimates.estimate(values, np.array(["a", "b", "a", "c"]), resamples=100, seed=0)
         assert found is not None
         assert (found.value, found.num_samples, found.num_patients) == (2.0, 2, 2)
 
     def test_interval_is_over_patients_not_slices(self):
         """25 equal slices of each of 4 patients tell no more than one slice of each."""
         values = np.repeat([0.2, 0.4, 0.6, 0.8], 25)
-        many = metrics.estimate(values, self.patients, resamples=2000, seed=0)
-        single = metrics.estimate(values[::25], self.patients[::25], resamples=2000, seed=0)
+        many = estimates.estimate(values, self.patients, resamples=2000, seed=0)
+        single = estimates.estimate(values[::25], self.patients[::25], resamples=2000, seed=0)
         assert many is not None
         assert single is not None
         assert many.interval == pytest.approx(single.interval)
@@ -377,19 +387,19 @@ class TestEstimate:
         for _ in range(4000):
             chosen = rng.choice(["a", "b", "c", "d"], 4)
             draws.append(np.concatenate([values[self.patients == patient] for patient in chosen]).mean())
-        found = metrics.estimate(values, self.patients, resamples=4000, seed=1)
+        found = estimates.estimate(values, self.patients, resamples=4000, seed=1)
         assert found is not None
         assert found.interval == pytest.approx(np.percentile(draws, (2.5, 97.5)), abs=0.02)
 
     def test_seeded(self):
         values = np.random.default_rng(0).normal(size=100)
-        runs = [metrics.estimate(values, self.patients, resamples=200, seed=seed) for seed in (3, 3, 4)]
+        runs = [estimates.estimate(values, self.patients, resamples=200, seed=seed) for seed in (3, 3, 4)]
         assert runs[0] == runs[1] != runs[2]
 
     def test_one_patient_has_no_interval(self):
-        found = metrics.estimate(np.array([1.0, 2.0]), np.array(["a", "a"]), resamples=10, seed=0)
+        found = estimates.estimate(np.array([1.0, 2.0]), np.array(["a", "a"]), resamples=10, seed=0)
         assert found is not None
         assert found.interval is None
 
     def test_nothing_finite(self):
-        assert metrics.estimate(np.array([np.nan]), np.array(["a"]), resamples=10, seed=0) is None
+        assert estimates.estimate(np.array([np.nan]), np.array(["a"]), resamples=10, seed=0) is None

@@ -10,8 +10,8 @@ import pytest
 
 from data_shards.problems import InputProblems
 from segdiff_dist.config import how_to_make, next_command
-from segdiff_dist.evaluation.comparison import open_runs
-from segdiff_dist.evaluation.report import render
+from segdiff_dist.evaluation.report.comparison import open_runs
+from segdiff_dist.evaluation.report.page import render
 from segdiff_dist.sampling.weights import weights_digest
 from segdiff_dist.segmentation import Segmenter
 

@@ -19,7 +19,8 @@ from data_shards.locks import FOLDER_LOCK, lock_beside, locked
 from data_shards.phantom import PhantomConfig, write_phantom
 from data_shards.problems import OutOfSpace
 from segdiff_dist import cli
-from segdiff_dist.evaluation import job as evaluation
+from segdiff_dist.evaluation.evaluate import draw
+from segdiff_dist.evaluation.measure import job as evaluation
 from segdiff_dist.export import job as exporting
 from segdiff_dist.export.config import ExportConfig
 
@@ -153,18 +154,18 @@ def test_a_full_disk_while_samples_are_exported(run: Path, tmp_path: Path, monke
 
 
 def test_a_full_disk_while_figures_are_drawn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from segdiff_dist.evaluation import figures
+    from segdiff_dist.evaluation.report import figures
 
     def full(canvas: Any, file: Path) -> None:
         file.write_bytes(b"half")
         raise NO_SPACE
 
-    evaluation.draw(run, progress=False)
+    draw(run, progress=False)
     before = bytes_of(run)
     with monkeypatch.context() as patch:
         patch.setattr(figures, "save", full)
         with pytest.raises(OutOfSpace, match="evaluation: no space left"):
-            evaluation.draw(run, progress=False)
+            draw(run, progress=False)
     assert bytes_of(run) == before
     assert json.loads((run / "evaluation" / "figures" / "index.json").read_text())
 

@@ -15,13 +15,14 @@ import pytest
 from evaluation_support import Page, is_self_contained
 
 from data_shards.labels import AMOS
-from segdiff_dist.evaluation.distances import fewest_samples
-from segdiff_dist.evaluation.report import PUBLISHED, write_report
-from segdiff_dist.evaluation.summary import Evaluated, scalars, summarise
-from segdiff_dist.evaluation.sums import Interval
-from segdiff_dist.evaluation.tracked import locate
-from segdiff_dist.evaluation.trust import Spread, not_made
-from segdiff_dist.evaluation.worker import ChunkResult, column_names
+from segdiff_dist.evaluation.measure.summary import Evaluated, scalars, summarise
+from segdiff_dist.evaluation.measure.trust import Spread, not_made
+from segdiff_dist.evaluation.measure.worker import ChunkResult
+from segdiff_dist.evaluation.metrics.columns import column_names
+from segdiff_dist.evaluation.metrics.distances import fewest_samples
+from segdiff_dist.evaluation.metrics.sums import Interval
+from segdiff_dist.evaluation.report.page import PUBLISHED, write_report
+from segdiff_dist.evaluation.report.tracked import locate
 
 LIVER, SPLEEN = "liver", "spleen"
 ONCE = Interval(10, 0)

@@ -15,7 +15,8 @@ from data_shards.labels import AMOS
 from data_shards.phantom import PhantomConfig, write_phantom
 from data_shards.problems import InputProblems
 from segdiff_dist.cli import main
-from segdiff_dist.evaluation.job import EvaluateConfig, measure
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.job import measure
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.run import evaluate_once

@@ -12,13 +12,13 @@ import pytest
 from evaluation_support import Page, evaluate_here
 
 from data_shards.labels import AMOS
-from segdiff_dist.evaluation.comparison import best_of, open_runs
-from segdiff_dist.evaluation.comparison_report import write_comparison
-from segdiff_dist.evaluation.definitions import DEFINITIONS
-from segdiff_dist.evaluation.job import draw
-from segdiff_dist.evaluation.sharpness import SHARPNESS_METRICS, measure, sharpness_entries, sharpness_messages
-from segdiff_dist.evaluation.summary import format_table, scalars
-from segdiff_dist.evaluation.sums import Interval, PatientSums, SumKey
+from segdiff_dist.evaluation.evaluate import draw
+from segdiff_dist.evaluation.measure.summary import format_table, scalars
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
+from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS, measure, sharpness_entries, sharpness_messages
+from segdiff_dist.evaluation.metrics.sums import Interval, PatientSums, SumKey
+from segdiff_dist.evaluation.report.comparison import best_of, open_runs
+from segdiff_dist.evaluation.report.comparison_page import write_comparison
 
 ISSUE_BANDS = dict(zip(SHARPNESS_METRICS[1:-1], (1.03, 0.87, 0.59, 0.20, 0.04), strict=True))
 

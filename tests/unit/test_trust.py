@@ -14,8 +14,8 @@ from tests_support import write_shapes
 
 from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
-from segdiff_dist.evaluation import trust
-from segdiff_dist.evaluation.worker import Evaluator, Inputs
+from segdiff_dist.evaluation.measure import trust
+from segdiff_dist.evaluation.measure.worker import Evaluator, Inputs
 from segdiff_dist.sampling.store import SampleStore
 from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
 

@@ -1,0 +1,33 @@
+"""`segdiff evaluate` and `segdiff report`: measure the samples of a run, then draw figures and report from that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_shards.problems import saying_when_full
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.job import FOLDER, at_work, measure
+
+
+def evaluate(
+    run: Path, config: EvaluateConfig, *, amos_root: Path | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Measure all samples of `run`, draw the figures, write the report; returns what summary.json holds.
+
+    `amos_root`: the archive the shards were made from, for the figure of intensities before clipping; where it is
+    not given or gone, that figure is drawn from the stored slices and says so. Errors as of `measure`.
+    """
+    summary = measure(run, config, progress=progress)
+    draw(run, amos_root=amos_root, progress=progress)
+    return summary
+
+
+def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> Path:
+    """Figures and report of a measured `run`, from what lies in its folder; returns the page."""
+    from segdiff_dist.evaluation.report.figures import draw_figures
+    from segdiff_dist.evaluation.report.page import write_report
+
+    with at_work(Path(run)), saying_when_full(Path(run) / FOLDER):
+        draw_figures(Path(run), amos_root=amos_root, progress=progress)
+        return write_report(Path(run))

@@ -1,0 +1,91 @@
+"""The `evaluate` section of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
+from data_shards.problems import Problem
+from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
+from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured, and on what."""
+
+    segmenter: Path | None = None
+    """Exported weights of the auxiliary segmenter; RUN/segmenter/weights by default."""
+    fid_weights: Literal["download"] | Path | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
+    """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
+    lpips_weights: Literal["download"] | Path | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
+    """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
+    frd_images: int = 0
+    """Images on either side whose radiomics features make `frd`, about a second each; 0 leaves it out."""
+    surface_dice: bool = True
+    """Surface Dice of every organ in every pair of label maps."""
+    distribution_images: int = 5000
+    """Of how many images a side and group the features are kept, for kernel distance, precision, recall, density and
+    coverage. Frechet distances are of all images."""
+    memorisation: bool = False
+    """Look for training images among the generated ones (at most distribution_images): a pass over the train split."""
+    downstream: Annotated[bool, tyro.conf.arg(aliases=["--downstream"])] = False
+    """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones, as the
+    `downstream` section says: hours."""
+    most_memorised: float = 0.05
+    """The share of suspects above which a set of samples fails: `segdiff evaluate` then exits with 1."""
+    batch_size: int = 16
+    num_workers: int | None = None
+    """Ray workers; by default one a GPU, or one a core where there is none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    bootstrap_samples: int = 1000
+    """How often the patients are redrawn for a 95 % interval."""
+    seed: int = 0
+    """Of the redrawing."""
+    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
+    """A Ray cluster to join, whose GPUs and cores count then; by default Ray is started on this machine."""
+
+    def problems(self) -> list[Problem]:
+        """What is out of range or not there."""
+        found = [
+            Problem("config", f"evaluate.{name}", str(value), "give a whole number of at least 1")
+            for name in ("batch_size", "num_workers", "bootstrap_samples")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        found += [
+            Problem(
+                "config",
+                f"evaluate.{name}",
+                str(value),
+                f"give {also}a whole number of at least {FEWEST_FOR_DISTANCES}",
+            )
+            for name, also in (("frd_images", "0 or "), ("distribution_images", ""))
+            if (value := getattr(self, name)) < FEWEST_FOR_DISTANCES and not (also and value == 0)
+        ]
+        if not 0 <= self.most_memorised <= 1:
+            found.append(Problem("config", "evaluate.most_memorised", str(self.most_memorised), "give 0 to 1"))
+        for name, missing in (
+            ("fid_weights", inception.missing_for_fid),
+            ("lpips_weights", perceptual.missing_for_lpips),
+        ):
+            weights = getattr(self, name)
+            if isinstance(weights, Path) and not weights.is_file():
+                found.append(Problem("config", f"evaluate.{name}", f"{weights}: no such file", "give the file"))
+            if weights is not None and (reason := missing(str(weights))):
+                found.append(Problem("config", f"evaluate.{name}", str(weights), reason))
+        if self.frd_images and (reason := radiomics.missing_for_frd(self.frd_images)):
+            found.append(Problem("config", "evaluate.frd_images", str(self.frd_images), reason))
+        # Of a cluster it is known once that was joined.
+        if self.device == "cuda" and self.ray_address is None and not _num_gpus():
+            found.append(Problem("config", "evaluate.device", "cuda: no GPU found", "use auto or cpu"))
+        return found
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

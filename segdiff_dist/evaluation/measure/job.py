@@ -1,0 +1,270 @@
+"""`segdiff evaluate`: every sample of a run measured on Ray; rows, summary, predictions, figures and report.
+
+RUN/evaluation/samples.parquet       a row a sample
+RUN/evaluation/summary.json          value, 95 % interval and n: overall, by modality, axis and organ
+RUN/evaluation/predictions.zarr      label maps of the real and the generated images, uint8 [N, H, W]
+RUN/evaluation/figures/*.png, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.fan_out import TaskFailure, Workers
+from data_shards.locks import lock_beside, locked
+from data_shards.problems import InputProblems, removed_on_failure, saying_when_full
+from data_shards.store.shards import ShardSet
+from segdiff_dist.config import read_yaml
+from segdiff_dist.evaluation.measure import copies, trust
+from segdiff_dist.evaluation.measure.checks import Checked, check
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.headline import headline_items
+from segdiff_dist.evaluation.measure.provenance import not_available, provenance
+from segdiff_dist.evaluation.measure.rows import RowWriter
+from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
+from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
+from segdiff_dist.evaluation.measure.worker import Chunk, Inputs, make_worker
+from segdiff_dist.evaluation.metrics.columns import SIDES
+from segdiff_dist.evaluation.metrics.downloads import Weights, weights_for
+from segdiff_dist.evaluation.metrics.sums import Interval
+from segdiff_dist.sampling.config import SampleConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.sampling.job import Crew
+    from segdiff_dist.sampling.store import SampleStore
+
+FOLDER = "evaluation"
+# Items a task takes: long enough to drown Ray's overhead, short enough for a progress bar that moves.
+_ITEMS_A_TASK = 64
+_TRAINING_SLICES_A_TASK = 256
+# More workers than this wait for each other's memory bandwidth and hold a segmenter each.
+_MOST_DEFAULT_WORKERS = 16
+
+
+class EvaluationFailed(RuntimeError):
+    """Some items could not be measured; says which and why. Nothing of an earlier evaluation was touched."""
+
+
+def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Write samples.parquet, predictions.zarr and summary.json of `run`; returns what the last of them holds.
+
+    InputProblems, all at once, before any work: no or unfinished samples, samples without real images, no segmenter, a
+    broken one, one for images of another size or trained on another label table, a shard set that is not the one
+    sampled from, weights that are not there or cannot be read; another process that writes RUN/evaluation, or a RUN
+    that cannot be written. EvaluationFailed when items cannot be read.
+    """
+    run = Path(run)
+    checked = check(run, config)
+    folder = run / FOLDER
+    rows, predictions = folder / "samples.parquet.partial", folder / "predictions.zarr.partial"
+    with at_work(run), saying_when_full(folder), removed_on_failure(rows), removed_on_failure(predictions):
+        return _measure_checked(run, config, checked, rows, progress)
+
+
+def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
+    """While this process writes RUN/evaluation others are refused: data_shards.locks."""
+    return locked(lock_beside(run / FOLDER), run / FOLDER, "is evaluating or drawing", lends=lends)
+
+
+def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: Path, progress: bool) -> dict[str, Any]:
+    from segdiff_dist.sampling.job import joined
+
+    store, shards, folder = checked.store, checked.shards, run / FOLDER
+    folder.mkdir(exist_ok=True)
+    with weights_for(config, folder) as weights:
+        with joined(_as_sampling(config)):
+            crew = crew_for(config)
+            inputs = _inputs(run, config, checked, crew.device, weights)
+            measured, told = _measure(inputs, crew, config, store, shards, rows, progress)
+        summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
+        summary["not_available"] = not_available(summary, inputs, store) | weights.missing
+        summary["provenance"] = provenance(inputs, store, shards) | {
+            "segmenter_sha256": checked.segmenter_sha256,
+            "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
+            "distribution_images": config.distribution_images,
+        }
+    mark_unreliable(summary)
+    with removed_on_failure(folder / "summary.json.partial") as partial:
+        # All is written before anything of an earlier evaluation goes: a disk that fills leaves that whole.
+        partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        rows.replace(folder / "samples.parquet")
+        _replace(inputs.predictions, folder / "predictions.zarr")
+        # Last, so that a summary never stands beside older rows.
+        partial.replace(folder / "summary.json")
+    return summary
+
+
+def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, weights: Weights) -> Inputs:
+    """For the workers: absolute paths, since a worker may not start in this folder."""
+    return Inputs(
+        samples=(run / "samples").resolve(),
+        shards=checked.shards.resolved,
+        segmenter=checked.segmenter.resolve(),
+        predictions=(run / FOLDER / "predictions.zarr.partial").resolve(),
+        fid_weights=weights.fid,
+        lpips_weights=weights.lpips,
+        radiomics_items=frozenset(headline_items(checked.store.items, config.frd_images, config.seed)),
+        surface_dice=config.surface_dice,
+        batch_size=config.batch_size,
+        device=device,
+    )
+
+
+def _measure(
+    inputs: Inputs, crew: Crew, config: EvaluateConfig, store: SampleStore, shards: ShardSet, rows: Path, progress: bool
+) -> tuple[Evaluated, dict[str, Any]]:
+    """Every chunk on a worker; its rows go to the file `rows`, and what the summary needs into running sums. Second,
+    the summary's section "trust"."""
+    from tqdm import tqdm
+
+    num_items = store.items.num_rows
+    _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
+    chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
+    capacity, seed = config.distribution_images, config.seed
+    # Rows are closed before the workers stop, and neither counts when a task failed.
+    with (
+        Workers(
+            make_worker(inputs),
+            num_workers=crew.num_workers,
+            gpus_per_worker=crew.gpus_per_worker,
+            address=config.ray_address,
+        ) as workers,
+        RowWriter(rows) as writer,
+    ):
+        masks = trust.images_of_masks(store.items)
+        spread = {task.ids[0]: result for task, result in in_order(workers, masks)}
+        measured = Evaluated.empty(shards.label_table, store.items, spread, capacity=capacity, seed=seed)
+        with tqdm(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
+            for chunk, result in in_order(workers, chunks, bar):
+                measured.add(chunk.start, chunk.stop, result)
+                columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
+                writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
+        told: dict[str, Any] = {"leakage": trust.leakage(store.items, shards)}
+        if config.memorisation:
+            told["memorisation"] = _memorisation(workers, rows.with_name("queries.partial.npz"), config, store, shards)
+    return measured, told
+
+
+def _memorisation(
+    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, store: SampleStore, shards: ShardSet
+) -> dict[str, Any]:
+    """The nearest training image of every generated one, and of real ones that training has not seen; `file` passes
+    them to the workers."""
+    ids = headline_items(store.items, config.distribution_images, config.seed)
+    rows = shards.select(split="train", labelled_only=False).tolist()
+    unseen = trust.unseen_rows(store.items["row"].to_numpy()[ids], shards, config.seed)
+    if reason := trust.why_not(ids, rows, unseen):
+        return trust.not_made(reason)
+    asked: list[Any] = [trust.Queries(tuple(part)) for part in _parts(ids, _ITEMS_A_TASK)]
+    asked += [trust.UnseenQueries(tuple(part)) for part in _parts(unseen, _ITEMS_A_TASK)]
+    parts = [result for _, result in in_order(workers, asked)]
+    keys = dict.fromkeys(key for part in parts for key in part)
+    queries: dict[str, Any] = {"_".join(k): np.concatenate([part[k] for part in parts if k in part]) for k in keys}
+    np.savez(file, **queries)
+    training = [trust.NearestInTraining(file.resolve(), tuple(part)) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
+    try:
+        nearest = trust.closer(result for _, result in in_order(workers, training))
+        nearest |= _nearest_copies(workers, file.resolve(), rows)
+    finally:
+        file.unlink()
+    return trust.memorisation(ids, store.items, shards, nearest, config.most_memorised)
+
+
+def _nearest_copies(
+    workers: Workers[Any, Any], file: Path, rows: list[int]
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """The same where training images may be mirrored, turned, shifted, scaled or changed in brightness."""
+    config = file.parents[1] / "config.yaml"
+    loader = read_yaml(config).get("loader") if config.is_file() else None
+    ranges = copies.Ranges.of(loader if isinstance(loader, dict) else {})
+    asked = [copies.CopyCandidates(file, tuple(part), ranges) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
+    candidates = copies.best_candidates(result for _, result in in_order(workers, asked))
+    found = {}
+    for side, (rows_QC, variants_QC) in candidates.items():
+        parts = []
+        for start in range(0, len(rows_QC), _ITEMS_A_TASK):
+            part = slice(start, start + _ITEMS_A_TASK)
+            parts.append(copies.NearestCopy(file, side, start, rows_QC[part], variants_QC[part], ranges))
+        distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts)), strict=True)
+        found["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
+    return found
+
+
+def _parts(values: list[int], most: int) -> list[list[int]]:
+    return [values[start : start + most] for start in range(0, len(values), most)]
+
+
+def _as_sampling(config: EvaluateConfig) -> SampleConfig:
+    """As far as both say who is to work, and where."""
+    return SampleConfig(num_workers=config.num_workers, device=config.device, ray_address=config.ray_address)
+
+
+def crew_for(config: EvaluateConfig) -> Crew:
+    """One worker a GPU, or one a core, of this machine or of the cluster that was joined."""
+    from segdiff_dist.sampling.job import crew_of
+
+    try:
+        crew = crew_of(_as_sampling(config))
+    except InputProblems as error:
+        fields = [replace(one, field=one.field.replace("sample.", "evaluate.")) for one in error.problems]
+        raise InputProblems(fields) from error
+    if config.num_workers is not None or crew.device != "cpu":
+        return crew
+    return replace(crew, num_workers=min(crew.num_workers, _MOST_DEFAULT_WORKERS))
+
+
+def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Tasks with their results in the order of `tasks`: one that is early waits for those before it.
+
+    EvaluationFailed as soon as one fails: no more are begun, and what those at work bring is not kept.
+    """
+    waiting: dict[Any, Any] = {}
+    following = iter(tasks)
+    expected = next(following, None)
+    results: Any = workers.run(tasks)
+    for done in results:
+        if isinstance(done.result, TaskFailure):
+            results.close()
+            failed = [done, *(other for other in workers.run(()) if isinstance(other.result, TaskFailure))]
+            told = sorted(f"{_told(one.task)}: {one.result.error}" for one in failed)
+            raise EvaluationFailed(f"could not be measured: {'; '.join(told)}")
+        waiting[done.task] = done.result
+        while expected is not None and expected in waiting:
+            if bar is not None:
+                bar.update(expected.stop - expected.start)
+            yield expected, waiting.pop(expected)
+            expected = next(following, None)
+
+
+def _told(task: Any) -> str:
+    """A task in an error message."""
+    if isinstance(task, Chunk):
+        return f"items {task.start} to {task.stop - 1}"
+    if isinstance(task, trust.NearestInTraining):
+        return f"training slices {task.rows[0]} to {task.rows[-1]}"
+    if isinstance(task, trust.UnseenQueries):
+        return f"real slices {task.rows[0]} to {task.rows[-1]}"
+    return f"items {task.ids[0]} to {task.ids[-1]}"
+
+
+def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
+    import zarr
+
+    shutil.rmtree(path, ignore_errors=True)
+    group = zarr.create_group(path)
+    for side in SIDES:
+        # A task's items are whole chunks: no two workers ever write to one.
+        group.create_array(side, shape=shape, chunks=(min(16, _ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)
+
+
+def _replace(new: Path, old: Path) -> None:
+    shutil.rmtree(old, ignore_errors=True)
+    new.rename(old)

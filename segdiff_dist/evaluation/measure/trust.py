@@ -1,0 +1,281 @@
+"""What a metric does not show: whether images are copies of training images, whether those of one mask differ, and
+whether patients are on both sides.
+
+Tasks here run on the workers of measure/worker.py. Dimensions: B batch, Q queries, N training images,
+D features, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.feed.order import sample_at
+from segdiff_dist.evaluation.metrics import similarity
+from segdiff_dist.evaluation.metrics.columns import SIDES
+from segdiff_dist.evaluation.metrics.feature_sets import nearest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.evaluation.measure.worker import Evaluator
+
+SPACES = ("segmenter", "pixels")
+# An image is near to training where fewer than this share of unseen real images are as near.
+_QUANTILE = 0.01
+# The third space, segdiff_dist.evaluation.measure.copies. It decides alone, so its limit is below that of the others.
+COPIES = "copies"
+_COPY_SHARE = 0.9
+# Of one mask's images this many are compared in pairs, which are 28 then.
+_MOST_IMAGES = 8
+# Pixel space is the image in this many square means a side: shifts and noise of a pixel or two do not count.
+_SMALL_SIDE = 32
+_MOST_TOLD = 50
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much images of one mask differ: similarity.pixel_std over all, and means over pairs of the first eight."""
+
+    pixel_std: float
+    pairwise_ssim: float = float("nan")
+    pairwise_ms_ssim: float = float("nan")
+    pairwise_feature_distance: float = float("nan")
+
+
+@dataclass(frozen=True)
+class ImagesOfAMask:
+    """A worker's task: the spread of these items, which are of one mask and modality."""
+
+    ids: tuple[int, ...]
+
+    def run(self, evaluator: Evaluator) -> Spread:
+        """MS-SSIM is left out (NaN) where the images are too small for it; feature distances are the segmenter's."""
+        images_BHW = np.stack([np.asarray(evaluator.store.image[i]) for i in self.ids])
+        pixel_std = similarity.pixel_std(images_BHW, np.asarray(evaluator.store.mask[self.ids[0]]))
+        few_BHW = evaluator.on_device(images_BHW[:_MOST_IMAGES])
+        pairs = np.array(list(combinations(range(len(few_BHW)), 2)))
+        first, second = few_BHW[pairs[:, 0]], few_BHW[pairs[:, 1]]
+        ms_ssim = np.array([np.nan])
+        if min(images_BHW.shape[1:]) >= similarity.MS_SSIM_SMALLEST_SIDE:
+            ssim, ms_ssim = similarity.ssim_and_ms_ssim(first, second)
+        else:
+            ssim = similarity.ssim(first, second)
+        features_BD = evaluator.features(few_BHW, self.ids[:_MOST_IMAGES])
+        distance = np.linalg.norm(features_BD[pairs[:, 0]] - features_BD[pairs[:, 1]], axis=1)
+        return Spread(pixel_std, float(ssim.mean()), float(ms_ssim.mean()), float(distance.mean()))
+
+
+def images_of_masks(items: pa.Table) -> list[ImagesOfAMask]:
+    """The masks that have several images in their own modality."""
+    names = ("row", "seed_index", "source_modality", "target_modality")
+    row, seed_index, source, target = (items[name].to_numpy() for name in names)
+    own = np.flatnonzero(source == target)
+    # By mask, and within a mask by seed.
+    own = own[np.lexsort((seed_index[own], row[own]))]
+    several = np.split(own, np.flatnonzero(np.diff(row[own])) + 1)
+    return [ImagesOfAMask(tuple(ids.tolist())) for ids in several if len(ids) >= 2]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A worker's task: where items' generated images lie in each space; float32 [B, D] by (space, side)."""
+
+    ids: tuple[int, ...]
+
+    def run(self, evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
+        """The generated side alone."""
+        images_BHW = np.stack([np.asarray(evaluator.store.image[i]) for i in self.ids])
+        features_BD = evaluator.features(evaluator.on_device(images_BHW), self.ids)
+        return {("segmenter", "gen"): features_BD, ("pixels", "gen"): small(images_BHW)}
+
+
+@dataclass(frozen=True)
+class UnseenQueries:
+    """A worker's task: the same of these real slices of the shard set."""
+
+    rows: tuple[int, ...]
+
+    def run(self, evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
+        """The real side alone."""
+        return {(space, "real"): found for space, found in _in_each_space(self.rows, evaluator).items()}
+
+
+@dataclass(frozen=True)
+class NearestInTraining:
+    """A worker's task: for each query in the file `queries` the nearest among these rows of the shard set."""
+
+    queries: Path
+    rows: tuple[int, ...]
+
+    def run(self, evaluator: Evaluator) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+        """Distance [Q] and row [Q] by (space, side)."""
+        training = _in_each_space(self.rows, evaluator)
+        found = {}
+        with np.load(self.queries) as queries:
+            for space in SPACES:
+                for side in SIDES:
+                    distance_Q, index_Q = nearest(queries[f"{space}_{side}"], training[space])
+                    found[space, side] = (distance_Q, np.asarray(self.rows)[index_Q])
+        return found
+
+
+def _in_each_space(rows: Sequence[int], evaluator: Evaluator) -> dict[str, np.ndarray]:
+    """Where slices of the shard set lie, cropped like the generated images: float32 [N, D] by space."""
+    records = [evaluator.shards.read(row).cropped(evaluator.store.image.shape[1]) for row in rows]
+    images_NHW = np.stack([record.image_uint8() for record in records])
+    modality = [record.meta.modality for record in records]
+    features_ND = evaluator.features_of(evaluator.on_device(images_NHW), modality)
+    return {"segmenter": features_ND, "pixels": small(images_NHW)}
+
+
+def unseen_rows(rows: np.ndarray, shards: ShardSet, seed: int) -> list[int]:
+    """The real slices that images of the masks `rows` are held against: those slices themselves, but for any whose
+    patient or source file is in the train split. In place of these, as for all masks of that split, stand others of the
+    same modalities and axes that are not in it, drawn by `seed`. Empty where training has seen all there are."""
+    own = np.unique(rows)
+    unseen = own[~_in_training(own, shards)]
+    if len(unseen) == len(own):
+        return own.tolist()
+    alike = np.isin(shards.modality_N, shards.modality_N[own]) & np.isin(shards.axis_N, shards.axis_N[own])
+    others = np.setdiff1d(np.flatnonzero(alike), own)
+    others = others[~_in_training(others, shards)]
+    order = sample_at(np.arange(len(others)), max(len(others), 1), seed)
+    return np.sort(np.concatenate((unseen, others[order[: len(own) - len(unseen)]]))).tolist()
+
+
+def _in_training(rows: np.ndarray, shards: ShardSet) -> np.ndarray:
+    """bool [len(rows)]: whether a slice's patient or source file is in the train split."""
+    training = shards.select(split="train", labelled_only=False)
+    found = np.zeros(len(rows), dtype=bool)
+    for name in ("case_id", "source_sha256"):
+        values = shards.samples[name]
+        known = set(values.take(training).to_pylist())
+        found |= np.array([value in known for value in values.take(rows).to_pylist()], dtype=bool)
+    return found
+
+
+def small(images_BHW: np.ndarray) -> np.ndarray:
+    """float32 [B, 1024] in [0, 1]: means over a grid of 32x32 (of every pixel where the image is smaller)."""
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    sides = (min(_SMALL_SIDE, images_BHW.shape[1]), min(_SMALL_SIDE, images_BHW.shape[2]))
+    pooled = adaptive_avg_pool2d(torch.from_numpy(images_BHW)[:, None].float() / similarity.GREY_RANGE, sides)
+    return np.asarray(pooled.flatten(1).numpy())
+
+
+def closer(
+    found: Iterable[dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]],
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """The nearest over all parts of the training set."""
+    nearest_yet: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+    for part in found:
+        for key, (distance_Q, row_Q) in part.items():
+            before_Q, kept_Q = nearest_yet.get(key, (np.full(len(distance_Q), np.inf), row_Q))
+            # Of equally near ones that of the lower row, so that the order of the parts does not matter.
+            new_Q = (distance_Q < before_Q) | ((distance_Q == before_Q) & (row_Q < kept_Q))
+            nearest_yet[key] = (np.where(new_Q, distance_Q, before_Q), np.where(new_Q, row_Q, kept_Q))
+    return nearest_yet
+
+
+def memorisation(
+    ids: Sequence[int],
+    items: pa.Table,
+    shards: ShardSet,
+    nearest_by: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
+    most: float,
+) -> dict[str, Any]:
+    """How near generated images lie to training ones, against real images that training has not seen.
+
+    A suspect lies no farther than the first percentile of the real images in both spaces; were nothing copied, about
+    1 % would in each. Or it is a copy: nearer than _COPY_SHARE of the first percentile where training images may be
+    mirrored, turned, shifted, scaled or changed in brightness (("copies", side) of `nearest_by`). `passed`: at most
+    the share `most` are suspects. `nearer`: median distance of the generated over that of the real; well below 1 it
+    is a sign of copies. After Meehan et al. 2020.
+    """
+    limits = {space: float(np.quantile(nearest_by[space, "real"][0], _QUANTILE)) for space in SPACES}
+    is_suspect = np.ones(len(ids), dtype=bool)
+    for space in SPACES:
+        # Not below alone: where unseen images have a twin in training, the limit is 0, and so is a copy's distance.
+        is_suspect &= nearest_by[space, "gen"][0] <= limits[space]
+    spaces: tuple[str, ...] = SPACES
+    if (COPIES, "gen") in nearest_by:
+        spaces = (*SPACES, COPIES)
+        limits[COPIES] = _COPY_SHARE * float(np.quantile(nearest_by[COPIES, "real"][0], _QUANTILE))
+        is_suspect |= nearest_by[COPIES, "gen"][0] <= limits[COPIES]
+    medians = {key: float(np.median(distance_Q)) for key, (distance_Q, _) in nearest_by.items()}
+    # Suspects first, then by how near they are to a training image, changed or not.
+    order = np.lexsort((nearest_by[spaces[-1], "gen"][0], ~is_suspect))
+
+    def told(q: int) -> dict[str, Any]:
+        entry = {"item_id": int(ids[q]), "key": items["key"][int(ids[q])].as_py(), "suspect": bool(is_suspect[q])}
+        for space in spaces:
+            distance_Q, row_Q = nearest_by[space, "gen"]
+            entry[f"distance_{space}"] = float(distance_Q[q])
+            entry[f"training_row_{space}"] = int(row_Q[q])
+            entry[f"training_key_{space}"] = shards.samples["key"][int(row_Q[q])].as_py()
+        return entry
+
+    share = float(is_suspect.mean())
+    return {
+        "memorised_share": share,
+        "most_allowed": most,
+        "passed": share <= most,
+        "num_images": len(ids),
+        "num_suspects": int(is_suspect.sum()),
+        "num_unseen": len(nearest_by["pixels", "real"][0]),
+        "limits": limits,
+        "nearer": {s: medians[s, "gen"] / medians[s, "real"] if medians[s, "real"] else None for s in spaces},
+        "nearest": [told(int(q)) for q in order[:_MOST_TOLD]],
+    }
+
+
+def not_made(reason: str) -> dict[str, Any]:
+    """What stands in place of `memorisation` where nothing can be said: neither passed nor failed."""
+    return {"passed": None, "reason": reason, "nearest": []}
+
+
+def why_not(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) -> str | None:
+    """Why there is no telling copies of `training` (rows) among `ids` (items); None where there is."""
+    if not ids:
+        return "no sample is the first of its mask in the modality of the mask's own slice"
+    if not training:
+        return "the shard set has no train split"
+    if not unseen:
+        return "the shard set has no slice of a patient and a file outside of the train split to hold them against"
+    return None
+
+
+def warnings(summary: dict[str, Any]) -> list[str]:
+    """What a person must know before a set of samples is released, of summary.json."""
+    leaked, memorised = summary["trust"]["leakage"], summary["trust"].get("memorisation")
+    found = []
+    if leaked["num_leaked"]:
+        names = leaked["patients"] or leaked["files"]
+        found.append(f"{leaked['num_leaked']} patients or files are in the train split too: {', '.join(names[:5])}")
+    if memorised is not None and memorised["passed"] is None:
+        found.append(f"whether training images are among the samples is not known: {memorised['reason']}")
+    if memorised is not None and memorised["passed"] is False:
+        share, most = memorised["memorised_share"], memorised["most_allowed"]
+        found.append(
+            f"{share:.1%} of the images look like training images, more than {most:.1%}: see trust.memorisation"
+        )
+    return found
+
+
+def leakage(items: pa.Table, shards: ShardSet) -> dict[str, Any]:
+    """Patients, and source files under whatever name, whose masks were sampled from and who are in the train split."""
+    rows = np.unique(items["row"].to_numpy())
+    training = shards.select(split="train", labelled_only=False)
+    shared = {
+        name: sorted(set(values.take(rows).to_pylist()) & set(values.take(training).to_pylist()))
+        for name, values in (("patients", shards.samples["case_id"]), ("files", shards.samples["source_sha256"]))
+    }
+    return {"num_leaked": max(map(len, shared.values())), **shared}

@@ -1,0 +1,320 @@
+"""What a Ray worker does: load the networks once, then turn chunks of items into rows, features and predictions.
+
+Dimensions: B batch, H rows, W columns, K label ids, D features, O organs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.records import MODALITIES
+from segdiff_dist.evaluation.measure.headline import is_headline
+from segdiff_dist.evaluation.metrics import overlaps, sharpness, similarity, surfaces
+from segdiff_dist.evaluation.metrics.columns import FALSE_POSITIVES, SIDES, column_names
+from segdiff_dist.ranks.cpu_memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from data_shards.records import SliceMeta
+    from segdiff_dist.evaluation.metrics.feature_sets import Extractor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a worker finds what it needs. Paths and settings only, so that it travels to any machine.
+
+    `radiomics_items`: the ids of the items whose radiomics features are taken.
+    """
+
+    samples: Path
+    shards: str
+    segmenter: Path
+    predictions: Path
+    fid_weights: str | None
+    lpips_weights: str | None
+    radiomics_items: frozenset[int]
+    surface_dice: bool
+    batch_size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Items start..stop-1 of the sample store. Chunks end where chunks of the Zarr arrays end: one writer a region."""
+
+    start: int
+    stop: int
+
+
+@dataclass
+class ChunkResult:
+    """What a chunk gives back, all in item order.
+
+    `columns`: float64 [B] by column of samples.parquet, NaN where a metric has no meaning for an item.
+    `features`: by (extractor, side), float [B, D]; NaN for items that have none: on the real side outside the headline.
+    `grey_counts`: int64 [B, 2, 256], grey values of the real and the generated image; zero outside the headline.
+    """
+
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    features: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    grey_counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 2, 256), dtype=np.int64))
+
+
+def make_worker(inputs: Inputs) -> Callable[[], Callable[[Any], Any]]:
+    """A factory for fan_out: set up once in each actor, then do task after task: a Chunk, or one of trust.py's."""
+
+    def make() -> Callable[[Any], Any]:
+        evaluator = Evaluator(inputs)
+        return lambda task: evaluator.run(task) if isinstance(task, Chunk) else task.run(evaluator)
+
+    return make
+
+
+class Evaluator:
+    """What an actor has open: the samples, the slices behind them and the networks."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        import torch
+        import zarr
+
+        from data_shards.store.shards import ShardSet
+        from segdiff_dist.sampling.store import SampleStore
+        from segdiff_dist.segmentation import Segmenter
+
+        # The actor's one thread is fixed by its environment; torch is told too in case it was loaded before that.
+        if inputs.device == "cpu":
+            torch.set_num_threads(1)
+            keep_freed_memory()
+        self.inputs = inputs
+        self.store = SampleStore.open(inputs.samples)
+        self.shards = ShardSet.open(inputs.shards)
+        self.segmenter = Segmenter.load(inputs.segmenter, device=inputs.device)
+        self.predictions: Any = zarr.open_group(inputs.predictions, mode="r+")
+        self.table = self.shards.label_table
+        tolerance_mm = surfaces.tolerances_mm(self.table)
+        self.tolerance_mm_O = [tolerance_mm[self.table.names[i]] for i in self.table.organ_ids]
+        self.extractors: dict[str, Extractor] = {}
+        self.lpips: Callable[[Any, Any], np.ndarray] | None = None
+        self.radiomics: Callable[[np.ndarray], np.ndarray] | None = None
+        if inputs.fid_weights is not None:
+            from segdiff_dist.evaluation.metrics.inception import load_inception
+
+            self.extractors["inception"] = load_inception(inputs.fid_weights, inputs.device)
+        if inputs.lpips_weights is not None:
+            from segdiff_dist.evaluation.metrics.perceptual import load_lpips
+
+            self.lpips = load_lpips(inputs.lpips_weights, inputs.device)
+        if inputs.radiomics_items:
+            from segdiff_dist.evaluation.metrics.radiomics import load_extractor
+
+            self.radiomics = load_extractor()
+
+    def on_device(self, images_BHW: np.ndarray) -> Any:
+        """A tensor where the networks are."""
+        import torch
+
+        return torch.from_numpy(images_BHW).to(self.inputs.device)
+
+    def features(self, image_BHW: Any, ids: Sequence[int]) -> np.ndarray:
+        """The segmenter's features, float32 [B, D], of images in the target modalities of these items."""
+        return self.features_of(image_BHW, self.store.items["target_modality"].take(list(ids)).to_pylist())
+
+    def features_of(self, image_BHW: Any, modality: Sequence[str]) -> np.ndarray:
+        """The same of images in these modalities, a batch at a time."""
+        import torch
+
+        modality_B = torch.tensor([MODALITIES.index(m) for m in modality], device=self.inputs.device)
+        pieces = zip(image_BHW.split(self.inputs.batch_size), modality_B.split(self.inputs.batch_size), strict=True)
+        return np.concatenate([self.segmenter.features(x, m).cpu().numpy() for x, m in pieces])
+
+    def run(self, chunk: Chunk) -> ChunkResult:
+        """Measure a chunk, and write the label maps of its images."""
+        batches = [
+            _Batch(self, start, min(start + self.inputs.batch_size, chunk.stop))
+            for start in range(chunk.start, chunk.stop, self.inputs.batch_size)
+        ]
+        for batch in batches:
+            batch.measure()
+        for side in SIDES:
+            self.predictions[side][chunk.start : chunk.stop] = np.concatenate([b.label_maps[side] for b in batches])
+        results = [batch.result for batch in batches]
+        features = {key: np.concatenate([r.features[key] for r in results]) for key in results[0].features}
+        return ChunkResult(
+            columns={name: np.concatenate([r.columns[name] for r in results]) for name in results[0].columns},
+            features=features | self._radiomics_features(chunk),
+            grey_counts=np.concatenate([r.grey_counts for r in results]),
+        )
+
+    def _radiomics_features(self, chunk: Chunk) -> dict[tuple[str, str], np.ndarray]:
+        """On either side; NaN for the items that were not chosen, and nothing where a chunk has no chosen one."""
+        chosen = [i for i in range(chunk.start, chunk.stop) if i in self.inputs.radiomics_items]
+        if self.radiomics is None or not chosen:
+            return {}
+        size = self.store.image.shape[1]
+        rows = self.store.items["row"].take(chosen).to_pylist()
+        images = {
+            "real": np.stack([self.shards.read(row).cropped(size).image_uint8() for row in rows]),
+            "gen": np.stack([np.asarray(self.store.image[i]) for i in chosen]),
+        }
+        found = {}
+        for side in SIDES:
+            features_BD = self.radiomics(images[side])
+            found["radiomics", side] = np.full((chunk.stop - chunk.start, features_BD.shape[1]), np.nan)
+            found["radiomics", side][np.array(chosen) - chunk.start] = features_BD
+        return found
+
+
+class _Batch:
+    """Consecutive items start..stop-1: their pixels, what is predicted on them, and what comes of it."""
+
+    def __init__(self, evaluator: Evaluator, start: int, stop: int) -> None:
+        self.evaluator, self.start, self.stop = evaluator, start, stop
+
+    def measure(self) -> None:
+        """Fill `result` and `label_maps` (uint8 [B, H, W] by side)."""
+        import torch
+
+        store, device = self.evaluator.store, self.evaluator.inputs.device
+        size, num = store.image.shape[1], self.stop - self.start
+        items = store.items.slice(self.start, num).to_pydict()
+        self.spacing_mm = [self.evaluator.shards.meta(row).spacing_mm for row in items["row"]]
+        generated = torch.from_numpy(np.asarray(store.image[self.start : self.stop])).to(device)
+        target = torch.tensor([MODALITIES.index(m) for m in items["target_modality"]], device=device)
+        # A real counterpart exists only where the generated image has the modality of the slice it came from.
+        chosen = np.flatnonzero([is_headline(items, i) for i in range(num)])
+
+        # What the image was made from, which may lack organs that the slice has.
+        self.label_maps = {"mask": np.asarray(store.mask[self.start : self.stop])}
+        self.label_maps["real"] = np.zeros_like(self.label_maps["mask"])
+        self.label_maps["gen"], features = self._seen_by_networks(generated, target)
+        self.result = ChunkResult({name: np.full(num, np.nan) for name in column_names(self.evaluator.table)})
+        self.result.grey_counts = np.zeros((num, 2, 256), dtype=np.int64)
+        for name, features_BD in features.items():
+            self.result.features[name, "gen"] = features_BD
+            self.result.features[name, "real"] = np.full_like(features_BD, np.nan)
+        if len(chosen):
+            # Generated images have 8 bits, so real ones are compared, and judged by the segmenter, at 8 bits too.
+            records = [self.evaluator.shards.read(items["row"][i]).cropped(size) for i in chosen]
+            real = torch.from_numpy(np.stack([record.image_uint8() for record in records])).to(device)
+            at = torch.from_numpy(chosen).to(device)
+            self._compare(real, generated[at], target[at], chosen)
+            self._hounsfield([record.meta for record in records], real, generated[at], chosen)
+        self._sharpness_of_others(items, generated)
+        self._overlaps("mask_gen", np.arange(num))
+        if len(chosen):
+            self._overlaps("mask_real", chosen)
+            self._overlaps("real_gen", chosen)
+
+    def _seen_by_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
+        label_maps, features_BD = self.evaluator.segmenter.predict_and_features(image_BHW, modality_B)
+        found = {"segmenter": features_BD}
+        found |= {name: extract(image_BHW, modality_B) for name, extract in self.evaluator.extractors.items()}
+        return label_maps.cpu().numpy(), {
+            name: _finite(features.float().cpu().numpy(), name, self.start) for name, features in found.items()
+        }
+
+    def _compare(self, real: Any, fake: Any, modality: Any, chosen: np.ndarray) -> None:
+        """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""
+        columns, evaluator = self.result.columns, self.evaluator
+        self.label_maps["real"][chosen], features = self._seen_by_networks(real, modality)
+        for name, features_BD in features.items():
+            self.result.features[name, "real"][chosen] = features_BD
+        columns["psnr_db"][chosen] = similarity.psnr_db(real, fake)
+        if min(real.shape[1:]) >= similarity.MS_SSIM_SMALLEST_SIDE:
+            columns["ssim"][chosen], columns["ms_ssim"][chosen] = similarity.ssim_and_ms_ssim(real, fake)
+        else:
+            columns["ssim"][chosen] = similarity.ssim(real, fake)
+        if evaluator.lpips is not None:
+            columns["lpips"][chosen] = evaluator.lpips(real, fake)
+        sharp = sharpness.measure(
+            real.cpu().numpy(), fake.cpu().numpy(), self.label_maps["mask"][chosen], evaluator.table
+        )
+        for name, values in sharp.items():
+            columns[name][chosen] = values
+        for images, side in ((real, 0), (fake, 1)):
+            for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
+                self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)
+
+    def _sharpness_of_others(self, items: dict[str, list[Any]], generated: Any) -> None:
+        """Power and texture of images of the other modality; their own slice only says where its border is."""
+        size, sources, targets = generated.shape[1], items["source_modality"], items["target_modality"]
+        across = np.array([i for i in range(len(sources)) if sources[i] != targets[i]], dtype=np.int64)
+        if not len(across):
+            return
+        real = np.stack([self.evaluator.shards.read(items["row"][i]).cropped(size).image_uint8() for i in across])
+        masks = self.label_maps["mask"][across]
+        found = sharpness.measure(real, generated.cpu().numpy()[across], masks, self.evaluator.table)
+        for name in sharpness.GENERATED_COLUMNS:
+            self.result.columns[name][across] = found[name]
+
+    def _hounsfield(self, metas: list[SliceMeta], real: Any, fake: Any, chosen: np.ndarray) -> None:
+        """HU inside each organ of the mask, from 8-bit grey values, so inside the window only; CT alone has HU."""
+        table, columns = self.evaluator.table, self.result.columns
+        is_ct = np.array([meta.modality == "CT" for meta in metas])
+        hu_a_grey = np.array([meta.intensity_scale * (2**meta.bits - 1) / similarity.GREY_RANGE for meta in metas])[
+            :, None
+        ]
+        at_0 = np.array([meta.intensity_offset for meta in metas])[:, None]
+        means = {}
+        for side, images in (("real", real), ("gen", fake)):
+            labels = self.label_maps["mask"][chosen]
+            mean, std = similarity.grey_moments(labels, images.cpu().numpy(), table.num_classes)
+            means[side], stds = mean * hu_a_grey + at_0, std * hu_a_grey
+            for label_id in table.organ_ids:
+                organ = table.names[label_id]
+                columns[f"hu_mean_{side}/{organ}"][chosen[is_ct]] = means[side][is_ct, label_id]
+                columns[f"hu_std_{side}/{organ}"][chosen[is_ct]] = stds[is_ct, label_id]
+        for label_id in table.organ_ids:
+            error = np.abs(means["gen"] - means["real"])[is_ct, label_id]
+            columns[f"hu_mean_error/{table.names[label_id]}"][chosen[is_ct]] = error
+
+    def _overlaps(self, pair: str, chosen: np.ndarray) -> None:
+        """Columns of a pair of label maps at places `chosen`."""
+        columns, table = self.result.columns, self.evaluator.table
+        first, second = pair.split("_")
+        reference, predicted = self.label_maps[first][chosen], self.label_maps[second][chosen]
+        counts = overlaps.confusion(reference, predicted, table.num_classes)
+        columns[f"legacy_dice_{pair}"][chosen] = overlaps.legacy_dice(counts)
+        measured = {
+            "dice": overlaps.dice_per_class(counts),
+            "dice_either": overlaps.dice_either(counts),
+            "area_error": overlaps.area_errors(counts),
+        }
+        if self.evaluator.inputs.surface_dice:
+            measured["surface_dice"] = np.full(measured["dice"].shape, np.nan)
+            for b, i in enumerate(chosen):
+                measured["surface_dice"][b, list(table.organ_ids)] = surfaces.surface_dice(
+                    reference[b], predicted[b], table.organ_ids, self.evaluator.tolerance_mm_O, self.spacing_mm[i]
+                )
+        pixel_mm2 = np.array([np.prod(self.spacing_mm[i]) for i in chosen])
+        for kind, values_BK in measured.items():
+            columns[f"{kind}_{pair}"][chosen] = overlaps.mean_over_organs(values_BK, table.organ_ids)
+            for label_id in range(1, table.num_classes) if kind == "dice" else table.organ_ids:
+                columns[f"{kind}_{pair}/{table.names[label_id]}"][chosen] = values_BK[:, label_id]
+        for label_id in table.organ_ids:
+            organ = table.names[label_id]
+            columns[f"area_mm2_{first}/{organ}"][chosen] = counts[:, label_id].sum(axis=1) * pixel_mm2
+            columns[f"area_mm2_{second}/{organ}"][chosen] = counts[:, :, label_id].sum(axis=1) * pixel_mm2
+        false_BO = overlaps.false_positive_pixels(counts)[:, list(table.organ_ids)]
+        appears_BO = np.where(np.isnan(false_BO), np.nan, false_BO > 0)
+        false_positives = dict(zip(FALSE_POSITIVES, (appears_BO, false_BO * pixel_mm2[:, None]), strict=True))
+        for kind, values_BO in false_positives.items():
+            for o, label_id in enumerate(table.organ_ids):
+                columns[f"{kind}_{pair}/{table.names[label_id]}"][chosen] = values_BO[:, o]
+        rate, area = FALSE_POSITIVES
+        every_organ = range(len(table.organ_ids))
+        columns[f"{rate}_{pair}"][chosen] = overlaps.mean_over_organs(appears_BO, every_organ)
+        # Of an image the area of all false organs together, not their mean.
+        columns[f"{area}_{pair}"][chosen] = np.nansum(false_positives[area], axis=1)
+
+
+def _finite(features_BD: np.ndarray, extractor: str, start: int) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(features_BD).all(axis=1))
+    if len(bad):
+        raise ValueError(f"the {extractor}'s features are not finite, first near item {start + int(bad[0])}")
+    return features_BD

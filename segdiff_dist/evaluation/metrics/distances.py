@@ -1,0 +1,181 @@
+"""Distances between the real and the generated images of a group, on any extractor's features, in bounded memory.
+
+Dimensions: B batch, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from data_shards.records import MODALITIES
+from segdiff_dist.evaluation.metrics.columns import SIDES
+from segdiff_dist.evaluation.metrics.feature_sets import (
+    FEWEST_FOR_NEIGHBOURS,
+    FeatureSample,
+    kernel_distance,
+    neighbourhoods,
+)
+from segdiff_dist.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from segdiff_dist.evaluation.metrics.radiomics import frd
+
+# What the Frechet distance on an extractor's features is called. Only Inception's is FID.
+_FRECHET = {"segmenter": "segmenter_frechet", "inception": "fid", "radiomics": "frd"}
+_KERNEL = {"segmenter": "segmenter_kernel_distance", "inception": "kid"}
+_NEIGHBOURHOODS = ("precision", "recall", "density", "coverage")
+# Every name in the order of a table: distances first, then what neighbourhoods say.
+DISTANCE_METRICS = (
+    *_FRECHET.values(),
+    *_KERNEL.values(),
+    *(f"{extractor}_{name}" for extractor in _KERNEL for name in _NEIGHBOURHOODS),
+)
+_LOWER_IS_BETTER = frozenset((*_FRECHET.values(), *_KERNEL.values()))
+
+# From fewer images a side a distance is noise: their covariance has next to no rank.
+FEWEST_FOR_DISTANCES = 5
+
+_ROWS_A_MERGE = 512
+
+Entry = dict[str, Any]
+Key = tuple[str, str, str, str, str]
+ItemGroup = tuple[str, str, str]
+
+
+def fewest_samples(name: str) -> int:
+    """How many samples a side one of DISTANCE_METRICS needs."""
+    return FEWEST_FOR_DISTANCES if name in _LOWER_IS_BETTER else FEWEST_FOR_NEIGHBOURS
+
+
+@dataclass(frozen=True)
+class Group:
+    """Items of these (source, target) modalities and, unless it is None, this axis."""
+
+    modalities: frozenset[tuple[str, str]] = frozenset((m, m) for m in MODALITIES)
+    axis: str | None = None
+
+    @classmethod
+    def of(cls, modality: str, axis: str | None = None) -> Group:
+        """Images in their slice's own modality."""
+        return cls(frozenset({(modality, modality)}), axis)
+
+    def holds(self, source: str, target: str, axis: str) -> bool:
+        """Whether an item belongs to it."""
+        return (source, target) in self.modalities and self.axis in (None, axis)
+
+
+class Moments:
+    """FeatureStatistics of a stream of features [B, D], taken in many rows at a time.
+
+    A merge costs D x D however few rows come, and the rows of a group come by the dozen.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self._merged = FeatureStatistics.empty(num_features)
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, features_BD: np.ndarray) -> None:
+        """Take in a batch."""
+        self._waiting.append(features_BD)
+        if sum(len(features) for features in self._waiting) >= _ROWS_A_MERGE:
+            self._merge()
+
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """Of all that came."""
+        self._merge()
+        return self._merged
+
+    def _merge(self) -> None:
+        if self._waiting:
+            self._merged = self._merged.merge(FeatureStatistics.of(np.concatenate(self._waiting)))
+            self._waiting = []
+
+
+@dataclass
+class Distributions:
+    """Features by (extractor, side, source modality, target modality, axis); first samples of a mask only.
+
+    Of all features the moments; of at most `capacity` images of each key, chosen by priority, the features themselves.
+    """
+
+    capacity: int
+    moments: dict[Key, Moments] = field(default_factory=dict)
+    samples: dict[Key, FeatureSample] = field(default_factory=dict)
+    # Groups often hold the same items (one axis, one modality), and a distance is costly.
+    _entries: dict[tuple[tuple[Key, ...], ...], dict[str, Entry]] = field(default_factory=dict)
+
+    def add(
+        self,
+        features: dict[tuple[str, str], np.ndarray],
+        groups: list[ItemGroup],
+        first_B: np.ndarray,
+        priority_B: np.ndarray,
+    ) -> None:
+        """Take in a chunk's features [B, D] by (extractor, side); rows that are not finite are images that have none.
+
+        `groups`: source, target and axis of its items; `first_B`: seed_index is 0; `priority_B`: see FeatureSample.
+        """
+        for group in dict.fromkeys(groups):
+            member_B = np.array([g == group for g in groups]) & first_B
+            for (extractor, side), features_BD in features.items():
+                chosen_B = member_B & np.isfinite(features_BD).all(axis=1)
+                if not chosen_B.any():
+                    continue
+                key = (extractor, side, *group)
+                self.moments.setdefault(key, Moments(features_BD.shape[1])).add(features_BD[chosen_B])
+                if extractor in _KERNEL:
+                    sample = self.samples.setdefault(key, FeatureSample(self.capacity))
+                    sample.add(priority_B[chosen_B], features_BD[chosen_B])
+
+    def entries(self, real: Group, gen: Group) -> dict[str, Entry]:
+        """Every distance between two groups that there are enough samples for, by its stable name."""
+        found: dict[str, Entry] = {}
+        for extractor in _FRECHET:
+            members = tuple(
+                tuple(k for k in sorted(self.moments) if k[:2] == (extractor, side) and group.holds(*k[2:]))
+                for side, group in zip(SIDES, (real, gen), strict=True)
+            )
+            if all(members):
+                if members not in self._entries:
+                    self._entries[members] = self._frechet(extractor, *members) | self._sampled(extractor, *members)
+                found |= {name: dict(entry) for name, entry in self._entries[members].items()}
+        return found
+
+    def _frechet(self, extractor: str, real: tuple[Key, ...], gen: tuple[Key, ...]) -> dict[str, Entry]:
+        first, second = (
+            reduce(FeatureStatistics.merge, (self.moments[k].statistics for k in keys)) for keys in (real, gen)
+        )
+        if min(first.count, second.count) < FEWEST_FOR_DISTANCES:
+            return {}
+        value = (frd if extractor == "radiomics" else frechet_distance)(first, second)
+        name, num_features = _FRECHET[extractor], len(first.mean_D)
+        return {} if value is None else {name: _entry(name, value, first.count, second.count, num_features)}
+
+    def _sampled(self, extractor: str, real: tuple[Key, ...], gen: tuple[Key, ...]) -> dict[str, Entry]:
+        if extractor not in _KERNEL:
+            return {}
+        first, second = (
+            self.samples[keys[0]].merge([self.samples[k] for k in keys[1:]]).features_ND for keys in (real, gen)
+        )
+        fewest, values = min(len(first), len(second)), {}
+        if fewest >= FEWEST_FOR_DISTANCES:
+            values[_KERNEL[extractor]] = kernel_distance(first, second)
+        if fewest >= FEWEST_FOR_NEIGHBOURS:
+            values |= {f"{extractor}_{name}": value for name, value in vars(neighbourhoods(first, second)).items()}
+        sizes = (len(first), len(second), first.shape[1])
+        return {name: _entry(name, value, *sizes) for name, value in values.items()}
+
+
+def _entry(name: str, value: float, num_real: int, num_gen: int, num_features: int) -> Entry:
+    return {
+        "value": value,
+        "ci95": None,
+        "n": num_gen,
+        "num_real": num_real,
+        "num_features": num_features,
+        "unit": "1",
+        "better": "lower" if name in _LOWER_IS_BETTER else "higher",
+    }

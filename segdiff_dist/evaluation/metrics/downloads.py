@@ -1,0 +1,78 @@
+"""Weights to be downloaded: had before anything is measured, or the one figure is left out with a reason.
+
+They are downloaded here and not on each worker, so that all of them use one file, whose digest is recorded.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segdiff_dist.evaluation.metrics import inception, perceptual
+
+if TYPE_CHECKING:
+    from segdiff_dist.evaluation.measure.config import EvaluateConfig
+
+# A server that takes a connection and then says nothing is not waited for longer.
+_SILENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files of weights on this machine, None where a figure was not asked for or cannot be had; `missing`: why not, by
+    the figure's name."""
+
+    fid: str | None
+    lpips: str | None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def weights_for(config: EvaluateConfig, folder: Path) -> Iterator[Weights]:
+    """The files to measure with. With workers on other machines a downloaded one is in `folder`, which they share,
+    until the end."""
+    missing: dict[str, str] = {}
+    shared = folder / "weights.partial" if config.ray_address is not None else None
+    try:
+        fid = _file(config.fid_weights, "fid", inception.load_inception, inception.downloaded_weights, shared, missing)
+        lpips = _file(
+            config.lpips_weights, "lpips", perceptual.load_lpips, perceptual.downloaded_weights, shared, missing
+        )
+        yield Weights(fid, lpips, missing)
+    finally:
+        if shared is not None:
+            shutil.rmtree(shared, ignore_errors=True)
+
+
+def _file(
+    given: Path | str | None,
+    name: str,
+    load: Callable[[str, str], Any],
+    downloaded: Callable[[], Path],
+    shared: Path | None,
+    missing: dict[str, str],
+) -> str | None:
+    if not isinstance(given, str):
+        return str(given.resolve()) if given is not None else None
+    patience_s = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SILENCE_S)
+    try:
+        load(given, "cpu")  # downloads what is not there, and finds a file that is damaged
+        file = downloaded()
+        if shared is not None:
+            shared.mkdir(parents=True, exist_ok=True)
+            file = Path(shutil.copyfile(file, shared / file.name))
+    except Exception as error:  # of the network, of the disk, of a file that is not the weights
+        reason = f"its weights could not be downloaded ({type(error).__name__}: {' '.join(str(error).split())})"[:300]
+        missing[name] = f"{reason}; give their file {downloaded().name} as evaluate.{name}_weights"
+        warnings.warn(f"{name} is left out: {missing[name]}", stacklevel=4)
+        return None
+    finally:
+        socket.setdefaulttimeout(patience_s)
+    return str(file.resolve())

@@ -1,0 +1,197 @@
+"""Sharpness of generated images against real ones: columns of samples.parquet, entries of summary.json, and words.
+
+The mathematics is segdiff_dist.spectra's. Dimensions: B batch, F bands, K label ids, P patients, R redrawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS, wavelengths
+from segdiff_dist.evaluation.metrics.estimates import Estimate, redrawn
+from segdiff_dist.evaluation.metrics.sums import Interval, PatientSums, SumKey
+from segdiff_dist.spectra import (
+    BAND_NAMES,
+    FEWEST_PIXELS_A_SIDE,
+    FEWEST_PIXELS_INSIDE,
+    band_powers,
+    mean_texture,
+    ratio,
+    sharpness,
+    texture_std,
+)
+
+if TYPE_CHECKING:
+    from data_shards.labels import LabelTable
+
+SHARPNESS_BANDS = tuple(f"sharpness_{name}" for name in BAND_NAMES)
+SHARPNESS_METRICS = ("sharpness", *SHARPNESS_BANDS, "texture")
+_SIDES = ("real", "gen")
+# What is of the generated image alone, and is measured where it has no real counterpart too.
+GENERATED_COLUMNS = (*(f"power_gen_{band}" for band in BAND_NAMES), "texture_gen")
+# What blur takes and noise adds; coarser ones are shades and whole organs.
+_FINE_BANDS = SHARPNESS_BANDS[2:]
+# A ratio beyond these is put into words: half of the real images' power, or twice as much.
+_TOO_LITTLE, _TOO_MUCH = 0.5, 2.0
+
+Entry = dict[str, Any]
+
+
+def sharpness_columns(table: LabelTable) -> list[str]:
+    """Names of the columns of samples.parquet, in order."""
+    organs = [table.names[i] for i in table.organ_ids]
+    names = ["sharpness", *(f"power_{side}_{band}" for side in _SIDES for band in BAND_NAMES)]
+    names += [f"texture_{side}" for side in _SIDES]
+    return names + [f"texture_{side}/{organ}" for side in _SIDES for organ in organs]
+
+
+def measure(
+    real_BHW: np.ndarray, generated_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable
+) -> dict[str, np.ndarray]:
+    """Float64 [B] by column, of uint8 images and the masks that the generated ones were made from.
+
+    `sharpness` is of the image alone; `texture_SIDE` the mean over organs of `texture_SIDE/ORGAN`, the standard
+    deviation of fine detail inside. NaN where there is nothing to measure.
+    """
+    columns: dict[str, np.ndarray] = {}
+    powers = dict(zip(_SIDES, band_powers(real_BHW, generated_BHW), strict=True))
+    columns["sharpness"] = sharpness(ratio(powers["gen"], powers["real"]))
+    for side, images_BHW in zip(_SIDES, (real_BHW, generated_BHW), strict=True):
+        columns |= {f"power_{side}_{band}": powers[side][:, f] for f, band in enumerate(BAND_NAMES)}
+        std_BK = texture_std(mask_BHW, images_BHW, table.num_classes)
+        columns[f"texture_{side}"] = mean_texture(std_BK, table.organ_ids)
+        columns |= {f"texture_{side}/{table.names[i]}": std_BK[:, i] for i in table.organ_ids}
+    return columns
+
+
+def sharpness_entries(sums: PatientSums, which: Callable[[SumKey], bool], interval: Interval) -> dict[str, Entry]:
+    """Those of SHARPNESS_METRICS that the samples picked by `which` have, with intervals over patients.
+
+    A ratio is of sums over the samples, so that an image without any detail does not make it infinite.
+    """
+    pairs = {
+        metric: (f"power_gen_{band}", f"power_real_{band}")
+        for metric, band in zip(SHARPNESS_BANDS, BAND_NAMES, strict=True)
+    }
+    pairs["texture"] = ("texture_gen", "texture_real")
+    found = _ratios(sums, pairs, which, interval)
+    bands = [found[metric] for metric in SHARPNESS_BANDS if metric in found]
+    if bands:
+        one, redrawn_RF = bands[0][0], np.stack([redrawn_R for _, redrawn_R in bands], axis=1)
+        value = float(sharpness(np.array([estimate.value for estimate, _ in bands])))
+        overall = Estimate(value, _ends(sharpness(redrawn_RF)), one.num_samples, one.num_patients)
+        found = {"sharpness": (overall, np.empty(0))} | found
+    num_samples = sums.num_samples(which)
+    return {
+        name: _entry(name, estimate) | {"num_left_out": num_samples - estimate.num_samples}
+        for name, (estimate, _) in found.items()
+    }
+
+
+def unpaired_entries(
+    sums: PatientSums, generated: Callable[[SumKey], bool], real: Callable[[SumKey], bool]
+) -> dict[str, Entry]:
+    """SHARPNESS_METRICS of generated images against real ones of other patients: ratios of means, without intervals."""
+    values: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for metric, column in zip((*SHARPNESS_BANDS, "texture"), GENERATED_COLUMNS, strict=True):
+        sums_P1, counts_P1 = sums.by_patient([column], generated)
+        real_sums_P1, real_counts_P1 = sums.by_patient([column.replace("_gen", "_real")], real)
+        mean, real_mean = ratio(sums_P1.sum(), counts_P1.sum()), ratio(real_sums_P1.sum(), real_counts_P1.sum())
+        values[metric], counts[metric] = float(ratio(mean, real_mean)), int(counts_P1.sum())
+    values = {"sharpness": float(sharpness(np.array([values[band] for band in SHARPNESS_BANDS])))} | values
+    counts["sharpness"] = max(counts[band] for band in SHARPNESS_BANDS)
+    num_patients = len(sums.patients(generated))
+    return {
+        metric: _entry(metric, Estimate(value, None, counts[metric], num_patients))
+        for metric, value in values.items()
+        if np.isfinite(value)
+    }
+
+
+def organ_entries(
+    sums: PatientSums, organ: str, which: Callable[[SumKey], bool], interval: Interval
+) -> dict[str, Entry]:
+    """`texture` of an organ; nothing where no sample has enough of it. n counts the samples that have."""
+    pairs = {"texture": (f"texture_gen/{organ}", f"texture_real/{organ}")}
+    return {name: _entry(name, estimate) for name, (estimate, _) in _ratios(sums, pairs, which, interval).items()}
+
+
+def _ratios(
+    sums: PatientSums, pairs: dict[str, tuple[str, str]], which: Callable[[SumKey], bool], interval: Interval
+) -> dict[str, tuple[Estimate, np.ndarray]]:
+    """Ratios of two columns' sums by name, each with its values [R] when the patients are redrawn (none of one
+    patient); left out where the second column has no sum."""
+    names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
+    sums_PC, counts_PC = sums.by_patient(names, which)
+    column = {name: c for c, name in enumerate(names)}
+    found = {}
+    for metric, (numerator, denominator) in pairs.items():
+        a, b = column[numerator], column[denominator]
+        has_P = counts_PC[:, b] > 0
+        a_P, b_P, counts_P = sums_PC[has_P, a], sums_PC[has_P, b], counts_PC[has_P, b]
+        if b_P.sum() <= 0:
+            continue
+        redrawn_R = np.full(interval.resamples, np.nan)
+        if len(b_P) >= 2:
+            draws_RP = redrawn(len(b_P), interval.resamples, interval.seed)
+            redrawn_R = ratio(draws_RP @ a_P, draws_RP @ b_P)
+        estimate = Estimate(float(a_P.sum() / b_P.sum()), _ends(redrawn_R), int(counts_P.sum()), len(b_P))
+        found[metric] = (estimate, redrawn_R)
+    return found
+
+
+def _ends(redrawn_R: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval of redrawn values; None where there are none."""
+    finite = redrawn_R[np.isfinite(redrawn_R)]
+    if not len(finite):
+        return None
+    low, high = np.percentile(finite, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _entry(name: str, estimate: Estimate) -> Entry:
+    return {
+        "value": estimate.value,
+        "ci95": None if estimate.interval is None else list(estimate.interval),
+        "n": estimate.num_samples,
+        "num_patients": estimate.num_patients,
+        "unit": "1",
+        "better": DEFINITIONS[name].better,
+    }
+
+
+def sharpness_messages(entries: dict[str, Entry]) -> list[str]:
+    """What is blurred and what has too much detail, in words, a sentence each; `entries` of summary.json by metric."""
+    found = []
+    bands = {metric: entries[metric]["value"] for metric in SHARPNESS_BANDS if metric in entries}
+    for fine, coarse, share in (
+        ("blurred", "flatter than real ones", {m: v for m, v in bands.items() if v < _TOO_LITTLE}),
+        ("noisier than real ones", "too uneven", {m: v for m, v in bands.items() if v > _TOO_MUCH}),
+    ):
+        if share:
+            what = fine if set(share) & set(_FINE_BANDS) else coarse
+            parts = ", ".join(
+                f"{_percent(v)} at {wavelengths(SHARPNESS_BANDS.index(m))} pixels" for m, v in reversed(share.items())
+            )
+            found.append(f"Generated images are {what}: power, of the real images', by wavelength: {parts}.")
+    if bands and not found:
+        found.append("Generated images have between half and twice the real images' power at every wavelength.")
+    texture = entries.get("texture", {}).get("value")
+    if texture is not None:
+        found.append(f"Inside organs, fine texture is {_percent(texture)} of the real images'.")
+    return found
+
+
+def missing_reason(name: str) -> str:
+    """Why one of SHARPNESS_METRICS has no value."""
+    if name == "texture":
+        return f"no organ has {FEWEST_PIXELS_INSIDE} pixels inside its outline"
+    return f"no real image has {FEWEST_PIXELS_A_SIDE} pixels a side, without constant borders, and power in the band"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"

@@ -1,0 +1,228 @@
+"""Several evaluated runs side by side: what each is, what they have in common, where their numbers do not compare."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.documents import read_json
+from data_shards.problems import InputProblems, Problem
+from segdiff_dist.config import flatten, next_command, read_yaml
+from segdiff_dist.evaluation.measure.saved import (
+    PREDICTIONS,
+    SAMPLES,
+    SUMMARY,
+    open_predictions,
+    read_rows,
+    read_summary,
+)
+from segdiff_dist.evaluation.measure.segmenter_check import OF_THE_SEGMENTER
+from segdiff_dist.evaluation.measure.summary import FORMAT_VERSION
+from segdiff_dist.evaluation.metrics.definitions import Definition
+from segdiff_dist.evaluation.report.pictures import Pictures
+from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
+
+_ALL = ("",)
+_OF_INCEPTION = ("fid", "kid", "inception_")
+# A key of summary.json's provenance, what it means that runs differ in it, and the metrics (by their beginnings) that
+# do not compare then.
+_MUST_AGREE = (
+    (
+        "segmenter_sha256",
+        "The runs were judged by different segmenters",
+        OF_THE_SEGMENTER,
+    ),
+    ("shards_digest", "The runs were sampled from different shard sets", _ALL),
+    ("fid_weights", "Inception's weights differ", _OF_INCEPTION),
+    ("lpips_weights", "The weights of LPIPS differ", ("lpips",)),
+    ("frd_images", "FRD is of different numbers of images", ("frd",)),
+    ("surface_dice_tolerance_mm", "The tolerances of surface Dice differ", ("surface_dice_",)),
+    (
+        "distribution_images",
+        "Kernel distances and neighbourhoods are of different numbers of images (evaluate.distribution_images)",
+        ("kid", "inception_", *(f"segmenter_{n}" for n in ("kernel", "precision", "recall", "density", "coverage"))),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """A run folder that was evaluated.
+
+    `name` tells it from the others; `settings`: of config.yaml by dotted key, empty where there is none; `slices`: row
+    of the shard set and modality of each headline image; `side`: of the images, in pixels.
+    """
+
+    name: str
+    folder: Path
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+    slices: frozenset[tuple[int, str]]
+    side: int
+    tracked: TrackedRun | None
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """What runs do not have in common, and how the names of the metrics begin that do not compare because of it."""
+
+    text: str
+    metrics: tuple[str, ...]
+
+
+def open_runs(folders: Sequence[Path]) -> list[EvaluatedRun]:
+    """What evaluation left in each. InputProblems, all at once: runs not there, not or differently evaluated, twice."""
+    found: list[Problem] = []
+    opened = []
+    for folder, name in zip(folders, names_of(folders), strict=True):
+        try:
+            opened.append(_open(folder, name))
+        except InputProblems as error:
+            found += error.problems
+    resolved = [folder.resolve() for folder in folders]
+    twice = [str(folder) for i, folder in enumerate(folders) if resolved[i] in resolved[:i]]
+    found += [Problem("command line", "run", f"{folder} is named twice", "name each run once") for folder in twice]
+    if found:
+        raise InputProblems(found)
+    return opened
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path: one, or as many as tell all of them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = [path[-1] for path in parts]
+    for num_parts in range(2, max(map(len, parts), default=0) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = ["/".join(path[-num_parts:]) for path in parts]
+    return names
+
+
+def disagreements(runs: Sequence[EvaluatedRun]) -> list[Disagreement]:
+    """Why some or all numbers of the runs do not compare; nothing where they do."""
+    found = []
+    for key, text, metrics in _MUST_AGREE:
+        told = [run.summary["provenance"].get(key) for run in runs]
+        # Where a run lacks a metric, there is nothing to compare.
+        if len({json.dumps(value, sort_keys=True) for value in told if value}) > 1:
+            found.append(Disagreement(text + (_one_segmenter(runs) if key == "segmenter_sha256" else ""), metrics))
+    if len({run.side for run in runs}) > 1:
+        sides = ", ".join(str(side) for side in sorted({run.side for run in runs}))
+        found.append(Disagreement(f"The images have different sizes ({sides} pixels a side)", _ALL))
+    if not any(d.metrics == _ALL for d in found) and len({run.slices for run in runs}) > 1:
+        shared = len(frozenset.intersection(*(run.slices for run in runs)))
+        counts = ", ".join(f"{len(run.slices)} of {run.name}" for run in runs)
+        found.append(Disagreement(f"The runs were measured on different slices: {shared} in common, {counts}", _ALL))
+    return found
+
+
+def _one_segmenter(runs: Sequence[EvaluatedRun]) -> str:
+    """The commands that judge all runs by the first one's segmenter; nothing where that is not in its run folder."""
+    weights = runs[0].folder.resolve() / "segmenter" / "weights"
+    if not weights.is_dir():
+        return "; evaluate.segmenter names the one to judge them by"
+    digest = runs[0].summary["provenance"]["segmenter_sha256"]
+    others = [run for run in runs if run.summary["provenance"]["segmenter_sha256"] != digest]
+    flags = ("--evaluate.segmenter", str(weights))
+    commands = ", ".join(next_command("evaluate", *flags, run=run.folder.resolve()) for run in others)
+    return f"; by that of {runs[0].name} they are judged with {commands}"
+
+
+def compares(metric: str, found: Sequence[Disagreement]) -> bool:
+    """Whether values of a metric may be held against each other."""
+    return not any(metric.startswith(disagreement.metrics) for disagreement in found)
+
+
+def best_of(values: Sequence[float | None], definition: Definition, *, least: float = -math.inf) -> set[int]:
+    """Which of the values are best: all that read like the best one.
+
+    None where a run has no value. Nothing is best where neither more nor less is better, or all read the same. Values
+    below `least` count as that.
+    """
+    told = {i: round(max(value, least), definition.digits) for i, value in enumerate(values) if value is not None}
+    if not definition.better or len(set(told.values())) < 2:
+        return set()
+    if definition.better == "one":
+        # As a factor: half as much is as far from 1 as twice as much.
+        distance = {i: abs(math.log(max(value, 1e-9))) for i, value in told.items()}
+        return {i for i, far in distance.items() if far == min(distance.values())}
+    best = max(told.values()) if definition.better == "higher" else min(told.values())
+    return {i for i, value in told.items() if value == best}
+
+
+def differing_settings(runs: Sequence[EvaluatedRun]) -> list[tuple[str, list[str]]]:
+    """Dotted keys of config.yaml in which the runs differ, each with the value of every run as text."""
+    keys = sorted({key for run in runs for key in run.settings} - {"run"})
+    rows = [(key, [_told(run.settings[key]) if key in run.settings else "\u2013" for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def shared_masks(pictures: Sequence[Pictures], modality: str) -> list[tuple[int, ...]]:
+    """Headline items of the same mask, one of each run: of the masks that all runs have those at the quartiles of Dice
+    (mask, pred_gen), its mean over the runs, of different patients if possible. All runs of one shard set."""
+    items_by_row = [run.headline(modality) for run in pictures]
+    rows = sorted(set.intersection(*(set(items) for items in items_by_row)))
+    dice_by_row = {
+        row: np.mean([p.rows["dice_mask_gen"][items[row]] for p, items in zip(pictures, items_by_row, strict=True)])
+        for row in rows
+    }
+    rows = sorted((row for row in rows if np.isfinite(dice_by_row[row])), key=lambda row: dice_by_row[row])
+    first = pictures[0]
+    chosen = first.at_quartiles(np.array([items_by_row[0][row] for row in rows], dtype=np.int64))
+    found = [tuple(items[int(first.rows["row"][i])] for items in items_by_row) for i in chosen]
+    # A job may have left organs out, or cropped the slice.
+    return [items for items in found if _same_mask(pictures, items)]
+
+
+def _same_mask(pictures: Sequence[Pictures], items: Sequence[int]) -> bool:
+    masks = [run.mask(i) for run, i in zip(pictures, items, strict=True)]
+    return all(np.array_equal(masks[0], mask) for mask in masks)
+
+
+def _open(folder: Path, name: str) -> EvaluatedRun:
+    problems = list(_find_problems(folder))
+    if problems:
+        raise InputProblems(problems)
+    columns = ["row", "target_modality", "headline"]
+    table = read_rows(folder, columns)
+    rows = table.to_pydict()
+    slices = {(row, modality) for row, modality, headline in zip(*(rows[c] for c in columns), strict=True) if headline}
+    config = folder / "config.yaml"
+    return EvaluatedRun(
+        name=name,
+        folder=folder,
+        summary=read_summary(folder),
+        settings=flatten(read_yaml(config)) if config.is_file() else {},
+        slices=frozenset(slices),
+        side=int(open_predictions(folder, table.num_rows)["gen"].shape[1]),
+        tracked=tracked_run(folder),
+    )
+
+
+def _find_problems(folder: Path) -> Iterator[Problem]:
+    if not folder.is_dir():
+        yield Problem(str(folder), "run", "no such folder", "give the folder that training and sampling wrote")
+        return
+    remedy = f"run {next_command('evaluate', run=folder)}"
+    missing = [name for name in (SUMMARY, SAMPLES, PREDICTIONS) if not (folder / "evaluation" / name).exists()]
+    if missing:
+        yield Problem(str(folder), "evaluation", f"{', '.join(missing)} not there", remedy)
+        return
+    try:
+        version = read_json(folder / "evaluation" / SUMMARY, remedy).get("format_version")
+    except InputProblems:
+        yield Problem(str(folder / "evaluation" / SUMMARY), "evaluation", "not a summary", remedy)
+        return
+    if version != FORMAT_VERSION:
+        value = f"{version}, this version of segdiff reads {FORMAT_VERSION}"
+        yield Problem(str(folder / "evaluation" / SUMMARY), "format_version", value, remedy)
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,99 @@
+"""Figures that set several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
+from segdiff_dist.evaluation.report.look import (
+    MODALITY_COLOURS,
+    Drawn,
+    Figure,
+    legend,
+    note,
+    plain,
+    show_grey,
+    show_labels,
+    tiles,
+)
+from segdiff_dist.evaluation.report.pictures import Pictures
+
+_ALL_COLOUR = "#1f2933"
+_PANELS_A_ROW = 3
+
+
+def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str, Any]]], metrics: list[str]) -> Drawn:
+    """A panel a metric, a line a run: values with their intervals, all samples and each modality.
+
+    `groups`: by "All" and modality, for each run in order of `names`, its entries of summary.json.
+    """
+    from matplotlib import pyplot as plt
+
+    metrics = [m for m in metrics if any(m in entries for runs in groups.values() for entries in runs)]
+    if not metrics:
+        return None
+    num_columns = min(_PANELS_A_ROW, len(metrics))
+    num_rows = -(-len(metrics) // num_columns)
+    size = (1.4 + 3.1 * num_columns, 0.6 + num_rows * (0.75 + 0.42 * len(names)))
+    canvas, axes = plt.subplots(num_rows, num_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    canvas.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+    for ax in axes.ravel()[len(metrics) :]:
+        ax.set_visible(False)
+    for ax, metric in zip(axes.ravel(), metrics, strict=False):
+        for k, (group, runs) in enumerate(groups.items()):
+            colour = MODALITY_COLOURS.get(group, _ALL_COLOUR)
+            offset = 0.22 * (k - (len(groups) - 1) / 2)
+            for position, entries in enumerate(runs):
+                if metric in entries:
+                    ax.plot(entries[metric]["value"], position + offset, "o", color=colour, ms=4.5)
+                    if entries[metric]["ci95"] is not None:
+                        ax.plot(entries[metric]["ci95"], [position + offset] * 2, color=colour, lw=1.4)
+        better = {"higher": "\u2192 better", "lower": "\u2190 better", "one": "1 is best"}.get(
+            DEFINITIONS[metric].better, ""
+        )
+        ax.set_title(DEFINITIONS[metric].label, fontsize=9)
+        ax.set_xlabel(better, fontsize=7.5)
+        ax.set_yticks(range(len(names)), [_shortened(name) for name in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+    handles = [_handle(group, MODALITY_COLOURS.get(group, _ALL_COLOUR)) for group in groups]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=len(groups), fontsize=8)
+    caption = "Points: values of summary.json; lines: 95 % intervals over patients, where a metric has one."
+    return canvas, Figure("metrics.png", "Metrics of all runs", caption, "results")
+
+
+def same_masks(
+    names: Sequence[str], pictures: Sequence[Pictures], masks: Sequence[tuple[int, ...]], modality: str
+) -> Drawn:
+    """The real image and the mask, then every run's image of that mask. `masks`: as of comparison.shared_masks."""
+    if not masks:
+        return None
+    first = pictures[0]
+    titles = ("real image", "mask", *(_shortened(name) for name in names))
+    canvas, axes = tiles(len(masks), 2 + len(names), titles)
+    for row, items in zip(axes, masks, strict=True):
+        show_grey(row[0], first.real(items[0]), first.describe(items[0]))
+        show_labels(row[1], first.mask(items[0]), first.label_table)
+        for ax, run, i in zip(row[2:], pictures, items, strict=True):
+            show_grey(ax, run.generated(i))
+            note(ax, run.dice(i))
+    legend(canvas, first.label_table, [first.mask(items[0]) for items in masks])
+    caption = (
+        "Images of the same masks, with Dice(mask, prediction on generated). The masks are at the lower quartile, the "
+        "median and the upper quartile of that Dice, its mean over the runs, of different patients where there are "
+        "enough; not picked by eye."
+    )
+    return canvas, Figure(f"same_masks_{modality.lower()}.png", f"{modality}: the same masks", caption, "images")
+
+
+def _handle(label: str, colour: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker="o", ms=4.5, label=label)
+
+
+def _shortened(name: str) -> str:
+    """A run's name, its middle left out where it would not fit above a tile."""
+    return plain(name if len(name) <= 24 else f"{name[:11]}\u2026{name[-12:]}")

@@ -1,0 +1,74 @@
+"""The figures of a run's report, Figures 1 to 7 of the paper among them: which there are, and in what order.
+
+RUN/evaluation/figures/{name}.png, index.json (title, caption and section of each, in order)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_shards.problems import removed_on_failure
+from data_shards.records import MODALITIES
+from segdiff_dist.evaluation.measure.saved import read_downstream, read_summary
+from segdiff_dist.evaluation.metrics.densities import clipping_of
+from segdiff_dist.evaluation.report import number_figures as numbers
+from segdiff_dist.evaluation.report import sample_figures as samples
+from segdiff_dist.evaluation.report.look import Drawn, Figure, save, styled
+from segdiff_dist.evaluation.report.pictures import Pictures
+from segdiff_dist.evaluation.report.sharpness_figures import power_by_band
+
+INDEX = "index.json"
+
+
+def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = False) -> list[Figure]:
+    """Draw all figures that the evaluated `run` has material for, into RUN/evaluation/figures.
+
+    `amos_root`: the archive that the shards were made from; only with it are intensities outside the window seen.
+    """
+    from tqdm import tqdm
+
+    folder = run / "evaluation" / "figures"
+    summary = read_summary(run)
+    pictures, downstream = Pictures.open(run), read_downstream(run)
+    partial = folder.with_name("figures.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    drawn: list[Figure] = []
+    with removed_on_failure(partial), styled():
+        partial.mkdir(parents=True)
+        for draw in tqdm(
+            _all_figures(pictures, summary, downstream, amos_root), desc="figures", unit="figure", disable=not progress
+        ):
+            result = draw()
+            if result is not None:
+                canvas, figure = result
+                save(canvas, partial / figure.file)
+                drawn.append(figure)
+        (partial / INDEX).write_text(json.dumps([asdict(figure) for figure in drawn], indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return drawn
+
+
+def _all_figures(
+    pictures: Pictures, summary: dict[str, Any], downstream: dict[str, Any] | None, amos_root: Path | None
+) -> list[Callable[[], Drawn]]:
+    across = [(s, t) for s in MODALITIES for t in MODALITIES if s != t]
+    return [
+        *(lambda m=m: samples.gallery(pictures, m) for m in MODALITIES),
+        *(lambda m=m: samples.extremes(pictures, m) for m in MODALITIES),
+        lambda: numbers.dice_by_organ(summary),
+        lambda: power_by_band(summary),
+        lambda: numbers.hu_by_organ(summary),
+        lambda: samples.nearest_training(pictures, summary),
+        lambda: samples.diversity(pictures),
+        lambda: samples.cross_modality(pictures),
+        *(lambda s=s, t=t: samples.two_modalities(pictures, s, t) for s, t in across),
+        lambda: numbers.usefulness(downstream),
+        lambda: numbers.grey_values(summary["grey_values"]),
+        lambda: numbers.clipping({m: clipping_of(pictures.shards, m, amos_root) for m in MODALITIES}),
+    ]

@@ -1,0 +1,198 @@
+"""Figures that show numbers: by organ, by grey value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.labels import shown_name
+from segdiff_dist.evaluation.metrics.densities import Clipping
+from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, MODALITY_COLOURS, REAL_COLOUR, Drawn, Figure, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_NAMES_OF_PAIRS = {
+    "dice_mask_real": "mask and prediction on the real image",
+    "dice_mask_gen": "mask and prediction on the generated image",
+}
+_COLOURS_OF_PAIRS = {"dice_mask_real": REAL_COLOUR, "dice_mask_gen": GENERATED_COLOUR}
+_COLOURS_OF_SIDES = {"real": REAL_COLOUR, "gen": GENERATED_COLOUR}
+
+
+def dice_by_organ(summary: dict[str, Any]) -> Drawn:
+    """Dice of every organ on real and on generated images, with intervals over patients."""
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+
+    panels = summary["by_modality_organ"]
+    # What only a prediction holds has no mask to be judged by.
+    names = [name for name, entries in summary["by_organ"].items() if "dice_mask_gen" in entries]
+    if not names:
+        return None
+    size = (1.6 + 3.6 * len(panels), 1.1 + 0.34 * len(names))
+    canvas, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for ax, (modality, organs) in zip(axes[0], panels.items(), strict=True):
+        for position, name in enumerate(names):
+            _dice_bars(ax, position, organs[name])
+        ax.set(title=modality, xlim=(0, 1), xlabel="Dice")
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+    axes[0][0].set_yticks(range(len(names)), [plain(shown_name(name)) for name in names])
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
+    canvas.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
+    handles = [Patch(color=colour, label=_NAMES_OF_PAIRS[pair]) for pair, colour in _COLOURS_OF_PAIRS.items()]
+    canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
+    caption = (
+        "Mean over the samples whose mask holds the organ; whiskers are 95 % intervals over patients. A bar without "
+        "whiskers rests on one patient."
+    )
+    return canvas, Figure("dice_by_organ.png", "Dice by organ", caption, "organs")
+
+
+def _dice_bars(ax: Axes, position: int, entries: dict[str, Any]) -> None:
+    """Two bars, real above generated, or a word where the organ does not occur."""
+    if "dice_mask_gen" not in entries:
+        ax.text(0.01, position, "not in these samples", va="center", fontsize=7, color="#7b8794")
+    for offset, (pair, colour) in zip((-0.19, 0.19), _COLOURS_OF_PAIRS.items(), strict=True):
+        entry = entries.get(pair)
+        if entry is None:
+            continue
+        value = entry["value"]
+        ax.barh(position + offset, value, height=0.36, color=colour)
+        if entry["ci95"] is not None:
+            low, high = entry["ci95"]
+            errors = [[max(value - low, 0)], [max(high - value, 0)]]
+            ax.errorbar(value, position + offset, xerr=errors, color="#1f2933", lw=0.9, capsize=1.8)
+        if value < 0.02:
+            end = max(entry["ci95"] or (value,))
+            ax.text(end + 0.012, position + offset, f"{value:.2f}", va="center", fontsize=6.5, color=colour)
+
+
+def hu_by_organ(summary: dict[str, Any]) -> Drawn:
+    """Mean and spread of HU inside each organ of the mask, on real and on generated CT."""
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    organs = {n: told for n, told in summary["by_modality_organ"].get("CT", {}).items() if "hu_mean_gen" in told}
+    if not organs:
+        return None
+    canvas, ax = plt.subplots(figsize=(7.4, 1.2 + 0.36 * len(organs)))
+    for position, entries in enumerate(organs.values()):
+        for offset, (side, colour) in zip((-0.17, 0.17), _COLOURS_OF_SIDES.items(), strict=True):
+            mean, std = entries[f"hu_mean_{side}"], entries[f"hu_std_{side}"]["value"]
+            at, value = position + offset, mean["value"]
+            ax.plot([value - std, value + std], [at, at], color=colour, lw=4, alpha=0.35, solid_capstyle="butt")
+            if mean["ci95"] is not None:
+                ax.plot(mean["ci95"], [at, at], color=colour, lw=1.6)
+            ax.plot(value, at, "o", color=colour, ms=4)
+    ax.set_yticks(range(len(organs)), [plain(shown_name(name)) for name in organs])
+    ax.set(xlabel="HU", ylim=(len(organs) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    canvas.tight_layout(rect=(0, 0.35 / canvas.get_figheight(), 1, 1))
+    names = {"real": "real", "gen": "generated"}
+    handles = [Line2D([], [], color=c, marker="o", ms=4, label=names[side]) for side, c in _COLOURS_OF_SIDES.items()]
+    canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
+    caption = (
+        "Points: mean HU inside the organ's mask, averaged over images; thin lines: its 95 % interval over patients; "
+        "broad bars: one standard deviation of HU inside the organ to either side. CT only, from 8-bit grey values, so "
+        "that what the window clipped stays clipped."
+    )
+    return canvas, Figure("hu_by_organ.png", "HU inside each organ, real and generated", caption, "hu")
+
+
+def grey_values(by_modality: dict[str, dict[str, list[int]]]) -> Drawn:
+    """How often each grey value occurs in real and in generated images."""
+    from matplotlib import pyplot as plt
+
+    if not by_modality:
+        return None
+    canvas, axes = plt.subplots(1, len(by_modality), figsize=(1 + 3.9 * len(by_modality), 2.9), squeeze=False)
+    for ax, (modality, sides) in zip(axes[0], by_modality.items(), strict=True):
+        for side, colour, label in (("real", REAL_COLOUR, "real"), ("gen", GENERATED_COLOUR, "generated")):
+            counts = np.array(sides[side], dtype=float)
+            share = counts.reshape(128, 2).sum(axis=1) / counts.sum() / 2
+            ax.stairs(share, np.arange(0, 257, 2), color=colour, lw=1.4, label=label)
+        ax.set(title=modality, xlabel="grey value", yscale="log", xlim=(0, 256))
+    axes[0][0].set_ylabel("density (log)")
+    axes[0][0].legend()
+    canvas.tight_layout()
+    caption = "Grey values of the real images and of the images generated from their masks, headline samples only."
+    return canvas, Figure("grey_values.png", "Grey values, real and generated", caption, "intensities")
+
+
+def clipping(densities: dict[str, Clipping | None]) -> Drawn:
+    """Intensity density before and after clipping, by modality (Figure 1)."""
+    from matplotlib import pyplot as plt
+
+    found = {modality: density for modality, density in densities.items() if density is not None}
+    if not found:
+        return None
+    canvas, axes = plt.subplots(len(found), 2, figsize=(8.2, 0.4 + 2.35 * len(found)), squeeze=False)
+    for (before, after), (modality, density) in zip(axes, found.items(), strict=True):
+        colour = MODALITY_COLOURS[modality]
+        for ax, one in ((before, density.before), (after, density.after)):
+            ax.stairs(one.values, one.edges, fill=True, color=colour, alpha=0.3)
+            ax.stairs(one.values, one.edges, color=colour, lw=1.2)
+            ax.set_yscale("log")
+        before.axvspan(*density.window, color="#cbd2d9", alpha=0.45, lw=0, zorder=0)
+        source = "volumes" if density.from_volumes else "stored slices mapped back"
+        before.set_title(f"{modality} before clipping ({source})")
+        before.set_xlabel("HU" if modality == "CT" else "scanner units")
+        before.set_ylabel("density (log)")
+        after.set_title(f"{modality} after clipping")
+        after.set(xlabel="grey value", xlim=(0, 256))
+    canvas.tight_layout()
+    cases = ", ".join(case for density in found.values() for case in density.case_ids)
+    caption = f"The shaded range is what is kept. Cases: {cases}. Paper: Figure 1."
+    if not all(density.from_volumes for density in found.values()):
+        caption += " Without the archive (amos_root) values outside the window are not seen here."
+    return canvas, Figure("clipping.png", "Intensities before and after clipping", caption, "intensities")
+
+
+def usefulness(downstream: dict[str, Any] | None) -> Drawn:
+    """Dice on real slices of segmenters trained on real, on generated and on both, over the number of real patients."""
+    from matplotlib import pyplot as plt
+
+    if downstream is None:
+        return None
+    arms = downstream["arms"]
+    groups = {"all": [arm["dice"] for arm in arms]}
+    modalities = [m for m in MODALITY_COLOURS if all(m in arm["by_modality"] for arm in arms)]
+    if len(modalities) > 1:
+        groups |= {m: [arm["by_modality"][m] for arm in arms] for m in modalities}
+    canvas, axes = plt.subplots(1, len(groups), figsize=(0.9 + 3.1 * len(groups), 3.1), sharey=True, squeeze=False)
+    for ax, (group, entries) in zip(axes[0], groups.items(), strict=True):
+        for generated, label, colour in ((False, "real", REAL_COLOUR), (True, "real + generated", GENERATED_COLOUR)):
+            chosen = [k for k, arm in enumerate(arms) if arm["real_fraction"] and arm["generated"] == generated]
+            _curve(ax, [arms[k]["num_real_patients"] for k in chosen], [entries[k] for k in chosen], label, colour)
+        for arm, entry in zip(arms, entries, strict=True):
+            if not arm["real_fraction"]:
+                ax.axhline(entry["value"], color="#b7791f", lw=1.2, ls="--", label="generated alone")
+        counts = sorted({arm["num_real_patients"] for arm in arms if arm["real_fraction"]})
+        ax.set(title=group, xlabel="real patients", xscale="log")
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
+        ax.margins(x=0.12)
+    axes[0][0].set_ylabel("Dice on real slices")
+    axes[0][-1].legend(loc="best")
+    canvas.tight_layout()
+    caption = (
+        "Dice(mask, prediction) on the real test slices. Bars are 95 % intervals over test patients of the mean over "
+        "seeds, small dots the seeds."
+    )
+    return canvas, Figure("downstream.png", "What generated images bring a segmenter", caption, "downstream")
+
+
+def _curve(ax: Axes, counts: list[int], entries: list[dict[str, Any]], label: str, colour: str) -> None:
+    # Side by side, since both curves stand at the same numbers of patients.
+    at = [count * (0.97 if label == "real" else 1.03) for count in counts]
+    values = [entry["value"] for entry in entries]
+    ends = [entry["ci95"] or (entry["value"],) * 2 for entry in entries]
+    errors = [[max(v - e[0], 0) for v, e in zip(values, ends, strict=True)]]
+    errors += [[max(e[1] - v, 0) for v, e in zip(values, ends, strict=True)]]
+    ax.errorbar(at, values, yerr=errors, color=colour, lw=1.4, marker="o", ms=4, capsize=2.5, label=label)
+    for x, entry in zip(at, entries, strict=True):
+        ax.scatter([x] * len(entry["by_seed"]), entry["by_seed"], color=colour, s=6, alpha=0.5, linewidths=0)

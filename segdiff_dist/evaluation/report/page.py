@@ -1,0 +1,221 @@
+"""The report: one HTML file that holds all it shows, drawn from summary.json and the figures alone."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_shards.documents import read_bytes
+from data_shards.labels import shown_name
+from data_shards.problems import removed_on_failure
+from data_shards.records import MODALITIES
+from segdiff_dist.config import next_command
+from segdiff_dist.evaluation.measure.saved import read_downstream, read_figures, read_summary
+from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages
+from segdiff_dist.evaluation.measure.summary import top_metrics
+from segdiff_dist.evaluation.measure.trust import warnings
+from segdiff_dist.evaluation.metrics.columns import HU_METRICS
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
+from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
+from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+REPORT = "report.html"
+_FALSE_ORGANS = "false_positive_rate_mask_gen"
+# At the top of the page, behind TOP_METRICS.
+_FURTHER_CARDS = ("psnr_db", "ssim", "fid", "segmenter_frechet")
+
+# Table 1 of Hunecke and Chen, "Medical Image Generation Using Segmentation-Guided Diffusion": AMOS 2022 at 256x256,
+# and, for MR, the later rows of the authors' own result file, which are not in the paper.
+PUBLISHED_COLUMNS = ("CT axial", "CT all axes", "MR axial", "MR all axes", "MR axial, later", "MR all axes, later")
+# Text, so that every digit is the one published.
+PUBLISHED = {
+    "psnr_db": ("19.06", "20.26", "9.49", "9.80", "13.07", "12.44"),
+    "ssim": ("0.637", "0.618", "0.062", "0.170", "0.210", "0.198"),
+    "fid": ("47.66", "61.50", "200.31", "202.26", "75.3", "100.4"),
+    "legacy_dice_mask_real": ("0.925", "0.927", "0.795", "0.843", "0.793", "0.848"),
+    # The paper's text calls this row pred(real) against pred(generated); its code compares the mask.
+    "legacy_dice_mask_gen": ("0.923", "0.927", "0.712", "0.766", "0.778", "0.807"),
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/evaluation/report.html from summary.json, figures/ and, if they are there, config.yaml, mlflow.json and
+    downstream/summary.json of RUN."""
+    folder = run / "evaluation"
+    summary, figures = read_summary(run), read_figures(run)
+    for figure in figures:
+        figure["source"] = png_url((folder / "figures" / figure["file"]).read_bytes())
+    config = run / "config.yaml"
+    text = read_bytes(config, "remove it").decode(errors="replace") if config.is_file() else None
+    page = render(run.resolve().name, summary, figures, text, tracked_run(run), read_downstream(run), run.resolve())
+    return write_page(folder / REPORT, page)
+
+
+def render(
+    title: str,
+    summary: dict[str, Any],
+    figures: list[dict[str, str]],
+    config: str | None,
+    tracked: TrackedRun | None = None,
+    downstream: dict[str, Any] | None = None,
+    folder: Path | None = None,
+) -> str:
+    """The page as text. `figures`: title, caption, section and source (a data URL) of each; `folder`: of the run, for
+    the commands that the page names."""
+    groups = groups_of(summary["metrics"], summary["by_modality"])
+    shown = [name for name in DEFINITIONS if any(name in entries for entries in groups.values())]
+    diversity = summary["diversity"]
+    varied = groups_of(diversity.get("metrics", {}), diversity.get("by_modality", {}))
+    organs, hu_organs = _organ_rows(summary), _hu_rows(summary)
+    defined = {*shown, *PUBLISHED, *(name for entries in varied.values() for name in entries)}
+    defined |= {"volume_error_mask_gen"} if organs else set()
+    defined |= set(HU_METRICS) if hu_organs else set()
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            command=next_command("evaluate", run=folder or Path(title)).strip("`"),
+            summary=summary,
+            figures=[{"section": "images"} | figure for figure in figures],
+            config=config,
+            tracked=tracked,
+            groups=groups,
+            metrics={name: DEFINITIONS[name] for name in shown},
+            definitions=DEFINITIONS,
+            defined={name: told for name, told in DEFINITIONS.items() if name in defined},
+            published=PUBLISHED,
+            published_columns=PUBLISHED_COLUMNS,
+            organs=organs,
+            hu_organs=hu_organs,
+            hu_metrics={name: DEFINITIONS[name] for name in HU_METRICS},
+            varied=varied,
+            varied_metrics={n: DEFINITIONS[n] for n in DEFINITIONS if any(n in entries for entries in varied.values())},
+            provenance=_lines(summary["provenance"]),
+            downstream=downstream,
+            downstream_modalities=[
+                m for m in MODALITIES if downstream and any(m in arm["by_modality"] for arm in downstream["arms"])
+            ],
+            is_other_model=downstream is not None
+            and downstream["settings"]["weights_digest"] != summary["provenance"]["sample_job"].get("weights_digest"),
+            top_metrics=[name for name in (*top_metrics(groups.values()), *_FURTHER_CARDS) if name in shown],
+            mark=MARK,
+            shown_name=shown_name,
+            is_unreliable=is_unreliable,
+            segmenter_messages=segmenter_messages(summary),
+            sharpness=_sharpness_of(summary),
+            trust=summary.get("trust"),
+            memorised=summary.get("trust", {}).get("memorisation"),
+            percent="{:.1%}".format,
+            trust_warnings=warnings(summary) if "trust" in summary else [],
+        )
+    )
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write it so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with removed_on_failure(path.with_name(f"{path.name}.partial")) as partial:
+        partial.write_text(text, encoding="utf-8")
+        return partial.replace(path)
+
+
+def page_environment() -> Environment:
+    """Jinja2 for the templates beside this file, with filters that write entries of a summary."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("segdiff_dist.evaluation.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["entry"] = format_entry
+    environment.filters["interval"] = format_interval
+    return environment
+
+
+def png_url(pixels: bytes) -> str:
+    """A PNG file as an address that holds all of it."""
+    return "data:image/png;base64," + base64.b64encode(pixels).decode("ascii")
+
+
+def groups_of(overall: dict[str, Any], by_modality: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries by "All" and modality, as far as there are any; of one modality not twice the same."""
+    groups = {"All": overall} | {m: by_modality.get(m, {}) for m in MODALITIES}
+    groups = {name: entries for name, entries in groups.items() if entries}
+    if len(groups) == 2:
+        groups.pop("All", None)
+    return groups
+
+
+def format_number(value: float, digits: int) -> str:
+    """A number with a true minus sign, and none before zero."""
+    return f"{value:z.{digits}f}".replace("-", "\u2212")
+
+
+def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
+    """A value of the summary, with a mark where it means nothing, or a dash where there is none."""
+    if entry is None:
+        return "\u2013"
+    return format_number(entry["value"], digits) + (f" {MARK}" if is_unreliable(entry) else "")
+
+
+def format_interval(entry: dict[str, Any] | None, digits: int, between: str = " to ") -> str:
+    """Its 95 % interval, or nothing."""
+    if entry is None or entry["ci95"] is None:
+        return ""
+    low, high = (format_number(end, digits) for end in entry["ci95"])
+    return f"{low}{between}{high}"
+
+
+def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row an organ with its entries by modality; body last and marked."""
+    rows = []
+    for organ, overall in summary["by_organ"].items():
+        # An organ that no mask holds is shown where it appears all the same.
+        if "dice_mask_gen" in overall or overall.get(_FALSE_ORGANS, {"value": 0})["value"] > 0:
+            by_modality = {m: organs.get(organ, {}) for m, organs in summary["by_modality_organ"].items()}
+            rows.append({"name": shown_name(organ), "by_modality": by_modality, "overall": overall})
+    if summary["body"]:
+        rows.append({"name": "body", "by_modality": {}, "overall": summary["body"]})
+    return rows
+
+
+def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of blur: sentences for all images or, where there are several, by modality; and texture by
+    organ and modality."""
+    groups = groups_of(summary["metrics"], summary["by_modality"])
+    messages = {group: sharpness_messages(entries) for group, entries in groups.items()}
+    by_modality = summary["by_modality_organ"]
+    organs = {
+        organ: {m: of.get(organ, {}).get("texture") for m, of in by_modality.items()} for organ in summary["by_organ"]
+    }
+    return {
+        "messages": {group: lines for group, lines in messages.items() if lines},
+        "organs": {organ: entries for organ, entries in organs.items() if any(entries.values())},
+    }
+
+
+def _hu_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row an organ that has HU on both sides."""
+    organs = summary["by_modality_organ"].get("CT", {})
+    return [
+        {"name": shown_name(organ), "entries": entries} for organ, entries in organs.items() if "hu_mean_gen" in entries
+    ]
+
+
+def _lines(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested provenance as dotted names and values."""
+    lines: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += _lines(value, f"{prefix}{name}.")
+        elif value is not None:
+            lines.append((f"{prefix}{name}", str(value)))
+    return lines

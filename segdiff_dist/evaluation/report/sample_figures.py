@@ -1,0 +1,160 @@
+"""Figures that show samples: pixels, masks and labels side by side. Which ones is pictures.py's to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.records import MODALITIES
+from segdiff_dist.evaluation.report.look import Drawn, Figure, legend, note, show_grey, show_labels, tiles
+from segdiff_dist.evaluation.report.pictures import Pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+_NUM_EXTREME = 2
+_SAMPLES_OF_A_MASK = 4
+_NUM_NEAREST = 4
+
+
+def gallery(pictures: Pictures, modality: str) -> Drawn:
+    """Real image, mask, generated image and the segmenter's labels on it (the paper's Figures 2 and 3)."""
+    items = pictures.gallery(modality)
+    if not items:
+        return None
+    canvas = _samples(pictures, items, [pictures.describe(i) for i in items])
+    caption = (
+        "Samples at the lower quartile, the median and the upper quartile of Dice(mask, prediction on generated), of "
+        "different patients where there are enough; not picked by eye. Paper: Figures 2 and 3."
+    )
+    return canvas, Figure(f"gallery_{modality.lower()}.png", f"{modality}: real and generated", caption, "images")
+
+
+def extremes(pictures: Pictures, modality: str) -> Drawn:
+    """The samples that follow their masks worst and best, as `gallery` shows them."""
+    worst, best = pictures.extremes(modality, _NUM_EXTREME)
+    if not worst or not best:
+        return None
+    labels = [f"{end}\n{pictures.describe(i)}" for end, items in (("worst", worst), ("best", best)) for i in items]
+    canvas = _samples(pictures, worst + best, labels)
+    caption = (
+        f"The lowest and the highest Dice(mask, prediction on generated) of the headline {modality} samples, each of "
+        "another patient where there are enough. A low Dice may be the segmenter's failure as well: the prediction "
+        "beside the mask tells."
+    )
+    name = f"extremes_{modality.lower()}.png"
+    return canvas, Figure(name, f"{modality}: worst and best cases", caption, "images")
+
+
+def _samples(pictures: Pictures, items: Sequence[int], labels: Sequence[str]) -> Canvas:
+    """A row a sample, of the slice's own modality or of the other, `labels` to the left."""
+    across = any(pictures.rows["source_modality"][i] != pictures.rows["target_modality"][i] for i in items)
+    real = "source image" if across else "real image"
+    canvas, axes = tiles(len(items), 4, (real, "mask", "generated", "predicted on generated"))
+    for row, i, label in zip(axes, items, labels, strict=True):
+        show_grey(row[0], pictures.real(i), label)
+        show_labels(row[1], pictures.mask(i), pictures.label_table)
+        show_grey(row[2], pictures.generated(i))
+        show_labels(row[3], pictures.predicted(i), pictures.label_table)
+        if across:
+            note(row[0], str(pictures.rows["source_modality"][i]))
+            note(row[2], str(pictures.rows["target_modality"][i]))
+        note(row[3], pictures.dice(i))
+    legend(canvas, pictures.label_table, [pictures.mask(i) for i in items] + [pictures.predicted(i) for i in items])
+    return canvas
+
+
+def diversity(pictures: Pictures) -> Drawn:
+    """Several images of one mask, and where they differ (Figure 4)."""
+    groups = pictures.several_of_a_mask(_SAMPLES_OF_A_MASK)
+    if not groups:
+        return None
+    num_samples = max(map(len, groups))
+    titles = ("mask", *(f"sample {k + 1}" for k in range(num_samples)), "pixel std")
+    canvas, axes = tiles(len(groups), num_samples + 2, titles)
+    stds = [np.stack([pictures.generated(i) for i in items]).astype(float).std(axis=0, ddof=1) for items in groups]
+    top = max(float(np.percentile(std, 99.5)) for std in stds)
+    for row, items, std in zip(axes, groups, stds, strict=True):
+        show_labels(row[0], pictures.mask(items[0]), pictures.label_table, pictures.describe(items[0]))
+        for ax, i in zip(row[1:], items, strict=False):
+            show_grey(ax, pictures.generated(i))
+        shown = row[-1].imshow(std, cmap="magma", vmin=0, vmax=max(top, 1.0))
+        bar = canvas.colorbar(shown, ax=row[-1], fraction=0.046, pad=0.03)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7, length=0)
+        bar.ax.grid(False)
+    legend(canvas, pictures.label_table, [pictures.mask(items[0]) for items in groups])
+    caption = (
+        "Images generated from the same mask with different noise, and the standard deviation of each pixel over them "
+        "in grey values (0 to 255): what the mask does not fix. The mask shown is the one with the median spread of "
+        "its modality. Paper: Figure 4."
+    )
+    return canvas, Figure("diversity.png", "Diversity: one mask, several images", caption, "trust")
+
+
+def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
+    """Generated images beside the training images that they resemble most."""
+    memorisation = summary.get("trust", {}).get("memorisation")
+    if memorisation is None or not memorisation["nearest"]:
+        return None
+    found, limits = memorisation["nearest"][:_NUM_NEAREST], memorisation["limits"]
+    columns = {
+        "pixels": "nearest in pixels",
+        "segmenter": "nearest in features",
+        "copies": "nearest, turned or mirrored",
+    }
+    # Evaluations of earlier versions did not search for changed copies.
+    spaces = [space for space in columns if space in limits]
+    canvas, axes = tiles(len(found), 1 + len(spaces), ("generated", *(columns[space] for space in spaces)))
+    for row, told in zip(axes, found, strict=True):
+        show_grey(row[0], pictures.generated(told["item_id"]), pictures.describe(told["item_id"]))
+        if told["suspect"]:
+            note(row[0], "suspect")
+        for ax, space in zip(row[1:], spaces, strict=True):
+            show_grey(ax, pictures.slice_image(told[f"training_row_{space}"]))
+            times = f"\n{told[f'distance_{space}'] / limits[space]:.2f} x the limit" if limits[space] else ""
+            note(ax, told[f"training_key_{space}"] + times)
+    caption = (
+        "Suspects first, then the nearest in pixels; a suspect is nearer than 99 % of unseen real images are, which is "
+        "the limit, in both spaces."
+    )
+    return canvas, Figure("nearest_training.png", "The training images that are nearest", caption, "trust")
+
+
+def cross_modality(pictures: Pictures) -> Drawn:
+    """An image of the other modality from a slice's mask (Figure 5)."""
+    items = [i for s in MODALITIES for t in MODALITIES if s != t for i in pictures.across(s, t, 2)]
+    if not items:
+        return None
+    canvas = _samples(pictures, items, [pictures.describe(i) for i in items])
+    caption = (
+        "The mask of a slice of one modality, drawn in the other. There is no real counterpart, so only the mask can "
+        "judge. Paper: Figure 5."
+    )
+    return canvas, Figure("cross_modality.png", "Cross-modality", caption, "modalities")
+
+
+def two_modalities(pictures: Pictures, source: str, target: str) -> Drawn:
+    """Original, mask, two images of the same modality and two of the other (Figures 6 and 7)."""
+    found = [(i, pictures.both_modalities(i, 2)) for i in pictures.across(source, target, 3)]
+    rows = [(i, own, other) for i, (own, other) in found if own and other]
+    if not rows:
+        return None
+    num_own = max(len(own) for _, own, _ in rows)
+    num_other = max(len(other) for _, _, other in rows)
+    titles = ("original", "mask", *[f"generated {source}"] * num_own, *[f"generated {target}"] * num_other)
+    canvas, axes = tiles(len(rows), 2 + num_own + num_other, titles)
+    for row, (i, own, other) in zip(axes, rows, strict=True):
+        show_grey(row[0], pictures.real(i), pictures.describe(i))
+        show_labels(row[1], pictures.mask(i), pictures.label_table)
+        for ax, j in zip(row[2 : 2 + num_own], own, strict=False):
+            show_grey(ax, pictures.generated(j))
+        for ax, j in zip(row[2 + num_own :], other, strict=False):
+            show_grey(ax, pictures.generated(j))
+    legend(canvas, pictures.label_table, [pictures.mask(i) for i, _, _ in rows])
+    caption = f"From left to right: original {source}, its mask, and images of either modality made from that mask. "
+    caption += f"Paper: Figure {'6' if source == 'CT' else '7'}."
+    name = f"modalities_from_{source.lower()}.png"
+    return canvas, Figure(name, f"Both modalities from {source} masks", caption, "modalities")
