@@ -37,7 +37,8 @@ def write_segmenter(weights: Path) -> None:
     """The default auxiliary U-Net, untrained: as fast as a trained one."""
     import torch
 
-    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation_config import SegmenterConfig
 
     config = SegmenterConfig()
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from _harness import write
 
-from segdiff_dist.denoising.denoiser import DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
 
 
 @dataclass(frozen=True)

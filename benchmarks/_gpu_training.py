@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from data_shards.labels import AMOS
 from data_shards.records import Batch
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import DiffusionConfig
 from segdiff_dist.training.throughput import count_flops
 
 TRAINING_STEPS = 1000

@@ -20,7 +20,7 @@ import torch
 
 from data_shards.fan_out import TaskFailure, Workers
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.sampling.config import LEAST_BATCH, SampleConfig
 from segdiff_dist.sampling.job import prepare_job
 from segdiff_dist.sampling.store import SampleStore

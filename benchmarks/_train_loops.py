@@ -134,11 +134,12 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
 
     `bare` leaves averages, log lines, tracking and checkpoints out.
     """
-    from data_shards.feed.loader import LoaderConfig
+    from data_shards.feed.config import LoaderConfig
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.task import DenoiserTask
-    from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+    from segdiff_dist.tracking.config import TrackingConfig
+    from segdiff_dist.tracking.tracker import Tracker
     from segdiff_dist.training.config import TrainConfig
     from segdiff_dist.training.engine import Engine
     from segdiff_dist.training.loop import TrainingJob, train
@@ -278,7 +279,7 @@ def _is_main() -> bool:
 
 
 def _denoiser_config(turn: Turn) -> Any:
-    from segdiff_dist.denoising.denoiser import DenoiserConfig
+    from segdiff_dist.denoising.config import DenoiserConfig
 
     return DenoiserConfig(
         block_out_channels=turn.block_out_channels,

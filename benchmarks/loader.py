@@ -38,7 +38,8 @@ from _baselines import (
 )
 from _harness import Contender, arguments, compare, measure, report, time_batches
 
-from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.config import LoaderConfig
+from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled
 from data_shards.labels import AMOS
 from data_shards.records import SliceMeta, SliceRecord

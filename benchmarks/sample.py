@@ -30,8 +30,8 @@ from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS
 from data_shards.records import SliceMeta, SliceRecord
 from data_shards.store.shard_writer import ShardWriter, set_format
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.sampling.config import SampleConfig
 

@@ -22,7 +22,7 @@ from _samplers_figure import draw
 from _samplers_measure import Judge, Judged
 
 from data_shards.problems import InputProblems
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig
 from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.spectra import sharpness

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from data_shards.labels import AMOS
 from segdiff_dist.attention import set_attention
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 
 META = torch.device("meta")
 # Of the fused step, as a share of eager channels-last.

@@ -12,27 +12,23 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.feed.loader import LoaderConfig
+from data_shards.feed.config import LoaderConfig
 from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON, is_address
-from data_shards.ingest.annotate import AnnotateConfig
-from data_shards.ingest.prepare import PrepareConfig
+from data_shards.ingest.annotate_config import AnnotateConfig
+from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.locks import short_turn
-from data_shards.phantom import PhantomConfig
+from data_shards.phantom.config import PhantomConfig
 from data_shards.problems import InputProblems, Problem, problem
-from data_shards.store.convert import ConvertConfig
+from data_shards.store.config import ConvertConfig
 from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate, write_text_atomically
-from segdiff_dist.denoising.denoiser import DenoiserConfig
-from segdiff_dist.denoising.diffusion import DiffusionConfig
-from segdiff_dist.denoising.validation import ValidationConfig
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.segmentation import SegmenterConfig
-from segdiff_dist.tracking.tracker import TrackingConfig
-from segdiff_dist.training.checkpoint import named_as_one
-from segdiff_dist.training.config import TrainConfig
-from segdiff_dist.training.export import AverageConfig
+from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.training.config import AverageConfig, TrainConfig
 
 CONFIG_FILE = "config.yaml"
 
@@ -206,6 +202,8 @@ def save_experiment(experiment: Experiment, settles: tuple[str, ...]) -> None:
 def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:
     """Refuse to go on with a training that was started with other settings. `started` exists once it has begun, and
     holds the settings of every checkpoint."""
+    from segdiff_dist.training.checkpoint import named_as_one  # here, since it imports torch
+
     of_checkpoints = (file for file in started.glob(f"*/{CONFIG_FILE}") if named_as_one(file.parent))
     recorded = max(of_checkpoints, default=experiment.path("run") / CONFIG_FILE)
     if not started.exists() or not recorded.is_file():

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from segdiff_dist.attention import set_attention
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.experiment import load_experiment
-from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet
+from segdiff_dist.segmentation import SegmenterNet
+from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training.memory_plan import Network, SmallConfig, on_meta
 
 if TYPE_CHECKING:

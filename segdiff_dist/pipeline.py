@@ -27,8 +27,9 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.config import validate, write_text_atomically
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import DiffusionConfig, as_trained, make_scheduler
+from segdiff_dist.denoising.diffusion import as_trained, make_scheduler
 from segdiff_dist.denoising.grids import sigma_bounds
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.documents import read_json, reading
-from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.config import LoaderConfig
+from data_shards.feed.loader import Loader
 from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse, removed_on_failure
@@ -27,7 +28,7 @@ from segdiff_dist.config import how_to_make, validate, with_usual_mode, write_te
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
-from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.segmentation_config import NORM_GROUPS, SegmenterConfig
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 
 if TYPE_CHECKING:
@@ -36,79 +37,15 @@ if TYPE_CHECKING:
 _WEIGHTS, _ABOUT = "model.safetensors", "segdiff.json"
 # A class absent from both prediction and mask counts nothing in the validation Dice; this keeps 0/0 finite.
 _EPSILON = 1e-6
-# Group normalisation instead of MONAI's instance normalisation: it keeps how bright an image is, and unlike batch
-# normalisation it has no running statistics that an average of the weights would not fit.
-_NORM_GROUPS = 8
 # Of a net that is read: beyond what anybody trains.
 _MOST_LEVELS, _MOST_UNITS, _LARGEST_KERNEL = 12, 16, 15
-
-
-@dataclass(frozen=True)
-class SegmenterConfig:
-    """The auxiliary U-Net and its training. Defaults: section 4.2 of the paper (batch 64, lr 1e-2)."""
-
-    channels: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
-    first_stride: int = 2
-    """2 is the paper's. 1 keeps a level at full resolution, for slices so small that organs are a few pixels wide."""
-    num_res_units: int = 0
-    kernel_size: int = 3
-    rotate_degrees: float = 0.0
-    """As in the `loader` section, whose value counts for the denoiser alone."""
-    zoom: float = 0.0
-    """Likewise."""
-    dice_over: int = 8
-    """Slices that Dice is taken over in training, as if they were one image; micro-batches are multiples of it, so that
-    the loss depends on neither their size nor the number of ranks."""
-    validation_batch_size: int = 64
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            num_images=2_000_000,
-            lr=1e-2,
-            micro_batch_size=64,
-            warmup_images=6_400,
-            ema_lengths=(0.05,),
-            checkpoint_every_images=100_000,
-        )
-    )
-
-    def augmented(self, loader: LoaderConfig) -> LoaderConfig:
-        """The loader's settings with this section's augmentation."""
-        return replace(loader, rotate_degrees=self.rotate_degrees, zoom=self.zoom)
-
-    @property
-    def dice_group(self) -> int:
-        """dice_over, or the whole of a smaller global batch."""
-        return min(self.dice_over, self.train.global_batch_size)
-
-    def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
-        """What is out of range."""
-        found = self.train.problems("segmenter.train", ranks)
-        micro = self.train.micro_batch_size
-        if self.dice_over < 1:
-            found.append(Problem("config", "segmenter.dice_over", str(self.dice_over), "give at least 1"))
-        elif micro == "auto" or micro % self.dice_group:
-            remedy = f"give a multiple of {self.dice_group}, the slices that Dice is taken over (segmenter.dice_over)"
-            found.append(Problem("config", "segmenter.train.micro_batch_size", str(micro), remedy))
-        for augmentation in self.augmented(LoaderConfig()).problems():
-            found.append(replace(augmentation, field=augmentation.field.replace("loader.", "segmenter.")))
-        if self.first_stride not in (1, 2):
-            found.append(Problem("config", "segmenter.first_stride", str(self.first_stride), "give 1 or 2"))
-        if any(c % _NORM_GROUPS for c in self.channels):
-            remedy = f"give multiples of {_NORM_GROUPS}"
-            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
-        if len(self.channels) < 2 or min(self.channels) < 1:
-            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), "give two or more levels"))
-        elif size is not None and size % 2 ** (len(self.channels) - 1):
-            remedy = f"{len(self.channels)} levels halve {size} pixels unevenly"
-            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
-        return found
 
 
 def _shape_problems(config: SegmenterConfig, where: Path) -> list[Problem]:
     """Of a description that anybody may have written: shapes that cannot be built, or not in any time."""
     fits = (
         2 <= len(config.channels) <= _MOST_LEVELS
-        and all(c >= 1 and c % _NORM_GROUPS == 0 for c in config.channels)
+        and all(c >= 1 and c % NORM_GROUPS == 0 for c in config.channels)
         and config.first_stride in (1, 2)
         and 0 <= config.num_res_units <= _MOST_UNITS
         and 1 <= config.kernel_size <= _LARGEST_KERNEL
@@ -134,7 +71,7 @@ class SegmenterNet(nn.Module):
             kernel_size=config.kernel_size,
             up_kernel_size=config.kernel_size,
             num_res_units=config.num_res_units,
-            norm=("group", {"num_groups": _NORM_GROUPS}),
+            norm=("group", {"num_groups": NORM_GROUPS}),
         )
         suit_norms(self.unet)
 

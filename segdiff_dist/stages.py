@@ -27,7 +27,8 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.attention import choose_attention
 from segdiff_dist.experiment import Experiment, collect, refuse_another_config, save_experiment
 from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
-from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.tracking.tracker import Tracker
 
 
 def make_phantom(experiment: Experiment) -> None:

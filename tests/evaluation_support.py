@@ -51,7 +51,8 @@ def evaluate_here(
     from segdiff_dist.evaluation.measure.worker import Chunk, Evaluator, Inputs
     from segdiff_dist.evaluation.metrics.sums import Interval
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation_config import SegmenterConfig
 
     shards = ShardSet.open(shapes)
     items = items_of(shards, shards.select(split="test").tolist() if rows is None else rows, seeds=2, across=2)

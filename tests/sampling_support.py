@@ -10,7 +10,7 @@ import numpy as np
 
 from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import prepare_job
@@ -34,7 +34,8 @@ def write_weights(
     """An untrained denoiser: its images mean nothing, but are the same every time."""
     import torch
 
-    from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+    from segdiff_dist.denoising.config import DenoiserConfig
+    from segdiff_dist.denoising.denoiser import Denoiser
 
     torch.manual_seed(seed)
     config = DenoiserConfig(

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.config import LoaderConfig
+from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled, rank_positions
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.denoiser import DenoiserConfig
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.sigma_data import with_sigma_data
 from segdiff_dist.denoising.task import DenoiserTask
-from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training import checkpoint
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.loop import TrainingJob, train

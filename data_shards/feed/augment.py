@@ -16,7 +16,7 @@ from data_shards.feed.batch_reader import Window
 from data_shards.feed.order import STREAM_AUGMENT, uniform
 
 if TYPE_CHECKING:
-    from data_shards.feed.loader import LoaderConfig
+    from data_shards.feed.config import LoaderConfig
 
 # A position's draws in [0, 1), in this order: adding one at the end leaves the others as they are.
 _DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")

@@ -11,16 +11,15 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
-from typing import Any, Literal
+from typing import Any
 
 from data_shards.documents import read_json
 from data_shards.fan_out import TaskFailure, fan_out, num_cores
-from data_shards.field_source import FROM_A_PERSON
 from data_shards.ingest import archive
+from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig
 from data_shards.ingest.archive import Case, read_header
 from data_shards.ingest.masks import (
     ANNOTATIONS,
@@ -43,87 +42,14 @@ from data_shards.problems import (
     saying_when_full,
     tells_of_full_disk,
 )
-from data_shards.records import MODALITIES
 from data_shards.store.set_index import file_sha256, write_atomically
 
 __all__ = ["AnnotateConfig", "AnnotateReport", "annotate", "annotation_record", "find_problems"]
 
-TOOLS = ("totalsegmentator", "command")
-# Its command line since v2 (github.com/wasserth/TotalSegmentator); --ml writes one file with all classes.
-_TOTALSEGMENTATOR = "TotalSegmentator"
-_TOTALSEGMENTATOR_TASK = {"CT": "total", "MR": "total_mr"}
-_TOTALSEGMENTATOR_COMMAND = f"{_TOTALSEGMENTATOR} -i {{image}} -o {{mask}} --ml --task {{task}}"
 _INSTALL = "pip install TotalSegmentator in an environment of its own and put its bin folder on PATH"
-_PLACEHOLDERS = ("image", "mask", "modality", "case_id")
 _PARTIAL = ".partial"
 # With less left, a tool that failed is taken to have failed for want of it: a mask compresses to some 100 KB.
 _LEAST_FREE_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class AnnotateConfig:
-    """Which tool makes the whole-body masks, and how many volumes at a time."""
-
-    tool: Literal["totalsegmentator", "command"] = "totalsegmentator"
-    """`totalsegmentator` runs the installed TotalSegmentator and maps its classes by name; `command` runs `command`,
-    whose masks count by the whole-body table's ids already."""
-    command: str | None = field(default=None, metadata=FROM_A_PERSON)
-    """Template; {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word, without a shell."""
-    version_command: str | None = field(default=None, metadata=FROM_A_PERSON)
-    """Prints the version of `command`'s tool; its first line is recorded."""
-    modalities: tuple[str, ...] = MODALITIES
-    """Which of the archive's cases."""
-    modality: str | None = None
-    """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
-    num_workers: int = 1
-    """Volumes at a time."""
-    threads_per_worker: int | None = None
-    """null: this machine's cores, shared among the workers."""
-    gpus_per_worker: float = 0.0
-    """More than 0 spreads the workers over several GPUs."""
-    timeout_s: float | None = None
-    """For one volume; null: none."""
-    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
-
-    def problems(self, where: str = "annotate") -> list[Problem]:
-        """Everything out of range, each with what to do about it; empty when the config can be used."""
-        found = []
-
-        def check(name: str, good: bool, remedy: str) -> None:
-            if not good:
-                found.append(Problem(where, name, repr(getattr(self, name)), remedy))
-
-        check("tool", self.tool in TOOLS, f"use one of {', '.join(TOOLS)}")
-        chosen = self.modalities
-        good = bool(chosen) and len(set(chosen)) == len(chosen) and set(chosen) <= set(MODALITIES)
-        check("modalities", good, f"choose from {', '.join(MODALITIES)}, each once")
-        check("modality", self.modality in (None, *MODALITIES), f"use one of {', '.join(MODALITIES)}, or leave it out")
-        check("num_workers", self.num_workers >= 1, "use 1 or more")
-        check("threads_per_worker", self.threads_per_worker is None or self.threads_per_worker >= 1, "use 1 or more")
-        check("gpus_per_worker", self.gpus_per_worker >= 0, "use 0 or more")
-        check("timeout_s", self.timeout_s is None or self.timeout_s > 0, "use more than 0 s, or leave it out")
-        if self.tool == "command":
-            remedy = "give the command that makes a mask, as 'mytool --in {image} --out {mask}'"
-            check("command", self.command is not None, remedy)
-        else:
-            for name in ("command", "version_command"):
-                check(name, getattr(self, name) is None, "leave it out, or use tool command")
-        if self.command is not None:
-            found += _template_problems(where, "command", self.command, _PLACEHOLDERS, ("image", "mask"))
-        if self.version_command is not None:
-            found += _template_problems(where, "version_command", self.version_command, (), ())
-        return found
-
-    def words(self, case: Case, mask: Path) -> list[str]:
-        """The command that makes `mask` of a case."""
-        values = {"image": case.image, "mask": mask, "modality": case.modality, "case_id": case.case_id}
-        values["task"] = _TOTALSEGMENTATOR_TASK[case.modality]
-        return [word.format(**values) for word in shlex.split(self.template)]
-
-    @property
-    def template(self) -> str:
-        """The command of one volume, placeholders open."""
-        return self.command if self.command is not None else _TOTALSEGMENTATOR_COMMAND
 
 
 @dataclass(frozen=True)
@@ -252,24 +178,6 @@ def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem
         yield Problem(str(wholebody), "masks", value, "choose an empty folder, or move them away")
 
 
-def _template_problems(
-    where: str, name: str, template: str, allowed: Collection[str], needed: Collection[str]
-) -> Iterator[Problem]:
-    try:
-        words = shlex.split(template)
-        fields = {field for word in words for _, field, _, _ in Formatter().parse(word) if field is not None}
-    except ValueError as error:
-        yield Problem(where, name, repr(template), f"correct its quotes or braces ({error})")
-        return
-    if not words:
-        yield Problem(where, name, repr(template), "give a command")
-    for other in sorted(fields - set(allowed)):
-        known = f"use {', '.join(f'{{{one}}}' for one in allowed)}" if allowed else "none can be used here"
-        yield Problem(where, name, f"placeholder {{{other}}}", f"{known}; {{{{ and }}}} stand for braces")
-    for other in sorted(set(needed) - fields):
-        yield Problem(where, name, repr(template), f"say where it takes {{{other}}}")
-
-
 def _tool_version(config: AnnotateConfig) -> tuple[str | None, list[Problem]]:
     """The version that the tool says it has, and what is wrong where it cannot say anything."""
     executable = shlex.split(config.template)[0]
@@ -278,7 +186,7 @@ def _tool_version(config: AnnotateConfig) -> tuple[str | None, list[Problem]]:
         if config.tool == "totalsegmentator":
             remedy = f"{_INSTALL}, or use tool command"
         return None, [Problem("annotate", config.tool, f"no {executable} on PATH", remedy)]
-    words = [_TOTALSEGMENTATOR, "--version"]
+    words = [TOTALSEGMENTATOR, "--version"]
     if config.tool == "command":
         if config.version_command is None:
             return None, []

@@ -5,52 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from data_shards.documents import read_json
 from data_shards.fan_out import Workers, num_cores, runner
-from data_shards.field_source import FROM_A_PERSON
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
 from data_shards.store import tar_store
-from data_shards.store.codecs import CODECS
-from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, STORES, read_index, write_atomically
+from data_shards.store.config import ConvertConfig
+from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, read_index, write_atomically
 from data_shards.store.shard_writer import Format, Payloads, plan_shards, set_format, write_shards
 from data_shards.store.shards import ShardSet
 
 _PLAN = "plan.json"
 # What of the source's index is told anew.
 _OF_THE_FILES = ("format_version", "producer", "num_samples", "shards", "samples", "metadata", "store", "codec")
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """What to write, and on how many workers."""
-
-    store: str = "zarr"
-    """webdataset: tars. zarr: sharded arrays."""
-    codec: str = "raw"
-    """Of the tars: raw, zstd, png or jpeg2000. Zarr is always zstd."""
-    samples_per_shard: int = 1024
-    num_workers: int | None = None
-    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
-
-    def problems(self, where: str = "convert") -> list[Problem]:
-        """Everything out of range, each with what to do about it."""
-        found = []
-        for name, choices in (("store", STORES), ("codec", CODECS)):
-            if getattr(self, name) not in choices:
-                value, remedy = repr(getattr(self, name)), f"use one of {', '.join(choices)}"
-                found.append(Problem(where, name, value, remedy))
-        for name in ("samples_per_shard", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(Problem(where, name, str(value), "use 1 or more"))
-        return found
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table, tar_store
 from data_shards.store.byte_store import ByteStore, Range, local_copy, local_path, open_byte_store, read_file
 from data_shards.store.codecs import crc32c, decode_into
+from data_shards.store.config import CacheConfig
 from data_shards.store.samples_table import PARTS
 from data_shards.store.set_index import INDEX, SAMPLES, broken_files, parse_index, read_index, sound_samples_file
 
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
 
 # What must be the same in sets that are opened as one.
 _ALIKE = ("label_table", "size", "bits", "codec", "parts")
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Where bytes of remote sets are kept on this machine, and how many at most."""
-
-    folder: Path | None = None
-    num_bytes: int = 0
 
 
 @dataclass(frozen=True)

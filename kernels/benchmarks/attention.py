@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_shards.labels import AMOS
 from segdiff_dist.attention import Backend, attend, why_not_xformers
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 
 BATCH = 32
 # What scaled_dot_product_attention chooses from on a GPU.

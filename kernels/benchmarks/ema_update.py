@@ -56,7 +56,8 @@ def _foreach(_: EmaUpdate, averages: list[list[Tensor]], weights: list[Tensor]) 
 
 def _unet_shapes() -> list[tuple[int, ...]]:
     from data_shards.labels import AMOS
-    from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+    from segdiff_dist.denoising.config import DenoiserConfig
+    from segdiff_dist.denoising.denoiser import Denoiser
 
     with torch.device("meta"):
         return [tuple(p.shape) for p in Denoiser(DenoiserConfig(kernels="torch"), AMOS, 256).parameters()]

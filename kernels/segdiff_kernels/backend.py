@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Kernels = Literal["auto", "triton", "torch"]
 
@@ -24,6 +25,8 @@ def why_not_triton(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"Triton's kernels need a GPU, and this is {device.type}"
+    import torch  # here, so that `Kernels` can be imported without it
+
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than the kernels are made for (sm_80)"
     return None

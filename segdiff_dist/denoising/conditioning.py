@@ -7,12 +7,13 @@ Dimensions: B batch, C channels, K mask channels, H, W.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data_shards.records import AXES, MODALITIES
+from segdiff_dist.denoising.config import Conditioning, GuidanceRemoves, MaskEncoding
 from segdiff_kernels import philox
 
 # One class for each (modality, axis), and one that says nothing of either.
@@ -21,10 +22,6 @@ NULL_CLASS = NUM_CLASSES - 1
 # A mask that says nothing has this id at every pixel. No table has it, so it is unlike a mask of background: one-hot
 # channels and embeddings are then 0, scalars 1.
 NULL_MASK = 255
-
-MaskEncoding = Literal["onehot", "embedding", "scalar_255", "scalar_signed"]
-Conditioning = Literal["concat", "add", "multiply"]
-GuidanceRemoves = Literal["mask", "class", "both"]
 
 
 class Conditions(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,105 +21,21 @@ from data_shards.documents import read_json, reading
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse, removed_on_failure
 from data_shards.records import Batch
-from segdiff_dist.attention import AttentionBackend, choose_attention, set_attention
+from segdiff_dist.attention import choose_attention, set_attention
 from segdiff_dist.config import how_to_make, validate, with_usual_mode
-from segdiff_dist.denoising.conditioning import (
-    NULL_MASK,
-    NUM_CLASSES,
-    Conditioning,
-    Conditions,
-    MaskEncoder,
-    MaskEncoding,
-    MaskJoin,
-    class_ids,
-)
+from segdiff_dist.config.choices import AttentionBackend
+from segdiff_dist.denoising.conditioning import NULL_MASK, NUM_CLASSES, Conditions, MaskEncoder, MaskJoin, class_ids
+from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
 # Beyond what fits into any GPU.
 _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 
-Net = Literal["unet", "efficient"]
-# The side of the square of pixels that the net takes as one: 1 is no stem.
-_STEM: dict[Net, int] = {"unet": 1, "efficient": 2}
 # Of a pixel, between the stem's inverse and the prediction.
 _HEAD_CHANNELS = 8
 # h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """The network. The defaults are the paper's (section 4.2): 113.7 M parameters at 256x256."""
-
-    block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512)
-    layers_per_block: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    """Feature-map sides at which the blocks hold self-attention; the middle block always does. They are halves of the
-    image's side, which `net: efficient` has already halved at the first level."""
-    attention_head_dim: int = 8
-    norm_num_groups: int = 32
-    net: Net = "unet"
-    """unet: the paper's. efficient: its levels begin at half the image's side, behind a stem that makes four channels
-    of each 2x2 pixels, and the time scales and shifts what a norm gives. More depth for the same time."""
-    conditioning: Conditioning = "concat"
-    """How the mask is joined to the noised image: concatenated, added or multiplied."""
-    mask_encoding: MaskEncoding = "onehot"
-    """One channel a class; a learned embedding of the class; or the label number in one channel, as label / 255
-    (Konz et al.) or 2 * label / 255 - 1 (the paper's code)."""
-    mask_embedding_dim: int = 8
-    soft_masks: bool = False
-    """Mix the two classes of pixels at borders by their shares; for sets with `prepare.soft_edge`."""
-    class_conditioning: bool = True
-    """Tell the net the modality and the axis."""
-    attention: AttentionBackend = "auto"
-    kernels: Kernels = "auto"
-    """What computes the net: Triton's fused kernels, which need a GPU, or torch, through diffusers' own modules. auto:
-    the kernels where they run. The weights are the same."""
-
-    @property
-    def stem(self) -> int:
-        """Side of the squares of pixels that become one position of the first level; 1 for `net: unet`."""
-        return _STEM[self.net]
-
-    def sides(self, size: int) -> list[int]:
-        """Feature-map sides of the levels, for images of side `size`."""
-        return [size // self.stem // 2**level for level in range(len(self.block_out_channels))]
-
-    def problems(self, size: int | None = None) -> list[Problem]:
-        """What is out of range, also for slices of side `size` where it is known."""
-        found = []
-
-        def add(name: str, value: object, remedy: str) -> None:
-            found.append(Problem("config", f"denoiser.{name}", str(value), remedy))
-
-        channels, groups = self.block_out_channels, self.norm_num_groups
-        if not channels or min(channels) < 1 or groups < 1 or any(c % groups for c in channels):
-            add("block_out_channels", list(channels), f"give channels that norm_num_groups ({groups}) divides")
-        if self.layers_per_block < 1:
-            add("layers_per_block", self.layers_per_block, "give at least 1")
-        attending = {channels[-1]} if channels else set()  # the middle block
-        multiple = self.stem * 2 ** max(0, len(channels) - 1)
-        if size is not None and size % multiple:
-            stem = ", behind a stem that halves too," if self.stem > 1 else ""
-            remedy = (
-                f"{len(channels)} levels{stem} halve {size} pixels unevenly: give fewer, or a multiple of {multiple}"
-            )
-            add("block_out_channels", list(channels), remedy)
-        elif size is not None:
-            sides = self.sides(size)
-            attending |= {c for c, side in zip(channels, sides, strict=True) if side in self.attention_resolutions}
-            if strangers := [r for r in self.attention_resolutions if r not in sides]:
-                remedy = f"the levels are {', '.join(map(str, sides))} pixels wide; give some of these, or none"
-                add("attention_resolutions", strangers, remedy)
-        if self.attention_head_dim < 1 or any(c % self.attention_head_dim for c in attending):
-            told = ", ".join(map(str, sorted(attending)))
-            add("attention_head_dim", self.attention_head_dim, f"give a width that divides {told}: who attends")
-        if self.mask_embedding_dim < 1:
-            add("mask_embedding_dim", self.mask_embedding_dim, "give at least 1")
-        if self.soft_masks and self.mask_encoding.startswith("scalar"):
-            add("soft_masks", True, "a scalar can hold one class only; use mask_encoding onehot or embedding")
-        return found
 
 
 class PixelHead(nn.Module):

@@ -6,18 +6,17 @@ Dimensions: S sampling steps from noise to image, T training timesteps.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import torch
 
+from segdiff_dist.denoising.config import SigmaSpacing, TimestepSpacing
 from segdiff_dist.denoising.process import Process, TimestepProcess
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.sampler_config import SamplerConfig
 
-SigmaSpacing = Literal["karras", "log_snr"]
-TimestepSpacing = Literal["leading", "trailing", "linspace", "karras", "log_snr"]
 
 # 80: Karras et al. 2022. 0.01 is one grey value of 8 bits: below it there is no noise to take away.
 _USUAL_SIGMAS = (0.01, 80.0)

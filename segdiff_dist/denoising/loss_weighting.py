@@ -10,10 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from segdiff_dist.denoising.config import LossWeighting, PredictionType
 from segdiff_kernels import philox
-
-PredictionType = Literal["epsilon", "v", "x0"]
-LossWeighting = Literal["none", "min_snr", "edm"]
 
 # Enough to see whether noise or detail is what is not learned, few enough for one picture.
 NUM_BUCKETS = 4

@@ -23,13 +23,8 @@ import torch
 from torch import Tensor
 
 from data_shards.records import Batch
-from segdiff_dist.denoising.diffusion import (
-    DiffusionConfig,
-    make_scheduler,
-    predicted_x_0,
-    prediction_target,
-    q_sample,
-)
+from segdiff_dist.denoising.config import DiffusionConfig
+from segdiff_dist.denoising.diffusion import make_scheduler, predicted_x_0, prediction_target, q_sample
 from segdiff_dist.denoising.loss_weighting import (
     NUM_BUCKETS,
     lognormal_timesteps,

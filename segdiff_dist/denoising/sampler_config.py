@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.documents import read_json, reading
 from data_shards.problems import InputProblems, Problem
-from segdiff_dist.denoising.conditioning import GuidanceRemoves
-from segdiff_dist.denoising.diffusion import DiffusionConfig, Objective
-from segdiff_dist.denoising.grids import TimestepSpacing, sigma_bounds
-from segdiff_dist.denoising.process import make_process
+from segdiff_dist.denoising.config import DiffusionConfig, GuidanceRemoves, Objective, TimestepSpacing
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
@@ -143,6 +140,9 @@ def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Probl
         remedy += ", or trailing" if diffusion.objective == "flow" else ""
         check("timestep_spacing", diffusion.objective == "flow" and not leading, remedy)
     else:
+        from segdiff_dist.denoising.grids import sigma_bounds
+        from segdiff_dist.denoising.process import make_process
+
         process = make_process(diffusion)
         (low, high), (least, most_sigma) = process.sigma_range(), sigma_bounds(own, process)
         trained = f"training saw noise levels from {low:.3g} to {high:.3g}: give one of them"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_shards.records import AXES, Batch
 from segdiff_dist.denoising.conditioning import Conditions
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.grids import Level, level_at, levels_of
 from segdiff_dist.denoising.process import Process, make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig

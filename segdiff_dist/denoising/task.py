@@ -19,8 +19,8 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.organ_dropout import drop_organs
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.segmentation import Segmenter

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.config import LoaderConfig
+from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled
-from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, Batch, SliceRecord
 from data_shards.store.contact_sheet import class_colours
 from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DiffusionConfig, ValidationConfig
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import sample
@@ -47,35 +47,6 @@ _GAP, _TOP, _CAPTION, _SIDE = 6, 34, 34, 92
 _INK, _FAINT, _PAPER = (235, 235, 235), (150, 150, 155), (18, 18, 20)
 # Room for the title over a single picture.
 _LEAST_WIDTH = 460
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """What is measured and drawn every `train.validate_every_images`. Nothing here changes what is trained."""
-
-    num_images: int = 64
-    """Slices in the validation loss. More make it less noisy, and dearer."""
-    num_pictures: int = 8
-    """Masks of the sample grid; 0 draws none."""
-    num_steps: int = 25
-    """DDIM steps of a picture, with trailing timesteps, or on Karras et al.'s grid for objective edm."""
-    batch_size: int = 16
-    """Images a rank takes through the net at once."""
-    seed: int = 0
-    """Of slices, noise and timesteps. Keep it to compare runs."""
-
-    def problems(self, diffusion: DiffusionConfig) -> list[Problem]:
-        """What is out of range, for a net that is trained so."""
-        found = []
-        for name, low in (("num_images", 1), ("num_pictures", 0), ("num_steps", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < low:
-                found.append(Problem("config", f"validation.{name}", str(value), f"give at least {low}"))
-        most = diffusion.num_train_timesteps
-        if diffusion.objective == "ddpm" and self.num_steps > most:
-            remedy = f"the net knows {most} timesteps: give at most that many"
-            found.append(Problem("config", "validation.num_steps", str(self.num_steps), remedy))
-        return found
 
 
 class DenoiserValidation:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.documents import read_json, reading
 from data_shards.fan_out import TaskFailure, fan_out
-from data_shards.feed.loader import LoaderConfig
+from data_shards.feed.config import LoaderConfig
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import InputProblems, Problem, problem, refuse, saying_when_full
 from data_shards.store.set_index import read_index
@@ -35,10 +35,10 @@ from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import crew_of, joined, sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB
-from segdiff_dist.segmentation import SegmenterConfig
+from segdiff_dist.segmentation_config import SegmenterConfig
 
 if TYPE_CHECKING:
-    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.sampling.store import SampleStore
 
 FOLDER, SUMMARY = "downstream", "summary.json"

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.feed.loader import LoaderConfig
+from data_shards.feed.config import LoaderConfig
 from data_shards.problems import removed_on_failure
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.downstream.arms import Training, rows_of
 from segdiff_dist.evaluation.metrics import overlaps
-from segdiff_dist.segmentation import Segmenter, SegmenterConfig
+from segdiff_dist.segmentation import Segmenter
+from segdiff_dist.segmentation_config import SegmenterConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +69,8 @@ class Trainer:
         import torch
 
         from segdiff_dist.segmentation import SegmenterTask
-        from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+        from segdiff_dist.tracking.config import TrackingConfig
+        from segdiff_dist.tracking.tracker import Tracker
         from segdiff_dist.training.loop import TrainingJob, train
 
         inputs, device = self.inputs, torch.device(self.inputs.device)

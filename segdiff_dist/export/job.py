@@ -21,7 +21,7 @@ from segdiff_dist.export.shards import write_shard_set
 from segdiff_dist.sampling.store import SampleStore
 
 if TYPE_CHECKING:
-    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.sampler_config import SamplerConfig
 
 # A file takes whole blocks, a directory entry and a header besides its pixels.

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_shards.documents import reading
 from data_shards.problems import InputProblems, OutOfSpace, problem
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.export.job import export_model
 from segdiff_dist.sampling.job import weights_digest

@@ -11,7 +11,7 @@ import tyro
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import AXES
-from segdiff_dist.denoising.diffusion import Objective
+from segdiff_dist.denoising.config import Objective
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 
 # Below this a CPU's fp32 products take another path and round differently, so smaller batches are filled up to it.

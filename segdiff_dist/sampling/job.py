@@ -18,7 +18,8 @@ import numpy as np
 from data_shards.fan_out import TaskFailure, fan_out, num_cores, ray_session, resources
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from data_shards.records import AXES, MODALITIES
-from segdiff_dist.denoising.diffusion import DiffusionConfig, as_trained
+from segdiff_dist.denoising.config import DiffusionConfig
+from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import MASK_FILE, MaskArray, drawn_rows, list_items, list_items_of
 from segdiff_dist.sampling.store import LABELS, MASKS, SampleStore, locked

@@ -14,7 +14,7 @@ from segdiff_dist.sampling.job import Crew, Job, crew_of, fewer_masks, joined, p
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.config import DiffusionConfig
 
 # A pass that takes longer than this is not worth warming up for.
 _LONG_PASS_S = 5.0
@@ -59,7 +59,7 @@ def plan(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConf
 
     Seconds come from what the job has made so far, else from a pass through the net on this machine.
     """
-    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.samplers import num_evaluations
 
     job = prepare_job(run, shards, rows, diffusion, config)

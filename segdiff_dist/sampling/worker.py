@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from segdiff_dist.denoising.conditioning import Conditions
-    from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-    from segdiff_dist.denoising.diffusion import DiffusionConfig
+    from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
+    from segdiff_dist.denoising.denoiser import Denoiser
     from segdiff_dist.denoising.sampler_config import SamplerConfig
     from segdiff_dist.denoising.samplers import Guide
 
@@ -85,7 +85,7 @@ class _RegionMaker:
     def __init__(self, store: SampleStore, device: torch.device) -> None:
         import torch
 
-        from segdiff_dist.denoising.diffusion import DiffusionConfig
+        from segdiff_dist.denoising.config import DiffusionConfig
         from segdiff_dist.denoising.sampler_config import SamplerConfig
         from segdiff_dist.denoising.task import DiceTerm
 

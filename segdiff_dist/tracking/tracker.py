@@ -16,18 +16,15 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from data_shards.field_source import FROM_A_PERSON
-from data_shards.problems import OutOfSpace, Problem, problem, saying_when_full
+from data_shards.problems import OutOfSpace, problem, saying_when_full
 from segdiff_dist.config import flatten
+from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.link import SPOOL, adopt, is_foreign
 from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
-from segdiff_dist.tracking.records import MODEL_NAME, metric_key
+from segdiff_dist.tracking.records import metric_key
 from segdiff_dist.tracking.spool import Record, Spool, num_waiting, spool_files
 
 # MLflow refuses longer parameter values.
@@ -42,33 +39,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 # How to take over a folder whose tracking this user did not begin on this machine.
 _FOREIGN = "its tracking was begun by another user or on another machine, or was changed since"
 _ADOPT = "if you trust the folder, `segdiff track {} --adopt` takes it over"
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """Where runs are recorded."""
-
-    experiment: str = "segdiff"
-    enabled: bool = True
-    system_metrics: bool = True
-    """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
-    flush_timeout_s: float = 30.0
-    """How long the end of a stage waits for a slow server. What is then unsent stays in RUN/mlflow_spool."""
-    register: str | None = "segdiff"
-    """The name in MLflow's model registry under which `segdiff evaluate` enters the model it has judged; null: none."""
-    adopt: Annotated[bool, tyro.conf.arg(aliases=["--adopt"])] = field(default=False, metadata=FROM_A_PERSON)
-    """Take over the tracking of a run folder that came from somebody else or from another machine: send what waits in
-    it, and go on in its MLflow run."""
-
-    def problems(self) -> list[Problem]:
-        """What is out of range."""
-        found = []
-        if self.flush_timeout_s < 0:
-            found.append(Problem("config", "tracking.flush_timeout_s", str(self.flush_timeout_s), "give at least 0"))
-        if self.register is not None and not MODEL_NAME.fullmatch(self.register):
-            remedy = "give up to 100 letters, digits, blanks, '.', '-' and '_', a letter or digit first; or null"
-            found.append(Problem("config", "tracking.register", repr(self.register), remedy))
-        return found
 
 
 class Tracker:

@@ -99,6 +99,27 @@ class TrainConfig:
         return tuple(ema.name_of(length) for length in self.ema_lengths)
 
 
+@dataclass(frozen=True)
+class AverageConfig:
+    """Which average `segdiff average` makes."""
+
+    length: float = 0.07
+    """Its relative width (sigma_rel): segdiff_dist/training/ema.py."""
+    images_seen: int | None = None
+    """Where it ends; null: at the newest snapshot."""
+
+    def problems(self) -> list[Problem]:
+        """What is out of range."""
+        if 0 < self.length <= ema.WIDEST:
+            return []
+        return [Problem("config", "average.length", str(self.length), f"give a number in (0, {ema.WIDEST:.3f}]")]
+
+    @property
+    def name(self) -> str:
+        """The folder under weights/."""
+        return ema.name_of(self.length) + (f"_at_{self.images_seen}" if self.images_seen else "")
+
+
 _BOUNDS: tuple[tuple[str, float, float | None], ...] = (
     ("num_images", 1, None),
     ("global_batch_size", 1, None),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_shards.documents import read_json
-from data_shards.problems import InputProblems, Problem, problem, removed_on_failure
+from data_shards.problems import InputProblems, problem, removed_on_failure
 from segdiff_dist.config import with_usual_mode
 from segdiff_dist.training import ema
 from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_as_one, read_state, why_unusable
@@ -31,27 +30,6 @@ if TYPE_CHECKING:
     from segdiff_dist.training.loop import Task
 
 _EXPORTED = "exported.json"
-
-
-@dataclass(frozen=True)
-class AverageConfig:
-    """Which average `segdiff average` makes."""
-
-    length: float = 0.07
-    """Its relative width (sigma_rel): segdiff_dist/training/ema.py."""
-    images_seen: int | None = None
-    """Where it ends; null: at the newest snapshot."""
-
-    def problems(self) -> list[Problem]:
-        """What is out of range."""
-        if 0 < self.length <= ema.WIDEST:
-            return []
-        return [Problem("config", "average.length", str(self.length), f"give a number in (0, {ema.WIDEST:.3f}]")]
-
-    @property
-    def name(self) -> str:
-        """The folder under weights/."""
-        return ema.name_of(self.length) + (f"_at_{self.images_seen}" if self.images_seen else "")
 
 
 class Exporter:

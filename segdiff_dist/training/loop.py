@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.config import LoaderConfig
+from data_shards.feed.loader import Loader
 from data_shards.feed.mixing import make_order
 from data_shards.feed.order import rank_positions
 from data_shards.problems import problem

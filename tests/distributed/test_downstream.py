@@ -13,7 +13,7 @@ import pytest
 from sampling_support import DIFFUSION, make_here, write_weights
 
 from data_shards.fan_out import ray_session
-from data_shards.feed.loader import LoaderConfig
+from data_shards.feed.config import LoaderConfig
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.sampler_config import SamplerConfig
@@ -26,7 +26,7 @@ from segdiff_dist.evaluation.measure.job import crew_for
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import Crew
-from segdiff_dist.segmentation import SegmenterConfig
+from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training.config import TrainConfig
 
 HEAD = {"num_cpus": 2, "num_gpus": 8, "object_store_memory": 100 * 2**20}

@@ -34,7 +34,8 @@ def write_segmenter(weights: Path, table: LabelTable = AMOS, num_levels: int = 3
     """An untrained segmenter: its labels mean nothing, but are the same every time."""
     import torch
 
-    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation_config import SegmenterConfig
 
     config = SegmenterConfig(channels=(8,) * num_levels)
     torch.manual_seed(0)

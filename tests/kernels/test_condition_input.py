@@ -12,9 +12,10 @@ from kernels_support import DEVICE, TOLERANCE, assert_near, fresh_generator
 from torch import Tensor
 
 from data_shards.feed.augment import steering
-from data_shards.feed.loader import LoaderConfig
+from data_shards.feed.config import LoaderConfig
 from segdiff_dist.denoising.conditioning import NULL_MASK, MaskEncoder
-from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler, prediction_target, q_sample
+from segdiff_dist.denoising.config import DiffusionConfig
+from segdiff_dist.denoising.diffusion import make_scheduler, prediction_target, q_sample
 from segdiff_dist.denoising.loss_weighting import lognormal_timesteps
 from segdiff_dist.pixels import to_model_range
 from segdiff_kernels import philox

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 
 from data_shards.fan_out import ray_session
-from data_shards.ingest.annotate import AnnotateConfig, annotate, annotation_record, find_problems
+from data_shards.ingest.annotate import annotate, annotation_record, find_problems
+from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.ingest.archive import read_archive
 from data_shards.ingest.masks import find_wholebody_problems
 from data_shards.ingest.totalsegmentator import wholebody_id

@@ -19,7 +19,8 @@ from data_shards.ingest import archive
 from data_shards.problems import InputProblems
 from data_shards.records import LONGEST_CASE_ID, is_case_id, is_path_inside
 from data_shards.store.codecs import crc32c
-from data_shards.store.convert import ConvertConfig, convert
+from data_shards.store.config import ConvertConfig
+from data_shards.store.convert import convert
 from data_shards.store.samples_table import write as write_table
 from data_shards.store.set_index import file_crc32c, file_sha256, parse_index
 from data_shards.store.shards import ShardSet

@@ -12,7 +12,8 @@ import pytest
 from tests_support import bytes_of, write_shapes
 
 from data_shards.problems import InputProblems, ShardFailed
-from data_shards.store.convert import ConvertConfig, convert
+from data_shards.store.config import ConvertConfig
+from data_shards.store.convert import convert
 from data_shards.store.shards import ShardSet
 
 pytestmark = pytest.mark.usefixtures("ray")

@@ -13,7 +13,8 @@ from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
 from segdiff_dist.attention import choose_attention
 from segdiff_dist.denoising.conditioning import NULL_CLASS, NUM_CLASSES, MaskEncoder, MaskJoin, class_ids
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 
 SMALL = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(8,))
 

@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from segdiff_dist.denoising.diffusion import (
-    DiffusionConfig,
-    make_scheduler,
-    predicted_x_0,
-    prediction_target,
-    q_sample,
-)
+from segdiff_dist.denoising.config import DiffusionConfig
+from segdiff_dist.denoising.diffusion import make_scheduler, predicted_x_0, prediction_target, q_sample
 from segdiff_dist.pixels import to_model_range, to_uint8
 
 

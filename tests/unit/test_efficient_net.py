@@ -19,7 +19,8 @@ from training_support import CPU, run_training
 
 from data_shards.labels import AMOS
 from segdiff_dist.denoising.conditioning import NUM_CLASSES
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.export.job import export_model
 from segdiff_dist.footprint import denoiser_network
 from segdiff_dist.pipeline import SegGuidedPipeline

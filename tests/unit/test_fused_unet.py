@@ -19,8 +19,8 @@ from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising import fused_unet
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig, choose_kernels
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
+from segdiff_dist.denoising.denoiser import Denoiser, choose_kernels
 from segdiff_dist.denoising.fused_unet import why_not_fused
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.training.config import TrainConfig

@@ -14,11 +14,13 @@ import pytest
 import torch
 from tests_support import flip_mask_bytes, write_shapes
 
-from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.config import LoaderConfig
+from data_shards.feed.loader import Loader
 from data_shards.feed.mixing import make_order
 from data_shards.feed.order import Sequential, Shuffled, rank_positions, sample_at, sequential_positions
 from data_shards.records import MODALITIES, Batch
-from data_shards.store.shards import CacheConfig, ShardSet
+from data_shards.store.config import CacheConfig
+from data_shards.store.shards import ShardSet
 
 
 def take(

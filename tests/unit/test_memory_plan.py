@@ -14,9 +14,9 @@ from ranks_support import ranks, refusing
 from data_shards.host_memory import HostMemory
 from data_shards.labels import LabelTable
 from segdiff_dist import cli
-from segdiff_dist.denoising.denoiser import DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.footprint import denoiser_network, segmenter_network, small_config
-from segdiff_dist.segmentation import SegmenterConfig
+from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training import memory_plan
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.memory_plan import (

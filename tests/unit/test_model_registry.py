@@ -16,9 +16,10 @@ from data_shards.problems import InputProblems
 from segdiff_dist.export.register import register_evaluated
 from segdiff_dist.pipeline import SegGuidedPipeline
 from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.mlflow_run import tracking_uri
 from segdiff_dist.tracking.spool import Spool, num_waiting
-from segdiff_dist.tracking.tracker import SPOOL, Tracker, TrackingConfig, send_spool
+from segdiff_dist.tracking.tracker import SPOOL, Tracker, send_spool
 
 QUIET = TrackingConfig(system_metrics=False)
 IMPATIENT = TrackingConfig(system_metrics=False, flush_timeout_s=0.2)

@@ -16,8 +16,10 @@ import torch
 
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.segmentation import Segmenter, SegmenterConfig, SegmenterNet, save_segmenter
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.segmentation import Segmenter, SegmenterNet, save_segmenter
+from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training import checkpoint, sharded_state
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState
 from segdiff_dist.weight_files import DIGESTS

@@ -15,7 +15,7 @@ from training_support import NET, losses, run_training
 
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.sigma_data import measure_sigma_data
 from segdiff_dist.export.job import export_model

@@ -12,8 +12,9 @@ from sampling_support import DIFFUSION, QUICK, make_here, write_weights
 from tests_support import write_shapes
 
 from data_shards.problems import InputProblems
+from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import DiffusionConfig, make_scheduler
+from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.export.job import export_model
 from segdiff_dist.pipeline import SegGuidedPipeline
 

@@ -21,7 +21,7 @@ from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.run import evaluate_once
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, Experiments, Table1Settings, resolve, sampled_splits
-from segdiff_dist.tracking.tracker import TrackingConfig
+from segdiff_dist.tracking.config import TrackingConfig
 
 AMOS_PATIENTS = {"train": 240, "val": 120, "test": 240}
 
@@ -193,7 +193,8 @@ def measurable(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Experi
     """A column of which everything is there but the evaluation."""
     import torch
 
-    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation_config import SegmenterConfig
 
     run = write_weights(tmp_path_factory.mktemp("column"))
     make_here(run, shapes, num=2, samples_per_mask=1, cross_modality_masks=0)

@@ -42,7 +42,8 @@ def write_segmenter(folder: Path, seed: int = 0) -> Path:
     import torch
 
     from data_shards.labels import AMOS
-    from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
+    from segdiff_dist.segmentation_config import SegmenterConfig
 
     torch.manual_seed(seed)
     config = SegmenterConfig(channels=(8, 16), first_stride=1)

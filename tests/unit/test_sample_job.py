@@ -15,7 +15,7 @@ from sampling_support import QUICK, arguments, flip_a_byte, make_here, pixels_of
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.denoiser import DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import prepare_job, sample
 from segdiff_dist.sampling.plan import plan

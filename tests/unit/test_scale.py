@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from data_shards.labels import AMOS
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.ranks import scale
 from segdiff_dist.ranks.scale import ETHERNET, INFINIBAND, Network, Plan, images_per_s, most_ranks, state_bytes, wire_s
 

@@ -12,14 +12,17 @@ import pytest
 import torch
 from tests_support import flip_mask_bytes, write_shapes
 
-from data_shards.feed.loader import Loader, LoaderConfig
+from data_shards.feed.config import LoaderConfig
+from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled, rank_positions
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
-from segdiff_dist.segmentation import Segmenter, SegmenterConfig, SegmenterNet, SegmenterTask
-from segdiff_dist.tracking.tracker import Tracker, TrackingConfig
+from segdiff_dist.segmentation import Segmenter, SegmenterNet, SegmenterTask
+from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.loop import TrainingJob, train
 

@@ -22,9 +22,10 @@ from data_shards.problems import InputProblems
 from data_shards.records import SliceMeta, SliceRecord
 from data_shards.store import samples_table
 from data_shards.store.codecs import CODECS, EXTENSIONS, crc32c, decode_into, encode
+from data_shards.store.config import CacheConfig
 from data_shards.store.set_index import FORMAT_VERSION, file_crc32c, file_sha256
 from data_shards.store.shard_writer import ShardWriter, set_format
-from data_shards.store.shards import CacheConfig, ShardSet
+from data_shards.store.shards import ShardSet
 
 SIZE, PER_SHARD = 24, 4
 COUNTS = {"train": 10, "val": 3, "test": 1}

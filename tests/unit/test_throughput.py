@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_shards.labels import AMOS
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
+from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.training.throughput import FlopCounter, Peak, StepClock, count_flops, peak_flops, progress_line
 
 CPU = torch.device("cpu")

@@ -18,9 +18,10 @@ import pytest
 from tracking_support import Server, free_port, until
 
 from data_shards.problems import InputProblems
+from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.mlflow_run import tracking_uri
 from segdiff_dist.tracking.spool import Spool, num_waiting
-from segdiff_dist.tracking.tracker import SPOOL, Tracker, TrackingConfig, send_spool
+from segdiff_dist.tracking.tracker import SPOOL, Tracker, send_spool
 
 QUIET = TrackingConfig(system_metrics=False)
 IMPATIENT = TrackingConfig(system_metrics=False, flush_timeout_s=0.2)

@@ -17,7 +17,8 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation.measure import trust
 from segdiff_dist.evaluation.measure.worker import Evaluator, Inputs
 from segdiff_dist.sampling.store import SampleStore
-from segdiff_dist.segmentation import SegmenterConfig, SegmenterNet, save_segmenter
+from segdiff_dist.segmentation import SegmenterNet, save_segmenter
+from segdiff_dist.segmentation_config import SegmenterConfig
 
 NUM_COPIED = 3
 

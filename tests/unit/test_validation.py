@@ -15,17 +15,12 @@ import pytest
 import torch
 from tests_support import flip_mask_bytes, write_shapes
 
-from data_shards.feed.loader import LoaderConfig
+from data_shards.feed.config import LoaderConfig
 from data_shards.store.shards import ShardSet
-from segdiff_dist.denoising.denoiser import Denoiser, DenoiserConfig
-from segdiff_dist.denoising.diffusion import DiffusionConfig
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.sampler_config import SamplerConfig
-from segdiff_dist.denoising.validation import (
-    DenoiserValidation,
-    ValidationConfig,
-    choose_pictures,
-    picture_sharpness,
-)
+from segdiff_dist.denoising.validation import DenoiserValidation, choose_pictures, picture_sharpness
 from segdiff_dist.spectra import BAND_NAMES
 
 CPU = torch.device("cpu")

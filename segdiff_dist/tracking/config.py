@@ -1,0 +1,39 @@
+"""The `tracking` section. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from data_shards.field_source import FROM_A_PERSON
+from data_shards.problems import Problem
+from segdiff_dist.tracking.records import MODEL_NAME
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    experiment: str = "segdiff"
+    enabled: bool = True
+    system_metrics: bool = True
+    """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
+    flush_timeout_s: float = 30.0
+    """How long the end of a stage waits for a slow server. What is then unsent stays in RUN/mlflow_spool."""
+    register: str | None = "segdiff"
+    """The name in MLflow's model registry under which `segdiff evaluate` enters the model it has judged; null: none."""
+    adopt: Annotated[bool, tyro.conf.arg(aliases=["--adopt"])] = field(default=False, metadata=FROM_A_PERSON)
+    """Take over the tracking of a run folder that came from somebody else or from another machine: send what waits in
+    it, and go on in its MLflow run."""
+
+    def problems(self) -> list[Problem]:
+        """What is out of range."""
+        found = []
+        if self.flush_timeout_s < 0:
+            found.append(Problem("config", "tracking.flush_timeout_s", str(self.flush_timeout_s), "give at least 0"))
+        if self.register is not None and not MODEL_NAME.fullmatch(self.register):
+            remedy = "give up to 100 letters, digits, blanks, '.', '-' and '_', a letter or digit first; or null"
+            found.append(Problem("config", "tracking.register", repr(self.register), remedy))
+        return found
