@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
 import torch.nn.functional as F
-from _harness import Contender, arguments, compare, measure, report
+from support.harness import Contender, arguments, compare, measure, report
 from torch import Tensor
 
 from segdiff_dist.cpu_norm import group_norm

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _evaluate_data import forget_evaluation, write_samples, write_segmenter, write_shards
-from _harness import Contender, arguments, compare, measure, report
+from support.evaluate_data import forget_evaluation, write_samples, write_segmenter, write_shards
+from support.harness import Contender, arguments, compare, measure, report
 
 from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu-h200.json
 
 Ceilings first (a copy, a matrix product), then the kernels' parity with torch, whole training steps of batch 32 beside
-those of others (_gpu_training.py), the norms over the shapes of the real UNet, the backends of attention, the other
-kernels, sampling in small batches, and training steps of batch 64. A part that fails or for which no time is left says
-so, and the rest goes on, in a new process where the device itself was lost. `--dry-run` does all of it at toy size on a
-CPU, through Triton's interpreter, and times nothing that means anything.
+those of others (support/gpu_training.py), the norms over the shapes of the real UNet, the backends of attention, the
+other kernels, sampling in small batches, and training steps of batch 64. A part that fails or for which no time is left
+says so, and the rest goes on, in a new process where the device itself was lost. `--dry-run` does all of it at toy size
+on a CPU, through Triton's interpreter, and times nothing that means anything.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _gpu_kernels import ceilings, kernels, norms, parity, unet_parity
-from _gpu_sampling import attention, sampling
-from _gpu_session import REAL, TOY, Session, Verdict
-from _gpu_training import training_steps
-from _harness import headline, stamp
+from support.gpu_kernels import ceilings, kernels, norms, parity, unet_parity
+from support.gpu_sampling import attention, sampling
+from support.gpu_session import REAL, TOY, Session, Verdict
+from support.gpu_training import training_steps
+from support.harness import headline, stamp
 
 # By name what runs, and the seconds that it needs at least; in the order of what is worth most.
 Parts = dict[str, tuple[Callable[[Session], Any], float]]

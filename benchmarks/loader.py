@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _baselines import (
+from support.baselines import (
     SIZE,
     WebDatasetSettings,
     gather_contender,
@@ -36,7 +36,7 @@ from _baselines import (
     write_pairs,
     write_raw,
 )
-from _harness import Contender, arguments, compare, measure, report, time_batches
+from support.harness import Contender, arguments, compare, measure, report, time_batches
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _harness import headline, stamp, write
-from _recipes_figure import draw_gallery
-from _recipes_runs import segdiff
+from support.harness import headline, stamp, write
+from support.recipes_figure import draw_gallery
+from support.recipes_runs import segdiff
 
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES

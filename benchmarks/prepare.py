@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from _harness import Contender, arguments, compare, measure, report
+from support.harness import Contender, arguments, compare, measure, report
 
 from data_shards.fan_out import ray_session
 from data_shards.ingest.archive import Case, read_archive

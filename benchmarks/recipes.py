@@ -28,11 +28,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _harness import stamp, write
-from _recipes_comparison import Comparison, Work
-from _recipes_figure import draw_curves, draw_gallery
-from _recipes_measure import Judged, measure
-from _recipes_runs import (
+from support.harness import stamp, write
+from support.recipes_comparison import Comparison, Work
+from support.recipes_figure import draw_curves, draw_gallery
+from support.recipes_measure import Judged, measure
+from support.recipes_runs import (
     ABLATIONS,
     NEVER,
     QUICK,
@@ -43,7 +43,7 @@ from _recipes_runs import (
     samplers,
     train,
 )
-from _recipes_tables import print_result
+from support.recipes_tables import print_result
 
 from data_shards.problems import InputProblems, Problem, refuse
 from segdiff_dist.config import differences, write_text_atomically

@@ -23,8 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; diffu
 
 import numpy as np
 import torch
-from _harness import Contender, arguments, compare, measure, report
-from _sample_turns import Task, diffusers_loop, ours, ours_without_ray
+from support.harness import Contender, arguments, compare, measure, report
+from support.sample_turns import Task, diffusers_loop, ours, ours_without_ray
 
 from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS

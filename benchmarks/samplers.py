@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Contender, arguments, compare, headline, measure, stamp, write
-from _samplers_figure import draw
-from _samplers_measure import Judge, Judged
+from support.harness import Contender, arguments, compare, headline, measure, stamp, write
+from support.samplers_figure import draw
+from support.samplers_measure import Judge, Judged
 
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.config import DiffusionConfig

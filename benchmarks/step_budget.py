@@ -5,7 +5,7 @@
     fused                   `kernels: triton`
 
 Bytes outside convolutions and matrix products, kernels launched, and activations kept for the backward pass. Counted
-on the meta device (_step_budget.py says by which rules), an image and a step apart: what does not grow with the batch,
+on the meta device (support/step_budget.py has the rules), an image and a step apart: what does not grow with the batch,
 parameters above all, is the step's. Optimiser, averages and the making of the input are left out.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import headline, stamp, write
-from _step_budget import PRODUCTS, Budget, Tally, count, per_image
+from support.harness import headline, stamp, write
+from support.step_budget import PRODUCTS, Budget, Tally, count, per_image
 from torch import Tensor
 
 from data_shards.labels import AMOS

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _baselines import make_pair
-from _checkpoint_costs import checkpoint_costs
-from _harness import Contender, Ratio, Spread, arguments, compare, measure, report
-from _train_loops import PARTS
-from _train_turns import Turn, run
+from support.baselines import make_pair
+from support.checkpoint_costs import checkpoint_costs
+from support.harness import Contender, Ratio, Spread, arguments, compare, measure, report
+from support.train_loops import PARTS
+from support.train_turns import Turn, run
 
 from data_shards.labels import AMOS
 from data_shards.records import SliceMeta, SliceRecord

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _harness import headline, stamp, write
+from support.harness import headline, stamp, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Channels and sides of the feature maps that the paper's UNet normalises at 256x256, the skip connections joined: its
@@ -53,43 +53,45 @@ class Case:
 
 
 Cases = Callable[[], Sequence[Case]]
-# What main is given goes here instead of being run, where cases_of asks.
-_asked: list[tuple[Cases, Cases]] | None = None
 
 
-def main(description: str | None, real: Cases, toy: Cases) -> None:
-    """The command line of a kernel's benchmark: --json FILE, and --quick for the first two cases alone."""
-    if _asked is not None:
-        _asked.append((real, toy))
-        return
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured to FILE")
-    parser.add_argument("--quick", action="store_true", help="two shapes only, to see that it works")
-    args = parser.parse_args()
-    told = stamp(args)
-    print(headline(told))
-    if DEVICE.type == "cuda":
-        told["rows"] = [row for case in real()[: 2 if args.quick else None] for row in measure(case)]
-        print_table(told["rows"])
-    else:
-        print("no GPU: nothing is timed; a dry run at toy size, through Triton's interpreter")
-        told["rows"], told["agreement"] = [], {}
-        for case in toy():
-            told["agreement"][case.name] = error = disagreement(case)
-            print(f"{case.name:<60} contenders differ by {error:.1e} of the largest value at most")
-    write(args.json, told)
+@dataclass(frozen=True)
+class Benchmark:
+    """A script's cases. A script keeps one as BENCHMARK, where benchmark_of finds it."""
+
+    description: str | None
+    real: Cases
+    """Cases of real size, to be timed on a GPU."""
+    toy: Cases
+    """Small cases, to see on a CPU that the contenders agree."""
+
+    def main(self) -> None:
+        """The command line of the script: --json FILE, and --quick for the first two cases alone."""
+        parser = argparse.ArgumentParser(
+            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured to FILE")
+        parser.add_argument("--quick", action="store_true", help="two shapes only, to see that it works")
+        args = parser.parse_args()
+        results = stamp(args)
+        print(headline(results))
+        if DEVICE.type == "cuda":
+            cases = self.real()[: 2 if args.quick else None]
+            results["rows"] = [row for case in cases for row in measure(case)]
+            print_table(results["rows"])
+        else:
+            print("no GPU: nothing is timed; a dry run at toy size, through Triton's interpreter")
+            results["rows"], results["agreement"] = [], {}
+            for case in self.toy():
+                results["agreement"][case.name] = error = disagreement(case)
+                print(f"{case.name:<60} contenders differ by {error:.1e} of the largest value at most")
+        write(args.json, results)
 
 
-def cases_of(script: Path) -> tuple[Cases, Cases]:
-    """(real, toy) that a benchmark gives to main, without running them."""
-    global _asked
-    _asked = []
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-        ((real, toy),) = _asked
-    finally:
-        _asked = None
-    return real, toy
+def benchmark_of(script: Path) -> Benchmark:
+    """The BENCHMARK of a script, which is not run."""
+    benchmark: Benchmark = runpy.run_path(str(script))["BENCHMARK"]
+    return benchmark
 
 
 def measure(case: Case) -> list[dict[str, Any]]:

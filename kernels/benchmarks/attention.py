@@ -107,6 +107,8 @@ def toy() -> list[Case]:
     return cases(64, batch=2)
 
 
+BENCHMARK = _bench.Benchmark(__doc__, real, toy)
+
 if __name__ == "__main__":
     for side in (256, 512):
         for width in (8, 64):
@@ -115,4 +117,4 @@ if __name__ == "__main__":
                 f"{side} x {side}, heads of {width}: {share['tflop']:.2f} TFLOP an image, attention's products "
                 f"{share['products']:.2%} of them, its blocks {share['blocks']:.2%}"
             )
-    _bench.main(__doc__, real, toy)
+    BENCHMARK.main()

@@ -68,5 +68,7 @@ def _edm_levels(batch: int) -> Tensor:
     return torch.stack((1 / total_B, sigma_B / total_B, sigma_B / (0.5 * total_B), -0.5 / total_B), dim=1)
 
 
+BENCHMARK = _bench.Benchmark(__doc__, real=lambda: cases(32, 256), toy=lambda: cases(2, 12))
+
 if __name__ == "__main__":
-    _bench.main(__doc__, real=lambda: cases(32, 256), toy=lambda: cases(2, 12))
+    BENCHMARK.main()

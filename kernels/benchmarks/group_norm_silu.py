@@ -88,5 +88,7 @@ def _backward(name: str, num_bytes: int, size: tuple[int, ...], num_groups: int,
     return Case(name, num_bytes, inputs, {"segdiff": ours, "torch": reference})
 
 
+BENCHMARK = _bench.Benchmark(__doc__, cases, lambda: cases(((40, 6),), 2, 8, torch.float32))
+
 if __name__ == "__main__":
-    _bench.main(__doc__, cases, lambda: cases(((40, 6),), 2, 8, torch.float32))
+    BENCHMARK.main()

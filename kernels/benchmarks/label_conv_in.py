@@ -58,5 +58,7 @@ def _case(batch: int, size: int, out_channels: int, masks: str, side: int, backw
     return Case(name, num_bytes, inputs, contenders)
 
 
+BENCHMARK = _bench.Benchmark(__doc__, real=lambda: cases(32, 256, OUT_CHANNELS), toy=lambda: cases(1, 8, 16))
+
 if __name__ == "__main__":
-    _bench.main(__doc__, real=lambda: cases(32, 256, OUT_CHANNELS), toy=lambda: cases(1, 8, 16))
+    BENCHMARK.main()

@@ -59,5 +59,7 @@ def _torch_gradient(gradient_NCHW: Tensor, _: Tensor, bias_C: Tensor) -> Tensor:
     return gradient_NCHW.sum(dim=(0, 2, 3)).to(bias_C.dtype)
 
 
+BENCHMARK = _bench.Benchmark(__doc__, cases, lambda: cases(((40, 6),), 2, torch.float32))
+
 if __name__ == "__main__":
-    _bench.main(__doc__, cases, lambda: cases(((40, 6),), 2, torch.float32))
+    BENCHMARK.main()

@@ -65,5 +65,7 @@ def _scheduler() -> Any:
     return scheduler
 
 
+BENCHMARK = _bench.Benchmark(__doc__, cases, lambda: cases((2,), 12))
+
 if __name__ == "__main__":
-    _bench.main(__doc__, cases, lambda: cases((2,), 12))
+    BENCHMARK.main()

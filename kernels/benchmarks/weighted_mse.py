@@ -50,5 +50,7 @@ def _gradient(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
     return both
 
 
+BENCHMARK = _bench.Benchmark(__doc__, cases, lambda: cases((2,), (24,)))
+
 if __name__ == "__main__":
-    _bench.main(__doc__, cases, lambda: cases((2,), (24,)))
+    BENCHMARK.main()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-counting: Any = importlib.import_module("_step_budget")
+counting: Any = importlib.import_module("support.step_budget")
 step_budget: Any = importlib.import_module("step_budget")
 
 META = torch.device("meta")

@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 gpu: Any = importlib.import_module("gpu")
-sessions: Any = importlib.import_module("_gpu_session")
+sessions: Any = importlib.import_module("support.gpu_session")
 
 
 def _session(results: Path, minutes: float = 1.0) -> Any:

@@ -19,10 +19,10 @@ from segdiff_dist.denoising.task import find_problems
 from segdiff_dist.experiment import load_experiment
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-runs: Any = importlib.import_module("_recipes_runs")
-comparison: Any = importlib.import_module("_recipes_comparison")
-verdicts: Any = importlib.import_module("_recipes_verdict")
-measurements: Any = importlib.import_module("_recipes_measure")
+runs: Any = importlib.import_module("support.recipes_runs")
+comparison: Any = importlib.import_module("support.recipes_comparison")
+verdicts: Any = importlib.import_module("support.recipes_verdict")
+measurements: Any = importlib.import_module("support.recipes_measure")
 objectives: Any = importlib.import_module("objectives")
 
 # All that may set two recipes apart.
@@ -76,11 +76,11 @@ def test_blur_is_measured_beside_dice(soft: Path) -> None:
     real, mask = (np.stack(of) for of in zip(*((r.image_uint8(), r.mask_HW) for r in records), strict=True))
     soft_images = sum(np.roll(real.astype(float), shift, axis) for axis in (1, 2) for shift in (-1, 0, 1)) / 6
     patients = np.array([r.meta.case_id for r in records])
-    found = measurements._sharpness(real, soft_images.astype(np.uint8), mask, shards.label_table, patients)
+    found = measurements.sharpness_of(real, soft_images.astype(np.uint8), mask, shards.label_table, patients)
     assert set(found) < set(measurements.METRICS)
     assert found["sharpness_75_100"]["value"] < 0.3 < found["sharpness_3_12"]["value"]
     # Without organs there is no texture, and a curve may hold what is none.
-    found = measurements._sharpness(real, real, np.zeros_like(mask), shards.label_table, patients)
+    found = measurements.sharpness_of(real, real, np.zeros_like(mask), shards.label_table, patients)
     assert np.isnan(found["texture"]["value"])
 
 

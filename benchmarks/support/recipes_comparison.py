@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _recipes_measure import METRICS, Judged
-from _recipes_runs import (
+from support.recipes_measure import METRICS, Judged
+from support.recipes_runs import (
     A_THIRD,
     AVERAGE,
     NEVER,
@@ -20,8 +20,8 @@ from _recipes_runs import (
     Scale,
     paper,
 )
-from _recipes_speeds import speeds
-from _recipes_verdict import choose, over_seeds, verdict
+from support.recipes_speeds import speeds
+from support.recipes_verdict import choose, over_seeds, verdict
 
 # The paper's candidates are judged on it.
 _SEARCH_SPLIT = "val"

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from _recipes_runs import NEVER, Recipe, Run, Scale, train
-
 from segdiff_dist.config import write_text_atomically
+from support.recipes_runs import NEVER, Recipe, Run, Scale, train
 
 # How often, and for how many images, each recipe's speed is measured.
 _TURNS, _TURN_IMAGES = 3, 320

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _recipes_runs import Run, Scale, samplers
 
 from segdiff_dist.config import write_text_atomically
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS
+from support.recipes_runs import Run, Scale, samplers
 
 METRICS = ("dice", "distance", "psnr_db", *SHARPNESS_METRICS)
 _BATCH = 16
@@ -92,7 +92,7 @@ def measure(judged: Judged, scale: Scale) -> None:
         "distance": {"value": frechet.frechet_distance(real, statistics(gen_NHW, modality_N)), "ci95": None},
         "real_distance": {"value": frechet.frechet_distance(real, others), "ci95": None},
         "psnr_db": _mean(similarity.psnr_db(real_NHW, gen_NHW), patients_N),
-        **_sharpness(real_NHW.numpy(), gen_NHW.numpy(), mask_NHW, table, patients_N),
+        **sharpness_of(real_NHW.numpy(), gen_NHW.numpy(), mask_NHW, table, patients_N),
         "num_masks": len(items),
         "num_patients": len(set(patients_N)),
     }
@@ -143,7 +143,7 @@ def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any
     return np.concatenate(made)
 
 
-def _sharpness(real_NHW: Any, gen_NHW: Any, mask_NHW: Any, table: Any, patients_N: np.ndarray) -> dict[str, Any]:
+def sharpness_of(real_NHW: Any, gen_NHW: Any, mask_NHW: Any, table: Any, patients_N: np.ndarray) -> dict[str, Any]:
     """SHARPNESS_METRICS as the evaluation has them; NaN where the masks hold no organ that is large enough."""
     from segdiff_dist.evaluation.metrics.sharpness import measure as columns_of
     from segdiff_dist.evaluation.metrics.sharpness import sharpness_entries

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from _recipes_verdict import told
+from support.recipes_verdict import told
 
 _SHOWN = {
     "dice": "Dice",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _figure_style import STYLE
+from support.figure_style import STYLE
 
 _NAMES = {"ddim": "DDIM", "dpm_solver_pp_2m": "DPM-Solver++(2M)", "unipc": "UniPC", "heun": "Heun"}
 _COLOURS = {"ddim": "#b7791f", "dpm_solver_pp_2m": "#0e7c86", "unipc": "#6b46c1", "heun": "#c53030"}

@@ -26,9 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _baselines import make_pair
-from _gpu_session import Session, describe
-from _harness import Contender, compare, measure
 from torch import Tensor, nn
 
 from data_shards.labels import AMOS
@@ -36,6 +33,9 @@ from data_shards.records import Batch
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.training.throughput import count_flops
+from support.baselines import make_pair
+from support.gpu_session import Session, describe
+from support.harness import Contender, compare, measure
 
 TRAINING_STEPS = 1000
 # With less time left no further round is begun, so that what was measured is written down.

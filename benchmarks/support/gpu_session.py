@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _harness import write
 
 from segdiff_dist.denoising.config import DenoiserConfig
+from support.harness import write
 
 
 @dataclass(frozen=True)

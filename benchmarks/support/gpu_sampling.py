@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from _gpu_kernels import _bench, _called_once
-from _gpu_session import Session, describe
-from _gpu_training import random_batch
 from torch import Tensor
 
 from data_shards.labels import AMOS
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_kernels.backend import Kernels
+from support.gpu_kernels import called_once, kernel_bench
+from support.gpu_session import Session, describe
+from support.gpu_training import random_batch
 
 # Network evaluations of the paper's sampler.
 STEPS_AN_IMAGE = 50
@@ -98,7 +98,7 @@ def attention(session: Session) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for size in session.scale.attention_sizes:
         for case in benchmark.cases(size, session.scale.batches[0]):
-            rows += _bench.measure(case) if session.device.type == "cuda" else _called_once(case)
+            rows += kernel_bench.measure(case) if session.device.type == "cuda" else called_once(case)
     if session.device.type == "cuda":
-        _bench.print_table(rows)
+        kernel_bench.print_table(rows)
     return rows

@@ -18,12 +18,12 @@ _STEP_S = 0.5
 
 def checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
     """Write a made-up state of so many parameters (weights, two moments, two averages, fp32) `times` times, from a
-    process of its own that works beside the writing; see _checkpoint_costs."""
+    process of its own that works beside the writing; see _costs_here."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_checkpoint_costs, (num_parameters, folder, times))
+        return pool.apply(_costs_here, (num_parameters, folder, times))
 
 
-def _checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
+def _costs_here(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
     """`gib` a checkpoint; by checkpoint `waited_s`, what the loop stood still, and `written_s`, from its start until it
     is complete; `slowed`, how much longer pieces of work take beside a writing than alone; and `step_s`, the work
     between the start of a checkpoint and the next change of the weights."""

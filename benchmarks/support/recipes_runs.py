@@ -5,7 +5,7 @@
     OUT/DATA/runs/RECIPE-SEED/config.yaml     a run's settings, for `segdiff train`
                               weights/IMAGES/AVERAGE    its weights at some points of its training
                               seconds.json              how long its steps took up to these points
-                              measured/                 see _recipes_measure.py
+                              measured/                 see recipes_measure.py
 
 Whatever is there already is not made again, so a comparison may be stopped and started at will.
 """

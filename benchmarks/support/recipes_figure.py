@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _figure_style import STYLE
+
+from support.figure_style import STYLE
 
 _LABELS = {
     "dice": "Dice of mask and generated image",

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _train_turns import TIMEOUT_S, Measured, Turn, Watch
 from diffusers import UNet2DModel  # here, since what the ranks are forked from has then imported it
 from torch import Tensor, nn
+
+from support.train_turns import TIMEOUT_S, Measured, Turn, Watch
 
 PARTS = ("averages", "logging", "checkpointing", "optimiser")
 """Of our loop, beside the network; see time_parts."""

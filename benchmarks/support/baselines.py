@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _harness import Contender, arguments, compare, measure, report, time_batches
+
+from support.harness import Contender, arguments, compare, measure, report, time_batches
 
 SIZE = 256
 _PAIRS_PER_SHARD = 250  # so that a small set still has several shards for each worker

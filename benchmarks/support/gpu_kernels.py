@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _gpu_session import Session, describe
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"))
-import _bench
+from support.gpu_session import Session, describe
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"))
+import _bench as kernel_bench
 
 GROUPS = 32
 # What a kernel may differ from torch's reference by, of the largest value, where activations are bf16.
@@ -42,8 +43,8 @@ def parity(session: Session) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, script in kernel_benchmarks().items():
         try:
-            _, toy = _bench.cases_of(script)
-            found[name] = {case.name: _bench.disagreement(case) for case in toy()}
+            toy = kernel_bench.benchmark_of(script).toy
+            found[name] = {case.name: kernel_bench.disagreement(case) for case in toy()}
             print(f"  {name:<24} {max(found[name].values()):.1e} of the largest value at most", flush=True)
         except Exception as error:  # the other kernels' parity is worth having
             found[name] = {"error": describe(error)}
@@ -57,20 +58,19 @@ def parity(session: Session) -> dict[str, Any]:
 
 def kernel_benchmarks() -> dict[str, Path]:
     """kernels/benchmarks' scripts by name; that of the attention has a part of its own."""
-    folder = Path(_bench.__file__).parent
+    folder = Path(kernel_bench.__file__).parent
     scripts = {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
     return {name: path for name, path in scripts.items() if name != "attention"}
 
 
 def unet_parity(session: Session) -> dict[str, float]:
     """Loss and gradients of the whole UNet, fused against diffusers' own, in fp32 without TF32."""
-    from _gpu_training import random_batch
-
     from data_shards.labels import AMOS
     from segdiff_dist.attention import set_attention
     from segdiff_dist.denoising.conditioning import MaskEncoder
     from segdiff_dist.denoising.denoiser import Denoiser
     from segdiff_dist.denoising.fused_unet import fuse
+    from support.gpu_training import random_batch
 
     scale, device = session.scale, session.device
     torch.manual_seed(0)
@@ -111,13 +111,13 @@ def unet_parity(session: Session) -> dict[str, float]:
 def norms(session: Session) -> list[dict[str, Any]]:
     """group_norm_silu against torch over the UNet's shapes, forward and backward, bf16, channels-last."""
     batch = session.scale.batches[0]
-    shapes = session.scale.norm_shapes or _bench.NORM_SHAPES
+    shapes = session.scale.norm_shapes or kernel_bench.NORM_SHAPES
     rows: list[dict[str, Any]] = []
     for channels, side in shapes:
         for case in (norm_forward(batch, channels, side), norm_backward(batch, channels, side)):
-            rows += _bench.measure(case) if session.device.type == "cuda" else _called_once(case)
+            rows += kernel_bench.measure(case) if session.device.type == "cuda" else called_once(case)
     if session.device.type == "cuda":
-        _bench.print_table(rows)
+        kernel_bench.print_table(rows)
         ceiling = session.told["parts"].get("ceilings", {}).get("found", {}).get("copy_gb_per_s")
         ours = [row for row in rows if row["contender"] == "segdiff"]
         forward = [row["gb_per_s"] for row in ours if row["case"].startswith("forward") and "gb_per_s" in row]
@@ -130,7 +130,7 @@ def norms(session: Session) -> list[dict[str, Any]]:
     return rows
 
 
-def norm_forward(batch: int, channels: int, side: int) -> _bench.Case:
+def norm_forward(batch: int, channels: int, side: int) -> kernel_bench.Case:
     """Bytes of the two-pass algorithm: x is read for its statistics and read again, y is written."""
     from segdiff_kernels.group_norm_silu import group_norm_silu
 
@@ -146,10 +146,10 @@ def norm_forward(batch: int, channels: int, side: int) -> _bench.Case:
         "torch": lambda x, w, b: F.silu(F.group_norm(x, groups, w, b, 1e-5)),
     }
     name = f"forward  {batch} x {channels} x {side} x {side}"
-    return _bench.Case(name, 3 * 2 * batch * channels * side**2, inputs, contenders)
+    return kernel_bench.Case(name, 3 * 2 * batch * channels * side**2, inputs, contenders)
 
 
-def norm_backward(batch: int, channels: int, side: int) -> _bench.Case:
+def norm_backward(batch: int, channels: int, side: int) -> kernel_bench.Case:
     """Bytes: dy and x are read for the sums, both are read again, dx is written."""
     forward = norm_forward(batch, channels, side)
 
@@ -162,7 +162,7 @@ def norm_backward(batch: int, channels: int, side: int) -> _bench.Case:
         return lambda outputs, leaves, dy: torch.autograd.grad(outputs[name], leaves, dy, retain_graph=True)
 
     name = f"backward {batch} x {channels} x {side} x {side}"
-    return _bench.Case(name, 5 * 2 * batch * channels * side**2, inputs, {n: of(n) for n in forward.contenders})
+    return kernel_bench.Case(name, 5 * 2 * batch * channels * side**2, inputs, {n: of(n) for n in forward.contenders})
 
 
 def kernels(session: Session) -> dict[str, Any]:
@@ -174,21 +174,21 @@ def kernels(session: Session) -> dict[str, Any]:
         if name == "group_norm_silu":  # see norms
             continue
         try:
-            real, _ = _bench.cases_of(script)
-            found[name] = [row for case in real() for row in _bench.measure(case)]
+            real = kernel_bench.benchmark_of(script).real
+            found[name] = [row for case in real() for row in kernel_bench.measure(case)]
         except Exception as error:  # the others are worth having
             found[name] = {"error": describe(error)}
             print(f"  {name}: {found[name]['error']}", flush=True)
             continue
-        _bench.print_table(found[name])
+        kernel_bench.print_table(found[name])
     return found
 
 
 def _activation(batch: int, channels: int, side: int) -> Tensor:
-    x_NCHW = torch.randn(batch, channels, side, side, device=_bench.DEVICE, dtype=torch.bfloat16)
+    x_NCHW = torch.randn(batch, channels, side, side, device=kernel_bench.DEVICE, dtype=torch.bfloat16)
     return x_NCHW.contiguous(memory_format=torch.channels_last)
 
 
-def _called_once(case: _bench.Case) -> list[dict[str, Any]]:
+def called_once(case: kernel_bench.Case) -> list[dict[str, Any]]:
     """A dry run: no times, only by how much the contenders differ."""
-    return [{"case": case.name, "disagreement": _bench.disagreement(case)}]
+    return [{"case": case.name, "disagreement": kernel_bench.disagreement(case)}]

@@ -22,12 +22,12 @@ import torch
 TIMEOUT_S = 900.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["_train_loops"])
+_context.set_forkserver_preload(["support.train_loops"])
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn does. `loop` names one of _train_loops.LOOPS."""
+    """What one turn does. `loop` names one of train_loops.LOOPS."""
 
     loop: str
     data: Path
@@ -140,7 +140,7 @@ def run(turn: Turn, folder: Path) -> dict[str, Any]:
 
 def _enter(rank: int, port: int, turn: Turn, folder: Path) -> None:
     """A rank's process."""
-    from _train_loops import LOOPS
+    from support.train_loops import LOOPS
 
     output = (folder / f"output-{rank}").open("wb")
     for stream in (1, 2):
