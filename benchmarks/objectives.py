@@ -25,9 +25,10 @@ from support.harness import headline, stamp, write
 from support.recipes_figure import draw_gallery
 from support.recipes_runs import segdiff
 
+from data_shards.files import write_atomic
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
-from segdiff_dist.config import merge, read_yaml, to_yaml, write_text_atomically
+from segdiff_dist.config import merge, read_yaml, to_yaml
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_BANDS, sharpness_messages
 
@@ -85,9 +86,9 @@ def make(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 def _make_run(name: str, seed: int, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     settings = settings_of(name, args, seed)
     run, config = Path(settings["run"]), out / f"{name}-{seed}.yaml"
-    write_text_atomically(config, to_yaml(settings))
+    write_atomic(config, to_yaml(settings))
     shared = out / "segmenter.yaml"
-    write_text_atomically(shared, to_yaml(merge(settings, {"run": str(_segmenter(out).parents[1])})))
+    write_atomic(shared, to_yaml(merge(settings, {"run": str(_segmenter(out).parents[1])})))
     stages = {
         ("prepare", shared): out / "shards" / "index.json",
         ("train-segmenter", shared): _segmenter(out) / "segdiff.json",

@@ -45,8 +45,9 @@ from support.recipes_runs import (
 )
 from support.recipes_tables import print_result
 
+from data_shards.files import write_atomic
 from data_shards.problems import InputProblems, Problem, refuse
-from segdiff_dist.config import differences, write_text_atomically
+from segdiff_dist.config import differences
 
 # Until a run has said how fast it is: images trained and images taken through the net once, a second on one core of an
 # AMD EPYC, for the net and size of Scale's defaults.
@@ -198,7 +199,7 @@ def refuse_another_scale(out: Path, scale: Scale) -> None:
     """What is in the folder may only be gone on with as it was begun."""
     file, now = out / "scale.json", json.loads(json.dumps(describe(scale, samplers(scale))))
     if not file.is_file():
-        write_text_atomically(file, json.dumps(now, indent=1) + "\n")
+        write_atomic(file, json.dumps(now, indent=1) + "\n")
         return
     begun = json.loads(file.read_text())
     refuse(

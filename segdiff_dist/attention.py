@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_shards.files import first_line
 from data_shards.problems import problem
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def why_not_xformers(device: torch.device, head_dim: int = 8) -> str | None:
             x_NLHD = torch.ones(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
             attend(x_NLHD, x_NLHD, x_NLHD, "xformers").sum().backward()
     except Exception as error:  # whatever a build for another torch comes up with
-        return f"fails here: {str(error).strip().splitlines()[0]}"
+        return f"fails here: {first_line(error)}"
     return None
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON, is_address
+from data_shards.files import write_atomic
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.locks import short_turn
 from data_shards.phantom.config import PhantomConfig
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.store.config import ConvertConfig
-from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate, write_text_atomically
+from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
@@ -196,7 +197,7 @@ def save_experiment(experiment: Experiment, settles: tuple[str, ...]) -> None:
             recorded = read_yaml(run / CONFIG_FILE)
             others = {name for left, names in _SETTLED.items() if (run / left).exists() for name in names}
             values |= {name: recorded[name] for name in others - set(settles) if name in recorded}
-        write_text_atomically(run / CONFIG_FILE, to_yaml(values))
+        write_atomic(run / CONFIG_FILE, to_yaml(values))
 
 
 def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:

@@ -22,10 +22,11 @@ import torch
 
 from data_shards.documents import read_json, reading
 from data_shards.fan_out import num_cores
+from data_shards.files import write_atomic
 from data_shards.labels import UNUSED
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES
-from segdiff_dist.config import validate, write_text_atomically
+from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
@@ -220,9 +221,9 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
         _UNET: ["diffusers", "UNet2DModel"],
         _SCHEDULER: ["diffusers", type(scheduler).__name__],
     }
-    write_text_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
-    write_text_atomically(folder / _ABOUT, json.dumps(content, indent=2) + "\n")
-    write_text_atomically(folder / "README.md", _card(about, process.process, own))
+    write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    write_atomic(folder / _ABOUT, json.dumps(content, indent=2) + "\n")
+    write_atomic(folder / "README.md", _card(about, process.process, own))
 
 
 def scheduler_of(process: DiffusionConfig, sampler: SamplerConfig) -> Any:

@@ -21,10 +21,11 @@ from data_shards.documents import read_json, reading
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
 from data_shards.feed.order import Sequential, sequential_positions
+from data_shards.files import new_file, write_atomic
 from data_shards.labels import LabelTable
-from data_shards.problems import Problem, problem, refuse, removed_on_failure
+from data_shards.problems import Problem, problem, refuse
 from data_shards.records import MODALITIES, Batch
-from segdiff_dist.config import how_to_make, validate, with_usual_mode, write_text_atomically
+from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
@@ -244,9 +245,8 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    with removed_on_failure(folder / f".{_WEIGHTS}.unfinished") as unfinished:
+    with new_file(folder / _WEIGHTS) as unfinished:
         save_file({k: v.contiguous() for k, v in weights.items()}, unfinished)
-        with_usual_mode(unfinished).replace(folder / _WEIGHTS)
     about = {
         "channels": config.channels,
         "first_stride": config.first_stride,
@@ -254,5 +254,5 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
         "kernel_size": config.kernel_size,
         "label_table": asdict(table),
     }
-    write_text_atomically(folder / _ABOUT, json.dumps(about, indent=2) + "\n")
+    write_atomic(folder / _ABOUT, json.dumps(about, indent=2) + "\n")
     write_digests(folder, (_WEIGHTS, _ABOUT))

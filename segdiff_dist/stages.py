@@ -20,7 +20,6 @@ from data_shards.problems import (
     out_of_space,
     problem,
     refuse,
-    removed_on_failure,
     saying_when_full,
 )
 from data_shards.store.shards import ShardSet
@@ -196,8 +195,7 @@ def average(experiment: Experiment) -> tuple[Path, float]:
     model = Denoiser.load(like)
     weights, misfit = average_snapshots(run, experiment.train, wanted.length, wanted.images_seen)
     folder = run / "weights" / wanted.name
-    unfinished = folder.with_name(f".{folder.name}.unfinished")  # Denoiser.save's
-    with locked(lock_beside(folder), folder, "is writing it"), saying_when_full(folder), removed_on_failure(unfinished):
+    with locked(lock_beside(folder), folder, "is writing it"), saying_when_full(folder):
         model.save(folder, weights, read_json(like / "segdiff.json", "copy the weights again"))
     return folder, misfit
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from data_shards.documents import read_json, reading
+from data_shards.files import first_line, write_atomic
 from data_shards.problems import InputProblems, Problem, problem, refuse
-from segdiff_dist.config import write_text_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,7 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
 
     files = [folder / name for name in names]
     digests = {file.name: {"bytes": file.stat().st_size, "crc32c": file_crc32c(file)} for file in files}
-    write_text_atomically(folder / DIGESTS, json.dumps(digests, indent=1, sort_keys=True) + "\n")
+    write_atomic(folder / DIGESTS, json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
 
 def refuse_damaged(folder: Path, what: str, remedy: str) -> None:
@@ -95,7 +95,7 @@ def read_weights(files: Iterable[tuple[str, Path]], make: Callable[[], Net], wha
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         if isinstance(error, InputProblems):
             raise
-        raise problem(where, what, f"cannot be read: {(str(error).splitlines() or [''])[0][:200]}", remedy) from error
+        raise problem(where, what, f"cannot be read: {first_line(error)}", remedy) from error
     spoilt = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
     if spoilt:
         raise problem(where, what, f"not finite, as {spoilt[0]}", "use another average or checkpoint")

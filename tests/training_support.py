@@ -116,16 +116,16 @@ def train_judged(rank: int, out: Path, shapes: Path, scores: dict[int, float], l
     the state of checkpoint `lost` the main rank then finds no room, which the others cannot see."""
     DenoiserTask.score = "overlap"  # type: ignore[assignment]
     DenoiserTask.validate = lambda _, __, images_seen: {"overlap": scores[images_seen]}  # type: ignore[method-assign]
-    write = checkpoint.write_durably
+    write = checkpoint.write_atomic
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, text: str, **options: Any) -> None:
         if path.name == checkpoint.STATE and int(path.parent.name) == lost:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, text)
+        write(path, text, **options)
 
     with _stopped_at(until):
         run_training(shapes, out, micro_batch_size=2)
-    checkpoint.write_durably = full
+    checkpoint.write_atomic = full
     run_training(shapes, out, micro_batch_size=2)
 
 

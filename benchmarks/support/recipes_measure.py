@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from segdiff_dist.config import write_text_atomically
+from data_shards.files import write_atomic
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS
 from support.recipes_runs import Run, Scale, samplers
 
@@ -100,7 +100,7 @@ def measure(judged: Judged, scale: Scale) -> None:
     np.savez_compressed(
         judged.file.with_suffix(".npz"), mask=mask_NHW, real=real_NHW.numpy(), generated=gen_NHW.numpy()
     )
-    write_text_atomically(judged.file, json.dumps(found, indent=1) + "\n")
+    write_atomic(judged.file, json.dumps(found, indent=1) + "\n")
 
 
 def _items(shards: Any, split: str, scale: Scale) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from segdiff_dist.config import merge, to_yaml, write_text_atomically
+from data_shards.files import write_atomic
+from segdiff_dist.config import merge, to_yaml
 
 Settings = dict[str, Any]
 
@@ -236,12 +237,12 @@ def train(run: Run, scale: Scale, deadline: float = NEVER) -> bool:
     if run.is_trained:
         return True
     config = run.folder / "config.yaml"
-    write_text_atomically(config, to_yaml(run.settings(scale)))
+    write_atomic(config, to_yaml(run.settings(scale)))
     if not segdiff("train", config, run.folder / "train.log", deadline):
         return False
     _keep_weights(run, scale)
     seconds = seconds_at(run.folder / "run" / "log.jsonl", run.points(scale))
-    write_text_atomically(run.folder / "seconds.json", json.dumps(seconds) + "\n")
+    write_atomic(run.folder / "seconds.json", json.dumps(seconds) + "\n")
     shutil.rmtree(run.folder / "run" / "checkpoints")
     return True
 
@@ -313,7 +314,7 @@ def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, dead
         },
         "tracking": {"enabled": False},
     }
-    write_text_atomically(config, to_yaml(settings))
+    write_atomic(config, to_yaml(settings))
     stages = ["prepare", "train-segmenter"] if archive else ["phantom", "prepare", "train-segmenter"]
     for stage in stages:
         if not segdiff(stage, config, data / f"{stage}.log", deadline, threads):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from segdiff_dist.config import write_text_atomically
+from data_shards.files import write_atomic
 from support.recipes_runs import NEVER, Recipe, Run, Scale, train
 
 # How often, and for how many images, each recipe's speed is measured.
@@ -32,5 +32,5 @@ def speeds(data: Path, recipes: Mapping[str, Recipe], scale: Scale, deadline: fl
                     return None
                 images, seconds = list(run.seconds().items())[-1]
                 rates[name].append(images / seconds)
-        write_text_atomically(file, json.dumps({name: statistics.median(r) for name, r in rates.items()}) + "\n")
+        write_atomic(file, json.dumps({name: statistics.median(r) for name, r in rates.items()}) + "\n")
     return json.loads(file.read_text())

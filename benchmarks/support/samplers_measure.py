@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_shards.files import write_atomic
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
-from segdiff_dist.config import write_text_atomically
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import num_evaluations
@@ -95,7 +95,7 @@ class Judge:
         key = json.dumps([asdict(sampler), self.about, "power_ratio"], sort_keys=True)
         file = self.out / f"{sampler.solver}-{sampler.num_steps}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
         if not file.is_file():
-            write_text_atomically(file, json.dumps(self._measure(sampler)) + "\n")
+            write_atomic(file, json.dumps(self._measure(sampler)) + "\n")
         found = json.loads(file.read_text())
         return Judged(
             sampler,

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_shards.documents import read_json
 from data_shards.fan_out import TaskFailure, fan_out, num_cores
+from data_shards.files import write_atomic
 from data_shards.ingest import archive
 from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig
 from data_shards.ingest.archive import Case, read_header
@@ -42,7 +43,7 @@ from data_shards.problems import (
     saying_when_full,
     tells_of_full_disk,
 )
-from data_shards.store.set_index import file_sha256, write_atomically
+from data_shards.store.set_index import file_sha256
 
 __all__ = ["AnnotateConfig", "AnnotateReport", "annotate", "annotation_record", "find_problems"]
 
@@ -292,4 +293,4 @@ def _record_file(wholebody: Path, case_id: str) -> Path:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_atomically(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())

@@ -22,9 +22,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_shards.documents import checked, read_json
-from data_shards.problems import removed_on_failure
+from data_shards.files import new_file, write_atomic
 from data_shards.records import SliceMeta
-from data_shards.store.set_index import write_atomically
 from data_shards.store.shard_writer import Format, Payloads
 
 
@@ -34,15 +33,13 @@ def write_partial(
     """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes. `notes` is read when all
     samples are written, so that whoever makes them can add to it."""
     described = []
-    with removed_on_failure(path.with_suffix(".unfinished")) as unfinished:
-        with unfinished.open("wb") as stream:
-            for meta, payloads in samples:
-                lengths = {part: stream.write(_lz4().encode(payload)) for part, payload in payloads.items()}
-                described.append([meta.to_json(), lengths])
-        unfinished.rename(path.with_suffix(".bin"))
+    with new_file(path.with_suffix(".bin")) as unfinished, unfinished.open("wb") as stream:
+        for meta, payloads in samples:
+            lengths = {part: stream.write(_lz4().encode(payload)) for part, payload in payloads.items()}
+            described.append([meta.to_json(), lengths])
     length = path.with_suffix(".bin").stat().st_size
     content = {"stamp": stamp, "bytes": length, "notes": list(notes), "samples": described}
-    write_atomically(path.with_suffix(".json"), json.dumps(content).encode())
+    write_atomic(path.with_suffix(".json"), json.dumps(content).encode())
 
 
 def stamp_of(path: Path) -> str | None:

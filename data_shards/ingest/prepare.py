@@ -21,6 +21,7 @@ from typing import Any
 from data_shards import __version__
 from data_shards.documents import read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers, num_cores, runner
+from data_shards.files import remove_leftovers, write_atomic
 from data_shards.ingest import archive, partials
 from data_shards.ingest.archive import Case
 from data_shards.ingest.dataset_json import DATASET_FILE
@@ -30,15 +31,7 @@ from data_shards.labels import LABEL_TABLES
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse, saying_when_full
 from data_shards.records import MASK_SOURCES, SPLITS
-from data_shards.store.set_index import (
-    INDEX,
-    PARTIAL,
-    SAMPLES,
-    SHARDS,
-    file_sha256,
-    read_index,
-    write_atomically,
-)
+from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, file_sha256, read_index
 from data_shards.store.shard_writer import plan_shards, write_shards
 
 __all__ = ["PrepareConfig", "PrepareReport", "find_problems", "prepare"]
@@ -249,13 +242,12 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
     folder = out / PARTIAL
     folder.mkdir(parents=True, exist_ok=True)
     _remove_half_written(out)
-    write_atomically(folder / _PLAN, json.dumps(plan, indent=1, sort_keys=True).encode())
+    write_atomic(folder / _PLAN, json.dumps(plan, indent=1, sort_keys=True).encode())
 
 
 def _remove_half_written(out: Path) -> None:
     """What workers that were stopped were at."""
-    for leftover in (out / PARTIAL).glob("*.unfinished"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(out / PARTIAL)
 
 
 def _cut_volumes(

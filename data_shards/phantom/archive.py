@@ -7,17 +7,17 @@ folder without it is unfinished. OUT/wholebody/, where the config asks for it, i
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from data_shards.documents import read_json
+from data_shards.files import is_leftover, remove_leftovers, write_atomic
 from data_shards.ingest.masks import ANNOTATIONS, ANNOTATIONS_VERSION
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
-from data_shards.problems import InputProblems, Problem, refuse, removed_on_failure, saying_when_full
+from data_shards.problems import InputProblems, Problem, refuse, saying_when_full
 from data_shards.store.set_index import file_sha256
 
 # Raised whenever the same config would give other voxels, so that two generators never fill one folder.
@@ -54,8 +54,10 @@ def find_problems(out: Path, config: PhantomConfig) -> list[Problem]:
 def _write_archive(out: Path, config: PhantomConfig) -> None:
     from data_shards.phantom.case import make_case, nifti_gz
 
+    for folder in (out, *(folder for folder in out.iterdir() if folder.is_dir())):
+        remove_leftovers(folder)
     if not (out / _ABOUT_FILE).exists():
-        _write(out / _ABOUT_FILE, _json(_about(config)))
+        write_atomic(out / _ABOUT_FILE, _json(_about(config)))
     keys = case_keys(config)
     for kind in ("images", "labels"):
         for suffix in _FOLDER_SUFFIX.values():
@@ -66,14 +68,14 @@ def _write_archive(out: Path, config: PhantomConfig) -> None:
     for key in tqdm(waiting, desc="phantom", unit="case", disable=not waiting):
         case = make_case(key, config)
         # The image comes second, so that a case with an image is a finished one.
-        _write(_path(out, "labels", key), nifti_gz(case.labels, case.affine))
+        write_atomic(_path(out, "labels", key), nifti_gz(case.labels, case.affine))
         if case.wholebody is not None:
-            _write(out / _WHOLEBODY / key.file_name, nifti_gz(case.wholebody, case.affine))
-        _write(_path(out, "images", key), nifti_gz(case.image, case.affine))
+            write_atomic(out / _WHOLEBODY / key.file_name, nifti_gz(case.wholebody, case.affine))
+        write_atomic(_path(out, "images", key), nifti_gz(case.image, case.affine))
     if config.wholebody and not (out / _WHOLEBODY / ANNOTATIONS).exists():
-        _write(out / _WHOLEBODY / ANNOTATIONS, _json(_annotations(out, keys)))
+        write_atomic(out / _WHOLEBODY / ANNOTATIONS, _json(_annotations(out, keys)))
     if not (out / _DATASET_FILE).exists():
-        _write(out / _DATASET_FILE, _json(dataset_json(keys)))
+        write_atomic(out / _DATASET_FILE, _json(dataset_json(keys)))
 
 
 def dataset_json(keys: list[CaseKey]) -> dict[str, Any]:
@@ -134,8 +136,8 @@ def _problems_with_out(out: Path, config: PhantomConfig) -> list[Problem]:
         except InputProblems as error:
             return list(error.problems)
         return _differences(about_file, found, _about(config))
-    own = (_temporary(about_file).name, FOLDER_LOCK)
-    if out.exists() and any(entry.name not in own for entry in out.iterdir()):
+    # A process that was killed as it began leaves the unfinished phantom.json.
+    if out.exists() and any(entry.name != FOLDER_LOCK and not is_leftover(entry) for entry in out.iterdir()):
         return [Problem(str(out), "OUT", "a folder with other things in it", "name a new or an empty folder")]
     return []
 
@@ -155,16 +157,5 @@ def _path(out: Path, kind: str, key: CaseKey) -> Path:
     return out / f"{kind}{_FOLDER_SUFFIX[key.split]}" / key.file_name
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a temporary name beside the file, then a rename."""
-    with removed_on_failure(_temporary(path)) as temporary:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1) + "\n"

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
+from data_shards.files import file_lock, new_file
+
 if TYPE_CHECKING:
     from data_shards.store.remote_files import Retries
 
@@ -217,7 +219,7 @@ def local_copy(
     A copy made for the same `digest` is used again, with `num_bytes` only if it has as many. The processes of a node
     download it once. Raises OSError naming the URL, InputProblems where cache_dir cannot be written.
     """
-    from data_shards.store.range_cache import digest_folder, locked
+    from data_shards.store.range_cache import digest_folder
     from data_shards.store.remote_files import Connection, Retries, persist
 
     folder = local_path(root)
@@ -227,19 +229,18 @@ def local_copy(
         cache_dir = tempfile.mkdtemp(prefix="data_shards-")
         atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
     copy = digest_folder(Path(cache_dir), digest) / Path(name).name
-    with locked(copy.with_name(f"{copy.name}.lock")):
+    with file_lock(copy.with_name(f"{copy.name}.lock")):
         if copy.is_file() and num_bytes in (None, copy.stat().st_size):
             return copy
         connection = Connection(str(root).rstrip("/"))
-        unfinished = copy.with_name(f"{copy.name}.unfinished")
 
         def download() -> None:
             connection.download(name, unfinished)
             if num_bytes not in (None, unfinished.stat().st_size):
                 raise OSError(errno.EIO, f"gave {unfinished.stat().st_size} of {num_bytes} bytes")
 
-        persist(download, f"{connection.root}/{name}", retries or Retries())
-        unfinished.replace(copy)
+        with new_file(copy) as unfinished:
+            persist(download, f"{connection.root}/{name}", retries or Retries())
     return copy
 
 

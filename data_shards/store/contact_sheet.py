@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_shards.files import write_atomic
 from data_shards.labels import LabelTable, shown_name
-from data_shards.problems import removed_on_failure
 from data_shards.records import AXES, MODALITIES, SPLITS
 from data_shards.store.shards import ShardSet
 
@@ -92,12 +92,10 @@ class NotSaved(OSError):
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """Written beside `path` and renamed: two that look at one set at once see whole pictures."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with removed_on_failure(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as temporary:
-            picture.save(temporary, format="PNG")
-            temporary.replace(path)
+        content = BytesIO()
+        picture.save(content, format="PNG")
+        write_atomic(path, content.getvalue())
     except OSError as error:
         raise NotSaved(error.strerror or str(error)) from error
 

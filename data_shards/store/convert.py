@@ -12,12 +12,13 @@ from typing import Any
 
 from data_shards.documents import read_json
 from data_shards.fan_out import Workers, num_cores, runner
+from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import Problem, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
 from data_shards.store import tar_store
 from data_shards.store.config import ConvertConfig
-from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, read_index, write_atomically
+from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, read_index
 from data_shards.store.shard_writer import Format, Payloads, plan_shards, set_format, write_shards
 from data_shards.store.shards import ShardSet
 
@@ -83,7 +84,7 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
     with saying_when_full(out), Workers(runner, num_workers=num_workers, address=config.ray_address) as workers:
         # Says whose the folder is, from the first shard until the index stands.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
-        write_atomically(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
+        write_atomic(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
         index = write_shards(out, plan_shards(out, counted, format), num_samples, header, workers)
     shutil.rmtree(out / PARTIAL)
     return index

@@ -13,17 +13,16 @@ network mounts.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_shards.files import file_lock
 from data_shards.problems import problem
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class RangeCache:
         if self._closed:
             return
         try:
-            with self._thread_lock, locked(self._folder / "lock"):
+            with self._thread_lock, file_lock(self._folder / "lock"):
                 self._refresh(all_sets=True)
                 self._append(self._write(found))
         except OSError as error:
@@ -225,18 +224,6 @@ def _keys(record_R: np.ndarray) -> np.ndarray:
     return record_R["file"].astype(np.uint64) << np.uint64(_OFFSET_BITS) | record_R["offset"]
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path` against every other process and thread. The kernel lets go when a holder dies."""
-    # Opened anew each time: a descriptor shared with a fork would hold the lock for both.
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 def digest_folder(cache_dir: Path, digest: str) -> Path:
     """The part of a cache that belongs to one set, made if need be. Raises InputProblems if it cannot be written."""
     folder = cache_dir / digest[:16]
@@ -245,7 +232,7 @@ def digest_folder(cache_dir: Path, digest: str) -> Path:
         for place in (cache_dir, folder):
             if not os.access(place, os.W_OK | os.X_OK):
                 raise PermissionError(f"{place} cannot be written")
-        with locked(cache_dir / "lock"):
+        with file_lock(cache_dir / "lock"):
             pass
     except OSError as error:
         remedy = "give a folder on a local disk that can be written, or none to read without a cache"

@@ -21,8 +21,9 @@ from typing_extensions import TypedDict
 
 from data_shards import __version__
 from data_shards.documents import checked, parse_json, read_bytes, reading, shown
+from data_shards.files import write_atomic
 from data_shards.labels import LabelTable
-from data_shards.problems import Problem, problem, refuse, removed_on_failure
+from data_shards.problems import Problem, problem, refuse
 from data_shards.records import is_path_inside
 from data_shards.store.codecs import CODECS
 
@@ -124,15 +125,8 @@ def write_index(
     shutil.rmtree(out / SHARDS, ignore_errors=True)
     (out / UNFINISHED).rename(out / SHARDS)
     samples_file.rename(out / SAMPLES)
-    write_atomically(out / INDEX, (json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(out / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n", durable=True)
     return index
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that a reader never sees half a file."""
-    with removed_on_failure(path.with_name(f"{path.name}.unfinished")) as unfinished:
-        unfinished.write_bytes(content)
-        unfinished.rename(path)
 
 
 def broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> Iterator[Problem]:

@@ -20,11 +20,12 @@ from typing_extensions import TypedDict
 
 from data_shards.documents import checked, read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers
-from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, out_of_space, removed_on_failure
+from data_shards.files import new_file, write_atomic
+from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, out_of_space
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table, tar_store, zarr_store
 from data_shards.store.codecs import encode
-from data_shards.store.set_index import SAMPLES, SHARDS, UNFINISHED, write_atomically, write_index
+from data_shards.store.set_index import SAMPLES, SHARDS, UNFINISHED, write_index
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -168,7 +169,7 @@ def write_shard(task: ShardTask, samples: Iterator[tuple[SliceMeta, Payloads]]) 
         entries = [{"file": name, "split": task.split, "parts": parts, **entry}]
         metadata = [{"file": Path(name).with_suffix(".idx").name, **idx}]
     samples_table.write(samples_table.to_table(rows), task.done.with_suffix(".arrow"))
-    write_atomically(task.done, json.dumps({"shards": entries, "metadata": metadata}).encode())
+    write_atomic(task.done, json.dumps({"shards": entries, "metadata": metadata}).encode())
 
 
 def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples: int) -> dict[str, Any]:
@@ -184,7 +185,8 @@ def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples:
         tables.append(rows)
     table = samples_table.joined(tables, first_files)
     assert table.num_rows == num_samples, f"{table.num_rows} rows, {num_samples} samples"
-    with removed_on_failure(out / f"{SAMPLES}.unfinished") as unfinished:
+    # write_index gives it its name.
+    with new_file(out / f"{SAMPLES}.unfinished", durable=True) as unfinished:
         samples_table.write(table, unfinished)
     del tables, table
     # The plan first: a folder that has one also has what it says is done.
@@ -273,7 +275,7 @@ def _start(folder: Path, tasks: Sequence[ShardTask], num_samples: dict[str, int]
         (folder / _DONE).mkdir(parents=True)
         if format.store == "zarr":
             _create_arrays(folder, format, num_samples, {"label_table": header["label_table"]})
-        write_atomically(plan, digest.encode())
+        write_atomic(plan, digest.encode())
 
 
 def _create_arrays(folder: Path, format: Format, num_samples: dict[str, int], attributes: dict[str, Any]) -> None:

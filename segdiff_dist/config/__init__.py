@@ -5,7 +5,6 @@ The sections themselves stand beside the code they configure; the whole is segdi
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_shards.documents import parse_yaml, read_bytes, shown
-from data_shards.problems import InputProblems, Problem, problem, removed_on_failure
+from data_shards.problems import InputProblems, Problem, problem
 
 T = TypeVar("T")
 
@@ -97,23 +96,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def to_yaml(values: Mapping[str, Any]) -> str:
     """The values as YAML, in their own order."""
     return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with removed_on_failure(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as temporary:
-        temporary.write_text(text)
-        temporary.replace(path)
-
-
-def with_usual_mode(path: Path) -> Path:
-    """Give a new file the permissions that open() gives one; returns it. safetensors makes its files for their owner
-    alone, and weights of a shared run are to be read by others."""
-    status = Path("/proc/self/status").read_text()
-    umask = next((line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), "0022")
-    path.chmod(0o666 & ~int(umask, 8))
-    return path
 
 
 def _adapter(cls: type[T]) -> TypeAdapter[list[T]]:

@@ -7,7 +7,6 @@ time embedding. Dimensions: B batch, C channels, K mask channels, H, W; h, w: ha
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_shards.documents import read_json, reading
+from data_shards.files import updated_folder
 from data_shards.labels import LabelTable
-from data_shards.problems import Problem, problem, refuse, removed_on_failure
+from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
 from segdiff_dist.attention import choose_attention, set_attention
-from segdiff_dist.config import how_to_make, validate, with_usual_mode
+from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_dist.denoising.conditioning import NULL_MASK, NUM_CLASSES, Conditions, MaskEncoder, MaskJoin, class_ids
 from segdiff_dist.denoising.config import DenoiserConfig
@@ -146,11 +146,7 @@ class Denoiser(nn.Module):
         """
         from safetensors.torch import save_file
 
-        # Written beside and moved file by file: whoever is killed or reads meanwhile never sees half a file.
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with removed_on_failure(unfinished):
-            unfinished.mkdir(parents=True)
+        with updated_folder(folder) as unfinished:
             prefix = "unet."
             unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
             save_file(unet_weights, unfinished / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
@@ -162,10 +158,6 @@ class Denoiser(nn.Module):
             about |= {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
             (unfinished / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
             write_digests(unfinished, sorted(file.name for file in unfinished.iterdir()))
-            folder.mkdir(exist_ok=True)
-            for file in sorted(unfinished.iterdir()):
-                with_usual_mode(file).replace(folder / file.name)
-            unfinished.rmdir()
 
     @classmethod
     def load(cls, folder: Path, attention: AttentionBackend = "auto", kernels: Kernels = "auto") -> Denoiser:

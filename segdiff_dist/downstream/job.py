@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from data_shards.documents import read_json, reading
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.config import LoaderConfig
+from data_shards.files import write_atomic
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import InputProblems, Problem, problem, refuse, saying_when_full
 from data_shards.store.set_index import read_index
 from data_shards.store.shards import ShardSet
-from segdiff_dist.config import as_dict, differences, write_text_atomically
+from segdiff_dist.config import as_dict, differences
 from segdiff_dist.downstream.arms import trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.summary import summarise
@@ -81,7 +82,7 @@ class Downstream:
             return self._make()
 
     def _make(self) -> dict[str, Any]:
-        write_text_atomically(self.folder / _SETTINGS, json.dumps(_settings(self), indent=1) + "\n")
+        write_atomic(self.folder / _SETTINGS, json.dumps(_settings(self), indent=1) + "\n")
         rows = training_rows(self.shards, self.loader)
         samples = sample(self.run, self.shards, rows, self.diffusion, self.sample)
         generated = _as_shards(samples, self.shards, self.folder / _GENERATED)
@@ -97,7 +98,7 @@ class Downstream:
             interval=self.interval,
         )
         summary |= {"settings": _settings(self), "samples": str(samples.path)}
-        write_text_atomically(self.folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")
         return summary
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.problems import removed_on_failure
+from data_shards.files import new_file
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.downstream.arms import Training, rows_of
@@ -149,6 +149,5 @@ def _redirect(descriptors: list[int]) -> None:
 def _write(table: pa.Table, file: Path) -> None:
     import pyarrow.parquet as pq
 
-    with removed_on_failure(file.with_name(f"{file.name}.partial")) as partial:
-        pq.write_table(table, partial)
-        partial.replace(file)
+    with new_file(file) as unfinished:
+        pq.write_table(table, unfinished)

@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_shards.files import new_folder
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import Problem, problem, refuse, removed_on_failure, saying_when_full
+from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.config import how_to_make
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
@@ -51,9 +52,8 @@ def _export(store: SampleStore, out: Path, config: ExportConfig) -> int:
     refuse([*found, *out_problems(out), *room_problems(out, needed)])
     if borrows:
         warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
-    with saying_when_full(out), removed_on_failure(begin(out)) as unfinished:
+    with saying_when_full(out), new_folder(out) as unfinished:
         _write(unfinished, out.name, samples, config)
-        finish(unfinished, out)
     return len(samples)
 
 
@@ -67,9 +67,8 @@ def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: 
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
     with at_work(out), saying_when_full(out):
         refuse(out_problems(out))
-        with removed_on_failure(begin(out)) as unfinished:
+        with new_folder(out) as unfinished:
             write_pipeline(weights, unfinished, diffusion, sampler)
-            finish(unfinished, out)
 
 
 def at_work(out: Path) -> AbstractContextManager[None]:
@@ -93,21 +92,6 @@ def room_problems(out: Path, needed_bytes: int) -> list[Problem]:
         return []
     value = f"{free / 2**30:.1f} GiB free, up to {needed_bytes / 2**30:.1f} GiB needed"
     return [Problem(str(out), "disk space", value, "make room, or choose another disk")]
-
-
-def begin(out: Path) -> Path:
-    """A fresh folder beside `out`, on the same file system."""
-    unfinished = out.absolute().with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    return unfinished
-
-
-def finish(unfinished: Path, out: Path) -> None:
-    """Give a whole folder its name."""
-    if out.is_dir():
-        out.rmdir()
-    unfinished.rename(out.absolute())
 
 
 def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConfig) -> None:

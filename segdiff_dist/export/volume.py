@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_shards.files import hidden_folder
 from data_shards.ingest.archive import read_header
 from data_shards.ingest.body import BodyField, find_body
 from data_shards.ingest.intensity import GreyMap
@@ -21,7 +22,7 @@ from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import Slice, cut
 from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights, read_labels, read_volume
 from data_shards.labels import UNUSED, LabelTable
-from data_shards.problems import Problem, problem, refuse, removed_on_failure, saying_when_full
+from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
 
@@ -272,6 +273,6 @@ def _save(out: Path, values_IJK: np.ndarray, mask_file: Path) -> None:
     for name in ("qform", "sform"):
         code = int(mask.header[f"{name}_code"]) or 1
         getattr(image, f"set_{name}")(mask.affine, code)
-    with removed_on_failure(out.with_name(f".unfinished.{out.name}")) as unfinished:
-        nib.save(image, unfinished)
-        unfinished.rename(out)
+    with hidden_folder(out) as folder:  # nibabel chooses the format by the name
+        nib.save(image, folder / out.name)
+        (folder / out.name).rename(out)

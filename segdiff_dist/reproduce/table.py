@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segdiff_dist.config import as_dict, differences, write_text_atomically
+from data_shards.files import write_atomic
+from segdiff_dist.config import as_dict, differences
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, segmenter_messages
 from segdiff_dist.evaluation.measure.summary import TOP_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
@@ -105,9 +106,9 @@ def build(columns: Sequence[Measured], patients: dict[str, int]) -> dict[str, An
 
 def write(out: Path, table: dict[str, Any]) -> Path:
     """OUT/table1.json, table1.md and table1.html; returns the last."""
-    write_text_atomically(out / "table1.json", json.dumps(table, indent=2) + "\n")
-    write_text_atomically(out / "table1.md", markdown(table))
-    write_text_atomically(out / "table1.html", page(table))
+    write_atomic(out / "table1.json", json.dumps(table, indent=2) + "\n")
+    write_atomic(out / "table1.md", markdown(table))
+    write_atomic(out / "table1.html", page(table))
     return out / "table1.html"
 
 

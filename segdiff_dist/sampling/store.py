@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -26,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards import locks
+from data_shards.files import hidden_folder, is_leftover, new_folder, write_atomic
 from data_shards.locks import lock_beside
-from data_shards.problems import InputProblems, Problem, problem, refuse, removed_on_failure
+from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.store.codecs import ZSTD_LEVEL, crc32c
-from segdiff_dist.config import differences, flatten, how_to_make, write_text_atomically
+from segdiff_dist.config import differences, flatten, how_to_make
 from segdiff_dist.sampling.store_files import (
     DONE,
     IMAGES,
@@ -115,20 +115,14 @@ class SampleStore:
         """
         if (there := cls.reopen(path, job)) is not None:
             return there
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if path.is_dir() and any(path.iterdir()):
-            if not _holds_no_image(path):
-                warnings.warn(f"{path}: damaged or missing: {', '.join(_broken_files(path))}; made again", stacklevel=3)
-                with removed_on_failure(unfinished):
-                    _lay_out(unfinished, job, items, size, masks_MHW)
-                    _mend(path, unfinished)
-                return cls(path)
-            path.rename(unfinished)
-            shutil.rmtree(unfinished)
-        with removed_on_failure(unfinished):
+        if path.is_dir() and any(path.iterdir()) and not _holds_no_image(path):
+            warnings.warn(f"{path}: damaged or missing: {', '.join(_broken_files(path))}; made again", stacklevel=3)
+            with hidden_folder(path) as fresh:
+                _lay_out(fresh, job, items, size, masks_MHW)
+                _mend(path, fresh)
+            return cls(path)
+        with new_folder(path, replaces=True) as unfinished:
             _lay_out(unfinished, job, items, size, masks_MHW)
-            unfinished.rename(path)
         return cls(path)
 
     def update_places(self, job: dict[str, Any]) -> None:
@@ -183,7 +177,7 @@ class SampleStore:
             # An empty mask is stored as well: every region has a file that can be checked.
             array.with_config({"write_empty_chunks": True})[items.start : items.stop] = values_BHW
             mark[name] = _flushed_crc32c(self._file(name, index))
-        write_text_atomically(self._mark(index), json.dumps(mark) + "\n")
+        write_atomic(self._mark(index), json.dumps(mark) + "\n")
 
     def damaged(self) -> Iterator[Damage]:
         """Every finished region whose files are not as they were written, found by their checksums."""
@@ -241,7 +235,7 @@ def _is_free(path: Path) -> bool:
 def _holds_no_image(path: Path) -> bool:
     """Whether a store may be removed: it holds what was laid out, no finished region, and nothing of anybody else's."""
     own = {JOB, ITEMS, IMAGES, MASKS, LAYOUT, DONE}
-    return {file.name for file in path.iterdir()} <= own and not any((path / DONE).glob("*"))
+    return {file.name for file in path.iterdir() if not is_leftover(file)} <= own and not any((path / DONE).glob("*"))
 
 
 def identity(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,16 +255,15 @@ def _refuse_another(path: Path, job: dict[str, Any]) -> None:
 
 
 def _write_job(path: Path, job: dict[str, Any]) -> None:
-    write_text_atomically(path / JOB, json.dumps(job, indent=2) + "\n")
+    write_atomic(path / JOB, json.dumps(job, indent=2) + "\n")
 
 
 def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_MHW: np.ndarray | None) -> None:
-    """Write a store without images to the new folder `path`. The same arguments give the same bytes."""
+    """Write a store without images to the empty folder `path`. The same arguments give the same bytes."""
     import pyarrow.parquet as pq
     import zarr
     from zarr.codecs import ZstdCodec
 
-    path.mkdir(parents=True)
     pq.write_table(items, path / ITEMS)
     # The frame's own checksum lets any reader find a flipped byte.
     zstd = ZstdCodec(level=ZSTD_LEVEL, checksum=True)
@@ -294,7 +287,7 @@ def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_
         zarr.create_array(path / MASKS, data=masks_MHW, chunks=chunk, shards=masks_MHW.shape, compressors=zstd)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     checksums = {str(file.relative_to(path)): crc32c(file.read_bytes()) for file in files}
-    write_text_atomically(path / LAYOUT, json.dumps(checksums, indent=2) + "\n")
+    write_atomic(path / LAYOUT, json.dumps(checksums, indent=2) + "\n")
     (path / DONE).mkdir()
     _write_job(path, job)
 
@@ -319,7 +312,6 @@ def _mend(path: Path, fresh: Path) -> None:
     for name in (*made, LAYOUT):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (fresh / name).replace(path / name)
-    shutil.rmtree(fresh)
 
 
 def _crc32c_of(file: Path) -> int | None:

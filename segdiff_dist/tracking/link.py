@@ -24,8 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_shards.files import write_atomic
 from data_shards.problems import InputProblems, Problem, problem, refuse
-from segdiff_dist.config import write_text_atomically
 from segdiff_dist.tracking.inside import odd_entry, open_plain
 
 LINK, SPOOL, REFUSED = "mlflow.json", "mlflow_spool", "mlflow_refused.jsonl"
@@ -59,7 +59,7 @@ def read_link(folder: Path) -> dict[str, Any]:
 
 def write_link(folder: Path, link: Mapping[str, Any]) -> None:
     """Write mlflow.json, signed."""
-    write_text_atomically(folder / LINK, json.dumps({**link, "signature": _signature(link)}) + "\n")
+    write_atomic(folder / LINK, json.dumps({**link, "signature": _signature(link)}) + "\n")
 
 
 def is_foreign(folder: Path) -> bool:

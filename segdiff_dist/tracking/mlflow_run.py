@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from data_shards.files import first_line
 from data_shards.locks import short_turn
 from data_shards.problems import OutOfSpace, problem
 from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside, why_not_plain
@@ -391,8 +392,3 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     source = iter(items)
     while chunk := list(itertools.islice(source, size)):
         yield chunk
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, for a message of one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_shards.files import write_atomic
 from data_shards.problems import saying_when_full
-from segdiff_dist.config import write_text_atomically
 from segdiff_dist.tracking.inside import open_plain
 
 Record = dict[str, Any]
@@ -94,7 +94,7 @@ class Spool:
 
     def mark_sent(self, offset: int) -> None:
         """Everything up to `offset` is done with, whatever happens next."""
-        write_text_atomically(self._sent, f"{offset}\n")
+        write_atomic(self._sent, f"{offset}\n")
         self._offset = offset
 
     def num_waiting(self) -> int:

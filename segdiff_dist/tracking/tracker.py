@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_shards.files import first_line
 from data_shards.problems import OutOfSpace, problem, saying_when_full
 from segdiff_dist.config import flatten
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.link import SPOOL, adopt, is_foreign
-from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, first_line, is_tracked
+from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, is_tracked
 from segdiff_dist.tracking.records import metric_key
 from segdiff_dist.tracking.spool import Record, Spool, num_waiting, spool_files
 

@@ -27,11 +27,12 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_shards.documents import checked, read_bytes, reading
+from data_shards.files import sync_folder, write_atomic
 from data_shards.problems import InputProblems
 from data_shards.store.codecs import crc32c
 from segdiff_dist.ranks.distributed import Agreement, is_main, rank, world_size
 from segdiff_dist.training import sharded_state
-from segdiff_dist.training.sharded_state import ShardOfState, sync_folder, write_durably
+from segdiff_dist.training.sharded_state import ShardOfState
 
 MARKER = "COMPLETE"
 STATE = "state.json"
@@ -349,10 +350,10 @@ class CheckpointWriter:
             warnings.warn(f"checkpoint {folder} {what}: {error}", stacklevel=1)
 
     def _seal(self, folder: Path, values: dict[str, Any]) -> None:
-        write_durably(folder / "config.yaml", self.config)
-        write_durably(folder / STATE, json.dumps(values, indent=2) + "\n")
+        write_atomic(folder / "config.yaml", self.config, durable=True)
+        write_atomic(folder / STATE, json.dumps(values, indent=2) + "\n", durable=True)
         sync_folder(self.checkpoints)
-        write_durably(folder / MARKER, f"{crc32c((folder / STATE).read_bytes())}\n")
+        write_atomic(folder / MARKER, f"{crc32c((folder / STATE).read_bytes())}\n", durable=True)
 
     def _copy_of(self, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         if not self._staged:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from data_shards.files import first_line
 from data_shards.problems import problem
 from data_shards.records import Batch
 from segdiff_dist.ranks.distributed import gather_objects
@@ -50,7 +51,7 @@ def _why_not(task: Task, batch: Batch, precision: str) -> str | None:
     try:
         compiled = _gradients(task, torch.compile(task.model), batch, precision)
     except TorchDynamoException as error:
-        return f"this network cannot be compiled here: {str(error).strip().splitlines()[0]}"
+        return f"this network cannot be compiled here: {first_line(error)}"
     finally:
         task.model.zero_grad(set_to_none=True)
     worst, off = max(((name, _off(compiled[name], g)) for name, g in eager.items()), key=lambda found: found[1])

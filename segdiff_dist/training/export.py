@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from data_shards.documents import read_json
-from data_shards.problems import InputProblems, problem, removed_on_failure
-from segdiff_dist.config import with_usual_mode
+from data_shards.files import new_file, write_atomic
+from data_shards.problems import InputProblems, problem
 from segdiff_dist.training import ema
 from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_as_one, read_state, why_unusable
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import ONLINE
-from segdiff_dist.training.sharded_state import SavedState, number_of, write_durably
+from segdiff_dist.training.sharded_state import SavedState, number_of
 from segdiff_dist.weight_files import refuse_damaged, write_digests
 
 if TYPE_CHECKING:
@@ -68,9 +68,8 @@ class Exporter:
         for average in self.config.averages:
             path = folder / f"{average}.safetensors"
             # Not in half precision, as Karras et al. keep theirs: what it rounds away is more than the misfit.
-            with removed_on_failure(path.with_suffix(".unfinished")) as unfinished:
+            with new_file(path) as unfinished:
                 save_file(saved.full(average), unfinished)
-                with_usual_mode(unfinished).rename(path)
         write_digests(folder, [f"{average}.safetensors" for average in self.config.averages])
 
     def _weights(self, checkpoint: Path) -> None:
@@ -90,7 +89,8 @@ class Exporter:
                 self.task.export(average, saved.full(average))
             note = {"images_seen": best, "averages": averages}
         if note:  # else nothing was ever judged
-            write_durably(self.folder / "weights" / _EXPORTED, json.dumps({**note, "checkpoint": images_seen}) + "\n")
+            content = json.dumps({**note, "checkpoint": images_seen}) + "\n"
+            write_atomic(self.folder / "weights" / _EXPORTED, content, durable=True)
 
 
 def is_exported(checkpoint: Path, folder: Path) -> bool:

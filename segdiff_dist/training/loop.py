@@ -18,9 +18,10 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
 from data_shards.feed.mixing import make_order
 from data_shards.feed.order import rank_positions
+from data_shards.files import write_atomic
 from data_shards.problems import problem
 from data_shards.records import Batch
-from segdiff_dist.config import flatten, to_yaml, write_text_atomically
+from segdiff_dist.config import flatten, to_yaml
 from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, gather_objects, is_main, rank, world_size
 from segdiff_dist.ranks.heartbeat import Heartbeat
 from segdiff_dist.training import checkpoint
@@ -354,7 +355,7 @@ def _cut_log(path: Path, images_seen: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_text_atomically(path, "".join(line for line in whole if json.loads(line)["images_seen"] <= images_seen))
+        write_atomic(path, "".join(line for line in whole if json.loads(line)["images_seen"] <= images_seen))
 
 
 def _progress(name: str, total: int, initial: int) -> Any:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from data_shards.files import write_atomic
 from data_shards.host_memory import host_memory, rank_share
 from data_shards.records import Batch
-from segdiff_dist.config import write_text_atomically
 from segdiff_dist.ranks.distributed import gather_objects, is_main, world_size
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.throughput import memory_in_use
@@ -58,7 +58,7 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
             best = i
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps({**known, key: sizes[best]}) + "\n")
+        write_atomic(file, json.dumps({**known, key: sizes[best]}) + "\n")
     return sizes[best]
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ import torch
 from torch import Tensor
 
 from data_shards.documents import read_json, reading
+from data_shards.files import new_file, write_atomic
 from data_shards.problems import InputProblems, Problem, problem
-from segdiff_dist.config import with_usual_mode
 
 # Read and checked in pieces of this size.
 _PIECE_BYTES = 16 * 2**20
@@ -79,60 +77,28 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
     from safetensors.torch import save_file
 
     path = folder / file_name(rank)
-    unfinished = path.with_suffix(".unfinished")
     tensors, extents = _packed(state)
     # One entry: of several, safetensors writes another order each time, and a checkpoint's bytes are to be a function
     # of what is in it.
     layout = {"extents": [astuple(e) for e in extents], "shapes": state.shapes, "scalars": state.scalars}
     header = {_LAYOUT: json.dumps(layout)}
     try:
-        save_file(tensors, unfinished, metadata=header)
-        with unfinished.open("rb") as stream:
-            os.fsync(stream.fileno())
-            checksum = _crc32c(stream)
-        with_usual_mode(unfinished).rename(path)
+        with new_file(path, durable=True) as unfinished:
+            save_file(tensors, unfinished, metadata=header)
+            with unfinished.open("rb") as stream:
+                checksum = _crc32c(stream)
     except OSError:
-        unfinished.unlink(missing_ok=True)
         raise
     except Exception as error:  # safetensors gives its own error for what the system refused
-        unfinished.unlink(missing_ok=True)
         raise OSError(number_of(error), str(error), str(path)) from error
     written = {"bytes": path.stat().st_size, "crc32c": checksum}
-    write_durably(path.with_suffix(".json"), json.dumps(written) + "\n")
+    write_atomic(path.with_suffix(".json"), json.dumps(written) + "\n", durable=True)
 
 
 def number_of(error: Exception) -> int:
     """The errno of what safetensors says in words alone: "... (os error 28)". EIO where it says none."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else errno.EIO
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write beside `path`, wait for the disk and rename: even after a power cut all of it is there, or what was before.
-
-    Raises OSError where the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network filesystems sync files alone
-            os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:

@@ -9,12 +9,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from data_shards.files import write_atomic
 from data_shards.problems import InputProblems
-from segdiff_dist.config import write_text_atomically
 from segdiff_dist.ranks.distributed import Agreement
 from segdiff_dist.training import checkpoint, sharded_state
 from segdiff_dist.training.checkpoint import CheckpointWriter
@@ -27,8 +28,8 @@ def make(folder: Path, images: int, complete: bool = True, **values: int) -> Pat
     path.mkdir(parents=True)
     sharded_state.write(path, 0, state(torch.ones(4)))
     if complete:
-        write_text_atomically(path / checkpoint.STATE, json.dumps({"images_seen": images, "ranks": 1, **values}))
-        write_text_atomically(path / checkpoint.MARKER, "")
+        write_atomic(path / checkpoint.STATE, json.dumps({"images_seen": images, "ranks": 1, **values}))
+        write_atomic(path / checkpoint.MARKER, "")
     return path
 
 
@@ -79,7 +80,7 @@ def test_one_that_was_passed_over_never_outlives_or_mixes_with_what_comes_after(
         writer.start(state(torch.ones(4)), {"images_seen": 250})
         writer.drain(agreement, must_succeed=True)
         assert [int(p.name) for p in newest_first(tmp_path)] == [250]
-        write_text_atomically(damaged / checkpoint.MARKER, "")  # as if nobody had passed over it
+        write_atomic(damaged / checkpoint.MARKER, "")  # as if nobody had passed over it
         writer.start(state(torch.ones(4)), {"images_seen": 300})
     assert (damaged / sharded_state.file_name(0)).is_file()
     assert [int(p.name) for p in newest_first(tmp_path)] == [250]
@@ -172,14 +173,14 @@ def test_what_follows_from_a_checkpoint_may_fail_and_the_next_makes_up_for_it(tm
 
 def test_one_that_cannot_be_marked_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
-    write = checkpoint.write_durably
+    write = checkpoint.write_atomic
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, text: str, **options: Any) -> None:
         if path.name == checkpoint.MARKER and int(path.parent.name) == 16:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, text)
+        write(path, text, **options)
 
-    monkeypatch.setattr(checkpoint, "write_durably", full)
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
     with CheckpointWriter(tmp_path, keep=3) as writer:
         for images in (8, 16, 24):
             writer.start(state(torch.ones(4)), {"images_seen": images})

@@ -132,7 +132,7 @@ def test_a_full_disk_while_a_phantom_is_made(disk_of: Callable[[int], Path]) -> 
     (disk / "ballast").write_bytes(bytes(3900 * 1024))
     with pytest.raises(OutOfSpace, match="make room and start the same command again"):
         write_phantom(disk / "amos", config)
-    assert [file.name for file in (disk / "amos").rglob("*") if file.name.endswith((".tmp", ".lock"))] == []
+    assert [file.name for file in (disk / "amos").rglob("*") if file.name.endswith((".unfinished", ".lock"))] == []
     (disk / "ballast").unlink()
     write_phantom(disk / "amos", config)
     assert (disk / "amos" / "dataset.json").is_file()

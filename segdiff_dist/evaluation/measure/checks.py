@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_shards.files import first_line
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
@@ -60,7 +61,7 @@ def _open_segmenter(weights: Path) -> Segmenter:
         raise
     except (KeyError, TypeError, ValueError) as error:  # of segdiff.json
         remedy = f"copy the folder again, or train again: {how_to_make('train-segmenter', weights)}"
-        raise problem(weights, "segmenter", f"cannot be read: {_one_line(error)}", remedy) from error
+        raise problem(weights, "segmenter", f"cannot be read: {first_line(error)}", remedy) from error
 
 
 def _unreadable(config: EvaluateConfig) -> Iterator[Problem]:
@@ -76,7 +77,7 @@ def _unreadable(config: EvaluateConfig) -> Iterator[Problem]:
         try:
             load(str(file), "cpu")
         except Exception as error:  # of pickle, of zip, of torch, of a network that finds other weights
-            value = f"{file}: cannot be read: {_one_line(error)}"
+            value = f"{file}: cannot be read: {first_line(error)}"
             yield Problem("config", f"evaluate.{name}", value, f"give the file {file_name}")
 
 
@@ -118,7 +119,3 @@ def _takes(segmenter: Segmenter, side: int) -> bool:
     except (RuntimeError, ValueError):  # levels that are to be joined are not of one size
         return False
     return labels_1HW.shape == image_1HW.shape
-
-
-def _one_line(error: BaseException, most: int = 200) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:most]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.fan_out import TaskFailure, Workers
+from data_shards.files import new_file, remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import InputProblems, removed_on_failure, saying_when_full
 from data_shards.store.shards import ShardSet
@@ -64,7 +65,7 @@ def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict
     run = Path(run)
     checked = check(run, config)
     folder = run / FOLDER
-    rows, predictions = folder / "samples.parquet.partial", folder / "predictions.zarr.partial"
+    rows, predictions = (unfinished_name(folder / name) for name in ("samples.parquet", "predictions.zarr"))
     with at_work(run), saying_when_full(folder), removed_on_failure(rows), removed_on_failure(predictions):
         return _measure_checked(run, config, checked, rows, progress)
 
@@ -79,6 +80,7 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
 
     store, shards, folder = checked.store, checked.shards, run / FOLDER
     folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
     with weights_for(config, folder) as weights:
         with joined(_as_sampling(config)):
             crew = crew_for(config)
@@ -92,13 +94,13 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
             "distribution_images": config.distribution_images,
         }
     mark_unreliable(summary)
-    with removed_on_failure(folder / "summary.json.partial") as partial:
+    content = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    with new_file(folder / "summary.json") as unfinished:
         # All is written before anything of an earlier evaluation goes: a disk that fills leaves that whole.
-        partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        unfinished.write_text(content)
         rows.replace(folder / "samples.parquet")
         _replace(inputs.predictions, folder / "predictions.zarr")
         # Last, so that a summary never stands beside older rows.
-        partial.replace(folder / "summary.json")
     return summary
 
 
@@ -108,7 +110,7 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
         samples=(run / "samples").resolve(),
         shards=checked.shards.resolved,
         segmenter=checked.segmenter.resolve(),
-        predictions=(run / FOLDER / "predictions.zarr.partial").resolve(),
+        predictions=unfinished_name((run / FOLDER).resolve() / "predictions.zarr"),
         fid_weights=weights.fid,
         lpips_weights=weights.lpips,
         radiomics_items=frozenset(headline_items(checked.store.items, config.frd_images, config.seed)),
@@ -149,7 +151,9 @@ def _measure(
                 writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
         told: dict[str, Any] = {"leakage": trust.leakage(store.items, shards)}
         if config.memorisation:
-            told["memorisation"] = _memorisation(workers, rows.with_name("queries.partial.npz"), config, store, shards)
+            told["memorisation"] = _memorisation(
+                workers, rows.with_name(".queries.unfinished.npz"), config, store, shards
+            )
     return measured, told
 
 

@@ -38,7 +38,7 @@ def weights_for(config: EvaluateConfig, folder: Path) -> Iterator[Weights]:
     """The files to measure with. With workers on other machines a downloaded one is in `folder`, which they share,
     until the end."""
     missing: dict[str, str] = {}
-    shared = folder / "weights.partial" if config.ray_address is not None else None
+    shared = folder / ".weights.unfinished" if config.ray_address is not None else None
     try:
         fid = _file(config.fid_weights, "fid", inception.load_inception, inception.downloaded_weights, shared, missing)
         lpips = _file(

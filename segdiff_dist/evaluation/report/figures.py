@@ -6,13 +6,12 @@ RUN/evaluation/figures/{name}.png, index.json (title, caption and section of eac
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_shards.problems import removed_on_failure
+from data_shards.files import new_folder
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.saved import read_downstream, read_summary
 from segdiff_dist.evaluation.metrics.densities import clipping_of
@@ -35,22 +34,17 @@ def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = F
     folder = run / "evaluation" / "figures"
     summary = read_summary(run)
     pictures, downstream = Pictures.open(run), read_downstream(run)
-    partial = folder.with_name("figures.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     drawn: list[Figure] = []
-    with removed_on_failure(partial), styled():
-        partial.mkdir(parents=True)
+    with new_folder(folder, replaces=True) as unfinished, styled():
         for draw in tqdm(
             _all_figures(pictures, summary, downstream, amos_root), desc="figures", unit="figure", disable=not progress
         ):
             result = draw()
             if result is not None:
                 canvas, figure = result
-                save(canvas, partial / figure.file)
+                save(canvas, unfinished / figure.file)
                 drawn.append(figure)
-        (partial / INDEX).write_text(json.dumps([asdict(figure) for figure in drawn], indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        (unfinished / INDEX).write_text(json.dumps([asdict(figure) for figure in drawn], indent=1), encoding="utf-8")
     return drawn
 
 

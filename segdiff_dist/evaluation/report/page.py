@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.documents import read_bytes
+from data_shards.files import write_atomic
 from data_shards.labels import shown_name
-from data_shards.problems import removed_on_failure
 from data_shards.records import MODALITIES
 from segdiff_dist.config import next_command
 from segdiff_dist.evaluation.measure.saved import read_downstream, read_figures, read_summary
@@ -118,10 +118,8 @@ def render(
 
 def write_page(path: Path, text: str) -> Path:
     """Write it so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with removed_on_failure(path.with_name(f"{path.name}.partial")) as partial:
-        partial.write_text(text, encoding="utf-8")
-        return partial.replace(path)
+    write_atomic(path, text)
+    return path
 
 
 def page_environment() -> Environment:
