@@ -32,9 +32,10 @@ test: $(STAMP) ## all tests, on the real engines
 	@# that take minutes are in tests/distributed and tests/e2e, and what begins last must not be one of them.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: $(STAMP) ## style, types and the direction of imports
+lint: $(STAMP) ## style, spelling, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell --toml pyproject.toml -D - -D docs/british.txt
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

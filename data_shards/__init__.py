@@ -1,3 +1,3 @@
 """Volumes to device batches: phantom, prepare, shards, order, loader. Imports stay light; heavy engines load on use."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,3 +1,5 @@
 """Denoiser, training, sampling and evaluation of segdiff. Imports stay light; heavy engines load on use."""
 
-__version__ = "0.1.0"
+from data_shards import __version__
+
+__all__ = ["__version__"]
