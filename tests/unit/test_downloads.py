@@ -7,7 +7,6 @@ from urllib.error import URLError
 
 import pytest
 
-from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.metrics import inception, perceptual
 from segdiff_dist.evaluation.metrics.downloads import weights_for
 
@@ -19,8 +18,7 @@ def test_what_cannot_be_downloaded_costs_that_figure_alone(tmp_path: Path, monke
     monkeypatch.setattr(inception, "load_inception", unreachable)
     file = tmp_path / "alexnet.pth"
     file.write_bytes(b"weights")
-    config = EvaluateConfig(fid_weights="download", lpips_weights=file)
-    with pytest.warns(UserWarning, match="fid is left out"), weights_for(config, tmp_path / "evaluation") as weights:
+    with pytest.warns(UserWarning, match="fid is left out"), weights_for("download", file) as weights:
         pass
     assert (weights.fid, weights.lpips, list(weights.missing)) == (None, str(file), ["fid"])
     assert "Name or service not known" in weights.missing["fid"]
@@ -38,13 +36,12 @@ def test_workers_of_a_cluster_get_the_file_that_was_downloaded_here(
 
     monkeypatch.setattr(perceptual, "load_lpips", download)
     monkeypatch.setattr(perceptual, "downloaded_weights", lambda: cache)
-    for address in (None, "auto"):
-        config = EvaluateConfig(lpips_weights="download", ray_address=address)
-        with weights_for(config, tmp_path / "evaluation") as weights:
+    for shared in (None, tmp_path / "evaluation" / ".weights.unfinished"):
+        with weights_for(None, "download", shared) as weights:
             assert weights.lpips is not None
             used = Path(weights.lpips)
             assert used.name == perceptual.WEIGHTS_FILE
             assert used.read_bytes() == b"weights"
-            assert (used == cache.resolve()) is (address is None)
+            assert (used == cache.resolve()) is (shared is None)
     assert not used.exists()
     assert cache.exists()

@@ -20,8 +20,8 @@ from segdiff_dist.evaluation.measure.summary import (
     scalars,
     top_metrics,
 )
-from segdiff_dist.evaluation.measure.worker import _Batch
 from segdiff_dist.evaluation.metrics import overlaps
+from segdiff_dist.evaluation.metrics.columns import overlap_columns
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.comparison import open_runs
 from segdiff_dist.evaluation.report.comparison_page import write_comparison
@@ -40,30 +40,13 @@ def label_map(**areas: int) -> np.ndarray:
 
 
 class Measured:
-    """What a worker's batch has of one image, as far as labels go: pixels of 2 x 3 mm."""
+    """The columns of one mask and the labels predicted on the image made from it: pixels of 2 x 3 mm."""
 
     def __init__(self, mask: np.ndarray, predicted: np.ndarray) -> None:
-        from types import SimpleNamespace
-
-        batch: Any = _Batch(SimpleNamespace(table=AMOS, inputs=SimpleNamespace(surface_dice=False)), 0, len(mask))
-        batch.label_maps = {"mask": mask, "gen": predicted}
-        batch.spacing_mm = [(2.0, 3.0)] * len(mask)
-        batch.result = SimpleNamespace(columns=_Columns(len(mask)))
-        batch._overlaps("mask_gen", np.arange(len(mask)))
-        self.columns = batch.result.columns
+        self.columns = overlap_columns("mask_gen", mask, predicted, AMOS, [(2.0, 3.0)] * len(mask))
 
     def __call__(self, name: str) -> float:
         return float(self.columns[name][0])
-
-
-class _Columns(dict[str, np.ndarray]):
-    def __init__(self, num: int) -> None:
-        super().__init__()
-        self.num = num
-
-    def __missing__(self, name: str) -> np.ndarray:
-        self[name] = np.full(self.num, np.nan)
-        return self[name]
 
 
 class TestFalseOrgans:

@@ -308,7 +308,7 @@ class TestFeatureSample:
         sample = feature_sets.FeatureSample(10)
         for start in range(0, 1000, 8):
             sample.add(np.arange(start, start + 8), np.zeros((8, 3)))
-            assert sum(len(priority) for priority, _ in sample._parts) <= 20
+            assert sample.num_held <= 20
         assert len(sample) == 10
 
 

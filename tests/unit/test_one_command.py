@@ -179,7 +179,7 @@ def test_a_full_disk_while_samples_are_measured(
         raise evaluation.EvaluationFailed(f"could not be measured: items 0 to 9: OSError: {NO_SPACE}")
 
     before = bytes_of(run / "evaluation")
-    monkeypatch.setattr(evaluation, "_measure", full)
+    monkeypatch.setattr(evaluation, "measure_items", full)
     args = ["--run", str(run), "--evaluate.segmenter", str(run / "segmenter"), "--tracking.no-enabled"]
     assert cli.main(["evaluate", *args]) == 1
     error = capsys.readouterr().err

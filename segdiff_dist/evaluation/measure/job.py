@@ -81,11 +81,12 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
     store, shards, folder = checked.store, checked.shards, run / FOLDER
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
-    with weights_for(config, folder) as weights:
+    shared = folder / ".weights.unfinished" if config.ray_address is not None else None
+    with weights_for(config.fid_weights, config.lpips_weights, shared) as weights:
         with joined(_as_sampling(config)):
             crew = crew_for(config)
             inputs = _inputs(run, config, checked, crew.device, weights)
-            measured, told = _measure(inputs, crew, config, store, shards, rows, progress)
+            measured, told = measure_items(inputs, crew, config, store, shards, rows, progress)
         summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
         summary["not_available"] = not_available(summary, inputs, store) | weights.missing
         summary["provenance"] = provenance(inputs, store, shards) | {
@@ -120,7 +121,7 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
     )
 
 
-def _measure(
+def measure_items(
     inputs: Inputs, crew: Crew, config: EvaluateConfig, store: SampleStore, shards: ShardSet, rows: Path, progress: bool
 ) -> tuple[Evaluated, dict[str, Any]]:
     """Every chunk on a worker; its rows go to the file `rows`, and what the summary needs into running sums. Second,

@@ -14,12 +14,11 @@ import numpy as np
 
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
-from segdiff_dist.evaluation.metrics import overlaps, sharpness, similarity, surfaces
-from segdiff_dist.evaluation.metrics.columns import FALSE_POSITIVES, SIDES, column_names
+from segdiff_dist.evaluation.metrics import sharpness, similarity, surfaces
+from segdiff_dist.evaluation.metrics.columns import SIDES, column_names, hounsfield_columns, overlap_columns
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from data_shards.records import SliceMeta
     from segdiff_dist.evaluation.metrics.feature_sets import Extractor
 
 
@@ -202,12 +201,14 @@ class _Batch:
             real = torch.from_numpy(np.stack([record.image_uint8() for record in records])).to(device)
             at = torch.from_numpy(chosen).to(device)
             self._compare(real, generated[at], target[at], chosen)
-            self._hounsfield([record.meta for record in records], real, generated[at], chosen)
+            grey_values = real.cpu().numpy(), generated[at].cpu().numpy()
+            metas, maps = [record.meta for record in records], self.label_maps["mask"][chosen]
+            self._write(hounsfield_columns(metas, maps, *grey_values, self.evaluator.table), chosen)
         self._sharpness_of_others(items, generated)
-        self._overlaps("mask_gen", np.arange(num))
+        self._write_overlaps("mask_gen", np.arange(num))
         if len(chosen):
-            self._overlaps("mask_real", chosen)
-            self._overlaps("real_gen", chosen)
+            self._write_overlaps("mask_real", chosen)
+            self._write_overlaps("real_gen", chosen)
 
     def _seen_by_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
@@ -234,8 +235,7 @@ class _Batch:
         sharp = sharpness.measure(
             real.cpu().numpy(), fake.cpu().numpy(), self.label_maps["mask"][chosen], evaluator.table
         )
-        for name, values in sharp.items():
-            columns[name][chosen] = values
+        self._write(sharp, chosen)
         for images, side in ((real, 0), (fake, 1)):
             for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
                 self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)
@@ -248,69 +248,29 @@ class _Batch:
             return
         real = np.stack([self.evaluator.shards.read(items["row"][i]).cropped(size).image_uint8() for i in across])
         masks = self.label_maps["mask"][across]
-        found = sharpness.measure(real, generated.cpu().numpy()[across], masks, self.evaluator.table)
-        for name in sharpness.GENERATED_COLUMNS:
-            self.result.columns[name][across] = found[name]
+        columns = sharpness.measure(real, generated.cpu().numpy()[across], masks, self.evaluator.table)
+        self._write({name: columns[name] for name in sharpness.GENERATED_COLUMNS}, across)
 
-    def _hounsfield(self, metas: list[SliceMeta], real: Any, fake: Any, chosen: np.ndarray) -> None:
-        """HU inside each organ of the mask, from 8-bit grey values, so inside the window only; CT alone has HU."""
-        table, columns = self.evaluator.table, self.result.columns
-        is_ct = np.array([meta.modality == "CT" for meta in metas])
-        hu_a_grey = np.array([meta.intensity_scale * (2**meta.bits - 1) / similarity.GREY_RANGE for meta in metas])[
-            :, None
-        ]
-        at_0 = np.array([meta.intensity_offset for meta in metas])[:, None]
-        means = {}
-        for side, images in (("real", real), ("gen", fake)):
-            labels = self.label_maps["mask"][chosen]
-            mean, std = similarity.grey_moments(labels, images.cpu().numpy(), table.num_classes)
-            means[side], stds = mean * hu_a_grey + at_0, std * hu_a_grey
-            for label_id in table.organ_ids:
-                organ = table.names[label_id]
-                columns[f"hu_mean_{side}/{organ}"][chosen[is_ct]] = means[side][is_ct, label_id]
-                columns[f"hu_std_{side}/{organ}"][chosen[is_ct]] = stds[is_ct, label_id]
-        for label_id in table.organ_ids:
-            error = np.abs(means["gen"] - means["real"])[is_ct, label_id]
-            columns[f"hu_mean_error/{table.names[label_id]}"][chosen[is_ct]] = error
-
-    def _overlaps(self, pair: str, chosen: np.ndarray) -> None:
-        """Columns of a pair of label maps at places `chosen`."""
-        columns, table = self.result.columns, self.evaluator.table
+    def _write_overlaps(self, pair: str, chosen: np.ndarray) -> None:
+        """The columns of a pair of label maps, at places `chosen`."""
         first, second = pair.split("_")
-        reference, predicted = self.label_maps[first][chosen], self.label_maps[second][chosen]
-        counts = overlaps.confusion(reference, predicted, table.num_classes)
-        columns[f"legacy_dice_{pair}"][chosen] = overlaps.legacy_dice(counts)
-        measured = {
-            "dice": overlaps.dice_per_class(counts),
-            "dice_either": overlaps.dice_either(counts),
-            "area_error": overlaps.area_errors(counts),
-        }
-        if self.evaluator.inputs.surface_dice:
-            measured["surface_dice"] = np.full(measured["dice"].shape, np.nan)
-            for b, i in enumerate(chosen):
-                measured["surface_dice"][b, list(table.organ_ids)] = surfaces.surface_dice(
-                    reference[b], predicted[b], table.organ_ids, self.evaluator.tolerance_mm_O, self.spacing_mm[i]
-                )
-        pixel_mm2 = np.array([np.prod(self.spacing_mm[i]) for i in chosen])
-        for kind, values_BK in measured.items():
-            columns[f"{kind}_{pair}"][chosen] = overlaps.mean_over_organs(values_BK, table.organ_ids)
-            for label_id in range(1, table.num_classes) if kind == "dice" else table.organ_ids:
-                columns[f"{kind}_{pair}/{table.names[label_id]}"][chosen] = values_BK[:, label_id]
-        for label_id in table.organ_ids:
-            organ = table.names[label_id]
-            columns[f"area_mm2_{first}/{organ}"][chosen] = counts[:, label_id].sum(axis=1) * pixel_mm2
-            columns[f"area_mm2_{second}/{organ}"][chosen] = counts[:, :, label_id].sum(axis=1) * pixel_mm2
-        false_BO = overlaps.false_positive_pixels(counts)[:, list(table.organ_ids)]
-        appears_BO = np.where(np.isnan(false_BO), np.nan, false_BO > 0)
-        false_positives = dict(zip(FALSE_POSITIVES, (appears_BO, false_BO * pixel_mm2[:, None]), strict=True))
-        for kind, values_BO in false_positives.items():
-            for o, label_id in enumerate(table.organ_ids):
-                columns[f"{kind}_{pair}/{table.names[label_id]}"][chosen] = values_BO[:, o]
-        rate, area = FALSE_POSITIVES
-        every_organ = range(len(table.organ_ids))
-        columns[f"{rate}_{pair}"][chosen] = overlaps.mean_over_organs(appears_BO, every_organ)
-        # Of an image the area of all false organs together, not their mean.
-        columns[f"{area}_{pair}"][chosen] = np.nansum(false_positives[area], axis=1)
+        evaluator, maps = self.evaluator, self.label_maps
+        self._write(
+            overlap_columns(
+                pair,
+                maps[first][chosen],
+                maps[second][chosen],
+                evaluator.table,
+                [self.spacing_mm[i] for i in chosen],
+                evaluator.tolerance_mm_O if evaluator.inputs.surface_dice else None,
+            ),
+            chosen,
+        )
+
+    def _write(self, columns: dict[str, np.ndarray], chosen: np.ndarray) -> None:
+        """Put values [B'] by column at places `chosen`."""
+        for name, values in columns.items():
+            self.result.columns[name][chosen] = values
 
 
 def _finite(features_BD: np.ndarray, extractor: str, start: int) -> np.ndarray:

@@ -1,13 +1,21 @@
-"""The metric columns of samples.parquet: what is compared with what, and the names."""
+"""The metric columns of samples.parquet: what is compared with what, the names, and the values from label maps.
+
+Dimensions: B batch, H rows, W columns, K label ids, O organs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from segdiff_dist.evaluation.metrics import overlaps, similarity, surfaces
 from segdiff_dist.evaluation.metrics.sharpness import sharpness_columns
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
+    from data_shards.records import SliceMeta
 
 # The three pairs of label maps; the first of each is the reference whose classes count.
 PAIRS = ("mask_real", "real_gen", "mask_gen")
@@ -32,3 +40,79 @@ def column_names(table: LabelTable) -> list[str]:
     of_organs = ("dice_either", "surface_dice", "area_error", *FALSE_POSITIVES)
     names += [f"{kind}_{pair}/{organ}" for kind in of_organs for pair in PAIRS for organ in organs]
     return names + [f"area_mm2_{source}/{organ}" for source in SOURCES for organ in organs]
+
+
+def overlap_columns(
+    pair: str,
+    reference_BHW: np.ndarray,
+    predicted_BHW: np.ndarray,
+    table: LabelTable,
+    spacing_mm: Sequence[tuple[float, float]],
+    tolerance_mm_O: Sequence[float] | None = None,
+) -> dict[str, np.ndarray]:
+    """Values [B] by column of one of PAIRS: Dice, area error, areas, false organs; surface Dice where tolerances are
+    given.
+
+    uint8 label maps; `spacing_mm` of each, rows then columns.
+    """
+    organ_ids, names = list(table.organ_ids), table.names
+    counts_BKK = overlaps.confusion(reference_BHW, predicted_BHW, table.num_classes)
+    values_by_kind = {
+        "dice": overlaps.dice_per_class(counts_BKK),
+        "dice_either": overlaps.dice_either(counts_BKK),
+        "area_error": overlaps.area_errors(counts_BKK),
+    }
+    if tolerance_mm_O is not None:
+        values_by_kind["surface_dice"] = surface_BK = np.full(values_by_kind["dice"].shape, np.nan)
+        for b, (reference_HW, predicted_HW) in enumerate(zip(reference_BHW, predicted_BHW, strict=True)):
+            surface_BK[b, organ_ids] = surfaces.surface_dice(
+                reference_HW, predicted_HW, table.organ_ids, tolerance_mm_O, spacing_mm[b]
+            )
+    columns = {f"legacy_dice_{pair}": overlaps.legacy_dice(counts_BKK)}
+    for kind, values_BK in values_by_kind.items():
+        columns[f"{kind}_{pair}"] = overlaps.mean_over_organs(values_BK, organ_ids)
+        # Dice alone is also of the body.
+        ids = range(1, table.num_classes) if kind == "dice" else organ_ids
+        columns |= {f"{kind}_{pair}/{names[i]}": values_BK[:, i] for i in ids}
+    first, second = pair.split("_")
+    pixel_mm2 = np.array([np.prod(spacing) for spacing in spacing_mm])
+    columns |= {f"area_mm2_{first}/{names[i]}": counts_BKK[:, i].sum(axis=1) * pixel_mm2 for i in organ_ids}
+    columns |= {f"area_mm2_{second}/{names[i]}": counts_BKK[:, :, i].sum(axis=1) * pixel_mm2 for i in organ_ids}
+    false_pixels_BO = overlaps.false_positive_pixels(counts_BKK)[:, organ_ids]
+    return columns | _false_positive_columns(pair, false_pixels_BO, pixel_mm2, [names[i] for i in organ_ids])
+
+
+def _false_positive_columns(
+    pair: str, false_pixels_BO: np.ndarray, pixel_mm2: np.ndarray, organs: Sequence[str]
+) -> dict[str, np.ndarray]:
+    rate, area = FALSE_POSITIVES
+    appears_BO = np.where(np.isnan(false_pixels_BO), np.nan, false_pixels_BO > 0)
+    area_mm2_BO = false_pixels_BO * pixel_mm2[:, None]
+    columns = {f"{rate}_{pair}/{organ}": appears_BO[:, o] for o, organ in enumerate(organs)}
+    columns |= {f"{area}_{pair}/{organ}": area_mm2_BO[:, o] for o, organ in enumerate(organs)}
+    columns[f"{rate}_{pair}"] = overlaps.mean_over_organs(appears_BO, range(len(organs)))
+    # The area of all false organs of an image together, not their mean.
+    columns[f"{area}_{pair}"] = np.nansum(area_mm2_BO, axis=1)
+    return columns
+
+
+def hounsfield_columns(
+    metas: Sequence[SliceMeta], mask_BHW: np.ndarray, real_BHW: np.ndarray, gen_BHW: np.ndarray, table: LabelTable
+) -> dict[str, np.ndarray]:
+    """HU_METRICS [B] inside each organ of the mask, by column; NaN for MR, which has no HU.
+
+    From uint8 grey values, so that only the window of intensities counts that the shards keep.
+    """
+    is_ct = np.array([meta.modality == "CT" for meta in metas])
+    hu_per_grey = np.array([m.intensity_scale * (2**m.bits - 1) / similarity.GREY_RANGE for m in metas])[:, None]
+    hu_at_zero = np.array([meta.intensity_offset for meta in metas])[:, None]
+    columns, means_BK = {}, {}
+    for side, images_BHW in zip(SIDES, (real_BHW, gen_BHW), strict=True):
+        mean_BK, std_BK = similarity.grey_moments(mask_BHW, images_BHW, table.num_classes)
+        means_BK[side], std_BK = mean_BK * hu_per_grey + hu_at_zero, std_BK * hu_per_grey
+        for i in table.organ_ids:
+            columns[f"hu_mean_{side}/{table.names[i]}"] = means_BK[side][:, i]
+            columns[f"hu_std_{side}/{table.names[i]}"] = std_BK[:, i]
+    error_BK = np.abs(means_BK["gen"] - means_BK["real"])
+    columns |= {f"hu_mean_error/{table.names[i]}": error_BK[:, i] for i in table.organ_ids}
+    return {name: np.where(is_ct, values_B, np.nan) for name, values_B in columns.items()}

@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from segdiff_dist.evaluation.metrics import inception, perceptual
-
-if TYPE_CHECKING:
-    from segdiff_dist.evaluation.measure.config import EvaluateConfig
 
 # A server that takes a connection and then says nothing is not waited for longer.
 _SILENCE_S = 60.0
@@ -34,16 +31,18 @@ class Weights:
 
 
 @contextmanager
-def weights_for(config: EvaluateConfig, folder: Path) -> Iterator[Weights]:
-    """The files to measure with. With workers on other machines a downloaded one is in `folder`, which they share,
-    until the end."""
+def weights_for(
+    fid_weights: Path | str | None, lpips_weights: Path | str | None, shared: Path | None = None
+) -> Iterator[Weights]:
+    """The files to measure with: each given as a path, as 'download', or not at all.
+
+    `shared`: a folder that all workers see, where they are on other machines. Downloaded files are copied there, and
+    it is removed at the end.
+    """
     missing: dict[str, str] = {}
-    shared = folder / ".weights.unfinished" if config.ray_address is not None else None
     try:
-        fid = _file(config.fid_weights, "fid", inception.load_inception, inception.downloaded_weights, shared, missing)
-        lpips = _file(
-            config.lpips_weights, "lpips", perceptual.load_lpips, perceptual.downloaded_weights, shared, missing
-        )
+        fid = _file(fid_weights, "fid", inception.load_inception, inception.downloaded_weights, shared, missing)
+        lpips = _file(lpips_weights, "lpips", perceptual.load_lpips, perceptual.downloaded_weights, shared, missing)
         yield Weights(fid, lpips, missing)
     finally:
         if shared is not None:

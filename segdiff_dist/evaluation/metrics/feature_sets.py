@@ -42,7 +42,7 @@ class FeatureSample:
         """Take in features with their priorities, int64."""
         assert len(priority_N) == len(features_ND)
         self._parts.append((priority_N, np.asarray(features_ND, np.float32)))
-        if sum(len(part) for part, _ in self._parts) > 2 * self.capacity:
+        if self.num_held > 2 * self.capacity:
             self._compact()
 
     def merge(self, others: Sequence[FeatureSample]) -> FeatureSample:
@@ -58,6 +58,11 @@ class FeatureSample:
         """What is kept, in order of priority."""
         self._compact()
         return self._parts[0][1] if self._parts else np.zeros((0, 0), np.float32)
+
+    @property
+    def num_held(self) -> int:
+        """Features in memory now: those that are kept, and those that came since."""
+        return sum(len(part) for part, _ in self._parts)
 
     def __len__(self) -> int:
         return len(self.features_ND)

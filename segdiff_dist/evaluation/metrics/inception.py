@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +27,6 @@ def missing_for_fid(fid_weights: str | None) -> str | None:
     if absent:
         return f"{' and '.join(absent)} not installed; {HOW_TO_GET}"
     return None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_inception(fid_weights: str, device: str) -> Extractor:
