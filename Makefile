@@ -1,13 +1,14 @@
 # `make help` lists the targets. Each installs into .venv first where that is missing or out of date.
 #
 #   make demo PYTHON=python3.12      another interpreter
-#   make test EXTRAS=dev,cuda,fid    other extras of pyproject.toml
+#   make test EXTRAS=dev,docs,fid    other extras of pyproject.toml
 #   make test ARGS="-k shards -x"    arguments for pytest, or for the command of another target
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
+comma := ,
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,9 +16,12 @@ ARGS ?=
 # A name on the PATH may be a version manager's stub that runs nothing, so each candidate has to prove itself.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then echo $$p; break; fi; done)
-EXTRAS ?= dev$(shell nvidia-smi -L >/dev/null 2>&1 && echo ,cuda)
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+EXTRAS ?= dev,docs$(if $(GPU),$(comma)cuda)
+# PyTorch's own index of builds without CUDA, as its installation page gives it.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test lint bench recipes clean
+.PHONY: help install demo test lint docs bench recipes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -39,6 +43,9 @@ lint: $(STAMP) ## style, spelling, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP) ## the documentation as a site, into site/; a broken link or reference is an error
+	$(BIN)/mkdocs build --quiet --strict
+
 bench: $(STAMP) ## measure kernels, loader, training and sampling on this machine, into benchmarks/results
 	@for script in kernels/benchmarks/*.py benchmarks/*.py; do \
 		case "$$(basename "$$script")" in _*|recipes.py|objectives.py|opening_picture.py) continue;; esac; \
@@ -51,7 +58,7 @@ recipes: $(STAMP) ## train the paper's recipe and ours side by side: hours, in p
 	$(BIN)/python benchmarks/recipes.py --out runs/recipes --jobs 2 $(ARGS)
 
 clean: ## remove build products and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -59,6 +66,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { \
 		echo "error: $(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@# torch on its own and first: a build that is at hand is taken before anything else asks for a range of versions.
-	$(BIN)/pip install --quiet -c constraints.txt torch
+	@# Without a GPU it is the build for CPUs, a tenth of the size. PyTorch's index is asked first whether it answers, so
+	@# that an installation from other indexes works where it does not.
+	index=""; [ -n "$(GPU)" ] || ! $(BIN)/python -c \
+		"import urllib.request; urllib.request.urlopen('$(TORCH_CPU_INDEX)/torch/', timeout=10).close()" 2>/dev/null \
+		|| index="--extra-index-url $(TORCH_CPU_INDEX)"; \
+	$(BIN)/pip install --quiet -c constraints.txt $$index torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
