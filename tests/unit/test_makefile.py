@@ -1,4 +1,4 @@
-"""`make install`: which build of torch it asks for. The interpreter, pip and nvidia-smi are stand-ins that keep a log."""
+"""`make install`: which build of torch it asks for. Interpreter, pip and nvidia-smi are stand-ins that keep a log."""
 
 from __future__ import annotations
 
