@@ -186,18 +186,18 @@ def _memorisation(
 def _nearest_copies(
     workers: Workers[Any, Any], file: Path, rows: list[int]
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """The same where training images may be mirrored, turned, shifted, scaled or changed in brightness."""
+    """The same where training images may be mirrored, turned, scaled, cropped or changed in brightness."""
     config = file.parents[1] / "config.yaml"
     loader = read_yaml(config).get("loader") if config.is_file() else None
-    ranges = copies.Ranges.of(loader if isinstance(loader, dict) else {})
+    ranges = copies.Ranges.of(loader if isinstance(loader, dict) else None)
     asked = [copies.CopyCandidates(file, tuple(part), ranges) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
     candidates = copies.best_candidates(result for _, result in in_order(workers, asked))
     found = {}
-    for side, (rows_QC, variants_QC) in candidates.items():
+    for side, (rows_QC, changes_QC5) in candidates.items():
         parts = []
         for start in range(0, len(rows_QC), _ITEMS_A_TASK):
             part = slice(start, start + _ITEMS_A_TASK)
-            parts.append(copies.NearestCopy(file, side, start, rows_QC[part], variants_QC[part], ranges))
+            parts.append(copies.NearestCopy(file, side, start, rows_QC[part], changes_QC5[part]))
         distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts)), strict=True)
         found["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
     return found
