@@ -67,7 +67,13 @@ def problem(where: object, field: str, value: object, remedy: str) -> InputProbl
     return InputProblems([Problem(str(where), field, str(value), remedy)])
 
 
-class OutOfSpace(RuntimeError):
+class WorkFailed(RuntimeError):
+    """Some of the work could not be done; what is done is kept. The command line prints it and exits with its code."""
+
+    exit_code = 1
+
+
+class OutOfSpace(WorkFailed):
     """The disk is full, or a quota is reached. Nothing half-written is taken for whole; the same command goes on."""
 
     def __init__(self, folder: object, reason: str) -> None:
@@ -98,7 +104,7 @@ def removed_on_failure(path: Path) -> Iterator[Path]:
         raise
 
 
-class ShardFailed(RuntimeError):
+class ShardFailed(WorkFailed):
     """A shard could not be written; the finished ones are kept, and the same command goes on."""
 
 

@@ -6,7 +6,6 @@ and its GPUs, DALI. Nothing here runs during training.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import shutil
 import sys
@@ -56,10 +55,8 @@ class Gpus:
     memory_gib: tuple[float, ...] = ()
 
 
-def main(argv: list[str]) -> int:
-    """Print the report; 0 when the pipeline can run here, 1 when something it needs is missing."""
-    parser = argparse.ArgumentParser(prog="segdiff doctor", description="Say what this machine can run.")
-    parser.parse_args(argv)
+def diagnose() -> tuple[str, list[str]]:
+    """The report, and the names of what the pipeline needs and this machine lacks."""
     gpus, torch_rows = _torch()
     sections = (
         ("machine", [*_machine(), *_gpu(gpus)]),
@@ -71,14 +68,9 @@ def main(argv: list[str]) -> int:
             ],
         ),
     )
-    print(f"segdiff {__version__}\n")
-    print(format_report(sections))
-    missing = [row for _, rows in sections for row in rows if row.state == "missing"]
-    if missing:
-        print(f"\n{len(missing)} missing: {', '.join(row.name for row in missing)}")
-        return 1
-    print("\nThis machine can run the whole pipeline.")
-    return 0
+    missing = [row.name for _, rows in sections for row in rows if row.state == "missing"]
+    end = f"{len(missing)} missing: {', '.join(missing)}" if missing else "This machine can run the whole pipeline."
+    return f"segdiff {__version__}\n\n{format_report(sections)}\n\n{end}", missing
 
 
 def format_report(sections: Iterable[tuple[str, list[Row]]]) -> str:
@@ -340,7 +332,3 @@ def _version(distribution: str) -> str | None:
 
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,12 +13,13 @@ from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.experiment import load_experiment
 from segdiff_dist.segmentation import SegmenterNet
 from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.shipped import shipped_config
 from segdiff_dist.training.memory_plan import Network, SmallConfig, on_meta
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
-_SMALL = "amos_small.yaml"
+_SMALL = "amos_small"
 
 
 def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device: torch.device) -> Network:
@@ -51,7 +51,6 @@ def segmenter_network(config: SegmenterConfig, shards: ShardSet, side: int) -> N
 
 def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:
     """The shipped configuration for small machines, on slices of `side` pixels."""
-    file = Path(__file__).with_name("configs") / _SMALL
-    experiment = load_experiment(file, None)
+    experiment = load_experiment(shipped_config(_SMALL), None)
     network = denoiser_network(experiment.denoiser, shards, side, device)
-    return SmallConfig(f"launch/configs/{_SMALL}", network, experiment.train)
+    return SmallConfig(_SMALL, network, experiment.train)

@@ -45,7 +45,7 @@ from data_shards.problems import (
 )
 from data_shards.store.set_index import file_sha256
 
-__all__ = ["AnnotateConfig", "AnnotateReport", "annotate", "annotation_record", "find_problems"]
+__all__ = ["AnnotateConfig", "AnnotateReport", "Annotation", "annotate", "annotation_record", "check"]
 
 _INSTALL = "pip install TotalSegmentator in an environment of its own and put its bin folder on PATH"
 _PARTIAL = ".partial"
@@ -82,35 +82,49 @@ class _Made:
     full: bool = False
 
 
+@dataclass(frozen=True)
+class Annotation:
+    """A checked annotation, made by `check`: the only thing that can run. `version`: what the tool says it is."""
+
+    amos_root: Path
+    wholebody: Path
+    config: AnnotateConfig
+    version: str | None
+
+    @property
+    def num_cases(self) -> int:
+        """Volumes of the archive that get a mask."""
+        return len(archive.read_archive(self.amos_root, self.config.modalities, self.config.modality))
+
+    def run(self) -> AnnotateReport:
+        """Make what is missing; errors as of `annotate`."""
+        where = self.wholebody
+        with locked(where / FOLDER_LOCK, where, "is annotating it"), saying_when_full(where):
+            # Another command may have written masks there since the check.
+            refuse(_folder_problems(where, _new_annotations(self.config, self.version), []))
+            return _run(self.amos_root, where, self.config, self.version)
+
+
+def check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annotation:
+    """Raise InputProblems for all that can be seen before work starts: config, archive, folder, and a tool that is
+    missing or does not answer."""
+    amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
+    refuse(config.problems())
+    found = archive.find_problems(amos_root, config.modalities, config.modality)
+    version, wrong = _tool_version(config)
+    refuse([*found, *wrong, *_folder_problems(wholebody, _new_annotations(config, version), wrong)])
+    return Annotation(amos_root, wholebody, config, version)
+
+
 def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> AnnotateReport:
     """Make WHOLEBODY/<case id>.nii.gz for every case of the AMOS folder; the same call again makes what is missing.
 
     A mask stays while its image is, byte for byte, the one it was made from; one that was changed by hand is never
-    overwritten. A volume that fails costs only itself. Raises InputProblems before any work for whatever find_problems
+    overwritten. A volume that fails costs only itself. Raises InputProblems before any work for whatever `check`
     finds, where another process annotates into the same folder, and where it cannot be written; OutOfSpace when the
     disk is full.
     """
-    amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
-    problems, version = _check(amos_root, wholebody, config)
-    refuse(problems)
-    with locked(wholebody / FOLDER_LOCK, wholebody, "is annotating it"), saying_when_full(wholebody):
-        return _run(amos_root, wholebody, config, version)
-
-
-def find_problems(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> list[Problem]:
-    """All that can be seen before work starts: config, archive, folder, and a tool that is missing or does not answer;
-    an empty list means go."""
-    return _check(Path(amos_root), Path(wholebody), config)[0]
-
-
-def _check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> tuple[list[Problem], str | None]:
-    """What is wrong, and the tool's version."""
-    found = config.problems()
-    if found:
-        return found, None
-    found += archive.find_problems(amos_root, config.modalities, config.modality)
-    version, wrong = _tool_version(config)
-    return found + wrong + list(_folder_problems(wholebody, _new_annotations(config, version), wrong)), version
+    return check(amos_root, wholebody, config).run()
 
 
 def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str | None) -> AnnotateReport:

@@ -34,7 +34,7 @@ from data_shards.records import MASK_SOURCES, SPLITS
 from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, file_sha256, read_index
 from data_shards.store.shard_writer import plan_shards, write_shards
 
-__all__ = ["PrepareConfig", "PrepareReport", "find_problems", "prepare"]
+__all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_problems", "prepare"]
 
 _PLAN = "plan.json"
 
@@ -114,28 +114,48 @@ def prepare(
     Raises InputProblems before any work for whatever find_problems finds, where another process prepares the same set,
     and where `out` cannot be written; OutOfSpace when the disk is full.
     """
+    return check(amos_root, out, config, wholebody).run(progress)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A checked preparation, made by `check`: the only thing that can run. `header`: what plan.json and the index say
+    of settings and source; `out_state`: what the output folder held."""
+
+    amos_root: Path
+    out: Path
+    config: PrepareConfig
+    wholebody: Path | None
+    cases: list[Case]
+    header: dict[str, Any]
+    out_state: list[tuple[int, int] | None]
+
+    def run(self, progress: Callable[[int, int, int], None] | None = None) -> PrepareReport:
+        """Cut and write what is missing; errors as of `prepare`."""
+        with locked(self.out / FOLDER_LOCK, self.out, "is preparing it"):
+            if _state_of(self.out) != self.out_state:  # another command has written there since the check
+                refuse(_problems_with_out(self.out, self.header))
+            return _prepare(self, progress)
+
+
+def check(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None = None) -> Preparation:
+    """Read the archive's headers; raises InputProblems for whatever find_problems finds."""
     amos_root, out = Path(amos_root).absolute(), Path(out).absolute()
     wholebody = None if wholebody is None else Path(wholebody).absolute()
-    refuse(find_problems(amos_root, out, config, wholebody))
-    with locked(out / FOLDER_LOCK, out, "is preparing it"):
-        return _prepare(amos_root, out, config, progress, wholebody)
+    state = _state_of(out)
+    found, cases, header = _find_problems(amos_root, out, config, wholebody)
+    refuse(found)
+    return Preparation(amos_root, out, config, wholebody, cases, header, state)
 
 
-def _prepare(
-    amos_root: Path,
-    out: Path,
-    config: PrepareConfig,
-    progress: Callable[[int, int, int], None] | None,
-    wholebody: Path | None,
-) -> PrepareReport:
-    cases = archive.read_archive(amos_root, config.modalities, config.modality)
-    plan = {"preprocessing": config.of_the_set(), "source": _source(amos_root, cases, wholebody)}
+def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None) -> PrepareReport:
+    amos_root, out, config, wholebody, plan = job.amos_root, job.out, job.config, job.wholebody, job.header
     index = read_index(out) if (out / INDEX).exists() else None
     if index is not None and not index["failed"]:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         recognised = index.get("recognised", {})
         return PrepareReport(index["num_samples"], len(index["source"]), (), True, index["mask_sources"], recognised)
-    tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in cases]
+    tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in job.cases]
     # The largest first, so that no worker is left with one at the end while the others wait.
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
     num_workers = config.num_workers or num_cores()
@@ -161,15 +181,28 @@ def _prepare(
 def find_problems(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None = None) -> list[Problem]:
     """All that can be seen before work starts: the config, the archive's files and headers, the whole-body masks', and
     what `out` holds."""
+    return _find_problems(amos_root, out, config, wholebody)[0]
+
+
+def _find_problems(
+    amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None
+) -> tuple[list[Problem], list[Case], dict[str, Any]]:
+    """The problems; the cases, and what the index is to say of settings and source."""
     found = config.problems()
     in_archive = archive.find_problems(amos_root, config.modalities, config.modality)
-    source = None
+    source, cases = None, list[Case]()
     if not in_archive:
         cases = archive.read_archive(amos_root, config.modalities, config.modality)
         in_archive = find_wholebody_problems(cases, config.label_set, wholebody)
         source = None if in_archive else _source(amos_root, cases, wholebody)
-    plan = {"preprocessing": config.of_the_set(), "source": source}
-    return [*found, *in_archive, *_problems_with_out(out, plan)]
+    header = {"preprocessing": config.of_the_set(), "source": source}
+    return [*found, *in_archive, *_problems_with_out(out, header)], cases, header
+
+
+def _state_of(out: Path) -> list[tuple[int, int] | None]:
+    """Time and length of what says whose the folder is."""
+    files = (out / INDEX, out / PARTIAL / _PLAN)
+    return [(file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None for file in files]
 
 
 def _source(root: Path, cases: list[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:

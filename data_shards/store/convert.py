@@ -51,16 +51,35 @@ def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, A
     The same call again goes on, or does nothing. Raises InputProblems before any work, also where another process
     writes `out` and where that cannot be written; OutOfSpace, and ShardFailed where a sample of the source is damaged.
     """
+    return check(source, out, config).run()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checked conversion, made by `check`: the only thing that can run."""
+
+    shards: ShardSet
+    out: Path
+    config: ConvertConfig
+
+    def run(self) -> dict[str, Any]:
+        """Write what is missing; returns the index. Errors as of `convert`."""
+        out = self.out
+        if not (out / INDEX).exists():
+            with locked(out / FOLDER_LOCK, out, "is writing it"):
+                if not (out / INDEX).exists():  # by a command that ended as this one began
+                    return _convert(self.shards, out, self.config)
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        return read_index(out)
+
+
+def check(source: str | Path, out: Path, config: ConvertConfig) -> Conversion:
+    """Open the source; raises InputProblems for all that can be seen before work starts."""
     out = Path(out).absolute()
     refuse(config.problems())
     shards = ShardSet.open(source)
     refuse([*_problems_with_out(out, shards, config), *_problems_with_ids(shards, config)])
-    if not (out / INDEX).exists():
-        with locked(out / FOLDER_LOCK, out, "is writing it"):
-            if not (out / INDEX).exists():  # by a command that ended as this one began
-                return _convert(shards, out, config)
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
-    return read_index(out)
+    return Conversion(shards, out, config)
 
 
 def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, Any]:

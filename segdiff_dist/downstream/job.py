@@ -24,7 +24,7 @@ from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.config import LoaderConfig
 from data_shards.files import write_atomic
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import InputProblems, Problem, problem, refuse, saying_when_full
+from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
 from data_shards.store.set_index import read_index
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import as_dict, differences
@@ -48,7 +48,7 @@ _SAMPLES, _GENERATED, _TRAININGS, _SETTINGS = "samples", "generated", "trainings
 _FREE = ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "validation_batch_size", "device")
 
 
-class DownstreamFailed(RuntimeError):
+class DownstreamFailed(WorkFailed):
     """Some trainings failed; the others are kept, and the same call tries these again."""
 
 
@@ -70,6 +70,11 @@ class Downstream:
     def folder(self) -> Path:
         """Everything of it."""
         return self.run / FOLDER
+
+    @property
+    def num_trainings(self) -> int:
+        """Of all arms, those that are done included."""
+        return len(trainings_of(self.config))
 
     def make(self) -> dict[str, Any]:
         """Sample, train, test; returns what summary.json holds.

@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.problems import saying_when_full
+from segdiff_dist.evaluation.measure.checks import Checked
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.job import FOLDER, at_work, measure
 
 
 def evaluate(
-    run: Path, config: EvaluateConfig, *, amos_root: Path | None = None, progress: bool = True
+    run: Path,
+    config: EvaluateConfig,
+    *,
+    amos_root: Path | None = None,
+    progress: bool = True,
+    checked: Checked | None = None,
 ) -> dict[str, Any]:
     """Measure all samples of `run`, draw the figures, write the report; returns what summary.json holds.
 
     `amos_root`: the archive the shards were made from, for the figure of intensities before clipping; where it is
-    not given or gone, that figure is drawn from the stored slices and says so. Errors as of `measure`.
+    not given or gone, that figure is drawn from the stored slices and says so. `checked` and errors: as of `measure`.
     """
-    summary = measure(run, config, progress=progress)
+    summary = measure(run, config, progress=progress, checked=checked)
     draw(run, amos_root=amos_root, progress=progress)
     return summary
 

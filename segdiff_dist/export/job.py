@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,39 +37,84 @@ def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
     Raises InputProblems: store missing, unfinished or damaged, another shard set than the one sampled from, HU that
     nobody knows, `out` not empty, too little room, another process at work on it, no right to write; OutOfSpace.
     """
+    job = check_samples(run, out, config)
+    with at_work(out):
+        return job.write()
+
+
+@dataclass(frozen=True)
+class SamplesExport:
+    """A checked export, made by `check_samples`."""
+
+    samples: FinishedSamples
+    out: Path
+    config: ExportConfig
+    borrows: bool
+    num_bytes: int
+    """At most, without compression."""
+
+    def write(self) -> int:
+        """Write the folder, under the lock of `at_work`; returns the number of images."""
+        out = self.out
+        refuse(out_problems(out))  # another command may have written there since the check
+        if self.borrows:
+            warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
+        with saying_when_full(out), new_folder(out) as unfinished:
+            _write(unfinished, out.name, self.samples, self.config)
+        return len(self.samples)
+
+
+def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
+    """Open the samples; errors as of export_samples."""
     store = SampleStore.open(config.samples or run / "samples")
     refuse([*config.problems(), *out_problems(out)])
-    with at_work(out):
-        return _export(store, out, config)
-
-
-def _export(store: SampleStore, out: Path, config: ExportConfig) -> int:
     samples = FinishedSamples.of(store, config.modality)
     found = nnunet_problems(out, samples) if config.format == "nnunet" else []
     borrows = config.writes_values and samples.has_borrowed_hu
     if borrows and samples.borrowed_map is None:
         found.append(unknown_hu(store.path, "give --format png (nnunet: --export.file-ending .png), which has no HU"))
     needed = len(samples) * 2 * (samples.size**2 + _BYTES_PER_FILE)
-    refuse([*found, *out_problems(out), *room_problems(out, needed)])
-    if borrows:
-        warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
-    with saying_when_full(out), new_folder(out) as unfinished:
-        _write(unfinished, out.name, samples, config)
-    return len(samples)
+    refuse([*found, *room_problems(out, needed)])
+    return SamplesExport(samples, out, config, borrows, needed)
 
 
 def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
     """Write the model in `weights` as a pipeline folder: see segdiff_dist.pipeline. Errors as of export_samples."""
-    from segdiff_dist.pipeline import pipeline_problems, write_pipeline
+    job = check_model(weights, out, diffusion, sampler)
+    with at_work(out):
+        job.write()
+
+
+@dataclass(frozen=True)
+class ModelExport:
+    """A checked export of a model, made by `check_model`."""
+
+    weights: Path
+    out: Path
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    num_bytes: int
+
+    def write(self) -> None:
+        """Write the folder, under the lock of `at_work`."""
+        from segdiff_dist.pipeline import write_pipeline
+
+        out = self.out
+        with saying_when_full(out):
+            refuse(out_problems(out))  # another command may have written there since the check
+            with new_folder(out) as unfinished:
+                write_pipeline(self.weights, unfinished, self.diffusion, self.sampler)
+
+
+def check_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> ModelExport:
+    """Look at the weights; errors as of export_samples."""
+    from segdiff_dist.pipeline import pipeline_problems
 
     if not (weights / "segdiff.json").is_file():
         raise problem(weights, "weights", "not found", f"train first: {how_to_make('train', weights)}")
     needed = sum(file.stat().st_size for file in weights.iterdir())
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
-    with at_work(out), saying_when_full(out):
-        refuse(out_problems(out))
-        with new_folder(out) as unfinished:
-            write_pipeline(weights, unfinished, diffusion, sampler)
+    return ModelExport(weights, out, diffusion, sampler, needed)
 
 
 def at_work(out: Path) -> AbstractContextManager[None]:

@@ -119,10 +119,39 @@ def make_volume(
     InputProblems: an unreadable mask, ids that the set's labels do not have, HU that nobody knows, `out` there already,
     no volume's name.
     """
+    return check_volume(mask_file, out, shards, config).make(paint, size)
+
+
+@dataclass(frozen=True)
+class VolumeJob:
+    """A checked job, made by `check_volume`: the only thing that can run. `num_voxels`: of the mask."""
+
+    mask_file: Path
+    out: Path
+    shards: ShardSet
+    config: VolumeConfig
+    grey: GreyMap
+    num_voxels: int
+
+    def make(self, paint: Paint, size: int) -> VolumeReport:
+        """Generate the slices and write the volume; parameters and errors as of `make_volume`."""
+        return _make(self, paint, size)
+
+
+def check_volume(mask_file: Path, out: Path, shards: ShardSet, config: VolumeConfig) -> VolumeJob:
+    """Find what can be seen before a voxel is read; raises InputProblems."""
     grey = grey_map_of(config.modality, shards.index["preprocessing"], shards)
     unknown = [unknown_hu(shards.root, "give a set with CT in it, or --modality MR")] if grey is None else []
     refuse([*volume_problems(mask_file, out, config), *unknown])
     assert grey is not None
+    header = read_header(mask_file, [])
+    return VolumeJob(mask_file, out, shards, config, grey, 0 if header is None else int(np.prod(header[0])))
+
+
+def _make(job: VolumeJob, paint: Paint, size: int) -> VolumeReport:
+    mask_file, out, shards, config, grey = job.mask_file, job.out, job.shards, job.config, job.grey
+    if out.exists():  # written by another command since the check
+        refuse(volume_problems(mask_file, out, config))
     if config.modality == "CT" and is_stretched(shards.index["preprocessing"]):
         warnings.warn(HU_BY_MEDIAN, stacklevel=2)
     labels = _read_mask(mask_file, shards.label_table)

@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from data_shards.ingest import archive
-from data_shards.ingest.volumes import num_resampled
+from data_shards.ingest.counts import count_slices
 from data_shards.labels import LABEL_TABLES
-from data_shards.problems import Problem
 from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.ranks import scale
@@ -25,8 +22,6 @@ _TF32 = replace(scale.INFINIBAND, flops=scale.INFINIBAND.flops / 2)
 _FP32 = replace(scale.INFINIBAND, flops=67e12)
 # Below this a step is bound by launching kernels and reading data, of which the model of docs/scale.md knows nothing.
 _SMALLEST_FLOP = 1e11
-# Canonical dimension that runs through an axis' slices (data_shards.ingest.slices).
-_THROUGH = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,9 @@ class Step:
 
 def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
     """Every step of the reproduction in order, as on `settings.gpus` H200. Reads headers, makes nothing."""
-    num_volumes, num_slices = _counts(experiments.prepare)
     judge, config = experiments.segmenter, experiments.prepare.prepare
+    cases = archive.read_archive(settings.amos, config.modalities, config.modality)
+    num_volumes, num_slices = count_slices(cases, config)
     sides = (1 + config.bits // 8) * config.size**2
     found = [
         Step("prepare", f"{num_slices:,} slices of {num_volumes} volumes", None, num_slices * sides),
@@ -77,28 +73,6 @@ def describe(found: list[Step], settings: Table1Settings) -> str:
     plural = "s" if settings.gpus > 1 else ""
     basis = f"Time is predicted for {settings.gpus} H200{plural} (docs/scale.md), one step after the other; - where"
     return "\n".join([*lines, f"{basis} that model says nothing. Bytes are at most."])
-
-
-def _counts(experiment: Experiment) -> tuple[int, int]:
-    """Volumes of the archive that are cut, and their slices along all axes: from the headers."""
-    import nibabel as nib
-
-    config = experiment.prepare
-    found: list[Problem] = []
-    num_volumes = num_slices = 0
-    for case in archive.read_archive(experiment.path("amos_root"), config.modalities, config.modality):
-        header = archive.read_header(case.image, found)
-        if header is None:
-            continue
-        num_volumes += 1
-        shape, affine = header
-        codes = nib.orientations.io_orientation(affine)[:, 0].astype(int)
-        spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-        for axis in config.axes:
-            stored = int(np.flatnonzero(codes == _THROUGH[axis])[0])
-            num = num_resampled(shape[stored], config.spacing_mm / float(spacing_mm[stored]))
-            num_slices += len(range(config.slice_stride // 2, num, config.slice_stride))
-    return num_volumes, num_slices
 
 
 def _training(name: str, network: scale.Network, train: TrainConfig, gpus: int) -> Step:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from data_shards.problems import Problem, refuse
 from data_shards.records import AXES, MODALITIES, SPLITS
 from segdiff_dist.config import as_dict, merge, read_yaml, validate
 from segdiff_dist.experiment import Experiment, collect
+from segdiff_dist.shipped import find_config, shipped_config
 from segdiff_dist.training.config import TrainConfig
 
 Split = Literal["train", "val", "test"]
@@ -43,16 +43,14 @@ class Table1Settings:
     """Whole-body masks, as `segdiff annotate` makes them: the paper's. Without them the archive's organs are used."""
     scale: Literal["paper", "small"] = "paper"
     """small: 64 x 64, a small net and few images, for a machine without a GPU (launch/configs/table1_small.yaml)."""
-    config: Path | None = None
-    """A YAML file laid over every column's recipe, and over --scale."""
+    config: str | None = None
+    """A YAML file, or the name of a shipped one, laid over every column's recipe, and over --scale."""
     columns: tuple[ColumnName, ...] = field(default=COLUMN_NAMES)
     """Which of the table's columns."""
     fid_weights: Literal["download"] | Path | None = None
     """As evaluate.fid_weights: without them the FID row stays empty."""
     gpus: int = 1
     """GPUs (ranks) of this machine that train; also what --dry-run counts on."""
-    dry_run: bool = False
-    """Say what there is to do, how long it takes and what it fills, and stop."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +139,10 @@ def _problems(settings: Table1Settings) -> list[Problem]:
 
 def _overlay(settings: Table1Settings) -> dict[str, Any]:
     """--scale, then --config, which may set what belongs to every column alike."""
-    over = read_yaml(_shipped("table1_small")) if settings.scale == "small" else {}
+    over = read_yaml(shipped_config("table1_small")) if settings.scale == "small" else {}
     if settings.config is None:
         return over
-    given = read_yaml(settings.config)
+    given = read_yaml(find_config(settings.config))
     remedy = f"give sections among {', '.join(_SECTIONS)}; paths are flags"
     found = [Problem(str(settings.config), key, "not of the columns", remedy) for key in given if key not in _SECTIONS]
     for section, key in _OF_THE_COLUMN:
@@ -155,12 +153,8 @@ def _overlay(settings: Table1Settings) -> dict[str, Any]:
     return merge(over, given)
 
 
-def _shipped(name: str) -> Path:
-    return Path(str(files("segdiff_dist.configs").joinpath(f"{name}.yaml")))
-
-
 def _recipe(name: ColumnName, over: Mapping[str, Any]) -> Experiment:
-    file = _shipped(f"paper_{name}")
+    file = shipped_config(f"paper_{name}")
     return validate(Experiment, merge(merge(as_dict(Experiment()), read_yaml(file)), over), file)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out, num_cores, ray_session, resources
-from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.problems import Problem, WorkFailed, problem, refuse, saying_when_full
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 
-class SamplingFailed(RuntimeError):
+class SamplingFailed(WorkFailed):
     """Some regions could not be made. The others are kept, and the same call tries these again."""
 
 

@@ -59,10 +59,14 @@ def plan(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConf
 
     Seconds come from what the job has made so far, else from a pass through the net on this machine.
     """
+    return plan_of(prepare_job(run, shards, rows, diffusion, config), config)
+
+
+def plan_of(job: Job, config: SampleConfig) -> Plan:
+    """The same of a job that was prepared with this config."""
     from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.samplers import num_evaluations
 
-    job = prepare_job(run, shards, rows, diffusion, config)
     with joined(config):
         crew = crew_of(config)
     passes = num_evaluations(config.sampler, DiffusionConfig(**job.about["diffusion"]))

@@ -19,7 +19,7 @@ from data_shards.feed.loader import Loader
 from data_shards.feed.mixing import make_order
 from data_shards.feed.order import rank_positions
 from data_shards.files import write_atomic
-from data_shards.problems import problem
+from data_shards.problems import WorkFailed, problem
 from data_shards.records import Batch
 from segdiff_dist.config import flatten, to_yaml
 from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, gather_objects, is_main, rank, world_size
@@ -65,8 +65,11 @@ class Task(Protocol):
         """Write weights, keys as in the model's state_dict, where they are used. Main rank, beside the training."""
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(WorkFailed):
     """The run cannot go on; the message says why and where its last good checkpoint is."""
+
+    # Not 1, which Python gives any error: another start may cure that.
+    exit_code = 3
 
 
 @dataclass

@@ -332,7 +332,7 @@ def length_warning(section: str, images: int, seconds: float) -> str:
     """What is printed of a long run."""
     return (
         f"warning: {section}: {images:,} images take about {seconds / _DAY_S:,.0f} days on this machine "
-        f"({images / seconds:.3g} images/s); fewer: --{section}.num-images N, smaller nets: launch/configs"
+        f"({images / seconds:.3g} images/s); fewer: --{section}.num-images N, smaller nets: --config amos_small"
     )
 
 

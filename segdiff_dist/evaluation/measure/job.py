@@ -21,7 +21,7 @@ import numpy as np
 from data_shards.fan_out import TaskFailure, Workers
 from data_shards.files import new_file, remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import InputProblems, removed_on_failure, saying_when_full
+from data_shards.problems import InputProblems, WorkFailed, removed_on_failure, saying_when_full
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import read_yaml
 from segdiff_dist.evaluation.measure import copies, trust
@@ -50,12 +50,16 @@ _TRAINING_SLICES_A_TASK = 256
 _MOST_DEFAULT_WORKERS = 16
 
 
-class EvaluationFailed(RuntimeError):
+class EvaluationFailed(WorkFailed):
     """Some items could not be measured; says which and why. Nothing of an earlier evaluation was touched."""
 
 
-def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
+def measure(
+    run: Path, config: EvaluateConfig, *, progress: bool = True, checked: Checked | None = None
+) -> dict[str, Any]:
     """Write samples.parquet, predictions.zarr and summary.json of `run`; returns what the last of them holds.
+
+    `checked`: what checks.check returned for the same run and config; without it the run is checked here.
 
     InputProblems, all at once, before any work: no or unfinished samples, samples without real images, no segmenter, a
     broken one, one for images of another size or trained on another label table, a shard set that is not the one
@@ -63,7 +67,7 @@ def measure(run: Path, config: EvaluateConfig, *, progress: bool = True) -> dict
     that cannot be written. EvaluationFailed when items cannot be read.
     """
     run = Path(run)
-    checked = check(run, config)
+    checked = checked or check(run, config)
     folder = run / FOLDER
     rows, predictions = (unfinished_name(folder / name) for name in ("samples.parquet", "predictions.zarr"))
     with at_work(run), saying_when_full(folder), removed_on_failure(rows), removed_on_failure(predictions):

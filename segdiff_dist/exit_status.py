@@ -1,0 +1,98 @@
+"""How a command ends: what a person can put right becomes words and an exit code.
+
+0 done, 1 some of the input failed, 2 input refused before work started, 3 training stopped itself, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+from contextlib import suppress
+from types import TracebackType
+
+from data_shards.locks import work_has_begun
+from data_shards.problems import InputProblems, WorkFailed, describe
+
+
+class ExitStatus:
+    """A context that turns the errors of a command into words and a code. `only_reads`: the command takes no lock."""
+
+    def __init__(self) -> None:
+        self.code, self.only_reads = 0, False
+
+    def __enter__(self) -> ExitStatus:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Whether the error was one of those that a person can put right, which are said here."""
+        try:
+            if error is None:
+                sys.stdout.flush()
+                return False
+            code = self._code_of(error)
+            if code is not None:
+                self.code = code
+            sys.stdout.flush()
+            return code is not None
+        except OSError as unprinted:
+            self._unprinted(unprinted)
+            return True
+
+    def _code_of(self, error: BaseException) -> int | None:
+        """Say what is wrong; None for an error that is not a person's to put right."""
+        if isinstance(error, InputProblems):
+            return _say_problems(error)
+        if isinstance(error, WorkFailed):
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        if isinstance(error, KeyboardInterrupt):
+            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+        if isinstance(error, OSError):
+            if _reader_is_gone():
+                raise error
+            print(f"error: {describe(error)}", file=sys.stderr)
+            if self.only_reads or work_has_begun():  # a disk may fill, and a server go away
+                return 1
+            print("nothing was started", file=sys.stderr)
+            return 2
+        return None
+
+    def _unprinted(self, error: OSError) -> None:
+        """What was printed found no reader or no room. The rest goes nowhere, or Python would try again as it ends."""
+        if _reader_is_gone():
+            # It has seen enough (`segdiff --help | head`). SIGPIPE itself stays off: it would also kill a process
+            # whose store or tracker closes a connection.
+            self.code = 141  # what a shell shows for a command that SIGPIPE ended
+        else:
+            with suppress(OSError):
+                print(f"error: {describe(error)}", file=sys.stderr)
+            self.code = 1
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+
+
+def _say_problems(error: InputProblems) -> int:
+    # Once a machine: what is missing may be missing on one of them alone.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        is_main = os.environ.get("RANK", "0") == "0"
+        where = "error" if is_main else f"error on {socket.gethostname()}"
+        for found in error.problems:
+            print(f"{where}: {found}", file=sys.stderr)
+        plural = "s" if len(error.problems) > 1 else ""
+        print(f"{len(error.problems)} problem{plural}; nothing was started", file=sys.stderr)
+    return 2
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a notebook's or a test's stream is no file
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

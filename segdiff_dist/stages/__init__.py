@@ -1,0 +1,41 @@
+"""One file a command: its arguments, its check, its work, and what it says. base.py has the contract.
+
+A file's docstring is what `segdiff --help` says of its command. docs/add_a_stage.md says how to add one.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segdiff_dist.stages.base import Plan, Stage
+
+__all__ = ["NAMES", "Plan", "load", "summary"]
+
+# In the order the data goes: that of the help text.
+NAMES = (
+    *("phantom", "annotate", "prepare", "inspect", "convert", "train", "average", "train-segmenter"),
+    *("sample", "evaluate", "report", "export", "volume", "track", "demo", "reproduce", "doctor"),
+)
+
+
+def load(name: str) -> type[Stage]:
+    """The class of a command. Imports its module, and with it torch and whatever else the command needs."""
+    from segdiff_dist.stages.base import Stage
+
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    [stage] = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Stage) and value.__module__ == module.__name__
+    ]
+    return stage
+
+
+def summary(name: str) -> str:
+    """What a command does, in a line; read without importing its module, so that help needs no torch."""
+    source = files(__name__).joinpath(f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]

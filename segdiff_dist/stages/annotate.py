@@ -1,0 +1,88 @@
+"""Whole-body masks for an archive, by TotalSegmentator or any command, on Ray; resumes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import tyro
+
+from data_shards.ingest.annotate_config import AnnotateConfig
+from data_shards.locks import FOLDER_LOCK, locked
+from segdiff_dist.experiment import collect
+from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.configured import ConfiguredStage, open_tracker, plain
+from segdiff_dist.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from data_shards.ingest.annotate import Annotation
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotate(ConfiguredStage):
+    """Make the missing whole-body masks. Exit code 1 when some volumes got none."""
+
+    essential: ClassVar = ("--run", "--annotate.tool", "--annotate.command", "--annotate.num-workers")
+
+    amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="AMOS_ROOT")] = None
+    """The archive: dataset.json, imagesTr, labelsTr, ..."""
+    wholebody: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="WHOLEBODY")] = None
+    """Folder of whole-body masks, <case id>.nii.gz."""
+    run: Path | None = None
+    """The run folder, for the record."""
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> AnnotatePlan:
+        """Asks the tool for its version; reads the archive's headers."""
+        from data_shards.ingest.annotate import check
+
+        experiment = self.experiment
+        root, wholebody = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("wholebody"))
+        return AnnotatePlan(self, check(root, wholebody, self.annotate))
+
+
+@dataclass(frozen=True)
+class AnnotatePlan(Plan):
+    """An archive and a tool that answers."""
+
+    stage: Annotate
+    annotation: Annotation
+
+    def cost(self) -> Cost:
+        """The number of volumes; how long a tool takes is not known."""
+        return Cost(notes=(f"volumes: {self.annotation.num_cases:,}",))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of the folder of masks."""
+        wholebody = self.annotation.wholebody
+        return locked(wholebody / FOLDER_LOCK, wholebody, "is annotating it", lends=True)
+
+    def tracker(self) -> Tracker:
+        """Of the run folder, or of the folder of masks."""
+        return open_tracker(self.stage.experiment, "annotate", self.stage.run or self.annotation.wholebody)
+
+    def run(self, tracker: Tracker) -> Result:
+        """Make what is missing."""
+        from data_shards.ingest.masks import ANNOTATIONS
+
+        stage, report = self.stage, self.annotation.run()
+        version = report.tool_version or "unknown"
+        tracker.log_params({"annotate": plain(stage.experiment)["annotate"], "annotate_tool_version": version})
+        tracker.log_metrics({"annotate/num_masks": report.num_masks, "annotate/num_failed": len(report.failed)})
+        tracker.log_artifact(self.annotation.wholebody / ANNOTATIONS, "annotate")
+        before = f", {report.num_kept} of them there already" if report.num_kept else ""
+        message = [f"{report.num_masks} whole-body masks in {stage.wholebody}{before}"]
+        if report.tool_version is None:
+            message.append("the tool's version is not recorded; --annotate.version-command says how to ask for it")
+        message += [f"failed: {case_id}: {reason}" for case_id, reason in report.failed]
+        if report.failed:
+            message.append("put these right and start the same command again; it tries only them")
+            return Result(tuple(message), exit_code=1, value=report)
+        assert stage.amos_root is not None
+        shards = stage.amos_root.with_name(f"{stage.amos_root.name}-shards")
+        after = command("prepare", stage.amos_root, shards, "--wholebody", stage.wholebody, *stage.config_flag)
+        return Result(tuple(message), next_command=after, value=report)

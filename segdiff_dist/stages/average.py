@@ -1,0 +1,79 @@
+"""Weights averaged over another length, from the snapshots that training kept."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from data_shards.documents import read_json
+from data_shards.locks import lock_beside, locked
+from data_shards.problems import refuse, removed_on_failure, saying_when_full
+from segdiff_dist.experiment import collect
+from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag
+from segdiff_dist.training.config import AverageConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.denoising.denoiser import Denoiser
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average(ConfiguredStage):
+    """Write weights averaged over another length to RUN/weights."""
+
+    aliases: ClassVar = {"--length": "--average.length"}
+
+    run: Path | None = None
+    """The run folder."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+
+    def check(self) -> AveragePlan:
+        """Loads the net of the run's first average, whose shape the new weights have."""
+        from segdiff_dist.denoising.denoiser import Denoiser
+
+        run, _ = collect(lambda: self.experiment.path("run"), lambda: refuse(self.average.problems()))
+        like = run / "weights" / self.experiment.train.averages[0]
+        about = read_json(like / "segdiff.json", "copy the weights again") if like.is_dir() else {}
+        return AveragePlan(self, run, Denoiser.load(like), about)
+
+
+@dataclass(frozen=True)
+class AveragePlan(Plan):
+    """A net, and what its weights record of the training."""
+
+    stage: Average
+    run_folder: Path
+    model: Denoiser
+    training: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The new weights."""
+        return self.run_folder / "weights" / self.stage.average.name
+
+    def cost(self) -> Cost:
+        """As large as the other weights."""
+        return Cost(num_bytes=4 * sum(parameter.numel() for parameter in self.model.parameters()))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of the new weights."""
+        return locked(lock_beside(self.folder), self.folder, "is writing it")
+
+    def run(self, tracker: Tracker) -> Result:
+        """Reconstruct the average from the snapshots and save it."""
+        from segdiff_dist.training.export import average_snapshots
+
+        wanted, folder = self.stage.average, self.folder
+        weights, misfit = average_snapshots(
+            self.run_folder, self.stage.experiment.train, wanted.length, wanted.images_seen
+        )
+        unfinished = folder.with_name(f".{folder.name}.unfinished")  # Denoiser.save's
+        with saying_when_full(folder), removed_on_failure(unfinished):
+            self.model.save(folder, weights, self.training)
+        line = f"{folder}: its profile is {misfit:.1%} off the one asked for (0 % is exact)"
+        out, address = self.run_folder / f"samples-{folder.name}", address_flag(self.stage.experiment)
+        after = command("sample", "--run", self.run_folder, "--sample.weights", folder.name, "--out", out, *address)
+        return Result((line,), next_command=after, value=misfit)

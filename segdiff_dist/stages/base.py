@@ -1,0 +1,178 @@
+"""The contract of a stage: arguments, `check` -> Plan, `Plan.run` -> Result. Nothing heavy is imported here.
+
+stage = Sample(run=..., data=...)        the arguments, which are also the flags of `segdiff sample`
+plan = stage.check()                     raises InputProblems with every problem; opens files, writes nothing
+plan.cost()                              what --dry-run prints
+result = plan.start()                    runs under the stage's lock and with its tracker
+result.say()                             prints the message and the next command; result.exit_code
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+import tyro
+
+from segdiff_dist.stages.flags import parse_flags
+
+if TYPE_CHECKING:
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(ABC):
+    """What one command does, and its arguments: each field is a flag, and the docstring below it is its help text."""
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Short flag -> the flag that it stands for."""
+    essential: ClassVar[tuple[str, ...]] = ()
+    """The flags that --help shows; --help-all shows all. Empty: all of them are shown."""
+    only_reads: ClassVar[bool] = False
+    """Whether it takes no lock."""
+    needs_temporary_files: ClassVar[bool] = True
+    on_ranks: ClassVar[bool] = False
+    """Whether a launcher starts it once for each GPU."""
+
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the settings and what the work will cost, then stop."""
+
+    @abstractmethod
+    def check(self) -> Plan:
+        """Find every problem and raise all of them as InputProblems. Opens what the work needs once; writes nothing."""
+
+    @classmethod
+    def parse(cls, name: str, args: Sequence[str]) -> Self:
+        """The stage from the flags of `segdiff NAME`."""
+        return parse_flags(cls, args, prog=f"segdiff {name}", aliases=cls.aliases, essential=cls.essential)
+
+    def settings(self) -> str:
+        """The resolved settings as YAML: what --dry-run prints first."""
+        return ""
+
+
+class Plan(ABC):
+    """A checked stage: the only thing that can run."""
+
+    def cost(self) -> Cost:
+        """What the work will take, as far as that is known before it starts."""
+        return Cost()
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held while the stage runs: no other command may write the same files."""
+        return nullcontext()
+
+    def tracker(self) -> Tracker:
+        """What `run` records with: by default a tracker that records nothing."""
+        from segdiff_dist.tracking.config import TrackingConfig
+        from segdiff_dist.tracking.tracker import Tracker
+
+        return Tracker(Path(), TrackingConfig(enabled=False), "")
+
+    @abstractmethod
+    def run(self, tracker: Tracker) -> Result:
+        """Do the work. Raises WorkFailed (data_shards.problems) where some of it could not be done."""
+
+    def start(self) -> Result:
+        """`run`, with the lock and the tracker."""
+        with self.lock(), self.tracker() as tracker:
+            return self.run(tracker)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage will take. None: not known."""
+
+    images: int | None = None
+    """How many slices or images it works through."""
+    seconds: float | None = None
+    num_bytes: int | None = None
+    """At most so many on the disk."""
+    memory_bytes: int | None = None
+    """The peak of one process."""
+    notes: tuple[str, ...] = ()
+    """Further lines, for example where a figure comes from."""
+
+    def lines(self) -> list[str]:
+        """The known figures, then the notes, one a line."""
+        known: tuple[tuple[str, float | None, Callable[[Any], str]], ...] = (
+            ("images", self.images, lambda number: f"{number:,}"),
+            ("time", self.seconds, duration),
+            ("disk", self.num_bytes, lambda number: f"at most {size(number)}"),
+            ("memory", self.memory_bytes, lambda number: f"about {size(number)}"),
+        )
+        found = [f"{name}: {text(value)}" for name, value, text in known if value is not None]
+        return [*found, *self.notes] or ["cost: not known before it runs"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage has done. `message` and `warnings` are lines for a person."""
+
+    message: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Lines for the error stream."""
+    exit_code: int = 0
+    next_command: str | None = None
+    """What to type next, from the same folder."""
+    value: Any = field(default=None, repr=False)
+    """The stage's report, for a caller that is a program."""
+
+    def say(self) -> None:
+        """Print the message, the warnings and the next command."""
+        for line in self.message:
+            print(line)
+        sys.stdout.flush()
+        for line in self.warnings:
+            print(line, file=sys.stderr)
+        if self.next_command is not None:
+            print(f"next: {self.next_command}")
+
+
+@dataclass(frozen=True)
+class Done(Plan):
+    """The plan of a stage that has nothing left to do."""
+
+    result: Result
+
+    def cost(self) -> Cost:
+        """Nothing."""
+        return Cost(notes=self.result.message)
+
+    def run(self, tracker: Tracker) -> Result:
+        """Say so."""
+        return self.result
+
+
+def command(stage: str, *arguments: object) -> str:
+    """A command as it can be pasted into a shell."""
+    return shlex.join(["segdiff", stage, *map(str, arguments)])
+
+
+def flag(name: str, value: object) -> tuple[object, ...]:
+    """(name, value) for `command`; nothing where the value is None."""
+    return () if value is None else (name, value)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    for unit, length, most in (("min", 60.0, 90.0), ("h", 3600.0, 48.0)):
+        if seconds < most * length:
+            return f"{seconds / length:.0f} {unit}" if unit == "min" else f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def size(num_bytes: float) -> str:
+    """`1.2 GB`."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"

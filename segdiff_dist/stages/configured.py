@@ -1,0 +1,158 @@
+"""Stages that take their settings from the experiment, and what several of them do alike."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
+
+import tyro
+
+from data_shards.field_source import is_address
+from data_shards.problems import OutOfSpace, Problem, out_of_space, problem, refuse
+from segdiff_dist.config import as_dict, to_yaml
+from segdiff_dist.experiment import Experiment, Withheld, collect, load_experiment, value_of
+from segdiff_dist.ranks.distributed import is_main
+from segdiff_dist.shipped import find_config
+from segdiff_dist.stages.base import Stage
+from segdiff_dist.stages.flags import parse_flags
+from segdiff_dist.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfiguredStage(Stage):
+    """A stage whose flags are keys of the experiment: a path, or a section."""
+
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Keys of paths that it writes without having a flag for them: they are not taken from a run folder."""
+    default_config: ClassVar[str | None] = None
+    """The shipped configuration that is used where no --config is given."""
+
+    config: str | None = None
+    """A YAML file, or the name of a shipped configuration (smoke, demo, best_ct_mr, ...). Flags win over it."""
+    experiment: Annotated[Experiment, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=Experiment)
+    """The whole configuration, with this stage's flags in it."""
+
+    @classmethod
+    def own_keys(cls) -> list[str]:
+        """The keys of the experiment that are flags of this stage."""
+        return [one.name for one in fields(cls) if one.name not in ("dry_run", "config", "experiment")]
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Self:
+        """The stage with the experiment's values."""
+        values = {name: getattr(experiment, name) for name in cls.own_keys()}
+        return cls(**values, experiment=experiment)
+
+    @classmethod
+    def parse(cls, name: str, args: Sequence[str]) -> Self:
+        """The stage from, in this order, defaults, RUN/config.yaml, --config FILE and flags; later ones win."""
+        config, run = _config_and_run(args)
+        config = config or cls.default_config
+        # What a command is pointed at by its position is named by a person.
+        written, withheld = [*cls.positional(), *cls.writes], list[Withheld]()
+        file = None if config is None else find_config(config)
+        experiment = load_experiment(file, None if run is None else Path(run), written, withheld)
+        base = replace(cls.of(experiment), config=config)
+        options = {"aliases": cls.aliases, "essential": cls.essential}
+        stage = parse_flags(cls, args, prog=f"segdiff {name}", default=base, **options).over(experiment)
+        for one in withheld:
+            is_used = one.key.split(".")[0] in (*cls.own_keys(), *cls.writes)
+            if is_used and one.key != "run" and value_of(stage.experiment, one.key) == one.default and is_main():
+                print(f"note: {one}", file=sys.stderr)
+        return stage
+
+    @classmethod
+    def positional(cls) -> list[str]:
+        """The keys that are given by their position."""
+        hints = get_type_hints(cls, include_extras=True)
+        return [name for name in cls.own_keys() if tyro.conf.Positional in getattr(hints[name], "__metadata__", ())]
+
+    def over(self, experiment: Experiment) -> Self:
+        """The stage with its own flags laid over the experiment."""
+        values = {name: getattr(self, name) for name in self.own_keys()}
+        return replace(self, experiment=replace(experiment, **values))
+
+    def settings(self) -> str:
+        """The whole experiment as YAML."""
+        return to_yaml(as_dict(self.experiment))
+
+    @property
+    def config_flag(self) -> tuple[object, ...]:
+        """--config as it was given, for the next command."""
+        return () if self.config is None else ("--config", self.config)
+
+
+def _config_and_run(args: Sequence[str]) -> tuple[str | None, str | None]:
+    """What --config and --run say, which decide on the defaults of all other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--run"):
+        parser.add_argument(name, nargs="?")  # a flag without a value is refused when all flags are parsed
+    known, _ = parser.parse_known_args(list(args))
+    return known.config, known.run
+
+
+def address_flag(experiment: Experiment) -> tuple[object, ...]:
+    """--data, for the next command, where it is an address: that is not taken from a run folder."""
+    return ("--data", experiment.data) if is_address(experiment.data) else ()
+
+
+def plain(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as plain values."""
+    return as_dict(experiment)
+
+
+def open_data(experiment: Experiment, more: tuple[str, ...] = ()) -> ShardSet:
+    """The shard set, or several as one."""
+    from data_shards.store.shards import ShardSet
+
+    return ShardSet.open([experiment.given("data"), *more], cache=experiment.loader.cache)
+
+
+def open_run_and_data(experiment: Experiment, more: tuple[str, ...] = ()) -> tuple[Path, ShardSet]:
+    """The run folder, which may not exist yet, and the shard set."""
+    run, shards = collect(lambda: experiment.path("run"), lambda: open_data(experiment, more))
+    if run.exists() and not run.is_dir():
+        raise problem(run, "run", "not a folder", "give another path")
+    return run, shards
+
+
+def existing_run(experiment: Experiment) -> Path:
+    """The run folder, which must exist."""
+    run = experiment.path("run")
+    if not run.is_dir():
+        refuse([Problem(str(run), "run", "no such folder", "give the folder that training and sampling wrote")])
+    return run
+
+
+def refuse_addresses(experiment: Experiment, runs: tuple[Path, ...]) -> None:
+    """Refuse samples whose shard set is behind an address that a run folder alone names."""
+    from segdiff_dist.sampling.store_files import foreign_addresses
+
+    refuse([found for run in runs for found in foreign_addresses(run / "samples", experiment.data)])
+
+
+def weights_name(experiment: Experiment, name: str) -> str:
+    """The folder under RUN/weights; `ema` is the first average."""
+    return experiment.train.averages[0] if name == "ema" else name
+
+
+def open_tracker(experiment: Experiment, stage: str, folder: Path) -> Tracker:
+    """The main rank records; the others record nothing."""
+    from segdiff_dist.tracking.tracker import Tracker
+
+    config = experiment.tracking if is_main() else TrackingConfig(enabled=False)
+    try:
+        return Tracker(folder, config, stage)
+    except OSError as error:
+        if out_of_space(error):
+            raise OutOfSpace(folder, str(error)) from error
+        remedy = "make it writable, or choose another; without a record: --tracking.no-enabled"
+        raise problem(folder, "run folder", f"cannot be written ({error})", remedy) from error

@@ -1,0 +1,59 @@
+"""A shard set in another store or codec, on Ray; resumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import tyro
+
+from data_shards.store.config import ConvertConfig
+from segdiff_dist.experiment import collect
+from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.configured import ConfiguredStage
+
+if TYPE_CHECKING:
+    from data_shards.store.convert import Conversion
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(ConfiguredStage):
+    """Write the same slices in another form."""
+
+    essential: ClassVar = ("--convert.store", "--convert.codec", "--convert.num-workers")
+
+    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")] = None
+    """The shard set: a folder or a URL that fsspec knows."""
+    converted: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
+    """The new shard set, a folder."""
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+
+    def check(self) -> ConvertPlan:
+        """Opens the source."""
+        from data_shards.store.convert import check
+
+        experiment = self.experiment
+        source, out = collect(lambda: experiment.given("data"), lambda: experiment.path("converted"))
+        return ConvertPlan(self, check(source, out, self.convert))
+
+
+@dataclass(frozen=True)
+class ConvertPlan(Plan):
+    """A set that can be converted. Its lock is taken by the conversion itself, which needs none when all is done."""
+
+    stage: Convert
+    conversion: Conversion
+
+    def cost(self) -> Cost:
+        """About the source's bytes."""
+        shards = self.conversion.shards
+        each = (1 + shards.bits // 8) * shards.size**2
+        return Cost(images=len(shards), num_bytes=len(shards) * each, notes=("disk: before compression",))
+
+    def run(self, tracker: Tracker) -> Result:
+        """Read, check and write every shard."""
+        index, out = self.conversion.run(), self.stage.converted
+        line = f"{index['num_samples']:,} slices as {index['store']}, {index['codec']}, in {out}"
+        return Result((line,), next_command=command("inspect", out), value=index)

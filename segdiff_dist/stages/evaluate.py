@@ -1,0 +1,168 @@
+"""Measure a run's samples, on Ray: metrics, figures, report.html."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from data_shards.problems import refuse
+from segdiff_dist.downstream.config import DownstreamConfig
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.experiment import Experiment, collect, save_experiment
+from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.configured import (
+    ConfiguredStage,
+    address_flag,
+    existing_run,
+    open_tracker,
+    plain,
+    refuse_addresses,
+    weights_name,
+)
+from segdiff_dist.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.downstream.job import Downstream
+    from segdiff_dist.evaluation.measure.checks import Checked
+    from segdiff_dist.tracking.tracker import Tracker
+
+_RECORDED = ("summary.json", "samples.parquet", "report.html", "figures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ConfiguredStage):
+    """Measure the samples. Exit code 1 when too many of them look like training images."""
+
+    essential: ClassVar = (
+        *("--run", "--amos-root", "--downstream", "--evaluate.segmenter", "--evaluate.fid-weights"),
+        *("--evaluate.memorisation", "--evaluate.num-workers", "--evaluate.ray-address", "--evaluate.device"),
+    )
+
+    run: Path | None = None
+    """The run folder: samples are read from RUN/samples, everything is written to RUN/evaluation."""
+    amos_root: Path | None = None
+    """The archive, for the figure of intensities before clipping."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> EvaluatePlan:
+        """Opens samples, shard set and segmenter."""
+        from segdiff_dist.evaluation.measure.checks import check
+
+        experiment = self.experiment
+        run, _ = collect(
+            lambda: existing_run(experiment),
+            lambda: refuse(self.tracking.problems()),
+        )
+        refuse_addresses(experiment, (run,))
+        checked = check(run, self.evaluate)
+        downstream = _downstream(experiment, run, checked) if self.evaluate.downstream else None
+        return EvaluatePlan(self, run, checked, downstream)
+
+
+@dataclass(frozen=True)
+class EvaluatePlan(Plan):
+    """Samples that can be measured; `downstream`: the trainings on them, where they are asked for."""
+
+    stage: Evaluate
+    run_folder: Path
+    checked: Checked
+    downstream: Downstream | None
+
+    def cost(self) -> Cost:
+        """Two label maps of an image; what a metric takes is not known."""
+        store = self.checked.store
+        num_images = store.items.num_rows
+        notes = ("disk: label maps before compression",)
+        if self.downstream is not None:
+            notes += (f"trainings of --downstream: {self.downstream.num_trainings}",)
+        return Cost(images=num_images, num_bytes=2 * num_images * int(store.image.shape[-1]) ** 2, notes=notes)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of RUN/evaluation."""
+        from segdiff_dist.evaluation.measure.job import at_work
+
+        return at_work(self.run_folder, lends=True)
+
+    def tracker(self) -> Tracker:
+        """Of the run folder."""
+        return open_tracker(self.stage.experiment, "evaluate", self.run_folder)
+
+    def run(self, tracker: Tracker) -> Result:
+        """Measure, draw, record; then the trainings."""
+        from segdiff_dist.evaluation.evaluate import evaluate
+        from segdiff_dist.evaluation.measure.summary import scalars
+        from segdiff_dist.export.register import register_evaluated
+
+        experiment, run, config = self.stage.experiment, self.run_folder, self.stage.evaluate
+        save_experiment(experiment, ("evaluate", "downstream"))
+        tracker.log_params({"evaluate": plain(experiment)["evaluate"]})
+        summary = evaluate(run, config, amos_root=experiment.amos_root, checked=self.checked)
+        tracker.log_metrics(scalars(summary))
+        if self.downstream is not None:
+            summary["downstream"] = self._make_downstream(self.downstream, tracker)
+        for name in _RECORDED:
+            tracker.log_artifact(run / "evaluation" / name, "evaluation/figures" if name == "figures" else "evaluation")
+        tracker.log_artifact(run / "config.yaml")
+        register_evaluated(run, summary, tracker)
+        return self._result(summary)
+
+    def _make_downstream(self, planned: Downstream, tracker: Tracker) -> dict[str, Any]:
+        """Train and test, record, and draw the report again, which then shows the table."""
+        from segdiff_dist.downstream.summary import scalars
+        from segdiff_dist.evaluation.evaluate import draw
+
+        made: dict[str, Any] = planned.make()
+        tracker.log_params({"downstream": plain(self.stage.experiment)["downstream"]})
+        tracker.log_metrics(scalars(made))
+        tracker.log_artifact(planned.folder / "summary.json", "downstream")
+        draw(planned.run, amos_root=self.stage.experiment.amos_root)
+        return made
+
+    def _result(self, summary: dict[str, Any]) -> Result:
+        from segdiff_dist.downstream.summary import format_downstream
+        from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
+        from segdiff_dist.evaluation.measure.summary import format_table
+        from segdiff_dist.evaluation.measure.trust import warnings
+        from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
+
+        run = self.run_folder
+        message = [format_table(summary), *sharpness_messages(summary["metrics"])]
+        if "downstream" in summary:
+            message.append(f"\nDice on real slices:\n{format_downstream(summary['downstream'])}\n")
+        message.append(f"report: {(run / 'evaluation' / 'report.html').resolve()}")
+        warned = [f"warning: {line}" for line in (*segmenter_messages(summary), *warnings(summary))]
+        memorised = summary["trust"].get("memorisation")
+        passed = memorised is None or memorised["passed"]
+        out = run.with_name(f"{run.name}-png")
+        address = address_flag(self.stage.experiment)
+        after = None if out.exists() else command("export", out, "--run", run, "--format", "png", *address)
+        return Result(tuple(message), tuple(warned), 0 if passed else 1, after, summary)
+
+
+def _downstream(experiment: Experiment, run: Path, checked: Checked) -> Downstream:
+    """The trainings on the samples; they work where the evaluation does."""
+    from segdiff_dist.downstream.job import plan
+    from segdiff_dist.evaluation.metrics.sums import Interval
+
+    evaluate = experiment.evaluate
+    sample = replace(
+        experiment.sample,
+        weights=weights_name(experiment, experiment.sample.weights),
+        device=evaluate.device,
+        num_workers=evaluate.num_workers,
+        ray_address=evaluate.ray_address,
+    )
+    return plan(
+        run,
+        checked.store,
+        experiment.downstream,
+        diffusion=experiment.diffusion,
+        sample=sample,
+        segmenter=experiment.segmenter,
+        loader=experiment.loader,
+        interval=Interval(evaluate.bootstrap_samples, evaluate.seed),
+    )

@@ -1,0 +1,73 @@
+"""A run's samples for nnU-Net, as NIfTI, PNG or shards; its model as a diffusers pipeline."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from data_shards.problems import refuse
+from segdiff_dist.experiment import collect
+from segdiff_dist.export.config import ExportConfig
+from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.configured import ConfiguredStage, existing_run, refuse_addresses, weights_name
+
+if TYPE_CHECKING:
+    from segdiff_dist.export.job import ModelExport, SamplesExport
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(ConfiguredStage):
+    """Write samples or model in the form that other programs read."""
+
+    exported: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
+    """The new folder."""
+    run: Path | None = None
+    """The run folder whose samples or weights are exported."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def check(self) -> ExportPlan:
+        """Opens the samples or the weights."""
+        from segdiff_dist.export.job import check_model, check_samples
+
+        experiment, config = self.experiment, self.export
+        run, out, _ = collect(
+            lambda: existing_run(experiment),
+            lambda: experiment.path("exported"),
+            lambda: refuse(config.problems()),
+        )
+        if config.format != "pipeline":
+            refuse_addresses(experiment, (run,))
+            return ExportPlan(self, check_samples(run, out, config))
+        weights = run / "weights" / weights_name(experiment, config.weights)
+        return ExportPlan(self, check_model(weights, out, experiment.diffusion, experiment.sample.sampler))
+
+
+@dataclass(frozen=True)
+class ExportPlan(Plan):
+    """What can be exported."""
+
+    stage: Export
+    job: SamplesExport | ModelExport
+
+    def cost(self) -> Cost:
+        """Counted without compression."""
+        num_images = len(self.job.samples) if isinstance(self.job, SamplesExport) else None
+        return Cost(images=num_images, num_bytes=self.job.num_bytes)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of the new folder."""
+        from segdiff_dist.export.job import at_work
+
+        return at_work(self.job.out)
+
+    def run(self, tracker: Tracker) -> Result:
+        """Write beside the new folder, then rename."""
+        num_images, out = self.job.write(), self.stage.exported
+        made = "a diffusers pipeline" if num_images is None else f"{num_images:,} images"
+        is_set = self.stage.export.format == "shards"
+        return Result((f"{made} in {out}",), next_command=command("inspect", out) if is_set else None)

@@ -1,0 +1,120 @@
+"""Volumes to shards, on Ray; resumes, and does nothing when all is done."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import tyro
+
+from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.locks import FOLDER_LOCK, locked
+from segdiff_dist.experiment import collect
+from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.configured import ConfiguredStage, open_tracker
+from segdiff_dist.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from data_shards.ingest.prepare import Preparation, PrepareReport
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(ConfiguredStage):
+    """Cut volumes into slices and write a shard set. Exit code 1 when some volumes could not be read."""
+
+    aliases: ClassVar = {"--spacing": "--prepare.spacing-mm"}
+    essential: ClassVar = (
+        *("--run", "--wholebody", "--prepare.size", "--prepare.spacing-mm", "--prepare.modalities", "--prepare.axes"),
+        *("--prepare.label-set", "--prepare.slice-stride", "--prepare.store", "--prepare.num-workers"),
+    )
+
+    amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="AMOS_ROOT")] = None
+    """The archive: dataset.json, imagesTr, labelsTr, ..."""
+    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
+    """The new shard set, a folder."""
+    run: Path | None = None
+    """The run folder, for the record."""
+    wholebody: Path | None = None
+    """Folder of whole-body masks, <case id>.nii.gz."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> PreparePlan:
+        """Reads the archive's headers and what the output folder holds."""
+        from data_shards.ingest.prepare import check
+
+        experiment = self.experiment
+        root, out = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("data"))
+        return PreparePlan(self, out, check(root, out, self.prepare, self.wholebody))
+
+
+@dataclass(frozen=True)
+class PreparePlan(Plan):
+    """Cases that can be cut."""
+
+    stage: Prepare
+    out: Path
+    preparation: Preparation
+
+    def cost(self) -> Cost:
+        """From the headers."""
+        from data_shards.ingest.counts import count_slices
+
+        config = self.stage.prepare
+        num_volumes, num_slices = count_slices(self.preparation.cases, config)
+        num_bytes = num_slices * (1 + config.bits // 8) * config.size**2
+        notes = (f"volumes: {num_volumes:,}", "images: at most, since slices without organs may be left out")
+        return Cost(images=num_slices, num_bytes=num_bytes, notes=notes)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of the shard set."""
+        return locked(self.out / FOLDER_LOCK, self.out, "is preparing it", lends=True)
+
+    def tracker(self) -> Tracker:
+        """Of the run folder, or of the shard set's."""
+        return open_tracker(self.stage.experiment, "prepare", self.stage.run or self.out)
+
+    def run(self, tracker: Tracker) -> Result:
+        """Cut the volumes and write the shards."""
+        from data_shards.store.shards import ShardSet
+
+        report = self.preparation.run()
+        if report.num_samples:
+            shards = ShardSet.open(self.out)
+            tracker.log_params({"prepare": shards.index["preprocessing"], "shards_digest": shards.digest})
+            tracker.log_metrics(
+                {
+                    "prepare/num_samples": len(shards),
+                    "prepare/num_cases": report.num_cases,
+                    "prepare/num_failed": len(report.failed),
+                }
+            )
+            tracker.log_artifact(self.out / "index.json", "prepare")
+        return Result(
+            tuple(self._lines(report)),
+            exit_code=1 if report.failed else 0,
+            next_command=None if report.failed else self._next(),
+            value=report,
+        )
+
+    def _lines(self, report: PrepareReport) -> list[str]:
+        from data_shards.store.inspect import recognised_lines
+
+        done_before = "; it was finished already, nothing to do" if report.skipped_done else ""
+        found = [f"{report.num_samples:,} slices of {report.num_cases} volumes in {self.stage.data}{done_before}"]
+        if self.stage.wholebody is not None:
+            sources = (f"{source} of {count} volumes" for source, count in report.masks.items())
+            found.append("masks: " + ", ".join(sources))
+        found += recognised_lines(report.recognised)
+        found += [f"failed: {case}: {file}: {reason}" for case, file, reason in report.failed]
+        if report.failed:
+            found.append("put these right and start the same command again; it tries only them")
+        return found
+
+    def _next(self) -> str:
+        stage = self.stage
+        run = stage.run or Path("runs") / self.out.name
+        return command("train-segmenter", "--data", stage.data, "--run", run, *stage.config_flag)

@@ -1,0 +1,190 @@
+"""Table1: the paper's four models from an archive to the table, beside the published values.
+
+Prepare, the segmenter, then for each column train, sample and evaluate; and the page. Every step is a stage: what is
+done is passed over, what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from data_shards.documents import read_json
+from data_shards.fan_out import ray_session
+from data_shards.locks import FOLDER_LOCK, locked
+from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse
+from data_shards.store.set_index import file_sha256
+from segdiff_dist.config import as_dict, to_yaml, write_text_atomically
+from segdiff_dist.evaluation.measure.saved import read_summary
+from segdiff_dist.experiment import Experiment, collect
+from segdiff_dist.reproduce import plan, table
+from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits
+from segdiff_dist.sampling.store import SampleStore, identity
+from segdiff_dist.stages.base import Cost, Plan, Result, Stage
+from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.evaluate import Evaluate
+from segdiff_dist.stages.prepare import Prepare
+from segdiff_dist.stages.sample import Sample
+from segdiff_dist.stages.train import Train
+from segdiff_dist.stages.train_segmenter import TrainSegmenter
+from segdiff_dist.tracking.tracker import Tracker
+from segdiff_dist.training.loop import TrainingStopped
+
+_MEASURED = "measured.json"
+# Of the evaluate section: what changes no number, and where the segmenter is stored, whose digest is compared.
+_NOT_MEASURED = ("num_workers", "batch_size", "device", "ray_address", "segmenter")
+
+
+class StepFailed(WorkFailed):
+    """A step on several ranks ended badly; it printed why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce(Stage):
+    """A published table made again, end to end. The same command again goes on."""
+
+    table1: Annotated[Table1Settings, tyro.conf.arg(prefix_name=False)]
+
+    def check(self) -> ReproducePlan:
+        """Everything that can be seen before the first step; each step is checked again by its stage."""
+        settings = self.table1
+        experiments = resolve(settings)
+        _, preparation = collect(
+            lambda: refuse(_problems(experiments)),
+            lambda: Prepare.of(experiments.prepare).over(experiments.prepare).check(),
+        )
+        return ReproducePlan(settings, experiments.sampled_from(sampled_splits(settings, experiments)), preparation)
+
+
+@dataclass(frozen=True)
+class ReproducePlan(Plan):
+    """The experiments of the table's columns, and the checked first step."""
+
+    settings: Table1Settings
+    experiments: Experiments
+    preparation: Plan
+
+    def cost(self) -> Cost:
+        """A line a step, predicted for the GPUs that the settings name."""
+        return Cost(notes=tuple(plan.describe(plan.steps(self.settings, self.experiments), self.settings).split("\n")))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of the table's folder."""
+        return locked(self.settings.out / FOLDER_LOCK, self.settings.out, "is making this table")
+
+    def run(self, tracker: Tracker) -> Result:
+        """Run every step that is not done, and write the table."""
+        settings, experiments = self.settings, self.experiments
+        _check_gpus(settings.gpus)
+        steps = list(self._steps())
+        with ray_session(experiments.prepare.prepare.ray_address):
+            for number, (what, step) in enumerate(steps, 1):
+                print(f"\n[{number}/{len(steps)}] {what}", flush=True)
+                start = time.perf_counter()
+                try:
+                    step()
+                except TrainingStopped as error:
+                    raise StepFailed(str(error)) from error
+                print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)
+        measured = [
+            table.Measured(name, experiments.recipes[name], column, read_summary(column.path("run")))
+            for name, column in experiments.columns.items()
+        ]
+        made = table.build(measured, patients(settings.amos))
+        table.write(settings.out, made)
+        lines = (f"\n{table.verdict(made)}", f"table: {(settings.out / 'table1.html').resolve()}")
+        return Result(lines, value=made)
+
+    def _steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        experiments, gpus = self.experiments, self.settings.gpus
+        yield "prepare", partial(_prepare, self.preparation, experiments.prepare)
+        yield "train-segmenter", partial(_train, "train-segmenter", experiments.segmenter, gpus)
+        for name, column in experiments.columns.items():
+            title = table.TITLES[name]
+            yield f"{title}: train", partial(_train, "train", column, gpus)
+            yield f"{title}: sample", partial(_run, Sample, column)
+            yield f"{title}: evaluate", partial(evaluate_once, column)
+
+
+def _run(stage: type[ConfiguredStage], experiment: Experiment) -> Result:
+    return stage.of(experiment).over(experiment).check().start()
+
+
+def evaluate_once(column: Experiment) -> None:
+    """`segdiff evaluate`, unless the same samples were measured before with the same segmenter and settings, and what
+    that left is still there: `segdiff evaluate --run` by hand may have put other figures in its place."""
+    folder = column.path("run") / "evaluation"
+    assert column.evaluate.segmenter is not None
+    of = {
+        "evaluate": {k: v for k, v in as_dict(column)["evaluate"].items() if k not in _NOT_MEASURED},
+        "samples": identity(SampleStore.open(column.path("run") / "samples").job),
+        "segmenter": file_sha256(column.evaluate.segmenter / "model.safetensors"),
+    }
+    mark, summary, report = folder / _MEASURED, folder / "summary.json", folder / "report.html"
+    is_there = all(file.is_file() for file in (mark, summary, report))
+    if is_there and _marked(mark) == of | {"summary": file_sha256(summary)}:
+        print(f"evaluate: measured already in {folder}; nothing to do")
+        return
+    mark.unlink(missing_ok=True)
+    _run(Evaluate, column)
+    write_text_atomically(mark, json.dumps(of | {"summary": file_sha256(summary)}, indent=2) + "\n")
+
+
+def _marked(mark: Path) -> dict[str, Any]:
+    """What the mark says; nothing where it is damaged: it is measured again then."""
+    with suppress(InputProblems):
+        return read_json(mark, "remove it")
+    return {}
+
+
+def _check_gpus(gpus: int) -> None:
+    import torch
+
+    if torch.cuda.is_available() and gpus > torch.cuda.device_count():
+        raise problem(
+            "command line", "gpus", gpus, f"this machine has {torch.cuda.device_count()}; --dry-run takes any"
+        )
+
+
+def _problems(experiments: Experiments) -> list[Problem]:
+    """The segmenter is not trained yet; what is wrong with the other settings should not wait for that."""
+    evaluations = [replace(column.evaluate, segmenter=None, device="auto") for column in experiments.columns.values()]
+    # Columns that share a problem name it once.
+    return list(dict.fromkeys(found for evaluation in evaluations for found in evaluation.problems()))
+
+
+def _prepare(preparation: Plan, experiment: Experiment) -> None:
+    report = preparation.start().value
+    done = "; it was finished already, nothing to do" if report.skipped_done else ""
+    print(f"{report.num_samples:,} slices of {report.num_cases} volumes{done}")
+    for case_id, file, reason in report.failed:
+        print(f"left out: {case_id}: {file}: {reason}")
+    if not report.num_cases:
+        raise problem(experiment.given("amos_root"), "volumes", "none could be read", "see above")
+
+
+def _train(command: str, experiment: Experiment, ranks: int) -> None:
+    """The stage in this process, or on `ranks` ranks of this machine, each of which runs `segdiff COMMAND`."""
+    if ranks == 1:
+        _run(TrainSegmenter if command == "train-segmenter" else Train, experiment)
+        return
+    run = experiment.path("run")
+    # Beside the run folder, whose own config.yaml tells the stage what it was started with. It names the run, too.
+    config = run.with_name(f"{run.name}.yaml")
+    write_text_atomically(config, to_yaml(as_dict(experiment)))
+    # -P: no module of the current folder is taken for torch's or ours.
+    launcher = ["-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+    segdiff = str(Path(sys.executable).with_name("segdiff"))
+    ended = subprocess.run([sys.executable, *launcher, segdiff, command, "--config", str(config)], check=False)
+    if ended.returncode:
+        raise StepFailed(f"{command} of {run} on {ranks} ranks ended with {ended.returncode}")

@@ -1,0 +1,116 @@
+"""Make images from masks, on Ray; makes only what is missing."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from data_shards.feed.config import LoaderConfig
+from data_shards.problems import refuse
+from segdiff_dist.experiment import collect, save_experiment
+from segdiff_dist.ranks.distributed import pick_device
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.configured import (
+    ConfiguredStage,
+    address_flag,
+    open_run_and_data,
+    open_tracker,
+    plain,
+    weights_name,
+)
+from segdiff_dist.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.sampling.job import Job
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(ConfiguredStage):
+    """Make images from masks. The same command again makes only what is missing."""
+
+    essential: ClassVar = (
+        *("--data", "--run", "--split", "--num", "--masks", "--out", "--sample.samples-per-mask", "--sample.seed"),
+        *("--sample.target-modality", "--sample.weights", "--sample.sampler.preset", "--sample.sampler.guidance"),
+        *("--sample.num-workers", "--ray-address", "--sample.device"),
+    )
+
+    data: str | None = None
+    """The shard set whose masks are used: a folder or a URL that fsspec knows."""
+    run: Path | None = None
+    """The run folder: weights are read from RUN/weights, images are written to RUN/samples."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> SamplePlan:
+        """Opens set, weights and store; lists the images."""
+        from segdiff_dist.sampling.job import prepare_job
+        from segdiff_dist.sampling.weights import weights_digest
+
+        experiment = self.experiment
+        config = replace(self.sample, weights=weights_name(experiment, self.sample.weights))
+        run, shards = open_run_and_data(experiment)
+        collect(
+            lambda: refuse(config.problems()),
+            lambda: config.ray_address or pick_device(config.device),
+            lambda: weights_digest(run / "weights" / config.weights),
+        )
+        rows = shards.select(split=config.split, modalities=self.loader.modalities, axes=self.loader.axes)
+        return SamplePlan(self, run, config, prepare_job(run, shards, rows, experiment.diffusion, config))
+
+
+@dataclass(frozen=True)
+class SamplePlan(Plan):
+    """A checked job: its images are listed, and the store is open where it has begun."""
+
+    stage: Sample
+    run_folder: Path
+    config: SampleConfig
+    job: Job
+
+    def cost(self) -> Cost:
+        """Seconds come from what the job has made so far, else from a pass through the net on this machine."""
+        from segdiff_dist.sampling.plan import plan_of
+
+        return Cost(notes=tuple(str(plan_of(self.job, self.config)).splitlines()))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of the images' folder."""
+        from segdiff_dist.sampling.store import locked
+
+        return locked(self.job.path, lends=True)
+
+    def tracker(self) -> Tracker:
+        """Of the run folder."""
+        return open_tracker(self.stage.experiment, "sample", self.run_folder)
+
+    def run(self, tracker: Tracker) -> Result:
+        """Make the missing images."""
+        from segdiff_dist.sampling.job import make_job
+
+        experiment, config = self.stage.experiment, self.config
+        if self.job.classes is not None:
+            print(self.job.classes, flush=True)
+        if config.out is None:
+            save_experiment(experiment, ("sample",))
+        tracker.log_params({"sample": plain(experiment)["sample"]})
+        store = make_job(self.job, config)
+        tracker.log_metrics({"sample/num_images": len(store)})
+        tracker.log_artifact(store.path / "job.json", "samples")
+        return Result((f"{len(store):,} images in {store.path}",), next_command=self._next(), value=store)
+
+    def _next(self) -> str:
+        """Evaluate what `evaluate` can read, else export."""
+        run, config, address = self.run_folder, self.config, address_flag(self.stage.experiment)
+        if config.out is not None or config.masks is not None:
+            source = () if config.out is None else ("--export.samples", config.out)
+            name = run.name if config.out is None else config.out.name
+            out = (run if config.out is None else config.out).with_name(f"{name}-png")
+            return command("export", out, "--run", run, *source, "--format", "png", *address)
+        if self.stage.experiment.evaluate.segmenter is None and not (run / "segmenter" / "weights").is_dir():
+            return command("train-segmenter", "--run", run, *address)
+        return command("evaluate", "--run", run, *address)

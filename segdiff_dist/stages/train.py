@@ -1,0 +1,111 @@
+"""Train the denoiser; `deepspeed --module segdiff_dist train` is the same on many GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from data_shards.feed.config import LoaderConfig
+from data_shards.problems import refuse
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
+from segdiff_dist.experiment import collect, refuse_another_config
+from segdiff_dist.ranks.distributed import pick_device, world_size
+from segdiff_dist.stages.base import Plan, command
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag, open_run_and_data
+from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.tracking.tracker import Tracker
+
+_SECTIONS = ("denoiser", "diffusion", "train", "validation", "loader")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(ConfiguredStage):
+    """Train the denoiser into RUN/checkpoints and RUN/weights. Exit code 3 when the training stopped itself."""
+
+    on_ranks: ClassVar = True
+    essential: ClassVar = (
+        *("--data", "--more-data", "--run", "--loader.modalities", "--loader.axes", "--loader.crop-size"),
+        *("--denoiser.block-out-channels", "--denoiser.layers-per-block", "--diffusion.objective"),
+        *("--train.num-images", "--train.lr", "--train.global-batch-size", "--train.micro-batch-size"),
+        *("--train.precision", "--train.zero-stage", "--train.device", "--train.seed"),
+    )
+
+    data: str | None = None
+    """The shard set: a folder or a URL that fsspec knows."""
+    more_data: tuple[str, ...] = ()
+    """Further shard sets to train on, alike in labels, size and codec."""
+    run: Path | None = None
+    """The run folder: checkpoints, weights, samples, evaluation, MLflow's database."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> Plan:
+        """Opens the set; chooses device, kernels and attention."""
+        from data_shards.feed.mixing import mix_groups
+        from segdiff_dist.attention import choose_attention
+        from segdiff_dist.denoising.denoiser import choose_kernels
+        from segdiff_dist.denoising.sigma_data import with_sigma_data
+        from segdiff_dist.denoising.task import DenoiserTask, find_problems
+        from segdiff_dist.denoising.validation import DenoiserValidation
+        from segdiff_dist.footprint import denoiser_network, small_config
+        from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
+
+        experiment, config, denoiser, diffusion = self.experiment, self.train, self.denoiser, self.diffusion
+        loader, started = self.loader, ("denoiser", "diffusion", "train", "loader")
+        run, shards = open_run_and_data(experiment, self.more_data)
+        side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        *_, attention, kernels, _ = collect(
+            lambda: refuse(find_problems(shards, side, denoiser, diffusion)),
+            lambda: refuse(config.problems("train", world_size()) + loader.problems()),
+            lambda: refuse(self.validation.problems(diffusion)),
+            lambda: refuse(self.tracking.problems()),
+            lambda: loader.mix and mix_groups(shards, rows, loader.mix),
+            lambda: choose_attention(denoiser.attention, pick_device(config.device), denoiser.attention_head_dim),
+            lambda: choose_kernels(denoiser.kernels, pick_device(config.device)),
+            lambda: refuse_another_config(experiment, run / "checkpoints", started),
+        )
+        device = pick_device(config.device)
+
+        def make_task(tracker: Tracker) -> DenoiserTask:
+            process = with_sigma_data(diffusion, shards, rows)
+            validation = DenoiserValidation(
+                shards,
+                shards.select(split="val", modalities=loader.modalities, axes=loader.axes),
+                loader,
+                process,
+                replace(experiment.sample.sampler, guidance=1.0),
+                self.validation,
+                run,
+                device,
+                soft_masks=denoiser.soft_masks,
+                tracker=tracker,
+            )
+            return DenoiserTask(shards, side, denoiser, process, config.seed, run / "weights", device, validation)
+
+        return TrainingPlan(
+            experiment=experiment,
+            stage="train",
+            section="train",
+            folder=run,
+            shards=shards,
+            rows=rows,
+            loader=loader,
+            config=config,
+            device=device,
+            network=denoiser_network(denoiser, shards, side, device),
+            make_task=make_task,
+            # The denoiser's loader and data are what the later stages use.
+            saved_sections=(*_SECTIONS, "data", "more_data"),
+            logged_sections=_SECTIONS,
+            message=f"train: {device}, kernels: {kernels}, attention: {attention}",
+            next_command=command("sample", "--run", run, *address_flag(experiment)),
+            limits={"small": lambda: small_config(shards, side, device)},
+        ).checked()

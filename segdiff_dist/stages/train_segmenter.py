@@ -1,0 +1,72 @@
+"""Train the auxiliary segmenter that judges the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from data_shards.feed.config import LoaderConfig
+from data_shards.problems import refuse
+from segdiff_dist.experiment import collect, refuse_another_config
+from segdiff_dist.ranks.distributed import pick_device, world_size
+from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.stages.base import Plan, command
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag, open_run_and_data
+from segdiff_dist.tracking.tracker import TrackingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSegmenter(ConfiguredStage):
+    """Train the segmenter into RUN/segmenter. Exit code 3 when the training stopped itself."""
+
+    on_ranks: ClassVar = True
+    essential: ClassVar = (
+        *("--data", "--run", "--segmenter.train.num-images", "--segmenter.train.lr", "--segmenter.train.device"),
+        *("--segmenter.train.global-batch-size", "--segmenter.train.micro-batch-size", "--segmenter.channels"),
+    )
+
+    data: str | None = None
+    """The shard set: a folder or a URL that fsspec knows."""
+    more_data: tuple[str, ...] = ()
+    """Further shard sets to train on, alike in labels, size and codec."""
+    run: Path | None = None
+    """The run folder: the segmenter is written to RUN/segmenter."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> Plan:
+        """Opens the set."""
+        from data_shards.feed.mixing import mix_groups
+        from segdiff_dist.footprint import segmenter_network
+        from segdiff_dist.segmentation import SegmenterTask
+        from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
+
+        experiment, config, loader = self.experiment, self.segmenter, self.loader
+        run, shards = open_run_and_data(experiment, self.more_data)
+        folder, side, rows = run / "segmenter", side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        *_, device, _ = collect(
+            lambda: refuse(config.problems(side, world_size()) + loader.problems()),
+            lambda: loader.mix and mix_groups(shards, rows, loader.mix),
+            lambda: pick_device(config.train.device),
+            lambda: refuse_another_config(experiment, folder / "checkpoints", ("segmenter", "loader")),
+        )
+        return TrainingPlan(
+            experiment=experiment,
+            stage="segmenter",
+            section="segmenter.train",
+            folder=folder,
+            shards=shards,
+            rows=rows,
+            loader=config.augmented(loader),
+            config=config.train,
+            device=device,
+            network=segmenter_network(config, shards, side),
+            make_task=lambda _: SegmenterTask(shards, config, loader, folder / "weights", device),
+            saved_sections=("segmenter",),
+            logged_sections=("segmenter", "loader"),
+            message=f"train-segmenter: {device}",
+            next_command=command("train", "--run", run, *address_flag(experiment)),
+            limits={"multiple_of": config.dice_group},
+        ).checked()

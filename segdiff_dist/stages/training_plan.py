@@ -1,0 +1,154 @@
+"""What `train` and `train-segmenter` do alike: the plan of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_shards.feed.config import LoaderConfig
+from data_shards.locks import locked, refuse_where_locked
+from data_shards.problems import Problem, problem, refuse
+from data_shards.store.shards import ShardSet
+from segdiff_dist.experiment import Experiment, save_experiment
+from segdiff_dist.ranks.distributed import is_main, world_size
+from segdiff_dist.stages.base import Cost, Done, Plan, Result
+from segdiff_dist.stages.configured import open_tracker, plain
+from segdiff_dist.tracking.tracker import Tracker
+from segdiff_dist.training.checkpoint import complete_ones, read_state
+from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.export import is_exported
+from segdiff_dist.training.loop import Task, TrainingJob, train
+from segdiff_dist.training.memory_plan import (
+    Network,
+    capacity_of,
+    duration_s,
+    memory_problems,
+    plan_memory,
+    refuse_together,
+    warn_of_length,
+)
+from segdiff_dist.training.throughput import peak_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan(Plan):
+    """A checked training of either network. Its rows, device and settings are those of every rank."""
+
+    experiment: Experiment
+    stage: str
+    """`train` or `segmenter`: the name in the log and in MLflow."""
+    section: str
+    """The section of `config`, as flags name it."""
+    folder: Path
+    """Takes checkpoints/ and weights/."""
+    shards: ShardSet
+    rows: np.ndarray
+    loader: LoaderConfig
+    config: TrainConfig
+    device: torch.device
+    network: Network
+    make_task: Callable[[Tracker], Task]
+    saved_sections: tuple[str, ...]
+    """What this stage decides in RUN/config.yaml."""
+    logged_sections: tuple[str, ...]
+    message: str
+    """What the main rank prints first."""
+    next_command: str
+    limits: dict[str, Any]
+    """Further arguments of memory_problems."""
+
+    def checked(self) -> Plan:
+        """This plan, where there is something left to train and the memory is enough for it."""
+        newest = next(iter(complete_ones(self.folder / "checkpoints")), None)
+        if newest is not None and self.images_seen >= self.config.num_images and is_exported(newest, self.folder):
+            seen = f"already trained on {self.config.num_images:,} images in {self.folder}"
+            return Done(Result((f"{self.stage}: {seen}; nothing to do",), next_command=self.next_command))
+        if world_size() == 1:
+            refuse(self.memory_problems())
+        return self
+
+    @property
+    def images_seen(self) -> int:
+        """Of the newest checkpoint."""
+        newest = next(iter(complete_ones(self.folder / "checkpoints")), None)
+        return read_state(newest)["images_seen"] if newest is not None else 0
+
+    def memory_problems(self) -> list[Problem]:
+        """Where this rank has too little memory."""
+        capacity = capacity_of(self.device)
+        return memory_problems(self.section, self.network, self.config, capacity, ranks=world_size(), **self.limits)
+
+    def cost(self) -> Cost:
+        """Time from the FLOPs of the net and the peak of the device; memory of a rank; disk of the checkpoints."""
+        config, number = self.config, self.network.num_parameters
+        images = max(0, config.num_images - self.images_seen)
+        peak = peak_flops(self.device, config.precision)
+        on_gpu = self.device.type == "cuda"
+        memory = plan_memory(self.network, config, world_size(), on_gpu)
+        averages = len(config.ema_lengths)
+        # fp32 weights, two moments and the averages; one checkpoint more while the oldest is not yet removed.
+        checkpoints = number * 4 * (3 + averages) * (config.keep_checkpoints + 1)
+        where = f"{world_size()} x {self.device.type}"
+        return Cost(
+            images=images,
+            seconds=duration_s(self.network, images, peak.flops * world_size()),
+            num_bytes=checkpoints + number * 4 * (1 + averages),
+            memory_bytes=memory.needed("GPU" if on_gpu else "lone host"),
+            notes=(f"parameters: {number:,}", f"time: estimated for {where}, {peak.flops / 1e12:.3g} TFLOP/s each"),
+        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the main rank. The other ranks refuse what it refuses, so that none waits for it in vain."""
+        file, doing = self.folder / ".train.lock", "is training there"
+        images = self.config.num_images - self.images_seen
+        too_little = self.memory_problems() if world_size() > 1 else []
+        warn_of_length(self.section, self.network, images, self.config, self.device)
+        if not is_main():
+            refuse_where_locked(file, self.folder, doing)
+            refuse_together(too_little, self.device)
+            yield
+            return
+        with locked(file, self.folder, doing):
+            refuse_together(too_little, self.device)
+            yield
+
+    def tracker(self) -> Tracker:
+        """Of the run folder."""
+        return open_tracker(self.experiment, self.stage, self.experiment.path("run"))
+
+    def run(self, tracker: Tracker) -> Result:
+        """Train, and export the weights."""
+        experiment, settings = self.experiment, plain(self.experiment)
+        if is_main():
+            save_experiment(experiment, self.saved_sections)
+        logged = {name: settings[name] for name in self.logged_sections}
+        tracker.log_params(logged | {"shards_digest": self.shards.digest})
+        if is_main():
+            tracker.log_artifact(experiment.path("run") / "config.yaml")
+            print(self.message, flush=True)
+        task, config = self.make_task(tracker), self.config
+        train(
+            TrainingJob(task, self.shards, self.rows, self.loader, config, self.folder, tracker, self.device, settings)
+        )
+        return Result((f"weights in {self.folder / 'weights'}",), next_command=self.next_command)
+
+
+def training_rows(experiment: Experiment, shards: ShardSet) -> np.ndarray:
+    """The slices to train on."""
+    return shards.select(split="train", modalities=experiment.loader.modalities, axes=experiment.loader.axes)
+
+
+def side_of(shards: ShardSet, crop_size: int | None) -> int:
+    """Pixels along a side of what the network sees."""
+    if crop_size is not None and crop_size > shards.size:
+        raise problem(
+            "config", "loader.crop_size", crop_size, f"the slices of {shards.root} are {shards.size} pixels wide"
+        )
+    return crop_size or shards.size

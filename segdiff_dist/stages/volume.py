@@ -1,0 +1,107 @@
+"""A whole CT or MR volume from a mask volume, with its affine and shape."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import tyro
+
+from data_shards.locks import lock_beside, locked
+from segdiff_dist.experiment import collect
+from segdiff_dist.export.config import VolumeConfig
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.stages.base import Cost, Plan, Result
+from segdiff_dist.stages.configured import ConfiguredStage, open_run_and_data, weights_name
+
+if TYPE_CHECKING:
+    from segdiff_dist.export.volume import VolumeJob, VolumeReport
+    from segdiff_dist.pipeline import SegGuidedPipeline
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume(ConfiguredStage):
+    """Generate a volume slice by slice, and say how alike neighbouring slices are."""
+
+    essential: ClassVar = (
+        *("--run", "--data", "--modality", "--axis", "--volume.noise", "--volume.body-image"),
+        *("--sample.weights", "--sample.seed", "--sample.sampler.preset", "--sample.device"),
+    )
+
+    mask_volume: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")] = None
+    """A NIfTI volume of label ids of the model's table."""
+    exported: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
+    """The new NIfTI file."""
+    run: Path | None = None
+    """The run folder whose weights are used."""
+    data: str | None = None
+    """The shard set that the model was trained on: a folder or a URL that fsspec knows."""
+    volume: VolumeConfig = field(default_factory=VolumeConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def check(self) -> VolumePlan:
+        """Opens set and weights; reads the header of the mask."""
+        from segdiff_dist.export.volume import check_volume
+        from segdiff_dist.pipeline import SegGuidedPipeline
+
+        experiment, config = self.experiment, self.volume
+        mask, out = collect(lambda: experiment.path("mask_volume"), lambda: experiment.path("exported"))
+        run, shards = open_run_and_data(experiment)
+        job = check_volume(mask, out, shards, config)
+        weights = run / "weights" / weights_name(experiment, self.sample.weights)
+        device, precision = self.sample.device, self.sample.precision
+        pipeline = SegGuidedPipeline.from_weights(
+            weights, experiment.diffusion, self.sample.sampler, device=device, precision=precision
+        )
+        return VolumePlan(self, job, pipeline, pipeline.size_with(shards))
+
+
+@dataclass(frozen=True)
+class VolumePlan(Plan):
+    """A mask, and a model that knows its labels."""
+
+    stage: Volume
+    job: VolumeJob
+    pipeline: SegGuidedPipeline
+    size: int
+
+    def cost(self) -> Cost:
+        """One int16 a voxel."""
+        return Cost(num_bytes=2 * self.job.num_voxels, notes=("disk: before compression",))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Of the new file."""
+        return locked(lock_beside(self.job.out), self.job.out, "is making it")
+
+    def run(self, tracker: Tracker) -> Result:
+        """Generate the slices and put them back where the mask is."""
+        from segdiff_dist.export.volume import painter
+
+        stage = self.stage
+        report = self.job.make(painter(self.pipeline, stage.volume, stage.sample.seed), self.size)
+        return Result(tuple(_lines(report, stage)), value=report)
+
+
+def _lines(report: VolumeReport, stage: Volume) -> list[str]:
+    config = stage.volume
+    found = [f"{stage.exported}: {report.num_slices:,} {config.axis} slices of {config.modality}"]
+    if report.outside > 0:
+        found.append(
+            f"warning: {report.outside:.1%} of the labelled voxels are outside of what the model's slices show"
+        )
+    if not report.has_body:
+        text = "no voxel says where the patient ends (class `body`): the model makes that up, slice by slice"
+        found.append(f"warning: {text}")
+    other = "independent" if config.noise == "shared" else "shared"
+    painted_mm, real_mm = report.gap_mm
+    for name, value in (
+        (f"{config.noise} noise, {painted_mm:g} mm apart", report.difference),
+        (f"{other} noise, {painted_mm:g} mm apart", report.difference_other),
+        (f"real slices, {real_mm:g} mm apart", report.difference_real),
+    ):
+        if value is not None:
+            found.append(f"mean difference between neighbouring slices, {name}: {value:.2f} grey values")
+    return found
