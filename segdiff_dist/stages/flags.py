@@ -30,49 +30,39 @@ def parse_flags(
     `essential`: the flags that --help shows; --help-all shows every flag.
     """
     aliases = aliases or {}
-    args = [_full_name(arg, aliases) for arg in args]
+    given = [_full_name(arg, aliases) for arg in args]
     short = [f"{alias} X is short for {flag} X." for alias, flag in aliases.items()]
     description = "\n".join([(cls.__doc__ or "").strip(), *short])
     options: dict[str, Any] = {} if default is None else {"default": default}
-    asks_all = HELP_ALL in args
-    asks = asks_all or any(arg in ("-h", "--help") for arg in args)
-    if not asks:
+    args = ["--help"] if HELP_ALL in given else given
+    if not essential or HELP_ALL in given or not {"-h", "--help"} & set(args):
         return tyro.cli(cls, args=args, prog=prog, description=description, **options)
     with redirect_stdout(StringIO()) as printed:
         try:
             tyro.cli(cls, args=["--help"], prog=prog, description=description, **options)
         except SystemExit as end:
             code = end.code
-    text = printed.getvalue()
-    print(text if asks_all or not essential else only_essential(text, essential), end="")
+    print(only_essential(printed.getvalue(), essential), end="")
     sys.stdout.flush()
     raise SystemExit(code)
 
 
 def only_essential(text: str, essential: Collection[str]) -> str:
-    """A help text of tyro's with only those flags in its boxes, and the positional arguments."""
+    """A help text, as tyro writes it to a file, with only those flags, and the positional arguments."""
     shown = {"-h", "--help", "--config", "--dry-run", *essential}
-    kept: list[str] = []
-    box: list[str] = []
-    num_hidden = 0
-    keeps = True
-    for line in text.splitlines():
-        if line.startswith("╭"):
-            box, keeps, has_any = [line], True, "positional" in line
+    head, *sections = re.split(r"\n(?= \S.*\n -{10})", "\n".join(line.rstrip() for line in text.splitlines()))
+    kept, num_hidden = [head], 0
+    for section in sections:
+        if section.startswith(" positional"):
+            kept.append(section)
             continue
-        if not box:
-            kept.append(line)
-        elif line.startswith("╰"):
-            kept += [*box, line] if has_any else []
-            box = []
-        elif flags := re.match(r"│ (-\S.*)", line):
-            names = set(re.findall(r"-[-\w.]+", re.split(r"  |│", flags[1])[0]))
-            keeps = bool(names & shown)
-            has_any, num_hidden = has_any or keeps, num_hidden + (not keeps)
-            box += [line] if keeps else []
-        else:
-            box += [line] if keeps else []
-    return "\n".join([*kept, f"{num_hidden} more flags: {HELP_ALL}", ""])
+        title, *entries = re.split(r"\n(?=  --?\w)", section)
+        chosen = [entry for entry in entries if shown & set(re.findall(r"-[-\w.]+", entry.split("\n")[0]))]
+        num_hidden += len(entries) - len(chosen)
+        if chosen:  # without the description of the whole section
+            kept.append("\n".join([*title.split("\n")[:2], *(entry.rstrip() for entry in chosen), ""]))
+    more = f"{num_hidden} more flags: {HELP_ALL}\n" if num_hidden else ""
+    return "\n".join([*kept, more])
 
 
 def _full_name(arg: str, aliases: Mapping[str, str]) -> str:

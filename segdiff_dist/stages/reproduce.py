@@ -29,7 +29,6 @@ from segdiff_dist.evaluation.measure.saved import read_summary
 from segdiff_dist.experiment import Experiment, collect
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits
-from segdiff_dist.sampling.store import SampleStore, identity
 from segdiff_dist.stages.base import Cost, Plan, Result, Stage
 from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.stages.evaluate import Evaluate
@@ -38,7 +37,6 @@ from segdiff_dist.stages.sample import Sample
 from segdiff_dist.stages.train import Train
 from segdiff_dist.stages.train_segmenter import TrainSegmenter
 from segdiff_dist.tracking.tracker import Tracker
-from segdiff_dist.training.loop import TrainingStopped
 
 _MEASURED = "measured.json"
 # Of the evaluate section: what changes no number, and where the segmenter is stored, whose digest is compared.
@@ -53,7 +51,7 @@ class StepFailed(WorkFailed):
 class Reproduce(Stage):
     """A published table made again, end to end. The same command again goes on."""
 
-    table1: Annotated[Table1Settings, tyro.conf.arg(prefix_name=False)]
+    table1: Annotated[Table1Settings, tyro.conf.arg(name="")]
 
     def check(self) -> ReproducePlan:
         """Everything that can be seen before the first step; each step is checked again by its stage."""
@@ -84,6 +82,8 @@ class ReproducePlan(Plan):
 
     def run(self, tracker: Tracker) -> Result:
         """Run every step that is not done, and write the table."""
+        from segdiff_dist.training.loop import TrainingStopped
+
         settings, experiments = self.settings, self.experiments
         _check_gpus(settings.gpus)
         steps = list(self._steps())
@@ -123,6 +123,8 @@ def _run(stage: type[ConfiguredStage], experiment: Experiment) -> Result:
 def evaluate_once(column: Experiment) -> None:
     """`segdiff evaluate`, unless the same samples were measured before with the same segmenter and settings, and what
     that left is still there: `segdiff evaluate --run` by hand may have put other figures in its place."""
+    from segdiff_dist.sampling.store import SampleStore, identity
+
     folder = column.path("run") / "evaluation"
     assert column.evaluate.segmenter is not None
     of = {
