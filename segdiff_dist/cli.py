@@ -64,12 +64,13 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
     stage = stage_class.parse(name, rest)
     if not stage.dry_run:
         return stage.check()
+    settings = stage.settings()
     if is_main():
-        print(stage.settings(), end="", flush=True)
+        print(settings, end="", flush=True)
     plan = stage.check()
     if is_main():
-        # As comments, so that what is printed stays YAML.
-        print("\n".join(f"# {line}".rstrip() for line in plan.cost().lines()))
+        # As comments below settings, so that what is printed stays YAML.
+        print("\n".join(f"{'# ' if settings else ''}{line}".rstrip() for line in plan.cost().lines()))
     return None
 
 

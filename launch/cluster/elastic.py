@@ -158,8 +158,9 @@ def newest_complete(checkpoints: Path) -> str:
 
 def settings(training: list[str]) -> tuple[Path, Path, int, int]:
     """Run folder, its checkpoints, global batch and micro-batch, as the training itself resolves them."""
-    shown = subprocess.run([sys.executable, *training, "--dry-run"], stdout=subprocess.PIPE, text=True, check=False)
-    if shown.returncode:
+    shown = subprocess.run([sys.executable, *training, "--dry-run"], capture_output=True, text=True, check=False)
+    if not shown.stdout:  # else the settings can be read; what this machine lacks, the ranks' machines may have
+        sys.stderr.write(shown.stderr)
         raise SystemExit(shown.returncode)
     config = yaml.safe_load(shown.stdout)
     if config["run"] is None:

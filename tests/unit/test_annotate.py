@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from data_shards.fan_out import ray_session
-from data_shards.ingest.annotate import annotate, annotation_record, find_problems
+from data_shards.ingest.annotate import annotate, annotation_record, check
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.ingest.archive import read_archive
 from data_shards.ingest.masks import find_wholebody_problems
@@ -415,18 +415,24 @@ def test_a_config_that_cannot_work_is_refused(config: AnnotateConfig, field: str
     assert any(p.field == field and value in p.value for p in config.problems())
 
 
+def problems_of(root: Path, out: Path, config: AnnotateConfig) -> tuple[Problem, ...]:
+    with pytest.raises(InputProblems) as error:
+        check(root, out, config)
+    return error.value.problems
+
+
 def test_another_tool_or_strangers_masks_are_not_mixed(archive, tool: Tool, tmp_path: Path) -> None:
     out = tmp_path / "whole"
     annotate(archive.root, out, tool.config)
     other = replace(tool.config, command=f"{tool.config.command} more")
-    (found,) = find_problems(archive.root, out, other)
+    (found,) = problems_of(archive.root, out, other)
     assert (found.field, "asked for" in found.value) == ("command", True)
     (tool.folder / "tool.py").write_text(TOOL.replace("1.2", "1.3"))
-    (found,) = find_problems(archive.root, out, tool.config)
+    (found,) = problems_of(archive.root, out, tool.config)
     assert found.value == "made with 'thresholder 1.2', asked for 'thresholder 1.3'"
     (out / "annotations.json").unlink()
-    (found,) = find_problems(archive.root, out, tool.config)
+    (found,) = problems_of(archive.root, out, tool.config)
     assert "3 that annotations.json does not name: amos_0001, amos_0002, amos_0003" in found.value
     broken = replace(tool.config, version_command=f"{shlex.quote(sys.executable)} -c 'import no_such_thing'")
-    found = find_problems(archive.root, tmp_path / "new", broken)
+    found = problems_of(archive.root, tmp_path / "new", broken)
     assert "No module named 'no_such_thing'" in found[0].value

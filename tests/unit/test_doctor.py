@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from segdiff_dist import doctor
+from segdiff_dist.cli import main
 
 
 def test_this_machine_can_run_the_pipeline_and_every_engine_has_a_line(capsys):
-    assert doctor.main([]) == 0
+    assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     for name in (
         "torch",
@@ -39,7 +40,7 @@ def test_columns_align_and_each_remedy_stands_below_its_row():
 def test_a_missing_requirement_is_named_with_its_remedy_and_exits_1(absent, monkeypatch, capsys):
     installed = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == absent else installed(name))
-    assert doctor.main([]) == 1
+    assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "1 missing" in said
     assert f"pip install -c constraints.txt {absent}" in said

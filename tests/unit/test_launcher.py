@@ -51,7 +51,7 @@ def test_a_command_of_one_process_is_the_main_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stale(monkeypatch, **STALE)
-    assert cli.main(["sample", "--dry-run"]) == 0
+    assert cli.main(["sample", "--dry-run"]) == 2  # neither run nor data are given
     out, error = capsys.readouterr()
     assert "denoiser:" in out  # which only the main rank prints
     assert "note: sample is one process: RANK=1 WORLD_SIZE=4" in error

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from sampling_support import make_here, write_weights
-from segdiff_dist.reproduce.run import evaluate_once
 
 from data_shards.labels import AMOS
 from data_shards.phantom import PhantomConfig, write_phantom
@@ -21,6 +20,7 @@ from segdiff_dist.evaluation.measure.job import measure
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, Experiments, Table1Settings, resolve, sampled_splits
+from segdiff_dist.stages.reproduce import evaluate_once
 from segdiff_dist.tracking.config import TrackingConfig
 
 AMOS_PATIENTS = {"train": 240, "val": 120, "test": 240}

@@ -323,8 +323,10 @@ def test_a_dry_run_says_what_it_would_do(shapes: Path, tmp_path: Path, capsys: p
     assert "# images: 5 of 5 masks, 50 passes through the net each; 5 missing" in told
     assert "with 1 worker on cpu (estimated from a pass" in told
     assert yaml.safe_load(told)["sample"]["num"] == 5
-    assert main([*flags, "--sample.weights", "online"]) == 0
-    assert "# cannot start:" in capsys.readouterr().out
+    assert main([*flags, "--sample.weights", "online"]) == 2
+    said = capsys.readouterr()
+    assert yaml.safe_load(said.out)["sample"]["weights"] == "online"
+    assert "nothing was started" in said.err
     assert not (run / "samples").exists()
 
 

@@ -17,7 +17,8 @@ import pytest
 
 from data_shards import locks
 from data_shards.problems import OutOfSpace, describe, removed_on_failure, saying_when_full
-from segdiff_dist import cli, commands, surroundings
+from segdiff_dist import cli, exit_status, surroundings
+from segdiff_dist.stages.phantom import PhantomPlan
 
 SEGDIFF = [sys.executable, "-c", "from segdiff_dist.cli import main; raise SystemExit(main())"]
 
@@ -115,17 +116,17 @@ def test_without_a_temporary_folder_it_says_tmpdir(
 def test_what_the_system_refuses_is_one_line(
     raised: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fails(_: Any) -> int:
+    def fails(*_: Any) -> Any:
         raise raised
 
-    monkeypatch.setattr(commands, "phantom", fails)
-    monkeypatch.setattr(cli, "work_has_begun", lambda: True)
+    monkeypatch.setattr(PhantomPlan, "run", fails)
+    monkeypatch.setattr(exit_status, "work_has_begun", lambda: True)
     assert cli.main(["phantom", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}")
     assert error.count("\n") == 1
     assert describe(raised) in error
-    monkeypatch.setattr(cli, "work_has_begun", lambda: False)
+    monkeypatch.setattr(exit_status, "work_has_begun", lambda: False)
     assert cli.main(["phantom", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"{error}nothing was started\n"
 
@@ -160,12 +161,14 @@ def test_what_an_earlier_command_did_says_nothing_of_the_next(tmp_path: Path) ->
     assert cli.main(["phantom", str(tmp_path / "note" / "deeper")]) == 2
 
 
-def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: Any) -> int:
+def test_ctrl_c_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "phantom", interrupted)
-    assert cli.main(["phantom", "out"]) == 130
+    monkeypatch.setattr(PhantomPlan, "run", interrupted)
+    assert cli.main(["phantom", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "\ninterrupted; the same command goes on from here\n"
 
 
