@@ -29,7 +29,7 @@ from data_shards.ingest.archive import read_archive
 from data_shards.ingest.masks import find_wholebody_problems
 from data_shards.ingest.totalsegmentator import wholebody_id
 from data_shards.labels import WHOLEBODY
-from data_shards.problems import InputProblems, OutOfSpace
+from data_shards.problems import InputProblems, OutOfSpace, Problem
 from segdiff_dist.cli import main
 
 LIVER, HEART = WHOLEBODY.names.index("liver"), WHOLEBODY.names.index("heart")
