@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_shards.documents import read_json
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import refuse, removed_on_failure, saying_when_full
+from data_shards.problems import refuse, saying_when_full
 from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Cost, Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag
@@ -70,8 +70,7 @@ class AveragePlan(Plan):
         weights, misfit = average_snapshots(
             self.run_folder, self.stage.experiment.train, wanted.length, wanted.images_seen
         )
-        unfinished = folder.with_name(f".{folder.name}.unfinished")  # Denoiser.save's
-        with saying_when_full(folder), removed_on_failure(unfinished):
+        with saying_when_full(folder):
             self.model.save(folder, weights, self.training)
         line = f"{folder}: its profile is {misfit:.1%} off the one asked for (0 % is exact)"
         out, address = self.run_folder / f"samples-{folder.name}", address_flag(self.stage.experiment)

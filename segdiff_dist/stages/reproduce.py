@@ -21,10 +21,11 @@ import tyro
 
 from data_shards.documents import read_json
 from data_shards.fan_out import ray_session
+from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse
 from data_shards.store.set_index import file_sha256
-from segdiff_dist.config import as_dict, to_yaml, write_text_atomically
+from segdiff_dist.config import as_dict, to_yaml
 from segdiff_dist.evaluation.measure.saved import read_summary
 from segdiff_dist.experiment import Experiment, collect
 from segdiff_dist.reproduce import plan, table
@@ -139,7 +140,7 @@ def evaluate_once(column: Experiment) -> None:
         return
     mark.unlink(missing_ok=True)
     _run(Evaluate, column)
-    write_text_atomically(mark, json.dumps(of | {"summary": file_sha256(summary)}, indent=2) + "\n")
+    write_atomic(mark, json.dumps(of | {"summary": file_sha256(summary)}, indent=2) + "\n")
 
 
 def _marked(mark: Path) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def _train(command: str, experiment: Experiment, ranks: int) -> None:
     run = experiment.path("run")
     # Beside the run folder, whose own config.yaml tells the stage what it was started with. It names the run, too.
     config = run.with_name(f"{run.name}.yaml")
-    write_text_atomically(config, to_yaml(as_dict(experiment)))
+    write_atomic(config, to_yaml(as_dict(experiment)))
     # -P: no module of the current folder is taken for torch's or ours.
     launcher = ["-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
     segdiff = str(Path(sys.executable).with_name("segdiff"))
