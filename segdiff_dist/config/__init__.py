@@ -6,9 +6,11 @@ The sections themselves stand beside the code they configure; the whole is segdi
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -55,7 +57,7 @@ def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
         [config] = _adapter(cls).validate_python([values])
         return config
     except ValidationError as error:
-        raise InputProblems(_explain(e, str(where)) for e in error.errors()) from None
+        raise InputProblems(_explain(e, str(where), cls) for e in error.errors()) from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -103,8 +105,18 @@ def _adapter(cls: type[T]) -> TypeAdapter[list[T]]:
     return TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
 
 
-def _explain(error: Any, where: str) -> Problem:
+def _explain(error: Any, where: str, cls: type[Any]) -> Problem:
     field = ".".join(str(part) for part in error["loc"][1:]) or "(top)"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return Problem(where, field, "unknown key", "correct the spelling or remove it; --help lists the keys")
+        *section, name = error["loc"][1:]
+        likely = get_close_matches(str(name), _keys_of(cls, section), n=1)
+        remedy = f"did you mean {likely[0]}" if likely else "correct the spelling or remove it"
+        return Problem(where, field, "unknown key", f"{remedy}; --help-all lists the keys")
     return Problem(where, field, shown(repr(error["input"])), error["msg"].removeprefix("Input ").rstrip("."))
+
+
+def _keys_of(cls: Any, section: Sequence[Any]) -> list[str]:
+    """The keys of a section, which is named by its path in the dataclass `cls`; none where it is no dataclass."""
+    for name in section:
+        cls = get_type_hints(cls).get(str(name)) if is_dataclass(cls) else None
+    return [one.name for one in fields(cls)] if is_dataclass(cls) else []

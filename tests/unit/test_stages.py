@@ -1,0 +1,173 @@
+"""The contract of a stage, as the command line shows it: one file a command, help, suggestions, dry runs, frames."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests_support import bytes_of
+
+from segdiff_dist import stages
+from segdiff_dist.cli import main
+from segdiff_dist.shipped import shipped_config, shipped_names
+from segdiff_dist.stages.base import Cost, Stage
+
+# Modules of the package that are no command.
+SHARED = {"base", "configured", "flags", "completion", "training_plan"}
+MOST_FRAMES = 6
+
+
+def test_every_module_is_a_command_and_every_command_a_class_of_its_own() -> None:
+    modules = {one.name for one in pkgutil.iter_modules(stages.__path__)} - SHARED
+    assert modules == {name.replace("-", "_") for name in stages.NAMES}
+    classes = [stages.load(name) for name in stages.NAMES]
+    assert len(set(classes)) == len(classes)
+    assert all(issubclass(one, Stage) for one in classes)
+    assert all(stages.summary(name).endswith(".") for name in stages.NAMES)
+
+
+@pytest.mark.parametrize("name", stages.NAMES)
+def test_help_shows_the_main_flags_and_help_all_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for asked in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main([name, asked])
+        texts.append(capsys.readouterr().out)
+    short, whole = texts
+    for flag in (*stages.load(name).essential, "--dry-run"):
+        assert flag in whole
+        assert flag in short, "an essential flag that does not exist, or is not shown"
+    if stages.load(name).essential:
+        assert len(short.splitlines()) < len(whole.splitlines())
+        assert "more flags: --help-all" in short
+
+
+def test_what_is_mistyped_is_answered_with_what_was_meant(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["evalute"]) == 2
+    assert "'evalute' is not a command; did you mean 'evaluate'?" in capsys.readouterr().err
+    assert main(["train", "--config", "smok"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean smoke?" in said
+    assert "best_ct_mr" in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--train.num-image", "4"])
+    assert "--train.num-images" in capsys.readouterr().out
+    file = tmp_path / "f.yaml"
+    file.write_text("train: {num_image: 4}\n")
+    assert main(["train", "--config", str(file)]) == 2
+    assert "num_images" in capsys.readouterr().err
+
+
+def test_a_shipped_configuration_goes_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    link = Path(__file__).parents[2] / "launch" / "configs" / "smoke.yaml"
+    for given in ("smoke", str(shipped_config("smoke")), str(link)):
+        main(["train", "--config", given, "--dry-run"])
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0] == printed[1] == printed[2]
+    assert {"smoke", "demo", "best_ct_mr"} <= set(shipped_names())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--config=smoke"],
+        ["--config", "demo", "--config", "smoke"],
+        ["--config=demo", "--train.seed", "3", "--config=smoke"],
+    ],
+)
+def test_config_is_found_however_it_is_written(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", *args, "--dry-run"])
+    asked = yaml.safe_load(shipped_config("smoke").read_text())
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["num_images"] == asked["train"]["num_images"]
+
+
+def test_the_package_is_a_command_and_completes_in_a_shell() -> None:
+    run = [sys.executable, "-m", "segdiff_dist"]
+    said = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("segdiff ")
+    script = subprocess.run([*run, "--tyro-print-completion", "bash"], capture_output=True, text=True, check=True)
+    assert "--train.num-images" in script.stdout
+    assert "train-segmenter" in script.stdout
+
+
+def test_the_classes_of_all_commands_load_no_heavy_library() -> None:
+    heavy = {"torch", "diffusers", "monai", "deepspeed", "ray", "mlflow", "matplotlib", "pandas", "pyarrow", "scipy"}
+    # Not `reproduce`, whose steps are resolved with the recipes.
+    code = (
+        "import sys; from segdiff_dist import stages\n"
+        "[stages.load(name) for name in stages.NAMES if name != 'reproduce']; print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert heavy.isdisjoint(loaded)
+
+
+def test_costs_are_lines_for_a_person() -> None:
+    cost = Cost(images=1200, seconds=5400.0, num_bytes=3_000_000, notes=("volumes: 6",))
+    assert cost.lines() == ["images: 1,200", "time: 1.5 h", "disk: at most 3.0 MB", "volumes: 6"]
+    assert Cost().lines() == ["cost: not known before it runs"]
+
+
+def test_a_dry_run_of_a_training_says_what_it_takes_and_writes_nothing(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config", "smoke", "--data", str(shapes), "--run", str(tmp_path / "run"), "--dry-run"]
+    for name in ("train", "train-segmenter"):
+        assert main([name, *flags]) == 0
+        said = capsys.readouterr().out
+        for word in ("# images: ", "# time: ", "# disk: at most ", "# memory: about ", "# parameters: "):
+            assert word in said, (name, word)
+        assert yaml.safe_load(said)["run"] == str(tmp_path / "run")
+    assert main(["convert", str(shapes), str(tmp_path / "new"), "--dry-run"]) == 0
+    assert main(["inspect", str(shapes), "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_frames_of_ours_lie_between_the_command_and_the_optimizer(shapes: Path, tmp_path: Path) -> None:
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    frames: list[str] = []
+
+    def stop(*_: Any) -> None:
+        ours = Path(stages.__file__).parents[1]
+        found = [frame for frame in inspect.stack() if Path(frame.filename).is_relative_to(ours)]
+        frames.extend(f"{Path(frame.filename).name}:{frame.function}" for frame in reversed(found))
+        raise KeyboardInterrupt
+
+    hook = register_optimizer_step_pre_hook(stop)
+    flags = ["--config", "smoke", "--data", str(shapes), "--run", str(tmp_path / "run"), "--tracking.no-enabled"]
+    try:
+        assert main(["train", *flags, "--train.zero-stage", "0", "--train.device", "cpu"]) == 130
+    finally:
+        hook.remove()
+    assert frames[0] == "cli.py:main"
+    assert len(frames) <= MOST_FRAMES, frames
+
+
+def test_a_check_writes_nothing_and_is_made_once(
+    archive: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tool that annotates is asked for its version once."""
+    asked = tmp_path / "asked"
+    tool = tmp_path / "tool.sh"
+    tool.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo x >> {asked}; echo tool 1; exit; fi\ncp "$1" "$2"\n'
+    )
+    tool.chmod(0o755)
+    flags = ["--annotate.tool", "command", "--annotate.command", f"{tool} {{image}} {{mask}}"]
+    flags += ["--annotate.version-command", f"{tool} --version", "--tracking.no-enabled"]
+    out = tmp_path / "new"
+    before = bytes_of(archive.root)
+    assert main(["annotate", str(archive.root), str(out), *flags, "--dry-run"]) == 0
+    assert "# volumes: " in capsys.readouterr().out
+    assert not out.exists()
+    assert bytes_of(archive.root) == before
+    asked.unlink()
+    main(["annotate", str(archive.root), str(out), *flags])  # its masks are no masks: that costs the volumes
+    assert asked.read_text() == "x\n"
