@@ -33,5 +33,5 @@ def find_config(given: str) -> Path:
         return shipped_config(given)
     likely = get_close_matches(Path(given).stem, names, n=1)
     meant = f"did you mean {likely[0]}? " if likely else ""
-    remedy = f"{meant}Give the path of a YAML file, or one of {', '.join(names)}"
+    remedy = f"{meant}give the path of a YAML file, or one of {', '.join(names)}"
     raise problem(given, "config", "no such file", remedy)

@@ -6,6 +6,8 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests_support import bytes_of
 
 from segdiff_dist import stages
 from segdiff_dist.cli import main
+from segdiff_dist.experiment import Experiment
 from segdiff_dist.shipped import shipped_config, shipped_names
 from segdiff_dist.stages.base import Cost, Stage
 
@@ -57,7 +60,7 @@ def test_what_is_mistyped_is_answered_with_what_was_meant(capsys: pytest.Capture
     assert "best_ct_mr" in said
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--train.num-image", "4"])
-    assert "--train.num-images" in capsys.readouterr().out
+    assert "--train.num-images" in capsys.readouterr().err
     file = tmp_path / "f.yaml"
     file.write_text("train: {num_image: 4}\n")
     assert main(["train", "--config", str(file)]) == 2
@@ -127,6 +130,18 @@ def test_a_dry_run_of_a_training_says_what_it_takes_and_writes_nothing(
     assert main(["convert", str(shapes), str(tmp_path / "new"), "--dry-run"]) == 0
     assert main(["inspect", str(shapes), "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stage_of_the_how_to_page_works(shapes: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add_a_stage.md").read_text()
+    module = types.ModuleType("count_stage")
+    # Read by the dataclass machinery, which looks the module up by its name.
+    sys.modules[module.__name__] = module
+    exec(compile(page.split("```python\n")[1].split("```")[0], "add_a_stage.md", "exec"), vars(module))
+    experiment = replace(Experiment(), data=str(shapes))
+    result = module.Count.of(experiment).over(experiment).check().start()
+    assert [line.split(":")[0] for line in result.message] == ["train", "val", "test"]
+    assert result.next_command == f"segdiff inspect {shapes}"
 
 
 def test_few_frames_of_ours_lie_between_the_command_and_the_optimizer(shapes: Path, tmp_path: Path) -> None:
