@@ -20,6 +20,7 @@ from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.locks import short_turn
 from data_shards.phantom.config import PhantomConfig
 from data_shards.problems import InputProblems, Problem, problem
+from data_shards.settings import execution_settings
 from data_shards.store.config import ConvertConfig
 from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
@@ -33,25 +34,8 @@ from segdiff_dist.training.config import AverageConfig, TrainConfig
 
 CONFIG_FILE = "config.yaml"
 
-# What may change between two starts of the same training without changing what is trained.
-_FREE = (
-    ".device",
-    ".keep_checkpoints",
-    ".keep_every_images",
-    ".zero_stage",
-    ".offload",
-    ".activation_checkpointing",
-    ".hang_timeout_s",
-    ".max_skipped_steps",
-    ".micro_batch_size",
-    ".compile",
-    "denoiser.attention",
-    "denoiser.kernels",
-    *(f"loader.{name}" for name in ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "on_corrupt")),
-)
-
-# What a stage settles once it has left this in the run folder; in RUN/config.yaml other stages leave it as it stands.
-_SETTLED = {
+# What is fixed once a stage has left this in the run folder. Other stages do not change it in RUN/config.yaml.
+_FIXED_BY = {
     "checkpoints": ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation"),
     "segmenter/checkpoints": ("data", "more_data", "loader", "segmenter"),
     "samples/job.json": ("sample",),
@@ -189,14 +173,14 @@ def _is_address(one: Field[Any], value: Any) -> bool:
     return one.metadata == ADDRESS_FROM_A_PERSON and is_one
 
 
-def save_experiment(experiment: Experiment, settles: tuple[str, ...]) -> None:
-    """Write RUN/config.yaml: what this stage settles, and beside it what no other stage has settled before."""
+def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:
+    """Write RUN/config.yaml: the sections that this stage fixes, and those that no other stage has fixed before."""
     run, values = experiment.path("run"), as_dict(experiment)
     with short_turn(run):
         if (run / CONFIG_FILE).is_file():
             recorded = read_yaml(run / CONFIG_FILE)
-            others = {name for left, names in _SETTLED.items() if (run / left).exists() for name in names}
-            values |= {name: recorded[name] for name in others - set(settles) if name in recorded}
+            others = {name for left, names in _FIXED_BY.items() if (run / left).exists() for name in names}
+            values |= {name: recorded[name] for name in others - set(sections) if name in recorded}
         write_atomic(run / CONFIG_FILE, to_yaml(values))
 
 
@@ -209,13 +193,16 @@ def refuse_another_config(experiment: Experiment, started: Path, sections: tuple
     recorded = max(of_checkpoints, default=experiment.path("run") / CONFIG_FILE)
     if not started.exists() or not recorded.is_file():
         return
-    # A key that came with a later version stands for what was done before it.
+    may_change = {
+        key for section in sections for key in execution_settings(type(getattr(experiment, section)), f"{section}.")
+    }
+    # A key that came with a later version has the value by which training went before it.
     old, new = merge(as_dict(Experiment()), read_yaml(recorded)), as_dict(experiment)
     found = [
         Problem(str(recorded), key, f"{before!r} there, {after!r} now", "use another run folder, or that value")
         for section in sections
         for key, before, after in differences(old[section], new[section], f"{section}.")
-        if not key.endswith(_FREE)
+        if key not in may_change
     ]
     if found:
         raise InputProblems(found)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import Problem
+from data_shards.settings import Execution, Result
 from segdiff_dist.training.config import TrainConfig
 
 # Group normalisation instead of MONAI's instance normalisation: it keeps how bright an image is, and unlike batch
@@ -17,19 +18,19 @@ NORM_GROUPS = 8
 class SegmenterConfig:
     """The auxiliary U-Net and its training. Defaults: section 4.2 of the paper (batch 64, lr 1e-2)."""
 
-    channels: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
-    first_stride: int = 2
+    channels: Result[tuple[int, ...]] = (16, 32, 64, 128, 256, 512)
+    first_stride: Result[int] = 2
     """2 is the paper's. 1 keeps a level at full resolution, for slices so small that organs are a few pixels wide."""
-    num_res_units: int = 0
-    kernel_size: int = 3
-    rotate_degrees: float = 0.0
+    num_res_units: Result[int] = 0
+    kernel_size: Result[int] = 3
+    rotate_degrees: Result[float] = 0.0
     """As in the `loader` section, whose value counts for the denoiser alone."""
-    zoom: float = 0.0
+    zoom: Result[float] = 0.0
     """Likewise."""
-    dice_over: int = 8
+    dice_over: Result[int] = 8
     """Slices that Dice is taken over in training, as if they were one image; micro-batches are multiples of it, so that
     the loss depends on neither their size nor the number of ranks."""
-    validation_batch_size: int = 64
+    validation_batch_size: Execution[int] = 64
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             num_images=2_000_000,

@@ -10,6 +10,7 @@ from data_shards.feed.mixing import mix_problems
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES
+from data_shards.settings import Execution, Result, Resumable
 from data_shards.store.config import CacheConfig
 
 
@@ -21,31 +22,31 @@ class LoaderConfig:
     default. A left-right flip also turns anatomy around (a right kidney on the left), hence a switch like the rest.
     """
 
-    modalities: tuple[str, ...] = MODALITIES
-    axes: tuple[str, ...] = AXES
-    mix: dict[str, float] = field(default_factory=dict)
+    modalities: Result[tuple[str, ...]] = MODALITIES
+    axes: Result[tuple[str, ...]] = AXES
+    mix: Result[dict[str, float]] = field(default_factory=dict)
     """Weights of groups, as in {CT: 1, MR/axial: 2}; left empty, every slice comes once an epoch. A key is MODALITY,
     MODALITY/AXIS or, of several sets, 0:MODALITY or 0:*, counted from 0."""
-    crop: Literal["centre", "random"] = "centre"
-    crop_size: int | None = None
+    crop: Result[Literal["centre", "random"]] = "centre"
+    crop_size: Result[int | None] = None
     """Side of the crop in pixels; None takes the whole stored slice."""
-    flip: bool = False
+    flip: Result[bool] = False
     """Mirror left and right in half of the samples."""
-    rotate_degrees: float = 0.0
+    rotate_degrees: Result[float] = 0.0
     """Rotate by up to this angle either way."""
-    zoom: float = 0.0
+    zoom: Result[float] = 0.0
     """Scale by up to this fraction either way: 0.1 is 0.9 to 1.1."""
-    jitter_mr: float = 0.0
+    jitter_mr: Result[float] = 0.0
     """Change contrast and gamma of MR images by up to this fraction either way. CT keeps its HU."""
-    on_corrupt: Literal["raise", "skip"] = "raise"
+    on_corrupt: Resumable[Literal["raise", "skip"]] = "raise"
     """What to do with a sample whose bytes are not those that were written."""
-    num_threads: int = 2
+    num_threads: Execution[int] = 2
     """DALI's decoding threads."""
-    prefetch_batches: int = 4
+    prefetch_batches: Execution[int] = 4
     """Batches made ahead, in a thread of their own; 0 makes them when they are asked for."""
-    cache_dir: Path | None = field(default=None, metadata=FROM_A_PERSON)
+    cache_dir: Execution[Path | None] = field(default=None, metadata=FROM_A_PERSON)
     """Where bytes of remote sets are kept on this machine."""
-    cache_gib: float = 0.0
+    cache_gib: Execution[float] = 0.0
     """How many of them at most."""
 
     def problems(self) -> list[Problem]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import MODALITIES
+from data_shards.settings import Execution, Result
 
 if TYPE_CHECKING:
     from data_shards.ingest.archive import Case
@@ -28,26 +29,26 @@ _PLACEHOLDERS = ("image", "mask", "modality", "case_id")
 class AnnotateConfig:
     """Which tool makes the whole-body masks, and how many volumes at a time."""
 
-    tool: Literal["totalsegmentator", "command"] = "totalsegmentator"
+    tool: Result[Literal["totalsegmentator", "command"]] = "totalsegmentator"
     """`totalsegmentator` runs the installed TotalSegmentator and maps its classes by name; `command` runs `command`,
     whose masks count by the whole-body table's ids already."""
-    command: str | None = field(default=None, metadata=FROM_A_PERSON)
+    command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """Template; {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word, without a shell."""
-    version_command: str | None = field(default=None, metadata=FROM_A_PERSON)
+    version_command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """Prints the version of `command`'s tool; its first line is recorded."""
-    modalities: tuple[str, ...] = MODALITIES
+    modalities: Result[tuple[str, ...]] = MODALITIES
     """Which of the archive's cases."""
-    modality: str | None = None
+    modality: Result[str | None] = None
     """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
-    num_workers: int = 1
+    num_workers: Execution[int] = 1
     """Volumes at a time."""
-    threads_per_worker: int | None = None
+    threads_per_worker: Execution[int | None] = None
     """null: this machine's cores, shared among the workers."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: Execution[float] = 0.0
     """More than 0 spreads the workers over several GPUs."""
-    timeout_s: float | None = None
+    timeout_s: Execution[float | None] = None
     """For one volume; null: none."""
-    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
+    ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
 
     def problems(self, where: str = "annotate") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""

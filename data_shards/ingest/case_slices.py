@@ -60,7 +60,7 @@ def slices_of(
     labelled = mask.source != "none"
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
     geometry = {name: getattr(config, name) for name in names}
-    for axis in config.of_the_set()["axes"]:
+    for axis in config.result_settings()["axes"]:
         is_thin = True
         for one in cut(image, mask.volume, body, grey, axis=axis, body_id=table.body_id, **geometry):
             is_thin = False

@@ -79,7 +79,7 @@ class _Task:
         from data_shards.ingest.case_slices import slices_of
         from data_shards.ingest.volumes import UnreadableVolume
 
-        made_from = [__version__, self.config.of_the_set(), self.case.split, [file_sha256(f) for f in self.files]]
+        made_from = [__version__, self.config.result_settings(), self.case.split, [file_sha256(f) for f in self.files]]
         stamp = sha256(json.dumps(made_from).encode()).hexdigest()
         if partials.stamp_of(self.partial) == stamp:
             return None
@@ -195,7 +195,7 @@ def _find_problems(
         cases = archive.read_archive(amos_root, config.modalities, config.modality)
         in_archive = find_wholebody_problems(cases, config.label_set, wholebody)
         source = None if in_archive else _source(amos_root, cases, wholebody)
-    header = {"preprocessing": config.of_the_set(), "source": source}
+    header = {"preprocessing": config.result_settings(), "source": source}
     return [*found, *in_archive, *_problems_with_out(out, header)], cases, header
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_shards.field_source import FROM_A_PERSON
@@ -12,14 +11,13 @@ from data_shards.ingest.slices import FITS, MASK_RESIZES
 from data_shards.labels import LABEL_TABLES
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES
+from data_shards.settings import Execution, Result, ResultWhereSet, identity
 from data_shards.store.codecs import CODECS
 from data_shards.store.set_index import STORES
 from data_shards.store.shard_writer import Format, set_format
 
 # Far beyond what any header stores in 16 bits.
 _LARGEST_HU = 100_000.0
-# How the work is spread, which changes no byte of the set.
-_NOT_IN_THE_SET = ("num_workers", "ray_address")
 
 
 @dataclass(frozen=True)
@@ -27,37 +25,37 @@ class PrepareConfig:
     """How volumes become slices. The defaults are the paper's: 1 mm, 256 x 256, CT to [-256, 256] HU, MR to its 1st to
     99th percentile, three axes. `min_labelled_pixels` leaves out slices of labelled cases with fewer organ pixels."""
 
-    label_set: str = "amos"
+    label_set: Result[str] = "amos"
     """amos: the archive's 15 organs. wholebody: masks of a whole-body tool. merged: the first laid over the second."""
-    axes: tuple[str, ...] = AXES
-    modalities: tuple[str, ...] = MODALITIES
+    axes: Result[tuple[str, ...]] = AXES
+    modalities: Result[tuple[str, ...]] = MODALITIES
     """Which of the archive's cases are taken."""
-    modality: str | None = None
+    modality: ResultWhereSet[str | None] = None
     """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
-    size: int = 256
-    spacing_mm: float = 1.0
-    slice_stride: int = 1
-    fit: str = "auto"
+    size: Result[int] = 256
+    spacing_mm: Result[float] = 1.0
+    slice_stride: Result[int] = 1
+    fit: Result[str] = "auto"
     """crop: the middle square of the short side. pad: all of it, in a square of the long side. auto: crop axial slices,
     pad the others, where cropping would cut the body."""
-    mask_resize: str = "nearest"
+    mask_resize: Result[str] = "nearest"
     """nearest; soft: the class that has most of a pixel; bilinear_ids: the paper's code, which invents classes."""
-    soft_edge: bool = False
+    soft_edge: Result[bool] = False
     """With mask_resize soft: keep each pixel's second class and the first one's share."""
-    min_labelled_pixels: int = 0
-    intensity: str = "window"
+    min_labelled_pixels: Result[int] = 0
+    intensity: Result[str] = "window"
     """window: CT by hu_window, MR by its percentiles. paper: CT by hu_window and then by its percentiles too."""
-    hu_window: tuple[float, float] = (-256.0, 256.0)
-    mr_percentiles: tuple[float, float] = (1.0, 99.0)
-    bits: int = 8
+    hu_window: Result[tuple[float, float]] = (-256.0, 256.0)
+    mr_percentiles: Result[tuple[float, float]] = (1.0, 99.0)
+    bits: Result[int] = 8
     """Of a grey value: 8 or 16."""
-    store: str = "webdataset"
+    store: Result[str] = "webdataset"
     """webdataset: tars, to be streamed. zarr: sharded arrays, for random access by other tools. Training reads both."""
-    codec: str = "raw"
+    codec: Result[str] = "raw"
     """Of the tars: raw is fastest, zstd smaller, png and jpeg2000 smallest. Zarr is always zstd."""
-    samples_per_shard: int = 1024
-    num_workers: int | None = None
-    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
+    samples_per_shard: Result[int] = 1024
+    num_workers: Execution[int | None] = None
+    ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
 
     def problems(self, where: str = "prepare") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""
@@ -96,16 +94,14 @@ class PrepareConfig:
         check("mr_percentiles", 0.0 <= low < high <= 100.0, "use two rising values from 0 to 100")
         return found
 
-    def of_the_set(self) -> dict[str, Any]:
-        """The values that the set's bytes depend on, as index.json holds them."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_THE_SET}
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that the set's bytes depend on, as index.json holds them."""
+        values = identity(self)
         values["axes"] = [axis for axis in AXES if axis in self.axes]
         values["modalities"] = [modality for modality in MODALITIES if modality in self.modalities]
-        if self.modality is None:  # as before there was a way to state it
-            del values["modality"]
         if self.store == "zarr":
             values["codec"] = "zstd"
-        return dict(json.loads(json.dumps(values)))
+        return values
 
     @property
     def format(self) -> Format:

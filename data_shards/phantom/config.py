@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from data_shards.problems import Problem
 from data_shards.records import MODALITIES, SPLITS
+from data_shards.settings import Result, ResultWhereSet, identity
 
 # AMOS numbers its CT up to 500 and its labelled MR from 507 on (Ji et al. 2022, dataset.json).
 LAST_CT_NUMBER = 500
@@ -27,25 +28,23 @@ class PhantomConfig:
     wholebody: also write OUT/wholebody/, masks of everything that is painted, as a whole-body tool would make them.
     """
 
-    seed: int = 0
-    num_train: int = 8
-    num_val: int = 2
-    num_test: int = 3
-    modalities: tuple[str, ...] = MODALITIES
-    matrix: tuple[int, int] = (128, 160)
-    slice_thickness_mm: tuple[float, float] = (4.5, 6.0)
-    missing_rate: float = 0.1
-    wholebody: bool = False
+    seed: Result[int] = 0
+    num_train: Result[int] = 8
+    num_val: Result[int] = 2
+    num_test: Result[int] = 3
+    modalities: Result[tuple[str, ...]] = MODALITIES
+    matrix: Result[tuple[int, int]] = (128, 160)
+    slice_thickness_mm: Result[tuple[float, float]] = (4.5, 6.0)
+    missing_rate: Result[float] = 0.1
+    wholebody: ResultWhereSet[bool] = False
 
     def problems(self, where: str = "phantom") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""
         return list(_problems(self, where))
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that json can write and that compares equal after being read back. `wholebody` is only in it
-        when it is true: archives from before there was such a thing are the same archives."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {k: v for k, v in values.items() if k != "wholebody" or v}
+        """A dictionary that json can write and that compares equal after being read back."""
+        return identity(self)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
+from data_shards.settings import Execution, Result
 from data_shards.store.codecs import CODECS
 from data_shards.store.set_index import STORES
 
@@ -23,13 +24,13 @@ class CacheConfig:
 class ConvertConfig:
     """What to write, and on how many workers."""
 
-    store: str = "zarr"
+    store: Result[str] = "zarr"
     """webdataset: tars. zarr: sharded arrays."""
-    codec: str = "raw"
+    codec: Result[str] = "raw"
     """Of the tars: raw, zstd, png or jpeg2000. Zarr is always zstd."""
-    samples_per_shard: int = 1024
-    num_workers: int | None = None
-    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
+    samples_per_shard: Result[int] = 1024
+    num_workers: Execution[int | None] = None
+    ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
 
     def problems(self, where: str = "convert") -> list[Problem]:
         """Everything out of range, each with what to do about it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_shards.problems import Problem
+from data_shards.settings import Execution, Result, Resumable
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_kernels.backend import Kernels
 
@@ -31,28 +32,28 @@ SIGMA_FIELDS = ("objective", "sigma_data", "lognormal", "snr_shift")
 class DenoiserConfig:
     """The network. The defaults are the paper's (section 4.2): 113.7 M parameters at 256x256."""
 
-    block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512)
-    layers_per_block: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
+    block_out_channels: Result[tuple[int, ...]] = (128, 128, 256, 256, 512, 512)
+    layers_per_block: Result[int] = 2
+    attention_resolutions: Result[tuple[int, ...]] = (16,)
     """Feature-map sides at which the blocks hold self-attention; the middle block always does. They are halves of the
     image's side, which `net: efficient` has already halved at the first level."""
-    attention_head_dim: int = 8
-    norm_num_groups: int = 32
-    net: Net = "unet"
+    attention_head_dim: Result[int] = 8
+    norm_num_groups: Result[int] = 32
+    net: Result[Net] = "unet"
     """unet: the paper's. efficient: its levels begin at half the image's side, behind a stem that makes four channels
     of each 2x2 pixels, and the time scales and shifts what a norm gives. More depth for the same time."""
-    conditioning: Conditioning = "concat"
+    conditioning: Result[Conditioning] = "concat"
     """How the mask is joined to the noised image: concatenated, added or multiplied."""
-    mask_encoding: MaskEncoding = "onehot"
+    mask_encoding: Result[MaskEncoding] = "onehot"
     """One channel a class; a learned embedding of the class; or the label number in one channel, as label / 255
     (Konz et al.) or 2 * label / 255 - 1 (the paper's code)."""
-    mask_embedding_dim: int = 8
-    soft_masks: bool = False
+    mask_embedding_dim: Result[int] = 8
+    soft_masks: Result[bool] = False
     """Mix the two classes of pixels at borders by their shares; for sets with `prepare.soft_edge`."""
-    class_conditioning: bool = True
+    class_conditioning: Result[bool] = True
     """Tell the net the modality and the axis."""
-    attention: AttentionBackend = "auto"
-    kernels: Kernels = "auto"
+    attention: Resumable[AttentionBackend] = "auto"
+    kernels: Resumable[Kernels] = "auto"
     """What computes the net: Triton's fused kernels, which need a GPU, or torch, through diffusers' own modules. auto:
     the kernels where they run. The weights are the same."""
 
@@ -109,41 +110,41 @@ class DiffusionConfig:
     formulas and sources.
     """
 
-    objective: Objective = "ddpm"
+    objective: Result[Objective] = "ddpm"
     """ddpm: timesteps of a schedule, and a prediction_type (Ho et al. 2020). edm: continuous noise levels and EDM's
     preconditioning (Karras et al. 2022). flow: rectified flow (Liu et al. 2022). The last two draw ln sigma from
     `lognormal`, and have a prediction of their own: prediction_type and the schedule are not used."""
-    sigma_data: float | None = None
+    sigma_data: Result[float | None] = None
     """Standard deviation of the images in [-1, 1], for objective edm; null: measured on the training slices."""
-    num_train_timesteps: int = 1000
-    beta_schedule: BetaSchedule = "linear"
-    prediction_type: PredictionType = "epsilon"
-    zero_terminal_snr: bool = False
+    num_train_timesteps: Result[int] = 1000
+    beta_schedule: Result[BetaSchedule] = "linear"
+    prediction_type: Result[PredictionType] = "epsilon"
+    zero_terminal_snr: Result[bool] = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024)."""
-    snr_shift: float = 1.0
+    snr_shift: Result[float] = 1.0
     """Multiply the signal-to-noise ratio by its square. For images of another size than the schedule was made for:
     that size / the images' (Hoogeboom et al. 2023), so 0.25 takes a schedule from 64 to 256 pixels."""
-    timestep_sampling: Literal["uniform", "lognormal"] = "uniform"
+    timestep_sampling: Result[Literal["uniform", "lognormal"]] = "uniform"
     """lognormal: the noise level's logarithm is drawn from a normal distribution (Karras et al. 2022)."""
-    lognormal: tuple[float, float] = (-1.2, 1.2)
+    lognormal: Result[tuple[float, float]] = (-1.2, 1.2)
     """Mean and standard deviation of ln sigma (P_mean and P_std); for flow, of the logit of t. The defaults are Karras
     et al.'s; Esser et al. 2024 use 0 and 1 for flow."""
-    loss_weighting: LossWeighting = "none"
-    min_snr_gamma: float = 5.0
+    loss_weighting: Result[LossWeighting] = "none"
+    min_snr_gamma: Result[float] = 5.0
     """Hang et al.'s."""
-    edm_sigma_data: float = 0.5
+    edm_sigma_data: Result[float] = 0.5
     """Standard deviation of the images in [-1, 1] in loss_weighting edm. Karras et al.'s."""
-    mask_dropout: float = 0.0
+    mask_dropout: Result[float] = 0.0
     """Probability that a sample is shown without its mask: guidance that removes the mask needs it."""
-    class_dropout: float = 0.0
+    class_dropout: Result[float] = 0.0
     """Likewise without modality and axis."""
-    joint_dropout: float = 0.0
+    joint_dropout: Result[float] = 0.0
     """Likewise without either."""
-    organ_dropout: float = 0.0
+    organ_dropout: Result[float] = 0.0
     """Probability that a sample is ablated: its mask then loses each organ with probability 0.5 (Konz et al. 2024)."""
-    dice_weight: float = 0.0
+    dice_weight: Result[float] = 0.0
     """Weight of 1 - Dice between the mask and what the segmenter sees in the predicted x_0; 0 leaves it out."""
-    dice_segmenter: str | None = None
+    dice_segmenter: Result[str | None] = None
     """The segmenter's weights: the folder RUN/segmenter/weights of `segdiff train-segmenter`."""
 
     def problems(self) -> list[Problem]:
@@ -201,15 +202,15 @@ class DiffusionConfig:
 class ValidationConfig:
     """What is measured and drawn every `train.validate_every_images`. Nothing here changes what is trained."""
 
-    num_images: int = 64
+    num_images: Result[int] = 64
     """Slices in the validation loss. More make it less noisy, and dearer."""
-    num_pictures: int = 8
+    num_pictures: Result[int] = 8
     """Masks of the sample grid; 0 draws none."""
-    num_steps: int = 25
+    num_steps: Result[int] = 25
     """DDIM steps of a picture, with trailing timesteps, or on Karras et al.'s grid for objective edm."""
-    batch_size: int = 16
+    batch_size: Execution[int] = 16
     """Images a rank takes through the net at once."""
-    seed: int = 0
+    seed: Result[int] = 0
     """Of slices, noise and timesteps. Keep it to compare runs."""
 
     def problems(self, diffusion: DiffusionConfig) -> list[Problem]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.documents import read_json, reading
 from data_shards.problems import InputProblems, Problem
+from data_shards.settings import RecordedOtherwise, Result, ResultWhereSet
 from segdiff_dist.denoising.config import DiffusionConfig, GuidanceRemoves, Objective, TimestepSpacing
 
 if TYPE_CHECKING:
@@ -27,49 +28,49 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SamplerConfig:
     """How noise becomes an image. The defaults are the paper's code: 50 leading DDIM steps, x_0 clipped to [-1, 1]."""
 
-    preset: Literal["paper", "fast", "best"] = "paper"
+    preset: RecordedOtherwise[Literal["paper", "fast", "best"]] = "paper"
     """What solver, num_steps and timestep_spacing are where they are null: the paper's; the cheapest as good as 50 DDIM
     steps; the one that errs least. Where the net has no timesteps, the spacing is karras for edm, trailing for flow."""
-    solver: Solver | None = None
+    solver: Result[Solver | None] = None
     """DDIM (Song et al. 2020), DPM-Solver++(2M) (Lu et al. 2022), UniPC (Zhao et al. 2023), or
     Heun (Karras et al. 2022), which goes through the net twice a step."""
-    num_steps: int | None = None
-    timestep_spacing: TimestepSpacing | None = None
+    num_steps: Result[int | None] = None
+    timestep_spacing: Result[TimestepSpacing | None] = None
     """leading, trailing, linspace: timesteps (Lin et al. 2024), or the t of flow. karras, log_snr: noise levels from
     sigma_max to sigma_min (Karras et al. 2022, eq. 5; evenly spaced logarithms)."""
-    sigma_min: float | None = None
+    sigma_min: ResultWhereSet[float | None] = None
     """Of karras and log_snr; null: 0.01, one grey value, or the lowest level of training."""
-    sigma_max: float | None = None
+    sigma_max: ResultWhereSet[float | None] = None
     """Likewise; null: 80 / diffusion.snr_shift, or the highest level of training."""
-    rho: float = 7.0
+    rho: ResultWhereSet[float] = 7.0
     """Of karras: more gives more of the steps to low noise."""
-    eta: float = 0.0
+    eta: Result[float] = 0.0
     """DDIM alone: 0 adds no noise on the way, 1 as much as DDPM."""
-    churn: float = 0.0
+    churn: ResultWhereSet[float] = 0.0
     """Heun alone: S_churn of Karras et al. 2022, algorithm 2; how much noise is put back, over all steps. 0 is none."""
-    churn_interval: tuple[float, float] = (0.05, 50.0)
+    churn_interval: ResultWhereSet[tuple[float, float]] = (0.05, 50.0)
     """The noise levels at which it is (S_tmin, S_tmax)."""
-    churn_noise: float = 1.0
+    churn_noise: ResultWhereSet[float] = 1.0
     """Its standard deviation (S_noise)."""
-    clip_sample: bool = True
+    clip_sample: Result[bool] = True
     """Bound each predicted x_0 to [-1, 1]."""
-    dynamic_threshold: float = 0.0
+    dynamic_threshold: Result[float] = 0.0
     """Or to this quantile of its absolute values where that is above 1, and divide by it (Saharia et al. 2022), for
     strong guidance: 0.995, say. 0 is off."""
-    guidance: float = 1.0
+    guidance: Result[float] = 1.0
     """Classifier-free guidance (Ho and Salimans 2022); 1 is none, and more follows the conditions more closely."""
-    guidance_removes: GuidanceRemoves = "mask"
+    guidance_removes: Result[GuidanceRemoves] = "mask"
     """What the prediction that is moved away from is not told. Training must have dropped the same."""
-    guidance_weights: str | None = None
+    guidance_weights: ResultWhereSet[str | None] = None
     """Autoguidance (Karras et al. 2024): moved away from is the prediction of a weaker version of the net with the same
     conditions, in place of guidance_removes. A folder beside the weights: one of `segdiff average` early in the run."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: ResultWhereSet[tuple[float, float] | None] = None
     """The noise levels sigma above the first and up to the second at which guidance acts (Kynkaanniemi et al. 2024);
     null: all. Elsewhere a step costs one pass."""
-    segmenter_guidance: float = 0.0
+    segmenter_guidance: Result[float] = 0.0
     """How far each predicted x_0 is moved to where a segmenter finds the mask in it, in grey values of [-1, 1]; 0 is
     off."""
-    guidance_segmenter: str | None = None
+    guidance_segmenter: Result[str | None] = None
     """The segmenter's weights: the folder RUN/segmenter/weights. Judge the images by another one."""
 
     def resolved(self, objective: Objective = "ddpm") -> SamplerConfig:

@@ -6,25 +6,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_shards.problems import Problem
+from data_shards.settings import Result
 
 
 @dataclass(frozen=True)
 class DownstreamConfig:
     """Segmenters on real, on generated and on both kinds of images. Network and training are those of `segmenter`."""
 
-    real_fractions: tuple[float, ...] = (0.25, 0.5, 1.0)
+    real_fractions: Result[tuple[float, ...]] = (0.25, 0.5, 1.0)
     """Shares of the training patients of each modality whose slices are used, alone and together with the generated
     images. A smaller share's patients are among a larger one's."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Result[tuple[int, ...]] = (0, 1, 2)
     """Every training is made with each of them: another choice of patients, other weights to begin with, another order
     of the images."""
-    num_masks: int | None = None
+    num_masks: Result[int | None] = None
     """Masks of the train split that generated images are made from; null: all of them."""
-    images_per_mask: int = 1
+    images_per_mask: Result[int] = 1
     """Generated images of each mask."""
-    num_images: int | None = None
+    num_images: Result[int | None] = None
     """Images every training sees, with repetitions; null: segmenter.train.num_images."""
-    split: Literal["val", "test"] | None = None
+    split: Result[Literal["val", "test"] | None] = None
     """Whose real slices are the test; null: the split that the evaluated samples' masks are from. Where it is val, no
     training looks at it to choose its weights, and those of its end are tested."""
 

@@ -25,9 +25,10 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.files import write_atomic
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
+from data_shards.settings import identity
 from data_shards.store.set_index import read_index
 from data_shards.store.shards import ShardSet
-from segdiff_dist.config import as_dict, differences
+from segdiff_dist.config import differences
 from segdiff_dist.downstream.arms import trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.summary import summarise
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 FOLDER, SUMMARY = "downstream", "summary.json"
 _SAMPLES, _GENERATED, _TRAININGS, _SETTINGS = "samples", "generated", "trainings", "settings.json"
-# Of the sections: what changes no training. More shares and seeds only add to what is there.
-_FREE = ("num_threads", "prefetch_batches", "cache_dir", "cache_gib", "validation_batch_size", "device")
 
 
 class DownstreamFailed(WorkFailed):
@@ -179,17 +178,16 @@ def _problems(made: Downstream, size: int) -> Iterator[Problem]:
 
 
 def _settings(made: Downstream) -> dict[str, Any]:
-    """What every training depends on, beside its set of patients and its seed."""
-    sections = {"segmenter": as_dict(made.segmenter), "loader": as_dict(made.loader)}
-    kept = {
-        name: {key: value for key, value in section.items() if key not in _FREE} for name, section in sections.items()
-    }
-    kept["segmenter"]["train"] = {k: v for k, v in kept["segmenter"]["train"].items() if k not in (*_FREE, "seed")}
+    """What every training depends on, beside its set of patients and its seed. More shares and seeds only add to what
+    is there."""
+    segmenter = identity(made.segmenter)
+    del segmenter["train"]["seed"]
     return json.loads(
         json.dumps(
             {
-                **kept,
-                "sample": made.sample.of_the_job(made.diffusion.objective),
+                "segmenter": segmenter,
+                "loader": identity(made.loader),
+                "sample": made.sample.result_settings(made.diffusion.objective),
                 "weights_digest": weights_digest(made.run / "weights" / made.sample.weights),
                 "shards_digest": made.shards.digest,
                 "split": made.split,

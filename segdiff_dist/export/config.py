@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from data_shards.problems import Problem
+from data_shards.settings import Result
 from data_shards.store.codecs import CODECS
 from data_shards.store.set_index import STORES
 
@@ -17,26 +18,26 @@ from data_shards.store.set_index import STORES
 class ExportConfig:
     """What becomes of a run's samples, or of its model."""
 
-    format: Annotated[Literal["nnunet", "nifti", "png", "shards", "pipeline"], tyro.conf.arg(aliases=["--format"])] = (
-        "nnunet"
-    )
+    format: Annotated[
+        Result[Literal["nnunet", "nifti", "png", "shards", "pipeline"]], tyro.conf.arg(aliases=["--format"])
+    ] = "nnunet"
     """nnunet: a raw data set of nnU-Net v2. nifti, png: pairs of files. shards: a set that `segdiff train` reads.
     pipeline: the model itself, as a diffusers folder."""
-    samples: Path | None = None
+    samples: Result[Path | None] = None
     """The folder of the images; null: RUN/samples."""
-    modality: Annotated[Literal["CT", "MR"] | None, tyro.conf.arg(aliases=["--modality"])] = None
+    modality: Annotated[Result[Literal["CT", "MR"] | None], tyro.conf.arg(aliases=["--modality"])] = None
     """Of the images that are written; null: all. An nnU-Net data set has one."""
-    file_ending: Literal[".nii.gz", ".png"] = ".nii.gz"
+    file_ending: Result[Literal[".nii.gz", ".png"]] = ".nii.gz"
     """Of nnU-Net's files: NIfTI with spacing and stored values, or PNG, which has neither."""
-    body_label: bool = False
+    body_label: Result[bool] = False
     """nnunet: keep the class `body`, for nnU-Net to learn; otherwise it is background, as where experts drew organs."""
-    split: Literal["train", "val", "test"] | None = None
+    split: Result[Literal["train", "val", "test"] | None] = None
     """shards: the split they go into; null: their mask's own, so that no patient's anatomy crosses splits."""
-    store: str = "webdataset"
+    store: Result[str] = "webdataset"
     """shards: webdataset or zarr."""
-    codec: str = "raw"
+    codec: Result[str] = "raw"
     """shards: of the tars."""
-    weights: str = "ema"
+    weights: Result[str] = "ema"
     """pipeline: the folder under RUN/weights; ema is the first of train.ema_lengths."""
 
     @property
@@ -58,16 +59,16 @@ class ExportConfig:
 class VolumeConfig:
     """A whole volume from a mask volume. Model, sampler and seed are those of the `sample` section."""
 
-    modality: Annotated[Literal["CT", "MR"], tyro.conf.arg(aliases=["--modality"])] = "CT"
+    modality: Annotated[Result[Literal["CT", "MR"]], tyro.conf.arg(aliases=["--modality"])] = "CT"
     """CT comes out in HU, MR in grey values from 0 to 255."""
-    axis: Annotated[Literal["axial", "coronal", "sagittal"], tyro.conf.arg(aliases=["--axis"])] = "axial"
+    axis: Annotated[Result[Literal["axial", "coronal", "sagittal"]], tyro.conf.arg(aliases=["--axis"])] = "axial"
     """The axis along which slices are made."""
-    noise: Literal["shared", "independent"] = "shared"
+    noise: Result[Literal["shared", "independent"]] = "shared"
     """shared: one noise field for all slices, so that neighbours with like masks look alike."""
-    body_image: Path | None = None
+    body_image: Result[Path | None] = None
     """An image of `modality` on the mask's voxels, in which the patient's outline is found (class `body`) as `prepare`
     finds it, for masks that hold organs alone. null: the mask says it all."""
-    probe_slices: int = 8
+    probe_slices: Result[int] = 8
     """How many neighbouring slices are also made with the other noise, to say what sharing does; 0 leaves that out."""
 
     def problems(self) -> list[Problem]:

@@ -123,7 +123,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         "guidance_segmenter_sha256": guidance_digest(config.sampler),
         "region_size": config.region_size,
         "diffusion": diffusion.process,
-        "sample": config.of_the_job(diffusion.objective),
+        "sample": config.result_settings(diffusion.objective),
     }
     if config.sampler.guidance_weights is not None:
         about["guidance_weights_digest"] = _weaker_digest(weights, trained, config.sampler.guidance_weights)

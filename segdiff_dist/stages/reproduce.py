@@ -24,6 +24,7 @@ from data_shards.fan_out import ray_session
 from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse
+from data_shards.settings import identity
 from data_shards.store.set_index import file_sha256
 from segdiff_dist.config import as_dict, to_yaml
 from segdiff_dist.evaluation.measure.saved import read_summary
@@ -40,8 +41,6 @@ from segdiff_dist.stages.train_segmenter import TrainSegmenter
 from segdiff_dist.tracking.tracker import Tracker
 
 _MEASURED = "measured.json"
-# Of the evaluate section: what changes no number, and where the segmenter is stored, whose digest is compared.
-_NOT_MEASURED = ("num_workers", "batch_size", "device", "ray_address", "segmenter")
 
 
 class StepFailed(WorkFailed):
@@ -124,13 +123,14 @@ def _run(stage: type[ConfiguredStage], experiment: Experiment) -> Result:
 def evaluate_once(column: Experiment) -> None:
     """`segdiff evaluate`, unless the same samples were measured before with the same segmenter and settings, and what
     that left is still there: `segdiff evaluate --run` by hand may have put other figures in its place."""
-    from segdiff_dist.sampling.store import SampleStore, identity
+    from segdiff_dist.sampling.store import SampleStore
+    from segdiff_dist.sampling.store import identity as identity_of_samples
 
     folder = column.path("run") / "evaluation"
     assert column.evaluate.segmenter is not None
     of = {
-        "evaluate": {k: v for k, v in as_dict(column)["evaluate"].items() if k not in _NOT_MEASURED},
-        "samples": identity(SampleStore.open(column.path("run") / "samples").job),
+        "evaluate": identity(column.evaluate),
+        "samples": identity_of_samples(SampleStore.open(column.path("run") / "samples").job),
         "segmenter": file_sha256(column.evaluate.segmenter / "model.safetensors"),
     }
     mark, summary, report = folder / _MEASURED, folder / "summary.json", folder / "report.html"

@@ -9,6 +9,7 @@ import tyro
 
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
+from data_shards.settings import Execution
 from segdiff_dist.tracking.records import MODEL_NAME
 
 
@@ -16,15 +17,15 @@ from segdiff_dist.tracking.records import MODEL_NAME
 class TrackingConfig:
     """Where runs are recorded."""
 
-    experiment: str = "segdiff"
-    enabled: bool = True
-    system_metrics: bool = True
+    experiment: Execution[str] = "segdiff"
+    enabled: Execution[bool] = True
+    system_metrics: Execution[bool] = True
     """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
-    flush_timeout_s: float = 30.0
+    flush_timeout_s: Execution[float] = 30.0
     """How long the end of a stage waits for a slow server. What is then unsent stays in RUN/mlflow_spool."""
-    register: str | None = "segdiff"
+    register: Execution[str | None] = "segdiff"
     """The name in MLflow's model registry under which `segdiff evaluate` enters the model it has judged; null: none."""
-    adopt: Annotated[bool, tyro.conf.arg(aliases=["--adopt"])] = field(default=False, metadata=FROM_A_PERSON)
+    adopt: Annotated[Execution[bool], tyro.conf.arg(aliases=["--adopt"])] = field(default=False, metadata=FROM_A_PERSON)
     """Take over the tracking of a run folder that came from somebody else or from another machine: send what waits in
     it, and go on in its MLflow run."""
 

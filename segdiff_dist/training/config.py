@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_shards.problems import Problem
+from data_shards.settings import Execution, Result, Resumable
 from segdiff_dist.training import ema
 
 
@@ -14,53 +15,53 @@ from segdiff_dist.training import ema
 class TrainConfig:
     """How a network is trained. Everything that happens over time is counted in images, not steps."""
 
-    seed: int = 0
-    num_images: int = 12_800_000
+    seed: Result[int] = 0
+    num_images: Result[int] = 12_800_000
     """Images to train on in all."""
-    global_batch_size: int = 64
-    micro_batch_size: int | Literal["auto"] = 16
+    global_batch_size: Result[int] = 64
+    micro_batch_size: Resumable[int | Literal["auto"]] = 16
     """Images a rank takes through the net at once; accumulation makes up the rest of the global batch. auto: the
     fastest size that fits, tried at the start of the run. The losses do not depend on it."""
-    lr: float = 1e-4
-    lr_decay: Literal["cosine", "constant"] = "cosine"
-    warmup_images: int = 32_000
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    gradient_clip: float = 1.0
+    lr: Result[float] = 1e-4
+    lr_decay: Result[Literal["cosine", "constant"]] = "cosine"
+    warmup_images: Result[int] = 32_000
+    weight_decay: Result[float] = 0.01
+    betas: Result[tuple[float, float]] = (0.9, 0.999)
+    gradient_clip: Result[float] = 1.0
     """Largest gradient norm; 0 leaves gradients as they are."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: int = 1
+    precision: Result[Literal["bf16", "fp32"]] = "bf16"
+    zero_stage: Resumable[int] = 1
     """What DeepSpeed shards over ranks: 0 nothing, 1 optimiser state, 2 gradients too, 3 weights too."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Resumable[Literal["none", "optimizer", "all"]] = "none"
     """What lies in the host's memory instead of the GPU's: fp32 weights and Adam's state (zero_stage 1 to 3), or the
     working weights too (zero_stage 3)."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Resumable[bool] = False
     """Keep only the blocks' inputs and compute the rest again in the backward pass: a third more work, far less
     memory."""
-    compile: bool = False
+    compile: Resumable[bool] = False
     """torch.compile the network. Its gradients are compared with eager's first, and it is refused where they differ."""
-    ema_lengths: tuple[float, ...] = (0.05, 0.1)
+    ema_lengths: Result[tuple[float, ...]] = (0.05, 0.1)
     """Relative widths (sigma_rel) of the averages of the weights that are kept: training/ema.py. The first is what
     validation and, by default, sampling use; `segdiff average` makes any other from the snapshots."""
-    snapshot_every_images: int | None = None
+    snapshot_every_images: Result[int | None] = None
     """Keep the averages of the first checkpoint at or past each multiple of this for `segdiff average`; null keeps
     none."""
-    checkpoint_every_images: int = 256_000
-    keep_checkpoints: int = 3
+    checkpoint_every_images: Result[int] = 256_000
+    keep_checkpoints: Resumable[int] = 3
     """The newest checkpoints to keep."""
-    keep_every_images: int | None = None
+    keep_every_images: Resumable[int | None] = None
     """Also keep the first at or past each multiple of this, for ever. The one with the best weights is always kept."""
-    log_every_images: int = 6_400
-    validate_every_images: int | None = None
+    log_every_images: Result[int] = 6_400
+    validate_every_images: Result[int | None] = None
     """Null: when a checkpoint is written."""
-    spike_factor: float = 10.0
+    spike_factor: Result[float] = 10.0
     """A step whose loss is more than this many times the running mean is skipped, like one whose loss or gradient is no
     number; 0 skips the latter alone."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Resumable[int] = 10
     """The run stops after this many skipped steps in a row."""
-    hang_timeout_s: float = 600.0
+    hang_timeout_s: Resumable[float] = 600.0
     """The run stops when a rank has made no step for so long."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Execution[Literal["auto", "cpu", "cuda"]] = "auto"
 
     def problems(self, section: str, ranks: int = 1) -> list[Problem]:
         """What is out of range, for a run on `ranks` ranks."""
@@ -103,9 +104,9 @@ class TrainConfig:
 class AverageConfig:
     """Which average `segdiff average` makes."""
 
-    length: float = 0.07
+    length: Result[float] = 0.07
     """Its relative width (sigma_rel): segdiff_dist/training/ema.py."""
-    images_seen: int | None = None
+    images_seen: Result[int | None] = None
     """Where it ends; null: at the newest snapshot."""
 
     def problems(self) -> list[Problem]:

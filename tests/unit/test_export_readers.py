@@ -66,7 +66,7 @@ def shards(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for record in slices_of(case, config, None):
         writer.write(record)
     table = {"name": AMOS.name, "names": AMOS.names}
-    writer.finish({"label_table": table, "preprocessing": config.of_the_set()})
+    writer.finish({"label_table": table, "preprocessing": config.result_settings()})
     return out
 
 

@@ -104,7 +104,7 @@ def write_set(folder: Path) -> Path:
         for record in slices_of(case, config, None):
             writer.write(record)
     table = {"name": AMOS.name, "names": AMOS.names}
-    writer.finish({"label_table": table, "preprocessing": config.of_the_set()})
+    writer.finish({"label_table": table, "preprocessing": config.result_settings()})
     return folder / "set"
 
 

@@ -152,8 +152,8 @@ def test_an_entry_that_leads_elsewhere_is_refused(archive, image: str) -> None:
 
 
 def test_the_stated_modality_is_part_of_the_set_and_absent_where_it_is_not_stated() -> None:
-    assert "modality" not in PrepareConfig().of_the_set()
-    assert PrepareConfig(modality="MR").of_the_set()["modality"] == "MR"
+    assert "modality" not in PrepareConfig().result_settings()
+    assert PrepareConfig(modality="MR").result_settings()["modality"] == "MR"
     assert PrepareConfig(modality="PET").problems()[0].field == "modality"
 
 

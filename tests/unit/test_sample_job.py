@@ -169,7 +169,7 @@ def test_nifti_masks_are_turned_and_cut_as_prepare_cuts(tmp_path: Path, archive:
         turned = label.as_reoriented(nib.io_orientation(np.diag([-1, -1, 1, 1])))
         write_nifti(tmp_path / "masks" / f"{case.case_id}.nii.gz", np.asarray(turned.dataobj), turned.affine)
     table = {"name": AMOS.name, "names": AMOS.names}
-    writer.finish({"label_table": table, "preprocessing": config.of_the_set()})
+    writer.finish({"label_table": table, "preprocessing": config.result_settings()})
     shards = ShardSet.open(tmp_path / "set")
     with pytest.warns(UserWarning, match="says where the patient ends"):
         job = folder_job(tmp_path, tmp_path / "set")

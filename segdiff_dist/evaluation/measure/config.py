@@ -10,6 +10,7 @@ import tyro
 
 from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.problems import Problem
+from data_shards.settings import Execution, RecordedOtherwise, Result
 from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
 
@@ -18,35 +19,35 @@ from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
 class EvaluateConfig:
     """What is measured, and on what."""
 
-    segmenter: Path | None = None
+    segmenter: RecordedOtherwise[Path | None] = None
     """Exported weights of the auxiliary segmenter; RUN/segmenter/weights by default."""
-    fid_weights: Literal["download"] | Path | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
+    fid_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
-    lpips_weights: Literal["download"] | Path | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
+    lpips_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
-    frd_images: int = 0
+    frd_images: Result[int] = 0
     """Images on either side whose radiomics features make `frd`, about a second each; 0 leaves it out."""
-    surface_dice: bool = True
+    surface_dice: Result[bool] = True
     """Surface Dice of every organ in every pair of label maps."""
-    distribution_images: int = 5000
+    distribution_images: Result[int] = 5000
     """Of how many images a side and group the features are kept, for kernel distance, precision, recall, density and
     coverage. Frechet distances are of all images."""
-    memorisation: bool = False
+    memorisation: Result[bool] = False
     """Look for training images among the generated ones (at most distribution_images): a pass over the train split."""
-    downstream: Annotated[bool, tyro.conf.arg(aliases=["--downstream"])] = False
+    downstream: Annotated[Result[bool], tyro.conf.arg(aliases=["--downstream"])] = False
     """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones, as the
     `downstream` section says: hours."""
-    most_memorised: float = 0.05
+    most_memorised: Result[float] = 0.05
     """The share of suspects above which a set of samples fails: `segdiff evaluate` then exits with 1."""
-    batch_size: int = 16
-    num_workers: int | None = None
+    batch_size: Execution[int] = 16
+    num_workers: Execution[int | None] = None
     """Ray workers; by default one a GPU, or one a core where there is none."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    bootstrap_samples: int = 1000
+    device: Execution[Literal["auto", "cpu", "cuda"]] = "auto"
+    bootstrap_samples: Result[int] = 1000
     """How often the patients are redrawn for a 95 % interval."""
-    seed: int = 0
+    seed: Result[int] = 0
     """Of the redrawing."""
-    ray_address: str | None = field(default=None, metadata=FROM_A_PERSON)
+    ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """A Ray cluster to join, whose GPUs and cores count then; by default Ray is started on this machine."""
 
     def problems(self) -> list[Problem]:
