@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -58,8 +57,7 @@ class Setting:
         return self.field.default
 
 
-@cache
-def settings_of(section: type) -> tuple[Setting, ...]:
+def settings_of(section: type[Any]) -> tuple[Setting, ...]:
     """The settings of a section, in the order of its fields. TypeError for a field that is not marked."""
     hints = get_type_hints(section, include_extras=True)
     return tuple(_setting(section, one, hints[one.name]) for one in fields(section))
