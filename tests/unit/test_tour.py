@@ -1,4 +1,4 @@
-"""The tour in the README: every line can be pasted, and names the settings it is sized by."""
+"""The tour, in docs/tour.md and in the README: every line can be pasted, and names the settings it is sized by."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from segdiff_dist import cli
 from segdiff_dist.shipped import shipped_names
 
 ROOT = Path(__file__).parents[2]
-TOUR = (ROOT / "README.md").read_text().split("## A tour")[1].split("mlflow ui")[0]
-LINES = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^    (segdiff .*)$", TOUR, re.MULTILINE)]
+
+
+def tour(page: str, heading: str) -> list[list[str]]:
+    """The arguments of each line of the tour that calls segdiff."""
+    text = (ROOT / page).read_text().split(f"{heading}\n")[1].split("mlflow ui")[0]
+    return [shlex.split(line, comments=True)[1:] for line in re.findall(r"^    (segdiff .*)$", text, re.MULTILINE)]
+
+
+LINES = tour("docs/tour.md", "# A tour of the commands")
 
 
 def test_the_tour_has_every_stage() -> None:
-    assert [line[0] for line in LINES if line[0] in ("phantom", "prepare", "train", "sample", "evaluate", "evaluate")]
+    assert {"phantom", "prepare", "train-segmenter", "train", "sample", "evaluate"} <= {line[0] for line in LINES}
     assert len(LINES) > 10
+
+
+def test_the_readme_has_the_same_tour() -> None:
+    assert tour("README.md", "## A tour") == LINES
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line != ["doctor"]], ids=lambda line: line[0])
