@@ -44,7 +44,7 @@ lint: $(STAMP) ## style, spelling, types and the direction of imports
 	$(BIN)/lint-imports
 
 docs: $(STAMP) ## the documentation as a site, into site/; a broken link or reference is an error
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP) ## measure kernels, loader, training and sampling on this machine, into benchmarks/results
 	@for script in kernels/benchmarks/*.py benchmarks/*.py; do \
