@@ -29,15 +29,18 @@ from data_shards.settings import identity
 from data_shards.store.set_index import read_index
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import differences
-from segdiff_dist.downstream.arms import trainings_of
+from segdiff_dist.downstream.arms import Training, trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
+from segdiff_dist.downstream.memory import trainings_problems
 from segdiff_dist.downstream.summary import summarise
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
 from segdiff_dist.evaluation.metrics.sums import Interval
+from segdiff_dist.footprint import segmenter_network
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import crew_of, joined, sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB
 from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.training import memory_plan
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.config import DiffusionConfig
@@ -75,6 +78,11 @@ class Downstream:
         """Of all arms, those that are done included."""
         return len(trainings_of(self.config))
 
+    def missing(self) -> list[Training]:
+        """The trainings that have no scores yet."""
+        done = self.folder / _TRAININGS
+        return [one for one in trainings_of(self.config) if not (done / one.name / SCORES).is_file()]
+
     def make(self) -> dict[str, Any]:
         """Sample, train, test; returns what summary.json holds.
 
@@ -92,8 +100,7 @@ class Downstream:
         generated = _as_shards(samples, self.shards, self.folder / _GENERATED)
         trainings = trainings_of(self.config)
         done = self.folder / _TRAININGS
-        missing = [one for one in trainings if not (done / one.name / SCORES).is_file()]
-        _train(self, generated, missing, len(trainings))
+        _train(self, generated, self.missing(), len(trainings))
         summary = summarise(
             {one: done / one.name / SCORES for one in trainings},
             self.shards,
@@ -121,7 +128,7 @@ def plan(
 
     `sample`: the settings that they were made with, which the new ones get too. Raises InputProblems, all at once:
     settings out of range, a set of another size than the model's images, nothing to train or test on, trainings that
-    were begun with other settings.
+    were begun with other settings, and then trainings that do not fit into memory.
     """
     if "shards" not in evaluated.job:
         value = "made from masks without images"
@@ -153,6 +160,7 @@ def plan(
         interval,
     )
     refuse([*config.problems(), *_problems(made, int(evaluated.image.shape[-1]))])
+    refuse(_memory_problems(made))
     return made
 
 
@@ -175,6 +183,21 @@ def _problems(made: Downstream, size: int) -> Iterator[Problem]:
         for key, was, now in differences(old, new):
             remedy = f"use that value, or remove {made.folder}"
             yield Problem(str(before), key, f"{was!r} there, {now!r} now", remedy)
+
+
+def _memory_problems(made: Downstream) -> list[Problem]:
+    """Of this machine. Where a cluster trains, its machines are not asked."""
+    import torch
+
+    num_missing = len(made.missing())
+    if made.sample.ray_address is not None or not num_missing:
+        return []
+    crew = crew_of(made.sample)
+    num_workers = min(crew.num_workers, num_missing)
+    network = segmenter_network(made.segmenter, made.shards, made.shards.size)
+    capacity = memory_plan.capacity_of(torch.device(crew.device))
+    num_beside = min(crew.num_beside, num_workers)
+    return trainings_problems(network, made.segmenter, capacity, num_workers, num_beside)
 
 
 def _settings(made: Downstream) -> dict[str, Any]:

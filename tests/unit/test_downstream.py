@@ -9,19 +9,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sampling_support import make_here, write_weights
+from sampling_support import DIFFUSION, make_here, write_weights
 from tests_support import write_shapes
 
+from data_shards.feed.config import LoaderConfig
+from data_shards.host_memory import HostMemory
+from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.downstream.arms import Arm, Training, arms_of, patients_of, rows_of, trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
+from segdiff_dist.downstream.job import plan
+from segdiff_dist.downstream.memory import trainings_problems
 from segdiff_dist.downstream.summary import format_downstream, scalars, summarise
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.samples import FinishedSamples
 from segdiff_dist.export.shards import write_shard_set
+from segdiff_dist.footprint import segmenter_network
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.training import memory_plan
+from segdiff_dist.training.memory_plan import Capacity, plan_memory
 
-INTERVAL = Interval(200, 0)
+INTERVAL, GIB = Interval(200, 0), 2**30
 
 
 def training_rows(shards: ShardSet) -> np.ndarray:
@@ -135,6 +145,61 @@ def test_what_a_person_and_a_tracker_read(tmp_path: Path, shapes: Path) -> None:
     assert named["downstream/real_100/dice"] == pytest.approx(0.6)
     assert named["downstream/real_100/CT/dice"] == pytest.approx(0.6)
     assert named["downstream/real_100_and_generated/gain"] == pytest.approx(0.35 / 3)
+
+
+def machine(gib: float, gpu_gib: float | None = None) -> Capacity:
+    host, gpu = (None if size is None else HostMemory(int(size * GIB), int(size * GIB)) for size in (gib, gpu_gib))
+    return Capacity(host, gpu)
+
+
+def test_trainings_that_do_not_fit_at_a_time_are_refused_with_what_would(shapes: Path) -> None:
+    config = SegmenterConfig()
+    network = segmenter_network(config, ShardSet.open(shapes), 256)
+    needed_gib = plan_memory(network, config.train, ranks=1).needed("lone host") / GIB
+    assert trainings_problems(network, config, machine(4 * needed_gib), num_workers=4) == []
+    # The plan is an estimate: a third more than it says is free for each in what is suggested.
+    [found] = trainings_problems(network, config, machine(2.7 * needed_gib), num_workers=4)
+    assert found.field == "segmenter.train.micro_batch_size"
+    assert "4 trainings at a time" in found.value
+    assert found.remedy.startswith("give --evaluate.num-workers 2, ")
+    assert "--segmenter.train.micro-batch-size" in found.remedy
+    [alone] = trainings_problems(network, config, machine(0.5 * needed_gib), num_workers=1)
+    assert "num-workers" not in alone.remedy
+
+
+def test_trainings_share_a_gpu_and_its_machine(shapes: Path) -> None:
+    config = SegmenterConfig()
+    network = segmenter_network(config, ShardSet.open(shapes), 256)
+    plan = plan_memory(network, config.train, ranks=1, on_gpu=True)
+    gpu_gib, host_gib = (plan.needed(where) / GIB for where in ("GPU", "host"))
+    enough = machine(8 * host_gib, 2 * gpu_gib)
+    assert trainings_problems(network, config, enough, num_workers=8, num_beside=2) == []
+    [found] = trainings_problems(network, config, enough, num_workers=16, num_beside=4)
+    assert "the GPU's memory" in found.value
+    [found] = trainings_problems(network, config, machine(4 * host_gib, 8 * gpu_gib), num_workers=8)
+    assert "the host's memory" in found.value
+
+
+def test_an_evaluation_is_refused_before_it_measures(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_weights(tmp_path / "run")
+    store = make_here(run, shapes, split="val", num=2)
+    before = sorted(run.rglob("*"))
+    monkeypatch.setattr(memory_plan, "capacity_of", lambda _: machine(0.2))
+    with pytest.raises(InputProblems, match=r"at a time.*--evaluate.num-workers|memory") as refused:
+        plan(
+            run,
+            store,
+            DownstreamConfig(seeds=(0,)),
+            diffusion=DIFFUSION,
+            sample=SampleConfig(device="cpu", num_workers=2),
+            segmenter=SegmenterConfig(channels=(8, 16, 32)),
+            loader=LoaderConfig(),
+            interval=INTERVAL,
+        )
+    assert [problem.where for problem in refused.value.problems] == ["memory"]
+    assert sorted(run.rglob("*")) == before
 
 
 def test_what_is_out_of_range_is_told_all_at_once() -> None:

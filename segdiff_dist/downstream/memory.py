@@ -1,0 +1,52 @@
+"""Whether the segmenters that are trained at the same time fit into this machine's memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from data_shards.host_memory import HostMemory
+from data_shards.problems import Problem
+from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.training.memory_plan import HIGH, Capacity, Network, memory_problems, plan_memory
+
+_SECTION = "segmenter.train"
+
+
+def share_of(capacity: Capacity, num_workers: int, num_beside: int) -> Capacity:
+    """What one of `num_workers` trainings may use, `num_beside` of which share a GPU."""
+    return Capacity(_part(capacity.host, num_workers), _part(capacity.gpu, num_beside))
+
+
+def trainings_problems(
+    network: Network, config: SegmenterConfig, capacity: Capacity, num_workers: int, num_beside: int = 1
+) -> list[Problem]:
+    """What cannot fit, with the settings that would. `capacity`: of the machine with the trainings; see share_of."""
+    found = memory_problems(
+        _SECTION,
+        network,
+        config.train,
+        share_of(capacity, num_workers, num_beside),
+        multiple_of=config.dice_group,
+    )
+    return [_with_fewer(one, network, config, capacity, num_workers, num_beside) for one in found]
+
+
+def _with_fewer(
+    found: Problem, network: Network, config: SegmenterConfig, capacity: Capacity, num_workers: int, num_beside: int
+) -> Problem:
+    """The problem with the number of trainings, and with the largest that would fit."""
+    if num_workers == 1:
+        return found
+    plan = plan_memory(network, config.train, ranks=1, on_gpu=capacity.gpu is not None)
+    num_gpus = max(1, num_workers // num_beside)
+    fitting = (
+        n for n in range(num_workers - 1, 0, -1) if share_of(capacity, n, -(-n // num_gpus)).lacks(plan, HIGH) is None
+    )
+    remedy = found.remedy
+    if fewer := next(fitting, None):
+        remedy = f"give --evaluate.num-workers {fewer}, so that no more are trained at a time, or {remedy}"
+    return replace(found, value=f"{found.value}, {num_workers} trainings at a time", remedy=remedy)
+
+
+def _part(memory: HostMemory | None, num: int) -> HostMemory | None:
+    return None if memory is None else HostMemory(memory.total // num, memory.available // num)
