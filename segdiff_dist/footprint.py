@@ -1,4 +1,4 @@
-"""What the two networks of an experiment take of memory and time: how to build each, and what to feed it, as shapes."""
+"""What the denoiser takes of memory and time: how to build it, and what to feed it, as shapes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from segdiff_dist.attention import set_attention
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.experiment import load_experiment
-from segdiff_dist.segmentation import SegmenterNet
-from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.shipped import shipped_config
 from segdiff_dist.training.memory_plan import Network, SmallConfig, on_meta
 
@@ -38,15 +36,6 @@ def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device
         return (on_meta(images, 1, side, side), numbers, mask, numbers, *edge)
 
     return Network(make, inputs)
-
-
-def segmenter_network(config: SegmenterConfig, shards: ShardSet, side: int) -> Network:
-    """The segmenter for slices of `side` pixels."""
-
-    def inputs(images: int) -> tuple[torch.Tensor, ...]:
-        return on_meta(images, side, side, dtype=torch.uint8), on_meta(images, dtype=torch.int64)
-
-    return Network(lambda: SegmenterNet(config, shards.label_table.num_classes), inputs)
 
 
 def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:

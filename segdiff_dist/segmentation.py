@@ -30,6 +30,7 @@ from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
 from segdiff_dist.segmentation_config import NORM_GROUPS, SegmenterConfig
+from segdiff_dist.training.memory_plan import Network, on_meta
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 
 if TYPE_CHECKING:
@@ -256,3 +257,12 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
     }
     write_atomic(folder / _ABOUT, json.dumps(about, indent=2) + "\n")
     write_digests(folder, (_WEIGHTS, _ABOUT))
+
+
+def segmenter_network(config: SegmenterConfig, shards: ShardSet, side: int) -> Network:
+    """The segmenter for slices of `side` pixels, for estimates of memory and time."""
+
+    def inputs(images: int) -> tuple[torch.Tensor, ...]:
+        return on_meta(images, side, side, dtype=torch.uint8), on_meta(images, dtype=torch.int64)
+
+    return Network(lambda: SegmenterNet(config, shards.label_table.num_classes), inputs)

@@ -35,10 +35,10 @@ from segdiff_dist.downstream.memory import trainings_problems
 from segdiff_dist.downstream.summary import summarise
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
 from segdiff_dist.evaluation.metrics.sums import Interval
-from segdiff_dist.footprint import segmenter_network
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import crew_of, joined, sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB
+from segdiff_dist.segmentation import segmenter_network
 from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training import memory_plan
 

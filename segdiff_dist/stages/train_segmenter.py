@@ -39,8 +39,7 @@ class TrainSegmenter(ConfiguredStage):
     def check(self) -> Plan:
         """Opens the set."""
         from data_shards.feed.mixing import mix_groups
-        from segdiff_dist.footprint import segmenter_network
-        from segdiff_dist.segmentation import SegmenterTask
+        from segdiff_dist.segmentation import SegmenterTask, segmenter_network
         from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
 
         experiment, config, loader = self.experiment, self.segmenter, self.loader

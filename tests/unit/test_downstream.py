@@ -25,8 +25,8 @@ from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.samples import FinishedSamples
 from segdiff_dist.export.shards import write_shard_set
-from segdiff_dist.footprint import segmenter_network
 from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.segmentation import segmenter_network
 from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training import memory_plan
 from segdiff_dist.training.memory_plan import Capacity, plan_memory

@@ -15,7 +15,8 @@ from data_shards.host_memory import HostMemory
 from data_shards.labels import LabelTable
 from segdiff_dist import cli
 from segdiff_dist.denoising.config import DenoiserConfig
-from segdiff_dist.footprint import denoiser_network, segmenter_network, small_config
+from segdiff_dist.footprint import denoiser_network, small_config
+from segdiff_dist.segmentation import segmenter_network
 from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training import memory_plan
 from segdiff_dist.training.config import TrainConfig
