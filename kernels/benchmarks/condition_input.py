@@ -1,7 +1,6 @@
-"""A batch's input and target from pixels and labels: ours, torch as training does it without kernels, and compiled.
+"""A batch's noised input and target from pixels: ours, torch as training does it without kernels, and compiled.
 
-256x256, 17 classes, bf16: x_t alone, as label_conv_in takes it, beside the one-hot channels, and with a noise level for
-each sample.
+256x256, from 8 and 16 bits by a schedule, and with a noise level for each sample.
 """
 
 from __future__ import annotations
@@ -13,37 +12,28 @@ import torch
 from _bench import DEVICE, Case
 from torch import Tensor
 
-from segdiff_kernels.condition_input import condition_input, condition_input_reference, num_channels
-
-NUM_CLASSES = 17
+from segdiff_kernels.condition_input import condition_input, condition_input_reference
 
 
 def cases(batch: int, size: int) -> list[Case]:
-    """Each encoding, x_t from 16 bits, and EDM's levels."""
+    """From 8 bits, from 16, and EDM's levels."""
     return [
-        _case(batch, size, "none", torch.uint8),
-        _case(batch, size, "onehot", torch.uint8),
-        _case(batch, size, "scalar_255", torch.uint8),
-        _case(batch, size, "none", torch.uint16),
-        _case(batch, size, "none", torch.uint8, by_levels=True),
+        _case(batch, size, torch.uint8),
+        _case(batch, size, torch.uint16),
+        _case(batch, size, torch.uint8, by_levels=True),
     ]
 
 
-def _case(batch: int, size: int, mask_encoding: Any, grey: torch.dtype, by_levels: bool = False) -> Case:
-    def inputs() -> tuple[Any, ...]:
-        shape = (batch, size, size)
-        image_BHW = torch.randint(0, torch.iinfo(grey).max + 1, shape, device=DEVICE).to(grey)
-        mask_BHW = torch.randint(0, NUM_CLASSES, shape, device=DEVICE, dtype=torch.uint8)
+def _case(batch: int, size: int, grey: torch.dtype, by_levels: bool = False) -> Case:
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        image_BHW = torch.randint(0, torch.iinfo(grey).max + 1, (batch, size, size), device=DEVICE).to(grey)
         position_B = torch.randint(0, 2**40, (batch,), device=DEVICE)
         noise = _edm_levels(batch) if by_levels else torch.linspace(0.999, 0.001, 1000, device=DEVICE)
-        return image_BHW, mask_BHW, position_B, noise
+        return image_BHW, position_B, noise
 
-    about: dict[str, Any] = {"seed": 0, "prediction_type": "v", "num_classes": NUM_CLASSES}
-
-    def call(function: Any, image_BHW: Tensor, mask_BHW: Tensor, position_B: Tensor, noise: Tensor) -> Any:
+    def call(function: Any, image_BHW: Tensor, position_B: Tensor, noise: Tensor) -> Any:
         alphas_cumprod_T, levels_B4 = (None, noise) if by_levels else (noise, None)
-        given = (image_BHW, mask_BHW, position_B, alphas_cumprod_T)
-        return function(*given, levels_B4=levels_B4, mask_encoding=mask_encoding, **about)[:3]
+        return function(image_BHW, position_B, alphas_cumprod_T, seed=0, prediction_type="v", levels_B4=levels_B4)
 
     def ours(*tensors: Tensor) -> Any:
         return call(condition_input, *tensors)
@@ -55,10 +45,8 @@ def _case(batch: int, size: int, mask_encoding: Any, grey: torch.dtype, by_level
     if DEVICE.type == "cuda" and grey == torch.uint8:  # inductor knows little of uint16; a toy is not worth it
         contenders["torch.compile"] = torch.compile(reference)
     contenders["torch"] = reference
-    read = grey.itemsize + (mask_encoding != "none")
-    written = 2 * num_channels(mask_encoding, NUM_CLASSES) + 4
-    name = f"B={batch} {size}x{size} {mask_encoding} from {8 * grey.itemsize} bits{' by levels' if by_levels else ''}"
-    return Case(name, batch * size**2 * (read + written), inputs, contenders)
+    name = f"B={batch} {size}x{size} from {8 * grey.itemsize} bits{' by levels' if by_levels else ''}"
+    return Case(name, batch * size**2 * (grey.itemsize + 8), inputs, contenders)
 
 
 def _edm_levels(batch: int) -> Tensor:

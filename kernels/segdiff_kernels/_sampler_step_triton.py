@@ -16,14 +16,12 @@ from segdiff_kernels.sampler_step import BLOCK, StepCoefficients
 def sampler_step_kernel(  # type: ignore[no-untyped-def]
     x_t_ptr,
     prediction_ptr,
-    unconditional_ptr,
     noise_ptr,
     previous_x0_ptr,
     limit_ptr,
     x_prev_ptr,
     x0_ptr,
     numel,
-    guidance,
     x0_from_x,
     x0_from_prediction,
     prev_from_x,
@@ -40,9 +38,6 @@ def sampler_step_kernel(  # type: ignore[no-untyped-def]
     at = sample.to(tl.int64) * numel + index
     x_t = tl.load(x_t_ptr + at, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(prediction_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if unconditional_ptr is not None:
-        unconditional = tl.load(unconditional_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        p = unconditional + guidance * (p - unconditional)
     x0 = x0_from_x * x_t + x0_from_prediction * p
     if limit_ptr is not None:
         limit = tl.load(limit_ptr + sample)
@@ -59,9 +54,7 @@ def sampler_step_kernel(  # type: ignore[no-untyped-def]
         tl.store(x0_ptr + at, x0.to(x0_ptr.dtype.element_ty), mask=inside)
 
 
-def launch(
-    inputs: Sequence[Tensor | None], coefficients: Sequence[float], guidance: float, outputs: tuple[Tensor, Tensor]
-) -> None:
+def launch(inputs: Sequence[Tensor | None], coefficients: Sequence[float], outputs: tuple[Tensor, Tensor]) -> None:
     """Fills x_prev and, if it has elements, x0; see segdiff_kernels.sampler_step."""
     x_prev, x0 = outputs
     batch = x_prev.shape[0]
@@ -73,7 +66,6 @@ def launch(
         x_prev,
         x0 if x0.numel() else None,
         numel,
-        guidance,
         *coefficients,
         BLOCK=BLOCK,
     )
@@ -81,11 +73,10 @@ def launch(
 
 def compile_cases() -> list[CompileCase]:
     """DDIM, with everything that it may be given, and the second-order step; x_t float32, predictions bfloat16."""
-    coefficients = dict.fromkeys(("guidance", *StepCoefficients._fields), "fp32")
+    coefficients = dict.fromkeys(StepCoefficients._fields, "fp32")
     pointers = {
         "x_t_ptr": "*fp32",
         "prediction_ptr": "*bf16",
-        "unconditional_ptr": "*bf16",
         "noise_ptr": "*fp32",
         "previous_x0_ptr": "*fp32",
         "limit_ptr": "*fp32",
@@ -93,9 +84,9 @@ def compile_cases() -> list[CompileCase]:
         "x0_ptr": "*fp32",
     }
     absent = {
-        "ddim": ("unconditional_ptr", "noise_ptr", "previous_x0_ptr", "x0_ptr"),
-        "ddim guided eta": ("previous_x0_ptr", "x0_ptr"),
-        "multistep": ("unconditional_ptr", "noise_ptr"),
+        "ddim": ("noise_ptr", "previous_x0_ptr", "x0_ptr"),
+        "ddim eta": ("previous_x0_ptr", "x0_ptr"),
+        "multistep": ("noise_ptr",),
     }
     return [
         CompileCase(

@@ -1,14 +1,14 @@
-"""One step of a sampler in one pass: guidance, predicted image, clipping, and the update, DDIM's or DPM-Solver++'s.
+"""One step of a sampler in one pass: predicted image, clipping, and the update, DDIM's or DPM-Solver++'s.
 
 Both are, with numbers known before sampling begins,
 
-    p      = p_unconditional + g (p_conditional - p_unconditional)
     x0     = threshold(A x_t + B p)
     x_prev = C x_t + D p + E x0 + F x0 of the step before + G noise
 
 so one kernel reads each tensor once and writes x_prev, and x0 where the next step wants it. What the net predicts and
-which solver it is decide A to G alone, which are derived here in float64. What it predicts may be any combination of
-x_t and x_0 (LinearPrediction), EDM's and rectified flow's too.
+which solver it is decide A to G alone, which are derived here in float64, from noising.py's equations. The prediction p
+is the guided one where there is guidance. It may be any combination of x_t and x_0 (LinearPrediction), EDM's and
+rectified flow's too.
 
 a is alphas_cumprod, alpha = sqrt(a), sigma = sqrt(1 - a). Dimensions: B batch, C channels, H rows, W columns, T
 training timesteps.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from segdiff_kernels.checks import FLOATS, check_dtype, check_same_device, check_shape, refuse
 from segdiff_kernels.dense import check_can_run, check_same_dense
+from segdiff_kernels.noising import LinearPrediction, Meaning, Prediction, meaning
 
 _NAME = "sampler_step"
 # A program's elements: 16 a thread.
@@ -43,24 +44,6 @@ class StepCoefficients(NamedTuple):
     prev_from_x0: float
     prev_from_previous_x0: float
     prev_from_noise: float
-
-
-class LinearPrediction(NamedTuple):
-    """What a net predicts at one noise level: x_0 = x0_from_x x_t + x0_from_prediction p.
-
-    x_t is in variance-preserving form, sqrt(a) x_0 + sqrt(1 - a) noise. The same mixture at another scale is a multiple
-    of it, so the two numbers serve every objective that is linear in x_0 and noise:
-
-        EDM (Karras et al. 2022, eq. 7)         a = 1 / (1 + sigma^2): c_skip / sqrt(a) and c_out
-        rectified flow (Liu et al. 2022)        a = ((1 - t) / n)^2, n = sqrt((1 - t)^2 + t^2): n and -t
-    """
-
-    x0_from_x: float
-    x0_from_prediction: float
-
-
-# "epsilon", "v", "x0", or what the prediction means at this step.
-Prediction = str | LinearPrediction
 
 
 def ddim_coefficients(a_t: float, a_prev: float, prediction_type: Prediction, eta: float = 0.0) -> StepCoefficients:
@@ -130,25 +113,22 @@ def ddim_step(
     prediction_BCHW: Tensor,
     coefficients: StepCoefficients,
     noise_BCHW: Tensor | None = None,
-    unconditional_BCHW: Tensor | None = None,
-    guidance: float = 1.0,
     limit_B: Tensor | None = None,
 ) -> Tensor:
     """x_prev, in the dtype of x_t; computed in float32.
 
-    noise is needed where eta > 0. `guidance` moves from `unconditional` to `prediction` and past it (Ho and Salimans
-    2022), 1 being the prediction. limit, float32 and positive: the predicted image is clamped to [-limit, limit] and
+    noise is needed where eta > 0. limit, float32 and positive: the predicted image is clamped to [-limit, limit] and
     divided by it (dynamic_limit); ones are plain clipping, None is neither. The tensors are float32, bfloat16 or
-    float16 and lie in one order (contiguous or channels-last). No gradient. Raises ValueError for anything else, and
-    where Triton cannot run.
+    float16 and have one memory order (contiguous or channels-last). No gradient. Raises ValueError for anything else,
+    and where Triton cannot run.
     """
     if (noise_BCHW is None) != (coefficients.prev_from_noise == 0.0):
         wanted = "None, as eta is 0" if noise_BCHW is not None else "a tensor, as eta is above 0"
         raise refuse(_NAME, "noise", "None" if noise_BCHW is None else "a tensor", wanted)
     if coefficients.prev_from_previous_x0 != 0.0:
         raise refuse(_NAME, "coefficients", "those of a second-order step", "them to multistep_step")
-    operands = {"unconditional": unconditional_BCHW, "noise": noise_BCHW, "previous_x0": None}
-    return _step(x_t_BCHW, prediction_BCHW, coefficients, operands, guidance, limit_B, want_x0=False)[0]
+    operands = {"noise": noise_BCHW, "previous_x0": None}
+    return _step(x_t_BCHW, prediction_BCHW, coefficients, operands, limit_B, want_x0=False)[0]
 
 
 def multistep_step(
@@ -156,8 +136,6 @@ def multistep_step(
     prediction_BCHW: Tensor,
     previous_x0_BCHW: Tensor | None,
     coefficients: StepCoefficients,
-    unconditional_BCHW: Tensor | None = None,
-    guidance: float = 1.0,
     limit_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_prev and the predicted image, which is the next call's previous_x0; the rest as ddim_step.
@@ -170,8 +148,8 @@ def multistep_step(
     if coefficients.prev_from_noise != 0.0:
         raise refuse(_NAME, "coefficients", "those of a step with noise", "them to ddim_step")
     previous = None if first_order else previous_x0_BCHW
-    operands = {"unconditional": unconditional_BCHW, "noise": None, "previous_x0": previous}
-    return _step(x_t_BCHW, prediction_BCHW, coefficients, operands, guidance, limit_B, want_x0=True)
+    operands = {"noise": None, "previous_x0": previous}
+    return _step(x_t_BCHW, prediction_BCHW, coefficients, operands, limit_B, want_x0=True)
 
 
 def sampler_step_reference(
@@ -180,15 +158,10 @@ def sampler_step_reference(
     coefficients: StepCoefficients,
     previous_x0_BCHW: Tensor | None = None,
     noise_BCHW: Tensor | None = None,
-    unconditional_BCHW: Tensor | None = None,
-    guidance: float = 1.0,
     limit_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_prev and x0 of either step in torch, in the widest dtype given."""
-    c = coefficients
-    p = prediction_BCHW
-    if unconditional_BCHW is not None:
-        p = unconditional_BCHW + guidance * (p - unconditional_BCHW)
+    c, p = coefficients, prediction_BCHW
     x0 = c.x0_from_x * x_t_BCHW + c.x0_from_prediction * p
     if limit_B is not None:
         s_B111 = limit_B[:, None, None, None]
@@ -202,12 +175,7 @@ def sampler_step_reference(
 
 
 def dynamic_limit(
-    x_t_BCHW: Tensor,
-    prediction_BCHW: Tensor,
-    coefficients: StepCoefficients,
-    percentile: float,
-    unconditional_BCHW: Tensor | None = None,
-    guidance: float = 1.0,
+    x_t_BCHW: Tensor, prediction_BCHW: Tensor, coefficients: StepCoefficients, percentile: float
 ) -> Tensor:
     """limit_B for a step: this percentile, in (0, 1], of a sample's |x0|, and at least 1. Saharia et al. 2022, 2.3.
 
@@ -215,9 +183,7 @@ def dynamic_limit(
     """
     if not 0.0 < percentile <= 1.0:
         raise refuse(_NAME, "percentile", percentile, "more than 0 and at most 1")
-    given = (x_t_BCHW.float(), prediction_BCHW.float(), coefficients)
-    unconditional = None if unconditional_BCHW is None else unconditional_BCHW.float()
-    _, x0_BCHW = sampler_step_reference(*given, unconditional_BCHW=unconditional, guidance=guidance)
+    _, x0_BCHW = sampler_step_reference(x_t_BCHW.float(), prediction_BCHW.float(), coefficients)
     sorted_BN = x0_BCHW.abs().flatten(1).sort(dim=1).values  # torch.quantile refuses more than 2^24 elements
     rank = percentile * (sorted_BN.shape[1] - 1)
     low, high = math.floor(rank), math.ceil(rank)
@@ -229,7 +195,6 @@ def _step(
     prediction_BCHW: Tensor,
     coefficients: StepCoefficients,
     operands: dict[str, Tensor | None],
-    guidance: float,
     limit_B: Tensor | None,
     want_x0: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -244,11 +209,9 @@ def _step(
         check_dtype(_NAME, "limit", limit_B, (torch.float32,))
         check_shape(_NAME, "limit", limit_B, x_t_BCHW.shape[:1])
         check_same_device(_NAME, x_t=x_t_BCHW, limit=limit_B)
-    if operands["unconditional"] is None and guidance != 1.0:
-        raise refuse(_NAME, "unconditional", f"None, with guidance {guidance}", "the prediction without conditions")
     check_can_run(_NAME, x_t_BCHW.device)
     x_prev, x0 = torch.ops.segdiff.sampler_step(
-        x_t_BCHW, prediction_BCHW, *operands.values(), limit_B, list(coefficients), float(guidance), want_x0
+        x_t_BCHW, prediction_BCHW, *operands.values(), limit_B, list(coefficients), want_x0
     )
     return x_prev, x0
 
@@ -257,12 +220,10 @@ def _step(
 def _sampler_step(
     x_t: Tensor,
     prediction: Tensor,
-    unconditional: Tensor | None,
     noise: Tensor | None,
     previous_x0: Tensor | None,
     limit: Tensor | None,
     coefficients: list[float],
-    guidance: float,
     want_x0: bool,
 ) -> tuple[Tensor, Tensor]:
     """x_prev, and x0 (of no elements unless want_x0)."""
@@ -270,7 +231,7 @@ def _sampler_step(
 
     outputs = _outputs(x_t, want_x0)
     with torch.cuda.device_of(x_t):
-        launch((x_t, prediction, unconditional, noise, previous_x0, limit), coefficients, guidance, outputs)
+        launch((x_t, prediction, noise, previous_x0, limit), coefficients, outputs)
     return outputs
 
 
@@ -278,12 +239,10 @@ def _sampler_step(
 def _(
     x_t: Tensor,
     prediction: Tensor,
-    unconditional: Tensor | None,
     noise: Tensor | None,
     previous_x0: Tensor | None,
     limit: Tensor | None,
     coefficients: list[float],
-    guidance: float,
     want_x0: bool,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(x_t, want_x0)
@@ -293,26 +252,10 @@ def _outputs(x_t: Tensor, want_x0: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_t), torch.empty_like(x_t) if want_x0 else x_t.new_empty(0)
 
 
-def _meaning(a_t: float, a_prev: float, prediction_type: Prediction) -> tuple[float, float, float, float]:
-    """x0 and the noise as combinations of x_t and the prediction. Salimans and Ho 2022, section 4."""
+def _meaning(a_t: float, a_prev: float, prediction: Prediction) -> Meaning:
     if not 0.0 <= a_t < a_prev <= 1.0:
         raise refuse(_NAME, "a_t, a_prev", f"{a_t}, {a_prev}", "0 <= a_t < a_prev <= 1")
-    alpha, sigma = math.sqrt(a_t), math.sqrt(1.0 - a_t)
-    if isinstance(prediction_type, LinearPrediction):
-        x0_from_x, x0_from_p = map(float, prediction_type)
-        if not (math.isfinite(x0_from_x) and math.isfinite(x0_from_p)):
-            raise refuse(_NAME, "prediction_type", prediction_type, "finite numbers")
-        # noise = (x_t - alpha x0) / sigma
-        return x0_from_x, x0_from_p, (1.0 - alpha * x0_from_x) / sigma, -alpha * x0_from_p / sigma
-    if prediction_type == "v":
-        return alpha, -sigma, sigma, alpha
-    if prediction_type == "x0":
-        return 0.0, 1.0, 1.0 / sigma, -alpha / sigma
-    if prediction_type != "epsilon":
-        raise refuse(_NAME, "prediction_type", repr(prediction_type), _PREDICTIONS)
-    if a_t == 0.0:
-        raise refuse(_NAME, "a_t", "0 with epsilon, which says nothing of the image there", "v or x0")
-    return 1.0 / alpha, -sigma / alpha, 0.0, 1.0
+    return meaning(a_t, prediction)
 
 
 def _by_step(prediction_type: Prediction | Sequence[Prediction], num_steps: int) -> Sequence[Prediction]:

@@ -1,4 +1,4 @@
-"""The `diffusion` section, and DDPM's schedules, noising and targets. All objectives: process.py.
+"""DDPM's schedules, and the process that weights were trained on. All objectives: process.py.
 
 Dimensions: B batch, C channels, H rows, W columns, T training timesteps.
 """
@@ -54,38 +54,3 @@ def shifted_betas(alphas_cumprod_T: Tensor, shift: float) -> Tensor:
     a_T = alphas_cumprod_T.double()
     shifted_T = shift**2 * a_T / (shift**2 * a_T + 1.0 - a_T)
     return 1.0 - shifted_T / torch.cat((shifted_T.new_ones(1), shifted_T[:-1]))
-
-
-def q_sample(x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
-    """Noise clean images to their timesteps: x_t = sqrt(a) x_0 + sqrt(1 - a) noise.
-
-    x_0 in [-1, 1]; all float, same device. Ho et al. 2020, eq. 4.
-    """
-    a_B111 = alphas_cumprod_B[:, None, None, None]
-    return a_B111.sqrt() * x_0_BCHW + (1.0 - a_B111).sqrt() * noise_BCHW
-
-
-def prediction_target(prediction_type: str, x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
-    """What the network should give: the noise, the image, or v = sqrt(a) noise - sqrt(1 - a) x_0.
-
-    v: Salimans and Ho 2022, section 4.
-    """
-    if prediction_type == "epsilon":
-        return noise_BCHW
-    if prediction_type == "x0":
-        return x_0_BCHW
-    a_B111 = alphas_cumprod_B[:, None, None, None]
-    return a_B111.sqrt() * noise_BCHW - (1.0 - a_B111).sqrt() * x_0_BCHW
-
-
-def predicted_x_0(prediction_type: str, prediction_BCHW: Tensor, x_t_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
-    """The clean image that a prediction means at x_t: the inverse of prediction_target.
-
-    With epsilon no timestep may be pure noise. Salimans and Ho 2022, section 4.
-    """
-    if prediction_type == "x0":
-        return prediction_BCHW
-    a_B111 = alphas_cumprod_B[:, None, None, None]
-    if prediction_type == "epsilon":
-        return (x_t_BCHW - (1.0 - a_B111).sqrt() * prediction_BCHW) / a_B111.sqrt()
-    return a_B111.sqrt() * x_t_BCHW - (1.0 - a_B111).sqrt() * prediction_BCHW

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data_shards.records import Batch
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import make_scheduler, predicted_x_0, prediction_target, q_sample
+from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.loss_weighting import (
     NUM_BUCKETS,
     lognormal_timesteps,
@@ -34,7 +34,7 @@ from segdiff_dist.denoising.loss_weighting import (
 )
 from segdiff_kernels import philox
 from segdiff_kernels.condition_input import condition_input, condition_input_reference
-from segdiff_kernels.sampler_step import LinearPrediction
+from segdiff_kernels.noising import LinearPrediction, mixed, predicted_x_0, prediction_target, q_sample
 
 # Training that draws ln sigma from N(mean, std^2) has seen levels this many std from the mean, or is near enough to
 # them: Karras et al. 2022 sample from 80 with a net trained on N(-1.2, 1.2^2), which is 4.7.
@@ -82,15 +82,12 @@ class TimestepProcess:
         if self.config.timestep_sampling == "lognormal":
             timestep_B = lognormal_timesteps(seed, position_B, self.alphas_cumprod_T, *self.config.lognormal)
         noised = (condition_input if use_kernels else condition_input_reference)(
-            *(batch.image_BHW, batch.mask_BHW, position_B, self.alphas_cumprod_T),
+            *(batch.image_BHW, position_B, self.alphas_cumprod_T),
             seed=seed,
             prediction_type=self.config.prediction_type,
-            mask_encoding="none",  # what is shown of the mask is drawn besides, and encoded where the net is
-            num_classes=1,
-            dtype=torch.float32,
             timestep_B=timestep_B,
         )
-        return Noised(noised.input_BCHW, noised.target_B1HW, noised.timestep_B)
+        return Noised(*noised)
 
     def with_noise(self, x_0_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Noised:
         """Given images, noise and levels."""
@@ -171,21 +168,18 @@ class SigmaProcess:
         form = self.form(level_B)
         levels_B4 = torch.stack((form.signal, form.spread, form.target_from_x0, form.target_from_noise), dim=1).float()
         noised = (condition_input if use_kernels else condition_input_reference)(
-            *(batch.image_BHW, batch.mask_BHW, batch.position_B, None),
+            *(batch.image_BHW, batch.position_B, None),
             seed=seed,
             prediction_type=None,
-            mask_encoding="none",
-            num_classes=1,
-            dtype=torch.float32,
             levels_B4=levels_B4,
         )
-        return Noised(noised.input_BCHW, noised.target_B1HW, level_B)
+        return Noised(noised.input_B1HW, noised.target_B1HW, level_B)
 
     def with_noise(self, x_0_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Noised:
         """As of TimestepProcess."""
-        form = LinearForm(*(part.float()[:, None, None, None] for part in self.form(level_B)))
-        x_BCHW = form.signal * x_0_BCHW + form.spread * noise_BCHW
-        return Noised(x_BCHW, form.target_from_x0 * x_0_BCHW + form.target_from_noise * noise_BCHW, level_B)
+        form = LinearForm(*(part.float() for part in self.form(level_B)))
+        x_BCHW = mixed(x_0_BCHW, noise_BCHW, form.signal, form.spread)
+        return Noised(x_BCHW, mixed(x_0_BCHW, noise_BCHW, form.target_from_x0, form.target_from_noise), level_B)
 
     def spread_levels(self, u_N: np.ndarray) -> Tensor:
         """As of TimestepProcess: the normal distribution's quantiles."""
@@ -218,8 +212,7 @@ class SigmaProcess:
     def x_0(self, prediction_BCHW: Tensor, x_BCHW: Tensor, level_B: Tensor) -> Tensor:
         """As of TimestepProcess."""
         form = self.form(level_B)
-        from_x_B111 = form.x0_from_x.float()[:, None, None, None]
-        return from_x_B111 * x_BCHW + form.x0_from_prediction.float()[:, None, None, None] * prediction_BCHW
+        return mixed(x_BCHW, prediction_BCHW, form.x0_from_x.float(), form.x0_from_prediction.float())
 
     def sums(self, error_B: Tensor, level_B: Tensor) -> dict[str, Tensor]:
         """Sum and count, float32 [2], of the errors by quarters of what training draws: loss_sigma_FROM_TO."""

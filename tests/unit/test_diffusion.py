@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import make_scheduler, predicted_x_0, prediction_target, q_sample
+from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.pixels import to_model_range, to_uint8
+from segdiff_kernels.noising import meaning, predicted_x_0, prediction_target, q_sample
 
 
 def test_q_sample_and_v_agree_with_diffusers() -> None:
@@ -95,3 +96,15 @@ def test_both_depths_fill_the_model_s_range() -> None:
 def test_epsilon_with_zero_terminal_snr_is_refused() -> None:
     assert DiffusionConfig(zero_terminal_snr=True).problems()[0].field == "diffusion.zero_terminal_snr"
     assert DiffusionConfig().problems() == []
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("a", [0.01, 0.5, 0.999])
+def test_the_coefficients_of_a_prediction_are_those_of_its_equations(prediction: str, a: float) -> None:
+    """What the fused samplers multiply by is what predicted_x_0 computes, and gives the noise back too."""
+    x_0, noise = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
+    a_B = torch.tensor([a], dtype=torch.float64)
+    x_t, p = q_sample(x_0, noise, a_B), prediction_target(prediction, x_0, noise, a_B)
+    c = meaning(a, prediction)
+    torch.testing.assert_close(c.x0_from_x * x_t + c.x0_from_prediction * p, predicted_x_0(prediction, p, x_t, a_B))
+    torch.testing.assert_close(c.noise_from_x * x_t + c.noise_from_prediction * p, noise)

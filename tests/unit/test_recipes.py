@@ -21,7 +21,7 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.conditioning import NULL_CLASS, NULL_MASK, Conditions, drop_conditions, guided
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, LossWeighting, PredictionType
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.diffusion import make_scheduler, predicted_x_0, prediction_target, q_sample
+from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.loss_weighting import (
     lognormal_timesteps,
     loss_weights,
@@ -32,6 +32,7 @@ from segdiff_dist.denoising.organ_dropout import drop_organs, relabelled
 from segdiff_dist.denoising.task import DenoiserTask, DiceTerm
 from segdiff_dist.segmentation import SegmenterNet, save_segmenter
 from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_kernels.noising import predicted_x_0, prediction_target, q_sample
 
 CPU = torch.device("cpu")
 SMALL = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))

@@ -19,13 +19,14 @@ from data_shards.records import MODALITIES
 from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.diffusion import make_scheduler, prediction_target
+from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.grids import spaced_timesteps
 from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig, guidance_digest, guidance_problems
 from segdiff_dist.denoising.samplers import bounded, num_evaluations, sample, segmenter_guide
 from segdiff_dist.denoising.task import DiceTerm
 from segdiff_dist.segmentation import SegmenterNet, save_segmenter
 from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_kernels.noising import prediction_target
 
 SOLVERS = ("ddim", "dpm_solver_pp_2m", "unipc", "heun")
 PROCESSES = (
