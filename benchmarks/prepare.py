@@ -75,7 +75,7 @@ def where_the_time_goes(case: Case, folder: Path) -> dict[str, Any]:
     mask = clock.timed("read and unzip the labels", lambda: masks.read_case_mask(case, image, "amos", None))
     from data_shards.ingest.body import find_body
     from data_shards.ingest.intensity import grey_map
-    from data_shards.ingest.slices import cut
+    from data_shards.ingest.slices import Cutting, cut
 
     grey = clock.timed(
         "percentiles",
@@ -92,7 +92,7 @@ def where_the_time_goes(case: Case, folder: Path) -> dict[str, Any]:
     geometry = {name: getattr(config, name) for name in ("size", "spacing_mm", "slice_stride", "fit")}
     num_slices = 0
     for axis in config.axes:
-        cuts = cut(image, mask.volume, body, grey, axis=axis, body_id=16, **geometry)
+        cuts = cut(image, mask.volume, body, grey, Cutting(axis=axis, body_id=16, **geometry))
         num_slices += clock.timed(f"cut {axis}", lambda cuts=cuts: sum(1 for _ in cuts))
     records = list(case_slices.slices_of(case, config, None))
     samples = clock.timed("encode (raw)", lambda: [(r.meta, format.payloads(r)) for r in records])

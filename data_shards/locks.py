@@ -19,83 +19,48 @@ import errno
 import fcntl
 import json
 import os
-import re
-import shlex
 import signal
-import socket
 import stat
-import sys
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_shards.lock_holder import MOST_BYTES, Holder, read_holder, read_holder_at, this_job
 from data_shards.problems import InputProblems, OutOfSpace, out_of_space, problem
 
 # Of a folder that a command fills.
 FOLDER_LOCK = ".segdiff.lock"
-# How often a holder touches its file, and for how long one on another machine may seem dead: several touches.
-_BEAT_S, _WATCH_S = 10.0, 35.0
-# A file that was not touched for so long needs no watching, however wrong a clock is.
-_LONG_AGO_S = 3600.0
-# A rank that is started again waits so long for the one before it to end.
-_SAME_JOB_S = 90.0
-# A lock that is busy names its holder after a moment; without flock the later of two writers shows after one.
-_GRACE_S, _SETTLE_S, _POLL_S = 1.0, 0.5, 0.25
-_MOST_BYTES, _MOST_CHARACTERS = 4096, 120
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-_begun = False
-_lent: set[tuple[int, int, str]] = set()
-"""(process, thread, file) of locks within which the same thread may take the same lock again."""
 
 
 @dataclass(frozen=True)
-class _Holder:
-    """Who is at work. `machine`: of a process table, or empty; `started`: the process' start in clock ticks; `job`:
-    what the ranks of one start of a training have in common."""
+class Times:
+    """How long things take here, in seconds."""
 
-    host: str
-    machine: str
-    pid: int
-    started: int
-    command: str
-    since: str
-    job: str
-    token: str
+    beat_s: float = 10.0
+    """How often a holder touches its file."""
+    watch_s: float = 35.0
+    """For how long a holder on another machine may seem dead: several touches."""
+    long_ago_s: float = 3600.0
+    """A file that was not touched for so long needs no watching, however wrong a clock is."""
+    same_job_s: float = 90.0
+    """How long a rank that is started again waits for the one before it to end."""
+    grace_s: float = 1.0
+    """After so long a busy lock names its holder."""
+    settle_s: float = 0.5
+    """After so long, without flock, the later of two writers shows."""
+    poll_s: float = 0.25
+    """Between two looks at a file."""
 
-    @classmethod
-    def here(cls) -> _Holder:
-        """This process."""
-        return cls(
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=os.getpid(),
-            started=_started(os.getpid()) or 0,
-            command=_command(),
-            since=time.strftime("%Y-%m-%d %H:%M:%S"),
-            job=_job(),
-            token=uuid.uuid4().hex,
-        )
 
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} ({self.command}, since {self.since})"
-
-    @property
-    def shares_kernel(self) -> bool:
-        """Whether it is, or was, on this machine, in whichever container."""
-        return bool(self.machine) and self.machine.split(":")[0] == _machine().split(":")[0]
-
-    @property
-    def is_alive_here(self) -> bool | None:
-        """Whether the process runs; None where this process cannot see it."""
-        if not self.machine or self.machine != _machine():
-            return None
-        return _started(self.pid) == self.started
+TIMES = Times()
+_begun = False
+_lent: set[tuple[int, int, str]] = set()
+"""(process, thread, file) of locks within which the same thread may take the same lock again."""
 
 
 @contextmanager
@@ -144,7 +109,7 @@ def work_has_begun() -> bool:
 def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
     """For the ranks beside the one that holds the lock of their job: raise InputProblems where that one will, since
     another job holds it or the folder cannot be written. Writes nothing."""
-    watch, own = _Watch(file), _job()
+    watch, own = _Watch(file), this_job()
     there = next(folder for folder in file.absolute().parents if os.path.exists(folder))
     if not os.access(there, os.W_OK | os.X_OK):
         raise _not_writable(where, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
@@ -154,7 +119,7 @@ def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
         except OSError:
             return  # the rank that takes it knows better
         try:
-            holder, lives = _read(descriptor), watch.look(descriptor)
+            holder, lives = read_holder(descriptor), watch.look(descriptor)
         finally:
             os.close(descriptor)
         if holder is None or holder.job == own:
@@ -164,7 +129,7 @@ def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
             if lives:
                 raise _in_use(where, holder, doing)
             return
-        time.sleep(_POLL_S)
+        time.sleep(TIMES.poll_s)
 
 
 @contextmanager
@@ -178,7 +143,7 @@ def short_turn(folder: Path, patience_s: float = 30.0) -> Iterator[None]:
     begin = time.monotonic()
     try:
         while descriptor is not None and _flock(descriptor) is False and time.monotonic() - begin < patience_s:
-            time.sleep(_POLL_S / 10)
+            time.sleep(TIMES.poll_s / 10)
         yield
     finally:
         if descriptor is not None:
@@ -199,8 +164,8 @@ class _Watch:
     def look(self, descriptor: int) -> bool | None:
         """True when it was touched since the last look at the same holder, False when it has not been for too long,
         None until one of the two is known."""
-        touched, content = os.fstat(descriptor).st_mtime_ns, os.pread(descriptor, _MOST_BYTES, 0)
-        if time.time() - touched / 1e9 > _LONG_AGO_S:
+        touched, content = os.fstat(descriptor).st_mtime_ns, os.pread(descriptor, MOST_BYTES, 0)
+        if time.time() - touched / 1e9 > TIMES.long_ago_s:
             return False
         before, self._seen = self._seen, (touched, content)
         if before[1] != content:
@@ -209,18 +174,18 @@ class _Watch:
         if before[0] != touched:
             self._since = time.monotonic()
             return True
-        return False if time.monotonic() - self._since > _WATCH_S else None
+        return False if time.monotonic() - self._since > TIMES.watch_s else None
 
-    def say(self, where: Path, holder: _Holder) -> None:
+    def say(self, where: Path, holder: Holder) -> None:
         """Why nothing happens for a while, once."""
         if not self._said:
             self._said = True
-            text = f"{where}: {holder} has not said that it ended; waiting up to {_WATCH_S:.0f} s for a sign of it"
+            text = f"{where}: {holder} has not said that it ended; waiting up to {TIMES.watch_s:.0f} s for a sign of it"
             warnings.warn(text, stacklevel=5)
 
 
-def _acquire(file: Path, where: Path, doing: str) -> _Held:
-    own, watch, begin = _Holder.here(), _Watch(file), time.monotonic()
+def _acquire(file: Path, where: Path, doing: str) -> Held:
+    own, watch, begin = Holder.here(), _Watch(file), time.monotonic()
     while True:
         descriptor = _open(file, where)
         taken = False
@@ -228,7 +193,7 @@ def _acquire(file: Path, where: Path, doing: str) -> _Held:
             has_flock = _flock(descriptor)
             if has_flock is not False and not _is_at(descriptor, file):
                 continue  # its holder removed it between the two calls
-            holder = _read(descriptor)
+            holder = read_holder(descriptor)
             if _is_free(holder, has_flock):
                 gone: bool | None = True
             else:
@@ -240,16 +205,16 @@ def _acquire(file: Path, where: Path, doing: str) -> _Held:
             elif gone:
                 taken = _write(descriptor, file, where, own, settles=has_flock is None)
                 if taken:
-                    return _Held(file, descriptor, own)
+                    return Held(file, descriptor, own)
             elif holder is not None and not holder.shares_kernel:
                 watch.say(where, holder)
         finally:
             if not taken:
                 os.close(descriptor)
-        time.sleep(_POLL_S)
+        time.sleep(TIMES.poll_s)
 
 
-def _is_free(holder: _Holder | None, has_flock: bool | None) -> bool:
+def _is_free(holder: Holder | None, has_flock: bool | None) -> bool:
     """Whether nobody can be at work: an flock on this machine's own kernel is sure."""
     if has_flock is True:
         return holder is None or holder.shares_kernel
@@ -257,32 +222,32 @@ def _is_free(holder: _Holder | None, has_flock: bool | None) -> bool:
 
 
 def _is_gone(
-    holder: _Holder | None,
+    holder: Holder | None,
     has_flock: bool | None,
     watch: _Watch,
     descriptor: int,
     begin: float,
-    own: _Holder,
+    own: Holder,
 ) -> bool | None:
     """Whether the holder of a lock that is not free is dead all the same; None: look again."""
     waited_s = time.monotonic() - begin
     if has_flock is False and (holder is None or holder.shares_kernel):
         # Whoever has the flock may be about to write its name over a dead one's.
         knows = holder is not None and holder.is_alive_here is not False
-        lives: bool | None = True if knows or waited_s > _GRACE_S else None
+        lives: bool | None = True if knows or waited_s > TIMES.grace_s else None
     elif holder is not None and holder.is_alive_here:
         lives = True
     else:
         lives = watch.look(descriptor)
-    if lives and holder is not None and own.job and holder.job == own.job and waited_s < _SAME_JOB_S:
+    if lives and holder is not None and own.job and holder.job == own.job and waited_s < TIMES.same_job_s:
         return None
     return None if lives is None else not lives
 
 
-class _Held:
+class Held:
     """A lock that is held: touched from a thread until it is released."""
 
-    def __init__(self, file: Path, descriptor: int, own: _Holder) -> None:
+    def __init__(self, file: Path, descriptor: int, own: Holder) -> None:
         self._file, self._descriptor, self._own = file, descriptor, own
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -293,18 +258,18 @@ class _Held:
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
-            there = _read_file(self._file)
+            there = read_holder_at(self._file)
             if there is not None and there.token == self._own.token:
                 self._file.unlink()
         os.close(self._descriptor)
 
     def _beat(self) -> None:
-        pause_s = _SETTLE_S  # two that began at once, on machines that do not see each other's flocks, show soon
+        pause_s = TIMES.settle_s  # two that began at once, on machines that do not see each other's flocks, show soon
         while not self._ended.wait(pause_s):
-            pause_s = _BEAT_S
+            pause_s = TIMES.beat_s
             with suppress(OSError):
                 os.utime(self._descriptor)
-                if (other := _read_file(self._file)) is not None and other.token != self._own.token:
+                if (other := read_holder_at(self._file)) is not None and other.token != self._own.token:
                     # This machine slept, or was cut off: two must not write.
                     warnings.warn(f"{self._file}: {other} has taken over; this command stops", stacklevel=1)
                     _stop_this_process()
@@ -356,7 +321,7 @@ def _not_writable(where: Path, error: OSError) -> InputProblems | OutOfSpace:
     return problem(where, "output folder", value, "choose another place, or make it writable for you")
 
 
-def _in_use(where: Path, holder: _Holder | None, doing: str) -> InputProblems:
+def _in_use(where: Path, holder: Holder | None, doing: str) -> InputProblems:
     # A dead one's name says nothing of who has its flock: a process that it had started, perhaps.
     who = "another process" if holder is None or holder.is_alive_here is False else holder
     return problem(where, "at work here", f"{who} {doing}", "wait for it, or stop it")
@@ -383,7 +348,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
         return False
 
 
-def _write(descriptor: int, file: Path, where: Path, own: _Holder, *, settles: bool) -> bool:
+def _write(descriptor: int, file: Path, where: Path, own: Holder, *, settles: bool) -> bool:
     """Put this process' name into the file; False where another has been quicker."""
     content = json.dumps(asdict(own)).encode() + b"\n"
     try:
@@ -397,67 +362,7 @@ def _write(descriptor: int, file: Path, where: Path, own: _Holder, *, settles: b
             file.unlink()
         raise _not_writable(where, error) from error
     if settles:
-        time.sleep(_SETTLE_S)
-        there = _read_file(file)
+        time.sleep(TIMES.settle_s)
+        there = read_holder_at(file)
         return there is not None and there.token == own.token
     return _is_at(descriptor, file)
-
-
-def _read_file(file: Path) -> _Holder | None:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        return _read(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read(descriptor: int) -> _Holder | None:
-    """Who has written itself down; None where that is nobody, or not legible."""
-    try:
-        values = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
-        texts = {f.name: _shown(str(values[f.name])) for f in fields(_Holder) if f.name not in ("pid", "started")}
-        return _Holder(pid=int(values["pid"]), started=int(values["started"]), **texts)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None
-
-
-def _shown(text: str) -> str:
-    """Fit for a terminal, whoever wrote it."""
-    cut = text[:_MOST_CHARACTERS] + "..." if len(text) > _MOST_CHARACTERS + 3 else text
-    return "".join(c if c.isprintable() else "?" for c in cut)
-
-
-def _machine() -> str:
-    """Boot and process table: what a process id is unique in while it lives. Empty where the system does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since the boot (proc(5)); None where none of that id is at work."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else int(rest[18])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _job() -> str:
-    """What the ranks of one training have in common, also when they are started again; empty for a lone process."""
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        return ""
-    address = os.environ.get("MASTER_ADDR", "")
-    # One that every machine has is none.
-    host = socket.gethostname() if address in ("localhost", "127.0.0.1", "::1") else ""
-    return f"{host}/{address}:{os.environ.get('MASTER_PORT', '')}"
-
-
-def _command() -> str:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
-    return _shown(re.sub(r"://[^/@\s]*@", "://", shlex.join(words)))

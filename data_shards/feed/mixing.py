@@ -55,15 +55,8 @@ class MixGroup:
 
 
 def mix_problems(mix: Mapping[str, float], where: str = "config") -> list[Problem]:
-    """What is wrong with a mix that can be told without the shards."""
-    return _parse(mix, where)[1]
-
-
-def parse_mix(mix: Mapping[str, float], where: str = "config") -> list[MixGroup]:
-    """The groups of a mix, in its order. Raises InputProblems for keys and weights that cannot be."""
-    groups, problems = _parse(mix, where)
-    refuse(problems)
-    return groups
+    """What is wrong with a mix, as far as it is known without the shards."""
+    return parse_mix(mix, where)[1]
 
 
 def mix_groups(
@@ -73,7 +66,7 @@ def mix_groups(
 
     Every row must fall into exactly one group, and every group must have rows. Raises InputProblems, all at once.
     """
-    groups, problems = _parse(mix, where)
+    groups, problems = parse_mix(mix, where)
     rows = np.asarray(rows, dtype=np.int64)
     num_sets = int(shards.member_N.max(initial=0)) + 1
     for group in groups:
@@ -104,7 +97,8 @@ def make_order(shards: Tagged, rows: np.ndarray, mix: Mapping[str, float], seed:
     return Mixed(*mix_groups(shards, rows, mix, where), seed)
 
 
-def _parse(mix: Mapping[str, float], where: str) -> tuple[list[MixGroup], list[Problem]]:
+def parse_mix(mix: Mapping[str, float], where: str = "config") -> tuple[list[MixGroup], list[Problem]]:
+    """The groups of a mix, in its order, and what is wrong with its keys and weights."""
     groups: list[MixGroup] = []
     problems: list[Problem] = []
     for key, weight in mix.items():

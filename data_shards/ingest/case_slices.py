@@ -9,7 +9,7 @@ import numpy as np
 
 from data_shards.ingest.archive import Case
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.ingest.slices import cut
+from data_shards.ingest.slices import Cutting, cut
 from data_shards.labels import LABEL_TABLES
 from data_shards.records import SliceMeta, SliceRecord
 
@@ -17,7 +17,7 @@ from data_shards.records import SliceMeta, SliceRecord
 def slices_of(
     case: Case, config: PrepareConfig, wholebody: Path | None, notes: list[str] | None = None
 ) -> Iterator[SliceRecord]:
-    """Every slice of a case, by axis and slice index, one at a time. `notes` is given what was recognised on the way:
+    """Every slice of a case, by axis and slice index, one at a time. `notes` receives what was recognised on the way:
     units that were converted, sides that are a guess, padding, axes without a slice.
 
     Raises UnreadableVolume for voxels that cannot be used: before the first slice, so a case is whole or not there.
@@ -60,29 +60,32 @@ def slices_of(
     labelled = mask.source != "none"
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
     geometry = {name: getattr(config, name) for name in names}
+    of_case = {
+        "case_id": case.case_id,
+        "modality": case.modality,
+        "split": case.split,
+        "intensity_scale": grey.scale,
+        "intensity_offset": grey.offset,
+        "label_set": config.label_set,
+        "labelled": labelled,
+        "source_sha256": image.sha256,
+        "mask_source": mask.source,
+        "bits": config.bits,
+    }
     for axis in config.result_settings()["axes"]:
         is_thin = True
-        for one in cut(image, mask.volume, body, grey, axis=axis, body_id=table.body_id, **geometry):
+        for one in cut(image, mask.volume, body, grey, Cutting(axis=axis, body_id=table.body_id, **geometry)):
             is_thin = False
             pixels = np.bincount(one.mask_HW.ravel(), minlength=table.num_classes)
             if labelled and pixels[list(table.organ_ids)].sum() < config.min_labelled_pixels:
                 continue
             meta = SliceMeta(
-                case_id=case.case_id,
-                modality=case.modality,
                 axis=axis,
                 slice_index=one.slice_index,
-                split=case.split,
                 spacing_mm=one.spacing_mm,
                 affine=one.affine,
-                intensity_scale=grey.scale,
-                intensity_offset=grey.offset,
-                label_set=config.label_set,
                 labels_present=tuple(int(i) for i in np.flatnonzero(pixels) if i != 0),
-                labelled=labelled,
-                source_sha256=image.sha256,
-                mask_source=mask.source,
-                bits=config.bits,
+                **of_case,
             )
             yield SliceRecord(one.image_HW, one.mask_HW, meta, one.edge_2HW)
         if is_thin:

@@ -29,7 +29,8 @@ MASK_RESIZES = ("nearest", "soft", "bilinear_ids")
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice, size x size: uint8 or uint16 grey values and uint8 label ids, with where it lies (records.SliceMeta).
+    """One slice, size x size: uint8 or uint16 grey values and uint8 label ids, and its place in the volume
+    (records.SliceMeta).
 
     edge_2HW, with soft edges: uint8, [0] the id of the class with the second largest share of the pixel, [1] the share
     that mask_HW's class has, 255 being all of it; where it has all, [0] is 0.
@@ -50,35 +51,38 @@ def num_slices(shape: Sequence[int], spacing_mm: np.ndarray, axis: str, grid_mm:
     return num_resampled(shape[through], grid_mm / float(spacing_mm[through]))
 
 
-def cut(
-    volume: Volume,
-    labels: Volume | None,
-    body: BodyField,
-    grey: GreyMap,
-    *,
-    axis: str,
-    size: int,
-    spacing_mm: float,
-    slice_stride: int,
-    fit: str,
-    body_id: int,
-    mask_resize: str = "nearest",
-    soft_edge: bool = False,
-    indices: Sequence[int] | None = None,
-) -> Iterator[Slice]:
-    """Every `slice_stride`-th slice along `axis` of the volume resampled to `spacing_mm`, resized to size x size; or
-    those of `indices`, which rise.
+@dataclass(frozen=True)
+class Cutting:
+    """How a volume is cut: every `slice_stride`-th slice along `axis` of the volume resampled to `spacing_mm`, resized
+    to size x size; or those of `indices`, in rising order.
 
     Images are linear, by area where they shrink; labels as `mask_resize` says, soft_edge with `soft` only. `body_id`
     fills what of the body carries no label. fit `crop` keeps the middle square of the short side, `pad` shows all, in a
     square of the long side, with the lowest grey around; `auto` crops axial slices and pads the others, where cropping
-    would cut the body. Values are clipped last, so a grey value is that of the resampled volume.
+    would cut the body.
     """
-    assert mask_resize == "soft" or not soft_edge, "soft edges come of soft masks"
-    view = VIEWS[axis]
-    steps = spacing_mm / volume.spacing_mm
-    lines = _lines(volume.voxels_IJK.shape, steps, view, size, _fit_of(fit, axis))
-    num_grid = num_slices(volume.voxels_IJK.shape, volume.spacing_mm, axis, spacing_mm)
+
+    axis: str
+    size: int
+    spacing_mm: float
+    slice_stride: int
+    fit: str
+    body_id: int
+    mask_resize: str = "nearest"
+    soft_edge: bool = False
+    indices: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.mask_resize == "soft" or not self.soft_edge, "soft edges come of soft masks"
+
+
+def cut(volume: Volume, labels: Volume | None, body: BodyField, grey: GreyMap, how: Cutting) -> Iterator[Slice]:
+    """The slices of a volume, with the labels' masks. Values are clipped last, so a grey value is that of the
+    resampled volume."""
+    view = VIEWS[how.axis]
+    steps = how.spacing_mm / volume.spacing_mm
+    lines = _lines(volume.voxels_IJK.shape, steps, view, how.size, _fit_of(how.fit, how.axis))
+    num_grid = num_slices(volume.voxels_IJK.shape, volume.spacing_mm, how.axis, how.spacing_mm)
     of_voxels = Resampling.of(volume.voxels_IJK.shape, steps, view, lines, num_grid)
     images = Planes(volume.voxels_IJK, view, of_voxels)
     bodies = Planes(
@@ -86,20 +90,21 @@ def cut(
     )
     ids = None if labels is None else labels.voxels_IJK
     masks: SoftMasks | FilledMasks
-    if mask_resize == "soft":
-        masks = SoftMasks(ids, view, of_voxels, body_id, soft_edge)
-    elif mask_resize == "nearest" or ids is None:
-        masks = FilledMasks(NearestLabels(ids, view, lines, num_grid, steps[view[0]]).at, body_id)
+    if how.mask_resize == "soft":
+        masks = SoftMasks(ids, view, of_voxels, how.body_id, how.soft_edge)
+    elif how.mask_resize == "nearest" or ids is None:
+        masks = FilledMasks(NearestLabels(ids, view, lines, num_grid, steps[view[0]]).at, how.body_id)
     else:
         numbers = Planes(ids, view, of_voxels)
-        masks = FilledMasks(lambda k: np.rint(numbers.mixed(k, _as_float32)).astype(np.uint8), body_id)
+        masks = FilledMasks(lambda k: np.rint(numbers.mixed(k, _as_float32)).astype(np.uint8), how.body_id)
 
     def above_offset(plane: np.ndarray) -> np.ndarray:
         values = volume.values(plane)
         values -= np.float32(grey.offset)
         return values
 
-    for index in range(slice_stride // 2, num_grid, slice_stride) if indices is None else indices:
+    every = range(how.slice_stride // 2, num_grid, how.slice_stride)
+    for index in every if how.indices is None else how.indices:
         image = grey.to_grey(images.mixed(index, above_offset))
         mask, edge = masks.at(index, bodies.mixed(index, np.asarray))
         affine, spacing = _placed(volume.affine, view, index * steps[view[0]], *lines)

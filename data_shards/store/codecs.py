@@ -41,11 +41,6 @@ def encode(pixels_HW: np.ndarray, codec: str) -> bytes:
     return stream.getvalue() if codec == "raw" else _zstd().encode(stream.getvalue())
 
 
-def npy_header_bytes(shape: tuple[int, int], dtype: np.dtype) -> int:
-    """Bytes before the pixels in the NumPy file of such an array."""
-    return len(encode(np.zeros(shape, dtype), "raw")) - int(np.prod(shape)) * dtype.itemsize
-
-
 def decode_into(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray) -> None:
     """Fill `out_HW` (C-contiguous, uint8 or uint16) with what `payload` holds.
 

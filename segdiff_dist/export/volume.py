@@ -19,7 +19,7 @@ from data_shards.ingest.body import BodyField, find_body
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.nifti import read_geometry
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.ingest.slices import Slice, cut
+from data_shards.ingest.slices import Cutting, Slice, cut
 from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights, read_labels, read_volume
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem, problem, refuse, saying_when_full
@@ -251,7 +251,9 @@ def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig) -> list[Slice]:
     how = {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
     body, body_id = _body(labels, config), shards.label_table.body_id or 0
     # As the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
-    return list(cut(labels, labels, body, GreyMap(1.0, 0.0), axis=config.axis, slice_stride=1, body_id=body_id, **how))
+    return list(
+        cut(labels, labels, body, GreyMap(1.0, 0.0), Cutting(axis=config.axis, slice_stride=1, body_id=body_id, **how))
+    )
 
 
 def _body(labels: Volume, config: VolumeConfig) -> BodyField:

@@ -153,7 +153,7 @@ class MaskFolder:
         """uint8 [H, W] in the model's ids: slices of a file."""
         from data_shards.ingest.body import BodyField
         from data_shards.ingest.intensity import GreyMap
-        from data_shards.ingest.slices import VIEWS, cut
+        from data_shards.ingest.slices import VIEWS, Cutting, cut
         from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 
         file = listed.file
@@ -173,7 +173,7 @@ class MaskFolder:
         # Cut as the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
         nobody = BodyField(np.broadcast_to(np.float32(0), own_IJK.shape), np.ones(3))
         how = {"axis": listed.cut_along, "body_id": 0, **self._cut_as}
-        for one in cut(volume, volume, nobody, GreyMap(1.0, 0.0), indices=indices, **how):
+        for one in cut(volume, volume, nobody, GreyMap(1.0, 0.0), Cutting(indices=indices, **how)):
             yield one.mask_HW
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from data_shards import locks
+from data_shards.lock_holder import Holder, shown
 from data_shards.locks import locked, refuse_where_locked, short_turn
 from data_shards.problems import InputProblems, OutOfSpace
 
@@ -52,8 +53,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("_WATCH_S", 0.4), ("_BEAT_S", 0.05), ("_POLL_S", 0.02), ("_SETTLE_S", 0.05)):
-        monkeypatch.setattr(locks, name, seconds)
+    monkeypatch.setattr(locks, "TIMES", replace(locks.TIMES, watch_s=0.4, beat_s=0.05, poll_s=0.02, settle_s=0.05))
 
 
 def take(file: Path) -> None:
@@ -65,9 +65,9 @@ def without_flock(*_: Any) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
 
 
-def left_by(file: Path, **changes: Any) -> locks._Holder:
+def left_by(file: Path, **changes: Any) -> Holder:
     """A lock file whose holder differs from this process in `changes`."""
-    holder = replace(locks._Holder.here(), **changes)
+    holder = replace(Holder.here(), **changes)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(asdict(holder)))
     return holder
@@ -137,7 +137,7 @@ def test_of_another_machine_only_who_gives_no_sign_is_taken_for_dead(
     assert not file.exists()
 
     holder = left_by(file, host="node-3", machine="another:1")
-    beating = locks._Held(file, os.open(file, os.O_RDWR), holder)
+    beating = locks.Held(file, os.open(file, os.O_RDWR), holder)
     try:
         with pytest.warns(match="waiting"), pytest.raises(InputProblems, match=r"on node-3 .* is preparing it"):
             take(file)
@@ -146,7 +146,7 @@ def test_of_another_machine_only_who_gives_no_sign_is_taken_for_dead(
 
     left_by(file, host="node-3", machine="another:1")
     os.utime(file, (0, 0))
-    monkeypatch.setattr(locks, "_WATCH_S", 1000.0)
+    monkeypatch.setattr(locks, "TIMES", replace(locks.TIMES, watch_s=1000.0))
     take(file)  # long ago: nothing to wait for
 
 
@@ -206,7 +206,7 @@ def test_a_job_that_is_started_again_waits_for_its_rank_to_end(file: Path, monke
         subprocess.Popen(["sh", "-c", f"sleep 0.5; kill {before.pid}"])
         take(file)
     with other_process(file):
-        monkeypatch.setattr(locks, "_SAME_JOB_S", 0.1)
+        monkeypatch.setattr(locks, "TIMES", replace(locks.TIMES, same_job_s=0.1))
         with pytest.raises(InputProblems, match="is preparing it"):
             take(file)
 
@@ -231,7 +231,7 @@ def test_a_lock_file_of_a_stranger_leads_nowhere(file: Path, tmp_path: Path) -> 
     left_by(file, host="\x1b[31mred\n" + "x" * 500, machine="another:1")
     os.utime(file, (0, 0))
     take(file)
-    assert locks._shown("\x1b[31mred\n" + "x" * 500) == "?[31mred?" + "x" * 111 + "..."
+    assert shown("\x1b[31mred\n" + "x" * 500) == "?[31mred?" + "x" * 111 + "..."
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
 def test_passwords_do_not_enter_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/opt/bin/segdiff", "train", "--data", "https://me:secret@host/set"])
-    assert locks._Holder.here().command == "segdiff train --data https://host/set"
+    assert Holder.here().command == "segdiff train --data https://host/set"
 
 
 def test_short_turns_follow_each_other_and_leave_nothing(tmp_path: Path) -> None:

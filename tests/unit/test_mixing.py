@@ -40,13 +40,14 @@ def said(shards: TwoSets, mix: dict[str, float], rows: np.ndarray = ALL) -> set[
 
 
 def test_keys() -> None:
-    groups = parse_mix({"CT": 2, "1:MR/axial": 0.5, "0:*": 1, "*": 3})
+    groups, problems = parse_mix({"CT": 2, "1:MR/axial": 0.5, "0:*": 1, "*": 3})
     assert [(g.weight, g.set_index, g.modality, g.axis) for g in groups] == [
         (2, None, MODALITIES.index("CT"), None),
         (0.5, 1, MODALITIES.index("MR"), AXES.index("axial")),
         (1, 0, None, None),
         (3, None, None, None),
     ]
+    assert not problems
 
 
 def test_groups_hold_the_rows_of_their_keys(shards: TwoSets) -> None:

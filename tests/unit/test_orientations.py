@@ -16,7 +16,7 @@ import pytest
 
 from data_shards.ingest.body import find_body
 from data_shards.ingest.intensity import GreyMap, grey_map, restore
-from data_shards.ingest.slices import Slice, cut
+from data_shards.ingest.slices import Cutting, Slice, cut
 from data_shards.ingest.volumes import Volume, read_labels, read_volume
 from data_shards.records import AXES
 
@@ -56,7 +56,7 @@ def _store(folder: Path, voxels: np.ndarray, affine: np.ndarray, code: str) -> P
 
 def _cut(volume: Volume, labels: Volume, axis: str, grey: GreyMap, **changes: Any) -> list[Slice]:
     options = {"size": 20, "spacing_mm": 1.0, "slice_stride": 4, "fit": "auto", "body_id": BODY_ID} | changes
-    return list(cut(volume, labels, find_body(volume, "MR"), grey, axis=axis, **options))
+    return list(cut(volume, labels, find_body(volume, "MR"), grey, Cutting(axis=axis, **options)))
 
 
 def _bytes_of_all_slices(folder: Path, tilt: str, code: str) -> list[bytes]:

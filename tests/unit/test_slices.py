@@ -9,7 +9,7 @@ import pytest
 
 from data_shards.ingest.body import BodyField
 from data_shards.ingest.intensity import GreyMap
-from data_shards.ingest.slices import Slice, cut
+from data_shards.ingest.slices import Cutting, Slice, cut
 from data_shards.ingest.volumes import Volume, linear_weights, num_resampled
 
 # World direction in which rows and columns run, as (dimension, sign): R, A, S are positive.
@@ -42,7 +42,7 @@ def _cut(volume: Volume, labels: np.ndarray | None = None, body: BodyField | Non
     }
     drawn = None if labels is None else Volume(labels, 1.0, 0.0, volume.affine, "")
     grey = changes.pop("grey", GreyMap(1.0, 0.0))
-    return list(cut(volume, drawn, body or _nobody(volume), grey, **(options | changes)))
+    return list(cut(volume, drawn, body or _nobody(volume), grey, Cutting(**(options | changes))))
 
 
 def _world(one: Slice, row: float, column: float) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 from data_shards.ingest.body import find_body
 from data_shards.ingest.intensity import grey_map
-from data_shards.ingest.slices import cut
+from data_shards.ingest.slices import Cutting, cut
 from data_shards.ingest.volumes import read_labels, read_volume
 from data_shards.records import AXES
 
@@ -56,7 +56,7 @@ def test_a_case_takes_less_than_four_times_its_volume(
         body = find_body(volume, modality)
         for axis in AXES:
             options = {"size": 256, "spacing_mm": 1.0, "slice_stride": 4, "fit": "auto", "body_id": 16}
-            slices = cut(volume, labels, body, grey, axis=axis, mask_resize="soft", soft_edge=True, **options)
+            slices = cut(volume, labels, body, grey, Cutting(axis=axis, mask_resize="soft", soft_edge=True, **options))
             assert sum(1 for _ in slices) > 50
         peaks["all"] = tracemalloc.get_traced_memory()[1] / volume_bytes
     finally:
