@@ -17,7 +17,7 @@ from data_shards.files import first_line
 from data_shards.problems import problem
 
 if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
+    from segdiff_dist.diffusers_parts import Attention
 
 AttentionBackend = Literal["auto", "sdpa", "xformers"]
 Backend = Literal["sdpa", "xformers"]
@@ -72,7 +72,7 @@ def _sdpa(q_NLHD: Tensor, k_NLHD: Tensor, v_NLHD: Tensor) -> Tensor:
 
 def set_attention(unet: Any, backend: Backend) -> None:
     """Make every attention block of a diffusers model compute with `backend`, fused or not."""
-    from diffusers.models.attention_processor import Attention
+    from segdiff_dist.diffusers_parts import Attention
 
     for module in unet.modules():
         if isinstance(module, Attention):
@@ -100,7 +100,7 @@ class SelfAttention:
         N, C, H, W = x_NCHW.shape
         y_NCL = block.group_norm(x_NCHW.flatten(2))
         y_NLC = self.of_pixels(block, y_NCL.transpose(1, 2))
-        # x first: a sum lies in memory as its first term does.
+        # x first: a sum has the memory layout of its first term.
         return x_NCHW + y_NLC.transpose(1, 2).reshape(N, C, H, W)
 
     def of_pixels(self, block: Attention, x_NLC: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """diffusers' UNet2DModel as a CPU trains it fastest: channels-last from end to end.
 
-A CPU's convolutions in bf16 want that layout: where it has matrix tiles (AMX), rows take six times as long. While it
-trains, diffusers' resnet turns the input of its shortcut into rows, and all that follows with it; ours does not.
+A CPU's convolutions in bf16 want that layout (NHWC): where it has matrix tiles (AMX), NCHW takes six times as long. In
+training diffusers' resnet turns the input of its shortcut into NCHW, and so all that follows; ours does not.
 N batch, C channels, H rows, W columns.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from segdiff_dist.cpu_norm import suit_norms
+from segdiff_dist.diffusers_parts import ResnetBlock2D
 
 
 def suit_cpu(unet: nn.Module) -> None:

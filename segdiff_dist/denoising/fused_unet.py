@@ -19,13 +19,9 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets import unet_2d_blocks as blocks
-from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from segdiff_dist.diffusers_parts import Attention, ResnetBlock2D, UNet2DOutput, Upsample2D, blocks, recomputed
 from segdiff_kernels.group_norm_silu import group_norm_silu
 from segdiff_kernels.label_conv_in import label_conv_in
 from segdiff_kernels.residual_add import residual_add
@@ -42,12 +38,12 @@ class Stream(NamedTuple):
 
 
 def why_not_fused(unet: diffusers.UNet2DModel) -> str | None:
-    """What of this UNet the kernels have no form for; None where they can compute it."""
+    """Which part of this UNet the kernels cannot compute; None where they can compute it all."""
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
             takes_time = module.time_embedding_norm in ("default", "scale_shift") and not module.skip_time_act
             if not takes_time or module.up or module.down:
-                return "its resnets take the time otherwise than by addition or by scale and shift, or resample"
+                return "its resnets resample, or do not take the time by addition or by scale and shift"
             if module.dropout.p > 0:
                 return f"its dropout is {module.dropout.p:g}"
             if module.output_scale_factor != 1.0:
@@ -100,7 +96,7 @@ class UNet2DModel(diffusers.UNet2DModel):
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
         times = iter(_times([resnet for block in blocks for resnet in block.resnets], F.silu(emb_NE)))
 
-        # Of one input channel a convolution cannot tell the layout, and would answer in rows.
+        # A tensor of one channel is NCHW and NHWC alike. A convolution takes it for NCHW, and its result would be NCHW.
         stream = Stream(self.conv_in(sample, **labels).contiguous(memory_format=torch.channels_last))
         skips = [stream]
         for block in self.down_blocks:
@@ -155,7 +151,7 @@ class _DownBlock(blocks.DownBlock2D):
         outputs = []
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         for resnet, attention, time in zip(self.resnets, attentions, times, strict=True):
-            stream = _run(self, resnet, stream, time)
+            stream = recomputed(self, resnet, stream, time)
             stream = stream if attention is None else attention(stream)
             outputs.append(stream)
         for downsample in self.downsamplers or ():
@@ -173,7 +169,7 @@ class _MidBlock(blocks.UNetMidBlock2D):
         stream = self.resnets[0](stream, times[0])
         for attention, resnet, time in zip(self.attentions, self.resnets[1:], times[1:], strict=True):
             stream = stream if attention is None else attention(stream)
-            stream = _run(self, resnet, stream, time)
+            stream = recomputed(self, resnet, stream, time)
         return stream
 
 
@@ -181,7 +177,7 @@ class _UpBlock(blocks.UpBlock2D):
     def forward(self, stream: Stream, skips: list[Stream], times: list[Time]) -> Stream:
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         for resnet, attention, skip, time in zip(self.resnets, attentions, reversed(skips), times, strict=True):
-            stream = _run(self, resnet, stream, time, skip)
+            stream = recomputed(self, resnet, stream, time, skip)
             stream = stream if attention is None else attention(stream)
         for upsample in self.upsamplers or ():
             stream = Stream(upsample(stream.x_NCHW))
@@ -190,13 +186,6 @@ class _UpBlock(blocks.UpBlock2D):
 
 class _AttnUpBlock(_UpBlock, blocks.AttnUpBlock2D):
     pass
-
-
-def _run(block: Any, resnet: nn.Module, *inputs: Any) -> Stream:
-    """A resnet, or only its inputs kept and the rest computed again in the backward pass."""
-    if torch.is_grad_enabled() and block.gradient_checkpointing:
-        return block._gradient_checkpointing_func(resnet, *inputs)
-    return resnet(*inputs)
 
 
 class _Resnet(ResnetBlock2D):

@@ -1,4 +1,4 @@
-"""From noise to images: solvers on one grid of noise levels, with the predicted x_0 looked after in one place.
+"""From noise to images: solvers on one grid of noise levels, with the predicted x_0 guided and bounded in one place.
 
 A step: the network predicts, which means an x_0; segmenter guidance moves it, clip or dynamic threshold bounds it, and
 the solver goes on from there. Nothing depends on the other images of a batch. docs/sampling.md compares the solvers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.grids import Level, level_at, levels_of
 from segdiff_dist.denoising.process import Process, make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.diffusers_parts import respaced
 from segdiff_kernels.sampler_step import ddim_schedule, ddim_step, dynamic_limit, multistep_schedule, multistep_step
 
 if TYPE_CHECKING:
@@ -150,21 +151,6 @@ def _alpha_bars(levels: list[Level]) -> Tensor:
     return torch.tensor([level.alpha_bar for level in levels], dtype=torch.float32)
 
 
-def _respaced(scheduler_class: Any, a_S: Tensor, **settings: Any) -> Any:
-    """A scheduler of diffusers' for predicted x_0, whose only timesteps, S - 1 down to 0, are the grid's.
-
-    So all solvers walk one grid, of any S: DDIMScheduler's own strides miss the next timestep where S does not divide
-    T, and the others' leading and linspace are not its. Respacing: Nichol and Dhariwal 2021, section 4.
-    """
-    a_up_S = a_S.flip(0)
-    betas_S = 1.0 - a_up_S / torch.cat((a_up_S.new_ones(1), a_up_S[:-1]))
-    spacing = {"timestep_spacing": "trailing", "prediction_type": "sample"}
-    scheduler = scheduler_class(num_train_timesteps=len(a_S), trained_betas=betas_S.tolist(), **spacing, **settings)
-    scheduler.alphas_cumprod = a_up_S  # to the bit; by way of float32 betas small ones lose digits
-    scheduler.set_timesteps(len(a_S))
-    return scheduler
-
-
 def _above_0(a_S: Tensor) -> Tensor:
     """The alpha_bars with _LEAST_ALPHA_BAR in place of 0, or less where others are as small: a step from one to its
     equal would divide 0 by 0."""
@@ -213,7 +199,7 @@ def _ddim(
     predicted, not what the bounded x_0 would mean; so the scheduler does the bounding."""
     from diffusers import DDIMScheduler
 
-    scheduler = _respaced(
+    scheduler = respaced(
         DDIMScheduler,
         _alpha_bars(levels),
         clip_sample=sampler.clip_sample,
@@ -240,7 +226,7 @@ def _multistep(
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     scheduler_class = UniPCMultistepScheduler if sampler.solver == "unipc" else DPMSolverMultistepScheduler
-    scheduler = _respaced(scheduler_class, _above_0(_alpha_bars(levels)), solver_order=2)
+    scheduler = respaced(scheduler_class, _above_0(_alpha_bars(levels)), solver_order=2)
     scheduler.set_begin_index(0)
     x_t_BCHW = x_T_BCHW
     for step, t in enumerate(scheduler.timesteps.tolist()):

@@ -1,0 +1,68 @@
+"""Parts of diffusers that it does not promise to keep, all in this file, for the versions in which they were read.
+
+The networks' blocks, which fused_unet.py and cpu_unet.py give other forward functions; how a block recomputes
+activations; and how a scheduler is made to walk a given grid. Another version is refused when this file is imported.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from data_shards.problems import problem
+
+# pyproject.toml has the same bounds. To move the upper one: read these parts in the new version, and run
+# tests/unit/test_fused_unet.py, test_cpu_norm.py and test_samplers.py with it.
+FIRST, BEFORE = "0.38", "0.43"
+
+
+def check_version(found: str) -> None:
+    """Raises InputProblems for a version of diffusers whose insides are not known."""
+    if not Version(FIRST) <= Version(found) < Version(BEFORE):
+        raise problem("diffusers", "version", found, f"pip install 'diffusers>={FIRST},<{BEFORE}'")
+
+
+check_version(version("diffusers"))
+
+from diffusers.models.attention_processor import Attention  # noqa: E402
+from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
+from diffusers.models.unets import unet_2d_blocks as blocks  # noqa: E402
+from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
+from diffusers.models.upsampling import Upsample2D  # noqa: E402
+
+__all__ = [
+    "Attention",
+    "ResnetBlock2D",
+    "UNet2DOutput",
+    "Upsample2D",
+    "blocks",
+    "check_version",
+    "recomputed",
+    "respaced",
+]
+
+
+def recomputed(block: Any, module: nn.Module, *inputs: Any) -> Any:
+    """module(*inputs) of a block, or only its inputs kept and the rest computed again in the backward pass."""
+    if torch.is_grad_enabled() and block.gradient_checkpointing:
+        return block._gradient_checkpointing_func(module, *inputs)
+    return module(*inputs)
+
+
+def respaced(scheduler_class: Any, a_S: Tensor, **settings: Any) -> Any:
+    """A scheduler for predicted x_0, whose only timesteps, S - 1 down to 0, are the alpha_bars a_S of a falling grid.
+
+    So all solvers walk one grid, of any S: DDIMScheduler's own strides miss the next timestep where S does not divide
+    T, and the others' leading and linspace spacings differ from it. Respacing: Nichol and Dhariwal 2021, section 4.
+    """
+    a_up_S = a_S.flip(0)
+    betas_S = 1.0 - a_up_S / torch.cat((a_up_S.new_ones(1), a_up_S[:-1]))
+    spacing = {"timestep_spacing": "trailing", "prediction_type": "sample"}
+    scheduler = scheduler_class(num_train_timesteps=len(a_S), trained_betas=betas_S.tolist(), **spacing, **settings)
+    scheduler.alphas_cumprod = a_up_S  # to the bit; by way of float32 betas small ones lose digits
+    scheduler.set_timesteps(len(a_S))
+    return scheduler
