@@ -1,4 +1,7 @@
-"""How much of the host's memory this process may still take: the machine's, or its container's where that is less."""
+"""How much of the host's memory this process may still take: the machine's, or its container's where that is less.
+
+Not psutil: it reads the machine's memory, not the limits of cgroups.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""One command at a time on what it writes: a lock file that says who is at work, and that outlives nobody.
+"""One command at a time on what it writes: a lock file that names the process at work and ends with it.
 
     OUT/.segdiff.lock       of a folder that a command fills          RUN/.train.lock, ...   of a part of a run folder
 
-The holder keeps an flock on the file, writes down who it is, and touches the file every few seconds. It removes the
-file when it ends. What a dead holder left is taken over:
+The holder keeps an flock on the file, writes into it who it is, and touches the file every few seconds. It removes the
+file when it ends. The file of a dead holder is taken over:
 
 - On the holder's own machine the kernel has let go of the flock. Where the file system has no locks, the process and
   the time it started at decide.
 - On another machine the flock of a shared file system is not always to be trusted, so the file is watched: a holder
   that is alive touches it. Clocks are not compared.
 
-Nothing in a lock file is acted upon but the comparison: it may lie in a stranger's folder.
+Not the library filelock: it names no holder, and cannot tell a dead machine's lock from a busy one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""YAML as plain as JSON: no aliases, no tags of other kinds, keys that are text or whole numbers, bounded nesting."""
+"""YAML as plain as JSON: no aliases, no tags of other kinds, keys that are text or whole numbers, bounded nesting.
+
+PyYAML parses; its safe_load alone would expand aliases without bound and take any depth.
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,12 @@
 
 A run is one endless sequence of positions 0, 1, 2, ... Epoch e holds positions e*n to (e+1)*n - 1 and is a true
 permutation of the n samples, computed in O(1) a position by a keyed Feistel network with cycle walking (Black and
-Rogaway 2002, "Ciphers with arbitrary finite domains"), so nothing is stored and nothing depends on ranks.
+Rogaway 2002, "Ciphers with arbitrary finite domains"), so nothing is stored and nothing depends on ranks. Not
+torch.randperm, nor the shuffles of MosaicML streaming or WebDataset: each holds the order of an epoch or a buffer in
+memory, or depends on the number of ranks, so that a resumed run must replay it.
 
-An Order says which row of a shard set stands at each position; mixing gives every group of rows such a sequence of its
-own and interleaves them. Dimensions: P positions, G groups, R rows, E epochs.
+An Order says which row of a shard set is at each position; mixing gives every group of rows such a sequence of its own
+and interleaves them. Dimensions: P positions, G groups, R rows, E epochs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Label maps of slices: the nearest label, or the class with the largest share of a pixel and, kept, its soft edge."""
+"""Label maps of slices: the nearest label, or the class with the largest share of a pixel, and its soft edge."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The linear maps that bring a volume to its slices: lines of pixels, and planes of voxels mixed between slices.
 
+Not scipy.ndimage.zoom or SimpleITK: they resample a whole volume in memory, and by points. Here slices are made one at
+a time, images shrink by area, and image, mask shares and envelope have the same weights.
 Dimensions: I, J, K as in volumes.py; H rows, W columns.
 """
 

@@ -8,6 +8,9 @@ A record carries the crc32c of its bytes, checked at every read, so that a crash
 ranges: a record cut short is dropped, one whose bytes never reached the disk does not match and is fetched again.
 Nothing is ever taken out; remove the folder to start afresh. Use a disk of the node: locks are not safe on all
 network mounts.
+
+Not fsspec's blockcache or filecache: they keep whole blocks or files, without a bound on the disk they take and without
+checksums, and their processes do not share what one of them has fetched while they run.
 """
 
 from __future__ import annotations

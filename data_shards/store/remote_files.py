@@ -1,4 +1,10 @@
-"""Byte ranges of files behind a URL: fsspec, attempts that go on for a while, and a cache on a local disk."""
+"""Byte ranges of files behind a URL: fsspec, attempts that go on for a while, and a cache on a local disk.
+
+fsspec makes the requests, for any kind of URL that it has a package for. The attempts are our own: fsspec has none that
+hold for all of its file systems, and its cat_ranges waits for the slowest request of a batch. obstore retries, but for
+S3, GCS, Azure and HTTP only, and its get_ranges gives all ranges of a file or one error, where a batch here must know
+which of its samples are missing.
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,8 @@
 It is an uncompressed Arrow IPC file of one record batch: memory-mapped, its columns are NumPy arrays without a copy,
 and the processes of a machine share one page cache.
 
-Where a sample's bytes lie is told for each of its parts (image, mask and, where soft edges are kept, edge) by four
-columns: PART_file (position in index.json's `shards`; -1 for a part that is not there), PART_offset, PART_bytes and
-PART_crc32c.
+Four columns say where each part of a sample is stored (image, mask and, where soft edges are kept, edge):
+PART_file (position in index.json's `shards`; -1 for a part that is not there), PART_offset, PART_bytes and PART_crc32c.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """WebDataset shards: plain tars of KEY.image.EXT, KEY.mask.EXT, KEY.meta.json and, with soft edges, KEY.edge.EXT.
 
-Members have fixed times, owners, modes and order, so the same samples give the same bytes. Beside each tar lies an
-index in the format of DALI's wds2idx, v1.2.
+Members have fixed times, owners, modes and order, so the same samples give the same bytes; webdataset's TarWriter does
+not return where its bytes are. Beside each tar is an index in the format of DALI's wds2idx, v1.2.
 """
 
 from __future__ import annotations

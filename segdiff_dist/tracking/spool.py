@@ -2,6 +2,9 @@
 
 Each writer has a file of its own in the spool's folder, and holds a lock on it while it lives. What a killed writer
 left behind is found by its missing lock, adopted by the next process and sent from where the first one had got to.
+
+Not persist-queue or another queue on SQLite: SQLite's locks are not safe on the network file systems that run folders
+are on, and one write of one line is all that a training step may wait for.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from segdiff_dist.tracking.inside import open_plain
 Record = dict[str, Any]
 
 _READ_BYTES = 1 << 20
-# Longer lines are none of ours: a stage's settings, each at MLflow's longest, are a tenth of it.
+# A longer line was not written here: a stage's settings, each at MLflow's longest, are a tenth of it.
 _MOST_LINE_BYTES = 1 << 24
 
 
