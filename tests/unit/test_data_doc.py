@@ -79,4 +79,4 @@ def test_the_printed_label_tables_are_those_in_use() -> None:
     assert [int(other) for _, _, other in entries if other] == list(AMOS_TO_WHOLEBODY[1:])
     entries_of_71 = re.findall(r"(\d+) (\w+)", wholebody)
     assert [(int(number), name) for number, name in entries_of_71] == list(enumerate(WHOLEBODY.names))
-    assert f"Id {WHOLEBODY.names.index(UNUSED)} stands for nothing" in PAGE
+    assert f"Id {WHOLEBODY.names.index(UNUSED)} is unused" in PAGE
