@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.documents import read_json
-from data_shards.fan_out import TaskFailure, fan_out, num_cores
+from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.files import write_atomic
 from data_shards.ingest import archive
 from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig
@@ -136,13 +136,14 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
     _write_json(wholebody / ANNOTATIONS, content)
     cases = archive.read_archive(amos_root, config.modalities, config.modality)
     tasks = [_Task(case, wholebody, config, content["cases"].get(case.case_id)) for case in cases]
+    workers = config.workers
     results = fan_out(
         _make_worker,
         tasks,
         num_workers=config.num_workers,
-        threads_per_worker=config.threads_per_worker or max(1, num_cores() // config.num_workers),
+        threads_per_worker=workers.threads_per_worker,
         gpus_per_worker=config.gpus_per_worker,
-        address=config.ray_address,
+        address=workers.ray_address,
     )
     failed: list[tuple[str, str]] = []
     num_kept = 0

@@ -9,10 +9,12 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
+from data_shards.fan_out import num_cores
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import MODALITIES
 from data_shards.settings import Execution, Result
+from data_shards.workers import WorkersConfig
 
 if TYPE_CHECKING:
     from data_shards.ingest.archive import Case
@@ -49,6 +51,12 @@ class AnnotateConfig:
     timeout_s: Execution[float | None] = None
     """For one volume; null: none."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
+
+    @property
+    def workers(self) -> WorkersConfig:
+        """Who does the work, and where. Threads: this machine's cores, shared among the workers."""
+        threads = self.threads_per_worker or max(1, num_cores() // self.num_workers)
+        return WorkersConfig("annotate", self.num_workers, threads, ray_address=self.ray_address)
 
     def problems(self, where: str = "annotate") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from data_shards import __version__
 from data_shards.documents import read_json, reading
-from data_shards.fan_out import Done, TaskFailure, Workers, num_cores, runner
+from data_shards.fan_out import Done, TaskFailure, Workers, runner
 from data_shards.files import remove_leftovers, write_atomic
 from data_shards.ingest import archive, partials
 from data_shards.ingest.archive import Case
@@ -158,8 +158,8 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in job.cases]
     # The largest first, so that no worker is left with one at the end while the others wait.
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
-    num_workers = config.num_workers or num_cores()
-    workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=config.ray_address)
+    num_workers, address = config.workers.num_on_cores, config.workers.ray_address
+    workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=address)
     with saying_when_full(out), ExitStack() as at_the_end, workers:
         at_the_end.callback(_remove_half_written, out)
         _start(out, plan)

@@ -15,6 +15,7 @@ from data_shards.settings import Execution, Result, ResultWhereSet, identity
 from data_shards.store.codecs import CODECS
 from data_shards.store.set_index import STORES
 from data_shards.store.shard_writer import Format, set_format
+from data_shards.workers import WorkersConfig
 
 # Far beyond what any header stores in 16 bits.
 _LARGEST_HU = 100_000.0
@@ -56,6 +57,11 @@ class PrepareConfig:
     samples_per_shard: Result[int] = 1024
     num_workers: Execution[int | None] = None
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
+
+    @property
+    def workers(self) -> WorkersConfig:
+        """Who does the work, and where."""
+        return WorkersConfig("prepare", self.num_workers, ray_address=self.ray_address)
 
     def problems(self, where: str = "prepare") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""

@@ -10,6 +10,7 @@ from data_shards.problems import Problem
 from data_shards.settings import Execution, Result
 from data_shards.store.codecs import CODECS
 from data_shards.store.set_index import STORES
+from data_shards.workers import WorkersConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class ConvertConfig:
     samples_per_shard: Result[int] = 1024
     num_workers: Execution[int | None] = None
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
+
+    @property
+    def workers(self) -> WorkersConfig:
+        """Who does the work, and where."""
+        return WorkersConfig("convert", self.num_workers, ray_address=self.ray_address)
 
     def problems(self, where: str = "convert") -> list[Problem]:
         """Everything out of range, each with what to do about it."""

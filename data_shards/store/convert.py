@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.documents import read_json
-from data_shards.fan_out import Workers, num_cores, runner
+from data_shards.fan_out import Workers, runner
 from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import Problem, refuse, saying_when_full
@@ -99,8 +99,8 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
     for split, first, count in _runs(shards):
         counted.append((split, count, partial(_rows_from, shards.resolved, first, shards.digest, format)))
         num_samples[split] = count
-    num_workers = config.num_workers or num_cores()
-    with saying_when_full(out), Workers(runner, num_workers=num_workers, address=config.ray_address) as workers:
+    num_workers, address = config.workers.num_on_cores, config.workers.ray_address
+    with saying_when_full(out), Workers(runner, num_workers=num_workers, address=address) as workers:
         # Says whose the folder is, from the first shard until the index stands.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
         write_atomic(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())

@@ -28,6 +28,7 @@ from data_shards.problems import InputProblems, Problem, WorkFailed, problem, re
 from data_shards.settings import identity
 from data_shards.store.set_index import read_index
 from data_shards.store.shards import ShardSet
+from data_shards.workers import WorkersConfig
 from segdiff_dist.config import differences
 from segdiff_dist.downstream.arms import Training, trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
@@ -36,7 +37,7 @@ from segdiff_dist.downstream.summary import summarise
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.job import crew_of, joined, sample, weights_digest
+from segdiff_dist.sampling.job import sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB
 from segdiff_dist.segmentation import segmenter_network
 from segdiff_dist.segmentation_config import SegmenterConfig
@@ -67,6 +68,8 @@ class Downstream:
     loader: LoaderConfig
     split: str
     interval: Interval
+    workers: WorkersConfig
+    """Who samples and trains."""
 
     @property
     def folder(self) -> Path:
@@ -96,7 +99,7 @@ class Downstream:
     def _make(self) -> dict[str, Any]:
         write_atomic(self.folder / _SETTINGS, json.dumps(_settings(self), indent=1) + "\n")
         rows = training_rows(self.shards, self.loader)
-        samples = sample(self.run, self.shards, rows, self.diffusion, self.sample)
+        samples = sample(self.run, self.shards, rows, self.diffusion, self.sample, workers=self.workers)
         generated = _as_shards(samples, self.shards, self.folder / _GENERATED)
         trainings = trainings_of(self.config)
         done = self.folder / _TRAININGS
@@ -123,6 +126,7 @@ def plan(
     segmenter: SegmenterConfig,
     loader: LoaderConfig,
     interval: Interval,
+    workers: WorkersConfig,
 ) -> Downstream:
     """Check everything; nothing is written. `evaluated`: the run's samples, whose shard set is the real data.
 
@@ -158,6 +162,8 @@ def plan(
         replace(loader, mix={}, crop_size=None),
         split,
         interval,
+        # Threads are those of the sample section, on which rounding depends.
+        replace(workers, threads_per_worker=sample.threads_per_worker, most_on_cpu=None),
     )
     refuse([*config.problems(), *_problems(made, int(evaluated.image.shape[-1]))])
     refuse(_memory_problems(made))
@@ -250,8 +256,8 @@ def _train(made: Downstream, generated: Path, missing: list[Any], total: int) ->
 
     failures = []
     bar = tqdm(total=total, initial=total - len(missing), desc="downstream", unit="training")
-    with joined(made.sample), bar:
-        crew = crew_of(made.sample)  # of the cluster, where one was joined
+    with made.workers.joined(), bar:
+        pool = made.workers.pool()  # of the cluster, where one was joined
         inputs = Inputs(
             made.shards.resolved,
             generated,
@@ -259,14 +265,14 @@ def _train(made: Downstream, generated: Path, missing: list[Any], total: int) ->
             made.segmenter,
             made.loader,
             made.split,
-            crew.device,
+            pool.device,
         )
         for done in fan_out(
             partial(Trainer, inputs),
             missing,
-            num_workers=crew.num_workers,
-            gpus_per_worker=crew.gpus_per_worker,
-            address=made.sample.ray_address,
+            num_workers=pool.num_workers,
+            gpus_per_worker=pool.gpus_per_worker,
+            address=made.workers.ray_address,
         ):
             if isinstance(done.result, TaskFailure):
                 failures.append(f"{done.task.name}: {done.result.error}")

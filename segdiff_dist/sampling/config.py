@@ -12,6 +12,7 @@ from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.records import AXES
 from data_shards.settings import Execution, RecordedOtherwise, Result, identity
+from data_shards.workers import WorkersConfig
 from segdiff_dist.denoising.config import Objective
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 
@@ -69,6 +70,11 @@ class SampleConfig:
     )
     """A Ray cluster to work on: host:port, or auto on one of its machines. All of them must see run and data."""
     device: Execution[Literal["auto", "cpu", "cuda"]] = "auto"
+
+    @property
+    def workers(self) -> WorkersConfig:
+        """Who makes the images, and where."""
+        return WorkersConfig("sample", self.num_workers, self.threads_per_worker, self.device, self.ray_address)
 
     def problems(self) -> list[Problem]:
         """What is out of range."""

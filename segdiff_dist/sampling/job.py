@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.fan_out import TaskFailure, fan_out, num_cores, ray_session, resources
+from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.problems import Problem, WorkFailed, problem, refuse, saying_when_full
 from data_shards.records import AXES, MODALITIES
+from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.sampling.config import SampleConfig
@@ -54,33 +54,27 @@ class Job:
     """Of a folder: words for the classes in the masks that are drawn."""
 
 
-@dataclass(frozen=True)
-class Crew:
-    """Who makes the images."""
-
-    num_workers: int
-    device: str
-    gpus_per_worker: float
-
-    @property
-    def num_beside(self) -> int:
-        """Workers that share one GPU; without GPUs all of them, on however many machines."""
-        return round(1 / self.gpus_per_worker) if self.device == "cuda" else self.num_workers
-
-
 def sample(
-    run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig
+    run: Path,
+    shards: ShardSet,
+    rows: np.ndarray,
+    diffusion: DiffusionConfig,
+    config: SampleConfig,
+    *,
+    workers: WorkersConfig | None = None,
 ) -> SampleStore:
     """Make every missing image of the job into RUN/samples. Killed and started again, it makes only what is missing.
 
-    `rows`: the labelled slices of `shards` that masks are drawn from, not used with config.masks. Raises InputProblems
-    before work starts, SamplingFailed where regions could not be made, OutOfSpace where the disk is full.
+    `rows`: the labelled slices of `shards` that masks are drawn from, not used with config.masks. `workers`: others
+    than the config's, for a stage that samples on the way. Raises InputProblems before work starts, SamplingFailed
+    where regions could not be made, OutOfSpace where the disk is full.
     """
-    return make_job(prepare_job(run, shards, rows, diffusion, config), config)
+    return make_job(prepare_job(run, shards, rows, diffusion, config), config, workers)
 
 
-def make_job(job: Job, config: SampleConfig) -> SampleStore:
+def make_job(job: Job, config: SampleConfig, workers: WorkersConfig | None = None) -> SampleStore:
     """Make what is missing of a job that was prepared with this config. Errors as of `sample`."""
+    workers = workers or config.workers
     with locked(job.path), saying_when_full(job.path):
         # Looked at again, now that no other command can begin it or put another in its place.
         store = SampleStore.reopen(job.path, job.about)
@@ -90,17 +84,17 @@ def make_job(job: Job, config: SampleConfig) -> SampleStore:
             _look_over(store, job)
             if not store.missing_regions():
                 return store
-        with joined(config):
-            crew = crew_of(config)
+        with workers.joined():
+            pool = workers.pool()
             if store is None:
-                about = job.about | {"device": crew.device}
+                about = job.about | {"device": pool.device}
                 store = SampleStore.create(job.path, about, job.items, job.size, job.masks_MHW)
                 _look_over(store, job)
-            if store.job["device"] != crew.device:
+            if store.job["device"] != pool.device:
                 kept = store.job["device"]
-                remedy = f"another rounds differently: give --sample.device {kept}, or remove {store.path}"
-                raise problem(store.path, "device", f"begun on {kept!r}, not {crew.device!r}", remedy)
-            _make_missing(store, crew, config)
+                remedy = f"another rounds differently: give --{workers.section}.device {kept}, or remove {store.path}"
+                raise problem(store.path, "device", f"begun on {kept!r}, not {pool.device!r}", remedy)
+            _make_missing(store, pool, config, workers.ray_address)
     return store
 
 
@@ -141,39 +135,13 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     return Job(path, about, list_items(shards, rows, config), trained["size"], None)
 
 
-def joined(config: SampleConfig) -> AbstractContextManager[None]:
-    """The Ray cluster that config names; nothing where this machine is to do it."""
-    return nullcontext() if config.ray_address is None else ray_session(config.ray_address)
-
-
-def crew_of(config: SampleConfig) -> Crew:
-    """The workers of this machine, or of the cluster that was joined: one a GPU, or one a core."""
-    import torch
-
-    from segdiff_dist.ranks.distributed import pick_device
-
-    if config.ray_address is None:
-        num_cpus = num_cores()
-        num_gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
-    else:
-        found = resources()
-        num_cpus, num_gpus = found.num_cpus, 0 if config.device == "cpu" else found.num_gpus
-        if config.device == "cuda" and not num_gpus:
-            value = f"cuda, but the cluster at {config.ray_address} has no GPU"
-            raise problem("config", "sample.device", value, "give auto or cpu")
-    one_each = num_gpus or max(1, num_cpus // config.threads_per_worker)
-    num_workers = config.num_workers or one_each
-    gpus_per_worker = min(1.0, num_gpus / num_workers)
-    return Crew(num_workers, "cuda" if num_gpus else "cpu", gpus_per_worker)
-
-
 def fewer_masks(items: pa.Table, config: SampleConfig) -> str | None:
     """Words for a job that found fewer masks than it was to draw; None where there were enough."""
     num = len(set(items["row"].to_pylist()))
     return None if config.num is None or num >= config.num else f"all {num:,} masks there are, not {config.num:,}"
 
 
-def _make_missing(store: SampleStore, crew: Crew, config: SampleConfig) -> None:
+def _make_missing(store: SampleStore, pool: WorkerPool, config: SampleConfig, address: str | None) -> None:
     from tqdm import tqdm
 
     missing = store.missing_regions()
@@ -181,12 +149,12 @@ def _make_missing(store: SampleStore, crew: Crew, config: SampleConfig) -> None:
     desc = "sample" if (few := fewer_masks(store.items, config)) is None else f"sample ({few})"
     with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc=desc, unit="img") as bar:
         for done in fan_out(
-            WorkerFactory(store.path, crew.device, config.batch_size, crew.num_beside),
+            WorkerFactory(store.path, pool.device, config.batch_size, pool.num_beside),
             missing,
-            num_workers=crew.num_workers,
+            num_workers=pool.num_workers,
             threads_per_worker=config.threads_per_worker,
-            gpus_per_worker=crew.gpus_per_worker,
-            address=config.ray_address,
+            gpus_per_worker=pool.gpus_per_worker,
+            address=address,
         ):
             if isinstance(done.result, TaskFailure):
                 failures.append(f"region {done.task}: {done.result.error}")

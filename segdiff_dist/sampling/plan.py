@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_shards.workers import WorkerPool
 from segdiff_dist.sampling.config import LEAST_BATCH, SampleConfig
-from segdiff_dist.sampling.job import Crew, Job, crew_of, fewer_masks, joined, prepare_job
+from segdiff_dist.sampling.job import Job, fewer_masks, prepare_job
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -30,7 +31,7 @@ class Plan:
     num_masks: int
     fewer_masks: str | None
     passes_per_image: int
-    crew: Crew
+    pool: WorkerPool
     seconds: float | None
     seconds_from: str
     num_bytes: int
@@ -41,7 +42,7 @@ class Plan:
     def __str__(self) -> str:
         """A few lines for a person."""
         time_told = "not known" if self.seconds is None else _duration(self.seconds)
-        workers = f"{self.crew.num_workers} worker{'s' if self.crew.num_workers > 1 else ''} on {self.crew.device}"
+        workers = f"{self.pool.num_workers} worker{'s' if self.pool.num_workers > 1 else ''} on {self.pool.device}"
         passes = f"{self.passes_per_image} passes through the net each"
         masks = f"{self.num_masks:,} masks" if self.fewer_masks is None else self.fewer_masks
         return "\n".join(
@@ -67,8 +68,8 @@ def plan_of(job: Job, config: SampleConfig) -> Plan:
     from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.samplers import num_evaluations
 
-    with joined(config):
-        crew = crew_of(config)
+    with config.workers.joined():
+        pool = config.workers.pool()
     passes = num_evaluations(config.sampler, DiffusionConfig(**job.about["diffusion"]))
     num_missing = len(job.items) if job.store is None else len(job.store.missing())
     made = _made_so_far(job)
@@ -76,7 +77,7 @@ def plan_of(job: Job, config: SampleConfig) -> Plan:
     if made is not None:
         each, seconds_from = made[0], f"as the {len(job.items) - num_missing:,} images made so far"
     else:
-        pass_s, seconds_from = _seconds_of_a_pass(Path(job.about["weights"]), crew, config)
+        pass_s, seconds_from = _seconds_of_a_pass(Path(job.about["weights"]), pool, config)
         each = None if pass_s is None else pass_s * passes
     return Plan(
         num_images=len(job.items),
@@ -84,8 +85,8 @@ def plan_of(job: Job, config: SampleConfig) -> Plan:
         num_masks=len(set(job.items["row"].to_pylist())),
         fewer_masks=fewer_masks(job.items, config),
         passes_per_image=passes,
-        crew=crew,
-        seconds=None if each is None else num_missing * each / min(crew.num_workers, max(1, num_missing)),
+        pool=pool,
+        seconds=None if each is None else num_missing * each / min(pool.num_workers, max(1, num_missing)),
         seconds_from=seconds_from,
         num_bytes=num_missing * (2 * job.size**2 if made is None else made[1]),
         bytes_from="at most: before compression" if made is None else "as the images made so far",
@@ -102,15 +103,15 @@ def _made_so_far(job: Job) -> tuple[float, int] | None:
     return seconds / num, sum(job.store.num_bytes(index) for index in done) // num
 
 
-def _seconds_of_a_pass(weights: Path, crew: Crew, config: SampleConfig) -> tuple[float | None, str]:
+def _seconds_of_a_pass(weights: Path, pool: WorkerPool, config: SampleConfig) -> tuple[float | None, str]:
     """Of one image through the net, on one worker's device."""
     import torch
 
     from segdiff_dist.denoising.denoiser import Denoiser
 
-    if crew.device == "cuda" and not torch.cuda.is_available():
+    if pool.device == "cuda" and not torch.cuda.is_available():
         return None, "no image made yet, and no GPU here to try on"
-    device = torch.device(crew.device)
+    device = torch.device(pool.device)
     model = Denoiser.load(weights).prepare_for(device)
     model = model.to(torch.bfloat16) if config.precision == "bf16" else model
     mask_BHW = torch.zeros(LEAST_BATCH, model.size, model.size, dtype=torch.uint8, device=device)

@@ -144,18 +144,12 @@ class EvaluatePlan(Plan):
 
 
 def _downstream(experiment: Experiment, run: Path, checked: Checked) -> Downstream:
-    """The trainings on the samples; they work where the evaluation does."""
+    """The trainings on the samples; the workers are those of the evaluation."""
     from segdiff_dist.downstream.job import plan
     from segdiff_dist.evaluation.metrics.sums import Interval
 
     evaluate = experiment.evaluate
-    sample = replace(
-        experiment.sample,
-        weights=weights_name(experiment, experiment.sample.weights),
-        device=evaluate.device,
-        num_workers=evaluate.num_workers,
-        ray_address=evaluate.ray_address,
-    )
+    sample = replace(experiment.sample, weights=weights_name(experiment, experiment.sample.weights))
     return plan(
         run,
         checked.store,
@@ -165,4 +159,5 @@ def _downstream(experiment: Experiment, run: Path, checked: Checked) -> Downstre
         segmenter=experiment.segmenter,
         loader=experiment.loader,
         interval=Interval(evaluate.bootstrap_samples, evaluate.seed),
+        workers=evaluate.workers,
     )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import refuse
 from segdiff_dist.experiment import collect, save_experiment
-from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.stages.base import Cost, Plan, Result, command
 from segdiff_dist.stages.configured import (
@@ -56,7 +55,7 @@ class Sample(ConfiguredStage):
         run, shards = open_run_and_data(experiment)
         collect(
             lambda: refuse(config.problems()),
-            lambda: config.ray_address or pick_device(config.device),
+            lambda: config.ray_address or config.workers.pool(),
             lambda: weights_digest(run / "weights" / config.weights),
         )
         rows = shards.select(split=config.split, modalities=self.loader.modalities, axes=self.loader.axes)

@@ -16,16 +16,15 @@ from data_shards.fan_out import ray_session
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
+from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.downstream.arms import Arm, Training
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.job import Downstream, DownstreamFailed, plan
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.evaluation.measure.job import crew_for
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.job import Crew
 from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.training.config import TrainConfig
 
@@ -76,11 +75,11 @@ def planned(run: Path, config: DownstreamConfig = CONFIG, address: str | None = 
             sampler=SamplerConfig(num_steps=3, timestep_spacing="trailing"),
             region_size=4,
             device="cpu",
-            ray_address=address,
         ),
         "segmenter": SEGMENTER,
         "loader": LoaderConfig(num_threads=1),
         "interval": Interval(100, 0),
+        "workers": WorkersConfig("evaluate", device="cpu", ray_address=address),
     }
     return plan(run, SampleStore.open(run / "samples"), config, **sections | changes)
 
@@ -139,24 +138,26 @@ def test_everything_wrong_is_told_before_work(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "num_workers", "crew"),
+    ("device", "num_workers", "pool"),
     [
-        ("auto", None, Crew(8, "cuda", 1.0)),
-        ("auto", 3, Crew(3, "cuda", 1.0)),  # Ray has no 8 / 3 GPUs to give
-        ("cuda", 16, Crew(16, "cuda", 0.5)),
-        ("cpu", None, Crew(2, "cpu", 0.0)),
+        ("auto", None, WorkerPool(8, "cuda", 1.0)),
+        ("auto", 3, WorkerPool(3, "cuda", 1.0)),  # Ray has no 8 / 3 GPUs to give
+        ("cuda", 16, WorkerPool(16, "cuda", 0.5)),
+        ("cpu", None, WorkerPool(2, "cpu", 0.0)),
     ],
 )
-def test_evaluation_counts_what_the_cluster_has(address: str, device: Any, num_workers: int | None, crew: Crew) -> None:
+def test_evaluation_counts_what_the_cluster_has(
+    address: str, device: Any, num_workers: int | None, pool: WorkerPool
+) -> None:
     config = EvaluateConfig(device=device, num_workers=num_workers, ray_address=address)
     assert config.problems() == []
     with ray_session(address):
-        found = crew_for(config)
-    assert found == crew
+        found = config.workers.pool()
+    assert found == pool
     # Those that have to share a GPU's memory, or this machine's.
     assert (
         found.num_beside
-        == {(8, "cuda"): 1, (3, "cuda"): 1, (16, "cuda"): 2, (2, "cpu"): 2}[crew.num_workers, crew.device]
+        == {(8, "cuda"): 1, (3, "cuda"): 1, (16, "cuda"): 2, (2, "cpu"): 2}[pool.num_workers, pool.device]
     )
 
 

@@ -18,7 +18,7 @@ from tests_support import bytes_of
 from data_shards.fan_out import num_cores
 from data_shards.problems import InputProblems
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.job import crew_of, prepare_job, sample
+from segdiff_dist.sampling.job import prepare_job, sample
 from segdiff_dist.sampling.store import SampleStore, locked
 from segdiff_dist.sampling.worker import WorkerFactory
 
@@ -279,7 +279,7 @@ def test_workers_are_as_many_as_the_cores_that_may_be_used() -> None:
     os.sched_setaffinity(0, {min(allowed)})
     try:
         assert num_cores() == 1
-        assert crew_of(SampleConfig(device="cpu")).num_workers == 1
+        assert SampleConfig(device="cpu").workers.pool().num_workers == 1
     finally:
         os.sched_setaffinity(0, allowed)
     assert num_cores() == len(allowed)

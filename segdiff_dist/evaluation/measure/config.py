@@ -11,8 +11,12 @@ import tyro
 from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.settings import Execution, RecordedOtherwise, Result
+from data_shards.workers import WorkersConfig
 from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
+
+# More workers than this wait for each other's memory bandwidth and hold a segmenter each.
+_MOST_DEFAULT_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class EvaluateConfig:
     """Of the redrawing."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """A Ray cluster to join, whose GPUs and cores count then; by default Ray is started on this machine."""
+
+    @property
+    def workers(self) -> WorkersConfig:
+        """Who measures, and where."""
+        device, address = self.device, self.ray_address
+        return WorkersConfig("evaluate", self.num_workers, 1, device, address, most_on_cpu=_MOST_DEFAULT_WORKERS)
 
     def problems(self) -> list[Problem]:
         """What is out of range or not there."""

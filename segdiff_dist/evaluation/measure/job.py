@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,9 @@ import numpy as np
 from data_shards.fan_out import TaskFailure, Workers
 from data_shards.files import new_file, remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import InputProblems, WorkFailed, removed_on_failure, saying_when_full
+from data_shards.problems import WorkFailed, removed_on_failure, saying_when_full
 from data_shards.store.shards import ShardSet
+from data_shards.workers import WorkerPool
 from segdiff_dist.config import read_yaml
 from segdiff_dist.evaluation.measure import copies, trust
 from segdiff_dist.evaluation.measure.checks import Checked, check
@@ -36,18 +36,14 @@ from segdiff_dist.evaluation.measure.worker import Chunk, Inputs, make_worker
 from segdiff_dist.evaluation.metrics.columns import SIDES
 from segdiff_dist.evaluation.metrics.downloads import Weights, weights_for
 from segdiff_dist.evaluation.metrics.sums import Interval
-from segdiff_dist.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
-    from segdiff_dist.sampling.job import Crew
     from segdiff_dist.sampling.store import SampleStore
 
 FOLDER = "evaluation"
 # Items a task takes: long enough to drown Ray's overhead, short enough for a progress bar that moves.
 _ITEMS_A_TASK = 64
 _TRAINING_SLICES_A_TASK = 256
-# More workers than this wait for each other's memory bandwidth and hold a segmenter each.
-_MOST_DEFAULT_WORKERS = 16
 
 
 class EvaluationFailed(WorkFailed):
@@ -80,17 +76,15 @@ def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
 
 
 def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: Path, progress: bool) -> dict[str, Any]:
-    from segdiff_dist.sampling.job import joined
-
     store, shards, folder = checked.store, checked.shards, run / FOLDER
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
     shared = folder / ".weights.unfinished" if config.ray_address is not None else None
     with weights_for(config.fid_weights, config.lpips_weights, shared) as weights:
-        with joined(_as_sampling(config)):
-            crew = crew_for(config)
-            inputs = _inputs(run, config, checked, crew.device, weights)
-            measured, told = measure_items(inputs, crew, config, store, shards, rows, progress)
+        with config.workers.joined():
+            pool = config.workers.pool()
+            inputs = _inputs(run, config, checked, pool.device, weights)
+            measured, told = measure_items(inputs, pool, config, store, shards, rows, progress)
         summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
         summary["not_available"] = not_available(summary, inputs, store) | weights.missing
         summary["provenance"] = provenance(inputs, store, shards) | {
@@ -126,7 +120,13 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
 
 
 def measure_items(
-    inputs: Inputs, crew: Crew, config: EvaluateConfig, store: SampleStore, shards: ShardSet, rows: Path, progress: bool
+    inputs: Inputs,
+    pool: WorkerPool,
+    config: EvaluateConfig,
+    store: SampleStore,
+    shards: ShardSet,
+    rows: Path,
+    progress: bool,
 ) -> tuple[Evaluated, dict[str, Any]]:
     """Every chunk on a worker; its rows go to the file `rows`, and what the summary needs into running sums. Second,
     the summary's section "trust"."""
@@ -140,8 +140,8 @@ def measure_items(
     with (
         Workers(
             make_worker(inputs),
-            num_workers=crew.num_workers,
-            gpus_per_worker=crew.gpus_per_worker,
+            num_workers=pool.num_workers,
+            gpus_per_worker=pool.gpus_per_worker,
             address=config.ray_address,
         ) as workers,
         RowWriter(rows) as writer,
@@ -209,25 +209,6 @@ def _nearest_copies(
 
 def _parts(values: list[int], most: int) -> list[list[int]]:
     return [values[start : start + most] for start in range(0, len(values), most)]
-
-
-def _as_sampling(config: EvaluateConfig) -> SampleConfig:
-    """As far as both say who is to work, and where."""
-    return SampleConfig(num_workers=config.num_workers, device=config.device, ray_address=config.ray_address)
-
-
-def crew_for(config: EvaluateConfig) -> Crew:
-    """One worker a GPU, or one a core, of this machine or of the cluster that was joined."""
-    from segdiff_dist.sampling.job import crew_of
-
-    try:
-        crew = crew_of(_as_sampling(config))
-    except InputProblems as error:
-        fields = [replace(one, field=one.field.replace("sample.", "evaluate.")) for one in error.problems]
-        raise InputProblems(fields) from error
-    if config.num_workers is not None or crew.device != "cpu":
-        return crew
-    return replace(crew, num_workers=min(crew.num_workers, _MOST_DEFAULT_WORKERS))
 
 
 def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) -> Iterator[tuple[Any, Any]]:

@@ -1,0 +1,80 @@
+"""Who does the work of a stage that fans out: as its section says it, and as this machine or a cluster has it.
+
+Sections keep their keys (`sample.num_workers`, `evaluate.ray_address`, ...) and give this view of them as `workers`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+from data_shards import fan_out
+from data_shards.problems import problem
+
+
+@dataclass(frozen=True)
+class WorkerPool:
+    """Workers that can be had."""
+
+    num_workers: int
+    device: str
+    gpus_per_worker: float
+
+    @property
+    def num_beside(self) -> int:
+        """Workers that share one GPU; without GPUs all of them, on however many machines."""
+        return round(1 / self.gpus_per_worker) if self.device == "cuda" else self.num_workers
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """How many workers, with how many threads, on which device, of which machines."""
+
+    section: str
+    """The name of the section, for messages: `sample`."""
+    num_workers: int | None = None
+    """None: one a GPU, or one a core where there is none."""
+    threads_per_worker: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    ray_address: str | None = None
+    """The Ray cluster to join; None: this machine alone."""
+    most_on_cpu: int | None = None
+    """No more than so many on a CPU, unless num_workers says so; None: no limit."""
+
+    def joined(self) -> AbstractContextManager[None]:
+        """The Ray cluster at ray_address; nothing where this machine is to do it."""
+        return nullcontext() if self.ray_address is None else fan_out.ray_session(self.ray_address)
+
+    def pool(self) -> WorkerPool:
+        """The workers of this machine, or of the cluster that was joined.
+
+        Raises InputProblems for device cuda where there is no GPU.
+        """
+        num_cpus, num_gpus = self._available()
+        if self.device == "cuda" and not num_gpus:
+            where = "this machine" if self.ray_address is None else f"the cluster at {self.ray_address}"
+            value = f"cuda, but {where} has no GPU"
+            raise problem("config", f"{self.section}.device", value, "give auto or cpu")
+        num_gpus = 0 if self.device == "cpu" else num_gpus
+        by_default = num_gpus or max(1, num_cpus // self.threads_per_worker)
+        if not num_gpus and self.most_on_cpu is not None:
+            by_default = min(by_default, self.most_on_cpu)
+        num_workers = self.num_workers or by_default
+        return WorkerPool(num_workers, "cuda" if num_gpus else "cpu", min(1.0, num_gpus / num_workers))
+
+    @property
+    def num_on_cores(self) -> int:
+        """Workers of a stage that computes on cores alone: num_workers, or one for each core of this machine."""
+        return self.num_workers or fan_out.num_cores()
+
+    def _available(self) -> tuple[int, int]:
+        """Cores and GPUs."""
+        if self.ray_address is not None:
+            found = fan_out.resources()
+            return found.num_cpus, found.num_gpus
+        if self.device == "cpu":
+            return fan_out.num_cores(), 0
+        import torch
+
+        return fan_out.num_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
