@@ -33,6 +33,9 @@ from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import AverageConfig, TrainConfig
 
 CONFIG_FILE = "config.yaml"
+# Keys of a file that are arguments of one command, on whose stage they are. A run folder's file from before they were
+# there may name them; they are not taken from it.
+ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared")
 
 # What is fixed once a stage has left this in the run folder. Other stages do not change it in RUN/config.yaml.
 _FIXED_BY = {
@@ -55,18 +58,8 @@ class Experiment:
     """The shard set that `prepare` writes and the later stages read: a folder or, for reading, a URL of fsspec's."""
     more_data: tuple[str, ...] = field(default=(), metadata=ADDRESS_FROM_A_PERSON)
     """Further shard sets to train on, alike in labels, size and codec."""
-    converted: Path | None = field(default=None, metadata=FROM_A_PERSON)
-    """The shard set that `convert` writes."""
-    exported: Path | None = field(default=None, metadata=FROM_A_PERSON)
-    """What `export` and `volume` write."""
-    mask_volume: Path | None = None
-    """The mask that `volume` paints after."""
     run: Path | None = field(default=None, metadata=FROM_A_PERSON)
     """The run folder: checkpoints, weights, samples, evaluation, and MLflow's database."""
-    runs: tuple[Path, ...] = ()
-    """The evaluated run folders that `report` reads."""
-    compared: Path | None = field(default=None, metadata=FROM_A_PERSON)
-    """The page that `report` writes of several runs; comparison.html by default."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
@@ -115,16 +108,25 @@ class Withheld:
 
 
 def load_experiment(
-    config_file: Path | None, run: Path | None, written: Sequence[str] = (), withheld: list[Withheld] | None = None
+    config_file: Path | None,
+    run: Path | None,
+    written: Sequence[str] = (),
+    *,
+    withheld: list[Withheld] | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> Experiment:
     """The experiment before flags. `run` is the run folder, where it is known already; `written`: further keys that are
-    not taken from its config.yaml. What is not taken is appended to `withheld`."""
+    not taken from its config.yaml. What is not taken is appended to `withheld`; what the file says of ARGUMENTS is put
+    into `arguments`."""
     values = as_dict(Experiment())
     from_file = read_yaml(config_file) if config_file is not None else {}
+    said = {name: from_file.pop(name) for name in ARGUMENTS if name in from_file}
+    if arguments is not None:
+        arguments |= said
     if run is None and isinstance(from_file.get("run"), str):
         run = Path(from_file["run"])
     if run is not None and (run / CONFIG_FILE).is_file():
-        recorded = read_yaml(run / CONFIG_FILE)
+        recorded = {k: v for k, v in read_yaml(run / CONFIG_FILE).items() if k not in ARGUMENTS}
         left_out = _withhold(Experiment, recorded, values, run / CONFIG_FILE, written)
         if withheld is not None:
             withheld += left_out

@@ -40,8 +40,7 @@ class Annotate(ConfiguredStage):
         """Asks the tool for its version; reads the archive's headers."""
         from data_shards.ingest.annotate import check
 
-        experiment = self.experiment
-        root, wholebody = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("wholebody"))
+        root, wholebody = collect(lambda: self.path("amos_root"), lambda: self.path("wholebody"))
         return AnnotatePlan(self, check(root, wholebody, self.annotate))
 
 

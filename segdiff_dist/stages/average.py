@@ -34,7 +34,7 @@ class Average(ConfiguredStage):
         """Loads the net of the run's first average, whose shape the new weights have."""
         from segdiff_dist.denoising.denoiser import Denoiser
 
-        run, _ = collect(lambda: self.experiment.path("run"), lambda: refuse(self.average.problems()))
+        run, _ = collect(lambda: self.path("run"), lambda: refuse(self.average.problems()))
         like = run / "weights" / self.experiment.train.averages[0]
         about = read_json(like / "segdiff.json", "copy the weights again") if like.is_dir() else {}
         return AveragePlan(self, run, Denoiser.load(like), about)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
 
 import tyro
 
 from data_shards.field_source import is_address
-from data_shards.problems import OutOfSpace, Problem, out_of_space, problem, refuse
-from segdiff_dist.config import as_dict, to_yaml
+from data_shards.problems import OutOfSpace, out_of_space, problem, refuse
+from segdiff_dist.config import as_dict, to_yaml, validate
 from segdiff_dist.experiment import Experiment, Withheld, collect, load_experiment, value_of
 from segdiff_dist.ranks.distributed import is_main
 from segdiff_dist.shipped import find_config
@@ -46,10 +46,12 @@ class ConfiguredStage(Stage):
         return [one.name for one in fields(cls) if one.name not in ("dry_run", "config", "experiment")]
 
     @classmethod
-    def of(cls, experiment: Experiment) -> Self:
-        """The stage with the experiment's values."""
-        values = {name: getattr(experiment, name) for name in cls.own_keys()}
-        return cls(**values, experiment=experiment)
+    def of(cls, experiment: Experiment, arguments: Mapping[str, Any] | None = None) -> Self:
+        """The stage with the experiment's values, and `arguments`, which are its own: plain values of a file."""
+        shared = vars(experiment)
+        values = {name: shared[name] for name in cls.own_keys() if name in shared}
+        own = {name: value for name, value in (arguments or {}).items() if name in cls.own_keys()}
+        return cls(**values, **validate(_adapted(cls, own), own, "config").__dict__, experiment=experiment)
 
     @classmethod
     def parse(cls, name: str, args: Sequence[str]) -> Self:
@@ -57,10 +59,12 @@ class ConfiguredStage(Stage):
         config, run = _config_and_run(args)
         config = config or cls.default_config
         # What a command is pointed at by its position is named by a person.
-        written, withheld = [*cls.positional(), *cls.writes], list[Withheld]()
+        written, withheld, arguments = [*cls.positional(), *cls.writes], list[Withheld](), dict[str, Any]()
         file = None if config is None else find_config(config)
-        experiment = load_experiment(file, None if run is None else Path(run), written, withheld)
-        base = replace(cls.of(experiment), config=config)
+        experiment = load_experiment(
+            file, None if run is None else Path(run), written, withheld=withheld, arguments=arguments
+        )
+        base = replace(cls.of(experiment, arguments), config=config)
         options = {"aliases": cls.aliases, "essential": cls.essential}
         stage = parse_flags(cls, args, prog=f"segdiff {name}", default=base, **options).over(experiment)
         for one in withheld:
@@ -77,17 +81,68 @@ class ConfiguredStage(Stage):
 
     def over(self, experiment: Experiment) -> Self:
         """The stage with its own flags laid over the experiment."""
-        values = {name: getattr(self, name) for name in self.own_keys()}
+        values = {name: getattr(self, name) for name in self.own_keys() if hasattr(experiment, name)}
         return replace(self, experiment=replace(experiment, **values))
 
     def settings(self) -> str:
-        """The whole experiment as YAML."""
-        return to_yaml(as_dict(self.experiment))
+        """The stage's own arguments and the whole experiment as YAML."""
+        own = [name for name in self.own_keys() if not hasattr(self.experiment, name) and getattr(self, name)]
+        arguments = _adapted(type(self), own)(*(getattr(self, name) for name in own))
+        return to_yaml(as_dict(arguments) | as_dict(self.experiment))
+
+    def given(self, key: str) -> str:
+        """A folder or URL that the stage cannot do without."""
+        value: Path | str | None = getattr(self, key)
+        if value is None:
+            remedy = f"name it there or as `{key}:` in the config file"
+            raise problem("command line", self.label(key), "not given", remedy)
+        return str(value)
+
+    def path(self, key: str) -> Path:
+        """The same, which must be on this machine."""
+        value = self.given(key)
+        if "://" in value:
+            raise problem("command line", self.label(key), value, "give a folder on this machine")
+        return Path(value)
+
+    @classmethod
+    def label(cls, key: str) -> str:
+        """What --help calls a key: OUT, or --run."""
+        if key not in cls.positional():
+            return f"--{key.replace('_', '-')}"
+        hint = get_type_hints(cls, include_extras=True)[key]
+        return next(one.metavar for one in hint.__metadata__ if getattr(one, "metavar", None))
+
+    def open_data(self, more: tuple[str, ...] = ()) -> ShardSet:
+        """The shard set, or several as one."""
+        from data_shards.store.shards import ShardSet
+
+        return ShardSet.open([self.given("data"), *more], cache=self.experiment.loader.cache)
+
+    def open_run_and_data(self, more: tuple[str, ...] = ()) -> tuple[Path, ShardSet]:
+        """The run folder, which may not exist yet, and the shard set."""
+        run, shards = collect(lambda: self.path("run"), lambda: self.open_data(more))
+        if run.exists() and not run.is_dir():
+            raise problem(run, self.label("run"), "not a folder", "give another path")
+        return run, shards
+
+    def existing_run(self) -> Path:
+        """The run folder, which must exist."""
+        run = self.path("run")
+        if not run.is_dir():
+            raise problem(run, self.label("run"), "no such folder", "give the folder that training and sampling wrote")
+        return run
 
     @property
     def config_flag(self) -> tuple[object, ...]:
         """--config as it was given, for the next command."""
         return () if self.config is None else ("--config", self.config)
+
+
+def _adapted(cls: type[Any], names: Iterable[str]) -> type[Any]:
+    """A class with those fields of `cls` alone, to check a file's values against."""
+    hints = get_type_hints(cls)
+    return make_dataclass("Arguments", [(name, hints[name]) for name in names])
 
 
 def _config_and_run(args: Sequence[str]) -> tuple[str | None, str | None]:
@@ -107,29 +162,6 @@ def address_flag(experiment: Experiment) -> tuple[object, ...]:
 def plain(experiment: Experiment) -> dict[str, Any]:
     """The experiment as plain values."""
     return as_dict(experiment)
-
-
-def open_data(experiment: Experiment, more: tuple[str, ...] = ()) -> ShardSet:
-    """The shard set, or several as one."""
-    from data_shards.store.shards import ShardSet
-
-    return ShardSet.open([experiment.given("data"), *more], cache=experiment.loader.cache)
-
-
-def open_run_and_data(experiment: Experiment, more: tuple[str, ...] = ()) -> tuple[Path, ShardSet]:
-    """The run folder, which may not exist yet, and the shard set."""
-    run, shards = collect(lambda: experiment.path("run"), lambda: open_data(experiment, more))
-    if run.exists() and not run.is_dir():
-        raise problem(run, "run", "not a folder", "give another path")
-    return run, shards
-
-
-def existing_run(experiment: Experiment) -> Path:
-    """The run folder, which must exist."""
-    run = experiment.path("run")
-    if not run.is_dir():
-        refuse([Problem(str(run), "run", "no such folder", "give the folder that training and sampling wrote")])
-    return run
 
 
 def refuse_addresses(experiment: Experiment, runs: tuple[Path, ...]) -> None:

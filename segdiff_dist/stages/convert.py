@@ -34,8 +34,7 @@ class Convert(ConfiguredStage):
         """Opens the source."""
         from data_shards.store.convert import check
 
-        experiment = self.experiment
-        source, out = collect(lambda: experiment.given("data"), lambda: experiment.path("converted"))
+        source, out = collect(lambda: self.given("data"), lambda: self.path("converted"))
         return ConvertPlan(self, check(source, out, self.convert))
 
 

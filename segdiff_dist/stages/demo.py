@@ -43,7 +43,7 @@ class Demo(ConfiguredStage):
 
     def check(self) -> DemoPlan:
         """Each stage is checked when the one before it is done."""
-        return DemoPlan(self, self.experiment.path("run"))
+        return DemoPlan(self, self.path("run"))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from segdiff_dist.stages.base import Cost, Plan, Result, command
 from segdiff_dist.stages.configured import (
     ConfiguredStage,
     address_flag,
-    existing_run,
     open_tracker,
     plain,
     refuse_addresses,
@@ -54,7 +53,7 @@ class Evaluate(ConfiguredStage):
 
         experiment = self.experiment
         run, _ = collect(
-            lambda: existing_run(experiment),
+            lambda: self.existing_run(),
             lambda: refuse(self.tracking.problems()),
         )
         refuse_addresses(experiment, (run,))

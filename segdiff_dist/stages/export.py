@@ -13,7 +13,7 @@ from data_shards.problems import refuse
 from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.stages.base import Cost, Plan, Result, command
-from segdiff_dist.stages.configured import ConfiguredStage, existing_run, refuse_addresses, weights_name
+from segdiff_dist.stages.configured import ConfiguredStage, refuse_addresses, weights_name
 
 if TYPE_CHECKING:
     from segdiff_dist.export.job import ModelExport, SamplesExport
@@ -36,8 +36,8 @@ class Export(ConfiguredStage):
 
         experiment, config = self.experiment, self.export
         run, out, _ = collect(
-            lambda: existing_run(experiment),
-            lambda: experiment.path("exported"),
+            lambda: self.existing_run(),
+            lambda: self.path("exported"),
             lambda: refuse(config.problems()),
         )
         if config.format != "pipeline":

@@ -27,7 +27,7 @@ class Inspect(ConfiguredStage):
 
     def check(self) -> InspectPlan:
         """The set is opened by the work itself: what is wrong with it is the result."""
-        return InspectPlan(self, self.experiment.given("data"))
+        return InspectPlan(self, self.given("data"))
 
 
 @dataclass(frozen=True)

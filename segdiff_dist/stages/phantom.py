@@ -34,7 +34,7 @@ class Phantom(ConfiguredStage):
         """Refuses settings out of range and a folder that holds something else."""
         from data_shards.phantom import find_problems
 
-        out = self.experiment.path("amos_root")
+        out = self.path("amos_root")
         refuse(find_problems(out, self.phantom))
         return PhantomPlan(self, out)
 

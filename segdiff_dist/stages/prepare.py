@@ -46,8 +46,7 @@ class Prepare(ConfiguredStage):
         """Reads the archive's headers and what the output folder holds."""
         from data_shards.ingest.prepare import check
 
-        experiment = self.experiment
-        root, out = collect(lambda: experiment.path("amos_root"), lambda: experiment.path("data"))
+        root, out = collect(lambda: self.path("amos_root"), lambda: self.path("data"))
         return PreparePlan(self, out, check(root, out, self.prepare, self.wholebody))
 
 

@@ -15,7 +15,6 @@ from segdiff_dist.stages.base import Cost, Plan, Result, command
 from segdiff_dist.stages.configured import (
     ConfiguredStage,
     address_flag,
-    open_run_and_data,
     open_tracker,
     plain,
     weights_name,
@@ -52,7 +51,7 @@ class Sample(ConfiguredStage):
 
         experiment = self.experiment
         config = replace(self.sample, weights=weights_name(experiment, self.sample.weights))
-        run, shards = open_run_and_data(experiment)
+        run, shards = self.open_run_and_data()
         collect(
             lambda: refuse(config.problems()),
             lambda: config.ray_address or config.workers.pool(),

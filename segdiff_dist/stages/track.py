@@ -29,7 +29,7 @@ class Track(ConfiguredStage):
 
     def check(self) -> TrackPlan:
         """The folder must be on this machine; whether the server answers shows as the records are sent."""
-        return TrackPlan(self, self.experiment.path("run"))
+        return TrackPlan(self, self.path("run"))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, Valid
 from segdiff_dist.experiment import collect, refuse_another_config
 from segdiff_dist.ranks.distributed import pick_device, world_size
 from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag, open_run_and_data
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import TrainConfig
 
@@ -60,7 +60,7 @@ class Train(ConfiguredStage):
 
         experiment, config, denoiser, diffusion = self.experiment, self.train, self.denoiser, self.diffusion
         loader, started = self.loader, ("denoiser", "diffusion", "train", "loader")
-        run, shards = open_run_and_data(experiment, self.more_data)
+        run, shards = self.open_run_and_data(self.more_data)
         side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
         *_, attention, kernels, _ = collect(
             lambda: refuse(find_problems(shards, side, denoiser, diffusion)),

@@ -12,7 +12,7 @@ from segdiff_dist.experiment import collect, refuse_another_config
 from segdiff_dist.ranks.distributed import pick_device, world_size
 from segdiff_dist.segmentation_config import SegmenterConfig
 from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag, open_run_and_data
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag
 from segdiff_dist.tracking.tracker import TrackingConfig
 
 
@@ -43,7 +43,7 @@ class TrainSegmenter(ConfiguredStage):
         from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
 
         experiment, config, loader = self.experiment, self.segmenter, self.loader
-        run, shards = open_run_and_data(experiment, self.more_data)
+        run, shards = self.open_run_and_data(self.more_data)
         folder, side, rows = run / "segmenter", side_of(shards, loader.crop_size), training_rows(experiment, shards)
         *_, device, _ = collect(
             lambda: refuse(config.problems(side, world_size()) + loader.problems()),

@@ -14,7 +14,7 @@ from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.stages.base import Cost, Plan, Result
-from segdiff_dist.stages.configured import ConfiguredStage, open_run_and_data, weights_name
+from segdiff_dist.stages.configured import ConfiguredStage, weights_name
 
 if TYPE_CHECKING:
     from segdiff_dist.export.volume import VolumeJob, VolumeReport
@@ -48,8 +48,8 @@ class Volume(ConfiguredStage):
         from segdiff_dist.pipeline import SegGuidedPipeline
 
         experiment, config = self.experiment, self.volume
-        mask, out = collect(lambda: experiment.path("mask_volume"), lambda: experiment.path("exported"))
-        run, shards = open_run_and_data(experiment)
+        mask, out = collect(lambda: self.path("mask_volume"), lambda: self.path("exported"))
+        run, shards = self.open_run_and_data()
         job = check_volume(mask, out, shards, config)
         weights = run / "weights" / weights_name(experiment, self.sample.weights)
         device, precision = self.sample.device, self.sample.precision

@@ -170,7 +170,7 @@ def test_commands_addresses_and_paths_to_write_are_not_taken_from_a_run_folder(
     }
     (tmp_path / "config.yaml").write_text(to_yaml(evil))
     taken, default = load_experiment(None, tmp_path), Experiment()
-    assert (taken.run, taken.data, taken.more_data, taken.wholebody, taken.exported) == (tmp_path, None, (), None, None)
+    assert (taken.run, taken.data, taken.more_data, taken.wholebody) == (tmp_path, None, (), None)
     assert taken.annotate == replace(default.annotate, tool="command")
     assert taken.prepare == replace(default.prepare, size=64)
     assert taken.convert == default.convert
@@ -191,8 +191,8 @@ def test_commands_addresses_and_paths_to_write_are_not_taken_from_a_run_folder(
     (tmp_path / "config.yaml").write_text(to_yaml({"amos_root": "/elsewhere", "data": "/elsewhere/shards"}))
     assert main(["prepare", "--run", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert "amos_root: not given" in said.err
-    assert "data: not given" in said.err
+    assert "AMOS_ROOT: not given" in said.err
+    assert "OUT: not given" in said.err
     assert load_experiment(None, tmp_path).data == "/elsewhere/shards"
 
 
