@@ -196,13 +196,13 @@ def _memory_problems(made: Downstream) -> list[Problem]:
     import torch
 
     num_missing = len(made.missing())
-    if made.sample.ray_address is not None or not num_missing:
+    if made.workers.ray_address is not None or not num_missing:
         return []
-    crew = crew_of(made.sample)
-    num_workers = min(crew.num_workers, num_missing)
+    pool = made.workers.pool()
+    num_workers = min(pool.num_workers, num_missing)
     network = segmenter_network(made.segmenter, made.shards, made.shards.size)
-    capacity = memory_plan.capacity_of(torch.device(crew.device))
-    num_beside = min(crew.num_beside, num_workers)
+    capacity = memory_plan.capacity_of(torch.device(pool.device))
+    num_beside = min(pool.num_beside, num_workers)
     return trainings_problems(network, made.segmenter, capacity, num_workers, num_beside)
 
 
