@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -28,12 +30,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["evaluate"] |= {"num_workers": 1}
     config["downstream"] = {"real_fractions": [1.0], "seeds": [0], "num_masks": 4, "num_images": 32}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample"):
-        assert main([command, "--config", str(folder / "config.yaml")]) == 0, command
-    with redirect_stdout(io.StringIO()) as printed:
-        assert main(["evaluate", "--config", str(folder / "config.yaml"), "--downstream"]) == 0
-    (folder / "evaluate.txt").write_text(printed.getvalue())
+    for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample", "evaluate"):
+        more = ["--downstream"] if command == "evaluate" else []
+        with redirect_stdout(io.StringIO()) as printed:
+            assert main([command, "--config", str(folder / "config.yaml"), *more]) == 0, command
+        (folder / f"{command}.txt").write_text(printed.getvalue())
     return folder
+
+
+def test_the_next_command_that_each_prints_can_be_pasted(folder: Path) -> None:
+    found = {
+        file.stem: re.findall("^next: segdiff (.*)$", file.read_text(), re.MULTILINE) for file in folder.glob("*.txt")
+    }
+    assert {name: shlex.split(line)[0] for name, [line] in found.items()} == {
+        "phantom": "prepare",
+        "prepare": "train-segmenter",
+        "inspect": "train-segmenter",
+        "train-segmenter": "train",
+        "train": "sample",
+        "sample": "evaluate",
+        "evaluate": "export",
+    }
+    for name, [line] in found.items():
+        if name not in ("phantom", "prepare", "inspect"):  # which begin another set, or go on with another run folder
+            assert main([*shlex.split(line), "--dry-run"]) == 0, line
+    assert str(folder / "run" / "weights") in (folder / "train.txt").read_text()
 
 
 def summary(folder: Path) -> dict:

@@ -16,6 +16,7 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.host_memory import HostMemory
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
+from data_shards.workers import WorkersConfig
 from segdiff_dist.downstream.arms import Arm, Training, arms_of, patients_of, rows_of, trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.downstream.job import plan
@@ -193,10 +194,11 @@ def test_an_evaluation_is_refused_before_it_measures(
             store,
             DownstreamConfig(seeds=(0,)),
             diffusion=DIFFUSION,
-            sample=SampleConfig(device="cpu", num_workers=2),
+            sample=SampleConfig(),
             segmenter=SegmenterConfig(channels=(8, 16, 32)),
             loader=LoaderConfig(),
             interval=INTERVAL,
+            workers=WorkersConfig("evaluate", num_workers=2),
         )
     assert [problem.where for problem in refused.value.problems] == ["memory"]
     assert sorted(run.rglob("*")) == before
