@@ -5,6 +5,10 @@
     deepspeed --num_accelerators 2 launch/train.py --config ...                       # two ranks, also on the CPU
     deepspeed --hostfile launch/cluster/hostfile launch/train.py --config ...         # several machines
 
+Without a checkout, the installed package is started as a module, with the name of a shipped configuration:
+
+    deepspeed --module segdiff_dist train --config best_ct_mr
+
 launch/cluster/train.slurm does the last under Slurm. Started again, it resumes from the newest complete checkpoint.
 """
 

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
     """The plan of the command; None where it was only to print something."""
+    args = [a for a in args if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return None
@@ -43,7 +44,7 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
 
         print_completion(args[1:])
         return None
-    name, rest = args[0], [a for a in args[1:] if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    name, *rest = args
     if name not in stages.NAMES:
         likely = get_close_matches(name, stages.NAMES, n=1)
         meant = f"; did you mean {likely[0]!r}?" if likely else ""

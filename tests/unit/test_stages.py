@@ -95,6 +95,10 @@ def test_the_package_is_a_command_and_completes_in_a_shell() -> None:
     run = [sys.executable, "-m", "segdiff_dist"]
     said = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout
     assert said.startswith("segdiff ")
+    # As DeepSpeed's launcher starts a module.
+    ended = subprocess.run([*run, "--local_rank=0", "train"], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "--run: not given" in ended.stderr
     script = subprocess.run([*run, "--tyro-print-completion", "bash"], capture_output=True, text=True, check=True)
     assert "--train.num-images" in script.stdout
     assert "train-segmenter" in script.stdout
