@@ -3,11 +3,8 @@
     python launch/train.py --config launch/configs/best_ct_mr.yaml                      # one process
     deepspeed launch/train.py --config launch/configs/best_ct_mr.yaml                   # every GPU of this machine
     deepspeed --num_accelerators 2 launch/train.py --config ...                       # two ranks, also on the CPU
+    deepspeed --module segdiff_dist train --config best_ct_mr                         # installed, without a checkout
     deepspeed --hostfile launch/cluster/hostfile launch/train.py --config ...         # several machines
-
-Without a checkout, the installed package is started as a module, with the name of a shipped configuration:
-
-    deepspeed --module segdiff_dist train --config best_ct_mr
 
 launch/cluster/train.slurm does the last under Slurm. Started again, it resumes from the newest complete checkpoint.
 """
