@@ -56,7 +56,7 @@ def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
 def test_types_configurations_and_templates_are_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
-    configs = {path.name for path in (ROOT / "launch" / "configs").glob("*.yaml")}
+    configs = {path.name for path in (ROOT / "segdiff_dist" / "configs").glob("*.yaml")}
     assert configs == {Path(name).name for name in names if name.endswith(".yaml")}
     templates = {path.name for path in (ROOT / "segdiff_dist").rglob("templates/*")}
     assert templates == {Path(name).name for name in names if "/templates/" in name}
@@ -72,6 +72,7 @@ def test_an_installed_segdiff_needs_no_checkout(installed: Path, tmp_path: Path)
     assert Path(where.strip()).is_relative_to(installed)
     assert "prepare" in _segdiff(["--help"], installed, tmp_path)
     assert "size: 64" in _segdiff(["demo", "--dry-run"], installed, tmp_path)
+    assert "size: 32" in _segdiff(["phantom", "OUT", "--config", "smoke", "--dry-run"], installed, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,7 +83,7 @@ def _metadata(wheel: Path) -> Message:
 
 
 def _segdiff(arguments: Sequence[str], site: Path, cwd: Path) -> str:
-    return _python(["-c", "import sys; from segdiff_dist.cli import main; sys.exit(main())", *arguments], site, cwd)
+    return _python(["-m", "segdiff_dist", *arguments], site, cwd)
 
 
 def _python(arguments: Sequence[str], site: Path, cwd: Path) -> str:
