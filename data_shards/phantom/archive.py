@@ -7,6 +7,7 @@ folder without it is unfinished. OUT/wholebody/, where the config asks for it, i
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,28 @@ def write_phantom(out: Path, config: PhantomConfig) -> None:
     Raises InputProblems for a config out of range, an `out` that is something else, or one made with another config.
     labelsTs/ holds the test cases' truth, which AMOS does not publish; dataset.json leaves it out, as AMOS' does.
     """
-    out = Path(out)
-    refuse(find_problems(out, config))
-    with locked(out / FOLDER_LOCK, out, "is writing it"), saying_when_full(out):
-        refuse(_problems_with_out(out, config))  # again, now that no other command can begin in it
-        _write_archive(out, config)
+    check(out, config).write()
+
+
+@dataclass(frozen=True)
+class PhantomArchive:
+    """An archive that can be written, made by `check`."""
+
+    out: Path
+    config: PhantomConfig
+
+    def write(self) -> None:
+        """Write what is missing; errors as of `write_phantom`."""
+        out, config = self.out, self.config
+        with locked(out / FOLDER_LOCK, out, "is writing it"), saying_when_full(out):
+            refuse(_problems_with_out(out, config))  # another command may have begun in it since the check
+            _write_archive(out, config)
+
+
+def check(out: Path, config: PhantomConfig) -> PhantomArchive:
+    """Raise InputProblems for all that can be seen before work starts."""
+    refuse(find_problems(Path(out), config))
+    return PhantomArchive(Path(out), config)
 
 
 def find_problems(out: Path, config: PhantomConfig) -> list[Problem]:

@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.denoiser import Denoiser
 
 
-def weights_digest(folder: Path) -> str:
-    """sha256 over a weights folder's files; says which model made an image. Folders in it are none of the model's."""
+def refuse_missing(folder: Path) -> None:
+    """Raise InputProblems where there are no weights in `folder`."""
     if not (folder / "segdiff.json").is_file():
         raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over a weights folder's files; says which model made an image. Folders in it are none of the model's."""
+    refuse_missing(folder)
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):
         digest.update(file.name.encode() + file.read_bytes())

@@ -11,11 +11,11 @@ import tyro
 
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import PhantomConfig, case_keys
-from data_shards.problems import refuse
 from segdiff_dist.stages.base import Cost, Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker, plain
 
 if TYPE_CHECKING:
+    from data_shards.phantom import PhantomArchive
     from segdiff_dist.tracking.tracker import Tracker
 
 
@@ -32,19 +32,18 @@ class Phantom(ConfiguredStage):
 
     def check(self) -> PhantomPlan:
         """Refuses settings out of range and a folder that holds something else."""
-        from data_shards.phantom import find_problems
+        from data_shards.phantom import check
 
         out = self.path("amos_root")
-        refuse(find_problems(out, self.phantom))
-        return PhantomPlan(self, out)
+        return PhantomPlan(self, check(out, self.phantom))
 
 
 @dataclass(frozen=True)
 class PhantomPlan(Plan):
-    """A phantom archive that can be written to `out`."""
+    """A phantom archive that can be written."""
 
     stage: Phantom
-    out: Path
+    archive: PhantomArchive
 
     def cost(self) -> Cost:
         """The number of volumes."""
@@ -52,7 +51,8 @@ class PhantomPlan(Plan):
 
     def lock(self) -> AbstractContextManager[None]:
         """Of the archive."""
-        return locked(self.out / FOLDER_LOCK, self.out, "is writing it", lends=True)
+        out = self.archive.out
+        return locked(out / FOLDER_LOCK, out, "is writing it", lends=True)
 
     def tracker(self) -> Tracker:
         """Of the run folder, where there is one."""
@@ -61,11 +61,10 @@ class PhantomPlan(Plan):
 
     def run(self, tracker: Tracker) -> Result:
         """Write it; an archive that is there already stays."""
-        from data_shards.phantom import write_phantom
-
-        write_phantom(self.out, self.stage.phantom)
+        out = self.archive.out
+        self.archive.write()
         tracker.log_params({"phantom": plain(self.stage.experiment)["phantom"]})
-        tracker.log_artifact(self.out / "dataset.json", "phantom")
-        shards = self.out.with_name(f"{self.out.name}-shards")
-        after = command("prepare", self.out, shards, *self.stage.config_flag)
-        return Result((f"phantom archive in {self.out}",), next_command=after)
+        tracker.log_artifact(out / "dataset.json", "phantom")
+        shards = out.with_name(f"{out.name}-shards")
+        after = command("prepare", out, shards, *self.stage.config_flag)
+        return Result((f"phantom archive in {out}",), next_command=after)

@@ -47,7 +47,7 @@ class Sample(ConfiguredStage):
     def check(self) -> SamplePlan:
         """Opens set, weights and store; lists the images."""
         from segdiff_dist.sampling.job import prepare_job
-        from segdiff_dist.sampling.weights import weights_digest
+        from segdiff_dist.sampling.weights import refuse_missing
 
         experiment = self.experiment
         config = replace(self.sample, weights=weights_name(experiment, self.sample.weights))
@@ -55,7 +55,7 @@ class Sample(ConfiguredStage):
         collect(
             lambda: refuse(config.problems()),
             lambda: config.ray_address or config.workers.pool(),
-            lambda: weights_digest(run / "weights" / config.weights),
+            lambda: refuse_missing(run / "weights" / config.weights),
         )
         rows = shards.select(split=config.split, modalities=self.loader.modalities, axes=self.loader.axes)
         return SamplePlan(self, run, config, prepare_job(run, shards, rows, experiment.diffusion, config))
