@@ -4,7 +4,7 @@ A patient is drawn (patient.py), painted (trunk.py, organs.py, on canvas.py, wit
 (scanner.py) and stored (archive.py). Crude, but every organ is where and what it should be.
 """
 
-from data_shards.phantom.archive import PhantomArchive, check, find_problems, write_phantom
+from data_shards.phantom.archive import PhantomArchive, check, write_phantom
 from data_shards.phantom.config import PhantomConfig
 
-__all__ = ["PhantomArchive", "PhantomConfig", "check", "find_problems", "write_phantom"]
+__all__ = ["PhantomArchive", "PhantomConfig", "check", "write_phantom"]

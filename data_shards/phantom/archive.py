@@ -60,13 +60,8 @@ class PhantomArchive:
 
 def check(out: Path, config: PhantomConfig) -> PhantomArchive:
     """Raise InputProblems for all that can be seen before work starts."""
-    refuse(find_problems(Path(out), config))
+    refuse(config.problems() or _problems_with_out(Path(out), config))
     return PhantomArchive(Path(out), config)
-
-
-def find_problems(out: Path, config: PhantomConfig) -> list[Problem]:
-    """All that can be seen before work starts; an empty list means go."""
-    return config.problems() or _problems_with_out(out, config)
 
 
 def _write_archive(out: Path, config: PhantomConfig) -> None:
