@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from data_shards.ray_session import num_cores, one_line, ray_session
+from data_shards import liveness
+from data_shards.liveness import Place, Quiet
+from data_shards.ray_session import num_cores, one_line, ray_session, within
 
 __all__ = ["Done", "Resources", "TaskFailure", "Workers", "fan_out", "num_cores", "ray_session", "resources", "runner"]
 
@@ -24,6 +26,8 @@ _PATIENCE_S = 300.0
 _SET_UP_S = 1800.0
 # How often a wait for tasks says what it waits for.
 _SAY_EVERY_S = 600.0
+# Killing workers asks Ray, which may not answer any more; and so does asking for their processor time.
+_KILL_S, _LOOK_S = 30.0, 60.0
 # What a task passes back is small; a worker that has ended its task and does not hand it over is lost.
 _RESULT_S = 300.0
 
@@ -89,7 +93,9 @@ class Workers(Generic[Task, Result]):
 
     `make_worker` runs once in each actor and returns the function that does a task (so a model is loaded once). Actors
     start when there is a task for them. One that is lost, alone or with its machine, is replaced as soon as there is
-    room; until then the others do its work. Leaving the context early (an exception, Ctrl-C) stops them.
+    room; until then the others do its work. One whose processes use no processor time for an hour counts as lost
+    (liveness.BOUND changes that); it is named after ten minutes. Leaving the context early (an exception, Ctrl-C) stops
+    them.
     """
 
     def __init__(
@@ -110,8 +116,12 @@ class Workers(Generic[Task, Result]):
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, _Attempt[Task]]] = {}
         self._deaths_at_start = 0
+        self._places: dict[Any, Place] = {}
+        self._quiet: Quiet | None = None
 
     def __enter__(self) -> Workers[Task, Result]:
+        bound_s = liveness.bound_s()
+        self._quiet = None if bound_s is None else Quiet(bound_s)
         self._session.__enter__()
         return self
 
@@ -119,8 +129,8 @@ class Workers(Generic[Task, Result]):
         import ray
 
         at_work = [actor for actor, _ in self._running.values()]
-        for actor in [*self._idle, *self._placing.values(), *self._starting.values(), *at_work]:
-            ray.kill(actor)
+        actors = [*self._idle, *self._placing.values(), *self._starting.values(), *at_work]
+        within(_KILL_S, lambda: [ray.kill(actor) for actor in actors])
         self._session.__exit__(*error)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Done[Task, Result]]:
@@ -172,7 +182,7 @@ class Workers(Generic[Task, Result]):
         actor_class = ray.remote(_Worker).options(num_cpus=self._threads, num_gpus=self._gpus, max_restarts=0)
         for _ in range(num - len(self._placing) - len(self._starting)):
             actor = actor_class.remote(self._threads)
-            self._placing[actor.__ray_ready__.remote()] = actor
+            self._placing[actor.place.remote()] = actor
 
     def _greet(self, reference: Any) -> str | None:
         """Have a worker that found a machine set itself up, and take one in that has. One that cannot is given up:
@@ -183,7 +193,7 @@ class Workers(Generic[Task, Result]):
         is_placed = reference in self._placing
         actor = (self._placing if is_placed else self._starting).pop(reference)
         try:
-            ray.get(reference, timeout=_RESULT_S)
+            place = ray.get(reference, timeout=_RESULT_S)
         except RayTaskError as error:
             reason = f"a worker could not set itself up: {one_line(error.cause)}"
         except RayError as error:
@@ -195,6 +205,7 @@ class Workers(Generic[Task, Result]):
             reason = f"workers die as they start: {one_line(error)}"
         else:
             if is_placed:
+                self._places[actor] = place
                 self._starting[actor.set_up.remote(self._make_worker)] = actor
             else:
                 self._idle.append(actor)
@@ -229,22 +240,49 @@ class Workers(Generic[Task, Result]):
 
     def _event_at_work(self, references: list[Any]) -> Any:
         """The same while workers are at work or set themselves up. A task may take as long as it needs: a worker that
-        dies ends the wait. One that does not finish setting itself up is killed, which ends it too."""
+        dies, or is ended because it does nothing, ends the wait. One that does not finish setting itself up is killed,
+        which ends it too."""
         import ray
 
-        begun = time.monotonic()
+        begun = said = time.monotonic()
         while True:
-            ready, _ = ray.wait(references, timeout=_SAY_EVERY_S)
+            self._end_the_stuck()
+            wait_s = _SAY_EVERY_S if self._quiet is None else min(_SAY_EVERY_S, self._quiet.look_every_s)
+            ready, _ = ray.wait(references, timeout=wait_s)
             if ready:
                 return ready[0]
-            waited_s = time.monotonic() - begun
+            now = time.monotonic()
+            if now - said < _SAY_EVERY_S:
+                continue
+            said = now
             _say(
-                f"waiting for {waited_s / 60:.0f} minutes: {len(self._running)} tasks at work, {len(self._starting)} "
-                f"workers setting themselves up, {len(self._placing)} without a machine"
+                f"waiting for {(now - begun) / 60:.0f} minutes: {len(self._running)} tasks at work, "
+                f"{len(self._starting)} workers setting themselves up, {len(self._placing)} without a machine"
             )
-            if waited_s >= _SET_UP_S:
+            if now - begun >= _SET_UP_S:
                 for actor in self._starting.values():
                     ray.kill(actor)
+
+    def _end_the_stuck(self) -> None:
+        """Now and then: report workers whose task uses no processor time, and kill those that have used none for too
+        long, so that their tasks go to others."""
+        import ray
+
+        if self._quiet is None or not self._quiet.is_due(now := time.monotonic()):
+            return
+        actors = {self._places[actor]: actor for actor, _ in self._running.values()}
+        report, over = self._quiet.look(dict(zip(actors, _on_machines(liveness.cpu_seconds, actors), strict=True)), now)
+        bound = f"{self._quiet.bound_s / 60:.3g} minutes"
+        for place in report:
+            _say(
+                f"worker {place} has done nothing for {self._quiet.report_s / 60:.2g} minutes: it uses no processor "
+                f"time. After {bound} it is ended, and its task goes to another (set {liveness.BOUND} to change that)"
+            )
+        for place in over:
+            _say(f"worker {place} has done nothing for {bound} ({liveness.BOUND}); it is ended")
+        _on_machines(liveness.end, over)
+        for place in over:
+            within(_KILL_S, lambda place=place: ray.kill(actors[place]))
 
     def _needs(self) -> str:
         return f"{self._threads} CPU" + (f" and {self._gpus:g} GPU" if self._gpus else "")
@@ -253,6 +291,33 @@ class Workers(Generic[Task, Result]):
 def runner() -> Callable[[Any], Any]:
     """The worker for tasks that know what to do: it calls their run()."""
     return lambda task: task.run()
+
+
+def _on_machines(do: Callable[[Place], Any], places: Iterable[Place]) -> list[Any]:
+    """do(place) on each place's machine; None where it does not answer."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here, asked = ray.get_runtime_context().get_node_id(), []
+    for place in places:
+        if place.node == here:
+            asked.append(do(place))
+            continue
+        strategy = NodeAffinitySchedulingStrategy(place.node, soft=False)
+        asked.append(ray.remote(do).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(place))
+    references = [answer for answer in asked if isinstance(answer, ray.ObjectRef)]
+    answered = set(ray.wait(references, num_returns=len(references), timeout=_LOOK_S)[0]) if references else set()
+
+    def answer_of(asked: Any) -> Any:
+        if not isinstance(asked, ray.ObjectRef):
+            return asked
+        try:
+            return ray.get(asked) if asked in answered else None
+        except RayError:
+            return None
+
+    return [answer_of(one) for one in asked]
 
 
 @dataclass(frozen=True)
@@ -266,6 +331,11 @@ class _Worker:
 
     def __init__(self, num_threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
+
+    def place(self) -> Place:
+        import ray
+
+        return Place.of_this_process(ray.get_runtime_context().get_node_id())
 
     def set_up(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         self._do = make_worker()

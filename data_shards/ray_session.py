@@ -16,10 +16,13 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from data_shards.liveness import kill
 from data_shards.problems import problem
 
 # A store of this size holds what one task passes back; tasks pass paths and rows, not pixels.
@@ -28,6 +31,8 @@ _OBJECT_STORE_BYTES = 200 * 1024**2
 _CONNECT_TIMEOUT_S = 10.0
 # Ray starts in seconds, on a busy machine in half a minute. Where one of its processes dies meanwhile it may wait on.
 _SAY_AFTER_S, _START_TIMEOUT_S = 20.0, 180.0
+# It stops in a second or two.
+_STOP_TIMEOUT_S = 60.0
 # Ray puts sockets at FOLDER/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, and a socket's path has
 # 107 bytes at most (unix(7)).
 _MOST_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -92,12 +97,15 @@ def _on_this_machine(num_cpus: int) -> Iterator[None]:
                 job_config=_job_config(),
                 **_COMMON,
             ),
+            is_ours=True,
         )
-        with started:
-            try:
+        has_started = False
+        try:
+            with started:
+                has_started = True
                 yield
-            finally:
-                ray.shutdown()
+        finally:
+            if has_started:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -115,15 +123,13 @@ _COMMON: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True
 
 
 @contextmanager
-def _started(where: str, remedy: str, start: Callable[[], object]) -> Iterator[None]:
+def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool = False) -> Iterator[None]:
     """Within it Ray is there. Calls ray.init in a thread, since it may wait without end. Raises InputProblems where it
     fails or takes too long.
 
     The thread lives as long as the session: Ray's processes are killed by the system when the one that began them ends
     (PR_SET_PDEATHSIG of prctl(2), which counts threads).
     """
-    import ray
-
     failed: list[BaseException] = []
     is_there, is_over = threading.Event(), threading.Event()
 
@@ -145,9 +151,48 @@ def _started(where: str, remedy: str, start: Callable[[], object]) -> Iterator[N
             raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
         yield
     finally:
-        if is_there.is_set():
-            ray.shutdown()  # also of what had started where the rest did not
+        if is_there.is_set():  # also of what had started where the rest did not
+            _shut_down(where, is_ours)
         is_over.set()
+
+
+def within(seconds: float, do: Callable[[], object]) -> bool:
+    """Whether `do` ended within so many seconds; else it goes on in a thread that nobody waits for. What it raises is
+    lost: for stopping what is no longer needed."""
+    thread = threading.Thread(target=_quietly, args=(do,), name="ray: stop", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def _quietly(do: Callable[[], object]) -> None:
+    with suppress(Exception):
+        do()
+
+
+def _shut_down(where: str, is_ours: bool) -> None:
+    """ray.shutdown, which may wait without end for processes that do not answer. Of a Ray that was started here nothing
+    stays."""
+    import ray
+
+    processes = _own_processes() if is_ours else []
+    has_stopped = within(_STOP_TIMEOUT_S, ray.shutdown)
+    kill(processes)
+    if not has_stopped:
+        done = "its processes were killed" if is_ours else "it is left as it is"
+        warnings.warn(f"{where} did not stop within {_STOP_TIMEOUT_S:.0f} s; {done}", stacklevel=5)
+
+
+def _own_processes() -> list[psutil.Process]:
+    """Ray's processes that this one started, with those that they started."""
+    ours = [child for child in psutil.Process().children() if _name(child) in ("gcs_server", "raylet")]
+    return [*ours, *(below for one in ours for below in one.children(recursive=True))]
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return process.name()
+    return ""
 
 
 def _private_folder() -> Path:

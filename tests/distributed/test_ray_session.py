@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from data_shards import liveness
 from data_shards import ray_session as sessions
 from data_shards.fan_out import fan_out, ray_session
 from data_shards.problems import InputProblems
@@ -46,6 +50,14 @@ def below() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if one.is_running()]
 
 
+def listening_at(process: psutil.Process) -> list[str]:
+    """Addresses; none of a process that has ended meanwhile."""
+    try:
+        return [one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def test_it_listens_on_loopback_alone_with_a_token_in_a_private_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(dir="/tmp"))
     before = set(os.listdir(tempfile.gettempdir()))
@@ -55,12 +67,7 @@ def test_it_listens_on_loopback_alone_with_a_token_in_a_private_folder(monkeypat
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         for done in fan_out(lambda: lambda task: os.environ["RAY_AUTH_MODE"], [0], num_workers=1):
             assert done.result == "token"
-        listening = [
-            connection.laddr.ip
-            for process in [psutil.Process(), *below()]
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        ]
+        listening = [address for process in [psutil.Process(), *below()] for address in listening_at(process)]
         assert len(listening) >= 3
         assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
         import ray
@@ -118,3 +125,49 @@ def test_a_start_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.raises(InputProblems, match="did not start within"),
     ):
         sessions._started("Ray on this machine", "remedy", lambda: time.sleep(30)).__enter__()
+
+
+def test_a_stopped_worker_is_reported_then_ended_and_its_task_done_by_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    monkeypatch.setenv(liveness.BOUND, "0.1")
+    # As if the worker were on another machine than the driver.
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "another"))
+    first = tmp_path / "first"
+
+    def make_worker() -> Callable[[int], int]:
+        def stop_once(task: int) -> int:
+            if not first.exists():
+                first.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return os.getpid()
+
+        return stop_once
+
+    with pytest.warns(UserWarning, match="has done nothing") as said:
+        [done] = fan_out(make_worker, [0], num_workers=1)
+    stopped = int(first.read_text())
+    assert done.result != stopped
+    assert not psutil.pid_exists(stopped)
+    lines = [str(one.message) for one in said if f"worker {stopped} on {socket.gethostname()}" in str(one.message)]
+    assert "has done nothing for 0.017 minutes: it uses no processor time" in lines[0]
+    assert "After 0.1 minutes it is ended" in lines[0]
+    assert liveness.BOUND in lines[0]
+    assert "it is ended" in lines[1]
+    assert len(lines) == 2
+
+
+def test_a_ray_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(sessions, "_STOP_TIMEOUT_S", 0.5)
+    shutdown = ray.shutdown
+    monkeypatch.setattr(ray, "shutdown", lambda: time.sleep(60))
+    with pytest.warns(UserWarning, match="did not stop within 0 s; its processes were killed"), ray_session(num_cpus=1):
+        processes = below()
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    shutdown()
+    assert processes
+    assert alive == []
