@@ -21,6 +21,8 @@ _LEAST_CORES = 0.01
 _LOOKS, _REPORTED_AFTER = 12, 1 / 6
 # Processes may differ by so much in when a third was created, where the clock was set meanwhile.
 _CLOCK_S = 2.0
+# A look may take so long, where machines answer late.
+_LOOK_S = 120.0
 # Changes the bound: minutes after which a worker that does nothing is ended; 0 never ends one.
 BOUND = "SEGDIFF_STUCK_MINUTES"
 _BOUND_MINUTES = 60.0
@@ -104,7 +106,7 @@ class Quiet:
     def look(self, used: dict[Place, float | None], now: float) -> tuple[list[Place], list[Place]]:
         """Workers that are to be reported, each once while it is quiet, and those that are to be ended. `used`:
         processor time of all that have a task; None where it is not known, which counts as work."""
-        if self._looked_at is not None and now - self._looked_at > 3 * self.look_every_s:
+        if self._looked_at is not None and now - self._looked_at > 3 * self.look_every_s + _LOOK_S:
             self._seen.clear()  # this process was stopped itself
         self._looked_at = now
         report, over = [], []

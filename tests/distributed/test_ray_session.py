@@ -132,7 +132,7 @@ def test_a_stopped_worker_is_reported_then_ended_and_its_task_done_by_another(
 ) -> None:
     import ray
 
-    monkeypatch.setenv(liveness.BOUND, "0.1")
+    monkeypatch.setenv(liveness.BOUND, "0.2")
     # As if the worker were on another machine than the driver.
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "another"))
     first = tmp_path / "first"
@@ -152,8 +152,8 @@ def test_a_stopped_worker_is_reported_then_ended_and_its_task_done_by_another(
     assert done.result != stopped
     assert not psutil.pid_exists(stopped)
     lines = [str(one.message) for one in said if f"worker {stopped} on {socket.gethostname()}" in str(one.message)]
-    assert "has done nothing for 0.017 minutes: it uses no processor time" in lines[0]
-    assert "After 0.1 minutes it is ended" in lines[0]
+    assert "has done nothing for 0.033 minutes: it uses no processor time" in lines[0]
+    assert "After 0.2 minutes it is ended" in lines[0]
     assert liveness.BOUND in lines[0]
     assert "it is ended" in lines[1]
     assert len(lines) == 2
