@@ -50,7 +50,8 @@ def installed(wheel: Path) -> Path:
 
 def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {_metadata(wheel)["Version"], citation["version"]} == {__version__}
+    newest = re.findall(r"^## (\d\S*) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert {_metadata(wheel)["Version"], citation["version"], newest} == {__version__}
 
 
 def test_types_configurations_and_templates_are_in_the_wheel(wheel: Path) -> None:
