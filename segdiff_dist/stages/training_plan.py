@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class TrainingPlan(Plan):
 
     def checked(self) -> Plan:
         """This plan, where there is something left to train and the memory is enough for it."""
-        newest = next(iter(complete_ones(self.folder / "checkpoints")), None)
+        newest = self.newest_checkpoint
         if newest is not None and self.images_seen >= self.config.num_images and is_exported(newest, self.folder):
             seen = f"already trained on {self.config.num_images:,} images in {self.folder}"
             return Done(Result((f"{self.stage}: {seen}; nothing to do",), next_command=self.next_command))
@@ -73,11 +74,15 @@ class TrainingPlan(Plan):
             refuse(self.memory_problems())
         return self
 
-    @property
+    @cached_property
+    def newest_checkpoint(self) -> Path | None:
+        """The newest complete one, as the stage was checked."""
+        return next(iter(complete_ones(self.folder / "checkpoints")), None)
+
+    @cached_property
     def images_seen(self) -> int:
         """Of the newest checkpoint."""
-        newest = next(iter(complete_ones(self.folder / "checkpoints")), None)
-        return read_state(newest)["images_seen"] if newest is not None else 0
+        return 0 if self.newest_checkpoint is None else read_state(self.newest_checkpoint)["images_seen"]
 
     def memory_problems(self) -> list[Problem]:
         """Where this rank has too little memory."""
