@@ -220,5 +220,5 @@ def collect(*checks: Callable[[], Any]) -> list[Any]:
         except InputProblems as error:
             found += error.problems
     if found:
-        raise InputProblems(found)
+        raise InputProblems(dict.fromkeys(found))  # two checks may find the same
     return results

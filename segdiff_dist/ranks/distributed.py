@@ -43,12 +43,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def pick_device(requested: str) -> Any:
-    """A torch.device for `auto | cpu | cuda`; `auto` takes this rank's GPU where there is one."""
+def pick_device(requested: str, field: str = "device") -> Any:
+    """A torch.device for `auto | cpu | cuda`; `auto` takes this rank's GPU where there is one. `field`: what --help
+    calls the setting, for the message."""
     import torch
 
     if requested == "cuda" and not torch.cuda.is_available():
-        raise problem("config", "device", "cuda", "no CUDA GPU is visible here; set device to auto or cpu")
+        raise problem("config", field, "cuda", "no CUDA GPU is visible here; give auto or cpu")
     if requested == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank())

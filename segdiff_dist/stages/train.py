@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -62,17 +63,18 @@ class Train(ConfiguredStage):
         loader, started = self.loader, ("denoiser", "diffusion", "train", "loader")
         run, shards = self.open_run_and_data(self.more_data)
         side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        picked = partial(pick_device, config.device, "train.device")
         *_, attention, kernels, _ = collect(
             lambda: refuse(find_problems(shards, side, denoiser, diffusion)),
             lambda: refuse(config.problems("train", world_size()) + loader.problems()),
             lambda: refuse(self.validation.problems(diffusion)),
             lambda: refuse(self.tracking.problems()),
             lambda: loader.mix and mix_groups(shards, rows, loader.mix),
-            lambda: choose_attention(denoiser.attention, pick_device(config.device), denoiser.attention_head_dim),
-            lambda: choose_kernels(denoiser.kernels, pick_device(config.device)),
+            lambda: choose_attention(denoiser.attention, picked(), denoiser.attention_head_dim),
+            lambda: choose_kernels(denoiser.kernels, picked()),
             lambda: refuse_another_config(experiment, run / "checkpoints", started),
         )
-        device = pick_device(config.device)
+        device = picked()
 
         def make_task(tracker: Tracker) -> DenoiserTask:
             process = with_sigma_data(diffusion, shards, rows)

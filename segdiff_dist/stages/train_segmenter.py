@@ -48,7 +48,7 @@ class TrainSegmenter(ConfiguredStage):
         *_, device, _ = collect(
             lambda: refuse(config.problems(side, world_size()) + loader.problems()),
             lambda: loader.mix and mix_groups(shards, rows, loader.mix),
-            lambda: pick_device(config.train.device),
+            lambda: pick_device(config.train.device, "segmenter.train.device"),
             lambda: refuse_another_config(experiment, folder / "checkpoints", ("segmenter", "loader")),
         )
         return TrainingPlan(
