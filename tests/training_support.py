@@ -93,6 +93,7 @@ def train_under(
     num_images: int,
     name: str | None = None,
     until: int | None = None,
+    optimizer: str = "adamw",
 ) -> None:
     """What each rank of a test does: the same run under each (precision, zero_stage, micro_batch_size), one after the
     other, in OUT/<setting> or OUT/`name`; with `until` it is asked to stop there, as by Ctrl-C."""
@@ -105,6 +106,7 @@ def train_under(
             "num_images": num_images,
             "log_every_images": 8,
             "checkpoint_every_images": num_images,
+            "optimizer": optimizer,
         }
         with _stopped_at(until if until and until < num_images else None):
             run_training(shapes, folder, **changes)

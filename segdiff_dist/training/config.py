@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_shards.problems import Problem
-from data_shards.settings import Execution, Result, Resumable
+from data_shards.settings import Execution, Result, ResultWhereSet, Resumable
 from segdiff_dist.training import ema
 
 
@@ -22,6 +22,9 @@ class TrainConfig:
     micro_batch_size: Resumable[int | Literal["auto"]] = 16
     """Images a rank takes through the net at once; accumulation makes up the rest of the global batch. auto: the
     fastest size that fits, tried at the start of the run. The losses do not depend on it."""
+    optimizer: ResultWhereSet[Literal["adamw", "muon"]] = "adamw"
+    """muon: orthogonal updates for the weights of hidden layers, AdamW for the others, with one lr for both (Jordan et
+    al. 2024; Liu et al. 2025). The same loss from about half the images; zero_stage 0 to 2, no offload."""
     lr: Result[float] = 1e-4
     lr_decay: Result[Literal["cosine", "constant"]] = "cosine"
     warmup_images: Result[int] = 32_000
@@ -86,6 +89,9 @@ class TrainConfig:
         if self.offload != "none" and self.zero_stage < (3 if self.offload == "all" else 1):
             stages = "3" if self.offload == "all" else "1, 2 or 3"
             add("offload", self.offload, f"needs zero_stage {stages}; it is {self.zero_stage}")
+        if self.optimizer == "muon" and (self.zero_stage == 3 or self.offload != "none"):
+            value = f"muon with zero_stage {self.zero_stage}, offload {self.offload}"
+            add("optimizer", value, "muon needs zero_stage 0, 1 or 2 and offload none; or use adamw")
         if self.compile and self.zero_stage == 3:
             add("compile", True, "zero_stage 3 gathers weights in between, which cannot be compiled; use 0 to 2")
         divisor = ranks * (1 if self.micro_batch_size == "auto" else self.micro_batch_size)

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 
 from data_shards.problems import problem, refuse
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
-from segdiff_dist.ranks.distributed import is_main, naming_who_is_missing, prepare_environment, rank, world_size
+from segdiff_dist.ranks.distributed import (
+    gather_objects,
+    is_main,
+    naming_who_is_missing,
+    prepare_environment,
+    rank,
+    world_size,
+)
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.muon import MuonAdamW
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
 from segdiff_kernels.ema_update import MAX_AVERAGES, EmaUpdate, ema_update_reference
 
@@ -30,6 +38,8 @@ ONLINE = "online"
 # Longer than any wait is meant to be: ranks/heartbeat.py finds who waits in vain, and knows more.
 _LONGEST_WAIT = timedelta(hours=2)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Among a checkpoint's scalars where its first moments are Muon's.
+_MUON = "muon"
 
 
 class Engine:
@@ -42,9 +52,7 @@ class Engine:
         self.num_micro_batches = config.global_batch_size // (micro_batch_size * world_size())
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._adam = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self._adam = _optimizer_of(model, config)
         self._veto = torch.zeros((), device=device)
         self._norm: Tensor | float = float("nan")
         self._engine, self._zero, _, _ = deepspeed.initialize(
@@ -52,6 +60,9 @@ class Engine:
         )
         self.module: nn.Module = self._engine.module
         self._shards, self._extents = self._layout()
+        if isinstance(self._adam, MuonAdamW):
+            of_ranks = gather_objects(self._extents) if config.zero_stage > 0 else [self._extents]
+            self._adam.lay_out(self.shapes, self._shards, of_ranks, rank() if config.zero_stage > 0 else 0)
         self._adam.register_step_pre_hook(lambda *_: self._before_update())
         self._averages = {name: [s.detach().clone() for s in self._shards] for name in config.averages}
         # The kernel reads each weight once for all averages; the result is the same.
@@ -121,12 +132,19 @@ class Engine:
         steps = [float(self._adam.state[s]["step"]) for s in self._shards if "step" in self._adam.state[s]]
         extents = self._extents if self.config.zero_stage > 0 else share(self._extents, rank(), world_size())
         shards = {ONLINE: [s.detach() for s in self._shards], **moments, **self._averages}
-        return ShardOfState(self.shapes, extents, shards, {"step": steps[0] if steps else 0.0})
+        scalars = {"step": steps[0] if steps else 0.0}
+        if self.config.optimizer == "muon":
+            scalars[_MUON] = 1.0
+        return ShardOfState(self.shapes, extents, shards, scalars)
 
     def load(self, folder: Path, num_files: int) -> None:
         """Take up what any number of ranks wrote. Raises InputProblems where it is another architecture's."""
         saved = SavedState(folder, num_files)
         refuse(saved.problems_for(self.shapes))
+        before = "muon" if _MUON in saved.scalars else "adamw"
+        if before != self.config.optimizer:  # the moments of one mean nothing to the other
+            remedy = f"give --train.optimizer {before}, or another run folder"
+            raise problem(folder, "train.optimizer", f"begun with {before}, not {self.config.optimizer}", remedy)
         for name in self._averages:
             if name not in saved.kinds:
                 raise problem(folder, name, f"not among {', '.join(saved.kinds)}", "keep train.ema_lengths as it was")
@@ -176,6 +194,8 @@ class Engine:
         if config.offload == "all":
             zero["offload_param"] = place
         return {
+            # Its list of optimizers that it has tried has torch's and its own.
+            "zero_allow_untested_optimizer": config.optimizer == "muon",
             "train_batch_size": config.global_batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.num_micro_batches,
@@ -236,6 +256,14 @@ class Engine:
         """Adam's average of a shard's gradients or of their squares; zeros before the first step."""
         found = self._adam.state[shard].get(kind)
         return torch.zeros_like(shard) if found is None else found
+
+
+def _optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **settings, fused=True)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return MuonAdamW(model.named_parameters(), dtype, **settings, fused=True)
 
 
 def start_distributed(device: torch.device) -> Any:

@@ -71,6 +71,24 @@ def test_a_run_goes_on_with_any_ranks_stage_and_micro_batch(shards: Path, tmp_pa
     assert [row["loss"] for row in rows] == pytest.approx(referee(shards), rel=1e-5)
 
 
+def test_muon_gives_the_same_losses_however_weights_are_cut(shards: Path, tmp_path: Path) -> None:
+    """Matrices in one piece on one rank, and cut between two; a run that changes from one to the other."""
+    images = 8 * STEPS
+    with ranks(
+        1, tmp_path, train_under, tmp_path, shards, [("fp32", 0, 8), ("fp32", 2, 4)], images, None, None, "muon"
+    ) as one:
+        assert one.ended(0, 280) == 0, one.stderr(0)[-3000:]
+    for leg, (num_ranks, *setting) in enumerate([(2, "fp32", 1, 4), (1, "fp32", 1, 2), (2, "fp32", 2, 4)]):
+        until = images * (leg + 1) // 3 // 8 * 8 if leg < 2 else images
+        arguments = (tmp_path, shards, [setting], images, "legs", until, "muon")
+        with ranks(num_ranks, tmp_path, train_under, *arguments) as started:
+            for rank in range(num_ranks):
+                assert started.ended(rank, 200) == 0, started.stderr(rank)[-3000:]
+    whole = [row["loss"] for row in log(tmp_path, ("fp32", 0, 8))]
+    assert [row["loss"] for row in log(tmp_path, ("fp32", 2, 4))] == pytest.approx(whole, rel=1e-4)
+    assert [row["loss"] for row in log(tmp_path, ("legs",))] == pytest.approx(whole, rel=1e-4)
+
+
 @pytest.mark.parametrize(("lost", "best"), [(64, 32), (96, 64)])
 def test_ranks_agree_on_which_weights_are_best(shards: Path, tmp_path: Path, lost: int, best: int) -> None:
     """Stopped at 64, where a validation is due that the next start makes up for; the main rank alone sees what its disk
