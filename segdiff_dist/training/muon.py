@@ -27,7 +27,8 @@ from segdiff_dist.training.sharded_state import Extent
 # Jordan et al. 2024.
 _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_NUM_ITERATIONS = 5
+# Five iterations in all, in the form of Dao et al. 2026, "Gram Newton-Schulz", which DeepSpeed has too.
+_BETWEEN_RESTARTS = (2, 3)
 # Root mean square of an AdamW update: Liu et al. 2025, section 2.2.
 _UPDATE_RMS = 0.2
 # Narrower than this a matrix has too few directions to be worth it.
@@ -50,13 +51,20 @@ def orthogonalised(matrix_MN: Tensor, dtype: torch.dtype = torch.bfloat16) -> Te
     A quintic Newton-Schulz iteration, computed in `dtype`: Jordan et al. 2024.
     """
     a, b, c = _COEFFICIENTS
-    x = matrix_MN.to(dtype)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(_NUM_ITERATIONS):
+    tall = matrix_MN.shape[0] > matrix_MN.shape[1]
+    wide = matrix_MN.T if tall else matrix_MN
+    x = (wide / (wide.norm() + 1e-7)).to(dtype)
+    # x <- (a + b R + c R^2) x with R = x x^T, five times: the factors are multiplied first, since R is the smaller
+    # matrix. Its rounding errors grow meanwhile, so that x is brought up to date once on the way.
+    for num_iterations in _BETWEEN_RESTARTS:
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        factor = torch.eye(len(x), dtype=dtype, device=x.device)
+        for _ in range(num_iterations):
+            next_factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            factor = torch.addmm(factor, next_factor, factor, beta=a)
+            half = torch.addmm(gram, next_factor, gram, beta=a)
+            gram = torch.addmm(half, half, next_factor, beta=a)
+        x = factor @ x
     return (x.T if tall else x).float()
 
 
