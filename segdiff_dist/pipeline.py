@@ -1,6 +1,6 @@
 """A trained model in five lines of anybody's code: a mask in, an image out.
 
-    FOLDER/model_index.json           diffusers' list of what lies below
+    FOLDER/model_index.json           diffusers' list of what is below
     FOLDER/unet/                      the UNet2DModel; beside its files, what joins the mask to its input
     FOLDER/scheduler/                 diffusers' scheduler of the process that it was trained on
     FOLDER/segdiff.json               schedule and sampler settings
@@ -70,10 +70,10 @@ class SegGuidedPipeline:
         if not (folder / _ABOUT).is_file():
             remedy = "give what `segdiff export --run RUN --format pipeline OUT` wrote"
             raise problem(folder, "pipeline", f"no {_ABOUT}", remedy)
-        about = read_json(folder / _ABOUT, _RESTORE)
+        description = read_json(folder / _ABOUT, _RESTORE)
         with reading(folder / _ABOUT, "the description of a pipeline", _RESTORE):
-            diffusion = validate(DiffusionConfig, about["diffusion"], folder / _ABOUT)
-            sampler = validate(SamplerConfig, about["sampler"], folder / _ABOUT)
+            diffusion = validate(DiffusionConfig, description["diffusion"], folder / _ABOUT)
+            sampler = validate(SamplerConfig, description["sampler"], folder / _ABOUT)
         return cls.from_weights(folder / _UNET, diffusion, sampler, device=device, precision=precision)
 
     @classmethod
@@ -117,12 +117,12 @@ class SegGuidedPipeline:
         sampler = replace(self.sampler, num_steps=num_inference_steps or self.sampler.num_steps)
         refuse(sampler.problems(self.diffusion))
         item_ids = list(range(first_item, first_item + len(mask_BHW)))
-        made_BHW = replace(self, sampler=sampler).paint(mask_BHW, item_ids, modality, axis, seed)
+        made_BHW = replace(self, sampler=sampler).generate(mask_BHW, item_ids, modality, axis, seed)
         images = [Image.fromarray(image_HW) for image_HW in made_BHW]
         return images[0] if alone else images
 
     @torch.inference_mode()
-    def paint(
+    def generate(
         self,
         mask_BHW: np.ndarray,
         item_ids: list[int],
@@ -145,8 +145,8 @@ class SegGuidedPipeline:
                 rows = list(range(at, min(at + num, len(mask_BHW))))
                 # Filled up as sampling does, so that one image is rounded as it is among many.
                 filled = rows + rows[:1] * (LEAST_BATCH - len(rows))
-                told = torch.from_numpy(mask_BHW[filled]).to(self.device)
-                conditions = Conditions(told, class_id.expand(len(filled)).to(self.device))
+                shown_BHW = torch.from_numpy(mask_BHW[filled]).to(self.device)
+                conditions = Conditions(shown_BHW, class_id.expand(len(filled)).to(self.device))
                 items = [{"item_id": item_ids[row]} for row in filled]
                 made_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, seed)
                 image_BHW[rows] = made_BHW[: len(rows)]
@@ -209,7 +209,7 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
     (folder / _UNET).mkdir()
     for file in sorted(file for file in weights.iterdir() if file.is_file()):
         shutil.copyfile(file, folder / _UNET / file.name)
-    about = read_json(weights / _ABOUT, _RESTORE)
+    description = read_json(weights / _ABOUT, _RESTORE)
     process = _trained_process(weights, diffusion)
     own = _alone(sampler.resolved(process.objective))
     scheduler = scheduler_of(process, own)
@@ -223,7 +223,7 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
     }
     write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     write_atomic(folder / _ABOUT, json.dumps(content, indent=2) + "\n")
-    write_atomic(folder / "README.md", _card(about, process.process, own))
+    write_atomic(folder / "README.md", _card(description, process.process, own))
 
 
 def scheduler_of(process: DiffusionConfig, sampler: SamplerConfig) -> Any:
@@ -273,16 +273,20 @@ def _guidance_words(sampler: SamplerConfig) -> str:
     return f", guidance {sampler.guidance:g}{where}"
 
 
-def _card(about: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig) -> str:
+def _card(description: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig) -> str:
     """The model card, in the form of Hugging Face's (Mitchell et al. 2019)."""
-    size, table, net = about["size"], about["label_table"], about["denoiser"]
+    size, table, net = description["size"], description["label_table"], description["denoiser"]
     classes = "\n".join(f"| {i} | {name} |" for i, name in enumerate(table["names"]) if name != UNUSED)
     stem = ""
     if net.get("net") == "efficient":  # older descriptions do not name it
         stem = """. Each 2x2 pixels are four channels, in the input
 `torch.nn.functional.pixel_unshuffle(x, 2)` and in the output, of which `pixel_shuffle(y, 2)` makes nine numbers a
 pixel: the prediction, and what `head` in mask_encoder.safetensors corrects it by"""
-    told = "mask, modality and axis" if net["class_conditioning"] else "the mask alone: modality and axis are ignored"
+    reads = (
+        "the mask, the modality and the axis"
+        if net["class_conditioning"]
+        else "the mask alone; modality and axis are ignored"
+    )
     return f"""---
 library_name: diffusers
 pipeline_tag: image-to-image
@@ -291,7 +295,7 @@ tags: [medical, ct, mr, segmentation-guided-diffusion, segdiff]
 
 # Segmentation-guided diffusion, {size} x {size}
 
-Paints the abdominal CT or MR slice that belongs to a label mask. It is told {told}.
+Generates the abdominal CT or MR slice that belongs to a label mask. The network reads {reads}.
 
 ```python
 import numpy as np

@@ -144,13 +144,15 @@ class BatchReader:
         errors: list[str | None] = [None] * len(row_B)
         for i, error in zip(owner, shards.read_ranges(ranges), strict=True):
             if error is not None:
-                errors[i] = shards.told(int(row_B[i]), "image", error)
+                errors[i] = shards.describe_failure(int(row_B[i]), "image", error)
                 if not isinstance(error, ShortFile | FileNotFoundError):
                     raise ValueError(errors[i]) from error
         for part, (_, _, checksums) in columns.items():
             for i, (payload, checksum) in enumerate(zip(payloads[part], checksums, strict=True)):
                 if crc32c(payload) != checksum and errors[i] is None:
-                    errors[i] = shards.told(int(row_B[i]), part, "its bytes are not those that were written (CRC-32C)")
+                    errors[i] = shards.describe_failure(
+                        int(row_B[i]), part, "its bytes are not those that were written (CRC-32C)"
+                    )
         return errors
 
     def _columns(self, part: str, row_B: np.ndarray) -> tuple[list[int], list[int], list[int]]:
@@ -171,7 +173,7 @@ class BatchReader:
             try:
                 decode_into(payloads[part][i], self._shards.codec, whole[part][i])
             except ValueError as error:
-                errors[i] = self._shards.told(int(row_B[i]), part, error)
+                errors[i] = self._shards.describe_failure(int(row_B[i]), part, error)
 
         jobs = [(part, i) for i in range(len(row_B)) if errors[i] is None for part in self._parts]
         run: Callable[..., object] = map if self._pool is None else self._pool.map

@@ -236,7 +236,7 @@ class ShardSet:
         try:
             decode_into(payload, self.codec, out)
         except ValueError as error:
-            raise ValueError(self.told(row, part, error)) from error
+            raise ValueError(self.describe_failure(row, part, error)) from error
         return out.reshape(2, self.size, self.size) if part == "edge" else out
 
     def payload(self, row: int, part: str) -> np.ndarray:
@@ -248,7 +248,7 @@ class ShardSet:
         if error is None and crc32c(payload) != int(where.crc32c_N[row]):
             error = OSError("its bytes are not those that were written (CRC-32C)")
         if error is not None:
-            raise ValueError(self.told(row, part, error)) from error
+            raise ValueError(self.describe_failure(row, part, error)) from error
         return payload
 
     def dtype(self, part: str) -> np.dtype:
@@ -269,7 +269,7 @@ class ShardSet:
                 errors[i] = error
         return errors
 
-    def told(self, row: int, part: str, error: object) -> str:
+    def describe_failure(self, row: int, part: str, error: object) -> str:
         """What went wrong with a sample's part, for a person: shard, sample, reason, remedy."""
         member, entry = self._file(int(self.parts[part].file_N[row]))
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

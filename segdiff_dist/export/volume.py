@@ -1,6 +1,6 @@
-"""A whole volume from a mask volume: cut into slices as `segdiff prepare` does, painted, put back where the mask is.
+"""A whole volume from a mask volume: cut into slices as `segdiff prepare` does, generated, put back where the mask is.
 
-Dimensions: I, J, K canonical (right, anterior, superior); S slices painted; H rows, W columns.
+Dimensions: I, J, K canonical (right, anterior, superior); S slices generated; H rows, W columns.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from segdiff_dist.pipeline import SegGuidedPipeline
 
 # uint8 [S, H, W] images of masks [S, H, W] whose slices have these indices; with one noise for all of them or not.
-Paint = Callable[[np.ndarray, list[int], bool], np.ndarray]
+Generate = Callable[[np.ndarray, list[int], bool], np.ndarray]
 # Pairs of neighbouring real slices that are enough to say how much they differ.
 _REAL_PAIRS = 64
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where painted slices lie among the stored voxels of a canonical volume, as data_shards' slices say it themselves.
+    """Where generated slices are among the stored voxels of a canonical volume, by the slices' own affines.
 
     view: canonical dimension through the slices, down the rows, along the columns. rows, columns: stored index of pixel
     0, and what a pixel adds to it. through_S: stored index of each slice, rising.
@@ -64,8 +64,8 @@ class Place:
         return cls((through, row, column), (start[row], steps[0]), (start[column], steps[1]), np.array(at_S))
 
     def between(self, plane: int) -> list[tuple[int, float]]:
-        """The slices that show stored plane `plane`, with their weights: the nearest one where slices lie closer than
-        planes, as labels are resampled; else the two that it lies between."""
+        """The slices that show stored plane `plane`, with their weights: the nearest one where slices are closer than
+        planes, as labels are resampled; else the two beside it."""
         if len(self.through_S) < 2 or self.through_S[1] - self.through_S[0] <= 1.0:
             return [(int(np.abs(self.through_S - plane).argmin()), 1.0)]
         above = int(np.searchsorted(self.through_S, plane - 1e-6))
@@ -76,12 +76,12 @@ class Place:
         return [(above, 1.0)] if share > 1 - 1e-6 else [(above - 1, 1.0 - share), (above, share)]
 
     def needed(self, num_planes: int) -> list[int]:
-        """The slices that show any plane; the others would be painted for nothing."""
+        """The slices that show any plane; the others need not be generated."""
         return sorted({index for plane in range(num_planes) for index, _ in self.between(plane)})
 
     def back(self, image_of: dict[int, np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [I, J, K] by linear interpolation, by area where pixels shrink, 0 where no pixel lies; and bool
-        [I, J, K] broadcast, where one does."""
+        """float32 [I, J, K] by linear interpolation, by area where pixels shrink, 0 where there is no pixel; and bool
+        [I, J, K] broadcast, where there is one."""
         through, row, column = self.view
         size = len(next(iter(image_of.values())))
         rows, columns = _weights(self.rows, shape[row], size), _weights(self.columns, shape[column], size)
@@ -99,7 +99,7 @@ class VolumeReport:
     """What was made. `outside`: the share of labelled voxels that the slices do not show. Differences are mean absolute
     ones between neighbouring slices, in grey values: of some with the noise chosen, of the same ones with the other
     noise, and of real slices about as far apart; None where there is nothing to measure on. `gap_mm`: how far apart
-    painted and real ones are."""
+    generated and real ones are."""
 
     num_slices: int
     outside: float
@@ -111,15 +111,15 @@ class VolumeReport:
 
 
 def make_volume(
-    mask_file: Path, out: Path, paint: Paint, size: int, shards: ShardSet, config: VolumeConfig
+    mask_file: Path, out: Path, generate: Generate, size: int, shards: ShardSet, config: VolumeConfig
 ) -> VolumeReport:
     """Write the image of a mask volume to `out`: int16, HU or grey values, with the mask's shape, affine and codes.
 
     `shards`: the set that the model was trained on, whose slices it saw the central `size` pixels of. Raises
-    InputProblems: an unreadable mask, ids that the set's labels do not have, HU that nobody knows, `out` there already,
-    no volume's name.
+    InputProblems: an unreadable mask, ids that the set's labels do not have, unknown HU, an `out` that exists or has no
+    NIfTI name.
     """
-    return check_volume(mask_file, out, shards, config).make(paint, size)
+    return check_volume(mask_file, out, shards, config).make(generate, size)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ class VolumeJob:
     grey: GreyMap
     num_voxels: int
 
-    def make(self, paint: Paint, size: int) -> VolumeReport:
+    def make(self, generate: Generate, size: int) -> VolumeReport:
         """Generate the slices and write the volume; parameters and errors as of `make_volume`."""
-        return _make(self, paint, size)
+        return _make(self, generate, size)
 
 
 def check_volume(mask_file: Path, out: Path, shards: ShardSet, config: VolumeConfig) -> VolumeJob:
@@ -148,7 +148,7 @@ def check_volume(mask_file: Path, out: Path, shards: ShardSet, config: VolumeCon
     return VolumeJob(mask_file, out, shards, config, grey, 0 if header is None else int(np.prod(header[0])))
 
 
-def _make(job: VolumeJob, paint: Paint, size: int) -> VolumeReport:
+def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
     mask_file, out, shards, config, grey = job.mask_file, job.out, job.shards, job.config, job.grey
     if out.exists():  # written by another command since the check
         refuse(volume_problems(mask_file, out, config))
@@ -162,7 +162,7 @@ def _make(job: VolumeJob, paint: Paint, size: int) -> VolumeReport:
     window = slice(first, first + size)
     mask_SHW = np.stack([slices[s].mask_HW[window, window] for s in needed])
     indices = [slices[s].slice_index for s in needed]
-    image_SHW = paint(mask_SHW, indices, config.noise == "shared")
+    image_SHW = generate(mask_SHW, indices, config.noise == "shared")
     grey_IJK, shown_IJK = place.back(dict(zip(needed, image_SHW, strict=True)), shape)
     with saying_when_full(out.parent):
         _save(out, np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16), mask_file)
@@ -176,7 +176,7 @@ def _make(job: VolumeJob, paint: Paint, size: int) -> VolumeReport:
     real: float | None = None
     gap = real_gap = 1
     if probe is not None:
-        other_SHW = paint(mask_SHW[probe], indices[probe], config.noise != "shared")
+        other_SHW = generate(mask_SHW[probe], indices[probe], config.noise != "shared")
         difference, other = slice_difference(image_SHW[probe]), slice_difference(other_SHW)
         gap = round(float(np.median(np.diff(indices[probe]))))
         real, real_gap = real_difference(shards, config.modality, config.axis, gap, size)
@@ -185,14 +185,14 @@ def _make(job: VolumeJob, paint: Paint, size: int) -> VolumeReport:
     return VolumeReport(len(needed), outside, has_body, difference, other, real, gap_mm)
 
 
-def painter(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int) -> Paint:
+def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int) -> Generate:
     """Slice k has the noise of (seed, item k), or all have that of item 0."""
 
-    def paint(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
+    def generate(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
         item_ids = [0] * len(indices) if shared else indices
-        return pipeline.paint(mask_SHW, item_ids, config.modality, config.axis, seed, described="volume")
+        return pipeline.generate(mask_SHW, item_ids, config.modality, config.axis, seed, described="volume")
 
-    return paint
+    return generate
 
 
 def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Problem]:
@@ -207,7 +207,7 @@ def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Pr
     if not out.name.endswith((".nii.gz", ".nii")):
         found.append(Problem(str(out), "output", "no NIfTI name", "let it end in .nii.gz or .nii"))
     if out.exists():
-        found.append(Problem(str(out), "output", "is there already", "remove it, or give another name"))
+        found.append(Problem(str(out), "output", "exists already", "remove it, or give another name"))
     if not out.absolute().parent.is_dir():
         found.append(Problem(str(out), "output", "its folder does not exist", "make it first"))
     return found
@@ -219,7 +219,7 @@ def slice_difference(image_SHW: np.ndarray) -> float:
 
 
 def real_difference(shards: ShardSet, modality: str, axis: str, gap: int, size: int) -> tuple[float | None, int]:
-    """The same of the set's real slices that lie about `gap` slice indices apart, None where it has no such pair; and
+    """The same of the set's real slices that are about `gap` slice indices apart, None where it has no such pair; and
     how far apart they are: a set may hold every n-th slice alone."""
     rows = shards.select(modalities=[modality], axes=[axis], labelled_only=False)
     table = shards.samples.select(("case_id", "slice_index")).take(rows).to_pylist()
@@ -275,7 +275,7 @@ def _weights(pixels: tuple[float, float], num_stored: int, size: int) -> scipy.s
     """[num_stored, size]: the pixels that make each stored voxel of a dimension; an empty row where there is none."""
     start, step = pixels
     first = 0 if step > 0 else num_stored - 1
-    with np.errstate(invalid="ignore"):  # voxels that no pixel lies near have weights of 0 / 0, which count as none
+    with np.errstate(invalid="ignore"):  # voxels without a pixel near them have weights of 0 / 0, which count as none
         weights = linear_weights(num_stored, size, step=abs(1.0 / step), start=(first - start) / step)
     return weights if step > 0 else weights[::-1].tocsr()
 

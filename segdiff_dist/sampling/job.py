@@ -1,7 +1,7 @@
 """Sampling on Ray: the list of items is written first, then workers make what is missing of it, region by region.
 
 An item's noise depends on its id alone, and threads are fixed by the job, so any number of workers, and on a CPU any
-batch size, makes the same images. Whoever is killed, worker, machine or this process, costs the regions it was at.
+batch size, makes the same images. A worker, machine or main process that is killed costs the regions it was making.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class SamplingFailed(WorkFailed):
 
 @dataclass(frozen=True)
 class Job:
-    """A checked job: `about` is what store's job.json is to hold; `size`: of its images, in pixels."""
+    """A checked job. `job_settings`: what the store's job.json is to hold; `size`: of its images, in pixels."""
 
     path: Path
-    about: dict[str, Any]
+    job_settings: dict[str, Any]
     items: pa.Table
     size: int
     store: SampleStore | None
@@ -76,20 +76,20 @@ def make_job(job: Job, config: SampleConfig, workers: WorkersConfig | None = Non
     """Make what is missing of a job that was prepared with this config. Errors as of `sample`."""
     workers = workers or config.workers
     with locked(job.path), saying_when_full(job.path):
-        # Looked at again, now that no other command can begin it or put another in its place.
-        store = SampleStore.reopen(job.path, job.about)
+        # Read again, now that no other command can begin this job or replace it.
+        store = SampleStore.reopen(job.path, job.job_settings)
         if store is None and job.store is not None:
             raise problem(job.path, "samples", "removed or damaged as this command began", "start it again")
         if store is not None:
-            _look_over(store, job)
+            _verify_store(store, job)
             if not store.missing_regions():
                 return store
         with workers.joined():
             pool = workers.pool()
             if store is None:
-                about = job.about | {"device": pool.device}
-                store = SampleStore.create(job.path, about, job.items, job.size, job.masks_MHW)
-                _look_over(store, job)
+                job_settings = job.job_settings | {"device": pool.device}
+                store = SampleStore.create(job.path, job_settings, job.items, job.size, job.masks_MHW)
+                _verify_store(store, job)
             if store.job["device"] != pool.device:
                 kept = store.job["device"]
                 remedy = f"another rounds differently: give --{workers.section}.device {kept}, or remove {store.path}"
@@ -111,7 +111,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
         found.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
     refuse(found)
-    about: dict[str, Any] = {
+    job_settings: dict[str, Any] = {
         "weights": str(weights.resolve()),
         "weights_digest": digest,
         "guidance_segmenter_sha256": guidance_digest(config.sampler),
@@ -120,19 +120,19 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         "sample": config.result_settings(diffusion.objective),
     }
     if config.sampler.guidance_weights is not None:
-        about["guidance_weights_digest"] = _weaker_digest(weights, trained, config.sampler.guidance_weights)
-    about |= _source_of(shards, rows, config)
-    about = json.loads(json.dumps(about))  # as it is read back: tuples are lists
+        job_settings["guidance_weights_digest"] = _weaker_digest(weights, trained, config.sampler.guidance_weights)
+    job_settings |= _source_of(shards, rows, config)
+    job_settings = json.loads(json.dumps(job_settings))  # as it is read back: tuples are lists
     path = (config.out or run / "samples").resolve()
-    if (store := SampleStore.reopen(path, about)) is not None:
+    if (store := SampleStore.reopen(path, job_settings)) is not None:
         classes = None if config.masks is None else _classes_of(store, shards.label_table)
-        return Job(path, about, store.items, trained["size"], store, classes=classes)
+        return Job(path, job_settings, store.items, trained["size"], store, classes=classes)
     if config.masks is not None:
-        return _job_of_folder(path, about, shards, trained["size"], config)
+        return _job_of_folder(path, job_settings, shards, trained["size"], config)
     if trained["denoiser"].get("soft_masks") and "edge" not in shards.parts:
         text = f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones"
         warnings.warn(text, stacklevel=3)
-    return Job(path, about, list_items(shards, rows, config), trained["size"], None)
+    return Job(path, job_settings, list_items(shards, rows, config), trained["size"], None)
 
 
 def fewer_masks(items: pa.Table, config: SampleConfig) -> str | None:
@@ -165,9 +165,9 @@ def _make_missing(store: SampleStore, pool: WorkerPool, config: SampleConfig, ad
         raise SamplingFailed(f"{text}; the others are kept, and the same command tries these again")
 
 
-def _look_over(store: SampleStore, job: Job) -> None:
-    """Note where things lie now, and have what cannot be read any more made again."""
-    store.update_places(job.about)
+def _verify_store(store: SampleStore, job: Job) -> None:
+    """Record where weights and masks are now, and have regions that cannot be read any more made again."""
+    store.update_places(job.job_settings)
     for damage in store.damaged():
         warnings.warn(f"{damage}; region {damage.region} is made again", stacklevel=4)
         store.unmark(damage.region)
@@ -191,7 +191,7 @@ def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict
     return {"masks": str(config.masks.resolve()), "masks_digest": digest} | of_the_set
 
 
-def _job_of_folder(path: Path, about: dict[str, Any], shards: ShardSet, size: int, config: SampleConfig) -> Job:
+def _job_of_folder(path: Path, job_settings: dict[str, Any], shards: ShardSet, size: int, config: SampleConfig) -> Job:
     from segdiff_dist.sampling.mask_files import list_folder
     from segdiff_dist.sampling.mask_folder import ClassCounts, MaskFolder
 
@@ -214,7 +214,7 @@ def _job_of_folder(path: Path, about: dict[str, Any], shards: ShardSet, size: in
     if table.body_id is not None and not counts.num_masks_K[table.body_id]:
         text = f"no mask in {config.masks} says where the patient ends (class `body`): the model makes that up"
         warnings.warn(text, stacklevel=4)
-    return Job(path, about, items, size, None, masks_MHW, counts.words(table))
+    return Job(path, job_settings, items, size, None, masks_MHW, counts.words(table))
 
 
 def _classes_of(store: SampleStore, table: LabelTable) -> str:
@@ -226,10 +226,10 @@ def _classes_of(store: SampleStore, table: LabelTable) -> str:
 
 
 def _as_trained(
-    weights: Path, about: dict[str, Any], diffusion: DiffusionConfig
+    weights: Path, description: dict[str, Any], diffusion: DiffusionConfig
 ) -> tuple[DiffusionConfig, list[Problem]]:
     """The process that the weights were trained on, and where the config says otherwise."""
-    trained, differ = as_trained(diffusion, about.get("diffusion", {}))
+    trained, differ = as_trained(diffusion, description.get("diffusion", {}))
     found = []
     for name, (before, now) in differ.items():
         remedy = f"{weights} was trained with {before!r}: give that"
@@ -237,16 +237,16 @@ def _as_trained(
     return trained, found
 
 
-def _weaker_digest(weights: Path, about: dict[str, Any], name: str) -> str:
+def _weaker_digest(weights: Path, description: dict[str, Any], name: str) -> str:
     """The digest of the weaker model's weights, which must be of the same net on the same process."""
     weaker = weights.parent / name
     _, digest = load_denoiser(weaker)
     other = json.loads((weaker / "segdiff.json").read_text())
-    alike = all(other.get(key) == about.get(key) for key in ("denoiser", "label_table", "size"))
+    alike = all(other.get(key) == description.get(key) for key in ("denoiser", "label_table", "size"))
     if (
         not alike
         or as_trained(DiffusionConfig(), other.get("diffusion", {}))[0]
-        != as_trained(DiffusionConfig(), about.get("diffusion", {}))[0]
+        != as_trained(DiffusionConfig(), description.get("diffusion", {}))[0]
     ):
         remedy = f"give weights of the same run as {weights}"
         raise problem("config", "sample.sampler.guidance_weights", f"{weaker}, of another net", remedy)
@@ -254,20 +254,20 @@ def _weaker_digest(weights: Path, about: dict[str, Any], name: str) -> str:
 
 
 def _unlike_training(
-    weights: Path, about: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
+    weights: Path, description: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
 ) -> list[Problem]:
-    """What the weights, whose segdiff.json is `about`, were not trained for. Old ones do not say all of it."""
+    """What the weights, whose segdiff.json is `description`, were not trained for. Old ones do not say all of it."""
     from segdiff_dist.denoising.sampler_config import guidance_problems
 
     sampler = config.sampler
     found = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
-    if about["label_table"]["name"] != shards.label_table.name or about["size"] > shards.size:
-        trained = f"{about['label_table']['name']!r} at {about['size']} pixels"
+    if description["label_table"]["name"] != shards.label_table.name or description["size"] > shards.size:
+        trained = f"{description['label_table']['name']!r} at {description['size']} pixels"
         value = f"{shards.label_table.name!r} at {shards.size} pixels"
         remedy = f"the model was trained on {trained}: prepare the masks so"
         found.append(Problem(str(shards.root), "label set, size", value, remedy))
     found += _unknown_organs(config, shards.label_table)
-    trained_with = about.get("diffusion", {})
+    trained_with = description.get("diffusion", {})
     needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
     if sampler.guidance != 1.0 and sampler.guidance_weights is None and not trained_with.get(needed):
         remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"

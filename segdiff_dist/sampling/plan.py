@@ -23,8 +23,8 @@ _LONG_PASS_S = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds and bytes are of what is missing; seconds are None where nothing here can tell. `fewer_masks`: said where
-    there are fewer than were to be drawn."""
+    """Seconds and bytes are of what is missing; seconds are None where they cannot be known here. `fewer_masks`: a
+    message where there are fewer than were to be drawn."""
 
     num_images: int
     num_missing: int
@@ -41,14 +41,14 @@ class Plan:
 
     def __str__(self) -> str:
         """A few lines for a person."""
-        time_told = "not known" if self.seconds is None else _duration(self.seconds)
+        duration = "not known" if self.seconds is None else _duration(self.seconds)
         workers = f"{self.pool.num_workers} worker{'s' if self.pool.num_workers > 1 else ''} on {self.pool.device}"
         passes = f"{self.passes_per_image} passes through the net each"
         masks = f"{self.num_masks:,} masks" if self.fewer_masks is None else self.fewer_masks
         return "\n".join(
             [
                 f"images: {self.num_images:,} of {masks}, {passes}; {self.num_missing:,} missing",
-                f"time:   {time_told} with {workers} ({self.seconds_from})",
+                f"time:   {duration} with {workers} ({self.seconds_from})",
                 f"bytes:  {_size(self.num_bytes)} ({self.bytes_from})",
                 *([] if self.classes is None else [self.classes]),
             ]
@@ -70,14 +70,14 @@ def plan_of(job: Job, config: SampleConfig) -> Plan:
 
     with config.workers.joined():
         pool = config.workers.pool()
-    passes = num_evaluations(config.sampler, DiffusionConfig(**job.about["diffusion"]))
+    passes = num_evaluations(config.sampler, DiffusionConfig(**job.job_settings["diffusion"]))
     num_missing = len(job.items) if job.store is None else len(job.store.missing())
     made = _made_so_far(job)
     each: float | None
     if made is not None:
         each, seconds_from = made[0], f"as the {len(job.items) - num_missing:,} images made so far"
     else:
-        pass_s, seconds_from = _seconds_of_a_pass(Path(job.about["weights"]), pool, config)
+        pass_s, seconds_from = _seconds_of_a_pass(Path(job.job_settings["weights"]), pool, config)
         each = None if pass_s is None else pass_s * passes
     return Plan(
         num_images=len(job.items),

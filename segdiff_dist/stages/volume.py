@@ -78,10 +78,10 @@ class VolumePlan(Plan):
 
     def run(self, tracker: Tracker) -> Result:
         """Generate the slices and put them back where the mask is."""
-        from segdiff_dist.export.volume import painter
+        from segdiff_dist.export.volume import slice_generator
 
         stage = self.stage
-        report = self.job.make(painter(self.pipeline, stage.volume, stage.sample.seed), self.size)
+        report = self.job.make(slice_generator(self.pipeline, stage.volume, stage.sample.seed), self.size)
         return Result(tuple(_lines(report, stage)), value=report)
 
 

@@ -200,12 +200,12 @@ def test_hu_of_volumes_that_were_each_stretched(tmp_path: Path) -> None:
     assert "median" in json.loads((tmp_path / "nifti" / "provenance.json").read_text())["hu"]
 
     with pytest.warns(UserWarning, match="median of the maps"):
-        painted = white_volume(tmp_path, shards)
-    assert painted.max() == round(255 * float(np.median(scales)) - 200)
+        generated = white_volume(tmp_path, shards)
+    assert generated.max() == round(255 * float(np.median(scales)) - 200)
 
 
 def white_volume(folder: Path, shards: ShardSet) -> np.ndarray:
-    """A CT volume whose every slice is painted white."""
+    """A CT volume whose every slice is generated white."""
     mask, out = folder / "mask.nii.gz", folder / "image.nii.gz"
     nib.save(nib.Nifti1Image(np.full((12, 12, 4), LIVER, np.uint8), np.diag([3.0, 3.0, 3.0, 1.0])), mask)
     make_volume(mask, out, lambda mask_SHW, *_: np.full_like(mask_SHW, 255), 32, shards, VolumeConfig("CT"))
@@ -248,7 +248,7 @@ AFFINES = {
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 @pytest.mark.parametrize("orientation", AFFINES)
 def test_volume_lies_where_the_mask_does(axis: str, orientation: str, shapes: Path, tmp_path: Path) -> None:
-    """With a painter that paints the mask itself, every organ's bright voxels are the organ's."""
+    """With a generator that returns the mask itself, every organ's bright voxels are the organ's."""
     affine = AFFINES[orientation]
     shape = tuple(int(n) for n in np.abs(np.linalg.inv(affine[:3, :3]) @ (96.0, 88.0, 60.0)).round())
     mask = np.full(shape, BODY, np.uint8)
@@ -259,10 +259,10 @@ def test_volume_lies_where_the_mask_does(axis: str, orientation: str, shapes: Pa
     shards = ShardSet.open(shapes)
     shards.index["preprocessing"] |= {"spacing_mm": 2.0, "fit": "pad"}
 
-    def paint(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
+    def generate(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
         return np.where(mask_SHW == LIVER, 255, np.where(mask_SHW == BODY, 100, 0)).astype(np.uint8)
 
-    report = make_volume(file, out, paint, shards.size, shards, VolumeConfig("CT", axis))
+    report = make_volume(file, out, generate, shards.size, shards, VolumeConfig("CT", axis))
     image = nib.load(out)
     np.testing.assert_array_equal(image.affine, affine)
     assert image.shape == shape
@@ -334,14 +334,14 @@ def test_volume_finds_the_body_in_an_image(shapes: Path, tmp_path: Path) -> None
     shards, seen = ShardSet.open(shapes), []
     shards.index["preprocessing"] |= {"spacing_mm": 8.0}
 
-    def paint(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
+    def generate(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
         seen.append(mask_SHW)
         return mask_SHW
 
     def make(body_image: Path | None) -> bool:
         config = VolumeConfig("CT", body_image=body_image, probe_slices=0)
         (tmp_path / "out.nii.gz").unlink(missing_ok=True)
-        return make_volume(tmp_path / "mask.nii.gz", tmp_path / "out.nii.gz", paint, 32, shards, config).has_body
+        return make_volume(tmp_path / "mask.nii.gz", tmp_path / "out.nii.gz", generate, 32, shards, config).has_body
 
     assert not make(None)
     assert make(tmp_path / "image.nii.gz")

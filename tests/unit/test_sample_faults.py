@@ -31,7 +31,7 @@ SIX: dict[str, Any] = {"num": 6, "samples_per_mask": 1, "cross_modality_masks": 
 def begin(run: Path, shapes: Path, **changes: Any) -> SampleStore:
     """The job, laid out, without an image."""
     job = prepare_job(*arguments(run, shapes, **changes))
-    return SampleStore.create(job.path, job.about | {"device": "cpu"}, job.items, job.size, job.masks_MHW)
+    return SampleStore.create(job.path, job.job_settings | {"device": "cpu"}, job.items, job.size, job.masks_MHW)
 
 
 def cut_short(file: Path) -> None:
@@ -129,9 +129,9 @@ def test_a_broken_guiding_segmenter_is_refused(shapes: Path, tmp_path: Path) -> 
 
 def test_folders_beside_the_weights_are_none_of_them(shapes: Path, tmp_path: Path) -> None:
     run = write_weights(tmp_path)
-    before = prepare_job(*arguments(run, shapes)).about
+    before = prepare_job(*arguments(run, shapes)).job_settings
     (run / WEIGHTS / ".ipynb_checkpoints").mkdir()
-    assert prepare_job(*arguments(run, shapes)).about == before
+    assert prepare_job(*arguments(run, shapes)).job_settings == before
 
 
 def test_predictions_that_are_not_finite_become_no_images(shapes: Path, tmp_path: Path) -> None:
