@@ -97,11 +97,11 @@ def parse_yaml(content: bytes, where: object, remedy: str) -> Any:
 def read_bytes(path: Path, remedy: str, most_bytes: int = _MOST_JSON_BYTES) -> bytes:
     """All bytes of a file. Raises InputProblems: not there, a folder or a pipe, longer than `most_bytes`."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise problem(path, "content", "not a file", remedy)
-        if about.st_size > most_bytes:
-            raise problem(path, "content", f"{about.st_size:,} bytes; at most {most_bytes:,} are read", remedy)
+        if status.st_size > most_bytes:
+            raise problem(path, "content", f"{status.st_size:,} bytes; at most {most_bytes:,} are read", remedy)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, InputProblems):

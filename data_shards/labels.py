@@ -32,7 +32,7 @@ _AMOS_ORGANS = (
     "prostate_uterus",
 )
 # TotalVIBE's ids 1 to 72 (Graf et al. 2024, the label overview of its repository, robert-graf/VIBESegmentator). Id 20
-# stands for nothing (TotalSegmentator's colon there is part of `intestine` here): 72 ids, 71 classes.
+# is unused (TotalSegmentator's colon there is part of `intestine` here): 72 ids, 71 classes.
 _WHOLEBODY_CLASSES = (
     "spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "pancreas", "adrenal_gland_right",
     "adrenal_gland_left", "lung_upper_lobe_left", "lung_lower_lobe_left", "lung_upper_lobe_right",
@@ -82,7 +82,7 @@ class LabelTable:
 
     @property
     def organ_ids(self) -> tuple[int, ...]:
-        """Ids that are anatomy proper: not background, not body, not an id that stands for nothing."""
+        """Ids that are anatomy proper: not background, not body, not an unused id."""
         return tuple(i for i, n in enumerate(self.names) if n not in (BACKGROUND, BODY, UNUSED))
 
 

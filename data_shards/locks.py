@@ -107,8 +107,8 @@ def work_has_begun() -> bool:
 
 
 def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
-    """For the ranks beside the one that holds the lock of their job: raise InputProblems where that one will, since
-    another job holds it or the folder cannot be written. Writes nothing."""
+    """For the other ranks of a job whose rank 0 takes the lock: raise InputProblems where rank 0 will, since another
+    job holds it or the folder cannot be written. Writes nothing."""
     watch, own = _Watch(file), this_job()
     there = next(folder for folder in file.absolute().parents if os.path.exists(folder))
     if not os.access(there, os.W_OK | os.X_OK):
@@ -117,7 +117,7 @@ def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
-            return  # the rank that takes it knows better
+            return  # the rank that takes the lock will report it
         try:
             holder, lives = read_holder(descriptor), watch.look(descriptor)
         finally:
@@ -151,7 +151,7 @@ def short_turn(folder: Path, patience_s: float = 30.0) -> Iterator[None]:
 
 
 def lock_beside(path: Path) -> Path:
-    """The lock file of something that is to appear under the name `path`."""
+    """The lock file of what a command makes at `path`."""
     return path.absolute().with_name(f".{path.name}.lock")
 
 
@@ -200,7 +200,7 @@ def _acquire(file: Path, where: Path, doing: str) -> Held:
                 gone = _is_gone(holder, has_flock, watch, descriptor, begin, own)
                 if gone is False:
                     raise _in_use(where, holder, doing)
-            if gone and has_flock is False:  # on a server that knows not yet that its client is dead
+            if gone and has_flock is False:  # on a server that does not know yet that its client is dead
                 file.unlink(missing_ok=True)
             elif gone:
                 taken = _write(descriptor, file, where, own, settles=has_flock is None)
@@ -349,7 +349,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _write(descriptor: int, file: Path, where: Path, own: Holder, *, settles: bool) -> bool:
-    """Put this process' name into the file; False where another has been quicker."""
+    """Put this process' name into the file; False where another process was faster."""
     content = json.dumps(asdict(own)).encode() + b"\n"
     try:
         if not os.access(file, os.W_OK):  # another person's, in a shared folder: ours takes its place

@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()
         if self.check_event(yaml.AliasEvent):
             # Aliases of aliases make a value of any size from some bytes.
-            said = f"*{event.anchor[:40]} is an alias; write out what it stands for"
+            said = f"*{event.anchor[:40]} is an alias; write out its value"
             raise ConstructorError(None, None, said, event.start_mark)
         self._depth += 1
         if self._depth > self.most_depth:

@@ -125,7 +125,7 @@ class SliceRecord:
         return ((self.image_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
     def cropped(self, size: int) -> SliceRecord:
-        """The central size x size pixels, as the loader's centre crop gives them. Meta still tells of the whole."""
+        """The central size x size pixels, as the loader's centre crop gives them. Meta is that of the whole slice."""
         top, left = ((side - size) // 2 for side in self.image_HW.shape)
         window = (slice(top, top + size), slice(left, left + size))
         edge_2HW = None if self.edge_2HW is None else self.edge_2HW[:, *window]

@@ -45,7 +45,7 @@ _MAX_PERIOD = 100_000
 
 
 class Order(Protocol):
-    """Which row stands at each position of an endless run: a pure function, the same on every rank."""
+    """Which row is at each position of an endless run: a pure function, the same on every rank."""
 
     num_samples: int
     """How many different rows there are: what one epoch is counted as."""
@@ -153,7 +153,7 @@ def mix_counts(weights: Sequence[float]) -> tuple[int, ...]:
         if weight > _MAX_WEIGHT_RATIO * lightest:
             at = list(weights).index(lightest)
             raise ValueError(f"weights[{at}]: {lightest} is less than 1/{_MAX_WEIGHT_RATIO} of weights[{g}]: {weight}")
-    # A thousand: tells 0.333 from 1/3, and takes what binary fractions add to decimal ones for the noise it is.
+    # A thousand: keeps 0.333 apart from 1/3, and ignores what binary fractions add to decimal ones.
     ratios = [Fraction(weight / lightest).limit_denominator(1000) for weight in weights]
     scale = math.lcm(*(ratio.denominator for ratio in ratios))
     counts = [int(ratio * scale) for ratio in ratios]

@@ -107,7 +107,7 @@ def _problems_with_files(case: Case) -> list[Problem]:
     found: list[Problem] = []
     files = [file for file in (case.image, case.label) if file is not None]
     for file in files:
-        # Compressed or unpacked by hand, perhaps changed since: which of the two is meant cannot be told.
+        # Compressed or unpacked by hand, perhaps changed since: which of the two is meant cannot be known.
         names = dict.fromkeys((file_stem(file.name), case.case_id) if file == case.label else (file_stem(file.name),))
         if len(both := [one for name in names for one in nifti_files(file.parent, name)]) > 1:
             value = f"both {both[0].name} and {both[1].name}"

@@ -18,7 +18,7 @@ _GRID_MM = 3.0
 _CT_TISSUE_HU = -300.0
 # Table tops, sheets and cables are thinner than this and go; limbs are thicker and stay.
 _THINNEST_PART_MM = 12.0
-# An arm that lies beside the body is the patient too; what is thinner or smaller than this belongs to the table.
+# An arm beside the body is part of the patient; what is thinner or smaller than this belongs to the table.
 _THINNEST_LIMB_MM = 24.0
 _SMALLEST_LIMB = 0.01
 # More than the noise that clipping leaves, less than the step from air to fat.
@@ -95,7 +95,7 @@ def _mr_tissue(smooth: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
 
 
 def _without_halo(inside: np.ndarray, smooth: np.ndarray) -> np.ndarray:
-    """A threshold low enough for dark skin lies outside the edge of bright skin: the rim must also reach a part of the
+    """A threshold low enough for dark skin is outside the edge of bright skin: the rim must also reach a part of the
     brightest value nearby."""
     from scipy import ndimage
 

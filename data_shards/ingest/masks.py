@@ -92,7 +92,7 @@ def read_wholebody(file: Path) -> Volume:
 
 
 def placed(mask: Volume, shape: Sequence[int], affine: np.ndarray, file: Path) -> Volume:
-    """The mask on the grid (shape, affine): itself where it lies there already, else the nearest of its voxels.
+    """The mask on the grid (shape, affine): itself where it is on that grid already, else the nearest of its voxels.
 
     Any invertible affines will do. Works plane by plane: beside the result it holds six floats a voxel of one plane.
     Raises UnreadableVolume where the mask's field holds less than LEAST_COVER of the grid's voxels; `file` is its name.

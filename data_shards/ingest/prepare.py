@@ -1,6 +1,6 @@
 """An AMOS folder to a shard set: one Ray task a volume, then one a shard.
 
-OUT/.partial/ keeps two files for each finished volume until the whole set stands, so that a killed run, or one with
+OUT/.partial/ keeps two files for each finished volume until the whole set is written, so that a killed run, or one with
 failed volumes, goes on where it stopped. index.json is written last and names what failed.
 """
 
@@ -247,7 +247,7 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
     elif out.exists() and not out.is_dir():
         yield Problem(str(out), "output folder", "is a file", "choose another folder")
     else:
-        # Whatever else lies there, a tracker's files for one, is neither read nor touched.
+        # Other files there, such as a tracker's, are neither read nor touched.
         for name in (DATASET_FILE, SHARDS, SAMPLES):
             if (out / name).exists():
                 yield Problem(str(out), "output folder", f"holds {name} of something else", "choose a new folder")
@@ -311,7 +311,7 @@ def _cut_volumes(
 
 
 def _described(roots: list[Path], case_id: str, failure: _Failed) -> dict[str, str]:
-    """Without the folders above the archive and the masks, so that the index does not depend on where they lie."""
+    """Without the folders above the archive and the masks, so that the index does not depend on their place."""
     assert failure.file is not None
     file, reason = failure.file, failure.reason
     for root in roots:

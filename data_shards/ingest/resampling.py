@@ -47,7 +47,7 @@ class Line:
         return (shown[:, ::-1] @ linear_weights(self.num_grid, num_in, step=step)).tocsr()
 
     def nearest(self) -> tuple[slice, np.ndarray]:
-        """The pixels that lie inside the volume, and the stored voxel of each, int64. A volume so thin that it lies
+        """The pixels that are inside the volume, and the stored voxel of each, int64. A volume so thin that it lies
         between the pixels' centres is shown by the pixel that holds its middle."""
         shown = self.first + np.floor((np.arange(self.size) + 0.5) * self.pixel).astype(np.int64)
         inside = np.flatnonzero((shown >= 0) & (shown < self.num_grid))
@@ -87,7 +87,7 @@ class Resampling:
         return cls(through, *(line.weights(shape[d], steps[d]) for line, d in zip(lines, view[1:], strict=True)))
 
     def taps(self, index: int) -> list[tuple[int, np.float32]]:
-        """The planes that a slice lies between, each with its weight."""
+        """The planes on either side of a slice, each with its weight."""
         taps = slice(self.through.indptr[index], self.through.indptr[index + 1])
         return list(zip(self.through.indices[taps].tolist(), self.through.data[taps], strict=True))
 
@@ -96,7 +96,7 @@ class Stack:
     """Planes of a volume along one dimension, fetched in order.
 
     Where neighbours in memory lie in neighbouring planes, a plane alone would take one voxel of each cache line. There
-    a block of planes is copied as it lies, and the planes are taken from that while it is still in the cache.
+    a block of planes is copied in its memory order, and the planes are taken from that while it is still in the cache.
     """
 
     def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int]) -> None:

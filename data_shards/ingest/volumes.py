@@ -1,7 +1,7 @@
 """NIfTI volumes: read whole and checked, turned to canonical orientation, and the linear maps that resample them.
 
 Resampling is separable, so a slice needs no 1 mm volume: each axis of a slice is one sparse matrix, and a slice is
-that matrix on either side of the few stored planes it lies between. The result is what slicing the resampled volume
+that matrix on either side of the few stored planes around it. The result is what slicing the resampled volume
 gives. Sparse products also sum in one fixed order, so they do not depend on the number of threads.
 
 Dimensions: I right, J anterior, K superior (canonical, RAS+).
@@ -142,7 +142,7 @@ def planes_in_memory(voxels_IJK: np.ndarray) -> Iterator[np.ndarray]:
 
 def num_resampled(num_stored: int, step: float) -> int:
     """Samples of a line of `num_stored` voxels, `step` voxels apart: the first falls on the first voxel's centre and
-    none lies beyond the last one's, so nothing outside the measured field is made up."""
+    none is beyond the last one's, so nothing outside the measured field is made up."""
     return int(np.floor((num_stored - 1) / step + 1e-6)) + 1
 
 
@@ -155,7 +155,7 @@ def linear_weights(
     unit: an element weighs as much as it overlaps the stretch. Where nothing shrinks the width is 1, and that is linear
     interpolation exactly, 1 - distance; where it shrinks every element counts by its area, and for a whole step that is
     the mean of a block, as of Pillow's BOX and torch's `area`. Weights sum to 1 over `window` (default: all of the
-    input), at whose edges stretches are cut; what of the window lies outside the input counts as zeros.
+    input), at whose edges stretches are cut; what of the window is outside the input counts as zeros.
     """
     import scipy.sparse
 
@@ -211,7 +211,7 @@ def _stored_voxels(
     to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None,
 ) -> np.ndarray:
     """The voxels in the order of the file, read plane by plane into the one array that stays. Reads to the end of the
-    file, where gzip's checksum stands; a file that goes on and on behind its voxels is refused."""
+    file, where gzip's checksum is; a file that goes on without end behind its voxels is refused."""
     shape, dtype = geometry.shape, geometry.header.get_data_dtype()
     slope, intercept = value_scale(geometry.header)
     memory = host_memory() if geometry.voxel_bytes > _LARGE_BYTES else None

@@ -17,7 +17,7 @@ _EDGE_MM = 3.0
 # Fat between neighbouring organs, unless they touch in the body too.
 GAP_MM = 5.0
 # Organs end where an axial section falls below this share of the widest one, kept within these areas: blunter than
-# life, so that their first and last slices can be told from their neighbours on coarse grids.
+# life, so that their first and last slices can be distinguished from their neighbours on coarse grids.
 _END_SHARE = 0.25
 _END_RANGE_MM2 = (150.0, 500.0)
 # More than any gap: what was trimmed off an organ leaves no hole in its neighbours.

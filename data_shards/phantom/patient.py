@@ -125,7 +125,7 @@ class Grid:
         return points[0], points[1], points[2]
 
     def box(self, patient: Patient, low_mm: tuple[float, ...], high_mm: tuple[float, ...]) -> Box:
-        """Voxels that a reference box may reach, margin included; empty slices when it lies outside the volume."""
+        """Voxels that a reference box may reach, margin included; empty slices when it is outside the volume."""
         corners = np.array([[(low_mm, high_mm)[i >> a & 1][a] for a in range(3)] for i in range(8)])
         scan = patient.to_scan(corners)
         first = (scan.min(0) - _BOX_MARGIN_MM - self.origin_mm) / self.spacing_mm

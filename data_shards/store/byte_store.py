@@ -138,7 +138,7 @@ class LocalFiles:
         try:
             if os.preadv(file.fd, wanted.views, wanted.offset, os.RWF_NOWAIT) == num_bytes:
                 return True
-        except OSError:  # nothing of it is cached, or the filesystem cannot tell
+        except OSError:  # nothing of it is cached, or the filesystem cannot say
             pass
         os.posix_fadvise(file.fd, wanted.offset, num_bytes, os.POSIX_FADV_WILLNEED)
         return False
@@ -253,7 +253,7 @@ def fill(views: Sequence[memoryview], payload: bytes) -> None:
 
 
 def _after(views: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What of `views` lies behind their first `done` bytes."""
+    """What of `views` follows their first `done` bytes."""
     left = []
     for view in views:
         left.append(memoryview(view).cast("B")[min(done, view.nbytes) :])

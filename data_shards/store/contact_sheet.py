@@ -39,7 +39,7 @@ _COLOURS = np.array(
 @lru_cache
 def class_colours(table: LabelTable) -> np.ndarray:
     """uint8 [num_classes, 3], read-only: one colour an organ; background black. Beyond the first nineteen organs each
-    takes the colour that lies farthest from all before it, as the eye sees it (_perceived)."""
+    takes the colour farthest from all before it, as the eye sees it (_perceived)."""
     colours = np.zeros((table.num_classes, 3), dtype=np.uint8)
     if table.body_id is not None:
         colours[table.body_id] = np.array(_BODY_COLOUR, dtype=np.uint8)
@@ -48,7 +48,7 @@ def class_colours(table: LabelTable) -> np.ndarray:
     levels = np.linspace(0, 255, 11)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     seen = _perceived(candidates)
-    # Too dark to be told from black, or too grey to be told from the image.
+    # Too dark to differ from black, or too grey to differ from the image.
     usable = (seen[:, 0] > 0.35) & (np.hypot(seen[:, 1], seen[:, 2]) > 0.06)
     taken = _perceived(np.array([*_COLOURS, _BODY_COLOUR], dtype=np.float64))
     nearest = np.where(usable, np.linalg.norm(seen[:, None] - taken, axis=2).min(axis=1), 0.0)

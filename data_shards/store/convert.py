@@ -23,7 +23,7 @@ from data_shards.store.shard_writer import Format, Payloads, plan_shards, set_fo
 from data_shards.store.shards import ShardSet
 
 _PLAN = "plan.json"
-# What of the source's index is told anew.
+# Entries of the source's index that are written anew.
 _OF_THE_FILES = ("format_version", "producer", "num_samples", "shards", "samples", "metadata", "store", "codec")
 
 
@@ -101,7 +101,7 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
         num_samples[split] = count
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
     with saying_when_full(out), Workers(runner, num_workers=num_workers, address=address) as workers:
-        # Says whose the folder is, from the first shard until the index stands.
+        # Says whose the folder is, from the first shard until the index is written.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
         write_atomic(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
         index = write_shards(out, plan_shards(out, counted, format), num_samples, header, workers)

@@ -156,7 +156,7 @@ def _leaks(samples: pa.Table) -> Iterator[tuple[str, tuple[str, ...]]]:
             splits_of.setdefault(patient, set()).add(split)
     for patient, splits in sorted(splits_of.items()):
         cases = cases_of.get(patient)
-        # Of images, only those that go by several names: the others are told by their case id.
+        # Of images, only those with several names: the others are named by their case id.
         if len(splits) > 1 and (cases is None or len(cases) > 1):
             yield patient if cases is None else " = ".join(sorted(cases)), tuple(sorted(splits))
 

@@ -1,4 +1,4 @@
-"""index.json: what a shard set holds, and the check of that against what lies on disk.
+"""index.json: what a shard set holds, and the check of that against what is on the disk.
 
     OUT/index.json         written last; a folder without it is unfinished
     OUT/samples.arrow      one row a sample: its meta, and where its bytes lie (samples_table.py)
@@ -102,8 +102,8 @@ def write_index(
 ) -> dict[str, Any]:
     """Move OUT/shards.unfinished and OUT/samples.arrow.unfinished into place, then write index.json; returns it.
 
-    From the first step until the new index stands there is none: a kill in between leaves a set that says it is
-    unfinished.
+    From the first step until the new index is written there is none: a kill in between leaves a set that says it
+    is unfinished.
     """
     samples_file = out / f"{SAMPLES}.unfinished"
     about_samples = {
@@ -145,7 +145,7 @@ def broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> Iterator
 def sound_samples_file(path: Path, where: object, index: dict[str, Any], remedy: str) -> None:
     """Compare samples.arrow at `path` with what index.json says of it. Raises InputProblems naming `where`.
 
-    By its CRC-32C, ten times as fast as sha256, which stands in where an older writer left it out.
+    By its CRC-32C, ten times as fast as sha256, which is used where an older writer left it out.
     """
     entry = index["samples"]
     known = entry.get("crc32c")

@@ -1,6 +1,6 @@
 """A shard set opened for reading: its table memory-mapped, its samples read by their place in the files.
 
-A set lies in a folder or behind any URL that fsspec knows; several sets that agree can be opened as one.
+A set is in a folder or behind any URL that fsspec knows; several sets that agree can be opened as one.
 
 Dimensions: N samples, H rows, W columns.
 """
@@ -37,7 +37,7 @@ _ALIKE = ("label_table", "size", "bits", "codec", "parts")
 
 @dataclass(frozen=True)
 class Part:
-    """Where one part (image, mask or edge) of every sample lies: arrays of N, without a copy from the table."""
+    """Where one part (image, mask or edge) of every sample is stored: arrays of N, without a copy from the table."""
 
     file_N: np.ndarray
     offset_N: np.ndarray
@@ -120,12 +120,12 @@ class ShardSet:
 
     @property
     def root(self) -> str:
-        """Where it lies, for a person to read."""
+        """Where it is stored, for a person to read."""
         return " + ".join(member.root for member in self.members)
 
     @property
     def resolved(self) -> str:
-        """Where a single set lies, wherever this process stands: an absolute path or a URL."""
+        """Where a single set is stored, whatever the working folder: an absolute path or a URL."""
         folder = local_path(self.members[0].root)
         assert len(self.members) == 1, "several sets have several roots"
         return self.members[0].root if folder is None else str(folder.resolve())

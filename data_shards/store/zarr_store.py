@@ -1,7 +1,7 @@
 """Zarr v3: a group a split, in it the arrays image, mask and, with soft edges, edge; one chunk a sample, sharded, zstd.
 
-Any Zarr reader opens them. Where each chunk lies in its shard file is written into samples.arrow as well, so the loader
-reads a sample with one seek, as from a tar, and decodes it itself. This file owns Zarr in data_shards.
+Any Zarr reader opens them. The place of each chunk in its shard file is written into samples.arrow as well, so the
+loader reads a sample with one seek, as from a tar, and decodes it itself. This file owns Zarr in data_shards.
 
 Dimensions: N samples, H rows, W columns.
 """

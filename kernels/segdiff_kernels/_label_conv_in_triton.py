@@ -311,7 +311,7 @@ def compile_cases() -> list[CompileCase]:
         ("bf16", torch.bfloat16, True),
     ):
         labels = {"mask_ptr": "*u8"} | ({"edge_ptr": "*u8"} if soft else {})
-        about = {"HAS_EDGE": soft} | ({} if soft else {"edge_ptr": None})
+        edge_constants = {"HAS_EDGE": soft} | ({} if soft else {"edge_ptr": None})
         name = f"{dtype} {'soft' if soft else 'hard'}"
         pointers = {"out_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "table_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
         pointers |= labels
@@ -319,7 +319,7 @@ def compile_cases() -> list[CompileCase]:
             name=f"label_conv_in/output {name}",
             function=label_conv_in_kernel,
             signature=pointers | dict.fromkeys((*sides, "channels"), "i32"),
-            constants=about | tile,
+            constants=edge_constants | tile,
             num_warps=forward.num_warps,
             divisible_by_16=(*pointers, *sides),
             streams=False,  # what it reads is the table, from the L1 cache, and three bytes a pixel
@@ -332,7 +332,7 @@ def compile_cases() -> list[CompileCase]:
             name=f"label_conv_in/weight gradient {name}",
             function=label_conv_in_weight_gradient_kernel,
             signature=pointers | dict.fromkeys((*sides, *counts, "channels", "num_rows", "tiles_per_split"), "i32"),
-            constants=about
+            constants=edge_constants
             | {"BLOCK_P": backward.block_p, "BLOCK_O": backward.block_o, "BLOCK_R": backward.block_r, "WIDEN": False},
             num_warps=backward.num_warps,
             divisible_by_16=(*pointers, *sides, *counts),

@@ -38,10 +38,10 @@ def check_same_device(kernel: str, **tensors: Tensor | None) -> None:
 
 
 def check_channels_last(kernel: str, argument: str, tensor_NCHW: Tensor) -> None:
-    """Raises ValueError unless `tensor_NCHW` has four dimensions, elements, and lies in memory as N, H, W, C."""
+    """Raises ValueError unless `tensor_NCHW` has four dimensions, elements, and the memory order N, H, W, C."""
     if tensor_NCHW.dim() != 4 or tensor_NCHW.numel() == 0:
         raise refuse(kernel, argument, f"shape {tuple(tensor_NCHW.shape)}", "a non-empty tensor [N, C, H, W]")
-    # On the meta device convolutions answer in rows, whatever they are given.
+    # On the meta device the result of a convolution is NCHW, whatever its input is.
     is_last = tensor_NCHW.device.type == "meta" or tensor_NCHW.is_contiguous(memory_format=torch.channels_last)
     if not is_last:
         found = f"strides {tensor_NCHW.stride()}"

@@ -222,7 +222,7 @@ forward_op.register_autograd(_backward, setup_context=_setup)
 
 
 class _Fork(torch.autograd.Function):
-    """y and x again: an operator may not return its input, so this stands round it."""
+    """y and x again: an operator may not return its input, so this function wraps it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -153,6 +153,6 @@ _label_conv_in.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _channels_last(x_B1HW: Tensor, out_channels: int) -> Tensor:
-    """Unwritten [B, O, H, W] that lies in memory as [B, H, W, O]."""
+    """Unwritten [B, O, H, W], channels-last: [B, H, W, O] in memory."""
     batch, _, height, width = x_B1HW.shape
     return x_B1HW.new_empty((batch, height, width, out_channels)).permute(0, 3, 1, 2)

@@ -189,7 +189,7 @@ forward_op.register_autograd(_backward, setup_context=_setup)
 
 
 class _Fork(torch.autograd.Function):
-    """y, and x and skip again: an operator may not return its inputs, so this stands round it."""
+    """y, and x and skip again: an operator may not return its inputs, so this function wraps it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

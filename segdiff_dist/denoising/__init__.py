@@ -1,1 +1,1 @@
-"""The painter: a noised slice and its mask to the slice."""
+"""The denoiser: from a noised slice and its mask to the slice."""

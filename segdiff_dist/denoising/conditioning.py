@@ -1,6 +1,6 @@
-"""What the denoiser is told besides the noised image: the mask, encoded and joined to it, and the slice's class.
+"""The denoiser's conditions: the mask, encoded and joined to the noised image, and the slice's class.
 
-Also what it means to be told nothing, which training draws now and then and classifier-free guidance needs.
+Also the null conditions, which training draws now and then and classifier-free guidance needs.
 Dimensions: B batch, C channels, K mask channels, H, W.
 """
 
@@ -96,7 +96,7 @@ class MaskJoin(nn.Module):
 
 
 def class_ids(modality_B: Tensor, axis_B: Tensor) -> Tensor:
-    """int64 [B] class of each (modality, axis); NULL_CLASS stands for neither."""
+    """int64 [B] class of each (modality, axis); NULL_CLASS names neither."""
     return modality_B * len(AXES) + axis_B
 
 
@@ -136,10 +136,10 @@ def guided(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """predict(x_t, timestep_B) with the conditions bound and classifier-free guidance: p0 + guidance * (p1 - p0).
 
-    p1 is told everything, p0 not what is removed; 1 is without guidance and costs one forward instead of one of twice
-    the batch. With autoguidance p0 is what the `weaker` net predicts, told everything (Karras et al. 2024). eps, v and
-    x_0 are, at a given x_t, affine in each other, so guidance in one is guidance in all. Ho and Salimans 2022, eq. 6,
-    with guidance = 1 + w.
+    p1 reads all conditions, p0 all but those removed; 1 is without guidance and costs one forward instead of one of
+    twice the batch. With autoguidance p0 is the prediction of the `weaker` net from all conditions (Karras et al. 2024).
+    eps, v and x_0 are, at a given x_t, affine in each other, so guidance in one is guidance in all. Ho and Salimans
+    2022, eq. 6, with guidance = 1 + w.
     """
     if guidance == 1.0:
         return lambda x_t_BCHW, timestep_B: predict(x_t_BCHW, timestep_B, *conditions)
@@ -151,8 +151,8 @@ def guided(
 
         return predict_away
     yes_B = torch.ones_like(conditions.class_B, dtype=torch.bool)
-    told_nothing = without(conditions, yes_B & (removes != "class"), yes_B & (removes != "mask"))
-    pairs = zip(conditions, told_nothing, strict=True)
+    null_conditions = without(conditions, yes_B & (removes != "class"), yes_B & (removes != "mask"))
+    pairs = zip(conditions, null_conditions, strict=True)
     doubled = [None if a is None or b is None else torch.cat((a, b)) for a, b in pairs]
 
     def predict_guided(x_t_BCHW: Tensor, timestep_B: Tensor) -> Tensor:

@@ -93,8 +93,12 @@ class DenoiserConfig:
                 remedy = f"the levels are {', '.join(map(str, sides))} pixels wide; give some of these, or none"
                 add("attention_resolutions", strangers, remedy)
         if self.attention_head_dim < 1 or any(c % self.attention_head_dim for c in attending):
-            told = ", ".join(map(str, sorted(attending)))
-            add("attention_head_dim", self.attention_head_dim, f"give a width that divides {told}: who attends")
+            widths = ", ".join(map(str, sorted(attending)))
+            add(
+                "attention_head_dim",
+                self.attention_head_dim,
+                f"give a width that divides {widths}, those of the levels with attention",
+            )
         if self.mask_embedding_dim < 1:
             add("mask_embedding_dim", self.mask_embedding_dim, "give at least 1")
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
@@ -203,7 +207,7 @@ class ValidationConfig:
     """What is measured and drawn every `train.validate_every_images`. Nothing here changes what is trained."""
 
     num_images: Result[int] = 64
-    """Slices in the validation loss. More make it less noisy, and dearer."""
+    """Slices in the validation loss. More make it less noisy, and slower."""
     num_pictures: Result[int] = 8
     """Masks of the sample grid; 0 draws none."""
     num_steps: Result[int] = 25

@@ -66,7 +66,7 @@ class Denoiser(nn.Module):
         from diffusers import UNet2DModel
 
         if label_table.num_classes > NULL_MASK:
-            remedy = f"use at most {NULL_MASK}: id {NULL_MASK} stands for a mask that is not shown"
+            remedy = f"use at most {NULL_MASK}: id {NULL_MASK} means a mask that is not shown"
             raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
         self.config, self.label_table, self.size = config, label_table, size
         self.uses_kernels = self.reads_labels = False
@@ -114,7 +114,7 @@ class Denoiser(nn.Module):
             suit_cpu(self.unet)
 
     def conditions_of(self, batch: Batch) -> Conditions:
-        """What the net is told of a batch: the arguments of forward after x_t and timestep."""
+        """The conditions in a batch: the arguments of forward after x_t and timestep."""
         edge_B2HW = batch.edge_B2HW if self.config.soft_masks else None
         return Conditions(batch.mask_BHW, class_ids(batch.modality_B, batch.axis_B), edge_B2HW)
 
@@ -155,9 +155,9 @@ class Denoiser(nn.Module):
             rest = {k: v.contiguous() for k, v in weights.items() if not k.startswith(prefix)}
             if rest:
                 save_file(rest, unfinished / "mask_encoder.safetensors")
-            about = dict(training or {})
-            about |= {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
-            (unfinished / "segdiff.json").write_text(json.dumps(about, indent=2) + "\n")
+            description = dict(training or {})
+            description |= {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
+            (unfinished / "segdiff.json").write_text(json.dumps(description, indent=2) + "\n")
             write_digests(unfinished, sorted(file.name for file in unfinished.iterdir()))
 
     @classmethod
@@ -169,14 +169,14 @@ class Denoiser(nn.Module):
         again = how_to_make("train", folder)
         remedy = f"remove {folder.parent}; training again exports them from the newest checkpoint: {again}"
         refuse_damaged(folder, "weights", remedy)
-        about_file, what = folder / "segdiff.json", "the description of a denoiser"
-        about = read_json(about_file, remedy, what)
-        with reading(about_file, what, remedy):
-            config = validate(DenoiserConfig, about["denoiser"], about_file)
+        description_file, what = folder / "segdiff.json", "the description of a denoiser"
+        description = read_json(description_file, remedy, what)
+        with reading(description_file, what, remedy):
+            config = validate(DenoiserConfig, description["denoiser"], description_file)
             config = replace(config, attention=attention, kernels=kernels)
-            table = LabelTable(about["label_table"]["name"], tuple(about["label_table"]["names"]))
-            size = int(about["size"])
-            refuse(config.problems(size) + _size_problems(config, size, about_file))
+            table = LabelTable(description["label_table"]["name"], tuple(description["label_table"]["names"]))
+            size = int(description["size"])
+            refuse(config.problems(size) + _size_problems(config, size, description_file))
         files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]
         if (folder / "mask_encoder.safetensors").is_file():
             files.append(("", folder / "mask_encoder.safetensors"))

@@ -21,7 +21,7 @@ def drop_organs(
 ) -> Conditions:
     """With this probability a sample loses each of its organs with probability 0.5; drawn by (seed, position).
 
-    A lost organ becomes what lies around it: body, or background in a table without one. Soft edges follow.
+    A lost organ becomes what is around it: body, or background in a table without one. Soft edges follow.
     """
     if probability == 0.0:
         return conditions

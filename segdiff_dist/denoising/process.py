@@ -125,7 +125,7 @@ class TimestepProcess:
         return math.exp(low), math.exp(high)
 
     def time_at(self, sigma: float) -> float:
-        """The timestep of a noise level, between two where it lies between theirs: linear in ln sigma."""
+        """The timestep of a noise level, a fraction between two timesteps: linear in ln sigma."""
         log_sigma_T = self._log_sigma_T()
         known = np.isfinite(log_sigma_T)
         return float(np.interp(math.log(sigma), log_sigma_T[known], np.flatnonzero(known)))
@@ -187,8 +187,8 @@ class SigmaProcess:
         return (self._mean + self._std * torch.special.ndtri(inside_N)).float()
 
     def time(self, level_B: Tensor) -> Tensor:
-        """float32 [B]: EDM's c_noise = ln(sigma) / 4, as 1000 / 3 (c_noise + 1.75), or 1000 t of flow. So both lie in 0
-        to 1000, where the sinusoids of the time embedding tell one from another."""
+        """float32 [B]: EDM's c_noise = ln(sigma) / 4, as 1000 / 3 (c_noise + 1.75), or 1000 t of flow. So both are in 0
+        to 1000, where the sinusoids of the time embedding differ."""
         if self.config.objective == "flow":
             return 1000.0 * level_B.sigmoid()
         return ((level_B + 7.0) / 12.0 * 1000.0).clamp(0.0, 1000.0)

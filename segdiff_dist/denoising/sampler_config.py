@@ -60,7 +60,7 @@ class SamplerConfig:
     guidance: Result[float] = 1.0
     """Classifier-free guidance (Ho and Salimans 2022); 1 is none, and more follows the conditions more closely."""
     guidance_removes: Result[GuidanceRemoves] = "mask"
-    """What the prediction that is moved away from is not told. Training must have dropped the same."""
+    """What the prediction that guidance moves away from does not read. Training must have dropped the same."""
     guidance_weights: ResultWhereSet[str | None] = None
     """Autoguidance (Karras et al. 2024): moved away from is the prediction of a weaker version of the net with the same
     conditions, in place of guidance_removes. A folder beside the weights: one of `segdiff average` early in the run."""
@@ -162,8 +162,8 @@ def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem
 
     try:
         with reading(file, "a segmenter's description", "copy the folder again, or train again"):
-            about = read_json(file, "copy the folder again, or train again")["label_table"]
-            found = LabelTable(about["name"], tuple(about["names"]))
+            description = read_json(file, "copy the folder again, or train again")["label_table"]
+            found = LabelTable(description["name"], tuple(description["names"]))
     except InputProblems as error:
         return list(error.problems)
     if found == table:

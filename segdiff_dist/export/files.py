@@ -81,7 +81,7 @@ def write_nnunet(
             affine = flat_affine(meta, sample.knows_place)
             _save_nifti(image, record.image_HW.T, affine, (meta.intensity_scale, meta.intensity_offset))
             _save_nifti(mask, mask_HW.T, affine)
-    about: dict[str, Any] = {
+    description: dict[str, Any] = {
         "channel_names": {"0": samples.modalities[0]},
         "labels": {organ: index for index, organ in enumerate(names)},
         "numTraining": len(samples),
@@ -91,7 +91,7 @@ def write_nnunet(
         "name": name,
         "description": "synthetic images by segmentation-guided diffusion; not for diagnosis",
     }
-    (out / "dataset.json").write_text(json.dumps(about, indent=2) + "\n")
+    (out / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def slice_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:

@@ -151,15 +151,15 @@ def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConf
         return  # its index and table say the rest
     else:
         write_pairs(folder, iterated, ".png" if config.format == "png" else ".nii.gz")
-    _write_about(folder, samples)
+    _write_provenance(folder, samples)
 
 
-def _write_about(folder: Path, samples: FinishedSamples) -> None:
+def _write_provenance(folder: Path, samples: FinishedSamples) -> None:
     """provenance.json, and items.csv: which mask each image belongs to."""
-    about: dict[str, Any] = samples.provenance | {"label_table": list(samples.label_table.names)}
+    description: dict[str, Any] = samples.provenance | {"label_table": list(samples.label_table.names)}
     if not samples.knows_places:
-        about["geometry"] = "not kept of masks from a folder: spacing is written as 1 mm"
-    (folder / "provenance.json").write_text(json.dumps(about, indent=2) + "\n")
+        description["geometry"] = "not kept of masks from a folder: spacing is written as 1 mm"
+    (folder / "provenance.json").write_text(json.dumps(description, indent=2) + "\n")
     with (folder / "items.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         columns = ["name", *(name for name in samples.items[0] if name not in ("name", "row"))]

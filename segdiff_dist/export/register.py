@@ -42,7 +42,7 @@ def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> 
 
 
 def _weights_of(job: dict[str, Any], run: Path) -> Path:
-    """The folder that the samples' model lies in, also where the run folder was moved since."""
+    """The folder of the samples' model, also where the run folder was moved since."""
     with reading(run / "samples" / JOB, "the description of a job", "sample and evaluate again"):
         recorded = Path(job["weights"])
     for folder in (recorded, run / "weights" / recorded.name):

@@ -34,7 +34,7 @@ _LONGEST_CASE = 60
 # Of volumes that were each stretched to their own percentiles (prepare.intensity paper).
 HU_BY_MEDIAN = (
     "HU are those of a typical volume, by the median of the maps of the set's CT slices: each volume was stretched to "
-    "its own percentiles (prepare.intensity paper), and an image that is of none of them has no HU of its own"
+    "its own percentiles (prepare.intensity paper), and an image that belongs to none of them has no HU of its own"
 )
 
 
@@ -59,8 +59,8 @@ class FinishedSamples:
 
     @classmethod
     def of(cls, store: SampleStore, modality: str | None) -> FinishedSamples:
-        """The store's samples; refused: images missing or damaged, none of the modality, another shard set where the
-        one sampled from was."""
+        """The store's samples; refused: images missing or damaged, no image of the modality, another shard set in place
+        of the one sampled from."""
         found = []
         again = "start the same `segdiff sample` again"
         if missing := len(store.missing()):
@@ -154,10 +154,10 @@ class FinishedSamples:
         job = self.store.job
         names = ("weights_digest", "shards_digest", "masks_digest", "diffusion", "sample")
         of_guides = ("guidance_segmenter_sha256", "guidance_weights_digest")
-        about = {"synthetic": True, "made_by": "segdiff sample"} | {
+        provenance = {"synthetic": True, "made_by": "segdiff sample"} | {
             name: job[name] for name in names + of_guides if name in job
         }
-        return about | ({"hu": HU_BY_MEDIAN} if self.has_borrowed_hu else {})
+        return provenance | ({"hu": HU_BY_MEDIAN} if self.has_borrowed_hu else {})
 
     @cached_property
     def has_borrowed_hu(self) -> bool:

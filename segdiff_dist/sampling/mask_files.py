@@ -28,7 +28,7 @@ _PICTURES = (".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "")
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """What lies below a folder: masks, by name; hidden files and those of the system; others."""
+    """What is below a folder: masks, by name; hidden files and those of the system; others."""
 
     masks: tuple[Path, ...]
     hidden: tuple[Path, ...]

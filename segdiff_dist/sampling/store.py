@@ -110,8 +110,8 @@ class SampleStore:
     ) -> SampleStore:
         """Lay out a new job, or open the one that is there when it is the same; another job is refused.
 
-        It appears when it is whole: a killed creation leaves its hidden neighbour, which the next one replaces. Where
-        others may do the same, call it under `locked`.
+        It appears when it is whole: a killed creation leaves the hidden `.NAME.unfinished`, which the next one replaces.
+        Where others may do the same, call it under `locked`.
         """
         if (there := cls.reopen(path, job)) is not None:
             return there
@@ -239,7 +239,7 @@ def _holds_no_image(path: Path) -> bool:
 
 
 def identity(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a job from every other, by dotted key: its job.json without the places in it."""
+    """What identifies a job, by dotted key: its job.json without the paths in it."""
     return {key: value for key, value in flatten(job).items() if key not in _PLACES}
 
 
@@ -268,8 +268,8 @@ def _lay_out(path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_
     # The frame's own checksum lets any reader find a flipped byte.
     zstd = ZstdCodec(level=ZSTD_LEVEL, checksum=True)
     settings = job.get("sample", {})
-    told = {"weights": settings.get("weights"), "weights_digest": job.get("weights_digest")}
-    group = zarr.open_group(path / IMAGES, mode="w", attributes=told | {"seed": settings.get("seed")})
+    attributes = {"weights": settings.get("weights"), "weights_digest": job.get("weights_digest")}
+    group = zarr.open_group(path / IMAGES, mode="w", attributes=attributes | {"seed": settings.get("seed")})
     for name in PARTS:
         group.create_array(
             name,

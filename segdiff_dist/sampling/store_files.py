@@ -61,8 +61,8 @@ class _Job(TypedDict):
 
 
 def foreign_addresses(path: Path, given: str | None) -> list[Problem]:
-    """The shard set of the store at `path`, where it lies behind an address that nobody gave: job.json may be of
-    somebody else, and what it names would be connected to. `given`: the `data` of a person."""
+    """The shard set of the store at `path`, where it is behind an address that the user did not give: job.json may be
+    of somebody else, and what it names would be connected to. `given`: the `data` of a person."""
     if not (path / JOB).is_file():
         return []
     named = read_job(path).get("shards")

@@ -42,7 +42,7 @@ _SHARE_FOR_ACTIVATIONS = 0.5
 
 @dataclass(frozen=True)
 class WorkerFactory:
-    """Runs in the worker: loads the model once, returns the function that makes a region and tells its seconds.
+    """Runs in the worker: loads the model once, returns the function that makes a region and measures its seconds.
 
     `num_beside`: workers that may share the memory it is to work in: those of its GPU, or all of the job, of which only
     as many are on this machine as it has room for.
@@ -154,7 +154,7 @@ def open_masks(store: SampleStore, label_table: LabelTable) -> MaskSource:
 def item_conditions(
     model: Denoiser, masks: MaskSource, items: list[dict[str, Any]], without_organs: Sequence[str], device: torch.device
 ) -> Conditions:
-    """What the model is told of the items: masks less the organs left out, with soft edges where it was trained on
+    """The model's conditions for the items: masks less the organs left out, with soft edges where it was trained on
     them and the source has them; target modality and axis."""
     import torch
 

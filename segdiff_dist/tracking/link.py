@@ -121,7 +121,7 @@ def is_plain_for_sqlite(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _folder_descriptor(device: int, inode: int, root: str) -> int:
-    """Kept open for as long as the process lives; device and inode tell a folder from another of the same name."""
+    """Kept open for as long as the process lives. A folder is identified by device and inode, not by its name."""
     return os.open(root, os.O_RDONLY | os.O_DIRECTORY)
 
 

@@ -42,7 +42,7 @@ from segdiff_dist.tracking.spool import Record
 
 T = TypeVar("T")
 
-# The tag that tells a run from the others of its store, known before the run is created.
+# The tag that identifies a run in its store, known before the run is created.
 _TOKEN_TAG = "segdiff.token"
 # The most that MLflow takes in one request (its REST API, runs/log-batch).
 _MAX_METRICS, _MAX_PARAMS_OR_TAGS = 1000, 100

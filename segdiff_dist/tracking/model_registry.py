@@ -39,6 +39,6 @@ def register(client: Any, run_id: str, folder: Path, name: str, digest: str, tag
 def _make_sure_of(client: Any, name: str) -> None:
     try:
         client.create_registered_model(name)
-    except Exception as error:  # told apart by MLflow's code, whatever the transport
+    except Exception as error:  # distinguished by MLflow's error code, whatever the transport
         if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
             raise

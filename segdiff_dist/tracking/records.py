@@ -9,7 +9,7 @@ from typing import Any
 
 from segdiff_dist.tracking.inside import why_not_plain
 
-# MLflow refuses '/' and ':' in a model's name; this one is a folder's name too, and stands quoted in a search.
+# MLflow refuses '/' and ':' in a model's name; this one is a folder's name too, and is quoted in a search.
 MODEL_NAME = re.compile(r"\w[\w .-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{1,128}")
 # What MLflow takes as a metric's name on any system, and how much of it.

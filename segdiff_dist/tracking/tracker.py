@@ -101,8 +101,8 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a copy of a file, or of a folder's files, with the run.
 
-        Of what lies in the run folder the path is spooled, not the bytes: the copy shows the file as it is when its
-        turn comes, and a file that is gone by then is left out with a warning. What lies elsewhere is copied into the
+        Of a file in the run folder the path is spooled, not the bytes: the copy shows the file as it is when its
+        turn comes, and a file that is gone by then is left out with a warning. A file elsewhere is copied into the
         spool, since paths that lead out of the folder are not followed.
         """
         if self._sender is None or not path.exists():
