@@ -28,7 +28,7 @@ _GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = (
 )
 _SHIFT_30, _SHIFT_27, _SHIFT_31 = (np.array(x, np.uint64) for x in (30, 27, 31))
 # Entries a round of a table: 0.8 MB of table in all, enough for one epoch of 268 million samples.
-_MAX_TABLE = 1 << 14
+MAX_TABLE = 1 << 14
 # Values left to walk from which on Python is faster than NumPy; measured.
 _FEW = 16
 
@@ -166,7 +166,7 @@ def mix_counts(weights: Sequence[float]) -> tuple[int, ...]:
 def sample_at(position_P: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     """The sample index in [0, num_samples) at each global position (int64 [P], any order).
 
-    Each sample is as likely as any other to stand anywhere; pairs of samples too, from 17 samples on (with fewer, some
+    Each sample is equally likely at each position; pairs of samples too, from 17 samples on (with fewer, some
     orders come up to a third more often than others).
     """
     if num_samples < 1:
@@ -176,7 +176,7 @@ def sample_at(position_P: np.ndarray, num_samples: int, seed: int) -> np.ndarray
         return index_P
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     first, last = int(epoch_P.min()), int(epoch_P.max())
-    if (last - first + 1) << half_bits <= _MAX_TABLE:
+    if (last - first + 1) << half_bits <= MAX_TABLE:
         table = _round_table(seed, first, last, half_bits)
         return _walk_by_table(index_P, epoch_P - first, table, num_samples, half_bits)
     key_P = hash_u64(seed, STREAM_ORDER, epoch_P)
@@ -186,6 +186,21 @@ def sample_at(position_P: np.ndarray, num_samples: int, seed: int) -> np.ndarray
         value_P[outside_P] = _feistel(value_P[outside_P], key_P[outside_P], half_bits)
         outside_P = outside_P[value_P[outside_P] >= num_samples]
     return value_P.astype(np.int64)
+
+
+def position_of(sample_P: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The inverse of sample_at within one epoch: the global position (int64 [P]) at which each sample comes in it."""
+    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
+    key = hash_u64(seed, STREAM_ORDER, np.array([epoch]))
+    value_P, inside_P = np.asarray(sample_P).astype(np.uint64), np.zeros(len(sample_P), bool)
+    while not inside_P.all():
+        left_P, right_P = value_P >> shift, value_P & mask
+        for round_index in reversed(range(_ROUNDS)):
+            left_P, right_P = right_P ^ _round(left_P, key, round_index, mask), left_P
+        value_P = np.where(inside_P, value_P, left_P << shift | right_P)
+        inside_P = value_P < num_samples
+    return epoch * num_samples + value_P.astype(np.int64)
 
 
 def rank_positions(

@@ -127,12 +127,12 @@ def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
     draw = ImageDraw.Draw(sheet)
     for line, (modality, axis) in enumerate(lines):
         top = _TOP + line * (_CELL + _CAPTION + _GAP)
-        _write(draw, (_GAP * 2, top + _CELL // 2 - 18), modality, _INK, 18)
-        _write(draw, (_GAP * 2, top + _CELL // 2 + 4), axis, _FAINT, 14)
+        draw_text(draw, (_GAP * 2, top + _CELL // 2 - 18), modality, _INK, 18)
+        draw_text(draw, (_GAP * 2, top + _CELL // 2 + 4), axis, _FAINT, 14)
         for column, split in enumerate(SPLITS):
             left = _SIDE + column * (_PAIRS_OF_SPLIT * (2 * _CELL + _GAP) + 3 * _GAP)
             if line == 0:
-                _write(draw, (left, 8), split, _INK, 16)
+                draw_text(draw, (left, 8), split, _INK, 16)
             for number, row in enumerate(_examples(shard_set, split, modality, axis)):
                 _draw_pair(sheet, draw, shard_set, row, (left + number * (2 * _CELL + _GAP), top))
     _draw_legend(draw, shard_set.label_table, legend, height - legend_height - _GAP, width)
@@ -156,7 +156,7 @@ def draw_class_histogram(
     for k, group in enumerate(groups):
         at = left + k * (width // max(len(groups), 1))
         draw.rectangle((at, 12, at + 10, 22), fill=shades[k])
-        _write(draw, (at + 15, 10), " ".join(group), _INK, 12)
+        draw_text(draw, (at + 15, 10), " ".join(group), _INK, 12)
     decades = -np.log10(floor)
 
     def reach(share: float) -> int:
@@ -165,10 +165,10 @@ def draw_class_histogram(
     for power in range(int(decades) + 1):
         at = left + reach(10.0**-power)
         draw.line((at, _TOP - 4, at, height - 22), fill=(60, 60, 64))
-        _write(draw, (at - 14, height - 18), f"{100 * 10.0**-power:g} %", _FAINT, 10)
+        draw_text(draw, (at - 14, height - 18), f"{100 * 10.0**-power:g} %", _FAINT, 10)
     for line, class_id in enumerate(shown):
         top = _TOP + line * (bar * len(groups) + _GAP)
-        _write(draw, (8, top + (bar * len(groups)) // 2 - 7), shown_name(table.names[class_id]), _INK, 11)
+        draw_text(draw, (8, top + (bar * len(groups)) // 2 - 7), shown_name(table.names[class_id]), _INK, 11)
         for k, group in enumerate(groups):
             share = pixels[group][class_id] / max(int(pixels[group].sum()), 1)
             if share > 0:
@@ -207,7 +207,7 @@ def _draw_pair(
     sheet.paste(image.convert("RGB"), at)
     sheet.paste(tinted, (at[0] + _CELL, at[1]))
     label = f"{record.meta.case_id}  slice {record.meta.slice_index}" + ("" if record.meta.labelled else "  no label")
-    _write(draw, (at[0] + 2, at[1] + _CELL + 1), label, _FAINT, 11)
+    draw_text(draw, (at[0] + 2, at[1] + _CELL + 1), label, _FAINT, 11)
 
 
 def _legend_ids(shard_set: ShardSet) -> list[int]:
@@ -229,10 +229,13 @@ def _draw_legend(draw: ImageDraw.ImageDraw, table: LabelTable, class_ids: list[i
     for order, class_id in enumerate(class_ids):
         left, line = 2 * _GAP + step * (order % columns), top + line_height * (order // columns)
         draw.rectangle((left, line + 3, left + letters, line + 3 + letters), fill=tuple(map(int, colours[class_id])))
-        _write(draw, (left + letters + 6, line + 2), shown_name(table.names[class_id]), _INK, letters)
+        draw_text(draw, (left + letters + 6, line + 2), shown_name(table.names[class_id]), _INK, letters)
 
 
-def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:
+def draw_text(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int
+) -> None:
+    """Write `text` at (x, y), in Pillow's own font of this size, which has Latin letters alone."""
     from PIL import ImageFont
 
     draw.text(at, text, fill=colour, font=ImageFont.load_default(size))

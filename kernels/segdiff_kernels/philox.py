@@ -37,11 +37,11 @@ def bits(seed: int, stream: int, position_B: Tensor, num_words: int) -> Tensor:
     """Random 32-bit words as int64 [B, num_words] in [0, 2^32); position_B int64, any device."""
     num_blocks = (num_words + 3) // 4
     index_BI = torch.arange(num_blocks, device=position_B.device).expand(position_B.shape[0], -1)
-    words_BI4 = _rounds(index_BI, torch.full_like(index_BI, stream), position_B[:, None].expand_as(index_BI), seed)
+    words_BI4 = rounds(index_BI, torch.full_like(index_BI, stream), position_B[:, None].expand_as(index_BI), seed)
     return words_BI4.flatten(1)[:, :num_words]
 
 
-def _rounds(index: Tensor, stream: Tensor, position: Tensor, seed: int) -> Tensor:
+def rounds(index: Tensor, stream: Tensor, position: Tensor, seed: int) -> Tensor:
     """Four words [..., 4] for each counter (index, stream, low and high half of position), all int64."""
     c0, c1, c2, c3 = index & _U32, stream & _U32, position & _U32, (position >> 32) & _U32
     k0, k1 = seed & _U32, (seed >> 32) & _U32

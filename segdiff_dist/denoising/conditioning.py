@@ -137,7 +137,7 @@ def guided(
     """predict(x_t, timestep_B) with the conditions bound and classifier-free guidance: p0 + guidance * (p1 - p0).
 
     p1 reads all conditions, p0 all but those removed; 1 is without guidance and costs one forward instead of one of
-    twice the batch. With autoguidance p0 is the prediction of the `weaker` net from all conditions (Karras et al. 2024).
+    twice the batch. With autoguidance p0 is what the `weaker` net predicts from all conditions (Karras et al. 2024).
     eps, v and x_0 are, at a given x_t, affine in each other, so guidance in one is guidance in all. Ho and Salimans
     2022, eq. 6, with guidance = 1 + w.
     """

@@ -121,12 +121,12 @@ class TimestepProcess:
 
     def sigma_range(self) -> tuple[float, float]:
         """The lowest and highest noise level that training sees; infinite where it ends in pure noise."""
-        low, high = self._log_sigma_T()[[0, -1]]
+        low, high = self.log_sigma_T()[[0, -1]]
         return math.exp(low), math.exp(high)
 
     def time_at(self, sigma: float) -> float:
         """The timestep of a noise level, a fraction between two timesteps: linear in ln sigma."""
-        log_sigma_T = self._log_sigma_T()
+        log_sigma_T = self.log_sigma_T()
         known = np.isfinite(log_sigma_T)
         return float(np.interp(math.log(sigma), log_sigma_T[known], np.flatnonzero(known)))
 
@@ -143,7 +143,8 @@ class TimestepProcess:
         """The same, at each of these, for segdiff_kernels.sampler_step."""
         return self.config.prediction_type
 
-    def _log_sigma_T(self) -> np.ndarray:
+    def log_sigma_T(self) -> np.ndarray:
+        """float64 [T]: ln sigma of each timestep; infinite in pure noise."""
         a_T = self.alphas_cumprod_T.double().cpu().numpy()
         with np.errstate(divide="ignore"):
             return 0.5 * (np.log1p(-a_T) - np.log(a_T))
@@ -235,17 +236,17 @@ class SigmaProcess:
 
     def scale_at(self, alpha_bar: float) -> float:
         """As of TimestepProcess."""
-        return float(self._form_at(alpha_bar).scale)
+        return float(self.form_at(alpha_bar).scale)
 
     def x_0_at(self, prediction_BCHW: Tensor, x_t_BCHW: Tensor, alpha_bar: float) -> Tensor:
         """As of TimestepProcess."""
-        form = self._form_at(alpha_bar)
+        form = self.form_at(alpha_bar)
         from_x_t = float(form.x0_from_x * form.scale)
         return from_x_t * x_t_BCHW + float(form.x0_from_prediction) * prediction_BCHW
 
     def step_predictions(self, alpha_bars: Sequence[float]) -> str | Sequence[LinearPrediction]:
         """As of TimestepProcess."""
-        forms = [self._form_at(alpha_bar) for alpha_bar in alpha_bars]
+        forms = [self.form_at(alpha_bar) for alpha_bar in alpha_bars]
         return [LinearPrediction(float(f.x0_from_x * f.scale), float(f.x0_from_prediction)) for f in forms]
 
     def form(self, level_B: Tensor) -> LinearForm:
@@ -253,7 +254,8 @@ class SigmaProcess:
         log_sigma_B = level_B.double()
         return self._form((-2.0 * log_sigma_B).sigmoid().sqrt(), (2.0 * log_sigma_B).sigmoid().sqrt())
 
-    def _form_at(self, alpha_bar: float) -> LinearForm:
+    def form_at(self, alpha_bar: float) -> LinearForm:
+        """The linear form at one noise level, on the CPU."""
         a = torch.tensor(alpha_bar, dtype=torch.float64)
         return self._form(a.sqrt(), (1.0 - a).sqrt())
 

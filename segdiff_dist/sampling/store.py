@@ -110,7 +110,7 @@ class SampleStore:
     ) -> SampleStore:
         """Lay out a new job, or open the one that is there when it is the same; another job is refused.
 
-        It appears when it is whole: a killed creation leaves the hidden `.NAME.unfinished`, which the next one replaces.
+        It appears when it is whole: a killed creation leaves `.NAME.unfinished`, which the next one replaces.
         Where others may do the same, call it under `locked`.
         """
         if (there := cls.reopen(path, job)) is not None:

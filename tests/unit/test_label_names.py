@@ -10,7 +10,7 @@ from evaluation_support import Page
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
 
 from data_shards.labels import LabelTable, shown_name
-from data_shards.store.contact_sheet import _write
+from data_shards.store.contact_sheet import draw_text
 from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
 from segdiff_dist.evaluation.report import comparison_figures, look, number_figures
 from segdiff_dist.evaluation.report.page import render
@@ -101,7 +101,7 @@ def test_contact_sheets_write_them():
     from PIL import Image, ImageDraw
 
     for name in NAMES:
-        _write(ImageDraw.Draw(Image.new("RGB", (200, 40))), (0, 0), shown_name(name), (255, 255, 255), 11)
+        draw_text(ImageDraw.Draw(Image.new("RGB", (200, 40))), (0, 0), shown_name(name), (255, 255, 255), 11)
 
 
 def test_mlflow_takes_the_metrics_names_and_none_becomes_another():

@@ -35,7 +35,7 @@ def sigmas(sampler: SamplerConfig, diffusion: DiffusionConfig) -> list[float]:
 def level_of_time(process: Process, time_B: Tensor) -> Tensor:
     """ln sigma that a network gets as this timestep."""
     if isinstance(process, TimestepProcess):
-        log_sigma_T = process._log_sigma_T()
+        log_sigma_T = process.log_sigma_T()
         return torch.from_numpy(np.interp(time_B.numpy(), np.arange(len(log_sigma_T)), log_sigma_T))
     if process.config.objective == "flow":
         return torch.logit(time_B.double() / 1000)
@@ -52,7 +52,7 @@ def exact_predictor(diffusion: DiffusionConfig, posterior_mean: Callable[[Tensor
         x_t = input_BCHW.double() / process.scale_at(a)
         x_0 = posterior_mean(x_t / math.sqrt(a), sigma)
         if isinstance(process, SigmaProcess):
-            form = process._form_at(a)
+            form = process.form_at(a)
             return (x_0 - form.x0_from_x * input_BCHW) / form.x0_from_prediction
         noise = (x_t - math.sqrt(a) * x_0) / math.sqrt(1 - a)
         return {"x0": x_0, "epsilon": noise, "v": math.sqrt(a) * noise - math.sqrt(1 - a) * x_0}[
@@ -116,7 +116,7 @@ def test_models_with_timesteps_get_those_between() -> None:
     """A noise level between two timesteps is a timestep between them, where ln sigma is linear."""
     process = make_process(DiffusionConfig())
     assert isinstance(process, TimestepProcess)
-    log_sigma_T = process._log_sigma_T()
+    log_sigma_T = process.log_sigma_T()
     for t in (0, 17, 500, 999):
         assert process.time_at(math.exp(log_sigma_T[t])) == pytest.approx(t, abs=1e-3)
     assert process.time_at(math.exp(0.25 * log_sigma_T[400] + 0.75 * log_sigma_T[401])) == pytest.approx(400.75)

@@ -15,8 +15,8 @@ from data_shards.feed.order import (
     Order,
     Sequential,
     Shuffled,
-    hash_u64,
     mix_counts,
+    position_of,
     rank_positions,
     sample_at,
     sequential_positions,
@@ -109,7 +109,7 @@ def test_recorded_values() -> None:
 def test_the_table_gives_what_the_hashes_give(num_samples: int, seed: int, start: int, num: int) -> None:
     positions = start + np.arange(num)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order_module, "_MAX_TABLE", 0)
+        patch.setattr(order_module, "MAX_TABLE", 0)
         direct = sample_at(positions, num_samples, seed)
     assert np.array_equal(sample_at(positions, num_samples, seed), direct)
 
@@ -264,21 +264,6 @@ def test_sequential_ends() -> None:
             order.rows_at(np.array([0, position]))
 
 
-def inverse_sample_at(sample_P: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Where in its epoch each sample stands: the network walked backwards."""
-    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    key = hash_u64(seed, order_module.STREAM_ORDER, np.array([epoch]))
-    value_P, inside_P = sample_P.astype(np.uint64), np.zeros(len(sample_P), bool)
-    while not inside_P.all():
-        left_P, right_P = value_P >> shift, value_P & mask
-        for round_index in reversed(range(order_module._ROUNDS)):
-            left_P, right_P = right_P ^ order_module._round(left_P, key, round_index, mask), left_P
-        value_P = np.where(inside_P, value_P, left_P << shift | right_P)
-        inside_P = value_P < num_samples
-    return value_P.astype(np.int64)
-
-
 @pytest.mark.parametrize("num_samples", [10_000_000, 2**24, 2**24 + 1, 2**40])
 def test_ten_million_samples_need_no_list_of_them(num_samples: int) -> None:
     """200,000 positions of one epoch come from 200,000 samples, each of which knows its position."""
@@ -286,8 +271,7 @@ def test_ten_million_samples_need_no_list_of_them(num_samples: int) -> None:
     sample_P = sample_at(3 * num_samples + index_P, num_samples, 11)
     assert (sample_P >= 0).all()
     assert (sample_P < num_samples).all()
-    assert np.array_equal(inverse_sample_at(sample_P, num_samples, 11, 3), index_P)
-    order_module._round_table.cache_clear()
+    assert np.array_equal(position_of(sample_P, num_samples, 11, 3), 3 * num_samples + index_P)
     tracemalloc.start()
     sample_at(5 * num_samples + np.arange(64), num_samples, 11)
     peak = tracemalloc.get_traced_memory()[1]
