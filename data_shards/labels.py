@@ -93,3 +93,6 @@ LABEL_TABLES = {table.name: table for table in (AMOS, WHOLEBODY, MERGED)}
 
 # For each of AMOS' ids, background to prostate_uterus, the id of the same organ in WHOLEBODY and MERGED.
 AMOS_TO_WHOLEBODY = tuple(MERGED.names.index(name) for name in AMOS.names if name != BODY)
+
+# Label sets whose masks are the experts' alone: the id in the set for each of AMOS' ids, background to prostate_uterus.
+FROM_EXPERTS = {AMOS.name: tuple(range(len(_AMOS_ORGANS) + 1))}

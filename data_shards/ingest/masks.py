@@ -24,7 +24,7 @@ from data_shards.ingest.archive import (
 )
 from data_shards.ingest.nifti import read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
-from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, BODY, LABEL_TABLES, UNUSED, WHOLEBODY
+from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, BODY, FROM_EXPERTS, LABEL_TABLES, UNUSED, WHOLEBODY
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.records import MASK_SOURCES
 
@@ -54,10 +54,11 @@ class CaseMask:
 def read_case_mask(case: Case, image: Volume, label_set: str, wholebody: Path | None) -> CaseMask:
     """The mask of `case`, whose image is given, in the ids of LABEL_TABLES[label_set].
 
-    amos: the experts' labels. wholebody: the case's file in `wholebody`. merged: that file with the experts' organs
-    laid over it; where one of the two is missing, the other alone. In `merged` the experts' outline is the organ's
-    outline: one that they drew anywhere in the case is nowhere but there, and what else the whole-body mask gives to
-    it becomes `body`. Organs that they did not draw (MR has no bladder in AMOS) stay as the whole-body mask has them.
+    amos, and others of FROM_EXPERTS: the experts' labels. wholebody: the case's file in `wholebody`. merged: that file
+    with the experts' organs laid over it; where one of the two is missing, the other alone. In `merged` the experts'
+    outline is the organ's outline: one that they drew anywhere in the case is nowhere but there, and what else the
+    whole-body mask gives to it becomes `body`. Organs that they did not draw (MR has no bladder in AMOS) stay as the
+    whole-body mask has them.
 
     Raises UnreadableVolume for files that cannot be read, ids outside their table, and a whole-body mask whose field
     holds less than LEAST_COVER of the image's voxels.
@@ -68,7 +69,9 @@ def read_case_mask(case: Case, image: Volume, label_set: str, wholebody: Path | 
     expert = None
     if case.label is not None and label_set != "wholebody":
         expert = placed(read_labels(case.label, AMOS.body_id), shape, image.affine, case.label)
-    if label_set == "amos":
+    if label_set in FROM_EXPERTS:
+        if expert is not None and label_set != AMOS.name:
+            expert = replace(expert, voxels_IJK=np.array(FROM_EXPERTS[label_set], np.uint8)[expert.voxels_IJK])
         return CaseMask(expert, "none" if expert is None else "expert")
     file = None if wholebody is None else _wholebody_file(wholebody, case.case_id)
     whole = None if file is None else placed(read_wholebody(file), shape, image.affine, file)
@@ -127,9 +130,12 @@ def find_wholebody_problems(cases: Sequence[Case], label_set: str, wholebody: Pa
 
     Cases without a mask are no problem as long as there are others with one.
     """
-    if label_set == "amos":
-        remedy = "leave the folder out, or use label_set wholebody or merged"
-        return [] if wholebody is None else [Problem(str(wholebody), "wholebody", "not used by label_set amos", remedy)]
+    if label_set in FROM_EXPERTS:
+        remedy, value = (
+            "leave the folder out, or use label_set wholebody or merged",
+            f"not used by label_set {label_set}",
+        )
+        return [] if wholebody is None else [Problem(str(wholebody), "wholebody", value, remedy)]
     if wholebody is None:
         remedy = "give the folder of whole-body masks (--wholebody DIR); `segdiff annotate` makes one"
         return [Problem("prepare", "wholebody", f"not given, but label_set is {label_set}", remedy)]

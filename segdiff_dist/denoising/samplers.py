@@ -102,15 +102,11 @@ def sample(
         x0_pred_BCHW = process.x_0_at(predicted(x_t_BCHW, level), x_t_BCHW, level.alpha_bar)
         return x0_pred_BCHW if guide is None else guide(x0_pred_BCHW, level.alpha_bar)
 
-    if own.solver == "ddim":
-        return _ddim(x_0_at, levels, x_T_BCHW, own, step_noise)
-
     def bounded_x_0_at(x_t_BCHW: Tensor, level: Level) -> Tensor:
         return bounded(x_0_at(x_t_BCHW, level), own)
 
-    if own.solver == "heun":
-        return _heun(bounded_x_0_at, levels, process, x_T_BCHW, own, step_noise)
-    return _multistep(bounded_x_0_at, levels, x_T_BCHW, own)
+    of_step = x_0_at if own.solver in _BOUND_THEMSELVES else bounded_x_0_at
+    return _SOLVERS[own.solver](of_step, levels, x_T_BCHW, own, process, step_noise)
 
 
 def bounded(x0_pred_BCHW: Tensor, sampler: SamplerConfig) -> Tensor:
@@ -193,6 +189,7 @@ def _ddim(
     levels: list[Level],
     x_T_BCHW: Tensor,
     sampler: SamplerConfig,
+    process: Process,
     step_noise: Callable[[int], Tensor] | None,
 ) -> Tensor:
     """Song et al. 2020, eq. 12. As in diffusers and the paper's code, the noise that it goes on with is what was
@@ -220,7 +217,12 @@ def _ddim(
 
 
 def _multistep(
-    x_0_at: Callable[[Tensor, Level], Tensor], levels: list[Level], x_T_BCHW: Tensor, sampler: SamplerConfig
+    x_0_at: Callable[[Tensor, Level], Tensor],
+    levels: list[Level],
+    x_T_BCHW: Tensor,
+    sampler: SamplerConfig,
+    process: Process,
+    step_noise: Callable[[int], Tensor] | None,
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; or UniPC, Zhao et al. 2023, with B_2(h) and order 2."""
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -237,9 +239,9 @@ def _multistep(
 def _heun(
     x_0_at: Callable[[Tensor, Level], Tensor],
     levels: list[Level],
-    process: Process,
     x_T_BCHW: Tensor,
     sampler: SamplerConfig,
+    process: Process,
     step_noise: Callable[[int], Tensor] | None,
 ) -> Tensor:
     """Karras et al. 2022, algorithm 2, which walks x = x_t / sqrt(a); diffusers has it without churn.
@@ -268,3 +270,9 @@ def _heun(
             next_BCHW = x_BCHW + (to - sigma) * 0.5 * (slope_BCHW + slope_there_BCHW)
         x_BCHW = next_BCHW
     return x_BCHW
+
+
+# All solvers have one signature. x_0_at(x_t, level) is the image that the net predicts; docs/add_a_sampler.md.
+_SOLVERS = {"ddim": _ddim, "dpm_solver_pp_2m": _multistep, "heun": _heun, "unipc": _multistep}
+# These clip or threshold x_0 themselves.
+_BOUND_THEMSELVES = ("ddim",)

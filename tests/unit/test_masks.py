@@ -14,7 +14,7 @@ import pytest
 from data_shards.ingest.archive import Case
 from data_shards.ingest.masks import annotation_record, find_wholebody_problems, placed, read_case_mask
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_volume
-from data_shards.labels import AMOS, MERGED, WHOLEBODY
+from data_shards.labels import AMOS, FROM_EXPERTS, LABEL_TABLES, MERGED, WHOLEBODY, LabelTable
 
 SHAPE = (12, 10, 8)
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -248,3 +248,18 @@ def test_who_made_the_masks_can_be_told(wholebody: Path) -> None:
     }
     (wholebody / "annotations.json").write_text(json.dumps(record))
     assert annotation_record(wholebody) == {"tool": "t", "tool_version": "2.4", "command": "t {image}"}
+
+
+def test_a_label_set_from_the_experts_masks_needs_a_table_and_its_ids_alone(
+    case: Case, wholebody: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/add_a_label_table.md promises."""
+    ids = tuple({"liver": 1, "spleen": 2}.get(name, 0) for name in AMOS.names[:-1])
+    monkeypatch.setitem(LABEL_TABLES, "large", LabelTable("large", ("background", "liver", "spleen", "body")))
+    monkeypatch.setitem(FROM_EXPERTS, "large", ids)
+    found = read_case_mask(case, read_volume(case.image), "large", None)
+    assert (found.source, along_i(found.volume)) == ("expert", [0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
+    assert find_wholebody_problems([case], "large", None) == []
+    assert [problem.value for problem in find_wholebody_problems([case], "large", wholebody)] == [
+        "not used by label_set large"
+    ]
