@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_shards.feed.order import Order
-from data_shards.store.byte_store import Range, ShortFile
+from data_shards.store.byte_ranges import Range, ShortFile
 from data_shards.store.codecs import PICTURES, crc32c, decode_into
 from data_shards.store.shards import ShardSet
 

@@ -1,4 +1,4 @@
-"""Byte ranges of a shard set's files, wherever they lie: on a disk, or behind any URL that fsspec knows.
+"""Byte ranges of a shard set's files, wherever they are: on a disk, or behind any URL that fsspec knows.
 
 A loader asks for a whole batch at once. One Range fills several buffers one after another, so the image and the mask
 of a sample, neighbours in their tar, are one system call or one request; the headers between them go to a scratch view.
@@ -9,40 +9,18 @@ from __future__ import annotations
 import atexit
 import errno
 import os
-import resource
 import shutil
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from data_shards.files import file_lock, new_file
+from data_shards.store.byte_ranges import MAX_OPEN_FILES, OpenFiles, Range, ShortFile, after
 
 if TYPE_CHECKING:
     from data_shards.store.remote_files import Retries
-
-# Half of what the system allows this process, which is 1,024 on many: a large set has thousands of shards.
-_MAX_OPEN_FILES = max(512, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16_384))
-
-
-class Range(NamedTuple):
-    """Bytes of file number `file` from `offset` on, to fill `views` (writable, contiguous) one after another."""
-
-    file: int
-    offset: int
-    views: Sequence[memoryview]
-
-    @property
-    def num_bytes(self) -> int:
-        """What all views take together."""
-        return sum(view.nbytes for view in self.views)
-
-
-class ShortFile(OSError):
-    """A file ends before bytes that should be in it: it was cut short. Other errors may be the store's, and pass."""
 
 
 class ByteStore(Protocol):
@@ -55,57 +33,6 @@ class ByteStore(Protocol):
         """
 
 
-class OpenFiles:
-    """File descriptors of numbered files, opened when first wanted; the longest unused go beyond `limit`."""
-
-    def __init__(self, paths: Sequence[str], flags: int = os.O_RDONLY, limit: int = _MAX_OPEN_FILES) -> None:
-        self.paths = list(paths)
-        self._flags, self._limit = flags, limit
-        self._open: OrderedDict[int, OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def get(self, number: int) -> OpenFile:
-        """The open file; hold on to the object while its descriptor is used. Raises OSError."""
-        with self._lock:
-            file = self._open.get(number)
-            if file is None:
-                file = self._open[number] = self._opened(number)
-                while len(self._open) > self._limit:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(number)
-            return file
-
-    def _opened(self, number: int) -> OpenFile:
-        while True:
-            try:
-                return OpenFile(self.paths[number], self._flags)
-            except OSError as error:
-                if error.errno != errno.EMFILE or not self._open:
-                    raise
-                self._open.popitem(last=False)
-                self._limit = max(1, len(self._open))  # the process has others open, and needs them
-
-
-class OpenFile:
-    """A descriptor that closes with its last user: a thread may still read what another has just let go."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, path: str, flags: int) -> None:
-        self.fd = -1
-        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
-        # Shuffled reads: what the kernel would read ahead is not what comes next.
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
 class LocalFiles:
     """Files on a mounted filesystem, read with preadv.
 
@@ -114,7 +41,7 @@ class LocalFiles:
     count as its memory. preadv copies once, straight into the batch, without the GIL.
     """
 
-    def __init__(self, paths: Sequence[str | Path], max_open: int = _MAX_OPEN_FILES) -> None:
+    def __init__(self, paths: Sequence[str | Path], max_open: int = MAX_OPEN_FILES) -> None:
         self._max_open = max_open
         self._files = OpenFiles([str(path) for path in paths], limit=max_open)
 
@@ -150,7 +77,7 @@ class LocalFiles:
             done = os.preadv(file.fd, wanted.views, wanted.offset)
             # A regular file gives less than asked for at its end only, except beyond 2 GiB or on some network mounts.
             while 0 < done < num_bytes:
-                more = os.preadv(file.fd, _after(wanted.views, done), wanted.offset + done)
+                more = os.preadv(file.fd, after(wanted.views, done), wanted.offset + done)
                 if more == 0:
                     break
                 done += more
@@ -242,20 +169,3 @@ def local_copy(
         with new_file(copy) as unfinished:
             persist(download, f"{connection.root}/{name}", retries or Retries())
     return copy
-
-
-def fill(views: Sequence[memoryview], payload: bytes) -> None:
-    """Copy `payload` into `views` one after another."""
-    source, at = memoryview(payload), 0
-    for view in views:
-        view[:] = source[at : at + view.nbytes]
-        at += view.nbytes
-
-
-def _after(views: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What of `views` follows their first `done` bytes."""
-    left = []
-    for view in views:
-        left.append(memoryview(view).cast("B")[min(done, view.nbytes) :])
-        done -= min(done, view.nbytes)
-    return left

@@ -21,17 +21,14 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_shards.files import file_lock
 from data_shards.problems import problem
+from data_shards.store.byte_ranges import OpenFiles, Range, fill
 
-if TYPE_CHECKING:
-    from data_shards.store.byte_store import Range
-
-_RECORD = np.dtype([("offset", "<u8"), ("file", "<u4"), ("num_bytes", "<u4"), ("crc", "<u4")])
+RECORD = np.dtype([("offset", "<u8"), ("file", "<u4"), ("num_bytes", "<u4"), ("crc", "<u4")])
 _LOG = "ranges.log"
 # What ext4 and XFS give out at a time, so that the bound holds for the disk as `du` sees it.
 _BLOCK = 4096
@@ -49,15 +46,13 @@ class RangeCache:
     """
 
     def __init__(self, folder: Path, digest: str, sizes: Sequence[int], limit_bytes: int) -> None:
-        from data_shards.store.byte_store import OpenFiles
-
         assert len(sizes) < 1 << (63 - _OFFSET_BITS)
         self._folder, self._limit = folder, limit_bytes
         own = digest_folder(folder, digest)
         self._files = OpenFiles([str(own / f"{i:06d}.bytes") for i in range(len(sizes))], os.O_RDWR | os.O_CREAT)
         self._sizes = np.asarray(sizes, dtype=np.uint64)
         self._log = own / _LOG
-        self._present = _Present()
+        self._present = Present()
         self._tails: dict[Path, int] = {}  # how far each set's log has been read
         self._used = 0
         self._thread_lock = threading.Lock()
@@ -94,8 +89,6 @@ class RangeCache:
     def _read_one(self, wanted: Range) -> bool:
         import google_crc32c
 
-        from data_shards.store.byte_store import fill
-
         num_bytes = wanted.num_bytes
         kept_bytes, crc = self._present.find(wanted.file, wanted.offset)
         if kept_bytes != num_bytes:
@@ -130,7 +123,7 @@ class RangeCache:
                 raise OSError(errno.ENOSPC, "no space left")
             self._used += space
             records.append((wanted.offset, wanted.file, len(payload), google_crc32c.value(payload)))
-        return np.array(records, dtype=_RECORD)
+        return np.array(records, dtype=RECORD)
 
     def _append(self, record_R: np.ndarray) -> None:
         """Under both locks, and right after a refresh: the log has no records that were not read."""
@@ -169,17 +162,17 @@ class RangeCache:
     def _new_records(self, log: Path) -> np.ndarray:
         tail = self._tails.get(log, 0)
         try:
-            num_new = (log.stat().st_size - tail) // _RECORD.itemsize
+            num_new = (log.stat().st_size - tail) // RECORD.itemsize
         except FileNotFoundError:
             num_new = 0
         if num_new <= 0:
-            return np.empty(0, dtype=_RECORD)
-        record_R = np.fromfile(log, dtype=_RECORD, count=num_new, offset=tail)
+            return np.empty(0, dtype=RECORD)
+        record_R = np.fromfile(log, dtype=RECORD, count=num_new, offset=tail)
         self._tails[log] = tail + record_R.nbytes
         return record_R
 
 
-class _Present:
+class Present:
     """(file, offset) -> (length, crc): a sorted array, and a dictionary of what came last.
 
     A dictionary alone takes five times the memory, for millions of ranges in each process of a node. Lookups need no
@@ -187,7 +180,7 @@ class _Present:
     """
 
     def __init__(self) -> None:
-        self._sorted: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.uint64), np.empty(0, _RECORD))
+        self._sorted: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.uint64), np.empty(0, RECORD))
         self._recent: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
@@ -215,7 +208,7 @@ class _Present:
             self._recent.update(zip(_keys(record_R).tolist(), entries, strict=True))
             return
         recent = [(k & _OFFSET_MASK, k >> _OFFSET_BITS, *entry) for k, entry in self._recent.items()]
-        all_R = np.concatenate([self._sorted[1], np.array(recent, _RECORD), record_R])
+        all_R = np.concatenate([self._sorted[1], np.array(recent, RECORD), record_R])
         all_R = all_R[np.argsort(_keys(all_R), kind="stable")]
         key_R = _keys(all_R)
         last_R = np.append(key_R[1:] != key_R[:-1], True)

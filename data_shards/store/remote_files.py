@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_shards.problems import problem
-from data_shards.store.byte_store import Range, ShortFile, fill
+from data_shards.store.byte_ranges import Range, ShortFile, fill
 from data_shards.store.range_cache import RangeCache
 
 # Requests at a time: enough to hide a store's latency of 50 ms behind 1,000 samples a second. Filesystems that are not

@@ -22,7 +22,8 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table, tar_store
-from data_shards.store.byte_store import ByteStore, Range, local_copy, local_path, open_byte_store, read_file
+from data_shards.store.byte_ranges import Range
+from data_shards.store.byte_store import ByteStore, local_copy, local_path, open_byte_store, read_file
 from data_shards.store.codecs import crc32c, decode_into
 from data_shards.store.config import CacheConfig
 from data_shards.store.samples_table import PARTS

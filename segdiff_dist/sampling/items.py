@@ -5,14 +5,12 @@ Dimensions: H rows, W columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_shards.feed.order import sample_at
-from data_shards.labels import LabelTable
 from data_shards.problems import Problem
 from data_shards.records import AXES, MODALITIES, case_id_problems
 from segdiff_dist.sampling.config import SampleConfig
@@ -32,49 +30,6 @@ COLUMNS: dict[str, type] = {
     **dict.fromkeys(("item_id", "row", "slice_index", "seed_index"), int),
     **dict.fromkeys(("key", "case_id", "source_modality", "target_modality", "axis"), str),
 }
-
-
-class MaskSource(Protocol):
-    """Masks by row: a shard set, or the masks of a folder. `parts` holds "edge" where there are soft edges."""
-
-    @property
-    def label_table(self) -> LabelTable: ...
-
-    @property
-    def parts(self) -> Any: ...
-
-    def read_mask(self, row: int) -> np.ndarray:
-        """uint8 [H, W] label ids."""
-
-    def read_part(self, row: int, part: str) -> np.ndarray:
-        """uint8 [2, H, W] of the part "edge", as in data_shards.records.SliceRecord."""
-
-
-@dataclass(frozen=True)
-class MaskArray:
-    """The masks of a folder, as a job keeps them: a Zarr array uint8 [M, H, W] of those that were drawn. `rows` [M]: of
-    all masks of the folder, which these are."""
-
-    mask_MHW: Any
-    label_table: LabelTable
-    rows: np.ndarray
-    parts: tuple[str, ...] = ("mask",)
-
-    @classmethod
-    def open(cls, path: Path, label_table: LabelTable, items: pa.Table) -> MaskArray:
-        """The array at `path`, of a job with these items."""
-        from segdiff_dist.sampling.store_files import open_masks
-
-        mask_MHW, rows = open_masks(path), drawn_rows(items)
-        if len(rows) != mask_MHW.shape[0]:  # of a job from when every mask of the folder was kept
-            rows = np.arange(mask_MHW.shape[0])
-        return cls(mask_MHW, label_table, rows)
-
-    def read_mask(self, row: int) -> np.ndarray:
-        return np.asarray(self.mask_MHW[int(np.searchsorted(self.rows, row))])
-
-    def read_part(self, row: int, part: str) -> np.ndarray:
-        raise AssertionError(f"masks of a folder have no {part}")
 
 
 def drawn_rows(items: pa.Table) -> np.ndarray:

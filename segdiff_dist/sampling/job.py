@@ -21,7 +21,8 @@ from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.items import MASK_FILE, MaskArray, drawn_rows, list_items, list_items_of
+from segdiff_dist.sampling.items import MASK_FILE, drawn_rows, list_items, list_items_of
+from segdiff_dist.sampling.mask_source import MaskArray
 from segdiff_dist.sampling.store import LABELS, MASKS, SampleStore, locked
 from segdiff_dist.sampling.weights import load_denoiser
 from segdiff_dist.sampling.weights import weights_digest as weights_digest  # where others look for it

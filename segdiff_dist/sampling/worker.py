@@ -22,7 +22,7 @@ from data_shards.problems import problem
 from data_shards.records import AXES, MODALITIES
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 from segdiff_dist.sampling.config import LEAST_BATCH
-from segdiff_dist.sampling.items import MaskArray, MaskSource
+from segdiff_dist.sampling.mask_source import MaskArray, MaskSource
 from segdiff_dist.sampling.store import MASKS, SampleStore
 from segdiff_dist.sampling.weights import changed, load_denoiser
 

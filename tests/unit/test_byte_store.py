@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 
 from data_shards.problems import InputProblems
+from data_shards.store.byte_ranges import OpenFiles, Range
 from data_shards.store.byte_store import (
     LocalFiles,
-    OpenFiles,
-    Range,
     local_copy,
     local_path,
     open_byte_store,
@@ -307,16 +306,16 @@ def test_a_running_process_sees_what_another_adds(url: str, tmp_path: Path) -> N
 
 def test_many_ranges_stay_findable(url: str, tmp_path: Path) -> None:
     """More than the cache keeps in its dictionary of recent ones, some of them replaced."""
-    from data_shards.store.range_cache import _RECORD, _Present
+    from data_shards.store.range_cache import RECORD, Present
 
-    present, rng = _Present(), np.random.default_rng(0)
+    present, rng = Present(), np.random.default_rng(0)
     offsets = rng.permutation(100_000)
     for start in range(0, 100_000, 1000):
         part = offsets[start : start + 1000]
-        present.add(np.array([(o * 10, o % 7, o % 99 + 1, o) for o in part.tolist()], _RECORD))
+        present.add(np.array([(o * 10, o % 7, o % 99 + 1, o) for o in part.tolist()], RECORD))
     present.forget(3 % 7, 30)
-    present.add(np.array([(50, 5, 1, 4242)], _RECORD))
-    present.add(np.array([(o * 10, 9, 1, 1) for o in range(30_000)], _RECORD))
+    present.add(np.array([(50, 5, 1, 4242)], RECORD))
+    present.add(np.array([(o * 10, 9, 1, 1) for o in range(30_000)], RECORD))
     for o in (0, 4, 99_999, 12_345):
         assert present.find(o % 7, o * 10) == (o % 99 + 1, o)
     assert present.find(5, 50) == (1, 4242)

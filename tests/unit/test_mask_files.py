@@ -27,10 +27,11 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
 from segdiff_dist.sampling import mask_folder
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.items import MaskArray, drawn_rows, list_items_of
+from segdiff_dist.sampling.items import drawn_rows, list_items_of
 from segdiff_dist.sampling.job import prepare_job
 from segdiff_dist.sampling.mask_files import list_folder
 from segdiff_dist.sampling.mask_folder import MaskFolder
+from segdiff_dist.sampling.mask_source import MaskArray
 from segdiff_dist.sampling.png_masks import palette_is_of_a_table, read_png_ids
 
 SIZE, LIVER, BODY = 32, 6, AMOS.body_id

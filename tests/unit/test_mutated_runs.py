@@ -25,7 +25,7 @@ from segdiff_dist.evaluation.report.comparison import open_runs
 from segdiff_dist.evaluation.report.page import write_report
 from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.export.samples import FinishedSamples
-from segdiff_dist.sampling.items import MaskArray
+from segdiff_dist.sampling.mask_source import MaskArray
 from segdiff_dist.sampling.store import SampleStore
 
 DOWNSTREAM = {
