@@ -83,11 +83,13 @@ class SliceMeta:
 
     def __post_init__(self) -> None:
         # Every writer of tars, arrays and files is given its samples' meta: no name of theirs leads out of a folder.
-        found = case_id_problems("slice", [self.case_id], "rename the case")
+        problems = case_id_problems("slice", [self.case_id], "rename the case")
         for name, words in (("modality", MODALITIES), ("axis", AXES), ("split", SPLITS)):
             if (value := getattr(self, name)) not in words:
-                found.append(Problem(f"slice of {self.case_id!r}", name, repr(value), f"use one of {', '.join(words)}"))
-        refuse(found)
+                problems.append(
+                    Problem(f"slice of {self.case_id!r}", name, repr(value), f"use one of {', '.join(words)}")
+                )
+        refuse(problems)
 
     @property
     def key(self) -> str:

@@ -174,11 +174,11 @@ class SegGuidedPipeline:
 
     def _checked(self, mask: np.ndarray, modality: str, axis: str) -> tuple[np.ndarray, bool]:
         """uint8 [B, H, W] and whether it was one mask."""
-        found = []
+        problems = []
 
         def check(field: str, good: bool, value: object, remedy: str) -> None:
             if not good:
-                found.append(Problem("pipeline", field, str(value), remedy))
+                problems.append(Problem("pipeline", field, str(value), remedy))
 
         check("modality", modality in MODALITIES, modality, f"give one of {', '.join(MODALITIES)}")
         check("axis", axis in AXES, axis, f"give one of {', '.join(AXES)}")
@@ -188,7 +188,7 @@ class SegGuidedPipeline:
         check("mask", whole, f"dtype {mask.dtype}", "give whole numbers, the label ids")
         unknown = sorted(set(np.unique(mask).tolist()) - set(self.labels)) if whole else []
         check("mask", not unknown, f"label ids {unknown}", f"use those of {self.model.label_table.name!r}: .labels")
-        refuse(found)
+        refuse(problems)
         return mask.astype(np.uint8).reshape(-1, self.size, self.size), mask.ndim == 2
 
 

@@ -38,12 +38,12 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
 def refuse_damaged(folder: Path, what: str, remedy: str) -> None:
     """Compare a folder's files with its digests.json, where it has one. Raises InputProblems, a problem a file."""
     for look in range(_LOOKS):
-        found = _damage(folder, what, remedy)
-        if not found:
+        problems = _damage(folder, what, remedy)
+        if not problems:
             return
         if look < _LOOKS - 1:
             time.sleep(_PAUSE_S)
-    refuse(found)
+    refuse(problems)
 
 
 def _damage(folder: Path, what: str, remedy: str) -> list[Problem]:
@@ -52,19 +52,19 @@ def _damage(folder: Path, what: str, remedy: str) -> list[Problem]:
     file = folder / DIGESTS
     if not file.is_file():
         return []
-    found = []
+    problems = []
     try:
         digests = read_json(file, remedy, "the digests of a folder of weights")
         with reading(file, "the digests of a folder of weights", remedy):
             for name, expected in digests.items():
                 path = folder / Path(name).name
                 if not path.is_file():
-                    found.append(Problem(str(path), what, "missing", remedy))
+                    problems.append(Problem(str(path), what, "missing", remedy))
                 elif path.stat().st_size != expected["bytes"] or file_crc32c(path) != expected["crc32c"]:
-                    found.append(Problem(str(path), what, "its bytes are not those that were written", remedy))
+                    problems.append(Problem(str(path), what, "its bytes are not those that were written", remedy))
     except InputProblems as error:
-        found += error.problems
-    return found
+        problems += error.problems
+    return problems
 
 
 def read_weights(files: Iterable[tuple[str, Path]], make: Callable[[], Net], what: str, remedy: str) -> Net:

@@ -129,25 +129,25 @@ def parse_mix(mix: Mapping[str, float], where: str = "config") -> tuple[list[Mix
 
 
 def _overlaps(groups: list[MixGroup], taken_GSMA: np.ndarray, where: str) -> list[Problem]:
-    found = []
+    problems = []
     for second in range(len(groups)):
         for first in range(second):
             if (taken_GSMA[first] & taken_GSMA[second]).any():
                 value = f"takes slices that {groups[first].key} takes too"
-                found.append(Problem(where, _field(groups[second]), value, "let every slice fall under one key"))
-    return found
+                problems.append(Problem(where, _field(groups[second]), value, "let every slice fall under one key"))
+    return problems
 
 
 def _unmatched(rows_SMA: np.ndarray, where: str) -> list[Problem]:
-    found = []
+    problems = []
     for set_index, modality, axis in np.argwhere(rows_SMA).tolist():
         key = f"{MODALITIES[modality]}/{AXES[axis]}"
         if rows_SMA.shape[0] > 1:
             key = f"{set_index}:{key}"
         value = f"{rows_SMA[set_index, modality, axis]} slices {key} fall under no key"
         remedy = f"add {key}, or leave them out with loader.modalities and loader.axes"
-        found.append(Problem(where, "loader.mix", value, remedy))
-    return found
+        problems.append(Problem(where, "loader.mix", value, remedy))
+    return problems
 
 
 def _field(group: MixGroup) -> str:

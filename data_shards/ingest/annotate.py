@@ -110,9 +110,9 @@ def check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annotatio
     missing or does not answer."""
     amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
     refuse(config.problems())
-    found = archive.find_problems(amos_root, config.modalities, config.modality)
+    problems = archive.find_problems(amos_root, config.modalities, config.modality)
     version, wrong = _tool_version(config)
-    refuse([*found, *wrong, *_folder_problems(wholebody, _new_annotations(config, version), wrong)])
+    refuse([*problems, *wrong, *_folder_problems(wholebody, _new_annotations(config, version), wrong)])
     return Annotation(amos_root, wholebody, config, version)
 
 

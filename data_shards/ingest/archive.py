@@ -61,28 +61,28 @@ def find_problems(root: Path, modalities: Sequence[str] = MODALITIES, modality: 
     except InputProblems as error:
         return list(error.problems)
     dataset_file = str(root / DATASET_FILE)
-    found = list(problems_with_organs(dataset_file, content.get("labels")))
+    problems = list(problems_with_organs(dataset_file, content.get("labels")))
     entries, wrong = read_entries(dataset_file, content)
-    found += wrong
+    problems += wrong
     modality_of, _, wrong = find_modalities(dataset_file, content, [entry.case_id for entry in entries], modality)
-    found += wrong
+    problems += wrong
     files_of: dict[str, list[str]] = {}
     for entry in entries:
         files_of.setdefault(entry.case_id, []).append(f"{entry.split}: {entry.image}")
         # Files of a case that may be of either modality are looked at all the same.
         case = _case(root, entry, modality_of.get(entry.case_id, modalities[0] if modalities else MODALITIES[0]))
         if case.modality in modalities:
-            found += _problems_with_files(case)
+            problems += _problems_with_files(case)
     for case_id, files in files_of.items():
         if len(files) > 1:
             remedy = "keep one: a patient is in one split, once"
-            found.append(
+            problems.append(
                 Problem(dataset_file, f"case id {case_id}", f"{len(files)} entries ({', '.join(files)})", remedy)
             )
-    if not found and not read_archive(root, modalities, modality):
+    if not problems and not read_archive(root, modalities, modality):
         value = f"no case among {', '.join(modalities)}"
-        found.append(Problem(dataset_file, "training, validation, test", value, "list cases or widen `modalities`"))
-    return list(dict.fromkeys(found))
+        problems.append(Problem(dataset_file, "training, validation, test", value, "list cases or widen `modalities`"))
+    return list(dict.fromkeys(problems))
 
 
 def _case(root: Path, entry: Entry, modality: str, notes: tuple[str, ...] = ()) -> Case:
@@ -104,46 +104,46 @@ def nifti_files(folder: Path, case_id: str) -> list[Path]:
 
 
 def _problems_with_files(case: Case) -> list[Problem]:
-    found: list[Problem] = []
+    problems: list[Problem] = []
     files = [file for file in (case.image, case.label) if file is not None]
     for file in files:
         # Compressed or unpacked by hand, perhaps changed since: which of the two is meant cannot be known.
         names = dict.fromkeys((file_stem(file.name), case.case_id) if file == case.label else (file_stem(file.name),))
         if len(both := [one for name in names for one in nifti_files(file.parent, name)]) > 1:
             value = f"both {both[0].name} and {both[1].name}"
-            found.append(Problem(str(file.parent), f"case id {case.case_id}", value, "keep the one that is meant"))
+            problems.append(Problem(str(file.parent), f"case id {case.case_id}", value, "keep the one that is meant"))
     geometries = []
     for file in files:
         if not file.is_file():
             remedy = "restore it, or take it out of dataset.json"
-            found.append(Problem(str(file), "file", f"missing, but {DATASET_FILE} names it", remedy))
+            problems.append(Problem(str(file), "file", f"missing, but {DATASET_FILE} names it", remedy))
             continue
         try:
             geometries.append(read_geometry(file))
         except InputProblems as error:
-            found += error.problems
+            problems += error.problems
     if len(geometries) < 2:
-        return found
+        return problems
     (shape, affine), (label_shape, label_affine) = ((one.shape, one.affine) for one in geometries)
     remedy = "use the label that was drawn on this image, on its grid"
     if shape != label_shape:
-        found.append(Problem(str(case.label), "shape", f"{label_shape}, its image has {shape}", remedy))
+        problems.append(Problem(str(case.label), "shape", f"{label_shape}, its image has {shape}", remedy))
     elif (moved := largest_shift_voxels(shape, affine, label_affine)) > AFFINE_TOLERANCE_VOXELS:
         guessed = "; ".join(
             f"{file.name}: {note}" for file, one in zip(files, geometries, strict=True) for note in one.notes
         )
         value = f"off by {moved:.2g} voxels from its image" + (f" ({guessed})" if guessed else "")
-        found.append(Problem(str(case.label), "affine", value, remedy))
-    return found
+        problems.append(Problem(str(case.label), "affine", value, remedy))
+    return problems
 
 
-def read_header(file: Path, found: list[Problem]) -> tuple[tuple[int, ...], np.ndarray] | None:
+def read_header(file: Path, problems: list[Problem]) -> tuple[tuple[int, ...], np.ndarray] | None:
     """Shape and affine (voxel index as stored to RAS mm) of a 3-D NIfTI file; None, with the reasons added to `found`,
     where it has none that can be used. What of it is a guess is warned of; `read_geometry` returns it in words."""
     try:
         geometry = read_geometry(file)
     except InputProblems as error:
-        found += error.problems
+        problems += error.problems
         return None
     for note in geometry.notes:
         warnings.warn(f"{file}: {note}", stacklevel=2)

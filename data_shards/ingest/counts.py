@@ -20,10 +20,10 @@ def count_slices(cases: Iterable[Case], config: PrepareConfig) -> tuple[int, int
     """Volumes whose header can be read, and their slices along all axes, empty ones included."""
     import nibabel as nib
 
-    found: list[Problem] = []
+    problems: list[Problem] = []
     num_volumes = num_slices = 0
     for case in cases:
-        header = archive.read_header(case.image, found)
+        header = archive.read_header(case.image, problems)
         if header is None:
             continue
         num_volumes += 1

@@ -94,13 +94,13 @@ def read_entries(where: str, content: dict[str, Any]) -> tuple[list[Entry], list
     # Where one label shows that the number behind its image's name is a channel, it is one behind others' names too.
     has_channels = any(_shows_channel(entry) for _, entry in pairs)
     entries: list[Entry] = []
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for split, raw in pairs:
         entry, wrong = _read_entry(where, split, raw, has_channels)
-        found += wrong
+        problems += wrong
         if entry is not None:
             entries.append(entry)
-    return entries, found
+    return entries, problems
 
 
 def file_stem(file: str) -> str:

@@ -142,25 +142,25 @@ def find_wholebody_problems(cases: Sequence[Case], label_set: str, wholebody: Pa
     if not wholebody.is_dir():
         remedy = "give the folder of whole-body masks, <case id>.nii.gz; `segdiff annotate` makes one"
         return [Problem(str(wholebody), "wholebody", "not a folder", remedy)]
-    found: list[Problem] = []
+    problems: list[Problem] = []
     try:
         read_annotations(wholebody)
     except InputProblems as error:
-        found += error.problems
+        problems += error.problems
     files_of = {case.case_id: nifti_files(wholebody, case.case_id) for case in cases}
     if not any(files_of.values()):
         example = f"{cases[0].case_id}.nii.gz" if cases else "<case id>.nii.gz"
-        found.append(Problem(str(wholebody), "masks", "none for any case", f"name them by case, as {example}"))
+        problems.append(Problem(str(wholebody), "masks", "none for any case", f"name them by case, as {example}"))
     for case_id, files in files_of.items():
         if len(files) > 1:
             value = f"both {files[0].name} and {files[1].name}"
-            found.append(Problem(str(wholebody), f"case id {case_id}", value, "keep the one that is meant"))
+            problems.append(Problem(str(wholebody), f"case id {case_id}", value, "keep the one that is meant"))
         for file in files:
             try:
                 read_geometry(file)
             except InputProblems as error:
-                found += error.problems
-    return found
+                problems += error.problems
+    return problems
 
 
 def read_annotations(wholebody: Path) -> dict[str, Any] | None:

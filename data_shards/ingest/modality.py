@@ -39,12 +39,12 @@ def find_modalities(
     every case. Without it dataset.json's statement does, but for AMOS' own names: AMOS' dataset.json says CT although
     its cases above 500 are MR, so for them the number counts, and only MR stated for a number of CT is a contradiction.
     """
-    known, found = _stated_in(where, content)
+    known, problems = _stated_in(where, content)
     by_number = {case_id: _by_number(case_id) for case_id in case_ids}
     if stated in MODALITIES:  # anything else is refused among the settings
         return _by_setting(where, stated, known, by_number)
-    if found:
-        return {}, {}, found
+    if problems:
+        return {}, {}, problems
     result: dict[str, str] = {}
     doubtful: list[str] = []
     contradicting: list[str] = []
@@ -62,12 +62,12 @@ def find_modalities(
             f"{short(content.get(_KEYS[0]) or content.get(_KEYS[1]))}, but by AMOS' numbers {_named(contradicting)} CT"
         )
         remedy = "state which it is with `modality` (--prepare.modality MR), or give cases of your own other names"
-        found.append(Problem(where, "modality", value, remedy))
+        problems.append(Problem(where, "modality", value, remedy))
     if doubtful:
         said = "states both CT and MR" if known else "is not stated"
         remedy = 'state it there ("modality": {"0": "CT"} or {"0": "MR"}) or with --prepare.modality CT or MR'
-        found.append(Problem(where, "modality", f"{said} for {_named(doubtful, verb=False)}", remedy))
-    return result, {}, found
+        problems.append(Problem(where, "modality", f"{said} for {_named(doubtful, verb=False)}", remedy))
+    return result, {}, problems
 
 
 def _by_setting(

@@ -81,17 +81,17 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     is_flat = one_slice and int(header["dim"][0]) == 2
     if one_slice:
         _give_thickness(header)
-    found: list[Problem] = []
-    shape = _shape(file, header, found)
+    problems: list[Problem] = []
+    shape = _shape(file, header, problems)
     if header.get_data_dtype().kind not in "iuf":
-        found.append(Problem(str(file), "data type", str(header.get_data_dtype()), "store one real number a voxel"))
-    found += _problems_with_numbers(file, header)
-    affine, notes = _affine(file, header, found)
+        problems.append(Problem(str(file), "data type", str(header.get_data_dtype()), "store one real number a voxel"))
+    problems += _problems_with_numbers(file, header)
+    affine, notes = _affine(file, header, problems)
     if shape is None or affine is None:
-        raise InputProblems(found)
+        raise InputProblems(problems)
     geometry = Geometry(shape, affine, tuple(notes), header, is_flat)
-    found += _problems_with_size(file, geometry)
-    refuse(found)
+    problems += _problems_with_size(file, geometry)
+    refuse(problems)
     return geometry
 
 
@@ -176,15 +176,15 @@ def _give_thickness(header: Any) -> None:
             row[d] = step
 
 
-def _shape(file: Path, header: Any, found: list[Problem]) -> tuple[int, int, int] | None:
+def _shape(file: Path, header: Any, problems: list[Problem]) -> tuple[int, int, int] | None:
     shape = tuple(int(n) for n in header.get_data_shape())
     if len(shape) > 3 and set(shape[3:]) == {1}:
         shape = shape[:3]
     if len(shape) != 3:
-        found.append(Problem(str(file), "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file"))
+        problems.append(Problem(str(file), "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file"))
         return None
     if min(shape) < 1:
-        found.append(Problem(str(file), "shape", f"{shape} is empty", _RESTORE))
+        problems.append(Problem(str(file), "shape", f"{shape} is empty", _RESTORE))
         return None
     return shape[0], shape[1], shape[2]
 
@@ -197,16 +197,16 @@ def _problems_with_numbers(file: Path, header: Any) -> list[Problem]:
     return [Problem(str(file), "scl_inter", value, "write 0 there, or the intercept that is meant")]
 
 
-def _affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
+def _affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
     """Stored voxel index to RAS mm, by the one rule, and notes; None, with the reasons in `found`, where none holds."""
     unit_code = int(header["xyzt_units"]) & 7
     if unit_code not in _UNITS:
         known = ", ".join(f"{code} {name}" for code, (name, _) in _UNITS.items())
-        found.append(Problem(str(file), "xyzt_units", f"code {unit_code} for space", f"NIfTI has {known}"))
+        problems.append(Problem(str(file), "xyzt_units", f"code {unit_code} for space", f"NIfTI has {known}"))
         return None, []
     unit, factor = _UNITS[unit_code]
     notes = [] if factor == 1.0 else [f"{unit} are converted to millimetres"]
-    affine, said = _stated_affine(file, header, found)
+    affine, said = _stated_affine(file, header, problems)
     if affine is None:
         return None, []
     notes += said
@@ -217,19 +217,19 @@ def _affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray |
         directions = affine[:3, :3] / spacing
         flat = not np.isfinite(affine).all() or not abs(np.linalg.det(directions)) > 1e-6
     if flat:
-        found.append(Problem(str(file), "affine", str(lines), "the voxel axes must span space: repair the header"))
+        problems.append(Problem(str(file), "affine", str(lines), "the voxel axes must span space: repair the header"))
         return None, []
     low, high = SPACING_LIMITS_MM
     if not ((spacing * factor >= low * 0.999).all() and (spacing * factor <= high * 1.001).all()):
         value = f"{' x '.join(f'{one:.4g}' for one in spacing * factor)} mm (the header says {unit})"
         remedy = f"voxels are {low} to {high:.0f} mm wide: correct xyzt_units (mm is 2) or the numbers"
-        found.append(Problem(str(file), "spacing", value, remedy))
+        problems.append(Problem(str(file), "spacing", value, remedy))
         return None, []
     cosine = np.abs(directions.T @ directions - np.eye(3)).max()
     shear = float(np.degrees(np.arcsin(min(1.0, cosine))))
     if shear > _LARGEST_SHEAR_DEGREES:
         remedy = "resample it to a rectangular grid (dcm2niix writes one for a tilted gantry, named *_Tilt)"
-        found.append(Problem(str(file), "affine", f"its axes are {shear:.1f} degrees off a right angle", remedy))
+        problems.append(Problem(str(file), "affine", f"its axes are {shear:.1f} degrees off a right angle", remedy))
         return None, []
     if factor != 1.0:
         # Headers hold four bytes a number: 0.004 m comes back as 4.00000019 mm, and a voxel's edge on another side.
@@ -237,22 +237,22 @@ def _affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray |
     return affine, notes
 
 
-def _stated_affine(file: Path, header: Any, found: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
+def _stated_affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
     """What the header states, in its own unit."""
     pixdim = np.array(header["pixdim"][1:4], dtype=np.float64)
     has_pixdim = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
     qform = _qform(header)
     if int(header["sform_code"]) != 0:
         sform = np.array(header.get_sform(), dtype=np.float64)
-        return sform, _compared(file, sform, qform, int(header["qform_code"]), pixdim if has_pixdim else None, found)
+        return sform, _compared(file, sform, qform, int(header["qform_code"]), pixdim if has_pixdim else None, problems)
     if not has_pixdim:
-        found.append(
+        problems.append(
             Problem(str(file), "pixdim", str(pixdim.tolist()), "the size of a voxel must be stated: repair the header")
         )
         return None, []
     if int(header["qform_code"]) != 0:
         if qform is None:
-            found.append(Problem(str(file), "qform", "no rotation", "repair the header, or write an sform"))
+            problems.append(Problem(str(file), "qform", "no rotation", "repair the header, or write an sform"))
         return qform, []
     note = "neither qform nor sform: which side is left is a guess (columns are taken to run left, front, up)"
     return _from_pixdim(header, pixdim), [note]
@@ -283,7 +283,7 @@ def _compared(
     qform: np.ndarray | None,
     qform_code: int,
     pixdim: np.ndarray | None,
-    found: list[Problem],
+    problems: list[Problem],
 ) -> list[str]:
     """Notes on a header whose sform is taken; a contradiction in the size of a voxel goes to `found`."""
     import nibabel as nib
@@ -293,7 +293,7 @@ def _compared(
         return []
     if pixdim is not None and (np.abs(lengths - pixdim) > _SAME_LENGTH * pixdim).any():
         value = f"{np.round(lengths, 4).tolist()} by sform, {np.round(pixdim, 4).tolist()} by pixdim"
-        found.append(
+        problems.append(
             Problem(str(file), "spacing", value, "which is the voxel's size cannot be known: repair the header")
         )
     if qform_code == 0:
@@ -312,7 +312,7 @@ def _compared(
 
 def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
     """What the file cannot hold, and what no volume has."""
-    found = []
+    problems = []
     shape, needed = geometry.shape, geometry.voxel_bytes
     length, most = file.stat().st_size, file.stat().st_size
     offset = int(geometry.header.get_data_offset())
@@ -320,17 +320,17 @@ def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
         most = length * _MOST_DEFLATED
     elif length > offset + needed + MOST_BYTES_BEHIND_VOXELS:
         value = f"{length - offset - needed:,} bytes behind the voxels"
-        found.append(
+        problems.append(
             Problem(str(file), "length", value, f"the header declares fewer voxels than there are; {_RESTORE}")
         )
     if needed > most - offset:
         value = f"{shape} needs {needed:,} bytes; truncated file: it can hold at most {max(0, most - offset):,}"
-        found.append(Problem(str(file), "shape", value, _RESTORE))
+        problems.append(Problem(str(file), "shape", value, _RESTORE))
     elif int(np.prod(shape, dtype=object)) > _MOST_VOXELS:
         value = f"{shape} is {int(np.prod(shape, dtype=object)):,} voxels"
-        found.append(Problem(str(file), "shape", value, f"at most {_MOST_VOXELS:,} are read: resample it"))
+        problems.append(Problem(str(file), "shape", value, f"at most {_MOST_VOXELS:,} are read: resample it"))
     extent = float((geometry.spacing_mm * np.array(shape)).max())
     if extent > _LONGEST_MM:
         value = f"{extent / 1000:,.1f} m long ({shape} voxels of {np.round(geometry.spacing_mm, 3).tolist()} mm)"
-        found.append(Problem(str(file), "spacing", value, "correct xyzt_units, the spacing or the shape"))
-    return found
+        problems.append(Problem(str(file), "spacing", value, "correct xyzt_units, the spacing or the shape"))
+    return problems

@@ -143,8 +143,8 @@ def check(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | N
     amos_root, out = Path(amos_root).absolute(), Path(out).absolute()
     wholebody = None if wholebody is None else Path(wholebody).absolute()
     state = _state_of(out)
-    found, cases, header = _find_problems(amos_root, out, config, wholebody)
-    refuse(found)
+    problems, cases, header = _find_problems(amos_root, out, config, wholebody)
+    refuse(problems)
     return Preparation(amos_root, out, config, wholebody, cases, header, state)
 
 
@@ -188,7 +188,7 @@ def _find_problems(
     amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None
 ) -> tuple[list[Problem], list[Case], dict[str, Any]]:
     """The problems; the cases, and what the index is to say of settings and source."""
-    found = config.problems()
+    problems = config.problems()
     in_archive = archive.find_problems(amos_root, config.modalities, config.modality)
     source, cases = None, list[Case]()
     if not in_archive:
@@ -196,7 +196,7 @@ def _find_problems(
         in_archive = find_wholebody_problems(cases, config.label_set, wholebody)
         source = None if in_archive else _source(amos_root, cases, wholebody)
     header = {"preprocessing": config.result_settings(), "source": source}
-    return [*found, *in_archive, *_problems_with_out(out, header)], cases, header
+    return [*problems, *in_archive, *_problems_with_out(out, header)], cases, header
 
 
 def _state_of(out: Path) -> list[tuple[int, int] | None]:

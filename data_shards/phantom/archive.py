@@ -145,10 +145,10 @@ def _problems_with_out(out: Path, config: PhantomConfig) -> list[Problem]:
         return [Problem(str(out), "OUT", "not a folder", "name a new folder")]
     if about_file.exists():
         try:
-            found = read_json(about_file, "delete the folder or name a new one", "JSON")
+            problems = read_json(about_file, "delete the folder or name a new one", "JSON")
         except InputProblems as error:
             return list(error.problems)
-        return _differences(about_file, found, _about(config))
+        return _differences(about_file, problems, _about(config))
     # A process that was killed as it began leaves the unfinished phantom.json.
     if out.exists() and any(entry.name != FOLDER_LOCK and not is_leftover(entry) for entry in out.iterdir()):
         return [Problem(str(out), "OUT", "a folder with other things in it", "name a new or an empty folder")]

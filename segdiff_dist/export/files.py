@@ -46,14 +46,14 @@ def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
 
 def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:
     """Why the samples cannot be one nnU-Net data set called `out`."""
-    found = []
+    problems = []
     if not _NNUNET_NAME.fullmatch(out.name):
         remedy = "name it as nnU-Net does: Dataset, three digits, an underscore and a name, as in Dataset701_Synthetic"
-        found.append(Problem(str(out), "output folder", out.name, remedy))
+        problems.append(Problem(str(out), "output folder", out.name, remedy))
     if len(samples.modalities) > 1:
         remedy = "an nnU-Net channel is one modality: give --export.modality CT or MR, and make two data sets"
-        found.append(Problem(str(samples.store.path), "modalities", " and ".join(samples.modalities), remedy))
-    return found
+        problems.append(Problem(str(samples.store.path), "modalities", " and ".join(samples.modalities), remedy))
+    return problems
 
 
 def write_nnunet(

@@ -69,12 +69,14 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
     store = SampleStore.open(config.samples or run / "samples")
     refuse([*config.problems(), *out_problems(out)])
     samples = FinishedSamples.of(store, config.modality)
-    found = nnunet_problems(out, samples) if config.format == "nnunet" else []
+    problems = nnunet_problems(out, samples) if config.format == "nnunet" else []
     borrows = config.writes_values and samples.has_borrowed_hu
     if borrows and samples.borrowed_map is None:
-        found.append(unknown_hu(store.path, "give --format png (nnunet: --export.file-ending .png), which has no HU"))
+        problems.append(
+            unknown_hu(store.path, "give --format png (nnunet: --export.file-ending .png), which has no HU")
+        )
     needed = len(samples) * 2 * (samples.size**2 + _BYTES_PER_FILE)
-    refuse([*found, *room_problems(out, needed)])
+    refuse([*problems, *room_problems(out, needed)])
     return SamplesExport(samples, out, config, borrows, needed)
 
 

@@ -61,28 +61,28 @@ class FinishedSamples:
     def of(cls, store: SampleStore, modality: str | None) -> FinishedSamples:
         """The store's samples; refused: images missing or damaged, no image of the modality, another shard set in place
         of the one sampled from."""
-        found = []
+        problems = []
         again = "start the same `segdiff sample` again"
         if missing := len(store.missing()):
-            found.append(Problem(str(store.path), "samples", f"{missing:,} of {len(store):,} missing", again))
+            problems.append(Problem(str(store.path), "samples", f"{missing:,} of {len(store):,} missing", again))
         if damaged := list(store.damaged()):
             value = f"{len(damaged)} files are not as they were written, the first: {damaged[0].file}"
-            found.append(Problem(str(store.path), "samples", value, again))
+            problems.append(Problem(str(store.path), "samples", value, again))
         targets = sorted(set(store.items["target_modality"].to_pylist()))
         if not targets or modality not in (None, *targets):
             remedy = f"choose from {', '.join(targets)}"
-            found.append(Problem(str(store.path), "export.modality", f"no image of {modality}", remedy))
+            problems.append(Problem(str(store.path), "export.modality", f"no image of {modality}", remedy))
         samples = cls(store, modality)
         try:
             shards = samples._shards
             _ = samples.label_table  # refused before the first file is written
         except InputProblems as error:
-            raise InputProblems([*found, *error.problems]) from error
+            raise InputProblems([*problems, *error.problems]) from error
         if shards is not None and shards.digest != store.job["shards_digest"]:
-            found.append(
+            problems.append(
                 Problem(shards.root, "digest", "not the shard set sampled from", "restore it, or sample again")
             )
-        refuse(found)
+        refuse(problems)
         return samples
 
     @cached_property

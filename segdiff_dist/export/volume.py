@@ -197,20 +197,22 @@ def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int
 
 def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Problem]:
     """What can be seen before a voxel is read."""
-    found = config.problems()
+    problems = config.problems()
     if not mask_file.is_file():
-        found.append(Problem(str(mask_file), "mask", "not found", "give a .nii.gz or .nii volume of label ids"))
+        problems.append(Problem(str(mask_file), "mask", "not found", "give a .nii.gz or .nii volume of label ids"))
     else:
-        read_header(mask_file, found)
+        read_header(mask_file, problems)
     if config.body_image is not None and not config.body_image.is_file():
-        found.append(Problem("config", "volume.body_image", str(config.body_image), "not found: give a NIfTI volume"))
+        problems.append(
+            Problem("config", "volume.body_image", str(config.body_image), "not found: give a NIfTI volume")
+        )
     if not out.name.endswith((".nii.gz", ".nii")):
-        found.append(Problem(str(out), "output", "no NIfTI name", "let it end in .nii.gz or .nii"))
+        problems.append(Problem(str(out), "output", "no NIfTI name", "let it end in .nii.gz or .nii"))
     if out.exists():
-        found.append(Problem(str(out), "output", "exists already", "remove it, or give another name"))
+        problems.append(Problem(str(out), "output", "exists already", "remove it, or give another name"))
     if not out.absolute().parent.is_dir():
-        found.append(Problem(str(out), "output", "its folder does not exist", "make it first"))
-    return found
+        problems.append(Problem(str(out), "output", "its folder does not exist", "make it first"))
+    return problems
 
 
 def slice_difference(image_SHW: np.ndarray) -> float:

@@ -90,15 +90,17 @@ def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa
 def item_problems(file: Path, items: pa.Table) -> list[Problem]:
     """What of a job's list leads out of the folders that others write by it: case ids and words that are none."""
     remedy = "sample again into a new folder (--out DIR)"
-    found: list[Problem] = []
+    problems: list[Problem] = []
     if "case_id" in items.column_names:
-        found += case_id_problems(file, items["case_id"].unique().to_pylist(), remedy)
+        problems += case_id_problems(file, items["case_id"].unique().to_pylist(), remedy)
     words = {"axis": AXES, "source_modality": (*MODALITIES, NO_MODALITY), "target_modality": MODALITIES}
     for name, known in words.items():
         values = items[name].unique().to_pylist() if name in items.column_names else []
         if unknown := [value for value in values if value not in known]:
-            found.append(Problem(str(file), name, repr(unknown[0])[:100], f"not one of {', '.join(known)}: {remedy}"))
-    return found
+            problems.append(
+                Problem(str(file), name, repr(unknown[0])[:100], f"not one of {', '.join(known)}: {remedy}")
+            )
+    return problems
 
 
 def _spread(table: list[dict[str, Any]], num: int) -> list[int]:

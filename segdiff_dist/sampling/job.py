@@ -107,11 +107,11 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     _, digest = load_denoiser(weights)  # what cannot be used is refused before there is a store
     trained = json.loads((weights / "segdiff.json").read_text())
     diffusion, contradicted = _as_trained(weights, trained, diffusion)
-    found = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
+    problems = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
     if config.masks is None and len(rows) == 0:
         remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
-        found.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
-    refuse(found)
+        problems.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
+    refuse(problems)
     job_settings: dict[str, Any] = {
         "weights": str(weights.resolve()),
         "weights_digest": digest,
@@ -231,11 +231,11 @@ def _as_trained(
 ) -> tuple[DiffusionConfig, list[Problem]]:
     """The process that the weights were trained on, and where the config says otherwise."""
     trained, differ = as_trained(diffusion, description.get("diffusion", {}))
-    found = []
+    problems = []
     for name, (before, now) in differ.items():
         remedy = f"{weights} was trained with {before!r}: give that"
-        found.append(Problem("config", f"diffusion.{name}", repr(now), remedy))
-    return trained, found
+        problems.append(Problem("config", f"diffusion.{name}", repr(now), remedy))
+    return trained, problems
 
 
 def _weaker_digest(weights: Path, description: dict[str, Any], name: str) -> str:
@@ -261,19 +261,19 @@ def _unlike_training(
     from segdiff_dist.denoising.sampler_config import guidance_problems
 
     sampler = config.sampler
-    found = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
+    problems = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
     if description["label_table"]["name"] != shards.label_table.name or description["size"] > shards.size:
         trained = f"{description['label_table']['name']!r} at {description['size']} pixels"
         value = f"{shards.label_table.name!r} at {shards.size} pixels"
         remedy = f"the model was trained on {trained}: prepare the masks so"
-        found.append(Problem(str(shards.root), "label set, size", value, remedy))
-    found += _unknown_organs(config, shards.label_table)
+        problems.append(Problem(str(shards.root), "label set, size", value, remedy))
+    problems += _unknown_organs(config, shards.label_table)
     trained_with = description.get("diffusion", {})
     needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
     if sampler.guidance != 1.0 and sampler.guidance_weights is None and not trained_with.get(needed):
         remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"
-        found.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
-    return found
+        problems.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
+    return problems
 
 
 def _unknown_organs(config: SampleConfig, table: LabelTable) -> list[Problem]:

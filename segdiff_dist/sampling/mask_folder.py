@@ -85,7 +85,7 @@ class MaskFolder:
         read, and ids that neither the label table nor config.label_map knows.
         """
         mask_MHW = np.zeros((len(rows), self.size, self.size), np.uint8)
-        found = list(self.problems)
+        problems = list(self.problems)
         file_M = np.searchsorted(self._first_row, rows, side="right") - 1
         for number in np.unique(file_M).tolist():
             at = np.flatnonzero(file_M == number)
@@ -96,10 +96,10 @@ class MaskFolder:
                     first = (self.size - len(mask_HW)) // 2
                     mask_MHW[place, first : first + len(mask_HW), first : first + len(mask_HW)] = mask_HW
             except InputProblems as error:
-                found += error.problems
+                problems += error.problems
             except OSError as error:
-                found.append(_unreadable(listed.file, error))
-        refuse(found)
+                problems.append(_unreadable(listed.file, error))
+        refuse(problems)
         return mask_MHW
 
     def renamed(self) -> dict[str, str]:
@@ -278,15 +278,15 @@ def _label_map(file: Path | None, table: LabelTable) -> Callable[[Path, np.ndarr
 def _read_label_map(file: Path, table: LabelTable) -> dict[int, int]:
     """{their id: our id} of a YAML or JSON mapping to names or ids of the table."""
     known = {name: i for i, name in enumerate(table.names)} | {i: i for i in range(table.num_classes)}
-    found, meanings = [], {}
+    problems, meanings = [], {}
     for theirs, meant in read_yaml(file).items():
         is_id = str(theirs).isdecimal() and len(str(theirs)) <= 3 and int(theirs) < _MOST_IDS
         if not is_id:
-            found.append(Problem(str(file), "label id", repr(theirs), f"give whole numbers below {_MOST_IDS}"))
+            problems.append(Problem(str(file), "label id", repr(theirs), f"give whole numbers below {_MOST_IDS}"))
         elif not isinstance(meant, str | int) or isinstance(meant, bool) or meant not in known:
             remedy = f"choose from {', '.join(table.names)}"
-            found.append(Problem(str(file), f"label id {theirs}", repr(meant), remedy))
+            problems.append(Problem(str(file), f"label id {theirs}", repr(meant), remedy))
         else:
             meanings[int(theirs)] = known[meant]
-    refuse(found)
+    refuse(problems)
     return meanings

@@ -82,10 +82,10 @@ def adopt(folder: Path) -> str | None:
     """
     link = read_link(folder)
     remedy = "such a folder was not left by segdiff; remove it"
-    found = [odd for name in _TRACES if (odd := odd_entry(folder / name)) is not None]
-    found += [folder / name for name in (SPOOL, ARTIFACTS) if (folder / name).is_file()]
-    found += [folder / name for name in _TRACES if name not in (SPOOL, ARTIFACTS) and (folder / name).is_dir()]
-    refuse(Problem(str(odd), "tracking", "a link, a device or a pipe", remedy) for odd in found)
+    problems = [odd for name in _TRACES if (odd := odd_entry(folder / name)) is not None]
+    problems += [folder / name for name in (SPOOL, ARTIFACTS) if (folder / name).is_file()]
+    problems += [folder / name for name in _TRACES if name not in (SPOOL, ARTIFACTS) and (folder / name).is_dir()]
+    refuse(Problem(str(odd), "tracking", "a link, a device or a pipe", remedy) for odd in problems)
     other = link.get("tracking_uri")
     if other is not None and other != os.environ.get("MLFLOW_TRACKING_URI"):
         link |= {"tracking_uri": None, "run_id": None, "token": None}
