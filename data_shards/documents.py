@@ -1,8 +1,8 @@
-"""JSON and YAML from files that anybody may have written: bounded in bytes and depth, refused with file and place.
+"""JSON and YAML from untrusted files: bounded in bytes and depth, refused with file and place.
 
-What comes out is plain values: finite numbers, text that can be printed and be a path, no key twice. Whether they are
-those of a format is for that format's reader to say: by `checked`, or within `reading`, which turns what goes wrong
-there into one problem with file and remedy.
+The result is plain values: finite numbers, text that can be printed and be a path, no key twice. The reader of a format
+checks that they are values of that format: with `checked`, or within `reading`, which turns an error there into one
+problem with file and remedy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_JSON_BYTES, _MOST_YAML_BYTES = 256 * 1024**2, 256 * 1024
 _MOST_DEPTH = 64
 # Of a value or an error, what a person is shown.
 _MOST_SHOWN = 160
-# Of one file: what is wrong with more than these is another file altogether.
+# The most problems that are listed of one file: with more it is a file of another kind.
 _MOST_PROBLEMS = 8
 # -2^63 and 2^64 - 1 have 20 characters.
 _MOST_DIGITS = 20

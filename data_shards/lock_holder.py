@@ -87,7 +87,7 @@ def read_holder(descriptor: int) -> Holder | None:
 
 
 def shown(text: str) -> str:
-    """Fit for a terminal, whoever wrote it."""
+    """The text as a terminal may print it, cut to a bounded length: the file may be a stranger's."""
     cut = text[:_MOST_CHARACTERS] + "..." if len(text) > _MOST_CHARACTERS + 3 else text
     return "".join(c if c.isprintable() else "?" for c in cut)
 

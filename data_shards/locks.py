@@ -135,7 +135,8 @@ def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
 @contextmanager
 def short_turn(folder: Path, patience_s: float = 30.0) -> Iterator[None]:
     """Wait for other processes that are in such a block for the same folder: for a file that several commands read,
-    change and write again. Takes no file; goes on without where there are no locks, or nobody lets go in time."""
+    change and write again. Takes no file; goes on without a lock where there are none, or where it is not free in
+    time."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -215,7 +216,7 @@ def _acquire(file: Path, where: Path, doing: str) -> Held:
 
 
 def _is_free(holder: Holder | None, has_flock: bool | None) -> bool:
-    """Whether nobody can be at work: an flock on this machine's own kernel is sure."""
+    """Whether no process can hold the lock: an flock of this machine's own kernel is certain."""
     if has_flock is True:
         return holder is None or holder.shares_kernel
     return has_flock is None and (holder is None or holder.is_alive_here is False)
@@ -232,7 +233,7 @@ def _is_gone(
     """Whether the holder of a lock that is not free is dead all the same; None: look again."""
     waited_s = time.monotonic() - begin
     if has_flock is False and (holder is None or holder.shares_kernel):
-        # Whoever has the flock may be about to write its name over a dead one's.
+        # The process with the flock may be about to write its name over a dead one's.
         knows = holder is not None and holder.is_alive_here is not False
         lives: bool | None = True if knows or waited_s > TIMES.grace_s else None
     elif holder is not None and holder.is_alive_here:
@@ -322,7 +323,7 @@ def _not_writable(where: Path, error: OSError) -> InputProblems | OutOfSpace:
 
 
 def _in_use(where: Path, holder: Holder | None, doing: str) -> InputProblems:
-    # A dead one's name says nothing of who has its flock: a process that it had started, perhaps.
+    # The flock of a dead holder may be held by a process that it had started.
     who = "another process" if holder is None or holder.is_alive_here is False else holder
     return problem(where, "at work here", f"{who} {doing}", "wait for it, or stop it")
 

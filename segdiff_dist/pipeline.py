@@ -1,4 +1,4 @@
-"""A trained model in five lines of anybody's code: a mask in, an image out.
+"""A trained model in five lines of Python: a mask in, an image out.
 
     FOLDER/model_index.json           diffusers' list of what is below
     FOLDER/unet/                      the UNet2DModel; beside its files, what joins the mask to its input

@@ -1,7 +1,7 @@
 """Weights in folders, as they are written and read: with the digest of every file, and never built before their shapes
 are known to fit.
 
-    FOLDER/digests.json     CRC-32C and bytes of the files that make the net; folders of before have none
+    FOLDER/digests.json     CRC-32C and bytes of the files that make the net; older folders have none
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Slices to batches: which comes when, what is done to it, and DALI."""
+"""Slices to batches: the order of samples, augmentation, and DALI."""

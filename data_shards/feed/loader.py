@@ -1,6 +1,6 @@
 """Shards to device batches: one NVIDIA DALI pipeline, on the GPU where there is one, else the same on the CPU.
 
-A thread of its own reads, decodes and augments ahead of whoever consumes the batches. This file owns DALI.
+A thread of its own reads, decodes and augments ahead of the consumer of the batches. This file owns DALI.
 
 Dimensions: B batch, H rows, W columns, C channels.
 """

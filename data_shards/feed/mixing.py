@@ -1,4 +1,4 @@
-"""Which slices are drawn how often: weights for modalities, axes and shard sets, made into an order.
+"""How often which slices are drawn: weights for modalities, axes and shard sets, and the order they give.
 
 A key is [SET:]MODALITY[/AXIS] or [SET:]*, with SET the index of a shard set among those opened together: `CT`,
 `MR/axial`, `1:*`, `0:CT/coronal`. Weights are shares of the samples drawn, whatever the groups' sizes.

@@ -1,8 +1,8 @@
 """Whole-body masks for an archive: an installed tool run on every volume, one Ray task a volume.
 
 WHOLEBODY/<case id>.nii.gz appears whole, after it was read and its ids were checked; WHOLEBODY/annotations.json says
-which tool, in which version, made it from which image. Both stand after every volume, so a killed run goes on.
-WHOLEBODY/.partial/ holds what is being made, and the words of tools that failed.
+which tool, in which version, made it from which image. Both are complete after every volume, so a killed run goes on.
+WHOLEBODY/.partial/ holds what is being made, and the output of tools that failed.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
 
 
 def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem]) -> Iterator[Problem]:
-    """Masks of another tool, or of nobody knows whom, are neither mixed with new ones nor overwritten."""
+    """Masks of another or an unknown tool are neither mixed with new ones nor overwritten."""
     if not wholebody.exists():
         return
     if not wholebody.is_dir():
@@ -225,7 +225,7 @@ def _new_annotations(config: AnnotateConfig, version: str | None) -> dict[str, A
 
 
 def _adopt(wholebody: Path, cases: dict[str, Any]) -> None:
-    """Take up masks that were finished while nobody was left to write their records down."""
+    """Record masks that were finished when the process that writes the records was gone."""
     for file in (wholebody / _PARTIAL).glob("*.json"):
         mask = wholebody / f"{file.stem}.nii.gz"
         try:

@@ -46,8 +46,8 @@ def grey_map(
 
     CT: the window's lower end is 0, its upper end the highest grey (the paper: [-256, 256] HU); with `intensity` paper
     the same of the percentiles of the values clipped to the window. MR: the volume's own percentiles (1 and 99 in the
-    paper), over all of its voxels but `num_padding` of the lowest, which nobody measured. Raises ValueError when the
-    percentiles are equal: such a volume is all but empty.
+    paper), over all of its voxels but `num_padding` of the lowest, which are not measured values. Raises ValueError
+    when the percentiles are equal: such a volume is all but empty.
     """
     if modality == "CT" and intensity == "window":
         return GreyMap.between(*hu_window, bits)

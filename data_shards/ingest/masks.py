@@ -1,7 +1,7 @@
-"""The mask of a case in a label set: the experts' organs, a whole-body tool's classes, or the ones over the others.
+"""The mask of a case in a label set: the experts' organs, a whole-body tool's classes, or the former over the latter.
 
-Whole-body masks lie in one folder, WHOLEBODY/<case id>.nii.gz or .nii, in the ids of labels.WHOLEBODY, whoever made
-them. WHOLEBODY/annotations.json, where there is one, says who did (`segdiff annotate` writes it).
+Whole-body masks are in one folder, WHOLEBODY/<case id>.nii.gz or .nii, in the ids of labels.WHOLEBODY, whichever tool
+made them. WHOLEBODY/annotations.json, where there is one, names the tool (`segdiff annotate` writes it).
 
 Dimensions: I right, J anterior, K superior (canonical, RAS+).
 """

@@ -31,7 +31,7 @@ def write_partial(
     path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], stamp: str, notes: Sequence[str] = ()
 ) -> None:
     """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes. `notes` is read when all
-    samples are written, so that whoever makes them can add to it."""
+    samples are written, so that their source can add to it."""
     described = []
     with new_file(path.with_suffix(".bin")) as unfinished, unfinished.open("wb") as stream:
         for meta, payloads in samples:

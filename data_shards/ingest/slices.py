@@ -73,7 +73,7 @@ class Cutting:
     indices: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        assert self.mask_resize == "soft" or not self.soft_edge, "soft edges come of soft masks"
+        assert self.mask_resize == "soft" or not self.soft_edge, "soft edges need soft masks"
 
 
 def cut(volume: Volume, labels: Volume | None, body: BodyField, grey: GreyMap, how: Cutting) -> Iterator[Slice]:

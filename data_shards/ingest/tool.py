@@ -1,4 +1,4 @@
-"""Programs of others, run without a shell: what they say is kept, and none outlives the worker that started it."""
+"""External programs, run without a shell: their output is kept, and none outlives the worker that started it."""
 
 from __future__ import annotations
 

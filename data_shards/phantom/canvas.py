@@ -1,4 +1,4 @@
-"""Where the anatomy is painted: grey values with partial volume, texture strength and labels, on a patient's grid."""
+"""The grid of a patient on which the anatomy is drawn: grey values with partial volume, texture strength and labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels accept. Whatever else is given is refused by name: a kernel that guesses gives wrong numbers."""
+"""What the kernels accept. Everything else is refused by name: a kernel that guesses gives wrong numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compiled ahead, without a GPU, to see that it compiles and what comes out: kernel, types, constants.
+"""What is compiled ahead, without a GPU, to check that it compiles and how: kernel, types, constants.
 
 Each `_<name>_triton.py` says its cases with `compile_cases()`: the shapes and dtypes of the real UNet.
 """

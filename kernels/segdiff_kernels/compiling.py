@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that need not be there, and what came out: registers, spills, widths of loads.
+"""Compile every kernel without a GPU, and report registers, spills and widths of loads.
 
     python -m segdiff_kernels.compiling [--arch 80 90] [--json] [MODULE ...]
 
@@ -47,7 +47,8 @@ class Compiled:
     """Written to and read from local memory for want of registers, of a thread, as ptxas counts them."""
     shared_bytes: int = 0
     loads: dict[int, int] | None = None
-    """Bytes a thread -> instructions in the program that load so many from global memory. None where it streams not."""
+    """Bytes a thread -> instructions in the program that load so many from global memory. None where it does not
+    stream."""
     stores: dict[int, int] | None = None
     """Likewise."""
     problems: tuple[str, ...] = ()

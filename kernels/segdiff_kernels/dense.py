@@ -1,4 +1,4 @@
-"""For kernels that go through memory element by element: the tensors must be dense and lie in one order."""
+"""For kernels that go through memory element by element: the tensors must be dense and have one memory order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channe
 
 
 def check_same_dense(kernel: str, **tensors_BCHW: Tensor | None) -> None:
-    """Raises ValueError unless all are non-empty [B, C, H, W], of one shape and device, and lie in one order.
+    """Raises ValueError unless all are non-empty [B, C, H, W], of one shape, device and memory order.
 
     That is contiguous or channels-last; with one channel the two are the same.
     """

@@ -1,11 +1,11 @@
-"""Several exponential averages of the weights brought forward at once: each weight is read once, in one launch.
+"""Several exponential averages of the weights, updated at once: each weight is read once, in one launch.
 
     average_i <- lerp(average_i, weight, 1 - decay_i)
 
-The lists may hold any number of tensors of any size: where they lie is kept on the device as a table of pointers, and a
-table of chunks says which program does which piece of which tensor. The formula is that of
-torch._foreach_lerp_: with s = 1 - decay, a + s (w - a) if s < 0.5 and else w + (s - 1) (w - a), so that decays of 1 and
-of 0 give a and w exactly; the multiplication and the addition are one operation, rounded once.
+The lists may hold any number of tensors of any size: their addresses are kept on the device as a table of pointers,
+and a table of chunks says which program does which piece of which tensor. The formula is that of torch._foreach_lerp_:
+with s = 1 - decay, a + s (w - a) if s < 0.5 and else w + (s - 1) (w - a), so that decays of 1 and of 0 give a and w
+exactly; the multiplication and the addition are one operation, rounded once.
 
 Dimensions: A averages, T tensors.
 """
@@ -44,7 +44,7 @@ class EmaUpdate:
 
     def __init__(self, averages_AT: Sequence[Sequence[Tensor]], weights_T: Sequence[Tensor]) -> None:
         _check(averages_AT, weights_T)
-        # The tensors themselves, not detached from them: whoever gives one other memory (`.data = ...`) is followed.
+        # The tensors themselves, not detached copies: where one is given other memory (`.data = ...`), that is used.
         self._averages = [average for average_T in averages_AT for average in average_T]
         self._weights = list(weights_T)
         self._num_averages = len(averages_AT)

@@ -1,10 +1,10 @@
 """Partial statistics: mean and M2 (sum of squared differences from that mean) of slices of an activation's pixels.
 
 One float32 tensor [N, S, 2, C], mean first: slice s holds pixels s * P to (s + 1) * P of its sample, P being
-`slice_pixels(H * W)` and the last slice shorter where P does not divide H * W. Whoever writes an activation can give
-them along; the norm that reads it then need not read it twice. They are of channels, so a shift of a channel can still
-be added, and groups may be formed across two tensors. Merging follows Chan et al. 1983, "Algorithms for computing the
-sample variance", eq. 2.1; never E[x^2] - E[x]^2, which loses all digits where the mean is large.
+`slice_pixels(H * W)` and the last slice shorter where P does not divide H * W. A kernel that writes an activation can
+return them too; the norm that reads it then need not read it twice. They are of channels, so a shift of a channel can
+still be added, and groups may be formed across two tensors. Merging follows Chan et al. 1983, "Algorithms for
+computing the sample variance", eq. 2.1; never E[x^2] - E[x]^2, which loses all digits where the mean is large.
 """
 
 from __future__ import annotations

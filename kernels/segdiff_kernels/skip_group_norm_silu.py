@@ -1,6 +1,6 @@
 """SiLU(GroupNorm(cat(x, skip))), channels-last, forward and backward, without the concatenation.
 
-The first norm of a UNet's up blocks: it reads both tensors where they lie. The kernels are those of group_norm_silu.
+The first norm of a UNet's up blocks: it reads both tensors in place. The kernels are those of group_norm_silu.
 Dimensions: N batch, C1 channels of x, C2 of skip, C = C1 + C2, H, W.
 """
 

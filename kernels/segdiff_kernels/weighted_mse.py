@@ -35,7 +35,7 @@ def weighted_mse_reference(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_
 def weighted_mse(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor) -> tuple[Tensor, Tensor]:
     """Loss, float32 scalar, and the samples' unweighted errors, float32 [B], without gradient.
 
-    prediction and target are float32, bfloat16 or float16, each its own, and lie in one order (contiguous or
+    prediction and target are float32, bfloat16 or float16, each its own, and have one memory order (contiguous or
     channels-last); weight float32. The gradient is of the prediction alone, in its dtype. Sums are float32 and always
     in the same order. Raises ValueError for anything else, and where Triton cannot run.
     """

@@ -143,7 +143,7 @@ class Denoiser(nn.Module):
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
         """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it what the folder cannot say.
 
-        `training` is what segdiff.json is to hold besides: how the weights came about, which sampling must know.
+        `training` is what segdiff.json is to hold besides: how the weights were trained, which sampling must know.
         """
         from safetensors.torch import save_file
 
@@ -197,7 +197,7 @@ def _begin_as_identity(unet: nn.Module) -> None:
 
 
 def _size_problems(config: DenoiserConfig, size: int, where: Path) -> list[Problem]:
-    """Nets that nobody has trained, and that would take long to build even without memory."""
+    """Refuses nets beyond any that are trained, which would take long to build even without memory."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
     if levels <= _MOST_LEVELS and layers <= _MOST_LAYERS and 1 <= size <= _LARGEST_SIZE:
         return []

@@ -1,8 +1,8 @@
 """From noise to images: solvers on one grid of noise levels, with the predicted x_0 guided and bounded in one place.
 
-A step: the network predicts, which means an x_0; segmenter guidance moves it, clip or dynamic threshold bounds it, and
-the solver goes on from there. Nothing depends on the other images of a batch. docs/sampling.md compares the solvers.
-Dimensions: B batch, C channels, H rows, W columns, S sampling steps from noise to image.
+A step: the network predicts, and the prediction gives an x_0; segmenter guidance moves it; clip or dynamic threshold
+bounds it; the solver takes the step from it. An image does not depend on the others of its batch. docs/sampling.md
+compares the solvers. Dimensions: B batch, C channels, H rows, W columns, S sampling steps from noise to image.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def segmenter_guide(dice_term: DiceTerm, conditions: Conditions, weight: float) 
 
     One step of the backward guidance of Bansal et al. 2023, section 3.2, which needs no gradient of the denoiser. g is
     taken to unit root mean square, so that the weight is in grey values at any image size; L leaves alone what fits;
-    1 - a, 1 at pure noise and 0 at the image, lets the denoiser have the last word. Masks without organs move nothing.
+    1 - a, 1 at pure noise and 0 at the image, lets the denoiser decide at the end. Masks without organs move nothing.
     """
     # The term reads masks and modalities only. Clones: what comes out of inference mode cannot be differentiated.
     with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""How the denoiser does on held-out slices while it is trained: a loss on fixed noise, and pictures from fixed masks
+"""How well the denoiser does on held-out slices during training: a loss on fixed noise, and pictures from fixed masks
 with their sharpness.
 
 Slices, noise and noise levels depend on the validation's seed alone, so the same weights give the same numbers at any

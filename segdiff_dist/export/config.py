@@ -16,7 +16,7 @@ from data_shards.store.set_index import STORES
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What becomes of a run's samples, or of its model."""
+    """How a run's samples, or its model, are exported."""
 
     format: Annotated[
         Result[Literal["nnunet", "nifti", "png", "shards", "pipeline"]], tyro.conf.arg(aliases=["--format"])

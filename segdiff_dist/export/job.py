@@ -34,8 +34,8 @@ def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
     """Write the finished samples of `run` to the new folder `out`; returns how many.
 
     The folder appears when it is whole: a killed export leaves OUT's hidden neighbour, which the next one replaces.
-    Raises InputProblems: store missing, unfinished or damaged, another shard set than the one sampled from, HU that
-    nobody knows, `out` not empty, too little room, another process at work on it, no right to write; OutOfSpace.
+    Raises InputProblems: store missing, unfinished or damaged, another shard set than the one sampled from, unknown HU,
+    `out` not empty, too little room, another process at work on it, no right to write; OutOfSpace.
     """
     job = check_samples(run, out, config)
     with at_work(out):

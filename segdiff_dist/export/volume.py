@@ -252,7 +252,7 @@ def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig) -> list[Slice]:
     names = ("size", "spacing_mm", "fit", "mask_resize")
     how = {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
     body, body_id = _body(labels, config), shards.label_table.body_id or 0
-    # As the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
+    # There is no image. The label ids are passed in its place, and the grey values of the result are not used.
     return list(
         cut(labels, labels, body, GreyMap(1.0, 0.0), Cutting(axis=config.axis, slice_stride=1, body_id=body_id, **how))
     )

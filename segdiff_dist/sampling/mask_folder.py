@@ -170,10 +170,10 @@ class MaskFolder:
             yield own_IJK.transpose(VIEWS[listed.cut_along])[0, ::-1, ::-1]
             return
         volume = Volume(own_IJK, 1.0, 0.0, labels.affine, labels.sha256)
-        # Cut as the mask of an image that is not there: its own ids stand for grey values that nobody looks at.
-        nobody = BodyField(np.broadcast_to(np.float32(0), own_IJK.shape), np.ones(3))
+        # There is no image. The label ids are passed in its place, and the grey values of the result are not used.
+        no_body = BodyField(np.broadcast_to(np.float32(0), own_IJK.shape), np.ones(3))
         how = {"axis": listed.cut_along, "body_id": 0, **self._cut_as}
-        for one in cut(volume, volume, nobody, GreyMap(1.0, 0.0), Cutting(indices=indices, **how)):
+        for one in cut(volume, volume, no_body, GreyMap(1.0, 0.0), Cutting(indices=indices, **how)):
             yield one.mask_HW
 
 

@@ -1,4 +1,5 @@
-"""PNG masks: what a file is by its bytes, and the label ids in it; refused wherever these are not what somebody drew.
+"""PNG masks: what a file is by its bytes, and the label ids in it; refused where these cannot be the ids that were
+drawn.
 
 The picture library decodes; before it does, every chunk's checksum and the length of the pixels are checked here, so
 that no damaged or endless file reaches it.
@@ -98,7 +99,7 @@ def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
 def read_png_ids(file: Path, sizes: Collection[int], num_ids: int, *, any_palette: bool = False) -> np.ndarray:
     """uint8 [H, W]: the samples as stored, which are the label ids; of a palette, the index.
 
-    `any_palette`: somebody has said what each index means. Raises InputProblems as read_png_header, and for what is
+    `any_palette`: the user has said what each index means. Raises InputProblems as read_png_header, and for what is
     damaged or longer than declared, several frames, an orientation, a palette that may have been made for this picture
     alone, and ids from `num_ids` on.
     """

@@ -233,7 +233,7 @@ def _is_free(path: Path) -> bool:
 
 
 def _holds_no_image(path: Path) -> bool:
-    """Whether a store may be removed: it holds what was laid out, no finished region, and nothing of anybody else's."""
+    """Whether a store may be removed: it holds what was laid out, no finished region, and no other files."""
     own = {JOB, ITEMS, IMAGES, MASKS, LAYOUT, DONE}
     return {file.name for file in path.iterdir() if not is_leftover(file)} <= own and not any((path / DONE).glob("*"))
 

@@ -1,4 +1,4 @@
-"""The files of a sample store as they are read: whoever wrote them, they are what store.py lays out, or refused.
+"""The files of a sample store as they are read: in the form in which store.py lays them out, or refused.
 
 Dimensions: N items, H rows, W columns.
 """

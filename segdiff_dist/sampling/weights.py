@@ -52,5 +52,7 @@ def load_denoiser(folder: Path, expected_digest: str | None = None) -> tuple[Den
 
 def changed(what: object, field: str) -> InputProblems:
     """The error where something that a job's images depend on is not what the job was begun with."""
-    remedy = "a store holds the images of one model and one list: put back what was there, or sample to another --out"
+    remedy = (
+        "a store holds the images of one model and one list: restore the former weights, or sample to another --out"
+    )
     return problem(what, field, "changed since the job began", remedy)

@@ -62,7 +62,7 @@ class MlflowRun:
     """
 
     def __init__(self, folder: Path, experiment: str = "segdiff") -> None:
-        # Imported by whoever begins, so that no thread imports beside another.
+        # Imported in the thread that begins, so that no two threads import at once.
         _import_mlflow()
         self.folder = folder
         self.uri = tracking_uri(folder)
@@ -199,7 +199,8 @@ class MlflowRun:
             self._client.set_terminated(run, record["status"], end_time=record["ms"])
 
     def _log(self, entities: list[Any], send: Callable[[list[Any]], None]) -> None:
-        """Send a batch; of one that MLflow refuses for good, each part by itself, so that only the bad are left out."""
+        """Send a batch. Where MLflow refuses it for good, send each part by itself, so that only bad parts are left
+        out."""
         from mlflow.exceptions import MlflowException
 
         try:

@@ -1,4 +1,4 @@
-"""What a record of the spool may hold. The spool may lie in a folder that somebody else wrote."""
+"""What a record of the spool may hold. The spool may be in a folder that somebody else wrote."""
 
 from __future__ import annotations
 

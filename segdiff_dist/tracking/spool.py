@@ -114,7 +114,7 @@ class Spool:
         return offset if 0 <= offset <= os.fstat(self._descriptor).st_size else 0
 
     def close(self) -> None:
-        """Give the file up; whoever comes next adopts it."""
+        """Give the file up; the next process adopts it."""
         os.close(self._descriptor)
 
     def remove(self) -> None:
