@@ -176,7 +176,7 @@ def test_settings_out_of_range_are_named() -> None:
 
 def test_a_table_that_leaves_no_id_for_a_hidden_mask_is_refused() -> None:
     table = LabelTable("full", ("background", *(f"organ_{i}" for i in range(255))))
-    with pytest.raises(InputProblems, match="255 stands for a mask that is not shown"):
+    with pytest.raises(InputProblems, match="255 means a mask that is not shown"):
         Denoiser(SMALL, table, 16)
 
 
