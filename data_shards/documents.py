@@ -83,7 +83,7 @@ def parse_json_value(content: bytes, where: object, remedy: str, what: str = "JS
 
 
 def parse_yaml(content: bytes, where: object, remedy: str) -> Any:
-    """Whatever YAML `content` is. Anchors are refused: a few of them stand for more values than any memory holds."""
+    """The values of YAML. Anchors are refused: a few of them expand to more values than any memory holds."""
     if len(content) > _MOST_YAML_BYTES:
         raise problem(where, "content", f"{len(content):,} bytes; {_MOST_YAML_BYTES:,} are read", remedy)
     try:

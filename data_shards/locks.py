@@ -10,7 +10,7 @@ file when it ends. The file of a dead holder is taken over:
 - On another machine the flock of a shared file system is not always to be trusted, so the file is watched: a holder
   that is alive touches it. Clocks are not compared.
 
-Not the library filelock: it names no holder, and cannot tell a dead machine's lock from a busy one.
+Not the library filelock: it names no holder, and cannot distinguish a dead machine's lock from a busy one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 torch's own backward pass over that layout goes from pixel to pixel in steps of a group's few channels, and in bf16 it
 is five times as slow as in fp32. Ours goes through whole rows of channels, some hundred thousand values at a time in
-fp32, where that is quicker, and has torch's do the rest in fp32: docs/kernels.md, section 7.
+fp32, where that is faster, and leaves the rest to torch's in fp32: docs/kernels.md, section 7.
 N batch, B samples of a block, C channels, H rows, W columns, P pixels, G groups.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Two blocks of so many fp32 values lie in a core's second cache (2 MiB where this was measured).
+# Two blocks of so many fp32 values fit into a core's second cache (2 MiB where this was measured).
 _BLOCK = 1 << 17
 # From so many values on, casting all of them to fp32 first takes longer than casting a block at a time.
 _MANY = 1 << 20
@@ -76,7 +76,7 @@ def _is_slow(x_NCHW: Tensor, groups: int) -> bool:
 def _torchs_backward(
     dy_NCHW: Tensor, x_NCHW: Tensor, weight_C: Tensor, mean_NG: Tensor, rstd_NG: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As group_norm_backward, by torch in fp32, which is far quicker than torch in bf16."""
+    """As group_norm_backward, by torch in fp32, which is far faster than torch in bf16."""
     n, c, h, w = x_NCHW.shape
     dx_NCHW, dweight_C, dbias_C = torch.ops.aten.native_group_norm_backward(
         dy_NCHW.to(torch.float32, memory_format=torch.channels_last), x_NCHW.float(), mean_NG, rstd_NG, weight_C,

@@ -68,7 +68,7 @@ def _damage(folder: Path, what: str, remedy: str) -> list[Problem]:
 
 
 def read_weights(files: Iterable[tuple[str, Path]], make: Callable[[], Net], what: str, remedy: str) -> Net:
-    """The net that `make` builds, with the weights of `files`: (what stands before the names in a file, file).
+    """The net that `make` builds, with the weights of `files`: (prefix of the names in a file, file).
 
     The net is built without memory first: a few bytes of a description can ask for more than a machine has. Raises
     InputProblems: files that cannot be read, another net's, values that are not finite.

@@ -17,7 +17,7 @@ from data_shards.store.byte_ranges import Range, ShortFile
 from data_shards.store.codecs import PICTURES, crc32c, decode_into
 from data_shards.store.shards import ShardSet
 
-# What may lie between the parts of a sample in a tar: a header, a NumPy file's header and filling, or other members.
+# What may be between the parts of a sample in a tar: a header, a NumPy file's header and filling, or other members.
 _LARGEST_GAP = 4096
 # How many replacements are tried before a set counts as lost.
 _MOST_REPLACEMENTS = 100

@@ -63,7 +63,7 @@ class Loader:
         self._parts = tuple(shards.parts)
         self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
         self._crop = config.crop_size or shards.size
-        # Pixels that are not wanted are best left where they lie; pictures can only be cut once they are decoded.
+        # Unwanted pixels are best not read; pictures can only be cut once they are decoded.
         self._cuts_early = self._crop != shards.size and shards.codec not in PICTURES and not config.turns
         self._steered = self._steered_by()
         self._sources: Iterator[tuple[np.ndarray, np.ndarray, list[Any]]] = self._read()
@@ -158,7 +158,7 @@ class Loader:
     def _next_sources(self) -> tuple[Any, ...]:
         """What DALI asks for when it begins a batch."""
         read = next(self._sources)
-        # Held until the batch is out: DALI reads these buffers where they lie.
+        # Held until the batch is out: DALI reads these buffers in place.
         self._in_flight.append(read)
         return tuple(read[2])
 

@@ -55,7 +55,7 @@ class Order(Protocol):
 
     def stand_ins(self, position_P: np.ndarray, attempt: int) -> np.ndarray | None:
         """int64 [P] rows to take where those at the positions cannot be read: those that come at the same place
-        `attempt` epochs later, of the same group where there are groups. None where nothing can stand in."""
+        `attempt` epochs later, of the same group where there are groups. None where there is no replacement."""
 
 
 class Shuffled:

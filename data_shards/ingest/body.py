@@ -1,6 +1,6 @@
 """Where the patient ends: an envelope found in the image itself, for label sets without whole-body classes.
 
-Found on a coarse grid, where it is quick, and brought to each slice by linear interpolation of the inside (1) and
+Found on a coarse grid, which is fast, and brought to each slice by linear interpolation of the inside (1) and
 outside (0), cut at one half.
 """
 
@@ -34,7 +34,7 @@ _EDGE_OF_BRIGHTEST = 0.4
 
 @dataclass(frozen=True)
 class BodyField:
-    """inside_IJK: float32, 1 inside the patient, 0 outside, on a grid whose points lie `steps` stored voxels apart."""
+    """inside_IJK: float32, 1 inside the patient, 0 outside, on a grid whose points are `steps` stored voxels apart."""
 
     inside_IJK: np.ndarray
     steps: np.ndarray

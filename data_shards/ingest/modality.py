@@ -19,7 +19,7 @@ AMOS_NAME = re.compile(r"amos_([0-9]{4})")
 _LAST_CT_NUMBER = 500
 # dataset.json holds it as `modality` (AMOS, Medical Segmentation Decathlon, nnU-Net 1) or `channel_names` (nnU-Net 2).
 _KEYS = ("modality", "channel_names")
-# Words that stand for a modality there, after lower case and without what is no letter or digit.
+# Words that mean a modality there, after lower case and without what is no letter or digit.
 _WORDS = {
     "CT": {"ct", "cta", "cect", "ncct", "cbct", "ldct", "computedtomography", "computertomography"},
     "MR": {

@@ -21,7 +21,7 @@ from data_shards.problems import InputProblems, Problem, problem, refuse
 # Sizes and first bytes: NIfTI-1.1 (nifti1.h) and NIfTI-2 (nifti2.h); voxels follow the header and four bytes.
 _HEADER_BYTES = {348: "Nifti1Header", 540: "Nifti2Header"}
 _FEWEST_BYTES_BEFORE_VOXELS = {348: 352, 540: 544}
-# Extensions (tables of labels, DICOM fields) lie between header and voxels. They take kilobytes.
+# Extensions (tables of labels, DICOM fields) are between header and voxels. They take kilobytes.
 _MOST_BYTES_BEFORE_VOXELS = 64 * 2**20
 # A few writers pad their files. More than this behind the voxels is another file, or a bomb.
 MOST_BYTES_BEHIND_VOXELS = 16 * 2**20

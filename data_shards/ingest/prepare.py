@@ -206,7 +206,7 @@ def _state_of(out: Path) -> list[tuple[int, int] | None]:
 
 
 def _source(root: Path, cases: list[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:
-    """What a set was made from: names and lengths, which are quick to compare; checksums travel with each slice."""
+    """What a set was made from: names and lengths, which are fast to compare; each slice carries checksums."""
 
     def described(file: Path | None, of: Path) -> list[Any] | None:
         return None if file is None else [os.path.relpath(file, of), file.stat().st_size]

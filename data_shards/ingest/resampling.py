@@ -40,14 +40,14 @@ class Line:
         return self.length / self.size
 
     def weights(self, num_in: int, step: float) -> scipy.sparse.csr_array:
-        """[size, num_in] from an input whose elements lie on every 1 / `step`-th grid point, zero outside of it."""
+        """[size, num_in] from an input whose elements are on every 1 / `step`-th grid point, zero outside of it."""
         window = (self.first, self.first + self.length)
         start = self.first + 0.5 * self.pixel - 0.5
         shown = linear_weights(self.size, self.num_grid, step=self.pixel, start=start, window=window)
         return (shown[:, ::-1] @ linear_weights(self.num_grid, num_in, step=step)).tocsr()
 
     def nearest(self) -> tuple[slice, np.ndarray]:
-        """The pixels that are inside the volume, and the stored voxel of each, int64. A volume so thin that it lies
+        """The pixels that are inside the volume, and the stored voxel of each, int64. A volume so thin that it is
         between the pixels' centres is shown by the pixel that holds its middle."""
         shown = self.first + np.floor((np.arange(self.size) + 0.5) * self.pixel).astype(np.int64)
         inside = np.flatnonzero((shown >= 0) & (shown < self.num_grid))
@@ -82,7 +82,7 @@ class Resampling:
         lines: tuple[Line, Line],
         num_grid: int,
     ) -> Resampling:
-        """For a volume of this shape, `steps` of whose elements lie between the points of the resampled volume."""
+        """For a volume of this shape, `steps` of whose elements are between the points of the resampled volume."""
         through = linear_weights(num_grid, shape[view[0]], step=steps[view[0]])
         return cls(through, *(line.weights(shape[d], steps[d]) for line, d in zip(lines, view[1:], strict=True)))
 
@@ -95,7 +95,7 @@ class Resampling:
 class Stack:
     """Planes of a volume along one dimension, fetched in order.
 
-    Where neighbours in memory lie in neighbouring planes, a plane alone would take one voxel of each cache line. There
+    Where neighbours in memory are in neighbouring planes, a plane alone would take one voxel of each cache line. There
     a block of planes is copied in its memory order, and the planes are taken from that while it is still in the cache.
     """
 
@@ -119,7 +119,7 @@ class Stack:
 
 
 class Planes:
-    """Stored planes brought to size x size, each once, while slices that lie between them are made in order."""
+    """Stored planes brought to size x size, each once, while the slices between them are made in order."""
 
     def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int], resampling: Resampling) -> None:
         self._planes, self._resampling = Stack(voxels_IJK, view), resampling

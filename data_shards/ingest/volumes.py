@@ -135,7 +135,7 @@ def whole_numbers(stored: np.ndarray, slope: float, intercept: float) -> np.ndar
 
 
 def planes_in_memory(voxels_IJK: np.ndarray) -> Iterator[np.ndarray]:
-    """The volume in two-dimensional pieces that each lie together in memory, in no particular order: quick to walk
+    """The volume in two-dimensional pieces that are each contiguous in memory, in no particular order: fast to walk
     through, cheap to convert one at a time."""
     yield from voxels_IJK.transpose(np.argsort(np.abs(voxels_IJK.strides), kind="stable")[::-1])
 

@@ -71,7 +71,7 @@ def _decode_picture(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray)
 
     try:
         with Image.open(io.BytesIO(bytes(payload)), formats=[_PICTURE_FORMATS[codec]]) as picture:
-            if picture.size != out_HW.shape[::-1]:  # before a pixel is decoded: a few bytes can stand for gigabytes
+            if picture.size != out_HW.shape[::-1]:  # before a pixel is decoded: a few bytes can expand to gigabytes
                 raise ValueError(f"it holds {picture.height} x {picture.width} pixels, not {out_HW.shape}")
             pixels = np.asarray(picture)
     except (OSError, SyntaxError, ArithmeticError, LookupError, Image.DecompressionBombError) as error:

@@ -1,7 +1,7 @@
 """index.json: what a shard set holds, and the check of that against what is on the disk.
 
     OUT/index.json         written last; a folder without it is unfinished
-    OUT/samples.arrow      one row a sample: its meta, and where its bytes lie (samples_table.py)
+    OUT/samples.arrow      one row a sample: its meta, and where its bytes are (samples_table.py)
     OUT/shards/            tars (tar_store.py) or a Zarr group (zarr_store.py)
 
 docs/data.md is the specification.

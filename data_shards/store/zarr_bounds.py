@@ -31,7 +31,7 @@ def is_plain_array(
 
 @cache
 def bound_zstd() -> None:
-    """Have Zarr refuse, in this process, frames that unpack to more than the chunk that they stand for: some KB may
+    """Have Zarr refuse, in this process, frames that unpack to more than their chunk: some KB may
     unpack to any number of GB."""
     import zarr
     from zarr.registry import register_codec

@@ -224,7 +224,7 @@ def label_conv_in_input_gradient_kernel(  # type: ignore[no-untyped-def]
         o = start + tl.arange(0, BLOCK_O)
         is_channel = (o < out_channels)[None, :]
         for tap in range(9):
-            # What x[p] has gone into: the outputs it is this tap of, which lie the other way.
+            # The outputs that read x[p] through this tap are on the opposite side.
             offset, inside = _neighbour(row, column, height, width, 8 - tap)
             inside &= pixel < num_pixels
             offsets = (tl.arange(0, BLOCK_P) + offset)[:, None] * out_channels + o[None, :]

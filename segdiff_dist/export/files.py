@@ -62,7 +62,7 @@ def write_nnunet(
     """A raw data set of nnU-Net v2 (documentation/dataset_format.md): imagesTr, labelsTr, dataset.json.
 
     Images are two-dimensional: NIfTI of stored values with the slice's spacing and, of axial slices, its place; or PNG
-    of grey values. nnU-Net's labels must be consecutive, so ids that stand for nothing are closed up. `name`: of the
+    of grey values. nnU-Net's labels must be consecutive, so unused ids are closed up. `name`: of the
     data set.
     """
     new_id_K, names = nnunet_labels(samples.label_table, keep_body=config.body_label)

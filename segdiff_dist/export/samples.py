@@ -263,8 +263,8 @@ def unknown_hu(where: object, remedy: str) -> Problem:
 
 
 def _plain(case_id: str) -> str:
-    """A case's name as every format and a tar's header take it, without dots; what is cut off or changed of it is told
-    by a digest."""
+    """A case's name as every format and a tar's header take it, without dots. A digest keeps names apart that are equal
+    once they are cut and changed."""
     plain = case_id.replace(".", "_")[:_LONGEST_CASE]
     if plain == case_id:
         return case_id

@@ -92,7 +92,7 @@ class SampleStore:
         """The store of `job` at `path`; None where `create` is to make it, or to mend what was laid out first.
 
         Refused: a folder of other things; a store of another job, unless it has no image yet. Where the job is to run,
-        its "device", is not compared, nor where things lie that have digests.
+        its "device", is not compared, nor the paths of files that have digests.
         """
         if _is_free(path):
             return None
@@ -126,7 +126,7 @@ class SampleStore:
         return cls(path)
 
     def update_places(self, job: dict[str, Any]) -> None:
-        """Have job.json say where weights, masks and segmenter lie now. `job`: the same but for its places."""
+        """Write the present paths of weights, masks and segmenter to job.json. `job`: the same but for its paths."""
         now = job | {"device": self.job.get("device")}
         if now != self.job:
             _write_job(self.path, now)

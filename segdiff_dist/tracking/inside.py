@@ -1,4 +1,4 @@
-"""Which paths of a run folder's own files are followed: those that lie inside it, and nothing else.
+"""Which paths of a run folder's own files are followed: those that are inside it, and nothing else.
 
 A run folder may come from somebody else, and its spool names files. A path is followed where it is relative, has no
 `..`, and meets no link, device or pipe on its way, nor below it. So nothing outside the folder is read, written or
