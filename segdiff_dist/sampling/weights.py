@@ -21,7 +21,7 @@ def refuse_missing(folder: Path) -> None:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 over a weights folder's files; says which model made an image. Folders in it are none of the model's."""
+    """sha256 over a weights folder's files; it names the model of an image. Folders inside do not belong to it."""
     refuse_missing(folder)
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):
