@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def slices_of(
     labelled = mask.source != "none"
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
     geometry = {name: getattr(config, name) for name in names}
-    of_case = {
+    of_case: dict[str, Any] = {
         "case_id": case.case_id,
         "modality": case.modality,
         "split": case.split,

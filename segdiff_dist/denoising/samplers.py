@@ -105,6 +105,7 @@ def sample(
     def bounded_x_0_at(x_t_BCHW: Tensor, level: Level) -> Tensor:
         return bounded(x_0_at(x_t_BCHW, level), own)
 
+    assert own.solver is not None, "resolved() chooses one"
     of_step = x_0_at if own.solver in _BOUND_THEMSELVES else bounded_x_0_at
     return _SOLVERS[own.solver](of_step, levels, x_T_BCHW, own, process, step_noise)
 
