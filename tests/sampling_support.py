@@ -61,7 +61,7 @@ def arguments(run: Path, shapes: Path, diffusion: DiffusionConfig = DIFFUSION, *
 def make_here(run: Path, shapes: Path, batch_size: int | None = None, **changes: Any) -> SampleStore:
     """The job's images, made in this process by what runs in a worker: an undisturbed run."""
     job = prepare_job(*arguments(run, shapes, batch_size=batch_size, **changes))
-    store = SampleStore.create(job.path, job.about | {"device": "cpu"}, job.items, job.size, job.masks_MHW)
+    store = SampleStore.create(job.path, job.job_settings | {"device": "cpu"}, job.items, job.size, job.masks_MHW)
     make_region = WorkerFactory(store.path, "cpu", batch_size)()
     for index in store.missing_regions():
         make_region(index)

@@ -46,7 +46,7 @@ class Task:
         shards, config = ShardSet.open(self.data), replace(self.config, out=path, **changes)
         shutil.rmtree(path, ignore_errors=True)
         job = prepare_job(self.run, shards, shards.select(split=config.split), self.diffusion, config)
-        return SampleStore.create(job.path, job.about | {"device": "cpu"}, job.items, job.size)
+        return SampleStore.create(job.path, job.job_settings | {"device": "cpu"}, job.items, job.size)
 
 
 def ours(task: Task, path: Path, num_workers: int, **changes: Any) -> tuple[int, float, float]:

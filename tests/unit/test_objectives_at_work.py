@@ -62,9 +62,9 @@ def test_a_job_takes_its_process_from_the_weights(shapes: Path, tmp_path: Path) 
     rows = shards.select(split="test")
     job = prepare_job(run, shards, rows, replace(EDM, lognormal=(-0.4, 1.4)), config)
     process = {"objective": "edm", "sigma_data": 0.37, "lognormal": [-0.4, 1.4], "snr_shift": 1.0}
-    assert job.about["diffusion"] == process
-    assert job.about["sample"]["sampler"]["timestep_spacing"] == "karras"
-    assert job.about["sample"]["sampler"]["guidance_interval"] == [0.1, 5.0]
+    assert job.job_settings["diffusion"] == process
+    assert job.job_settings["sample"]["sampler"]["timestep_spacing"] == "karras"
+    assert job.job_settings["sample"]["sampler"]["guidance_interval"] == [0.1, 5.0]
     with pytest.raises(InputProblems, match=r"diffusion\.objective: 'ddpm'.*trained with 'edm'"):
         prepare_job(run, shards, rows, DiffusionConfig(), config)
     with pytest.raises(InputProblems, match=r"diffusion\.lognormal.*trained with \(-0\.4, 1\.4\)"):
