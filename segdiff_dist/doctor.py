@@ -136,7 +136,7 @@ def _gpu(gpus: Gpus) -> list[Row]:
 
 
 def _torch() -> tuple[Gpus, list[Row]]:
-    row, works = _requirement("torch", "torch", "")
+    row, works = requirement_row("torch", "torch", "")
     if not works:
         return Gpus(), [row]
     try:
@@ -161,11 +161,11 @@ def _torch() -> tuple[Gpus, list[Row]]:
 
 
 def _deepspeed() -> Row:
-    return _requirement("DeepSpeed", "deepspeed", "sharded mixed-precision training")[0]
+    return requirement_row("DeepSpeed", "deepspeed", "sharded mixed-precision training")[0]
 
 
 def _dali(gpus: Gpus) -> Row:
-    row, works = _requirement("DALI", "nvidia-dali-cuda130", "")
+    row, works = requirement_row("DALI", "nvidia-dali-cuda130", "")
     if not works:
         return row
     try:
@@ -194,7 +194,7 @@ def _run_dali() -> None:
 
 
 def _libraries() -> list[Row]:
-    rows = [_requirement(name, distribution, use)[0] for name, distribution, use in _SHOWN]
+    rows = [requirement_row(name, distribution, use)[0] for name, distribution, use in _SHOWN]
     told = {distribution for _, distribution, _ in _SHOWN} | set(_PROBED)
     try:
         requirements = metadata.requires(_DISTRIBUTION) or []
@@ -207,12 +207,12 @@ def _libraries() -> list[Row]:
         for r in map(Requirement, requirements)
         if r.name not in told and (r.marker is None or r.marker.evaluate({"extra": ""}))
     ]
-    wrong = [row for name in others for row, works in [_requirement(name, name, "")] if not works]
+    wrong = [row for name in others for row, works in [requirement_row(name, name, "")] if not works]
     return rows + (wrong or [Row("other libraries", "ok", f"all {len(others)}")])
 
 
 def _attention(gpus: Gpus) -> Row:
-    version = _version("xformers")
+    version = installed_version("xformers")
     if not gpus.names:
         return Row("xformers", "instead", "needs an NVIDIA GPU: attention runs on torch's scaled_dot_product_attention")
     if version is None:
@@ -234,7 +234,7 @@ def _attention(gpus: Gpus) -> Row:
 
 
 def _triton(gpus: Gpus) -> Row:
-    row, works = _requirement("Triton", "triton", "fused kernels")
+    row, works = requirement_row("Triton", "triton", "fused kernels")
     if works and not gpus.names:
         return Row("Triton", "instead", f"{row.found}: without a GPU their torch references run in their place")
     return row
@@ -252,7 +252,7 @@ def _annotator() -> Row:
 def _fid() -> Row:
     from segdiff_dist.evaluation.metrics.inception import WEIGHTS_FILE, downloaded_weights
 
-    absent = [name for name in ("torch-fidelity", "torchvision") if _version(name) is None]
+    absent = [name for name in ("torch-fidelity", "torchvision") if installed_version(name) is None]
     if absent:
         return Row(
             "FID",
@@ -260,7 +260,7 @@ def _fid() -> Row:
             f"{' and '.join(absent)} not installed: segmenter_frechet is reported, and FID is not",
             _extra("fid"),
         )
-    weights = downloaded_weights() if _version("torch") else None
+    weights = downloaded_weights() if installed_version("torch") else None
     if weights is None or not weights.is_file():
         return Row(
             "FID",
@@ -268,14 +268,14 @@ def _fid() -> Row:
             "its Inception weights are not here: segmenter_frechet is reported, and FID is not",
             f"set evaluate.fid_weights to 'download', or to the path of {WEIGHTS_FILE}",
         )
-    return Row("FID", "ok", f"torch-fidelity {_version('torch-fidelity')}, weights in {weights}")
+    return Row("FID", "ok", f"torch-fidelity {installed_version('torch-fidelity')}, weights in {weights}")
 
 
 def _lpips() -> Row:
     from segdiff_dist.evaluation.metrics.perceptual import DOWNLOAD, missing_for_lpips
 
     if missing_for_lpips(DOWNLOAD) is None:
-        return Row("LPIPS", "ok", f"lpips {_version('lpips')}; evaluate.lpips_weights names its AlexNet")
+        return Row("LPIPS", "ok", f"lpips {installed_version('lpips')}; evaluate.lpips_weights names its AlexNet")
     return Row("LPIPS", "instead", "not installed: SSIM and MS-SSIM are reported, and LPIPS is not", _extra("lpips"))
 
 
@@ -283,7 +283,7 @@ def _frd() -> Row:
     from segdiff_dist.evaluation.metrics.radiomics import missing_for_frd
 
     if missing_for_frd(1) is None:
-        return Row("FRD", "ok", f"frd-score {_version('frd-score')}")
+        return Row("FRD", "ok", f"frd-score {installed_version('frd-score')}")
     remedy = f"Python 3.11: pip install --no-build-isolation pyradiomics==3.0.1, {_extra('frd')}; see docs/metrics.md"
     return Row("FRD", "instead", "not installed: segmenter_frechet is reported, and FRD is not", remedy)
 
@@ -296,9 +296,9 @@ def _reinstall(distribution: str) -> str:
     return f"pip install --force-reinstall --no-deps -c constraints.txt {distribution}"
 
 
-def _requirement(name: str, distribution: str, use: str) -> tuple[Row, bool]:
+def requirement_row(name: str, distribution: str, use: str) -> tuple[Row, bool]:
     """The row of something the pipeline cannot do without, and whether it is there in a version that fits."""
-    version = _version(distribution)
+    version = installed_version(distribution)
     what = f": {use}" if use else ""
     if version is None:
         return Row(name, "missing", f"not installed{what}", f"pip install -c constraints.txt {distribution}"), False
@@ -323,7 +323,8 @@ def _wanted(distribution: str) -> tuple[str, bool] | None:
     return None
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

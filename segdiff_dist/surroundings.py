@@ -28,7 +28,7 @@ def complete() -> str | None:
         os.environ["USER"] = os.environ["LOGNAME"] = f"uid-{os.getuid()}"  # what getpass.getuser looks for
     given = os.environ.get("HOME")
     home = given or (entry.pw_dir if entry is not None else "")
-    if home and _is_writable(home):
+    if home and is_writable(home):
         return None
     place = _private_folder()
     if place is None:  # the command says so, if it needs temporary files
@@ -59,7 +59,8 @@ def _passwd_entry() -> pwd.struct_passwd | None:
         return None
 
 
-def _is_writable(folder: str) -> bool:
+def is_writable(folder: str) -> bool:
+    """Whether this user can write to the folder."""
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 

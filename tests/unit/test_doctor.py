@@ -38,8 +38,8 @@ def test_columns_align_and_each_remedy_stands_below_its_row():
 
 @pytest.mark.parametrize("absent", ["ray", "deepspeed", "nvidia-dali-cuda130", "nibabel"])
 def test_a_missing_requirement_is_named_with_its_remedy_and_exits_1(absent, monkeypatch, capsys):
-    installed = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == absent else installed(name))
+    installed = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == absent else installed(name))
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "1 missing" in said
@@ -48,7 +48,7 @@ def test_a_missing_requirement_is_named_with_its_remedy_and_exits_1(absent, monk
 
 def test_a_version_outside_the_range_is_missing(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.4.0")
-    row, works = doctor._requirement("torch", "torch", "")
+    row, works = doctor.requirement_row("torch", "torch", "")
     assert not works
     assert row.state == "missing"
     assert "2.4.0 does not fit" in row.found

@@ -57,7 +57,7 @@ def test_without_a_passwd_entry_there_is_a_home_and_a_name(nobody: Path) -> None
 @pytest.mark.parametrize("home", ["/", "/nowhere/at/all"])
 def test_a_home_that_is_none_is_replaced(nobody: Path, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(surroundings, "_is_writable", lambda _: False)
+    monkeypatch.setattr(surroundings, "is_writable", lambda _: False)
     said = surroundings.complete()
     assert said is not None
     assert said.startswith(f"HOME is {home!r}, not a folder that can be written: ")
@@ -68,7 +68,7 @@ def test_a_home_that_can_be_read_stays_and_caches_go_elsewhere(nobody: Path, mon
     home = nobody / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(surroundings, "_is_writable", lambda folder: folder != str(home))
+    monkeypatch.setattr(surroundings, "is_writable", lambda folder: folder != str(home))
     assert surroundings.complete() is None
     assert os.environ["HOME"] == str(home)
     assert Path(os.environ["TRITON_HOME"]).parent == nobody
