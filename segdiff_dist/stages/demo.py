@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from data_shards.locks import locked
+from data_shards.problems import WorkFailed
+from segdiff_dist.exit_status import ExitStatus
 from segdiff_dist.stages.base import Cost, Plan, Result
 from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.stages.evaluate import Evaluate
@@ -19,7 +26,12 @@ from segdiff_dist.stages.train import Train
 from segdiff_dist.stages.train_segmenter import TrainSegmenter
 
 if TYPE_CHECKING:
+    from segdiff_dist.experiment import Experiment
     from segdiff_dist.tracking.tracker import Tracker
+
+# Trained at the same time as the denoiser where there is a core for each.
+_SEGMENTER = "train-segmenter"
+_SEGMENTER_LOG = "train-segmenter.log"
 
 _STEPS: dict[str, type[ConfiguredStage]] = {
     "phantom": Phantom,
@@ -69,12 +81,22 @@ class DemoPlan(Plan):
 
         experiment = self.stage.experiment
         times_s: dict[str, float] = {}
+        at_once = _can_train_at_once(experiment)
         with ray_session(experiment.prepare.ray_address):
-            for number, (name, stage) in enumerate(_STEPS.items(), 1):
-                print(f"\n[{number}/{len(_STEPS)}] {name}", flush=True)
+            for number, name in enumerate(_STEPS, 1):
+                if at_once and name == _SEGMENTER:
+                    continue
+                both = at_once and name == "train"
+                title = (
+                    f"[{number - 1}-{number}/{len(_STEPS)}] {_SEGMENTER}, {name}"
+                    if both
+                    else f"[{number}/{len(_STEPS)}] {name}"
+                )
+                print(f"\n{title}", flush=True)
                 start = time.perf_counter()
-                result = stage.of(experiment).over(experiment).check().start()
-                times_s[name] = time.perf_counter() - start
+                with _segmenter_beside(experiment, self.folder / _SEGMENTER_LOG) if both else nullcontext():
+                    result = _result_of(name, experiment)
+                times_s[f"{_SEGMENTER}, {name}" if both else name] = time.perf_counter() - start
         summary = result.value
         times = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times_s.items())
         return Result(
@@ -87,3 +109,61 @@ class DemoPlan(Plan):
             next_command=result.next_command,
             value=summary,
         )
+
+
+def _result_of(name: str, experiment: Experiment) -> Result:
+    return _STEPS[name].of(experiment).over(experiment).check().start()
+
+
+def _can_train_at_once(experiment: Experiment) -> bool:
+    """Whether both networks can be trained at the same time: on CPUs with a core for each, where the denoiser's loss
+    needs no segmenter. Two trainings of one thread take less time than one after the other with two threads."""
+    from data_shards.ray_session import num_cores
+    from segdiff_dist.ranks.distributed import pick_device
+
+    devices = {pick_device(config.device).type for config in (experiment.train, experiment.segmenter.train)}
+    return devices == {"cpu"} and num_cores() > 1 and experiment.diffusion.dice_weight == 0
+
+
+@contextmanager
+def _segmenter_beside(experiment: Experiment, log: Path) -> Iterator[None]:
+    """The segmenter is trained by a process of its own in this context, which ends when it is trained; each of the two
+    has half of the cores. What it prints is in `log`."""
+    import torch
+
+    from data_shards.ray_session import num_cores
+
+    print(f"the segmenter is trained at the same time: see {log}", flush=True)
+    threads, before = max(1, num_cores() // 2), torch.get_num_threads()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_train_segmenter, args=(experiment, log, threads), daemon=True
+    )
+    process.start()
+    torch.set_num_threads(threads)
+    try:
+        yield
+        if process.is_alive():
+            print("the denoiser is trained; the segmenter is not yet", flush=True)
+        process.join()
+    except BaseException:
+        if process.is_alive():  # it saves a checkpoint, as this one did
+            os.kill(process.pid or 0, signal.SIGINT)
+            process.join(60.0)
+        raise
+    finally:
+        torch.set_num_threads(before)
+    if process.exitcode != 0:
+        raise WorkFailed(f"train-segmenter ended with {process.exitcode}: see {log}")
+
+
+def _train_segmenter(experiment: Experiment, log: Path, threads: int) -> None:
+    """What the other process does; its exit code is that of the command."""
+    import torch
+
+    with log.open("a") as stream:
+        for output in (sys.stdout, sys.stderr):
+            os.dup2(stream.fileno(), output.fileno())
+    torch.set_num_threads(threads)
+    with ExitStatus() as status:
+        _result_of(_SEGMENTER, experiment).say()
+    raise SystemExit(status.code)

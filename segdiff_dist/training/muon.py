@@ -15,7 +15,7 @@ first moment, so that a checkpoint belongs to no number of ranks. A veto is read
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self,
         shapes: Mapping[str, tuple[int, ...]],
         shards: list[Tensor],
-        extents_of_ranks: list[list[Extent]],
+        extents_of_ranks: Sequence[Sequence[Extent]],
         rank: int,
     ) -> None:
         """shards: this rank's flat weights, as in `extents_of_ranks[rank]`; the extents of every rank, in whose order
@@ -129,7 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
         ]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of the groups that are in `param_groups` now: ZeRO puts one there at a time."""
         for group in self.param_groups:
             (self._step_muon if group["muon"] else self._step_adamw)(group)

@@ -56,6 +56,19 @@ def test_the_next_command_that_each_prints_can_be_pasted(folder: Path) -> None:
     assert str(folder / "run" / "weights") in (folder / "train.txt").read_text()
 
 
+def test_the_demo_trains_both_networks_at_once(folder: Path, tmp_path: Path) -> None:
+    """On the same set, into another run folder. What the commands make one after the other is what the demo makes."""
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"run": str(tmp_path / "run")}
+    config["sample"] |= {"num": 2, "samples_per_mask": 1, "diverse_masks": 0, "cross_modality_masks": 0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["demo", "--config", str(tmp_path / "config.yaml")]) == 0
+    assert "train-segmenter, train" in printed.getvalue()
+    assert "weights in" in (tmp_path / "run" / "train-segmenter.log").read_text()
+    for weights in ("weights/ema_0.05/diffusion_pytorch_model.safetensors", "segmenter/weights/model.safetensors"):
+        assert (tmp_path / "run" / weights).read_bytes() == (folder / "run" / weights).read_bytes()
+
+
 def summary(folder: Path) -> dict:
     return json.loads((folder / "run" / "evaluation" / "summary.json").read_text())
 
