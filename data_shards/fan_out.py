@@ -72,6 +72,7 @@ def fan_out(
     gpus_per_worker: float = 0.0,
     address: str | None = None,
     patience_s: float = _PATIENCE_S,
+    watched: bool = True,
 ) -> Iterator[Done[Task, Result]]:
     """Run every task on one of `num_workers` Ray actors; yield results as they come, in no fixed order. See Workers."""
     waiting = list(tasks)
@@ -84,6 +85,7 @@ def fan_out(
         gpus_per_worker=gpus_per_worker,
         address=address,
         patience_s=patience_s,
+        watched=watched,
     ) as workers:
         yield from workers.run(waiting)
 
@@ -94,8 +96,8 @@ class Workers(Generic[Task, Result]):
     `make_worker` runs once in each actor and returns the function that does a task (so a model is loaded once). Actors
     start when there is a task for them. One that is lost, alone or with its machine, is replaced as soon as there is
     room; until then the others do its work. One whose processes use no processor time for an hour counts as lost
-    (liveness.BOUND changes that); it is named after ten minutes. Leaving the context early (an exception, Ctrl-C) stops
-    them.
+    (liveness.BOUND changes that); it is named after ten minutes. `watched=False` leaves that out, for tasks that wait
+    for work elsewhere, such as in a container. Leaving the context early (an exception, Ctrl-C) stops them.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Workers(Generic[Task, Result]):
         gpus_per_worker: float = 0.0,
         address: str | None = None,
         patience_s: float = _PATIENCE_S,
+        watched: bool = True,
     ) -> None:
         self._make_worker, self._num_workers, self._threads = make_worker, num_workers, threads_per_worker
         self._session = ray_session(address, num_cpus=max(num_workers * threads_per_worker, num_cores()))
@@ -117,10 +120,11 @@ class Workers(Generic[Task, Result]):
         self._running: dict[Any, tuple[Any, _Attempt[Task]]] = {}
         self._deaths_at_start = 0
         self._places: dict[Any, Place] = {}
+        self._watched = watched
         self._quiet: Quiet | None = None
 
     def __enter__(self) -> Workers[Task, Result]:
-        bound_s = liveness.bound_s()
+        bound_s = liveness.bound_s() if self._watched else None
         self._quiet = None if bound_s is None else Quiet(bound_s)
         self._session.__enter__()
         return self

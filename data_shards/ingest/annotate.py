@@ -144,6 +144,7 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
         threads_per_worker=workers.threads_per_worker,
         gpus_per_worker=config.gpus_per_worker,
         address=workers.ray_address,
+        watched=False,  # a tool may work in a container, whose processes are not the worker's; timeout_s bounds it
     )
     failed: list[tuple[str, str]] = []
     num_kept = 0
