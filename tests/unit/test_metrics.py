@@ -60,7 +60,7 @@ class TestDice:
         assert np.isnan(overlaps.mean_dice(dice, ORGANS)[0])
 
     def test_ids_outside_the_table_are_refused(self):
-        with pytest.raises(ValueError, match="id 7 lies outside"):
+        with pytest.raises(ValueError, match="id 7 is outside"):
             overlaps.confusion(np.zeros((1, 2, 2), np.uint8), np.full((1, 2, 2), 7, np.uint8), NUM_CLASSES)
 
     def test_shapes_must_agree(self):

@@ -1,4 +1,4 @@
-"""What each metric of the report is called, how it is written, and what it is. docs/metrics.md says it at length."""
+"""The metrics of the report: label, digits, which values are better, and a description. docs/metrics.md has more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from segdiff_dist.spectra import BAND_NAMES, BANDS, FEWEST_PIXELS_INSIDE
 
 @dataclass(frozen=True)
 class Definition:
-    """How a metric is called on the page, how it is written, which values are better, and what it is.
+    """A metric on the page: its label, its digits after the point, which values are better, and its description.
 
     `better`: "higher", "lower", "one" (nearest to 1), or empty where none is better by itself.
     """
@@ -28,17 +28,17 @@ _PAIRS = {
 
 
 _TEXT_OF_PAIRS = {
-    "mask_real": "Of the mask as the reference and the segmenter's labels on the real image: its best.",
-    "real_gen": "Of the segmenter's labels on the real image as the reference and those on the generated one.",
-    "mask_gen": "Of the mask as the reference and the segmenter's labels on the generated image.",
+    "mask_real": "The reference is the mask, compared with the segmenter's labels on the real image: its best.",
+    "real_gen": "The reference is the segmenter's labels on the real image, compared with those on the generated one.",
+    "mask_gen": "The reference is the mask, compared with the segmenter's labels on the generated image.",
 }
 
 
 def _organ_means(kind: str, label: str, better: str, text: str, digits: int = 3) -> dict[str, Definition]:
     """One definition a pair of label maps; the first of a pair is the reference."""
     return {
-        f"{kind}_{pair}": Definition(f"{label} ({told})", digits, better, f"{text} {_TEXT_OF_PAIRS[pair]}")
-        for pair, told in _PAIRS.items()
+        f"{kind}_{pair}": Definition(f"{label} ({maps})", digits, better, f"{text} {_TEXT_OF_PAIRS[pair]}")
+        for pair, maps in _PAIRS.items()
     }
 
 
@@ -48,28 +48,31 @@ def _false_positives() -> dict[str, Definition]:
         "false_positive_rate",
         "False organs",
         "lower",
-        "Share of the organs absent from the reference that appear in the other label map all the same; of one organ: "
-        "share of the images without it where it appears. Mean over images.",
+        "Of the organs absent from the reference, the share that appears in the other label map; mean over images. For "
+        "one organ: of the images without it, the share where it appears.",
     ) | _organ_means(
         "false_positive_area_mm2",
         "Area of false organs, mm²",
         "lower",
-        "Area of organs that the reference does not hold, all together; of one organ: over the images without it. "
-        "Mean over images, those without any false organ included.",
+        "Area of all organs that appear although the reference does not hold them, together; mean over all images. For "
+        "one organ: mean over the images without it.",
         digits=1,
     )
 
 
 def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Definition]:
-    told = {
-        "precision": f"Share of generated images that lie within the 3rd neighbour's distance of a real one, on "
-        f"{features} (Kynkäänniemi et al. 2019): fidelity.",
-        "recall": f"Share of real images that lie so around a generated one, on {features}: variety.",
-        "density": f"Number of real images in whose neighbourhood, reaching to the 5th neighbour, a generated image "
-        f"lies, divided by 5, on {features} (Naeem et al. 2020): fidelity, less swayed by outliers; may exceed 1.",
-        "coverage": f"Share of real images whose neighbourhood holds a generated one, on {features}: variety.",
+    texts = {
+        "precision": f"Share of generated images in the neighbourhood of a real one, on {features}. The neighbourhood "
+        "reaches to the 3rd nearest real image (Kynkäänniemi et al. 2019). It measures fidelity.",
+        "recall": f"Share of real images in the neighbourhood of a generated one, on {features}. The neighbourhood "
+        "reaches to the 3rd nearest generated image. It measures variety.",
+        "density": f"Number of real images whose neighbourhood holds a generated image, divided by 5, on {features}; "
+        "mean over generated images. The neighbourhood reaches to the 5th nearest real image (Naeem et al. 2020). It "
+        "measures fidelity, and outliers change it less than precision. It may exceed 1.",
+        "coverage": f"Share of real images whose neighbourhood holds a generated one, on {features}. The neighbourhood "
+        "is that of density. It measures variety.",
     }
-    return {f"{extractor}_{name}": Definition(f"{label} {name}", 3, "higher", text) for name, text in told.items()}
+    return {f"{extractor}_{name}": Definition(f"{label} {name}", 3, "higher", text) for name, text in texts.items()}
 
 
 def wavelengths(band: int) -> str:
@@ -80,9 +83,9 @@ def wavelengths(band: int) -> str:
 
 def _sharpness() -> dict[str, Definition]:
     band_text = (
-        "Power of the generated over that of the real images at wavelengths of {} pixels ({:.0%} to {:.0%} of the "
-        "Nyquist frequency): sums over images of the radially averaged power spectrum (Durall et al. 2020), under a "
-        "Hann window, without constant borders. Below 1 detail is missing, above 1 there is too much."
+        "Power of the generated images divided by that of the real ones at wavelengths of {} pixels ({:.0%} to {:.0%} "
+        "of the Nyquist frequency): sums over images of the radially averaged power spectrum (Durall et al. 2020), "
+        "with a Hann window, without constant borders. Below 1 detail is missing, above 1 there is too much."
     )
     labels = ("coarsest", "coarse", "middle", "fine", "finest")
     return {
@@ -90,8 +93,8 @@ def _sharpness() -> dict[str, Definition]:
             "Sharpness",
             3,
             "higher",
-            "How near the five power ratios of generated to real images are to 1: exp(-mean of |ln ratio|). 1 where "
-            "the images have the real ones' power at every wavelength; blur lowers it, and so does noise.",
+            "How near the five power ratios of generated to real images are to 1: exp(-mean of |ln ratio|). It is 1 "
+            "where the images have the power of the real ones at every wavelength. Blur and noise lower it.",
         ),
         **{
             f"sharpness_{BAND_NAMES[f]}": Definition(
@@ -103,9 +106,9 @@ def _sharpness() -> dict[str, Definition]:
             "Texture in organs",
             3,
             "one",
-            "Fine detail inside organs, generated over real: the standard deviation of the grey values less their 3x3 "
-            f"binomial mean, inside an organ's outline where {FEWEST_PIXELS_INSIDE} pixels are left; mean over organs, "
-            "then over images. Below 1 organs are too smooth, above 1 too grainy.",
+            "Fine detail inside organs, generated divided by real: the standard deviation of the grey values minus "
+            f"their 3x3 binomial mean, inside an organ's outline where at least {FEWEST_PIXELS_INSIDE} pixels remain; "
+            "mean over organs, then over images. Below 1 organs are too smooth, above 1 too grainy.",
         ),
     }
 
@@ -116,7 +119,7 @@ DEFINITIONS = {
         2,
         "higher",
         "Peak signal-to-noise ratio of the generated against the real image of the same slice, in one window "
-        "(grey values 0 to 255) for both; mean over images. Identical images would be infinite and are left out.",
+        "(grey values 0 to 255) for both; mean over images. Identical images are left out: their PSNR is infinite.",
     ),
     "ssim": Definition(
         "SSIM",
@@ -152,7 +155,7 @@ DEFINITIONS = {
         3,
         "lower",
         "Fréchet distance on the pooled encoder features of the auxiliary segmenter. It is not FID and has another "
-        "scale; comparable only between runs judged by the same segmenter on equally many images.",
+        "scale. Compare it only between runs that were evaluated with the same segmenter and as many images.",
     ),
     "frd": Definition(
         "FRD",
@@ -181,15 +184,15 @@ DEFINITIONS = {
         "dice_either",
         "Dice, false organs count",
         "higher",
-        "Dice over the organs present in either label map: one that only the second has counts 0. Background and body "
-        "are left out; mean over organs, then over images; an image whose two maps hold no organ is left out.",
+        "Dice over the organs present in either label map. An organ that only the second map has counts 0. Background "
+        "and body are left out; mean over organs, then over images. An image without organs in both maps is left out.",
     ),
     "dice_mask_real": Definition(
         "Dice (mask, pred. real)",
         3,
         "higher",
         "Dice of the mask and the segmenter's labels on the real image, over the organs present in the mask, "
-        "background and body left out; mean over organs, then over images. What the segmenter can do at best.",
+        "background and body left out; mean over organs, then over images. It is the best that the segmenter can do.",
     ),
     "dice_real_gen": Definition(
         "Dice (pred. real, pred. gen.)",
@@ -201,37 +204,37 @@ DEFINITIONS = {
         "Dice (mask, pred. gen.)",
         3,
         "higher",
-        "Dice of the mask and the segmenter's labels on the generated image, over the organs present in the mask: does "
-        "the image follow its mask? An organ that appears beside them costs nothing here.",
+        "Dice of the mask and the segmenter's labels on the generated image, over the organs present in the mask. It "
+        "measures whether the image follows its mask. An organ that is not in the mask does not lower it.",
     ),
     **_organ_means(
         "surface_dice",
         "Surface Dice",
         "higher",
-        "Share of both outlines of an organ that lies within the organ's tolerance (2 to 7 mm, at least a pixel) of "
+        "Share of both outlines of an organ that is within the organ's tolerance (2 to 7 mm, at least a pixel) of "
         "the other outline (Nikolov et al. 2021); mean over the organs present, then over images.",
     ),
     **_organ_means(
         "area_error",
         "Area error",
         "lower",
-        "Difference of an organ's areas as a share of the reference's, without its sign; mean over the organs present, "
-        "then over images.",
+        "Absolute difference of an organ's two areas, divided by the reference's; mean over the organs present, then "
+        "over images.",
     ),
     **_false_positives(),
     "volume_error_mask_gen": Definition(
         "Volume error (mask, pred. gen.)",
         3,
         "lower",
-        "Difference of an organ's areas, summed over a patient's slices along an axis, as a share of the mask's; mean "
-        "over patients and axes.",
+        "Absolute difference of an organ's two areas, each summed over a patient's slices along an axis, divided by "
+        "the mask's; mean over patients and axes.",
     ),
     "hu_mean_real": Definition(
         "Mean HU, real",
         1,
         "",
-        "Mean HU inside the organ's mask on the real CT image, averaged over images; from 8-bit grey values, so that "
-        "what the window clipped stays clipped.",
+        "Mean HU inside the organ's mask on the real CT image, averaged over images; from 8-bit grey values, in which "
+        "HU outside the window are clipped.",
     ),
     "hu_mean_gen": Definition("Mean HU, generated", 1, "", "Mean HU inside the organ's mask on the generated image."),
     "hu_std_real": Definition(
@@ -247,14 +250,14 @@ DEFINITIONS = {
         "HU error",
         1,
         "lower",
-        "Difference of the two means of an image, without its sign, averaged over images.",
+        "Absolute difference of the two means of an image, averaged over images.",
     ),
     "legacy_dice_mask_real": Definition(
         "Legacy Dice (mask, pred. real)",
         3,
         "higher",
-        "Dice as the paper's Table 1 has it: the mean over all classes with background, where a class absent from both "
-        "counts 1. It flatters images that hold few organs. Kept to be comparable with the published rows.",
+        "Dice as in the paper's Table 1: the mean over all classes with background, where a class absent from both "
+        "counts 1. It is too high for images with few organs. It is kept for comparison with the published rows.",
     ),
     "legacy_dice_real_gen": Definition(
         "Legacy Dice (pred. real, pred. gen.)",
@@ -272,7 +275,7 @@ DEFINITIONS = {
         "Pixel std (grey values)",
         2,
         "",
-        "Standard deviation of each pixel over the images made from one mask, averaged over the patient.",
+        "Standard deviation of each pixel over the images made from one mask, averaged over the patient's pixels.",
     ),
     "pairwise_ssim": Definition("Pairwise SSIM", 3, "", "SSIM of two images made from one mask, mean over pairs."),
     "pairwise_ms_ssim": Definition(

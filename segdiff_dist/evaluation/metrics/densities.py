@@ -14,9 +14,9 @@ from data_shards.store.shards import ShardSet
 _NUM_VOLUMES = 2
 _NUM_SLICES = 48
 _NUM_BINS = 160
-# Of every volume this many voxels along each axis: enough for a smooth density, little to hold.
+# Every volume is sampled at this many voxels along each axis: enough for a smooth density, and little memory.
 _VOXELS_ALONG_AN_AXIS = 160
-# Air to dense bone; metal and padding values beyond it would squeeze everything else into one bin.
+# Air to dense bone. With metal and padding values, which are beyond, all else would be in one bin.
 _CT_RANGE_HU = (-1100.0, 1500.0)
 
 
@@ -32,8 +32,8 @@ class Density:
 class Clipping:
     """One modality's densities. `window` is the range kept, in the unit of `before` (the mean over cases for MR).
 
-    `from_volumes` is False where the archive is gone: `before` then comes of the stored slices, mapped back to their
-    original unit, and shows nothing outside the window.
+    `from_volumes` is False where the archive is not there. `before` then shows the stored slices, mapped back to their
+    original unit, and nothing outside the window.
     """
 
     before: Density
@@ -91,11 +91,11 @@ def _volume_files(shards: ShardSet, amos_root: Path | None, cases: Iterable[str]
 
 
 def _read_some(files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The first few volumes that can be read; a figure is no reason to stop over one that cannot."""
+    """The first few volumes that can be read. Others are skipped: a figure is not worth an error."""
     import nibabel
     from nibabel.filebasedimages import ImageFileError
 
-    found = 0
+    num_read = 0
     for case, file in files:
         try:
             volume = nibabel.load(file)
@@ -104,6 +104,6 @@ def _read_some(files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, np.ndar
         except (OSError, EOFError, ValueError, ImageFileError):
             continue
         yield case, values[np.isfinite(values)]
-        found += 1
-        if found == _NUM_VOLUMES:
+        num_read += 1
+        if num_read == _NUM_VOLUMES:
             return

@@ -22,11 +22,11 @@ from segdiff_dist.evaluation.metrics.feature_sets import (
 from segdiff_dist.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from segdiff_dist.evaluation.metrics.radiomics import frd
 
-# What the Frechet distance on an extractor's features is called. Only Inception's is FID.
+# Names of the Frechet distance by the extractor of the features. Only Inception's is FID.
 _FRECHET = {"segmenter": "segmenter_frechet", "inception": "fid", "radiomics": "frd"}
 _KERNEL = {"segmenter": "segmenter_kernel_distance", "inception": "kid"}
 _NEIGHBOURHOODS = ("precision", "recall", "density", "coverage")
-# Every name in the order of a table: distances first, then what neighbourhoods say.
+# Every name in the order of a table: distances first, then measures of neighbourhoods.
 DISTANCE_METRICS = (
     *_FRECHET.values(),
     *_KERNEL.values(),
@@ -34,7 +34,7 @@ DISTANCE_METRICS = (
 )
 _LOWER_IS_BETTER = frozenset((*_FRECHET.values(), *_KERNEL.values()))
 
-# From fewer images a side a distance is noise: their covariance has next to no rank.
+# A distance of fewer images a side is noise: their covariance has almost no rank.
 FEWEST_FOR_DISTANCES = 5
 
 _ROWS_A_MERGE = 512
@@ -69,7 +69,7 @@ class Group:
 class Moments:
     """FeatureStatistics of a stream of features [B, D], taken in many rows at a time.
 
-    A merge costs D x D however few rows come, and the rows of a group come by the dozen.
+    A merge costs D x D for any number of rows, and a chunk has only a few rows of a group.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -77,14 +77,14 @@ class Moments:
         self._waiting: list[np.ndarray] = []
 
     def add(self, features_BD: np.ndarray) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self._waiting.append(features_BD)
         if sum(len(features) for features in self._waiting) >= _ROWS_A_MERGE:
             self._merge()
 
     @property
     def statistics(self) -> FeatureStatistics:
-        """Of all that came."""
+        """Of all features added."""
         self._merge()
         return self._merged
 
@@ -98,7 +98,7 @@ class Moments:
 class Distributions:
     """Features by (extractor, side, source modality, target modality, axis); first samples of a mask only.
 
-    Of all features the moments; of at most `capacity` images of each key, chosen by priority, the features themselves.
+    It keeps the moments of all features. It keeps the features of at most `capacity` images of each key, by priority.
     """
 
     capacity: int
@@ -114,7 +114,7 @@ class Distributions:
         first_B: np.ndarray,
         priority_B: np.ndarray,
     ) -> None:
-        """Take in a chunk's features [B, D] by (extractor, side); rows that are not finite are images that have none.
+        """Add a chunk's features [B, D] by (extractor, side). Rows that are not finite mean images without features.
 
         `groups`: source, target and axis of its items; `first_B`: seed_index is 0; `priority_B`: see FeatureSample.
         """
@@ -131,8 +131,8 @@ class Distributions:
                     sample.add(priority_B[chosen_B], features_BD[chosen_B])
 
     def entries(self, real: Group, gen: Group) -> dict[str, Entry]:
-        """Every distance between two groups that there are enough samples for, by its stable name."""
-        found: dict[str, Entry] = {}
+        """Every distance between two groups of enough samples, by its stable name."""
+        entries: dict[str, Entry] = {}
         for extractor in _FRECHET:
             members = tuple(
                 tuple(k for k in sorted(self.moments) if k[:2] == (extractor, side) and group.holds(*k[2:]))
@@ -141,8 +141,8 @@ class Distributions:
             if all(members):
                 if members not in self._entries:
                     self._entries[members] = self._frechet(extractor, *members) | self._sampled(extractor, *members)
-                found |= {name: dict(entry) for name, entry in self._entries[members].items()}
-        return found
+                entries |= {name: dict(entry) for name, entry in self._entries[members].items()}
+        return entries
 
     def _frechet(self, extractor: str, real: tuple[Key, ...], gen: tuple[Key, ...]) -> dict[str, Entry]:
         first, second = (

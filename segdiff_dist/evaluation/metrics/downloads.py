@@ -1,6 +1,6 @@
-"""Weights to be downloaded: had before anything is measured, or the one figure is left out with a reason.
+"""Downloads of weights, before anything is measured. Where one fails, its metric is left out with a reason.
 
-They are downloaded here and not on each worker, so that all of them use one file, whose digest is recorded.
+They are downloaded here and not on each worker. So all workers use one file, whose digest is recorded.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any
 
 from segdiff_dist.evaluation.metrics import inception, perceptual
 
-# A server that takes a connection and then says nothing is not waited for longer.
+# How long a server may take a connection and send nothing.
 _SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Files of weights on this machine, None where a figure was not asked for or cannot be had; `missing`: why not, by
-    the figure's name."""
+    """Files of weights on this machine; None where a metric was not requested or its file could not be downloaded.
+
+    `missing`: the reason, by the metric's name.
+    """
 
     fid: str | None
     lpips: str | None
@@ -62,7 +64,7 @@ def _file(
     patience_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SILENCE_S)
     try:
-        load(given, "cpu")  # downloads what is not there, and finds a file that is damaged
+        load(given, "cpu")  # downloads a missing file, and fails for a damaged one
         file = downloaded()
         if shared is not None:
             shared.mkdir(parents=True, exist_ok=True)

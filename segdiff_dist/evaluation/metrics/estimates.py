@@ -1,6 +1,6 @@
 """A mean over samples with its 95 % bootstrap interval over patients.
 
-Dimensions: N samples, P patients.
+Dimensions: N samples, P patients, R bootstrap samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _INTERVAL = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over samples with its interval over patients. `interval` is None where there are fewer than two."""
+    """A mean over samples with its 95 % interval over patients; `interval` is None for fewer than two patients."""
 
     value: float
     interval: tuple[float, float] | None
@@ -26,10 +26,10 @@ class Estimate:
 
 
 def estimate(values: np.ndarray, patients: np.ndarray, *, resamples: int, seed: int) -> Estimate | None:
-    """Mean of `values` with a 95 % percentile-bootstrap interval that redraws whole patients, not slices.
+    """Mean of `values` with a 95 % percentile bootstrap interval over patients, not over slices.
 
     `values` [N] (NaN and infinities are left out), `patients` [N] their case ids. Slices of a patient resemble each
-    other, so redrawing slices would give intervals that are far too narrow. None when no finite value is left.
+    other, so that a bootstrap over slices would give far too narrow intervals. None when no finite value is left.
     Field and Welsh 2007 (cluster bootstrap).
     """
     values = np.asarray(values, dtype=np.float64)
@@ -42,18 +42,18 @@ def estimate(values: np.ndarray, patients: np.ndarray, *, resamples: int, seed: 
 
 
 def estimate_from_sums(sums_P: Array, counts_P: Counts, *, resamples: int, seed: int) -> Estimate:
-    """The same from each patient's sum and number of finite values, P patients with at least one: all it needs."""
+    """The same from each patient's sum and number of finite values; P patients with at least one value."""
     assert len(sums_P)
     assert (counts_P > 0).all()
     num_patients, interval = len(sums_P), None
     if num_patients >= 2:
-        draws = redrawn(num_patients, resamples, seed)
-        low, high = np.percentile((draws @ sums_P) / (draws @ counts_P), _INTERVAL)
+        draws_RP = bootstrap_counts(num_patients, resamples, seed)
+        low, high = np.percentile((draws_RP @ sums_P) / (draws_RP @ counts_P), _INTERVAL)
         interval = (float(low), float(high))
     return Estimate(float(sums_P.sum() / counts_P.sum()), interval, int(counts_P.sum()), num_patients)
 
 
 @lru_cache(maxsize=16)
-def redrawn(num_patients: int, resamples: int, seed: int) -> Counts:
-    """How often each patient is drawn, [resamples, num_patients]; the same for every metric of as many patients."""
+def bootstrap_counts(num_patients: int, resamples: int, seed: int) -> Counts:
+    """How often each bootstrap sample holds each patient, [R, P]; the same for every metric of as many patients."""
     return np.random.default_rng(seed).multinomial(num_patients, np.full(num_patients, 1 / num_patients), resamples)

@@ -1,4 +1,4 @@
-"""Distances between sets of features that need the features themselves, and the bounded sample that keeps them.
+"""Distances between two sets of features, and the bounded sample that keeps the features.
 
 Dimensions: N real images, M generated ones, D features, K neighbours.
 """
@@ -29,9 +29,9 @@ class Extractor(Protocol):
 class FeatureSample:
     """At most `capacity` features float32 [N, D]: those of the smallest priorities.
 
-    A priority is a fixed pseudo-random rank of its image. So the sample is uniform, takes memory for twice `capacity`
-    images whatever comes, and does not depend on the order or the parts in which they come: keeping the smallest
-    commutes with merging. Cohen and Kaplan 2007 (bottom-k sketches).
+    A priority is a fixed pseudo-random rank of its image. So the sample is uniform, and it holds at most twice
+    `capacity` images. It does not depend on the order or the parts in which images come: keeping the smallest commutes
+    with merging. Cohen and Kaplan 2007 (bottom-k sketches).
     """
 
     def __init__(self, capacity: int) -> None:
@@ -39,7 +39,7 @@ class FeatureSample:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, priority_N: np.ndarray, features_ND: np.ndarray) -> None:
-        """Take in features with their priorities, int64."""
+        """Add features with their priorities, int64."""
         assert len(priority_N) == len(features_ND)
         self._parts.append((priority_N, np.asarray(features_ND, np.float32)))
         if self.num_held > 2 * self.capacity:
@@ -55,13 +55,13 @@ class FeatureSample:
 
     @property
     def features_ND(self) -> np.ndarray:
-        """What is kept, in order of priority."""
+        """The features that are kept, in order of priority."""
         self._compact()
         return self._parts[0][1] if self._parts else np.zeros((0, 0), np.float32)
 
     @property
     def num_held(self) -> int:
-        """Features in memory now: those that are kept, and those that came since."""
+        """Number of features in memory: those that are kept, and those added since."""
         return sum(len(part) for part, _ in self._parts)
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ def kernel_distance(real_ND: np.ndarray, gen_MD: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """How generated images lie among the neighbourhoods of real ones, each in [0, 1] except `density`."""
+    """How many images are in the neighbourhoods of others. Each value is in [0, 1] except `density`."""
 
     precision: float
     recall: float
@@ -99,11 +99,11 @@ def neighbourhoods(real_ND: np.ndarray, gen_MD: np.ndarray) -> Neighbourhoods:
     """Precision and recall with K = 3, density and coverage with K = 5; each side needs FEWEST_FOR_NEIGHBOURS.
 
     Kynkaanniemi et al. 2019, eq. 1 and 2; Naeem et al. 2020. Euclidean; the neighbourhood of an image is
-    the closed ball that reaches its K-th neighbour, itself not counted.
+    the closed ball that reaches to its K-th neighbour, itself not counted.
     """
     n, m = len(real_ND), len(gen_MD)
     assert min(n, m) >= FEWEST_FOR_NEIGHBOURS
-    # About one mean, so that single precision goes into the differences. Distances do not see it.
+    # Centred, so that single precision is enough for the differences. Distances do not change.
     centre_D = real_ND.mean(axis=0, dtype=np.float64)
     real, gen = ((side - centre_D).astype(np.float32) for side in (real_ND, gen_MD))
     real_few_N, real_more_N = _radii(real, (_NEIGHBOURS_PRECISION, _NEIGHBOURS_DENSITY))
@@ -143,7 +143,7 @@ def _radii(features_ND: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndar
     radii: list[np.ndarray] = [np.zeros(len(features_ND), np.float32) for _ in neighbours]
     for start, square_BN in _square_distances(features_ND, features_ND):
         rows = np.arange(len(square_BN))
-        # Rounding may put another before an image itself: it is its own nearest by definition.
+        # Rounding may put another image before the image itself. By definition it is its own nearest.
         square_BN[rows, start + rows] = -1.0
         ordered = np.partition(square_BN, neighbours, axis=1)
         for radius_N, k in zip(radii, neighbours, strict=True):
@@ -166,7 +166,7 @@ def _kernel_mean(first_ND: np.ndarray, second_MD: np.ndarray, *, same: bool) -> 
     second_MD, total = np.asarray(second_MD, np.float64), 0.0
     for start in range(0, len(first_ND), _BLOCK):
         block_BD = np.asarray(first_ND[start : start + _BLOCK], np.float64)
-        # Of the same set only pairs from here on: those before are their mirror images, which are counted twice.
+        # Of the same set only pairs from here on: each counts twice, for itself and its mirror image.
         others_MD = second_MD[start:] if same else second_MD
         kernel_BM = (block_BD / block_BD.shape[1]) @ others_MD.T
         # In place: a fresh array of this size costs as much as the arithmetic.

@@ -1,4 +1,4 @@
-"""The network behind `fid`: torch-fidelity's Inception, and no other. Whatever lacks its weights is not called FID."""
+"""The network of `fid`: torch-fidelity's Inception. A distance on any other network is not called FID."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def grey_extractor(network: nn.Module) -> Extractor:
 
 
 def downloaded_weights() -> Path:
-    """Where torch-fidelity's own download puts its file."""
+    """The path to which torch-fidelity downloads its file."""
     import torch
 
     return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE

@@ -18,13 +18,13 @@ _LEGACY_SMOOTH = 1e-5
 def confusion(reference_BHW: np.ndarray, predicted_BHW: np.ndarray, num_classes: int) -> Counts:
     """Pixel counts [B, K, K], rows by reference id and columns by predicted id; every Dice is made from these.
 
-    Both uint8 label maps of the same shape. ValueError when an id lies outside 0..num_classes-1.
+    Both uint8 label maps of the same shape. ValueError when an id is outside 0..num_classes-1.
     """
     if reference_BHW.shape != predicted_BHW.shape:
         raise ValueError(f"label maps differ in shape: {reference_BHW.shape} and {predicted_BHW.shape}")
     highest = max(int(reference_BHW.max(initial=0)), int(predicted_BHW.max(initial=0)))
     if highest >= num_classes:
-        raise ValueError(f"label id {highest} lies outside the label table of {num_classes} ids")
+        raise ValueError(f"label id {highest} is outside the label table of {num_classes} ids")
     num_samples = reference_BHW.shape[0]
     pair = reference_BHW.astype(np.int64) * num_classes + predicted_BHW
     pair += np.arange(num_samples, dtype=np.int64)[:, None, None] * num_classes**2
@@ -40,8 +40,10 @@ def dice_per_class(confusion_BKK: Counts) -> Array:
 
 
 def dice_either(confusion_BKK: Counts) -> Array:
-    """The same Dice [B, K], but NaN only where the id is absent from both maps: an id that the prediction has and the
-    reference has not counts 0."""
+    """The same Dice [B, K], but NaN only where the id is absent from both maps.
+
+    An id that the prediction has and the reference does not have counts 0.
+    """
     overlap, reference, predicted = _overlaps(confusion_BKK)
     either = reference + predicted
     dice: Array = np.where(either > 0, 2.0 * overlap / np.maximum(either, 1), np.nan)
@@ -61,7 +63,7 @@ def mean_dice(dice_BK: Array, organ_ids: Sequence[int]) -> Array:
 
 
 def mean_over_organs(values_BK: Array, organ_ids: Sequence[int]) -> Array:
-    """Mean [B] of a figure of each organ over those present in a sample's reference (not NaN); NaN where there is none.
+    """Mean [B] of a measure over the organs present in a sample's reference (not NaN); NaN where there is none.
 
     `values_BK` by label id: Dice, surface Dice or area error.
     """
@@ -74,10 +76,10 @@ def mean_over_organs(values_BK: Array, organ_ids: Sequence[int]) -> Array:
 
 
 def legacy_dice(confusion_BKK: Counts) -> Array:
-    """Dice [B] as the paper's Table 1 reports it: the mean over all ids, background and absent ones included.
+    """Dice [B] as in the paper's Table 1: the mean over all ids, background and absent ones included.
 
-    An id absent from both counts 1, one stray pixel of an absent id about 0: one minus MONAI's DiceLoss over one-hot
-    maps with include_background=True. Comparable with the published numbers and, for that reason only, kept.
+    It is one minus MONAI's DiceLoss over one-hot maps with include_background=True. An id absent from both counts 1;
+    one stray pixel of an absent id makes it about 0. It is kept only for comparison with the published numbers.
     """
     overlap, reference, predicted = _overlaps(confusion_BKK)
     return ((2.0 * overlap + _LEGACY_SMOOTH) / (reference + predicted + _LEGACY_SMOOTH)).mean(axis=1)

@@ -1,4 +1,4 @@
-"""LPIPS: how far two images are apart for AlexNet, by the original authors' package and torchvision's weights."""
+"""LPIPS: a distance of two images on AlexNet's features, by the authors' package and torchvision's weights."""
 
 from __future__ import annotations
 

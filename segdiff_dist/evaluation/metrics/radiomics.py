@@ -1,4 +1,4 @@
-"""Radiomics features, and the Frechet distance on them that is published as FRD. frd-score does the extraction."""
+"""Radiomics features, and the Frechet distance on them that is published as FRD. frd-score extracts the features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOW_TO_GET = (
 def missing_for_frd(frd_images: int) -> str | None:
     """Why `frd` cannot be computed, with what to do about it; None when it can."""
     if not frd_images:
-        return f"no radiomics features were asked for (about a second an image); {HOW_TO_GET}"
+        return f"radiomics features were not requested (they take about a second an image); {HOW_TO_GET}"
     absent = [name for name in ("frd_score", "radiomics") if find_spec(name) is None]
     if absent:
         return f"{' and '.join(absent)} not installed; {HOW_TO_GET}"
@@ -31,8 +31,8 @@ def missing_for_frd(frd_images: int) -> str | None:
 def load_extractor() -> Callable[[np.ndarray], np.ndarray]:
     """Features float64 [B, D] of uint8 images [B, H, W]: frd-score's version 1 on the whole image.
 
-    Konz et al. 2026: first order and texture of the image, its Laplacians of Gaussians and its wavelets, and what
-    pyradiomics says of the image itself.
+    Konz et al. 2026: first order and texture of the image, its Laplacians of Gaussians and its wavelets, and
+    pyradiomics' facts about the image file.
     """
     import logging
 
@@ -45,7 +45,7 @@ def load_extractor() -> Callable[[np.ndarray], np.ndarray]:
     def extract(images_BHW: np.ndarray) -> np.ndarray:
         features = []
         with tempfile.TemporaryDirectory() as folder:
-            # Through a file, because that is the package's own way in: what it does is then the definition.
+            # Through a file, because the package reads files: so the package defines the features.
             file = Path(folder) / "image.png"
             for image_HW in images_BHW:
                 Image.fromarray(image_HW).save(file)
@@ -60,7 +60,7 @@ def frd(real: FeatureStatistics, generated: FeatureStatistics) -> float | None:
     """Frechet radiomics distance: log of the squared Frechet distance of features scaled by the real ones' mean and
     standard deviation; each side needs two images. None where it is not finite: equal sets, or no feature varies.
 
-    Konz et al. 2026, eq. 3, with the squared distance in the logarithm, as their package has it by default. A feature
+    Konz et al. 2026, eq. 3, with the squared distance in the logarithm, as in their package by default. A feature
     that is constant over the real images is left out.
     """
     scale_D = np.sqrt(np.diag(real.scatter_DD) / real.count)

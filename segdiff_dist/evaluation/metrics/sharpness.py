@@ -1,6 +1,7 @@
-"""Sharpness of generated images against real ones: columns of samples.parquet, entries of summary.json, and words.
+"""Sharpness of generated images against real ones: columns of samples.parquet, entries of summary.json, messages.
 
-The mathematics is segdiff_dist.spectra's. Dimensions: B batch, F bands, K label ids, P patients, R redrawings.
+The mathematics is in segdiff_dist/spectra.py. Dimensions: B batch, F bands, K label ids, P patients, R
+bootstrap samples.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS, wavelengths
-from segdiff_dist.evaluation.metrics.estimates import Estimate, redrawn
+from segdiff_dist.evaluation.metrics.estimates import Estimate, bootstrap_counts
 from segdiff_dist.evaluation.metrics.sums import Interval, PatientSums, SumKey
 from segdiff_dist.spectra import (
     BAND_NAMES,
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 SHARPNESS_BANDS = tuple(f"sharpness_{name}" for name in BAND_NAMES)
 SHARPNESS_METRICS = ("sharpness", *SHARPNESS_BANDS, "texture")
 _SIDES = ("real", "gen")
-# What is of the generated image alone, and is measured where it has no real counterpart too.
+# These need the generated image only, and are measured also where it has no real counterpart.
 GENERATED_COLUMNS = (*(f"power_gen_{band}" for band in BAND_NAMES), "texture_gen")
-# What blur takes and noise adds; coarser ones are shades and whole organs.
+# Blur lowers these and noise raises them. The coarser bands are shades and large organs.
 _FINE_BANDS = SHARPNESS_BANDS[2:]
-# A ratio beyond these is put into words: half of the real images' power, or twice as much.
+# A ratio below or above these gets a message: half of the real images' power, or twice as much.
 _TOO_LITTLE, _TOO_MUCH = 0.5, 2.0
 
 Entry = dict[str, Any]
@@ -53,7 +54,7 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Float64 [B] by column, of uint8 images and the masks that the generated ones were made from.
 
-    `sharpness` is of the image alone; `texture_SIDE` the mean over organs of `texture_SIDE/ORGAN`, the standard
+    `sharpness` is one value an image. `texture_SIDE` is the mean over organs of `texture_SIDE/ORGAN`, the standard
     deviation of fine detail inside. NaN where there is nothing to measure.
     """
     columns: dict[str, np.ndarray] = {}
@@ -68,26 +69,26 @@ def measure(
 
 
 def sharpness_entries(sums: PatientSums, which: Callable[[SumKey], bool], interval: Interval) -> dict[str, Entry]:
-    """Those of SHARPNESS_METRICS that the samples picked by `which` have, with intervals over patients.
+    """Entries of SHARPNESS_METRICS over the samples that `which` selects, with intervals over patients.
 
-    A ratio is of sums over the samples, so that an image without any detail does not make it infinite.
+    A ratio is one of sums over the samples. So an image without any detail does not make it infinite.
     """
     pairs = {
         metric: (f"power_gen_{band}", f"power_real_{band}")
         for metric, band in zip(SHARPNESS_BANDS, BAND_NAMES, strict=True)
     }
     pairs["texture"] = ("texture_gen", "texture_real")
-    found = _ratios(sums, pairs, which, interval)
-    bands = [found[metric] for metric in SHARPNESS_BANDS if metric in found]
+    ratios = _ratios(sums, pairs, which, interval)
+    bands = [ratios[metric] for metric in SHARPNESS_BANDS if metric in ratios]
     if bands:
-        one, redrawn_RF = bands[0][0], np.stack([redrawn_R for _, redrawn_R in bands], axis=1)
+        one, resampled_RF = bands[0][0], np.stack([resampled_R for _, resampled_R in bands], axis=1)
         value = float(sharpness(np.array([estimate.value for estimate, _ in bands])))
-        overall = Estimate(value, _ends(sharpness(redrawn_RF)), one.num_samples, one.num_patients)
-        found = {"sharpness": (overall, np.empty(0))} | found
+        overall = Estimate(value, _ends(sharpness(resampled_RF)), one.num_samples, one.num_patients)
+        ratios = {"sharpness": (overall, np.empty(0))} | ratios
     num_samples = sums.num_samples(which)
     return {
         name: _entry(name, estimate) | {"num_left_out": num_samples - estimate.num_samples}
-        for name, (estimate, _) in found.items()
+        for name, (estimate, _) in ratios.items()
     }
 
 
@@ -115,7 +116,7 @@ def unpaired_entries(
 def organ_entries(
     sums: PatientSums, organ: str, which: Callable[[SumKey], bool], interval: Interval
 ) -> dict[str, Entry]:
-    """`texture` of an organ; nothing where no sample has enough of it. n counts the samples that have."""
+    """`texture` of an organ; empty where no sample shows enough of it. n counts the samples that do."""
     pairs = {"texture": (f"texture_gen/{organ}", f"texture_real/{organ}")}
     return {name: _entry(name, estimate) for name, (estimate, _) in _ratios(sums, pairs, which, interval).items()}
 
@@ -123,30 +124,31 @@ def organ_entries(
 def _ratios(
     sums: PatientSums, pairs: dict[str, tuple[str, str]], which: Callable[[SumKey], bool], interval: Interval
 ) -> dict[str, tuple[Estimate, np.ndarray]]:
-    """Ratios of two columns' sums by name, each with its values [R] when the patients are redrawn (none of one
-    patient); left out where the second column has no sum."""
+    """Ratios of two columns' sums by name, each with its values [R] over bootstrap samples of the patients.
+
+    The values are NaN for a single patient. A ratio is left out where the second sum is not positive."""
     names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
     sums_PC, counts_PC = sums.by_patient(names, which)
     column = {name: c for c, name in enumerate(names)}
-    found = {}
+    ratios = {}
     for metric, (numerator, denominator) in pairs.items():
         a, b = column[numerator], column[denominator]
         has_P = counts_PC[:, b] > 0
         a_P, b_P, counts_P = sums_PC[has_P, a], sums_PC[has_P, b], counts_PC[has_P, b]
         if b_P.sum() <= 0:
             continue
-        redrawn_R = np.full(interval.resamples, np.nan)
+        resampled_R = np.full(interval.resamples, np.nan)
         if len(b_P) >= 2:
-            draws_RP = redrawn(len(b_P), interval.resamples, interval.seed)
-            redrawn_R = ratio(draws_RP @ a_P, draws_RP @ b_P)
-        estimate = Estimate(float(a_P.sum() / b_P.sum()), _ends(redrawn_R), int(counts_P.sum()), len(b_P))
-        found[metric] = (estimate, redrawn_R)
-    return found
+            draws_RP = bootstrap_counts(len(b_P), interval.resamples, interval.seed)
+            resampled_R = ratio(draws_RP @ a_P, draws_RP @ b_P)
+        estimate = Estimate(float(a_P.sum() / b_P.sum()), _ends(resampled_R), int(counts_P.sum()), len(b_P))
+        ratios[metric] = (estimate, resampled_R)
+    return ratios
 
 
-def _ends(redrawn_R: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % interval of redrawn values; None where there are none."""
-    finite = redrawn_R[np.isfinite(redrawn_R)]
+def _ends(resampled_R: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval of the values over bootstrap samples; None where no value is finite."""
+    finite = resampled_R[np.isfinite(resampled_R)]
     if not len(finite):
         return None
     low, high = np.percentile(finite, (2.5, 97.5))
@@ -165,8 +167,8 @@ def _entry(name: str, estimate: Estimate) -> Entry:
 
 
 def sharpness_messages(entries: dict[str, Entry]) -> list[str]:
-    """What is blurred and what has too much detail, in words, a sentence each; `entries` of summary.json by metric."""
-    found = []
+    """Sentences that say where detail is missing and where there is too much; `entries` of summary.json by metric."""
+    messages = []
     bands = {metric: entries[metric]["value"] for metric in SHARPNESS_BANDS if metric in entries}
     for fine, coarse, share in (
         ("blurred", "flatter than real ones", {m: v for m, v in bands.items() if v < _TOO_LITTLE}),
@@ -177,20 +179,22 @@ def sharpness_messages(entries: dict[str, Entry]) -> list[str]:
             parts = ", ".join(
                 f"{_percent(v)} at {wavelengths(SHARPNESS_BANDS.index(m))} pixels" for m, v in reversed(share.items())
             )
-            found.append(f"Generated images are {what}: power, of the real images', by wavelength: {parts}.")
-    if bands and not found:
-        found.append("Generated images have between half and twice the real images' power at every wavelength.")
+            messages.append(
+                f"Generated images are {what}: their power as a share of the real images', by wavelength: {parts}."
+            )
+    if bands and not messages:
+        messages.append("Generated images have between half and twice the real images' power at every wavelength.")
     texture = entries.get("texture", {}).get("value")
     if texture is not None:
-        found.append(f"Inside organs, fine texture is {_percent(texture)} of the real images'.")
-    return found
+        messages.append(f"Inside organs, fine texture is {_percent(texture)} of the real images'.")
+    return messages
 
 
 def missing_reason(name: str) -> str:
     """Why one of SHARPNESS_METRICS has no value."""
     if name == "texture":
         return f"no organ has {FEWEST_PIXELS_INSIDE} pixels inside its outline"
-    return f"no real image has {FEWEST_PIXELS_A_SIDE} pixels a side, without constant borders, and power in the band"
+    return f"no real image has {FEWEST_PIXELS_A_SIDE} pixels a side without its constant borders, and power in the band"
 
 
 def _percent(share: float) -> str:

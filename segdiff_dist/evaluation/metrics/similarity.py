@@ -53,7 +53,7 @@ def psnr_db(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> Array:
 def ssim(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> Array:
     """Structural similarity [B] of uint8 images of at least 6x6: Gaussian window, sigma 1.5, data range 255.
 
-    Wang et al. 2004, eq. 13. Every pixel counts; beyond the border the image is reflected, as torchmetrics has it.
+    Wang et al. 2004, eq. 13. Every pixel counts; beyond the border the image is reflected, as in torchmetrics.
     """
     _check_images(real_BHW, generated_BHW)
     similarity_B, _ = _similarities(real_BHW.float(), generated_BHW.float())
@@ -64,7 +64,8 @@ def ssim_and_ms_ssim(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> tup
     """SSIM [B] as above, and multi-scale SSIM [B] of uint8 images of at least MS_SSIM_SMALLEST_SIDE pixels a side.
 
     Wang, Simoncelli, Bovik 2003, eq. 7, with exponents for five scales; a scale whose mean contrast term is negative
-    counts 0. Contrast terms are of windows inside the image, the coarsest scale's SSIM of all, as torchmetrics has it.
+    counts 0. As in torchmetrics, contrast terms are means over windows inside the image, and the coarsest scale's SSIM
+    is a mean over all pixels.
     """
     _check_images(real_BHW, generated_BHW)
     if min(real_BHW.shape[1:]) < MS_SSIM_SMALLEST_SIDE:
@@ -89,8 +90,8 @@ def ssim_and_ms_ssim(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> tup
 
 
 def _similarities(x_BHW: torch.Tensor, y_BHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of SSIM over all pixels, and of its contrast and structure term alone over windows that lie inside the
-    image, each [B]. Wang et al. 2004, eq. 13 and 9, 10."""
+    """Mean SSIM over all pixels, and the mean of its contrast and structure term over windows inside the image, each
+    [B]. Wang et al. 2004, eq. 13 and 9, 10."""
     import torch
 
     rows_HH, columns_WW = (_blur_matrix(side).to(x_BHW.device) for side in x_BHW.shape[1:])
@@ -106,7 +107,7 @@ def _similarities(x_BHW: torch.Tensor, y_BHW: torch.Tensor) -> tuple[torch.Tenso
 
 @lru_cache(maxsize=16)
 def _blur_matrix(side: int) -> torch.Tensor:
-    """float32 [side, side]: the Gaussian window along one axis, what lies beyond the border reflected into it."""
+    """float32 [side, side]: the Gaussian window along one axis, reflected at the border."""
     import torch
 
     if side <= _SSIM_RADIUS:
@@ -121,7 +122,7 @@ def _blur_matrix(side: int) -> torch.Tensor:
 
 
 def _check_images(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> None:
-    """8 bits on both sides: floating point could hold NaN, and would leave the window open to question."""
+    """Both sides must have 8 bits: floating point could hold NaN, and its range would not be known."""
     import torch
 
     for name, images in (("real_BHW", real_BHW), ("generated_BHW", generated_BHW)):

@@ -1,4 +1,4 @@
-"""Means with intervals over patients from running sums: what a mean and its bootstrap need, and no sample more.
+"""Means with 95 % bootstrap intervals over patients from running sums, without keeping the samples.
 
 Dimensions: B batch, C columns, P patients.
 """
@@ -15,7 +15,7 @@ from segdiff_dist.evaluation.metrics.estimates import Estimate, estimate, estima
 
 
 class SumKey(NamedTuple):
-    """Samples that are always counted together: those of a kind, a patient, a way between modalities and an axis."""
+    """Samples that are always counted together: of one kind, patient, source and target modality, and axis."""
 
     kind: str
     case_id: str
@@ -26,14 +26,14 @@ class SumKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Interval:
-    """How intervals are drawn: number of redrawings of the patients, and their seed."""
+    """How intervals are computed: the number of bootstrap samples of the patients, and their seed."""
 
     resamples: int
     seed: int
 
 
 class PatientSums:
-    """For each key and column the sum and number of finite values. Grows with patients, not with samples."""
+    """For each key and column the sum and the number of finite values. Memory grows with patients, not with samples."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -43,7 +43,7 @@ class PatientSums:
         self._num_samples: dict[SumKey, int] = {}
 
     def add(self, keys: Sequence[SumKey], values_BC: np.ndarray) -> None:
-        """Take in B samples; NaN and infinities count nothing."""
+        """Add B samples; NaN and infinities do not count."""
         rows: dict[SumKey, list[int]] = {}
         for row, key in enumerate(keys):
             rows.setdefault(key, []).append(row)
@@ -58,32 +58,32 @@ class PatientSums:
             self._num_samples[key] = self._num_samples.get(key, 0) + len(chosen)
 
     def num_samples(self, which: Callable[[SumKey], bool]) -> int:
-        """Samples of the keys that `which` picks."""
+        """Samples of the keys that `which` selects."""
         return sum(number for key, number in self._num_samples.items() if which(key))
 
     def patients(self, which: Callable[[SumKey], bool]) -> set[str]:
-        """Patients of the keys that `which` picks."""
+        """Patients of the keys that `which` selects."""
         return {key.case_id for key in self._sums if which(key)}
 
     def means(
         self, names: Sequence[str], which: Callable[[SumKey], bool], interval: Interval
     ) -> dict[str, Estimate | None]:
-        """Mean of each column over the samples that `which` picks; None where no value is finite."""
+        """Mean of each column over the samples that `which` selects; None where no value is finite."""
         sums_PC, counts_PC = self.by_patient(names, which)
-        found: dict[str, Estimate | None] = {}
+        estimates: dict[str, Estimate | None] = {}
         for c, name in enumerate(names):
             has_P = counts_PC[:, c] > 0
-            found[name] = (
+            estimates[name] = (
                 estimate_from_sums(
                     sums_PC[has_P, c], counts_PC[has_P, c], resamples=interval.resamples, seed=interval.seed
                 )
                 if has_P.any()
                 else None
             )
-        return found
+        return estimates
 
     def by_patient(self, names: Sequence[str], which: Callable[[SumKey], bool]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums and numbers of finite values [P, C] of these columns, of each patient of the keys that `which` picks."""
+        """Sums and numbers of finite values [P, C] of these columns, by patient of the keys that `which` selects."""
         keys = sorted(key for key in self._sums if which(key))
         chosen = [self._column[name] for name in names]
         patients, patient_of_key = np.unique([key.case_id for key in keys], return_inverse=True)
@@ -98,9 +98,9 @@ class PatientSums:
     ) -> Estimate | None:
         """Mean of |A - B| / B, A and B the sums of two columns of areas over a key's samples; B > 0.
 
-        A key's samples are slices of one patient along one axis, so A and B are in proportion to volumes.
+        A key's samples are slices of one patient along one axis, so A and B are proportional to volumes.
         """
         a, b = self._column[predicted], self._column[reference]
         pairs = [(key.case_id, s[a], s[b]) for key, s in sorted(self._sums.items()) if which(key) and s[b] > 0]
-        errors = np.array([abs(found - true) / true for _, found, true in pairs])
+        errors = np.array([abs(area - true) / true for _, area, true in pairs])
         return estimate(errors, np.array([p for p, *_ in pairs]), resamples=interval.resamples, seed=interval.seed)

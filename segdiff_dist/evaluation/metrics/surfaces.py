@@ -1,4 +1,4 @@
-"""Normalised surface Dice: which share of two organs' outlines lies within a tolerance of the other.
+"""Normalised surface Dice: the share of two outlines of an organ that is within a tolerance of the other.
 
 Dimensions: H rows, W columns, O organs.
 """
@@ -28,7 +28,7 @@ _FLARE_TOLERANCE_MM = {
     "stomach": 5.0,
     "duodenum": 7.0,
 }
-# Of organs that FLARE did not have: the middle of its tolerances.
+# For organs that FLARE did not have: the middle of its tolerances.
 _OTHER_TOLERANCE_MM = 3.0
 
 
@@ -47,13 +47,13 @@ def surface_dice(
     """Normalised surface Dice [O] of two uint8 label maps; NaN where the organ is absent from the reference.
 
     An outline is an organ's pixels with a neighbour outside it. A tolerance below one pixel (the larger side of
-    `spacing_mm`, rows then columns) counts as one pixel: masks say no more. Nikolov et al. 2021; MONAI's
-    compute_surface_dice gives the same and takes an order more time.
+    `spacing_mm`, rows then columns) counts as one pixel: masks are not finer. Nikolov et al. 2021; MONAI's
+    compute_surface_dice gives the same and takes ten times as long.
     """
     from scipy.ndimage import find_objects
 
-    found: Array = np.full(len(organ_ids), np.nan)
-    # One more than the highest id, so that an organ absent from a map has a place, holding None.
+    dice_O: Array = np.full(len(organ_ids), np.nan)
+    # max_label, so that an organ absent from a map has a place too, with None.
     boxes = [
         find_objects(labels_HW.astype(np.int32), max_label=max(organ_ids)) for labels_HW in (reference_HW, predicted_HW)
     ]
@@ -62,12 +62,12 @@ def surface_dice(
         if reference_box is None:
             continue
         if predicted_box is None:
-            found[i] = 0.0
+            dice_O[i] = 0.0
             continue
         window = _around(reference_box, predicted_box)
         tolerance_mm = max(tolerance_mm_O[i], *spacing_mm)
-        found[i] = _within(reference_HW[window] == organ, predicted_HW[window] == organ, tolerance_mm, spacing_mm)
-    return found
+        dice_O[i] = _within(reference_HW[window] == organ, predicted_HW[window] == organ, tolerance_mm, spacing_mm)
+    return dice_O
 
 
 def _within(first_HW: np.ndarray, second_HW: np.ndarray, tolerance_mm: float, spacing_mm: tuple[float, float]) -> float:
@@ -82,7 +82,7 @@ def _within(first_HW: np.ndarray, second_HW: np.ndarray, tolerance_mm: float, sp
 
 
 def _around(first: tuple[slice, ...], second: tuple[slice, ...]) -> tuple[slice, ...]:
-    """The box of both and a pixel more, so that what is an outline there is one in the whole image too."""
+    """The box of both and one more pixel, so that an outline in the box is the outline in the full image."""
     return tuple(
         slice(max(min(a.start, b.start) - 1, 0), max(a.stop, b.stop) + 1) for a, b in zip(first, second, strict=True)
     )
