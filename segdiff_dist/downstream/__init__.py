@@ -1,1 +1,1 @@
-"""What generated images are good for: segmenters trained with and without them, tested on real ones."""
+"""The use of generated images: segmenters trained with and without them, and tested on real ones."""

@@ -1,4 +1,4 @@
-"""Which images each training sees: pure functions of the shard set, the share of real patients and the seed.
+"""The images of each training: pure functions of the shard set, the share of real patients and the seed.
 
 Dimensions: N samples of the real and the generated set opened as one.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of training set. `real_fraction`: of the patients; 0 is none of them."""
+    """One kind of training set. `real_fraction`: the share of the real patients, 0 for none."""
 
     real_fraction: float
     generated: bool
@@ -41,44 +41,44 @@ class Arm:
 
 @dataclass(frozen=True)
 class Training:
-    """An arm with one seed."""
+    """A training: an arm with one seed."""
 
     arm: Arm
     seed: int
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.arm.name}-seed_{self.seed}"
 
 
 def arms_of(config: DownstreamConfig) -> list[Arm]:
-    """Every arm: each share of the real images alone and with the generated ones, then these alone."""
+    """Every arm: each share of the real images without and with the generated ones, then the generated ones alone."""
     shares = sorted(config.real_fractions)
     return [Arm(share, generated) for share in shares for generated in (False, True)] + [Arm(0.0, True)]
 
 
 def trainings_of(config: DownstreamConfig) -> list[Training]:
-    """All arms with the first seed, then all with the next, so that a job that is stopped early holds whole tables."""
+    """All arms with the first seed, then all with the next: a job that is stopped early has complete tables."""
     return [Training(arm, seed) for seed in config.seeds for arm in arms_of(config)]
 
 
 def patients_of(shards: ShardSet, rows: np.ndarray, fraction: float, seed: int) -> list[str]:
     """The case ids of a share of the patients that `rows` are of: ceil(fraction * n) of each modality's n, the first of
-    a shuffle by `seed`, so that smaller shares lie within larger ones. 0 gives none."""
+    a shuffle by `seed`, so that larger shares contain smaller ones. 0 gives none."""
     case_ids = np.array(shards.samples["case_id"].take(rows).to_pylist())
-    found: list[str] = []
+    chosen: list[str] = []
     for modality in range(len(MODALITIES)):
         known = np.unique(case_ids[shards.modality_N[rows] == modality])
         if len(known):
             shuffled = known[sample_at(np.arange(len(known)), len(known), seed)]
-            found += shuffled[: math.ceil(fraction * len(known) - 1e-9)].tolist()
-    return found
+            chosen += shuffled[: math.ceil(fraction * len(known) - 1e-9)].tolist()
+    return chosen
 
 
 def rows_of(training: Training, shards: ShardSet, real_rows: np.ndarray) -> np.ndarray:
-    """Rows that a training sees. `shards`: the real set and, behind it, the generated one; `real_rows`: of the former,
-    those that may be trained on."""
+    """The rows of a training. `shards`: the real set followed by the generated one; `real_rows`: the rows of the real
+    set that may be trained on."""
     chosen = patients_of(shards, real_rows, training.arm.real_fraction, training.seed)
     case_ids = np.array(shards.samples["case_id"].take(real_rows).to_pylist())
     rows = real_rows[np.isin(case_ids, chosen)]

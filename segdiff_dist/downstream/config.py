@@ -11,31 +11,31 @@ from data_shards.settings import Result
 
 @dataclass(frozen=True)
 class DownstreamConfig:
-    """Segmenters on real, on generated and on both kinds of images. Network and training are those of `segmenter`."""
+    """Trainings of segmenters on real, on generated and on both kinds of images; the network is that of `segmenter`."""
 
     real_fractions: Result[tuple[float, ...]] = (0.25, 0.5, 1.0)
-    """Shares of the training patients of each modality whose slices are used, alone and together with the generated
-    images. A smaller share's patients are among a larger one's."""
+    """Shares of the training patients of each modality. Their slices are used without and with the generated images. A
+    larger share contains the patients of a smaller one."""
     seeds: Result[tuple[int, ...]] = (0, 1, 2)
-    """Every training is made with each of them: another choice of patients, other weights to begin with, another order
-    of the images."""
+    """Every training is repeated with each seed. The seed changes the choice of patients, the first weights and the
+    order of the images."""
     num_masks: Result[int | None] = None
     """Masks of the train split that generated images are made from; null: all of them."""
     images_per_mask: Result[int] = 1
     """Generated images of each mask."""
     num_images: Result[int | None] = None
-    """Images every training sees, with repetitions; null: segmenter.train.num_images."""
+    """Images of every training, with repetitions; null: segmenter.train.num_images."""
     split: Result[Literal["val", "test"] | None] = None
-    """Whose real slices are the test; null: the split that the evaluated samples' masks are from. Where it is val, no
-    training looks at it to choose its weights, and those of its end are tested."""
+    """The split whose real slices are the test; null: the split of the evaluated samples' masks. Where it is val, no
+    training uses it to choose weights, and the last weights are tested."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        found = []
+        problems = []
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
-                found.append(Problem("config", f"downstream.{name}", str(getattr(self, name)), remedy))
+                problems.append(Problem("config", f"downstream.{name}", str(getattr(self, name)), remedy))
 
         fractions = self.real_fractions
         check("real_fractions", bool(fractions) and all(0 < f <= 1 for f in fractions), "give shares above 0, up to 1")
@@ -45,7 +45,7 @@ class DownstreamConfig:
         for name in ("num_masks", "images_per_mask", "num_images"):
             value = getattr(self, name)
             check(name, value is None or value >= 1, "give at least 1")
-        return found
+        return problems
 
 
 def share_name(fraction: float) -> str:

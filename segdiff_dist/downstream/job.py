@@ -1,11 +1,11 @@
-"""`segdiff evaluate --downstream`: images of the train split's masks, a training a set and seed on Ray, the table.
+"""`segdiff evaluate --downstream`: images of the train split's masks, trainings on Ray, and the table.
 
 RUN/downstream/samples         generated images of masks of training patients, a sample store
 RUN/downstream/generated       the same as a shard set
 RUN/downstream/trainings/NAME  a segmenter each, and its scores: trainer.py
-RUN/downstream/settings.json   what all of them depend on
+RUN/downstream/settings.json   the settings that all trainings depend on
 RUN/downstream/summary.json    the table
-What is done is kept: the same command trains what is missing.
+Finished trainings are kept: the same command does what is missing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SAMPLES, _GENERATED, _TRAININGS, _SETTINGS = "samples", "generated", "trainings
 
 
 class DownstreamFailed(WorkFailed):
-    """Some trainings failed; the others are kept, and the same call tries these again."""
+    """Some trainings failed. The others are kept, and the same call tries the failed ones again."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Downstream:
 
     @property
     def folder(self) -> Path:
-        """Everything of it."""
+        """The folder of all its files."""
         return self.run / FOLDER
 
     @property
     def num_trainings(self) -> int:
-        """Of all arms, those that are done included."""
+        """Number of trainings of all arms, with those that are finished."""
         return len(trainings_of(self.config))
 
     def missing(self) -> list[Training]:
@@ -89,8 +89,8 @@ class Downstream:
     def make(self) -> dict[str, Any]:
         """Sample, train, test; returns what summary.json holds.
 
-        InputProblems where another process is at it; SamplingFailed and DownstreamFailed where something could not be
-        made; the rest is kept.
+        InputProblems where another process works on it. SamplingFailed and DownstreamFailed where a part failed; the
+        rest is kept.
         """
         held = locked(lock_beside(self.folder), self.folder, "is training segmenters for it")
         with held, saying_when_full(self.folder):
@@ -130,9 +130,9 @@ def plan(
 ) -> Downstream:
     """Check everything; nothing is written. `evaluated`: the run's samples, whose shard set is the real data.
 
-    `sample`: the settings that they were made with, which the new ones get too. Raises InputProblems, all at once:
+    `sample`: the settings of these samples; the new ones get the same. Raises InputProblems, all at once:
     settings out of range, a set of another size than the model's images, nothing to train or test on, trainings that
-    were begun with other settings, and then trainings that do not fit into memory.
+    were started with other settings, and trainings that do not fit into memory.
     """
     if "shards" not in evaluated.job:
         value = "made from masks without images"
@@ -158,7 +158,7 @@ def plan(
             out=run.resolve() / FOLDER / _SAMPLES,
         ),
         replace(segmenter, train=train),
-        # A mix would be of the real set's groups; crops are those of the model, which the set must be as large as.
+        # A mix would name groups of the real set alone. No crop: the set must have the size of the model's images.
         replace(loader, mix={}, crop_size=None),
         split,
         interval,
@@ -173,10 +173,10 @@ def plan(
 def _problems(made: Downstream, size: int) -> Iterator[Problem]:
     shards, loader = made.shards, made.loader
     if made.split == "train":
-        remedy = "give val or test: on the train split every segmenter is as good as it remembers"
+        remedy = "give val or test: on the train split a segmenter is tested on what it was trained on"
         yield Problem("config", "downstream.split", "train (that of the samples)", remedy)
     if size != shards.size:
-        value = f"{shards.size} pixels a side, where the model makes {size}"
+        value = f"{shards.size} pixels a side, but the model makes images of {size}"
         yield Problem(shards.root, "size", value, "prepare a set of the model's size, and sample from that")
     if not len(training_rows(shards, loader)):
         yield Problem(shards.root, "train split", "no labelled slice", "widen loader.modalities or loader.axes")
@@ -192,7 +192,7 @@ def _problems(made: Downstream, size: int) -> Iterator[Problem]:
 
 
 def _memory_problems(made: Downstream) -> list[Problem]:
-    """Of this machine. Where a cluster trains, its machines are not asked."""
+    """Memory problems of this machine. The machines of a cluster are not checked."""
     import torch
 
     num_missing = len(made.missing())
@@ -207,8 +207,8 @@ def _memory_problems(made: Downstream) -> list[Problem]:
 
 
 def _settings(made: Downstream) -> dict[str, Any]:
-    """What every training depends on, beside its set of patients and its seed. More shares and seeds only add to what
-    is there."""
+    """The settings that every training depends on, without its patients and its seed: more shares and seeds only add
+    trainings."""
     segmenter = identity(made.segmenter)
     del segmenter["train"]["seed"]
     return json.loads(
@@ -226,7 +226,7 @@ def _settings(made: Downstream) -> dict[str, Any]:
 
 
 def _provenance_of(out: Path) -> Any:
-    """What the set in `out` was made of; None where there is none that can be read."""
+    """The provenance of the set in `out`; None where no set can be read."""
     with suppress(InputProblems):
         return read_index(out).get("synthetic")
     return None
@@ -257,7 +257,7 @@ def _train(made: Downstream, generated: Path, missing: list[Any], total: int) ->
     failures = []
     bar = tqdm(total=total, initial=total - len(missing), desc="downstream", unit="training")
     with made.workers.joined(), bar:
-        pool = made.workers.pool()  # of the cluster, where one was joined
+        pool = made.workers.pool()  # of the cluster, if one was joined
         inputs = Inputs(
             made.shards.resolved,
             generated,

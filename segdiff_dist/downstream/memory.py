@@ -1,4 +1,4 @@
-"""Whether the segmenters that are trained at the same time fit into this machine's memory."""
+"""Whether segmenters that are trained at the same time fit into the memory of this machine."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ _SECTION = "segmenter.train"
 
 
 def share_of(capacity: Capacity, num_workers: int, num_beside: int) -> Capacity:
-    """What one of `num_workers` trainings may use, `num_beside` of which share a GPU."""
+    """The memory for one of `num_workers` trainings, of which `num_beside` share a GPU."""
     return Capacity(_part(capacity.host, num_workers), _part(capacity.gpu, num_beside))
 
 
 def trainings_problems(
     network: Network, config: SegmenterConfig, capacity: Capacity, num_workers: int, num_beside: int = 1
 ) -> list[Problem]:
-    """What cannot fit, with the settings that would. `capacity`: of the machine with the trainings; see share_of."""
-    found = memory_problems(
+    """Problems of trainings that do not fit, with settings that would. `capacity`: of the machine; see share_of."""
+    problems = memory_problems(
         _SECTION,
         network,
         config.train,
         share_of(capacity, num_workers, num_beside),
         multiple_of=config.dice_group,
     )
-    return [_with_fewer(one, network, config, capacity, num_workers, num_beside) for one in found]
+    return [_with_fewer(one, network, config, capacity, num_workers, num_beside) for one in problems]
 
 
 def _with_fewer(
-    found: Problem, network: Network, config: SegmenterConfig, capacity: Capacity, num_workers: int, num_beside: int
+    one: Problem, network: Network, config: SegmenterConfig, capacity: Capacity, num_workers: int, num_beside: int
 ) -> Problem:
-    """The problem with the number of trainings, and with the largest that would fit."""
+    """The problem, with the number of trainings and the largest number that would fit."""
     if num_workers == 1:
-        return found
+        return one
     plan = plan_memory(network, config.train, ranks=1, on_gpu=capacity.gpu is not None)
     num_gpus = max(1, num_workers // num_beside)
     fitting = (
         n for n in range(num_workers - 1, 0, -1) if share_of(capacity, n, -(-n // num_gpus)).lacks(plan, HIGH) is None
     )
-    remedy = found.remedy
+    remedy = one.remedy
     if fewer := next(fitting, None):
         remedy = f"give --evaluate.num-workers {fewer}, so that no more are trained at a time, or {remedy}"
-    return replace(found, value=f"{found.value}, {num_workers} trainings at a time", remedy=remedy)
+    return replace(one, value=f"{one.value}, {num_workers} trainings at a time", remedy=remedy)
 
 
 def _part(memory: HostMemory | None, num: int) -> HostMemory | None:

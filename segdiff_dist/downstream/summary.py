@@ -1,4 +1,4 @@
-"""From the scores of all trainings to the table: Dice on real slices with intervals, and what generated images bring.
+"""From the scores of all trainings to the table: Dice on real slices with intervals, and the gain by generated images.
 
 Dimensions: N real slices that were tested, S seeds.
 """
@@ -25,7 +25,7 @@ _PREFIX = "dice/"
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one arm: Dice of every tested slice by every seed, float64 [S, N], by column (`dice`, `dice/ORGAN`)."""
+    """Scores of one arm: Dice of every tested slice by every seed, float64 [S, N], by column (`dice`, `dice/ORGAN`)."""
 
     seeds: tuple[int, ...]
     columns: Mapping[str, np.ndarray]
@@ -33,7 +33,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Tested:
-    """The slices: case ids and modalities [N]."""
+    """The tested slices: case ids and modalities [N]."""
 
     case_id_N: np.ndarray
     modality_N: np.ndarray
@@ -47,8 +47,8 @@ def summarise(
     num_generated: int,
     interval: Interval,
 ) -> dict[str, Any]:
-    """What summary.json holds of the scores. `files`: scores.parquet by training; `real_rows`: of the set, those that
-    may be trained on."""
+    """The part of summary.json that depends on the scores. `files`: scores.parquet by training; `real_rows`: the rows
+    of the real set that may be trained on."""
     tested, scores = _read(files)
     arms = [_arm(arm, scores[arm], tested, interval) for arm in scores]
     for entry, arm in zip(arms, scores, strict=True):
@@ -76,10 +76,10 @@ def format_downstream(summary: dict[str, Any]) -> str:
     modalities = [m for m in MODALITIES if any(m in arm["by_modality"] for arm in summary["arms"])]
     rows = [["trained on", "patients", "real", "generated", "Dice", *modalities, "generated images bring"]]
     for arm in summary["arms"]:
-        told = [arm["by_modality"].get(m) for m in modalities]
+        by_modality = [arm["by_modality"].get(m) for m in modalities]
         gain = arm["gain"]["dice"] if "gain" in arm else None
         counts = [f"{arm[name]:,}" for name in ("num_real_patients", "num_real_slices", "num_generated")]
-        rows.append([arm["label"], *counts, _cell(arm["dice"]), *map(_cell, told), _cell(gain, "+")])
+        rows.append([arm["label"], *counts, _cell(arm["dice"]), *map(_cell, by_modality), _cell(gain, "+")])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -108,10 +108,10 @@ def _read(files: Mapping[Training, Path]) -> tuple[Tested, dict[Arm, Scores]]:
     assert tested is not None
     return tested, {
         arm: Scores(
-            tuple(seed for seed, _ in found),
-            {name: np.stack([columns[name] for _, columns in found]) for name in found[0][1]},
+            tuple(seed for seed, _ in by_seed),
+            {name: np.stack([columns[name] for _, columns in by_seed]) for name in by_seed[0][1]},
         )
-        for arm, found in by_arm.items()
+        for arm, by_seed in by_arm.items()
     }
 
 
@@ -120,8 +120,8 @@ def _arm(arm: Arm, scores: Scores, tested: Tested, interval: Interval) -> dict[s
     organs = {name.removeprefix(_PREFIX): values for name, values in scores.columns.items() if name != "dice"}
     dice_SN = scores.columns["dice"]
 
-    def existing(found: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
-        return {name: entry for name, entry in found.items() if entry is not None}
+    def existing(entries: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+        return {name: entry for name, entry in entries.items() if entry is not None}
 
     return {
         "name": arm.name,
@@ -136,32 +136,34 @@ def _arm(arm: Arm, scores: Scores, tested: Tested, interval: Interval) -> dict[s
 
 
 def _gain(alone: Scores, both: Scores, tested: Tested, interval: Interval) -> dict[str, Any]:
-    """Dice with generated images less Dice without, slice by slice and seed by seed."""
+    """Dice with generated images minus Dice without, slice by slice and seed by seed."""
     assert alone.seeds == both.seeds
     change_SN = both.columns["dice"] - alone.columns["dice"]
     everywhere = np.ones(len(tested.case_id_N), dtype=bool)
-    found = {"dice": _entry(change_SN, tested, everywhere, interval)}
+    gains = {"dice": _entry(change_SN, tested, everywhere, interval)}
     for modality in MODALITIES:
         entry = _entry(change_SN, tested, tested.modality_N == modality, interval)
         if entry is not None:
-            found[modality] = entry
-    return found
+            gains[modality] = entry
+    return gains
 
 
 def _entry(values_SN: np.ndarray, tested: Tested, chosen_N: np.ndarray, interval: Interval) -> dict[str, Any] | None:
-    """The mean over slices of the mean over seeds, its interval over patients, and each seed's own mean: the first
-    says how far other patients may be, the second how far another training."""
+    """The mean over slices of the mean over seeds, its interval over patients, and each seed's mean.
+
+    The interval shows how much other patients may change the mean, and the seeds how much another training may.
+    """
     values_SN = values_SN[:, chosen_N]
-    told = estimate(
+    mean = estimate(
         values_SN.mean(axis=0), tested.case_id_N[chosen_N], resamples=interval.resamples, seed=interval.seed
     )
-    if told is None:
+    if mean is None:
         return None
     return {
-        "value": told.value,
-        "ci95": None if told.interval is None else list(told.interval),
-        "n": told.num_samples,
-        "num_patients": told.num_patients,
+        "value": mean.value,
+        "ci95": None if mean.interval is None else list(mean.interval),
+        "n": mean.num_samples,
+        "num_patients": mean.num_patients,
         "by_seed": [float(np.nanmean(values_N)) for values_N in values_SN],
     }
 
@@ -169,7 +171,7 @@ def _entry(values_SN: np.ndarray, tested: Tested, chosen_N: np.ndarray, interval
 def _sizes(
     arm: Arm, seeds: tuple[int, ...], shards: ShardSet, real_rows: np.ndarray, num_generated: int
 ) -> dict[str, int]:
-    """Of the training set; slices differ from seed to seed, as patients do: their mean."""
+    """Sizes of the training set. Patients and slices differ from seed to seed: the number of slices is their mean."""
     real = Arm(arm.real_fraction, generated=False)
     slices = [len(rows_of(Training(real, seed), shards, real_rows)) for seed in seeds]
     return {

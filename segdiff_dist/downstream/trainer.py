@@ -36,12 +36,12 @@ SCORES, OUTPUT = "scores.parquet", "output.txt"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a worker needs to train and to test. Paths and settings only, so that it travels to any machine."""
+    """The inputs of a worker that trains and tests. Paths and settings only, so that any machine can read it."""
 
     real: str
     generated: Path
     folder: Path
-    """Takes a folder a training."""
+    """Gets one folder for each training."""
     segmenter: SegmenterConfig
     loader: LoaderConfig
     test_split: str
@@ -49,20 +49,20 @@ class Inputs:
 
 
 class Trainer:
-    """What runs in a worker: does training after training."""
+    """The state of a worker, which does one training after another."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.cache = inputs, inputs.loader.cache
 
     def __call__(self, training: Training) -> None:
-        """Train, test, and leave scores.parquet; from where an earlier try stopped."""
+        """Train, test, and write scores.parquet; it continues where an earlier try stopped."""
         folder = self.inputs.folder / training.name
         folder.mkdir(parents=True, exist_ok=True)
-        with _speaking_into(folder / OUTPUT):
+        with _output_into(folder / OUTPUT):
             self._train(training, folder)
             table = self._test(folder / "weights")
         _write(table, folder / SCORES)
-        # They hold the optimiser's state, several times the weights; what was trained to the end goes on no further.
+        # Checkpoints hold the optimiser's state, several times the weights. A finished training does not need them.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _train(self, training: Training, folder: Path) -> None:
@@ -99,13 +99,13 @@ def training_rows(shards: ShardSet, loader: LoaderConfig) -> np.ndarray:
 
 
 def test_rows(shards: ShardSet, loader: LoaderConfig, split: str) -> np.ndarray:
-    """The real slices that all are tested on."""
+    """The real slices that all segmenters are tested on."""
     return shards.select(split=split, modalities=loader.modalities, axes=loader.axes)
 
 
 def score(segmenter: Segmenter, shards: ShardSet, rows: np.ndarray, batch_size: int) -> pa.Table:
     """Dice(mask, prediction on real) of each of these slices: row, case_id, modality, axis, `dice`, the mean over the
-    organs present, and `dice/ORGAN`. At 8 bits, as in `segdiff evaluate`, of which it is `dice_mask_real`."""
+    organs present, and `dice/ORGAN`. At 8 bits, as `dice_mask_real` of `segdiff evaluate`."""
     import pyarrow as pa
     import torch
 
@@ -118,16 +118,16 @@ def score(segmenter: Segmenter, shards: ShardSet, rows: np.ndarray, batch_size: 
         mask_BHW = np.stack([record.mask_HW for record in records])
         columns.append(overlaps.dice_per_class(overlaps.confusion(mask_BHW, predicted_BHW, table.num_classes)))
     dice_NK = np.concatenate(columns)
-    found: dict[str, Any] = {"row": rows}
-    found |= {name: shards.samples[name].take(rows).to_pylist() for name in ("case_id", "modality", "axis")}
-    found |= {"dice": overlaps.mean_over_organs(dice_NK, table.organ_ids)}
-    found |= {f"dice/{table.names[i]}": dice_NK[:, i] for i in table.organ_ids}
-    return pa.table(found)
+    columns_by_name: dict[str, Any] = {"row": rows}
+    columns_by_name |= {name: shards.samples[name].take(rows).to_pylist() for name in ("case_id", "modality", "axis")}
+    columns_by_name |= {"dice": overlaps.mean_over_organs(dice_NK, table.organ_ids)}
+    columns_by_name |= {f"dice/{table.names[i]}": dice_NK[:, i] for i in table.organ_ids}
+    return pa.table(columns_by_name)
 
 
 @contextmanager
-def _speaking_into(file: Path) -> Iterator[None]:
-    """What this process and those it starts say goes into `file`: Ray would pass it on to the job's own terminal."""
+def _output_into(file: Path) -> Iterator[None]:
+    """The output of this process and its children goes into `file`: Ray would copy it to the terminal of the job."""
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
     with file.open("ab") as output:
         _redirect([output.fileno()] * 2)
@@ -140,7 +140,7 @@ def _speaking_into(file: Path) -> Iterator[None]:
 
 
 def _redirect(descriptors: list[int]) -> None:
-    """Have descriptors 1 and 2 point where these do."""
+    """Let descriptors 1 and 2 be copies of these."""
     for stream, descriptor, target in zip((sys.stdout, sys.stderr), (1, 2), descriptors, strict=True):
         stream.flush()
         os.dup2(target, descriptor)

@@ -30,7 +30,7 @@ def evaluate(
 
 
 def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> Path:
-    """Figures and report of a measured `run`, from what lies in its folder; returns the page."""
+    """Figures and report of a measured `run`, from the files in its folder; returns the page."""
     from segdiff_dist.evaluation.report.figures import draw_figures
     from segdiff_dist.evaluation.report.page import write_report
 

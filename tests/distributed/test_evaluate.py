@@ -235,7 +235,7 @@ def test_images_of_masks_without_images_are_refused(run: Path) -> None:
 def test_other_shards_than_sampled_from_are_refused(run: Path) -> None:
     job = json.loads((run / "samples" / "job.json").read_text())
     (run / "samples" / "job.json").write_text(json.dumps(job | {"shards_digest": "1" * 64}))
-    assert "not the shard set sampled from" in refused(run, EvaluateConfig(**QUICK))
+    assert "not the shard set of the samples" in refused(run, EvaluateConfig(**QUICK))
 
 
 def test_a_damaged_image_is_refused_and_named(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""`segdiff report`: one run drawn again, several set side by side, and what is said where they do not compare."""
+"""`segdiff report`: one run drawn again, several side by side, and the messages where they cannot be compared."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ class TestPage:
         assert "Not tracked in MLflow" in page.text
 
 
-class TestWhereRunsDoNotCompare:
-    def test_another_segmenter_spoils_only_what_it_judged(self, runs: list[Path], tmp_path: Path):
+class TestRunsThatCannotBeCompared:
+    def test_another_segmenter_concerns_its_own_metrics_only(self, runs: list[Path], tmp_path: Path):
         other = changed(copied(runs[1], tmp_path / "other"), segmenter_sha256="f" * 64)
         page = page_of([runs[0], other], tmp_path)
-        assert "judged by different segmenters" in page.text
+        assert "evaluated with different segmenters" in page.text
         marked = {page.rows[row][0] for row, _ in page.best}
         assert "PSNR (dB) ↑" in marked
         assert not [label for label in marked if "Dice" in label or "Segmenter" in label]
@@ -139,7 +139,7 @@ class TestWhereRunsDoNotCompare:
     def test_samples_made_anew_are_not_shown_beside_the_numbers_of_others(self, runs: list[Path], tmp_path: Path):
         other = with_other_samples(copied(runs[1], tmp_path / "other"))
         page = page_of([runs[0], other], tmp_path)
-        assert "others than were measured: weights_digest was '', is 'another'" in page.text
+        assert "not the samples that were measured: weights_digest was '', is 'another'" in page.text
         assert page.tags.count("img") == 1
 
 
@@ -212,7 +212,7 @@ class TestCommand:
         run = with_other_samples(copied(runs[0], tmp_path / "run"))
         assert main(["report", str(run)]) == 2
         said = capsys.readouterr().err
-        assert "others than were measured: weights_digest was '', is 'another'" in said
+        assert "not the samples that were measured: weights_digest was '', is 'another'" in said
         assert f"segdiff evaluate --run {run}" in said
         assert not (run / "evaluation" / "report.html").exists()
 

@@ -93,7 +93,7 @@ class TestFalseOrgans:
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
-    """A run judged by an untrained segmenter."""
+    """A run evaluated with an untrained segmenter."""
     return evaluate_here(tmp_path_factory.mktemp("runs") / "failing", shapes)
 
 

@@ -105,12 +105,13 @@ def test_words_name_what_is_blurred_and_what_is_noise() -> None:
         return " ".join(sharpness_messages({name: {"value": value} for name, value in bands.items()}))
 
     assert described(**ISSUE_BANDS) == (
-        "Generated images are blurred: power, of the real images', by wavelength: 4.0% at 2 to 2.67 pixels, 20% at "
-        "2.67 to 4 pixels."
+        "Generated images are blurred: their power as a share of the real images', by wavelength: 4.0% at 2 to 2.67 "
+        "pixels, 20% at 2.67 to 4 pixels."
     )
     assert "noisier than real ones" in described(sharpness_75_100=3.0)
-    assert "flatter than real ones: power, of the real images', by wavelength: 30% at 16 to 64 pixels" in described(
-        sharpness_3_12=0.3, sharpness_75_100=1.0
+    assert (
+        "flatter than real ones: their power as a share of the real images', by wavelength: 30% at 16 to 64 pixels"
+        in described(sharpness_3_12=0.3, sharpness_75_100=1.0)
     )
     assert "too uneven" in described(sharpness_12_25=2.5)
     assert described(sharpness_75_100=0.9).startswith("Generated images have between half and twice")

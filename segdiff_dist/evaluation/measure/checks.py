@@ -1,4 +1,4 @@
-"""What is wrong with an evaluation, all of it before Ray starts: everything it needs is opened here once."""
+"""All problems of an evaluation, before Ray starts. Everything that it needs is opened here once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checked:
-    """What can be measured: samples, the slices behind them, and the segmenter's weights with their digest."""
+    """The inputs of an evaluation: samples, their slices, and the segmenter's weights with their digest."""
 
     store: SampleStore
     shards: ShardSet
@@ -65,7 +65,7 @@ def _open_segmenter(weights: Path) -> Segmenter:
 
 
 def _unreadable(config: EvaluateConfig) -> Iterator[Problem]:
-    """Files that are not the weights they should be, found by building the network once, as every worker will."""
+    """Files that are not the right weights. Each network is built once, as every worker will build it."""
     checks: tuple[tuple[str, Callable[[str], str | None], Callable[[str, str], Any], str], ...] = (
         ("fid_weights", inception.missing_for_fid, inception.load_inception, inception.WEIGHTS_FILE),
         ("lpips_weights", perceptual.missing_for_lpips, perceptual.load_lpips, perceptual.WEIGHTS_FILE),
@@ -76,7 +76,7 @@ def _unreadable(config: EvaluateConfig) -> Iterator[Problem]:
             continue  # config.problems says so
         try:
             load(str(file), "cpu")
-        except Exception as error:  # of pickle, of zip, of torch, of a network that finds other weights
+        except Exception as error:  # of pickle, zip, torch, or of a network with other weights
             value = f"{file}: cannot be read: {first_line(error)}"
             yield Problem("config", f"evaluate.{name}", value, f"give the file {file_name}")
 
@@ -86,19 +86,19 @@ def _mismatches(
 ) -> Iterator[Problem]:
     if store is not None and (missing := store.missing()):
         value = f"{len(missing)} of {store.items.num_rows} not made yet"
-        yield Problem(str(run / "samples"), "samples", value, "run the same `segdiff sample` again, it goes on")
+        yield Problem(str(run / "samples"), "samples", value, "run the same `segdiff sample` again; it continues")
     if store is not None:
         for damage in store.damaged():
             yield Problem(str(run / "samples"), "samples", str(damage), "run the same `segdiff sample` again")
     if store is not None and "shards" not in store.job:
-        value = "made from masks without images, so that there is nothing to compare them with"
+        value = "made from masks without images, so there are no real images to compare them with"
         yield Problem(str(run / "samples"), "samples", value, "evaluate samples whose masks come from a shard set")
     if store is not None and not store.items.num_rows:
         yield Problem(
             str(run / "samples"), "samples", "none", f"sample again: {how_to_make('sample', run / 'samples')}"
         )
     if store is not None and shards is not None and shards.digest != store.job["shards_digest"]:
-        yield Problem(shards.root, "digest", "not the shard set sampled from", "restore it, or sample again")
+        yield Problem(shards.root, "digest", "not the shard set of the samples", "restore it, or sample again")
     if segmenter is not None and shards is not None and segmenter.label_table != shards.label_table:
         value = f"segmenter {segmenter.label_table.name!r}, shard set {shards.label_table.name!r}"
         yield Problem(shards.root, "label table", value, "train the segmenter on shards with these labels")
@@ -116,6 +116,6 @@ def _takes(segmenter: Segmenter, side: int) -> bool:
     image_1HW, modality_1 = torch.zeros(1, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     try:
         labels_1HW, _ = segmenter.predict_and_features(image_1HW, modality_1)
-    except (RuntimeError, ValueError):  # levels that are to be joined are not of one size
+    except (RuntimeError, ValueError):  # levels that are joined differ in size
         return False
     return labels_1HW.shape == image_1HW.shape

@@ -21,7 +21,7 @@ _MOST_DEFAULT_WORKERS = 16
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured, and on what."""
+    """What `segdiff evaluate` measures, and on which devices."""
 
     segmenter: RecordedOtherwise[Path | None] = None
     """Exported weights of the auxiliary segmenter; RUN/segmenter/weights by default."""
@@ -30,17 +30,18 @@ class EvaluateConfig:
     lpips_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
     frd_images: Result[int] = 0
-    """Images on either side whose radiomics features make `frd`, about a second each; 0 leaves it out."""
+    """Real and generated images each whose radiomics features give `frd`, about a second an image; 0 leaves it out."""
     surface_dice: Result[bool] = True
     """Surface Dice of every organ in every pair of label maps."""
     distribution_images: Result[int] = 5000
-    """Of how many images a side and group the features are kept, for kernel distance, precision, recall, density and
-    coverage. Frechet distances are of all images."""
+    """Images a side and group whose features are kept for kernel distance, precision, recall, density and coverage.
+    Frechet distances use all images."""
     memorisation: Result[bool] = False
-    """Look for training images among the generated ones (at most distribution_images): a pass over the train split."""
+    """Look for training images among the generated ones (at most distribution_images). It reads the train
+    split once."""
     downstream: Annotated[Result[bool], tyro.conf.arg(aliases=["--downstream"])] = False
-    """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones, as the
-    `downstream` section says: hours."""
+    """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones. The
+    `downstream` section has the settings. It takes hours."""
     most_memorised: Result[float] = 0.05
     """The share of suspects above which a set of samples fails: `segdiff evaluate` then exits with 1."""
     batch_size: Execution[int] = 16
@@ -48,9 +49,9 @@ class EvaluateConfig:
     """Ray workers; by default one a GPU, or one a core where there is none."""
     device: Execution[Literal["auto", "cpu", "cuda"]] = "auto"
     bootstrap_samples: Result[int] = 1000
-    """How often the patients are redrawn for a 95 % interval."""
+    """Bootstrap samples of the patients for a 95 % interval."""
     seed: Result[int] = 0
-    """Of the redrawing."""
+    """Seed of the bootstrap, and of random choices of images."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """A Ray cluster to join, whose GPUs and cores count then; by default Ray is started on this machine."""
 
@@ -61,13 +62,13 @@ class EvaluateConfig:
         return WorkersConfig("evaluate", self.num_workers, 1, device, address, most_on_cpu=_MOST_DEFAULT_WORKERS)
 
     def problems(self) -> list[Problem]:
-        """What is out of range or not there."""
-        found = [
+        """Settings out of range, and files or packages that are missing."""
+        problems = [
             Problem("config", f"evaluate.{name}", str(value), "give a whole number of at least 1")
             for name in ("batch_size", "num_workers", "bootstrap_samples")
             if (value := getattr(self, name)) is not None and value < 1
         ]
-        found += [
+        problems += [
             Problem(
                 "config",
                 f"evaluate.{name}",
@@ -78,22 +79,22 @@ class EvaluateConfig:
             if (value := getattr(self, name)) < FEWEST_FOR_DISTANCES and not (also and value == 0)
         ]
         if not 0 <= self.most_memorised <= 1:
-            found.append(Problem("config", "evaluate.most_memorised", str(self.most_memorised), "give 0 to 1"))
+            problems.append(Problem("config", "evaluate.most_memorised", str(self.most_memorised), "give 0 to 1"))
         for name, missing in (
             ("fid_weights", inception.missing_for_fid),
             ("lpips_weights", perceptual.missing_for_lpips),
         ):
             weights = getattr(self, name)
             if isinstance(weights, Path) and not weights.is_file():
-                found.append(Problem("config", f"evaluate.{name}", f"{weights}: no such file", "give the file"))
+                problems.append(Problem("config", f"evaluate.{name}", f"{weights}: no such file", "give the file"))
             if weights is not None and (reason := missing(str(weights))):
-                found.append(Problem("config", f"evaluate.{name}", str(weights), reason))
+                problems.append(Problem("config", f"evaluate.{name}", str(weights), reason))
         if self.frd_images and (reason := radiomics.missing_for_frd(self.frd_images)):
-            found.append(Problem("config", "evaluate.frd_images", str(self.frd_images), reason))
-        # Of a cluster it is known once that was joined.
+            problems.append(Problem("config", "evaluate.frd_images", str(self.frd_images), reason))
+        # Whether a cluster has GPUs is known after it was joined.
         if self.device == "cuda" and self.ray_address is None and not _num_gpus():
-            found.append(Problem("config", "evaluate.device", "cuda: no GPU found", "use auto or cpu"))
-        return found
+            problems.append(Problem("config", "evaluate.device", "cuda: no GPU found", "use auto or cpu"))
+        return problems
 
 
 def _num_gpus() -> int:

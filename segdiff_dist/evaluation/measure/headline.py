@@ -18,7 +18,7 @@ def is_headline(items: dict[str, list[Any]], i: int) -> bool:
 
 
 def headline_items(items: pa.Table, most: int, seed: int) -> list[int]:
-    """At most this many headline items, drawn at random: the same whenever the list and the seed are; in order."""
+    """At most this many headline items, in order, drawn at random; the same list and seed give the same items."""
     seed_index, source, target = (
         items[name].to_numpy() for name in ("seed_index", "source_modality", "target_modality")
     )

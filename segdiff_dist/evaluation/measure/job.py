@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from segdiff_dist.sampling.store import SampleStore
 
 FOLDER = "evaluation"
-# Items a task takes: long enough to drown Ray's overhead, short enough for a progress bar that moves.
+# Items of a task: enough that Ray's overhead does not matter, few enough that the progress bar moves.
 _ITEMS_A_TASK = 64
 _TRAINING_SLICES_A_TASK = 256
 
 
 class EvaluationFailed(WorkFailed):
-    """Some items could not be measured; says which and why. Nothing of an earlier evaluation was touched."""
+    """Some items could not be measured: which, and why. Nothing of an earlier evaluation has changed."""
 
 
 def measure(
@@ -58,9 +58,9 @@ def measure(
     `checked`: what checks.check returned for the same run and config; without it the run is checked here.
 
     InputProblems, all at once, before any work: no or unfinished samples, samples without real images, no segmenter, a
-    broken one, one for images of another size or trained on another label table, a shard set that is not the one
-    sampled from, weights that are not there or cannot be read; another process that writes RUN/evaluation, or a RUN
-    that cannot be written. EvaluationFailed when items cannot be read.
+    broken one, one for images of another size or trained on another label table, a shard set that is not that of the
+    samples, weights that are missing or cannot be read; another process that writes RUN/evaluation, or a RUN that
+    cannot be written. EvaluationFailed when items cannot be read.
     """
     run = Path(run)
     checked = checked or check(run, config)
@@ -84,8 +84,8 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
         with config.workers.joined():
             pool = config.workers.pool()
             inputs = _inputs(run, config, checked, pool.device, weights)
-            measured, told = measure_items(inputs, pool, config, store, shards, rows, progress)
-        summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": told}
+            measured, trust_checks = measure_items(inputs, pool, config, store, shards, rows, progress)
+        summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": trust_checks}
         summary["not_available"] = not_available(summary, inputs, store) | weights.missing
         summary["provenance"] = provenance(inputs, store, shards) | {
             "segmenter_sha256": checked.segmenter_sha256,
@@ -95,16 +95,16 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
     mark_unreliable(summary)
     content = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     with new_file(folder / "summary.json") as unfinished:
-        # All is written before anything of an earlier evaluation goes: a disk that fills leaves that whole.
+        # All is written before an earlier evaluation is removed: a full disk does not damage that.
         unfinished.write_text(content)
         rows.replace(folder / "samples.parquet")
         _replace(inputs.predictions, folder / "predictions.zarr")
-        # Last, so that a summary never stands beside older rows.
+        # The summary last, so that it is never beside older rows.
     return summary
 
 
 def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, weights: Weights) -> Inputs:
-    """For the workers: absolute paths, since a worker may not start in this folder."""
+    """The inputs of the workers, with absolute paths: a worker may start in another folder."""
     return Inputs(
         samples=(run / "samples").resolve(),
         shards=checked.shards.resolved,
@@ -128,15 +128,17 @@ def measure_items(
     rows: Path,
     progress: bool,
 ) -> tuple[Evaluated, dict[str, Any]]:
-    """Every chunk on a worker; its rows go to the file `rows`, and what the summary needs into running sums. Second,
-    the summary's section "trust"."""
+    """Measure every chunk on a worker. Its rows go to the file `rows`, and its part of the summary into running sums.
+
+    Returns the sums and the section "trust" of the summary.
+    """
     from tqdm import tqdm
 
     num_items = store.items.num_rows
     _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
     capacity, seed = config.distribution_images, config.seed
-    # Rows are closed before the workers stop, and neither counts when a task failed.
+    # The file of rows is closed before the workers stop; both are dropped when a task failed.
     with (
         Workers(
             make_worker(inputs),
@@ -154,12 +156,12 @@ def measure_items(
                 measured.add(chunk.start, chunk.stop, result)
                 columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
                 writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
-        told: dict[str, Any] = {"leakage": trust.leakage(store.items, shards)}
+        trust_checks: dict[str, Any] = {"leakage": trust.leakage(store.items, shards)}
         if config.memorisation:
-            told["memorisation"] = _memorisation(
+            trust_checks["memorisation"] = _memorisation(
                 workers, rows.with_name(".queries.unfinished.npz"), config, store, shards
             )
-    return measured, told
+    return measured, trust_checks
 
 
 def _memorisation(
@@ -196,15 +198,15 @@ def _nearest_copies(
     ranges = copies.Ranges.of(loader if isinstance(loader, dict) else None)
     asked = [copies.CopyCandidates(file, tuple(part), ranges) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
     candidates = copies.best_candidates(result for _, result in in_order(workers, asked))
-    found = {}
+    nearest = {}
     for side, (rows_QC, changes_QC5) in candidates.items():
         parts = []
         for start in range(0, len(rows_QC), _ITEMS_A_TASK):
             part = slice(start, start + _ITEMS_A_TASK)
             parts.append(copies.NearestCopy(file, side, start, rows_QC[part], changes_QC5[part]))
         distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts)), strict=True)
-        found["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
-    return found
+        nearest["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
+    return nearest
 
 
 def _parts(values: list[int], most: int) -> list[list[int]]:
@@ -212,9 +214,9 @@ def _parts(values: list[int], most: int) -> list[list[int]]:
 
 
 def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) -> Iterator[tuple[Any, Any]]:
-    """Tasks with their results in the order of `tasks`: one that is early waits for those before it.
+    """Tasks with their results in the order of `tasks`: an early result waits for those before it.
 
-    EvaluationFailed as soon as one fails: no more are begun, and what those at work bring is not kept.
+    EvaluationFailed as soon as one fails: no more tasks start, and the results of running ones are dropped.
     """
     waiting: dict[Any, Any] = {}
     following = iter(tasks)
@@ -224,8 +226,8 @@ def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) 
         if isinstance(done.result, TaskFailure):
             results.close()
             failed = [done, *(other for other in workers.run(()) if isinstance(other.result, TaskFailure))]
-            told = sorted(f"{_told(one.task)}: {one.result.error}" for one in failed)
-            raise EvaluationFailed(f"could not be measured: {'; '.join(told)}")
+            errors = sorted(f"{_name_of(one.task)}: {one.result.error}" for one in failed)
+            raise EvaluationFailed(f"could not be measured: {'; '.join(errors)}")
         waiting[done.task] = done.result
         while expected is not None and expected in waiting:
             if bar is not None:
@@ -234,8 +236,8 @@ def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) 
             expected = next(following, None)
 
 
-def _told(task: Any) -> str:
-    """A task in an error message."""
+def _name_of(task: Any) -> str:
+    """The name of a task in an error message."""
     if isinstance(task, Chunk):
         return f"items {task.start} to {task.stop - 1}"
     if isinstance(task, trust.NearestInTraining):
@@ -251,7 +253,7 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
     shutil.rmtree(path, ignore_errors=True)
     group = zarr.create_group(path)
     for side in SIDES:
-        # A task's items are whole chunks: no two workers ever write to one.
+        # The items of a task are complete chunks: no two workers write to the same one.
         group.create_array(side, shape=shape, chunks=(min(16, _ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)
 
 

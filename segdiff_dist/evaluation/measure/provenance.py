@@ -1,4 +1,4 @@
-"""What summary.json says of itself: what its numbers were made from, and why some are missing."""
+"""The inputs of an evaluation as summary.json records them, and the reasons for missing metrics."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.store.set_index import file_sha256
-from segdiff_dist.evaluation.measure.summary import HEADLINE_METRICS
 from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
+from segdiff_dist.evaluation.metrics.columns import HEADLINE_METRICS
 from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, fewest_samples
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS, missing_reason
 from segdiff_dist.evaluation.metrics.similarity import MS_SSIM_SMALLEST_SIDE
@@ -27,15 +27,15 @@ _PACKAGES = (
 
 
 def not_available(summary: dict[str, Any], inputs: Inputs, store: SampleStore) -> dict[str, str]:
-    """Metrics that have no value, each with its reason and what to do about it."""
-    # The other figures on Inception's features lack what fid lacks, which is said once.
+    """Metrics without a value, each with the reason and the remedy."""
+    # The other metrics on Inception's features are missing for the same reason as fid; it is given once.
     of_inception = () if "fid" in summary["metrics"] else ("kid", "inception_")
     names = [n for n in (*HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS) if n not in summary["metrics"]]
     return {n: _reason(n, summary, inputs, store) for n in names if not (of_inception and n.startswith(of_inception))}
 
 
 def provenance(inputs: Inputs, store: SampleStore, shards: ShardSet) -> dict[str, Any]:
-    """What the numbers were made from, so that they can be made again."""
+    """Everything the numbers depend on, so that they can be computed again."""
     return {
         "shards": shards.root,
         "shards_digest": shards.digest,
@@ -51,12 +51,12 @@ def provenance(inputs: Inputs, store: SampleStore, shards: ShardSet) -> dict[str
 
 
 def _reason(name: str, summary: dict[str, Any], inputs: Inputs, store: SampleStore) -> str:
-    asked = {
+    reasons = {
         "fid": lambda: inception.missing_for_fid(inputs.fid_weights),
         "lpips": lambda: perceptual.missing_for_lpips(inputs.lpips_weights),
         "frd": lambda: radiomics.missing_for_frd(len(inputs.radiomics_items)),
     }
-    if name in asked and (reason := asked[name]()):
+    if name in reasons and (reason := reasons[name]()):
         return reason
     if name in DISTANCE_METRICS:
         return f"a distribution needs at least {fewest_samples(name)} samples, there are {summary['num_samples']}"
@@ -71,15 +71,15 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, store: SampleSto
 
 
 def _digest(weights: str | None) -> dict[str, str] | None:
-    """Which file of weights a number was made with."""
+    """Name and SHA-256 of a file of weights."""
     return None if weights is None else {"file": Path(weights).name, "sha256": file_sha256(Path(weights))}
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions

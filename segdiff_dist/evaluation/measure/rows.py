@@ -1,4 +1,4 @@
-"""samples.parquet, written as the samples come."""
+"""samples.parquet, written while samples are measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from segdiff_dist.evaluation.measure.headline import is_headline
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Rows of a Parquet row group: what is held in memory, and what a reader of one column skips through.
+# Rows of a Parquet row group: this many are held in memory.
 _ROWS_A_GROUP = 4096
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation left in a run folder, as others read it: of the shape that evaluation writes, or refused.
+"""The files of an evaluation in a run folder, read and checked. A file of another shape is refused.
 
 RUN/evaluation/summary.json, samples.parquet, predictions.zarr, figures/index.json; RUN/downstream/summary.json
 """
@@ -111,7 +111,7 @@ class _Downstream(TypedDict):
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """RUN/evaluation/summary.json, what means nothing marked also where an earlier version wrote it."""
+    """RUN/evaluation/summary.json. Numbers that mean nothing are marked, also in a summary of an earlier version."""
     file = run / _FOLDER / SUMMARY
     summary = read_json(file, _evaluate_again(run), "the summary of an evaluation")
     checked(summary, _Summary, file, "the summary of an evaluation", _evaluate_again(run))
@@ -119,7 +119,7 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def read_downstream(run: Path) -> dict[str, Any] | None:
-    """What `segdiff evaluate --downstream` left in RUN/downstream/summary.json; None where there is nothing."""
+    """RUN/downstream/summary.json, which `segdiff evaluate --downstream` writes; None where it is not there."""
     file, remedy = run / "downstream" / SUMMARY, "remove it, or run `segdiff evaluate` with downstream again"
     if not file.exists():
         return None
@@ -129,7 +129,7 @@ def read_downstream(run: Path) -> dict[str, Any] | None:
 
 
 def read_figures(run: Path) -> list[dict[str, str]]:
-    """RUN/evaluation/figures/index.json: file, title, caption, section of each figure; none where it is not there."""
+    """RUN/evaluation/figures/index.json: file, title, caption and section of each figure; empty where there is none."""
     file, remedy = run / _FOLDER / FIGURES, f"draw them again: `segdiff report {shlex.quote(str(run))}`"
     if not file.exists():
         return []
@@ -176,13 +176,13 @@ def open_predictions(run: Path, num_items: int) -> Any:
             if max(height, width) > 4096 or not 1 <= array.chunks[0] <= 1024:
                 raise ValueError(f"{side}: {shown(array.shape)} in chunks {shown(array.chunks)}")
             if not is_plain_array(array, (num_items, height, width), (array.chunks[0], height, width)):
-                raise ValueError(f"{side} is no array of {num_items} label maps")
+                raise ValueError(f"{side} is not an array of {num_items} label maps")
     return group
 
 
 @contextmanager
 def drawing(run: Path) -> Iterator[None]:
-    """Around a page or figures of a run that somebody else may have written: what cannot be drawn is a problem."""
+    """Around drawing figures and pages of a run that somebody else may have written: an error becomes a problem."""
     from jinja2 import TemplateError
 
     try:

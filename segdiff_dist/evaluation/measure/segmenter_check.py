@@ -1,4 +1,4 @@
-"""Where the auxiliary segmenter fails on real images: which numbers mean nothing then, marked and put into words."""
+"""Where the auxiliary segmenter fails on real images: the numbers that mean nothing then, marks and messages."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Any
 
 from data_shards.labels import shown_name
 
-# Of Dice (mask, pred. real). A segmenter that is right on less than this share of an organ says nothing about images
-# that were generated from its mask.
+# The least Dice (mask, pred. real). With less, the segmenter's labels on generated images mean nothing.
 FEWEST_DICE = 0.1
 MARK = "\u2021"
-# Beginnings of the names of all figures that come of the segmenter.
-OF_THE_SEGMENTER = (
+# Beginnings of the names of all metrics that need the segmenter.
+SEGMENTER_METRICS = (
     *("dice_", "surface_dice_", "area_error_", "volume_error_", "false_positive_", "legacy_dice_", "segmenter_"),
 )
-_JUDGE = "dice_mask_real"
+_ON_REAL = "dice_mask_real"
 _MARKED = "unreliable"
 
 Entries = dict[str, Any]
 
 
 def fails(entries: Entries) -> bool:
-    """Whether the segmenter's Dice on real images, of these entries by metric, is near 0. Not known: False."""
-    return _JUDGE in entries and entries[_JUDGE]["value"] < FEWEST_DICE
+    """Whether the segmenter's Dice on real images, in these entries by metric, is near 0; False if not known."""
+    return _ON_REAL in entries and entries[_ON_REAL]["value"] < FEWEST_DICE
 
 
 def is_unreliable(entry: dict[str, Any] | None) -> bool:
@@ -34,9 +33,9 @@ def is_unreliable(entry: dict[str, Any] | None) -> bool:
 def mark_unreliable(summary: dict[str, Any]) -> dict[str, Any]:
     """Set `unreliable` on every entry of summary.json that means nothing because the segmenter fails; returns it.
 
-    Figures on real images alone (PAIR mask_real) say that it fails, and are not marked. An organ is judged by its own
-    Dice, or by that of its group where no mask holds it; images of another modality and several images of a mask by
-    the real images of the modality they are of.
+    Metrics of real images alone (pair mask_real) show the failure and are not marked. For an organ its own Dice counts,
+    or that of its group where no mask holds the organ. For images of another modality, and for several images of a
+    mask, the Dice on real images of the generated images' modality counts.
     """
     by_modality, diversity = summary.get("by_modality", {}), summary.get("diversity", {})
     groups = [(summary["metrics"], summary.get("by_organ", {}))]
@@ -48,7 +47,7 @@ def mark_unreliable(summary: dict[str, Any]) -> dict[str, Any]:
     for entries, organs in groups:
         _mark(entries, fails(entries))
         for of_organ in organs.values():
-            _mark(of_organ, fails(of_organ if _JUDGE in of_organ else entries))
+            _mark(of_organ, fails(of_organ if _ON_REAL in of_organ else entries))
     _mark(summary.get("body", {}), fails(summary.get("body", {})))
     for direction, entries in summary.get("cross_modality", {}).items():
         _mark(entries, fails(by_modality.get(direction.split("_to_")[-1], {})))
@@ -59,38 +58,38 @@ def mark_unreliable(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def segmenter_messages(summary: dict[str, Any]) -> list[str]:
-    """In words, a sentence each: where the segmenter fails on real images, and what means nothing then."""
+    """Sentences that say where the segmenter fails on real images, and which numbers mean nothing then."""
     by_modality = summary.get("by_modality", {})
     groups = {"all real images": summary["metrics"]} | {f"real {m} images": e for m, e in by_modality.items()}
     if len(groups) == 2:  # one modality
         del groups["all real images"]
     failed = {group: entries for group, entries in groups.items() if fails(entries)}
-    if len(failed) == len(groups):  # on all: its parts need no sentence of their own
+    if len(failed) == len(groups):  # on all: a sentence for each modality would repeat it
         failed = dict([next(iter(failed.items()))])
-    found = [
-        f"The segmenter fails on {group}: Dice of mask and prediction is {entries[_JUDGE]['value']:.3f}. Its "
-        "figures on generated ones (Dice, areas, false organs, all that is of its features) mean nothing."
+    messages = [
+        f"The segmenter fails on {group}: Dice of mask and prediction is {entries[_ON_REAL]['value']:.3f}. Its "
+        "numbers on generated images (Dice, areas, false organs, distances of its features) mean nothing."
         for group, entries in failed.items()
     ]
     for modality, organs in summary.get("by_modality_organ", {}).items():
-        lost = [(shown_name(o), e[_JUDGE]["value"]) for o, e in organs.items() if fails(e)]
-        # Where it fails altogether, that was said.
+        lost = [(shown_name(o), e[_ON_REAL]["value"]) for o, e in organs.items() if fails(e)]
+        # Where it fails on the modality, there is a sentence already.
         if lost and not fails(by_modality.get(modality, {})):
             names = ", ".join(f"{organ} ({value:.3f})" for organ, value in lost)
-            found.append(
-                f"On real {modality} images the segmenter does not find {names}: the figures of "
+            messages.append(
+                f"On real {modality} images the segmenter does not find {names}: the numbers of "
                 f"{'this organ' if len(lost) == 1 else 'these organs'} on generated {modality} images mean nothing."
             )
-    return found
+    return messages
 
 
 def _mark(entries: Entries, means_nothing: bool) -> None:
-    for name in _judged(entries):
+    for name in _of_generated(entries):
         if means_nothing:
             entries[name][_MARKED] = True
         else:
             entries[name].pop(_MARKED, None)
 
 
-def _judged(entries: Entries) -> Iterator[str]:
-    return (n for n in entries if n.startswith(OF_THE_SEGMENTER) and not n.endswith("_mask_real"))
+def _of_generated(entries: Entries) -> Iterator[str]:
+    return (n for n in entries if n.startswith(SEGMENTER_METRICS) and not n.endswith("_mask_real"))

@@ -18,7 +18,16 @@ from segdiff_dist.evaluation.measure.headline import is_headline
 from segdiff_dist.evaluation.measure.segmenter_check import is_unreliable
 from segdiff_dist.evaluation.measure.trust import Spread
 from segdiff_dist.evaluation.measure.worker import ChunkResult
-from segdiff_dist.evaluation.metrics.columns import FALSE_POSITIVES, HU_METRICS, PAIRS, SIDES, column_names
+from segdiff_dist.evaluation.metrics.columns import (
+    FALSE_POSITIVES,
+    HEADLINE_METRICS,
+    HU_METRICS,
+    ORGAN_METRICS,
+    PAIRS,
+    SIDES,
+    column_names,
+)
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, Distributions, Entry, Group
 from segdiff_dist.evaluation.metrics.estimates import Estimate
 from segdiff_dist.evaluation.metrics.sharpness import (
@@ -33,38 +42,24 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 2
-# What is told of each organ and each pair of label maps; `volume_error` besides, which comes of sums of areas.
-ORGAN_METRICS = tuple(
-    f"{kind}_{pair}"
-    for kind in ("dice_either", "dice", "surface_dice", "area_error", *FALSE_POSITIVES)
-    for pair in PAIRS
-)
-HEADLINE_METRICS = (
-    *("psnr_db", "ssim", "ms_ssim", "lpips"),
-    *ORGAN_METRICS,
-    *(f"legacy_dice_{pair}" for pair in PAIRS),
-)
-# What a page or a table shows first. A false organ, a segmenter that fails, lack of variety and blur all lower one.
+# A page or a table shows these first. False organs, a segmenter that fails, lack of variety and blur each lower one.
 TOP_METRICS = (
     *("dice_either_mask_gen", "dice_either_mask_real", "segmenter_precision", "segmenter_recall", "sharpness"),
 )
 # Evaluations of earlier versions have these in place of the first two.
 _EARLIER = {"dice_either_mask_gen": "dice_mask_gen", "dice_either_mask_real": "dice_mask_real"}
-# Stands behind a figure of the terminal's table that means nothing.
+# The mark behind a number of the terminal's table that means nothing.
 UNRELIABLE = "(!)"
 DIVERSITY_METRICS = tuple(field.name for field in fields(Spread))
 _UNITS = {"psnr_db": "dB", "pixel_std": "grey values"} | dict.fromkeys(HU_METRICS, "HU")
 _UNITS |= {f"false_positive_area_mm2_{pair}": "mm2" for pair in PAIRS}
-_LOWER_IS_BETTER = ("lpips", "area_error", "volume_error", "hu_mean_error", "false_positive_")
-# Of these neither more nor less is better by itself.
-_NEITHER = (*DIVERSITY_METRICS, "hu_mean_real", "hu_mean_gen", "hu_std_real", "hu_std_gen")
-# Kinds of samples that are summed apart: see _kinds.
+# Kinds of samples that are summed separately: see _kinds.
 _HEADLINE, _SEVERAL, _ACROSS = "headline", "several", "across"
 
 
 @dataclass
 class Evaluated:
-    """All items with what was measured, as far as summary.json needs it.
+    """All items with their measurements, as far as summary.json needs them.
 
     `items` has a row a sample; `spread`: by the item id of a mask's first sample, where it has several.
     """
@@ -88,7 +83,7 @@ class Evaluated:
         return cls(table, items, spread, seed, sums, Distributions(capacity), {}, rows)
 
     def add(self, start: int, stop: int, result: ChunkResult) -> None:
-        """Take in the chunk of items start..stop-1. Chunks come in item order, so that sums do not depend on timing."""
+        """Add the chunk of items start..stop-1. Chunks come in item order, so sums do not depend on timing."""
         items = self.items.slice(start, stop - start).to_pydict()
         num = stop - start
         groups = list(zip(*(items[name] for name in ("source_modality", "target_modality", "axis")), strict=True))
@@ -103,7 +98,7 @@ class Evaluated:
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
 
     def _kinds(self, items: dict[str, list[Any]], i: int) -> list[str]:
-        """Headline samples; all images of a mask that has several in its own modality; those of another modality."""
+        """The kinds that item i counts in: headline, one of several images of its mask, or another modality."""
         if items["source_modality"][i] != items["target_modality"][i]:
             return [_ACROSS]
         several = [_SEVERAL] if items["row"][i] in self.several_rows else []
@@ -111,14 +106,14 @@ class Evaluated:
 
 
 def spread_columns(spread: dict[int, Spread], start: int, stop: int) -> dict[str, np.ndarray]:
-    """DIVERSITY_METRICS of items start..stop-1, float64 [B]; NaN but for the first of a mask's several samples."""
+    """DIVERSITY_METRICS of items start..stop-1, float64 [B]; NaN except for the first of a mask's several samples."""
     nothing = (np.nan,) * len(DIVERSITY_METRICS)
     values_BC = np.array([astuple(spread[i]) if i in spread else nothing for i in range(start, stop)])
     return dict(zip(DIVERSITY_METRICS, values_BC.T, strict=True))
 
 
 def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
-    """Everything of summary.json that comes of the samples."""
+    """The part of summary.json that depends on the samples."""
     means = _Means(measured.sums, interval)
     organs = [measured.table.names[i] for i in measured.table.organ_ids]
     by_modality = {m: Group.of(m) for m in MODALITIES}
@@ -126,16 +121,16 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
     by_both = {f"{m}/{a}": Group.of(m, a) for m in MODALITIES for a in AXES}
 
     def entries(group: Group) -> dict[str, Entry]:
-        found = means.of(HEADLINE_METRICS, _headline(group))
-        found |= sharpness_entries(measured.sums, _headline(group), interval)
-        return found | measured.distributions.entries(group, group)
+        headline = means.of(HEADLINE_METRICS, _headline(group))
+        headline |= sharpness_entries(measured.sums, _headline(group), interval)
+        return headline | measured.distributions.entries(group, group)
 
     def by_organ(group: Group) -> dict[str, Any]:
         which = _headline(group)
         return {o: means.organ(o, which) | organ_entries(measured.sums, o, which, interval) for o in organs}
 
-    def existing(groups: dict[str, Group], tell: Callable[[Group], dict[str, Any]]) -> dict[str, Any]:
-        return {name: tell(group) for name, group in groups.items() if measured.sums.num_samples(_headline(group))}
+    def existing(groups: dict[str, Group], make: Callable[[Group], dict[str, Any]]) -> dict[str, Any]:
+        return {name: make(group) for name, group in groups.items() if measured.sums.num_samples(_headline(group))}
 
     return {
         "format_version": FORMAT_VERSION,
@@ -160,7 +155,7 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
 
 
 def scalars(summary: dict[str, Any]) -> dict[str, float]:
-    """Stable flat names for a tracker: the metric last, before it what it is of.
+    """Stable flat names for a tracker: group, organ, then metric.
 
     `psnr_db`, `CT/psnr_db`, `axial/ssim`, `CT/axial/ssim`, `organ/liver/dice_mask_gen`, `CT/organ/liver/hu_mean_error`,
     `axial/organ/liver/dice_mask_gen`, `body/dice_mask_gen`, `cross_modality/CT_to_MR/dice_mask_gen`,
@@ -177,18 +172,18 @@ def scalars(summary: dict[str, Any]) -> dict[str, float]:
     }
     for part in ("by_modality_organ", "by_axis_organ"):
         sections |= {f"{group}/organ/": organs for group, organs in summary[part].items()}
-    groups |= {f"{prefix}{group}/": told for prefix, section in sections.items() for group, told in section.items()}
+    groups |= {f"{prefix}{group}/": entries for prefix, part in sections.items() for group, entries in part.items()}
     flat = {f"{group}{name}": entry["value"] for group, entries in groups.items() for name, entry in entries.items()}
     flat |= {name: float(summary[name]) for name in ("num_samples", "num_patients")}
-    told = (("leakage", "num_leaked"), ("memorisation", "num_suspects"), ("memorisation", "memorised_share"))
-    flat |= {f"trust/{name}": float(trust[part][name]) for part, name in told if name in trust.get(part, {})}
+    counts = (("leakage", "num_leaked"), ("memorisation", "num_suspects"), ("memorisation", "memorised_share"))
+    flat |= {f"trust/{name}": float(trust[part][name]) for part, name in counts if name in trust.get(part, {})}
     nearer = trust.get("memorisation", {}).get("nearer", {})
     return flat | {f"trust/nearer_{space}": ratio for space, ratio in nearer.items() if ratio is not None}
 
 
 def format_table(summary: dict[str, Any]) -> str:
     """The headline metrics as text: a row a metric, a column a modality, 95 % intervals in brackets; UNRELIABLE behind
-    what means nothing."""
+    numbers that mean nothing."""
     columns = {"all": summary["metrics"], **summary["by_modality"]}
     rows = [["", *(f"{name} (n={_most_samples(entries)})" for name, entries in columns.items())]]
     rows += [
@@ -203,12 +198,12 @@ def format_table(summary: dict[str, Any]) -> str:
 
 
 def top_metrics(groups: Collection[dict[str, Entry]]) -> list[str]:
-    """TOP_METRICS, each replaced by what earlier versions had in its place where none of the groups has it."""
+    """TOP_METRICS. One that no group has is replaced by the metric that earlier versions had in its place."""
     return [n if any(n in entries for entries in groups) else _EARLIER.get(n, n) for n in TOP_METRICS]
 
 
 def headline_dice(groups: Collection[dict[str, Entry]]) -> str:
-    """The Dice that runs or groups of entries are compared by: the one that false organs lower, if all have it."""
+    """The Dice for comparing runs or groups of entries: the one that false organs lower, if all have it."""
     measured = [entries for entries in groups if "dice_mask_gen" in entries]
     return "dice_either_mask_gen" if all("dice_either_mask_gen" in entries for entries in measured) else "dice_mask_gen"
 
@@ -228,56 +223,56 @@ def _cell(entry: Entry | None) -> str:
 
 
 class _Means:
-    """Entries of means over the samples that a predicate on keys picks."""
+    """Entries of means over the samples that a predicate on keys selects."""
 
     def __init__(self, sums: PatientSums, interval: Interval) -> None:
         self.sums, self.interval = sums, interval
 
     def of(self, names: Sequence[str], which: Callable[[SumKey], bool]) -> dict[str, Entry]:
-        found, num_samples = self.sums.means(names, which, self.interval), self.sums.num_samples(which)
+        means, num_samples = self.sums.means(names, which, self.interval), self.sums.num_samples(which)
         return {
-            name: _entry(name, told) | {"num_left_out": num_samples - told.num_samples}
-            for name, told in found.items()
-            if told is not None
+            name: _entry(name, mean) | {"num_left_out": num_samples - mean.num_samples}
+            for name, mean in means.items()
+            if mean is not None
         }
 
     def organ(self, organ: str, which: Callable[[SumKey], bool]) -> dict[str, Entry]:
-        # Here n counts the samples that hold the organ; the others are not "left out" but do not bear on it.
+        # Here n counts the samples that hold the organ. The others do not count as left out.
         names = [f"{metric}/{organ}" for metric in (*ORGAN_METRICS, *HU_METRICS)]
-        found = self.sums.means(names, which, self.interval)
-        entries = {n.split("/")[0]: _entry(n.split("/")[0], told) for n, told in found.items() if told is not None}
+        means = self.sums.means(names, which, self.interval)
+        entries = {n.split("/")[0]: _entry(n.split("/")[0], mean) for n, mean in means.items() if mean is not None}
         for pair in PAIRS:
             reference, predicted = (f"area_mm2_{source}/{organ}" for source in pair.split("_"))
             volumes = self.sums.volume_error(reference, predicted, which, self.interval)
             if volumes is not None:
                 # n counts patients' axes here.
-                entries[f"volume_error_{pair}"] = _entry("volume_error", volumes)
+                entries[f"volume_error_{pair}"] = _entry("volume_error_mask_gen", volumes)
         return entries
 
     def body(self, which: Callable[[SumKey], bool]) -> dict[str, Entry]:
-        found = self.sums.means([f"dice_{pair}/{BODY}" for pair in PAIRS], which, self.interval)
-        return {name.split("/")[0]: _entry(name, told) for name, told in found.items() if told is not None}
+        means = self.sums.means([f"dice_{pair}/{BODY}" for pair in PAIRS], which, self.interval)
+        return {name.split("/")[0]: _entry(name, mean) for name, mean in means.items() if mean is not None}
 
 
 def _headline(group: Group) -> Callable[[SumKey], bool]:
     return lambda key: key.kind == _HEADLINE and group.holds(key.source, key.target, key.axis)
 
 
-def _entry(name: str, told: Estimate) -> Entry:
+def _entry(name: str, mean: Estimate) -> Entry:
     return {
-        "value": told.value,
-        "ci95": None if told.interval is None else list(told.interval),
-        "n": told.num_samples,
-        "num_patients": told.num_patients,
+        "value": mean.value,
+        "ci95": None if mean.interval is None else list(mean.interval),
+        "n": mean.num_samples,
+        "num_patients": mean.num_patients,
         "unit": _UNITS.get(name, "1"),
-        "better": None if name in _NEITHER else "lower" if name.startswith(_LOWER_IS_BETTER) else "higher",
+        "better": DEFINITIONS[name].better or None,
     }
 
 
 def _cross_modality(measured: Evaluated, means: _Means) -> dict[str, dict[str, Entry]]:
-    """Images of one modality made from masks of the other. No real counterpart: the mask is followed or not, and the
-    images are set against real ones of the target modality (other patients)."""
-    found = {}
+    """Images of one modality made from masks of the other. They have no real counterpart. They are compared with the
+    mask, and with real images of the target modality, which are of other patients."""
+    directions = {}
     kinds = ("dice_either", "dice", "surface_dice", "area_error", *FALSE_POSITIVES, "legacy_dice")
     names = [f"{kind}_mask_gen" for kind in kinds]
     for source in MODALITIES:
@@ -290,12 +285,12 @@ def _cross_modality(measured: Evaluated, means: _Means) -> dict[str, dict[str, E
             if source != target and measured.sums.num_samples(which):
                 distances = measured.distributions.entries(Group.of(target), group)
                 sharp = unpaired_entries(measured.sums, which, _headline(Group.of(target)))
-                found[f"{source}_to_{target}"] = means.of(names, which) | sharp | distances
-    return found
+                directions[f"{source}_to_{target}"] = means.of(names, which) | sharp | distances
+    return directions
 
 
 def _diversity(measured: Evaluated, means: _Means) -> dict[str, Any]:
-    """Several images of one mask: how far apart they are, and whether all of them follow the mask."""
+    """Several images of one mask: how much they differ, and whether all of them follow the mask."""
     if not measured.spread:
         return {}
 
@@ -303,12 +298,12 @@ def _diversity(measured: Evaluated, means: _Means) -> dict[str, Any]:
         return lambda key: key.kind == _SEVERAL and group.holds(key.source, key.target, key.axis)
 
     def entries(group: Group) -> dict[str, Entry]:
-        found = means.of(("dice_either_mask_gen", "dice_mask_gen", *DIVERSITY_METRICS), several(group))
+        metrics = means.of(("dice_either_mask_gen", "dice_mask_gen", *DIVERSITY_METRICS), several(group))
         for name in DIVERSITY_METRICS:
-            if name in found:
+            if name in metrics:
                 # One value a mask: its other images are not left out.
-                found[name]["num_left_out"] = 0
-        return found
+                metrics[name]["num_left_out"] = 0
+        return metrics
 
     groups = {m: Group.of(m) for m in MODALITIES}
     return {

@@ -1,5 +1,5 @@
-"""What a metric does not show: whether images are copies of training images, whether those of one mask differ, and
-whether patients are on both sides.
+"""Checks beside the metrics: copies of training images, differences between images of one mask, and patients that are
+in two splits.
 
 Tasks here run on the workers of measure/worker.py. Dimensions: B batch, Q queries, N training images,
 D features, H rows, W columns.
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from segdiff_dist.evaluation.measure.worker import Evaluator
 
 SPACES = ("segmenter", "pixels")
-# An image is near to training where fewer than this share of unseen real images are as near.
+# An image is near to training where fewer than this share of unseen real images are nearer.
 _QUANTILE = 0.01
-# The third space, segdiff_dist.evaluation.measure.copies. It decides alone, so its limit is below that of the others.
+# The third space, segdiff_dist.evaluation.measure.copies. It decides alone, so its limit is lower.
 COPIES = "copies"
 _COPY_SHARE = 0.9
-# Of one mask's images this many are compared in pairs, which are 28 then.
+# At most this many images of one mask are compared in pairs: 28 pairs.
 _MOST_IMAGES = 8
-# Pixel space is the image in this many square means a side: shifts and noise of a pixel or two do not count.
+# Pixel space is the image as means over a grid of this side: shifts and noise of one or two pixels do not count.
 _SMALL_SIDE = 32
-_MOST_TOLD = 50
+_MOST_LISTED = 50
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def images_of_masks(items: pa.Table) -> list[ImagesOfAMask]:
 
 @dataclass(frozen=True)
 class Queries:
-    """A worker's task: where items' generated images lie in each space; float32 [B, D] by (space, side)."""
+    """A worker's task: the points of items' generated images in each space; float32 [B, D] by (space, side)."""
 
     ids: tuple[int, ...]
 
@@ -98,13 +98,13 @@ class Queries:
 
 @dataclass(frozen=True)
 class UnseenQueries:
-    """A worker's task: the same of these real slices of the shard set."""
+    """A worker's task: the same for these real slices of the shard set."""
 
     rows: tuple[int, ...]
 
     def run(self, evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
         """The real side alone."""
-        return {(space, "real"): found for space, found in _in_each_space(self.rows, evaluator).items()}
+        return {(space, "real"): points for space, points in _in_each_space(self.rows, evaluator).items()}
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,17 @@ class NearestInTraining:
     def run(self, evaluator: Evaluator) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
         """Distance [Q] and row [Q] by (space, side)."""
         training = _in_each_space(self.rows, evaluator)
-        found = {}
+        by_side = {}
         with np.load(self.queries) as queries:
             for space in SPACES:
                 for side in SIDES:
                     distance_Q, index_Q = nearest(queries[f"{space}_{side}"], training[space])
-                    found[space, side] = (distance_Q, np.asarray(self.rows)[index_Q])
-        return found
+                    by_side[space, side] = (distance_Q, np.asarray(self.rows)[index_Q])
+        return by_side
 
 
 def _in_each_space(rows: Sequence[int], evaluator: Evaluator) -> dict[str, np.ndarray]:
-    """Where slices of the shard set lie, cropped like the generated images: float32 [N, D] by space."""
+    """The points of slices of the shard set, cropped like the generated images: float32 [N, D] by space."""
     records = [evaluator.shards.read(row).cropped(evaluator.store.image.shape[1]) for row in rows]
     images_NHW = np.stack([record.image_uint8() for record in records])
     modality = [record.meta.modality for record in records]
@@ -136,9 +136,11 @@ def _in_each_space(rows: Sequence[int], evaluator: Evaluator) -> dict[str, np.nd
 
 
 def unseen_rows(rows: np.ndarray, shards: ShardSet, seed: int) -> list[int]:
-    """The real slices that images of the masks `rows` are held against: those slices themselves, but for any whose
-    patient or source file is in the train split. In place of these, as for all masks of that split, stand others of the
-    same modalities and axes that are not in it, drawn by `seed`. Empty where training has seen all there are."""
+    """The real slices that images of the masks `rows` are compared with: slices that training has not seen.
+
+    These are the slices of `rows`. One whose patient or source file is in the train split is replaced by another slice
+    of the same modalities and axes that is not in it, drawn by `seed`. Empty where training has seen all slices.
+    """
     own = np.unique(rows)
     unseen = own[~_in_training(own, shards)]
     if len(unseen) == len(own):
@@ -153,12 +155,12 @@ def unseen_rows(rows: np.ndarray, shards: ShardSet, seed: int) -> list[int]:
 def _in_training(rows: np.ndarray, shards: ShardSet) -> np.ndarray:
     """bool [len(rows)]: whether a slice's patient or source file is in the train split."""
     training = shards.select(split="train", labelled_only=False)
-    found = np.zeros(len(rows), dtype=bool)
+    is_seen = np.zeros(len(rows), dtype=bool)
     for name in ("case_id", "source_sha256"):
         values = shards.samples[name]
         known = set(values.take(training).to_pylist())
-        found |= np.array([value in known for value in values.take(rows).to_pylist()], dtype=bool)
-    return found
+        is_seen |= np.array([value in known for value in values.take(rows).to_pylist()], dtype=bool)
+    return is_seen
 
 
 def small(images_BHW: np.ndarray) -> np.ndarray:
@@ -172,14 +174,14 @@ def small(images_BHW: np.ndarray) -> np.ndarray:
 
 
 def closer(
-    found: Iterable[dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]],
+    parts: Iterable[dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]],
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """The nearest over all parts of the training set."""
     nearest_yet: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-    for part in found:
+    for part in parts:
         for key, (distance_Q, row_Q) in part.items():
             before_Q, kept_Q = nearest_yet.get(key, (np.full(len(distance_Q), np.inf), row_Q))
-            # Of equally near ones that of the lower row, so that the order of the parts does not matter.
+            # Of equally near ones the lower row, so that the order of the parts does not matter.
             new_Q = (distance_Q < before_Q) | ((distance_Q == before_Q) & (row_Q < kept_Q))
             nearest_yet[key] = (np.where(new_Q, distance_Q, before_Q), np.where(new_Q, row_Q, kept_Q))
     return nearest_yet
@@ -192,18 +194,18 @@ def memorisation(
     nearest_by: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
     most: float,
 ) -> dict[str, Any]:
-    """How near generated images lie to training ones, against real images that training has not seen.
+    """How near generated images are to training images, compared with real images that training has not seen.
 
-    A suspect lies no farther than the first percentile of the real images in both spaces; were nothing copied, about
-    1 % would in each. Or it is a copy: nearer than _COPY_SHARE of the first percentile where training images may be
-    mirrored, turned, shifted, scaled or changed in brightness (("copies", side) of `nearest_by`). `passed`: at most
-    the share `most` are suspects. `nearer`: median distance of the generated over that of the real; well below 1 it
-    is a sign of copies. After Meehan et al. 2020.
+    A suspect is at most as far as the first percentile of the unseen real images, in both spaces; without copies about
+    1 % would be in each. An image is also a suspect where it is nearer than _COPY_SHARE of the first percentile to a
+    training image that may be mirrored, turned, shifted, scaled or changed in brightness (("copies", side) of
+    `nearest_by`). `passed`: at most the share `most` are suspects. `nearer`: median distance of the generated divided
+    by that of the real; a value well below 1 is a sign of copies. After Meehan et al. 2020.
     """
     limits = {space: float(np.quantile(nearest_by[space, "real"][0], _QUANTILE)) for space in SPACES}
     is_suspect = np.ones(len(ids), dtype=bool)
     for space in SPACES:
-        # Not below alone: where unseen images have a twin in training, the limit is 0, and so is a copy's distance.
+        # Equal counts too: where unseen images have a twin in training, the limit is 0, and so is a copy's distance.
         is_suspect &= nearest_by[space, "gen"][0] <= limits[space]
     spaces: tuple[str, ...] = SPACES
     if (COPIES, "gen") in nearest_by:
@@ -214,7 +216,7 @@ def memorisation(
     # Suspects first, then by how near they are to a training image, changed or not.
     order = np.lexsort((nearest_by[spaces[-1], "gen"][0], ~is_suspect))
 
-    def told(q: int) -> dict[str, Any]:
+    def described(q: int) -> dict[str, Any]:
         entry = {"item_id": int(ids[q]), "key": items["key"][int(ids[q])].as_py(), "suspect": bool(is_suspect[q])}
         for space in spaces:
             distance_Q, row_Q = nearest_by[space, "gen"]
@@ -233,45 +235,45 @@ def memorisation(
         "num_unseen": len(nearest_by["pixels", "real"][0]),
         "limits": limits,
         "nearer": {s: medians[s, "gen"] / medians[s, "real"] if medians[s, "real"] else None for s in spaces},
-        "nearest": [told(int(q)) for q in order[:_MOST_TOLD]],
+        "nearest": [described(int(q)) for q in order[:_MOST_LISTED]],
     }
 
 
 def not_made(reason: str) -> dict[str, Any]:
-    """What stands in place of `memorisation` where nothing can be said: neither passed nor failed."""
+    """The result in place of `memorisation` where nothing is known: neither passed nor failed."""
     return {"passed": None, "reason": reason, "nearest": []}
 
 
 def why_not(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) -> str | None:
-    """Why there is no telling copies of `training` (rows) among `ids` (items); None where there is."""
+    """Why copies of `training` (rows) cannot be found among `ids` (items); None where they can."""
     if not ids:
         return "no sample is the first of its mask in the modality of the mask's own slice"
     if not training:
         return "the shard set has no train split"
     if not unseen:
-        return "the shard set has no slice of a patient and a file outside of the train split to hold them against"
+        return "the shard set has no slice to compare with: all patients or files are in the train split"
     return None
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
-    """What a person must know before a set of samples is released, of summary.json."""
+    """What a person must know before a set of samples is released, from summary.json."""
     leaked, memorised = summary["trust"]["leakage"], summary["trust"].get("memorisation")
-    found = []
+    messages = []
     if leaked["num_leaked"]:
         names = leaked["patients"] or leaked["files"]
-        found.append(f"{leaked['num_leaked']} patients or files are in the train split too: {', '.join(names[:5])}")
+        messages.append(f"{leaked['num_leaked']} patients or files are in the train split too: {', '.join(names[:5])}")
     if memorised is not None and memorised["passed"] is None:
-        found.append(f"whether training images are among the samples is not known: {memorised['reason']}")
+        messages.append(f"whether training images are among the samples is not known: {memorised['reason']}")
     if memorised is not None and memorised["passed"] is False:
         share, most = memorised["memorised_share"], memorised["most_allowed"]
-        found.append(
+        messages.append(
             f"{share:.1%} of the images look like training images, more than {most:.1%}: see trust.memorisation"
         )
-    return found
+    return messages
 
 
 def leakage(items: pa.Table, shards: ShardSet) -> dict[str, Any]:
-    """Patients, and source files under whatever name, whose masks were sampled from and who are in the train split."""
+    """Patients and source files (by SHA-256) of the sampled masks that are in the train split too."""
     rows = np.unique(items["row"].to_numpy())
     training = shards.select(split="train", labelled_only=False)
     shared = {

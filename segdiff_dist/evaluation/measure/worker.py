@@ -1,4 +1,4 @@
-"""What a Ray worker does: load the networks once, then turn chunks of items into rows, features and predictions.
+"""The work of a Ray worker: load the networks once, then turn chunks of items into rows, features and predictions.
 
 Dimensions: B batch, H rows, W columns, K label ids, D features, O organs.
 """
@@ -14,8 +14,14 @@ import numpy as np
 
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
-from segdiff_dist.evaluation.metrics import sharpness, similarity, surfaces
-from segdiff_dist.evaluation.metrics.columns import SIDES, column_names, hounsfield_columns, overlap_columns
+from segdiff_dist.evaluation.metrics import sharpness, surfaces
+from segdiff_dist.evaluation.metrics.columns import (
+    SIDES,
+    column_names,
+    hounsfield_columns,
+    overlap_columns,
+    similarity_columns,
+)
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -24,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where a worker finds what it needs. Paths and settings only, so that it travels to any machine.
+    """The inputs of a worker. Paths and settings only, so that any machine can read it.
 
-    `radiomics_items`: the ids of the items whose radiomics features are taken.
+    `radiomics_items`: the ids of the items whose radiomics features are computed.
     """
 
     samples: Path
@@ -43,7 +49,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Items start..stop-1 of the sample store. Chunks end where chunks of the Zarr arrays end: one writer a region."""
+    """Items start..stop-1 of the sample store. Chunks end where chunks of the Zarr arrays end, so no two
+    workers write one of them."""
 
     start: int
     stop: int
@@ -51,10 +58,11 @@ class Chunk:
 
 @dataclass
 class ChunkResult:
-    """What a chunk gives back, all in item order.
+    """The result of a chunk, all in item order.
 
-    `columns`: float64 [B] by column of samples.parquet, NaN where a metric has no meaning for an item.
-    `features`: by (extractor, side), float [B, D]; NaN for items that have none: on the real side outside the headline.
+    `columns`: float64 [B] by column of samples.parquet, NaN where a metric is not defined for an item.
+    `features`: by (extractor, side), float [B, D]; NaN for items without features: on the real side those
+    outside the headline.
     `grey_counts`: int64 [B, 2, 256], grey values of the real and the generated image; zero outside the headline.
     """
 
@@ -64,7 +72,7 @@ class ChunkResult:
 
 
 def make_worker(inputs: Inputs) -> Callable[[], Callable[[Any], Any]]:
-    """A factory for fan_out: set up once in each actor, then do task after task: a Chunk, or one of trust.py's."""
+    """A factory for fan_out: called once in each actor; its result does tasks, Chunks and those of trust.py."""
 
     def make() -> Callable[[Any], Any]:
         evaluator = Evaluator(inputs)
@@ -74,7 +82,7 @@ def make_worker(inputs: Inputs) -> Callable[[], Callable[[Any], Any]]:
 
 
 class Evaluator:
-    """What an actor has open: the samples, the slices behind them and the networks."""
+    """The state of an actor: the samples, their slices and the networks."""
 
     def __init__(self, inputs: Inputs) -> None:
         import torch
@@ -84,7 +92,7 @@ class Evaluator:
         from segdiff_dist.sampling.store import SampleStore
         from segdiff_dist.segmentation import Segmenter
 
-        # The actor's one thread is fixed by its environment; torch is told too in case it was loaded before that.
+        # The actor's environment asks for one thread; torch may have been loaded before it was set.
         if inputs.device == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
@@ -113,7 +121,7 @@ class Evaluator:
             self.radiomics = load_extractor()
 
     def on_device(self, images_BHW: np.ndarray) -> Any:
-        """A tensor where the networks are."""
+        """A tensor on the networks' device."""
         import torch
 
         return torch.from_numpy(images_BHW).to(self.inputs.device)
@@ -123,7 +131,7 @@ class Evaluator:
         return self.features_of(image_BHW, self.store.items["target_modality"].take(list(ids)).to_pylist())
 
     def features_of(self, image_BHW: Any, modality: Sequence[str]) -> np.ndarray:
-        """The same of images in these modalities, a batch at a time."""
+        """The same for images in these modalities, a batch at a time."""
         import torch
 
         modality_B = torch.tensor([MODALITIES.index(m) for m in modality], device=self.inputs.device)
@@ -149,7 +157,7 @@ class Evaluator:
         )
 
     def _radiomics_features(self, chunk: Chunk) -> dict[tuple[str, str], np.ndarray]:
-        """On either side; NaN for the items that were not chosen, and nothing where a chunk has no chosen one."""
+        """By (extractor, side); NaN for items that were not chosen, and empty where none of the chunk is."""
         chosen = [i for i in range(chunk.start, chunk.stop) if i in self.inputs.radiomics_items]
         if self.radiomics is None or not chosen:
             return {}
@@ -159,16 +167,16 @@ class Evaluator:
             "real": np.stack([self.shards.read(row).cropped(size).image_uint8() for row in rows]),
             "gen": np.stack([np.asarray(self.store.image[i]) for i in chosen]),
         }
-        found = {}
+        features = {}
         for side in SIDES:
             features_BD = self.radiomics(images[side])
-            found["radiomics", side] = np.full((chunk.stop - chunk.start, features_BD.shape[1]), np.nan)
-            found["radiomics", side][np.array(chosen) - chunk.start] = features_BD
-        return found
+            features["radiomics", side] = np.full((chunk.stop - chunk.start, features_BD.shape[1]), np.nan)
+            features["radiomics", side][np.array(chosen) - chunk.start] = features_BD
+        return features
 
 
 class _Batch:
-    """Consecutive items start..stop-1: their pixels, what is predicted on them, and what comes of it."""
+    """Consecutive items start..stop-1: their pixels, the predictions on them, and the results."""
 
     def __init__(self, evaluator: Evaluator, start: int, stop: int) -> None:
         self.evaluator, self.start, self.stop = evaluator, start, stop
@@ -186,17 +194,17 @@ class _Batch:
         # A real counterpart exists only where the generated image has the modality of the slice it came from.
         chosen = np.flatnonzero([is_headline(items, i) for i in range(num)])
 
-        # What the image was made from, which may lack organs that the slice has.
+        # The masks that the images were made from may lack organs of the slice.
         self.label_maps = {"mask": np.asarray(store.mask[self.start : self.stop])}
         self.label_maps["real"] = np.zeros_like(self.label_maps["mask"])
-        self.label_maps["gen"], features = self._seen_by_networks(generated, target)
+        self.label_maps["gen"], features = self._run_networks(generated, target)
         self.result = ChunkResult({name: np.full(num, np.nan) for name in column_names(self.evaluator.table)})
         self.result.grey_counts = np.zeros((num, 2, 256), dtype=np.int64)
         for name, features_BD in features.items():
             self.result.features[name, "gen"] = features_BD
             self.result.features[name, "real"] = np.full_like(features_BD, np.nan)
         if len(chosen):
-            # Generated images have 8 bits, so real ones are compared, and judged by the segmenter, at 8 bits too.
+            # Generated images have 8 bits, so real ones are compared and segmented at 8 bits too.
             records = [self.evaluator.shards.read(items["row"][i]).cropped(size) for i in chosen]
             real = torch.from_numpy(np.stack([record.image_uint8() for record in records])).to(device)
             at = torch.from_numpy(chosen).to(device)
@@ -210,28 +218,24 @@ class _Batch:
             self._write_overlaps("mask_real", chosen)
             self._write_overlaps("real_gen", chosen)
 
-    def _seen_by_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _run_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
         label_maps, features_BD = self.evaluator.segmenter.predict_and_features(image_BHW, modality_B)
-        found = {"segmenter": features_BD}
-        found |= {name: extract(image_BHW, modality_B) for name, extract in self.evaluator.extractors.items()}
+        by_extractor = {"segmenter": features_BD}
+        by_extractor |= {name: extract(image_BHW, modality_B) for name, extract in self.evaluator.extractors.items()}
         return label_maps.cpu().numpy(), {
-            name: _finite(features.float().cpu().numpy(), name, self.start) for name, features in found.items()
+            name: _finite(features.float().cpu().numpy(), name, self.start) for name, features in by_extractor.items()
         }
 
     def _compare(self, real: Any, fake: Any, modality: Any, chosen: np.ndarray) -> None:
         """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""
-        columns, evaluator = self.result.columns, self.evaluator
-        self.label_maps["real"][chosen], features = self._seen_by_networks(real, modality)
+        evaluator = self.evaluator
+        self.label_maps["real"][chosen], features = self._run_networks(real, modality)
         for name, features_BD in features.items():
             self.result.features[name, "real"][chosen] = features_BD
-        columns["psnr_db"][chosen] = similarity.psnr_db(real, fake)
-        if min(real.shape[1:]) >= similarity.MS_SSIM_SMALLEST_SIDE:
-            columns["ssim"][chosen], columns["ms_ssim"][chosen] = similarity.ssim_and_ms_ssim(real, fake)
-        else:
-            columns["ssim"][chosen] = similarity.ssim(real, fake)
+        self._write(similarity_columns(real, fake), chosen)
         if evaluator.lpips is not None:
-            columns["lpips"][chosen] = evaluator.lpips(real, fake)
+            self._write({"lpips": evaluator.lpips(real, fake)}, chosen)
         sharp = sharpness.measure(
             real.cpu().numpy(), fake.cpu().numpy(), self.label_maps["mask"][chosen], evaluator.table
         )
@@ -241,7 +245,7 @@ class _Batch:
                 self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)
 
     def _sharpness_of_others(self, items: dict[str, list[Any]], generated: Any) -> None:
-        """Power and texture of images of the other modality; their own slice only says where its border is."""
+        """Power and texture of images of the other modality. Their own slice is needed only for its constant border."""
         size, sources, targets = generated.shape[1], items["source_modality"], items["target_modality"]
         across = np.array([i for i in range(len(sources)) if sources[i] != targets[i]], dtype=np.int64)
         if not len(across):

@@ -14,6 +14,8 @@ from segdiff_dist.evaluation.metrics import overlaps, similarity, surfaces
 from segdiff_dist.evaluation.metrics.sharpness import sharpness_columns
 
 if TYPE_CHECKING:
+    import torch
+
     from data_shards.labels import LabelTable
     from data_shards.records import SliceMeta
 
@@ -26,6 +28,19 @@ FALSE_POSITIVES = ("false_positive_rate", "false_positive_area_mm2")
 HU_METRICS = ("hu_mean_real", "hu_mean_gen", "hu_mean_error", "hu_std_real", "hu_std_gen")
 # Where an organ's area is measured: in the mask, and in the labels predicted on either image.
 SOURCES = ("mask", "real", "gen")
+
+# Metrics of each organ and each pair of label maps.
+ORGAN_METRICS = tuple(
+    f"{kind}_{pair}"
+    for kind in ("dice_either", "dice", "surface_dice", "area_error", *FALSE_POSITIVES)
+    for pair in PAIRS
+)
+# Columns whose means over the headline images are in the summary.
+HEADLINE_METRICS = (
+    *("psnr_db", "ssim", "ms_ssim", "lpips"),
+    *ORGAN_METRICS,
+    *(f"legacy_dice_{pair}" for pair in PAIRS),
+)
 
 
 def column_names(table: LabelTable) -> list[str]:
@@ -40,6 +55,16 @@ def column_names(table: LabelTable) -> list[str]:
     of_organs = ("dice_either", "surface_dice", "area_error", *FALSE_POSITIVES)
     names += [f"{kind}_{pair}/{organ}" for kind in of_organs for pair in PAIRS for organ in organs]
     return names + [f"area_mm2_{source}/{organ}" for source in SOURCES for organ in organs]
+
+
+def similarity_columns(real_BHW: torch.Tensor, gen_BHW: torch.Tensor) -> dict[str, np.ndarray]:
+    """Values [B] by column of pairs of uint8 images; `ms_ssim` only where the images are large enough."""
+    columns: dict[str, np.ndarray] = {"psnr_db": similarity.psnr_db(real_BHW, gen_BHW)}
+    if min(real_BHW.shape[1:]) >= similarity.MS_SSIM_SMALLEST_SIDE:
+        columns["ssim"], columns["ms_ssim"] = similarity.ssim_and_ms_ssim(real_BHW, gen_BHW)
+    else:
+        columns["ssim"] = similarity.ssim(real_BHW, gen_BHW)
+    return columns
 
 
 def overlap_columns(

@@ -29,7 +29,7 @@ def missing_for_frd(frd_images: int) -> str | None:
 
 
 def load_extractor() -> Callable[[np.ndarray], np.ndarray]:
-    """Features float64 [B, D] of uint8 images [B, H, W]: frd-score's version 1 on the whole image.
+    """Features float64 [B, D] of uint8 images [B, H, W]: frd-score's version 1 on the full image.
 
     Konz et al. 2026: first order and texture of the image, its Laplacians of Gaussians and its wavelets, and
     pyradiomics' facts about the image file.

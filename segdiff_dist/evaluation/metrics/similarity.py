@@ -15,7 +15,7 @@ from segdiff_dist.evaluation.metrics.arrays import Array
 if TYPE_CHECKING:
     import torch
 
-# One window for both images: the whole range of the stored uint8 grey values.
+# One window for both images: the full range of the stored uint8 grey values.
 GREY_RANGE = 255.0
 # Wang et al. 2004, section III.B and III.C: an 11x11 Gaussian window, and constants that keep 0/0 out.
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5

@@ -1,4 +1,4 @@
-"""Several evaluated runs side by side: what each is, what they have in common, where their numbers do not compare."""
+"""Several evaluated runs side by side: their settings and common masks, and the numbers that cannot be compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from segdiff_dist.evaluation.measure.saved import (
     read_rows,
     read_summary,
 )
-from segdiff_dist.evaluation.measure.segmenter_check import OF_THE_SEGMENTER
+from segdiff_dist.evaluation.measure.segmenter_check import SEGMENTER_METRICS
 from segdiff_dist.evaluation.measure.summary import FORMAT_VERSION
 from segdiff_dist.evaluation.metrics.definitions import Definition
 from segdiff_dist.evaluation.report.pictures import Pictures
@@ -30,22 +30,22 @@ from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
 
 _ALL = ("",)
 _OF_INCEPTION = ("fid", "kid", "inception_")
-# A key of summary.json's provenance, what it means that runs differ in it, and the metrics (by their beginnings) that
-# do not compare then.
+# A key of summary.json's provenance, the message where runs differ in it, and the metrics (by their beginnings) that
+# cannot be compared then.
 _MUST_AGREE = (
     (
         "segmenter_sha256",
-        "The runs were judged by different segmenters",
-        OF_THE_SEGMENTER,
+        "The runs were evaluated with different segmenters",
+        SEGMENTER_METRICS,
     ),
     ("shards_digest", "The runs were sampled from different shard sets", _ALL),
-    ("fid_weights", "Inception's weights differ", _OF_INCEPTION),
+    ("fid_weights", "The weights of Inception differ", _OF_INCEPTION),
     ("lpips_weights", "The weights of LPIPS differ", ("lpips",)),
-    ("frd_images", "FRD is of different numbers of images", ("frd",)),
+    ("frd_images", "FRD was computed on different numbers of images", ("frd",)),
     ("surface_dice_tolerance_mm", "The tolerances of surface Dice differ", ("surface_dice_",)),
     (
         "distribution_images",
-        "Kernel distances and neighbourhoods are of different numbers of images (evaluate.distribution_images)",
+        "Kernel distances and neighbourhoods use different numbers of images (evaluate.distribution_images)",
         ("kid", "inception_", *(f"segmenter_{n}" for n in ("kernel", "precision", "recall", "density", "coverage"))),
     ),
 )
@@ -55,8 +55,8 @@ _MUST_AGREE = (
 class EvaluatedRun:
     """A run folder that was evaluated.
 
-    `name` tells it from the others; `settings`: of config.yaml by dotted key, empty where there is none; `slices`: row
-    of the shard set and modality of each headline image; `side`: of the images, in pixels.
+    `name`: unique among the runs. `settings`: values of config.yaml by dotted key, empty where there is none. `slices`:
+    row of the shard set and modality of each headline image. `side`: of the images, in pixels.
     """
 
     name: str
@@ -70,31 +70,32 @@ class EvaluatedRun:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """What runs do not have in common, and how the names of the metrics begin that do not compare because of it."""
+    """A difference of runs, and the beginnings of the names of the metrics that cannot be compared because of it."""
 
     text: str
     metrics: tuple[str, ...]
 
 
 def open_runs(folders: Sequence[Path]) -> list[EvaluatedRun]:
-    """What evaluation left in each. InputProblems, all at once: runs not there, not or differently evaluated, twice."""
-    found: list[Problem] = []
+    """Open evaluated runs. InputProblems, all at once: runs that are missing, not evaluated, of another version,
+    or given twice."""
+    problems: list[Problem] = []
     opened = []
     for folder, name in zip(folders, names_of(folders), strict=True):
         try:
             opened.append(_open(folder, name))
         except InputProblems as error:
-            found += error.problems
+            problems += error.problems
     resolved = [folder.resolve() for folder in folders]
     twice = [str(folder) for i, folder in enumerate(folders) if resolved[i] in resolved[:i]]
-    found += [Problem("command line", "run", f"{folder} is named twice", "name each run once") for folder in twice]
-    if found:
-        raise InputProblems(found)
+    problems += [Problem("command line", "run", f"{folder} is named twice", "name each run once") for folder in twice]
+    if problems:
+        raise InputProblems(problems)
     return opened
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path: one, or as many as tell all of them apart."""
+    """The last parts of each path: one, or as many as make all names different."""
     parts = [folder.resolve().parts for folder in folders]
     names = [path[-1] for path in parts]
     for num_parts in range(2, max(map(len, parts), default=0) + 1):
@@ -105,67 +106,74 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def disagreements(runs: Sequence[EvaluatedRun]) -> list[Disagreement]:
-    """Why some or all numbers of the runs do not compare; nothing where they do."""
-    found = []
+    """Why some or all numbers of the runs cannot be compared; empty where all can."""
+    differences = []
     for key, text, metrics in _MUST_AGREE:
-        told = [run.summary["provenance"].get(key) for run in runs]
+        values = [run.summary["provenance"].get(key) for run in runs]
         # Where a run lacks a metric, there is nothing to compare.
-        if len({json.dumps(value, sort_keys=True) for value in told if value}) > 1:
-            found.append(Disagreement(text + (_one_segmenter(runs) if key == "segmenter_sha256" else ""), metrics))
+        if len({json.dumps(value, sort_keys=True) for value in values if value}) > 1:
+            differences.append(
+                Disagreement(text + (_one_segmenter(runs) if key == "segmenter_sha256" else ""), metrics)
+            )
     if len({run.side for run in runs}) > 1:
         sides = ", ".join(str(side) for side in sorted({run.side for run in runs}))
-        found.append(Disagreement(f"The images have different sizes ({sides} pixels a side)", _ALL))
-    if not any(d.metrics == _ALL for d in found) and len({run.slices for run in runs}) > 1:
+        differences.append(Disagreement(f"The images have different sizes ({sides} pixels a side)", _ALL))
+    if not any(d.metrics == _ALL for d in differences) and len({run.slices for run in runs}) > 1:
         shared = len(frozenset.intersection(*(run.slices for run in runs)))
         counts = ", ".join(f"{len(run.slices)} of {run.name}" for run in runs)
-        found.append(Disagreement(f"The runs were measured on different slices: {shared} in common, {counts}", _ALL))
-    return found
+        differences.append(
+            Disagreement(f"The runs were measured on different slices: {shared} in common, {counts}", _ALL)
+        )
+    return differences
 
 
 def _one_segmenter(runs: Sequence[EvaluatedRun]) -> str:
-    """The commands that judge all runs by the first one's segmenter; nothing where that is not in its run folder."""
+    """The commands that evaluate all runs with the first one's segmenter, if it is in its run folder."""
     weights = runs[0].folder.resolve() / "segmenter" / "weights"
     if not weights.is_dir():
-        return "; evaluate.segmenter names the one to judge them by"
+        return "; set evaluate.segmenter to the same one for all"
     digest = runs[0].summary["provenance"]["segmenter_sha256"]
     others = [run for run in runs if run.summary["provenance"]["segmenter_sha256"] != digest]
     flags = ("--evaluate.segmenter", str(weights))
     commands = ", ".join(next_command("evaluate", *flags, run=run.folder.resolve()) for run in others)
-    return f"; by that of {runs[0].name} they are judged with {commands}"
+    return f"; to use that of {runs[0].name} for all: {commands}"
 
 
-def compares(metric: str, found: Sequence[Disagreement]) -> bool:
-    """Whether values of a metric may be held against each other."""
-    return not any(metric.startswith(disagreement.metrics) for disagreement in found)
+def is_comparable(metric: str, differences: Sequence[Disagreement]) -> bool:
+    """Whether values of a metric may be compared."""
+    return not any(metric.startswith(difference.metrics) for difference in differences)
 
 
 def best_of(values: Sequence[float | None], definition: Definition, *, least: float = -math.inf) -> set[int]:
-    """Which of the values are best: all that read like the best one.
+    """Which of the values are best: all that are shown with the same digits as the best one.
 
-    None where a run has no value. Nothing is best where neither more nor less is better, or all read the same. Values
-    below `least` count as that.
+    A value is None where a run has none. None is best where neither higher nor lower is better, or where all are shown
+    the same. Values below `least` count as `least`.
     """
-    told = {i: round(max(value, least), definition.digits) for i, value in enumerate(values) if value is not None}
-    if not definition.better or len(set(told.values())) < 2:
+    shown = {i: round(max(value, least), definition.digits) for i, value in enumerate(values) if value is not None}
+    if not definition.better or len(set(shown.values())) < 2:
         return set()
     if definition.better == "one":
         # As a factor: half as much is as far from 1 as twice as much.
-        distance = {i: abs(math.log(max(value, 1e-9))) for i, value in told.items()}
+        distance = {i: abs(math.log(max(value, 1e-9))) for i, value in shown.items()}
         return {i for i, far in distance.items() if far == min(distance.values())}
-    best = max(told.values()) if definition.better == "higher" else min(told.values())
-    return {i for i, value in told.items() if value == best}
+    best = max(shown.values()) if definition.better == "higher" else min(shown.values())
+    return {i for i, value in shown.items() if value == best}
 
 
 def differing_settings(runs: Sequence[EvaluatedRun]) -> list[tuple[str, list[str]]]:
     """Dotted keys of config.yaml in which the runs differ, each with the value of every run as text."""
     keys = sorted({key for run in runs for key in run.settings} - {"run"})
-    rows = [(key, [_told(run.settings[key]) if key in run.settings else "\u2013" for run in runs]) for key in keys]
+    rows = [(key, [_as_text(run.settings[key]) if key in run.settings else "\u2013" for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def shared_masks(pictures: Sequence[Pictures], modality: str) -> list[tuple[int, ...]]:
-    """Headline items of the same mask, one of each run: of the masks that all runs have those at the quartiles of Dice
-    (mask, pred_gen), its mean over the runs, of different patients if possible. All runs of one shard set."""
+    """Headline items of the same mask, one of each run; all runs are of one shard set.
+
+    Of the masks that all runs have, those at the quartiles of the mean over the runs of Dice(mask, pred_gen), of
+    different patients if possible.
+    """
     items_by_row = [run.headline(modality) for run in pictures]
     rows = sorted(set.intersection(*(set(items) for items in items_by_row)))
     dice_by_row = {
@@ -175,9 +183,9 @@ def shared_masks(pictures: Sequence[Pictures], modality: str) -> list[tuple[int,
     rows = sorted((row for row in rows if np.isfinite(dice_by_row[row])), key=lambda row: dice_by_row[row])
     first = pictures[0]
     chosen = first.at_quartiles(np.array([items_by_row[0][row] for row in rows], dtype=np.int64))
-    found = [tuple(items[int(first.rows["row"][i])] for items in items_by_row) for i in chosen]
+    candidates = [tuple(items[int(first.rows["row"][i])] for items in items_by_row) for i in chosen]
     # A job may have left organs out, or cropped the slice.
-    return [items for items in found if _same_mask(pictures, items)]
+    return [items for items in candidates if _same_mask(pictures, items)]
 
 
 def _same_mask(pictures: Sequence[Pictures], items: Sequence[int]) -> bool:
@@ -186,7 +194,7 @@ def _same_mask(pictures: Sequence[Pictures], items: Sequence[int]) -> bool:
 
 
 def _open(folder: Path, name: str) -> EvaluatedRun:
-    problems = list(_find_problems(folder))
+    problems = list(_problems_of(folder))
     if problems:
         raise InputProblems(problems)
     columns = ["row", "target_modality", "headline"]
@@ -205,7 +213,7 @@ def _open(folder: Path, name: str) -> EvaluatedRun:
     )
 
 
-def _find_problems(folder: Path) -> Iterator[Problem]:
+def _problems_of(folder: Path) -> Iterator[Problem]:
     if not folder.is_dir():
         yield Problem(str(folder), "run", "no such folder", "give the folder that training and sampling wrote")
         return
@@ -224,5 +232,5 @@ def _find_problems(folder: Path) -> Iterator[Problem]:
         yield Problem(str(folder / "evaluation" / SUMMARY), "format_version", value, remedy)
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

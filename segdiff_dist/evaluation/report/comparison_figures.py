@@ -1,4 +1,4 @@
-"""Figures that set several runs side by side."""
+"""Figures that compare several runs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str
 def same_masks(
     names: Sequence[str], pictures: Sequence[Pictures], masks: Sequence[tuple[int, ...]], modality: str
 ) -> Drawn:
-    """The real image and the mask, then every run's image of that mask. `masks`: as of comparison.shared_masks."""
+    """The real image, the mask, and every run's image of that mask. `masks`: from comparison.shared_masks."""
     if not masks:
         return None
     first = pictures[0]
@@ -82,8 +82,8 @@ def same_masks(
     legend(canvas, first.label_table, [first.mask(items[0]) for items in masks])
     caption = (
         "Images of the same masks, with Dice(mask, prediction on generated). The masks are at the lower quartile, the "
-        "median and the upper quartile of that Dice, its mean over the runs, of different patients where there are "
-        "enough; not picked by eye."
+        "median and the upper quartile of the mean of that Dice over the runs, of different patients where there are "
+        "enough. They are chosen by rule, not by eye."
     )
     return canvas, Figure(f"same_masks_{modality.lower()}.png", f"{modality}: the same masks", caption, "images")
 
@@ -95,5 +95,5 @@ def _handle(label: str, colour: str) -> Any:
 
 
 def _shortened(name: str) -> str:
-    """A run's name, its middle left out where it would not fit above a tile."""
+    """A run's name, without its middle where it would not fit above a tile."""
     return plain(name if len(name) <= 24 else f"{name[:11]}\u2026{name[-12:]}")

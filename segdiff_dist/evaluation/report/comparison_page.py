@@ -1,4 +1,4 @@
-"""The page that sets several evaluated runs side by side: one HTML file that holds all it shows."""
+"""The page that compares several evaluated runs: one HTML file that contains everything it shows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from segdiff_dist.evaluation.report.comparison import (
     Disagreement,
     EvaluatedRun,
     best_of,
-    compares,
     differing_settings,
     disagreements,
+    is_comparable,
     shared_masks,
 )
 from segdiff_dist.evaluation.report.look import Drawn, save, styled
@@ -29,7 +29,7 @@ from segdiff_dist.evaluation.report.page import page_environment, png_url, write
 from segdiff_dist.evaluation.report.pictures import Pictures
 
 COMPARISON = "comparison.html"
-# What the figure shows, where runs have it.
+# Metrics of the figure, where runs have them.
 _DRAWN = (
     *(
         "dice_either_mask_gen",
@@ -50,10 +50,12 @@ Groups = dict[str, list[dict[str, Any]]]
 
 def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
     """Write the page of at least two runs to `out`; returns it."""
-    found = disagreements(runs)
+    differences = disagreements(runs)
     groups = _groups(runs)
     names = [run.name for run in runs]
-    metrics = [m for m in _DRAWN if any(m in entries for told in groups.values() for entries in told)][:_MOST_PANELS]
+    metrics = [m for m in _DRAWN if any(m in entries for by_run in groups.values() for entries in by_run)][
+        :_MOST_PANELS
+    ]
     with styled():
         drawn = [_embedded(figures.metrics_of_runs(names, groups, metrics))]
         gallery, reason = _gallery(runs)
@@ -62,9 +64,9 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
         .get_template("comparison.html.j2")
         .render(
             runs=runs,
-            disagreements=found,
-            tables={group: _metric_rows(entries, found) for group, entries in groups.items()},
-            organ_tables=_organ_tables(runs, found),
+            disagreements=differences,
+            tables={group: _metric_rows(entries, differences) for group, entries in groups.items()},
+            organ_tables=_organ_tables(runs, differences),
             metric_figures=[figure for figure in drawn if figure is not None],
             gallery=gallery,
             no_gallery=reason,
@@ -73,7 +75,9 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
             organ_metric=DEFINITIONS[headline_dice([run.summary["metrics"] for run in runs])].label,
             segmenter_messages={run.name: messages for run in runs if (messages := segmenter_messages(run.summary))},
             mark=MARK,
-            definitions={n: d for n, d in DEFINITIONS.items() if any(n in e for told in groups.values() for e in told)},
+            definitions={
+                n: d for n, d in DEFINITIONS.items() if any(n in e for by_run in groups.values() for e in by_run)
+            },
             one_store=len({run.tracked.store if run.tracked else None for run in runs}) == 1,
         )
     )
@@ -81,7 +85,7 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
 
 
 def _groups(runs: Sequence[EvaluatedRun]) -> Groups:
-    """As groups_of has it for one run: where all are of one modality, not twice the same."""
+    """Entries by "All" and modality; "All" is left out where all runs are of one modality."""
     groups = {"All": [run.summary["metrics"] for run in runs]}
     groups |= {m: [run.summary["by_modality"].get(m, {}) for run in runs] for m in MODALITIES}
     groups = {group: entries for group, entries in groups.items() if any(entries)}
@@ -90,13 +94,13 @@ def _groups(runs: Sequence[EvaluatedRun]) -> Groups:
     return groups
 
 
-def _metric_rows(by_run: list[dict[str, Any]], found: Sequence[Disagreement]) -> list[dict[str, Any]]:
+def _metric_rows(by_run: list[dict[str, Any]], differences: Sequence[Disagreement]) -> list[dict[str, Any]]:
     ordered = dict.fromkeys((*top_metrics(by_run), *DEFINITIONS))
     names = [name for name in ordered if any(name in entries for entries in by_run)]
-    return [_row(DEFINITIONS[n].label, n, DEFINITIONS[n], [e.get(n) for e in by_run], found) for n in names]
+    return [_row(DEFINITIONS[n].label, n, DEFINITIONS[n], [e.get(n) for e in by_run], differences) for n in names]
 
 
-def _organ_tables(runs: Sequence[EvaluatedRun], found: Sequence[Disagreement]) -> dict[str, list[dict[str, Any]]]:
+def _organ_tables(runs: Sequence[EvaluatedRun], differences: Sequence[Disagreement]) -> dict[str, list[dict[str, Any]]]:
     """By modality, a row an organ: Dice (mask, pred. gen.), with false organs where all runs have that."""
     metric, tables = headline_dice([run.summary["metrics"] for run in runs]), {}
     for modality in MODALITIES:
@@ -108,7 +112,7 @@ def _organ_tables(runs: Sequence[EvaluatedRun], found: Sequence[Disagreement]) -
                 metric,
                 DEFINITIONS[metric],
                 [organs.get(organ, {}).get(metric) for organs in by_run],
-                found,
+                differences,
             )
             for organ in organs
         ]
@@ -118,12 +122,12 @@ def _organ_tables(runs: Sequence[EvaluatedRun], found: Sequence[Disagreement]) -
 
 
 def _row(
-    label: str, metric: str, definition: Definition, entries: list[Any], found: Sequence[Disagreement]
+    label: str, metric: str, definition: Definition, entries: list[Any], differences: Sequence[Disagreement]
 ) -> dict[str, Any]:
-    may_compare = compares(metric, found)
-    # An unbiased estimate of what is never negative: below 0 it says no more than 0.
+    may_compare = is_comparable(metric, differences)
+    # An unbiased estimate of a squared distance: values below 0 count as 0.
     least = 0.0 if metric in _KERNEL_DISTANCES else -math.inf
-    # What means nothing is shown, and is never the best.
+    # A number that means nothing is shown, and is never the best.
     values = [None if entry is None or is_unreliable(entry) else entry["value"] for entry in entries]
     best = best_of(values, definition, least=least) if may_compare else set()
     cells = [{"entry": entry, "best": i in best} for i, entry in enumerate(entries)]
@@ -131,7 +135,7 @@ def _row(
 
 
 def _gallery(runs: Sequence[EvaluatedRun]) -> tuple[list[dict[str, str]], str]:
-    """Figures of the masks that all runs have; without any, why."""
+    """Figures of the masks that all runs have; or the reason why there are none."""
     if len({run.summary["provenance"]["shards_digest"] for run in runs}) > 1:
         return [], "The runs share no masks: they were sampled from different shard sets."
     try:
@@ -145,7 +149,7 @@ def _gallery(runs: Sequence[EvaluatedRun]) -> tuple[list[dict[str, str]], str]:
 
 
 def _embedded(drawn: Drawn) -> dict[str, str] | None:
-    """Title, caption and all of the picture."""
+    """Title, caption and the picture as a data URL."""
     if drawn is None:
         return None
     canvas, figure = drawn

@@ -1,4 +1,4 @@
-"""The figures of a run's report, Figures 1 to 7 of the paper among them: which there are, and in what order.
+"""The figures of a run's report, with Figures 1 to 7 of the paper, and their order.
 
 RUN/evaluation/figures/{name}.png, index.json (title, caption and section of each, in order)
 """
@@ -25,9 +25,9 @@ INDEX = "index.json"
 
 
 def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = False) -> list[Figure]:
-    """Draw all figures that the evaluated `run` has material for, into RUN/evaluation/figures.
+    """Draw all figures that the evaluated `run` has data for, into RUN/evaluation/figures.
 
-    `amos_root`: the archive that the shards were made from; only with it are intensities outside the window seen.
+    `amos_root`: the archive that the shards were made from. Only it has intensities outside the window.
     """
     from tqdm import tqdm
 

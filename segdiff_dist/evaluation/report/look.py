@@ -1,4 +1,4 @@
-"""How every figure looks: one colour a class, tiles of pixels, legends. This file and *_figures.py use matplotlib."""
+"""The look of every figure: one colour a class, tiles of pixels, legends. This file and *_figures.py use matplotlib."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _TILE_INCHES = 1.75
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: its file in the figures folder, what stands above and below it, and the report's section."""
+    """A drawn figure: its file in the figures folder, title, caption, and its section of the report."""
 
     file: str
     title: str
@@ -87,7 +87,7 @@ def styled() -> Iterator[None]:
 
 
 def save(canvas: Canvas, target: Path | IO[bytes]) -> None:
-    """Write it as PNG, and let go of it."""
+    """Write it as PNG, and free its memory."""
     from matplotlib import pyplot as plt
 
     canvas.savefig(target, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.08)
@@ -95,12 +95,12 @@ def save(canvas: Canvas, target: Path | IO[bytes]) -> None:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it is: between two dollars it would read mathematics, and fail where it is none."""
+    """Text that matplotlib draws as it is: it would read text between two dollars as mathematics."""
     return text.replace("$", r"\$")
 
 
 def organ_colour(name: str) -> str:
-    """The fixed colour of a class; one drawn from its name for classes beyond the palette."""
+    """The fixed colour of a class; beyond the palette a colour computed from its name."""
     if name in ORGAN_COLOURS:
         return ORGAN_COLOURS[name]
     from matplotlib.colors import hsv_to_rgb, to_hex
@@ -127,7 +127,7 @@ def tiles(num_rows: int, num_columns: int, titles: Sequence[str]) -> tuple[Canva
 
 
 def show_grey(ax: Axes, image_HW: np.ndarray, label: str | None = None) -> None:
-    """An image of grey values 0 to 255; `label` stands to the left of it."""
+    """An image of grey values 0 to 255; `label` is written to the left of it."""
     ax.imshow(image_HW, cmap="gray", vmin=0, vmax=255)
     if label is not None:
         ax.set_ylabel(label, fontsize=8)

@@ -27,7 +27,7 @@ def dice_by_organ(summary: dict[str, Any]) -> Drawn:
     from matplotlib.patches import Patch
 
     panels = summary["by_modality_organ"]
-    # What only a prediction holds has no mask to be judged by.
+    # An organ that only a prediction holds has no mask to compare with.
     names = [name for name, entries in summary["by_organ"].items() if "dice_mask_gen" in entries]
     if not names:
         return None
@@ -46,7 +46,7 @@ def dice_by_organ(summary: dict[str, Any]) -> Drawn:
     canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
     caption = (
         "Mean over the samples whose mask holds the organ; whiskers are 95 % intervals over patients. A bar without "
-        "whiskers rests on one patient."
+        "whiskers is of one patient."
     )
     return canvas, Figure("dice_by_organ.png", "Dice by organ", caption, "organs")
 
@@ -75,7 +75,7 @@ def hu_by_organ(summary: dict[str, Any]) -> Drawn:
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
-    organs = {n: told for n, told in summary["by_modality_organ"].get("CT", {}).items() if "hu_mean_gen" in told}
+    organs = {n: e for n, e in summary["by_modality_organ"].get("CT", {}).items() if "hu_mean_gen" in e}
     if not organs:
         return None
     canvas, ax = plt.subplots(figsize=(7.4, 1.2 + 0.36 * len(organs)))
@@ -97,8 +97,8 @@ def hu_by_organ(summary: dict[str, Any]) -> Drawn:
     canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
     caption = (
         "Points: mean HU inside the organ's mask, averaged over images; thin lines: its 95 % interval over patients; "
-        "broad bars: one standard deviation of HU inside the organ to either side. CT only, from 8-bit grey values, so "
-        "that what the window clipped stays clipped."
+        "broad bars: one standard deviation of HU inside the organ to either side. CT only, from 8-bit grey values, in "
+        "which HU outside the window are clipped."
     )
     return canvas, Figure("hu_by_organ.png", "HU inside each organ, real and generated", caption, "hu")
 
@@ -127,11 +127,11 @@ def clipping(densities: dict[str, Clipping | None]) -> Drawn:
     """Intensity density before and after clipping, by modality (Figure 1)."""
     from matplotlib import pyplot as plt
 
-    found = {modality: density for modality, density in densities.items() if density is not None}
-    if not found:
+    present = {modality: density for modality, density in densities.items() if density is not None}
+    if not present:
         return None
-    canvas, axes = plt.subplots(len(found), 2, figsize=(8.2, 0.4 + 2.35 * len(found)), squeeze=False)
-    for (before, after), (modality, density) in zip(axes, found.items(), strict=True):
+    canvas, axes = plt.subplots(len(present), 2, figsize=(8.2, 0.4 + 2.35 * len(present)), squeeze=False)
+    for (before, after), (modality, density) in zip(axes, present.items(), strict=True):
         colour = MODALITY_COLOURS[modality]
         for ax, one in ((before, density.before), (after, density.after)):
             ax.stairs(one.values, one.edges, fill=True, color=colour, alpha=0.3)
@@ -145,10 +145,10 @@ def clipping(densities: dict[str, Clipping | None]) -> Drawn:
         after.set_title(f"{modality} after clipping")
         after.set(xlabel="grey value", xlim=(0, 256))
     canvas.tight_layout()
-    cases = ", ".join(case for density in found.values() for case in density.case_ids)
-    caption = f"The shaded range is what is kept. Cases: {cases}. Paper: Figure 1."
-    if not all(density.from_volumes for density in found.values()):
-        caption += " Without the archive (amos_root) values outside the window are not seen here."
+    cases = ", ".join(case for density in present.values() for case in density.case_ids)
+    caption = f"The shaded range is the window that is kept. Cases: {cases}. Paper: Figure 1."
+    if not all(density.from_volumes for density in present.values()):
+        caption += " Values outside the window are not shown: they need the archive (amos_root)."
     return canvas, Figure("clipping.png", "Intensities before and after clipping", caption, "intensities")
 
 
@@ -187,7 +187,7 @@ def usefulness(downstream: dict[str, Any] | None) -> Drawn:
 
 
 def _curve(ax: Axes, counts: list[int], entries: list[dict[str, Any]], label: str, colour: str) -> None:
-    # Side by side, since both curves stand at the same numbers of patients.
+    # Side by side, since both curves have the same numbers of patients.
     at = [count * (0.97 if label == "real" else 1.03) for count in counts]
     values = [entry["value"] for entry in entries]
     ends = [entry["ci95"] or (entry["value"],) * 2 for entry in entries]

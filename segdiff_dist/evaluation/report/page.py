@@ -1,4 +1,4 @@
-"""The report: one HTML file that holds all it shows, drawn from summary.json and the figures alone."""
+"""The report: one HTML file that contains everything it shows, made from summary.json and the figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 _FALSE_ORGANS = "false_positive_rate_mask_gen"
-# At the top of the page, behind TOP_METRICS.
+# At the top of the page, after TOP_METRICS.
 _FURTHER_CARDS = ("psnr_db", "ssim", "fid", "segmenter_frechet")
 
 # Table 1 of Hunecke and Chen, "Medical Image Generation Using Segmentation-Guided Diffusion": AMOS 2022 at 256x256,
@@ -37,7 +37,7 @@ PUBLISHED = {
     "ssim": ("0.637", "0.618", "0.062", "0.170", "0.210", "0.198"),
     "fid": ("47.66", "61.50", "200.31", "202.26", "75.3", "100.4"),
     "legacy_dice_mask_real": ("0.925", "0.927", "0.795", "0.843", "0.793", "0.848"),
-    # The paper's text calls this row pred(real) against pred(generated); its code compares the mask.
+    # The paper's text calls this row pred(real) against pred(generated), but its code compares with the mask.
     "legacy_dice_mask_gen": ("0.923", "0.927", "0.712", "0.766", "0.778", "0.807"),
 }
 
@@ -87,7 +87,7 @@ def render(
             groups=groups,
             metrics={name: DEFINITIONS[name] for name in shown},
             definitions=DEFINITIONS,
-            defined={name: told for name, told in DEFINITIONS.items() if name in defined},
+            defined={name: definition for name, definition in DEFINITIONS.items() if name in defined},
             published=PUBLISHED,
             published_columns=PUBLISHED_COLUMNS,
             organs=organs,
@@ -117,7 +117,7 @@ def render(
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write it so that a reader never sees half of it."""
+    """Write a page so that a reader never sees half of it."""
     write_atomic(path, text)
     return path
 
@@ -139,12 +139,12 @@ def page_environment() -> Environment:
 
 
 def png_url(pixels: bytes) -> str:
-    """A PNG file as an address that holds all of it."""
+    """A PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(pixels).decode("ascii")
 
 
 def groups_of(overall: dict[str, Any], by_modality: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Entries by "All" and modality, as far as there are any; of one modality not twice the same."""
+    """Entries by "All" and modality, without empty groups; "All" is left out where there is one modality only."""
     groups = {"All": overall} | {m: by_modality.get(m, {}) for m in MODALITIES}
     groups = {name: entries for name, entries in groups.items() if entries}
     if len(groups) == 2:
@@ -158,7 +158,7 @@ def format_number(value: float, digits: int) -> str:
 
 
 def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
-    """A value of the summary, with a mark where it means nothing, or a dash where there is none."""
+    """A value of the summary, with a mark where it means nothing; a dash where there is none."""
     if entry is None:
         return "\u2013"
     return format_number(entry["value"], digits) + (f" {MARK}" if is_unreliable(entry) else "")
@@ -176,7 +176,7 @@ def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an organ with its entries by modality; body last and marked."""
     rows = []
     for organ, overall in summary["by_organ"].items():
-        # An organ that no mask holds is shown where it appears all the same.
+        # An organ that no mask holds is shown where it appears in generated images.
         if "dice_mask_gen" in overall or overall.get(_FALSE_ORGANS, {"value": 0})["value"] > 0:
             by_modality = {m: organs.get(organ, {}) for m, organs in summary["by_modality_organ"].items()}
             rows.append({"name": shown_name(organ), "by_modality": by_modality, "overall": overall})
@@ -186,8 +186,7 @@ def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of blur: sentences for all images or, where there are several, by modality; and texture by
-    organ and modality."""
+    """The page's part on sharpness: messages by group of images, and texture by organ and modality."""
     groups = groups_of(summary["metrics"], summary["by_modality"])
     messages = {group: sharpness_messages(entries) for group, entries in groups.items()}
     by_modality = summary["by_modality_organ"]

@@ -1,4 +1,4 @@
-"""Which samples the figures show, and their pixels. Chosen by rule, never by eye, so that galleries are no best-of."""
+"""The samples that figures show, and their pixels. They are chosen by rule, never by eye: not only the best ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from segdiff_dist.config import differences, next_command
 from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary
 from segdiff_dist.sampling.store import SampleStore, identity
 
-# Where in the order of Dice(mask, pred_gen) a gallery looks.
+# The places of a gallery in the order of Dice(mask, pred_gen).
 GALLERY_QUANTILES = (0.25, 0.5, 0.75)
 # The columns of samples.parquet that figures need; the file has some hundreds.
 _COLUMNS = (
@@ -29,7 +29,7 @@ _COLUMNS = (
 
 @dataclass
 class Pictures:
-    """Rows of samples.parquet with the pixels behind them."""
+    """Rows of samples.parquet with their pixels."""
 
     rows: dict[str, np.ndarray]
     shards: ShardSet
@@ -39,8 +39,8 @@ class Pictures:
 
     @classmethod
     def open(cls, run: Path) -> Pictures:
-        """Open what sampling and evaluation left in `run`. InputProblems where the samples, or the slices behind them,
-        are no longer those that were measured: pictures would stand beside the numbers of others."""
+        """Open the samples and the evaluation of `run`. InputProblems where the samples or their slices are not those
+        that were measured: the pictures would not belong to the numbers."""
         store = SampleStore.open(run / "samples")
         shards = ShardSet.open(store.job["shards"])
         refuse(_changed_since(run, store, shards))
@@ -86,7 +86,7 @@ class Pictures:
         return f"{self.rows['case_id'][i]}\n{self.rows['axis'][i]} {self.rows['slice_index'][i]}"
 
     def dice(self, i: int) -> str:
-        """Dice(mask, pred_gen) in words; a mask without organs has none."""
+        """Dice(mask, pred_gen) as text; a mask without organs has none."""
         dice = self.rows["dice_mask_gen"][i]
         return f"Dice {dice:.2f}" if np.isfinite(dice) else "no organ in the mask"
 
@@ -95,7 +95,7 @@ class Pictures:
         return self.at_quartiles(self._by_dice(modality))
 
     def at_quartiles(self, items: np.ndarray) -> list[int]:
-        """Of items in order, those at GALLERY_QUANTILES or near, of different patients if possible."""
+        """Of items in order, those at or near GALLERY_QUANTILES, of different patients if possible."""
         chosen: list[int] = []
         for quantile in GALLERY_QUANTILES:
             at = quantile * (len(items) - 1)
@@ -121,7 +121,7 @@ class Pictures:
         return np.asarray(items[np.argsort(dice[items], kind="stable")])
 
     def _next(self, items: np.ndarray, chosen: list[int]) -> list[int]:
-        """The first of `items` whose patient none of the chosen has; where all have been, the first not chosen."""
+        """The first of `items` of a patient that is not among the chosen; without one, the first item not chosen."""
         seen = {self.rows["case_id"][i] for i in chosen}
         fresh = [i for i in items if self.rows["case_id"][i] not in seen] or [i for i in items if i not in chosen]
         return [int(i) for i in fresh[:1]]
@@ -134,13 +134,13 @@ class Pictures:
     def several_of_a_mask(self, most: int) -> list[list[int]]:
         """For each modality the mask whose images differ by the median amount: its items in order of seed_index."""
         spread = self.rows["pixel_std"]
-        found = []
+        chosen = []
         for modality in MODALITIES:
             firsts = np.flatnonzero(np.isfinite(spread) & (self.rows["source_modality"] == modality))
             if len(firsts):
                 first = firsts[np.argsort(spread[firsts], kind="stable")[(len(firsts) - 1) // 2]]
-                found.append(self._of_row(int(self.rows["row"][first]), modality)[:most])
-        return found
+                chosen.append(self._of_row(int(self.rows["row"][first]), modality)[:most])
+        return chosen
 
     def across(self, source: str, target: str, most: int) -> list[int]:
         """First cross-modality items from `source` to `target` spread over the ranks of Dice(mask, pred_gen)."""
@@ -164,17 +164,17 @@ class Pictures:
 
 
 def _changed_since(run: Path, store: SampleStore, shards: ShardSet) -> Iterator[Problem]:
-    """What is not as it was when RUN/evaluation/summary.json was written."""
+    """Changes of samples and slices since RUN/evaluation/summary.json was written."""
     made_from = read_summary(run)["provenance"]
     remedy = f"measure them: {next_command('evaluate', run=run)}"
     with reading(run / "evaluation" / "summary.json", "the summary of an evaluation", remedy):
         measured_job, measured_digest = identity(made_from["sample_job"]), made_from["shards_digest"]
     if differing := differences(measured_job, identity(store.job)):
         key, measured, now = differing[0]
-        value = f"others than were measured: {key} was {measured!r}, is {now!r}"
+        value = f"not the samples that were measured: {key} was {measured!r}, is {now!r}"
         yield Problem(str(store.path), "samples", value, remedy)
     elif missing := len(store.missing()):
-        value = f"{missing:,} of {len(store):,} not there any more"
+        value = f"{missing:,} of {len(store):,} are missing"
         yield Problem(str(store.path), "samples", value, "run the same `segdiff sample` again")
     if shards.digest != measured_digest:
         yield Problem(shards.root, "digest", "not the shard set that was measured on", f"restore it, or {remedy}")

@@ -1,4 +1,4 @@
-"""Figures that show samples: pixels, masks and labels side by side. Which ones is pictures.py's to say."""
+"""Figures that show samples: pixels, masks and labels side by side. pictures.py chooses the samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gallery(pictures: Pictures, modality: str) -> Drawn:
     canvas = _samples(pictures, items, [pictures.describe(i) for i in items])
     caption = (
         "Samples at the lower quartile, the median and the upper quartile of Dice(mask, prediction on generated), of "
-        "different patients where there are enough; not picked by eye. Paper: Figures 2 and 3."
+        "different patients where there are enough. They are chosen by rule, not by eye. Paper: Figures 2 and 3."
     )
     return canvas, Figure(f"gallery_{modality.lower()}.png", f"{modality}: real and generated", caption, "images")
 
@@ -41,8 +41,8 @@ def extremes(pictures: Pictures, modality: str) -> Drawn:
     canvas = _samples(pictures, worst + best, labels)
     caption = (
         f"The lowest and the highest Dice(mask, prediction on generated) of the headline {modality} samples, each of "
-        "another patient where there are enough. A low Dice may be the segmenter's failure as well: the prediction "
-        "beside the mask tells."
+        "another patient where there are enough. A low Dice may also be a failure of the segmenter: compare its "
+        "prediction with the mask."
     )
     name = f"extremes_{modality.lower()}.png"
     return canvas, Figure(name, f"{modality}: worst and best cases", caption, "images")
@@ -88,7 +88,8 @@ def diversity(pictures: Pictures) -> Drawn:
     legend(canvas, pictures.label_table, [pictures.mask(items[0]) for items in groups])
     caption = (
         "Images generated from the same mask with different noise, and the standard deviation of each pixel over them "
-        "in grey values (0 to 255): what the mask does not fix. The mask shown is the one with the median spread of "
+        "in grey values (0 to 255). "
+        "It is large where the mask does not determine the image. The mask shown is the one with the median spread of "
         "its modality. Paper: Figure 4."
     )
     return canvas, Figure("diversity.png", "Diversity: one mask, several images", caption, "trust")
@@ -99,7 +100,7 @@ def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
     memorisation = summary.get("trust", {}).get("memorisation")
     if memorisation is None or not memorisation["nearest"]:
         return None
-    found, limits = memorisation["nearest"][:_NUM_NEAREST], memorisation["limits"]
+    neighbours, limits = memorisation["nearest"][:_NUM_NEAREST], memorisation["limits"]
     columns = {
         "pixels": "nearest in pixels",
         "segmenter": "nearest in features",
@@ -107,18 +108,18 @@ def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
     }
     # Evaluations of earlier versions did not search for changed copies.
     spaces = [space for space in columns if space in limits]
-    canvas, axes = tiles(len(found), 1 + len(spaces), ("generated", *(columns[space] for space in spaces)))
-    for row, told in zip(axes, found, strict=True):
-        show_grey(row[0], pictures.generated(told["item_id"]), pictures.describe(told["item_id"]))
-        if told["suspect"]:
+    canvas, axes = tiles(len(neighbours), 1 + len(spaces), ("generated", *(columns[space] for space in spaces)))
+    for row, neighbour in zip(axes, neighbours, strict=True):
+        show_grey(row[0], pictures.generated(neighbour["item_id"]), pictures.describe(neighbour["item_id"]))
+        if neighbour["suspect"]:
             note(row[0], "suspect")
         for ax, space in zip(row[1:], spaces, strict=True):
-            show_grey(ax, pictures.slice_image(told[f"training_row_{space}"]))
-            times = f"\n{told[f'distance_{space}'] / limits[space]:.2f} x the limit" if limits[space] else ""
-            note(ax, told[f"training_key_{space}"] + times)
+            show_grey(ax, pictures.slice_image(neighbour[f"training_row_{space}"]))
+            times = f"\n{neighbour[f'distance_{space}'] / limits[space]:.2f} x the limit" if limits[space] else ""
+            note(ax, neighbour[f"training_key_{space}"] + times)
     caption = (
-        "Suspects first, then the nearest in pixels; a suspect is nearer than 99 % of unseen real images are, which is "
-        "the limit, in both spaces."
+        "Suspects first, then the nearest. The limit is the distance that 99 % of the unseen real images exceed. A "
+        "suspect is within the limits in pixels and in features, or within that of turned and mirrored copies."
     )
     return canvas, Figure("nearest_training.png", "The training images that are nearest", caption, "trust")
 
@@ -130,16 +131,16 @@ def cross_modality(pictures: Pictures) -> Drawn:
         return None
     canvas = _samples(pictures, items, [pictures.describe(i) for i in items])
     caption = (
-        "The mask of a slice of one modality, drawn in the other. There is no real counterpart, so only the mask can "
-        "judge. Paper: Figure 5."
+        "An image of one modality, generated from the mask of a slice of the other. It has no real counterpart, so "
+        "only its mask can be compared. Paper: Figure 5."
     )
     return canvas, Figure("cross_modality.png", "Cross-modality", caption, "modalities")
 
 
 def two_modalities(pictures: Pictures, source: str, target: str) -> Drawn:
     """Original, mask, two images of the same modality and two of the other (Figures 6 and 7)."""
-    found = [(i, pictures.both_modalities(i, 2)) for i in pictures.across(source, target, 3)]
-    rows = [(i, own, other) for i, (own, other) in found if own and other]
+    both = [(i, pictures.both_modalities(i, 2)) for i in pictures.across(source, target, 3)]
+    rows = [(i, own, other) for i, (own, other) in both if own and other]
     if not rows:
         return None
     num_own = max(len(own) for _, own, _ in rows)

@@ -1,4 +1,4 @@
-"""How much of the real images' power the generated ones have, by band of spatial frequency."""
+"""Power of the generated images divided by that of the real ones, by band of spatial frequency."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from segdiff_dist.evaluation.metrics.definitions import wavelengths
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_BANDS
 from segdiff_dist.evaluation.report.look import MODALITY_COLOURS, Drawn, Figure
 
-# Ratios below are drawn there: the axis is logarithmic.
+# Smaller ratios are drawn here: the axis is logarithmic.
 _LOWEST = 1e-3
 
 
@@ -41,7 +41,7 @@ def power_by_band(summary: dict[str, Any]) -> Drawn:
     ax.legend()
     canvas.tight_layout()
     caption = (
-        "Power of the generated over that of the real images, by wavelength; lines are 95 % intervals over patients. "
-        "At 1 the images have the real ones' detail, below it they are blurred, above it noisier. Grey: half to twice."
+        "Power of the generated images divided by that of the real ones, by wavelength; lines are 95 % intervals over "
+        "patients. At 1 the detail is that of real images, below 1 it is blurred, above 1 noisier. Grey: half to twice."
     )
     return canvas, Figure("power_by_band.png", "Power by wavelength, generated over real", caption, "sharpness")

@@ -1,4 +1,4 @@
-"""Where MLflow shows a run folder's numbers, as RUN/mlflow.json tells it. MLflow itself is not asked."""
+"""Where MLflow shows the numbers of a run folder, from RUN/mlflow.json. MLflow itself is not asked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from segdiff_dist.tracking.link import is_plain_for_sqlite, read_link
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run of MLflow. `url`: its page, where the store is a server; `command`: else what serves the store.
+    """A run of MLflow. `url`: its page, where the store is a server; `command`: else the command that serves the store.
 
-    `run_id` is None until the store has taken the run.
+    `run_id` is None until the run is in the store.
     """
 
     store: str
@@ -28,7 +28,7 @@ class TrackedRun:
 
 
 def tracked_run(run: Path) -> TrackedRun | None:
-    """The MLflow run of a run folder; None where nothing was ever tracked, or mlflow.json is damaged."""
+    """The MLflow run of a run folder; None where nothing was tracked, or mlflow.json is damaged."""
     try:
         link = read_link(run)
         return locate(link, run.resolve()) if link else None
@@ -37,15 +37,15 @@ def tracked_run(run: Path) -> TrackedRun | None:
 
 
 def locate(link: Mapping[str, Any], folder: Path) -> TrackedRun:
-    """The same, of what mlflow.json holds and the absolute path of its folder.
+    """The same, from the content of mlflow.json and the absolute path of its folder.
 
-    Passwords in the store's address are left out: a report is passed on.
+    Passwords in the store's address are left out: a report may be passed on.
     """
     store = _without_password(link.get("tracking_uri") or f"sqlite:///{folder / 'mlflow.db'}")
     run_id = link.get("run_id")
     url = command = None
     if store.startswith(("http://", "https://")):
-        # MLflow's address of a run by its id alone, which leads on to the experiment's.
+        # MLflow's address of a run by its id; it redirects to the run's page in its experiment.
         url = f"{store.rstrip('/')}/#/runs/{run_id}" if run_id else store
     elif link.get("tracking_uri") or is_plain_for_sqlite(folder):
         command = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
@@ -59,6 +59,6 @@ def _without_password(uri: str) -> str:
     user, at, host = parts.netloc.rpartition("@")
     if not at:
         return uri
-    # A browser asks for name and password by itself.
+    # A browser asks for name and password itself.
     name = "" if parts.scheme in ("http", "https") else user.split(":")[0] + (":***@" if ":" in user else "@")
     return urlunsplit(parts._replace(netloc=name + host))
