@@ -1,8 +1,9 @@
 """Whether an image is a training image that was mirrored, turned, shifted, scaled, cropped, or changed in brightness.
 
-Training shows its images so (data_shards.feed.augment), and a model may remember what it was shown. Coarse to fine: all
-training slices, mirrored, turned and scaled, as means of 8x8 pixels an image, at every place where training may have
-cut the image out; then the best few by descent over angle, zoom and place, at 32x32 and at last from up to 64x64.
+Training changes its images in these ways (data_shards.feed.augment), and a model may remember a changed image. The
+search goes from coarse to fine. First all training slices are compared, mirrored, turned and scaled, as means of 8x8
+pixels an image, at every place where training may have cut the image out. Then the best few are refined by descent over
+angle, zoom and place, at 32x32 and at last from up to 64x64.
 
 Dimensions: Q queries, N training slices, V variants (mirrored, angle, zoom), O places, C candidates, P pairs,
 S pixels a side of an image, T of a slice at the same scale, D pixels.
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from segdiff_dist.evaluation.measure.worker import Evaluator
 
 _COARSE_SIDE, _FINE_SIDE = 8, 32
-# What is searched at least: more than the shipped recipes' augmentation.
+# The least range of the search: more than the augmentation of the shipped recipes.
 _ANGLE_DEGREES, _ZOOM = 15.0, 0.15
 # At 8x8 a variant half a step off is a quarter of a pixel off at the border.
 _STEP_DEGREES, _STEP_ZOOM = 7.5, 0.15
@@ -41,8 +42,11 @@ _PAIRS_A_BLOCK = 512
 
 @dataclass(frozen=True)
 class Descent:
-    """How pairs are refined: images sampled at `side` pixels, or as many as they have; steps of half a variant's and a
-    place's times `first_step`, halved `num_halvings` times, each tried `rounds` times in every direction."""
+    """How pairs are refined: images of `side` pixels, or as many as they have.
+
+    The first steps are `first_step` times half a variant's step and a place's step. They are halved `num_halvings`
+    times. Each is tried `rounds` times in every direction.
+    """
 
     side: int
     first_step: float
@@ -50,14 +54,14 @@ class Descent:
     rounds: int
 
 
-# The second is of the pixels themselves, since means of 32x32 depend on where a crop began.
+# The second uses pixels, since means of 32x32 depend on the place where a crop begins.
 _DESCENTS = (Descent(_FINE_SIDE, 1.0, 5, 2), Descent(64, 0.25, 3, 1))
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What training may have done to its slices: turned them (degrees), scaled them (fraction), and cut images out of
-    them, at the middle or `anywhere`."""
+    """The changes that training may have made to its slices: turned (degrees), scaled (fraction), and cropped, at the
+    middle or `anywhere`."""
 
     angle: float = _ANGLE_DEGREES
     zoom: float = _ZOOM
@@ -65,7 +69,8 @@ class Ranges:
 
     @classmethod
     def of(cls, loader: dict[str, Any] | None) -> Ranges:
-        """Of the `loader` section of a run's configuration, and at least the defaults. None: it is not known."""
+        """From the `loader` section of a run's configuration, and at least the defaults. None: the section is not
+        known."""
         known = loader or {}
         angle, zoom = (float(known.get(name) or 0.0) for name in ("rotate_degrees", "zoom"))
         anywhere = loader is None or known.get("crop") == "random"
@@ -81,15 +86,15 @@ class Ranges:
         return np.array(list(product((1.0, -1.0), angles, zooms)), np.float32)
 
     def num_places(self, room: float) -> int:
-        """Places along an axis, the middle one being the slice's own. `room`: by how many of its sides the slice is
-        larger than the image."""
+        """Number of places along an axis; the middle one is that of the slice. `room`: how much larger the slice is
+        than the image, in sides of the image."""
         return 2 * (int(np.ceil(room / 2 / _STEP_PLACE)) * self.anywhere + 1) + 1
 
 
 @dataclass(frozen=True)
 class CopyCandidates:
-    """A worker's task: for each query in the file `queries` the training slices of these rows that are most like it in
-    any variant at any place, and in which (see warp)."""
+    """A worker's task: for each query in the file `queries` the most similar training slices of these rows, in any
+    variant at any place, with the change (see warp)."""
 
     queries: Path
     rows: tuple[int, ...]
@@ -100,7 +105,7 @@ class CopyCandidates:
         import torch
 
         with np.load(self.queries) as queries:
-            asked = {side: _normalised(_pooled(_squares(queries[f"pixels_{side}"]), _COARSE_SIDE)) for side in SIDES}
+            wanted = {side: _normalised(_pooled(_squares(queries[f"pixels_{side}"]), _COARSE_SIDE)) for side in SIDES}
         values: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
         indices: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
         variants_V3 = torch.from_numpy(self.ranges.variants())
@@ -110,19 +115,19 @@ class CopyCandidates:
             slice_1TT, room = _slices(evaluator, [row], size, _FINE_SIDE)
             places = self.ranges.num_places(room)
             shown_KD = _windows(slice_1TT, variants_V3, places, room)
-            for side, asked_QD in asked.items():
-                parts = asked_QD.split(max(1, _MOST_CORRELATIONS // len(shown_KD)))
+            for side, query_QD in wanted.items():
+                parts = query_QD.split(max(1, _MOST_CORRELATIONS // len(shown_KD)))
                 best = [(part @ shown_KD.T).max(dim=1) for part in parts]
                 values[side].append(torch.cat([one.values for one in best]))
                 indices[side].append(torch.cat([one.indices for one in best]))
-        found = {}
+        candidates = {}
         for side in SIDES:
             values_QN, index_QN = torch.stack(values[side], dim=1), torch.stack(indices[side], dim=1)
             top = values_QN.topk(min(_NUM_CANDIDATES, values_QN.shape[1]), dim=1)
             rows_QC = np.asarray(self.rows)[top.indices.numpy()]
             changes_QC5 = _changes(index_QN.gather(1, top.indices), variants_V3, places)
-            found[side] = (top.values.numpy(), rows_QC, changes_QC5.numpy())
-        return found
+            candidates[side] = (top.values.numpy(), rows_QC, changes_QC5.numpy())
+        return candidates
 
 
 def best_candidates(
@@ -132,9 +137,9 @@ def best_candidates(
     equal."""
     kept: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     for part in parts:
-        for side, found in part.items():
-            both = [np.concatenate(pair, axis=1) for pair in zip(kept.get(side, found), found, strict=True)]
-            columns = both if side in kept else list(found)
+        for side, new in part.items():
+            both = [np.concatenate(pair, axis=1) for pair in zip(kept.get(side, new), new, strict=True)]
+            columns = both if side in kept else list(new)
             order_QC = np.lexsort((columns[1], -columns[0]), axis=1)[:, :_NUM_CANDIDATES]
             each_Q1 = np.arange(len(order_QC))[:, None]
             kept[side] = (columns[0][each_Q1, order_QC], columns[1][each_Q1, order_QC], columns[2][each_Q1, order_QC])
@@ -152,9 +157,10 @@ class NearestCopy:
     changes_QC5: np.ndarray
 
     def run(self, evaluator: Evaluator) -> tuple[np.ndarray, np.ndarray]:
-        """Distance [Q] to the nearest candidate at its best and that one's row [Q].
+        """Distance [Q] to the nearest candidate after its best change, and the row [Q] of that candidate.
 
-        sqrt(2 - 2 r) of the correlation r: 0 where they agree up to brightness and contrast, 1.4 where nothing does.
+        sqrt(2 - 2 r) of the correlation r: 0 where they agree up to brightness and contrast, 1.4 where they are not
+        correlated.
         """
         import torch
 
@@ -183,7 +189,7 @@ def descended(
     correlation [P] there. Correlations are over pixels, so that brightness and contrast do not count."""
     import torch
 
-    # Slices are at a scale of descent.side pixels an image, or of the image's own.
+    # Slices have descent.side pixels an image, or as many as the image has.
     side = min(descent.side, round(slices_PTT.shape[-1] / (1 + room)))
 
     def correlation(change_P5: torch.Tensor) -> torch.Tensor:
@@ -211,8 +217,8 @@ def warp(
     training.
 
     `change`: mirrored (1 or -1), angle in radians, zoom, and the place of the image's middle: down and right of the
-    slice's, in half sides of an image. `room`: by how many of its sides the slice is larger than an image. `extent`: of
-    what is returned, in sides of an image.
+    slice's, in half sides of an image. `room`: how much larger a slice is than an image, in sides of an image.
+    `extent`: of the result, in sides of an image.
     """
     import torch
     from torch.nn.functional import affine_grid, grid_sample
@@ -240,7 +246,7 @@ def _windows(slice_1TT: torch.Tensor, variants_V3: torch.Tensor, places: int, ro
 
 
 def _changes(index_QC: torch.Tensor, variants_V3: torch.Tensor, places: int) -> torch.Tensor:
-    """What rows of _windows are, for warp: [Q, C, 5]. Training moves a slice after it has turned it, warp before."""
+    """The changes [Q, C, 5] for warp of rows of _windows. Training moves a slice after turning it, warp before."""
     import torch
 
     mirror_QC, angle_QC, zoom_QC = variants_V3[index_QC // places**2].unbind(dim=-1)
@@ -253,8 +259,8 @@ def _changes(index_QC: torch.Tensor, variants_V3: torch.Tensor, places: int) -> 
 
 
 def _slices(evaluator: Evaluator, rows: list[int], size: int, side: int) -> tuple[torch.Tensor, float]:
-    """Whole slices [N, T, T], `side` pixels of which are a side of an image of `size` pixels; and the room around one,
-    see warp."""
+    """Uncropped slices [N, T, T], scaled so that an image of `size` pixels has `side` pixels; and the room, see
+    warp."""
     import torch
 
     slices_NHW = torch.from_numpy(np.stack([evaluator.shards.read(row).image_uint8() for row in rows])).float()
@@ -263,7 +269,7 @@ def _slices(evaluator: Evaluator, rows: list[int], size: int, side: int) -> tupl
 
 
 def _pooled(images_NHW: torch.Tensor, side: int) -> torch.Tensor:
-    """Means over a grid of `side` squares a side; images that are smaller stay."""
+    """Means over a grid of `side` squares a side; smaller images do not change."""
     from torch.nn.functional import adaptive_avg_pool2d
 
     height, width = (min(side, stored) for stored in images_NHW.shape[1:])
