@@ -144,9 +144,9 @@ def main() -> None:
         }
     of_all = rates[f"{large:,} triples, 2 workers"]
     minutes = _LIMIT_TRIPLES / of_all.median / 60
-    told = "measured" if large == _LIMIT_TRIPLES else f"extrapolated from {large:,}"
+    source = "measured" if large == _LIMIT_TRIPLES else f"extrapolated from {large:,}"
     verdict = "within" if minutes <= _LIMIT_MINUTES else "NOT within"
-    notes["10,000 triples on 2 workers"] = f"{minutes:.1f} minutes ({told}), {verdict} {_LIMIT_MINUTES}"
+    notes["10,000 triples on 2 workers"] = f"{minutes:.1f} minutes ({source}), {verdict} {_LIMIT_MINUTES}"
     ratios = [
         compare(rates, f"{large:,} triples, 2 workers", f"{large:,} triples, 1 worker", 1.8),
         # Linear: the rate of many is that of fewer, or better where what is done once weighs on the fewer.

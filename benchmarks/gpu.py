@@ -29,7 +29,7 @@ from typing import Any
 
 from support.gpu_kernels import ceilings, kernels, norms, parity, unet_parity
 from support.gpu_sampling import attention, sampling
-from support.gpu_session import REAL, TOY, Session, Verdict
+from support.gpu_session import REAL, TOY, Session, TargetCheck
 from support.gpu_training import training_steps
 from support.harness import headline, stamp
 
@@ -60,7 +60,7 @@ def go_on_afresh(session: Session, names: list[str]) -> None:
     print(f"\nthe device does not answer any more since {session.lost_to or names[0]}; going on afresh", flush=True)
     failed, *left = names
     if session.lost_to is not None:
-        session.told["parts"][f"{failed}, {session.lost_to}"] = session.told["parts"].pop(failed)
+        session.record["parts"][f"{failed}, {session.lost_to}"] = session.record["parts"].pop(failed)
         session.save()
         left = names
     if left:
@@ -100,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     session = Session(args, scale, device, {**stamp(args), "dry_run": args.dry_run, "parts": {}})
     if args.resume and args.json is not None:
         before = json.loads(args.json.read_text())
-        session.told["parts"] = before["parts"]
-        session.verdicts = [Verdict(v["name"], v["value"], v["target"], v["is_limit"]) for v in before["verdicts"]]
-    print(headline(session.told))
+        session.record["parts"] = before["parts"]
+        session.verdicts = [TargetCheck(v["name"], v["value"], v["target"], v["is_limit"]) for v in before["verdicts"]]
+    print(headline(session.record))
     names = list(args.parts or parts)
     for number, name in enumerate(names):
         session.part(name, *parts[name])
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{60 * args.budget_minutes - session.left_s():.0f} s in all")
     for verdict in session.verdicts:
         print(verdict)
-    failed = [name for name, told in session.told["parts"].items() if "error" in told]
+    failed = [name for name, part in session.record["parts"].items() if "error" in part]
     if failed:
         print(f"failed: {', '.join(failed)}")
     session.save(quiet=False)

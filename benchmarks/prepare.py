@@ -104,8 +104,13 @@ def where_the_time_goes(case: Case, folder: Path) -> dict[str, Any]:
 
     del webdataset  # loaded before the clock runs
     clock.timed("write the shard", lambda: write_shard(task, run.samples()))
-    told = {name: round(1000 * seconds / num_slices, 3) for name, seconds in clock.seconds.items()}
-    return {"case": case.case_id, "slices": num_slices, "ms a slice": told, "in all": round(sum(told.values()), 3)}
+    milliseconds = {name: round(1000 * seconds / num_slices, 3) for name, seconds in clock.seconds.items()}
+    return {
+        "case": case.case_id,
+        "slices": num_slices,
+        "ms a slice": milliseconds,
+        "in all": round(sum(milliseconds.values()), 3),
+    }
 
 
 def peak_of_a_volume(case: Case, folder: Path) -> dict[str, Any]:

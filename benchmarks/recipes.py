@@ -3,7 +3,7 @@
 Both train the same small net on the same slices of CT and MR, with as many images, in the same precision, on one core
 each; only what docs/recipes.md lists as a recipe's differs. The paper's takes its learning rate, and whether its
 weights are averaged, from what is best on the validation split. At several points of training a fixed set of held-out
-masks is sampled, and judged by a segmenter that was trained on the same training split: Dice over the organs of the
+masks is sampled, and scored by a segmenter that was trained on the same training split: Dice over the organs of the
 mask, Frechet distance of the segmenter's features, PSNR, and sharpness (power by band of frequency, and texture inside
 organs, against the real images, since blur costs nothing in the others). Then ours with one part at a time as the paper
 has it.
@@ -31,7 +31,7 @@ from typing import Any
 from support.harness import stamp, write
 from support.recipes_comparison import Comparison, Work
 from support.recipes_figure import draw_curves, draw_gallery
-from support.recipes_measure import Judged, measure
+from support.recipes_measure import Scored, measure
 from support.recipes_runs import (
     ABLATIONS,
     NEVER,
@@ -56,11 +56,11 @@ _TRAINED_PER_S, _FORWARD_PER_S = 15.0, 47.0
 _START_S, _LOAD_S = 20.0, 5.0
 
 
-def advance(run: Run, judged: list[Judged], scale: Scale, deadline: float) -> bool:
+def advance(run: Run, scored: list[Scored], scale: Scale, deadline: float) -> bool:
     """Train a run and measure it; False where time ran out before all was done. Runs in a process of the pool."""
     if not train(run, scale, deadline):
         return False
-    for one in judged:
+    for one in scored:
         if not one.is_done and time.time() >= deadline:
             return False
         measure(one, scale)
@@ -69,14 +69,14 @@ def advance(run: Run, judged: list[Judged], scale: Scale, deadline: float) -> bo
 
 def work_off(work: Work, scale: Scale, jobs: int, deadline: float) -> bool:
     """Advance every run, `jobs` at a time; False where time ran out before all was done."""
-    waiting = {run: judged for run, judged in work.items() if not (run.is_trained and all(j.is_done for j in judged))}
+    waiting = {run: scored for run, scored in work.items() if not (run.is_trained and all(j.is_done for j in scored))}
     if not waiting:
         return True
     os.environ["OMP_NUM_THREADS"] = "1"  # for the pool's processes
     context = multiprocessing.get_context("spawn")
     complete = True
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {pool.submit(advance, run, judged, scale, deadline): run for run, judged in waiting.items()}
+        futures = {pool.submit(advance, run, scored, scale, deadline): run for run, scored in waiting.items()}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 complete &= future.result()
@@ -101,9 +101,9 @@ class _Rates:
         """Of one core; 0 where it is done."""
         return 0.0 if run.is_trained else (_START_S + run.num_images(scale) / self.trained) / 60.0
 
-    def minutes_to_judge(self, judged: Iterable[Judged], scale: Scale) -> float:
+    def minutes_to_measure(self, scored: Iterable[Scored], scale: Scale) -> float:
         """Likewise, of those that are not done."""
-        num_steps = [samplers(scale)[one.sampler]["num_steps"] for one in judged if not one.is_done]
+        num_steps = [samplers(scale)[one.sampler]["num_steps"] for one in scored if not one.is_done]
         return sum(_LOAD_S + scale.num_masks * steps / self.forward for steps in num_steps) / 60.0
 
 
@@ -113,18 +113,18 @@ def print_plan(comparisons: Sequence[Comparison], jobs: int) -> None:
     for comparison in comparisons:
         scale, (first, second) = comparison.scale, comparison.rounds()
         rates = _Rates([*first, *second])
-        rows = [(run.folder.name, run, judged, rates.minutes_to_train(run, scale)) for run, judged in first.items()]
-        for run, judged in second.items():
+        rows = [(run.folder.name, run, scored, rates.minutes_to_train(run, scale)) for run, scored in first.items()]
+        for run, scored in second.items():
             is_known = comparison.best_paper() is not None
             # One of the candidates of the first round will be its first seed.
             left = rates.minutes_to_train(run, scale) if is_known or run.seed else 0.0
-            rows.append((run.folder.name if is_known else f"the paper's best, {run.seed}", run, judged, left))
+            rows.append((run.folder.name if is_known else f"the paper's best, {run.seed}", run, scored, left))
         print(f"\n{comparison.data.name}: {rates.trained:.1f} images a second and core")
-        print(f"  {'run':<24}{'images':>8}{'left of it':>12}{'judged':>8}{'left of it':>12}   (core-minutes)")
-        for name, run, judged, left in rows:
-            to_judge = rates.minutes_to_judge(judged, scale)
-            total += left + to_judge
-            print(f"  {name:<24}{run.num_images(scale):>8,}{left:>12.1f}{len(judged):>8}{to_judge:>12.1f}")
+        print(f"  {'run':<24}{'images':>8}{'left of it':>12}{'scored':>8}{'left of it':>12}   (core-minutes)")
+        for name, run, scored, left in rows:
+            to_measure = rates.minutes_to_measure(scored, scale)
+            total += left + to_measure
+            print(f"  {name:<24}{run.num_images(scale):>8,}{left:>12.1f}{len(scored):>8}{to_measure:>12.1f}")
     print(f"\nin all {total:.0f} core-minutes, about {total / jobs:.0f} minutes with {jobs} jobs")
     print("besides, once for each data set: slices and segmenter, 5 to 10 minutes")
 
@@ -220,8 +220,8 @@ def draw(comparison: Comparison, result: dict[str, Any], name: str, beside: Path
 
 def write_results(args: argparse.Namespace, scale: Scale, results: dict[str, Any], file: Path) -> None:
     """The JSON file: what was measured, on what."""
-    told = stamp(args, without=("archive", "out")) | {"scale": describe(scale, samplers(scale)), "results": results}
-    write(file, told)
+    record = stamp(args, without=("archive", "out")) | {"scale": describe(scale, samplers(scale)), "results": results}
+    write(file, record)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How few steps each solver needs to be as good as 50 of DDIM, on held-out masks and a trained run.
 
-Each mask is sampled with the same noise by every solver, at several numbers of steps, and judged by the run's
+Each mask is sampled with the same noise by every solver, at several numbers of steps, and scored by the run's
 segmenter. As good: Dice(mask, prediction on generated) at most 0.005 below that of 50 DDIM steps, and the Frechet
 distance of the segmenter's features at most 3 % above. Beside them `sharpness` and power in the finest band, generated
 over real: fewer steps may blur, which Dice does not see. The fewest steps of each solver that are as good are then
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from support.harness import Contender, arguments, compare, headline, measure, stamp, write
 from support.samplers_figure import draw
-from support.samplers_measure import Judge, Judged
+from support.samplers_measure import Scored, Scorer
 
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.config import DiffusionConfig
@@ -44,28 +44,28 @@ def reference_of(diffusion: DiffusionConfig) -> SamplerConfig:
     return SamplerConfig(timestep_spacing="trailing" if diffusion.zero_terminal_snr else "leading").resolved()
 
 
-def is_as_good(dice: float, distance: float, reference: Judged) -> bool:
+def is_as_good(dice: float, distance: float, reference: Scored) -> bool:
     """Within the margins, or better."""
     return dice >= reference.dice - DICE_MARGIN and distance <= reference.distance * (1 + DISTANCE_MARGIN)
 
 
-def row_of(judge: Judge, judged: Judged, reference: Judged) -> dict[str, Any]:
-    """What the table and the JSON tell of one sampler."""
-    difference = judge.difference(judged, reference)
+def row_of(scorer: Scorer, scored: Scored, reference: Scored) -> dict[str, Any]:
+    """The row of one sampler in the table and in the JSON."""
+    difference = scorer.difference(scored, reference)
     return {
-        "solver": judged.sampler.solver,
-        "num_steps": judged.sampler.num_steps,
-        "timestep_spacing": judged.sampler.timestep_spacing,
-        "evaluations": judged.evaluations,
-        "dice": judged.dice,
+        "solver": scored.sampler.solver,
+        "num_steps": scored.sampler.num_steps,
+        "timestep_spacing": scored.sampler.timestep_spacing,
+        "evaluations": scored.evaluations,
+        "dice": scored.dice,
         "dice_difference": difference.value,
         "dice_difference_ci95": difference.interval,
-        "distance": judged.distance,
-        "distance_ratio": judged.distance / reference.distance,
-        "distance_by_noise": judged.distance_by_noise,
-        "sharpness": float(sharpness(judged.power_ratio_F)),
-        "power_ratio": judged.power_ratio_F.tolist(),
-        "is_as_good": is_as_good(judged.dice, judged.distance, reference),
+        "distance": scored.distance,
+        "distance_ratio": scored.distance / reference.distance,
+        "distance_by_noise": scored.distance_by_noise,
+        "sharpness": float(sharpness(scored.power_ratio_F)),
+        "power_ratio": scored.power_ratio_F.tolist(),
+        "is_as_good": is_as_good(scored.dice, scored.distance, reference),
     }
 
 
@@ -78,7 +78,7 @@ def fewest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
     return found
 
 
-def told(row: dict[str, Any]) -> str:
+def row_text(row: dict[str, Any]) -> str:
     """A line of the table."""
     interval = row["dice_difference_ci95"]
     interval_told = "" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
@@ -89,14 +89,14 @@ def told(row: dict[str, Any]) -> str:
     )
 
 
-def time_in_turns(judge: Judge, contenders: dict[str, SamplerConfig], rounds: int) -> Any:
+def time_in_turns(scorer: Scorer, contenders: dict[str, SamplerConfig], rounds: int) -> Any:
     """Images a second of each sampler, on one batch, in turns."""
-    batch = judge.items[:16]
+    batch = scorer.items[:16]
 
     def contender(sampler: SamplerConfig) -> Contender:
         def work() -> tuple[float, float]:
             began = time.perf_counter()
-            judge.sample(sampler, batch, noise=0)
+            scorer.sample(sampler, batch, noise=0)
             return len(batch), time.perf_counter() - began
 
         return work
@@ -116,21 +116,23 @@ def main() -> int:
     torch.set_num_threads(1)
     num, noises, rounds = (8, 1, 1) if args.quick else (args.num, args.noises, args.rounds)
     try:
-        judge = Judge(args.run, args.split, num, noises, args.out)
+        scorer = Scorer(args.run, args.split, num, noises, args.out)
     except InputProblems as error:
         print("\n".join(str(problem) for problem in error.problems), file=sys.stderr)
         return 2
     result = stamp(args)
-    reference_config = reference_of(judge.diffusion)
-    reference = judge.judge(reference_config)
-    rows = [row_of(judge, reference, reference)]
+    reference_config = reference_of(scorer.diffusion)
+    reference = scorer.score(reference_config)
+    rows = [row_of(scorer, reference, reference)]
     print(f"\n{'solver':<17} {'steps':>5} {'evaluations':>11} {'Dice':>8} {'less ref':>8} {'95 %':<19} ", end="")
-    print(f"{'distance':>8} {'/ ref':>7} {'sharpness':>9} {'finest':>7} {'as good':>7}\n{told(rows[0])}", flush=True)
+    print(
+        f"{'distance':>8} {'/ ref':>7} {'sharpness':>9} {'finest':>7} {'as good':>7}\n{row_text(rows[0])}", flush=True
+    )
     for solver, steps in (_QUICK_STEPS if args.quick else STEPS).items():
         for num_steps in steps:
             sampler = SamplerConfig(solver=solver, num_steps=num_steps, timestep_spacing="trailing")  # type: ignore[arg-type]
-            rows.append(row_of(judge, judge.judge(sampler), reference))
-            print(told(rows[-1]), flush=True)
+            rows.append(row_of(scorer, scorer.score(sampler), reference))
+            print(row_text(rows[-1]), flush=True)
 
     chosen = fewest(rows)
     contenders = {"DDIM, 50 steps": reference_config, "preset fast": SamplerConfig(preset="fast").resolved()}
@@ -138,15 +140,15 @@ def main() -> int:
         if row is not None:
             name = f"{solver}, {row['num_steps']} steps"
             contenders[name] = SamplerConfig(**{key: row[key] for key in ("solver", "num_steps", "timestep_spacing")})
-    rates = time_in_turns(judge, contenders, rounds)
+    rates = time_in_turns(scorer, contenders, rounds)
     first, *others = contenders
     ratios = [compare(rates, name, first, TARGET if name == "preset fast" else None) for name in others]
-    by_evaluations = num_evaluations(reference_config, judge.diffusion) / num_evaluations(
-        SamplerConfig(preset="fast"), judge.diffusion
+    by_evaluations = num_evaluations(reference_config, scorer.diffusion) / num_evaluations(
+        SamplerConfig(preset="fast"), scorer.diffusion
     )
     limits = {"dice": reference.dice - DICE_MARGIN, "distance": reference.distance * (1 + DISTANCE_MARGIN)}
     result |= {
-        "judged": judge.about,
+        "judged": scorer.about,
         "margins": {"dice": DICE_MARGIN, "distance": DISTANCE_MARGIN},
         "limits": limits,
         "rows": rows,
@@ -158,13 +160,13 @@ def main() -> int:
     }
     print(f"\n{headline(result)}\n")
     for solver, row in chosen.items():
-        print(f"{solver}: {'none as good' if row is None else told(row)}")
+        print(f"{solver}: {'none as good' if row is None else row_text(row)}")
     print(f"preset fast: {by_evaluations:.1f} times fewer evaluations than 50 DDIM steps")
     for ratio in ratios:
         print(ratio)
     if args.figure is not None:
         repeated = f", {noises} times" if noises > 1 else ""
-        title = f"{judge.about['num_masks']} held-out masks{repeated}; dashed: as good as 50 DDIM steps"
+        title = f"{scorer.about['num_masks']} held-out masks{repeated}; dashed: as good as 50 DDIM steps"
         draw(rows, limits, title, args.figure)
     write(args.json, result)
     return 0

@@ -114,18 +114,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was counted to FILE")
     parser.add_argument("--quick", action="store_true", help="at 64x64")
     args = parser.parse_args()
-    told: dict[str, Any] = stamp(args)
-    print(headline(told) + "\n")
+    record: dict[str, Any] = stamp(args)
+    print(headline(record) + "\n")
     found = budgets(DenoiserConfig(), 64 if args.quick else 256)
     print_table(found)
     of_an_image = {name: image for name, (image, _) in found.items()}
-    told["rows"] = {name: {"image": asdict(image), "step": asdict(step)} for name, (image, step) in found.items()}
-    told["shares"] = {against: shares(of_an_image, against) for against in of_an_image if against != "fused"}
-    for name, share in told["shares"]["eager, channels-last"].items():
+    record["rows"] = {name: {"image": asdict(image), "step": asdict(step)} for name, (image, step) in found.items()}
+    record["shares"] = {against: shares(of_an_image, against) for against in of_an_image if against != "fused"}
+    for name, share in record["shares"]["eager, channels-last"].items():
         reached = "reached" if share <= TARGETS[name] else "NOT reached"
-        rows = told["shares"]["eager, rows"][name]
+        rows = record["shares"]["eager, rows"][name]
         print(f"{name}: {share:.2f} of eager channels-last, target {TARGETS[name]:.2f}: {reached}; {rows:.2f} of rows")
-    write(args.json, told)
+    write(args.json, record)
 
 
 def _on_meta(config: DenoiserConfig, size: int) -> Denoiser:

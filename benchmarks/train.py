@@ -52,16 +52,16 @@ _NETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Contest:
-    """The contenders of one run, and what their turns told beside their speed."""
+    """The contenders of one run, and what their turns results beside their speed."""
 
     folder: Path
-    told: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def contender(self, name: str, turn: Turn) -> Contender:
         """Images and seconds of a turn of its own processes."""
 
         def measured() -> tuple[float, float]:
-            turns = self.told.setdefault(name, [])
+            turns = self.results.setdefault(name, [])
             result = run(turn, self.folder / name.replace(" ", "-") / str(len(turns)))
             turns.append(result)
             return turn.global_batch_size * turn.steps, result["seconds"]
@@ -76,9 +76,9 @@ class Contest:
         """Of one of ours whose parts were timed: what a step pays for each, set against the targets."""
 
         def of_a_step(part: str) -> float:
-            return self._median(name, lambda told: told["parts_s"].get(part, 0.0) / turn.steps)
+            return self._median(name, lambda results: results["parts_s"].get(part, 0.0) / turn.steps)
 
-        step_s = self._median(name, lambda told: told["seconds"]) / turn.steps
+        step_s = self._median(name, lambda results: results["seconds"]) / turn.steps
         found = {
             f"{name}, {part}": f"{1000 * of_a_step(part):.2f} ms a step, {of_a_step(part) / step_s:.2%} of it"
             for part in PARTS
@@ -90,18 +90,18 @@ class Contest:
             f"{often:.2%} of the time with a checkpoint every {turn.steps * step_s:.0f} s; "
             f"with one every {_SAVES_EVERY_S:.0f} s {judged(seldom, 0.03)}"
         )
-        found[f"{name}, data wait"] = judged(self._median(name, lambda told: told["data_wait"]), 0.01)
+        found[f"{name}, data wait"] = judged(self._median(name, lambda results: results["data_wait"]), 0.01)
         return found
 
     def _line(self, name: str, images_per_s: float) -> str:
         peak_gib = self._median(name, lambda turn: turn["peak_mib"]) / 1024
         words = [f"{images_per_s:.3g} img/s", f"{peak_gib:.2f} GiB at most"]
-        if all(turn["data_wait"] is not None for turn in self.told[name]):
+        if all(turn["data_wait"] is not None for turn in self.results[name]):
             words.insert(1, f"data wait {self._median(name, lambda turn: turn['data_wait']):.2%}")
         return ", ".join(words)
 
     def _median(self, name: str, value: Any) -> float:
-        return statistics.median(map(value, self.told[name]))
+        return statistics.median(map(value, self.results[name]))
 
 
 def write_data(folder: Path, num: int, size: int) -> None:

@@ -50,9 +50,11 @@ def parity(session: Session) -> dict[str, Any]:
             found[name] = {"error": describe(error)}
             print(f"  {name:<24} {found[name]['error']}", flush=True)
     errors = [e for cases in found.values() if "error" not in cases for e in cases.values()]
-    session.judge("kernels without parity figures", sum("error" in cases for cases in found.values()), 0, is_limit=True)
+    session.check_target(
+        "kernels without parity figures", sum("error" in cases for cases in found.values()), 0, is_limit=True
+    )
     if errors:
-        session.judge("largest difference of a kernel from torch", max(errors), PARITY, is_limit=True)
+        session.check_target("largest difference of a kernel from torch", max(errors), PARITY, is_limit=True)
     return found
 
 
@@ -104,7 +106,7 @@ def unet_parity(session: Session) -> dict[str, float]:
     worst = max(largest, key=lambda name: largest[name])
     found = {"loss": float((fused_loss - loss).abs() / loss), "largest": largest[worst]}
     print(f"  loss {found['loss']:.1e} off, gradients {found['largest']:.1e} of the largest at most ({worst})")
-    session.judge("UNet's gradients, fused against eager, fp32", found["largest"], UNET_PARITY, is_limit=True)
+    session.check_target("UNet's gradients, fused against eager, fp32", found["largest"], UNET_PARITY, is_limit=True)
     return found | {"worst": worst}
 
 
@@ -118,15 +120,17 @@ def norms(session: Session) -> list[dict[str, Any]]:
             rows += kernel_bench.measure(case) if session.device.type == "cuda" else called_once(case)
     if session.device.type == "cuda":
         kernel_bench.print_table(rows)
-        ceiling = session.told["parts"].get("ceilings", {}).get("found", {}).get("copy_gb_per_s")
+        ceiling = session.record["parts"].get("ceilings", {}).get("found", {}).get("copy_gb_per_s")
         ours = [row for row in rows if row["contender"] == "segdiff"]
         forward = [row["gb_per_s"] for row in ours if row["case"].startswith("forward") and "gb_per_s" in row]
         backward = [row["times_reference"] for row in ours if "times_reference" in row and "backward" in row["case"]]
         if ceiling and forward:
             share = statistics.median(forward) / ceiling
-            session.judge("group_norm_silu forward, of the copy ceiling (median of shapes)", share, 0.92)
+            session.check_target("group_norm_silu forward, of the copy ceiling (median of shapes)", share, 0.92)
         if backward:
-            session.judge("group_norm_silu backward, times torch (median of shapes)", statistics.median(backward), 3.0)
+            session.check_target(
+                "group_norm_silu backward, times torch (median of shapes)", statistics.median(backward), 3.0
+            )
     return rows
 
 

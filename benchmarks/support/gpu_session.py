@@ -73,7 +73,7 @@ TOY = Scale(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TargetCheck:
     """A figure that has a target."""
 
     name: str
@@ -98,10 +98,10 @@ class Session:
     args: argparse.Namespace
     scale: Scale
     device: torch.device
-    told: dict[str, Any]
+    record: dict[str, Any]
     """What is written to the results file: the stamp, then `parts` by name and `verdicts`."""
     start: float = field(default_factory=time.monotonic)
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[TargetCheck] = field(default_factory=list)
     lost_to: str | None = None
     """The training loop that the device stopped answering in."""
 
@@ -111,7 +111,7 @@ class Session:
 
     def part(self, name: str, run: Callable[[Session], Any], least_s: float = 0.0) -> None:
         """Run a part and keep what it returns; skipped where fewer than `least_s` seconds are left."""
-        parts = self.told.setdefault("parts", {})
+        parts = self.record.setdefault("parts", {})
         if self.left_s() < least_s:
             parts[name] = {"skipped": f"{self.left_s():.0f} s were left, {least_s:.0f} s are needed"}
             print(f"\n{name}: skipped, {parts[name]['skipped']}", flush=True)
@@ -129,13 +129,13 @@ class Session:
 
     def save(self, *, quiet: bool = True) -> None:
         """Bring the results file up to date."""
-        self.told["verdicts"] = [vars(verdict) | {"reached": verdict.reached} for verdict in self.verdicts]
-        write(self.args.json, self.told, quiet=quiet)
+        self.record["verdicts"] = [vars(verdict) | {"reached": verdict.reached} for verdict in self.verdicts]
+        write(self.args.json, self.record, quiet=quiet)
 
-    def judge(self, name: str, value: float, target: float, *, is_limit: bool = False) -> None:
+    def check_target(self, name: str, value: float, target: float, *, is_limit: bool = False) -> None:
         """Set a figure against its target; a dry run's says nothing and is left out."""
         if not self.args.dry_run:
-            self.verdicts.append(Verdict(name, value, target, is_limit))
+            self.verdicts.append(TargetCheck(name, value, target, is_limit))
             print(f"  {self.verdicts[-1]}", flush=True)
 
     def device_works(self) -> bool:

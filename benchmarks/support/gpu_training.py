@@ -99,7 +99,7 @@ def training_steps(session: Session, batch: int, compiled: bool = True) -> dict[
         rates = measure(contenders, scale.rounds, lambda: session.left_s() > _RESERVE_S)
         profile = _profile(session, loops["e ours"], batch) if device.type == "cuda" and "e ours" in loops else None
     flops = flops_per_image(session)
-    ceiling = session.told["parts"].get("ceilings", {}).get("found", {}).get("gemm_tflops")
+    ceiling = session.record["parts"].get("ceilings", {}).get("found", {}).get("gemm_tflops")
     found["images_per_s"] = {name: spread.to_json() for name, spread in rates.items()}
     found["tflop_per_image"] = flops / 1e12
     found["profile_of_e_ours"] = profile
@@ -118,13 +118,13 @@ def training_steps(session: Session, batch: int, compiled: bool = True) -> dict[
             ratio = compare(rates, ours, against, target)
             found.setdefault("ratios", {})[f"{ours} / {against}"] = ratio.spread.to_json()
             if target is not None:
-                session.judge(f"batch {batch}: {ours} / {against}", ratio.spread.median, target)
+                session.check_target(f"batch {batch}: {ours} / {against}", ratio.spread.median, target)
     if "e ours" in found["of_gemm_ceiling"]:
-        session.judge(f"batch {batch}: e ours, of the GEMM ceiling", found["of_gemm_ceiling"]["e ours"], 0.52)
+        session.check_target(f"batch {batch}: e ours, of the GEMM ceiling", found["of_gemm_ceiling"]["e ours"], 0.52)
     at_once = found["peak_of_micro_batch"]
     if {"e ours", "b diffusers"} <= set(at_once) and at_once["e ours"] == at_once["b diffusers"]:
         share = found["peak_gib"]["e ours"] / found["peak_gib"]["b diffusers"]
-        session.judge(f"batch {batch}: memory, e ours / b diffusers", share, 0.65, is_limit=True)
+        session.check_target(f"batch {batch}: memory, e ours / b diffusers", share, 0.65, is_limit=True)
     return found
 
 
@@ -306,7 +306,7 @@ def _task(session: Session, folder: Path) -> Any:
 
 
 def _unet(session: Session) -> nn.Module:
-    """diffusers' UNet, told image and mask in two channels."""
+    """diffusers' UNet with image and mask as two channels."""
     net = replace(session.scale.net, mask_encoding="scalar_signed", class_conditioning=False, kernels="torch")
     return Denoiser(net, AMOS, session.scale.size).unet
 
@@ -369,7 +369,7 @@ def _turn(session: Session, loop: Loop, batch: int, steps: int) -> tuple[float, 
 
 
 def _profile(session: Session, loop: Loop, batch: int) -> list[dict[str, Any]] | str:
-    """Where a step's time goes: the twenty kernels that take most of it; or why that cannot be told."""
+    """Where a step's time goes: the twenty kernels that take most of it; or why it is not known."""
     from torch.profiler import ProfilerActivity, profile
 
     try:

@@ -58,10 +58,10 @@ class Ratio:
 
     def __str__(self) -> str:
         low, high = min(self.spread.rounds), max(self.spread.rounds)
-        told = f"{self.name} / {self.against}: {self.spread.median:.2f}x ({low:.2f} .. {high:.2f})"
+        text = f"{self.name} / {self.against}: {self.spread.median:.2f}x ({low:.2f} .. {high:.2f})"
         if self.target is None:
-            return told
-        return f"{told}, target {self.target:g}x: {'reached' if self.spread.median >= self.target else 'NOT reached'}"
+            return text
+        return f"{text}, target {self.target:g}x: {'reached' if self.spread.median >= self.target else 'NOT reached'}"
 
 
 def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
@@ -118,8 +118,8 @@ def report(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the table and write args.json. `notes`: whatever else was measured or chosen, by name."""
-    told = stamp(args)
-    print(f"\n{headline(told)}\n")
+    record = stamp(args)
+    print(f"\n{headline(record)}\n")
     print(f"{unit:<48} {'median':>12} {'min':>12} {'max':>12}")
     for name, spread in rates.items():
         median, low, high = (_rate(value) for value in (spread.median, min(spread.rounds), max(spread.rounds)))
@@ -129,13 +129,13 @@ def report(
         print(ratio)
     for name, value in (notes or {}).items():
         print(f"{name}: {value}")
-    told |= {
+    record |= {
         "unit": unit,
         "rows": [{"name": name, **spread.to_json()} for name, spread in rates.items()],
         "ratios": [{"name": r.name, "against": r.against, "target": r.target, **r.spread.to_json()} for r in ratios],
         "notes": dict(notes or {}),
     }
-    write(args.json, told)
+    write(args.json, record)
 
 
 def stamp(args: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -149,23 +149,23 @@ def stamp(args: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, An
     }
 
 
-def headline(told: Mapping[str, Any]) -> str:
+def headline(record: Mapping[str, Any]) -> str:
     """The stamp in three lines."""
-    machine, source = told["hardware"], told["commit"]
+    machine, source = record["hardware"], record["commit"]
     return (
         f"{machine['cpu']} ({', '.join(machine['cpu_features'])}), "
         f"{machine['cores']} cores, {machine['ram_gib']} GiB, GPU {machine['gpu'] or 'none'}\n"
-        f"{', '.join(f'{name} {version}' for name, version in told['versions'].items())}\n"
+        f"{', '.join(f'{name} {version}' for name, version in record['versions'].items())}\n"
         f"commit {source['revision']}{' with uncommitted changes' if source['dirty'] else ''}"
     )
 
 
-def write(file: Path | None, told: Mapping[str, Any], *, quiet: bool = False) -> None:
-    """Write `told` where that was asked for, and unless quiet say so."""
+def write(file: Path | None, record: Mapping[str, Any], *, quiet: bool = False) -> None:
+    """Write `record` as JSON, if a file was given; unless quiet, print its path."""
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     if not quiet:
         print(f"written to {file}")
 
@@ -174,14 +174,14 @@ def hardware() -> dict[str, Any]:
     """CPU model, what it has for arithmetic, the cores this process may use, memory in GiB, the GPU's name or None."""
     import torch
 
-    told = {"model name": platform.processor() or platform.machine(), "flags": ""}
+    info = {"model name": platform.processor() or platform.machine(), "flags": ""}
     info = Path("/proc/cpuinfo")
     if info.is_file():  # of the first core
         lines = (line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        told |= {name.strip(): value.strip() for name, value in lines}
-    flags = told["flags"].split()
+        info |= {name.strip(): value.strip() for name, value in lines}
+    flags = info["flags"].split()
     return {
-        "cpu": told["model name"],
+        "cpu": info["model name"],
         "cpu_features": [flag for flag in _CPU_FEATURES if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from support.recipes_measure import METRICS, Judged
+from support.recipes_measure import METRICS, Scored
 from support.recipes_runs import (
     A_THIRD,
     AVERAGE,
@@ -23,10 +23,10 @@ from support.recipes_runs import (
 from support.recipes_speeds import speeds
 from support.recipes_verdict import choose, over_seeds, verdict
 
-# The paper's candidates are judged on it.
+# The paper's candidates are compared on it.
 _SEARCH_SPLIT = "val"
 
-Work = dict[Run, list[Judged]]
+Work = dict[Run, list[Scored]]
 
 
 class Comparison:
@@ -70,9 +70,9 @@ class Comparison:
         found = {}
         for lr in self.scale.paper_lrs:
             for weights in (AVERAGE, ONLINE):
-                judged = self._final(self._run(paper(lr), 0), weights, "paper", _SEARCH_SPLIT)
-                if judged.is_done:
-                    found[lr, weights] = judged.result()
+                scored = self._final(self._run(paper(lr), 0), weights, "paper", _SEARCH_SPLIT)
+                if scored.is_done:
+                    found[lr, weights] = scored.result()
         return found
 
     def best_paper(self) -> tuple[float, str] | None:
@@ -83,16 +83,16 @@ class Comparison:
         best: tuple[float, str] = choose({k: {m: r[m]["value"] for m in METRICS} for k, r in search.items()})
         return best
 
-    def curve(self, recipe: Recipe, seed: int) -> list[Judged]:
+    def curve(self, recipe: Recipe, seed: int) -> list[Scored]:
         """Our recipe's points, or another's."""
         run = self._run(recipe, seed)
-        return [Judged(run, n, recipe.weights, recipe.sampler, self.split) for n in run.points(self.scale)]
+        return [Scored(run, n, recipe.weights, recipe.sampler, self.split) for n in run.points(self.scale)]
 
-    def paper_curve(self, best: tuple[float, str], seed: int) -> list[Judged]:
+    def paper_curve(self, best: tuple[float, str], seed: int) -> list[Scored]:
         """The paper's at its best."""
         return self.curve(replace(paper(best[0]), weights=best[1]), seed)
 
-    def sampled_otherwise(self, seed: int) -> list[Judged]:
+    def sampled_otherwise(self, seed: int) -> list[Scored]:
         """Our weights, sampled in other ways."""
         run = self._run(OURS, seed)
         return [self._final(run, weights, sampler) for _, _, weights, sampler in SAMPLED_OTHERWISE]
@@ -100,10 +100,10 @@ class Comparison:
     def _run(self, recipe: Recipe, seed: int) -> Run:
         return Run(self.data, recipe, seed)
 
-    def _final(self, run: Run, weights: str = "", sampler: str = "", split: str = "") -> Judged:
+    def _final(self, run: Run, weights: str = "", sampler: str = "", split: str = "") -> Scored:
         recipe = run.recipe
         weights, sampler, split = weights or recipe.weights, sampler or recipe.sampler, split or self.split
-        return Judged(run, run.num_images(self.scale), weights, sampler, split)
+        return Scored(run, run.num_images(self.scale), weights, sampler, split)
 
     def speeds(self, deadline: float = NEVER) -> dict[str, float] | None:
         """Images a second of `paper` and `ours`; None where time ran out."""
@@ -122,7 +122,7 @@ class Comparison:
         }
         values = {name: [_values(curve) for curve in several] for name, several in curves.items()}
         seconds = {
-            name: [[judged.images / rates["paper" if name == "paper" else "ours"] for judged in c] for c in several]
+            name: [[scored.images / rates["paper" if name == "paper" else "ours"] for scored in c] for c in several]
             for name, several in curves.items()
         }
         weights = "averaged" if best[1] == AVERAGE else "online"
@@ -138,7 +138,7 @@ class Comparison:
             "curves": {
                 name: {
                     "label": labels[name],
-                    "images": [judged.images for judged in curves[name][0]],
+                    "images": [scored.images for scored in curves[name][0]],
                     "seconds": [over_seeds(at) for at in zip(*seconds[name], strict=True)],
                     **{m: [over_seeds(v) for v in zip(*(c[m] for c in values[name]), strict=True)] for m in METRICS},
                 }
@@ -157,16 +157,16 @@ class Comparison:
 
     def _ablations(self) -> list[dict[str, Any]]:
         """A row each, ours first."""
-        judged: dict[tuple[str, str], list[Judged]] = {}
+        scored: dict[tuple[str, str], list[Scored]] = {}
         for seed in self.ablation_seeds:
             for recipe in (OURS, *self.ablations):
-                judged.setdefault((recipe.name, recipe.about), []).append(self._final(self._run(recipe, seed)))
+                scored.setdefault((recipe.name, recipe.about), []).append(self._final(self._run(recipe, seed)))
             for (name, about, _, _), one in zip(SAMPLED_OTHERWISE, self.sampled_otherwise(seed), strict=True):
-                judged.setdefault((name, about), []).append(one)
+                scored.setdefault((name, about), []).append(one)
         return [
             {"name": name, "about": about}
             | {m: over_seeds([one.result()[m]["value"] for one in finals]) for m in METRICS}
-            for (name, about), finals in judged.items()
+            for (name, about), finals in scored.items()
         ]
 
     def gallery(self) -> list[tuple[str, Any]]:
@@ -177,9 +177,9 @@ class Comparison:
         shown = paper_curve[0].images_NHW()
         columns = [("mask", shown["mask"]), ("real", shown["real"])]
         for name, curve in (("paper", paper_curve), ("ours", our_curve)):
-            columns += [(f"{name} {judged.images:,}", judged.images_NHW()["generated"]) for judged in curve]
+            columns += [(f"{name} {scored.images:,}", scored.images_NHW()["generated"]) for scored in curve]
         return columns
 
 
-def _values(curve: list[Judged]) -> dict[str, list[float]]:
-    return {metric: [judged.result()[metric]["value"] for judged in curve] for metric in METRICS}
+def _values(curve: list[Scored]) -> dict[str, list[float]]:
+    return {metric: [scored.result()[metric]["value"] for scored in curve] for metric in METRICS}

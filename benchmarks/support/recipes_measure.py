@@ -1,4 +1,4 @@
-"""How good a denoiser's images are: a fixed set of held-out masks sampled with fixed noise, and judged.
+"""The quality of a denoiser's images: a fixed set of held-out masks is sampled with fixed noise and scored.
 
     measured/SPLIT-IMAGES-AVERAGE-SAMPLER.json    Dice, distance, PSNR and sharpness, with intervals over patients
                                          .npz     the images, for the gallery
@@ -21,13 +21,13 @@ from support.recipes_runs import Run, Scale, samplers
 
 METRICS = ("dice", "distance", "psnr_db", *SHARPNESS_METRICS)
 _BATCH = 16
-# Of the masks, of their noise, and of the patients that are redrawn for intervals. The same for every run.
+# The seed of the masks, of their noise and of the bootstrap over patients. The same for every run.
 _SEED, _RESAMPLES = 0, 1000
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Which weights of a run are judged, and how."""
+class Scored:
+    """The weights of a run that are scored, and how."""
 
     run: Run
     images: int
@@ -55,9 +55,9 @@ class Judged:
             return dict(arrays)
 
 
-def measure(judged: Judged, scale: Scale) -> None:
-    """Sample and judge, unless that has been done."""
-    if judged.is_done:
+def measure(scored: Scored, scale: Scale) -> None:
+    """Sample and score, unless that is done already."""
+    if scored.is_done:
         return
     import torch
 
@@ -67,22 +67,22 @@ def measure(judged: Judged, scale: Scale) -> None:
 
     torch.set_num_threads(1)
     # Masks may be those without a body; what counts as right is the same for all.
-    asked, shards = (ShardSet.open([str(p)]) for p in (judged.run.shards, judged.run.data / "shards"))
-    items = _items(shards, judged.split, scale)
+    asked, shards = (ShardSet.open([str(p)]) for p in (scored.run.shards, scored.run.data / "shards"))
+    items = _items(shards, scored.split, scale)
     records = [shards.read(item["row"]) for item in items]
     mask_NHW = np.stack([record.mask_HW for record in records])
     real_NHW, modality_N = _images(shards, items)
-    gen_NHW = torch.from_numpy(_sample(judged, scale, asked, items))
+    gen_NHW = torch.from_numpy(_sample(scored, scale, asked, items))
 
-    judge = Segmenter.load(judged.run.data / "judge" / "segmenter" / "weights")
+    segmenter = Segmenter.load(scored.run.data / "judge" / "segmenter" / "weights")
     table, patients_N = shards.label_table, np.array([item["case_id"] for item in items])
 
     def dice(image_NHW: Any) -> dict[str, Any]:
-        counts = overlaps.confusion(mask_NHW, judge.predict(image_NHW, modality_N).numpy(), table.num_classes)
+        counts = overlaps.confusion(mask_NHW, segmenter.predict(image_NHW, modality_N).numpy(), table.num_classes)
         return _mean(overlaps.mean_dice(overlaps.dice_per_class(counts), table.organ_ids), patients_N)
 
     def statistics(image_NHW: Any, modality_N: Any) -> frechet.FeatureStatistics:
-        return frechet.FeatureStatistics.of(judge.features(image_NHW, modality_N).numpy())
+        return frechet.FeatureStatistics.of(segmenter.features(image_NHW, modality_N).numpy())
 
     real = statistics(real_NHW, modality_N)
     others = statistics(*_images(shards, _items(shards, "train", scale)))
@@ -96,11 +96,11 @@ def measure(judged: Judged, scale: Scale) -> None:
         "num_masks": len(items),
         "num_patients": len(set(patients_N)),
     }
-    judged.file.parent.mkdir(parents=True, exist_ok=True)
+    scored.file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
-        judged.file.with_suffix(".npz"), mask=mask_NHW, real=real_NHW.numpy(), generated=gen_NHW.numpy()
+        scored.file.with_suffix(".npz"), mask=mask_NHW, real=real_NHW.numpy(), generated=gen_NHW.numpy()
     )
-    write_atomic(judged.file, json.dumps(found, indent=1) + "\n")
+    write_atomic(scored.file, json.dumps(found, indent=1) + "\n")
 
 
 def _items(shards: Any, split: str, scale: Scale) -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def _images(shards: Any, items: list[dict[str, Any]]) -> tuple[Any, Any]:
     return torch.from_numpy(image_NHW), modality_N
 
 
-def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any]]) -> np.ndarray:
+def _sample(scored: Scored, scale: Scale, shards: Any, items: list[dict[str, Any]]) -> np.ndarray:
     """uint8 [N, H, W] images of the items."""
     import torch
 
@@ -131,9 +131,9 @@ def _sample(judged: Judged, scale: Scale, shards: Any, items: list[dict[str, Any
     from segdiff_dist.experiment import load_experiment
     from segdiff_dist.sampling.worker import generate, item_conditions
 
-    model = Denoiser.load(judged.run.folder / "weights" / str(judged.images) / judged.weights)
-    diffusion = load_experiment(judged.run.folder / "config.yaml", None).diffusion
-    sampler, device = SamplerConfig(**samplers(scale)[judged.sampler]), torch.device("cpu")
+    model = Denoiser.load(scored.run.folder / "weights" / str(scored.images) / scored.weights)
+    diffusion = load_experiment(scored.run.folder / "config.yaml", None).diffusion
+    sampler, device = SamplerConfig(**samplers(scale)[scored.sampler]), torch.device("cpu")
     made = []
     for start in range(0, len(items), _BATCH):
         some = items[start : start + _BATCH]

@@ -1,4 +1,4 @@
-"""What benchmarks/recipes.py trains: data sets, the segmenter that judges, recipes as settings, and one run of one.
+"""What benchmarks/recipes.py trains: data sets, the segmenter that scores, recipes as settings, and one run of one.
 
     OUT/DATA/shards, shards_without_body      the slices; the same with masks that do not say where the patient ends
     OUT/DATA/judge                            the segmenter's run
@@ -31,7 +31,7 @@ from segdiff_dist.config import merge, to_yaml
 
 Settings = dict[str, Any]
 
-# Parts of a training at which it is judged.
+# Parts of a training at which it is scored.
 POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 AVERAGE, ONLINE = "ema_0.05", "online"
 # The comparison's clock: whatever is asked to stop by then stops where it can go on.
@@ -48,7 +48,7 @@ class Scale:
     batch_size: int = 8
     precision: str = "fp32"
     block_out_channels: tuple[int, ...] = (16, 48, 96, 96)
-    judge_images: int = 12_800
+    judge_images: int = 12_800  # of the segmenter; results hold the old name
     judge_channels: tuple[int, ...] = (16, 32, 64, 128, 256)
     patients: tuple[int, int, int] = (16, 4, 4)
     """Of the phantom's train, val and test split, in each modality."""

@@ -92,7 +92,7 @@ def verdict(
     return found
 
 
-def told(found: Mapping[str, Any]) -> list[str]:
+def verdict_lines(found: Mapping[str, Any]) -> list[str]:
     """The verdict in words, a line each."""
     lines = []
     for metric in ("dice", "distance"):

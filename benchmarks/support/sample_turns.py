@@ -138,7 +138,7 @@ def _diffusers_loop(task: Task, path: Path) -> float:
     store, shards = SampleStore.open(path), ShardSet.open(task.data)
     folder = Path(store.job["weights"])
     unet = UNet2DModel.from_pretrained(folder).eval()
-    told = json.loads((folder / "segdiff.json").read_text())
+    description = json.loads((folder / "segdiff.json").read_text())
     model = Denoiser.load(folder)
     process, sampler = task.diffusion, store.job["sample"]["sampler"]
     scheduler = DDIMScheduler(
@@ -156,7 +156,9 @@ def _diffusers_loop(task: Task, path: Path) -> float:
         conditions = item_conditions(model, shards, some, (), torch.device("cpu"))
         channels_BKHW = model.mask_encoder(conditions.mask_BHW, torch.float32)
         ids_B = torch.tensor([item["item_id"] for item in some])
-        x_T = philox.normal(sampler_seed(store), philox.STREAM_SAMPLE, ids_B, (1, told["size"], told["size"]))
+        x_T = philox.normal(
+            sampler_seed(store), philox.STREAM_SAMPLE, ids_B, (1, description["size"], description["size"])
+        )
         batches.append((x_T, channels_BKHW, conditions.class_B))
     for _ in range(_WARM_UP_PASSES):
         unet(torch.cat(batches[0][:2], 1), 0, class_labels=batches[0][2])

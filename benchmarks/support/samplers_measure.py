@@ -1,4 +1,4 @@
-"""How good a sampler's images are: held-out masks sampled with fixed noise, and judged by a run's segmenter.
+"""The quality of a sampler's images: held-out masks are sampled with fixed noise, and a run's segmenter labels them.
 
 Dimensions: N images, H rows, W columns, K classes.
 """
@@ -34,8 +34,8 @@ _BATCH, _RESAMPLES = 16, 1000
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A sampler's images, judged: Dice(mask, segmenter's prediction) of each, NaN where a mask has no organ, and the
+class Scored:
+    """A sampler's images, scored: Dice(mask, segmenter's prediction) of each, NaN where a mask has no organ, and the
     Frechet distance of the segmenter's features to the real images'; that also for each noise by itself; and by band of
     frequency the power of its images over that of the real ones, of which Dice sees nothing."""
 
@@ -51,7 +51,7 @@ class Judged:
         return float(np.nanmean(self.dice_N))
 
 
-class Judge:
+class Scorer:
     """A run's denoiser and segmenter, and the held-out masks. What was measured is kept in `out`, and not done again.
 
     Each mask is sampled `num_noises` times; noise depends on mask and repetition alone, so samplers share it.
@@ -89,15 +89,15 @@ class Judge:
         self._real_NHW = np.stack([record.image_uint8() for record in records])
         self._real = self._statistics(torch.from_numpy(self._real_NHW))
 
-    def judge(self, sampler: SamplerConfig) -> Judged:
-        """Sample all masks and judge them, unless that has been done."""
+    def score(self, sampler: SamplerConfig) -> Scored:
+        """Sample all masks and score them, unless that is done already."""
         sampler = sampler.resolved(self.diffusion.objective)
         key = json.dumps([asdict(sampler), self.about, "power_ratio"], sort_keys=True)
         file = self.out / f"{sampler.solver}-{sampler.num_steps}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
         if not file.is_file():
             write_atomic(file, json.dumps(self._measure(sampler)) + "\n")
         found = json.loads(file.read_text())
-        return Judged(
+        return Scored(
             sampler,
             num_evaluations(sampler, self.diffusion),
             np.array(found["dice"], dtype=np.float64),
@@ -116,9 +116,9 @@ class Judge:
                 made.append(generate(self.model, some, conditions, self.diffusion, sampler, noise))
         return np.concatenate(made)
 
-    def difference(self, judged: Judged, reference: Judged) -> estimates.Estimate:
-        """Dice less the reference's, image by image with the same noise; its interval redraws patients."""
-        differences_N = judged.dice_N - reference.dice_N
+    def difference(self, scored: Scored, reference: Scored) -> estimates.Estimate:
+        """Dice minus the reference's, image by image with the same noise, with a 95 % interval over patients."""
+        differences_N = scored.dice_N - reference.dice_N
         found = estimates.estimate(differences_N, self.patients_N, resamples=_RESAMPLES, seed=0)
         assert found is not None, "no mask holds an organ"
         return found

@@ -89,7 +89,7 @@ def per_image(budget_of: Callable[[int], Budget]) -> tuple[Budget, Budget]:
     """What an image costs, and what a step costs besides, from batches of two and three: with one image alone PyTorch
     cannot tell some layouts apart.
 
-    A launch is of the step, whatever the batch; all are told with the image.
+    A launch is of the step, whatever the batch; all are record with the image.
     """
     two, three = budget_of(2), budget_of(3)
     image = three - two

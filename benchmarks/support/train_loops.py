@@ -178,7 +178,7 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
             train(TrainingJob(task, shards, rows, loader, config, folder, tracker, device, {"train": asdict(config)}))
         except Measured:
             if not bare:
-                watch.told_wait_s = _logged_wait_s(folder / "log.jsonl", turn)
+                watch.logged_wait_s = _logged_wait_s(folder / "log.jsonl", turn)
             raise
 
 

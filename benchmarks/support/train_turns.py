@@ -57,7 +57,7 @@ class Watch:
         self._turn = turn
         self._began_s: list[float] = []
         self._waited_s: list[float] = []
-        self.told_wait_s: float | None = None
+        self.logged_wait_s: float | None = None
         """What the loop itself says that it waited for data, where it does."""
         self.parts_s: dict[str, float] = {}
         """Seconds by name, over the timed steps; see time_parts."""
@@ -87,7 +87,7 @@ class Watch:
         measured here), `parts_s`, and `peak_mib`, the rank's own memory without mapped files at its highest."""
         timed = self._began_s[self._turn.warm_up :]
         seconds = timed[-1] - timed[0]
-        waited_s = self.told_wait_s
+        waited_s = self.logged_wait_s
         if waited_s is None and self._waited_s:
             waited_s = sum(self._waited_s[self._turn.warm_up + 1 :])
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

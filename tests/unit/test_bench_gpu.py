@@ -48,8 +48,8 @@ def test_a_part_that_fails_costs_itself_alone(tmp_path: Path) -> None:
     session.part("first", lambda _: {"value": 1})
     session.part("second", _raise)
     assert json.loads(results.read_text())["parts"]["second"]["error"] == "RuntimeError: out of luck"
-    session.part("third", lambda _: session.judge("share", 0.4, 0.5))
-    session.part("fourth", lambda _: session.judge("memory", 0.4, 0.5, is_limit=True))
+    session.part("third", lambda _: session.check_target("share", 0.4, 0.5))
+    session.part("fourth", lambda _: session.check_target("memory", 0.4, 0.5, is_limit=True))
     told = json.loads(results.read_text())
     assert list(told["parts"]) == ["first", "second", "third", "fourth"]
     assert told["parts"]["first"]["found"] == {"value": 1}

@@ -85,14 +85,14 @@ def test_blur_is_measured_beside_dice(soft: Path) -> None:
 
 
 def test_measured_without_sharpness_is_measured_again(tmp_path: Path) -> None:
-    judged = measurements.Judged(runs.Run(tmp_path, runs.OURS, 0), 320, "online", "ours", "val")
-    assert not judged.is_done
-    judged.file.parent.mkdir(parents=True)
+    scored = measurements.Scored(runs.Run(tmp_path, runs.OURS, 0), 320, "online", "ours", "val")
+    assert not scored.is_done
+    scored.file.parent.mkdir(parents=True)
     before = {key: {"value": 1.0, "ci95": None} for key in ("dice", "distance", "psnr_db")}
-    judged.file.write_text(json.dumps(before))
-    assert not judged.is_done
-    judged.file.write_text(json.dumps(before | {key: {"value": 1.0, "ci95": None} for key in measurements.METRICS}))
-    assert judged.is_done
+    scored.file.write_text(json.dumps(before))
+    assert not scored.is_done
+    scored.file.write_text(json.dumps(before | {key: {"value": 1.0, "ci95": None} for key in measurements.METRICS}))
+    assert scored.is_done
 
 
 def test_objectives_differ_in_the_objective_alone(tmp_path: Path, soft: Path) -> None:
