@@ -229,7 +229,7 @@ def test_images_of_masks_without_images_are_refused(run: Path) -> None:
     job = json.loads((run / "samples" / "job.json").read_text())
     del job["shards"], job["shards_digest"]
     (run / "samples" / "job.json").write_text(json.dumps(job | {"weights": "weights", "weights_digest": "1" * 64}))
-    assert "nothing to compare them with" in refused(run, EvaluateConfig(**QUICK))
+    assert "no real images to compare them with" in refused(run, EvaluateConfig(**QUICK))
 
 
 def test_other_shards_than_sampled_from_are_refused(run: Path) -> None:

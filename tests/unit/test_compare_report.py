@@ -71,7 +71,7 @@ class TestPage:
         assert is_self_contained(page)
         # Metrics, and the same masks in CT and in MR.
         assert page.tags.count("img") == 3
-        assert "Not all of these numbers compare" not in page.text
+        assert "Not all of these numbers can be compared" not in page.text
 
     def test_marks_the_better_value(self, page: Page):
         for label, better in (("PSNR (dB) ↑", "near"), ("SSIM ↑", "near")):
