@@ -190,28 +190,7 @@ def _fake_set(folder: Path, num: int, samples_per_shard: int) -> None:
             f"{part}_crc32c": index_N % 2**32,
         }
     columns |= {"edge_file": np.full(num, -1), **{f"edge_{n}": np.zeros(num) for n in ("offset", "bytes", "crc32c")}}
-    arrays = []
-    for field in samples_table.schema():
-        if field.name == "key":
-            arrays.append(pa.array([f"amos_{i // 1200:05d}-axial-{i % 1200:04d}" for i in range(num)]))
-        elif field.name == "case_id":
-            cases = pa.array([f"amos_{i:05d}" for i in range(num // 1200 + 1)])
-            arrays.append(pa.DictionaryArray.from_arrays(pa.array((index_N // 1200).astype(np.int32)), cases))
-        elif field.name in samples_table.VOCABULARY:
-            words = samples_table.VOCABULARY[field.name]
-            codes = {"modality": index_N // 1200 % 2, "axis": index_N % 3}.get(field.name, np.zeros(num))
-            arrays.append(pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.uint8)), pa.array(words)))
-        elif pa.types.is_dictionary(field.type):
-            codes = pa.array(np.zeros(num, np.int32))
-            arrays.append(pa.DictionaryArray.from_arrays(codes, pa.array(["0" * 64])))
-        elif field.name in ("spacing_mm", "affine"):
-            width = field.type.list_size
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(num * width)), width))
-        elif field.name == "labels_present":
-            ends = pa.array(np.arange(num + 1, dtype=np.int32))
-            arrays.append(pa.ListArray.from_arrays(ends, pa.array(np.ones(num, np.uint8))))
-        else:
-            arrays.append(pa.array(columns[field.name]).cast(field.type))
+    arrays = [_fake_column(field, columns, num) for field in samples_table.schema()]
     samples_table.write(pa.Table.from_arrays(arrays, schema=samples_table.schema()), folder / f"{SAMPLES}.unfinished")
     assert (MODALITIES, AXES[0], SPLITS[0]) == (("CT", "MR"), "axial", "train")
     entries = []
@@ -238,6 +217,35 @@ def _fake_set(folder: Path, num: int, samples_per_shard: int) -> None:
         "failed": [],
     }
     write_index(folder, header, entries, [], num)
+
+
+def _fake_column(field: Any, columns: dict[str, Any], num: int) -> Any:
+    """A column of samples.arrow of `num` slices."""
+    import pyarrow as pa
+
+    from data_shards.store import samples_table
+
+    index_N = np.arange(num)
+    if field.name == "key":
+        return pa.array([f"amos_{i // 1200:05d}-axial-{i % 1200:04d}" for i in range(num)])
+    elif field.name == "case_id":
+        cases = pa.array([f"amos_{i:05d}" for i in range(num // 1200 + 1)])
+        return pa.DictionaryArray.from_arrays(pa.array((index_N // 1200).astype(np.int32)), cases)
+    elif field.name in samples_table.VOCABULARY:
+        words = samples_table.VOCABULARY[field.name]
+        codes = {"modality": index_N // 1200 % 2, "axis": index_N % 3}.get(field.name, np.zeros(num))
+        return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.uint8)), pa.array(words))
+    elif pa.types.is_dictionary(field.type):
+        codes = pa.array(np.zeros(num, np.int32))
+        return pa.DictionaryArray.from_arrays(codes, pa.array(["0" * 64]))
+    elif field.name in ("spacing_mm", "affine"):
+        width = field.type.list_size
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(num * width)), width)
+    elif field.name == "labels_present":
+        ends = pa.array(np.arange(num + 1, dtype=np.int32))
+        return pa.ListArray.from_arrays(ends, pa.array(np.ones(num, np.uint8)))
+    else:
+        return pa.array(columns[field.name]).cast(field.type)
 
 
 def _meta(number: int, mask_HW: np.ndarray) -> SliceMeta:

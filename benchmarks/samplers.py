@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def time_in_turns(scorer: Scorer, contenders: dict[str, SamplerConfig], rounds: 
     return measure({name: contender(sampler) for name, sampler in contenders.items()}, rounds)
 
 
-def main() -> int:
+def parsed_arguments() -> Namespace:
+    """The command line."""
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--run", type=Path, default=Path("runs/demo/run"), help="a run with denoiser and segmenter")
     parser.add_argument("--split", default="test", choices=("val", "test"))
@@ -112,7 +114,11 @@ def main() -> int:
     parser.add_argument("--noises", type=int, default=2, help="images of each mask")
     parser.add_argument("--out", type=Path, default=Path("runs/samplers"), help="where measurements are kept")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw Dice and distance over evaluations")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parsed_arguments()
     torch.set_num_threads(1)
     num, noises, rounds = (8, 1, 1) if args.quick else (args.num, args.noises, args.rounds)
     try:

@@ -56,6 +56,19 @@ class DownstreamFailed(WorkFailed):
 
 
 @dataclass(frozen=True)
+class Sections:
+    """The sections of the run's configuration that the trainings use beside their own."""
+
+    diffusion: DiffusionConfig
+    sample: SampleConfig
+    """The settings of the evaluated samples; the new samples get the same."""
+    segmenter: SegmenterConfig
+    loader: LoaderConfig
+    workers: WorkersConfig
+    """Who samples and trains."""
+
+
+@dataclass(frozen=True)
 class Downstream:
     """A checked job, made by `plan`."""
 
@@ -117,22 +130,12 @@ class Downstream:
 
 
 def plan(
-    run: Path,
-    evaluated: SampleStore,
-    config: DownstreamConfig,
-    *,
-    diffusion: DiffusionConfig,
-    sample: SampleConfig,
-    segmenter: SegmenterConfig,
-    loader: LoaderConfig,
-    interval: Interval,
-    workers: WorkersConfig,
+    run: Path, evaluated: SampleStore, config: DownstreamConfig, sections: Sections, interval: Interval
 ) -> Downstream:
     """Check everything; nothing is written. `evaluated`: the run's samples, whose shard set is the real data.
 
-    `sample`: the settings of these samples; the new ones get the same. Raises InputProblems, all at once:
-    settings out of range, a set of another size than the model's images, nothing to train or test on, trainings that
-    were started with other settings, and trainings that do not fit into memory.
+    Raises InputProblems, all at once: settings out of range, a set of another size than the model's images, nothing to
+    train or test on, trainings that were started with other settings, and trainings that do not fit into memory.
     """
     if "shards" not in evaluated.job:
         value = "made from masks without images"
@@ -140,12 +143,13 @@ def plan(
     shards = ShardSet.open(evaluated.job["shards"])
     with reading(evaluated.path / JOB, "the description of a job", "sample again"):
         split = config.split or evaluated.job["sample"]["split"]
+    segmenter, sample = sections.segmenter, sections.sample
     train = replace(segmenter.train, num_images=config.num_images or segmenter.train.num_images)
     made = Downstream(
         run.resolve(),
         shards,
         config,
-        diffusion,
+        sections.diffusion,
         replace(
             sample,
             split="train",
@@ -159,11 +163,11 @@ def plan(
         ),
         replace(segmenter, train=train),
         # A mix would name groups of the real set alone. No crop: the set must have the size of the model's images.
-        replace(loader, mix={}, crop_size=None),
+        replace(sections.loader, mix={}, crop_size=None),
         split,
         interval,
         # Threads are those of the sample section, on which rounding depends.
-        replace(workers, threads_per_worker=sample.threads_per_worker, most_on_cpu=None),
+        replace(sections.workers, threads_per_worker=sample.threads_per_worker, most_on_cpu=None),
     )
     refuse([*config.problems(), *_problems(made, int(evaluated.image.shape[-1]))])
     refuse(_memory_problems(made))

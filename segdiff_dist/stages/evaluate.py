@@ -144,19 +144,11 @@ class EvaluatePlan(Plan):
 
 def _downstream(experiment: Experiment, run: Path, checked: Checked) -> Downstream:
     """The trainings on the samples; the workers are those of the evaluation."""
-    from segdiff_dist.downstream.job import plan
+    from segdiff_dist.downstream.job import Sections, plan
     from segdiff_dist.evaluation.metrics.sums import Interval
 
     evaluate = experiment.evaluate
     sample = replace(experiment.sample, weights=weights_name(experiment, experiment.sample.weights))
-    return plan(
-        run,
-        checked.store,
-        experiment.downstream,
-        diffusion=experiment.diffusion,
-        sample=sample,
-        segmenter=experiment.segmenter,
-        loader=experiment.loader,
-        interval=Interval(evaluate.bootstrap_samples, evaluate.seed),
-        workers=evaluate.workers,
-    )
+    sections = Sections(experiment.diffusion, sample, experiment.segmenter, experiment.loader, evaluate.workers)
+    interval = Interval(evaluate.bootstrap_samples, evaluate.seed)
+    return plan(run, checked.store, experiment.downstream, sections, interval)

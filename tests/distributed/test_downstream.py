@@ -20,7 +20,7 @@ from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.downstream.arms import Arm, Training
 from segdiff_dist.downstream.config import DownstreamConfig
-from segdiff_dist.downstream.job import Downstream, DownstreamFailed, plan
+from segdiff_dist.downstream.job import Downstream, DownstreamFailed, Sections, plan
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.metrics.sums import Interval
@@ -69,19 +69,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
 def planned(run: Path, config: DownstreamConfig = CONFIG, address: str | None = None, **changes: Any) -> Downstream:
     from segdiff_dist.sampling.store import SampleStore
 
-    sections: dict[str, Any] = {
-        "diffusion": DIFFUSION,
-        "sample": SampleConfig(
+    sections = Sections(
+        diffusion=DIFFUSION,
+        sample=SampleConfig(
             sampler=SamplerConfig(num_steps=3, timestep_spacing="trailing"),
             region_size=4,
             device="cpu",
         ),
-        "segmenter": SEGMENTER,
-        "loader": LoaderConfig(num_threads=1),
-        "interval": Interval(100, 0),
-        "workers": WorkersConfig("evaluate", device="cpu", ray_address=address),
-    }
-    return plan(run, SampleStore.open(run / "samples"), config, **sections | changes)
+        segmenter=SEGMENTER,
+        loader=LoaderConfig(num_threads=1),
+        workers=WorkersConfig("evaluate", device="cpu", ray_address=address),
+    )
+    return plan(run, SampleStore.open(run / "samples"), config, replace(sections, **changes), Interval(100, 0))
 
 
 def test_images_of_noise_teach_nothing_and_real_ones_do(

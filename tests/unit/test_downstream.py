@@ -19,7 +19,7 @@ from data_shards.store.shards import ShardSet
 from data_shards.workers import WorkersConfig
 from segdiff_dist.downstream.arms import Arm, Training, arms_of, patients_of, rows_of, trainings_of
 from segdiff_dist.downstream.config import DownstreamConfig
-from segdiff_dist.downstream.job import plan
+from segdiff_dist.downstream.job import Sections, plan
 from segdiff_dist.downstream.memory import trainings_problems
 from segdiff_dist.downstream.summary import format_downstream, scalars, summarise
 from segdiff_dist.evaluation.metrics.sums import Interval
@@ -188,18 +188,15 @@ def test_an_evaluation_is_refused_before_it_measures(
     store = make_here(run, shapes, split="val", num=2)
     before = sorted(run.rglob("*"))
     monkeypatch.setattr(memory_plan, "capacity_of", lambda _: machine(0.2))
+    sections = Sections(
+        DIFFUSION,
+        SampleConfig(),
+        SegmenterConfig(channels=(8, 16, 32)),
+        LoaderConfig(),
+        WorkersConfig("evaluate", num_workers=2),
+    )
     with pytest.raises(InputProblems, match=r"at a time.*--evaluate.num-workers|memory") as refused:
-        plan(
-            run,
-            store,
-            DownstreamConfig(seeds=(0,)),
-            diffusion=DIFFUSION,
-            sample=SampleConfig(),
-            segmenter=SegmenterConfig(channels=(8, 16, 32)),
-            loader=LoaderConfig(),
-            interval=INTERVAL,
-            workers=WorkersConfig("evaluate", num_workers=2),
-        )
+        plan(run, store, DownstreamConfig(seeds=(0,)), sections, INTERVAL)
     assert [problem.where for problem in refused.value.problems] == ["memory"]
     assert sorted(run.rglob("*")) == before
 
