@@ -36,18 +36,19 @@ _CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "amos_small.yaml"
 
 
 def _former(**diffusion: Any) -> dict[str, Any]:
-    """What amos_small.yaml was before EDM, with this in its diffusion section."""
+    """What amos_small.yaml was before EDM and Muon, with this in its diffusion section."""
     ddpm = {"objective": "ddpm", "lognormal": [-1.2, 1.2], "mask_dropout": 0.0, "zero_terminal_snr": True}
     ddim = {"solver": "ddim", "num_steps": 25, "timestep_spacing": "trailing", "clip_sample": True}
     return {
         "denoiser": {"net": "unet", "block_out_channels": [16, 48, 96, 96], "layers_per_block": 1},
+        "train": {"optimizer": "adamw"},
         "diffusion": {**ddpm, **diffusion},
         "sample": {"sampler": {**ddim, "guidance": 1.0, "guidance_interval": None}},
     }
 
 
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "edm": ("EDM, guided, efficient net (shipped)", {}),
+    "edm": ("EDM, guided, efficient net, Muon (shipped)", {}),
     "x0": ("x0, zero terminal SNR", _former(prediction_type="x0")),
     "v": ("v, zero terminal SNR", _former(prediction_type="v")),
     # Its weight of pure noise is 0, which a zero terminal SNR would make of the step that sampling begins at.
