@@ -9,18 +9,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from data_shards.choices import Axis, Modality, Split
 from data_shards.problems import Problem, refuse
 
 if TYPE_CHECKING:
     import torch
 
-MODALITIES = ("CT", "MR")
-AXES = ("axial", "coronal", "sagittal")
-SPLITS = ("train", "val", "test")
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+AXES: tuple[Axis, ...] = get_args(Axis)
+SPLITS: tuple[Split, ...] = get_args(Split)
 # Who drew a mask: nobody (body alone), the archive's experts, a whole-body tool, or the one laid over the other.
 MASK_SOURCES = ("none", "expert", "wholebody", "merged")
 # A case id becomes a part of names of files and of members of tars. A tar's header holds 100 bytes of a name, and the

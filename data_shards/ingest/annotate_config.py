@@ -9,9 +9,11 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
+from data_shards.choices import Modality
 from data_shards.fan_out import num_cores
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
+from data_shards.ranges import Count, NonNegative, Positive, Some, range_problems
 from data_shards.records import MODALITIES
 from data_shards.settings import Execution, Result
 from data_shards.workers import WorkersConfig
@@ -19,7 +21,6 @@ from data_shards.workers import WorkersConfig
 if TYPE_CHECKING:
     from data_shards.ingest.archive import Case
 
-TOOLS = ("totalsegmentator", "command")
 # Its command line since v2 (github.com/wasserth/TotalSegmentator); --ml writes one file with all classes.
 TOTALSEGMENTATOR = "TotalSegmentator"
 _TOTALSEGMENTATOR_TASK = {"CT": "total", "MR": "total_mr"}
@@ -38,17 +39,17 @@ class AnnotateConfig:
     """Template; {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word, without a shell."""
     version_command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """Prints the version of `command`'s tool; its first line is recorded."""
-    modalities: Result[tuple[str, ...]] = MODALITIES
+    modalities: Result[Some[Modality]] = MODALITIES
     """Which of the archive's cases."""
-    modality: Result[str | None] = None
+    modality: Result[Modality | None] = None
     """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
-    num_workers: Execution[int] = 1
+    num_workers: Execution[Count] = 1
     """Volumes at a time."""
-    threads_per_worker: Execution[int | None] = None
+    threads_per_worker: Execution[Count | None] = None
     """null: this machine's cores, shared among the workers."""
-    gpus_per_worker: Execution[float] = 0.0
+    gpus_per_worker: Execution[NonNegative] = 0.0
     """More than 0 spreads the workers over several GPUs."""
-    timeout_s: Execution[float | None] = None
+    timeout_s: Execution[Positive | None] = None
     """For one volume; null: none."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
 
@@ -60,21 +61,12 @@ class AnnotateConfig:
 
     def problems(self, where: str = "annotate") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""
-        found = []
+        found = range_problems(self, where)
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
                 found.append(Problem(where, name, repr(getattr(self, name)), remedy))
 
-        check("tool", self.tool in TOOLS, f"use one of {', '.join(TOOLS)}")
-        chosen = self.modalities
-        good = bool(chosen) and len(set(chosen)) == len(chosen) and set(chosen) <= set(MODALITIES)
-        check("modalities", good, f"choose from {', '.join(MODALITIES)}, each once")
-        check("modality", self.modality in (None, *MODALITIES), f"use one of {', '.join(MODALITIES)}, or leave it out")
-        check("num_workers", self.num_workers >= 1, "use 1 or more")
-        check("threads_per_worker", self.threads_per_worker is None or self.threads_per_worker >= 1, "use 1 or more")
-        check("gpus_per_worker", self.gpus_per_worker >= 0, "use 0 or more")
-        check("timeout_s", self.timeout_s is None or self.timeout_s > 0, "use more than 0 s, or leave it out")
         if self.tool == "command":
             remedy = "give the command that makes a mask, as 'mytool --in {image} --out {mask}'"
             check("command", self.command is not None, remedy)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
+
+from data_shards.choices import Axis, Codec, Fit, Intensity, LabelSet, MaskResize, Modality, Store
 from data_shards.field_source import FROM_A_PERSON
-from data_shards.ingest.intensity import INTENSITIES
-from data_shards.ingest.slices import FITS, MASK_RESIZES
-from data_shards.labels import LABEL_TABLES
 from data_shards.problems import Problem
+from data_shards.ranges import RISING, Count, Some, WholeNumber, range_problems
 from data_shards.records import AXES, MODALITIES
 from data_shards.settings import Execution, Result, ResultWhereSet, identity
 from data_shards.store.codecs import CODECS
-from data_shards.store.set_index import STORES
 from data_shards.store.shard_writer import Format, set_format
 from data_shards.workers import WorkersConfig
 
 # Far beyond what any header stores in 16 bits.
-_LARGEST_HU = 100_000.0
+_Hu = Annotated[float, Interval(ge=-100_000, le=100_000)]
+_Percentile = Annotated[float, Interval(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
@@ -26,36 +27,36 @@ class PrepareConfig:
     """How volumes become slices. The defaults are the paper's: 1 mm, 256 x 256, CT to [-256, 256] HU, MR to its 1st to
     99th percentile, three axes. `min_labelled_pixels` leaves out slices of labelled cases with fewer organ pixels."""
 
-    label_set: Result[str] = "amos"
+    label_set: Result[LabelSet] = "amos"
     """amos: the archive's 15 organs. wholebody: masks of a whole-body tool. merged: the first laid over the second."""
-    axes: Result[tuple[str, ...]] = AXES
-    modalities: Result[tuple[str, ...]] = MODALITIES
+    axes: Result[Some[Axis]] = AXES
+    modalities: Result[Some[Modality]] = MODALITIES
     """Which of the archive's cases are taken."""
-    modality: ResultWhereSet[str | None] = None
+    modality: ResultWhereSet[Modality | None] = None
     """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
-    size: Result[int] = 256
-    spacing_mm: Result[float] = 1.0
-    slice_stride: Result[int] = 1
-    fit: Result[str] = "auto"
+    size: Result[Annotated[int, Interval(ge=8, le=2048)]] = 256
+    spacing_mm: Result[Annotated[float, Interval(ge=0.1, le=20)]] = 1.0
+    slice_stride: Result[Count] = 1
+    fit: Result[Fit] = "auto"
     """crop: the middle square of the short side. pad: all of it, in a square of the long side. auto: crop axial slices,
     pad the others, where cropping would cut the body."""
-    mask_resize: Result[str] = "nearest"
+    mask_resize: Result[MaskResize] = "nearest"
     """nearest; soft: the class that has most of a pixel; bilinear_ids: the paper's code, which invents classes."""
     soft_edge: Result[bool] = False
     """With mask_resize soft: keep each pixel's second class and the first one's share."""
-    min_labelled_pixels: Result[int] = 0
-    intensity: Result[str] = "window"
+    min_labelled_pixels: Result[WholeNumber] = 0
+    intensity: Result[Intensity] = "window"
     """window: CT by hu_window, MR by its percentiles. paper: CT by hu_window and then by its percentiles too."""
-    hu_window: Result[tuple[float, float]] = (-256.0, 256.0)
-    mr_percentiles: Result[tuple[float, float]] = (1.0, 99.0)
-    bits: Result[int] = 8
+    hu_window: Result[Annotated[tuple[_Hu, _Hu], RISING]] = (-256.0, 256.0)
+    mr_percentiles: Result[Annotated[tuple[_Percentile, _Percentile], RISING]] = (1.0, 99.0)
+    bits: Result[Literal[8, 16]] = 8
     """Of a grey value: 8 or 16."""
-    store: Result[str] = "webdataset"
+    store: Result[Store] = "webdataset"
     """webdataset: tars, to be streamed. zarr: sharded arrays, for random access by other tools. Training reads both."""
-    codec: Result[str] = "raw"
+    codec: Result[Codec] = "raw"
     """Of the tars: raw is fastest, zstd smaller, png and jpeg2000 smallest. Zarr is always zstd."""
-    samples_per_shard: Result[int] = 1024
-    num_workers: Execution[int | None] = None
+    samples_per_shard: Result[Count] = 1024
+    num_workers: Execution[Count | None] = None
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
 
     @property
@@ -65,39 +66,12 @@ class PrepareConfig:
 
     def problems(self, where: str = "prepare") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""
-        found = []
-
-        def check(name: str, good: bool, remedy: str) -> None:
-            if not good:
-                found.append(Problem(where, name, repr(getattr(self, name)), remedy))
-
-        for name, allowed in (("axes", AXES), ("modalities", MODALITIES)):
-            chosen = getattr(self, name)
-            good = bool(chosen) and len(set(chosen)) == len(chosen) and set(chosen) <= set(allowed)
-            check(name, good, f"choose from {', '.join(allowed)}, each once")
-        for name, choices in (
-            ("fit", FITS),
-            ("label_set", tuple(LABEL_TABLES)),
-            ("mask_resize", MASK_RESIZES),
-            ("intensity", INTENSITIES),
-            ("store", STORES),
-        ):
-            check(name, getattr(self, name) in choices, f"use one of {', '.join(choices)}")
-        check("modality", self.modality in (None, *MODALITIES), f"use one of {', '.join(MODALITIES)}, or leave it out")
-        lossless = "is not among the codecs that keep every label id; " if self.codec not in CODECS else ""
-        check("codec", self.codec in CODECS, f"{lossless}use one of {', '.join(CODECS)}")
-        check("bits", self.bits in (8, 16), "use 8 or 16")
-        check("soft_edge", not self.soft_edge or self.mask_resize == "soft", "needs mask_resize soft")
-        check("size", 8 <= self.size <= 2048, "use 8 to 2048 pixels")
-        check("spacing_mm", 0.1 <= self.spacing_mm <= 20.0, "use 0.1 to 20 mm")
-        for name in ("slice_stride", "samples_per_shard"):
-            check(name, getattr(self, name) >= 1, "use 1 or more")
-        check("min_labelled_pixels", self.min_labelled_pixels >= 0, "use 0 or more")
-        check("num_workers", self.num_workers is None or self.num_workers >= 1, "use 1 or more, or leave it out")
-        low, high = self.hu_window
-        check("hu_window", -_LARGEST_HU <= low < high <= _LARGEST_HU, "give two HU, the lower end first")
-        low, high = self.mr_percentiles
-        check("mr_percentiles", 0.0 <= low < high <= 100.0, "use two rising values from 0 to 100")
+        found = range_problems(self, where)
+        if any(one.field == "codec" for one in found):
+            lossless = "give a codec that keeps every label id: " + ", ".join(CODECS)
+            found = [replace(one, remedy=lossless) if one.field == "codec" else one for one in found]
+        if self.soft_edge and self.mask_resize != "soft":
+            found.append(Problem(where, "soft_edge", "True", "needs mask_resize soft"))
         return found
 
     def result_settings(self) -> dict[str, Any]:

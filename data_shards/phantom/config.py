@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval
+
+from data_shards.choices import Modality
 from data_shards.problems import Problem
+from data_shards.ranges import NOT_FALLING, Count, Some, WholeNumber, range_problems
 from data_shards.records import MODALITIES, SPLITS
 from data_shards.settings import Result, ResultWhereSet, identity
 
@@ -14,6 +18,9 @@ from data_shards.settings import Result, ResultWhereSet, identity
 LAST_CT_NUMBER = 500
 FIRST_MR_NUMBER = 507
 LAST_NUMBER = 9999
+
+_Side = Annotated[int, Interval(ge=32, le=512)]
+_Thickness = Annotated[float, Interval(ge=1, le=12)]
 
 
 @dataclass(frozen=True)
@@ -28,19 +35,19 @@ class PhantomConfig:
     wholebody: also write OUT/wholebody/, masks of everything that is painted, as a whole-body tool would make them.
     """
 
-    seed: Result[int] = 0
-    num_train: Result[int] = 8
-    num_val: Result[int] = 2
-    num_test: Result[int] = 3
-    modalities: Result[tuple[str, ...]] = MODALITIES
-    matrix: Result[tuple[int, int]] = (128, 160)
-    slice_thickness_mm: Result[tuple[float, float]] = (4.5, 6.0)
-    missing_rate: Result[float] = 0.1
+    seed: Result[Annotated[int, Interval(ge=0, le=2**63 - 1)]] = 0
+    num_train: Result[Count] = 8
+    num_val: Result[WholeNumber] = 2
+    num_test: Result[WholeNumber] = 3
+    modalities: Result[Some[Modality]] = MODALITIES
+    matrix: Result[Annotated[tuple[_Side, _Side], NOT_FALLING]] = (128, 160)
+    slice_thickness_mm: Result[Annotated[tuple[_Thickness, _Thickness], NOT_FALLING]] = (4.5, 6.0)
+    missing_rate: Result[Annotated[float, Interval(ge=0, le=0.5)]] = 0.1
     wholebody: ResultWhereSet[bool] = False
 
     def problems(self, where: str = "phantom") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""
-        return list(_problems(self, where))
+        return [*range_problems(self, where), *_numbering_problems(self, where)]
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that json can write and that compares equal after being read back."""
@@ -74,23 +81,9 @@ def case_keys(config: PhantomConfig) -> list[CaseKey]:
     return keys
 
 
-def _problems(config: PhantomConfig, where: str) -> Iterator[Problem]:
-    if not 0 <= config.seed < 2**63:
-        yield Problem(where, "seed", str(config.seed), "use an integer from 0 to 2**63 - 1")
-    for name, least in (("num_train", 1), ("num_val", 0), ("num_test", 0)):
-        if getattr(config, name) < least:
-            yield Problem(where, name, str(getattr(config, name)), f"use {least} or more")
-    unknown = [m for m in config.modalities if m not in MODALITIES]
-    if unknown or not config.modalities or len(set(config.modalities)) != len(config.modalities):
-        yield Problem(where, "modalities", str(list(config.modalities)), f"name each of {', '.join(MODALITIES)} once")
+def _numbering_problems(config: PhantomConfig, where: str) -> Iterator[Problem]:
     patients = config.num_train + config.num_val + config.num_test
     for modality, most in (("CT", LAST_CT_NUMBER), ("MR", LAST_NUMBER - FIRST_MR_NUMBER + 1)):
         if modality in config.modalities and patients > most:
             text = f"{patients} {modality} patients"
             yield Problem(where, "num_train + num_val + num_test", text, f"AMOS' numbering leaves room for {most}")
-    for name, least_mm, most_mm in (("matrix", 32, 512), ("slice_thickness_mm", 1.0, 12.0)):
-        low, high = getattr(config, name)
-        if not least_mm <= low <= high <= most_mm:
-            yield Problem(where, name, f"{low} to {high}", f"use an ascending pair within {least_mm} to {most_mm}")
-    if not 0.0 <= config.missing_rate <= 0.5:
-        yield Problem(where, "missing_rate", str(config.missing_rate), "use a share from 0 to 0.5")

@@ -11,11 +11,13 @@ Dimensions: H rows, W columns.
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-CODECS = ("raw", "zstd", "png", "jpeg2000")
+from data_shards.choices import Codec
+
+CODECS: tuple[Codec, ...] = get_args(Codec)
 EXTENSIONS = {"raw": "npy", "zstd": "npy.zst", "png": "png", "jpeg2000": "jp2"}
 PICTURES = ("png", "jpeg2000")
 _PICTURE_FORMATS = {"png": "PNG", "jpeg2000": "JPEG2000"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_shards.choices import Codec, Store
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
+from data_shards.ranges import Count, range_problems
 from data_shards.settings import Execution, Result
-from data_shards.store.codecs import CODECS
-from data_shards.store.set_index import STORES
 from data_shards.workers import WorkersConfig
 
 
@@ -25,12 +25,12 @@ class CacheConfig:
 class ConvertConfig:
     """What to write, and on how many workers."""
 
-    store: Result[str] = "zarr"
+    store: Result[Store] = "zarr"
     """webdataset: tars. zarr: sharded arrays."""
-    codec: Result[str] = "raw"
+    codec: Result[Codec] = "raw"
     """Of the tars: raw, zstd, png or jpeg2000. Zarr is always zstd."""
-    samples_per_shard: Result[int] = 1024
-    num_workers: Execution[int | None] = None
+    samples_per_shard: Result[Count] = 1024
+    num_workers: Execution[Count | None] = None
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
 
     @property
@@ -40,13 +40,4 @@ class ConvertConfig:
 
     def problems(self, where: str = "convert") -> list[Problem]:
         """Everything out of range, each with what to do about it."""
-        found = []
-        for name, choices in (("store", STORES), ("codec", CODECS)):
-            if getattr(self, name) not in choices:
-                value, remedy = repr(getattr(self, name)), f"use one of {', '.join(choices)}"
-                found.append(Problem(where, name, value, remedy))
-        for name in ("samples_per_shard", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(Problem(where, name, str(value), "use 1 or more"))
-        return found
+        return range_problems(self, where)

@@ -14,12 +14,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, get_args
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_shards import __version__
+from data_shards.choices import Store
 from data_shards.documents import checked, parse_json, read_bytes, reading, shown
 from data_shards.files import write_atomic
 from data_shards.labels import LabelTable
@@ -28,7 +29,7 @@ from data_shards.records import is_path_inside
 from data_shards.store.codecs import CODECS
 
 FORMAT_VERSION = 2
-STORES = ("webdataset", "zarr")
+STORES: tuple[Store, ...] = get_args(Store)
 INDEX = "index.json"
 SAMPLES = "samples.arrow"
 SHARDS = "shards"

@@ -1,0 +1,15 @@
+"""The choices of settings, each named once: the constants of the modules that use them are made from these."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Modality = Literal["CT", "MR"]
+Axis = Literal["axial", "coronal", "sagittal"]
+Split = Literal["train", "val", "test"]
+LabelSet = Literal["amos", "wholebody", "merged"]
+Fit = Literal["auto", "crop", "pad"]
+MaskResize = Literal["nearest", "soft", "bilinear_ids"]
+Intensity = Literal["window", "paper"]
+Store = Literal["webdataset", "zarr"]
+Codec = Literal["raw", "zstd", "png", "jpeg2000"]

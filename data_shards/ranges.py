@@ -1,0 +1,172 @@
+"""The values that a setting can have, said in its type: `num: Annotated[int, Ge(1)]`, `axis: Literal["axial", ...]`.
+
+pydantic reads the same types where YAML comes in. `range_problems` checks a section that was made in Python or from
+flags. `requirement` puts a type into words, for remedies, help texts and the reference page.
+"""
+
+from __future__ import annotations
+
+import numbers
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt, MinLen, Predicate
+
+from data_shards.problems import Problem
+from data_shards.settings import settings_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rule(Predicate):
+    """A condition on a value, with the words that ask for it."""
+
+    func: Callable[[Any], bool]
+    words: str
+
+
+def _is_distinct(values: tuple[Any, ...]) -> bool:
+    return len(set(values)) == len(values)
+
+
+def _is_rising(pair: tuple[float, float]) -> bool:
+    return pair[0] < pair[1]
+
+
+def _does_not_fall(pair: tuple[float, float]) -> bool:
+    return pair[0] <= pair[1]
+
+
+Count = Annotated[int, Ge(1)]
+WholeNumber = Annotated[int, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+EACH_ONCE = Rule(_is_distinct, "each once")
+Some = Annotated[tuple[T, ...], MinLen(1), EACH_ONCE]
+RISING = Rule(_is_rising, "the lower one first")
+NOT_FALLING = Rule(_does_not_fall, "the lower one first")
+
+_NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
+_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+
+
+def range_problems(section: Any, where: str, prefix: str = "") -> list[Problem]:
+    """The settings of a section whose values their types do not allow. Sections within it are not looked at."""
+    return [
+        Problem(where, f"{prefix}{setting.name}", _shown(value), f"give {requirement(setting.type)}")
+        for setting in settings_of(type(section))
+        if setting.effect is not None and not is_allowed(value := getattr(section, setting.name), setting.type)
+    ]
+
+
+def is_allowed(value: Any, hint: Any) -> bool:
+    """Whether a type allows a value, as pydantic decides it for values that need no conversion."""
+    base, marks = _split(hint)
+    if is_union(base):
+        allowed = any(is_allowed(value, arm) for arm in get_args(base))
+    elif get_origin(base) is Literal:
+        allowed = value in get_args(base)
+    elif get_origin(base) is tuple:
+        allowed = isinstance(value, tuple | list) and _are_allowed(value, get_args(base))
+    else:
+        allowed = _is_of(value, base)
+    return allowed and all(_holds(mark, value) for mark in marks)
+
+
+def requirement(hint: Any) -> str:
+    """What a type asks for, in words that follow `give`."""
+    base, marks = _split(hint)
+    rules = "".join(f", {mark.words}" for mark in marks if isinstance(mark, Rule))
+    if is_union(base):
+        arms = get_args(base)
+        text = " or ".join(requirement(arm) for arm in arms if arm is not types.NoneType)
+        return f"{text}, or null" if types.NoneType in arms else text
+    if get_origin(base) is Literal:
+        choices = list(map(str, get_args(base)))
+        return (choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}") + rules
+    if get_origin(base) is tuple:
+        return _tuple_words(get_args(base), any(isinstance(mark, MinLen) for mark in marks)) + rules
+    if get_origin(base) is dict:
+        return "a mapping" + rules
+    return f"{_PLAIN.get(base, 'a value')}{_bounds(base, marks)}{rules}"
+
+
+def is_union(hint: Any) -> bool:
+    """Whether a type is a union of others."""
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _split(hint: Any) -> tuple[Any, list[Any]]:
+    """A type without its marks, and the marks that limit its values."""
+    if get_origin(hint) is not Annotated:
+        return hint, []
+    base, *marks = get_args(hint)
+    return base, list(_single(marks))
+
+
+def _single(marks: list[Any]) -> Iterator[Any]:
+    for mark in marks:
+        if isinstance(mark, GroupedMetadata):
+            yield from _single(list(mark))
+        elif isinstance(mark, Ge | Gt | Le | Lt | MinLen | Predicate):
+            yield mark
+
+
+def _are_allowed(values: tuple[Any, ...] | list[Any], items: tuple[Any, ...]) -> bool:
+    if len(items) == 2 and items[1] is Ellipsis:
+        return all(is_allowed(value, items[0]) for value in values)
+    return len(values) == len(items) and all(map(is_allowed, values, items))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        # NumPy's numbers too; a bool is no number here.
+        return not isinstance(value, bool) and isinstance(value, _NUMBERS[kind])
+    if kind is types.NoneType:
+        return value is None
+    if get_origin(kind) is dict:
+        return isinstance(value, Mapping)
+    if kind is Path:
+        return isinstance(value, Path | str)
+    return isinstance(value, kind)
+
+
+def _holds(mark: Any, value: Any) -> bool:
+    # Written so that NaN, which is neither above nor below anything, is refused.
+    if isinstance(mark, Ge):
+        return bool(value >= mark.ge)
+    if isinstance(mark, Gt):
+        return bool(value > mark.gt)
+    if isinstance(mark, Le):
+        return bool(value <= mark.le)
+    if isinstance(mark, Lt):
+        return bool(value < mark.lt)
+    return len(value) >= mark.min_length if isinstance(mark, MinLen) else mark.func(value)
+
+
+def _bounds(base: Any, marks: list[Any]) -> str:
+    low, above, high, below = (
+        next((getattr(mark, name) for mark in marks if hasattr(mark, name)), None) for name in ("ge", "gt", "le", "lt")
+    )
+    if low is not None and high is not None:
+        return f" from {low:g} to {high:g}"
+    least = f" of at least {low:g}" if low is not None else f" above {above:g}" if above is not None else ""
+    most = f" of at most {high:g}" if high is not None else f" below {below:g}" if below is not None else ""
+    return f"{least} and{most}" if least and most else least + most
+
+
+def _tuple_words(items: tuple[Any, ...], is_not_empty: bool) -> str:
+    if items[-1] is not Ellipsis:
+        return f"{len(items)} values, each {requirement(items[0])}"
+    if get_origin(items[0]) is Literal:
+        return f"{'one or more' if is_not_empty else 'any'} of {', '.join(get_args(items[0]))}"
+    return f"{'one or more values' if is_not_empty else 'values'}, each {requirement(items[0])}"
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
