@@ -24,38 +24,41 @@ Fraction = Annotated[float, Interval(ge=0, le=0.9)]
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Which slices are used, and what is done to them on the way.
+    """Which slices are used, and how they are read and augmented.
 
-    Augmentations act on image and mask together and are a pure function of (seed, position). They are off by
-    default. A left-right flip also turns anatomy around (a right kidney on the left), hence a switch like the rest.
+    Augmentations act on image and mask together and are a pure function of (seed, position). They are off by default.
     """
 
     modalities: Result[Annotated[tuple[Modality, ...], MinLen(1)]] = MODALITIES
+    """Modalities of the slices that are used."""
     axes: Result[Annotated[tuple[Axis, ...], MinLen(1)]] = AXES
+    """Axes of the slices that are used."""
     mix: Result[dict[str, float]] = field(default_factory=dict)
-    """Weights of groups, as in {CT: 1, MR/axial: 2}; left empty, every slice comes once an epoch. A key is MODALITY,
-    MODALITY/AXIS or, of several sets, 0:MODALITY or 0:*, counted from 0."""
+    """Weights of groups, as in {CT: 1, MR/axial: 2}. Without groups every slice comes once in an epoch. A key is
+    MODALITY or MODALITY/AXIS. With several sets it is also 0:MODALITY or 0:*, counted from 0."""
     crop: Result[Literal["centre", "random"]] = "centre"
+    """Where the crop is taken."""
     crop_size: Result[Annotated[int, Ge(8)] | None] = None
-    """Side of the crop in pixels; None takes the whole stored slice."""
+    """Side of the crop in pixels. null takes the whole stored slice."""
     flip: Result[bool] = False
-    """Mirror left and right in half of the samples."""
+    """Mirror left and right in half of the samples. This also mirrors anatomy: a right kidney is then on the left."""
     rotate_degrees: Result[Degrees] = 0.0
     """Rotate by up to this angle either way."""
     zoom: Result[Fraction] = 0.0
-    """Scale by up to this fraction either way: 0.1 is 0.9 to 1.1."""
+    """Scale by up to this fraction either way. 0.1 is 0.9 to 1.1."""
     jitter_mr: Result[Fraction] = 0.0
     """Change contrast and gamma of MR images by up to this fraction either way. CT keeps its HU."""
     on_corrupt: Resumable[Literal["raise", "skip"]] = "raise"
-    """What to do with a sample whose bytes are not those that were written."""
+    """What happens with a sample whose bytes are not those that were written: the run stops, or another sample is
+    taken."""
     num_threads: Execution[Annotated[int, Interval(ge=1, le=256)]] = 2
     """DALI's decoding threads."""
     prefetch_batches: Execution[Annotated[int, Interval(ge=0, le=1024)]] = 4
-    """Batches made ahead, in a thread of their own; 0 makes them when they are asked for."""
+    """Batches made ahead, in a thread of their own. 0 makes each batch when it is asked for."""
     cache_dir: Execution[Path | None] = field(default=None, metadata=FROM_A_PERSON)
     """Where bytes of remote sets are kept on this machine."""
     cache_gib: Execution[Annotated[float, Interval(ge=0, le=1e6)]] = 0.0
-    """How many of them at most."""
+    """Largest size of that cache, in GiB. 0 is no cache."""
 
     def problems(self) -> list[Problem]:
         """What is out of range, as shown to the person who wrote it."""

@@ -36,22 +36,24 @@ class AnnotateConfig:
     """`totalsegmentator` runs the installed TotalSegmentator and maps its classes by name; `command` runs `command`,
     whose masks count by the whole-body table's ids already."""
     command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
-    """Template; {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word, without a shell."""
+    """The command of tool `command`. {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word,
+    without a shell."""
     version_command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
-    """Prints the version of `command`'s tool; its first line is recorded."""
+    """A command that prints the version of the tool. The first line is recorded."""
     modalities: Result[Some[Modality]] = MODALITIES
-    """Which of the archive's cases."""
+    """Which of the archive's cases are taken."""
     modality: Result[Modality | None] = None
-    """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
+    """The modality of every case of the archive, where dataset.json does not say it, or says it wrongly."""
     num_workers: Execution[Count] = 1
     """Volumes at a time."""
     threads_per_worker: Execution[Count | None] = None
-    """null: this machine's cores, shared among the workers."""
+    """CPU threads of each worker. null: this machine's cores, shared among the workers."""
     gpus_per_worker: Execution[NonNegative] = 0.0
-    """More than 0 spreads the workers over several GPUs."""
+    """Share of a GPU that each worker gets. More than 0 spreads the workers over several GPUs."""
     timeout_s: Execution[Positive | None] = None
-    """For one volume; null: none."""
+    """Longest time for one volume. null: no limit."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
+    """A Ray cluster to join. null: Ray is started on this machine."""
 
     @property
     def workers(self) -> WorkersConfig:

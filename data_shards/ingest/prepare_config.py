@@ -25,39 +25,50 @@ _Percentile = Annotated[float, Interval(ge=0, le=100)]
 @dataclass(frozen=True)
 class PrepareConfig:
     """How volumes become slices. The defaults are the paper's: 1 mm, 256 x 256, CT to [-256, 256] HU, MR to its 1st to
-    99th percentile, three axes. `min_labelled_pixels` leaves out slices of labelled cases with fewer organ pixels."""
+    99th percentile, three axes."""
 
     label_set: Result[LabelSet] = "amos"
     """amos: the archive's 15 organs. wholebody: masks of a whole-body tool. merged: the first laid over the second."""
     axes: Result[Some[Axis]] = AXES
+    """Axes along which volumes are cut."""
     modalities: Result[Some[Modality]] = MODALITIES
     """Which of the archive's cases are taken."""
     modality: ResultWhereSet[Modality | None] = None
-    """CT or MR: what every case of the archive is, where dataset.json does not say it or says it wrongly."""
+    """The modality of every case of the archive, where dataset.json does not say it, or says it wrongly."""
     size: Result[Annotated[int, Interval(ge=8, le=2048)]] = 256
+    """Side of a slice, in pixels."""
     spacing_mm: Result[Annotated[float, Interval(ge=0.1, le=20)]] = 1.0
+    """Side of a pixel, in mm."""
     slice_stride: Result[Count] = 1
+    """Every how many slices one is taken."""
     fit: Result[Fit] = "auto"
-    """crop: the middle square of the short side. pad: all of it, in a square of the long side. auto: crop axial slices,
-    pad the others, where cropping would cut the body."""
+    """crop: the middle square of the short side. pad: the whole slice, in a square of the long side. auto: crop axial
+    slices and pad the others, where cropping would cut the body."""
     mask_resize: Result[MaskResize] = "nearest"
-    """nearest; soft: the class that has most of a pixel; bilinear_ids: the paper's code, which invents classes."""
+    """nearest: the nearest voxel's class. soft: the class that has most of a pixel. bilinear_ids: the paper's code,
+    which invents classes."""
     soft_edge: Result[bool] = False
     """With mask_resize soft: keep each pixel's second class and the first one's share."""
     min_labelled_pixels: Result[WholeNumber] = 0
+    """Slices of labelled cases with fewer organ pixels are left out."""
     intensity: Result[Intensity] = "window"
     """window: CT by hu_window, MR by its percentiles. paper: CT by hu_window and then by its percentiles too."""
     hu_window: Result[Annotated[tuple[_Hu, _Hu], RISING]] = (-256.0, 256.0)
+    """The HU that become the lowest and the highest grey value of CT."""
     mr_percentiles: Result[Annotated[tuple[_Percentile, _Percentile], RISING]] = (1.0, 99.0)
+    """The percentiles that become the lowest and the highest grey value of MR."""
     bits: Result[Literal[8, 16]] = 8
-    """Of a grey value: 8 or 16."""
+    """Bits of a grey value."""
     store: Result[Store] = "webdataset"
     """webdataset: tars, to be streamed. zarr: sharded arrays, for random access by other tools. Training reads both."""
     codec: Result[Codec] = "raw"
-    """Of the tars: raw is fastest, zstd smaller, png and jpeg2000 smallest. Zarr is always zstd."""
+    """How tars store images: raw is fastest, zstd is smaller, png and jpeg2000 are smallest. Zarr is always zstd."""
     samples_per_shard: Result[Count] = 1024
+    """Slices of each shard."""
     num_workers: Execution[Count | None] = None
+    """Ray workers. null: one for each core."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
+    """A Ray cluster to join. null: Ray is started on this machine."""
 
     @property
     def workers(self) -> WorkersConfig:

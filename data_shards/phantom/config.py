@@ -25,25 +25,27 @@ _Thickness = Annotated[float, Interval(ge=1, le=12)]
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """A phantom archive. Numbers of patients are for each modality and split; the same config gives the same bytes.
-
-    seed: patient k of a split and modality depends on (seed, modality, split, k) alone.
-    matrix: fewest and most pixels along an axial side; the field of view is 360 to 420 mm square.
-    slice_thickness_mm: thinnest and thickest slices; a patient is about 295 mm tall from pelvic floor to heart.
-    missing_rate: chance that a patient lacks the gallbladder, a kidney (half as often) or the pelvis (outside the
-        field of view). The first patient of each split and modality is always complete, so each split holds all.
-    wholebody: also write OUT/wholebody/, masks of everything that is painted, as a whole-body tool would make them.
-    """
+    """A phantom archive. Numbers of patients are for each modality and split. The same config gives the same bytes."""
 
     seed: Result[Annotated[int, Interval(ge=0, le=2**63 - 1)]] = 0
+    """Patient k of a split and modality depends on (seed, modality, split, k) only."""
     num_train: Result[Count] = 8
+    """Patients of the train split."""
     num_val: Result[WholeNumber] = 2
+    """Patients of the validation split."""
     num_test: Result[WholeNumber] = 3
+    """Patients of the test split."""
     modalities: Result[Some[Modality]] = MODALITIES
+    """Modalities of the archive."""
     matrix: Result[Annotated[tuple[_Side, _Side], NOT_FALLING]] = (128, 160)
+    """Fewest and most pixels along an axial side. The field of view is 360 to 420 mm square."""
     slice_thickness_mm: Result[Annotated[tuple[_Thickness, _Thickness], NOT_FALLING]] = (4.5, 6.0)
+    """Thinnest and thickest slices. A patient is about 295 mm tall from pelvic floor to heart."""
     missing_rate: Result[Annotated[float, Interval(ge=0, le=0.5)]] = 0.1
+    """Chance that a patient lacks the gallbladder, a kidney (half as often) or the pelvis (outside the field of view).
+    The first patient of each split and modality is always complete, so each split holds all organs."""
     wholebody: ResultWhereSet[bool] = False
+    """Also write OUT/wholebody/: masks of everything in the phantom, as a whole-body tool would make them."""
 
     def problems(self, where: str = "phantom") -> list[Problem]:
         """Everything out of range, each with what to do about it; empty when the config can be used."""

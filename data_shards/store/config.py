@@ -28,10 +28,13 @@ class ConvertConfig:
     store: Result[Store] = "zarr"
     """webdataset: tars. zarr: sharded arrays."""
     codec: Result[Codec] = "raw"
-    """Of the tars: raw, zstd, png or jpeg2000. Zarr is always zstd."""
+    """How tars store images. Zarr is always zstd."""
     samples_per_shard: Result[Count] = 1024
+    """Slices of each shard."""
     num_workers: Execution[Count | None] = None
+    """Ray workers. null: one for each core."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
+    """A Ray cluster to join. null: Ray is started on this machine."""
 
     @property
     def workers(self) -> WorkersConfig:

@@ -6,8 +6,8 @@ The sections themselves stand beside the code they configure; the whole is segdi
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_shards.documents import parse_yaml, read_bytes, shown
 from data_shards.problems import InputProblems, Problem, problem
+from data_shards.ranges import requirement
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
         [config] = _adapter(cls).validate_python([values])
         return config
     except ValidationError as error:
-        raise InputProblems(_explain(e, str(where), cls) for e in error.errors()) from None
+        raise InputProblems(_explain(error, str(where), cls)) from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -105,18 +106,40 @@ def _adapter(cls: type[T]) -> TypeAdapter[list[T]]:
     return TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
 
 
-def _explain(error: Any, where: str, cls: type[Any]) -> Problem:
-    field = ".".join(str(part) for part in error["loc"][1:]) or "(top)"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        *section, name = error["loc"][1:]
-        likely = get_close_matches(str(name), _keys_of(cls, section), n=1)
-        remedy = f"did you mean {likely[0]}" if likely else "correct the spelling or remove it"
-        return Problem(where, field, "unknown key", f"{remedy}; --help-all lists the keys")
-    return Problem(where, field, shown(repr(error["input"])), error["msg"].removeprefix("Input ").rstrip("."))
+def _explain(error: ValidationError, where: str, cls: type[Any]) -> Iterator[Problem]:
+    """One problem for each setting; pydantic reports every part of its type."""
+    explained = set()
+    for one in error.errors(include_url=False):
+        keys = _setting_of(one["loc"][1:], cls)
+        *section, name = keys or ("",)
+        field = ".".join(map(str, keys)) or "(top)"
+        if field in explained:
+            continue
+        explained.add(field)
+        value, hints = shown(repr(one["input"])), _hints(cls, section)
+        hint = hints.get(str(name))
+        if one["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            likely = get_close_matches(str(name), hints, n=1)
+            remedy = f"did you mean {likely[0]}" if likely else "correct the spelling or remove it"
+            yield Problem(where, field, "unknown key", f"{remedy}; --help-all lists the keys")
+        elif hint is None or is_dataclass(hint):
+            yield Problem(where, field, value, one["msg"].removeprefix("Input ").rstrip("."))
+        else:
+            yield Problem(where, field, value, f"give {requirement(hint)}")
 
 
-def _keys_of(cls: Any, section: Sequence[Any]) -> list[str]:
-    """The keys of a section, which is named by its path in the dataclass `cls`; none where it is no dataclass."""
+def _setting_of(place: Sequence[Any], cls: type[Any]) -> Sequence[Any]:
+    """The keys of the setting that holds a place: the place may be one value of a tuple, or one arm of a union."""
+    for depth in range(1, len(place)):
+        hint = _hints(cls, place[: depth - 1]).get(str(place[depth - 1]))
+        if hint is not None and not is_dataclass(hint):
+            return place[:depth]
+    return place
+
+
+def _hints(cls: Any, section: Sequence[Any]) -> dict[str, Any]:
+    """The keys of a section and their types. The section is named by its path in the dataclass `cls`; no keys where it
+    is no dataclass."""
     for name in section:
         cls = get_type_hints(cls).get(str(name)) if is_dataclass(cls) else None
-    return [one.name for one in fields(cls)] if is_dataclass(cls) else []
+    return get_type_hints(cls, include_extras=True) if is_dataclass(cls) else {}

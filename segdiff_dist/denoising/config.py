@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, MinLen
 
 from data_shards.problems import Problem
+from data_shards.ranges import Count, NonNegative, Positive, Share, WholeNumber, range_problems
 from data_shards.settings import Execution, Result, Resumable
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_kernels.backend import Kernels
@@ -32,27 +35,33 @@ SIGMA_FIELDS = ("objective", "sigma_data", "lognormal", "snr_shift")
 class DenoiserConfig:
     """The network. The defaults are the paper's (section 4.2): 113.7 M parameters at 256x256."""
 
-    block_out_channels: Result[tuple[int, ...]] = (128, 128, 256, 256, 512, 512)
-    layers_per_block: Result[int] = 2
+    block_out_channels: Result[Annotated[tuple[Count, ...], MinLen(1)]] = (128, 128, 256, 256, 512, 512)
+    """Channels of each level, from the finest to the coarsest. Every level halves the feature map."""
+    layers_per_block: Result[Count] = 2
+    """Residual blocks of each level."""
     attention_resolutions: Result[tuple[int, ...]] = (16,)
-    """Feature-map sides at which the blocks hold self-attention; the middle block always does. They are halves of the
-    image's side, which `net: efficient` has already halved at the first level."""
-    attention_head_dim: Result[int] = 8
-    norm_num_groups: Result[int] = 32
+    """Sides of the feature maps at which the blocks hold self-attention. The middle block always does. The sides are
+    halves of the image's side. `net: efficient` has halved it already at the first level."""
+    attention_head_dim: Result[Count] = 8
+    """Channels of each attention head."""
+    norm_num_groups: Result[Count] = 32
+    """Groups of the group normalisation."""
     net: Result[Net] = "unet"
-    """unet: the paper's. efficient: its levels begin at half the image's side, behind a stem that makes four channels
-    of each 2x2 pixels, and the time scales and shifts what a norm gives. More depth for the same time."""
+    """unet: the paper's. efficient: more depth for the same time. Its levels begin at half the image's side, behind a
+    stem that makes four channels of each 2x2 pixels, and the time embedding scales and shifts what a norm gives."""
     conditioning: Result[Conditioning] = "concat"
     """How the mask is joined to the noised image: concatenated, added or multiplied."""
     mask_encoding: Result[MaskEncoding] = "onehot"
-    """One channel a class; a learned embedding of the class; or the label number in one channel, as label / 255
-    (Konz et al.) or 2 * label / 255 - 1 (the paper's code)."""
-    mask_embedding_dim: Result[int] = 8
+    """onehot: one channel for each class. embedding: a learned vector for each class. scalar_255: the label number in
+    one channel, as label / 255 (Konz et al.). scalar_signed: 2 * label / 255 - 1 (the paper's code)."""
+    mask_embedding_dim: Result[Count] = 8
+    """Length of the vectors of mask_encoding embedding."""
     soft_masks: Result[bool] = False
-    """Mix the two classes of pixels at borders by their shares; for sets with `prepare.soft_edge`."""
+    """Mix the two classes of pixels at borders by their shares. Needs a set with `prepare.soft_edge`."""
     class_conditioning: Result[bool] = True
-    """Tell the net the modality and the axis."""
+    """Give the net the modality and the axis."""
     attention: Resumable[AttentionBackend] = "auto"
+    """What computes attention: xformers, which needs a GPU, or torch (sdpa). auto: xformers where it runs."""
     kernels: Resumable[Kernels] = "auto"
     """What computes the net: Triton's fused kernels, which need a GPU, or torch, through diffusers' own modules. auto:
     the kernels where they run. The weights are the same."""
@@ -67,19 +76,18 @@ class DenoiserConfig:
         return [size // self.stem // 2**level for level in range(len(self.block_out_channels))]
 
     def problems(self, size: int | None = None) -> list[Problem]:
-        """What is out of range, also for slices of side `size` where it is known."""
-        found = []
+        """What is wrong, also for slices of side `size` where it is known."""
+        if found := range_problems(self, "config", "denoiser."):
+            return found  # the rules below divide by these values
 
         def add(name: str, value: object, remedy: str) -> None:
             found.append(Problem("config", f"denoiser.{name}", str(value), remedy))
 
         channels, groups = self.block_out_channels, self.norm_num_groups
-        if not channels or min(channels) < 1 or groups < 1 or any(c % groups for c in channels):
+        if any(c % groups for c in channels):
             add("block_out_channels", list(channels), f"give channels that norm_num_groups ({groups}) divides")
-        if self.layers_per_block < 1:
-            add("layers_per_block", self.layers_per_block, "give at least 1")
-        attending = {channels[-1]} if channels else set()  # the middle block
-        multiple = self.stem * 2 ** max(0, len(channels) - 1)
+        attending = {channels[-1]}  # the middle block
+        multiple = self.stem * 2 ** (len(channels) - 1)
         if size is not None and size % multiple:
             stem = ", behind a stem that halves too," if self.stem > 1 else ""
             remedy = (
@@ -89,18 +97,13 @@ class DenoiserConfig:
         elif size is not None:
             sides = self.sides(size)
             attending |= {c for c, side in zip(channels, sides, strict=True) if side in self.attention_resolutions}
-            if strangers := [r for r in self.attention_resolutions if r not in sides]:
+            if unknown := [r for r in self.attention_resolutions if r not in sides]:
                 remedy = f"the levels are {', '.join(map(str, sides))} pixels wide; give some of these, or none"
-                add("attention_resolutions", strangers, remedy)
-        if self.attention_head_dim < 1 or any(c % self.attention_head_dim for c in attending):
+                add("attention_resolutions", unknown, remedy)
+        if any(c % self.attention_head_dim for c in attending):
             widths = ", ".join(map(str, sorted(attending)))
-            add(
-                "attention_head_dim",
-                self.attention_head_dim,
-                f"give a width that divides {widths}, those of the levels with attention",
-            )
-        if self.mask_embedding_dim < 1:
-            add("mask_embedding_dim", self.mask_embedding_dim, "give at least 1")
+            remedy = f"give a number that divides the channels of the levels with attention ({widths})"
+            add("attention_head_dim", self.attention_head_dim, remedy)
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
             add("soft_masks", True, "a scalar can hold one class only; use mask_encoding onehot or embedding")
         return found
@@ -116,44 +119,51 @@ class DiffusionConfig:
 
     objective: Result[Objective] = "ddpm"
     """ddpm: timesteps of a schedule, and a prediction_type (Ho et al. 2020). edm: continuous noise levels and EDM's
-    preconditioning (Karras et al. 2022). flow: rectified flow (Liu et al. 2022). The last two draw ln sigma from
-    `lognormal`, and have a prediction of their own: prediction_type and the schedule are not used."""
-    sigma_data: Result[float | None] = None
-    """Standard deviation of the images in [-1, 1], for objective edm; null: measured on the training slices."""
-    num_train_timesteps: Result[int] = 1000
+    preconditioning (Karras et al. 2022). flow: rectified flow (Liu et al. 2022). edm and flow draw ln sigma from
+    `lognormal` and have a prediction of their own: they do not use prediction_type and the schedule."""
+    sigma_data: Result[Positive | None] = None
+    """Standard deviation of the images in [-1, 1], for objective edm. null: it is measured on the training slices."""
+    num_train_timesteps: Result[Annotated[int, Ge(2)]] = 1000
+    """Timesteps of the schedule."""
     beta_schedule: Result[BetaSchedule] = "linear"
+    """How the noise grows with the timesteps."""
     prediction_type: Result[PredictionType] = "epsilon"
+    """What the net predicts: the noise (epsilon), v (Salimans and Ho 2022) or the image (x0)."""
     zero_terminal_snr: Result[bool] = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024)."""
-    snr_shift: Result[float] = 1.0
-    """Multiply the signal-to-noise ratio by its square. For images of another size than the schedule was made for:
-    that size / the images' (Hoogeboom et al. 2023), so 0.25 takes a schedule from 64 to 256 pixels."""
+    snr_shift: Result[Positive] = 1.0
+    """The signal-to-noise ratio is multiplied by the square of this number. It adapts a schedule to another image size
+    (Hoogeboom et al. 2023): give the size that the schedule was made for, divided by the images' size. 0.25 takes a
+    schedule from 64 to 256 pixels."""
     timestep_sampling: Result[Literal["uniform", "lognormal"]] = "uniform"
-    """lognormal: the noise level's logarithm is drawn from a normal distribution (Karras et al. 2022)."""
+    """uniform: every timestep is drawn equally often. lognormal: the logarithm of the noise level is drawn from a
+    normal distribution (Karras et al. 2022)."""
     lognormal: Result[tuple[float, float]] = (-1.2, 1.2)
     """Mean and standard deviation of ln sigma (P_mean and P_std); for flow, of the logit of t. The defaults are Karras
-    et al.'s; Esser et al. 2024 use 0 and 1 for flow."""
+    et al.'s. Esser et al. 2024 use 0 and 1 for flow."""
     loss_weighting: Result[LossWeighting] = "none"
-    min_snr_gamma: Result[float] = 5.0
-    """Hang et al.'s."""
-    edm_sigma_data: Result[float] = 0.5
-    """Standard deviation of the images in [-1, 1] in loss_weighting edm. Karras et al.'s."""
-    mask_dropout: Result[float] = 0.0
-    """Probability that a sample is shown without its mask: guidance that removes the mask needs it."""
-    class_dropout: Result[float] = 0.0
-    """Likewise without modality and axis."""
-    joint_dropout: Result[float] = 0.0
-    """Likewise without either."""
-    organ_dropout: Result[float] = 0.0
+    """How much the error at each noise level counts. none: all alike. min_snr: Hang et al. 2023. edm: Karras et al.
+    2022."""
+    min_snr_gamma: Result[Positive] = 5.0
+    """Gamma of loss_weighting min_snr. The default is Hang et al.'s."""
+    edm_sigma_data: Result[Positive] = 0.5
+    """Standard deviation of the images in [-1, 1] in loss_weighting edm. The default is Karras et al.'s."""
+    mask_dropout: Result[Share] = 0.0
+    """Probability that a sample is shown without its mask. Guidance that removes the mask needs it."""
+    class_dropout: Result[Share] = 0.0
+    """Probability that a sample is shown without modality and axis."""
+    joint_dropout: Result[Share] = 0.0
+    """Probability that a sample is shown without mask, modality and axis."""
+    organ_dropout: Result[Share] = 0.0
     """Probability that a sample is ablated: its mask then loses each organ with probability 0.5 (Konz et al. 2024)."""
-    dice_weight: Result[float] = 0.0
-    """Weight of 1 - Dice between the mask and what the segmenter sees in the predicted x_0; 0 leaves it out."""
+    dice_weight: Result[NonNegative] = 0.0
+    """Weight of 1 - Dice between the mask and what the segmenter sees in the predicted x_0. 0 leaves it out."""
     dice_segmenter: Result[str | None] = None
     """The segmenter's weights: the folder RUN/segmenter/weights of `segdiff train-segmenter`."""
 
     def problems(self) -> list[Problem]:
-        """What is out of range."""
-        found = []
+        """What is out of range, and settings that do not go together."""
+        found = range_problems(self, "config", "diffusion.")
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
@@ -168,9 +178,7 @@ class DiffusionConfig:
             check("loss_weighting", (self.objective, self.loss_weighting) != ("edm", "edm"), again)
         remedy = "only objective edm has it: leave it out"
         check("sigma_data", self.sigma_data is None or self.objective == "edm", remedy)
-        check("sigma_data", self.sigma_data is None or self.sigma_data > 0, "give more than 0, or null to measure it")
         zero_snr = self.zero_terminal_snr
-        check("num_train_timesteps", self.num_train_timesteps >= 2, "give at least 2")
         check(
             "zero_terminal_snr",
             not (zero_snr and self.prediction_type == "epsilon"),
@@ -181,14 +189,9 @@ class DiffusionConfig:
             not (zero_snr and self.timestep_sampling == "lognormal"),
             "never draws the last timestep of zero_terminal_snr, where sampling begins; use uniform",
         )
-        for name in ("snr_shift", "min_snr_gamma", "edm_sigma_data"):
-            check(name, getattr(self, name) > 0, "give more than 0")
         check("lognormal", self.lognormal[1] > 0, "give a standard deviation above 0")
-        for name in ("mask_dropout", "class_dropout", "joint_dropout", "organ_dropout"):
-            check(name, 0 <= getattr(self, name) <= 1, "give 0 to 1")
         dropped = self.mask_dropout + self.class_dropout + self.joint_dropout
         check("joint_dropout", dropped <= 1, "mask_dropout, class_dropout and joint_dropout add up to more than 1")
-        check("dice_weight", self.dice_weight >= 0, "give at least 0")
         if self.dice_weight > 0:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if self.dice_segmenter is None else Path(self.dice_segmenter)
@@ -206,24 +209,20 @@ class DiffusionConfig:
 class ValidationConfig:
     """What is measured and drawn every `train.validate_every_images`. Nothing here changes what is trained."""
 
-    num_images: Result[int] = 64
-    """Slices in the validation loss. More make it less noisy, and slower."""
-    num_pictures: Result[int] = 8
-    """Masks of the sample grid; 0 draws none."""
-    num_steps: Result[int] = 25
+    num_images: Result[Count] = 64
+    """Slices in the validation loss. More of them make it less noisy, and slower."""
+    num_pictures: Result[WholeNumber] = 8
+    """Masks of the sample grid. 0 draws none."""
+    num_steps: Result[Count] = 25
     """DDIM steps of a picture, with trailing timesteps, or on Karras et al.'s grid for objective edm."""
-    batch_size: Execution[int] = 16
+    batch_size: Execution[Count] = 16
     """Images a rank takes through the net at once."""
     seed: Result[int] = 0
-    """Of slices, noise and timesteps. Keep it to compare runs."""
+    """Seed of slices, noise and timesteps. Runs can be compared where it is the same."""
 
     def problems(self, diffusion: DiffusionConfig) -> list[Problem]:
-        """What is out of range, for a net that is trained so."""
-        found = []
-        for name, low in (("num_images", 1), ("num_pictures", 0), ("num_steps", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < low:
-                found.append(Problem("config", f"validation.{name}", str(value), f"give at least {low}"))
+        """What is out of range, and what does not go with how the net is trained."""
+        found = range_problems(self, "config", "validation.")
         most = diffusion.num_train_timesteps
         if diffusion.objective == "ddpm" and self.num_steps > most:
             remedy = f"the net knows {most} timesteps: give at most that many"

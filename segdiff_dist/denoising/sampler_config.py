@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from data_shards.documents import read_json, reading
 from data_shards.problems import InputProblems, Problem
+from data_shards.ranges import RISING, Count, NonNegative, Positive, Share, range_problems
 from data_shards.settings import RecordedOtherwise, Result, ResultWhereSet
 from segdiff_dist.denoising.config import DiffusionConfig, GuidanceRemoves, Objective, TimestepSpacing
 
@@ -23,55 +26,64 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"solver": "unipc", "num_steps": 50, "timestep_spacing": "trailing"},
 }
 
+# Below it alpha_bar is 1 in the digits that solvers have.
+_Sigma = Annotated[float, Ge(0.002)]
+
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """How noise becomes an image. The defaults are the paper's code: 50 leading DDIM steps, x_0 clipped to [-1, 1]."""
 
     preset: RecordedOtherwise[Literal["paper", "fast", "best"]] = "paper"
-    """What solver, num_steps and timestep_spacing are where they are null: the paper's; the cheapest as good as 50 DDIM
-    steps; the one that errs least. Where the net has no timesteps, the spacing is karras for edm, trailing for flow."""
+    """Sets solver, num_steps and timestep_spacing where they are null. paper: as published. fast: the fewest steps that
+    are as good as 50 DDIM steps. best: the smallest error. Where the net has no timesteps, the spacing is karras for
+    edm and trailing for flow."""
     solver: Result[Solver | None] = None
-    """DDIM (Song et al. 2020), DPM-Solver++(2M) (Lu et al. 2022), UniPC (Zhao et al. 2023), or
-    Heun (Karras et al. 2022), which goes through the net twice a step."""
-    num_steps: Result[int | None] = None
+    """ddim: DDIM (Song et al. 2020). dpm_solver_pp_2m: DPM-Solver++(2M) (Lu et al. 2022). unipc: UniPC (Zhao et al.
+    2023). heun: Heun (Karras et al. 2022), which needs two passes through the net for each step."""
+    num_steps: Result[Count | None] = None
+    """Steps from noise to image. null: the preset's."""
     timestep_spacing: Result[TimestepSpacing | None] = None
-    """leading, trailing, linspace: timesteps (Lin et al. 2024), or the t of flow. karras, log_snr: noise levels from
-    sigma_max to sigma_min (Karras et al. 2022, eq. 5; evenly spaced logarithms)."""
-    sigma_min: ResultWhereSet[float | None] = None
-    """Of karras and log_snr; null: 0.01, one grey value, or the lowest level of training."""
-    sigma_max: ResultWhereSet[float | None] = None
-    """Likewise; null: 80 / diffusion.snr_shift, or the highest level of training."""
-    rho: ResultWhereSet[float] = 7.0
-    """Of karras: more gives more of the steps to low noise."""
-    eta: Result[float] = 0.0
-    """DDIM alone: 0 adds no noise on the way, 1 as much as DDPM."""
-    churn: ResultWhereSet[float] = 0.0
-    """Heun alone: S_churn of Karras et al. 2022, algorithm 2; how much noise is put back, over all steps. 0 is none."""
-    churn_interval: ResultWhereSet[tuple[float, float]] = (0.05, 50.0)
-    """The noise levels at which it is (S_tmin, S_tmax)."""
-    churn_noise: ResultWhereSet[float] = 1.0
-    """Its standard deviation (S_noise)."""
+    """leading, trailing, linspace: timesteps (Lin et al. 2024), or the t of flow. karras: noise levels from sigma_max
+    to sigma_min (Karras et al. 2022, eq. 5). log_snr: the same with evenly spaced logarithms. null: the preset's."""
+    sigma_min: ResultWhereSet[_Sigma | None] = None
+    """Lowest noise level of karras and log_snr. null: 0.01, which is one grey value, or the lowest level of
+    training."""
+    sigma_max: ResultWhereSet[_Sigma | None] = None
+    """Highest noise level of karras and log_snr. null: 80 / diffusion.snr_shift, or the highest level of training."""
+    rho: ResultWhereSet[Positive] = 7.0
+    """Of karras: a higher value puts more of the steps at low noise. 7 is usual."""
+    eta: Result[Share] = 0.0
+    """DDIM only: how much noise each step adds. 0 adds none; 1 adds as much as DDPM."""
+    churn: ResultWhereSet[NonNegative] = 0.0
+    """Heun only: how much noise is added back, over all steps. 0 adds none. S_churn of Karras et al. 2022, algorithm
+    2."""
+    churn_interval: ResultWhereSet[Annotated[tuple[NonNegative, NonNegative], RISING]] = (0.05, 50.0)
+    """Noise levels between which churn adds noise (S_tmin, S_tmax)."""
+    churn_noise: ResultWhereSet[Positive] = 1.0
+    """Standard deviation of the noise that churn adds (S_noise). 1 is usual."""
     clip_sample: Result[bool] = True
-    """Bound each predicted x_0 to [-1, 1]."""
-    dynamic_threshold: Result[float] = 0.0
-    """Or to this quantile of its absolute values where that is above 1, and divide by it (Saharia et al. 2022), for
-    strong guidance: 0.995, say. 0 is off."""
-    guidance: Result[float] = 1.0
-    """Classifier-free guidance (Ho and Salimans 2022); 1 is none, and more follows the conditions more closely."""
+    """Limit each predicted x_0 to [-1, 1]."""
+    dynamic_threshold: Result[Share] = 0.0
+    """A quantile of the absolute values of the predicted x_0. Where it is above 1, x_0 is limited to it and divided by
+    it (Saharia et al. 2022). For strong guidance, 0.995 for example. 0 is off."""
+    guidance: Result[NonNegative] = 1.0
+    """Scale of classifier-free guidance (Ho and Salimans 2022). 1 is none. Above 1, images follow the conditions more
+    closely."""
     guidance_removes: Result[GuidanceRemoves] = "mask"
-    """What the prediction that guidance moves away from does not read. Training must have dropped the same."""
+    """The condition that the second prediction of guidance is made without. Training must have dropped the same."""
     guidance_weights: ResultWhereSet[str | None] = None
-    """Autoguidance (Karras et al. 2024): moved away from is the prediction of a weaker version of the net with the same
-    conditions, in place of guidance_removes. A folder beside the weights: one of `segdiff average` early in the run."""
-    guidance_interval: ResultWhereSet[tuple[float, float] | None] = None
-    """The noise levels sigma above the first and up to the second at which guidance acts (Kynkaanniemi et al. 2024);
-    null: all. Elsewhere a step costs one pass."""
-    segmenter_guidance: Result[float] = 0.0
-    """How far each predicted x_0 is moved to where a segmenter finds the mask in it, in grey values of [-1, 1]; 0 is
-    off."""
+    """Autoguidance (Karras et al. 2024): the second prediction is that of a weaker version of the net with the same
+    conditions, in place of guidance_removes. A folder beside the weights, made by `segdiff average` early in the
+    run."""
+    guidance_interval: ResultWhereSet[Annotated[tuple[NonNegative, NonNegative], RISING] | None] = None
+    """The noise levels sigma above the first and up to the second at which guidance acts (Kynkaanniemi et al. 2024).
+    null: all. At other levels a step costs one pass."""
+    segmenter_guidance: Result[NonNegative] = 0.0
+    """How far each predicted x_0 is moved towards an image in which a segmenter sees the mask, in grey values of
+    [-1, 1]. 0 is off."""
     guidance_segmenter: Result[str | None] = None
-    """The segmenter's weights: the folder RUN/segmenter/weights. Judge the images by another one."""
+    """The segmenter that guides: the folder RUN/segmenter/weights. Evaluate the images with another one."""
 
     def resolved(self, objective: Objective = "ddpm") -> SamplerConfig:
         """The same with nothing left to the preset, for a net of this objective."""
@@ -82,33 +94,20 @@ class SamplerConfig:
         return replace(self, **{name: value for name, value in preset.items() if values[name] is None})
 
     def problems(self, diffusion: DiffusionConfig | None = None) -> list[Problem]:
-        """What is out of range; and, given the process that the net was trained on, what does not go with it."""
-        found: list[Problem] = []
+        """What is out of range, and what does not go together; with `diffusion`, also what does not go with the process
+        that the net was trained on."""
+        if found := range_problems(self, "config", "sample.sampler."):
+            return found
         own = self.resolved("ddpm" if diffusion is None else diffusion.objective)
-        assert own.num_steps is not None
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
                 found.append(Problem("config", f"sample.sampler.{name}", str(getattr(own, name)), remedy))
 
-        check("num_steps", own.num_steps >= 1, "give at least 1")
-        check("eta", 0 <= own.eta <= 1, "give 0 to 1")
         check("eta", own.solver == "ddim" or own.eta == 0, f"{own.solver} adds no noise: give 0, or use solver ddim")
-        check("churn", own.churn >= 0, "give at least 0")
         check("churn", own.solver == "heun" or own.churn == 0, f"{own.solver} has none: give 0, or use solver heun")
         remedy = "it acts with guidance alone: give that another value than 1"
         check("guidance_weights", own.guidance_weights is None or own.guidance != 1.0, remedy)
-        for name in ("churn_interval", "guidance_interval"):
-            ends = getattr(own, name)
-            check(name, ends is None or 0 <= ends[0] < ends[1], "give two noise levels, the lower one first")
-        check("churn_noise", own.churn_noise > 0, "give more than 0; 1 is usual")
-        check("rho", own.rho > 0, "give more than 0; 7 is usual")
-        for name in ("sigma_min", "sigma_max"):
-            # Below it alpha_bar is 1 in the digits that solvers have.
-            check(name, getattr(own, name) is None or getattr(own, name) >= 0.002, "give at least 0.002, or null")
-        check("dynamic_threshold", 0 <= own.dynamic_threshold <= 1, "give a quantile from 0 to 1")
-        check("guidance", own.guidance >= 0, "give at least 0")
-        check("segmenter_guidance", own.segmenter_guidance >= 0, "give at least 0")
         if own.segmenter_guidance > 0:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if own.guidance_segmenter is None else Path(own.guidance_segmenter)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Ge
 
+from data_shards.choices import Axis, Codec, Modality, Split, Store
 from data_shards.problems import Problem
+from data_shards.ranges import range_problems
 from data_shards.settings import Result
-from data_shards.store.codecs import CODECS
-from data_shards.store.set_index import STORES
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,21 @@ class ExportConfig:
     """nnunet: a raw data set of nnU-Net v2. nifti, png: pairs of files. shards: a set that `segdiff train` reads.
     pipeline: the model itself, as a diffusers folder."""
     samples: Result[Path | None] = None
-    """The folder of the images; null: RUN/samples."""
-    modality: Annotated[Result[Literal["CT", "MR"] | None], tyro.conf.arg(aliases=["--modality"])] = None
-    """Of the images that are written; null: all. An nnU-Net data set has one."""
+    """The folder of the images. null: RUN/samples."""
+    modality: Annotated[Result[Modality | None], tyro.conf.arg(aliases=["--modality"])] = None
+    """The modality of the images that are written. null: all. An nnU-Net data set has one."""
     file_ending: Result[Literal[".nii.gz", ".png"]] = ".nii.gz"
-    """Of nnU-Net's files: NIfTI with spacing and stored values, or PNG, which has neither."""
+    """nnunet: the kind of files. NIfTI holds spacing and stored values; PNG holds neither."""
     body_label: Result[bool] = False
-    """nnunet: keep the class `body`, for nnU-Net to learn; otherwise it is background, as where experts drew organs."""
-    split: Result[Literal["train", "val", "test"] | None] = None
-    """shards: the split they go into; null: their mask's own, so that no patient's anatomy crosses splits."""
-    store: Result[str] = "webdataset"
+    """nnunet: keep the class `body`, for nnU-Net to learn. Otherwise it becomes background, as in experts' masks."""
+    split: Result[Split | None] = None
+    """shards: the split that they go into. null: their mask's own, so that no patient's anatomy is in two splits."""
+    store: Result[Store] = "webdataset"
     """shards: webdataset or zarr."""
-    codec: Result[str] = "raw"
-    """shards: of the tars."""
+    codec: Result[Codec] = "raw"
+    """shards: how the tars store images."""
     weights: Result[str] = "ema"
-    """pipeline: the folder under RUN/weights; ema is the first of train.ema_lengths."""
+    """pipeline: the folder under RUN/weights. ema is the first of train.ema_lengths."""
 
     @property
     def writes_values(self) -> bool:
@@ -47,32 +48,26 @@ class ExportConfig:
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        checks = (("store", STORES), ("codec", CODECS))
-        return [
-            Problem("config", f"export.{name}", repr(getattr(self, name)), f"use one of {', '.join(choices)}")
-            for name, choices in checks
-            if getattr(self, name) not in choices
-        ]
+        return range_problems(self, "config", "export.")
 
 
 @dataclass(frozen=True)
 class VolumeConfig:
     """A whole volume from a mask volume. Model, sampler and seed are those of the `sample` section."""
 
-    modality: Annotated[Result[Literal["CT", "MR"]], tyro.conf.arg(aliases=["--modality"])] = "CT"
+    modality: Annotated[Result[Modality], tyro.conf.arg(aliases=["--modality"])] = "CT"
     """CT comes out in HU, MR in grey values from 0 to 255."""
-    axis: Annotated[Result[Literal["axial", "coronal", "sagittal"]], tyro.conf.arg(aliases=["--axis"])] = "axial"
+    axis: Annotated[Result[Axis], tyro.conf.arg(aliases=["--axis"])] = "axial"
     """The axis along which slices are made."""
     noise: Result[Literal["shared", "independent"]] = "shared"
-    """shared: one noise field for all slices, so that neighbours with like masks look alike."""
+    """shared: one noise field for all slices, so that neighbours with similar masks look similar. independent: one for
+    each slice."""
     body_image: Result[Path | None] = None
-    """An image of `modality` on the mask's voxels, in which the patient's outline is found (class `body`) as `prepare`
-    finds it, for masks that hold organs alone. null: the mask says it all."""
-    probe_slices: Result[int] = 8
-    """How many neighbouring slices are also made with the other noise, to say what sharing does; 0 leaves that out."""
+    """For masks that hold organs only: an image of `modality` on the mask's voxels. The patient's outline (class
+    `body`) is found in it, as `prepare` finds it. null: the mask is used as it is."""
+    probe_slices: Result[Literal[0] | Annotated[int, Ge(2)]] = 8
+    """How many neighbouring slices are also made with the other noise, to measure the effect of sharing. 0: none."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        if self.probe_slices == 0 or self.probe_slices >= 2:
-            return []
-        return [Problem("config", "volume.probe_slices", str(self.probe_slices), "give 0, or at least 2")]
+        return range_problems(self, "config", "volume.")

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge
 
+from data_shards.choices import Axis, Split
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
-from data_shards.records import AXES
+from data_shards.ranges import Count, WholeNumber, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, identity
 from data_shards.workers import WorkersConfig
+from segdiff_dist.config.choices import Device
 from segdiff_dist.denoising.config import Objective
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 
@@ -24,52 +27,55 @@ LEAST_BATCH = 4
 class SampleConfig:
     """What to make, and how."""
 
-    split: Annotated[Result[Literal["train", "val", "test"]], tyro.conf.arg(aliases=["--split"])] = "test"
+    split: Annotated[Result[Split], tyro.conf.arg(aliases=["--split"])] = "test"
     """Whose masks are used."""
     masks: Annotated[RecordedOtherwise[Path | None], tyro.conf.arg(aliases=["--masks"])] = None
-    """A folder of masks to use in place of a split: NIfTI volumes, cut as the shard set was, or PNG slices of its size.
-    target_modality then is CT or MR."""
-    masks_axis: Result[Literal["axial", "coronal", "sagittal"]] = "axial"
-    """The axis along which NIfTI masks are cut, and which PNG masks are of. A NIfTI file of one slice has its own."""
+    """A folder of masks to use in place of a split: NIfTI volumes, which are cut as the shard set was, or PNG slices of
+    its size. target_modality then is CT or MR."""
+    masks_axis: Result[Axis] = "axial"
+    """The axis along which NIfTI masks are cut, and the axis of PNG masks. A NIfTI file of one slice has its own."""
     label_map: RecordedOtherwise[Path | None] = None
     """A YAML or JSON file that says what the ids in `masks` mean: `id: name or id of the model's label table`. null:
     they are the model's own."""
-    num: Annotated[Result[int | None], tyro.conf.arg(aliases=["--num"])] = 1024
-    """Masks drawn from the source, patients and places mixed; null takes all of them."""
-    samples_per_mask: Result[int] = 1
-    """Images made for each of `diverse_masks` masks (Figure 4); 1 for the others."""
-    diverse_masks: Result[int | None] = None
-    """null: every mask gets samples_per_mask images. Otherwise the modalities' first masks in turn."""
+    num: Annotated[Result[Count | None], tyro.conf.arg(aliases=["--num"])] = 1024
+    """Masks drawn from the source, from all patients and places. null takes all of them."""
+    samples_per_mask: Result[Count] = 1
+    """Images made for each of `diverse_masks` masks (Figure 4). The others get 1."""
+    diverse_masks: Result[WholeNumber | None] = None
+    """How many masks get samples_per_mask images: the modalities' first masks in turn. null: every mask."""
     target_modality: Result[Literal["same", "other", "CT", "MR"]] = "same"
-    """The modality to make. Another than the mask's own is the paper's Figure 5."""
+    """The modality to make. Another one than the mask's own is the paper's Figure 5."""
     without_organs: Result[tuple[str, ...]] = ()
     """Organs to leave out of every mask, by name. A model trained with diffusion.organ_dropout knows such masks."""
-    cross_modality_masks: Result[int] = 0
-    """This many masks, the modalities' first in turn, also get images in the other modality."""
+    cross_modality_masks: Result[WholeNumber] = 0
+    """How many masks also get images in the other modality: the modalities' first masks in turn."""
     seed: Result[int] = 0
+    """Seed of the masks that are drawn and of the noise."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     weights: Result[str] = "ema"
-    """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights as they are without an average. ema
-    is the first of train.ema_lengths."""
+    """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights without an average. ema is the
+    first of train.ema_lengths."""
     out: Annotated[Execution[Path | None], tyro.conf.arg(aliases=["--out"])] = field(
         default=None, metadata=FROM_A_PERSON
     )
-    """The folder of the images; null: RUN/samples, which `segdiff evaluate` reads."""
-    region_size: Execution[int] = 16
+    """The folder of the images. null: RUN/samples, which `segdiff evaluate` reads."""
+    region_size: Execution[Count] = 16
     """Images written as one Zarr region, by one worker."""
-    batch_size: Execution[int | None] = None
-    """Images made at once, at least 4; null: as many of a region as fit into the worker's share of the memory. On a CPU
-    it changes no bit of an image; a GPU may round differently."""
+    batch_size: Execution[Annotated[int, Ge(LEAST_BATCH)] | None] = None
+    """Images made at once. null: as many of a region as fit into the worker's share of the memory. On a CPU it changes
+    no bit of an image. A GPU may round differently."""
     precision: Result[Literal["bf16", "fp32"]] = "bf16"
-    """Of the network; the sampler computes in fp32."""
-    num_workers: Execution[int | None] = None
-    """Ray workers; null: one a GPU, or one a core, of this machine or of the cluster at ray_address."""
-    threads_per_worker: Result[int] = 1
+    """Of the network. The sampler computes in fp32."""
+    num_workers: Execution[Count | None] = None
+    """Ray workers. null: one for each GPU, or for each core, of this machine or of the cluster at ray_address."""
+    threads_per_worker: Result[Count] = 1
+    """CPU threads of each worker. Another number may round differently."""
     ray_address: Annotated[Execution[str | None], tyro.conf.arg(aliases=["--ray-address"])] = field(
         default=None, metadata=FROM_A_PERSON
     )
     """A Ray cluster to work on: host:port, or auto on one of its machines. All of them must see run and data."""
-    device: Execution[Literal["auto", "cpu", "cuda"]] = "auto"
+    device: Execution[Device] = "auto"
+    """auto: the GPU where there is one. A job keeps the kind of device that it was begun on."""
 
     @property
     def workers(self) -> WorkersConfig:
@@ -77,19 +83,13 @@ class SampleConfig:
         return WorkersConfig("sample", self.num_workers, self.threads_per_worker, self.device, self.ray_address)
 
     def problems(self) -> list[Problem]:
-        """What is out of range."""
-        found = []
+        """What is out of range or missing, and settings that do not go together."""
+        found = range_problems(self, "config", "sample.")
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
                 found.append(Problem("config", f"sample.{name}", str(getattr(self, name)), remedy))
 
-        for name in ("num", "samples_per_mask", "region_size", "num_workers", "threads_per_worker"):
-            check(name, getattr(self, name) is None or getattr(self, name) >= 1, "give at least 1")
-        check("diverse_masks", self.diverse_masks is None or self.diverse_masks >= 0, "give at least 0")
-        check("cross_modality_masks", self.cross_modality_masks >= 0, "give at least 0")
-        check("batch_size", self.batch_size is None or self.batch_size >= LEAST_BATCH, f"give at least {LEAST_BATCH}")
-        assert self.masks_axis in AXES
         if self.masks is None:
             check("label_map", self.label_map is None, "it says what the ids in `sample.masks` mean: give that too")
         else:

@@ -9,6 +9,7 @@ import tyro
 
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
+from data_shards.ranges import NonNegative, range_problems
 from data_shards.settings import Execution
 from segdiff_dist.tracking.records import MODEL_NAME
 
@@ -18,22 +19,23 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     experiment: Execution[str] = "segdiff"
+    """The name of the MLflow experiment."""
     enabled: Execution[bool] = True
+    """Record runs with MLflow."""
     system_metrics: Execution[bool] = True
     """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
-    flush_timeout_s: Execution[float] = 30.0
-    """How long the end of a stage waits for a slow server. What is then unsent stays in RUN/mlflow_spool."""
+    flush_timeout_s: Execution[NonNegative] = 30.0
+    """How long the end of a stage waits for a slow server. What is unsent after that stays in RUN/mlflow_spool."""
     register: Execution[str | None] = "segdiff"
-    """The name in MLflow's model registry under which `segdiff evaluate` enters the model it has judged; null: none."""
+    """The name in MLflow's model registry under which `segdiff evaluate` registers the model it has evaluated. null:
+    none."""
     adopt: Annotated[Execution[bool], tyro.conf.arg(aliases=["--adopt"])] = field(default=False, metadata=FROM_A_PERSON)
     """Take over the tracking of a run folder that came from somebody else or from another machine: send what waits in
     it, and go on in its MLflow run."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        found = []
-        if self.flush_timeout_s < 0:
-            found.append(Problem("config", "tracking.flush_timeout_s", str(self.flush_timeout_s), "give at least 0"))
+        found = range_problems(self, "config", "tracking.")
         if self.register is not None and not MODEL_NAME.fullmatch(self.register):
             remedy = "give up to 100 letters, digits, blanks, '.', '-' and '_', a letter or digit first; or null"
             found.append(Problem("config", "tracking.register", repr(self.register), remedy))

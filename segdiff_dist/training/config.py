@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from data_shards.problems import Problem
-from data_shards.settings import Execution, Result, ResultWhereSet, Resumable
+from data_shards.ranges import Count, NonNegative, Some, WholeNumber, range_problems
+from data_shards.settings import Execution, Result, Resumable
+from segdiff_dist.config.choices import Device
 from segdiff_dist.training import ema
+
+AverageLength = Annotated[float, Gt(0), Le(ema.WIDEST)]
+_Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True)
@@ -16,73 +23,74 @@ class TrainConfig:
     """How a network is trained. Everything that happens over time is counted in images, not steps."""
 
     seed: Result[int] = 0
-    num_images: Result[int] = 12_800_000
-    """Images to train on in all."""
-    global_batch_size: Result[int] = 64
-    micro_batch_size: Resumable[int | Literal["auto"]] = 16
-    """Images a rank takes through the net at once; accumulation makes up the rest of the global batch. auto: the
-    fastest size that fits, tried at the start of the run. The losses do not depend on it."""
-    optimizer: ResultWhereSet[Literal["adamw", "muon"]] = "adamw"
-    """muon: orthogonal updates for the weights of hidden layers, AdamW for the others, with one lr for both (Jordan et
-    al. 2024; Liu et al. 2025). The same loss from about half the images; zero_stage 0 to 2, no offload."""
-    lr: Result[float] = 1e-4
+    """Seed of weights, order, augmentation, noise and noise levels."""
+    num_images: Result[Count] = 12_800_000
+    """Images to train on in all, with repetitions."""
+    global_batch_size: Result[Count] = 64
+    """Images of one step, over all ranks."""
+    micro_batch_size: Resumable[Count | Literal["auto"]] = 16
+    """Images a rank takes through the net at once. Accumulation makes up the rest of the global batch. auto: the
+    fastest size that fits, found at the start of the run. The losses do not depend on it."""
+    lr: Result[NonNegative] = 1e-4
+    """Learning rate after the warm-up."""
     lr_decay: Result[Literal["cosine", "constant"]] = "cosine"
-    warmup_images: Result[int] = 32_000
-    weight_decay: Result[float] = 0.01
-    betas: Result[tuple[float, float]] = (0.9, 0.999)
-    gradient_clip: Result[float] = 1.0
-    """Largest gradient norm; 0 leaves gradients as they are."""
+    """How the learning rate goes on: down to 0 along a cosine, or constant."""
+    warmup_images: Result[WholeNumber] = 32_000
+    """Images over which the learning rate rises from 0."""
+    weight_decay: Result[NonNegative] = 0.01
+    """Of AdamW."""
+    betas: Result[tuple[_Beta, _Beta]] = (0.9, 0.999)
+    """Of AdamW."""
+    gradient_clip: Result[NonNegative] = 1.0
+    """Largest gradient norm. 0 leaves gradients as they are."""
     precision: Result[Literal["bf16", "fp32"]] = "bf16"
-    zero_stage: Resumable[int] = 1
-    """What DeepSpeed shards over ranks: 0 nothing, 1 optimiser state, 2 gradients too, 3 weights too."""
+    """Of weights and activations in the forward and backward pass."""
+    zero_stage: Resumable[Annotated[int, Interval(ge=0, le=3)]] = 1
+    """What DeepSpeed shards over ranks. 0: nothing. 1: optimiser state. 2: gradients too. 3: weights too."""
     offload: Resumable[Literal["none", "optimizer", "all"]] = "none"
-    """What lies in the host's memory instead of the GPU's: fp32 weights and Adam's state (zero_stage 1 to 3), or the
-    working weights too (zero_stage 3)."""
+    """What is kept in the host's memory instead of the GPU's. optimizer: fp32 weights and Adam's state (zero_stage 1 to
+    3). all: the working weights too (zero_stage 3)."""
     activation_checkpointing: Resumable[bool] = False
-    """Keep only the blocks' inputs and compute the rest again in the backward pass: a third more work, far less
-    memory."""
+    """Keep only the blocks' inputs and compute the rest again in the backward pass. That is a third more work and takes
+    far less memory."""
     compile: Resumable[bool] = False
-    """torch.compile the network. Its gradients are compared with eager's first, and it is refused where they differ."""
-    ema_lengths: Result[tuple[float, ...]] = (0.05, 0.1)
-    """Relative widths (sigma_rel) of the averages of the weights that are kept: training/ema.py. The first is what
-    validation and, by default, sampling use; `segdiff average` makes any other from the snapshots."""
-    snapshot_every_images: Result[int | None] = None
-    """Keep the averages of the first checkpoint at or past each multiple of this for `segdiff average`; null keeps
+    """torch.compile the network. Its gradients are compared with eager's first. It is refused where they differ."""
+    ema_lengths: Result[Some[AverageLength]] = (0.05, 0.1)
+    """Relative widths (sigma_rel) of the averages of the weights that are kept (training/ema.py). Validation uses the
+    first, and so does sampling by default. `segdiff average` makes any other from the snapshots."""
+    snapshot_every_images: Result[Count | None] = None
+    """Keep the averages of the first checkpoint at or past each multiple of this, for `segdiff average`. null keeps
     none."""
-    checkpoint_every_images: Result[int] = 256_000
-    keep_checkpoints: Resumable[int] = 3
-    """The newest checkpoints to keep."""
-    keep_every_images: Resumable[int | None] = None
-    """Also keep the first at or past each multiple of this, for ever. The one with the best weights is always kept."""
-    log_every_images: Result[int] = 6_400
-    validate_every_images: Result[int | None] = None
-    """Null: when a checkpoint is written."""
-    spike_factor: Result[float] = 10.0
-    """A step whose loss is more than this many times the running mean is skipped, like one whose loss or gradient is no
-    number; 0 skips the latter alone."""
-    max_skipped_steps: Resumable[int] = 10
+    checkpoint_every_images: Result[Count] = 256_000
+    """Images between two checkpoints."""
+    keep_checkpoints: Resumable[Count] = 3
+    """How many of the newest checkpoints are kept."""
+    keep_every_images: Resumable[Count | None] = None
+    """Also keep the first checkpoint at or past each multiple of this. The one with the best weights is always kept."""
+    log_every_images: Result[Count] = 6_400
+    """Images between two records of loss and speed."""
+    validate_every_images: Result[Count | None] = None
+    """Images between two validations. null: with each checkpoint."""
+    spike_factor: Result[NonNegative] = 10.0
+    """A step is skipped where its loss is more than this many times the running mean, or where loss or gradient are
+    NaN or infinite. With 0 only the latter are skipped."""
+    max_skipped_steps: Resumable[Count] = 10
     """The run stops after this many skipped steps in a row."""
-    hang_timeout_s: Resumable[float] = 600.0
-    """The run stops when a rank has made no step for so long."""
-    device: Execution[Literal["auto", "cpu", "cuda"]] = "auto"
+    hang_timeout_s: Resumable[Annotated[float, Ge(1)]] = 600.0
+    """The run stops where a rank has finished no step for this many seconds."""
+    device: Execution[Device] = "auto"
+    """auto: the GPU where there is one."""
 
     def problems(self, section: str, ranks: int = 1) -> list[Problem]:
-        """What is out of range, for a run on `ranks` ranks."""
-        found = []
+        """What is out of range, and settings that do not go together, for a run on `ranks` ranks."""
+        if found := range_problems(self, "config", f"{section}."):
+            return found
 
         def add(name: str, value: object, remedy: str) -> None:
             found.append(Problem("config", f"{section}.{name}", str(value), remedy))
 
-        for name, low, high in _BOUNDS:
-            value = getattr(self, name)
-            if isinstance(value, (int, float)) and not low <= value <= (math.inf if high is None else high):
-                add(name, value, f"give at least {low}" if high is None else f"give {low} to {high}")
-        if not all(0 < length <= ema.WIDEST for length in self.ema_lengths) or not self.ema_lengths:
-            add("ema_lengths", list(self.ema_lengths), f"give one or more in (0, {ema.WIDEST:.3f}]")
         if len(set(map(ema.name_of, self.ema_lengths))) != len(self.ema_lengths):
             add("ema_lengths", list(self.ema_lengths), "give each once")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            add("betas", list(self.betas), "give two in [0, 1)")
         if self.snapshot_every_images and self.snapshot_every_images % self.checkpoint_every_images:
             remedy = f"give a multiple of checkpoint_every_images ({self.checkpoint_every_images})"
             add("snapshot_every_images", self.snapshot_every_images, remedy)
@@ -110,42 +118,19 @@ class TrainConfig:
 class AverageConfig:
     """Which average `segdiff average` makes."""
 
-    length: Result[float] = 0.07
-    """Its relative width (sigma_rel): segdiff_dist/training/ema.py."""
+    length: Result[AverageLength] = 0.07
+    """Relative width of the average (sigma_rel; segdiff_dist/training/ema.py)."""
     images_seen: Result[int | None] = None
-    """Where it ends; null: at the newest snapshot."""
+    """The training images that have been seen where the average ends. null: those of the newest snapshot."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        if 0 < self.length <= ema.WIDEST:
-            return []
-        return [Problem("config", "average.length", str(self.length), f"give a number in (0, {ema.WIDEST:.3f}]")]
+        return range_problems(self, "config", "average.")
 
     @property
     def name(self) -> str:
         """The folder under weights/."""
         return ema.name_of(self.length) + (f"_at_{self.images_seen}" if self.images_seen else "")
-
-
-_BOUNDS: tuple[tuple[str, float, float | None], ...] = (
-    ("num_images", 1, None),
-    ("global_batch_size", 1, None),
-    ("micro_batch_size", 1, None),
-    ("lr", 0.0, None),
-    ("warmup_images", 0, None),
-    ("weight_decay", 0.0, None),
-    ("gradient_clip", 0.0, None),
-    ("zero_stage", 0, 3),
-    ("snapshot_every_images", 1, None),
-    ("checkpoint_every_images", 1, None),
-    ("keep_checkpoints", 1, None),
-    ("keep_every_images", 1, None),
-    ("log_every_images", 1, None),
-    ("validate_every_images", 1, None),
-    ("spike_factor", 0.0, None),
-    ("max_skipped_steps", 1, None),
-    ("hang_timeout_s", 1.0, None),
-)
 
 
 def learning_rate(images_seen: int, config: TrainConfig) -> float:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Ge
 
 from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.problems import Problem
+from data_shards.ranges import Count, Share, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result
 from data_shards.workers import WorkersConfig
+from segdiff_dist.config.choices import Device
 from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
 
@@ -24,36 +27,38 @@ class EvaluateConfig:
     """What `segdiff evaluate` measures, and on which devices."""
 
     segmenter: RecordedOtherwise[Path | None] = None
-    """Exported weights of the auxiliary segmenter; RUN/segmenter/weights by default."""
+    """Exported weights of the auxiliary segmenter. null: RUN/segmenter/weights."""
     fid_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
     lpips_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
-    frd_images: Result[int] = 0
-    """Real and generated images each whose radiomics features give `frd`, about a second an image; 0 leaves it out."""
+    frd_images: Result[Literal[0] | Annotated[int, Ge(FEWEST_FOR_DISTANCES)]] = 0
+    """Real and generated images, each, whose radiomics features make `frd`. Each takes about a second. 0 leaves it
+    out."""
     surface_dice: Result[bool] = True
-    """Surface Dice of every organ in every pair of label maps."""
-    distribution_images: Result[int] = 5000
-    """Images a side and group whose features are kept for kernel distance, precision, recall, density and coverage.
-    Frechet distances use all images."""
+    """Compute surface Dice for every organ in every pair of label maps."""
+    distribution_images: Result[Annotated[int, Ge(FEWEST_FOR_DISTANCES)]] = 5000
+    """Real and generated images of each group, each, whose features are kept for kernel distance, precision, recall,
+    density and coverage. Frechet distances use all images."""
     memorisation: Result[bool] = False
-    """Look for training images among the generated ones (at most distribution_images). It reads the train
-    split once."""
+    """Look for training images among the generated ones (at most distribution_images). This reads the train split."""
     downstream: Annotated[Result[bool], tyro.conf.arg(aliases=["--downstream"])] = False
-    """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones. The
-    `downstream` section has the settings. It takes hours."""
-    most_memorised: Result[float] = 0.05
-    """The share of suspects above which a set of samples fails: `segdiff evaluate` then exits with 1."""
-    batch_size: Execution[int] = 16
-    num_workers: Execution[int | None] = None
-    """Ray workers; by default one a GPU, or one a core where there is none."""
-    device: Execution[Literal["auto", "cpu", "cuda"]] = "auto"
-    bootstrap_samples: Result[int] = 1000
-    """Bootstrap samples of the patients for a 95 % interval."""
+    """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones, as the
+    `downstream` section says. This takes hours."""
+    most_memorised: Result[Share] = 0.05
+    """The share of suspects above which a set of samples fails. `segdiff evaluate` then exits with 1."""
+    batch_size: Execution[Count] = 16
+    """Images a worker measures at once."""
+    num_workers: Execution[Count | None] = None
+    """Ray workers. null: one for each GPU, or for each core where there is none."""
+    device: Execution[Device] = "auto"
+    """auto: the GPU where there is one."""
+    bootstrap_samples: Result[Count] = 1000
+    """Bootstrap samples over patients for a 95 % interval."""
     seed: Result[int] = 0
     """Seed of the bootstrap, and of random choices of images."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
-    """A Ray cluster to join, whose GPUs and cores count then; by default Ray is started on this machine."""
+    """A Ray cluster to join, whose GPUs and cores count then. null: Ray is started on this machine."""
 
     @property
     def workers(self) -> WorkersConfig:
@@ -63,23 +68,7 @@ class EvaluateConfig:
 
     def problems(self) -> list[Problem]:
         """Settings out of range, and files or packages that are missing."""
-        problems = [
-            Problem("config", f"evaluate.{name}", str(value), "give a whole number of at least 1")
-            for name in ("batch_size", "num_workers", "bootstrap_samples")
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
-        problems += [
-            Problem(
-                "config",
-                f"evaluate.{name}",
-                str(value),
-                f"give {also}a whole number of at least {FEWEST_FOR_DISTANCES}",
-            )
-            for name, also in (("frd_images", "0 or "), ("distribution_images", ""))
-            if (value := getattr(self, name)) < FEWEST_FOR_DISTANCES and not (also and value == 0)
-        ]
-        if not 0 <= self.most_memorised <= 1:
-            problems.append(Problem("config", "evaluate.most_memorised", str(self.most_memorised), "give 0 to 1"))
+        problems = range_problems(self, "config", "evaluate.")
         for name, missing in (
             ("fid_weights", inception.missing_for_fid),
             ("lpips_weights", perceptual.missing_for_lpips),
