@@ -93,7 +93,7 @@ def requirement(hint: Any) -> str:
         return _tuple_words(get_args(base), any(isinstance(mark, MinLen) for mark in marks)) + rules
     if get_origin(base) is dict:
         return "a mapping" + rules
-    return f"{_PLAIN.get(base, 'a value')}{_bounds(base, marks)}{rules}"
+    return f"{_PLAIN.get(base, 'a value')}{_bounds(marks)}{rules}"
 
 
 def is_union(hint: Any) -> bool:
@@ -149,15 +149,18 @@ def _holds(mark: Any, value: Any) -> bool:
     return len(value) >= mark.min_length if isinstance(mark, MinLen) else mark.func(value)
 
 
-def _bounds(base: Any, marks: list[Any]) -> str:
-    low, above, high, below = (
-        next((getattr(mark, name) for mark in marks if hasattr(mark, name)), None) for name in ("ge", "gt", "le", "lt")
-    )
-    if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
-    least = f" of at least {low:g}" if low is not None else f" above {above:g}" if above is not None else ""
-    most = f" of at most {high:g}" if high is not None else f" below {below:g}" if below is not None else ""
+def _bounds(marks: list[Any]) -> str:
+    low, above, high, below = (_bound(marks, name) for name in ("ge", "gt", "le", "lt"))
+    if low and high:
+        return f" from {low} to {high}"
+    least = f" of at least {low}" if low else f" above {above}" if above else ""
+    most = f" of at most {high}" if high else f" below {below}" if below else ""
     return f"{least} and{most}" if least and most else least + most
+
+
+def _bound(marks: list[Any], name: str) -> str | None:
+    value = next((getattr(mark, name) for mark in marks if hasattr(mark, name)), None)
+    return f"{value:g}" if isinstance(value, float) else None if value is None else str(value)
 
 
 def _tuple_words(items: tuple[Any, ...], is_not_empty: bool) -> str:

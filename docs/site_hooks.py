@@ -91,7 +91,7 @@ def _reference(name: str, modules: list[str]) -> str:
 def _settings() -> str | None:
     """The page of all configuration sections, from their classes."""
     try:
-        from segdiff_dist.config.reference import settings_page
+        from segdiff_dist.config_reference import settings_page
     except ImportError:
         return None
     return str(settings_page())
