@@ -64,6 +64,12 @@ def range_problems(section: Any, where: str, prefix: str = "") -> list[Problem]:
     ]
 
 
+def names_of(problems: list[Problem]) -> set[str]:
+    """The settings that the problems are about, without the names of their sections. A rule across settings is not
+    checked where one of its settings is out of range."""
+    return {one.field.rpartition(".")[2] for one in problems}
+
+
 def is_allowed(value: Any, hint: Any) -> bool:
     """Whether a type allows a value, as pydantic decides it for values that need no conversion."""
     base, marks = _split(hint)

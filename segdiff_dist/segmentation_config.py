@@ -9,7 +9,7 @@ from annotated_types import MinLen
 
 from data_shards.feed.config import Degrees, Fraction, LoaderConfig
 from data_shards.problems import Problem
-from data_shards.ranges import Count, WholeNumber, range_problems
+from data_shards.ranges import Count, WholeNumber, names_of, range_problems
 from data_shards.settings import Execution, Result
 from segdiff_dist.training.config import TrainConfig
 
@@ -63,18 +63,17 @@ class SegmenterConfig:
 
     def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
         """What is out of range, and settings that do not go together."""
-        own, train = range_problems(self, "config", "segmenter."), self.train.problems("segmenter.train", ranks)
-        if own or train:
-            return own + train
-        found = []
+        found = range_problems(self, "config", "segmenter.")
+        wrong = names_of(found)
+        found += (of_training := self.train.problems("segmenter.train", ranks))
         micro = self.train.micro_batch_size
-        if micro == "auto" or micro % self.dice_group:
+        if "dice_over" not in wrong and not of_training and (micro == "auto" or micro % self.dice_group):
             remedy = f"give a multiple of {self.dice_group}, the slices that Dice is taken over (segmenter.dice_over)"
             found.append(Problem("config", "segmenter.train.micro_batch_size", str(micro), remedy))
-        if any(c % NORM_GROUPS for c in self.channels):
+        if "channels" not in wrong and any(c % NORM_GROUPS for c in self.channels):
             remedy = f"give multiples of {NORM_GROUPS}"
             found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
-        if size is not None and size % 2 ** (len(self.channels) - 1):
+        if "channels" not in wrong and size is not None and size % 2 ** (len(self.channels) - 1):
             remedy = f"{len(self.channels)} levels halve {size} pixels unevenly"
             found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 
 from data_shards.problems import Problem
-from data_shards.ranges import Count, NonNegative, Positive, Share, WholeNumber, range_problems
+from data_shards.ranges import Count, NonNegative, Positive, Share, WholeNumber, names_of, range_problems
 from data_shards.settings import Execution, Result, Resumable
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_kernels.backend import Kernels
@@ -77,36 +78,40 @@ class DenoiserConfig:
 
     def problems(self, size: int | None = None) -> list[Problem]:
         """What is wrong, also for slices of side `size` where it is known."""
-        if found := range_problems(self, "config", "denoiser."):
-            return found  # the rules below divide by these values
+        found = range_problems(self, "config", "denoiser.")
+        wrong = names_of(found)
+        if "block_out_channels" not in wrong:
+            found += self._channel_problems(wrong, size)
+        if self.soft_masks and self.mask_encoding.startswith("scalar"):
+            remedy = "a scalar can hold one class only; use mask_encoding onehot or embedding"
+            found.append(Problem("config", "denoiser.soft_masks", "True", remedy))
+        return found
 
-        def add(name: str, value: object, remedy: str) -> None:
-            found.append(Problem("config", f"denoiser.{name}", str(value), remedy))
-
+    def _channel_problems(self, wrong: set[str], size: int | None) -> Iterator[Problem]:
+        """What does not divide what. `wrong`: the settings that are out of range."""
         channels, groups = self.block_out_channels, self.norm_num_groups
-        if any(c % groups for c in channels):
-            add("block_out_channels", list(channels), f"give channels that norm_num_groups ({groups}) divides")
         attending = {channels[-1]}  # the middle block
         multiple = self.stem * 2 ** (len(channels) - 1)
+        where, shown = "config", str(list(channels))
+        if "norm_num_groups" not in wrong and any(c % groups for c in channels):
+            remedy = f"give channels that norm_num_groups ({groups}) divides"
+            yield Problem(where, "denoiser.block_out_channels", shown, remedy)
         if size is not None and size % multiple:
             stem = ", behind a stem that halves too," if self.stem > 1 else ""
             remedy = (
                 f"{len(channels)} levels{stem} halve {size} pixels unevenly: give fewer, or a multiple of {multiple}"
             )
-            add("block_out_channels", list(channels), remedy)
+            yield Problem(where, "denoiser.block_out_channels", shown, remedy)
         elif size is not None:
             sides = self.sides(size)
             attending |= {c for c, side in zip(channels, sides, strict=True) if side in self.attention_resolutions}
             if unknown := [r for r in self.attention_resolutions if r not in sides]:
                 remedy = f"the levels are {', '.join(map(str, sides))} pixels wide; give some of these, or none"
-                add("attention_resolutions", unknown, remedy)
-        if any(c % self.attention_head_dim for c in attending):
+                yield Problem(where, "denoiser.attention_resolutions", str(unknown), remedy)
+        if "attention_head_dim" not in wrong and any(c % self.attention_head_dim for c in attending):
             widths = ", ".join(map(str, sorted(attending)))
             remedy = f"give a number that divides the channels of the levels with attention ({widths})"
-            add("attention_head_dim", self.attention_head_dim, remedy)
-        if self.soft_masks and self.mask_encoding.startswith("scalar"):
-            add("soft_masks", True, "a scalar can hold one class only; use mask_encoding onehot or embedding")
-        return found
+            yield Problem(where, "denoiser.attention_head_dim", str(self.attention_head_dim), remedy)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from data_shards.problems import Problem
-from data_shards.ranges import Count, NonNegative, Some, WholeNumber, range_problems
+from data_shards.ranges import Count, NonNegative, Some, WholeNumber, names_of, range_problems
 from data_shards.settings import Execution, Result, ResultWhereSet, Resumable
 from segdiff_dist.config.choices import Device
 from segdiff_dist.training import ema
@@ -87,17 +87,18 @@ class TrainConfig:
 
     def problems(self, section: str, ranks: int = 1) -> list[Problem]:
         """What is out of range, and settings that do not go together, for a run on `ranks` ranks."""
-        if found := range_problems(self, "config", f"{section}."):
-            return found
+        found = range_problems(self, "config", f"{section}.")
+        wrong = names_of(found)
 
         def add(name: str, value: object, remedy: str) -> None:
             found.append(Problem("config", f"{section}.{name}", str(value), remedy))
 
-        if len(set(map(ema.name_of, self.ema_lengths))) != len(self.ema_lengths):
+        if "ema_lengths" not in wrong and len(set(map(ema.name_of, self.ema_lengths))) != len(self.ema_lengths):
             add("ema_lengths", list(self.ema_lengths), "give each once")
-        if self.snapshot_every_images and self.snapshot_every_images % self.checkpoint_every_images:
+        every = self.snapshot_every_images
+        if "checkpoint_every_images" not in wrong and every and every % self.checkpoint_every_images:
             remedy = f"give a multiple of checkpoint_every_images ({self.checkpoint_every_images})"
-            add("snapshot_every_images", self.snapshot_every_images, remedy)
+            add("snapshot_every_images", every, remedy)
         if self.offload != "none" and self.zero_stage < (3 if self.offload == "all" else 1):
             stages = "3" if self.offload == "all" else "1, 2 or 3"
             add("offload", self.offload, f"needs zero_stage {stages}; it is {self.zero_stage}")
@@ -106,8 +107,10 @@ class TrainConfig:
             add("optimizer", value, "muon needs zero_stage 0, 1 or 2 and offload none; or use adamw")
         if self.compile and self.zero_stage == 3:
             add("compile", True, "zero_stage 3 gathers weights in between, which cannot be compiled; use 0 to 2")
+        if found:
+            return found
         divisor = ranks * (1 if self.micro_batch_size == "auto" else self.micro_batch_size)
-        if not found and self.global_batch_size % divisor:
+        if self.global_batch_size % divisor:
             of = "ranks" if self.micro_batch_size == "auto" else "micro_batch_size * ranks"
             add("global_batch_size", self.global_batch_size, f"give a multiple of {of} = {divisor}")
         return found

@@ -145,7 +145,7 @@ def test_config_and_archive_faults_are_told_together_before_work_starts(archive,
         axes=("axial", "oblique"), size=4, spacing_mm=0, codec="jpg", hu_window=(5.0, 5.0), mr_percentiles=(1.0, 101.0)
     )
     found = find_problems(archive.root, tmp_path / "set", config)
-    assert [p.field for p in found] == ["axes", "codec", "size", "spacing_mm", "hu_window", "mr_percentiles", "file"]
+    assert [p.field for p in found] == ["axes", "size", "spacing_mm", "hu_window", "mr_percentiles", "codec", "file"]
     assert not (tmp_path / "set").exists()
 
 
