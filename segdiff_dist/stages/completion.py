@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,7 +19,7 @@ def print_completion(args: Sequence[str]) -> None:
     """Print the script for the shell that `args` names."""
     if tuple(args[:1]) not in {(shell,) for shell in SHELLS}:
         raise problem("command line", "shell", " ".join(args) or "not given", f"name one of {', '.join(SHELLS)}")
-    commands = functools.reduce(
+    commands: Any = functools.reduce(
         operator.or_, (Annotated[stages.load(name), tyro.conf.subcommand(name)] for name in stages.NAMES)
     )
     try:

@@ -65,8 +65,9 @@ class ConfiguredStage(Stage):
             file, None if run is None else Path(run), written, withheld=withheld, arguments=arguments
         )
         base = replace(cls.of(experiment, arguments), config=config)
-        options = {"aliases": cls.aliases, "essential": cls.essential}
-        stage = parse_flags(cls, args, prog=f"segdiff {name}", default=base, **options).over(experiment)
+        prog = f"segdiff {name}"
+        given = parse_flags(cls, args, prog=prog, default=base, aliases=cls.aliases, essential=cls.essential)
+        stage = given.over(experiment)
         for one in withheld:
             is_used = one.key.split(".")[0] in (*cls.own_keys(), *cls.writes)
             if is_used and one.key != "run" and value_of(stage.experiment, one.key) == one.default and is_main():

@@ -75,10 +75,10 @@ class EvaluatePlan(Plan):
         """Two label maps of an image; what a metric takes is not known."""
         store = self.checked.store
         num_images = store.items.num_rows
-        notes = ("disk: label maps before compression",)
+        notes = ["disk: label maps before compression"]
         if self.downstream is not None:
-            notes += (f"trainings of --downstream: {self.downstream.num_trainings}",)
-        return Cost(images=num_images, num_bytes=2 * num_images * int(store.image.shape[-1]) ** 2, notes=notes)
+            notes.append(f"trainings of --downstream: {self.downstream.num_trainings}")
+        return Cost(images=num_images, num_bytes=2 * num_images * int(store.image.shape[-1]) ** 2, notes=tuple(notes))
 
     def lock(self) -> AbstractContextManager[None]:
         """Of RUN/evaluation."""

@@ -24,7 +24,7 @@ from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.checkpoint import complete_ones, read_state
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import is_exported
-from segdiff_dist.training.loop import Task, TrainingJob, train
+from segdiff_dist.training.loop import TrainingJob, train
 from segdiff_dist.training.memory_plan import (
     Network,
     capacity_of,
@@ -54,7 +54,8 @@ class TrainingPlan(Plan):
     config: TrainConfig
     device: torch.device
     network: Network
-    make_task: Callable[[Tracker], Task]
+    make_task: Callable[[Tracker], Any]
+    """Makes the Task that learns."""
     saved_sections: tuple[str, ...]
     """What this stage decides in RUN/config.yaml."""
     logged_sections: tuple[str, ...]
