@@ -65,7 +65,7 @@ def orthogonalised(matrix_MN: Tensor, dtype: torch.dtype = torch.bfloat16) -> Te
             half = torch.addmm(gram, next_factor, gram, beta=a)
             gram = torch.addmm(half, half, next_factor, beta=a)
         x = factor @ x
-    return (x.T if tall else x).float()
+    return (x.T if tall else x).float().contiguous()
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,11 @@ def test_hidden_convolutions_are_muons_and_the_rest_is_adamws() -> None:
 
 
 def test_a_veto_leaves_weights_and_moments() -> None:
-    layer = torch.nn.Linear(20, 20)
+    layer = torch.nn.Linear(20, 24)
     optimizer = MuonAdamW(layer.named_parameters(), lr=0.1, weight_decay=0.1, fused=True)
     shards = [layer.weight, layer.bias]
-    extents = [Extent("weight", 0, 400, 0, 0), Extent("bias", 0, 20, 1, 0)]
-    optimizer.lay_out({"weight": (20, 20), "bias": (20,)}, shards, [extents], 0)
+    extents = [Extent("weight", 0, 480, 0, 0), Extent("bias", 0, 24, 1, 0)]
+    optimizer.lay_out({"weight": (24, 20), "bias": (24,)}, shards, [extents], 0)
 
     def step(veto: float, grad: float) -> torch.Tensor:
         for shard in shards:
