@@ -257,7 +257,7 @@ class TestReport:
         page = Page(write_report(run).read_text())
         assert "are in the train split as well: amos_0002" in page.text
         assert "2 of 5" in page.text
-        assert "40.0%, where 5.0% are allowed. Failed." in page.text
+        assert "40.0%; 5.0% are allowed. Failed." in page.text
         assert "0.50 in pixels, \u2013 in features" in page.text
         assert "Before release" in page.text
 

@@ -251,7 +251,7 @@ class _Means:
 
     def body(self, which: Callable[[SumKey], bool]) -> dict[str, Entry]:
         means = self.sums.means([f"dice_{pair}/{BODY}" for pair in PAIRS], which, self.interval)
-        return {name.split("/")[0]: _entry(name, mean) for name, mean in means.items() if mean is not None}
+        return {n.split("/")[0]: _entry(n.split("/")[0], mean) for n, mean in means.items() if mean is not None}
 
 
 def _headline(group: Group) -> Callable[[SumKey], bool]:
