@@ -53,7 +53,7 @@ def where_the_time_goes(run: Path, size: int) -> dict[str, float]:
     import torch
 
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation import Segmenter
+    from segdiff_dist.segmentation.segmenter import Segmenter
 
     torch.set_num_threads(1)
     store, segmenter = SampleStore.open(run / "samples"), Segmenter.load(run / "segmenter" / "weights")

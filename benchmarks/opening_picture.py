@@ -16,7 +16,7 @@ import numpy as np
 
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
-from segdiff_dist.denoising.validation import draw_sample_grid
+from segdiff_dist.denoising.sample_grid import draw_sample_grid
 from segdiff_dist.evaluation.report.pictures import Pictures
 
 

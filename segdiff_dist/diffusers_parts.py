@@ -6,27 +6,16 @@ activations; and how a scheduler is made to walk a given grid. Another version i
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
-from data_shards.problems import problem
+from segdiff_dist.library_versions import require_supported
 
-# pyproject.toml has the same bounds. To move the upper one: read these parts in the new version, and run
+# To move the upper bound of library_versions.py: read these parts in the new version, and run
 # tests/unit/test_fused_unet.py, test_cpu_norm.py and test_samplers.py with it.
-FIRST, BEFORE = "0.38", "0.43"
-
-
-def check_version(found: str) -> None:
-    """Raises InputProblems for a version of diffusers whose insides are not known."""
-    if not Version(FIRST) <= Version(found) < Version(BEFORE):
-        raise problem("diffusers", "version", found, f"pip install 'diffusers>={FIRST},<{BEFORE}'")
-
-
-check_version(version("diffusers"))
+require_supported("diffusers")
 
 from diffusers.models.attention_processor import Attention  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
@@ -40,7 +29,6 @@ __all__ = [
     "UNet2DOutput",
     "Upsample2D",
     "blocks",
-    "check_version",
     "recomputed",
     "respaced",
 ]

@@ -28,7 +28,7 @@ from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import AverageConfig, TrainConfig
 

@@ -51,8 +51,9 @@ def evaluate_here(
     from segdiff_dist.evaluation.measure.worker import Chunk, Evaluator, Inputs
     from segdiff_dist.evaluation.metrics.sums import Interval
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-    from segdiff_dist.segmentation_config import SegmenterConfig
+    from segdiff_dist.segmentation.config import SegmenterConfig
+    from segdiff_dist.segmentation.network import SegmenterNet
+    from segdiff_dist.segmentation.segmenter import save_segmenter
 
     shards = ShardSet.open(shapes)
     items = items_of(shards, shards.select(split="test").tolist() if rows is None else rows, seeds=2, across=2)

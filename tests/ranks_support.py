@@ -159,7 +159,7 @@ def sizing(rank: int) -> None:
         Path(f"tried-{rank}").touch()
         return [1.0, 2.0]
 
-    micro_batch._rates = rates
+    micro_batch.measure_rates = rates
     task, batch = tiny_task(), tiny_batch()
     config = TrainConfig(global_batch_size=4, micro_batch_size="auto")
     folder = Path("run" if rank == 0 else "another view of it")
@@ -175,7 +175,7 @@ def refusing(rank: int) -> None:
     import torch
 
     from data_shards.problems import InputProblems, Problem
-    from segdiff_dist.training.memory_plan import refuse_together
+    from segdiff_dist.planning.memory import refuse_together
 
     refuse_together([], torch.device("cpu"))
     try:

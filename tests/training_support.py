@@ -23,7 +23,7 @@ from segdiff_dist.denoising.sigma_data import with_sigma_data
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.tracker import Tracker
-from segdiff_dist.training import checkpoint
+from segdiff_dist.training import checkpoint, checkpoint_writer
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.loop import TrainingJob, train
 
@@ -118,7 +118,7 @@ def train_judged(rank: int, out: Path, shapes: Path, scores: dict[int, float], l
     the state of checkpoint `lost` the main rank then finds no room, which the others cannot see."""
     DenoiserTask.score = "overlap"  # type: ignore[assignment]
     DenoiserTask.validate = lambda _, __, images_seen: {"overlap": scores[images_seen]}  # type: ignore[method-assign]
-    write = checkpoint.write_atomic
+    write = checkpoint_writer.write_atomic
 
     def full(path: Path, text: str, **options: Any) -> None:
         if path.name == checkpoint.STATE and int(path.parent.name) == lost:
@@ -127,7 +127,7 @@ def train_judged(rank: int, out: Path, shapes: Path, scores: dict[int, float], l
 
     with _stopped_at(until):
         run_training(shapes, out, micro_batch_size=2)
-    checkpoint.write_atomic = full
+    checkpoint_writer.write_atomic = full
     run_training(shapes, out, micro_batch_size=2)
 
 

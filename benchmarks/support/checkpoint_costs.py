@@ -27,8 +27,7 @@ def _costs_here(num_parameters: int, folder: Path, times: int) -> dict[str, Any]
     """`gib` a checkpoint; by checkpoint `waited_s`, what the loop stood still, and `written_s`, from its start until it
     is complete; `slowed`, how much longer pieces of work take beside a writing than alone; and `step_s`, the work
     between the start of a checkpoint and the next change of the weights."""
-    from segdiff_dist.ranks.distributed import Agreement
-    from segdiff_dist.training.checkpoint import CheckpointWriter
+    from segdiff_dist.training.checkpoint_writer import CheckpointWriter
     from segdiff_dist.training.sharded_state import Extent, ShardOfState
 
     torch.set_num_threads(1)
@@ -50,7 +49,6 @@ def _costs_here(num_parameters: int, folder: Path, times: int) -> dict[str, Any]
 
     with CheckpointWriter(folder, config="", keep=1) as writer:
         writer.reserve(state.shards)  # as the loop does before its first step
-        agreement = Agreement(CheckpointWriter.FLAGS)
         for number in range(1, times + 1):
             for _ in range(100):
                 work(alone_s)
@@ -64,7 +62,7 @@ def _costs_here(num_parameters: int, folder: Path, times: int) -> dict[str, Any]
             waited_s.append(writer.waited_s - before_s)
             while writer.pending:
                 work(beside_s)
-                writer.poll(agreement.exchange(writer.flags()))
+                writer.after_step()
             written_s.append(time.perf_counter() - start)
     return {
         "gib": 4 * len(kinds) * num_parameters / 2**30,

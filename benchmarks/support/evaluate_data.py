@@ -37,8 +37,9 @@ def write_segmenter(weights: Path) -> None:
     """The default auxiliary U-Net, untrained: as fast as a trained one."""
     import torch
 
-    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-    from segdiff_dist.segmentation_config import SegmenterConfig
+    from segdiff_dist.segmentation.config import SegmenterConfig
+    from segdiff_dist.segmentation.network import SegmenterNet
+    from segdiff_dist.segmentation.segmenter import save_segmenter
 
     config = SegmenterConfig()
     torch.manual_seed(0)

@@ -63,7 +63,7 @@ def measure(scored: Scored, scale: Scale) -> None:
 
     from data_shards.store.shards import ShardSet
     from segdiff_dist.evaluation.metrics import frechet, overlaps, similarity
-    from segdiff_dist.segmentation import Segmenter
+    from segdiff_dist.segmentation.segmenter import Segmenter
 
     torch.set_num_threads(1)
     # Masks may be those without a body; what counts as right is the same for all.

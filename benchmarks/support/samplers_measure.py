@@ -27,7 +27,7 @@ from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import list_items
 from segdiff_dist.sampling.job import weights_digest
 from segdiff_dist.sampling.worker import generate, item_conditions
-from segdiff_dist.segmentation import Segmenter
+from segdiff_dist.segmentation.segmenter import Segmenter
 from segdiff_dist.spectra import band_powers, power_ratios
 
 _BATCH, _RESAMPLES = 16, 1000

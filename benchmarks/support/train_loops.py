@@ -188,23 +188,20 @@ def time_parts(watch: Watch) -> None:
     On a CPU nothing is asynchronous but the threads, so what a call takes is what the step pays for it. With several
     ranks it would hold waits for the others too.
     """
-    from segdiff_dist.ranks.distributed import Agreement
-    from segdiff_dist.training.checkpoint import CheckpointWriter
+    from segdiff_dist.training.checkpoint_writer import CheckpointWriter
     from segdiff_dist.training.engine import Engine
-    from segdiff_dist.training.loop import _Training
-    from segdiff_dist.training.step_log import Guard, Window
+    from segdiff_dist.training.step_log import Guard, RunLog, Window
 
     parts: dict[str, list[tuple[Any, str]]] = {
         "averages": [(Engine, "update_averages")],
         "logging": [
             *((Window, name) for name in ("add", "step_loss", "close_step")),
             *((Guard, name) for name in ("veto", "count")),
-            (_Training, "_log"),
+            *((Window, "means"), (RunLog, "write")),
         ],
         "checkpointing": [
-            *((CheckpointWriter, name) for name in ("flags", "poll", "drain")),
-            (_Training, "_save"),
-            (Agreement, "exchange"),
+            *((CheckpointWriter, name) for name in ("start", "after_step", "drain")),
+            (Engine, "state"),
         ],
         "optimiser": [(Engine, "step")],
     }

@@ -2,13 +2,17 @@
 
     python launch/cluster/elastic.py --hostfile launch/cluster/hostfile launch/train.py --config F --run R
 
-Asks which machines answer, starts DeepSpeed's launcher on each of them and, when the run fails, starts it again from
-the newest complete checkpoint on those that answer then: lost ones are left out, those that are back take part. The
-machines need the repository and its .venv at the same path, and a file system with shards and run folder.
+It asks which machines answer and starts DeepSpeed's launcher on each of them. When the run fails, it starts it again
+from the newest complete checkpoint, on the machines that answer then. The machines need the repository and its .venv at
+the same path, and a shared file system with shards and run folder.
 
-As many slots are used as divide the global batch (train.global_batch_size must be a multiple of micro_batch_size *
-ranks, and neither changes); a global batch of 3 * 2^k leaves few of them idle. Ctrl-C, SIGTERM and SIGUSR1 let the
-ranks save a checkpoint and end the run.
+torchrun is not enough here: it takes whatever ranks there are, also a number that does not divide the global batch; it
+counts restarts in all rather than since the last checkpoint, restarts also after refused input (exit code 2), ends when
+the machine of its rendezvous is lost, and must itself be started on every machine.
+
+It uses as many slots as divide the global batch: train.global_batch_size must be a multiple of micro_batch_size *
+ranks, and neither changes. A global batch of 3 * 2^k leaves few slots idle. Ctrl-C, SIGTERM and SIGUSR1 let the ranks
+save a checkpoint and end the run.
 """
 
 from __future__ import annotations
@@ -27,10 +31,11 @@ from pathlib import Path
 
 import yaml
 
-from segdiff_dist.ranks.scale import most_ranks
+from segdiff_dist.planning.scaling import most_ranks
 
 BIN = Path(sys.executable).parent
-HOPELESS = (2, 3)  # `segdiff`'s exit codes for bad input and for a training that stopped itself: it would again
+# `segdiff`'s exit codes for refused input and for a training that stopped itself: the next launch would end alike.
+FINAL = (2, 3)
 FORWARDED = ("CUDA_", "DS_", "GLOO_", "NCCL_", "OMP_", "TORCH_")
 
 
@@ -62,10 +67,10 @@ def main() -> int:
 
 
 class Launch:
-    """One attempt: on each host a launcher, its ranks below it, in a process group of their own."""
+    """One attempt: a launcher on each host, in a process group with its ranks."""
 
     def __init__(self, slots: dict[str, int], port: int, given: argparse.Namespace, run: Path) -> None:
-        # On every host a new folder of this user's alone, under a name that nobody else can have put a link at.
+        # A new private folder on every host, under a name that nobody else can have made a link at.
         self._run_on, self._private = given.run_on, f"/tmp/segdiff-elastic-{secrets.token_hex(8)}-{{host}}"
         hostfile = run / "hostfile"
         hostfile.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +126,11 @@ def umask() -> str:
 
 
 def final_code(codes: dict[str, int]) -> int | None:
-    """The run's exit code where no other launch is called for; `codes`: the hosts' own, none where none answered."""
+    """The run's exit code, or None where another launch is to follow. `codes`: exit code by host, empty where no host
+    answered."""
     if codes and not any(codes.values()):
         return 0
-    return next((code for code in HOPELESS if code in codes.values()), None)
+    return next((code for code in FINAL if code in codes.values()), None)
 
 
 def run_on_all(hosts: Iterable[str], run_on: str, command: str, timeout_s: float) -> list[str]:

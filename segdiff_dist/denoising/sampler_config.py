@@ -175,6 +175,6 @@ def guidance_digest(sampler: SamplerConfig) -> str | None:
     """sha256 of the guiding segmenter's weights, which images depend on; None where none guides."""
     if sampler.segmenter_guidance == 0:
         return None
-    from segdiff_dist.segmentation import Segmenter
+    from segdiff_dist.segmentation.segmenter import Segmenter
 
     return Segmenter.load(Path(str(sampler.guidance_segmenter))).weights_sha256

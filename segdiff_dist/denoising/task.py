@@ -23,7 +23,7 @@ from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.organ_dropout import drop_organs
 from segdiff_dist.denoising.process import make_process
-from segdiff_dist.segmentation import Segmenter
+from segdiff_dist.segmentation.segmenter import Segmenter
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ _SEGMENTER_DIGEST = "dice_segmenter_sha256"
 class DenoiserTask:
     """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
 
-    For objective edm, `diffusion` holds sigma_data already (sigma_data.py). `validation`, called as Task.validate is,
-    gives what is measured on held-out slices; without it nothing is.
+    For objective edm, `diffusion` must hold sigma_data (sigma_data.py). `validation` is called as Task.validate is, and
+    returns metrics of held-out slices; without it there are none.
     """
 
     name = "train"
-    score = None  # the newest weights are the ones that count
+    score = None  # the newest weights are exported
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class DenoiserTask:
         self.process = make_process(diffusion, device)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_m of the paper's section 3.2, weighted by noise level, and the Dice term where there is one.
+        """L_m of the paper's section 3.2, weighted by noise level, plus the Dice term where there is one.
 
-        Told besides: the squared error, unweighted, by quarters of the noise levels; `dice_loss`.
+        Metrics: the unweighted squared error by quarters of the noise levels, and `dice_loss`.
         """
         process = self.process
         x_BCHW, target_BCHW, level_B = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
@@ -76,7 +76,7 @@ class DenoiserTask:
 
         mean_squares = weighted_mse if self.model.uses_kernels else weighted_mse_reference
         loss, error_B = mean_squares(prediction_BCHW, target_BCHW, process.weight(level_B))
-        told = process.sums(error_B, level_B)
+        metrics = process.sums(error_B, level_B)
         if self.dice_term is not None:
             a_B = process.alpha_bar(level_B)
             x0_pred_BCHW = process.x_0(prediction_BCHW, x_BCHW, level_B)
@@ -84,15 +84,15 @@ class DenoiserTask:
             # alpha_bar: 1 without noise, 0 where x0_pred is a guess. Samples without organs count as 0.
             weight_B = a_B * counts_B
             loss = loss + self.diffusion.dice_weight * (weight_B * dice_loss_B).mean()
-            told["dice_loss"] = torch.stack(((weight_B * dice_loss_B).sum(), weight_B.sum())).detach()
-        return loss, told
+            metrics["dice_loss"] = torch.stack(((weight_B * dice_loss_B).sum(), weight_B.sum())).detach()
+        return loss, metrics
 
     def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
-        """What `validation` measures; see Task.validate."""
+        """The metrics of `validation`; see Task.validate."""
         return {} if self.validation is None else self.validation(forward, images_seen)
 
     def export(self, average: str, weights: dict[str, Tensor]) -> None:
-        """Write weights/`average` as a diffusers folder, with the settings that made it."""
+        """Write weights/`average` as a diffusers folder, with the settings they were trained with."""
         training: dict[str, Any] = {"diffusion": asdict(self.diffusion)}
         if self.dice_term is not None:
             training[_SEGMENTER_DIGEST] = self.dice_term.weights_sha256
@@ -113,7 +113,7 @@ class DenoiserTask:
 
 
 class DiceTerm:
-    """1 - soft Dice between a mask and what a trained, frozen segmenter sees in x0_pred: the paper's future work.
+    """1 - soft Dice between a mask and a trained, frozen segmenter's prediction on x0_pred: the paper's future work.
 
     Raises InputProblems where the weights are missing or know other labels than `table`.
     """
@@ -121,8 +121,8 @@ class DiceTerm:
     def __init__(self, weights: Path, table: LabelTable, device: torch.device) -> None:
         segmenter = Segmenter.load(weights, device)
         if segmenter.label_table != table:
-            found = f"{segmenter.label_table.name!r} there, {table.name!r} in the shard set"
-            raise problem(weights, "label table", found, "train a segmenter on this label set")
+            tables = f"{segmenter.label_table.name!r} there, {table.name!r} in the shard set"
+            raise problem(weights, "label table", tables, "train a segmenter on this label set")
         self.net, self.weights_sha256 = segmenter.net.requires_grad_(False), segmenter.weights_sha256
         self._is_organ_K = torch.zeros(table.num_classes, dtype=torch.bool, device=device)
         self._is_organ_K[list(table.organ_ids)] = True
@@ -130,14 +130,14 @@ class DiceTerm:
     def __call__(self, x0_pred_BCHW: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """float32 [B] mean over the organs in the mask of 1 - 2 sum(p m) / (sum p + sum m), and 1 where there is any.
 
-        m is the mask as the set has it, not as the net was shown it. Milletari et al. 2016, with p instead of p^2.
+        m is the mask of the set, without organ dropout. Milletari et al. 2016, with p instead of p^2.
         """
         p_BKHW = self.net.scores(x0_pred_BCHW.clamp(-1.0, 1.0), batch.modality_B).softmax(dim=1)
         m_BKHW = torch.nn.functional.one_hot(batch.mask_BHW.long(), p_BKHW.shape[1]).movedim(-1, 1).to(p_BKHW.dtype)
         size_BK = m_BKHW.sum(dim=(2, 3))
         present_BK = ((size_BK > 0) & self._is_organ_K).to(p_BKHW.dtype)
         both_BK = torch.einsum("bkhw,bkhw->bk", p_BKHW, m_BKHW)
-        # Of an absent class nothing may come, not even 0/0; it is left out by `present`.
+        # The clamp prevents 0/0 for an absent class, whose gradient would be NaN; `present` leaves the class out.
         dice_BK = 2.0 * both_BK / (p_BKHW.sum(dim=(2, 3)) + size_BK).clamp(min=1e-6)
         num_present_B = present_BK.sum(dim=1)
         loss_B = ((1.0 - dice_BK) * present_BK).sum(dim=1) / num_present_B.clamp(min=1.0)
@@ -145,27 +145,27 @@ class DiceTerm:
 
 
 def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusion: DiffusionConfig) -> list[Problem]:
-    """What is wrong with these settings for this set, also where it takes two of them to see it."""
-    found = denoiser.problems(size) + diffusion.problems()
+    """Problems of these settings with each other and with this set."""
+    problems = denoiser.problems(size) + diffusion.problems()
     if denoiser.soft_masks and "edge" not in shards.parts:
         remedy = "prepare the set with mask_resize soft and soft_edge, or turn it off"
-        found.append(Problem(str(shards.root), "denoiser.soft_masks", "the set keeps no soft edges", remedy))
+        problems.append(Problem(str(shards.root), "denoiser.soft_masks", "the set keeps no soft edges", remedy))
     if not denoiser.class_conditioning:
         for name in ("class_dropout", "joint_dropout"):
             value = getattr(diffusion, name)
             if value > 0:
-                remedy = "the net is not told the class (denoiser.class_conditioning); give 0"
-                found.append(Problem("config", f"diffusion.{name}", str(value), remedy))
-    return found
+                remedy = "the network does not get the class (denoiser.class_conditioning); give 0"
+                problems.append(Problem("config", f"diffusion.{name}", str(value), remedy))
+    return problems
 
 
 def _refuse_another_segmenter(weights: Path, dice_term: DiceTerm, given: str) -> None:
-    """A run that is resumed goes on with the segmenter it was started with, which its exported weights name."""
-    for about in sorted(weights.glob("[!.]*/segdiff.json")):
-        before = json.loads(about.read_text()).get(_SEGMENTER_DIGEST, dice_term.weights_sha256)
+    """A resumed run must have the segmenter it was started with. Its exported weights name that segmenter's digest."""
+    for description in sorted(weights.glob("[!.]*/segdiff.json")):
+        before = json.loads(description.read_text()).get(_SEGMENTER_DIGEST, dice_term.weights_sha256)
         if before != dice_term.weights_sha256:
-            found = f"not the weights the run was started with (sha256 {before[:12]}...)"
-            raise problem(given, "diffusion.dice_segmenter", found, "restore them, or use another run folder")
+            others = f"not the weights the run was started with (sha256 {before[:12]}...)"
+            raise problem(given, "diffusion.dice_segmenter", others, "restore them, or use another run folder")
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""How well the denoiser does on held-out slices during training: a loss on fixed noise, and pictures from fixed masks
-with their sharpness.
+"""Metrics of the denoiser on held-out slices during training: a loss on fixed noise, and the sharpness of images that
+are generated from fixed masks.
 
 Slices, noise and noise levels depend on the validation's seed alone, so the same weights give the same numbers at any
 time and on any number of ranks. Dimensions: N slices, P pictures, B batch, C channels, H rows, W columns.
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled
 from data_shards.records import AXES, MODALITIES, Batch, SliceRecord
-from data_shards.store.contact_sheet import class_colours
 from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
 from segdiff_dist.denoising.config import DiffusionConfig, ValidationConfig
 from segdiff_dist.denoising.process import make_process
@@ -35,45 +33,50 @@ from segdiff_kernels import philox
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.tracking.tracker import Tracker
 
 Forward = Callable[..., Tensor]
+DrawGrid = Callable[[list[SliceRecord], np.ndarray, str, int], None]
+"""Called with slices, the image generated from the mask of each (uint8 [P, H, W]), a title, and images_seen."""
 
 # The fractional parts of multiples of this cover [0, 1) evenly, however many are taken: the golden ratio's.
 _GOLDEN_FRACTION = 0.6180339887498949
-# The side of a picture's cells: small slices are enlarged by a whole factor to about this many pixels.
-_CELL = 160
-_GAP, _TOP, _CAPTION, _SIDE = 6, 34, 34, 92
-_INK, _FAINT, _PAPER = (235, 235, 235), (150, 150, 155), (18, 18, 20)
-# Room for the title over a single picture.
-_LEAST_WIDTH = 460
+
+
+@dataclass(frozen=True)
+class HeldOutSlices:
+    """The slices to validate on, and how they are read."""
+
+    shards: ShardSet
+    rows: np.ndarray
+    """Those of the validation split."""
+    loader: LoaderConfig
+    """Its crop size, threads and on_corrupt are used, not its augmentation."""
+    soft_masks: bool = False
+    """Whether the network is given soft edges."""
 
 
 class DenoiserValidation:
-    """Called with (forward, images_seen) on all ranks: val_loss, val_loss_t_FROM_TO (val_loss_sigma_FROM_TO without
-    timesteps), pictures/samples_*.png, and of these val_sharpness, val_sharpness_BAND and val_texture.
+    """Called with (forward, images_seen) on all ranks, it returns the metrics.
 
-    `rows` are the validation split's; where there are none, this is said once and nothing is measured. The loss is the
-    squared error that training logs by noise level, without its weights and with every condition shown. The slices are
-    read once, when this is made, and stay on the device: 2 bytes a pixel.
+    val_loss is the squared error that training logs by noise level, without its weights and with every condition given;
+    val_loss_t_FROM_TO (val_loss_sigma_FROM_TO without timesteps) are its parts. val_sharpness, val_sharpness_BAND and
+    val_texture compare generated images with their slices. Without slices it warns once and measures nothing. Slices
+    are read once, when it is made, and stay on the device: 2 bytes a pixel.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
-        rows: np.ndarray,
-        loader: LoaderConfig,
+        slices: HeldOutSlices,
         diffusion: DiffusionConfig,
         sampler: SamplerConfig,
         config: ValidationConfig,
-        folder: Path,
         device: torch.device,
-        *,
-        soft_masks: bool = False,
-        tracker: Tracker | None = None,
+        draw: DrawGrid | None = None,
     ) -> None:
+        """`draw` is called on the main rank with the generated images (see DrawGrid)."""
+        shards, rows, loader = slices.shards, slices.rows, slices.loader
         self.shards, self.diffusion, self.config, self.device = shards, diffusion, config, device
-        self.folder, self.soft_masks, self.tracker = folder, soft_masks, tracker
+        self.soft_masks, self.draw = slices.soft_masks, draw
         self.sampler = replace(
             sampler,
             preset="fast",
@@ -108,19 +111,19 @@ class DenoiserValidation:
 
     @torch.no_grad()
     def __call__(self, forward: Forward, images_seen: int) -> dict[str, float]:
-        """Measure and draw with the weights that `forward` runs. Every rank calls it equally often."""
+        """Measure the weights that `forward` runs. Every rank calls it, and calls `forward`, equally often."""
         if not self._batches:
             return {}
         metrics = self._losses(forward)
         if self._records:
             generated_PHW = self._generate(forward)
             metrics |= picture_sharpness(self._records, generated_PHW, self.shards.label_table)
-            if is_main():
-                self._draw(generated_PHW, images_seen)
+            if is_main() and self.draw is not None:
+                self.draw(self._records, generated_PHW, self._title(images_seen), images_seen)
         return metrics
 
     def _losses(self, forward: Forward) -> dict[str, float]:
-        """Each rank fills in its slices' errors, so that they are added up in one order on any number of ranks."""
+        """Each rank fills in the errors of its slices, so that any number of ranks adds them up in the same order."""
         num = self.config.num_images
         errors_N2 = torch.zeros(num, 2, dtype=torch.float64, device=self.device)
         for batch in self._batches:
@@ -148,7 +151,7 @@ class DenoiserValidation:
         return (prediction_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
 
     def _read(self, rows: np.ndarray, loader: LoaderConfig) -> Iterator[Batch]:
-        """This rank's batches: every world_size-th block of positions, as many on each rank, without augmentation."""
+        """This rank's batches, without augmentation: every world_size-th block of positions, equally many a rank."""
         size, num = self.config.batch_size, self.config.num_images
         rounds = -(-num // (size * world_size()))
         blocks = (i * world_size() + rank() for i in range(rounds))
@@ -169,7 +172,7 @@ class DenoiserValidation:
         )
 
     def _generate(self, forward: Forward) -> np.ndarray:
-        """uint8 [P, H, W]: an image of each mask. Noise is keyed by the picture, which each rank makes its share of."""
+        """uint8 [P, H, W]: an image from each mask. Each rank generates a share; noise is keyed by the picture."""
         num = len(self._records)
         share = -(-num // world_size())
         mine = range(rank() * share, (rank() + 1) * share)
@@ -178,7 +181,7 @@ class DenoiserValidation:
             pictures = [min(p, num - 1) for p in mine[start : start + self.config.batch_size]]
             generated_BHW = self._sample(forward, pictures)
             for p, picture in zip(mine[start:], generated_BHW, strict=False):
-                if p < num:  # the last ranks make some again that others have made
+                if p < num:  # the last ranks generate some that other ranks generate too
                     image_PHW[p] = picture
         return sum_over_ranks(image_PHW).to(torch.uint8).cpu().numpy()
 
@@ -197,17 +200,13 @@ class DenoiserValidation:
         edge_B2HW = torch.from_numpy(np.stack(edges)).to(self.device) if edges else None
         return Conditions(mask_BHW, class_ids(modality_B, axis_B), edge_B2HW)
 
-    def _draw(self, generated_PHW: np.ndarray, images_seen: int) -> None:
-        path = self.folder / "pictures" / f"samples_{images_seen:012d}.png"
+    def _title(self, images_seen: int) -> str:
         guidance = f", guidance {self.sampler.guidance:g}" if self.sampler.guidance != 1.0 else ""
-        title = f"after {images_seen:,} images: {self.sampler.num_steps} DDIM steps{guidance}, seed {self.config.seed}"
-        draw_sample_grid(self._records, generated_PHW, self.shards.label_table, title, path)
-        if self.tracker is not None:
-            self.tracker.log_artifact(path, "pictures")
+        return f"after {images_seen:,} images: {self.sampler.num_steps} DDIM steps{guidance}, seed {self.config.seed}"
 
 
 def choose_pictures(shards: ShardSet, rows: np.ndarray, num: int) -> list[int]:
-    """At most `num` of the rows: modalities and axes in turn, of each the slices with most organs, patients in turn."""
+    """At most `num` of the rows: modalities, axes and patients in turn, the slices with the most organs first."""
     columns = shards.samples.take(rows).select(["case_id", "modality", "axis", "labels_present"]).to_pylist()
     organs = set(shards.label_table.organ_ids)
     fullness = [len(organs & set(sample["labels_present"])) for sample in columns]
@@ -225,8 +224,11 @@ def choose_pictures(shards: ShardSet, rows: np.ndarray, num: int) -> list[int]:
 
 
 def picture_sharpness(records: list[SliceRecord], generated_PHW: np.ndarray, table: LabelTable) -> dict[str, float]:
-    """Sharpness of the pictures against their slices' own images, as the evaluation has it: `val_sharpness`, a power
-    ratio a band (`val_sharpness_75_100` is the finest) and `val_texture`. What cannot be measured is left out."""
+    """Sharpness of generated images relative to their slices' real ones, defined as in the evaluation.
+
+    `val_sharpness`, a power ratio a band (`val_sharpness_75_100` is the finest) and `val_texture`. Values that are not
+    finite are left out.
+    """
     real_PHW = np.stack([record.image_uint8() for record in records])
     ratio_F = power_ratios(*band_powers(real_PHW, generated_PHW))
     mask_PHW = np.stack([record.mask_HW for record in records])
@@ -234,50 +236,17 @@ def picture_sharpness(records: list[SliceRecord], generated_PHW: np.ndarray, tab
         np.nansum(mean_texture(texture_std(mask_PHW, images_PHW, table.num_classes), table.organ_ids))
         for images_PHW in (real_PHW, generated_PHW)
     )
-    found = {"val_sharpness": sharpness(ratio_F)}
-    found |= {f"val_sharpness_{name}": ratio_F[f] for f, name in enumerate(BAND_NAMES)}
-    found |= {"val_texture": ratio(std_generated, std_real)}
-    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
-
-
-def draw_sample_grid(
-    records: list[SliceRecord], generated_PHW: np.ndarray, table: LabelTable, title: str, path: Path
-) -> None:
-    """Write a PNG to `path`: a column a slice, below each other its mask, the real image and the generated one."""
-    from PIL import Image, ImageDraw
-
-    side = generated_PHW.shape[-1]
-    cell = side * max(1, round(_CELL / side))
-    width = max(_SIDE + len(records) * (cell + _GAP) + _GAP, _LEAST_WIDTH)
-    sheet = Image.new("RGB", (width, _TOP + _CAPTION + 3 * (cell + _GAP)), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    _write(draw, (2 * _GAP, 9), title, _INK, 15)
-    for line, name in enumerate(("mask", "real", "generated")):
-        _write(draw, (2 * _GAP, _TOP + _CAPTION + line * (cell + _GAP) + cell // 2 - 8), name, _INK, 14)
-    for column, (record, generated_HW) in enumerate(zip(records, generated_PHW, strict=True)):
-        left = _SIDE + column * (cell + _GAP)
-        meta = record.meta
-        _write(draw, (left, _TOP), f"{meta.modality} {meta.axis}", _INK, 12)
-        _write(draw, (left, _TOP + 15), f"{meta.case_id} / {meta.slice_index}", _FAINT, 11)
-        lines = (class_colours(table)[record.mask_HW], record.image_uint8(), generated_HW)
-        for line, pixels in enumerate(lines):
-            shown = Image.fromarray(pixels).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(shown, (left, _TOP + _CAPTION + line * (cell + _GAP)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    metrics = {"val_sharpness": sharpness(ratio_F)}
+    metrics |= {f"val_sharpness_{name}": ratio_F[f] for f, name in enumerate(BAND_NAMES)}
+    metrics |= {"val_texture": ratio(std_generated, std_real)}
+    return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
 
 
 def _spread_shares(seed: int, num: int) -> np.ndarray:
-    """float64 [N] in [0, 1), evenly spread, which makes a mean over noise levels less noisy than drawing.
+    """float64 [N], evenly spread over [0, 1): a mean over noise levels is then less noisy than with random ones.
 
     An additive recurrence (Kronecker sequence) with the golden ratio, from a start that the seed draws.
     """
     start = float(philox.uniform(seed, philox.STREAM_TIMESTEP, torch.zeros(1, dtype=torch.int64), 1))
     shares_N: np.ndarray = (start + np.arange(num, dtype=np.float64) * _GOLDEN_FRACTION) % 1.0
     return shares_N
-
-
-def _write(draw: Any, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:
-    from PIL import ImageFont
-
-    draw.text(at, text, fill=colour, font=ImageFont.load_default(size))

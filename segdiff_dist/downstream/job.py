@@ -36,12 +36,12 @@ from segdiff_dist.downstream.memory import trainings_problems
 from segdiff_dist.downstream.summary import summarise
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
 from segdiff_dist.evaluation.metrics.sums import Interval
+from segdiff_dist.planning import memory as memory_planning
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB
-from segdiff_dist.segmentation import segmenter_network
-from segdiff_dist.segmentation_config import SegmenterConfig
-from segdiff_dist.training import memory_plan
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import segmenter_network
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.config import DiffusionConfig
@@ -205,7 +205,7 @@ def _memory_problems(made: Downstream) -> list[Problem]:
     pool = made.workers.pool()
     num_workers = min(pool.num_workers, num_missing)
     network = segmenter_network(made.segmenter, made.shards, made.shards.size)
-    capacity = memory_plan.capacity_of(torch.device(pool.device))
+    capacity = memory_planning.capacity_of(torch.device(pool.device))
     num_beside = min(pool.num_beside, num_workers)
     return trainings_problems(network, made.segmenter, capacity, num_workers, num_beside)
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from data_shards.host_memory import HostMemory
 from data_shards.problems import Problem
-from segdiff_dist.segmentation_config import SegmenterConfig
-from segdiff_dist.training.memory_plan import HIGH, Capacity, Network, memory_problems, plan_memory
+from segdiff_dist.planning.memory import HIGH, Capacity, memory_problems, plan_memory
+from segdiff_dist.planning.network import Network
+from segdiff_dist.segmentation.config import SegmenterConfig
 
 _SECTION = "segmenter.train"
 

@@ -25,8 +25,8 @@ from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.downstream.arms import Training, rows_of
 from segdiff_dist.evaluation.metrics import overlaps
-from segdiff_dist.segmentation import Segmenter
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.segmenter import Segmenter
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +68,7 @@ class Trainer:
     def _train(self, training: Training, folder: Path) -> None:
         import torch
 
-        from segdiff_dist.segmentation import SegmenterTask
+        from segdiff_dist.segmentation.task import SegmenterTask
         from segdiff_dist.tracking.config import TrackingConfig
         from segdiff_dist.tracking.tracker import Tracker
         from segdiff_dist.training.loop import TrainingJob, train

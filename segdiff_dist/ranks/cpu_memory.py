@@ -1,4 +1,7 @@
-"""What a process that computes on a CPU does with memory it has freed: it keeps it."""
+"""Keeps freed memory in the process, for computing on a CPU.
+
+jemalloc and tcmalloc do the same, but they must be preloaded before Python starts; glibc's mallopt works at any time.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ _TOP_PAD = 64 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Have this process take its large arrays from the heap and never give any of that back before it ends.
+    """Make this process take large arrays from the heap, and return none of it to the system before it ends.
 
-    glibc maps every array above 32 MiB anew, and the kernel clears its pages at first touch: a sixth of a
-    training step. What is resident stays at its highest mark, which a training reaches in its first step. Does nothing
-    where the C library is another.
+    Otherwise glibc maps every array above 32 MiB anew, and the kernel clears its pages at first touch: a sixth of a
+    training step. Resident memory stays at its peak, which a training reaches in its first step. With another C library
+    this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return

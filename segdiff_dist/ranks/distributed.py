@@ -1,4 +1,4 @@
-"""Ranks and devices: what a process of a distributed run knows of the others, and what all of them must agree on."""
+"""Ranks and devices: who a process of a distributed run is, and what all ranks must agree on."""
 
 from __future__ import annotations
 
@@ -68,15 +68,17 @@ def prepare_environment() -> None:
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     elif world_size() > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        found = f"{os.environ['RANK']} of {world_size()}, without MASTER_ADDR and MASTER_PORT"
-        raise problem("environment", "RANK", found, _UNSET)
+        ranks = f"{os.environ['RANK']} of {world_size()}, without MASTER_ADDR and MASTER_PORT"
+        raise problem("environment", "RANK", ranks, _UNSET)
     elif world_size() > 1 and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def leave_launcher(command: str) -> str | None:
-    """Forget what a launcher, or a shell since an earlier launch, says of ranks: for a command that is one process.
-    Returns a line that says so, where there was more than a world of one."""
+    """Remove a launcher's variables from the environment, for a command that is one process.
+
+    Returns a note about them where they name more than one rank: from a launcher, or left in a shell by an earlier one.
+    """
     left = {name: os.environ.pop(name) for name in _LAUNCHERS if name in os.environ}
     if (left.get("RANK", "0"), left.get("WORLD_SIZE", "1")) == ("0", "1"):
         return None
@@ -85,21 +87,21 @@ def leave_launcher(command: str) -> str | None:
 
 
 def launcher_problems() -> list[Problem]:
-    """What cannot be in the ranks that the environment names."""
+    """Problems of the ranks that the environment names."""
     given = {name: os.environ[name] for name in _LAUNCHERS if name in os.environ and name != "MASTER_ADDR"}
     wrong = [name for name, value in given.items() if not value.isdecimal()]
     if not wrong and "WORLD_SIZE" in given and "RANK" not in given:
         wrong = ["WORLD_SIZE"]
     elif not wrong and rank() >= world_size():
         wrong = ["RANK"]
-    found = f"{' '.join(f'{name}={value}' for name, value in given.items())}: no launcher sets that"
-    return [Problem("environment", name, found, _UNSET) for name in wrong[:1]]
+    values = f"{' '.join(f'{name}={value}' for name, value in given.items())}: no launcher sets that"
+    return [Problem("environment", name, values, _UNSET) for name in wrong[:1]]
 
 
 @contextmanager
 def naming_who_is_missing(after_s: float = 5.0) -> Iterator[None]:
-    """Around the meeting of the ranks: who has waited for `after_s` says for whom and where, and again every five
-    minutes. A shell that still has an earlier launch's RANK waits in vain."""
+    """A context around the meeting of the ranks: a rank that has waited for `after_s` prints for which ranks and where,
+    and again every five minutes. With the RANK of an earlier launch in its shell a process waits in vain."""
     if world_size() == 1:
         yield
         return
@@ -123,14 +125,6 @@ def naming_who_is_missing(after_s: float = 5.0) -> Iterator[None]:
         met.set()
 
 
-def barrier() -> None:
-    """Wait for the other ranks, if there are any."""
-    import torch.distributed as dist
-
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def sum_over_ranks(values: Any) -> Any:
     """The tensor's sum over ranks, in place, on every rank."""
     import torch.distributed as dist
@@ -141,7 +135,7 @@ def sum_over_ranks(values: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on every rank: small picklable things, over the network and past the GPU.
+    """Every rank's value, by rank, on every rank: small picklable values, over the network, without the GPU.
 
     Call on every rank, after torch.distributed was started.
     """
@@ -166,15 +160,17 @@ def agree(what: Mapping[str, str]) -> None:
         return
     ranks = gather_objects((socket.gethostname(), dict(what)))
     hosts = [host for host, _ in ranks]
-    found = []
+    problems = []
     for name in sorted({name for _, theirs in ranks for name in theirs}):
         holders: dict[str, list[int]] = {}
         for number, (_, theirs) in enumerate(ranks):
             holders.setdefault(_shortened(theirs[name]) if name in theirs else "nothing", []).append(number)
         if len(holders) > 1:
             values = ", ".join(f"{value} on {name_ranks(who, hosts)}" for value, who in holders.items())
-            found.append(Problem("ranks", name, values, "start all ranks with the same command, config, data and code"))
-    refuse(found)
+            problems.append(
+                Problem("ranks", name, values, "start all ranks with the same command, config, data and code")
+            )
+    refuse(problems)
 
 
 def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
@@ -200,11 +196,11 @@ def code_versions() -> dict[str, str]:
 
 
 class Agreement:
-    """Numbers of which all ranks learn the largest, one exchange late, so that nobody waits for the network.
+    """The maximum of numbers over ranks, one exchange late, so that no rank waits for the network.
 
-    It goes by way of the CPU and gloo beside whatever the GPUs do, so it asks nothing of the GPU. What a rank puts into
-    its n-th exchange all ranks get back from their n+1-th: that a rank was asked to stop is known to all at the same
-    step. In a world of one it is as late. Make it, and call it, on every rank.
+    It uses the CPU and gloo, beside the GPU's work. All ranks get the values of their n-th exchange from their n+1-th:
+    so all of them learn at the same step that a rank was asked to stop. In a world of one it is equally late. Make it,
+    and call it, on every rank.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -247,7 +243,7 @@ def _side_group() -> Any:
 
     global _side
     if _side is None or _side[0] is not dist.group.WORLD:
-        # Longer than any wait is meant to be: heartbeat.py finds who waits in vain, and knows more.
+        # Longer than any wait should be: heartbeat.py ends a wait in vain earlier, and names the rank.
         _side = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
     return _side[1]
 
@@ -259,7 +255,7 @@ def _shortened(text: str, length: int = 60) -> str:
 
 
 def _interface_towards(host: str) -> str | None:
-    """The network interface by which this machine reaches `host` over IPv4; None where that cannot be told."""
+    """The network interface by which this machine reaches `host` over IPv4; None where it is unknown."""
     siocgifaddr = 0x8915  # linux/sockios.h: an interface's IPv4 address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -11,15 +11,15 @@ from data_shards.ingest.counts import count_slices
 from data_shards.labels import LABEL_TABLES
 from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.experiment import Experiment
-from segdiff_dist.ranks import scale
+from segdiff_dist.planning import scaling
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, Experiments, Table1Settings
 from segdiff_dist.reproduce.table import TITLES
 from segdiff_dist.training.config import TrainConfig
 
 # Tensor cores of an H200 do TF32 at half the rate of bf16 (data sheet: 494.5 and 989.5 TFLOP/s).
-_TF32 = replace(scale.INFINIBAND, flops=scale.INFINIBAND.flops / 2)
+_TF32 = replace(scaling.INFINIBAND, flops=scaling.INFINIBAND.flops / 2)
 # fp32 sampling uses none of them (sampling/worker.py): 67 TFLOP/s on the data sheet.
-_FP32 = replace(scale.INFINIBAND, flops=67e12)
+_FP32 = replace(scaling.INFINIBAND, flops=67e12)
 # Below this a step is bound by launching kernels and reading data, of which the model of docs/scale.md knows nothing.
 _SMALLEST_FLOP = 1e11
 
@@ -49,7 +49,7 @@ def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
         network = _denoiser_network(column)
         num = _num_images(column)
         passes = num_evaluations(column.sample.sampler, column.diffusion)
-        machine = _FP32 if column.sample.precision == "fp32" else scale.INFINIBAND
+        machine = _FP32 if column.sample.precision == "fp32" else scaling.INFINIBAND
         # A forward pass is a third of a training step's work.
         work_s = num * passes * network.flop_per_image / 3 / (machine.flops * machine.mfu * settings.gpus)
         sample_s = work_s if network.flop_per_image >= _SMALLEST_FLOP else None
@@ -75,13 +75,13 @@ def describe(found: list[Step], settings: Table1Settings) -> str:
     return "\n".join([*lines, f"{basis} that model says nothing. Bytes are at most."])
 
 
-def _training(name: str, network: scale.Network, train: TrainConfig, gpus: int) -> Step:
+def _training(name: str, network: scaling.NetworkCosts, train: TrainConfig, gpus: int) -> Step:
     micro = train.global_batch_size // gpus if train.micro_batch_size == "auto" else train.micro_batch_size
-    machine = scale.INFINIBAND if train.precision == "bf16" else _TF32
-    plan = scale.Plan(gpus, train.global_batch_size, micro, train.zero_stage)
+    machine = scaling.INFINIBAND if train.precision == "bf16" else _TF32
+    plan = scaling.ParallelPlan(gpus, train.global_batch_size, micro, train.zero_stage)
     seconds = None
     if network.flop_per_image >= _SMALLEST_FLOP:
-        seconds = train.num_images / scale.images_per_s(network, machine, plan)
+        seconds = train.num_images / scaling.images_per_s(network, machine, plan)
     # fp32 weights, two moments and the averages; one checkpoint more while the oldest is not yet gone.
     state = network.parameters * 4 * (3 + network.averages)
     exported = network.parameters * 4 * (1 + network.averages)
@@ -96,7 +96,7 @@ def _num_images(column: Experiment) -> int:
     return num + diverse * (sample.samples_per_mask - 1)
 
 
-def _denoiser_network(column: Experiment) -> scale.Network:
+def _denoiser_network(column: Experiment) -> scaling.NetworkCosts:
     """The column's net as the scaling model sees it: built without memory, its FLOPs counted."""
     import torch
 
@@ -110,10 +110,10 @@ def _denoiser_network(column: Experiment) -> scale.Network:
     return _network(column, column.train, model, x_t_BCHW, zero_B, mask_BHW, zero_B)
 
 
-def _segmenter_network(judge: Experiment) -> scale.Network:
+def _segmenter_network(judge: Experiment) -> scaling.NetworkCosts:
     import torch
 
-    from segdiff_dist.segmentation import SegmenterNet
+    from segdiff_dist.segmentation.network import SegmenterNet
 
     size = judge.loader.crop_size or judge.prepare.size
     with torch.device("meta"):
@@ -122,10 +122,10 @@ def _segmenter_network(judge: Experiment) -> scale.Network:
     return _network(judge, judge.segmenter.train, model, image_BHW, zero_B)
 
 
-def _network(experiment: Experiment, train: TrainConfig, model: Any, *inputs: Any) -> scale.Network:
+def _network(experiment: Experiment, train: TrainConfig, model: Any, *inputs: Any) -> scaling.NetworkCosts:
     from segdiff_dist.training.throughput import count_flops
 
-    return scale.Network(
+    return scaling.NetworkCosts(
         parameters=sum(p.numel() for p in model.parameters()),
         flop_per_image=count_flops(model, *inputs),
         averages=len(train.ema_lengths),

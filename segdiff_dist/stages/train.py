@@ -53,11 +53,12 @@ class Train(ConfiguredStage):
         from data_shards.feed.mixing import mix_groups
         from segdiff_dist.attention import choose_attention
         from segdiff_dist.denoising.denoiser import choose_kernels
+        from segdiff_dist.denoising.network_shapes import denoiser_network
+        from segdiff_dist.denoising.sample_grid import SampleGrids
         from segdiff_dist.denoising.sigma_data import with_sigma_data
         from segdiff_dist.denoising.task import DenoiserTask, find_problems
-        from segdiff_dist.denoising.validation import DenoiserValidation
-        from segdiff_dist.footprint import denoiser_network, small_config
-        from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
+        from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
+        from segdiff_dist.stages.training_plan import TrainingPlan, side_of, small_config, training_rows
 
         experiment, config, denoiser, diffusion = self.experiment, self.train, self.denoiser, self.diffusion
         loader, started = self.loader, ("denoiser", "diffusion", "train", "loader")
@@ -78,17 +79,14 @@ class Train(ConfiguredStage):
 
         def make_task(tracker: Tracker) -> DenoiserTask:
             process = with_sigma_data(diffusion, shards, rows)
+            held_out = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
             validation = DenoiserValidation(
-                shards,
-                shards.select(split="val", modalities=loader.modalities, axes=loader.axes),
-                loader,
+                HeldOutSlices(shards, held_out, loader, denoiser.soft_masks),
                 process,
                 replace(experiment.sample.sampler, guidance=1.0),
                 self.validation,
-                run,
                 device,
-                soft_masks=denoiser.soft_masks,
-                tracker=tracker,
+                SampleGrids(run / "pictures", shards.label_table, tracker),
             )
             return DenoiserTask(shards, side, denoiser, process, config.seed, run / "weights", device, validation)
 

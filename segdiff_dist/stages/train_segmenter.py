@@ -10,7 +10,7 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.problems import refuse
 from segdiff_dist.experiment import collect, refuse_another_config
 from segdiff_dist.ranks.distributed import pick_device, world_size
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.stages.base import Plan, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag
 from segdiff_dist.tracking.tracker import TrackingConfig
@@ -39,7 +39,8 @@ class TrainSegmenter(ConfiguredStage):
     def check(self) -> Plan:
         """Opens the set."""
         from data_shards.feed.mixing import mix_groups
-        from segdiff_dist.segmentation import SegmenterTask, segmenter_network
+        from segdiff_dist.segmentation.network import segmenter_network
+        from segdiff_dist.segmentation.task import SegmenterTask
         from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
 
         experiment, config, loader = self.experiment, self.segmenter, self.loader

@@ -16,8 +16,13 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.locks import locked, refuse_where_locked
 from data_shards.problems import Problem, problem, refuse
 from data_shards.store.shards import ShardSet
-from segdiff_dist.experiment import Experiment, save_experiment
+from segdiff_dist.denoising.network_shapes import denoiser_network
+from segdiff_dist.experiment import Experiment, load_experiment, save_experiment
+from segdiff_dist.planning.duration import duration_s, warn_of_length
+from segdiff_dist.planning.memory import SmallConfig, capacity_of, memory_problems, plan_memory, refuse_together
+from segdiff_dist.planning.network import Network
 from segdiff_dist.ranks.distributed import is_main, world_size
+from segdiff_dist.shipped import shipped_config
 from segdiff_dist.stages.base import Cost, Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
 from segdiff_dist.tracking.tracker import Tracker
@@ -25,15 +30,6 @@ from segdiff_dist.training.checkpoint import complete_ones, read_state
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import is_exported
 from segdiff_dist.training.loop import TrainingJob, train
-from segdiff_dist.training.memory_plan import (
-    Network,
-    capacity_of,
-    duration_s,
-    memory_problems,
-    plan_memory,
-    refuse_together,
-    warn_of_length,
-)
 from segdiff_dist.training.throughput import peak_flops
 
 
@@ -144,6 +140,13 @@ class TrainingPlan(Plan):
             TrainingJob(task, self.shards, self.rows, self.loader, config, self.folder, tracker, self.device, settings)
         )
         return Result((f"weights in {self.folder / 'weights'}",), next_command=self.next_command)
+
+
+def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:
+    """The shipped configuration for small machines, on slices of `side` pixels."""
+    experiment = load_experiment(shipped_config("amos_small"), None)
+    network = denoiser_network(experiment.denoiser, shards, side, device)
+    return SmallConfig("amos_small", network, experiment.train)
 
 
 def training_rows(experiment: Experiment, shards: ShardSet) -> np.ndarray:

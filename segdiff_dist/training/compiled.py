@@ -1,7 +1,7 @@
-"""`train.compile`: torch.compile, behind a check that the compiled network has eager's gradients.
+"""`train.compile`: torch.compile, after a check that the compiled network has eager's gradients.
 
-On a CPU torch 2.13 compiles diffusers' UNet to something whose loss is right and whose gradients are not, without an
-error, where it may change the layout of convolutions. So nothing that is compiled is trusted before it is compared.
+On a CPU, where torch 2.13 may change the layout of convolutions, it compiles diffusers' UNet to one with the right loss
+and wrong gradients, without an error. So a compiled network is compared with eager before it is used.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from data_shards.records import Batch
 from segdiff_dist.ranks.distributed import gather_objects
 
 if TYPE_CHECKING:
-    from segdiff_dist.training.loop import Task
+    from segdiff_dist.training.task import Task
 
-# How far the compiled gradient may be from eager's, relative to its norm: rounding in another order. What was seen of
-# wrong ones is 0.4 and more.
+# Largest distance of the compiled gradient from eager's, relative to its norm: rounding in another order. Known wrong
+# gradients are off by 0.4 and more.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
 
 def compile_checked(task: Task, batch: Batch, precision: str) -> None:
-    """Compile the task's model in place, its parameters and their names staying what they are. Call on every rank.
+    """Compile the task's model in place. Its parameters keep their names. Call it on every rank.
 
     Raises InputProblems where it cannot be compiled, or where its gradient of `batch` is not eager's.
     """
@@ -36,7 +36,7 @@ def compile_checked(task: Task, batch: Batch, precision: str) -> None:
 
         torch._inductor.config.layout_optimization = False
     why = _why_not(task, batch, precision)
-    reason = next((found for found in gather_objects(why) if found is not None), None)
+    reason = next((one for one in gather_objects(why) if one is not None), None)
     if reason is not None:
         raise problem(
             "config", "train.compile", "true", f"{reason} (torch {torch.__version__}, {device}); leave it off"
@@ -54,7 +54,7 @@ def _why_not(task: Task, batch: Batch, precision: str) -> str | None:
         return f"this network cannot be compiled here: {first_line(error)}"
     finally:
         task.model.zero_grad(set_to_none=True)
-    worst, off = max(((name, _off(compiled[name], g)) for name, g in eager.items()), key=lambda found: found[1])
+    worst, off = max(((name, _off(compiled[name], g)) for name, g in eager.items()), key=lambda pair: pair[1])
     overall = _off(torch.cat([compiled[n].flatten() for n in eager]), torch.cat([g.flatten() for g in eager.values()]))
     if overall <= _TOLERANCE[precision]:
         return None
@@ -70,7 +70,7 @@ def _gradients(task: Task, forward: Callable[..., Any], batch: Batch, precision:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _off(found: Tensor, expected: Tensor) -> float:
-    """Distance relative to the expected gradient's norm; nan counts as endless."""
-    off = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+def _off(actual: Tensor, expected: Tensor) -> float:
+    """Distance relative to the expected gradient's norm; infinity for NaN."""
+    off = float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
     return off if off == off else float("inf")

@@ -1,16 +1,15 @@
 """The training engine: DeepSpeed's sharded mixed-precision optimiser, and averages of its fp32 weights sharded alike.
 
-Owns DeepSpeed. What DeepSpeed calls partitions is described to the rest of the package as extents (sharded_state.py),
-so that a checkpoint belongs to no number of ranks and to no ZeRO stage.
+deepspeed_internals.py imports DeepSpeed. It describes DeepSpeed's partitions as extents (sharded_state.py), so that a
+checkpoint does not depend on the number of ranks or on the ZeRO stage.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,13 @@ from segdiff_dist.ranks.distributed import (
 )
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.deepspeed_internals import ZeroPartitions, import_deepspeed
 from segdiff_dist.training.muon import MuonAdamW
-from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState, share
+from segdiff_dist.training.sharded_state import SavedState, ShardOfState, share
 from segdiff_kernels.ema_update import MAX_AVERAGES, EmaUpdate, ema_update_reference
 
 ONLINE = "online"
-# Longer than any wait is meant to be: ranks/heartbeat.py finds who waits in vain, and knows more.
+# Longer than any wait should be: ranks/heartbeat.py ends a wait in vain earlier, and names the rank.
 _LONGEST_WAIT = timedelta(hours=2)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Among a checkpoint's scalars where its first moments are Muon's.
@@ -51,15 +51,16 @@ class Engine:
         self.micro_batch_size = micro_batch_size
         self.num_micro_batches = config.global_batch_size // (micro_batch_size * world_size())
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in model.named_parameters()}
         self._adam = _optimizer_of(model, config)
         self._veto = torch.zeros((), device=device)
         self._norm: Tensor | float = float("nan")
-        self._engine, self._zero, _, _ = deepspeed.initialize(
+        self._engine, zero_optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adam, config=self._deepspeed_config()
         )
         self.module: nn.Module = self._engine.module
-        self._shards, self._extents = self._layout()
+        self._partitions = ZeroPartitions(zero_optimizer, config.zero_stage, self.module, names)
+        self._shards, self._extents = self._partitions.shards, self._partitions.extents
         if isinstance(self._adam, MuonAdamW):
             of_ranks = gather_objects(self._extents) if config.zero_stage > 0 else [self._extents]
             self._adam.lay_out(self.shapes, self._shards, of_ranks, rank() if config.zero_stage > 0 else 0)
@@ -79,16 +80,16 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, veto: Tensor | None = None) -> Tensor:
-        """After each micro-batch; updates the weights at the end of a global batch.
+        """Call after each micro-batch; it updates the weights at the end of a global batch.
 
-        `veto`: a number on the device; where it is not 0 the update is not made. Returns 1.0 on the device where no
-        update was made, by veto or because the gradient is no number.
+        `veto`: a number on the device; unless it is 0 the update is skipped. Returns, on the device, 1.0 where the
+        update was skipped: by veto, or because the gradient is not finite.
         """
         if veto is not None:
             self._veto.copy_(veto)
         self._engine.step()
         if self.config.zero_stage > 0 and not self._engine.was_step_applied():
-            return torch.ones_like(self._veto)  # DeepSpeed itself found that the gradient is no number
+            return torch.ones_like(self._veto)  # DeepSpeed itself found a gradient that is not finite
         return self._veto.clone()
 
     def set_lr(self, lr: float) -> None:
@@ -116,7 +117,7 @@ class Engine:
         shards = [s.detach() for s in self._shards]
         kept = [s.clone() for s in shards]
         torch._foreach_copy_(shards, self._averages[name])
-        self._refresh()
+        self._partitions.refresh()
         self.module.eval()
         try:
             with torch.no_grad():
@@ -124,10 +125,10 @@ class Engine:
         finally:
             self.module.train()
             torch._foreach_copy_(shards, kept)
-            self._refresh()
+            self._partitions.refresh()
 
     def state(self) -> ShardOfState:
-        """This rank's part of everything that training goes on from: live tensors, not copies."""
+        """This rank's part of everything that a resumed training needs: live tensors, not copies."""
         moments = {kind: [self._moment(s, kind) for s in self._shards] for kind in _MOMENTS}
         steps = [float(self._adam.state[s]["step"]) for s in self._shards if "step" in self._adam.state[s]]
         extents = self._extents if self.config.zero_stage > 0 else share(self._extents, rank(), world_size())
@@ -138,7 +139,7 @@ class Engine:
         return ShardOfState(self.shapes, extents, shards, scalars)
 
     def load(self, folder: Path, num_files: int) -> None:
-        """Take up what any number of ranks wrote. Raises InputProblems where it is another architecture's."""
+        """Load what any number of ranks wrote. Raises InputProblems where it belongs to another architecture."""
         saved = SavedState(folder, num_files)
         refuse(saved.problems_for(self.shapes))
         before = "muon" if _MUON in saved.scalars else "adamw"
@@ -158,20 +159,20 @@ class Engine:
             }
         for kind in _MOMENTS:
             saved.fill(kind, self._extents, [self._adam.state[s][kind] for s in self._shards])
-        self._refresh()
+        self._partitions.refresh()
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
     def _before_update(self) -> None:
-        """Called by AdamW as its step begins; the fused kernels leave everything as it is where found_inf is not 0."""
+        """AdamW calls it as its step begins. Its fused kernels skip the update where found_inf is not 0."""
         if self.config.zero_stage == 0:
             # DeepSpeed clips here too, but keeps the norm to itself.
             limit = self.config.gradient_clip or float("inf")
             self._norm = norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         else:
-            norm = self._zero._global_grad_norm
+            norm = self._partitions.grad_norm()
         self._veto.copy_(torch.maximum(self._veto, (~torch.isfinite(norm)).to(self._veto)))
         self._adam.found_inf = self._veto.to(self._shards[0].device)  # type: ignore[attr-defined]
 
@@ -200,8 +201,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.num_micro_batches,
             "gradient_clipping": config.gradient_clip if config.zero_stage > 0 else 0.0,
-            # Its own check for gradients that are no number makes the host wait once more in every step;
-            # _before_update does not. ZeRO 1 and 2 wait for the norm even so, once an update.
+            # DeepSpeed's own check for gradients that are not finite makes the host wait once more in every step;
+            # _before_update does not. ZeRO 1 and 2 still wait for the norm once an update.
             "bf16": {"enabled": config.precision == "bf16" and config.zero_stage > 0, "check_grad_overflow": False},
             "zero_optimization": zero,
             # AdamW stays ours with offload too: its fused CPU kernel is as fast as DeepSpeed's, which must be compiled.
@@ -209,53 +210,10 @@ class Engine:
             "steps_per_print": 10**9,
         }
 
-    def _layout(self) -> tuple[list[Tensor], tuple[Extent, ...]]:
-        """The fp32 weights that this rank updates, and which parameters' elements lie where in them."""
-        zero, stage = self._zero, self.config.zero_stage
-        if stage == 0:
-            shards: list[Tensor] = list(self.module.parameters())
-            return shards, tuple(Extent(self._names[id(p)], 0, p.numel(), i, 0) for i, p in enumerate(shards))
-        extents = []
-        if stage == 3:
-            shards = list(zero.fp32_partitioned_groups_flat)
-            for shard, (group, parts) in enumerate(
-                zip(zero.fp16_groups, zero.fp16_partitioned_groups, strict=True)
-            ):  # every parameter is cut into as many pieces as there are ranks
-                offset = 0
-                for parameter, part in zip(group, parts, strict=True):
-                    start = min(rank() * part.ds_numel, parameter.ds_numel)
-                    stop = min(start + part.ds_numel, parameter.ds_numel)
-                    extents.append(Extent(self._names[id(parameter)], start, stop, shard, offset))
-                    offset += part.ds_numel
-        else:
-            shards = list(zero.single_partition_of_fp32_groups)
-            for shard, group in enumerate(zero.round_robin_bit16_groups):  # the row of all parameters is cut
-                low = rank() * shards[shard].numel()
-                high = low + shards[shard].numel()
-                for parameter, first in zip(group, zero.round_robin_bit16_offsets[shard], strict=True):
-                    start, stop = max(low, first), min(high, first + parameter.numel())
-                    if start < stop:
-                        name = self._names[id(parameter)]
-                        extents.append(Extent(name, start - first, stop - first, shard, start - low))
-        return shards, tuple(e for e in extents if e.start < e.stop)
-
-    def _refresh(self) -> None:
-        """The working weights from the fp32 ones, after these were written to from outside."""
-        zero, stage = self._zero, self.config.zero_stage
-        if stage in (1, 2):
-            zero.update_lp_params()
-        elif stage == 3:
-            zero._partition_all_parameters()
-            for group, shard in enumerate(self._shards):
-                zero.fp16_partitioned_groups_flat[group].data.copy_(shard.data)
-                zero._unflatten_partitioned_parameters(group)
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
     def _moment(self, shard: Tensor, kind: str) -> Tensor:
         """Adam's average of a shard's gradients or of their squares; zeros before the first step."""
-        found = self._adam.state[shard].get(kind)
-        return torch.zeros_like(shard) if found is None else found
+        moment = self._adam.state[shard].get(kind)
+        return torch.zeros_like(shard) if moment is None else moment
 
 
 def _optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -272,20 +230,12 @@ def start_distributed(device: torch.device) -> Any:
     if device.type == "cpu":
         keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    else:  # Triton launches on the current device, whatever its tensors lie on
+    else:  # Triton launches on the current device, wherever its tensors are
         torch.cuda.set_device(device)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-        from deepspeed.utils import logger
-
-        _import_muon_uncompiled()
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_news)
-    # Never DeepSpeed's shared-memory collective: it is compiled behind a lock file, and a rank killed there leaves the
-    # lock to hang every later run. gloo does the same.
-    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    deepspeed = import_deepspeed()
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.addFilter(_is_for_users)
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world_size() == 1:  # nobody to meet: no port, which another process might take first
@@ -298,22 +248,6 @@ def start_distributed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of DeepSpeed's log is for users: its word on optimizers that it does not know is not."""
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Whether to print a line of DeepSpeed's log. Its warning about optimizers that it does not know is left out."""
     return "untested optimizer" not in record.getMessage()
-
-
-def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon, which never runs here, without torch's compiler.
-
-    deepspeed.initialize imports it to see whether the optimiser is one, and its decorators (DeepSpeed 0.19) load
-    torch._inductor for that: a fifth of the time in which a training starts.
-    """
-    from deepspeed.runtime import compiler
-
-    before, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:
-        with suppress(ImportError):  # as DeepSpeed does
-            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    finally:
-        compiler.compile = before

@@ -1,4 +1,4 @@
-"""What a finished checkpoint leaves for others: exported weights, and snapshots of the averages.
+"""Exported weights, and snapshots of the averages, from a complete checkpoint.
 
 RUN/weights/<average>/         through the task: for the denoiser a diffusers folder
 RUN/weights/exported.json      images_seen of the checkpoint they come from; written last, for `checkpoint`
@@ -27,22 +27,22 @@ from segdiff_dist.training.sharded_state import SavedState, number_of
 from segdiff_dist.weight_files import refuse_damaged, write_digests
 
 if TYPE_CHECKING:
-    from segdiff_dist.training.loop import Task
+    from segdiff_dist.training.task import Task
 
 _EXPORTED = "exported.json"
 
 
 class Exporter:
-    """Exports from checkpoint files, so that nothing is gathered over the network and no step waits."""
+    """Exports from checkpoint files: no rank sends weights over the network, and no step waits."""
 
     def __init__(self, task: Task, config: TrainConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
 
     def export(self, checkpoint: Path) -> None:
-        """Leave what a complete checkpoint leaves, unless it was left already; main rank.
+        """Write the snapshot and the weights of a complete checkpoint, unless both are there. Main rank.
 
-        The weights are those of the checkpoint that its state calls best: of itself where the task has no score. They
-        are exported once, or as soon as what prevented it has passed. Raises OSError where they cannot be written.
+        The weights are those of the checkpoint that the state names as best; without a score that is the checkpoint
+        itself. Raises OSError where they cannot be written; a later call tries again.
         """
         from safetensors import SafetensorError
 
@@ -51,7 +51,7 @@ class Exporter:
         try:
             self._snapshot(checkpoint)
             self._weights(checkpoint)
-        except SafetensorError as error:  # its own error for what the system refused
+        except SafetensorError as error:  # its own error for errors of the system
             raise OSError(number_of(error), str(error), str(self.folder)) from error
 
     def _snapshot(self, checkpoint: Path) -> None:
@@ -88,16 +88,16 @@ class Exporter:
             for average in averages:
                 self.task.export(average, saved.full(average))
             note = {"images_seen": best, "averages": averages}
-        if note:  # else nothing was ever judged
+        if note:  # else nothing was validated yet
             content = json.dumps({**note, "checkpoint": images_seen}) + "\n"
             write_atomic(self.folder / "weights" / _EXPORTED, content, durable=True)
 
 
 def is_exported(checkpoint: Path, folder: Path) -> bool:
-    """Whether all that a checkpoint leaves is under `folder`, and the weights there are those it calls best."""
+    """Whether everything of a checkpoint was exported to `folder`, and the weights there are the best."""
     note = _read_note(folder)
     best = read_state(checkpoint).get("best_images_seen")
-    done = note.get("checkpoint", note.get("images_seen"))  # runs of before say the latter alone
+    done = note.get("checkpoint", note.get("images_seen"))  # early versions wrote the latter alone
     return done == int(checkpoint.name) and best in (None, note["images_seen"])
 
 
@@ -112,7 +112,7 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 
 def _snapshots(run: Path, averages: Sequence[str]) -> list[int]:
-    """The counts of a run's snapshots that are whole."""
+    """The counts of a run's complete snapshots."""
     folders = [
         p
         for p in (run / "snapshots").glob("[0-9]*")

@@ -20,27 +20,27 @@ from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.throughput import memory_in_use
 
 if TYPE_CHECKING:
-    from segdiff_dist.training.loop import Task
+    from segdiff_dist.training.task import Task
 
-_FOUND = "micro_batch.json"
-# A larger size must be this much faster to be worth its memory.
-_WORTH_IT = 1.02
+_SIZES = "micro_batch.json"
+# A larger size is taken only if it is this much faster.
+_LEAST_GAIN = 1.02
 
 
 def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig, folder: Path) -> int:
-    """The configured size or, for `auto`, the smallest of the fastest that fit: by a training step on copies of the
-    first image that `load` gives, of each size that divides a rank's share of the global batch.
+    """The configured size or, for `auto`, the smallest of the fastest sizes that fit.
 
-    What was found is kept in `folder`, so that a resumed run computes bit for bit what it would have: for these ranks
-    and devices, and all else that memory and speed depend on. Call on every rank, after torch.distributed was started:
-    the main rank reads what is kept, or the slowest decides.
+    It times training steps on copies of the first image from `load`, for each size that divides a rank's share of the
+    global batch. The slowest rank decides. The result is kept in `folder`, by ranks, devices and everything else that
+    memory and speed depend on, so that a resumed run computes the same bits. Call it on every rank, after
+    torch.distributed was started.
     """
     if config.micro_batch_size != "auto":
         return config.micro_batch_size
     batch = load()
     share = config.global_batch_size // world_size()
-    file = folder / _FOUND
-    devices = gather_objects(_device(batch.image_BHW.device))
+    file = folder / _SIZES
+    devices = gather_objects(device_name(batch.image_BHW.device))
     key = _key(task.model, batch, config, devices)
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     # The main rank alone reads the file: another's view of it may be older, and it would try alone.
@@ -48,13 +48,13 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
     decided: int | None = gather_objects(known.get(key))[0]
     if decided in sizes:
         return decided
-    rates = gather_objects(_rates(task, batch, config, sizes))
+    rates = gather_objects(measure_rates(task, batch, config, sizes))
     everywhere = [min(rate[i] for rate in rates) for i in range(min(map(len, rates)))]
     if not everywhere:
         raise MemoryError(f"{task.name}: not even one image fits into the memory of every rank")
     best = 0
     for i, rate in enumerate(everywhere):
-        if rate > everywhere[best] * _WORTH_IT:
+        if rate > everywhere[best] * _LEAST_GAIN:
             best = i
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
 
 
 def _read(file: Path) -> dict[str, int]:
-    """What was found before; what cannot be read is tried again."""
+    """The sizes of earlier runs, by key; empty where the file cannot be read."""
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
@@ -71,15 +71,16 @@ def _read(file: Path) -> dict[str, int]:
     return {k: v for k, v in known.items() if type(v) is int} if isinstance(known, dict) else {}
 
 
-def _device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """`cpu`, or a GPU's name and memory."""
     if device.type != "cuda":
         return device.type
-    about = torch.cuda.get_device_properties(device)
-    return f"{about.name} {about.total_memory / 2**30:.0f} GiB"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _key(model: nn.Module, batch: Batch, config: TrainConfig, devices: list[str]) -> str:
-    """What the fastest size depends on, as text. `devices` by rank."""
+    """Everything that the fastest size depends on, as text. `devices` by rank."""
     shapes = repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
     facts = {
         "ranks": len(devices),
@@ -97,7 +98,7 @@ def _key(model: nn.Module, batch: Batch, config: TrainConfig, devices: list[str]
     return json.dumps(facts)
 
 
-def _rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> list[float]:
+def measure_rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> list[float]:
     """Images a second of each size, up to the first that does not fit or is slower than two smaller ones."""
     device = batch.image_BHW.device
     rates: list[float] = []
@@ -107,14 +108,14 @@ def _rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> l
         * (3 + len(config.ema_lengths))
         // max(1, world_size() if config.zero_stage else 1)
     )
-    before, done = _resident(), 0
+    before, done = resident_bytes(), 0
     try:
         kept_free = torch.empty(held if device.type == "cuda" else 0, device=device)
         for size in sizes:
             # A CPU raises no error where memory ends: the kernel kills.
-            if device.type == "cpu" and rates and not _has_room(_resident() - before, done, size, 4 * held):
+            if device.type == "cpu" and rates and not _has_room(resident_bytes() - before, done, size, 4 * held):
                 break
-            rates.append(_rate(task, _repeated(batch, size), config, device))
+            rates.append(images_per_s(task, _repeated(batch, size), config, device))
             done = size
             if len(rates) > 2 and rates[-1] < min(rates[-3:-1]):
                 break
@@ -126,7 +127,8 @@ def _rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int]) -> l
     return rates
 
 
-def _resident() -> float:
+def resident_bytes() -> float:
+    """Bytes of the host's memory that this process holds."""
     return memory_in_use(torch.device("cpu"))["host_memory_gib"] * 2**30
 
 
@@ -136,7 +138,8 @@ def _has_room(grown: float, done: int, size: int, held: float) -> bool:
     return memory is None or grown / done * size - grown + held <= rank_share(memory).available
 
 
-def _rate(task: Task, batch: Batch, config: TrainConfig, device: torch.device) -> float:
+def images_per_s(task: Task, batch: Batch, config: TrainConfig, device: torch.device) -> float:
+    """The rate of training steps on a batch, the first of which does not count."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""The training state in files that any number of ranks and any ZeRO stage can read, whoever wrote them.
+"""The training state in files that any number of ranks and any ZeRO stage can read.
 
-Every kind of state (weights, Adam's moments, averages) is as large as the model, and each rank holds pieces of it in a
-few flat tensors, its shards. An Extent says which elements of which parameter lie where in them. A rank writes its
-shards to one safetensors file with its extents in the header; a reader fills its own extents from whatever files hold
-them. Safetensors hold numbers only, so a checkpoint from a stranger cannot run code.
+Every kind of state (weights, Adam's moments, averages) is as large as the model. Each rank holds pieces of it in a few
+flat tensors, its shards. An Extent says which elements of which parameter are where in them. A rank writes its shards
+to one safetensors file with its extents in the header. A reader fills its own extents from the files that hold them.
+Safetensors hold numbers only, so a checkpoint from a stranger cannot run code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ANOTHER = "use another checkpoint"
 
 @dataclass(frozen=True)
 class Extent:
-    """Elements start..stop of a flattened parameter lie at `offset` of the rank's `shard`-th flat tensor."""
+    """Elements start..stop of a flattened parameter are at `offset` of the rank's `shard`-th flat tensor."""
 
     parameter: str
     start: int
@@ -78,8 +78,7 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
 
     path = folder / file_name(rank)
     tensors, extents = _packed(state)
-    # One entry: of several, safetensors writes another order each time, and a checkpoint's bytes are to be a function
-    # of what is in it.
+    # One entry only: safetensors writes several in random order, and the same state must give the same bytes.
     layout = {"extents": [astuple(e) for e in extents], "shapes": state.shapes, "scalars": state.scalars}
     header = {_LAYOUT: json.dumps(layout)}
     try:
@@ -89,28 +88,27 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
                 checksum = _crc32c(stream)
     except OSError:
         raise
-    except Exception as error:  # safetensors gives its own error for what the system refused
+    except Exception as error:  # safetensors raises its own error for errors of the system
         raise OSError(number_of(error), str(error), str(path)) from error
     written = {"bytes": path.stat().st_size, "crc32c": checksum}
     write_atomic(path.with_suffix(".json"), json.dumps(written) + "\n", durable=True)
 
 
 def number_of(error: Exception) -> int:
-    """The errno of what safetensors says in words alone: "... (os error 28)". EIO where it says none."""
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else errno.EIO
+    """The errno in the text of safetensors' error, "... (os error 28)"; EIO where there is none."""
+    match = re.search(r"os error (\d+)", str(error))
+    return int(match[1]) if match else errno.EIO
 
 
 def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:
-    """What is wrong with a checkpoint's files, in words, or None. Lengths alone unless `read_all`, which also compares
-    checksums."""
+    """What is damaged in the files, for a message, or None. It compares lengths, and with `read_all` checksums."""
     for rank in range(num_files):
         path = folder / file_name(rank)
         try:
             expected = read_json(path.with_suffix(".json"), "remove this checkpoint")
-            found = path.stat().st_size
-            if found != expected["bytes"]:
-                return f"{path.name} has {found} bytes of {expected['bytes']}"
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{path.name} has {size} bytes of {expected['bytes']}"
             if read_all:
                 with path.open("rb") as stream:
                     if _crc32c(stream) != expected["crc32c"]:
@@ -148,22 +146,22 @@ class SavedState:
                     self._where.setdefault(extent.parameter, []).append((extent, number))
 
     def _refuse_outside(self, extent: Extent, sizes: Mapping[str, int]) -> None:
-        """Raise ValueError for what leads out of a parameter, or of the file."""
+        """Raise ValueError for an extent outside its parameter or its file."""
         length = extent.stop - extent.start
-        whole = math.prod(self.shapes[extent.parameter])
+        size = math.prod(self.shapes[extent.parameter])
         held = min(sizes.get(f"{kind}.{extent.shard}", -1) for kind in self.kinds)
-        if not (0 <= extent.start < extent.stop <= whole and 0 <= extent.offset <= held - length):
+        if not (0 <= extent.start < extent.stop <= size and 0 <= extent.offset <= held - length):
             raise ValueError(f"{extent} leads out of its file")
 
     def problems_for(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Problem]:
         """How the parameters differ from those of a model: another architecture, key by key."""
-        found = []
+        problems = []
         for name in sorted(self.shapes.keys() | shapes.keys()):
             saved, wanted = self.shapes.get(name), shapes.get(name)
             if saved != wanted:
                 value = f"{_shape(saved)} in the checkpoint, {_shape(wanted)} in the model"
-                found.append(Problem(str(self.folder), name, value, "use the config the run was started with"))
-        return found
+                problems.append(Problem(str(self.folder), name, value, "use the config the run was started with"))
+        return problems
 
     def fill(self, kind: str, extents: Iterable[Extent], shards: Sequence[Tensor]) -> None:
         """Copy the kind's values into flat tensors laid out by `extents`.
@@ -186,24 +184,24 @@ class SavedState:
                 raise problem(self.folder, wanted.parameter, value, _ANOTHER)
 
     def full(self, kind: str) -> dict[str, Tensor]:
-        """Every parameter of a kind, whole: fp32 on the CPU."""
-        whole = {}
+        """All parameters of a kind: fp32 on the CPU."""
+        parameters = {}
         for name, shape in self.shapes.items():
             held = sum(saved.stop - saved.start for saved, _ in self._where.get(name, ()))
             if held < math.prod(shape):  # before memory is taken for it
                 raise problem(self.folder, name, f"{held} of {math.prod(shape)} elements of {kind}", _ANOTHER)
             flat = torch.empty(math.prod(shape))
             self.fill(kind, [Extent(name, 0, flat.numel(), 0, 0)], [flat])
-            whole[name] = flat.view(shape)
-        return whole
+            parameters[name] = flat.view(shape)
+        return parameters
 
 
 def _packed(state: ShardOfState) -> tuple[dict[str, Tensor], list[Extent]]:
-    """Tensors to write, and extents in them: the shards as they are where all of their elements are this rank's to
-    write, and only those elements otherwise."""
-    whole = sum(e.stop - e.start for e in state.extents)
+    """Tensors to write, and the extents in them: the shards themselves where this rank writes all of their elements,
+    else only the elements it writes."""
+    num_written = sum(e.stop - e.start for e in state.extents)
     sizes = [shard.numel() for shard in next(iter(state.shards.values()))]
-    if whole == sum(sizes):
+    if num_written == sum(sizes):
         tensors = {f"{kind}.{i}": s.view(-1) for kind, shards in state.shards.items() for i, s in enumerate(shards)}
         return tensors, list(state.extents)
     packed, at = [], 0
@@ -218,7 +216,7 @@ def _packed(state: ShardOfState) -> tuple[dict[str, Tensor], list[Extent]]:
 
 
 def _layout_of(header: Mapping[str, str]) -> dict[str, Any]:
-    """Extents, shapes and scalars; checkpoints of before have an entry for each."""
+    """Extents, shapes and scalars; early versions wrote an entry for each."""
     if _LAYOUT in header:
         return dict(json.loads(header[_LAYOUT]))
     return {name: json.loads(header[name]) for name in ("extents", "shapes", "scalars")}

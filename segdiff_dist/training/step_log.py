@@ -1,16 +1,24 @@
-"""What a step tells: sums that are alike on all ranks, gathered for the log; and whether its update may be made.
+"""Metrics of the steps, whether a step's update may be made, and the log that both end in.
 
-Everything stays on the device until it is logged, so that no step waits for the host.
+Values stay on the device until they are logged, so that no step waits for the host.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from segdiff_dist.ranks.distributed import sum_over_ranks
+from data_shards.files import write_atomic
+from segdiff_dist.ranks.distributed import is_main, sum_over_ranks
+
+if TYPE_CHECKING:
+    from segdiff_dist.tracking.tracker import Tracker
 
 # The running mean of the loss: its weight for one step, and how many steps must have gone into it before it counts.
 _MEAN_WEIGHT = 0.01
@@ -18,10 +26,10 @@ _STEPS_BEFORE_SPIKES_COUNT = 100
 
 
 class Window:
-    """Means over the steps since the last line of the log: of the loss and of whatever else a task tells.
+    """Means of the loss and of the task's other metrics over the steps since the last line of the log.
 
-    A step's sums are added up over its micro-batches and over ranks before they join the window's, so the window is the
-    same on every rank and may be saved by one and restored on any number.
+    A step's sums are added up over its micro-batches and over ranks before they join the window's. So the window is the
+    same on every rank: one rank saves it, and any number of ranks restores it.
     """
 
     def __init__(self, device: torch.device, values: dict[str, list[float]] | None = None) -> None:
@@ -31,10 +39,10 @@ class Window:
         self._step: dict[str, Tensor] = {}
         self._reduced_N2: Tensor | None = None
 
-    def add(self, loss: Tensor, told: dict[str, Tensor]) -> None:
+    def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """One micro-batch: its mean loss, and name -> (sum, count)."""
         one = torch.ones((), dtype=torch.float64, device=self._device)
-        values = {"loss": torch.stack((loss.detach().double(), one))} | {k: v.double() for k, v in told.items()}
+        values = {"loss": torch.stack((loss.detach().double(), one))} | {k: v.double() for k, v in metrics.items()}
         self._step = {name: self._step[name] + v if self._step else v for name, v in values.items()}
 
     def step_loss(self) -> Tensor:
@@ -42,7 +50,7 @@ class Window:
         names = tuple(self._step)
         if not self._names:
             self._names, self._sums_N2 = names, self._tensor([[0.0, 0.0]] * len(names))
-        assert names == self._names, f"told {names}, earlier {self._names}"
+        assert names == self._names, f"metrics {names}, earlier {self._names}"
         self._reduced_N2 = sum_over_ranks(torch.stack(list(self._step.values())))
         self._step = {}
         return self._reduced_N2[0, 0] / self._reduced_N2[0, 1]
@@ -53,10 +61,10 @@ class Window:
         self._sums_N2 += torch.where(skipped > 0, torch.zeros_like(self._reduced_N2), self._reduced_N2)
 
     def means(self) -> dict[str, float]:
-        """name -> mean; the window begins anew. NaN where nothing was counted."""
-        found = {name: s / n if n else float("nan") for name, (s, n) in self.values().items()}
+        """name -> mean, NaN where nothing was counted. The window begins anew."""
+        means = {name: s / n if n else float("nan") for name, (s, n) in self.values().items()}
         self._sums_N2 = torch.zeros_like(self._sums_N2)
-        return found
+        return means
 
     def values(self) -> dict[str, list[float]]:
         """name -> [sum, count]: what to save."""
@@ -78,7 +86,7 @@ class Guard:
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def veto(self, step_loss: Tensor) -> Tensor:
-        """1.0 where the loss is no number or stands out, else 0.0; on the device."""
+        """1.0 where the loss is not finite or stands out, else 0.0; on the device."""
         self._loss = step_loss
         mean, steps, *_ = self._values_5
         stands_out = (steps >= _STEPS_BEFORE_SPIKES_COUNT) & (step_loss > self._spike_factor * mean)
@@ -110,6 +118,44 @@ class Guard:
         """The most steps skipped in a row since the run began, also where updates followed; waits for the device."""
         return int(self._values_5[4])
 
+    def is_sound(self, max_skipped_steps: int) -> bool:
+        """Whether the weights are from outside a streak of skipped steps: those from within may be what causes it.
+        A streak of `max_skipped_steps`, which stops the run, counts even where updates followed."""
+        return self.num_in_a_row == 0 and self.longest_in_a_row < max_skipped_steps
+
     def values(self) -> list[float]:
         """What to save."""
         return self._values_5.tolist()
+
+
+class RunLog:
+    """Metrics of a run, by images seen, in log.jsonl and in the tracker. The main rank alone writes."""
+
+    def __init__(self, file: Path, tracker: Tracker, prefix: str, images_seen: int) -> None:
+        """The log goes on after `images_seen`. Names in the tracker begin with `prefix` and a slash."""
+        self._file, self._tracker, self._prefix = file, tracker, prefix
+        if is_main():
+            _cut_log(file, images_seen)
+
+    def write(self, images_seen: int, row: Mapping[str, float]) -> None:
+        """A line of the file, where NaN and infinity are null, and the tracker's metrics."""
+        if not is_main():
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
+        with self._file.open("a") as file:
+            file.write(json.dumps({"images_seen": images_seen, **finite}) + "\n")
+        self.track(images_seen, row)
+
+    def track(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """The tracker's metrics alone."""
+        named = {f"{self._prefix}/{name}": value for name, value in metrics.items()}
+        self._tracker.log_metrics(named, images_seen)
+
+
+def _cut_log(path: Path, images_seen: int) -> None:
+    """Remove lines that a killed run wrote after its last checkpoint, or wrote in part: they are written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in complete if json.loads(line)["images_seen"] <= images_seen]
+        write_atomic(path, "".join(kept))

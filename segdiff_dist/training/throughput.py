@@ -46,7 +46,7 @@ _MEASURED_REPEATS = 5
 
 
 class Peak(NamedTuple):
-    """What one device can do at most, in FLOP/s, and how that is known."""
+    """Peak FLOP/s of one device, and where the figure comes from."""
 
     flops: float
     source: Literal["data sheet", "measured"]
@@ -63,10 +63,11 @@ def peak_flops(device: torch.device, precision: Literal["bf16", "fp32"]) -> Peak
             if part in name:
                 full = tf32 if torch.backends.cudnn.allow_tf32 else fp32
                 return Peak(1e12 * (bf16 if precision == "bf16" else full), "data sheet")
-    return Peak(_measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured")
+    return Peak(measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured")
 
 
-def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few matrix products."""
     side = _MEASURED_SIDE[device.type]
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     best_s, repeats, end = float("inf"), 0, time.perf_counter() + _MEASURED_S
@@ -83,8 +84,8 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 class FlopCounter:
     """FLOPs of training on one image, forward and backward, counted on the meta device: no memory, no arithmetic.
 
-    Make it before an engine takes the model: it keeps a copy without weights, looks at what the model's first forward
-    is given, and counts when asked. What activation checkpointing computes twice counts once, as is usual for MFU.
+    Make it before an engine takes the model. It keeps a copy without weights, notes the arguments of the model's first
+    forward, and counts when asked. What activation checkpointing computes twice counts once, as is usual for MFU.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -149,7 +150,7 @@ class StepClock:
 
     def _begin(self, images_seen: int) -> None:
         self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
-        self._step_start = 0.0  # on a clock that stands still in pauses
+        self._step_start = 0.0  # on a clock that stops in pauses
         self._step_s: list[float] = []
 
     @contextmanager
@@ -161,13 +162,13 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent here does not count: validation, and what a checkpoint takes of the loop."""
+        """Time spent here does not count: validation, and waiting for a checkpoint."""
         start = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - start
 
     def step(self) -> None:
-        """A step is over, for the host at least; a GPU's steps follow at the same pace as soon as its queue is full."""
+        """A step is over for the host. A GPU's steps follow at the same pace as soon as its queue is full."""
         now = self._busy_s()
         self._step_s.append(now - self._step_start)
         self._step_start = now
@@ -192,14 +193,14 @@ class StepClock:
 def memory_in_use(device: torch.device) -> dict[str, float]:
     """GiB that this process holds of the host's memory and, at most since it began, of the GPU's."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    found = {"host_memory_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}
+    memory = {"host_memory_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}
     if device.type == "cuda":
-        found["gpu_memory_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return found
+        memory["gpu_memory_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return memory
 
 
 def progress_line(row: Mapping[str, float]) -> str:
-    """A row of the log in a few words, for the end of a progress bar that shows img/s and ETA itself."""
+    """A row of the log in short, for the end of a progress bar, which itself shows img/s and ETA."""
     words = [f"loss {row['loss']:.4f}"]
     if "mfu" in row:
         words.append(f"MFU {row['mfu']:.0%}")

@@ -25,7 +25,7 @@ from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.training.config import TrainConfig
 
 HEAD = {"num_cpus": 2, "num_gpus": 8, "object_store_memory": 100 * 2**20}

@@ -34,8 +34,9 @@ def write_segmenter(weights: Path, table: LabelTable = AMOS, num_levels: int = 3
     """An untrained segmenter: its labels mean nothing, but are the same every time."""
     import torch
 
-    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-    from segdiff_dist.segmentation_config import SegmenterConfig
+    from segdiff_dist.segmentation.config import SegmenterConfig
+    from segdiff_dist.segmentation.network import SegmenterNet
+    from segdiff_dist.segmentation.segmenter import save_segmenter
 
     config = SegmenterConfig(channels=(8,) * num_levels)
     torch.manual_seed(0)
@@ -106,7 +107,7 @@ def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -
     import zarr
 
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.segmentation import Segmenter
+    from segdiff_dist.segmentation.segmenter import Segmenter
 
     folder = run / "evaluation"
     outcomes = []

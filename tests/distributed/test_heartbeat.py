@@ -41,7 +41,7 @@ def test_a_rank_that_hangs_is_named_and_shows_where_it_stands(tmp_path: Path) ->
             assert "stops: rank 1 (" in started.stderr(rank)
             assert "hangs at 160 images in _commit (ranks_support.py:" in started.stderr(rank)
         assert "time.sleep(1000)" in started.stderr(1)
-        assert "main thread stands at" not in started.stderr(2)
+        assert "main thread is at" not in started.stderr(2)
 
 
 def test_a_rank_that_fails_is_named_with_its_error(tmp_path: Path) -> None:

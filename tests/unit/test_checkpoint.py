@@ -16,9 +16,8 @@ import torch
 
 from data_shards.files import write_atomic
 from data_shards.problems import InputProblems
-from segdiff_dist.ranks.distributed import Agreement
-from segdiff_dist.training import checkpoint, sharded_state
-from segdiff_dist.training.checkpoint import CheckpointWriter
+from segdiff_dist.training import checkpoint, checkpoint_writer, sharded_state
+from segdiff_dist.training.checkpoint_writer import CheckpointWriter
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState
 
@@ -75,10 +74,9 @@ def test_one_that_was_passed_over_never_outlives_or_mixes_with_what_comes_after(
     damaged = make(tmp_path, 300, ranks=2)
     with pytest.warns(UserWarning, match=r"300 is damaged and passed over: rank_00001"):
         assert checkpoint.newest_usable(tmp_path) == tmp_path / f"{200:012d}"
-    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
     with CheckpointWriter(tmp_path, keep=1) as writer:
         writer.start(state(torch.ones(4)), {"images_seen": 250})
-        writer.drain(agreement, must_succeed=True)
+        writer.drain(must_succeed=True)
         assert [int(p.name) for p in newest_first(tmp_path)] == [250]
         write_atomic(damaged / checkpoint.MARKER, "")  # as if nobody had passed over it
         writer.start(state(torch.ones(4)), {"images_seen": 300})
@@ -104,7 +102,6 @@ def state(values: torch.Tensor) -> ShardOfState:
 
 def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path) -> None:
     weights = torch.zeros(4_000_000)
-    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
     exported: list[Path] = []
     with CheckpointWriter(tmp_path, keep=1, on_complete=exported.append) as writer:
         for images in (8, 16):
@@ -113,11 +110,11 @@ def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path)
             writer.wait_until_copied()
             weights.fill_(-1)
             for _ in range(2_000):
-                writer.poll(agreement.exchange({"stop": 0.0, **writer.flags()}))
+                writer.after_step()
                 if not writer.pending:
                     break
                 time.sleep(0.01)
-        writer.drain(agreement, must_succeed=True)
+        writer.drain(must_succeed=True)
     assert [int(p.name) for p in exported] == [8, 16]
     assert [int(p.name) for p in checkpoint.complete_ones(tmp_path)] == [16]
     newest = checkpoint.newest_usable(tmp_path)
@@ -129,27 +126,25 @@ def test_the_state_is_that_of_the_moment_though_training_goes_on(tmp_path: Path)
 def test_a_full_disk_leaves_the_checkpoint_before_and_room_helps(disk_of: Callable[[int], Path]) -> None:
     small_disk = disk_of(8)
     weights = torch.ones(1_200_000)  # 4.8 MB: one fits, two do not
-    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
     with CheckpointWriter(small_disk, keep=1) as writer:
         writer.start(state(weights), {"images_seen": 8})
-        writer.drain(agreement, must_succeed=True)
+        writer.drain(must_succeed=True)
         writer.start(state(weights), {"images_seen": 16})
         with (
             pytest.warns(UserWarning, match=r"000000000016 could not be written and is left out: .*[Ss]pace"),
             pytest.raises(OSError, match="could not be written"),
         ):
-            writer.drain(agreement, must_succeed=True)
+            writer.drain(must_succeed=True)
         assert [int(p.name) for p in checkpoint.complete_ones(small_disk)] == [8]
         assert sharded_state.find_damage(small_disk / f"{8:012d}", 1, read_all=True) is None
         assert writer.num_failed == 1
         shutil.rmtree(small_disk / f"{8:012d}")  # room is made
         writer.start(state(weights), {"images_seen": 24})
-        writer.drain(agreement, must_succeed=True)
+        writer.drain(must_succeed=True)
     assert [int(p.name) for p in checkpoint.complete_ones(small_disk)] == [24]
 
 
 def test_what_follows_from_a_checkpoint_may_fail_and_the_next_makes_up_for_it(tmp_path: Path) -> None:
-    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
     exported = []
 
     def export(folder: Path) -> None:
@@ -162,32 +157,31 @@ def test_what_follows_from_a_checkpoint_may_fail_and_the_next_makes_up_for_it(tm
             writer.start(state(torch.ones(4)), {"images_seen": images})
             if images == 16:
                 with pytest.warns(UserWarning, match=r"016 is whole, but .*No space"):
-                    writer.drain(agreement)
+                    writer.drain()
                 assert [int(p.name) for p in checkpoint.complete_ones(tmp_path)] == [16]
-        writer.drain(agreement, must_succeed=True)
+        writer.drain(must_succeed=True)
         assert (exported, writer.num_failed, writer.lost) == ([24], 1, 0)
         writer.start(state(torch.ones(4)), {"images_seen": 32})
         with pytest.warns(UserWarning, match="is whole"), pytest.raises(OSError, match=r"is whole.*No space"):
-            writer.drain(agreement, must_succeed=True)
+            writer.drain(must_succeed=True)
 
 
 def test_one_that_cannot_be_marked_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agreement = Agreement(("stop", *CheckpointWriter.FLAGS))
-    write = checkpoint.write_atomic
+    write = checkpoint_writer.write_atomic
 
     def full(path: Path, text: str, **options: Any) -> None:
         if path.name == checkpoint.MARKER and int(path.parent.name) == 16:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, text, **options)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    monkeypatch.setattr(checkpoint_writer, "write_atomic", full)
     with CheckpointWriter(tmp_path, keep=3) as writer:
         for images in (8, 16, 24):
             writer.start(state(torch.ones(4)), {"images_seen": images})
             if images == 16:
                 with pytest.warns(UserWarning, match=r"016 could not be written.*No space"):
-                    writer.drain(agreement)
-            writer.drain(agreement, must_succeed=images != 16)
+                    writer.drain()
+            writer.drain(must_succeed=images != 16)
         assert (writer.num_failed, writer.lost) == (1, 16)
     assert there(tmp_path) == [8, 24]
 

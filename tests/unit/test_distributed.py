@@ -16,7 +16,7 @@ import data_shards
 import segdiff_dist
 import segdiff_kernels
 from segdiff_dist.ranks.distributed import Agreement, agree, code_versions, name_ranks
-from segdiff_dist.ranks.heartbeat import Court, Heartbeat, Sign
+from segdiff_dist.ranks.heartbeat import Heartbeat, RankMonitor, RankStatus
 
 
 def test_ranks_that_differ_are_named_with_what_they_have(tmp_path: Path) -> None:
@@ -87,25 +87,25 @@ def test_code_that_differs_has_another_digest(tmp_path: Path) -> None:
 
 
 class Trial:
-    """512 ranks on 64 hosts in lockstep before a Court, a second a round."""
+    """512 ranks on 64 hosts in lockstep before a RankMonitor, a second a round."""
 
     def __init__(self) -> None:
-        self.signs = [Sign(f"node-{n // 8}", n) for n in range(512)]
-        self.court = Court(512, hang_timeout_s=600, dead_after_s=15, interval_s=1)
+        self.statuses = [RankStatus(f"node-{n // 8}", n) for n in range(512)]
+        self.monitor = RankMonitor(512, hang_timeout_s=600, dead_after_s=15, interval_s=1)
         self.now_s = 0.0
 
     def rounds(self, number: int, silent: tuple[int, ...] = (), stuck: tuple[int, ...] = ()) -> str | None:
-        """The first verdict within so many rounds."""
+        """The first reason within so many rounds."""
         for _ in range(number):
             self.now_s += 1
-            for n, sign in enumerate(self.signs):
-                sign.ticks += n not in silent
+            for n, status in enumerate(self.statuses):
+                status.ticks += n not in silent
                 if n not in stuck:
-                    sign.beats, sign.images_seen = sign.beats + 1, sign.images_seen + 4096
+                    status.beats, status.images_seen = status.beats + 1, status.images_seen + 4096
             # As the store does, hand over copies.
-            verdict = self.court.judge([Sign(**vars(sign)) for sign in self.signs], (), self.now_s)
-            if verdict is not None:
-                return verdict.why
+            reason = self.monitor.check([RankStatus(**vars(status)) for status in self.statuses], (), self.now_s)
+            if reason is not None:
+                return reason.message
         return None
 
 
@@ -117,8 +117,8 @@ def test_of_512_ranks_the_dead_and_the_slowest_are_named() -> None:
 
     trial = Trial()
     trial.rounds(10)
-    trial.signs[77].where = "read (batch_reader.py:10)"
-    trial.signs[77].beats -= 1
+    trial.statuses[77].where = "read (batch_reader.py:10)"
+    trial.statuses[77].beats -= 1
     everyone = tuple(range(512))
     assert trial.rounds(599, stuck=everyone) is None
     why = trial.rounds(2, stuck=everyone) or ""
@@ -128,7 +128,7 @@ def test_of_512_ranks_the_dead_and_the_slowest_are_named() -> None:
 def test_an_error_of_all_ranks_is_left_to_them_and_one_of_a_single_rank_is_told() -> None:
     trial = Trial()
     trial.rounds(10)
-    trial.signs[5].state = "failed: ValueError: x"
+    trial.statuses[5].state = "failed: ValueError: x"
     assert trial.rounds(1) is None
     assert trial.rounds(1) == "rank 5 (node-0) failed: ValueError: x"
 
@@ -136,7 +136,7 @@ def test_an_error_of_all_ranks_is_left_to_them_and_one_of_a_single_rank_is_told(
 def test_patience_of_one_rank_holds_for_all_and_ends() -> None:
     trial = Trial()
     trial.rounds(10)
-    trial.signs[3].patience_s = 1000
+    trial.statuses[3].patience_s = 1000
     everyone = tuple(range(512))
     assert trial.rounds(999, stuck=everyone) is None
     assert "hangs" in (trial.rounds(2, stuck=everyone) or "")
@@ -145,25 +145,25 @@ def test_patience_of_one_rank_holds_for_all_and_ends() -> None:
 def test_ranks_that_have_left_are_not_missed() -> None:
     trial = Trial()
     trial.rounds(10)
-    for sign in trial.signs[1:]:
-        sign.state = "left"
+    for status in trial.statuses[1:]:
+        status.state = "left"
     assert trial.rounds(100, silent=tuple(range(1, 512))) is None
-    trial.signs[0].state = "left"
+    trial.statuses[0].state = "left"
     assert trial.rounds(1) is None
-    assert trial.court.all_left.is_set()
+    assert trial.monitor.all_left.is_set()
 
 
 def test_a_rank_that_was_interrupted_alone_is_told_to_the_others() -> None:
     trial = Trial()
     trial.rounds(10)
-    trial.signs[0].state = "interrupted"
+    trial.statuses[0].state = "interrupted"
     assert trial.rounds(15) is None
     assert trial.rounds(10) == "rank 0 (node-0) left while the others still needed it"
 
 
 def test_a_rank_that_never_begins_is_named() -> None:
-    court = Court(4, hang_timeout_s=60, dead_after_s=15, interval_s=1)
-    verdicts = [court.judge(None, (2,), now_s=float(second)) for second in range(62)]
-    assert verdicts[:61] == [None] * 61
-    assert verdicts[61] is not None
-    assert "rank 2 has not begun to train within 60 s" in verdicts[61].why
+    monitor = RankMonitor(4, hang_timeout_s=60, dead_after_s=15, interval_s=1)
+    reasons = [monitor.check(None, (2,), now_s=float(second)) for second in range(62)]
+    assert reasons[:61] == [None] * 61
+    assert reasons[61] is not None
+    assert "rank 2 has not begun to train within 60 s" in reasons[61].message

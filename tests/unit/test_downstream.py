@@ -26,11 +26,11 @@ from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.samples import FinishedSamples
 from segdiff_dist.export.shards import write_shard_set
+from segdiff_dist.planning import memory as memory_planning
+from segdiff_dist.planning.memory import Capacity, plan_memory
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.segmentation import segmenter_network
-from segdiff_dist.segmentation_config import SegmenterConfig
-from segdiff_dist.training import memory_plan
-from segdiff_dist.training.memory_plan import Capacity, plan_memory
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import segmenter_network
 
 INTERVAL, GIB = Interval(200, 0), 2**30
 
@@ -187,7 +187,7 @@ def test_an_evaluation_is_refused_before_it_measures(
     run = write_weights(tmp_path / "run")
     store = make_here(run, shapes, split="val", num=2)
     before = sorted(run.rglob("*"))
-    monkeypatch.setattr(memory_plan, "capacity_of", lambda _: machine(0.2))
+    monkeypatch.setattr(memory_planning, "capacity_of", lambda _: machine(0.2))
     sections = Sections(
         DIFFUSION,
         SampleConfig(),

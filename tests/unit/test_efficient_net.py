@@ -21,8 +21,8 @@ from data_shards.labels import AMOS
 from segdiff_dist.denoising.conditioning import NUM_CLASSES
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.network_shapes import denoiser_network
 from segdiff_dist.export.job import export_model
-from segdiff_dist.footprint import denoiser_network
 from segdiff_dist.pipeline import SegGuidedPipeline
 from segdiff_dist.sampling.worker import batch_size_for
 from segdiff_dist.training.throughput import count_flops

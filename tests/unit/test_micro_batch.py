@@ -30,7 +30,7 @@ def test_the_main_rank_decides_where_another_does_not_see_the_file(tmp_path: Pat
 def find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, bool]]:
     """find_micro_batch, and whether it tried."""
     tried = []
-    monkeypatch.setattr(micro_batch, "_rates", lambda *_: tried.append(1) or [1.0, 2.0, 1.0])
+    monkeypatch.setattr(micro_batch, "measure_rates", lambda *_: tried.append(1) or [1.0, 2.0, 1.0])
 
     def find(config: TrainConfig = CONFIG, task: Any = None) -> tuple[int, bool]:
         before = len(tried)
@@ -52,7 +52,7 @@ def test_what_was_found_is_kept_for_the_same_machine_alone(
     fused.model.uses_kernels = True
     assert find(task=fused) == (2, True)
     for device in ("NVIDIA H100 79 GiB", "NVIDIA H100 39 GiB", "NVIDIA H200 79 GiB"):
-        monkeypatch.setattr(micro_batch, "_device", lambda _, device=device: device)
+        monkeypatch.setattr(micro_batch, "device_name", lambda _, device=device: device)
         assert find() == (2, True)
     assert find() == (2, False)
 
@@ -73,8 +73,8 @@ def test_on_a_cpu_a_size_is_not_tried_that_memory_does_not_hold(monkeypatch: pyt
         resident[0] = max(resident[0], size * 1e9)
         return float(size)
 
-    monkeypatch.setattr(micro_batch, "_rate", rate)
-    monkeypatch.setattr(micro_batch, "_resident", lambda: resident[0])
+    monkeypatch.setattr(micro_batch, "images_per_s", rate)
+    monkeypatch.setattr(micro_batch, "resident_bytes", lambda: resident[0])
     monkeypatch.setattr(micro_batch, "host_memory", lambda: HostMemory(8 * 10**9, int(5e9 - resident[0])))
-    micro_batch._rates(tiny_task(), tiny_batch(), CONFIG, [1, 2, 4, 8])
+    micro_batch.measure_rates(tiny_task(), tiny_batch(), CONFIG, [1, 2, 4, 8])
     assert tried == [1, 2, 4]

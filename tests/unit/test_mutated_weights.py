@@ -18,8 +18,9 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.segmentation import Segmenter, SegmenterNet, save_segmenter
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import SegmenterNet
+from segdiff_dist.segmentation.segmenter import Segmenter, save_segmenter
 from segdiff_dist.training import checkpoint, sharded_state
 from segdiff_dist.training.sharded_state import Extent, SavedState, ShardOfState
 from segdiff_dist.weight_files import DIGESTS

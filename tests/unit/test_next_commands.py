@@ -13,7 +13,7 @@ from segdiff_dist.config import how_to_make, next_command
 from segdiff_dist.evaluation.report.comparison import open_runs
 from segdiff_dist.evaluation.report.page import render
 from segdiff_dist.sampling.weights import weights_digest
-from segdiff_dist.segmentation import Segmenter
+from segdiff_dist.segmentation.segmenter import Segmenter
 
 ROOT = Path(__file__).parents[2]
 

@@ -30,8 +30,9 @@ from segdiff_dist.denoising.loss_weighting import (
 )
 from segdiff_dist.denoising.organ_dropout import drop_organs, relabelled
 from segdiff_dist.denoising.task import DenoiserTask, DiceTerm
-from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import SegmenterNet
+from segdiff_dist.segmentation.segmenter import save_segmenter
 from segdiff_kernels.noising import predicted_x_0, prediction_target, q_sample
 
 CPU = torch.device("cpu")

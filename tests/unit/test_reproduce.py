@@ -193,8 +193,9 @@ def measurable(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Experi
     """A column of which everything is there but the evaluation."""
     import torch
 
-    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-    from segdiff_dist.segmentation_config import SegmenterConfig
+    from segdiff_dist.segmentation.config import SegmenterConfig
+    from segdiff_dist.segmentation.network import SegmenterNet
+    from segdiff_dist.segmentation.segmenter import save_segmenter
 
     run = write_weights(tmp_path_factory.mktemp("column"))
     make_here(run, shapes, num=2, samples_per_mask=1, cross_modality_masks=0)

@@ -42,8 +42,9 @@ def write_segmenter(folder: Path, seed: int = 0) -> Path:
     import torch
 
     from data_shards.labels import AMOS
-    from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-    from segdiff_dist.segmentation_config import SegmenterConfig
+    from segdiff_dist.segmentation.config import SegmenterConfig
+    from segdiff_dist.segmentation.network import SegmenterNet
+    from segdiff_dist.segmentation.segmenter import save_segmenter
 
     torch.manual_seed(seed)
     config = SegmenterConfig(channels=(8, 16), first_stride=1)

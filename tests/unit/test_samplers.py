@@ -24,8 +24,9 @@ from segdiff_dist.denoising.grids import spaced_timesteps
 from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig, guidance_digest, guidance_problems
 from segdiff_dist.denoising.samplers import bounded, num_evaluations, sample, segmenter_guide
 from segdiff_dist.denoising.task import DiceTerm
-from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import SegmenterNet
+from segdiff_dist.segmentation.segmenter import save_segmenter
 from segdiff_kernels.noising import prediction_target
 
 SOLVERS = ("ddim", "dpm_solver_pp_2m", "unipc", "heun")

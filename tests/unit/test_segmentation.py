@@ -19,8 +19,10 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
-from segdiff_dist.segmentation import Segmenter, SegmenterNet, SegmenterTask
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import SegmenterNet
+from segdiff_dist.segmentation.segmenter import Segmenter
+from segdiff_dist.segmentation.task import SegmenterTask
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.config import TrainConfig

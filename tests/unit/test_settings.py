@@ -18,7 +18,7 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
 
 STORED = json.loads((Path(__file__).parents[1] / "assets" / "stored_settings.json").read_text())
 SECTIONS = {one.name: one.default_factory for one in fields(Experiment) if is_dataclass(one.default_factory)}

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,8 @@ from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import DenoiserTask
-from segdiff_dist.training import checkpoint, sharded_state
-from segdiff_dist.training.checkpoint import CheckpointWriter, complete_ones
+from segdiff_dist.training import checkpoint, checkpoint_writer, sharded_state
+from segdiff_dist.training.checkpoint import complete_ones
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import average_snapshots, is_exported
 from segdiff_dist.training.loop import TrainingStopped
@@ -223,14 +224,14 @@ def test_a_checkpoint_of_other_data_or_another_net_is_refused(shapes: Path, tmp_
 def test_an_update_waits_for_the_copy_of_what_it_changes(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_of = CheckpointWriter._copy_of
+    copy_into = checkpoint_writer.copy_into
 
-    def slow(self: CheckpointWriter, shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-        time.sleep(0.3)
-        return copy_of(self, shards)
+    def slow(copies: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+        time.sleep(0.1)
+        copy_into(copies, tensors)
 
-    for name, copying in (("quick", copy_of), ("slow", slow)):
-        monkeypatch.setattr(CheckpointWriter, "_copy_of", copying)
+    for name, copying in (("quick", copy_into), ("slow", slow)):
+        monkeypatch.setattr(checkpoint_writer, "copy_into", copying)
         run_training(shapes, tmp_path / name, num_images=48)
     saved = [SavedState(tmp_path / name / "checkpoints" / f"{32:012d}", 1).full for name in ("quick", "slow")]
     for kind in ("online", "exp_avg", "ema_0.05"):
@@ -345,6 +346,21 @@ def test_the_micro_batch_that_is_found_is_kept(shapes: Path, tmp_path: Path) -> 
     [size] = json.loads((tmp_path / "auto" / "micro_batch.json").read_text()).values()
     assert 8 % size == 0
     assert found == run_training(shapes, tmp_path / "given", micro_batch_size=size, precision="fp32")
+
+
+def test_from_the_loop_to_the_optimiser_there_are_two_frames_of_ours(shapes: Path, tmp_path: Path) -> None:
+    stacks: list[list[str]] = []
+
+    def note(*_: Any) -> None:
+        frames = traceback.extract_stack()
+        stacks.append([frame.name for frame in frames if f"{os.sep}segdiff_dist{os.sep}" in frame.filename])
+
+    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(note)
+    try:
+        run_training(shapes, tmp_path, num_images=8)
+    finally:
+        hook.remove()
+    assert stacks == [["train", "step"]]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation.measure import trust
 from segdiff_dist.evaluation.measure.worker import Evaluator, Inputs
 from segdiff_dist.sampling.store import SampleStore
-from segdiff_dist.segmentation import SegmenterNet, save_segmenter
-from segdiff_dist.segmentation_config import SegmenterConfig
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import SegmenterNet
+from segdiff_dist.segmentation.segmenter import save_segmenter
 
 NUM_COPIED = 3
 

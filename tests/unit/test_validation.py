@@ -19,8 +19,9 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
 from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.sample_grid import SampleGrids
 from segdiff_dist.denoising.sampler_config import SamplerConfig
-from segdiff_dist.denoising.validation import DenoiserValidation, choose_pictures, picture_sharpness
+from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices, choose_pictures, picture_sharpness
 from segdiff_dist.spectra import BAND_NAMES
 
 CPU = torch.device("cpu")
@@ -56,7 +57,9 @@ def make(shapes: Path, folder: Path, config: ValidationConfig = CONFIG, **option
     rows = options.pop("rows", shards.select(split="val"))
     loader = LoaderConfig(num_threads=1, flip=True, rotate_degrees=30, on_corrupt=options.pop("on_corrupt", "raise"))
     sampler, diffusion = options.pop("sampler", SamplerConfig()), options.pop("diffusion", DIFFUSION)
-    validation = DenoiserValidation(shards, rows, loader, diffusion, sampler, config, folder, CPU, **options)
+    draw = SampleGrids(folder / "pictures", shards.label_table, options.pop("tracker", None))
+    slices = HeldOutSlices(shards, rows, loader, **options)
+    validation = DenoiserValidation(slices, diffusion, sampler, config, CPU, draw)
     return validation, forward, calls
 
 

@@ -16,7 +16,7 @@ from segdiff_dist.evaluation.metrics import inception, perceptual
 if TYPE_CHECKING:
     from segdiff_dist.evaluation.measure.config import EvaluateConfig
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation import Segmenter
+    from segdiff_dist.segmentation.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check(run: Path, config: EvaluateConfig) -> Checked:
 
 
 def _open_segmenter(weights: Path) -> Segmenter:
-    from segdiff_dist.segmentation import Segmenter
+    from segdiff_dist.segmentation.segmenter import Segmenter
 
     try:
         return Segmenter.load(weights)

@@ -90,7 +90,7 @@ class Evaluator:
 
         from data_shards.store.shards import ShardSet
         from segdiff_dist.sampling.store import SampleStore
-        from segdiff_dist.segmentation import Segmenter
+        from segdiff_dist.segmentation.segmenter import Segmenter
 
         # The actor's environment asks for one thread; torch may have been loaded before it was set.
         if inputs.device == "cpu":

@@ -1,6 +1,6 @@
-"""How a run scales: what a number of GPUs can train, computed from work, bytes and bandwidths. Pure arithmetic.
+"""How training scales over GPUs, computed from FLOPs, bytes and bandwidths.
 
-`python -m segdiff_dist.ranks.scale` prints the tables of docs/scale.md. They are computed, not measured.
+`python -m segdiff_dist.planning.scaling` prints the tables of docs/scale.md. They are computed, not measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 def most_ranks(global_batch_size: int, micro_batch_size: int, available: int) -> int:
     """The largest number of ranks, up to `available`, by which the global batch divides into whole micro-batches.
 
-    0 where the global batch is no multiple of the micro-batch.
+    0 where the global batch is not a multiple of the micro-batch.
     """
     if global_batch_size % micro_batch_size:
         return 0
@@ -22,13 +22,13 @@ def most_ranks(global_batch_size: int, micro_batch_size: int, available: int) ->
 
 
 @dataclass(frozen=True)
-class Network:
-    """What is trained."""
+class NetworkCosts:
+    """What a network needs: weights, FLOPs and bytes."""
 
     parameters: float = 113.67e6
     """The paper's UNet at 256x256."""
     flop_per_image: float = 1.49e12
-    """Forward and backward."""
+    """Of a forward and a backward pass."""
     averages: int = 2
     """fp32 copies of the weights that follow them (train.ema_lengths)."""
     bytes_per_image: float = 131_072
@@ -37,22 +37,24 @@ class Network:
 
 @dataclass(frozen=True)
 class Machine:
-    """What it is trained on: GPUs, in nodes, joined by a network. Bandwidths in bytes/s and one direction, as NCCL can
-    use them: taken to be 80 % of what the link is sold as."""
+    """GPUs in nodes, joined by a network.
+
+    Bandwidths are in bytes/s, in one direction, as NCCL can use them: assumed to be 80 % of the link's nominal rate.
+    """
 
     name: str = "InfiniBand"
     gpus_per_node: int = 8
     flops: float = 790e12
     """bf16 matrix products of an H200, measured."""
     mfu: float = 0.5
-    """The share of them that a training step reaches. Assumed: the step's convolutions at full speed and, one after the
-    other, what passes memory beside them allow 0.41 (eager channels-last, 11.7 GB an image) or 0.69 (fused, 3.6 GB)."""
+    """The share of them that a training step reaches. Assumed: convolutions at full speed, and then the step's memory
+    traffic, allow 0.41 (eager channels-last, 11.7 GB an image) or 0.69 (fused, 3.6 GB)."""
     memory_bandwidth: float = 4.3e12
     """H200, measured."""
     in_node: float = 0.8 * 450e9
     """NVLink 4: 450 GB/s each way a GPU."""
     between_nodes: float = 0.8 * 8 * 50e9
-    """A whole node's: eight NDR InfiniBand ports of 400 Gb/s, one a GPU."""
+    """Of a node: eight NDR InfiniBand ports of 400 Gb/s, one a GPU."""
 
 
 INFINIBAND = Machine()
@@ -61,26 +63,26 @@ ETHERNET = replace(INFINIBAND, name="25 GbE", between_nodes=0.8 * 25e9 / 8)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How it is trained."""
+class ParallelPlan:
+    """How a batch is divided over GPUs and micro-batches."""
 
     gpus: int
     global_batch_size: int
     micro_batch_size: int
     zero_stage: int = 1
     overlap: float = 0.0
-    """The share of the backward pass behind which gradients can travel. 0: after it, DeepSpeed's default for ZeRO 1 and
+    """The share of the backward pass that hides the transfer of gradients. 0: none, DeepSpeed's default for ZeRO 1 and
     2."""
 
     @property
     def num_micro_batches(self) -> int:
-        """Accumulated in a step."""
+        """Micro-batches that a GPU accumulates in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.gpus)
 
 
-def bytes_reduced(network: Network, plan: Plan) -> float:
-    """What a step's gradients weigh on the wire, times how often a ring carries them around: once to reduce-scatter
-    them, once more to all-gather.
+def bytes_reduced(network: NetworkCosts, plan: ParallelPlan) -> float:
+    """Bytes of a step's gradients on the network, times the rounds of the ring: one to reduce-scatter, one to
+    all-gather.
 
     ZeRO 0 keeps fp32 weights under autocast, so fp32 gradients, all-reduced once a step. ZeRO 1 reduce-scatters bf16
     gradients once a step, ZeRO 2 and 3 after every micro-batch. Rajbhandari et al. 2020, section 7.
@@ -89,7 +91,7 @@ def bytes_reduced(network: Network, plan: Plan) -> float:
     return network.parameters * (8.0 if plan.zero_stage == 0 else 2.0 * rounds)
 
 
-def bytes_gathered(network: Network, plan: Plan) -> float:
+def bytes_gathered(network: NetworkCosts, plan: ParallelPlan) -> float:
     """The same for bf16 weights: ZeRO 1 and 2 all-gather them after the update, ZeRO 3 before each forward and each
     backward pass. Rajbhandari et al. 2020, section 7."""
     rounds = {0: 0, 1: 1, 2: 1, 3: 2 * plan.num_micro_batches}[plan.zero_stage]
@@ -97,7 +99,7 @@ def bytes_gathered(network: Network, plan: Plan) -> float:
 
 
 def wire_s(machine: Machine, gpus: int, size: float) -> float:
-    """Seconds that a ring takes to bring `size` bytes around once: (n - 1) / n of them pass the slowest link.
+    """Seconds that a ring takes to move `size` bytes around once: (n - 1) / n of them pass the slowest link.
 
     A node's ports carry a ring each, so that between nodes their bandwidths add up. Latency is left out.
     """
@@ -106,8 +108,8 @@ def wire_s(machine: Machine, gpus: int, size: float) -> float:
     return size * (gpus - 1) / gpus / bandwidth
 
 
-def step_s(network: Network, machine: Machine, plan: Plan) -> float:
-    """Seconds for one update: computing, what of the communication is not hidden, and the optimiser's pass over memory.
+def step_s(network: NetworkCosts, machine: Machine, plan: ParallelPlan) -> float:
+    """Seconds of one update: computing, communication that is not hidden, and the optimiser's pass over memory.
 
     AdamW in fp32 reads and writes weights, gradients and both moments (28 bytes a parameter), an average 12; with ZeRO
     each rank does its part.
@@ -123,17 +125,17 @@ def step_s(network: Network, machine: Machine, plan: Plan) -> float:
     return compute_s + max(0.0, reduce_s - hidden_s) + gather_s + update_bytes / machine.memory_bandwidth
 
 
-def images_per_s(network: Network, machine: Machine, plan: Plan) -> float:
-    """Of all GPUs together."""
+def images_per_s(network: NetworkCosts, machine: Machine, plan: ParallelPlan) -> float:
+    """Images a second of all GPUs together."""
     return plan.global_batch_size / step_s(network, machine, plan)
 
 
 def dollars_per_million_images(rate: float, gpus: int, dollars_per_gpu_hour: float) -> float:
-    """What a million trained images cost at `rate` images/s."""
+    """The cost of a million trained images at `rate` images/s."""
     return 1e6 / rate * gpus * dollars_per_gpu_hour / 3600
 
 
-def state_bytes(network: Network, zero_stage: int, gpus: int) -> float:
+def state_bytes(network: NetworkCosts, zero_stage: int, gpus: int) -> float:
     """Weights, gradients, AdamW's moments and averages on one GPU, without activations and buffers.
 
     Rajbhandari et al. 2020, figure 1, plus averages, and the fp32 gradients that DeepSpeed makes for a rank's update.
@@ -146,13 +148,13 @@ def state_bytes(network: Network, zero_stage: int, gpus: int) -> float:
     return network.parameters * (whole + shared / gpus)
 
 
-def growing_plan(gpus: int) -> Plan:
+def growing_plan(gpus: int) -> ParallelPlan:
     """A plan for any power of two up to 512 GPUs: batch 256 by accumulation, then 16 a GPU up to 2,048, then fewer."""
     micro_batch_size = min(16, 2048 // gpus)
-    return Plan(gpus, max(256, min(2048, 16 * gpus)), micro_batch_size)
+    return ParallelPlan(gpus, max(256, min(2048, 16 * gpus)), micro_batch_size)
 
 
-def growth_table(network: Network, dollars_per_gpu_hour: float) -> str:
+def growth_table(network: NetworkCosts, dollars_per_gpu_hour: float) -> str:
     """Images a second and cost from 1 to 512 GPUs."""
     rows = []
     for gpus in (2**power for power in range(10)):
@@ -181,25 +183,25 @@ def growth_table(network: Network, dollars_per_gpu_hour: float) -> str:
     )
 
 
-def stage_table(network: Network, gpus: int = 64) -> str:
-    """What each ZeRO stage holds and how fast it is, with and without accumulation, on both networks."""
+def stage_table(network: NetworkCosts, gpus: int = 64) -> str:
+    """State and speed of each ZeRO stage, with and without accumulation, on both networks."""
     rows = []
     for stage in range(4):
         row = [f"{stage}", f"{state_bytes(network, stage, gpus) / 2**30:.2f}"]
         for machine in (INFINIBAND, ETHERNET):
             for accumulation in (1, 8):
-                plan = Plan(gpus, 16 * gpus * accumulation, 16, stage)
+                plan = ParallelPlan(gpus, 16 * gpus * accumulation, 16, stage)
                 row.append(f"{images_per_s(network, machine, plan):,.0f}")
         rows.append(row)
     columns = " | ".join(f"{m.name}, 16 x {a}" for m in (INFINIBAND, ETHERNET) for a in (1, 8))
     return _table(f"ZeRO stage | state, GiB a GPU | {columns}", rows)
 
 
-def accumulation_table(network: Network, gpus: int = 32) -> str:
-    """How accumulation and overlap make up for a slow network, with ZeRO 1."""
+def accumulation_table(network: NetworkCosts, gpus: int = 32) -> str:
+    """How much accumulation and overlap compensate for a slow network, with ZeRO 1."""
     rows = []
     for accumulation in (1, 2, 4, 8, 16):
-        plan = Plan(gpus, 16 * gpus * accumulation, 16)
+        plan = ParallelPlan(gpus, 16 * gpus * accumulation, 16)
         alone = images_per_s(network, ETHERNET, growing_plan(1)) * gpus
         plans = (plan, replace(plan, overlap=1.0))
         shares = [images_per_s(network, machine, p) / alone for machine in (INFINIBAND, ETHERNET) for p in plans]
@@ -209,22 +211,22 @@ def accumulation_table(network: Network, gpus: int = 32) -> str:
 
 
 def size_table(gpus: int = 64) -> str:
-    """State of the same kind of network, larger: where a stage is needed."""
+    """State of larger networks of the same kind, which shows where a stage is needed."""
     rows = []
     for parameters in (113.67e6, 1e9, 4e9, 16e9):
-        network = Network(parameters=parameters)
+        network = NetworkCosts(parameters=parameters)
         gib = [state_bytes(network, stage, gpus) / 2**30 for stage in range(4)]
         rows.append([f"{parameters / 1e9:.3g} G", *(f"{size:,.1f}" for size in gib)])
     return _table("parameters | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3", rows)
 
 
 DOLLARS_PER_GPU_HOUR = 3.0
-"""A round figure for a rented H200; cost goes with it in proportion."""
+"""A round figure for a rented H200; costs are proportional to it."""
 
 
 def tables() -> list[str]:
     """The tables of docs/scale.md, in its order."""
-    network = Network()
+    network = NetworkCosts()
     return [
         growth_table(network, DOLLARS_PER_GPU_HOUR),
         accumulation_table(network),

@@ -12,17 +12,26 @@ import torch
 from data_shards.labels import AMOS
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.ranks import scale
-from segdiff_dist.ranks.scale import ETHERNET, INFINIBAND, Network, Plan, images_per_s, most_ranks, state_bytes, wire_s
+from segdiff_dist.planning import scaling
+from segdiff_dist.planning.scaling import (
+    ETHERNET,
+    INFINIBAND,
+    NetworkCosts,
+    ParallelPlan,
+    images_per_s,
+    most_ranks,
+    state_bytes,
+    wire_s,
+)
 
-NETWORK = Network()
+NETWORK = NetworkCosts()
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
 def test_the_page_shows_what_is_computed() -> None:
     page = PAGE.read_text()
-    for table in scale.tables():
-        assert table in page, f"docs/scale.md: run `python -m segdiff_dist.ranks.scale` and put in:\n{table}"
+    for table in scaling.tables():
+        assert table in page, f"docs/scale.md: run `python -m segdiff_dist.planning.scaling` and put in:\n{table}"
 
 
 def test_the_default_network_has_that_many_parameters() -> None:
@@ -47,7 +56,7 @@ def test_a_ring_is_as_slow_as_its_slowest_link() -> None:
 
 
 def test_one_gpu_is_bound_by_its_arithmetic() -> None:
-    rate = images_per_s(NETWORK, INFINIBAND, Plan(1, 256, 16))
+    rate = images_per_s(NETWORK, INFINIBAND, ParallelPlan(1, 256, 16))
     bound = INFINIBAND.flops * INFINIBAND.mfu / NETWORK.flop_per_image
     assert bound == pytest.approx(265.1, abs=0.1)
     assert 0.99 * bound < rate < bound
@@ -56,10 +65,10 @@ def test_one_gpu_is_bound_by_its_arithmetic() -> None:
 
 
 def test_gradients_travel_once_a_step_or_once_a_micro_batch() -> None:
-    plan = Plan(16, 1024, 16)
+    plan = ParallelPlan(16, 1024, 16)
     sizes = [
-        (scale.bytes_reduced(NETWORK, replace(plan, zero_stage=stage)) / NETWORK.parameters,
-         scale.bytes_gathered(NETWORK, replace(plan, zero_stage=stage)) / NETWORK.parameters)
+        (scaling.bytes_reduced(NETWORK, replace(plan, zero_stage=stage)) / NETWORK.parameters,
+         scaling.bytes_gathered(NETWORK, replace(plan, zero_stage=stage)) / NETWORK.parameters)
         for stage in range(4)
     ]  # fmt: skip
     assert sizes == [(8, 0), (2, 2), (8, 2), (8, 16)]
@@ -67,14 +76,17 @@ def test_gradients_travel_once_a_step_or_once_a_micro_batch() -> None:
 
 @pytest.mark.parametrize("machine", [INFINIBAND, ETHERNET])
 @pytest.mark.parametrize("stage", range(4))
-def test_more_gpus_are_faster_and_never_more_efficient(machine: scale.Machine, stage: int) -> None:
-    rates = [images_per_s(NETWORK, machine, Plan(gpus, 16 * gpus, 16, stage)) / gpus for gpus in (1, 2, 8, 16, 64, 512)]
+def test_more_gpus_are_faster_and_never_more_efficient(machine: scaling.Machine, stage: int) -> None:
+    rates = [
+        images_per_s(NETWORK, machine, ParallelPlan(gpus, 16 * gpus, 16, stage)) / gpus
+        for gpus in (1, 2, 8, 16, 64, 512)
+    ]
     # ZeRO shares the optimiser's pass, 1 % of a step of 16 images; the network only costs.
     assert all(later <= earlier * 1.03 for earlier, later in pairwise(rates))
 
 
 def test_overlap_and_accumulation_hide_a_slow_network() -> None:
-    plan = Plan(32, 512, 16)
+    plan = ParallelPlan(32, 512, 16)
     rates = [
         images_per_s(NETWORK, ETHERNET, p)
         for p in (plan, replace(plan, overlap=1.0), replace(plan, global_batch_size=8192))
@@ -91,4 +103,4 @@ def test_a_stage_holds_no_more_than_the_one_before() -> None:
 
 
 def test_cost_is_price_over_rate() -> None:
-    assert scale.dollars_per_million_images(rate=1000.0, gpus=8, dollars_per_gpu_hour=4.5) == pytest.approx(10.0)
+    assert scaling.dollars_per_million_images(rate=1000.0, gpus=8, dollars_per_gpu_hour=4.5) == pytest.approx(10.0)

@@ -1,4 +1,4 @@
-"""What the denoiser takes of memory and time: how to build it, and what to feed it, as shapes."""
+"""The denoiser for planning: how to build it, and the shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from torch import nn
 from segdiff_dist.attention import set_attention
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.experiment import load_experiment
-from segdiff_dist.shipped import shipped_config
-from segdiff_dist.training.memory_plan import Network, SmallConfig, on_meta
+from segdiff_dist.planning.network import Network, on_meta
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
-
-_SMALL = "amos_small"
 
 
 def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device: torch.device) -> Network:
@@ -36,10 +32,3 @@ def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device
         return (on_meta(images, 1, side, side), numbers, mask, numbers, *edge)
 
     return Network(make, inputs)
-
-
-def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:
-    """The shipped configuration for small machines, on slices of `side` pixels."""
-    experiment = load_experiment(shipped_config(_SMALL), None)
-    network = denoiser_network(experiment.denoiser, shards, side, device)
-    return SmallConfig(_SMALL, network, experiment.train)

@@ -15,23 +15,23 @@ from data_shards.host_memory import HostMemory
 from data_shards.labels import LabelTable
 from segdiff_dist import cli
 from segdiff_dist.denoising.config import DenoiserConfig
-from segdiff_dist.footprint import denoiser_network, small_config
-from segdiff_dist.segmentation import segmenter_network
-from segdiff_dist.segmentation_config import SegmenterConfig
-from segdiff_dist.training import memory_plan
-from segdiff_dist.training.config import TrainConfig
-from segdiff_dist.training.memory_plan import (
+from segdiff_dist.denoising.network_shapes import denoiser_network
+from segdiff_dist.planning import memory
+from segdiff_dist.planning.duration import duration_s, length_warning
+from segdiff_dist.planning.memory import (
     HIGH,
     LOW,
     Capacity,
     MemoryPlan,
-    Network,
     alternatives,
-    duration_s,
-    length_warning,
     memory_problems,
     plan_memory,
 )
+from segdiff_dist.planning.network import Network
+from segdiff_dist.segmentation.config import SegmenterConfig
+from segdiff_dist.segmentation.network import segmenter_network
+from segdiff_dist.stages.training_plan import small_config
+from segdiff_dist.training.config import TrainConfig
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -112,17 +112,17 @@ def test_a_gpu_and_its_host_are_looked_at_apart() -> None:
 def test_activations_are_what_a_step_keeps() -> None:
     """Counted on the CPU, with its own operators, and on the meta device."""
     network = small()
-    model = network._make().prepare_for(CPU).train()
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    model = network.make().prepare_for(CPU).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
         return tensor
 
-    inputs = [torch.zeros_like(t, device="cpu") for t in network._inputs(4)]
+    inputs = [torch.zeros_like(t, device="cpu") for t in network.inputs(4)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(*inputs)
     counted = sum(storage.nbytes() for storage in kept.values())
@@ -165,7 +165,7 @@ def test_the_commands_refuse_before_they_write(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(memory_plan, "capacity_of", lambda _: host(0.1))
+    monkeypatch.setattr(memory, "capacity_of", lambda _: host(0.1))
     config = str(Path(__file__).parents[2] / "launch/configs/smoke.yaml")
     arguments = [command, "--config", config, "--data", str(shapes), "--run", str(tmp_path / "run")]
     assert cli.main(arguments) == 2

@@ -1,0 +1,112 @@
+"""Every part of DeepSpeed that its documentation does not promise. Other modules use the public interface alone.
+
+DeepSpeed calls partitions what the rest of this package calls shards: the flat fp32 tensors that a rank updates.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from segdiff_dist.library_versions import require_supported
+from segdiff_dist.ranks.distributed import rank
+from segdiff_dist.training.sharded_state import Extent
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed module, imported without its warnings and without torch's compiler.
+
+    Raises InputProblems where its version is not one that this file knows.
+    """
+    require_supported("deepspeed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+        _import_muon_uncompiled()
+    # Without DeepSpeed's shared-memory collective: it is compiled behind a lock file, and a rank that is killed there
+    # leaves a lock on which every later run hangs. gloo does the same work.
+    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    return deepspeed
+
+
+class ZeroPartitions:
+    """The fp32 weights that this rank updates, of DeepSpeed's ZeRO optimiser (stage 1 to 3) or of plain AdamW (0).
+
+    `shards`: flat tensors, live. `extents`: which elements of which parameter are where in them.
+    """
+
+    def __init__(self, zero_optimizer: Any, zero_stage: int, module: nn.Module, names: dict[int, str]) -> None:
+        """`names`: id of a parameter -> its name, as before DeepSpeed took the module."""
+        self._zero, self._stage, self._names = zero_optimizer, zero_stage, names
+        layouts = {0: lambda: self._unpartitioned(module), 1: self._cut_groups, 2: self._cut_groups}
+        shards, extents = layouts.get(zero_stage, self._cut_parameters)()
+        self.shards: list[Tensor] = shards
+        self.extents = tuple(e for e in extents if e.start < e.stop)
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient before clipping, on the device, while the optimiser's step begins (stages 1 to 3)."""
+        norm: Tensor = self._zero._global_grad_norm
+        return norm
+
+    def refresh(self) -> None:
+        """Make the working weights from the fp32 ones, after something else wrote to these."""
+        zero = self._zero
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero._partition_all_parameters()
+            for group, shard in enumerate(self.shards):
+                zero.fp16_partitioned_groups_flat[group].data.copy_(shard.data)
+                zero._unflatten_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _unpartitioned(self, module: nn.Module) -> tuple[list[Tensor], list[Extent]]:
+        """ZeRO 0: every rank holds all parameters."""
+        shards: list[Tensor] = list(module.parameters())
+        return shards, [Extent(self._names[id(p)], 0, p.numel(), i, 0) for i, p in enumerate(shards)]
+
+    def _cut_groups(self) -> tuple[list[Tensor], list[Extent]]:
+        """ZeRO 1 and 2 lay the parameters of a group end to end and cut that into as many pieces as there are ranks."""
+        zero = self._zero
+        shards, extents = list(zero.single_partition_of_fp32_groups), []
+        for shard, group in enumerate(zero.round_robin_bit16_groups):
+            low = rank() * shards[shard].numel()
+            high = low + shards[shard].numel()
+            for parameter, first in zip(group, zero.round_robin_bit16_offsets[shard], strict=True):
+                start, stop = max(low, first), min(high, first + parameter.numel())
+                extents.append(Extent(self._names[id(parameter)], start - first, stop - first, shard, start - low))
+        return shards, extents
+
+    def _cut_parameters(self) -> tuple[list[Tensor], list[Extent]]:
+        """ZeRO 3 cuts every parameter into as many pieces as there are ranks."""
+        zero = self._zero
+        shards, extents = list(zero.fp32_partitioned_groups_flat), []
+        for shard, (group, parts) in enumerate(zip(zero.fp16_groups, zero.fp16_partitioned_groups, strict=True)):
+            offset = 0
+            for parameter, part in zip(group, parts, strict=True):
+                start = min(rank() * part.ds_numel, parameter.ds_numel)
+                stop = min(start + part.ds_numel, parameter.ds_numel)
+                extents.append(Extent(self._names[id(parameter)], start, stop, shard, offset))
+                offset += part.ds_numel
+        return shards, extents
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which never runs here, without torch's compiler.
+
+    deepspeed.initialize imports it to see whether the optimiser is one. The decorators in it load torch._inductor,
+    which takes a fifth of the time in which a training starts.
+    """
+    from deepspeed.runtime import compiler
+
+    before, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        with suppress(ImportError):  # as DeepSpeed does
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = before

@@ -1,0 +1,30 @@
+"""Signals that ask a training to stop: they wait for the end of the step, so that a checkpoint can be written."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+
+class StopSignals:
+    """Use as a context: `asked` becomes True at Ctrl-C, SIGTERM or SIGUSR1.
+
+    Slurm sends SIGUSR1 before it takes a job's machines away. A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __enter__(self) -> StopSignals:
+        self.asked = False
+        self._old = {s: signal.signal(s, self._ask) for s in self._SIGNALS}
+        return self
+
+    def _ask(self, number: int, _: Any) -> None:
+        # DeepSpeed's launcher sends its ranks SIGTERM for a Ctrl-C that the terminal has sent them already.
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

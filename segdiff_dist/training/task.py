@@ -1,0 +1,40 @@
+"""What the training loop asks of what it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from data_shards.records import Batch
+
+
+class Task(Protocol):
+    """A network, its loss, how its weights are validated, and where they are exported to."""
+
+    name: str
+    model: nn.Module
+    score: str | None
+    """The metric of `validate` by which the best weights are chosen: the highest wins, and only the best are exported.
+    A new best is saved at once, so that the exported weights are those that were validated. None: no metric chooses,
+    and the newest weights are exported."""
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a micro-batch, and further metrics to log.
+
+        `forward` is the model as the engine runs it. A metric is float [2]: a sum over the micro-batch, and how many
+        values went into the sum. Every call gives the same names.
+        """
+
+    def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
+        """Metrics of the averaged weights, which `forward` runs without gradients.
+
+        The loop calls it on every rank. Every rank calls `forward` equally often, and returns the same numbers.
+        """
+
+    def export(self, average: str, weights: dict[str, Tensor]) -> None:
+        """Write weights where later stages read them. Keys are those of the model's state_dict.
+
+        The main rank calls it, from a thread beside the training.
+        """
