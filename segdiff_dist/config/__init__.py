@@ -1,6 +1,6 @@
 """Configuration at the border: YAML in, checked dataclasses out, and back to YAML, with errors for people.
 
-The sections themselves stand beside the code they configure; the whole is segdiff_dist.experiment.Experiment.
+The sections are beside the code that they configure. segdiff_dist.experiment.Experiment holds all of them.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def next_command(stage: str, *flags: str, run: Path) -> str:
-    """A command as one types it, in backticks: paths that contain blanks are quoted."""
+    """A command as one types it, in backticks. Paths that contain blanks are quoted."""
     return f"`segdiff {stage} --run {shlex.quote(str(run))}{''.join(f' {shlex.quote(flag)}' for flag in flags)}`"
 
 
 def how_to_make(stage: str, missing: Path) -> str:
-    """What makes the missing folder: the stage on the run folder that it lies in, if that has a configuration, or what
+    """The command that makes the missing folder. Where the run folder that holds it has no configuration: the command that
     explains the stage."""
     for run in list(missing.absolute().parents)[:2]:  # RUN/weights, RUN/segmenter/weights
         if (run / "config.yaml").is_file():
@@ -53,7 +53,7 @@ def how_to_make(stage: str, missing: Path) -> str:
 
 
 def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
-    """`values` as a `cls`; unknown keys and values out of range are all reported at once, as `where`'s."""
+    """`values` as a `cls`. All unknown keys and values out of range are reported at once, as problems of `where`."""
     try:
         [config] = _adapter(cls).validate_python([values])
         return config
