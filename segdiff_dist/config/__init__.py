@@ -44,8 +44,8 @@ def next_command(stage: str, *flags: str, run: Path) -> str:
 
 
 def how_to_make(stage: str, missing: Path) -> str:
-    """The command that makes the missing folder. Where the run folder that holds it has no configuration: the command that
-    explains the stage."""
+    """The command that makes the missing folder. Where the run folder that holds it has no configuration: the command
+    that explains the stage."""
     for run in list(missing.absolute().parents)[:2]:  # RUN/weights, RUN/segmenter/weights
         if (run / "config.yaml").is_file():
             return next_command(stage, run=run)
