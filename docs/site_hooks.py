@@ -17,6 +17,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from segdiff_dist.config_reference import settings_page
+
 ROOT = Path(__file__).parents[1]
 OUTSIDE = (
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"),
@@ -33,7 +35,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section in config.nav or []:
         if "How-to" in section:
             section["How-to"] += [f"{path.name}" for path in sorted((ROOT / "docs").glob("add_a_*.md"))]
-    reference: list[Any] = [{"Settings": "reference/settings.md"}] if _settings() is not None else []
+    reference: list[Any] = [{"Settings": "reference/settings.md"}]
     reference += [{name: f"reference/{name}.md"} for name in _modules()]
     config.nav = [*(config.nav or [])[:-1], {"Reference": reference}, *(config.nav or [])[-1:]]
     return config
@@ -44,8 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
-    if (settings := _settings()) is not None:
-        files.append(File.generated(config, "reference/settings.md", content=settings))
+    files.append(File.generated(config, "reference/settings.md", content=settings_page()))
     for name, modules in _modules().items():
         files.append(File.generated(config, f"reference/{name}.md", content=_reference(name, modules)))
     return files
@@ -86,12 +87,3 @@ def _reference(name: str, modules: list[str]) -> str:
     folder = next(ROOT / package for package in PACKAGES if package.endswith(parts[0])).joinpath(*parts[1:])
     about = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     return "\n\n".join([f"# {name}", about, *(f"::: {module}" for module in modules)])
-
-
-def _settings() -> str | None:
-    """The page of all configuration sections, from their classes."""
-    try:
-        from segdiff_dist.config_reference import settings_page
-    except ImportError:
-        return None
-    return str(settings_page())

@@ -234,10 +234,11 @@ def _attention(gpus: Gpus) -> Row:
 
 
 def _triton(gpus: Gpus) -> Row:
-    row, works = requirement_row("Triton", "triton", "fused kernels")
-    if works and not gpus.names:
-        return Row("Triton", "instead", f"{row.found}: without a GPU their torch references run in their place")
-    return row
+    """Triton is needed on a GPU only; the extra `cuda` installs it."""
+    if gpus.names:
+        return requirement_row("Triton", "triton", "fused kernels")[0]
+    found = installed_version("triton") or "not installed"
+    return Row("Triton", "instead", f"{found}: without a GPU the kernels' torch references are used")
 
 
 def _annotator() -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from segdiff_dist import doctor
 from segdiff_dist.cli import main
@@ -44,6 +45,14 @@ def test_a_missing_requirement_is_named_with_its_remedy_and_exits_1(absent, monk
     said = capsys.readouterr().out
     assert "1 missing" in said
     assert f"pip install -c constraints.txt {absent}" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs Triton")
+def test_triton_is_not_needed_without_a_gpu(monkeypatch, capsys):
+    installed = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "triton" else installed(name))
+    assert main(["doctor"]) == 0
+    assert "not installed: without a GPU the kernels' torch references are used" in capsys.readouterr().out
 
 
 def test_a_version_outside_the_range_is_missing(monkeypatch):
