@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +14,12 @@ from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import Cutting, cut
 from data_shards.labels import LABEL_TABLES
 from data_shards.records import SliceMeta, SliceRecord
+
+if TYPE_CHECKING:
+    from data_shards.ingest.body import BodyField
+    from data_shards.ingest.intensity import GreyMap
+    from data_shards.ingest.masks import CaseMask
+    from data_shards.ingest.volumes import Volume
 
 
 def slices_of(
@@ -24,14 +31,63 @@ def slices_of(
     Raises UnreadableVolume for voxels that cannot be used: before the first slice, so a case is whole or not there.
     """
     notes = [] if notes is None else notes
+    table = LABEL_TABLES[config.label_set]
+    assert table.body_id is not None
+    read = _read(case, config, wholebody, notes)
+    image, mask, grey = read.image, read.mask, read.grey
+    labelled = mask.source != "none"
+    names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
+    geometry = {name: getattr(config, name) for name in names}
+    of_case: dict[str, Any] = {
+        "case_id": case.case_id,
+        "modality": case.modality,
+        "split": case.split,
+        "intensity_scale": grey.scale,
+        "intensity_offset": grey.offset,
+        "label_set": config.label_set,
+        "labelled": labelled,
+        "source_sha256": image.sha256,
+        "mask_source": mask.source,
+        "bits": config.bits,
+    }
+    for axis in config.result_settings()["axes"]:
+        is_thin = True
+        for one in cut(image, mask.volume, read.body, grey, Cutting(axis=axis, body_id=table.body_id, **geometry)):
+            is_thin = False
+            pixels = np.bincount(one.mask_HW.ravel(), minlength=table.num_classes)
+            if labelled and pixels[list(table.organ_ids)].sum() < config.min_labelled_pixels:
+                continue
+            meta = SliceMeta(
+                axis=axis,
+                slice_index=one.slice_index,
+                spacing_mm=one.spacing_mm,
+                affine=one.affine,
+                labels_present=tuple(int(i) for i in np.flatnonzero(pixels) if i != 0),
+                **of_case,
+            )
+            yield SliceRecord(one.image_HW, one.mask_HW, meta, one.edge_2HW)
+        if is_thin:
+            notes.append(f"no {axis} slice: the volume is thinner than half of slice_stride ({config.slice_stride})")
+
+
+@dataclass(frozen=True)
+class _CaseVolumes:
+    """What a case's slices are cut from."""
+
+    image: Volume
+    mask: CaseMask
+    grey: GreyMap
+    body: BodyField
+
+
+def _read(case: Case, config: PrepareConfig, wholebody: Path | None, notes: list[str]) -> _CaseVolumes:
+    """Image, mask, grey values and envelope of a case; notes and errors as of slices_of."""
     from data_shards.ingest.body import find_body
     from data_shards.ingest.grey_values import problem_with_values, take_padding_as_air, take_window_end_as_air
     from data_shards.ingest.intensity import grey_map
     from data_shards.ingest.masks import read_case_mask
     from data_shards.ingest.volumes import UnreadableVolume, read_volume
 
-    table = LABEL_TABLES[config.label_set]
-    assert table.body_id is not None
     image = read_volume(case.image)
     mask = read_case_mask(case, image, config.label_set, wholebody)
     if image.voxels_IJK.min() == image.voxels_IJK.max():
@@ -58,36 +114,4 @@ def slices_of(
     except ValueError as error:
         raise UnreadableVolume(str(case.image), str(error)) from error
     body = find_body(image, case.modality, is_padded=padding.num_voxels > 0)
-    labelled = mask.source != "none"
-    names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
-    geometry = {name: getattr(config, name) for name in names}
-    of_case: dict[str, Any] = {
-        "case_id": case.case_id,
-        "modality": case.modality,
-        "split": case.split,
-        "intensity_scale": grey.scale,
-        "intensity_offset": grey.offset,
-        "label_set": config.label_set,
-        "labelled": labelled,
-        "source_sha256": image.sha256,
-        "mask_source": mask.source,
-        "bits": config.bits,
-    }
-    for axis in config.result_settings()["axes"]:
-        is_thin = True
-        for one in cut(image, mask.volume, body, grey, Cutting(axis=axis, body_id=table.body_id, **geometry)):
-            is_thin = False
-            pixels = np.bincount(one.mask_HW.ravel(), minlength=table.num_classes)
-            if labelled and pixels[list(table.organ_ids)].sum() < config.min_labelled_pixels:
-                continue
-            meta = SliceMeta(
-                axis=axis,
-                slice_index=one.slice_index,
-                spacing_mm=one.spacing_mm,
-                affine=one.affine,
-                labels_present=tuple(int(i) for i in np.flatnonzero(pixels) if i != 0),
-                **of_case,
-            )
-            yield SliceRecord(one.image_HW, one.mask_HW, meta, one.edge_2HW)
-        if is_thin:
-            notes.append(f"no {axis} slice: the volume is thinner than half of slice_stride ({config.slice_stride})")
+    return _CaseVolumes(image, mask, grey, body)
