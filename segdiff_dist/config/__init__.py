@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -101,9 +102,10 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
 
 
-def _adapter(cls: type[T]) -> TypeAdapter[list[T]]:
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     # pydantic takes a config for plain dataclasses from what contains them, hence the list.
-    return TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
+    return TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))
 
 
 def _explain(error: ValidationError, where: str, cls: type[Any]) -> Iterator[Problem]:
