@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from tests_support import write_shapes
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_support import CPU, NET, plain_losses, run_training
 
 from data_shards.labels import AMOS
@@ -355,7 +356,7 @@ def test_from_the_loop_to_the_optimiser_there_are_two_frames_of_ours(shapes: Pat
         frames = traceback.extract_stack()
         stacks.append([frame.name for frame in frames if f"{os.sep}segdiff_dist{os.sep}" in frame.filename])
 
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(note)
+    hook = register_optimizer_step_pre_hook(note)
     try:
         run_training(shapes, tmp_path, num_images=8)
     finally:
