@@ -131,7 +131,8 @@ def hounsfield_columns(
     is_ct = np.array([meta.modality == "CT" for meta in metas])
     hu_per_grey = np.array([m.intensity_scale * (2**m.bits - 1) / similarity.GREY_RANGE for m in metas])[:, None]
     hu_at_zero = np.array([meta.intensity_offset for meta in metas])[:, None]
-    columns, means_BK = {}, {}
+    columns: dict[str, np.ndarray] = {}
+    means_BK: dict[str, np.ndarray] = {}
     for side, images_BHW in zip(SIDES, (real_BHW, gen_BHW), strict=True):
         mean_BK, std_BK = similarity.grey_moments(mask_BHW, images_BHW, table.num_classes)
         means_BK[side], std_BK = mean_BK * hu_per_grey + hu_at_zero, std_BK * hu_per_grey
