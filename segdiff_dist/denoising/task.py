@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_shards.labels import LabelTable
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import Problem, problem
 from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
@@ -37,7 +37,8 @@ class DenoiserTask:
     """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
 
     For objective edm, `diffusion` must hold sigma_data (sigma_data.py). `validation` is called as Task.validate is, and
-    returns metrics of held-out slices; without it there are none.
+    returns metrics of held-out slices; without it there are none. `find_problems` says before whether the settings can
+    be used.
     """
 
     name = "train"
@@ -54,7 +55,6 @@ class DenoiserTask:
         device: torch.device,
         validation: Callable[[Callable[..., Any], int], dict[str, float]] | None = None,
     ) -> None:
-        refuse(find_problems(shards, size, denoiser, diffusion))
         self.seed, self.diffusion, self.weights, self.validation = seed, diffusion, weights, validation
         self.dice_term = None
         if diffusion.dice_weight > 0:

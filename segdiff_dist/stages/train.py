@@ -18,6 +18,11 @@ from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.task import DenoiserTask
     from segdiff_dist.tracking.tracker import Tracker
 
 _SECTIONS = ("denoiser", "diffusion", "train", "validation", "loader")
@@ -54,10 +59,7 @@ class Train(ConfiguredStage):
         from segdiff_dist.attention import choose_attention
         from segdiff_dist.denoising.denoiser import choose_kernels
         from segdiff_dist.denoising.network_shapes import denoiser_network
-        from segdiff_dist.denoising.sample_grid import SampleGrids
-        from segdiff_dist.denoising.sigma_data import with_sigma_data
-        from segdiff_dist.denoising.task import DenoiserTask, find_problems
-        from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
+        from segdiff_dist.denoising.task import find_problems
         from segdiff_dist.stages.training_plan import TrainingPlan, side_of, small_config, training_rows
 
         experiment, config, denoiser, diffusion = self.experiment, self.train, self.denoiser, self.diffusion
@@ -77,19 +79,6 @@ class Train(ConfiguredStage):
         )
         device = picked()
 
-        def make_task(tracker: Tracker) -> DenoiserTask:
-            process = with_sigma_data(diffusion, shards, rows)
-            held_out = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
-            validation = DenoiserValidation(
-                HeldOutSlices(shards, held_out, loader, denoiser.soft_masks),
-                process,
-                replace(experiment.sample.sampler, guidance=1.0),
-                self.validation,
-                device,
-                SampleGrids(run / "pictures", shards.label_table, tracker),
-            )
-            return DenoiserTask(shards, side, denoiser, process, config.seed, run / "weights", device, validation)
-
         return TrainingPlan(
             experiment=experiment,
             stage="train",
@@ -101,7 +90,7 @@ class Train(ConfiguredStage):
             config=config,
             device=device,
             network=denoiser_network(denoiser, shards, side, device),
-            make_task=make_task,
+            make_task=partial(_make_task, self, run, shards, rows, device),
             # The denoiser's loader and data are what the later stages use.
             saved_sections=(*_SECTIONS, "data", "more_data"),
             logged_sections=_SECTIONS,
@@ -109,3 +98,28 @@ class Train(ConfiguredStage):
             next_command=command("sample", "--run", run, *address_flag(experiment)),
             limits={"small": lambda: small_config(shards, side, device)},
         ).checked()
+
+
+def _make_task(
+    stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device, tracker: Tracker
+) -> DenoiserTask:
+    """What is learned, and its validation. Measures sigma_data where the objective needs it."""
+    from segdiff_dist.denoising.sample_grid import SampleGrids
+    from segdiff_dist.denoising.sigma_data import with_sigma_data
+    from segdiff_dist.denoising.task import DenoiserTask
+    from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
+    from segdiff_dist.stages.training_plan import side_of
+
+    denoiser, loader = stage.denoiser, stage.loader
+    process = with_sigma_data(stage.diffusion, shards, rows)
+    held_out = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
+    validation = DenoiserValidation(
+        HeldOutSlices(shards, held_out, loader, denoiser.soft_masks),
+        process,
+        replace(stage.experiment.sample.sampler, guidance=1.0),
+        stage.validation,
+        device,
+        SampleGrids(run / "pictures", shards.label_table, tracker),
+    )
+    side, weights = side_of(shards, loader.crop_size), run / "weights"
+    return DenoiserTask(shards, side, denoiser, process, stage.train.seed, weights, device, validation)

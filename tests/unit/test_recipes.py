@@ -15,7 +15,7 @@ from tests_support import write_shapes
 from torch import Tensor
 
 from data_shards.labels import AMOS, BACKGROUND, LabelTable
-from data_shards.problems import InputProblems
+from data_shards.problems import InputProblems, refuse
 from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.conditioning import NULL_CLASS, NULL_MASK, Conditions, drop_conditions, guided
@@ -29,7 +29,7 @@ from segdiff_dist.denoising.loss_weighting import (
     sums_by_timestep,
 )
 from segdiff_dist.denoising.organ_dropout import drop_organs, relabelled
-from segdiff_dist.denoising.task import DenoiserTask, DiceTerm
+from segdiff_dist.denoising.task import DenoiserTask, DiceTerm, find_problems
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
 from segdiff_dist.segmentation.segmenter import save_segmenter
@@ -271,6 +271,7 @@ def make_task(soft_shapes: ShardSet, segmenter: Path, tmp_path: Path) -> Callabl
     def make(**changes: Any) -> DenoiserTask:
         settings: dict[str, Any] = {"prediction_type": "v", "dice_segmenter": str(segmenter), **changes}
         config, diffusion = replace(SMALL, soft_masks=True), DiffusionConfig(**settings)
+        refuse(find_problems(soft_shapes, 32, config, diffusion))
         return DenoiserTask(soft_shapes, 32, config, diffusion, 3, tmp_path / "weights", CPU)
 
     return make
@@ -453,11 +454,10 @@ def test_settings_out_of_range_are_refused(
 
 def test_settings_that_do_not_go_together_are_refused(shapes: Path, soft_shapes: ShardSet, tmp_path: Path) -> None:
     hard = ShardSet.open(shapes)
-    with pytest.raises(InputProblems, match="keeps no soft edges"):
-        DenoiserTask(hard, 32, replace(SMALL, soft_masks=True), DiffusionConfig(), 0, tmp_path, CPU)
-    config = replace(SMALL, class_conditioning=False)
-    with pytest.raises(InputProblems, match="class_conditioning"):
-        DenoiserTask(hard, 32, config, DiffusionConfig(joint_dropout=0.1), 0, tmp_path, CPU)
+    [found] = find_problems(hard, 32, replace(SMALL, soft_masks=True), DiffusionConfig())
+    assert "keeps no soft edges" in found.value
+    [found] = find_problems(hard, 32, replace(SMALL, class_conditioning=False), DiffusionConfig(joint_dropout=0.1))
+    assert "class_conditioning" in found.remedy
     other = LabelTable("other", AMOS.names)
     settings = SegmenterConfig(channels=(16, 32))
     save_segmenter(tmp_path / "s", SegmenterNet(settings, AMOS.num_classes).state_dict(), settings, other)
