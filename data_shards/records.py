@@ -19,9 +19,9 @@ from data_shards.problems import Problem, refuse
 if TYPE_CHECKING:
     import torch
 
-MODALITIES: tuple[Modality, ...] = get_args(Modality)
-AXES: tuple[Axis, ...] = get_args(Axis)
-SPLITS: tuple[Split, ...] = get_args(Split)
+MODALITIES = get_args(Modality)
+AXES = get_args(Axis)
+SPLITS = get_args(Split)
 # Who drew a mask: nobody (body alone), the archive's experts, a whole-body tool, or the one laid over the other.
 MASK_SOURCES = ("none", "expert", "wholebody", "merged")
 # A case id becomes a part of names of files and of members of tars. A tar's header holds 100 bytes of a name, and the

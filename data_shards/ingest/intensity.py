@@ -12,7 +12,7 @@ from data_shards.ingest.volumes import Volume, planes_in_memory
 
 # window: CT by the window alone. paper: CT also by the percentiles of what the window leaves, as the paper's code does,
 # so that one grey value means another HU in each volume (HU can still be restored from the slice's own mapping).
-INTENSITIES: tuple[Intensity, ...] = get_args(Intensity)
+INTENSITIES = get_args(Intensity)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from data_shards.ingest.volumes import Volume, num_resampled
 # Canonical dimension (0 I right, 1 J anterior, 2 K superior) that runs through the slices, down the rows and along the
 # columns. Rows and columns all run against their canonical dimension.
 VIEWS = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
-FITS: tuple[Fit, ...] = get_args(Fit)
+FITS = get_args(Fit)
 # nearest: the nearest voxel's id. soft: every class resampled like an image, the largest share wins. bilinear_ids: id
 # numbers resampled like grey values and rounded, as the paper's code does; invents classes at borders.
-MASK_RESIZES: tuple[MaskResize, ...] = get_args(MaskResize)
+MASK_RESIZES = get_args(MaskResize)
 
 
 @dataclass(frozen=True)

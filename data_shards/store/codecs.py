@@ -17,7 +17,7 @@ import numpy as np
 
 from data_shards.choices import Codec
 
-CODECS: tuple[Codec, ...] = get_args(Codec)
+CODECS = get_args(Codec)
 EXTENSIONS = {"raw": "npy", "zstd": "npy.zst", "png": "png", "jpeg2000": "jp2"}
 PICTURES = ("png", "jpeg2000")
 _PICTURE_FORMATS = {"png": "PNG", "jpeg2000": "JPEG2000"}

@@ -29,7 +29,7 @@ from data_shards.records import is_path_inside
 from data_shards.store.codecs import CODECS
 
 FORMAT_VERSION = 2
-STORES: tuple[Store, ...] = get_args(Store)
+STORES = get_args(Store)
 INDEX = "index.json"
 SAMPLES = "samples.arrow"
 SHARDS = "shards"

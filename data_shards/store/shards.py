@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.choices import Codec
 from data_shards.documents import reading
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
@@ -166,9 +167,10 @@ class ShardSet:
         return int(self.index["preprocessing"].get("bits", 8))
 
     @property
-    def codec(self) -> str:
+    def codec(self) -> Codec:
         """How the files hold pixels: see codecs.py."""
-        return str(self.index["codec"])
+        codec: Codec = self.index["codec"]
+        return codec
 
     @cached_property
     def modality_N(self) -> np.ndarray:
