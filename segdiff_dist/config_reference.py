@@ -63,8 +63,9 @@ def _sections(section: type, prefix: str) -> Iterator[tuple[type, str]]:
     """Sections within a section, depth first, with their dotted names."""
     for name, hint in get_type_hints(section).items():
         if is_dataclass(hint):
-            yield hint, f"{prefix}{name}"  # type: ignore[misc]
-            yield from _sections(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            nested: Any = hint
+            yield nested, f"{prefix}{name}"
+            yield from _sections(nested, f"{prefix}{name}.")
 
 
 def _table(section: Any, defaults: dict[str, Any], prefix: str) -> str:
@@ -85,7 +86,7 @@ def _table(section: Any, defaults: dict[str, Any], prefix: str) -> str:
 
 def _docstrings(section: type) -> dict[str, str]:
     """The text under each field of a section."""
-    module = ast.parse(inspect.getsource(inspect.getmodule(section)))  # type: ignore[arg-type]
+    module = ast.parse(inspect.getsource(sys.modules[section.__module__]))
     body = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == section.__name__).body
     return {
         field.target.id: " ".join(str(text.value.value).split())
