@@ -41,7 +41,7 @@ def find_modalities(
     """
     known, problems = _stated_in(where, content)
     by_number = {case_id: _by_number(case_id) for case_id in case_ids}
-    if stated in MODALITIES:  # anything else is refused among the settings
+    if stated is not None and stated in MODALITIES:  # anything else is refused among the settings
         return _by_setting(where, stated, known, by_number)
     if problems:
         return {}, {}, problems

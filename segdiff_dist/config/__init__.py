@@ -56,7 +56,8 @@ def how_to_make(stage: str, missing: Path) -> str:
 def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
     """`values` as a `cls`. All unknown keys and values out of range are reported at once, as problems of `where`."""
     try:
-        [config] = _adapter(cls).validate_python([values])
+        kind: Any = cls  # a hashable one, which mypy does not see
+        [config] = _adapter(kind).validate_python([values])
         return config
     except ValidationError as error:
         raise InputProblems(_explain(error, str(where), cls)) from None
@@ -64,7 +65,8 @@ def validate(cls: type[T], values: Mapping[str, Any], where: object) -> T:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Plain values that YAML and JSON can write."""
-    [values] = _adapter(type(config)).dump_python([config], mode="json")
+    kind: Any = type(config)
+    [values] = _adapter(kind).dump_python([config], mode="json")
     return values
 
 
