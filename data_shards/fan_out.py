@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from data_shards import liveness
@@ -286,7 +287,7 @@ class Workers(Generic[Task, Result]):
             _say(f"worker {place} has done nothing for {bound} ({liveness.BOUND}); it is ended")
         _on_machines(liveness.end, over)
         for place in over:
-            within(_KILL_S, lambda place=place: ray.kill(actors[place]))
+            within(_KILL_S, partial(ray.kill, actors[place]))
 
     def _needs(self) -> str:
         return f"{self._threads} CPU" + (f" and {self._gpus:g} GPU" if self._gpus else "")

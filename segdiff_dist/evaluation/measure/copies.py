@@ -164,12 +164,12 @@ class NearestCopy:
         """
         import torch
 
-        needed, place_P = np.unique(self.rows_QC, return_inverse=True)
+        needed, of_needed = np.unique(self.rows_QC, return_inverse=True)
         size = evaluator.store.image.shape[1]
         with np.load(self.queries) as queries:
             query_QSS = _squares(queries[f"pixels_{self.side}"][self.start : self.start + len(self.rows_QC)])
         query_PD = _normalised(query_QSS).repeat_interleave(self.rows_QC.shape[1], 0)
-        place_P = torch.from_numpy(place_P.ravel())
+        place_P = torch.from_numpy(of_needed.ravel())
         change_P5 = torch.from_numpy(self.changes_QC5.reshape(-1, 5))
         for descent in _DESCENTS:
             slices_NTT, room = _slices(evaluator, needed.tolist(), size, min(descent.side, size))
