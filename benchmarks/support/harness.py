@@ -175,9 +175,9 @@ def hardware() -> dict[str, Any]:
     import torch
 
     info = {"model name": platform.processor() or platform.machine(), "flags": ""}
-    info = Path("/proc/cpuinfo")
-    if info.is_file():  # of the first core
-        lines = (line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    file = Path("/proc/cpuinfo")
+    if file.is_file():  # of the first core
+        lines = (line.split(":", 1) for line in file.read_text().split("\n\n")[0].splitlines() if ":" in line)
         info |= {name.strip(): value.strip() for name, value in lines}
     flags = info["flags"].split()
     return {
