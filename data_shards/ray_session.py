@@ -122,6 +122,19 @@ def _joined(address: str) -> Iterator[None]:
 _COMMON: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
 
 
+def _start_again_where_slow(start: Callable[[], object]) -> None:
+    """Ray gives its own processes 30 s to come up, which a busy machine may not: it gets a second chance."""
+    import ray
+
+    try:
+        start()
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        start()
+
+
 @contextmanager
 def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool = False) -> Iterator[None]:
     """Within it Ray is there. Calls ray.init in a thread, since it may wait without end. Raises InputProblems where it
@@ -135,7 +148,7 @@ def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool
 
     def begin() -> None:
         try:
-            start()
+            _start_again_where_slow(start)
         except BaseException as error:  # Ray raises plain Exceptions too, as where its raylet does not come up
             failed.append(error)
         is_there.set()

@@ -188,7 +188,7 @@ def _begin_as_identity(unet: nn.Module) -> None:
 
     The net then learns a little faster: Goyal et al. 2017, section 5.1; Dhariwal and Nichol 2021.
     """
-    from diffusers.models.resnet import ResnetBlock2D
+    from segdiff_dist.diffusers_parts import ResnetBlock2D
 
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):

@@ -84,6 +84,13 @@ class Plan(ABC):
         with self.lock(), self.tracker() as tracker:
             return self.run(tracker)
 
+    def start_as_step(self) -> Result:
+        """`start`, for a stage that runs others: it says what was done already, and leaves the rest to the caller."""
+        result = self.start()
+        if isinstance(self, Done):
+            print("\n".join(result.message), flush=True)
+        return result
+
 
 @dataclass(frozen=True)
 class Cost:

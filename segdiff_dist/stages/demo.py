@@ -112,7 +112,7 @@ class DemoPlan(Plan):
 
 
 def _result_of(name: str, experiment: Experiment) -> Result:
-    return _STEPS[name].of(experiment).over(experiment).check().start()
+    return _STEPS[name].of(experiment).over(experiment).check().start_as_step()
 
 
 def _can_train_at_once(experiment: Experiment) -> bool:

@@ -56,6 +56,8 @@ class ExportPlan(Plan):
 
     def cost(self) -> Cost:
         """Counted without compression."""
+        from segdiff_dist.export.job import SamplesExport
+
         num_images = len(self.job.samples) if isinstance(self.job, SamplesExport) else None
         return Cost(images=num_images, num_bytes=self.job.num_bytes)
 

@@ -117,7 +117,7 @@ class ReproducePlan(Plan):
 
 
 def _run(stage: type[ConfiguredStage], experiment: Experiment) -> Result:
-    return stage.of(experiment).over(experiment).check().start()
+    return stage.of(experiment).over(experiment).check().start_as_step()
 
 
 def evaluate_once(column: Experiment) -> None:

@@ -205,7 +205,6 @@ def test_what_is_out_of_range_is_told_all_at_once() -> None:
     wrong = DownstreamConfig(real_fractions=(0.0, 0.5, 0.5), seeds=(-1,), num_masks=0)
     assert [p.field for p in wrong.problems()] == [
         "downstream.real_fractions",
-        "downstream.real_fractions",
         "downstream.seeds",
         "downstream.num_masks",
     ]

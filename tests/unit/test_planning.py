@@ -16,7 +16,6 @@ from data_shards.labels import LabelTable
 from segdiff_dist import cli
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.network_shapes import denoiser_network
-from segdiff_dist.planning import memory
 from segdiff_dist.planning.duration import duration_s, length_warning
 from segdiff_dist.planning.memory import (
     HIGH,
@@ -30,6 +29,7 @@ from segdiff_dist.planning.memory import (
 from segdiff_dist.planning.network import Network
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.segmentation.network import segmenter_network
+from segdiff_dist.stages import training_plan
 from segdiff_dist.stages.training_plan import small_config
 from segdiff_dist.training.config import TrainConfig
 
@@ -74,7 +74,7 @@ def test_a_machine_that_is_large_enough_is_not_refused(paper: Network) -> None:
 def test_where_no_micro_batch_fits_the_small_net_is_named(paper: Network) -> None:
     [found] = memory_problems("train", paper, TrainConfig(), host(4), small=lambda: small_config(SHARDS, 256, CPU))
     assert "micro-batch-size" not in found.remedy
-    assert "amos_small.yaml" in found.remedy
+    assert "--config amos_small" in found.remedy
     [found] = memory_problems("train", paper, TrainConfig(micro_batch_size="auto"), host(0.5))
     assert found.remedy == "use a smaller net, smaller slices or a larger machine"
 
@@ -165,7 +165,7 @@ def test_the_commands_refuse_before_they_write(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(memory, "capacity_of", lambda _: host(0.1))
+    monkeypatch.setattr(training_plan, "capacity_of", lambda _: host(0.1))
     config = str(Path(__file__).parents[2] / "launch/configs/smoke.yaml")
     arguments = [command, "--config", config, "--data", str(shapes), "--run", str(tmp_path / "run")]
     assert cli.main(arguments) == 2
