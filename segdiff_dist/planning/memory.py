@@ -76,7 +76,9 @@ def plan_memory(network: Network, config: TrainConfig, ranks: int, on_gpu: bool 
     gradients = number * width // (ranks if stage >= 2 else 1)
     optimizer = number * (4 + 4 + 8 + averages) // ranks
     offloaded = {"none": 0, "optimizer": optimizer, "all": optimizer + working}[config.offload]
-    return MemoryPlan(working + gradients + optimizer - offloaded, activations, offloaded, checkpoint)
+    # Muon's second moment is missing, and makes up for what it keeps of its own on a rank.
+    gathered = 4 * number if config.optimizer == "muon" and ranks > 1 else 0
+    return MemoryPlan(working + gradients + optimizer + gathered - offloaded, activations, offloaded, checkpoint)
 
 
 @dataclass(frozen=True)

@@ -165,5 +165,5 @@ def _train_segmenter(experiment: Experiment, log: Path, threads: int) -> None:
             os.dup2(stream.fileno(), output.fileno())
     torch.set_num_threads(threads)
     with ExitStatus() as status:
-        _result_of(_SEGMENTER, experiment).say()
+        TrainSegmenter.of(experiment).over(experiment).check().start().say()
     raise SystemExit(status.code)

@@ -182,7 +182,7 @@ def _train(command: str, experiment: Experiment, ranks: int) -> None:
         _run(TrainSegmenter if command == "train-segmenter" else Train, experiment)
         return
     run = experiment.path("run")
-    # Beside the run folder, whose own config.yaml tells the stage what it was started with. It names the run, too.
+    # Beside the run folder, whose own config.yaml records what the stage was started with. It names the run, too.
     config = run.with_name(f"{run.name}.yaml")
     write_atomic(config, to_yaml(as_dict(experiment)))
     # -P: no module of the current folder is taken for torch's or ours.

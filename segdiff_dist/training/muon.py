@@ -59,11 +59,12 @@ def orthogonalised(matrix_MN: Tensor, dtype: torch.dtype = torch.bfloat16) -> Te
     for num_iterations in _BETWEEN_RESTARTS:
         gram = x @ x.T
         factor = torch.eye(len(x), dtype=dtype, device=x.device)
-        for _ in range(num_iterations):
+        for iteration in range(num_iterations):
             next_factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
             factor = torch.addmm(factor, next_factor, factor, beta=a)
-            half = torch.addmm(gram, next_factor, gram, beta=a)
-            gram = torch.addmm(half, half, next_factor, beta=a)
+            if iteration + 1 < num_iterations:
+                half = torch.addmm(gram, next_factor, gram, beta=a)
+                gram = torch.addmm(half, half, next_factor, beta=a)
         x = factor @ x
     return (x.T if tall else x).float().contiguous()
 
@@ -176,10 +177,10 @@ class MuonAdamW(torch.optim.Optimizer):
         if not self._gathers:
             return {self._rank: own}
         ranks = torch.distributed.get_world_size()
-        found: dict[int, dict[int, Tensor]] = {r: {} for r in range(ranks)}
+        gathered: dict[int, dict[int, Tensor]] = {r: {} for r in range(ranks)}
         for shard in self._gathers:
             flats = [torch.empty_like(own[shard]).view(-1) for _ in range(ranks)]
             torch.distributed.all_gather(flats, own[shard].reshape(-1).contiguous())
             for r, flat in enumerate(flats):
-                found[r][shard] = flat
-        return found
+                gathered[r][shard] = flat
+        return gathered

@@ -130,6 +130,12 @@ def test_activations_are_what_a_step_keeps() -> None:
     assert network.activations(4, "bf16", False) == pytest.approx(counted / 2, rel=0.1)
 
 
+def test_muon_gathers_gradients_from_the_other_ranks(paper: Network) -> None:
+    adamw, muon = TrainConfig(), TrainConfig(optimizer="muon")
+    assert plan_memory(paper, muon, 1) == plan_memory(paper, adamw, 1)
+    assert plan_memory(paper, muon, 2).state == plan_memory(paper, adamw, 2).state + 4 * paper.num_parameters
+
+
 def test_activation_checkpointing_needs_less(paper: Network) -> None:
     plain, checkpointed = (paper.activations(16, "bf16", on) for on in (False, True))
     assert 0.3 * plain < checkpointed < 0.6 * plain
