@@ -1,7 +1,7 @@
 """The values that a setting can have, said in its type: `num: Annotated[int, Ge(1)]`, `axis: Literal["axial", ...]`.
 
 pydantic reads the same types where YAML comes in. `range_problems` checks a section that was made in Python or from
-flags. `requirement` puts a type into words, for remedies, help texts and the reference page.
+flags. `requirement` puts a type into words, for remedies and the reference page; `metavar` is what --help shows.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ RISING = Rule(_is_rising, "the lower one first")
 NOT_FALLING = Rule(_does_not_fall, "the lower one first")
 
 _NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
+_FLAGS = {int: "INT", float: "FLOAT", bool: "{True,False}", str: "STR", Path: "PATH", types.NoneType: "None"}
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 
 
@@ -100,6 +101,13 @@ def requirement(hint: Any) -> str:
     if get_origin(base) is dict:
         return "a mapping" + rules
     return f"{_PLAIN.get(base, 'a value')}{_bounds(marks)}{rules}"
+
+
+def metavar(hint: Any) -> str | None:
+    """The same in the few words that a flag's help has room for: `INT (1 or more)`. None where the type has no limits:
+    its name then says it all."""
+    limits = _limits(hint)
+    return f"{_flag_name(hint)} ({', '.join(limits)})" if limits else None
 
 
 def is_union(hint: Any) -> bool:
@@ -166,7 +174,7 @@ def _bounds(marks: list[Any]) -> str:
 
 def _bound(marks: list[Any], name: str) -> str | None:
     value = next((getattr(mark, name) for mark in marks if hasattr(mark, name)), None)
-    return f"{value:g}" if isinstance(value, float) else None if value is None else str(value)
+    return f"{value:.7g}" if isinstance(value, float) else None if value is None else str(value)
 
 
 def _tuple_words(items: tuple[Any, ...], is_not_empty: bool) -> str:
@@ -175,6 +183,44 @@ def _tuple_words(items: tuple[Any, ...], is_not_empty: bool) -> str:
     if get_origin(items[0]) is Literal:
         return f"{'one or more' if is_not_empty else 'any'} of {', '.join(get_args(items[0]))}"
     return f"{'one or more values' if is_not_empty else 'values'}, each {requirement(items[0])}"
+
+
+def _limits(hint: Any) -> list[str]:
+    base, marks = _split(hint)
+    if is_union(base):
+        own = [limit for arm in get_args(base) for limit in _limits(arm)]
+    elif get_origin(base) is tuple:
+        each = " and ".join(_limits(get_args(base)[0]))
+        own = [f"each {each}"] if each else []
+    else:
+        own = _short_bounds(marks)
+    return [*own, *(mark.words for mark in marks if isinstance(mark, Rule))]
+
+
+def _short_bounds(marks: list[Any]) -> list[str]:
+    low, above, high, below = (_bound(marks, name) for name in ("ge", "gt", "le", "lt"))
+    if low and high:
+        return [f"{low} to {high}"]
+    words = ((low, "{} or more"), (above, "above {}"), (high, "at most {}"), (below, "below {}"))
+    return [text.format(limit) for limit, text in words if limit]
+
+
+def _flag_name(hint: Any) -> str:
+    """What a flag takes, as tyro names it, but for None, which is the last of several."""
+    base, marks = _split(hint)
+    if is_union(base):
+        arms = sorted(get_args(base), key=lambda arm: arm is types.NoneType)
+        return "|".join(map(_flag_name, arms))
+    if get_origin(base) is Literal:
+        choices = list(map(str, get_args(base)))
+        return choices[0] if len(choices) == 1 else f"{{{','.join(choices)}}}"
+    if get_origin(base) is tuple:
+        items = get_args(base)
+        if items[-1] is not Ellipsis:
+            return " ".join(map(_flag_name, items))
+        several = f"{(name := _flag_name(items[0]))} [{name} ...]"
+        return several if any(isinstance(mark, MinLen) for mark in marks) else f"[{several}]"
+    return _FLAGS.get(base, "VALUE")
 
 
 def _shown(value: Any) -> str:

@@ -6,10 +6,14 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import is_dataclass, replace
 from io import StringIO
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+
+from data_shards.ranges import metavar
 
 T = TypeVar("T")
 
@@ -33,7 +37,7 @@ def parse_flags(
     given = [_full_name(arg, aliases) for arg in args]
     short = [f"{alias} X is short for {flag} X." for alias, flag in aliases.items()]
     description = "\n".join([(cls.__doc__ or "").strip(), *short])
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    options: dict[str, Any] = {"registry": _with_ranges()} | ({} if default is None else {"default": default})
     args = ["--help"] if HELP_ALL in given else given
     if not essential or HELP_ALL in given or not {"-h", "--help"} & set(args):
         return tyro.cli(cls, args=args, prog=prog, description=description, **options)
@@ -63,6 +67,34 @@ def only_essential(text: str, essential: Collection[str]) -> str:
             kept.append("\n".join([*title.split("\n")[:2], *(entry.rstrip() for entry in chosen), ""]))
     more = f"{num_hidden} more flags: {HELP_ALL}\n" if num_hidden else ""
     return "\n".join([*kept, more])
+
+
+def _with_ranges() -> ConstructorRegistry:
+    """tyro's rules, with the range of a field beside its type: `INT (1 or more)`."""
+    registry, is_asking_tyro = ConstructorRegistry(), False
+
+    @registry.struct_rule
+    def section(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal is_asking_tyro
+        if is_asking_tyro or not is_dataclass(info.type):
+            return None
+        is_asking_tyro = True  # this rule is asked too, and leaves it to tyro's own
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            is_asking_tyro = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return replace(spec, fields=tuple(replace(one, type=_named(one.type)) for one in spec.fields))
+
+    return registry
+
+
+def _named(hint: Any) -> Any:
+    """A field's type with the name of its values for the help, unless it has one."""
+    name = metavar(hint)
+    has_name = any(getattr(mark, "metavar", None) for mark in get_args(hint)[1:])
+    return hint if name is None or has_name else Annotated[hint, tyro.conf.arg(metavar=name)]
 
 
 def _full_name(arg: str, aliases: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import pytest
-from annotated_types import Ge, Interval, Lt
+from annotated_types import Ge, Gt, Interval, Lt
 from pydantic import TypeAdapter, ValidationError
 
 from data_shards.choices import LabelSet, Modality
@@ -22,6 +22,7 @@ from data_shards.ranges import (
     Some,
     WholeNumber,
     is_allowed,
+    metavar,
     range_problems,
     requirement,
 )
@@ -72,6 +73,25 @@ def test_pydantic_and_we_allow_the_same_values(hint: Any, good: list[Any], bad: 
 )
 def test_a_type_in_words(hint: Any, words: str) -> None:
     assert requirement(hint) == words
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (Count, "INT (1 or more)"),
+        (WholeNumber | None, "INT|None (0 or more)"),
+        (Share, "FLOAT (0 to 1)"),
+        (Count | Literal["auto"], "INT|auto (1 or more)"),
+        (Annotated[float, Gt(0), Lt(1)], "FLOAT (above 0, below 1)"),
+        (Some[Modality], "{CT,MR} [{CT,MR} ...] (each once)"),
+        (PAIR, "FLOAT FLOAT (each 0 to 1, the lower one first)"),
+        (tuple[Annotated[int, Ge(0), Lt(9)], ...], "[INT [INT ...]] (each 0 or more and below 9)"),
+        (Modality | None, None),
+        (Path, None),
+    ],
+)
+def test_a_type_in_the_words_of_a_flag(hint: Any, words: str | None) -> None:
+    assert metavar(hint) == words
 
 
 def test_what_is_out_of_range_is_said_with_value_and_range() -> None:

@@ -51,6 +51,17 @@ def test_help_shows_the_main_flags_and_help_all_every_flag(name: str, capsys: py
         assert "more flags: --help-all" in short
 
 
+def test_help_shows_the_range_of_a_flag_and_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["sample", "--help"])
+    flags = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "--sample.samples-per-mask INT (1 or more)" in flags
+    assert "--num INT|None (1 or more), --sample.num INT|None (1 or more)" in flags
+    assert "--sample.sampler.guidance FLOAT (0 or more)" in flags
+    assert "--sample.target-modality {same,other,CT,MR}" in flags
+    assert "--config {None}|STR" in flags, "a flag without a range keeps the name of its type"
+
+
 def test_what_is_mistyped_is_answered_with_what_was_meant(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["evalute"]) == 2
     assert "'evalute' is not a command; did you mean 'evaluate'?" in capsys.readouterr().err
