@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from data_shards import liveness
+from data_shards import lean_imports, liveness
 from data_shards.liveness import Place, Quiet
 from data_shards.ray_session import num_cores, one_line, ray_session, within
 
@@ -335,6 +335,7 @@ class _Worker:
     """The actor. Threads are fixed before torch loads, so that results do not depend on how many workers run."""
 
     def __init__(self, num_threads: int) -> None:
+        lean_imports.begin()
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
 
     def place(self) -> Place:

@@ -8,7 +8,7 @@ Volumes are read on Ray: on this machine, or on the cluster of launch/cluster/ra
 
 import sys
 
-from segdiff_dist.cli import main
+from segdiff_dist.cli import run
 
 if __name__ == "__main__":
-    raise SystemExit(main(["prepare", *sys.argv[1:]]))
+    raise SystemExit(run(["prepare", *sys.argv[1:]]))

@@ -8,7 +8,7 @@ It uses the denoiser's shards: trained on the train split, chosen on the validat
 
 import sys
 
-from segdiff_dist.cli import main
+from segdiff_dist.cli import run
 
 if __name__ == "__main__":
-    raise SystemExit(main(["train-segmenter", *sys.argv[1:]]))
+    raise SystemExit(run(["train-segmenter", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ import os
 import sys
 from difflib import get_close_matches
 
+from data_shards import lean_imports
 from data_shards.locks import begin_command
 from data_shards.problems import refuse
 from segdiff_dist import stages, surroundings
@@ -13,6 +14,12 @@ from segdiff_dist.exit_status import ExitStatus
 from segdiff_dist.ranks.distributed import is_main, launcher_problems, leave_launcher
 
 COMPLETION = "--tyro-print-completion"
+
+
+def run(argv: list[str] | None = None) -> int:
+    """main() for a process that does nothing else: `segdiff`, `python -m segdiff_dist`, launch/*.py."""
+    lean_imports.begin()
+    return main(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

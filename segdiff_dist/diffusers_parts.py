@@ -11,12 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_shards import lean_imports
 from segdiff_dist.library_versions import require_supported
 
 # To move the upper bound of library_versions.py: read these parts in the new version, and run
 # tests/unit/test_fused_unet.py, test_cpu_norm.py and test_samplers.py with it.
 require_supported("diffusers")
 
+if lean_imports.are_on():
+    # Schedulers that this project does not use import scipy.stats, 1.5 s of processor time.
+    from diffusers.utils import import_utils
+
+    import_utils._scipy_available = False
+
+from diffusers import (  # noqa: E402
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.attention_processor import Attention  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 from diffusers.models.unets import unet_2d_blocks as blocks  # noqa: E402
@@ -25,8 +38,12 @@ from diffusers.models.upsampling import Upsample2D  # noqa: E402
 
 __all__ = [
     "Attention",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
     "ResnetBlock2D",
+    "UNet2DModel",
     "UNet2DOutput",
+    "UniPCMultistepScheduler",
     "Upsample2D",
     "blocks",
     "recomputed",

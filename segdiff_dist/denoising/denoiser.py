@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: DenoiserConfig, label_table: LabelTable, size: int) -> None:
         super().__init__()
-        from diffusers import UNet2DModel
+        from segdiff_dist.diffusers_parts import UNet2DModel
 
         if label_table.num_classes > NULL_MASK:
             remedy = f"use at most {NULL_MASK}: id {NULL_MASK} means a mask that is not shown"

@@ -31,7 +31,7 @@ def as_trained(config: DiffusionConfig, trained: dict[str, Any]) -> tuple[Diffus
 
 def make_scheduler(config: DiffusionConfig) -> Any:
     """diffusers' DDIMScheduler for this schedule: its alphas_cumprod are what training noises by and sampling walks."""
-    from diffusers import DDIMScheduler
+    from segdiff_dist.diffusers_parts import DDIMScheduler
 
     settings = {
         "num_train_timesteps": config.num_train_timesteps,

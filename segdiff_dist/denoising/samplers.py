@@ -195,7 +195,7 @@ def _ddim(
 ) -> Tensor:
     """Song et al. 2020, eq. 12. As in diffusers and the paper's code, the noise that it goes on with is what was
     predicted, not what the bounded x_0 would mean; so the scheduler does the bounding."""
-    from diffusers import DDIMScheduler
+    from segdiff_dist.diffusers_parts import DDIMScheduler
 
     scheduler = respaced(
         DDIMScheduler,
@@ -226,7 +226,7 @@ def _multistep(
     step_noise: Callable[[int], Tensor] | None,
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; or UniPC, Zhao et al. 2023, with B_2(h) and order 2."""
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+    from segdiff_dist.diffusers_parts import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     scheduler_class = UniPCMultistepScheduler if sampler.solver == "unipc" else DPMSolverMultistepScheduler
     scheduler = respaced(scheduler_class, _above_0(_alpha_bars(levels)), solver_order=2)

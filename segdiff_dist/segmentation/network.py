@@ -25,7 +25,7 @@ class SegmenterNet(nn.Module):
 
     def __init__(self, config: SegmenterConfig, num_classes: int) -> None:
         super().__init__()
-        from monai.networks.nets import UNet
+        from segdiff_dist.segmentation.monai_parts import UNet
 
         self.unet = UNet(
             spatial_dims=2,

@@ -42,7 +42,7 @@ class SegmenterTask:
         weights: Path,
         device: torch.device,
     ) -> None:
-        from monai.losses import DiceCELoss
+        from segdiff_dist.segmentation.monai_parts import DiceCELoss
 
         self.shards, self.config, self.loader, self.weights, self.device = shards, config, loader, weights, device
         with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from data_shards import lean_imports
 from segdiff_dist.library_versions import require_supported
 from segdiff_dist.ranks.distributed import rank
 from segdiff_dist.training.sharded_state import Extent
@@ -22,7 +23,7 @@ def import_deepspeed() -> Any:
     Raises InputProblems where its version is not one that this file knows.
     """
     require_supported("deepspeed")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), lean_imports.without("mlflow", "pandas"):
         warnings.simplefilter("ignore")
         import deepspeed
 

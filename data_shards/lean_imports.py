@@ -1,0 +1,63 @@
+"""Imports of libraries without what they bring along and this project never calls.
+
+MONAI imports MLflow, pandas, matplotlib and half of SciPy for parts other than its networks and losses; DeepSpeed
+imports MLflow for its autotuner. Without these a worker that segments is ready after 4 s of processor time instead of
+10, and a rank that trains after 8 instead of 10 to 13. Each of these libraries takes a missing one for an optional one.
+
+Only processes that run a command of this project, or work for one, import so. In a program that uses this project as a
+library MONAI stays whole.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_SWITCH = "SEGDIFF_LEAN_IMPORTS"
+
+
+def begin() -> None:
+    """This process and those it starts import so from now on. SEGDIFF_LEAN_IMPORTS=0 in the environment forbids it."""
+    os.environ.setdefault(_SWITCH, "1")
+
+
+def are_on() -> bool:
+    """Whether this process imports so."""
+    return os.environ.get(_SWITCH) == "1"
+
+
+@contextmanager
+def without(*libraries: str) -> Iterator[None]:
+    """Within it, what this thread imports finds none of these libraries, unless they are loaded already.
+
+    Other threads find them. Does nothing in a process that has not begun.
+    """
+    if not are_on():
+        yield
+        return
+    finder = _Missing(libraries, threading.get_ident())
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Missing(MetaPathFinder):
+    """Of some libraries, for one thread: says that they are not installed."""
+
+    def __init__(self, libraries: Sequence[str], thread: int) -> None:
+        self._libraries, self._thread = frozenset(libraries), thread
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] in self._libraries and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"{fullname} is left out here", name=fullname)
+        return None
