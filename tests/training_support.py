@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_support import Recording
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
@@ -23,7 +24,7 @@ from segdiff_dist.denoising.sigma_data import with_sigma_data
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.tracker import Tracker
-from segdiff_dist.training import checkpoint, checkpoint_writer
+from segdiff_dist.training import captured, checkpoint, checkpoint_writer
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.loop import TrainingJob, train
 
@@ -59,6 +60,12 @@ def run_training(
 def losses(run: Path) -> list[float]:
     """What a run has logged."""
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def logged(run: Path) -> list[list[float | None]]:
+    """What a run has logged, without its speed."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [[line[name] for name in ("loss", "grad_norm", "lr", "skipped_steps")] for line in lines]
 
 
 def plain_losses(shapes: Path, steps: int, num_images: int) -> list[float]:
@@ -151,3 +158,10 @@ def _stopped_at(images: int | None) -> Iterator[None]:
             yield
     finally:
         DenoiserTask.loss = loss  # type: ignore[method-assign]
+
+
+def train_recorded(rank: int, out: Path, shapes: Path, settings: dict[str, Any]) -> None:
+    """What each rank of a test does: the same run eagerly and from a recording, in OUT/off and OUT/on."""
+    captured.recorder_for = lambda _: Recording()
+    for choice in ("off", "on"):
+        run_training(shapes, out / choice, cuda_graph=choice, **settings)

@@ -61,6 +61,7 @@ class Train(ConfiguredStage):
         from segdiff_dist.denoising.network_shapes import denoiser_network
         from segdiff_dist.denoising.task import find_problems
         from segdiff_dist.stages.training_plan import TrainingPlan, side_of, small_config, training_rows
+        from segdiff_dist.training.captured import device_problems
 
         experiment, config, denoiser, diffusion = self.experiment, self.train, self.denoiser, self.diffusion
         loader, started = self.loader, ("denoiser", "diffusion", "train", "loader")
@@ -73,6 +74,7 @@ class Train(ConfiguredStage):
             lambda: refuse(self.validation.problems(diffusion)),
             lambda: refuse(self.tracking.problems()),
             lambda: loader.mix and mix_groups(shards, rows, loader.mix),
+            lambda: refuse(device_problems(config, "train", picked())),
             lambda: choose_attention(denoiser.attention, picked(), denoiser.attention_head_dim),
             lambda: choose_kernels(denoiser.kernels, picked()),
             lambda: refuse_another_config(experiment, run / "checkpoints", started),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,16 +43,19 @@ class TrainSegmenter(ConfiguredStage):
         from segdiff_dist.segmentation.network import segmenter_network
         from segdiff_dist.segmentation.task import SegmenterTask
         from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
+        from segdiff_dist.training.captured import device_problems
 
         experiment, config, loader = self.experiment, self.segmenter, self.loader
         run, shards = self.open_run_and_data(self.more_data)
         folder, side, rows = run / "segmenter", side_of(shards, loader.crop_size), training_rows(experiment, shards)
-        *_, device, _ = collect(
+        picked = partial(pick_device, config.train.device, "segmenter.train.device")
+        collect(
             lambda: refuse(config.problems(side, world_size()) + loader.problems()),
             lambda: loader.mix and mix_groups(shards, rows, loader.mix),
-            lambda: pick_device(config.train.device, "segmenter.train.device"),
+            lambda: refuse(device_problems(config.train, "segmenter.train", picked())),
             lambda: refuse_another_config(experiment, folder / "checkpoints", ("segmenter", "loader")),
         )
+        device = picked()
         return TrainingPlan(
             experiment=experiment,
             stage="segmenter",

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from data_shards.problems import Problem
 from data_shards.ranges import Count, NonNegative, Some, WholeNumber, names_of, range_problems
 from data_shards.settings import Execution, Result, ResultWhereSet, Resumable
-from segdiff_dist.config.choices import Device
+from segdiff_dist.config.choices import Device, Switch
 from segdiff_dist.training import ema
 
 AverageLength = Annotated[float, Gt(0), Le(ema.WIDEST)]
@@ -59,6 +59,10 @@ class TrainConfig:
     far less memory."""
     compile: Resumable[bool] = False
     """torch.compile the network. Its gradients are compared with eager's first. It is refused where they differ."""
+    cuda_graph: Execution[Switch] = "auto"
+    """Whether a micro-batch's forward and backward pass are recorded once and replayed as a CUDA graph, which saves the
+    host the launches. No result changes: a recording is used only where it gives eager's bits. auto: on a GPU, where
+    zero_stage is 0 or 1, offload is none, and recording works. on: the run is refused where it does not work."""
     ema_lengths: Result[Some[AverageLength]] = (0.05, 0.1)
     """Relative widths (sigma_rel) of the averages of the weights that are kept (training/ema.py). Validation uses the
     first, and so does sampling by default. `segdiff average` makes any other from the snapshots."""
@@ -105,6 +109,9 @@ class TrainConfig:
         if self.optimizer == "muon" and (self.zero_stage == 3 or self.offload != "none"):
             value = f"muon with zero_stage {self.zero_stage}, offload {self.offload}"
             add("optimizer", value, "muon needs zero_stage 0, 1 or 2 and offload none; or use adamw")
+        if self.cuda_graph == "on" and not self.adds_up_gradients:
+            value = f"on with zero_stage {self.zero_stage}, offload {self.offload}"
+            add("cuda_graph", value, "a graph needs zero_stage 0 or 1 and offload none; or give auto")
         if self.compile and self.zero_stage == 3:
             add("compile", True, "zero_stage 3 gathers weights in between, which cannot be compiled; use 0 to 2")
         if found:
@@ -114,6 +121,12 @@ class TrainConfig:
             of = "ranks" if self.micro_batch_size == "auto" else "micro_batch_size * ranks"
             add("global_batch_size", self.global_batch_size, f"give a multiple of {of} = {divisor}")
         return found
+
+    @property
+    def adds_up_gradients(self) -> bool:
+        """Whether a micro-batch adds to gradients that stay where they are, which ranks add up once a step. Not where
+        ZeRO cuts gradients, or where they go to the host's memory."""
+        return self.zero_stage <= 1 and self.offload == "none"
 
     @property
     def averages(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from data_shards import lean_imports
 from segdiff_dist.library_versions import require_supported
 from segdiff_dist.ranks.distributed import rank
+from segdiff_dist.training.flat_gradients import FlatGradients
 from segdiff_dist.training.sharded_state import Extent
 
 
@@ -48,8 +50,31 @@ class ZeroPartitions:
         self.shards: list[Tensor] = shards
         self.extents = tuple(e for e in extents if e.start < e.stop)
 
+    def flat_gradients(self) -> FlatGradients:
+        """Gradients laid out as the weights are (stages 0 and 1)."""
+        if self._stage == 0:
+            offsets = [0, *accumulate(p.numel() for p in self.shards)]
+            return FlatGradients([list(zip(self.shards, offsets, strict=False))], [offsets[-1]])  # type: ignore[list-item]
+        zero = self._zero
+        groups = [
+            list(zip(group, offsets, strict=True))
+            for group, offsets in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+        ]
+        return FlatGradients(groups, [flat.numel() for flat in zero.bit16_groups_flat])
+
+    def give_gradients(self, parts: list[Tensor], factor: Tensor | None) -> None:
+        """Let the next step update from these flat gradients of this rank's shards, times `factor` (stage 1).
+
+        They are read in float32 and may be overwritten.
+        """
+        for group, (part, shard) in enumerate(zip(parts, self.shards, strict=True)):
+            wide = part.to(shard.dtype)
+            gradient = wide if factor is None else wide.mul_(factor)
+            self._zero.averaged_gradients[group] = _Flattened([gradient], gradient)
+
     def grad_norm(self) -> Tensor:
-        """Norm of the gradient before clipping, on the device, while the optimiser's step begins (stages 1 to 3)."""
+        """Norm of the gradient before clipping, on the device, while the optimiser's step begins: where DeepSpeed keeps
+        the gradients."""
         norm: Tensor = self._zero._global_grad_norm
         return norm
 
@@ -95,6 +120,14 @@ class ZeroPartitions:
                 extents.append(Extent(self._names[id(parameter)], start, stop, shard, offset))
                 offset += part.ds_numel
         return shards, extents
+
+
+class _Flattened(list[Tensor]):
+    """Gradients of a group. DeepSpeed's step takes `flat_partition` as it is; its own is GradPartitionBufferGroup."""
+
+    def __init__(self, parts: list[Tensor], flat: Tensor) -> None:
+        super().__init__(parts)
+        self.flat_partition = flat
 
 
 def _import_muon_uncompiled() -> None:

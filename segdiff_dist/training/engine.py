@@ -30,8 +30,10 @@ from segdiff_dist.ranks.distributed import (
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.deepspeed_internals import ZeroPartitions, import_deepspeed
+from segdiff_dist.training.flat_gradients import FlatGradients, norm_over_ranks
 from segdiff_dist.training.muon import MuonAdamW
 from segdiff_dist.training.sharded_state import SavedState, ShardOfState, share
+from segdiff_dist.training.step_log import is_not_finite
 from segdiff_kernels.ema_update import MAX_AVERAGES, EmaUpdate, ema_update_reference
 
 ONLINE = "online"
@@ -54,13 +56,16 @@ class Engine:
         names = {id(p): name for name, p in model.named_parameters()}
         self._adam = _optimizer_of(model, config)
         self._veto = torch.zeros((), device=device)
-        self._norm: Tensor | float = float("nan")
+        self._norm: Tensor | None = None
         self._engine, zero_optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adam, config=self._deepspeed_config()
         )
         self.module: nn.Module = self._engine.module
         self._partitions = ZeroPartitions(zero_optimizer, config.zero_stage, self.module, names)
         self._shards, self._extents = self._partitions.shards, self._partitions.extents
+        # Where gradients add up. None: DeepSpeed reduces them by hooks of its own, in the middle of a backward pass.
+        self._gradients = self._partitions.flat_gradients() if config.adds_up_gradients else None
+        self._forward = self._engine if self._gradients is None else self.module
         if isinstance(self._adam, MuonAdamW):
             of_ranks = gather_objects(self._extents) if config.zero_stage > 0 else [self._extents]
             self._adam.lay_out(self.shapes, self._shards, of_ranks, rank() if config.zero_stage > 0 else 0)
@@ -73,24 +78,38 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
-            return self._engine(*args, **kwargs)
+            return self._forward(*args, **kwargs)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """What backward() adds to, in place; empty where DeepSpeed keeps the gradients."""
+        return [] if self._gradients is None else self._gradients.flats
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
-        self._engine.backward(loss)
+        if self._gradients is None:
+            self._engine.backward(loss)
+            return
+        self._gradients.attach()
+        (loss / self.num_micro_batches).backward()
 
     def step(self, veto: Tensor | None = None) -> Tensor:
         """Call after each micro-batch; it updates the weights at the end of a global batch.
 
         `veto`: a number on the device; unless it is 0 the update is skipped. Returns, on the device, 1.0 where the
-        update was skipped: by veto, or because the gradient is not finite.
+        update was skipped: by veto, or because the gradient is not finite. It holds until the next call.
         """
         if veto is not None:
             self._veto.copy_(veto)
+        gradients = self._gradients if self._engine.is_gradient_accumulation_boundary() else None
+        if gradients is not None:
+            self._reduce(gradients)
         self._engine.step()
-        if self.config.zero_stage > 0 and not self._engine.was_step_applied():
+        if gradients is not None:
+            gradients.zero()
+        if self._gradients is None and not self._engine.was_step_applied():
             return torch.ones_like(self._veto)  # DeepSpeed itself found a gradient that is not finite
-        return self._veto.clone()
+        return self._veto
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next update."""
@@ -99,7 +118,7 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Norm of the last update's gradient before clipping; waits for the device."""
-        norm = self._norm if self.config.zero_stage == 0 else self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if self._gradients is None else self._norm
         return float("nan") if norm is None else float(norm)
 
     def update_averages(self, images_seen: int, images: int) -> None:
@@ -165,15 +184,23 @@ class Engine:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
+    def _reduce(self, gradients: FlatGradients) -> None:
+        """Let DeepSpeed's next step update from the means over the ranks, clipped."""
+        means, limit = gradients.reduce(in_parts=self.config.zero_stage > 0), self.config.gradient_clip
+        if self.config.zero_stage == 0:
+            gradients.attach()
+            parameters = list(self.module.parameters())
+            self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+            return
+        self._norm = norm_over_ranks(means)
+        shrink = torch.clamp((self._norm + 1e-6) / limit, min=1.0).reciprocal() if limit else None
+        self._partitions.give_gradients(means, shrink)
+
     def _before_update(self) -> None:
         """AdamW calls it as its step begins. Its fused kernels skip the update where found_inf is not 0."""
-        if self.config.zero_stage == 0:
-            # DeepSpeed clips here too, but keeps the norm to itself.
-            limit = self.config.gradient_clip or float("inf")
-            self._norm = norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        else:
-            norm = self._partitions.grad_norm()
-        self._veto.copy_(torch.maximum(self._veto, (~torch.isfinite(norm)).to(self._veto)))
+        norm = self._partitions.grad_norm() if self._gradients is None else self._norm
+        assert norm is not None
+        self._veto.masked_fill_(is_not_finite(norm.to(self._veto.device)), 1.0)
         self._adam.found_inf = self._veto.to(self._shards[0].device)  # type: ignore[attr-defined]
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -189,6 +216,9 @@ class Engine:
         # ZeRO 3 would replace torch.nn.functional.linear for the whole process, by one that rounds bf16 otherwise; the
         # net's products are few, so what it saves is 22 MB.
         zero["memory_efficient_linear"] = False
+        if config.adds_up_gradients and config.zero_stage == 1:
+            # No hooks on parameters, no bucket of 500 million elements, and no norm for which the host waits.
+            zero |= {"contiguous_gradients": False, "compute_grad_norm": False}
         place = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if config.offload != "none":
             zero["offload_optimizer"] = place
@@ -200,9 +230,11 @@ class Engine:
             "train_batch_size": config.global_batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.num_micro_batches,
-            "gradient_clipping": config.gradient_clip if config.zero_stage > 0 else 0.0,
+            "gradient_clipping": 0.0 if config.adds_up_gradients else config.gradient_clip,
+            # Its timer makes the host wait for the GPU twice in every micro-batch.
+            "timers": {"throughput": {"enabled": False}},
             # DeepSpeed's own check for gradients that are not finite makes the host wait once more in every step;
-            # _before_update does not. ZeRO 1 and 2 still wait for the norm once an update.
+            # _before_update does not. ZeRO 2 still waits for the norm once an update.
             "bf16": {"enabled": config.precision == "bf16" and config.zero_stage > 0, "check_grad_overflow": False},
             "zero_optimization": zero,
             # AdamW stays ours with offload too: its fused CPU kernel is as fast as DeepSpeed's, which must be compiled.

@@ -23,6 +23,7 @@ from segdiff_dist.ranks.distributed import agree, code_versions, gather_objects,
 from segdiff_dist.ranks.heartbeat import Heartbeat
 from segdiff_dist.training import checkpoint
 from segdiff_dist.training.best_weights import BestWeights, RunState, crosses
+from segdiff_dist.training.captured import MicroStep
 from segdiff_dist.training.checkpoint_writer import CheckpointWriter
 from segdiff_dist.training.compiled import compile_checked
 from segdiff_dist.training.config import TrainConfig, learning_rate
@@ -115,6 +116,16 @@ def train(job: TrainingJob) -> None:
                 run_settings |= {"peak_tflops": peak.flops / 1e12, "peak_source": peak.source}
                 run_settings["parameters"] = sum(p.numel() for p in model.parameters())
                 job.tracker.log_params({task.name: run_settings})
+
+            def forward_and_backward(batch: Batch) -> None:
+                loss, metrics = task.loss(engine, batch)
+                engine.backward(loss)
+                window.add(loss, metrics)
+
+            def sums() -> list[torch.Tensor]:
+                return [*engine.gradients, window.step_sums]
+
+            micro_step = MicroStep(forward_and_backward, sums, config, job.device)
             batches = job.load(state.images_seen, micro_batch_size, num_micro_batches, rank(), world_size())
             clock = StepClock(state.images_seen, job.device, counter, peak)
             best = BestWeights(task, engine, config, state, log)
@@ -132,6 +143,8 @@ def train(job: TrainingJob) -> None:
         with _naming_the_last_good_checkpoint(job), StopSignals() as signals, writer, progress as bar:
             with heartbeat.patience(_PATIENCE_S), clock.paused():
                 best.resume_pending(writer, resumed_from)
+                if not is_done:
+                    batches = micro_step.prepare(batches, task.name)
 
             while not (is_done or stop):
                 # Step: this rank's share of a global batch, one micro-batch at a time, and the update.
@@ -141,9 +154,7 @@ def train(job: TrainingJob) -> None:
                     with clock.waiting():
                         batch = next(batches)
                     heartbeat.beat(before)  # a rank that waits for data is behind the others, and is named
-                    loss, metrics = task.loss(engine, batch)
-                    engine.backward(loss)
-                    window.add(loss, metrics)
+                    micro_step(batch)
                     veto = None
                     if number == num_micro_batches:
                         writer.wait_until_copied()

@@ -25,6 +25,11 @@ _MEAN_WEIGHT = 0.01
 _STEPS_BEFORE_SPIKES_COUNT = 100
 
 
+def is_not_finite(values: Tensor) -> Tensor:
+    """Where a value is NaN or infinite. torch.isfinite launches twice as many kernels."""
+    return (values - values) != 0
+
+
 class Window:
     """Means of the loss and of the task's other metrics over the steps since the last line of the log.
 
@@ -36,29 +41,37 @@ class Window:
         self._device = device
         self._names = tuple(values or ())
         self._sums_N2 = self._tensor(list((values or {}).values()))
-        self._step: dict[str, Tensor] = {}
+        self._one = torch.ones((), dtype=torch.float64, device=device)
+        self._zero = torch.zeros_like(self._one)
+        self._step_N2: Tensor | None = None
         self._reduced_N2: Tensor | None = None
+
+    @property
+    def step_sums(self) -> Tensor:
+        """What add() adds to, in place: the sums of a step. There after the first add()."""
+        assert self._step_N2 is not None
+        return self._step_N2
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """One micro-batch: its mean loss, and name -> (sum, count)."""
-        one = torch.ones((), dtype=torch.float64, device=self._device)
-        values = {"loss": torch.stack((loss.detach().double(), one))} | {k: v.double() for k, v in metrics.items()}
-        self._step = {name: self._step[name] + v if self._step else v for name, v in values.items()}
-
-    def step_loss(self) -> Tensor:
-        """The whole step's mean loss, on the device. Call once a step, on every rank, after its last add()."""
-        names = tuple(self._step)
+        names = ("loss", *metrics)
         if not self._names:
             self._names, self._sums_N2 = names, self._tensor([[0.0, 0.0]] * len(names))
         assert names == self._names, f"metrics {names}, earlier {self._names}"
-        self._reduced_N2 = sum_over_ranks(torch.stack(list(self._step.values())))
-        self._step = {}
+        if self._step_N2 is None:
+            self._step_N2 = torch.zeros_like(self._sums_N2)
+        self._step_N2 += torch.stack([torch.stack((loss.detach().double(), self._one)), *metrics.values()])
+
+    def step_loss(self) -> Tensor:
+        """The whole step's mean loss, on the device. Call once a step, on every rank, after its last add()."""
+        self._reduced_N2 = sum_over_ranks(self.step_sums.clone())
+        self.step_sums.zero_()
         return self._reduced_N2[0, 0] / self._reduced_N2[0, 1]
 
     def close_step(self, skipped: Tensor) -> None:
         """Let the step join the window, unless its update was not made."""
         assert self._reduced_N2 is not None
-        self._sums_N2 += torch.where(skipped > 0, torch.zeros_like(self._reduced_N2), self._reduced_N2)
+        self._sums_N2 += torch.where(skipped > 0, self._zero, self._reduced_N2)
 
     def means(self) -> dict[str, float]:
         """name -> mean, NaN where nothing was counted. The window begins anew."""
@@ -84,6 +97,7 @@ class Guard:
         values += values[3:] if len(values) == 4 else []  # as checkpoints of before have it
         self._values_5 = torch.tensor(values, dtype=torch.float64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._zero, self._one = torch.zeros_like(self._loss), torch.ones_like(self._loss)
 
     def veto(self, step_loss: Tensor) -> Tensor:
         """1.0 where the loss is not finite or stands out, else 0.0; on the device."""
@@ -92,15 +106,15 @@ class Guard:
         stands_out = (steps >= _STEPS_BEFORE_SPIKES_COUNT) & (step_loss > self._spike_factor * mean)
         if self._spike_factor == 0:
             stands_out = torch.zeros_like(stands_out)
-        return (~torch.isfinite(step_loss) | stands_out).float()
+        return (is_not_finite(step_loss) | stands_out).float()
 
     def count(self, skipped: Tensor) -> None:
         """After the step: whether its update was not made (1.0), whoever prevented it."""
         mean, steps, total, in_a_row, longest = self._values_5
-        weight = torch.clamp(1.0 / (steps + 1.0), min=_MEAN_WEIGHT)
-        one = torch.ones_like(mean)
-        made = torch.stack((mean + weight * (self._loss - mean), steps + one, total, torch.zeros_like(mean), longest))
-        not_made = torch.stack((mean, steps, total + one, in_a_row + one, torch.maximum(longest, in_a_row + one)))
+        one_more, in_a_row = steps + self._one, in_a_row + self._one
+        weight = torch.clamp(one_more.reciprocal(), min=_MEAN_WEIGHT)
+        made = torch.stack((mean + weight * (self._loss - mean), one_more, total, self._zero, longest))
+        not_made = torch.stack((mean, steps, total + self._one, in_a_row, torch.maximum(longest, in_a_row)))
         self._values_5 = torch.where(skipped > 0, not_made, made)
 
     @property

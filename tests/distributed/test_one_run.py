@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ranks_support import ranks
 from tests_support import write_shapes
-from training_support import plain_losses, train_judged, train_under
+from training_support import logged, plain_losses, train_judged, train_recorded, train_under
 
 STEPS = 50
 # By ranks: (precision, zero_stage, micro_batch_size). A step has 8 images, so a micro-batch of 2 on one rank makes 4.
@@ -55,6 +55,15 @@ def log(folder: Path, setting: tuple[Any, ...]) -> list[dict[str, float]]:
     """The lines of one setting's log."""
     file = folder / "-".join(map(str, setting)) / "log.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_two_ranks_replay_what_they_run(shards: Path, tmp_path: Path) -> None:
+    """Each from a recording of its micro-batch (train.cuda_graph), two to a step; to the last bit."""
+    settings = {"micro_batch_size": 2, "precision": "bf16", "num_images": 24, "log_every_images": 8}
+    with ranks(2, tmp_path, train_recorded, tmp_path, shards, settings) as started:
+        for rank in range(2):
+            assert started.ended(rank, 200) == 0, started.stderr(rank)[-3000:]
+    assert logged(tmp_path / "on") == logged(tmp_path / "off")
 
 
 def test_a_run_goes_on_with_any_ranks_stage_and_micro_batch(shards: Path, tmp_path: Path) -> None:

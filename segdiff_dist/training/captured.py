@@ -1,0 +1,180 @@
+"""`train.cuda_graph`: a micro-batch's forward pass, loss and backward pass as one CUDA graph.
+
+A graph launches thousands of kernels at the cost of one. It replays what Python did once, on the same memory. So a
+batch is copied into tensors that stay where they are, and what remains of a micro-batch is added to such tensors:
+gradients (flat_gradients.py) and sums of metrics (step_log.Window). Noise and noise levels are functions of the batch's
+positions: nothing is drawn. A recording is used only where it gives the bits that Python gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data_shards.files import first_line
+from data_shards.problems import Problem, problem
+from data_shards.records import Batch
+from segdiff_dist.ranks.distributed import gather_objects, is_main
+from segdiff_dist.training.config import TrainConfig
+
+# Runs before the recording, as torch.cuda.graph's documentation asks for: kernels are compiled and algorithms chosen.
+_WARM_UP_RUNS = 3
+
+
+class Recorder(Protocol):
+    """Records a function's work on the device, and repeats it."""
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Run the function as capture() will."""
+
+    def capture(self, function: Callable[[], None]) -> None:
+        """Call the function once and record what it does. What is recorded need not have happened yet."""
+
+    def replay(self) -> None:
+        """Do it all again, on the same memory."""
+
+
+class CudaGraph:
+    """torch.cuda.CUDAGraph as a Recorder."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Not the default stream, which cannot be recorded. Warm-up and recording share it, because a parameter's
+        # gradient is added up on the stream that first used the parameter.
+        self._stream = torch.cuda.Stream(device)
+        self._graph = torch.cuda.CUDAGraph()
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """On the recording's stream."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, function: Callable[[], None]) -> None:
+        """Of this thread alone: the loader's thread goes on with its own work."""
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            function()
+
+    def replay(self) -> None:
+        """On the current stream."""
+        self._graph.replay()
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records on this device; None where nothing does."""
+    return CudaGraph(device) if device.type == "cuda" else None
+
+
+def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:
+    """Why these settings leave no micro-batch to record; None where one can be tried."""
+    if not config.adds_up_gradients:
+        return (
+            "DeepSpeed reduces gradients in the middle of the backward pass: it needs zero_stage 0 or 1, offload none"
+        )
+    if recorder_for(device) is None:
+        return f"a CUDA graph needs a GPU, and this is {device.type}"
+    return None
+
+
+def device_problems(config: TrainConfig, section: str, device: torch.device) -> list[Problem]:
+    """The problem of cuda_graph `on` where this device records nothing."""
+    if config.cuda_graph != "on" or recorder_for(device) is not None:
+        return []
+    remedy = f"a CUDA graph needs a GPU, and this is {device.type}; give auto or off"
+    return [Problem("config", f"{section}.cuda_graph", "on", remedy)]
+
+
+class MicroStep:
+    """`micro_step(batch)` does what `run(batch)` does: by replaying a recording for batches of the first one's size.
+
+    `run` leaves nothing behind but what it adds to `sums()`, tensors that stay where they are after its first call.
+    """
+
+    def __init__(
+        self, run: Callable[[Batch], None], sums: Callable[[], list[Tensor]], config: TrainConfig, device: torch.device
+    ) -> None:
+        self._run, self._sums, self._config, self._device = run, sums, config, device
+        self._recorder: Recorder | None = None
+        self._fixed: Batch | None = None
+
+    def __call__(self, batch: Batch) -> None:
+        """Forward pass, loss and backward pass of one micro-batch."""
+        if self._recorder is None or self._fixed is None or not _are_alike(self._fixed, batch):
+            self._run(batch)
+            return
+        for fixed, new in zip(_tensors(self._fixed), _tensors(batch), strict=True):
+            fixed.copy_(new, non_blocking=True)
+        self._recorder.replay()
+
+    def prepare(self, batches: Iterator[Batch], name: str) -> Iterator[Batch]:
+        """Record with the first batch, where that is wanted and possible; returns the same batches.
+
+        Call it on every rank, while `sums()` are zero. `name`: of the training, for messages. Raises InputProblems
+        where cuda_graph is `on` and some rank cannot record.
+        """
+        config, device = self._config, self._device
+        why = None if config.cuda_graph == "off" else why_not_captured(config, device)
+        if why is None and config.cuda_graph != "off":
+            first = next(batches)
+            batches = itertools.chain((first,), batches)
+            # All ranks or none: so none is faster than the others, and a message is about the run.
+            why = next((reason for reason in gather_objects(self._record(first)) if reason is not None), None)
+        if why is not None:
+            self._recorder = self._fixed = None
+            if config.cuda_graph == "on":
+                raise problem("config", "train.cuda_graph", "on", f"{why}; give auto or off")
+            if is_main() and device.type != "cpu":
+                sys.stderr.write(f"{name}: no CUDA graph, kernels are launched one by one: {why}\n")
+        elif self._fixed is not None and is_main():
+            images = len(self._fixed.position_B)
+            sys.stderr.write(f"{name}: a micro-batch of {images} images is one CUDA graph, with eager's bits\n")
+        return batches
+
+    def _record(self, batch: Batch) -> str | None:
+        """Record, and compare with eager. Returns why the recording cannot be used."""
+        recorder = recorder_for(self._device)
+        assert recorder is not None
+        self._recorder, self._fixed = recorder, _copy_of(batch)
+        run = partial(self._run, self._fixed)
+        for _ in range(_WARM_UP_RUNS - 1):
+            recorder.warm_up(run)
+        eager = self._sums_of(partial(recorder.warm_up, run))
+        try:
+            recorder.capture(run)
+            replayed = self._sums_of(recorder.replay)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return "its memory, beside that of eager steps, does not fit"
+        except RuntimeError as error:
+            return f"it cannot be recorded: {first_line(error)}"
+        finally:
+            torch._foreach_zero_(self._sums())
+        if all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(eager, replayed, strict=True)):
+            return None
+        return "replayed, loss or gradients are not those of an eager step, bit for bit"
+
+    def _sums_of(self, work: Callable[[], None]) -> list[Tensor]:
+        """What the work adds up, from zero."""
+        torch._foreach_zero_(self._sums())
+        work()
+        return [total.clone() for total in self._sums()]
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [value for value in vars(batch).values() if value is not None]
+
+
+def _copy_of(batch: Batch) -> Batch:
+    return Batch(**{name: None if value is None else value.clone() for name, value in vars(batch).items()})
+
+
+def _are_alike(one: Batch, other: Batch) -> bool:
+    """Whether shapes and dtypes are the same."""
+    pairs = itertools.zip_longest(_tensors(one), _tensors(other))
+    return all(a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
