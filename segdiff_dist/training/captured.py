@@ -171,7 +171,8 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 def _copy_of(batch: Batch) -> Batch:
-    return Batch(**{name: None if value is None else value.clone() for name, value in vars(batch).items()})
+    copies = {name: None if value is None else value.clone() for name, value in vars(batch).items()}
+    return Batch(**copies)  # type: ignore[arg-type]
 
 
 def _are_alike(one: Batch, other: Batch) -> bool:

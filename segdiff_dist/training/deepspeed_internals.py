@@ -54,7 +54,7 @@ class ZeroPartitions:
         """Gradients laid out as the weights are (stages 0 and 1)."""
         if self._stage == 0:
             offsets = [0, *accumulate(p.numel() for p in self.shards)]
-            return FlatGradients([list(zip(self.shards, offsets, strict=False))], [offsets[-1]])  # type: ignore[list-item]
+            return FlatGradients([list(zip(self.shards, offsets, strict=False))], [offsets[-1]])
         zero = self._zero
         groups = [
             list(zip(group, offsets, strict=True))

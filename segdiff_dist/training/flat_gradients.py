@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
 
@@ -20,7 +20,7 @@ class FlatGradients:
     `flats`: those tensors, in the dtype of the parameters, zero at first.
     """
 
-    def __init__(self, groups: Sequence[Sequence[tuple[nn.Parameter, int]]], sizes: Sequence[int]) -> None:
+    def __init__(self, groups: Sequence[Sequence[tuple[Tensor, int]]], sizes: Sequence[int]) -> None:
         """groups: (parameter, where it begins in its group's flat tensor); sizes: elements of each flat tensor."""
         self.flats = [
             torch.zeros(size, dtype=group[0][0].dtype, device=group[0][0].device)
