@@ -20,7 +20,8 @@ from typing import Any
 from support.harness import Contender, arguments, compare, measure, report
 
 from data_shards.fan_out import ray_session
-from data_shards.ingest.archive import Case, read_archive
+from data_shards.ingest.archive import read_archive
+from data_shards.ingest.cases import Case
 from data_shards.ingest.prepare import PrepareConfig, prepare
 from data_shards.phantom import PhantomConfig, write_phantom
 

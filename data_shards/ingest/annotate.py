@@ -21,7 +21,7 @@ from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.files import write_atomic
 from data_shards.ingest import archive
 from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig
-from data_shards.ingest.archive import Case, read_header
+from data_shards.ingest.cases import Case, read_header
 from data_shards.ingest.masks import (
     ANNOTATIONS,
     ANNOTATIONS_VERSION,

@@ -19,7 +19,7 @@ from data_shards.settings import Execution, Result
 from data_shards.workers import WorkersConfig
 
 if TYPE_CHECKING:
-    from data_shards.ingest.archive import Case
+    from data_shards.ingest.cases import Case
 
 # Its command line since v2 (github.com/wasserth/TotalSegmentator); --ml writes one file with all classes.
 TOTALSEGMENTATOR = "TotalSegmentator"

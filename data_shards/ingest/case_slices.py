@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.ingest.archive import Case
+from data_shards.ingest.cases import Case
+from data_shards.ingest.label_tables import Labelling
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.ingest.slices import Cutting, cut
+from data_shards.ingest.slices import VIEWS, Cutting, cut
 from data_shards.labels import LABEL_TABLES
 from data_shards.records import SliceMeta, SliceRecord
 
@@ -23,17 +24,23 @@ if TYPE_CHECKING:
 
 
 def slices_of(
-    case: Case, config: PrepareConfig, wholebody: Path | None, notes: list[str] | None = None
+    case: Case,
+    config: PrepareConfig,
+    wholebody: Path | None,
+    notes: list[str] | None = None,
+    labelling: Labelling | None = None,
 ) -> Iterator[SliceRecord]:
     """Every slice of a case, by axis and slice index, one at a time. `notes` receives what was recognised on the way:
-    units that were converted, sides that are a guess, padding, axes without a slice.
+    units that were converted, sides that are a guess, padding, axes without a slice. `labelling`: what the ids of label
+    files mean, where it is not what the label set says.
 
     Raises UnreadableVolume for voxels that cannot be used: before the first slice, so a case is whole or not there.
     """
     notes = [] if notes is None else notes
-    table = LABEL_TABLES[config.label_set]
+    labelling = labelling or Labelling(LABEL_TABLES[config.label_set])
+    table = labelling.table
     assert table.body_id is not None
-    read = _read(case, config, wholebody, notes)
+    read = _read(case, config, wholebody, notes, labelling)
     image, mask, grey = read.image, read.mask, read.grey
     labelled = mask.source != "none"
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize", "soft_edge")
@@ -44,13 +51,18 @@ def slices_of(
         "split": case.split,
         "intensity_scale": grey.scale,
         "intensity_offset": grey.offset,
-        "label_set": config.label_set,
+        "label_set": table.name,
         "labelled": labelled,
         "source_sha256": image.sha256,
         "mask_source": mask.source,
         "bits": config.bits,
     }
+    is_flat = case.is_flat and 1 in image.voxels_IJK.shape
+    if is_flat:
+        geometry["slice_stride"] = 1
     for axis in config.result_settings()["axes"]:
+        if is_flat and image.voxels_IJK.shape[VIEWS[axis][0]] != 1:
+            continue
         is_thin = True
         for one in cut(image, mask.volume, read.body, grey, Cutting(axis=axis, body_id=table.body_id, **geometry)):
             is_thin = False
@@ -80,7 +92,9 @@ class _CaseVolumes:
     body: BodyField
 
 
-def _read(case: Case, config: PrepareConfig, wholebody: Path | None, notes: list[str]) -> _CaseVolumes:
+def _read(
+    case: Case, config: PrepareConfig, wholebody: Path | None, notes: list[str], labelling: Labelling
+) -> _CaseVolumes:
     """Image, mask, grey values and envelope of a case; notes and errors as of slices_of."""
     from data_shards.ingest.body import find_body
     from data_shards.ingest.grey_values import problem_with_values, take_padding_as_air, take_window_end_as_air
@@ -88,8 +102,8 @@ def _read(case: Case, config: PrepareConfig, wholebody: Path | None, notes: list
     from data_shards.ingest.masks import read_case_mask
     from data_shards.ingest.volumes import UnreadableVolume, read_volume
 
-    image = read_volume(case.image)
-    mask = read_case_mask(case, image, config.label_set, wholebody)
+    image = read_volume(case.image, one_slice=case.is_flat)
+    mask = read_case_mask(case, image, config.label_set, wholebody, labelling)
     if image.voxels_IJK.min() == image.voxels_IJK.max():
         raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: it shows nothing")
     padding = take_padding_as_air(image, case.modality)

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_shards.ingest import archive
-from data_shards.ingest.archive import Case
+from data_shards.ingest.cases import Case, read_header
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.volumes import num_resampled
 from data_shards.problems import Problem
@@ -23,7 +22,7 @@ def count_slices(cases: Iterable[Case], config: PrepareConfig) -> tuple[int, int
     problems: list[Problem] = []
     num_volumes = num_slices = 0
     for case in cases:
-        header = archive.read_header(case.image, problems)
+        header = read_header(case.image, problems, one_slice=case.is_flat)
         if header is None:
             continue
         num_volumes += 1

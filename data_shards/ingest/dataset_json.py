@@ -74,7 +74,7 @@ def read_dataset(root: Path) -> dict[str, Any]:
     content = read_json(file, "restore the file from the archive", "the content of an archive")
     if not any(name in content for name in _SPLIT_OF):
         value = "lists no cases: it has no `training`, `validation` or `test`"
-        if any(name in content for name in ("channel_names", "file_ending", "numTraining")):
+        if any(name in content for name in _NNUNET_KEYS):
             value = f"is nnU-Net's and {value}"
         remedy = (
             "list each case as AMOS does, {image, label} in `training` and `validation`, and give `labels` as id: name"
@@ -84,6 +84,11 @@ def read_dataset(root: Path) -> dict[str, Any]:
         if not isinstance(content.get(name, []), list):
             raise problem(file, name, type(content[name]).__name__, "give a list of {image, label} entries")
     return content
+
+
+def is_of_layout(content: dict[str, Any]) -> bool:
+    """Whether it lists cases, or is nnU-Net 2's."""
+    return any(name in content for name in (*_SPLIT_OF, *_NNUNET_KEYS))
 
 
 def read_entries(where: str, content: dict[str, Any]) -> tuple[list[Entry], list[Problem]]:
@@ -108,14 +113,25 @@ def file_stem(file: str) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", PurePosixPath(file).name)
 
 
+def amos_id(name: str) -> int | None:
+    """The id that AMOS gives a class of this name, in any of its spellings; None for a class that it does not have."""
+    plain = words(name)
+    return next((number for number, names in enumerate(_ORGAN_NAMES) if plain in names), None)
+
+
+def words(name: str) -> str:
+    """A name as it is compared, however it is written: lower case, one blank between words."""
+    return " ".join(re.split(r"[\s_/-]+", name.strip().lower()))
+
+
 def _read_entry(where: str, split: str, raw: Any, has_channels: bool) -> tuple[Entry | None, list[Problem]]:
     """The entry, None where there is no telling which case it is, and what is wrong with it."""
-    image = raw.get("image") if isinstance(raw, dict) else None
+    image = _path(raw.get("image")) if isinstance(raw, dict) else None
     if not isinstance(image, str):
         return None, [Problem(where, split, short(raw), "give an object with `image` and `label`")]
-    label = None if split == "test" else raw.get("label")
+    label = None if split == "test" else _path(raw.get("label"))
     for path in (image, label):
-        if isinstance(path, str) and not _is_below(path):
+        if isinstance(path, str) and not is_below(path):
             remedy = "give a path inside the archive's folder, as ./imagesTr/amos_0001.nii.gz"
             return None, [Problem(where, split, short(path), remedy)]
     stem = file_stem(image)
@@ -141,7 +157,12 @@ def _read_entry(where: str, split: str, raw: Any, has_channels: bool) -> tuple[E
     return entry, []
 
 
-def _is_below(path: str) -> bool:
+def _path(value: Any) -> Any:
+    """A path as other systems write it: blanks around it, backslashes between folders."""
+    return value.strip().replace("\\", "/") if isinstance(value, str) else value
+
+
+def is_below(path: str) -> bool:
     """Whether a path is one that a file below the archive can have: an archive leads to no files elsewhere."""
     parts = PurePosixPath(path).parts
     try:
@@ -154,7 +175,7 @@ def _is_below(path: str) -> bool:
 
 def _shows_channel(raw: Any) -> bool:
     """Whether an entry's label is named like its image without a channel's number."""
-    image, label = (raw.get("image"), raw.get("label")) if isinstance(raw, dict) else (None, None)
+    image, label = (_path(raw.get("image")), _path(raw.get("label"))) if isinstance(raw, dict) else (None, None)
     if not isinstance(image, str) or not isinstance(label, str):
         return False
     return file_stem(image) == f"{file_stem(label)}_{_FIRST_CHANNEL}"
@@ -186,7 +207,7 @@ def problems_with_organs(where: str, organs: Any) -> Iterator[Problem]:
     for text, name in organs.items():
         is_id = text.isascii() and text.isdecimal() and len(text) < 4 and int(text) < len(_ORGAN_NAMES)
         known = _ORGAN_NAMES[int(text)] if is_id else frozenset()
-        if not isinstance(name, str) or " ".join(re.split(r"[\s_/-]+", name.strip().lower())) not in known:
+        if not isinstance(name, str) or words(name) not in known:
             num_wrong += 1
             if num_wrong > _MOST_NAMED:
                 yield Problem(where, "labels", f"{len(organs)} entries", "give AMOS' table of 15 organs")

@@ -8,7 +8,7 @@ Dimensions: I right, J anterior, K superior (canonical, RAS+).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from data_shards.documents import read_json
-from data_shards.ingest.archive import (
+from data_shards.ingest.cases import (
     AFFINE_TOLERANCE_VOXELS,
     Case,
     largest_shift_voxels,
     nifti_files,
 )
-from data_shards.ingest.nifti import read_geometry
+from data_shards.ingest.label_tables import Labelling
+from data_shards.ingest.volume_files import read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, BODY, FROM_EXPERTS, LABEL_TABLES, UNUSED, WHOLEBODY
 from data_shards.problems import InputProblems, Problem, problem
@@ -51,8 +52,10 @@ class CaseMask:
         assert (self.volume is None) == (self.source == "none")
 
 
-def read_case_mask(case: Case, image: Volume, label_set: str, wholebody: Path | None) -> CaseMask:
-    """The mask of `case`, whose image is given, in the ids of LABEL_TABLES[label_set].
+def read_case_mask(
+    case: Case, image: Volume, label_set: str, wholebody: Path | None, labelling: Labelling | None = None
+) -> CaseMask:
+    """The mask of `case`, whose image is given, in the ids of LABEL_TABLES[label_set], or of labelling's own table.
 
     amos, and others of FROM_EXPERTS: the experts' labels. wholebody: the case's file in `wholebody`. merged: that file
     with the experts' organs laid over it; where one of the two is missing, the other alone. In `merged` the experts'
@@ -67,8 +70,11 @@ def read_case_mask(case: Case, image: Volume, label_set: str, wholebody: Path | 
     assert AMOS.body_id is not None
     shape = image.voxels_IJK.shape
     expert = None
-    if case.label is not None and label_set != "wholebody":
-        expert = placed(read_labels(case.label, AMOS.body_id), shape, image.affine, case.label)
+    if case.is_labelled and label_set != "wholebody":
+        drawn = _read_experts(case, None if labelling is None else labelling.ids)
+        expert = placed(drawn, shape, image.affine, case.files[1])
+    if labelling is not None and labelling.is_own:
+        return CaseMask(expert, "none" if expert is None else "expert")
     if label_set in FROM_EXPERTS:
         if expert is not None and label_set != AMOS.name:
             expert = replace(expert, voxels_IJK=np.array(FROM_EXPERTS[label_set], np.uint8)[expert.voxels_IJK])
@@ -80,6 +86,25 @@ def read_case_mask(case: Case, image: Volume, label_set: str, wholebody: Path | 
     if expert is not None:
         return CaseMask(_laid_over(expert, None), "expert")
     return CaseMask(whole, "none" if whole is None else "wholebody")
+
+
+def _read_experts(case: Case, ids: Mapping[int, int] | None) -> Volume:
+    """The experts' labels, in AMOS' ids, or renumbered. Of organs in files of their own, a voxel in several belongs to
+    the last of them."""
+    assert AMOS.body_id is not None
+    if case.label is not None:
+        return read_labels(case.label, AMOS.body_id, ids=ids, one_slice=case.is_flat)
+    assert ids is not None
+    drawn: Volume | None = None
+    for stored, file in case.organs:
+        organ = read_labels(file, 2)
+        if drawn is None:
+            drawn = replace(organ, voxels_IJK=np.zeros_like(organ.voxels_IJK))
+        elif organ.voxels_IJK.shape != drawn.voxels_IJK.shape:
+            raise UnreadableVolume(str(file), f"{organ.voxels_IJK.shape} voxels, other organs {drawn.voxels_IJK.shape}")
+        drawn.voxels_IJK[organ.voxels_IJK > 0] = ids[stored]
+    assert drawn is not None
+    return drawn
 
 
 def read_wholebody(file: Path) -> Volume:

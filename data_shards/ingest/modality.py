@@ -105,15 +105,15 @@ def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Prob
         words = list(statement.values()) if isinstance(statement, dict) else statement
         words = words if isinstance(words, list) else [words]
         for word in words:
-            meant = _meant(word)
-            if not meant:
+            named = meant(word)
+            if not named:
                 remedy = 'write {"0": "CT"} or {"0": "MR"}, or state it with --prepare.modality CT or MR'
                 return set(), [Problem(where, key, short(statement), remedy)]
-            known |= meant
+            known |= named
     return known, []
 
 
-def _meant(word: Any) -> set[str]:
+def meant(word: Any) -> set[str]:
     """The modalities that a word names: `MRI`, `T2w`, `CT and MR`; none for what is not known."""
     if not isinstance(word, str):
         return set()

@@ -210,6 +210,18 @@ def _affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarra
     if affine is None:
         return None, []
     notes += said
+    if wrong := problems_in_space(file, affine, unit, factor):
+        problems += wrong
+        return None, []
+    if factor != 1.0:
+        # Headers hold four bytes a number: 0.004 m comes back as 4.00000019 mm, and a voxel's edge on another side.
+        affine = np.round(np.diag([factor, factor, factor, 1.0]) @ affine, 5)
+    return affine, notes
+
+
+def problems_in_space(file: Path, affine: np.ndarray, unit: str = "millimetres", factor: float = 1.0) -> list[Problem]:
+    """Why an affine cannot be that of a volume: its axes do not span space, its voxels are of no scanner's size, or the
+    gantry was tilted. `factor` takes its numbers, which are in `unit`, to mm."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # Shown in the numbers of the header: that is where they are to be put right.
     lines = np.round(affine[:3], 4).tolist()
@@ -217,24 +229,18 @@ def _affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarra
         directions = affine[:3, :3] / spacing
         flat = not np.isfinite(affine).all() or not abs(np.linalg.det(directions)) > 1e-6
     if flat:
-        problems.append(Problem(str(file), "affine", str(lines), "the voxel axes must span space: repair the header"))
-        return None, []
+        return [Problem(str(file), "affine", str(lines), "the voxel axes must span space: repair the header")]
     low, high = SPACING_LIMITS_MM
     if not ((spacing * factor >= low * 0.999).all() and (spacing * factor <= high * 1.001).all()):
         value = f"{' x '.join(f'{one:.4g}' for one in spacing * factor)} mm (the header says {unit})"
         remedy = f"voxels are {low} to {high:.0f} mm wide: correct xyzt_units (mm is 2) or the numbers"
-        problems.append(Problem(str(file), "spacing", value, remedy))
-        return None, []
+        return [Problem(str(file), "spacing", value, remedy)]
     cosine = np.abs(directions.T @ directions - np.eye(3)).max()
     shear = float(np.degrees(np.arcsin(min(1.0, cosine))))
     if shear > _LARGEST_SHEAR_DEGREES:
         remedy = "resample it to a rectangular grid (dcm2niix writes one for a tilted gantry, named *_Tilt)"
-        problems.append(Problem(str(file), "affine", f"its axes are {shear:.1f} degrees off a right angle", remedy))
-        return None, []
-    if factor != 1.0:
-        # Headers hold four bytes a number: 0.004 m comes back as 4.00000019 mm, and a voxel's edge on another side.
-        affine = np.round(np.diag([factor, factor, factor, 1.0]) @ affine, 5)
-    return affine, notes
+        return [Problem(str(file), "affine", f"its axes are {shear:.1f} degrees off a right angle", remedy)]
+    return []
 
 
 def _stated_affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
@@ -326,7 +332,14 @@ def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
     if needed > most - offset:
         value = f"{shape} needs {needed:,} bytes; truncated file: it can hold at most {max(0, most - offset):,}"
         problems.append(Problem(str(file), "shape", value, _RESTORE))
-    elif int(np.prod(shape, dtype=object)) > _MOST_VOXELS:
+        return problems + [one for one in problems_with_extent(file, geometry) if one.field != "shape"]
+    return problems + problems_with_extent(file, geometry)
+
+
+def problems_with_extent(file: Path, geometry: Geometry) -> list[Problem]:
+    """What no volume has: too many voxels, or a length that nobody has."""
+    problems, shape = [], geometry.shape
+    if int(np.prod(shape, dtype=object)) > _MOST_VOXELS:
         value = f"{shape} is {int(np.prod(shape, dtype=object)):,} voxels"
         problems.append(Problem(str(file), "shape", value, f"at most {_MOST_VOXELS:,} are read: resample it"))
     extent = float((geometry.spacing_mm * np.array(shape)).max())

@@ -1,4 +1,4 @@
-"""An AMOS folder to a shard set: one Ray task a volume, then one a shard.
+"""A folder of volumes to a shard set: one Ray task a volume, then one a shard.
 
 OUT/.partial/ keeps two files for each finished volume until the whole set is written, so that a killed run, or one with
 failed volumes, goes on where it stopped. index.json is written last and names what failed.
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +22,13 @@ from data_shards import __version__
 from data_shards.documents import read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers, runner
 from data_shards.files import remove_leftovers, write_atomic
-from data_shards.ingest import archive, partials
-from data_shards.ingest.archive import Case
+from data_shards.ingest import partials
+from data_shards.ingest.cases import Case, nifti_files
 from data_shards.ingest.dataset_json import DATASET_FILE
-from data_shards.ingest.masks import annotation_record, find_wholebody_problems
+from data_shards.ingest.label_tables import Labelling
+from data_shards.ingest.masks import annotation_record
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.labels import LABEL_TABLES
+from data_shards.ingest.survey import Survey, survey
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse, saying_when_full
 from data_shards.records import MASK_SOURCES, SPLITS
@@ -37,6 +38,8 @@ from data_shards.store.shard_writer import plan_shards, write_shards
 __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_problems", "prepare"]
 
 _PLAN = "plan.json"
+# What index.json's `preprocessing` has only where it is not the default, or not AMOS'.
+_WHERE_SET = {"modality", "layout", "label_ids", "channel", "split", "seed", "fold", "patient"}
 
 
 @dataclass(frozen=True)
@@ -67,26 +70,30 @@ class _Task:
     partial: Path
     config: PrepareConfig
     wholebody: Path | None
+    labelling: Labelling
 
     @property
     def files(self) -> list[Path]:
         """Everything the case's slices are made from."""
-        masks = [] if self.wholebody is None else archive.nifti_files(self.wholebody, self.case.case_id)
-        return [file for file in (self.case.image, self.case.label, *masks) if file is not None]
+        masks = [] if self.wholebody is None else nifti_files(self.wholebody, self.case.case_id)
+        return [*self.case.files, *masks]
 
     def run(self) -> _Failed | None:
         """Write the case's partial files, unless those that are there came from the same bytes and config."""
         from data_shards.ingest.case_slices import slices_of
         from data_shards.ingest.volumes import UnreadableVolume
 
-        made_from = [__version__, self.config.result_settings(), self.case.split, [file_sha256(f) for f in self.files]]
+        settings = self.config.result_settings() | self.labelling.recorded
+        made_from = [__version__, settings, self.case.split, [file_sha256(f) for f in self.files]]
+        if self.labelling.ids is not None:
+            made_from += [self.labelling.table.names, self.case.modality]
         stamp = sha256(json.dumps(made_from).encode()).hexdigest()
         if partials.stamp_of(self.partial) == stamp:
             return None
         format = self.config.format
         try:
             notes: list[str] = []
-            records = slices_of(self.case, self.config, self.wholebody, notes)
+            records = slices_of(self.case, self.config, self.wholebody, notes, self.labelling)
             partials.write_partial(self.partial, ((r.meta, format.payloads(r)) for r in records), stamp, notes)
         except UnreadableVolume as error:
             return _Failed(error.file, error.reason)
@@ -105,7 +112,7 @@ def prepare(
     *,
     wholebody: Path | None = None,
 ) -> PrepareReport:
-    """Write the shard set of the AMOS folder at `amos_root` to `out`; the same call again goes on or does nothing.
+    """Write the shard set of the folder at `amos_root` to `out`; the same call again goes on or does nothing.
 
     `wholebody`: folder of whole-body masks, for label sets that want one. A volume that its voxels spoil costs only
     itself: the others make the set, index.json and the report name it, and the next call tries it again.
@@ -120,15 +127,29 @@ def prepare(
 @dataclass(frozen=True)
 class Preparation:
     """A checked preparation, made by `check`: the only thing that can run. `header`: what plan.json and the index say
-    of settings and source; `out_state`: what the output folder held."""
+    of settings and source; `out_state`: what the output folder held; `survey`: what the archive holds."""
 
     amos_root: Path
     out: Path
     config: PrepareConfig
     wholebody: Path | None
-    cases: list[Case]
     header: dict[str, Any]
     out_state: list[tuple[int, int] | None]
+    survey: Survey
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """Those that are cut."""
+        return self.survey.cases
+
+    @property
+    def left_out(self) -> list[dict[str, str]]:
+        """As the index names them: the cases that are skipped."""
+        roots = [self.amos_root] if self.wholebody is None else [self.amos_root, self.wholebody]
+        return [
+            _described(roots, case_id, _Failed(found[0].where, "; ".join(f"{p.field}: {p.value}" for p in found)))
+            for case_id, found in sorted(self.survey.skipped.items())
+        ]
 
     def run(self, progress: Callable[[int, int, int], None] | None = None) -> PrepareReport:
         """Cut and write what is missing; errors as of `prepare`."""
@@ -143,19 +164,20 @@ def check(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | N
     amos_root, out = Path(amos_root).absolute(), Path(out).absolute()
     wholebody = None if wholebody is None else Path(wholebody).absolute()
     state = _state_of(out)
-    problems, cases, header = _find_problems(amos_root, out, config, wholebody)
+    problems, found, header = _find_problems(amos_root, out, config, wholebody)
     refuse(problems)
-    return Preparation(amos_root, out, config, wholebody, cases, header, state)
+    return Preparation(amos_root, out, config, wholebody, header, state, found)
 
 
 def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None) -> PrepareReport:
     amos_root, out, config, wholebody, plan = job.amos_root, job.out, job.config, job.wholebody, job.header
     index = read_index(out) if (out / INDEX).exists() else None
-    if index is not None and not index["failed"]:
+    left_out = job.left_out
+    if index is not None and index["failed"] == left_out:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        recognised = index.get("recognised", {})
-        return PrepareReport(index["num_samples"], len(index["source"]), (), True, index["mask_sources"], recognised)
-    tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody) for case in job.cases]
+        return _report(index, len(index["source"]), left_out, skipped_done=True)
+    labelling = job.survey.labelling
+    tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody, labelling) for case in job.cases]
     # The largest first, so that no worker is left with one at the end while the others wait.
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
@@ -165,17 +187,28 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
         _start(out, plan)
         failed = dict(_cut_volumes(tasks, workers, out, progress))
         roots = [amos_root] if wholebody is None else [amos_root, wholebody]
-        missing = [_described(roots, case_id, failure) for case_id, failure in sorted(failed.items())]
-        report = tuple((entry["case_id"], entry["file"], entry["reason"]) for entry in missing)
+        missing = [_described(roots, case_id, failure) for case_id, failure in failed.items()] + left_out
+        missing.sort(key=lambda entry: entry["case_id"])
         done = [task for task in tasks if task.case.case_id not in failed]
         if not done:
-            return PrepareReport(0, 0, report, False, {}, {})
+            return PrepareReport(0, 0, _listed(missing), False, {}, {})
         if index is None or index["failed"] != missing:
             index = _write_set(out, done, config, {**plan, "failed": missing}, workers, wholebody)
     if not failed:
         shutil.rmtree(out / PARTIAL)
-    recognised = index.get("recognised", {})
-    return PrepareReport(index["num_samples"], len(done), report, False, index["mask_sources"], recognised)
+    return _report(index, len(done), missing)
+
+
+def _report(
+    index: dict[str, Any], num_cases: int, missing: list[dict[str, str]], skipped_done: bool = False
+) -> PrepareReport:
+    """Of a whole set."""
+    recognised, masks = index.get("recognised", {}), index["mask_sources"]
+    return PrepareReport(index["num_samples"], num_cases, _listed(missing), skipped_done, masks, recognised)
+
+
+def _listed(missing: list[dict[str, str]]) -> tuple[tuple[str, str, str], ...]:
+    return tuple((entry["case_id"], entry["file"], entry["reason"]) for entry in missing)
 
 
 def find_problems(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None = None) -> list[Problem]:
@@ -186,17 +219,13 @@ def find_problems(amos_root: Path, out: Path, config: PrepareConfig, wholebody: 
 
 def _find_problems(
     amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None
-) -> tuple[list[Problem], list[Case], dict[str, Any]]:
-    """The problems; the cases, and what the index is to say of settings and source."""
+) -> tuple[list[Problem], Survey, dict[str, Any]]:
+    """The problems; what the archive holds, and what the index is to say of settings and source."""
     problems = config.problems()
-    in_archive = archive.find_problems(amos_root, config.modalities, config.modality)
-    source, cases = None, list[Case]()
-    if not in_archive:
-        cases = archive.read_archive(amos_root, config.modalities, config.modality)
-        in_archive = find_wholebody_problems(cases, config.label_set, wholebody)
-        source = None if in_archive else _source(amos_root, cases, wholebody)
-    header = {"preprocessing": config.result_settings(), "source": source}
-    return [*problems, *in_archive, *_problems_with_out(out, header)], cases, header
+    found = survey(amos_root, config, wholebody)
+    source = None if found.problems else _source(amos_root, found.cases, wholebody)
+    header = {"preprocessing": config.result_settings() | found.recorded, "source": source}
+    return [*problems, *found.problems, *_problems_with_out(out, header)], found, header
 
 
 def _state_of(out: Path) -> list[tuple[int, int] | None]:
@@ -205,7 +234,7 @@ def _state_of(out: Path) -> list[tuple[int, int] | None]:
     return [(file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None for file in files]
 
 
-def _source(root: Path, cases: list[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:
+def _source(root: Path, cases: Sequence[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:
     """What a set was made from: names and lengths, which are fast to compare; each slice carries checksums."""
 
     def described(file: Path | None, of: Path) -> list[Any] | None:
@@ -218,8 +247,12 @@ def _source(root: Path, cases: list[Case], wholebody: Path | None) -> dict[str, 
             "image": described(case.image, root),
             "label": described(case.label, root),
         }
+        if case.organs:
+            source[case.case_id]["organs"] = [described(file, root) for _, file in case.organs]
+        if case.patient is not None:
+            source[case.case_id]["patient"] = case.patient
         if wholebody is not None:
-            masks = archive.nifti_files(wholebody, case.case_id)
+            masks = nifti_files(wholebody, case.case_id)
             source[case.case_id]["wholebody"] = described(masks[0] if masks else None, wholebody)
     return source
 
@@ -256,8 +289,8 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
 def _differences(where: Path, made: dict[str, Any], plan: dict[str, Any]) -> Iterator[Problem]:
     """How a set differs from the one asked for. Cases that failed may have been mended or taken out since."""
     remedy = "choose another folder, or remove this one to make the set anew"
-    # `modality` is there only where it was stated.
-    for name in dict.fromkeys((*plan["preprocessing"], *({"modality"} & made["preprocessing"].keys()))):
+    # Some are there only where they were set.
+    for name in dict.fromkeys((*plan["preprocessing"], *sorted(_WHERE_SET & made["preprocessing"].keys()))):
         before, value = made["preprocessing"].get(name), plan["preprocessing"].get(name)
         if before != value:
             yield Problem(str(where), name, f"made with {before!r}, asked for {value!r}", remedy)
@@ -328,7 +361,7 @@ def _write_set(
     wholebody: Path | None,
 ) -> dict[str, Any]:
     """Shards, samples.arrow and index.json from the partial files, by split, case, axis and slice."""
-    table = LABEL_TABLES[config.label_set]
+    table = done[0].labelling.table
     num_samples: Counter[str] = Counter()
     masks: Counter[str] = Counter()
     recognised: dict[str, list[str]] = {}

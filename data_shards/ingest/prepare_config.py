@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from data_shards.choices import Axis, Codec, Fit, Intensity, LabelSet, MaskResize, Modality, Store
+from data_shards.choices import Axis, Codec, Fit, Intensity, LabelSet, Layout, MaskResize, Modality, Store
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
-from data_shards.ranges import RISING, Count, Some, WholeNumber, range_problems
+from data_shards.ranges import RISING, Count, Share, Some, WholeNumber, range_problems
 from data_shards.records import AXES, MODALITIES
-from data_shards.settings import Execution, Result, ResultWhereSet, identity
+from data_shards.settings import Execution, RecordedOtherwise, Result, ResultWhereSet, identity
 from data_shards.store.codecs import CODECS
 from data_shards.store.shard_writer import Format, set_format
 from data_shards.workers import WorkersConfig
@@ -27,14 +28,34 @@ class PrepareConfig:
     """How volumes become slices. The defaults are the paper's: 1 mm, 256 x 256, CT to [-256, 256] HU, MR to its 1st to
     99th percentile, three axes."""
 
+    layout: RecordedOtherwise[Layout] = "auto"
+    """How the folder is laid out. auto: recognised, and said."""
+    labels: RecordedOtherwise[str | None] = None
+    """What the ids in label files become: a table of one's own (TABLE.yaml), or `amos`: AMOS' organs, by their names.
+    null: the archive's own classes."""
     label_set: Result[LabelSet] = "amos"
-    """amos: the archive's 15 organs. wholebody: masks of a whole-body tool. merged: the first laid over the second."""
+    """amos: the archive's organs, AMOS' 15 or those that another layout names. wholebody: masks of a whole-body tool.
+    merged: the first laid over the second."""
     axes: Result[Some[Axis]] = AXES
     """Axes along which volumes are cut."""
     modalities: Result[Some[Modality]] = MODALITIES
     """Which of the archive's cases are taken."""
     modality: ResultWhereSet[Modality | None] = None
     """The modality of every case of the archive, where dataset.json does not say it, or says it wrongly."""
+    channel: ResultWhereSet[WholeNumber | None] = None
+    """nnU-Net: which of several channels is the image."""
+    split: ResultWhereSet[tuple[Share, Share, Share] | None] = None
+    """Shares of patients for train, val and test. null: as the data say, and what they do not say by 0.7, 0.1, 0.2."""
+    seed: ResultWhereSet[WholeNumber] = 0
+    """Of the draw of patients for the splits."""
+    fold: ResultWhereSet[WholeNumber] = 0
+    """nnU-Net: which fold of splits_final.json says the splits."""
+    patient: ResultWhereSet[str | None] = None
+    """A pattern for case ids whose first group is the patient, as `(p[0-9]+)_`: cases of one patient share a split.
+    null: a case is a patient, but where a manifest says it."""
+    on_bad_case: RecordedOtherwise[Literal["refuse", "skip"]] = "refuse"
+    """What becomes of a case whose files are missing or cannot be used. refuse: nothing is done. skip: the set is made
+    without it and names it, and the exit code is 1."""
     size: Result[Annotated[int, Interval(ge=8, le=2048)]] = 256
     """Side of a slice, in pixels."""
     spacing_mm: Result[Annotated[float, Interval(ge=0.1, le=20)]] = 1.0
@@ -83,6 +104,10 @@ class PrepareConfig:
             found = [replace(one, remedy=lossless) if one.field == "codec" else one for one in found]
         if self.soft_edge and self.mask_resize != "soft":
             found.append(Problem(where, "soft_edge", "True", "needs mask_resize soft"))
+        if self.split is not None and abs(sum(self.split) - 1.0) > 1e-6:
+            found.append(Problem(where, "split", str(self.split), "give three shares that make 1, as 0.7 0.1 0.2"))
+        if self.patient is not None and not _has_a_group(self.patient):
+            found.append(Problem(where, "patient", self.patient, "give a regular expression with one group"))
         return found
 
     def result_settings(self) -> dict[str, Any]:
@@ -105,3 +130,11 @@ class PrepareConfig:
             bits=self.bits,
             soft_edge=self.soft_edge,
         )
+
+
+def _has_a_group(pattern: str) -> bool:
+    """Whether it is a regular expression with a group."""
+    try:
+        return re.compile(pattern).groups > 0
+    except re.error:
+        return False

@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.host_memory import host_memory
-from data_shards.ingest.nifti import MOST_BYTES_BEHIND_VOXELS, Geometry, is_packed, read_geometry, value_scale
+from data_shards.ingest import itk_files
+from data_shards.ingest.nifti import MOST_BYTES_BEHIND_VOXELS, Geometry, is_packed, value_scale
+from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ _LARGE_BYTES = 2**30
 _LARGEST_VALUE = 1e30
 # An overlap this small is none: what is left where a stretch ends on an element's edge.
 _ROUNDING = 1e-9
+
+
+# Stored numbers of any shape, slope and intercept, to uint8 ids.
+_ToIds = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 class UnreadableVolume(ValueError):
@@ -80,13 +86,13 @@ class Volume:
         return values
 
 
-def read_volume(path: Path) -> Volume:
-    """Read a 3-D .nii or .nii.gz; little more memory is used than the voxels take.
+def read_volume(path: Path, *, one_slice: bool = False) -> Volume:
+    """Read a 3-D volume; little more memory is used than the voxels take. `one_slice` as of read_geometry.
 
     Raises UnreadableVolume for what a header cannot show: a file cut short, a bad gzip checksum, bytes that belong to
     nothing, values that are not finite; and for what `read_geometry` refuses.
     """
-    volume = _read(path, None)
+    volume = _read(path, None, one_slice=one_slice)
     ends = np.array([volume.voxels_IJK.min(), volume.voxels_IJK.max()], dtype=np.float64)
     if not (np.abs(ends * volume.slope + volume.intercept) < _LARGEST_VALUE).all():
         reason = f"its values reach {_LARGEST_VALUE:g} (slope {volume.slope:g}, intercept {volume.intercept:g})"
@@ -94,25 +100,38 @@ def read_volume(path: Path) -> Volume:
     return volume
 
 
-def read_labels(path: Path, num_ids: int, *, one_slice: bool = False) -> Volume:
+def read_labels(path: Path, num_ids: int, *, ids: Mapping[int, int] | None = None, one_slice: bool = False) -> Volume:
     """Read a label volume as uint8, whatever type it is stored as, in no more memory than that takes. Numbers within
     0.001 of a whole one are rounded. Raises UnreadableVolume also for ids outside 0..num_ids-1 and for other numbers.
+    `ids`: what becomes of each stored id; then those that it does not name are refused, and num_ids does not count.
     `one_slice` as of read_geometry.
     """
+    known = None if ids is None else np.array(sorted(ids.items()), np.int64)
 
     def to_ids(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         """Whole label ids of stored numbers, any shape."""
         try:
-            ids = whole_numbers(plane, slope, intercept)
+            stored_ids = whole_numbers(plane, slope, intercept)
         except ValueError as error:
             raise UnreadableVolume(str(path), str(error)) from error
-        lowest, highest = int(ids.min()), int(ids.max())
+        if known is not None:
+            return _renumbered(path, stored_ids, known)
+        lowest, highest = int(stored_ids.min()), int(stored_ids.max())
         if lowest < 0 or highest >= num_ids:
             wrong = lowest if lowest < 0 else highest
             raise UnreadableVolume(str(path), f"label id {wrong} is outside the table, which ends at {num_ids - 1}")
-        return ids.astype(np.uint8, copy=False)
+        return stored_ids.astype(np.uint8, copy=False)
 
     return _read(path, to_ids, one_slice=one_slice)
+
+
+def _renumbered(path: Path, stored_ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """uint8: the second column of `known` where the first, which rises, has the stored id."""
+    at = np.minimum(np.searchsorted(known[:, 0], stored_ids), len(known) - 1)
+    if (strange := known[at, 0] != stored_ids).any():
+        wrong = int(stored_ids[strange].flat[0])
+        raise UnreadableVolume(str(path), f"label id {wrong} is not among those that are named: name it, or map it")
+    return known[at, 1].astype(np.uint8)
 
 
 def whole_numbers(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -177,18 +196,13 @@ def nearest_elements(num_out: int, num_in: int, *, step: float) -> np.ndarray:
     return np.minimum(np.floor(step * np.arange(num_out) + 0.5).astype(np.int64), num_in - 1)
 
 
-def _read(
-    path: Path, to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None, *, one_slice: bool = False
-) -> Volume:
+def _read(path: Path, to_ids: _ToIds | None, *, one_slice: bool = False) -> Volume:
     """`to_ids` turns each stored plane, with slope and intercept, into uint8."""
     import nibabel as nib
 
     try:
         geometry = read_geometry(path, one_slice=one_slice)
-        with path.open("rb", buffering=0) as file:
-            hashed = _Hashed(file)
-            content = gzip.GzipFile(fileobj=hashed, mode="rb") if is_packed(path) else hashed
-            voxels = _stored_voxels(path, geometry, content, to_ids)
+        voxels, sha256 = (_itk_voxels if itk_files.is_itk(path) else _nifti_voxels)(path, geometry, to_ids)
     except InputProblems as error:
         reason = "; ".join(f"{one.field}: {one.value}; {one.remedy}" for one in error.problems)
         raise UnreadableVolume(str(path), reason) from error
@@ -200,20 +214,30 @@ def _read(
     orientation = nib.io_orientation(geometry.affine)
     canonical = nib.apply_orientation(voxels, orientation)
     affine = geometry.affine @ nib.orientations.inv_ornt_aff(orientation, voxels.shape)
-    slope, intercept = (1.0, 0.0) if to_ids else value_scale(geometry.header)
-    return Volume(canonical, slope, intercept, affine, hashed.sha256.hexdigest(), geometry.notes)
+    slope, intercept = (1.0, 0.0) if to_ids or itk_files.is_itk(path) else value_scale(geometry.header)
+    return Volume(canonical, slope, intercept, affine, sha256, geometry.notes)
 
 
-def _stored_voxels(
-    path: Path,
-    geometry: Geometry,
-    content: io.IOBase,
-    to_ids: Callable[[np.ndarray, float, float], np.ndarray] | None,
-) -> np.ndarray:
-    """The voxels in the order of the file, read plane by plane into the one array that stays. Reads to the end of the
-    file, where gzip's checksum is; a file that goes on without end behind its voxels is refused."""
-    shape, dtype = geometry.shape, geometry.header.get_data_dtype()
-    slope, intercept = value_scale(geometry.header)
+def _nifti_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[np.ndarray, str]:
+    """The voxels in the order of the file, and the file's sha256."""
+    _refuse_too_large(path, geometry)
+    with path.open("rb", buffering=0) as file:
+        hashed = _Hashed(file)
+        content = gzip.GzipFile(fileobj=hashed, mode="rb") if is_packed(path) else hashed
+        return _stored_voxels(path, geometry, content, to_ids), hashed.sha256.hexdigest()
+
+
+def _itk_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[np.ndarray, str]:
+    """The same of a file that SimpleITK reads, which is in memory as a whole; the sha256 is over header and voxels."""
+    _refuse_too_large(path, geometry)
+    voxels = itk_files.read_stored(path, geometry)
+    if voxels.dtype.kind == "f" and (not_finite := voxels.size - int(np.count_nonzero(np.isfinite(voxels)))):
+        raise UnreadableVolume(str(path), f"{not_finite} voxels are NaN or infinite")
+    sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in itk_files.files_of(path))).hexdigest()
+    return voxels if to_ids is None else to_ids(voxels, 1.0, 0.0), sha256
+
+
+def _refuse_too_large(path: Path, geometry: Geometry) -> None:
     memory = host_memory() if geometry.voxel_bytes > _LARGE_BYTES else None
     if memory is not None and geometry.voxel_bytes > memory.available:
         # A process that asks for more is killed without a word, and a file of a few MB can unpack to that.
@@ -222,6 +246,13 @@ def _stored_voxels(
             f"resample it"
         )
         raise UnreadableVolume(str(path), reason)
+
+
+def _stored_voxels(path: Path, geometry: Geometry, content: io.IOBase, to_ids: _ToIds | None) -> np.ndarray:
+    """The voxels in the order of the file, read plane by plane into the one array that stays. Reads to the end of the
+    file, where gzip's checksum is; a file that goes on without end behind its voxels is refused."""
+    shape, dtype = geometry.shape, geometry.header.get_data_dtype()
+    slope, intercept = value_scale(geometry.header)
     _fill(np.empty(int(geometry.header.get_data_offset()), np.uint8), content)
     voxels = np.empty(shape, dtype if to_ids is None else np.uint8, order="F")
     plane = np.empty(shape[:2], dtype, order="F")

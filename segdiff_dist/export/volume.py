@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_shards.files import hidden_folder
-from data_shards.ingest.archive import read_header
 from data_shards.ingest.body import BodyField, find_body
+from data_shards.ingest.cases import read_header
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.nifti import read_geometry
 from data_shards.ingest.prepare_config import PrepareConfig

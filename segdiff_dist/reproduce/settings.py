@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data_shards.ingest import archive
+from data_shards.ingest.cases import Case, nifti_files
 from data_shards.problems import Problem, refuse
 from data_shards.records import AXES, MODALITIES, SPLITS
 from segdiff_dist.config import as_dict, merge, read_yaml, validate
@@ -121,8 +122,8 @@ def patients(amos: Path) -> dict[str, int]:
     return {split: sum(case.split == split for case in cases) for split in SPLITS}
 
 
-def _has_mask(case: archive.Case, column: Experiment) -> bool:
-    whole = column.wholebody is not None and bool(archive.nifti_files(column.wholebody, case.case_id))
+def _has_mask(case: Case, column: Experiment) -> bool:
+    whole = column.wholebody is not None and bool(nifti_files(column.wholebody, case.case_id))
     return whole or (case.label is not None and column.prepare.label_set != "wholebody")
 
 

@@ -28,11 +28,18 @@ class Prepare(ConfiguredStage):
     aliases: ClassVar = {"--spacing": "--prepare.spacing-mm"}
     essential: ClassVar = (
         *("--run", "--wholebody", "--prepare.size", "--prepare.spacing-mm", "--prepare.modalities", "--prepare.axes"),
-        *("--prepare.label-set", "--prepare.slice-stride", "--prepare.store", "--prepare.num-workers"),
+        *(
+            "--prepare.layout",
+            "--prepare.labels",
+            "--prepare.label-set",
+            "--prepare.slice-stride",
+            "--prepare.store",
+            "--prepare.num-workers",
+        ),
     )
 
     amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="AMOS_ROOT")] = None
-    """The archive: dataset.json, imagesTr, labelsTr, ..."""
+    """The archive: AMOS', or another layout (docs/data.md)."""
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
     """The new shard set, a folder."""
     run: Path | None = None
@@ -65,7 +72,11 @@ class PreparePlan(Plan):
         config = self.stage.prepare
         num_volumes, num_slices = count_slices(self.preparation.cases, config)
         num_bytes = num_slices * (1 + config.bits // 8) * config.size**2
-        notes = (f"volumes: {num_volumes:,}", "images: at most, since slices without organs may be left out")
+        notes = (
+            self.preparation.survey.described,
+            f"volumes: {num_volumes:,}",
+            "images: at most, since slices without organs may be left out",
+        )
         return Cost(images=num_slices, num_bytes=num_bytes, notes=notes)
 
     def lock(self) -> AbstractContextManager[None]:
@@ -104,6 +115,8 @@ class PreparePlan(Plan):
 
         done_before = "; it was finished already, nothing to do" if report.skipped_done else ""
         found = [f"{report.num_samples:,} slices of {report.num_cases} volumes in {self.stage.data}{done_before}"]
+        if self.preparation.survey.layout != "amos":
+            found.append(self.preparation.survey.described)
         if self.stage.wholebody is not None:
             sources = (f"{source} of {count} volumes" for source, count in report.masks.items())
             found.append("masks: " + ", ".join(sources))

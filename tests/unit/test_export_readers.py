@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from sampling_support import arguments, make_here, write_weights
 
-from data_shards.ingest.archive import Case
 from data_shards.ingest.case_slices import slices_of
+from data_shards.ingest.cases import Case
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import AMOS, BACKGROUND
 from data_shards.problems import InputProblems

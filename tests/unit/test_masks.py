@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_shards.ingest.archive import Case
+from data_shards.ingest.cases import Case
 from data_shards.ingest.masks import annotation_record, find_wholebody_problems, placed, read_case_mask
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_volume
 from data_shards.labels import AMOS, FROM_EXPERTS, LABEL_TABLES, MERGED, WHOLEBODY, LabelTable

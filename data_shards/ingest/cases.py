@@ -1,0 +1,145 @@
+"""A case, whichever layout lists it: its files, and what their headers show to be wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from data_shards.ingest.dataset_json import DATASET_FILE, file_stem
+from data_shards.ingest.nifti import Geometry
+from data_shards.ingest.volume_files import read_geometry
+from data_shards.problems import InputProblems, Problem
+
+# Image and label headers agree when no corner of the volume moves by more than this part of a voxel.
+AFFINE_TOLERANCE_VOXELS = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """Image, and label where there is one. `split` is train, val or test, or empty where the layout does not state it;
+    `modality` CT or MR. `notes`: what of the archive's statements on it was set aside, in words. `patient`: who it is
+    of, None where that is the case itself. `organs`: instead of `label`, a file of zeros and ones for each stored id.
+    `is_flat`: its files may be two-dimensional."""
+
+    case_id: str
+    modality: str
+    split: str
+    image: Path
+    label: Path | None
+    notes: tuple[str, ...] = ()
+    patient: str | None = None
+    organs: tuple[tuple[int, Path], ...] = ()
+    is_flat: bool = False
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether somebody drew a mask of it."""
+        return self.label is not None or bool(self.organs)
+
+    @property
+    def files(self) -> list[Path]:
+        """Image and masks."""
+        return [file for file in (self.image, self.label, *(file for _, file in self.organs)) if file is not None]
+
+    def without_split(self) -> Case:
+        """Itself, to be put into a split."""
+        return replace(self, split="")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a layout found in a folder. `problems`: of the folder. `problems_of`: by case id, those of its own files.
+    `names`: the classes of the label files by stored id; None where the ids are AMOS'."""
+
+    cases: tuple[Case, ...]
+    problems: tuple[Problem, ...] = ()
+    problems_of: dict[str, list[Problem]] = field(default_factory=dict)
+    names: dict[int, str] | None = None
+
+    @property
+    def all_problems(self) -> list[Problem]:
+        """Each once."""
+        return list(dict.fromkeys((*self.problems, *(one for found in self.problems_of.values() for one in found))))
+
+
+def problems_by_case(cases: Iterator[Case] | tuple[Case, ...]) -> dict[str, list[Problem]]:
+    """By case id, what headers show to be wrong with its files; cases with nothing of the kind are not in it."""
+    found = {case.case_id: problems_with_files(case) for case in cases}
+    return {case_id: problems for case_id, problems in found.items() if problems}
+
+
+def nifti_files(folder: Path, case_id: str) -> list[Path]:
+    """The NIfTI files of a case in a folder: at most its .nii.gz and its .nii, in this order."""
+    return [file for ending in (".nii.gz", ".nii") if (file := folder / f"{case_id}{ending}").is_file()]
+
+
+def problems_with_files(case: Case) -> list[Problem]:
+    """What headers show: files that are missing, are there twice, cannot be read, or are at different places."""
+    problems = list(_problems_with_copies(case))
+    geometries: dict[Path, Geometry] = {}
+    for file in case.files:
+        if not file.is_file():
+            remedy = f"restore it, or take it out of {DATASET_FILE}"
+            problems.append(Problem(str(file), "file", f"missing, but {DATASET_FILE} names it", remedy))
+            continue
+        try:
+            geometries[file] = read_geometry(file, one_slice=case.is_flat)
+        except InputProblems as error:
+            problems += error.problems
+    if case.image in geometries:
+        for file, geometry in geometries.items():
+            problems += _problems_with_place(case.image, geometries[case.image], file, geometry)
+    return problems
+
+
+def _problems_with_copies(case: Case) -> Iterator[Problem]:
+    """Compressed or unpacked by hand, perhaps changed since: which of the two is meant cannot be known."""
+    for file in (case.image, case.label):
+        if file is None:
+            continue
+        names = dict.fromkeys((file_stem(file.name), case.case_id) if file == case.label else (file_stem(file.name),))
+        if len(both := [one for name in names for one in nifti_files(file.parent, name)]) > 1:
+            value = f"both {both[0].name} and {both[1].name}"
+            yield Problem(str(file.parent), f"case id {case.case_id}", value, "keep the one that is meant")
+
+
+def _problems_with_place(image: Path, of_image: Geometry, label: Path, of_label: Geometry) -> Iterator[Problem]:
+    remedy = "use the label that was drawn on this image, on its grid"
+    if of_image.shape != of_label.shape:
+        yield Problem(str(label), "shape", f"{of_label.shape}, its image has {of_image.shape}", remedy)
+        return
+    moved = largest_shift_voxels(of_image.shape, of_image.affine, of_label.affine)
+    if moved > AFFINE_TOLERANCE_VOXELS:
+        guessed = "; ".join(
+            f"{file.name}: {note}" for file, one in ((image, of_image), (label, of_label)) for note in one.notes
+        )
+        value = f"off by {moved:.2g} voxels from its image" + (f" ({guessed})" if guessed else "")
+        yield Problem(str(label), "affine", value, remedy)
+
+
+def read_header(
+    file: Path, problems: list[Problem], *, one_slice: bool = False
+) -> tuple[tuple[int, ...], np.ndarray] | None:
+    """Shape and affine (voxel index as stored to RAS mm) of a 3-D volume; None, with the reasons added to `problems`,
+    where it has none that can be used. What of it is a guess is warned of; `read_geometry` returns it in words."""
+    try:
+        geometry = read_geometry(file, one_slice=one_slice)
+    except InputProblems as error:
+        problems += error.problems
+        return None
+    for note in geometry.notes:
+        warnings.warn(f"{file}: {note}", stacklevel=2)
+    return geometry.shape, geometry.affine
+
+
+def largest_shift_voxels(shape: tuple[int, ...], affine: np.ndarray, other: np.ndarray) -> float:
+    """How far the other affine moves the corners of a volume at most, in its smallest voxel sides."""
+    corners = np.array(
+        [[i, j, k, 1.0] for i in (0, shape[0] - 1) for j in (0, shape[1] - 1) for k in (0, shape[2] - 1)]
+    )
+    moved = corners @ (affine - other).T
+    return float(np.linalg.norm(moved, axis=1).max() / np.linalg.norm(affine[:3, :3], axis=0).min())

@@ -1,0 +1,209 @@
+"""MetaImage (.mha, .mhd) and NRRD volumes, read by SimpleITK and checked like NIfTI (docs/data.md 4).
+
+Both formats say the voxels' number first and may leave their bytes to another file. What is read is a file beside the
+header and of the size that it says: an archive leads to no files elsewhere.
+
+SimpleITK is the extra `formats`; nothing imports it until such a file is read.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.ingest.nifti import Geometry, problems_in_space, problems_with_extent
+from data_shards.problems import Problem, problem, refuse
+
+ENDINGS = (".mha", ".mhd", ".nrrd")
+# ITK counts to the left, the back and the head; we to the right, the front and the head.
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# Both formats' headers are text of a few hundred bytes; NRRD's may carry a scanner's key-value pairs.
+_MOST_HEADER_BYTES = 2**20
+_BLOCK_BYTES = 2**20
+_DATA_FILE = {
+    ".mha": re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.M),
+    ".mhd": re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.M),
+    ".nrrd": re.compile(rb"^data ?file:\s*(.*?)\s*$", re.M | re.I),
+}
+_HEADER_END = {
+    ".mha": re.compile(rb"^ElementDataFile.*\n", re.M),
+    ".mhd": re.compile(rb"^ElementDataFile.*(\n|\Z)", re.M),
+    ".nrrd": re.compile(rb"\r?\n\r?\n"),
+}
+_IS_PACKED = {
+    ".mha": re.compile(rb"^CompressedData\s*=\s*True", re.M | re.I),
+    ".mhd": re.compile(rb"^CompressedData\s*=\s*True", re.M | re.I),
+    ".nrrd": re.compile(rb"^encoding:(?!\s*raw)", re.M | re.I),
+}
+_IS_DEFLATED = _IS_PACKED | {".nrrd": re.compile(rb"^encoding:\s*(gzip|gz)\s*$", re.M | re.I)}
+# What the NIfTI reader takes, too: one whole or floating number a voxel.
+_NUMBERS = {
+    "8-bit signed integer": np.int8,
+    "8-bit unsigned integer": np.uint8,
+    "16-bit signed integer": np.int16,
+    "16-bit unsigned integer": np.uint16,
+    "32-bit signed integer": np.int32,
+    "32-bit unsigned integer": np.uint32,
+    "64-bit signed integer": np.int64,
+    "64-bit unsigned integer": np.uint64,
+    "32-bit float": np.float32,
+    "64-bit float": np.float64,
+}
+_RESTORE = "restore the file, or convert it to .nii.gz"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What Geometry asks of a header."""
+
+    dtype: np.dtype[Any]
+
+    def get_data_dtype(self) -> np.dtype[Any]:
+        """Of a stored voxel."""
+        return self.dtype
+
+
+def is_itk(file: Path) -> bool:
+    """Whether the file's name says one of these formats."""
+    return file.suffix.lower() in ENDINGS
+
+
+def files_of(file: Path) -> list[Path]:
+    """The file, and the one that has its voxels where that is another."""
+    data = _data_file(file)
+    return [file] if data is None else [file, data]
+
+
+def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
+    """Where the volume is, from its header alone. Raises InputProblems as nifti.read_geometry does."""
+    reader = _reader(file)
+    names = reader.GetMetaDataKeys()
+    size, num_parts = reader.GetSize(), reader.GetNumberOfComponents()
+    shape = tuple(size[:3]) if set(size[3:]) <= {1} else tuple(size)
+    is_flat = one_slice and len(shape) == 2
+    if len(shape) != 3 and not is_flat:
+        raise problem(file, "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file")
+    kind = _sitk(file).GetPixelIDValueAsString(reader.GetPixelID())
+    if num_parts != 1 or kind not in _NUMBERS:
+        raise problem(file, "data type", f"{num_parts} x {kind}", "store one real number a voxel")
+    affine = _affine(reader, is_flat)
+    shape = (*shape, 1)[:3]
+    notes = _notes(file, names)
+    geometry = Geometry(shape, affine, notes, _Header(np.dtype(_NUMBERS[kind])), is_flat)
+    problems = problems_in_space(file, affine) or problems_with_extent(file, geometry)
+    refuse([*problems, *_too_short(file, geometry)])
+    return geometry
+
+
+def read_stored(file: Path, geometry: Geometry) -> np.ndarray:
+    """The voxels as stored, indexed I, J, K. Raises OSError and zlib.error for a damaged file."""
+    sitk = _sitk(file)
+    _compare_checksum(file)
+    try:
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    except RuntimeError as error:
+        raise OSError(_plain(error)) from error
+    return np.asarray(voxels, geometry.header.get_data_dtype()).T.reshape(geometry.shape)
+
+
+def _compare_checksum(file: Path) -> None:
+    """Of packed voxels, whose checksum ITK does not look at: zlib's or gzip's."""
+    head, data = _header_text(file), _data_file(file)
+    if not _IS_DEFLATED[file.suffix.lower()].search(head):
+        return
+    unpacked = zlib.decompressobj(zlib.MAX_WBITS + 32)
+    with (data or file).open("rb") as stream:
+        stream.seek(len(head) if data is None else 0)
+        while not unpacked.eof and (block := unpacked.unconsumed_tail or stream.read(_BLOCK_BYTES)):
+            unpacked.decompress(block, _BLOCK_BYTES)
+    if not unpacked.eof:
+        raise OSError("its packed voxels end too early")
+
+
+def _sitk(file: Path) -> Any:
+    try:
+        import SimpleITK
+    except ImportError as error:
+        remedy = 'pip install "segdiff-dist[formats]", or convert it to .nii.gz'
+        raise problem(file, "SimpleITK", "is not installed, and reads this format", remedy) from error
+    return SimpleITK
+
+
+def _reader(file: Path) -> Any:
+    """SimpleITK's reader, with the header read."""
+    sitk = _sitk(file)
+    data = _data_file(file)
+    if data is not None and not data.is_file():
+        raise problem(file, "data file", f"{data.name} is missing", _RESTORE)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise problem(file, "header", f"not {file.suffix[1:].upper()} ({_plain(error)})", _RESTORE) from None
+    return reader
+
+
+def _plain(error: Exception) -> str:
+    """The last line of ITK's message, which says what is wrong; those above say where in ITK."""
+    return " ".join(str(error).strip().splitlines()[-1:])[:160]
+
+
+def _header_text(file: Path) -> bytes:
+    """The header alone: of NRRD up to an empty line, of MetaImage up to the line that names the voxels' file."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(_MOST_HEADER_BYTES)
+    except OSError as error:
+        raise problem(file, "file", f"cannot be read ({error})", _RESTORE) from None
+    end = _HEADER_END[file.suffix.lower()].search(head)
+    return head if end is None else head[: end.end()]
+
+
+def _data_file(file: Path) -> Path | None:
+    """The file beside this header that has the voxels; None where they are in this one."""
+    ending = file.suffix.lower()
+    named = _DATA_FILE[ending].search(_header_text(file))
+    if named is None or named[1].upper() == b"LOCAL":
+        return None
+    name = named[1].decode("utf-8", "replace")
+    if ending != ".mhd" or not name or name != Path(name).name or name in (".", "..") or " " in name or "%" in name:
+        remedy = "its voxels must be in it or, of .mhd, in one file of a plain name beside it: convert it to .nii.gz"
+        raise problem(file, "data file", repr(name[:80]), remedy)
+    return file.with_name(name)
+
+
+def _affine(reader: Any, is_flat: bool) -> np.ndarray:
+    affine = np.eye(4)
+    num = reader.GetDimension()
+    spacing, origin = np.array(reader.GetSpacing()), np.array(reader.GetOrigin())
+    direction = np.array(reader.GetDirection()).reshape(num, num)
+    used = min(num, 3)
+    affine[:used, :used] = (direction * spacing)[:used, :used]
+    affine[:used, 3] = origin[:used]
+    if is_flat:
+        affine[2, 2] = spacing.min()
+    return _LPS_TO_RAS @ affine
+
+
+def _notes(file: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """What is a guess: a NRRD without a named space says nothing of sides."""
+    if file.suffix.lower() == ".nrrd" and not re.search(rb"^space:", _header_text(file), re.M | re.I):
+        return ("no space is named: which side is left is a guess (columns are taken to run left, back, up)",)
+    return ()
+
+
+def _too_short(file: Path, geometry: Geometry) -> list[Problem]:
+    head = _header_text(file)
+    if _IS_PACKED[file.suffix.lower()].search(head):
+        return []
+    have = sum(one.stat().st_size for one in files_of(file)) - len(head)
+    if have >= geometry.voxel_bytes:
+        return []
+    value = f"{geometry.shape} needs {geometry.voxel_bytes:,} bytes; truncated file of {have:,}"
+    return [Problem(str(file), "shape", value, _RESTORE)]

@@ -1,0 +1,174 @@
+"""What the ids in label files mean in the set: AMOS' organs, the classes that the data name, or a table of one's own.
+
+A table of one's own is a YAML file:
+
+    name: abdomen
+    names: [liver, tumour]                        # the classes in their order; background and body are added
+    label_map: {lesion: tumour, 7: background}    # a class of the data, by its name or its number, to one of the table
+
+`names` may also say the numbers in the label files, as {1: liver, 4: tumour}, where the data do not name them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.documents import parse_yaml, read_bytes, reading
+from data_shards.ingest.dataset_json import amos_id, words
+from data_shards.labels import AMOS, BACKGROUND, BODY, FROM_EXPERTS, LABEL_TABLES, LabelTable
+from data_shards.problems import InputProblems, Problem, problem
+
+# The value of prepare.labels that stands for AMOS' table and no file.
+AMOS_BY_NAME = AMOS.name
+_REMEDY = "give `name`, `names` and, where needed, `label_map` (docs/data.md 3)"
+_MOST_BYTES = 256 * 1024
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """The table of a set, and what becomes of the ids in label files.
+
+    ids: stored id to id, background included; None where files hold AMOS' own. They are ids of `table` where `is_own`,
+    else AMOS' ids, which the label set is made of. An id that is not among them fails its volume.
+    """
+
+    table: LabelTable
+    ids: Mapping[int, int] | None = None
+    is_own: bool = False
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What index.json says of it, among the preprocessing, besides the settings: nothing of AMOS' own ids."""
+        found: dict[str, Any] = {"label_set": self.table.name} if self.is_own else {}
+        if self.ids is not None:
+            found["label_ids"] = [[stored, new] for stored, new in sorted(self.ids.items())]
+        return found
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table file. `stored`: the names' numbers in label files, where the file says them."""
+
+    table: LabelTable
+    stored: dict[int, str]
+    label_map: dict[int | str, str]
+
+
+def find_labelling(
+    label_set: str, labels: str | None, names: dict[int, str] | None, data_name: str
+) -> tuple[Labelling, list[Problem]]:
+    """The labelling that the settings ask for. `names`: the data's classes by stored id, None for AMOS' own ids."""
+    file = None if labels in (None, AMOS_BY_NAME) else Path(str(labels))
+    default = Labelling(LABEL_TABLES[label_set])
+    try:
+        if file is not None:
+            if label_set != AMOS.name:
+                value = f"{file} with label_set {label_set}"
+                raise problem("prepare", "labels", value, "a table of one's own goes with label_set amos")
+            return _with_table(_read_table(file), names, str(file))
+        if names is None or label_set == "wholebody":
+            return default, []
+        if label_set == AMOS.name and labels is None:
+            return _own(names, data_name), []
+        return _into_amos(default.table, names)
+    except InputProblems as error:
+        return default, list(error.problems)
+
+
+def _own(names: dict[int, str], data_name: str) -> Labelling:
+    """The data's classes in the order of their ids, and `body`."""
+    kept = [(stored, name) for stored, name in sorted(names.items()) if stored != 0]
+    table = _table_of(data_name, [name for _, name in kept], "labels")
+    return Labelling(table, {0: 0} | {stored: table.names.index(name) for stored, name in kept}, is_own=True)
+
+
+def _into_amos(table: LabelTable, names: dict[int, str]) -> tuple[Labelling, list[Problem]]:
+    """AMOS' ids of classes that have one of AMOS' names."""
+    ids, unknown = {0: 0}, []
+    for stored, name in names.items():
+        known = 0 if stored == 0 else AMOS.body_id if words(name) == BODY else amos_id(name)
+        if known is None:
+            unknown.append(f"{stored} {name!r}")
+        else:
+            ids[stored] = known
+    remedy = "AMOS has 15 organs: say what becomes of others in a table of your own (--prepare.labels TABLE.yaml)"
+    problems = [Problem("labels", "names", ", ".join(unknown[:8]), remedy)] if unknown else []
+    return Labelling(table, ids), problems
+
+
+def _with_table(own: _Table, names: dict[int, str] | None, where: str) -> tuple[Labelling, list[Problem]]:
+    """Each stored id to the table: by label_map, else by the number that the table says, else by name."""
+    if names is None:
+        names = dict(enumerate(AMOS.names[: AMOS.body_id]))
+    named = names | own.stored or dict(enumerate(own.table.names[:-1]))
+    ids, unknown = {0: 0}, []
+    to_name = {words(name): name for name in own.table.names}
+    by_name = {words(key): meant for key, meant in own.label_map.items() if isinstance(key, str)}
+    for stored, name in sorted(named.items()):
+        meant = own.label_map.get(stored, by_name.get(words(name), to_name.get(words(name))))
+        if stored != 0 and meant is None:
+            unknown.append(f"{stored} {name!r}")
+        elif meant is not None:
+            ids[stored] = own.table.names.index(meant)
+    ids |= {stored: own.table.names.index(meant) for stored, meant in own.label_map.items() if isinstance(stored, int)}
+    remedy = f"name them in `names`, or say what becomes of them: label_map: {{NAME: {BACKGROUND}}}"
+    problems = [Problem(where, "label_map", f"nothing for {', '.join(unknown[:8])}", remedy)] if unknown else []
+    return Labelling(own.table, ids, is_own=True), problems
+
+
+def _read_table(file: Path) -> _Table:
+    values = parse_yaml(read_bytes(file, _REMEDY, _MOST_BYTES), file, _REMEDY)
+    with reading(file, "a label table", _REMEDY):
+        if strange := sorted(map(str, values.keys() - {"name", "names", "label_map"})):
+            raise problem(file, strange[0], "not a key of a label table", _REMEDY)
+        names, label_map = values["names"], values.get("label_map") or {}
+        stored = {int(key): str(name) for key, name in names.items()} if isinstance(names, dict) else {}
+        classes = [name for _, name in sorted(stored.items())] if stored else list(map(str, names))
+        table = _table_of(str(values["name"]), [name for name in classes if name != BACKGROUND], str(file))
+        meant = {_key(key): str(name) for key, name in label_map.items()}
+    wrong = [
+        Problem(str(file), f"label_map.{key}", name, f"give one of {', '.join(table.names)}")
+        for key, name in meant.items()
+        if name not in table.names
+    ]
+    if (stored and min(stored) < 0) or stored.get(0, BACKGROUND) != BACKGROUND:
+        wrong.append(Problem(str(file), "names", str(min(stored)), f"number them from 1 on: 0 is {BACKGROUND}"))
+    if wrong:
+        raise InputProblems(wrong)
+    return _Table(table, stored, meant)
+
+
+def _key(key: Any) -> int | str:
+    return int(key) if isinstance(key, int) or str(key).isdecimal() else str(key)
+
+
+def _table_of(name: str, classes: list[str], where: str) -> LabelTable:
+    """background, the classes, and body, unless the classes hold it. Raises InputProblems for names that are none."""
+    problems = list(_problems_with_names(classes, where))
+    if problems:
+        raise InputProblems(problems)
+    names = (BACKGROUND, *classes, *([] if BODY in classes else [BODY]))
+    if len(names) > 256:
+        remedy = "at most 254 fit: leave some out, or put several into one, with a table (--prepare.labels TABLE.yaml)"
+        raise problem(where, "names", f"{len(classes)} classes", remedy)
+    return LabelTable(_plain(name), names)
+
+
+def _problems_with_names(classes: list[str], where: str) -> Iterator[Problem]:
+    remedy = "give each class one name, on one line, of at most 100 characters"
+    for at, name in enumerate(classes):
+        if not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+            yield Problem(where, "names", repr(name[:_LONGEST_NAME]), remedy)
+        elif name in classes[:at] or name == BACKGROUND:
+            yield Problem(where, "names", f"{name!r} twice", remedy)
+
+
+def _plain(name: str) -> str:
+    """The table's name as part of a line, without what no name has. A shipped table's own name is taken already."""
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("_.")[:_LONGEST_NAME] or "own"
+    return f"own_{plain}" if plain in {*LABEL_TABLES, *FROM_EXPERTS} else plain

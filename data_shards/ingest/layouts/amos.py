@@ -1,0 +1,97 @@
+"""AMOS 2022 and the Medical Segmentation Decathlon: dataset.json lists the cases, and names classes by their ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_shards.documents import read_json
+from data_shards.ingest.archive import list_archive
+from data_shards.ingest.cases import Listing
+from data_shards.ingest.dataset_json import DATASET_FILE, amos_id, file_stem
+from data_shards.ingest.layouts.base import Layout, Request
+from data_shards.ingest.modality import AMOS_NAME
+from data_shards.problems import InputProblems, Problem
+
+_RESTORE = "restore the file"
+
+
+class Amos(Layout):
+    """dataset.json's `training`, `validation` and `test`; ids are AMOS' organs."""
+
+    name = "amos"
+
+    def recognise(self, root: Path) -> str | None:
+        """dataset.json lists cases, and nothing says that its classes are others than AMOS'."""
+        content = content_of(root)
+        if not lists_cases(content) or _has_other_classes(content):
+            return None
+        return f"{DATASET_FILE} lists cases, and names no other classes than AMOS'"
+
+    def read(self, root: Path, request: Request) -> Listing:
+        """As of list_archive."""
+        return list_archive(root, request.modalities, request.modality)
+
+
+class Decathlon(Layout):
+    """The same lists; `labels` are id: name. It states no validation cases."""
+
+    name = "msd"
+
+    def recognise(self, root: Path) -> str | None:
+        """dataset.json lists cases, and none of its classes is AMOS'."""
+        content = content_of(root)
+        if not lists_cases(content) or not _has_other_classes(content):
+            return None
+        return f"{DATASET_FILE} lists cases, and names classes that are not AMOS'"
+
+    def read(self, root: Path, request: Request) -> Listing:
+        """As of list_archive, in the classes of `labels`. Training cases have no split where none are for
+        validation."""
+        content = content_of(root)
+        names, problems = class_names(root / DATASET_FILE, content.get("labels"))
+        found = list_archive(root, request.modalities, request.modality, names)
+        cases = found.cases
+        if not content.get("validation"):
+            cases = tuple(case.without_split() if case.split == "train" else case for case in cases)
+        return Listing(cases, (*problems, *found.problems), found.problems_of, names)
+
+
+def content_of(root: Path) -> dict[str, Any]:
+    """dataset.json's content; empty where there is none that can be read."""
+    try:
+        return read_json(root / DATASET_FILE, _RESTORE) if (root / DATASET_FILE).is_file() else {}
+    except InputProblems:
+        return {}
+
+
+def lists_cases(content: dict[str, Any]) -> bool:
+    """Whether it has AMOS' lists."""
+    return any(isinstance(content.get(name), list) for name in ("training", "validation", "test"))
+
+
+def class_names(where: Path, labels: Any) -> tuple[dict[int, str], list[Problem]]:
+    """The classes by id, from `labels` as id: name (MSD) or name: id (nnU-Net 2)."""
+    remedy = 'give `labels`, {"0": "background", "1": "liver"} or {"background": 0, "liver": 1}'
+    if not isinstance(labels, dict) or not labels:
+        return {}, [Problem(str(where), "labels", repr(labels)[:80], remedy)]
+    names: dict[int, str] = {}
+    problems = []
+    for key, value in labels.items():
+        number, name = (key, value) if isinstance(value, str) else (value, key)
+        if isinstance(number, bool) or not str(number).isdecimal() or int(number) > 2**31 or int(number) in names:
+            problems.append(Problem(str(where), f"labels.{str(key)[:40]}", repr(value)[:80], remedy))
+        else:
+            names[int(number)] = str(name)
+    return names, problems
+
+
+def _has_other_classes(content: dict[str, Any]) -> bool:
+    """Whether `labels` names classes of which none has AMOS' id, and the cases are not called as AMOS' are."""
+    labels = content.get("labels")
+    pairs = labels.items() if isinstance(labels, dict) else ()
+    organs = [(str(key), name) for key, name in pairs if isinstance(name, str) and str(key) != "0"]
+    entries = content.get("training")
+    images = [entry.get("image") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    is_amos = any(isinstance(image, str) and AMOS_NAME.match(file_stem(image)) for image in images)
+    return bool(organs) and not is_amos and not any(str(amos_id(name)) == key for key, name in organs)

@@ -1,0 +1,90 @@
+"""What a layout is: a way to lay out images, labels and what is known of them in a folder."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from data_shards.ingest.cases import Case, Listing
+from data_shards.ingest.volume_files import stem
+from data_shards.problems import Problem
+from data_shards.records import MODALITIES, is_case_id
+
+# A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
+_LONGEST_CASE_ID = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the settings ask of a layout. `modality`: of every case, where a person states it; `modalities`: those that
+    are taken; `channel` and `fold`: of nnU-Net's; `patient`: a pattern whose first group, in a case id, is who it is
+    of."""
+
+    modalities: Sequence[str] = MODALITIES
+    modality: str | None = None
+    channel: int | None = None
+    fold: int = 0
+    patient: str | None = None
+
+
+class Layout(ABC):
+    """One way to lay out a data set."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def recognise(self, root: Path) -> str | None:
+        """Why the folder has this layout, in words; None where it has not. Reads names and small files alone."""
+
+    @abstractmethod
+    def read(self, root: Path, request: Request) -> Listing:
+        """The cases of the folder, by case id, and all problems that names and headers show."""
+
+
+def volumes_in(folder: Path) -> dict[str, list[Path]]:
+    """The volume files in a folder by their name without ending, in order of names; hidden ones are none."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = stem(file.name)
+        if name is not None and file.is_file():
+            found.setdefault(name, []).append(file)
+    return found
+
+
+def one_file(files: Sequence[Path]) -> tuple[Path, list[Problem]]:
+    """The first of the files of one name, and a problem where there are more: which is meant cannot be known."""
+    if len(files) == 1:
+        return files[0], []
+    value = f"both {files[0].name} and {files[1].name}"
+    return files[0], [Problem(str(files[0].parent), "files", value, "keep the one that is meant")]
+
+
+def case_name_problems(where: Path, names: Sequence[str]) -> Iterator[Problem]:
+    """Names that cannot be those of cases."""
+    remedy = f"name cases with letters, digits, _ and -, at most {_LONGEST_CASE_ID} characters"
+    for name in names:
+        if not is_case_id(name) or "." in name or len(name) > _LONGEST_CASE_ID:
+            yield Problem(str(where), "case id", repr(name[:100]), remedy)
+
+
+def patient_of(case_id: str, pattern: str | None) -> str | None:
+    """Whose case it is by the pattern; None where there is no pattern, or it says nothing of this case."""
+    matched = None if pattern is None else re.match(pattern, case_id)
+    return None if matched is None else matched[1]
+
+
+def taken(cases: Sequence[Case], request: Request) -> tuple[Case, ...]:
+    """Those of the modalities asked for, by case id."""
+    return tuple(sorted((one for one in cases if one.modality in request.modalities), key=lambda one: one.case_id))
+
+
+def no_cases(root: Path, request: Request, found: Sequence[Case]) -> list[Problem]:
+    """A problem where nothing is left."""
+    if found:
+        return []
+    value = f"none of {' or '.join(request.modalities)}"
+    return [Problem(str(root), "cases", value, "check the folder, --prepare.layout and --prepare.modalities")]

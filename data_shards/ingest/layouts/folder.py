@@ -1,0 +1,188 @@
+"""Plain folders: images and labels paired by their names, or by a table, manifest.csv or manifest.tsv.
+
+images/CASE labels/CASE           or masks/CASE; below train/, val/ and test/ where there are splits
+imagesTr/ labelsTr/ imagesVa/ ... the same, splits in the folders' names
+CASE and CASE_label               in one folder; also _seg and _mask
+manifest.csv                      columns image and, where they are known, label, modality, patient, split, case
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from data_shards.ingest.cases import Case, Listing, problems_by_case
+from data_shards.ingest.dataset_json import DATASET_FILE, is_below, is_of_layout
+from data_shards.ingest.layouts.amos import class_names, content_of
+from data_shards.ingest.layouts.base import (
+    Layout,
+    Request,
+    case_name_problems,
+    no_cases,
+    one_file,
+    patient_of,
+    taken,
+    volumes_in,
+)
+from data_shards.ingest.layouts.tables import read_table, stated_split
+from data_shards.ingest.modality import find_modalities, meant
+from data_shards.ingest.volume_files import stem
+from data_shards.problems import InputProblems, Problem, problem
+
+MANIFESTS = ("manifest.csv", "manifest.tsv")
+_IMAGES, _LABELS = ("images", "image", "imgs"), ("labels", "label", "masks", "mask", "segmentations")
+_SPLIT_FOLDERS = {"": "", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
+_SPLIT_ENDS = {"Tr": "train", "Va": "val", "Ts": "test"}
+# What stands behind a case's name in one of its files.
+_IS_LABEL = re.compile(r"(.+?)[_-](?:labels?|seg|segmentation|masks?)", re.I)
+_IS_IMAGE = re.compile(r"(.+?)[_-](?:images?|img|0000)", re.I)
+
+
+class Folder(Layout):
+    """Files of images and labels, whatever their format."""
+
+    name = "folder"
+
+    def recognise(self, root: Path) -> str | None:
+        """There is a manifest, or an image with a label of its name. A dataset.json of another layout, which has
+        something wrong, is left to that one."""
+        if (manifest := _manifest(root)) is not None:
+            return f"there is {manifest.name}"
+        content = content_of(root)
+        if (root / DATASET_FILE).exists() and (not content or is_of_layout(content)):
+            return None
+        pair = next((case for case in _pairs(root)[0] if case.label is not None), None)
+        return None if pair is None else f"{pair.image.name} has a label of its name"
+
+    def read(self, root: Path, request: Request) -> Listing:
+        """Cases of the manifest where there is one, else the pairs. Classes are named by dataset.json's `labels` or by
+        a table (prepare.labels)."""
+        manifest, content = _manifest(root), content_of(root)
+        try:
+            cases, problems = _pairs(root) if manifest is None else _listed(manifest)
+        except InputProblems as error:
+            return Listing((), error.problems)
+        problems += case_name_problems(root, [case.case_id for case in cases])
+        problems += _twins(root, cases)
+        unstated = [case.case_id for case in cases if not case.modality or request.modality]
+        where = str(manifest or root / DATASET_FILE)
+        modality_of, notes_of, found = find_modalities(where, content, unstated, request.modality)
+        problems += found if unstated else []
+        cases = [
+            replace(
+                case,
+                modality=modality_of.get(case.case_id, case.modality) or request.modalities[0],
+                patient=case.patient or patient_of(case.case_id, request.patient),
+                notes=notes_of.get(case.case_id, ()),
+            )
+            for case in cases
+        ]
+        names: dict[int, str] = {}
+        if "labels" in content:
+            names, found = class_names(root / DATASET_FILE, content["labels"])
+            problems += found
+        chosen = taken(cases, request)
+        problems += [] if problems else no_cases(root, request, chosen)
+        return Listing(chosen, tuple(problems), problems_by_case(chosen), names)
+
+
+def _manifest(root: Path) -> Path | None:
+    return next((root / name for name in MANIFESTS if (root / name).is_file()), None)
+
+
+def _pairs(root: Path) -> tuple[list[Case], list[Problem]]:
+    """Cases without modality, whose files are found by their names."""
+    cases: list[Case] = []
+    problems: list[Problem] = []
+    for split, images, labels in _folder_pairs(root):
+        if images == labels:
+            files = volumes_in(images)
+            label_files = {named[1]: one for name, one in files.items() if (named := _IS_LABEL.fullmatch(name))}
+            image_files = {_case_name(name): one for name, one in files.items() if not _IS_LABEL.fullmatch(name)}
+        else:
+            label_files = {_label_name(name): one for name, one in volumes_in(labels).items()}
+            image_files = {_case_name(name): one for name, one in volumes_in(images).items()}
+        for name, of_image in image_files.items():
+            image, found = one_file(of_image)
+            problems += found
+            label, found = one_file(label_files[name]) if name in label_files else (None, [])
+            problems += found
+            cases.append(Case(name, "", split, image, label))
+        strange = sorted(label_files.keys() - image_files.keys())
+        if strange:
+            value = f"{len(strange)} without an image: {', '.join(strange[:3])}"
+            problems.append(Problem(str(labels), "labels", value, "name image and label of a case alike"))
+    return cases, problems
+
+
+def _folder_pairs(root: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Split, folder of images and folder of labels, which may be one."""
+    if not root.is_dir():
+        return
+    for name, split in _SPLIT_FOLDERS.items():
+        folder = root / name
+        images = next((folder / one for one in _IMAGES if (folder / one).is_dir()), None)
+        labels = next((folder / one for one in _LABELS if (folder / one).is_dir()), None)
+        if images is not None:
+            yield split, images, labels or folder / _LABELS[0]
+        elif volumes_in(folder):
+            yield split, folder, folder
+    for end, split in _SPLIT_ENDS.items():
+        if (root / f"images{end}").is_dir():
+            yield split, root / f"images{end}", root / f"labels{end}"
+
+
+def _case_name(name: str) -> str:
+    matched = _IS_IMAGE.fullmatch(name)
+    return matched[1] if matched else name
+
+
+def _label_name(name: str) -> str:
+    matched = _IS_LABEL.fullmatch(name)
+    return _case_name(matched[1] if matched else name)
+
+
+def _twins(root: Path, cases: list[Case]) -> list[Problem]:
+    ids = [case.case_id for case in cases]
+    twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    remedy = "give each case a name of its own; in a manifest, with a column `case`"
+    return [Problem(str(root), f"case id {name}", f"{ids.count(name)} times", remedy) for name in twice]
+
+
+def _listed(manifest: Path) -> tuple[list[Case], list[Problem]]:
+    """Cases of a manifest. Raises InputProblems for a table that cannot be read."""
+    cases: list[Case] = []
+    problems: list[Problem] = []
+    for number, row in enumerate(read_table(manifest, ("image",)), start=2):
+        try:
+            cases.append(_row_case(manifest, row))
+        except InputProblems as error:
+            problems += [replace(one, field=f"line {number}: {one.field}") for one in error.problems]
+    return cases, problems
+
+
+def _row_case(manifest: Path, row: dict[str, str]) -> Case:
+    image = _path(manifest, "image", row["image"])
+    assert image is not None or not row["image"]
+    if image is None:
+        raise problem(manifest, "image", "empty", "name the image's file")
+    modality = row.get("modality", "")
+    known = meant(modality)
+    if modality and len(known) != 1:
+        raise problem(manifest, "modality", repr(modality[:40]), "write CT or MR")
+    split = stated_split(manifest, row["split"]) if row.get("split") else ""
+    name = row.get("case") or _case_name(stem(image.name) or image.name)
+    label = _path(manifest, "label", row.get("label", ""))
+    return Case(name, next(iter(known), ""), split, image, label, patient=row.get("patient") or None)
+
+
+def _path(manifest: Path, field: str, text: str) -> Path | None:
+    """A file below the manifest's folder; None where nothing is named. Backslashes are Windows' slashes."""
+    path = text.replace("\\", "/")
+    if not path:
+        return None
+    if not is_below(path) or stem(PurePosixPath(path).name) is None:
+        raise problem(manifest, field, repr(text[:80]), "name a volume below this table's folder, as ct/0001.nii.gz")
+    return manifest.parent / path

@@ -1,0 +1,179 @@
+"""nnU-Net v2's raw data sets (its documentation/dataset_format.md).
+
+dataset.json          `channel_names`, `labels` as name: id, `file_ending`
+imagesTr/CASE_0000    a file a channel; labelsTr/CASE; imagesTs/CASE_0000, and labelsTs/CASE where somebody has them
+splits_final.json     folds, each {"train": [...], "val": [...]}, where it was copied here from nnU-Net's other folder
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_shards.documents import checked, parse_json_value, read_bytes
+from data_shards.ingest.cases import Case, Listing, problems_by_case
+from data_shards.ingest.dataset_json import DATASET_FILE
+from data_shards.ingest.layouts.amos import class_names, content_of, lists_cases
+from data_shards.ingest.layouts.base import (
+    Layout,
+    Request,
+    case_name_problems,
+    no_cases,
+    one_file,
+    patient_of,
+    taken,
+    volumes_in,
+)
+from data_shards.ingest.modality import find_modalities
+from data_shards.problems import InputProblems, Problem
+
+SPLITS_FILE = "splits_final.json"
+_CHANNEL = re.compile(r"(.+)_([0-9]{4})")
+_IGNORE = "ignore"
+_MOST_BYTES = 64 * 2**20
+
+
+class NnUNet(Layout):
+    """A folder called DatasetNNN_NAME below nnUNet_raw."""
+
+    name = "nnunet"
+
+    def recognise(self, root: Path) -> str | None:
+        """dataset.json is nnU-Net's and lists no cases, and imagesTr has channels."""
+        content = content_of(root)
+        if lists_cases(content) or not ({"channel_names", "file_ending"} & content.keys()):
+            return None
+        if not any(_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr")):
+            return None
+        return f"{DATASET_FILE} has channel_names or file_ending, and imagesTr has CASE_0000"
+
+    def read(self, root: Path, request: Request) -> Listing:
+        """One channel of each case."""
+        where, content = root / DATASET_FILE, content_of(root)
+        names, problems = _class_names(where, content)
+        channel, found = _channel(where, content, request.channel)
+        if found:
+            return Listing((), (*problems, *found))
+        cases, found = _cases(root, channel)
+        problems += found
+        stated = {"channel_names": {"0": _channel_names(content).get(channel)}} if _channel_names(content) else {}
+        ids = [case.case_id for case in cases]
+        modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
+        problems += found
+        split_of, found = _stated_splits(root, request.fold, [one.case_id for one in cases if one.split != "test"])
+        problems += found
+        cases = [
+            replace(
+                one,
+                modality=modality_of.get(one.case_id, request.modalities[0]),
+                split=split_of.get(one.case_id, one.split),
+                notes=notes_of.get(one.case_id, ()),
+                patient=patient_of(one.case_id, request.patient),
+            )
+            for one in cases
+        ]
+        chosen = taken(cases, request)
+        problems += [] if problems else no_cases(root, request, chosen)
+        return Listing(chosen, tuple(problems), problems_by_case(chosen), names)
+
+
+def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], list[Problem]]:
+    """The classes by id. Regions, which overlap, name no ids; `ignore` says that nobody knows what is there."""
+    labels = content.get("labels")
+    labels = labels if isinstance(labels, dict) else {}
+    regions = [name for name, value in labels.items() if isinstance(value, list)]
+    if regions:
+        value = f"regions ({', '.join(map(str, regions[:4]))})"
+        remedy = (
+            "a pixel has one class here: name the ids in the label files, as names: {1: edema, 2: core}, in a table "
+            "(--prepare.labels TABLE.yaml)"
+        )
+        return {}, [Problem(str(where), "labels", value, remedy)]
+    names, problems = class_names(where, labels)
+    if _IGNORE in names.values():
+        remedy = "say what becomes of it in a table (--prepare.labels TABLE.yaml): label_map: {ignore: background}"
+        problems.append(Problem(str(where), "labels", f"a class `{_IGNORE}`, of which nobody knows what it is", remedy))
+    return names, problems
+
+
+def _channel_names(content: dict[str, Any]) -> dict[int, Any]:
+    named = content.get("channel_names")
+    if not isinstance(named, dict):
+        return {}
+    return {int(key): value for key, value in named.items() if str(key).isdecimal() and len(str(key)) < 5}
+
+
+def _channel(where: Path, content: dict[str, Any], wanted: int | None) -> tuple[int, list[Problem]]:
+    """The channel that is taken: the only one, or the one that the setting says."""
+    named = _channel_names(content)
+    shown = ", ".join(f"{number} {str(name)[:30]}" for number, name in named.items())
+    if wanted is None and len(named) > 1:
+        remedy = "a slice has one image: choose one with --prepare.channel"
+        return 0, [Problem(str(where), "channel_names", f"{len(named)} channels ({shown})", remedy)]
+    if wanted is not None and named and wanted not in named:
+        return 0, [Problem("prepare", "channel", str(wanted), f"choose one of {shown}")]
+    return (next(iter(named), 0) if wanted is None else wanted), []
+
+
+def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
+    """Cases of imagesTr, without a split, and of imagesTs, which are for testing; without modality."""
+    cases: list[Case] = []
+    problems: list[Problem] = []
+    for end, split in (("Tr", ""), ("Ts", "test")):
+        labels = volumes_in(root / f"labels{end}")
+        for name, files in _of_channel(root / f"images{end}", channel).items():
+            image, found = one_file(files)
+            problems += found
+            label, found = one_file(labels[name]) if name in labels else (None, [])
+            problems += found
+            cases.append(Case(name, "", split, image, label, is_flat=True))
+    ids = [case.case_id for case in cases]
+    problems += case_name_problems(root, ids)
+    twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    problems += [
+        Problem(str(root), f"case id {name}", "in imagesTr and imagesTs", "keep one: a patient is in one split, once")
+        for name in twice
+    ]
+    return cases, problems
+
+
+def _of_channel(folder: Path, channel: int) -> dict[str, list[Path]]:
+    found = {}
+    for name, files in volumes_in(folder).items():
+        matched = _CHANNEL.fullmatch(name)
+        if matched and int(matched[2]) == channel:
+            found[matched[1]] = files
+    return found
+
+
+def _stated_splits(root: Path, fold: int, case_ids: list[str]) -> tuple[dict[str, str], list[Problem]]:
+    """Splits of the training cases by splits_final.json; none where there is no such file."""
+    file = root / SPLITS_FILE
+    if not file.is_file():
+        return {}, []
+    remedy = "restore the file, or take it away: cases are then put into splits by --prepare.split"
+    try:
+        folds = parse_json_value(read_bytes(file, remedy, _MOST_BYTES), file, remedy, "nnU-Net's folds")
+        checked(folds, list[dict[str, list[str]]], file, "nnU-Net's folds", remedy)
+    except InputProblems as error:
+        return {}, list(error.problems)
+    if fold >= len(folds):
+        return {}, [Problem("prepare", "fold", str(fold), f"{SPLITS_FILE} has folds 0 to {len(folds) - 1}")]
+    split_of = {case_id: split for split in ("train", "val") for case_id in folds[fold].get(split, ())}
+    problems = list(_fold_problems(file, fold, folds[fold], case_ids))
+    return {case_id: split for case_id, split in split_of.items() if case_id in set(case_ids)}, problems
+
+
+def _fold_problems(file: Path, fold: int, lists: dict[str, list[str]], case_ids: list[str]) -> Iterator[Problem]:
+    train, val = set(lists.get("train", ())), set(lists.get("val", ()))
+    for what, wrong in (
+        ("in both train and val", train & val),
+        ("without an image in imagesTr", (train | val) - set(case_ids)),
+        ("of imagesTr that it does not name", set(case_ids) - train - val),
+    ):
+        if wrong:
+            value = f"{len(wrong)} {what}: {', '.join(sorted(wrong)[:3])}"
+            yield Problem(str(file), f"fold {fold}", value, "each training case is in one of the two lists, once")

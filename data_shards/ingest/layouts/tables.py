@@ -1,0 +1,55 @@
+"""Tables that people and other programs write: CSV and TSV, with or without a BOM, apart by comma, semicolon or tab."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_shards.documents import read_bytes
+from data_shards.problems import Problem, problem, refuse
+
+_MOST_BYTES = 64 * 2**20
+_SPLIT_WORDS = {
+    "train": ("train", "training", "tr"),
+    "val": ("val", "valid", "validation", "va"),
+    "test": ("test", "testing", "ts"),
+}
+
+
+def read_table(file: Path, required: Sequence[str]) -> list[dict[str, str]]:
+    """The rows by column, names in lower case, values without blanks around them; columns that a row lacks are empty.
+
+    Raises InputProblems: not text, or a required column is missing.
+    """
+    remedy = "save it as CSV in UTF-8, with the names of the columns in the first line"
+    try:
+        text = read_bytes(file, remedy, _MOST_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise problem(file, "content", f"not UTF-8 ({error.reason})", remedy) from None
+    first = text.split("\n", 1)[0]
+    delimiter = max("\t;,", key=first.count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    columns = [(name or "").strip().lower() for name in rows.fieldnames or ()]
+    missing = [name for name in required if name not in columns]
+    refuse(
+        Problem(str(file), "columns", f"{', '.join(columns)[:200]}: no {name}", f"give a column `{name}`")
+        for name in missing
+    )
+    rows.fieldnames = columns
+    return [
+        {name: (row.get(name) or "").strip() for name in columns} for row in rows if any(map(_is_filled, row.values()))
+    ]
+
+
+def stated_split(where: Path, word: str) -> str:
+    """train, val or test. Raises InputProblems for another word."""
+    for split, words in _SPLIT_WORDS.items():
+        if word.strip().lower() in words:
+            return split
+    raise problem(where, "split", repr(word[:40]), "write train, val or test")
+
+
+def _is_filled(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())

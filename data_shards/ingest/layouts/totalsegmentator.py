@@ -1,0 +1,82 @@
+"""TotalSegmentator's data sets (Wasserthal et al. 2023; MR: Akinci D'Antonoli et al. 2025): a folder a case.
+
+CASE/ct.nii.gz or CASE/mri.nii.gz, and CASE/segmentations/ORGAN.nii.gz, each of zeros and ones
+meta.csv                             where it is there: columns image_id and split, apart by semicolons
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_shards.ingest.cases import Case, Listing, problems_by_case
+from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of, taken, volumes_in
+from data_shards.ingest.layouts.tables import read_table, stated_split
+from data_shards.problems import InputProblems, Problem
+
+_MODALITY_OF = {"ct": "CT", "mri": "MR"}
+_SEGMENTATIONS = "segmentations"
+_META = "meta.csv"
+
+
+class TotalSegmentator(Layout):
+    """The folder above the cases'."""
+
+    name = "totalsegmentator"
+
+    def recognise(self, root: Path) -> str | None:
+        """Some case has an image and a folder of organs."""
+        for folder in _folders(root):
+            image = _image(folder)
+            if image is not None and (folder / _SEGMENTATIONS).is_dir():
+                return f"{folder.name} has {image.name} and {_SEGMENTATIONS}/"
+        return None
+
+    def read(self, root: Path, request: Request) -> Listing:
+        """Every folder with an image is a case. The classes are the organs of all cases, in the order of their
+        names."""
+        images = {folder: image for folder in _folders(root) if (image := _image(folder)) is not None}
+        organs = {folder: _organs(folder) for folder in images}
+        names = dict(enumerate(["background", *sorted({name for files in organs.values() for name in files})]))
+        id_of = {name: number for number, name in names.items()}
+        split_of, problems = _stated_splits(root)
+        problems += case_name_problems(root, [folder.name for folder in images])
+        cases = [
+            Case(
+                folder.name,
+                request.modality or _MODALITY_OF[image.name.split(".")[0].lower()],
+                split_of.get(folder.name, ""),
+                image,
+                None,
+                patient=patient_of(folder.name, request.patient),
+                organs=tuple((id_of[name], file) for name, file in organs[folder].items()),
+            )
+            for folder, image in images.items()
+        ]
+        chosen = taken(cases, request)
+        problems += [] if problems else no_cases(root, request, chosen)
+        return Listing(chosen, tuple(problems), problems_by_case(chosen), names)
+
+
+def _folders(root: Path) -> list[Path]:
+    folders = [one for one in root.iterdir() if one.is_dir()] if root.is_dir() else []
+    return sorted(one for one in folders if not one.name.startswith("."))
+
+
+def _image(folder: Path) -> Path | None:
+    found = volumes_in(folder)
+    return next((found[name][0] for name in _MODALITY_OF if name in found), None)
+
+
+def _organs(folder: Path) -> dict[str, Path]:
+    return {name: files[0] for name, files in volumes_in(folder / _SEGMENTATIONS).items()}
+
+
+def _stated_splits(root: Path) -> tuple[dict[str, str], list[Problem]]:
+    file = root / _META
+    if not file.is_file():
+        return {}, []
+    try:
+        rows = read_table(file, ("image_id", "split"))
+        return {row["image_id"]: stated_split(file, row["split"]) for row in rows if row["split"]}, []
+    except InputProblems as error:
+        return {}, list(error.problems)

@@ -1,0 +1,99 @@
+"""What a folder holds and what becomes of it: its layout, its cases with their splits, what its labels mean."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.ingest.cases import Case, Listing
+from data_shards.ingest.label_tables import Labelling, find_labelling
+from data_shards.ingest.layouts.base import Request
+from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
+from data_shards.ingest.masks import find_wholebody_problems
+from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.ingest.splits import patient_problems, with_splits
+from data_shards.labels import FROM_EXPERTS
+from data_shards.problems import Problem
+from data_shards.records import MODALITIES, SPLITS
+
+_AMOS = "amos"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The cases that can be cut. `problems`: why nothing can be done. `skipped`: by case id, why a case is left out,
+    where the settings allow it."""
+
+    recognised: Recognised
+    labelling: Labelling
+    cases: tuple[Case, ...]
+    problems: tuple[Problem, ...]
+    skipped: dict[str, tuple[Problem, ...]]
+
+    @property
+    def layout(self) -> str:
+        """Its name."""
+        return self.recognised.layout.name
+
+    @property
+    def described(self) -> str:
+        """The layout and why it is that one, the classes, and the cases of each split."""
+        table = self.labelling.table
+        splits = Counter(case.split for case in self.cases)
+        counted = ", ".join(f"{splits[split]} {split}" for split in SPLITS)
+        classes = f"{len(table.organ_ids)} classes of {table.name}"
+        return f"layout: {self.layout} ({self.recognised.reason}); {classes}; cases: {counted}"
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the set's index says of it among the preprocessing; nothing of an AMOS folder, as ever."""
+        return ({} if self.layout == _AMOS else {"layout": self.layout}) | self.labelling.recorded
+
+
+def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
+    """Read names, small files and headers. The settings may have problems of their own."""
+    recognised = recognise(root, config.layout if config.layout in {one.name for one in LAYOUTS} else AUTO)
+    listing = recognised.read(root, _request(config))
+    labelling, wrong = find_labelling(config.label_set, config.labels, listing.names, root.name)
+    bad = _bad_cases(listing, config.label_set)
+    skips = config.on_bad_case == "skip" and len(bad) < len(listing.cases)
+    problems = [*listing.problems, *([] if listing.problems else wrong)]
+    problems += [] if skips else [one for found in bad.values() for one in found]
+    cases = tuple(case for case in listing.cases if case.case_id not in bad)
+    if listing.names is not None or config.split is not None:
+        cases = with_splits(cases, config.split, config.seed)
+        problems += patient_problems(cases)
+    if not problems:
+        problems += find_wholebody_problems(cases, config.label_set, wholebody)
+    skipped = {case_id: tuple(found) for case_id, found in bad.items()} if skips else {}
+    return Survey(recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped)
+
+
+def _request(config: PrepareConfig) -> Request:
+    return Request(
+        config.modalities or MODALITIES,
+        config.modality,
+        channel=config.channel,
+        fold=config.fold,
+        patient=None if config.problems() else config.patient,
+    )
+
+
+def _bad_cases(listing: Listing, label_set: str) -> dict[str, list[Problem]]:
+    """By case id, why it cannot be used."""
+    bad = {case_id: list(found) for case_id, found in listing.problems_of.items()}
+    if label_set in FROM_EXPERTS:
+        for problem in _without_labels(listing.cases):
+            bad.setdefault(problem.field, []).append(problem)
+    return bad
+
+
+def _without_labels(cases: Sequence[Case]) -> Iterator[Problem]:
+    """Cases to learn from, or to be put into a split, that nobody has labelled."""
+    remedy = "add its label, put it into split test, or take masks of a whole-body tool (label_set wholebody)"
+    for case in cases:
+        if not case.is_labelled and case.split != "test":
+            yield Problem(str(case.image), case.case_id, "has no label", remedy)
