@@ -181,6 +181,17 @@ def test_a_layout_gives_the_slices_of_the_same_volumes_in_amos_layout(
     assert {LIVER, SPLEEN} <= {i for one in of_amos for i in one.meta.labels_present}
 
 
+def test_an_amos_folder_with_nnu_net_s_dataset_json_is_not_taken_for_one(tmp_path: Path) -> None:
+    """The number behind amos_ is no channel."""
+    write_nnunet(tmp_path / "data")
+    for kind in ("images", "labels"):
+        files = sorted((tmp_path / "data" / f"{kind}Tr").iterdir())
+        for number, file in enumerate(files):
+            file.rename(file.with_name(f"amos_{number:04d}.nii.gz"))
+    (found,) = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
+    assert "is nnU-Net's and lists no cases" in found.value
+
+
 def test_classes_that_the_data_name_are_the_set_s_table(tmp_path: Path) -> None:
     write_nnunet(tmp_path / "Dataset007_Mine")
     preparation = check(tmp_path / "Dataset007_Mine", tmp_path / "set", replace(CONFIG, channel=1, fold=1))

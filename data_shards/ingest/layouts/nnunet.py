@@ -42,11 +42,13 @@ class NnUNet(Layout):
     name = "nnunet"
 
     def recognise(self, root: Path) -> str | None:
-        """dataset.json is nnU-Net's and lists no cases, and imagesTr has channels."""
+        """dataset.json is nnU-Net's and lists no cases, and labelsTr shows what in a name of imagesTr is a channel."""
         content = content_of(root)
         if lists_cases(content) or not ({"channel_names", "file_ending"} & content.keys()):
             return None
-        if not any(_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr")):
+        labels = volumes_in(root / "labelsTr")
+        channels = (_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr"))
+        if not any(channel and channel[1] in labels for channel in channels):
             return None
         return f"{DATASET_FILE} has channel_names or file_ending, and imagesTr has CASE_0000"
 
