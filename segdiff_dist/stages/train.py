@@ -18,6 +18,8 @@ from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import torch
 
@@ -99,7 +101,18 @@ class Train(ConfiguredStage):
             message=f"train: {device}, kernels: {kernels}, attention: {attention}",
             next_command=command("sample", "--run", run, *address_flag(experiment)),
             limits={"small": lambda: small_config(shards, side, device)},
+            compile_kernels=_compiling(self, shards, side, device) if kernels == "triton" else None,
         ).checked()
+
+
+def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) -> Callable[[int], None] | None:
+    """Compiles the kernels of micro-batches of so many images on this GPU; None where they cannot be known before."""
+    from segdiff_dist.denoising.kernels_ahead import compile_kernels, plan_of
+
+    config, table = stage.train, shards.label_table
+    if device.type != "cuda" or (config.zero_stage == 0 and config.precision == "bf16"):
+        return None  # under autocast, dtypes depend on the device
+    return lambda images: compile_kernels(plan_of(stage.denoiser, table, side, images, config.precision, device))
 
 
 def _make_task(

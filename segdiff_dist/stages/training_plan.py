@@ -60,6 +60,8 @@ class TrainingPlan(Plan):
     next_command: str
     limits: dict[str, Any]
     """Further arguments of memory_problems."""
+    compile_kernels: Callable[[int], None] | None = None
+    """As TrainingJob has it."""
 
     def checked(self) -> Plan:
         """This plan, where there is something left to train and the memory is enough for it."""
@@ -136,9 +138,11 @@ class TrainingPlan(Plan):
             tracker.log_artifact(experiment.path("run") / "config.yaml")
             print(self.message, flush=True)
         task, config = self.make_task(tracker), self.config
-        train(
-            TrainingJob(task, self.shards, self.rows, self.loader, config, self.folder, tracker, self.device, settings)
-        )
+        job = TrainingJob(
+            task, self.shards, self.rows, self.loader, config, self.folder, tracker, self.device, settings,
+            self.compile_kernels,
+        )  # fmt: skip
+        train(job)
         return Result((f"weights in {self.folder / 'weights'}",), next_command=self.next_command)
 
 

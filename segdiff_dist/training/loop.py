@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class TrainingJob:
     device: torch.device
     settings: Mapping[str, Any]
     """The whole resolved configuration, by section. Ranks must agree on it, and each checkpoint keeps a copy."""
+    compile_kernels: Callable[[int], None] | None = None
+    """Compiles the network's kernels for micro-batches of so many images, before they are launched."""
 
     def load(self, images_seen: int, batch_size: int, num_batches: int, of_rank: int, ranks: int) -> Iterator[Batch]:
         """The micro-batches of one rank from `images_seen` on, `num_batches` of them a step."""
@@ -100,6 +102,10 @@ def train(job: TrainingJob) -> None:
             if config.activation_checkpointing:
                 _checkpoint_activations(model)
             counter, peak = FlopCounter(model), peak_flops(job.device, config.precision)
+            if job.compile_kernels is not None:
+                size = config.micro_batch_size
+                job.compile_kernels(config.global_batch_size // world_size() if size == "auto" else size)
+                gather_objects(None)  # one process of each machine compiles for all
             micro_batch_size = find_micro_batch(task, lambda: next(job.load(0, 1, 1, 0, 1)), config, folder)
             if config.compile:
                 compile_checked(task, next(job.load(0, micro_batch_size, 1, 0, 1)), config.precision)
