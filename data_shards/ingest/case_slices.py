@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from data_shards.ingest.intensity import GreyMap
     from data_shards.ingest.masks import CaseMask
     from data_shards.ingest.volumes import Volume
+
+
+_AXIS_IN_NAME = re.compile(r"-(axial|coronal|sagittal)-[0-9]{4,}$")
+# Dimensions of an axial slice that become I, J and K of a slice along another axis: columns and rows run against their
+# dimensions in all of them (data_shards.ingest.slices).
+_FLAT_ORDER = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (2, 0, 1)}
 
 
 def slices_of(
@@ -82,6 +89,22 @@ def slices_of(
             notes.append(f"no {axis} slice: the volume is thinner than half of slice_stride ({config.slice_stride})")
 
 
+def _flat_axis(case_id: str) -> tuple[str, str]:
+    """The axis of a two-dimensional image, whose file knows the axial plane alone, and a note. `segdiff export` names
+    its images by their axis."""
+    named = _AXIS_IN_NAME.search(case_id)
+    if named is None:
+        return "axial", "a two-dimensional image is taken as an axial slice"
+    return named[1], f"a two-dimensional image is taken as a {named[1]} slice, as its name says"
+
+
+def _seen_along(flat: Volume, axis: str) -> Volume:
+    """A flat volume whose rows and columns, an axial slice's in its file, are those of a slice along `axis`."""
+    order = list(_FLAT_ORDER[axis])
+    affine = np.diag([*flat.spacing_mm[order], 1.0]) if axis != "axial" else flat.affine
+    return replace(flat, voxels_IJK=flat.voxels_IJK.transpose(order), affine=affine)
+
+
 @dataclass(frozen=True)
 class _CaseVolumes:
     """What a case's slices are cut from."""
@@ -104,6 +127,11 @@ def _read(
 
     image = read_volume(case.image, one_slice=case.is_flat)
     mask = read_case_mask(case, image, config.label_set, wholebody, labelling)
+    if case.is_flat and image.voxels_IJK.shape[2] == 1:
+        axis, note = _flat_axis(case.case_id)
+        notes.append(note)
+        image = _seen_along(image, axis)
+        mask = replace(mask, volume=None if mask.volume is None else _seen_along(mask.volume, axis))
     if image.voxels_IJK.min() == image.voxels_IJK.max():
         raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: it shows nothing")
     padding = take_padding_as_air(image, case.modality)

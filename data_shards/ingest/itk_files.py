@@ -88,7 +88,7 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     is_flat = one_slice and len(shape) == 2
     if len(shape) != 3 and not is_flat:
         raise problem(file, "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file")
-    kind = _sitk(file).GetPixelIDValueAsString(reader.GetPixelID())
+    kind = simpleitk(file).GetPixelIDValueAsString(reader.GetPixelID())
     if num_parts != 1 or kind not in _NUMBERS:
         raise problem(file, "data type", f"{num_parts} x {kind}", "store one real number a voxel")
     affine = _affine(reader, is_flat)
@@ -102,13 +102,25 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
 
 def read_stored(file: Path, geometry: Geometry) -> np.ndarray:
     """The voxels as stored, indexed I, J, K. Raises OSError and zlib.error for a damaged file."""
-    sitk = _sitk(file)
+    sitk = simpleitk(file)
     _compare_checksum(file)
     try:
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
     except RuntimeError as error:
         raise OSError(_plain(error)) from error
     return np.asarray(voxels, geometry.header.get_data_dtype()).T.reshape(geometry.shape)
+
+
+def write(file: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
+    """Write voxels, indexed I, J or I, J, K, at the place that `affine`, 4x4 to RAS mm, says."""
+    sitk, num = simpleitk(file), voxels.ndim
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
+    to_lps = (_LPS_TO_RAS @ affine)[:num]
+    spacing = np.linalg.norm(to_lps[:, :num], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((to_lps[:, :num] / spacing).ravel().tolist())
+    image.SetOrigin(to_lps[:, 3].tolist())
+    sitk.WriteImage(image, str(file), True)
 
 
 def _compare_checksum(file: Path) -> None:
@@ -125,18 +137,19 @@ def _compare_checksum(file: Path) -> None:
         raise OSError("its packed voxels end too early")
 
 
-def _sitk(file: Path) -> Any:
+def simpleitk(where: object) -> Any:
+    """The library. Raises InputProblems naming `where` it is needed, if it is not installed."""
     try:
         import SimpleITK
     except ImportError as error:
         remedy = 'pip install "segdiff-dist[formats]", or convert it to .nii.gz'
-        raise problem(file, "SimpleITK", "is not installed, and reads this format", remedy) from error
+        raise problem(where, "SimpleITK", "is not installed, and reads and writes this format", remedy) from error
     return SimpleITK
 
 
 def _reader(file: Path) -> Any:
     """SimpleITK's reader, with the header read."""
-    sitk = _sitk(file)
+    sitk = simpleitk(file)
     data = _data_file(file)
     if data is not None and not data.is_file():
         raise problem(file, "data file", f"{data.name} is missing", _RESTORE)

@@ -10,6 +10,7 @@ import tyro
 from annotated_types import Ge
 
 from data_shards.choices import Axis, Codec, Modality, Split, Store
+from data_shards.ingest.itk_files import ENDINGS
 from data_shards.problems import Problem
 from data_shards.ranges import range_problems
 from data_shards.settings import Result
@@ -28,8 +29,9 @@ class ExportConfig:
     """The folder of the images. null: RUN/samples."""
     modality: Annotated[Result[Modality | None], tyro.conf.arg(aliases=["--modality"])] = None
     """The modality of the images that are written. null: all. An nnU-Net data set has one."""
-    file_ending: Result[Literal[".nii.gz", ".png"]] = ".nii.gz"
-    """nnunet: the kind of files. NIfTI holds spacing and stored values; PNG holds neither."""
+    file_ending: Result[Literal[".nii.gz", ".png", ".mha", ".nrrd"]] = ".nii.gz"
+    """nnunet and nifti: the kind of files. PNG (nnunet alone) holds neither spacing nor stored values; MetaImage and
+    NRRD need the extra `formats`."""
     body_label: Result[bool] = False
     """nnunet: keep the class `body`, for nnU-Net to learn. Otherwise it becomes background, as in experts' masks."""
     split: Result[Split | None] = None
@@ -44,7 +46,19 @@ class ExportConfig:
     @property
     def writes_values(self) -> bool:
         """Whether files say what grey values mean, HU of CT."""
-        return self.format in ("nifti", "shards") or (self.format == "nnunet" and self.file_ending == ".nii.gz")
+        return self.format in ("nifti", "shards") or (self.format == "nnunet" and self.file_ending != ".png")
+
+    @property
+    def pair_ending(self) -> str:
+        """Of pairs of files."""
+        if self.format == "png":
+            return ".png"
+        return ".nii.gz" if self.file_ending == ".png" else self.file_ending
+
+    @property
+    def needs_simpleitk(self) -> bool:
+        """Whether SimpleITK writes its files."""
+        return self.format in ("nnunet", "nifti") and self.file_ending in ENDINGS
 
     def problems(self) -> list[Problem]:
         """What is out of range."""

@@ -5,14 +5,18 @@ Dimensions: H rows, W columns.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.ingest.intensity import restore
+from data_shards.ingest.itk_files import is_itk, write
+from data_shards.ingest.layouts.nnunet import SPLITS_FILE
 from data_shards.ingest.slices import VIEWS
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem
@@ -22,13 +26,15 @@ if TYPE_CHECKING:
     from data_shards.records import SliceMeta
     from segdiff_dist.export.samples import FinishedSamples, Sample
 
+# As many as nnU-Net makes itself.
+_FOLDS = 5
 # nnU-Net v2, documentation/dataset_format.md: "Dataset" and a three-digit id, then a name of one's own.
 _NNUNET_NAME = re.compile(r"Dataset\d{3}_\w+")
 
 
 def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
-    """OUT/images/NAME and OUT/masks/NAME, `.png` (grey values and ids) or `.nii.gz` (W x H x 1, stored values such as
-    HU, in their place in the patient)."""
+    """OUT/images/NAME and OUT/masks/NAME, `.png` (grey values and ids) or of another ending (W x H x 1, stored values
+    such as HU, in their place in the patient)."""
     for folder in ("images", "masks"):
         (out / folder).mkdir()
     for sample in samples:
@@ -40,8 +46,8 @@ def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
         else:
             affine, meta = slice_affine(record.meta, sample.knows_place), record.meta
             values = (meta.intensity_scale, meta.intensity_offset)
-            _save_nifti(image, record.image_HW.T[..., None], affine, values)
-            _save_nifti(mask, record.mask_HW.T[..., None], affine)
+            _save_placed(image, record.image_HW.T[..., None], affine, values)
+            _save_placed(mask, record.mask_HW.T[..., None], affine)
 
 
 def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:
@@ -59,7 +65,8 @@ def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:
 def write_nnunet(
     out: Path, name: str, samples: FinishedSamples, iterated: Iterable[Sample], config: ExportConfig
 ) -> None:
-    """A raw data set of nnU-Net v2 (documentation/dataset_format.md): imagesTr, labelsTr, dataset.json.
+    """A raw data set of nnU-Net v2 (documentation/dataset_format.md): imagesTr, labelsTr, dataset.json, and its folds,
+    in each of which a patient's images are all for training or all for validation.
 
     Images are two-dimensional: NIfTI of stored values with the slice's spacing and, of axial slices, its place; or PNG
     of grey values. nnU-Net's labels must be consecutive, so unused ids are closed up. `name`: of the
@@ -79,8 +86,8 @@ def write_nnunet(
         else:
             meta = record.meta
             affine = flat_affine(meta, sample.knows_place)
-            _save_nifti(image, record.image_HW.T, affine, (meta.intensity_scale, meta.intensity_offset))
-            _save_nifti(mask, mask_HW.T, affine)
+            _save_placed(image, record.image_HW.T, affine, (meta.intensity_scale, meta.intensity_offset))
+            _save_placed(mask, mask_HW.T, affine)
     description: dict[str, Any] = {
         "channel_names": {"0": samples.modalities[0]},
         "labels": {organ: index for index, organ in enumerate(names)},
@@ -92,6 +99,22 @@ def write_nnunet(
         "description": "synthetic images by segmentation-guided diffusion; not for diagnosis",
     }
     (out / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
+    if folds := nnunet_folds(samples.items):
+        (out / SPLITS_FILE).write_text(json.dumps(folds, indent=2) + "\n")
+
+
+def nnunet_folds(items: Sequence[dict[str, Any]]) -> list[dict[str, list[str]]]:
+    """Names of the images of each fold, five or as many as there are patients; none of one patient alone. Patients are
+    dealt to the folds in the order of their names' digests."""
+    patients = sorted({item["case_id"] for item in items}, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
+    number_of = {patient: number for number, patient in enumerate(patients)}
+    num_folds = min(_FOLDS, len(patients)) if len(patients) > 1 else 0
+    folds: list[dict[str, list[str]]] = []
+    for fold in range(num_folds):
+        is_val = {item["name"]: number_of[item["case_id"]] % num_folds == fold for item in items}
+        names = sorted(is_val)
+        folds.append({split: [n for n in names if is_val[n] == (split == "val")] for split in ("train", "val")})
+    return folds
 
 
 def slice_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:
@@ -138,10 +161,15 @@ def _save_png(file: Path, pixels_HW: np.ndarray) -> None:
     Image.fromarray(pixels_HW).save(file)
 
 
-def _save_nifti(file: Path, stored: np.ndarray, affine: np.ndarray, values: tuple[float, float] | None = None) -> None:
-    """uint8 voxels as they are; `values`: slope and intercept in the header, by which readers restore HU."""
+def _save_placed(file: Path, stored: np.ndarray, affine: np.ndarray, values: tuple[float, float] | None = None) -> None:
+    """uint8 voxels as they are; `values`: slope and intercept in the header, by which readers restore HU. MetaImage and
+    NRRD have no such fields: they get the values themselves, as float32."""
     import nibabel as nib
 
+    if is_itk(file):
+        voxels = stored if values is None else restore(stored, *values)
+        write(file, voxels, affine)
+        return
     image = nib.Nifti1Image(stored, affine)
     image.header.set_xyzt_units("mm")
     # Scanner coordinates, in both forms: some readers know one of the two alone.

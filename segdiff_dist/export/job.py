@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.files import new_folder
+from data_shards.ingest.itk_files import simpleitk
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.config import how_to_make
@@ -70,6 +71,8 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
     refuse([*config.problems(), *out_problems(out)])
     samples = FinishedSamples.of(store, config.modality)
     problems = nnunet_problems(out, samples) if config.format == "nnunet" else []
+    if config.needs_simpleitk:
+        simpleitk(f"--export.file-ending {config.file_ending}")  # refused where it is not installed
     borrows = config.writes_values and samples.has_borrowed_hu
     if borrows and samples.borrowed_map is None:
         problems.append(
@@ -152,7 +155,7 @@ def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConf
         write_shard_set(folder, samples, iterated, config)
         return  # its index and table say the rest
     else:
-        write_pairs(folder, iterated, ".png" if config.format == "png" else ".nii.gz")
+        write_pairs(folder, iterated, config.pair_ending)
     _write_provenance(folder, samples)
 
 

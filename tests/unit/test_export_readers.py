@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sampling_support import arguments, make_here, write_weights
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.cases import Case
+from data_shards.ingest.prepare import check
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import AMOS, BACKGROUND
 from data_shards.problems import InputProblems
@@ -22,6 +24,7 @@ from data_shards.records import AXES
 from data_shards.store.shard_writer import ShardWriter
 from data_shards.store.shards import ShardSet
 from segdiff_dist.export.config import ExportConfig
+from segdiff_dist.export.files import nnunet_folds
 from segdiff_dist.export.job import export_samples
 from segdiff_dist.sampling.job import prepare_job
 from segdiff_dist.sampling.store import SampleStore
@@ -75,6 +78,39 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_weights(tmp_path_factory.mktemp("run"))
     make_here(folder, shards, num=None, diverse_masks=0, cross_modality_masks=0)
     return folder
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
+def test_an_nnunet_export_is_prepared_again(run: Path, shards: Path, ending: str, tmp_path: Path) -> None:
+    """Masks, axes and patients are those that were sampled from."""
+    root = tmp_path / "Dataset701_again"
+    rows = exported(run, root, format="nnunet", body_label=True, file_ending=ending)
+    source = ShardSet.open(shards)
+    config = PrepareConfig(size=32, labels="amos", axes=AXES)
+    preparation = check(root, tmp_path / "set", config)
+    assert len(preparation.cases) == len(rows)
+    assert {(case.patient, case.split) for case in preparation.cases} == {("amos_0001", "train")}
+    mask_of = {(m.axis, m.slice_index): n for n, m in enumerate(map(source.meta, range(len(source))))}
+    row_of = {row["name"]: row for row in rows}
+    for case in preparation.cases:
+        row = row_of[case.case_id]
+        theirs = source.read(mask_of[row["axis"], int(row["slice_index"])])
+        one_to_one = replace(config, spacing_mm=theirs.meta.spacing_mm[0])
+        (record,) = slices_of(case, one_to_one, None, [], preparation.survey.labelling)
+        assert record.meta.axis == row["axis"]
+        # The body is found in the image anew, and the net here makes noise.
+        ours_HW, theirs_HW = (np.where(mask == BODY, 0, mask) for mask in (record.mask_HW, theirs.mask_HW))
+        np.testing.assert_array_equal(ours_HW, theirs_HW)
+
+
+def test_folds_keep_patients_together() -> None:
+    items = [{"name": f"p{p}-{n}", "case_id": f"p{p}"} for p in range(12) for n in range(3)]
+    folds = nnunet_folds(items)
+    assert len(folds) == 5
+    assert nnunet_folds(items[:3]) == []  # of one patient
+    assert sorted(name for fold in folds for name in fold["val"]) == sorted(item["name"] for item in items)
+    for fold in folds:
+        assert not {n.split("-")[0] for n in fold["train"]} & {n.split("-")[0] for n in fold["val"]}
 
 
 def exported(run: Path, out: Path, **config: Any) -> list[dict[str, str]]:

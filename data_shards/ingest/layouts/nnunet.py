@@ -33,6 +33,8 @@ from data_shards.problems import InputProblems, Problem
 SPLITS_FILE = "splits_final.json"
 _CHANNEL = re.compile(r"(.+)_([0-9]{4})")
 _IGNORE = "ignore"
+# Images of `segdiff export`: the mask's patient, modality and number of the image, axis and slice.
+_OWN_NAME = r"(.+)_(?:ct|mr)_[0-9]+-(?:axial|coronal|sagittal)-[0-9]{4,}$"
 _MOST_BYTES = 64 * 2**20
 
 
@@ -73,7 +75,7 @@ class NnUNet(Layout):
                 modality=modality_of.get(one.case_id, request.modalities[0]),
                 split=split_of.get(one.case_id, one.split),
                 notes=notes_of.get(one.case_id, ()),
-                patient=patient_of(one.case_id, request.patient),
+                patient=patient_of(one.case_id, request.patient or _OWN_NAME),
             )
             for one in cases
         ]
