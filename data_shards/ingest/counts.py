@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.ingest.cases import Case, read_header
+from data_shards.ingest.cases import Case
+from data_shards.ingest.nifti import Geometry
 from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.ingest.volume_files import read_geometry
 from data_shards.ingest.volumes import num_resampled
-from data_shards.problems import Problem
+from data_shards.problems import InputProblems
 
 # Canonical dimension that runs through an axis' slices (data_shards.ingest.slices).
 _THROUGH = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 
-def count_slices(cases: Iterable[Case], config: PrepareConfig) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Count:
+    """What headers say of an archive. `voxels`: of all images; `recognised`: by case id, what was set aside, converted
+    or guessed, in words; cases with nothing of the kind are not in it."""
+
+    volumes: int
+    slices: int
+    voxels: int
+    recognised: dict[str, list[str]]
+
+
+def count_slices(cases: Iterable[Case], config: PrepareConfig) -> Count:
     """Volumes whose header can be read, and their slices along all axes, empty ones included."""
+    volumes = slices = voxels = 0
+    recognised = {}
+    for case in cases:
+        try:
+            geometry = read_geometry(case.image, one_slice=case.is_flat)
+        except InputProblems:
+            continue
+        volumes += 1
+        slices += _num_slices(geometry, config)
+        voxels += int(np.prod(geometry.shape, dtype=np.int64))
+        if notes := [*case.notes, *geometry.notes]:
+            recognised[case.case_id] = notes
+    return Count(volumes, slices, voxels, recognised)
+
+
+def _num_slices(geometry: Geometry, config: PrepareConfig) -> int:
+    """Along all axes; a two-dimensional image is one slice."""
     import nibabel as nib
 
-    problems: list[Problem] = []
-    num_volumes = num_slices = 0
-    for case in cases:
-        header = read_header(case.image, problems, one_slice=case.is_flat)
-        if header is None:
-            continue
-        num_volumes += 1
-        shape, affine = header
-        codes = nib.orientations.io_orientation(affine)[:, 0].astype(int)
-        spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-        for axis in config.axes:
-            stored = int(np.flatnonzero(codes == _THROUGH[axis])[0])
-            num = num_resampled(shape[stored], config.spacing_mm / float(spacing_mm[stored]))
-            num_slices += len(range(config.slice_stride // 2, num, config.slice_stride))
-    return num_volumes, num_slices
+    if geometry.is_flat:
+        return 1
+    codes = nib.orientations.io_orientation(geometry.affine)[:, 0].astype(int)
+    total = 0
+    for axis in config.axes:
+        stored = int(np.flatnonzero(codes == _THROUGH[axis])[0])
+        num = num_resampled(geometry.shape[stored], config.spacing_mm / float(geometry.spacing_mm[stored]))
+        total += len(range(config.slice_stride // 2, num, config.slice_stride))
+    return total

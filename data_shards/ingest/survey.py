@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +85,8 @@ def _bad_cases(listing: Listing, label_set: str) -> dict[str, list[Problem]]:
     """By case id, why it cannot be used."""
     bad = {case_id: list(found) for case_id, found in listing.problems_of.items()}
     if label_set in FROM_EXPERTS:
-        for problem in _without_labels(listing.cases):
-            bad.setdefault(problem.field, []).append(problem)
+        remedy = "add its label, put it into split test, or take masks of a whole-body tool (label_set wholebody)"
+        for case in listing.cases:
+            if not case.is_labelled and case.split != "test":  # to learn from, or to be put into a split
+                bad.setdefault(case.case_id, []).append(Problem(str(case.image), "label", "there is none", remedy))
     return bad
-
-
-def _without_labels(cases: Sequence[Case]) -> Iterator[Problem]:
-    """Cases to learn from, or to be put into a split, that nobody has labelled."""
-    remedy = "add its label, put it into split test, or take masks of a whole-body tool (label_set wholebody)"
-    for case in cases:
-        if not case.is_labelled and case.split != "test":
-            yield Problem(str(case.image), case.case_id, "has no label", remedy)

@@ -38,10 +38,10 @@ def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
     """Every step of the reproduction in order, as on `settings.gpus` H200. Reads headers, makes nothing."""
     judge, config = experiments.segmenter, experiments.prepare.prepare
     cases = archive.read_archive(settings.amos, config.modalities, config.modality)
-    num_volumes, num_slices = count_slices(cases, config)
+    counted = count_slices(cases, config)
     sides = (1 + config.bits // 8) * config.size**2
     found = [
-        Step("prepare", f"{num_slices:,} slices of {num_volumes} volumes", None, num_slices * sides),
+        Step("prepare", f"{counted.slices:,} slices of {counted.volumes} volumes", None, counted.slices * sides),
         _training("train-segmenter", _segmenter_network(judge), judge.segmenter.train, settings.gpus),
     ]
     for name in (n for n in COLUMN_NAMES if n in experiments.columns):

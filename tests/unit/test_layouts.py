@@ -23,6 +23,7 @@ from data_shards.ingest.volumes import UnreadableVolume, read_volume
 from data_shards.problems import InputProblems
 from data_shards.records import SliceRecord
 from data_shards.store.shards import ShardSet
+from segdiff_dist.cli import main
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -289,7 +290,7 @@ def edit(root: Path, **changes: Any) -> dict[str, Any]:
         (_fold, "fold", "2"),
         (_not_in_the_fold, "fold 0", "3 of imagesTr that it does not name: p1_1, p1_2, p2_1"),
         (_unknown_organ, "names", "2 'brain'"),
-        (_no_label, "p1_1", "has no label"),
+        (_no_label, "label", "there is none"),
         (_other_grid, "affine", "off by 0.25 voxels"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
@@ -358,6 +359,29 @@ def test_files_of_other_formats_are_checked_like_nifti(
     assert [one.field for one in found.value.problems] == [field]
 
 
+def test_a_dry_run_says_what_headers_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layout, classes, cases, slices, bytes, time, guesses, and the case that would be left out; nothing is written."""
+    write_nnunet(tmp_path / "data")
+    (tmp_path / "data/labelsTr/p1_1.nii.gz").unlink()
+    guess = nib.Nifti1Image(np.zeros((32, 32, 8), np.int16), None)
+    guess.header["sform_code"] = guess.header["qform_code"] = 0
+    for file in ("imagesTr/p2_1_0001.nii.gz", "labelsTr/p2_1.nii.gz"):
+        nib.save(guess, tmp_path / "data" / file)
+    settings = "--prepare.channel 1 --prepare.fold 1 --prepare.on-bad-case skip --prepare.axes axial --dry-run"
+    assert main(["prepare", str(tmp_path / "data"), str(tmp_path / "set"), *settings.split()]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "layout: nnunet (dataset.json has channel_names",
+        "2 classes of data; cases: 1 train, 1 val, 1 test",
+        "images: 94",  # two of 43 mm, and eight of 1 mm
+        "time: ",
+        "which side is left is a guess (columns are taken to run left, front, up): 1 volume (p2_1)",
+        "failed: p1_1: imagesTr/p1_1_0001.nii.gz: label: there is none",
+    ):
+        assert words in printed
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize("ending", [".mha", ".nrrd"])
 def test_a_damaged_packed_file_is_refused(ending: str, tmp_path: Path) -> None:
     """Its header is whole, so that only the voxels' checksum shows it."""
@@ -380,7 +404,7 @@ def test_a_bad_case_is_left_out_where_that_is_asked_for(tmp_path: Path, ray: Non
     for is_done in (False, True):
         report = prepare(tmp_path / "data", tmp_path / "set", config)
         assert [case for case, _, _ in report.failed] == ["p1_1"]
-        assert "has no label" in report.failed[0][2]
+        assert "label: there is none" in report.failed[0][2]
         assert report.skipped_done == is_done
     shards = ShardSet.open(tmp_path / "set", verify=True)
     assert set(shards.samples["case_id"].to_pylist()) == {"p1_2", "p2_1", "p3_1"}
