@@ -2,11 +2,14 @@
 
     python benchmarks/gpu.py --json benchmarks/results/gpu-h200.json
 
-Ceilings first (a copy, a matrix product), then the kernels' parity with torch, whole training steps of batch 32 beside
-those of others (support/gpu_training.py), the norms over the shapes of the real UNet, the backends of attention, the
-other kernels, sampling in small batches, and training steps of batch 64. A part that fails or for which no time is left
-says so, and the rest goes on, in a new process where the device itself was lost. `--dry-run` does all of it at toy size
-on a CPU, through Triton's interpreter, and times nothing that means anything.
+Ceilings first (a copy, a matrix product), then the kernels' parity with torch, the training engine at 8 to 64 images at
+once with and without a CUDA graph (support/gpu_engine.py), whole training steps of batch 32 beside those of others
+(support/gpu_training.py), determinism, the norms over the shapes of the real UNet, the backends of attention, the other
+kernels, sampling in small batches, training steps of batch 64, and at last the loops that torch.compile builds. No part
+takes more than four minutes, and `--parts NAME ...` runs some alone; gpu_pending.sh has them in calls of that length. A
+part that fails or for which no time is left says so, and the rest goes on, in a new process where the device itself was
+lost. `--dry-run` does all of it at toy size on a CPU, through Triton's interpreter, and times nothing that means
+anything.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from support.gpu_engine import determinism, engine_steps
 from support.gpu_kernels import ceilings, kernels, norms, parity, unet_parity
 from support.gpu_sampling import attention, sampling
 from support.gpu_session import REAL, TOY, Session, TargetCheck
@@ -44,13 +48,16 @@ def parts_of(batches: tuple[int, ...]) -> Parts:
         "ceilings": (ceilings, 0.0),
         "parity": (parity, 60.0),
         "unet_parity": (unet_parity, 45.0),
-        f"training_{first}": (partial(training_steps, batch=first), 200.0),
+        "engine": (engine_steps, 60.0),
+        f"training_{first}": (partial(training_steps, batch=first), 120.0),
+        "determinism": (determinism, 40.0),
         "norms": (norms, 60.0),
         "attention": (attention, 20.0),
         "kernels": (kernels, 90.0),
         "sampling": (sampling, 90.0),
-        # The compiler has been seen at the first batch, and takes minutes.
-        **{f"training_{n}": (partial(training_steps, batch=n, compiled=False), 120.0) for n in others},
+        **{f"training_{n}": (partial(training_steps, batch=n), 120.0) for n in others},
+        # torch.compile takes minutes: last, and alone.
+        f"compiled_{first}": (partial(training_steps, batch=first, compiled=True), 150.0),
     }
 
 

@@ -7,9 +7,11 @@ after every part, so that a machine that is taken away leaves what it had measur
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,9 @@ import torch
 
 from segdiff_dist.denoising.config import DenoiserConfig
 from support.harness import write
+
+# A part fits into one call of a machine that is lent for minutes.
+LONGEST_PART_S = 225.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Scale:
     """torch.compile's backend; None leaves out what is compiled."""
     attention_sizes: tuple[int, ...]
     """Sides of the images whose attention is timed."""
+    engine_batches: tuple[int, ...]
+    """Images at once under the training engine; the last is its step."""
     norm_shapes: tuple[tuple[int, int], ...] | None = None
     """Channels and side; None for the UNet's 18."""
 
@@ -54,6 +61,7 @@ REAL = Scale(
     gemm_side=8192,
     compiler="inductor",
     attention_sizes=(256, 512),
+    engine_batches=(8, 16, 32, 64),
 )
 TOY = Scale(
     # One level: each call of a kernel costs the interpreter a tenth of a second.
@@ -68,6 +76,7 @@ TOY = Scale(
     gemm_side=128,
     compiler="aot_eager",
     attention_sizes=(16,),
+    engine_batches=(1, 2),
     norm_shapes=((16, 8),),
 )
 
@@ -102,6 +111,8 @@ class Session:
     """What is written to the results file: the stamp, then `parts` by name and `verdicts`."""
     start: float = field(default_factory=time.monotonic)
     verdicts: list[TargetCheck] = field(default_factory=list)
+    now: str | None = None
+    """The part that runs."""
     lost_to: str | None = None
     """The training loop that the device stopped answering in."""
 
@@ -118,13 +129,20 @@ class Session:
             self.save()
             return
         print(f"\n{name}", flush=True)
-        began = time.monotonic()
+        began, self.now = time.monotonic(), name
         try:
-            parts[name] = {"found": run(self)}
+            with _at_most(LONGEST_PART_S):
+                parts[name] = {"found": run(self)}
         except Exception as error:  # whatever it is, the other parts are worth having
-            parts[name] = {"error": describe(error)}
+            parts[name] = {"so_far": parts.get(name, {}).get("so_far"), "error": describe(error)}
             traceback.print_exc()
         parts[name]["seconds"] = round(time.monotonic() - began, 1)
+        self.save()
+
+    def keep(self, found: Any) -> None:
+        """What the running part has found so far, for the case that it does not end."""
+        assert self.now is not None
+        self.record["parts"][self.now] = {"so_far": found}
         self.save()
 
     def save(self, *, quiet: bool = True) -> None:
@@ -163,6 +181,22 @@ class Session:
             call()
         self.synchronize()
         return (time.perf_counter() - began) / repeats
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, as soon as Python runs again: a compiler does often enough."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def describe(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,14 +64,15 @@ class Loop:
             loss.item()
 
 
-def training_steps(session: Session, batch: int, compiled: bool = True) -> dict[str, Any]:
-    """Images a second, memory and share of the GEMM ceiling of every loop at one batch; `compiled`: those too."""
+def training_steps(session: Session, batch: int, compiled: bool = False) -> dict[str, Any]:
+    """Images a second, memory and share of the GEMM ceiling of loops at one batch: those that torch.compile builds,
+    which takes minutes, or the others. What each loop came to is kept as it comes."""
     scale, device = session.scale, session.device
-    found: dict[str, Any] = {"batch": batch, "errors": {}, "peak_gib": {}, "micro_batch": {}}
+    found: dict[str, Any] = {"batch": batch, "errors": {}, "peak_gib": {}, "micro_batch": {}, "first_images_per_s": {}}
     with TemporaryDirectory(prefix="bench-gpu-") as folder:
         loops: dict[str, Loop] = {}
         for name, make in builders(session, Path(folder)).items():
-            if name.endswith("compiled") and not compiled:
+            if name.endswith("compiled") != compiled:
                 continue
             try:
                 loops[name], found["peak_gib"][name] = warmed_up(session, make, batch)
@@ -83,16 +84,19 @@ def training_steps(session: Session, batch: int, compiled: bool = True) -> dict[
                     raise
                 found["errors"][name] = describe(error)
                 print(f"  {name}: {found['errors'][name]}", flush=True)
+            session.keep(found)
             gc.collect()
         found["peak_of_micro_batch"] = dict(found["micro_batch"])
         for name in list(loops):
             try:  # beside the others' weights some may not fit any more
-                _turn(session, loops[name], batch, 1)
+                images, seconds = _turn(session, loops[name], batch, 1)
                 found["micro_batch"][name] = loops[name].micro_batch_size
+                found["first_images_per_s"][name] = images / seconds
             except torch.cuda.OutOfMemoryError as error:
                 found["errors"][name] = describe(error)
                 print(f"  {name}: {found['errors'][name]}", flush=True)
                 del loops[name]
+            session.keep(found)
         contenders: dict[str, Contender] = {
             name: partial(_turn, session, loop, batch, scale.steps) for name, loop in loops.items()
         }
@@ -226,7 +230,7 @@ def tuned(session: Session, net: Callable[..., Tensor], *, compiled: bool = Fals
 
 def ours(session: Session, folder: Path, batch: int, *, compiled: bool = False) -> Loop:
     """(e) and (f): the task's own loss, kernels and all, without the training engine."""
-    task = _task(session, folder)
+    task = denoiser_task(session, folder)
     task.model.to(torch.bfloat16).to(memory_format=torch.channels_last).train()
     if compiled:
         task.model.compile(backend=session.scale.compiler, dynamic=False)
@@ -246,7 +250,7 @@ def trained(session: Session, folder: Path, batch: int) -> Loop:
     from segdiff_dist.training.config import TrainConfig
     from segdiff_dist.training.engine import Engine
 
-    task = _task(session, folder)
+    task = denoiser_task(session, folder)
     config = TrainConfig(global_batch_size=batch, micro_batch_size=batch)
     engine = Engine(task.model, config, batch, session.device)
     engine.module.train()
@@ -298,7 +302,8 @@ def _pixels(num: int, size: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
 
-def _task(session: Session, folder: Path) -> Any:
+def denoiser_task(session: Session, folder: Path, kernels: Literal["triton", "torch"] = "triton") -> Any:
+    """The denoiser's task on a set that has the right size and labels."""
     from train import write_data
 
     from data_shards.store.shards import ShardSet
@@ -307,7 +312,7 @@ def _task(session: Session, folder: Path) -> Any:
     scale = session.scale
     write_data(folder, 2, scale.size)  # the task looks at a set's size and labels, no more
     shards = ShardSet.open(folder / "shards")
-    net = replace(scale.net, kernels="triton")
+    net = replace(scale.net, kernels=kernels)
     return DenoiserTask(shards, scale.size, net, DiffusionConfig(), 0, folder / "weights", session.device)
 
 

@@ -103,6 +103,11 @@ class MicroStep:
         self._recorder: Recorder | None = None
         self._fixed: Batch | None = None
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether batches are replayed."""
+        return self._recorder is not None
+
     def __call__(self, batch: Batch) -> None:
         """Forward pass, loss and backward pass of one micro-batch."""
         if self._recorder is None or self._fixed is None or not _are_alike(self._fixed, batch):

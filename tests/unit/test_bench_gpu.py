@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +89,41 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--parts", "everything"])
     assert "everything: not among ceilings, parity" in capsys.readouterr().err
+
+
+def test_the_engine_is_measured_replayed_and_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "gpu.json"
+    assert gpu.main(["--dry-run", "--quick", "--json", str(results), "--parts", "engine"]) == 0, capsys.readouterr().out
+    rows = json.loads(results.read_text())["parts"]["engine"]["found"]
+    assert [(row["at_once"], row["cuda_graph"]) for row in rows] == [(n, g) for n in (1, 2) for g in ("auto", "off")]
+    assert all(row["images_per_s"] > 0 and row["host_ms"] > 0 and row["replays"] is False for row in rows)
+
+
+def test_what_a_part_found_before_it_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = _session(tmp_path / "found.json")
+
+    def endless(session: Any) -> None:
+        session.keep({"first loop": 1})
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(sessions, "LONGEST_PART_S", 0.1)
+    session.part("long", endless)
+    kept = json.loads((tmp_path / "found.json").read_text())["parts"]["long"]
+    assert (kept["so_far"], kept["error"]) == ({"first loop": 1}, "TimeoutError: longer than 0 s")
+
+
+def test_every_pending_call_names_parts_that_there_are() -> None:
+    script = Path(gpu.__file__).with_name("gpu_pending.sh")
+
+    def output(call: str) -> str:
+        command = ["bash", str(script), call, "results"]
+        environment = {**os.environ, "DRY_RUN": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    calls = output("list").split()
+    named = [
+        word for call in calls[1:] if "--parts" in output(call) for word in output(call).split("--parts")[1].split()
+    ]
+    assert {*named, "training_64"} == set(gpu.parts_of(sessions.REAL.batches))
+    assert "best_ct_mr" in output("train")
