@@ -19,9 +19,10 @@ from typing import Any
 from data_shards.documents import read_json
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.files import write_atomic
-from data_shards.ingest import archive
 from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig
-from data_shards.ingest.cases import Case, read_header
+from data_shards.ingest.cases import Case, Listing, read_header
+from data_shards.ingest.layouts.base import Request
+from data_shards.ingest.layouts.find import recognise
 from data_shards.ingest.masks import (
     ANNOTATIONS,
     ANNOTATIONS_VERSION,
@@ -94,7 +95,7 @@ class Annotation:
     @property
     def num_cases(self) -> int:
         """Volumes of the archive that get a mask."""
-        return len(archive.read_archive(self.amos_root, self.config.modalities, self.config.modality))
+        return len(_listing(self.amos_root, self.config).cases)
 
     def run(self) -> AnnotateReport:
         """Make what is missing; errors as of `annotate`."""
@@ -110,14 +111,15 @@ def check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annotatio
     missing or does not answer."""
     amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
     refuse(config.problems())
-    problems = archive.find_problems(amos_root, config.modalities, config.modality)
+    problems = _listing(amos_root, config).all_problems
     version, wrong = _tool_version(config)
     refuse([*problems, *wrong, *_folder_problems(wholebody, _new_annotations(config, version), wrong)])
     return Annotation(amos_root, wholebody, config, version)
 
 
 def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> AnnotateReport:
-    """Make WHOLEBODY/<case id>.nii.gz for every case of the AMOS folder; the same call again makes what is missing.
+    """Make WHOLEBODY/<case id>.nii.gz for every case of the folder, whatever its layout; the same call again makes what
+    is missing.
 
     A mask stays while its image is, byte for byte, the one it was made from; one that was changed by hand is never
     overwritten. A volume that fails costs only itself. Raises InputProblems before any work for whatever `check`
@@ -127,6 +129,11 @@ def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annota
     return check(amos_root, wholebody, config).run()
 
 
+def _listing(root: Path, config: AnnotateConfig) -> Listing:
+    """The cases of the folder, in the layout that it has."""
+    return recognise(root).read(root, Request(config.modalities, config.modality))
+
+
 def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str | None) -> AnnotateReport:
     from tqdm import tqdm
 
@@ -134,7 +141,7 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
     content = read_annotations(wholebody) or _new_annotations(config, version)
     _adopt(wholebody, content["cases"])
     _write_json(wholebody / ANNOTATIONS, content)
-    cases = archive.read_archive(amos_root, config.modalities, config.modality)
+    cases = _listing(amos_root, config).cases
     tasks = [_Task(case, wholebody, config, content["cases"].get(case.case_id)) for case in cases]
     workers = config.workers
     results = fan_out(
