@@ -1,6 +1,7 @@
-"""How training scales over GPUs, computed from FLOPs, bytes and bandwidths.
+"""How training scales over GPUs, computed from what one H100 was measured to do, and from bytes and bandwidths.
 
-`python -m segdiff_dist.planning.scaling` prints the tables of docs/scale.md. They are computed, not measured.
+`python -m segdiff_dist.planning.scaling` prints the tables of docs/scale.md. They are computed: one GPU was measured,
+and never several.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class NetworkCosts:
     parameters: float = 113.67e6
     """The paper's UNet at 256x256."""
     flop_per_image: float = 1.49e12
-    """Of a forward and a backward pass."""
+    """Of a forward and a backward pass, counted."""
     averages: int = 2
     """fp32 copies of the weights that follow them (train.ema_lengths)."""
     bytes_per_image: float = 131_072
@@ -40,23 +41,32 @@ class Machine:
     """GPUs in nodes, joined by a network.
 
     Bandwidths are in bytes/s, in one direction, as NCCL can use them: assumed to be 80 % of the link's nominal rate.
+    Measured: H100 80GB HBM3, torch 2.11, CUDA 13.0, the paper's UNet at 256x256 in bf16.
     """
 
     name: str = "InfiniBand"
     gpus_per_node: int = 8
-    flops: float = 790e12
-    """bf16 matrix products of an H200, measured."""
-    mfu: float = 0.5
-    """The share of them that a training step reaches. Assumed: convolutions at full speed, and then the step's memory
-    traffic, allow 0.41 (eager channels-last, 11.7 GB an image) or 0.69 (fused, 3.6 GB)."""
-    memory_bandwidth: float = 4.3e12
-    """H200, measured."""
+    flops: float = 786e12
+    """bf16 matrix products, measured."""
+    mfu: float = 0.4473
+    """The share of them that an image's work reaches. As CUDA graphs, micro-batches of 32 and 8 took 143.63 and 41.92
+    ms, so that an image adds 4.238 ms."""
+    micro_batch_s: float = 8.02e-3
+    """What those took besides: kernels that are too small to fill the GPU."""
+    host_s: float = 0.217
+    """What the host takes to launch a micro-batch's kernels one by one: four of 16 images took 868 ms."""
+    launch_s: float = 3.1e-6
+    """A small kernel: 1,610 copies took 5 ms."""
+    memory_bandwidth: float = 2.991e12
+    """Copies, measured. AdamW's kernel reached 0.84 of it, that of the averages all."""
     in_node: float = 0.8 * 450e9
     """NVLink 4: 450 GB/s each way a GPU."""
     between_nodes: float = 0.8 * 8 * 50e9
     """Of a node: eight NDR InfiniBand ports of 400 Gb/s, one a GPU."""
 
 
+UPDATE_LAUNCHES = 60
+"""At most, of AdamW with ZeRO 1: tests/unit/test_step_waits.py."""
 INFINIBAND = Machine()
 ETHERNET = replace(INFINIBAND, name="25 GbE", between_nodes=0.8 * 25e9 / 8)
 """One port of 25 Gb/s a node."""
@@ -71,8 +81,14 @@ class ParallelPlan:
     micro_batch_size: int
     zero_stage: int = 1
     overlap: float = 0.0
-    """The share of the backward pass that hides the transfer of gradients. 0: none, DeepSpeed's default for ZeRO 1 and
-    2."""
+    """The share of the backward pass that hides the transfer of gradients. 0: none, as for ZeRO 0 to 2."""
+    cuda_graph: bool = True
+    """Whether micro-batches are replayed, where ZeRO allows it (train.cuda_graph)."""
+
+    @property
+    def is_replayed(self) -> bool:
+        """ZeRO 2 and 3 reduce gradients by hooks in Python: their kernels are launched one by one."""
+        return self.cuda_graph and self.zero_stage <= 1
 
     @property
     def num_micro_batches(self) -> int:
@@ -108,21 +124,28 @@ def wire_s(machine: Machine, gpus: int, size: float) -> float:
     return size * (gpus - 1) / gpus / bandwidth
 
 
+def micro_batch_s(network: NetworkCosts, machine: Machine, plan: ParallelPlan) -> float:
+    """Seconds of a micro-batch's forward and backward pass: the GPU's or, where it is longer, the host's."""
+    image_s = network.flop_per_image / (machine.flops * machine.mfu)
+    gpu_s = plan.micro_batch_size * image_s + machine.micro_batch_s
+    return gpu_s if plan.is_replayed else max(gpu_s, machine.host_s)
+
+
 def step_s(network: NetworkCosts, machine: Machine, plan: ParallelPlan) -> float:
     """Seconds of one update: computing, communication that is not hidden, and the optimiser's pass over memory.
 
     AdamW in fp32 reads and writes weights, gradients and both moments (28 bytes a parameter), an average 12; with ZeRO
     each rank does its part.
     """
-    images = plan.micro_batch_size * plan.num_micro_batches
-    compute_s = images * network.flop_per_image / (machine.flops * machine.mfu)
+    compute_s = plan.num_micro_batches * micro_batch_s(network, machine, plan)
     # Backward is two thirds of the work; with accumulation ZeRO 0 and 1 can only use the last micro-batch's.
     usable = compute_s / (plan.num_micro_batches if plan.zero_stage <= 1 else 1)
     hidden_s = plan.overlap * usable * 2 / 3
     reduce_s = wire_s(machine, plan.gpus, bytes_reduced(network, plan))
     gather_s = wire_s(machine, plan.gpus, bytes_gathered(network, plan))
     update_bytes = network.parameters * (28 + 12 * network.averages) / (plan.gpus if plan.zero_stage else 1)
-    return compute_s + max(0.0, reduce_s - hidden_s) + gather_s + update_bytes / machine.memory_bandwidth
+    update_s = update_bytes / machine.memory_bandwidth + UPDATE_LAUNCHES * machine.launch_s
+    return compute_s + max(0.0, reduce_s - hidden_s) + gather_s + update_s
 
 
 def images_per_s(network: NetworkCosts, machine: Machine, plan: ParallelPlan) -> float:
@@ -149,9 +172,10 @@ def state_bytes(network: NetworkCosts, zero_stage: int, gpus: int) -> float:
 
 
 def growing_plan(gpus: int) -> ParallelPlan:
-    """A plan for any power of two up to 512 GPUs: batch 256 by accumulation, then 16 a GPU up to 2,048, then fewer."""
-    micro_batch_size = min(16, 2048 // gpus)
-    return ParallelPlan(gpus, max(256, min(2048, 16 * gpus)), micro_batch_size)
+    """A plan for any power of two up to 512 GPUs: a batch of 256, from 16 GPUs on 16 a GPU up to 2,048; 64 images at
+    once, or all that a GPU has."""
+    global_batch_size = max(256, min(2048, 16 * gpus))
+    return ParallelPlan(gpus, global_batch_size, min(64, global_batch_size // gpus))
 
 
 def growth_table(network: NetworkCosts, dollars_per_gpu_hour: float) -> str:
@@ -161,6 +185,7 @@ def growth_table(network: NetworkCosts, dollars_per_gpu_hour: float) -> str:
         plan = growing_plan(gpus)
         alone = images_per_s(network, INFINIBAND, growing_plan(1))
         fast, slow = (images_per_s(network, machine, plan) for machine in (INFINIBAND, ETHERNET))
+        launched = images_per_s(network, INFINIBAND, replace(plan, cuda_graph=False))
         per_node = fast / math.ceil(gpus / INFINIBAND.gpus_per_node) * network.bytes_per_image / 1e6
         rows.append(
             [
@@ -169,6 +194,7 @@ def growth_table(network: NetworkCosts, dollars_per_gpu_hour: float) -> str:
                 f"{plan.micro_batch_size} x {plan.num_micro_batches}",
                 f"{fast:,.0f}",
                 f"{fast / alone / gpus:.0%}",
+                f"{launched:,.0f}",
                 f"{dollars_per_million_images(fast, gpus, dollars_per_gpu_hour):.2f}",
                 f"{per_node:,.0f}",
                 f"{slow:,.0f}",
@@ -177,8 +203,8 @@ def growth_table(network: NetworkCosts, dollars_per_gpu_hour: float) -> str:
             ]
         )
     return _table(
-        "GPUs | global batch | micro-batch x accumulation | images/s, InfiniBand | of linear | $ a million | "
-        "raw data, MB/s a node | images/s, 25 GbE | of linear | $ a million",
+        "GPUs | global batch | micro-batch x accumulation | images/s, InfiniBand | of linear | "
+        "launched one by one | $ a million | raw data, MB/s a node | images/s, 25 GbE | of linear | $ a million",
         rows,
     )
 
@@ -221,7 +247,7 @@ def size_table(gpus: int = 64) -> str:
 
 
 DOLLARS_PER_GPU_HOUR = 3.0
-"""A round figure for a rented H200; costs are proportional to it."""
+"""A round figure for a rented H100; costs are proportional to it."""
 
 
 def tables() -> list[str]:

@@ -16,7 +16,7 @@ from segdiff_dist.reproduce.settings import COLUMN_NAMES, Experiments, Table1Set
 from segdiff_dist.reproduce.table import TITLES
 from segdiff_dist.training.config import TrainConfig
 
-# Tensor cores of an H200 do TF32 at half the rate of bf16 (data sheet: 494.5 and 989.5 TFLOP/s).
+# Tensor cores of an H100 do TF32 at half the rate of bf16 (data sheet: 494.5 and 989.5 TFLOP/s).
 _TF32 = replace(scaling.INFINIBAND, flops=scaling.INFINIBAND.flops / 2)
 # fp32 sampling uses none of them (sampling/worker.py): 67 TFLOP/s on the data sheet.
 _FP32 = replace(scaling.INFINIBAND, flops=67e12)
@@ -35,7 +35,7 @@ class Step:
 
 
 def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
-    """Every step of the reproduction in order, as on `settings.gpus` H200. Reads headers, makes nothing."""
+    """Every step of the reproduction in order, as on `settings.gpus` H100. Reads headers, makes nothing."""
     judge, config = experiments.segmenter, experiments.prepare.prepare
     cases = archive.read_archive(settings.amos, config.modalities, config.modality)
     counted = count_slices(cases, config)
@@ -71,7 +71,7 @@ def describe(found: list[Step], settings: Table1Settings) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     plural = "s" if settings.gpus > 1 else ""
-    basis = f"Time is predicted for {settings.gpus} H200{plural} (docs/scale.md), one step after the other; - where"
+    basis = f"Time is predicted for {settings.gpus} H100{plural} (docs/scale.md), one step after the other; - where"
     return "\n".join([*lines, f"{basis} that model says nothing. Bytes are at most."])
 
 

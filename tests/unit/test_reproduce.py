@@ -122,7 +122,7 @@ def test_dry_run_prints_time_and_disk_and_starts_nothing(phantom: Path, capsys: 
     flags = ["--amos", str(phantom), "--out", str(out), "--columns", "ct_axial"]
     assert main(["reproduce", "table1", *flags, "--dry-run", "--gpus", "8"]) == 0
     said = capsys.readouterr().out
-    assert "predicted for 8 H200s" in said
+    assert "predicted for 8 H100s" in said
     [train] = [line for line in said.splitlines() if line.startswith("CT axial: train")]
     assert "3,200,000 images" in train
     assert train.split()[-3] in ("min", "h")
