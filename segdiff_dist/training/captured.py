@@ -132,6 +132,8 @@ class MicroStep:
             why = next((reason for reason in gather_objects(self._record(first)) if reason is not None), None)
         if why is not None:
             self._recorder = self._fixed = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # of what was recorded
             if config.cuda_graph == "on":
                 raise problem("config", "train.cuda_graph", "on", f"{why}; give auto or off")
             if is_main() and device.type != "cpu":
@@ -154,7 +156,6 @@ class MicroStep:
             recorder.capture(run)
             replayed = self._sums_of(recorder.replay)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             return "its memory, beside that of eager steps, does not fit"
         except RuntimeError as error:
             return f"it cannot be recorded: {first_line(error)}"

@@ -5,9 +5,11 @@ A graph's behaviour is that of graph_support.Recording: operators again, on the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.training import captured
 from segdiff_dist.training.captured import MicroStep
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.flat_gradients import FlatGradients
 
 SHORT: dict[str, Any] = {"num_images": 32, "checkpoint_every_images": 16, "log_every_images": 8}
 Recorded = list[Recording]
@@ -89,9 +92,9 @@ def test_an_eager_run_goes_on_from_a_recording(shapes: Path, tmp_path: Path, rec
     assert weights(tmp_path / "cut") == weights(tmp_path / "eager")
 
 
-def batch_of(images: int) -> Batch:
+def batch_of(images: int, side: int = 2) -> Batch:
     number_B = torch.arange(images)
-    pixels_BHW = torch.arange(images * 4, dtype=torch.uint8).reshape(images, 2, 2)
+    pixels_BHW = torch.arange(images * side**2).to(torch.uint8).reshape(images, side, side)
     return Batch(pixels_BHW, pixels_BHW, number_B, number_B, number_B)
 
 
@@ -165,6 +168,34 @@ def test_what_cannot_be_replayed_stays_eager_or_is_refused(
     with pytest.raises(InputProblems, match=why) as refused:
         adding.prepared(batch_of(3))
     assert refused.value.problems[0].field == "train.cuda_graph"
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_what_it_runs() -> None:
+    """Gradients of three batches, replayed, are those that Python adds up, to the last bit."""
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.SiLU()).to(device)
+    batches = [Batch(*(v.to(device) for v in vars(batch_of(4, side=8)).values() if v is not None)) for _ in range(3)]
+    for number, batch in enumerate(batches):
+        batch.image_BHW.add_(number)
+    totals = []
+    for choice in ("off", "on"):
+        parameters = list(net.parameters())
+        sizes = [0, *itertools.accumulate(p.numel() for p in parameters)]
+        gradients = FlatGradients([list(zip(parameters, sizes, strict=False))], [sizes[-1]])
+
+        def run(batch: Batch, gradients: FlatGradients = gradients) -> None:
+            gradients.attach()
+            net(batch.image_BHW[:, None].float()).square().mean().backward()
+
+        sums, config = partial(getattr, gradients, "flats"), TrainConfig(cuda_graph=choice)  # type: ignore[arg-type]
+        step = MicroStep(run, sums, config, device)
+        for batch in step.prepare(iter(batches), "train"):
+            step(batch)
+        assert step.is_recorded is (choice == "on")
+        totals.append(gradients.flats[0])
+    assert torch.equal(*totals)
 
 
 def test_on_is_refused_where_it_cannot_be(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
