@@ -171,6 +171,7 @@ def test_what_cannot_be_replayed_stays_eager_or_is_refused(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_replays_what_it_runs() -> None:
     """Gradients of three batches, replayed, are those that Python adds up, to the last bit."""
     device = torch.device("cuda", 0)
