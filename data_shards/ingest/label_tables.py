@@ -11,6 +11,8 @@ A table of one's own is a YAML file:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ AMOS_BY_NAME = AMOS.name
 _REMEDY = "give `name`, `names` and, where needed, `label_map` (docs/data.md 3)"
 _MOST_BYTES = 256 * 1024
 _LONGEST_NAME = 100
+_LARGEST_ID = 2**31
+# Of a digest, enough to tell one person's tables apart.
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Labelling:
     @property
     def recorded(self) -> dict[str, Any]:
         """What index.json says of it, among the preprocessing, besides the settings: nothing of AMOS' own ids."""
-        found: dict[str, Any] = {"label_set": self.table.name} if self.is_own else {}
+        found: dict[str, Any] = {}
+        if self.is_own:
+            found = {"label_set": self.table.name, "label_names": list(self.table.names)}
         if self.ids is not None:
             found["label_ids"] = [[stored, new] for stored, new in sorted(self.ids.items())]
         return found
@@ -59,9 +66,7 @@ class _Table:
     label_map: dict[int | str, str]
 
 
-def find_labelling(
-    label_set: str, labels: str | None, names: dict[int, str] | None, data_name: str
-) -> tuple[Labelling, list[Problem]]:
+def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | None) -> tuple[Labelling, list[Problem]]:
     """The labelling that the settings ask for. `names`: the data's classes by stored id, None for AMOS' own ids."""
     file = None if labels in (None, AMOS_BY_NAME) else Path(str(labels))
     default = Labelling(LABEL_TABLES[label_set])
@@ -74,16 +79,19 @@ def find_labelling(
         if names is None or label_set == "wholebody":
             return default, []
         if label_set == AMOS.name and labels is None:
-            return _own(names, data_name), []
+            return _own(names), []
         return _into_amos(default.table, names)
     except InputProblems as error:
         return default, list(error.problems)
 
 
-def _own(names: dict[int, str], data_name: str) -> Labelling:
-    """The data's classes in the order of their ids, and `body`."""
+def _own(names: dict[int, str]) -> Labelling:
+    """The data's classes in the order of their ids, and `body`. Sets of the same classes have the same table, so that
+    they can be mixed: its name is made from the classes."""
     kept = [(stored, name) for stored, name in sorted(names.items()) if stored != 0]
-    table = _table_of(data_name, [name for _, name in kept], "labels")
+    classes = [name for _, name in kept]
+    digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:_DIGITS]
+    table = _table_of(f"own-{digest}", classes, "labels")
     return Labelling(table, {0: 0} | {stored: table.names.index(name) for stored, name in kept}, is_own=True)
 
 
@@ -136,8 +144,11 @@ def _read_table(file: Path) -> _Table:
         for key, name in meant.items()
         if name not in table.names
     ]
-    if (stored and min(stored) < 0) or stored.get(0, BACKGROUND) != BACKGROUND:
-        wrong.append(Problem(str(file), "names", str(min(stored)), f"number them from 1 on: 0 is {BACKGROUND}"))
+    if stored.get(0, BACKGROUND) != BACKGROUND:
+        wrong.append(Problem(str(file), "names", stored[0], f"number them from 1 on: 0 is {BACKGROUND}"))
+    numbers = [*stored, *(key for key in meant if isinstance(key, int))]
+    if strange := [number for number in numbers if not 0 <= number <= _LARGEST_ID]:
+        wrong.append(Problem(str(file), "names", str(strange[0])[:40], f"ids are 0 to {_LARGEST_ID}"))
     if wrong:
         raise InputProblems(wrong)
     return _Table(table, stored, meant)

@@ -39,7 +39,7 @@ __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_probl
 
 _PLAN = "plan.json"
 # What index.json's `preprocessing` has only where it is not the default, or not AMOS'.
-_WHERE_SET = {"modality", "layout", "label_ids", "channel", "split", "seed", "fold", "patient"}
+_WHERE_SET = {"modality", "layout", "label_ids", "label_names", "channel", "split", "seed", "fold", "patient"}
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     """Read names, small files and headers. The settings may have problems of their own."""
     recognised = recognise(root, config.layout if config.layout in {one.name for one in LAYOUTS} else AUTO)
     listing = recognised.read(root, _request(config))
-    labelling, wrong = find_labelling(config.label_set, config.labels, listing.names, root.name)
+    labelling, wrong = find_labelling(config.label_set, config.labels, listing.names)
     bad = _bad_cases(listing, config.label_set)
     skips = config.on_bad_case == "skip" and len(bad) < len(listing.cases)
     problems = [*listing.problems, *([] if listing.problems else wrong)]

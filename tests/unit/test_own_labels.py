@@ -1,0 +1,104 @@
+"""Classes that the data name, tables of one's own, and splits that are drawn by patient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layouts_support import CONFIG, LIVER, SPLEEN, slices, write_amos, write_nnunet
+
+from data_shards.ingest.cases import Case
+from data_shards.ingest.label_tables import find_labelling
+from data_shards.ingest.prepare import check, find_problems
+from data_shards.ingest.splits import with_splits
+from data_shards.labels import AMOS
+from data_shards.records import SliceRecord
+
+
+@pytest.fixture(scope="module")
+def of_amos(tmp_path_factory: pytest.TempPathFactory) -> list[SliceRecord]:
+    root = tmp_path_factory.mktemp("amos") / "data"
+    return slices(root, **write_amos(root))
+
+
+def test_classes_that_the_data_name_are_the_set_s_table(tmp_path: Path) -> None:
+    write_nnunet(tmp_path / "Dataset007_Mine")
+    preparation = check(tmp_path / "Dataset007_Mine", tmp_path / "set", replace(CONFIG, channel=1, fold=1))
+    labelling = preparation.survey.labelling
+    assert labelling.table.names == ("background", "Liver", "spleen", "body")
+    records = slices(tmp_path / "Dataset007_Mine", channel=1, fold=1)
+    assert {i for one in records for i in one.meta.labels_present} == {1, 2, 3}
+    assert preparation.header["preprocessing"]["label_set"] == labelling.table.name
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ("names: [a]", "content"),  # no name
+        ("name: t\nnames: [a, a]", "names"),
+        ("name: t\nnames: {-1: a}", "names"),
+        ("name: t\nnames: {0: a, 1: b}", "names"),
+        ("name: t\nnames: [a]\nlabel_map: {99999999999: a}", "names"),
+        ("name: t\nnames: [a]\ncolour: red", "colour"),
+        ("name: t\nnames: [a]", "label_map"),  # nothing for liver and spleen
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(content: str, field: str, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(content)
+    _, found = find_labelling("amos", str(tmp_path / "t.yaml"), {0: "background", 1: "liver", 2: "spleen"})
+    assert [one.field for one in found] == [field]
+
+
+def test_sets_of_the_same_classes_have_the_same_table() -> None:
+    tables = [find_labelling("amos", None, names)[0].table for names in ({0: "bg", 1: "a"}, {3: "a"}, {1: "b"})]
+    assert tables[0] == tables[1]
+    assert tables[0].name != tables[2].name
+
+
+def test_a_table_of_one_s_own_counts_for_amos_organs_too(tmp_path: Path, of_amos: list[SliceRecord]) -> None:
+    """And another table asks for another set."""
+    write_amos(tmp_path / "data")
+    file = tmp_path / "large.yaml"
+    others = ", ".join(f"{name}: background" for name in AMOS.names[1:-1] if name not in ("liver", "spleen"))
+    file.write_text(f"name: large\nnames: [trunk]\nlabel_map: {{liver: trunk, spleen: trunk, {others}}}\n")
+    for ours, theirs in zip(slices(tmp_path / "data", labels=str(file)), of_amos, strict=True):
+        np.testing.assert_array_equal(ours.mask_HW == 1, np.isin(theirs.mask_HW, (LIVER, SPLEEN)))
+    file.write_text("name: large\nnames: [trunk]\nlabel_map: {liver: trunk, heart: background, 2: lung}\n")
+    found = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, labels=str(file)))
+    assert [(one.field, one.value) for one in found] == [("label_map.2", "lung")]
+
+
+def test_a_label_map_puts_classes_together(tmp_path: Path, of_amos: list[SliceRecord]) -> None:
+    write_nnunet(tmp_path / "data")
+    (tmp_path / "large.yaml").write_text("name: large\nnames: [trunk]\nlabel_map: {liver: trunk, 2: trunk}\n")
+    records = slices(tmp_path / "data", channel=1, fold=1, labels=str(tmp_path / "large.yaml"))
+    for ours, theirs in zip(records, of_amos, strict=True):
+        np.testing.assert_array_equal(ours.mask_HW == 1, np.isin(theirs.mask_HW, (LIVER, SPLEEN)))
+
+
+def test_patients_are_drawn_whole_and_the_same_each_time() -> None:
+    cases = [Case(f"p{n // 2}_{n}", "CT", "", Path(), Path(), patient=f"p{n // 2}") for n in range(40)]
+    drawn = with_splits(cases, (0.7, 0.1, 0.2), 3)
+    assert drawn == with_splits(cases, (0.7, 0.1, 0.2), 3) != with_splits(cases, (0.7, 0.1, 0.2), 4)
+    split_of = {case.patient: case.split for case in drawn}
+    assert all(split_of[case.patient] == case.split for case in drawn)
+    assert [sum(s == split for s in split_of.values()) for split in ("train", "val", "test")] == [14, 2, 4]
+
+
+def test_a_stated_split_stays_and_others_are_drawn_around_it() -> None:
+    cases = [Case(f"c{n}", "CT", "test" if n == 0 else "", Path(), Path()) for n in range(9)]
+    splits = [case.split for case in with_splits(cases, None, 0)]
+    assert splits[0] == "test"
+    assert splits.count("test") == 1
+    assert splits.count("val") == 1
+
+
+def test_a_patient_pattern_keeps_scans_together(tmp_path: Path) -> None:
+    write_nnunet(tmp_path / "data")
+    (tmp_path / "data" / "splits_final.json").unlink()
+    config = replace(CONFIG, channel=1, patient="(p[0-9]+)_", split=(0.5, 0.25, 0.25))
+    cases = check(tmp_path / "data", tmp_path / "set", config).cases
+    assert {case.patient for case in cases} == {"p1", "p2", "p3"}
+    assert len({case.split for case in cases if case.patient == "p1"}) == 1
