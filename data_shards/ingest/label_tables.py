@@ -147,8 +147,8 @@ def _read_table(file: Path) -> _Table:
     if stored.get(0, BACKGROUND) != BACKGROUND:
         wrong.append(Problem(str(file), "names", stored[0], f"number them from 1 on: 0 is {BACKGROUND}"))
     numbers = [*stored, *(key for key in meant if isinstance(key, int))]
-    if strange := [number for number in numbers if not 0 <= number <= _LARGEST_ID]:
-        wrong.append(Problem(str(file), "names", str(strange[0])[:40], f"ids are 0 to {_LARGEST_ID}"))
+    if beyond := [number for number in numbers if not 0 <= number <= _LARGEST_ID]:
+        wrong.append(Problem(str(file), "names", str(beyond[0])[:40], f"ids are 0 to {_LARGEST_ID}"))
     if wrong:
         raise InputProblems(wrong)
     return _Table(table, stored, meant)

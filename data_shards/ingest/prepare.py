@@ -174,7 +174,8 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
     index = read_index(out) if (out / INDEX).exists() else None
     left_out = job.left_out
     if index is not None and index["failed"] == left_out:
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        if not left_out:
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return _report(index, len(index["source"]), left_out, skipped_done=True)
     labelling = job.survey.labelling
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody, labelling) for case in job.cases]
@@ -194,7 +195,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
             return PrepareReport(0, 0, _listed(missing), False, {}, {})
         if index is None or index["failed"] != missing:
             index = _write_set(out, done, config, {**plan, "failed": missing}, workers, wholebody)
-    if not failed:
+    if not missing:
         shutil.rmtree(out / PARTIAL)
     return _report(index, len(done), missing)
 

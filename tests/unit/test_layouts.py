@@ -165,9 +165,10 @@ def test_a_dry_run_says_what_headers_show(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_bad_case_is_left_out_where_that_is_asked_for(tmp_path: Path, ray: None) -> None:
-    """And the set of the others names it, with a second call that finds all done."""
+    """And the set of the others names it; a second call finds all done, one with the case put right adds it alone."""
     settings = write_nnunet(tmp_path / "data") | {"labels": None, "axes": ("axial",)}
-    (tmp_path / "data/labelsTr/p1_1.nii.gz").unlink()
+    label = tmp_path / "data/labelsTr/p1_1.nii.gz"
+    label.rename(tmp_path / "kept.nii.gz")
     config = PrepareConfig(**{**vars(CONFIG), **settings, "on_bad_case": "skip"})
     for is_done in (False, True):
         report = prepare(tmp_path / "data", tmp_path / "set", config)
@@ -178,4 +179,9 @@ def test_a_bad_case_is_left_out_where_that_is_asked_for(tmp_path: Path, ray: Non
     assert set(shards.samples["case_id"].to_pylist()) == {"p1_2", "p2_1", "p3_1"}
     assert shards.label_table.names == ("background", "Liver", "spleen", "body")
     assert [entry["case_id"] for entry in shards.index["failed"]] == ["p1_1"]
+    assert (tmp_path / "set/.partial/p1_2.json").is_file()
+    (tmp_path / "kept.nii.gz").rename(label)
+    report = prepare(tmp_path / "data", tmp_path / "set", config)
+    assert (report.num_cases, report.failed) == (4, ())
+    assert not (tmp_path / "set/.partial").exists()
     assert shards.index["preprocessing"]["layout"] == "nnunet"

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts_support import CONFIG, LIVER, SPLEEN, slices, write_amos, write_nnunet
+from layouts_support import CONFIG, LIVER, SPLEEN, save, slices, volumes, write_amos, write_nnunet
 
+from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.cases import Case
 from data_shards.ingest.label_tables import find_labelling
-from data_shards.ingest.prepare import check, find_problems
+from data_shards.ingest.prepare import PrepareConfig, check, find_problems
 from data_shards.ingest.splits import with_splits
-from data_shards.labels import AMOS
+from data_shards.labels import AMOS, MERGED
 from data_shards.records import SliceRecord
 
 
@@ -76,6 +77,26 @@ def test_a_label_map_puts_classes_together(tmp_path: Path, of_amos: list[SliceRe
     records = slices(tmp_path / "data", channel=1, fold=1, labels=str(tmp_path / "large.yaml"))
     for ours, theirs in zip(records, of_amos, strict=True):
         np.testing.assert_array_equal(ours.mask_HW == 1, np.isin(theirs.mask_HW, (LIVER, SPLEEN)))
+
+
+def test_cases_without_labels_go_in_where_masks_come_from_a_whole_body_tool(tmp_path: Path) -> None:
+    """And the experts' classes, by AMOS' names, are laid over those masks."""
+    write_nnunet(tmp_path / "data")
+    (tmp_path / "data/labelsTr/p1_1.nii.gz").unlink()
+    for case, _, _, label in volumes():
+        save(tmp_path / f"masks/{case}.nii.gz", np.where(label == SPLEEN, 25, 0).astype(np.uint8))  # an aorta
+    settings = {"channel": 1, "fold": 1, "label_set": "merged", "labels": "amos"}
+    found = find_problems(tmp_path / "data", tmp_path / "set", PrepareConfig(**{**vars(CONFIG), **settings}))
+    assert [one.field for one in found] == ["wholebody"]
+    preparation = check(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings), tmp_path / "masks")
+    sources, present = {}, set[int]()
+    for case in preparation.cases:
+        masks = tmp_path / "masks"
+        for record in slices_of(case, preparation.config, masks, [], preparation.survey.labelling):
+            sources[case.case_id] = record.meta.mask_source
+            present |= set(record.meta.labels_present)
+    assert sources == {"p1_1": "wholebody", "p1_2": "merged", "p2_1": "merged", "p3_1": "merged"}
+    assert {MERGED.names[i] for i in present} == {"spleen", "liver", "aorta", "body"}
 
 
 def test_patients_are_drawn_whole_and_the_same_each_time() -> None:
