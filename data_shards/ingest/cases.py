@@ -53,12 +53,14 @@ class Case:
 @dataclass(frozen=True)
 class Listing:
     """What a layout found in a folder. `problems`: of the folder. `problems_of`: by case id, those of its own files.
-    `names`: the classes of the label files by stored id; None where the ids are AMOS'."""
+    `names`: the classes of the label files by stored id; None where the ids are AMOS'. `problems_with_names`: what is
+    wrong with them, which does not matter where a table of one's own names them."""
 
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...] = ()
     problems_of: dict[str, list[Problem]] = field(default_factory=dict)
     names: dict[int, str] | None = None
+    problems_with_names: tuple[Problem, ...] = ()
 
     @property
     def all_problems(self) -> list[Problem]:

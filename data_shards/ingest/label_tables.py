@@ -68,7 +68,7 @@ class _Table:
 
 def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | None) -> tuple[Labelling, list[Problem]]:
     """The labelling that the settings ask for. `names`: the data's classes by stored id, None for AMOS' own ids."""
-    file = None if labels in (None, AMOS_BY_NAME) else Path(str(labels))
+    file = Path(str(labels)) if has_table(labels) else None
     default = Labelling(LABEL_TABLES[label_set])
     try:
         if file is not None:
@@ -78,11 +78,19 @@ def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | N
             return _with_table(_read_table(file), names, str(file))
         if names is None or label_set == "wholebody":
             return default, []
+        if not names:
+            remedy = "name them in a table, names: {1: liver, 2: spleen} (--prepare.labels TABLE.yaml)"
+            raise problem("labels", "names", "nothing names the classes of the label files", remedy)
         if label_set == AMOS.name and labels is None:
             return _own(names), []
         return _into_amos(default.table, names)
     except InputProblems as error:
         return default, list(error.problems)
+
+
+def has_table(labels: str | None) -> bool:
+    """Whether prepare.labels is the file of a table."""
+    return labels not in (None, AMOS_BY_NAME)
 
 
 def _own(names: dict[int, str]) -> Labelling:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.ingest.cases import Case, Listing
-from data_shards.ingest.label_tables import Labelling, find_labelling
+from data_shards.ingest.label_tables import Labelling, find_labelling, has_table
 from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
 from data_shards.ingest.masks import find_wholebody_problems
@@ -59,7 +59,10 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     labelling, wrong = find_labelling(config.label_set, config.labels, listing.names)
     bad = _bad_cases(listing, config.label_set)
     skips = config.on_bad_case == "skip" and len(bad) < len(listing.cases)
-    problems = [*listing.problems, *([] if listing.problems else wrong)]
+    problems = list(listing.problems)
+    if not has_table(config.labels):
+        problems += listing.problems_with_names
+    problems += [] if problems else wrong
     problems += [] if skips else [one for found in bad.values() for one in found]
     cases = tuple(case for case in listing.cases if case.case_id not in bad)
     if listing.names is not None or config.split is not None:

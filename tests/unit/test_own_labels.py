@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from layouts_support import CONFIG, LIVER, SPLEEN, save, slices, volumes, write_amos, write_nnunet
+from layouts_support import CONFIG, LIVER, SPLEEN, edit, save, slices, volumes, write_amos, write_folder, write_nnunet
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.cases import Case
@@ -50,6 +51,32 @@ def test_a_table_that_cannot_be_used_is_refused(content: str, field: str, tmp_pa
     (tmp_path / "t.yaml").write_text(content)
     _, found = find_labelling("amos", str(tmp_path / "t.yaml"), {0: "background", 1: "liver", 2: "spleen"})
     assert [one.field for one in found] == [field]
+
+
+def test_data_whose_classes_nobody_names_are_refused(tmp_path: Path) -> None:
+    """Before work starts, and so is what nobody says the modality of."""
+    settings = write_folder(".nii.gz")(tmp_path / "data")
+    for labels, fields in ((settings["labels"], []), (None, ["names"]), ("amos", ["names"])):
+        config = replace(CONFIG, modality="CT", labels=labels)
+        assert [one.field for one in find_problems(tmp_path / "data", tmp_path / "set", config)] == fields
+    config = replace(CONFIG, labels=settings["labels"])
+    (found,) = find_problems(tmp_path / "data", tmp_path / "set", config)
+    assert (found.field, "is not stated" in found.value) == ("modality", True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "table"),
+    [
+        ({"background": 0, "whole": [1, 2], "core": [2]}, "names: {1: rim, 2: core}"),
+        ({"background": 0, "rim": 1, "ignore": 2}, "names: [rim, core]\nlabel_map: {ignore: core}"),
+    ],
+)
+def test_a_table_says_what_regions_and_ignore_are(labels: dict[str, Any], table: str, tmp_path: Path) -> None:
+    write_nnunet(tmp_path / "data")
+    edit(tmp_path / "data", labels=labels)
+    (tmp_path / "t.yaml").write_text(f"name: parts\n{table}\n")
+    records = slices(tmp_path / "data", channel=1, fold=1, labels=str(tmp_path / "t.yaml"))
+    assert {i for one in records for i in one.meta.labels_present} == {1, 2, 3}
 
 
 def test_sets_of_the_same_classes_have_the_same_table() -> None:

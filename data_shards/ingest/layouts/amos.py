@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Decathlon(Layout):
         cases = found.cases
         if not content.get("validation"):
             cases = tuple(case.without_split() if case.split == "train" else case for case in cases)
-        return Listing(cases, (*problems, *found.problems), found.problems_of, names)
+        return replace(found, cases=cases, problems_with_names=tuple(problems))
 
 
 def content_of(root: Path) -> dict[str, Any]:

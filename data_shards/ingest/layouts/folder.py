@@ -79,13 +79,12 @@ class Folder(Layout):
             )
             for case in cases
         ]
-        names: dict[int, str] = {}
-        if "labels" in content:
-            names, found = class_names(root / DATASET_FILE, content["labels"])
-            problems += found
+        names, of_names = (
+            class_names(root / DATASET_FILE, content["labels"]) if "labels" in content else (dict[int, str](), [])
+        )
         chosen = taken(cases, request)
         problems += [] if problems else no_cases(root, request, chosen)
-        return Listing(chosen, tuple(problems), problems_by_case(chosen), names)
+        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, tuple(of_names))
 
 
 def _manifest(root: Path) -> Path | None:

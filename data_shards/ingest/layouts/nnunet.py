@@ -57,12 +57,11 @@ class NnUNet(Layout):
     def read(self, root: Path, request: Request) -> Listing:
         """One channel of each case."""
         where, content = root / DATASET_FILE, content_of(root)
-        names, problems = _class_names(where, content)
+        names, of_names = _class_names(where, content)
         channel, found = _channel(where, content, request.channel)
         if found:
-            return Listing((), (*problems, *found))
-        cases, found = _cases(root, channel)
-        problems += found
+            return Listing((), tuple(found), names=names, problems_with_names=tuple(of_names))
+        cases, problems = _cases(root, channel)
         stated = {"channel_names": {"0": _channel_names(content).get(channel)}} if _channel_names(content) else {}
         ids = [case.case_id for case in cases]
         modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
@@ -81,7 +80,7 @@ class NnUNet(Layout):
         ]
         chosen = taken(cases, request)
         problems += [] if problems else no_cases(root, request, chosen)
-        return Listing(chosen, tuple(problems), problems_by_case(chosen), names)
+        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, tuple(of_names))
 
 
 def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], list[Problem]]:
