@@ -1,4 +1,4 @@
-"""What the tests of reports share: a run evaluated in this process, and a reader of pages."""
+"""What the tests of evaluation share: random images, a run evaluated in this process, and a reader of pages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
 
 CHANNELS = (8, 8, 8)
+
+
+def random_images(seed: int, shape: tuple[int, ...] = (3, 48, 40)) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0, 200, shape[-1])[None, None, :] + np.linspace(0, 30, shape[-2])[None, :, None]
+    return (ramp + rng.normal(0, 12, shape)).clip(0, 255).astype(np.uint8)
 
 
 def items_of(shards: ShardSet, rows: list[int], seeds: int = 1, across: int = 0) -> list[dict[str, Any]]:

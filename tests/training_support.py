@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,13 +19,14 @@ from graph_support import Recording
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled, rank_positions
+from data_shards.records import Batch
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.sigma_data import with_sigma_data
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.tracker import Tracker
-from segdiff_dist.training import captured, checkpoint, checkpoint_writer
+from segdiff_dist.training import captured, checkpoint, checkpoint_writer, sharded_state
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.loop import TrainingJob, train
 
@@ -136,6 +138,37 @@ def train_judged(rank: int, out: Path, shapes: Path, scores: dict[int, float], l
         run_training(shapes, out, micro_batch_size=2)
     checkpoint_writer.write_atomic = full
     run_training(shapes, out, micro_batch_size=2)
+
+
+def exported(run: Path) -> bytes:
+    return (run / "weights" / "ema_0.05" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def interrupt_at(images: int, monkeypatch: pytest.MonkeyPatch, shapes: Path, run: Path, **changes: Any) -> None:
+    """Train until a Ctrl-C has saved a checkpoint there."""
+    loss = DenoiserTask.loss
+
+    def interrupted(self: DenoiserTask, forward: Any, batch: Batch) -> Any:
+        if int(batch.position_B[0]) == images - 16:  # all ranks stop at the step after
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, forward, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoiserTask, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(shapes, run, **changes)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())[-1] == f"{images:012d}"
+
+
+def disk_is_full_for(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = sharded_state.write
+
+    def full(folder: Path, rank: int, state: Any) -> None:
+        if int(folder.name) == images:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, rank, state)
+
+    monkeypatch.setattr(sharded_state, "write", full)
 
 
 @contextmanager

@@ -1,22 +1,20 @@
-"""Masks of a folder: which files are masks, what is read of them, and what is refused because nobody drew it."""
+"""Masks of a folder: which files are masks, what is read of them, and what is said of them."""
 
 from __future__ import annotations
 
 import gzip
-import struct
 import tracemalloc
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from masks_support import BODY, LIVER, SIZE, chunk, coloured, drawn, exif, organ_colours, png, save, with_palette
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from sampling_support import arguments, make_here, write_weights
 from tests_support import write_shapes
 
@@ -32,9 +30,6 @@ from segdiff_dist.sampling.job import prepare_job
 from segdiff_dist.sampling.mask_files import list_folder
 from segdiff_dist.sampling.mask_folder import MaskFolder
 from segdiff_dist.sampling.mask_source import MaskArray
-from segdiff_dist.sampling.png_masks import palette_is_of_a_table, read_png_ids
-
-SIZE, LIVER, BODY = 32, 6, AMOS.body_id
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +42,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("run"))
 
 
-def drawn() -> np.ndarray:
-    """uint8 [32, 32]: a body and a liver, without any symmetry."""
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    mask[4:28, 3:29], mask[8:16, 6:14] = BODY, LIVER
-    return mask
-
-
 def job_of(run: Path, shapes: Path, masks: Path, **changes: Any) -> Any:
     settings = {"masks": masks, "target_modality": "CT", "num": None, "diverse_masks": 0, "cross_modality_masks": 0}
     return prepare_job(*arguments(run, shapes, **settings | {"out": masks.parent / "out"} | changes))
-
-
-def save(file: Path, mask: np.ndarray, **how: Any) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mask).save(file, **how)
-    return file
-
-
-# --- which files are masks ---
 
 
 def test_copies_and_forks_that_nobody_drew_are_passed_over(run: Path, shapes: Path, tmp_path: Path) -> None:
@@ -135,183 +114,6 @@ def test_a_volume_called_png_is_named_as_one(run: Path, shapes: Path, tmp_path: 
         job_of(run, shapes, tmp_path / "masks")
 
 
-# --- what a PNG holds ---
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def packed_rows(samples_HW: np.ndarray, depth: int) -> bytes:
-    """Rows without a filter, as PNG packs samples of 1 to 16 bits."""
-    if not samples_HW.size:
-        return b""
-    if depth == 16:
-        rows = [row.astype(">u2").tobytes() for row in samples_HW]
-    else:
-        bits = np.unpackbits(samples_HW.astype(np.uint8)[..., None], axis=2)[..., 8 - depth :]
-        rows = [np.packbits(row.reshape(-1)).tobytes() for row in bits]
-    return b"".join(b"\0" + row for row in rows)
-
-
-def png(samples_HW: np.ndarray, depth: int = 8, colour: int = 0, interlaced: bool = False, **parts: Any) -> bytes:
-    """A PNG by hand. `parts`: pixels, in place of the rows; extra, chunks in front of them; size, in place of the
-    samples' own."""
-    height, width = parts.get("size", samples_HW.shape)
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
-    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-    if interlaced:
-        rows = b"".join(packed_rows(samples_HW[r::dr, c::dc], depth) for r, c, dr, dc in passes)
-    else:
-        rows = packed_rows(samples_HW, depth)
-    pixels = zlib.compress(parts.get("pixels", rows))
-    extra = parts.get("extra", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def read(tmp_path: Path, content: bytes, **how: Any) -> np.ndarray:
-    (tmp_path / "a.png").write_bytes(content)
-    return read_png_ids(tmp_path / "a.png", (SIZE,), 256, **how)
-
-
-@pytest.mark.parametrize("interlaced", [False, True])
-@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_the_id_is_the_sample_as_stored(tmp_path: Path, depth: int, interlaced: bool) -> None:
-    """Pillow stretches 2 and 4 bits to 0 .. 255."""
-    rng = np.random.default_rng(depth)
-    ids = rng.integers(0, min(2**depth, 256), (SIZE, SIZE))
-    np.testing.assert_array_equal(read(tmp_path, png(ids, depth, interlaced=interlaced)), ids)
-
-
-def test_a_transparent_colour_changes_no_id(tmp_path: Path) -> None:
-    content = png(drawn(), extra=chunk(b"tRNS", b"\0\0"))
-    np.testing.assert_array_equal(read(tmp_path, content), drawn())
-
-
-def animated(frames: int) -> bytes:
-    return chunk(b"acTL", struct.pack(">II", frames, 0))
-
-
-def exif(orientation: int) -> bytes:
-    return chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01" + struct.pack(">HHI", orientation, 0, 0))
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (png(drawn(), extra=exif(6)), "EXIF orientation: 6; viewers turn it"),
-        (png(drawn(), extra=animated(3)), "3 frames; which one"),
-        (png(drawn().astype(int) * 257, 16), "up to 4112; give whole numbers below 256"),
-        (png(drawn(), size=(SIZE, SIZE + 1)), "33x32 pixels"),
-        (png(drawn(), size=(60_000, 60_000)), "60000x60000 pixels"),
-        (png(drawn(), size=(2**31 - 1, 2**31 - 1)), "2147483647x2147483647 pixels"),
-        (png(drawn(), pixels=packed_rows(drawn(), 8)[:-1]), "other pixels than its header"),
-        (png(drawn(), pixels=packed_rows(drawn(), 8) + b"\0"), "more pixels than its 32x32"),
-        (png(drawn(), pixels=bytes(10**8)), "more pixels than its 32x32"),
-        (png(drawn(), 3), "its header says what no PNG has"),
-        (png(drawn(), 8, 2), "RGB pixels"),
-        (png(drawn(), 8, 6), "RGBA pixels"),
-        (png(drawn(), 8, 4), "grey and alpha pixels"),
-        (png(drawn(), 8, 3), "palette of 0"),
-        (png(drawn())[:-12], "it ends too early"),
-        (png(drawn())[:20], "its header is damaged"),
-        (png(drawn()).replace(b"IDAT", b"IDAt"), "is damaged"),
-        (b"", "not PNG by its bytes"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_what_nobody_drew_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
-    tracemalloc.start()
-    with pytest.raises(InputProblems, match=words):
-        read(tmp_path, content)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 * 2**20
-
-
-def test_orientations_that_turn_nothing_are_read(tmp_path: Path) -> None:
-    for extra in (exif(1), chunk(b"eXIf", b"broken"), animated(1)):
-        np.testing.assert_array_equal(read(tmp_path, png(drawn(), extra=extra)), drawn())
-
-
-def test_an_orientation_in_a_profile_is_seen_as_well(tmp_path: Path) -> None:
-    about = PngInfo()
-    about.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>')
-    file = save(tmp_path / "a.png", drawn(), pnginfo=about)
-    with pytest.raises(InputProblems, match="EXIF orientation: 3"):
-        read_png_ids(file, (SIZE,), 256)
-
-
-def test_bombs_beside_the_pixels_cost_nothing(tmp_path: Path) -> None:
-    """A text of 100 MB and a colour profile of as much, packed."""
-    bomb = zlib.compress(bytes(10**8), 9)
-    for extra in (chunk(b"zTXt", b"x\0\0" + bomb), chunk(b"iCCP", b"x\0\0" + bomb)):
-        tracemalloc.start()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with suppress(InputProblems):  # Pillow refuses what is beside the pixels
-                np.testing.assert_array_equal(read(tmp_path, png(drawn(), extra=extra)), drawn())
-        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
-        tracemalloc.stop()
-
-
-# --- palettes ---
-
-
-def coloured() -> np.ndarray:
-    """uint8 [32, 32, 3]: the mask in colours of one's own."""
-    return np.select([(drawn() == LIVER)[..., None], (drawn() == BODY)[..., None]], [(250, 20, 30), (200, 150, 100)], 0)
-
-
-def with_palette(colours: Sequence[Sequence[int]]) -> Image.Image:
-    picture = Image.fromarray(drawn()).convert("P")
-    picture.putpalette(np.array(colours, np.uint8).tobytes())
-    return picture
-
-
-def organ_colours() -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return rng.integers(20, 255, (20, 3))
-
-
-GREY = np.repeat(np.arange(256)[:, None], 3, axis=1)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: with_palette(GREY), lambda: with_palette(organ_colours()), lambda: Image.fromarray(drawn()).convert("P")],
-)
-def test_a_palette_of_a_table_has_ids_for_indices(tmp_path: Path, make: Callable[[], Image.Image]) -> None:
-    make().save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_png_ids(tmp_path / "a.png", (SIZE,), 256), drawn())
-
-
-def test_colours_of_pascal_voc_are_ids() -> None:
-    voc = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]])
-    assert palette_is_of_a_table(voc, [0, 1, 2, 3, 4])
-    assert not palette_is_of_a_table(voc[::-1], [0, 1, 2, 3, 4])
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Image.fromarray(drawn()).quantize(8),
-        lambda: Image.fromarray(drawn()).convert("RGB").quantize(256),
-        lambda: Image.fromarray(coloured().astype(np.uint8)).quantize(3),
-        lambda: Image.fromarray(coloured().astype(np.uint8)).quantize(256, method=Image.Quantize.MAXCOVERAGE),
-        lambda: Image.fromarray(coloured().astype(np.uint8)).quantize(8, method=Image.Quantize.FASTOCTREE),
-        lambda: Image.fromarray(coloured().astype(np.uint8)).convert("P", palette=Image.Palette.ADAPTIVE),
-        lambda: Image.fromarray(coloured().astype(np.uint8)).convert("P"),
-    ],
-)
-def test_a_palette_of_a_quantiser_is_refused(tmp_path: Path, make: Callable[[], Image.Image]) -> None:
-    """Its order is the program's: 0, 6 and 16 became 2, 1 and 0."""
-    make().save(tmp_path / "a.png")
-    assert not np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), drawn())
-    with pytest.raises(InputProblems, match=r"palette: .*8-bit grey.*label-map"):
-        read_png_ids(tmp_path / "a.png", (SIZE,), 256)
-
-
 def test_a_label_map_says_what_each_index_is(run: Path, shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     Image.fromarray(coloured().astype(np.uint8)).quantize(3, method=Image.Quantize.MEDIANCUT).save(
@@ -322,9 +124,6 @@ def test_a_label_map_says_what_each_index_is(run: Path, shapes: Path, tmp_path: 
     (tmp_path / "map.yaml").write_text("".join(f"{index}: {meant}\n" for index, meant in meaning.items()))
     job = job_of(run, shapes, tmp_path / "masks", label_map=tmp_path / "map.yaml")
     np.testing.assert_array_equal(job.masks_MHW[0], drawn())
-
-
-# --- damaged files ---
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
@@ -391,9 +190,6 @@ def test_mutated_masks_end_in_a_message(shapes: Path, tmp_path: Path) -> None:
         file.unlink()
     assert all(refused[name] > 60 for name in refused if name.endswith(".png")), refused
     assert all(refused.values()), refused
-
-
-# --- list first, then read what is drawn ---
 
 
 def write_volumes(folder: Path, num: int) -> None:
@@ -475,9 +271,6 @@ def test_a_job_goes_on_with_what_was_drawn(run: Path, shapes: Path, tmp_path: Pa
         again = make_here(run, shapes, **settings)
     np.testing.assert_array_equal(images, again.image[:])
     np.testing.assert_array_equal(masks, again.mask[:])
-
-
-# --- what is said ---
 
 
 def test_the_classes_are_printed_before_sampling(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import signal
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +16,20 @@ import torch
 import yaml
 from tests_support import write_shapes
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from training_support import CPU, NET, plain_losses, run_training
+from training_support import CPU, NET, disk_is_full_for, exported, interrupt_at, plain_losses, run_training
 
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import Batch
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import DenoiserTask
-from segdiff_dist.training import checkpoint, checkpoint_writer, sharded_state
+from segdiff_dist.training import checkpoint, checkpoint_writer
 from segdiff_dist.training.checkpoint import complete_ones
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.export import average_snapshots, is_exported
 from segdiff_dist.training.loop import TrainingStopped
 from segdiff_dist.training.sharded_state import SavedState
 from segdiff_dist.training.step_log import Guard
-
-
-def exported(run: Path) -> bytes:
-    return (run / "weights" / "ema_0.05" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 1), ("fp32", 0), ("bf16", 3)])
@@ -88,126 +81,6 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(shapes: Path, tmp_path: Path, mo
     interrupt_at(56, monkeypatch, shapes, tmp_path / "cut")
     assert run_training(shapes, tmp_path / "cut") == whole
     assert exported(tmp_path / "cut") == exported(tmp_path / "whole")
-
-
-def interrupt_at(images: int, monkeypatch: pytest.MonkeyPatch, shapes: Path, run: Path, **changes: Any) -> None:
-    """Train until a Ctrl-C has saved a checkpoint there."""
-    loss = DenoiserTask.loss
-
-    def interrupted(self: DenoiserTask, forward: Any, batch: Batch) -> Any:
-        if int(batch.position_B[0]) == images - 16:  # all ranks stop at the step after
-            os.kill(os.getpid(), signal.SIGINT)
-        return loss(self, forward, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DenoiserTask, "loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_training(shapes, run, **changes)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())[-1] == f"{images:012d}"
-
-
-def judge_by(scores: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the task have these scores at these counts; the list takes the counts that are judged."""
-    judged: list[int] = []
-
-    def validate(self: DenoiserTask, forward: Any, images_seen: int) -> dict[str, float]:
-        judged.append(images_seen)
-        return {"overlap": scores[images_seen]}
-
-    monkeypatch.setattr(DenoiserTask, "score", "overlap")
-    monkeypatch.setattr(DenoiserTask, "validate", validate)
-    return judged
-
-
-def exported_from(run: Path) -> int:
-    """Whose weights are exported: as the note says, and as the weights are that its checkpoint holds."""
-    images = json.loads((run / "weights" / "exported.json").read_text())["images_seen"]
-    saved = SavedState(run / "checkpoints" / f"{images:012d}", 1).full("ema_0.05")
-    weights = Denoiser.load(run / "weights" / "ema_0.05").state_dict()
-    assert all(torch.equal(weights[key], saved[key]) for key in saved)
-    return images
-
-
-@pytest.mark.parametrize(
-    ("scores", "options", "best", "kept"),
-    [
-        ({32: 0.5, 64: 0.6, 96: 0.4}, {"keep_checkpoints": 1}, 64, [64, 96]),
-        # Judged oftener than saved, and the other way round.
-        ({16: 0.9, 32: 0.1, 48: 0.1, 64: 0.1, 80: 0.1, 96: 0.1}, {"validate_every_images": 16}, 16, [16, 32, 64, 96]),
-        ({64: 0.9, 96: 0.1}, {"validate_every_images": 64, "checkpoint_every_images": 16}, 64, [64, 80, 96]),
-        ({32: float("nan"), 64: 0.2, 96: float("nan")}, {}, 64, [32, 64, 96]),
-    ],
-    ids=["together", "judged-oftener", "saved-oftener", "no-number"],
-)
-def test_exported_are_the_weights_that_were_judged_best(
-    shapes: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    scores: dict[int, float],
-    options: dict[str, Any],
-    best: int,
-    kept: list[int],
-) -> None:
-    judged = judge_by(scores, monkeypatch)
-    run_training(shapes, tmp_path, **options)
-    assert judged == sorted(scores)
-    assert exported_from(tmp_path) == best
-    newest, *before = complete_ones(tmp_path / "checkpoints")
-    assert [int(folder.name) for folder in (*reversed(before), newest)] == kept
-    assert is_exported(newest, tmp_path)
-    # Weights that were removed are exported again, by the same command, from the checkpoint that is kept for it.
-    weights = exported(tmp_path)
-    shutil.rmtree(tmp_path / "weights")
-    assert not is_exported(newest, tmp_path)
-    run_training(shapes, tmp_path, **options)
-    assert judged == sorted(scores)
-    assert exported(tmp_path) == weights
-
-
-@pytest.mark.parametrize("stop", [48, 64, 72])
-def test_an_interrupt_does_not_change_what_is_best(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
-    """At 64 a validation is due, and the stop leaves it out: it is made up for, and those weights are the best."""
-    judged = judge_by({32: 0.5, 64: 0.6, 96: 0.4}, monkeypatch)
-    interrupt_at(stop, monkeypatch, shapes, tmp_path, keep_checkpoints=1)
-    assert exported_from(tmp_path) == (64 if stop > 64 else 32)
-    run_training(shapes, tmp_path, keep_checkpoints=1)
-    assert judged == [32, 64, 96]
-    assert exported_from(tmp_path) == 64
-
-
-def test_a_best_that_cannot_be_saved_is_not_waited_for(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judge_by({32: 0.5, 64: 0.9, 96: 0.6}, monkeypatch)
-    disk_is_full_for(64, monkeypatch)
-    with pytest.warns(UserWarning, match="000000000064 could not be written"):
-        run_training(shapes, tmp_path)
-    assert exported_from(tmp_path) == 96
-
-
-def test_a_full_disk_during_the_export_costs_nothing_but_time(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_of: Callable[[int], Path]
-) -> None:
-    """The best weights find no room; the run ends, fails, and once there is room the same call exports them."""
-    judge_by({32: 0.5, 64: 0.4, 96: 0.3}, monkeypatch)
-    small_disk = disk_of(1)
-    (small_disk / "filler").write_bytes(bytes(1020 * 1024))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "weights").symlink_to(small_disk)
-    with (
-        pytest.warns(UserWarning, match=r"0032 is whole, but what follows from it could not be written.*[Ss]pace"),
-        pytest.raises(OSError, match=r"is whole, but .*[Ss]pace"),
-    ):
-        run_training(shapes, tmp_path / "run", keep_checkpoints=1)
-    newest, best = complete_ones(tmp_path / "run" / "checkpoints")
-    assert (int(newest.name), int(best.name)) == (96, 32)
-    assert not is_exported(newest, tmp_path / "run")
-    (small_disk / "filler").unlink()
-    run_training(shapes, tmp_path / "run", keep_checkpoints=1)
-    assert is_exported(newest, tmp_path / "run")
-    assert exported_from(tmp_path / "run") == 32
 
 
 def test_a_checkpoint_of_other_data_or_another_net_is_refused(shapes: Path, tmp_path: Path) -> None:
@@ -387,17 +260,6 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_one_before(
         run_training(shapes, tmp_path, num_images=80)
     assert [int(p.name) for p in complete_ones(tmp_path / "checkpoints")] == [80, 32]
     assert not (tmp_path / "checkpoints" / f"{64:012d}").exists()
-
-
-def disk_is_full_for(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = sharded_state.write
-
-    def full(folder: Path, rank: int, state: Any) -> None:
-        if int(folder.name) == images:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(folder, rank, state)
-
-    monkeypatch.setattr(sharded_state, "write", full)
 
 
 def snapshots(run: Path) -> list[int]:
