@@ -71,7 +71,7 @@ nib.save(made, target)
 
 
 class Tool:
-    """The thresholding program in a folder of its own, and what it is told to do about single cases."""
+    """The thresholding program in a folder of its own, and its settings for single cases."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()

@@ -24,16 +24,19 @@ _GRAMMAR = "write [SET:]MODALITY[/AXIS] or [SET:]*, for example CT, MR/axial or 
 
 
 class Tagged(Protocol):
-    """What is asked of a ShardSet: a code into MODALITIES, into AXES, and the index of its set, for every row."""
+    """What a mix reads of a ShardSet: integers for every row."""
 
     @property
-    def modality_N(self) -> np.ndarray: ...
+    def modality_N(self) -> np.ndarray:
+        """Indices into MODALITIES."""
 
     @property
-    def axis_N(self) -> np.ndarray: ...
+    def axis_N(self) -> np.ndarray:
+        """Indices into AXES."""
 
     @property
-    def member_N(self) -> np.ndarray: ...
+    def member_N(self) -> np.ndarray:
+        """Indices of the set that a row is from."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def count_slices(cases: Iterable[Case], config: PrepareConfig) -> Count:
     for case in cases:
         try:
             geometry = read_geometry(case.image, one_slice=case.is_flat)
-        except InputProblems:
+        except InputProblems:  # the check names it, or the skipped cases do
             continue
         volumes += 1
         slices += _num_slices(geometry, config)

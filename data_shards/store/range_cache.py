@@ -199,6 +199,7 @@ class Present:
         return int(record_R["num_bytes"][at]), int(record_R["crc"][at])
 
     def forget(self, file: int, offset: int) -> None:
+        """Let the range that begins there count as absent."""
         self._recent[file << _OFFSET_BITS | offset] = (0, 0)
 
     def add(self, record_R: np.ndarray) -> None:

@@ -196,9 +196,11 @@ class Connection:
             return list(pool.map(one, whole))
 
     def read_file(self, name: str) -> bytes:
+        """A whole file of the set, by its name in it."""
         return bytes(self._filesystem().cat_file(f"{self._base}/{name}"))
 
     def download(self, name: str, to: Path) -> None:
+        """The same, written to `to`."""
         self._filesystem().get_file(f"{self._base}/{name}", str(to))
 
     def _filesystem(self) -> Any:

@@ -69,12 +69,14 @@ def set_format(store: str, codec: str, samples_per_shard: int, *, size: int, bit
 
 
 class Source(Protocol):
-    """Some samples in a row, which a worker on another machine can read too. `stamp` changes when they do."""
+    """Some samples in a row, which a worker on another machine can read too."""
 
     @property
-    def stamp(self) -> str: ...
+    def stamp(self) -> str:
+        """Changes when the samples do."""
 
-    def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]: ...
+    def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]:
+        """Each sample's facts and encoded parts."""
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ class MaskSource(Protocol):
     """Masks by row: a shard set, or the masks of a folder. `parts` holds "edge" where there are soft edges."""
 
     @property
-    def label_table(self) -> LabelTable: ...
+    def label_table(self) -> LabelTable:
+        """Of the ids in the masks."""
 
     @property
-    def parts(self) -> Any: ...
+    def parts(self) -> Any:
+        """Names of what each row has."""
 
     def read_mask(self, row: int) -> np.ndarray:
         """uint8 [H, W] label ids."""
@@ -54,7 +56,9 @@ class MaskArray:
         return cls(mask_MHW, label_table, rows)
 
     def read_mask(self, row: int) -> np.ndarray:
+        """uint8 [H, W] label ids of a row of the folder's masks."""
         return np.asarray(self.mask_MHW[int(np.searchsorted(self.rows, row))])
 
     def read_part(self, row: int, part: str) -> np.ndarray:
+        """Never called: a folder's masks have no soft edges."""
         raise AssertionError(f"masks of a folder have no {part}")

@@ -33,7 +33,7 @@ from segdiff_dist.training.micro_batch import find_micro_batch
 from segdiff_dist.training.step_log import Guard, RunLog, Window
 from segdiff_dist.training.stop_signals import StopSignals
 from segdiff_dist.training.task import Task
-from segdiff_dist.training.throughput import FlopCounter, StepClock, peak_flops, progress_line
+from segdiff_dist.training.throughput import FlopCounter, Peak, StepClock, peak_flops, progress_line
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -114,14 +114,8 @@ def train(job: TrainingJob) -> None:
             resumed_from, state, window, guard = _resume(engine, job)
             log = RunLog(folder / "log.jsonl", job.tracker, task.name, state.images_seen)
             if is_main():
-                run_settings = {
-                    "ranks": world_size(),
-                    "device": str(job.device),
-                    "micro_batch_size_used": micro_batch_size,
-                }
-                run_settings |= {"peak_tflops": peak.flops / 1e12, "peak_source": peak.source}
-                run_settings["parameters"] = sum(p.numel() for p in model.parameters())
-                job.tracker.log_params({task.name: run_settings})
+                num_parameters = sum(p.numel() for p in model.parameters())
+                job.tracker.log_params({task.name: _found_at_start(job.device, micro_batch_size, peak, num_parameters)})
 
             def forward_and_backward(batch: Batch) -> None:
                 loss, metrics = task.loss(engine, batch)
@@ -211,6 +205,18 @@ def train(job: TrainingJob) -> None:
             engine.close()
     if not is_done:
         raise KeyboardInterrupt
+
+
+def _found_at_start(device: torch.device, micro_batch_size: int, peak: Peak, num_parameters: int) -> dict[str, Any]:
+    """What a run has beside its settings, for the tracker."""
+    return {
+        "ranks": world_size(),
+        "device": str(device),
+        "micro_batch_size_used": micro_batch_size,
+        "peak_tflops": peak.flops / 1e12,
+        "peak_source": peak.source,
+        "parameters": num_parameters,
+    }
 
 
 def _shared_by_ranks(job: TrainingJob) -> dict[str, str]:

@@ -237,7 +237,7 @@ class _Means:
         }
 
     def organ(self, organ: str, which: Callable[[SumKey], bool]) -> dict[str, Entry]:
-        # Here n counts the samples that hold the organ. The others do not count as left out.
+        """The metrics of one organ. Here n counts the samples that hold it; the others do not count as left out."""
         names = [f"{metric}/{organ}" for metric in (*ORGAN_METRICS, *HU_METRICS)]
         means = self.sums.means(names, which, self.interval)
         entries = {n.split("/")[0]: _entry(n.split("/")[0], mean) for n, mean in means.items() if mean is not None}
