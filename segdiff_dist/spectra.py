@@ -89,7 +89,7 @@ def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int
     # Of all but the outermost pixels, which have no eight neighbours.
     rows_BHW = image_BHW[:, :-2] + 2.0 * image_BHW[:, 1:-1] + image_BHW[:, 2:]
     smooth_BHW = (rows_BHW[:, :, :-2] + 2.0 * rows_BHW[:, :, 1:-1] + rows_BHW[:, :, 2:]) / 16.0
-    inside_BHW = _interior(labels_BHW)
+    inside_BHW = interior(labels_BHW)
     detail = (image_BHW[:, 1:-1, 1:-1] - smooth_BHW)[inside_BHW]
     place = labels_BHW[:, 1:-1, 1:-1][inside_BHW].astype(np.int64) + np.nonzero(inside_BHW)[0] * num_classes
     length = len(labels_BHW) * num_classes
@@ -107,7 +107,7 @@ def mean_texture(std_BK: Array, organ_ids: Sequence[int]) -> Array:
     return ratio(np.where(known_BO, organs_BO, 0.0).sum(axis=1), known_BO.sum(axis=1))
 
 
-def _interior(labels_BHW: np.ndarray) -> npt.NDArray[np.bool_]:
+def interior(labels_BHW: np.ndarray) -> npt.NDArray[np.bool_]:
     """Which pixels are not background and have eight neighbours of their own label, bool [B, H - 2, W - 2]: of all but
     the outermost."""
     height, width = labels_BHW.shape[1:]

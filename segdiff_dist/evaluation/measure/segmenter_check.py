@@ -13,6 +13,7 @@ MARK = "\u2021"
 # Beginnings of the names of all metrics that need the segmenter.
 SEGMENTER_METRICS = (
     *("dice_", "surface_dice_", "area_error_", "volume_error_", "false_positive_", "legacy_dice_", "segmenter_"),
+    *("sensitivity_", "precision_"),
 )
 _ON_REAL = "dice_mask_real"
 _MARKED = "unreliable"

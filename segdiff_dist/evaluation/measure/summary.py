@@ -20,6 +20,7 @@ from segdiff_dist.evaluation.measure.trust import Spread
 from segdiff_dist.evaluation.measure.worker import ChunkResult
 from segdiff_dist.evaluation.metrics.columns import (
     FALSE_POSITIVES,
+    GREY_METRICS,
     HEADLINE_METRICS,
     HU_METRICS,
     ORGAN_METRICS,
@@ -30,6 +31,7 @@ from segdiff_dist.evaluation.metrics.columns import (
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, Distributions, Entry, Group
 from segdiff_dist.evaluation.metrics.estimates import Estimate
+from segdiff_dist.evaluation.metrics.organ_texture import organ_texture_entries
 from segdiff_dist.evaluation.metrics.sharpness import (
     SHARPNESS_METRICS,
     organ_entries,
@@ -52,6 +54,7 @@ _EARLIER = {"dice_either_mask_gen": "dice_mask_gen", "dice_either_mask_real": "d
 UNRELIABLE = "(!)"
 DIVERSITY_METRICS = tuple(field.name for field in fields(Spread))
 _UNITS = {"psnr_db": "dB", "pixel_std": "grey values"} | dict.fromkeys(HU_METRICS, "HU")
+_UNITS |= dict.fromkeys(GREY_METRICS, "grey values")
 _UNITS |= {f"false_positive_area_mm2_{pair}": "mm2" for pair in PAIRS}
 # Kinds of samples that are summed separately: see _kinds.
 _HEADLINE, _SEVERAL, _ACROSS = "headline", "several", "across"
@@ -123,11 +126,14 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
     def entries(group: Group) -> dict[str, Entry]:
         headline = means.of(HEADLINE_METRICS, _headline(group))
         headline |= sharpness_entries(measured.sums, _headline(group), interval)
+        headline |= organ_texture_entries(measured.sums, _headline(group), interval)
         return headline | measured.distributions.entries(group, group)
 
     def by_organ(group: Group) -> dict[str, Any]:
         which = _headline(group)
-        return {o: means.organ(o, which) | organ_entries(measured.sums, o, which, interval) for o in organs}
+        texture = {o: organ_entries(measured.sums, o, which, interval) for o in organs}
+        texture = {o: texture[o] | organ_texture_entries(measured.sums, which, interval, o) for o in organs}
+        return {o: means.organ(o, which) | texture[o] for o in organs}
 
     def existing(groups: dict[str, Group], make: Callable[[Group], dict[str, Any]]) -> dict[str, Any]:
         return {name: make(group) for name, group in groups.items() if measured.sums.num_samples(_headline(group))}
@@ -238,7 +244,7 @@ class _Means:
 
     def organ(self, organ: str, which: Callable[[SumKey], bool]) -> dict[str, Entry]:
         """The metrics of one organ. Here n counts the samples that hold it; the others do not count as left out."""
-        names = [f"{metric}/{organ}" for metric in (*ORGAN_METRICS, *HU_METRICS)]
+        names = [f"{metric}/{organ}" for metric in (*ORGAN_METRICS, *HU_METRICS, *GREY_METRICS)]
         means = self.sums.means(names, which, self.interval)
         entries = {n.split("/")[0]: _entry(n.split("/")[0], mean) for n, mean in means.items() if mean is not None}
         for pair in PAIRS:
@@ -273,7 +279,8 @@ def _cross_modality(measured: Evaluated, means: _Means) -> dict[str, dict[str, E
     """Images of one modality made from masks of the other. They have no real counterpart. They are compared with the
     mask, and with real images of the target modality, which are of other patients."""
     directions = {}
-    kinds = ("dice_either", "dice", "surface_dice", "area_error", *FALSE_POSITIVES, "legacy_dice")
+    kinds = ("dice_either", "dice", "sensitivity", "precision", "surface_dice", "area_error", *FALSE_POSITIVES)
+    kinds += ("legacy_dice",)
     names = [f"{kind}_mask_gen" for kind in kinds]
     for source in MODALITIES:
         for target in MODALITIES:

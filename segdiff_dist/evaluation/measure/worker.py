@@ -14,7 +14,7 @@ import numpy as np
 
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
-from segdiff_dist.evaluation.metrics import sharpness, surfaces
+from segdiff_dist.evaluation.metrics import organ_texture, sharpness, surfaces
 from segdiff_dist.evaluation.metrics.columns import (
     SIDES,
     column_names,
@@ -236,10 +236,9 @@ class _Batch:
         self._write(similarity_columns(real, fake), chosen)
         if evaluator.lpips is not None:
             self._write({"lpips": evaluator.lpips(real, fake)}, chosen)
-        sharp = sharpness.measure(
-            real.cpu().numpy(), fake.cpu().numpy(), self.label_maps["mask"][chosen], evaluator.table
-        )
-        self._write(sharp, chosen)
+        for texture in (sharpness, organ_texture):
+            masks = self.label_maps["mask"][chosen]
+            self._write(texture.measure(real.cpu().numpy(), fake.cpu().numpy(), masks, evaluator.table), chosen)
         for images, side in ((real, 0), (fake, 1)):
             for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
                 self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from segdiff_dist.evaluation.metrics import overlaps, similarity, surfaces
+from segdiff_dist.evaluation.metrics.organ_texture import organ_texture_columns
 from segdiff_dist.evaluation.metrics.sharpness import sharpness_columns
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ SIDES = ("real", "gen")
 FALSE_POSITIVES = ("false_positive_rate", "false_positive_area_mm2")
 # HU inside an organ's mask on either image, CT only; `hu_mean_error` is the difference of the means without its sign.
 HU_METRICS = ("hu_mean_real", "hu_mean_gen", "hu_mean_error", "hu_std_real", "hu_std_gen")
+# The same in grey values of the common 8-bit window, which MR has too.
+GREY_METRICS = ("grey_mean_real", "grey_mean_gen", "grey_std_real", "grey_std_gen")
 # Where an organ's area is measured: in the mask, and in the labels predicted on either image.
 SOURCES = ("mask", "real", "gen")
 
 # Metrics of each organ and each pair of label maps.
 ORGAN_METRICS = tuple(
     f"{kind}_{pair}"
-    for kind in ("dice_either", "dice", "surface_dice", "area_error", *FALSE_POSITIVES)
+    for kind in ("dice_either", "dice", "sensitivity", "precision", "surface_dice", "area_error", *FALSE_POSITIVES)
     for pair in PAIRS
 )
 # Columns whose means over the headline images are in the summary.
@@ -47,12 +50,13 @@ def column_names(table: LabelTable) -> list[str]:
     """Names of the metric columns of samples.parquet, in order."""
     organs = [table.names[i] for i in table.organ_ids]
     names = ["psnr_db", "ssim", "ms_ssim", "lpips"]
-    kinds = ("dice", "dice_either", "surface_dice", "area_error", "legacy_dice", *FALSE_POSITIVES)
+    kinds = ("dice", "dice_either", "sensitivity", "precision", "surface_dice", "area_error", "legacy_dice")
+    kinds += FALSE_POSITIVES
     names += [f"{kind}_{pair}" for kind in kinds for pair in PAIRS]
-    names += sharpness_columns(table)
-    names += [f"{name}/{organ}" for name in HU_METRICS for organ in organs]
+    names += sharpness_columns(table) + organ_texture_columns(table)
+    names += [f"{name}/{organ}" for name in (*HU_METRICS, *GREY_METRICS) for organ in organs]
     names += [f"dice_{pair}/{name}" for pair in PAIRS for name in table.names[1:]]
-    of_organs = ("dice_either", "surface_dice", "area_error", *FALSE_POSITIVES)
+    of_organs = ("dice_either", "sensitivity", "precision", "surface_dice", "area_error", *FALSE_POSITIVES)
     names += [f"{kind}_{pair}/{organ}" for kind in of_organs for pair in PAIRS for organ in organs]
     return names + [f"area_mm2_{source}/{organ}" for source in SOURCES for organ in organs]
 
@@ -85,6 +89,8 @@ def overlap_columns(
     values_by_kind = {
         "dice": overlaps.dice_per_class(counts_BKK),
         "dice_either": overlaps.dice_either(counts_BKK),
+        "sensitivity": overlaps.sensitivity(counts_BKK),
+        "precision": overlaps.precision(counts_BKK),
         "area_error": overlaps.area_errors(counts_BKK),
     }
     if tolerance_mm_O is not None:
@@ -124,7 +130,7 @@ def _false_positive_columns(
 def hounsfield_columns(
     metas: Sequence[SliceMeta], mask_BHW: np.ndarray, real_BHW: np.ndarray, gen_BHW: np.ndarray, table: LabelTable
 ) -> dict[str, np.ndarray]:
-    """HU_METRICS [B] inside each organ of the mask, by column; NaN for MR, which has no HU.
+    """HU_METRICS and GREY_METRICS [B] inside each organ of the mask, by column; HU are NaN for MR, which has none.
 
     From uint8 grey values, so that only the window of intensities counts that the shards keep.
     """
@@ -135,10 +141,16 @@ def hounsfield_columns(
     means_BK: dict[str, np.ndarray] = {}
     for side, images_BHW in zip(SIDES, (real_BHW, gen_BHW), strict=True):
         mean_BK, std_BK = similarity.grey_moments(mask_BHW, images_BHW, table.num_classes)
+        for i in table.organ_ids:
+            columns[f"grey_mean_{side}/{table.names[i]}"] = mean_BK[:, i]
+            columns[f"grey_std_{side}/{table.names[i]}"] = std_BK[:, i]
         means_BK[side], std_BK = mean_BK * hu_per_grey + hu_at_zero, std_BK * hu_per_grey
         for i in table.organ_ids:
             columns[f"hu_mean_{side}/{table.names[i]}"] = means_BK[side][:, i]
             columns[f"hu_std_{side}/{table.names[i]}"] = std_BK[:, i]
     error_BK = np.abs(means_BK["gen"] - means_BK["real"])
     columns |= {f"hu_mean_error/{table.names[i]}": error_BK[:, i] for i in table.organ_ids}
-    return {name: np.where(is_ct, values_B, np.nan) for name, values_B in columns.items()}
+    return {
+        name: np.where(is_ct, values_B, np.nan) if name.startswith("hu_") else values_B
+        for name, values_B in columns.items()
+    }

@@ -28,7 +28,8 @@ _PAIRS = {
 
 
 _TEXT_OF_PAIRS = {
-    "mask_real": "The reference is the mask, compared with the segmenter's labels on the real image: its best.",
+    "mask_real": "The reference is the mask, compared with the segmenter's labels on the real image: the best that the "
+    "segmenter can do.",
     "real_gen": "The reference is the segmenter's labels on the real image, compared with those on the generated one.",
     "mask_gen": "The reference is the mask, compared with the segmenter's labels on the generated image.",
 }
@@ -60,6 +61,44 @@ def _false_positives() -> dict[str, Definition]:
     )
 
 
+def _organ_texture() -> dict[str, Definition]:
+    """Noise level, autocorrelation and grey values inside organs, on the real and on the generated images."""
+    found = {}
+    for side, label in (("real", "real"), ("gen", "generated")):
+        found[f"noise_std_{side}"] = Definition(
+            f"Noise level, {label} (grey values)",
+            2,
+            "",
+            f"Noise inside organs of the mask on the {label} images: the standard deviation of the grey values minus "
+            "their 3x3 binomial mean, divided by 0.80, which is what white noise of 1 leaves; only pixels whose eight "
+            "neighbours belong to the same organ; mean over organs, then over images.",
+        )
+        for lag in (1, 2):
+            found[f"autocorrelation_{lag}_{side}"] = Definition(
+                f"Autocorrelation, {lag} px, {label}",
+                3,
+                "",
+                f"Correlation of grey values {lag} pixel{'s' * (lag > 1)} apart, along rows and columns, inside organs "
+                f"of the mask on the {label} images, after the plane fitted to the organ's grey values is subtracted; "
+                "only pixels whose eight neighbours belong to the same organ, at least 36; mean over organs, then over "
+                "images. White noise has 0. Smooth texture is near 1.",
+            )
+        found[f"grey_mean_{side}"] = Definition(
+            f"Mean grey value, {label}",
+            1,
+            "",
+            f"Mean grey value (0 to 255) inside the organ's mask on the {label} image, averaged over images.",
+        )
+        found[f"grey_std_{side}"] = Definition(
+            f"Grey spread, {label}",
+            1,
+            "",
+            f"Standard deviation of the grey values (0 to 255) inside the organ's mask on the {label} image, averaged "
+            "over images.",
+        )
+    return found
+
+
 def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Definition]:
     texts = {
         "precision": f"Share of generated images in the neighbourhood of a real one, on {features}. The neighbourhood "
@@ -67,10 +106,10 @@ def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Defi
         "recall": f"Share of real images in the neighbourhood of a generated one, on {features}. The neighbourhood "
         "reaches to the 3rd nearest generated image. It measures variety.",
         "density": f"Number of real images whose neighbourhood holds a generated image, divided by 5, on {features}; "
-        "mean over generated images. The neighbourhood reaches to the 5th nearest real image (Naeem et al. 2020). It "
-        "measures fidelity, and outliers change it less than precision. It may exceed 1.",
+        "mean over generated images. The neighbourhood of a real image reaches to the 5th nearest real image (Naeem et "
+        "al. 2020). Density measures fidelity, and outliers change it less than precision. It may exceed 1.",
         "coverage": f"Share of real images whose neighbourhood holds a generated one, on {features}. The neighbourhood "
-        "is that of density. It measures variety.",
+        "of a real image reaches to the 5th nearest real image (Naeem et al. 2020). Coverage measures variety.",
     }
     return {f"{extractor}_{name}": Definition(f"{label} {name}", 3, "higher", text) for name, text in texts.items()}
 
@@ -143,6 +182,7 @@ DEFINITIONS = {
         "al. 2018, version 0.1), the grey image as three equal channels.",
     ),
     **_sharpness(),
+    **_organ_texture(),
     "fid": Definition(
         "FID",
         1,
@@ -154,8 +194,9 @@ DEFINITIONS = {
         "Segmenter Fréchet",
         3,
         "lower",
-        "Fréchet distance on the pooled encoder features of the auxiliary segmenter. It is not FID and has another "
-        "scale. Compare it only between runs that were evaluated with the same segmenter and as many images.",
+        "Fréchet distance of real and generated images on the auxiliary segmenter's pooled encoder features. It is "
+        "not FID and has another scale. Compare it only between runs that were evaluated with the same segmenter and "
+        "as many images.",
     ),
     "frd": Definition(
         "FRD",
@@ -198,7 +239,8 @@ DEFINITIONS = {
         "Dice (pred. real, pred. gen.)",
         3,
         "higher",
-        "Dice over the organs present in the segmenter's labels on the real image, against those on the generated one.",
+        "Dice of the segmenter's labels on the real and on the generated image, over the organs present in its labels "
+        "on the real image, background and body left out; mean over organs, then over images.",
     ),
     "dice_mask_gen": Definition(
         "Dice (mask, pred. gen.)",
@@ -206,6 +248,20 @@ DEFINITIONS = {
         "higher",
         "Dice of the mask and the segmenter's labels on the generated image, over the organs present in the mask. It "
         "measures whether the image follows its mask. An organ that is not in the mask does not lower it.",
+    ),
+    **_organ_means(
+        "sensitivity",
+        "Sensitivity",
+        "higher",
+        "Share of an organ's pixels in the reference that the other label map has too; mean over the organs present in "
+        "the reference, then over images.",
+    ),
+    **_organ_means(
+        "precision",
+        "Precision",
+        "higher",
+        "Share of an organ's pixels in the other label map that the reference has too, 0 where the reference does not "
+        "hold the organ; mean over the organs present in the other label map, then over images.",
     ),
     **_organ_means(
         "surface_dice",
@@ -236,7 +292,13 @@ DEFINITIONS = {
         "Mean HU inside the organ's mask on the real CT image, averaged over images; from 8-bit grey values, in which "
         "HU outside the window are clipped.",
     ),
-    "hu_mean_gen": Definition("Mean HU, generated", 1, "", "Mean HU inside the organ's mask on the generated image."),
+    "hu_mean_gen": Definition(
+        "Mean HU, generated",
+        1,
+        "",
+        "Mean HU inside the organ's mask on the generated CT image, averaged over images; from 8-bit grey values, in "
+        "which HU outside the window are clipped.",
+    ),
     "hu_std_real": Definition(
         "HU spread, real",
         1,
@@ -244,32 +306,39 @@ DEFINITIONS = {
         "Standard deviation of HU inside the organ's mask on the real CT image, averaged over images.",
     ),
     "hu_std_gen": Definition(
-        "HU spread, generated", 1, "", "Standard deviation of HU inside the organ's mask on the generated image."
+        "HU spread, generated",
+        1,
+        "",
+        "Standard deviation of HU inside the organ's mask on the generated CT image, averaged over images.",
     ),
     "hu_mean_error": Definition(
         "HU error",
         1,
         "lower",
-        "Absolute difference of the two means of an image, averaged over images.",
+        "Absolute difference of the mean HU inside the organ's mask on the real and on the generated CT image, "
+        "averaged over images.",
     ),
     "legacy_dice_mask_real": Definition(
         "Legacy Dice (mask, pred. real)",
         3,
         "higher",
-        "Dice as in the paper's Table 1: the mean over all classes with background, where a class absent from both "
-        "counts 1. It is too high for images with few organs. It is kept for comparison with the published rows.",
+        "Dice of the mask and the segmenter's labels on the real image as in Table 1 of Hunecke and Chen: the mean "
+        "over all classes with background, where a class absent from both counts 1. It is too high for images with few "
+        "organs. It is kept for comparison with the published rows.",
     ),
     "legacy_dice_real_gen": Definition(
         "Legacy Dice (pred. real, pred. gen.)",
         3,
         "higher",
-        "The paper's Dice of the labels on real and generated images.",
+        "Dice of the segmenter's labels on the real and on the generated image as in Table 1 of Hunecke and Chen: the "
+        "mean over all classes with background, where a class absent from both counts 1.",
     ),
     "legacy_dice_mask_gen": Definition(
         "Legacy Dice (mask, pred. gen.)",
         3,
         "higher",
-        "The paper's Dice of the mask and the labels on the generated image.",
+        "Dice of the mask and the segmenter's labels on the generated image as in Table 1 of Hunecke and Chen: the "
+        "mean over all classes with background, where a class absent from both counts 1.",
     ),
     "pixel_std": Definition(
         "Pixel std (grey values)",

@@ -50,6 +50,21 @@ def dice_either(confusion_BKK: Counts) -> Array:
     return dice
 
 
+def sensitivity(confusion_BKK: Counts) -> Array:
+    """Share [B, K] of each id's reference pixels that the prediction has too; NaN where the reference has none."""
+    overlap, reference, _ = _overlaps(confusion_BKK)
+    return np.asarray(np.where(reference > 0, overlap / np.maximum(reference, 1), np.nan))
+
+
+def precision(confusion_BKK: Counts) -> Array:
+    """Share [B, K] of each id's predicted pixels that the reference has too; NaN where the prediction has none.
+
+    0 for an id that the reference does not have.
+    """
+    overlap, _, predicted = _overlaps(confusion_BKK)
+    return np.asarray(np.where(predicted > 0, overlap / np.maximum(predicted, 1), np.nan))
+
+
 def false_positive_pixels(confusion_BKK: Counts) -> Array:
     """Predicted pixels [B, K] of each id that is absent from the reference; NaN where the reference has it."""
     _, reference, predicted = _overlaps(confusion_BKK)
