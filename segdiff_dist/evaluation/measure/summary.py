@@ -279,8 +279,8 @@ def _cross_modality(measured: Evaluated, means: _Means) -> dict[str, dict[str, E
     """Images of one modality made from masks of the other. They have no real counterpart. They are compared with the
     mask, and with real images of the target modality, which are of other patients."""
     directions = {}
-    kinds = ("dice_either", "dice", "sensitivity", "precision", "surface_dice", "area_error", *FALSE_POSITIVES)
-    kinds += ("legacy_dice",)
+    kinds = ["dice_either", "dice", "sensitivity", "precision", "surface_dice", "area_error", *FALSE_POSITIVES]
+    kinds += ["legacy_dice"]
     names = [f"{kind}_mask_gen" for kind in kinds]
     for source in MODALITIES:
         for target in MODALITIES:

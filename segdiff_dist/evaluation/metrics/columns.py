@@ -50,7 +50,7 @@ def column_names(table: LabelTable) -> list[str]:
     """Names of the metric columns of samples.parquet, in order."""
     organs = [table.names[i] for i in table.organ_ids]
     names = ["psnr_db", "ssim", "ms_ssim", "lpips"]
-    kinds = ("dice", "dice_either", "sensitivity", "precision", "surface_dice", "area_error", "legacy_dice")
+    kinds = ["dice", "dice_either", "sensitivity", "precision", "surface_dice", "area_error", "legacy_dice"]
     kinds += FALSE_POSITIVES
     names += [f"{kind}_{pair}" for kind in kinds for pair in PAIRS]
     names += sharpness_columns(table) + organ_texture_columns(table)

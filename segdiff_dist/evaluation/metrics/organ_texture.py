@@ -45,44 +45,60 @@ def autocorrelation(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes:
     white noise (less some 3 / N, for the plane). NaN where fewer than FEWEST_PIXELS_CORRELATED are left, where all are
     equal, and for background.
     """
-    inside_BHW = interior(labels_BHW)
-    b_N, y_N, x_N = np.nonzero(inside_BHW)
-    place_N = labels_BHW[:, 1:-1, 1:-1][inside_BHW].astype(np.int64) + b_N * num_classes
-    length = len(labels_BHW) * num_classes
-    count = np.bincount(place_N, minlength=length).astype(np.float64)
-
-    def sums(weights_N: np.ndarray) -> Array:
-        return np.bincount(place_N, weights_N, length)
-
-    def centred(values_N: np.ndarray) -> Array:
-        return np.asarray(values_N - (sums(values_N) / np.maximum(count, 1))[place_N])
-
-    y_N, x_N, grey_N = centred(y_N), centred(x_N), centred(images_BHW[:, 1:-1, 1:-1][inside_BHW].astype(np.float64))
-    yy, xx, xy, gy, gx = (sums(p) for p in (y_N**2, x_N**2, y_N * x_N, grey_N * y_N, grey_N * x_N))
-    determinant = yy * xx - xy**2
-    slope_y, slope_x = ratio(gy * xx - gx * xy, determinant), ratio(gx * yy - gy * xy, determinant)
-    # NaN where the pixels are on a line: such an organ has too few anyhow.
-    rest_N = np.nan_to_num(grey_N - slope_y[place_N] * y_N - slope_x[place_N] * x_N)
-    rest_BHW, label_BHW = np.zeros(inside_BHW.shape), np.zeros(inside_BHW.shape, np.int64)
-    rest_BHW[inside_BHW], label_BHW[inside_BHW] = rest_N, place_N
-    variance = np.where(count >= FEWEST_PIXELS_CORRELATED, sums(rest_N**2) / np.maximum(count, 1), 0.0)
-    variance = np.where(variance > 1e-6, variance, 0.0)
-    found = [ratio(_mean_product(rest_BHW, label_BHW, inside_BHW, lag, length), variance) for lag in LAGS]
-    return np.stack(found).reshape(len(LAGS), -1, num_classes)
+    return _Inside(labels_BHW, num_classes).autocorrelation(images_BHW)
 
 
-def _mean_product(rest_BHW: Array, place_BHW: np.ndarray, inside_BHW: np.ndarray, lag: int, length: int) -> Array:
-    """Mean by place of the product of two pixels `lag` apart, both inside. Pixels that have eight neighbours of their
-    own label and are one or two apart have the same label."""
-    product, pairs = np.zeros(length), np.zeros(length)
-    for first, second in (((slice(None, -lag), slice(None)), (slice(lag, None), slice(None))),
-                          ((slice(None), slice(None, -lag)), (slice(None), slice(lag, None)))):  # fmt: skip
-        a, b = (slice(None), *first), (slice(None), *second)
-        both = inside_BHW[a] & inside_BHW[b]
-        place = place_BHW[a][both]
-        product += np.bincount(place, rest_BHW[a][both] * rest_BHW[b][both], length)
-        pairs += np.bincount(place, minlength=length)
-    return np.asarray(product / np.maximum(pairs, 1))
+class _Inside:
+    """The pixels inside organs, and their pairs: what all images of the same masks share."""
+
+    def __init__(self, labels_BHW: np.ndarray, num_classes: int) -> None:
+        self._shape = (len(LAGS), len(labels_BHW), num_classes)
+        self._inside_BHW = interior(labels_BHW)
+        b_N, row_N, column_N = np.nonzero(self._inside_BHW)
+        self._place_N = labels_BHW[:, 1:-1, 1:-1][self._inside_BHW].astype(np.int64) + b_N * num_classes
+        self._count = np.bincount(self._place_N, minlength=self._shape[1] * num_classes).astype(np.float64)
+        y_N, x_N = self._y_N, self._x_N = self._centred(row_N), self._centred(column_N)
+        self._yy, self._xx, self._xy = (self._sums(product) for product in (y_N * y_N, x_N * x_N, y_N * x_N))
+        self._pairs = [self._pairs_of(lag) for lag in LAGS]
+
+    def autocorrelation(self, images_BHW: np.ndarray) -> Array:
+        """[L, B, K], as of the function above."""
+        rest_N = self._less_plane(images_BHW[:, 1:-1, 1:-1][self._inside_BHW].astype(np.float64))
+        variance = self._sums(rest_N * rest_N) / np.maximum(self._count, 1)
+        variance = np.where((self._count >= FEWEST_PIXELS_CORRELATED) & (variance > 1e-6), variance, 0.0)
+        found = []
+        for first, second, num_pairs in self._pairs:
+            product = np.bincount(self._place_N[first], rest_N[first] * rest_N[second], len(self._count))
+            found.append(ratio(product / np.maximum(num_pairs, 1), variance))
+        return np.stack(found).reshape(self._shape)
+
+    def _sums(self, values_N: np.ndarray) -> Array:
+        return np.bincount(self._place_N, values_N, len(self._count)).astype(np.float64)
+
+    def _centred(self, values_N: np.ndarray) -> Array:
+        return np.asarray(values_N - (self._sums(values_N) / np.maximum(self._count, 1))[self._place_N])
+
+    def _less_plane(self, grey_N: Array) -> Array:
+        """Grey values less their least-squares plane; less their mean alone where all pixels are on a line."""
+        grey_N, y_N, x_N = self._centred(grey_N), self._y_N, self._x_N
+        gy, gx = self._sums(grey_N * y_N), self._sums(grey_N * x_N)
+        determinant = self._yy * self._xx - self._xy**2
+        slope_y = np.nan_to_num(ratio(gy * self._xx - gx * self._xy, determinant))
+        slope_x = np.nan_to_num(ratio(gx * self._yy - gy * self._xy, determinant))
+        return np.asarray(grey_N - slope_y[self._place_N] * y_N - slope_x[self._place_N] * x_N)
+
+    def _pairs_of(self, lag: int) -> tuple[np.ndarray, np.ndarray, Array]:
+        """Which two pixels are `lag` apart along rows or columns, and how many pairs each organ has.
+
+        Pixels that have eight neighbours of their own label and are one or two apart have the same label.
+        """
+        number_BHW = np.full(self._inside_BHW.shape, -1)
+        number_BHW[self._inside_BHW] = np.arange(len(self._place_N))
+        shifted = ((number_BHW[:, :-lag], number_BHW[:, lag:]), (number_BHW[:, :, :-lag], number_BHW[:, :, lag:]))
+        kept = [(a[both], b[both]) for a, b in shifted for both in [(a >= 0) & (b >= 0)]]
+        first, second = (np.concatenate(numbers) for numbers in zip(*kept, strict=True))
+        num_pairs = np.bincount(self._place_N[first], minlength=len(self._count)).astype(np.float64)
+        return first, second, num_pairs
 
 
 def organ_texture_columns(table: LabelTable) -> list[str]:
@@ -99,8 +115,10 @@ def measure(
     `autocorrelation_LAG_SIDE` is the mean over organs of `autocorrelation_LAG_SIDE/ORGAN`; NaN where none has one.
     """
     columns: dict[str, np.ndarray] = {}
+    is_organ_K = np.isin(np.arange(table.num_classes), table.organ_ids)
+    inside = _Inside(np.where(is_organ_K[mask_BHW], mask_BHW, 0), table.num_classes)
     for side, images_BHW in zip(_SIDES, (real_BHW, generated_BHW), strict=True):
-        for lag, values_BK in zip(LAGS, autocorrelation(mask_BHW, images_BHW, table.num_classes), strict=True):
+        for lag, values_BK in zip(LAGS, inside.autocorrelation(images_BHW), strict=True):
             name = f"autocorrelation_{lag}_{side}"
             columns[name] = mean_texture(values_BK, table.organ_ids)
             columns |= {f"{name}/{table.names[i]}": values_BK[:, i] for i in table.organ_ids}
