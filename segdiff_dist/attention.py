@@ -24,8 +24,8 @@ Backend = Literal["sdpa", "xformers"]
 
 
 def choose_attention(requested: AttentionBackend, device: torch.device, head_dim: int = 8) -> Backend:
-    """The backend for heads so wide on `device`. Asked for by name and not possible: refused; `auto` takes what works
-    there."""
+    """The backend for heads of this width on `device`. A backend that is given by name but not possible is refused;
+    `auto` takes one that works there."""
     if requested == "sdpa" or (reason := why_not_xformers(device, head_dim)) is None:
         return "sdpa" if requested == "sdpa" else "xformers"
     if requested == "xformers":
@@ -35,9 +35,10 @@ def choose_attention(requested: AttentionBackend, device: torch.device, head_dim
 
 @cache
 def why_not_xformers(device: torch.device, head_dim: int = 8) -> str | None:
-    """What keeps xformers from computing attention on `device`; None where it does, both ways, in bf16 and fp32.
+    """Why xformers cannot compute attention on `device`; None if it can, forward and backward, in bf16 and fp32.
 
-    Tried, not looked up: its wheel imports beside a torch or CUDA that it was not built for, and refuses when called.
+    It is tried, because its wheel can be imported beside a torch or CUDA that it was not built for, and then refuses
+    every call.
     """
     if device.type != "cuda":
         return "needs a CUDA GPU"
@@ -47,7 +48,7 @@ def why_not_xformers(device: torch.device, head_dim: int = 8) -> str | None:
         for dtype in (torch.bfloat16, torch.float32):
             x_NLHD = torch.ones(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
             attend(x_NLHD, x_NLHD, x_NLHD, "xformers").sum().backward()
-    except Exception as error:  # whatever a build for another torch comes up with
+    except Exception as error:  # a build for another torch may raise anything
         return f"fails here: {first_line(error)}"
     return None
 
@@ -93,8 +94,8 @@ class SelfAttention:
         attention_mask: None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attention.forward of a block with a group norm and a residual connection, as UNet2DModel's are; the time,
-        which the middle block gives it, has no part in it."""
+        """Attention.forward of a block with a group norm and a residual connection, as in UNet2DModel. It ignores the
+        time, which the middle block passes."""
         assert encoder_hidden_states is None
         assert attention_mask is None
         N, C, H, W = x_NCHW.shape
@@ -104,7 +105,7 @@ class SelfAttention:
         return x_NCHW + y_NLC.transpose(1, 2).reshape(N, C, H, W)
 
     def of_pixels(self, block: Attention, x_NLC: Tensor) -> Tensor:
-        """Normalised pixels to what is added to them."""
+        """From normalised pixels to the term that is added to them."""
         N, L, _ = x_NLC.shape
         q_NLHD, k_NLHD, v_NLHD = (to(x_NLC).view(N, L, block.heads, -1) for to in (block.to_q, block.to_k, block.to_v))
         return block.to_out[0](attend(q_NLHD, k_NLHD, v_NLHD, self.backend).flatten(2))

@@ -1,4 +1,4 @@
-"""The `segdiff` command: parse, check, start, and say what came of it. exit_status.py has the exit codes."""
+"""The `segdiff` command: parse, check, start, and print the result. exit_status.py has the exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
-    """The plan of the command; None where it was only to print something."""
+    """The plan of the command; None if it only prints something."""
     args = [a for a in args if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
@@ -77,7 +77,7 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
         print(settings, end="", flush=True)
     plan = stage.check()
     if is_main():
-        # As comments below settings, so that what is printed stays YAML.
+        # As comments below settings, so that the output stays YAML.
         print("\n".join(f"{'# ' if settings else ''}{line}".rstrip() for line in plan.cost().lines()))
     return None
 

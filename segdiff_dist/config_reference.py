@@ -33,7 +33,7 @@ The column *effect* says what another value does:
 """
 _MEANINGS = {
     Effect.RESULT: "The result is another one. The value is recorded with it.",
-    Effect.RESULT_WHERE_SET: "The result is another one. The value is recorded where it is not the default.",
+    Effect.RESULT_WHERE_SET: "The result is another one. The value is recorded if it is not the default.",
     Effect.RECORDED_OTHERWISE: "The result is another one. The digest of the file, or what a preset stands for, is "
     "recorded in its place.",
     Effect.RESUMABLE: "The result is the same, up to rounding. A training can be resumed with another value.",
@@ -103,7 +103,7 @@ def _summary(section: type) -> str:
 
 
 def _in_cell(text: str) -> str:
-    """Text in a cell of a table. What stands between angle brackets is no HTML."""
+    """Text in a cell of a table. Angle brackets are escaped, so that they are not read as HTML."""
     return re.sub(r"<([^>]*)>", r"&lt;\1&gt;", text).replace("|", "\\|")
 
 

@@ -1,8 +1,8 @@
 """GroupNorm of the networks where a CPU trains them channels-last.
 
 torch's own backward pass over that layout goes from pixel to pixel in steps of a group's few channels, and in bf16 it
-is five times as slow as in fp32. Ours goes through whole rows of channels, some hundred thousand values at a time in
-fp32, where that is faster, and leaves the rest to torch's in fp32: docs/kernels.md, section 7.
+is five times as slow as in fp32. Ours goes through whole rows of channels, some hundred thousand values at a time, in
+fp32. It is used where it is faster; elsewhere torch's runs in fp32: docs/kernels.md, section 7.
 N batch, B samples of a block, C channels, H rows, W columns, P pixels, G groups.
 """
 
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Two blocks of so many fp32 values fit into a core's second cache (2 MiB where this was measured).
+# Two blocks of this many fp32 values fit into a core's second-level cache (2 MiB on the measured machine).
 _BLOCK = 1 << 17
-# From so many values on, casting all of them to fp32 first takes longer than casting a block at a time.
+# From this number of values on, casting all of them to fp32 first takes longer than casting a block at a time.
 _MANY = 1 << 20
 
 
@@ -34,7 +34,7 @@ class _GroupNorm(nn.GroupNorm):
 
 
 def group_norm(x_NCHW: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
-    """torch's group_norm, with the gradients of a channels-last x on a CPU as said above. Wu and He 2018, eq. 1.
+    """torch's group_norm, with the gradients of a channels-last x on a CPU as described above. Wu and He 2018, eq. 1.
 
     bf16 or fp32; sums and statistics are fp32 in either. The result and x's gradient have x's layout and dtype.
     """
@@ -66,7 +66,7 @@ class _ChannelsLastNorm(torch.autograd.Function):
 
 
 def _is_slow(x_NCHW: Tensor, groups: int) -> bool:
-    """Where torch's own takes longer, with one thread and with two: docs/kernels.md, section 7."""
+    """Whether torch's own code takes longer, with one thread and with two: docs/kernels.md, section 7."""
     channels_a_group = x_NCHW.shape[1] // groups
     if x_NCHW.dtype == torch.float32:
         return channels_a_group == 1
@@ -110,7 +110,7 @@ def group_norm_backward(
     def per_channel(of_NG: Tensor) -> Tensor:
         return of_NG.repeat_interleave(c // groups, dim=1)[:, None]
 
-    # Of x less its mean: the sum of dy x is far larger than what is left of it where the mean is.
+    # x minus its mean: if the mean is large, the sum of dy x is far larger than the result and loses digits.
     sum_dy_NC, sum_dy_x_NC, mean_N1C = torch.zeros(n, c), torch.zeros(n, c), per_channel(mean_NG)
     for block in blocks:
         x_BPC, dy_BPC = read(block)
@@ -133,9 +133,10 @@ def group_norm_backward(
 
 
 def _blocks(n: int, pixels: int, c: int) -> Iterator[tuple[slice, slice]]:
-    """Samples and pixels of each block: several samples, or a part of one; in every thread's cache its share of it.
+    """Samples and pixels of each block: several samples, or a part of one. Each thread's share of a block fits into its
+    cache.
 
-    Few and large, since all threads meet after every operation on one.
+    Blocks are few and large, since all threads synchronise after every operation on a block.
     """
     most = _BLOCK * torch.get_num_threads()
     samples, step = max(1, most // (pixels * c)), max(1, most // c)

@@ -1,7 +1,7 @@
-"""Parts of diffusers that it does not promise to keep, all in this file, for the versions in which they were read.
+"""All uses of diffusers' undocumented parts, for the versions in which they were checked.
 
 The networks' blocks, which fused_unet.py and cpu_unet.py give other forward functions; how a block recomputes
-activations; and how a scheduler is made to walk a given grid. Another version is refused when this file is imported.
+activations; and how a scheduler gets a given grid. Another version is refused when this file is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_shards import lean_imports
 from segdiff_dist.library_versions import require_supported
 
-# To move the upper bound of library_versions.py: read these parts in the new version, and run
+# To raise the upper bound in library_versions.py: read these parts in the new version, and run
 # tests/unit/test_fused_unet.py, test_cpu_norm.py and test_samplers.py with it.
 require_supported("diffusers")
 
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def recomputed(block: Any, module: nn.Module, *inputs: Any) -> Any:
-    """module(*inputs) of a block, or only its inputs kept and the rest computed again in the backward pass."""
+    """module(*inputs) of a block; or, keeping only its inputs, with the rest computed again in the backward pass."""
     if torch.is_grad_enabled() and block.gradient_checkpointing:
         return block._gradient_checkpointing_func(module, *inputs)
     return module(*inputs)
@@ -61,13 +61,13 @@ def recomputed(block: Any, module: nn.Module, *inputs: Any) -> Any:
 def respaced(scheduler_class: Any, a_S: Tensor, **settings: Any) -> Any:
     """A scheduler for predicted x_0, whose only timesteps, S - 1 down to 0, are the alpha_bars a_S of a falling grid.
 
-    So all solvers walk one grid, of any S: DDIMScheduler's own strides miss the next timestep where S does not divide
-    T, and the others' leading and linspace spacings differ from it. Respacing: Nichol and Dhariwal 2021, section 4.
+    So all solvers use one grid, of any S. DDIMScheduler's own strides miss the next timestep if S does not divide T,
+    and the leading and linspace spacings of the others differ from it. Respacing: Nichol and Dhariwal 2021, section 4.
     """
     a_up_S = a_S.flip(0)
     betas_S = 1.0 - a_up_S / torch.cat((a_up_S.new_ones(1), a_up_S[:-1]))
     spacing = {"timestep_spacing": "trailing", "prediction_type": "sample"}
     scheduler = scheduler_class(num_train_timesteps=len(a_S), trained_betas=betas_S.tolist(), **spacing, **settings)
-    scheduler.alphas_cumprod = a_up_S  # to the bit; by way of float32 betas small ones lose digits
+    scheduler.alphas_cumprod = a_up_S  # bit for bit; small values would lose digits in float32 betas
     scheduler.set_timesteps(len(a_S))
     return scheduler

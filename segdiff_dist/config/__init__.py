@@ -45,8 +45,8 @@ def next_command(stage: str, *flags: str, run: Path) -> str:
 
 
 def how_to_make(stage: str, missing: Path) -> str:
-    """The command that makes the missing folder. Where the run folder that holds it has no configuration: the command
-    that explains the stage."""
+    """The command that makes the missing folder. If the run folder has no configuration, it is the command that
+    explains the stage."""
     for run in list(missing.absolute().parents)[:2]:  # RUN/weights, RUN/segmenter/weights
         if (run / "config.yaml").is_file():
             return next_command(stage, run=run)
@@ -106,7 +106,7 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 @cache
 def _adapter(cls: Any) -> TypeAdapter[Any]:
-    # pydantic takes a config for plain dataclasses from what contains them, hence the list.
+    # pydantic takes the config of plain dataclasses from their container, hence the list.
     return TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))
 
 
@@ -133,7 +133,7 @@ def _explain(error: ValidationError, where: str, cls: type[Any]) -> Iterator[Pro
 
 
 def _setting_of(place: Sequence[Any], cls: type[Any]) -> Sequence[Any]:
-    """The keys of the setting that holds a place: the place may be one value of a tuple, or one arm of a union."""
+    """The keys of the setting at a place. The place may be one value of a tuple, or one member of a union."""
     for depth in range(1, len(place)):
         hint = _hints(cls, place[: depth - 1]).get(str(place[depth - 1]))
         if hint is not None and not is_dataclass(hint):
@@ -142,8 +142,8 @@ def _setting_of(place: Sequence[Any], cls: type[Any]) -> Sequence[Any]:
 
 
 def _hints(cls: Any, section: Sequence[Any]) -> dict[str, Any]:
-    """The keys of a section and their types. The section is named by its path in the dataclass `cls`; no keys where it
-    is no dataclass."""
+    """The keys of a section and their types. The section is named by its path in the dataclass `cls`; no keys if it is
+    not a dataclass."""
     for name in section:
         cls = get_type_hints(cls).get(str(name)) if is_dataclass(cls) else None
     return get_type_hints(cls, include_extras=True) if is_dataclass(cls) else {}

@@ -1,6 +1,6 @@
 """The denoiser's conditions: the mask, encoded and joined to the noised image, and the slice's class.
 
-Also the null conditions, which training draws now and then and classifier-free guidance needs.
+Also the null conditions, which training uses for some samples and classifier-free guidance needs.
 Dimensions: B batch, C channels, K mask channels, H, W.
 """
 
@@ -16,11 +16,11 @@ from data_shards.records import AXES, MODALITIES
 from segdiff_dist.denoising.config import Conditioning, GuidanceRemoves, MaskEncoding
 from segdiff_kernels import philox
 
-# One class for each (modality, axis), and one that says nothing of either.
+# One class for each (modality, axis), and one for neither (NULL_CLASS).
 NUM_CLASSES = len(MODALITIES) * len(AXES) + 1
 NULL_CLASS = NUM_CLASSES - 1
-# A mask that says nothing has this id at every pixel. No table has it, so it is unlike a mask of background: one-hot
-# channels and embeddings are then 0, scalars 1.
+# The null mask has this id at every pixel. No table has it, so it differs from a mask of background: one-hot channels
+# and embeddings are then 0, scalars 1.
 NULL_MASK = 255
 
 
@@ -45,9 +45,8 @@ class MaskEncoder(nn.Module):
         self.num_channels = {"onehot": num_classes, "embedding": embedding_dim}.get(encoding, 1)
 
     def forward(self, mask_BHW: Tensor, dtype: torch.dtype, edge_B2HW: Tensor | None = None) -> Tensor:
-        """Where edges are given (not for scalars), a pixel's channels are the mean of its two classes' by their shares.
-
-        What a pixel's third and further classes have counts for its second.
+        """If edges are given (not for scalars), a pixel's channels are the mean of those of its two classes, weighted
+        by their shares. The shares of a pixel's further classes count for its second class.
         """
         if self.encoding.startswith("scalar"):
             value_B1HW = mask_BHW[:, None].to(dtype) / 255.0
@@ -101,7 +100,7 @@ def class_ids(modality_B: Tensor, axis_B: Tensor) -> Tensor:
 
 
 def without(conditions: Conditions, no_mask_B: Tensor, no_class_B: Tensor) -> Conditions:
-    """The conditions with masks and classes replaced by those that say nothing where the bool [B] are true."""
+    """The conditions, with masks and classes replaced by the null mask and NULL_CLASS where the bool [B] are true."""
     mask_BHW = conditions.mask_BHW.masked_fill(no_mask_B[:, None, None], NULL_MASK)
     class_B = conditions.class_B.masked_fill(no_class_B, NULL_CLASS)
     edge_B2HW = conditions.edge_B2HW
@@ -113,7 +112,7 @@ def without(conditions: Conditions, no_mask_B: Tensor, no_class_B: Tensor) -> Co
 def drop_conditions(
     conditions: Conditions, seed: int, position_B: Tensor, *, mask_only: float, class_only: float, both: float
 ) -> Conditions:
-    """Training for classifier-free guidance: of each sample drop the mask, the class or both, with these probabilities.
+    """Training for classifier-free guidance: each sample loses the mask, the class or both with these probabilities.
 
     The three exclude each other and are drawn by (seed, position). Ho and Salimans 2022, algorithm 1; of two conditions
     as Brooks et al. 2023, section 3.2.1.
@@ -136,10 +135,10 @@ def guided(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """predict(x_t, timestep_B) with the conditions bound and classifier-free guidance: p0 + guidance * (p1 - p0).
 
-    p1 reads all conditions, p0 all but those removed; 1 is without guidance and costs one forward instead of one of
-    twice the batch. With autoguidance p0 is what the `weaker` net predicts from all conditions (Karras et al. 2024).
-    eps, v and x_0 are, at a given x_t, affine in each other, so guidance in one is guidance in all. Ho and Salimans
-    2022, eq. 6, with guidance = 1 + w.
+    p1 is predicted from all conditions, p0 from all but the removed ones. 1 is no guidance and costs one forward pass;
+    other values cost one of twice the batch. With autoguidance p0 is the prediction of the `weaker` net from all
+    conditions (Karras et al. 2024). At a given x_t, eps, v and x_0 are affine in each other, so guidance can be applied
+    to any of them. Ho and Salimans 2022, eq. 6, with guidance = 1 + w.
     """
     if guidance == 1.0:
         return lambda x_t_BCHW, timestep_B: predict(x_t_BCHW, timestep_B, *conditions)

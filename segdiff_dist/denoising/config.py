@@ -25,7 +25,7 @@ Objective = Literal["ddpm", "edm", "flow"]
 SigmaSpacing = Literal["karras", "log_snr"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "karras", "log_snr"]
 Net = Literal["unet", "efficient"]
-# The side of the square of pixels that the net takes as one: 1 is no stem.
+# Side of the squares of pixels that the stem joins into one position; 1: no stem.
 _STEM: dict[Net, int] = {"unet": 1, "efficient": 2}
 # What images depend on when they are sampled; the rest of DiffusionConfig says how the network is trained.
 DDPM_FIELDS = ("num_train_timesteps", "beta_schedule", "prediction_type", "zero_terminal_snr", "snr_shift")
@@ -62,10 +62,10 @@ class DenoiserConfig:
     class_conditioning: Result[bool] = True
     """Give the net the modality and the axis."""
     attention: Resumable[AttentionBackend] = "auto"
-    """What computes attention: xformers, which needs a GPU, or torch (sdpa). auto: xformers where it runs."""
+    """What computes attention: xformers, which needs a GPU, or torch (sdpa). auto: xformers if it runs here."""
     kernels: Resumable[Kernels] = "auto"
     """What computes the net: Triton's fused kernels, which need a GPU, or torch, through diffusers' own modules. auto:
-    the kernels where they run. The weights are the same."""
+    the kernels if they run here. The weights are the same."""
 
     @property
     def stem(self) -> int:
@@ -77,7 +77,7 @@ class DenoiserConfig:
         return [size // self.stem // 2**level for level in range(len(self.block_out_channels))]
 
     def problems(self, size: int | None = None) -> list[Problem]:
-        """What is wrong, also for slices of side `size` where it is known."""
+        """Problems of the settings, also for slices of side `size` if it is known."""
         found = range_problems(self, "config", "denoiser.")
         wrong = names_of(found)
         if "block_out_channels" not in wrong:
@@ -88,7 +88,7 @@ class DenoiserConfig:
         return found
 
     def _channel_problems(self, wrong: set[str], size: int | None) -> Iterator[Problem]:
-        """What does not divide what. `wrong`: the settings that are out of range."""
+        """Problems of numbers that must divide others. `wrong`: the settings that are out of range."""
         channels, groups = self.block_out_channels, self.norm_num_groups
         attending = {channels[-1]}  # the middle block
         multiple = self.stem * 2 ** (len(channels) - 1)
@@ -116,7 +116,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule, what the network predicts, and what counts as a good prediction.
+    """The noise schedule, the network's prediction, and the weights of its errors.
 
     The defaults are the paper's: N = 1000, linear, epsilon, every timestep alike, nothing dropped. docs/recipes.md has
     formulas and sources.
@@ -147,7 +147,7 @@ class DiffusionConfig:
     """Mean and standard deviation of ln sigma (P_mean and P_std); for flow, of the logit of t. The defaults are Karras
     et al.'s. Esser et al. 2024 use 0 and 1 for flow."""
     loss_weighting: Result[LossWeighting] = "none"
-    """How much the error at each noise level counts. none: all alike. min_snr: Hang et al. 2023. edm: Karras et al.
+    """How much the error at each noise level counts. none: equally. min_snr: Hang et al. 2023. edm: Karras et al.
     2022."""
     min_snr_gamma: Result[Positive] = 5.0
     """Gamma of loss_weighting min_snr. The default is Hang et al.'s."""
@@ -162,12 +162,12 @@ class DiffusionConfig:
     organ_dropout: Result[Share] = 0.0
     """Probability that a sample is ablated: its mask then loses each organ with probability 0.5 (Konz et al. 2024)."""
     dice_weight: Result[NonNegative] = 0.0
-    """Weight of 1 - Dice between the mask and what the segmenter sees in the predicted x_0. 0 leaves it out."""
+    """Weight of 1 - Dice between the mask and the segmenter's prediction on the predicted x_0. 0 leaves it out."""
     dice_segmenter: Result[str | None] = None
     """The segmenter's weights: the folder RUN/segmenter/weights of `segdiff train-segmenter`."""
 
     def problems(self) -> list[Problem]:
-        """What is out of range, and settings that do not go together."""
+        """Values out of range, and settings that do not go together."""
         found = range_problems(self, "config", "diffusion.")
 
         def check(name: str, good: bool, remedy: str) -> None:
@@ -179,7 +179,7 @@ class DiffusionConfig:
             for name in ("prediction_type", "zero_terminal_snr", "timestep_sampling", "beta_schedule"):
                 default = DiffusionConfig.__dataclass_fields__[name].default
                 check(name, getattr(self, name) == default, f"{own}: leave it out, or use objective ddpm")
-            again = "edm has that weight by itself: use none"
+            again = "objective edm already has that weight: use none"
             check("loss_weighting", (self.objective, self.loss_weighting) != ("edm", "edm"), again)
         remedy = "only objective edm has it: leave it out"
         check("sigma_data", self.sigma_data is None or self.objective == "edm", remedy)
@@ -187,7 +187,7 @@ class DiffusionConfig:
         check(
             "zero_terminal_snr",
             not (zero_snr and self.prediction_type == "epsilon"),
-            "with epsilon the last step says nothing of the image; use prediction_type v or x0",
+            "with epsilon the last step does not determine the image; use prediction_type v or x0",
         )
         check(
             "timestep_sampling",
@@ -212,7 +212,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """What is measured and drawn every `train.validate_every_images`. Nothing here changes what is trained."""
+    """The measurements and pictures every `train.validate_every_images`. Nothing here changes the trained weights."""
 
     num_images: Result[Count] = 64
     """Slices in the validation loss. More of them make it less noisy, and slower."""
@@ -223,10 +223,10 @@ class ValidationConfig:
     batch_size: Execution[Count] = 16
     """Images a rank takes through the net at once."""
     seed: Result[int] = 0
-    """Seed of slices, noise and timesteps. Runs can be compared where it is the same."""
+    """Seed of slices, noise and timesteps. Runs can be compared if it is the same."""
 
     def problems(self, diffusion: DiffusionConfig) -> list[Problem]:
-        """What is out of range, and what does not go with how the net is trained."""
+        """Values out of range, and values that do not go with the net's training."""
         found = range_problems(self, "config", "validation.")
         most = diffusion.num_train_timesteps
         if diffusion.objective == "ddpm" and self.num_steps > most:

@@ -1,7 +1,7 @@
 """diffusers' UNet2DModel as a CPU trains it fastest: channels-last from end to end.
 
-A CPU's convolutions in bf16 want that layout (NHWC): where it has matrix tiles (AMX), NCHW takes six times as long. In
-training diffusers' resnet turns the input of its shortcut into NCHW, and so all that follows; ours does not.
+A CPU's convolutions in bf16 need that layout (NHWC): on a CPU with matrix tiles (AMX), NCHW takes six times as long. In
+training diffusers' resnet turns the input of its shortcut, and so all later tensors, into NCHW; ours does not.
 N batch, C channels, H rows, W columns.
 """
 
@@ -24,7 +24,7 @@ def suit_cpu(unet: nn.Module) -> None:
 
 
 class _Resnet(ResnetBlock2D):
-    """diffusers' forward of a block that neither resamples nor drops out, less the layout copy."""
+    """diffusers' forward of a block without resampling and dropout, without the layout copy."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         hidden_NCHW = self.conv1(self.nonlinearity(self.norm1(input_tensor)))

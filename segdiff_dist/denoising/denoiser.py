@@ -29,20 +29,20 @@ from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
-# Beyond what fits into any GPU.
+# More than fits into any GPU.
 _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 
-# Of a pixel, between the stem's inverse and the prediction.
+# Features of a pixel, between the stem's inverse and the prediction.
 _HEAD_CHANNELS = 8
 # h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
 
 class PixelHead(nn.Module):
-    """What the efficient net ends in: a correction at the image's own side, which begins as none.
+    """The last part of the efficient net: a correction at the image's own side, which begins as 0.
 
-    Four channels that become four pixels know nothing of each other, and flat areas show it as a chequer of two pixels;
-    two small convolutions see all of them, and the noised image.
+    The four channels that become four pixels do not depend on each other, which shows in flat areas as a chequer of two
+    pixels. Two small convolutions read all of them, and the noised image.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,8 @@ class PixelHead(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, features_BCHW: Tensor, x_t_B1HW: Tensor) -> Tensor:
-        """[B, 1, H, W] from [B, 1 + 8, H, W], the prediction and what it is corrected by, and the noised image."""
+        """[B, 1, H, W] from [B, 1 + 8, H, W], the prediction and the features of its correction, and from the noised
+        image."""
         joined_BCHW = torch.cat((features_BCHW[:, 1:], x_t_B1HW), dim=1).contiguous(memory_format=torch.channels_last)
         return features_BCHW[:, :1] + self.conv_out(F.silu(self.conv_in(joined_BCHW)))
 
@@ -91,7 +92,7 @@ class Denoiser(nn.Module):
             _begin_as_identity(self.unet)
 
     def prepare_for(self, device: torch.device) -> Denoiser:
-        """Move to `device`, and choose what computes attention and everything between the convolutions there.
+        """Move to `device`, and choose the backends of attention and of the operations between the convolutions.
 
         Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
         """
@@ -141,9 +142,10 @@ class Denoiser(nn.Module):
         return y_BCHW.float()
 
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
-        """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it what the folder cannot say.
+        """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it the facts that diffusers' files
+        do not hold.
 
-        `training` is what segdiff.json is to hold besides: how the weights were trained, which sampling must know.
+        `training` is also written to segdiff.json: how the weights were trained, which sampling must know.
         """
         from safetensors.torch import save_file
 
@@ -162,8 +164,8 @@ class Denoiser(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, attention: AttentionBackend = "auto", kernels: Kernels = "auto") -> Denoiser:
-        """The denoiser that `save` wrote, in fp32 on the CPU. Weights that cannot be read, are another network's or are
-        not finite are refused."""
+        """The denoiser that `save` wrote, in fp32 on the CPU. Weights are refused if they cannot be read, belong to
+        another network, or are not finite."""
         if not (folder / "segdiff.json").is_file():
             raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
         again = how_to_make("train", folder)
@@ -197,7 +199,7 @@ def _begin_as_identity(unet: nn.Module) -> None:
 
 
 def _size_problems(config: DenoiserConfig, size: int, where: Path) -> list[Problem]:
-    """Refuses nets beyond any that are trained, which would take long to build even without memory."""
+    """Refuses nets larger than any that can be trained. Even without memory they would take long to build."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
     if levels <= _MOST_LEVELS and layers <= _MOST_LAYERS and 1 <= size <= _LARGEST_SIZE:
         return []
@@ -206,8 +208,8 @@ def _size_problems(config: DenoiserConfig, size: int, where: Path) -> list[Probl
 
 
 def choose_kernels(requested: Kernels, device: torch.device) -> Literal["triton", "torch"]:
-    """What computes the net on `device`. Asked for by name and not possible: refused; `auto` takes what there is, and
-    on a CPU torch, also under Triton's interpreter, which is for tests."""
+    """What computes the net on `device`. A backend that is given by name but not possible is refused. `auto` takes an
+    available one, and on a CPU torch, also under Triton's interpreter, which is for tests."""
     if requested == "torch" or (requested == "auto" and device.type == "cpu"):
         return "torch"
     reason = why_not_triton(device)

@@ -15,9 +15,9 @@ from segdiff_dist.denoising.config import DDPM_FIELDS, SIGMA_FIELDS, DiffusionCo
 
 
 def as_trained(config: DiffusionConfig, trained: dict[str, Any]) -> tuple[DiffusionConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with what the weights' segdiff.json says of the process they were trained on, and where the two differ:
-    name -> (trained, config's). Old weights do not say all; what is measured in training (sigma_data) the config need
-    not say."""
+    """`config` with the process of the weights' segdiff.json, and the differences between the two: name -> (trained,
+    config's). Old weights do not have every field, and the config need not have values that training measures
+    (sigma_data)."""
     objective = trained.get("objective", "ddpm")
     names = DDPM_FIELDS if objective == "ddpm" else SIGMA_FIELDS
     said = {name: trained[name] for name in names if name in trained} | {"objective": objective}
@@ -30,7 +30,7 @@ def as_trained(config: DiffusionConfig, trained: dict[str, Any]) -> tuple[Diffus
 
 
 def make_scheduler(config: DiffusionConfig) -> Any:
-    """diffusers' DDIMScheduler for this schedule: its alphas_cumprod are what training noises by and sampling walks."""
+    """diffusers' DDIMScheduler for this schedule: training and sampling both use its alphas_cumprod."""
     from segdiff_dist.diffusers_parts import DDIMScheduler
 
     settings = {

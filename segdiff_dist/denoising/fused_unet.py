@@ -1,15 +1,15 @@
 """diffusers' UNet2DModel computed with the fused kernels: the same weights under the same names, fewer bytes moved.
 
-`fuse` gives the modules of a UNet other forward functions; parameters, state dict and hooks stay as they were. Between
-the blocks runs a Stream: activations, channels-last, and the partial statistics that the pass which wrote them took on
-the way, so that the next norm need not read them for its own.
+`fuse` gives the modules of a UNet other forward functions; parameters, state dict and hooks stay as they were. The
+blocks pass on a Stream: channels-last activations and their partial statistics, which were computed when the
+activations were written. So the next norm does not read the activations for its statistics.
 
     resnet   SiLU(norm1(x)) -> conv1 -> SiLU(norm2(. + bias + time)) -> conv2 -> + bias + shortcut(x)
     kernel   group_norm_silu            group_norm_silu                        residual_add
 
-Where the time scales too (adaptive group norm), norm2 has a weight and a bias for each sample. In the up blocks norm1
-and the 1x1 shortcut read x and the skip where they are (skip_group_norm_silu, two GEMMs), and conv_in, where there is
-no stem before it, reads the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
+With adaptive group norm, norm2 has a weight and a bias for each sample. In the up blocks norm1 and the 1x1 shortcut
+read x and the skip where they are (skip_group_norm_silu, two GEMMs), and conv_in, if there is no stem before it, reads
+the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _MOST_ELEMENTS = 2**31 - 1
 
 
 class Stream(NamedTuple):
-    """What runs from block to block: x_NCHW, and residual_add's partial statistics of it where it made them."""
+    """Passed from block to block: x_NCHW, and its partial statistics if residual_add computed them."""
 
     x_NCHW: Tensor
     partials: Tensor | None = None
 
 
 def why_not_fused(unet: diffusers.UNet2DModel) -> str | None:
-    """Which part of this UNet the kernels cannot compute; None where they can compute it all."""
+    """The part of this UNet that the kernels cannot compute; None if they can compute all of it."""
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
             takes_time = module.time_embedding_norm in ("default", "scale_shift") and not module.skip_time_act
@@ -79,7 +79,7 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
 
 
 class UNet2DModel(diffusers.UNet2DModel):
-    """diffusers' forward, with streams between the blocks. Its name is what save_config writes."""
+    """diffusers' forward, with streams between the blocks. save_config writes its class name."""
 
     def forward(
         self,
@@ -89,7 +89,7 @@ class UNet2DModel(diffusers.UNet2DModel):
         return_dict: bool = True,
         **labels: Any,
     ) -> Any:
-        """As diffusers', but for `labels`: the mask, where conv_in reads it (see fuse)."""
+        """As diffusers', except for `labels`: the mask, if conv_in reads it (see fuse)."""
         emb_NE = self.time_embedding(self.time_proj(timestep.expand(sample.shape[0])).to(self.dtype))
         if self.class_embedding is not None:
             emb_NE = emb_NE + self.class_embedding(class_labels).to(self.dtype)
@@ -112,7 +112,7 @@ class UNet2DModel(diffusers.UNet2DModel):
 
 
 class Time(NamedTuple):
-    """What the time does in a resnet: SiLU(norm(x + shift_NC)), or with a scale and an offset for each sample
+    """The effect of the time in a resnet: SiLU(norm(x + shift_NC)), or with a scale and an offset for each sample
     SiLU(norm(x + shift_NC) (1 + scale_NC) + offset_NC). The shift holds the first convolution's bias."""
 
     shift_NC: Tensor
@@ -123,7 +123,7 @@ class Time(NamedTuple):
 def _times(resnets: list[Any], emb_NE: Tensor) -> list[Time]:
     """Of each resnet, from its projection of the time.
 
-    One product for all of them, or ten launches for each would take longer than what they compute.
+    One product for all of them: ten launches for each resnet would take longer than the arithmetic.
     """
     if any(hasattr(resnet.time_emb_proj.weight, "ds_id") for resnet in resnets):
         # ZeRO 3 brings weights together where their module is called.
@@ -147,7 +147,7 @@ def _time(resnet: Any, projected_NC: Tensor, bias_C: Tensor) -> Time:
 
 class _DownBlock(blocks.DownBlock2D):
     def forward(self, stream: Stream, times: list[Time]) -> tuple[Stream, list[Stream]]:
-        """What leaves the block, and what its resnets and its downsampling leave for the up blocks."""
+        """The block's output, and the outputs of its resnets and its downsampling as skips for the up blocks."""
         outputs = []
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         for resnet, attention, time in zip(self.resnets, attentions, times, strict=True):
@@ -191,7 +191,7 @@ class _AttnUpBlock(_UpBlock, blocks.AttnUpBlock2D):
 class _Resnet(ResnetBlock2D):
     def forward(self, stream: Stream, time: Time, skip: Stream | None = None) -> Stream:
         """The resnet of the stream, or of stream and skip as if they were concatenated."""
-        # The inputs come back from the norm, so that what the shortcut's gradient adds to theirs is added there.
+        # The norm returns its inputs, so that its backward pass adds the shortcut's gradient to theirs.
         y_NCHW, *inputs = self.norm1(stream, skip, fork=True)
         y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), time=time)
         branch_NCHW, bias_C = self.conv2(y_NCHW), self.conv2.bias
@@ -222,7 +222,7 @@ class _Norm(nn.GroupNorm):
 
 
 def _affine(norm: nn.GroupNorm, time: Time | None) -> tuple[Tensor, Tensor]:
-    """The norm's weight and bias, [C], or those of each sample, [N, C], where the time has a scale.
+    """The norm's weight and bias, [C], or those of each sample, [N, C], if the time has a scale.
 
     (weight x + bias) (1 + scale) + offset is a norm with other parameters: numbers of channels, not of pixels.
     """
@@ -237,7 +237,7 @@ class _PlainNorm(_Norm):
 
 
 class _Conv(nn.Conv2d):
-    """Leaves its bias to what comes next."""
+    """A later operation adds its bias."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return F.conv2d(x_NCHW, self.weight, None, self.stride, self.padding)
@@ -271,10 +271,10 @@ class _LabelConv(nn.Conv2d):
 
 
 class _Upsample(Upsample2D):
-    """Without the way through row-major memory that diffusers takes for batches of 64 and more."""
+    """Without the copies to row-major memory that diffusers makes for batches of 64 and more."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        # Of more elements than an int32 counts torch's channels-last kernel writes zeros (pytorch#141831).
+        # With more elements than an int32 can count, torch's channels-last kernel writes zeros (pytorch#141831).
         at_once = max(1, _MOST_ELEMENTS // (4 * x_NCHW[0].numel()))
         parts = [F.interpolate(part, scale_factor=2.0, mode="nearest") for part in x_NCHW.split(at_once)]
         return self.conv(parts[0] if len(parts) == 1 else torch.cat(parts))

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.sampler_config import SamplerConfig
 
 
-# 80: Karras et al. 2022. 0.01 is one grey value of 8 bits: below it there is no noise to take away.
+# 80: Karras et al. 2022. 0.01 is one grey value of 8 bits: below it there is no visible noise to remove.
 _USUAL_SIGMAS = (0.01, 80.0)
 
 
 class Level(NamedTuple):
-    """A noise level of a sampler: its alpha_bar, and what the network gets as its timestep, an int or a float."""
+    """A noise level of a sampler: its alpha_bar, and the network's timestep for it, an int or a float."""
 
     alpha_bar: float
     time: float
@@ -69,8 +69,8 @@ def spaced_timesteps(num_train_timesteps: int, num_steps: int, spacing: Timestep
 
 
 def sigma_bounds(sampler: SamplerConfig, process: Process) -> tuple[float, float]:
-    """The lowest and highest sigma of a grid of sigmas: as configured, else 0.01 and 80 / snr_shift as far as training
-    saw them."""
+    """The lowest and highest sigma of a grid of sigmas: as configured, else 0.01 and 80 / snr_shift, limited to the
+    levels of the training."""
     low, high = process.sigma_range()
     least = max(low, _USUAL_SIGMAS[0]) if sampler.sigma_min is None else sampler.sigma_min
     usual = _USUAL_SIGMAS[1] / process.config.snr_shift

@@ -33,18 +33,18 @@ from segdiff_kernels.weighted_mse import weighted_mse
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """What the kernels of a net depend on."""
+    """Everything that the kernels of a net depend on."""
 
     denoiser: dict[str, Any]
     """The section of the configuration."""
     table: tuple[str, tuple[str, ...]]
-    """Name and names of the label table."""
+    """Name of the label table, and its class names."""
     side: int
     images: int
-    """Of a micro-batch."""
+    """Images of a micro-batch."""
     precision: str
     arch: int
-    """90 for sm_90."""
+    """The GPU's architecture: 90 for sm_90."""
 
     def work(self) -> None:
         """A forward and a backward pass, on the meta device."""
@@ -65,7 +65,7 @@ class KernelPlan:
             loss.backward()
 
     def marker(self) -> Path:
-        """A file in Triton's cache: there where these kernels were compiled by these versions."""
+        """A file in Triton's cache, which exists if these versions have compiled these kernels."""
         import triton
 
         sources = b"".join(file.read_bytes() for file in sorted(Path(segdiff_kernels.__path__[0]).glob("*.py")))
@@ -83,8 +83,8 @@ def plan_of(
 
 
 def compile_kernels(plan: KernelPlan) -> None:
-    """Compile what is not yet in the cache, on one rank of each machine, and say so on stderr. A failure is reported
-    and costs time alone: Triton compiles when it launches."""
+    """Compile the kernels that are not yet in the cache, on one rank of each machine, and print a line on stderr. A
+    failure is reported and costs only time: Triton then compiles at the first launch."""
     if local_rank() != 0 or plan.marker().is_file():
         return
     start = time.perf_counter()

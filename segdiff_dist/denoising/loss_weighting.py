@@ -13,12 +13,12 @@ from torch import Tensor
 from segdiff_dist.denoising.config import LossWeighting, PredictionType
 from segdiff_kernels import philox
 
-# Enough to see whether noise or detail is what is not learned, few enough for one picture.
+# Enough to see whether the layout or the detail is not learned, few enough for one picture.
 NUM_BUCKETS = 4
 
 
 def prediction_error_per_x0_error(prediction_type: PredictionType, alphas_cumprod_T: Tensor) -> Tensor:
-    """float64 [T]: the squared error of a prediction for one unit of squared error of the x_0 that it means.
+    """float64 [T]: the squared error of a prediction for one unit of squared error of the x_0 that follows from it.
 
     From x_t = sqrt(a) x_0 + sqrt(1 - a) noise: SNR for epsilon, SNR + 1 for v, 1 for x0, with SNR = a / (1 - a).
     Salimans and Ho 2022, section 4.
@@ -35,14 +35,14 @@ def loss_weights(
     min_snr_gamma: float,
     edm_sigma_data: float,
 ) -> Tensor:
-    """float32 [T]: what each timestep's mean squared error of the prediction is multiplied with.
+    """float32 [T]: the factor of each timestep's mean squared error of the prediction.
 
     none     1, whatever is predicted
     min_snr  min(SNR, gamma) on the error of x_0 (Hang et al. 2023)
     edm      lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2 on the error of x_0 (Karras et al. 2022, table 1), which with
              sigma^2 = 1 / SNR is SNR + 1 / s^2; s is the standard deviation of the data
 
-    The last two are brought from x_0 to what is predicted, so the same x_0 error costs the same whatever that is.
+    The last two are converted from x_0 to the prediction type, so the same x_0 error costs the same for each type.
     """
     snr_T = signal_to_noise(alphas_cumprod_T)
     if weighting == "none":
@@ -54,7 +54,7 @@ def loss_weights(
 def weight_of_x0_error(
     weighting: Literal["min_snr", "edm"], snr: Tensor, *, min_snr_gamma: float, edm_sigma_data: float
 ) -> Tensor:
-    """What the squared error of x_0 counts at these signal-to-noise ratios; see loss_weights."""
+    """The weight of the squared error of x_0 at these signal-to-noise ratios; see loss_weights."""
     return snr.clamp(max=min_snr_gamma) if weighting == "min_snr" else snr + edm_sigma_data**-2
 
 
@@ -78,7 +78,7 @@ def signal_to_noise(alphas_cumprod_T: Tensor) -> Tensor:
 def sums_by_timestep(error_B: Tensor, timestep_B: Tensor, num_train_timesteps: int) -> dict[str, Tensor]:
     """loss_t_FROM_TO -> float32 [2], sum and count of the errors of timesteps FROM <= t < TO, for quarters of them.
 
-    Detached, and nothing waits for the device.
+    Detached, and the host does not wait for the device.
     """
     ids_4 = torch.arange(NUM_BUCKETS, device=error_B.device)
     inside_B4 = (timestep_B * NUM_BUCKETS // num_train_timesteps)[:, None] == ids_4

@@ -22,7 +22,7 @@ def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device
     def make() -> nn.Module:
         model = Denoiser(config, shards.label_table, side)
         model.choose_operators(device)
-        set_attention(model.unet, "sdpa")  # keeps no more than the others do
+        set_attention(model.unet, "sdpa")  # keeps no more memory than the others
         return model
 
     def inputs(images: int) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from data_shards.labels import BACKGROUND, LabelTable
 from segdiff_dist.denoising.conditioning import Conditions
 from segdiff_kernels import philox
 
-# Every combination of organs is then as likely as any other, as in Konz et al. 2024.
+# Every combination of organs is then equally likely, as in Konz et al. 2024.
 _REMOVED = 0.5
 
 
@@ -21,7 +21,7 @@ def drop_organs(
 ) -> Conditions:
     """With this probability a sample loses each of its organs with probability 0.5; drawn by (seed, position).
 
-    A lost organ becomes what is around it: body, or background in a table without one. Soft edges follow.
+    A lost organ becomes body, or background in a table without that class. Soft edges follow.
     """
     if probability == 0.0:
         return conditions
@@ -32,7 +32,7 @@ def drop_organs(
 
 
 def relabelled(conditions: Conditions, lost_BK: Tensor, table: LabelTable) -> Conditions:
-    """The conditions without the organs that bool [B, K] names; ids that are no organ stay whatever it says."""
+    """The conditions without the organs that bool [B, K] names. Ids that are not organs always stay."""
     filling = table.names.index(BACKGROUND) if table.body_id is None else table.body_id
     ids_K = torch.arange(table.num_classes, device=lost_BK.device)
     is_organ_K = (ids_K != table.names.index(BACKGROUND)) & (ids_K != filling)

@@ -1,14 +1,14 @@
 """The noise that images are trained on and sampled from: timesteps of a schedule (DDPM), or continuous noise levels
 (EDM, rectified flow).
 
-For every objective the network's input, its target and what its prediction says of the image are linear:
+For every objective the network's input, its target, and the image that follows from its prediction are linear:
 
     x = signal x_0 + spread noise                          sigma = spread / signal is the noise level
     target = target_from_x0 x_0 + target_from_noise noise
     x_0 = x0_from_x x + x0_from_prediction prediction
 
-So the rest of the system deals with one kind of process. Samplers walk the variance-preserving form of x, whose signal
-is sqrt(a) and whose spread is sqrt(1 - a), with alpha_bar a = 1 / (1 + sigma^2).
+So the rest of the system has only one kind of process. Samplers work with the variance-preserving form of x, whose
+signal is sqrt(a) and whose spread is sqrt(1 - a), with alpha_bar a = 1 / (1 + sigma^2).
 Dimensions: B batch, C channels, H rows, W columns, N levels, T training timesteps.
 """
 
@@ -36,8 +36,8 @@ from segdiff_kernels import philox
 from segdiff_kernels.condition_input import condition_input, condition_input_reference
 from segdiff_kernels.noising import LinearPrediction, mixed, predicted_x_0, prediction_target, q_sample
 
-# Training that draws ln sigma from N(mean, std^2) has seen levels this many std from the mean, or is near enough to
-# them: Karras et al. 2022 sample from 80 with a net trained on N(-1.2, 1.2^2), which is 4.7.
+# Levels up to this many std from the mean count as seen in a training that draws ln sigma from N(mean, std^2): Karras
+# et al. 2022 sample from 80 with a net trained on N(-1.2, 1.2^2), which is 4.7.
 _TRAINED_STDS = 5.0
 
 
@@ -63,7 +63,7 @@ class LinearForm(NamedTuple):
 
 
 class TimestepProcess:
-    """DDPM's: levels are the int64 timesteps of a schedule, which are also what the network gets."""
+    """DDPM's: levels are the int64 timesteps of a schedule, which the network gets as they are."""
 
     def __init__(self, config: DiffusionConfig, device: torch.device | None = None) -> None:
         self.config = config
@@ -96,15 +96,15 @@ class TimestepProcess:
         return Noised(x_BCHW, prediction_target(self.config.prediction_type, x_0_BCHW, noise_BCHW, a_B), level_B)
 
     def spread_levels(self, u_N: np.ndarray) -> Tensor:
-        """The levels [N] at these shares, 0 to 1, of what training draws uniformly."""
+        """The levels [N] at these quantiles, 0 to 1, of the levels that training draws."""
         return torch.from_numpy((u_N * self.config.num_train_timesteps).astype(np.int64))
 
     def time(self, level_B: Tensor) -> Tensor:
-        """What the network gets as its timestep, [B]."""
+        """The network's timestep for these levels, [B]."""
         return level_B
 
     def weight(self, level_B: Tensor) -> Tensor:
-        """float32 [B]: what a sample's squared error counts in the loss."""
+        """float32 [B]: the weight of a sample's squared error in the loss."""
         return self._weight_T[level_B]
 
     def alpha_bar(self, level_B: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class TimestepProcess:
         return self.alphas_cumprod_T[level_B]
 
     def x_0(self, prediction_BCHW: Tensor, x_BCHW: Tensor, level_B: Tensor) -> Tensor:
-        """The image that a prediction means at the network's input x."""
+        """The image that follows from a prediction at the network's input x."""
         return predicted_x_0(self.config.prediction_type, prediction_BCHW, x_BCHW, self.alphas_cumprod_T[level_B])
 
     def sums(self, error_B: Tensor, level_B: Tensor) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class TimestepProcess:
         return sums_by_timestep(error_B, level_B, self.config.num_train_timesteps)
 
     def sigma_range(self) -> tuple[float, float]:
-        """The lowest and highest noise level that training sees; infinite where it ends in pure noise."""
+        """The lowest and highest noise level of the training; infinite if it includes pure noise."""
         low, high = self.log_sigma_T()[[0, -1]]
         return math.exp(low), math.exp(high)
 
@@ -131,16 +131,17 @@ class TimestepProcess:
         return float(np.interp(math.log(sigma), log_sigma_T[known], np.flatnonzero(known)))
 
     def scale_at(self, alpha_bar: float) -> float:
-        """The network's input is this times x in its variance-preserving form."""
+        """The factor from x in its variance-preserving form to the network's input."""
         return 1.0
 
     def x_0_at(self, prediction_BCHW: Tensor, x_t_BCHW: Tensor, alpha_bar: float) -> Tensor:
-        """The image that a prediction means where all samples have one level; x_t in its variance-preserving form."""
+        """The image that follows from a prediction if all samples have one level; x_t in its variance-preserving
+        form."""
         a_B = torch.full((len(x_t_BCHW),), alpha_bar, device=x_t_BCHW.device)
         return predicted_x_0(self.config.prediction_type, prediction_BCHW, x_t_BCHW, a_B)
 
     def step_predictions(self, alpha_bars: Sequence[float]) -> str | Sequence[LinearPrediction]:
-        """The same, at each of these, for segdiff_kernels.sampler_step."""
+        """The same for each of these levels, for segdiff_kernels.sampler_step."""
         return self.config.prediction_type
 
     def log_sigma_T(self) -> np.ndarray:
@@ -216,7 +217,7 @@ class SigmaProcess:
         return mixed(x_BCHW, prediction_BCHW, form.x0_from_x.float(), form.x0_from_prediction.float())
 
     def sums(self, error_B: Tensor, level_B: Tensor) -> dict[str, Tensor]:
-        """Sum and count, float32 [2], of the errors by quarters of what training draws: loss_sigma_FROM_TO."""
+        """Sum and count, float32 [2], of the errors by quarters of the drawn levels: loss_sigma_FROM_TO."""
         shares = torch.arange(1, NUM_BUCKETS, dtype=torch.float64) / NUM_BUCKETS
         edges = self._mean + self._std * torch.special.ndtri(shares)
         names = ["0", *(f"{edge:.2g}" for edge in edges.exp().tolist()), "inf"]
@@ -226,7 +227,7 @@ class SigmaProcess:
         return {f"loss_sigma_{names[i]}_{names[i + 1]}": sums_N2[i] for i in range(NUM_BUCKETS)}
 
     def sigma_range(self) -> tuple[float, float]:
-        """As of TimestepProcess: what is as good as never drawn counts as not seen."""
+        """As of TimestepProcess: levels that are almost never drawn count as not seen."""
         reach = _TRAINED_STDS * self._std
         return math.exp(self._mean - reach), math.exp(self._mean + reach)
 
@@ -260,7 +261,7 @@ class SigmaProcess:
         return self._form(a.sqrt(), (1.0 - a).sqrt())
 
     def _form(self, alpha: Tensor, beta: Tensor) -> LinearForm:
-        """From signal and spread of the variance-preserving form, so that it holds at both ends.
+        """Computed from signal and spread of the variance-preserving form, so that it is exact at both ends.
 
         EDM: table 1 of Karras et al. 2022, c_in (x_0 + sigma noise) and the target of its eq. 8, divided by c_out.
         """

@@ -1,4 +1,4 @@
-"""How noise becomes an image: the `sample.sampler` section, and what does not go with how a net was trained."""
+"""How noise becomes an image: the `sample.sampler` section, and its conflicts with a net's training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"solver": "unipc", "num_steps": 50, "timestep_spacing": "trailing"},
 }
 
-# Below it alpha_bar is 1 in the digits that solvers have.
+# Below this sigma, alpha_bar is 1 in the solvers' precision.
 _Sigma = Annotated[float, Ge(0.002)]
 
 
@@ -35,9 +35,9 @@ class SamplerConfig:
     """How noise becomes an image. The defaults are the paper's code: 50 leading DDIM steps, x_0 clipped to [-1, 1]."""
 
     preset: RecordedOtherwise[Literal["paper", "fast", "best"]] = "paper"
-    """Sets solver, num_steps and timestep_spacing where they are null. paper: as published. fast: the fewest steps that
-    are as good as 50 DDIM steps. best: the smallest error. Where the net has no timesteps, the spacing is karras for
-    edm and trailing for flow."""
+    """Sets solver, num_steps and timestep_spacing if they are null. paper: as published. fast: the fewest steps that
+    are as good as 50 DDIM steps. best: the smallest error. For a net without timesteps, the spacing is karras for edm
+    and trailing for flow."""
     solver: Result[Solver | None] = None
     """ddim: DDIM (Song et al. 2020). dpm_solver_pp_2m: DPM-Solver++(2M) (Lu et al. 2022). unipc: UniPC (Zhao et al.
     2023). heun: Heun (Karras et al. 2022), which needs two passes through the net for each step."""
@@ -65,8 +65,8 @@ class SamplerConfig:
     clip_sample: Result[bool] = True
     """Limit each predicted x_0 to [-1, 1]."""
     dynamic_threshold: Result[Share] = 0.0
-    """A quantile of the absolute values of the predicted x_0. Where it is above 1, x_0 is limited to it and divided by
-    it (Saharia et al. 2022). For strong guidance, 0.995 for example. 0 is off."""
+    """A quantile of the absolute values of the predicted x_0. If its value is above 1, x_0 is limited to it and divided
+    by it (Saharia et al. 2022). For strong guidance, 0.995 for example. 0 is off."""
     guidance: Result[NonNegative] = 1.0
     """Scale of classifier-free guidance (Ho and Salimans 2022). 1 is none. Above 1, images follow the conditions more
     closely."""
@@ -80,13 +80,13 @@ class SamplerConfig:
     """The noise levels sigma above the first and up to the second at which guidance acts (Kynkaanniemi et al. 2024).
     null: all. At other levels a step costs one pass."""
     segmenter_guidance: Result[NonNegative] = 0.0
-    """How far each predicted x_0 is moved towards an image in which a segmenter sees the mask, in grey values of
-    [-1, 1]. 0 is off."""
+    """How far each predicted x_0 is moved towards an image in which a segmenter finds the mask, in grey values of [-1,
+    1]. 0 is off."""
     guidance_segmenter: Result[str | None] = None
     """The segmenter that guides: the folder RUN/segmenter/weights. Evaluate the images with another one."""
 
     def resolved(self, objective: Objective = "ddpm") -> SamplerConfig:
-        """The same with nothing left to the preset, for a net of this objective."""
+        """The same with the preset's values filled in, for a net of this objective."""
         values = asdict(self)
         preset = dict(PRESETS[self.preset])
         if objective != "ddpm":
@@ -94,8 +94,8 @@ class SamplerConfig:
         return replace(self, **{name: value for name, value in preset.items() if values[name] is None})
 
     def problems(self, diffusion: DiffusionConfig | None = None) -> list[Problem]:
-        """What is out of range, and what does not go together; with `diffusion`, also what does not go with the process
-        that the net was trained on."""
+        """Values out of range, and values that do not go together; with `diffusion`, also values that do not go with
+        the process that the net was trained on."""
         if found := range_problems(self, "config", "sample.sampler."):
             return found
         own = self.resolved("ddpm" if diffusion is None else diffusion.objective)
@@ -106,7 +106,7 @@ class SamplerConfig:
 
         check("eta", own.solver == "ddim" or own.eta == 0, f"{own.solver} adds no noise: give 0, or use solver ddim")
         check("churn", own.solver == "heun" or own.churn == 0, f"{own.solver} has none: give 0, or use solver heun")
-        remedy = "it acts with guidance alone: give that another value than 1"
+        remedy = "it acts only with guidance: give that another value than 1"
         check("guidance_weights", own.guidance_weights is None or own.guidance != 1.0, remedy)
         if own.segmenter_guidance > 0:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
@@ -116,7 +116,7 @@ class SamplerConfig:
 
 
 def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Problem]:
-    """What of a resolved sampler's grid does not go with how the net was trained."""
+    """Problems of a resolved sampler's grid with the net's training."""
     found: list[Problem] = []
 
     def check(name: str, good: bool, remedy: str) -> None:
@@ -153,7 +153,7 @@ def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Probl
 
 
 def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem]:
-    """Whether the segmenter that guides knows the masks' labels. That there is one, SamplerConfig.problems sees."""
+    """Whether the guiding segmenter knows the masks' labels. SamplerConfig.problems checks that there is one."""
     file = Path(sampler.guidance_segmenter or "") / "segdiff.json"
     if sampler.segmenter_guidance == 0 or not file.is_file():
         return []
@@ -172,7 +172,7 @@ def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem
 
 
 def guidance_digest(sampler: SamplerConfig) -> str | None:
-    """sha256 of the guiding segmenter's weights, which images depend on; None where none guides."""
+    """sha256 of the guiding segmenter's weights, which images depend on; None without a guiding segmenter."""
     if sampler.segmenter_guidance == 0:
         return None
     from segdiff_dist.segmentation.segmenter import Segmenter

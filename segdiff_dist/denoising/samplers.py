@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 Predict = Callable[[Tensor, Tensor], Tensor]
 """The network with its conditions bound: its prediction from its input [B, C, H, W] and its timesteps [B]."""
 Guide = Callable[[Tensor, float], Tensor]
-"""A better x_0 [B, C, H, W] from a predicted one and its step's alpha_bar."""
+"""A corrected x_0 [B, C, H, W] from a predicted one and its step's alpha_bar."""
 
-# What diffusers' solvers of higher order put in place of an alpha_bar of 0, whose logarithm they could not take.
+# diffusers' solvers of higher order use this instead of an alpha_bar of 0, which has no logarithm.
 _LEAST_ALPHA_BAR = 2.0**-24
 
 
 def num_evaluations(sampler: SamplerConfig, diffusion: DiffusionConfig) -> int:
-    """How often an image goes through the network. Where classifier-free guidance acts, it counts twice."""
+    """How often an image goes through the network. A pass with classifier-free guidance counts twice."""
     own = sampler.resolved(diffusion.objective)
     levels = levels_of(own, make_process(diffusion))
     if own.solver == "heun":
@@ -56,7 +56,7 @@ def is_guided(sampler: SamplerConfig, level: Level) -> bool:
 
 
 def starts_at_noise(levels: list[Level]) -> bool:
-    """Whether the first level is pure noise, or as good as that."""
+    """Whether the first level is pure noise, or almost."""
     return levels[0].alpha_bar <= _LEAST_ALPHA_BAR
 
 
@@ -74,9 +74,9 @@ def sample(
 ) -> Tensor:
     """float32 [B, C, H, W] images in [-1, 1] from noise x_T, standard normal.
 
-    `step_noise(i)` gives step i's noise [B, C, H, W]; without it ValueError where eta or churn is above 0. `guide`:
-    segmenter_guide's. `unguided`: predicts outside guidance_interval; ValueError without it where there is one.
-    `fused`: all of a step but the network in one kernel, of the solvers that there is one for, where nothing guides.
+    `step_noise(i)` gives step i's noise [B, C, H, W]; ValueError without it if eta or churn is above 0. `guide`: made
+    by segmenter_guide. `unguided`: predicts outside guidance_interval; ValueError without it if there is an interval.
+    `fused`: all of a step except the network in one kernel, for solvers with a kernel, without segmenter guidance.
     """
     own = sampler.resolved(diffusion.objective)
     if (own.eta > 0 or own.churn > 0) and step_noise is None:
@@ -85,7 +85,7 @@ def sample(
         raise ValueError("unguided: needed for guidance_interval")
     process = make_process(diffusion)
     levels = levels_of(own, process)
-    if own.timestep_spacing in ("karras", "log_snr"):  # begin where noise is not all there is
+    if own.timestep_spacing in ("karras", "log_snr"):  # do not begin at pure noise
         x_T_BCHW = x_T_BCHW * math.sqrt(1.0 - levels[0].alpha_bar)
 
     def predicted(x_t_BCHW: Tensor, level: Level) -> Tensor:
@@ -123,10 +123,12 @@ def segmenter_guide(dice_term: DiceTerm, conditions: Conditions, weight: float) 
     """Moves x_0 down the gradient of L = 1 - Dice(mask, segmenter's softmax): x_0 - weight (1 - a) L g / rms(g).
 
     One step of the backward guidance of Bansal et al. 2023, section 3.2, which needs no gradient of the denoiser. g is
-    taken to unit root mean square, so that the weight is in grey values at any image size; L leaves alone what fits;
-    1 - a, 1 at pure noise and 0 at the image, lets the denoiser decide at the end. Masks without organs move nothing.
+    scaled to unit root mean square, so that the weight is in grey values at any image size. The factor L does not
+    change images that fit. The factor 1 - a, 1 at pure noise and 0 at the image, leaves the last steps to the denoiser.
+    Masks without organs change nothing.
     """
-    # The term reads masks and modalities only. Clones: what comes out of inference mode cannot be differentiated.
+    # The term reads masks and modalities only. They are cloned, because tensors from inference mode cannot be
+    # differentiated.
     with torch.inference_mode(False):
         mask_BHW, modality_B = conditions.mask_BHW.clone(), conditions.class_B.clone() // len(AXES)
     shown = Batch(mask_BHW, mask_BHW, modality_B, modality_B, modality_B)
@@ -144,13 +146,13 @@ def segmenter_guide(dice_term: DiceTerm, conditions: Conditions, weight: float) 
 
 
 def _alpha_bars(levels: list[Level]) -> Tensor:
-    """float32 [S], on the CPU, where diffusers steps from."""
+    """float32 [S], on the CPU, which diffusers' steps need."""
     return torch.tensor([level.alpha_bar for level in levels], dtype=torch.float32)
 
 
 def _above_0(a_S: Tensor) -> Tensor:
-    """The alpha_bars with _LEAST_ALPHA_BAR in place of 0, or less where others are as small: a step from one to its
-    equal would divide 0 by 0."""
+    """The alpha_bars with _LEAST_ALPHA_BAR instead of 0, or less if others are as small: a step between equal values
+    would divide 0 by 0."""
     least_other = min((a for a in a_S.tolist() if a > 0), default=1.0)
     return a_S.clamp(min=min(_LEAST_ALPHA_BAR, 0.25 * least_other))
 
@@ -163,7 +165,7 @@ def _fused(
     x_T_BCHW: Tensor,
     step_noise: Callable[[int], Tensor] | None,
 ) -> Tensor:
-    """DDIM or DPM-Solver++(2M) by segdiff_kernels.sampler_step: a launch a step beside the network's."""
+    """DDIM or DPM-Solver++(2M) by segdiff_kernels.sampler_step: one launch a step besides the network's."""
     a_S, steps, x_t_BCHW, x_0_BCHW = _alpha_bars(levels), range(len(levels)), x_T_BCHW, None
     is_ddim = sampler.solver == "ddim"
     predictions = process.step_predictions([level.alpha_bar for level in levels])
@@ -193,8 +195,8 @@ def _ddim(
     process: Process,
     step_noise: Callable[[int], Tensor] | None,
 ) -> Tensor:
-    """Song et al. 2020, eq. 12. As in diffusers and the paper's code, the noise that it goes on with is what was
-    predicted, not what the bounded x_0 would mean; so the scheduler does the bounding."""
+    """Song et al. 2020, eq. 12. As in diffusers and the paper's code, it continues with the predicted noise, not with
+    the noise that follows from the bounded x_0; so the scheduler does the bounding."""
     from segdiff_dist.diffusers_parts import DDIMScheduler
 
     scheduler = respaced(
@@ -204,7 +206,7 @@ def _ddim(
         thresholding=sampler.dynamic_threshold > 0,
         dynamic_thresholding_ratio=sampler.dynamic_threshold,
         sample_max_value=float("inf"),
-        # With zero terminal SNR diffusers' own fallback would put alphas_cumprod[0] in place of 1 after the last step.
+        # With zero terminal SNR diffusers would use alphas_cumprod[0] instead of 1 after the last step.
         set_alpha_to_one=True,
     )
     # At eta 1 and an alpha_bar of about 0 the scheduler takes the root of 0 less a rounding error.
@@ -245,9 +247,9 @@ def _heun(
     process: Process,
     step_noise: Callable[[int], Tensor] | None,
 ) -> Tensor:
-    """Karras et al. 2022, algorithm 2, which walks x = x_t / sqrt(a); diffusers has it without churn.
+    """Karras et al. 2022, algorithm 2, on x = x_t / sqrt(a); diffusers has it without churn.
 
-    From pure noise, where that is infinite, the first step is DDIM's, of first order like the others' first steps.
+    At pure noise x is infinite, so there the first step is DDIM's, of first order like the others' first steps.
     """
     ends = [*(level.sigma for level in levels), 0.0]
     first = 0

@@ -1,4 +1,4 @@
-"""The standard deviation of the training slices, which EDM's preconditioning is made for."""
+"""The standard deviation of the training slices, which EDM's preconditioning needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_SLICES = 512
 
 
 def with_sigma_data(diffusion: DiffusionConfig, shards: ShardSet, rows: np.ndarray) -> DiffusionConfig:
-    """The same with sigma_data measured on the slices `rows`, where the objective needs it and none is given."""
+    """The same with sigma_data measured on the slices `rows`, if the objective needs it and none is given."""
     if diffusion.objective != "edm" or diffusion.sigma_data is not None or len(rows) == 0:
         return diffusion
     return replace(diffusion, sigma_data=measure_sigma_data(shards, rows))
@@ -27,8 +27,8 @@ def with_sigma_data(diffusion: DiffusionConfig, shards: ShardSet, rows: np.ndarr
 def measure_sigma_data(shards: ShardSet, rows: np.ndarray) -> float:
     """Standard deviation of the pixels in [-1, 1] of at most 512 of the slices, evenly spaced; to four digits.
 
-    A function of set and rows alone, so that every rank and every restart has the same. Raises InputProblems where all
-    pixels are alike.
+    It depends on set and rows alone, so every rank and every restart gets the same. Raises InputProblems if all pixels
+    are equal.
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MOST_SLICES)).round().astype(np.int64)]
     sums = np.zeros(3)  # of 1, x, x^2

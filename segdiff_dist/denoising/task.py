@@ -1,4 +1,4 @@
-"""What the denoiser learns: the loss of a batch, with everything random in it drawn by position.
+"""The denoiser's training task: the loss of a batch, with every random draw keyed by position.
 
 Dimensions: B batch, C channels, K classes, H rows, W columns.
 """
@@ -37,8 +37,7 @@ class DenoiserTask:
     """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
 
     For objective edm, `diffusion` must hold sigma_data (sigma_data.py). `validation` is called as Task.validate is, and
-    returns metrics of held-out slices; without it there are none. `find_problems` says before whether the settings can
-    be used.
+    returns metrics of held-out slices; without it there are none. `find_problems` checks the settings beforehand.
     """
 
     name = "train"
@@ -65,7 +64,7 @@ class DenoiserTask:
         self.process = make_process(diffusion, device)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_m of the paper's section 3.2, weighted by noise level, plus the Dice term where there is one.
+        """L_m of the paper's section 3.2, weighted by noise level, plus the Dice term if it is used.
 
         Metrics: the unweighted squared error by quarters of the noise levels, and `dice_loss`.
         """
@@ -81,7 +80,7 @@ class DenoiserTask:
             a_B = process.alpha_bar(level_B)
             x0_pred_BCHW = process.x_0(prediction_BCHW, x_BCHW, level_B)
             dice_loss_B, counts_B = self.dice_term(x0_pred_BCHW, batch)
-            # alpha_bar: 1 without noise, 0 where x0_pred is a guess. Samples without organs count as 0.
+            # alpha_bar: 1 without noise, 0 in pure noise, where x0_pred is a guess. Samples without organs count as 0.
             weight_B = a_B * counts_B
             loss = loss + self.diffusion.dice_weight * (weight_B * dice_loss_B).mean()
             metrics["dice_loss"] = torch.stack(((weight_B * dice_loss_B).sum(), weight_B.sum())).detach()
@@ -115,7 +114,7 @@ class DenoiserTask:
 class DiceTerm:
     """1 - soft Dice between a mask and a trained, frozen segmenter's prediction on x0_pred: the paper's future work.
 
-    Raises InputProblems where the weights are missing or know other labels than `table`.
+    Raises InputProblems if the weights are missing or have other labels than `table`.
     """
 
     def __init__(self, weights: Path, table: LabelTable, device: torch.device) -> None:
@@ -128,7 +127,8 @@ class DiceTerm:
         self._is_organ_K[list(table.organ_ids)] = True
 
     def __call__(self, x0_pred_BCHW: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """float32 [B] mean over the organs in the mask of 1 - 2 sum(p m) / (sum p + sum m), and 1 where there is any.
+        """float32 [B] mean over the organs in the mask of 1 - 2 sum(p m) / (sum p + sum m); and [B], 1 if the mask has
+        organs.
 
         m is the mask of the set, without organ dropout. Milletari et al. 2016, with p instead of p^2.
         """
@@ -160,7 +160,8 @@ def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusi
 
 
 def _refuse_another_segmenter(weights: Path, dice_term: DiceTerm, given: str) -> None:
-    """A resumed run must have the segmenter it was started with. Its exported weights name that segmenter's digest."""
+    """A resumed run must have the segmenter it was started with. The run's exported weights hold that segmenter's
+    digest."""
     for description in sorted(weights.glob("[!.]*/segdiff.json")):
         before = json.loads(description.read_text()).get(_SEGMENTER_DIGEST, dice_term.weights_sha256)
         if before != dice_term.weights_sha256:

@@ -1,7 +1,7 @@
 """Metrics of the denoiser on held-out slices during training: a loss on fixed noise, and the sharpness of images that
 are generated from fixed masks.
 
-Slices, noise and noise levels depend on the validation's seed alone, so the same weights give the same numbers at any
+Slices, noise and noise levels depend on the validation's seed alone. So the same weights give the same numbers at any
 time and on any number of ranks. Dimensions: N slices, P pictures, B batch, C channels, H rows, W columns.
 """
 
@@ -38,7 +38,7 @@ Forward = Callable[..., Tensor]
 DrawGrid = Callable[[list[SliceRecord], np.ndarray, str, int], None]
 """Called with slices, the image generated from the mask of each (uint8 [P, H, W]), a title, and images_seen."""
 
-# The fractional parts of multiples of this cover [0, 1) evenly, however many are taken: the golden ratio's.
+# From the golden ratio: the fractional parts of its multiples cover [0, 1) evenly, for any number of them.
 _GOLDEN_FRACTION = 0.6180339887498949
 
 
@@ -58,7 +58,7 @@ class HeldOutSlices:
 class DenoiserValidation:
     """Called with (forward, images_seen) on all ranks, it returns the metrics.
 
-    val_loss is the squared error that training logs by noise level, without its weights and with every condition given;
+    val_loss is the squared error that training logs by noise level, without its weights and with every condition;
     val_loss_t_FROM_TO (val_loss_sigma_FROM_TO without timesteps) are its parts. val_sharpness, val_sharpness_BAND and
     val_texture compare generated images with their slices. Without slices it warns once and measures nothing. Slices
     are read once, when it is made, and stay on the device: 2 bytes a pixel.
@@ -82,7 +82,7 @@ class DenoiserValidation:
             preset="fast",
             solver="ddim",
             num_steps=config.num_steps,
-            timestep_spacing=None,  # trailing, or what the objective has in its place
+            timestep_spacing=None,  # trailing, or the objective's own spacing
             eta=0.0,
             churn=0.0,
             guidance_interval=None,
@@ -123,7 +123,8 @@ class DenoiserValidation:
         return metrics
 
     def _losses(self, forward: Forward) -> dict[str, float]:
-        """Each rank fills in the errors of its slices, so that any number of ranks adds them up in the same order."""
+        """Each rank fills in the errors of its slices. So the errors are summed in the same order on any number of
+        ranks."""
         num = self.config.num_images
         errors_N2 = torch.zeros(num, 2, dtype=torch.float64, device=self.device)
         for batch in self._batches:
@@ -142,7 +143,7 @@ class DenoiserValidation:
         """float32 [B]: the squared error of each slice's noised image, its mean over pixels."""
         x_0_BCHW = to_model_range(batch.image_BHW)
         noise_BCHW = philox.normal(self.config.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
-        # Positions from num_images on only make the last ranks' batches as large as the others'.
+        # Positions from num_images on only fill up the batches of the last ranks.
         level_B = self._level_N[batch.position_B.clamp(max=self.config.num_images - 1)]
         x_BCHW, target_BCHW, _ = self._process.with_noise(x_0_BCHW, noise_BCHW, level_B)
         edge_B2HW = batch.edge_B2HW if self.soft_masks else None
@@ -181,7 +182,7 @@ class DenoiserValidation:
             pictures = [min(p, num - 1) for p in mine[start : start + self.config.batch_size]]
             generated_BHW = self._sample(forward, pictures)
             for p, picture in zip(mine[start:], generated_BHW, strict=False):
-                if p < num:  # the last ranks generate some that other ranks generate too
+                if p < num:  # the last ranks may generate some that other ranks generate too
                     image_PHW[p] = picture
         return sum_over_ranks(image_PHW).to(torch.uint8).cpu().numpy()
 
