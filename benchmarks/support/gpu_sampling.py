@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_shards.labels import AMOS
 from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.replayed import ReplayedNet
 from segdiff_kernels.backend import Kernels
 from support.gpu_kernels import called_once, kernel_bench
 from support.gpu_session import Session, describe
@@ -54,6 +55,9 @@ def _ways(session: Session) -> dict[str, Callable[[int], Callable[[], Any]]]:
     }
     if session.device.type == "cuda":
         ways["ours, CUDA graph"] = lambda batch: captured(_evaluation(session, ours, ours, batch))
+        ways["ours, as sampled"] = lambda batch: _recorded(
+            _evaluation(session, ours, ReplayedNet(ours, session.device), batch)
+        )
     if session.scale.compiler is not None:
         compiled = torch.compile(ours, backend=session.scale.compiler, dynamic=False)
         ways["ours, compiled"] = partial(_evaluation, session, ours, compiled)
@@ -75,6 +79,13 @@ def _evaluation(
     conditions = denoiser.conditions_of(random_batch(batch, size, device))
     x_t_B1HW, timestep_B = torch.randn(batch, 1, size, size, device=device), torch.full((batch,), 500, device=device)
     return lambda: forward(x_t_B1HW, timestep_B, *conditions)
+
+
+def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, after ReplayedNet has recorded it."""
+    for _ in range(3):
+        call()
+    return call
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -15,7 +15,7 @@ from data_shards.problems import Problem
 from data_shards.ranges import Count, WholeNumber, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, identity
 from data_shards.workers import WorkersConfig
-from segdiff_dist.config.choices import Device
+from segdiff_dist.config.choices import Device, Switch
 from segdiff_dist.denoising.config import Objective
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 
@@ -64,6 +64,9 @@ class SampleConfig:
     batch_size: Execution[Annotated[int, Ge(LEAST_BATCH)] | None] = None
     """Images made at once. null: as many of a region as fit into the worker's share of the memory. On a CPU it changes
     no bit of an image. A GPU may round differently."""
+    cuda_graph: Execution[Switch] = "auto"
+    """Record the network's pass as a CUDA graph, once for each batch size, and replay it: faster where batches are
+    small. auto: on a GPU, if replaying gives the same bits. on: refused where there is no GPU. docs/sampling.md."""
     precision: Result[Literal["bf16", "fp32"]] = "bf16"
     """Of the network. The sampler computes in fp32."""
     num_workers: Execution[Count | None] = None

@@ -150,7 +150,7 @@ def _make_missing(store: SampleStore, pool: WorkerPool, config: SampleConfig, ad
     desc = "sample" if (few := fewer_masks(store.items, config)) is None else f"sample ({few})"
     with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc=desc, unit="img") as bar:
         for done in fan_out(
-            WorkerFactory(store.path, pool.device, config.batch_size, pool.num_beside),
+            WorkerFactory(store.path, pool.device, config.batch_size, pool.num_beside, config.cuda_graph != "off"),
             missing,
             num_workers=pool.num_workers,
             threads_per_worker=config.threads_per_worker,

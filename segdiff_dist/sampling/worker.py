@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.conditioning import Conditions
     from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
     from segdiff_dist.denoising.denoiser import Denoiser
+    from segdiff_dist.denoising.replayed import Net
     from segdiff_dist.denoising.sampler_config import SamplerConfig
     from segdiff_dist.denoising.samplers import Guide
 
@@ -45,13 +46,14 @@ class WorkerFactory:
     """Runs in the worker: loads the model once, returns the function that makes a region and measures its seconds.
 
     `num_beside`: workers that may share the memory it is to work in: those of its GPU, or all of the job, of which only
-    as many are on this machine as it has room for.
+    as many are on this machine as it has room for. `cuda_graph`: replay the network's passes where the device can.
     """
 
     store: Path
     device: str
     batch_size: int | None = None
     num_beside: int = 1
+    cuda_graph: bool = True
 
     def __call__(self) -> Callable[[int], float]:
         import torch
@@ -67,7 +69,7 @@ class WorkerFactory:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
         most = math.inf if self.device == "cuda" else max(1, num_cores() // settings["threads_per_worker"])
         beside = int(min(self.num_beside, most))
-        made = _RegionMaker(store, torch.device(self.device))
+        made = _RegionMaker(store, torch.device(self.device), self.cuda_graph)
         made.batch_size = self.batch_size or batch_size_for(
             made.model.config,
             made.model.size,
@@ -82,8 +84,7 @@ class _RegionMaker:
     """The model and everything else that stays from region to region; refused where it is not what the job began
     with, as a command started later, or a worker that replaces another, would mix two models' images."""
 
-    def __init__(self, store: SampleStore, device: torch.device) -> None:
-        import torch
+    def __init__(self, store: SampleStore, device: torch.device, cuda_graph: bool) -> None:
 
         from segdiff_dist.denoising.config import DiffusionConfig
         from segdiff_dist.denoising.sampler_config import SamplerConfig
@@ -92,22 +93,19 @@ class _RegionMaker:
         settings = store.job["sample"]
         self.store, self.device, self.seed = store, device, settings["seed"]
         self.without_organs: list[str] = settings["without_organs"]
-        model, _ = load_denoiser(Path(store.job["weights"]), store.job["weights_digest"])
-        model = model.prepare_for(device)
-        self.model = model.to(torch.bfloat16) if settings["precision"] == "bf16" else model
-        self.masks = open_masks(store, model.label_table)
+        weights, how = Path(store.job["weights"]), (device, settings["precision"], cuda_graph)
+        self.model, self.net = _ready_net(weights, store.job["weights_digest"], *how)
+        self.masks = open_masks(store, self.model.label_table)
         self.diffusion, self.sampler = DiffusionConfig(**store.job["diffusion"]), SamplerConfig(**settings["sampler"])
         self.passes = 1 if self.sampler.guidance == 1.0 or self.sampler.guidance_weights else 2
         self.weaker = None
         if self.sampler.guidance_weights is not None:
-            beside = Path(store.job["weights"]).parent / self.sampler.guidance_weights
-            weaker, _ = load_denoiser(beside, store.job["guidance_weights_digest"])
-            self.weaker = weaker.prepare_for(device)
-            self.weaker = self.weaker.to(torch.bfloat16) if settings["precision"] == "bf16" else self.weaker
+            beside = weights.parent / self.sampler.guidance_weights
+            _, self.weaker = _ready_net(beside, store.job["guidance_weights_digest"], *how)
         self.dice_term = None
         if self.sampler.segmenter_guidance > 0:
             segmenter = Path(str(self.sampler.guidance_segmenter))
-            self.dice_term = DiceTerm(segmenter, model.label_table, device)
+            self.dice_term = DiceTerm(segmenter, self.model.label_table, device)
             if self.dice_term.weights_sha256 != store.job["guidance_segmenter_sha256"]:
                 raise changed(segmenter, "weights")
         self.batch_size = LEAST_BATCH
@@ -135,8 +133,23 @@ class _RegionMaker:
             if self.dice_term is not None:
                 guide = segmenter_guide(self.dice_term, conditions, self.sampler.segmenter_guidance)
             settings = self.diffusion, self.sampler, self.seed
-            image_BHW = generate(self.model, items, conditions, *settings, guide, self.weaker)
+            image_BHW = generate(self.net, items, conditions, *settings, guide, self.weaker)
         return image_BHW[: len(ids)], conditions.mask_BHW.cpu().numpy()[: len(ids)]
+
+
+def _ready_net(
+    folder: Path, digest: str, device: torch.device, precision: str, cuda_graph: bool
+) -> tuple[Denoiser, Net]:
+    """The model in a folder, where it is to compute, and what calls it."""
+    import torch
+
+    from segdiff_dist.denoising.replayed import ReplayedNet
+
+    model = load_denoiser(folder, digest)[0].prepare_for(device)
+    model = model.to(torch.bfloat16) if precision == "bf16" else model
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the activations are
+    return model, ReplayedNet(model, device) if cuda_graph else model
 
 
 def open_masks(store: SampleStore, label_table: LabelTable) -> MaskSource:
@@ -179,14 +192,14 @@ def item_conditions(
 
 
 def generate(
-    model: Denoiser,
+    model: Net,
     items: list[dict[str, Any]],
     conditions: Conditions,
     diffusion: DiffusionConfig,
     sampler: SamplerConfig,
     seed: int,
     guide: Guide | None = None,
-    weaker: Denoiser | None = None,
+    weaker: Net | None = None,
 ) -> np.ndarray:
     """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id). `weaker`: the net
     of autoguidance.

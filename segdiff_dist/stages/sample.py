@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.problems import refuse
+from data_shards.problems import problem, refuse
 from segdiff_dist.experiment import collect, save_experiment
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.stages.base import Cost, Plan, Result, command
@@ -54,7 +54,7 @@ class Sample(ConfiguredStage):
         run, shards = self.open_run_and_data()
         collect(
             lambda: refuse(config.problems()),
-            lambda: config.ray_address or config.workers.pool(),
+            lambda: _refuse_devices(config),
             lambda: refuse_missing(run / "weights" / config.weights),
         )
         rows = shards.select(split=config.split, modalities=self.loader.modalities, axes=self.loader.axes)
@@ -112,3 +112,13 @@ class SamplePlan(Plan):
         if self.stage.experiment.evaluate.segmenter is None and not (run / "segmenter" / "weights").is_dir():
             return command("train-segmenter", "--run", run, *address)
         return command("evaluate", "--run", run, *address)
+
+
+def _refuse_devices(config: SampleConfig) -> None:
+    """Raise InputProblems for a device that is not on this machine, and for a CUDA graph on a CPU."""
+    if config.ray_address is not None:
+        return
+    device = config.workers.pool().device
+    if config.cuda_graph == "on" and device != "cuda":
+        remedy = f"a CUDA graph needs a GPU, and this is {device}; give auto or off"
+        raise problem("config", "sample.cuda_graph", "on", remedy)

@@ -12,7 +12,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,55 +19,12 @@ from torch import Tensor
 from data_shards.files import first_line
 from data_shards.problems import Problem, problem
 from data_shards.records import Batch
+from segdiff_dist.ranks.cuda_graph import Recorder, recorder_for
 from segdiff_dist.ranks.distributed import gather_objects, is_main
 from segdiff_dist.training.config import TrainConfig
 
 # Runs before the recording, as torch.cuda.graph's documentation asks for: kernels are compiled and algorithms chosen.
 _WARM_UP_RUNS = 3
-
-
-class Recorder(Protocol):
-    """Records a function's work on the device, and repeats it."""
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        """Run the function as capture() will."""
-
-    def capture(self, function: Callable[[], None]) -> None:
-        """Call the function once and record what it does. What is recorded need not have happened yet."""
-
-    def replay(self) -> None:
-        """Do it all again, on the same memory."""
-
-
-class CudaGraph:
-    """torch.cuda.CUDAGraph as a Recorder."""
-
-    def __init__(self, device: torch.device) -> None:
-        # Not the default stream, which cannot be recorded. Warm-up and recording share it, because a parameter's
-        # gradient is added up on the stream that first used the parameter.
-        self._stream = torch.cuda.Stream(device)
-        self._graph = torch.cuda.CUDAGraph()
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        """On the recording's stream."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            function()
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def capture(self, function: Callable[[], None]) -> None:
-        """Of this thread alone: the loader's thread goes on with its own work."""
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            function()
-
-    def replay(self) -> None:
-        """On the current stream."""
-        self._graph.replay()
-
-
-def recorder_for(device: torch.device) -> Recorder | None:
-    """What records on this device; None where nothing does."""
-    return CudaGraph(device) if device.type == "cuda" else None
 
 
 def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:

@@ -1,0 +1,111 @@
+"""`sample.cuda_graph`: the network's forward pass as one CUDA graph for each batch size.
+
+With few images the GPU waits for Python, which launches a thousand kernels a pass. A replay launches them at once. Only
+the network is recorded: solvers, guidance and bounds stay what they are. A recording is used only where it gives the
+bits that Python gives.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data_shards.files import first_line
+from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.ranks.cuda_graph import Recorder, recorder_for
+
+# A kind of batch is recorded when it comes for the third time. Its first two passes compile kernels and choose
+# algorithms, and a batch that comes only twice costs no recording.
+_EAGER_PASSES = 2
+# Each recording has activations of its own. A job has at most four kinds: whole and last batches, with and without
+# guidance.
+_MOST_RECORDINGS = 4
+
+
+class Net(Protocol):
+    """What a sampler needs of a denoiser."""
+
+    uses_kernels: bool
+
+    def __call__(
+        self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, edge_B2HW: Tensor | None = None
+    ) -> Tensor:
+        """As Denoiser.forward."""
+
+
+@dataclass(frozen=True)
+class _Recording:
+    recorder: Recorder
+    given: list[Tensor]
+    made_BCHW: Tensor
+
+
+class ReplayedNet:
+    """Calls a denoiser, by replay where a batch of the same shapes was recorded. No gradients.
+
+    Batches of the same shapes must come one after another, from one thread.
+    """
+
+    def __init__(self, model: Denoiser, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self.uses_kernels = model.uses_kernels
+        self._passes: Counter[tuple[object, ...]] = Counter()
+        self._recordings: dict[tuple[object, ...], _Recording] = {}
+        self._can_record = recorder_for(device) is not None
+
+    def __call__(
+        self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, edge_B2HW: Tensor | None = None
+    ) -> Tensor:
+        """As Denoiser.forward: float32 [B, 1, H, W], which the next call leaves as it is."""
+        given = [x for x in (x_t_BCHW, timestep_B, mask_BHW, class_B, edge_B2HW) if x is not None]
+        kind = tuple((x.shape, x.dtype) for x in given)
+        if kind in self._recordings:
+            return self._replay(self._recordings[kind], given)
+        self._passes[kind] += 1
+        if self._passes[kind] <= _EAGER_PASSES or not self._can_record or len(self._recordings) == _MOST_RECORDINGS:
+            made_BCHW: Tensor = self._model(*given)
+            return made_BCHW
+        return self._record(kind, given)
+
+    def _replay(self, recording: _Recording, given: list[Tensor]) -> Tensor:
+        for fixed, new in zip(recording.given, given, strict=True):
+            fixed.copy_(new, non_blocking=True)
+        recording.recorder.replay()
+        return recording.made_BCHW.clone()
+
+    def _record(self, kind: tuple[object, ...], given: list[Tensor]) -> Tensor:
+        """The eager prediction of a batch, whose kind is recorded on the way where that works."""
+        recorder = recorder_for(self._device)
+        assert recorder is not None
+        fixed, made = [x.clone() for x in given], []
+
+        def run() -> None:
+            made.append(self._model(*fixed))
+
+        recorder.warm_up(run)
+        eager_BCHW: Tensor = made.pop()
+        try:
+            recorder.capture(run)
+            recording = _Recording(recorder, fixed, made.pop())
+            replayed_BCHW = self._replay(recording, given)
+        except torch.OutOfMemoryError:
+            self._give_up("its memory does not fit beside that of eager passes")
+        except RuntimeError as error:
+            self._give_up(f"it cannot be recorded: {first_line(error)}")
+        else:
+            if torch.equal(eager_BCHW.view(torch.uint8), replayed_BCHW.view(torch.uint8)):
+                self._recordings[kind] = recording
+            else:
+                self._give_up("replayed, a prediction is not the eager one, bit for bit")
+        return eager_BCHW
+
+    def _give_up(self, why: str) -> None:
+        self._can_record = False
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # of what was recorded
+        sys.stderr.write(f"sample: no CUDA graph, kernels are launched one by one: {why}\n")
