@@ -82,16 +82,18 @@ class ReplayedNet:
         """The eager prediction of a batch, whose kind is recorded on the way where that works."""
         recorder = recorder_for(self._device)
         assert recorder is not None
-        fixed, made = [x.clone() for x in given], []
+        fixed = [x.clone() for x in given]
+        made_BCHW = torch.empty_like(fixed[0])
 
         def run() -> None:
-            made.append(self._model(*fixed))
+            made_BCHW.copy_(self._model(*fixed))
 
         recorder.warm_up(run)
-        eager_BCHW: Tensor = made.pop()
+        eager_BCHW = made_BCHW.clone()
         try:
             recorder.capture(run)
-            recording = _Recording(recorder, fixed, made.pop())
+            made_BCHW.zero_()
+            recording = _Recording(recorder, fixed, made_BCHW)
             replayed_BCHW = self._replay(recording, given)
         except torch.OutOfMemoryError:
             self._give_up("its memory does not fit beside that of eager passes")
