@@ -1,7 +1,7 @@
 """`segdiff doctor`: what this machine can run; for each engine, what was found, what is used instead, how to get it.
 
-It looks at what is installed and at the few engines whose presence proves nothing until they have been started: torch
-and its GPUs, DALI. Nothing here runs during training.
+It checks what is installed. Torch with its GPUs, and DALI, are also started, because an installed one may not work.
+Nothing here runs during training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ State = Literal["ok", "instead", "missing"]
 
 _DISTRIBUTION = "segdiff-dist"
 _GIB = 1024**3
-# What `segdiff demo` may take, by its own test.
+# The memory that `segdiff demo` may take, by its own test.
 _DEMO_GIB = 6.0
 # Engines with a row of their own; every other requirement of the distribution is one of "other libraries".
 _SHOWN = (
@@ -39,7 +39,8 @@ _PROBED = ("torch", "deepspeed", "nvidia-dali-cuda130", "triton")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report. `ok`: as intended; `instead`: a fallback is used; `missing`: it must be put right."""
+    """One line of the report. `ok`: as intended; `instead`: a fallback is used; `missing`: it must be installed or
+    repaired."""
 
     name: str
     state: State
@@ -49,14 +50,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What torch says of NVIDIA GPUs."""
+    """The NVIDIA GPUs that torch can use."""
 
     names: tuple[str, ...] = ()
     memory_gib: tuple[float, ...] = ()
 
 
 def diagnose() -> tuple[str, list[str]]:
-    """The report, and the names of what the pipeline needs and this machine lacks."""
+    """The report, and the names of the engines that the pipeline needs but this machine lacks."""
     gpus, torch_rows = _torch()
     sections = (
         ("machine", [*_machine(), *_gpu(gpus)]),
@@ -74,7 +75,7 @@ def diagnose() -> tuple[str, list[str]]:
 
 
 def format_report(sections: Iterable[tuple[str, list[Row]]]) -> str:
-    """The rows as aligned columns; each remedy stands on a line of its own under what it remedies."""
+    """The rows as aligned columns; each remedy is on a separate line below its row."""
     sections = list(sections)
     width = max(len(row.name) for _, rows in sections for row in rows)
     lines: list[str] = []
@@ -121,7 +122,7 @@ def _machine() -> list[Row]:
 
 
 def _memory_gib() -> float | None:
-    """Memory this process may use: the machine's, or its container's where that is less."""
+    """Memory this process may use: the machine's, or its container's if that is less."""
     memory = host_memory()
     return memory and memory.total / _GIB
 
@@ -298,7 +299,7 @@ def _reinstall(distribution: str) -> str:
 
 
 def requirement_row(name: str, distribution: str, use: str) -> tuple[Row, bool]:
-    """The row of something the pipeline cannot do without, and whether it is there in a version that fits."""
+    """The row of a library that the pipeline needs, and whether it is installed in a version that fits."""
     version = installed_version(distribution)
     what = f": {use}" if use else ""
     if version is None:
@@ -311,7 +312,8 @@ def requirement_row(name: str, distribution: str, use: str) -> tuple[Row, bool]:
 
 
 def _wanted(distribution: str) -> tuple[str, bool] | None:
-    """The range this distribution asks for, and whether the installed version lies in it; None where it names none."""
+    """The version range that this distribution requires, and whether the installed version is in it; None if it
+    requires none."""
     try:
         from packaging.requirements import Requirement
 

@@ -1,4 +1,4 @@
-"""How a command ends: what a person can put right becomes words and an exit code.
+"""How a command ends: an error that a user can correct becomes a message and an exit code.
 
 0 done, 1 some of the input failed, 2 input refused before work started, 3 training stopped itself, 130 interrupted.
 """
@@ -17,7 +17,8 @@ from data_shards.problems import InputProblems, WorkFailed, describe
 
 
 class ExitStatus:
-    """A context that turns the errors of a command into words and a code. `only_reads`: the command takes no lock."""
+    """A context that turns the errors of a command into a message and an exit code. `only_reads`: the command takes no
+    lock."""
 
     def __init__(self) -> None:
         self.code, self.only_reads = 0, False
@@ -28,7 +29,7 @@ class ExitStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Whether the error was one of those that a person can put right, which are said here."""
+        """Whether the error was one that a user can correct. Such errors are printed here."""
         try:
             if error is None:
                 sys.stdout.flush()
@@ -43,7 +44,7 @@ class ExitStatus:
             return True
 
     def _code_of(self, error: BaseException) -> int | None:
-        """Say what is wrong; None for an error that is not a person's to put right."""
+        """Print the problem; None for an error that a user cannot correct."""
         if isinstance(error, InputProblems):
             return _say_problems(error)
         if isinstance(error, WorkFailed):
@@ -63,10 +64,11 @@ class ExitStatus:
         return None
 
     def _unprinted(self, error: OSError) -> None:
-        """What was printed found no reader or no room. The rest goes nowhere, or Python would try again as it ends."""
+        """The output has no reader, or the disk is full. Further output is dropped, or Python would try again as it
+        ends."""
         if _reader_is_gone():
-            # It has seen enough (`segdiff --help | head`). SIGPIPE itself stays off: it would also kill a process
-            # whose store or tracker closes a connection.
+            # The reader has closed the pipe (`segdiff --help | head`). SIGPIPE itself stays off: it would also kill a
+            # process whose store or tracker closes a connection.
             self.code = 141  # what a shell shows for a command that SIGPIPE ended
         else:
             with suppress(OSError):
@@ -78,7 +80,7 @@ class ExitStatus:
 
 
 def _say_problems(error: InputProblems) -> int:
-    # Once a machine: what is missing may be missing on one of them alone.
+    # Once a machine, since a file may be missing on one of them only.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         is_main = os.environ.get("RANK", "0") == "0"
         where = "error" if is_main else f"error on {socket.gethostname()}"
@@ -90,9 +92,9 @@ def _say_problems(error: InputProblems) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads what is printed any more."""
+    """Whether the output has lost its reader."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a notebook's or a test's stream is no file
+        with suppress(OSError, ValueError):  # the stream of a notebook or a test is not a file
             poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

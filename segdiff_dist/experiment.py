@@ -1,8 +1,8 @@
 """The whole configuration of an experiment, one section a stage, and where it comes from.
 
-Later wins: the sections' defaults, the run folder's config.yaml, --config FILE, flags. Of the run folder's file, which
-somebody else may have written, everything but commands, addresses and paths that are written to: those are a person's,
-and marked on their fields (data_shards.field_source).
+Each of these overrides those before it: the sections' defaults, the run folder's config.yaml, --config FILE, flags. The
+run folder's file may have been written by somebody else. So commands, addresses and output paths are not taken from it:
+only a user may give them, and their fields are marked (data_shards.field_source).
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import AverageConfig, TrainConfig
 
 CONFIG_FILE = "config.yaml"
-# Keys of a file that are arguments of one command, on whose stage they are. A run folder's file from before they were
-# there may name them; they are not taken from it.
+# Keys of a file that are arguments of one command; they are fields of its stage. An old run folder's file may name
+# them; they are not taken from it.
 ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared")
 
-# What is fixed once a stage has left this in the run folder. Other stages do not change it in RUN/config.yaml.
+# The sections that are fixed once a stage has left this file or folder in the run folder. Other stages do not change
+# them in RUN/config.yaml.
 _FIXED_BY = {
     "checkpoints": ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation"),
     "segmenter/checkpoints": ("data", "more_data", "loader", "segmenter"),
@@ -53,7 +54,7 @@ class Experiment:
     amos_root: Path | None = None
     """The archive: dataset.json, imagesTr, labelsTr, ..."""
     wholebody: Path | None = field(default=None, metadata=FROM_A_PERSON)
-    """Whole-body masks, <case id>.nii.gz: what `annotate` writes and `prepare` reads."""
+    """Whole-body masks, <case id>.nii.gz. `annotate` writes them and `prepare` reads them."""
     data: str | None = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """The shard set that `prepare` writes and the later stages read: a folder or, for reading, a URL of fsspec's."""
     more_data: tuple[str, ...] = field(default=(), metadata=ADDRESS_FROM_A_PERSON)
@@ -95,7 +96,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Withheld:
-    """A value of RUN/config.yaml that is not used, since only a person may give it."""
+    """A value of RUN/config.yaml that is not used, since only a user may give it."""
 
     file: Path
     key: str
@@ -115,9 +116,9 @@ def load_experiment(
     withheld: list[Withheld] | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Experiment:
-    """The experiment before flags. `run` is the run folder, where it is known already; `written`: further keys that are
-    not taken from its config.yaml. What is not taken is appended to `withheld`; what the file says of ARGUMENTS is put
-    into `arguments`."""
+    """The experiment before flags. `run` is the run folder, if it is already known; `written`: further keys that are
+    not taken from its config.yaml. Values that are not taken are appended to `withheld`. Values of ARGUMENTS in the
+    file are put into `arguments`."""
     values = as_dict(Experiment())
     from_file = read_yaml(config_file) if config_file is not None else {}
     said = {name: from_file.pop(name) for name in ARGUMENTS if name in from_file}
@@ -151,7 +152,7 @@ def _withhold(
     written: Sequence[str],
     prefix: str = "",
 ) -> list[Withheld]:
-    """Take out of `recorded` what only a person may give; returns what said something else than the default."""
+    """Take out of `recorded` the values that only a user may give; returns those that differ from the default."""
     found = []
     for one in fields(section):
         if one.name not in recorded:
@@ -176,7 +177,7 @@ def _is_address(one: Field[Any], value: Any) -> bool:
 
 
 def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:
-    """Write RUN/config.yaml: the sections that this stage fixes, and those that no other stage has fixed before."""
+    """Write RUN/config.yaml: the sections that this stage fixes, and those that no stage has fixed yet."""
     run, values = experiment.path("run"), as_dict(experiment)
     with short_turn(run):
         if (run / CONFIG_FILE).is_file():
@@ -187,8 +188,8 @@ def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:
 
 
 def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:
-    """Refuse to go on with a training that was started with other settings. `started` exists once it has begun, and
-    holds the settings of every checkpoint."""
+    """Refuse to continue a training that was started with other settings. `started` exists once the training has begun,
+    and holds the settings of every checkpoint."""
     from segdiff_dist.training.checkpoint import named_as_one  # here, since it imports torch
 
     of_checkpoints = (file for file in started.glob(f"*/{CONFIG_FILE}") if named_as_one(file.parent))
@@ -198,7 +199,7 @@ def refuse_another_config(experiment: Experiment, started: Path, sections: tuple
     may_change = {
         key for section in sections for key in execution_settings(type(getattr(experiment, section)), f"{section}.")
     }
-    # A key that came with a later version has the value by which training went before it.
+    # A key of a later version has the value that training used before the key existed.
     old, new = merge(as_dict(Experiment()), read_yaml(recorded)), as_dict(experiment)
     found = [
         Problem(str(recorded), key, f"{before!r} there, {after!r} now", "use another run folder, or that value")
@@ -211,7 +212,7 @@ def refuse_another_config(experiment: Experiment, started: Path, sections: tuple
 
 
 def collect(*checks: Callable[[], Any]) -> list[Any]:
-    """Run every check and return what they gave; whatever problems they raise are raised together."""
+    """Run every check and return their results; all problems that they raise are raised together."""
     found: list[Problem] = []
     results = []
     for check in checks:

@@ -1,7 +1,7 @@
 """Versions of the libraries whose undocumented parts this project uses, each in one adapter.
 
-A version outside its range may have those parts elsewhere, or mean something else by them. So an adapter asks here
-before it touches any. pyproject.toml has the same ranges for the installer.
+A version outside its range may have those parts elsewhere, or with another meaning. So an adapter checks the version
+here before it uses them. pyproject.toml has the same ranges for the installer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SUPPORTED = {
 
 
 def require_supported(library: str) -> None:
-    """Raise InputProblems where the installed version is outside the range that was seen to work."""
+    """Raise InputProblems if the installed version is outside the tested range."""
     from packaging.specifiers import SpecifierSet
 
     installed = metadata.version(library)

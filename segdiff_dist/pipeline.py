@@ -65,7 +65,8 @@ class SegGuidedPipeline:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         precision: Literal["bf16", "fp32"] = "fp32",
     ) -> SegGuidedPipeline:
-        """The pipeline in `folder`; `precision`: of the network. Raises InputProblems where it is none."""
+        """The pipeline in `folder`; `precision`: of the network. Raises InputProblems if the folder is not a
+        pipeline."""
         folder = Path(folder)
         if not (folder / _ABOUT).is_file():
             remedy = "give what `segdiff export --run RUN --format pipeline OUT` wrote"
@@ -86,9 +87,9 @@ class SegGuidedPipeline:
         device: Literal["auto", "cpu", "cuda"],
         precision: Literal["bf16", "fp32"],
     ) -> SegGuidedPipeline:
-        """The model in a folder under RUN/weights. `diffusion` counts where the weights do not say theirs. What needs
-        another network (segmenter guidance, autoguidance) is left out. Raises InputProblems, also where the sampler
-        does not go with how the net was trained."""
+        """The model in a folder under RUN/weights. `diffusion` is used if the weights do not hold theirs. Guidance that
+        needs another network (segmenter guidance, autoguidance) is left out. Raises InputProblems, also if the sampler
+        does not go with the net's training."""
         chosen = pick_device(device)
         model = Denoiser.load(weights).prepare_for(chosen)
         process, own = _trained_process(weights, diffusion), _alone(sampler)
@@ -131,8 +132,8 @@ class SegGuidedPipeline:
         seed: int,
         described: str | None = None,
     ) -> np.ndarray:
-        """uint8 [B, H, W] of masks that were checked, with the noise of (seed, item id) each, as many at once as fit;
-        `described`: what a progress bar says, where one is wanted."""
+        """uint8 [B, H, W] of checked masks, each with the noise of (seed, item id), as many at once as fit;
+        `described`: the text of a progress bar, if one is wanted."""
         from tqdm import tqdm
 
         passes = 1 if self.sampler.guidance == 1.0 else 2
@@ -143,7 +144,7 @@ class SegGuidedPipeline:
         with tqdm(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
             for at in range(0, len(mask_BHW), num):
                 rows = list(range(at, min(at + num, len(mask_BHW))))
-                # Filled up as sampling does, so that one image is rounded as it is among many.
+                # Filled up as in sampling, so that an image alone is rounded as in a larger batch.
                 filled = rows + rows[:1] * (LEAST_BATCH - len(rows))
                 shown_BHW = torch.from_numpy(mask_BHW[filled]).to(self.device)
                 conditions = Conditions(shown_BHW, class_id.expand(len(filled)).to(self.device))
@@ -169,7 +170,7 @@ class SegGuidedPipeline:
 
     @property
     def labels(self) -> dict[int, str]:
-        """What the ids in a mask mean."""
+        """The meaning of the ids in a mask."""
         return {i: name for i, name in enumerate(self.model.label_table.names) if name != UNUSED}
 
     def _checked(self, mask: np.ndarray, modality: str, axis: str) -> tuple[np.ndarray, bool]:
@@ -193,19 +194,19 @@ class SegGuidedPipeline:
 
 
 def pipeline_problems(weights: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> list[Problem]:
-    """Why `sampler` does not go with how the net in `weights` was trained."""
+    """Conflicts between `sampler` and the training of the net in `weights`."""
     return _alone(sampler).problems(_trained_process(weights, diffusion))
 
 
 def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
     """Write the model in `weights` (a folder under RUN/weights) as a pipeline into the existing `folder`.
 
-    `diffusion` counts where the weights do not say theirs. Segmenter guidance and autoguidance stay behind
-    with their networks.
+    `diffusion` is used if the weights do not hold theirs. Segmenter guidance and autoguidance are left out, since they
+    need other networks.
     """
     import diffusers
 
-    # Not copytree, which gathers what goes wrong, a full disk too, into an error of its own.
+    # Not copytree, which puts all errors, also that of a full disk, into an error of its own.
     (folder / _UNET).mkdir()
     for file in sorted(file for file in weights.iterdir() if file.is_file()):
         shutil.copyfile(file, folder / _UNET / file.name)
@@ -227,7 +228,7 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
 
 
 def scheduler_of(process: DiffusionConfig, sampler: SamplerConfig) -> Any:
-    """diffusers' scheduler that says most of a process: DDIM's, EDM's, or that of rectified flow."""
+    """diffusers' scheduler that is nearest to a process: DDIM's, EDM's, or that of rectified flow."""
     from diffusers import EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
     if process.objective == "ddpm":
@@ -241,7 +242,7 @@ def scheduler_of(process: DiffusionConfig, sampler: SamplerConfig) -> Any:
 
 
 def _trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConfig:
-    """What sampling must know of the process that the net was trained on."""
+    """The facts that sampling needs about the process that the net was trained on."""
     with reading(weights / _ABOUT, "the description of a denoiser", _RESTORE):
         said = read_json(weights / _ABOUT, _RESTORE).get("diffusion", {})
         process = as_trained(otherwise, said)[0].process
@@ -249,7 +250,7 @@ def _trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConf
 
 
 def _alone(sampler: SamplerConfig) -> SamplerConfig:
-    """Without what needs another network: segmenter guidance and autoguidance."""
+    """The sampler without segmenter guidance and autoguidance, which need another network."""
     guidance = sampler.guidance if sampler.guidance_weights is None else 1.0
     return replace(sampler, segmenter_guidance=0.0, guidance_segmenter=None, guidance=guidance, guidance_weights=None)
 
@@ -325,7 +326,7 @@ slices were.
 
 ## Limits
 
-Images are synthetic. They are for research on methods, not for diagnosis, and may show anatomy that no patient has.
-Training images may be remembered: look at the memorisation check of `segdiff evaluate` before images are given away.
-The licence and the terms of the training data hold for this model too; neither is known to the program that wrote this.
+Images are synthetic. They are for research on methods, not for diagnosis, and may show anatomy that no patient has. The
+model may reproduce training images: read the memorisation check of `segdiff evaluate` before you share images. The
+licence and the terms of the training data hold for this model too; segdiff, which wrote this card, knows neither.
 """

@@ -64,8 +64,8 @@ def trainings_of(config: DownstreamConfig) -> list[Training]:
 
 
 def patients_of(shards: ShardSet, rows: np.ndarray, fraction: float, seed: int) -> list[str]:
-    """The case ids of a share of the patients that `rows` are of: ceil(fraction * n) of each modality's n, the first of
-    a shuffle by `seed`, so that larger shares contain smaller ones. 0 gives none."""
+    """The case ids of a share of the patients of `rows`: ceil(fraction * n) of each modality's n, the first of a
+    shuffle by `seed`, so that larger shares contain smaller ones. 0 gives none."""
     case_ids = np.array(shards.samples["case_id"].take(rows).to_pylist())
     chosen: list[str] = []
     for modality in range(len(MODALITIES)):

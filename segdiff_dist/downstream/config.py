@@ -27,10 +27,10 @@ class DownstreamConfig:
     images_per_mask: Result[Count] = 1
     """Generated images of each mask."""
     num_images: Result[Count | None] = None
-    """Images every training sees, with repetitions. null: segmenter.train.num_images."""
+    """Images of every training, with repetitions. null: segmenter.train.num_images."""
     split: Result[Literal["val", "test"] | None] = None
-    """Whose real slices are the test. null: the split of the evaluated samples' masks. Where it is val, no training
-    chooses its weights by it: the weights of the end are tested."""
+    """The split whose real slices are the test. null: the split of the evaluated samples' masks. If it is val, no
+    training chooses its weights by it: the last weights are tested."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""

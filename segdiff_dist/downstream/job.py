@@ -1,11 +1,9 @@
 """`segdiff evaluate --downstream`: images of the train split's masks, trainings on Ray, and the table.
 
-RUN/downstream/samples         generated images of masks of training patients, a sample store
-RUN/downstream/generated       the same as a shard set
-RUN/downstream/trainings/NAME  a segmenter each, and its scores: trainer.py
-RUN/downstream/settings.json   the settings that all trainings depend on
-RUN/downstream/summary.json    the table
-Finished trainings are kept: the same command does what is missing.
+RUN/downstream/samples generated images of masks of training patients, a sample store RUN/downstream/generated the same
+as a shard set RUN/downstream/trainings/NAME a segmenter each, and its scores: trainer.py RUN/downstream/settings.json
+the settings that all trainings depend on RUN/downstream/summary.json the table Finished trainings are kept: the same
+command runs the missing ones.
 """
 
 from __future__ import annotations
@@ -166,7 +164,7 @@ def plan(
         replace(sections.loader, mix={}, crop_size=None),
         split,
         interval,
-        # Threads are those of the sample section, on which rounding depends.
+        # The threads of the sample section, since rounding depends on their number.
         replace(sections.workers, threads_per_worker=sample.threads_per_worker, most_on_cpu=None),
     )
     refuse([*config.problems(), *_problems(made, int(evaluated.image.shape[-1]))])
@@ -177,7 +175,7 @@ def plan(
 def _problems(made: Downstream, size: int) -> Iterator[Problem]:
     shards, loader = made.shards, made.loader
     if made.split == "train":
-        remedy = "give val or test: on the train split a segmenter is tested on what it was trained on"
+        remedy = "give val or test: on the train split a segmenter is tested on its own training slices"
         yield Problem("config", "downstream.split", "train (that of the samples)", remedy)
     if size != shards.size:
         value = f"{shards.size} pixels a side, but the model makes images of {size}"

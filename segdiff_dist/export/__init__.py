@@ -1,1 +1,1 @@
-"""What others read: sample stores as data sets, a model as a diffusers folder, whole volumes."""
+"""Output for other software: sample stores as data sets, a model as a diffusers folder, whole volumes."""

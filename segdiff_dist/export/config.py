@@ -1,4 +1,4 @@
-"""What `segdiff export` and `segdiff volume` are to write: the `export` and `volume` sections."""
+"""The output of `segdiff export` and `segdiff volume`: the `export` and `volume` sections."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ExportConfig:
 
     @property
     def writes_values(self) -> bool:
-        """Whether files say what grey values mean, HU of CT."""
+        """Whether files hold the meaning of grey values, which is HU for CT."""
         return self.format in ("nifti", "shards") or (self.format == "nnunet" and self.file_ending != ".png")
 
     @property
@@ -70,7 +70,7 @@ class VolumeConfig:
     """A whole volume from a mask volume. Model, sampler and seed are those of the `sample` section."""
 
     modality: Annotated[Result[Modality], tyro.conf.arg(aliases=["--modality"])] = "CT"
-    """CT comes out in HU, MR in grey values from 0 to 255."""
+    """CT is written in HU, MR in grey values from 0 to 255."""
     axis: Annotated[Result[Axis], tyro.conf.arg(aliases=["--axis"])] = "axial"
     """The axis along which slices are made."""
     noise: Result[Literal["shared", "independent"]] = "shared"

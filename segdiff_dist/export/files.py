@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from data_shards.records import SliceMeta
     from segdiff_dist.export.samples import FinishedSamples, Sample
 
-# As many as nnU-Net makes itself.
+# The number that nnU-Net makes itself.
 _FOLDS = 5
 # nnU-Net v2, documentation/dataset_format.md: "Dataset" and a three-digit id, then a name of one's own.
 _NNUNET_NAME = re.compile(r"Dataset\d{3}_\w+")
@@ -51,7 +51,7 @@ def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
 
 
 def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:
-    """Why the samples cannot be one nnU-Net data set called `out`."""
+    """The reasons why the samples cannot be one nnU-Net data set called `out`."""
     problems = []
     if not _NNUNET_NAME.fullmatch(out.name):
         remedy = "name it as nnU-Net does: Dataset, three digits, an underscore and a name, as in Dataset701_Synthetic"
@@ -69,8 +69,7 @@ def write_nnunet(
     in each of which a patient's images are all for training or all for validation.
 
     Images are two-dimensional: NIfTI of stored values with the slice's spacing and, of axial slices, its place; or PNG
-    of grey values. nnU-Net's labels must be consecutive, so unused ids are closed up. `name`: of the
-    data set.
+    of grey values. nnU-Net's labels must be consecutive, so unused ids are removed. `name`: of the data set.
     """
     new_id_K, names = nnunet_labels(samples.label_table, keep_body=config.body_label)
     ending = config.file_ending
@@ -93,7 +92,7 @@ def write_nnunet(
         "labels": {organ: index for index, organ in enumerate(names)},
         "numTraining": len(samples),
         "file_ending": ending,
-        # NibabelIO reads three dimensions alone.
+        # NibabelIO reads only three dimensions.
         "overwrite_image_reader_writer": "NaturalImage2DIO" if ending == ".png" else "SimpleITKIO",
         "name": name,
         "description": "synthetic images by segmentation-guided diffusion; not for diagnosis",
@@ -104,8 +103,8 @@ def write_nnunet(
 
 
 def nnunet_folds(items: Sequence[dict[str, Any]]) -> list[dict[str, list[str]]]:
-    """Names of the images of each fold, five or as many as there are patients; none of one patient alone. Patients are
-    dealt to the folds in the order of their names' digests."""
+    """Names of the images of each fold: five folds, or as many as there are patients; none for a single patient.
+    Patients are assigned to the folds in the order of their names' digests."""
     patients = sorted({item["case_id"] for item in items}, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
     number_of = {patient: number for number, patient in enumerate(patients)}
     num_folds = min(_FOLDS, len(patients)) if len(patients) > 1 else 0
@@ -120,8 +119,9 @@ def nnunet_folds(items: Sequence[dict[str, Any]]) -> list[dict[str, list[str]]]:
 def slice_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:
     """4x4 from NIfTI's (i, j, k, 1), which are column, row and 0 of the slice, to RAS mm.
 
-    NIfTI's first index runs along a row of the picture, as SimpleITK and every viewer show it. A slice whose place is
-    not known, or is not that of a slice of its axis, is at the origin and shown as such slices are (docs/data.md 2).
+    NIfTI's first index runs along a row of the picture, as SimpleITK and every viewer show it. If the position of a
+    slice is not known, or does not fit its axis, the slice is put at the origin with the directions of its axis
+    (docs/data.md 2).
     """
     affine = np.array(meta.affine).reshape(4, 4)[:, [1, 0, 2, 3]]
     through, row, column = VIEWS[meta.axis]
@@ -137,8 +137,8 @@ def slice_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:
 
 
 def flat_affine(meta: SliceMeta, knows_place: bool) -> np.ndarray:
-    """The same for a two-dimensional file. Its readers take the axial plane for the image's: other slices, and those
-    turned out of it, have their spacing and no place, and look as they do in a picture."""
+    """The same for a two-dimensional file. Its readers assume that the image is in the axial plane. Other slices, and
+    oblique ones, keep their spacing but not their position, and are oriented as in a picture."""
     affine = slice_affine(meta, knows_place)
     step = np.linalg.norm(affine[:3, :2], axis=0)
     directions = affine[:2, :2] / step
@@ -172,7 +172,7 @@ def _save_placed(file: Path, stored: np.ndarray, affine: np.ndarray, values: tup
         return
     image = nib.Nifti1Image(stored, affine)
     image.header.set_xyzt_units("mm")
-    # Scanner coordinates, in both forms: some readers know one of the two alone.
+    # Scanner coordinates, in both forms: some readers know only one of the two.
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
     if values is not None:

@@ -1,4 +1,5 @@
-"""`segdiff export`: what is wrong first, then everything beside the output folder, which is named last."""
+"""`segdiff export`: first all problems are reported, then everything is written beside the output folder, which gets
+its name last."""
 
 from __future__ import annotations
 
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.sampler_config import SamplerConfig
 
-# A file takes whole blocks, a directory entry and a header besides its pixels.
+# Besides its pixels a file takes whole blocks, a directory entry and a header.
 _BYTES_PER_FILE = 8192
 
 
 def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
     """Write the finished samples of `run` to the new folder `out`; returns how many.
 
-    The folder appears when it is whole: a killed export leaves OUT's hidden neighbour, which the next one replaces.
+    The folder gets its name when it is complete: a killed export leaves `.OUT.unfinished`, which the next one replaces.
     Raises InputProblems: store missing, unfinished or damaged, another shard set than the one sampled from, unknown HU,
     `out` not empty, too little room, another process at work on it, no right to write; OutOfSpace.
     """
@@ -52,7 +53,7 @@ class SamplesExport:
     config: ExportConfig
     borrows: bool
     num_bytes: int
-    """At most, without compression."""
+    """Upper bound, without compression."""
 
     def write(self) -> int:
         """Write the folder, under the lock of `at_work`; returns the number of images."""
@@ -112,7 +113,7 @@ class ModelExport:
 
 
 def check_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> ModelExport:
-    """Look at the weights; errors as of export_samples."""
+    """Check the weights; errors as of export_samples."""
     from segdiff_dist.pipeline import pipeline_problems
 
     if not (weights / "segdiff.json").is_file():

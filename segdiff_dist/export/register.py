@@ -1,4 +1,4 @@
-"""`segdiff evaluate`'s last step: the model that made the samples, as a pipeline folder, on its way to MLflow."""
+"""The last step of `segdiff evaluate`: the model that made the samples is registered in MLflow as a pipeline folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from segdiff_dist.tracking.tracker import Tracker
 def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> None:
     """Enter the model behind RUN/samples into MLflow's registry, with the headline numbers of `summary` as tags.
 
-    The tag `memorisation` says what the check for training images among the samples found, where it was asked for. The
-    sampler is the one that the samples were made with. A model that cannot be entered is passed over with a warning:
-    its weights are others by now, it cannot be a pipeline, the disk is full.
+    The tag `memorisation` holds the result of the check for training images among the samples, if it was asked for. The
+    sampler is that of the samples. A model that cannot be registered is skipped with a warning: its weights have
+    changed, it cannot be a pipeline, or the disk is full.
     """
     if not tracker.registers_models:
         return
@@ -42,7 +42,7 @@ def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> 
 
 
 def _weights_of(job: dict[str, Any], run: Path) -> Path:
-    """The folder of the samples' model, also where the run folder was moved since."""
+    """The folder of the samples' model, also if the run folder was moved."""
     with reading(run / "samples" / JOB, "the description of a job", "sample and evaluate again"):
         recorded = Path(job["weights"])
     for folder in (recorded, run / "weights" / recorded.name):

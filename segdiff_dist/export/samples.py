@@ -1,4 +1,4 @@
-"""The images of a finished sample store, each with everything known of it: what all formats are written from.
+"""The images of a finished sample store with their metadata: the source of all export formats.
 
 Dimensions: H rows, W columns.
 """
@@ -27,11 +27,11 @@ from segdiff_dist.sampling.weights import weights_digest
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
-# Of stored grey values: samples are uint8, a set they were learned from may hold 16 bits.
+# Samples are uint8; the set that the model was trained on may hold 16 bits.
 GREY_16_OF_8 = 257
-# A tar's header takes 100 bytes of a name: what an export and a codec add to a case's are 40 at most.
+# A tar's header holds 100 bytes of a name; export and codec add at most 40 to that of a case.
 _LONGEST_CASE = 60
-# Of volumes that were each stretched to their own percentiles (prepare.intensity paper).
+# For volumes that were each stretched to their own percentiles (prepare.intensity paper).
 HU_BY_MEDIAN = (
     "HU are those of a typical volume, by the median of the maps of the set's CT slices: each volume was stretched to "
     "its own percentiles (prepare.intensity paper), and an image that belongs to none of them has no HU of its own"
@@ -40,10 +40,10 @@ HU_BY_MEDIAN = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated slice. `record.meta` is that of the mask's slice where it has one, with what is synthetic put right:
-    modality, intensities, an own case_id, the digest of the model in place of the source file's. `name` holds neither
-    dot nor slash and is unique in the store: it is the key of `record.meta`. `knows_place`: spacing and affine are the
-    slice's; of masks of a folder they are not kept."""
+    """A generated slice. `record.meta` is that of the mask's slice if it has one, with changes for the synthetic image:
+    modality, intensities, an own case_id, and the digest of the model instead of the source file's. `name` holds
+    neither dot nor slash and is unique in the store: it is the key of `record.meta`. `knows_place`: spacing and affine
+    are those of the slice; for masks of a folder they are not kept."""
 
     name: str
     record: SliceRecord
@@ -52,15 +52,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class FinishedSamples:
-    """A sample store of which every image is there, as one modality's or as all."""
+    """A complete sample store: the images of one modality, or all."""
 
     store: SampleStore
     modality: str | None = None
 
     @classmethod
     def of(cls, store: SampleStore, modality: str | None) -> FinishedSamples:
-        """The store's samples; refused: images missing or damaged, no image of the modality, another shard set in place
-        of the one sampled from."""
+        """The store's samples. Refused: missing or damaged images, no image of the modality, another shard set than the
+        one sampled from."""
         problems = []
         again = "start the same `segdiff sample` again"
         if missing := len(store.missing()):
@@ -115,7 +115,8 @@ class FinishedSamples:
 
     @cached_property
     def label_table(self) -> LabelTable:
-        """What the masks' ids mean: of masks of a folder, by job.json. Raises InputProblems where nothing says it."""
+        """The meaning of the masks' ids: for masks of a folder, from job.json. Raises InputProblems if it is not
+        known."""
         if self._shards is not None:
             return self._shards.label_table
         where = self.store.path / JOB
@@ -140,17 +141,17 @@ class FinishedSamples:
 
     @property
     def knows_places(self) -> bool:
-        """Whether spacing and place of the slices are known; of a folder of masks they are not kept."""
+        """Whether spacing and position of the slices are known; for a folder of masks they are not kept."""
         return self._shards is not None
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How the masks' slices were made, with size and depth of the samples."""
+        """The preprocessing of the masks' slices, with size and depth of the samples."""
         return self._preprocessing | {"size": self.size, "bits": 8, "soft_edge": False}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What made the images, to be kept beside them."""
+        """The origin of the images, to be kept with them."""
         job = self.store.job
         names = ("weights_digest", "shards_digest", "masks_digest", "diffusion", "sample")
         of_guides = ("guidance_segmenter_sha256", "guidance_weights_digest")
@@ -161,13 +162,13 @@ class FinishedSamples:
 
     @cached_property
     def has_borrowed_hu(self) -> bool:
-        """Whether there is CT of masks that are of no CT slice, and no window for all that gives it HU."""
+        """Whether there is CT from masks without a CT slice, and no common window gives it HU."""
         borrows = any(i["target_modality"] == "CT" != i["source_modality"] for i in self.items)
         return borrows and is_stretched(self._preprocessing)
 
     @cached_property
     def borrowed_map(self) -> GreyMap | None:
-        """That of CT images whose masks are of no CT slice."""
+        """The grey map of CT images whose masks have no CT slice."""
         return grey_map_of("CT", self._preprocessing, self._shards)
 
     @cached_property
@@ -210,7 +211,7 @@ class FinishedSamples:
         return Sample(item["name"], SliceRecord(image_HW, mask_HW, meta), source is not None)
 
     def _cropped(self, affine: tuple[float, ...]) -> tuple[float, ...]:
-        """Of the centre that the model makes, from that of the whole slice."""
+        """The affine of the centre that the model generates, from that of the whole slice."""
         assert self._shards is not None
         first = (self._shards.size - self.size) // 2
         to_whole = np.eye(4)
@@ -218,12 +219,12 @@ class FinishedSamples:
         return tuple((np.array(affine).reshape(4, 4) @ to_whole).ravel().tolist())
 
     def _grey_map(self, source: SliceMeta | None, target: str) -> GreyMap:
-        """value = grey * scale + offset: the mask's own slice's where the modality is the same; else that of CT in the
-        set, and for MR, which has no unit, the grey value itself."""
+        """value = grey * scale + offset: those of the mask's own slice if the modality is the same; else those of CT in
+        the set; for MR, which has no unit, the grey value itself."""
         if source is not None and source.modality == target:
             step = GREY_16_OF_8 if source.bits == 16 else 1
             return GreyMap(source.intensity_scale * step, source.intensity_offset)
-        # Unknown HU are refused where they would be written: what is left are formats of grey values alone.
+        # Formats with HU refuse unknown HU, so only formats of grey values get here.
         return (self.borrowed_map if target == "CT" else None) or GreyMap(1.0, 0.0)
 
 
@@ -240,9 +241,9 @@ def is_stretched(preprocessing: dict[str, Any]) -> bool:
 
 
 def grey_map_of(modality: str, preprocessing: dict[str, Any], shards: ShardSet | None) -> GreyMap | None:
-    """What uint8 grey values of generated images mean where no real volume says it: of MR the grey value itself, of CT
-    HU by the window that the set was made with; where each volume was stretched to its own percentiles, by the median
-    scale and offset of the set's CT slices, and None where it is not at hand or has none."""
+    """The meaning of uint8 grey values of generated images without a real volume. MR: the grey value itself. CT: HU by
+    the window of the set; if each volume was stretched to its own percentiles, by the median scale and offset of the
+    set's CT slices, or None if the set is not available or has no CT."""
     if modality != "CT":
         return GreyMap(1.0, 0.0)
     if not is_stretched(preprocessing):
@@ -257,14 +258,14 @@ def grey_map_of(modality: str, preprocessing: dict[str, Any], shards: ShardSet |
 
 
 def unknown_hu(where: object, remedy: str) -> Problem:
-    """Where grey_map_of gives none."""
+    """The problem if grey_map_of gives None."""
     value = "not known: each CT volume was stretched to its own percentiles (prepare.intensity paper)"
     return Problem(str(where), "HU", value, remedy)
 
 
 def _plain(case_id: str) -> str:
-    """A case's name as every format and a tar's header take it, without dots. A digest keeps names apart that are equal
-    once they are cut and changed."""
+    """A case's name in a form that every format and a tar's header accept, without dots. A digest distinguishes names
+    that would become equal."""
     plain = case_id.replace(".", "_")[:_LONGEST_CASE]
     if plain == case_id:
         return case_id

@@ -1,4 +1,4 @@
-"""Samples as a shard set that our own loader reads; its index says that they are synthetic, and what made them."""
+"""Samples as a shard set that our own loader reads; its index says that they are synthetic, and names the model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def write_shard_set(
     bits: int = 8,
     soft_edge: bool = False,
 ) -> dict[str, Any]:
-    """The set in `out`; returns its index. `bits`, `soft_edge`: so that it can be opened together with a real set that
-    has them; grey values are still 256, and every pixel is its own class alone."""
+    """Write the set to `out`; returns its index. `bits`, `soft_edge`: those of a real set, so that both can be opened
+    together. There are still 256 grey values, and every pixel has a single class."""
     form = set_format(config.store, config.codec, _SAMPLES_PER_SHARD, size=samples.size, bits=bits, soft_edge=soft_edge)
     writer = ShardWriter(out, form)
     for sample in iterated:

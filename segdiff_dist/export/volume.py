@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
     from segdiff_dist.pipeline import SegGuidedPipeline
 
-# uint8 [S, H, W] images of masks [S, H, W] whose slices have these indices; with one noise for all of them or not.
+# uint8 [S, H, W] images of masks [S, H, W] with these slice indices; with one noise for all of them or not.
 Generate = Callable[[np.ndarray, list[int], bool], np.ndarray]
-# Pairs of neighbouring real slices that are enough to say how much they differ.
+# Number of pairs of neighbouring real slices whose difference is measured.
 _REAL_PAIRS = 64
 
 
@@ -43,7 +43,7 @@ class Place:
     """Where generated slices are among the stored voxels of a canonical volume, by the slices' own affines.
 
     view: canonical dimension through the slices, down the rows, along the columns. rows, columns: stored index of pixel
-    0, and what a pixel adds to it. through_S: stored index of each slice, rising.
+    0, and its increment for a pixel. through_S: stored index of each slice, rising.
     """
 
     view: tuple[int, int, int]
@@ -53,7 +53,7 @@ class Place:
 
     @classmethod
     def of(cls, volume: Volume, slices: list[Slice], first_pixel: int) -> Place:
-        """Of slices of `volume` that are cropped to the pixels from `first_pixel` on."""
+        """The geometry of slices of `volume` that are cropped to the pixels from `first_pixel` on."""
         from_mm = np.linalg.inv(volume.affine)
         to_stored = from_mm @ np.array(slices[0].affine).reshape(4, 4)
         row, column = (int(np.abs(to_stored[:3, c]).argmax()) for c in (0, 1))
@@ -64,8 +64,8 @@ class Place:
         return cls((through, row, column), (start[row], steps[0]), (start[column], steps[1]), np.array(at_S))
 
     def between(self, plane: int) -> list[tuple[int, float]]:
-        """The slices that show stored plane `plane`, with their weights: the nearest one where slices are closer than
-        planes, as labels are resampled; else the two beside it."""
+        """The slices for stored plane `plane`, with their weights: the nearest one if slices are closer than planes, as
+        labels are resampled; else the two beside it."""
         if len(self.through_S) < 2 or self.through_S[1] - self.through_S[0] <= 1.0:
             return [(int(np.abs(self.through_S - plane).argmin()), 1.0)]
         above = int(np.searchsorted(self.through_S, plane - 1e-6))
@@ -76,7 +76,7 @@ class Place:
         return [(above, 1.0)] if share > 1 - 1e-6 else [(above - 1, 1.0 - share), (above, share)]
 
     def needed(self, num_planes: int) -> list[int]:
-        """The slices that show any plane; the others need not be generated."""
+        """The slices that any plane uses; the others need not be generated."""
         return sorted({index for plane in range(num_planes) for index, _ in self.between(plane)})
 
     def back(self, image_of: dict[int, np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -96,10 +96,10 @@ class Place:
 
 @dataclass(frozen=True)
 class VolumeReport:
-    """What was made. `outside`: the share of labelled voxels that the slices do not show. Differences are mean absolute
-    ones between neighbouring slices, in grey values: of some with the noise chosen, of the same ones with the other
-    noise, and of real slices about as far apart; None where there is nothing to measure on. `gap_mm`: how far apart
-    generated and real ones are."""
+    """The result. `outside`: the share of labelled voxels outside of the slices. Differences are mean absolute
+    differences between neighbouring slices, in grey values: of some slices with the chosen noise, of the same slices
+    with the other noise, and of real slices with about the same distance; None if there are none to measure. `gap_mm`:
+    the distance of generated and of real slices."""
 
     num_slices: int
     outside: float
@@ -115,7 +115,7 @@ def make_volume(
 ) -> VolumeReport:
     """Write the image of a mask volume to `out`: int16, HU or grey values, with the mask's shape, affine and codes.
 
-    `shards`: the set that the model was trained on, whose slices it saw the central `size` pixels of. Raises
+    `shards`: the set that the model was trained on; the model got the central `size` pixels of its slices. Raises
     InputProblems: an unreadable mask, ids that the set's labels do not have, unknown HU, an `out` that exists or has no
     NIfTI name.
     """
@@ -139,7 +139,7 @@ class VolumeJob:
 
 
 def check_volume(mask_file: Path, out: Path, shards: ShardSet, config: VolumeConfig) -> VolumeJob:
-    """Find what can be seen before a voxel is read; raises InputProblems."""
+    """Find the problems that show before a voxel is read; raises InputProblems."""
     grey = grey_map_of(config.modality, shards.index["preprocessing"], shards)
     unknown = [unknown_hu(shards.root, "give a set with CT in it, or --modality MR")] if grey is None else []
     refuse([*volume_problems(mask_file, out, config), *unknown])
@@ -186,7 +186,7 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
 
 
 def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int) -> Generate:
-    """Slice k has the noise of (seed, item k), or all have that of item 0."""
+    """Slice k has the noise of (seed, item k), or all slices have that of item 0."""
 
     def generate(mask_SHW: np.ndarray, indices: list[int], shared: bool) -> np.ndarray:
         item_ids = [0] * len(indices) if shared else indices
@@ -196,7 +196,7 @@ def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int
 
 
 def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Problem]:
-    """What can be seen before a voxel is read."""
+    """The problems that show before a voxel is read."""
     problems = config.problems()
     if not mask_file.is_file():
         problems.append(Problem(str(mask_file), "mask", "not found", "give a .nii.gz or .nii volume of label ids"))
@@ -221,8 +221,8 @@ def slice_difference(image_SHW: np.ndarray) -> float:
 
 
 def real_difference(shards: ShardSet, modality: str, axis: str, gap: int, size: int) -> tuple[float | None, int]:
-    """The same of the set's real slices that are about `gap` slice indices apart, None where it has no such pair; and
-    how far apart they are: a set may hold every n-th slice alone."""
+    """The same for the set's real slices that are about `gap` slice indices apart, None if it has no such pair; and
+    their distance, since a set may hold only every n-th slice."""
     rows = shards.select(modalities=[modality], axes=[axis], labelled_only=False)
     table = shards.samples.select(("case_id", "slice_index")).take(rows).to_pylist()
     row_at = {(one["case_id"], one["slice_index"]): int(row) for one, row in zip(table, rows, strict=True)}
@@ -259,7 +259,7 @@ def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig) -> list[Slice]:
 
 
 def _body(labels: Volume, config: VolumeConfig) -> BodyField:
-    """Where the patient is, by config.body_image; nowhere without it, so that the mask stays as it is."""
+    """The patient's voxels, from config.body_image. Without it there are none, so that the mask stays as it is."""
     if config.body_image is None:
         return BodyField(np.broadcast_to(np.float32(0), labels.voxels_IJK.shape), np.ones(3))
     try:
@@ -277,13 +277,13 @@ def _weights(pixels: tuple[float, float], num_stored: int, size: int) -> scipy.s
     """[num_stored, size]: the pixels that make each stored voxel of a dimension; an empty row where there is none."""
     start, step = pixels
     first = 0 if step > 0 else num_stored - 1
-    with np.errstate(invalid="ignore"):  # voxels without a pixel near them have weights of 0 / 0, which count as none
+    with np.errstate(invalid="ignore"):  # voxels without a pixel near them have weights of 0 / 0, which become 0
         weights = linear_weights(num_stored, size, step=abs(1.0 / step), start=(first - start) / step)
     return weights if step > 0 else weights[::-1].tocsr()
 
 
 def _probe(mask_SHW: np.ndarray, num: int) -> slice | None:
-    """`num` slices in a row, in the middle of those whose masks show something."""
+    """`num` consecutive slices, in the middle of those whose masks are not empty."""
     shown = np.flatnonzero(mask_SHW.any(axis=(1, 2)))
     if num == 0 or len(mask_SHW) < 2:
         return None
@@ -293,7 +293,7 @@ def _probe(mask_SHW: np.ndarray, num: int) -> slice | None:
 
 
 def _save(out: Path, values_IJK: np.ndarray, mask_file: Path) -> None:
-    """In the mask's own orientation, written beside and renamed."""
+    """Written in the mask's own orientation, to a hidden file that is then renamed."""
     import nibabel as nib
     from nibabel import orientations
 

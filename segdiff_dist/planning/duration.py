@@ -12,14 +12,14 @@ from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.throughput import peak_flops
 
 _DAY_S = 86_400.0
-# The share of a device's peak that a training step reaches: about what networks of this kind do (docs/scale.md).
+# The share of a device's peak that a training step reaches; typical of networks of this kind (docs/scale.md).
 _USUAL_MFU = 0.4
 # Every machine is faster. A run that takes less than a day at this rate is not timed.
 _SLOWEST_FLOPS = 5e9
 
 
 def duration_s(network: Network, images: int, flops: float) -> float:
-    """Seconds that `images` images take, about, on devices of `flops` FLOP/s together."""
+    """Approximate seconds for `images` images on devices of `flops` FLOP/s together."""
     return images * network.flops_per_image / (flops * _USUAL_MFU)
 
 

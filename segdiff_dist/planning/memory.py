@@ -1,8 +1,8 @@
 """Whether a training fits into memory, estimated before it starts.
 
-The estimate counts the state, the checkpoint's copy and what autograd keeps for the backward pass; the peak of
-activations is a measured multiple of the latter. A run is refused only where LOW of the estimate exceeds what is free,
-and a setting is suggested only where HIGH of its estimate is free.
+The estimate counts the state, the checkpoint's copy and the tensors that autograd keeps for the backward pass; the peak
+of activations is a measured multiple of these. A run is refused only if LOW times the estimate exceeds the free memory,
+and a setting is suggested only if HIGH times its estimate is free.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import start_distributed
 
 LOW, HIGH = 0.9, 1.3
-# Peak of a step over what autograd keeps. Measured on a CPU with two to four levels of 64 to 256 channels in bf16 and
-# fp32, from the second step on: 1.36 to 1.77, with activation checkpointing 1.20. A GPU's is assumed to be low.
+# Peak of a step relative to the tensors that autograd keeps. Measured on a CPU with two to four levels of 64 to 256
+# channels in bf16 and fp32, from the second step on: 1.36 to 1.77, with activation checkpointing 1.20. A GPU's is
+# assumed to be low.
 _PEAK = {False: 1.35, True: 1.2}
 _PEAK_ON_GPU = 1.1
-# What a process holds besides, some time after this check: DeepSpeed, DALI, batches in advance.
+# Further memory of a process, some time after this check: DeepSpeed, DALI, batches in advance.
 _PROCESS = 0.4 * 2**30
 _GIB = 2**30
 
@@ -41,7 +42,7 @@ class MemoryPlan:
     offloaded: int
     """State in the host's memory instead."""
     checkpoint: int
-    """The host's copy of what a checkpoint holds."""
+    """The host's copy of a checkpoint's contents."""
 
     def needed(self, where: str) -> int:
         """Bytes on the `GPU`, on the `host` beside it, or on a `lone host`, which has no GPU."""
@@ -58,7 +59,7 @@ class MemoryPlan:
 
 
 def plan_memory(network: Network, config: TrainConfig, ranks: int, on_gpu: bool = False) -> MemoryPlan:
-    """What one of `ranks` ranks needs. For micro_batch_size auto it is that of one image at a time.
+    """The memory that one of `ranks` ranks needs. For micro_batch_size auto it is that of one image at a time.
 
     State as in Rajbhandari et al. 2020, figure 1, plus averages, and the fp32 gradients of a rank's update.
     """
@@ -76,20 +77,20 @@ def plan_memory(network: Network, config: TrainConfig, ranks: int, on_gpu: bool 
     gradients = number * width // (ranks if stage >= 2 else 1)
     optimizer = number * (4 + 4 + 8 + averages) // ranks
     offloaded = {"none": 0, "optimizer": optimizer, "all": optimizer + working}[config.offload]
-    # Muon's second moment is missing, and makes up for what it keeps of its own on a rank.
+    # Muon has no second moment; the memory saved covers its own buffers on a rank.
     gathered = 4 * number if config.optimizer == "muon" and ranks > 1 else 0
     return MemoryPlan(working + gradients + optimizer + gathered - offloaded, activations, offloaded, checkpoint)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The memory that a rank may use. `gpu` is None where the CPU computes."""
+    """The memory that a rank may use. `gpu` is None if the CPU computes."""
 
     host: HostMemory | None
     gpu: HostMemory | None = None
 
     def lacks(self, plan: MemoryPlan, factor: float) -> tuple[str, int, HostMemory] | None:
-        """The place where `factor` times the plan exceeds what is free, the bytes needed there, and its memory."""
+        """The place where `factor` times the plan exceeds the free memory, the bytes needed there, and its memory."""
         places = {"GPU": self.gpu, "host": self.host} if self.gpu is not None else {"lone host": self.host}
         for where, memory in places.items():
             if memory is not None and factor * plan.needed(where) > memory.available:
@@ -126,7 +127,7 @@ def memory_problems(
     multiple_of: int = 1,
     small: Callable[[], SmallConfig] | None = None,
 ) -> list[Problem]:
-    """A problem where the training does not fit, with settings that would.
+    """A problem if the training does not fit, with settings that would.
 
     `section`: name of the config's section, such as `train`. `multiple_of`: micro-batches must be multiples of it.
     """
@@ -147,7 +148,7 @@ def memory_problems(
     if other is not None and capacity.lacks(plan_of(other.network, other.config), HIGH) is None:
         advice.append(f"start from --config {other.name}, a net of a small machine's size")
     if LOW * needed <= memory.total:
-        advice.append("end what else holds memory here")
+        advice.append("end other programs that hold memory here")
     remedy = ", or ".join(advice) or "use a smaller net, smaller slices or a larger machine"
     value = (
         f"{config.micro_batch_size} needs about {gib(needed)} of the {'GPU' if where == 'GPU' else 'host'}'s memory "
@@ -176,7 +177,7 @@ def alternatives(
 
 
 def refuse_together(problems: list[Problem], device: torch.device) -> None:
-    """Raise the same InputProblems on every rank where any rank has problems. Call it on every rank."""
+    """Raise the same InputProblems on every rank if any rank has problems. Call it on every rank."""
     if world_size() > 1:
         start_distributed(device)
         host = socket.gethostname()

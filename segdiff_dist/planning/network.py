@@ -1,4 +1,5 @@
-"""What a network needs for an image, counted on the meta device, where tensors have shapes and no content."""
+"""The work and memory of a network for an image, counted on the meta device, where tensors have shapes and no
+content."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from segdiff_dist.training.throughput import count_flops
 
 
 class Network:
-    """What a network needs to be trained: parameters, FLOPs and activations."""
+    """The cost of training a network: parameters, FLOPs and activations."""
 
     def __init__(self, make: Callable[[], nn.Module], inputs: Callable[[int], tuple[Any, ...]]) -> None:
         """`make` builds the network; it is called under the meta device. `inputs` gives the arguments of its forward
@@ -34,7 +35,7 @@ class Network:
 
     @property
     def most_flops_per_image(self) -> float:
-        """An upper bound that is known without a pass: every weight at every pixel, three times (forward, backward)."""
+        """An upper bound without running a pass: every weight at every pixel, three times (forward, backward)."""
         return 2 * 6.0 * self.num_parameters * self.inputs(1)[0].shape[-1] ** 2
 
     def activations(self, images: int, precision: str, checkpointing: bool) -> int:
@@ -83,7 +84,7 @@ class _KeptBytes:
         return self._bytes
 
     def of_largest(self, blocks: Iterable[nn.Module], *inputs: Any) -> int:
-        """What the block keeps that keeps the most."""
+        """Bytes kept by the block that keeps the most."""
         before: dict[nn.Module, int] = {}
         most = 0
 
@@ -110,7 +111,7 @@ class _KeptBytes:
 
 
 class _AttentionWithoutMatrix(TorchFunctionMode):
-    """Attention that keeps no matrix of weights, as on a GPU. On the meta device torch takes one that keeps it."""
+    """Attention that keeps no matrix of weights, as on a GPU. On the meta device torch uses one that keeps it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:

@@ -1,4 +1,4 @@
-"""How training scales over GPUs, computed from what one H100 was measured to do, and from bytes and bandwidths.
+"""How training scales over GPUs, computed from measurements of one H100 and from bytes and bandwidths.
 
 `python -m segdiff_dist.planning.scaling` prints the tables of docs/scale.md. They are computed: one GPU was measured,
 and never several.
@@ -24,7 +24,7 @@ def most_ranks(global_batch_size: int, micro_batch_size: int, available: int) ->
 
 @dataclass(frozen=True)
 class NetworkCosts:
-    """What a network needs: weights, FLOPs and bytes."""
+    """The cost of a network: weights, FLOPs and bytes."""
 
     parameters: float = 113.67e6
     """The paper's UNet at 256x256."""
@@ -33,7 +33,7 @@ class NetworkCosts:
     averages: int = 2
     """fp32 copies of the weights that follow them (train.ema_lengths)."""
     bytes_per_image: float = 131_072
-    """A raw 256x256 pair as it is read and brought to the GPU."""
+    """A raw 256x256 pair as it is read and copied to the GPU."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Machine:
     """The share of them that an image's work reaches. As CUDA graphs, micro-batches of 32 and 8 took 143.63 and 41.92
     ms, so that an image adds 4.238 ms."""
     micro_batch_s: float = 8.02e-3
-    """What those took besides: kernels that are too small to fill the GPU."""
+    """The remaining time of those micro-batches: kernels that are too small to fill the GPU."""
     host_s: float = 0.217
-    """What the host takes to launch a micro-batch's kernels one by one: four of 16 images took 868 ms."""
+    """The host's time to launch a micro-batch's kernels one by one: four of 16 images took 868 ms."""
     launch_s: float = 3.1e-6
     """A small kernel: 1,610 copies took 5 ms."""
     memory_bandwidth: float = 2.991e12
-    """Copies, measured. AdamW's kernel reached 0.84 of it, that of the averages all."""
+    """Copies, measured. AdamW's kernel reached 0.84 of it, that of the averages the full rate."""
     in_node: float = 0.8 * 450e9
     """NVLink 4: 450 GB/s each way a GPU."""
     between_nodes: float = 0.8 * 8 * 50e9
@@ -66,7 +66,7 @@ class Machine:
 
 
 UPDATE_LAUNCHES = 60
-"""At most, of AdamW with ZeRO 1: tests/unit/test_step_waits.py."""
+"""Upper bound for AdamW with ZeRO 1: tests/unit/test_step_waits.py."""
 INFINIBAND = Machine()
 ETHERNET = replace(INFINIBAND, name="25 GbE", between_nodes=0.8 * 25e9 / 8)
 """One port of 25 Gb/s a node."""
@@ -83,7 +83,7 @@ class ParallelPlan:
     overlap: float = 0.0
     """The share of the backward pass that hides the transfer of gradients. 0: none, as for ZeRO 0 to 2."""
     cuda_graph: bool = True
-    """Whether micro-batches are replayed, where ZeRO allows it (train.cuda_graph)."""
+    """Whether micro-batches are replayed, if ZeRO allows it (train.cuda_graph)."""
 
     @property
     def is_replayed(self) -> bool:
@@ -125,7 +125,7 @@ def wire_s(machine: Machine, gpus: int, size: float) -> float:
 
 
 def micro_batch_s(network: NetworkCosts, machine: Machine, plan: ParallelPlan) -> float:
-    """Seconds of a micro-batch's forward and backward pass: the GPU's or, where it is longer, the host's."""
+    """Seconds of a micro-batch's forward and backward pass: those of the GPU, or of the host if it takes longer."""
     image_s = network.flop_per_image / (machine.flops * machine.mfu)
     gpu_s = plan.micro_batch_size * image_s + machine.micro_batch_s
     return gpu_s if plan.is_replayed else max(gpu_s, machine.host_s)
@@ -135,7 +135,7 @@ def step_s(network: NetworkCosts, machine: Machine, plan: ParallelPlan) -> float
     """Seconds of one update: computing, communication that is not hidden, and the optimiser's pass over memory.
 
     AdamW in fp32 reads and writes weights, gradients and both moments (28 bytes a parameter), an average 12; with ZeRO
-    each rank does its part.
+    the ranks share this work.
     """
     compute_s = plan.num_micro_batches * micro_batch_s(network, machine, plan)
     # Backward is two thirds of the work; with accumulation ZeRO 0 and 1 can only use the last micro-batch's.
@@ -173,7 +173,7 @@ def state_bytes(network: NetworkCosts, zero_stage: int, gpus: int) -> float:
 
 def growing_plan(gpus: int) -> ParallelPlan:
     """A plan for any power of two up to 512 GPUs: a batch of 256, from 16 GPUs on 16 a GPU up to 2,048; 64 images at
-    once, or all that a GPU has."""
+    once, or all images of a GPU if it has fewer."""
     global_batch_size = max(256, min(2048, 16 * gpus))
     return ParallelPlan(gpus, global_batch_size, min(64, global_batch_size // gpus))
 

@@ -1,1 +1,1 @@
-"""The processes of one run, and what they know of each other."""
+"""The processes of one run, and how they communicate."""

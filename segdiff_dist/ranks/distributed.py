@@ -1,4 +1,4 @@
-"""Ranks and devices: who a process of a distributed run is, and what all ranks must agree on."""
+"""Ranks and devices: the rank of a process in a distributed run, and the settings that all ranks must share."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes what only one may write."""
+    """Whether this process writes the files that only one rank may write."""
     return rank() == 0
 
 
 def pick_device(requested: str, field: str = "device") -> Any:
-    """A torch.device for `auto | cpu | cuda`; `auto` takes this rank's GPU where there is one. `field`: what --help
-    calls the setting, for the message."""
+    """A torch.device for `auto | cpu | cuda`; `auto` takes this rank's GPU if there is one. `field`: the setting's name
+    in --help, for the message."""
     import torch
 
     if requested == "cuda" and not torch.cuda.is_available():
@@ -56,11 +56,10 @@ def pick_device(requested: str, field: str = "device") -> Any:
 
 
 def prepare_environment() -> None:
-    """Complete what the launcher left out of the environment. Call before torch.distributed starts.
+    """Set the environment variables that the launcher did not set. Call before torch.distributed starts.
 
-    A process that no launcher started becomes a world of one, and goes on like any rank. On several machines gloo is
-    given the network interface that leads to rank 0: the one it finds by itself, that of the machine's name, is often
-    the loopback.
+    A process that no launcher started becomes a world of one rank. On several machines gloo gets the network interface
+    that leads to rank 0. Its own choice, the interface of the machine's name, is often the loopback.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -77,7 +76,7 @@ def prepare_environment() -> None:
 def leave_launcher(command: str) -> str | None:
     """Remove a launcher's variables from the environment, for a command that is one process.
 
-    Returns a note about them where they name more than one rank: from a launcher, or left in a shell by an earlier one.
+    Returns a note if they name more than one rank: set by a launcher, or left in a shell by an earlier one.
     """
     left = {name: os.environ.pop(name) for name in _LAUNCHERS if name in os.environ}
     if (left.get("RANK", "0"), left.get("WORLD_SIZE", "1")) == ("0", "1"):
@@ -100,8 +99,8 @@ def launcher_problems() -> list[Problem]:
 
 @contextmanager
 def naming_who_is_missing(after_s: float = 5.0) -> Iterator[None]:
-    """A context around the meeting of the ranks: a rank that has waited for `after_s` prints for which ranks and where,
-    and again every five minutes. With the RANK of an earlier launch in its shell a process waits in vain."""
+    """A context for the time until all ranks are connected. A rank that has waited for `after_s` prints for which ranks
+    and where, and again every five minutes. If the shell has the RANK of an earlier launch, a process waits in vain."""
     if world_size() == 1:
         yield
         return
@@ -149,9 +148,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def agree(what: Mapping[str, str]) -> None:
-    """Refuse to start where ranks differ in what they must share: settings, data, code, layout.
+    """Refuse to start if ranks differ in settings, data, code or layout.
 
-    `what`: name -> text, both short; names by which a person finds the thing to put right, such as `train.lr`. Call on
+    `what`: name -> text, both short; names by which a user finds the value to correct, such as `train.lr`. Call on
     every rank, after torch.distributed was started; it costs one small gather. Raises the same InputProblems on every
     rank, one problem a name, with each value and the ranks and hosts that have it.
     """
@@ -174,7 +173,7 @@ def agree(what: Mapping[str, str]) -> None:
 
 
 def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
-    """`ranks 0-2, 5 (node-0, node-1)`: some ranks, for people. `hosts` by rank."""
+    """Some ranks as text: `ranks 0-2, 5 (node-0, node-1)`. `hosts` by rank."""
     numbers = sorted(ranks)
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
@@ -185,7 +184,8 @@ def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
 
 
 def code_versions() -> dict[str, str]:
-    """What runs here, for `agree`: versions of Python and of the engines, and a digest of this project's own code."""
+    """The software of this rank, for `agree`: versions of Python and of the engines, and a digest of this project's own
+    code."""
     digest = hashlib.sha256()
     for package in ("data_shards", "segdiff_dist", "segdiff_kernels"):
         folder = Path(import_module(package).__path__[0])
@@ -198,9 +198,9 @@ def code_versions() -> dict[str, str]:
 class Agreement:
     """The maximum of numbers over ranks, one exchange late, so that no rank waits for the network.
 
-    It uses the CPU and gloo, beside the GPU's work. All ranks get the values of their n-th exchange from their n+1-th:
-    so all of them learn at the same step that a rank was asked to stop. In a world of one it is equally late. Make it,
-    and call it, on every rank.
+    It uses the CPU and gloo, while the GPU works. The n+1-th exchange returns the values of the n-th, on all ranks. So
+    all of them learn at the same step that a rank was asked to stop. A world of one has the same delay. Make it, and
+    call it, on every rank.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -226,7 +226,7 @@ class Agreement:
         return agreed
 
     def finish(self) -> dict[str, float]:
-        """Wait for what is under way; returns the maxima of the last put. Call before leaving the loop."""
+        """Wait for the pending exchange; returns the maxima of the last put. Call before leaving the loop."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -238,12 +238,12 @@ _side: tuple[Any, Any] | None = None
 
 
 def _side_group() -> Any:
-    """A gloo group of all ranks, beside the one that reduces gradients. The first call is made on every rank alike."""
+    """A gloo group of all ranks, besides the one that reduces gradients. Every rank must make the first call."""
     import torch.distributed as dist
 
     global _side
     if _side is None or _side[0] is not dist.group.WORLD:
-        # Longer than any wait should be: heartbeat.py ends a wait in vain earlier, and names the rank.
+        # Longer than any wait should be: heartbeat.py ends a useless wait earlier, and names the rank.
         _side = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
     return _side[1]
 

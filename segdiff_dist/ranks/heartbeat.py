@@ -1,12 +1,12 @@
 """A rank that dies or hangs stops the run within a stated time, and the others print which rank it was.
 
-torch.distributed's own watchdog is not enough: it sees NCCL's collectives alone, not gloo's and not a hang outside of
+torch.distributed's own watchdog is not enough: it watches only NCCL's collectives, not gloo's and not a hang outside of
 one, and it does not say which rank is missing.
 
-In each rank a thread writes its status about once a second: that the process lives, and how far its main thread has
-come. It writes into the store in which the ranks met, which rank 0 holds. Rank 0 reads the status of all ranks. Where
-one is missing, it writes the reason to stop, which the others read. So each rank asks little of the store, however many
-there are, and the threads go on while main threads wait inside a collective.
+In each rank a thread writes a status about once a second: that the process lives, and how far its main thread has come.
+It writes into the store through which the ranks found each other; rank 0 holds this store. Rank 0 reads the status of
+all ranks. If one is missing, it writes the reason to stop, which the others read. So each rank sends few requests,
+whatever the number of ranks, and the threads go on while main threads wait inside a collective.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _numbers = itertools.count()
 
 @dataclass
 class RankStatus:
-    """What a rank reports of itself."""
+    """The status that a rank reports."""
 
     host: str
     pid: int
@@ -51,8 +51,8 @@ class RankStatus:
     """The line of Python that the main thread is in."""
     patience_s: float = 0.0
     state: str = "running"
-    """`running`; `left`: it no longer needs the others; `interrupted`: all are to leave now; `broken: REASON`: a
-    collective broke off; `failed: REASON`: any other error."""
+    """`running`; `left`: it no longer needs the others; `interrupted`: all must leave now; `broken: REASON`: a
+    collective failed; `failed: REASON`: any other error."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class StopReason:
 class Heartbeat:
     """Watches the ranks while it is entered; in a world of one it does nothing.
 
-    A rank is dead, stopped or cut off when it gives no sign of life for `dead_after_s`. It hangs when its main thread
-    has not called `beat` for `hang_timeout_s`. The other ranks then print which rank it was, call `last_words` (at most
-    5 s: what must reach the disk) and exit with code 75, whatever their main threads are doing. A rank that the store
-    has not answered for `dead_after_s` does the same, since then rank 0 or the network is gone.
+    A rank counts as dead, stopped or cut off if its status does not change for `dead_after_s`. It hangs if its main
+    thread has not called `beat` for `hang_timeout_s`. The other ranks then print which rank it was, call `last_words`
+    (at most 5 s, for data that must reach the disk) and exit with code 75, whatever their main threads are doing. A
+    rank that gets no answer from the store for `dead_after_s` does the same, since then rank 0 or the network is gone.
 
     Enter and leave it on every rank, while torch.distributed is up. An exception that leaves through it is reported to
-    the others, except KeyboardInterrupt and InputProblems, which all ranks raise together. The exception of a
-    collective that broke off waits until it is known which rank broke it.
+    the others, except KeyboardInterrupt and InputProblems, which all ranks raise together. The exception of a failed
+    collective waits until it is known which rank caused it.
     """
 
     def __init__(
@@ -99,13 +99,14 @@ class Heartbeat:
         return self
 
     def beat(self, images_seen: int) -> None:
-        """The main thread goes on. Call equally often on every rank: each step, and before waiting for the others."""
+        """Report that the main thread goes on. Call equally often on every rank: each step, and before waiting for the
+        others."""
         self._status.images_seen = images_seen
         self._status.beats += 1
 
     @contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
-        """Around what may take long on any rank: for `seconds` no rank counts as hanging."""
+        """A context for work that may take long on any rank: for `seconds` no rank counts as hanging."""
         self._status.patience_s = seconds
         try:
             yield
@@ -150,13 +151,13 @@ class Heartbeat:
                 self._unanswered = 0
                 if reason is not None and not over:
                     self._stop(reason)
-        except (dist.DistError, RuntimeError) as error:  # the store's errors are either, by version of torch
+        except (dist.DistError, RuntimeError) as error:  # depends on the version of torch
             if not self._over.is_set():
                 gone = f"rank 0 at {os.environ['MASTER_ADDR']}, which holds the run together, is gone"
                 self._stop(StopReason(f"{gone} ({_in_short(error)})", (0,)))
 
     def _connect(self) -> Any:
-        """A connection of its own, since one that the main thread waits on serves nobody else."""
+        """A separate connection, since the main thread may block its own."""
         import torch.distributed as dist
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -183,7 +184,8 @@ class Heartbeat:
         return StopReason(reason["message"], tuple(reason["ranks"]))
 
     def _watch_the_store(self) -> None:
-        """The other thread: a host that is cut off neither answers nor closes, so the first thread waits for ever.
+        """The other thread: a host that is cut off neither answers nor closes the connection, so the first thread waits
+        for ever.
 
         It counts its own rounds, not seconds, so that a process that was stopped for a while does not count as cut off.
         """
@@ -197,14 +199,14 @@ class Heartbeat:
                 self._stop(StopReason(f"{silent}: its process or host is dead, stopped or cut off", (0,)))
 
     def _stop(self, reason: StopReason) -> None:
-        """Print the reason and end this process, unless it already leaves with an error of its own."""
+        """Print the reason and end this process, unless it is already leaving with its own error."""
         if self._has_failed:
             return
         lines = [f"error: rank {rank()} ({self._status.host}) stops: {reason.message}; the same command goes on"]
         if rank() in reason.ranks:
             stack = "".join(traceback.format_stack(_frame_of_the_main_thread())).rstrip()
             lines += [f"rank {rank()}'s main thread is at:", stack]
-        # Not by way of sys.stderr: the main thread may be stuck while it holds that.
+        # Not through sys.stderr: the main thread may hang while it holds the lock of that.
         os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
         if self._last_words is not None:
             words = threading.Thread(target=self._last_words, name="heartbeat-last-words", daemon=True)
@@ -268,9 +270,10 @@ class RankMonitor:
         return StopReason(message, tuple(dead))
 
     def _broken(self, here: list[int]) -> StopReason | None:
-        """A collective broke off, or a rank was interrupted and the others were not.
+        """A collective failed, or a rank was interrupted and the others were not.
 
-        A collective breaks off because a rank died, which shows soon, because one left, or because the network failed.
+        A collective fails because a rank died, which is noticed soon, because a rank left, or because the network
+        failed.
         """
         broken = [n for n in here if self._status(n).state.startswith("broken")]
         gone = [n for n in range(len(self._silent_rounds)) if n not in here]
@@ -286,7 +289,7 @@ class RankMonitor:
         limit_s = max(self._hang_timeout_s, *(self._status(n).patience_s for n in here))
         if max(now_s - self._moved_s[n] for n in here) <= limit_s:
             return None
-        # Ranks beat equally often, so a rank that waits in a collective is ahead of the one that does not come. Where
+        # Ranks beat equally often, so a rank that waits in a collective is ahead of the one that does not come. If
         # beats are too coarse for that, many ranks wait at one line and few are at another.
         groups: dict[tuple[int, str], list[int]] = {}
         for n in here:

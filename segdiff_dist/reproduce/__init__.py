@@ -1,1 +1,1 @@
-"""`segdiff reproduce`: a published table made again, end to end, and what differs said beside it."""
+"""`segdiff reproduce`: a published table made again, end to end, with a list of all differences."""

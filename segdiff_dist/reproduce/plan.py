@@ -1,4 +1,4 @@
-"""What reproducing the table takes: counts from the archive's headers, time and disk. Predicted, not measured."""
+"""The cost of reproducing the table: counts from the archive's headers, time and disk. Predicted, not measured."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from segdiff_dist.training.config import TrainConfig
 _TF32 = replace(scaling.INFINIBAND, flops=scaling.INFINIBAND.flops / 2)
 # fp32 sampling uses none of them (sampling/worker.py): 67 TFLOP/s on the data sheet.
 _FP32 = replace(scaling.INFINIBAND, flops=67e12)
-# Below this a step is bound by launching kernels and reading data, of which the model of docs/scale.md knows nothing.
+# Below this a step is bound by launching kernels and reading data, which the model of docs/scale.md leaves out.
 _SMALLEST_FLOP = 1e11
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage. seconds: None where no model tells; bytes: what it leaves on the disk, at most."""
+    """One stage. seconds: None if there is no estimate; bytes: upper bound of the files that it leaves on the disk."""
 
     name: str
     what: str
@@ -90,14 +90,14 @@ def _training(name: str, network: scaling.NetworkCosts, train: TrainConfig, gpus
 
 
 def _num_images(column: Experiment) -> int:
-    """Of a sample job, where the split has masks enough; 0 stands for `all of them`, which headers do not tell."""
+    """The masks of a sample job, if the split has enough; 0 means all, since headers do not give their number."""
     sample, num = column.sample, column.sample.num or 0
     diverse = num if sample.diverse_masks is None else min(sample.diverse_masks, num)
     return num + diverse * (sample.samples_per_mask - 1)
 
 
 def _denoiser_network(column: Experiment) -> scaling.NetworkCosts:
-    """The column's net as the scaling model sees it: built without memory, its FLOPs counted."""
+    """The column's net for the scaling model: built without memory, with its FLOPs counted."""
     import torch
 
     from segdiff_dist.denoising.denoiser import Denoiser

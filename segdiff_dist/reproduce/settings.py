@@ -1,5 +1,5 @@
-"""What `segdiff reproduce table1` is given, and the experiments it stands for: one shard set, one segmenter, a model a
-column. Each column is a shipped recipe with the chosen scale and the user's file laid over it."""
+"""The arguments of `segdiff reproduce table1`, and their experiments: one shard set, one segmenter, a model a column.
+Each column is a shipped recipe, and the chosen scale and the user's file override its settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from segdiff_dist.training.config import TrainConfig
 Split = Literal["train", "val", "test"]
 ColumnName = Literal["ct_axial", "ct_all", "mri_axial", "mri_all"]
 COLUMN_NAMES: tuple[ColumnName, ...] = ("ct_axial", "ct_all", "mri_axial", "mri_all")
-# What a file given as --config may change. Paths and slices are the columns' own.
+# The sections that a --config file may change. Each column keeps its own paths and slices.
 _SECTIONS = (
     *("prepare", "loader", "denoiser", "diffusion", "train", "segmenter"),
     *("sample", "evaluate", "validation", "tracking"),
@@ -45,18 +45,19 @@ class Table1Settings:
     scale: Literal["paper", "small"] = "paper"
     """small: 64 x 64, a small net and few images, for a machine without a GPU (launch/configs/table1_small.yaml)."""
     config: str | None = None
-    """A YAML file, or the name of a shipped one, laid over every column's recipe, and over --scale."""
+    """A YAML file, or the name of a shipped one, which overrides every column's recipe and --scale."""
     columns: tuple[ColumnName, ...] = field(default=COLUMN_NAMES)
     """Which of the table's columns."""
     fid_weights: Literal["download"] | Path | None = None
     """As evaluate.fid_weights: without them the FID row stays empty."""
     gpus: int = 1
-    """GPUs (ranks) of this machine that train; also what --dry-run counts on."""
+    """GPUs (ranks) of this machine that train; --dry-run assumes the same number."""
 
 
 @dataclass(frozen=True)
 class Experiments:
-    """Settings resolved: `prepare` makes the shard set, `segmenter` the judge; `recipes` are the columns unscaled."""
+    """Resolved settings: `prepare` makes the shard set, `segmenter` trains the segmenter; `recipes` are the unscaled
+    columns."""
 
     prepare: Experiment
     segmenter: Experiment
@@ -84,7 +85,7 @@ def resolve(settings: Table1Settings) -> Experiments:
     first = columns[wanted[0]]
     prepared = replace(first.prepare, modalities=modalities, axes=axes)
     columns = {name: replace(column, prepare=prepared) for name, column in columns.items()}
-    # The authors' segmenter, too, learns CT and MR together.
+    # As the authors' segmenter, it is trained on CT and MR together.
     judge = replace(
         columns[wanted[0]],
         run=settings.out / "segmenter",
@@ -139,7 +140,7 @@ def _problems(settings: Table1Settings) -> list[Problem]:
 
 
 def _overlay(settings: Table1Settings) -> dict[str, Any]:
-    """--scale, then --config, which may set what belongs to every column alike."""
+    """--scale, then --config, which may set values that all columns share."""
     over = read_yaml(shipped_config("table1_small")) if settings.scale == "small" else {}
     if settings.config is None:
         return over
@@ -187,8 +188,8 @@ def _column(name: ColumnName, over: Mapping[str, Any], settings: Table1Settings)
 
 
 def _shared_out(train: TrainConfig, ranks: int) -> TrainConfig:
-    """The same global batch on `ranks` ranks: a recipe made for one of them has it all in one micro-batch. The losses
-    do not depend on how it is cut."""
+    """The same global batch on `ranks` ranks: a recipe for one rank has it in one micro-batch. The losses do not depend
+    on the division into micro-batches."""
     if train.micro_batch_size == "auto":
         return train
     return replace(train, micro_batch_size=min(train.micro_batch_size, max(1, train.global_batch_size // ranks)))

@@ -1,4 +1,4 @@
-"""Table 1 from what was measured: beside the published values, with all that differs said. Text, JSON and one page."""
+"""Table 1 from the measurements: beside the published values, with all differences. Text, JSON and one page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TITLES: dict[ColumnName, str] = {
     "mri_axial": "MRI axial",
     "mri_all": "MRI all axes",
 }
-# Where PUBLISHED has a column, and the later row of the authors' result file.
+# The place of each column in PUBLISHED, and the later row of the authors' result file.
 _PUBLISHED_AS = {name: title.replace("MRI", "MR") for name, title in TITLES.items()}
 # The paper's rows in its order and words.
 PAPER_ROWS = {
@@ -33,17 +33,17 @@ PAPER_ROWS = {
     "legacy_dice_mask_real": "Dice(m, m_real_pred)",
     "legacy_dice_mask_gen": "Dice(m_real_pred, m_gen_pred)",
 }
-# What says more than the paper's rows do.
+# Rows with more information than the paper's.
 _FURTHER_ROWS = (
     *("dice_either_mask_gen", "dice_either_mask_real", "segmenter_precision", "segmenter_recall", "sharpness"),
     *("dice_mask_real", "dice_real_gen", "dice_mask_gen", "legacy_dice_real_gen", "false_positive_rate_mask_gen"),
     *("surface_dice_mask_gen", "sharpness_75_100", "texture", "kid", "segmenter_frechet"),
 )
-# At least so many triples a column: Hunecke and Chen, section 5.3.
+# Least number of triples a column: Hunecke and Chen, section 5.3.
 FEWEST_TRIPLES = 1024
 # Patients of AMOS 2022, CT and MR together, as the paper splits them (section 4.2).
 _PATIENTS = {"train": 240, "val": 120, "test": 240}
-# Sections of a recipe that decide what is measured; and keys in them that do not.
+# Sections of a recipe that decide the measured values; and keys in them that do not.
 _COMPARED = ("prepare", "loader", "denoiser", "diffusion", "train", "segmenter", "sample")
 _NOT_COMPARED = (
     *("prepare.axes", "prepare.modalities", "prepare.num_workers", "prepare.ray_address", "prepare.store"),
@@ -113,7 +113,7 @@ def write(out: Path, table: dict[str, Any]) -> Path:
 
 
 def verdict(table: dict[str, Any]) -> str:
-    """One sentence that says whether the figures can be held against the paper's."""
+    """One sentence that says whether the figures can be compared with the paper's."""
     if table["not_a_reproduction"]:
         return "Not a reproduction of the paper's figures: " + "; ".join(table["not_a_reproduction"]) + "."
     return "Run with the shipped recipes of the paper, unchanged; what differs from the paper is said below."
@@ -127,14 +127,14 @@ def headline(table: dict[str, Any]) -> str:
 
 
 def marked(table: dict[str, Any]) -> list[str]:
-    """Where a column's segmenter fails on real images, so that its figures carry MARK; a sentence each."""
+    """A sentence for each column whose segmenter fails on real images, so that its figures carry MARK."""
     return [
         f"{MARK} {title}: {message}" for title, messages in table["segmenter_messages"].items() for message in messages
     ]
 
 
 def cell(column: dict[str, Any], metric: str) -> str:
-    """A measured value, with MARK where it means nothing; a dash where there is none."""
+    """A measured value, with MARK if it means nothing; a dash if there is none."""
     return format_entry(column["measured"].get(metric), DEFINITIONS[metric].digits)
 
 
@@ -144,7 +144,7 @@ def interval(column: dict[str, Any], metric: str) -> str:
 
 
 def facts(table: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Rows of (name, a value a column): what the figures are of."""
+    """Rows of (name, a value a column): the facts about the figures."""
     names = {
         "size": "Pixels a side",
         "label_set": "Masks",
@@ -245,7 +245,7 @@ def _published(name: str) -> dict[str, str] | None:
 
 
 def _changed(column: Measured) -> list[tuple[str, str, str]]:
-    """(key, the recipe's value, the one used), as JSON, wherever they differ in what counts."""
+    """(key, the recipe's value, the one used), as JSON, for every difference that changes the measured values."""
     before, after = (as_dict(e) for e in (column.recipe, column.used))
     return [
         (key, json.dumps(old), json.dumps(new))
@@ -257,7 +257,7 @@ def _changed(column: Measured) -> list[tuple[str, str, str]]:
 
 
 def _reasons(columns: Sequence[Measured], changed: set[str], patients: dict[str, int]) -> list[str]:
-    """Why the figures are not those of the paper's experiment; empty where nothing was scaled or replaced."""
+    """The reasons why the figures are not those of the paper's experiment; empty if nothing was scaled or replaced."""
     found = []
     if "prepare.size" in changed:
         found.append(f"slices of {columns[0].used.prepare.size} pixels, the paper's are of 256")

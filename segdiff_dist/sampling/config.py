@@ -1,4 +1,4 @@
-"""What `segdiff sample` is to make, and how: the `sample` section."""
+"""The `sample` section: what `segdiff sample` makes, and how."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from segdiff_dist.config.choices import Device, Switch
 from segdiff_dist.denoising.config import Objective
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 
-# Below this a CPU's fp32 products take another path and round differently, so smaller batches are filled up to it.
+# Below this size a CPU computes fp32 products in another way and rounds differently, so smaller batches are filled up.
 LEAST_BATCH = 4
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What to make, and how."""
+    """The images to make, and how."""
 
     split: Annotated[Result[Split], tyro.conf.arg(aliases=["--split"])] = "test"
-    """Whose masks are used."""
+    """The split whose masks are used."""
     masks: Annotated[RecordedOtherwise[Path | None], tyro.conf.arg(aliases=["--masks"])] = None
     """A folder of masks to use in place of a split: NIfTI volumes, which are cut as the shard set was, or PNG slices of
     its size. target_modality then is CT or MR."""
@@ -68,7 +68,7 @@ class SampleConfig:
     """Record the network's pass as a CUDA graph, once for each batch size, and replay it: faster where batches are
     small. auto: on a GPU, if replaying gives the same bits. on: refused where there is no GPU. docs/sampling.md."""
     precision: Result[Literal["bf16", "fp32"]] = "bf16"
-    """Of the network. The sampler computes in fp32."""
+    """Precision of the network. The sampler computes in fp32."""
     num_workers: Execution[Count | None] = None
     """Ray workers. null: one for each GPU, or for each core, of this machine or of the cluster at ray_address."""
     threads_per_worker: Result[Count] = 1
@@ -82,11 +82,11 @@ class SampleConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """Who makes the images, and where."""
+        """The workers that make the images."""
         return WorkersConfig("sample", self.num_workers, self.threads_per_worker, self.device, self.ray_address)
 
     def problems(self) -> list[Problem]:
-        """What is out of range or missing, and settings that do not go together."""
+        """Values that are out of range or missing, and settings that do not go together."""
         found = range_problems(self, "config", "sample.")
 
         def check(name: str, good: bool, remedy: str) -> None:

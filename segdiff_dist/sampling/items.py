@@ -1,4 +1,4 @@
-"""The items of a job: which mask, which target modality, which seed index; and where their masks are read.
+"""The items of a job (mask, target modality, seed index), and the source of their masks.
 
 Dimensions: H rows, W columns.
 """
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from data_shards.store.shards import ShardSet
 
-# The source modality of a mask that belongs to no image.
+# The source modality of a mask without an image.
 NO_MODALITY = "none"
-# A column of items whose masks are of a folder in which names are not ids: the mask's path in it.
+# Column of the mask's path in its folder, for folders whose file names cannot be ids.
 MASK_FILE = "mask_file"
 _COLUMNS = ("key", "case_id", "modality", "axis", "slice_index")
 # Of a job's items.
@@ -88,7 +88,7 @@ def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa
 
 
 def item_problems(file: Path, items: pa.Table) -> list[Problem]:
-    """What of a job's list leads out of the folders that others write by it: case ids and words that are none."""
+    """Values of a job's list that other stages must not use in paths: invalid case ids and unknown words."""
     remedy = "sample again into a new folder (--out DIR)"
     problems: list[Problem] = []
     if "case_id" in items.column_names:

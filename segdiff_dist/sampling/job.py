@@ -1,7 +1,8 @@
-"""Sampling on Ray: the list of items is written first, then workers make what is missing of it, region by region.
+"""Sampling on Ray: the list of items is written first, then workers make the missing items, region by region.
 
-An item's noise depends on its id alone, and threads are fixed by the job, so any number of workers, and on a CPU any
-batch size, makes the same images. A worker, machine or main process that is killed costs the regions it was making.
+An item's noise depends on its id alone, and the job fixes the number of threads. So any number of workers, and on a CPU
+any batch size, makes the same images. If a worker, machine or main process is killed, only its unfinished regions are
+lost.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ class SamplingFailed(WorkFailed):
 
 @dataclass(frozen=True)
 class Job:
-    """A checked job. `job_settings`: what the store's job.json is to hold; `size`: of its images, in pixels."""
+    """A checked job. `job_settings`: the contents of the store's job.json; `size`: of its images, in pixels."""
 
     path: Path
     job_settings: dict[str, Any]
     items: pa.Table
     size: int
     store: SampleStore | None
-    """Where it has begun."""
+    """The store, if the job has begun."""
     masks_MHW: np.ndarray | None = None
-    """Of a folder, where it has not: those that are drawn."""
+    """The chosen masks of a folder, if the job has not begun."""
     classes: str | None = None
-    """Of a folder: words for the classes in the masks that are drawn."""
+    """For a folder: a text about the classes in the chosen masks."""
 
 
 def sample(
@@ -66,15 +67,15 @@ def sample(
 ) -> SampleStore:
     """Make every missing image of the job into RUN/samples. Killed and started again, it makes only what is missing.
 
-    `rows`: the labelled slices of `shards` that masks are drawn from, not used with config.masks. `workers`: others
-    than the config's, for a stage that samples on the way. Raises InputProblems before work starts, SamplingFailed
-    where regions could not be made, OutOfSpace where the disk is full.
+    `rows`: the labelled slices of `shards` from which masks are chosen, not used with config.masks. `workers`: in place
+    of the config's, for another stage that also samples. Raises InputProblems before work starts, SamplingFailed if
+    regions could not be made, OutOfSpace if the disk is full.
     """
     return make_job(prepare_job(run, shards, rows, diffusion, config), config, workers)
 
 
 def make_job(job: Job, config: SampleConfig, workers: WorkersConfig | None = None) -> SampleStore:
-    """Make what is missing of a job that was prepared with this config. Errors as of `sample`."""
+    """Make the missing images of a job that was prepared with this config. Errors as of `sample`."""
     workers = workers or config.workers
     with locked(job.path), saying_when_full(job.path):
         # Read again, now that no other command can begin this job or replace it.
@@ -104,7 +105,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     from segdiff_dist.denoising.sampler_config import guidance_digest
 
     weights = run / "weights" / config.weights
-    _, digest = load_denoiser(weights)  # what cannot be used is refused before there is a store
+    _, digest = load_denoiser(weights)  # unusable input is refused before there is a store
     trained = json.loads((weights / "segdiff.json").read_text())
     diffusion, contradicted = _as_trained(weights, trained, diffusion)
     problems = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
@@ -137,7 +138,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
 
 
 def fewer_masks(items: pa.Table, config: SampleConfig) -> str | None:
-    """Words for a job that found fewer masks than it was to draw; None where there were enough."""
+    """A message if the job found fewer masks than asked for; None if there were enough."""
     num = len(set(items["row"].to_pylist()))
     return None if config.num is None or num >= config.num else f"all {num:,} masks there are, not {config.num:,}"
 
@@ -175,8 +176,8 @@ def _verify_store(store: SampleStore, job: Job) -> None:
 
 
 def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict[str, Any]:
-    """Where the masks come from, as job.json says it. Those of a folder are cut as the shard set was, and have its
-    label table."""
+    """The source of the masks, for job.json. Masks of a folder are cut as the shard set was, and have its label
+    table."""
     if config.masks is None:
         drawn_from = {
             "modalities": [MODALITIES[i] for i in np.unique(shards.modality_N[rows])],
@@ -186,7 +187,7 @@ def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict
     from segdiff_dist.sampling.mask_files import folder_digest
 
     digest = folder_digest(config.masks, config)
-    # The set may not be there any more when the images are exported, and its writer may have a table of their own.
+    # The set may be gone when the images are exported, and its writer may have used their own table.
     table = {"name": shards.label_table.name, "names": list(shards.label_table.names)}
     of_the_set = {"masks_cut_like": shards.index["preprocessing"], LABELS: table}
     return {"masks": str(config.masks.resolve()), "masks_digest": digest} | of_the_set
@@ -213,13 +214,13 @@ def _job_of_folder(path: Path, job_settings: dict[str, Any], shards: ShardSet, s
         text = f"{counts.num_empty} of the {counts.num_masks} masks in {config.masks} are empty: background alone"
         warnings.warn(text, stacklevel=4)
     if table.body_id is not None and not counts.num_masks_K[table.body_id]:
-        text = f"no mask in {config.masks} says where the patient ends (class `body`): the model makes that up"
+        text = f"no mask in {config.masks} shows the patient's outline (class `body`): the model invents it"
         warnings.warn(text, stacklevel=4)
     return Job(path, job_settings, items, size, None, masks_MHW, counts.words(table))
 
 
 def _classes_of(store: SampleStore, table: LabelTable) -> str:
-    """Words for the classes in the masks of a job of a folder that has begun."""
+    """A text about the classes in the masks of a job of a folder that has begun."""
     from segdiff_dist.sampling.mask_folder import ClassCounts
 
     masks = MaskArray.open(store.path / MASKS, table, store.items)
@@ -229,7 +230,7 @@ def _classes_of(store: SampleStore, table: LabelTable) -> str:
 def _as_trained(
     weights: Path, description: dict[str, Any], diffusion: DiffusionConfig
 ) -> tuple[DiffusionConfig, list[Problem]]:
-    """The process that the weights were trained on, and where the config says otherwise."""
+    """The process that the weights were trained on; conflicts with the config are problems."""
     trained, differ = as_trained(diffusion, description.get("diffusion", {}))
     problems = []
     for name, (before, now) in differ.items():
@@ -257,7 +258,8 @@ def _weaker_digest(weights: Path, description: dict[str, Any], name: str) -> str
 def _unlike_training(
     weights: Path, description: dict[str, Any], shards: ShardSet, diffusion: DiffusionConfig, config: SampleConfig
 ) -> list[Problem]:
-    """What the weights, whose segdiff.json is `description`, were not trained for. Old ones do not say all of it."""
+    """Conditions that the weights, whose segdiff.json is `description`, were not trained for. Old ones do not have
+    every field."""
     from segdiff_dist.denoising.sampler_config import guidance_problems
 
     sampler = config.sampler

@@ -1,4 +1,4 @@
-"""Which files of a folder are masks, what each is called, and the digest that names them all."""
+"""The masks of a folder, their names, and the digest of all of them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.png_masks import PNG
 
 ENDINGS = (".nii.gz", ".nii", ".png")
-# What systems leave in folders without being asked: Jupyter, a Mac's zip, Synology, Windows. Copies, resource forks and
-# thumbnails among them carry the endings of masks.
+# Files that Jupyter, a Mac's zip, Synology and Windows create in folders. Some of them (copies, resource forks,
+# thumbnails) have the endings of masks.
 _SYSTEM = frozenset(
     {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 )
-# Names that a PNG may have been given by mistake.
+# Endings that a PNG may have by mistake.
 _PICTURES = (".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "")
 
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """What is below a folder: masks, by name; hidden files and those of the system; others."""
+    """The files below a folder: masks, by name; hidden and system files; others."""
 
     masks: tuple[Path, ...]
     hidden: tuple[Path, ...]
     others: tuple[Path, ...]
 
     def passed_over(self) -> str | None:
-        """Words for what is no mask; None where everything is one."""
+        """A message about files that are not masks; None if there are none."""
         words = []
         if self.others:
             endings = [file.suffix or file.name for file in self.others]
@@ -50,7 +50,8 @@ class FolderFiles:
 
 
 def list_folder(folder: Path) -> FolderFiles:
-    """The files below a folder. A name that begins with a dot, or is a system's, hides a file or a whole folder."""
+    """The files below a folder. A name that begins with a dot, or is a system's name, makes a file or a whole folder
+    hidden."""
     found: dict[str, list[Path]] = {"masks": [], "hidden": [], "others": []}
     for parent, _, names in os.walk(folder):
         within = Path(parent).relative_to(folder).parts
@@ -64,7 +65,7 @@ def list_folder(folder: Path) -> FolderFiles:
 
 
 def mask_files(folder: Path) -> tuple[Path, ...]:
-    """The masks below a folder, by name; refused where there is none."""
+    """The masks below a folder, by name; a folder without masks is refused."""
     files = list_folder(folder)
     if not files.masks:
         passed_over = files.passed_over()
@@ -74,7 +75,7 @@ def mask_files(folder: Path) -> tuple[Path, ...]:
 
 
 def ending(file: Path) -> str:
-    """Which of ENDINGS a file has, in upper or lower case; nothing where it is no mask."""
+    """The ending of ENDINGS that a file has, in upper or lower case; empty if it is not a mask."""
     name = file.name.lower()
     return next((ending for ending in ENDINGS if name.endswith(ending)), "")
 
@@ -95,8 +96,8 @@ def folder_digest(folder: Path, config: SampleConfig) -> str:
 
 
 def case_id_of(file: Path) -> str:
-    """The case id of a mask file, from its path below the folder: / and . become _. So does what else an id cannot
-    hold, such as a space or a letter with an accent; a digest of the whole name then keeps it unique."""
+    """The case id of a mask file, from its path below the folder: / and . become _. Other characters that an id cannot
+    hold, such as spaces and accented letters, become _ too; then a digest of the whole name makes the id unique."""
     name = _joined_name(file)
     if is_case_id(name):
         return name

@@ -1,6 +1,6 @@
 """Masks of a folder: NIfTI volumes, cut as `segdiff prepare` cuts, or PNG slices; in the ids of the model's table.
 
-First all masks are listed, from headers alone. Then those that are drawn are read, one file at a time.
+First all masks are listed, from headers alone. Then the chosen ones are read, one file at a time.
 
 Dimensions: I, J, K as in data_shards.ingest.volumes; H rows, W columns; M masks that are drawn.
 """
@@ -36,8 +36,8 @@ _MOST_IDS = 256
 
 @dataclass(frozen=True)
 class _Listed:
-    """A file of masks: the axis that the model is given, the axis it is cut along, and the indices of its slices.
-    `is_slice`: it is one of the set's slices as it is."""
+    """A file of masks: the axis for the model, the axis it is cut along, and the indices of its slices. `is_slice`: the
+    file is a single slice in the size of the set's slices."""
 
     file: Path
     axis: str
@@ -47,11 +47,11 @@ class _Listed:
 
 
 class MaskFolder:
-    """The masks of a folder. `rows`: one a mask (key, case_id, modality, axis, slice_index, and mask_file where names
-    are no ids), in the order of the files' names; `problems`: what the headers show to be wrong.
+    """The masks of a folder. `rows`: one a mask (key, case_id, modality, axis, slice_index, and mask_file if names
+    cannot be ids), in the order of the files' names; `problems`: those that the headers show.
 
-    `model_size`: rows and columns of what the model sees, the middle of the set's slices. PNG masks, and NIfTI files
-    of one slice, that have as many are taken as they are, as are those of the set's size.
+    `model_size`: rows and columns of the model's input, the middle of the set's slices. PNG masks, and NIfTI files of
+    one slice, that have this size or the size of the set's slices are taken as they are.
     """
 
     def __init__(self, folder: Path, shards: ShardSet, model_size: int, config: SampleConfig) -> None:
@@ -79,10 +79,10 @@ class MaskFolder:
         return int(self._first_row[-1])
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [M, H, W]: the masks of some rows, which rise, in the model's ids. One file is in memory at a time.
+        """uint8 [M, H, W]: the masks of some ascending rows, in the model's ids. One file is in memory at a time.
 
-        Raises InputProblems for everything wrong with the folder at once: what the headers showed, files that cannot be
-        read, and ids that neither the label table nor config.label_map knows.
+        Raises InputProblems for all problems of the folder at once: those of the headers, files that cannot be read,
+        and ids that are neither in the label table nor in config.label_map.
         """
         mask_MHW = np.zeros((len(rows), self.size, self.size), np.uint8)
         problems = list(self.problems)
@@ -103,12 +103,12 @@ class MaskFolder:
         return mask_MHW
 
     def renamed(self) -> dict[str, str]:
-        """File and case id of the masks whose names no id can hold."""
+        """File and case id of the masks whose names cannot be ids."""
         files = (one.file.relative_to(self.folder) for one in self._files)
         return {str(file): case_id_of(file) for file in files if not is_named_after(file)}
 
     def _listed(self, file: Path, notes: Counter[str]) -> _Listed:
-        """What a file holds, by its header; what of that is a guess goes to `notes`."""
+        """The contents of a file, by its header; guesses are noted in `notes`."""
         from data_shards.ingest.nifti import read_geometry
         from data_shards.ingest.slices import num_slices
 
@@ -121,7 +121,7 @@ class MaskFolder:
         notes.update(geometry.notes)
         shape, spacing_mm = _canonical(geometry)
         cut_along = _cut_along(shape, axis)
-        # Two dimensions can say no other axis than this one.
+        # A two-dimensional file does not hold its axis.
         given = axis if geometry.is_flat and cut_along == "axial" else cut_along
         num = num_slices(shape, spacing_mm, cut_along, self._cut_as["spacing_mm"])
         stride = self._cut_as["slice_stride"]
@@ -144,7 +144,7 @@ class MaskFolder:
         if twice := [key for key, count in Counter(columns["key"]).items() if count > 1]:
             value = f"two masks are called {twice[0]}"
             self.problems.append(Problem(str(self.folder), "names", value, "rename one of the files"))
-        if not self.renamed():  # the list of a job from before there was this column is the same
+        if not self.renamed():  # without the column, the list equals that of jobs from before it existed
             del columns[MASK_FILE]
         columns["modality"] = [NO_MODALITY] * len(columns["key"])
         return pa.table(columns)
@@ -179,7 +179,7 @@ class MaskFolder:
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """How many of some masks show each class: int64 [256] by id; and how many show none."""
+    """Number of masks that show each class, int64 [256] by id, and of masks that show none."""
 
     num_masks_K: np.ndarray
     num_masks: int
@@ -195,7 +195,7 @@ class ClassCounts:
         return cls(num_masks_K, num, num_empty)
 
     def words(self, table: LabelTable) -> str:
-        """Id, name and number of masks of every class that there is."""
+        """Id, name and number of masks of every class that occurs."""
         classes = [
             f"{i} {table.names[i] if i < table.num_classes else '?'} in {self.num_masks_K[i]:,}"
             for i in np.flatnonzero(self.num_masks_K)
@@ -217,7 +217,7 @@ def _cut_as(shards: ShardSet) -> dict[str, Any]:
 
 
 def _refuse_pictures(file: Path) -> None:
-    """A picture that is called NIfTI is named as what it is."""
+    """A picture whose file name says NIfTI is reported with its real format."""
     with file.open("rb") as stream:
         kind = kind_of(stream.read(16))
     if kind not in (None, "gzip"):
@@ -234,7 +234,7 @@ def _canonical(geometry: Geometry) -> tuple[tuple[int, ...], np.ndarray]:
 
 
 def _cut_along(shape: Sequence[int], asked: str) -> str:
-    """The axis of a volume: where it is one slice, its own."""
+    """The axis of a volume; for a single slice, its own axis."""
     from data_shards.ingest.slices import VIEWS
 
     thin = [axis for axis, view in VIEWS.items() if shape[view[0]] == 1]
@@ -253,7 +253,7 @@ def _text(file: Path) -> str:
 
 
 def _label_map(file: Path | None, table: LabelTable) -> Callable[[Path, np.ndarray], np.ndarray]:
-    """Turns ids of a file into the table's; ids that nothing is known of are refused, all of them at once."""
+    """Turns ids of a file into the table's; unknown ids are refused, all of them at once."""
     own_of = np.full(_MOST_IDS, -1, dtype=np.int16)
     if file is None:
         known = [i for i, name in enumerate(table.names) if name != UNUSED]

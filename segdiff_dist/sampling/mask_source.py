@@ -1,4 +1,4 @@
-"""Where a job's masks are read from, by row: a shard set, or the masks of a folder as the job keeps them.
+"""The source of a job's masks, by row: a shard set, or the masks of a folder as the job keeps them.
 
 Dimensions: M masks, H rows, W columns.
 """
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class MaskSource(Protocol):
-    """Masks by row: a shard set, or the masks of a folder. `parts` holds "edge" where there are soft edges."""
+    """Masks by row: a shard set, or the masks of a folder. `parts` contains "edge" if there are soft edges."""
 
     @property
     def label_table(self) -> LabelTable:
-        """Of the ids in the masks."""
+        """The table of the ids in the masks."""
 
     @property
     def parts(self) -> Any:
-        """Names of what each row has."""
+        """Names of the parts of each row."""
 
     def read_mask(self, row: int) -> np.ndarray:
         """uint8 [H, W] label ids."""
@@ -39,8 +39,8 @@ class MaskSource(Protocol):
 
 @dataclass(frozen=True)
 class MaskArray:
-    """The masks of a folder, as a job keeps them: a Zarr array uint8 [M, H, W] of those that were drawn. `rows` [M]: of
-    all masks of the folder, which these are."""
+    """The masks of a folder, as a job keeps them: a Zarr array uint8 [M, H, W] of the chosen ones. `rows` [M]: their
+    positions among all masks of the folder."""
 
     mask_MHW: Any
     label_table: LabelTable
@@ -51,7 +51,7 @@ class MaskArray:
     def open(cls, path: Path, label_table: LabelTable, items: pa.Table) -> MaskArray:
         """The array at `path`, of a job with these items."""
         mask_MHW, rows = open_masks(path), drawn_rows(items)
-        if len(rows) != mask_MHW.shape[0]:  # of a job from when every mask of the folder was kept
+        if len(rows) != mask_MHW.shape[0]:  # of an older job, which kept every mask of the folder
             rows = np.arange(mask_MHW.shape[0])
         return cls(mask_MHW, label_table, rows)
 

@@ -1,4 +1,4 @@
-"""What a job would cost: how many images, how long, how many bytes. `segdiff sample --dry-run` prints it."""
+"""The cost of a job: images, time and bytes. `segdiff sample --dry-run` prints it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LONG_PASS_S = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds and bytes are of what is missing; seconds are None where they cannot be known here. `fewer_masks`: a
-    message where there are fewer than were to be drawn."""
+    """Seconds and bytes are those of the missing images; seconds are None if they cannot be estimated here.
+    `fewer_masks`: a message if there are fewer masks than asked for."""
 
     num_images: int
     num_missing: int
@@ -37,7 +37,7 @@ class Plan:
     num_bytes: int
     bytes_from: str
     classes: str | None = None
-    """Of masks of a folder: which there are."""
+    """For masks of a folder: the classes that occur."""
 
     def __str__(self) -> str:
         """A few lines for a person."""
@@ -56,15 +56,16 @@ class Plan:
 
 
 def plan(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig) -> Plan:
-    """What `sampling.job.sample` would do with the same arguments. Makes and writes no image; joins config.ray_address.
+    """The work of `sampling.job.sample` with the same arguments. It makes and writes no image; it joins
+    config.ray_address.
 
-    Seconds come from what the job has made so far, else from a pass through the net on this machine.
+    Seconds come from the images made so far, else from a pass through the net on this machine.
     """
     return plan_of(prepare_job(run, shards, rows, diffusion, config), config)
 
 
 def plan_of(job: Job, config: SampleConfig) -> Plan:
-    """The same of a job that was prepared with this config."""
+    """The same for a job that was prepared with this config."""
     from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.samplers import num_evaluations
 
@@ -95,7 +96,7 @@ def plan_of(job: Job, config: SampleConfig) -> Plan:
 
 
 def _made_so_far(job: Job) -> tuple[float, int] | None:
-    """Seconds of a worker and bytes of an image and its mask, means over what is made."""
+    """Seconds of a worker and bytes of an image and its mask, means over the images made so far."""
     if job.store is None or not (done := job.store.done_regions()):
         return None
     num = sum(len(job.store.region(index)) for index in done)
@@ -104,7 +105,7 @@ def _made_so_far(job: Job) -> tuple[float, int] | None:
 
 
 def _seconds_of_a_pass(weights: Path, pool: WorkerPool, config: SampleConfig) -> tuple[float | None, str]:
-    """Of one image through the net, on one worker's device."""
+    """Seconds of one image through the net, on one worker's device."""
     import torch
 
     from segdiff_dist.denoising.denoiser import Denoiser

@@ -1,5 +1,5 @@
-"""PNG masks: what a file is by its bytes, and the label ids in it; refused where these cannot be the ids that were
-drawn.
+"""PNG masks: the format of a file by its bytes, and its label ids. A file whose values cannot be the original ids is
+refused.
 
 The picture library decodes; before it does, every chunk's checksum and the length of the pixels are checked here, so
 that no damaged or endless file reaches it.
@@ -21,7 +21,7 @@ import numpy as np
 from data_shards.problems import InputProblems, problem
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# First bytes of what masks are saved as, and what it is called. JPEG and WebP change the ids that they store.
+# First bytes of the formats in which masks are saved, and their names. JPEG and WebP change the stored ids.
 _KINDS = (
     (PNG, "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
@@ -33,7 +33,7 @@ _KINDS = (
     (b"\x1f\x8b", "gzip"),
     (b"\0\0\0\x0cjP  ", "JPEG 2000"),
 )
-# Colour types of the PNG specification (ISO/IEC 15948, 11.2.2), and how many samples a pixel has.
+# Colour types of the PNG specification (ISO/IEC 15948, 11.2.2), and their samples a pixel.
 _COLOURS = {0: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("grey and alpha", 2), 6: ("RGBA", 4)}
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 # Adam7: first row and column of each pass, and the steps between them.
@@ -56,7 +56,7 @@ class PngHeader:
 
     @property
     def num_bytes(self) -> int:
-        """Of the pixels, once inflated: each row has its filter's byte in front."""
+        """Bytes of the uncompressed pixels: each row has its filter's byte in front."""
         passes = _PASSES if self.is_interlaced else ((0, 0, 1, 1),)
         total = 0
         for row, column, rows, columns in passes:
@@ -67,13 +67,13 @@ class PngHeader:
 
 
 def kind_of(start: bytes) -> str | None:
-    """What a file is by its first bytes; None where that is nothing known here."""
+    """The format of a file by its first bytes; None if it is not known here."""
     return next((name for magic, name in _KINDS if start.startswith(magic)), None)
 
 
 def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
-    """The header, from the first bytes alone. Raises InputProblems: another format, whatever the name says; several
-    samples a pixel; pixels that are not one of `sizes` (rows and columns alike)."""
+    """The header, from the first bytes alone. Raises InputProblems: another format, whatever the name; several samples
+    a pixel; another size than one of `sizes` (rows and columns)."""
     with file.open("rb") as stream:
         start = stream.read(33)
     kind = kind_of(start)
@@ -99,9 +99,9 @@ def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
 def read_png_ids(file: Path, sizes: Collection[int], num_ids: int, *, any_palette: bool = False) -> np.ndarray:
     """uint8 [H, W]: the samples as stored, which are the label ids; of a palette, the index.
 
-    `any_palette`: the user has said what each index means. Raises InputProblems as read_png_header, and for what is
-    damaged or longer than declared, several frames, an orientation, a palette that may have been made for this picture
-    alone, and ids from `num_ids` on.
+    `any_palette`: the user has given the meaning of each index. Raises InputProblems as read_png_header, and for data
+    that are damaged or longer than declared, several frames, an orientation, a palette that may have been made for this
+    picture alone, and ids from `num_ids` on.
     """
     header = read_png_header(file, sizes)
     if file.stat().st_size > _MOST_BYTES:
@@ -125,23 +125,24 @@ def read_png_ids(file: Path, sizes: Collection[int], num_ids: int, *, any_palett
 def palette_is_of_a_table(palette_K3: np.ndarray, used: Collection[int]) -> bool:
     """Whether a palette's index can be taken for the label id.
 
-    It can where the used colours are grey, each as bright as its index, or Pascal VOC's, or where the palette also has
-    colours that the picture does not show: then it was made for a table of classes. A palette of the picture's own
-    colours is what saving a picture with few colours makes, in an order of its own; so does a cube of colours.
+    It can if the used colours are grey, each as bright as its index, or Pascal VOC's. It can also if the palette has
+    colours that the picture does not show: then it was made for a table of classes. When a program saves a picture with
+    few colours, it makes a palette of only these colours, in any order, or a cube of colours; then the index has no
+    meaning.
     """
     indices = sorted(used)
     shown = palette_K3[indices]
     if (shown == np.array(indices)[:, None]).all() or (shown == _voc_palette()[indices]).all():
         return True
     colours = {tuple(colour) for colour in palette_K3.tolist()}
-    spare = colours - {tuple(colour) for colour in shown.tolist()} - {(0, 0, 0)}  # black fills up
+    spare = colours - {tuple(colour) for colour in shown.tolist()} - {(0, 0, 0)}  # filled up with black
     levels = [len(np.unique(channel)) for channel in palette_K3.T]
     is_cube = len(colours) > 100 and len(colours) >= 0.9 * np.prod(levels)
     return bool(spare) and not is_cube
 
 
 def _another_kind(kind: str | None) -> tuple[str, str]:
-    """Value and remedy for what is not PNG."""
+    """Value and remedy for a file that is not PNG."""
     if kind is None:
         return "not PNG by its bytes", _WRITE_AGAIN
     remedy = "save the mask itself as PNG"
@@ -157,7 +158,7 @@ def _damaged(file: Path, reason: object) -> InputProblems:
 
 
 def _chunks(file: Path, content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Name and body of each chunk, to IEND; refused where a checksum does not hold or the file ends before."""
+    """Name and body of each chunk, up to IEND; refused if a checksum is wrong or the file ends earlier."""
     at = len(PNG)
     while at + 12 <= len(content):
         length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
@@ -172,7 +173,7 @@ def _chunks(file: Path, content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _check_pixels(file: Path, header: PngHeader, bodies: list[bytes]) -> None:
-    """Whether the packed pixels are as many as the header declares; no more of them is unpacked than that."""
+    """Whether there are as many packed pixels as the header declares. No more than that is unpacked."""
     inflate = zlib.decompressobj()
     packed = b"".join(bodies)
     try:
@@ -181,7 +182,7 @@ def _check_pixels(file: Path, header: PngHeader, bodies: list[bytes]) -> None:
         raise _damaged(file, error) from error
     if len(pixels) > header.num_bytes:
         raise _damaged(file, f"more pixels than its {header.width}x{header.height}")
-    # The checksum behind the pixels is read with what is left; one byte of room, which nothing may fill.
+    # The last call also reads the checksum after the pixels. Its one byte of room must stay empty.
     try:
         behind = inflate.decompress(inflate.unconsumed_tail, 1)
     except zlib.error as error:
@@ -199,24 +200,24 @@ def _decoded(file: Path, content: bytes, header: PngHeader) -> tuple[np.ndarray,
             samples_HW = np.asarray(picture)
             palette = np.array(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
             orientation = _orientation(picture)
-    except Exception as error:  # Pillow raises whatever the bytes lead it to
+    except Exception as error:  # Pillow may raise any error on such bytes
         raise _damaged(file, error) from error
     if samples_HW.shape != (header.height, header.width):
         raise _damaged(file, "other pixels than its header declares")
     if orientation not in (None, 1):
-        remedy = "viewers turn it, other programs do not: save it as it is meant, without an orientation"
+        remedy = "viewers turn it, other programs do not: save it upright, without an orientation"
         raise problem(file, "EXIF orientation", orientation, remedy)
     if not header.is_palette and header.depth in (2, 4):
-        # Pillow stretches these to 0 .. 255; the ids are the samples as they are stored.
+        # Pillow stretches these to 0 .. 255; the ids are the stored samples.
         samples_HW = samples_HW // (255 // (2**header.depth - 1))
     return samples_HW, palette
 
 
 def _orientation(picture: Any) -> Any:
-    """The EXIF tag; None where there is no EXIF, or none that can be read: then no viewer turns the picture."""
+    """The EXIF tag; None if there is no readable EXIF: then no viewer turns the picture."""
     try:
         return picture.getexif().get(_ORIENTATION)
-    except Exception:  # of broken EXIF, whatever its bytes lead to
+    except Exception:  # broken EXIF may raise any error
         return None
 
 

@@ -1,4 +1,4 @@
-"""Where generated images live: a list of items, written first, and a Zarr v3 group with a region for each task.
+"""The store of generated images: a list of items, written first, and a Zarr v3 group with a region for each task.
 
 RUN/samples/job.json        what made the images: masks, weights, sampler settings
 RUN/samples/items.parquet   one row an item: which mask, which modality, which seed index
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MASKS = "masks.zarr"
-# In job.json, where things lay. Digests beside them say what they are, so that a job may move with them.
+# Paths in job.json. Digests beside them identify the files, so that a job may be moved with them.
 _PLACES = ("weights", "shards", "masks", "sample.sampler.guidance_segmenter")
 
 
@@ -67,7 +67,7 @@ class Damage:
 
 
 class SampleStore:
-    """The images of one sample job, some of which may be missing yet."""
+    """The images of one sample job, some of which may still be missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class SampleStore:
 
     @classmethod
     def open(cls, path: Path) -> SampleStore:
-        """The store at `path`. Refused where there is none, or where one of the files laid out first is damaged."""
+        """The store at `path`. Refused if there is none, or if one of the files that are written first is damaged."""
         if not (path / JOB).is_file():
             raise problem(path, "samples", "not found", f"sample first: {how_to_make('sample', path)}")
         remedy = "run the same `segdiff sample` again: it makes the file again"
@@ -89,10 +89,10 @@ class SampleStore:
 
     @classmethod
     def reopen(cls, path: Path, job: dict[str, Any]) -> SampleStore | None:
-        """The store of `job` at `path`; None where `create` is to make it, or to mend what was laid out first.
+        """The store of `job` at `path`; None if `create` must make it, or write again the files that are written first.
 
-        Refused: a folder of other things; a store of another job, unless it has no image yet. Where the job is to run,
-        its "device", is not compared, nor the paths of files that have digests.
+        Refused: a folder with other files; a store of another job, unless it has no image yet. The job's "device" is
+        not compared, and neither are paths of files that have digests.
         """
         if _is_free(path):
             return None
@@ -108,10 +108,10 @@ class SampleStore:
     def create(
         cls, path: Path, job: dict[str, Any], items: pa.Table, size: int, masks_MHW: np.ndarray | None = None
     ) -> SampleStore:
-        """Lay out a new job, or open the one that is there when it is the same; another job is refused.
+        """Create a new job, or open the existing one if it is the same; another job is refused.
 
-        It appears when it is whole: a killed creation leaves `.NAME.unfinished`, which the next one replaces.
-        Where others may do the same, call it under `locked`.
+        The folder gets its name when it is complete: a killed creation leaves `.NAME.unfinished`, which the next one
+        replaces. If other processes may do the same, call it under `locked`.
         """
         if (there := cls.reopen(path, job)) is not None:
             return there
@@ -161,11 +161,11 @@ class SampleStore:
         return [item for index in self.missing_regions() for item in self.region(index)]
 
     def write_region(self, index: int, image_BHW: np.ndarray, mask_BHW: np.ndarray, seconds: float = 0.0) -> None:
-        """Write a region's images and masks, then mark it done; `seconds`: what it took to make them.
+        """Write a region's images and masks, then mark it done; `seconds`: the time it took to make them.
 
-        No other process may write this region. Zarr replaces files whole, so even a worker that outlives its driver for
-        a moment, beside its successor, harms nothing: both write the same bytes. Refused where another job has taken
-        the store's place meanwhile.
+        No other process may write this region. If a worker outlives its driver for a moment, its successor writes the
+        same region too. That does no harm: Zarr replaces whole files, and both write the same bytes. Refused if another
+        job has replaced the store meanwhile.
         """
         _refuse_another(self.path, self.job)
         items = self.region(index)
@@ -189,11 +189,11 @@ class SampleStore:
                     yield Damage(index, file, tuple(i for i in self.region(index) if not self._reads(name, i)))
 
     def mark(self, index: int) -> dict[str, Any]:
-        """What done/INDEX says; nothing where it is damaged itself."""
+        """The contents of done/INDEX; empty if it is damaged."""
         return read_mark(self._mark(index))
 
     def num_bytes(self, index: int) -> int:
-        """What a finished region takes on disk."""
+        """Bytes of a finished region on the disk."""
         files = [self._file(name, index) for name in PARTS]
         return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -216,14 +216,14 @@ class SampleStore:
 
 
 def locked(path: Path, *, lends: bool = False) -> AbstractContextManager[None]:
-    """While this process works on the store at `path`, be there one yet or not, others are refused (locks.py)."""
+    """While this process works on the store at `path`, which need not exist yet, others are refused (locks.py)."""
     return locks.locked(lock_beside(path), path, "is making them", lends=lends)
 
 
 def _is_free(path: Path) -> bool:
-    """Whether a store may be laid out at `path` without touching what is there; refused where other things are."""
+    """Whether a store may be created at `path` without touching existing files; refused if there are other files."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        if path.is_mount():  # no folder can take its name
+        if path.is_mount():  # a folder cannot be renamed to it
             raise problem(path, "output folder", "a mount point", f"give a folder in it: --out {path / 'samples'}")
         return True
     if not (path / JOB).is_file() or not (path / IMAGES).is_dir():
@@ -233,13 +233,13 @@ def _is_free(path: Path) -> bool:
 
 
 def _holds_no_image(path: Path) -> bool:
-    """Whether a store may be removed: it holds what was laid out, no finished region, and no other files."""
+    """Whether a store may be removed: it holds only the files that are written first, and no finished region."""
     own = {JOB, ITEMS, IMAGES, MASKS, LAYOUT, DONE}
     return {file.name for file in path.iterdir() if not is_leftover(file)} <= own and not any((path / DONE).glob("*"))
 
 
 def identity(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a job, by dotted key: its job.json without the paths in it."""
+    """The identity of a job, by dotted key: its job.json without paths."""
     return {key: value for key, value in flatten(job).items() if key not in _PLACES}
 
 
@@ -247,7 +247,7 @@ def _refuse_another(path: Path, job: dict[str, Any]) -> None:
     begun = read_job(path)
     if LABELS not in begun:
         job = {key: value for key, value in job.items() if key != LABELS}
-    there, asked = (identity(one) | {"device": None} for one in (begun, job))  # which has words of its own
+    there, asked = (identity(one) | {"device": None} for one in (begun, job))  # which has its own message
     if differing := differences(there, asked):
         key, old, new = differing[0]
         value = f"the samples here were made with {old!r}, not {new!r}"
@@ -301,13 +301,13 @@ def _broken_files(path: Path) -> list[str]:
 
 
 def _mend(path: Path, fresh: Path) -> None:
-    """Move the files of a layout that was made again to where they were, if they are what was there."""
+    """Move the files that were made again to their places, if they equal the original ones."""
     made, written = read_checksums(fresh), read_checksums(path)
     assert made is not None
     for name, crc in made.items():
         expected = _crc32c_of(path / name) if written is None else written.get(name)
         if expected != crc:
-            value = "damaged, and made again it is another: by another version, perhaps"
+            value = "damaged, and the file made again differs, perhaps because of another version"
             raise problem(path / name, "samples", value, f"restore it, or remove {path} and sample again")
     for name in (*made, LAYOUT):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -319,7 +319,8 @@ def _crc32c_of(file: Path) -> int | None:
 
 
 def _flushed_crc32c(file: Path) -> int:
-    """The checksum of a file that is on the disk when this returns, so that no mark outlives what it vouches for."""
+    """The checksum of a file, which is on the disk when this returns, so that no region is marked done before its files
+    are safe."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
         return crc32c(stream.read())

@@ -82,7 +82,7 @@ def test_where_no_micro_batch_fits_the_small_net_is_named(paper: Network) -> Non
 def test_memory_that_others_hold_is_named(paper: Network) -> None:
     [found] = memory_problems("train", paper, TrainConfig(), Capacity(HostMemory(64 * GIB, 8 * GIB)))
     assert "8.0 GiB of 64.0 GiB are free" in found.value
-    assert "end what else holds memory here" in found.remedy
+    assert "end other programs that hold memory here" in found.remedy
 
 
 def test_state_is_what_rajbhandari_counts() -> None:

@@ -171,7 +171,7 @@ def test_nifti_masks_are_turned_and_cut_as_prepare_cuts(tmp_path: Path, archive:
     table = {"name": AMOS.name, "names": AMOS.names}
     writer.finish({"label_table": table, "preprocessing": config.result_settings()})
     shards = ShardSet.open(tmp_path / "set")
-    with pytest.warns(UserWarning, match="says where the patient ends"):
+    with pytest.warns(UserWarning, match="shows the patient's outline"):
         job = folder_job(tmp_path, tmp_path / "set")
     assert job.masks_MHW is not None
     rows = {(r["case_id"], r["slice_index"]): r["row"] for r in job.items.to_pylist()}
