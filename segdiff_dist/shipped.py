@@ -22,7 +22,8 @@ def shipped_config(name: str) -> Path:
 
 
 def find_config(given: str) -> Path:
-    """The file that --config names: a path, or the name of a shipped configuration. A file of that name wins.
+    """The file that --config names: a path, or the name of a shipped configuration. A file of that name takes
+    precedence.
 
     Raises InputProblems where there is neither.
     """

@@ -1,6 +1,6 @@
 """How much fine detail images have: power by band of spatial frequency, and texture inside organs.
 
-Pure functions of arrays; training's validation and the evaluation both stand on them.
+Pure functions of arrays; training's validation and the evaluation both use them.
 
 Dimensions: B batch, H rows, W columns, F bands (coarse to fine), K label ids (background is id 0).
 """
@@ -20,20 +20,20 @@ Array = npt.NDArray[np.float64]
 BANDS = ((1 / 32, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 3 / 4), (3 / 4, 1.0))
 # In percent of the Nyquist frequency, for names of metrics.
 BAND_NAMES = tuple(f"{int(100 * low)}_{int(100 * high)}" for low, high in BANDS)
-# Narrower images, what their constant border leaves, have too few frequencies for five bands.
+# An image that is narrower without its constant border has too few frequencies for five bands.
 FEWEST_PIXELS_A_SIDE = 16
-# The standard deviation of so many grey values has a standard error of 18 %, of white noise.
+# For white noise, the standard deviation of this many grey values has a standard error of 18 %.
 FEWEST_PIXELS_INSIDE = 16
 
 
 def band_powers(real_BHW: np.ndarray, generated_BHW: np.ndarray) -> tuple[Array, Array]:
     """Mean power [B, F] in each of BANDS of real and of generated images, in grey values squared a frequency.
 
-    The radially averaged power spectrum (Durall et al. 2020, "Watch your up-convolution"), its mean over a band.
-    Both images of a pair are cut to where the real one is not a constant border, so that padding and its edge do not
-    count, and fade out towards that box's sides by a Hann window: otherwise what an image shows at opposite sides would
-    meet there, an edge that has power at all frequencies in both images and hides what is missing in one. NaN where the
-    box is narrower than FEWEST_PIXELS_A_SIDE, and in a band that has no frequency in so small an image.
+    The radially averaged power spectrum (Durall et al. 2020, "Watch your up-convolution"), its mean over a band. Both
+    images of a pair are cut to the box inside the real one's constant border, so that padding and its edge do not
+    count. A Hann window fades both out towards the box's sides. Without it, opposite sides of an image would form an
+    edge, with power at all frequencies in both images, which hides power that one of them lacks. NaN if the box is
+    narrower than FEWEST_PIXELS_A_SIDE, and in bands without a frequency in such a small image.
 
     Any number type; ValueError when the shapes differ.
     """
@@ -49,14 +49,14 @@ def band_powers(real_BHW: np.ndarray, generated_BHW: np.ndarray) -> tuple[Array,
 
 
 def power_ratios(real_BF: Array, generated_BF: Array) -> Array:
-    """Generated over real power [F], each summed over the images; NaN where the real images have none."""
+    """Generated over real power [F], each summed over the images; NaN if the real images have none."""
     both_BF = np.isfinite(real_BF) & np.isfinite(generated_BF)
     real_F, generated_F = (np.where(both_BF, power_BF, 0.0).sum(axis=0) for power_BF in (real_BF, generated_BF))
     return ratio(generated_F, real_F)
 
 
 def ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Array:
-    """Their quotient, of any shape; NaN where the denominator is 0."""
+    """The quotient, of any shape; NaN where the denominator is 0."""
     numerator, denominator = (np.asarray(of, dtype=np.float64) for of in (numerator, denominator))
     quotient: Array = np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1.0), np.nan)
     return quotient
@@ -65,11 +65,11 @@ def ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Array:
 def sharpness(ratio_XF: Array) -> Array:
     """How near the bands' power ratios are to 1, over the last axis: exp(-mean of |ln ratio|), in 0 to 1.
 
-    The geometric mean of ratio or 1 / ratio, whichever is below 1: power that is missing costs as much as power that is
-    too much, and no band makes up for another. Bands that are NaN are left out; NaN where all are.
+    The geometric mean of ratio or 1 / ratio, whichever is below 1. Missing power costs as much as excess power, and one
+    band cannot compensate for another. Bands that are NaN are left out; NaN if all are.
     """
     known_XF = np.isfinite(ratio_XF)
-    # A band without any power makes the whole 0, as the limit does.
+    # A band without any power makes the result 0, as in the limit.
     positive_XF = known_XF & (ratio_XF > 0)
     log_XF = np.abs(np.log(np.where(positive_XF, ratio_XF, 1.0)))
     num_X = known_XF.sum(axis=-1)
@@ -81,12 +81,12 @@ def sharpness(ratio_XF: Array) -> Array:
 def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int) -> Array:
     """Standard deviation (n) [B, K] of fine detail inside each label id, in grey values.
 
-    Fine detail is the image less its mean under the 3x3 binomial filter. Only pixels whose eight neighbours have the
-    same label count, so nothing beyond an organ's outline does. NaN where fewer than FEWEST_PIXELS_INSIDE are left, and
-    for background.
+    Fine detail is the image minus its mean under the 3x3 binomial filter. Only pixels whose eight neighbours have the
+    same label count, so an organ's outline does not. NaN if fewer than FEWEST_PIXELS_INSIDE are left, and for
+    background.
     """
     image_BHW = images_BHW.astype(np.float64)
-    # Of all but the outermost pixels, which have no eight neighbours.
+    # Of all except the outermost pixels, which do not have eight neighbours.
     rows_BHW = image_BHW[:, :-2] + 2.0 * image_BHW[:, 1:-1] + image_BHW[:, 2:]
     smooth_BHW = (rows_BHW[:, :, :-2] + 2.0 * rows_BHW[:, :, 1:-1] + rows_BHW[:, :, 2:]) / 16.0
     inside_BHW = interior(labels_BHW)
@@ -108,7 +108,7 @@ def mean_texture(std_BK: Array, organ_ids: Sequence[int]) -> Array:
 
 
 def interior(labels_BHW: np.ndarray) -> npt.NDArray[np.bool_]:
-    """Which pixels are not background and have eight neighbours of their own label, bool [B, H - 2, W - 2]: of all but
+    """Pixels that are not background and have eight neighbours of the same label, bool [B, H - 2, W - 2]: of all except
     the outermost."""
     height, width = labels_BHW.shape[1:]
     centre = labels_BHW[:, 1:-1, 1:-1]
@@ -120,19 +120,19 @@ def interior(labels_BHW: np.ndarray) -> npt.NDArray[np.bool_]:
 
 
 def _window(real_HW: np.ndarray) -> Array | None:
-    """A Hann window over what is not a constant border, 0 elsewhere; None where that is too narrow."""
+    """A Hann window inside the constant border, 0 elsewhere; None if the inside is too narrow."""
     rows, columns = (_without_border(image) for image in (real_HW, real_HW.T))
     if min(len(rows), len(columns)) < FEWEST_PIXELS_A_SIDE:
         return None
     window_HW = np.zeros(real_HW.shape)
-    # Half a pixel from its zeros on, so that the outermost pixels count a little.
+    # It begins half a pixel after its zeros, so that the outermost pixels count a little.
     fade_H, fade_W = (np.sin(np.pi * (np.arange(len(r)) + 0.5) / len(r)) ** 2 for r in (rows, columns))
     window_HW[rows.start : rows.stop, columns.start : columns.stop] = fade_H[:, None] * fade_W
     return window_HW
 
 
 def _without_border(image_HW: np.ndarray) -> range:
-    """The rows from the first to the last that is not all of the value that the image's first or last row has."""
+    """The rows from the first to the last that does not consist only of the value of the image's first or last row."""
     first, last = ((image_HW != image_HW[end, end]).any(axis=1) for end in (0, -1))
     if not first.any() or not last.any():
         return range(0)
@@ -150,8 +150,8 @@ def _band_power(image_HW: np.ndarray, window_HW: Array) -> Array:
 
 @lru_cache(maxsize=16)
 def _frequencies(height: int, width: int) -> tuple[npt.NDArray[np.intp], Array, Array]:
-    """Of the half spectrum that rfft2 gives: each frequency's band (the number of bands where it is in none), how often
-    it stands for itself and its mirror image, and the sum of that by band."""
+    """For the half spectrum of rfft2: each frequency's band (the number of bands if it is in none), its multiplicity (2
+    if it also represents its mirror image), and the sum of multiplicities by band."""
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) / 0.5
     band = np.full(radius.shape, len(BANDS), dtype=np.intp)
     for f, (low, high) in enumerate(BANDS):

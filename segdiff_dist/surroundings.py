@@ -1,7 +1,7 @@
-"""What libraries take for granted of a process: a home folder that can be written, a user's name, a temporary folder.
+"""Things that libraries expect of a process: a home folder that can be written, a user's name, a temporary folder.
 
-In a container under a number without a passwd entry (docker run --user, OpenShift) or with a read-only root none of
-them may be there, and each library fails in its own words. Call `complete` before they are imported.
+In a container under a user id without a passwd entry (docker run --user, OpenShift), or with a read-only root, they may
+all be missing, and each library fails with another message. Call `complete` before libraries are imported.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 
 from data_shards.problems import Problem
 
-# Where compilers and matplotlib keep what they can make again: by default under the home folder.
+# Caches of compilers and matplotlib; by default under the home folder.
 _CACHES = {"TRITON_HOME": ".", "TORCH_EXTENSIONS_DIR": "torch_extensions", "MPLCONFIGDIR": "matplotlib"}
 
 
 def complete() -> str | None:
-    """Give this process, and those it starts, what it lacks of HOME and USER. Returns a line where HOME was changed.
+    """Set HOME and USER for this process and its children if they are missing. Returns a line if HOME was changed.
 
     A home folder that can be read but not written stays, since credentials are read there; only caches go elsewhere.
     """
     entry = _passwd_entry()
     if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")) and entry is None:
-        os.environ["USER"] = os.environ["LOGNAME"] = f"uid-{os.getuid()}"  # what getpass.getuser looks for
+        os.environ["USER"] = os.environ["LOGNAME"] = f"uid-{os.getuid()}"  # getpass.getuser reads these
     given = os.environ.get("HOME")
     home = given or (entry.pw_dir if entry is not None else "")
     if home and is_writable(home):
@@ -43,7 +43,7 @@ def complete() -> str | None:
 
 
 def temporary_folder_problems() -> list[Problem]:
-    """Why no temporary file can be made."""
+    """The reason why no temporary file can be made."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -65,15 +65,15 @@ def is_writable(folder: str) -> bool:
 
 
 def _private_folder() -> Path | None:
-    """A folder of this user's alone under the temporary one, the same at every start so that caches last; None where
-    there is nothing that can be written."""
+    """A private folder of this user under the temporary folder, the same at every start so that caches last; None if
+    nothing can be written."""
     if temporary_folder_problems():
         return None
     folder = Path(tempfile.gettempdir()) / f"segdiff-home-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        # Whoever could put something there would have this user run it.
+        # Anybody who can write there could make this user run a program.
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
             return folder
         return Path(tempfile.mkdtemp(prefix="segdiff-home-"))

@@ -1,4 +1,4 @@
-"""The files of a sample store as they are read: in the form in which store.py lays them out, or refused.
+"""Reading the files of a sample store: files in another form than store.py writes are refused.
 
 Dimensions: N items, H rows, W columns.
 """
@@ -28,7 +28,7 @@ JOB, ITEMS, IMAGES, LAYOUT, DONE = "job.json", "items.parquet", "images.zarr", "
 PARTS = ("image", "mask")
 # In job.json: names by label id, of a job whose masks come from a folder. Jobs of earlier versions do not have it.
 LABELS = "label_table"
-# Of a pixel's side, as of a shard set's (set_index.py).
+# Limit of an image's side in pixels, as for a shard set (set_index.py).
 _LARGEST_SIZE = 4096
 _AGAIN = "restore the folder, or remove it and sample again"
 
@@ -61,8 +61,8 @@ class _Job(TypedDict):
 
 
 def foreign_addresses(path: Path, given: str | None) -> list[Problem]:
-    """The shard set of the store at `path`, where it is behind an address that the user did not give: job.json may be
-    of somebody else, and what it names would be connected to. `given`: the `data` of a person."""
+    """The shard set of the store at `path`, if it is behind an address that the user did not give. job.json may come
+    from somebody else, and this process would connect to its address. `given`: the user's `data`."""
     if not (path / JOB).is_file():
         return []
     named = read_job(path).get("shards")
@@ -79,7 +79,7 @@ def read_job(path: Path) -> dict[str, Any]:
         job = read_json(path / JOB, remedy)
         checked(job, _Job, path / JOB, "a job", remedy)
         for name in ("shards_digest",) if "shards" in job else ("weights", "weights_digest"):
-            if name not in job:  # where labels come from: the shard set, or the weights of those who had none
+            if name not in job:  # source of the labels: the shard set, or the weights if there was no set
                 raise ValueError(f"{name} is missing")
         if LABELS in job:
             LabelTable(job[LABELS]["name"], tuple(job[LABELS]["names"]))
@@ -90,8 +90,8 @@ def read_job(path: Path) -> dict[str, Any]:
 
 
 def read_checksums(path: Path) -> dict[str, int] | None:
-    """What layout.json says: CRC-32C by file. None where it is damaged or names what is not in the store, nothing in a
-    store from before there was one."""
+    """The contents of layout.json: CRC-32C by file. None if it is damaged or names files outside the store; empty for
+    an old store without the file."""
     if not (path / LAYOUT).exists():
         return {}
     try:
@@ -102,7 +102,7 @@ def read_checksums(path: Path) -> dict[str, int] | None:
 
 
 def read_mark(file: Path) -> dict[str, Any]:
-    """What done/INDEX says; nothing where it is damaged itself."""
+    """The contents of done/INDEX; empty if it is damaged."""
     try:
         mark = read_json(file, _AGAIN)
     except InputProblems:

@@ -1,4 +1,4 @@
-"""The weights that a job samples with: which they are, that they can be used, and that they stay the same."""
+"""The weights that a job samples with: their identity, whether they can be used, and whether they stay the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def refuse_missing(folder: Path) -> None:
-    """Raise InputProblems where there are no weights in `folder`."""
+    """Raise InputProblems if there are no weights in `folder`."""
     if not (folder / "segdiff.json").is_file():
         raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
 
@@ -43,7 +43,7 @@ def load_denoiser(folder: Path, expected_digest: str | None = None) -> tuple[Den
         model = Denoiser.load(folder)
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         remedy = "copy the folder again, or have `segdiff train` or `segdiff average` write it again"
-        value = f"says of no network how it is built ({type(error).__name__}: {error})"
+        value = f"describes no network that can be built ({type(error).__name__}: {error})"
         raise problem(folder / "segdiff.json", "weights", value, remedy) from error
     if weights_digest(folder) != digest:
         raise problem(folder, "weights", "replaced while they were loaded", "wait until they are written, start again")
@@ -51,7 +51,7 @@ def load_denoiser(folder: Path, expected_digest: str | None = None) -> tuple[Den
 
 
 def changed(what: object, field: str) -> InputProblems:
-    """The error where something that a job's images depend on is not what the job was begun with."""
+    """The error if something that a job's images depend on has changed since the job began."""
     remedy = (
         "a store holds the images of one model and one list: restore the former weights, or sample to another --out"
     )

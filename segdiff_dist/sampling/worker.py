@@ -1,4 +1,4 @@
-"""What a Ray worker does: load the model once, then make region after region of a job.
+"""The work of a Ray worker: load the model once, then make region after region of a job.
 
 Dimensions: B batch, C channels, H rows, W columns.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.sampler_config import SamplerConfig
     from segdiff_dist.denoising.samplers import Guide
 
-# Of a worker's memory, what the activations may take. The rest is for weights, workspaces and what else runs there.
+# The share of a worker's memory that activations may take. The rest is for weights, workspaces and other programs.
 _SHARE_FOR_ACTIVATIONS = 0.5
 
 
@@ -45,8 +45,8 @@ _SHARE_FOR_ACTIVATIONS = 0.5
 class WorkerFactory:
     """Runs in the worker: loads the model once, returns the function that makes a region and measures its seconds.
 
-    `num_beside`: workers that may share the memory it is to work in: those of its GPU, or all of the job, of which only
-    as many are on this machine as it has room for. `cuda_graph`: replay the network's passes where the device can.
+    `num_beside`: workers that may share its memory: those of its GPU, or all of the job; this machine has at most as
+    many as fit. `cuda_graph`: replay the network's passes where the device can.
     """
 
     store: Path
@@ -81,8 +81,8 @@ class WorkerFactory:
 
 
 class _RegionMaker:
-    """The model and everything else that stays from region to region; refused where it is not what the job began
-    with, as a command started later, or a worker that replaces another, would mix two models' images."""
+    """The model and everything else that is used for all regions. Another model than at the job's start is refused:
+    otherwise a later command, or a worker that replaces another, would mix images of two models."""
 
     def __init__(self, store: SampleStore, device: torch.device, cuda_graph: bool) -> None:
 
@@ -153,7 +153,7 @@ def _ready_net(
 
 
 def open_masks(store: SampleStore, label_table: LabelTable) -> MaskSource:
-    """Where the masks of a job's items are read. A shard set that is not the job's any more is refused."""
+    """The source of the masks of a job's items. A shard set that has changed since the job began is refused."""
     from data_shards.store.shards import ShardSet
 
     if "shards" in store.job:
@@ -167,7 +167,7 @@ def open_masks(store: SampleStore, label_table: LabelTable) -> MaskSource:
 def item_conditions(
     model: Denoiser, masks: MaskSource, items: list[dict[str, Any]], without_organs: Sequence[str], device: torch.device
 ) -> Conditions:
-    """The model's conditions for the items: masks less the organs left out, with soft edges where it was trained on
+    """The model's conditions for the items: masks without the organs left out; soft edges, if the model was trained on
     them and the source has them; target modality and axis."""
     import torch
 
@@ -204,7 +204,7 @@ def generate(
     """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id). `weaker`: the net
     of autoguidance.
 
-    Raises InputProblems naming the items where the net predicts or the solver gives what is not finite.
+    Raises InputProblems with the items if values of the net or the solver are not finite.
     """
     import torch
 
@@ -223,7 +223,8 @@ def generate(
     finite_B = torch.ones(len(items), dtype=torch.bool, device=item_B.device)
 
     def watched(guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """The prediction, looked at before any bound can hide what it is; on its device, so that nothing waits."""
+        """Check the prediction before clipping can hide values that are not finite; on its device, so that nothing
+        waits."""
         predict = guided(model, conditions, guidance, sampler.guidance_removes, weaker)
 
         def predict_and_look(x_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
@@ -262,10 +263,10 @@ def batch_size_for(config: DenoiserConfig, size: int, passes: int, available_byt
     """How many images of `size` pixels fit into `available_bytes` at once, from LEAST_BATCH to `most`.
 
     Counted are a UNet's skip connections and twelve maps of its widest level, four bytes a value: in, out, norms, the
-    concatenated skip, and what convolutions need. The paper's net at 64x64 is seen to take 30 MiB an image on a CPU in
-    fp32 and 25 in bf16; this says 32. Of `net: efficient` 28 maps are counted: beside its levels, which begin at half
-    the side, mask and head are large. (64, 96, 128) at 64x64 takes 5.4 to 7.6 MiB in fp32; this says 8.1.
-    `passes`: 2 where guidance goes through the net with and without conditions.
+    concatenated skip, and what convolutions need. The paper's net at 64x64 takes 30 MiB an image on a CPU in fp32 and
+    25 in bf16 (measured); this estimate is 32. For `net: efficient` 28 maps are counted: its levels begin at half the
+    side, but mask and head are large. (64, 96, 128) at 64x64 takes 5.4 to 7.6 MiB in fp32; this estimate is 8.1.
+    `passes`: 2 if guidance runs the net with and without conditions.
     """
     maps = [channels * side**2 for channels, side in zip(config.block_out_channels, config.sides(size), strict=True)]
     values = (config.layers_per_block + 1) * sum(maps) + (12 if config.net == "unet" else 28) * max(maps)
@@ -274,7 +275,8 @@ def batch_size_for(config: DenoiserConfig, size: int, passes: int, available_byt
 
 
 def memory_bytes(device: str) -> int:
-    """Of this machine's memory, or of the GPU's: all of it, so that what else runs there changes no batch."""
+    """The memory of this machine or of the GPU: all of it, not the free part, so that other programs change no
+    batch."""
     import torch
 
     if device == "cuda":

@@ -13,8 +13,8 @@ from data_shards.ranges import Count, WholeNumber, names_of, range_problems
 from data_shards.settings import Execution, Result
 from segdiff_dist.training.config import TrainConfig
 
-# Group normalisation instead of MONAI's instance normalisation: it keeps how bright an image is, and unlike batch
-# normalisation it has no running statistics that an average of the weights would not fit.
+# Group normalisation instead of MONAI's instance normalisation: it keeps the brightness of an image. Unlike batch
+# normalisation it has no running statistics, which would not fit an average of the weights.
 NORM_GROUPS = 8
 
 
@@ -62,7 +62,7 @@ class SegmenterConfig:
         return min(self.dice_over, self.train.global_batch_size)
 
     def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
-        """What is out of range, and settings that do not go together."""
+        """Values out of range, and settings that do not go together."""
         found = range_problems(self, "config", "segmenter.")
         wrong = names_of(found)
         found += (of_training := self.train.problems("segmenter.train", ranks))

@@ -36,7 +36,7 @@ class Segmenter:
 
     @classmethod
     def load(cls, weights: Path, device: torch.device | str = "cpu") -> Segmenter:
-        """The segmenter that training wrote to `weights`. Raises InputProblems where it is missing or damaged."""
+        """The segmenter that training wrote to `weights`. Raises InputProblems if it is missing or damaged."""
         if not (weights / _DESCRIPTION).is_file():
             remedy = f"train it first: {how_to_make('train-segmenter', weights)}"
             raise problem(weights, "segmenter", "not found", remedy)
@@ -78,7 +78,7 @@ def _best(scores_BKHW: Tensor) -> Tensor:
 
 
 def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterConfig, table: LabelTable) -> None:
-    """Write weights as safetensors, and beside them what is needed to build the network again.
+    """Write weights as safetensors, and beside them the description from which the network is built.
 
     A reader sees the earlier files or the new ones, never a part.
     """
@@ -99,8 +99,8 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
 
 
 def _shape_problems(config: SegmenterConfig, where: Path) -> list[Problem]:
-    """A problem where a network of this shape cannot be built, or not in reasonable time. Anybody may have written the
-    description."""
+    """A problem if a network of this shape cannot be built, or not in reasonable time. The description may come from
+    anybody."""
     fits = (
         2 <= len(config.channels) <= _MOST_LEVELS
         and all(c >= 1 and c % NORM_GROUPS == 0 for c in config.channels)

@@ -1,6 +1,6 @@
-"""One file a command: its arguments, its check, its work, and what it says. base.py has the contract.
+"""One file a command: its arguments, its check, its work, and its messages. base.py has the contract.
 
-A file's docstring is what `segdiff --help` says of its command. docs/add_a_stage.md says how to add one.
+`segdiff --help` shows a file's docstring. docs/add_a_stage.md says how to add a command.
 """
 
 from __future__ import annotations
@@ -36,6 +36,6 @@ def load(name: str) -> type[Stage]:
 
 
 def summary(name: str) -> str:
-    """What a command does, in a line; read without importing its module, so that help needs no torch."""
+    """A command's description in one line; read without importing its module, so that help needs no torch."""
     source = files(__name__).joinpath(f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]

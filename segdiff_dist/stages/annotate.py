@@ -46,7 +46,7 @@ class Annotate(ConfiguredStage):
 
 @dataclass(frozen=True)
 class AnnotatePlan(Plan):
-    """An archive and a tool that answers."""
+    """An archive and a tool that runs."""
 
     stage: Annotate
     annotation: Annotation
@@ -56,16 +56,16 @@ class AnnotatePlan(Plan):
         return Cost(notes=(f"volumes: {self.annotation.num_cases:,}",))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the folder of masks."""
+        """The lock of the folder of masks."""
         wholebody = self.annotation.wholebody
         return locked(wholebody / FOLDER_LOCK, wholebody, "is annotating it", lends=True)
 
     def tracker(self) -> Tracker:
-        """Of the run folder, or of the folder of masks."""
+        """The tracker of the run folder, or of the folder of masks."""
         return open_tracker(self.stage.experiment, "annotate", self.stage.run or self.annotation.wholebody)
 
     def run(self, tracker: Tracker) -> Result:
-        """Make what is missing."""
+        """Make the missing masks."""
         from data_shards.ingest.masks import ANNOTATIONS
 
         stage, report = self.stage, self.annotation.run()

@@ -42,7 +42,7 @@ class Average(ConfiguredStage):
 
 @dataclass(frozen=True)
 class AveragePlan(Plan):
-    """A net, and what its weights record of the training."""
+    """A net, and the record of the training in its weights."""
 
     stage: Average
     run_folder: Path
@@ -59,7 +59,7 @@ class AveragePlan(Plan):
         return Cost(num_bytes=4 * sum(parameter.numel() for parameter in self.model.parameters()))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the new weights."""
+        """The lock of the new weights."""
         return locked(lock_beside(self.folder), self.folder, "is writing it")
 
     def run(self, tracker: Tracker) -> Result:

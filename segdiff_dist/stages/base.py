@@ -41,7 +41,7 @@ class Stage(ABC):
     """Whether a launcher starts it once for each GPU."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the settings and what the work will cost, then stop."""
+    """Print the settings and the cost of the work, then stop."""
 
     @abstractmethod
     def check(self) -> Plan:
@@ -53,7 +53,7 @@ class Stage(ABC):
         return parse_flags(cls, args, prog=f"segdiff {name}", aliases=cls.aliases, essential=cls.essential)
 
     def settings(self) -> str:
-        """The resolved settings as YAML: what --dry-run prints first."""
+        """The resolved settings as YAML, which --dry-run prints first."""
         return ""
 
 
@@ -61,7 +61,7 @@ class Plan(ABC):
     """A checked stage: the only thing that can run."""
 
     def cost(self) -> Cost:
-        """What the work will take, as far as that is known before it starts."""
+        """The cost of the work, as far as it is known before it starts."""
         return Cost()
 
     def lock(self) -> AbstractContextManager[None]:
@@ -69,7 +69,7 @@ class Plan(ABC):
         return nullcontext()
 
     def tracker(self) -> Tracker:
-        """What `run` records with: by default a tracker that records nothing."""
+        """The tracker for `run`; by default one that records nothing."""
         from segdiff_dist.tracking.config import TrackingConfig
         from segdiff_dist.tracking.tracker import Tracker
 
@@ -77,7 +77,7 @@ class Plan(ABC):
 
     @abstractmethod
     def run(self, tracker: Tracker) -> Result:
-        """Do the work. Raises WorkFailed (data_shards.problems) where some of it could not be done."""
+        """Do the work. Raises WorkFailed (data_shards.problems) if a part of it fails."""
 
     def start(self) -> Result:
         """`run`, with the lock and the tracker."""
@@ -85,7 +85,8 @@ class Plan(ABC):
             return self.run(tracker)
 
     def start_as_step(self) -> Result:
-        """`start`, for a stage that runs others: it says what was done already, and leaves the rest to the caller."""
+        """`start`, for a stage that runs others: it prints the work that was already done, and leaves the rest to the
+        caller."""
         result = self.start()
         if isinstance(self, Done):
             print("\n".join(result.message), flush=True)
@@ -94,15 +95,15 @@ class Plan(ABC):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage will take. None: not known."""
+    """The cost of a stage. None: not known."""
 
     images: int | None = None
-    """How many slices or images it works through."""
+    """Number of slices or images."""
     seconds: float | None = None
     num_bytes: int | None = None
-    """At most so many on the disk."""
+    """Upper bound of bytes on the disk."""
     memory_bytes: int | None = None
-    """The peak of one process."""
+    """Peak memory of one process."""
     notes: tuple[str, ...] = ()
     """Further lines, for example where a figure comes from."""
 
@@ -120,14 +121,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage has done. `message` and `warnings` are lines for a person."""
+    """The result of a stage. `message` and `warnings` are lines for the user."""
 
     message: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """Lines for the error stream."""
     exit_code: int = 0
     next_command: str | None = None
-    """What to type next, from the same folder."""
+    """The next command, for the same folder."""
     value: Any = field(default=None, repr=False)
     """The stage's report, for a caller that is a program."""
 
@@ -153,7 +154,7 @@ class Done(Plan):
         return Cost(notes=self.result.message)
 
     def run(self, tracker: Tracker) -> Result:
-        """Say so."""
+        """Say that there is nothing to do."""
         return self.result
 
 
@@ -163,7 +164,7 @@ def command(stage: str, *arguments: object) -> str:
 
 
 def flag(name: str, value: object) -> tuple[object, ...]:
-    """(name, value) for `command`; nothing where the value is None."""
+    """(name, value) for `command`; nothing if the value is None."""
     return () if value is None else (name, value)
 
 

@@ -1,4 +1,4 @@
-"""Stages that take their settings from the experiment, and what several of them do alike."""
+"""Stages that take their settings from the experiment, and functions that several of them share."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class ConfiguredStage(Stage):
     """A stage whose flags are keys of the experiment: a path, or a section."""
 
     writes: ClassVar[tuple[str, ...]] = ()
-    """Keys of paths that it writes without having a flag for them: they are not taken from a run folder."""
+    """Keys of output paths for which it has no flag: they are not taken from a run folder."""
     default_config: ClassVar[str | None] = None
-    """The shipped configuration that is used where no --config is given."""
+    """The shipped configuration that is used without --config."""
 
     config: str | None = None
-    """A YAML file, or the name of a shipped configuration (smoke, demo, best_ct_mr, ...). Flags win over it."""
+    """A YAML file, or the name of a shipped configuration (smoke, demo, best_ct_mr, ...). Flags override it."""
     experiment: Annotated[Experiment, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=Experiment)
     """The whole configuration, with this stage's flags in it."""
 
@@ -47,7 +47,7 @@ class ConfiguredStage(Stage):
 
     @classmethod
     def of(cls, experiment: Experiment, arguments: Mapping[str, Any] | None = None) -> Self:
-        """The stage with the experiment's values, and `arguments`, which are its own: plain values of a file."""
+        """The stage with the experiment's values, and `arguments`, its own plain values from a file."""
         shared = vars(experiment)
         values = {name: shared[name] for name in cls.own_keys() if name in shared}
         own = {name: value for name, value in (arguments or {}).items() if name in cls.own_keys()}
@@ -55,10 +55,10 @@ class ConfiguredStage(Stage):
 
     @classmethod
     def parse(cls, name: str, args: Sequence[str]) -> Self:
-        """The stage from, in this order, defaults, RUN/config.yaml, --config FILE and flags; later ones win."""
+        """The stage from defaults, RUN/config.yaml, --config FILE and flags; later ones override earlier ones."""
         config, run = _config_and_run(args)
         config = config or cls.default_config
-        # What a command is pointed at by its position is named by a person.
+        # A user gives positional arguments, so they are never taken from a run folder.
         written, withheld, arguments = [*cls.positional(), *cls.writes], list[Withheld](), dict[str, Any]()
         file = None if config is None else find_config(config)
         experiment = load_experiment(
@@ -141,13 +141,13 @@ class ConfiguredStage(Stage):
 
 
 def _adapted(cls: type[Any], names: Iterable[str]) -> type[Any]:
-    """A class with those fields of `cls` alone, to check a file's values against."""
+    """A class with only those fields of `cls`, for checking the values of a file."""
     hints = get_type_hints(cls)
     return make_dataclass("Arguments", [(name, hints[name]) for name in names])
 
 
 def _config_and_run(args: Sequence[str]) -> tuple[str | None, str | None]:
-    """What --config and --run say, which decide on the defaults of all other flags."""
+    """The values of --config and --run, which decide the defaults of all other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--run"):
         parser.add_argument(name, nargs="?")  # a flag without a value is refused when all flags are parsed
@@ -156,7 +156,7 @@ def _config_and_run(args: Sequence[str]) -> tuple[str | None, str | None]:
 
 
 def address_flag(experiment: Experiment) -> tuple[object, ...]:
-    """--data, for the next command, where it is an address: that is not taken from a run folder."""
+    """--data for the next command if it is an address, which is not taken from a run folder."""
     return ("--data", experiment.data) if is_address(experiment.data) else ()
 
 
@@ -166,7 +166,7 @@ def plain(experiment: Experiment) -> dict[str, Any]:
 
 
 def refuse_addresses(experiment: Experiment, runs: tuple[Path, ...]) -> None:
-    """Refuse samples whose shard set is behind an address that a run folder alone names."""
+    """Refuse samples whose shard set is behind an address that only a run folder names."""
     from segdiff_dist.sampling.store_files import foreign_addresses
 
     refuse([found for run in runs for found in foreign_addresses(run / "samples", experiment.data)])

@@ -40,13 +40,13 @@ class Convert(ConfiguredStage):
 
 @dataclass(frozen=True)
 class ConvertPlan(Plan):
-    """A set that can be converted. Its lock is taken by the conversion itself, which needs none when all is done."""
+    """A set that can be converted. The conversion itself takes the lock; a finished one needs none."""
 
     stage: Convert
     conversion: Conversion
 
     def cost(self) -> Cost:
-        """About the source's bytes."""
+        """Approximately the source's bytes."""
         shards = self.conversion.shards
         each = (1 + shards.bits // 8) * shards.size**2
         return Cost(images=len(shards), num_bytes=len(shards) * each, notes=("disk: before compression",))

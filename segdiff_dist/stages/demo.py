@@ -1,4 +1,4 @@
-"""All of it on the phantom, on two CPU cores, in ten minutes."""
+"""Every stage on the phantom, on two CPU cores, in ten minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
     from segdiff_dist.tracking.tracker import Tracker
 
-# Trained at the same time as the denoiser where there is a core for each.
+# Trained at the same time as the denoiser if there is a core for each.
 _SEGMENTER = "train-segmenter"
 _SEGMENTER_LOG = "train-segmenter.log"
 
@@ -45,7 +45,7 @@ _STEPS: dict[str, type[ConfiguredStage]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(ConfiguredStage):
-    """Run every stage on the phantom. Stages that are done already are passed over."""
+    """Run every stage on the phantom. Stages that are already done are skipped."""
 
     writes: ClassVar = ("amos_root", "data")
     default_config: ClassVar = "demo"
@@ -54,7 +54,7 @@ class Demo(ConfiguredStage):
     """The run folder."""
 
     def check(self) -> DemoPlan:
-        """Each stage is checked when the one before it is done."""
+        """Each stage is checked when the stage before it is done."""
         return DemoPlan(self, self.path("run"))
 
 
@@ -70,11 +70,11 @@ class DemoPlan(Plan):
         return Cost(seconds=600.0, notes=(f"stages: {', '.join(_STEPS)}",))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the demo; each stage takes its own besides."""
+        """The lock of the demo; each stage also takes its own."""
         return locked(self.folder / ".demo.lock", self.folder, "is running the demo")
 
     def run(self, tracker: Tracker) -> Result:
-        """Run every stage; the result is the headline table, the time of each stage, and where the report is."""
+        """Run every stage; the result is the headline table, the time of each stage, and the path of the report."""
         from data_shards.fan_out import ray_session
         from segdiff_dist.evaluation.measure.summary import format_table
         from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
@@ -116,8 +116,8 @@ def _result_of(name: str, experiment: Experiment) -> Result:
 
 
 def _can_train_at_once(experiment: Experiment) -> bool:
-    """Whether both networks can be trained at the same time: on CPUs with a core for each, where the denoiser's loss
-    needs no segmenter. Two trainings of one thread take less time than one after the other with two threads."""
+    """Whether both networks can be trained at the same time: on CPUs with a core for each, if the denoiser's loss needs
+    no segmenter. Two trainings of one thread take less time than one after the other with two threads."""
     from data_shards.ray_session import num_cores
     from segdiff_dist.ranks.distributed import pick_device
 
@@ -127,8 +127,8 @@ def _can_train_at_once(experiment: Experiment) -> bool:
 
 @contextmanager
 def _segmenter_beside(experiment: Experiment, log: Path) -> Iterator[None]:
-    """The segmenter is trained by a process of its own in this context, which ends when it is trained; each of the two
-    has half of the cores. What it prints is in `log`."""
+    """In this context a separate process trains the segmenter; the context ends when it is trained. Each of the two
+    trainings has half of the cores. The process prints to `log`."""
     import torch
 
     from data_shards.ray_session import num_cores
@@ -157,7 +157,7 @@ def _segmenter_beside(experiment: Experiment, log: Path) -> Iterator[None]:
 
 
 def _train_segmenter(experiment: Experiment, log: Path, threads: int) -> None:
-    """What the other process does; its exit code is that of the command."""
+    """The work of the other process; its exit code is that of the command."""
     import torch
 
     with log.open("a") as stream:

@@ -28,11 +28,11 @@ class DoctorPlan(Plan):
     """Engines to look at."""
 
     def cost(self) -> Cost:
-        """A minute at most, most of it imports."""
+        """At most a minute, mostly imports."""
         return Cost(notes=("time: up to a minute", "disk: nothing is written"))
 
     def run(self, tracker: Tracker) -> Result:
-        """Look at what is installed, and start what proves nothing until it has been started."""
+        """Check what is installed, and start the engines that must be tried."""
         text, missing = diagnose()
         after = None if missing else "segdiff demo"
         return Result((text,), exit_code=1 if missing else 0, next_command=after)

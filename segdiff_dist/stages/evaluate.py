@@ -64,7 +64,7 @@ class Evaluate(ConfiguredStage):
 
 @dataclass(frozen=True)
 class EvaluatePlan(Plan):
-    """Samples that can be measured; `downstream`: the trainings on them, where they are asked for."""
+    """Samples that can be measured; `downstream`: the trainings on them, if asked for."""
 
     stage: Evaluate
     run_folder: Path
@@ -72,7 +72,7 @@ class EvaluatePlan(Plan):
     downstream: Downstream | None
 
     def cost(self) -> Cost:
-        """Two label maps of an image; what a metric takes is not known."""
+        """Two label maps of an image; the time of metrics is not known."""
         store = self.checked.store
         num_images = store.items.num_rows
         notes = ["disk: label maps before compression"]
@@ -81,13 +81,13 @@ class EvaluatePlan(Plan):
         return Cost(images=num_images, num_bytes=2 * num_images * int(store.image.shape[-1]) ** 2, notes=tuple(notes))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of RUN/evaluation."""
+        """The lock of RUN/evaluation."""
         from segdiff_dist.evaluation.measure.job import at_work
 
         return at_work(self.run_folder, lends=True)
 
     def tracker(self) -> Tracker:
-        """Of the run folder."""
+        """The tracker of the run folder."""
         return open_tracker(self.stage.experiment, "evaluate", self.run_folder)
 
     def run(self, tracker: Tracker) -> Result:

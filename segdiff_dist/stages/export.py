@@ -49,7 +49,7 @@ class Export(ConfiguredStage):
 
 @dataclass(frozen=True)
 class ExportPlan(Plan):
-    """What can be exported."""
+    """Samples or a model that can be exported."""
 
     stage: Export
     job: SamplesExport | ModelExport
@@ -62,7 +62,7 @@ class ExportPlan(Plan):
         return Cost(images=num_images, num_bytes=self.job.num_bytes)
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the new folder."""
+        """The lock of the new folder."""
         from segdiff_dist.export.job import at_work
 
         return at_work(self.job.out)

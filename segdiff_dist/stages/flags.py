@@ -29,7 +29,7 @@ def parse_flags(
     aliases: Mapping[str, str] | None = None,
     essential: Collection[str] = (),
 ) -> T:
-    """An instance of `cls`, a dataclass, from flags. Raises SystemExit: 0 after --help, 2 where a flag is wrong.
+    """An instance of `cls`, a dataclass, from flags. Raises SystemExit: 0 after --help, 2 if a flag is wrong.
 
     `essential`: the flags that --help shows; --help-all shows every flag.
     """
@@ -78,7 +78,7 @@ def _with_ranges() -> ConstructorRegistry:
         nonlocal is_asking_tyro
         if is_asking_tyro or not is_dataclass(info.type):
             return None
-        is_asking_tyro = True  # this rule is asked too, and leaves it to tyro's own
+        is_asking_tyro = True  # tyro asks this rule too; it leaves such types to tyro's own rules
         try:
             spec = registry.get_struct_spec(info)
         finally:

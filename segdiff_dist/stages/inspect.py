@@ -26,7 +26,7 @@ class Inspect(ConfiguredStage):
     """The shard set: a folder or a URL that fsspec knows."""
 
     def check(self) -> InspectPlan:
-        """The set is opened by the work itself: what is wrong with it is the result."""
+        """The work itself opens the set, since problems of the set are the result."""
         return InspectPlan(self, self.given("data"))
 
 

@@ -31,7 +31,7 @@ class Phantom(ConfiguredStage):
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
 
     def check(self) -> PhantomPlan:
-        """Refuses settings out of range and a folder that holds something else."""
+        """Refuses settings out of range and a folder with other contents."""
         from data_shards.phantom import check
 
         out = self.path("amos_root")
@@ -50,17 +50,17 @@ class PhantomPlan(Plan):
         return Cost(notes=(f"volumes: {len(case_keys(self.stage.phantom)):,}",))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the archive."""
+        """The lock of the archive."""
         out = self.archive.out
         return locked(out / FOLDER_LOCK, out, "is writing it", lends=True)
 
     def tracker(self) -> Tracker:
-        """Of the run folder, where there is one."""
+        """The tracker of the run folder, if there is one."""
         run = self.stage.experiment.run
         return super().tracker() if run is None else open_tracker(self.stage.experiment, "phantom", run)
 
     def run(self, tracker: Tracker) -> Result:
-        """Write it; an archive that is there already stays."""
+        """Write the archive; an existing one stays."""
         out = self.archive.out
         self.archive.write()
         tracker.log_params({"phantom": plain(self.stage.experiment)["phantom"]})

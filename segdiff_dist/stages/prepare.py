@@ -54,7 +54,7 @@ class Prepare(ConfiguredStage):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def check(self) -> PreparePlan:
-        """Reads the archive's headers and what the output folder holds."""
+        """Reads the archive's headers and the contents of the output folder."""
         from data_shards.ingest.prepare import check
 
         root, out = collect(lambda: self.path("amos_root"), lambda: self.path("data"))
@@ -90,11 +90,11 @@ class PreparePlan(Plan):
         return Cost(images=counted.slices, seconds=seconds, num_bytes=num_bytes, notes=notes)
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the shard set."""
+        """The lock of the shard set."""
         return locked(self.out / FOLDER_LOCK, self.out, "is preparing it", lends=True)
 
     def tracker(self) -> Tracker:
-        """Of the run folder, or of the shard set's."""
+        """The tracker of the run folder, or of the shard set's folder."""
         return open_tracker(self.stage.experiment, "prepare", self.stage.run or self.out)
 
     def run(self, tracker: Tracker) -> Result:

@@ -1,4 +1,4 @@
-"""Figures and report.html of one evaluated run drawn again; of several, a page that shows them side by side."""
+"""Figures and report.html of one evaluated run, drawn again; or a page that shows several runs side by side."""
 
 from __future__ import annotations
 

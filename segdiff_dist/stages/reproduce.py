@@ -1,7 +1,7 @@
 """Table1: the paper's four models from an archive to the table, beside the published values.
 
-Prepare, the segmenter, then for each column train, sample and evaluate; and the page. Every step is a stage: what is
-done is passed over, what was interrupted goes on.
+Prepare, train the segmenter, then train, sample and evaluate each column, and write the page. Every step is a stage:
+finished steps are skipped, interrupted ones continue.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MEASURED = "measured.json"
 
 
 class StepFailed(WorkFailed):
-    """A step on several ranks ended badly; it printed why."""
+    """A step on several ranks failed; it printed the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Reproduce(Stage):
     table1: Annotated[Table1Settings, tyro.conf.arg(name="")]
 
     def check(self) -> ReproducePlan:
-        """Everything that can be seen before the first step; each step is checked again by its stage."""
+        """Check everything that can be known before the first step; each stage checks its step again."""
         settings = self.table1
         experiments = resolve(settings)
         _, preparation = collect(
@@ -77,7 +77,7 @@ class ReproducePlan(Plan):
         return Cost(notes=tuple(plan.describe(plan.steps(self.settings, self.experiments), self.settings).split("\n")))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the table's folder."""
+        """The lock of the table's folder."""
         return locked(self.settings.out / FOLDER_LOCK, self.settings.out, "is making this table")
 
     def run(self, tracker: Tracker) -> Result:
@@ -121,8 +121,8 @@ def _run(stage: type[ConfiguredStage], experiment: Experiment) -> Result:
 
 
 def evaluate_once(column: Experiment) -> None:
-    """`segdiff evaluate`, unless the same samples were measured before with the same segmenter and settings, and what
-    that left is still there: `segdiff evaluate --run` by hand may have put other figures in its place."""
+    """`segdiff evaluate`, unless the same samples were already measured with the same segmenter and settings and these
+    results still exist: somebody may have run `segdiff evaluate --run` and replaced them by others."""
     from segdiff_dist.sampling.store import SampleStore
     from segdiff_dist.sampling.store import identity as identity_of_samples
 
@@ -144,7 +144,7 @@ def evaluate_once(column: Experiment) -> None:
 
 
 def _marked(mark: Path) -> dict[str, Any]:
-    """What the mark says; nothing where it is damaged: it is measured again then."""
+    """The contents of the mark; empty if it is damaged, and then the samples are measured again."""
     with suppress(InputProblems):
         return read_json(mark, "remove it")
     return {}
@@ -160,9 +160,9 @@ def _check_gpus(gpus: int) -> None:
 
 
 def _problems(experiments: Experiments) -> list[Problem]:
-    """The segmenter is not trained yet; what is wrong with the other settings should not wait for that."""
+    """The segmenter is not trained yet, but problems of the other settings should be reported now."""
     evaluations = [replace(column.evaluate, segmenter=None, device="auto") for column in experiments.columns.values()]
-    # Columns that share a problem name it once.
+    # A problem that several columns share is reported once.
     return list(dict.fromkeys(found for evaluation in evaluations for found in evaluation.problems()))
 
 
@@ -185,7 +185,7 @@ def _train(command: str, experiment: Experiment, ranks: int) -> None:
     # Beside the run folder, whose own config.yaml records what the stage was started with. It names the run, too.
     config = run.with_name(f"{run.name}.yaml")
     write_atomic(config, to_yaml(as_dict(experiment)))
-    # -P: no module of the current folder is taken for torch's or ours.
+    # -P: so that no module of the current folder replaces one of torch or of this project.
     launcher = ["-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
     segdiff = str(Path(sys.executable).with_name("segdiff"))
     ended = subprocess.run([sys.executable, *launcher, segdiff, command, "--config", str(config)], check=False)

@@ -63,7 +63,7 @@ class Sample(ConfiguredStage):
 
 @dataclass(frozen=True)
 class SamplePlan(Plan):
-    """A checked job: its images are listed, and the store is open where it has begun."""
+    """A checked job: its images are listed, and the store is open if the job has begun."""
 
     stage: Sample
     run_folder: Path
@@ -71,19 +71,19 @@ class SamplePlan(Plan):
     job: Job
 
     def cost(self) -> Cost:
-        """Seconds come from what the job has made so far, else from a pass through the net on this machine."""
+        """Seconds come from the images made so far, else from a pass through the net on this machine."""
         from segdiff_dist.sampling.plan import plan_of
 
         return Cost(notes=tuple(str(plan_of(self.job, self.config)).splitlines()))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the images' folder."""
+        """The lock of the images' folder."""
         from segdiff_dist.sampling.store import locked
 
         return locked(self.job.path, lends=True)
 
     def tracker(self) -> Tracker:
-        """Of the run folder."""
+        """The tracker of the run folder."""
         return open_tracker(self.stage.experiment, "sample", self.run_folder)
 
     def run(self, tracker: Tracker) -> Result:
@@ -102,7 +102,7 @@ class SamplePlan(Plan):
         return Result((f"{len(store):,} images in {store.path}",), next_command=self._next(), value=store)
 
     def _next(self) -> str:
-        """Evaluate what `evaluate` can read, else export."""
+        """`evaluate` if it can read the images, else `export`."""
         run, config, address = self.run_folder, self.config, address_flag(self.stage.experiment)
         if config.out is not None or config.masks is not None:
             source = () if config.out is None else ("--export.samples", config.out)

@@ -1,4 +1,4 @@
-"""Send MLflow what waits in a run folder since its server was away."""
+"""Send MLflow the records that wait in a run folder since its server was away."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Track(ConfiguredStage):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def check(self) -> TrackPlan:
-        """The folder must be on this machine; whether the server answers shows as the records are sent."""
+        """The folder must be on this machine. Whether the server answers is known only when records are sent."""
         return TrackPlan(self, self.path("run"))
 
 

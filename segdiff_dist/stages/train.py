@@ -95,7 +95,7 @@ class Train(ConfiguredStage):
             device=device,
             network=denoiser_network(denoiser, shards, side, device),
             make_task=partial(_make_task, self, run, shards, rows, device),
-            # The denoiser's loader and data are what the later stages use.
+            # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),
             logged_sections=_SECTIONS,
             message=f"train: {device}, kernels: {kernels}, attention: {attention}",
@@ -106,7 +106,8 @@ class Train(ConfiguredStage):
 
 
 def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) -> Callable[[int], None] | None:
-    """Compiles the kernels of micro-batches of so many images on this GPU; None where they cannot be known before."""
+    """Compiles the kernels of micro-batches of a given number of images on this GPU; None if they cannot be known
+    before."""
     from segdiff_dist.denoising.kernels_ahead import compile_kernels, plan_of
 
     config, table = stage.train, shards.label_table
@@ -118,7 +119,7 @@ def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) 
 def _make_task(
     stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device, tracker: Tracker
 ) -> DenoiserTask:
-    """What is learned, and its validation. Measures sigma_data where the objective needs it."""
+    """The training task and its validation. Measures sigma_data if the objective needs it."""
     from segdiff_dist.denoising.sample_grid import SampleGrids
     from segdiff_dist.denoising.sigma_data import with_sigma_data
     from segdiff_dist.denoising.task import DenoiserTask

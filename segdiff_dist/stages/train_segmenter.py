@@ -1,4 +1,4 @@
-"""Train the auxiliary segmenter that judges the images."""
+"""Train the auxiliary segmenter that measures the images."""
 
 from __future__ import annotations
 

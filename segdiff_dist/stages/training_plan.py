@@ -1,4 +1,4 @@
-"""What `train` and `train-segmenter` do alike: the plan of a training."""
+"""The plan of a training, which `train` and `train-segmenter` share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TrainingPlan(Plan):
     section: str
     """The section of `config`, as flags name it."""
     folder: Path
-    """Takes checkpoints/ and weights/."""
+    """The folder of checkpoints/ and weights/."""
     shards: ShardSet
     rows: np.ndarray
     loader: LoaderConfig
@@ -51,12 +51,12 @@ class TrainingPlan(Plan):
     device: torch.device
     network: Network
     make_task: Callable[[Tracker], Any]
-    """Makes the Task that learns."""
+    """Makes the training task."""
     saved_sections: tuple[str, ...]
-    """What this stage decides in RUN/config.yaml."""
+    """The sections of RUN/config.yaml that this stage fixes."""
     logged_sections: tuple[str, ...]
     message: str
-    """What the main rank prints first."""
+    """The line that rank 0 prints first."""
     next_command: str
     limits: dict[str, Any]
     """Further arguments of memory_problems."""
@@ -64,7 +64,7 @@ class TrainingPlan(Plan):
     """As TrainingJob has it."""
 
     def checked(self) -> Plan:
-        """This plan, where there is something left to train and the memory is enough for it."""
+        """This plan, if the training is not finished and the memory is sufficient."""
         newest = self.newest_checkpoint
         if newest is not None and self.images_seen >= self.config.num_images and is_exported(newest, self.folder):
             seen = f"already trained on {self.config.num_images:,} images in {self.folder}"
@@ -75,16 +75,16 @@ class TrainingPlan(Plan):
 
     @cached_property
     def newest_checkpoint(self) -> Path | None:
-        """The newest complete one, as the stage was checked."""
+        """The newest complete checkpoint when the stage was checked."""
         return next(iter(complete_ones(self.folder / "checkpoints")), None)
 
     @cached_property
     def images_seen(self) -> int:
-        """Of the newest checkpoint."""
+        """Images seen at the newest checkpoint."""
         return 0 if self.newest_checkpoint is None else read_state(self.newest_checkpoint)["images_seen"]
 
     def memory_problems(self) -> list[Problem]:
-        """Where this rank has too little memory."""
+        """Problems if this rank has too little memory."""
         capacity = capacity_of(self.device)
         return memory_problems(self.section, self.network, self.config, capacity, ranks=world_size(), **self.limits)
 
@@ -109,7 +109,7 @@ class TrainingPlan(Plan):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by the main rank. The other ranks refuse what it refuses, so that none waits for it in vain."""
+        """Held by rank 0. If rank 0 refuses, the other ranks refuse too, so that none waits for it in vain."""
         file, doing = self.folder / ".train.lock", "is training there"
         images = self.config.num_images - self.images_seen
         too_little = self.memory_problems() if world_size() > 1 else []
@@ -124,7 +124,7 @@ class TrainingPlan(Plan):
             yield
 
     def tracker(self) -> Tracker:
-        """Of the run folder."""
+        """The tracker of the run folder."""
         return open_tracker(self.experiment, self.stage, self.experiment.path("run"))
 
     def run(self, tracker: Tracker) -> Result:
@@ -159,7 +159,7 @@ def training_rows(experiment: Experiment, shards: ShardSet) -> np.ndarray:
 
 
 def side_of(shards: ShardSet, crop_size: int | None) -> int:
-    """Pixels along a side of what the network sees."""
+    """Side of the network's input, in pixels."""
     if crop_size is not None and crop_size > shards.size:
         raise problem(
             "config", "loader.crop_size", crop_size, f"the slices of {shards.root} are {shards.size} pixels wide"

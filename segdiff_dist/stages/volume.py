@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Volume(ConfiguredStage):
-    """Generate a volume slice by slice, and say how alike neighbouring slices are."""
+    """Generate a volume slice by slice, and print how much neighbouring slices differ."""
 
     essential: ClassVar = (
         *("--run", "--data", "--modality", "--axis", "--volume.noise", "--volume.body-image"),
@@ -73,11 +73,11 @@ class VolumePlan(Plan):
         return Cost(num_bytes=2 * self.job.num_voxels, notes=("disk: before compression",))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Of the new file."""
+        """The lock of the new file."""
         return locked(lock_beside(self.job.out), self.job.out, "is making it")
 
     def run(self, tracker: Tracker) -> Result:
-        """Generate the slices and put them back where the mask is."""
+        """Generate the slices and put them back onto the mask's voxels."""
         from segdiff_dist.export.volume import slice_generator
 
         stage = self.stage
@@ -89,11 +89,9 @@ def _lines(report: VolumeReport, stage: Volume) -> list[str]:
     config = stage.volume
     found = [f"{stage.exported}: {report.num_slices:,} {config.axis} slices of {config.modality}"]
     if report.outside > 0:
-        found.append(
-            f"warning: {report.outside:.1%} of the labelled voxels are outside of what the model's slices show"
-        )
+        found.append(f"warning: {report.outside:.1%} of the labelled voxels are outside of the model's slices")
     if not report.has_body:
-        text = "no voxel says where the patient ends (class `body`): the model makes that up, slice by slice"
+        text = "no voxel shows the patient's outline (class `body`): the model invents it, slice by slice"
         found.append(f"warning: {text}")
     other = "independent" if config.noise == "shared" else "shared"
     painted_mm, real_mm = report.gap_mm
