@@ -16,13 +16,13 @@ class Recorder(Protocol):
     """Records a function's work on the device, and repeats it."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Run the function as capture() will."""
+        """Run the function under the conditions of capture()."""
 
     def capture(self, function: Callable[[], None]) -> None:
-        """Call the function once and record what it does. What is recorded need not have happened yet."""
+        """Call the function once and record its kernels. They need not be executed yet."""
 
     def replay(self) -> None:
-        """Do it all again, on the same memory."""
+        """Execute the recording, on the same memory."""
 
 
 class CudaGraph:
@@ -42,7 +42,7 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, function: Callable[[], None]) -> None:
-        """Of this thread alone: the loader's thread goes on with its own work."""
+        """Records only this thread: the loader's thread continues its own work."""
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             function()
 
@@ -52,5 +52,5 @@ class CudaGraph:
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """What records on this device; None where nothing does."""
+    """The recorder for this device; None if there is none."""
     return CudaGraph(device) if device.type == "cuda" else None

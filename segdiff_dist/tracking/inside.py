@@ -1,4 +1,4 @@
-"""Which paths of a run folder's own files are followed: those that are inside it, and nothing else.
+"""Paths in a run folder's own files: only those inside the folder are followed.
 
 A run folder may come from somebody else, and its spool names files. A path is followed where it is relative, has no
 `..`, and meets no link, device or pipe on its way, nor below it. So nothing outside the folder is read, written or
@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 
 
 def why_not_plain(recorded: object) -> str | None:
-    """Why a recorded path is none inside a folder, by its text alone; None when it is."""
+    """Why a recorded path is not inside the folder, judged by its text alone; None if it is inside."""
     if not isinstance(recorded, str) or not recorded or "\0" in recorded:
-        return f"{recorded!r:.80} is no path"
+        return f"{recorded!r:.80} is not a path"
     if recorded.startswith("/") or ".." in PurePosixPath(recorded).parts:
         return f"{recorded!r:.80} leads out of the run folder"
     return None
@@ -24,7 +24,7 @@ def why_not_plain(recorded: object) -> str | None:
 def why_not_inside(folder: Path, recorded: object) -> str | None:
     """Why a recorded path is not read, written or removed; None for a file or folder inside `folder`.
 
-    Of a folder, everything in it is looked at. What does not exist is "gone".
+    For a folder, everything in it is checked. A path that does not exist is "gone".
     """
     if (reason := why_not_plain(recorded)) is not None:
         return reason
@@ -44,8 +44,8 @@ def why_not_inside(folder: Path, recorded: object) -> str | None:
 
 
 def odd_entry(path: Path) -> Path | None:
-    """The first entry at or below `path` that is neither a file nor a folder: a link, a device, a pipe. None where
-    there is none, or no such path. Raises OSError where a folder cannot be listed."""
+    """The first entry at or below `path` that is neither a file nor a folder: a link, a device, a pipe. None if there
+    is none, or no such path. Raises OSError if a folder cannot be listed."""
     if not os.path.lexists(path):
         return None
     mode = path.lstat().st_mode
@@ -63,7 +63,7 @@ def odd_entry(path: Path) -> Path | None:
 
 
 def open_plain(path: Path, flags: int, mode: int = 0o644) -> int:
-    """os.open of a file that is no link, device or pipe; never waits. Raises OSError, FileNotFoundError among them."""
+    """os.open of a file that is not a link, device or pipe; never waits. Raises OSError, also FileNotFoundError."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

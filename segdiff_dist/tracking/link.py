@@ -1,9 +1,9 @@
 """RUN/mlflow.json: the MLflow run that a folder's stages add to, and whether this user began it on this machine.
 
-The file is signed with a key that never leaves the user's own state folder. A folder whose tracking is not signed so
-is foreign: it was begun by somebody else, on another machine, or its mlflow.json was changed. Nothing that waits in a
-foreign folder is sent, and no store that it names is used, before `segdiff track RUN --adopt` takes it over. The
-signature holds no path, so that a folder may be moved.
+The file is signed with a key that never leaves the user's own state folder. A folder without this signature is foreign:
+it was begun by somebody else or on another machine, or its mlflow.json was changed. Records in a foreign folder are not
+sent, and the store that it names is not used, before `segdiff track RUN --adopt` takes it over. The signature holds no
+path, so that a folder may be moved.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from segdiff_dist.tracking.inside import odd_entry, open_plain
 
 LINK, SPOOL, REFUSED = "mlflow.json", "mlflow_spool", "mlflow_refused.jsonl"
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
-# What tracking leaves in a folder; sqlite's own files beside its database are opened with it.
+# Files that tracking leaves in a folder; sqlite opens its own files beside its database.
 _TRACES = (LINK, SPOOL, REFUSED, DATABASE, ARTIFACTS, *(f"{DATABASE}-{name}" for name in ("journal", "wal", "shm")))
 _MOST_BYTES, _KEY_BYTES = 1 << 16, 32
 _RUN_ID, _TOKEN = re.compile(r"[\w-]{1,64}"), re.compile(r"[0-9a-f]{32}")
-# A key that another process is just writing.
+# How long to wait for a key that another process is writing.
 _KEY_TRIES, _KEY_PAUSE_S = 40, 0.05
 _REPAIR = "remove the file to track anew, or restore it"
 
 
 def read_link(folder: Path) -> dict[str, Any]:
-    """What mlflow.json holds; empty where there is none. Raises InputProblems where it is not as it was written."""
+    """The contents of mlflow.json; empty without the file. Raises InputProblems if it was changed or damaged."""
     path = folder / LINK
     if not os.path.lexists(path):
         return {}
@@ -51,7 +51,7 @@ def read_link(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise problem(path, "mlflow.json", f"cannot be read: {type(error).__name__}", _REPAIR) from error
     if not isinstance(link, dict):
-        raise problem(path, "mlflow.json", "not what a run leaves there", _REPAIR)
+        raise problem(path, "mlflow.json", "not the contents that a run writes", _REPAIR)
     wrong = [name for name, is_right in _FIELDS.items() if link.get(name) is not None and not is_right(link[name])]
     refuse(Problem(str(path), name, f"{link[name]!r:.80}", _REPAIR) for name in wrong)
     return link
@@ -74,11 +74,11 @@ def is_foreign(folder: Path) -> bool:
 
 
 def adopt(folder: Path) -> str | None:
-    """Make a foreign folder's tracking this user's own: what waits in it is sent from now on.
+    """Make a foreign folder's tracking this user's own: its waiting records are sent from now on.
 
-    Goes on in the folder's sqlite, or in the store of MLFLOW_TRACKING_URI. Returns the other store that the folder
-    names, which is not used; None where it names none. Raises InputProblems where mlflow.json is damaged, or where
-    there is a link, a device or a pipe among what tracking reads and writes.
+    Tracking continues in the folder's sqlite, or in the store of MLFLOW_TRACKING_URI. Returns the other store that the
+    folder names, which is not used; None if it names none. Raises InputProblems if mlflow.json is damaged, or if a file
+    of the tracking is a link, a device or a pipe.
     """
     link = read_link(folder)
     remedy = "such a folder was not left by segdiff; remove it"
@@ -96,12 +96,12 @@ def adopt(folder: Path) -> str | None:
 
 
 def new_token() -> str:
-    """What distinguishes a run from the others of its store."""
+    """A token that distinguishes a run from the others of its store."""
     return uuid.uuid4().hex
 
 
 def local_uri(folder: Path) -> str:
-    """Of sqlite in the folder, for MLflow in this process.
+    """The URL of sqlite in the folder, for MLflow in this process.
 
     SQLAlchemy reads '?' as the end of a path, and from version 2.1 on '%' as an escape. Such a folder is named by a
     file descriptor of this process instead, which needs neither.
@@ -121,7 +121,7 @@ def is_plain_for_sqlite(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _folder_descriptor(device: int, inode: int, root: str) -> int:
-    """Kept open for as long as the process lives. A folder is identified by device and inode, not by its name."""
+    """The descriptor stays open until the process ends. A folder is identified by device and inode, not by its name."""
     return os.open(root, os.O_RDONLY | os.O_DIRECTORY)
 
 
@@ -154,8 +154,8 @@ def _key() -> bytes:
 
 
 def _state_folders() -> list[Path]:
-    """Where a key may be kept, best first: the user's state folder (XDG Base Directory Specification), or without a
-    home, one of the user's own in the folder for temporary files."""
+    """Folders for the key, best first: the user's state folder (XDG Base Directory Specification), or without a home
+    folder, a private folder among the temporary files."""
     given = os.environ.get("XDG_STATE_HOME", "")
     found = [Path(given) / "segdiff"] if given.startswith("/") else []
     home = os.path.expanduser("~")
@@ -165,7 +165,7 @@ def _state_folders() -> list[Path]:
 
 
 def _key_in(folder: Path) -> bytes:
-    """The key kept in a folder that nobody else can change. Raises OSError where it cannot be kept there."""
+    """The key in a folder that nobody else can change. Raises OSError if it cannot be kept there."""
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise PermissionError(f"{folder} is not this user's own")
@@ -185,5 +185,5 @@ def _key_in(folder: Path) -> bytes:
 
 @functools.cache
 def _process_key() -> bytes:
-    """Where no key can be kept: a folder is known again within this process only."""
+    """The key if none can be kept on disk: a folder is then recognised only within this process."""
     return os.urandom(_KEY_BYTES)

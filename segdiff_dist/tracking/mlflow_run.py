@@ -1,8 +1,8 @@
 """The MLflow run of a run folder: found or begun again, and sent to. This file owns MLflow.
 
 The store is sqlite in the folder unless MLFLOW_TRACKING_URI says otherwise. RUN/mlflow.json (link.py) remembers store
-and run, so that every stage adds to the same one. What the folder's own files name is followed inside the folder only
-(inside.py): the spool's paths, and where the folder's database puts artifacts.
+and run, so that every stage adds to the same one. Paths in the folder's own files are followed only inside the folder
+(inside.py): the spool's paths, and the place of artifacts in the folder's database.
 """
 
 from __future__ import annotations
@@ -44,25 +44,24 @@ T = TypeVar("T")
 
 # The tag that identifies a run in its store, known before the run is created.
 _TOKEN_TAG = "segdiff.token"
-# The most that MLflow takes in one request (its REST API, runs/log-batch).
+# The largest batch that MLflow accepts in one request (its REST API, runs/log-batch).
 _MAX_METRICS, _MAX_PARAMS_OR_TAGS = 1000, 100
 # MLflow's own sampling interval of system metrics (its SystemMetricsMonitor).
 _SYSTEM_METRICS_S = 10.0
-# What is answered to a record that will never be taken, however often it is sent: MLflow's codes, and HTTP's for a
-# request that is malformed or too large.
+# Errors for a record that will never be accepted: MLflow's codes, and HTTP's for a request that is malformed or too
+# large.
 _REFUSALS, _HTTP_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"), (400, 413)
-# How long another process may be writing to the folder's database.
+# How long to wait while another process writes to the folder's database.
 _DATABASE_PATIENCE_S = 30.0
 
 
 class MlflowRun:
-    """The MLflow run of a folder that is not foreign (link.py). Nothing is asked of the server before the first `send`.
-
-    Raises InputProblems where mlflow.json is damaged, or the spool or sqlite's file is a link, a device or a pipe.
+    """The MLflow run of a folder that is not foreign (link.py). The server is not contacted before the first `send`.
+    Raises InputProblems if mlflow.json is damaged, or if the spool or sqlite's file is a link, a device or a pipe.
     """
 
     def __init__(self, folder: Path, experiment: str = "segdiff") -> None:
-        # Imported in the thread that begins, so that no two threads import at once.
+        # Imported in the thread that makes the run, so that no two threads import at once.
         _import_mlflow()
         self.folder = folder
         self.uri = tracking_uri(folder)
@@ -70,7 +69,7 @@ class MlflowRun:
         for name in (SPOOL, DATABASE) if self._is_local else (SPOOL,):
             if (odd := (folder / name)).is_symlink() or (odd.exists() and not (odd.is_dir() or odd.is_file())):
                 raise problem(odd, "tracking", "a link, a device or a pipe", "remove it")
-        with short_turn(folder):  # stages that begin at once are one run
+        with short_turn(folder):  # stages that begin at the same time belong to one run
             link = read_link(folder)
             self._experiment = link.get("experiment") or experiment
             if not link or (link.get("tracking_uri") or local_uri(folder)) != self.uri:
@@ -84,7 +83,7 @@ class MlflowRun:
         self._checked = False
 
     def send(self, kind: str, records: Sequence[Record]) -> None:
-        """Record them in order. Raises what MLflow raises when the store is away; sending again does no harm.
+        """Record them in order. Raises MLflow's errors if the store does not answer; sending again does no harm.
 
         A metric with the same key, step and time is the same metric, tags and parameters replace themselves, an
         artifact overwrites itself, and a model is registered once for each digest.
@@ -154,7 +153,7 @@ class MlflowRun:
                 self._client.log_artifacts(run, str(path), record["folder"] or path.name)
             else:
                 self._client.log_artifact(run, str(path), record["folder"])
-        except Exception as error:  # what is raised depends on where the server keeps artifacts
+        except Exception as error:  # the error depends on where the server keeps artifacts
             if not _is_for_good(error):
                 raise
             self._refuse(record, first_line(error))
@@ -163,10 +162,10 @@ class MlflowRun:
     def _send_model(self, run: str, record: Record) -> None:
         copy = spooled_copy(record["path"])
         if copy is None:
-            self._refuse(record, f"{record['path']!r:.80} is no model of the spool")
+            self._refuse(record, f"{record['path']!r:.80} is not a model of the spool")
             return
         reason = why_not_inside(self.folder, record["path"])
-        # Of a model that is registered already the folder is not needed.
+        # If the model is already registered, the folder is not needed.
         reason = None if reason is not None and reason.endswith(" is gone") else reason
         if (reason := reason or self._why_not_to(run, "model")) is not None:
             self._refuse(record, reason)
@@ -178,7 +177,7 @@ class MlflowRun:
             if not _is_for_good(error) and getattr(error, "error_code", None) not in NO_REGISTRY:
                 raise
             self._refuse(record, first_line(error))
-        # Registered, its artifact is the copy to keep; refused, `segdiff export` makes it anew.
+        # If it is registered, its artifact is the copy to keep; if it is refused, `segdiff export` can make it again.
         self._remove_copy(record)
 
     def _why_not_to(self, run: str, folder: str | None) -> str | None:
@@ -199,7 +198,7 @@ class MlflowRun:
             self._client.set_terminated(run, record["status"], end_time=record["ms"])
 
     def _log(self, entities: list[Any], send: Callable[[list[Any]], None]) -> None:
-        """Send a batch. Where MLflow refuses it for good, send each part by itself, so that only bad parts are left
+        """Send a batch. If MLflow refuses it for good, send each part by itself, so that only bad parts are left
         out."""
         from mlflow.exceptions import MlflowException
 
@@ -215,7 +214,7 @@ class MlflowRun:
                 self._log([entity], send)
 
     def _refuse(self, record: Record, reason: str) -> None:
-        """Put a record aside, so that those behind it get through."""
+        """Put a record aside, so that the records after it can be sent."""
         aside = self.folder / REFUSED
         with os.fdopen(open_plain(aside, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
             file.write(json.dumps({**record, "reason": reason}) + "\n")
@@ -223,7 +222,7 @@ class MlflowRun:
         self._remove_copy(record)
 
     def _remove_copy(self, record: Record) -> None:
-        """Remove what the spool kept for a record that is done with."""
+        """Remove the files that the spool kept for a record that is finished."""
         if (copy := spooled_copy(record.get("path"))) is not None and not (self.folder / SPOOL).is_symlink():
             shutil.rmtree(self.folder / SPOOL / copy, ignore_errors=True)  # which does not follow links
 
@@ -231,7 +230,7 @@ class MlflowRun:
         """The folder's run: the one recorded in mlflow.json while it exists, or a new one."""
         if self._checked and self.run_id is not None:
             return self.run_id
-        with short_turn(self.folder):  # two that make one database at once break it
+        with short_turn(self.folder):  # two processes that create one database at the same time break it
             return self._open_run()
 
     def _open_run(self) -> str:
@@ -239,7 +238,7 @@ class MlflowRun:
 
         self._client = self._client or MlflowClient(tracking_uri=self.uri)
         if self.run_id is None or not self._is_there(self.run_id):
-            if self.run_id is not None:  # the store was emptied since: begin a new run in it
+            if self.run_id is not None:  # the store has been emptied: begin a new run in it
                 self._token = new_token()
                 self.run_id = None
                 self._write_link()
@@ -251,10 +250,10 @@ class MlflowRun:
         return self.run_id
 
     def _keep_artifacts_inside(self, run: str) -> None:
-        """Have the folder's database name the folder itself as the place for the run's artifacts.
+        """Set the folder itself as the place of the run's artifacts in the folder's database.
 
-        It names another one where the folder was moved since, or somebody else wrote the database: MLflow would follow.
-        Raises RuntimeError where the database does not take it.
+        The database names another place if the folder was moved, or if somebody else wrote the database, and MLflow
+        would write there. Raises RuntimeError if the database cannot be changed.
         """
         where = (self.folder.resolve() / ARTIFACTS / run / "artifacts").as_uri()
         if self._client.get_run(run).info.artifact_uri == where:
@@ -279,7 +278,7 @@ class MlflowRun:
             return False
 
     def _find_or_create(self) -> str:
-        """A run with this folder's token: there already when the answer to its creation was lost."""
+        """A run with this folder's token, which exists if the answer to its creation was lost."""
         client, root = self._client, self.folder.resolve()
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is not None:
@@ -297,7 +296,7 @@ class MlflowRun:
 
     def _write_link(self) -> None:
         link = {
-            # Sqlite in the folder goes without a path, so that the folder can be moved.
+            # Sqlite in the folder is recorded without a path, so that the folder can be moved.
             "tracking_uri": None if self._is_local else self.uri,
             "experiment": self._experiment,
             "run_id": self.run_id,
@@ -308,7 +307,8 @@ class MlflowRun:
 
 
 class SystemMetrics(threading.Thread):
-    """MLflow's system metrics by MLflow's own monitors, given to `log` instead of a server that may be away.
+    """MLflow's system metrics from MLflow's own monitors. They are given to `log`, not to a server, which may be
+    unreachable.
 
     Their step is the number of seconds since the run was begun.
     """
@@ -326,14 +326,14 @@ class SystemMetrics(threading.Thread):
         self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU, or no nvidia-ml-py to ask it with
             self._monitors.append(GPUMonitor())
-        self._sample()  # psutil counts processor time from one question to the next; the first has no answer
+        self._sample()  # psutil measures processor time between two calls; the first call gives no value
         self.start()
 
     def run(self) -> None:
-        """Once an interval, until stopped."""
+        """Take a sample each interval, until stopped."""
         while not self._stopped.wait(self._interval_s):
             values = {f"system/{name}": value for name, value in self._sample().items()}
-            with contextlib.suppress(OutOfSpace, OSError):  # the stage itself says that its disk is full
+            with contextlib.suppress(OutOfSpace, OSError):  # the stage itself reports a full disk
                 self._log(values, int(time.time() - self._began_s))
 
     def stop(self) -> None:
@@ -362,7 +362,7 @@ def is_tracked(folder: Path) -> bool:
 
 
 def spooled_copy(path: object) -> str | None:
-    """The name of a copy that the spool keeps until it is sent, and that its record's path names or is in; None for
+    """The name of a copy that the spool keeps until it is sent; the record's path is this copy or inside it. None for
     any other path: nothing else is ever removed."""
     parts = PurePosixPath(path).parts if isinstance(path, str) and why_not_plain(path) is None else ()
     is_copy = len(parts) >= 2 and parts[0] == SPOOL and parts[1].startswith(("model-", "copy-"))
@@ -378,13 +378,13 @@ def _is_for_good(error: Exception) -> bool:
 def _import_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # By itself MLflow asks a silent server for up to 2 minutes, eight times over. The spool is the better patience.
+    # By default MLflow asks a silent server for up to 2 minutes, eight times. Here the spool waits instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     import mlflow.tracking  # noqa: F401
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Each try at a database that is full or read-only would be a traceback; the sender says it once, in a line.
+    # Each try at a full or read-only database would print a traceback; the sender reports it once, in a line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 

@@ -1,6 +1,6 @@
 """A model in MLflow's registry: a version of a name, whose source is the model's folder, kept with the run.
 
-Everything goes through the client that it is given: MLflow itself is mlflow_run.py's.
+Everything goes through a given client; only mlflow_run.py imports MLflow.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 DIGEST_TAG = "weights_digest"
-# MLflow's codes of a server that has no registry, or none for this user.
+# MLflow's codes for a server without a registry, or without one for this user.
 NO_REGISTRY = ("ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "NOT_IMPLEMENTED", "PERMISSION_DENIED")
 
 
 def register(client: Any, run_id: str, folder: Path, name: str, digest: str, tags: Mapping[str, str]) -> None:
-    """Make the model in `folder` a version of `name` with these tags, unless one has its digest: that gets the tags.
+    """Make the model in `folder` a version of `name` with these tags. If a version has its digest, that version gets
+    the tags.
 
-    So the call may be repeated, also where an answer was lost on the way, and `folder` is needed the first time alone:
-    FileNotFoundError where it is gone then. Raises what the client raises.
+    So the call may be repeated, for example after a lost answer, and `folder` is needed only the first time:
+    FileNotFoundError if it is missing then. Also raises the client's errors.
     """
-    # By its digest, so that what another run folder of the same store has registered is found too.
+    # By its digest, so that a version from another run folder of the same store is found too.
     found = client.search_model_versions(f"name = '{name}' and tags.{DIGEST_TAG} = '{digest}'", max_results=1)
     if found:
         for key, value in tags.items():
@@ -32,7 +33,7 @@ def register(client: Any, run_id: str, folder: Path, name: str, digest: str, tag
     kept_in = f"model/{digest[:12]}"
     client.log_artifacts(run_id, str(folder), kept_in)
     source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{kept_in}"
-    # The digest comes with the version, not after it: a version without it would be made a second time.
+    # The digest is set together with the version: a version without it would be made a second time.
     client.create_model_version(name, source, run_id, tags={**tags, DIGEST_TAG: digest}, await_creation_for=0)
 
 

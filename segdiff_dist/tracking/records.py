@@ -1,4 +1,4 @@
-"""What a record of the spool may hold. The spool may be in a folder that somebody else wrote."""
+"""Checks of the spool's records. The spool may be in a folder that somebody else wrote."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from segdiff_dist.tracking.inside import why_not_plain
 
-# MLflow refuses '/' and ':' in a model's name; this one is a folder's name too, and is quoted in a search.
+# MLflow refuses '/' and ':' in a model's name; the name is also a folder's name, and is quoted in a search.
 MODEL_NAME = re.compile(r"\w[\w .-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{1,128}")
-# What MLflow takes as a metric's name on any system, and how much of it.
+# Characters and length of metric names that MLflow accepts on any system.
 _KEY, _MOST_KEY = re.compile(r"[\w. /-]+"), 250
 _STATUS = ("RUNNING", "FINISHED", "FAILED", "KILLED")
-# MLflow's columns are 64 bits wide; times beyond the year 5000 are none.
+# MLflow's columns are 64 bits wide; times after the year 5000 are invalid.
 _MOST_STEP, _MOST_MS = 2**63 - 1, 10**14
 
 
 def metric_key(name: str) -> str:
-    """A metric's name as MLflow takes it; organs' names are in some. What it does not take is replaced, and a digest of
-    the name added, so that two names never become one."""
+    """A metric's name in a form that MLflow accepts; some names contain names of organs. Other characters are replaced,
+    and a digest of the name is added, so that two names never become equal."""
     if len(name) <= _MOST_KEY and _KEY.fullmatch(name) and posixpath.normpath(name) == name and name[0] not in "./":
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -34,20 +34,20 @@ def metric_key(name: str) -> str:
 
 
 def why_not_sent(record: Any) -> str | None:
-    """Why a record cannot be sent, by its text alone; None when it can."""
+    """Why a record cannot be sent, judged by its text alone; None if it can."""
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return "not a record"
     check = _CHECKS.get(record["kind"])
     if check is None:
         return f"no kind {record['kind']!r:.40}"
     wrong = [name for name, is_right in check.items() if not is_right(record.get(name))]
-    return f"{record['kind']}: {', '.join(wrong)}: not what is recorded there" if wrong else None
+    return f"{record['kind']}: {', '.join(wrong)}: not the values that are recorded there" if wrong else None
 
 
 def _is_text(value: Any) -> bool:
     try:
         return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:  # half a pair of surrogates, which JSON can write and no database takes
+    except UnicodeEncodeError:  # half a pair of surrogates, which JSON can hold but databases refuse
         return False
 
 

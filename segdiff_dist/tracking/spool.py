@@ -1,7 +1,8 @@
-"""A durable queue on disk between a fast writer and a slow reader: JSON lines, appended at once, ticked off in order.
+"""A durable queue on disk between a fast writer and a slow reader: JSON lines, appended at once, and marked as sent in
+order.
 
-Each writer has a file of its own in the spool's folder, and holds a lock on it while it lives. What a killed writer
-left behind is found by its missing lock, adopted by the next process and sent from where the first one had got to.
+Each writer has its own file in the spool's folder, and holds a lock on it while it runs. The next process recognises
+the file of a killed writer by the missing lock, adopts it, and continues to send where that writer stopped.
 
 Not persist-queue or another queue on SQLite: SQLite's locks are not safe on the network file systems that run folders
 are on, and one write of one line is all that a training step may wait for.
@@ -25,15 +26,16 @@ from segdiff_dist.tracking.inside import open_plain
 Record = dict[str, Any]
 
 _READ_BYTES = 1 << 20
-# A longer line was not written here: a stage's settings, each at MLflow's longest, are a tenth of it.
+# A longer line cannot come from this program: a stage's settings, each at MLflow's greatest length, are a tenth of it.
 _MOST_LINE_BYTES = 1 << 24
 
 
 class Spool:
-    """One writer's file, locked: records at its end, and beside it in `.sent` how many bytes are done with.
+    """One writer's file, locked. Records are appended to it; the file `.sent` beside it holds the number of finished
+    bytes.
 
-    Appending, and reading from another thread, are safe at once. A record is on its way to the disk when `append`
-    returns: it outlives the process, though not a power cut within the system's write-back time.
+    One thread may append while another reads. When `append` returns, the operating system has the record: it survives
+    the end of the process, but not a power cut within the system's write-back time.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -55,8 +57,8 @@ class Spool:
 
     @classmethod
     def adopt(cls, path: Path) -> Spool | None:
-        """The file of a writer that is gone; None where it is still there, or the file is not, or is a link or no
-        file at all."""
+        """The file of a writer that has ended; None if the writer still runs, or if there is no such file, or only a
+        link."""
         try:
             descriptor = open_plain(path, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
@@ -75,19 +77,19 @@ class Spool:
         return cls(path, descriptor)
 
     def append(self, record: Record) -> None:
-        """Add a record. One write of one line, so that threads do not mix and a kill leaves no half line behind."""
+        """Add a record. One write of one line, so that lines of threads do not mix and a kill leaves no half line."""
         with saying_when_full(self.path.parent):
             os.write(self._descriptor, json.dumps(record).encode() + b"\n")
 
     def waiting(self) -> Iterator[tuple[Record, int]]:
-        """Records that are not done with, in order, each with the offset to give to `mark_sent`."""
+        """Unfinished records in order, each with the offset to give to `mark_sent`."""
         offset, rest = self._offset, b""
         while chunk := os.pread(self._descriptor, _READ_BYTES, offset + len(rest)):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 offset += len(line) + 1
                 record = _record(line)
-                if record is None:  # a power cut or a full disk came in between
+                if record is None:  # left by a power cut or a full disk
                     warnings.warn(f"{self.path}: a damaged line is passed over", stacklevel=2)
                     continue
                 yield record, offset
@@ -96,16 +98,16 @@ class Spool:
                 return
 
     def mark_sent(self, offset: int) -> None:
-        """Everything up to `offset` is done with, whatever happens next."""
+        """Mark everything up to `offset` as finished."""
         write_atomic(self._sent, f"{offset}\n")
         self._offset = offset
 
     def num_waiting(self) -> int:
-        """How many records are not done with."""
+        """Number of unfinished records."""
         return sum(1 for _ in self.waiting())
 
     def _sent_before(self) -> int:
-        """What `.sent` says, where that is a place in the file; the start otherwise: sending twice does no harm."""
+        """The offset in `.sent`, if it is inside the file; otherwise the start, since sending twice does no harm."""
         try:
             with os.fdopen(open_plain(self._sent, os.O_RDONLY), "rb") as file:
                 offset = int(file.read(20))
@@ -114,7 +116,7 @@ class Spool:
         return offset if 0 <= offset <= os.fstat(self._descriptor).st_size else 0
 
     def close(self) -> None:
-        """Give the file up; the next process adopts it."""
+        """Release the file; the next process adopts it."""
         os.close(self._descriptor)
 
     def remove(self) -> None:
@@ -124,17 +126,17 @@ class Spool:
 
 
 def spool_files(folder: Path) -> list[Path]:
-    """The spool's files, oldest first; none where its folder is a link."""
+    """The spool's files, oldest first; none if its folder is a link."""
     return [] if folder.is_symlink() else sorted(folder.glob("*.jsonl"))
 
 
 def num_waiting(folder: Path) -> int:
-    """Records in a spool's folder that are not done with, also those of writers that live."""
+    """Unfinished records in a spool's folder, also those of running writers."""
     count = 0
     for path in spool_files(folder):
         try:
             spool = Spool(path, open_plain(path, os.O_RDONLY))
-        except OSError:  # sent meanwhile, or no file
+        except OSError:  # sent meanwhile, or not a file
             continue
         count += spool.num_waiting()
         spool.close()
@@ -142,7 +144,7 @@ def num_waiting(folder: Path) -> int:
 
 
 def _record(line: bytes) -> Record | None:
-    """The record in a line; None where there is none."""
+    """The record in a line; None if it holds no record."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,9 +1,9 @@
 """Tracking with MLflow: one MLflow run for each run folder, added to by every stage.
 
-Nothing here waits for a server. What a stage records is appended to a spool in the folder (spool.py), and a thread
-sends it from there in order (mlflow_run.py); while the server is away it tries again, and what is left when the stage
-ends is sent by the next one, or by send_spool. In a folder whose tracking somebody else began (link.py) nothing is
-recorded or sent before it is adopted.
+Nothing here waits for a server. A stage's records are appended to a spool in the folder (spool.py), and a thread sends
+them in order (mlflow_run.py). While the server does not answer, the thread tries again. Records that are left when the
+stage ends are sent by the next stage, or by send_spool. In a folder whose tracking somebody else began (link.py)
+nothing is recorded or sent before it is adopted.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from segdiff_dist.tracking.spool import Record, Spool, num_waiting, spool_files
 _MAX_PARAM = 6000
 # Records that are read from the spool and sent together.
 _BATCH = 1000
-# Records of so long are gathered into one request: a request's work is done under the interpreter's lock, and the loop
-# would feel many of them.
+# Records of this many seconds are gathered into one request: a request holds the interpreter's lock, and many of them
+# would slow down the loop.
 _GATHER_S = 1.0
-# Between two tries while the server is away: the first pause, doubled up to the longest.
+# Seconds between two tries while the server does not answer: the first pause, doubled up to the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 # How to take over a folder whose tracking this user did not begin on this machine.
 _FOREIGN = "its tracking was begun by another user or on another machine, or was changed since"
@@ -63,7 +63,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run's id; None where tracking is off, and until the store has answered for the first time."""
+        """The MLflow run's id; None if tracking is off, and until the store has answered for the first time."""
         return None if self._sender is None else self._run.run_id
 
     def __enter__(self) -> Tracker:
@@ -94,16 +94,16 @@ class Tracker:
         self._append("params", values={key: str(value)[:_MAX_PARAM] for key, value in flatten(values).items()})
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers under stable names at `step` (images seen, for training). NaN is left out."""
+        """Record numbers under stable names at `step` (images seen, for training). NaN values are left out."""
         numbers = {metric_key(key): float(value) for key, value in values.items()}
         self._append("metrics", values={k: v for k, v in numbers.items() if v == v}, step=step)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a copy of a file, or of a folder's files, with the run.
 
-        Of a file in the run folder the path is spooled, not the bytes: the copy shows the file as it is when its
-        turn comes, and a file that is gone by then is left out with a warning. A file elsewhere is copied into the
-        spool, since paths that lead out of the folder are not followed.
+        For a file in the run folder only the path is spooled: the copy has the file's contents at the time of sending,
+        and a file that is missing then is left out with a warning. A file elsewhere is copied into the spool, since
+        paths out of the folder are not followed.
         """
         if self._sender is None or not path.exists():
             return
@@ -123,10 +123,10 @@ class Tracker:
         return self._sender is not None and self.config.register is not None
 
     def register_model(self, digest: str, tags: Mapping[str, str], write: Callable[[Path], None]) -> None:
-        """Enter a model into MLflow's registry as `tracking.register`: one version for each digest, its tags renewed.
+        """Register a model in MLflow as `tracking.register`: one version for each digest, with its tags renewed.
 
-        `write` makes the model's folder at the path it is given, unless it waits there already; whatever it raises is
-        passed on. The folder is the spool's: removed once it is sent.
+        `write` makes the model's folder at a given path, unless the folder already waits there; its errors are passed
+        on. The spool removes the folder once it is sent.
         """
         if not self.registers_models:
             return
@@ -144,10 +144,10 @@ class Tracker:
 
 
 def send_spool(folder: Path, adopts: bool = False) -> int:
-    """Send what waits in the folder's spool, from this thread; returns how many records there were.
+    """Send the records that wait in the folder's spool, from this thread; returns their number.
 
-    Raises InputProblems where the folder has never been tracked or the store does not answer: what is unsent stays. So
-    does what waits in a foreign folder (link.py) unless it is adopted.
+    Raises InputProblems if the folder has never been tracked or the store does not answer; unsent records stay. Records
+    of a foreign folder (link.py) also stay unless it is adopted.
     """
     if not is_tracked(folder):
         raise problem(folder, "run", "was never tracked", "give the folder of a run with tracking")
@@ -159,7 +159,7 @@ def send_spool(folder: Path, adopts: bool = False) -> int:
     before = num_waiting(folder / SPOOL)
     try:
         _send_waiting(run, None, lambda: False)
-    except Exception as error:  # MLflow's clients raise whatever their transports do
+    except Exception as error:  # MLflow's clients pass on all errors of their transports
         left = num_waiting(folder / SPOOL)
         remedy = f"{left} records still wait in {folder / SPOOL}; try again when it is back"
         raise problem(run.uri, "MLflow", first_line(error), remedy) from error
@@ -167,7 +167,7 @@ def send_spool(folder: Path, adopts: bool = False) -> int:
 
 
 def _may_track(folder: Path, adopts: bool) -> bool:
-    """Whether a stage may record in the folder, which is made; says why not."""
+    """Whether a stage may record in the folder, which is made; if not, prints the reason."""
     folder.mkdir(parents=True, exist_ok=True)
     if not is_foreign(folder):
         return True
@@ -189,7 +189,7 @@ def _adopt(folder: Path) -> None:
 
 
 class _Sender(threading.Thread):
-    """Sends what is in the spool, oldest first, and tries again for as long as the store is away."""
+    """Sends the records of the spool, oldest first, and tries again while the store does not answer."""
 
     def __init__(self, run: MlflowRun, own: Spool) -> None:
         super().__init__(name="mlflow", daemon=True)
@@ -198,11 +198,11 @@ class _Sender(threading.Thread):
         self._done = False
 
     def wake(self) -> None:
-        """There is something to send."""
+        """Report that there is something to send."""
         self._appended.set()
 
     def finish(self, timeout_s: float) -> bool:
-        """Nothing more will be appended: send the rest within `timeout_s`. Returns whether everything was sent."""
+        """Send the rest within `timeout_s`, after the last append. Returns whether everything was sent."""
         self._closing.set()
         self._appended.set()
         self.join(timeout_s)
@@ -210,19 +210,19 @@ class _Sender(threading.Thread):
         return self._done
 
     def run(self) -> None:
-        """Until everything is sent after `finish`, or its time is up."""
+        """Send until everything is sent after `finish`, or its time is over."""
         pause_s, said = _FIRST_PAUSE_S, False
         while not self._given_up.is_set():
             last_round = self._closing.is_set()
             self._appended.clear()
             try:
                 _send_waiting(self._mlflow, self._own, self._given_up.is_set)
-            except Exception as error:  # whatever MLflow's clients raise is no reason to stop a training run
+            except Exception as error:  # no error of MLflow's clients is a reason to stop a training run
                 if not said:
-                    where = f"MLflow at {self._mlflow.uri} takes nothing now ({first_line(error)})"
+                    where = f"MLflow at {self._mlflow.uri} accepts nothing now ({first_line(error)})"
                     warnings.warn(f"{where}; records wait in {self._own.path.parent} until it does", stacklevel=1)
                 said = True
-                # The end of the stage is worth a try at once, and then one every little while.
+                # At the end of the stage it tries at once, and then again after short pauses.
                 self._given_up.wait(_FIRST_PAUSE_S) if last_round else self._closing.wait(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
@@ -237,7 +237,7 @@ class _Sender(threading.Thread):
 
 
 def _send_waiting(run: MlflowRun, own: Spool | None, stopped: Callable[[], bool]) -> None:
-    """Everything that waits in the folder: this process' file, and those whose writers are gone."""
+    """Send everything that waits in the folder: this process' file, and those of writers that have ended."""
     for path in spool_files(run.folder / SPOOL):
         if own is not None and path == own.path:
             _send_file(run, own, stopped)
@@ -254,7 +254,7 @@ def _kind(entry: tuple[Record, int]) -> str:
 
 
 def _send_file(run: MlflowRun, spool: Spool, stopped: Callable[[], bool]) -> bool:
-    """Records of one kind that follow each other go together. Returns False when stopped before the end."""
+    """Send consecutive records of one kind together. Returns False if stopped before the end."""
     waiting = spool.waiting()
     for kind, group in itertools.groupby(waiting, key=_kind):
         for entries in chunks(group, _BATCH):

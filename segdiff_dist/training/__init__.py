@@ -1,1 +1,1 @@
-"""Whatever is learned from the shards: one loop, on any number of ranks."""
+"""Training on shards: one loop for every network, on any number of ranks."""

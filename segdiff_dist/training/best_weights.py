@@ -1,4 +1,4 @@
-"""Which weights of a run are exported: validation on the way, and what is remembered of its result."""
+"""The choice of the weights that a run exports: validation during the training, and its recorded results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunState:
-    """How far a run has come, beside what the engine holds. state.json of a checkpoint has these fields."""
+    """The progress of a run, in addition to the engine's state. state.json of a checkpoint has these fields."""
 
     images_seen: int = 0
     best_score: float | None = None
@@ -64,8 +64,8 @@ class BestWeights:
         return is_best
 
     def resume_pending(self, writer: CheckpointWriter, resumed_from: Path | None) -> None:
-        """Do what a stop or a kill left undone at the checkpoint that the run resumes from: its validation, where one
-        was due, and its export. So a stop does not change which weights are best."""
+        """Complete the checkpoint that the run resumes from, if a stop or a kill prevented its export or a due
+        validation. So a stop does not change which weights are best."""
         state = self._state
         if resumed_from is None:
             return
@@ -73,12 +73,12 @@ class BestWeights:
         writer.resume_pending(resumed_from, {**read_state(resumed_from), **vars(state)} if is_best else None)
 
     def discard_unsaved_best(self, lost: int) -> None:
-        """Go back to the best before, where checkpoint `lost` held the best weights and could not be written."""
+        """Return to the previous best weights if checkpoint `lost`, which held the best, could not be written."""
         if self._task.score is not None and lost == self._state.best_images_seen:
             self._state.best_score, self._state.best_images_seen = self._previous
 
     def choose_newest(self) -> None:
-        """Where no score chooses, the weights of this moment are those to export."""
+        """Without a score, mark the present weights for export."""
         if self._task.score is None:
             self._state.best_images_seen = self._state.images_seen
 

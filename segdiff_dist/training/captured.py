@@ -1,9 +1,9 @@
 """`train.cuda_graph`: a micro-batch's forward pass, loss and backward pass as one CUDA graph.
 
-A graph launches thousands of kernels at the cost of one. It replays what Python did once, on the same memory. So a
-batch is copied into tensors that stay where they are, and what remains of a micro-batch is added to such tensors:
-gradients (flat_gradients.py) and sums of metrics (step_log.Window). Noise and noise levels are functions of the batch's
-positions: nothing is drawn. A recording is used only where it gives the bits that Python gives.
+A graph launches thousands of kernels at the cost of one. It repeats one recorded execution, on the same memory. So a
+batch is copied into fixed tensors, and the results of a micro-batch are added to fixed tensors: gradients
+(flat_gradients.py) and sums of metrics (step_log.Window). Noise and noise levels are functions of the batch's
+positions, so nothing is drawn. A recording is used only if it gives the same bits as eager execution.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from segdiff_dist.ranks.cuda_graph import Recorder, recorder_for
 from segdiff_dist.ranks.distributed import gather_objects, is_main
 from segdiff_dist.training.config import TrainConfig
 
-# Runs before the recording, as torch.cuda.graph's documentation asks for: kernels are compiled and algorithms chosen.
+# Runs before the recording, required by torch.cuda.graph's documentation: they compile kernels and choose algorithms.
 _WARM_UP_RUNS = 3
 
 
 def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:
-    """Why these settings leave no micro-batch to record; None where one can be tried."""
+    """Why these settings do not allow a recording; None if one can be tried."""
     if not config.adds_up_gradients:
         return (
             "DeepSpeed reduces gradients in the middle of the backward pass: it needs zero_stage 0 or 1, offload none"
@@ -39,7 +39,7 @@ def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:
 
 
 def device_problems(config: TrainConfig, section: str, device: torch.device) -> list[Problem]:
-    """The problem of cuda_graph `on` where this device records nothing."""
+    """The problem of cuda_graph `on` if this device cannot record."""
     if config.cuda_graph != "on" or recorder_for(device) is not None:
         return []
     remedy = f"a CUDA graph needs a GPU, and this is {device.type}; give auto or off"
@@ -47,9 +47,9 @@ def device_problems(config: TrainConfig, section: str, device: torch.device) -> 
 
 
 class MicroStep:
-    """`micro_step(batch)` does what `run(batch)` does: by replaying a recording for batches of the first one's size.
+    """`micro_step(batch)` has the effect of `run(batch)`; for batches of the first one's size it replays a recording.
 
-    `run` leaves nothing behind but what it adds to `sums()`, tensors that stay where they are after its first call.
+    The only effect of `run` is what it adds to `sums()`: tensors that stay in place after its first call.
     """
 
     def __init__(
@@ -74,22 +74,22 @@ class MicroStep:
         self._recorder.replay()
 
     def prepare(self, batches: Iterator[Batch], name: str) -> Iterator[Batch]:
-        """Record with the first batch, where that is wanted and possible; returns the same batches.
+        """Record with the first batch, if that is wanted and possible; returns the same batches.
 
-        Call it on every rank, while `sums()` are zero. `name`: of the training, for messages. Raises InputProblems
-        where cuda_graph is `on` and some rank cannot record.
+        Call it on every rank, while `sums()` are zero. `name`: of the training, for messages. Raises InputProblems if
+        cuda_graph is `on` and some rank cannot record.
         """
         config, device = self._config, self._device
         why = None if config.cuda_graph == "off" else why_not_captured(config, device)
         if why is None and config.cuda_graph != "off":
             first = next(batches)
             batches = itertools.chain((first,), batches)
-            # All ranks or none: so none is faster than the others, and a message is about the run.
+            # All ranks or none, so that none is faster than the others, and the message holds for the whole run.
             why = next((reason for reason in gather_objects(self._record(first)) if reason is not None), None)
         if why is not None:
             self._recorder = self._fixed = None
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # of what was recorded
+                torch.cuda.empty_cache()  # of the recorded micro-batch
             if config.cuda_graph == "on":
                 raise problem("config", "train.cuda_graph", "on", f"{why}; give auto or off")
             if is_main() and device.type != "cpu":
@@ -112,7 +112,7 @@ class MicroStep:
             recorder.capture(run)
             replayed = self._sums_of(recorder.replay)
         except torch.OutOfMemoryError:
-            return "its memory, beside that of eager steps, does not fit"
+            return "its memory does not fit in addition to that of eager steps"
         except RuntimeError as error:
             return f"it cannot be recorded: {first_line(error)}"
         finally:
@@ -122,7 +122,7 @@ class MicroStep:
         return "replayed, loss or gradients are not those of an eager step, bit for bit"
 
     def _sums_of(self, work: Callable[[], None]) -> list[Tensor]:
-        """What the work adds up, from zero."""
+        """The sums that the work adds, from zero."""
         torch._foreach_zero_(self._sums())
         work()
         return [total.clone() for total in self._sums()]

@@ -37,8 +37,8 @@ def checkpoint_name(images_seen: int) -> str:
 
 
 def complete_ones(checkpoints: Path) -> list[Path]:
-    """Folders with their marker and a readable state, the newest first. Newer folders without them are passed over with
-    a warning."""
+    """Folders with their marker and a readable state, the newest first. Newer folders without these are skipped with a
+    warning."""
     complete = []
     for folder in _newest_first(checkpoints):
         why = why_unusable(folder)
@@ -52,8 +52,8 @@ def complete_ones(checkpoints: Path) -> list[Path]:
 def newest_usable(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint whose files match their checksums. The main rank calls it, before any rank writes.
 
-    Newer ones are passed over with a warning and lose their marker. The run will write into their folders again, and a
-    kill must not leave a mixture of old and new files that looks complete.
+    Newer ones are skipped with a warning and lose their marker. The run will write into their folders again, and a kill
+    must not leave a mixture of old and new files that looks complete.
     """
     for folder in _newest_first(checkpoints):
         why = why_unusable(folder, read_all=True)
@@ -65,7 +65,7 @@ def newest_usable(checkpoints: Path) -> Path | None:
 
 
 def why_unusable(folder: Path, *, read_all: bool = False) -> str | None:
-    """Why a checkpoint is passed over, for a warning, or None. `read_all` compares checksums too."""
+    """Why a checkpoint is skipped, for a warning, or None. `read_all` also compares checksums."""
     if not (folder / MARKER).is_file():
         return "is incomplete and passed over"
     try:
@@ -84,7 +84,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         marker = (folder / MARKER).read_text() if (folder / MARKER).is_file() else ""
         if marker and int(marker) != crc32c(content):
             raise ValueError("its bytes are not those that were written")
-        state: Any = json.loads(content)  # which may hold NaN, as the sums of a window do
+        state: Any = json.loads(content)  # it may hold NaN, as in the sums of a window
         checked(state, _State, folder / STATE, what, remedy)
         if state["images_seen"] != int(folder.name):
             raise ValueError(f"images_seen {state['images_seen']}")
@@ -92,7 +92,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class _State(TypedDict):
-    # `guard`, `window` and `shards_digest` are there in every checkpoint of a training.
+    # Every checkpoint of a training has `guard`, `window` and `shards_digest`.
     images_seen: Annotated[int, Field(ge=0, lt=2**63)]
     ranks: Annotated[int, Field(ge=1, le=2**20)]
     best_score: NotRequired[float | int | None]
@@ -122,7 +122,7 @@ def prune(checkpoints: Path, keep: int, keep_every_images: int | None = None) ->
         kept |= set(map(checkpoint_name, crossings((int(folder.name) for folder in complete), keep_every_images)))
     for folder in _newest_first(checkpoints):
         if folder.name not in kept and folder.name < complete[0].name:
-            # Without its marker a checkpoint that is removed in part counts as incomplete.
+            # Without its marker, a checkpoint that is only partly removed counts as incomplete.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
 
@@ -130,7 +130,7 @@ def prune(checkpoints: Path, keep: int, keep_every_images: int | None = None) ->
 def discard_unsound(checkpoints: Path) -> Path | None:
     """After a run whose last steps were all skipped: return the newest checkpoint from before the first of them.
 
-    Later ones lose their marker, so that they are not resumed. Skipped steps change no weights, so nothing is lost.
+    Later ones lose their marker, so that no run resumes from them. Skipped steps change no weights, so nothing is lost.
     """
     complete = complete_ones(checkpoints)
     sound = _newest_sound(complete)
@@ -147,7 +147,7 @@ def _newest_sound(complete: Iterable[Path]) -> Path | None:
 
 
 def crossings(counts: Iterable[int], every: int) -> set[int]:
-    """The first of `counts` at or past each multiple of `every`, for multiples that no batch or checkpoint ends on."""
+    """The first of `counts` at or past each multiple of `every`; batches and checkpoints need not end on a multiple."""
     first: dict[int, int] = {}
     for count in sorted(counts):
         first.setdefault(count // every, count)

@@ -29,12 +29,12 @@ class CheckpointWriter:
     """Copies and writes the state in a thread. Use as a context; make it, and call it, on every rank.
 
     start() begins a checkpoint: the thread copies this rank's state and writes the copy. A step calls
-    wait_until_copied() before it changes the weights; its forward and backward passes run beside the copy.
-    after_step() exchanges with the other ranks how far each has come. Once every rank has written its part, the main
-    rank writes the marker and calls `on_complete(folder)`, in its thread. drain() waits for all of that.
+    wait_until_copied() before it changes the weights; its forward and backward passes run during the copy. after_step()
+    exchanges the progress of all ranks. Once every rank has written its part, rank 0 writes the marker and calls
+    `on_complete(folder)`, in its thread. drain() waits for all of that.
 
-    A checkpoint that cannot be written (a full disk) is removed with a warning, and those before it stay. Where
-    `on_complete` raises OSError, the checkpoint stays, with a warning too. `num_failed` counts both. `lost` is the
+    A checkpoint that cannot be written (a full disk) is removed with a warning, and those before it stay. If
+    `on_complete` raises OSError, the checkpoint stays, also with a warning. `num_failed` counts both. `lost` is the
     count of images of the last checkpoint that could not be written: every rank knows it after drain().
     """
 
@@ -82,12 +82,12 @@ class CheckpointWriter:
         self._begin(values["images_seen"])
         self._copied.clear()
         self._writing = self._thread.submit(self._write, folder, state)
-        if torch.cuda.is_available():  # the copy alone uses the link to the host, which is far faster than the disk
+        if torch.cuda.is_available():  # only the copy uses the link to the host, which is far faster than the disk
             self._copied.wait()
         self.waited_s += time.perf_counter() - begin
 
     def resume_pending(self, folder: Path, values: dict[str, Any] | None = None) -> None:
-        """Do again what follows from the complete checkpoint that a run resumes from: a kill may have prevented it.
+        """Call `on_complete` again for the checkpoint that a run resumes from: a kill may have prevented it.
 
         With `values`, first make them the checkpoint's state. Call it before the first start().
         """
@@ -96,36 +96,37 @@ class CheckpointWriter:
             self._completing = self._thread.submit(self._complete, folder, values)
 
     def wait_until_copied(self) -> None:
-        """The state may be changed again after this."""
+        """Wait until the state may be changed again."""
         begin = time.perf_counter()
         self._copied.wait()
         self.waited_s += time.perf_counter() - begin
 
     def reserve(self, shards: dict[str, list[Tensor]]) -> None:
-        """Take the host memory for copies of `shards` now. Else the first copy waits for it, 1 s for 2 GiB."""
+        """Allocate the host memory for copies of `shards` now. Otherwise the first copy waits for it, 1 s for 2 GiB."""
         pinned = torch.cuda.is_available()
         for kind, tensors in shards.items():
             self._copies[kind] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned).fill_(0) for t in tensors]
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint is under way on some rank."""
+        """Whether some rank is writing a checkpoint."""
         return self._pending is not None
 
     def after_step(self, stop: bool = False) -> bool:
-        """Exchange with the other ranks how far each has come, and complete the checkpoint that all have written.
+        """Exchange the progress of all ranks, and complete the checkpoint that all have written.
 
         Call it once a step. `stop`: whether this rank was asked to stop. Returns whether any rank was, one call late,
-        so that nobody waits for the network and all ranks stop at the same step.
+        so that no rank waits for the network and all ranks stop at the same step.
         """
         agreed = self._agreement.exchange({"stop": float(stop), **self._progress()})
         self._poll(agreed)
         return agreed["stop"] > 0
 
     def drain(self, *, must_succeed: bool = False) -> None:
-        """Wait until every rank has written what it began, and until what follows from it is done.
+        """Wait until every rank has written its pending checkpoint, and until `on_complete` has ended.
 
-        With `must_succeed` it raises OSError where the last checkpoint, or what follows from it, could not be written.
+        With `must_succeed` it raises OSError if the last checkpoint, or the result of `on_complete`, could not be
+        written.
         """
         begin = time.perf_counter()
         if self._writing is not None:
@@ -134,7 +135,7 @@ class CheckpointWriter:
             self._exchange_once_more()
         if self._completing is not None:
             self._completing.result()
-        if not self._settled:  # the main rank alone knows whether it became complete
+        if not self._settled:  # only rank 0 knows whether it became complete
             self._exchange_once_more()
             self._settled = True
         self.waited_s += time.perf_counter() - begin
@@ -145,7 +146,7 @@ class CheckpointWriter:
             raise _failure("the checkpoint is whole, but what follows from it could not be written", self._error)
 
     def _progress(self) -> dict[str, float]:
-        """What this rank puts into an exchange; each rank gets the maximum over ranks."""
+        """The values of this rank for an exchange; each rank gets the maximum over ranks."""
         if self._writing is not None and self._writing.done() and self._pending is not None:
             self._ended = self._pending[1]["images_seen"]
             if isinstance(self._writing.exception(), OSError):
@@ -155,7 +156,7 @@ class CheckpointWriter:
         return {"checkpoint_behind": -float(self._ended), "checkpoint_failed": float(self._failed)}
 
     def _poll(self, agreed: dict[str, float]) -> None:
-        """Complete the pending checkpoint where every rank has ended its writing."""
+        """Complete the pending checkpoint if every rank has ended its writing."""
         if agreed["checkpoint_failed"] > self.lost:
             self.lost = int(agreed["checkpoint_failed"])
             self.num_failed += 1
@@ -174,7 +175,7 @@ class CheckpointWriter:
             self._completing = self._thread.submit(self._complete, folder, values)
 
     def _exchange_once_more(self) -> None:
-        """An exchange outside a step. What was said of stopping is put again, for the loop's next after_step()."""
+        """An exchange outside a step. A request to stop is sent again, for the loop's next after_step()."""
         stop = self._agreement.finish()["stop"]
         self._agreement.exchange({"stop": stop, **self._progress()})
         self._poll(self._agreement.finish())
@@ -192,7 +193,7 @@ class CheckpointWriter:
             self._copied.set()
         folder.mkdir(parents=True, exist_ok=True)
         if is_main():
-            (folder / MARKER).unlink(missing_ok=True)  # of one that was damaged, and is written anew
+            (folder / MARKER).unlink(missing_ok=True)  # of a damaged one that is written again
         sharded_state.write(folder, rank(), replace(state, shards=self._copies))
 
     def _complete(self, folder: Path, values: dict[str, Any] | None) -> None:
@@ -226,13 +227,13 @@ def copy_into(copies: list[Tensor], tensors: list[Tensor]) -> None:
     """Copy each tensor into the one of the same number, and wait for the devices that hold them."""
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
-    # Each device by name: the current device of this thread is the first one, whichever is the rank's.
+    # Each device by name: the current device of this thread is the first GPU, whichever the rank owns.
     for device in {tensor.device for tensor in tensors}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
 def _failure(message: str, reason: object) -> OSError:
-    """The error of a run whose last checkpoint failed; it keeps the errno, by which a full disk is known."""
+    """The error of a run whose last checkpoint failed. It keeps the errno, which shows whether the disk is full."""
     number = reason.errno if isinstance(reason, OSError) else None
     return OSError(number or errno.EIO, f"{message}: {reason}")

@@ -216,7 +216,7 @@ def test_a_database_on_a_full_disk_is_said_once(
     capfd.readouterr()
     with pytest.warns(UserWarning, match="MLflow") as said, Tracker(disk, config, "sample") as tracker:
         tracker.log_params({f"name_{i}": "x" * 20 for i in range(100)})
-    assert sum("takes nothing now" in str(one.message) for one in said) == 1
+    assert sum("accepts nothing now" in str(one.message) for one in said) == 1
     assert "Traceback" not in capfd.readouterr().err
     (disk / "ballast").unlink()
     with Tracker(disk, QUIET, "sample"):
