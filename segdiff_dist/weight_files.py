@@ -1,5 +1,5 @@
-"""Weights in folders, as they are written and read: with the digest of every file, and never built before their shapes
-are known to fit.
+"""Reading and writing folders of weights: with the digest of every file, and a check of the shapes before the network
+is built.
 
     FOLDER/digests.json     CRC-32C and bytes of the files that make the net; older folders have none
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Net = TypeVar("Net", bound="nn.Module")
 
 DIGESTS = "digests.json"
-# A folder is replaced file by file, in a moment; a reader looks again before it calls that damage.
+# A folder is replaced file by file, quickly; a reader tries again before it reports damage.
 _LOOKS, _PAUSE_S = 5, 0.2
 
 
@@ -36,7 +36,7 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
 
 
 def refuse_damaged(folder: Path, what: str, remedy: str) -> None:
-    """Compare a folder's files with its digests.json, where it has one. Raises InputProblems, a problem a file."""
+    """Compare a folder's files with its digests.json, if it has one. Raises InputProblems, a problem a file."""
     for look in range(_LOOKS):
         problems = _damage(folder, what, remedy)
         if not problems:

@@ -1,7 +1,7 @@
 """`train.compile`: torch.compile, after a check that the compiled network has eager's gradients.
 
-On a CPU, where torch 2.13 may change the layout of convolutions, it compiles diffusers' UNet to one with the right loss
-and wrong gradients, without an error. So a compiled network is compared with eager before it is used.
+On a CPU, if torch 2.13 may change the layout of convolutions, it compiles diffusers' UNet to one with the right loss
+and wrong gradients, without an error. So a compiled network is compared with the eager one before it is used.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from segdiff_dist.ranks.distributed import gather_objects
 if TYPE_CHECKING:
     from segdiff_dist.training.task import Task
 
-# Largest distance of the compiled gradient from eager's, relative to its norm: rounding in another order. Known wrong
-# gradients are off by 0.4 and more.
+# Largest allowed distance of the compiled gradient from eager's, relative to its norm: rounding in another order. Known
+# wrong gradients differ by 0.4 and more.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
 
 def compile_checked(task: Task, batch: Batch, precision: str) -> None:
     """Compile the task's model in place. Its parameters keep their names. Call it on every rank.
 
-    Raises InputProblems where it cannot be compiled, or where its gradient of `batch` is not eager's.
+    Raises InputProblems if it cannot be compiled, or if its gradient of `batch` is not eager's.
     """
     device = batch.image_BHW.device
     if device.type == "cpu":

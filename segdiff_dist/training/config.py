@@ -1,4 +1,4 @@
-"""How a network is trained: the `train` section, its checks, and what it says of the learning rate."""
+"""How a network is trained: the `train` section, its checks, and the learning rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainConfig:
     seed: Result[int] = 0
     """Seed of weights, order, augmentation, noise and noise levels."""
     num_images: Result[Count] = 12_800_000
-    """Images to train on in all, with repetitions."""
+    """Number of images to train on, with repetitions."""
     global_batch_size: Result[Count] = 64
     """Images of one step, over all ranks."""
     micro_batch_size: Resumable[Count | Literal["auto"]] = 16
@@ -38,7 +38,7 @@ class TrainConfig:
     lr: Result[NonNegative] = 1e-4
     """Learning rate after the warm-up."""
     lr_decay: Result[Literal["cosine", "constant"]] = "cosine"
-    """How the learning rate goes on: down to 0 along a cosine, or constant."""
+    """The learning rate after the warm-up: down to 0 along a cosine, or constant."""
     warmup_images: Result[WholeNumber] = 32_000
     """Images over which the learning rate rises from 0."""
     weight_decay: Result[NonNegative] = 0.01
@@ -48,21 +48,22 @@ class TrainConfig:
     gradient_clip: Result[NonNegative] = 1.0
     """Largest gradient norm. 0 leaves gradients as they are."""
     precision: Result[Literal["bf16", "fp32"]] = "bf16"
-    """Of weights and activations in the forward and backward pass."""
+    """Precision of weights and activations in the forward and backward pass."""
     zero_stage: Resumable[Annotated[int, Interval(ge=0, le=3)]] = 1
     """What DeepSpeed shards over ranks. 0: nothing. 1: optimiser state. 2: gradients too. 3: weights too."""
     offload: Resumable[Literal["none", "optimizer", "all"]] = "none"
     """What is kept in the host's memory instead of the GPU's. optimizer: fp32 weights and Adam's state (zero_stage 1 to
     3). all: the working weights too (zero_stage 3)."""
     activation_checkpointing: Resumable[bool] = False
-    """Keep only the blocks' inputs and compute the rest again in the backward pass. That is a third more work and takes
+    """Keep only the blocks' inputs and compute the rest again in the backward pass. It is a third more work and takes
     far less memory."""
     compile: Resumable[bool] = False
-    """torch.compile the network. Its gradients are compared with eager's first. It is refused where they differ."""
+    """torch.compile the network. Its gradients are first compared with eager's, and it is refused if they differ."""
     cuda_graph: Execution[Switch] = "auto"
     """Whether a micro-batch's forward and backward pass are recorded once and replayed as a CUDA graph, which saves the
-    host the launches. No result changes: a recording is used only where it gives eager's bits. auto: on a GPU, where
-    zero_stage is 0 or 1, offload is none, and recording works. on: the run is refused where it does not work."""
+    host the launches. No result changes: a recording is used only if it gives the same bits as eager execution. auto:
+    on a GPU, if zero_stage is 0 or 1, offload is none, and recording works. on: the run is refused if it does not
+    work."""
     ema_lengths: Result[Some[AverageLength]] = (0.05, 0.1)
     """Relative widths (sigma_rel) of the averages of the weights that are kept (training/ema.py). Validation uses the
     first, and so does sampling by default. `segdiff average` makes any other from the snapshots."""
@@ -80,17 +81,17 @@ class TrainConfig:
     validate_every_images: Result[Count | None] = None
     """Images between two validations. null: with each checkpoint."""
     spike_factor: Result[NonNegative] = 10.0
-    """A step is skipped where its loss is more than this many times the running mean, or where loss or gradient are
-    NaN or infinite. With 0 only the latter are skipped."""
+    """A step is skipped if its loss is more than this many times the running mean, or if loss or gradient are NaN or
+    infinite. With 0 only the latter are skipped."""
     max_skipped_steps: Resumable[Count] = 10
     """The run stops after this many skipped steps in a row."""
     hang_timeout_s: Resumable[Annotated[float, Ge(1)]] = 600.0
-    """The run stops where a rank has finished no step for this many seconds."""
+    """The run stops if a rank has finished no step for this many seconds."""
     device: Execution[Device] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
 
     def problems(self, section: str, ranks: int = 1) -> list[Problem]:
-        """What is out of range, and settings that do not go together, for a run on `ranks` ranks."""
+        """Values out of range, and settings that do not go together, for a run on `ranks` ranks."""
         found = range_problems(self, "config", f"{section}.")
         wrong = names_of(found)
 
@@ -124,8 +125,8 @@ class TrainConfig:
 
     @property
     def adds_up_gradients(self) -> bool:
-        """Whether a micro-batch adds to gradients that stay where they are, which ranks add up once a step. Not where
-        ZeRO cuts gradients, or where they go to the host's memory."""
+        """Whether micro-batches add to gradients in fixed tensors, which the ranks add up once a step. Not if ZeRO
+        shards gradients, or if they go to the host's memory."""
         return self.zero_stage <= 1 and self.offload == "none"
 
     @property
@@ -141,10 +142,10 @@ class AverageConfig:
     length: Result[AverageLength] = 0.07
     """Relative width of the average (sigma_rel; segdiff_dist/training/ema.py)."""
     images_seen: Result[int | None] = None
-    """The training images that have been seen where the average ends. null: those of the newest snapshot."""
+    """The training images seen at the end of the average. null: those of the newest snapshot."""
 
     def problems(self) -> list[Problem]:
-        """What is out of range."""
+        """Values out of range."""
         return range_problems(self, "config", "average.")
 
     @property

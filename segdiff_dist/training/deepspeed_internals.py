@@ -1,6 +1,6 @@
-"""Every part of DeepSpeed that its documentation does not promise. Other modules use the public interface alone.
+"""All uses of DeepSpeed's undocumented parts. Other modules use only its public interface.
 
-DeepSpeed calls partitions what the rest of this package calls shards: the flat fp32 tensors that a rank updates.
+A shard in this package is a partition in DeepSpeed: the flat fp32 tensors that a rank updates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from segdiff_dist.training.sharded_state import Extent
 def import_deepspeed() -> Any:
     """The deepspeed module, imported without its warnings and without torch's compiler.
 
-    Raises InputProblems where its version is not one that this file knows.
+    Raises InputProblems if its version is not one that this file knows.
     """
     require_supported("deepspeed")
     with warnings.catch_warnings(), lean_imports.without("mlflow", "pandas"):
@@ -39,7 +39,7 @@ def import_deepspeed() -> Any:
 class ZeroPartitions:
     """The fp32 weights that this rank updates, of DeepSpeed's ZeRO optimiser (stage 1 to 3) or of plain AdamW (0).
 
-    `shards`: flat tensors, live. `extents`: which elements of which parameter are where in them.
+    `shards`: flat tensors, not copies. `extents`: the position of each parameter's elements in them.
     """
 
     def __init__(self, zero_optimizer: Any, zero_stage: int, module: nn.Module, names: dict[int, str]) -> None:
@@ -73,13 +73,13 @@ class ZeroPartitions:
             self._zero.averaged_gradients[group] = _Flattened([gradient], gradient)
 
     def grad_norm(self) -> Tensor:
-        """Norm of the gradient before clipping, on the device, while the optimiser's step begins: where DeepSpeed keeps
-        the gradients."""
+        """Norm of the gradient before clipping, on the device, at the beginning of the optimiser's step, if DeepSpeed
+        keeps the gradients."""
         norm: Tensor = self._zero._global_grad_norm
         return norm
 
     def refresh(self) -> None:
-        """Make the working weights from the fp32 ones, after something else wrote to these."""
+        """Make the working weights from the fp32 ones, after other code has changed the latter."""
         zero = self._zero
         if self._stage in (1, 2):
             zero.update_lp_params()
@@ -97,7 +97,7 @@ class ZeroPartitions:
         return shards, [Extent(self._names[id(p)], 0, p.numel(), i, 0) for i, p in enumerate(shards)]
 
     def _cut_groups(self) -> tuple[list[Tensor], list[Extent]]:
-        """ZeRO 1 and 2 lay the parameters of a group end to end and cut that into as many pieces as there are ranks."""
+        """ZeRO 1 and 2 put the parameters of a group end to end and divide them into one piece for each rank."""
         zero = self._zero
         shards, extents = list(zero.single_partition_of_fp32_groups), []
         for shard, group in enumerate(zero.round_robin_bit16_groups):
@@ -109,7 +109,7 @@ class ZeroPartitions:
         return shards, extents
 
     def _cut_parameters(self) -> tuple[list[Tensor], list[Extent]]:
-        """ZeRO 3 cuts every parameter into as many pieces as there are ranks."""
+        """ZeRO 3 divides every parameter into one piece for each rank."""
         zero = self._zero
         shards, extents = list(zero.fp32_partitioned_groups_flat), []
         for shard, (group, parts) in enumerate(zip(zero.fp16_groups, zero.fp16_partitioned_groups, strict=True)):
@@ -123,7 +123,7 @@ class ZeroPartitions:
 
 
 class _Flattened(list[Tensor]):
-    """Gradients of a group. DeepSpeed's step takes `flat_partition` as it is; its own is GradPartitionBufferGroup."""
+    """Gradients of a group. DeepSpeed's step reads `flat_partition`; its own class is GradPartitionBufferGroup."""
 
     def __init__(self, parts: list[Tensor], flat: Tensor) -> None:
         super().__init__(parts)
@@ -133,8 +133,8 @@ class _Flattened(list[Tensor]):
 def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon, which never runs here, without torch's compiler.
 
-    deepspeed.initialize imports it to see whether the optimiser is one. The decorators in it load torch._inductor,
-    which takes a fifth of the time in which a training starts.
+    deepspeed.initialize imports it to check the optimiser's type. Its decorators load torch._inductor, which takes a
+    fifth of the start of a training.
     """
     from deepspeed.runtime import compiler
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# sigma_rel of the widest profile that there is: gamma = 0, the mean of all weights.
+# sigma_rel of the widest possible profile: gamma = 0, the mean of all weights.
 WIDEST = 1 / math.sqrt(12)
 
 
@@ -32,17 +32,17 @@ def exponent(length: float) -> float:
 
 
 def decay(length: float, images_seen: int, images: int) -> float:
-    """What is kept of the average in the step that brings the count to `images_seen`, of `images` images; equation 2 of
-    section 3.1: (1 - images / images_seen)^(gamma + 1), so 0 in the first step."""
+    """The factor of the old average in a step of `images` images that ends at `images_seen`; equation 2 of section 3.1:
+    (1 - images / images_seen)^(gamma + 1), so 0 in the first step."""
     return float((1.0 - images / images_seen) ** (exponent(length) + 1.0))
 
 
 def reconstruct(stored: Sequence[tuple[float, int]], wanted: tuple[float, int]) -> np.ndarray:
-    """How much of each stored average to take: float64 [len(stored)], summing to 1.
+    """The coefficient of each stored average: float64 [len(stored)], with sum 1.
 
-    An average is (length, images_seen when it was taken). The combination is the one whose profile comes nearest to the
-    wanted one, in the least-squares sense (appendix C.2, algorithm 3); that it sums to 1 is asked for besides, since a
-    sum that is off by a thousandth moves all weights by a thousandth of what they are.
+    An average is (length, images_seen when it was taken). The combination is the one whose profile is nearest to the
+    wanted one, in the least-squares sense (appendix C.2, algorithm 3). A sum of 1 is an additional condition, since a
+    sum that is off by a thousandth changes all weights by a thousandth.
     """
     gammas_N, times_N = _profiles(stored)
     gamma, time = _profiles([wanted])
@@ -57,7 +57,7 @@ def reconstruct(stored: Sequence[tuple[float, int]], wanted: tuple[float, int]) 
 
 
 def misfit(stored: Sequence[tuple[float, int]], wanted: tuple[float, int]) -> float:
-    """How far the best combination's profile stays from the wanted one: 0 exact, 1 as far as no average at all."""
+    """Distance of the best combination's profile from the wanted one: 0 exact, 1 as far as without any average."""
     w_N = reconstruct(stored, wanted)
     gammas_N, times_N = _profiles(stored)
     gamma, time = _profiles([wanted])
@@ -74,7 +74,7 @@ def _profiles(averages: Sequence[tuple[float, int]]) -> tuple[np.ndarray, np.nda
 
 
 def _inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Of two profiles, over all tau; appendix C.2, equation 137 and following."""
+    """Scalar product of two profiles, over all tau; appendix C.2, equation 137 and following."""
     power = np.where(t_a < t_b, gamma_b, -gamma_a)
     overlap = (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** power
     return overlap / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))

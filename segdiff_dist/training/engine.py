@@ -37,15 +37,16 @@ from segdiff_dist.training.step_log import is_not_finite
 from segdiff_kernels.ema_update import MAX_AVERAGES, EmaUpdate, ema_update_reference
 
 ONLINE = "online"
-# Longer than any wait should be: ranks/heartbeat.py ends a wait in vain earlier, and names the rank.
+# Longer than any wait should be: ranks/heartbeat.py ends a useless wait earlier, and names the rank.
 _LONGEST_WAIT = timedelta(hours=2)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# Among a checkpoint's scalars where its first moments are Muon's.
+# A scalar of a checkpoint whose first moments are Muon's.
 _MUON = "muon"
 
 
 class Engine:
-    """A model under DeepSpeed: backward and step, fp32 averages sharded like the optimiser, its state out and in."""
+    """A model under DeepSpeed: backward pass and step, fp32 averages sharded like the optimiser's state, saving and
+    loading of its state."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, micro_batch_size: int, device: torch.device) -> None:
         deepspeed = start_distributed(device)
@@ -63,7 +64,7 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self._partitions = ZeroPartitions(zero_optimizer, config.zero_stage, self.module, names)
         self._shards, self._extents = self._partitions.shards, self._partitions.extents
-        # Where gradients add up. None: DeepSpeed reduces them by hooks of its own, in the middle of a backward pass.
+        # The gradients' sums. None: DeepSpeed reduces gradients by its own hooks, in the middle of a backward pass.
         self._gradients = self._partitions.flat_gradients() if config.adds_up_gradients else None
         self._forward = self._engine if self._gradients is None else self.module
         if isinstance(self._adam, MuonAdamW):
@@ -82,7 +83,7 @@ class Engine:
 
     @property
     def gradients(self) -> list[Tensor]:
-        """What backward() adds to, in place; empty where DeepSpeed keeps the gradients."""
+        """The tensors that backward() adds to, in place; empty if DeepSpeed keeps the gradients."""
         return [] if self._gradients is None else self._gradients.flats
 
     def backward(self, loss: Tensor) -> None:
@@ -96,8 +97,8 @@ class Engine:
     def step(self, veto: Tensor | None = None) -> Tensor:
         """Call after each micro-batch; it updates the weights at the end of a global batch.
 
-        `veto`: a number on the device; unless it is 0 the update is skipped. Returns, on the device, 1.0 where the
-        update was skipped: by veto, or because the gradient is not finite. It holds until the next call.
+        `veto`: a number on the device; unless it is 0 the update is skipped. Returns, on the device, 1.0 if the update
+        was skipped by the veto or because the gradient is not finite. The value is valid until the next call.
         """
         if veto is not None:
             self._veto.copy_(veto)
@@ -122,7 +123,7 @@ class Engine:
         return float("nan") if norm is None else float(norm)
 
     def update_averages(self, images_seen: int, images: int) -> None:
-        """Bring every average from images_seen - images to images_seen, in fp32, each rank on its own shard."""
+        """Update every average from images_seen - images to images_seen, in fp32, each rank for its own shard."""
         decays = [ema.decay(length, images_seen, images) for length in self.config.ema_lengths]
         if self._fused_averages is not None:
             self._fused_averages(decays)
@@ -147,7 +148,7 @@ class Engine:
             self._partitions.refresh()
 
     def state(self) -> ShardOfState:
-        """This rank's part of everything that a resumed training needs: live tensors, not copies."""
+        """This rank's part of everything that a resumed training needs: the tensors themselves, not copies."""
         moments = {kind: [self._moment(s, kind) for s in self._shards] for kind in _MOMENTS}
         steps = [float(self._adam.state[s]["step"]) for s in self._shards if "step" in self._adam.state[s]]
         extents = self._extents if self.config.zero_stage > 0 else share(self._extents, rank(), world_size())
@@ -158,11 +159,11 @@ class Engine:
         return ShardOfState(self.shapes, extents, shards, scalars)
 
     def load(self, folder: Path, num_files: int) -> None:
-        """Load what any number of ranks wrote. Raises InputProblems where it belongs to another architecture."""
+        """Load a state that any number of ranks wrote. Raises InputProblems if it belongs to another architecture."""
         saved = SavedState(folder, num_files)
         refuse(saved.problems_for(self.shapes))
         before = "muon" if _MUON in saved.scalars else "adamw"
-        if before != self.config.optimizer:  # the moments of one mean nothing to the other
+        if before != self.config.optimizer:  # the moments of one optimiser are of no use to the other
             remedy = f"give --train.optimizer {before}, or another run folder"
             raise problem(folder, "train.optimizer", f"begun with {before}, not {self.config.optimizer}", remedy)
         for name in self._averages:
@@ -204,8 +205,8 @@ class Engine:
         self._adam.found_inf = self._veto.to(self._shards[0].device)  # type: ignore[attr-defined]
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """bf16 with ZeRO 0 is fp32 weights under autocast: DeepSpeed's own way there (0.19.8) is an unfused fp16
-        optimiser, whose losses leave those of the other stages."""
+        """bf16 with ZeRO 0 is fp32 weights under autocast: DeepSpeed itself (0.19.8) would use an unfused fp16
+        optimiser, whose losses differ from those of the other stages."""
         if self.config.precision == "bf16" and self.config.zero_stage == 0:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
@@ -213,8 +214,8 @@ class Engine:
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self.config
         zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_scatter": self.device.type == "cuda"}
-        # ZeRO 3 would replace torch.nn.functional.linear for the whole process, by one that rounds bf16 otherwise; the
-        # net's products are few, so what it saves is 22 MB.
+        # ZeRO 3 would replace torch.nn.functional.linear for the whole process, by one that rounds bf16 differently.
+        # The net has few products, so it would save only 22 MB.
         zero["memory_efficient_linear"] = False
         if config.adds_up_gradients and config.zero_stage == 1:
             # No hooks on parameters, no bucket of 500 million elements, and no norm for which the host waits.
@@ -225,7 +226,7 @@ class Engine:
         if config.offload == "all":
             zero["offload_param"] = place
         return {
-            # Its list of optimizers that it has tried has torch's and its own.
+            # DeepSpeed's list of tested optimisers has only torch's and its own.
             "zero_allow_untested_optimizer": config.optimizer == "muon",
             "train_batch_size": config.global_batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
@@ -270,7 +271,7 @@ def start_distributed(device: torch.device) -> Any:
     deepspeed.utils.logger.addFilter(_is_for_users)
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if world_size() == 1:  # nobody to meet: no port, which another process might take first
+        if world_size() == 1:  # a single rank needs no port, which another process might take first
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         with naming_who_is_missing():
@@ -281,5 +282,5 @@ def start_distributed(device: torch.device) -> Any:
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """Whether to print a line of DeepSpeed's log. Its warning about optimizers that it does not know is left out."""
+    """Whether to print a line of DeepSpeed's log. Its warning about unknown optimisers is left out."""
     return "untested optimizer" not in record.getMessage()

@@ -33,7 +33,7 @@ _EXPORTED = "exported.json"
 
 
 class Exporter:
-    """Exports from checkpoint files: no rank sends weights over the network, and no step waits."""
+    """Exports from checkpoint files, so no rank sends weights over the network, and no step waits."""
 
     def __init__(self, task: Task, config: TrainConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
@@ -42,7 +42,7 @@ class Exporter:
         """Write the snapshot and the weights of a complete checkpoint, unless both are there. Main rank.
 
         The weights are those of the checkpoint that the state names as best; without a score that is the checkpoint
-        itself. Raises OSError where they cannot be written; a later call tries again.
+        itself. Raises OSError if they cannot be written; a later call tries again.
         """
         from safetensors import SafetensorError
 
@@ -51,7 +51,7 @@ class Exporter:
         try:
             self._snapshot(checkpoint)
             self._weights(checkpoint)
-        except SafetensorError as error:  # its own error for errors of the system
+        except SafetensorError as error:  # the library's own error for errors of the system
             raise OSError(number_of(error), str(error), str(self.folder)) from error
 
     def _snapshot(self, checkpoint: Path) -> None:
@@ -67,7 +67,7 @@ class Exporter:
         folder.mkdir(parents=True, exist_ok=True)
         for average in self.config.averages:
             path = folder / f"{average}.safetensors"
-            # Not in half precision, as Karras et al. keep theirs: what it rounds away is more than the misfit.
+            # Not in half precision, as in Karras et al.: its rounding error is larger than the error of the fit.
             with new_file(path) as unfinished:
                 save_file(saved.full(average), unfinished)
         write_digests(folder, [f"{average}.safetensors" for average in self.config.averages])
@@ -75,7 +75,7 @@ class Exporter:
     def _weights(self, checkpoint: Path) -> None:
         state, note = read_state(checkpoint), _read_note(self.folder)
         images_seen = state["images_seen"]
-        # Without a score the newest are the best, unless they are from within a streak of skipped steps.
+        # Without a score the newest weights are the best, unless they are from within a streak of skipped steps.
         best = state.get("best_images_seen", images_seen if self.task.score is None else None)
         if best is not None and (best == images_seen or best != note.get("images_seen")):
             source = checkpoint.parent / checkpoint_name(best)
@@ -83,12 +83,12 @@ class Exporter:
                 warnings.warn(f"the best weights are not exported: checkpoint {source} {why}", stacklevel=1)
                 return
             saved = SavedState(source, read_state(source)["ranks"])
-            # Where the best are chosen, they were chosen by the first average.
+            # If the best weights are chosen by a score, it is the score of the first average.
             averages = (*self.config.averages, ONLINE) if self.task.score is None else self.config.averages[:1]
             for average in averages:
                 self.task.export(average, saved.full(average))
             note = {"images_seen": best, "averages": averages}
-        if note:  # else nothing was validated yet
+        if note:  # otherwise nothing was validated yet
             content = json.dumps({**note, "checkpoint": images_seen}) + "\n"
             write_atomic(self.folder / "weights" / _EXPORTED, content, durable=True)
 
@@ -97,12 +97,12 @@ def is_exported(checkpoint: Path, folder: Path) -> bool:
     """Whether everything of a checkpoint was exported to `folder`, and the weights there are the best."""
     note = _read_note(folder)
     best = read_state(checkpoint).get("best_images_seen")
-    done = note.get("checkpoint", note.get("images_seen"))  # early versions wrote the latter alone
+    done = note.get("checkpoint", note.get("images_seen"))  # early versions wrote only the latter
     return done == int(checkpoint.name) and best in (None, note["images_seen"])
 
 
 def _read_note(folder: Path) -> dict[str, Any]:
-    """exported.json; empty where there is none that can be read."""
+    """exported.json; empty if there is no readable one."""
     file = folder / "weights" / _EXPORTED
     try:
         note = read_json(file, "remove it")
@@ -125,9 +125,8 @@ def average_snapshots(
     run: Path, config: TrainConfig, length: float, images_seen: int | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """The average of relative width `length` that ends at `images_seen` (default: the newest snapshot), from the run's
-    snapshots: fp32 weights, and how far its profile stays from the wanted one (ema.misfit: 0 exact, 1 unrelated).
-
-    Raises InputProblems where there are no snapshots up to there.
+    snapshots: fp32 weights, and the error of its profile (ema.misfit: 0 exact, 1 unrelated). Raises InputProblems if
+    there are no snapshots up to there.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

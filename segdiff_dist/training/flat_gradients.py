@@ -1,7 +1,7 @@
-"""Gradients in flat tensors that stay where they are, for ZeRO 0 and 1.
+"""Gradients in flat tensors that stay in place, for ZeRO 0 and 1.
 
-A micro-batch's backward pass adds to them in place, so that a recorded one can be replayed (captured.py). The ranks add
-them up once a step, and the update reads them, without a copy for each parameter.
+A micro-batch's backward pass adds to them in place, so that it can be recorded and replayed (captured.py). The ranks
+add them up once a step, and the update reads them without a copy for each parameter.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class FlatGradients:
     """
 
     def __init__(self, groups: Sequence[Sequence[tuple[Tensor, int]]], sizes: Sequence[int]) -> None:
-        """groups: (parameter, where it begins in its group's flat tensor); sizes: elements of each flat tensor."""
+        """groups: (parameter, its offset in its group's flat tensor); sizes: elements of each flat tensor."""
         self.flats = [
             torch.zeros(size, dtype=group[0][0].dtype, device=group[0][0].device)
             for group, size in zip(groups, sizes, strict=True)
         ]
-        # The optimiser wants a gradient in the layout of its parameter, which may be channels-last.
+        # The optimiser needs a gradient in the layout of its parameter, which may be channels-last.
         self._views = [
             (parameter, flat.as_strided(parameter.shape, parameter.stride(), offset))
             for group, flat in zip(groups, self.flats, strict=True)
@@ -43,9 +43,9 @@ class FlatGradients:
         torch._foreach_zero_(self.flats)
 
     def reduce(self, *, in_parts: bool) -> list[Tensor]:
-        """Means over the ranks of what each has added up: whole or, `in_parts`, the piece of this rank.
+        """Means over the ranks of the accumulated gradients: all of them or, with `in_parts`, the piece of this rank.
 
-        With one rank, and where all of them are made, these are the flat tensors themselves.
+        With one rank, or without `in_parts`, these are the flat tensors themselves.
         """
         ranks = world_size()
         if ranks == 1:
@@ -62,10 +62,11 @@ class FlatGradients:
 
 
 def norm_over_ranks(parts: Sequence[Tensor]) -> Tensor:
-    """Norm, float32, of the tensors that all ranks hold in parts, this one `parts`. Nothing waits for the device."""
+    """Norm, float32, of tensors that all ranks hold in parts; `parts` are this rank's. The host does not wait for the
+    device."""
     norms = []
     for part in parts:
-        # In float64, so that it depends on the number of ranks by float32's rounding alone.
+        # In float64, so that the number of ranks changes only the rounding of the float32 result.
         (norm,) = torch._foreach_norm([part], 2, torch.float64)
         norms.append(sum_over_ranks(norm.square().float()).sqrt())
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

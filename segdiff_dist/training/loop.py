@@ -53,7 +53,7 @@ class TrainingStopped(WorkFailed):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is trained, on which data, how, and where the results go."""
+    """The task, its data and settings, and the folder of the results."""
 
     task: Task
     shards: ShardSet
@@ -62,13 +62,13 @@ class TrainingJob:
     loader: LoaderConfig
     config: TrainConfig
     folder: Path
-    """Takes checkpoints/, log.jsonl and snapshots/. The task says where weights are exported to."""
+    """The folder of checkpoints/, log.jsonl and snapshots/. The task decides where weights are exported."""
     tracker: Tracker
     device: torch.device
     settings: Mapping[str, Any]
     """The whole resolved configuration, by section. Ranks must agree on it, and each checkpoint keeps a copy."""
     compile_kernels: Callable[[int], None] | None = None
-    """Compiles the network's kernels for micro-batches of so many images, before they are launched."""
+    """Compiles the network's kernels for micro-batches of a given number of images, before they are launched."""
 
     def load(self, images_seen: int, batch_size: int, num_batches: int, of_rank: int, ranks: int) -> Iterator[Batch]:
         """The micro-batches of one rank from `images_seen` on, `num_batches` of them a step."""
@@ -86,7 +86,7 @@ def train(job: TrainingJob) -> None:
     Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and raise KeyboardInterrupt. The same call resumes from there, on any
     number of ranks and with any zero_stage.
 
-    Raises TrainingStopped after config.max_skipped_steps skipped steps in a row, and OSError where the last checkpoint
+    Raises TrainingStopped after config.max_skipped_steps skipped steps in a row, and OSError if the last checkpoint
     cannot be written.
     """
     task, config, folder = job.task, job.config, job.folder
@@ -153,7 +153,7 @@ def train(job: TrainingJob) -> None:
                 for number in range(1, num_micro_batches + 1):
                     with clock.waiting():
                         batch = next(batches)
-                    heartbeat.beat(before)  # a rank that waits for data is behind the others, and is named
+                    heartbeat.beat(before)  # a rank that waits for data is behind the others, so the heartbeat names it
                     micro_step(batch)
                     veto = None
                     if number == num_micro_batches:
@@ -177,7 +177,7 @@ def train(job: TrainingJob) -> None:
                     log.write(state.images_seen, row)
                     bar.set_postfix_str(progress_line(row), refresh=False)
 
-                # Hear from the other ranks. Stop where too many steps in a row were skipped.
+                # Exchange with the other ranks. Stop if too many steps in a row were skipped.
                 stop = writer.after_step(signals.asked)
                 if logs and guard.longest_in_a_row >= config.max_skipped_steps:
                     with heartbeat.patience(_PATIENCE_S):
@@ -194,7 +194,7 @@ def train(job: TrainingJob) -> None:
                         is_best = validates and best.validate()
                         if saves or is_best:
                             is_sound = guard.is_sound(config.max_skipped_steps)
-                            if is_sound or is_done:  # at the end of a run the streak was a short one
+                            if is_sound or is_done:  # the run ended during a short streak
                                 best.choose_newest()
                             values = {**vars(state), "window": window.values(), "guard": guard.values()}
                             values |= {"sound": is_sound, "shards_digest": job.shards.digest}
@@ -208,7 +208,7 @@ def train(job: TrainingJob) -> None:
 
 
 def _found_at_start(device: torch.device, micro_batch_size: int, peak: Peak, num_parameters: int) -> dict[str, Any]:
-    """What a run has beside its settings, for the tracker."""
+    """Facts about a run besides its settings, for the tracker."""
     return {
         "ranks": world_size(),
         "device": str(device),
@@ -220,14 +220,14 @@ def _found_at_start(device: torch.device, micro_batch_size: int, peak: Peak, num
 
 
 def _shared_by_ranks(job: TrainingJob) -> dict[str, str]:
-    """What must be the same on every rank. Settings are those in sections: folders may have other names on other
-    machines."""
+    """The values that must be the same on every rank. Only settings in sections count: folders may have other names on
+    other machines."""
     settings = {key: str(value) for key, value in flatten(job.settings).items() if "." in key}
     return {"shards digest": job.shards.digest, **settings, **code_versions()}
 
 
 def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, Window, Guard]:
-    """Load the newest usable checkpoint, which the main rank chooses; returns its folder and where the run was. Without
+    """Load the newest usable checkpoint, which rank 0 chooses; returns its folder and the progress of the run. Without
     a checkpoint: None, and the beginning."""
     config = job.config
     chosen = checkpoint.newest_usable(job.folder / "checkpoints") if is_main() else None

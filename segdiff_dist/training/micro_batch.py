@@ -1,4 +1,5 @@
-"""`micro_batch_size: auto`: how many images a rank takes through the net at once, tried at the start of a run."""
+"""`micro_batch_size: auto`: the number of images that a rank takes through the net at once, found at the start of a
+run."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
     """The configured size or, for `auto`, the smallest of the fastest sizes that fit.
 
     It times training steps on copies of the first image from `load`, for each size that divides a rank's share of the
-    global batch. The slowest rank decides. The result is kept in `folder`, by ranks, devices and everything else that
-    memory and speed depend on, so that a resumed run computes the same bits. Call it on every rank, after
+    global batch. The slowest rank decides. The result is kept in `folder`, keyed by ranks, devices and everything else
+    that memory and speed depend on, so that a resumed run computes the same bits. Call it on every rank, after
     torch.distributed was started.
     """
     if config.micro_batch_size != "auto":
@@ -43,7 +44,7 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
     devices = gather_objects(device_name(batch.image_BHW.device))
     key = _key(task.model, batch, config, devices)
     sizes = [size for size in range(1, share + 1) if share % size == 0]
-    # The main rank alone reads the file: another's view of it may be older, and it would try alone.
+    # Only rank 0 reads the file: another rank may see an older version, and would then measure alone.
     known = _read(file) if is_main() else {}
     decided: int | None = gather_objects(known.get(key))[0]
     if decided in sizes:
@@ -63,7 +64,7 @@ def find_micro_batch(task: Task, load: Callable[[], Batch], config: TrainConfig,
 
 
 def _read(file: Path) -> dict[str, int]:
-    """The sizes of earlier runs, by key; empty where the file cannot be read."""
+    """The sizes of earlier runs, by key; empty if the file cannot be read."""
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
@@ -102,7 +103,7 @@ def measure_rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int
     """Images a second of each size, up to the first that does not fit or is slower than two smaller ones."""
     device = batch.image_BHW.device
     rates: list[float] = []
-    # What the engine will hold beside activations and gradients: fp32 weights, Adam's two, the averages.
+    # The engine's memory besides activations and gradients: fp32 weights, Adam's two moments, the averages.
     held = (
         sum(p.numel() for p in task.model.parameters())
         * (3 + len(config.ema_lengths))
@@ -112,7 +113,7 @@ def measure_rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int
     try:
         kept_free = torch.empty(held if device.type == "cuda" else 0, device=device)
         for size in sizes:
-            # A CPU raises no error where memory ends: the kernel kills.
+            # A CPU raises no error when the memory is used up: the operating system kills the process.
             if device.type == "cpu" and rates and not _has_room(resident_bytes() - before, done, size, 4 * held):
                 break
             rates.append(images_per_s(task, _repeated(batch, size), config, device))
@@ -133,13 +134,14 @@ def resident_bytes() -> float:
 
 
 def _has_room(grown: float, done: int, size: int, held: float) -> bool:
-    """Whether the host has memory for `size` images, where `done` took `grown` bytes, and for `held` bytes besides."""
+    """Whether the host has memory for `size` images, if `done` images took `grown` bytes, and for `held` further
+    bytes."""
     memory = host_memory()
     return memory is None or grown / done * size - grown + held <= rank_share(memory).available
 
 
 def images_per_s(task: Task, batch: Batch, config: TrainConfig, device: torch.device) -> float:
-    """The rate of training steps on a batch, the first of which does not count."""
+    """The rate of training steps on a batch; the first step does not count."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -7,9 +7,9 @@ Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; t
 learning rate, is that of Liu et al. 2025, "Muon is scalable for LLM training", section 2.2. A convolution's weight
 [out, in, h, w] is the matrix [out, in h w].
 
-torch.optim.Muon and DeepSpeed's do the same for whole matrices. Here weights are pieces of flat tensors, whichever way
-ZeRO cuts them: every rank gathers g' and orthogonalises the matrices that it holds a piece of. The state is Adam's
-first moment, so that a checkpoint belongs to no number of ranks. A veto is read on the device: nothing waits for it.
+torch.optim.Muon and DeepSpeed's Muon need whole matrices. Here weights are pieces of flat tensors, as ZeRO divides
+them: every rank gathers g' and orthogonalises the matrices of which it holds a piece. The state is Adam's first moment,
+so a checkpoint can be read with any number of ranks. A veto is read on the device, and the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from segdiff_dist.training.sharded_state import Extent
 # Jordan et al. 2024.
 _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Five iterations in all, in the form of Dao et al. 2026, "Gram Newton-Schulz", which DeepSpeed has too.
+# Five iterations, in the form of Dao et al. 2026, "Gram Newton-Schulz", which DeepSpeed also uses.
 _BETWEEN_RESTARTS = (2, 3)
 # Root mean square of an AdamW update: Liu et al. 2025, section 2.2.
 _UPDATE_RMS = 0.2
-# Narrower than this a matrix has too few directions to be worth it.
+# A matrix narrower than this has too few directions for Muon to help.
 _LEAST_SIDE = 16
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon updates this weight: a matrix or convolution between hidden layers.
 
-    First and last layers, embeddings, and the projections of the time embedding are AdamW's, as Jordan et al. advise.
+    AdamW updates first and last layers, embeddings, and the projections of the time embedding, as Jordan et al. advise.
     """
     if parameter.dim() < 2 or min(len(parameter), parameter[0].numel()) < _LEAST_SIDE:
         return False
@@ -55,7 +55,7 @@ def orthogonalised(matrix_MN: Tensor, dtype: torch.dtype = torch.bfloat16) -> Te
     wide = matrix_MN.T if tall else matrix_MN
     x = (wide / (wide.norm() + 1e-7)).to(dtype)
     # x <- (a + b R + c R^2) x with R = x x^T, five times: the factors are multiplied first, since R is the smaller
-    # matrix. Its rounding errors grow meanwhile, so that x is brought up to date once on the way.
+    # matrix. Its rounding errors grow meanwhile, so x is computed once in between.
     for num_iterations in _BETWEEN_RESTARTS:
         gram = x @ x.T
         factor = torch.eye(len(x), dtype=dtype, device=x.device)
@@ -83,8 +83,8 @@ class _Piece:
 class MuonAdamW(torch.optim.Optimizer):
     """AdamW whose groups with `muon: True` get Muon's update instead.
 
-    `lay_out` must be called before the first step, and says where in the flat tensors of those groups the matrices are.
-    `found_inf`, if set, is a number on the device: where it is not 0, the step leaves everything as it is.
+    `lay_out` must be called before the first step; it gives the positions of the matrices in the flat tensors of those
+    groups. `found_inf`, if set, is a number on the device: if it is not 0, the step changes nothing.
     """
 
     found_inf: Tensor | None = None
@@ -112,8 +112,8 @@ class MuonAdamW(torch.optim.Optimizer):
         extents_of_ranks: Sequence[Sequence[Extent]],
         rank: int,
     ) -> None:
-        """shards: this rank's flat weights, as in `extents_of_ranks[rank]`; the extents of every rank, in whose order
-        flat tensors of equal number and length lie on each of them. One entry alone: every rank holds all."""
+        """shards: this rank's flat weights, as in `extents_of_ranks[rank]`. extents_of_ranks: the extents of every
+        rank; all ranks have flat tensors of equal number and length. A single entry: every rank holds everything."""
         mine = {id(p) for g in self.param_groups if g["muon"] for p in g["params"]}
         held = {i for i, shard in enumerate(shards) if id(shard) in mine}
         self._shards, self._rank = shards, rank
@@ -131,7 +131,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of the groups that are in `param_groups` now: ZeRO puts one there at a time."""
+        """One update of the groups that are now in `param_groups`: ZeRO puts one group there at a time."""
         for group in self.param_groups:
             (self._step_muon if group["muon"] else self._step_adamw)(group)
 
@@ -143,7 +143,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         lr, decay = group["lr"], group["weight_decay"]
-        # 1 or 0, without a wait for the device. A vetoed gradient may hold NaN, which 0 would not make go away.
+        # 1 or 0, without waiting for the device. A vetoed gradient may hold NaN, and NaN times 0 is NaN.
         allowed = 1.0 if self.found_inf is None else (self.found_inf == 0).float()
         looking_ahead: dict[int, Tensor] = {}
         for shard in group["params"]:
@@ -172,7 +172,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return moment
 
     def _gathered(self, looking_ahead: dict[int, Tensor]) -> dict[int, dict[int, Tensor]]:
-        """rank -> shard -> its flat tensor: of every rank where matrices are cut between ranks."""
+        """rank -> shard -> its flat tensor: for every rank if matrices are divided between ranks."""
         own = {i: looking_ahead[id(s)] for i, s in enumerate(self._shards) if id(s) in looking_ahead}
         if not self._gathers:
             return {self._rank: own}

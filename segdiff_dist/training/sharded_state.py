@@ -1,8 +1,8 @@
 """The training state in files that any number of ranks and any ZeRO stage can read.
 
 Every kind of state (weights, Adam's moments, averages) is as large as the model. Each rank holds pieces of it in a few
-flat tensors, its shards. An Extent says which elements of which parameter are where in them. A rank writes its shards
-to one safetensors file with its extents in the header. A reader fills its own extents from the files that hold them.
+flat tensors, its shards. An Extent is the position of a parameter's elements in them. A rank writes its shards to one
+safetensors file with its extents in the header. A reader fills its own extents from the files that hold them.
 Safetensors hold numbers only, so a checkpoint from a stranger cannot run code.
 """
 
@@ -70,9 +70,9 @@ def file_name(rank: int) -> str:
 
 
 def write(folder: Path, rank: int, state: ShardOfState) -> None:
-    """Write one rank's file and, once it is safely on the disk, what to check it by: rank_00000.json.
+    """Write one rank's file and, once it is safely on the disk, its length and checksum: rank_00000.json.
 
-    Raises OSError where the disk is full; nothing of this rank then counts as written.
+    Raises OSError if the disk is full; then nothing of this rank counts as written.
     """
     from safetensors.torch import save_file
 
@@ -95,13 +95,13 @@ def write(folder: Path, rank: int, state: ShardOfState) -> None:
 
 
 def number_of(error: Exception) -> int:
-    """The errno in the text of safetensors' error, "... (os error 28)"; EIO where there is none."""
+    """The errno in the text of safetensors' error, "... (os error 28)"; EIO if there is none."""
     match = re.search(r"os error (\d+)", str(error))
     return int(match[1]) if match else errno.EIO
 
 
 def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:
-    """What is damaged in the files, for a message, or None. It compares lengths, and with `read_all` checksums."""
+    """A message about damaged files, or None. It compares lengths, and with `read_all` checksums."""
     for rank in range(num_files):
         path = folder / file_name(rank)
         try:
@@ -151,10 +151,11 @@ class SavedState:
         size = math.prod(self.shapes[extent.parameter])
         held = min(sizes.get(f"{kind}.{extent.shard}", -1) for kind in self.kinds)
         if not (0 <= extent.start < extent.stop <= size and 0 <= extent.offset <= held - length):
-            raise ValueError(f"{extent} leads out of its file")
+            raise ValueError(f"{extent} is outside of its file")
 
     def problems_for(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Problem]:
-        """How the parameters differ from those of a model: another architecture, key by key."""
+        """Problems, key by key, of parameters that differ from those of a model, which then has another
+        architecture."""
         problems = []
         for name in sorted(self.shapes.keys() | shapes.keys()):
             saved, wanted = self.shapes.get(name), shapes.get(name)
@@ -166,7 +167,7 @@ class SavedState:
     def fill(self, kind: str, extents: Iterable[Extent], shards: Sequence[Tensor]) -> None:
         """Copy the kind's values into flat tensors laid out by `extents`.
 
-        Raises InputProblems where the files do not hold all of them.
+        Raises InputProblems if the files do not hold all of them.
         """
         for wanted in extents:
             filled = 0
@@ -188,7 +189,7 @@ class SavedState:
         parameters = {}
         for name, shape in self.shapes.items():
             held = sum(saved.stop - saved.start for saved, _ in self._where.get(name, ()))
-            if held < math.prod(shape):  # before memory is taken for it
+            if held < math.prod(shape):  # before memory is allocated for it
                 raise problem(self.folder, name, f"{held} of {math.prod(shape)} elements of {kind}", _ANOTHER)
             flat = torch.empty(math.prod(shape))
             self.fill(kind, [Extent(name, 0, flat.numel(), 0, 0)], [flat])
@@ -197,8 +198,8 @@ class SavedState:
 
 
 def _packed(state: ShardOfState) -> tuple[dict[str, Tensor], list[Extent]]:
-    """Tensors to write, and the extents in them: the shards themselves where this rank writes all of their elements,
-    else only the elements it writes."""
+    """Tensors to write, and the extents in them: the shards themselves if this rank writes all of their elements, else
+    only the elements it writes."""
     num_written = sum(e.stop - e.start for e in state.extents)
     sizes = [shard.numel() for shard in next(iter(state.shards.values()))]
     if num_written == sum(sizes):

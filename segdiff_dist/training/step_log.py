@@ -1,4 +1,4 @@
-"""Metrics of the steps, whether a step's update may be made, and the log that both end in.
+"""Metrics of the steps, the decision whether a step's update may be made, and the log of both.
 
 Values stay on the device until they are logged, so that no step waits for the host.
 """
@@ -20,7 +20,7 @@ from segdiff_dist.ranks.distributed import is_main, sum_over_ranks
 if TYPE_CHECKING:
     from segdiff_dist.tracking.tracker import Tracker
 
-# The running mean of the loss: its weight for one step, and how many steps must have gone into it before it counts.
+# The running mean of the loss: the weight of one step, and the number of steps before the mean is used.
 _MEAN_WEIGHT = 0.01
 _STEPS_BEFORE_SPIKES_COUNT = 100
 
@@ -48,7 +48,7 @@ class Window:
 
     @property
     def step_sums(self) -> Tensor:
-        """What add() adds to, in place: the sums of a step. There after the first add()."""
+        """The sums of a step, to which add() adds in place. They exist after the first add()."""
         assert self._step_N2 is not None
         return self._step_N2
 
@@ -74,7 +74,7 @@ class Window:
         self._sums_N2 += torch.where(skipped > 0, self._zero, self._reduced_N2)
 
     def means(self) -> dict[str, float]:
-        """name -> mean, NaN where nothing was counted. The window begins anew."""
+        """name -> mean, NaN if nothing was counted. The window starts again."""
         means = {name: s / n if n else float("nan") for name, (s, n) in self.values().items()}
         self._sums_N2 = torch.zeros_like(self._sums_N2)
         return means
@@ -100,7 +100,7 @@ class Guard:
         self._zero, self._one = torch.zeros_like(self._loss), torch.ones_like(self._loss)
 
     def veto(self, step_loss: Tensor) -> Tensor:
-        """1.0 where the loss is not finite or stands out, else 0.0; on the device."""
+        """1.0 if the loss is not finite or far above the mean, else 0.0; on the device."""
         self._loss = step_loss
         mean, steps, *_ = self._values_5
         stands_out = (steps >= _STEPS_BEFORE_SPIKES_COUNT) & (step_loss > self._spike_factor * mean)
@@ -109,7 +109,7 @@ class Guard:
         return (is_not_finite(step_loss) | stands_out).float()
 
     def count(self, skipped: Tensor) -> None:
-        """After the step: whether its update was not made (1.0), whoever prevented it."""
+        """Call after the step, with 1.0 if its update was not made for any reason."""
         mean, steps, total, in_a_row, longest = self._values_5
         one_more, in_a_row = steps + self._one, in_a_row + self._one
         weight = torch.clamp(one_more.reciprocal(), min=_MEAN_WEIGHT)
@@ -129,12 +129,13 @@ class Guard:
 
     @property
     def longest_in_a_row(self) -> int:
-        """The most steps skipped in a row since the run began, also where updates followed; waits for the device."""
+        """The most steps skipped in a row since the run began, also if updates followed; waits for the device."""
         return int(self._values_5[4])
 
     def is_sound(self, max_skipped_steps: int) -> bool:
-        """Whether the weights are from outside a streak of skipped steps: those from within may be what causes it.
-        A streak of `max_skipped_steps`, which stops the run, counts even where updates followed."""
+        """Whether the weights are from outside a streak of skipped steps. Weights from within may be its cause.
+
+        A streak of `max_skipped_steps`, which stops the run, counts even if updates followed."""
         return self.num_in_a_row == 0 and self.longest_in_a_row < max_skipped_steps
 
     def values(self) -> list[float]:
@@ -143,16 +144,16 @@ class Guard:
 
 
 class RunLog:
-    """Metrics of a run, by images seen, in log.jsonl and in the tracker. The main rank alone writes."""
+    """Metrics of a run, by images seen, in log.jsonl and in the tracker. Only rank 0 writes."""
 
     def __init__(self, file: Path, tracker: Tracker, prefix: str, images_seen: int) -> None:
-        """The log goes on after `images_seen`. Names in the tracker begin with `prefix` and a slash."""
+        """The log continues after `images_seen`. Names in the tracker begin with `prefix` and a slash."""
         self._file, self._tracker, self._prefix = file, tracker, prefix
         if is_main():
             _cut_log(file, images_seen)
 
     def write(self, images_seen: int, row: Mapping[str, float]) -> None:
-        """A line of the file, where NaN and infinity are null, and the tracker's metrics."""
+        """Write a line of the file, with null for NaN and infinity, and the tracker's metrics."""
         if not is_main():
             return
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
@@ -161,13 +162,13 @@ class RunLog:
         self.track(images_seen, row)
 
     def track(self, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """The tracker's metrics alone."""
+        """Write only the tracker's metrics."""
         named = {f"{self._prefix}/{name}": value for name, value in metrics.items()}
         self._tracker.log_metrics(named, images_seen)
 
 
 def _cut_log(path: Path, images_seen: int) -> None:
-    """Remove lines that a killed run wrote after its last checkpoint, or wrote in part: they are written again."""
+    """Remove lines that a killed run wrote after its last checkpoint, or wrote only partly: they are written again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: they wait for the end of the step, so that a checkpoint can be written."""
+"""Signals that ask a training to stop. The training ends its step first and writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StopSignals:
         return self
 
     def _ask(self, number: int, _: Any) -> None:
-        # DeepSpeed's launcher sends its ranks SIGTERM for a Ctrl-C that the terminal has sent them already.
+        # At Ctrl-C the terminal sends SIGINT to the ranks, and DeepSpeed's launcher then sends them SIGTERM too.
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True

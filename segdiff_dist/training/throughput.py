@@ -1,6 +1,6 @@
-"""How fast training runs and how much of the hardware it uses: clock, FLOPs, MFU and memory.
+"""The speed of training and its use of the hardware: clock, FLOPs, MFU and memory.
 
-Nothing here waits for the device. Ask the clock after the loss has been read, so that what it measured is done.
+Nothing here waits for the device. Read the clock after the loss has been read, so that the measured work is done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from segdiff_dist.attention import set_attention
 from segdiff_dist.ranks.distributed import world_size
 
-# Dense TFLOP/s of bf16 and TF32 tensor cores and of fp32, from NVIDIA's data sheets (half of what they give "with
+# Dense TFLOP/s of bf16 and TF32 tensor cores and of fp32, from NVIDIA's data sheets (half of the figures "with
 # sparsity"). The first name that is part of torch.cuda.get_device_name() counts.
 _PEAK_TFLOPS: dict[str, tuple[float, float, float]] = {
     "H200 NVL": (835.5, 417.5, 60.0),
@@ -37,7 +37,7 @@ _PEAK_TFLOPS: dict[str, tuple[float, float, float]] = {
     "RTX 4090": (165.2, 82.6, 82.6),
     "RTX A6000": (154.8, 77.4, 38.7),
 }
-# Side of the matrices whose product is timed where the table does not help: large enough to reach the peak, small
+# Side of the matrices whose product is timed for devices outside the table: large enough to reach the peak, small
 # enough to take a fraction of a second.
 _MEASURED_SIDE = {"cpu": 768, "cuda": 8192}
 # Long enough for one product among them to run undisturbed on a machine that does other work.
@@ -55,7 +55,7 @@ class Peak(NamedTuple):
 def peak_flops(device: torch.device, precision: Literal["bf16", "fp32"]) -> Peak:
     """The device's peak for matrix products: from the data sheet or, elsewhere, the best rate of a few products.
 
-    fp32 counts as TF32 where cuDNN may use it for convolutions, which is torch's default.
+    fp32 counts as TF32 if cuDNN may use that for convolutions, which is torch's default.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -85,7 +85,7 @@ class FlopCounter:
     """FLOPs of training on one image, forward and backward, counted on the meta device: no memory, no arithmetic.
 
     Make it before an engine takes the model. It keeps a copy without weights, notes the arguments of the model's first
-    forward, and counts when asked. What activation checkpointing computes twice counts once, as is usual for MFU.
+    forward, and counts when asked. Work that activation checkpointing does twice counts once, as is usual for MFU.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,7 +114,8 @@ def count_flops(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """The model with weights that have shapes only, attention in torch's own operators, and nothing computed twice."""
+    """The model with weights that have only shapes, attention in torch's own operators, and without activation
+    checkpointing."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
@@ -137,7 +138,7 @@ def _one_on_meta(value: Any) -> Any:
 
 
 class StepClock:
-    """Images a second, time spent waiting for data, step times, MFU and memory since the last question.
+    """Images a second, time spent waiting for data, step times, MFU and memory since the last call.
 
     Each rank measures itself; images_seen counts those of all ranks.
     """
@@ -150,31 +151,31 @@ class StepClock:
 
     def _begin(self, images_seen: int) -> None:
         self._images, self._start, self._waited_s, self._paused_s = images_seen, time.perf_counter(), 0.0, 0.0
-        self._step_start = 0.0  # on a clock that stops in pauses
+        self._step_start = 0.0  # measured by a clock that stops in pauses
         self._step_s: list[float] = []
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent here is waiting for data."""
+        """A context for waiting for data."""
         start = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent here does not count: validation, and waiting for a checkpoint."""
+        """A context for time that does not count: validation, and waiting for a checkpoint."""
         start = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - start
 
     def step(self) -> None:
-        """A step is over for the host. A GPU's steps follow at the same pace as soon as its queue is full."""
+        """The host has finished a step. Once the GPU's queue is full, its steps have the same pace."""
         now = self._busy_s()
         self._step_s.append(now - self._step_start)
         self._step_start = now
 
     def rates(self, images_seen: int) -> dict[str, float]:
-        """What to log, by stable names (docs/watching.md); begins the next measurement."""
+        """The values to log, by stable names (docs/watching.md); starts the next measurement."""
         busy_s = max(self._busy_s(), 1e-9)
         images_per_s = (images_seen - self._images) / busy_s
         rates = {"images_per_s": images_per_s, "data_wait_fraction": self._waited_s / busy_s}
@@ -191,7 +192,7 @@ class StepClock:
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
-    """GiB that this process holds of the host's memory and, at most since it began, of the GPU's."""
+    """GiB of host memory of this process and, as a peak since it began, of GPU memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     memory = {"host_memory_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}
     if device.type == "cuda":
@@ -200,7 +201,7 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
 
 
 def progress_line(row: Mapping[str, float]) -> str:
-    """A row of the log in short, for the end of a progress bar, which itself shows img/s and ETA."""
+    """A short form of a log line, for the end of a progress bar, which itself shows img/s and ETA."""
     words = [f"loss {row['loss']:.4f}"]
     if "mfu" in row:
         words.append(f"MFU {row['mfu']:.0%}")
