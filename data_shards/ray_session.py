@@ -30,9 +30,9 @@ _OBJECT_STORE_BYTES = 200 * 1024**2
 # Ray itself tries an address where nothing listens for minutes, and then ends the process.
 _CONNECT_TIMEOUT_S = 10.0
 # Ray starts in seconds, on a busy machine in half a minute. Where one of its processes dies meanwhile it may wait on.
-_SAY_AFTER_S, _START_TIMEOUT_S = 20.0, 180.0
+SAY_AFTER_S, START_TIMEOUT_S = 20.0, 180.0
 # It stops in a second or two.
-_STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0
 # Ray puts sockets at FOLDER/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, and a socket's path has
 # 107 bytes at most (unix(7)).
 _MOST_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -156,10 +156,10 @@ def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool
 
     threading.Thread(target=begin, name="ray", daemon=True).start()
     try:
-        if not is_there.wait(_SAY_AFTER_S):
-            warnings.warn(f"waiting for {where} to start, {_START_TIMEOUT_S:.0f} s at most", stacklevel=5)
-            if not is_there.wait(_START_TIMEOUT_S - _SAY_AFTER_S):
-                raise problem(where, "start", f"did not start within {_START_TIMEOUT_S:.0f} s", remedy)
+        if not is_there.wait(SAY_AFTER_S):
+            warnings.warn(f"waiting for {where} to start, {START_TIMEOUT_S:.0f} s at most", stacklevel=5)
+            if not is_there.wait(START_TIMEOUT_S - SAY_AFTER_S):
+                raise problem(where, "start", f"did not start within {START_TIMEOUT_S:.0f} s", remedy)
         if failed:
             raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
         yield
@@ -189,11 +189,11 @@ def _shut_down(where: str, is_ours: bool) -> None:
     import ray
 
     processes = _own_processes() if is_ours else []
-    has_stopped = within(_STOP_TIMEOUT_S, ray.shutdown)
+    has_stopped = within(STOP_TIMEOUT_S, ray.shutdown)
     kill(processes)
     if not has_stopped:
         done = "its processes were killed" if is_ours else "it is left as it is"
-        warnings.warn(f"{where} did not stop within {_STOP_TIMEOUT_S:.0f} s; {done}", stacklevel=5)
+        warnings.warn(f"{where} did not stop within {STOP_TIMEOUT_S:.0f} s; {done}", stacklevel=5)
 
 
 def _own_processes() -> list[psutil.Process]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Two blocks of this many fp32 values fit into a core's second-level cache (2 MiB on the measured machine).
-_BLOCK = 1 << 17
+BLOCK = 1 << 17
 # From this number of values on, casting all of them to fp32 first takes longer than casting a block at a time.
 _MANY = 1 << 20
 
@@ -60,12 +60,12 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NCHW, weight_C, mean_NG, rstd_NG = ctx.saved_tensors
-        backward = group_norm_backward if _is_slow(x_NCHW, mean_NG.shape[1]) else _torchs_backward
+        backward = group_norm_backward if is_slow(x_NCHW, mean_NG.shape[1]) else _torchs_backward
         dx_NCHW, dweight_C, dbias_C = backward(gradients[0], x_NCHW, weight_C.float(), mean_NG, rstd_NG)
         return dx_NCHW, None, dweight_C.to(weight_C.dtype), dbias_C.to(weight_C.dtype), None
 
 
-def _is_slow(x_NCHW: Tensor, groups: int) -> bool:
+def is_slow(x_NCHW: Tensor, groups: int) -> bool:
     """Whether torch's own code takes longer, with one thread and with two: docs/kernels.md, section 7."""
     channels_a_group = x_NCHW.shape[1] // groups
     if x_NCHW.dtype == torch.float32:
@@ -138,7 +138,7 @@ def _blocks(n: int, pixels: int, c: int) -> Iterator[tuple[slice, slice]]:
 
     Blocks are few and large, since all threads synchronise after every operation on a block.
     """
-    most = _BLOCK * torch.get_num_threads()
+    most = BLOCK * torch.get_num_threads()
     samples, step = max(1, most // (pixels * c)), max(1, most // c)
     for i in range(0, n, samples):
         for p in range(0, pixels, step):

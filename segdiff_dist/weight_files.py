@@ -23,7 +23,7 @@ Net = TypeVar("Net", bound="nn.Module")
 
 DIGESTS = "digests.json"
 # A folder is replaced file by file, quickly; a reader tries again before it reports damage.
-_LOOKS, _PAUSE_S = 5, 0.2
+_LOOKS, PAUSE_S = 5, 0.2
 
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:
@@ -42,7 +42,7 @@ def refuse_damaged(folder: Path, what: str, remedy: str) -> None:
         if not problems:
             return
         if look < _LOOKS - 1:
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
     refuse(problems)
 
 

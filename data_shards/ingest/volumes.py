@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Labels and float images saved by way of each other come back as 0.99998 or 2.0004; beyond this they are other numbers.
 _WHOLE = 1e-3
 # Volumes beyond this are set against the memory that is free.
-_LARGE_BYTES = 2**30
+LARGE_BYTES = 2**30
 # Resampling sums float32 products of values; beyond this they overflow.
 _LARGEST_VALUE = 1e30
 # An overlap this small is none: what is left where a stretch ends on an element's edge.
@@ -238,7 +238,7 @@ def _itk_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[
 
 
 def _refuse_too_large(path: Path, geometry: Geometry) -> None:
-    memory = host_memory() if geometry.voxel_bytes > _LARGE_BYTES else None
+    memory = host_memory() if geometry.voxel_bytes > LARGE_BYTES else None
     if memory is not None and geometry.voxel_bytes > memory.available:
         # A process that asks for more is killed without a word, and a file of a few MB can unpack to that.
         reason = (

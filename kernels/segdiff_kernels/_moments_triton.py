@@ -12,26 +12,7 @@ from torch import Tensor
 
 from segdiff_kernels.compile_cases import CompileCase
 from segdiff_kernels.partials import new_partials, num_slices, slice_pixels
-
-# 8 KiB a tile: 4 loads of 16 bytes for each of 128 threads and each tensor.
-_TILE_BYTES = 8192
-
-
-def channel_tile(*channels: int) -> int:
-    """Channels a program takes of a row: a power of two, at most 128 (256 bytes of bfloat16).
-
-    The largest of 128, 64, 32 that divides all counts, so that no lane idles and every row starts aligned; else enough
-    for the largest count, with a mask.
-    """
-    for tile in (128, 64, 32):
-        if all(c % tile == 0 for c in channels):
-            return tile
-    return max(8, min(128, triton.next_power_of_2(max(channels))))
-
-
-def pixel_tile(num_pixels: int, block_c: int, element_size: int) -> int:
-    """Pixels a program holds at once: a power of two, at most a slice."""
-    return min(slice_pixels(num_pixels), max(1, _TILE_BYTES // (block_c * element_size)))
+from segdiff_kernels.tiles import channel_tile, pixel_tile
 
 
 @triton.jit

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from segdiff_kernels._moments_triton import TRITON_NAME, where_in_grid
-from segdiff_kernels._norm_triton import UNET_NORMS, group_tile, load_affine, merge_tiles, norm_tiles, sigmoid
+from segdiff_kernels._norm_triton import UNET_NORMS, group_tile, load_affine, norm_tiles, sigmoid
 from segdiff_kernels.compile_cases import CompileCase
 from segdiff_kernels.partials import num_slices, slice_pixels
+from segdiff_kernels.tiles import merge_tiles
 
 
 @triton.jit

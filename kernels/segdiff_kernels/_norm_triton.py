@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segdiff_kernels._moments_triton import TRITON_NAME, channel_tile, launch_moments, pixel_tile, where_in_grid
+from segdiff_kernels._moments_triton import TRITON_NAME, launch_moments, where_in_grid
 from segdiff_kernels.compile_cases import CompileCase
 from segdiff_kernels.partials import num_slices, slice_pixels
+from segdiff_kernels.tiles import channel_tile, merge_tiles, pixel_tile
 
 
 @triton.jit
@@ -208,14 +209,6 @@ def normalise_kernel(  # type: ignore[no-untyped-def]
             skip_ptr, y_ptr + C1, statistics_ptr + C1, weight_ptr + C1, bias_ptr + C1,
             n, block * BLOCK_P, (tile - tiles) * BLOCK_C + c_C, HW, C2, C, SILU, PER_SAMPLE, BLOCK_P,
         )  # fmt: skip
-
-
-def merge_tiles(num_channels: int, num_groups: int, num_slices: int) -> dict[str, int]:
-    """Blocks of the kernels that merge slices: groups of 32 channels together, so that whole sectors are read."""
-    block_k = triton.next_power_of_2(num_channels // num_groups)
-    block_g = max(1, min(triton.next_power_of_2(num_groups), 32 // block_k))
-    block_s = max(1, min(triton.next_power_of_2(num_slices), 2048 // (block_g * block_k)))
-    return {"BLOCK_S": block_s, "BLOCK_G": block_g, "BLOCK_K": block_k}
 
 
 def norm_tiles(num_pixels: int, c1: int, c2: int, dtype: torch.dtype) -> dict[str, int]:

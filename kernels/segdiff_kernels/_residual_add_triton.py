@@ -12,17 +12,13 @@ from torch import Tensor
 
 from segdiff_kernels._moments_triton import (
     TRITON_NAME,
-    channel_tile,
     merge_rows,
-    pixel_tile,
     welford,
     where_in_grid,
 )
 from segdiff_kernels.compile_cases import CompileCase
 from segdiff_kernels.partials import new_partials, num_slices, slice_pixels
-
-# Programs a tile of channels that share the rows of the bias's gradient: four for each of 132 multiprocessors.
-_MAX_CHUNKS = 512
+from segdiff_kernels.tiles import MOST_CHUNKS, channel_tile, chunk_rows, pixel_tile
 
 
 @triton.jit
@@ -108,16 +104,11 @@ def launch_residual_add(
     return sum_NCHW, partials_NS2C
 
 
-def chunk_rows(num_rows: int, block_p: int) -> int:
-    """Rows a program adds up: whole tiles, so many that at most 512 programs share a tile of channels."""
-    return triton.cdiv(triton.cdiv(num_rows, _MAX_CHUNKS), block_p) * block_p
-
-
 def launch_channel_sums(x_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums over N, H, W [C], in a fixed order, x read once: two launches, one where there are no more than 512 rows."""
     n, c, h, w = x_NCHW.shape
     rows_MC, num_rows = x_NCHW, n * h * w
-    if num_rows > _MAX_CHUNKS:
+    if num_rows > MOST_CHUNKS:
         block_c = channel_tile(c)
         block_p = pixel_tile(h * w, block_c, x_NCHW.element_size())
         chunk = chunk_rows(num_rows, block_p)

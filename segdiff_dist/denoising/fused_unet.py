@@ -27,7 +27,7 @@ from segdiff_kernels.label_conv_in import label_conv_in
 from segdiff_kernels.residual_add import residual_add
 from segdiff_kernels.skip_group_norm_silu import skip_group_norm_silu
 
-_MOST_ELEMENTS = 2**31 - 1
+MOST_ELEMENTS = 2**31 - 1
 
 
 class Stream(NamedTuple):
@@ -275,7 +275,7 @@ class _Upsample(Upsample2D):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         # With more elements than an int32 can count, torch's channels-last kernel writes zeros (pytorch#141831).
-        at_once = max(1, _MOST_ELEMENTS // (4 * x_NCHW[0].numel()))
+        at_once = max(1, MOST_ELEMENTS // (4 * x_NCHW[0].numel()))
         parts = [F.interpolate(part, scale_factor=2.0, mode="nearest") for part in x_NCHW.split(at_once)]
         return self.conv(parts[0] if len(parts) == 1 else torch.cat(parts))
 

@@ -71,7 +71,7 @@ class DenoiserTask:
         process = self.process
         x_BCHW, target_BCHW, level_B = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
 
-        prediction_BCHW = forward(x_BCHW, process.time(level_B), *self._conditions(batch))
+        prediction_BCHW = forward(x_BCHW, process.time(level_B), *self.conditions(batch))
 
         mean_squares = weighted_mse if self.model.uses_kernels else weighted_mse_reference
         loss, error_B = mean_squares(prediction_BCHW, target_BCHW, process.weight(level_B))
@@ -97,7 +97,8 @@ class DenoiserTask:
             training[_SEGMENTER_DIGEST] = self.dice_term.weights_sha256
         self.model.save(self.weights / average, weights, training)
 
-    def _conditions(self, batch: Batch) -> Conditions:
+    def conditions(self, batch: Batch) -> Conditions:
+        """What the network is told of each slice, less what its position in the order says it does without."""
         diffusion, seed, position_B = self.diffusion, self.seed, batch.position_B
         conditions = self.model.conditions_of(batch)
         conditions = drop_organs(conditions, self.model.label_table, diffusion.organ_dropout, seed, position_B)

@@ -10,10 +10,9 @@ from kernels_support import DEVICE, assert_near, fresh_generator, randn
 from torch import Tensor
 
 from segdiff_kernels import group_norm_silu as op
-from segdiff_kernels._moments_triton import channel_tile, pixel_tile
-from segdiff_kernels._norm_triton import merge_tiles
 from segdiff_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from segdiff_kernels.partials import num_slices, slice_pixels
+from segdiff_kernels.tiles import channel_tile, merge_tiles, pixel_tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -10,10 +10,10 @@ from kernels_support import DEVICE, assert_near, fresh_generator, randn
 from torch import Tensor
 
 from segdiff_kernels import residual_add as op
-from segdiff_kernels._residual_add_triton import chunk_rows
 from segdiff_kernels.group_norm_silu import group_norm_silu
 from segdiff_kernels.partials import slice_pixels
 from segdiff_kernels.residual_add import residual_add, residual_add_reference
+from segdiff_kernels.tiles import chunk_rows
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

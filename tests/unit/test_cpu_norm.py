@@ -52,8 +52,8 @@ def test_against_float64(
     by_rows: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_norm, "_BLOCK", 16 * 1000)
-    monkeypatch.setattr(cpu_norm, "_is_slow", lambda *_: by_rows)
+    monkeypatch.setattr(cpu_norm, "BLOCK", 16 * 1000)
+    monkeypatch.setattr(cpu_norm, "is_slow", lambda *_: by_rows)
     x_NCHW = (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=LAST)
     dy_NCHW = torch.randn(shape).to(dtype)  # rows, as a sum's gradient may come
     weight_C, bias_C = torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)

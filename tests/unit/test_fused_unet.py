@@ -23,6 +23,7 @@ from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser, choose_kernels
 from segdiff_dist.denoising.fused_unet import why_not_fused
 from segdiff_dist.denoising.task import DenoiserTask
+from segdiff_dist.diffusers_parts import Upsample2D
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import Engine
 
@@ -155,10 +156,11 @@ def test_a_step_neither_waits_nor_changes_layout(shapes: Path, tmp_path: Path) -
 
 
 def test_what_torch_cannot_upsample_at_once_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    upsample = fused_unet._Upsample(8, use_conv=True)
-    x_NCHW = torch.randn(5, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    _, fused = pair()
+    upsample = next(module for module in fused.unet.modules() if isinstance(module, Upsample2D))
+    x_NCHW = torch.randn(5, upsample.channels, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
     whole = upsample(x_NCHW)
-    monkeypatch.setattr(fused_unet, "_MOST_ELEMENTS", 2 * 4 * x_NCHW[0].numel())  # two images at once
+    monkeypatch.setattr(fused_unet, "MOST_ELEMENTS", 2 * 4 * x_NCHW[0].numel())  # two images at once
     pieces = upsample(x_NCHW)
     assert pieces.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(pieces, whole)

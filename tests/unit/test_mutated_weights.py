@@ -80,7 +80,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_are_refused_in_words(
     kind: str, digests: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segdiff_dist.weight_files._PAUSE_S", 0.0)
+    monkeypatch.setattr("segdiff_dist.weight_files.PAUSE_S", 0.0)
     whole = request.getfixturevalue(kind)
     load: Callable[[Path], object] = Denoiser.load if kind == "denoiser" else Segmenter.load
     rng, refused = np.random.default_rng(0), 0

@@ -274,7 +274,7 @@ def test_more_voxels_than_memory_are_refused_before_it_is_taken(
     from data_shards.ingest import volumes
 
     nib.save(nib.Nifti1Image(_coded(), AFFINE), tmp_path / "v.nii.gz")
-    monkeypatch.setattr(volumes, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(volumes, "LARGE_BYTES", 0)
     read_volume(tmp_path / "v.nii.gz")
     monkeypatch.setattr(volumes, "host_memory", lambda: HostMemory(1000, 100))
     with pytest.raises(UnreadableVolume, match="GiB of memory are free"):

@@ -1,0 +1,47 @@
+"""How much of a tensor one program of the norms' kernels takes. Plain numbers, no Triton.
+
+Tiles are powers of two, as Triton wants its blocks.
+"""
+
+from __future__ import annotations
+
+from segdiff_kernels.partials import slice_pixels
+
+# 8 KiB a tile: 4 loads of 16 bytes for each of 128 threads and each tensor.
+_TILE_BYTES = 8192
+# Programs a tile of channels that share the rows of the bias's gradient: four for each of 132 multiprocessors.
+MOST_CHUNKS = 512
+
+
+def channel_tile(*channels: int) -> int:
+    """Channels a program takes of a row: a power of two, at most 128 (256 bytes of bfloat16).
+
+    The largest of 128, 64, 32 that divides all counts, so that no lane idles and every row starts aligned; else enough
+    for the largest count, with a mask.
+    """
+    for tile in (128, 64, 32):
+        if all(c % tile == 0 for c in channels):
+            return tile
+    return max(8, min(128, _next_power_of_2(max(channels))))
+
+
+def pixel_tile(num_pixels: int, block_c: int, element_size: int) -> int:
+    """Pixels a program holds at once: a power of two, at most a slice."""
+    return min(slice_pixels(num_pixels), max(1, _TILE_BYTES // (block_c * element_size)))
+
+
+def merge_tiles(num_channels: int, num_groups: int, num_slices: int) -> dict[str, int]:
+    """Blocks of the kernels that merge slices: groups of 32 channels together, so that whole sectors are read."""
+    block_k = _next_power_of_2(num_channels // num_groups)
+    block_g = max(1, min(_next_power_of_2(num_groups), 32 // block_k))
+    block_s = max(1, min(_next_power_of_2(num_slices), 2048 // (block_g * block_k)))
+    return {"BLOCK_S": block_s, "BLOCK_G": block_g, "BLOCK_K": block_k}
+
+
+def chunk_rows(num_rows: int, block_p: int) -> int:
+    """Rows a program adds up: whole tiles, so many that at most 512 programs share a tile of channels."""
+    return -(-num_rows // (MOST_CHUNKS * block_p)) * block_p
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
