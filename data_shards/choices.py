@@ -1,4 +1,4 @@
-"""The choices of settings, each named once: the constants of the modules that use them are made from these."""
+"""The choices of settings, each named once: other modules derive their constants from these."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """JSON and YAML from untrusted files: bounded in bytes and depth, refused with file and place.
 
 The result is plain values: finite numbers, text that can be printed and be a path, no key twice. The reader of a format
-checks that they are values of that format: with `checked`, or within `reading`, which turns an error there into one
-problem with file and remedy.
+checks that they are values of that format: with `checked`, or within `reading`, which turns an error into one problem
+with file and remedy.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from data_shards.problems import InputProblems, Problem, problem
 # The index of ten million slices in ten thousand shards takes 8 MB. A configuration takes a few KB; PyYAML reads 50 KB
 # a second.
 _MOST_JSON_BYTES, _MOST_YAML_BYTES = 256 * 1024**2, 256 * 1024
-# Ours are at most 8 deep. Python gives up near 1,000, and code that walks through values before that.
+# Our files are at most 8 deep. Python fails near 1,000, and code that walks through values fails earlier.
 _MOST_DEPTH = 64
-# Of a value or an error, what a person is shown.
+# Characters of a value or an error that are shown to the user.
 _MOST_SHOWN = 160
-# The most problems that are listed of one file: with more it is a file of another kind.
+# The most problems that are listed for one file: with more it is a file of another kind.
 _MOST_PROBLEMS = 8
 # -2^63 and 2^64 - 1 have 20 characters.
 _MOST_DIGITS = 20
-# What cannot be written as UTF-8, or be part of a path.
+# Characters that cannot be written as UTF-8, or be part of a path.
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
-# What reading plain values as those of a format raises where they are not.
+# Errors that occur when plain values are read as those of a format and are not.
 MISREAD = (
     ArithmeticError,
     AssertionError,
@@ -54,12 +54,12 @@ MISREAD = (
 def read_json(
     path: Path, remedy: str, what: str = "a JSON object", most_bytes: int = _MOST_JSON_BYTES
 ) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises InputProblems: not there, not a file, too large, not an object."""
+    """The JSON object in the file `path`. Raises InputProblems: missing, not a file, too large, not an object."""
     return parse_json(read_bytes(path, remedy, most_bytes), path, remedy, what)
 
 
 def parse_json(content: bytes, where: object, remedy: str, what: str = "a JSON object") -> dict[str, Any]:
-    """The JSON object that `content` is. `what` it should be, for the message: "a shard set's index"."""
+    """The JSON object in `content`. `what`: the expected content, for the message: "a shard set's index"."""
     values = parse_json_value(content, where, remedy, what)
     if not isinstance(values, dict):
         raise problem(where, "content", f"a {type(values).__name__}, not {what}", remedy)
@@ -67,7 +67,7 @@ def parse_json(content: bytes, where: object, remedy: str, what: str = "a JSON o
 
 
 def parse_json_value(content: bytes, where: object, remedy: str, what: str = "JSON") -> Any:
-    """Whatever JSON `content` is. Raises InputProblems where it is none, or nested too deeply."""
+    """The JSON value in `content`. Raises InputProblems if it is not JSON, or nested too deeply."""
     try:
         values = json.loads(
             content.removeprefix(b"\xef\xbb\xbf"),
@@ -95,7 +95,7 @@ def parse_yaml(content: bytes, where: object, remedy: str) -> Any:
 
 
 def read_bytes(path: Path, remedy: str, most_bytes: int = _MOST_JSON_BYTES) -> bytes:
-    """All bytes of a file. Raises InputProblems: not there, a folder or a pipe, longer than `most_bytes`."""
+    """All bytes of a file. Raises InputProblems: missing, a folder or a pipe, longer than `most_bytes`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -111,9 +111,10 @@ def read_bytes(path: Path, remedy: str, most_bytes: int = _MOST_JSON_BYTES) -> b
 
 @contextmanager
 def reading(where: object, what: str, remedy: str, field: str = "content") -> Iterator[None]:
-    """Around the reader of a format: whatever it trips over is one problem of `where`, which is not `what`.
+    """A context around the reader of a format: any error becomes one problem of `where`, "not `what`".
 
-    InputProblems of its own pass. A program error in the reader would read as one too, so nothing else belongs inside.
+    The reader's own InputProblems pass unchanged. A program error would also become a problem, so the context should
+    contain nothing else.
     """
     try:
         yield
@@ -125,12 +126,12 @@ def reading(where: object, what: str, remedy: str, field: str = "content") -> It
 
 
 def is_misread(error: Exception) -> bool:
-    """Whether a reader raises this of a file that is not of its format. Some of Arrow's errors are no ValueError."""
+    """Whether a reader raises this for a file of another format. Some of Arrow's errors are not a ValueError."""
     return isinstance(error, MISREAD) or type(error).__module__.startswith("pyarrow.")
 
 
 def checked(values: Any, kind: Any, where: object, what: str, remedy: str) -> None:
-    """Compare plain values with a type, a TypedDict for example; keys that it does not name may be there.
+    """Compare plain values with a type, for example a TypedDict; further keys are allowed.
 
     Raises InputProblems: the first few places that are missing or of another type.
     """
@@ -149,7 +150,7 @@ def checked(values: Any, kind: Any, where: object, what: str, remedy: str) -> No
 
 
 def shown(value: object, most: int = _MOST_SHOWN) -> str:
-    """One line of bounded length that a terminal can print, whoever wrote the value."""
+    """One line of limited length that a terminal can print, for values from any source."""
     text = str(value)[: 8 * most]
     text = "".join(c if c.isprintable() else " " for c in text)
     text = " ".join(text.split())
@@ -164,7 +165,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _refuse_unusable(values: Any) -> None:
-    """Raise ValueError for nesting beyond _MOST_DEPTH and for text that no file and no path can hold."""
+    """Raise ValueError for nesting beyond _MOST_DEPTH and for text that files and paths cannot hold."""
     layer = [values]
     for _ in range(_MOST_DEPTH + 1):
         inside: list[Any] = []

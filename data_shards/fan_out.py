@@ -1,4 +1,4 @@
-"""Ray, and nothing but Ray: run many tasks on a few workers that each set themselves up once."""
+"""The only use of Ray: run many tasks on a few workers, each of which is set up once."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ __all__ = ["Done", "Resources", "TaskFailure", "Workers", "fan_out", "num_cores"
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# How many workers a task may outlive before it counts as what kills them.
+# Number of workers that may die with a task before the task counts as the cause.
 _MOST_DEATHS = 3
-# How long a job without any worker waits for machines to come (back) before it gives up.
+# How long a job without any worker waits for machines before it gives up.
 _PATIENCE_S = 300.0
-# How long a worker may take to set itself up: to load a model, on the first use of some to download it.
+# How long the set-up of a worker may take: it loads a model, and may download it at first use.
 _SET_UP_S = 1800.0
 # How often a wait for tasks says what it waits for.
 _SAY_EVERY_S = 600.0
-# Killing workers asks Ray, which may not answer any more; and so does asking for their processor time.
+# Requests to Ray (kill a worker, read its processor time) may get no answer.
 _KILL_S, _LOOK_S = 30.0, 60.0
-# What a task passes back is small; a worker that has ended its task and does not hand it over is lost.
+# The result of a task is small; a worker that has ended its task but does not return the result is lost.
 _RESULT_S = 300.0
 
 
 @dataclass(frozen=True)
 class TaskFailure:
-    """A task that raised, or whose worker died again and again. `error` is one line for a person."""
+    """A task that raised, or whose worker died repeatedly. `error` is one line for the user."""
 
     error: str
 
 
 @dataclass(frozen=True)
 class Done(Generic[Task, Result]):
-    """A finished task and what came of it."""
+    """A finished task and its result."""
 
     task: Task
     result: Result | TaskFailure
@@ -50,14 +50,14 @@ class Done(Generic[Task, Result]):
 
 @dataclass(frozen=True)
 class Resources:
-    """What the machines of a Ray cluster have together."""
+    """The total resources of the machines of a Ray cluster."""
 
     num_cpus: int
     num_gpus: int
 
 
 def resources() -> Resources:
-    """Of the Ray that a ray_session around this call has joined or started."""
+    """The resources of the Ray cluster that the surrounding ray_session has joined or started."""
     import ray
 
     found = ray.cluster_resources()
@@ -95,10 +95,10 @@ class Workers(Generic[Task, Result]):
     """Ray actors that outlive a list of tasks: a context, in which `run` may be called for one list after the other.
 
     `make_worker` runs once in each actor and returns the function that does a task (so a model is loaded once). Actors
-    start when there is a task for them. One that is lost, alone or with its machine, is replaced as soon as there is
-    room; until then the others do its work. One whose processes use no processor time for an hour counts as lost
-    (liveness.BOUND changes that); it is named after ten minutes. `watched=False` leaves that out, for tasks that wait
-    for work elsewhere, such as in a container. Leaving the context early (an exception, Ctrl-C) stops them.
+    start when there is a task for them. A lost actor, alone or with its machine, is replaced as soon as there is room;
+    until then the others do its work. An actor whose processes use no processor time for an hour counts as lost
+    (liveness.BOUND changes the hour); it is reported after ten minutes. `watched=False` disables this, for tasks that
+    wait for other processes, for example in a container. Leaving the context early (an exception, Ctrl-C) stops them.
     """
 
     def __init__(
@@ -141,8 +141,9 @@ class Workers(Generic[Task, Result]):
     def run(self, tasks: Iterable[Task]) -> Iterator[Done[Task, Result]]:
         """Do every task; yield results as they come, in no fixed order.
 
-        A task that raises, or kills its worker three times, comes back as TaskFailure and costs only itself. Where no
-        worker can set itself up, or none finds room for `patience_s`, all that are left come back so.
+        A task that raises, or kills its worker three times, is returned as TaskFailure; the other tasks go on. If no
+        worker can be set up, or no machine has room for one for `patience_s`, all remaining tasks are returned as
+        TaskFailure.
         """
         import ray
         from ray.exceptions import RayError, RayTaskError
@@ -171,7 +172,7 @@ class Workers(Generic[Task, Result]):
             except RayTaskError as error:
                 result = TaskFailure(one_line(error.cause))
                 self._idle.append(actor)
-            except RayError as error:  # the worker's process, or the machine under it
+            except RayError as error:  # the worker's process or its machine died
                 ray.kill(actor)
                 if attempt.num_deaths + 1 < _MOST_DEATHS:
                     _say(f"a worker was lost ({one_line(error, 160)}); its task goes to another")
@@ -181,7 +182,7 @@ class Workers(Generic[Task, Result]):
             yield Done(attempt.task, result)
 
     def _ask_for(self, num: int) -> None:
-        """See that `num` workers are on their way."""
+        """Make sure that `num` workers exist or are starting."""
         import ray
 
         actor_class = ray.remote(_Worker).options(num_cpus=self._threads, num_gpus=self._gpus, max_restarts=0)
@@ -190,8 +191,8 @@ class Workers(Generic[Task, Result]):
             self._placing[actor.place.remote()] = actor
 
     def _greet(self, reference: Any) -> str | None:
-        """Have a worker that found a machine set itself up, and take one in that has. One that cannot is given up:
-        returns why."""
+        """Start the set-up of a worker that has a machine, or add a worker whose set-up has ended. A worker that cannot
+        be set up is given up: returns the reason."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -221,7 +222,7 @@ class Workers(Generic[Task, Result]):
         return reason
 
     def _next_event(self) -> Any | None:
-        """The reference of a task or start that has ended; None where nothing runs and no machine has had room for too
+        """The reference of a task or start that has ended; None if nothing runs and no machine has had room for too
         long."""
         import ray
 
@@ -232,7 +233,8 @@ class Workers(Generic[Task, Result]):
             return None
         ready, _ = ray.wait(references, timeout=self._patience_s / 10)
         if not ready:
-            # Where the process of one has died before Ray knew of it, Ray may wait for that: others are asked for.
+            # If a worker's process died before Ray knew of it, Ray may wait for it for ever, so new workers are
+            # requested.
             for actor in self._placing.values():
                 ray.kill(actor)
             num = len(self._placing)
@@ -244,9 +246,9 @@ class Workers(Generic[Task, Result]):
         return ready[0] if ready else None
 
     def _event_at_work(self, references: list[Any]) -> Any:
-        """The same while workers are at work or set themselves up. A task may take as long as it needs: a worker that
-        dies, or is ended because it does nothing, ends the wait. One that does not finish setting itself up is killed,
-        which ends it too."""
+        """The same while workers work or are being set up. A task may take as long as it needs: the wait ends when a
+        worker dies, or is killed because it uses no processor time. A worker whose set-up does not finish is killed,
+        which also ends the wait."""
         import ray
 
         begun = said = time.monotonic()
@@ -269,8 +271,8 @@ class Workers(Generic[Task, Result]):
                     ray.kill(actor)
 
     def _end_the_stuck(self) -> None:
-        """Now and then: report workers whose task uses no processor time, and kill those that have used none for too
-        long, so that their tasks go to others."""
+        """From time to time, report workers whose task uses no processor time, and kill those that have used none for
+        too long, so that their tasks go to others."""
         import ray
 
         if self._quiet is None or not self._quiet.is_due(now := time.monotonic()):
@@ -294,12 +296,12 @@ class Workers(Generic[Task, Result]):
 
 
 def runner() -> Callable[[Any], Any]:
-    """The worker for tasks that know what to do: it calls their run()."""
+    """The worker for tasks that have a run() method: it calls that."""
     return lambda task: task.run()
 
 
 def _on_machines(do: Callable[[Place], Any], places: Iterable[Place]) -> list[Any]:
-    """do(place) on each place's machine; None where it does not answer."""
+    """do(place) on each place's machine; None if the machine does not answer."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -332,7 +334,7 @@ class _Attempt(Generic[Task]):
 
 
 class _Worker:
-    """The actor. Threads are fixed before torch loads, so that results do not depend on how many workers run."""
+    """The actor. Threads are fixed before torch loads, so that results do not depend on the number of workers."""
 
     def __init__(self, num_threads: int) -> None:
         lean_imports.begin()

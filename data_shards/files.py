@@ -1,17 +1,17 @@
-"""Files and folders that appear whole or not at all, a lock on a file, and an error in one line.
+"""Files and folders that appear complete or not at all, a lock on a file, and an error in one line.
 
-What is being written has a hidden name beside its own, with the suffix `.unfinished`, and is renamed when it is whole.
-A block that fails removes it. What a killed process leaves under that name is ignored by readers.
+An unfinished file has a hidden name in the same folder, with the suffix `.unfinished`, and is renamed when it is
+complete. A block that fails removes it. Readers ignore unfinished files of killed processes.
 
     write_atomic(path, content)    .NAME.PID.unfinished    several processes may write the same name at once
     new_file(path)                 .NAME.unfinished        for libraries that write to a path; the next one replaces it
     new_folder(path)               .NAME.unfinished/       the same for a folder
 
 Durability. A rename protects a file from a killed process. Only `durable=True` protects it from a power cut: it waits
-until the file, its name and its folder are on the disk. That is used where the loss would cost work that nothing else
-can restore, or where a file vouches for others: a checkpoint's files and marker, the note of exported weights, and a
-shard set's table and index. All other files are written again by the same command, or have checksums that show damage
-(shards, weights, regions of a sample store), so their writers do not wait for the disk.
+until the file, its name and its folder are on the disk. It is used if lost work could not be restored, or if a file
+confirms others: a checkpoint's files and marker, `exported.json`, and a shard set's table and index. All other files
+are written again by the same command, or have checksums that show damage (shards, weights, regions of a sample store),
+so their writers do not wait for the disk.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 from data_shards.problems import removed_on_failure
 
 SUFFIX = ".unfinished"
-# Suffixes of earlier versions, whose leftovers are ignored and removed too.
+# Suffixes of earlier versions, whose unfinished files are also ignored and removed.
 _OLD_SUFFIXES = (".tmp", ".partial")
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write `content` (text as UTF-8) to `path`, whole or not at all. Makes missing folders. Raises OSError."""
+    """Write `content` (text as UTF-8) to `path`, completely or not at all. Makes missing folders. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with removed_on_failure(path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -41,7 +41,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
 @contextmanager
 def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield the hidden name to write a file under; it becomes `path`, readable as open() would make it. For a single
-    writer: hold a lock where there may be others. Raises OSError."""
+    writer: hold a lock if there may be others. Raises OSError."""
     with removed_on_failure(unfinished_name(path)) as unfinished:
         unfinished.unlink(missing_ok=True)
         yield unfinished
@@ -51,8 +51,8 @@ def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
-    """Yield an empty hidden folder to fill; it becomes `path`, which may be there if it is empty, or with `replaces`.
-    For a single writer. Raises OSError."""
+    """Yield an empty hidden folder to fill; it becomes `path`, which may exist if it is empty, or with `replaces`. For
+    a single writer. Raises OSError."""
     former = path.absolute().with_name(f".{path.name}.former{SUFFIX}")
     with hidden_folder(path) as unfinished:
         yield unfinished
@@ -68,8 +68,8 @@ def new_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def updated_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder; its files then take their places in `path` one by one, so that a reader meanwhile
-    sees whole files, and other files of `path` stay. For a single writer. Raises OSError."""
+    """Yield an empty hidden folder; its files are then moved to `path` one by one. Meanwhile a reader sees complete
+    files, and other files of `path` stay. For a single writer. Raises OSError."""
     with hidden_folder(path) as unfinished:
         yield unfinished
         path.mkdir(exist_ok=True)
@@ -97,12 +97,12 @@ def unfinished_name(path: Path) -> Path:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a name is one of those that a killed writer leaves, of this version or an earlier one."""
+    """Whether a name is that of an unfinished file of a killed writer, of this version or an earlier one."""
     return path.name.startswith(".") and path.suffix in (SUFFIX, *_OLD_SUFFIXES)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove from `folder` what killed writers left in it. The caller holds the lock of it."""
+    """Remove unfinished files of killed writers from `folder`. The caller holds its lock."""
     for leftover in list(folder.iterdir()):
         if is_leftover(leftover) or leftover.suffix in (SUFFIX, ".partial"):  # earlier versions did not hide all
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network filesystems sync files alone
+        with suppress(OSError):  # some network filesystems can sync only files
             os.fsync(handle)
     finally:
         os.close(handle)
@@ -121,8 +121,8 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Wait for the lock file at `path` and hold it against every other process and thread. The kernel releases it when
-    its holder dies. For moments; `data_shards.locks` has the lock of a whole command. Raises OSError."""
-    # Opened anew each time: a descriptor shared with a fork would hold the lock for both.
+    its holder dies. For short times; `data_shards.locks` has the lock of a whole command. Raises OSError."""
+    # Opened each time: a descriptor shared with a fork would hold the lock for both.
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -147,8 +147,8 @@ def _rename(unfinished: Path, path: Path, durable: bool) -> None:
 
 
 def _with_usual_mode(path: Path) -> None:
-    """Give a file the permissions that open() gives a new one: safetensors makes files for their owner alone, and
-    weights of a shared run are to be read by others."""
+    """Give a file the permissions that open() gives a new one: safetensors makes files readable only by their owner,
+    but others must be able to read the weights of a shared run."""
     status = Path("/proc/self/status").read_text()
     umask = next((line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), "0022")
     path.chmod(0o666 & ~int(umask, 8))

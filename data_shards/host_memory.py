@@ -1,4 +1,4 @@
-"""How much of the host's memory this process may still take: the machine's, or its container's where that is less.
+"""The host memory that this process may still use: the machine's, or its container's if that is less.
 
 Not psutil: it reads the machine's memory, not the limits of cgroups.
 """
@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# A cgroup's limit, what it holds, and the name in memory.stat of the file cache that the kernel can take back.
+# A cgroup's limit, its present use, and the name in memory.stat of the file cache that the kernel can reclaim.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 class HostMemory(NamedTuple):
-    """In bytes. `total`: what there is in all; `available`: what can be had now, swap included."""
+    """In bytes. `total`: all memory; `available`: the memory that can be used now, swap included."""
 
     total: int
     available: int
 
 
 def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> HostMemory | None:
-    """The least of the machine and of every cgroup (version 1 or 2) that this process is in; None where the system does
-    not say."""
+    """The minimum over the machine and every cgroup (version 1 or 2) of this process; None if the system does not
+    tell."""
     machine = _machine(proc)
     if machine is None:
         return None
@@ -38,7 +38,7 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
 
 
 def rank_share(memory: HostMemory) -> HostMemory:
-    """A rank's part, where a launcher has started several on this machine."""
+    """A rank's part, if a launcher has started several on this machine."""
     # torchrun's name, DeepSpeed's and Slurm's.
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE") if "RANK" in os.environ else ()
     text = next((os.environ[name] for name in names if name in os.environ), "1")
@@ -56,8 +56,8 @@ def _machine(proc: Path) -> HostMemory | None:
 
 
 def _cgroups(proc: Path, root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """This process' memory cgroups from the innermost out. In a container their path is often that of the host, which
-    is not there: its root is the container's own."""
+    """This process' memory cgroups, the innermost first. In a container their path is often that of the host and does
+    not exist there; then the root is the container's own."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -76,7 +76,7 @@ def _cgroups(proc: Path, root: Path) -> Iterator[tuple[Path, tuple[str, str, str
 def _number(file: Path) -> int | None:
     try:
         return int(file.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # not there; `max`: no limit
+    except (OSError, ValueError):  # missing; `max`: no limit
         return None
 
 

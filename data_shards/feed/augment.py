@@ -1,6 +1,7 @@
-"""What is done to the slice at a position: flip, then rotation and zoom, then crop; for MR also contrast and gamma.
+"""The augmentation of the slice at a position: flip, then rotation and zoom, then crop; for MR also contrast and gamma.
 
-A pure function of (seed, position), so a run that was resumed, or goes on with other ranks, sees the same pixels.
+It is a pure function of (seed, position), so a run that was resumed, or continues with other ranks, sees the same
+pixels.
 
 Dimensions: B batch.
 """
@@ -18,14 +19,14 @@ from data_shards.feed.order import STREAM_AUGMENT, uniform
 if TYPE_CHECKING:
     from data_shards.feed.config import LoaderConfig
 
-# A position's draws in [0, 1), in this order: adding one at the end leaves the others as they are.
+# A position's draws in [0, 1), in this order: a new draw at the end does not change the others.
 _DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")
 
 
 @dataclass(frozen=True)
 class Steering:
     """The numbers of a batch. flip: int32, 1 mirrors left and right. angle: degrees. zoom: factor. top, left: of the
-    crop, in pixels of the slice once it is flipped and turned. gamma, contrast: factors of grey values in [0, 1]."""
+    crop, in pixels of the flipped and rotated slice. gamma, contrast: factors of grey values in [0, 1]."""
 
     flip: np.ndarray
     angle: np.ndarray
@@ -40,12 +41,12 @@ class Steering:
         return replace(self, **{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
 
     def without_jitter(self, spared_B: np.ndarray) -> Steering:
-        """Grey values of some of the samples left as they are."""
+        """The numbers, without changes of grey values for some of the samples."""
         one = np.float32(1.0)
         return replace(self, gamma=np.where(spared_B, one, self.gamma), contrast=np.where(spared_B, one, self.contrast))
 
     def window(self, stored: int, size: int) -> Window:
-        """The crop in the slice as it is stored, where nothing turns it on the way."""
+        """The crop in the stored slice, if slices are not rotated or zoomed."""
         left_B = np.where(self.flip == 1, stored - size - self.left, self.left)
         return Window(self.top, left_B, size)
 

@@ -1,4 +1,4 @@
-"""Rows of a shard set to arrays: one read a sample, checked against its checksum, bad samples refused or replaced.
+"""Rows of a shard set to arrays: one read a sample, compared with its checksum; bad samples are refused or replaced.
 
 Dimensions: B batch, H rows, W columns.
 """
@@ -17,18 +17,18 @@ from data_shards.store.byte_ranges import Range, ShortFile
 from data_shards.store.codecs import PICTURES, crc32c, decode_into
 from data_shards.store.shards import ShardSet
 
-# What may be between the parts of a sample in a tar: a header, a NumPy file's header and filling, or other members.
+# Largest gap between the parts of a sample in a tar: a header, a NumPy file's header and padding, or other members.
 _LARGEST_GAP = 4096
-# How many replacements are tried before a set counts as lost.
+# Number of replacements that are tried before a set counts as lost.
 _MOST_REPLACEMENTS = 100
 
-# Of one part: pixels [B, C, H, W], or for codecs that DALI decodes each sample's encoded bytes.
+# One part: pixels [B, C, H, W], or for codecs that DALI decodes the encoded bytes of each sample.
 Pixels = np.ndarray | list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which part of each slice is wanted: `size` rows and columns from (top_B, left_B), int64 [B]."""
+    """The window of each slice: `size` rows and columns from (top_B, left_B), int64 [B]."""
 
     top_B: np.ndarray
     left_B: np.ndarray
@@ -40,12 +40,12 @@ class Window:
 
 
 class BatchReader:
-    """Reads the samples of a batch together, and sees to it that every byte is as it was written.
+    """Reads the samples of a batch together, and checks that every byte is as it was written.
 
-    `skipped`: the rows that were bad and why, where on_corrupt is `skip`. A training run takes another sample in their
-    place, which depends on the position alone (Order.stand_ins); a single pass leaves them out. Bad is what is not as
-    it was written, or not there; a store that does not answer is an error in any case, since it may answer tomorrow.
-    Not to be shared by threads.
+    `skipped`: the bad rows and the reasons, if on_corrupt is `skip`. A training run takes another sample instead, which
+    depends on the position alone (Order.stand_ins); a single pass leaves bad samples out. A sample is bad if its bytes
+    have changed or are missing. A store that does not answer is always an error, since it may answer later. Not to be
+    shared by threads.
     """
 
     def __init__(self, shards: ShardSet, order: Order, parts: Sequence[str], on_corrupt: str, num_threads: int) -> None:
@@ -62,8 +62,8 @@ class BatchReader:
     def read(
         self, position_B: np.ndarray, window: Window | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Pixels]]:
-        """Positions and rows of what was read, and its parts: uint8 or uint16 [B, C, H, W], C being 2 for edge and else
-        1; or lists of encoded pictures, which a window does not cut. Raises ValueError naming shard and sample."""
+        """Positions and rows that were read, and their parts: uint8 or uint16 [B, C, H, W], with C 2 for edge and else
+        1; or lists of encoded pictures, which are not cut to a window. Raises ValueError naming shard and sample."""
         row_B = self._order.rows_at(position_B)
         pixels, errors = self._read_rows(row_B, window)
         for attempt in range(1, _MOST_REPLACEMENTS + 1):
@@ -93,7 +93,7 @@ class BatchReader:
             warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=2)
 
     def _read_rows(self, row_B: np.ndarray, window: Window | None) -> tuple[dict[str, Pixels], list[str | None]]:
-        """The parts of every row, and for each None or what is wrong with it."""
+        """The parts of every row, and for each row None or its error."""
         codec = self._shards.codec
         if codec in PICTURES:
             encoded = self._encoded(row_B)
@@ -111,7 +111,8 @@ class BatchReader:
         return {part: _cut(w, window) for part, w in whole.items()}, errors
 
     def _whole(self, part: str, num: int, window: Window | None) -> np.ndarray:
-        """Room for a part of whole slices: what is only cut from is used again and stays in the processor's cache."""
+        """A buffer for a part of whole slices. If only windows are cut from it, it is reused and stays in the
+        processor's cache."""
         shape, dtype = (num, *self._shape_of[part]), self._shards.dtype(part)
         if window is None:
             return np.empty(shape, dtype)
@@ -123,14 +124,14 @@ class BatchReader:
         return {p: [np.empty(n, np.uint8) for n in self._shards.parts[p].bytes_N[row_B].tolist()] for p in self._parts}
 
     def _fill(self, row_B: np.ndarray, payloads: dict[str, list[np.ndarray]]) -> list[str | None]:
-        """Read all payloads, parts that are neighbours in one go, and compare their checksums."""
+        """Read all payloads, neighbouring parts in one read, and compare their checksums."""
         shards = self._shards
         columns = {part: self._columns(part, row_B) for part in self._parts}
         ranges: list[Range] = []
         owner: list[int] = []
         for i in range(len(row_B)):
             views: list[memoryview] = []
-            at = (-1, -1)  # file, and the offset at which the range in the making ends
+            at = (-1, -1)  # file, and the offset at which the current range ends
             for offset, file, part in sorted((c[1][i], c[0][i], part) for part, c in columns.items()):
                 payload = payloads[part][i]
                 gap = offset - at[1]
@@ -166,7 +167,7 @@ class BatchReader:
         whole: dict[str, np.ndarray],
         errors: list[str | None],
     ) -> None:
-        """zstd frames into the arrays; the decoder runs without the GIL."""
+        """Decode zstd frames into the arrays; the decoder runs without the GIL."""
 
         def one(job: tuple[str, int]) -> None:
             part, i = job

@@ -17,14 +17,14 @@ from data_shards.records import AXES, MODALITIES
 from data_shards.settings import Execution, Result, Resumable
 from data_shards.store.config import CacheConfig
 
-# Of augmentations: the largest angle, and the largest change of scale or contrast.
+# Limits of augmentations: the largest angle, and the largest change of scale or contrast.
 Degrees = Annotated[float, Interval(ge=0, le=180)]
 Fraction = Annotated[float, Interval(ge=0, le=0.9)]
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Which slices are used, and how they are read and augmented.
+    """The slices that are used, and how they are read and augmented.
 
     Augmentations act on image and mask together and are a pure function of (seed, position). They are off by default.
     """
@@ -37,7 +37,7 @@ class LoaderConfig:
     """Weights of groups, as in {CT: 1, MR/axial: 2}. Without groups every slice comes once in an epoch. A key is
     MODALITY or MODALITY/AXIS. With several sets it is also 0:MODALITY or 0:*, counted from 0."""
     crop: Result[Literal["centre", "random"]] = "centre"
-    """Where the crop is taken."""
+    """The position of the crop."""
     crop_size: Result[Annotated[int, Ge(8)] | None] = None
     """Side of the crop in pixels. null takes the whole stored slice."""
     flip: Result[bool] = False
@@ -49,19 +49,18 @@ class LoaderConfig:
     jitter_mr: Result[Fraction] = 0.0
     """Change contrast and gamma of MR images by up to this fraction either way. CT keeps its HU."""
     on_corrupt: Resumable[Literal["raise", "skip"]] = "raise"
-    """What happens with a sample whose bytes are not those that were written: the run stops, or another sample is
-    taken."""
+    """What happens if a sample's bytes are not those that were written: the run stops, or another sample is taken."""
     num_threads: Execution[Annotated[int, Interval(ge=1, le=256)]] = 2
     """DALI's decoding threads."""
     prefetch_batches: Execution[Annotated[int, Interval(ge=0, le=1024)]] = 4
-    """Batches made ahead, in a thread of their own. 0 makes each batch when it is asked for."""
+    """Batches made ahead, in a separate thread. 0 makes each batch when it is needed."""
     cache_dir: Execution[Path | None] = field(default=None, metadata=FROM_A_PERSON)
-    """Where bytes of remote sets are kept on this machine."""
+    """The folder on this machine for bytes of remote sets."""
     cache_gib: Execution[Annotated[float, Interval(ge=0, le=1e6)]] = 0.0
     """Largest size of that cache, in GiB. 0 is no cache."""
 
     def problems(self) -> list[Problem]:
-        """What is out of range, as shown to the person who wrote it."""
+        """Values out of range, for the user."""
         found = range_problems(self, "config", "loader.")
         if self.cache_gib > 0 and self.cache_dir is None:
             found.append(
@@ -71,7 +70,7 @@ class LoaderConfig:
 
     @property
     def cache(self) -> CacheConfig:
-        """Of the shard sets that are opened."""
+        """The cache of the shard sets that are opened."""
         return CacheConfig(self.cache_dir, int(self.cache_gib * 1024**3))
 
     @property

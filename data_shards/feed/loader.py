@@ -1,6 +1,6 @@
-"""Shards to device batches: one NVIDIA DALI pipeline, on the GPU where there is one, else the same on the CPU.
+"""Shards to device batches: one NVIDIA DALI pipeline, on the GPU if there is one, else the same on the CPU.
 
-A thread of its own reads, decodes and augments ahead of the consumer of the batches. This file owns DALI.
+A separate thread reads, decodes and augments ahead of the consumer of the batches. This file owns DALI.
 
 Dimensions: B batch, H rows, W columns, C channels.
 """
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Batches that are read while DALI works on the one before.
+# Batches that are read while DALI works on the previous one.
 _READ_AHEAD = 2
-# How soon a waiting thread sees that it is to stop.
+# Seconds until a waiting thread notices that it must stop.
 _POLL_S = 0.1
 
 
@@ -40,8 +40,8 @@ class Loader:
     """Iterates over Batches for the given positions, decoding and augmenting ahead of the consumer.
 
     Position p shows the row of the shard set that `order` has there; `positions` gives each batch's global positions
-    (feed.order), `seed` keys the augmentations. Raises ValueError naming shard and sample for bytes that are not those
-    once written, or counts them in `skipped` (LoaderConfig.on_corrupt). One iteration a loader.
+    (feed.order), `seed` keys the augmentations. Damaged bytes raise a ValueError that names shard and sample, or are
+    counted in `skipped` (LoaderConfig.on_corrupt). A loader can be iterated once.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Loader:
         self._parts = tuple(shards.parts)
         self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
         self._crop = config.crop_size or shards.size
-        # Unwanted pixels are best not read; pictures can only be cut once they are decoded.
+        # If possible, only the needed pixels are read; pictures can only be cut after they are decoded.
         self._cuts_early = self._crop != shards.size and shards.codec not in PICTURES and not config.turns
         self._steered = self._steered_by()
         self._sources: Iterator[tuple[np.ndarray, np.ndarray, list[Any]]] = self._read()
@@ -73,14 +73,14 @@ class Loader:
 
     @property
     def skipped(self) -> dict[int, str]:
-        """Rows that were left out, and why."""
+        """Rows that were left out, and the reasons."""
         return self._reader.skipped
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._config.prefetch_batches:
             yield from self._batches()
             return
-        # One thread reads while another decodes and augments what was read before.
+        # One thread reads while another decodes and augments the previous batch.
         self._sources = sources = _Ahead(self._read(), _READ_AHEAD)
         ahead = _Ahead(self._batches(), self._config.prefetch_batches)
         try:
@@ -117,8 +117,8 @@ class Loader:
 
         if self._stream is None:
             return torch.from_numpy(output.as_array())  # as_array copies
-        # Not on torch's own stream: behind all that training has queued there, the copy would read what DALI has
-        # written since into the same buffer.
+        # Not on torch's own stream: after all that training has queued there, the copy would read what DALI has written
+        # since into the same buffer.
         with torch.cuda.stream(self._stream):
             pixels = torch.from_dlpack(output.as_tensor()).clone()
         self._stream.synchronize()
@@ -140,7 +140,7 @@ class Loader:
         return tuple(name for name, wanted in taken.items() if wanted)
 
     def _read(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[Any]]]:
-        """Of every batch positions, rows, and what DALI is given: the parts, and the numbers that steer it."""
+        """For every batch: positions, rows, and DALI's inputs (the parts, and the numbers of the augmentation)."""
         for asked_B in self._positions:
             if not (self._steered or self._cuts_early):
                 position_B, row_B, pixels = self._reader.read(asked_B)
@@ -156,7 +156,7 @@ class Loader:
             yield position_B, row_B, [*(pixels[part] for part in self._parts), *steered]
 
     def _next_sources(self) -> tuple[Any, ...]:
-        """What DALI asks for when it begins a batch."""
+        """The inputs for DALI's next batch."""
         read = next(self._sources)
         # Held until the batch is out: DALI reads these buffers in place.
         self._in_flight.append(read)
@@ -166,7 +166,8 @@ class Loader:
         from nvidia.dali import fn, pipeline_def
 
         on_gpu = self.device.type == "cuda"
-        # On the CPU the loader's own thread is all the overlap there is to have; DALI's would fight it for the cores.
+        # On the CPU only the loader's own thread overlaps with training; DALI's threads would compete with it for the
+        # cores.
         execution = (
             {"prefetch_queue_depth": 2}
             if on_gpu
@@ -193,7 +194,7 @@ class Loader:
         return built
 
     def _decoded(self, source: Any, part: str, on_gpu: bool) -> Any:
-        """A part as CHW on the device. Pictures are decoded here; JPEG 2000 on the GPU, where DALI has one."""
+        """A part as CHW on the device. Pictures are decoded here; JPEG 2000 on the GPU if DALI uses one."""
         from nvidia.dali import fn, types
 
         channels, stored = 2 if part == "edge" else 1, self._shards.size
@@ -230,7 +231,8 @@ class Loader:
         """Rotated and zoomed about the centre; linear for images, nearest neighbour for labels."""
         from nvidia.dali import fn, types
 
-        # warp_affine's matrix takes output to input coordinates. It wants channels last, and no 16-bit numbers.
+        # warp_affine's matrix maps output to input coordinates. It needs channels last, and does not accept 16-bit
+        # numbers.
         stored = self._shards.size
         centre = np.array([stored / 2, stored / 2], dtype=np.float32)
         matrix = np.eye(2, 3, dtype=np.float32)
@@ -248,7 +250,7 @@ class Loader:
 
 
 class _Ahead(Generic[T]):
-    """Runs an iterator in a thread of its own, at most `depth` items ahead of the consumer."""
+    """Runs an iterator in a separate thread, at most `depth` items ahead of the consumer."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
@@ -272,7 +274,7 @@ class _Ahead(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread; what it made is dropped."""
+        """Stop the thread; its items are dropped."""
         self._stop.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""How often which slices are drawn: weights for modalities, axes and shard sets, and the order they give.
+"""The proportions in which slices are drawn: weights for modalities, axes and shard sets, and their order.
 
 A key is [SET:]MODALITY[/AXIS] or [SET:]*, with SET the index of a shard set among those opened together: `CT`,
 `MR/axial`, `1:*`, `0:CT/coronal`. Weights are shares of the samples drawn, whatever the groups' sizes.
@@ -24,7 +24,7 @@ _GRAMMAR = "write [SET:]MODALITY[/AXIS] or [SET:]*, for example CT, MR/axial or 
 
 
 class Tagged(Protocol):
-    """What a mix reads of a ShardSet: integers for every row."""
+    """The interface that a mix uses of a ShardSet: integers for every row."""
 
     @property
     def modality_N(self) -> np.ndarray:
@@ -41,7 +41,7 @@ class Tagged(Protocol):
 
 @dataclass(frozen=True)
 class MixGroup:
-    """One key of a mix: codes of what it takes (None: any) and its weight."""
+    """One key of a mix: the codes that it selects (None: any) and its weight."""
 
     key: str
     weight: float
@@ -50,7 +50,7 @@ class MixGroup:
     axis: int | None = None
 
     def cells(self, num_sets: int) -> np.ndarray:
-        """bool [S, M, A]: the combinations of set, modality and axis that it takes."""
+        """bool [S, M, A]: the combinations of set, modality and axis that it selects."""
         taken_SMA = np.zeros((num_sets, len(MODALITIES), len(AXES)), dtype=bool)
         at = tuple(slice(None) if code is None else code for code in (self.set_index, self.modality, self.axis))
         taken_SMA[at] = True
@@ -58,7 +58,7 @@ class MixGroup:
 
 
 def mix_problems(mix: Mapping[str, float], where: str = "config") -> list[Problem]:
-    """What is wrong with a mix, as far as it is known without the shards."""
+    """Problems of a mix that are known without the shards."""
     return parse_mix(mix, where)[1]
 
 
@@ -84,9 +84,9 @@ def mix_groups(
     for group, taken_SMA in zip(groups, taken_GSMA, strict=True):
         if not rows_SMA[taken_SMA].any():
             remedy = "remove the key, or choose its slices with loader.modalities and loader.axes"
-            problems.append(Problem(where, _field(group), "matches no slice in play", remedy))
+            problems.append(Problem(where, _field(group), "matches none of the used slices", remedy))
     problems += _overlaps(groups, taken_GSMA, where)
-    if not problems:  # else the keys that are wrong may be the ones that are missing
+    if not problems:  # otherwise the missing keys may be the wrong ones, misspelt
         problems += _unmatched(rows_SMA * ~taken_GSMA.any(axis=0), where)
     refuse(problems)
     group_R = taken_GSMA.argmax(axis=0).ravel()[cell_R]
@@ -94,14 +94,14 @@ def mix_groups(
 
 
 def make_order(shards: Tagged, rows: np.ndarray, mix: Mapping[str, float], seed: int, where: str = "config") -> Order:
-    """The order that training sees the rows in: all alike without a mix, else as mix_groups says."""
+    """The order of the rows in training: all with equal weight without a mix, else as in mix_groups."""
     if not mix:
         return Shuffled(rows, seed)
     return Mixed(*mix_groups(shards, rows, mix, where), seed)
 
 
 def parse_mix(mix: Mapping[str, float], where: str = "config") -> tuple[list[MixGroup], list[Problem]]:
-    """The groups of a mix, in its order, and what is wrong with its keys and weights."""
+    """The groups of a mix, in its order, and the problems of its keys and weights."""
     groups: list[MixGroup] = []
     problems: list[Problem] = []
     for key, weight in mix.items():
@@ -136,8 +136,8 @@ def _overlaps(groups: list[MixGroup], taken_GSMA: np.ndarray, where: str) -> lis
     for second in range(len(groups)):
         for first in range(second):
             if (taken_GSMA[first] & taken_GSMA[second]).any():
-                value = f"takes slices that {groups[first].key} takes too"
-                problems.append(Problem(where, _field(groups[second]), value, "let every slice fall under one key"))
+                value = f"selects slices that {groups[first].key} selects too"
+                problems.append(Problem(where, _field(groups[second]), value, "let every slice belong to one key"))
     return problems
 
 
@@ -147,7 +147,7 @@ def _unmatched(rows_SMA: np.ndarray, where: str) -> list[Problem]:
         key = f"{MODALITIES[modality]}/{AXES[axis]}"
         if rows_SMA.shape[0] > 1:
             key = f"{set_index}:{key}"
-        value = f"{rows_SMA[set_index, modality, axis]} slices {key} fall under no key"
+        value = f"{rows_SMA[set_index, modality, axis]} slices {key} belong to no key"
         remedy = f"add {key}, or leave them out with loader.modalities and loader.axes"
         problems.append(Problem(where, "loader.mix", value, remedy))
     return problems

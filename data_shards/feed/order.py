@@ -1,13 +1,13 @@
-"""Which sample comes when: pure functions of (seed, position, number of samples), and of nothing else.
+"""The order of samples: pure functions of (seed, position, number of samples) alone.
 
 A run is one endless sequence of positions 0, 1, 2, ... Epoch e holds positions e*n to (e+1)*n - 1 and is a true
 permutation of the n samples, computed in O(1) a position by a keyed Feistel network with cycle walking (Black and
-Rogaway 2002, "Ciphers with arbitrary finite domains"), so nothing is stored and nothing depends on ranks. Not
-torch.randperm, nor the shuffles of MosaicML streaming or WebDataset: each holds the order of an epoch or a buffer in
-memory, or depends on the number of ranks, so that a resumed run must replay it.
+Rogaway 2002, "Ciphers with arbitrary finite domains"), so nothing is stored and nothing depends on ranks.
+torch.randperm and the shuffles of MosaicML streaming and WebDataset are not used: they hold the order of an epoch or a
+buffer in memory, or depend on the number of ranks, so that a resumed run must replay it.
 
-An Order says which row of a shard set is at each position; mixing gives every group of rows such a sequence of its own
-and interleaves them. Dimensions: P positions, G groups, R rows, E epochs.
+An Order gives the row of a shard set at each position. Mixing gives every group of rows such a sequence and interleaves
+these. Dimensions: P positions, G groups, R rows, E epochs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = (
     np.array(x, np.uint64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 _SHIFT_30, _SHIFT_27, _SHIFT_31 = (np.array(x, np.uint64) for x in (30, 27, 31))
-# Entries a round of a table: 0.8 MB of table in all, enough for one epoch of 268 million samples.
+# Entries a round of a table: the table takes 0.8 MB, enough for one epoch of 268 million samples.
 MAX_TABLE = 1 << 14
-# Values left to walk from which on Python is faster than NumPy; measured.
+# With at most this many values left to walk, Python is faster than NumPy; measured.
 _FEW = 16
 
 # Streams keep draws for different purposes independent under one seed.
@@ -38,28 +38,29 @@ STREAM_AUGMENT = 2
 STREAM_SLOTS = 3
 STREAM_GROUP = 4
 
-# Heaviest over lightest group. A sample of the lightest then comes by once in 10,000; less is a slip of the keyboard.
+# Largest ratio of two weights. A sample of the lightest group then comes once in 10,000; a larger ratio is a typing
+# error.
 _MAX_WEIGHT_RATIO = 10_000
-# Weights that are in proportion only after more samples than this are rounded to a hundredth of the lightest.
+# If exact proportions need more samples than this, weights are rounded to a hundredth of the lightest.
 _MAX_PERIOD = 100_000
 
 
 class Order(Protocol):
-    """Which row is at each position of an endless run: a pure function, the same on every rank."""
+    """The row at each position of an endless run: a pure function, the same on every rank."""
 
     num_samples: int
-    """How many different rows there are: what one epoch is counted as."""
+    """Number of different rows, which is the length of one epoch."""
 
     def rows_at(self, position_P: np.ndarray) -> np.ndarray:
         """int64 [P] rows of the shard set for int64 [P] positions, in any order."""
 
     def stand_ins(self, position_P: np.ndarray, attempt: int) -> np.ndarray | None:
-        """int64 [P] rows to take where those at the positions cannot be read: those that come at the same place
-        `attempt` epochs later, of the same group where there are groups. None where there is no replacement."""
+        """int64 [P] rows to use instead of unreadable rows at these positions: the rows at the same place `attempt`
+        epochs later, in a mix of the same group. None if there is no replacement."""
 
 
 class Shuffled:
-    """Every row once an epoch, in an order of its own for each epoch."""
+    """Every row once an epoch, in a different order each epoch."""
 
     def __init__(self, rows: np.ndarray, seed: int) -> None:
         self._rows, self._seed = _checked_rows(rows, "rows"), seed
@@ -75,7 +76,7 @@ class Shuffled:
 
 
 class Sequential:
-    """The rows as they are given, once: for evaluation."""
+    """The rows in the given order, once: for evaluation."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self._rows = _checked_rows(rows, "rows")
@@ -90,22 +91,22 @@ class Sequential:
         return self._rows[position_P]
 
     def stand_ins(self, position_P: np.ndarray, attempt: int) -> None:
-        """See Order. A single pass leaves out what it cannot read: nothing may be seen twice."""
+        """See Order. A single pass leaves unreadable rows out, since no row may be seen twice."""
         return
 
 
 class Mixed:
-    """Groups of rows in fixed proportion, to the sample; each group goes through epochs of its own.
+    """Groups of rows in exact proportions; each group has its own epochs.
 
     The weights become whole numbers (`counts`), and every period of sum(counts) positions holds counts[g] samples of
-    group g, at places that change from period to period. So position p is the q-th sample of a group, known in O(1),
-    and that group's q-th sample is the one a run over the group alone would see: a permutation an epoch, whatever
-    ranks do.
+    group g, at places that change from period to period. So position p is the q-th sample of a group, computed in O(1),
+    and that group's q-th sample is the one that a run over the group alone would see: a permutation an epoch, for any
+    ranks.
 
-    Groups of very different sizes: a group is gone through num_rows / share positions long, so 1,000 MR slices at half
-    of the mixture beside 100,000 CT slices come back 100 times while the CT is seen once. Weights in proportion to the
-    sizes give what Shuffled gives; their square roots are a usual middle way. Raises ValueError naming the weight
-    that is not a positive finite number or 10,000 times below another, and the group that is empty.
+    Groups of very different sizes: an epoch of a group takes num_rows / share positions. So 1,000 MR slices at half of
+    the mixture with 100,000 CT slices are seen 100 times while the CT is seen once. Weights in proportion to the sizes
+    give the proportions of Shuffled; their square roots are a usual compromise. Raises ValueError for an empty group,
+    and for a weight that is not a positive finite number or 10,000 times below another.
     """
 
     def __init__(self, groups: tuple[np.ndarray, ...], weights: tuple[float, ...], seed: int) -> None:
@@ -133,7 +134,7 @@ class Mixed:
         return row_P
 
     def groups_at(self, position_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [P], int64 [P]: the group at each position, and which sample of the group's own sequence it is."""
+        """int64 [P], int64 [P]: the group at each position, and the index in the group's own sequence."""
         position_P = np.asarray(position_P, dtype=np.int64)
         slot_P = sample_at(position_P, self._period, self._slot_seed)
         group_P = np.searchsorted(self._ends_G, slot_P, side="right")
@@ -153,7 +154,7 @@ def mix_counts(weights: Sequence[float]) -> tuple[int, ...]:
         if weight > _MAX_WEIGHT_RATIO * lightest:
             at = list(weights).index(lightest)
             raise ValueError(f"weights[{at}]: {lightest} is less than 1/{_MAX_WEIGHT_RATIO} of weights[{g}]: {weight}")
-    # A thousand: keeps 0.333 apart from 1/3, and ignores what binary fractions add to decimal ones.
+    # A thousand: distinguishes 0.333 from 1/3, and ignores the rounding of decimal numbers to binary ones.
     ratios = [Fraction(weight / lightest).limit_denominator(1000) for weight in weights]
     scale = math.lcm(*(ratio.denominator for ratio in ratios))
     counts = [int(ratio * scale) for ratio in ratios]
@@ -284,7 +285,7 @@ def _walk_by_table(
         result_P[left_in] = value_P
         outside_P = value_P >= num_samples
         left_in, value_P, base_P = left_in[outside_P], value_P[outside_P], base_P[outside_P]
-    lookup = flat.data  # an array's fixed costs are more than a few values are worth
+    lookup = flat.data  # for a few values, an array's fixed costs are too high
     for at, value, base in zip(left_in.tolist(), value_P.tolist(), base_P.tolist(), strict=True):
         while True:
             left, right = value >> half_bits, value & mask

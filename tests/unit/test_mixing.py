@@ -87,14 +87,14 @@ def test_everything_wrong_is_said_at_once(shards: TwoSets) -> None:
         "0:: not a key",
         "CT/axial/x: not a key",
         "1:MR: nan",
-        "1:MR: takes slices that MR/axial takes too",
+        "1:MR: selects slices that MR/axial selects too",
     }
     assert len(mix_problems(mix)) == 6
 
 
 def test_keys_that_overlap(shards: TwoSets) -> None:
     assert said(shards, {"CT": 1, "MR": 1, "1:*": 1}) == {
-        f"1:*: takes slices that {key} takes too" for key in ("CT", "MR")
+        f"1:*: selects slices that {key} selects too" for key in ("CT", "MR")
     }
 
 
@@ -102,14 +102,14 @@ def test_slices_without_a_key_are_counted(shards: TwoSets) -> None:
     with pytest.raises(InputProblems) as refused:
         mix_groups(shards, ALL, {"CT": 1, "0:MR": 1, "1:MR/axial": 1})
     assert [str(problem) for problem in refused.value.problems] == [
-        f"config: loader.mix: 30 slices 1:MR/{axis} fall under no key; add 1:MR/{axis}, or leave them out with "
+        f"config: loader.mix: 30 slices 1:MR/{axis} belong to no key; add 1:MR/{axis}, or leave them out with "
         "loader.modalities and loader.axes"
         for axis in ("coronal", "sagittal")
     ]
 
 
 def test_a_key_without_slices(shards: TwoSets) -> None:
-    assert said(shards, {"0:*": 1, "1:CT": 1, "1:MR": 1}) == {"1:CT: matches no slice in play"}
+    assert said(shards, {"0:*": 1, "1:CT": 1, "1:MR": 1}) == {"1:CT: matches none of the used slices"}
 
 
 def test_weights_too_far_apart(shards: TwoSets) -> None:
