@@ -9,6 +9,9 @@ FROM_A_PERSON = {"source": "a person"}
 # From a run folder if it is a path on this machine that is read; never if it is an address.
 ADDRESS_FROM_A_PERSON = {"source": "a person, where it is an address"}
 
+# From a run folder where it is what segdiff wrote; never where opening it runs code that it brings along.
+CODE_FROM_A_PERSON = {"source": "a person, where it runs code"}
+
 
 def is_address(text: object) -> bool:
     """Whether a value is an address on another machine. fsspec reads PROTOCOL:// and PROTOCOL:: as such."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON, is_address
+from data_shards.field_source import ADDRESS_FROM_A_PERSON, CODE_FROM_A_PERSON, FROM_A_PERSON, is_address
 from data_shards.files import write_atomic
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.ingest.prepare_config import PrepareConfig
@@ -35,7 +35,10 @@ from segdiff_dist.training.config import AverageConfig, TrainConfig
 CONFIG_FILE = "config.yaml"
 # Keys of a file that are arguments of one command; they are fields of its stage. An old run folder's file may name
 # them; they are not taken from it.
-ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared")
+ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared", "images")
+
+# In a folder of a network that segdiff wrote: weights without code.
+OF_OURS = "segdiff.json"
 
 # The sections that are fixed once a stage has left this file or folder in the run folder. Other stages do not change
 # them in RUN/config.yaml.
@@ -162,7 +165,7 @@ def _withhold(
         if is_dataclass(made_by):
             if isinstance(value, dict):
                 found += _withhold(made_by, value, default, file, (), f"{prefix}{one.name}.")
-        elif one.name in written or one.metadata == FROM_A_PERSON or _is_address(one, value):
+        elif one.name in written or one.metadata == FROM_A_PERSON or _is_address(one, value) or _runs_code(one, value):
             del recorded[one.name]
             if value != default:
                 found.append(Withheld(file, f"{prefix}{one.name}", value, default))
@@ -174,6 +177,13 @@ def _is_address(one: Field[Any], value: Any) -> bool:
     texts = value if isinstance(value, list) else [value]
     is_one = any(is_address(text) or text == "download" for text in texts)
     return one.metadata == ADDRESS_FROM_A_PERSON and is_one
+
+
+def _runs_code(one: Field[Any], value: Any) -> bool:
+    """Whether the value of a field names a file or folder that brings code along: a network of somebody else's."""
+    if one.metadata != CODE_FROM_A_PERSON or not isinstance(value, str):
+        return False
+    return Path(value).exists() and not (Path(value) / OF_OURS).is_file()
 
 
 def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:

@@ -53,6 +53,7 @@ def evaluate_here(
     from segdiff_dist.evaluation.measure import trust
     from segdiff_dist.evaluation.measure.provenance import not_available, provenance
     from segdiff_dist.evaluation.measure.rows import RowWriter
+    from segdiff_dist.evaluation.measure.subject import Subject
     from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
     from segdiff_dist.evaluation.measure.worker import Chunk, Evaluator, Inputs
     from segdiff_dist.evaluation.metrics.sums import Interval
@@ -99,8 +100,8 @@ def evaluate_here(
         writer.write(store.items, result.columns | spread_columns(spread, 0, len(items)))
     summary = summarise(measured, Interval(resamples=20, seed=0))
     summary["trust"] = {"leakage": trust.leakage(store.items, shards)}
-    summary["not_available"] = not_available(summary, inputs, store)
-    summary["provenance"] = provenance(inputs, store, shards) | {
+    summary["not_available"] = not_available(summary, inputs, Subject(store, shards))
+    summary["provenance"] = provenance(inputs, Subject(store, shards)) | {
         "segmenter_sha256": evaluator.segmenter.weights_sha256,
         "distribution_images": 5000,
     }

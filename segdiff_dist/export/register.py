@@ -26,7 +26,10 @@ def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> 
     if not tracker.registers_models:
         return
     job = read_job(run / "samples")
-    tags = {"shards_digest": job["shards_digest"], "num_samples": str(summary["num_samples"])}
+    if "weights" not in job:  # of another system's images
+        return
+    tags = {"shards_digest": job["shards_digest"]} if "shards_digest" in job else {}
+    tags |= {"num_samples": str(summary["num_samples"])}
     tags |= {name: f"{entry['value']:.6g}" for name, entry in summary["metrics"].items()}
     if (memorised := summary.get("trust", {}).get("memorisation")) is not None:
         tags["memorisation"] = {True: "passed", False: "failed", None: "not known"}[memorised["passed"]]

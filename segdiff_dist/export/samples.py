@@ -62,6 +62,9 @@ class FinishedSamples:
         """The store's samples. Refused: missing or damaged images, no image of the modality, another shard set than the
         one sampled from."""
         problems = []
+        if "images" in store.job:  # of segdiff evaluate --images
+            value = f"another system's, read from {store.job['images']}"
+            problems.append(Problem(str(store.path), "samples", value, "use the files there"))
         again = "start the same `segdiff sample` again"
         if missing := len(store.missing()):
             problems.append(Problem(str(store.path), "samples", f"{missing:,} of {len(store):,} missing", again))

@@ -58,8 +58,8 @@ class MaskFolder:
         self.folder, self.config, self.size = folder, config, shards.size
         self.sizes = (shards.size,) if model_size == shards.size else (shards.size, model_size)
         self.table = shards.label_table
-        self._cut_as = _cut_as(shards)
-        self._to_own = _label_map(config.label_map, self.table)
+        self._cut_as = cut_as(shards)
+        self._to_own = label_map(config.label_map, self.table)
         self.problems: list[Problem] = []
         self._files: list[_Listed] = []
         notes: Counter[str] = Counter()
@@ -120,7 +120,7 @@ class MaskFolder:
         geometry = read_geometry(file, one_slice=True)
         notes.update(geometry.notes)
         shape, spacing_mm = _canonical(geometry)
-        cut_along = _cut_along(shape, axis)
+        cut_along = axis_of(shape, axis)
         # A two-dimensional file does not hold its axis.
         given = axis if geometry.is_flat and cut_along == "axial" else cut_along
         num = num_slices(shape, spacing_mm, cut_along, self._cut_as["spacing_mm"])
@@ -207,13 +207,14 @@ def _unreadable(file: Path, error: OSError) -> Problem:
     return Problem(str(file), "file", f"cannot be read ({error.strerror or error})", "make it readable")
 
 
-def _cut_as(shards: ShardSet) -> dict[str, Any]:
-    """How the set's slices were cut."""
+def cut_as(shards: ShardSet | None) -> dict[str, Any]:
+    """How the set's slices were cut; without one, the defaults of `segdiff prepare`."""
     from data_shards.ingest.prepare_config import PrepareConfig
 
     defaults = PrepareConfig()
     names = ("size", "spacing_mm", "slice_stride", "fit", "mask_resize")
-    return {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
+    of_the_set = {} if shards is None else shards.index["preprocessing"]
+    return {name: of_the_set.get(name, getattr(defaults, name)) for name in names}
 
 
 def _refuse_pictures(file: Path) -> None:
@@ -233,7 +234,7 @@ def _canonical(geometry: Geometry) -> tuple[tuple[int, ...], np.ndarray]:
     return tuple(geometry.shape[d] for d in stored_of), geometry.spacing_mm[stored_of]
 
 
-def _cut_along(shape: Sequence[int], asked: str) -> str:
+def axis_of(shape: Sequence[int], asked: str) -> str:
     """The axis of a volume; for a single slice, its own axis."""
     from data_shards.ingest.slices import VIEWS
 
@@ -252,13 +253,16 @@ def _text(file: Path) -> str:
     return os.fsencode(file).decode(errors="replace")
 
 
-def _label_map(file: Path | None, table: LabelTable) -> Callable[[Path, np.ndarray], np.ndarray]:
-    """Turns ids of a file into the table's; unknown ids are refused, all of them at once."""
+def label_map(
+    file: Path | None, table: LabelTable, flag: str = "--sample.label-map"
+) -> Callable[[Path, np.ndarray], np.ndarray]:
+    """Turns ids of a file into the table's; unknown ids are refused, all of them at once. `flag`: the
+    flag that gives `file`."""
     own_of = np.full(_MOST_IDS, -1, dtype=np.int16)
     if file is None:
         known = [i for i, name in enumerate(table.names) if name != UNUSED]
         own_of[known] = known
-        remedy = f"no class of {table.name!r}: say what they mean in a --sample.label-map"
+        remedy = f"no class of {table.name!r}: say what they mean in a {flag}"
     else:
         own_of[0] = 0
         for theirs, meant in _read_label_map(file, table).items():

@@ -96,12 +96,14 @@ def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
     return PngHeader(width, height, depth, name == "palette", bool(interlaced))
 
 
-def read_png_ids(file: Path, sizes: Collection[int], num_ids: int, *, any_palette: bool = False) -> np.ndarray:
+def read_png_ids(
+    file: Path, sizes: Collection[int], num_ids: int, *, any_palette: bool = False, flag: str = "--sample.label-map"
+) -> np.ndarray:
     """uint8 [H, W]: the samples as stored, which are the label ids; of a palette, the index.
 
-    `any_palette`: the user has given the meaning of each index. Raises InputProblems as read_png_header, and for data
-    that are damaged or longer than declared, several frames, an orientation, a palette that may have been made for this
-    picture alone, and ids from `num_ids` on.
+    `any_palette`: the user has given the meaning of each index, by `flag`. Raises InputProblems as read_png_header, and
+    for data that are damaged or longer than declared, several frames, an orientation, a palette that may have been made
+    for this picture alone, and ids from `num_ids` on.
     """
     header = read_png_header(file, sizes)
     if file.stat().st_size > _MOST_BYTES:
@@ -118,7 +120,7 @@ def read_png_ids(file: Path, sizes: Collection[int], num_ids: int, *, any_palett
         value = f"up to {samples_HW.max()}"
         raise problem(file, "label ids", value, f"give whole numbers below {num_ids}")
     if header.is_palette:
-        _check_palette(file, palette, samples_HW, any_palette=any_palette)
+        _check_palette(file, palette, samples_HW, None if any_palette else flag)
     return samples_HW.astype(np.uint8)
 
 
@@ -221,16 +223,15 @@ def _orientation(picture: Any) -> Any:
         return None
 
 
-def _check_palette(file: Path, palette_K3: np.ndarray, indices_HW: np.ndarray, *, any_palette: bool) -> None:
+def _check_palette(file: Path, palette_K3: np.ndarray, indices_HW: np.ndarray, flag: str | None) -> None:
+    """Refuse a palette in an unknown order. `flag`: what would give the indices' meaning; None: it is given."""
     used = np.unique(indices_HW).tolist()
     if used[-1] >= len(palette_K3):
         raise _damaged(file, f"colour {used[-1]} of a palette of {len(palette_K3)}")
-    if any_palette or palette_is_of_a_table(palette_K3, used):
+    if flag is None or palette_is_of_a_table(palette_K3, used):
         return
     value = f"its palette holds only the picture's own {len(used)} colours, or a cube of colours"
-    remedy = (
-        "its order may be a program's own: save ids as 8-bit grey, or say in a --sample.label-map what each index is"
-    )
+    remedy = f"its order may be a program's own: save ids as 8-bit grey, or say in a {flag} what each index is"
     raise problem(file, "palette", value, remedy)
 
 

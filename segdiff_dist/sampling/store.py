@@ -1,6 +1,6 @@
 """The store of generated images: a list of items, written first, and a Zarr v3 group with a region for each task.
 
-RUN/samples/job.json        what made the images: masks, weights, sampler settings
+RUN/samples/job.json        what made the images: masks, weights, sampler; or folders of others' images
 RUN/samples/items.parquet   one row an item: which mask, which modality, which seed index
 RUN/samples/images.zarr     arrays `image` and `mask`, uint8 [N, H, W], a Zarr shard a region; `item_id` and
                             `seed_index`, int64 [N]; the attributes name seed and weights
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 MASKS = "masks.zarr"
 # Paths in job.json. Digests beside them identify the files, so that a job may be moved with them.
-_PLACES = ("weights", "shards", "masks", "sample.sampler.guidance_segmenter")
+_PLACES = ("weights", "shards", "images", "masks", "sample.sampler.guidance_segmenter")
 
 
 @dataclass(frozen=True)

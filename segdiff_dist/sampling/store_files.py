@@ -54,6 +54,8 @@ class _Job(TypedDict):
     device: NotRequired[str | None]
     shards: NotRequired[str]
     shards_digest: NotRequired[str]
+    images: NotRequired[str]
+    images_digest: NotRequired[str]
     masks: NotRequired[str]
     masks_digest: NotRequired[str]
     masks_cut_like: NotRequired[dict[str, Any]]
@@ -78,7 +80,8 @@ def read_job(path: Path) -> dict[str, Any]:
     try:
         job = read_json(path / JOB, remedy)
         checked(job, _Job, path / JOB, "a job", remedy)
-        for name in ("shards_digest",) if "shards" in job else ("weights", "weights_digest"):
+        by_others = ("images_digest", "masks_digest", LABELS) if "images" in job else ("weights", "weights_digest")
+        for name in ("shards_digest",) if "shards" in job else by_others:
             if name not in job:  # source of the labels: the shard set, or the weights if there was no set
                 raise ValueError(f"{name} is missing")
         if LABELS in job:

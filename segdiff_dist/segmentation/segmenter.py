@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from segdiff_dist.segmentation.config import NORM_GROUPS, SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 
-_WEIGHTS, _DESCRIPTION = "model.safetensors", "segdiff.json"
+_WEIGHTS, DESCRIPTION = "model.safetensors", "segdiff.json"
 # Limits for the description of a network that is read: larger ones cannot be built in reasonable time.
 _MOST_LEVELS, _MOST_UNITS, _LARGEST_KERNEL = 12, 16, 15
 
@@ -37,27 +38,39 @@ class Segmenter:
     @classmethod
     def load(cls, weights: Path, device: torch.device | str = "cpu") -> Segmenter:
         """The segmenter that training wrote to `weights`. Raises InputProblems if it is missing or damaged."""
-        if not (weights / _DESCRIPTION).is_file():
+        if not (weights / DESCRIPTION).is_file():
             remedy = f"train it first: {how_to_make('train-segmenter', weights)}"
             raise problem(weights, "segmenter", "not found", remedy)
         again = how_to_make("train-segmenter", weights)
         remedy = f"remove {weights}; training again exports it from its checkpoint: {again}"
         refuse_damaged(weights, "segmenter", remedy)
-        description = read_json(weights / _DESCRIPTION, remedy, "the description of a segmenter")
-        with reading(weights / _DESCRIPTION, "the description of a segmenter", remedy):
+        description = read_json(weights / DESCRIPTION, remedy, "the description of a segmenter")
+        with reading(weights / DESCRIPTION, "the description of a segmenter", remedy):
             table = LabelTable(description["label_table"]["name"], tuple(description["label_table"]["names"]))
             shape = {name: description[name] for name in ("channels", "first_stride", "num_res_units", "kernel_size")}
-            config = validate(SegmenterConfig, shape, weights / _DESCRIPTION)
-            refuse(_shape_problems(config, weights / _DESCRIPTION))
+            config = validate(SegmenterConfig, shape, weights / DESCRIPTION)
+            refuse(_shape_problems(config, weights / DESCRIPTION))
         files = [("", weights / _WEIGHTS)]
         net = read_weights(files, lambda: SegmenterNet(config, table.num_classes), "segmenter", remedy)
         digest = hashlib.sha256((weights / _WEIGHTS).read_bytes()).hexdigest()
         return cls(net, table, digest, torch.device(device))
 
+    def suited(self, table: LabelTable, hu: tuple[float, float] | None) -> Segmenter:
+        """Itself: it is used for its own table alone."""
+        return self
+
+    def problems(
+        self, table: LabelTable, modalities: Sequence[str], hu: tuple[float, float] | None
+    ) -> Iterator[Problem]:
+        """What keeps it from images whose masks are of `table`."""
+        if self.label_table != table:
+            value = f"segmenter {self.label_table.name!r}, masks {table.name!r}"
+            yield Problem("segmenter", "label table", value, "train the segmenter on shards with these labels")
+
     @torch.no_grad()
     def predict(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """uint8 label ids [B, H, W] of uint8 or uint16 images."""
-        return _best(self.net(image_BHW.to(self.device), modality_B.to(self.device)))
+        return best_of(self.net(image_BHW.to(self.device), modality_B.to(self.device)))
 
     @torch.no_grad()
     def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
@@ -68,10 +81,10 @@ class Segmenter:
     def predict_and_features(self, image_BHW: Tensor, modality_B: Tensor) -> tuple[Tensor, Tensor]:
         """Both of the above, from one pass through the encoder."""
         scores, features = self.net.scores_and_features(image_BHW.to(self.device), modality_B.to(self.device))
-        return _best(scores), features.float()
+        return best_of(scores), features.float()
 
 
-def _best(scores_BKHW: Tensor) -> Tensor:
+def best_of(scores_BKHW: Tensor) -> Tensor:
     """uint8 [B, H, W]: the class of the highest score."""
     # argmax gives the same and takes 1.5 times as long on a CPU.
     return scores_BKHW.max(dim=1).indices.to(torch.uint8)
@@ -94,8 +107,8 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
         "kernel_size": config.kernel_size,
         "label_table": asdict(table),
     }
-    write_atomic(folder / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
-    write_digests(folder, (_WEIGHTS, _DESCRIPTION))
+    write_atomic(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+    write_digests(folder, (_WEIGHTS, DESCRIPTION))
 
 
 def _shape_problems(config: SegmenterConfig, where: Path) -> list[Problem]:

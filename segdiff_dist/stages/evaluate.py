@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data_shards.problems import refuse
+from data_shards.problems import refuse, saying_when_full
 from segdiff_dist.downstream.config import DownstreamConfig
+from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.experiment import Experiment, collect, save_experiment
 from segdiff_dist.stages.base import Cost, Plan, Result, command
@@ -24,6 +25,7 @@ from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
     from segdiff_dist.downstream.job import Downstream
+    from segdiff_dist.evaluation.images.folder import ImageFolder
     from segdiff_dist.evaluation.measure.checks import Checked
     from segdiff_dist.tracking.tracker import Tracker
 
@@ -34,13 +36,17 @@ _RECORDED = ("summary.json", "samples.parquet", "report.html", "figures")
 class Evaluate(ConfiguredStage):
     """Measure the samples. Exit code 1 when too many of them look like training images."""
 
+    aliases: ClassVar = {"--out": "--run"}
     essential: ClassVar = (
         *("--run", "--amos-root", "--downstream", "--evaluate.segmenter", "--evaluate.fid-weights"),
+        *("--images", "--masks", "--modality", "--real", "--images.label-map", "--images.size"),
         *("--evaluate.memorisation", "--evaluate.num-workers", "--evaluate.ray-address", "--evaluate.device"),
     )
 
     run: Path | None = None
-    """The run folder: samples are read from RUN/samples, everything is written to RUN/evaluation."""
+    """The run folder: samples are read from RUN/samples, everything is written to RUN/evaluation. With --images a new
+    folder, for the images too."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     amos_root: Path | None = None
     """The archive, for the figure of intensities before clipping."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -51,39 +57,59 @@ class Evaluate(ConfiguredStage):
         """Opens samples, shard set and segmenter."""
         from segdiff_dist.evaluation.measure.checks import check
 
+        if self.images:
+            return self._check_images()
         experiment = self.experiment
-        run, _ = collect(
+        run, *_ = collect(
             lambda: self.existing_run(),
+            lambda: refuse(self.images.problems()),
             lambda: refuse(self.tracking.problems()),
         )
         refuse_addresses(experiment, (run,))
         checked = check(run, self.evaluate)
         downstream = _downstream(experiment, run, checked) if self.evaluate.downstream else None
-        return EvaluatePlan(self, run, checked, downstream)
+        return EvaluatePlan(self, run, len(checked.store), int(checked.store.image.shape[-1]), checked, downstream)
+
+    def _check_images(self) -> EvaluatePlan:
+        """Reads the images and masks once."""
+        from segdiff_dist.evaluation.images.check import check_images
+
+        run, *_ = collect(
+            lambda: self.path("run"),
+            lambda: refuse(self.images.problems()),
+            lambda: refuse(self.tracking.problems()),
+        )
+        folder = check_images(run, self.images, self.evaluate)
+        return EvaluatePlan(self, run, len(folder), folder.size, images=folder)
 
 
 @dataclass(frozen=True)
 class EvaluatePlan(Plan):
-    """Samples that can be measured; `downstream`: the trainings on them, if asked for."""
+    """Samples that can be measured, `side` pixels a side; `images`: those of a folder, which are stored first;
+    `downstream`: the trainings on them, if asked for."""
 
     stage: Evaluate
     run_folder: Path
-    checked: Checked
-    downstream: Downstream | None
+    num_images: int
+    side: int
+    checked: Checked | None = None
+    downstream: Downstream | None = None
+    images: ImageFolder | None = None
 
     def cost(self) -> Cost:
         """Two label maps of an image; the time of metrics is not known."""
-        store = self.checked.store
-        num_images = store.items.num_rows
-        notes = ["disk: label maps before compression"]
+        notes = ["disk: label maps before compression"] + ([] if self.images is None else [self.images.words()])
         if self.downstream is not None:
             notes.append(f"trainings of --downstream: {self.downstream.num_trainings}")
-        return Cost(images=num_images, num_bytes=2 * num_images * int(store.image.shape[-1]) ** 2, notes=tuple(notes))
+        num_maps = 2 if self.images is None else 4  # and what is stored of a folder: images and masks
+        return Cost(images=self.num_images, num_bytes=num_maps * self.num_images * self.side**2, notes=tuple(notes))
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of RUN/evaluation."""
         from segdiff_dist.evaluation.measure.job import at_work
 
+        if self.images is not None:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
         return at_work(self.run_folder, lends=True)
 
     def tracker(self) -> Tracker:
@@ -97,6 +123,9 @@ class EvaluatePlan(Plan):
         from segdiff_dist.export.register import register_evaluated
 
         experiment, run, config = self.stage.experiment, self.run_folder, self.stage.evaluate
+        if self.images is not None:
+            print(self.images.words(), flush=True)
+            self._store_images(self.images)
         save_experiment(experiment, ("evaluate", "downstream"))
         tracker.log_params({"evaluate": plain(experiment)["evaluate"]})
         summary = evaluate(run, config, amos_root=experiment.amos_root, checked=self.checked)
@@ -108,6 +137,14 @@ class EvaluatePlan(Plan):
         tracker.log_artifact(run / "config.yaml")
         register_evaluated(run, summary, tracker)
         return self._result(summary)
+
+    def _store_images(self, images: ImageFolder) -> None:
+        """Write those of a folder to RUN/samples."""
+        from segdiff_dist.sampling.store import locked
+
+        path = self.run_folder / "samples"
+        with locked(path, lends=True), saying_when_full(path):
+            images.store(path)
 
     def _make_downstream(self, planned: Downstream, tracker: Tracker) -> dict[str, Any]:
         """Train and test, record, and draw the report again, which then shows the table."""
@@ -138,7 +175,8 @@ class EvaluatePlan(Plan):
         passed = memorised is None or memorised["passed"]
         out = run.with_name(f"{run.name}-png")
         address = address_flag(self.stage.experiment)
-        after = None if out.exists() else command("export", out, "--run", run, "--format", "png", *address)
+        is_known = out.exists() or "images" in summary["provenance"]["sample_job"]
+        after = None if is_known else command("export", out, "--run", run, "--format", "png", *address)
         return Result(tuple(message), tuple(warned), 0 if passed else 1, after, summary)
 
 

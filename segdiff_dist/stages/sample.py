@@ -104,14 +104,13 @@ class SamplePlan(Plan):
     def _next(self) -> str:
         """`evaluate` if it can read the images, else `export`."""
         run, config, address = self.run_folder, self.config, address_flag(self.stage.experiment)
-        if config.out is not None or config.masks is not None:
-            source = () if config.out is None else ("--export.samples", config.out)
-            name = run.name if config.out is None else config.out.name
-            out = (run if config.out is None else config.out).with_name(f"{name}-png")
-            return command("export", out, "--run", run, *source, "--format", "png", *address)
+        if config.out is not None:
+            out = config.out.with_name(f"{config.out.name}-png")
+            return command("export", out, "--run", run, "--export.samples", config.out, "--format", "png", *address)
         if self.stage.experiment.evaluate.segmenter is None and not (run / "segmenter" / "weights").is_dir():
             return command("train-segmenter", "--run", run, *address)
-        return command("evaluate", "--run", run, *address)
+        real = () if config.masks is None else ("--real", self.stage.experiment.data)
+        return command("evaluate", "--run", run, *real, *address)
 
 
 def _refuse_devices(config: SampleConfig) -> None:

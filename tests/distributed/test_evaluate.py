@@ -212,7 +212,7 @@ def test_everything_wrong_is_said_at_once(run: Path, tmp_path: Path) -> None:
 
 def test_a_segmenter_of_another_label_table_is_refused(run: Path) -> None:
     write_segmenter(run / "segmenter" / "weights", LabelTable("other", ("background", "liver")))
-    assert "segmenter 'other', shard set 'amos'" in refused(run, EvaluateConfig(**QUICK))
+    assert "segmenter 'other', masks 'amos'" in refused(run, EvaluateConfig(**QUICK))
 
 
 def test_a_segmenter_that_is_not_a_number_is_refused(run: Path) -> None:
@@ -226,11 +226,11 @@ def test_a_segmenter_that_is_not_a_number_is_refused(run: Path) -> None:
     assert "segmenter: not finite" in refused(run, EvaluateConfig(**QUICK))
 
 
-def test_images_of_masks_without_images_are_refused(run: Path) -> None:
+def test_samples_of_a_mask_folder_whose_labels_nobody_wrote_down_are_refused(run: Path) -> None:
     job = json.loads((run / "samples" / "job.json").read_text())
     del job["shards"], job["shards_digest"]
     (run / "samples" / "job.json").write_text(json.dumps(job | {"weights": "weights", "weights_digest": "1" * 64}))
-    assert "no real images to compare them with" in refused(run, EvaluateConfig(**QUICK))
+    assert "label_table: not there; start the same `segdiff sample` again" in refused(run, EvaluateConfig(**QUICK))
 
 
 def test_other_shards_than_sampled_from_are_refused(run: Path) -> None:

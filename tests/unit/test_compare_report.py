@@ -12,6 +12,7 @@ import pytest
 from evaluation_support import Page, evaluate_here, is_self_contained
 from tests_support import SIZE, write_shapes
 
+from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
@@ -182,7 +183,7 @@ class TestChoices:
             "source_modality": np.array(["CT"] * 8),
             "case_id": np.array(["a", "a", "b", "c", "d", "e", "a", "d"]),
         }
-        pictures = Pictures(rows, None, None, None, None)  # type: ignore[arg-type]
+        pictures = Pictures(rows, None, AMOS, True, None, None, None)  # type: ignore[arg-type]
         assert pictures.extremes("CT", 2) == ([0, 2], [4, 3])
         # There are five, so at most two at either end: none is shown twice.
         assert pictures.extremes("CT", 9) == ([0, 2], [4, 3])

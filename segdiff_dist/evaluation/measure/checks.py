@@ -11,29 +11,44 @@ from data_shards.files import first_line
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
+from segdiff_dist.evaluation.measure.subject import (
+    NO_COUNTERPART,
+    NO_REAL_IMAGES,
+    Subject,
+    hu_window,
+    is_paired,
+    label_table_of,
+    open_samples,
+    real_rows,
+)
 from segdiff_dist.evaluation.metrics import inception, perceptual
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from data_shards.labels import LabelTable
     from segdiff_dist.evaluation.measure.config import EvaluateConfig
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation.segmenter import Segmenter
+    from segdiff_dist.segmentation.judges import Judge
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The inputs of an evaluation: samples, their slices, and the segmenter's weights with their digest."""
+    """The inputs of an evaluation: the images, and the segmenter's weights with their digest."""
 
-    store: SampleStore
-    shards: ShardSet
+    subject: Subject
     segmenter: Path
     segmenter_sha256: str
+
+    @property
+    def store(self) -> SampleStore:
+        """The samples."""
+        return self.subject.store
 
 
 def check(run: Path, config: EvaluateConfig) -> Checked:
     """Raises InputProblems: see measure in job.py."""
-    from segdiff_dist.sampling.store import SampleStore
-
-    problems = [*config.problems(), *_unreadable(config)]
+    problems = [*config.problems(), *unreadable(config)]
     opened: dict[str, Any] = {}
 
     def attempt(name: str, open_it: Callable[[], Any]) -> None:
@@ -43,20 +58,43 @@ def check(run: Path, config: EvaluateConfig) -> Checked:
             problems.extend(error.problems)
 
     weights = config.segmenter or run / "segmenter" / "weights"
-    attempt("segmenter", lambda: _open_segmenter(weights))
-    attempt("store", lambda: SampleStore.open(run / "samples"))
-    if "store" in opened and "shards" in opened["store"].job:
-        attempt("shards", lambda: ShardSet.open(opened["store"].job["shards"]))
-    problems += _mismatches(run, **opened)
+    attempt("segmenter", lambda: open_segmenter(weights))
+    attempt("store", lambda: open_samples(run / "samples"))
+    if "store" in opened:
+        paired = is_paired(opened["store"])
+        if (named := opened["store"].job["shards"] if paired else config.real) is not None:
+            attempt("shards", lambda: ShardSet.open(named))
+        attempt("table", lambda: label_table_of(opened["store"], opened.get("shards")))
+        if not paired:
+            if "shards" in opened and not opened["store"].missing():
+                attempt("rows", lambda: rows_of(opened["store"].items, opened["shards"], config))
+            problems += needs_real_images(config)
+    problems += _mismatches(run, config, **opened)
     refuse(problems)
-    return Checked(opened["store"], opened["shards"], weights, opened["segmenter"].weights_sha256)
+    subject = Subject(opened["store"], opened.get("shards"), opened.get("rows", ()))
+    return Checked(subject, weights, opened["segmenter"].weights_sha256)
 
 
-def _open_segmenter(weights: Path) -> Segmenter:
-    from segdiff_dist.segmentation.segmenter import Segmenter
+def rows_of(items: pa.Table, shards: ShardSet, config: EvaluateConfig) -> tuple[int, ...]:
+    """The real slices that unpaired images are compared with."""
+    return real_rows(items, shards, config.real_split, config.distribution_images, config.seed)
+
+
+def needs_real_images(config: EvaluateConfig) -> Iterator[Problem]:
+    """Settings that unpaired images cannot have."""
+    if config.memorisation and config.real is None:
+        yield Problem("config", "evaluate.memorisation", NO_REAL_IMAGES, "its train split is searched")
+    if config.frd_images:
+        remedy = "leave it at 0: FRD is computed for samples of a shard set only"
+        yield Problem("config", "evaluate.frd_images", f"{config.frd_images}, and {NO_COUNTERPART}", remedy)
+
+
+def open_segmenter(weights: Path) -> Judge:
+    """The segmenter that labels the images; InputProblems where it cannot be read."""
+    from segdiff_dist.segmentation.judges import open_judge
 
     try:
-        return Segmenter.load(weights)
+        return open_judge(weights)
     except InputProblems:
         raise
     except (KeyError, TypeError, ValueError) as error:  # of segdiff.json
@@ -64,7 +102,7 @@ def _open_segmenter(weights: Path) -> Segmenter:
         raise problem(weights, "segmenter", f"cannot be read: {first_line(error)}", remedy) from error
 
 
-def _unreadable(config: EvaluateConfig) -> Iterator[Problem]:
+def unreadable(config: EvaluateConfig) -> Iterator[Problem]:
     """Files that are not the right weights. Each network is built once, as every worker will build it."""
     checks: tuple[tuple[str, Callable[[str], str | None], Callable[[str, str], Any], str], ...] = (
         ("fid_weights", inception.missing_for_fid, inception.load_inception, inception.WEIGHTS_FILE),
@@ -82,7 +120,13 @@ def _unreadable(config: EvaluateConfig) -> Iterator[Problem]:
 
 
 def _mismatches(
-    run: Path, segmenter: Segmenter | None = None, store: SampleStore | None = None, shards: ShardSet | None = None
+    run: Path,
+    config: EvaluateConfig,
+    segmenter: Judge | None = None,
+    store: SampleStore | None = None,
+    shards: ShardSet | None = None,
+    table: LabelTable | None = None,
+    rows: tuple[int, ...] = (),
 ) -> Iterator[Problem]:
     if store is not None and (missing := store.missing()):
         value = f"{len(missing)} of {store.items.num_rows} not made yet"
@@ -90,32 +134,57 @@ def _mismatches(
     if store is not None:
         for damage in store.damaged():
             yield Problem(str(run / "samples"), "samples", str(damage), "run the same `segdiff sample` again")
-    if store is not None and "shards" not in store.job:
-        value = "made from masks without images, so there are no real images to compare them with"
-        yield Problem(str(run / "samples"), "samples", value, "evaluate samples whose masks come from a shard set")
     if store is not None and not store.items.num_rows:
         yield Problem(
             str(run / "samples"), "samples", "none", f"sample again: {how_to_make('sample', run / 'samples')}"
         )
-    if store is not None and shards is not None and shards.digest != store.job["shards_digest"]:
+    if store is not None and shards is not None and is_paired(store) and shards.digest != store.job["shards_digest"]:
         yield Problem(shards.root, "digest", "not the shard set of the samples", "restore it, or sample again")
-    if segmenter is not None and shards is not None and segmenter.label_table != shards.label_table:
-        value = f"segmenter {segmenter.label_table.name!r}, shard set {shards.label_table.name!r}"
-        yield Problem(shards.root, "label table", value, "train the segmenter on shards with these labels")
-    if segmenter is not None and store is not None and not _takes(segmenter, store.image.shape[1]):
-        value = f"its levels do not halve the images' {store.image.shape[1]} pixels evenly"
-        yield Problem(
-            "segmenter", "levels", value, "train one on slices of that size; `segdiff train-segmenter --help` says how"
-        )
+    if store is not None and is_paired(store) and config.real is not None:
+        remedy = "leave --real out: these samples are compared with the shard set that their masks are of"
+        yield Problem("config", "evaluate.real", config.real, remedy)
+    if store is not None and table is not None:
+        if segmenter is not None:
+            modalities = store.items["target_modality"].unique().to_pylist()
+            yield from segmenter.problems(table, modalities, hu_window(store, shards))
+            yield from cannot_judge(segmenter, store.image.shape[1], config)
+        yield from unlike(table, store.image.shape[1], shards)
 
 
-def _takes(segmenter: Segmenter, side: int) -> bool:
-    """Whether the segmenter labels images of `side` x `side` pixels: tried on one."""
+def cannot_judge(segmenter: Judge, size: int, config: EvaluateConfig) -> Iterator[Problem]:
+    """What keeps a segmenter from images of `size` pixels, and from what was asked for."""
+    from segdiff_dist.segmentation.segmenter import Segmenter
+
+    is_ours = isinstance(segmenter, Segmenter)
+    if (reason := _why_not(segmenter, size)) and is_ours:
+        value = f"its levels do not halve the images' {size} pixels evenly"
+        remedy = "train one on slices of that size; `segdiff train-segmenter --help` says how"
+        yield Problem("segmenter", "levels", value, remedy)
+    elif reason:
+        remedy = "correct its description: `size`, `channels`, `output` and `names`"
+        yield Problem("segmenter", f"an image of {size} pixels", reason, remedy)
+    if config.memorisation and not is_ours:
+        remedy = "leave it out, or name a segmenter that segdiff trained"
+        yield Problem("config", "evaluate.memorisation", f"{config.segmenter} gives no features to compare", remedy)
+
+
+def unlike(table: LabelTable, size: int, shards: ShardSet | None) -> Iterator[Problem]:
+    """What keeps a shard set from images of `size` pixels whose masks are of `table`."""
+    if shards is not None and shards.label_table != table:
+        value = f"set {shards.label_table.name!r}, masks {table.name!r}"
+        yield Problem(shards.root, "label table", value, "give a set with the masks' labels")
+    if shards is not None and shards.size < size:
+        value = f"{shards.size} pixels a side, the images {size}"
+        yield Problem(shards.root, "size", value, "give a set of slices that are at least as large")
+
+
+def _why_not(segmenter: Judge, side: int) -> str | None:
+    """Why the segmenter does not label images of `side` x `side` pixels: tried on one."""
     import torch
 
     image_1HW, modality_1 = torch.zeros(1, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     try:
         labels_1HW, _ = segmenter.predict_and_features(image_1HW, modality_1)
-    except (RuntimeError, ValueError):  # levels that are joined differ in size
-        return False
-    return labels_1HW.shape == image_1HW.shape
+    except (RuntimeError, ValueError) as error:  # levels that are joined differ in size; a TorchScript's own errors
+        return str(error).strip().splitlines()[-1][:200]
+    return None if labels_1HW.shape == image_1HW.shape else f"labels of {tuple(labels_1HW.shape[1:])}"

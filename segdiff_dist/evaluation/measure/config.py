@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
-from data_shards.field_source import ADDRESS_FROM_A_PERSON, FROM_A_PERSON
+from data_shards.choices import Split
+from data_shards.field_source import ADDRESS_FROM_A_PERSON, CODE_FROM_A_PERSON, FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.ranges import Count, Share, range_problems
-from data_shards.settings import Execution, RecordedOtherwise, Result
+from data_shards.settings import Execution, RecordedOtherwise, Result, ResultWhereSet
 from data_shards.workers import WorkersConfig
 from segdiff_dist.config.choices import Device
 from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
@@ -26,8 +27,20 @@ _MOST_DEFAULT_WORKERS = 16
 class EvaluateConfig:
     """What `segdiff evaluate` measures, and on which devices."""
 
-    segmenter: RecordedOtherwise[Path | None] = None
-    """Exported weights of the auxiliary segmenter. null: RUN/segmenter/weights."""
+    segmenter: RecordedOtherwise[Path | None] = field(default=None, metadata=CODE_FROM_A_PERSON)
+    """Exported weights of the auxiliary segmenter. null: RUN/segmenter/weights. As an independent judge also a
+    TorchScript file (FILE.pt, described by FILE.yaml: docs/metrics.md) or the folder of a MONAI bundle. Loading these
+    runs the code in them: name only files that you trust."""
+    real: Annotated[RecordedOtherwise[str | None], tyro.conf.arg(aliases=["--real"])] = field(
+        default=None, metadata=ADDRESS_FROM_A_PERSON
+    )
+    """A shard set of real images, for samples whose masks are of a folder and for --images: distances, sharpness and
+    copies need it. Samples of a shard set are compared with that set."""
+    real_split: ResultWhereSet[Split] = "test"
+    """The split of `real` whose labelled slices are compared; at most distribution_images of them."""
+    spacing_mm: ResultWhereSet[Annotated[float, Interval(ge=0.01, le=50)] | None] = None
+    """Side of a pixel in mm, of images whose files do not say it (PNG, samples of a mask folder). Surface Dice and
+    areas in mm2 need it."""
     fid_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
     lpips_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,16 +29,15 @@ from segdiff_dist.evaluation.measure.checks import Checked, check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.headline import headline_items
 from segdiff_dist.evaluation.measure.provenance import not_available, provenance
+from segdiff_dist.evaluation.measure.reals import RealSlices
 from segdiff_dist.evaluation.measure.rows import RowWriter
 from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
+from segdiff_dist.evaluation.measure.subject import Subject
 from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
 from segdiff_dist.evaluation.measure.worker import Chunk, Inputs, make_worker
 from segdiff_dist.evaluation.metrics.columns import SIDES
 from segdiff_dist.evaluation.metrics.downloads import Weights, weights_for
 from segdiff_dist.evaluation.metrics.sums import Interval
-
-if TYPE_CHECKING:
-    from segdiff_dist.sampling.store import SampleStore
 
 FOLDER = "evaluation"
 # Items of a task: enough that Ray's overhead does not matter, few enough that the progress bar moves.
@@ -76,7 +75,7 @@ def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
 
 
 def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: Path, progress: bool) -> dict[str, Any]:
-    store, shards, folder = checked.store, checked.shards, run / FOLDER
+    subject, folder = checked.subject, run / FOLDER
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
     shared = folder / ".weights.unfinished" if config.ray_address is not None else None
@@ -84,10 +83,10 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
         with config.workers.joined():
             pool = config.workers.pool()
             inputs = _inputs(run, config, checked, pool.device, weights)
-            measured, trust_checks = measure_items(inputs, pool, config, store, shards, rows, progress)
+            measured, trust_checks = measure_items(inputs, pool, config, subject, rows, progress)
         summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": trust_checks}
-        summary["not_available"] = not_available(summary, inputs, store) | weights.missing
-        summary["provenance"] = provenance(inputs, store, shards) | {
+        summary["not_available"] = not_available(summary, inputs, subject) | weights.missing
+        summary["provenance"] = provenance(inputs, subject) | {
             "segmenter_sha256": checked.segmenter_sha256,
             "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
             "distribution_images": config.distribution_images,
@@ -105,9 +104,10 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
 
 def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, weights: Weights) -> Inputs:
     """The inputs of the workers, with absolute paths: a worker may start in another folder."""
+    shards = checked.subject.shards
     return Inputs(
         samples=(run / "samples").resolve(),
-        shards=checked.shards.resolved,
+        shards=None if shards is None else shards.resolved,
         segmenter=checked.segmenter.resolve(),
         predictions=unfinished_name((run / FOLDER).resolve() / "predictions.zarr"),
         fid_weights=weights.fid,
@@ -116,6 +116,7 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
         surface_dice=config.surface_dice,
         batch_size=config.batch_size,
         device=device,
+        spacing_mm=config.spacing_mm,
     )
 
 
@@ -123,8 +124,7 @@ def measure_items(
     inputs: Inputs,
     pool: WorkerPool,
     config: EvaluateConfig,
-    store: SampleStore,
-    shards: ShardSet,
+    subject: Subject,
     rows: Path,
     progress: bool,
 ) -> tuple[Evaluated, dict[str, Any]]:
@@ -134,6 +134,7 @@ def measure_items(
     """
     from tqdm import tqdm
 
+    store = subject.store
     num_items = store.items.num_rows
     _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
@@ -150,28 +151,48 @@ def measure_items(
     ):
         masks = trust.images_of_masks(store.items)
         spread = {task.ids[0]: result for task, result in in_order(workers, masks)}
-        measured = Evaluated.empty(shards.label_table, store.items, spread, capacity=capacity, seed=seed)
+        measured = Evaluated.empty(
+            subject.label_table, store.items, spread, capacity=capacity, seed=seed, is_paired=subject.is_paired
+        )
         with tqdm(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
             for chunk, result in in_order(workers, chunks, bar):
                 measured.add(chunk.start, chunk.stop, result)
                 columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
                 writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
-        trust_checks: dict[str, Any] = {"leakage": trust.leakage(store.items, shards)}
+        if subject.shards is None:
+            return measured, {}
+        _measure_real_alone(workers, subject, subject.shards, measured)
+        trust_checks: dict[str, Any] = {}
+        if subject.is_paired:
+            trust_checks["leakage"] = trust.leakage(store.items, subject.shards)
         if config.memorisation:
             trust_checks["memorisation"] = _memorisation(
-                workers, rows.with_name(".queries.unfinished.npz"), config, store, shards
+                workers, rows.with_name(".queries.unfinished.npz"), config, subject, subject.shards
             )
     return measured, trust_checks
 
 
+def _measure_real_alone(workers: Workers[Any, Any], subject: Subject, shards: ShardSet, measured: Evaluated) -> None:
+    """Measure the real slices that have no generated counterpart."""
+    tasks = [RealSlices(tuple(part)) for part in _parts(list(subject.real_rows), _ITEMS_A_TASK)]
+    first = 0
+    for task, result in in_order(workers, tasks):
+        metas = [shards.meta(row) for row in task.rows]
+        slices = [(meta.case_id, meta.modality, meta.axis) for meta in metas]
+        measured.add_real(slices, first, len(subject.real_rows), result)
+        first += len(slices)
+
+
 def _memorisation(
-    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, store: SampleStore, shards: ShardSet
+    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, subject: Subject, shards: ShardSet
 ) -> dict[str, Any]:
     """The nearest training image of every generated one, and of real ones that training has not seen; `file` passes
     them to the workers."""
+    store = subject.store
     ids = headline_items(store.items, config.distribution_images, config.seed)
     rows = shards.select(split="train", labelled_only=False).tolist()
-    unseen = trust.unseen_rows(store.items["row"].to_numpy()[ids], shards, config.seed)
+    real_rows = store.items["row"].to_numpy()[ids] if subject.is_paired else np.array(subject.real_rows, np.int64)
+    unseen = trust.unseen_rows(real_rows, shards, config.seed)
     if reason := trust.why_not(ids, rows, unseen):
         return trust.not_made(reason)
     asked: list[Any] = [trust.Queries(tuple(part)) for part in _parts(ids, _ITEMS_A_TASK)]
@@ -242,7 +263,7 @@ def _name_of(task: Any) -> str:
         return f"items {task.start} to {task.stop - 1}"
     if isinstance(task, trust.NearestInTraining):
         return f"training slices {task.rows[0]} to {task.rows[-1]}"
-    if isinstance(task, trust.UnseenQueries):
+    if isinstance(task, trust.UnseenQueries | RealSlices):
         return f"real slices {task.rows[0]} to {task.rows[-1]}"
     return f"items {task.ids[0]} to {task.ids[-1]}"
 

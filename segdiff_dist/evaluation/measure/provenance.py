@@ -7,7 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from data_shards.store.set_index import file_sha256
+from segdiff_dist.evaluation.measure.subject import NO_COUNTERPART, NO_REAL_IMAGES, NO_SPACING, pixel_spacing
 from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.columns import HEADLINE_METRICS
 from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, fewest_samples
@@ -16,9 +19,8 @@ from segdiff_dist.evaluation.metrics.similarity import MS_SSIM_SMALLEST_SIDE
 from segdiff_dist.evaluation.metrics.surfaces import tolerances_mm
 
 if TYPE_CHECKING:
-    from data_shards.store.shards import ShardSet
+    from segdiff_dist.evaluation.measure.subject import Subject
     from segdiff_dist.evaluation.measure.worker import Inputs
-    from segdiff_dist.sampling.store import SampleStore
 
 _PACKAGES = (
     *("segdiff-dist", "torch", "torchmetrics", "monai", "diffusers", "numpy", "scipy", "zarr", "ray"),
@@ -26,31 +28,38 @@ _PACKAGES = (
 )
 
 
-def not_available(summary: dict[str, Any], inputs: Inputs, store: SampleStore) -> dict[str, str]:
+def not_available(summary: dict[str, Any], inputs: Inputs, subject: Subject) -> dict[str, str]:
     """Metrics without a value, each with the reason and the remedy."""
     # The other metrics on Inception's features are missing for the same reason as fid; it is given once.
     of_inception = () if "fid" in summary["metrics"] else ("kid", "inception_")
     names = [n for n in (*HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS) if n not in summary["metrics"]]
-    return {n: _reason(n, summary, inputs, store) for n in names if not (of_inception and n.startswith(of_inception))}
+    reasons = {
+        n: _reason(n, summary, inputs, subject) for n in names if not (of_inception and n.startswith(of_inception))
+    }
+    return reasons if subject.is_paired else reasons | {"leakage": "the masks' patients are not known"}
 
 
-def provenance(inputs: Inputs, store: SampleStore, shards: ShardSet) -> dict[str, Any]:
+def provenance(inputs: Inputs, subject: Subject) -> dict[str, Any]:
     """Everything the numbers depend on, so that they can be computed again."""
-    return {
-        "shards": shards.root,
-        "shards_digest": shards.digest,
-        "label_table": shards.label_table.name,
+    shards, table = subject.shards, subject.label_table
+    real: dict[str, Any] = {} if shards is None else {"shards": shards.root, "shards_digest": shards.digest}
+    if not subject.is_paired:
+        real["num_real_alone"] = len(subject.real_rows)
+    return real | {
+        "label_table": table.name,
         "fid_weights": _digest(inputs.fid_weights),
         "lpips_weights": _digest(inputs.lpips_weights),
         "frd_images": len(inputs.radiomics_items),
-        "surface_dice_tolerance_mm": tolerances_mm(shards.label_table) if inputs.surface_dice else None,
-        "sample_job": store.job,
+        "surface_dice_tolerance_mm": tolerances_mm(table) if inputs.surface_dice else None,
+        "sample_job": subject.store.job,
         "device": inputs.device,
         "versions": {"python": sys.version.split()[0], **_versions()},
     }
 
 
-def _reason(name: str, summary: dict[str, Any], inputs: Inputs, store: SampleStore) -> str:
+def _reason(name: str, summary: dict[str, Any], inputs: Inputs, subject: Subject) -> str:
+    if not subject.is_paired and (reason := _reason_of_unpaired(name, inputs, subject)):
+        return reason
     reasons = {
         "fid": lambda: inception.missing_for_fid(inputs.fid_weights),
         "lpips": lambda: perceptual.missing_for_lpips(inputs.lpips_weights),
@@ -58,9 +67,11 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, store: SampleSto
     }
     if name in reasons and (reason := reasons[name]()):
         return reason
+    if name.startswith("segmenter_") and name in DISTANCE_METRICS and not (inputs.segmenter / "segdiff.json").is_file():
+        return "the segmenter gives no features: it is not one that segdiff trained"
     if name in DISTANCE_METRICS:
         return f"a distribution needs at least {fewest_samples(name)} samples, there are {summary['num_samples']}"
-    side = store.image.shape[1]
+    side = subject.store.image.shape[1]
     if name == "ms_ssim" and side < MS_SSIM_SMALLEST_SIDE:
         return f"five scales need images of {MS_SSIM_SMALLEST_SIDE} pixels a side, these have {side}"
     if name in SHARPNESS_METRICS:
@@ -68,6 +79,18 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, store: SampleSto
     if name.startswith("surface_dice") and not inputs.surface_dice:
         return "evaluate.surface_dice is off"
     return "no sample gives it a finite value"
+
+
+def _reason_of_unpaired(name: str, inputs: Inputs, subject: Subject) -> str | None:
+    """Why a metric is missing where the masks are of no image; None where that is not the reason."""
+    if name in ("psnr_db", "ssim", "ms_ssim", "lpips", "frd") or name.endswith("_real_gen"):
+        return NO_COUNTERPART
+    needs_real = name.endswith("_mask_real") or name in (*SHARPNESS_METRICS, *DISTANCE_METRICS)
+    if needs_real and subject.shards is None:
+        return NO_REAL_IMAGES
+    needs_spacing = name.startswith(("surface_dice", "false_positive_area")) and inputs.surface_dice
+    is_known = np.isfinite(pixel_spacing(subject.store.items, inputs.spacing_mm)).any()
+    return NO_SPACING if needs_spacing and not is_known else None
 
 
 def _digest(weights: str | None) -> dict[str, str] | None:

@@ -65,7 +65,7 @@ class _Memorisation(TypedDict):
 
 
 class _Trust(TypedDict):
-    leakage: _Leakage
+    leakage: NotRequired[_Leakage]
     memorisation: NotRequired[_Memorisation | None]
 
 

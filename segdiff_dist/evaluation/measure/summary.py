@@ -37,6 +37,7 @@ from segdiff_dist.evaluation.metrics.sharpness import (
     organ_entries,
     sharpness_entries,
     unpaired_entries,
+    unpaired_organ_entries,
 )
 from segdiff_dist.evaluation.metrics.sums import Interval, PatientSums, SumKey
 
@@ -56,15 +57,16 @@ DIVERSITY_METRICS = tuple(field.name for field in fields(Spread))
 _UNITS = {"psnr_db": "dB", "pixel_std": "grey values"} | dict.fromkeys(HU_METRICS, "HU")
 _UNITS |= dict.fromkeys(GREY_METRICS, "grey values")
 _UNITS |= {f"false_positive_area_mm2_{pair}": "mm2" for pair in PAIRS}
-# Kinds of samples that are summed separately: see _kinds.
-_HEADLINE, _SEVERAL, _ACROSS = "headline", "several", "across"
+# Kinds of samples that are summed separately: see _kinds. Real images alone are those without generated counterparts.
+_HEADLINE, _SEVERAL, _ACROSS, _REAL_ALONE = "headline", "several", "across", "real alone"
 
 
 @dataclass
 class Evaluated:
     """All items with their measurements, as far as summary.json needs them.
 
-    `items` has a row a sample; `spread`: by the item id of a mask's first sample, where it has several.
+    `items` has a row a sample; `spread`: by the item id of a mask's first sample, where it has several. `is_paired`:
+    the images have real counterparts.
     """
 
     table: LabelTable
@@ -75,15 +77,23 @@ class Evaluated:
     distributions: Distributions
     grey_counts: dict[str, np.ndarray]
     several_rows: frozenset[int]
+    is_paired: bool = True
 
     @classmethod
     def empty(
-        cls, table: LabelTable, items: pa.Table, spread: dict[int, Spread], *, capacity: int = 5000, seed: int = 0
+        cls,
+        table: LabelTable,
+        items: pa.Table,
+        spread: dict[int, Spread],
+        *,
+        capacity: int = 5000,
+        seed: int = 0,
+        is_paired: bool = True,
     ) -> Evaluated:
         """Nothing measured yet; `capacity` and `seed` of the samples of features (see FeatureSample)."""
         rows = frozenset(items["row"].take(sorted(spread)).to_pylist()) if spread else frozenset()
         sums = PatientSums([*column_names(table), *DIVERSITY_METRICS])
-        return cls(table, items, spread, seed, sums, Distributions(capacity), {}, rows)
+        return cls(table, items, spread, seed, sums, Distributions(capacity), {}, rows, is_paired)
 
     def add(self, start: int, stop: int, result: ChunkResult) -> None:
         """Add the chunk of items start..stop-1. Chunks come in item order, so sums do not depend on timing."""
@@ -97,6 +107,18 @@ class Evaluated:
         first_B = np.array(items["seed_index"]) == 0
         priority_B = sample_at(np.arange(start, stop), self.items.num_rows, self.seed)
         self.distributions.add(result.features, groups, first_B, priority_B)
+        for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
+            self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
+
+    def add_real(self, slices: Sequence[tuple[str, str, str]], first: int, num: int, result: ChunkResult) -> None:
+        """Add real images without generated counterparts: case, modality and axis of each. `first`: the place of the
+        first among all `num` of them."""
+        nothing_B = np.full(len(slices), np.nan)
+        values_BC = np.stack([result.columns.get(name, nothing_B) for name in self.sums.names], axis=1)
+        self.sums.add([SumKey(_REAL_ALONE, case, m, m, axis) for case, m, axis in slices], values_BC)
+        groups = [(m, m, axis) for _, m, axis in slices]
+        priority_B = sample_at(np.arange(first, first + len(slices)), num, self.seed)
+        self.distributions.add(result.features, groups, np.ones(len(slices), bool), priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
 
@@ -117,23 +139,26 @@ def spread_columns(spread: dict[int, Spread], start: int, stop: int) -> dict[str
 
 def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
     """The part of summary.json that depends on the samples."""
-    means = _Means(measured.sums, interval)
+    means = _Means(measured.sums, interval, measured.is_paired)
     organs = [measured.table.names[i] for i in measured.table.organ_ids]
     by_modality = {m: Group.of(m) for m in MODALITIES}
     by_axis = {a: Group(axis=a) for a in AXES}
     by_both = {f"{m}/{a}": Group.of(m, a) for m in MODALITIES for a in AXES}
 
     def entries(group: Group) -> dict[str, Entry]:
-        headline = means.of(HEADLINE_METRICS, _headline(group))
-        headline |= sharpness_entries(measured.sums, _headline(group), interval)
-        headline |= organ_texture_entries(measured.sums, _headline(group), interval)
-        return headline | measured.distributions.entries(group, group)
+        headline = means.headline(group)
+        if measured.is_paired:
+            headline |= sharpness_entries(measured.sums, _headline(group), interval)
+        else:
+            headline |= unpaired_entries(measured.sums, _headline(group), _real_alone(group))
+        return headline | means.texture(group) | measured.distributions.entries(group, group)
 
     def by_organ(group: Group) -> dict[str, Any]:
-        which = _headline(group)
-        texture = {o: organ_entries(measured.sums, o, which, interval) for o in organs}
-        texture = {o: texture[o] | organ_texture_entries(measured.sums, which, interval, o) for o in organs}
-        return {o: means.organ(o, which) | texture[o] for o in organs}
+        sides = (_headline(group), _real_alone(group))
+        entries = {o: means.organ(o, group) | means.texture(group, o) for o in organs}
+        if measured.is_paired:
+            return {o: entries[o] | organ_entries(measured.sums, o, sides[0], interval) for o in organs}
+        return {o: entries[o] | unpaired_organ_entries(measured.sums, o, *sides) for o in organs}
 
     def existing(groups: dict[str, Group], make: Callable[[Group], dict[str, Any]]) -> dict[str, Any]:
         return {name: make(group) for name, group in groups.items() if measured.sums.num_samples(_headline(group))}
@@ -149,13 +174,13 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
         "by_organ": by_organ(Group()),
         "by_modality_organ": existing(by_modality, by_organ),
         "by_axis_organ": existing(by_axis, by_organ),
-        "body": means.body(_headline(Group())) if measured.table.body_id is not None else {},
+        "body": means.body() if measured.table.body_id is not None else {},
         "cross_modality": _cross_modality(measured, means),
         "diversity": _diversity(measured, means),
         "grey_values": {
             m: {side: counts[i].tolist() for i, side in enumerate(SIDES)}
             for m, counts in sorted(measured.grey_counts.items())
-            if counts.any()
+            if counts.any(axis=1).all()
         },
     }
 
@@ -231,8 +256,8 @@ def _cell(entry: Entry | None) -> str:
 class _Means:
     """Entries of means over the samples that a predicate on keys selects."""
 
-    def __init__(self, sums: PatientSums, interval: Interval) -> None:
-        self.sums, self.interval = sums, interval
+    def __init__(self, sums: PatientSums, interval: Interval, is_paired: bool) -> None:
+        self.sums, self.interval, self.is_paired = sums, interval, is_paired
 
     def of(self, names: Sequence[str], which: Callable[[SumKey], bool]) -> dict[str, Entry]:
         means, num_samples = self.sums.means(names, which, self.interval), self.sums.num_samples(which)
@@ -242,12 +267,40 @@ class _Means:
             if mean is not None
         }
 
-    def organ(self, organ: str, which: Callable[[SumKey], bool]) -> dict[str, Entry]:
+    def headline(self, group: Group) -> dict[str, Entry]:
+        """HEADLINE_METRICS of a group; of real images alone where the generated ones have no counterparts."""
+        entries: dict[str, Entry] = {}
+        for pairs, which in self._parts(group):
+            of_pairs = tuple(f"_{pair}" for pair in pairs)
+            names = [n for n in HEADLINE_METRICS if self.is_paired or n.endswith(of_pairs)]
+            entries |= self.of(names, which)
+        return entries
+
+    def organ(self, organ: str, group: Group) -> dict[str, Entry]:
         """The metrics of one organ. Here n counts the samples that hold it; the others do not count as left out."""
+        entries: dict[str, Entry] = {}
+        for pairs, which in self._parts(group):
+            entries |= self._organ(organ, pairs, which)
+        return entries
+
+    def texture(self, group: Group, organ: str | None = None) -> dict[str, Entry]:
+        """Noise level and autocorrelation inside one organ, or inside all."""
+        entries: dict[str, Entry] = {}
+        for _, which in self._parts(group):
+            entries |= organ_texture_entries(self.sums, which, self.interval, organ)
+        return entries
+
+    def _parts(self, group: Group) -> list[tuple[Sequence[str], Callable[[SumKey], bool]]]:
+        """The pairs of label maps that each kind of samples has."""
+        if self.is_paired:
+            return [(PAIRS, _headline(group))]
+        return [(("mask_gen",), _headline(group)), (("mask_real",), _real_alone(group))]
+
+    def _organ(self, organ: str, pairs: Sequence[str], which: Callable[[SumKey], bool]) -> dict[str, Entry]:
         names = [f"{metric}/{organ}" for metric in (*ORGAN_METRICS, *HU_METRICS, *GREY_METRICS)]
         means = self.sums.means(names, which, self.interval)
         entries = {n.split("/")[0]: _entry(n.split("/")[0], mean) for n, mean in means.items() if mean is not None}
-        for pair in PAIRS:
+        for pair in pairs:
             reference, predicted = (f"area_mm2_{source}/{organ}" for source in pair.split("_"))
             volumes = self.sums.volume_error(reference, predicted, which, self.interval)
             if volumes is not None:
@@ -255,13 +308,21 @@ class _Means:
                 entries[f"volume_error_{pair}"] = _entry("volume_error_mask_gen", volumes)
         return entries
 
-    def body(self, which: Callable[[SumKey], bool]) -> dict[str, Entry]:
-        means = self.sums.means([f"dice_{pair}/{BODY}" for pair in PAIRS], which, self.interval)
-        return {n.split("/")[0]: _entry(n.split("/")[0], mean) for n, mean in means.items() if mean is not None}
+    def body(self) -> dict[str, Entry]:
+        """Dice of the class `body`."""
+        entries: dict[str, Entry] = {}
+        for pairs, which in self._parts(Group()):
+            means = self.sums.means([f"dice_{pair}/{BODY}" for pair in pairs], which, self.interval)
+            entries |= {n.split("/")[0]: _entry(n.split("/")[0], mean) for n, mean in means.items() if mean is not None}
+        return entries
 
 
 def _headline(group: Group) -> Callable[[SumKey], bool]:
     return lambda key: key.kind == _HEADLINE and group.holds(key.source, key.target, key.axis)
+
+
+def _real_alone(group: Group) -> Callable[[SumKey], bool]:
+    return lambda key: key.kind == _REAL_ALONE and group.holds(key.source, key.target, key.axis)
 
 
 def _entry(name: str, mean: Estimate) -> Entry:

@@ -67,6 +67,8 @@ class ImagesOfAMask:
             ssim, ms_ssim = similarity.ssim_and_ms_ssim(first, second)
         else:
             ssim = similarity.ssim(first, second)
+        if not evaluator.has_features:
+            return Spread(pixel_std, float(ssim.mean()), float(ms_ssim.mean()))
         features_BD = evaluator.features(few_BHW, self.ids[:_MOST_IMAGES])
         distance = np.linalg.norm(features_BD[pairs[:, 0]] - features_BD[pairs[:, 1]], axis=1)
         return Spread(pixel_std, float(ssim.mean()), float(ms_ssim.mean()), float(distance.mean()))
@@ -257,9 +259,9 @@ def why_not(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
     """What a person must know before a set of samples is released, from summary.json."""
-    leaked, memorised = summary["trust"]["leakage"], summary["trust"].get("memorisation")
+    leaked, memorised = summary["trust"].get("leakage"), summary["trust"].get("memorisation")
     messages = []
-    if leaked["num_leaked"]:
+    if leaked is not None and leaked["num_leaked"]:
         names = leaked["patients"] or leaked["files"]
         messages.append(f"{leaked['num_leaked']} patients or files are in the train split too: {', '.join(names[:5])}")
     if memorised is not None and memorised["passed"] is None:

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.labels import BODY
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
+from segdiff_dist.evaluation.measure.reals import alone
+from segdiff_dist.evaluation.measure.subject import is_paired, judge_of, label_table_of, open_samples, pixel_spacing
 from segdiff_dist.evaluation.metrics import organ_texture, sharpness, surfaces
 from segdiff_dist.evaluation.metrics.columns import (
     SIDES,
@@ -25,6 +28,7 @@ from segdiff_dist.evaluation.metrics.columns import (
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
     from segdiff_dist.evaluation.metrics.feature_sets import Extractor
 
 
@@ -32,11 +36,12 @@ if TYPE_CHECKING:
 class Inputs:
     """The inputs of a worker. Paths and settings only, so that any machine can read it.
 
-    `radiomics_items`: the ids of the items whose radiomics features are computed.
+    `radiomics_items`: the ids of the items whose radiomics features are computed. `shards`: None where no real images
+    are known. `spacing_mm`: of pixels whose width nothing else says.
     """
 
     samples: Path
-    shards: str
+    shards: str | None
     segmenter: Path
     predictions: Path
     fid_weights: str | None
@@ -45,6 +50,7 @@ class Inputs:
     surface_dice: bool
     batch_size: int
     device: str
+    spacing_mm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,21 +95,23 @@ class Evaluator:
         import zarr
 
         from data_shards.store.shards import ShardSet
-        from segdiff_dist.sampling.store import SampleStore
-        from segdiff_dist.segmentation.segmenter import Segmenter
 
         # The actor's environment asks for one thread; torch may have been loaded before it was set.
         if inputs.device == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
         self.inputs = inputs
-        self.store = SampleStore.open(inputs.samples)
-        self.shards = ShardSet.open(inputs.shards)
-        self.segmenter = Segmenter.load(inputs.segmenter, device=inputs.device)
+        self.store = open_samples(inputs.samples)
+        self.is_paired = is_paired(self.store)
+        self._shards = None if inputs.shards is None else ShardSet.open(inputs.shards)
+        self._spacing_mm_N2 = None if self.is_paired else pixel_spacing(self.store.items, inputs.spacing_mm)
+        self.segmenter = judge_of(inputs.segmenter, self.store, self._shards, inputs.device)
         self.predictions: Any = zarr.open_group(inputs.predictions, mode="r+")
-        self.table = self.shards.label_table
+        self.table = label_table_of(self.store, self._shards)
         tolerance_mm = surfaces.tolerances_mm(self.table)
-        self.tolerance_mm_O = [tolerance_mm[self.table.names[i]] for i in self.table.organ_ids]
+        self.tolerances_mm = (
+            [tolerance_mm[self.table.names[i]] for i in self.table.organ_ids] if inputs.surface_dice else None
+        )
         self.extractors: dict[str, Extractor] = {}
         self.lpips: Callable[[Any, Any], np.ndarray] | None = None
         self.radiomics: Callable[[np.ndarray], np.ndarray] | None = None
@@ -120,6 +128,32 @@ class Evaluator:
 
             self.radiomics = load_extractor()
 
+    @property
+    def shards(self) -> ShardSet:
+        """The set of the real images."""
+        assert self._shards is not None, "no real images"
+        return self._shards
+
+    def spacing_mm(self, items: dict[str, list[Any]]) -> list[tuple[float, float]]:
+        """Distances between rows and between columns, of some items; NaN where they are not known."""
+        if self._spacing_mm_N2 is None:
+            return [self.shards.meta(row).spacing_mm for row in items["row"]]
+        return [(float(row), float(column)) for row, column in self._spacing_mm_N2[items["item_id"]]]
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the segmenter gives features."""
+        from segdiff_dist.segmentation.segmenter import Segmenter
+
+        return isinstance(self.segmenter, Segmenter)
+
+    def without_body(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Columns of labels, NaN where they count the class `body` and the segmenter does not know it."""
+        if BODY in self.segmenter.label_table.names:
+            return columns
+        counts_body = [name for name in columns if name.endswith(f"/{BODY}") or name.startswith("legacy_dice_")]
+        return columns | {name: np.full_like(columns[name], np.nan) for name in counts_body}
+
     def on_device(self, images_BHW: np.ndarray) -> Any:
         """A tensor on the networks' device."""
         import torch
@@ -134,9 +168,34 @@ class Evaluator:
         """The same for images in these modalities, a batch at a time."""
         import torch
 
+        from segdiff_dist.segmentation.segmenter import Segmenter
+
+        assert isinstance(self.segmenter, Segmenter), "it has no features"
         modality_B = torch.tensor([MODALITIES.index(m) for m in modality], device=self.inputs.device)
         pieces = zip(image_BHW.split(self.inputs.batch_size), modality_B.split(self.inputs.batch_size), strict=True)
         return np.concatenate([self.segmenter.features(x, m).cpu().numpy() for x, m in pieces])
+
+    def label(self, image_BHW: np.ndarray, modality: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Label maps uint8 [B, H, W] and features float32 [B, D] by extractor, a batch at a time."""
+        import torch
+
+        maps, features = [], []
+        for start in range(0, len(image_BHW), self.inputs.batch_size):
+            part = slice(start, start + self.inputs.batch_size)
+            modality_B = torch.tensor([MODALITIES.index(m) for m in modality[part]], device=self.inputs.device)
+            label_maps, by_extractor = self.run_networks(self.on_device(image_BHW[part]), modality_B)
+            maps.append(label_maps)
+            features.append(by_extractor)
+        return np.concatenate(maps), {name: np.concatenate([one[name] for one in features]) for name in features[0]}
+
+    def run_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
+        label_maps, features_BD = self.segmenter.predict_and_features(image_BHW, modality_B)
+        by_extractor = {} if features_BD is None else {"segmenter": features_BD}
+        by_extractor |= {name: extract(image_BHW, modality_B) for name, extract in self.extractors.items()}
+        return label_maps.cpu().numpy(), {
+            name: _finite(features.float().cpu().numpy(), name) for name, features in by_extractor.items()
+        }
 
     def run(self, chunk: Chunk) -> ChunkResult:
         """Measure a chunk, and write the label maps of its images."""
@@ -188,16 +247,17 @@ class _Batch:
         store, device = self.evaluator.store, self.evaluator.inputs.device
         size, num = store.image.shape[1], self.stop - self.start
         items = store.items.slice(self.start, num).to_pydict()
-        self.spacing_mm = [self.evaluator.shards.meta(row).spacing_mm for row in items["row"]]
+        self.spacing_mm = self.evaluator.spacing_mm(items)
         generated = torch.from_numpy(np.asarray(store.image[self.start : self.stop])).to(device)
         target = torch.tensor([MODALITIES.index(m) for m in items["target_modality"]], device=device)
+        headline = np.flatnonzero([is_headline(items, i) for i in range(num)])
         # A real counterpart exists only where the generated image has the modality of the slice it came from.
-        chosen = np.flatnonzero([is_headline(items, i) for i in range(num)])
+        chosen = headline if self.evaluator.is_paired else headline[:0]
 
         # The masks that the images were made from may lack organs of the slice.
         self.label_maps = {"mask": np.asarray(store.mask[self.start : self.stop])}
         self.label_maps["real"] = np.zeros_like(self.label_maps["mask"])
-        self.label_maps["gen"], features = self._run_networks(generated, target)
+        self.label_maps["gen"], features = self.evaluator.run_networks(generated, target)
         self.result = ChunkResult({name: np.full(num, np.nan) for name in column_names(self.evaluator.table)})
         self.result.grey_counts = np.zeros((num, 2, 256), dtype=np.int64)
         for name, features_BD in features.items():
@@ -212,25 +272,19 @@ class _Batch:
             grey_values = real.cpu().numpy(), generated[at].cpu().numpy()
             metas, maps = [record.meta for record in records], self.label_maps["mask"][chosen]
             self._write(hounsfield_columns(metas, maps, *grey_values, self.evaluator.table), chosen)
-        self._sharpness_of_others(items, generated)
+        if self.evaluator.is_paired:
+            self._sharpness_of_others(items, generated)
+        else:
+            self._measure_alone(generated, headline)
         self._write_overlaps("mask_gen", np.arange(num))
         if len(chosen):
             self._write_overlaps("mask_real", chosen)
             self._write_overlaps("real_gen", chosen)
 
-    def _run_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
-        label_maps, features_BD = self.evaluator.segmenter.predict_and_features(image_BHW, modality_B)
-        by_extractor = {"segmenter": features_BD}
-        by_extractor |= {name: extract(image_BHW, modality_B) for name, extract in self.evaluator.extractors.items()}
-        return label_maps.cpu().numpy(), {
-            name: _finite(features.float().cpu().numpy(), name, self.start) for name, features in by_extractor.items()
-        }
-
     def _compare(self, real: Any, fake: Any, modality: Any, chosen: np.ndarray) -> None:
         """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""
         evaluator = self.evaluator
-        self.label_maps["real"][chosen], features = self._run_networks(real, modality)
+        self.label_maps["real"][chosen], features = evaluator.run_networks(real, modality)
         for name, features_BD in features.items():
             self.result.features[name, "real"][chosen] = features_BD
         self._write(similarity_columns(real, fake), chosen)
@@ -242,6 +296,13 @@ class _Batch:
         for images, side in ((real, 0), (fake, 1)):
             for image_HW, i in zip(images.cpu().numpy(), chosen, strict=True):
                 self.result.grey_counts[i, side] = np.bincount(image_HW.ravel(), minlength=256)
+
+    def _measure_alone(self, generated: Any, headline: np.ndarray) -> None:
+        """Power, texture and grey values of images without real counterparts; those of the headline, at its places."""
+        images_BHW = generated.cpu().numpy()[headline]
+        self._write(alone(images_BHW, self.label_maps["mask"][headline], self.evaluator.table, "gen"), headline)
+        for image_HW, i in zip(images_BHW, headline, strict=True):
+            self.result.grey_counts[i, 1] = np.bincount(image_HW.ravel(), minlength=256)
 
     def _sharpness_of_others(self, items: dict[str, list[Any]], generated: Any) -> None:
         """Power and texture of images of the other modality. Their own slice is needed only for its constant border."""
@@ -259,13 +320,15 @@ class _Batch:
         first, second = pair.split("_")
         evaluator, maps = self.evaluator, self.label_maps
         self._write(
-            overlap_columns(
-                pair,
-                maps[first][chosen],
-                maps[second][chosen],
-                evaluator.table,
-                [self.spacing_mm[i] for i in chosen],
-                evaluator.tolerance_mm_O if evaluator.inputs.surface_dice else None,
+            evaluator.without_body(
+                overlap_columns(
+                    pair,
+                    maps[first][chosen],
+                    maps[second][chosen],
+                    evaluator.table,
+                    [self.spacing_mm[i] for i in chosen],
+                    evaluator.tolerances_mm,
+                )
             ),
             chosen,
         )
@@ -276,8 +339,8 @@ class _Batch:
             self.result.columns[name][chosen] = values
 
 
-def _finite(features_BD: np.ndarray, extractor: str, start: int) -> np.ndarray:
+def _finite(features_BD: np.ndarray, extractor: str) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(features_BD).all(axis=1))
     if len(bad):
-        raise ValueError(f"the {extractor}'s features are not finite, first near item {start + int(bad[0])}")
+        raise ValueError(f"the {extractor}'s features are not finite, first of image {int(bad[0])} of a batch")
     return features_BD

@@ -82,7 +82,7 @@ def overlap_columns(
     """Values [B] by column of one of PAIRS: Dice, area error, areas, false organs; surface Dice where tolerances are
     given.
 
-    uint8 label maps; `spacing_mm` of each, rows then columns.
+    uint8 label maps; `spacing_mm` of each, rows then columns; what needs it is NaN where it is NaN.
     """
     organ_ids, names = list(table.organ_ids), table.names
     counts_BKK = overlaps.confusion(reference_BHW, predicted_BHW, table.num_classes)
@@ -96,6 +96,8 @@ def overlap_columns(
     if tolerance_mm_O is not None:
         values_by_kind["surface_dice"] = surface_BK = np.full(values_by_kind["dice"].shape, np.nan)
         for b, (reference_HW, predicted_HW) in enumerate(zip(reference_BHW, predicted_BHW, strict=True)):
+            if not np.isfinite(spacing_mm[b]).all():
+                continue
             surface_BK[b, organ_ids] = surfaces.surface_dice(
                 reference_HW, predicted_HW, table.organ_ids, tolerance_mm_O, spacing_mm[b]
             )
@@ -123,7 +125,7 @@ def _false_positive_columns(
     columns |= {f"{area}_{pair}/{organ}": area_mm2_BO[:, o] for o, organ in enumerate(organs)}
     columns[f"{rate}_{pair}"] = overlaps.mean_over_organs(appears_BO, range(len(organs)))
     # The area of all false organs of an image together, not their mean.
-    columns[f"{area}_{pair}"] = np.nansum(area_mm2_BO, axis=1)
+    columns[f"{area}_{pair}"] = np.where(np.isfinite(pixel_mm2), np.nansum(area_mm2_BO, axis=1), np.nan)
     return columns
 
 

@@ -43,8 +43,10 @@ class Clipping:
     case_ids: tuple[str, ...]
 
 
-def clipping_of(shards: ShardSet, modality: str, amos_root: Path | None) -> Clipping | None:
+def clipping_of(shards: ShardSet | None, modality: str, amos_root: Path | None) -> Clipping | None:
     """Densities of a few cases of `modality`, from the volumes under `amos_root`; None when the set holds none."""
+    if shards is None:
+        return None
     rows = shards.select(modalities=[modality], labelled_only=False)
     if not len(rows):
         return None

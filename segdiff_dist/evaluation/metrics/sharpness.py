@@ -113,6 +113,19 @@ def unpaired_entries(
     }
 
 
+def unpaired_organ_entries(
+    sums: PatientSums, organ: str, generated: Callable[[SumKey], bool], real: Callable[[SumKey], bool]
+) -> dict[str, Entry]:
+    """`texture` of an organ in generated images against real ones of other patients: a ratio of means."""
+    sums_P1, counts_P1 = sums.by_patient([f"texture_gen/{organ}"], generated)
+    real_sums_P1, real_counts_P1 = sums.by_patient([f"texture_real/{organ}"], real)
+    mean, real_mean = ratio(sums_P1.sum(), counts_P1.sum()), ratio(real_sums_P1.sum(), real_counts_P1.sum())
+    value = float(ratio(mean, real_mean))
+    if not np.isfinite(value):
+        return {}
+    return {"texture": _entry("texture", Estimate(value, None, int(counts_P1.sum()), int((counts_P1 > 0).sum())))}
+
+
 def organ_entries(
     sums: PatientSums, organ: str, which: Callable[[SumKey], bool], interval: Interval
 ) -> dict[str, Entry]:

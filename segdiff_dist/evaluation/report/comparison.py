@@ -200,12 +200,20 @@ def _open(folder: Path, name: str) -> EvaluatedRun:
     columns = ["row", "target_modality", "headline"]
     table = read_rows(folder, columns)
     rows = table.to_pydict()
-    slices = {(row, modality) for row, modality, headline in zip(*(rows[c] for c in columns), strict=True) if headline}
+    summary = read_summary(folder)
+    job = summary["provenance"].get("sample_job", {})
+    # Rows of a folder of masks are its own: they are the same slices only where the masks are the same.
+    of_masks = "" if "shards" in job else f" of masks {job.get('masks_digest')}"
+    slices = {
+        (row, f"{modality}{of_masks}")
+        for row, modality, headline in zip(*(rows[c] for c in columns), strict=True)
+        if headline
+    }
     config = folder / "config.yaml"
     return EvaluatedRun(
         name=name,
         folder=folder,
-        summary=read_summary(folder),
+        summary=summary,
         settings=flatten(read_yaml(config)) if config.is_file() else {},
         slices=frozenset(slices),
         side=int(open_predictions(folder, table.num_rows)["gen"].shape[1]),

@@ -136,7 +136,7 @@ def _row(
 
 def _gallery(runs: Sequence[EvaluatedRun]) -> tuple[list[dict[str, str]], str]:
     """Figures of the masks that all runs have; or the reason why there are none."""
-    if len({run.summary["provenance"]["shards_digest"] for run in runs}) > 1:
+    if len({run.summary["provenance"].get("shards_digest") for run in runs}) > 1:
         return [], "The runs share no masks: they were sampled from different shard sets."
     try:
         pictures = [Pictures.open(run.folder) for run in runs]

@@ -109,6 +109,7 @@ def render(
             segmenter_messages=segmenter_messages(summary),
             sharpness=_sharpness_of(summary),
             trust=summary.get("trust"),
+            missing=_missing(summary),
             memorised=summary.get("trust", {}).get("memorisation"),
             percent="{:.1%}".format,
             trust_warnings=warnings(summary) if "trust" in summary else [],
@@ -170,6 +171,14 @@ def format_interval(entry: dict[str, Any] | None, digits: int, between: str = " 
         return ""
     low, high = (format_number(end, digits) for end in entry["ci95"])
     return f"{low}{between}{high}"
+
+
+def _missing(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """Labels of the metrics without a value, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in summary.get("not_available", {}).items():
+        names.setdefault(reason, []).append(DEFINITIONS[name].label if name in DEFINITIONS else name)
+    return names
 
 
 def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from data_shards.documents import reading
+from data_shards.field_source import is_address
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import differences, next_command
 from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary
+from segdiff_dist.evaluation.measure.subject import is_paired, label_table_of, open_samples
 from segdiff_dist.sampling.store import SampleStore, identity
 
 # The places of a gallery in the order of Dice(mask, pred_gen).
@@ -29,10 +31,15 @@ _COLUMNS = (
 
 @dataclass
 class Pictures:
-    """Rows of samples.parquet with their pixels."""
+    """Rows of samples.parquet with their pixels.
+
+    `shards`: of the real images, where there are some; `is_paired`: the generated ones have counterparts in it.
+    """
 
     rows: dict[str, np.ndarray]
-    shards: ShardSet
+    shards: ShardSet | None
+    label_table: LabelTable
+    is_paired: bool
     image: Any
     masks: Any
     predictions: Any
@@ -41,8 +48,9 @@ class Pictures:
     def open(cls, run: Path) -> Pictures:
         """Open the samples and the evaluation of `run`. InputProblems where the samples or their slices are not those
         that were measured: the pictures would not belong to the numbers."""
-        store = SampleStore.open(run / "samples")
-        shards = ShardSet.open(store.job["shards"])
+        store = open_samples(run / "samples")
+        paired = is_paired(store)
+        shards = ShardSet.open(store.job["shards"]) if paired else _named_in_summary(run)
         refuse(_changed_since(run, store, shards))
         table = read_rows(run, _COLUMNS)
         if table.num_rows != len(store):
@@ -51,15 +59,12 @@ class Pictures:
         return cls(
             rows={name: np.array(values) for name, values in table.to_pydict().items()},
             shards=shards,
+            label_table=label_table_of(store, shards),
+            is_paired=paired,
             image=store.image,
             masks=store.mask,
             predictions=open_predictions(run, len(store)),
         )
-
-    @property
-    def label_table(self) -> LabelTable:
-        """Of the masks and of the predictions."""
-        return self.shards.label_table
 
     def real(self, i: int) -> np.ndarray:
         """The real image of the item's slice, uint8 [H, W] like the generated one."""
@@ -67,6 +72,7 @@ class Pictures:
 
     def slice_image(self, row: int) -> np.ndarray:
         """A slice of the shard set, cropped like the generated images."""
+        assert self.shards is not None, "no real images"
         return self.shards.read(row).cropped(self.image.shape[1]).image_uint8()
 
     def mask(self, i: int) -> np.ndarray:
@@ -127,7 +133,9 @@ class Pictures:
         return [int(i) for i in fresh[:1]]
 
     def headline(self, modality: str) -> dict[int, int]:
-        """Headline items of a modality by the row of their slice in the shard set."""
+        """Headline items of a modality by the row of their slice in the shard set; none where they have no slice."""
+        if not self.is_paired:
+            return {}
         items = np.flatnonzero(self.rows["headline"] & (self.rows["source_modality"] == modality))
         return {int(self.rows["row"][i]): int(i) for i in items}
 
@@ -163,12 +171,18 @@ class Pictures:
         return [int(i) for i in items[np.argsort(self.rows["seed_index"][items], kind="stable")]]
 
 
-def _changed_since(run: Path, store: SampleStore, shards: ShardSet) -> Iterator[Problem]:
+def _named_in_summary(run: Path) -> ShardSet | None:
+    """The set that unpaired images were compared with. An address is not taken from a run folder: None."""
+    named = read_summary(run)["provenance"].get("shards")
+    return ShardSet.open(named) if isinstance(named, str) and not is_address(named) else None
+
+
+def _changed_since(run: Path, store: SampleStore, shards: ShardSet | None) -> Iterator[Problem]:
     """Changes of samples and slices since RUN/evaluation/summary.json was written."""
     made_from = read_summary(run)["provenance"]
     remedy = f"measure them: {next_command('evaluate', run=run)}"
     with reading(run / "evaluation" / "summary.json", "the summary of an evaluation", remedy):
-        measured_job, measured_digest = identity(made_from["sample_job"]), made_from["shards_digest"]
+        measured_job, measured_digest = identity(made_from["sample_job"]), made_from.get("shards_digest")
     if differing := differences(measured_job, identity(store.job)):
         key, measured, now = differing[0]
         value = f"not the samples that were measured: {key} was {measured!r}, is {now!r}"
@@ -176,5 +190,5 @@ def _changed_since(run: Path, store: SampleStore, shards: ShardSet) -> Iterator[
     elif missing := len(store.missing()):
         value = f"{missing:,} of {len(store):,} are missing"
         yield Problem(str(store.path), "samples", value, "run the same `segdiff sample` again")
-    if shards.digest != measured_digest:
+    if shards is not None and shards.digest != measured_digest:
         yield Problem(shards.root, "digest", "not the shard set that was measured on", f"restore it, or {remedy}")

@@ -51,17 +51,20 @@ def extremes(pictures: Pictures, modality: str) -> Drawn:
 def _samples(pictures: Pictures, items: Sequence[int], labels: Sequence[str]) -> Canvas:
     """A row a sample, of the slice's own modality or of the other, `labels` to the left."""
     across = any(pictures.rows["source_modality"][i] != pictures.rows["target_modality"][i] for i in items)
-    real = "source image" if across else "real image"
-    canvas, axes = tiles(len(items), 4, (real, "mask", "generated", "predicted on generated"))
+    real = ("source image" if across else "real image",) if pictures.is_paired else ()
+    titles = (*real, "mask", "generated", "predicted on generated")
+    canvas, axes = tiles(len(items), len(titles), titles)
     for row, i, label in zip(axes, items, labels, strict=True):
-        show_grey(row[0], pictures.real(i), label)
-        show_labels(row[1], pictures.mask(i), pictures.label_table)
-        show_grey(row[2], pictures.generated(i))
-        show_labels(row[3], pictures.predicted(i), pictures.label_table)
+        if pictures.is_paired:
+            show_grey(row[0], pictures.real(i))
+        show_labels(row[-3], pictures.mask(i), pictures.label_table)
+        show_grey(row[-2], pictures.generated(i))
+        show_labels(row[-1], pictures.predicted(i), pictures.label_table)
+        row[0].set_ylabel(label, fontsize=8)
         if across:
             note(row[0], str(pictures.rows["source_modality"][i]))
-            note(row[2], str(pictures.rows["target_modality"][i]))
-        note(row[3], pictures.dice(i))
+            note(row[-2], str(pictures.rows["target_modality"][i]))
+        note(row[-1], pictures.dice(i))
     legend(canvas, pictures.label_table, [pictures.mask(i) for i in items] + [pictures.predicted(i) for i in items])
     return canvas
 
@@ -98,7 +101,7 @@ def diversity(pictures: Pictures) -> Drawn:
 def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
     """Generated images beside the training images that they resemble most."""
     memorisation = summary.get("trust", {}).get("memorisation")
-    if memorisation is None or not memorisation["nearest"]:
+    if memorisation is None or not memorisation["nearest"] or pictures.shards is None:
         return None
     neighbours, limits = memorisation["nearest"][:_NUM_NEAREST], memorisation["limits"]
     columns = {

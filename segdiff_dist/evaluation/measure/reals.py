@@ -1,0 +1,60 @@
+"""Real images that are measured by themselves, where generated ones have no real counterparts.
+
+Dimensions: B batch, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from segdiff_dist.evaluation.metrics import organ_texture, sharpness, similarity
+from segdiff_dist.evaluation.metrics.columns import column_names, overlap_columns
+
+if TYPE_CHECKING:
+    from data_shards.labels import LabelTable
+    from segdiff_dist.evaluation.measure.worker import ChunkResult, Evaluator
+
+
+@dataclass(frozen=True)
+class RealSlices:
+    """A worker's task: these slices of the shard set, compared with their own masks."""
+
+    rows: tuple[int, ...]
+
+    def run(self, evaluator: Evaluator) -> ChunkResult:
+        """As of a chunk, a row a slice; the columns and features of the real side alone."""
+        from segdiff_dist.evaluation.measure.worker import ChunkResult
+
+        records = [evaluator.shards.read(row).cropped(evaluator.store.image.shape[1]) for row in self.rows]
+        image_BHW, mask_BHW = (np.stack(a) for a in zip(*((r.image_uint8(), r.mask_HW) for r in records), strict=True))
+        label_maps, features = evaluator.label(image_BHW, [record.meta.modality for record in records])
+        columns = {name: np.full(len(records), np.nan) for name in column_names(evaluator.table)}
+        spacing_mm = [record.meta.spacing_mm for record in records]
+        columns |= overlap_columns(
+            "mask_real", mask_BHW, label_maps, evaluator.table, spacing_mm, evaluator.tolerances_mm
+        )
+        columns |= alone(image_BHW, mask_BHW, evaluator.table, "real")
+        counts_B2G = np.zeros((len(records), 2, 256), np.int64)
+        counts_B2G[:, 0] = [np.bincount(image_HW.ravel(), minlength=256) for image_HW in image_BHW]
+        by_side = {(name, "real"): features_BD for name, features_BD in features.items()}
+        return ChunkResult(evaluator.without_body(columns), by_side, counts_B2G)
+
+
+def alone(image_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable, side: str) -> dict[str, np.ndarray]:
+    """The columns of one side ("real" or "gen") of images without a counterpart: power, texture and grey values.
+
+    Power is of the box inside the image's own constant border.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for texture in (sharpness, organ_texture):
+        columns |= texture.measure(image_BHW, image_BHW, mask_BHW, table)
+    names = (f"power_{side}_", f"texture_{side}", *(f"autocorrelation_{lag}_{side}" for lag in organ_texture.LAGS))
+    columns = {name: values_B for name, values_B in columns.items() if name.startswith(names)}
+    for kind, values_BK in zip(
+        ("mean", "std"), similarity.grey_moments(mask_BHW, image_BHW, table.num_classes), strict=True
+    ):
+        columns |= {f"grey_{kind}_{side}/{table.names[i]}": values_BK[:, i] for i in table.organ_ids}
+    return columns

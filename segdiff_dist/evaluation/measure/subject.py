@@ -1,0 +1,123 @@
+"""What is evaluated: generated images with their masks, and the real images that they are compared with.
+
+Paired: the masks are of slices of a shard set, whose images are the real counterparts. Unpaired: the masks are files of
+a folder; the real images, where a set of them is named (evaluate.real), are of other patients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_shards.feed.order import sample_at
+from data_shards.labels import LabelTable
+from data_shards.problems import problem
+from segdiff_dist.sampling.items import NO_MODALITY
+from segdiff_dist.sampling.store_files import LABELS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.sampling.store import SampleStore
+    from segdiff_dist.segmentation.judges import Judge
+
+# Columns of the items of images made elsewhere: the distances between rows and between columns; NaN where not known.
+SPACING = ("row_spacing_mm", "column_spacing_mm")
+NO_COUNTERPART = "the masks are of no real image that could be compared with the generated one"
+NO_REAL_IMAGES = "there are no real images: name a shard set of them (--real SHARDS)"
+NO_SPACING = "no file says how wide a pixel is: give --evaluate.spacing-mm"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`shards`: None where no real images are known. `real_rows`: slices of an unpaired set that are compared."""
+
+    store: SampleStore
+    shards: ShardSet | None
+    real_rows: tuple[int, ...] = ()
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether each mask is of a slice of `shards`."""
+        return is_paired(self.store)
+
+    @property
+    def label_table(self) -> LabelTable:
+        """Of the masks."""
+        return label_table_of(self.store, self.shards)
+
+
+def open_samples(path: Path) -> SampleStore:
+    """The store at `path`. A mask that is of no image counts in the modality of the image made from it."""
+    from segdiff_dist.sampling.store import SampleStore
+
+    store = SampleStore.open(path)
+    store.items = with_modalities(store.items)
+    return store
+
+
+def with_modalities(items: pa.Table) -> pa.Table:
+    """The items with no source modality left open."""
+    import pyarrow.compute as pc
+
+    is_open = pc.equal(items["source_modality"], NO_MODALITY)
+    source = pc.if_else(is_open, items["target_modality"], items["source_modality"])
+    return items.set_column(items.column_names.index("source_modality"), "source_modality", source)
+
+
+def is_paired(store: SampleStore) -> bool:
+    """Whether the store's masks are of slices of a shard set."""
+    return "shards" in store.job
+
+
+def label_table_of(store: SampleStore, shards: ShardSet | None) -> LabelTable:
+    """Of the store's masks. Raises InputProblems where an earlier version did not write it down."""
+    if is_paired(store) and shards is not None:
+        return shards.label_table
+    if LABELS not in store.job:
+        remedy = "start the same `segdiff sample` again: it writes the table down"
+        raise problem(store.path, LABELS, "not there", remedy)
+    return LabelTable(store.job[LABELS]["name"], tuple(store.job[LABELS]["names"]))
+
+
+def judge_of(path: Path, store: SampleStore, shards: ShardSet | None, device: str = "cpu") -> Judge:
+    """The segmenter at `path`, for the images of the store."""
+    from segdiff_dist.segmentation.judges import open_judge
+
+    judge = open_judge(path, device)
+    return judge.suited(label_table_of(store, shards), hu_window(store, shards))
+
+
+def hu_window(store: SampleStore, shards: ShardSet | None) -> tuple[float, float] | None:
+    """The HU that are black and white in CT images of the store; None where it is not known, or not the same in all."""
+    if "images_as" in store.job:
+        window = store.job["images_as"].get("window")
+        return None if window is None else (float(window[0]), float(window[1]))
+    named = shards.index["preprocessing"] if shards is not None else store.job.get("masks_cut_like", {})
+    if "hu_window" not in named or named.get("intensity", "window") != "window":
+        return None
+    return float(named["hu_window"][0]), float(named["hu_window"][1])
+
+
+def real_rows(items: pa.Table, shards: ShardSet, split: str, most: int, seed: int) -> tuple[int, ...]:
+    """Labelled slices of a split with the images' modalities and axes, at most so many, drawn by `seed`; in order."""
+    modalities, axes = (items[name].unique().to_pylist() for name in ("target_modality", "axis"))
+    rows = shards.select(split=split, modalities=modalities, axes=axes)
+    if not len(rows):
+        value = f"no labelled slice of {', '.join(modalities)} and {', '.join(axes)}"
+        remedy = "choose another split (--evaluate.real-split), or give another set"
+        raise problem(shards.root, f"split {split!r}", value, remedy)
+    priority = sample_at(np.arange(len(rows)), len(rows), seed)
+    return tuple(np.sort(rows[np.argsort(priority)][:most]).tolist())
+
+
+def pixel_spacing(items: pa.Table, given: float | None) -> np.ndarray:
+    """float64 [N, 2] in mm of unpaired items; `given` where nothing says it, else NaN."""
+    names = [name for name in SPACING if name in items.column_names]
+    known = [items[name].to_numpy() for name in names] or [np.full(items.num_rows, np.nan)] * 2
+    spacing_N2 = np.stack(known, axis=1).astype(np.float64)
+    return np.where(np.isfinite(spacing_N2), spacing_N2, np.nan if given is None else given)
