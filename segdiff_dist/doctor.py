@@ -142,6 +142,8 @@ def _torch() -> tuple[Gpus, list[Row]]:
         return Gpus(), [row]
     try:
         import torch
+
+        from segdiff_dist.ranks.precision import fast_precision
     except (ImportError, OSError) as error:
         return Gpus(), [
             Row("torch", "missing", f"{row.found}, but it does not import: {_short(error)}", _reinstall("torch"))
@@ -151,13 +153,16 @@ def _torch() -> tuple[Gpus, list[Row]]:
     gpus = Gpus(tuple(p.name for p in properties), tuple(p.total_memory / _GIB for p in properties))
     build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
     blind = shutil.which("nvidia-smi") is not None and not count
+    fast = {fast_precision(torch.device("cuda", i)) for i in range(count)} or {fast_precision(torch.device("cpu"))}
+    slow = "no arithmetic for bf16, which would be slow here: precision auto is fp32"
     return gpus, [
+        Row("bf16", "ok", "precision auto is bf16") if fast == {"bf16"} else Row("bf16", "instead", slow),
         Row(
             "torch",
             "instead" if blind else "ok",
             f"{torch.__version__}, {build}" + (", which sees none of this machine's GPUs" if blind else ""),
             "install torch's CUDA build and a driver that is new enough for it" if blind else "",
-        )
+        ),
     ]
 
 

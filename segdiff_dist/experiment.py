@@ -197,14 +197,20 @@ def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:
         write_atomic(run / CONFIG_FILE, to_yaml(values))
 
 
-def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:
-    """Refuse to continue a training that was started with other settings. `started` exists once the training has begun,
-    and holds the settings of every checkpoint."""
+def recorded_config(experiment: Experiment, started: Path) -> Path | None:
+    """The settings that a training was started with; None where it has not begun. `started`: its folder of checkpoints,
+    each of which holds them."""
     from segdiff_dist.training.checkpoint import named_as_one  # here, since it imports torch
 
     of_checkpoints = (file for file in started.glob(f"*/{CONFIG_FILE}") if named_as_one(file.parent))
     recorded = max(of_checkpoints, default=experiment.path("run") / CONFIG_FILE)
-    if not started.exists() or not recorded.is_file():
+    return recorded if started.exists() and recorded.is_file() else None
+
+
+def refuse_another_config(experiment: Experiment, started: Path, sections: tuple[str, ...]) -> None:
+    """Refuse to continue a training that was started with other settings. `started`: its folder of checkpoints."""
+    recorded = recorded_config(experiment, started)
+    if recorded is None:
         return
     may_change = {
         key for section in sections for key in execution_settings(type(getattr(experiment, section)), f"{section}.")

@@ -35,6 +35,8 @@ from segdiff_dist.downstream.summary import summarise
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.planning import memory as memory_planning
+from segdiff_dist.ranks.distributed import pick_device
+from segdiff_dist.ranks.precision import settled
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB
@@ -142,7 +144,11 @@ def plan(
     with reading(evaluated.path / JOB, "the description of a job", "sample again"):
         split = config.split or evaluated.job["sample"]["split"]
     segmenter, sample = sections.segmenter, sections.sample
-    train = replace(segmenter.train, num_images=config.num_images or segmenter.train.num_images)
+    train = replace(
+        segmenter.train,
+        num_images=config.num_images or segmenter.train.num_images,
+        precision=settled(segmenter.train.precision, pick_device(sections.workers.device)),
+    )
     made = Downstream(
         run.resolve(),
         shards,
@@ -150,6 +156,7 @@ def plan(
         sections.diffusion,
         replace(
             sample,
+            precision=evaluated.job["sample"].get("precision", sample.precision),
             split="train",
             masks=None,
             num=config.num_masks,

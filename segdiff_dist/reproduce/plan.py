@@ -77,7 +77,7 @@ def describe(found: list[Step], settings: Table1Settings) -> str:
 
 def _training(name: str, network: scaling.NetworkCosts, train: TrainConfig, gpus: int) -> Step:
     micro = train.global_batch_size // gpus if train.micro_batch_size == "auto" else train.micro_batch_size
-    machine = scaling.INFINIBAND if train.precision == "bf16" else _TF32
+    machine = _TF32 if train.precision == "fp32" else scaling.INFINIBAND
     plan = scaling.ParallelPlan(gpus, train.global_batch_size, micro, train.zero_stage)
     seconds = None
     if network.flop_per_image >= _SMALLEST_FLOP:

@@ -67,8 +67,9 @@ class SampleConfig:
     cuda_graph: Execution[Switch] = "auto"
     """Record the network's pass as a CUDA graph, once for each batch size, and replay it: faster where batches are
     small. auto: on a GPU, if replaying gives the same bits. on: refused where there is no GPU. docs/sampling.md."""
-    precision: Result[Literal["bf16", "fp32"]] = "bf16"
-    """Precision of the network. The sampler computes in fp32."""
+    precision: Result[Literal["auto", "bf16", "fp32"]] = "auto"
+    """Precision of the network. auto: bf16 where the device has arithmetic for it, fp32 elsewhere. A job keeps the
+    precision that it began with. The sampler computes in fp32."""
     num_workers: Execution[Count | None] = None
     """Ray workers. null: one for each GPU, or for each core, of this machine or of the cluster at ray_address."""
     threads_per_worker: Result[Count] = 1

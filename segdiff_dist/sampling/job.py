@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out
-from data_shards.problems import Problem, WorkFailed, problem, refuse, saying_when_full
+from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
 from data_shards.records import AXES, MODALITIES
 from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.config import DiffusionConfig
@@ -25,6 +26,7 @@ from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import MASK_FILE, drawn_rows, list_items, list_items_of
 from segdiff_dist.sampling.mask_source import MaskArray
 from segdiff_dist.sampling.store import LABELS, MASKS, SampleStore, locked
+from segdiff_dist.sampling.store_files import read_job
 from segdiff_dist.sampling.weights import load_denoiser
 from segdiff_dist.sampling.weights import weights_digest as weights_digest  # where others look for it
 from segdiff_dist.sampling.worker import WorkerFactory
@@ -104,6 +106,8 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     """Check everything and list the items; writes nothing. Parameters and errors as of `sample`."""
     from segdiff_dist.denoising.sampler_config import guidance_digest
 
+    path = (config.out or run / "samples").resolve()
+    config = replace(config, precision=_settled_precision(config, path))
     weights = run / "weights" / config.weights
     _, digest = load_denoiser(weights)  # unusable input is refused before there is a store
     trained = json.loads((weights / "segdiff.json").read_text())
@@ -125,7 +129,6 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         job_settings["guidance_weights_digest"] = _weaker_digest(weights, trained, config.sampler.guidance_weights)
     job_settings |= _source_of(shards, rows, config)
     job_settings = json.loads(json.dumps(job_settings))  # as it is read back: tuples are lists
-    path = (config.out or run / "samples").resolve()
     if (store := SampleStore.reopen(path, job_settings)) is not None:
         classes = None if config.masks is None else _classes_of(store, shards.label_table)
         return Job(path, job_settings, store.items, trained["size"], store, classes=classes)
@@ -135,6 +138,21 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         text = f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones"
         warnings.warn(text, stacklevel=3)
     return Job(path, job_settings, list_items(shards, rows, config), trained["size"], None)
+
+
+def _settled_precision(config: SampleConfig, path: Path) -> Literal["bf16", "fp32"]:
+    """That of the job that was begun at `path`, else the fast one of the device, where `auto` leaves the choice."""
+    from segdiff_dist.ranks.distributed import pick_device
+    from segdiff_dist.ranks.precision import settled
+
+    if config.precision != "auto":
+        return config.precision
+    with suppress(InputProblems, KeyError):
+        begun: Literal["bf16", "fp32"] = read_job(path)["sample"]["precision"]
+        return begun
+    if config.ray_address is not None and config.device != "cpu":
+        return "bf16"  # a cluster's GPUs, which this machine need not have
+    return settled(config.precision, pick_device(config.device, "sample.device"))
 
 
 def fewer_masks(items: pa.Table, config: SampleConfig) -> str | None:

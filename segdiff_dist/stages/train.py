@@ -62,12 +62,20 @@ class Train(ConfiguredStage):
         from segdiff_dist.denoising.denoiser import choose_kernels
         from segdiff_dist.denoising.network_shapes import denoiser_network
         from segdiff_dist.denoising.task import find_problems
-        from segdiff_dist.stages.training_plan import TrainingPlan, side_of, small_config, training_rows
+        from segdiff_dist.stages.training_plan import (
+            TrainingPlan,
+            settle_precision,
+            side_of,
+            small_config,
+            training_rows,
+        )
         from segdiff_dist.training.captured import device_problems
 
-        experiment, config, denoiser, diffusion = self.experiment, self.train, self.denoiser, self.diffusion
-        loader, started = self.loader, ("denoiser", "diffusion", "train", "loader")
+        denoiser, diffusion, loader = self.denoiser, self.diffusion, self.loader
+        started = ("denoiser", "diffusion", "train", "loader")
         run, shards = self.open_run_and_data(self.more_data)
+        config = settle_precision(self.train, self.experiment, "train", run / "checkpoints")
+        experiment, compiling = replace(self.experiment, train=config), replace(self, train=config)
         side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
         picked = partial(pick_device, config.device, "train.device")
         *_, attention, kernels, _ = collect(
@@ -98,10 +106,10 @@ class Train(ConfiguredStage):
             # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),
             logged_sections=_SECTIONS,
-            message=f"train: {device}, kernels: {kernels}, attention: {attention}",
+            message=f"train: {device}, {config.precision}, kernels: {kernels}, attention: {attention}",
             next_command=command("sample", "--run", run, *address_flag(experiment)),
             limits={"small": lambda: small_config(shards, side, device)},
-            compile_kernels=_compiling(self, shards, side, device) if kernels == "triton" else None,
+            compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" else None,
         ).checked()
 
 

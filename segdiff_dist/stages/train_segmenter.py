@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -42,11 +42,16 @@ class TrainSegmenter(ConfiguredStage):
         from data_shards.feed.mixing import mix_groups
         from segdiff_dist.segmentation.network import segmenter_network
         from segdiff_dist.segmentation.task import SegmenterTask
-        from segdiff_dist.stages.training_plan import TrainingPlan, side_of, training_rows
+        from segdiff_dist.stages.training_plan import TrainingPlan, settle_precision, side_of, training_rows
         from segdiff_dist.training.captured import device_problems
 
-        experiment, config, loader = self.experiment, self.segmenter, self.loader
+        loader = self.loader
         run, shards = self.open_run_and_data(self.more_data)
+        train = settle_precision(
+            self.segmenter.train, self.experiment, "segmenter.train", run / "segmenter/checkpoints"
+        )
+        config = replace(self.segmenter, train=train)
+        experiment = replace(self.experiment, segmenter=config)
         folder, side, rows = run / "segmenter", side_of(shards, loader.crop_size), training_rows(experiment, shards)
         picked = partial(pick_device, config.train.device, "segmenter.train.device")
         collect(
@@ -70,7 +75,7 @@ class TrainSegmenter(ConfiguredStage):
             make_task=lambda _: SegmenterTask(shards, config, loader, folder / "weights", device),
             saved_sections=("segmenter",),
             logged_sections=("segmenter", "loader"),
-            message=f"train-segmenter: {device}",
+            message=f"train-segmenter: {device}, {train.precision}",
             next_command=command("train", "--run", run, *address_flag(experiment)),
             limits={"multiple_of": config.dice_group},
         ).checked()

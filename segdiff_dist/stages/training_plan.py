@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.locks import locked, refuse_where_locked
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
+from segdiff_dist.config import flatten, read_yaml
 from segdiff_dist.denoising.network_shapes import denoiser_network
-from segdiff_dist.experiment import Experiment, load_experiment, save_experiment
+from segdiff_dist.experiment import Experiment, load_experiment, recorded_config, save_experiment
 from segdiff_dist.planning.duration import duration_s, warn_of_length
 from segdiff_dist.planning.memory import SmallConfig, capacity_of, memory_problems, plan_memory, refuse_together
 from segdiff_dist.planning.network import Network
-from segdiff_dist.ranks.distributed import is_main, world_size
+from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
+from segdiff_dist.ranks.precision import cpu_has_bf16, settled
 from segdiff_dist.shipped import shipped_config
 from segdiff_dist.stages.base import Cost, Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
@@ -151,6 +154,29 @@ def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConf
     experiment = load_experiment(shipped_config("amos_small"), None)
     network = denoiser_network(experiment.denoiser, shards, side, device)
     return SmallConfig("amos_small", network, experiment.train)
+
+
+def settle_precision(config: TrainConfig, experiment: Experiment, section: str, checkpoints: Path) -> TrainConfig:
+    """The settings with a precision in place of `auto`: that of the checkpoints, else the device's fast one.
+
+    `section`: their name, by dotted key. It stays `auto` for a device that is not there, which the checks refuse.
+    """
+    if config.precision != "auto":
+        _warn_of_slow_bf16(config, section)
+        return config
+    recorded = recorded_config(experiment, checkpoints)
+    begun = {} if recorded is None else flatten(read_yaml(recorded))
+    precision = begun.get(f"{section}.precision", "auto")
+    with suppress(InputProblems):
+        precision = settled(precision, pick_device(config.device))
+    return replace(config, precision=precision)
+
+
+def _warn_of_slow_bf16(config: TrainConfig, section: str) -> None:
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.precision == "bf16" and on_cpu and not cpu_has_bf16() and is_main():
+        remedy = f"fp32 is about ten times faster here: --{section}.precision auto"
+        sys.stderr.write(f"warning: {section}.precision: bf16: this CPU has no arithmetic for it; {remedy}\n")
 
 
 def training_rows(experiment: Experiment, shards: ShardSet) -> np.ndarray:

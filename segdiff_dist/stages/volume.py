@@ -12,6 +12,7 @@ import tyro
 from data_shards.locks import lock_beside, locked
 from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import VolumeConfig
+from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.stages.base import Cost, Plan, Result
 from segdiff_dist.stages.configured import ConfiguredStage, weights_name
@@ -46,13 +47,15 @@ class Volume(ConfiguredStage):
         """Opens set and weights; reads the header of the mask."""
         from segdiff_dist.export.volume import check_volume
         from segdiff_dist.pipeline import SegGuidedPipeline
+        from segdiff_dist.ranks.precision import settled
 
         experiment, config = self.experiment, self.volume
         mask, out = collect(lambda: self.path("mask_volume"), lambda: self.path("exported"))
         run, shards = self.open_run_and_data()
         job = check_volume(mask, out, shards, config)
         weights = run / "weights" / weights_name(experiment, self.sample.weights)
-        device, precision = self.sample.device, self.sample.precision
+        device = self.sample.device
+        precision = settled(self.sample.precision, pick_device(device, "sample.device"))
         pipeline = SegGuidedPipeline.from_weights(
             weights, experiment.diffusion, self.sample.sampler, device=device, precision=precision
         )

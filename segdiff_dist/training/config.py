@@ -47,8 +47,10 @@ class TrainConfig:
     """Beta_1 and beta_2 of AdamW."""
     gradient_clip: Result[NonNegative] = 1.0
     """Largest gradient norm. 0 leaves gradients as they are."""
-    precision: Result[Literal["bf16", "fp32"]] = "bf16"
-    """Precision of weights and activations in the forward and backward pass."""
+    precision: Result[Literal["auto", "bf16", "fp32"]] = "auto"
+    """Precision of weights and activations in the forward and backward pass. auto: bf16 where the device has arithmetic
+    for it (a GPU since Ampere, a CPU with AMX or AVX-512 BF16), fp32 elsewhere. A run keeps the precision that it began
+    with."""
     zero_stage: Resumable[Annotated[int, Interval(ge=0, le=3)]] = 1
     """What DeepSpeed shards over ranks. 0: nothing. 1: optimiser state. 2: gradients too. 3: weights too."""
     offload: Resumable[Literal["none", "optimizer", "all"]] = "none"

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from segdiff_dist.ranks.distributed import (
     rank,
     world_size,
 )
+from segdiff_dist.ranks.precision import settled
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.deepspeed_internals import ZeroPartitions, import_deepspeed
@@ -50,6 +52,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: TrainConfig, micro_batch_size: int, device: torch.device) -> None:
         deepspeed = start_distributed(device)
+        config = replace(config, precision=settled(config.precision, device))
         self.config, self.device = config, device
         self.micro_batch_size = micro_batch_size
         self.num_micro_batches = config.global_batch_size // (micro_batch_size * world_size())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from data_shards.records import Batch
 from segdiff_dist.config import flatten, to_yaml
 from segdiff_dist.ranks.distributed import agree, code_versions, gather_objects, is_main, rank, world_size
 from segdiff_dist.ranks.heartbeat import Heartbeat
+from segdiff_dist.ranks.precision import fast_precision
 from segdiff_dist.training import checkpoint
 from segdiff_dist.training.best_weights import BestWeights, RunState, crosses
 from segdiff_dist.training.captured import MicroStep
@@ -89,6 +90,8 @@ def train(job: TrainingJob) -> None:
     Raises TrainingStopped after config.max_skipped_steps skipped steps in a row, and OSError if the last checkpoint
     cannot be written.
     """
+    if job.config.precision == "auto":
+        job = replace(job, config=replace(job.config, precision=fast_precision(job.device)))
     task, config, folder = job.task, job.config, job.folder
     if len(job.rows) == 0:
         raise problem(job.shards.root, "split", "no slice to train on", "widen loader.modalities or loader.axes")

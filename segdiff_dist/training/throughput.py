@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segdiff_dist.attention import set_attention
 from segdiff_dist.ranks.distributed import world_size
+from segdiff_dist.ranks.precision import Precision, settled
 
 # Dense TFLOP/s of bf16 and TF32 tensor cores and of fp32, from NVIDIA's data sheets (half of the figures "with
 # sparsity"). The first name that is part of torch.cuda.get_device_name() counts.
@@ -52,11 +53,12 @@ class Peak(NamedTuple):
     source: Literal["data sheet", "measured"]
 
 
-def peak_flops(device: torch.device, precision: Literal["bf16", "fp32"]) -> Peak:
+def peak_flops(device: torch.device, precision: Precision) -> Peak:
     """The device's peak for matrix products: from the data sheet or, elsewhere, the best rate of a few products.
 
     fp32 counts as TF32 if cuDNN may use that for convolutions, which is torch's default.
     """
+    precision = settled(precision, device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, (bf16, tf32, fp32) in _PEAK_TFLOPS.items():
