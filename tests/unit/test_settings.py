@@ -29,7 +29,9 @@ def without_seed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded() -> dict[str, Any]:
-    sample = SampleConfig()
+    # `auto` is never recorded: a job has the precision that it began with.
+    sample, segmenter = SampleConfig(precision="bf16"), SegmenterConfig()
+    segmenter = replace(segmenter, train=replace(segmenter.train, precision="bf16"))
     guided = SamplerConfig(preset="best", rho=5.0, guidance=2.0, guidance_interval=(0.1, 2.0))
     folder = {"masks": Path("/m"), "label_map": Path("/l.yaml"), "out": Path("/o"), "target_modality": "CT"}
     workers = {"num_workers": 3, "threads_per_worker": 2, "batch_size": 8}
@@ -49,7 +51,7 @@ def recorded() -> dict[str, Any]:
         ).result_settings(),
         "phantom": PhantomConfig().to_json(),
         "phantom_wholebody": PhantomConfig(wholebody=True, num_train=1).to_json(),
-        "downstream_segmenter": without_seed(identity(SegmenterConfig())),
+        "downstream_segmenter": without_seed(identity(segmenter)),
         "downstream_loader": identity(LoaderConfig(mix={"CT": 1.0}, cache_dir=Path("/c"), zoom=0.1)),
         "evaluate": identity(measured),
     }
