@@ -153,7 +153,8 @@ def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConf
     """The shipped configuration for small machines, on slices of `side` pixels."""
     experiment = load_experiment(shipped_config("amos_small"), None)
     network = denoiser_network(experiment.denoiser, shards, side, device)
-    return SmallConfig("amos_small", network, experiment.train)
+    train = replace(experiment.train, precision=settled(experiment.train.precision, device))
+    return SmallConfig("amos_small", network, train)
 
 
 def settle_precision(config: TrainConfig, experiment: Experiment, section: str, checkpoints: Path) -> TrainConfig:

@@ -22,6 +22,7 @@ from segdiff_dist.planning.memory import (
     LOW,
     Capacity,
     MemoryPlan,
+    SmallConfig,
     alternatives,
     memory_problems,
     plan_memory,
@@ -36,6 +37,11 @@ from segdiff_dist.training.config import TrainConfig
 GIB = 2**30
 CPU = torch.device("cpu")
 SHARDS: Any = SimpleNamespace(label_table=LabelTable("amos", ("background", *(f"organ {i}" for i in range(16)))))
+
+
+def small() -> SmallConfig:
+    found = small_config(SHARDS, 256, CPU)
+    return replace(found, config=replace(found.config, precision="bf16"))
 
 
 def host(gib: float) -> Capacity:
@@ -54,8 +60,8 @@ def small(**values: Any) -> Network:
 
 
 def test_the_default_net_does_not_fit_into_24_gib(paper: Network) -> None:
-    config = TrainConfig()
-    [found] = memory_problems("train", paper, config, host(24), small=lambda: small_config(SHARDS, 256, CPU))
+    config = TrainConfig(precision="bf16")
+    [found] = memory_problems("train", paper, config, host(24), small=small)
     assert "16 needs about" in found.value
     assert "24.0 GiB" in found.value
     size = int(re.findall(r"--train.micro-batch-size (\d+)", found.remedy)[0])
@@ -67,27 +73,29 @@ def test_the_default_net_does_not_fit_into_24_gib(paper: Network) -> None:
 
 
 def test_a_machine_that_is_large_enough_is_not_refused(paper: Network) -> None:
-    assert memory_problems("train", paper, TrainConfig(), host(64)) == []
-    assert memory_problems("train", paper, TrainConfig(), Capacity(None)) == []  # a system that does not say
+    assert memory_problems("train", paper, TrainConfig(precision="bf16"), host(64)) == []
+    assert (
+        memory_problems("train", paper, TrainConfig(precision="bf16"), Capacity(None)) == []
+    )  # a system that does not say
 
 
 def test_where_no_micro_batch_fits_the_small_net_is_named(paper: Network) -> None:
-    [found] = memory_problems("train", paper, TrainConfig(), host(4), small=lambda: small_config(SHARDS, 256, CPU))
+    [found] = memory_problems("train", paper, TrainConfig(precision="bf16"), host(4), small=small)
     assert "micro-batch-size" not in found.remedy
     assert "--config amos_small" in found.remedy
-    [found] = memory_problems("train", paper, TrainConfig(micro_batch_size="auto"), host(0.5))
+    [found] = memory_problems("train", paper, TrainConfig(micro_batch_size="auto", precision="bf16"), host(0.5))
     assert found.remedy == "use a smaller net, smaller slices or a larger machine"
 
 
 def test_memory_that_others_hold_is_named(paper: Network) -> None:
-    [found] = memory_problems("train", paper, TrainConfig(), Capacity(HostMemory(64 * GIB, 8 * GIB)))
+    [found] = memory_problems("train", paper, TrainConfig(precision="bf16"), Capacity(HostMemory(64 * GIB, 8 * GIB)))
     assert "8.0 GiB of 64.0 GiB are free" in found.value
     assert "end other programs that hold memory here" in found.remedy
 
 
 def test_state_is_what_rajbhandari_counts() -> None:
     network, number = small(), small().num_parameters
-    config = TrainConfig(micro_batch_size=1, ema_lengths=(0.05,))
+    config = TrainConfig(micro_batch_size=1, ema_lengths=(0.05,), precision="bf16")
     whole = plan_memory(network, config, 1)
     assert whole.state == number * (2 + 2 + 4 + 4 + 8 + 4)
     assert whole.checkpoint == number * (4 + 8 + 4)
@@ -131,7 +139,7 @@ def test_activations_are_what_a_step_keeps() -> None:
 
 
 def test_muon_gathers_gradients_from_the_other_ranks(paper: Network) -> None:
-    adamw, muon = TrainConfig(), TrainConfig(optimizer="muon")
+    adamw, muon = TrainConfig(precision="bf16"), TrainConfig(optimizer="muon")
     assert plan_memory(paper, muon, 1) == plan_memory(paper, adamw, 1)
     assert plan_memory(paper, muon, 2).state == plan_memory(paper, adamw, 2).state + 4 * paper.num_parameters
 
