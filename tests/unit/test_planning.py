@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 SHARDS: Any = SimpleNamespace(label_table=LabelTable("amos", ("background", *(f"organ {i}" for i in range(16)))))
 
 
-def small() -> SmallConfig:
+def amos_small() -> SmallConfig:
     found = small_config(SHARDS, 256, CPU)
     return replace(found, config=replace(found.config, precision="bf16"))
 
@@ -61,7 +61,7 @@ def small(**values: Any) -> Network:
 
 def test_the_default_net_does_not_fit_into_24_gib(paper: Network) -> None:
     config = TrainConfig(precision="bf16")
-    [found] = memory_problems("train", paper, config, host(24), small=small)
+    [found] = memory_problems("train", paper, config, host(24), small=amos_small)
     assert "16 needs about" in found.value
     assert "24.0 GiB" in found.value
     size = int(re.findall(r"--train.micro-batch-size (\d+)", found.remedy)[0])
@@ -80,7 +80,7 @@ def test_a_machine_that_is_large_enough_is_not_refused(paper: Network) -> None:
 
 
 def test_where_no_micro_batch_fits_the_small_net_is_named(paper: Network) -> None:
-    [found] = memory_problems("train", paper, TrainConfig(precision="bf16"), host(4), small=small)
+    [found] = memory_problems("train", paper, TrainConfig(precision="bf16"), host(4), small=amos_small)
     assert "micro-batch-size" not in found.remedy
     assert "--config amos_small" in found.remedy
     [found] = memory_problems("train", paper, TrainConfig(micro_batch_size="auto", precision="bf16"), host(0.5))
@@ -139,7 +139,7 @@ def test_activations_are_what_a_step_keeps() -> None:
 
 
 def test_muon_gathers_gradients_from_the_other_ranks(paper: Network) -> None:
-    adamw, muon = TrainConfig(precision="bf16"), TrainConfig(optimizer="muon")
+    adamw, muon = TrainConfig(precision="bf16"), TrainConfig(optimizer="muon", precision="bf16")
     assert plan_memory(paper, muon, 1) == plan_memory(paper, adamw, 1)
     assert plan_memory(paper, muon, 2).state == plan_memory(paper, adamw, 2).state + 4 * paper.num_parameters
 
