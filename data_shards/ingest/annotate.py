@@ -1,8 +1,8 @@
 """Whole-body masks for an archive: an installed tool run on every volume, one Ray task a volume.
 
-WHOLEBODY/<case id>.nii.gz appears whole, after it was read and its ids were checked; WHOLEBODY/annotations.json says
-which tool, in which version, made it from which image. Both are complete after every volume, so a killed run goes on.
-WHOLEBODY/.partial/ holds what is being made, and the output of tools that failed.
+WHOLEBODY/<case id>.nii.gz appears when it is complete and its ids have been checked. WHOLEBODY/annotations.json has the
+tool, its version, and the image of each mask. Both are complete after every volume, so a killed run can continue.
+WHOLEBODY/.partial/ holds unfinished masks, and the output of tools that failed.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ __all__ = ["AnnotateConfig", "AnnotateReport", "Annotation", "annotate", "annota
 
 _INSTALL = "pip install TotalSegmentator in an environment of its own and put its bin folder on PATH"
 _PARTIAL = ".partial"
-# With less left, a tool that failed is taken to have failed for want of it: a mask compresses to some 100 KB.
+# If less is free when a tool fails, lack of space counts as the cause: a compressed mask takes some 100 KB.
 _LEAST_FREE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class AnnotateReport:
-    """What annotate left behind. `failed`: (case_id, reason) for each volume without a mask of this run; `num_kept` of
-    the `num_masks` were there already."""
+    """The result of annotate. `failed`: (case_id, reason) for each volume without a mask of this run; `num_kept` of the
+    `num_masks` existed before."""
 
     num_masks: int
     num_kept: int
@@ -75,7 +75,8 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Made:
-    """What came of a volume: its record, or why there is none. `kept`: it was there already. `full`: no space left."""
+    """The result of a volume: its record, or the reason why there is none. `kept`: it existed before. `full`: no space
+    left."""
 
     record: dict[str, Any] | None
     reason: str = ""
@@ -85,7 +86,7 @@ class _Made:
 
 @dataclass(frozen=True)
 class Annotation:
-    """A checked annotation, made by `check`: the only thing that can run. `version`: what the tool says it is."""
+    """A checked annotation, made by `check`: the only thing that can run. `version`: as the tool reports it."""
 
     amos_root: Path
     wholebody: Path
@@ -98,7 +99,7 @@ class Annotation:
         return len(_listing(self.amos_root, self.config).cases)
 
     def run(self) -> AnnotateReport:
-        """Make what is missing; errors as of `annotate`."""
+        """Make the missing masks; errors as of `annotate`."""
         where = self.wholebody
         with locked(where / FOLDER_LOCK, where, "is annotating it"), saying_when_full(where):
             # Another command may have written masks there since the check.
@@ -107,7 +108,7 @@ class Annotation:
 
 
 def check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annotation:
-    """Raise InputProblems for all that can be seen before work starts: config, archive, folder, and a tool that is
+    """Raise InputProblems for all problems that show before work starts: config, archive, folder, and a tool that is
     missing or does not answer."""
     amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
     refuse(config.problems())
@@ -121,9 +122,9 @@ def annotate(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annota
     """Make WHOLEBODY/<case id>.nii.gz for every case of the folder, whatever its layout; the same call again makes what
     is missing.
 
-    A mask stays while its image is, byte for byte, the one it was made from; one that was changed by hand is never
-    overwritten. A volume that fails costs only itself. Raises InputProblems before any work for whatever `check`
-    finds, where another process annotates into the same folder, and where it cannot be written; OutOfSpace when the
+    A mask stays while its image is, byte for byte, the one it was made from; a mask that was changed by hand is never
+    overwritten. If a volume fails, the others go on. Raises InputProblems before any work for problems that `check`
+    finds, if another process annotates into the same folder, and if the folder cannot be written; OutOfSpace when the
     disk is full.
     """
     return check(amos_root, wholebody, config).run()
@@ -176,7 +177,8 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
 
 
 def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem]) -> Iterator[Problem]:
-    """Masks of another or an unknown tool are neither mixed with new ones nor overwritten."""
+    """Problems if the folder has masks of another or an unknown tool: they are neither mixed with new ones nor
+    overwritten."""
     if not wholebody.exists():
         return
     if not wholebody.is_dir():
@@ -193,7 +195,7 @@ def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem
                 value = f"made with {content.get(name)!r}, asked for {asked[name]!r}"
                 yield Problem(str(wholebody / ANNOTATIONS), name, value, "choose another folder, or use the same tool")
     named = content["cases"] if content is not None else {}
-    # Hidden ones are no masks: a Mac leaves forks called ._NAME.
+    # Hidden files are not masks: a Mac creates forks called ._NAME.
     case_ids = sorted(file.name.split(".nii")[0] for file in wholebody.glob("[!.]*.nii*"))
     strange = [i for i in case_ids if i not in named and not _record_file(wholebody, i).exists()]
     if strange:
@@ -203,7 +205,7 @@ def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem
 
 
 def _tool_version(config: AnnotateConfig) -> tuple[str | None, list[Problem]]:
-    """The version that the tool says it has, and what is wrong where it cannot say anything."""
+    """The version that the tool reports, and the problem if it reports none."""
     executable = shlex.split(config.template)[0]
     if "{" not in executable and shutil.which(executable) is None:
         remedy = "give the path of a program that this machine can run"
@@ -233,12 +235,12 @@ def _new_annotations(config: AnnotateConfig, version: str | None) -> dict[str, A
 
 
 def _adopt(wholebody: Path, cases: dict[str, Any]) -> None:
-    """Record masks that were finished when the process that writes the records was gone."""
+    """Record masks that were finished after the process that writes the records had died."""
     for file in (wholebody / _PARTIAL).glob("*.json"):
         mask = wholebody / f"{file.stem}.nii.gz"
         try:
             record = read_json(file, "remove it")
-        except InputProblems:  # of no use: the mask is made anew
+        except InputProblems:  # unusable: the mask is made again
             continue
         if mask.is_file() and file_sha256(mask) == record.get("mask_sha256"):
             cases[file.stem] = record
@@ -274,7 +276,7 @@ def _make_mask(task: _Task) -> _Made:
     reason = run_tool(task.config.words(case, made), work / "tool.log", task.config.timeout_s)
     if reason:
         made.unlink(missing_ok=True)
-        # A tool whose disk is full may have no room to say so.
+        # If the disk is full, a tool may not even be able to report it.
         full = tells_of_full_disk(reason) or shutil.disk_usage(work).free < _LEAST_FREE_BYTES
         return _Made(None, reason, full=full)
     if not made.is_file():

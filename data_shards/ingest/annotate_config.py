@@ -30,20 +30,20 @@ _PLACEHOLDERS = ("image", "mask", "modality", "case_id")
 
 @dataclass(frozen=True)
 class AnnotateConfig:
-    """Which tool makes the whole-body masks, and how many volumes at a time."""
+    """The tool that makes the whole-body masks, and the number of volumes at a time."""
 
     tool: Result[Literal["totalsegmentator", "command"]] = "totalsegmentator"
     """`totalsegmentator` runs the installed TotalSegmentator and maps its classes by name; `command` runs `command`,
-    whose masks count by the whole-body table's ids already."""
+    whose masks already have the whole-body table's ids."""
     command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """The command of tool `command`. {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word,
     without a shell."""
     version_command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """A command that prints the version of the tool. The first line is recorded."""
     modalities: Result[Some[Modality]] = MODALITIES
-    """Which of the archive's cases are taken."""
+    """The modalities whose cases are used."""
     modality: Result[Modality | None] = None
-    """The modality of every case of the archive, where dataset.json does not say it, or says it wrongly."""
+    """The modality of every case of the archive, if dataset.json does not state it, or states it wrongly."""
     num_workers: Execution[Count] = 1
     """Volumes at a time."""
     threads_per_worker: Execution[Count | None] = None
@@ -57,12 +57,12 @@ class AnnotateConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """Who does the work, and where. Threads: this machine's cores, shared among the workers."""
+        """The workers. Threads: this machine's cores, shared among the workers."""
         threads = self.threads_per_worker or max(1, num_cores() // self.num_workers)
         return WorkersConfig("annotate", self.num_workers, threads, ray_address=self.ray_address)
 
     def problems(self, where: str = "annotate") -> list[Problem]:
-        """Everything out of range, each with what to do about it; empty when the config can be used."""
+        """Everything out of range, each with a remedy; empty if the config can be used."""
         found = range_problems(self, where)
 
         def check(name: str, good: bool, remedy: str) -> None:
@@ -89,7 +89,7 @@ class AnnotateConfig:
 
     @property
     def template(self) -> str:
-        """The command of one volume, placeholders open."""
+        """The command of one volume, with placeholders."""
         return self.command if self.command is not None else _TOTALSEGMENTATOR_COMMAND
 
 

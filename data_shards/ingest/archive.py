@@ -1,4 +1,4 @@
-"""The AMOS 2022 folder: which cases it holds, and everything wrong with it that headers and file names can show."""
+"""The AMOS 2022 folder: its cases, and all problems that headers and file names show."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from data_shards.records import MODALITIES
 
 
 def read_archive(root: Path, modalities: Sequence[str] = MODALITIES, modality: str | None = None) -> list[Case]:
-    """Cases of the folder at `root` that are of `modalities`, by case id. `modality`: what all of them are, where the
-    user states it. Call `find_problems` first: here a broken folder raises InputProblems for the first thing found. A
-    test case is labelled when labelsTs/ holds a file of its name."""
+    """Cases of the folder at `root` with one of `modalities`, by case id. `modality`: that of all cases, if the user
+    states it. Call `find_problems` first: here a broken folder raises InputProblems for the first problem. A test case
+    is labelled if labelsTs/ has a file with its name."""
     content = read_dataset(root)
     where = str(root / DATASET_FILE)
     entries, wrong = read_entries(where, content)
@@ -35,7 +35,7 @@ def read_archive(root: Path, modalities: Sequence[str] = MODALITIES, modality: s
 
 
 def find_problems(root: Path, modalities: Sequence[str] = MODALITIES, modality: str | None = None) -> list[Problem]:
-    """All that can be seen before work starts, reading headers alone; an empty list means go."""
+    """All problems that show before work starts, from headers alone; an empty list means that work can start."""
     return list_archive(root, modalities, modality).all_problems
 
 
@@ -45,7 +45,7 @@ def list_archive(
     modality: str | None = None,
     names: dict[int, str] | None = None,
 ) -> Listing:
-    """The cases as of `read_archive`, and every problem. `names`: the classes by id, where they are not AMOS'."""
+    """The cases as of `read_archive`, and every problem. `names`: the classes by id, if they are not AMOS'."""
     try:
         content = read_dataset(root)
     except InputProblems as error:
@@ -57,7 +57,7 @@ def list_archive(
     ids = [entry.case_id for entry in entries]
     modality_of, notes_of, wrong = find_modalities(dataset_file, content, ids, modality)
     problems += wrong
-    # Files of a case that may be of either modality are looked at all the same.
+    # Files of a case whose modality is not known are checked too.
     either = modalities[0] if modalities else MODALITIES[0]
     listed = [_case(root, one, modality_of.get(one.case_id, either), notes_of.get(one.case_id, ())) for one in entries]
     cases = sorted((case for case in listed if case.modality in modalities), key=lambda case: case.case_id)
@@ -93,5 +93,5 @@ def _case(root: Path, entry: Entry, modality: str, notes: tuple[str, ...] = ()) 
 
 
 def _names(entry: Entry) -> list[str]:
-    """What a file of the case may be called, with the channel's number or without."""
+    """The possible names of a case's file, with the channel's number or without."""
     return list(dict.fromkeys((entry.case_id, file_stem(entry.image))))

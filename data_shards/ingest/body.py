@@ -1,7 +1,7 @@
-"""Where the patient ends: an envelope found in the image itself, for label sets without whole-body classes.
+"""The patient's outline (envelope), found in the image itself, for label sets without whole-body classes.
 
-Found on a coarse grid, which is fast, and brought to each slice by linear interpolation of the inside (1) and
-outside (0), cut at one half.
+It is found on a coarse grid, which is fast. Inside (1) and outside (0) are interpolated linearly to each slice, with a
+threshold of one half.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import numpy as np
 
 from data_shards.ingest.volumes import Volume, linear_weights, num_resampled
 
-# Coarse enough that a thorax takes well under a second, fine enough that a half-voxel error is a skin's thickness.
+# Coarse enough that a thorax takes less than a second, fine enough that half a voxel is no thicker than skin.
 _GRID_MM = 3.0
 # Between lung and air (below -500 HU) and fat (about -100 HU).
 _CT_TISSUE_HU = -300.0
-# Table tops, sheets and cables are thinner than this and go; limbs are thicker and stay.
+# Table tops, sheets and cables are thinner than this and are removed; limbs are thicker and stay.
 _THINNEST_PART_MM = 12.0
-# An arm beside the body is part of the patient; what is thinner or smaller than this belongs to the table.
+# An arm beside the body is part of the patient; parts that are thinner or smaller than this belong to the table.
 _THINNEST_LIMB_MM = 24.0
 _SMALLEST_LIMB = 0.01
 # More than the noise that clipping leaves, less than the step from air to fat.
 _ABOVE_CLIPPED_AIR_HU = 30.0
 _MR_SMOOTHING_MM = 4.0
-# Of the range of values; air is at its lower end.
+# Share of the range of values; air is at its lower end.
 _BRIGHTEST_AIR = 0.25
-# Of the range of values: what sums of single precision leave of equal numbers.
+# Share of the range of values: the difference of equal numbers after sums in single precision.
 _ROUNDING = 1e-4
 # The middle of a blurred edge, a little below one half because air is not quite dark.
 _EDGE_OF_BRIGHTEST = 0.4
@@ -41,8 +41,8 @@ class BodyField:
 
 
 def find_body(volume: Volume, modality: str, *, is_padded: bool = False) -> BodyField:
-    """The patient's envelope: skin to skin, lungs and gas inside it, table outside it. `is_padded`: the lowest value is
-    that of padding, which says nothing of where MR's air gives way to tissue."""
+    """The patient's envelope: skin to skin, with lungs and gas inside and the table outside. `is_padded`: the lowest
+    value is that of padding, which does not help to find the border between air and tissue in MR."""
     from scipy import ndimage
 
     steps = np.maximum(1.0, _GRID_MM / volume.spacing_mm)
@@ -57,7 +57,7 @@ def find_body(volume: Volume, modality: str, *, is_padded: bool = False) -> Body
     inside = _without_halo(inside, smooth).astype(np.float32)
     # Skin that fades into noise leaves a ragged edge; a patient's outline is smooth.
     ndimage.gaussian_filter(inside, _MR_SMOOTHING_MM / spacing_mm, output=inside)
-    # The outline is to be smooth, not blurred: from inside to outside within a step of the grid, as in CT. A Gaussian
+    # The outline must be smooth, not blurred: from inside to outside within a step of the grid, as in CT. A Gaussian
     # leaves an edge with the slope 1 / (sigma sqrt(2 pi)).
     inside -= 0.5
     inside *= max(1.0, _MR_SMOOTHING_MM * np.sqrt(2.0 * np.pi) / _GRID_MM)
@@ -84,19 +84,19 @@ def _ct_tissue(coarse: np.ndarray) -> np.ndarray:
 
 
 def _mr_tissue(smooth: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
-    """Brighter than air; `measured`: where that is decided, everywhere by default."""
+    """Voxels brighter than air; `measured`: the voxels that decide the threshold, by default all."""
     floor, ceiling = np.percentile(smooth if measured is None else smooth[measured], (1.0, 99.0))
     grey = smooth - floor
     grey /= max(float(ceiling - floor), 1e-6)
     if measured is None:
         return grey > _triangle_threshold(grey)
-    # Where padding has taken air's place, tissue may be the higher peak: air's is among the dark ones.
+    # If padding has replaced air, tissue may have the higher peak: that of air is among the dark values.
     return grey > _triangle_threshold(grey[measured], peak_below=_BRIGHTEST_AIR)
 
 
 def _without_halo(inside: np.ndarray, smooth: np.ndarray) -> np.ndarray:
-    """A threshold low enough for dark skin is outside the edge of bright skin: the rim must also reach a part of the
-    brightest value nearby."""
+    """A threshold that is low enough for dark skin lies outside the edge of bright skin, so the rim must also reach a
+    share of the brightest value nearby."""
     from scipy import ndimage
 
     rim = inside & ~ndimage.binary_erosion(inside, _disk(2.0), border_value=1)
@@ -108,8 +108,8 @@ def _without_halo(inside: np.ndarray, smooth: np.ndarray) -> np.ndarray:
 
 
 def _triangle_threshold(grey: np.ndarray, peak_below: float = 1.0) -> float:
-    """Where the peak of air gives way to tissue, for grey values in [0, 1]: the bin farthest below the line from the
-    histogram's peak to its end (Zack et al. 1977). Otsu's threshold would leave out dark tissue: lung, bone,
+    """The threshold between the peak of air and tissue, for grey values in [0, 1]: the bin farthest below the line from
+    the histogram's peak to its end (Zack et al. 1977). Otsu's threshold would leave out dark tissue: lung, bone,
     suppressed fat."""
     counts, edges = np.histogram(np.clip(grey, 0.0, 1.0), bins=256, range=(0.0, 1.0))
     peak = int(np.argmax(counts[: min(int(256 * peak_below), 255)]))
@@ -130,7 +130,7 @@ def _envelope(tissue: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
         return np.zeros_like(tissue)
     thick = ndimage.binary_erosion(opened, disk(_THINNEST_LIMB_MM), border_value=1)
     del opened
-    # Plane by plane, because bincount converts what it counts to eight bytes a voxel.
+    # Plane by plane, because bincount converts its input to eight bytes a voxel.
     voxels, thick_voxels = np.zeros((2, count + 1), dtype=np.int64)
     for plane, is_thick in zip(parts, thick, strict=True):
         voxels += np.bincount(plane.ravel(), minlength=count + 1)
@@ -149,7 +149,7 @@ def _disk(radius: float) -> np.ndarray:
 
 
 def _filled(inside: np.ndarray) -> np.ndarray:
-    """Holes closed in every axial slice: what is not inside and does not reach the slice's border."""
+    """Close holes in every axial slice: parts that are not inside and do not reach the slice's border."""
     from scipy import ndimage
 
     in_plane = np.zeros((3, 3, 3), dtype=bool)

@@ -37,11 +37,11 @@ def slices_of(
     notes: list[str] | None = None,
     labelling: Labelling | None = None,
 ) -> Iterator[SliceRecord]:
-    """Every slice of a case, by axis and slice index, one at a time. `notes` receives what was recognised on the way:
-    units that were converted, sides that are a guess, padding, axes without a slice. `labelling`: what the ids of label
-    files mean, where it is not what the label set says.
+    """Every slice of a case, by axis and slice index, one at a time. `notes` receives texts about what was recognised:
+    converted units, guessed orientation, padding, axes without a slice. `labelling`: the meaning of the ids in label
+    files, if it is not that of the label set.
 
-    Raises UnreadableVolume for voxels that cannot be used: before the first slice, so a case is whole or not there.
+    Raises UnreadableVolume for voxels that cannot be used, before the first slice, so a case is complete or missing.
     """
     notes = [] if notes is None else notes
     labelling = labelling or Labelling(LABEL_TABLES[config.label_set])
@@ -90,8 +90,8 @@ def slices_of(
 
 
 def _flat_axis(case_id: str) -> tuple[str, str]:
-    """The axis of a two-dimensional image, whose file knows the axial plane alone, and a note. `segdiff export` names
-    its images by their axis."""
+    """The axis of a two-dimensional image, whose file can only state the axial plane, and a note. `segdiff export` puts
+    the axis into its names."""
     named = _AXIS_IN_NAME.search(case_id)
     if named is None:
         return "axial", "a two-dimensional image is taken as an axial slice"
@@ -99,7 +99,8 @@ def _flat_axis(case_id: str) -> tuple[str, str]:
 
 
 def _seen_along(flat: Volume, axis: str) -> Volume:
-    """A flat volume whose rows and columns, an axial slice's in its file, are those of a slice along `axis`."""
+    """A flat volume whose rows and columns are those of a slice along `axis`; in its file they are those of an axial
+    slice."""
     order = list(_FLAT_ORDER[axis])
     affine = np.diag([*flat.spacing_mm[order], 1.0]) if axis != "axial" else flat.affine
     return replace(flat, voxels_IJK=flat.voxels_IJK.transpose(order), affine=affine)
@@ -107,7 +108,7 @@ def _seen_along(flat: Volume, axis: str) -> Volume:
 
 @dataclass(frozen=True)
 class _CaseVolumes:
-    """What a case's slices are cut from."""
+    """The volumes from which a case's slices are cut."""
 
     image: Volume
     mask: CaseMask
@@ -133,7 +134,7 @@ def _read(
         image = _seen_along(image, axis)
         mask = replace(mask, volume=None if mask.volume is None else _seen_along(mask.volume, axis))
     if image.voxels_IJK.min() == image.voxels_IJK.max():
-        raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: it shows nothing")
+        raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: the image is empty")
     padding = take_padding_as_air(image, case.modality)
     wrong = problem_with_values(image, case.modality, padding.num_voxels, config.modality is not None)
     if wrong is not None:

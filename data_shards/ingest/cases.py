@@ -1,4 +1,4 @@
-"""A case, whichever layout lists it: its files, and what their headers show to be wrong."""
+"""A case of any layout: its files, and the problems that their headers show."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from data_shards.ingest.nifti import Geometry
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems, Problem
 
-# Image and label headers agree when no corner of the volume moves by more than this part of a voxel.
+# Image and label headers agree if no corner of the volume differs by more than this part of a voxel.
 AFFINE_TOLERANCE_VOXELS = 0.1
 
 
 @dataclass(frozen=True)
 class Case:
-    """Image, and label where there is one. `split` is train, val or test, or empty where the layout does not state it;
-    `modality` CT or MR. `notes`: what of the archive's statements on it was set aside, in words. `patient`: who it is
-    of, None where that is the case itself. `organs`: instead of `label`, a file of zeros and ones for each stored id.
-    `is_flat`: its files may be two-dimensional."""
+    """Image, and label if there is one. `split` is train, val or test, or empty if the layout does not state it;
+    `modality` is CT or MR. `notes`: texts about statements of the archive that were ignored. `patient`: None if each
+    case is a patient. `organs`: instead of `label`, a file of zeros and ones for each stored id. `is_flat`: its files
+    may be two-dimensional."""
 
     case_id: str
     modality: str
@@ -37,7 +37,7 @@ class Case:
 
     @property
     def is_labelled(self) -> bool:
-        """Whether somebody drew a mask of it."""
+        """Whether it has a drawn mask."""
         return self.label is not None or bool(self.organs)
 
     @property
@@ -46,15 +46,15 @@ class Case:
         return [file for file in (self.image, self.label, *(file for _, file in self.organs)) if file is not None]
 
     def without_split(self) -> Case:
-        """Itself, to be put into a split."""
+        """The case in a split."""
         return replace(self, split="")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a layout found in a folder. `problems`: of the folder. `problems_of`: by case id, those of its own files.
-    `names`: the classes of the label files by stored id; None where the ids are AMOS'. `problems_with_names`: what is
-    wrong with them, which does not matter where a table of one's own names them."""
+    """The contents of a folder in a layout. `problems`: of the folder. `problems_of`: by case id, those of its own
+    files. `names`: the classes of the label files by stored id; None if the ids are AMOS'. `problems_with_names`:
+    problems of these, which do not matter if the user's table names the classes."""
 
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...] = ()
@@ -69,7 +69,7 @@ class Listing:
 
 
 def problems_by_case(cases: Iterator[Case] | tuple[Case, ...]) -> dict[str, list[Problem]]:
-    """By case id, what headers show to be wrong with its files; cases with nothing of the kind are not in it."""
+    """By case id, the problems that headers of its files show; cases without problems are not in it."""
     found = {case.case_id: problems_with_files(case) for case in cases}
     return {case_id: problems for case_id, problems in found.items() if problems}
 
@@ -80,7 +80,7 @@ def nifti_files(folder: Path, case_id: str) -> list[Path]:
 
 
 def problems_with_files(case: Case) -> list[Problem]:
-    """What headers show: files that are missing, are there twice, cannot be read, or are at different places."""
+    """Problems that headers show: files that are missing, exist twice, cannot be read, or are at different places."""
     problems = list(_problems_with_copies(case))
     geometries: dict[Path, Geometry] = {}
     for file in case.files:
@@ -99,7 +99,8 @@ def problems_with_files(case: Case) -> list[Problem]:
 
 
 def _problems_with_copies(case: Case) -> Iterator[Problem]:
-    """Compressed or unpacked by hand, perhaps changed since: which of the two is meant cannot be known."""
+    """One of the files was compressed or unpacked by hand, and perhaps changed since. It cannot be known which one is
+    meant."""
     for file in (case.image, case.label):
         if file is None:
             continue
@@ -126,8 +127,8 @@ def _problems_with_place(image: Path, of_image: Geometry, label: Path, of_label:
 def read_header(
     file: Path, problems: list[Problem], *, one_slice: bool = False
 ) -> tuple[tuple[int, ...], np.ndarray] | None:
-    """Shape and affine (voxel index as stored to RAS mm) of a 3-D volume; None, with the reasons added to `problems`,
-    where it has none that can be used. What of it is a guess is warned of; `read_geometry` returns it in words."""
+    """Shape and affine (voxel index as stored to RAS mm) of a 3-D volume; None if they cannot be used, with the reasons
+    added to `problems`. Guesses give a warning; `read_geometry` returns them as text."""
     try:
         geometry = read_geometry(file, one_slice=one_slice)
     except InputProblems as error:
@@ -139,7 +140,7 @@ def read_header(
 
 
 def largest_shift_voxels(shape: tuple[int, ...], affine: np.ndarray, other: np.ndarray) -> float:
-    """How far the other affine moves the corners of a volume at most, in its smallest voxel sides."""
+    """The largest distance by which the other affine moves a corner of a volume, in its smallest voxel sides."""
     corners = np.array(
         [[i, j, k, 1.0] for i in (0, shape[0] - 1) for j in (0, shape[1] - 1) for k in (0, shape[2] - 1)]
     )

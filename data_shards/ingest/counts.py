@@ -1,4 +1,4 @@
-"""How many slices an archive will give, from its headers."""
+"""The number of slices of an archive, from its headers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _THROUGH = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 @dataclass(frozen=True)
 class Count:
-    """What headers say of an archive. `voxels`: of all images; `recognised`: by case id, what was set aside, converted
-    or guessed, in words; cases with nothing of the kind are not in it."""
+    """The facts about an archive from headers. `voxels`: of all images; `recognised`: by case id, texts about what was
+    ignored, converted or guessed; cases without such are not in it."""
 
     volumes: int
     slices: int
@@ -36,7 +36,7 @@ def count_slices(cases: Iterable[Case], config: PrepareConfig) -> Count:
     for case in cases:
         try:
             geometry = read_geometry(case.image, one_slice=case.is_flat)
-        except InputProblems:  # the check names it, or the skipped cases do
+        except InputProblems:  # the check or the list of skipped cases names it
             continue
         volumes += 1
         slices += _num_slices(geometry, config)
@@ -47,7 +47,7 @@ def count_slices(cases: Iterable[Case], config: PrepareConfig) -> Count:
 
 
 def _num_slices(geometry: Geometry, config: PrepareConfig) -> int:
-    """Along all axes; a two-dimensional image is one slice."""
+    """Slices along all axes; a two-dimensional image is one slice."""
     import nibabel as nib
 
     if geometry.is_flat:

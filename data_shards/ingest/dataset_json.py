@@ -1,4 +1,4 @@
-"""dataset.json of an archive: AMOS' lists of cases and its table of labels, as strangers may have written them."""
+"""dataset.json of an archive: AMOS' lists of cases and its table of labels, from any writer."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _ORGAN_NAMES: tuple[frozenset[str], ...] = tuple(
         "prostate uterus",
     )
 )
-# Wrong names that are listed one by one: enough for a table in another order.
+# Number of wrong names that are listed one by one: enough for a table in another order.
 _MOST_NAMED = 20
-# nnU-Net writes the channel's number behind an image's name and none behind its label's: CASE_0000.nii.gz.
+# nnU-Net adds the channel's number to an image's name but not to its label's: CASE_0000.nii.gz.
 _CHANNEL = re.compile(r"(.*[0-9])_([0-9]{4})")
 _FIRST_CHANNEL = "0000"
 # A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
@@ -54,8 +54,8 @@ _LONGEST_PATH, _LONGEST_NAME = 4096, 255
 
 @dataclass(frozen=True)
 class Entry:
-    """A case as dataset.json lists it: paths below the archive. `case_id` is the image's name without ending, and
-    without the channel's number where it carries one."""
+    """A case as dataset.json lists it: paths below the archive. `case_id` is the image's name without ending and
+    without a channel's number."""
 
     split: str
     image: str
@@ -96,7 +96,7 @@ def read_entries(where: str, content: dict[str, Any]) -> tuple[list[Entry], list
     listed = [(split, entry) for name, split in _SPLIT_OF.items() for entry in content.get(name, [])]
     # Test entries are plain file names in some releases of the format.
     pairs = [(split, {"image": entry} if isinstance(entry, str) else entry) for split, entry in listed]
-    # Where one label shows that the number behind its image's name is a channel, it is one behind others' names too.
+    # If one label shows that the number in its image's name is a channel, the number in other names is a channel too.
     has_channels = any(_shows_channel(entry) for _, entry in pairs)
     entries: list[Entry] = []
     problems: list[Problem] = []
@@ -114,18 +114,18 @@ def file_stem(file: str) -> str:
 
 
 def amos_id(name: str) -> int | None:
-    """The id that AMOS gives a class of this name, in any of its spellings; None for a class that it does not have."""
+    """AMOS' id of a class of this name, in any of its spellings; None for a class that AMOS does not have."""
     plain = words(name)
     return next((number for number, names in enumerate(_ORGAN_NAMES) if plain in names), None)
 
 
 def words(name: str) -> str:
-    """A name as it is compared, however it is written: lower case, one blank between words."""
+    """A name in the form that is compared: lower case, one blank between words."""
     return " ".join(re.split(r"[\s_/-]+", name.strip().lower()))
 
 
 def _read_entry(where: str, split: str, raw: Any, has_channels: bool) -> tuple[Entry | None, list[Problem]]:
-    """The entry, None where there is no telling which case it is, and what is wrong with it."""
+    """The entry, None if its case cannot be determined, and its problems."""
     image = _path(raw.get("image")) if isinstance(raw, dict) else None
     if not isinstance(image, str):
         return None, [Problem(where, split, short(raw), "give an object with `image` and `label`")]
@@ -163,7 +163,7 @@ def _path(value: Any) -> Any:
 
 
 def is_below(path: str) -> bool:
-    """Whether a path is one that a file below the archive can have: an archive leads to no files elsewhere."""
+    """Whether a path can be that of a file below the archive: files elsewhere are not allowed."""
     parts = PurePosixPath(path).parts
     try:
         lengths = [len(part.encode()) for part in parts]
@@ -184,8 +184,8 @@ def _shows_channel(raw: Any) -> bool:
 def _case_id(stem: str, label_stem: str | None, has_channels: bool) -> str:
     """The case of an image, or of a label, of this name: without the first channel's number where that is one.
 
-    It is one where the label shows it, behind AMOS' own names, and, of an image without a label, where the archive has
-    channels. Otherwise it may be the case's own number.
+    The number is a channel if the label shows it, after AMOS' own names, and, for an image without a label, if the
+    archive has channels. Otherwise it may be a part of the case's name.
     """
     channel = _CHANNEL.fullmatch(stem)
     if channel is None or channel[2] != _FIRST_CHANNEL:
@@ -195,7 +195,7 @@ def _case_id(stem: str, label_stem: str | None, has_channels: bool) -> str:
 
 
 def problems_with_organs(where: str, organs: Any) -> Iterator[Problem]:
-    """What is wrong with `labels`. It may be left out: ids are checked against the table voxel by voxel anyway."""
+    """Problems of `labels`. It may be missing: ids are compared with the table voxel by voxel anyway."""
     if organs is None:
         return
     if not isinstance(organs, dict):

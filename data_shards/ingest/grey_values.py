@@ -1,6 +1,8 @@
-"""What a volume's numbers are: padding that is not air is recognised and taken as air, CT that is no HU is refused.
+"""The meaning of a volume's numbers: padding that is not air is recognised and taken as air; CT that is not in HU is
+refused.
 
-Padding is what a converter or a resampling wrote where nothing was measured: one number, exactly, at the border.
+Padding is a constant that a converter or a resampling wrote where nothing was measured: exactly one number, at the
+border.
 Dimensions: I, J, K as in volumes.py. Limits are in HU for CT.
 """
 
@@ -16,12 +18,13 @@ from data_shards.ingest.volumes import Volume, planes_in_memory
 
 # Clipped air is padding that is air: scanners and converters end at -1000 or -1024 HU. Water is 0 by definition.
 _AIR_HU = (-1100.0, -900.0)
-# A window's lower end from here on also holds fat, and what is at it may be that.
+# From this value on, the lower end of a window may also be fat.
 _LOWEST_FAT_HU = -130.0
 _AIR_NOW_HU = -1000.0
-# Fat inside a field of view that is padded with 0 is this far below it.
+# In a field of view that is padded with 0, fat is this far below the padding.
 _BELOW_PADDING_HU = 50.0
-# What of the planes' borders has one number, at least. A round field of view leaves nearly all of it, one side a third.
+# Least share of the planes' borders with one number. Around a round field of view it is nearly all, at one side a
+# third.
 _BORDER_SHARE = 0.25
 _VOLUME_SHARE = 0.01
 # Air's noise makes a smooth histogram, even where a scanner cuts it off at 0: there 0 occurs 3 to 7 times as often as 1
@@ -30,14 +33,14 @@ _SPIKE = 10.0
 # Of the range of values: numbers as near as this are neighbours in a histogram, or the next one that occurs, where
 # values are steps apart: whole numbers saved as floats, eight bits stretched to twelve.
 _NEAR, _STEP = 1e-3, 2e-2
-# A converter may write two, one inside the other (-2000 around the field of view, -3024 around that).
+# A converter may write two numbers, one inside the other (-2000 around the field of view, -3024 around that).
 _MOST_PADDINGS = 3
-# A patch of this share of a plane at its border; smaller ones are tissue that happens to have the number.
+# Least share of a plane for a patch at its border; smaller patches are tissue that happens to have the number.
 _SMALLEST_PATCH = 1e-3
 # Air or at least fat (about -100 HU) is in every CT of a trunk.
 _FAT_HU = -90.0
 _FEW = 1e-3
-# Where soft tissue comes to be when the offset is lost. In HU it is bone and contrast agent: a few per cent.
+# Values of soft tissue if the offset was lost. In HU these are bone and contrast agent: a few per cent.
 _TOO_BRIGHT_HU, _TOO_BRIGHT_SHARE = 700.0, 0.1
 _TISSUE_HU, _LEAST_TISSUE = -300.0, 5e-3
 _SMALLEST_SPAN_HU = 100.0
@@ -51,24 +54,25 @@ _LOST_OFFSET = (
 
 @dataclass(frozen=True)
 class Padding:
-    """Padding that was taken as air. `num_voxels` of the volume are at its lowest value for that; `notes` say so."""
+    """Padding that was taken as air. `num_voxels` of the volume have its lowest value for this reason; `notes` say
+    so."""
 
     num_voxels: int
     notes: tuple[str, ...]
 
 
 def take_padding_as_air(volume: Volume, modality: str) -> Padding:
-    """Find padding that is not air and give it, in place, the lowest value that was measured.
+    """Find padding that is not air and give it, in place, the lowest measured value.
 
-    CT: numbers below any air (-2000, -3024), and numbers above air, as 0, around lower ones. MR: one constant number at
-    the border. Volumes without such are not touched.
+    CT: numbers below any air (-2000, -3024), and numbers above air, such as 0, around lower ones. MR: one constant
+    number at the border. Volumes without padding are not changed.
     """
     num_voxels, notes = 0, []
     filled_with: Any = None
     for _ in range(_MOST_PADDINGS):
         number = None
         for candidate in _border_numbers(volume.voxels_IJK):
-            # What was just filled is not found again.
+            # The padding that was just filled is not found again.
             num_filled = num_voxels if candidate == filled_with else 0
             if _is_padding(volume, candidate, modality, num_filled):
                 number = candidate
@@ -86,10 +90,11 @@ def take_padding_as_air(volume: Volume, modality: str) -> Padding:
 
 
 def take_window_end_as_air(volume: Volume, modality: str) -> str | None:
-    """Give the voxels of a CT that was cut to a window, in place, -1000 HU where they are at the window's lower end and
-    that is air or lung; a note that says so, None where nothing was changed.
+    """In a CT that was cut to a window, set the voxels at the window's lower end, if that is air or lung, to -1000 HU,
+    in place. Returns a note, or None if nothing was changed.
 
-    Such a volume's air is -160 HU, say: under a window that reaches lower it would be grey, beside others' black.
+    The air of such a volume is, for example, -160 HU: in a window that reaches lower it would be grey, while that of
+    other volumes is black.
     """
     if modality != "CT":
         return None
@@ -111,7 +116,7 @@ def take_window_end_as_air(volume: Volume, modality: str) -> str | None:
 
 
 def problem_with_values(volume: Volume, modality: str, num_padding: int, stated: bool) -> str | None:
-    """Why these cannot be the values of a CT or MR, None where they can. `stated`: the user says what it is."""
+    """Why these cannot be the values of a CT or MR, None if they can. `stated`: the user has stated the modality."""
     num_measured = volume.voxels_IJK.size - num_padding
     if modality == "MR":
         share = (_count_below(volume, _TISSUE_HU) - num_padding) / max(1, num_measured)
@@ -142,7 +147,7 @@ def _value(volume: Volume, number: Any) -> float:
 
 
 def _border_numbers(voxels_IJK: np.ndarray) -> Iterator[Any]:
-    """Stored numbers that fill much of the axial planes' borders, or a whole plane at either end."""
+    """Stored numbers that fill a large part of the axial planes' borders, or a whole plane at either end."""
     sides = (voxels_IJK[0], voxels_IJK[-1], voxels_IJK[:, 0], voxels_IJK[:, -1])
     border = np.concatenate([side.ravel() for side in sides])
     numbers, counts = np.unique(border, return_counts=True)
@@ -155,7 +160,7 @@ def _border_numbers(voxels_IJK: np.ndarray) -> Iterator[Any]:
 
 
 def _is_padding(volume: Volume, number: Any, modality: str, num_filled: int) -> bool:
-    """Whether a number at the border, which `num_filled` voxels were given, is padding that is not air."""
+    """Whether a number at the border, which `num_filled` voxels have, is padding that is not air."""
     value = _value(volume, number)
     if modality == "CT" and _AIR_HU[0] <= value <= _AIR_HU[1]:
         return False
@@ -170,7 +175,7 @@ def _is_padding(volume: Volume, number: Any, modality: str, num_filled: int) -> 
     size = voxels_IJK.size
     if equal == size or equal < _VOLUME_SHARE * size or equal < _SPIKE * max(just_below, just_above):
         return False
-    # A CT cut to a window has its lower end for air; a number above air is padding where there is air below it.
+    # In a CT cut to a window, the lower end is air; a number above air is padding if there is air below it.
     return (
         modality == "MR"
         or value < _AIR_HU[0]
@@ -179,7 +184,7 @@ def _is_padding(volume: Volume, number: Any, modality: str, num_filled: int) -> 
 
 
 def _reach(voxels_IJK: np.ndarray, centre: float) -> tuple[float, float]:
-    """Down and up to where numbers are the neighbours of `centre`."""
+    """The range of numbers that are neighbours of `centre`."""
     lowest, highest = voxels_IJK.min().item(), voxels_IJK.max().item()
     below, above = lowest, highest
     for plane in planes_in_memory(voxels_IJK):
@@ -195,7 +200,7 @@ def _reach(voxels_IJK: np.ndarray, centre: float) -> tuple[float, float]:
 
 
 def _fill(volume: Volume, number: Any) -> tuple[int, Any]:
-    """Give padding the lowest value of all other voxels; how many there were, and the stored number they have now."""
+    """Give padding the lowest value of all other voxels; returns their number, and their new stored number."""
     voxels_IJK = volume.voxels_IJK
     rising = volume.slope > 0
     lowest: Any = None
@@ -235,10 +240,10 @@ def _at_border(inside: np.ndarray) -> np.ndarray:
 
 
 def _count_below(volume: Volume, value: float) -> int:
-    """How many voxels have a lower value."""
+    """Number of voxels with a lower value."""
     limit = (value - volume.intercept) / volume.slope
     if volume.voxels_IJK.dtype.kind in "iu":
-        # As whole numbers, so that no plane is converted: n < 2.5 where n < 3, n > 2.5 where n > 2.
+        # As whole numbers, so that no plane is converted: n < 2.5 if n < 3, n > 2.5 if n > 2.
         limit = int(np.ceil(limit)) if volume.slope > 0 else int(np.floor(limit))
     total = 0
     for plane in planes_in_memory(volume.voxels_IJK):

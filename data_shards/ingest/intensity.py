@@ -10,8 +10,8 @@ import numpy as np
 from data_shards.choices import Intensity
 from data_shards.ingest.volumes import Volume, planes_in_memory
 
-# window: CT by the window alone. paper: CT also by the percentiles of what the window leaves, as the paper's code does,
-# so that one grey value means another HU in each volume (HU can still be restored from the slice's own mapping).
+# window: CT by the window alone. paper: CT also by percentiles after the window, as in the paper's code, so that one
+# grey value means another HU in each volume (HU can still be restored from the slice's own mapping).
 INTENSITIES = get_args(Intensity)
 
 
@@ -29,7 +29,7 @@ class GreyMap:
         return cls((high - low) / (2**bits - 1), float(low), bits)
 
     def to_grey(self, above_offset: np.ndarray) -> np.ndarray:
-        """uint8 or uint16, as `bits` says, of float values from which `offset` is already taken away."""
+        """uint8 or uint16, by `bits`, of float values from which `offset` is already subtracted."""
         grey = np.clip(np.rint(above_offset / np.float32(self.scale)), 0, 2**self.bits - 1)
         return grey.astype(np.uint8 if self.bits == 8 else np.uint16)
 
@@ -44,12 +44,12 @@ def grey_map(
     bits: int,
     num_padding: int = 0,
 ) -> GreyMap:
-    """How a volume's values become grey values of 8 or 16 bits.
+    """The map from a volume's values to grey values of 8 or 16 bits.
 
     CT: the window's lower end is 0, its upper end the highest grey (the paper: [-256, 256] HU); with `intensity` paper
     the same of the percentiles of the values clipped to the window. MR: the volume's own percentiles (1 and 99 in the
-    paper), over all of its voxels but `num_padding` of the lowest, which are not measured values. Raises ValueError
-    when the percentiles are equal: such a volume is all but empty.
+    paper), over all of its voxels but `num_padding` of the lowest, which are not measured values. Raises ValueError if
+    the percentiles are equal: such a volume is nearly empty.
     """
     if modality == "CT" and intensity == "window":
         return GreyMap.between(*hu_window, bits)

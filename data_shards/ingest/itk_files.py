@@ -1,7 +1,7 @@
 """MetaImage (.mha, .mhd) and NRRD volumes, read by SimpleITK and checked like NIfTI (docs/data.md 4).
 
-Both formats say the voxels' number first and may leave their bytes to another file. What is read is a file beside the
-header and of the size that it says: an archive leads to no files elsewhere.
+Both formats state the number of voxels first and may keep the bytes in another file. Only a file beside the header, of
+the stated size, is read: files elsewhere are not allowed.
 
 SimpleITK is the extra `formats`; nothing imports it until such a file is read.
 """
@@ -41,7 +41,7 @@ _IS_PACKED = {
     ".nrrd": re.compile(rb"^encoding:(?!\s*raw)", re.M | re.I),
 }
 _IS_DEFLATED = _IS_PACKED | {".nrrd": re.compile(rb"^encoding:\s*(gzip|gz)\s*$", re.M | re.I)}
-# What the NIfTI reader takes, too: one whole or floating number a voxel.
+# As for NIfTI: one whole or floating number a voxel.
 _NUMBERS = {
     "8-bit signed integer": np.int8,
     "8-bit unsigned integer": np.uint8,
@@ -59,12 +59,12 @@ _RESTORE = "restore the file, or convert it to .nii.gz"
 
 @dataclass(frozen=True)
 class _Header:
-    """What Geometry asks of a header."""
+    """The header for Geometry."""
 
     dtype: np.dtype[Any]
 
     def get_data_dtype(self) -> np.dtype[Any]:
-        """Of a stored voxel."""
+        """Bytes of a stored voxel."""
         return self.dtype
 
 
@@ -74,7 +74,7 @@ def is_itk(file: Path) -> bool:
 
 
 def files_of(file: Path) -> list[Path]:
-    """The file, and the one that has its voxels where that is another."""
+    """The file, and the file of its voxels if that is another one."""
     data = _data_file(file)
     return [file] if data is None else [file, data]
 
@@ -124,7 +124,7 @@ def write(file: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
 
 
 def _compare_checksum(file: Path) -> None:
-    """Of packed voxels, whose checksum ITK does not look at: zlib's or gzip's."""
+    """Check the checksum of packed voxels, zlib's or gzip's, which ITK does not check."""
     head, data = _header_text(file), _data_file(file)
     if not _IS_DEFLATED[file.suffix.lower()].search(head):
         return
@@ -163,7 +163,7 @@ def _reader(file: Path) -> Any:
 
 
 def _plain(error: Exception) -> str:
-    """The last line of ITK's message, which says what is wrong; those above say where in ITK."""
+    """The last line of ITK's message, which names the problem; the lines above name the place in ITK."""
     return " ".join(str(error).strip().splitlines()[-1:])[:160]
 
 
@@ -179,7 +179,7 @@ def _header_text(file: Path) -> bytes:
 
 
 def _data_file(file: Path) -> Path | None:
-    """The file beside this header that has the voxels; None where they are in this one."""
+    """The file beside this header that has the voxels; None if they are in this one."""
     ending = file.suffix.lower()
     named = _DATA_FILE[ending].search(_header_text(file))
     if named is None or named[1].upper() == b"LOCAL":
@@ -205,7 +205,7 @@ def _affine(reader: Any, is_flat: bool) -> np.ndarray:
 
 
 def _notes(file: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    """What is a guess: a NRRD without a named space says nothing of sides."""
+    """Notes on guesses: a NRRD without a named space does not state its orientation."""
     if file.suffix.lower() == ".nrrd" and not re.search(rb"^space:", _header_text(file), re.M | re.I):
         return ("no space is named: which side is left is a guess (columns are taken to run left, back, up)",)
     return ()

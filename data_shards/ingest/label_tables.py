@@ -1,12 +1,12 @@
-"""What the ids in label files mean in the set: AMOS' organs, the classes that the data name, or a table of one's own.
+"""The meaning of the ids in label files: AMOS' organs, the classes that the data name, or the user's own table.
 
-A table of one's own is a YAML file:
+An own table is a YAML file:
 
     name: abdomen
     names: [liver, tumour]                        # the classes in their order; background and body are added
     label_map: {lesion: tumour, 7: background}    # a class of the data, by its name or its number, to one of the table
 
-`names` may also say the numbers in the label files, as {1: liver, 4: tumour}, where the data do not name them.
+`names` may also give the ids in the label files, as {1: liver, 4: tumour}, if the data do not name them.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from data_shards.ingest.dataset_json import amos_id, words
 from data_shards.labels import AMOS, BACKGROUND, BODY, FROM_EXPERTS, LABEL_TABLES, LabelTable
 from data_shards.problems import InputProblems, Problem, problem
 
-# The value of prepare.labels that stands for AMOS' table and no file.
+# The value of prepare.labels that means AMOS' table instead of a file.
 AMOS_BY_NAME = AMOS.name
 _REMEDY = "give `name`, `names` and, where needed, `label_map` (docs/data.md 3)"
 _MOST_BYTES = 256 * 1024
 _LONGEST_NAME = 100
 _LARGEST_ID = 2**31
-# Of a digest, enough to tell one person's tables apart.
+# Characters of a digest, enough to distinguish one user's tables.
 _DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """The table of a set, and what becomes of the ids in label files.
+    """The table of a set, and the map of the ids in label files.
 
-    ids: stored id to id, background included; None where files hold AMOS' own. They are ids of `table` where `is_own`,
-    else AMOS' ids, which the label set is made of. An id that is not among them fails its volume.
+    ids: stored id to id, background included; None if files have AMOS' own ids. They are ids of `table` if `is_own`,
+    else AMOS' ids, from which the label set is made. An id that is not among them fails its volume.
     """
 
     table: LabelTable
@@ -48,7 +48,7 @@ class Labelling:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What index.json says of it, among the preprocessing, besides the settings: nothing of AMOS' own ids."""
+        """The entries for `preprocessing` in index.json besides the settings; none for AMOS' own ids."""
         found: dict[str, Any] = {}
         if self.is_own:
             found = {"label_set": self.table.name, "label_names": list(self.table.names)}
@@ -59,7 +59,7 @@ class Labelling:
 
 @dataclass(frozen=True)
 class _Table:
-    """A table file. `stored`: the names' numbers in label files, where the file says them."""
+    """A table file. `stored`: the names' ids in label files, if the file gives them."""
 
     table: LabelTable
     stored: dict[int, str]
@@ -67,7 +67,7 @@ class _Table:
 
 
 def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | None) -> tuple[Labelling, list[Problem]]:
-    """The labelling that the settings ask for. `names`: the data's classes by stored id, None for AMOS' own ids."""
+    """The labelling for the settings. `names`: the data's classes by stored id, None for AMOS' own ids."""
     file = Path(str(labels)) if has_table(labels) else None
     default = Labelling(LABEL_TABLES[label_set])
     try:
@@ -94,8 +94,8 @@ def has_table(labels: str | None) -> bool:
 
 
 def _own(names: dict[int, str]) -> Labelling:
-    """The data's classes in the order of their ids, and `body`. Sets of the same classes have the same table, so that
-    they can be mixed: its name is made from the classes."""
+    """The data's classes in the order of their ids, and `body`. Its name is made from the classes, so sets of the same
+    classes have the same table and can be mixed."""
     kept = [(stored, name) for stored, name in sorted(names.items()) if stored != 0]
     classes = [name for _, name in kept]
     digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:_DIGITS]
@@ -118,7 +118,7 @@ def _into_amos(table: LabelTable, names: dict[int, str]) -> tuple[Labelling, lis
 
 
 def _with_table(own: _Table, names: dict[int, str] | None, where: str) -> tuple[Labelling, list[Problem]]:
-    """Each stored id to the table: by label_map, else by the number that the table says, else by name."""
+    """Each stored id in the table: by label_map, else by the id that the table gives, else by name."""
     if names is None:
         names = dict(enumerate(AMOS.names[: AMOS.body_id]))
     named = names | own.stored or dict(enumerate(own.table.names[:-1]))
@@ -167,7 +167,7 @@ def _key(key: Any) -> int | str:
 
 
 def _table_of(name: str, classes: list[str], where: str) -> LabelTable:
-    """background, the classes, and body, unless the classes hold it. Raises InputProblems for names that are none."""
+    """background, the classes, and body, unless the classes contain it. Raises InputProblems for invalid names."""
     problems = list(_problems_with_names(classes, where))
     if problems:
         raise InputProblems(problems)
@@ -188,6 +188,7 @@ def _problems_with_names(classes: list[str], where: str) -> Iterator[Problem]:
 
 
 def _plain(name: str) -> str:
-    """The table's name as part of a line, without what no name has. A shipped table's own name is taken already."""
+    """The table's name as part of a line, without characters that names must not have. Names of shipped tables are
+    refused."""
     plain = re.sub(r"[^\w.-]+", "_", name).strip("_.")[:_LONGEST_NAME] or "own"
     return f"own_{plain}" if plain in {*LABEL_TABLES, *FROM_EXPERTS} else plain

@@ -14,7 +14,7 @@ from data_shards.ingest.volumes import nearest_elements
 if TYPE_CHECKING:
     import scipy.sparse
 
-# Shares are sums of a few dozen float32 products; nearer than this they count as equal.
+# Shares are sums of a few dozen float32 products; with a smaller difference than this they count as equal.
 _EQUAL_SHARES = 1e-5
 
 
@@ -38,7 +38,7 @@ class NearestLabels:
         )
 
     def at(self, index: int) -> np.ndarray:
-        """uint8 [size, size], fresh."""
+        """uint8 [size, size], a new array."""
         mask = np.zeros(self._shape, dtype=np.uint8)
         if self._planes is not None:
             mask[self._pixels] = self._planes[self._through[index]][self._voxels]
@@ -47,7 +47,7 @@ class NearestLabels:
 
 @dataclass(frozen=True)
 class FilledMasks:
-    """Masks whose pixels are one class each; what of the body carries no label becomes `body_id`."""
+    """Masks whose pixels have one class each; unlabelled parts of the body become `body_id`."""
 
     labels: Callable[[int], np.ndarray]
     body_id: int
@@ -66,7 +66,7 @@ _Shares = dict[int, tuple[_Box, np.ndarray]]
 class SoftMasks:
     """Masks of the classes with the largest shares: each class is resampled as if it were an image of ones and zeros.
 
-    Only classes that a plane holds are touched, each in the box that holds it there.
+    Only classes that occur in a plane are computed, each in its box there.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class SoftMasks:
         self._ready: dict[int, _Shares] = {}
 
     def at(self, index: int, inside_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """uint8 ids [size, size], and the edge as in Slice where it is wanted.
+        """uint8 ids [size, size], and the edge as in Slice if it is wanted.
 
-        The body has what of the envelope's share no label takes, the background what is then left.
+        The share of `body` is that of the envelope minus the labels; the share of the background is the rest.
         """
         everywhere = (slice(None), slice(None))
         shares = self._mixed(index)
@@ -138,7 +138,7 @@ class SoftMasks:
 
 
 def _reach(weights: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """First and last pixel that each input element takes part in; (number of pixels, -1) where there is none."""
+    """First and last pixel to which each input element contributes; (number of pixels, -1) if there is none."""
     num_pixels, num_in = weights.shape
     pixel = np.repeat(np.arange(num_pixels), np.diff(weights.indptr))
     first, last = np.full(num_in, num_pixels), np.full(num_in, -1)
@@ -150,8 +150,8 @@ def _reach(weights: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
 def _part(
     weights: scipy.sparse.csr_array, reach: tuple[np.ndarray, np.ndarray], found: slice
 ) -> tuple[scipy.sparse.csr_array, slice, slice] | None:
-    """The weights of the pixels that the elements `found` take part in, the elements that these pixels need, and the
-    pixels; None where no pixel shows them."""
+    """The weights of the pixels to which the elements `found` contribute, the elements that these pixels need, and the
+    pixels; None if there is no such pixel."""
     import scipy.sparse
 
     start, stop = int(reach[0][found].min()), int(reach[1][found].max()) + 1
@@ -165,7 +165,7 @@ def _part(
 
 
 def _largest(background_HW: np.ndarray, shares: _Shares, with_edge: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """The id with the largest share of each pixel, the lower one of equals; and Slice.edge_2HW where it is wanted."""
+    """The id with the largest share of each pixel, the lower id of equal shares; and Slice.edge_2HW if it is wanted."""
     most_HW, second_HW = background_HW, np.zeros_like(background_HW)
     mask_HW, second_id_HW = np.zeros((2, *background_HW.shape), dtype=np.uint8)
     for label_id, (box, share) in sorted(shares.items(), key=lambda item: item[0]):

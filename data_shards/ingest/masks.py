@@ -1,7 +1,7 @@
 """The mask of a case in a label set: the experts' organs, a whole-body tool's classes, or the former over the latter.
 
-Whole-body masks are in one folder, WHOLEBODY/<case id>.nii.gz or .nii, in the ids of labels.WHOLEBODY, whichever tool
-made them. WHOLEBODY/annotations.json, where there is one, names the tool (`segdiff annotate` writes it).
+Whole-body masks of any tool are in one folder, WHOLEBODY/<case id>.nii.gz or .nii, in the ids of labels.WHOLEBODY.
+WHOLEBODY/annotations.json, if it exists, names the tool (`segdiff annotate` writes it).
 
 Dimensions: I right, J anterior, K superior (canonical, RAS+).
 """
@@ -42,7 +42,7 @@ _EDGE_VOXELS = 0.5 + 1e-4
 @dataclass(frozen=True)
 class CaseMask:
     """A case's mask, uint8 ids of the label set's table on the image's canonical grid, and who drew it (MASK_SOURCES).
-    `volume` is None where nobody did."""
+    `volume` is None if nobody drew one."""
 
     volume: Volume | None
     source: str
@@ -59,9 +59,9 @@ def read_case_mask(
 
     amos, and others of FROM_EXPERTS: the experts' labels. wholebody: the case's file in `wholebody`. merged: that file
     with the experts' organs laid over it; where one of the two is missing, the other alone. In `merged` the experts'
-    outline is the organ's outline: one that they drew anywhere in the case is nowhere but there, and what else the
-    whole-body mask gives to it becomes `body`. Organs that they did not draw (MR has no bladder in AMOS) stay as the
-    whole-body mask has them.
+    outline is the organ's outline: if they drew an organ anywhere in the case, it is only there, and other pixels that
+    the whole-body mask gives to it become `body`. Organs that they did not draw (MR has no bladder in AMOS) stay as in
+    the whole-body mask.
 
     Raises UnreadableVolume for files that cannot be read, ids outside their table, and a whole-body mask whose field
     holds less than LEAST_COVER of the image's voxels.
@@ -108,22 +108,24 @@ def _read_experts(case: Case, ids: Mapping[int, int] | None) -> Volume:
 
 
 def read_wholebody(file: Path) -> Volume:
-    """A whole-body mask as stored. Raises UnreadableVolume also for ids that are no class of the whole-body table."""
+    """A whole-body mask as stored. Raises UnreadableVolume also for ids that are not classes of the whole-body
+    table."""
     assert WHOLEBODY.body_id is not None
     volume = read_labels(file, WHOLEBODY.body_id)
     unused = WHOLEBODY.names.index(UNUSED)
     if any((plane == unused).any() for plane in np.moveaxis(volume.voxels_IJK, 2, 0)):
         raise UnreadableVolume(
-            str(file), f"label id {unused} is no class of the whole-body table: the mask counts by another one"
+            str(file),
+            f"label id {unused} is not a class of the whole-body table: the mask has the ids of another table",
         )
     return volume
 
 
 def placed(mask: Volume, shape: Sequence[int], affine: np.ndarray, file: Path) -> Volume:
-    """The mask on the grid (shape, affine): itself where it is on that grid already, else the nearest of its voxels.
+    """The mask on the grid (shape, affine): unchanged if it is already on that grid, else by nearest neighbour.
 
-    Any invertible affines will do. Works plane by plane: beside the result it holds six floats a voxel of one plane.
-    Raises UnreadableVolume where the mask's field holds less than LEAST_COVER of the grid's voxels; `file` is its name.
+    Affines must be invertible. Works plane by plane: besides the result it holds six floats a voxel of one plane.
+    Raises UnreadableVolume if the mask's field holds less than LEAST_COVER of the grid's voxels; `file` is its name.
     """
     if tuple(shape) == mask.voxels_IJK.shape and (
         largest_shift_voxels(mask.voxels_IJK.shape, affine, mask.affine) <= AFFINE_TOLERANCE_VOXELS
@@ -151,9 +153,10 @@ def placed(mask: Volume, shape: Sequence[int], affine: np.ndarray, file: Path) -
 
 
 def find_wholebody_problems(cases: Sequence[Case], label_set: str, wholebody: Path | None) -> list[Problem]:
-    """All that headers and names show to be wrong with a folder of whole-body masks; an empty list means go.
+    """All problems of a folder of whole-body masks that headers and names show; an empty list means that work can
+    start.
 
-    Cases without a mask are no problem as long as there are others with one.
+    Cases without a mask are not a problem as long as others have one.
     """
     if label_set in FROM_EXPERTS:
         remedy, value = (
@@ -189,7 +192,7 @@ def find_wholebody_problems(cases: Sequence[Case], label_set: str, wholebody: Pa
 
 
 def read_annotations(wholebody: Path) -> dict[str, Any] | None:
-    """WHOLEBODY/annotations.json, None where there is none. Raises InputProblems when it is broken or too new."""
+    """WHOLEBODY/annotations.json, None without the file. Raises InputProblems if it is broken or too new."""
     file = wholebody / ANNOTATIONS
     if not file.is_file():
         return None
@@ -209,7 +212,7 @@ def read_annotations(wholebody: Path) -> dict[str, Any] | None:
 
 
 def annotation_record(wholebody: Path) -> dict[str, Any] | None:
-    """Who made the masks in `wholebody`, for index.json: tool, tool_version, command; None where nothing says so.
+    """The maker of the masks in `wholebody`, for index.json: tool, tool_version, command; None if it is not recorded.
     Raises InputProblems as read_annotations does."""
     content = read_annotations(wholebody)
     return None if content is None else {name: content.get(name) for name in ("tool", "tool_version", "command")}

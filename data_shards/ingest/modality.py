@@ -1,7 +1,7 @@
-"""CT or MR: what the setting or dataset.json states, and AMOS' numbers for cases that carry AMOS' own names.
+"""CT or MR: from the setting or dataset.json, and from AMOS' numbers for cases with AMOS' own names.
 
-A wrong modality cuts MR by a window of HU, or stretches CT, and nothing later shows it. So nothing is guessed from
-other names, and what contradicts is refused.
+A wrong modality cuts MR by a window of HU, or stretches CT, and nothing shows it later. So nothing is guessed from
+other names, and contradictions are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AMOS_NAME = re.compile(r"amos_([0-9]{4})")
 _LAST_CT_NUMBER = 500
 # dataset.json holds it as `modality` (AMOS, Medical Segmentation Decathlon, nnU-Net 1) or `channel_names` (nnU-Net 2).
 _KEYS = ("modality", "channel_names")
-# Words that mean a modality there, after lower case and without what is no letter or digit.
+# Words for a modality there, in lower case and with only letters and digits.
 _WORDS = {
     "CT": {"ct", "cta", "cect", "ncct", "cbct", "ldct", "computedtomography", "computertomography"},
     "MR": {
@@ -33,15 +33,16 @@ _WORDS = {
 def find_modalities(
     where: str, content: dict[str, Any], case_ids: Sequence[str], stated: str | None
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[Problem]]:
-    """Modality by case id, notes by case id where a statement was set aside, and every contradiction and doubt.
+    """Modality by case id, notes by case id if a statement was ignored, and every contradiction and doubt.
 
-    `content` is that of dataset.json, `where` its name, `stated` the setting, CT or MR or None. The setting counts for
-    every case. Without it dataset.json's statement does, but for AMOS' own names: AMOS' dataset.json says CT although
-    its cases above 500 are MR, so for them the number counts, and only MR stated for a number of CT is a contradiction.
+    `content` is that of dataset.json, `where` its name, `stated` the setting: CT, MR or None. The setting counts for
+    every case. Without it, dataset.json's statement counts, except for AMOS' own names. AMOS' dataset.json says CT
+    although its cases above 500 are MR, so for them the number counts, and only MR stated for a number of CT is a
+    contradiction.
     """
     known, problems = _stated_in(where, content)
     by_number = {case_id: _by_number(case_id) for case_id in case_ids}
-    if stated is not None and stated in MODALITIES:  # anything else is refused among the settings
+    if stated is not None and stated in MODALITIES:  # other values are refused with the settings
         return _by_setting(where, stated, known, by_number)
     if problems:
         return {}, {}, problems
@@ -96,7 +97,7 @@ def _by_number(case_id: str) -> str | None:
 
 
 def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Problem]]:
-    """What dataset.json states: some of CT and MR; a statement that cannot be understood is a problem."""
+    """The modalities that dataset.json states, CT, MR or both; a statement that cannot be understood is a problem."""
     known: set[str] = set()
     for key in _KEYS:
         statement = content.get(key)
@@ -114,7 +115,7 @@ def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Prob
 
 
 def meant(word: Any) -> set[str]:
-    """The modalities that a word names: `MRI`, `T2w`, `CT and MR`; none for what is not known."""
+    """The modalities that a word names: `MRI`, `T2w`, `CT and MR`; none for unknown words."""
     if not isinstance(word, str):
         return set()
     parts = [re.sub(r"[\W_]", "", part) for part in (word.lower(), *re.split(r"[\W_]+", word.lower()))]

@@ -1,1 +1,1 @@
-"""Folders as people have them: a layout recognises one and lists its cases. `find` says which layout a folder has."""
+"""Layouts of data folders: a layout recognises a folder and lists its cases. `find` determines a folder's layout."""

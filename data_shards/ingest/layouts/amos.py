@@ -23,7 +23,7 @@ class Amos(Layout):
     name = "amos"
 
     def recognise(self, root: Path) -> str | None:
-        """dataset.json lists cases, and nothing says that its classes are others than AMOS'."""
+        """dataset.json lists cases, and names no other classes than AMOS'."""
         content = content_of(root)
         if not lists_cases(content) or _has_other_classes(content):
             return None
@@ -47,7 +47,7 @@ class Decathlon(Layout):
         return f"{DATASET_FILE} lists cases, and names classes that are not AMOS'"
 
     def read(self, root: Path, request: Request) -> Listing:
-        """As of list_archive, in the classes of `labels`. Training cases have no split where none are for
+        """As of list_archive, in the classes of `labels`. Training cases have no split if no cases are for
         validation."""
         content = content_of(root)
         names, problems = class_names(root / DATASET_FILE, content.get("labels"))
@@ -59,7 +59,7 @@ class Decathlon(Layout):
 
 
 def content_of(root: Path) -> dict[str, Any]:
-    """dataset.json's content; empty where there is none that can be read."""
+    """dataset.json's content; empty if there is no readable one."""
     try:
         return read_json(root / DATASET_FILE, _RESTORE) if (root / DATASET_FILE).is_file() else {}
     except InputProblems:
@@ -88,7 +88,7 @@ def class_names(where: Path, labels: Any) -> tuple[dict[int, str], list[Problem]
 
 
 def _has_other_classes(content: dict[str, Any]) -> bool:
-    """Whether `labels` names classes of which none has AMOS' id, and the cases are not called as AMOS' are."""
+    """Whether `labels` names classes of which none has AMOS' id, and the cases do not have AMOS' names."""
     labels = content.get("labels")
     pairs = labels.items() if isinstance(labels, dict) else ()
     organs = [(str(key), name) for key, name in pairs if isinstance(name, str) and str(key) != "0"]

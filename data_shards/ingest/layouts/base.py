@@ -1,4 +1,4 @@
-"""What a layout is: a way to lay out images, labels and what is known of them in a folder."""
+"""The interface of a layout: a way to arrange images, labels and their metadata in a folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ _LONGEST_CASE_ID = 64
 
 @dataclass(frozen=True)
 class Request:
-    """What the settings ask of a layout. `modality`: of every case, where a person states it; `modalities`: those that
-    are taken; `channel` and `fold`: of nnU-Net's; `patient`: a pattern whose first group, in a case id, is who it is
-    of."""
+    """The settings for a layout. `modality`: of every case, if the user states it; `modalities`: those that are used;
+    `channel` and `fold`: for nnU-Net; `patient`: a pattern whose first group, in a case id, is the patient."""
 
     modalities: Sequence[str] = MODALITIES
     modality: str | None = None
@@ -32,13 +31,13 @@ class Request:
 
 
 class Layout(ABC):
-    """One way to lay out a data set."""
+    """One way to arrange a data set."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def recognise(self, root: Path) -> str | None:
-        """Why the folder has this layout, in words; None where it has not. Reads names and small files alone."""
+        """Why the folder has this layout, as text; None if it does not. Reads only names and small files."""
 
     @abstractmethod
     def read(self, root: Path, request: Request) -> Listing:
@@ -46,7 +45,7 @@ class Layout(ABC):
 
 
 def volumes_in(folder: Path) -> dict[str, list[Path]]:
-    """The volume files in a folder by their name without ending, in order of names; hidden ones are none."""
+    """The volume files in a folder by their name without ending, in order of names, without hidden files."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = stem(file.name)
@@ -56,7 +55,7 @@ def volumes_in(folder: Path) -> dict[str, list[Path]]:
 
 
 def one_file(files: Sequence[Path]) -> tuple[Path, list[Problem]]:
-    """The first of the files of one name, and a problem where there are more: which is meant cannot be known."""
+    """The first of the files of one name, and a problem if there are more, since it cannot be known which is meant."""
     if len(files) == 1:
         return files[0], []
     value = f"both {files[0].name} and {files[1].name}"
@@ -64,7 +63,7 @@ def one_file(files: Sequence[Path]) -> tuple[Path, list[Problem]]:
 
 
 def case_name_problems(where: Path, names: Sequence[str]) -> Iterator[Problem]:
-    """Names that cannot be those of cases."""
+    """Problems of names that cannot be case ids."""
     remedy = f"name cases with letters, digits, _ and -, at most {_LONGEST_CASE_ID} characters"
     for name in names:
         if not is_case_id(name) or "." in name or len(name) > _LONGEST_CASE_ID:
@@ -72,7 +71,7 @@ def case_name_problems(where: Path, names: Sequence[str]) -> Iterator[Problem]:
 
 
 def patient_of(case_id: str, pattern: str | None) -> str | None:
-    """Whose case it is by the pattern; None where there is no pattern, or it says nothing of this case."""
+    """The patient of a case by the pattern; None if there is no pattern, or it does not match."""
     matched = None if pattern is None else re.match(pattern, case_id)
     return None if matched is None else matched[1]
 
@@ -83,7 +82,7 @@ def taken(cases: Sequence[Case], request: Request) -> tuple[Case, ...]:
 
 
 def no_cases(root: Path, request: Request, found: Sequence[Case]) -> list[Problem]:
-    """A problem where nothing is left."""
+    """A problem if no case is left."""
     if found:
         return []
     value = f"none of {' or '.join(request.modalities)}"

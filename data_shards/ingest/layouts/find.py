@@ -1,4 +1,4 @@
-"""Which layout a folder has: the one that is asked for, or the first that recognises it."""
+"""The layout of a folder: the given one, or the first that recognises the folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from data_shards.ingest.layouts.folder import Folder
 from data_shards.ingest.layouts.nnunet import NnUNet
 from data_shards.ingest.layouts.totalsegmentator import TotalSegmentator
 
-# In the order in which they are asked: those that a file names before those that names of files suggest.
+# In the order in which they are tried: first layouts with a describing file, then layouts by file names.
 LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder())
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """A folder's layout, and why it is that one, in words."""
+    """A folder's layout, and the reason, as text."""
 
     layout: Layout
     reason: str
@@ -30,8 +30,8 @@ class Recognised:
 
 
 def recognise(root: Path, wanted: str = AUTO) -> Recognised:
-    """`wanted`: a layout's name, or `auto`. A folder that none recognises is looked at as AMOS', which says what is
-    missing."""
+    """`wanted`: a layout's name, or `auto`. A folder that no layout recognises is checked as AMOS', which reports what
+    is missing."""
     if wanted != AUTO:
         return Recognised(next(one for one in LAYOUTS if one.name == wanted), "as asked for")
     for layout in LAYOUTS:

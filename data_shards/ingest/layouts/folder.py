@@ -1,9 +1,8 @@
 """Plain folders: images and labels paired by their names, or by a table, manifest.csv or manifest.tsv.
 
-images/CASE labels/CASE           or masks/CASE; below train/, val/ and test/ where there are splits
-imagesTr/ labelsTr/ imagesVa/ ... the same, splits in the folders' names
-CASE and CASE_label               in one folder; also _seg and _mask
-manifest.csv                      columns image and, where they are known, label, modality, patient, split, case
+images/CASE labels/CASE or masks/CASE; below train/, val/ and test/ where there are splits imagesTr/ labelsTr/ imagesVa/
+... the same, splits in the folders' names CASE and CASE_label in one folder; also _seg and _mask manifest.csv columns
+image and, if they are known, label, modality, patient, split, case
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MANIFESTS = ("manifest.csv", "manifest.tsv")
 _IMAGES, _LABELS = ("images", "image", "imgs"), ("labels", "label", "masks", "mask", "segmentations")
 _SPLIT_FOLDERS = {"": "", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 _SPLIT_ENDS = {"Tr": "train", "Va": "val", "Ts": "test"}
-# What stands behind a case's name in one of its files.
+# Suffixes of a case's name in its files.
 _IS_LABEL = re.compile(r"(.+?)[_-](?:labels?|seg|segmentation|masks?)", re.I)
 _IS_IMAGE = re.compile(r"(.+?)[_-](?:images?|img|0000)", re.I)
 
@@ -46,8 +45,8 @@ class Folder(Layout):
     name = "folder"
 
     def recognise(self, root: Path) -> str | None:
-        """There is a manifest, or an image with a label of its name. A dataset.json of another layout, which has
-        something wrong, is left to that one."""
+        """There is a manifest, or an image with a label of its name. A folder with the faulty dataset.json of another
+        layout is left to that layout."""
         if (manifest := _manifest(root)) is not None:
             return f"there is {manifest.name}"
         content = content_of(root)
@@ -57,8 +56,8 @@ class Folder(Layout):
         return None if pair is None else f"{pair.image.name} has a label of its name"
 
     def read(self, root: Path, request: Request) -> Listing:
-        """Cases of the manifest where there is one, else the pairs. Classes are named by dataset.json's `labels` or by
-        a table (prepare.labels)."""
+        """Cases of the manifest if there is one, else the pairs. dataset.json's `labels` or a table (prepare.labels)
+        name the classes."""
         manifest, content = _manifest(root), content_of(root)
         try:
             cases, problems = _pairs(root) if manifest is None else _listed(manifest)
@@ -178,7 +177,7 @@ def _row_case(manifest: Path, row: dict[str, str]) -> Case:
 
 
 def _path(manifest: Path, field: str, text: str) -> Path | None:
-    """A file below the manifest's folder; None where nothing is named. Backslashes are Windows' slashes."""
+    """A file below the manifest's folder; None if nothing is named. Backslashes are read as slashes (Windows)."""
     path = text.replace("\\", "/")
     if not path:
         return None

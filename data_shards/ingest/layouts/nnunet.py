@@ -1,8 +1,8 @@
 """nnU-Net v2's raw data sets (its documentation/dataset_format.md).
 
-dataset.json          `channel_names`, `labels` as name: id, `file_ending`
-imagesTr/CASE_0000    a file a channel; labelsTr/CASE; imagesTs/CASE_0000, and labelsTs/CASE where somebody has them
-splits_final.json     folds, each {"train": [...], "val": [...]}, where it was copied here from nnU-Net's other folder
+dataset.json `channel_names`, `labels` as name: id, `file_ending` imagesTr/CASE_0000 a file a channel; labelsTr/CASE;
+imagesTs/CASE_0000, and labelsTs/CASE where somebody has them splits_final.json folds, each {"train": [...], "val":
+[...]}, if it was copied here from nnU-Net's other folder
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from data_shards.problems import InputProblems, Problem
 SPLITS_FILE = "splits_final.json"
 _CHANNEL = re.compile(r"(.+)_([0-9]{4})")
 _IGNORE = "ignore"
-# Images of `segdiff export`: the mask's patient, modality and number of the image, axis and slice.
+# Names of images of `segdiff export`: the mask's patient, modality and number of the image, axis and slice.
 _OWN_NAME = r"(.+)_(?:ct|mr)_[0-9]+-(?:axial|coronal|sagittal)-[0-9]{4,}$"
 _MOST_BYTES = 64 * 2**20
 
@@ -84,7 +84,7 @@ class NnUNet(Layout):
 
 
 def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], list[Problem]]:
-    """The classes by id. Regions, which overlap, name no ids; `ignore` says that nobody knows what is there."""
+    """The classes by id. Regions, which overlap, have no ids; `ignore` means that the class is unknown."""
     labels = content.get("labels")
     labels = labels if isinstance(labels, dict) else {}
     regions = [name for name, value in labels.items() if isinstance(value, list)]
@@ -98,7 +98,7 @@ def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], 
     names, problems = class_names(where, labels)
     if _IGNORE in names.values():
         remedy = "say what becomes of it in a table (--prepare.labels TABLE.yaml): label_map: {ignore: background}"
-        problems.append(Problem(str(where), "labels", f"a class `{_IGNORE}`, of which nobody knows what it is", remedy))
+        problems.append(Problem(str(where), "labels", f"a class `{_IGNORE}`, whose real class is unknown", remedy))
     return names, problems
 
 
@@ -110,7 +110,7 @@ def _channel_names(content: dict[str, Any]) -> dict[int, Any]:
 
 
 def _channel(where: Path, content: dict[str, Any], wanted: int | None) -> tuple[int, list[Problem]]:
-    """The channel that is taken: the only one, or the one that the setting says."""
+    """The channel that is used: the only one, or that of the setting."""
     named = _channel_names(content)
     shown = ", ".join(f"{number} {str(name)[:30]}" for number, name in named.items())
     if wanted is None and len(named) > 1:
@@ -153,7 +153,7 @@ def _of_channel(folder: Path, channel: int) -> dict[str, list[Path]]:
 
 
 def _stated_splits(root: Path, fold: int, case_ids: list[str]) -> tuple[dict[str, str], list[Problem]]:
-    """Splits of the training cases by splits_final.json; none where there is no such file."""
+    """Splits of the training cases by splits_final.json; none without the file."""
     file = root / SPLITS_FILE
     if not file.is_file():
         return {}, []

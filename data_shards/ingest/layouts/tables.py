@@ -1,4 +1,4 @@
-"""Tables that people and other programs write: CSV and TSV, with or without a BOM, apart by comma, semicolon or tab."""
+"""Tables from people and other programs: CSV and TSV, with or without a BOM, separated by comma, semicolon or tab."""
 
 from __future__ import annotations
 

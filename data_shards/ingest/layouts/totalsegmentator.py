@@ -1,7 +1,7 @@
 """TotalSegmentator's data sets (Wasserthal et al. 2023; MR: Akinci D'Antonoli et al. 2025): a folder a case.
 
-CASE/ct.nii.gz or CASE/mri.nii.gz, and CASE/segmentations/ORGAN.nii.gz, each of zeros and ones
-meta.csv                             where it is there: columns image_id and split, apart by semicolons
+CASE/ct.nii.gz or CASE/mri.nii.gz, and CASE/segmentations/ORGAN.nii.gz, each of zeros and ones meta.csv optional:
+columns image_id and split, separated by semicolons
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TotalSegmentator(Layout):
     name = "totalsegmentator"
 
     def recognise(self, root: Path) -> str | None:
-        """Some case has an image and a folder of organs."""
+        """At least one case has an image and a folder of organs."""
         for folder in _folders(root):
             image = _image(folder)
             if image is not None and (folder / _SEGMENTATIONS).is_dir():
