@@ -1,8 +1,8 @@
-"""Label tables: which id means what, in which order. The table in use travels in index.json.
+"""Label tables: the meaning of each id. A set's index.json contains its table.
 
-amos        the fifteen organs that AMOS 2022's experts drew (Ji et al. 2022, its dataset.json), then `body`
-wholebody   TotalVIBE's classes under TotalVIBE's ids (Graf et al. 2024, TotalVibeSegmentator), then `body`
-merged      the same ids, AMOS' organs laid over them; its prostate is `prostate_uterus`, as AMOS' class is both
+amos the fifteen organs that AMOS 2022's experts drew (Ji et al. 2022, its dataset.json), then `body` wholebody
+TotalVIBE's classes under TotalVIBE's ids (Graf et al. 2024, TotalVibeSegmentator), then `body` merged the same ids,
+with AMOS' organs over them; its prostate is `prostate_uterus`, as AMOS' class is both
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WHOLEBODY_CLASSES = (
 
 
 def shown_name(name: str, most: int = 40) -> str:
-    """A label's name as a person reads it: on one line, without control characters, its middle left out if long."""
+    """A label's name for display: on one line, without control characters, with its middle left out if it is long."""
     plain = "".join(c if c.isprintable() else " " for c in name.replace("_", " "))
     plain = " ".join(plain.split()) or "(no name)"
     return plain if len(plain) <= most else f"{plain[: most // 2]}\u2026{plain[-(most // 2 - 1) :]}"
@@ -59,7 +59,7 @@ def shown_name(name: str, most: int = 40) -> str:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Names by id. Id 0 is background; `body`, where present, is the rest of the patient; `unused` is no class."""
+    """Names by id. Id 0 is background; `body`, if present, is the rest of the patient; `unused` is not a class."""
 
     name: str
     names: tuple[str, ...]
@@ -77,12 +77,12 @@ class LabelTable:
 
     @property
     def body_id(self) -> int | None:
-        """The id of `body`, or None where a table has none."""
+        """The id of `body`, or None if the table has none."""
         return self.names.index(BODY) if BODY in self.names else None
 
     @property
     def organ_ids(self) -> tuple[int, ...]:
-        """Ids that are anatomy proper: not background, not body, not an unused id."""
+        """Ids of organs: without background, body and unused ids."""
         return tuple(i for i, n in enumerate(self.names) if n not in (BACKGROUND, BODY, UNUSED))
 
 
@@ -94,5 +94,5 @@ LABEL_TABLES = {table.name: table for table in (AMOS, WHOLEBODY, MERGED)}
 # For each of AMOS' ids, background to prostate_uterus, the id of the same organ in WHOLEBODY and MERGED.
 AMOS_TO_WHOLEBODY = tuple(MERGED.names.index(name) for name in AMOS.names if name != BODY)
 
-# Label sets whose masks are the experts' alone: the id in the set for each of AMOS' ids, background to prostate_uterus.
+# Label sets with only the experts' masks: the id in the set for each of AMOS' ids, background to prostate_uterus.
 FROM_EXPERTS = {AMOS.name: tuple(range(len(_AMOS_ORGANS) + 1))}

@@ -1,11 +1,12 @@
-"""Imports of libraries without what they bring along and this project never calls.
+"""Imports of libraries without those of their dependencies that this project never calls.
 
 MONAI imports MLflow, pandas, matplotlib and half of SciPy for parts other than its networks and losses; DeepSpeed
 imports MLflow for its autotuner. Without these a worker that segments is ready after 4 s of processor time instead of
-10, and a rank that trains after 8 instead of 10 to 13. Each of these libraries takes a missing one for an optional one.
+10, and a rank that trains after 8 instead of 10 to 13. Each of these libraries treats a missing dependency as an
+optional one.
 
-Only processes that run a command of this project, or work for one, import so. In a program that uses this project as a
-library MONAI stays whole.
+Only processes that run a command of this project, or work for one, do this. In a program that uses this project as a
+library, MONAI's imports stay unchanged.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ _SWITCH = "SEGDIFF_LEAN_IMPORTS"
 
 
 def begin() -> None:
-    """This process and those it starts import so from now on. SEGDIFF_LEAN_IMPORTS=0 in the environment forbids it."""
+    """Switch this on for this process and its children. SEGDIFF_LEAN_IMPORTS=0 in the environment forbids it."""
     os.environ.setdefault(_SWITCH, "1")
 
 
 def are_on() -> bool:
-    """Whether this process imports so."""
+    """Whether this is switched on in this process."""
     return os.environ.get(_SWITCH) == "1"
 
 
 @contextmanager
 def without(*libraries: str) -> Iterator[None]:
-    """Within it, what this thread imports finds none of these libraries, unless they are loaded already.
+    """A context in which imports of this thread do not find these libraries, unless they are already loaded.
 
-    Other threads find them. Does nothing in a process that has not begun.
+    Other threads find them. Does nothing if it is not switched on.
     """
     if not are_on():
         yield
@@ -50,7 +51,7 @@ def without(*libraries: str) -> Iterator[None]:
 
 
 class _Missing(MetaPathFinder):
-    """Of some libraries, for one thread: says that they are not installed."""
+    """An import finder that reports some libraries as not installed, for one thread."""
 
     def __init__(self, libraries: Sequence[str], thread: int) -> None:
         self._libraries, self._thread = frozenset(libraries), thread

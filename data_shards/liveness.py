@@ -1,7 +1,7 @@
-"""Whether a worker's process does anything: the processor time that it and the processes it started have used.
+"""Whether a worker's process does any work: the processor time that it and its child processes have used.
 
-A process that is stopped, or waits for ever for a lock or for a file server, uses none. One that computes on a GPU,
-decodes, downloads or trains in a process of its own uses more than the share of a core below, however long it takes.
+A process that is stopped, or waits for ever for a lock or a file server, uses none. A process that computes on a GPU,
+decodes, downloads or trains in a child process uses more than the share of a core below, however long it takes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from data_shards.problems import problem
 
 # Ray's own threads in an idle worker were measured to use 0.002 of a core.
 _LEAST_CORES = 0.01
-# A worker is looked at so often within the time after which it is ended, and is first reported after a sixth of it.
+# Number of checks of a worker within the time after which it is ended; it is first reported after a sixth of that time.
 _LOOKS, _REPORTED_AFTER = 12, 1 / 6
-# Processes may differ by so much in when a third was created, where the clock was set meanwhile.
+# Seconds by which the creation time of a process may differ between two readings if the clock was set meanwhile.
 _CLOCK_S = 2.0
-# A look may take so long, where machines answer late.
+# Seconds that a check may take if machines answer late.
 _LOOK_S = 120.0
 # Changes the bound: minutes after which a worker that does nothing is ended; 0 never ends one.
 BOUND = "SEGDIFF_STUCK_MINUTES"
@@ -39,7 +39,7 @@ class Place:
 
     @classmethod
     def of_this_process(cls, node: str) -> Place:
-        """Of the process that calls it."""
+        """The identity of the calling process."""
         return cls(socket.gethostname(), node, os.getpid(), psutil.Process().create_time())
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Place:
 
 
 def cpu_seconds(place: Place) -> float | None:
-    """Processor time of the process and of those that it started. Call on its machine. None where it is gone."""
+    """Processor time of the process and of its children. Call on its machine. None if the process has ended."""
     try:
         process = _process(place)
         return _used(process) + sum(map(_used, process.children(recursive=True)))
@@ -63,14 +63,14 @@ def end(place: Place) -> None:
 
 
 def kill(processes: list[psutil.Process]) -> None:
-    """SIGKILL to all that are still there."""
+    """SIGKILL to all processes that still run."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
 def bound_s() -> float | None:
-    """After how many seconds without work a worker is ended; None: never. InputProblems for what is no number."""
+    """Seconds without work after which a worker is ended; None: never. InputProblems if it is not a number."""
     text = os.environ.get(BOUND) or str(_BOUND_MINUTES)
     try:
         minutes = float(text)
@@ -81,31 +81,31 @@ def bound_s() -> float | None:
 
 @dataclass
 class Quiet:
-    """For how long workers have done nothing, by looking at them from time to time."""
+    """How long workers have done nothing, measured by checks from time to time."""
 
     bound_s: float
     _seen: dict[Place, tuple[float, float]] = field(default_factory=dict)
-    """Processor time and the moment, of the last look at which there was more of it."""
+    """Processor time and moment of the last check at which the time had grown."""
     _reported: set[Place] = field(default_factory=set)
     _looked_at: float | None = None
 
     @property
     def look_every_s(self) -> float:
-        """How long there is between looks."""
+        """Seconds between checks."""
         return self.bound_s / _LOOKS
 
     @property
     def report_s(self) -> float:
-        """After how long a worker is reported."""
+        """Seconds after which a worker is reported."""
         return self.bound_s * _REPORTED_AFTER
 
     def is_due(self, now: float) -> bool:
-        """Whether it is time for the next look."""
+        """Whether it is time for the next check."""
         return self._looked_at is None or now - self._looked_at >= self.look_every_s
 
     def look(self, used: dict[Place, float | None], now: float) -> tuple[list[Place], list[Place]]:
-        """Workers that are to be reported, each once while it is quiet, and those that are to be ended. `used`:
-        processor time of all that have a task; None where it is not known, which counts as work."""
+        """Workers to report, each once while it does nothing, and workers to end. `used`: processor time of all workers
+        with a task; None if it is not known, which counts as work."""
         if self._looked_at is not None and now - self._looked_at > 3 * self.look_every_s + _LOOK_S:
             self._seen.clear()  # this process was stopped itself
         self._looked_at = now
@@ -133,7 +133,7 @@ def _process(place: Place) -> psutil.Process:
 
 
 def _used(process: psutil.Process) -> float:
-    """With that of children that have ended."""
+    """Processor time, with that of children that have ended."""
     try:
         return float(sum(process.cpu_times()[:4]))
     except psutil.Error:

@@ -1,6 +1,6 @@
-"""Who holds a lock: the process that a lock file names, and whether it still runs.
+"""The holder of a lock: the process that a lock file names, and whether it still runs.
 
-What a lock file says is only compared and shown, never acted upon: it may be in a stranger's folder.
+The contents of a lock file are only compared and shown, never acted upon, since the folder may come from a stranger.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import uuid
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-# What is read of a lock file, and shown of each of its values.
+# Bytes that are read of a lock file, and characters that are shown of each value.
 MOST_BYTES, _MOST_CHARACTERS = 4096, 120
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who is at work. `machine`: of a process table, or empty; `started`: the process' start in clock ticks; `job`:
-    what the ranks of one start of a training have in common."""
+    """A working process. `machine`: the identity of its process table, or empty; `started`: the process' start in clock
+    ticks; `job`: an id that the ranks of one start of a training share."""
 
     host: str
     machine: str
@@ -53,7 +53,7 @@ class Holder:
 
     @property
     def shares_kernel(self) -> bool:
-        """Whether it is, or was, on this machine, in whichever container."""
+        """Whether it is, or was, on this machine, in any container."""
         return bool(self.machine) and self.machine.split(":")[0] == _machine().split(":")[0]
 
     @property
@@ -65,7 +65,7 @@ class Holder:
 
 
 def read_holder_at(file: Path) -> Holder | None:
-    """The holder that a lock file names; None where there is no file, or no legible one. Raises OSError."""
+    """The holder that a lock file names; None if there is no readable file. Raises OSError."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def read_holder_at(file: Path) -> Holder | None:
 
 
 def read_holder(descriptor: int) -> Holder | None:
-    """The holder that an open lock file names; None where it names none, or is not legible."""
+    """The holder that an open lock file names; None if it names none, or is not readable."""
     try:
         values = json.loads(os.pread(descriptor, MOST_BYTES, 0))
         texts = {f.name: shown(str(values[f.name])) for f in fields(Holder) if f.name not in ("pid", "started")}
@@ -87,13 +87,13 @@ def read_holder(descriptor: int) -> Holder | None:
 
 
 def shown(text: str) -> str:
-    """The text as a terminal may print it, cut to a bounded length: the file may be a stranger's."""
+    """The text in a form that is safe for a terminal, cut to a limited length: the file may come from a stranger."""
     cut = text[:_MOST_CHARACTERS] + "..." if len(text) > _MOST_CHARACTERS + 3 else text
     return "".join(c if c.isprintable() else "?" for c in cut)
 
 
 def _machine() -> str:
-    """Boot and process table: what a process id is unique in while it lives. Empty where the system does not say."""
+    """Boot and process table, in which the id of a running process is unique. Empty if the system does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
@@ -102,7 +102,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since the boot (proc(5)); None where none of that id is at work."""
+    """The start of a process, in clock ticks since the boot (proc(5)); None if no process with that id runs."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else int(rest[18])
@@ -111,11 +111,11 @@ def _started(pid: int) -> int | None:
 
 
 def this_job() -> str:
-    """What the ranks of one training have in common, also when they are started again; empty for a lone process."""
+    """An id that the ranks of one training share, also when they are started again; empty for a single process."""
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return ""
     address = os.environ.get("MASTER_ADDR", "")
-    # One that every machine has is none.
+    # An id that every machine has does not identify a job.
     host = socket.gethostname() if address in ("localhost", "127.0.0.1", "::1") else ""
     return f"{host}/{address}:{os.environ.get('MASTER_PORT', '')}"
 

@@ -1,16 +1,16 @@
-"""One command at a time on what it writes: a lock file that names the process at work and ends with it.
+"""One command at a time for each output: a lock file that names the working process and is removed when it ends.
 
     OUT/.segdiff.lock       of a folder that a command fills          RUN/.train.lock, ...   of a part of a run folder
 
-The holder keeps an flock on the file, writes into it who it is, and touches the file every few seconds. It removes the
-file when it ends. The file of a dead holder is taken over:
+The holder keeps an flock on the file, writes its identity into it, and touches the file every few seconds. It removes
+the file when it ends. The file of a dead holder is taken over:
 
-- On the holder's own machine the kernel has let go of the flock. Where the file system has no locks, the process and
-  the time it started at decide.
-- On another machine the flock of a shared file system is not always to be trusted, so the file is watched: a holder
-  that is alive touches it. Clocks are not compared.
+- On the holder's own machine the kernel has released the flock. If the file system has no locks, the process and its
+  start time decide.
+- On another machine the flock of a shared file system is not always reliable, so the file is watched: a running holder
+  touches it. Clocks are not compared.
 
-Not the library filelock: it names no holder, and cannot distinguish a dead machine's lock from a busy one.
+The library filelock is not used: it names no holder, and cannot distinguish a dead machine's lock from a busy one.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from pathlib import Path
 from data_shards.lock_holder import MOST_BYTES, Holder, read_holder, read_holder_at, this_job
 from data_shards.problems import InputProblems, OutOfSpace, out_of_space, problem
 
-# Of a folder that a command fills.
+# The lock file of a folder that a command fills.
 FOLDER_LOCK = ".segdiff.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
 class Times:
-    """How long things take here, in seconds."""
+    """Times in seconds."""
 
     beat_s: float = 10.0
-    """How often a holder touches its file."""
+    """Interval at which a holder touches its file."""
     watch_s: float = 35.0
-    """For how long a holder on another machine may seem dead: several touches."""
+    """Time without a touch after which a holder on another machine counts as dead: several intervals."""
     long_ago_s: float = 3600.0
-    """A file that was not touched for so long needs no watching, however wrong a clock is."""
+    """A file that was not touched for this long need not be watched, even if clocks are wrong."""
     same_job_s: float = 90.0
-    """How long a rank that is started again waits for the one before it to end."""
+    """Time that a restarted rank waits for the end of its predecessor."""
     grace_s: float = 1.0
-    """After so long a busy lock names its holder."""
+    """Time after which a busy lock must name its holder."""
     settle_s: float = 0.5
-    """After so long, without flock, the later of two writers shows."""
+    """Time after which, without flock, it is known which of two writers was later."""
     poll_s: float = 0.25
-    """Between two looks at a file."""
+    """Time between two checks of a file."""
 
 
 TIMES = Times()
@@ -65,13 +65,13 @@ _lent: set[tuple[int, int, str]] = set()
 
 @contextmanager
 def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Iterator[None]:
-    """Hold the lock `file` over `where`, which this command writes; its folder is made where it is missing.
+    """Hold the lock `file` over `where`, which this command writes; a missing folder is made.
 
     `doing` completes a sentence about the holder: "is preparing it". With `lends` the same thread may take the lock
     again inside: a stage that calls another.
 
-    Raises InputProblems where another process holds it, or where the folder cannot be written, so it is also the check
-    of the latter; OutOfSpace where the disk is full.
+    Raises InputProblems if another process holds it, or if the folder cannot be written (so this is also a check
+    whether it can); OutOfSpace if the disk is full.
     """
     global _begun
     key = (os.getpid(), threading.get_ident(), os.path.realpath(file))
@@ -96,19 +96,19 @@ def locked(file: Path, where: Path, doing: str, *, lends: bool = False) -> Itera
 
 
 def begin_command() -> None:
-    """Called as a command begins: a process may run one after another."""
+    """Call at the start of a command: a process may run several one after another."""
     global _begun
     _begun = False
 
 
 def work_has_begun() -> bool:
-    """Whether this command has held a lock: before, it has written nothing."""
+    """Whether this command has held a lock: before that it has written nothing."""
     return _begun
 
 
 def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
-    """For the other ranks of a job whose rank 0 takes the lock: raise InputProblems where rank 0 will, since another
-    job holds it or the folder cannot be written. Writes nothing."""
+    """For the other ranks of a job whose rank 0 takes the lock: raise InputProblems if rank 0 will, because another job
+    holds it or the folder cannot be written. Writes nothing."""
     watch, own = _Watch(file), this_job()
     there = next(folder for folder in file.absolute().parents if os.path.exists(folder))
     if not os.access(there, os.W_OK | os.X_OK):
@@ -135,8 +135,8 @@ def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
 @contextmanager
 def short_turn(folder: Path, patience_s: float = 30.0) -> Iterator[None]:
     """Wait for other processes that are in such a block for the same folder: for a file that several commands read,
-    change and write again. Takes no file; goes on without a lock where there are none, or where it is not free in
-    time."""
+    change and write again. Needs no lock file; continues without a lock if the file system has none, or if it does not
+    become free in time."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -152,18 +152,18 @@ def short_turn(folder: Path, patience_s: float = 30.0) -> Iterator[None]:
 
 
 def lock_beside(path: Path) -> Path:
-    """The lock file of what a command makes at `path`."""
+    """The lock file for the output at `path`."""
     return path.absolute().with_name(f".{path.name}.lock")
 
 
 class _Watch:
-    """Whether somebody touches a lock file."""
+    """Whether a lock file is being touched."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._since, self._seen, self._said = file, 0.0, (0, b""), False
 
     def look(self, descriptor: int) -> bool | None:
-        """True when it was touched since the last look at the same holder, False when it has not been for too long,
+        """True if it was touched since the last check of the same holder, False if it was not touched for too long,
         None until one of the two is known."""
         touched, content = os.fstat(descriptor).st_mtime_ns, os.pread(descriptor, MOST_BYTES, 0)
         if time.time() - touched / 1e9 > TIMES.long_ago_s:
@@ -178,7 +178,7 @@ class _Watch:
         return False if time.monotonic() - self._since > TIMES.watch_s else None
 
     def say(self, where: Path, holder: Holder) -> None:
-        """Why nothing happens for a while, once."""
+        """Print once why the command waits."""
         if not self._said:
             self._said = True
             text = f"{where}: {holder} has not said that it ended; waiting up to {TIMES.watch_s:.0f} s for a sign of it"
@@ -216,7 +216,7 @@ def _acquire(file: Path, where: Path, doing: str) -> Held:
 
 
 def _is_free(holder: Holder | None, has_flock: bool | None) -> bool:
-    """Whether no process can hold the lock: an flock of this machine's own kernel is certain."""
+    """Whether no process can hold the lock: an flock of this machine's own kernel is reliable."""
     if has_flock is True:
         return holder is None or holder.shares_kernel
     return has_flock is None and (holder is None or holder.is_alive_here is False)
@@ -230,10 +230,10 @@ def _is_gone(
     begin: float,
     own: Holder,
 ) -> bool | None:
-    """Whether the holder of a lock that is not free is dead all the same; None: look again."""
+    """Whether the holder of a lock that is not free is nevertheless dead; None: check again."""
     waited_s = time.monotonic() - begin
     if has_flock is False and (holder is None or holder.shares_kernel):
-        # The process with the flock may be about to write its name over a dead one's.
+        # The process with the flock may be about to replace a dead holder's name by its own.
         knows = holder is not None and holder.is_alive_here is not False
         lives: bool | None = True if knows or waited_s > TIMES.grace_s else None
     elif holder is not None and holder.is_alive_here:
@@ -255,7 +255,7 @@ class Held:
         self._thread.start()
 
     def release(self) -> None:
-        """Remove the file and let go."""
+        """Remove the file and release the lock."""
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
@@ -265,20 +265,20 @@ class Held:
         os.close(self._descriptor)
 
     def _beat(self) -> None:
-        pause_s = TIMES.settle_s  # two that began at once, on machines that do not see each other's flocks, show soon
+        pause_s = TIMES.settle_s  # soon, to detect two that began together without flock
         while not self._ended.wait(pause_s):
             pause_s = TIMES.beat_s
             with suppress(OSError):
                 os.utime(self._descriptor)
                 if (other := read_holder_at(self._file)) is not None and other.token != self._own.token:
-                    # This machine slept, or was cut off: two must not write.
+                    # This machine slept, or was cut off. Two commands must not write.
                     warnings.warn(f"{self._file}: {other} has taken over; this command stops", stacklevel=1)
                     _stop_this_process()
                     return
 
 
 def _stop_this_process() -> None:
-    """As Ctrl-C would; in a shell's background, where that is ignored, as `kill` would."""
+    """Stop this command as Ctrl-C does; if that is ignored, as in a shell's background, as `kill` does."""
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM if ignored else signal.SIGINT)
 
@@ -288,10 +288,10 @@ def _open(file: Path, where: Path) -> int:
     try:
         try:
             descriptor = os.open(file, flags | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another command has just removed the folder that it had made
+        except FileNotFoundError:  # another command has just removed its folder
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, flags | os.O_CREAT, 0o666)
-        except PermissionError:  # in a shared folder, of another person; its flock can be seen all the same
+        except PermissionError:  # another user's file in a shared folder; its flock can be seen nevertheless
             if not file.exists():
                 raise
             descriptor = os.open(file, flags & ~os.O_RDWR | os.O_RDONLY)
@@ -306,7 +306,7 @@ def _open(file: Path, where: Path) -> int:
 
 
 def _make_folder(folder: Path, where: Path) -> list[Path]:
-    """Make it and what is above it; returns what was missing, the innermost first."""
+    """Make a folder and its parents; returns those that were missing, the innermost first."""
     try:
         missing = [one for one in (folder, *folder.absolute().parents) if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -323,26 +323,26 @@ def _not_writable(where: Path, error: OSError) -> InputProblems | OutOfSpace:
 
 
 def _in_use(where: Path, holder: Holder | None, doing: str) -> InputProblems:
-    # The flock of a dead holder may be held by a process that it had started.
+    # A child process of a dead holder may still hold its flock.
     who = "another process" if holder is None or holder.is_alive_here is False else holder
     return problem(where, "at work here", f"{who} {doing}", "wait for it, or stop it")
 
 
 def _flock(descriptor: int) -> bool | None:
-    """True: taken; False: another has it; None: the file system has no locks."""
+    """True: taken; False: another process has it; None: the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno in _NO_LOCKS or error.errno == errno.EBADF:  # NFS: not through what is open for reading alone
+        if error.errno in _NO_LOCKS or error.errno == errno.EBADF:  # NFS: the file is open only for reading
             return None
         raise
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether the open file is still the one of this name."""
+    """Whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(file))
     except FileNotFoundError:
@@ -350,10 +350,10 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _write(descriptor: int, file: Path, where: Path, own: Holder, *, settles: bool) -> bool:
-    """Put this process' name into the file; False where another process was faster."""
+    """Put this process' name into the file; False if another process was faster."""
     content = json.dumps(asdict(own)).encode() + b"\n"
     try:
-        if not os.access(file, os.W_OK):  # another person's, in a shared folder: ours takes its place
+        if not os.access(file, os.W_OK):  # another user's file in a shared folder: ours replaces it
             file.unlink()
             return False
         os.ftruncate(descriptor, 0)

@@ -1,6 +1,7 @@
-"""NIfTI headers: read without the voxels, checked, and the one rule for where a volume is in space (docs/data.md 4).
+"""NIfTI headers: read without the voxels, checked, and the one rule for the position of a volume in space (docs/data.md
+4).
 
-nibabel decodes the header's fields; the file is opened here, so that no more of it is read than a header has bytes.
+nibabel decodes the header's fields; the file is opened here, so that only the header's bytes are read.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HEADER_BYTES = {348: "Nifti1Header", 540: "Nifti2Header"}
 _FEWEST_BYTES_BEFORE_VOXELS = {348: 352, 540: 544}
 # Extensions (tables of labels, DICOM fields) are between header and voxels. They take kilobytes.
 _MOST_BYTES_BEFORE_VOXELS = 64 * 2**20
-# A few writers pad their files. More than this behind the voxels is another file, or a bomb.
+# A few writers pad their files. More bytes than this after the voxels are another file, or an attack.
 MOST_BYTES_BEHIND_VOXELS = 16 * 2**20
 # Deflate packs at most 258 bytes into two bits (RFC 1951): 1032 to 1.
 _MOST_DEFLATED = 1032
@@ -31,11 +32,11 @@ _MOST_DEFLATED = 1032
 _MOST_VOXELS = 2**31
 # Codes of xyzt_units for space (nifti1.h). Writers often leave the unit out (0): the numbers are then millimetres.
 _UNITS = {0: ("no unit", 1.0), 1: ("metres", 1000.0), 2: ("millimetres", 1.0), 3: ("micrometres", 0.001)}
-# Beyond this no scanner of people measures: finer is microscopy, coarser shows no organ. Another unit is 1,000 away.
+# Limits of scanners for people: finer is microscopy, coarser shows no organ. A wrong unit is a factor of 1,000.
 SPACING_LIMITS_MM = (0.05, 50.0)
-# Nobody is longer, and no field of view is.
+# No person and no field of view is longer.
 _LONGEST_MM = 5000.0
-# pixdim and the columns of sform say the same length twice; writers round one of the two.
+# pixdim and the columns of sform give the same length; writers round one of the two.
 _SAME_LENGTH = 0.02
 # Rounded headers leave hundredths of a degree. A tilted gantry makes 5 to 30.
 _LARGEST_SHEAR_DEGREES = 1.0
@@ -46,10 +47,10 @@ _RESTORE = "restore the file from the archive"
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of a file are. shape: stored I, J, K; affine: 4x4, voxel index as stored to RAS mm.
+    """The position of a file's voxels. shape: stored I, J, K; affine: 4x4, voxel index as stored to RAS mm.
 
-    `notes`: what was converted, and what is a guess, in words; empty for most files. `header`: nibabel's. `is_flat`:
-    the file is two-dimensional.
+    `notes`: texts about conversions and guesses; empty for most files. `header`: nibabel's. `is_flat`: the file is
+    two-dimensional.
     """
 
     shape: tuple[int, int, int]
@@ -70,12 +71,13 @@ class Geometry:
 
 
 def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
-    """Where the volume in a .nii or .nii.gz is, from its header alone.
+    """The position of the volume in a .nii or .nii.gz, from its header alone.
 
-    sform counts where its code is above 0, else qform where its code is, else pixdim: then the sides are a guess, and
-    a note says so. Metres and micrometres are converted. Raises InputProblems, all at once, for what is no 3-D NIfTI
-    file of real numbers, cannot be held by a file of its length, or is contradictory or absurd in space. `one_slice`: a
-    two-dimensional image is a volume of one plane, and how wide a dimension of one voxel is does not matter.
+    sform is used if its code is above 0, else qform if its code is above 0, else pixdim: then the orientation is a
+    guess, and a note says so. Metres and micrometres are converted. Raises InputProblems, all at once, for a file that
+    is not 3-D NIfTI of real numbers, is too short for its voxels, or has a contradictory or impossible geometry.
+    `one_slice`: a two-dimensional image counts as a volume of one plane, and the width of a dimension with one voxel
+    does not matter.
     """
     header = _read_header(file)
     is_flat = one_slice and int(header["dim"][0]) == 2
@@ -102,8 +104,8 @@ def is_packed(file: Path) -> bool:
 
 
 def value_scale(header: Any) -> tuple[float, float]:
-    """Slope and intercept: value = voxel * slope + intercept. 1 and 0 where the header has none that can be used, as
-    NIfTI says for slope 0."""
+    """Slope and intercept: value = voxel * slope + intercept. 1 and 0 if those of the header cannot be used, as NIfTI
+    specifies for slope 0."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     return (slope, intercept) if slope != 0 and np.isfinite(slope) else (1.0, 0.0)
 
@@ -124,18 +126,18 @@ def _read_header(file: Path) -> Any:
     sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     size = next((n for n in _HEADER_BYTES if n in sizes), None)
     if size is None or len(block) < size:
-        raise wrong("its first bytes are no NIfTI header")
+        raise wrong("its first bytes are not a NIfTI header")
     made = getattr(nib, _HEADER_BYTES[size])
     try:
         raw = made(block[:size], check=False)
         with _without_log(imageglobals.logger):
             header = made(block[:size])
         header.get_data_dtype(), header.get_data_shape()
-    except Exception as error:  # nibabel raises whatever the bytes lead it to
+    except Exception as error:  # nibabel may raise any error on such bytes
         raise wrong(error) from error
     if not bytes(raw["magic"].item()).startswith(b"n+"):
         raise wrong(f"magic {raw['magic'].item()!r}: not header and voxels in one file")
-    # nibabel replaces these where they are not above 0; here they are refused.
+    # nibabel replaces these if they are not above 0; here they are refused.
     header["pixdim"][1:4] = raw["pixdim"][1:4]
     offset = float(raw["vox_offset"])
     if not _FEWEST_BYTES_BEFORE_VOXELS[size] <= offset <= _MOST_BYTES_BEFORE_VOXELS:
@@ -146,7 +148,7 @@ def _read_header(file: Path) -> Any:
 
 @contextmanager
 def _without_log(logger: logging.Logger) -> Iterator[None]:
-    """nibabel writes what it mends in a header to the terminal, without the file's name."""
+    """Suppress nibabel's messages about corrected headers, which do not name the file."""
     was = logger.disabled
     logger.disabled = True
     try:
@@ -156,8 +158,8 @@ def _without_log(logger: logging.Logger) -> Iterator[None]:
 
 
 def _give_thickness(header: Any) -> None:
-    """Make a two-dimensional image a volume of one plane. Where a dimension has one voxel, its width, which nnU-Net
-    writes as 999 and others as 0, becomes that of a pixel in the plane."""
+    """Make a two-dimensional image a volume of one plane. The width of a dimension with one voxel, which nnU-Net writes
+    as 999 and others as 0, becomes that of a pixel in the plane."""
     if int(header["dim"][0]) == 2:
         header["dim"][0], header["dim"][3] = 3, 1
     widths = header["pixdim"][1:4].astype(np.float64)
@@ -198,7 +200,7 @@ def _problems_with_numbers(file: Path, header: Any) -> list[Problem]:
 
 
 def _affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
-    """Stored voxel index to RAS mm, by the one rule, and notes; None, with the reasons in `found`, where none holds."""
+    """Stored voxel index to RAS mm, by the one rule, and notes; None, with the reasons in `found`, if there is none."""
     unit_code = int(header["xyzt_units"]) & 7
     if unit_code not in _UNITS:
         known = ", ".join(f"{code} {name}" for code, (name, _) in _UNITS.items())
@@ -220,10 +222,10 @@ def _affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarra
 
 
 def problems_in_space(file: Path, affine: np.ndarray, unit: str = "millimetres", factor: float = 1.0) -> list[Problem]:
-    """Why an affine cannot be that of a volume: its axes do not span space, its voxels are of no scanner's size, or the
-    gantry was tilted. `factor` takes its numbers, which are in `unit`, to mm."""
+    """Why an affine cannot be that of a volume: its axes do not span space, no scanner has voxels of this size, or the
+    gantry was tilted. `factor` converts its numbers from `unit` to mm."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    # Shown in the numbers of the header: that is where they are to be put right.
+    # Shown in the numbers of the header, where they must be corrected.
     lines = np.round(affine[:3], 4).tolist()
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         directions = affine[:3, :3] / spacing
@@ -244,7 +246,7 @@ def problems_in_space(file: Path, affine: np.ndarray, unit: str = "millimetres",
 
 
 def _stated_affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
-    """What the header states, in its own unit."""
+    """The numbers of the header, in its own unit."""
     pixdim = np.array(header["pixdim"][1:4], dtype=np.float64)
     has_pixdim = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
     qform = _qform(header)
@@ -265,7 +267,7 @@ def _stated_affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np
 
 
 def _from_pixdim(header: Any, pixdim: np.ndarray) -> np.ndarray:
-    """As nibabel and SPM read such a file: the first index runs to the left, the others to front and top, and the
+    """As nibabel and SPM read such a file: the first index goes to the left, the others to front and top, and the
     middle of the volume is the origin."""
     steps = pixdim * [-1.0, 1.0, 1.0]
     affine = np.diag([*steps, 1.0])
@@ -279,7 +281,7 @@ def _qform(header: Any) -> np.ndarray | None:
         return None
     try:
         return np.array(header.get_qform(), dtype=np.float64)
-    except Exception:  # a quaternion that is none, a negative pixdim
+    except Exception:  # an invalid quaternion, a negative pixdim
         return None
 
 
@@ -317,7 +319,7 @@ def _compared(
 
 
 def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
-    """What the file cannot hold, and what no volume has."""
+    """Problems of the file's length, and sizes that no volume has."""
     problems = []
     shape, needed = geometry.shape, geometry.voxel_bytes
     length, most = file.stat().st_size, file.stat().st_size
@@ -337,7 +339,7 @@ def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
 
 
 def problems_with_extent(file: Path, geometry: Geometry) -> list[Problem]:
-    """What no volume has: too many voxels, or a length that nobody has."""
+    """Sizes that no volume has: too many voxels, or too great a length."""
     problems, shape = [], geometry.shape
     if int(np.prod(shape, dtype=object)) > _MOST_VOXELS:
         value = f"{shape} is {int(np.prod(shape, dtype=object)):,} voxels"

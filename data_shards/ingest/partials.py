@@ -1,4 +1,4 @@
-"""What prepare keeps of a finished volume until all are done: its slices, ready to be written, in two files.
+"""The files that prepare keeps of a finished volume until all are done: its slices, ready to be written, in two files.
 
     CASE.bin     the parts of every slice, one after another, each an LZ4 block: a third of the bytes to write and read
                  for a tenth of a millisecond
@@ -43,7 +43,7 @@ def write_partial(
 
 
 def stamp_of(path: Path) -> str | None:
-    """The stamp of a finished partial; None where there is none, or one that a lost machine left half on its disk."""
+    """The stamp of a finished partial; None if there is none, or only an incomplete one of a lost machine."""
     try:
         content = _described(path)
         for values, _ in content["samples"]:
@@ -55,7 +55,8 @@ def stamp_of(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished partial holds; mask_sources: who drew its masks, each once; notes: what was recognised."""
+    """The contents of a finished partial; mask_sources: the sources of its masks, each once; notes: texts about what
+    was recognised."""
 
     stamp: str
     num_samples: int
@@ -64,7 +65,7 @@ class Summary:
 
 
 def summarise(path: Path) -> Summary:
-    """Of a finished partial."""
+    """The contents of a finished partial."""
     content = _described(path)
     sources = frozenset(meta["mask_source"] for meta, _ in content["samples"])
     return Summary(content["stamp"], len(content["samples"]), sources, tuple(content.get("notes", ())))
@@ -81,7 +82,7 @@ class PartialRun:
     format: Format
 
     def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]:
-        """Meta and parts, as write_partial was given them."""
+        """Meta and parts, as given to write_partial."""
         described = _described(self.path)["samples"]
         before = sum(sum(lengths.values()) for _, lengths in described[: self.start])
         with self.path.with_suffix(".bin").open("rb") as stream:
@@ -106,7 +107,7 @@ class _Content(TypedDict):
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """PATH.json. Raises InputProblems where it is not what write_partial wrote."""
+    """PATH.json. Raises InputProblems if it is not as write_partial wrote it."""
     file, what, remedy = path.with_suffix(".json"), "the description of a volume's slices", "remove it"
     content = read_json(file, remedy, what)
     checked(content, _Content, file, what, remedy)

@@ -1,7 +1,7 @@
 """A folder of volumes to a shard set: one Ray task a volume, then one a shard.
 
 OUT/.partial/ keeps two files for each finished volume until the whole set is written, so that a killed run, or one with
-failed volumes, goes on where it stopped. index.json is written last and names what failed.
+failed volumes, continues where it stopped. index.json is written last and names the failed volumes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from data_shards.store.shard_writer import plan_shards, write_shards
 __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_problems", "prepare"]
 
 _PLAN = "plan.json"
-# What index.json's `preprocessing` has only where it is not the default, or not AMOS'.
+# Keys that index.json's `preprocessing` has only if they are not the default, or not AMOS'.
 _WHERE_SET = {"modality", "layout", "label_ids", "label_names", "channel", "split", "seed", "fold", "patient"}
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What prepare left behind. `failed`: (case_id, file, reason) for each volume that is not in the set. `masks`:
-    number of cases by who drew their masks (records.MASK_SOURCES). `recognised`: by case id what was converted, left
-    out or guessed in a volume, in words; cases with nothing of the kind are not in it."""
+    """The result of prepare. `failed`: (case_id, file, reason) for each volume that is not in the set. `masks`: number
+    of cases by mask source (records.MASK_SOURCES). `recognised`: by case id, texts about what was converted, left out
+    or guessed in a volume; cases without such are not in it."""
 
     num_samples: int
     num_cases: int
@@ -58,7 +58,7 @@ class PrepareReport:
 
 @dataclass(frozen=True)
 class _Failed:
-    """`file` is what was wrong with; the disk is full where it is None."""
+    """`file` is the faulty file; None if the disk is full."""
 
     file: str | None
     reason: str
@@ -74,12 +74,12 @@ class _Task:
 
     @property
     def files(self) -> list[Path]:
-        """Everything the case's slices are made from."""
+        """Everything that a case's slices depend on."""
         masks = [] if self.wholebody is None else nifti_files(self.wholebody, self.case.case_id)
         return [*self.case.files, *masks]
 
     def run(self) -> _Failed | None:
-        """Write the case's partial files, unless those that are there came from the same bytes and config."""
+        """Write the case's partial files, unless existing ones came from the same bytes and config."""
         from data_shards.ingest.case_slices import slices_of
         from data_shards.ingest.volumes import UnreadableVolume
 
@@ -112,22 +112,22 @@ def prepare(
     *,
     wholebody: Path | None = None,
 ) -> PrepareReport:
-    """Write the shard set of the folder at `amos_root` to `out`; the same call again goes on or does nothing.
+    """Write the shard set of the folder at `amos_root` to `out`; the same call again continues or does nothing.
 
-    `wholebody`: folder of whole-body masks, for label sets that want one. A volume that its voxels spoil costs only
-    itself: the others make the set, index.json and the report name it, and the next call tries it again.
-    progress(volumes done, volumes in all, failed) is called as they finish.
+    `wholebody`: folder of whole-body masks, for label sets that need one. If the voxels of a volume cannot be used,
+    only this volume fails: the others make the set, index.json and the report name it, and the next call tries it
+    again. progress(volumes done, volumes in all, failed) is called as they finish.
 
-    Raises InputProblems before any work for whatever find_problems finds, where another process prepares the same set,
-    and where `out` cannot be written; OutOfSpace when the disk is full.
+    Raises InputProblems before any work for problems that find_problems finds, if another process prepares the same
+    set, and if `out` cannot be written; OutOfSpace when the disk is full.
     """
     return check(amos_root, out, config, wholebody).run(progress)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A checked preparation, made by `check`: the only thing that can run. `header`: what plan.json and the index say
-    of settings and source; `out_state`: what the output folder held; `survey`: what the archive holds."""
+    """A checked preparation, made by `check`: the only thing that can run. `header`: settings and source, for plan.json
+    and the index; `out_state`: the state of the output folder; `survey`: the contents of the archive."""
 
     amos_root: Path
     out: Path
@@ -139,12 +139,12 @@ class Preparation:
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        """Those that are cut."""
+        """The cases that are cut."""
         return self.survey.cases
 
     @property
     def left_out(self) -> list[dict[str, str]]:
-        """As the index names them: the cases that are skipped."""
+        """The skipped cases, in the form of the index."""
         roots = [self.amos_root] if self.wholebody is None else [self.amos_root, self.wholebody]
         return [
             _described(roots, case_id, _Failed(found[0].where, "; ".join(f"{p.field}: {p.value}" for p in found)))
@@ -152,7 +152,7 @@ class Preparation:
         ]
 
     def run(self, progress: Callable[[int, int, int], None] | None = None) -> PrepareReport:
-        """Cut and write what is missing; errors as of `prepare`."""
+        """Cut and write the missing parts; errors as of `prepare`."""
         with locked(self.out / FOLDER_LOCK, self.out, "is preparing it"):
             if _state_of(self.out) != self.out_state:  # another command has written there since the check
                 refuse(_problems_with_out(self.out, self.header))
@@ -160,7 +160,7 @@ class Preparation:
 
 
 def check(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None = None) -> Preparation:
-    """Read the archive's headers; raises InputProblems for whatever find_problems finds."""
+    """Read the archive's headers; raises InputProblems for problems that find_problems finds."""
     amos_root, out = Path(amos_root).absolute(), Path(out).absolute()
     wholebody = None if wholebody is None else Path(wholebody).absolute()
     state = _state_of(out)
@@ -179,7 +179,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
         return _report(index, len(index["source"]), left_out, skipped_done=True)
     labelling = job.survey.labelling
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody, labelling) for case in job.cases]
-    # The largest first, so that no worker is left with one at the end while the others wait.
+    # The largest first, so that no worker has a large one at the end while the others wait.
     tasks.sort(key=lambda task: -task.case.image.stat().st_size)
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
     workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=address)
@@ -203,7 +203,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
 def _report(
     index: dict[str, Any], num_cases: int, missing: list[dict[str, str]], skipped_done: bool = False
 ) -> PrepareReport:
-    """Of a whole set."""
+    """The report of a complete set."""
     recognised, masks = index.get("recognised", {}), index["mask_sources"]
     return PrepareReport(index["num_samples"], num_cases, _listed(missing), skipped_done, masks, recognised)
 
@@ -213,15 +213,15 @@ def _listed(missing: list[dict[str, str]]) -> tuple[tuple[str, str, str], ...]:
 
 
 def find_problems(amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None = None) -> list[Problem]:
-    """All that can be seen before work starts: the config, the archive's files and headers, the whole-body masks', and
-    what `out` holds."""
+    """All problems that show before work starts: in the config, the archive's files and headers, those of the
+    whole-body masks, and the contents of `out`."""
     return _find_problems(amos_root, out, config, wholebody)[0]
 
 
 def _find_problems(
     amos_root: Path, out: Path, config: PrepareConfig, wholebody: Path | None
 ) -> tuple[list[Problem], Survey, dict[str, Any]]:
-    """The problems; what the archive holds, and what the index is to say of settings and source."""
+    """The problems; the contents of the archive, and the settings and source for the index."""
     problems = config.problems()
     found = survey(amos_root, config, wholebody)
     source = None if found.problems else _source(amos_root, found.cases, wholebody)
@@ -230,13 +230,13 @@ def _find_problems(
 
 
 def _state_of(out: Path) -> list[tuple[int, int] | None]:
-    """Time and length of what says whose the folder is."""
+    """Time and length of the files that say which command made the folder."""
     files = (out / INDEX, out / PARTIAL / _PLAN)
     return [(file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None for file in files]
 
 
 def _source(root: Path, cases: Sequence[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:
-    """What a set was made from: names and lengths, which are fast to compare; each slice carries checksums."""
+    """The source of a set: names and lengths, which are fast to compare; each slice has checksums."""
 
     def described(file: Path | None, of: Path) -> list[Any] | None:
         return None if file is None else [os.path.relpath(file, of), file.stat().st_size]
@@ -259,7 +259,7 @@ def _source(root: Path, cases: Sequence[Case], wholebody: Path | None) -> dict[s
 
 
 def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
-    """Refuses what is not this command's: an archive, or a set of another config or source."""
+    """Refuses folders that are not this command's: an archive, or a set of another config or source."""
     plan_file = out / PARTIAL / _PLAN
     if (out / INDEX).exists():
         from data_shards.store.shards import ShardSet
@@ -272,7 +272,7 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
         yield from _differences(out / INDEX, made, plan)
     elif plan_file.is_file():
         # Every case of an unfinished set is compared again by its checksums, so only the config counts.
-        remedy = f"remove {plan_file.parent}: the volumes are then cut anew"
+        remedy = f"remove {plan_file.parent}: the volumes are then cut again"
         try:
             with reading(plan_file, "the plan of an unfinished set", remedy):
                 yield from list(_differences(plan_file, read_json(plan_file, remedy), {**plan, "source": None}))
@@ -288,9 +288,9 @@ def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _differences(where: Path, made: dict[str, Any], plan: dict[str, Any]) -> Iterator[Problem]:
-    """How a set differs from the one asked for. Cases that failed may have been mended or taken out since."""
+    """Differences of a set from the wanted one. Failed cases may have been repaired or removed since."""
     remedy = "choose another folder, or remove this one to make the set anew"
-    # Some are there only where they were set.
+    # Some keys exist only if they were set.
     for name in dict.fromkeys((*plan["preprocessing"], *sorted(_WHERE_SET & made["preprocessing"].keys()))):
         before, value = made["preprocessing"].get(name), plan["preprocessing"].get(name)
         if before != value:
@@ -313,7 +313,7 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
 
 
 def _remove_half_written(out: Path) -> None:
-    """What workers that were stopped were at."""
+    """Remove the unfinished files of workers that were stopped."""
     remove_leftovers(out / PARTIAL)
 
 
@@ -345,7 +345,7 @@ def _cut_volumes(
 
 
 def _described(roots: list[Path], case_id: str, failure: _Failed) -> dict[str, str]:
-    """Without the folders above the archive and the masks, so that the index does not depend on their place."""
+    """Without the folders above the archive and the masks, so that the index does not depend on their paths."""
     assert failure.file is not None
     file, reason = failure.file, failure.reason
     for root in roots:

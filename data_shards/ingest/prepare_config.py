@@ -1,4 +1,4 @@
-"""How volumes become a shard set: the settings of `segdiff prepare`, and which of them are out of range."""
+"""How volumes become a shard set: the settings of `segdiff prepare`, and their checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_shards.store.codecs import CODECS
 from data_shards.store.shard_writer import Format, set_format
 from data_shards.workers import WorkersConfig
 
-# Far beyond what any header stores in 16 bits.
+# Larger than any value that a header stores in 16 bits.
 _Hu = Annotated[float, Interval(ge=-100_000, le=100_000)]
 _Percentile = Annotated[float, Interval(ge=0, le=100)]
 
@@ -29,45 +29,46 @@ class PrepareConfig:
     99th percentile, three axes."""
 
     layout: RecordedOtherwise[Layout] = "auto"
-    """How the folder is laid out. auto: recognised, and said."""
+    """The layout of the folder. auto: it is recognised and printed."""
     labels: RecordedOtherwise[str | None] = None
-    """What the ids in label files become: a table of one's own (TABLE.yaml), or `amos`: AMOS' organs, by their names.
+    """The classes of the ids in label files: your own table (TABLE.yaml), or `amos`: AMOS' organs, by their names.
     null: the archive's own classes."""
     label_set: Result[LabelSet] = "amos"
     """amos: the archive's organs, AMOS' 15 or those that another layout names. wholebody: masks of a whole-body tool.
-    merged: the first laid over the second."""
+    merged: the first over the second."""
     axes: Result[Some[Axis]] = AXES
     """Axes along which volumes are cut."""
     modalities: Result[Some[Modality]] = MODALITIES
-    """Which of the archive's cases are taken."""
+    """The modalities whose cases are used."""
     modality: ResultWhereSet[Modality | None] = None
-    """The modality of every case of the archive, where dataset.json does not say it, or says it wrongly."""
+    """The modality of every case of the archive, if dataset.json does not state it, or states it wrongly."""
     channel: ResultWhereSet[WholeNumber | None] = None
-    """nnU-Net: which of several channels is the image."""
+    """nnU-Net: the channel that is used as the image, if there are several."""
     split: ResultWhereSet[tuple[Share, Share, Share] | None] = None
-    """Shares of patients for train, val and test. null: as the data say, and what they do not say by 0.7, 0.1, 0.2."""
+    """Shares of patients for train, val and test. null: as the data state; cases without a stated split by 0.7, 0.1,
+    0.2."""
     seed: ResultWhereSet[WholeNumber] = 0
-    """Of the draw of patients for the splits."""
+    """Seed of the draw of patients for the splits."""
     fold: ResultWhereSet[WholeNumber] = 0
-    """nnU-Net: which fold of splits_final.json says the splits."""
+    """nnU-Net: the fold of splits_final.json that gives the splits."""
     patient: ResultWhereSet[str | None] = None
     """A pattern for case ids whose first group is the patient, as `(p[0-9]+)_`: cases of one patient share a split.
-    null: a case is a patient, but where a manifest says it."""
+    null: each case is a patient, unless a manifest names the patient."""
     on_bad_case: RecordedOtherwise[Literal["refuse", "skip"]] = "refuse"
-    """What becomes of a case whose files are missing or cannot be used. refuse: nothing is done. skip: the set is made
-    without it and names it, and the exit code is 1."""
+    """The treatment of a case whose files are missing or cannot be used. refuse: nothing is done. skip: the set is made
+    without the case and names it, and the exit code is 1."""
     size: Result[Annotated[int, Interval(ge=8, le=2048)]] = 256
     """Side of a slice, in pixels."""
     spacing_mm: Result[Annotated[float, Interval(ge=0.1, le=20)]] = 1.0
     """Side of a pixel, in mm."""
     slice_stride: Result[Count] = 1
-    """Every how many slices one is taken."""
+    """One slice of this many is taken."""
     fit: Result[Fit] = "auto"
     """crop: the middle square of the short side. pad: the whole slice, in a square of the long side. auto: crop axial
-    slices and pad the others, where cropping would cut the body."""
+    slices and pad the others, in which cropping would cut the body."""
     mask_resize: Result[MaskResize] = "nearest"
-    """nearest: the nearest voxel's class. soft: the class that has most of a pixel. bilinear_ids: the paper's code,
-    which invents classes."""
+    """nearest: the nearest voxel's class. soft: the class with the largest share of a pixel. bilinear_ids: the paper's
+    code, which creates false classes."""
     soft_edge: Result[bool] = False
     """With mask_resize soft: keep each pixel's second class and the first one's share."""
     min_labelled_pixels: Result[WholeNumber] = 0
@@ -93,11 +94,11 @@ class PrepareConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """Who does the work, and where."""
+        """The workers."""
         return WorkersConfig("prepare", self.num_workers, ray_address=self.ray_address)
 
     def problems(self, where: str = "prepare") -> list[Problem]:
-        """Everything out of range, each with what to do about it; empty when the config can be used."""
+        """Everything out of range, each with a remedy; empty if the config can be used."""
         found = range_problems(self, where)
         if any(one.field == "codec" for one in found):
             lossless = "give a codec that keeps every label id: " + ", ".join(CODECS)

@@ -1,7 +1,7 @@
-"""The linear maps that bring a volume to its slices: lines of pixels, and planes of voxels mixed between slices.
+"""The linear maps from a volume to its slices: lines of pixels, and planes of voxels interpolated between slices.
 
-Not scipy.ndimage.zoom or SimpleITK: they resample a whole volume in memory, and by points. Here slices are made one at
-a time, images shrink by area, and image, mask shares and envelope have the same weights.
+scipy.ndimage.zoom and SimpleITK are not used: they resample a whole volume in memory, and by points. Here slices are
+made one at a time, images are reduced by area, and image, mask shares and envelope have the same weights.
 Dimensions: I, J, K as in volumes.py; H rows, W columns.
 """
 
@@ -18,7 +18,7 @@ from data_shards.ingest.volumes import linear_weights, nearest_elements
 if TYPE_CHECKING:
     import scipy.sparse
 
-# Of every processor that this runs on.
+# True for every processor that this runs on.
 _CACHE_LINE_BYTES = 64
 
 
@@ -47,8 +47,8 @@ class Line:
         return (shown[:, ::-1] @ linear_weights(self.num_grid, num_in, step=step)).tocsr()
 
     def nearest(self) -> tuple[slice, np.ndarray]:
-        """The pixels that are inside the volume, and the stored voxel of each, int64. A volume so thin that it is
-        between the pixels' centres is shown by the pixel that holds its middle."""
+        """The pixels that are inside the volume, and the stored voxel of each, int64. A volume that is so thin that no
+        pixel's centre is inside appears in the pixel that holds its middle."""
         shown = self.first + np.floor((np.arange(self.size) + 0.5) * self.pixel).astype(np.int64)
         inside = np.flatnonzero((shown >= 0) & (shown < self.num_grid))
         if len(inside) == 0:
@@ -59,7 +59,7 @@ class Line:
         return slice(inside[0], inside[-1] + 1), voxels[self.num_grid - 1 - shown[inside]]
 
     def stored_index(self) -> tuple[float, float]:
-        """Stored voxel index of pixel 0, and how much it grows from one pixel to the next."""
+        """Stored voxel index of pixel 0, and its increment from one pixel to the next."""
         start = self.first + 0.5 * self.pixel - 0.5
         return (self.num_grid - 1 - start) * self.step, -self.pixel * self.step
 
@@ -82,7 +82,7 @@ class Resampling:
         lines: tuple[Line, Line],
         num_grid: int,
     ) -> Resampling:
-        """For a volume of this shape, `steps` of whose elements are between the points of the resampled volume."""
+        """For a volume of this shape; the points of the resampled volume are `steps` of its elements apart."""
         through = linear_weights(num_grid, shape[view[0]], step=steps[view[0]])
         return cls(through, *(line.weights(shape[d], steps[d]) for line, d in zip(lines, view[1:], strict=True)))
 
@@ -95,8 +95,9 @@ class Resampling:
 class Stack:
     """Planes of a volume along one dimension, fetched in order.
 
-    Where neighbours in memory are in neighbouring planes, a plane alone would take one voxel of each cache line. There
-    a block of planes is copied in its memory order, and the planes are taken from that while it is still in the cache.
+    If neighbours in memory are in neighbouring planes, a single plane would use one voxel of each cache line. Then a
+    block of planes is copied in its memory order, and the planes are taken from the copy while it is still in the
+    cache.
     """
 
     def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int]) -> None:
@@ -119,7 +120,7 @@ class Stack:
 
 
 class Planes:
-    """Stored planes brought to size x size, each once, while the slices between them are made in order."""
+    """Stored planes resampled to size x size, each once, while the slices between them are made in order."""
 
     def __init__(self, voxels_IJK: np.ndarray, view: tuple[int, int, int], resampling: Resampling) -> None:
         self._planes, self._resampling = Stack(voxels_IJK, view), resampling

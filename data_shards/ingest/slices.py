@@ -24,8 +24,8 @@ from data_shards.ingest.volumes import Volume, num_resampled
 # columns. Rows and columns all run against their canonical dimension.
 VIEWS = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 FITS = get_args(Fit)
-# nearest: the nearest voxel's id. soft: every class resampled like an image, the largest share wins. bilinear_ids: id
-# numbers resampled like grey values and rounded, as the paper's code does; invents classes at borders.
+# nearest: the nearest voxel's id. soft: every class resampled like an image, the largest share decides. bilinear_ids:
+# id numbers resampled like grey values and rounded, as in the paper's code; creates false classes at borders.
 MASK_RESIZES = get_args(MaskResize)
 
 
@@ -35,7 +35,7 @@ class Slice:
     (records.SliceMeta).
 
     edge_2HW, with soft edges: uint8, [0] the id of the class with the second largest share of the pixel, [1] the share
-    that mask_HW's class has, 255 being all of it; where it has all, [0] is 0.
+    of mask_HW's class; 255 is the whole pixel, and then [0] is 0.
     """
 
     image_HW: np.ndarray
@@ -58,10 +58,10 @@ class Cutting:
     """How a volume is cut: every `slice_stride`-th slice along `axis` of the volume resampled to `spacing_mm`, resized
     to size x size; or those of `indices`, in rising order.
 
-    Images are linear, by area where they shrink; labels as `mask_resize` says, soft_edge with `soft` only. `body_id`
-    fills what of the body carries no label. fit `crop` keeps the middle square of the short side, `pad` shows all, in a
-    square of the long side, with the lowest grey around; `auto` crops axial slices and pads the others, where cropping
-    would cut the body.
+    Images are interpolated linearly, and reduced by area; labels by `mask_resize`, soft_edge only with `soft`.
+    `body_id` fills unlabelled parts of the body. fit `crop` keeps the middle square of the short side. `pad` shows all,
+    in a square of the long side, with the lowest grey around. `auto` crops axial slices and pads the others, in which
+    cropping would cut the body.
     """
 
     axis: str

@@ -1,7 +1,7 @@
-"""Which split a case is in, where the data do not say it: drawn by patient, so that two scans of one never part.
+"""The split of a case, if the data do not state it: drawn by patient, so that all scans of a patient are in one split.
 
-Patients are put in the order of a digest of the seed and their name. So the draw depends on nothing else, and a new
-patient moves few others.
+Patients are ordered by a digest of the seed and their name. So the draw depends on nothing else, and a new patient
+changes the split of few others.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _DEFAULT_SHARES = (0.7, 0.1, 0.2)
 
 
 def with_splits(cases: Sequence[Case], shares: tuple[float, float, float] | None, seed: int) -> tuple[Case, ...]:
-    """The cases, each in a split. `shares` of patients for train, val and test count for all cases; None: for those
-    alone whose split is not stated, and not for a split that others are stated to be in. A patient of whom a case is
-    stated keeps to that split."""
+    """The cases, each in a split. `shares` of patients for train, val and test apply to all cases. None: default shares
+    apply only to cases without a stated split, and not to splits that are stated for other cases. If the split of one
+    case of a patient is stated, it holds for all cases of the patient."""
     stated = {} if shares else {_patient(case): case.split for case in cases if case.split}
     drawn = list(dict.fromkeys(_patient(case) for case in cases if _patient(case) not in stated))
     filled = set(stated.values()) - {"train"}
@@ -32,7 +32,7 @@ def with_splits(cases: Sequence[Case], shares: tuple[float, float, float] | None
 
 
 def patient_problems(cases: Sequence[Case]) -> list[Problem]:
-    """Patients whom the data put into two splits."""
+    """Problems of patients that the data put into two splits."""
     splits_of: dict[str, set[str]] = {}
     for case in cases:
         splits_of.setdefault(_patient(case), set()).add(case.split)

@@ -1,4 +1,4 @@
-"""What a folder holds and what becomes of it: its layout, its cases with their splits, what its labels mean."""
+"""A survey of a folder: its layout, its cases with their splits, and the meaning of its labels."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _AMOS = "amos"
 
 @dataclass(frozen=True)
 class Survey:
-    """The cases that can be cut. `problems`: why nothing can be done. `skipped`: by case id, why a case is left out,
-    where the settings allow it."""
+    """The cases that can be cut. `problems`: why nothing can be done. `skipped`: by case id, why a case is left out, if
+    the settings allow it."""
 
     recognised: Recognised
     labelling: Labelling
@@ -39,7 +39,7 @@ class Survey:
 
     @property
     def described(self) -> str:
-        """The layout and why it is that one, the classes, and the cases of each split."""
+        """The layout with its reason, the classes, and the cases of each split."""
         table = self.labelling.table
         splits = Counter(case.split for case in self.cases)
         counted = ", ".join(f"{splits[split]} {split}" for split in SPLITS)
@@ -48,7 +48,7 @@ class Survey:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What the set's index says of it among the preprocessing; nothing of an AMOS folder, as ever."""
+        """The entries for `preprocessing` in the set's index; none for an AMOS folder."""
         return ({} if self.layout == _AMOS else {"layout": self.layout}) | self.labelling.recorded
 
 
@@ -85,11 +85,11 @@ def _request(config: PrepareConfig) -> Request:
 
 
 def _bad_cases(listing: Listing, label_set: str) -> dict[str, list[Problem]]:
-    """By case id, why it cannot be used."""
+    """By case id, the reasons why it cannot be used."""
     bad = {case_id: list(found) for case_id, found in listing.problems_of.items()}
     if label_set in FROM_EXPERTS:
         remedy = "add its label, put it into split test, or take masks of a whole-body tool (label_set wholebody)"
         for case in listing.cases:
-            if not case.is_labelled and case.split != "test":  # to learn from, or to be put into a split
+            if not case.is_labelled and case.split != "test":  # for training, or for the draw of a split
                 bad.setdefault(case.case_id, []).append(Problem(str(case.image), "label", "there is none", remedy))
     return bad

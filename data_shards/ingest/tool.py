@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 _LAST_LINES, _LAST_CHARACTERS = 4, 600
-# Far longer than a program takes to say its version, imports of a deep learning library included.
+# Much longer than a program takes to print its version, even if it imports a deep learning library.
 _ANSWER_TIMEOUT_S = 120.0
 
 
 def run_tool(words: list[str], log: Path, timeout_s: float | None) -> str:
-    """Run a tool without a shell; what it says goes to `log`, and its process group ends after `timeout_s`. Returns why
-    it failed, empty when it did not."""
+    """Run a tool without a shell; its output goes to `log`, and its process group ends after `timeout_s`. Returns why
+    it failed, or an empty text."""
     with log.open("wb") as stream:
         try:
             process = subprocess.Popen(
@@ -44,12 +44,12 @@ def run_tool(words: list[str], log: Path, timeout_s: float | None) -> str:
 
 
 def last_words(log: Path) -> str:
-    """The last lines of what a tool said, as the end of a sentence."""
+    """The last lines of a tool's output, as the end of a sentence."""
     return _said(log.read_bytes())
 
 
 def ask(words: list[str]) -> tuple[list[str], str]:
-    """Run a program that answers at once: the lines that it prints, at least one, or why there are none."""
+    """Run a program that ends quickly: the lines that it prints, at least one, or the reason why there are none."""
     try:
         done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, timeout=_ANSWER_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -61,7 +61,7 @@ def ask(words: list[str]) -> tuple[list[str], str]:
 
 
 def _end_with_parent() -> None:
-    """In the tool's process, before it starts: be killed when the worker is (Ctrl-C kills workers outright)."""
+    """Runs in the tool's process before it starts: the tool is killed when the worker is (Ctrl-C kills workers)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
 
 
@@ -73,7 +73,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _said(output: bytes) -> str:
-    # A progress bar rewrites its line: only the last state counts.
+    # A progress bar rewrites its line: only the last state is of interest.
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1].strip() for line in output.decode(errors="replace").split("\n")]
     words = " | ".join([line for line in lines if line][-_LAST_LINES:])
     return f"; it said: {words[-_LAST_CHARACTERS:]}" if words else "; it said nothing"

@@ -18,8 +18,8 @@ from data_shards.ingest.nifti import read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, whole_numbers
 from data_shards.labels import WHOLEBODY
 
-# Classes that TotalVIBE's table holds under another name or within another class; None where it holds nothing like it,
-# so that they become part of `body`. MR's whole lungs are called by their lower lobes, which are what of a lung an
+# Classes that TotalVIBE's table holds under another name or within another class; None if it holds no such class, so
+# that they become part of `body`. MR's whole lungs become the lower lobes, which are the part of a lung that an
 # abdominal MR shows most.
 _RENAMED: dict[str, str | None] = {
     "small_bowel": "intestine",
@@ -35,7 +35,7 @@ _RENAMED: dict[str, str | None] = {
     "brain": None,
 }
 _RENAMED_BY_START = {"vertebrae_": "vertebra_body", "rib_": "bone_other"}
-# Its tasks have a few hundred classes at most.
+# TotalSegmentator's tasks have at most a few hundred classes.
 _LARGEST_ID = 2**16
 _LABEL = re.compile(rb'<Label\s[^>]*?Key="(\d+)"[^>]*>\s*(?:<!\[CDATA\[)?\s*([\w .-]+?)\s*(?:\]\]>)?\s*</Label>')
 
@@ -53,7 +53,7 @@ def wholebody_id(name: str) -> int | None:
 
 
 def class_names(header: Any) -> dict[int, str]:
-    """Names by id from the NIfTI header of a file written with --ml; empty where it holds none."""
+    """Names by id from the NIfTI header of a file written with --ml; empty if it holds none."""
     names: dict[int, str] = {}
     for extension in header.extensions:
         content = extension.get_content()
@@ -81,7 +81,7 @@ def to_wholebody_ids(made: Path, out: Path) -> None:
     present = np.unique(ids)
     if present[0] < 0 or present[-1] > _LARGEST_ID:
         wrong = present[0] if present[0] < 0 else present[-1]
-        raise UnreadableVolume(str(made), f"id {wrong:g} is no class of TotalSegmentator 2")
+        raise UnreadableVolume(str(made), f"id {wrong:g} is not a class of TotalSegmentator 2")
     table = np.zeros(int(present.max()) + 1, dtype=np.uint8)
     for value in present.tolist():
         if value == 0:

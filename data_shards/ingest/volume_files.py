@@ -1,4 +1,4 @@
-"""The files that volumes are in, by the ending of their name: NIfTI is read here, what else there is by SimpleITK."""
+"""Volume files, by the ending of their name: NIfTI is read by this project, other formats by SimpleITK."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ ENDINGS = (".nii.gz", ".nii", *itk_files.ENDINGS)
 
 
 def stem(name: str) -> str | None:
-    """The name without its ending; None where it is no volume's, or a hidden file's (a Mac leaves forks called
+    """The name without its ending; None if it is not a volume's, or a hidden file's (a Mac creates forks called
     ._NAME)."""
     ending = next((one for one in ENDINGS if name.lower().endswith(one)), None)
     return None if ending is None or name.startswith(".") else name[: -len(ending)]
 
 
 def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
-    """Where the volume is, from its header alone; errors and `one_slice` as of nifti.read_geometry."""
+    """The position of the volume, from its header alone; errors and `one_slice` as of nifti.read_geometry."""
     reader = itk_files if itk_files.is_itk(file) else nifti
     return reader.read_geometry(file, one_slice=one_slice)

@@ -1,8 +1,8 @@
-"""NIfTI volumes: read whole and checked, turned to canonical orientation, and the linear maps that resample them.
+"""NIfTI volumes: read completely and checked, turned to canonical orientation, and the linear maps that resample them.
 
-Resampling is separable, so a slice needs no 1 mm volume: each axis of a slice is one sparse matrix, and a slice is
-that matrix on either side of the few stored planes around it. The result is what slicing the resampled volume
-gives. Sparse products also sum in one fixed order, so they do not depend on the number of threads.
+Resampling is separable, so a slice needs no 1 mm volume: each axis of a slice is one sparse matrix, and a slice is that
+matrix on either side of the few stored planes around it. The result equals slices of the resampled volume. Sparse
+products also sum in one fixed order, so they do not depend on the number of threads.
 
 Dimensions: I right, J anterior, K superior (canonical, RAS+).
 """
@@ -29,13 +29,13 @@ from data_shards.problems import InputProblems
 if TYPE_CHECKING:
     import scipy.sparse
 
-# Labels and float images saved by way of each other come back as 0.99998 or 2.0004; beyond this they are other numbers.
+# Labels that were saved as floats come back as 0.99998 or 2.0004; with a larger difference they are other numbers.
 _WHOLE = 1e-3
-# Volumes beyond this are set against the memory that is free.
+# Volumes larger than this are compared with the free memory.
 LARGE_BYTES = 2**30
 # Resampling sums float32 products of values; beyond this they overflow.
 _LARGEST_VALUE = 1e30
-# An overlap this small is none: what is left where a stretch ends on an element's edge.
+# An overlap this small counts as none: it is left if a stretch ends on an element's edge.
 _ROUNDING = 1e-9
 
 
@@ -44,7 +44,7 @@ _ToIds = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 class UnreadableVolume(ValueError):
-    """A volume whose voxels cannot be used: which file, and why, in one line."""
+    """A volume whose voxels cannot be used: the file and the reason, in one line."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"{file}: {reason}")
@@ -56,11 +56,11 @@ class UnreadableVolume(ValueError):
 
 @dataclass(frozen=True)
 class Volume:
-    """A stored volume in canonical orientation; no voxel is copied or converted until it is asked for.
+    """A stored volume in canonical orientation; no voxel is copied or converted until it is used.
 
     voxels_IJK: as stored, value = voxel * slope + intercept. affine: 4x4, voxel index to RAS mm; an oblique volume
-    keeps its own axes, each named after the nearest anatomical one. sha256: of the file. notes: what of its header was
-    converted or is a guess, see nifti.Geometry.
+    keeps its own axes, each named after the nearest anatomical one. sha256: of the file. notes: conversions and guesses
+    of its header, see nifti.Geometry.
     """
 
     voxels_IJK: np.ndarray
@@ -78,7 +78,7 @@ class Volume:
     def values(self, voxels: np.ndarray) -> np.ndarray:
         """Stored voxels as float32 values."""
         values = voxels.astype(np.float32)
-        # In place, and not at all where nothing changes: planes are larger than a core's cache.
+        # In place, and only if something changes: planes are larger than a core's cache.
         if self.slope != 1.0:
             values *= np.float32(self.slope)
         if self.intercept != 0.0:
@@ -87,10 +87,10 @@ class Volume:
 
 
 def read_volume(path: Path, *, one_slice: bool = False) -> Volume:
-    """Read a 3-D volume; little more memory is used than the voxels take. `one_slice` as of read_geometry.
+    """Read a 3-D volume in little more memory than the voxels take. `one_slice` as of read_geometry.
 
-    Raises UnreadableVolume for what a header cannot show: a file cut short, a bad gzip checksum, bytes that belong to
-    nothing, values that are not finite; and for what `read_geometry` refuses.
+    Raises UnreadableVolume for faults that a header cannot show: a truncated file, a bad gzip checksum, extra bytes,
+    values that are not finite; and for files that `read_geometry` refuses.
     """
     volume = _read(path, None, one_slice=one_slice)
     ends = np.array([volume.voxels_IJK.min(), volume.voxels_IJK.max()], dtype=np.float64)
@@ -103,13 +103,13 @@ def read_volume(path: Path, *, one_slice: bool = False) -> Volume:
 def read_labels(path: Path, num_ids: int, *, ids: Mapping[int, int] | None = None, one_slice: bool = False) -> Volume:
     """Read a label volume as uint8, whatever type it is stored as, in no more memory than that takes. Numbers within
     0.001 of a whole one are rounded. Raises UnreadableVolume also for ids outside 0..num_ids-1 and for other numbers.
-    `ids`: what becomes of each stored id; then those that it does not name are refused, and num_ids does not count.
-    `one_slice` as of read_geometry.
+    `ids`: the new id of each stored id; then other ids are refused, and num_ids is not used. `one_slice` as of
+    read_geometry.
     """
     known = None if ids is None else np.array(sorted(ids.items()), np.int64)
 
     def to_ids(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-        """Whole label ids of stored numbers, any shape."""
+        """Whole-number label ids of stored numbers, any shape."""
         try:
             stored_ids = whole_numbers(plane, slope, intercept)
         except ValueError as error:
@@ -126,7 +126,7 @@ def read_labels(path: Path, num_ids: int, *, ids: Mapping[int, int] | None = Non
 
 
 def _renumbered(path: Path, stored_ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """uint8: the second column of `known` where the first, which rises, has the stored id."""
+    """uint8: the second column of `known` for the stored ids in its first column, which is ascending."""
     at = np.minimum(np.searchsorted(known[:, 0], stored_ids), len(known) - 1)
     if (strange := known[at, 0] != stored_ids).any():
         wrong = int(stored_ids[strange].flat[0])
@@ -136,7 +136,7 @@ def _renumbered(path: Path, stored_ids: np.ndarray, known: np.ndarray) -> np.nda
 
 def whole_numbers(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """The label ids of stored numbers: themselves, or rounded where all are within 0.001 of whole ones. Raises
-    ValueError with the first number that is not, and where it comes from."""
+    ValueError with the first number that is not, and its origin."""
     if stored.dtype.kind in "iu" and (slope, intercept) == (1.0, 0.0):
         return stored
     with np.errstate(over="ignore", invalid="ignore"):
@@ -154,14 +154,14 @@ def whole_numbers(stored: np.ndarray, slope: float, intercept: float) -> np.ndar
 
 
 def planes_in_memory(voxels_IJK: np.ndarray) -> Iterator[np.ndarray]:
-    """The volume in two-dimensional pieces that are each contiguous in memory, in no particular order: fast to walk
-    through, cheap to convert one at a time."""
+    """The volume in two-dimensional pieces that are each contiguous in memory, in no particular order: they are fast to
+    read, and cheap to convert one at a time."""
     yield from voxels_IJK.transpose(np.argsort(np.abs(voxels_IJK.strides), kind="stable")[::-1])
 
 
 def num_resampled(num_stored: int, step: float) -> int:
-    """Samples of a line of `num_stored` voxels, `step` voxels apart: the first falls on the first voxel's centre and
-    none is beyond the last one's, so nothing outside the measured field is made up."""
+    """Samples of a line of `num_stored` voxels, `step` voxels apart: the first is at the first voxel's centre and none
+    is beyond the last one's, so nothing outside the measured field is invented."""
     return int(np.floor((num_stored - 1) / step + 1e-6)) + 1
 
 
@@ -171,10 +171,10 @@ def linear_weights(
     """Sparse [num_out, num_in] float32: samples at start + k * step, in units of input elements.
 
     A sample is the mean over the stretch of width max(1, step) around it, of a line on which each element fills one
-    unit: an element weighs as much as it overlaps the stretch. Where nothing shrinks the width is 1, and that is linear
-    interpolation exactly, 1 - distance; where it shrinks every element counts by its area, and for a whole step that is
-    the mean of a block, as of Pillow's BOX and torch's `area`. Weights sum to 1 over `window` (default: all of the
-    input), at whose edges stretches are cut; what of the window is outside the input counts as zeros.
+    unit: an element weighs as much as it overlaps the stretch. Without reduction the width is 1, which is exactly
+    linear interpolation, 1 - distance. With reduction every element counts by its area, and for a whole step that is
+    the mean of a block, as in Pillow's BOX and torch's `area`. Weights sum to 1 over `window` (default: all of the
+    input), at whose edges stretches are cut; parts of the window outside the input count as zeros.
     """
     import scipy.sparse
 
@@ -228,7 +228,7 @@ def _nifti_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tupl
 
 
 def _itk_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[np.ndarray, str]:
-    """The same of a file that SimpleITK reads, which is in memory as a whole; the sha256 is over header and voxels."""
+    """The same for a file that SimpleITK reads, which is completely in memory; the sha256 is over header and voxels."""
     _refuse_too_large(path, geometry)
     voxels = itk_files.read_stored(path, geometry)
     if voxels.dtype.kind == "f" and (not_finite := voxels.size - int(np.count_nonzero(np.isfinite(voxels)))):
@@ -240,7 +240,7 @@ def _itk_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[
 def _refuse_too_large(path: Path, geometry: Geometry) -> None:
     memory = host_memory() if geometry.voxel_bytes > LARGE_BYTES else None
     if memory is not None and geometry.voxel_bytes > memory.available:
-        # A process that asks for more is killed without a word, and a file of a few MB can unpack to that.
+        # A process that allocates more is killed without a message, and a file of a few MB can unpack to that size.
         reason = (
             f"{geometry.voxel_bytes / 2**30:.1f} GiB of voxels, {memory.available / 2**30:.1f} GiB of memory are free: "
             f"resample it"
@@ -250,7 +250,7 @@ def _refuse_too_large(path: Path, geometry: Geometry) -> None:
 
 def _stored_voxels(path: Path, geometry: Geometry, content: io.IOBase, to_ids: _ToIds | None) -> np.ndarray:
     """The voxels in the order of the file, read plane by plane into the one array that stays. Reads to the end of the
-    file, where gzip's checksum is; a file that goes on without end behind its voxels is refused."""
+    file, where gzip's checksum is; a file that continues without end after its voxels is refused."""
     shape, dtype = geometry.shape, geometry.header.get_data_dtype()
     slope, intercept = value_scale(geometry.header)
     _fill(np.empty(int(geometry.header.get_data_offset()), np.uint8), content)
@@ -280,7 +280,7 @@ def _stored_voxels(path: Path, geometry: Geometry, content: io.IOBase, to_ids: _
 
 
 def _fill(array: np.ndarray, content: io.IOBase) -> int:
-    """Fill a contiguous array from `content`; the number of bytes there were."""
+    """Fill a contiguous array from `content`; returns the number of bytes that were read."""
     rest = array.reshape(-1, order="A").view(np.uint8).data
     filled = 0
     while filled < len(rest) and (got := content.readinto(rest[filled:])):  # type: ignore[attr-defined]
@@ -289,7 +289,7 @@ def _fill(array: np.ndarray, content: io.IOBase) -> int:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that notes the checksum of what is read from it."""
+    """A file that computes the checksum of the bytes that are read from it."""
 
     def __init__(self, file: io.RawIOBase) -> None:
         self._file = file
