@@ -61,11 +61,10 @@ def summarise(
 
 
 def scalars(summary: dict[str, Any]) -> dict[str, float]:
-    """Stable flat names for a tracker: `downstream/real_25_and_generated/dice`, `.../CT/dice`, `.../gain`."""
+    """Stable flat names for a tracker: `downstream/real_25_and_generated/dice`, `.../gain`."""
     flat = {}
     for arm in summary["arms"]:
-        for group, entry in {"": arm["dice"], **{f"{m}/": e for m, e in arm["by_modality"].items()}}.items():
-            flat[f"downstream/{arm['name']}/{group}dice"] = entry["value"]
+        flat[f"downstream/{arm['name']}/dice"] = arm["dice"]["value"]
         if "gain" in arm:
             flat[f"downstream/{arm['name']}/gain"] = arm["gain"]["dice"]["value"]
     return flat

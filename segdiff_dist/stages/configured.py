@@ -178,14 +178,38 @@ def weights_name(experiment: Experiment, name: str) -> str:
 
 
 def open_tracker(experiment: Experiment, stage: str, folder: Path) -> Tracker:
-    """The main rank records; the others record nothing."""
+    """The main rank records, and says where; the others record nothing. A run folder shares its database with those
+    beside it; another folder, a shard set's, has its own."""
     from segdiff_dist.tracking.tracker import Tracker
 
     config = experiment.tracking if is_main() else TrackingConfig(enabled=False)
+    is_run = experiment.run is not None and folder.resolve() == experiment.run.resolve()
     try:
-        return Tracker(folder, config, stage)
+        tracker = Tracker(folder, config if is_run else replace(config, shared_store=False), stage)
     except OSError as error:
         if out_of_space(error):
             raise OutOfSpace(folder, str(error)) from error
         remedy = "make it writable, or choose another; without a record: --tracking.no-enabled"
         raise problem(folder, "run folder", f"cannot be written ({error})", remedy) from error
+    if tracker.records:
+        _say_where(folder)
+    return tracker
+
+
+def _say_where(folder: Path) -> None:
+    """How to look at what is recorded, once for each store."""
+    from segdiff_dist.evaluation.report.tracked import tracked_run
+
+    found = tracked_run(folder)
+    line = None if found is None else found.url or found.command
+    if line is not None and line not in _said:
+        _said.add(line)
+        print(f"MLflow: {line}", flush=True)
+
+
+_said: set[str] = set()
+
+
+def recipe_of(config: str | None) -> str | None:
+    """The name of a configuration: that of its file."""
+    return None if config is None else Path(config).stem

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -94,8 +94,8 @@ class DemoPlan(Plan):
                 )
                 print(f"\n{title}", flush=True)
                 start = time.perf_counter()
-                with _segmenter_beside(experiment, self.folder / _SEGMENTER_LOG) if both else nullcontext():
-                    result = _result_of(name, experiment)
+                with _segmenter_beside(self.stage, self.folder / _SEGMENTER_LOG) if both else nullcontext():
+                    result = _result_of(name, self.stage)
                 times_s[f"{_SEGMENTER}, {name}" if both else name] = time.perf_counter() - start
         summary = result.value
         times = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times_s.items())
@@ -111,8 +111,12 @@ class DemoPlan(Plan):
         )
 
 
-def _result_of(name: str, experiment: Experiment) -> Result:
-    return _STEPS[name].of(experiment).over(experiment).check().start_as_step()
+def _result_of(name: str, demo: Demo) -> Result:
+    return _step(_STEPS[name], demo).check().start_as_step()
+
+
+def _step(stage: type[ConfiguredStage], demo: Demo) -> ConfiguredStage:
+    return replace(stage.of(demo.experiment), config=demo.config).over(demo.experiment)
 
 
 def _can_train_at_once(experiment: Experiment) -> bool:
@@ -126,7 +130,7 @@ def _can_train_at_once(experiment: Experiment) -> bool:
 
 
 @contextmanager
-def _segmenter_beside(experiment: Experiment, log: Path) -> Iterator[None]:
+def _segmenter_beside(demo: Demo, log: Path) -> Iterator[None]:
     """In this context a separate process trains the segmenter; the context ends when it is trained. Each of the two
     trainings has half of the cores. The process prints to `log`."""
     import torch
@@ -136,7 +140,7 @@ def _segmenter_beside(experiment: Experiment, log: Path) -> Iterator[None]:
     print(f"the segmenter is trained at the same time: see {log}", flush=True)
     threads, before = max(1, num_cores() // 2), torch.get_num_threads()
     process = multiprocessing.get_context("spawn").Process(
-        target=_train_segmenter, args=(experiment, log, threads), daemon=True
+        target=_train_segmenter, args=(demo, log, threads), daemon=True
     )
     process.start()
     torch.set_num_threads(threads)
@@ -156,7 +160,7 @@ def _segmenter_beside(experiment: Experiment, log: Path) -> Iterator[None]:
         raise WorkFailed(f"train-segmenter ended with {process.exitcode}: see {log}")
 
 
-def _train_segmenter(experiment: Experiment, log: Path, threads: int) -> None:
+def _train_segmenter(demo: Demo, log: Path, threads: int) -> None:
     """The work of the other process; its exit code is that of the command."""
     import torch
 
@@ -165,5 +169,5 @@ def _train_segmenter(experiment: Experiment, log: Path, threads: int) -> None:
             os.dup2(stream.fileno(), output.fileno())
     torch.set_num_threads(threads)
     with ExitStatus() as status:
-        TrainSegmenter.of(experiment).over(experiment).check().start().say()
+        _step(TrainSegmenter, demo).check().start().say()
     raise SystemExit(status.code)

@@ -119,8 +119,10 @@ class EvaluatePlan(Plan):
     def run(self, tracker: Tracker) -> Result:
         """Measure, draw, record; then the trainings."""
         from segdiff_dist.evaluation.evaluate import evaluate
-        from segdiff_dist.evaluation.measure.summary import scalars
+        from segdiff_dist.evaluation.measure.checks import check
+        from segdiff_dist.evaluation.measure.tracked_metrics import COLUMNS, TABLE, headline, table
         from segdiff_dist.export.register import register_evaluated
+        from segdiff_dist.stages.data_sets import log_samples, log_shards
 
         experiment, run, config = self.stage.experiment, self.run_folder, self.stage.evaluate
         if self.images is not None:
@@ -128,10 +130,16 @@ class EvaluatePlan(Plan):
             self._store_images(self.images)
         save_experiment(experiment, ("evaluate", "downstream"))
         tracker.log_params({"evaluate": plain(experiment)["evaluate"]})
-        summary = evaluate(run, config, amos_root=experiment.amos_root, checked=self.checked)
-        tracker.log_metrics(scalars(summary))
+        checked = self.checked or check(run, config)
+        summary = evaluate(run, config, amos_root=experiment.amos_root, checked=checked)
+        if checked.subject.shards is not None:
+            log_shards(tracker, checked.subject.shards, "evaluation")
+        log_samples(tracker, checked.store, "evaluation")
+        tracker.log_metrics(headline(summary))
+        tracker.log_about(self._about(summary))
         if self.downstream is not None:
             summary["downstream"] = self._make_downstream(self.downstream, tracker)
+        tracker.log_table(COLUMNS, table(summary), TABLE)
         for name in _RECORDED:
             tracker.log_artifact(run / "evaluation" / name, "evaluation/figures" if name == "figures" else "evaluation")
         tracker.log_artifact(run / "config.yaml")
@@ -145,6 +153,19 @@ class EvaluatePlan(Plan):
         path = self.run_folder / "samples"
         with locked(path, lends=True), saying_when_full(path):
             images.store(path)
+
+    def _about(self, summary: dict[str, Any]) -> str:
+        """The headline as a sentence."""
+        from segdiff_dist.evaluation.measure.summary import headline_dice
+
+        name = headline_dice([summary["metrics"]])
+        entry = summary["metrics"].get(name)
+        low, high = (entry or {}).get("ci95") or (float("nan"), float("nan"))
+        dice = "" if entry is None else f", `{name}` {entry['value']:.3f} ({low:.3f} to {high:.3f})"
+        return (
+            f"{summary['num_samples']:,} images of {summary['num_patients']:,} patients{dice}. All numbers: the table "
+            "`evaluation/metrics.json`; the page: `evaluation/report.html`, both among the artifacts."
+        )
 
     def _make_downstream(self, planned: Downstream, tracker: Tracker) -> dict[str, Any]:
         """Train and test, record, and draw the report again, which then shows the table."""

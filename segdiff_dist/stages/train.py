@@ -13,7 +13,7 @@ from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, Valid
 from segdiff_dist.experiment import collect, refuse_another_config
 from segdiff_dist.ranks.distributed import pick_device, world_size
 from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import TrainConfig
 
@@ -101,6 +101,7 @@ class Train(ConfiguredStage):
             loader=loader,
             config=config,
             device=device,
+            recipe=recipe_of(self.config),
             network=denoiser_network(denoiser, shards, side, device),
             make_task=partial(_make_task, self, run, shards, rows, device),
             # Later stages use the denoiser's loader and data.

@@ -13,7 +13,7 @@ from segdiff_dist.experiment import collect, refuse_another_config
 from segdiff_dist.ranks.distributed import pick_device, world_size
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.stages.base import Plan, command
-from segdiff_dist.stages.configured import ConfiguredStage, address_flag
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
 from segdiff_dist.tracking.tracker import TrackingConfig
 
 
@@ -71,6 +71,7 @@ class TrainSegmenter(ConfiguredStage):
             loader=config.augmented(loader),
             config=config.train,
             device=device,
+            recipe=recipe_of(self.config),
             network=segmenter_network(config, shards, side),
             make_task=lambda _: SegmenterTask(shards, config, loader, folder / "weights", device),
             saved_sections=("segmenter",),

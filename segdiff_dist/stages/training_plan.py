@@ -28,6 +28,7 @@ from segdiff_dist.ranks.precision import cpu_has_bf16, settled
 from segdiff_dist.shipped import shipped_config
 from segdiff_dist.stages.base import Cost, Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
+from segdiff_dist.stages.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.checkpoint import complete_ones, read_state
 from segdiff_dist.training.config import TrainConfig
@@ -63,6 +64,8 @@ class TrainingPlan(Plan):
     next_command: str
     limits: dict[str, Any]
     """Further arguments of memory_problems."""
+    recipe: str | None
+    """The name of the configuration, where one was given."""
     compile_kernels: Callable[[int], None] | None = None
     """As TrainingJob has it."""
 
@@ -137,6 +140,8 @@ class TrainingPlan(Plan):
             save_experiment(experiment, self.saved_sections)
         logged = {name: settings[name] for name in self.logged_sections}
         tracker.log_params(logged | {"shards_digest": self.shards.digest})
+        log_shards(tracker, self.shards, "training")
+        tracker.log_about(self._about(), self.recipe)
         if is_main():
             tracker.log_artifact(experiment.path("run") / "config.yaml")
             print(self.message, flush=True)
@@ -147,6 +152,12 @@ class TrainingPlan(Plan):
         )  # fmt: skip
         train(job)
         return Result((f"weights in {self.folder / 'weights'}",), next_command=self.next_command)
+
+    def _about(self) -> str:
+        """What is trained on what, for the run's description."""
+        recipe = "" if self.recipe is None else f"recipe `{self.recipe}`, "
+        net = f"{self.network.num_parameters / 1e6:.1f} million parameters"
+        return f"{recipe}{net}, {self.config.num_images:,} images of {describe_shards(self.shards)}."
 
 
 def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:

@@ -22,6 +22,9 @@ class TrackingConfig:
     """The name of the MLflow experiment."""
     enabled: Execution[bool] = True
     """Record runs with MLflow."""
+    shared_store: Execution[bool] = True
+    """Record new run folders in one database beside them (runs/mlflow.db for runs/a), so that MLflow compares them.
+    false: in RUN/mlflow.db. A folder keeps the store that it began in. MLFLOW_TRACKING_URI names another one."""
     system_metrics: Execution[bool] = True
     """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
     flush_timeout_s: Execution[NonNegative] = 30.0

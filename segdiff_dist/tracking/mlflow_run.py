@@ -1,8 +1,8 @@
 """The MLflow run of a run folder: found or begun again, and sent to. This file owns MLflow.
 
-The store is sqlite in the folder unless MLFLOW_TRACKING_URI says otherwise. RUN/mlflow.json (link.py) remembers store
-and run, so that every stage adds to the same one. Paths in the folder's own files are followed only inside the folder
-(inside.py): the spool's paths, and the place of artifacts in the folder's database.
+The store is sqlite beside the folder or in it (store.py) unless MLFLOW_TRACKING_URI says otherwise. RUN/mlflow.json
+(link.py) remembers store and run, so that every stage adds to the same one. The spool's paths are followed only inside
+the folder (inside.py). Artifacts are put beside the database, whatever place the database names.
 """
 
 from __future__ import annotations
@@ -14,31 +14,22 @@ import logging
 import os
 import shutil
 import sqlite3
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from data_shards.files import first_line
 from data_shards.locks import short_turn
-from data_shards.problems import OutOfSpace, problem
+from data_shards.problems import problem
+from segdiff_dist.tracking import descriptions
 from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside, why_not_plain
-from segdiff_dist.tracking.link import (
-    ARTIFACTS,
-    DATABASE,
-    LINK,
-    REFUSED,
-    SPOOL,
-    local_uri,
-    new_token,
-    read_link,
-    write_link,
-)
+from segdiff_dist.tracking.link import LINK, REFUSED, SPOOL, new_token, read_link, write_link
 from segdiff_dist.tracking.model_registry import NO_REGISTRY, register
 from segdiff_dist.tracking.records import why_not_sent
 from segdiff_dist.tracking.spool import Record
+from segdiff_dist.tracking.store import ARTIFACTS, DATABASE, MARK, local_uri, make_own, store_of, why_not_beside
 
 T = TypeVar("T")
 
@@ -46,8 +37,6 @@ T = TypeVar("T")
 _TOKEN_TAG = "segdiff.token"
 # The largest batch that MLflow accepts in one request (its REST API, runs/log-batch).
 _MAX_METRICS, _MAX_PARAMS_OR_TAGS = 1000, 100
-# MLflow's own sampling interval of system metrics (its SystemMetricsMonitor).
-_SYSTEM_METRICS_S = 10.0
 # Errors for a record that will never be accepted: MLflow's codes, and HTTP's for a request that is malformed or too
 # large.
 _REFUSALS, _HTTP_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"), (400, 413)
@@ -60,27 +49,32 @@ class MlflowRun:
     Raises InputProblems if mlflow.json is damaged, or if the spool or sqlite's file is a link, a device or a pipe.
     """
 
-    def __init__(self, folder: Path, experiment: str = "segdiff") -> None:
+    def __init__(self, folder: Path, experiment: str = "segdiff", shared: bool = False) -> None:
+        """`shared`: a folder that is tracked for the first time is recorded in the database beside it, if it can be."""
         # Imported in the thread that makes the run, so that no two threads import at once.
         _import_mlflow()
         self.folder = folder
-        self.uri = tracking_uri(folder)
-        self._is_local = self.uri == local_uri(folder)
-        for name in (SPOOL, DATABASE) if self._is_local else (SPOOL,):
-            if (odd := (folder / name)).is_symlink() or (odd.exists() and not (odd.is_dir() or odd.is_file())):
-                raise problem(odd, "tracking", "a link, a device or a pipe", "remove it")
         with short_turn(folder):  # stages that begin at the same time belong to one run
-            link = read_link(folder)
-            self._experiment = link.get("experiment") or experiment
-            if not link or (link.get("tracking_uri") or local_uri(folder)) != self.uri:
-                self._experiment = experiment
+            link = read_link(folder) or {"beside": shared and why_not_beside(folder) is None}
+            self._is_beside = link.get("beside") is True
+            self.store = store_of(folder, self._is_beside)
+            self.uri = os.environ.get("MLFLOW_TRACKING_URI") or link.get("tracking_uri") or local_uri(self.store)
+            self._is_local = self.uri == local_uri(self.store)
+            self._refuse_odd_files()
+            if (link.get("tracking_uri") or local_uri(self.store)) != self.uri:
                 link = {}
+            self._experiment = link.get("experiment") or experiment
             self.run_id: str | None = link.get("run_id")
             self._token = link.get("token") or new_token()
             self.began_s = link.get("began_s") or time.time()
             self._write_link()
         self._client: Any = None
         self._checked = False
+
+    def _refuse_odd_files(self) -> None:
+        for path in (self.folder / SPOOL, *((self.store / DATABASE,) if self._is_local else ())):
+            if path.is_symlink() or (path.exists() and not (path.is_dir() or path.is_file())):
+                raise problem(path, "tracking", "a link, a device or a pipe", "remove it")
 
     def send(self, kind: str, records: Sequence[Record]) -> None:
         """Record them in order. Raises MLflow's errors if the store does not answer; sending again does no harm.
@@ -104,15 +98,9 @@ class MlflowRun:
                 self._send_params(run, records)
             elif kind == "tags":
                 self._send_tags(run, records)
-            elif kind == "artifact":
-                for record in records:
-                    self._send_artifact(run, record)
-            elif kind == "model":
-                for record in records:
-                    self._send_model(run, record)
             else:
                 for record in records:
-                    self._send_status(run, record)
+                    getattr(self, f"_send_{kind}")(run, record)
         except BaseException:
             self._checked = False  # the run may be gone with the store it was in
             raise
@@ -141,6 +129,17 @@ class MlflowRun:
         tags = [RunTag(key, value) for record in records for key, value in record["values"].items()]
         for chunk in chunks(tags, _MAX_PARAMS_OR_TAGS):
             self._log(chunk, lambda some: self._client.log_batch(run, tags=some))
+
+    def _send_dataset(self, run: str, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        texts = {name: record[name] for name in ("name", "digest", "source", "profile")}
+        dataset = Dataset(source_type="local", schema=None, **texts)
+        tags = [InputTag("mlflow.data.context", record["context"])]
+        self._log([dataset], lambda some: self._client.log_inputs(run, [DatasetInput(one, tags) for one in some]))
+
+    def _send_about(self, run: str, record: Record) -> None:
+        descriptions.describe(self._client, run, self.folder.resolve().name, record)
 
     def _send_artifact(self, run: str, record: Record) -> None:
         reason = why_not_inside(self.folder, record["path"]) or self._why_not_to(run, record["folder"])
@@ -181,14 +180,14 @@ class MlflowRun:
         self._remove_copy(record)
 
     def _why_not_to(self, run: str, folder: str | None) -> str | None:
-        """Why an artifact cannot be put there, in the folder's own store: a link on the way would lead out of it."""
+        """Why an artifact cannot be put there, in a store on this disk: a link on the way would lead out of it."""
         if not self._is_local:
             return None
         to = PurePosixPath(ARTIFACTS, run, "artifacts", folder or "")
         for part in [*to.parents][-2::-1]:
-            if (self.folder / part).is_symlink():
-                return f"{self.folder / part} is a link"
-        found = odd_entry(self.folder / to)
+            if (self.store / part).is_symlink():
+                return f"{self.store / part} is a link"
+        found = odd_entry(self.store / to)
         return None if found is None else f"{found} is a link, a device or a pipe"
 
     def _send_status(self, run: str, record: Record) -> None:
@@ -230,12 +229,16 @@ class MlflowRun:
         """The folder's run: the one recorded in mlflow.json while it exists, or a new one."""
         if self._checked and self.run_id is not None:
             return self.run_id
-        with short_turn(self.folder):  # two processes that create one database at the same time break it
+        with contextlib.ExitStack() as turns:  # two processes that create one database at the same time break it
+            for folder in dict.fromkeys((self.folder.resolve(), self.store)):
+                turns.enter_context(short_turn(folder))
             return self._open_run()
 
     def _open_run(self) -> str:
         from mlflow.tracking import MlflowClient
 
+        if self._is_beside and self._is_local and not (self.store / MARK).exists():
+            make_own(self.store)
         self._client = self._client or MlflowClient(tracking_uri=self.uri)
         if self.run_id is None or not self._is_there(self.run_id):
             if self.run_id is not None:  # the store has been emptied: begin a new run in it
@@ -250,32 +253,33 @@ class MlflowRun:
         return self.run_id
 
     def _keep_artifacts_inside(self, run: str) -> None:
-        """Set the folder itself as the place of the run's artifacts in the folder's database.
+        """Set the database's own folder as the place of the run's artifacts in the database.
 
         The database names another place if the folder was moved, or if somebody else wrote the database, and MLflow
         would write there. Raises RuntimeError if the database cannot be changed.
         """
-        where = (self.folder.resolve() / ARTIFACTS / run / "artifacts").as_uri()
+        where = (self.store / ARTIFACTS / run / "artifacts").as_uri()
         if self._client.get_run(run).info.artifact_uri == where:
             return
-        with contextlib.closing(
-            sqlite3.connect(self.folder.resolve() / DATABASE, timeout=_DATABASE_PATIENCE_S)
-        ) as database:
+        with contextlib.closing(sqlite3.connect(self.store / DATABASE, timeout=_DATABASE_PATIENCE_S)) as database:
             database.execute("PRAGMA trusted_schema = OFF")
             database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (where, run))
             database.commit()
         if (found := self._client.get_run(run).info.artifact_uri) != where:
-            raise RuntimeError(f"{self.folder / DATABASE} puts artifacts at {found}")
+            raise RuntimeError(f"{self.store / DATABASE} puts artifacts at {found}")
 
     def _is_there(self, run: str) -> bool:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._client.get_run(run).info.lifecycle_stage == "active"
+            found = self._client.get_run(run)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return False
+        # A folder from somebody else might name another run of the database that is shared.
+        is_own = not self._is_beside or found.data.tags.get(_TOKEN_TAG) == self._token
+        return is_own and found.info.lifecycle_stage == "active"
 
     def _find_or_create(self) -> str:
         """A run with this folder's token, which exists if the answer to its creation was lost."""
@@ -288,16 +292,18 @@ class MlflowRun:
                 return found[0].info.run_id
         else:
             local = self.uri.startswith("sqlite:")
-            location = (root / ARTIFACTS).as_uri() if local else None
+            location = (self.store / ARTIFACTS).as_uri() if local else None
             experiment_id = client.create_experiment(self._experiment, artifact_location=location)
-        tags = {"run_folder": str(root), _TOKEN_TAG: self._token}
+        descriptions.describe_experiment(client, experiment_id)
+        tags = {"run_folder": str(root), _TOKEN_TAG: self._token, **descriptions.user_tag()}
         run = client.create_run(experiment_id, int(self.began_s * 1000), run_name=root.name, tags=tags)
         return run.info.run_id
 
     def _write_link(self) -> None:
         link = {
-            # Sqlite in the folder is recorded without a path, so that the folder can be moved.
+            # Sqlite beside the folder or in it goes without a path, so that the folder can be moved.
             "tracking_uri": None if self._is_local else self.uri,
+            "beside": self._is_beside and self._is_local,
             "experiment": self._experiment,
             "run_id": self.run_id,
             "token": self._token,
@@ -306,54 +312,11 @@ class MlflowRun:
         write_link(self.folder, link)
 
 
-class SystemMetrics(threading.Thread):
-    """MLflow's system metrics from MLflow's own monitors. They are given to `log`, not to a server, which may be
-    unreachable.
-
-    Their step is the number of seconds since the run was begun.
-    """
-
-    def __init__(self, log: Callable[[Mapping[str, float], int], None], began_s: float) -> None:
-        from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        super().__init__(name="system-metrics", daemon=True)
-        self._log, self._began_s, self._stopped = log, began_s, threading.Event()
-        self._interval_s = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or _SYSTEM_METRICS_S
-        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU, or no nvidia-ml-py to ask it with
-            self._monitors.append(GPUMonitor())
-        self._sample()  # psutil measures processor time between two calls; the first call gives no value
-        self.start()
-
-    def run(self) -> None:
-        """Take a sample each interval, until stopped."""
-        while not self._stopped.wait(self._interval_s):
-            values = {f"system/{name}": value for name, value in self._sample().items()}
-            with contextlib.suppress(OutOfSpace, OSError):  # the stage itself reports a full disk
-                self._log(values, int(time.time() - self._began_s))
-
-    def stop(self) -> None:
-        """No sample is taken after this."""
-        self._stopped.set()
-        self.join()
-
-    def _sample(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            values |= monitor.aggregate_metrics()
-            monitor.clear_metrics()
-        return values
-
-
 def tracking_uri(folder: Path) -> str:
     """MLFLOW_TRACKING_URI; without it the store that the folder's run was begun in, at first sqlite in the folder."""
-    known = read_link(folder).get("tracking_uri")
-    return os.environ.get("MLFLOW_TRACKING_URI") or known or local_uri(folder)
+    link = read_link(folder)
+    local = local_uri(store_of(folder, link.get("beside") is True))
+    return os.environ.get("MLFLOW_TRACKING_URI") or link.get("tracking_uri") or local
 
 
 def is_tracked(folder: Path) -> bool:

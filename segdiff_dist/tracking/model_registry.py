@@ -5,18 +5,21 @@ Everything goes through a given client; only mlflow_run.py imports MLflow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-DIGEST_TAG = "weights_digest"
-# MLflow's codes for a server without a registry, or without one for this user.
+DIGEST_TAG, SHARDS_TAG, HEADLINE_TAG = "weights_digest", "shards_digest", "dice_either_mask_gen"
+NEWEST, BEST = "newest", "best"
+# MLflow's codes of a server that has no registry, or none for this user.
 NO_REGISTRY = ("ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "NOT_IMPLEMENTED", "PERMISSION_DENIED")
 
 
 def register(client: Any, run_id: str, folder: Path, name: str, digest: str, tags: Mapping[str, str]) -> None:
-    """Make the model in `folder` a version of `name` with these tags. If a version has its digest, that version gets
-    the tags.
+    """Make the model in `folder` a version of `name` with these tags, unless one has its digest: that gets the tags.
+    Then the aliases are set anew.
 
     So the call may be repeated, for example after a lost answer, and `folder` is needed only the first time:
     FileNotFoundError if it is missing then. Also raises the client's errors.
@@ -26,6 +29,7 @@ def register(client: Any, run_id: str, folder: Path, name: str, digest: str, tag
     if found:
         for key, value in tags.items():
             client.set_model_version_tag(name, found[0].version, key, value)
+        _set_aliases(client, name, found[0].version)
         return
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is gone")
@@ -33,8 +37,30 @@ def register(client: Any, run_id: str, folder: Path, name: str, digest: str, tag
     kept_in = f"model/{digest[:12]}"
     client.log_artifacts(run_id, str(folder), kept_in)
     source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{kept_in}"
-    # The digest is set together with the version: a version without it would be made a second time.
-    client.create_model_version(name, source, run_id, tags={**tags, DIGEST_TAG: digest}, await_creation_for=0)
+    # The digest comes with the version, not after it: a version without it would be made a second time.
+    tags = {**tags, DIGEST_TAG: digest}
+    version = client.create_model_version(name, source, run_id, tags=tags, await_creation_for=0).version
+    _set_aliases(client, name, version)
+
+
+def _set_aliases(client: Any, name: str, newest: str) -> None:
+    """`newest`: the version that was evaluated last. `best`: that with the highest headline Dice among those evaluated
+    on the same shard set as the newest."""
+    client.set_registered_model_alias(name, NEWEST, newest)
+    versions = client.search_model_versions(f"name = '{name}'")
+    shards = next((one.tags.get(SHARDS_TAG) for one in versions if str(one.version) == str(newest)), None)
+    dice = {one.version: _dice(one) for one in versions if one.tags.get(SHARDS_TAG) == shards}
+    if any(value is not None for value in dice.values()):
+        best = max(dice, key=lambda version: (-1.0 if dice[version] is None else dice[version], int(version)))
+        client.set_registered_model_alias(name, BEST, best)
+
+
+def _dice(version: Any) -> float | None:
+    """The headline Dice of a version; None where it has none."""
+    with suppress(KeyError, ValueError):
+        value = float(version.tags[HEADLINE_TAG])
+        return value if math.isfinite(value) else None
+    return None
 
 
 def _make_sure_of(client: Any, name: str) -> None:

@@ -89,5 +89,14 @@ _CHECKS: dict[str, dict[str, Any]] = {
         "digest": lambda value: isinstance(value, str) and _DIGEST.fullmatch(value) is not None,
         "tags": _is_texts,
     },
+    "dataset": {
+        **dict.fromkeys(("name", "source", "profile", "context"), _is_text),
+        # MLflow's column is 36 characters wide.
+        "digest": lambda value: _is_text(value) and 0 < len(value) <= 36,
+    },
+    "about": {
+        **dict.fromkeys(("stage", "text"), _is_text),
+        "run_name": lambda value: value is None or (_is_text(value) and 0 < len(value) <= _MOST_KEY),
+    },
     "status": {"status": lambda value: value in _STATUS, "ms": _is_ms},
 }

@@ -9,27 +9,32 @@ nothing is recorded or sent before it is adopted.
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import shutil
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_shards.files import first_line
 from data_shards.problems import OutOfSpace, problem, saying_when_full
 from segdiff_dist.config import flatten
 from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.tracking.descriptions import source_tags
 from segdiff_dist.tracking.link import SPOOL, adopt, is_foreign
-from segdiff_dist.tracking.mlflow_run import MlflowRun, SystemMetrics, chunks, is_tracked
+from segdiff_dist.tracking.mlflow_run import MlflowRun, chunks, is_tracked
 from segdiff_dist.tracking.records import metric_key
 from segdiff_dist.tracking.spool import Record, Spool, num_waiting, spool_files
+from segdiff_dist.tracking.system_metrics import SystemMetrics
 
 # MLflow refuses longer parameter values.
 _MAX_PARAM = 6000
+# The columns of MLflow's database for names of runs and digests of data sets are not wider.
+_MOST_NAME, _MOST_DIGEST = 250, 36
 # Records that are read from the spool and sent together.
 _BATCH = 1000
 # Records of this many seconds are gathered into one request: a request holds the interpreter's lock, and many of them
@@ -53,13 +58,18 @@ class Tracker:
         self._sender: _Sender | None = None
         self._spool: Spool | None = None
         if config.enabled and _may_track(folder, config.adopt):
-            self._run = MlflowRun(folder, config.experiment)
+            self._run = MlflowRun(folder, config.experiment, config.shared_store)
             self._spool = Spool.create(folder / SPOOL)
-            self._append("tags", values={f"stage.{stage}": "running"})
+            self._append("tags", values={f"stage.{stage}": "running", **source_tags(stage)})
             self._append("status", status="RUNNING")
             self._sender = _Sender(self._run, self._spool)
             self._sender.start()
             self._watch = SystemMetrics(self.log_metrics, self._run.began_s) if config.system_metrics else None
+
+    @property
+    def records(self) -> bool:
+        """Whether anything is recorded: tracking is on, and the folder is this user's."""
+        return self._sender is not None
 
     @property
     def run_id(self) -> str | None:
@@ -98,6 +108,34 @@ class Tracker:
         numbers = {metric_key(key): float(value) for key, value in values.items()}
         self._append("metrics", values={k: v for k, v in numbers.items() if v == v}, step=step)
 
+    def log_about(self, text: str, recipe: str | None = None) -> None:
+        """Say in the run's description what this stage does or has found, in place of what it said before. `recipe`:
+        the name of the configuration; the run is named after it and the folder, unless a person has named it."""
+        name = None if recipe is None else f"{self.folder.resolve().name} ({recipe})"[:_MOST_NAME]
+        self._append("about", stage=self.stage, text=text, run_name=name)
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any]) -> None:
+        """Record data that the stage reads; `context`: what for ("training"); `profile`: how much of it."""
+        texts = {"name": name, "source": source, "context": context, "profile": json.dumps(dict(profile))}
+        self._append("dataset", digest=digest[:_MOST_DIGEST], **texts)
+
+    def log_table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], artifact: str) -> None:
+        """Keep a table with the run, as MLflow's log_table does: its page shows it. `artifact`: FOLDER/NAME.json."""
+        if self._sender is None:
+            return
+        path = PurePosixPath(artifact)
+        copied = self._copy_to(path.name)
+        with saying_when_full(copied.parent):
+            copied.write_text(json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}))
+        self._append("artifact", path=str(copied.relative_to(self.folder.resolve())), folder=str(path.parent))
+        self._append("tags", values={"mlflow.loggedArtifacts": json.dumps([{"path": artifact, "type": "table"}])})
+
+    def _copy_to(self, name: str) -> Path:
+        """A place in the spool for a file that is removed when it is sent."""
+        copied = self.folder.resolve() / SPOOL / f"copy-{uuid.uuid4().hex}" / name
+        copied.parent.mkdir()
+        return copied
+
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a copy of a file, or of a folder's files, with the run.
 
@@ -109,8 +147,7 @@ class Tracker:
             return
         where, root = path.resolve(), self.folder.resolve()
         if not where.is_relative_to(root):
-            copied = root / SPOOL / f"copy-{uuid.uuid4().hex}" / path.name
-            copied.parent.mkdir()
+            copied = self._copy_to(path.name)
             with saying_when_full(copied.parent):
                 shutil.copytree(where, copied) if where.is_dir() else shutil.copyfile(where, copied)
             where = copied

@@ -94,7 +94,7 @@ def test_the_report_stands_alone(folder: Path) -> None:
 def test_mlflow_holds_every_stage(folder: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     [run] = client.search_runs([e.experiment_id for e in client.search_experiments()])
     found = summary(folder)
     assert run.data.metrics["dice_mask_gen"] == pytest.approx(found["metrics"]["dice_mask_gen"]["value"])
@@ -114,7 +114,7 @@ def test_the_evaluated_model_comes_out_of_mlflows_registry(folder: Path, monkeyp
 
     from segdiff_dist.pipeline import SegGuidedPipeline
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     [version] = mlflow.MlflowClient().search_model_versions("name = 'segdiff'")
     found = summary(folder)["metrics"]["dice_mask_gen"]["value"]
     assert float(version.tags["dice_mask_gen"]) == pytest.approx(found, rel=1e-5)
@@ -211,6 +211,6 @@ def test_what_generated_images_are_worth_stands_in_the_report(folder: Path) -> N
 
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     [run] = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert run.data.metrics["downstream/generated/dice"] == pytest.approx(found["arms"][2]["dice"]["value"])

@@ -22,8 +22,8 @@ from segdiff_dist.tracking.mlflow_run import tracking_uri
 from segdiff_dist.tracking.spool import Spool, num_waiting
 from segdiff_dist.tracking.tracker import SPOOL, Tracker, send_spool
 
-QUIET = TrackingConfig(system_metrics=False)
-ADOPTING = TrackingConfig(system_metrics=False, adopt=True)
+QUIET = TrackingConfig(system_metrics=False, shared_store=False)
+ADOPTING = TrackingConfig(system_metrics=False, shared_store=False, adopt=True)
 LINK = {"tracking_uri": None, "experiment": "segdiff", "run_id": None, "token": "0" * 32, "began_s": 0}
 
 

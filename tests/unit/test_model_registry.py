@@ -93,7 +93,7 @@ def test_each_model_is_registered_once_and_paints_what_was_evaluated(
     }
     assert paints(loaded(1, run, monkeypatch), store)
     # The weights that were sampled from, and the artifact: no third copy.
-    assert len(list(run.rglob("*.safetensors"))) == 2
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     assert list((run / SPOOL).iterdir()) == []
 
     assert evaluated(run, 0.6) == run_id

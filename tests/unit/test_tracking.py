@@ -207,9 +207,9 @@ def test_a_database_on_a_full_disk_is_said_once(
     disk_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = TrackingConfig(system_metrics=False, flush_timeout_s=3.0)
+    config = TrackingConfig(system_metrics=False, shared_store=False, flush_timeout_s=3.0)
     disk = disk_of(16)
-    with Tracker(disk, QUIET, "train"):
+    with Tracker(disk, config, "train"):
         pass
     room = shutil.disk_usage(disk).free - 16 * 1024
     (disk / "ballast").write_bytes(bytes(room))

@@ -193,8 +193,18 @@ def scalars(summary: dict[str, Any]) -> dict[str, float]:
     `diversity/pixel_std`, `diversity/CT/pixel_std`, `trust/num_leaked`, `trust/memorised_share`,
     `trust/nearer_pixels`, `num_samples`, `num_patients`.
     """
-    diversity, trust = summary["diversity"], summary.get("trust", {})
-    groups = {"": summary["metrics"], "body/": summary["body"], "diversity/": diversity.get("metrics", {})}
+    flat = {
+        f"{group}{name}": entry["value"]
+        for group, entries in groups(summary).items()
+        for name, entry in entries.items()
+    }
+    return flat | counts(summary)
+
+
+def groups(summary: dict[str, Any]) -> dict[str, dict[str, Entry]]:
+    """All entries by the prefix of their group: "", "CT/", "CT/organ/liver/", ..."""
+    diversity = summary["diversity"]
+    found = {"": summary["metrics"], "body/": summary["body"], "diversity/": diversity.get("metrics", {})}
     sections = {
         "": summary["by_modality"] | summary["by_axis"] | summary["by_modality_axis"],
         "organ/": summary["by_organ"],
@@ -203,11 +213,17 @@ def scalars(summary: dict[str, Any]) -> dict[str, float]:
     }
     for part in ("by_modality_organ", "by_axis_organ"):
         sections |= {f"{group}/organ/": organs for group, organs in summary[part].items()}
-    groups |= {f"{prefix}{group}/": entries for prefix, part in sections.items() for group, entries in part.items()}
-    flat = {f"{group}{name}": entry["value"] for group, entries in groups.items() for name, entry in entries.items()}
-    flat |= {name: float(summary[name]) for name in ("num_samples", "num_patients")}
-    counts = (("leakage", "num_leaked"), ("memorisation", "num_suspects"), ("memorisation", "memorised_share"))
-    flat |= {f"trust/{name}": float(trust[part][name]) for part, name in counts if name in trust.get(part, {})}
+    return found | {
+        f"{prefix}{group}/": entries for prefix, part in sections.items() for group, entries in part.items()
+    }
+
+
+def counts(summary: dict[str, Any]) -> dict[str, float]:
+    """What has no interval: how many samples and patients, and the section `trust`."""
+    trust = summary.get("trust", {})
+    flat = {name: float(summary[name]) for name in ("num_samples", "num_patients")}
+    names = (("leakage", "num_leaked"), ("memorisation", "num_suspects"), ("memorisation", "memorised_share"))
+    flat |= {f"trust/{name}": float(trust[part][name]) for part, name in names if name in trust.get(part, {})}
     nearer = trust.get("memorisation", {}).get("nearer", {})
     return flat | {f"trust/nearer_{space}": ratio for space, ratio in nearer.items() if ratio is not None}
 

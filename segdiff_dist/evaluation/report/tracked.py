@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from segdiff_dist.tracking.link import is_plain_for_sqlite, read_link
+from segdiff_dist.tracking.link import read_link
+from segdiff_dist.tracking.store import DATABASE, is_plain_for_sqlite, store_of
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,17 @@ def locate(link: Mapping[str, Any], folder: Path) -> TrackedRun:
 
     Passwords in the store's address are left out: a report may be passed on.
     """
-    store = _without_password(link.get("tracking_uri") or f"sqlite:///{folder / 'mlflow.db'}")
+    holder = store_of(folder, link.get("beside") is True)
+    store = _without_password(link.get("tracking_uri") or f"sqlite:///{holder / DATABASE}")
     run_id = link.get("run_id")
     url = command = None
     if store.startswith(("http://", "https://")):
         # MLflow's address of a run by its id; it redirects to the run's page in its experiment.
         url = f"{store.rstrip('/')}/#/runs/{run_id}" if run_id else store
-    elif link.get("tracking_uri") or is_plain_for_sqlite(folder):
+    elif link.get("tracking_uri") or is_plain_for_sqlite(holder):
         command = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
     else:  # '?' and '%' mean something in a URL of sqlite
-        command = f"cd {shlex.quote(str(folder))} && mlflow ui --backend-store-uri sqlite:///mlflow.db"
+        command = f"cd {shlex.quote(str(holder))} && mlflow ui --backend-store-uri sqlite:///{DATABASE}"
     return TrackedRun(store, link.get("experiment") or "segdiff", folder.name, run_id, url, command)
 
 
