@@ -13,6 +13,7 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.export.job import export_model
 from segdiff_dist.sampling.job import weights_digest
 from segdiff_dist.sampling.store_files import JOB, read_job
+from segdiff_dist.tracking.headline import HEADLINE
 from segdiff_dist.tracking.tracker import Tracker
 
 
@@ -30,7 +31,8 @@ def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> 
         return
     tags = {"shards_digest": job["shards_digest"]} if "shards_digest" in job else {}
     tags |= {"num_samples": str(summary["num_samples"])}
-    tags |= {name: f"{entry['value']:.6g}" for name, entry in summary["metrics"].items()}
+    metrics = summary["metrics"]
+    tags |= {name: f"{metrics[name]['value']:.6g}" for name in HEADLINE if name in metrics}
     if (memorised := summary.get("trust", {}).get("memorisation")) is not None:
         tags["memorisation"] = {True: "passed", False: "failed", None: "not known"}[memorised["passed"]]
     try:

@@ -122,7 +122,7 @@ class EvaluatePlan(Plan):
         from segdiff_dist.evaluation.measure.checks import check
         from segdiff_dist.evaluation.measure.tracked_metrics import COLUMNS, TABLE, headline, table
         from segdiff_dist.export.register import register_evaluated
-        from segdiff_dist.stages.data_sets import log_samples, log_shards
+        from segdiff_dist.tracking.data_sets import log_samples, log_shards
 
         experiment, run, config = self.stage.experiment, self.run_folder, self.stage.evaluate
         if self.images is not None:

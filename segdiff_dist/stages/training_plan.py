@@ -28,7 +28,7 @@ from segdiff_dist.ranks.precision import cpu_has_bf16, settled
 from segdiff_dist.shipped import shipped_config
 from segdiff_dist.stages.base import Cost, Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
-from segdiff_dist.stages.data_sets import describe_shards, log_shards
+from segdiff_dist.tracking.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.checkpoint import complete_ones, read_state
 from segdiff_dist.training.config import TrainConfig

@@ -19,6 +19,8 @@ NOTE = "mlflow.note.content"
 # Without it MLflow's page asks what the experiment is for.
 _EXPERIMENT = {
     "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "dice_either_mask_gen",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
     NOTE: (
         "Segmentation-guided diffusion: one run for each run folder, with training, sampling and evaluation. The step "
         "of training metrics is the number of images seen. `dice_either_mask_gen` is the headline number."

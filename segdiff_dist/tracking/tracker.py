@@ -33,8 +33,8 @@ from segdiff_dist.tracking.system_metrics import SystemMetrics
 
 # MLflow refuses longer parameter values.
 _MAX_PARAM = 6000
-# The columns of MLflow's database for names of runs and digests of data sets are not wider.
-_MOST_NAME, _MOST_DIGEST = 250, 36
+# MLflow's column for names of runs is not wider. Of a data set's digest so many digits are beside its name.
+_MOST_NAME, _DIGITS = 250, 12
 # Records that are read from the spool and sent together.
 _BATCH = 1000
 # Records of this many seconds are gathered into one request: a request holds the interpreter's lock, and many of them
@@ -116,8 +116,8 @@ class Tracker:
 
     def log_dataset(self, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any]) -> None:
         """Record data that the stage reads; `context`: what for ("training"); `profile`: how much of it."""
-        texts = {"name": name, "source": source, "context": context, "profile": json.dumps(dict(profile))}
-        self._append("dataset", digest=digest[:_MOST_DIGEST], **texts)
+        whole = json.dumps({**profile, "digest": digest})
+        self._append("dataset", name=name, digest=digest[:_DIGITS], source=source, context=context, profile=whole)
 
     def log_table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], artifact: str) -> None:
         """Keep a table with the run, as MLflow's log_table does: its page shows it. `artifact`: FOLDER/NAME.json."""

@@ -98,7 +98,13 @@ def test_mlflow_holds_every_stage(folder: Path) -> None:
     [run] = client.search_runs([e.experiment_id for e in client.search_experiments()])
     found = summary(folder)
     assert run.data.metrics["dice_mask_gen"] == pytest.approx(found["metrics"]["dice_mask_gen"]["value"])
-    assert run.data.metrics["CT/psnr_db"] == pytest.approx(found["by_modality"]["CT"]["psnr_db"]["value"])
+    assert run.data.metrics["CT/sharpness"] == pytest.approx(found["by_modality"]["CT"]["sharpness"]["value"])
+    assert "CT/psnr_db" not in run.data.metrics
+    rows = json.loads((folder / "mlartifacts" / run.info.run_id / "artifacts/evaluation/metrics.json").read_text())
+    table = {name: value for name, value, *_ in rows["data"]}
+    assert table["CT/psnr_db"] == pytest.approx(found["by_modality"]["CT"]["psnr_db"]["value"], rel=1e-5)
+    assert run.info.run_name == "run (config)"
+    assert {"training", "evaluation"} <= {tag.value for one in run.inputs.dataset_inputs for tag in one.tags}
     for stage in ("phantom", "prepare", "segmenter", "train", "sample", "evaluate"):
         assert run.data.tags[f"stage.{stage}"] == "finished"
     assert run.data.params["train.lr"] == "0.001"

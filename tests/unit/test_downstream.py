@@ -144,7 +144,7 @@ def test_what_a_person_and_a_tracker_read(tmp_path: Path, shapes: Path) -> None:
     assert "+0.117 [+0.100, +0.150]" in lines[2]
     named = scalars(summary)
     assert named["downstream/real_100/dice"] == pytest.approx(0.6)
-    assert named["downstream/real_100/CT/dice"] == pytest.approx(0.6)
+    assert not [name for name in named if "/CT/" in name]  # the table has it
     assert named["downstream/real_100_and_generated/gain"] == pytest.approx(0.35 / 3)
 
 

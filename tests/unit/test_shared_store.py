@@ -68,7 +68,8 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
     assert len(found.data.tags["mlflow.source.git.commit"]) == 40
     assert json.loads(found.data.tags["mlflow.loggedArtifacts"])[0]["path"] == "evaluation/metrics.json"
     [read] = found.inputs.dataset_inputs
-    assert (read.dataset.name, read.dataset.digest) == ("amos", ("ab" * 32)[:36])
+    assert (read.dataset.name, read.dataset.digest) == ("amos", "ab" * 6)
+    assert json.loads(read.dataset.profile) == {"num_slices": 7, "digest": "ab" * 32}
     assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "training")]
 
     # What a person has written stays; each stage's paragraph is there once.
