@@ -27,7 +27,7 @@ def load_yaml(text: str, most_depth: int) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without what multiplies or surprises."""
+    """PyYAML's safe loader without aliases and surprising conversions."""
 
     most_depth = 0
     _depth = 0
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
         return number
 
     def construct_text(self, node: Any) -> str:
-        """A date stays text: no setting is one, and JSON has none."""
+        """A date stays text: no setting is a date, and JSON has none."""
         return str(self.construct_yaml_str(node))
 
     def construct_other(self, node: Any) -> None:

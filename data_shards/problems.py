@@ -1,4 +1,4 @@
-"""What a person can put right, collected so that all of it is said at once."""
+"""Problems that the user can correct, collected so that all of them are reported at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What to do about what the system refuses.
+# Remedies for errors of the operating system.
 _REMEDIES = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable for you, or choose another place"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY), "choose another path"),
@@ -26,7 +26,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the input: where, which field, what was found and what to do about it."""
+    """One problem of the input: file, field, value and remedy."""
 
     where: str
     field: str
@@ -63,18 +63,18 @@ def refuse(problems: Iterable[Problem]) -> None:
 
 
 def problem(where: object, field: str, value: object, remedy: str) -> InputProblems:
-    """A single problem, ready to raise."""
+    """A single problem as an exception."""
     return InputProblems([Problem(str(where), field, str(value), remedy)])
 
 
 class WorkFailed(RuntimeError):
-    """Some of the work could not be done; what is done is kept. The command line prints it and exits with its code."""
+    """Some of the work could not be done; the rest is kept. The command line prints it and exits with its code."""
 
     exit_code = 1
 
 
 class OutOfSpace(WorkFailed):
-    """The disk is full, or a quota is reached. Nothing half-written is taken for whole; the same command goes on."""
+    """The disk is full, or a quota is reached. No half-written file counts as complete; the same command continues."""
 
     def __init__(self, folder: object, reason: str) -> None:
         super().__init__(f"{folder}: no space left ({reason}); make room and start the same command again")
@@ -82,7 +82,7 @@ class OutOfSpace(WorkFailed):
 
 @contextmanager
 def saying_when_full(folder: object) -> Iterator[None]:
-    """Turn the error of a full disk into OutOfSpace, also one that a library has given another type."""
+    """Turn the error of a full disk into OutOfSpace, also if a library has changed its type."""
     try:
         yield
     except (InputProblems, OutOfSpace):
@@ -95,7 +95,7 @@ def saying_when_full(folder: object) -> Iterator[None]:
 
 @contextmanager
 def removed_on_failure(path: Path) -> Iterator[Path]:
-    """Leave nothing half-written behind: a file or folder of this name is removed where the block does not end well."""
+    """Leave no half-written output: a file or folder of this name is removed if the block fails."""
     try:
         yield path
     except BaseException:
@@ -105,21 +105,21 @@ def removed_on_failure(path: Path) -> Iterator[Path]:
 
 
 class ShardFailed(WorkFailed):
-    """A shard could not be written; the finished ones are kept, and the same command goes on."""
+    """A shard could not be written; the finished ones are kept, and the same command continues."""
 
 
 def out_of_space(error: OSError) -> bool:
-    """Whether an OSError says that no more can be written, as opposed to a file that cannot be."""
+    """Whether an OSError means that the disk is full, not only that one file cannot be written."""
     return error.errno in _FULL
 
 
 def tells_of_full_disk(text: str) -> bool:
-    """The same of the words of an error that came from another process."""
+    """The same for the message of an error from another process."""
     return any(os.strerror(code) in text for code in _FULL)
 
 
 def describe(error: OSError) -> str:
-    """One line for a person of an error that nobody expected: path, reason and remedy."""
+    """One line for the user about an unexpected error: path, reason and remedy."""
     if error.args and isinstance(error.args[0], list) and error.args[0]:  # shutil.Error: (from, to, why) of each file
         _, path, reason = error.args[0][0]
         return f"{path}: {' '.join(str(reason).split())}; put that right and start the same command again"

@@ -1,7 +1,7 @@
-"""The values that a setting can have, said in its type: `num: Annotated[int, Ge(1)]`, `axis: Literal["axial", ...]`.
+"""The values that a setting can have, given by its type: `num: Annotated[int, Ge(1)]`, `axis: Literal["axial", ...]`.
 
-pydantic reads the same types where YAML comes in. `range_problems` checks a section that was made in Python or from
-flags. `requirement` puts a type into words, for remedies and the reference page; `metavar` is what --help shows.
+pydantic reads the same types for YAML. `range_problems` checks a section that was made in Python or from flags.
+`requirement` gives a text for a type, for remedies and the reference page; `metavar` is the form for --help.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule(Predicate):
-    """A condition on a value, with the words that ask for it."""
+    """A condition on a value, with its text."""
 
     func: Callable[[Any], bool]
     words: str
@@ -57,7 +57,7 @@ _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def range_problems(section: Any, where: str, prefix: str = "") -> list[Problem]:
-    """The settings of a section whose values their types do not allow. Sections within it are not looked at."""
+    """The settings of a section whose values their types do not allow. Sections inside it are not checked."""
     return [
         Problem(where, f"{prefix}{setting.name}", _shown(value), f"give {requirement(setting.type)}")
         for setting in settings_of(type(section))
@@ -67,7 +67,7 @@ def range_problems(section: Any, where: str, prefix: str = "") -> list[Problem]:
 
 def names_of(problems: list[Problem]) -> set[str]:
     """The settings that the problems are about, without the names of their sections. A rule across settings is not
-    checked where one of its settings is out of range."""
+    checked if one of its settings is out of range."""
     return {one.field.rpartition(".")[2] for one in problems}
 
 
@@ -86,7 +86,7 @@ def is_allowed(value: Any, hint: Any) -> bool:
 
 
 def requirement(hint: Any) -> str:
-    """What a type asks for, in words that follow `give`."""
+    """The requirement of a type, as a text that follows `give`."""
     base, marks = _split(hint)
     rules = "".join(f", {mark.words}" for mark in marks if isinstance(mark, Rule))
     if is_union(base):
@@ -104,8 +104,8 @@ def requirement(hint: Any) -> str:
 
 
 def metavar(hint: Any) -> str | None:
-    """The same in the few words that a flag's help has room for: `INT (1 or more)`. None where the type has no limits:
-    its name then says it all."""
+    """The same in the short form of a flag's help: `INT (1 or more)`. None if the type has no limits, since then its
+    name is enough."""
     limits = _limits(hint)
     return f"{_flag_name(hint)} ({', '.join(limits)})" if limits else None
 
@@ -151,7 +151,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _holds(mark: Any, value: Any) -> bool:
-    # Written so that NaN, which is neither above nor below anything, is refused.
+    # Written so that NaN, for which every comparison is false, is refused.
     if isinstance(mark, Ge):
         return bool(value >= mark.ge)
     if isinstance(mark, Gt):
@@ -206,7 +206,7 @@ def _short_bounds(marks: list[Any]) -> list[str]:
 
 
 def _flag_name(hint: Any) -> str:
-    """What a flag takes, as tyro names it, but for None, which is the last of several."""
+    """A flag's value, as tyro names it; None comes last if there are several."""
     base, marks = _split(hint)
     if is_union(base):
         arms = sorted(get_args(base), key=lambda arm: arm is types.NoneType)

@@ -1,8 +1,8 @@
 """Ray started on this machine for one command, or a cluster joined.
 
-What is started here is this user's alone: it listens on the loopback address, takes calls that carry a secret of this
-process, keeps its files in a private folder that is removed afterwards, and its workers do not search the current
-folder for modules. A cluster that is joined is as safe as whoever started it made it (launch/cluster/README.md).
+A Ray that is started here belongs to this user alone: it listens on the loopback address, accepts only calls with a
+secret of this process, and keeps its files in a private folder that is removed afterwards. Its workers do not import
+modules from the current folder. The safety of a joined cluster depends on its configuration (launch/cluster/README.md).
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import psutil
 from data_shards.liveness import kill
 from data_shards.problems import problem
 
-# A store of this size holds what one task passes back; tasks pass paths and rows, not pixels.
+# Size of Ray's object store, enough for the result of a task; tasks pass paths and rows, not pixels.
 _OBJECT_STORE_BYTES = 200 * 1024**2
-# Ray itself tries an address where nothing listens for minutes, and then ends the process.
+# If nothing listens at an address, Ray itself tries for minutes, and then ends the process.
 _CONNECT_TIMEOUT_S = 10.0
-# Ray starts in seconds, on a busy machine in half a minute. Where one of its processes dies meanwhile it may wait on.
+# Ray starts in seconds, on a busy machine in half a minute. If one of its processes dies meanwhile, it may wait for
+# ever.
 SAY_AFTER_S, START_TIMEOUT_S = 20.0, 180.0
-# It stops in a second or two.
+# Ray stops in a second or two.
 STOP_TIMEOUT_S = 60.0
 # Ray puts sockets at FOLDER/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, and a socket's path has
 # 107 bytes at most (unix(7)).
@@ -40,12 +41,12 @@ _MOST_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sock
 
 @contextmanager
 def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
-    """Join the cluster at `address`, or start Ray on this machine; whoever started it here also stops it.
+    """Join the cluster at `address`, or start Ray on this machine; the session that started it also stops it.
 
-    Nested sessions share the outer one, so a command made of several stages starts Ray once. Raises InputProblems where
-    no cluster answers, or Ray does not start within 3 minutes.
+    Nested sessions share the outer one, so a command with several stages starts Ray once. Raises InputProblems if no
+    cluster answers, or Ray does not start within 3 minutes.
     """
-    # Set before Ray is imported: it reads them at import, and neither belongs in a person's terminal.
+    # Set before Ray is imported, since it reads them at import; both would print lines that do not concern the user.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     import ray
@@ -63,7 +64,7 @@ def num_cores() -> int:
 
 
 def one_line(error: BaseException, most: int = 500) -> str:
-    """An error for a message of one line."""
+    """An error as text for a message of one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:most]
 
@@ -114,7 +115,7 @@ def _joined(address: str) -> Iterator[None]:
     import ray
 
     _must_answer(address)
-    remedy = "`ray status` says what it has; one with a token takes only who has it (launch/cluster/README.md)"
+    remedy = "`ray status` shows it; a cluster with a token accepts only those who have it (launch/cluster/README.md)"
     with _started(f"Ray at {address}", remedy, lambda: ray.init(address=address, job_config=_job_config(), **_COMMON)):
         yield
 
@@ -123,7 +124,8 @@ _COMMON: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True
 
 
 def _start_again_where_slow(start: Callable[[], object]) -> None:
-    """Ray gives its own processes 30 s to come up, which a busy machine may not: it gets a second chance."""
+    """Ray gives its own processes 30 s to start, which may not be enough on a busy machine, so it is tried a second
+    time."""
     import ray
 
     try:
@@ -137,10 +139,10 @@ def _start_again_where_slow(start: Callable[[], object]) -> None:
 
 @contextmanager
 def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool = False) -> Iterator[None]:
-    """Within it Ray is there. Calls ray.init in a thread, since it may wait without end. Raises InputProblems where it
+    """A context in which Ray runs. Calls ray.init in a thread, since it may wait for ever. Raises InputProblems if it
     fails or takes too long.
 
-    The thread lives as long as the session: Ray's processes are killed by the system when the one that began them ends
+    The thread lives as long as the session: the system kills Ray's processes when the thread that started them ends
     (PR_SET_PDEATHSIG of prctl(2), which counts threads).
     """
     failed: list[BaseException] = []
@@ -149,7 +151,7 @@ def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool
     def begin() -> None:
         try:
             _start_again_where_slow(start)
-        except BaseException as error:  # Ray raises plain Exceptions too, as where its raylet does not come up
+        except BaseException as error:  # Ray also raises plain Exceptions, for example if its raylet does not start
             failed.append(error)
         is_there.set()
         is_over.wait()
@@ -164,14 +166,14 @@ def _started(where: str, remedy: str, start: Callable[[], object], is_ours: bool
             raise problem(where, "start", one_line(failed[0]), remedy) from failed[0]
         yield
     finally:
-        if is_there.is_set():  # also of what had started where the rest did not
+        if is_there.is_set():  # also parts that had started when the rest failed
             _shut_down(where, is_ours)
         is_over.set()
 
 
 def within(seconds: float, do: Callable[[], object]) -> bool:
-    """Whether `do` ended within so many seconds; else it goes on in a thread that nobody waits for. What it raises is
-    lost: for stopping what is no longer needed."""
+    """Whether `do` ended within the given seconds; otherwise it continues in a thread that nobody waits for. Its errors
+    are ignored: for stopping things that are no longer needed."""
     thread = threading.Thread(target=_quietly, args=(do,), name="ray: stop", daemon=True)
     thread.start()
     thread.join(seconds)
@@ -184,8 +186,8 @@ def _quietly(do: Callable[[], object]) -> None:
 
 
 def _shut_down(where: str, is_ours: bool) -> None:
-    """ray.shutdown, which may wait without end for processes that do not answer. Of a Ray that was started here nothing
-    stays."""
+    """ray.shutdown, which may wait for ever for processes that do not answer. Nothing is left of a Ray that was started
+    here."""
     import ray
 
     processes = _own_processes() if is_ours else []
@@ -209,10 +211,10 @@ def _name(process: psutil.Process) -> str:
 
 
 def _private_folder() -> Path:
-    """A new folder of this user's alone, with a path that is short enough for Ray's sockets."""
+    """A new private folder of this user, with a path that is short enough for Ray's sockets."""
     for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
         if len(os.fsencode(f"{parent}/sd-12345678/r")) <= _MOST_FOLDER_BYTES and os.access(parent, os.W_OK | os.X_OK):
-            # Mode 0700. Ray opens the folder that it is given itself to everybody, hence the one within.
+            # Mode 0700. Ray opens its own folder to everybody, so it gets a folder inside this one.
             return Path(tempfile.mkdtemp(prefix="sd-", dir=parent))
     value = f"{tempfile.gettempdir()} has too long a path for Ray's sockets"
     raise problem("environment", "TMPDIR", value, f"set TMPDIR to a folder of at most {_MOST_FOLDER_BYTES - 14} bytes")
@@ -232,7 +234,7 @@ def _loopback() -> Iterator[None]:
 
 @contextmanager
 def _authentication() -> Iterator[None]:
-    """Afterwards Ray knows mode and token as they were before."""
+    """A context after which Ray has the mode and token from before."""
     try:
         yield
     finally:
@@ -240,7 +242,7 @@ def _authentication() -> Iterator[None]:
 
 
 def _read_authentication() -> None:
-    """Have Ray read mode and token from the environment anew: it keeps what it has read."""
+    """Make Ray read mode and token from the environment again, since it caches them."""
     from ray import _raylet
 
     engine: Any = _raylet  # compiled, so that no type of it is known
@@ -250,7 +252,7 @@ def _read_authentication() -> None:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables of this process and those it starts, put back afterwards."""
+    """Environment variables of this process and its children, restored afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -264,7 +266,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _job_config() -> Any:
-    """Ray has its workers search the driver's current folder for modules; a `nibabel.py` there would be run."""
+    """Ray lets its workers import modules from the driver's current folder; a `nibabel.py` there would be executed."""
     from ray.job_config import JobConfig
 
     config = JobConfig()
@@ -285,7 +287,7 @@ class _WithoutCurrentFolder(list[str]):
 
 
 def _must_answer(address: str) -> None:
-    """Refuse a host:port where nothing listens; other addresses (`auto`) Ray refuses by itself."""
+    """Refuse a host:port where nothing listens; Ray itself refuses other addresses (`auto`)."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         return

@@ -1,4 +1,4 @@
-"""What passes between the stages: a slice on its way to a shard, a batch on its way to the network.
+"""Data that stages pass on: a slice for a shard, and a batch for the network.
 
 Dimensions: B batch, H rows, W columns.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MODALITIES = get_args(Modality)
 AXES = get_args(Axis)
 SPLITS = get_args(Split)
-# Who drew a mask: nobody (body alone), the archive's experts, a whole-body tool, or the one laid over the other.
+# Sources of a mask: none (only body), the archive's experts, a whole-body tool, or the experts' organs over the tool's.
 MASK_SOURCES = ("none", "expert", "wholebody", "merged")
 # A case id becomes a part of names of files and of members of tars. A tar's header holds 100 bytes of a name, and the
 # longest that is added to an id is `-sagittal-0000.image.npy.zst`.
@@ -32,13 +32,13 @@ CASE_ID_RULE = f"letters, digits, _, - and, not at the front, dots; {LONGEST_CAS
 
 
 def is_case_id(value: object) -> bool:
-    """Whether `value` is a name and no path: ASCII letters, digits, `.`, `_` and `-`, no dot at the front, at most
-    LONGEST_CASE_ID characters. This is the one rule for case ids; it is checked wherever one enters."""
+    """Whether `value` is a name and not a path: ASCII letters, digits, `.`, `_` and `-`, no dot at the front, at most
+    LONGEST_CASE_ID characters. This is the only rule for case ids; it is checked for every input."""
     return isinstance(value, str) and len(value) <= LONGEST_CASE_ID and _NAME.fullmatch(value) is not None
 
 
 def case_id_problems(where: object, ids: Iterable[object], remedy: str = "do not use this file") -> list[Problem]:
-    """One problem for all of `ids` that are no case ids, an empty list where there is none."""
+    """One problem for all of `ids` that are not case ids, or an empty list."""
     wrong = [value for value in ids if not is_case_id(value)]
     if not wrong:
         return []
@@ -47,7 +47,7 @@ def case_id_problems(where: object, ids: Iterable[object], remedy: str = "do not
 
 
 def is_path_inside(value: object) -> bool:
-    """Whether `value` is a relative path of plain names, so that it leads nowhere but into the folder it is read in.
+    """Whether `value` is a relative path of plain names, so that it cannot lead out of its folder.
 
     Each part has the characters of a case id: no `..`, no hidden file, no drive, no URL.
     """
@@ -58,12 +58,12 @@ def is_path_inside(value: object) -> bool:
 
 @dataclass(frozen=True)
 class SliceMeta:
-    """Everything known of a slice besides its pixels.
+    """The metadata of a slice.
 
     `affine` is 4x4, row-major, in mm: it takes (row, column, 0, 1) of the stored slice to RAS world coordinates.
     `intensity_scale`, `intensity_offset`: value = grey * scale + offset, in HU for CT, so that HU can be restored
-    inside the window; a grey value has 8 or 16 `bits`. `mask_source` is one of MASK_SOURCES; `labelled` is False where
-    it is none: the mask is then body alone.
+    inside the window; a grey value has 8 or 16 `bits`. `mask_source` is one of MASK_SOURCES; `labelled` is False if it
+    is none: then the mask has only body.
     """
 
     case_id: str
@@ -83,7 +83,7 @@ class SliceMeta:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        # Every writer of tars, arrays and files is given its samples' meta: no name of theirs leads out of a folder.
+        # All writers of tars, arrays and files use this meta, so none of their names leads out of a folder.
         problems = case_id_problems("slice", [self.case_id], "rename the case")
         for name, words in (("modality", MODALITIES), ("axis", AXES), ("split", SPLITS)):
             if (value := getattr(self, name)) not in words:
@@ -94,11 +94,12 @@ class SliceMeta:
 
     @property
     def key(self) -> str:
-        """The sample's name in its shard, unique in a shard set. In a tar it has no dot, which WebDataset splits at."""
+        """The sample's name in its shard, unique in a shard set. In a tar it has no dot, since WebDataset splits at
+        dots."""
         return f"{self.case_id}-{self.axis}-{self.slice_index:04d}"
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that json can write; its tuples come back from there as lists."""
+        """A dictionary that json can write; tuples are read back as lists."""
         return dict(vars(self))
 
     @classmethod
@@ -112,8 +113,8 @@ class SliceMeta:
 class SliceRecord:
     """One slice and its meta: image_HW grey values, uint8 or uint16 (meta.bits); mask_HW uint8 label ids.
 
-    edge_2HW, where soft edges are kept: uint8, [0] the id of each pixel's second largest class, [1] the share of the
-    pixel that mask_HW's class has, 255 being all of it.
+    edge_2HW, if soft edges are kept: uint8, [0] the id of each pixel's second largest class, [1] the share of mask_HW's
+    class in the pixel; 255 is the whole pixel.
     """
 
     image_HW: np.ndarray
@@ -122,7 +123,7 @@ class SliceRecord:
     edge_2HW: np.ndarray | None = None
 
     def image_uint8(self) -> np.ndarray:
-        """uint8 [H, W] whatever the depth: 16-bit grey values are divided by 257 and rounded."""
+        """uint8 [H, W] for any depth: 16-bit grey values are divided by 257 and rounded."""
         if self.image_HW.dtype == np.uint8:
             return self.image_HW
         return ((self.image_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -137,9 +138,9 @@ class SliceRecord:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the loader yields, on the device: image_BHW uint8 (uint16 from a 16-bit set) and mask_BHW uint8; modality_B,
+    """The loader's output, on the device: image_BHW uint8 (uint16 from a 16-bit set) and mask_BHW uint8; modality_B,
     axis_B int64 indices into MODALITIES and AXES; position_B int64 global positions of the run (see feed.order);
-    edge_B2HW uint8, as in SliceRecord, where the set keeps soft edges."""
+    edge_B2HW uint8, as in SliceRecord, if the set keeps soft edges."""
 
     image_BHW: torch.Tensor
     mask_BHW: torch.Tensor

@@ -1,4 +1,4 @@
-"""What a setting does, said on the field of its section: `num_workers: Execution[int]`.
+"""The effect of a setting, marked on the field of its section: `num_workers: Execution[int]`.
 
 A section is a frozen dataclass. Each of its fields is another section or is marked with one of the five words below.
 `identity` reads the marks: it gives the settings that fix a result, as a stage records them.
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Effect(Enum):
-    """What happens when a setting gets another value. The values are the words of the reference page."""
+    """The effect of another value of a setting. The values are the texts of the reference page."""
 
     RESULT = "result"
-    RESULT_WHERE_SET = "result, recorded where it is not the default"
+    RESULT_WHERE_SET = "result, recorded if it is not the default"
     RECORDED_OTHERWISE = "result, recorded in another form"
     RESUMABLE = "may change when a training is resumed"
     EXECUTION = "execution"
@@ -28,20 +28,19 @@ class Effect(Enum):
 # Another value gives another result.
 Result = Annotated[T, Effect.RESULT]
 # Likewise. The setting is newer than the first records: it is left out of a record while it has its default, so that
-# what was made before there was such a setting stays the same result.
+# results from before it existed stay the same.
 ResultWhereSet = Annotated[T, Effect.RESULT_WHERE_SET]
-# Likewise. The record holds something else in its place: the digest of a file, or what a preset stands for.
+# Likewise. The record holds another value instead: the digest of a file, or the settings of a preset.
 RecordedOtherwise = Annotated[T, Effect.RECORDED_OTHERWISE]
-# Recorded with the result. A training may be resumed with another value: what is trained stays the same, up to
-# rounding.
+# Recorded with the result. A training may be resumed with another value: its result stays the same, up to rounding.
 Resumable = Annotated[T, Effect.RESUMABLE]
-# Where, how fast, and for how long things are kept. The result is the same, so it is recorded nowhere.
+# Settings of place, speed and storage time. The result is the same, so they are not recorded.
 Execution = Annotated[T, Effect.EXECUTION]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a section: its type without marks, and what is marked on it."""
+    """A field of a section: its type without marks, and its mark."""
 
     name: str
     type: Any
@@ -51,7 +50,7 @@ class Setting:
 
     @property
     def default(self) -> Any:
-        """The value where none is given."""
+        """The value if none is given."""
         if self.field.default_factory is not MISSING:
             return self.field.default_factory()
         return self.field.default
@@ -70,7 +69,7 @@ def _setting(section: type, one: Field[Any], hint: Any) -> Setting:
     effects = [mark for mark in marks if isinstance(mark, Effect)]
     if len(effects) != 1:
         remedy = "mark it with one of Result, ResultWhereSet, RecordedOtherwise, Resumable and Execution"
-        raise TypeError(f"{section.__name__}.{one.name}: what it does is not said; {remedy} (data_shards/settings.py)")
+        raise TypeError(f"{section.__name__}.{one.name}: its effect is not marked; {remedy} (data_shards/settings.py)")
     return Setting(one.name, hint, effects[0], one)
 
 
@@ -87,7 +86,7 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def execution_settings(section: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the settings that may change when a training is resumed: what is trained is the same."""
+    """Dotted names of the settings that may change when a training is resumed: its result is the same."""
     for setting in settings_of(section):
         if setting.effect is None:
             yield from execution_settings(setting.type, f"{prefix}{setting.name}.")

@@ -1,7 +1,7 @@
 """The folder: images, labels and dataset.json as AMOS 2022 has them, made case by case and resumed.
 
-OUT/phantom.json says whose folder it is and with which config; it is written first. OUT/dataset.json comes last: a
-folder without it is unfinished. OUT/wholebody/, where the config asks for it, is laid out as `segdiff annotate` does.
+OUT/phantom.json marks the folder as a phantom and has its config; it is written first. OUT/dataset.json comes last: a
+folder without it is unfinished. OUT/wholebody/, if the config asks for it, has the layout of `segdiff annotate`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
 from data_shards.problems import InputProblems, Problem, refuse, saying_when_full
 from data_shards.store.set_index import file_sha256
 
-# Raised whenever the same config would give other voxels, so that two generators never fill one folder.
+# Increased when the same config would give other voxels, so that two versions never fill one folder.
 PHANTOM_VERSION = 1
 _ABOUT_FILE = "phantom.json"
 _DATASET_FILE = "dataset.json"
@@ -38,7 +38,8 @@ def write_phantom(out: Path, config: PhantomConfig) -> None:
     """Write the archive to `out`, which may be new, empty, or hold a part of the same phantom: that part is kept.
 
     Raises InputProblems for a config out of range, an `out` that is something else, or one made with another config.
-    labelsTs/ holds the test cases' truth, which AMOS does not publish; dataset.json leaves it out, as AMOS' does.
+    labelsTs/ holds the labels of the test cases, which AMOS does not publish; dataset.json leaves them out, as AMOS'
+    does.
     """
     check(out, config).write()
 
@@ -51,15 +52,15 @@ class PhantomArchive:
     config: PhantomConfig
 
     def write(self) -> None:
-        """Write what is missing; errors as of `write_phantom`."""
+        """Write the missing files; errors as of `write_phantom`."""
         out, config = self.out, self.config
         with locked(out / FOLDER_LOCK, out, "is writing it"), saying_when_full(out):
-            refuse(_problems_with_out(out, config))  # another command may have begun in it since the check
+            refuse(_problems_with_out(out, config))  # another command may have started in it since the check
             _write_archive(out, config)
 
 
 def check(out: Path, config: PhantomConfig) -> PhantomArchive:
-    """Raise InputProblems for all that can be seen before work starts."""
+    """Raise InputProblems for all problems that show before work starts."""
     refuse(config.problems() or _problems_with_out(Path(out), config))
     return PhantomArchive(Path(out), config)
 
@@ -118,7 +119,7 @@ def dataset_json(keys: list[CaseKey]) -> dict[str, Any]:
 
 
 def _annotations(out: Path, keys: list[CaseKey]) -> dict[str, Any]:
-    """Who made the whole-body masks, in the form of data_shards.ingest.annotate."""
+    """The maker of the whole-body masks, in the form of data_shards.ingest.annotate."""
     cases = {}
     for key in keys:
         image, mask = _path(out, "images", key), out / _WHOLEBODY / key.file_name
@@ -139,7 +140,7 @@ def _about(config: PhantomConfig) -> dict[str, Any]:
 
 
 def _problems_with_out(out: Path, config: PhantomConfig) -> list[Problem]:
-    """Why `out` cannot become, or go on as, this phantom's folder."""
+    """Why `out` cannot be this phantom's folder, new or continued."""
     about_file = out / _ABOUT_FILE
     if out.exists() and not out.is_dir():
         return [Problem(str(out), "OUT", "not a folder", "name a new folder")]
@@ -149,14 +150,14 @@ def _problems_with_out(out: Path, config: PhantomConfig) -> list[Problem]:
         except InputProblems as error:
             return list(error.problems)
         return _differences(about_file, problems, _about(config))
-    # A process that was killed as it began leaves the unfinished phantom.json.
+    # A process that was killed at its start leaves an unfinished phantom.json.
     if out.exists() and any(entry.name != FOLDER_LOCK and not is_leftover(entry) for entry in out.iterdir()):
         return [Problem(str(out), "OUT", "a folder with other things in it", "name a new or an empty folder")]
     return []
 
 
 def _differences(where: Path, found: Any, wanted: dict[str, Any]) -> list[Problem]:
-    remedy = "name a new folder, or ask for what this one was made with"
+    remedy = "name a new folder, or use the settings of this one"
     if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
         return [Problem(str(where), "config", "missing", "delete the folder or name a new one")]
     pairs = [("phantom_version", found.get("phantom_version"), wanted["phantom_version"])]

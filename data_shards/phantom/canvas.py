@@ -14,13 +14,13 @@ from data_shards.phantom.shapes import Points, intersection
 
 # Width over which one tissue fades into the next: about an in-plane voxel, as a scanner's point spread does.
 _EDGE_MM = 3.0
-# Fat between neighbouring organs, unless they touch in the body too.
+# Fat between neighbouring organs, unless they also touch in a body.
 GAP_MM = 5.0
-# Organs end where an axial section falls below this share of the widest one, kept within these areas: blunter than
-# life, so that their first and last slices can be distinguished from their neighbours on coarse grids.
+# Organs end where an axial section falls below this share of the widest one, within these areas. They are blunter than
+# in life, so that their first and last slices can be distinguished from their neighbours on coarse grids.
 _END_SHARE = 0.25
 _END_RANGE_MM2 = (150.0, 500.0)
-# More than any gap: what was trimmed off an organ leaves no hole in its neighbours.
+# Larger than any gap, so that parts trimmed off an organ leave no hole in its neighbours.
 _OUTSIDE_MM = 20.0
 _FAR_MM = 1e3
 
@@ -36,8 +36,9 @@ class Tissue:
 
 
 class Canvas:
-    """Paints solids over one another. `image` and `texture` float32, `labels` uint8, all [X, Y, Z] in RAS order;
-    `wholebody`, where it is asked for, uint8 too: what every voxel of the patient is, in the whole-body table's ids."""
+    """Draws solids over one another. `image` and `texture` float32, `labels` uint8, all [X, Y, Z] in RAS order;
+    `wholebody`, if it is asked for, also uint8: the class of every voxel of the patient, in the whole-body table's
+    ids."""
 
     def __init__(self, grid: Grid, patient: Patient, tissues: Mapping[str, Tissue], *, wholebody: bool = False) -> None:
         self.grid, self.patient, self.tissues = grid, patient, tissues
@@ -57,7 +58,7 @@ class Canvas:
         return slice(0, x), slice(0, y), slice(0, z)
 
     def box(self, low_mm: Corner, high_mm: Corner) -> Box:
-        """Voxels a reference box may reach."""
+        """Voxels that a reference box may reach."""
         return self.grid.box(self.patient, low_mm, high_mm)
 
     def at(self, box: Box) -> Points:
@@ -66,8 +67,8 @@ class Canvas:
         return x[box], y[box], z[box]
 
     def paint(self, tissue: str, box: Box, distance_mm: np.ndarray, part: str | None = None) -> None:
-        """Cover the inside of `distance_mm` (shape of the box) with a tissue, blending over the edge. `part`: what that
-        is in `wholebody`, which stays as it was where nothing is said."""
+        """Cover the inside of `distance_mm` (shape of the box) with a tissue, blended at the edge. `part`: its class in
+        `wholebody`, which stays unchanged without one."""
         if distance_mm.size == 0:
             return
         if part is not None:
@@ -79,7 +80,7 @@ class Canvas:
             voxels += cover * (value - voxels)
 
     def name(self, part: str, box: Box, inside: np.ndarray) -> None:
-        """Say which class of the whole-body table a part of a box is; {side} in it becomes right or left."""
+        """Set the whole-body class of a part of a box; {side} in its name becomes right or left."""
         if self.wholebody is None:
             return
         voxels = self.wholebody[box]
@@ -91,16 +92,16 @@ class Canvas:
             voxels[inside] = WHOLEBODY.names.index(part)
 
     def solid(self, tissue: str, low_mm: Corner, high_mm: Corner, shape: Callable[[Points], np.ndarray]) -> None:
-        """Paint an unlabelled solid that lies within a reference box."""
+        """Draw an unlabelled solid inside a reference box."""
         box = self.box(low_mm, high_mm)
         self.paint(tissue, box, shape(self.at(box)))
 
     def organ(
         self, label: int, tissue: str, box: Box, distance_mm: np.ndarray, *, touching: tuple[int, ...] = ()
     ) -> np.ndarray:
-        """Place an organ: cut it GAP_MM clear of those placed before (0 for `touching` ones), paint and label it.
+        """Place an organ: cut it GAP_MM clear of those placed before (0 for `touching` ones), draw and label it.
 
-        Returns its final distance over the box, from which its wall, contents and vessels can be painted.
+        Returns its final distance over the box, from which its wall, contents and vessels can be drawn.
         """
         for other, (other_box, other_distance) in self._placed.items():
             mine, theirs = _overlap(box, other_box)
@@ -116,13 +117,14 @@ class Canvas:
         return distance_mm
 
     def _part_of(self, label: int) -> str:
-        """An organ's class in the whole-body table. That has no uterus: it is muscle there, as it is in life."""
+        """An organ's class in the whole-body table. That table has no uterus: it is muscle there, as it is in life."""
         if AMOS.names[label] == "prostate_uterus" and self.patient.is_female:
             return "muscle"
         return WHOLEBODY.names[AMOS_TO_WHOLEBODY[label]]
 
     def _trim(self, distance_mm: np.ndarray) -> None:
-        """Keep an organ's largest piece and blunt its ends, in place: no crumbs that one slice shows and none names."""
+        """Keep an organ's largest piece and blunt its ends, in place, so that no small rest is left in a single
+        slice."""
         inside = distance_mm < 0.0
         if not inside.any():
             return

@@ -1,4 +1,4 @@
-"""What a phantom is made from, which cases that makes, and what is refused. Imports nothing heavy."""
+"""The settings of a phantom, its cases, and the checks. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PhantomConfig:
     """Also write OUT/wholebody/: masks of everything in the phantom, as a whole-body tool would make them."""
 
     def problems(self, where: str = "phantom") -> list[Problem]:
-        """Everything out of range, each with what to do about it; empty when the config can be used."""
+        """Everything out of range, each with a remedy; empty if the config can be used."""
         return [*range_problems(self, where), *_numbering_problems(self, where)]
 
     def to_json(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class PhantomConfig:
 
 @dataclass(frozen=True)
 class CaseKey:
-    """Which patient: `index` counts from 0 within a split and modality, `number` is AMOS' four digits."""
+    """The key of a patient: `index` counts from 0 within a split and modality, `number` is AMOS' four digits."""
 
     modality: str
     split: str

@@ -1,7 +1,7 @@
-"""The fifteen organs of AMOS, one function each, and the unlabelled bowel that fills what they leave.
+"""The fifteen organs of AMOS, one function each, and the unlabelled bowel that fills the space between them.
 
-Reference frame in mm (see patient.py): +x patient right, +y anterior, +z superior; the aorta's bifurcation is near
-z = -55, the diaphragm's domes near z = 110. Placed first wins: each later organ is cut clear of the earlier ones.
+Reference frame in mm (see patient.py): +x patient right, +y anterior, +z superior; the aorta's bifurcation is near z =
+-55, the diaphragm's domes near z = 110. Earlier organs have precedence: each later organ is cut clear of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BOWEL_GAP_MM = 4.0
 
 
 def paint_organs(canvas: Canvas, spaces: Spaces) -> None:
-    """All organs that the patient has, from the ones whose place is fixed to the ones that yield."""
+    """All organs that the patient has, from those with a fixed place to those that give way."""
     _great_vessels(canvas)
     _adrenals(canvas)
     _kidneys(canvas)

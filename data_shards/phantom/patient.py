@@ -1,4 +1,4 @@
-"""One patient: size, shape, pose, what is missing; and the voxel grid that images them.
+"""One patient: size, shape, pose, missing organs; and the voxel grid of the image.
 
 Two frames, both in mm and RAS (+x patient right, +y anterior, +z superior): `reference`, in which the anatomy is
 laid out once for everybody (origin on the midline, level with the navel), and `scan`, the world of the volume.
@@ -16,19 +16,19 @@ from data_shards.phantom.shapes import Points
 
 Box = tuple[slice, slice, slice]
 
-# The reference patient from pelvic floor to heart, and the level below which a scan without pelvis has nothing.
+# The reference patient from pelvic floor to heart, and the level at which a scan without pelvis ends.
 Z_BOTTOM_MM, Z_TOP_MM = -160.0, 134.0
 Z_ABOVE_PELVIS_MM = -72.0
 _WARP_TERMS = 3
 _WARP_AMPLITUDE_MM = 2.6
-# How far beyond a reference box the warp and the smooth unions may carry a shape.
+# Distance by which the warp and the smooth unions may move a shape out of its reference box.
 _BOX_MARGIN_MM = 16.0
 
 
 @dataclass(frozen=True)
 class Patient:
-    """What differs between patients. `scale` is along x, y, z; `rotation` takes reference to scan directions;
-    `warp` holds, for each of x, y, z, rows of (amplitude mm, wave numbers 1/mm [3], phases [3])."""
+    """The differences between patients. `scale` is along x, y, z; `rotation` maps reference to scan directions; `warp`
+    holds, for each of x, y, z, rows of (amplitude mm, wave numbers 1/mm [3], phases [3])."""
 
     scale: np.ndarray
     rotation: np.ndarray

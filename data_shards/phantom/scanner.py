@@ -1,4 +1,4 @@
-"""Scanners: what tissues look like in CT and in MR, and what the machine adds (table, noise, bias field, scale)."""
+"""Scanners: the signal of tissues in CT and in MR, and the effects of the machine (table, noise, bias field, scale)."""
 
 from __future__ import annotations
 

@@ -55,12 +55,12 @@ def superellipse_cylinder(x: np.ndarray, y: np.ndarray, half_width: np.ndarray, 
 
 
 def intersection(a: np.ndarray, b: np.ndarray, rounding_mm: float = 4.0) -> np.ndarray:
-    """Smooth maximum: what is inside both, its edges rounded over about `rounding_mm`."""
+    """Smooth maximum: the intersection, with its edges rounded over about `rounding_mm`."""
     return -union(-a, -b, rounding_mm)
 
 
 def union(a: np.ndarray, b: np.ndarray, rounding_mm: float = 4.0) -> np.ndarray:
-    """Smooth minimum (the polynomial one, quadratic in the overlap): what is inside either, filleted."""
+    """Smooth minimum (the polynomial one, quadratic in the overlap): the union, with rounded joints."""
     overlap = np.maximum(rounding_mm - np.abs(a - b), 0.0)
     return np.asarray(np.minimum(a, b) - overlap * overlap * (0.25 / rounding_mm))
 

@@ -25,8 +25,8 @@ _SIDES = (-1.0, 1.0)
 
 @dataclass(frozen=True)
 class Spaces:
-    """Distances [X, Y, Z] to the spaces organs lie in: inside the muscle wall; of that, what lies below the diaphragm
-    and clear of the spine; of that, what lies before the kidneys' fat."""
+    """Distances [X, Y, Z] to the spaces of organs: the inside of the muscle wall; its part below the diaphragm and
+    clear of the spine; of this, the part in front of the kidneys' fat."""
 
     cavity: np.ndarray
     abdomen: np.ndarray
@@ -39,7 +39,7 @@ def half_width_mm(fat_mm: float) -> float:
 
 
 def paint_trunk(canvas: Canvas) -> Spaces:
-    """Everything that the organs are then laid over; returns the spaces for them."""
+    """Draw everything that the organs then cover; returns the spaces for them."""
     x, y, z = canvas.points
     # A waist at the navel, wider at chest and hips.
     swell = (0.5 - 0.5 * np.cos(z * (1.0 / 45.0))) * _SWELL_MM

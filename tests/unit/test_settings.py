@@ -86,7 +86,7 @@ def test_a_setting_that_says_nothing_is_refused() -> None:
     class Section:
         size: int = 1
 
-    with pytest.raises(TypeError, match="size: what it does is not said"):
+    with pytest.raises(TypeError, match="size: its effect is not marked"):
         settings_of(Section)
 
 
