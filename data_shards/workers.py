@@ -1,4 +1,4 @@
-"""Who does the work of a stage that fans out: as its section says it, and as this machine or a cluster has it.
+"""The workers of a stage that fans out: as its section asks for them, and as this machine or a cluster provides them.
 
 Sections keep their keys (`sample.num_workers`, `evaluate.ray_address`, ...) and give this view of them as `workers`.
 """
@@ -15,7 +15,7 @@ from data_shards.problems import problem
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """Workers that can be had."""
+    """Available workers."""
 
     num_workers: int
     device: str
@@ -23,33 +23,33 @@ class WorkerPool:
 
     @property
     def num_beside(self) -> int:
-        """Workers that share one GPU; without GPUs all of them, on however many machines."""
+        """Workers that share one GPU; without GPUs all of them, on any number of machines."""
         return round(1 / self.gpus_per_worker) if self.device == "cuda" else self.num_workers
 
 
 @dataclass(frozen=True)
 class WorkersConfig:
-    """How many workers, with how many threads, on which device, of which machines."""
+    """The number of workers, their threads, their device and their machines."""
 
     section: str
     """The name of the section, for messages: `sample`."""
     num_workers: int | None = None
-    """None: one a GPU, or one a core where there is none."""
+    """None: one for each GPU, or one for each core if there is no GPU."""
     threads_per_worker: int = 1
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     ray_address: str | None = None
-    """The Ray cluster to join; None: this machine alone."""
+    """The Ray cluster to join; None: only this machine."""
     most_on_cpu: int | None = None
-    """No more than so many on a CPU, unless num_workers says so; None: no limit."""
+    """Limit on a CPU, unless num_workers is given; None: no limit."""
 
     def joined(self) -> AbstractContextManager[None]:
-        """The Ray cluster at ray_address; nothing where this machine is to do it."""
+        """The Ray cluster at ray_address; nothing if this machine does the work."""
         return nullcontext() if self.ray_address is None else fan_out.ray_session(self.ray_address)
 
     def pool(self) -> WorkerPool:
         """The workers of this machine, or of the cluster that was joined.
 
-        Raises InputProblems for device cuda where there is no GPU.
+        Raises InputProblems for device cuda if there is no GPU.
         """
         num_cpus, num_gpus = self._available()
         if self.device == "cuda" and not num_gpus:
@@ -65,7 +65,7 @@ class WorkersConfig:
 
     @property
     def num_on_cores(self) -> int:
-        """Workers of a stage that computes on cores alone: num_workers, or one for each core of this machine."""
+        """Workers of a stage that computes only on cores: num_workers, or one for each core of this machine."""
         return self.num_workers or fan_out.num_cores()
 
     def _available(self) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""Slices on disk and behind URLs: written, found again, checked, converted, looked at."""
+"""Slices on disk and behind URLs: writing, reading, checks, conversion, inspection."""

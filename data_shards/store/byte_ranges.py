@@ -1,4 +1,4 @@
-"""Ranges of bytes and open files: what readers from disks, from URLs and from the cache share."""
+"""Ranges of bytes and open files, which readers from disks, URLs and the cache share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Half of what the system allows this process, which is 1,024 on many: a large set has thousands of shards.
+# Half of the system's limit for this process, which is often 1,024: a large set has thousands of shards.
 MAX_OPEN_FILES = max(512, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16_384))
 
 
@@ -23,16 +23,18 @@ class Range(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """What all views take together."""
+        """Total bytes of the views."""
         return sum(view.nbytes for view in self.views)
 
 
 class ShortFile(OSError):
-    """A file ends before bytes that should be in it: it was cut short. Other errors may be the store's, and pass."""
+    """A file ends before bytes that should be in it: it is truncated. Other errors may come from the store and may be
+    temporary."""
 
 
 class OpenFiles:
-    """File descriptors of numbered files, opened when first wanted; the longest unused go beyond `limit`."""
+    """File descriptors of numbered files, opened at first use; if there are more than `limit`, the least recently used
+    are closed."""
 
     def __init__(self, paths: Sequence[str], flags: int = os.O_RDONLY, limit: int = MAX_OPEN_FILES) -> None:
         self.paths = list(paths)
@@ -44,7 +46,7 @@ class OpenFiles:
         return len(self._open)
 
     def get(self, number: int) -> OpenFile:
-        """The open file; hold on to the object while its descriptor is used. Raises OSError."""
+        """The open file; keep the object while its descriptor is used. Raises OSError."""
         with self._lock:
             file = self._open.get(number)
             if file is None:
@@ -63,18 +65,18 @@ class OpenFiles:
                 if error.errno != errno.EMFILE or not self._open:
                     raise
                 self._open.popitem(last=False)
-                self._limit = max(1, len(self._open))  # the process has others open, and needs them
+                self._limit = max(1, len(self._open))  # the process needs its other open files
 
 
 class OpenFile:
-    """A descriptor that closes with its last user: a thread may still read what another has just let go."""
+    """A descriptor that closes with its last user: a thread may still read a file that another has just released."""
 
     __slots__ = ("fd",)
 
     def __init__(self, path: str, flags: int) -> None:
         self.fd = -1
         self.fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
-        # Shuffled reads: what the kernel would read ahead is not what comes next.
+        # Reads are shuffled, so bytes that the kernel would read ahead are not needed next.
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
@@ -91,7 +93,7 @@ def fill(views: Sequence[memoryview], payload: bytes) -> None:
 
 
 def after(views: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What of `views` follows their first `done` bytes."""
+    """The part of `views` after their first `done` bytes."""
     left = []
     for view in views:
         left.append(memoryview(view).cast("B")[min(done, view.nbytes) :])

@@ -1,4 +1,4 @@
-"""Byte ranges of a shard set's files, wherever they are: on a disk, or behind any URL that fsspec knows.
+"""Byte ranges of a shard set's files, on a disk or behind any URL that fsspec knows.
 
 A loader asks for a whole batch at once. One Range fills several buffers one after another, so the image and the mask
 of a sample, neighbours in their tar, are one system call or one request; the headers between them go to a scratch view.
@@ -27,16 +27,17 @@ class ByteStore(Protocol):
     """The files of one shard set, numbered as in its index."""
 
     def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
-        """Fill the views of every range. For each: None, or why it could not be read (its views are then undefined).
+        """Fill the views of every range. For each range: None, or the reason why it could not be read (then its views
+        are undefined).
 
-        Any number of threads may call it at once, as long as they do not share views that they want to look at.
+        Any number of threads may call it at once, if they do not share views.
         """
 
 
 class LocalFiles:
     """Files on a mounted filesystem, read with preadv.
 
-    Not through a memory map: a map of a file that is cut short, or whose disk fails, kills the process with SIGBUS
+    Not through a memory map: a map of a file that is truncated, or whose disk fails, kills the process with SIGBUS
     where preadv returns an error; page faults serialise threads on the process's address space, and the mapped pages
     count as its memory. preadv copies once, straight into the batch, without the GIL.
     """
@@ -49,7 +50,8 @@ class LocalFiles:
         return LocalFiles, (self._files.paths, self._max_open)  # descriptors mean nothing in another process
 
     def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
-        """See ByteStore. What the page cache does not hold is asked of the disk all at once, then waited for."""
+        """See ByteStore. Bytes that are not in the page cache are first requested from the disk all at once, then
+        read."""
         waiting = [i for i, wanted in enumerate(ranges) if not self._read_cached(wanted)]
         reasons: list[OSError | None] = [None] * len(ranges)
         for i in waiting:
@@ -65,7 +67,7 @@ class LocalFiles:
         try:
             if os.preadv(file.fd, wanted.views, wanted.offset, os.RWF_NOWAIT) == num_bytes:
                 return True
-        except OSError:  # nothing of it is cached, or the filesystem cannot say
+        except OSError:  # it is not cached, or the filesystem cannot tell
             pass
         os.posix_fadvise(file.fd, wanted.offset, num_bytes, os.POSIX_FADV_WILLNEED)
         return False
@@ -75,7 +77,8 @@ class LocalFiles:
         try:
             file = self._files.get(wanted.file)
             done = os.preadv(file.fd, wanted.views, wanted.offset)
-            # A regular file gives less than asked for at its end only, except beyond 2 GiB or on some network mounts.
+            # A regular file returns fewer bytes than requested only at its end, except beyond 2 GiB or on some network
+            # mounts.
             while 0 < done < num_bytes:
                 more = os.preadv(file.fd, after(wanted.views, done), wanted.offset + done)
                 if more == 0:
@@ -101,7 +104,7 @@ def open_byte_store(
 ) -> ByteStore:
     """The store for the files `names` (of `sizes` bytes) below a folder, file:// or any other URL.
 
-    `digest` names the set's content: a cache made for another is not used. Raises InputProblems where the URL's kind
+    `digest` identifies the set's content: a cache for another set is not used. Raises InputProblems if the URL's kind
     is unknown or the cache cannot be written.
     """
     folder = local_path(root)
@@ -113,7 +116,7 @@ def open_byte_store(
 
 
 def local_path(root: str | Path) -> Path | None:
-    """The folder that `root` names, or None where it is a URL of another machine."""
+    """The folder that `root` names, or None if it is a URL of another machine."""
     text = str(root)
     if text.startswith("file://"):
         return Path(unquote(urlsplit(text).path))
@@ -121,7 +124,7 @@ def local_path(root: str | Path) -> Path | None:
 
 
 def read_file(root: str | Path, name: str, retries: Retries | None = None) -> bytes:
-    """All bytes of a small file below `root`. Raises OSError naming it, FileNotFoundError where it is not there."""
+    """All bytes of a small file below `root`. Raises an OSError that names it, FileNotFoundError if it is missing."""
     folder = local_path(root)
     if folder is not None:
         return (folder / name).read_bytes()
@@ -140,11 +143,11 @@ def local_copy(
     num_bytes: int | None = None,
     retries: Retries | None = None,
 ) -> Path:
-    """Where a file below `root` can be opened locally: itself, or a copy in `cache_dir` (None: in a temporary folder,
+    """A local path for a file below `root`: the file itself, or a copy in `cache_dir` (None: in a temporary folder,
     removed when the process ends).
 
-    A copy made for the same `digest` is used again, with `num_bytes` only if it has as many. The processes of a node
-    download it once. Raises OSError naming the URL, InputProblems where cache_dir cannot be written.
+    A copy for the same `digest` is used again; with `num_bytes` its length must match. The processes of a node download
+    it once. Raises an OSError that names the URL, InputProblems if cache_dir cannot be written.
     """
     from data_shards.store.range_cache import digest_folder
     from data_shards.store.remote_files import Connection, Retries, persist

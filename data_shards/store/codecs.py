@@ -1,4 +1,4 @@
-"""Pixels to bytes and back, without loss: what one member of a tar, or one chunk of a Zarr array, holds.
+"""Pixels to bytes and back, without loss: the contents of one member of a tar, or of one chunk of a Zarr array.
 
     raw        a NumPy 1.0 file                      .npy
     zstd       the same, as one zstd frame           .npy.zst
@@ -22,7 +22,7 @@ EXTENSIONS = {"raw": "npy", "zstd": "npy.zst", "png": "png", "jpeg2000": "jp2"}
 PICTURES = ("png", "jpeg2000")
 _PICTURE_FORMATS = {"png": "PNG", "jpeg2000": "JPEG2000"}
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# Of a NumPy file (format 1.0: two bytes for the length of its header).
+# First bytes of a NumPy file (format 1.0: two bytes for the length of its header).
 _MOST_HEADER_BYTES = 10 + 65_535
 # zstd's own default: a tenth of the time of level 9 for a few per cent more bytes.
 ZSTD_LEVEL = 3
@@ -44,10 +44,10 @@ def encode(pixels_HW: np.ndarray, codec: str) -> bytes:
 
 
 def decode_into(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray) -> None:
-    """Fill `out_HW` (C-contiguous, uint8 or uint16) with what `payload` holds.
+    """Decode `payload` into `out_HW` (C-contiguous, uint8 or uint16).
 
     raw: the pixels alone, without the file's header. zstd: a frame that ends with the pixels, header or not. Raises
-    ValueError when the payload is no image of that shape and depth.
+    ValueError if the payload is not an image of that shape and depth.
     """
     if codec == "raw":
         stored = np.frombuffer(payload, np.uint8)
@@ -73,7 +73,7 @@ def _decode_picture(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray)
 
     try:
         with Image.open(io.BytesIO(bytes(payload)), formats=[_PICTURE_FORMATS[codec]]) as picture:
-            if picture.size != out_HW.shape[::-1]:  # before a pixel is decoded: a few bytes can expand to gigabytes
+            if picture.size != out_HW.shape[::-1]:  # before decoding: a few bytes can expand to gigabytes
                 raise ValueError(f"it holds {picture.height} x {picture.width} pixels, not {out_HW.shape}")
             pixels = np.asarray(picture)
     except (OSError, SyntaxError, ArithmeticError, LookupError, Image.DecompressionBombError) as error:
@@ -84,10 +84,11 @@ def _decode_picture(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray)
 
 
 def unzstd(payload: np.ndarray | bytes, most_bytes: int) -> bytes:
-    """What a zstd frame holds, at most `most_bytes`. Raises ValueError where it is more, or no whole frame."""
+    """The contents of a zstd frame, at most `most_bytes`. Raises ValueError if there are more bytes, or the frame is
+    incomplete."""
     held = _zstd_content_bytes(bytes(payload[:18]))
     try:
-        if held is None:  # its writer streamed it: unpacked until it ends or is too long
+        if held is None:  # the writer streamed it, so its length is not known: unpack until it ends or is too long
             import pyarrow as pa
 
             with pa.CompressedInputStream(pa.BufferReader(bytes(payload)), "zstd") as stream:
@@ -103,7 +104,7 @@ def unzstd(payload: np.ndarray | bytes, most_bytes: int) -> bytes:
 
 
 def _zstd_content_bytes(start: bytes) -> int | None:
-    """What a frame says that it unpacks to; None where it does not say. RFC 8878, section 3.1.1.1."""
+    """The unpacked size that a frame states; None if it states none. RFC 8878, section 3.1.1.1."""
     if len(start) < 6 or start[:4] != _ZSTD_MAGIC:
         raise ValueError("not a whole zstd frame (it does not begin like one)")
     descriptor = start[4]

@@ -1,4 +1,4 @@
-"""The `convert` section, and where bytes of remote sets are kept. Imports nothing heavy."""
+"""The `convert` section, and the cache of remote sets. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_shards.workers import WorkersConfig
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where bytes of remote sets are kept on this machine, and how many at most."""
+    """The folder for bytes of remote sets on this machine, and its largest size."""
 
     folder: Path | None = None
     num_bytes: int = 0
@@ -23,7 +23,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What to write, and on how many workers."""
+    """The form of the new set, and the workers."""
 
     store: Result[Store] = "zarr"
     """webdataset: tars. zarr: sharded arrays."""
@@ -38,9 +38,9 @@ class ConvertConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """Who does the work, and where."""
+        """The workers."""
         return WorkersConfig("convert", self.num_workers, ray_address=self.ray_address)
 
     def problems(self, where: str = "convert") -> list[Problem]:
-        """Everything out of range, each with what to do about it."""
+        """Everything out of range, each with a remedy."""
         return range_problems(self, where)

@@ -1,4 +1,5 @@
-"""A picture of a shard set: for each modality, axis and split a few slices, plain and with their masks laid over."""
+"""A picture of a shard set: for each modality, axis and split a few slices, plain and with their masks as an
+overlay."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 _CELL, _CAPTION, _GAP, _SIDE, _TOP = 160, 16, 6, 96, 34
 _PAIRS_OF_SPLIT = 2
 _INK, _PAPER, _FAINT = (235, 235, 235), (18, 18, 20), (150, 150, 155)
-# A legend for a few classes has room; one for many lists what occurs, smaller.
+# The legend of a small table lists all classes; that of a large one lists only classes that occur, in small letters.
 _FEW_CLASSES = 20
 _LEGEND_LARGE, _LEGEND_SMALL = (8, 24, 12), (7, 15, 10)  # columns, pixels a line, pixels of a letter
 _ORGAN_ALPHA = 0.55
 _BODY_COLOUR = (255, 190, 80)
-# Twenty colours that stay apart on grey (Trubetskoy 2017), without its greys, white and black.
+# Twenty colours that can be distinguished on grey (Trubetskoy 2017), without its greys, white and black.
 _COLOURS = np.array(
     [
         [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180], [70, 240, 240],
@@ -38,8 +39,8 @@ _COLOURS = np.array(
 
 @lru_cache
 def class_colours(table: LabelTable) -> np.ndarray:
-    """uint8 [num_classes, 3], read-only: one colour an organ; background black. Beyond the first nineteen organs each
-    takes the colour farthest from all before it, as the eye sees it (_perceived)."""
+    """uint8 [num_classes, 3], read-only: one colour an organ; background black. After the first nineteen organs, each
+    gets the colour with the largest perceived distance from all before it (_perceived)."""
     colours = np.zeros((table.num_classes, 3), dtype=np.uint8)
     if table.body_id is not None:
         colours[table.body_id] = np.array(_BODY_COLOUR, dtype=np.uint8)
@@ -48,7 +49,7 @@ def class_colours(table: LabelTable) -> np.ndarray:
     levels = np.linspace(0, 255, 11)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     seen = _perceived(candidates)
-    # Too dark to differ from black, or too grey to differ from the image.
+    # Too dark to be distinguished from black, or too grey to be distinguished from the image.
     usable = (seen[:, 0] > 0.35) & (np.hypot(seen[:, 1], seen[:, 2]) > 0.06)
     taken = _perceived(np.array([*_COLOURS, _BODY_COLOUR], dtype=np.float64))
     nearest = np.where(usable, np.linalg.norm(seen[:, None] - taken, axis=2).min(axis=1), 0.0)
@@ -61,7 +62,7 @@ def class_colours(table: LabelTable) -> np.ndarray:
 
 
 def _perceived(rgb_N3: np.ndarray) -> np.ndarray:
-    """[N, 3] lightness, green to red, blue to yellow of sRGB 0..255, in which distances are as the eye sees them: Oklab
+    """[N, 3] lightness, green to red, blue to yellow of sRGB 0..255, in which distances correspond to perception: Oklab
     (Ottosson 2020, https://bottosson.github.io/posts/oklab)."""
     s = rgb_N3 / 255.0
     linear = np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
@@ -142,8 +143,8 @@ def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
 def draw_class_histogram(
     table: LabelTable, pixels: dict[tuple[str, str], np.ndarray], path: Path, floor: float = 1e-6
 ) -> None:
-    """Write to `path` (PNG) what share of the labelled pixels each class has, a bar for every (split, modality), on a
-    logarithmic scale from `floor` on. Classes that occur nowhere are left out."""
+    """Write a picture (PNG) to `path`: each class's share of the labelled pixels, a bar for every (split, modality), on
+    a logarithmic scale from `floor` on. Classes that occur nowhere are left out."""
     from PIL import Image, ImageDraw
 
     groups = [group for group, counts in pixels.items() if counts.any()]
@@ -178,8 +179,8 @@ def draw_class_histogram(
 
 
 def _examples(shard_set: ShardSet, split: str, modality: str, axis: str) -> list[int]:
-    """Rows to show, each of another patient where there are several: the slices that hold most classes, of those the
-    middle one; the middle slice of an unlabelled patient."""
+    """Rows to show, each of another patient if there are several: the middle one of the slices with most classes, or
+    the middle slice of an unlabelled patient."""
     rows = shard_set.select(split=split, modalities=[modality], axes=[axis], labelled_only=False)
     chosen = shard_set.samples.take(rows).select(["case_id", "labels_present"]).to_pylist()
     by_case: dict[str, list[tuple[int, int]]] = {}
@@ -211,7 +212,7 @@ def _draw_pair(
 
 
 def _legend_ids(shard_set: ShardSet) -> list[int]:
-    """The classes to name: all of a small table's, of a large one's those that occur in the set."""
+    """The classes to name: all of a small table, and those of a large table that occur in the set."""
     import pyarrow.compute as pc
 
     table = shard_set.label_table
@@ -235,7 +236,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, table: LabelTable, class_ids: list[i
 def draw_text(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int
 ) -> None:
-    """Write `text` at (x, y), in Pillow's own font of this size, which has Latin letters alone."""
+    """Write `text` at (x, y), in Pillow's own font of this size, which has only Latin letters."""
     from PIL import ImageFont
 
     draw.text(at, text, fill=colour, font=ImageFont.load_default(size))

@@ -23,7 +23,7 @@ from data_shards.store.shard_writer import Format, Payloads, plan_shards, set_fo
 from data_shards.store.shards import ShardSet
 
 _PLAN = "plan.json"
-# Entries of the source's index that are written anew.
+# Entries of the source's index that are not copied but written again.
 _OF_THE_FILES = ("format_version", "producer", "num_samples", "shards", "samples", "metadata", "store", "codec")
 
 
@@ -38,7 +38,7 @@ class _Rows:
     format: Format
 
     def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]:
-        """Every byte is checked as it is read; raises ValueError naming shard and sample."""
+        """Every byte is checked when it is read; raises a ValueError that names shard and sample."""
         source = _open(self.root)
         for row in range(self.start, self.stop):
             record = source.read(row)
@@ -48,8 +48,8 @@ class _Rows:
 def convert(source: str | Path, out: Path, config: ConvertConfig) -> dict[str, Any]:
     """Write the set at `source` (a folder or a URL) to `out` in another form; returns its index.
 
-    The same call again goes on, or does nothing. Raises InputProblems before any work, also where another process
-    writes `out` and where that cannot be written; OutOfSpace, and ShardFailed where a sample of the source is damaged.
+    The same call again continues, or does nothing. Raises InputProblems before any work, also if another process writes
+    `out` or `out` cannot be written; OutOfSpace; and ShardFailed if a sample of the source is damaged.
     """
     return check(source, out, config).run()
 
@@ -63,18 +63,18 @@ class Conversion:
     config: ConvertConfig
 
     def run(self) -> dict[str, Any]:
-        """Write what is missing; returns the index. Errors as of `convert`."""
+        """Write the missing shards; returns the index. Errors as of `convert`."""
         out = self.out
         if not (out / INDEX).exists():
             with locked(out / FOLDER_LOCK, out, "is writing it"):
-                if not (out / INDEX).exists():  # by a command that ended as this one began
+                if not (out / INDEX).exists():  # by a command that ended when this one began
                     return _convert(self.shards, out, self.config)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return read_index(out)
 
 
 def check(source: str | Path, out: Path, config: ConvertConfig) -> Conversion:
-    """Open the source; raises InputProblems for all that can be seen before work starts."""
+    """Open the source; raises InputProblems for all problems that show before work starts."""
     out = Path(out).absolute()
     refuse(config.problems())
     shards = ShardSet.open(source)
@@ -101,7 +101,7 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
         num_samples[split] = count
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
     with saying_when_full(out), Workers(runner, num_workers=num_workers, address=address) as workers:
-        # Says whose the folder is, from the first shard until the index is written.
+        # Marks the folder as this command's, from the first shard until the index is written.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
         write_atomic(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
         index = write_shards(out, plan_shards(out, counted, format), num_samples, header, workers)

@@ -1,4 +1,5 @@
-"""What is in a shard set: counts by split, modality, axis and class, patients, leakage, checksums, and pictures."""
+"""The contents of a shard set: counts by split, modality, axis and class, patients, leakage, checksums, and
+pictures."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Counts of a set. A group is a (split, modality) that holds samples.
+    """Counts of a set. A group is a (split, modality) with samples.
 
     slices: samples by (split, modality, axis). patients: (labelled, unlabelled) by group. pixels, class_slices: int64
-    [num_classes] by group, over labelled samples. masks: slices by who drew their masks. leaking: patients in more than
-    one split, with those splits; a patient is known by case id and by the image file's sha256, whatever its name.
-    failed: volumes that prepare could not use, as index.json names them. recognised: by case id, what prepare
-    converted, left out or guessed.
+    [num_classes] by group, over labelled samples. masks: slices by mask source. leaking: patients in more than one
+    split, with those splits; a patient is recognised by case id and by the image file's sha256. failed: volumes that
+    prepare could not use, from index.json. recognised: by case id, texts about what prepare converted, left out or
+    guessed.
     """
 
     path: str
@@ -59,17 +60,17 @@ class InspectReport:
 
     @property
     def ok(self) -> bool:
-        """No patient in two splits, and no volume left out."""
+        """Whether no patient is in two splits, and no volume was left out."""
         return not self.leaking and not self.failed
 
 
 def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bool = True) -> InspectReport:
-    """Count what the set at `path` (a folder or a URL) holds, and draw contact_sheet.png and class_histogram.png into
-    `pictures`, by default the set's own folder, or the current one where the set is behind a URL. Where that cannot be
-    written the report says so.
+    """Count the contents of the set at `path` (a folder or a URL), and draw contact_sheet.png and class_histogram.png
+    into `pictures`. Default: the set's own folder, or the current folder if the set is behind a URL. If the folder
+    cannot be written, the report says so.
 
-    Reads every mask and, with `verify`, every byte. Raises InputProblems where the set is not whole, and ValueError for
-    a sample that is damaged.
+    Reads every mask and, with `verify`, every byte. Raises InputProblems if the set is incomplete, and ValueError for a
+    damaged sample.
     """
     folder = local_path(path)
     shard_set = ShardSet.open(path, verify=verify and folder is not None)
@@ -91,7 +92,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
     try:
         draw_contact_sheet(shard_set, contact_sheet)
         draw_class_histogram(shard_set.label_table, pixels, histogram)
-    except NotSaved as error:  # what was counted is worth saying all the same
+    except NotSaved as error:  # the counts are still worth printing
         not_drawn = str(error)
     drawn_by = np.bincount(numbers(shard_set.samples, "mask_source"), minlength=len(MASK_SOURCES)).tolist()
     return InspectReport(
@@ -123,7 +124,7 @@ def format_report(report: InspectReport) -> str:
 
 
 def recognised_lines(recognised: dict[str, list[str]]) -> Iterator[str]:
-    """What was recognised in the volumes, a line for each kind with the cases that it holds for."""
+    """The notes on volumes, a line for each kind of note with its cases."""
     cases_of: dict[str, list[str]] = {}
     for case_id, notes in sorted(recognised.items()):
         for note in notes:
@@ -134,7 +135,7 @@ def recognised_lines(recognised: dict[str, list[str]]) -> Iterator[str]:
 
 
 def _recognised(index: dict[str, Any]) -> dict[str, list[str]]:
-    """What index.json says of it: any writer may add fields, so only what has this form is shown."""
+    """An entry of index.json: any writer may add fields, so only entries of this form are shown."""
     content = index.get("recognised")
     notes_of = content.items() if isinstance(content, dict) else ()
     return {
@@ -145,7 +146,7 @@ def _recognised(index: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _leaks(samples: pa.Table) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Patients that are in more than one split, under one case id or, as the same image, under several."""
+    """Patients that are in more than one split, under one case id, or with the same image under several."""
     names = ["case_id", "source_sha256", "split"]
     known = samples.select(names).group_by(names).aggregate([]).to_pydict()
     splits_of: dict[str, set[str]] = {}
@@ -156,7 +157,7 @@ def _leaks(samples: pa.Table) -> Iterator[tuple[str, tuple[str, ...]]]:
             splits_of.setdefault(patient, set()).add(split)
     for patient, splits in sorted(splits_of.items()):
         cases = cases_of.get(patient)
-        # Of images, only those with several names: the others are named by their case id.
+        # Only images with several names: the others are covered by their case id.
         if len(splits) > 1 and (cases is None or len(cases) > 1):
             yield patient if cases is None else " = ".join(sorted(cases)), tuple(sorted(splits))
 
@@ -164,7 +165,7 @@ def _leaks(samples: pa.Table) -> Iterator[tuple[str, tuple[str, ...]]]:
 def _count_classes(
     shard_set: ShardSet, rows_of: dict[tuple[str, str], np.ndarray]
 ) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], np.ndarray]]:
-    """Pixels of each class, and slices that hold it, by group."""
+    """Pixels of each class, and slices with the class, by group."""
     from tqdm import tqdm
 
     num_classes = shard_set.label_table.num_classes
@@ -201,7 +202,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield "labelled slices that hold each class, and its share of their pixels"
         rows = []
         for class_id, name in enumerate(report.label_table.names):
-            # Of a table of many classes those that occur; of a small one all, so that a missing organ is seen.
+            # For a large table only classes that occur; for a small one all, so that a missing organ is noticed.
             if name == UNUSED or (
                 report.label_table.num_classes > 20 and not any(report.pixels[g][class_id] for g in groups)
             ):
@@ -231,7 +232,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int) -> Iterator[str]:
-    """Aligned columns: the first `num_left` to the left, the others, numbers, to the right."""
+    """Aligned columns: the first `num_left` to the left, the others, which are numbers, to the right."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     for line in (header, *rows):
         cells = (c.ljust(w) if i < num_left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))

@@ -4,13 +4,13 @@
     CACHE_DIR/<digest>/000000.bytes   a sparse mirror of file 0: every range at its own offset
     CACHE_DIR/<digest>/ranges.log     one record of 20 bytes for each range, appended after its bytes were written
 
-A record carries the crc32c of its bytes, checked at every read, so that a crash at any moment costs at most some
-ranges: a record cut short is dropped, one whose bytes never reached the disk does not match and is fetched again.
-Nothing is ever taken out; remove the folder to start afresh. Use a disk of the node: locks are not safe on all
+A record has the crc32c of its bytes, which is checked at every read. So a crash at any moment costs at most some
+ranges: an incomplete record is dropped, and a record whose bytes never reached the disk does not match and is fetched
+again. Nothing is ever removed; to empty the cache, remove the folder. Use a disk of the node: locks are not safe on all
 network mounts.
 
-Not fsspec's blockcache or filecache: they keep whole blocks or files, without a bound on the disk they take and without
-checksums, and their processes do not share what one of them has fetched while they run.
+fsspec's blockcache and filecache are not used: they keep whole blocks or files, without a limit of disk space and
+without checksums, and running processes do not share the bytes that one of them has fetched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from data_shards.store.byte_ranges import OpenFiles, Range, fill
 
 RECORD = np.dtype([("offset", "<u8"), ("file", "<u4"), ("num_bytes", "<u4"), ("crc", "<u4")])
 _LOG = "ranges.log"
-# What ext4 and XFS give out at a time, so that the bound holds for the disk as `du` sees it.
+# The block size of ext4 and XFS, so that the limit holds for the disk space that `du` shows.
 _BLOCK = 4096
 # A key is file << 44 | offset: a million files of up to 16 TiB.
 _OFFSET_BITS = 44
@@ -39,8 +39,8 @@ _MIN_MERGE = 16_384
 
 
 class RangeCache:
-    """Ranges of the files (of `sizes` bytes) of the set named by `digest`, up to `limit_bytes` for all of `folder`,
-    other sets' ranges included. A range is found again under its exact offset and length.
+    """Ranges of the files (of `sizes` bytes) of the set with `digest`, up to `limit_bytes` for all of `folder`, with
+    other sets' ranges included. A range is found by its exact offset and length.
 
     Any number of threads and processes. Raises InputProblems when the folder cannot be written.
     """
@@ -53,7 +53,7 @@ class RangeCache:
         self._sizes = np.asarray(sizes, dtype=np.uint64)
         self._log = own / _LOG
         self._present = Present()
-        self._tails: dict[Path, int] = {}  # how far each set's log has been read
+        self._tails: dict[Path, int] = {}  # position up to which each set's log has been read
         self._used = 0
         self._thread_lock = threading.Lock()
         self._closed = False  # full, or the disk failed
@@ -65,7 +65,7 @@ class RangeCache:
             warnings.warn(f"{folder} is full of other sets' ranges: nothing is cached; remove {others}", stacklevel=4)
 
     def read(self, ranges: Sequence[Range]) -> list[int]:
-        """Fill the views of the ranges that are here; returns the indices of those that are not."""
+        """Fill the views of the cached ranges; returns the indices of the others."""
         missing = [i for i, wanted in enumerate(ranges) if not self._read_one(wanted)]
         if missing:
             with self._thread_lock:
@@ -75,7 +75,8 @@ class RangeCache:
         return missing
 
     def keep(self, found: Sequence[tuple[Range, bytes]]) -> None:
-        """Write ranges and their bytes, as far as they fit. A disk that fails or is full is said once, and left."""
+        """Write ranges and their bytes, as far as they fit. A disk that fails or is full is reported once, and no
+        longer used."""
         if self._closed:
             return
         try:
@@ -126,12 +127,12 @@ class RangeCache:
         return np.array(records, dtype=RECORD)
 
     def _append(self, record_R: np.ndarray) -> None:
-        """Under both locks, and right after a refresh: the log has no records that were not read."""
+        """Call under both locks and directly after a refresh, when all records of the log have been read."""
         if not len(record_R):
             return
         log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            # Written at the end of the last whole record: a crash may have left part of one behind it.
+            # Written at the end of the last complete record: a crash may have left part of one after it.
             tail = self._tails.get(self._log, 0)
             if os.pwrite(log, record_R.tobytes(), tail) != record_R.nbytes:
                 raise OSError(errno.ENOSPC, "no space left")
@@ -141,7 +142,7 @@ class RangeCache:
         self._present.add(record_R)
 
     def _refresh(self, *, all_sets: bool) -> bool:
-        """Read what has been added to the logs; True when this set has more. The caller holds the thread lock."""
+        """Read new records of the logs; True if this set has more ranges. The caller holds the thread lock."""
         grown = False
         for log in self._folder.glob(f"*/{_LOG}") if all_sets else [self._log]:
             record_R = self._new_records(log)
@@ -153,7 +154,7 @@ class RangeCache:
         return grown
 
     def _possible(self, record_R: np.ndarray) -> np.ndarray:
-        """bool [R]: records of bytes that the files have; others are damage."""
+        """bool [R]: records whose bytes are inside the files; others are damage."""
         known_R = record_R["file"] < len(self._sizes)
         size_R = self._sizes[np.where(known_R, record_R["file"], 0)]
         begins_R, ends_R = record_R["offset"] <= size_R, record_R["offset"] + record_R["num_bytes"] <= size_R
@@ -173,7 +174,7 @@ class RangeCache:
 
 
 class Present:
-    """(file, offset) -> (length, crc): a sorted array, and a dictionary of what came last.
+    """(file, offset) -> (length, crc): a sorted array, and a dictionary of the newest entries.
 
     A dictionary alone takes five times the memory, for millions of ranges in each process of a node. Lookups need no
     lock: they see the state before or after a change.
@@ -199,7 +200,7 @@ class Present:
         return int(record_R["num_bytes"][at]), int(record_R["crc"][at])
 
     def forget(self, file: int, offset: int) -> None:
-        """Let the range that begins there count as absent."""
+        """Mark the range that begins there as absent."""
         self._recent[file << _OFFSET_BITS | offset] = (0, 0)
 
     def add(self, record_R: np.ndarray) -> None:
@@ -214,7 +215,7 @@ class Present:
         key_R = _keys(all_R)
         last_R = np.append(key_R[1:] != key_R[:-1], True)
         self._sorted = key_R[last_R], all_R[last_R]
-        self._recent = {}  # after the array has it all, so that no lookup misses what moved
+        self._recent = {}  # after the array has all entries, so that no lookup misses one
 
 
 def _keys(record_R: np.ndarray) -> np.ndarray:
@@ -222,7 +223,7 @@ def _keys(record_R: np.ndarray) -> np.ndarray:
 
 
 def digest_folder(cache_dir: Path, digest: str) -> Path:
-    """The part of a cache that belongs to one set, made if need be. Raises InputProblems if it cannot be written."""
+    """The part of a cache that belongs to one set, made if necessary. Raises InputProblems if it cannot be written."""
     folder = cache_dir / digest[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Byte ranges of files behind a URL: fsspec, attempts that go on for a while, and a cache on a local disk.
+"""Byte ranges of files behind a URL: fsspec, repeated attempts, and a cache on a local disk.
 
-fsspec makes the requests, for any kind of URL that it has a package for. The attempts are our own: fsspec has none that
-hold for all of its file systems, and its cat_ranges waits for the slowest request of a batch. obstore retries, but for
-S3, GCS, Azure and HTTP only, and its get_ranges gives all ranges of a file or one error, where a batch here must know
-which of its samples are missing.
+fsspec makes the requests, for any kind of URL for which it has a package. The repeated attempts are our own code:
+fsspec has none for all of its file systems, and its cat_ranges waits for the slowest request of a batch. obstore
+retries only for S3, GCS, Azure and HTTP, and its get_ranges gives all ranges of a file or one error; a batch here must
+know which of its samples are missing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from data_shards.problems import problem
 from data_shards.store.byte_ranges import Range, ShortFile, fill
 from data_shards.store.range_cache import RangeCache
 
-# Requests at a time: enough to hide a store's latency of 50 ms behind 1,000 samples a second. Filesystems that are not
+# Requests at a time: enough for 1,000 samples a second at a store's latency of 50 ms. Filesystems that are not
 # asynchronous take a thread for each.
 _NUM_REQUESTS = 64
 _NUM_THREADS = 8
 _MAX_DELAY_S = 30.0
-# A batch that takes longer than this starves any training step; worth a word, once.
+# A batch that takes longer than this delays any training step; reported once.
 _SLOW_S = 30.0
-# Answers that no further attempt changes.
+# Answers that further attempts do not change.
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 _PERMANENT_HTTP = (401, 403, 404, 410)
 
@@ -42,9 +42,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Retries:
-    """How hard to try a store: `attempts`, waiting base_delay_s * 2^k (at most 30 s, half of it random) between them,
-    each request of an asynchronous filesystem (http, s3, gs, ...) at most `timeout_s`; others have their own limits.
-    The defaults ride out about a minute of failure."""
+    """Attempts on a store: `attempts` of them, with waits of base_delay_s * 2^k (at most 30 s, half of it random) in
+    between. A request of an asynchronous filesystem (http, s3, gs, ...) takes at most `timeout_s`; others have their
+    own limits. The defaults survive about a minute of failure."""
 
     attempts: int = 8
     base_delay_s: float = 0.5
@@ -52,7 +52,7 @@ class Retries:
 
     def delays_s(self) -> Iterator[float]:
         """How long to wait before each attempt; 0 before the first."""
-        chance = random.Random()  # not the global one: a run's own draws must not depend on its store
+        chance = random.Random()  # not the global generator: a run's own draws must not depend on its store
         yield 0.0
         for k in range(self.attempts - 1):
             # Equal jitter (Brooker 2015, "Exponential backoff and jitter"), so that ranks do not come back together.
@@ -62,14 +62,13 @@ class Retries:
 class RemoteFiles:
     """Files below a URL, read by range through fsspec, with a bounded cache on a local disk.
 
-    The ranges of a batch that are not cached are asked for at once. A request that fails is tried again (`retries`),
-    then reported; a range past the `sizes` that the index gives is reported without asking.
+    All ranges of a batch that are not cached are requested at once. A failed request is tried again (`retries`), then
+    reported; a range beyond the `sizes` of the index is reported without a request.
 
-    The cache (range_cache.py) fills and keeps: it takes ranges until it holds `cache_bytes`, then stays as it
-    is. Each epoch visits every sample once, in a new order, so what was used longest ago is not the least wanted but
-    the next to come: LRU would drop most of it just before. A part of the set that stays put is hit in proportion to
-    its share, every epoch: 30 % where LRU's 30 % would be hit 5 % of the time. No cache: cache_dir None or
-    cache_bytes 0.
+    The cache (range_cache.py) adds ranges until it holds `cache_bytes`, and then does not change. Each epoch visits
+    every sample once, in a new order, so the least recently used ranges are needed next, and LRU would drop most of
+    them just before. A fixed part of the set has a hit rate equal to its share, every epoch: 30 %, where LRU with 30 %
+    would have 5 %. No cache: cache_dir None or cache_bytes 0.
     """
 
     def __init__(
@@ -164,16 +163,16 @@ class Connection:
         self.root = root
         self._pid, self._fs, self._base = -1, None, ""
         self._opening = threading.Lock()
-        self._filesystem()  # an unknown kind of URL is refused now
+        self._filesystem()  # an unknown kind of URL is refused here
 
     def fetch(self, requests: Sequence[tuple[str, int, int]], timeout_s: float) -> list[bytes | BaseException]:
-        """One attempt at each (name, start, end), all at once: the bytes, or what went wrong."""
+        """One attempt at each (name, start, end), all at once: the bytes, or the error."""
         fs = self._filesystem()
         whole = [(f"{self._base}/{name}", start, end) for name, start, end in requests]
         if fs.async_impl:
             from fsspec.asyn import sync
 
-            # Not cat_ranges: one request that hangs must not cost the others of the batch.
+            # Not cat_ranges: one request that hangs must not fail the others of the batch.
             async def gather() -> list[bytes | BaseException]:
                 gate = asyncio.Semaphore(_NUM_REQUESTS)
 
@@ -218,7 +217,7 @@ class Connection:
 
 
 def persist(call: Callable[[], T], url: str, retries: Retries) -> T:
-    """What `call` returns, after as many attempts as it needs. Raises OSError naming the URL."""
+    """The result of `call`, after repeated attempts if necessary. Raises an OSError that names the URL."""
     last: Exception | None = None
     for delay_s in retries.delays_s():
         time.sleep(delay_s)
@@ -239,5 +238,5 @@ def _is_permanent(error: BaseException) -> bool:
 
 
 def _errno(error: BaseException) -> int:
-    # Filesystems of fsspec raise FileNotFoundError without its number, which OSError picks its own kind by.
+    # Filesystems of fsspec raise FileNotFoundError without its number, which decides the class of an OSError.
     return getattr(error, "errno", None) or (errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO)

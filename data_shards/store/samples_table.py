@@ -3,8 +3,8 @@
 It is an uncompressed Arrow IPC file of one record batch: memory-mapped, its columns are NumPy arrays without a copy,
 and the processes of a machine share one page cache.
 
-Four columns say where each part of a sample is stored (image, mask and, where soft edges are kept, edge):
-PART_file (position in index.json's `shards`; -1 for a part that is not there), PART_offset, PART_bytes and PART_crc32c.
+Four columns say where each part of a sample is stored (image, mask and, if soft edges are kept, edge): PART_file
+(position in index.json's `shards`; -1 for a missing part), PART_offset, PART_bytes and PART_crc32c.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def joined(tables: Iterable[pa.Table], first_files: Sequence[int]) -> pa.Table:
-    """One table, in one chunk, of tables whose files are counted from 0 each; first_files: what to add to those."""
+    """One table, in one chunk, from tables that each count files from 0; first_files: the numbers to add."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -110,12 +110,12 @@ def write(table: pa.Table, path: Path) -> None:
 
 
 def read(path: Path) -> pa.Table:
-    """The table, memory-mapped. Raises ValueError where it is no such file, or one whose values cannot be looked at."""
+    """The table, memory-mapped. Raises ValueError if it is not such a file, or if its values cannot be read safely."""
     import pyarrow as pa
 
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
-        # Offsets and codes that lead out of their buffers end the process when they are followed.
+        # Offsets and codes outside of their buffers would crash the process.
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"not an Arrow file ({' '.join(str(error).split())[:120]})") from error
@@ -149,7 +149,7 @@ def _refuse_column(found: pa.Field, expected: pa.Field, num_nulls: int) -> None:
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:
-    """A numeric column as NumPy, or the codes of a dictionary column; without a copy where the table is one chunk."""
+    """A numeric column as NumPy, or the codes of a dictionary column; without a copy if the table is one chunk."""
     import pyarrow as pa
 
     column = table[name]
@@ -162,7 +162,7 @@ def numbers(table: pa.Table, name: str) -> np.ndarray:
 
 
 def largest_label(table: pa.Table) -> int:
-    """The highest id in `labels_present`; 0 where there is none."""
+    """The highest id in `labels_present`; 0 if there is none."""
     ids = [chunk.flatten().to_numpy() for chunk in table["labels_present"].chunks]
     return max((int(one.max()) for one in ids if len(one)), default=0)
 

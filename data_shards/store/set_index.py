@@ -1,4 +1,4 @@
-"""index.json: what a shard set holds, and the check of that against what is on the disk.
+"""index.json: the contents of a shard set, and the comparison with the files on the disk.
 
     OUT/index.json         written last; a folder without it is unfinished
     OUT/samples.arrow      one row a sample: its meta, and where its bytes are (samples_table.py)
@@ -34,7 +34,7 @@ INDEX = "index.json"
 SAMPLES = "samples.arrow"
 SHARDS = "shards"
 UNFINISHED = "shards.unfinished"
-PARTIAL = ".partial"  # where prepare keeps finished volumes until all are done
+PARTIAL = ".partial"  # folder in which prepare keeps finished volumes until all are done
 
 _RESTORE = "restore the file, or remove the folder and prepare it again"
 _PREPARE_AGAIN = "prepare the set again"
@@ -72,7 +72,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def parse_index(content: bytes, where: object) -> dict[str, Any]:
-    """index.json's content, checked. Raises InputProblems naming `where`."""
+    """index.json's content, checked. Raises InputProblems that name `where`."""
     index = parse_json(content, where, _PREPARE_AGAIN, "a shard set's index")
     version = index.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool):
@@ -103,8 +103,7 @@ def write_index(
 ) -> dict[str, Any]:
     """Move OUT/shards.unfinished and OUT/samples.arrow.unfinished into place, then write index.json; returns it.
 
-    From the first step until the new index is written there is none: a kill in between leaves a set that says it
-    is unfinished.
+    From the first step until the new index is written there is no index: a kill in between leaves an unfinished set.
     """
     samples_file = out / f"{SAMPLES}.unfinished"
     about_samples = {
@@ -131,7 +130,8 @@ def write_index(
 
 
 def broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> Iterator[Problem]:
-    """Files missing or of another length than index.json says and, with `verify`, whose bytes changed."""
+    """Problems of files that are missing or have another length than in index.json and, with `verify`, of files whose
+    bytes have changed."""
     for entry in (*index["shards"], index["samples"], *(index["metadata"] if verify else ())):
         file = path / entry["file"]
         if not file.is_file():
@@ -144,9 +144,9 @@ def broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> Iterator
 
 
 def sound_samples_file(path: Path, where: object, index: dict[str, Any], remedy: str) -> None:
-    """Compare samples.arrow at `path` with what index.json says of it. Raises InputProblems naming `where`.
+    """Compare samples.arrow at `path` with its entry in index.json. Raises InputProblems that name `where`.
 
-    By its CRC-32C, ten times as fast as sha256, which is used where an older writer left it out.
+    CRC-32C is used, ten times as fast as sha256, which is used if an older writer left out the CRC-32C.
     """
     entry = index["samples"]
     known = entry.get("crc32c")
@@ -158,7 +158,7 @@ def sound_samples_file(path: Path, where: object, index: dict[str, Any], remedy:
         raise problem(where, name, value, remedy)
 
 
-# They become legends, columns and lines of a terminal.
+# Names are used in legends, columns and lines of a terminal.
 _Name = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -187,7 +187,7 @@ class _LabelTable(TypedDict):
 
 
 class _Preprocessing(TypedDict):
-    # What a set of another writer leaves out has prepare's defaults where it is asked for.
+    # Fields that another writer has left out get prepare's defaults when they are read.
     size: Annotated[int, Field(ge=1, le=_LARGEST_SIZE)]
     bits: NotRequired[Literal[8, 16]]
     spacing_mm: NotRequired[_Positive]

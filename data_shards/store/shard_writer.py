@@ -1,7 +1,7 @@
-"""Samples to a shard set: which sample goes into which shard, shards written side by side, the set named last.
+"""Samples to a shard set: the samples of each shard, writing of shards in parallel, and the final name of the set.
 
-OUT/shards.unfinished/           shards as they are written
-OUT/shards.unfinished/.done/     of each finished shard its rows and entries, so that a killed run goes on
+OUT/shards.unfinished/ shards while they are written OUT/shards.unfinished/.done/ rows and entries of each finished
+shard, so that a killed run can continue
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _DONE, _PLAN = ".done", "plan.json"
 
 @dataclass(frozen=True)
 class Format:
-    """How samples are stored. shapes: of a sample's parts, with their dtypes: {"image": ((256, 256), "uint8"), ...}."""
+    """The format of stored samples. shapes: of a sample's parts, with their dtypes: {"image": ((256, 256), "uint8"),
+    ...}."""
 
     store: str
     codec: str
@@ -53,7 +54,7 @@ class Format:
         return {part: encode(pixels.reshape(-1, pixels.shape[-1]), self.codec) for part, pixels in parts.items()}
 
     def of_the_set(self) -> dict[str, Any]:
-        """What index.json says of it."""
+        """The entries in index.json."""
         return {"store": self.store, "codec": "zstd" if self.store == "zarr" else self.codec}
 
 
@@ -69,14 +70,14 @@ def set_format(store: str, codec: str, samples_per_shard: int, *, size: int, bit
 
 
 class Source(Protocol):
-    """Some samples in a row, which a worker on another machine can read too."""
+    """Consecutive samples, which a worker on another machine can read too."""
 
     @property
     def stamp(self) -> str:
-        """Changes when the samples do."""
+        """A stamp that changes with the samples."""
 
     def samples(self) -> Iterator[tuple[SliceMeta, Payloads]]:
-        """Each sample's facts and encoded parts."""
+        """Each sample's meta and encoded parts."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ class ShardTask:
 
     @property
     def done(self) -> Path:
-        """Exists when the shard is finished."""
+        """The file that exists when the shard is finished."""
         return self.folder / _DONE / f"{self.split}-{self.number:06d}.json"
 
     def run(self) -> str | None:
-        """Write the shard; returns what is wrong with the disk, if it is full."""
+        """Write the shard; returns the error if the disk is full."""
         try:
             write_shard(self, (sample for source in self.sources for sample in source.samples()))
         except OSError as error:
@@ -108,8 +109,8 @@ class ShardTask:
 def plan_shards(
     out: Path, counted: Sequence[tuple[str, int, Callable[[int, int], Source]]], format: Format
 ) -> list[ShardTask]:
-    """Cut runs of samples into shards. `counted`: split, number of samples, and what gives samples lo to hi of the run;
-    runs of a split come in one piece."""
+    """Divide runs of samples into shards. `counted`: split, number of samples, and a function that gives samples lo to
+    hi of the run; the runs of a split must be consecutive."""
     tasks = []
     for split in SPLITS:
         waiting: list[Source] = []
@@ -136,11 +137,10 @@ def write_shards(
     header: dict[str, Any],
     workers: Workers[Any, Any],
 ) -> dict[str, Any]:
-    """Write every shard that is not there yet, then name the set; returns its index. `num_samples`: by split.
+    """Write every missing shard, then name the set; returns its index. `num_samples`: by split. `workers` call run() of
+    the tasks.
 
-    `workers` call run() of what they are given.
-
-    Raises OutOfSpace when the disk is full, and ShardFailed; the same call goes on after either.
+    Raises OutOfSpace when the disk is full, and ShardFailed; the same call continues after either.
     """
     from tqdm import tqdm
 
@@ -187,11 +187,11 @@ def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples:
         tables.append(rows)
     table = samples_table.joined(tables, first_files)
     assert table.num_rows == num_samples, f"{table.num_rows} rows, {num_samples} samples"
-    # write_index gives it its name.
+    # write_index renames it.
     with new_file(out / f"{SAMPLES}.unfinished", durable=True) as unfinished:
         samples_table.write(table, unfinished)
     del tables, table
-    # The plan first: a folder that has one also has what it says is done.
+    # The plan is removed first, so that a folder with a plan still has the records of its finished shards.
     (out / UNFINISHED / _PLAN).unlink(missing_ok=True)
     shutil.rmtree(out / UNFINISHED / _DONE)
     metadata += zarr_store.metadata_files(out / UNFINISHED)
@@ -206,7 +206,7 @@ class _Done(TypedDict):
 
 
 def _read_done(file: Path) -> tuple[dict[str, Any], pa.Table]:
-    """Entries of index.json and rows of a finished shard. Raises InputProblems where they are not those written."""
+    """Entries of index.json and rows of a finished shard. Raises InputProblems if they have changed."""
     what, remedy = "the description of a finished shard", "remove it, and start the same command again"
     content = read_json(file, remedy, what)
     checked(content, _Done, file, what, remedy)
@@ -215,7 +215,7 @@ def _read_done(file: Path) -> tuple[dict[str, Any], pa.Table]:
 
 
 def _is_done(task: ShardTask) -> bool:
-    """Whether a shard need not be written again."""
+    """Whether a shard is finished."""
     with suppress(InputProblems):
         _read_done(task.done)
         return True
@@ -224,9 +224,9 @@ def _is_done(task: ShardTask) -> bool:
 
 @dataclass
 class ShardWriter:
-    """The same, one sample after the other in one process: for sets that come from no archive.
+    """The same, one sample after the other in one process: for sets without an archive.
 
-    Samples of a split come in one run.
+    The samples of a split must be consecutive.
     """
 
     out: Path
@@ -267,7 +267,7 @@ class ShardWriter:
 
 
 def _start(folder: Path, tasks: Sequence[ShardTask], num_samples: dict[str, int], header: dict[str, Any]) -> None:
-    """Keep the shards that an interrupted run of the very same plan finished; begin anew otherwise."""
+    """Keep the shards that an interrupted run with the same plan has finished; otherwise begin again."""
     format = tasks[0].format
     described = [[t.split, t.number, [s.stamp for s in t.sources]] for t in tasks]
     digest = sha256(json.dumps([format.store, format.codec, described, header], sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A shard set opened for reading: its table memory-mapped, its samples read by their place in the files.
+"""A shard set opened for reading: its table is memory-mapped, and samples are read by their position in the files.
 
 A set is in a folder or behind any URL that fsspec knows; several sets that agree can be opened as one.
 
@@ -39,7 +39,7 @@ _ALIKE = ("label_table", "size", "bits", "codec", "parts")
 
 @dataclass(frozen=True)
 class Part:
-    """Where one part (image, mask or edge) of every sample is stored: arrays of N, without a copy from the table."""
+    """The position of one part (image, mask or edge) of every sample: arrays of N, without a copy from the table."""
 
     file_N: np.ndarray
     offset_N: np.ndarray
@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Member:
-    """One set of those opened together: root, index.json, its digest, and where its files and rows begin."""
+    """One set of those opened together: root, index.json, its digest, and its first file and row."""
 
     root: str
     index: dict[str, Any]
@@ -68,7 +68,8 @@ class ShardSet:
     """A finished shard set, or several as one.
 
     `size`: slices are size x size. `bits` of a grey value. `parts`: image, mask and, with soft edges, edge. `digest`:
-    names every byte of the set. `samples`: one row a sample, in the order of the shards (split, case, axis, slice).
+    identifies every byte of the set. `samples`: one row a sample, in the order of the shards (split, case, axis,
+    slice).
     """
 
     members: tuple[Member, ...]
@@ -93,8 +94,8 @@ class ShardSet:
     ) -> ShardSet:
         """Open the set at `root` (a folder or a URL), or several sets as one.
 
-        Files on this machine are checked against the index: that they are there and as long as it says; `verify` reads
-        every byte and compares checksums and members. Bytes of a remote set are checked as they are read.
+        Files on this machine are compared with the index: they must exist with the stated length; `verify` reads every
+        byte and compares checksums and members. Bytes of a remote set are checked when they are read.
 
         Raises InputProblems: no folder, no index (unfinished), another format, files missing, of another length or with
         other bytes, sets that do not go together.
@@ -117,17 +118,17 @@ class ShardSet:
         return int(self.samples.num_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process maps the table itself; it would be copied whole.
+        # Another process maps the table itself; otherwise all of it would be copied.
         return _reopen, ([member.root for member in self.members], self.cache)
 
     @property
     def root(self) -> str:
-        """Where it is stored, for a person to read."""
+        """Its path or URL, for display."""
         return " + ".join(member.root for member in self.members)
 
     @property
     def resolved(self) -> str:
-        """Where a single set is stored, whatever the working folder: an absolute path or a URL."""
+        """The place of a single set, independent of the working folder: an absolute path or a URL."""
         folder = local_path(self.members[0].root)
         assert len(self.members) == 1, "several sets have several roots"
         return self.members[0].root if folder is None else str(folder.resolve())
@@ -142,12 +143,12 @@ class ShardSet:
 
     @property
     def index(self) -> dict[str, Any]:
-        """index.json, of several sets the first one's."""
+        """index.json; for several sets that of the first."""
         return self.members[0].index
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of index.json, or of those of several."""
+        """sha256 of index.json, or over those of several sets."""
         digests = [member.digest for member in self.members]
         return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
 
@@ -163,12 +164,12 @@ class ShardSet:
 
     @property
     def bits(self) -> int:
-        """Of a grey value: 8 or 16."""
+        """Bits of a grey value: 8 or 16."""
         return int(self.index["preprocessing"].get("bits", 8))
 
     @property
     def codec(self) -> Codec:
-        """How the files hold pixels: see codecs.py."""
+        """The encoding of pixels in the files: see codecs.py."""
         codec: Codec = self.index["codec"]
         return codec
 
@@ -189,7 +190,7 @@ class ShardSet:
 
     @cached_property
     def member_N(self) -> np.ndarray:
-        """uint8: which of the sets opened together a sample is from."""
+        """uint8: the index of a sample's set among those opened together."""
         counts = np.diff([*(member.first_row for member in self.members), len(self)])
         return np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
 
@@ -201,7 +202,7 @@ class ShardSet:
         axes: Sequence[str] | None = None,
         labelled_only: bool = True,
     ) -> np.ndarray:
-        """Rows of `samples` that fit all of the conditions given: int64, ascending."""
+        """Rows of `samples` that meet all given conditions: int64, ascending."""
         keep = np.ones(len(self), dtype=bool)
         for codes, words, allowed in (
             (self.split_N, SPLITS, split and [split]),
@@ -224,7 +225,8 @@ class ShardSet:
         return samples_table.meta_of(self.samples, row)
 
     def read(self, row: int) -> SliceRecord:
-        """Decode one sample. Raises ValueError naming shard and sample when its bytes are not those once written."""
+        """Decode one sample. Raises a ValueError that names shard and sample if its bytes are not those that were
+        written."""
         decoded = {part: self.read_part(row, part) for part in self.parts}
         return SliceRecord(decoded["image"], decoded["mask"], self.meta(row), decoded.get("edge"))
 
@@ -259,7 +261,7 @@ class ShardSet:
         return np.dtype(np.uint16 if part == "image" and self.bits == 16 else np.uint8)
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[OSError | None]:
-        """Fill the views of every range; files are counted over all members. See byte_store.ByteStore."""
+        """Fill the views of every range; file numbers run over all members. See byte_store.ByteStore."""
         if len(self.members) == 1:
             return self._store(0).read(ranges)
         errors: list[OSError | None] = [None] * len(ranges)
@@ -273,7 +275,7 @@ class ShardSet:
         return errors
 
     def describe_failure(self, row: int, part: str, error: object) -> str:
-        """What went wrong with a sample's part, for a person: shard, sample, reason, remedy."""
+        """A message about an error with a sample's part: shard, sample, reason, remedy."""
         member, entry = self._file(int(self.parts[part].file_N[row]))
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         shard = f"{member.root.rstrip('/')}/{entry['file']}"
@@ -300,7 +302,7 @@ class ShardSet:
 
 
 def _reopen(roots: list[str], cache: CacheConfig) -> ShardSet:
-    # The process that sends a set has checked its files.
+    # The process that sent the set has already checked its files.
     return ShardSet.open(roots, check_files=False, cache=cache)
 
 
@@ -334,7 +336,7 @@ def _open_one(
 
 
 def _disagreements(root: str, index: dict[str, Any], table: pa.Table, *, verify: bool) -> Iterator[Problem]:
-    """What the index says against the table and, with `verify`, the table against the tars' members."""
+    """Problems from comparing the index with the table and, with `verify`, the table with the tars' members."""
     remedy = "the files are of different sets: restore them, or prepare the set again"
     if table.num_rows != index["num_samples"]:
         value = f"{index['num_samples']} where {SAMPLES} has {table.num_rows} rows"
@@ -353,7 +355,7 @@ def _disagreements(root: str, index: dict[str, Any], table: pa.Table, *, verify:
             value = f"does not rise, or beyond the {len(entries)} of index.json"
             yield Problem(f"{root}/{SAMPLES}", f"{part}_file", value, remedy)
             return
-        sizes = np.array([entry["bytes"] for entry in entries] + [0], np.int64)[where.file_N]  # the last one's is 0
+        sizes = np.array([entry["bytes"] for entry in entries] + [0], np.int64)[where.file_N]  # the last one is 0
         there = where.file_N >= 0
         outside = there & ((where.offset_N < 0) | (where.bytes_N < 0) | (where.offset_N > sizes - where.bytes_N))
         if outside.any() or (where.file_N < -1).any() or (part != "edge" and not there.all()):
@@ -378,7 +380,7 @@ def _disagreements(root: str, index: dict[str, Any], table: pa.Table, *, verify:
 
 
 def _differences(members: Sequence[Member]) -> Iterator[Problem]:
-    """What keeps sets from being opened as one."""
+    """Differences because of which sets cannot be opened as one."""
 
     def of(member: Member, name: str) -> Any:
         index = member.index

@@ -1,7 +1,7 @@
 """WebDataset shards: plain tars of KEY.image.EXT, KEY.mask.EXT, KEY.meta.json and, with soft edges, KEY.edge.EXT.
 
-Members have fixed times, owners, modes and order, so the same samples give the same bytes; webdataset's TarWriter does
-not return where its bytes are. Beside each tar is an index in the format of DALI's wds2idx, v1.2.
+Members have fixed times, owners, modes and order, so the same samples give the same bytes. webdataset's TarWriter does
+not return the position of its bytes. Beside each tar is an index in the format of DALI's wds2idx, v1.2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data_shards.problems import Problem, refuse
 from data_shards.records import SliceMeta
 from data_shards.store.codecs import EXTENSIONS, crc32c
 
-# ustar: every member is one header block, then its bytes filled up to whole blocks.
+# ustar: every member is one header block, then its bytes padded to whole blocks.
 _BLOCK = 512
 _WHOLE_MEMBERS = 1 << 24
 
@@ -32,7 +32,7 @@ def write_tar(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
     """Write a tar and its .idx; samples are (meta, part -> encoded bytes).
 
-    Returns the samples' rows (see samples_table), and of the tar and of its .idx their entries in index.json.
+    Returns the samples' rows (see samples_table), and the entries of the tar and its .idx in index.json.
     """
     import webdataset
 
@@ -43,7 +43,7 @@ def write_tar(
     with path.open("wb") as file:
         stream = _Hashing(file)
         tar = webdataset.TarWriter(stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644)
-        # TarWriter's own stream copies every member in pieces of 10 kB; this one hands each over whole. Plain ustar
+        # TarWriter's own stream copies every member in pieces of 10 kB; this one writes each in one piece. Plain ustar
         # refuses names that would take a second header block, after which every offset would be wrong.
         tar.tarstream = tarfile.TarFile(
             fileobj=cast(Any, stream), mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_WHOLE_MEMBERS
@@ -76,7 +76,7 @@ def write_tar(
 
 
 def dot_problems(where: object, case_ids: Iterable[str]) -> list[Problem]:
-    """Case ids that no tar can hold: WebDataset splits a member's name at the first dot."""
+    """Problems of case ids with dots, which tars cannot hold: WebDataset splits a member's name at the first dot."""
     if (dotted := next((case_id for case_id in case_ids if "." in case_id), None)) is None:
         return []
     remedy = "tars (store webdataset) hold ids without dots: use store zarr, or rename the case"
@@ -84,9 +84,9 @@ def dot_problems(where: object, case_ids: Iterable[str]) -> list[Problem]:
 
 
 def problems_with_members(path: Path, expected: dict[str, tuple[int, int]]) -> Iterator[Problem]:
-    """What a tar holds against the set's table. `expected`: offset and length of the bytes by key and part, as
-    "KEY.PART". Members are never unpacked, so a name that climbs out of a folder can do no harm here; it is named
-    all the same, since other tools do unpack."""
+    """Compare a tar with the set's table. `expected`: offset and length of the bytes by key and part, as "KEY.PART".
+    Members are never unpacked, so a name that leads out of a folder does no harm here. It is still reported, since
+    other tools unpack."""
     remedy = "do not use this tar: restore it, or prepare the set again"
     found = {}
     try:
@@ -112,7 +112,7 @@ def problems_with_members(path: Path, expected: dict[str, tuple[int, int]]) -> I
 
 
 def _where(part: str, offset: int, payload: bytes, codec: str) -> dict[str, int]:
-    """Columns of samples.arrow. Of a NumPy file the range leaves out the header, so that it is the pixels alone."""
+    """Columns of samples.arrow. For a NumPy file the range leaves out the header, so it has only the pixels."""
     # NumPy 1.0 files: 8 bytes of magic and version, 2 of the header's length, the header.
     header = 10 + int.from_bytes(payload[8:10], "little") if codec == "raw" else 0
     pixels = payload[header:]
@@ -121,13 +121,13 @@ def _where(part: str, offset: int, payload: bytes, codec: str) -> dict[str, int]
 
 
 class _Hashing:
-    """A file that is hashed as it is written, so that no shard is read again."""
+    """A file that is hashed while it is written, so that no shard is read again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
 
     def write(self, content: bytes) -> int:
-        if self._file.closed:  # a tar that failed is closed once more when it is forgotten
+        if self._file.closed:  # a failed tar is closed a second time when its object is deleted
             return 0
         self._file.write(content)
         self.sha256.update(content)

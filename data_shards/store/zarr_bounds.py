@@ -1,4 +1,5 @@
-"""Zarr arrays of others: of the layout that we write, and no frame that unpacks to more than its chunk."""
+"""Checks of Zarr arrays from others: the layout is the one that we write, and no frame unpacks to more than its
+chunk."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from data_shards.store.codecs import unzstd
 def is_plain_array(
     array: Any, shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...] | None = None
 ) -> bool:
-    """Whether it is a uint8 array of these shapes, sharded or not, its chunks compressed with zstd alone."""
+    """Whether it is a uint8 array of these shapes, sharded or not, with chunks that are only compressed with zstd."""
     import zarr
 
     if not isinstance(array, zarr.Array) or array.metadata.zarr_format != 3 or array.dtype != "uint8":
@@ -31,8 +32,8 @@ def is_plain_array(
 
 @cache
 def bound_zstd() -> None:
-    """Have Zarr refuse, in this process, frames that unpack to more than their chunk: some KB may
-    unpack to any number of GB."""
+    """Make Zarr refuse, in this process, frames that unpack to more than their chunk: a few KB may unpack to any number
+    of GB."""
     import zarr
     from zarr.registry import register_codec
 
@@ -48,7 +49,7 @@ def _bounded_codec() -> Any:
     from zarr.core.buffer.cpu import as_numpy_array_wrapper
 
     class BoundedZstd(ZstdCodec):
-        """Raises ValueError where a frame unpacks to more than its chunk."""
+        """Raises ValueError if a frame unpacks to more than its chunk."""
 
         def _decode_sync(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
             most_bytes = chunk_spec.dtype.item_size * math.prod(chunk_spec.shape)

@@ -1,7 +1,7 @@
 """Zarr v3: a group a split, in it the arrays image, mask and, with soft edges, edge; one chunk a sample, sharded, zstd.
 
-Any Zarr reader opens them. The place of each chunk in its shard file is written into samples.arrow as well, so the
-loader reads a sample with one seek, as from a tar, and decodes it itself. This file owns Zarr in data_shards.
+Any Zarr reader opens them. samples.arrow also holds the position of each chunk in its shard file, so the loader reads a
+sample with one seek, as from a tar, and decodes it itself. This file owns Zarr in data_shards.
 
 Dimensions: N samples, H rows, W columns.
 """
@@ -26,7 +26,7 @@ def create_arrays(
     samples_per_shard: int,
     attributes: dict[str, Any],
 ) -> None:
-    """Make or widen the arrays of each split under `root`; shapes: of one sample and its dtype, by part."""
+    """Make or enlarge the arrays of each split under `root`; shapes: of one sample and its dtype, by part."""
     import zarr
     from zarr.codecs import ZstdCodec
 
@@ -61,7 +61,7 @@ def write_region(
     rows: list[dict[str, Any]] = [{"key": meta.key, **meta.to_json()} for meta, _ in samples]
     entries = []
     for file_number, part in enumerate(samples[0][1]):
-        # A slice of zeros is stored as well: every sample has bytes that can be pointed at.
+        # A slice of zeros is stored as well, so that every sample has bytes with a position.
         array = zarr.open_array(root / split / part, mode="r+").with_config({"write_empty_chunks": True})
         assert array.shards is not None
         first = number * array.shards[0]
