@@ -21,20 +21,23 @@ EXTRAS ?= dev,docs$(if $(GPU),$(comma)cuda)
 # PyTorch's own index of builds without CUDA, as its installation page gives it.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test lint docs bench recipes clean
+.PHONY: help install demo test test-all lint docs bench recipes clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: $(STAMP) ## install into .venv
 
 demo: $(STAMP) ## the whole line on synthetic CT and MR, from volumes to a report, in ten minutes on two cores
 	$(BIN)/segdiff demo $(ARGS)
 
-test: $(STAMP) ## all tests, on the real engines
-	@# Two files at a time; threads of their own would only fight for the cores. In the order of their names: the files
-	@# that take minutes are in tests/distributed and tests/e2e, and what begins last must not be one of them.
+test: $(STAMP) ## the tests, on the real engines, in a quarter of an hour on two cores
+	@# Two files at a time; threads of their own would only fight for the cores. In the order that tests/conftest.py
+	@# gives them: a long file that begins last leaves a core idle.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: $(STAMP) ## the same with the rest of every grid (marked `exhaustive`)
+	$(MAKE) test ARGS='-m "" $(ARGS)'
 
 lint: $(STAMP) ## style, spelling, types and the direction of imports
 	$(BIN)/ruff check .

@@ -15,6 +15,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests_support import write_shapes
 
+# Unit tests that take half a minute or more, which begin with the slow folders: none is to be the last.
+_LONG = {"test_annotate", "test_convert", "test_prepare", "test_prepare_faults", "test_training"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Distributed and end-to-end tests first, and what takes long among the others."""
+    items.sort(key=lambda item: item.path.parent.name in ("kernels", "unit") and item.path.stem not in _LONG)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _state(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -36,3 +44,9 @@ def _environment(_state: None) -> Iterator[None]:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shard set of write_shapes, made once."""
     return write_shapes(tmp_path_factory.mktemp("shapes") / "set")
+
+
+@pytest.fixture(scope="session")
+def small_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in 16x16 pixels, for trainings: half the time."""
+    return write_shapes(tmp_path_factory.mktemp("small-shapes") / "set", size=16)

@@ -116,6 +116,13 @@ def _commit(fault: str) -> None:
         raise KeyboardInterrupt
 
 
+def commanding(rank: int, commands: list[list[str]]) -> None:
+    """`segdiff` with this rank's arguments; ends with its exit code."""
+    from segdiff_dist.cli import run
+
+    raise SystemExit(run(commands[rank]))
+
+
 def agreeing(rank: int, differing: dict[int, dict[str, str]]) -> None:
     """Agree on settings of which some ranks have others; leaves found-RANK, the problems."""
     from data_shards.problems import InputProblems

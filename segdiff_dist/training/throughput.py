@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -68,8 +69,9 @@ def peak_flops(device: torch.device, precision: Precision) -> Peak:
     return Peak(measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured")
 
 
+@cache
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few matrix products."""
+    """FLOP/s of the fastest of a few matrix products. Measured once a process: bf16 takes seconds on many CPUs."""
     side = _MEASURED_SIDE[device.type]
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     best_s, repeats, end = float("inf"), 0, time.perf_counter() + _MEASURED_S

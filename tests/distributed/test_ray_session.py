@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +94,43 @@ def test_workers_do_not_search_the_current_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_start_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(sessions, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(sessions, "START_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: time.sleep(30))
+    with (
+        pytest.warns(UserWarning, match="waiting for Ray on this machine to start"),
+        pytest.raises(InputProblems, match="did not start within"),
+        ray_session(num_cpus=1),
+    ):
+        pass
+
+
+def test_a_ray_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(sessions, "STOP_TIMEOUT_S", 0.5)
+    shutdown = ray.shutdown
+    monkeypatch.setattr(ray, "shutdown", lambda: time.sleep(60))
+    before = below()  # what other tests of this process keep, such as multiprocessing's resource tracker
+    with pytest.warns(UserWarning, match="did not stop within 0 s; its processes were killed"), ray_session(num_cpus=1):
+        processes = [one for one in below() if one not in before]
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    shutdown()
+    assert processes
+    assert alive == []
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One Ray for the tests below; those above start it themselves."""
+    with ray_session(num_cpus=2):
+        yield
+
+
+@pytest.mark.usefixtures("ray")
 def test_a_worker_killed_as_it_starts_is_replaced() -> None:
     killed: list[int] = []
 
@@ -117,20 +154,7 @@ def test_a_worker_killed_as_it_starts_is_replaced() -> None:
     assert killed
 
 
-def test_a_start_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    monkeypatch.setattr(sessions, "SAY_AFTER_S", 0.1)
-    monkeypatch.setattr(sessions, "START_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(ray, "init", lambda *_, **__: time.sleep(30))
-    with (
-        pytest.warns(UserWarning, match="waiting for Ray on this machine to start"),
-        pytest.raises(InputProblems, match="did not start within"),
-        ray_session(num_cpus=1),
-    ):
-        pass
-
-
+@pytest.mark.usefixtures("ray")
 def test_a_stopped_worker_is_reported_then_ended_and_its_task_done_by_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -161,18 +185,3 @@ def test_a_stopped_worker_is_reported_then_ended_and_its_task_done_by_another(
     assert liveness.BOUND in lines[0]
     assert "it is ended" in lines[1]
     assert len(lines) == 2
-
-
-def test_a_ray_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    monkeypatch.setattr(sessions, "STOP_TIMEOUT_S", 0.5)
-    shutdown = ray.shutdown
-    monkeypatch.setattr(ray, "shutdown", lambda: time.sleep(60))
-    before = below()  # what other tests of this process keep, such as multiprocessing's resource tracker
-    with pytest.warns(UserWarning, match="did not stop within 0 s; its processes were killed"), ray_session(num_cpus=1):
-        processes = [one for one in below() if one not in before]
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    shutdown()
-    assert processes
-    assert alive == []

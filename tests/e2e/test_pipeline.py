@@ -60,6 +60,7 @@ def test_the_demo_trains_both_networks_at_once(folder: Path, tmp_path: Path) -> 
     """On the same set, into another run folder. What the commands make one after the other is what the demo makes."""
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"run": str(tmp_path / "run")}
     config["sample"] |= {"num": 2, "samples_per_mask": 1, "diverse_masks": 0, "cross_modality_masks": 0}
+    config["sample"] |= {"num_workers": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with redirect_stdout(io.StringIO()) as printed:
         assert main(["demo", "--config", str(tmp_path / "config.yaml")]) == 0

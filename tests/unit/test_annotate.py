@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from annotate_support import FAKE_TOTALSEGMENTATOR, TOOL, Tool
+from archive_support import write_archive
 
 from data_shards.fan_out import ray_session
 from data_shards.ingest.annotate import annotate, annotation_record, check
@@ -49,6 +51,23 @@ def bin_on_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def tool(tmp_path: Path) -> Tool:
     return Tool(tmp_path / "a tool")
+
+
+@pytest.fixture(scope="module")
+def made(bin_on_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tool, Path]:
+    """A tool, and the masks that it made of the CT of an archive."""
+    folder = tmp_path_factory.mktemp("made")
+    tool = Tool(folder / "a tool")
+    annotate(write_archive(folder / "amos"), folder / "whole", tool.config)
+    return tool, folder / "whole"
+
+
+@pytest.fixture
+def annotated(made: tuple[Tool, Path], tmp_path: Path) -> tuple[Tool, Path]:
+    """The same, with masks to spoil; and the tool has not been called since."""
+    tool, whole = made
+    tool.calls()
+    return tool, Path(shutil.copytree(whole, tmp_path / "whole"))
 
 
 def record_of(wholebody: Path) -> dict:
@@ -81,10 +100,8 @@ def test_every_case_gets_a_mask_and_a_record(archive, tool: Tool, tmp_path: Path
     assert sorted(p.name for p in out.iterdir()) == [*(f"{c.case_id}.nii.gz" for c in cases), "annotations.json"]
 
 
-def test_the_same_again_does_nothing_and_a_new_image_is_done_anew(archive, tool: Tool, tmp_path: Path) -> None:
-    out = tmp_path / "whole"
-    annotate(archive.root, out, tool.config)
-    assert len(tool.calls()) == 3
+def test_the_same_again_does_nothing_and_a_new_image_is_done_anew(archive, annotated: tuple[Tool, Path]) -> None:
+    tool, out = annotated
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     report = annotate(archive.root, out, tool.config)
     assert (report.num_masks, report.num_kept) == (3, 3)
@@ -131,9 +148,8 @@ def test_a_volume_that_fails_costs_only_itself(archive, tool: Tool, tmp_path: Pa
     assert not (out / ".partial").exists()
 
 
-def test_a_mask_that_was_corrected_by_hand_is_not_overwritten(archive, tool: Tool, tmp_path: Path) -> None:
-    out = tmp_path / "whole"
-    annotate(archive.root, out, tool.config)
+def test_a_mask_that_was_corrected_by_hand_is_not_overwritten(archive, annotated: tuple[Tool, Path]) -> None:
+    tool, out = annotated
     mask = nib.load(out / "amos_0002.nii.gz")
     nib.save(nib.Nifti1Image(np.full(mask.shape, HEART, np.uint8), mask.affine), out / "amos_0002.nii.gz")
     corrected = (out / "amos_0002.nii.gz").read_bytes()
@@ -143,15 +159,13 @@ def test_a_mask_that_was_corrected_by_hand_is_not_overwritten(archive, tool: Too
     assert (out / "amos_0002.nii.gz").read_bytes() == corrected
 
 
-def test_a_mask_whose_record_was_not_yet_written_down_is_taken_up(archive, tool: Tool, tmp_path: Path) -> None:
+def test_a_mask_whose_record_was_not_yet_written_down_is_taken_up(archive, annotated: tuple[Tool, Path]) -> None:
     """As after a kill between the mask's rename and the record's."""
-    out = tmp_path / "whole"
-    annotate(archive.root, out, tool.config)
+    tool, out = annotated
     content = record_of(out)
     (out / ".partial").mkdir()
     (out / ".partial/amos_0003.json").write_text(json.dumps(content["cases"].pop("amos_0003")))
     (out / "annotations.json").write_text(json.dumps(content))
-    tool.calls()
     report = annotate(archive.root, out, tool.config)
     assert (report.num_kept, tool.calls()) == (3, [])
     assert len(record_of(out)["cases"]) == 3

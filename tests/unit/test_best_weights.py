@@ -19,6 +19,11 @@ from segdiff_dist.training.export import is_exported
 from segdiff_dist.training.sharded_state import SavedState
 
 
+@pytest.fixture(scope="module")
+def shapes(small_shapes: Path) -> Path:
+    return small_shapes
+
+
 def judge_by(scores: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the task have these scores at these counts; the list takes the counts that are judged."""
     judged: list[int] = []
@@ -77,7 +82,7 @@ def test_exported_are_the_weights_that_were_judged_best(
     assert exported(tmp_path) == weights
 
 
-@pytest.mark.parametrize("stop", [48, 64, 72])
+@pytest.mark.parametrize("stop", [64, 72, pytest.param(48, marks=pytest.mark.exhaustive)])
 def test_an_interrupt_does_not_change_what_is_best(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:

@@ -82,13 +82,27 @@ def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_
     assert len(ShardSet.open(tmp_path / "out", verify=True)) == len(ShardSet.open(source))
 
 
+PNG = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("source") / "set", num_patients=1, slices=2)
+
+
+@pytest.fixture(scope="module")
+def digest(ray: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of what PNG makes of the source."""
+    out = tmp_path_factory.mktemp("clean") / "set"
+    convert(source, out, PNG)
+    return ShardSet.open(out).digest
+
+
 @pytest.mark.parametrize("moment", ["plan.json", ".done", "index.json"])
 def test_a_kill_while_the_set_is_being_named_does_not_block_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    source: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """A kill just after each step of the naming; the same call then makes the same set."""
-    source = write_shapes(tmp_path / "source", num_patients=1, slices=2)
-    config = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
 
     def killed_after(step: Callable[..., Any]) -> Callable[..., Any]:
         def run(path: Path, *rest: Any, **options: Any) -> Any:
@@ -103,9 +117,8 @@ def test_a_kill_while_the_set_is_being_named_does_not_block_the_folder(
         patched.setattr(shutil, "rmtree", killed_after(shutil.rmtree))
         patched.setattr(Path, "unlink", killed_after(Path.unlink))
         with pytest.raises(KeyboardInterrupt):
-            convert(source, tmp_path / "out", config)
+            convert(source, tmp_path / "out", PNG)
     with pytest.raises(InputProblems, match="unfinished"):
         ShardSet.open(tmp_path / "out")
-    convert(source, tmp_path / "out", config)
-    convert(source, tmp_path / "clean", config)
-    assert ShardSet.open(tmp_path / "out", verify=True).digest == ShardSet.open(tmp_path / "clean").digest
+    convert(source, tmp_path / "out", PNG)
+    assert ShardSet.open(tmp_path / "out", verify=True).digest == digest
