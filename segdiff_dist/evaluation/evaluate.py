@@ -21,8 +21,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure all samples of `run`, draw the figures, write the report; returns what summary.json holds.
 
-    `amos_root`: the archive the shards were made from, for the figure of intensities before clipping; where it is
-    not given or gone, that figure is drawn from the stored slices and says so. `checked` and errors: as of `measure`.
+    `amos_root`: the archive the shards were made from, for the figure of intensities before clipping; if it is not
+    given or missing, that figure is drawn from the stored slices and says so. `checked` and errors: as of `measure`.
     """
     summary = measure(run, config, progress=progress, checked=checked)
     draw(run, amos_root=amos_root, progress=progress)

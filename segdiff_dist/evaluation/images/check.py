@@ -24,8 +24,8 @@ from segdiff_dist.sampling.store import SampleStore
 
 
 def check_images(run: Path, images: ImagesConfig, config: EvaluateConfig) -> ImageFolder:
-    """The images, all read once. `run`: the folder of the result. Raises InputProblems, as many at once as can be known
-    at once: of settings, segmenter and set; of the files; of what these mean for each other."""
+    """The images, all read once. `run`: the folder of the result. Raises InputProblems together as far as possible: of
+    settings, segmenter and set; of the files; and of conflicts between them."""
     problems: list[Problem] = [*config.problems(), *unreadable(config), *needs_real_images(config)]
     opened: dict[str, Any] = {}
 

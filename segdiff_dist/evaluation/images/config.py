@@ -1,4 +1,4 @@
-"""What `segdiff evaluate --images` is told of images that another system made. Imports nothing heavy."""
+"""The settings of `segdiff evaluate --images` for images that another system made. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class ImagesConfig:
     """The values of NIfTI and DICOM images that become black and white. null: the HU window of --real, or of
     `segdiff prepare`; MR needs it. PNG files have the whole range of their type."""
     size: Result[Annotated[int, Interval(ge=16, le=2048)] | None] = None
-    """Resample images to this side, in pixels: means of pixels where they shrink, else linear; of masks the nearest
-    pixel. null: images are taken as they are, and volumes are cut at the size of --real's slices, or 256."""
+    """Resample images to this side, in pixels: means of pixels if images become smaller, else linear; masks by the
+    nearest pixel. null: images are taken as they are, and volumes are cut at the size of --real's slices, or 256."""
 
     def __bool__(self) -> bool:
         """Whether there are such images."""
         return self.folder is not None
 
     def problems(self) -> list[Problem]:
-        """What is out of range, missing, or does not go together."""
+        """Values that are out of range, missing, or do not go together."""
         found = range_problems(self, "config", "images.")
 
         def check(name: str, good: bool, remedy: str) -> None:
@@ -64,6 +64,6 @@ class ImagesConfig:
         return found
 
     def recorded(self) -> dict[str, Any]:
-        """What the stored images depend on beside the files."""
+        """The settings that the stored images depend on, besides the files."""
         window = None if self.value_range is None else list(self.value_range)
         return {"modality": self.modality, "axis": self.axis, "value_range": window, "size": self.size}

@@ -1,6 +1,6 @@
 """Pairs of image and mask files as samples: listed and checked first, then stored for the evaluation.
 
-Volumes are cut as `segdiff prepare` cuts: like the set of real images where there is one, else with its defaults.
+Volumes are cut as in `segdiff prepare`: like the set of real images if there is one, else with its defaults.
 
 Dimensions: H rows, W columns; I, J, K as in data_shards.ingest.volumes.
 """
@@ -45,7 +45,7 @@ _LARGEST_SIDE = 4096
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice of a pair: uint8 image and label ids, and where it is."""
+    """A slice of a pair: uint8 image and label ids, and its position."""
 
     pair: Pair
     axis: str
@@ -58,8 +58,8 @@ class Sample:
 class ImageFolder:
     """The images of a folder with their masks. `items`: as a store has them; `size`: rows and columns of all of them.
 
-    Reading every file once finds every problem, raised as InputProblems at once: files that cannot be read or are no
-    pair, ids that are in no table, images of several sizes. `shards`: of real images, which volumes are cut like.
+    Every file is read once, and all problems are raised together as InputProblems: files that cannot be read or have no
+    partner, unknown ids, images of several sizes. `shards`: the set of real images; volumes are cut like its slices.
     """
 
     def __init__(self, config: ImagesConfig, table: LabelTable, shards: ShardSet | None) -> None:
@@ -80,12 +80,12 @@ class ImageFolder:
 
     @property
     def window(self) -> tuple[float, float] | None:
-        """The values that are black and white."""
+        """The values that become black and white."""
         return self._grey.window
 
     @cached_property
     def job(self) -> dict[str, Any]:
-        """What job.json holds of them."""
+        """The entries for job.json."""
         job = {
             "images": str(self.folder.resolve()),
             "images_digest": _digest(self.folder, [pair.image for pair in self.pairs]),
@@ -100,11 +100,11 @@ class ImageFolder:
         return as_read_back
 
     def store(self, path: Path) -> SampleStore:
-        """Write what is missing of them to `path`."""
+        """Write the missing ones to `path`."""
         store = SampleStore.create(path, self.job, self.items, self.size)
         missing = set(store.missing_regions())
         images, masks, region = [], [], 0
-        problems: list[Problem] = []  # of files that have changed since they were read first
+        problems: list[Problem] = []  # the files have changed since the first reading
         for number, sample in enumerate(self._samples(problems)):
             images.append(sample.image_HW)
             masks.append(sample.mask_HW)
@@ -116,7 +116,7 @@ class ImageFolder:
         return store
 
     def words(self) -> str:
-        """One line for a person."""
+        """One line for the user."""
         window = self._grey.window
         ends = "" if window is None else f", {window[0]:g} and {window[1]:g} of NIfTI and DICOM"
         images = f"{len(self)} images of {self.size}x{self.size} pixels, {self.modality}"
@@ -148,7 +148,7 @@ class ImageFolder:
         return pa.Table.from_pylist(items), next(iter(first_of_size))
 
     def _samples(self, problems: list[Problem]) -> Iterator[Sample]:
-        """All slices in order. What is wrong with a pair goes to `problems`."""
+        """All slices in order. Problems of a pair are added to `problems`."""
         for pair in self.pairs:
             try:
                 yield from self._read(pair)
@@ -212,7 +212,7 @@ class ImageFolder:
         pixels.refuse_elsewhere(pair.image, pair.mask, volume, labels)
         ends = volume.values(np.array([volume.voxels_IJK.min(), volume.voxels_IJK.max()]))
         grey = self._grey.map_of(pair.image, ends)
-        # The masks say themselves where the body is, or do not.
+        # Only the masks decide whether there is a class `body`.
         no_body = BodyField(np.broadcast_to(np.float32(0), volume.voxels_IJK.shape), np.ones(3))
         how = Cutting(axis=self.config.axis, body_id=0, **self._cut_as)
         for one in cut(volume, labels, no_body, grey, how):

@@ -1,4 +1,4 @@
-"""Which image belongs to which mask: by the files' names below the two folders, without their endings."""
+"""Pairs of image and mask: by the files' names below the two folders, without their endings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from segdiff_dist.sampling.mask_files import case_id_of, ending, list_folder
 DICOM = ".dcm"
 # nnU-Net's name of an image's only channel; its masks do not have it.
 _CHANNEL = "_0000"
-# A slice's key, as shard sets and `segdiff export` name their files: it says the patient.
+# A slice's key, as in file names of shard sets and `segdiff export`: it contains the patient.
 _KEY = re.compile(rf"(.+)-({'|'.join(AXES)})-(\d{{1,5}})")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its mask. `name`: their path without the ending, `case_id`: of the patient, as far as names say
-    it; `axis` and `slice_index` where the name is a slice's key."""
+    """An image and its mask. `name`: their path without the ending; `case_id`: of the patient, as far as names contain
+    it; `axis` and `slice_index` if the name is a slice's key."""
 
     name: str
     image: Path
@@ -75,8 +75,8 @@ def _unpaired(folder: Path, one: str, other: str, names: Sequence[str], there: d
 
 
 def _pair(name: str, image: Path, mask: Path) -> Pair:
-    """A name that is a slice's key says patient, axis and place. Else files of a subfolder are of one patient, and
-    other files each of their own."""
+    """A name that is a slice's key contains patient, axis and index. Otherwise the files of a subfolder belong to one
+    patient, and each other file counts as a patient."""
     path = Path(name)
     if (key := _KEY.match(path.name)) is not None:
         return Pair(name, image, mask, _case_id(key[1]), key[2], int(key[3]))

@@ -1,4 +1,4 @@
-"""Pixels of images that other systems made: files of one slice, and volumes. What cannot be used is refused by name.
+"""Pixels of images that other systems made: files of one slice, and volumes. Unusable files are refused by name.
 
 Dimensions: H rows, W columns; I, J, K as in data_shards.ingest.volumes.
 """
@@ -20,7 +20,7 @@ from data_shards.problems import problem
 from segdiff_dist.sampling.mask_folder import axis_of
 
 _LARGEST_SIDE = 4096
-# Air is -1000 HU and fat -100. Values above this alone are no HU of a slice through a body.
+# Air is -1000 HU and fat -100. If all values are above this, they are not HU of a slice through a body.
 _LEAST_OF_NO_HU = -10.0
 _WRITE_AGAIN = "write it again"
 Spacing = tuple[float, float]
@@ -29,8 +29,8 @@ UNKNOWN: Spacing = (float("nan"), float("nan"))
 
 @dataclass(frozen=True)
 class Flat:
-    """An image of one slice: uint8 grey values, and the distances between rows and columns. `volume`: of NIfTI, where
-    it is in space."""
+    """An image of one slice: uint8 grey values, and the distances between rows and columns. `volume`: for NIfTI, its
+    position in space."""
 
     image_HW: np.ndarray
     spacing_mm: Spacing = UNKNOWN
@@ -40,14 +40,15 @@ class Flat:
 
 @dataclass(frozen=True)
 class Grey:
-    """How values of NIfTI and DICOM become grey: of `modality`, between the ends of `window`; None: not known."""
+    """The map from values of NIfTI and DICOM to grey values: of `modality`, between the ends of `window`; None: not
+    known."""
 
     modality: str
     window: tuple[float, float] | None
     is_given: bool
 
     def map_of(self, file: Path, values: np.ndarray) -> GreyMap:
-        """The map for these values. Raises InputProblems where it is not known, or where they are no HU."""
+        """The map for these values. Raises InputProblems if it is not known, or if the values are not HU."""
         low, high = float(values.min()), float(values.max())
         remedy = f"say which values are black and white: --images.value-range {low:g} {high:g}, for example"
         if self.window is None:
@@ -75,7 +76,7 @@ def read_png_image(file: Path) -> Flat:
         with Image.open(io.BytesIO(file.read_bytes()), formats=["PNG"]) as picture:
             mode, frames = picture.mode, getattr(picture, "n_frames", 1)
             values = np.asarray(picture)
-    except Exception as error:  # Pillow raises whatever the bytes lead it to
+    except Exception as error:  # Pillow may raise any error on such bytes
         reason = " ".join(str(error).split())[:120]
         raise problem(file, "PNG", f"cannot be read ({reason})", _WRITE_AGAIN) from error
     if frames != 1:
@@ -98,7 +99,7 @@ def read_nifti(file: Path) -> Volume:
 
 
 def axis_of_flat(volume: Volume, axis: str) -> str | None:
-    """The axis of a volume that is one slice; None of others."""
+    """The axis of a volume that is one slice; None for others."""
     along = axis_of(volume.voxels_IJK.shape, axis)
     return along if volume.voxels_IJK.shape[VIEWS[along][0]] == 1 else None
 
@@ -110,7 +111,7 @@ def plane_of(voxels_IJK: np.ndarray, along: str) -> np.ndarray:
 
 
 def flat_of(file: Path, volume: Volume, along: str, axis: str, grey: Grey) -> Flat:
-    """A NIfTI file of one slice. Two dimensions can say no other axis than `axis`."""
+    """A NIfTI file of one slice. A two-dimensional file does not hold its axis, so `axis` is used."""
     _, row, column = VIEWS[along]
     spacing = (float(volume.spacing_mm[row]), float(volume.spacing_mm[column]))
     image_HW = grey.flat(file, volume.values(plane_of(volume.voxels_IJK, along)))
@@ -149,7 +150,7 @@ def _refuse_dicom(file: Path, reader: Any, tags: dict[str, str], modality: str) 
 
 
 def resampled(image_HW: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [size, size] of a square image: means of pixels where it shrinks, else linear."""
+    """uint8 [size, size] of a square image: means of pixels if it becomes smaller, else linear."""
     step = len(image_HW) / size
     weights = linear_weights(size, len(image_HW), step=step, start=(step - 1) / 2)
     values = weights @ image_HW.astype(np.float32) @ weights.T
@@ -157,7 +158,7 @@ def resampled(image_HW: np.ndarray, size: int) -> np.ndarray:
 
 
 def resampled_ids(mask_HW: np.ndarray, size: int) -> np.ndarray:
-    """The same of label ids: those of the nearest pixels."""
+    """The same for label ids: those of the nearest pixels."""
     nearest = np.minimum(((np.arange(size) + 0.5) * len(mask_HW) / size).astype(np.int64), len(mask_HW) - 1)
     return mask_HW[np.ix_(nearest, nearest)]
 

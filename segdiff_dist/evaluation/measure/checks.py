@@ -81,7 +81,7 @@ def rows_of(items: pa.Table, shards: ShardSet, config: EvaluateConfig) -> tuple[
 
 
 def needs_real_images(config: EvaluateConfig) -> Iterator[Problem]:
-    """Settings that unpaired images cannot have."""
+    """Problems of settings that unpaired images do not allow."""
     if config.memorisation and config.real is None:
         yield Problem("config", "evaluate.memorisation", NO_REAL_IMAGES, "its train split is searched")
     if config.frd_images:
@@ -90,7 +90,7 @@ def needs_real_images(config: EvaluateConfig) -> Iterator[Problem]:
 
 
 def open_segmenter(weights: Path) -> Judge:
-    """The segmenter that labels the images; InputProblems where it cannot be read."""
+    """The segmenter that labels the images; InputProblems if it cannot be read."""
     from segdiff_dist.segmentation.judges import open_judge
 
     try:
@@ -152,7 +152,7 @@ def _mismatches(
 
 
 def cannot_judge(segmenter: Judge, size: int, config: EvaluateConfig) -> Iterator[Problem]:
-    """What keeps a segmenter from images of `size` pixels, and from what was asked for."""
+    """Conflicts of a segmenter with images of `size` pixels, and with the settings."""
     from segdiff_dist.segmentation.segmenter import Segmenter
 
     is_ours = isinstance(segmenter, Segmenter)
@@ -169,7 +169,7 @@ def cannot_judge(segmenter: Judge, size: int, config: EvaluateConfig) -> Iterato
 
 
 def unlike(table: LabelTable, size: int, shards: ShardSet | None) -> Iterator[Problem]:
-    """What keeps a shard set from images of `size` pixels whose masks are of `table`."""
+    """Conflicts of a shard set with images of `size` pixels whose masks are of `table`."""
     if shards is not None and shards.label_table != table:
         value = f"set {shards.label_table.name!r}, masks {table.name!r}"
         yield Problem(shards.root, "label table", value, "give a set with the masks' labels")
@@ -179,7 +179,7 @@ def unlike(table: LabelTable, size: int, shards: ShardSet | None) -> Iterator[Pr
 
 
 def _why_not(segmenter: Judge, side: int) -> str | None:
-    """Why the segmenter does not label images of `side` x `side` pixels: tried on one."""
+    """Why the segmenter cannot label images of `side` x `side` pixels; it is tried on one."""
     import torch
 
     image_1HW, modality_1 = torch.zeros(1, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)

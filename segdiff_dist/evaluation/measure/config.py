@@ -28,7 +28,7 @@ class EvaluateConfig:
     """What `segdiff evaluate` measures, and on which devices."""
 
     segmenter: RecordedOtherwise[Path | None] = field(default=None, metadata=CODE_FROM_A_PERSON)
-    """Exported weights of the auxiliary segmenter. null: RUN/segmenter/weights. As an independent judge also a
+    """Exported weights of the auxiliary segmenter. null: RUN/segmenter/weights. An independent segmenter may also be a
     TorchScript file (FILE.pt, described by FILE.yaml: docs/metrics.md) or the folder of a MONAI bundle. Loading these
     runs the code in them: name only files that you trust."""
     real: Annotated[RecordedOtherwise[str | None], tyro.conf.arg(aliases=["--real"])] = field(
@@ -39,7 +39,7 @@ class EvaluateConfig:
     real_split: ResultWhereSet[Split] = "test"
     """The split of `real` whose labelled slices are compared; at most distribution_images of them."""
     spacing_mm: ResultWhereSet[Annotated[float, Interval(ge=0.01, le=50)] | None] = None
-    """Side of a pixel in mm, of images whose files do not say it (PNG, samples of a mask folder). Surface Dice and
+    """Side of a pixel in mm, for images whose files do not state it (PNG, samples of a mask folder). Surface Dice and
     areas in mm2 need it."""
     fid_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
@@ -63,9 +63,9 @@ class EvaluateConfig:
     batch_size: Execution[Count] = 16
     """Images a worker measures at once."""
     num_workers: Execution[Count | None] = None
-    """Ray workers. null: one for each GPU, or for each core where there is none."""
+    """Ray workers. null: one for each GPU, or for each core if there is no GPU."""
     device: Execution[Device] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     bootstrap_samples: Result[Count] = 1000
     """Bootstrap samples over patients for a 95 % interval."""
     seed: Result[int] = 0
@@ -75,7 +75,7 @@ class EvaluateConfig:
 
     @property
     def workers(self) -> WorkersConfig:
-        """Who measures, and where."""
+        """The workers."""
         device, address = self.device, self.ray_address
         return WorkersConfig("evaluate", self.num_workers, 1, device, address, most_on_cpu=_MOST_DEFAULT_WORKERS)
 

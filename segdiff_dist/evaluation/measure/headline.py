@@ -1,4 +1,4 @@
-"""Which items count in the headline numbers: the first sample of each mask, in the modality of its slice."""
+"""The items of the headline numbers: the first sample of each mask, in the modality of its slice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real images that are measured by themselves, where generated ones have no real counterparts.
+"""Real images that are measured by themselves, if generated ones have no real counterparts.
 
 Dimensions: B batch, H rows, W columns.
 """
@@ -25,7 +25,7 @@ class RealSlices:
     rows: tuple[int, ...]
 
     def run(self, evaluator: Evaluator) -> ChunkResult:
-        """As of a chunk, a row a slice; the columns and features of the real side alone."""
+        """As for a chunk, with a row for each slice, but only the columns and features of the real side."""
         from segdiff_dist.evaluation.measure.worker import ChunkResult
 
         records = [evaluator.shards.read(row).cropped(evaluator.store.image.shape[1]) for row in self.rows]

@@ -1,7 +1,7 @@
-"""What is evaluated: generated images with their masks, and the real images that they are compared with.
+"""The subject of an evaluation: generated images with their masks, and the real images for comparison.
 
 Paired: the masks are of slices of a shard set, whose images are the real counterparts. Unpaired: the masks are files of
-a folder; the real images, where a set of them is named (evaluate.real), are of other patients.
+a folder; the real images, if a set is given (evaluate.real), are of other patients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_SPACING = "no file says how wide a pixel is: give --evaluate.spacing-mm"
 
 @dataclass(frozen=True)
 class Subject:
-    """`shards`: None where no real images are known. `real_rows`: slices of an unpaired set that are compared."""
+    """`shards`: None without real images. `real_rows`: slices of an unpaired set that are compared."""
 
     store: SampleStore
     shards: ShardSet | None
@@ -47,12 +47,12 @@ class Subject:
 
     @property
     def label_table(self) -> LabelTable:
-        """Of the masks."""
+        """The label table of the masks."""
         return label_table_of(self.store, self.shards)
 
 
 def open_samples(path: Path) -> SampleStore:
-    """The store at `path`. A mask that is of no image counts in the modality of the image made from it."""
+    """The store at `path`. A mask without an image counts in the modality of the image made from it."""
     from segdiff_dist.sampling.store import SampleStore
 
     store = SampleStore.open(path)
@@ -61,7 +61,7 @@ def open_samples(path: Path) -> SampleStore:
 
 
 def with_modalities(items: pa.Table) -> pa.Table:
-    """The items with no source modality left open."""
+    """The items, each with a source modality."""
     import pyarrow.compute as pc
 
     is_open = pc.equal(items["source_modality"], NO_MODALITY)
@@ -75,7 +75,7 @@ def is_paired(store: SampleStore) -> bool:
 
 
 def label_table_of(store: SampleStore, shards: ShardSet | None) -> LabelTable:
-    """Of the store's masks. Raises InputProblems where an earlier version did not write it down."""
+    """The label table of the store's masks. Raises InputProblems if an earlier version did not record it."""
     if is_paired(store) and shards is not None:
         return shards.label_table
     if LABELS not in store.job:
@@ -93,7 +93,7 @@ def judge_of(path: Path, store: SampleStore, shards: ShardSet | None, device: st
 
 
 def hu_window(store: SampleStore, shards: ShardSet | None) -> tuple[float, float] | None:
-    """The HU that are black and white in CT images of the store; None where it is not known, or not the same in all."""
+    """The HU that are black and white in CT images of the store; None if they are not known, or not the same in all."""
     if "images_as" in store.job:
         window = store.job["images_as"].get("window")
         return None if window is None else (float(window[0]), float(window[1]))
@@ -104,7 +104,8 @@ def hu_window(store: SampleStore, shards: ShardSet | None) -> tuple[float, float
 
 
 def real_rows(items: pa.Table, shards: ShardSet, split: str, most: int, seed: int) -> tuple[int, ...]:
-    """Labelled slices of a split with the images' modalities and axes, at most so many, drawn by `seed`; in order."""
+    """Labelled slices of a split with the images' modalities and axes, up to a given number, drawn by `seed`; in
+    order."""
     modalities, axes = (items[name].unique().to_pylist() for name in ("target_modality", "axis"))
     rows = shards.select(split=split, modalities=modalities, axes=axes)
     if not len(rows):
@@ -116,7 +117,7 @@ def real_rows(items: pa.Table, shards: ShardSet, split: str, most: int, seed: in
 
 
 def pixel_spacing(items: pa.Table, given: float | None) -> np.ndarray:
-    """float64 [N, 2] in mm of unpaired items; `given` where nothing says it, else NaN."""
+    """float64 [N, 2] in mm of unpaired items; `given` if the files do not state it, else NaN."""
     names = [name for name in SPACING if name in items.column_names]
     known = [items[name].to_numpy() for name in names] or [np.full(items.num_rows, np.nan)] * 2
     spacing_N2 = np.stack(known, axis=1).astype(np.float64)

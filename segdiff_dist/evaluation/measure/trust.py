@@ -258,7 +258,7 @@ def why_not(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) 
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
-    """What a person must know before a set of samples is released, from summary.json."""
+    """Messages that matter before a set of samples is released, from summary.json."""
     leaked, memorised = summary["trust"].get("leakage"), summary["trust"].get("memorisation")
     messages = []
     if leaked is not None and leaked["num_leaked"]:

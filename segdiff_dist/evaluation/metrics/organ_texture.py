@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LAGS = (1, 2)
 _SIDES = ("real", "gen")
-# The correlation of so many independent pairs has a standard error of 0.17 in an image.
+# The correlation of this many independent pairs has a standard error of 0.17 in an image.
 FEWEST_PIXELS_CORRELATED = 36
 # The standard deviation of white noise of 1 that is left after the 3x3 binomial mean is subtracted: 1 - 2 h(0) plus
 # the sum of h squared, with h(0) = 4/16.
@@ -49,7 +49,7 @@ def autocorrelation(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes:
 
 
 class _Inside:
-    """The pixels inside organs, and their pairs: what all images of the same masks share."""
+    """The pixels inside organs, and their pairs, which all images of the same masks share."""
 
     def __init__(self, labels_BHW: np.ndarray, num_classes: int) -> None:
         self._shape = (len(LAGS), len(labels_BHW), num_classes)
@@ -88,7 +88,7 @@ class _Inside:
         return np.asarray(grey_N - slope_y[self._place_N] * y_N - slope_x[self._place_N] * x_N)
 
     def _pairs_of(self, lag: int) -> tuple[np.ndarray, np.ndarray, Array]:
-        """Which two pixels are `lag` apart along rows or columns, and how many pairs each organ has.
+        """The pairs of pixels that are `lag` apart along rows or columns, and the number of pairs of each organ.
 
         Pixels that have eight neighbours of their own label and are one or two apart have the same label.
         """

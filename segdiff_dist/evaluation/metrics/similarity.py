@@ -133,8 +133,8 @@ def _check_images(real_BHW: torch.Tensor, generated_BHW: torch.Tensor) -> None:
 
 
 def pixel_std(images_BHW: np.ndarray, mask_HW: np.ndarray) -> float:
-    """How much images made from one mask differ: the standard deviation over B (B >= 2, n - 1) of each pixel, in
-    grey values, averaged over the patient (mask > 0); NaN for an empty mask."""
+    """The difference of images made from one mask: the standard deviation over B (B >= 2, n - 1) of each pixel, in grey
+    values, averaged over the patient (mask > 0); NaN for an empty mask."""
     inside = mask_HW > 0
     if not inside.any():
         return float("nan")

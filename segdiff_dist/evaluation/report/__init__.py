@@ -1,1 +1,1 @@
-"""What a person reads: the figures, the report of a run, and the comparison of several runs. Imports stay light."""
+"""The pages for people: figures, the report of a run, and the comparison of several runs. Imports stay light."""
