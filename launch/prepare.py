@@ -2,8 +2,8 @@
 
     python launch/prepare.py data/amos22 data/shards --config launch/configs/best_ct_mr.yaml
 
-Volumes are read on Ray: on this machine, or on the cluster of launch/cluster/ray.yaml with
-`--prepare.ray-address auto`. Started again, it reads only what is missing.
+Volumes are read on Ray: on this machine, or on the cluster of launch/cluster/ray.yaml with `--prepare.ray-address
+auto`. Started again, it reads only the missing volumes.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Train the auxiliary segmenter that judges the images: `segdiff train-segmenter` as a script.
+"""Train the auxiliary segmenter that measures the images: `segdiff train-segmenter` as a script.
 
     python launch/train_segmenter.py --config launch/configs/best_ct_mr.yaml
     deepspeed launch/train_segmenter.py --config launch/configs/best_ct_mr.yaml         # every GPU of this machine

@@ -1,4 +1,5 @@
-"""What the kernels' benchmarks share: each kernel beside torch's own operators, over the shapes of the real UNet.
+"""Shared code of the kernels' benchmarks: each kernel is compared with torch's own operators, over the shapes of the
+real UNet.
 
 On a GPU every contender is timed by triton.testing.do_bench (median; it flushes the L2 cache before each call), with
 inputs that rotate through more memory than the cache holds. Without a GPU nothing is timed: each contender is called
@@ -34,18 +35,18 @@ NORM_SHAPES = (
     *((128, 256), (256, 256), (128, 128), (256, 128), (384, 128), (128, 64), (256, 64), (384, 64), (512, 64)),
     *((256, 32), (512, 32), (768, 32), (256, 16), (512, 16), (768, 16), (1024, 16), (512, 8), (1024, 8)),
 )
-# Rotated through, in bytes: an H100 has 50 MB of L2 cache, an H200 60.
+# Bytes of the rotating inputs: an H100 has 50 MB of L2 cache, an H200 60.
 _PAST_THE_CACHE = 256 * 2**20
 _MOST_COPIES = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and dtype, and who computes it."""
+    """One shape and dtype, and its contenders."""
 
     name: str
     num_bytes: int
-    """The least that must pass through memory, by which gigabytes a second are counted."""
+    """The least number of bytes that must pass through memory; gigabytes a second are counted with it."""
     inputs: Callable[[], tuple[Any, ...]]
     """Fresh inputs on DEVICE."""
     contenders: dict[str, Callable[..., Any]]
@@ -63,7 +64,7 @@ class Benchmark:
     real: Cases
     """Cases of real size, to be timed on a GPU."""
     toy: Cases
-    """Small cases, to see on a CPU that the contenders agree."""
+    """Small cases, to check on a CPU that the contenders agree."""
 
     def main(self) -> None:
         """The command line of the script: --json FILE, and --quick for the first two cases alone."""
@@ -89,14 +90,14 @@ class Benchmark:
 
 
 def benchmark_of(script: Path) -> Benchmark:
-    """The BENCHMARK of a script, which is not run."""
+    """The BENCHMARK of a script, without running the script."""
     benchmark: Benchmark = runpy.run_path(str(script))["BENCHMARK"]
     return benchmark
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """A row for each contender: case, contender, microseconds (median), gigabytes a second, times the reference; or,
-    where one cannot do it, its error."""
+    """A row for each contender: case, contender, microseconds (median), gigabytes a second, times the reference; or its
+    error if it fails."""
     sets = [case.inputs()]
     held = sum(t.numel() * t.element_size() for t in tree_leaves(sets[0]) if isinstance(t, Tensor))
     copies = max(1, min(_MOST_COPIES, -(-_PAST_THE_CACHE // max(held, 1))))
@@ -107,7 +108,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
         try:
             row["microseconds"] = us = _median_us(function, sets)
             row["gb_per_s"] = case.num_bytes / us / 1e3
-        except Exception as error:  # a backend that refuses; the other contenders are worth having
+        except Exception as error:  # a backend may refuse; the results of the other contenders are still useful
             row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         rows.append(row)
     for row in rows:
@@ -128,7 +129,7 @@ def disagreement(case: Case) -> float:
     seed = torch.seed()
 
     def given() -> tuple[Any, ...]:
-        torch.manual_seed(seed)  # the same inputs for each, drawn anew: some contenders write into them
+        torch.manual_seed(seed)  # the same inputs for each, drawn again, since some contenders write into them
         return case.inputs()
 
     *others, reference = (

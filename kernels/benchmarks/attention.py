@@ -1,4 +1,4 @@
-"""Attention's backends at the shapes of the UNet, forward and backward, and how little of the net's work it is.
+"""Attention's backends at the shapes of the UNet, forward and backward, and attention's small share of the net's work.
 
 The paper's net has 64 heads of 8 channels where feature maps are 16 x 16 (five blocks) and in the middle (one block);
 heads of 64 are `denoiser.attention_head_dim: 64`. The share of the FLOPs is counted, on any machine; the backends are
@@ -60,7 +60,7 @@ def cases(size: int, batch: int = BATCH) -> list[Case]:
 
 
 def _case(batch: int, positions: int, heads: int, head_dim: int) -> Case:
-    """q, k, v and dy are read, y, dq, dk and dv written: what any backend has to move at least."""
+    """q, k, v and dy are read, y, dq, dk and dv are written: the least number of bytes for any backend."""
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
     def inputs() -> tuple[Tensor, ...]:

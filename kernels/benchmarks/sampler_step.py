@@ -1,6 +1,6 @@
 """sampler_step beside diffusers' DDIMScheduler.step and the same combinations in torch.
 
-Least bytes: what is given read once, what is returned written once. Dimensions: B batch, C channels, H, W.
+Least bytes: inputs are read once, results are written once. Dimensions: B batch, C channels, H, W.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton side of segdiff_kernels.condition_input: one program a run of pixels of one sample."""
+"""The Triton side of segdiff_kernels.condition_input: a program computes consecutive pixels of one sample."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def words(seed, stream, position, index):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def box_muller(word_0, word_1):  # type: ignore[no-untyped-def]
-    """Two standard normal numbers from two words, as philox.normal takes them.
+    """Two standard normal numbers from two words, as in philox.normal.
 
-    sin and cos by quadrants: the angle is 2 pi of a turn, so its reduction is exact, and the library's, which holds
-    local memory for angles beyond 10^5, is not needed. Taylor series to 2^-25 over an eighth of a turn either way.
+    sin and cos by quadrants: the angle is a fraction of a turn, so its reduction is exact. The library's functions,
+    which use local memory for angles beyond 10^5, are not needed. Taylor series to 2^-25 over an eighth of a turn on
+    either side.
     """
     u = (word_0 >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
     turn = (word_1 >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
@@ -68,7 +69,7 @@ def condition_input_kernel(  # type: ignore[no-untyped-def]
     PREDICTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Everything of BLOCK pixels of a sample: noise, x_t and target, in that order."""
+    """The whole computation for BLOCK pixels of a sample: noise, x_t and target, in that order."""
     sample = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < num_pixels
@@ -118,8 +119,8 @@ def launch(
     seed: int,
     prediction_type: str | None,
 ) -> None:
-    """Fill the outputs of the operator. levels: alphas_cumprod and levels, of which one is None; prediction_type is
-    None with levels."""
+    """Fill the outputs of the operator. One of alphas_cumprod and levels is None; prediction_type is None with
+    levels."""
     alphas_cumprod_T, levels_B4 = (None if t is None else t.contiguous() for t in levels)
     batch, num_pixels = len(image_BHW), image_BHW[0].numel()
     condition_input_kernel[triton.cdiv(num_pixels, _BLOCK), batch](

@@ -38,8 +38,8 @@ def ema_update_kernel(  # type: ignore[no-untyped-def]
 ):
     """One chunk of one weight, and of each of its averages.
 
-    Whole groups of four are masked together, so that they are read 16 bytes at a time whatever the size; up to three
-    elements are left at a tensor's end, which its last program does one by one.
+    Whole groups of four are masked together, so that they are read 16 bytes at a time for any size. Up to three
+    elements are left at a tensor's end; its last program computes them one by one.
     """
     tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
     start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
@@ -48,7 +48,7 @@ def ema_update_kernel(  # type: ignore[no-untyped-def]
     index = start + tl.arange(0, BLOCK)
     rest = whole + tl.arange(0, 4)
     rest_inside = (rest < size) & (size <= start + BLOCK)
-    # The hint belongs to the cast itself: on what a helper returns it would be lost when that is inlined.
+    # The hint must be on the cast itself: on the result of a helper it would be lost when the helper is inlined.
     weight_ptr = tl.load(table_ptr + tensor).to(tl.pointer_type(tl.float32))
     if ALIGNED:
         weight_ptr = tl.multiple_of(weight_ptr, 16)
@@ -84,7 +84,7 @@ def launch(averages: Sequence[Tensor], weights: Sequence[Tensor], shares: Sequen
     )
 
 
-@lru_cache(maxsize=8)  # found again by what they hold: an address that has changed gives another table
+@lru_cache(maxsize=8)  # looked up by their contents: a changed address gives another table
 def _tables(addresses: tuple[int, ...], sizes_T: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 [1 + A + 1, T]: addresses of the weights and of the averages, then sizes; int32 [N, 2], as of `chunks`."""
     table = torch.tensor([*addresses, *sizes_T], dtype=torch.int64).unflatten(0, (-1, len(sizes_T)))
@@ -102,7 +102,7 @@ def compile_cases() -> list[CompileCase]:
             {"NUM_AVERAGES": num_averages, "ALIGNED": True, "BLOCK": BLOCK},
             num_warps=_NUM_WARPS,
             divisible_by_16=("table_ptr", "chunks_ptr"),
-            # Which tensor and chunk, its size; for each tensor its address and what is left at its end.
+            # Narrow loads: tensor, chunk and size; for each tensor its address and the elements left at its end.
             narrow_loads=3 + 2 * (1 + num_averages),
         )
         for num_averages in (1, 2, 3)

@@ -15,7 +15,7 @@ from torch import Tensor
 from segdiff_kernels.backend import is_interpreted
 from segdiff_kernels.compile_cases import CompileCase
 
-# Channels of a row of one_hot_table: those of 255 classes, the image and one of ones, rounded up to a power of two.
+# Channels of a row of one_hot_table: 255 classes, the image and a channel of ones, rounded up to a power of two.
 ONE_HOT_WIDTH = tl.constexpr(512)
 
 
@@ -37,7 +37,8 @@ def forward_config(out_channels: int) -> Config:
 def weight_gradient_config(batch: int, num_pixels: int, channels: int, out_channels: int, dtype: torch.dtype) -> Config:
     """Tiles whose three sums fit the registers, and up to 88 parts: with the 3 rows of taps 264 programs.
 
-    Those fill an H100's 132 multiprocessors twice. The GPU at hand is not asked, so any gives the same bits.
+    Those fill an H100's 132 multiprocessors twice. The numbers do not depend on the GPU, so all GPUs give the same
+    bits.
     """
     in_full = dtype == torch.float32
     block_p = 32 if in_full else 64
@@ -173,7 +174,8 @@ def label_conv_in_weight_gradient_kernel(  # type: ignore[no-untyped-def]
     WIDEN: tl.constexpr,
 ):
     """Partial sums [splits, 9, rows, O] of dout times [x ; one-hot ; 1]."""
-    # A program has one row of taps. The other two rows' programs run beside it and find the gradients in the L2 cache.
+    # A program has one row of taps. The programs of the other two rows run at the same time and find the gradients in
+    # the L2 cache.
     tap = 3 * tl.program_id(0)
     split = tl.program_id(1)
     num_o_blocks = tl.cdiv(out_channels, BLOCK_O)
@@ -279,7 +281,8 @@ def launch_weight_gradient(
 def one_hot_table(channels: int, like: Tensor) -> Tensor:
     """[256, 512]: for each id the channels [0 ; one_hot ; 1], of which a tile reads its own.
 
-    Rows are looked up rather than computed, as a thread then has 16 bytes of one pixel and not a number each of eight.
+    Rows are looked up rather than computed, since a thread then has 16 bytes of one pixel instead of one number of each
+    of eight pixels.
     """
     table = torch.eye(257, ONE_HOT_WIDTH.value, dtype=like.dtype, device=like.device)[1:]
     table[channels - 1 :] = 0.0
@@ -322,7 +325,7 @@ def compile_cases() -> list[CompileCase]:
             constants=edge_constants | tile,
             num_warps=forward.num_warps,
             divisible_by_16=(*pointers, *sides),
-            streams=False,  # what it reads is the table, from the L1 cache, and three bytes a pixel
+            streams=False,  # it reads the table, from the L1 cache, and three bytes a pixel
         )
         backward = weight_gradient_config(32, 256 * 256, 18, 128, torch_dtype)
         pointers = {"partial_ptr": "*fp32", "dout_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
@@ -336,7 +339,7 @@ def compile_cases() -> list[CompileCase]:
             | {"BLOCK_P": backward.block_p, "BLOCK_O": backward.block_o, "BLOCK_R": backward.block_r, "WIDEN": False},
             num_warps=backward.num_warps,
             divisible_by_16=(*pointers, *sides, *counts),
-            narrow_loads=24,  # of x and the labels, three to five bytes a pixel beside 256 of gradients
+            narrow_loads=24,  # of x and the labels: three to five bytes a pixel, compared with 256 of gradients
         )
         cases += [output, weight_gradient]
     pointers = {"dx_ptr": "*bf16", "dout_ptr": "*bf16", "table_ptr": "*bf16"}

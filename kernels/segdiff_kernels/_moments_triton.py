@@ -23,7 +23,7 @@ def where_in_grid(program, S, TILES: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def welford(x_PC, keep_PC, mean_PC, m2_PC, count):  # type: ignore[no-untyped-def]
-    """Takes the `count`-th value of every row and channel into running (mean, M2). Welford 1962."""
+    """Adds the `count`-th value of every row and channel to the running (mean, M2). Welford 1962."""
     delta_PC = tl.where(keep_PC, x_PC - mean_PC, 0.0)
     mean_PC += delta_PC * (1.0 / count)
     return mean_PC, m2_PC + delta_PC * (x_PC - mean_PC)
@@ -31,9 +31,9 @@ def welford(x_PC, keep_PC, mean_PC, m2_PC, count):  # type: ignore[no-untyped-de
 
 @triton.jit
 def merge_rows(mean_PC, m2_PC, num_pixels, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(mean, M2) of a slice's `num_pixels`, that row p has every BLOCK_P-th of. Chan et al. 1983, eq. 2.1.
+    """(mean, M2) of a slice's `num_pixels`; row p has every BLOCK_P-th of them. Chan et al. 1983, eq. 2.1.
 
-    Means are averaged as differences from the first one: with a large mean that keeps the digits.
+    Means are averaged as differences from the first one, which keeps the digits if the mean is large.
     """
     p_P1 = tl.arange(0, BLOCK_P)[:, None]
     count_P1 = ((num_pixels - p_P1 + BLOCK_P - 1) // BLOCK_P).to(tl.float32)
@@ -89,7 +89,7 @@ TRITON_NAME = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 
 def compile_cases() -> list[CompileCase]:
-    """The real UNet's widest image and its smallest, which differ in their tiles."""
+    """The real UNet's largest image and its smallest, which differ in their tiles."""
     return [
         CompileCase(
             name=f"moments C={c} {side * side} pixels {TRITON_NAME[dtype]}",

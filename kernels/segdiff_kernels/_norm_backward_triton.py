@@ -1,4 +1,4 @@
-"""The backward pass of _norm_triton.py, whose notation this keeps: three launches, x and dy read twice.
+"""The backward pass of _norm_triton.py, in the same notation: three launches, x and dy are read twice.
 
 With dz the gradient for z, m the mean over a group: dx = rstd * (weight * dz - m(weight * dz) - xhat * m(weight * dz *
 xhat)), dbias = sum dz, dweight = sum dz * xhat. sums_kernel adds up slices, coefficients_kernel merges them, dx_kernel
@@ -124,8 +124,8 @@ def coefficients_kernel(  # type: ignore[no-untyped-def]
 ):
     """Totals over the pixels; (constant, slope) of dx = scale * dz - constant - slope * (x - centre); dshift.
 
-    The shift is added to every pixel, so its gradient is the sum of dx over them, which totals and the mean of xhat
-    give without dx.
+    The shift is added to every pixel, so its gradient is the sum of dx over the pixels. It follows from the totals and
+    the mean of xhat, without dx.
     """
     n, c_GK, exists_GK = group_tile(tl.program_id(0), C, K, BLOCK_G, BLOCK_K)
     s_S11 = tl.arange(0, BLOCK_S)[:, None, None]
@@ -245,11 +245,12 @@ def dx_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx and dskip, plus what flows back past the norm; the first programs add up dweight and dbias meanwhile."""
+    """dx and dskip, plus the gradients that go round the norm; meanwhile the first programs add up dweight and
+    dbias."""
     C: tl.constexpr = C1 + C2
     tiles: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
     skip_tiles: tl.constexpr = (C2 + BLOCK_C - 1) // BLOCK_C
-    # Of a sample's own weight and bias the gradients are the totals.
+    # With a weight and bias for each sample, their gradients are the totals.
     parameter_tiles: tl.constexpr = 0 if PER_SAMPLE else (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     c_C = tl.arange(0, BLOCK_C)
@@ -353,7 +354,7 @@ def launch_backward(
 
 
 def compile_cases() -> list[CompileCase]:
-    """The real UNet's norms, with 32 groups; parameters and shift float32; x and skip go round the norm too."""
+    """The real UNet's norms, with 32 groups; parameters and shift float32; x and skip also go round the norm."""
     shapes = [(c1, c2, side * side, dtype) for c1, c2, side, dtype in UNET_NORMS]
     per_sample = _compile_cases(*shapes[0], per_sample=True)
     return [case for shape in shapes for case in _compile_cases(*shape)] + per_sample
@@ -397,5 +398,5 @@ def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype, *, per_sam
         divisible_by_16=(*used, "HW", "N"),
         narrow_loads=14 if c2 else 7,
     )
-    # Merging is the same whatever x is.
+    # Merging does not depend on x's dtype.
     return [sums, dx] if dtype == torch.float32 else [sums, coefficients, dx]

@@ -1,9 +1,9 @@
 """SiLU(GroupNorm(x + shift)) of one tensor, or of two side by side (Wu and He 2018).
 
-With xhat = (x - centre) * rstd + correction and z = weight * xhat + bias, the norm is z and the output SiLU(z) =
-z * sigmoid(z). `centre` is the group's mean less the channel's shift, so the shifted tensor is never made; `correction`
-is what float32 cannot hold of it, so that large means cost no digits. Launches: moments of slices
-(_moments_triton.py) for a tensor that comes without, merge_kernel, normalise_kernel.
+With xhat = (x - centre) * rstd + correction and z = weight * xhat + bias, the norm is z and the output SiLU(z) = z *
+sigmoid(z). `centre` is the group's mean minus the channel's shift, so the shifted tensor is never made. `correction` is
+the rounding error of `centre` in float32, so that large means lose no digits. Launches: moments of slices
+(_moments_triton.py) for a tensor without partial statistics, merge_kernel, normalise_kernel.
 
 Dimensions: N samples, S slices of P pixels, groups G of K channels, C channels in all: C1 of x, then C2 of the skip
 tensor (0: there is none). `statistics` [N, 4, C] float32 are centre, rstd, correction and mean of xhat: all that the
@@ -61,7 +61,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 ):
     """Slices into channels, the shift onto their means, channels into groups (Chan et al. 1983, eq. 2.1).
 
-    Means are averaged as differences from the first one: where they are large, that keeps the digits.
+    Means are averaged as differences from the first one, which keeps the digits if they are large.
     """
     C: tl.constexpr = C1 + C2
     n, c_GK, exists_GK = group_tile(tl.program_id(0), C, K, BLOCK_G, BLOCK_K)
@@ -104,7 +104,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     variance_G1 = tl.sum(variance_GK + spread_GK * spread_GK, axis=1)[:, None] / K
     rstd_GK = tl.zeros_like(mean_GK) + 1.0 / tl.sqrt_rn(variance_G1 + eps)
 
-    # What float32 loses of pivot + difference goes into the correction (Dekker 1971).
+    # The rounding error of pivot + difference in float32 goes into the correction (Dekker 1971).
     difference_GK = mean_G1 - shift_GK
     centre_GK = pivot_G1 + difference_GK
     correction_GK = (centre_GK - pivot_G1 - difference_GK) * rstd_GK
@@ -117,10 +117,11 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sigmoid(z):  # type: ignore[no-untyped-def]
-    """1 / (1 + exp(-z)), to 4e-7 of itself. By exp2 and rsqrt, which unlike exp and a division are an instruction each.
+    """1 / (1 + exp(-z)), to 4e-7 of itself. By exp2 and rsqrt, which are one instruction each, unlike exp and a
+    division.
 
-    Memory is barely slower than the arithmetic here: with exp and a division sums_kernel takes a quarter more
-    instructions.
+    Memory is only a little slower than the arithmetic here, and with exp and a division sums_kernel takes a quarter
+    more instructions.
     """
     root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
     return root * root
@@ -275,7 +276,7 @@ def launch_forward(
     return y_NCHW, statistics_N4C
 
 
-# (C1, C2, side, dtype) of the published UNet's norms that differ in their tiles: the widest image, the smallest, and
+# (C1, C2, side, dtype) of the published UNet's norms that differ in their tiles: the largest image, the smallest, and
 # the up blocks' pair whose groups, of 12 channels, straddle the border.
 UNET_NORMS = (
     (128, 0, 256, torch.bfloat16),
@@ -323,5 +324,5 @@ def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype, *, per_sam
         divisible_by_16=(*tensors, "HW"),
         narrow_loads=10 if c2 else 5,
     )
-    # Merging is the same whatever x is.
+    # Merging does not depend on x's dtype.
     return [normalise] if dtype == torch.float32 else [merge, normalise]

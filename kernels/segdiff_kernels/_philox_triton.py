@@ -1,4 +1,4 @@
-"""The Triton side of segdiff_kernels.philox; kept apart so that importing the reference needs no Triton."""
+"""The Triton side of segdiff_kernels.philox, in a separate file so that importing the reference needs no Triton."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def launch_bits(seed: int, stream: int, position_B: Tensor, num_words: int) -> T
 
 
 def compile_cases() -> list[CompileCase]:
-    """The noise of one 256x256 image a program row; bound by arithmetic and by its stores."""
+    """The noise of one 256x256 image for each program row; limited by arithmetic and by its stores."""
     return [
         CompileCase(
             "philox/bits",

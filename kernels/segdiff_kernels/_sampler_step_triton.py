@@ -41,7 +41,7 @@ def sampler_step_kernel(  # type: ignore[no-untyped-def]
     x0 = x0_from_x * x_t + x0_from_prediction * p
     if limit_ptr is not None:
         limit = tl.load(limit_ptr + sample)
-        # NaN stays NaN, as in torch: a broken net must not become a grey image.
+        # NaN stays NaN, as in torch, so that a faulty net does not give a grey image.
         x0 = tl.minimum(tl.maximum(x0, -limit, propagate_nan=tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
         x0 = tl.div_rn(x0, tl.zeros_like(x0) + limit)
     x_prev = prev_from_x * x_t + prev_from_prediction * p + prev_from_x0 * x0
@@ -72,7 +72,7 @@ def launch(inputs: Sequence[Tensor | None], coefficients: Sequence[float], outpu
 
 
 def compile_cases() -> list[CompileCase]:
-    """DDIM, with everything that it may be given, and the second-order step; x_t float32, predictions bfloat16."""
+    """DDIM with all optional inputs, and the second-order step; x_t float32, predictions bfloat16."""
     coefficients = dict.fromkeys(StepCoefficients._fields, "fp32")
     pointers = {
         "x_t_ptr": "*fp32",

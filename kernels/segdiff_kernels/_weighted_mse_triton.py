@@ -9,7 +9,7 @@ from torch import Tensor
 from segdiff_kernels.compile_cases import CompileCase
 from segdiff_kernels.weighted_mse import BLOCK, num_slices
 
-# The last sum is one program over [B, S], which it walks through in tiles of so many samples and slices.
+# The last sum is one program over [B, S], in tiles of this many samples and slices.
 _TILE_B, _TILE_S = 16, 64
 
 

@@ -1,8 +1,8 @@
-"""Kernels compiled before they are launched, many at a time: those that a function would launch.
+"""Compiles the kernels that a function would launch, before it launches them, many at a time.
 
 The function runs on the meta device, where it costs nothing. There this package's operators run their launching code,
-and Triton is asked to compile what would be launched. What is compiled comes into Triton's cache on disk, where every
-process of the machine finds it. No GPU is needed.
+and Triton compiles each kernel instead of launching it. The compiled kernels go into Triton's cache on disk, where
+every process of the machine finds them. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Of the stand-in for a GPU: Triton keeps what it plans for it apart from what it launches.
+# Device number of the stand-in for a GPU, so that Triton keeps its kernels apart from those of real devices.
 _NO_DEVICE = -1
 
 Compile = Callable[[], Any]
 
 
 def compile_ahead(work: Callable[[], object], arch: int, num_workers: int) -> int:
-    """Compile for sm_`arch` what `work` launches on the meta device; returns how many kernels that are.
+    """Compile, for sm_`arch`, the kernels that `work` launches on the meta device; returns their number.
 
-    It forks: call it in a process of its own, which has used no GPU. Raises what the compiler raises.
+    It forks: call it in a separate process that has used no GPU. Raises the compiler's errors.
     """
     _planned[:] = planned_kernels(work, arch)
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -33,8 +33,8 @@ def compile_ahead(work: Callable[[], object], arch: int, num_workers: int) -> in
 
 
 def planned_kernels(work: Callable[[], object], arch: int) -> list[Compile]:
-    """What compiles each kernel that `work` launches on the meta device, once each. The process can launch no kernel
-    afterwards."""
+    """Functions that compile each kernel that `work` launches on the meta device, once. Afterwards the process cannot
+    launch kernels."""
     from triton.runtime._async_compile import active_mode
 
     plan = _Plan()
@@ -53,7 +53,7 @@ def _compile(index: int) -> None:
 
 
 class _Plan:
-    """Takes the place of triton.AsyncCompileMode: keeps what is to be compiled."""
+    """Replaces triton.AsyncCompileMode: collects the kernels to be compiled."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Compile] = {}
@@ -63,7 +63,8 @@ class _Plan:
 
 
 class _Launching(TorchDispatchMode):
-    """On the meta device, where operators of this package would give shapes alone, they launch their kernels."""
+    """A context in which operators of this package launch their kernels on the meta device, instead of giving only
+    shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         definition = OPDEFS.get(func._schema.name) if func.namespace == "segdiff" else None
@@ -71,7 +72,7 @@ class _Launching(TorchDispatchMode):
 
 
 def _stand_in(arch: int) -> None:
-    """Triton takes a stand-in for its GPU from now on, and a launch asks it to compile, no more."""
+    """From now on Triton uses a stand-in for its GPU, and a launch only compiles."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction

@@ -1,4 +1,4 @@
-"""Where Triton's kernels can run."""
+"""Devices on which Triton's kernels can run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Kernels = Literal["auto", "triton", "torch"]
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's kernels are run by its interpreter, on the CPU: TRITON_INTERPRET=1, for tests."""
+    """Whether Triton's interpreter runs the kernels on the CPU: TRITON_INTERPRET=1, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`; None where they can. The meta device gets shapes from them."""
+    """Why the kernels cannot run on `device`; None if they can. On the meta device they give shapes."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with torch on Linux"
     if device.type == "meta" or (device.type == "cpu" and is_interpreted()):

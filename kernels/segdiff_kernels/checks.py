@@ -1,4 +1,5 @@
-"""What the kernels accept. Everything else is refused by name: a kernel that guesses gives wrong numbers."""
+"""The inputs that the kernels accept. Everything else is refused by name, since a kernel that guesses gives wrong
+numbers."""
 
 from __future__ import annotations
 
@@ -7,30 +8,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What activations may be held in; statistics and sums are float32 in all three.
+# Dtypes of activations; statistics and sums are always float32.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse(kernel: str, argument: str, found: object, supported: str) -> ValueError:
-    """The error to raise: kernel, argument, what was given, what to give."""
+    """The error to raise: kernel, argument, value, remedy."""
     return ValueError(f"{kernel}: {argument}: {found}; give {supported}")
 
 
 def check_dtype(kernel: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    """Raises ValueError where `tensor` is of none of these dtypes."""
+    """Raises ValueError if `tensor` has none of these dtypes."""
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise refuse(kernel, argument, str(tensor.dtype).removeprefix("torch."), names)
 
 
 def check_shape(kernel: str, argument: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    """Raises ValueError where `tensor` has another shape."""
+    """Raises ValueError if `tensor` has another shape."""
     if tuple(tensor.shape) != tuple(shape):
         raise refuse(kernel, argument, tuple(tensor.shape), f"shape {tuple(shape)}")
 
 
 def check_same_device(kernel: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError where a tensor is not on the device of the first."""
+    """Raises ValueError if a tensor is not on the device of the first."""
     first = next(tensor for tensor in tensors.values() if tensor is not None)
     for argument, tensor in tensors.items():
         if tensor is not None and tensor.device != first.device:

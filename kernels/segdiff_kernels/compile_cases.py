@@ -1,6 +1,6 @@
-"""What is compiled ahead, without a GPU, to check that it compiles and how: kernel, types, constants.
+"""Cases for compiling without a GPU, to check the compiled code: kernel, types, constants.
 
-Each `_<name>_triton.py` says its cases with `compile_cases()`: the shapes and dtypes of the real UNet.
+Each `_<name>_triton.py` lists its cases in `compile_cases()`: the shapes and dtypes of the real UNet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class CompileCase:
     """One specialisation of a kernel."""
 
     name: str
-    """The kernel's public name, and what is special: "group_norm_silu/normalise C=128 bf16"."""
+    """The kernel's public name and the case: "group_norm_silu/normalise C=128 bf16"."""
     function: Any
     """The @triton.jit function."""
     signature: dict[str, str]
@@ -25,6 +25,6 @@ class CompileCase:
     divisible_by_16: tuple[str, ...] = field(default=())
     """Pointers and integers that a launch with the real shapes specialises as divisible by 16."""
     streams: bool = True
-    """Whether it is bound by memory, so that its wide inputs must be read 16 bytes a thread."""
+    """Whether memory is its limit, so that its wide inputs must be read 16 bytes a thread."""
     narrow_loads: int = 0
-    """How many global loads narrower than 16 bytes it may hold: of parameters and statistics, not of activations."""
+    """Allowed number of global loads narrower than 16 bytes: for parameters and statistics, not for activations."""

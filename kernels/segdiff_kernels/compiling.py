@@ -2,9 +2,9 @@
 
     python -m segdiff_kernels.compiling [--arch 80 90] [--json] [MODULE ...]
 
-A module says what is compiled with `compile_cases()`; without names, all `segdiff_kernels._*_triton` are. A kernel
-fails if it does not compile, if registers spill, or if it streams and holds more loads narrower than 16 bytes a thread
-than its case allows. Triton's package carries ptxas and cuobjdump, so that no CUDA toolkit is needed.
+A module lists its cases in `compile_cases()`; without names, all `segdiff_kernels._*_triton` are compiled. A kernel
+fails if it does not compile, if registers spill, or if it streams and has more loads narrower than 16 bytes a thread
+than its case allows. Triton's package contains ptxas and cuobjdump, so no CUDA toolkit is needed.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one case became on one architecture."""
+    """The compiled code of one case on one architecture."""
 
     name: str
     arch: int
     registers: int = 0
-    """Of a thread."""
+    """Registers of a thread."""
     spilled_bytes: int = 0
-    """Written to and read from local memory for want of registers, of a thread, as ptxas counts them."""
+    """Bytes of a thread written to and read from local memory because registers did not suffice, as ptxas counts
+    them."""
     shared_bytes: int = 0
     loads: dict[int, int] | None = None
-    """Bytes a thread -> instructions in the program that load so many from global memory. None where it does not
-    stream."""
+    """Bytes a thread -> number of instructions that load this many from global memory. None if it does not stream."""
     stores: dict[int, int] | None = None
-    """Likewise."""
+    """The same for stores."""
     problems: tuple[str, ...] = ()
-    """Why the case fails; empty where it passes."""
+    """Why the case fails; empty if it passes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 where a case fails, 2 where there is nothing to compile."""
+    """The command; 1 if a case fails, 2 if there is nothing to compile."""
     parser = argparse.ArgumentParser(prog="python -m segdiff_kernels.compiling", description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="import names; default: all of segdiff_kernels")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="80 for sm_80; default 80 90")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a list of objects, not a table")
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parser.parse_args(given)
-    if is_interpreted():  # decided as Triton is imported, so only a fresh process can compile
+    if is_interpreted():  # decided when Triton is imported, so only a new process can compile
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "segdiff_kernels.compiling", *given]
         return subprocess.run(command, env=environment, check=False).returncode
@@ -77,14 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def kernel_modules() -> list[str]:
-    """Import names of the package's modules that hold kernels."""
+    """Import names of the package's modules with kernels."""
     return [f"segdiff_kernels.{path.stem}" for path in sorted(Path(__file__).parent.glob("_*_triton.py"))]
 
 
 def compile_all(modules: Sequence[str], architectures: Sequence[int], num_workers: int) -> list[Compiled]:
     """Every case of the modules on every architecture, in that order.
 
-    Raises ValueError under Triton's interpreter, and where a module has no compile_cases().
+    Raises ValueError under Triton's interpreter, and if a module has no compile_cases().
     """
     if is_interpreted():
         raise ValueError("TRITON_INTERPRET: 1; the interpreter compiles nothing, so unset it before Triton is imported")
@@ -102,7 +102,7 @@ def compile_all(modules: Sequence[str], architectures: Sequence[int], num_worker
 
 
 def compile_case(case: CompileCase, arch: int) -> Compiled:
-    """One case for sm_`arch`. What does not compile is a problem of the case, not an exception."""
+    """One case for sm_`arch`. A failed compilation is a problem of the case, not an exception."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -117,10 +117,10 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
         try:
             with contextlib.redirect_stdout(said):
                 kernel = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": case.num_warps})
-        except Exception as error:  # whatever the compiler raises is what the case comes to
+        except Exception as error:  # any error of the compiler is a problem of the case
             return Compiled(case.name, arch, problems=(f"does not compile: {_last_line(error)}",))
         sass = ""
-        if case.streams:  # only there do widths matter, and to disassemble takes as long as to compile
+        if case.streams:  # widths matter only there, and disassembling takes as long as compiling
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(kernel.asm["cubin"])
             command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
@@ -129,7 +129,7 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
 
 
 def judge(case: CompileCase, arch: int, ptxas_log: str, sass: str, shared_bytes: int) -> Compiled:
-    """What `ptxas -v` and the machine code ("" unless the case streams) say of it."""
+    """The figures from `ptxas -v` and the machine code ("" unless the case streams)."""
     registers = re.search(r"Used (\d+) registers", ptxas_log)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", ptxas_log)
     if registers is None or not spills:

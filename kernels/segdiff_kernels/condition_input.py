@@ -1,7 +1,7 @@
-"""What the network reads and what it should answer, from grey values and a position, in one pass.
+"""The network's input and target, from grey values and a position, in one pass.
 
-Grey values to [-1, 1], noise and timestep from Philox, x_t, and the target. The noise level is a timestep's or, where
-objectives have continuous levels, four numbers a sample. The labels are encoded by label_conv_in or by the network.
+Grey values to [-1, 1], noise and timestep from Philox, x_t, and the target. The noise level is that of a timestep or,
+for objectives with continuous levels, four numbers a sample. The labels are encoded by label_conv_in or by the network.
 
 Dimensions: B batch, H, W, T training timesteps.
 """
@@ -39,11 +39,12 @@ def condition_input(
     timestep_B: Tensor | None = None,
     levels_B4: Tensor | None = None,
 ) -> ConditionedInput:
-    """x_t = sqrt(a) x_0 + sqrt(1 - a) noise, and what is to be predicted.
+    """x_t = sqrt(a) x_0 + sqrt(1 - a) noise, and the target of the prediction.
 
     image uint8 or uint16, position int64, alphas_cumprod float32. Noise is philox.normal(seed, STREAM_NOISE, position,
-    (1, H, W)) from the same bits; its float32 value may differ by rounding (4e-6, and more where it is near 0). The
-    timestep is philox.timesteps' unless given; one outside [0, T) counts as the nearest. The equations: noising.py.
+    (1, H, W)) from the same bits; its float32 value may differ by rounding (4e-6, and more if it is near 0). The
+    timestep is that of philox.timesteps unless given; a timestep outside [0, T) is clamped. The equations are in
+    noising.py.
 
     Instead of alphas_cumprod, levels (float32, contiguous) gives each sample its own signal, spread, target_from_x0 and
     target_from_noise:
@@ -53,7 +54,7 @@ def condition_input(
 
     as Karras et al. 2022, table 1 (a sigma a sample) and Liu et al. 2022 (rectified flow) need it. There are no
     timesteps then: timestep must be None, the result's timestep_B is int64 zeros, and prediction_type is not used.
-    Raises ValueError for what is not supported.
+    Raises ValueError for unsupported input.
     """
     given = {"image": image_BHW, "position": position_B, "alphas_cumprod": alphas_cumprod_T}
     check_same_device(_NAME, **given, levels=levels_B4, timestep=timestep_B)

@@ -1,4 +1,4 @@
-"""For kernels that go through memory element by element: the tensors must be dense and have one memory order."""
+"""Checks for kernels that go through memory element by element: the tensors must be dense and have one memory order."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def check_same_dense(kernel: str, **tensors_BCHW: Tensor | None) -> None:
 
 
 def check_can_run(kernel: str, device: torch.device) -> None:
-    """Raises ValueError where Triton's kernels cannot run; meta tensors pass, for which nothing runs."""
+    """Raises ValueError if Triton's kernels cannot run; meta tensors pass, since nothing runs for them."""
     if device.type != "meta" and (reason := why_not_triton(device)):
         raise refuse(kernel, "device", reason, f"tensors on a GPU, or call {kernel}_reference")

@@ -2,10 +2,10 @@
 
     average_i <- lerp(average_i, weight, 1 - decay_i)
 
-The lists may hold any number of tensors of any size: their addresses are kept on the device as a table of pointers,
-and a table of chunks says which program does which piece of which tensor. The formula is that of torch._foreach_lerp_:
-with s = 1 - decay, a + s (w - a) if s < 0.5 and else w + (s - 1) (w - a), so that decays of 1 and of 0 give a and w
-exactly; the multiplication and the addition are one operation, rounded once.
+The lists may hold any number of tensors of any size: a table on the device holds their addresses, and a table of chunks
+says which program computes which piece of which tensor. The formula is that of torch._foreach_lerp_: with s = 1 -
+decay, a + s (w - a) if s < 0.5 and else w + (s - 1) (w - a), so that decays of 1 and of 0 give a and w exactly; the
+multiplication and the addition are one operation, rounded once.
 
 Dimensions: A averages, T tensors.
 """
@@ -30,7 +30,8 @@ MAX_AVERAGES = 4
 def ema_update_reference(
     averages_AT: Sequence[Sequence[Tensor]], weights_T: Sequence[Tensor], decays_A: Sequence[float]
 ) -> None:
-    """The same in torch, in place: a multi-tensor launch or more for each average, each of which reads the weights."""
+    """The same in torch, in place: at least one multi-tensor launch for each average, which reads the weights each
+    time."""
     for average_T, decay in zip(averages_AT, decays_A, strict=True):
         torch._foreach_lerp_(list(average_T), list(weights_T), 1.0 - decay)
 
@@ -39,12 +40,12 @@ class EmaUpdate:
     """`update(decays)` for these averages of these weights, which are checked once.
 
     averages_AT[i][j] is average i of weights_T[j]: all float32 on one device, dense, average and weight of one shape
-    and strides. Raises ValueError for anything else, and where Triton cannot run.
+    and strides. Raises ValueError for anything else, and if Triton cannot run.
     """
 
     def __init__(self, averages_AT: Sequence[Sequence[Tensor]], weights_T: Sequence[Tensor]) -> None:
         _check(averages_AT, weights_T)
-        # The tensors themselves, not detached copies: where one is given other memory (`.data = ...`), that is used.
+        # The tensors themselves, not detached copies: if one gets other memory (`.data = ...`), that is used.
         self._averages = [average for average_T in averages_AT for average in average_T]
         self._weights = list(weights_T)
         self._num_averages = len(averages_AT)
@@ -63,13 +64,13 @@ def ema_update(averages_AT: Sequence[Sequence[Tensor]], weights_T: Sequence[Tens
 
 
 def chunks(sizes_T: Sequence[int]) -> list[tuple[int, int]]:
-    """(tensor, how many BLOCKs into it) for every program; tensors without elements get none."""
+    """(tensor, number of the BLOCK in it) for every program; tensors without elements get none."""
     return [(tensor, block) for tensor, size in enumerate(sizes_T) for block in range(-(-size // BLOCK))]
 
 
 @torch.library.custom_op("segdiff::ema_update", mutates_args={"averages"})
 def _ema_update(averages: list[Tensor], weights: list[Tensor], shares: list[float]) -> None:
-    """averages: those of the first share, then those of the second. shares: 1 - decay of each."""
+    """averages: all tensors of the first average, then those of the next. shares: 1 - decay of each."""
     from segdiff_kernels._ema_update_triton import launch
 
     with torch.cuda.device_of(weights[0]):

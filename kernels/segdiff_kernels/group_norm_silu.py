@@ -34,13 +34,13 @@ def group_norm_silu(
     """SiLU(GroupNorm(x + shift)) as y [N, C, H, W], of x's dtype and channels-last as x is.
 
     Activations float32, bfloat16 or float16; weight, bias and shift each any of these; statistics float32. weight and
-    bias may be [N, C], for each sample: adaptive group norm (Dhariwal and Nichol 2021, section 3.1). shift is
-    added to every pixel of a sample's channel, and never written; its rows may be slices of longer ones. silu=False:
-    the norm alone. partials: what residual_add gave for x, which saves reading x for its statistics. fork=True: (y, x),
-    where the gradient of this second x, for a branch that goes round the norm, is added to dx in the same pass.
+    bias may be [N, C], for each sample: adaptive group norm (Dhariwal and Nichol 2021, section 3.1). shift is added to
+    every pixel of a sample's channel, and never written; its rows may be slices of longer ones. silu=False: only the
+    norm. partials: the result of residual_add for x, which saves reading x for its statistics. fork=True: (y, x); the
+    gradient of this second x, for a branch that goes round the norm, is added to dx in the same pass.
 
     Saved for the backward pass: x, weight, bias and 16 bytes a sample and channel. Differentiable once, in x, weight,
-    bias and shift. Raises ValueError, naming the argument, for whatever else is given.
+    bias and shift. Raises a ValueError that names the argument for any other input.
     """
     check_channels_last(_NAME, "x_NCHW", x_NCHW)
     check_dtype(_NAME, "x_NCHW", x_NCHW, FLOATS)
@@ -106,7 +106,7 @@ def check_affine(
 
 
 def refuse_without_triton(kernel: str, device: torch.device) -> None:
-    """Raises ValueError where Triton's kernels cannot run; asked by the operators, which tracing does not enter."""
+    """Raises ValueError if Triton's kernels cannot run; called by the operators, which tracing does not enter."""
     if reason := why_not_triton(device):
         raise ValueError(f"{kernel}: {reason}")
 
@@ -196,7 +196,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy_NCHW: Tensor | None, residual_NCHW: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the eight inputs; residual is what flows back past the norm."""
+    """Gradients of the eight inputs; residual is the gradient that goes round the norm."""
     if dy_NCHW is None:
         return (residual_NCHW, *[None] * 7)
     dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,5 @@
-"""The network's first 3x3 convolution over [x_t ; one-hot mask], without the one-hot: labels look their weights up.
+"""The network's first 3x3 convolution over [x_t ; one-hot mask], without the one-hot tensor: each label selects its
+weights.
 
 out[o, p] = bias[o] + sum over taps t of weight[o, 0, t] x[p + t] + weight[o, 1 + label[p + t], t]
 
@@ -23,10 +24,10 @@ def label_conv_in(
 ) -> Tensor:
     """conv2d(cat(x, one_hot(mask)), weight, bias, padding=1): [B, O, H, W], channels-last, of x's dtype.
 
-    mask uint8; an id that is no class (255: a mask not shown) adds nothing. Soft edges, uint8 as segdiff's
+    mask uint8; an id that is not a class (255: a dropped mask) adds nothing. Soft edges, uint8 as segdiff's
     Batch.edge_B2HW, mix two classes by the first one's share, rounded to x's dtype. Weight and bias of any float dtype:
     weights are rounded to x's, as autocast does, and sums are float32. Gradients for x, weight and bias, the same bits
-    each time. Raises ValueError for what is not supported.
+    each time. Raises ValueError for unsupported input.
     """
     check_same_device(_NAME, x=x_B1HW, mask=mask_BHW, weight=weight_OC33, bias=bias_O, edge=edge_B2HW)
     for argument, tensor in {"x": x_B1HW, "weight": weight_OC33, "bias": bias_O}.items():

@@ -5,9 +5,9 @@ With alpha_bar a, x_t is the variance-preserving mixture of image and noise:
     x_t = sqrt(a) x_0 + sqrt(1 - a) noise                             Ho et al. 2020, eq. 4
     v   = sqrt(a) noise - sqrt(1 - a) x_0                             Salimans and Ho 2022, section 4
 
-A network predicts the noise, the image or v, each of which gives the image back at x_t. Other objectives (EDM,
-rectified flow) mix x_0 and noise by shares of their own, `mixed`, and predict another mixture, whose image is a
-`LinearPrediction`. The kernels' references and the samplers take these functions; only a kernel repeats them.
+A network predicts the noise, the image or v. The image follows from each of them and x_t. Other objectives (EDM,
+rectified flow) mix x_0 and noise with their own shares, `mixed`, and predict another mixture, whose image is given by a
+`LinearPrediction`. The kernels' references and the samplers use these functions; only a kernel repeats the equations.
 Dimensions: B batch, C channels, H, W.
 """
 
@@ -22,10 +22,10 @@ PredictionType = Literal["epsilon", "v", "x0"]
 
 
 class LinearPrediction(NamedTuple):
-    """What a net predicts at one noise level: x_0 = x0_from_x x_t + x0_from_prediction p.
+    """The image from a net's prediction p at one noise level: x_0 = x0_from_x x_t + x0_from_prediction p.
 
     x_t is in variance-preserving form, sqrt(a) x_0 + sqrt(1 - a) noise. The same mixture at another scale is a multiple
-    of it, so the two numbers serve every objective that is linear in x_0 and noise:
+    of it, so the two numbers are enough for every objective that is linear in x_0 and noise:
 
         EDM (Karras et al. 2022, eq. 7)         a = 1 / (1 + sigma^2): c_skip / sqrt(a) and c_out
         rectified flow (Liu et al. 2022)        a = ((1 - t) / n)^2, n = sqrt((1 - t)^2 + t^2): n and -t
@@ -36,7 +36,7 @@ class LinearPrediction(NamedTuple):
 
 
 Prediction = str | LinearPrediction
-"""A PredictionType, or what the prediction means at one noise level."""
+"""A PredictionType, or the linear map from a prediction to the image at one noise level."""
 
 
 class Meaning(NamedTuple):
@@ -49,7 +49,7 @@ class Meaning(NamedTuple):
 
 
 def mixed(x_0_BCHW: Tensor, noise_BCHW: Tensor, x_0_share_B: Tensor, noise_share_B: Tensor) -> Tensor:
-    """x_0_share x_0 + noise_share noise, with shares [B]. Any two tensors [B, C, H, W] are mixed so."""
+    """x_0_share x_0 + noise_share noise, with shares [B], for any two tensors [B, C, H, W]."""
     return x_0_share_B[:, None, None, None] * x_0_BCHW + noise_share_B[:, None, None, None] * noise_BCHW
 
 
@@ -62,7 +62,7 @@ def q_sample(x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> 
 
 
 def prediction_target(prediction_type: str, x_0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
-    """What the network should give: the noise, the image, or v = sqrt(a) noise - sqrt(1 - a) x_0.
+    """The network's target: the noise, the image, or v = sqrt(a) noise - sqrt(1 - a) x_0.
 
     v: Salimans and Ho 2022, section 4.
     """
@@ -75,7 +75,7 @@ def prediction_target(prediction_type: str, x_0_BCHW: Tensor, noise_BCHW: Tensor
 
 
 def predicted_x_0(prediction_type: str, prediction_BCHW: Tensor, x_t_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
-    """The clean image that a prediction means at x_t: the inverse of prediction_target.
+    """The clean image that follows from a prediction at x_t: the inverse of prediction_target.
 
     With epsilon no timestep may be pure noise. Salimans and Ho 2022, section 4.
     """

@@ -2,8 +2,8 @@
 
 One float32 tensor [N, S, 2, C], mean first: slice s holds pixels s * P to (s + 1) * P of its sample, P being
 `slice_pixels(H * W)` and the last slice shorter where P does not divide H * W. A kernel that writes an activation can
-return them too; the norm that reads it then need not read it twice. They are of channels, so a shift of a channel can
-still be added, and groups may be formed across two tensors. Merging follows Chan et al. 1983, "Algorithms for
+return them too; the norm that reads it then need not read it twice. They are kept by channel, so a shift of a channel
+can still be added, and groups may be formed across two tensors. Merging follows Chan et al. 1983, "Algorithms for
 computing the sample variance", eq. 2.1; never E[x^2] - E[x]^2, which loses all digits where the mean is large.
 """
 
@@ -28,12 +28,12 @@ def slice_pixels(num_pixels: int) -> int:
 
 
 def num_slices(num_pixels: int) -> int:
-    """S: into how many slices a sample of H * W pixels is cut."""
+    """S: the number of slices of a sample of H * W pixels."""
     return -(-num_pixels // slice_pixels(num_pixels))
 
 
 def new_partials(x_NCHW: Tensor) -> Tensor:
-    """Room for the partials of `x_NCHW`, on its device."""
+    """An empty tensor for the partials of `x_NCHW`, on its device."""
     n, c, h, w = x_NCHW.shape
     return torch.empty((n, num_slices(h * w), 2, c), dtype=torch.float32, device=x_NCHW.device)
 

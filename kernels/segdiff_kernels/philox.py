@@ -1,9 +1,9 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-The draw for global position p of a run is a pure function of (seed, stream, p, index), so it does not depend on
-batch size, ranks or restarts. Counter words: (index, stream, low and high half of p); key words: the halves of the
-seed. `bits` is the torch reference and runs anywhere; `bits_triton` gives the same bits from a kernel. Not
-torch.Generator: its draws depend on the device and on what was drawn before, not on a position.
+The draw for global position p of a run is a pure function of (seed, stream, p, index), so it does not depend on batch
+size, ranks or restarts. Counter words: (index, stream, low and high half of p); key words: the halves of the seed.
+`bits` is the torch reference and runs anywhere; `bits_triton` gives the same bits from a kernel. torch.Generator is not
+used: its draws depend on the device and on earlier draws, not on a position.
 
 Dimensions: B batch (positions), N words a position.
 """

@@ -1,7 +1,7 @@
-"""branch + bias + shortcut in one pass, with the partial statistics that the norm behind it needs.
+"""branch + bias + shortcut in one pass, with the partial statistics for the next norm.
 
-The end of a residual block (He et al. 2016): the bias is that of the convolution, whose own addition would be a pass
-of its own, and nothing is divided by an output_scale_factor of 1. Dimensions: N batch, C channels, H, W.
+The end of a residual block (He et al. 2016). The bias is that of the convolution; adding it there would be a separate
+pass. There is no division by an output_scale_factor of 1. Dimensions: N batch, C channels, H, W.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def residual_add(
 ) -> Any:
     """branch + bias + shortcut, added in float32 and rounded once, channels-last; with_partials: (sum, partials).
 
-    branch and shortcut of one dtype, float32, bfloat16 or float16; bias any of these. The partials (partials.py) are of
-    the sum as rounded, and carry no gradient. Nothing is saved for the backward pass, where both inputs get the
-    gradient itself, not a copy, and the bias its sum. Raises ValueError, naming the argument, for whatever else.
+    branch and shortcut of one dtype, float32, bfloat16 or float16; bias any of these. The partials (partials.py) are
+    those of the rounded sum, without gradient. Nothing is saved for the backward pass: both inputs get the gradient
+    itself, not a copy, and the bias gets its sum. Raises a ValueError that names the argument for any other input.
     """
     for argument, tensor in (("branch_NCHW", branch_NCHW), ("shortcut_NCHW", shortcut_NCHW)):
         check_channels_last(_NAME, argument, tensor)

@@ -5,10 +5,9 @@ Both are, with numbers known before sampling begins,
     x0     = threshold(A x_t + B p)
     x_prev = C x_t + D p + E x0 + F x0 of the step before + G noise
 
-so one kernel reads each tensor once and writes x_prev, and x0 where the next step wants it. What the net predicts and
-which solver it is decide A to G alone, which are derived here in float64, from noising.py's equations. The prediction p
-is the guided one where there is guidance. It may be any combination of x_t and x_0 (LinearPrediction), EDM's and
-rectified flow's too.
+so one kernel reads each tensor once and writes x_prev, and x0 if the next step needs it. Prediction type and solver
+only change A to G, which are derived here in float64 from noising.py's equations. With guidance, p is the guided
+prediction. It may be any combination of x_t and x_0 (LinearPrediction), also that of EDM and of rectified flow.
 
 a is alphas_cumprod, alpha = sqrt(a), sigma = sqrt(1 - a). Dimensions: B batch, C channels, H rows, W columns, T
 training timesteps.
@@ -49,7 +48,7 @@ class StepCoefficients(NamedTuple):
 def ddim_coefficients(a_t: float, a_prev: float, prediction_type: Prediction, eta: float = 0.0) -> StepCoefficients:
     """DDIM from a_t to a_prev. Song et al. 2020, eq. 12, with sigma of eq. 16.
 
-    The noise that is put back is the one predicted, whether x0 was clipped or not. a_prev is 1 after the last step.
+    The noise that is added again is the predicted noise, also if x0 was clipped. a_prev is 1 after the last step.
     Raises ValueError unless 0 <= a_t < a_prev <= 1 and eta in [0, 1].
     """
     x0_from_x, x0_from_p, noise_from_x, noise_from_p = _meaning(a_t, a_prev, prediction_type)
@@ -65,9 +64,9 @@ def ddim_coefficients(a_t: float, a_prev: float, prediction_type: Prediction, et
 def multistep_coefficients(
     a_t: float, a_prev: float, a_before: float | None, prediction_type: Prediction
 ) -> StepCoefficients:
-    """DPM-Solver++(2M) from a_t to a_prev, where the step before came from a_before. Lu et al. 2022, algorithm 2.
+    """DPM-Solver++(2M) from a_t to a_prev, after a step from a_before. Lu et al. 2022, algorithm 2.
 
-    First order where a_before is None, as in the first step, and where a_prev is 1, where log SNR is infinite. Written
+    First order if a_before is None, as in the first step, and if a_prev is 1, since log SNR is then infinite. Written
     with (1 - exp(-h)) alpha_prev = alpha_prev - alpha_t sigma_prev / sigma_t, which holds at both ends. Raises
     ValueError unless 0 <= a_before < a_t < a_prev <= 1.
     """
@@ -90,8 +89,8 @@ def ddim_schedule(
 ) -> list[StepCoefficients]:
     """DDIM's steps along falling timesteps, and from the last of them to the image.
 
-    prediction_type: of all steps, or one for each. Levels of little noise need alphas_cumprod in float64: at
-    sigma = 0.002 float32 has 1 - a to 1 % only. Raises ValueError for what the coefficients refuse.
+    prediction_type: of all steps, or one for each. Levels of little noise need alphas_cumprod in float64: at sigma =
+    0.002 float32 has 1 - a to 1 % only. Raises ValueError as the coefficients do.
     """
     path = _path(alphas_cumprod_T, timesteps)
     steps = zip(itertools.pairwise(path), _by_step(prediction_type, len(timesteps)), strict=True)
@@ -117,10 +116,10 @@ def ddim_step(
 ) -> Tensor:
     """x_prev, in the dtype of x_t; computed in float32.
 
-    noise is needed where eta > 0. limit, float32 and positive: the predicted image is clamped to [-limit, limit] and
+    noise is needed if eta > 0. limit, float32 and positive: the predicted image is clamped to [-limit, limit] and
     divided by it (dynamic_limit); ones are plain clipping, None is neither. The tensors are float32, bfloat16 or
     float16 and have one memory order (contiguous or channels-last). No gradient. Raises ValueError for anything else,
-    and where Triton cannot run.
+    and if Triton cannot run.
     """
     if (noise_BCHW is None) != (coefficients.prev_from_noise == 0.0):
         wanted = "None, as eta is 0" if noise_BCHW is not None else "a tensor, as eta is above 0"
@@ -259,7 +258,7 @@ def _meaning(a_t: float, a_prev: float, prediction: Prediction) -> Meaning:
 
 
 def _by_step(prediction_type: Prediction | Sequence[Prediction], num_steps: int) -> Sequence[Prediction]:
-    """One for each step. A string and a LinearPrediction are sequences too, but mean all steps."""
+    """A list with one for each step. A single string or LinearPrediction, although a sequence, holds for all steps."""
     if isinstance(prediction_type, str | LinearPrediction):
         return [prediction_type] * num_steps
     try:

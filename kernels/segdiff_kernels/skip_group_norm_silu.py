@@ -34,8 +34,8 @@ def skip_group_norm_silu(
     """SiLU(GroupNorm(cat(x, skip))) as y [N, C, H, W] of x's dtype, channels-last; groups may straddle the border.
 
     x and skip of one dtype, float32, bfloat16 or float16; weight and bias any of these. silu, partials (of x and of
-    skip) and fork as in group_norm_silu; fork=True: (y, x, skip), the gradients of both being added to dx and dskip
-    in the same pass. Raises ValueError, naming the argument, for whatever else is given.
+    skip) and fork as in group_norm_silu; fork=True: (y, x, skip); the gradients of both are added to dx and dskip in
+    the same pass. Raises a ValueError that names the argument for any other input.
     """
     for argument, tensor in (("x_NCHW", x_NCHW), ("skip_NCHW", skip_NCHW)):
         check_channels_last(_NAME, argument, tensor)
@@ -168,7 +168,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the nine inputs; the residuals are what flows back past the norm, to x and to skip."""
+    """Gradients of the nine inputs; the residuals are the gradients that go round the norm, to x and to skip."""
     if dy_NCHW is None:
         return (*residuals, *[None] * 7)
     dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)

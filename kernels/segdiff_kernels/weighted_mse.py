@@ -1,11 +1,11 @@
-"""The denoiser's loss: squared errors weighted by sample, and the gradient written while they are read.
+"""The denoiser's loss: squared errors weighted by sample; the gradient is written in the same pass.
 
     error_b = mean over C, H, W of (prediction - target)^2          loss = mean over b of weight_b error_b
 
 With weight = loss_weights[timestep] this is the weighted objective of Hang et al. 2023 (min-SNR), eq. 6, and with ones
 that of Ho et al. 2020, eq. 14. Forward reads prediction and target once and keeps w (p - t) in the prediction's dtype;
-backward multiplies it by 2 / (B C H W) and the incoming gradient, so it reads neither again. The factor waits until
-then because in float16 it would round small differences to 0 before a loss scale could save them.
+backward multiplies it by 2 / (B C H W) and the incoming gradient, so it reads neither again. The factor is applied only
+then, because in float16 it would round small differences to 0 before the loss scale is applied.
 
 Dimensions: B batch, C channels, H rows, W columns, S slices of a sample.
 """
@@ -36,8 +36,8 @@ def weighted_mse(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor)
     """Loss, float32 scalar, and the samples' unweighted errors, float32 [B], without gradient.
 
     prediction and target are float32, bfloat16 or float16, each its own, and have one memory order (contiguous or
-    channels-last); weight float32. The gradient is of the prediction alone, in its dtype. Sums are float32 and always
-    in the same order. Raises ValueError for anything else, and where Triton cannot run.
+    channels-last); weight float32. Only the prediction gets a gradient, in its dtype. Sums are float32 and always in
+    the same order. Raises ValueError for anything else, and if Triton cannot run.
     """
     check_same_dense(_NAME, prediction=prediction_BCHW, target=target_BCHW)
     for argument, tensor in {"prediction": prediction_BCHW, "target": target_BCHW}.items():
@@ -56,7 +56,7 @@ def weighted_mse(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor)
 
 
 def num_slices(numel: int) -> int:
-    """In how many programs a sample of so many elements is summed."""
+    """Number of programs that sum a sample of this many elements."""
     return -(-numel // BLOCK)
 
 
@@ -105,7 +105,7 @@ def _(difference_BCHW: Tensor, grad_loss: Tensor) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, error_B, difference_BCHW = output
     ctx.mark_non_differentiable(error_B, difference_BCHW)
-    ctx.set_materialize_grads(False)  # or backward would fill an image's worth of zeros for the difference
+    ctx.set_materialize_grads(False)  # otherwise backward would fill an image with zeros for the difference
     ctx.save_for_backward(difference_BCHW)
 
 

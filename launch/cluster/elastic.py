@@ -1,13 +1,13 @@
-"""Train on the machines of a hostfile, and go on with those that are left when one is lost.
+"""Train on the machines of a hostfile, and continue with the others when one is lost.
 
     python launch/cluster/elastic.py --hostfile launch/cluster/hostfile launch/train.py --config F --run R
 
-It asks which machines answer and starts DeepSpeed's launcher on each of them. When the run fails, it starts it again
-from the newest complete checkpoint, on the machines that answer then. The machines need the repository and its .venv at
-the same path, and a shared file system with shards and run folder.
+It finds out which machines answer and starts DeepSpeed's launcher on each of them. When the run fails, it starts the
+run again from the newest complete checkpoint, on the machines that answer then. The machines need the repository and
+its .venv at the same path, and a shared file system with shards and run folder.
 
-torchrun is not enough here: it takes whatever ranks there are, also a number that does not divide the global batch; it
-counts restarts in all rather than since the last checkpoint, restarts also after refused input (exit code 2), ends when
+torchrun is not enough here. It takes any number of ranks, also one that does not divide the global batch. It counts all
+restarts rather than those since the last checkpoint, and restarts also after refused input (exit code 2). It ends when
 the machine of its rendezvous is lost, and must itself be started on every machine.
 
 It uses as many slots as divide the global batch: train.global_batch_size must be a multiple of micro_batch_size *
@@ -34,7 +34,8 @@ import yaml
 from segdiff_dist.planning.scaling import most_ranks
 
 BIN = Path(sys.executable).parent
-# `segdiff`'s exit codes for refused input and for a training that stopped itself: the next launch would end alike.
+# `segdiff`'s exit codes for refused input and for a training that stopped itself: the next launch would end in the same
+# way.
 FINAL = (2, 3)
 FORWARDED = ("CUDA_", "DS_", "GLOO_", "NCCL_", "OMP_", "TORCH_")
 
@@ -70,7 +71,7 @@ class Launch:
     """One attempt: a launcher on each host, in a process group with its ranks."""
 
     def __init__(self, slots: dict[str, int], port: int, given: argparse.Namespace, run: Path) -> None:
-        # A new private folder on every host, under a name that nobody else can have made a link at.
+        # A new private folder on every host, under a name at which nobody else can have made a link.
         self._run_on, self._private = given.run_on, f"/tmp/segdiff-elastic-{secrets.token_hex(8)}-{{host}}"
         hostfile = run / "hostfile"
         hostfile.parent.mkdir(parents=True, exist_ok=True)
@@ -80,10 +81,10 @@ class Launch:
         for number, host in enumerate(slots):
             launcher = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(number)]
             launcher += ["--master_addr", given.master_addr or next(iter(slots)), "--master_port", str(port)]
-            # Ignored by DeepSpeed's launchers, SIGUSR1 goes past them to the ranks.
+            # DeepSpeed's launchers ignore SIGUSR1, so only the ranks react to it.
             inner = f"umask 077; mkdir {self._private} && echo $$ > {self._private}/pid || exit 1; umask {umask()}; "
             inner += f"trap '' USR1; exec {shlex.join([*launcher, *given.training])}"
-            # PYTHONSAFEPATH: the launcher starts modules by name, and none is taken from the current folder.
+            # PYTHONSAFEPATH: the launcher starts modules by name, and must not take them from the current folder.
             outer = [
                 "env",
                 f"PATH={BIN}:{os.environ['PATH']}",
@@ -96,11 +97,11 @@ class Launch:
             ]
             there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*outer, inner.replace('{host}', host)])}"
             argv = [*shlex.split(given.run_on.replace("{host}", host)), there]
-            # Away from the terminal, so that Ctrl-C comes here alone.
+            # Detached from the terminal, so that only this process gets Ctrl-C.
             self._processes[host] = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def wait(self, grace_s: float, asked: list[int]) -> dict[str, int]:
-        """Each host's exit code. When one has failed, or a stop was asked for, the rest is given `grace_s`."""
+        """Each host's exit code. When one has failed, or a stop was requested, the others get `grace_s` to end."""
         deadline = float("inf")
         while any(process.poll() is None for process in self._processes.values()) and time.monotonic() < deadline:
             if deadline == float("inf") and (asked or any(process.poll() for process in self._processes.values())):
@@ -126,7 +127,7 @@ def umask() -> str:
 
 
 def final_code(codes: dict[str, int]) -> int | None:
-    """The run's exit code, or None where another launch is to follow. `codes`: exit code by host, empty where no host
+    """The run's exit code, or None if another launch must follow. `codes`: exit code by host, empty if no host
     answered."""
     if codes and not any(codes.values()):
         return 0
@@ -134,7 +135,8 @@ def final_code(codes: dict[str, int]) -> int | None:
 
 
 def run_on_all(hosts: Iterable[str], run_on: str, command: str, timeout_s: float) -> list[str]:
-    """Run a shell command, {host} in it filled in, on all hosts at once; returns those where it succeeded in time."""
+    """Run a shell command, with {host} filled in, on all hosts at once; returns the hosts on which it succeeded in
+    time."""
 
     def succeeds(host: str) -> bool:
         argv = [*shlex.split(run_on.replace("{host}", host)), command.replace("{host}", host)]
@@ -165,7 +167,7 @@ def newest_complete(checkpoints: Path) -> str:
 def settings(training: list[str]) -> tuple[Path, Path, int, int]:
     """Run folder, its checkpoints, global batch and micro-batch, as the training itself resolves them."""
     shown = subprocess.run([sys.executable, *training, "--dry-run"], capture_output=True, text=True, check=False)
-    if not shown.stdout:  # else the settings can be read; what this machine lacks, the ranks' machines may have
+    if not shown.stdout:  # otherwise the settings can be read, even if this machine lacks files
         sys.stderr.write(shown.stderr)
         raise SystemExit(shown.returncode)
     config = yaml.safe_load(shown.stdout)
@@ -206,7 +208,7 @@ def parse() -> argparse.Namespace:
 
 
 def say(text: str) -> None:
-    """To the log, beside what the ranks say."""
+    """Print to the log, among the ranks' output."""
     sys.stderr.write(f"elastic: {text}\n")
 
 
