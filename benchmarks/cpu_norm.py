@@ -1,7 +1,8 @@
-"""GroupNorm's gradients over channels-last on a CPU: segdiff_dist.cpu_norm beside torch's own, over the UNet's shapes.
+"""GroupNorm's gradients over channels-last on a CPU: segdiff_dist.cpu_norm compared with torch's own, over the UNet's
+shapes.
 
 bf16 images with weights in bf16, as DeepSpeed trains them, on one thread; megavalues of x a second. torch is timed in
-both layouts, so that what a walk through rows would have given is seen too.
+both layouts, so that its time with row-major tensors is known too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Evaluation: triples (mask, real, generated) a second on one and two workers, how it grows, and what bounds it.
+"""Evaluation: triples (mask, real, generated) a second on one and two workers, its scaling, and its limits.
 
-256x256, every metric but those of Inception, of LPIPS and of radiomics, and surface Dice, which is timed apart. The
-figures and the report are not drawn. A rate holds everything from opening the run to summary.json, Ray itself excepted,
-which is there already.
+256x256, all metrics except those of Inception, LPIPS and radiomics; surface Dice is timed separately. The figures and
+the report are not drawn. A rate includes everything from opening the run to summary.json, except the start of Ray.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def with_workers(run: Path, num: int, num_workers: int, peaks: dict[str, int], *
     def turn() -> tuple[float, float]:
         forget_evaluation(run)
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # the highest mark starts anew
+            file.write("5")  # reset the peak
         before, start = _resident("VmRSS"), time.perf_counter()
         summary = evaluate(
             run, EvaluateConfig(num_workers=num_workers, surface_dice=surface, device="cpu"), progress=False
@@ -149,7 +148,8 @@ def main() -> None:
     notes["10,000 triples on 2 workers"] = f"{minutes:.1f} minutes ({source}), {verdict} {_LIMIT_MINUTES}"
     ratios = [
         compare(rates, f"{large:,} triples, 2 workers", f"{large:,} triples, 1 worker", 1.8),
-        # Linear: the rate of many is that of fewer, or better where what is done once weighs on the fewer.
+        # Linear: the rate of many equals that of fewer, or is higher because work that is done once weighs more on the
+        # fewer.
         compare(rates, f"{large:,} triples, 2 workers", f"{middle:,} triples, 2 workers", 0.95),
     ]
     report(args, rates, ratios, unit="triples a second", notes=notes)

@@ -1,4 +1,4 @@
-"""Everything that has to be measured on a GPU, in one command and under ten minutes.
+"""All measurements that need a GPU, in one command and in less than ten minutes.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu-h200.json
 
@@ -6,10 +6,9 @@ Ceilings first (a copy, a matrix product), then the kernels' parity with torch, 
 once with and without a CUDA graph (support/gpu_engine.py), whole training steps of batch 32 beside those of others
 (support/gpu_training.py), determinism, the norms over the shapes of the real UNet, the backends of attention, the other
 kernels, sampling in small batches, training steps of batch 64, and at last the loops that torch.compile builds. No part
-takes more than four minutes, and `--parts NAME ...` runs some alone; gpu_pending.sh has them in calls of that length. A
-part that fails or for which no time is left says so, and the rest goes on, in a new process where the device itself was
-lost. `--dry-run` does all of it at toy size on a CPU, through Triton's interpreter, and times nothing that means
-anything.
+takes more than four minutes, and `--parts NAME ...` runs some alone; gpu_pending.sh has them in calls of that length.
+If a part fails or no time is left for it, that is recorded and the rest goes on, in a new process if the device was
+lost. `--dry-run` does all of it at toy size on a CPU, through Triton's interpreter; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from support.gpu_session import REAL, TOY, Session, TargetCheck
 from support.gpu_training import training_steps
 from support.harness import headline, stamp
 
-# By name what runs, and the seconds that it needs at least; in the order of what is worth most.
+# By name, the function and the least seconds that it needs; the most useful parts first.
 Parts = dict[str, tuple[Callable[[Session], Any], float]]
 
 
@@ -62,8 +61,8 @@ def parts_of(batches: tuple[int, ...]) -> Parts:
 
 
 def go_on_afresh(session: Session, names: list[str]) -> None:
-    """Become a new process, for the parts after names[0], in which the device stopped answering. Where one training
-    loop was to blame, that part runs again without it."""
+    """Become a new process, for the parts after names[0], in which the device stopped answering. If one training loop
+    was the cause, that part runs again without it."""
     print(f"\nthe device does not answer any more since {session.lost_to or names[0]}; going on afresh", flush=True)
     failed, *left = names
     if session.lost_to is not None:

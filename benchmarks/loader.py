@@ -1,9 +1,7 @@
 """Our loader against webdataset with torch's DataLoader, over the same 256x256 pairs, shuffled, as uint8 tensors.
 
-    (a) webdataset + DataLoader, 2 workers, PNG        as people write it (.decode("l8")), and tuned
-    (b) the same over raw .npy
-    ours, on each codec; with flips and random crops; and with nothing to wait for but the bytes
-    the limit: a gather of the same bytes from a memory map
+    (a) webdataset + DataLoader, 2 workers, PNG as in its documentation (.decode("l8")), and tuned (b) the same over raw
+    .npy ours, on each codec; and with flips and random crops the limit: a gather of the same bytes from a memory map
 
 Contenders are measured in turns. Then once each: memory over ten epochs, the first batch of a set of 1,000 shards, and
 a set of 10 million slices, index and order alone.
@@ -71,7 +69,7 @@ def batches(shards: ShardSet, config: LoaderConfig, seed: int = 0) -> Any:
 
 
 def ours(path: Path, config: LoaderConfig, num_pairs: int) -> Contender:
-    """Times `num_pairs` pairs after what was made ahead has been consumed."""
+    """Times `num_pairs` pairs after the batches that were made ahead have been consumed."""
 
     def run() -> tuple[float, float]:
         iterator = batches(ShardSet.open(path), config)
@@ -91,12 +89,12 @@ def webdataset_turn(shards: list[Path], codec: str, options: dict[str, Any]) -> 
 
 
 def memory_over_epochs(path: Path, epochs: int = 10) -> list[int]:
-    """This process's memory in MiB after each epoch, in a process of its own. File pages are left out."""
+    """Memory in MiB of a separate process after each epoch, without file pages."""
     return _in_a_process(_memory_over_epochs, path, epochs)
 
 
 def first_batch_s(path: Path) -> dict[str, float]:
-    """Seconds from opening a set to its first batch, in a process of its own that has its modules loaded."""
+    """Seconds from opening a set to its first batch, in a separate process that has already loaded its modules."""
     return _in_a_process(_first_batch, path)
 
 
@@ -272,7 +270,7 @@ def _in_a_process(function: Any, *args: Any) -> Any:
 
 
 def _mib(which: str) -> int:
-    """Of this process: VmHWM, its highest mark, or RssAnon, its own memory without the page cache's."""
+    """Memory of this process: VmHWM, its peak, or RssAnon, its own memory without the page cache."""
     with open("/proc/self/status", encoding="ascii") as status:
         values = dict(line.split(":", 1) for line in status)
     return int(values[which].split()[0]) // 1024

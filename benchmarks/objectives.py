@@ -1,15 +1,15 @@
-"""Training objectives compared with all that is measured in view: Dice, sharpness, texture, precision, recall, PSNR.
+"""Training objectives compared by several metrics: Dice, sharpness, texture, precision, recall, PSNR.
 
 launch/configs/amos_small.yaml on an archive in AMOS' layout: EDM with guidance and the efficient net, as shipped; and
 the former net, for as many images, with x0 and zero terminal SNR, v with zero terminal SNR, and x0 with min-SNR's
-weights. Same masks, and one segmenter, which was trained on the same training split and judges all of them. `segdiff
-evaluate` measures each; a table, a JSON file and one picture of the same masks are what comes of it. Of several seeds
-(training and sampling) the table has mean and range; the picture and the intervals over patients are the first's.
+weights. All use the same masks and one segmenter, which was trained on the same training split. `segdiff evaluate`
+measures each; the results are a table, a JSON file and one picture of the same masks. With several seeds (training and
+sampling) the table has mean and range; the picture and the intervals over patients are those of the first seed.
 
     OUT/shards, OUT/segmenter-run    what all of them share
     OUT/runs/NAME-SEED               a run folder each
 
-What is there already is not made again.
+Existing results are not made again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "edm": ("EDM, guided, efficient net, Muon (shipped)", {}),
     "x0": ("x0, zero terminal SNR", _former(prediction_type="x0")),
     "v": ("v, zero terminal SNR", _former(prediction_type="v")),
-    # Its weight of pure noise is 0, which a zero terminal SNR would make of the step that sampling begins at.
+    # min-SNR gives pure noise the weight 0, and with a zero terminal SNR sampling would begin at pure noise.
     "x0-min-snr": ("x0, min-SNR", _former(prediction_type="x0", zero_terminal_snr=False, loss_weighting="min_snr")),
 }
 METRICS = (
@@ -77,7 +77,7 @@ def settings_of(name: str, args: argparse.Namespace, seed: int = 0) -> dict[str,
 
 
 def make(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Every stage that is missing; returns summary.json of each seed by objective."""
+    """Run every missing stage; returns summary.json of each seed by objective."""
     out, found = args.out.absolute(), {}
     for name in args.objectives:
         found[name] = [_make_run(name, seed, args, out) for seed in range(args.seeds)]
@@ -98,7 +98,7 @@ def _make_run(name: str, seed: int, args: argparse.Namespace, out: Path) -> dict
         ("evaluate", config): run / "evaluation" / "summary.json",
     }
     for (stage, file), product in stages.items():
-        # Training and sampling find out for themselves what is left of them.
+        # Training and sampling themselves continue where they stopped.
         if not product.is_file() or stage in ("train", "sample"):
             print(f"{name}, seed {seed}: {stage}", flush=True)
             segdiff(stage, file, out / f"{name}-{seed}.log", threads=args.threads)
@@ -107,8 +107,8 @@ def _make_run(name: str, seed: int, args: argparse.Namespace, out: Path) -> dict
 
 
 def rows_of(summaries: dict[str, list[dict[str, Any]]], group: str) -> dict[str, dict[str, Any]]:
-    """Entries of METRICS by objective; `group`: "all" or a modality. `value` is the mean over seeds, `of_seeds` what it
-    is of; the interval over patients is the first seed's."""
+    """Entries of METRICS by objective; `group`: "all" or a modality. `value` is the mean over seeds, `of_seeds` has
+    their values; the interval over patients is that of the first seed."""
     found: dict[str, dict[str, Any]] = {}
     for name, of_seeds in summaries.items():
         groups = [s["metrics"] if group == "all" else s["by_modality"].get(group, {}) for s in of_seeds]

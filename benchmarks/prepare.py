@@ -1,4 +1,4 @@
-"""Ingestion: slices a second with one worker and with two, where the time of one goes, and the memory of a volume.
+"""Ingestion: slices a second with one worker and with two, the time of each step, and the memory of a volume.
 
 The volumes are phantoms as large as those of AMOS: 512x512 pixels, 3 mm slices, CT and MR, with labels.
 """
@@ -26,7 +26,8 @@ from data_shards.ingest.prepare import PrepareConfig, prepare
 from data_shards.phantom import PhantomConfig, write_phantom
 
 _PHANTOM = PhantomConfig(num_train=3, num_val=0, num_test=0, matrix=(512, 512), slice_thickness_mm=(3.0, 3.0))
-# Each volume is prepared under several case ids, so that a run is long against the start of its workers (about 3 s).
+# Each volume is prepared under several case ids, so that a run takes much longer than the start of its workers (about 3
+# s).
 _COPIES = 10
 
 
@@ -50,7 +51,7 @@ def multiplied(archive: Path, copies: int) -> Path:
 
 
 def with_workers(archive: Path, folder: Path, num_workers: int, codec: str = "raw") -> Contender:
-    """Times a whole `prepare`; Ray is there already, its workers are not."""
+    """Times a whole `prepare`; Ray already runs, but without workers."""
 
     def run() -> tuple[float, float]:
         out = folder / "set"
@@ -115,8 +116,8 @@ def where_the_time_goes(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def peak_of_a_volume(case: Case, folder: Path) -> dict[str, Any]:
-    """The most memory that a worker's process takes for a volume above what it takes for its modules, against the
-    volume's voxels; in a process of its own."""
+    """The peak memory of a worker's process for a volume, without the memory of its modules, relative to the volume's
+    voxels; in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (case, folder))
 

@@ -1,16 +1,16 @@
-"""Recipes compared, fairly: the paper's at its best against ours, over images seen and over seconds.
+"""A fair comparison of recipes: the paper's at its best and ours, over images seen and over seconds.
 
 Both train the same small net on the same slices of CT and MR, with as many images, in the same precision, on one core
-each; only what docs/recipes.md lists as a recipe's differs. The paper's takes its learning rate, and whether its
-weights are averaged, from what is best on the validation split. At several points of training a fixed set of held-out
+each; only the settings that docs/recipes.md lists for a recipe differ. The paper's recipe uses the learning rate, and
+averaged or plain weights, that are best on the validation split. At several points of training a fixed set of held-out
 masks is sampled, and scored by a segmenter that was trained on the same training split: Dice over the organs of the
 mask, Frechet distance of the segmenter's features, PSNR, and sharpness (power by band of frequency, and texture inside
-organs, against the real images, since blur costs nothing in the others). Then ours with one part at a time as the paper
-has it.
+organs, against the real images, since the others do not detect blur). Then ours with one part at a time as in the
+paper.
 
-A comparison lives in a folder (--out) and goes on where it was stopped: --budget-minutes stops it in time, --dry-run
-says what is left. By default on a phantom; --archive adds an archive in AMOS' layout. Where its test split has no
-labels, the validation split's masks are sampled, the ones that chose the paper's learning rate.
+A comparison is stored in a folder (--out) and continues where it was stopped: --budget-minutes stops it in time,
+--dry-run prints the remaining work. The default is a phantom; --archive adds an archive in AMOS' layout. If its test
+split has no labels, the validation split's masks are sampled, by which the paper's learning rate was chosen.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ from data_shards.files import write_atomic
 from data_shards.problems import InputProblems, Problem, refuse
 from segdiff_dist.config import differences
 
-# Until a run has said how fast it is: images trained and images taken through the net once, a second on one core of an
-# AMD EPYC, for the net and size of Scale's defaults.
+# Used until a run has measured its speed: images trained and images taken through the net once, a second on one core of
+# an AMD EPYC, for the net and size of Scale's defaults.
 _TRAINED_PER_S, _FORWARD_PER_S = 15.0, 47.0
-# To start a training, and to load what judging one takes.
+# Seconds to start a training, and to load the parts for scoring one.
 _START_S, _LOAD_S = 20.0, 5.0
 
 
 def advance(run: Run, scored: list[Scored], scale: Scale, deadline: float) -> bool:
-    """Train a run and measure it; False where time ran out before all was done. Runs in a process of the pool."""
+    """Train a run and measure it; False if time ran out before. Runs in a process of the pool."""
     if not train(run, scale, deadline):
         return False
     for one in scored:
@@ -68,7 +68,7 @@ def advance(run: Run, scored: list[Scored], scale: Scale, deadline: float) -> bo
 
 
 def work_off(work: Work, scale: Scale, jobs: int, deadline: float) -> bool:
-    """Advance every run, `jobs` at a time; False where time ran out before all was done."""
+    """Advance every run, `jobs` at a time; False if time ran out before all was done."""
     waiting = {run: scored for run, scored in work.items() if not (run.is_trained and all(j.is_done for j in scored))}
     if not waiting:
         return True
@@ -89,7 +89,7 @@ def work_off(work: Work, scale: Scale, jobs: int, deadline: float) -> bool:
 
 
 class _Rates:
-    """Images a second of one core, from the runs that are done where there are any."""
+    """Images a second of one core, from finished runs if there are any."""
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
         done = [run for run in runs if run.is_trained]
@@ -98,17 +98,17 @@ class _Rates:
         self.forward = _FORWARD_PER_S * self.trained / _TRAINED_PER_S
 
     def minutes_to_train(self, run: Run, scale: Scale) -> float:
-        """Of one core; 0 where it is done."""
+        """Remaining seconds of one core; 0 if it is done."""
         return 0.0 if run.is_trained else (_START_S + run.num_images(scale) / self.trained) / 60.0
 
     def minutes_to_measure(self, scored: Iterable[Scored], scale: Scale) -> float:
-        """Likewise, of those that are not done."""
+        """The same for scoring."""
         num_steps = [samplers(scale)[one.sampler]["num_steps"] for one in scored if not one.is_done]
         return sum(_LOAD_S + scale.num_masks * steps / self.forward for steps in num_steps) / 60.0
 
 
 def print_plan(comparisons: Sequence[Comparison], jobs: int) -> None:
-    """Every run, and the minutes that are left of it."""
+    """Print every run and its remaining minutes."""
     total = 0.0
     for comparison in comparisons:
         scale, (first, second) = comparison.scale, comparison.rounds()
@@ -196,7 +196,7 @@ def main() -> int:
 
 
 def refuse_another_scale(out: Path, scale: Scale) -> None:
-    """What is in the folder may only be gone on with as it was begun."""
+    """A comparison in the folder can only be continued with its own settings."""
     file, now = out / "scale.json", json.loads(json.dumps(describe(scale, samplers(scale))))
     if not file.is_file():
         write_atomic(file, json.dumps(now, indent=1) + "\n")
@@ -219,7 +219,7 @@ def draw(comparison: Comparison, result: dict[str, Any], name: str, beside: Path
 
 
 def write_results(args: argparse.Namespace, scale: Scale, results: dict[str, Any], file: Path) -> None:
-    """The JSON file: what was measured, on what."""
+    """The JSON file: the measurements and the machine."""
     record = stamp(args, without=("archive", "out")) | {"scale": describe(scale, samplers(scale)), "results": results}
     write(file, record)
 

@@ -1,11 +1,11 @@
-"""Sampling: our workers against diffusers' own pipeline loop, one worker and two, with Ray and without, in turns.
+"""Sampling: our workers compared with diffusers' own pipeline loop, one worker and two, with Ray and without, in turns.
 
     diffusers' loop     UNet2DModel and DDIMScheduler as DDIMPipeline runs them: fp32, one process, a thread a core
     ours                what `segdiff sample` runs: Ray workers of one thread each, images and masks into the store
     ours, fast          the same with `preset: fast`, whose images benchmarks/samplers.py finds as good as 50 DDIM steps
 
-All make the same items of a shard set of simple shapes with the same untrained weights; speed knows no difference. What
-bf16 brings is to be read off the fp32 rows, what two processes of one thread bring over one of two off the rest.
+All make the same items of a shard set of simple shapes with the same untrained weights, which does not change the
+speed. The fp32 rows show the gain of bf16, the others that of two processes of one thread over one process of two.
 `--run RUN --data SHARDS` takes a trained run; `--net paper` the paper's network, for which a CPU takes hours.
 """
 
@@ -77,7 +77,7 @@ def write_untrained(run: Path, net: str) -> Path:
 
 
 def task_of(args: Any, folder: Path) -> Task:
-    """What is to be made: a run's held-out masks, or shapes and untrained weights."""
+    """The images to make: from a run's held-out masks, or from shapes with untrained weights."""
     config = SampleConfig(
         num=args.images,
         seed=0,
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def run(args: Any, folder: Path) -> None:
-    """Measure, compare, report; Ray is there."""
+    """Measure, compare, report; Ray already runs."""
     task = task_of(args, folder)
     busy: dict[str, list[float]] = {}
 
@@ -163,8 +163,8 @@ def run(args: Any, folder: Path) -> None:
 
 
 def _difference(task: Task, folder: Path) -> str:
-    """Ours and diffusers' images are to be the same, so that the ratios compare like with like. After few steps: 50 of
-    an untrained net turn weights that are 1e-6 off into other images."""
+    """Our images and those of diffusers must be the same, so that the ratios are fair. Compared after few steps: after
+    50 of an untrained net, weights that differ by 1e-6 give other images."""
     import zarr
 
     sampler = replace(task.config.sampler, num_steps=_FEW_STEPS)

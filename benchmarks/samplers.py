@@ -1,10 +1,10 @@
-"""How few steps each solver needs to be as good as 50 of DDIM, on held-out masks and a trained run.
+"""The fewest steps with which each solver is as good as 50 of DDIM, on held-out masks and a trained run.
 
 Each mask is sampled with the same noise by every solver, at several numbers of steps, and scored by the run's
 segmenter. As good: Dice(mask, prediction on generated) at most 0.005 below that of 50 DDIM steps, and the Frechet
-distance of the segmenter's features at most 3 % above. Beside them `sharpness` and power in the finest band, generated
-over real: fewer steps may blur, which Dice does not see. The fewest steps of each solver that are as good are then
-timed in turns with DDIM's 50. What is measured is kept in --out; the same command again goes on.
+distance of the segmenter's features at most 3 % above. `sharpness` and power in the finest band, generated over real,
+are measured too: fewer steps may blur, which Dice does not detect. The fewest steps of each solver that are as good are
+then timed in turns with DDIM's 50. Measurements are kept in --out; the same command continues.
 
     OMP_NUM_THREADS=1 python benchmarks/samplers.py --run runs/demo/run --figure runs/samplers/samplers.png
 """
@@ -41,7 +41,7 @@ _QUICK_STEPS = dict.fromkeys(STEPS, (4,))
 
 
 def reference_of(diffusion: DiffusionConfig) -> SamplerConfig:
-    """50 DDIM steps as the paper takes them; trailing where the net was trained to start at pure noise."""
+    """50 DDIM steps as in the paper; trailing if the net was trained to start at pure noise."""
     return SamplerConfig(timestep_spacing="trailing" if diffusion.zero_terminal_snr else "leading").resolved()
 
 
@@ -71,7 +71,7 @@ def row_of(scorer: Scorer, scored: Scored, reference: Scored) -> dict[str, Any]:
 
 
 def fewest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """Of each solver the row with the fewest evaluations that is as good; None where there is none."""
+    """For each solver the row with the fewest evaluations that is as good; None if there is none."""
     found: dict[str, dict[str, Any] | None] = {}
     for solver in STEPS:
         good = [row for row in rows if row["solver"] == solver and row["is_as_good"]]

@@ -1,12 +1,12 @@
-"""What a training step of the paper's UNet at 256x256 moves through a GPU's memory, counted without a GPU.
+"""The memory traffic of a training step of the paper's UNet at 256x256 on a GPU, counted without a GPU.
 
     eager, channels-last    diffusers' UNet in bf16 as PyTorch runs it, weights and activations channels-last
     eager, rows             the same, row-major
     fused                   `kernels: triton`
 
-Bytes outside convolutions and matrix products, kernels launched, and activations kept for the backward pass. Counted
-on the meta device (support/step_budget.py has the rules), an image and a step apart: what does not grow with the batch,
-parameters above all, is the step's. Optimiser, averages and the making of the input are left out.
+Bytes outside convolutions and matrix products, kernels launched, and activations kept for the backward pass. Counted on
+the meta device (support/step_budget.py has the rules), separately for an image and a step: traffic that does not grow
+with the batch, mainly of parameters, belongs to the step. Optimiser, averages and the making of the input are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Our training loop against those it replaces: the same network, slices and global batch, in turns.
+"""Our training loop compared with those it replaces: the same network, slices and global batch, in turns.
 
     (a) the published loop's design   fp32, row-major, plain AdamW, noise from the CPU, .item() every step, no averages
     (b) diffusers' style              accelerate, EMAModel, DDPMScheduler, clipping, DataLoader; fp32 and bf16
@@ -6,8 +6,8 @@
     ours, bare                        the same without averages, log, MLflow and checkpoint
 
 Each with one and with two ranks, a thread of arithmetic each, in processes of their own that are started for the turn.
-(a) and (b) save nothing while they are timed. Then what a step waits for a checkpoint as large as the paper's network
-makes it. `--net paper` takes the paper's network at 256x256, where a step takes half a minute on a CPU.
+(a) and (b) save nothing while they are timed. Then the time that a step waits for a checkpoint of the paper's network.
+`--net paper` takes the paper's network at 256x256, where a step takes half a minute on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PAPER_PARAMETERS = 113_670_000
 # Far more often than anyone saves; the turns, which take seconds, hold one checkpoint each.
 _SAVES_EVERY_S = 60.0
 
-# What every contender is; a global batch of `images`, `pairs` slices to draw from.
+# The settings of all contenders: a global batch of `images`, `pairs` slices to draw from.
 _NETS: dict[str, dict[str, Any]] = {
     "tiny": {"size": 32, "block_out_channels": (32, 64), "attention_resolutions": (), "images": 8, "pairs": 64},
     "small": {"size": 64, "block_out_channels": (32, 64, 128, 128), "attention_resolutions": (), "images": 8},
@@ -69,7 +69,7 @@ class Contest:
         return measured
 
     def notes(self, rates: dict[str, Spread]) -> dict[str, str]:
-        """Of every contender images a second, data wait and memory."""
+        """For every contender images a second, data wait and memory."""
         return {name: self._line(name, spread.median) for name, spread in rates.items()}
 
     def costs(self, name: str, turn: Turn) -> dict[str, str]:

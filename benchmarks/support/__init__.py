@@ -1,1 +1,1 @@
-"""What the benchmarks share. Scripts beside this folder import it as `support`: Python puts their folder first."""
+"""Shared code of the benchmarks. The scripts import it as `support`, since Python puts their folder first."""

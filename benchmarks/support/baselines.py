@@ -1,6 +1,6 @@
-"""What our loader is measured against: webdataset with torch's DataLoader, and a bare gather from memory.
+"""The baselines of our loader: webdataset with torch's DataLoader, and a bare gather from memory.
 
-Dimensions: N pairs, B batch, H rows, W columns. Run it by itself to see which settings suit webdataset best here.
+Dimensions: N pairs, B batch, H rows, W columns. Run this file to find the best settings of webdataset on a machine.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def make_pair(number: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_pairs(folder: Path, num: int, codec: str, size: int = SIZE) -> list[Path]:
-    """The pairs of write_raw as tars of 250, the way people write them: KEY.image.png, KEY.mask.png (or .npy) and
-    KEY.meta.json. Shards that are there already are kept."""
+    """The pairs of write_raw as tars of 250, in the usual form: KEY.image.png, KEY.mask.png (or .npy) and
+    KEY.meta.json. Existing shards are kept."""
     import webdataset
     from PIL import Image
 
@@ -108,7 +108,7 @@ def into_page_cache(paths: list[Path]) -> None:
 
 @dataclass(frozen=True)
 class WebDatasetSettings:
-    """How webdataset and DataLoader are set up. The defaults are the fastest of those tried (see main)."""
+    """The settings of webdataset and DataLoader. The defaults are the fastest of those tried (see main)."""
 
     num_workers: int = 2
     batched_by_dataset: bool = False
@@ -118,7 +118,7 @@ class WebDatasetSettings:
     decoder: str = "lean"
     """`usual`: webdataset's own, .decode("l8"); `lean`: only the two members, straight to an array."""
     shared_collate: bool = True
-    """Batch straight into the memory that the worker hands over; else np.stack, then DataLoader copies."""
+    """Batch directly into the memory that the worker passes on; else np.stack, and then DataLoader copies."""
     crop: int | None = None
     """Flip left and right in half of the samples, then crop to this many pixels at random."""
 
@@ -161,7 +161,7 @@ def webdataset_batches(shards: list[Path], codec: str, batch_size: int, settings
         num_workers=settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
         persistent_workers=True,
-        multiprocessing_context="fork",  # what Linux gives where nothing was chosen
+        multiprocessing_context="fork",  # the default of Linux
         **options,
     )
 
@@ -179,8 +179,8 @@ def webdataset_contender(
 
     def run() -> tuple[float, float]:
         loader = webdataset_batches(shards, codec, batch_size, chosen)
-        # Until its buffer is full, .shuffle reads two samples for each that it gives; then the batches that wait in the
-        # queues, so that none of the timed ones was made beforehand.
+        # Until its buffer is full, .shuffle reads two samples for each one that it returns; then come the batches that
+        # wait in the queues, so that none of the timed ones was made beforehand.
         filling = chosen.num_workers * chosen.shuffle_buffer // batch_size
         warm_up = filling + 2 * chosen.num_workers * chosen.prefetch_factor
         iterator = iter(loader)
@@ -227,7 +227,7 @@ def gather_contender(path: Path, *, batch_size: int = 32, num_pairs: int = 20_00
 def _shared_storage(shape: tuple[int, ...]) -> Any:
     import torch
 
-    # What torch's own default_collate does in a worker.
+    # As torch's own default_collate in a worker.
     return torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""What writing a checkpoint costs the step that begins it, and the work beside it."""
+"""The cost of writing a checkpoint for the step that begins it, and for the work during the writing."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def checkpoint_costs(num_parameters: int, folder: Path, times: int) -> dict[str,
 
 
 def _costs_here(num_parameters: int, folder: Path, times: int) -> dict[str, Any]:
-    """`gib` a checkpoint; by checkpoint `waited_s`, what the loop stood still, and `written_s`, from its start until it
-    is complete; `slowed`, how much longer pieces of work take beside a writing than alone; and `step_s`, the work
-    between the start of a checkpoint and the next change of the weights."""
+    """`gib` of a checkpoint; for each checkpoint `waited_s`, the time that the loop waited, and `written_s`, from its
+    start until it is complete; `slowed`, how much longer work takes during a writing than without; and `step_s`, the
+    work between the start of a checkpoint and the next change of the weights."""
     from segdiff_dist.training.checkpoint_writer import CheckpointWriter
     from segdiff_dist.training.sharded_state import Extent, ShardOfState
 

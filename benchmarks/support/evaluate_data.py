@@ -1,5 +1,5 @@
 """Synthetic triples for benchmarks/evaluate.py: a shard set of discs in an ellipse, and "generated" images, which are
-the real ones with noise. What evaluating costs depends on their number, size and organs, not on how they look."""
+the real ones with noise. The cost of an evaluation depends on their number, size and organs, not on their content."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write_samples(run: Path, shards: ShardSet, num: int) -> None:
 
 
 def forget_evaluation(run: Path) -> None:
-    """So that nothing of an earlier turn is there."""
+    """Remove the results of an earlier turn."""
     shutil.rmtree(run / "evaluation", ignore_errors=True)
 
 

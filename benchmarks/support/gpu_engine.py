@@ -1,7 +1,7 @@
 """benchmarks/gpu.py: steps of the training engine, replayed and launched one by one, by images at once.
 
-What `segdiff train` does in a step, without loader, log and checkpoints: micro-batches, guard, update, averages. Host
-time is what the calls of a step take, and GPU time is the sum of its kernels: where the first is longer, the GPU waits.
+A step of `segdiff train` without loader, log and checkpoints: micro-batches, guard, update, averages. Host time is the
+duration of a step's calls, and GPU time is the sum of its kernels: if the host time is longer, the GPU waits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def make_steps(session: Session, folder: Path, images: int, micro_batch: int, gr
 
 
 def engine_steps(session: Session) -> list[dict[str, Any]]:
-    """Of every number of images at once, eager and replayed: images/s, host and GPU time, launches, memory.
+    """For every number of images at once, eager and replayed: images/s, host and GPU time, launches, memory.
 
     A step has as many images as the largest number; with fewer at once they are accumulated.
     """
@@ -91,7 +91,7 @@ def engine_steps(session: Session) -> list[dict[str, Any]]:
             rows.append(row)
             try:
                 row |= _measured(session, images, micro_batch, graph)
-            except Exception as error:  # the other sizes are worth having
+            except Exception as error:  # the results of the other sizes are still useful
                 row["error"] = describe(error)
                 if not session.device_works():
                     raise
@@ -146,7 +146,7 @@ def _measured(session: Session, images: int, micro_batch: int, graph: Literal["a
 
 
 def _host_ms(session: Session, steps: Steps) -> float:
-    """What the calls of a step take while the device is free to follow."""
+    """Duration of a step's calls while the device can follow."""
     session.synchronize()
     began = time.perf_counter()
     steps.step()
@@ -156,7 +156,7 @@ def _host_ms(session: Session, steps: Steps) -> float:
 
 
 def _gpu_time(session: Session, steps: Steps) -> dict[str, float]:
-    """Sum of a step's kernels, and how many they are."""
+    """Sum of a step's kernels, and their number."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

@@ -20,14 +20,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels" / "benchmark
 import _bench as kernel_bench
 
 GROUPS = 32
-# What a kernel may differ from torch's reference by, of the largest value, where activations are bf16.
+# Largest allowed difference of a kernel from torch's reference, relative to the largest value, for bf16 activations.
 PARITY = 1e-2
 # The UNet's gradients in fp32, fused against eager, of the largest of all: products in another order too.
 UNET_PARITY = 1e-4
 
 
 def ceilings(session: Session) -> dict[str, float]:
-    """What the device gives at most: GB/s of a copy (read and write counted), TFLOP/s of a bf16 matrix product."""
+    """The ceilings of the device: GB/s of a copy (read and write counted), TFLOP/s of a bf16 matrix product."""
     num, side, device = session.scale.copy_bytes // 2, session.scale.gemm_side, session.device
     source, target = (torch.zeros(num, dtype=torch.bfloat16, device=device) for _ in range(2))
     copy_s = session.seconds(lambda: target.copy_(source), 20)
@@ -46,7 +46,7 @@ def parity(session: Session) -> dict[str, Any]:
             toy = kernel_bench.benchmark_of(script).toy
             found[name] = {case.name: kernel_bench.disagreement(case) for case in toy()}
             print(f"  {name:<24} {max(found[name].values()):.1e} of the largest value at most", flush=True)
-        except Exception as error:  # the other kernels' parity is worth having
+        except Exception as error:  # the parity of the other kernels is still useful
             found[name] = {"error": describe(error)}
             print(f"  {name:<24} {found[name]['error']}", flush=True)
     errors = [e for cases in found.values() if "error" not in cases for e in cases.values()]
@@ -100,7 +100,7 @@ def unet_parity(session: Session) -> dict[str, float]:
         fused_loss, grads = gradients(fused, x_t_N1HW, timestep_N, class_N, mask_BHW=batch.mask_BHW)
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
-    # Some gradients are 0 but for rounding (a key's bias shifts all scores alike), so none is judged by itself.
+    # Some gradients are 0 except for rounding (a key's bias shifts all scores equally), so none is judged by itself.
     scale_of_all = max(float(g.abs().max()) for g in expected.values())
     largest = {name: float((grads[name] - g).abs().max()) / scale_of_all for name, g in expected.items()}
     worst = max(largest, key=lambda name: largest[name])
@@ -170,7 +170,7 @@ def norm_backward(batch: int, channels: int, side: int) -> kernel_bench.Case:
 
 
 def kernels(session: Session) -> dict[str, Any]:
-    """The other kernels, each by its own benchmark, over its real shapes; a dry run has done with parity."""
+    """The other kernels, each by its own benchmark, over its real shapes; in a dry run the parity part is enough."""
     found: dict[str, Any] = {}
     if session.device.type != "cuda":
         return found
@@ -180,7 +180,7 @@ def kernels(session: Session) -> dict[str, Any]:
         try:
             real = kernel_bench.benchmark_of(script).real
             found[name] = [row for case in real() for row in kernel_bench.measure(case)]
-        except Exception as error:  # the others are worth having
+        except Exception as error:  # the results of the others are still useful
             found[name] = {"error": describe(error)}
             print(f"  {name}: {found[name]['error']}", flush=True)
             continue
@@ -194,5 +194,5 @@ def _activation(batch: int, channels: int, side: int) -> Tensor:
 
 
 def called_once(case: kernel_bench.Case) -> list[dict[str, Any]]:
-    """A dry run: no times, only by how much the contenders differ."""
+    """A dry run: no times, only the differences of the contenders."""
     return [{"case": case.name, "disagreement": kernel_bench.disagreement(case)}]

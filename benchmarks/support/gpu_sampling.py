@@ -39,7 +39,7 @@ def sampling(session: Session) -> list[dict[str, Any]]:
                     step_s = session.seconds(make(batch), session.scale.sampling_steps)
                 row["images_per_s"] = batch / (step_s * STEPS_AN_IMAGE)
                 print(f"  batch {batch:<4} {name:<28} {row['images_per_s']:>8.2f} img/s", flush=True)
-            except Exception as error:  # the other ways are worth having
+            except Exception as error:  # the results of the other ways are still useful
                 row["error"] = describe(error)
                 print(f"  batch {batch:<4} {name:<28} {row['error']}", flush=True)
             rows.append(row)
@@ -47,7 +47,7 @@ def sampling(session: Session) -> list[dict[str, Any]]:
 
 
 def _ways(session: Session) -> dict[str, Callable[[int], Callable[[], Any]]]:
-    """By name, what makes one network evaluation for a batch."""
+    """By name, a function that makes one network evaluation for a batch."""
     diffusers, ours = (_denoiser(session, kernels) for kernels in ("torch", "triton"))
     ways: dict[str, Callable[[int], Callable[[], Any]]] = {
         "diffusers": partial(_evaluation, session, diffusers, diffusers),
@@ -89,7 +89,7 @@ def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as one CUDA graph, replayed: what it reads and writes stays where it is."""
+    """The call as one CUDA graph, replayed: its inputs and outputs stay in place."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

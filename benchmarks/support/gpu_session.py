@@ -1,7 +1,7 @@
-"""What the parts of benchmarks/gpu.py share: their scale, the clock that they run against, and where results are kept.
+"""Shared by the parts of benchmarks/gpu.py: their scale, their time budget, and the results file.
 
-A part that fails costs itself alone: its error is recorded and the next one begins. The results file is written anew
-after every part, so that a machine that is taken away leaves what it had measured.
+If a part fails, its error is recorded and the next one begins. The results file is written again after every part, so
+that its measurements are kept if the machine is lost.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LONGEST_PART_S = 225.0
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of all parts."""
 
     net: DenoiserConfig
     size: int
     batches: tuple[int, ...]
-    """Of the training steps, the first being the one that targets are about."""
+    """Batches of the training steps; targets are for the first."""
     rounds: int
     steps: int
     """Timed in each turn."""
@@ -108,7 +108,7 @@ class Session:
     scale: Scale
     device: torch.device
     record: dict[str, Any]
-    """What is written to the results file: the stamp, then `parts` by name and `verdicts`."""
+    """The contents of the results file: the stamp, then `parts` by name and `verdicts`."""
     start: float = field(default_factory=time.monotonic)
     verdicts: list[TargetCheck] = field(default_factory=list)
     now: str | None = None
@@ -133,14 +133,14 @@ class Session:
         try:
             with _at_most(LONGEST_PART_S):
                 parts[name] = {"found": run(self)}
-        except Exception as error:  # whatever it is, the other parts are worth having
+        except Exception as error:  # for any error, the results of the other parts are still useful
             parts[name] = {"so_far": parts.get(name, {}).get("so_far"), "error": describe(error)}
             traceback.print_exc()
         parts[name]["seconds"] = round(time.monotonic() - began, 1)
         self.save()
 
     def keep(self, found: Any) -> None:
-        """What the running part has found so far, for the case that it does not end."""
+        """The results of the running part so far, in case it does not end."""
         assert self.now is not None
         self.record["parts"][self.now] = {"so_far": found}
         self.save()
@@ -151,7 +151,7 @@ class Session:
         write(self.args.json, self.record, quiet=quiet)
 
     def check_target(self, name: str, value: float, target: float, *, is_limit: bool = False) -> None:
-        """Set a figure against its target; a dry run's says nothing and is left out."""
+        """Compare a figure with its target; figures of a dry run mean nothing and are left out."""
         if not self.args.dry_run:
             self.verdicts.append(TargetCheck(name, value, target, is_limit))
             print(f"  {self.verdicts[-1]}", flush=True)
@@ -172,7 +172,7 @@ class Session:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> float:
-        """Of one call, over `repeats` calls in a row, on a GPU after one that does not count."""
+        """Seconds of one call, over `repeats` consecutive calls, on a GPU after one that does not count."""
         if self.device.type == "cuda":
             call()
             self.synchronize()
@@ -185,7 +185,8 @@ class Session:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer, as soon as Python runs again: a compiler does often enough."""
+    """Raises TimeoutError in code that takes longer, as soon as Python runs again, which happens often enough in a
+    compiler."""
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"longer than {seconds:.0f} s")

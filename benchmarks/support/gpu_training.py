@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: whole training steps, ours beside those of others, in turns.
+"""benchmarks/gpu.py: whole training steps, ours and those of others, in turns.
 
     a  the published loop   fp32, rows, AdamW as torch chooses, noise made on the CPU, the loss read in every step
     b  diffusers            bf16, channels-last, fused AdamW, noise on the device, no wait
@@ -38,7 +38,7 @@ from support.gpu_session import Session, describe
 from support.harness import Contender, Spread, compare, measure
 
 TRAINING_STEPS = 1000
-# With less time left no further round is begun, so that what was measured is written down.
+# With less time left no further round is begun, so that the measurements are written.
 _RESERVE_S = 30.0
 
 
@@ -66,7 +66,7 @@ class Loop:
 
 def training_steps(session: Session, batch: int, compiled: bool = False) -> dict[str, Any]:
     """Images a second, memory and share of the GEMM ceiling of loops at one batch: those that torch.compile builds,
-    which takes minutes, or the others. What each loop came to is kept as it comes."""
+    which takes minutes, or the others. The result of each loop is kept immediately."""
     scale, device = session.scale, session.device
     found: dict[str, Any] = {"batch": batch, "errors": {}, "peak_gib": {}, "micro_batch": {}, "first_images_per_s": {}}
     with TemporaryDirectory(prefix="bench-gpu-") as folder:
@@ -78,7 +78,7 @@ def training_steps(session: Session, batch: int, compiled: bool = False) -> dict
                 loops[name], found["peak_gib"][name] = warmed_up(session, make, batch)
                 found["micro_batch"][name] = loops[name].micro_batch_size
                 print(f"  {name}: ready, {session.left_s():.0f} s left", flush=True)
-            except Exception as error:  # the other loops are worth having
+            except Exception as error:  # the results of the other loops are still useful
                 if not session.device_works():
                     session.lost_to = name
                     raise
@@ -88,7 +88,7 @@ def training_steps(session: Session, batch: int, compiled: bool = False) -> dict
             gc.collect()
         found["peak_of_micro_batch"] = dict(found["micro_batch"])
         for name in list(loops):
-            try:  # beside the others' weights some may not fit any more
+            try:  # with the others' weights in memory some may no longer fit
                 images, seconds = _turn(session, loops[name], batch, 1)
                 found["micro_batch"][name] = loops[name].micro_batch_size
                 found["first_images_per_s"][name] = images / seconds
@@ -203,7 +203,7 @@ def published(session: Session) -> Loop:
 
 
 def tuned(session: Session, net: Callable[..., Tensor], *, compiled: bool = False) -> Loop:
-    """(b) to (d): what a careful user makes of a library's network."""
+    """(b) to (d): a library's network, used carefully."""
     device = session.device
     assert isinstance(net, nn.Module)
     net.to(device, torch.bfloat16).to(memory_format=torch.channels_last).train()
@@ -310,7 +310,7 @@ def denoiser_task(session: Session, folder: Path, kernels: Literal["triton", "to
     from segdiff_dist.denoising.task import DenoiserTask
 
     scale = session.scale
-    write_data(folder, 2, scale.size)  # the task looks at a set's size and labels, no more
+    write_data(folder, 2, scale.size)  # the task reads only a set's size and labels
     shards = ShardSet.open(folder / "shards")
     net = replace(scale.net, kernels=kernels)
     return DenoiserTask(shards, scale.size, net, DiffusionConfig(), 0, folder / "weights", session.device)
@@ -367,7 +367,7 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
 
 def _turn(session: Session, loop: Loop, batch: int, steps: int) -> tuple[float, float]:
     if session.device.type == "cuda":
-        torch.cuda.empty_cache()  # what another loop kept may be in pieces of the wrong size
+        torch.cuda.empty_cache()  # memory of another loop may be in pieces of the wrong size
     while True:
         try:
             return float(batch), session.seconds(partial(loop.step, batch), steps)
@@ -380,14 +380,14 @@ def _turn(session: Session, loop: Loop, batch: int, steps: int) -> tuple[float, 
 
 
 def _profile(session: Session, loop: Loop, batch: int) -> list[dict[str, Any]] | str:
-    """Where a step's time goes: the twenty kernels that take most of it; or why it is not known."""
+    """The twenty kernels that take most of a step's time; or the reason why they are not known."""
     from torch.profiler import ProfilerActivity, profile
 
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             loop.step(batch)
             session.synchronize()
-    except Exception as error:  # the rates are worth having
+    except Exception as error:  # the rates are still useful
         return describe(error)
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
     return [{"kernel": e.key, "ms": e.self_device_time_total / 1e3, "calls": e.count} for e in events[:20]]

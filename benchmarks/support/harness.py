@@ -1,4 +1,4 @@
-"""What every benchmark here shares: contenders measured in turns, ratios with their spread, a table and a JSON file.
+"""Shared code of all benchmarks: contenders measured in turns, ratios with their spread, a table and a JSON file.
 
 A contender is a callable that opens what it needs, does a timed piece of work, closes again, and returns (units done,
 seconds of the timed piece). So no contender's workers are alive during another's turn. Each round measures every
@@ -29,13 +29,13 @@ _PACKAGES = (
 )
 
 
-# What decides how fast a CPU multiplies, as /proc/cpuinfo calls it.
+# Features that decide how fast a CPU multiplies, with their names in /proc/cpuinfo.
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of what the rounds gave, with their smallest and largest."""
+    """The median of the rounds, with their smallest and largest value."""
 
     rounds: tuple[float, ...]
 
@@ -76,7 +76,8 @@ def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentPars
 def measure(
     contenders: Mapping[str, Contender], rounds: int, goes_on: Callable[[], bool] = lambda: True
 ) -> dict[str, Spread]:
-    """Units a second of every contender, from `rounds` rounds in turns, or fewer where `goes_on` says so after one."""
+    """Units a second of every contender, from `rounds` rounds in turns, or fewer if `goes_on` returns False after
+    one."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
@@ -117,7 +118,7 @@ def report(
     unit: str,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the table and write args.json. `notes`: whatever else was measured or chosen, by name."""
+    """Print the table and write args.json. `notes`: further measurements and settings, by name."""
     record = stamp(args)
     print(f"\n{headline(record)}\n")
     print(f"{unit:<48} {'median':>12} {'min':>12} {'max':>12}")
@@ -139,7 +140,8 @@ def report(
 
 
 def stamp(args: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, Any]:
-    """When, on what, with which versions and arguments, at which commit. Arguments `without` are a machine's own."""
+    """The stamp of a measurement: time, machine, versions, arguments and commit. Arguments `without` belong to a
+    machine and are left out."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),

@@ -1,4 +1,4 @@
-"""One data set's comparison: which runs there are, what is measured of them, and what that comes to."""
+"""One data set's comparison: its runs, their measurements, and the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Work = dict[Run, list[Scored]]
 
 
 class Comparison:
-    """One data set's runs and what is measured of them."""
+    """One data set's runs and their measurements."""
 
     def __init__(self, data: Path, scale: Scale, seeds: int, ablation_seeds: int, ablations: Sequence[Recipe]) -> None:
         self.data, self.scale, self.seeds = data, scale, range(seeds)
@@ -38,7 +38,7 @@ class Comparison:
 
     @property
     def split(self) -> str:
-        """Whose masks are sampled: those of test, where they are published."""
+        """The split whose masks are sampled: test, if its masks are published."""
         from data_shards.store.shards import ShardSet
 
         if not (self.data / "shards" / "index.json").is_file():
@@ -66,7 +66,7 @@ class Comparison:
         return {self._run(paper(best[0]), seed): self.paper_curve(best, seed) for seed in self.seeds}
 
     def search(self) -> dict[tuple[float, str], dict[str, Any]]:
-        """What has been measured of the paper's candidates, by learning rate and weights."""
+        """The measurements of the paper's candidates, by learning rate and weights."""
         found = {}
         for lr in self.scale.paper_lrs:
             for weights in (AVERAGE, ONLINE):
@@ -106,7 +106,7 @@ class Comparison:
         return Scored(run, run.num_images(self.scale), weights, sampler, split)
 
     def speeds(self, deadline: float = NEVER) -> dict[str, float] | None:
-        """Images a second of `paper` and `ours`; None where time ran out."""
+        """Images a second of `paper` and `ours`; None if time ran out."""
         best = self.best_paper()
         assert best is not None
         return speeds(self.data, {"paper": paper(best[0]), "ours": OURS}, self.scale, deadline)
@@ -152,7 +152,7 @@ class Comparison:
         }
 
     def rounds(self) -> tuple[Work, Work]:
-        """All there is to do, in order."""
+        """All work, in order."""
         return self.first_round(), self.second_round()
 
     def _ablations(self) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ class Scored:
 
     @property
     def is_done(self) -> bool:
-        # A folder of an earlier version lacks some: measured again.
+        # A folder of an earlier version lacks some; then it is measured again.
         return self.file.is_file() and set(METRICS) <= set(self.result())
 
     def result(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def measure(scored: Scored, scale: Scale) -> None:
     from segdiff_dist.segmentation.segmenter import Segmenter
 
     torch.set_num_threads(1)
-    # Masks may be those without a body; what counts as right is the same for all.
+    # Masks may be those without a body; the expected labels are the same for all.
     asked, shards = (ShardSet.open([str(p)]) for p in (scored.run.shards, scored.run.data / "shards"))
     items = _items(shards, scored.split, scale)
     records = [shards.read(item["row"]) for item in items]

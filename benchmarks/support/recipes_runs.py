@@ -1,4 +1,5 @@
-"""What benchmarks/recipes.py trains: data sets, the segmenter that scores, recipes as settings, and one run of one.
+"""The trainings of benchmarks/recipes.py: data sets, the scoring segmenter, recipes as settings, and a run of one
+recipe.
 
     OUT/DATA/shards, shards_without_body      the slices; the same with masks that do not say where the patient ends
     OUT/DATA/judge                            the segmenter's run
@@ -7,7 +8,7 @@
                               seconds.json              how long its steps took up to these points
                               measured/                 see recipes_measure.py
 
-Whatever is there already is not made again, so a comparison may be stopped and started at will.
+Existing results are not made again, so a comparison may be stopped and started at any time.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ Settings = dict[str, Any]
 # Parts of a training at which it is scored.
 POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 AVERAGE, ONLINE = "ema_0.05", "online"
-# The comparison's clock: whatever is asked to stop by then stops where it can go on.
+# The comparison's deadline: runs stop then at a point from which they can continue.
 NEVER = float("inf")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a comparison is; what all of its runs share."""
+    """The size of a comparison; all of its runs share it."""
 
     side: int = 64
     num_images: int = 6_400
@@ -94,10 +95,10 @@ class Recipe:
 
 
 def paper(lr: float) -> Recipe:
-    """The published code's recipe (docs/recipes.md) but for what all share: net, batch, number of images.
+    """The published code's recipe (docs/recipes.md), except for net, batch and number of images, which all share.
 
-    Its models are of one modality each, so one net for both is told the modality, as ours is; its masks cover the whole
-    patient, so they keep `body`.
+    The published models have one modality each, so the one net for both gets the modality, as ours does. The published
+    masks cover the whole patient, so these masks keep `body`.
     """
     settings: Settings = {
         "denoiser": {"mask_encoding": "scalar_signed", "soft_masks": False},
@@ -220,7 +221,7 @@ class Run:
                 "precision": scale.precision,
                 "zero_stage": 0,
                 "ema_lengths": [float(AVERAGE.removeprefix("ema_"))],
-                "spike_factor": 0,  # every step counts: a weighting may be as uneven as it likes
+                "spike_factor": 0,  # every step counts, also with a very uneven weighting
                 "checkpoint_every_images": self.points(scale)[0],
                 "keep_every_images": self.points(scale)[0],
                 "keep_checkpoints": 1,
@@ -233,7 +234,7 @@ class Run:
 
 
 def train(run: Run, scale: Scale, deadline: float = NEVER) -> bool:
-    """Train, keep the weights at the run's points, and forget the checkpoints; False where time ran out before."""
+    """Train, keep the weights at the run's points, and remove the checkpoints; False if time ran out before."""
     if run.is_trained:
         return True
     config = run.folder / "config.yaml"
@@ -288,7 +289,7 @@ def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, dead
         "prepare": {
             "axes": ["axial"],
             "size": scale.side,
-            # An archive's slices are fewer patients' and as thin as they are: all of them.
+            # An archive has fewer patients, and its slices cannot be made thinner, so all of them are used.
             "slice_stride": 1 if archive else scale.slice_stride,
             "mask_resize": "soft",
             "soft_edge": True,
@@ -350,16 +351,16 @@ def forget_body(shards_at: Path, out: Path) -> None:
 
 
 def segdiff(stage: str, config: Path, log: Path, deadline: float = NEVER, threads: int = 1) -> bool:
-    """`segdiff STAGE --config CONFIG` in a process of its own; False where it was stopped, to go on when called again.
-
-    Raises RuntimeError with what it said last where it failed.
+    """`segdiff STAGE --config CONFIG` in a separate process; False if it was stopped; it continues when called again.
+    Raises RuntimeError with its last output if it failed.
     """
     if time.time() >= deadline:
         return False
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", "import sys; from segdiff_dist.cli import main; sys.exit(main(sys.argv[1:]))"]
     with log.open("ab") as output:
-        # In a session of its own: Ctrl-C would reach it besides, and a second signal does not wait for a checkpoint.
+        # In a separate session: otherwise Ctrl-C would reach it too, and a second signal does not wait for a
+        # checkpoint.
         process = subprocess.Popen(
             [*command, stage, "--config", str(config)],
             stdout=output,
@@ -391,5 +392,5 @@ def _finish(process: subprocess.Popen[bytes], name: str, log: Path, deadline: fl
 
 
 def describe(scale: Scale, sampler_settings: Mapping[str, Settings]) -> Settings:
-    """What all runs share, for the JSON file."""
+    """The settings that all runs share, for the JSON file."""
     return {**asdict(scale), "samplers": dict(sampler_settings), "average": AVERAGE, "points": POINTS}

@@ -1,4 +1,4 @@
-"""What the measurements of two recipes say of each other; pure functions of numbers.
+"""The comparison of two recipes' measurements; pure functions of numbers.
 
 A curve is a recipe's measurements with one seed, in the order of its points: metric -> values.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 HIGHER_IS_BETTER = {"dice": True, "distance": False, "psnr_db": True}
-# What is asked for: the other's final Dice and distance with a third of its compute, and a distance a quarter lower.
+# The target: the other's final Dice and distance with a third of its compute, and a distance a quarter lower.
 MOST_COMPUTE, LEAST_REDUCTION = 1 / 3, 0.25
 
 Curve = Mapping[str, Sequence[float]]
@@ -24,9 +24,11 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def reached_at(at: Sequence[float], values: Sequence[float], target: float, higher_is_better: bool) -> float | None:
-    """Where values, straight between the points `at`, first are as good as the target; None where they never are.
+    """The place where values, interpolated linearly between the points `at`, first are as good as the target; None if
+    they never are.
 
-    Before the first point nothing is known: where it is good enough already, that is the answer, and an upper bound.
+    Before the first point nothing is known: if the first point is already good enough, it is the answer, as an upper
+    bound.
     """
     sign = 1.0 if higher_is_better else -1.0
     missing = [sign * (target - value) for value in values]

@@ -1,6 +1,6 @@
 """One turn of a sampler: diffusers' loop in a process of its own, or our workers, over the same items and weights.
 
-Timed is the making of images alone: processes are started, weights loaded and one batch made before the clock runs.
+Only the making of images is timed: processes are started, weights loaded and one batch made before the clock starts.
 Dimensions: B batch, C channels, H rows, W columns.
 """
 
@@ -34,7 +34,7 @@ _context = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender makes: the first items of a job, from RUN/weights and a shard set."""
+    """The work of every contender: the first items of a job, from RUN/weights and a shard set."""
 
     run: Path
     data: Path

@@ -1,9 +1,9 @@
-"""What a step moves through a GPU's memory, counted without one: bytes, launches and activations kept.
+"""The memory traffic of a step on a GPU, counted without one: bytes, launches and activations kept.
 
 `Counter` sees every operator of forward and backward pass. Convolutions and matrix products are counted apart, since
 nothing here changes them; what PyTorch's CUDA path does beside a convolution (the bias, its gradient, copies from one
-layout to the other) is not. Every operator reads its inputs and writes its outputs once, as far as they do not lie in a
-cache, unless a rule below says otherwise. Sources: ATen of PyTorch 2.11 to 2.13, files named at each rule.
+layout to the other) is not. Every operator reads its inputs and writes its outputs once, unless they are in a cache or
+a rule below differs. Sources: ATen of PyTorch 2.11 to 2.13, files named at each rule.
 
 Dimensions: N images, C channels, H rows, W columns, O output channels.
 """
@@ -86,7 +86,7 @@ def count(step: Callable[[], Tensor], model: nn.Module) -> Budget:
 
 
 def per_image(budget_of: Callable[[int], Budget]) -> tuple[Budget, Budget]:
-    """What an image costs, and what a step costs besides, from batches of two and three: with one image alone PyTorch
+    """The cost of an image, and the further cost of a step, from batches of two and three: with one image alone PyTorch
     cannot tell some layouts apart.
 
     A launch is of the step, whatever the batch; all are record with the image.

@@ -1,4 +1,4 @@
-"""The training loops that benchmarks/train.py sets side by side: the published design, accelerate's, and ours.
+"""The training loops that benchmarks/train.py compares: the published design, accelerate's, and ours.
 
 Dimensions: B batch, C channels, H rows, W columns.
 """
@@ -30,8 +30,8 @@ def published(turn: Turn, folder: Path, watch: Watch) -> None:
     """fp32 and eager in torch's row-major layout, AdamW one tensor after the other, noise made on the CPU, the loss
     read in every step, no average of the weights; PNG files through a DataLoader.
 
-    Written from that description. It ran on several GPUs by DataParallel, which there is none of on CPUs:
-    DistributedDataParallel takes its place.
+    Written from that description. It ran on several GPUs by DataParallel, which does not exist for CPUs, so
+    DistributedDataParallel is used.
     """
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -185,8 +185,8 @@ def ours(turn: Turn, folder: Path, watch: Watch, *, bare: bool = False) -> None:
 def time_parts(watch: Watch) -> None:
     """From here on the parts of our loop beside the network add their seconds to watch.parts_s.
 
-    On a CPU nothing is asynchronous but the threads, so what a call takes is what the step pays for it. With several
-    ranks it would hold waits for the others too.
+    On a CPU only the threads are asynchronous, so the duration of a call is its cost for the step. With several ranks
+    it would include waits for the others.
     """
     from segdiff_dist.training.checkpoint_writer import CheckpointWriter
     from segdiff_dist.training.engine import Engine
@@ -224,7 +224,7 @@ def _timed(function: Callable[..., Any], part: str, seconds: dict[str, float]) -
 
 
 def _logged_wait_s(log: Path, turn: Turn) -> float:
-    """What the run itself says it waited for data, over the lines of the log that lie in the timed steps."""
+    """The wait for data that the run itself reports, over the log lines of the timed steps."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     images, waited_s = turn.global_batch_size * turn.warm_up, 0.0
     for row in rows:

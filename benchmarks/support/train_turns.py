@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# A turn that has not ended by then will not: ranks that wait for each other.
+# A turn that has not ended by then never will: ranks wait for each other.
 TIMEOUT_S = 900.0
 
 _context = multiprocessing.get_context("forkserver")
@@ -27,7 +27,7 @@ _context.set_forkserver_preload(["support.train_loops"])
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn does. `loop` names one of train_loops.LOOPS."""
+    """The work of one turn. `loop` names one of train_loops.LOOPS."""
 
     loop: str
     data: Path
@@ -104,7 +104,7 @@ class Watch:
 
 
 class Measured(KeyboardInterrupt):
-    """What was to be measured has been: our loop lets every rank leave by this without a last checkpoint."""
+    """The measurement is complete: with this exception every rank leaves our loop without a last checkpoint."""
 
 
 def run(turn: Turn, folder: Path) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _enter(rank: int, port: int, turn: Turn, folder: Path) -> None:
     output = (folder / f"output-{rank}").open("wb")
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
-    if turn.ranks > 1:  # a single process is what no launcher started, or accelerate wraps its model for company
+    if turn.ranks > 1:  # without these accelerate does not wrap the model
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(turn.ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -156,7 +156,7 @@ def _enter(rank: int, port: int, turn: Turn, folder: Path) -> None:
         LOOPS[turn.loop](turn, folder, watch)
     except Measured:
         (folder / f"result-{rank}").write_text(json.dumps(watch.result()))
-    # Not by way of the interpreter's end, where DataLoader's workers and gloo's threads wait for each other.
+    # Not through the interpreter's normal exit, in which DataLoader's workers and gloo's threads wait for each other.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if (folder / f"result-{rank}").exists() else 1)
