@@ -17,17 +17,21 @@ Array = npt.NDArray[np.float64]
 
 # Bands of radial frequency as shares of the Nyquist frequency (half a cycle a pixel), so that they mean the same for
 # images of every size: wavelengths of 64 to 16, 16 to 8, 8 to 4, 4 to 2.7 and 2.7 to 2 pixels.
-BANDS = ((1 / 32, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 3 / 4), (3 / 4, 1.0))
+BANDS: tuple[tuple[float, float], ...] = ((1 / 32, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 3 / 4), (3 / 4, 1.0))
 # In percent of the Nyquist frequency, for names of metrics.
 BAND_NAMES = tuple(f"{int(100 * low)}_{int(100 * high)}" for low, high in BANDS)
+# Narrow bands for a curve.
+RINGS = tuple((k / 32, (k + 1) / 32) for k in range(1, 32))
 # An image that is narrower without its constant border has too few frequencies for five bands.
 FEWEST_PIXELS_A_SIDE = 16
 # For white noise, the standard deviation of this many grey values has a standard error of 18 %.
 FEWEST_PIXELS_INSIDE = 16
 
 
-def band_powers(real_BHW: np.ndarray, generated_BHW: np.ndarray) -> tuple[Array, Array]:
-    """Mean power [B, F] in each of BANDS of real and of generated images, in grey values squared a frequency.
+def band_powers(
+    real_BHW: np.ndarray, generated_BHW: np.ndarray, bands: tuple[tuple[float, float], ...] = BANDS
+) -> tuple[Array, Array]:
+    """Mean power [B, F] in each of `bands` of real and of generated images, in grey values squared a frequency.
 
     The radially averaged power spectrum (Durall et al. 2020, "Watch your up-convolution"), its mean over a band. Both
     images of a pair are cut to the box inside the real one's constant border, so that padding and its edge do not
@@ -39,12 +43,12 @@ def band_powers(real_BHW: np.ndarray, generated_BHW: np.ndarray) -> tuple[Array,
     """
     if real_BHW.ndim != 3 or real_BHW.shape != generated_BHW.shape:
         raise ValueError(f"generated_BHW: {generated_BHW.shape} is not real_BHW's {real_BHW.shape}")
-    powers_2BF = np.full((2, len(real_BHW), len(BANDS)), np.nan)
+    powers_2BF = np.full((2, len(real_BHW), len(bands)), np.nan)
     for b, real_HW in enumerate(real_BHW):
         window_HW = _window(real_HW)
         if window_HW is not None:
-            powers_2BF[0, b] = _band_power(real_HW, window_HW)
-            powers_2BF[1, b] = _band_power(generated_BHW[b], window_HW)
+            powers_2BF[0, b] = _band_power(real_HW, window_HW, bands)
+            powers_2BF[1, b] = _band_power(generated_BHW[b], window_HW, bands)
     return powers_2BF[0], powers_2BF[1]
 
 
@@ -139,26 +143,28 @@ def _without_border(image_HW: np.ndarray) -> range:
     return range(int(first.argmax()), len(last) - int(last[::-1].argmax()))
 
 
-def _band_power(image_HW: np.ndarray, window_HW: Array) -> Array:
+def _band_power(image_HW: np.ndarray, window_HW: Array, bands: tuple[tuple[float, float], ...]) -> Array:
     """Mean power [F] of each band; zeros around the window only make the spectrum's grid finer."""
     centred_HW = image_HW - (image_HW * window_HW).sum() / window_HW.sum()
     power = np.abs(np.fft.rfft2(centred_HW * window_HW)) ** 2 / (window_HW**2).sum()
-    band, weight, total_F = _frequencies(*image_HW.shape)
-    sum_F = np.bincount(band, (power * weight).ravel(), len(BANDS) + 1)[: len(BANDS)]
+    band, weight, total_F = _frequencies(*image_HW.shape, bands)
+    sum_F = np.bincount(band, (power * weight).ravel(), len(bands) + 1)[: len(bands)]
     return ratio(sum_F, total_F)
 
 
 @lru_cache(maxsize=16)
-def _frequencies(height: int, width: int) -> tuple[npt.NDArray[np.intp], Array, Array]:
+def _frequencies(
+    height: int, width: int, bands: tuple[tuple[float, float], ...]
+) -> tuple[npt.NDArray[np.intp], Array, Array]:
     """For the half spectrum of rfft2: each frequency's band (the number of bands if it is in none), its multiplicity (2
     if it also represents its mirror image), and the sum of multiplicities by band."""
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) / 0.5
-    band = np.full(radius.shape, len(BANDS), dtype=np.intp)
-    for f, (low, high) in enumerate(BANDS):
+    band = np.full(radius.shape, len(bands), dtype=np.intp)
+    for f, (low, high) in enumerate(bands):
         band[(radius >= low) & (radius < high)] = f
     weight = np.full(radius.shape, 2.0)
     weight[:, 0] = 1.0
     if width % 2 == 0:
         weight[:, -1] = 1.0
-    total_F = np.bincount(band.ravel(), weight.ravel(), len(BANDS) + 1)[: len(BANDS)].astype(np.float64)
+    total_F = np.bincount(band.ravel(), weight.ravel(), len(bands) + 1)[: len(bands)].astype(np.float64)
     return band.ravel(), weight, total_F

@@ -25,7 +25,7 @@ _INK, _PAPER, _FAINT = (235, 235, 235), (18, 18, 20), (150, 150, 155)
 _FEW_CLASSES = 20
 _LEGEND_LARGE, _LEGEND_SMALL = (8, 24, 12), (7, 15, 10)  # columns, pixels a line, pixels of a letter
 _ORGAN_ALPHA = 0.55
-_BODY_COLOUR = (255, 190, 80)
+_BODY_COLOUR = (120, 134, 156)
 # Twenty colours that can be distinguished on grey (Trubetskoy 2017), without its greys, white and black.
 _COLOURS = np.array(
     [
@@ -37,26 +37,53 @@ _COLOURS = np.array(
 )  # fmt: skip
 
 
+# The same organ has the same colour in every table and on every picture. Neighbours differ; left and right of a pair
+# are shades of one hue; vessels are as in an atlas. Hexadecimal RGB.
+_ORGAN_COLOURS = {
+    "spleen": "a56cc1",
+    "kidney_right": "e0a12b",
+    "kidney_left": "f5cf6a",
+    "gallbladder": "4caf6a",
+    "esophagus": "c79a7b",
+    "liver": "b5533c",
+    "stomach": "f2a0a1",
+    "aorta": "e5383b",
+    "inferior_vena_cava": "3f7fd9",
+    "pancreas": "d6e06b",
+    "adrenal_gland_right": "1fa6a0",
+    "adrenal_gland_left": "86dcd4",
+    "duodenum": "f47b20",
+    "urinary_bladder": "7cc4f0",
+    "prostate_uterus": "dd5fb0",
+    "prostate": "dd5fb0",
+}
+
+
 @lru_cache
 def class_colours(table: LabelTable) -> np.ndarray:
-    """uint8 [num_classes, 3], read-only: one colour an organ; background black. After the first nineteen organs, each
-    gets the colour with the largest perceived distance from all before it (_perceived)."""
+    """uint8 [num_classes, 3], read-only: one colour a class on every picture of the project; background black.
+
+    Organs without a colour in _ORGAN_COLOURS each take the colour farthest from all before it, as the eye sees it
+    (_perceived).
+    """
     colours = np.zeros((table.num_classes, 3), dtype=np.uint8)
     if table.body_id is not None:
         colours[table.body_id] = np.array(_BODY_COLOUR, dtype=np.uint8)
-    first, others = table.organ_ids[: len(_COLOURS)], table.organ_ids[len(_COLOURS) :]
-    colours[list(first)] = _COLOURS[: len(first)]
+    named = [i for i in table.organ_ids if table.names[i] in _ORGAN_COLOURS]
+    for class_id in named:
+        colours[class_id] = tuple(bytes.fromhex(_ORGAN_COLOURS[table.names[class_id]]))
     levels = np.linspace(0, 255, 11)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     seen = _perceived(candidates)
     # Too dark to be distinguished from black, or too grey to be distinguished from the image.
     usable = (seen[:, 0] > 0.35) & (np.hypot(seen[:, 1], seen[:, 2]) > 0.06)
-    taken = _perceived(np.array([*_COLOURS, _BODY_COLOUR], dtype=np.float64))
+    taken = _perceived(np.array([*colours[named], _BODY_COLOUR], dtype=np.float64))
     nearest = np.where(usable, np.linalg.norm(seen[:, None] - taken, axis=2).min(axis=1), 0.0)
-    for class_id in others:
-        best = int(nearest.argmax())
-        colours[class_id] = np.rint(candidates[best])
-        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[best], axis=1))
+    for class_id in table.organ_ids:
+        if class_id not in named:
+            best = int(nearest.argmax())
+            colours[class_id] = np.rint(candidates[best])
+            nearest = np.minimum(nearest, np.linalg.norm(seen - seen[best], axis=1))
     colours.flags.writeable = False
     return colours
 

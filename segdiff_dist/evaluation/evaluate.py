@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,22 @@ def evaluate(
     return summary
 
 
-def draw(run: Path, *, amos_root: Path | None = None, progress: bool = True) -> Path:
-    """Figures and report of a measured `run`, from the files in its folder; returns the page."""
+def draw(
+    run: Path, *, amos_root: Path | None = None, progress: bool = True, formats: Sequence[str] = ("html",)
+) -> list[Path]:
+    """Figures and report of a measured `run`, from the files in its folder; returns the page and the paper's folder,
+    as far as `formats` (of report.paper.FORMATS) asks for them."""
     from segdiff_dist.evaluation.report.figures import draw_figures
     from segdiff_dist.evaluation.report.page import write_report
+    from segdiff_dist.evaluation.report.paper import HTML
+    from segdiff_dist.evaluation.report.run_paper import write_paper
 
+    made = []
     with at_work(Path(run)), saying_when_full(Path(run) / FOLDER):
-        draw_figures(Path(run), amos_root=amos_root, progress=progress)
-        return write_report(Path(run))
+        if set(formats) - {HTML}:
+            made.append(write_paper(Path(run), formats, amos_root=amos_root, progress=progress))
+        elif HTML in formats:
+            draw_figures(Path(run), amos_root=amos_root, progress=progress)
+        if HTML in formats:
+            made.insert(0, write_report(Path(run)))
+    return made

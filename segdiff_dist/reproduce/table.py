@@ -13,7 +13,8 @@ from segdiff_dist.config import as_dict, differences
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, segmenter_messages
 from segdiff_dist.evaluation.measure.summary import TOP_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
-from segdiff_dist.evaluation.report.page import PUBLISHED, PUBLISHED_COLUMNS, format_entry, format_interval
+from segdiff_dist.evaluation.report.entry_text import format_entry, format_interval
+from segdiff_dist.evaluation.report.page import PUBLISHED, PUBLISHED_COLUMNS
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, ColumnName
 

@@ -1,4 +1,4 @@
-"""Figures and report.html of one evaluated run, drawn again; or a page that shows several runs side by side."""
+"""The report of one evaluated run drawn again, or of several side by side: as a page, as tables, as PDF."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(ConfiguredStage):
-    """Draw the report of one run again, or a page of several runs. Nothing is measured."""
+    """Draw the report of one run again, or one of several runs side by side. Nothing is measured."""
 
     aliases: ClassVar = {"--out": "--compared"}
     needs_temporary_files: ClassVar = False
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
     """Run folders that were evaluated."""
+    format: str = "html"
+    """What to write, with commas between: html, csv, latex, pdf. csv: tables, a line a number with interval and n.
+    latex: tables for \\input (package booktabs), figures as PDF, captions. pdf: figures as PDF, and the report as one
+    PDF. All but the page are in RUN/evaluation/paper; of several runs, in a folder beside the page."""
     compared: Path | None = None
     """The page of several runs: an HTML file, ./comparison.html by default."""
 
     def check(self) -> ReportPlan:
         """Opens the runs' summaries."""
         from segdiff_dist.evaluation.report.comparison import open_runs
+        from segdiff_dist.evaluation.report.paper import FORMATS
 
         folders, out = self.runs, self.compared
         found = []
@@ -42,9 +47,18 @@ class Report(ConfiguredStage):
             found.append(Problem("command line", "--out", str(out), "name several runs; of one, it is RUN/evaluation"))
         if out is not None and out.is_dir():
             found.append(Problem(str(out), "--out", "a folder", "name an HTML file"))
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            value = f"{self.format!r}, the formats are {', '.join(FORMATS)}"
+            found.append(Problem("command line", "--format", value, "name some of them, with commas between"))
         refuse_addresses(self.experiment, folders)
         _, runs = collect(lambda: refuse(found), lambda: open_runs(folders))
         return ReportPlan(self, tuple(runs))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What to write."""
+        return tuple(dict.fromkeys(name.strip().lower() for name in self.format.split(",") if name.strip()))
 
 
 @dataclass(frozen=True)
@@ -55,23 +69,31 @@ class ReportPlan(Plan):
     runs: tuple[Any, ...]
 
     def run(self, tracker: Tracker) -> Result:
-        """Draw the page."""
-        page = self._draw_one() if len(self.runs) == 1 else self._draw_several()
-        return Result((f"report: {page.resolve()}",), value=page)
+        """Draw the page, and write the files of a paper."""
+        made = self._draw_one() if len(self.runs) == 1 else self._draw_several()
+        return Result(tuple(f"report: {path.resolve()}" for path in made), value=made[0])
 
-    def _draw_one(self) -> Path:
+    def _draw_one(self) -> list[Path]:
         from segdiff_dist.evaluation.evaluate import draw
         from segdiff_dist.evaluation.measure.saved import drawing
 
         [run] = self.runs
         amos_root = self.stage.experiment.amos_root or run.settings.get("amos_root")
         with drawing(run.folder):
-            return draw(run.folder, amos_root=Path(amos_root) if isinstance(amos_root, str | Path) else None)
+            archive = Path(amos_root) if isinstance(amos_root, str | Path) else None
+            return draw(run.folder, amos_root=archive, formats=self.stage.formats)
 
-    def _draw_several(self) -> Path:
+    def _draw_several(self) -> list[Path]:
         from segdiff_dist.evaluation.measure.saved import drawing
         from segdiff_dist.evaluation.report.comparison_page import COMPARISON, write_comparison
+        from segdiff_dist.evaluation.report.comparison_paper import write_comparison_paper
+        from segdiff_dist.evaluation.report.paper import HTML
 
+        runs, formats, made = list(self.runs), self.stage.formats, []
         page = self.stage.compared or Path(COMPARISON)
         with locked(lock_beside(page), page, "is writing it"), saying_when_full(page), drawing(self.runs[0].folder):
-            return write_comparison(list(self.runs), page)
+            if HTML in formats:
+                made.append(write_comparison(runs, page))
+            if set(formats) - {HTML}:
+                made.append(write_comparison_paper(runs, page, formats))
+        return made

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.labels import AMOS, LABEL_TABLES, WHOLEBODY
+from data_shards.labels import LABEL_TABLES, WHOLEBODY
 from data_shards.records import SliceMeta, SliceRecord
 from data_shards.store.contact_sheet import class_colours, draw_contact_sheet, overlay
 from data_shards.store.shard_writer import ShardWriter, set_format
@@ -27,8 +27,11 @@ def test_every_class_has_a_colour_of_its_own(name: str) -> None:
     assert (colours[shown].max(axis=1) >= 75).all(), "none is taken for background"
 
 
-def test_amos_keeps_its_colours() -> None:
-    assert class_colours(AMOS)[[1, 6, 15, 16]].tolist() == [[230, 25, 75], [145, 30, 180], [128, 0, 0], [255, 190, 80]]
+def test_an_organ_has_one_colour_in_every_table() -> None:
+    tables = [LABEL_TABLES[name] for name in LABEL_TABLES]
+    by_name = [dict(zip(table.names, class_colours(table).tolist(), strict=True)) for table in tables]
+    for organ in ("liver", "aorta", "kidney_left", "body", "background"):
+        assert all(colours[organ] == by_name[0][organ] for colours in by_name)
 
 
 def test_whole_body_classes_are_tinted_and_unused_has_no_colour() -> None:

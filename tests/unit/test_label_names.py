@@ -52,7 +52,7 @@ def good() -> dict:
     return {"dice_mask_real": {"value": 0.9, "ci95": None, "n": 3}}
 
 
-@pytest.mark.parametrize("draw", [number_figures.dice_by_organ, number_figures.hu_by_organ])
+@pytest.mark.parametrize("draw", [number_figures.dice_by_organ, lambda s: number_figures.intensity_by_organ(s, "CT")])
 def test_figures_by_organ(draw):
     with look.styled():
         drawn = draw(summary())

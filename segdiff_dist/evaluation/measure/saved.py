@@ -141,6 +141,15 @@ def read_figures(run: Path) -> list[dict[str, str]]:
     return figures
 
 
+def row_columns(run: Path) -> list[str]:
+    """The names of the columns of RUN/evaluation/samples.parquet."""
+    import pyarrow.parquet as pq
+
+    file = run / _FOLDER / SAMPLES
+    with reading(file, "the table of an evaluation", _evaluate_again(run)):
+        return list(pq.read_schema(file).names)
+
+
 def read_rows(run: Path, columns: Sequence[str]) -> pa.Table:
     """Columns of RUN/evaluation/samples.parquet, a row an item."""
     import pyarrow as pa

@@ -9,6 +9,8 @@ from data_shards.labels import shown_name
 
 # The least Dice (mask, pred. real). With less, the segmenter's labels on generated images mean nothing.
 FEWEST_DICE = 0.1
+# Below it, an organ's numbers on generated images may show the segmenter's failure rather than the denoiser's.
+WEAK_DICE = 0.5
 MARK = "\u2021"
 # Beginnings of the names of all metrics that need the segmenter.
 SEGMENTER_METRICS = (
@@ -24,6 +26,28 @@ Entries = dict[str, Any]
 def fails(entries: Entries) -> bool:
     """Whether the segmenter's Dice on real images, in these entries by metric, is near 0; False if not known."""
     return _ON_REAL in entries and entries[_ON_REAL]["value"] < FEWEST_DICE
+
+
+def weakness(entries: Entries) -> str:
+    """Why the numbers of an organ on generated images may show the segmenter's failure rather than the denoiser's.
+
+    `entries` of the organ by metric. Empty where its Dice on real images and the interval of that are above WEAK_DICE,
+    and where no mask holds the organ.
+    """
+    if _ON_REAL not in entries:
+        return ""
+    value, interval = entries[_ON_REAL]["value"], entries[_ON_REAL].get("ci95")
+    if value < WEAK_DICE:
+        return f"Dice on real images is {value:.2f}, below {WEAK_DICE}"
+    if interval is not None and interval[0] < WEAK_DICE:
+        low, high = interval
+        return f"Dice on real images is {value:.2f}, its interval {low:.2f} to {high:.2f} includes {WEAK_DICE}"
+    return ""
+
+
+def rests_on_segmenter(metric: str) -> bool:
+    """Whether a metric of generated images needs the segmenter's labels."""
+    return metric.startswith(SEGMENTER_METRICS) and not metric.endswith("_mask_real")
 
 
 def is_unreliable(entry: dict[str, Any] | None) -> bool:
@@ -93,4 +117,4 @@ def _mark(entries: Entries, means_nothing: bool) -> None:
 
 
 def _of_generated(entries: Entries) -> Iterator[str]:
-    return (n for n in entries if n.startswith(SEGMENTER_METRICS) and not n.endswith("_mask_real"))
+    return (name for name in entries if rests_on_segmenter(name))

@@ -74,6 +74,8 @@ class Disagreement:
 
     text: str
     metrics: tuple[str, ...]
+    of_slices: bool = False
+    """Whether only the slices differ: those that the runs share can be compared."""
 
 
 def open_runs(folders: Sequence[Path]) -> list[EvaluatedRun]:
@@ -122,7 +124,7 @@ def disagreements(runs: Sequence[EvaluatedRun]) -> list[Disagreement]:
         shared = len(frozenset.intersection(*(run.slices for run in runs)))
         counts = ", ".join(f"{len(run.slices)} of {run.name}" for run in runs)
         differences.append(
-            Disagreement(f"The runs were measured on different slices: {shared} in common, {counts}", _ALL)
+            Disagreement(f"The runs were measured on different slices: {shared} in common, {counts}", _ALL, True)
         )
     return differences
 

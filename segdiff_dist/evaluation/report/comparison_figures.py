@@ -60,7 +60,11 @@ def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str
         ax.tick_params(axis="y", length=0)
     handles = [_handle(group, MODALITY_COLOURS.get(group, _ALL_COLOUR)) for group in groups]
     canvas.legend(handles=handles, loc="outside lower center", ncols=len(groups), fontsize=8)
-    caption = "Points: values of summary.json; lines: 95 % intervals over patients, where a metric has one."
+    caption = (
+        "Main metrics of generated against real images, a panel a metric and a line a run: of all images, and of each "
+        "modality. Lines are 95 % bootstrap intervals over patients, where a metric has one. The arrow points to the "
+        "better side."
+    )
     return canvas, Figure("metrics.png", "Metrics of all runs", caption, "results")
 
 
@@ -81,9 +85,10 @@ def same_masks(
             note(ax, run.dice(i))
     legend(canvas, first.label_table, [first.mask(items[0]) for items in masks])
     caption = (
-        "Images of the same masks, with Dice(mask, prediction on generated). The masks are at the lower quartile, the "
-        "median and the upper quartile of the mean of that Dice over the runs, of different patients where there are "
-        "enough. They are chosen by rule, not by eye."
+        f"The real {modality} image, its mask, and the images that each run generated from the same mask, with the "
+        "Dice of the mask and the segmenter's labels on the generated image. The masks are at the lower quartile, "
+        "the median and the upper quartile of the mean of that Dice over the runs, of different patients where there "
+        "are enough. They are chosen by rule, not by eye."
     )
     return canvas, Figure(f"same_masks_{modality.lower()}.png", f"{modality}: the same masks", caption, "images")
 

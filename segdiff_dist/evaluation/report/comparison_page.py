@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_shards.labels import shown_name
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
-from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages
-from segdiff_dist.evaluation.measure.summary import headline_dice, top_metrics
-from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS, Definition
+from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages, weakness
+from segdiff_dist.evaluation.measure.summary import headline_dice
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report import comparison_figures as figures
 from segdiff_dist.evaluation.report.comparison import (
     Disagreement,
@@ -24,11 +25,14 @@ from segdiff_dist.evaluation.report.comparison import (
     is_comparable,
     shared_masks,
 )
+from segdiff_dist.evaluation.report.differences import difference_tables, sentences
 from segdiff_dist.evaluation.report.look import Drawn, save, styled
 from segdiff_dist.evaluation.report.page import page_environment, png_url, write_page
 from segdiff_dist.evaluation.report.pictures import Pictures
+from segdiff_dist.evaluation.report.tables import Cell, Row, Table, headline_metrics
 
 COMPARISON = "comparison.html"
+_INTERVALS = "95 % bootstrap intervals over patients are below the values."
 # Metrics of the figure, where runs have them.
 _DRAWN = (
     *(
@@ -51,28 +55,27 @@ Groups = dict[str, list[dict[str, Any]]]
 def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
     """Write the page of at least two runs to `out`; returns it."""
     differences = disagreements(runs)
-    groups = _groups(runs)
-    names = [run.name for run in runs]
-    metrics = [m for m in _DRAWN if any(m in entries for by_run in groups.values() for entries in by_run)][
-        :_MOST_PANELS
-    ]
+    groups = groups_of_runs(runs)
+    changes = difference_tables(runs, differences)
     with styled():
-        drawn = [_embedded(figures.metrics_of_runs(names, groups, metrics))]
-        gallery, reason = _gallery(runs)
+        metric_figure = _embedded(metrics_figure(runs))
+        drawn, reason = same_mask_figures(runs)
+        gallery = [shown for shown in map(_embedded, drawn) if shown is not None]
     page = (
         page_environment()
         .get_template("comparison.html.j2")
         .render(
             runs=runs,
             disagreements=differences,
-            tables={group: _metric_rows(entries, differences) for group, entries in groups.items()},
-            organ_tables=_organ_tables(runs, differences),
-            metric_figures=[figure for figure in drawn if figure is not None],
+            tables=[result_table(runs, group, differences) for group in groups],
+            organ_tables=organ_tables(runs, differences),
+            differences=changes,
+            difference_sentences=sentences(changes),
+            metric_figures=[metric_figure] if metric_figure is not None else [],
             gallery=gallery,
-            no_gallery=reason,
+            no_gallery=reason or "The runs share no masks.",
             settings=differing_settings(runs),
             without_settings=[run.name for run in runs if not run.settings],
-            organ_metric=DEFINITIONS[headline_dice([run.summary["metrics"] for run in runs])].label,
             segmenter_messages={run.name: messages for run in runs if (messages := segmenter_messages(run.summary))},
             mark=MARK,
             definitions={
@@ -84,7 +87,7 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
     return write_page(out, page)
 
 
-def _groups(runs: Sequence[EvaluatedRun]) -> Groups:
+def groups_of_runs(runs: Sequence[EvaluatedRun]) -> Groups:
     """Entries by "All" and modality; "All" is left out where all runs are of one modality."""
     groups = {"All": [run.summary["metrics"] for run in runs]}
     groups |= {m: [run.summary["by_modality"].get(m, {}) for run in runs] for m in MODALITIES}
@@ -94,47 +97,65 @@ def _groups(runs: Sequence[EvaluatedRun]) -> Groups:
     return groups
 
 
-def _metric_rows(by_run: list[dict[str, Any]], differences: Sequence[Disagreement]) -> list[dict[str, Any]]:
-    ordered = dict.fromkeys((*top_metrics(by_run), *DEFINITIONS))
+def result_table(runs: Sequence[EvaluatedRun], group: str, differences: Sequence[Disagreement]) -> Table:
+    """All metrics of a group of images, a row a metric and a column a run; the headline first."""
+    by_run = groups_of_runs(runs)[group]
+    first = headline_metrics({run.name: entries for run, entries in zip(runs, by_run, strict=True)})
+    ordered = dict.fromkeys((*first, *DEFINITIONS))
     names = [name for name in ordered if any(name in entries for entries in by_run)]
-    return [_row(DEFINITIONS[n].label, n, DEFINITIONS[n], [e.get(n) for e in by_run], differences) for n in names]
+    rows = [_row(DEFINITIONS[n].label, n, n, [e.get(n) for e in by_run], differences) for n in names]
+    shown = "all images" if group == "All" else f"{group} images"
+    caption = (
+        f"Generated against real images of {len(runs)} runs, {shown}. {_INTERVALS} Marked: the best value of a row. "
+        "Where intervals overlap widely, other patients could give another best."
+    )
+    if any("\u2020" in row.label for row in rows):
+        caption += " \u2020: the runs' values cannot be compared."
+    columns = tuple(run.name for run in runs)
+    return Table(f"comparison_{group.lower()}", f"Results, {shown}", caption, "Metric", columns, tuple(rows))
 
 
-def _organ_tables(runs: Sequence[EvaluatedRun], differences: Sequence[Disagreement]) -> dict[str, list[dict[str, Any]]]:
+def organ_tables(runs: Sequence[EvaluatedRun], differences: Sequence[Disagreement]) -> list[Table]:
     """By modality, a row an organ: Dice (mask, pred. gen.), with false organs where all runs have that."""
-    metric, tables = headline_dice([run.summary["metrics"] for run in runs]), {}
+    metric, tables = headline_dice([run.summary["metrics"] for run in runs]), []
     for modality in MODALITIES:
         by_run = [run.summary["by_modality_organ"].get(modality, {}) for run in runs]
         organs = dict.fromkeys(o for organs in by_run for o, entries in organs.items() if metric in entries)
-        rows = [
-            _row(
-                shown_name(organ),
-                metric,
-                DEFINITIONS[metric],
-                [organs.get(organ, {}).get(metric) for organs in by_run],
-                differences,
-            )
-            for organ in organs
-        ]
+        rows = []
+        for organ in organs:
+            entries = [of.get(organ, {}) for of in by_run]
+            row = _row(shown_name(organ), organ, metric, [e.get(metric) for e in entries], differences)
+            greys = [weakness(e) if metric in e else "" for e in entries]
+            cells = [replace(c, grey=grey, best=c.best and not grey) for c, grey in zip(row.cells, greys, strict=True)]
+            rows.append(replace(row, cells=tuple(cells)))
+        caption = f"{DEFINITIONS[metric].label}, of each organ on {modality} images. {DEFINITIONS[metric].text} "
+        caption += _INTERVALS
+        columns, title = tuple(run.name for run in runs), f"{modality}: {DEFINITIONS[metric].label}, by organ"
         if rows:
-            tables[modality] = rows
+            name = f"comparison_organs_{modality.lower()}"
+            tables.append(Table(name, title, caption, "Organ", columns, tuple(rows), modality))
     return tables
 
 
-def _row(
-    label: str, metric: str, definition: Definition, entries: list[Any], differences: Sequence[Disagreement]
-) -> dict[str, Any]:
+def _row(label: str, name: str, metric: str, entries: list[Any], differences: Sequence[Disagreement]) -> Row:
     may_compare = is_comparable(metric, differences)
     # An unbiased estimate of a squared distance: values below 0 count as 0.
     least = 0.0 if metric in _KERNEL_DISTANCES else -math.inf
     # A number that means nothing is shown, and is never the best.
     values = [None if entry is None or is_unreliable(entry) else entry["value"] for entry in entries]
-    best = best_of(values, definition, least=least) if may_compare else set()
-    cells = [{"entry": entry, "best": i in best} for i, entry in enumerate(entries)]
-    return {"label": label, "definition": definition, "compares": may_compare, "cells": cells}
+    best = best_of(values, DEFINITIONS[metric], least=least) if may_compare else set()
+    cells = tuple(Cell(metric, entry, best=i in best) for i, entry in enumerate(entries))
+    return Row(label if may_compare else f"{label} \u2020", name, cells, DEFINITIONS[metric].better)
 
 
-def _gallery(runs: Sequence[EvaluatedRun]) -> tuple[list[dict[str, str]], str]:
+def metrics_figure(runs: Sequence[EvaluatedRun]) -> Drawn:
+    """The main metrics of all runs, with their intervals."""
+    groups = groups_of_runs(runs)
+    metrics = [m for m in _DRAWN if any(m in entries for by_run in groups.values() for entries in by_run)]
+    return figures.metrics_of_runs([run.name for run in runs], groups, metrics[:_MOST_PANELS])
+
+
+def same_mask_figures(runs: Sequence[EvaluatedRun]) -> tuple[list[Drawn], str]:
     """Figures of the masks that all runs have; or the reason why there are none."""
     if len({run.summary["provenance"].get("shards_digest") for run in runs}) > 1:
         return [], "The runs share no masks: they were sampled from different shard sets."
@@ -143,9 +164,7 @@ def _gallery(runs: Sequence[EvaluatedRun]) -> tuple[list[dict[str, str]], str]:
     except InputProblems as error:
         return [], f"No images side by side: {error.problems[0]}."
     names = [run.name for run in runs]
-    drawn = [figures.same_masks(names, pictures, shared_masks(pictures, m), m) for m in MODALITIES]
-    shown = [figure for figure in map(_embedded, drawn) if figure is not None]
-    return shown, "" if shown else "The runs share no masks."
+    return [figures.same_masks(names, pictures, shared_masks(pictures, m), m) for m in MODALITIES], ""
 
 
 def _embedded(drawn: Drawn) -> dict[str, str] | None:

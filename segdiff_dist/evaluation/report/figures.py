@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_shards.files import new_folder
 from data_shards.records import MODALITIES
@@ -20,14 +20,25 @@ from segdiff_dist.evaluation.report import sample_figures as samples
 from segdiff_dist.evaluation.report.look import Drawn, Figure, save, styled
 from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.evaluation.report.sharpness_figures import power_by_band
+from segdiff_dist.evaluation.report.spectrum_figures import power_spectra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 INDEX = "index.json"
 
 
-def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = False) -> list[Figure]:
+def draw_figures(
+    run: Path,
+    *,
+    amos_root: Path | None = None,
+    progress: bool = False,
+    also: Callable[[Canvas, Figure], None] | None = None,
+) -> list[Figure]:
     """Draw all figures that the evaluated `run` has data for, into RUN/evaluation/figures.
 
-    `amos_root`: the archive that the shards were made from. Only it has intensities outside the window.
+    `amos_root`: the archive that the shards were made from. Only it has intensities outside the window. `also` gets
+    each drawn figure before it is closed.
     """
     from tqdm import tqdm
 
@@ -42,6 +53,8 @@ def draw_figures(run: Path, *, amos_root: Path | None = None, progress: bool = F
             result = draw()
             if result is not None:
                 canvas, figure = result
+                if also is not None:
+                    also(canvas, figure)
                 save(canvas, unfinished / figure.file)
                 drawn.append(figure)
         (unfinished / INDEX).write_text(json.dumps([asdict(figure) for figure in drawn], indent=1), encoding="utf-8")
@@ -57,7 +70,8 @@ def _all_figures(
         *(lambda m=m: samples.extremes(pictures, m) for m in MODALITIES),
         lambda: numbers.dice_by_organ(summary),
         lambda: power_by_band(summary),
-        lambda: numbers.hu_by_organ(summary),
+        lambda: power_spectra(pictures),
+        *(lambda m=m: numbers.intensity_by_organ(summary, m) for m in MODALITIES),
         lambda: samples.nearest_training(pictures, summary),
         lambda: samples.diversity(pictures),
         lambda: samples.cross_modality(pictures),

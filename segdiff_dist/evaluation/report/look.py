@@ -1,8 +1,7 @@
-"""The look of every figure: one colour a class, tiles of pixels, legends. This file and *_figures.py use matplotlib."""
+"""The look of every figure: tiles of pixels, legends, colours. This file, book.py and *_figures.py use matplotlib."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,32 +10,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.labels import BACKGROUND, BODY, LabelTable, shown_name
+from data_shards.labels import BACKGROUND, LabelTable, shown_name
+from data_shards.store.contact_sheet import class_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-# One colour an organ, everywhere and always: neighbours differ, left and right of a pair are shades of one hue.
-ORGAN_COLOURS = {
-    BACKGROUND: "#0b0d10",
-    BODY: "#454c57",
-    "spleen": "#a56cc1",
-    "kidney_right": "#e0a12b",
-    "kidney_left": "#f5cf6a",
-    "gallbladder": "#4caf6a",
-    "esophagus": "#c79a7b",
-    "liver": "#b5533c",
-    "stomach": "#f2a0a1",
-    "aorta": "#e5383b",
-    "inferior_vena_cava": "#3f7fd9",
-    "pancreas": "#d6e06b",
-    "adrenal_gland_right": "#1fa6a0",
-    "adrenal_gland_left": "#86dcd4",
-    "duodenum": "#f47b20",
-    "urinary_bladder": "#7cc4f0",
-    "prostate_uterus": "#dd5fb0",
-}
 REAL_COLOUR, GENERATED_COLOUR = "#6b7683", "#0e7c86"
 MODALITY_COLOURS = {"CT": "#2b6cb0", "MR": "#b7791f"}
 _STYLE: dict[str, Any] = {
@@ -58,8 +38,12 @@ _STYLE: dict[str, Any] = {
     "ytick.color": "#52606d",
     "legend.frameon": False,
     "figure.facecolor": "white",
+    "pdf.fonttype": 42,  # TrueType: journals refuse type 3
+    "hatch.linewidth": 0.6,
 }
 _DPI = 130
+# Of the pixels in a vector figure: images of 256x256 keep all of theirs.
+VECTOR_DPI = 300
 _TILE_INCHES = 1.75
 
 
@@ -88,25 +72,25 @@ def styled() -> Iterator[None]:
 
 def save(canvas: Canvas, target: Path | IO[bytes]) -> None:
     """Write it as PNG, and free its memory."""
+    canvas.savefig(target, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.08)
+    close(canvas)
+
+
+def close(canvas: Canvas) -> None:
+    """Free its memory."""
     from matplotlib import pyplot as plt
 
-    canvas.savefig(target, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.08)
     plt.close(canvas)
+
+
+def save_vector(canvas: Canvas, path: Path) -> None:
+    """Write it as PDF; the canvas may be drawn on further."""
+    canvas.savefig(path, format="pdf", dpi=VECTOR_DPI, bbox_inches="tight", pad_inches=0.05, metadata={"Creator": None})
 
 
 def plain(text: str) -> str:
     """Text that matplotlib draws as it is: it would read text between two dollars as mathematics."""
     return text.replace("$", r"\$")
-
-
-def organ_colour(name: str) -> str:
-    """The fixed colour of a class; beyond the palette a colour computed from its name."""
-    if name in ORGAN_COLOURS:
-        return ORGAN_COLOURS[name]
-    from matplotlib.colors import hsv_to_rgb, to_hex
-
-    digest = hashlib.sha256(name.encode()).digest()
-    return str(to_hex(hsv_to_rgb((digest[0] / 256, 0.45 + digest[1] / 640, 0.7 + digest[2] / 1024))))
 
 
 def tiles(num_rows: int, num_columns: int, titles: Sequence[str]) -> tuple[Canvas, np.ndarray]:
@@ -134,11 +118,8 @@ def show_grey(ax: Axes, image_HW: np.ndarray, label: str | None = None) -> None:
 
 
 def show_labels(ax: Axes, labels_HW: np.ndarray, table: LabelTable, label: str | None = None) -> None:
-    """Label ids in their classes' colours."""
-    from matplotlib.colors import to_rgb
-
-    palette = np.array([to_rgb(organ_colour(name)) for name in table.names])
-    ax.imshow(palette[labels_HW], interpolation="nearest")
+    """Label ids in their classes' colours, those of contact sheet and training pictures."""
+    ax.imshow(class_colours(table)[labels_HW], interpolation="nearest")
     if label is not None:
         ax.set_ylabel(label, fontsize=8)
 
@@ -154,8 +135,11 @@ def legend(canvas: Canvas, table: LabelTable, label_maps: Sequence[np.ndarray]) 
     from matplotlib.patches import Patch
 
     present = sorted(set(np.concatenate([np.unique(labels) for labels in label_maps]).tolist()))
-    names = [table.names[i] for i in present if table.names[i] != BACKGROUND]
-    handles = [Patch(color=organ_colour(name), label=plain(shown_name(name))) for name in names]
+    handles = [
+        Patch(color=class_colours(table)[i] / 255, label=plain(shown_name(table.names[i])))
+        for i in present
+        if table.names[i] != BACKGROUND
+    ]
     columns = max(2, int(canvas.get_figwidth() / 1.45))
     if handles:
         canvas.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7, handlelength=1.0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.labels import shown_name
+from segdiff_dist.evaluation.measure.segmenter_check import WEAK_DICE, weakness
 from segdiff_dist.evaluation.metrics.densities import Clipping
 from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, MODALITY_COLOURS, REAL_COLOUR, Drawn, Figure, plain
 
@@ -45,8 +46,11 @@ def dice_by_organ(summary: dict[str, Any]) -> Drawn:
     handles = [Patch(color=colour, label=_NAMES_OF_PAIRS[pair]) for pair, colour in _COLOURS_OF_PAIRS.items()]
     canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
     caption = (
-        "Mean over the samples whose mask holds the organ; whiskers are 95 % intervals over patients. A bar without "
-        "whiskers is of one patient."
+        "Dice of each organ: the mask against the segmenter's labels on the real image, and against its labels on "
+        "the image generated from the mask; mean over the samples whose mask holds the organ. Whiskers are 95 % "
+        "bootstrap intervals over patients; a bar without whiskers is of one patient. Hatched: the segmenter fails "
+        f"on real images (Dice below {WEAK_DICE}, or an interval that includes it), so that the bar may show its "
+        "failure rather than the denoiser's."
     )
     return canvas, Figure("dice_by_organ.png", "Dice by organ", caption, "organs")
 
@@ -60,7 +64,10 @@ def _dice_bars(ax: Axes, position: int, entries: dict[str, Any]) -> None:
         if entry is None:
             continue
         value = entry["value"]
-        ax.barh(position + offset, value, height=0.36, color=colour)
+        if pair == "dice_mask_gen" and weakness(entries):
+            ax.barh(position + offset, value, height=0.36, color="#e4e7eb", hatch="////", edgecolor="#9aa5b1", lw=0)
+        else:
+            ax.barh(position + offset, value, height=0.36, color=colour)
         if entry["ci95"] is not None:
             low, high = entry["ci95"]
             errors = [[max(value - low, 0)], [max(high - value, 0)]]
@@ -70,25 +77,26 @@ def _dice_bars(ax: Axes, position: int, entries: dict[str, Any]) -> None:
             ax.text(end + 0.012, position + offset, f"{value:.2f}", va="center", fontsize=6.5, color=colour)
 
 
-def hu_by_organ(summary: dict[str, Any]) -> Drawn:
-    """Mean and spread of HU inside each organ of the mask, on real and on generated CT."""
+def intensity_by_organ(summary: dict[str, Any], modality: str) -> Drawn:
+    """Mean and spread of HU (of grey values for MR) inside each organ of the mask, on real and on generated images."""
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
-    organs = {n: e for n, e in summary["by_modality_organ"].get("CT", {}).items() if "hu_mean_gen" in e}
+    kind, unit = ("hu", "HU") if modality == "CT" else ("grey", "grey values (0 to 255)")
+    organs = {n: e for n, e in summary["by_modality_organ"].get(modality, {}).items() if f"{kind}_mean_gen" in e}
     if not organs:
         return None
     canvas, ax = plt.subplots(figsize=(7.4, 1.2 + 0.36 * len(organs)))
     for position, entries in enumerate(organs.values()):
         for offset, (side, colour) in zip((-0.17, 0.17), _COLOURS_OF_SIDES.items(), strict=True):
-            mean, std = entries[f"hu_mean_{side}"], entries[f"hu_std_{side}"]["value"]
+            mean, std = entries[f"{kind}_mean_{side}"], entries[f"{kind}_std_{side}"]["value"]
             at, value = position + offset, mean["value"]
             ax.plot([value - std, value + std], [at, at], color=colour, lw=4, alpha=0.35, solid_capstyle="butt")
             if mean["ci95"] is not None:
                 ax.plot(mean["ci95"], [at, at], color=colour, lw=1.6)
             ax.plot(value, at, "o", color=colour, ms=4)
     ax.set_yticks(range(len(organs)), [plain(shown_name(name)) for name in organs])
-    ax.set(xlabel="HU", ylim=(len(organs) - 0.5, -0.5))
+    ax.set(xlabel=unit, ylim=(len(organs) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     canvas.tight_layout(rect=(0, 0.35 / canvas.get_figheight(), 1, 1))
@@ -96,11 +104,14 @@ def hu_by_organ(summary: dict[str, Any]) -> Drawn:
     handles = [Line2D([], [], color=c, marker="o", ms=4, label=names[side]) for side, c in _COLOURS_OF_SIDES.items()]
     canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
     caption = (
-        "Points: mean HU inside the organ's mask, averaged over images; thin lines: its 95 % interval over patients; "
-        "broad bars: one standard deviation of HU inside the organ to either side. CT only, from 8-bit grey values, in "
-        "which HU outside the window are clipped."
+        f"{unit[0].upper()}{unit[1:]} inside each organ's mask on real and on generated {modality} images. Points: the "
+        "mean, averaged over images; thin lines: its 95 % bootstrap interval over patients; broad bars: one standard "
+        "deviation inside the organ to either side."
     )
-    return canvas, Figure("hu_by_organ.png", "HU inside each organ, real and generated", caption, "hu")
+    if modality == "CT":
+        caption += " From 8-bit grey values, in which HU outside the window are clipped."
+    title = f"{modality}: {unit.split(' (', maxsplit=1)[0]} inside each organ, real and generated"
+    return canvas, Figure(f"{kind}_by_organ.png", title, caption, "hu")
 
 
 def grey_values(by_modality: dict[str, dict[str, list[int]]]) -> Drawn:
@@ -119,7 +130,10 @@ def grey_values(by_modality: dict[str, dict[str, list[int]]]) -> Drawn:
     axes[0][0].set_ylabel("density (log)")
     axes[0][0].legend()
     canvas.tight_layout()
-    caption = "Grey values of the real images and of the images generated from their masks, headline samples only."
+    caption = (
+        "How often each grey value (0 to 255) occurs in the real images and in the images generated from their "
+        "masks, on a logarithmic axis; the samples that have a real counterpart."
+    )
     return canvas, Figure("grey_values.png", "Grey values, real and generated", caption, "intensities")
 
 
@@ -146,7 +160,10 @@ def clipping(densities: dict[str, Clipping | None]) -> Drawn:
         after.set(xlabel="grey value", xlim=(0, 256))
     canvas.tight_layout()
     cases = ", ".join(case for density in present.values() for case in density.case_ids)
-    caption = f"The shaded range is the window that is kept. Cases: {cases}. Paper: Figure 1."
+    caption = (
+        "Density of the intensities before and after clipping, by modality. The shaded range is the window that is "
+        f"kept. Cases: {cases}. Counterpart in Hunecke and Chen: Figure 1."
+    )
     if not all(density.from_volumes for density in present.values()):
         caption += " Values outside the window are not shown: they need the archive (amos_root)."
     return canvas, Figure("clipping.png", "Intensities before and after clipping", caption, "intensities")
@@ -180,8 +197,9 @@ def usefulness(downstream: dict[str, Any] | None) -> Drawn:
     axes[0][-1].legend(loc="best")
     canvas.tight_layout()
     caption = (
-        "Dice(mask, prediction) on the real test slices. Bars are 95 % intervals over test patients of the mean over "
-        "seeds, small dots the seeds."
+        "Dice of the mask and the prediction on real test slices, of segmenters trained on real slices, on real and "
+        "generated ones, and on generated ones alone, over the number of real patients in training. Bars are 95 % "
+        "bootstrap intervals over test patients of the mean over seeds, small dots the seeds."
     )
     return canvas, Figure("downstream.png", "What generated images bring a segmenter", caption, "downstream")
 

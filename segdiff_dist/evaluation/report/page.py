@@ -8,25 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.documents import read_bytes
 from data_shards.files import write_atomic
-from data_shards.labels import shown_name
 from data_shards.records import MODALITIES
 from segdiff_dist.config import next_command
 from segdiff_dist.evaluation.measure.saved import read_downstream, read_figures, read_summary
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages
-from segdiff_dist.evaluation.measure.summary import top_metrics
 from segdiff_dist.evaluation.measure.trust import warnings
-from segdiff_dist.evaluation.metrics.columns import HU_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
+from segdiff_dist.evaluation.report.entry_text import format_entry, format_interval, groups_of
+from segdiff_dist.evaluation.report.tables import Table, headline_metrics, run_tables
 from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 REPORT = "report.html"
-_FALSE_ORGANS = "false_positive_rate_mask_gen"
-# At the top of the page, after TOP_METRICS.
-_FURTHER_CARDS = ("psnr_db", "ssim", "fid", "segmenter_frechet")
+# At the top of the page, after the headline.
+_FURTHER_CARDS = ("psnr_db", "ssim")
 
 # Table 1 of Hunecke and Chen, "Medical Image Generation Using Segmentation-Guided Diffusion": AMOS 2022 at 256x256,
 # and, for MR, the later rows of the authors' own result file, which are not in the paper.
@@ -39,6 +37,15 @@ PUBLISHED = {
     "legacy_dice_mask_real": ("0.925", "0.927", "0.795", "0.843", "0.793", "0.848"),
     # The paper's text calls this row pred(real) against pred(generated), but its code compares with the mask.
     "legacy_dice_mask_gen": ("0.923", "0.927", "0.712", "0.766", "0.778", "0.807"),
+}
+
+# The tables of each section of the page, by the beginnings of their names.
+_TABLES: dict[str, tuple[str, ...]] = {
+    "results": ("headline", "results"),
+    "organs": ("organs_", "outlines_"),
+    "texture": ("texture_",),
+    "intensity": ("intensity_",),
+    "modalities": ("cross_modality",),
 }
 
 
@@ -70,10 +77,9 @@ def render(
     shown = [name for name in DEFINITIONS if any(name in entries for entries in groups.values())]
     diversity = summary["diversity"]
     varied = groups_of(diversity.get("metrics", {}), diversity.get("by_modality", {}))
-    organs, hu_organs = _organ_rows(summary), _hu_rows(summary)
+    tables = run_tables(summary)
     defined = {*shown, *PUBLISHED, *(name for entries in varied.values() for name in entries)}
-    defined |= {"volume_error_mask_gen"} if organs else set()
-    defined |= set(HU_METRICS) if hu_organs else set()
+    defined |= {cell.metric for table in tables for row in table.rows for cell in row.cells}
     return (
         page_environment()
         .get_template("report.html.j2")
@@ -90,9 +96,8 @@ def render(
             defined={name: definition for name, definition in DEFINITIONS.items() if name in defined},
             published=PUBLISHED,
             published_columns=PUBLISHED_COLUMNS,
-            organs=organs,
-            hu_organs=hu_organs,
-            hu_metrics={name: DEFINITIONS[name] for name in HU_METRICS},
+            tables={kind: _of_kind(tables, kind) for kind in _TABLES},
+            body=summary["body"],
             varied=varied,
             varied_metrics={n: DEFINITIONS[n] for n in DEFINITIONS if any(n in entries for entries in varied.values())},
             provenance=_lines(summary["provenance"]),
@@ -102,12 +107,11 @@ def render(
             ],
             is_other_model=downstream is not None
             and downstream["settings"]["weights_digest"] != summary["provenance"]["sample_job"].get("weights_digest"),
-            top_metrics=[name for name in (*top_metrics(groups.values()), *_FURTHER_CARDS) if name in shown],
+            top_metrics=[name for name in (*headline_metrics(groups), *_FURTHER_CARDS) if name in shown],
             mark=MARK,
-            shown_name=shown_name,
             is_unreliable=is_unreliable,
             segmenter_messages=segmenter_messages(summary),
-            sharpness=_sharpness_of(summary),
+            sharpness_messages=_sharpness_messages(summary),
             trust=summary.get("trust"),
             missing=_missing(summary),
             memorised=summary.get("trust", {}).get("memorisation"),
@@ -115,6 +119,10 @@ def render(
             trust_warnings=warnings(summary) if "trust" in summary else [],
         )
     )
+
+
+def _of_kind(tables: list[Table], kind: str) -> list[Table]:
+    return [table for table in tables if table.name.startswith(_TABLES[kind])]
 
 
 def write_page(path: Path, text: str) -> Path:
@@ -144,35 +152,6 @@ def png_url(pixels: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(pixels).decode("ascii")
 
 
-def groups_of(overall: dict[str, Any], by_modality: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Entries by "All" and modality, without empty groups; "All" is left out where there is one modality only."""
-    groups = {"All": overall} | {m: by_modality.get(m, {}) for m in MODALITIES}
-    groups = {name: entries for name, entries in groups.items() if entries}
-    if len(groups) == 2:
-        groups.pop("All", None)
-    return groups
-
-
-def format_number(value: float, digits: int) -> str:
-    """A number with a true minus sign, and none before zero."""
-    return f"{value:z.{digits}f}".replace("-", "\u2212")
-
-
-def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
-    """A value of the summary, with a mark where it means nothing; a dash where there is none."""
-    if entry is None:
-        return "\u2013"
-    return format_number(entry["value"], digits) + (f" {MARK}" if is_unreliable(entry) else "")
-
-
-def format_interval(entry: dict[str, Any] | None, digits: int, between: str = " to ") -> str:
-    """Its 95 % interval, or nothing."""
-    if entry is None or entry["ci95"] is None:
-        return ""
-    low, high = (format_number(end, digits) for end in entry["ci95"])
-    return f"{low}{between}{high}"
-
-
 def _missing(summary: dict[str, Any]) -> dict[str, list[str]]:
     """Labels of the metrics without a value, by the reason."""
     names: dict[str, list[str]] = {}
@@ -181,39 +160,11 @@ def _missing(summary: dict[str, Any]) -> dict[str, list[str]]:
     return names
 
 
-def _organ_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row an organ with its entries by modality; body last and marked."""
-    rows = []
-    for organ, overall in summary["by_organ"].items():
-        # An organ that no mask holds is shown where it appears in generated images.
-        if "dice_mask_gen" in overall or overall.get(_FALSE_ORGANS, {"value": 0})["value"] > 0:
-            by_modality = {m: organs.get(organ, {}) for m, organs in summary["by_modality_organ"].items()}
-            rows.append({"name": shown_name(organ), "by_modality": by_modality, "overall": overall})
-    if summary["body"]:
-        rows.append({"name": "body", "by_modality": {}, "overall": summary["body"]})
-    return rows
-
-
-def _sharpness_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """The page's part on sharpness: messages by group of images, and texture by organ and modality."""
+def _sharpness_messages(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """Sentences on blur and noise, by group of images."""
     groups = groups_of(summary["metrics"], summary["by_modality"])
     messages = {group: sharpness_messages(entries) for group, entries in groups.items()}
-    by_modality = summary["by_modality_organ"]
-    organs = {
-        organ: {m: of.get(organ, {}).get("texture") for m, of in by_modality.items()} for organ in summary["by_organ"]
-    }
-    return {
-        "messages": {group: lines for group, lines in messages.items() if lines},
-        "organs": {organ: entries for organ, entries in organs.items() if any(entries.values())},
-    }
-
-
-def _hu_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row an organ that has HU on both sides."""
-    organs = summary["by_modality_organ"].get("CT", {})
-    return [
-        {"name": shown_name(organ), "entries": entries} for organ, entries in organs.items() if "hu_mean_gen" in entries
-    ]
+    return {group: lines for group, lines in messages.items() if lines}
 
 
 def _lines(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ GALLERY_QUANTILES = (0.25, 0.5, 0.75)
 # The columns of samples.parquet that figures need; the file has some hundreds.
 _COLUMNS = (
     *("row", "case_id", "source_modality", "target_modality", "axis", "slice_index", "seed_index"),
-    *("headline", "dice_mask_gen", "pixel_std"),
+    *("headline", "dice_mask_gen", "dice_mask_real", "pixel_std"),
 )
 
 
@@ -83,17 +83,17 @@ class Pictures:
         """The generated image."""
         return np.asarray(self.image[int(i)])
 
-    def predicted(self, i: int) -> np.ndarray:
-        """Labels predicted on the generated image."""
-        return np.asarray(self.predictions["gen"][int(i)])
+    def predicted(self, i: int, side: str = "gen") -> np.ndarray:
+        """Labels predicted on the generated image, or on the real one (of a headline item)."""
+        return np.asarray(self.predictions[side][int(i)])
 
     def describe(self, i: int) -> str:
         """Case and slice on two lines."""
         return f"{self.rows['case_id'][i]}\n{self.rows['axis'][i]} {self.rows['slice_index'][i]}"
 
-    def dice(self, i: int) -> str:
-        """Dice(mask, pred_gen) as text; a mask without organs has none."""
-        dice = self.rows["dice_mask_gen"][i]
+    def dice(self, i: int, side: str = "gen") -> str:
+        """Dice(mask, pred_gen) or Dice(mask, pred_real) as text; a mask without organs has none."""
+        dice = self.rows[f"dice_mask_{side}"][i]
         return f"Dice {dice:.2f}" if np.isfinite(dice) else "no organ in the mask"
 
     def gallery(self, modality: str) -> list[int]:

@@ -26,8 +26,9 @@ def gallery(pictures: Pictures, modality: str) -> Drawn:
         return None
     canvas = _samples(pictures, items, [pictures.describe(i) for i in items])
     caption = (
-        "Samples at the lower quartile, the median and the upper quartile of Dice(mask, prediction on generated), of "
-        "different patients where there are enough. They are chosen by rule, not by eye. Paper: Figures 2 and 3."
+        f"{modality} slices: {_shown(pictures)} Samples are at the lower quartile, the median and the upper quartile "
+        "of Dice(mask, prediction on generated), of different patients where there are enough. They are chosen by "
+        "rule, not by eye. Counterpart in Hunecke and Chen: Figures 2 and 3."
     )
     return canvas, Figure(f"gallery_{modality.lower()}.png", f"{modality}: real and generated", caption, "images")
 
@@ -40,32 +41,51 @@ def extremes(pictures: Pictures, modality: str) -> Drawn:
     labels = [f"{end}\n{pictures.describe(i)}" for end, items in (("worst", worst), ("best", best)) for i in items]
     canvas = _samples(pictures, worst + best, labels)
     caption = (
-        f"The lowest and the highest Dice(mask, prediction on generated) of the headline {modality} samples, each of "
-        "another patient where there are enough. A low Dice may also be a failure of the segmenter: compare its "
-        "prediction with the mask."
+        f"The {modality} samples with the lowest and with the highest Dice of the mask and the segmenter's labels on "
+        f"the generated image, each of another patient where there are enough: {_shown(pictures)}"
     )
     name = f"extremes_{modality.lower()}.png"
     return canvas, Figure(name, f"{modality}: worst and best cases", caption, "images")
 
 
+def _shown(pictures: Pictures) -> str:
+    """What a row of `_samples` shows, for captions."""
+    generated = "the mask, the segmenter's labels on the image that was generated from the mask, and that image"
+    dice = "with the Dice of labels and mask over the organs of the mask."
+    if not pictures.is_paired:
+        return f"{generated}, {dice}"
+    return (
+        f"the real image, the segmenter's labels on it, {generated}, {dice} Where the labels on the real image are "
+        "wrong too, the segmenter fails and not the generated image."
+    )
+
+
 def _samples(pictures: Pictures, items: Sequence[int], labels: Sequence[str]) -> Canvas:
     """A row a sample, of the slice's own modality or of the other, `labels` to the left."""
     across = any(pictures.rows["source_modality"][i] != pictures.rows["target_modality"][i] for i in items)
-    real = ("source image" if across else "real image",) if pictures.is_paired else ()
-    titles = (*real, "mask", "generated", "predicted on generated")
+    has_real = pictures.is_paired and not across
+    titles: tuple[str, ...] = ("mask", "predicted on generated", "generated")
+    if pictures.is_paired:
+        titles = ("source image", *titles) if across else ("real image", "predicted on real", *titles)
     canvas, axes = tiles(len(items), len(titles), titles)
     for row, i, label in zip(axes, items, labels, strict=True):
+        tile = dict(zip(titles, row, strict=True))
         if pictures.is_paired:
             show_grey(row[0], pictures.real(i))
-        show_labels(row[-3], pictures.mask(i), pictures.label_table)
-        show_grey(row[-2], pictures.generated(i))
-        show_labels(row[-1], pictures.predicted(i), pictures.label_table)
+        show_labels(tile["mask"], pictures.mask(i), pictures.label_table)
+        show_grey(tile["generated"], pictures.generated(i))
+        show_labels(tile["predicted on generated"], pictures.predicted(i), pictures.label_table)
+        note(tile["predicted on generated"], pictures.dice(i))
         row[0].set_ylabel(label, fontsize=8)
         if across:
             note(row[0], str(pictures.rows["source_modality"][i]))
-            note(row[-2], str(pictures.rows["target_modality"][i]))
-        note(row[-1], pictures.dice(i))
-    legend(canvas, pictures.label_table, [pictures.mask(i) for i in items] + [pictures.predicted(i) for i in items])
+            note(tile["generated"], str(pictures.rows["target_modality"][i]))
+        if has_real:
+            show_labels(tile["predicted on real"], pictures.predicted(i, "real"), pictures.label_table)
+            note(tile["predicted on real"], pictures.dice(i, "real"))
+    sides = ("gen", "real") if has_real else ("gen",)
+    shown = [pictures.mask(i) for i in items] + [pictures.predicted(i, side) for i in items for side in sides]
+    legend(canvas, pictures.label_table, shown)
     return canvas
 
 
@@ -90,10 +110,10 @@ def diversity(pictures: Pictures) -> Drawn:
         bar.ax.grid(False)
     legend(canvas, pictures.label_table, [pictures.mask(items[0]) for items in groups])
     caption = (
-        "Images generated from the same mask with different noise, and the standard deviation of each pixel over them "
-        "in grey values (0 to 255). "
+        "A mask, images generated from it with different noise, and the standard deviation of each pixel over these "
+        "images in grey values (0 to 255). "
         "It is large where the mask does not determine the image. The mask shown is the one with the median spread of "
-        "its modality. Paper: Figure 4."
+        "its modality. Counterpart in Hunecke and Chen: Figure 4."
     )
     return canvas, Figure("diversity.png", "Diversity: one mask, several images", caption, "trust")
 
@@ -121,8 +141,10 @@ def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
             times = f"\n{neighbour[f'distance_{space}'] / limits[space]:.2f} x the limit" if limits[space] else ""
             note(ax, neighbour[f"training_key_{space}"] + times)
     caption = (
-        "Suspects first, then the nearest. The limit is the distance that 99 % of the unseen real images exceed. A "
-        "suspect is within the limits in pixels and in features, or within that of turned and mirrored copies."
+        "Generated images, each beside the training images that are nearest to it in pixels, in the segmenter's "
+        "features, and among turned and mirrored copies; with the distance as a multiple of the limit, which is the "
+        "distance that 99 % of the unseen real images exceed. Suspects of memorisation come first, then the nearest. "
+        "A suspect is within the limits in pixels and in features, or within that of turned and mirrored copies."
     )
     return canvas, Figure("nearest_training.png", "The training images that are nearest", caption, "trust")
 
@@ -134,8 +156,9 @@ def cross_modality(pictures: Pictures) -> Drawn:
         return None
     canvas = _samples(pictures, items, [pictures.describe(i) for i in items])
     caption = (
-        "An image of one modality, generated from the mask of a slice of the other. It has no real counterpart, so "
-        "only its mask can be compared. Paper: Figure 5."
+        "Images of one modality (CT or MR), each generated from the mask of a slice of the other: the source image, "
+        "its mask, the generated image, and the segmenter's labels on it with the Dice of labels and mask. Such an "
+        "image has no real counterpart, so only its mask can be compared. Counterpart in Hunecke and Chen: Figure 5."
     )
     return canvas, Figure("cross_modality.png", "Cross-modality", caption, "modalities")
 
@@ -158,7 +181,9 @@ def two_modalities(pictures: Pictures, source: str, target: str) -> Drawn:
         for ax, j in zip(row[2 + num_own :], other, strict=False):
             show_grey(ax, pictures.generated(j))
     legend(canvas, pictures.label_table, [pictures.mask(i) for i, _, _ in rows])
-    caption = f"From left to right: original {source}, its mask, and images of either modality made from that mask. "
-    caption += f"Paper: Figure {'6' if source == 'CT' else '7'}."
+    caption = (
+        f"From left to right: a real {source} slice, its mask, images generated in {source} from that mask, and images "
+        f"generated in {target} from it. Counterpart in Hunecke and Chen: Figure {'6' if source == 'CT' else '7'}."
+    )
     name = f"modalities_from_{source.lower()}.png"
     return canvas, Figure(name, f"Both modalities from {source} masks", caption, "modalities")

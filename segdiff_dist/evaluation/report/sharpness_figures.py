@@ -17,6 +17,7 @@ _LOWEST = 1e-3
 def power_by_band(summary: dict[str, Any]) -> Drawn:
     """Power of generated over real images by band, with intervals over patients, a line a modality."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     groups = {m: entries for m, entries in summary["by_modality"].items() if any(b in entries for b in SHARPNESS_BANDS)}
     if not groups:
@@ -35,13 +36,16 @@ def power_by_band(summary: dict[str, Any]) -> Drawn:
             if entry["ci95"] is not None:
                 ax.plot([x, x], [max(end, _LOWEST) for end in entry["ci95"]], color=colour, lw=1.4)
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xticks(range(len(SHARPNESS_BANDS)), [wavelengths(f) for f in range(len(SHARPNESS_BANDS))])
     ax.set(xlabel="wavelength, pixels (coarse to fine)", ylabel="power, generated / real")
     ax.legend()
     canvas.tight_layout()
     caption = (
-        "Power of the generated images divided by that of the real ones, by wavelength; lines are 95 % intervals over "
-        "patients. At 1 the detail is that of real images, below 1 it is blurred, above 1 noisier. Grey: half to twice."
+        "Power of the generated images divided by that of the real ones, by wavelength; vertical lines are 95 % "
+        "bootstrap intervals over patients. At 1 the detail is that of real images, below 1 it is blurred, above 1 "
+        "noisier. Grey: half to twice."
     )
     return canvas, Figure("power_by_band.png", "Power by wavelength, generated over real", caption, "sharpness")
