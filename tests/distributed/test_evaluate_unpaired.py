@@ -75,12 +75,8 @@ def run(tmp_path: Path, shapes: Path) -> Path:
 
 
 @pytest.mark.usefixtures("ray")
-def test_real_images_among_themselves_are_as_good_as_real_ones(
-    run: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--real", str(shapes), "--evaluate.spacing-mm", "6", "--evaluate.device", "cpu"]
-    assert main(["evaluate", "--run", str(run), *flags, "--evaluate.num-workers", "1", "--tracking.no-enabled"]) == 0
-    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+def test_real_images_among_themselves_are_as_good_as_real_ones(run: Path, shapes: Path) -> None:
+    summary = measure(run, EvaluateConfig(real=str(shapes), spacing_mm=6.0, **QUICK), progress=False)
     metrics = summary["metrics"]
     assert summary["num_samples"] == summary["provenance"]["num_real_alone"] == 12
     for kind in ("dice_either", "dice", "surface_dice", "area_error", "false_positive_area_mm2", "legacy_dice"):
@@ -94,25 +90,6 @@ def test_real_images_among_themselves_are_as_good_as_real_ones(
     assert not {"psnr_db", "ssim", "dice_real_gen"} & set(metrics)
     assert "of no real image" in summary["not_available"]["psnr_db"]
     assert "leakage" not in summary["trust"]
-    html = (run / "evaluation" / "report.html").read_text()
-    assert "nothing says whose they are" in html
-    assert "gallery_ct.png" in (run / "evaluation" / "figures" / "index.json").read_text()
-    capsys.readouterr()
-    assert main(["report", str(run)]) == 0
-
-
-@pytest.mark.usefixtures("ray")
-def test_without_real_images_the_masks_are_compared_and_the_rest_is_named(run: Path) -> None:
-    summary = measure(run, EvaluateConfig(**QUICK), progress=False)
-    assert summary["metrics"]["dice_either_mask_gen"]["n"] == 12
-    missing = summary["not_available"]
-    for name in ("segmenter_frechet", "sharpness", "dice_either_mask_real"):
-        assert "name a shard set" in missing[name], name
-    for name in ("surface_dice_mask_gen", "false_positive_area_mm2_mask_gen"):
-        assert "how wide a pixel is" in missing[name], name
-    assert "area_error_mask_gen" in summary["metrics"]
-    assert not any("volume_error_mask_gen" in entries for entries in summary["by_organ"].values())
-    assert summary["grey_values"] == {}
 
 
 def test_real_images_that_cannot_be_compared_are_refused(run: Path, shapes: Path, tmp_path: Path) -> None:
@@ -195,6 +172,10 @@ def test_images_of_another_system_are_evaluated(
     assert summary["metrics"]["sharpness"]["value"] < 0.5
     assert summary["metrics"]["segmenter_frechet"]["value"] > 0
     assert "next: " not in capsys.readouterr().out
+    html = (tmp_path / "out" / "evaluation" / "report.html").read_text()
+    assert "nothing says whose they are" in html
+    assert "All are compared with 12 real slices together." in html
+    assert "gallery_ct.png" in (tmp_path / "out" / "evaluation" / "figures" / "index.json").read_text()
     # The result is a run folder: the same images are measured again, others are not taken for them.
     assert main(["evaluate", "--run", str(tmp_path / "out"), *command[7:9], "--dry-run"]) == 0
     save_png(next((tmp_path / "images").iterdir()), np.zeros((32, 32), np.uint8))
@@ -229,7 +210,15 @@ def test_a_network_of_another_project_judges(tmp_path: Path, shapes: Path) -> No
     summary = measure(tmp_path / "out", config, progress=False)
     assert summary["by_organ"]["liver"]["dice_mask_gen"]["value"] > 0.98
     assert summary["metrics"]["dice_either_mask_gen"]["value"] > 0.98
-    assert "name a shard set" in summary["not_available"]["segmenter_frechet"]
+    missing = summary["not_available"]
+    for name in ("segmenter_frechet", "sharpness", "dice_either_mask_real"):
+        assert "name a shard set" in missing[name], name
+    for name in ("surface_dice_mask_gen", "false_positive_area_mm2_mask_gen"):
+        assert "how wide a pixel is" in missing[name], name
+    assert "area_error_mask_gen" in summary["metrics"]
+    assert not any("volume_error_mask_gen" in entries for entries in summary["by_organ"].values())
+    assert summary["grey_values"] == {}
+    assert summary["body"] == {}, "the judge does not know the body"
 
 
 @pytest.mark.parametrize(
