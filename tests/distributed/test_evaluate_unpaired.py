@@ -76,7 +76,8 @@ def run(tmp_path: Path, shapes: Path) -> Path:
 
 @pytest.mark.usefixtures("ray")
 def test_real_images_among_themselves_are_as_good_as_real_ones(run: Path, shapes: Path) -> None:
-    summary = measure(run, EvaluateConfig(real=str(shapes), spacing_mm=6.0, **QUICK), progress=False)
+    config = EvaluateConfig(real=str(shapes), spacing_mm=6.0, memorisation=True, **QUICK)
+    summary = measure(run, config, progress=False)
     metrics = summary["metrics"]
     assert summary["num_samples"] == summary["provenance"]["num_real_alone"] == 12
     for kind in ("dice_either", "dice", "surface_dice", "area_error", "false_positive_area_mm2", "legacy_dice"):
@@ -90,6 +91,9 @@ def test_real_images_among_themselves_are_as_good_as_real_ones(run: Path, shapes
     assert not {"psnr_db", "ssim", "dice_real_gen"} & set(metrics)
     assert "of no real image" in summary["not_available"]["psnr_db"]
     assert "leakage" not in summary["trust"]
+    memorised = summary["trust"]["memorisation"]
+    assert memorised["num_images"] == memorised["num_unseen"] == 12
+    assert memorised["nearer"]["pixels"] == 1
 
 
 def test_real_images_that_cannot_be_compared_are_refused(run: Path, shapes: Path, tmp_path: Path) -> None:
