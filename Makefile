@@ -28,7 +28,7 @@ help: ## list the targets
 
 install: $(STAMP) ## install into .venv
 
-demo: $(STAMP) ## the whole line on synthetic CT and MR, from volumes to a report, in ten minutes on two cores
+demo: $(STAMP) ## every stage on synthetic CT and MR, from volumes to a report, in ten minutes on two cores
 	$(BIN)/segdiff demo $(ARGS)
 
 test: $(STAMP) ## the tests, on the real engines, in a quarter of an hour on two cores
