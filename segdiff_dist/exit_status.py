@@ -51,7 +51,7 @@ class ExitStatus:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
         if isinstance(error, KeyboardInterrupt):
-            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+            print("\ninterrupted; the same command continues from here", file=sys.stderr)
             return 130
         if isinstance(error, OSError):
             if _reader_is_gone():

@@ -66,7 +66,7 @@ def read_index(path: Path) -> dict[str, Any]:
     if not (path / INDEX).is_file():
         remedy = "give the folder that `segdiff prepare` or `convert` wrote"
         if any((path / name).exists() for name in (PARTIAL, UNFINISHED, SHARDS)):
-            remedy = "start the command that was making it again, it goes on where it stopped"
+            remedy = "start the command that made it again: it continues where it stopped"
         raise problem(path, INDEX, "missing: the set is unfinished", remedy)
     return parse_index(read_bytes(path / INDEX, _RESTORE), path / INDEX)
 

@@ -73,7 +73,7 @@ class DenoiserValidation:
         device: torch.device,
         draw: DrawGrid | None = None,
     ) -> None:
-        """`draw` is called on the main rank with the generated images (see DrawGrid)."""
+        """`draw` is called on rank 0 with the generated images (see DrawGrid)."""
         shards, rows, loader = slices.shards, slices.rows, slices.loader
         self.shards, self.diffusion, self.config, self.device = shards, diffusion, config, device
         self.soft_masks, self.draw = slices.soft_masks, draw

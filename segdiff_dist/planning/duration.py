@@ -24,7 +24,7 @@ def duration_s(network: Network, images: int, flops: float) -> float:
 
 
 def warn_of_length(section: str, network: Network, images: int, config: TrainConfig, device: torch.device) -> None:
-    """Print one line, on the main rank, where `images` images will take longer than a day."""
+    """Print one line, on rank 0, where `images` images will take longer than a day."""
     if not is_main() or images * network.most_flops_per_image < _DAY_S * _SLOWEST_FLOPS:
         return
     seconds = duration_s(network, images, peak_flops(device, config.precision).flops * world_size())

@@ -202,7 +202,7 @@ class Heartbeat:
         """Print the reason and end this process, unless it is already leaving with its own error."""
         if self._has_failed:
             return
-        lines = [f"error: rank {rank()} ({self._status.host}) stops: {reason.message}; the same command goes on"]
+        lines = [f"error: rank {rank()} ({self._status.host}) stops: {reason.message}; the same command continues"]
         if rank() in reason.ranks:
             stack = "".join(traceback.format_stack(_frame_of_the_main_thread())).rstrip()
             lines += [f"rank {rank()}'s main thread is at:", stack]

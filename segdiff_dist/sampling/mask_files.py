@@ -39,11 +39,11 @@ class FolderFiles:
         words = []
         if self.others:
             endings = [file.suffix or file.name for file in self.others]
-            others = f"{_counted(self.others, 'other file')} passed over ({_some(endings)})"
+            others = f"{_counted(self.others, 'other file')} skipped ({_some(endings)})"
             words.append(f"{others}: masks are NIfTI and PNG files")
         if self.hidden:
             parts = [next(part for part in file.parts[::-1] if _is_hidden(part)) for file in self.hidden]
-            words.append(f"{_counted(self.hidden, 'hidden or system file')} passed over ({_some(parts)})")
+            words.append(f"{_counted(self.hidden, 'hidden or system file')} skipped ({_some(parts)})")
         if png := [file for file in self.others if file.suffix.lower() in _PICTURES and _is_png(file)]:
             words.append(f"{png[0].name} is PNG by its bytes: if it is a mask, let its name end in .png")
         return "; ".join(words) or None

@@ -178,7 +178,7 @@ def weights_name(experiment: Experiment, name: str) -> str:
 
 
 def open_tracker(experiment: Experiment, stage: str, folder: Path) -> Tracker:
-    """The main rank records, and says where; the others record nothing. A run folder shares its database with those
+    """Rank 0 records, and says where; the others record nothing. A run folder shares its database with those
     beside it; another folder, a shard set's, has its own."""
     from segdiff_dist.tracking.tracker import Tracker
 

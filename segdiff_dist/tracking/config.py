@@ -26,7 +26,7 @@ class TrackingConfig:
     """Record new run folders in one database beside them (runs/mlflow.db for runs/a), so that MLflow compares them.
     false: in RUN/mlflow.db. A folder keeps the store that it began in. MLFLOW_TRACKING_URI names another one."""
     system_metrics: Execution[bool] = True
-    """Record processor, memory, disk, network and GPU use of the main rank's machine, under MLflow's names."""
+    """Record processor, memory, disk, network and GPU use of rank 0's machine, under MLflow's names."""
     flush_timeout_s: Execution[NonNegative] = 30.0
     """How long the end of a stage waits for a slow server. What is unsent after that stays in RUN/mlflow_spool."""
     register: Execution[str | None] = "segdiff"

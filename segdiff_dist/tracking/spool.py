@@ -64,7 +64,7 @@ class Spool:
         except FileNotFoundError:
             return None
         except OSError as error:
-            warnings.warn(f"{path}: passed over: {error}", stacklevel=2)
+            warnings.warn(f"{path}: skipped: {error}", stacklevel=2)
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,11 +90,11 @@ class Spool:
                 offset += len(line) + 1
                 record = _record(line)
                 if record is None:  # left by a power cut or a full disk
-                    warnings.warn(f"{self.path}: a damaged line is passed over", stacklevel=2)
+                    warnings.warn(f"{self.path}: a damaged line is skipped", stacklevel=2)
                     continue
                 yield record, offset
             if len(rest) > _MOST_LINE_BYTES:
-                warnings.warn(f"{self.path}: a line without an end; what follows it is passed over", stacklevel=2)
+                warnings.warn(f"{self.path}: a line without an end; the records after it are skipped", stacklevel=2)
                 return
 
     def mark_sent(self, offset: int) -> None:

@@ -50,7 +50,7 @@ def complete_ones(checkpoints: Path) -> list[Path]:
 
 
 def newest_usable(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint whose files match their checksums. The main rank calls it, before any rank writes.
+    """The newest complete checkpoint whose files match their checksums. Rank 0 calls it, before any rank writes.
 
     Newer ones are skipped with a warning and lose their marker. The run will write into their folders again, and a kill
     must not leave a mixture of old and new files that looks complete.
@@ -67,13 +67,13 @@ def newest_usable(checkpoints: Path) -> Path | None:
 def why_unusable(folder: Path, *, read_all: bool = False) -> str | None:
     """Why a checkpoint is skipped, for a warning, or None. `read_all` also compares checksums."""
     if not (folder / MARKER).is_file():
-        return "is incomplete and passed over"
+        return "is incomplete and skipped"
     try:
         ranks = read_state(folder)["ranks"]
     except InputProblems as error:
-        return f"is damaged and passed over: {STATE}: {error.problems[0].value}"
+        return f"is damaged and skipped: {STATE}: {error.problems[0].value}"
     damage = sharded_state.find_damage(folder, ranks, read_all=True) if read_all else None
-    return damage and f"is damaged and passed over: {damage}"
+    return damage and f"is damaged and skipped: {damage}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def _naming_the_last_good_checkpoint(job: TrainingJob) -> Iterator[None]:
     except TrainingStopped as stopped:
         sound = checkpoint.discard_unsound(job.folder / "checkpoints") if is_main() else None
         checkpoints = "The newest checkpoint from before the first of them is"
-        where = f"{checkpoints} {sound}, and the same command goes on from it"
+        where = f"{checkpoints} {sound}, and the same command continues from it"
         if sound is None:
             where = "No checkpoint is from before the first of them"
         lr = job.config.lr

@@ -64,7 +64,7 @@ def test_one_whose_state_cannot_be_read_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(InputProblems, match="remove this folder"):
         checkpoint.read_state(tmp_path / f"{200:012d}")
     for find in (lambda: checkpoint.complete_ones(tmp_path)[0], lambda: checkpoint.newest_usable(tmp_path)):
-        with pytest.warns(UserWarning, match=r"200 is damaged and passed over: state.json"):
+        with pytest.warns(UserWarning, match=r"200 is damaged and skipped: state.json"):
             assert find() == tmp_path / f"{100:012d}"
 
 
@@ -72,13 +72,13 @@ def test_one_that_was_passed_over_never_outlives_or_mixes_with_what_comes_after(
     """A damaged 300, of two ranks; the run goes on from 200 on one rank, is stopped at 250, and killed at 300."""
     make(tmp_path, 200)
     damaged = make(tmp_path, 300, ranks=2)
-    with pytest.warns(UserWarning, match=r"300 is damaged and passed over: rank_00001"):
+    with pytest.warns(UserWarning, match=r"300 is damaged and skipped: rank_00001"):
         assert checkpoint.newest_usable(tmp_path) == tmp_path / f"{200:012d}"
     with CheckpointWriter(tmp_path, keep=1) as writer:
         writer.start(state(torch.ones(4)), {"images_seen": 250})
         writer.drain(must_succeed=True)
         assert [int(p.name) for p in newest_first(tmp_path)] == [250]
-        write_atomic(damaged / checkpoint.MARKER, "")  # as if nobody had passed over it
+        write_atomic(damaged / checkpoint.MARKER, "")  # as if nobody had skipped it
         writer.start(state(torch.ones(4)), {"images_seen": 300})
     assert (damaged / sharded_state.file_name(0)).is_file()
     assert [int(p.name) for p in newest_first(tmp_path)] == [250]

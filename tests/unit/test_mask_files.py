@@ -65,9 +65,7 @@ def test_copies_and_forks_that_nobody_drew_are_passed_over(run: Path, shapes: Pa
     ):
         (masks / name).parent.mkdir(exist_ok=True)
         (masks / name).write_bytes(b"\x00\x05\x16\x07" + bytes(200))
-    with pytest.warns(
-        UserWarning, match=r"9 hidden or system files passed over \(\.DS_Store, \._case01\.png, .*\.\.\.\)"
-    ):
+    with pytest.warns(UserWarning, match=r"9 hidden or system files skipped \(\.DS_Store, \._case01\.png, .*\.\.\.\)"):
         job = job_of(run, shapes, masks)
     assert job.items["case_id"].to_pylist() == ["case01"]
     np.testing.assert_array_equal(job.masks_MHW[0], drawn())
@@ -82,7 +80,7 @@ def test_what_is_passed_over_is_counted_where_there_is_no_mask(run: Path, shapes
     save(tmp_path / "masks" / ".x" / "a.png", drawn())
     save(tmp_path / "masks" / "b.jpg", drawn(), format="PNG")
     save(tmp_path / "masks" / "c.jpg", drawn(), format="JPEG")
-    words = r"2 other files passed over \(\.jpg\).*1 hidden .* \(\.x\); b\.jpg is PNG by its bytes: .*end in \.png"
+    words = r"2 other files skipped \(\.jpg\).*1 hidden .* \(\.x\); b\.jpg is PNG by its bytes: .*end in \.png"
     with pytest.raises(InputProblems, match=words):
         job_of(run, shapes, tmp_path / "masks")
 

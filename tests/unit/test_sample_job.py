@@ -205,12 +205,12 @@ def test_masks_may_be_named_in_upper_case_and_what_is_passed_over_is_told(shapes
     (masks / "b.nii.gz").rename(masks / "B.NII.GZ")
     for name in ("c.mha", "d.npy", ".hidden"):
         (masks / name).write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"2 other files passed over \(\.mha, \.npy\)"):
+    with pytest.warns(UserWarning, match=r"2 other files skipped \(\.mha, \.npy\)"):
         job = folder_job(tmp_path, shapes)
     assert set(job.items["case_id"].to_pylist()) == {"A", "B"}
     (masks / "A.PNG").unlink()
     (masks / "B.NII.GZ").unlink()
-    with pytest.raises(InputProblems, match="none there: 2 other files passed over"):
+    with pytest.raises(InputProblems, match="none there: 2 other files skipped"):
         folder_job(tmp_path, shapes)
 
 

@@ -31,7 +31,7 @@ def spoilt(tmp_path: Path) -> Path:
 def test_a_set_without_index_is_unfinished(spoilt: Path) -> None:
     (spoilt / "index.json").unlink()
     assert "unfinished" in refusal(spoilt)
-    assert "start the command that was making it again" in refusal(spoilt)
+    assert "start the command that made it again" in refusal(spoilt)
 
 
 def test_no_folder_is_said(tmp_path: Path) -> None:

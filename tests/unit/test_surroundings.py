@@ -169,7 +169,7 @@ def test_ctrl_c_is_one_line(
 
     monkeypatch.setattr(PhantomPlan, "run", interrupted)
     assert cli.main(["phantom", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err == "\ninterrupted; the same command goes on from here\n"
+    assert capsys.readouterr().err == "\ninterrupted; the same command continues from here\n"
 
 
 def test_a_reader_that_leaves_and_an_output_without_room(shapes: Path) -> None:

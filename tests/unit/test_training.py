@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     else:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"damaged and passed over: (rank_00000|state)"):
+    with pytest.warns(UserWarning, match=r"damaged and skipped: (rank_00000|state)"):
         assert run_training(shapes, run) == losses(whole)
 
 
