@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _FIELDS = (
 )
 # So many rows with intervals fit on a page.
 _ROWS_A_TABLE = 22
+# Of a line of a column's label.
+_HEAD_LETTERS = 12
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -160,9 +163,16 @@ def _environment() -> Environment:
         comment_start_string="<#",
         comment_end_string="#>",
     )
-    filters: dict[str, Callable[..., str]] = {"tex": latex_escaped, "tex_name": _latex_name, "vector": _vector_name}
-    environment.filters |= filters
+    filters: dict[str, Callable[..., str]] = {"tex": latex_escaped, "tex_head": _latex_head, "tex_name": _latex_name}
+    environment.filters |= filters | {"vector": _vector_name}
     return environment
+
+
+def _latex_head(column: str) -> str:
+    """A column's label on as many lines as it needs, so that columns are as narrow as their numbers."""
+    lines = textwrap.wrap(column, _HEAD_LETTERS) or [""]
+    stacked = r" \\ ".join(latex_escaped(line) for line in lines)
+    return stacked if len(lines) == 1 else rf"\shortstack[r]{{{stacked}}}"
 
 
 def _latex_name(name: str) -> str:
