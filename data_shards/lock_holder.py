@@ -58,7 +58,7 @@ class Holder:
 
     @property
     def is_alive_here(self) -> bool | None:
-        """Whether the process runs; None where this process cannot see it."""
+        """Whether the process runs; None if this process cannot see it."""
         if not self.machine or self.machine != _machine():
             return None
         return _started(self.pid) == self.started

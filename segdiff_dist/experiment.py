@@ -198,7 +198,7 @@ def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:
 
 
 def recorded_config(experiment: Experiment, started: Path) -> Path | None:
-    """The settings that a training was started with; None where it has not begun. `started`: its folder of checkpoints,
+    """The settings that a training was started with; None if it has not begun. `started`: its folder of checkpoints,
     each of which holds them."""
     from segdiff_dist.training.checkpoint import named_as_one  # here, since it imports torch
 

@@ -155,7 +155,7 @@ class SegGuidedPipeline:
         return image_BHW
 
     def size_with(self, shards: ShardSet) -> int:
-        """`size`. Raises InputProblems where the set's slices are not what the model was trained on."""
+        """`size`. Raises InputProblems if the set's slices are not what the model was trained on."""
         table = self.model.label_table
         if table == shards.label_table and self.size <= shards.size:
             return self.size

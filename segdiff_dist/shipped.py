@@ -25,7 +25,7 @@ def find_config(given: str) -> Path:
     """The file that --config names: a path, or the name of a shipped configuration. A file of that name takes
     precedence.
 
-    Raises InputProblems where there is neither.
+    Raises InputProblems if there is neither.
     """
     if Path(given).is_file():
         return Path(given)

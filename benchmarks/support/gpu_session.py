@@ -121,7 +121,7 @@ class Session:
         return 60.0 * self.args.budget_minutes - (time.monotonic() - self.start)
 
     def part(self, name: str, run: Callable[[Session], Any], least_s: float = 0.0) -> None:
-        """Run a part and keep what it returns; skipped where fewer than `least_s` seconds are left."""
+        """Run a part and keep what it returns; skipped if fewer than `least_s` seconds are left."""
         parts = self.record.setdefault("parts", {})
         if self.left_s() < least_s:
             parts[name] = {"skipped": f"{self.left_s():.0f} s were left, {least_s:.0f} s are needed"}

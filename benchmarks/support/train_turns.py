@@ -83,7 +83,7 @@ class Watch:
             raise Measured
 
     def result(self) -> dict[str, Any]:
-        """Over the timed steps: `step_s` each, `seconds` of all, `data_wait`, a fraction of them (None where it was not
+        """Over the timed steps: `step_s` each, `seconds` of all, `data_wait`, a fraction of them (None if it was not
         measured here), `parts_s`, and `peak_mib`, the rank's own memory without mapped files at its highest."""
         timed = self._began_s[self._turn.warm_up :]
         seconds = timed[-1] - timed[0]

@@ -19,7 +19,7 @@ _EQUAL_SHARES = 1e-5
 
 
 class NearestLabels:
-    """Label slices, nearest neighbour; all background where there are no labels."""
+    """Label slices, nearest neighbour; all background if there are no labels."""
 
     def __init__(
         self,

@@ -105,7 +105,7 @@ def launch_residual_add(
 
 
 def launch_channel_sums(x_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over N, H, W [C], in a fixed order, x read once: two launches, one where there are no more than 512 rows."""
+    """Sums over N, H, W [C], in a fixed order, x read once: two launches, one if there are no more than 512 rows."""
     n, c, h, w = x_NCHW.shape
     rows_MC, num_rows = x_NCHW, n * h * w
     if num_rows > MOST_CHUNKS:

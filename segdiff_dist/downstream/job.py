@@ -102,7 +102,7 @@ class Downstream:
     def make(self) -> dict[str, Any]:
         """Sample, train, test; returns what summary.json holds.
 
-        InputProblems where another process works on it. SamplingFailed and DownstreamFailed where a part failed; the
+        InputProblems if another process works on it. SamplingFailed and DownstreamFailed where a part failed; the
         rest is kept.
         """
         held = locked(lock_beside(self.folder), self.folder, "is training segmenters for it")
@@ -235,7 +235,7 @@ def _settings(made: Downstream) -> dict[str, Any]:
 
 
 def _provenance_of(out: Path) -> Any:
-    """The provenance of the set in `out`; None where no set can be read."""
+    """The provenance of the set in `out`; None if no set can be read."""
     with suppress(InputProblems):
         return read_index(out).get("synthetic")
     return None

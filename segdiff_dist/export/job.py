@@ -73,7 +73,7 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
     samples = FinishedSamples.of(store, config.modality)
     problems = nnunet_problems(out, samples) if config.format == "nnunet" else []
     if config.needs_simpleitk:
-        simpleitk(f"--export.file-ending {config.file_ending}")  # refused where it is not installed
+        simpleitk(f"--export.file-ending {config.file_ending}")  # refused if it is not installed
     borrows = config.writes_values and samples.has_borrowed_hu
     if borrows and samples.borrowed_map is None:
         problems.append(

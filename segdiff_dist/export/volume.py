@@ -274,7 +274,7 @@ def _body(labels: Volume, config: VolumeConfig) -> BodyField:
 
 
 def _weights(pixels: tuple[float, float], num_stored: int, size: int) -> scipy.sparse.csr_array:
-    """[num_stored, size]: the pixels that make each stored voxel of a dimension; an empty row where there is none."""
+    """[num_stored, size]: the pixels that make each stored voxel of a dimension; an empty row if there is none."""
     start, step = pixels
     first = 0 if step > 0 else num_stored - 1
     with np.errstate(invalid="ignore"):  # voxels without a pixel near them have weights of 0 / 0, which become 0

@@ -255,7 +255,7 @@ def _shortened(text: str, length: int = 60) -> str:
 
 
 def _interface_towards(host: str) -> str | None:
-    """The network interface by which this machine reaches `host` over IPv4; None where it is unknown."""
+    """The network interface by which this machine reaches `host` over IPv4; None if it is unknown."""
     siocgifaddr = 0x8915  # linux/sockios.h: an interface's IPv4 address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

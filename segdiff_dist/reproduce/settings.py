@@ -97,7 +97,7 @@ def resolve(settings: Table1Settings) -> Experiments:
 
 def sampled_splits(settings: Table1Settings, experiments: Experiments) -> dict[ColumnName, Split]:
     """The split of each column's masks: the recipe's, or `val` where none of its patients there has a mask. AMOS
-    publishes no labels of its test cases. Raises InputProblems where neither split has one."""
+    publishes no labels of its test cases. Raises InputProblems if neither split has one."""
     cases = archive.read_archive(settings.amos)
     found: dict[ColumnName, Split] = {}
     missing = []

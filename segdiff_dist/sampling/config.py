@@ -66,7 +66,7 @@ class SampleConfig:
     no bit of an image. A GPU may round differently."""
     cuda_graph: Execution[Switch] = "auto"
     """Record the network's pass as a CUDA graph, once for each batch size, and replay it: faster where batches are
-    small. auto: on a GPU, if replaying gives the same bits. on: refused where there is no GPU. docs/sampling.md."""
+    small. auto: on a GPU, if replaying gives the same bits. on: refused if there is no GPU. docs/sampling.md."""
     precision: Result[Literal["auto", "bf16", "fp32"]] = "auto"
     """Precision of the network. auto: bf16 where the device has arithmetic for it, fp32 elsewhere. A job keeps the
     precision that it began with. The sampler computes in fp32."""
@@ -79,7 +79,7 @@ class SampleConfig:
     )
     """A Ray cluster to work on: host:port, or auto on one of its machines. All of them must see run and data."""
     device: Execution[Device] = "auto"
-    """auto: the GPU where there is one. A job keeps the kind of device that it was begun on."""
+    """auto: the GPU if there is one. A job keeps the kind of device that it was begun on."""
 
     @property
     def workers(self) -> WorkersConfig:

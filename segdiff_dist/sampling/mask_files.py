@@ -90,7 +90,7 @@ def folder_digest(folder: Path, config: SampleConfig) -> str:
             raise problem(file, "file", f"cannot be read ({error.strerror})", "make it readable") from error
         digest.update(os.fsencode(file.relative_to(folder)) + bytes.fromhex(sha256))
     if config.label_map is not None:
-        read_yaml(config.label_map)  # refused where it is not there
+        read_yaml(config.label_map)  # refused if it is not there
         digest.update(config.label_map.read_bytes())
     return digest.hexdigest()
 

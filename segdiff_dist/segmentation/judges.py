@@ -79,7 +79,7 @@ class ScriptSegmenter:
 
     @classmethod
     def load(cls, file: Path, config: ScriptConfig, device: torch.device | str = "cpu") -> ScriptSegmenter:
-        """Runs the code in the file. Raises InputProblems where it cannot be read, or where its names make no table."""
+        """Runs the code in the file. Raises InputProblems if it cannot be read, or where its names make no table."""
         table = _table_of(file, config)
         try:
             with warnings.catch_warnings():

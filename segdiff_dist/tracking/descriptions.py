@@ -62,7 +62,7 @@ def source_tags(stage: str) -> dict[str, str]:
 
 
 def user_tag() -> dict[str, str]:
-    """Who began the run; empty where the user has no name, as in some containers."""
+    """Who began the run; empty if the user has no name, as in some containers."""
     with suppress(KeyError, OSError, ImportError):
         return {"mlflow.user": getpass.getuser()}
     return {}
@@ -70,7 +70,7 @@ def user_tag() -> dict[str, str]:
 
 @functools.cache
 def _revision() -> str | None:
-    """The commit of the code, with "-dirty" where files differ from it; None where it is no git checkout."""
+    """The commit of the code, with "-dirty" where files differ from it; None if it is no git checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

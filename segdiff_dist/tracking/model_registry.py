@@ -57,7 +57,7 @@ def _set_aliases(client: Any, name: str, newest: str) -> None:
 
 
 def _dice(version: Any) -> float | None:
-    """The headline Dice of a version; None where it has none."""
+    """The headline Dice of a version; None if it has none."""
     with suppress(KeyError, ValueError):
         value = float(version.tags[HEADLINE_TAG])
         return value if math.isfinite(value) else None

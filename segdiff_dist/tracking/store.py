@@ -3,7 +3,7 @@
     runs/mlflow.db, mlartifacts/     of runs/a, runs/b, ...: one `mlflow ui` shows and compares all of them
     RUN/mlflow.db, mlartifacts/      of RUN alone: `tracking.shared_store: false`, or nothing can be put beside it
 
-The place is decided when a folder is tracked for the first time. A database beside it is used where this user began it
+The place is decided when a folder is tracked for the first time. A database beside it is used if this user began it
 on this machine, which its signed mark shows: with an archive from somebody else a database might come too.
 """
 
@@ -32,7 +32,7 @@ def store_of(folder: Path, is_beside: bool) -> Path:
 
 
 def why_not_beside(folder: Path) -> str | None:
-    """Why the database of a run folder cannot be beside it; None where it can."""
+    """Why the database of a run folder cannot be beside it; None if it can."""
     beside = folder.resolve().parent
     try:
         is_open = beside.stat().st_mode & stat.S_IWOTH

@@ -77,7 +77,7 @@ def why_unusable(folder: Path, *, read_all: bool = False) -> str | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state to resume from; `ranks` is the number of files. Raises InputProblems where it is damaged."""
+    """The state to resume from; `ranks` is the number of files. Raises InputProblems if it is damaged."""
     remedy, what = "remove this folder; the checkpoint before it is taken", "the state of a training"
     with reading(folder, what, remedy, STATE):
         content = read_bytes(folder / STATE, remedy)

@@ -248,7 +248,7 @@ def _cutting(shards: ShardSet | None, size: int | None) -> dict[str, Any]:
 
 
 def _hu_window(shards: ShardSet | None) -> tuple[float, float] | None:
-    """The HU that become black and white in the set, or by `segdiff prepare`; None where they differ by volume."""
+    """The HU that become black and white in the set, or by `segdiff prepare`; None if they differ by volume."""
     from data_shards.ingest.prepare_config import PrepareConfig
 
     named = {} if shards is None else shards.index["preprocessing"]

@@ -119,7 +119,7 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def read_downstream(run: Path) -> dict[str, Any] | None:
-    """RUN/downstream/summary.json, which `segdiff evaluate --downstream` writes; None where it is not there."""
+    """RUN/downstream/summary.json, which `segdiff evaluate --downstream` writes; None if it is not there."""
     file, remedy = run / "downstream" / SUMMARY, "remove it, or run `segdiff evaluate` with downstream again"
     if not file.exists():
         return None
@@ -129,7 +129,7 @@ def read_downstream(run: Path) -> dict[str, Any] | None:
 
 
 def read_figures(run: Path) -> list[dict[str, str]]:
-    """RUN/evaluation/figures/index.json: file, title, caption and section of each figure; empty where there is none."""
+    """RUN/evaluation/figures/index.json: file, title, caption and section of each figure; empty if there is none."""
     file, remedy = run / _FOLDER / FIGURES, f"draw them again: `segdiff report {shlex.quote(str(run))}`"
     if not file.exists():
         return []

@@ -247,7 +247,7 @@ def not_made(reason: str) -> dict[str, Any]:
 
 
 def why_not(ids: Sequence[int], training: Sequence[int], unseen: Sequence[int]) -> str | None:
-    """Why copies of `training` (rows) cannot be found among `ids` (items); None where they can."""
+    """Why copies of `training` (rows) cannot be found among `ids` (items); None if they can."""
     if not ids:
         return "no sample is the first of its mask in the modality of the mask's own slice"
     if not training:

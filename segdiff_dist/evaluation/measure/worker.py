@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Inputs:
     """The inputs of a worker. Paths and settings only, so that any machine can read it.
 
-    `radiomics_items`: the ids of the items whose radiomics features are computed. `shards`: None where no real images
+    `radiomics_items`: the ids of the items whose radiomics features are computed. `shards`: None if no real images
     are known. `spacing_mm`: of pixels whose width nothing else says.
     """
 
@@ -216,7 +216,7 @@ class Evaluator:
         )
 
     def _radiomics_features(self, chunk: Chunk) -> dict[tuple[str, str], np.ndarray]:
-        """By (extractor, side); NaN for items that were not chosen, and empty where none of the chunk is."""
+        """By (extractor, side); NaN for items that were not chosen, and empty if none of the chunk is."""
         chosen = [i for i in range(chunk.start, chunk.stop) if i in self.inputs.radiomics_items]
         if self.radiomics is None or not chosen:
             return {}

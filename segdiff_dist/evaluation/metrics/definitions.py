@@ -11,7 +11,7 @@ from segdiff_dist.spectra import BAND_NAMES, BANDS, FEWEST_PIXELS_INSIDE
 class Definition:
     """A metric on the page: its label, its digits after the point, which values are better, and its description.
 
-    `better`: "higher", "lower", "one" (nearest to 1), or empty where none is better by itself.
+    `better`: "higher", "lower", "one" (nearest to 1), or empty if none is better by itself.
     """
 
     label: str

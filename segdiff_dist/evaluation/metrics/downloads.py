@@ -1,4 +1,4 @@
-"""Downloads of weights, before anything is measured. Where one fails, its metric is left out with a reason.
+"""Downloads of weights, before anything is measured. If one fails, its metric is left out with a reason.
 
 They are downloaded here and not on each worker. So all workers use one file, whose digest is recorded.
 """
@@ -22,7 +22,7 @@ _SILENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Weights:
-    """Files of weights on this machine; None where a metric was not requested or its file could not be downloaded.
+    """Files of weights on this machine; None if a metric was not requested or its file could not be downloaded.
 
     `missing`: the reason, by the metric's name.
     """

@@ -78,7 +78,7 @@ def mean_dice(dice_BK: Array, organ_ids: Sequence[int]) -> Array:
 
 
 def mean_over_organs(values_BK: Array, organ_ids: Sequence[int]) -> Array:
-    """Mean [B] of a measure over the organs present in a sample's reference (not NaN); NaN where there is none.
+    """Mean [B] of a measure over the organs present in a sample's reference (not NaN); NaN if there is none.
 
     `values_BK` by label id: Dice, surface Dice or area error.
     """

@@ -58,7 +58,7 @@ def load_extractor() -> Callable[[np.ndarray], np.ndarray]:
 
 def frd(real: FeatureStatistics, generated: FeatureStatistics) -> float | None:
     """Frechet radiomics distance: log of the squared Frechet distance of features scaled by the real ones' mean and
-    standard deviation; each side needs two images. None where it is not finite: equal sets, or no feature varies.
+    standard deviation; each side needs two images. None if it is not finite: equal sets, or no feature varies.
 
     Konz et al. 2026, eq. 3, with the squared distance in the logarithm, as in their package by default. A feature
     that is constant over the real images is left out.

@@ -129,7 +129,7 @@ def unpaired_organ_entries(
 def organ_entries(
     sums: PatientSums, organ: str, which: Callable[[SumKey], bool], interval: Interval
 ) -> dict[str, Entry]:
-    """`texture` of an organ; empty where no sample shows enough of it. n counts the samples that do."""
+    """`texture` of an organ; empty if no sample shows enough of it. n counts the samples that do."""
     pairs = {"texture": (f"texture_gen/{organ}", f"texture_real/{organ}")}
     return {name: _entry(name, estimate) for name, (estimate, _) in _ratios(sums, pairs, which, interval).items()}
 
@@ -139,7 +139,7 @@ def _ratios(
 ) -> dict[str, tuple[Estimate, np.ndarray]]:
     """Ratios of two columns' sums by name, each with its values [R] over bootstrap samples of the patients.
 
-    The values are NaN for a single patient. A ratio is left out where the second sum is not positive."""
+    The values are NaN for a single patient. A ratio is left out if the second sum is not positive."""
     names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
     sums_PC, counts_PC = sums.by_patient(names, which)
     column = {name: c for c, name in enumerate(names)}
@@ -160,7 +160,7 @@ def _ratios(
 
 
 def _ends(resampled_R: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % interval of the values over bootstrap samples; None where no value is finite."""
+    """The 95 % interval of the values over bootstrap samples; None if no value is finite."""
     finite = resampled_R[np.isfinite(resampled_R)]
     if not len(finite):
         return None

@@ -68,7 +68,7 @@ class PatientSums:
     def means(
         self, names: Sequence[str], which: Callable[[SumKey], bool], interval: Interval
     ) -> dict[str, Estimate | None]:
-        """Mean of each column over the samples that `which` selects; None where no value is finite."""
+        """Mean of each column over the samples that `which` selects; None if no value is finite."""
         sums_PC, counts_PC = self.by_patient(names, which)
         estimates: dict[str, Estimate | None] = {}
         for c, name in enumerate(names):

@@ -55,7 +55,7 @@ _MUST_AGREE = (
 class EvaluatedRun:
     """A run folder that was evaluated.
 
-    `name`: unique among the runs. `settings`: values of config.yaml by dotted key, empty where there is none. `slices`:
+    `name`: unique among the runs. `settings`: values of config.yaml by dotted key, empty if there is none. `slices`:
     row of the shard set and modality of each headline image. `side`: of the images, in pixels.
     """
 
@@ -108,7 +108,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def disagreements(runs: Sequence[EvaluatedRun]) -> list[Disagreement]:
-    """Why some or all numbers of the runs cannot be compared; empty where all can."""
+    """Why some or all numbers of the runs cannot be compared; empty if all can."""
     differences = []
     for key, text, metrics in _MUST_AGREE:
         values = [run.summary["provenance"].get(key) for run in runs]
@@ -149,7 +149,7 @@ def is_comparable(metric: str, differences: Sequence[Disagreement]) -> bool:
 def best_of(values: Sequence[float | None], definition: Definition, *, least: float = -math.inf) -> set[int]:
     """Which of the values are best: all that are shown with the same digits as the best one.
 
-    A value is None where a run has none. None is best where neither higher nor lower is better, or where all are shown
+    A value is None if a run has none. None is best where neither higher nor lower is better, or where all are shown
     the same. Values below `least` count as `least`.
     """
     shown = {i: round(max(value, least), definition.digits) for i, value in enumerate(values) if value is not None}

@@ -88,7 +88,7 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
 
 
 def groups_of_runs(runs: Sequence[EvaluatedRun]) -> Groups:
-    """Entries by "All" and modality; "All" is left out where all runs are of one modality."""
+    """Entries by "All" and modality; "All" is left out if all runs are of one modality."""
     groups = {"All": [run.summary["metrics"] for run in runs]}
     groups |= {m: [run.summary["by_modality"].get(m, {}) for run in runs] for m in MODALITIES}
     groups = {group: entries for group, entries in groups.items() if any(entries)}

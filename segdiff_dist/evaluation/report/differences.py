@@ -65,7 +65,7 @@ class Difference:
 
 
 def difference_tables(runs: Sequence[EvaluatedRun], disagreements: Sequence[Disagreement]) -> list[Table]:
-    """Differences of every run to the first, of all images and by modality; empty where none can be compared."""
+    """Differences of every run to the first, of all images and by modality; empty if none can be compared."""
     first, others = runs[0], runs[1:]
     blocking = [difference for difference in disagreements if not difference.of_slices]
     columns = set.intersection(*(set(row_columns(run.folder)) for run in runs))
@@ -100,7 +100,7 @@ def sentences(tables: Sequence[Table]) -> list[str]:
 def difference(
     first: Images, other: Images, metric: str, *, is_paired: bool, resamples: int = RESAMPLES
 ) -> Difference | None:
-    """Other less first; None where an image has no finite value. Paired: both hold images of the same masks, in order.
+    """Other less first; None if an image has no finite value. Paired: both hold images of the same masks, in order.
 
     Field and Welsh 2007 (cluster bootstrap), of the difference.
     """

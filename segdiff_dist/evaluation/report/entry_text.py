@@ -11,7 +11,7 @@ DASH = "\u2013"
 
 
 def groups_of(overall: dict[str, Any], by_modality: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Entries by "All" and modality, without empty groups; "All" is left out where there is one modality only."""
+    """Entries by "All" and modality, without empty groups; "All" is left out if there is one modality only."""
     groups = {"All": overall} | {m: by_modality.get(m, {}) for m in MODALITIES}
     groups = {name: entries for name, entries in groups.items() if entries}
     if len(groups) == 2:
@@ -25,7 +25,7 @@ def format_number(value: float, digits: int) -> str:
 
 
 def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
-    """A value of the summary, with a mark where it means nothing; a dash where there is none."""
+    """A value of the summary, with a mark where it means nothing; a dash if there is none."""
     if entry is None:
         return "\u2013"
     return format_number(entry["value"], digits) + (f" {MARK}" if is_unreliable(entry) else "")

@@ -33,7 +33,7 @@ _COLUMNS = (
 class Pictures:
     """Rows of samples.parquet with their pixels.
 
-    `shards`: of the real images, where there are some; `is_paired`: the generated ones have counterparts in it.
+    `shards`: of the real images, if there are some; `is_paired`: the generated ones have counterparts in it.
     """
 
     rows: dict[str, np.ndarray]
@@ -46,7 +46,7 @@ class Pictures:
 
     @classmethod
     def open(cls, run: Path) -> Pictures:
-        """Open the samples and the evaluation of `run`. InputProblems where the samples or their slices are not those
+        """Open the samples and the evaluation of `run`. InputProblems if the samples or their slices are not those
         that were measured: the pictures would not belong to the numbers."""
         store = open_samples(run / "samples")
         paired = is_paired(store)

@@ -60,7 +60,7 @@ def _spread(items_by_row: dict[int, int]) -> list[int]:
 
 
 def _curve(ax: Axes, power_BF: np.ndarray, patients: list[str], label: str, colour: str) -> None:
-    """Mean power by ring; a band for the interval where there are several patients."""
+    """Mean power by ring; a band for the interval if there are several patients."""
     known_BF = np.isfinite(power_BF)
     names, patient_B = np.unique(patients, return_inverse=True)
     sums_PF, counts_PF = (np.zeros((len(names), len(RINGS))) for _ in range(2))

@@ -23,7 +23,7 @@ _INTERVALS = "95 % bootstrap intervals over patients are below the values, where
 
 @dataclass(frozen=True)
 class Cell:
-    """A value of summary.json with its metric, or a count. `grey`: why it says little, empty where it may be read."""
+    """A value of summary.json with its metric, or a count. `grey`: why it says little, empty if it may be read."""
 
     metric: str = ""
     entry: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def value(self) -> str:
-        """The count, or the value with a mark where it means nothing; a dash where there is none."""
+        """The count, or the value with a mark where it means nothing; a dash if there is none."""
         return self.text or (format_entry(self.entry, self.digits) if self.metric else "")
 
     def interval(self, between: str = " to ") -> str:

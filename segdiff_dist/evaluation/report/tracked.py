@@ -29,7 +29,7 @@ class TrackedRun:
 
 
 def tracked_run(run: Path) -> TrackedRun | None:
-    """The MLflow run of a run folder; None where nothing was tracked, or mlflow.json is damaged."""
+    """The MLflow run of a run folder; None if nothing was tracked, or mlflow.json is damaged."""
     try:
         link = read_link(run)
         return locate(link, run.resolve()) if link else None
