@@ -1,6 +1,6 @@
-"""How much of a tensor one program of the norms' kernels takes. Plain numbers, no Triton.
+"""The part of a tensor that one program of the norms' kernels takes. Plain numbers, no Triton.
 
-Tiles are powers of two, as Triton wants its blocks.
+Tiles are powers of two, as Triton requires for blocks.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from segdiff_kernels.partials import slice_pixels
 
 # 8 KiB a tile: 4 loads of 16 bytes for each of 128 threads and each tensor.
 _TILE_BYTES = 8192
-# Programs a tile of channels that share the rows of the bias's gradient: four for each of 132 multiprocessors.
+# Programs for a tile of channels, which share the rows of the bias's gradient: four for each of 132 multiprocessors.
 MOST_CHUNKS = 512
 
 
 def channel_tile(*channels: int) -> int:
-    """Channels a program takes of a row: a power of two, at most 128 (256 bytes of bfloat16).
+    """Channels of a row that a program takes: a power of two, at most 128 (256 bytes of bfloat16).
 
     The largest of 128, 64, 32 that divides all counts, so that no lane idles and every row starts aligned; else enough
     for the largest count, with a mask.
@@ -39,7 +39,8 @@ def merge_tiles(num_channels: int, num_groups: int, num_slices: int) -> dict[str
 
 
 def chunk_rows(num_rows: int, block_p: int) -> int:
-    """Rows a program adds up: whole tiles, so many that at most 512 programs share a tile of channels."""
+    """Rows that a program adds up: whole tiles, and enough of them that at most 512 programs share a tile of
+    channels."""
     return -(-num_rows // (MOST_CHUNKS * block_p)) * block_p
 
 

@@ -1,8 +1,8 @@
 """`sample.cuda_graph`: the network's forward pass as one CUDA graph for each batch size.
 
 With few images the GPU waits for Python, which launches a thousand kernels a pass. A replay launches them at once. Only
-the network is recorded: solvers, guidance and bounds stay what they are. A recording is used only where it gives the
-bits that Python gives.
+the network is recorded: solvers, guidance and bounds do not change. A recording is used only if it gives the same bits
+as eager execution.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_RECORDINGS = 4
 
 
 class Net(Protocol):
-    """What a sampler needs of a denoiser."""
+    """The interface of a denoiser that a sampler uses."""
 
     uses_kernels: bool
 
@@ -96,7 +96,7 @@ class ReplayedNet:
             recording = _Recording(recorder, fixed, made_BCHW)
             replayed_BCHW = self._replay(recording, given)
         except torch.OutOfMemoryError:
-            self._give_up("its memory does not fit beside that of eager passes")
+            self._give_up("its memory does not fit in addition to that of eager passes")
         except RuntimeError as error:
             self._give_up(f"it cannot be recorded: {first_line(error)}")
         else:

@@ -1,7 +1,7 @@
 """A function's work on a GPU, recorded once and repeated: a CUDA graph launches thousands of kernels as one.
 
-The repetition runs no Python. It uses the memory that the recording used: tensors that are read stay where they are,
-and new values are copied into them.
+The repetition runs no Python. It uses the memory of the recording: input tensors stay in place, and new values are
+copied into them.
 """
 
 from __future__ import annotations

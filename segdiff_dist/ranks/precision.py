@@ -1,6 +1,6 @@
 """`precision: auto`: bf16 on hardware with bf16 arithmetic, fp32 elsewhere.
 
-A CPU without bf16 instructions computes in bf16 all the same, about ten times slower than in fp32. For example, a 3x3
+A CPU without bf16 instructions can also compute in bf16, but about ten times slower than in fp32. For example, a 3x3
 convolution of 64 channels at 32x32 takes 132 ms forward and backward in fp32 and 1,638 ms in bf16 on an AMD EPYC with
 AVX2 (torch 2.13, one thread).
 """

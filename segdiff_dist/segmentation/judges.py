@@ -1,6 +1,6 @@
-"""Segmenters that others trained, which judge images independently: TorchScript files and MONAI bundles.
+"""Segmenters of other projects, which evaluate images independently: TorchScript files and MONAI bundles.
 
-A TorchScript file is a program: loading it runs the code in it. So it is used only where a person names it.
+A TorchScript file is a program: loading it runs the code in it. So it is used only if the user names it.
 
 FILE.pt, FILE.yaml                                     the network, and beside it what it takes and gives: ScriptConfig
 BUNDLE/models/model.ts, BUNDLE/configs/metadata.json   the same of a MONAI bundle; BUNDLE/segdiff.yaml goes before it
@@ -41,13 +41,13 @@ _Range = Annotated[tuple[float, float], RISING]
 
 @dataclass(frozen=True)
 class ScriptConfig:
-    """What a TorchScript network takes and gives: a float32 image [B, channels, H, W]; scores [B, K, H, W] or label ids
+    """Input and output of a TorchScript network: a float32 image [B, channels, H, W]; scores [B, K, H, W] or label ids
     [B, H, W] or [B, 1, H, W]."""
 
     names: Result[dict[int, str]]
-    """What each id means: 0 is background, the others without a gap, organs named as in the masks' label table."""
+    """The class of each id: 0 is background, the others without a gap, organs named as in the masks' label table."""
     size: Result[Annotated[int, Interval(ge=8, le=2048)] | None] = None
-    """The side that images are resampled to before, in pixels; its labels are resampled back. null: as they are."""
+    """The side in pixels to which images are resampled; labels are resampled back. null: no resampling."""
     window_hu: Result[_Range | None] = None
     """CT: the HU that become the ends of `range`. null: the darkest and the brightest grey value do."""
     range: Result[_Range] = (0.0, 1.0)
@@ -55,11 +55,11 @@ class ScriptConfig:
     mean: Result[float] = 0.0
     """Subtracted after that."""
     std: Result[Annotated[float, Gt(0)]] = 1.0
-    """What is left is divided by it."""
+    """The difference is divided by it."""
     channels: Result[Literal[1, 3]] = 1
     """3: the image three times."""
     modalities: Result[tuple[Modality, ...]] = MODALITIES
-    """What it was trained on."""
+    """The modalities of its training."""
     output: Result[Literal["scores", "labels"]] = "scores"
 
 
@@ -79,7 +79,7 @@ class ScriptSegmenter:
 
     @classmethod
     def load(cls, file: Path, config: ScriptConfig, device: torch.device | str = "cpu") -> ScriptSegmenter:
-        """Runs the code in the file. Raises InputProblems if it cannot be read, or where its names make no table."""
+        """Runs the code in the file. Raises InputProblems if it cannot be read, or if its names make no table."""
         table = _table_of(file, config)
         try:
             with warnings.catch_warnings():
@@ -92,8 +92,8 @@ class ScriptSegmenter:
         return cls(net, file, config, table, digest, torch.device(device), torch.arange(256, dtype=torch.uint8))
 
     def suited(self, table: LabelTable, hu: tuple[float, float] | None) -> ScriptSegmenter:
-        """The same, for masks of a table: its labels are turned into the table's; what the table does not have becomes
-        background."""
+        """The same, for masks of a table: its labels are mapped to the table's; classes that the table does not have
+        become background."""
         own_of = torch.zeros(256, dtype=torch.uint8)
         for theirs, name in enumerate(self.label_table.names):
             own_of[theirs] = table.names.index(name) if name in table.names else 0
@@ -102,7 +102,7 @@ class ScriptSegmenter:
     def problems(
         self, table: LabelTable, modalities: Sequence[str], hu: tuple[float, float] | None
     ) -> Iterator[Problem]:
-        """What keeps it from images of these modalities whose masks are of `table`."""
+        """Conflicts with images of these modalities whose masks are of `table`."""
         where = str(self.file)
         organs = [table.names[i] for i in table.organ_ids]
         if unknown := [name for name in organs if name not in self.label_table.names]:
@@ -129,7 +129,7 @@ class ScriptSegmenter:
         return self.own_of[ids_BHW.clamp(0, 255).long()]
 
     def predict_and_features(self, image_BHW: Tensor, modality_B: Tensor) -> tuple[Tensor, None]:
-        """It has no features."""
+        """Never called: it has no features."""
         return self.predict(image_BHW, modality_B), None
 
     def _normalised(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def _read_config(file: Path) -> ScriptConfig:
 
 
 def _config_of_bundle(file: Path) -> ScriptConfig:
-    """From a bundle's metadata.json (MONAI bundle specification, network_data_format)."""
+    """The description from a bundle's metadata.json (MONAI bundle specification, network_data_format)."""
     remedy = f"describe the network in {file.parents[1] / _BUNDLE_CONFIG}"
     with reading(file, "the metadata of a MONAI bundle", remedy):
         formats = read_json(file, remedy)["network_data_format"]
@@ -208,7 +208,7 @@ def _config_of_bundle(file: Path) -> ScriptConfig:
 
 
 def _table_of(file: Path, config: ScriptConfig) -> LabelTable:
-    """Of its own ids."""
+    """The table of its own ids."""
     remedy = f"name the ids 0, 1, 2, ... without a gap, each once; 0 is {BACKGROUND}"
     if sorted(config.names) != list(range(len(config.names))):
         raise problem(file, "names", f"ids {sorted(config.names)}", remedy)

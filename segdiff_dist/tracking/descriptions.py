@@ -1,7 +1,6 @@
-"""What says of a run what it is: its name, its description, where it came from. Under the tags that MLflow's pages
-show.
+"""The description of a run: its name, its text and its origin, under the tags that MLflow's pages show.
 
-Everything goes through the client that it is given: MLflow itself is mlflow_run.py's.
+Everything goes through a given client; only mlflow_run.py imports MLflow.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ def describe_experiment(client: Any, experiment_id: str) -> None:
 
 
 def describe(client: Any, run_id: str, folder_name: str, about: Mapping[str, Any]) -> None:
-    """Put a paragraph of a stage into the run's description, in place of the one that it had, and name the run, unless
-    a person has named it. The rest of the description stays."""
+    """Put a paragraph of a stage into the run's description, replacing the earlier one, and name the run, unless the
+    user has named it. The rest of the description stays."""
     run = client.get_run(run_id)
     if about["run_name"] is not None and run.info.run_name == folder_name:
         client.update_run(run_id, name=about["run_name"])

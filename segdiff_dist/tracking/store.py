@@ -1,4 +1,4 @@
-"""Where MLflow's database of a run folder is: beside the folder, for all runs of a project, or in the folder.
+"""The place of MLflow's database for a run folder: beside the folder, for all runs of a project, or in the folder.
 
     runs/mlflow.db, mlartifacts/     of runs/a, runs/b, ...: one `mlflow ui` shows and compares all of them
     RUN/mlflow.db, mlartifacts/      of RUN alone: `tracking.shared_store: false`, or nothing can be put beside it
@@ -63,14 +63,14 @@ def make_own(store: Path) -> None:
 
 
 def odd_files(store: Path) -> list[Path]:
-    """What of a store is a link, a device or a pipe, or a file for a folder."""
+    """A part of a store that is a link, a device or a pipe, or a file in place of a folder."""
     odd = [found for name in STORE_FILES if (found := odd_entry(store / name)) is not None]
     odd += [store / ARTIFACTS] if (store / ARTIFACTS).is_file() else []
     return odd + [store / name for name in STORE_FILES if name != ARTIFACTS and (store / name).is_dir()]
 
 
 def local_uri(folder: Path) -> str:
-    """Of sqlite in the folder, for MLflow in this process.
+    """The URL of sqlite in the folder, for MLflow in this process.
 
     SQLAlchemy reads '?' as the end of a path, and from version 2.1 on '%' as an escape. Such a folder is named by a
     file descriptor of this process instead, which needs neither.
@@ -90,5 +90,5 @@ def is_plain_for_sqlite(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _folder_descriptor(device: int, inode: int, root: str) -> int:
-    """Kept open for as long as the process lives. A folder is identified by device and inode, not by its name."""
+    """The descriptor stays open until the process ends. A folder is identified by device and inode, not by its name."""
     return os.open(root, os.O_RDONLY | os.O_DIRECTORY)
