@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +26,9 @@ from segdiff_dist.evaluation.evaluate import evaluate
 from segdiff_dist.evaluation.measure import trust
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.job import EvaluationFailed, in_order, measure
-from segdiff_dist.evaluation.measure.worker import Chunk
+from segdiff_dist.evaluation.measure.kept import Kept
+from segdiff_dist.evaluation.measure.saved import read_rows, read_summary
+from segdiff_dist.evaluation.measure.worker import Chunk, ChunkResult
 from segdiff_dist.evaluation.metrics import inception, perceptual
 
 # Each worker takes a chunk of 64 items: with this many there are two chunks and something to merge.
@@ -354,3 +360,66 @@ def test_items_that_cannot_be_measured_are_named_and_nothing_is_written(
     with pytest.raises(EvaluationFailed, match="items 0 to 63"):
         measure(run, EvaluateConfig(num_workers=1, **QUICK), progress=False)
     assert not [file.name for file in (run / "evaluation").iterdir() if file.suffix in (".json", ".parquet")]
+
+
+def _killed_in_the_middle(run: Path, num_kept: int) -> int:
+    """`measure` in a process of its own, killed once so many results are kept; how many chunks are kept then."""
+    program = f"""
+from pathlib import Path
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.job import measure
+measure(Path({str(run)!r}), EvaluateConfig(num_workers=1, **{QUICK!r}), progress=False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    kept: list[Path] = []
+    try:
+        while len(kept) < num_kept:
+            assert process.poll() is None, "it ended before it could be killed"
+            kept = list((run / "evaluation").glob(".kept-*/Chunk-*.npz"))
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return len(kept)
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_killed_evaluation_goes_on_and_gives_the_same_bytes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(num_workers=1, **QUICK)
+    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+    summary = measure(whole, config, progress=False)
+    assert _killed_in_the_middle(run, 1) < 2
+    assert not (run / "evaluation" / "summary.json").exists()
+    assert measure(run, config) == summary
+    assert "64 of 96 images were measured before" in capsys.readouterr().out
+    for name in ("summary.json", "samples.parquet"):
+        assert (run / "evaluation" / name).read_bytes() == (whole / "evaluation" / name).read_bytes()
+    assert {file.name for file in (run / "evaluation").iterdir()} == {
+        file.name for file in (whole / "evaluation").iterdir()
+    }
+
+    # Rows of another evaluation than the summary's are not read beside it.
+    (run / "evaluation" / "samples.parquet").write_bytes(b"of another evaluation")
+    with pytest.raises(InputProblems, match="not of the same evaluation"):
+        read_rows(run, ["row"], read_summary(run))
+
+
+def test_what_is_kept_depends_on_what_it_was_made_from(tmp_path: Path) -> None:
+    task, result = Chunk(0, 2), ChunkResult({"ssim": np.array([0.1, np.nan])}, {("segmenter", "gen"): np.eye(2)})
+    first = Kept(tmp_path, {"segmenter": "a"})
+    first.predictions.mkdir()
+    first.write(task, result)
+    again = Kept(tmp_path, {"segmenter": "a"})
+    assert task in again
+    assert Chunk(0, 3) not in again
+    read = again.read(task)
+    np.testing.assert_array_equal(read.columns["ssim"], result.columns["ssim"])
+    np.testing.assert_array_equal(read.features["segmenter", "gen"], np.eye(2))
+    file = next(again.path.glob("Chunk-*"))
+    file.write_bytes(file.read_bytes()[:-20])  # damaged
+    assert task not in Kept(tmp_path, {"segmenter": "a"})
+    other = Kept(tmp_path, {"segmenter": "b"})
+    assert not first.path.exists()
+    assert other.path.exists()

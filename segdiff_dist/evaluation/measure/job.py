@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from data_shards.fan_out import TaskFailure, Workers
 from data_shards.files import new_file, remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import WorkFailed, removed_on_failure, saying_when_full
+from data_shards.store.set_index import file_sha256
 from data_shards.store.shards import ShardSet
 from data_shards.workers import WorkerPool
 from segdiff_dist.config import read_yaml
@@ -28,6 +30,7 @@ from segdiff_dist.evaluation.measure import copies, trust
 from segdiff_dist.evaluation.measure.checks import Checked, check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.headline import headline_items
+from segdiff_dist.evaluation.measure.kept import Kept, code_digest, samples_digest
 from segdiff_dist.evaluation.measure.provenance import not_available, provenance
 from segdiff_dist.evaluation.measure.reals import RealSlices
 from segdiff_dist.evaluation.measure.rows import RowWriter
@@ -64,8 +67,8 @@ def measure(
     run = Path(run)
     checked = checked or check(run, config)
     folder = run / FOLDER
-    rows, predictions = (unfinished_name(folder / name) for name in ("samples.parquet", "predictions.zarr"))
-    with at_work(run), saying_when_full(folder), removed_on_failure(rows), removed_on_failure(predictions):
+    rows = unfinished_name(folder / "samples.parquet")
+    with at_work(run), saying_when_full(folder), removed_on_failure(rows):
         return _measure_checked(run, config, checked, rows, progress)
 
 
@@ -83,23 +86,34 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
         with config.workers.joined():
             pool = config.workers.pool()
             inputs = _inputs(run, config, checked, pool.device, weights)
-            measured, trust_checks = measure_items(inputs, pool, config, subject, rows, progress)
+            facts = provenance(inputs, subject) | {"segmenter_sha256": checked.segmenter_sha256}
+            kept = Kept(folder, _dependencies(facts, inputs, subject))
+            inputs = replace(inputs, predictions=kept.predictions.resolve())
+            measured, trust_checks = measure_items(inputs, pool, config, subject, rows, progress, kept)
         summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": trust_checks}
         summary["not_available"] = not_available(summary, inputs, subject) | weights.missing
-        summary["provenance"] = provenance(inputs, subject) | {
-            "segmenter_sha256": checked.segmenter_sha256,
+        summary["provenance"] = facts | {
             "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
             "distribution_images": config.distribution_images,
         }
     mark_unreliable(summary)
+    summary["rows_sha256"] = file_sha256(rows)
     content = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     with new_file(folder / "summary.json") as unfinished:
         # All is written before an earlier evaluation is removed: a full disk does not damage that.
         unfinished.write_text(content)
-        rows.replace(folder / "samples.parquet")
         _replace(inputs.predictions, folder / "predictions.zarr")
-        # The summary last, so that it is never beside older rows.
+        rows.replace(folder / "samples.parquet")
+        # The summary at once after the rows. It holds their digest, and who reads both compares it (saved.py).
+    kept.remove()
     return summary
+
+
+def _dependencies(facts: dict[str, Any], inputs: Inputs, subject: Subject) -> dict[str, Any]:
+    """All that the results of tasks depend on."""
+    others = {name: value for name, value in vars(inputs).items() if not isinstance(value, Path)}
+    others["radiomics_items"] = sorted(inputs.radiomics_items)
+    return facts | others | {"samples": samples_digest(subject.store), "code": code_digest()}
 
 
 def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, weights: Weights) -> Inputs:
@@ -127,6 +141,7 @@ def measure_items(
     subject: Subject,
     rows: Path,
     progress: bool,
+    kept: Kept,
 ) -> tuple[Evaluated, dict[str, Any]]:
     """Measure every chunk on a worker. Its rows go to the file `rows`, and its part of the summary into running sums.
 
@@ -136,8 +151,13 @@ def measure_items(
 
     store = subject.store
     num_items = store.items.num_rows
-    _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
+    before = [chunk for chunk in chunks if chunk in kept]
+    if not before:
+        _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
+    elif progress:
+        num_before = sum(chunk.stop - chunk.start for chunk in before)
+        tqdm.write(f"evaluate: {num_before:,} of {num_items:,} images were measured before; going on")
     capacity, seed = config.distribution_images, config.seed
     # The file of rows is closed before the workers stop; both are dropped when a task failed.
     with (
@@ -150,33 +170,35 @@ def measure_items(
         RowWriter(rows) as writer,
     ):
         masks = trust.images_of_masks(store.items)
-        spread = {task.ids[0]: result for task, result in in_order(workers, masks)}
+        spread = {task.ids[0]: result for task, result in in_order(workers, masks, kept=kept)}
         measured = Evaluated.empty(
             subject.label_table, store.items, spread, capacity=capacity, seed=seed, is_paired=subject.is_paired
         )
         with tqdm(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
-            for chunk, result in in_order(workers, chunks, bar):
+            for chunk, result in in_order(workers, chunks, bar, kept):
                 measured.add(chunk.start, chunk.stop, result)
                 columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
                 writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
         if subject.shards is None:
             return measured, {}
-        _measure_real_alone(workers, subject, subject.shards, measured)
+        _measure_real_alone(workers, subject, subject.shards, measured, kept)
         trust_checks: dict[str, Any] = {}
         if subject.is_paired:
             trust_checks["leakage"] = trust.leakage(store.items, subject.shards)
         if config.memorisation:
             trust_checks["memorisation"] = _memorisation(
-                workers, rows.with_name(".queries.unfinished.npz"), config, subject, subject.shards
+                workers, rows.with_name(".queries.unfinished.npz"), config, subject, subject.shards, kept
             )
     return measured, trust_checks
 
 
-def _measure_real_alone(workers: Workers[Any, Any], subject: Subject, shards: ShardSet, measured: Evaluated) -> None:
+def _measure_real_alone(
+    workers: Workers[Any, Any], subject: Subject, shards: ShardSet, measured: Evaluated, kept: Kept
+) -> None:
     """Measure the real slices that have no generated counterpart."""
     tasks = [RealSlices(tuple(part)) for part in _parts(list(subject.real_rows), _ITEMS_A_TASK)]
     first = 0
-    for task, result in in_order(workers, tasks):
+    for task, result in in_order(workers, tasks, kept=kept):
         metas = [shards.meta(row) for row in task.rows]
         slices = [(meta.case_id, meta.modality, meta.axis) for meta in metas]
         measured.add_real(slices, first, len(subject.real_rows), result)
@@ -184,7 +206,7 @@ def _measure_real_alone(workers: Workers[Any, Any], subject: Subject, shards: Sh
 
 
 def _memorisation(
-    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, subject: Subject, shards: ShardSet
+    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, subject: Subject, shards: ShardSet, kept: Kept
 ) -> dict[str, Any]:
     """The nearest training image of every generated one, and of real ones that training has not seen; `file` passes
     them to the workers."""
@@ -197,35 +219,35 @@ def _memorisation(
         return trust.not_made(reason)
     asked: list[Any] = [trust.Queries(tuple(part)) for part in _parts(ids, _ITEMS_A_TASK)]
     asked += [trust.UnseenQueries(tuple(part)) for part in _parts(unseen, _ITEMS_A_TASK)]
-    parts = [result for _, result in in_order(workers, asked)]
+    parts = [result for _, result in in_order(workers, asked, kept=kept)]
     keys = dict.fromkeys(key for part in parts for key in part)
     queries: dict[str, Any] = {"_".join(k): np.concatenate([part[k] for part in parts if k in part]) for k in keys}
     np.savez(file, **queries)
     training = [trust.NearestInTraining(file.resolve(), tuple(part)) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
     try:
-        nearest = trust.closer(result for _, result in in_order(workers, training))
-        nearest |= _nearest_copies(workers, file.resolve(), rows)
+        nearest = trust.closer(result for _, result in in_order(workers, training, kept=kept))
+        nearest |= _nearest_copies(workers, file.resolve(), rows, kept)
     finally:
         file.unlink()
     return trust.memorisation(ids, store.items, shards, nearest, config.most_memorised)
 
 
 def _nearest_copies(
-    workers: Workers[Any, Any], file: Path, rows: list[int]
+    workers: Workers[Any, Any], file: Path, rows: list[int], kept: Kept
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """The same where training images may be mirrored, turned, scaled, cropped or changed in brightness."""
     config = file.parents[1] / "config.yaml"
     loader = read_yaml(config).get("loader") if config.is_file() else None
     ranges = copies.Ranges.of(loader if isinstance(loader, dict) else None)
     asked = [copies.CopyCandidates(file, tuple(part), ranges) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
-    candidates = copies.best_candidates(result for _, result in in_order(workers, asked))
+    candidates = copies.best_candidates(result for _, result in in_order(workers, asked, kept=kept))
     nearest = {}
     for side, (rows_QC, changes_QC5) in candidates.items():
         parts = []
         for start in range(0, len(rows_QC), _ITEMS_A_TASK):
             part = slice(start, start + _ITEMS_A_TASK)
             parts.append(copies.NearestCopy(file, side, start, rows_QC[part], changes_QC5[part]))
-        distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts)), strict=True)
+        distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts, kept=kept)), strict=True)
         nearest["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
     return nearest
 
@@ -234,14 +256,33 @@ def _parts(values: list[int], most: int) -> list[list[int]]:
     return [values[start : start + most] for start in range(0, len(values), most)]
 
 
-def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) -> Iterator[tuple[Any, Any]]:
-    """Tasks with their results in the order of `tasks`: an early result waits for those before it.
+def in_order(
+    workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None, kept: Kept | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """Tasks with their results in the order of `tasks`: an early result waits for those before it. What is in `kept` is
+    not done again, and what is done is kept there.
 
     EvaluationFailed as soon as one fails: no more tasks start, and the results of running ones are dropped.
     """
+    missing = [task for task in tasks if kept is None or task not in kept]
+    done = _done(workers, missing, kept)
     waiting: dict[Any, Any] = {}
-    following = iter(tasks)
-    expected = next(following, None)
+    for expected in tasks:
+        while expected not in waiting:
+            if kept is not None and expected in kept:
+                waiting[expected] = kept.read(expected)
+            else:
+                task, result = next(done)
+                waiting[task] = result
+        result = waiting.pop(expected)
+        if bar is not None:
+            bar.update(expected.stop - expected.start)
+        yield expected, result
+    next(done, None)  # its end
+
+
+def _done(workers: Workers[Any, Any], tasks: Sequence[Any], kept: Kept | None) -> Generator[tuple[Any, Any]]:
+    """Tasks with their results as they come, which are kept."""
     results: Any = workers.run(tasks)
     for done in results:
         if isinstance(done.result, TaskFailure):
@@ -249,12 +290,9 @@ def in_order(workers: Workers[Any, Any], tasks: Sequence[Any], bar: Any = None) 
             failed = [done, *(other for other in workers.run(()) if isinstance(other.result, TaskFailure))]
             errors = sorted(f"{_name_of(one.task)}: {one.result.error}" for one in failed)
             raise EvaluationFailed(f"could not be measured: {'; '.join(errors)}")
-        waiting[done.task] = done.result
-        while expected is not None and expected in waiting:
-            if bar is not None:
-                bar.update(expected.stop - expected.start)
-            yield expected, waiting.pop(expected)
-            expected = next(following, None)
+        if kept is not None:
+            kept.write(done.task, done.result)
+        yield done.task, done.result
 
 
 def _name_of(task: Any) -> str:

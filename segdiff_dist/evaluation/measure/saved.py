@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
@@ -84,6 +85,7 @@ class _Summary(TypedDict):
     cross_modality: dict[str, _Entries]
     diversity: _Diversity
     grey_values: dict[str, dict[str, list[_Count]]]
+    rows_sha256: NotRequired[str]
     trust: NotRequired[_Trust]
     not_available: NotRequired[dict[str, str]]
     provenance: _Provenance
@@ -150,20 +152,25 @@ def row_columns(run: Path) -> list[str]:
         return list(pq.read_schema(file).names)
 
 
-def read_rows(run: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of RUN/evaluation/samples.parquet, a row an item."""
+def read_rows(run: Path, columns: Sequence[str], summary: dict[str, Any] | None = None) -> pa.Table:
+    """Columns of RUN/evaluation/samples.parquet, a row an item. `summary`: what read_summary gave; the rows must be of
+    the same evaluation."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     file = run / _FOLDER / SAMPLES
     with reading(file, "the table of an evaluation", _evaluate_again(run)):
-        schema = pq.read_schema(file)
+        content = file.read_bytes()
+        expected = (summary or {}).get("rows_sha256")
+        if expected is not None and sha256(content).hexdigest() != expected:
+            raise ValueError("it is not of the same evaluation as summary.json, or another one has just replaced it")
+        schema = pq.read_schema(pa.BufferReader(content))
         for name in columns:
             kind = schema.field(name).type
             is_text = name in ("case_id", "source_modality", "target_modality", "axis")
             if not (pa.types.is_string(kind) if is_text else pa.types.is_primitive(kind)):
                 raise TypeError(f"{name} is a column of {kind}")
-        table = pq.read_table(file, columns=list(columns))
+        table = pq.read_table(pa.BufferReader(content), columns=list(columns))
         table.validate(full=True)
         for name in columns:
             if table[name].null_count:

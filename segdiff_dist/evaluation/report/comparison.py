@@ -200,7 +200,8 @@ def _open(folder: Path, name: str) -> EvaluatedRun:
     if problems:
         raise InputProblems(problems)
     columns = ["row", "target_modality", "headline"]
-    table = read_rows(folder, columns)
+    summary = read_summary(folder)
+    table = read_rows(folder, columns, summary)
     rows = table.to_pydict()
     summary = read_summary(folder)
     job = summary["provenance"].get("sample_job", {})
