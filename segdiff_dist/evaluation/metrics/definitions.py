@@ -198,6 +198,14 @@ DEFINITIONS = {
         "not FID and has another scale. Compare it only between runs that were evaluated with the same segmenter and "
         "as many images.",
     ),
+    "imagenet_lite_frechet": Definition(
+        "ImageNet Fréchet",
+        3,
+        "lower",
+        "Fréchet distance of real and generated images on the 1,280 features of efficientnet-lite0, trained on "
+        "ImageNet. It is not FID and has another scale. It depends on no segmenter, so it can be compared between runs "
+        "and papers of the same real images and as many images.",
+    ),
     "frd": Definition(
         "FRD",
         3,
@@ -212,6 +220,13 @@ DEFINITIONS = {
         "Squared maximum mean discrepancy with a cubic kernel on Inception's features, unbiased, so comparable "
         "between numbers of images (Binkowski et al. 2018); over all pairs rather than random subsets.",
     ),
+    "imagenet_lite_kernel_distance": Definition(
+        "ImageNet kernel distance",
+        4,
+        "lower",
+        "Squared maximum mean discrepancy with KID's cubic kernel on efficientnet-lite0's features, unbiased, so "
+        "comparable between numbers of images. It is not KID.",
+    ),
     "segmenter_kernel_distance": Definition(
         "Segmenter kernel distance",
         4,
@@ -220,6 +235,7 @@ DEFINITIONS = {
         "features, unbiased (Binkowski et al. 2018), over all pairs; may be below 0 by chance. KID has another scale.",
     ),
     **_neighbourhoods("inception", "Inception", "Inception's features"),
+    **_neighbourhoods("imagenet_lite", "ImageNet", "efficientnet-lite0's features"),
     **_neighbourhoods("segmenter", "Segmenter", "the segmenter's features"),
     **_organ_means(
         "dice_either",

@@ -23,19 +23,31 @@ from segdiff_dist.evaluation.metrics.frechet import FeatureStatistics, frechet_d
 from segdiff_dist.evaluation.metrics.radiomics import frd
 
 # Names of the Frechet distance by the extractor of the features. Only Inception's is FID.
-_FRECHET = {"segmenter": "segmenter_frechet", "inception": "fid", "radiomics": "frd"}
-_KERNEL = {"segmenter": "segmenter_kernel_distance", "inception": "kid"}
-_NEIGHBOURHOODS = ("precision", "recall", "density", "coverage")
+_FRECHET = {
+    "segmenter": "segmenter_frechet",
+    "imagenet_lite": "imagenet_lite_frechet",
+    "inception": "fid",
+    "radiomics": "frd",
+}
+_KERNEL = {
+    "segmenter": "segmenter_kernel_distance",
+    "imagenet_lite": "imagenet_lite_kernel_distance",
+    "inception": "kid",
+}
+NEIGHBOURHOODS = ("precision", "recall", "density", "coverage")
 # Every name in the order of a table: distances first, then measures of neighbourhoods.
 DISTANCE_METRICS = (
     *_FRECHET.values(),
     *_KERNEL.values(),
-    *(f"{extractor}_{name}" for extractor in _KERNEL for name in _NEIGHBOURHOODS),
+    *(f"{extractor}_{name}" for extractor in _KERNEL for name in NEIGHBOURHOODS),
 )
 _LOWER_IS_BETTER = frozenset((*_FRECHET.values(), *_KERNEL.values()))
 
 # A distance of fewer images a side is noise: their covariance has almost no rank.
 FEWEST_FOR_DISTANCES = 5
+
+# A Frechet distance of fewer images a side than this times its features is mostly bias, and is marked.
+ROOM = 2
 
 _ROWS_A_MERGE = 512
 
@@ -152,7 +164,12 @@ class Distributions:
             return {}
         value = (frd if extractor == "radiomics" else frechet_distance)(first, second)
         name, num_features = _FRECHET[extractor], len(first.mean_D)
-        return {} if value is None else {name: _entry(name, value, first.count, second.count, num_features)}
+        if value is None:
+            return {}
+        entry = _entry(name, value, first.count, second.count, num_features)
+        if min(first.count, second.count) < ROOM * num_features:
+            entry["too_few"] = True
+        return {name: entry}
 
     def _sampled(self, extractor: str, real: tuple[Key, ...], gen: tuple[Key, ...]) -> dict[str, Entry]:
         if extractor not in _KERNEL:
@@ -171,7 +188,7 @@ class Distributions:
 
 def _entry(name: str, value: float, num_real: int, num_gen: int, num_features: int) -> Entry:
     return {
-        "value": value,
+        "value": value + 0.0,  # no negative zero
         "ci95": None,
         "n": num_gen,
         "num_real": num_real,

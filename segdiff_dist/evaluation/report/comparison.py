@@ -46,7 +46,14 @@ _MUST_AGREE = (
     (
         "distribution_images",
         "Kernel distances and neighbourhoods use different numbers of images (evaluate.distribution_images)",
-        ("kid", "inception_", *(f"segmenter_{n}" for n in ("kernel", "precision", "recall", "density", "coverage"))),
+        (
+            *("kid", "inception_"),
+            *(
+                f"{extractor}_{n}"
+                for extractor in ("segmenter", "imagenet_lite")
+                for n in ("kernel", "precision", "recall", "density", "coverage")
+            ),
+        ),
     ),
 )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable
+from segdiff_dist.evaluation.measure.summary import FEW
 
 DASH = "\u2013"
 
@@ -28,7 +29,8 @@ def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
     """A value of the summary, with a mark where it means nothing; a dash if there is none."""
     if entry is None:
         return "\u2013"
-    return format_number(entry["value"], digits) + (f" {MARK}" if is_unreliable(entry) else "")
+    few = f" {FEW}" if entry.get("too_few") else ""
+    return format_number(entry["value"], digits) + few + (f" {MARK}" if is_unreliable(entry) else "")
 
 
 def format_interval(entry: dict[str, Any] | None, digits: int, between: str = " to ") -> str:
