@@ -12,7 +12,7 @@ from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.experiment import Experiment, collect, save_experiment
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Cost, Plan, Result, command, duration
 from segdiff_dist.stages.configured import (
     ConfiguredStage,
     address_flag,
@@ -101,8 +101,20 @@ class EvaluatePlan(Plan):
         notes = ["disk: label maps before compression"] + ([] if self.images is None else [self.images.words()])
         if self.downstream is not None:
             notes.append(f"trainings of --downstream: {self.downstream.num_trainings}")
+        notes += self._memorisation_notes()
         num_maps = 2 if self.images is None else 4  # and what is stored of a folder: images and masks
         return Cost(images=self.num_images, num_bytes=num_maps * self.num_images * self.side**2, notes=tuple(notes))
+
+    def _memorisation_notes(self) -> list[str]:
+        """What the search for training images compares, and how long CPUs take for it."""
+        from segdiff_dist.evaluation.measure.job import memorisation_cost
+
+        config = self.stage.evaluate
+        cost = None if self.checked is None else memorisation_cost(self.run_folder, config, self.checked.subject)
+        if cost is None:
+            return []
+        workers = config.workers.num_on_cores
+        return [f"memorisation: {cost[0]}: about {duration(cost[1] / workers)} on {workers} cores of a CPU"]
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of RUN/evaluation."""
@@ -130,6 +142,8 @@ class EvaluatePlan(Plan):
             self._store_images(self.images)
         save_experiment(experiment, ("evaluate", "downstream"))
         tracker.log_params({"evaluate": plain(experiment)["evaluate"]})
+        for line in self._memorisation_notes():
+            print(line, flush=True)
         checked = self.checked or check(run, config)
         summary = evaluate(run, config, amos_root=experiment.amos_root, checked=checked)
         if checked.subject.shards is not None:

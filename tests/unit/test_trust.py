@@ -15,6 +15,9 @@ from tests_support import write_shapes
 from data_shards.labels import AMOS
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation.measure import trust
+from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.job import memorisation_cost, searched
+from segdiff_dist.evaluation.measure.subject import Subject
 from segdiff_dist.evaluation.measure.worker import Evaluator, Inputs
 from segdiff_dist.sampling.store import SampleStore
 from segdiff_dist.segmentation.config import SegmenterConfig
@@ -65,7 +68,7 @@ def checked(evaluator: Evaluator, folder: Path, most: float) -> dict[str, Any]:
     np.savez(folder / "queries.npz", **{"_".join(key): values for key, values in asked.items()})
     train = shards.select(split="train").tolist()
     parts = [trust.NearestInTraining(folder / "queries.npz", tuple(train[i::3])).run(evaluator) for i in (2, 0, 1)]
-    return trust.memorisation(ids, items, shards, trust.closer(parts), most=most)
+    return trust.memorisation(ids, items, shards, trust.closer(parts), most=most, unseen=unseen)
 
 
 def test_copies_of_training_images_are_found(tmp_path: Path, shapes: Path):
@@ -82,7 +85,9 @@ def test_copies_of_training_images_are_found(tmp_path: Path, shapes: Path):
     for suspect in suspects:
         assert suspect["training_key_pixels"] == shards.meta(train[suspect["item_id"]]).key
     assert found["memorised_share"] == pytest.approx(NUM_COPIED / len(test))
-    assert found["num_unseen"] == len(test)
+    assert found["num_unseen"] == found["false_alarms"]["num_images"] == len(test)
+    assert found["false_alarms"]["num_patients"] == len({shards.meta(row).case_id for row in test})
+    assert found["false_alarms"]["rate"] < 0.2
     assert not found["passed"]
     summary = {"trust": {"leakage": trust.leakage(evaluator.store.items, shards), "memorisation": found}}
     assert "look like training images, more than 1.0%" in trust.warnings(summary)[-1]
@@ -153,3 +158,40 @@ def test_patients_of_the_train_split_are_named(shapes: Path):
     leaked = trust.leakage(pa.Table.from_pylist(items_of(shards, [row])), shards)
     assert leaked["patients"] == [shards.meta(row).case_id]
     assert "in the train split too" in trust.warnings({"trust": {"leakage": leaked}})[0]
+
+
+def test_false_alarms_are_counted_on_patients_that_did_not_set_the_limits(tmp_path: Path, shapes: Path):
+    """One patient's images are all nearer to training than the others': its own images must not hide that."""
+    shards = ShardSet.open(shapes)
+    rows = shards.select(split="test").tolist()
+    patients = np.array([shards.meta(row).case_id for row in rows])
+    far = np.linspace(1.0, 2.0, len(rows))
+    real = np.where(patients == patients[0], 0.01, far)
+    nearest_by: Any = {(space, side): (real, np.array(rows)) for space in trust.SPACES for side in ("real", "gen")}
+    items = pa.Table.from_pylist(items_of(shards, rows))
+    found = trust.memorisation(range(len(rows)), items, shards, nearest_by, most=0.05, unseen=rows)["false_alarms"]
+    others = [patient for patient in np.unique(patients) if patient != patients[0]]
+    assert found["num_patients_with_alarms"] == 1
+    assert found["rate"] == pytest.approx((patients == patients[0]).mean())
+    assert found["num_patients"] == 1 + len(others)
+    one = [row for row, patient in zip(rows, patients, strict=True) if patient == patients[0]]
+    alone: Any = {key: (values[: len(one)], rows_of[: len(one)]) for key, (values, rows_of) in nearest_by.items()}
+    assert trust.memorisation(range(len(one)), items, shards, alone, most=0.05, unseen=one)["false_alarms"] is None
+
+
+def test_the_search_is_bounded_and_its_time_is_told(tmp_path: Path, shapes: Path):
+    shards = ShardSet.open(shapes)
+    rows = shards.select(split="test").tolist()
+    store = evaluator_of(tmp_path, shapes, items_of(shards, rows), noisy(shards, rows, 0)).store
+    subject = Subject(store, shards)
+    config = EvaluateConfig(memorisation=True, memorisation_images=5)
+    ids, training, unseen = searched(config, subject, shards)
+    assert (len(ids), len(unseen)) == (5, 5)
+    assert training == shards.select(split="train", labelled_only=False).tolist()
+    told = memorisation_cost(tmp_path, config, subject)
+    assert told is not None
+    assert told[0].startswith("5 images and 5 unseen real ones against")
+    more = memorisation_cost(tmp_path, EvaluateConfig(memorisation=True), subject)
+    assert more is not None
+    assert more[1] > told[1] > 0
+    assert memorisation_cost(tmp_path, EvaluateConfig(), subject) is None

@@ -57,7 +57,11 @@ class EvaluateConfig:
     """Real and generated images of each group, each, whose features are kept for kernel distance, precision, recall,
     density and coverage. Frechet distances use all images."""
     memorisation: Result[bool] = False
-    """Look for training images among the generated ones (at most distribution_images). This reads the train split."""
+    """Look for training images among the generated ones. This reads the train split; --dry-run says how long it
+    takes."""
+    memorisation_images: Result[Count] = 1000
+    """Generated images, at most, that are compared with all training images, and as many real ones that training has
+    not seen."""
     downstream: Annotated[Result[bool], tyro.conf.arg(aliases=["--downstream"])] = False
     """Also train segmenters on real, on generated and on both kinds of images, and test them on real ones, as the
     `downstream` section says. This takes hours."""

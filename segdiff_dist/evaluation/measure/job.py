@@ -211,11 +211,7 @@ def _memorisation(
 ) -> dict[str, Any]:
     """The nearest training image of every generated one, and of real ones that training has not seen; `file` passes
     them to the workers."""
-    store = subject.store
-    ids = headline_items(store.items, config.distribution_images, config.seed)
-    rows = shards.select(split="train", labelled_only=False).tolist()
-    real_rows = store.items["row"].to_numpy()[ids] if subject.is_paired else np.array(subject.real_rows, np.int64)
-    unseen = trust.unseen_rows(real_rows, shards, config.seed)
+    ids, rows, unseen = searched(config, subject, shards)
     if reason := trust.why_not(ids, rows, unseen):
         return trust.not_made(reason)
     asked: list[Any] = [trust.Queries(tuple(part)) for part in _parts(ids, _ITEMS_A_TASK)]
@@ -230,16 +226,35 @@ def _memorisation(
         nearest |= _nearest_copies(workers, file.resolve(), rows, kept)
     finally:
         file.unlink()
-    return trust.memorisation(ids, store.items, shards, nearest, config.most_memorised)
+    return trust.memorisation(ids, subject.store.items, shards, nearest, config.most_memorised, unseen)
+
+
+def searched(config: EvaluateConfig, subject: Subject, shards: ShardSet) -> tuple[list[int], list[int], list[int]]:
+    """Of the search for training images: the ids of the generated images, the rows of the training slices, and the rows
+    of real slices that training has not seen."""
+    store = subject.store
+    ids = headline_items(store.items, config.memorisation_images, config.seed)
+    rows = shards.select(split="train", labelled_only=False).tolist()
+    real_rows = store.items["row"].to_numpy()[ids] if subject.is_paired else np.array(subject.real_rows, np.int64)
+    return ids, rows, trust.unseen_rows(real_rows[: config.memorisation_images], shards, config.seed)
+
+
+def memorisation_cost(run: Path, config: EvaluateConfig, subject: Subject) -> tuple[str, float] | None:
+    """What the search for training images will compare, and the seconds that one core takes; None without it."""
+    if not config.memorisation or subject.shards is None:
+        return None
+    ids, rows, unseen = searched(config, subject, subject.shards)
+    size = subject.store.image.shape[1]
+    room = subject.shards.size / size - 1
+    seconds = _ranges(run).seconds(len(ids) + len(unseen), len(rows), size, room)
+    return f"{len(ids):,} images and {len(unseen):,} unseen real ones against {len(rows):,} training slices", seconds
 
 
 def _nearest_copies(
     workers: Workers[Any, Any], file: Path, rows: list[int], kept: Kept
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """The same where training images may be mirrored, turned, scaled, cropped or changed in brightness."""
-    config = file.parents[1] / "config.yaml"
-    loader = read_yaml(config).get("loader") if config.is_file() else None
-    ranges = copies.Ranges.of(loader if isinstance(loader, dict) else None)
+    ranges = _ranges(file.parents[1])
     asked = [copies.CopyCandidates(file, tuple(part), ranges) for part in _parts(rows, _TRAINING_SLICES_A_TASK)]
     candidates = copies.best_candidates(result for _, result in in_order(workers, asked, kept=kept))
     nearest = {}
@@ -251,6 +266,12 @@ def _nearest_copies(
         distances, nearest_rows = zip(*(result for _, result in in_order(workers, parts, kept=kept)), strict=True)
         nearest["copies", side] = (np.concatenate(distances), np.concatenate(nearest_rows))
     return nearest
+
+
+def _ranges(run: Path) -> copies.Ranges:
+    config = run / "config.yaml"
+    loader = read_yaml(config).get("loader") if config.is_file() else None
+    return copies.Ranges.of(loader if isinstance(loader, dict) else None)
 
 
 def _parts(values: list[int], most: int) -> list[list[int]]:

@@ -195,6 +195,7 @@ def memorisation(
     shards: ShardSet,
     nearest_by: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
     most: float,
+    unseen: Sequence[int] = (),
 ) -> dict[str, Any]:
     """How near generated images are to training images, compared with real images that training has not seen.
 
@@ -202,18 +203,13 @@ def memorisation(
     1 % would be in each. An image is also a suspect where it is nearer than _COPY_SHARE of the first percentile to a
     training image that may be mirrored, turned, shifted, scaled or changed in brightness (("copies", side) of
     `nearest_by`). `passed`: at most the share `most` are suspects. `nearer`: median distance of the generated divided
-    by that of the real; a value well below 1 is a sign of copies. After Meehan et al. 2020.
+    by that of the real; a value well below 1 is a sign of copies. After Meehan et al. 2020. `unseen`: the rows of the
+    unseen real images, for `false_alarms`.
     """
-    limits = {space: float(np.quantile(nearest_by[space, "real"][0], _QUANTILE)) for space in SPACES}
-    is_suspect = np.ones(len(ids), dtype=bool)
-    for space in SPACES:
-        # Equal counts too: where unseen images have a twin in training, the limit is 0, and so is a copy's distance.
-        is_suspect &= nearest_by[space, "gen"][0] <= limits[space]
-    spaces: tuple[str, ...] = SPACES
-    if (COPIES, "gen") in nearest_by:
-        spaces = (*SPACES, COPIES)
-        limits[COPIES] = _COPY_SHARE * float(np.quantile(nearest_by[COPIES, "real"][0], _QUANTILE))
-        is_suspect |= nearest_by[COPIES, "gen"][0] <= limits[COPIES]
+    spaces = (*SPACES, COPIES) if (COPIES, "gen") in nearest_by else SPACES
+    of_side = {side: {space: nearest_by[space, side][0] for space in spaces} for side in ("real", "gen")}
+    limits = _limits(of_side["real"])
+    is_suspect = _within(limits, of_side["gen"])
     medians = {key: float(np.median(distance_Q)) for key, (distance_Q, _) in nearest_by.items()}
     # Suspects first, then by how near they are to a training image, changed or not.
     order = np.lexsort((nearest_by[spaces[-1], "gen"][0], ~is_suspect))
@@ -236,8 +232,41 @@ def memorisation(
         "num_suspects": int(is_suspect.sum()),
         "num_unseen": len(nearest_by["pixels", "real"][0]),
         "limits": limits,
+        "false_alarms": _false_alarms(of_side["real"], np.array([shards.meta(row).case_id for row in unseen])),
         "nearer": {s: medians[s, "gen"] / medians[s, "real"] if medians[s, "real"] else None for s in spaces},
         "nearest": [described(int(q)) for q in order[:_MOST_LISTED]],
+    }
+
+
+def _limits(real_by: dict[str, np.ndarray]) -> dict[str, float]:
+    """The distances below which an image is near to training, by space, from those of unseen real images."""
+    limits = {space: float(np.quantile(distance_U, _QUANTILE)) for space, distance_U in real_by.items()}
+    return limits | ({COPIES: _COPY_SHARE * limits[COPIES]} if COPIES in limits else {})
+
+
+def _within(limits: dict[str, float], distances: dict[str, np.ndarray]) -> np.ndarray:
+    """bool [Q]: whether images are suspects. Equal counts too: where unseen images have a twin in training, the limit
+    is 0, and so is a copy's distance."""
+    is_near = np.logical_and.reduce([distances[space] <= limits[space] for space in SPACES])
+    return is_near | (distances[COPIES] <= limits[COPIES]) if COPIES in limits else is_near
+
+
+def _false_alarms(real_by: dict[str, np.ndarray], case_id_U: np.ndarray) -> dict[str, Any] | None:
+    """How many unseen real images would be suspects: each patient's with limits from the other patients' images. None
+    where there is one patient."""
+    patients = np.unique(case_id_U)
+    if len(patients) < 2:
+        return None
+    is_alarm = np.zeros(len(case_id_U), dtype=bool)
+    for patient in patients:
+        own = case_id_U == patient
+        limits = _limits({space: distance_U[~own] for space, distance_U in real_by.items()})
+        is_alarm[own] = _within(limits, {space: distance_U[own] for space, distance_U in real_by.items()})
+    return {
+        "rate": float(is_alarm.mean()),
+        "num_images": len(is_alarm),
+        "num_patients": len(patients),
+        "num_patients_with_alarms": len(np.unique(case_id_U[is_alarm])),
     }
 
 

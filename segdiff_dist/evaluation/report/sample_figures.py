@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _NUM_EXTREME = 2
 _SAMPLES_OF_A_MASK = 4
-_NUM_NEAREST = 4
+# At least so many images beside their nearest training images; all suspects up to the second number.
+_NUM_NEAREST, _MOST_SUSPECTS = 4, 24
 
 
 def gallery(pictures: Pictures, modality: str) -> Drawn:
@@ -123,7 +124,8 @@ def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
     memorisation = summary.get("trust", {}).get("memorisation")
     if memorisation is None or not memorisation["nearest"] or pictures.shards is None:
         return None
-    neighbours, limits = memorisation["nearest"][:_NUM_NEAREST], memorisation["limits"]
+    num_shown = min(max(_NUM_NEAREST, memorisation.get("num_suspects", 0)), _MOST_SUSPECTS)
+    neighbours, limits = memorisation["nearest"][:num_shown], memorisation["limits"]
     columns = {
         "pixels": "nearest in pixels",
         "segmenter": "nearest in features",
