@@ -199,11 +199,13 @@ class EvaluatePlan(Plan):
         from segdiff_dist.evaluation.measure.summary import format_table
         from segdiff_dist.evaluation.measure.trust import warnings
         from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
+        from segdiff_dist.evaluation.report.granted import granted
 
         run = self.run_folder
         message = [format_table(summary), *sharpness_messages(summary["metrics"])]
         if "downstream" in summary:
-            message.append(f"\nDice on real slices:\n{format_downstream(summary['downstream'])}\n")
+            downstream = summary["downstream"]
+            message.append(f"\nDice on real slices:\n{format_downstream(downstream)}\n{granted(downstream)}\n")
         message.append(f"report: {(run / 'evaluation' / 'report.html').resolve()}")
         warned = [f"warning: {line}" for line in (*segmenter_messages(summary), *warnings(summary))]
         memorised = summary["trust"].get("memorisation")

@@ -210,9 +210,12 @@ def test_nothing_waits_for_the_tracker(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_generated_images_are_worth_stands_in_the_report(folder: Path) -> None:
-    assert "all real + generated" in (folder / "evaluate.txt").read_text()
+    told = (folder / "evaluate.txt").read_text()
+    assert "all real + generated" in told
+    assert "weights are chosen on the whole validation split" in told
     page = (folder / "run" / "evaluation" / "report.html").read_text()
     assert "What generated images bring a segmenter" in page
+    assert "weights are chosen on the whole validation split" in page
     found = json.loads((folder / "run" / "downstream" / "summary.json").read_text())
     assert [arm["name"] for arm in found["arms"]] == ["real_100", "real_100_and_generated", "generated"]
 

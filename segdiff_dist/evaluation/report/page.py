@@ -16,6 +16,7 @@ from segdiff_dist.evaluation.measure.trust import warnings
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
 from segdiff_dist.evaluation.report.entry_text import format_entry, format_interval, groups_of
+from segdiff_dist.evaluation.report.granted import granted
 from segdiff_dist.evaluation.report.tables import Table, headline_metrics, run_tables
 from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
 
@@ -102,6 +103,7 @@ def render(
             varied_metrics={n: DEFINITIONS[n] for n in DEFINITIONS if any(n in entries for entries in varied.values())},
             provenance=_lines(summary["provenance"]),
             downstream=downstream,
+            granted="" if downstream is None else granted(downstream),
             downstream_modalities=[
                 m for m in MODALITIES if downstream and any(m in arm["by_modality"] for arm in downstream["arms"])
             ],

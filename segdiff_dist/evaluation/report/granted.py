@@ -1,0 +1,22 @@
+"""What `segdiff evaluate --downstream` gives to every training, in words for the page and the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def granted(downstream: dict[str, Any]) -> str:
+    """A sentence. `downstream`: RUN/downstream/summary.json; one of an earlier version does not say how much it is."""
+    told = downstream.get("granted")
+    slices, masks = "", ""
+    if told is not None:
+        slices = f" ({told['num_validation_slices']:,} slices of {told['num_validation_patients']:,} patients)"
+        masks = f"{told['num_mask_patients']:,} "
+    chosen = f"weights are chosen on the whole validation split, which is real and labelled{slices}"
+    if told is not None and not told["num_validation_slices"]:
+        chosen = "the last weights are tested, so no validation slice is used"
+    return (
+        f"Every training has the following, also one with a small share of the real patients: {chosen}; generated "
+        f"images follow masks of {masks}training patients, drawn from all of them; the model that made them was "
+        "trained on all training patients."
+    )
