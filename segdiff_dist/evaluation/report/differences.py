@@ -164,7 +164,9 @@ def _metrics(columns: set[str], runs: Sequence[EvaluatedRun]) -> list[str]:
 def _images(run: EvaluatedRun, columns: set[str]) -> Images:
     areas = sorted(name for name in columns if name.startswith("area_mm2_mask/"))
     needed = sorted({name for m in DEFINITIONS for name in _statistic(m)[0]} & columns)
-    rows = {n: np.asarray(v) for n, v in read_rows(run.folder, [*_KEYS, *areas, *needed]).to_pydict().items()}
+    rows = {
+        n: np.asarray(v) for n, v in read_rows(run.folder, [*_KEYS, *areas, *needed], run.summary).to_pydict().items()
+    }
     chosen = np.flatnonzero(rows["headline"])
     keys = [(int(rows["row"][i]), str(rows["target_modality"][i])) for i in chosen]
     values = {name: rows[name][chosen].astype(np.float64) for name in (*areas, *needed)}

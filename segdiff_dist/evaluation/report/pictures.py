@@ -52,7 +52,7 @@ class Pictures:
         paired = is_paired(store)
         shards = ShardSet.open(store.job["shards"]) if paired else _named_in_summary(run)
         refuse(_changed_since(run, store, shards))
-        table = read_rows(run, _COLUMNS)
+        table = read_rows(run, _COLUMNS, read_summary(run))
         if table.num_rows != len(store):
             value = f"{table.num_rows:,} rows, {len(store):,} samples"
             raise problem(run / "evaluation", "samples.parquet", value, f"run {next_command('evaluate', run=run)}")
