@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from ranks_support import commanding, ranks
+
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 loader: {num_threads: 1, flip: true}
@@ -30,18 +32,20 @@ tracking: {enabled: false}
 """
 
 
-def start(
-    folder: Path, shapes: Path, ranks: int, script: Path = ROOT / "launch" / "train.py"
-) -> subprocess.Popen[bytes]:
+def arguments(folder: Path, shapes: Path, *flags: str) -> list[str]:
+    """Of `segdiff train`, for a run in the folder."""
     folder.mkdir(exist_ok=True)
     config = folder / "given.yaml"
     config.write_text(CONFIG)
-    command = [str(script), "--config", str(config)]
+    return ["--config", str(config), "--run", str(folder / "run"), "--data", str(shapes), *flags]
+
+
+def start(folder: Path, shapes: Path, ranks: int) -> subprocess.Popen[bytes]:
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-    launcher += ["--master_port", str(10000 + os.getpid() % 20000)]
+    launcher += ["--master_port", str(10000 + os.getpid() % 20000), str(ROOT / "launch" / "train.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
-        [*launcher, *command, "--run", str(folder / "run"), "--data", str(shapes)],
+        [*launcher, *arguments(folder, shapes)],
         env=environment,
         cwd=folder,
         stdout=(folder / "out.txt").open("wb"),
@@ -73,7 +77,11 @@ def kill_after(process: subprocess.Popen[bytes], log: Path, images: int) -> None
 
 
 def test_two_ranks_killed_and_started_again(shapes: Path, tmp_path: Path) -> None:
-    two = finish(start(tmp_path / "two", shapes, ranks=2), tmp_path / "two")
+    # Undisturbed, of ranks that no launcher starts.
+    command = ["train", *arguments(tmp_path / "two", shapes)]
+    with ranks(2, tmp_path / "two", commanding, [command, command]) as undisturbed:
+        assert [undisturbed.ended(rank, 280) for rank in range(2)] == [0, 0], undisturbed.stderr(0)[-3000:]
+    two = losses(tmp_path / "two")
     assert len(two) == 96 // 8
     assert two[-1] < two[0]
 
@@ -88,19 +96,12 @@ def test_two_ranks_killed_and_started_again(shapes: Path, tmp_path: Path) -> Non
 
 
 def test_one_rank_refuses_and_names_what_another_would_do(shapes: Path, tmp_path: Path) -> None:
-    """Another seed on rank 1: both ranks stop before any work, and say which key differs where."""
+    """Another learning rate on rank 1: both ranks stop before any work, and say which key differs where."""
     folder = tmp_path / "differs"
-    folder.mkdir()
-    wrapper = folder / "train.py"
-    script = ROOT / "launch" / "train.py"
-    wrapper.write_text(
-        "import os, runpy, sys\n"
-        "if os.environ['RANK'] == '1': sys.argv += ['--train.lr', '0.5']\n"
-        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
-    )
-    process = start(folder, shapes, ranks=2, script=wrapper)
-    assert process.wait(timeout=200) != 0
-    said = (folder / "out.txt").read_text()
+    command = ["train", *arguments(folder, shapes)]
+    with ranks(2, folder, commanding, [command, [*command, "--train.lr", "0.5"]]) as started:
+        assert [started.ended(rank, 200) for rank in range(2)] == [2, 2]
+    said = started.stderr(0) + started.stderr(1)
     assert "train.lr" in said
     assert "0.5" in said
     assert "rank 1" in said

@@ -9,24 +9,29 @@ from typing import Any
 
 import pytest
 from ranks_support import ranks
-from tests_support import write_shapes
 from training_support import logged, plain_losses, train_judged, train_recorded, train_under
 
-STEPS = 50
+STEPS = 20
 # By ranks: (precision, zero_stage, micro_batch_size). A step has 8 images, so a micro-batch of 2 on one rank makes 4.
+# The usual tests have every number of ranks, every ZeRO stage and every micro-batch size; the rest is exhaustive.
 SETTINGS: dict[int, list[tuple[str, int, int]]] = {
-    1: [("fp32", 3, 4), ("bf16", 0, 8), ("bf16", 1, 2), ("bf16", 2, 2)],
-    2: [("fp32", 0, 2), ("fp32", 1, 4), ("fp32", 2, 1), ("bf16", 1, 2), ("bf16", 3, 4)],
-    4: [("fp32", 1, 1), ("fp32", 3, 2)],
+    1: [("bf16", 1, 2), ("bf16", 2, 2)],
+    2: [("fp32", 0, 2), ("fp32", 2, 1), ("bf16", 3, 4)],
+    4: [("fp32", 1, 1)],
 }
-# bf16 keeps 8 bits of every weight and activation: an error of up to 0.4 % in each. In 50 steps a loss gathers a few of
-# those; 1.2 % was seen with fp32 weights under autocast (ZeRO 0), 2.9 % with bf16 weights (1 to 3).
+OTHERS: dict[int, list[tuple[str, int, int]]] = {
+    1: [("fp32", 3, 4), ("bf16", 0, 8)],
+    2: [("fp32", 1, 4), ("bf16", 1, 2)],
+    4: [("fp32", 3, 2)],
+}
+# bf16 keeps 8 bits of every weight and activation: an error of up to 0.4 % in each. Steps gather a few of those: after
+# 50, 1.2 % was seen with fp32 weights under autocast (ZeRO 0), 2.9 % with bf16 weights (1 to 3).
 BOUND = {"fp32": 1e-5, "bf16": 4e-2}
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shapes(tmp_path_factory.mktemp("shapes"), size=16)
+def shards(small_shapes: Path) -> Path:
+    return small_shapes
 
 
 @cache
@@ -35,9 +40,13 @@ def referee(shards: Path) -> list[float]:
     return plain_losses(shards, STEPS, 8 * STEPS)
 
 
-@pytest.mark.parametrize("num_ranks", sorted(SETTINGS))
-def test_every_setting_gives_the_losses_of_plain_pytorch(shards: Path, tmp_path: Path, num_ranks: int) -> None:
-    settings = SETTINGS[num_ranks]
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [*SETTINGS.items(), *(pytest.param(*one, marks=pytest.mark.exhaustive) for one in OTHERS.items())],
+)
+def test_every_setting_gives_the_losses_of_plain_pytorch(
+    shards: Path, tmp_path: Path, num_ranks: int, settings: list[tuple[str, int, int]]
+) -> None:
     with ranks(num_ranks, tmp_path, train_under, tmp_path, shards, settings, 8 * STEPS) as started:
         for rank in range(num_ranks):
             assert started.ended(rank, 280) == 0, started.stderr(rank)[-3000:]
@@ -46,7 +55,7 @@ def test_every_setting_gives_the_losses_of_plain_pytorch(shards: Path, tmp_path:
         rows = log(tmp_path, setting)
         found[setting] = [row["loss"] for row in rows]
         assert found[setting] == pytest.approx(referee(shards), rel=BOUND[setting[0]]), setting
-    if num_ranks == 1:
+    if ("bf16", 2, 2) in settings:
         # DeepSpeed 0.19.8 can leak the last micro-batch's gradient into the next step, in ZeRO 1 with bf16 alone.
         assert found["bf16", 1, 2] == pytest.approx(found["bf16", 2, 2], rel=1e-6)
 
