@@ -12,15 +12,18 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_shards.documents import read_json
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.files import write_atomic
 from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig
 from data_shards.ingest.cases import Case, Listing, read_header
+from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.find import recognise
 from data_shards.ingest.masks import (
@@ -33,7 +36,8 @@ from data_shards.ingest.masks import (
 )
 from data_shards.ingest.tool import ask, last_words, run_tool
 from data_shards.ingest.totalsegmentator import to_wholebody_ids
-from data_shards.ingest.volumes import UnreadableVolume
+from data_shards.ingest.volume_files import read_geometry
+from data_shards.ingest.volumes import UnreadableVolume, read_volume
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import (
     InputProblems,
@@ -263,7 +267,7 @@ def _make_mask(task: _Task) -> _Made:
     """Run the tool on one case, check its mask, and put mask and record in place."""
     case, recorded = task.case, task.recorded
     mask = task.wholebody / f"{case.case_id}.nii.gz"
-    image_sha256 = file_sha256(case.image)
+    image_sha256 = file_sha256(case.image) if isinstance(case.image, Path) else case.image.sha256()
     if recorded is not None and mask.is_file():
         if file_sha256(mask) != recorded.get("mask_sha256"):
             return _Made(None, f"{mask.name} was changed since it was made; move it away to have it made anew")
@@ -273,7 +277,11 @@ def _make_mask(task: _Task) -> _Made:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     made, started = work / "made.nii.gz", time.monotonic()
-    reason = run_tool(task.config.words(case, made), work / "tool.log", task.config.timeout_s)
+    try:
+        words = task.config.words(_with_file(case, work), made)
+    except UnreadableVolume as error:
+        return _Made(None, error.reason)
+    reason = run_tool(words, work / "tool.log", task.config.timeout_s)
     if reason:
         made.unlink(missing_ok=True)
         # If the disk is full, a tool may not even be able to report it.
@@ -303,7 +311,7 @@ def _checked(made: Path, case: Case, config: AnnotateConfig) -> Path:
         to_wholebody_ids(made, in_our_ids)
         made = in_our_ids
     problems: list[Problem] = []
-    header = read_header(made, problems) and read_header(case.image, problems)
+    header = read_header(made, problems) and _header_of(case.image, problems)
     if header is None:
         raise UnreadableVolume(str(made), f"{problems[0].field}: {problems[0].value}")
     mask = read_wholebody(made)
@@ -311,6 +319,24 @@ def _checked(made: Path, case: Case, config: AnnotateConfig) -> Path:
         raise UnreadableVolume(str(made), "it labels nothing")
     placed(mask, *header, made)
     return made
+
+
+def _header_of(image: Path | DicomSeries, problems: list[Problem]) -> tuple[tuple[int, ...], np.ndarray] | None:
+    if isinstance(image, Path):
+        return read_header(image, problems)
+    geometry = read_geometry(image)
+    return geometry.shape, geometry.affine
+
+
+def _with_file(case: Case, work: Path) -> Case:
+    """The case with its image in a file: tools read a DICOM series from a NIfTI file in the working folder."""
+    if isinstance(case.image, Path):
+        return case
+    import nibabel as nib
+
+    file, volume = work / "image.nii.gz", read_volume(case.image)
+    nib.save(nib.Nifti1Image(volume.voxels_IJK, volume.affine), file)
+    return replace(case, image=file)
 
 
 def _record_file(wholebody: Path, case_id: str) -> Path:

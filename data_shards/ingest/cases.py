@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.ingest.dataset_json import DATASET_FILE, file_stem
+from data_shards.ingest.dicom_labels import DicomLabels
+from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.nifti import Geometry
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems, Problem
@@ -28,12 +30,17 @@ class Case:
     case_id: str
     modality: str
     split: str
-    image: Path
-    label: Path | None
+    image: Path | DicomSeries
+    label: Path | DicomLabels | None
     notes: tuple[str, ...] = ()
     patient: str | None = None
     organs: tuple[tuple[int, Path], ...] = ()
     is_flat: bool = False
+
+    @property
+    def files(self) -> list[Path]:
+        """Image and masks, if each is one file."""
+        return [one for one in self.sources if isinstance(one, Path)]
 
     @property
     def is_labelled(self) -> bool:
@@ -41,7 +48,7 @@ class Case:
         return self.label is not None or bool(self.organs)
 
     @property
-    def files(self) -> list[Path]:
+    def sources(self) -> list[Path | DicomSeries | DicomLabels]:
         """Image and masks."""
         return [file for file in (self.image, self.label, *(file for _, file in self.organs)) if file is not None]
 
@@ -92,7 +99,7 @@ def problems_with_files(case: Case) -> list[Problem]:
             geometries[file] = read_geometry(file, one_slice=case.is_flat)
         except InputProblems as error:
             problems += error.problems
-    if case.image in geometries:
+    if isinstance(case.image, Path) and case.image in geometries:
         for file, geometry in geometries.items():
             problems += _problems_with_place(case.image, geometries[case.image], file, geometry)
     return problems
@@ -102,7 +109,7 @@ def _problems_with_copies(case: Case) -> Iterator[Problem]:
     """One of the files was compressed or unpacked by hand, and perhaps changed since. It cannot be known which one is
     meant."""
     for file in (case.image, case.label):
-        if file is None:
+        if not isinstance(file, Path):
             continue
         names = dict.fromkeys((file_stem(file.name), case.case_id) if file == case.label else (file_stem(file.name),))
         if len(both := [one for name in names for one in nifti_files(file.parent, name)]) > 1:

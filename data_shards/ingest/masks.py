@@ -8,7 +8,7 @@ Dimensions: I right, J anterior, K superior (canonical, RAS+).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from data_shards.ingest.cases import (
     largest_shift_voxels,
     nifti_files,
 )
+from data_shards.ingest.dicom_labels import DicomLabels
 from data_shards.ingest.label_tables import Labelling
 from data_shards.ingest.volume_files import read_geometry
-from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
+from data_shards.ingest.volumes import UnreadableVolume, Volume, read_dicom_labels, read_labels
 from data_shards.labels import AMOS, AMOS_TO_WHOLEBODY, BODY, FROM_EXPERTS, LABEL_TABLES, UNUSED, WHOLEBODY
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.records import MASK_SOURCES
@@ -71,8 +72,8 @@ def read_case_mask(
     shape = image.voxels_IJK.shape
     expert = None
     if case.is_labelled and label_set != "wholebody":
-        drawn = _read_experts(case, None if labelling is None else labelling.ids)
-        expert = placed(drawn, shape, image.affine, case.files[1])
+        drawn = _read_experts(case, labelling)
+        expert = placed(drawn, shape, image.affine, case.sources[1])
     if labelling is not None and labelling.is_own:
         return CaseMask(expert, "none" if expert is None else "expert")
     if label_set in FROM_EXPERTS:
@@ -88,10 +89,15 @@ def read_case_mask(
     return CaseMask(whole, "none" if whole is None else "wholebody")
 
 
-def _read_experts(case: Case, ids: Mapping[int, int] | None) -> Volume:
+def _read_experts(case: Case, labelling: Labelling | None) -> Volume:
     """The experts' labels, in AMOS' ids, or renumbered. Of organs in files of their own, a voxel in several belongs to
     the last of them."""
     assert AMOS.body_id is not None
+    ids = None if labelling is None else labelling.ids
+    if isinstance(case.label, DicomLabels):
+        assert ids is not None
+        assert labelling is not None
+        return read_dicom_labels(case.label, ids, labelling.table.body_id if labelling.is_own else AMOS.body_id)
     if case.label is not None:
         return read_labels(case.label, AMOS.body_id, ids=ids, one_slice=case.is_flat)
     assert ids is not None
@@ -121,7 +127,7 @@ def read_wholebody(file: Path) -> Volume:
     return volume
 
 
-def placed(mask: Volume, shape: Sequence[int], affine: np.ndarray, file: Path) -> Volume:
+def placed(mask: Volume, shape: Sequence[int], affine: np.ndarray, file: object) -> Volume:
     """The mask on the grid (shape, affine): unchanged if it is already on that grid, else by nearest neighbour.
 
     Affines must be invertible. Works plane by plane: besides the result it holds six floats a voxel of one plane.

@@ -25,6 +25,8 @@ from data_shards.files import remove_leftovers, write_atomic
 from data_shards.ingest import partials
 from data_shards.ingest.cases import Case, nifti_files
 from data_shards.ingest.dataset_json import DATASET_FILE
+from data_shards.ingest.dicom_labels import DicomLabels
+from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.label_tables import Labelling
 from data_shards.ingest.masks import annotation_record
 from data_shards.ingest.prepare_config import PrepareConfig
@@ -39,7 +41,18 @@ __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_probl
 
 _PLAN = "plan.json"
 # Keys that index.json's `preprocessing` has only if they are not the default, or not AMOS'.
-_WHERE_SET = {"modality", "layout", "label_ids", "label_names", "channel", "split", "seed", "fold", "patient"}
+_WHERE_SET = {
+    "modality",
+    "layout",
+    "label_ids",
+    "label_names",
+    "channel",
+    "split",
+    "seed",
+    "fold",
+    "patient",
+    "keep_dicom_ids",
+}
 
 
 @dataclass(frozen=True)
@@ -73,10 +86,11 @@ class _Task:
     labelling: Labelling
 
     @property
-    def files(self) -> list[Path]:
-        """Everything that a case's slices depend on."""
+    def checksums(self) -> list[str]:
+        """Of everything that a case's slices depend on."""
         masks = [] if self.wholebody is None else nifti_files(self.wholebody, self.case.case_id)
-        return [*self.case.files, *masks]
+        sources = (*self.case.sources, *masks)
+        return [file_sha256(one) if isinstance(one, Path) else one.sha256() for one in sources]
 
     def run(self) -> _Failed | None:
         """Write the case's partial files, unless existing ones came from the same bytes and config."""
@@ -84,7 +98,7 @@ class _Task:
         from data_shards.ingest.volumes import UnreadableVolume
 
         settings = self.config.result_settings() | self.labelling.recorded
-        made_from = [__version__, settings, self.case.split, [file_sha256(f) for f in self.files]]
+        made_from = [__version__, settings, self.case.split, self.checksums]
         if self.labelling.ids is not None:
             made_from += [self.labelling.table.names, self.case.modality]
         stamp = sha256(json.dumps(made_from).encode()).hexdigest()
@@ -180,7 +194,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
     labelling = job.survey.labelling
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody, labelling) for case in job.cases]
     # The largest first, so that no worker has a large one at the end while the others wait.
-    tasks.sort(key=lambda task: -task.case.image.stat().st_size)
+    tasks.sort(key=lambda task: -_num_bytes(task.case.image))
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
     workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=address)
     with saying_when_full(out), ExitStack() as at_the_end, workers:
@@ -238,8 +252,10 @@ def _state_of(out: Path) -> list[tuple[int, int] | None]:
 def _source(root: Path, cases: Sequence[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:
     """The source of a set: names and lengths, which are fast to compare; each slice has checksums."""
 
-    def described(file: Path | None, of: Path) -> list[Any] | None:
-        return None if file is None else [os.path.relpath(file, of), file.stat().st_size]
+    def described(file: Path | DicomSeries | DicomLabels | None, of: Path) -> list[Any] | None:
+        if file is None:
+            return None
+        return [os.path.relpath(file, of) if isinstance(file, Path) else str(file), _num_bytes(file)]
 
     source = {}
     for case in cases:
@@ -256,6 +272,10 @@ def _source(root: Path, cases: Sequence[Case], wholebody: Path | None) -> dict[s
             masks = nifti_files(wholebody, case.case_id)
             source[case.case_id]["wholebody"] = described(masks[0] if masks else None, wholebody)
     return source
+
+
+def _num_bytes(source: Path | DicomSeries | DicomLabels) -> int:
+    return source.stat().st_size if isinstance(source, Path) else source.num_bytes
 
 
 def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:

@@ -54,6 +54,9 @@ class PrepareConfig:
     patient: ResultWhereSet[str | None] = None
     """A pattern for case ids whose first group is the patient, as `(p[0-9]+)_`: cases of one patient share a split.
     null: each case is a patient, unless a manifest names the patient."""
+    keep_dicom_ids: ResultWhereSet[bool] = False
+    """DICOM: SeriesInstanceUID names the case, PatientID the patient, and messages name files. False: digests are the
+    names."""
     on_bad_case: RecordedOtherwise[Literal["refuse", "skip"]] = "refuse"
     """The treatment of a case whose files are missing or cannot be used. refuse: nothing is done. skip: the set is made
     without the case and names it, and the exit code is 1."""

@@ -81,6 +81,7 @@ def _request(config: PrepareConfig) -> Request:
         channel=config.channel,
         fold=config.fold,
         patient=None if config.problems() else config.patient,
+        keep_ids=config.keep_dicom_ids,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_shards.ingest import itk_files, nifti
+from data_shards.ingest import dicom_series, itk_files, nifti
+from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.nifti import Geometry
 
 ENDINGS = (".nii.gz", ".nii", *itk_files.ENDINGS)
@@ -17,7 +18,9 @@ def stem(name: str) -> str | None:
     return None if ending is None or name.startswith(".") else name[: -len(ending)]
 
 
-def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
+def read_geometry(file: Path | DicomSeries, *, one_slice: bool = False) -> Geometry:
     """The position of the volume, from its header alone; errors and `one_slice` as of nifti.read_geometry."""
+    if isinstance(file, DicomSeries):
+        return dicom_series.read_geometry(file)
     reader = itk_files if itk_files.is_itk(file) else nifti
     return reader.read_geometry(file, one_slice=one_slice)

@@ -14,14 +14,16 @@ import hashlib
 import io
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_shards.host_memory import host_memory
-from data_shards.ingest import itk_files
+from data_shards.ingest import dicom_series, itk_files
+from data_shards.ingest.dicom_labels import DicomLabels, read_ids
+from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.nifti import MOST_BYTES_BEHIND_VOXELS, Geometry, is_packed, value_scale
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems
@@ -86,7 +88,7 @@ class Volume:
         return values
 
 
-def read_volume(path: Path, *, one_slice: bool = False) -> Volume:
+def read_volume(path: Path | DicomSeries, *, one_slice: bool = False) -> Volume:
     """Read a 3-D volume in little more memory than the voxels take. `one_slice` as of read_geometry.
 
     Raises UnreadableVolume for faults that a header cannot show: a truncated file, a bad gzip checksum, extra bytes,
@@ -98,6 +100,15 @@ def read_volume(path: Path, *, one_slice: bool = False) -> Volume:
         reason = f"its values reach {_LARGEST_VALUE:g} (slope {volume.slope:g}, intercept {volume.intercept:g})"
         raise UnreadableVolume(str(path), reason)
     return volume
+
+
+def read_dicom_labels(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -> Volume:
+    """The labels of a DICOM series on its grid, as uint8 ids, see dicom_labels.read_ids. Raises UnreadableVolume."""
+    try:
+        voxels, sha256 = read_ids(labels, ids, body_id), labels.sha256()
+    except (OSError, ValueError) as error:
+        raise UnreadableVolume(str(labels), str(error)) from error
+    return _turned(voxels, dicom_series.read_geometry(labels.series), sha256)
 
 
 def read_labels(path: Path, num_ids: int, *, ids: Mapping[int, int] | None = None, one_slice: bool = False) -> Volume:
@@ -196,12 +207,13 @@ def nearest_elements(num_out: int, num_in: int, *, step: float) -> np.ndarray:
     return np.minimum(np.floor(step * np.arange(num_out) + 0.5).astype(np.int64), num_in - 1)
 
 
-def _read(path: Path, to_ids: _ToIds | None, *, one_slice: bool = False) -> Volume:
+def _read(path: Path | DicomSeries, to_ids: _ToIds | None, *, one_slice: bool = False) -> Volume:
     """`to_ids` turns each stored plane, with slope and intercept, into uint8."""
-    import nibabel as nib
-
     try:
         geometry = read_geometry(path, one_slice=one_slice)
+        if isinstance(path, DicomSeries):
+            _refuse_too_large(path, geometry)
+            return _turned(dicom_series.read_stored(path), geometry, path.sha256())
         voxels, sha256 = (_itk_voxels if itk_files.is_itk(path) else _nifti_voxels)(path, geometry, to_ids)
     except InputProblems as error:
         reason = "; ".join(f"{one.field}: {one.value}; {one.remedy}" for one in error.problems)
@@ -211,11 +223,18 @@ def _read(path: Path, to_ids: _ToIds | None, *, one_slice: bool = False) -> Volu
     except MemoryError as error:
         reason = f"{geometry.voxel_bytes / 2**30:.1f} GiB of voxels do not fit into memory: resample it"
         raise UnreadableVolume(str(path), reason) from error
+    slope, intercept = (1.0, 0.0) if to_ids or itk_files.is_itk(path) else value_scale(geometry.header)
+    return replace(_turned(voxels, geometry, sha256), slope=slope, intercept=intercept)
+
+
+def _turned(voxels: np.ndarray, geometry: Geometry, sha256: str) -> Volume:
+    """The volume in canonical orientation."""
+    import nibabel as nib
+
     orientation = nib.io_orientation(geometry.affine)
     canonical = nib.apply_orientation(voxels, orientation)
     affine = geometry.affine @ nib.orientations.inv_ornt_aff(orientation, voxels.shape)
-    slope, intercept = (1.0, 0.0) if to_ids or itk_files.is_itk(path) else value_scale(geometry.header)
-    return Volume(canonical, slope, intercept, affine, sha256, geometry.notes)
+    return Volume(canonical, 1.0, 0.0, affine, sha256, geometry.notes)
 
 
 def _nifti_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[np.ndarray, str]:
@@ -237,7 +256,7 @@ def _itk_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[
     return voxels if to_ids is None else to_ids(voxels, 1.0, 0.0), sha256
 
 
-def _refuse_too_large(path: Path, geometry: Geometry) -> None:
+def _refuse_too_large(path: Path | DicomSeries, geometry: Geometry) -> None:
     memory = host_memory() if geometry.voxel_bytes > LARGE_BYTES else None
     if memory is not None and geometry.voxel_bytes > memory.available:
         # A process that allocates more is killed without a message, and a file of a few MB can unpack to that size.

@@ -21,13 +21,15 @@ _LONGEST_CASE_ID = 64
 @dataclass(frozen=True)
 class Request:
     """The settings for a layout. `modality`: of every case, if the user states it; `modalities`: those that are used;
-    `channel` and `fold`: for nnU-Net; `patient`: a pattern whose first group, in a case id, is the patient."""
+    `channel` and `fold`: for nnU-Net; `patient`: a pattern whose first group, in a case id, is the patient;
+    `keep_ids`: DICOM's own ids and file names are shown."""
 
     modalities: Sequence[str] = MODALITIES
     modality: str | None = None
     channel: int | None = None
     fold: int = 0
     patient: str | None = None
+    keep_ids: bool = False
 
 
 class Layout(ABC):

@@ -8,12 +8,13 @@ from pathlib import Path
 from data_shards.ingest.cases import Listing
 from data_shards.ingest.layouts.amos import Amos, Decathlon
 from data_shards.ingest.layouts.base import Layout, Request
+from data_shards.ingest.layouts.dicom import Dicom
 from data_shards.ingest.layouts.folder import Folder
 from data_shards.ingest.layouts.nnunet import NnUNet
 from data_shards.ingest.layouts.totalsegmentator import TotalSegmentator
 
 # In the order in which they are tried: first layouts with a describing file, then layouts by file names.
-LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder())
+LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder(), Dicom())
 AUTO = "auto"
 
 

@@ -1,0 +1,168 @@
+"""Headers of DICOM files: the attributes that pixels and labels need, and no other.
+
+Names, birth dates and dates are never read. PatientID and UIDs are read and become digests. Libraries write file names
+and faulty values into their warnings, and both may identify a person, so `quiet` stops these.
+pydicom, highdicom and SimpleITK are the extra `dicom`; nothing imports them until a DICOM file is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.problems import problem
+
+# A DICOM file (PS3.10) has any 128 bytes, and then this.
+_MAGIC_AT, _MAGIC = 128, b"DICM"
+# If images are at one position, these say what they differ in. Times are compared, and never shown.
+_DISTINGUISHING = (
+    "AcquisitionNumber",
+    "TemporalPositionIdentifier",
+    "EchoNumbers",
+    "EchoTime",
+    "DiffusionBValue",
+    "TriggerTime",
+    "ImageType",
+    "AcquisitionTime",
+)
+_TAGS = (
+    "SOPClassUID",
+    "SeriesInstanceUID",
+    "StudyInstanceUID",
+    "FrameOfReferenceUID",
+    "PatientID",
+    "IssuerOfPatientID",
+    "Modality",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PixelSpacing",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "RescaleType",
+    *_DISTINGUISHING,
+)
+# Storage classes of labels (PS3.4 B.5): Segmentation, Label Map Segmentation, RT Structure Set.
+SEG = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
+# 48 bits: two of a million series have one digest with a probability of 0.2 %, and that is refused as a case id twice.
+_DIGITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A file's attributes. `distinguishing`: values of _DISTINGUISHING, as text."""
+
+    file: Path
+    kind: str
+    series_uid: str
+    study_uid: str
+    frame_uid: str
+    patient: str
+    modality: str
+    shape: tuple[int, int]
+    num_frames: int
+    is_grey: bool
+    is_localiser: bool
+    spacing: tuple[float, ...]
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
+    rescale: tuple[float, float]
+    rescale_type: str
+    distinguishing: tuple[str, ...]
+
+
+def differing(headers: list[Header]) -> list[str]:
+    """The names of attributes in which these differ."""
+    columns = zip(*(one.distinguishing for one in headers), strict=True)
+    return [name for name, values in zip(_DISTINGUISHING, columns, strict=True) if len(set(values)) > 1]
+
+
+def is_dicom(file: Path) -> bool:
+    """Whether the first bytes are a DICOM file's, whatever its name is."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(_MAGIC_AT + len(_MAGIC))[_MAGIC_AT:] == _MAGIC
+    except OSError:
+        return False
+
+
+def read_header(file: Path) -> Header | None:
+    """The attributes; None if the file cannot be read as DICOM."""
+    pydicom = library("pydicom", file.parent)
+    try:
+        with quiet():
+            data = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+            return _header(file, data)
+    except Exception:  # pydicom raises whatever the bytes lead it to
+        return None
+
+
+def _header(file: Path, data: Any) -> Header:
+    def numbers(name: str) -> tuple[float, ...]:
+        value = data.get(name)
+        return () if value is None or value == "" else tuple(float(one) for one in value)
+
+    image_type = [str(one).upper() for one in data.get("ImageType") or ()]
+    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
+    return Header(
+        file,
+        kind=str(data.get("SOPClassUID", "")),
+        series_uid=str(data.get("SeriesInstanceUID", "")),
+        study_uid=str(data.get("StudyInstanceUID", "")),
+        frame_uid=str(data.get("FrameOfReferenceUID", "")),
+        patient="|".join(str(data.get(name) or "").strip() for name in ("PatientID", "IssuerOfPatientID")),
+        modality=str(data.get("Modality", "")).strip(),
+        shape=(int(data.get("Rows") or 0), int(data.get("Columns") or 0)),
+        num_frames=int(data.get("NumberOfFrames") or 1),
+        is_grey=int(data.get("SamplesPerPixel") or 1) == 1 and data.get("PhotometricInterpretation") == "MONOCHROME2",
+        is_localiser=any(word in one for one in image_type for word in ("LOCALIZER", "SCOUT")),
+        spacing=numbers("PixelSpacing"),
+        position=numbers("ImagePositionPatient"),
+        orientation=numbers("ImageOrientationPatient"),
+        rescale=(1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)),
+        rescale_type=str(data.get("RescaleType") or ""),
+        distinguishing=tuple(str(data.get(name)) for name in _DISTINGUISHING),
+    )
+
+
+def digest(text: str) -> str:
+    """A short sha256: the same text has the same digest, and the digest does not show the text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def library(name: str, where: object) -> Any:
+    """pydicom, highdicom or SimpleITK. Raises InputProblems if it is not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        remedy = 'pip install "segdiff-dist[dicom]"'
+        raise problem(where, name, "is not installed, and reads DICOM", remedy) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of the libraries."""
+    import pydicom
+
+    settings, logger = pydicom.config.settings, logging.getLogger("pydicom")
+    mode, was = settings.reading_validation_mode, logger.disabled
+    settings.reading_validation_mode, logger.disabled = pydicom.config.IGNORE, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        settings.reading_validation_mode, logger.disabled = mode, was

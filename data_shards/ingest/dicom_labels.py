@@ -1,0 +1,247 @@
+"""Labels of a DICOM series: Segmentation objects (SEG) and the contours of an RT Structure Set.
+
+A voxel has one class, so segments that overlap are refused, unless a table maps one of them to background or both to
+one class. `body` is the exception: other classes are painted over it.
+Dimensions: I, J, K of the series (data_shards.ingest.dicom_series).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.ingest.dicom_files import RTSTRUCT, Header, library, quiet
+from data_shards.ingest.dicom_series import LPS_TO_RAS, DicomSeries, files_sha256, to_ras
+from data_shards.problems import Problem
+
+# A label's voxels are at most this far from the image's.
+_TOLERANCE_VOXELS = 0.1
+# A contour may be this far from a slice; beyond, it was drawn on another series.
+_CONTOUR_VOXELS = 0.25
+# Contours that enclose an area (PS3.3 C.8.8.6).
+_CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+_GRID = "use labels that were drawn on this series, on its grid"
+
+_Mask = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LabelObject:
+    """A SEG or RTSTRUCT file: `numbers` of its segments or regions with their names, and the UIDs of the series and
+    frames of reference that it names. `fault`: why it cannot be used."""
+
+    file: Path
+    is_contours: bool
+    names: tuple[tuple[int, str], ...]
+    series_uids: tuple[str, ...]
+    frame_uids: tuple[str, ...]
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class DicomLabels:
+    """The labels of a series. `ids`: the stored id of each name."""
+
+    name: str
+    series: DicomSeries
+    objects: tuple[LabelObject, ...]
+    ids: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """SEG and RTSTRUCT files."""
+        return tuple(one.file for one in self.objects)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def sha256(self) -> str:
+        """Over all files."""
+        return files_sha256(self.name, self.files)
+
+
+def read_object(header: Header) -> LabelObject:
+    """What a file of labels is about, without its pixels."""
+    is_contours = header.kind == RTSTRUCT
+    pydicom = library("pydicom", header.series_uid)
+    try:
+        with quiet():
+            data = pydicom.dcmread(header.file, stop_before_pixels=True)
+            return (_contours if is_contours else _segments)(header, data)
+    except Exception as error:  # pydicom raises whatever the bytes lead it to
+        fault = f"cannot be read ({type(error).__name__})"
+        return LabelObject(header.file, is_contours, (), (), (header.frame_uid,), fault)
+
+
+def grid_problems(labels: DicomLabels) -> list[Problem]:
+    """What headers show: objects that cannot be used, a class drawn twice, SEG on another grid than the image's."""
+    problems = [Problem(labels.name, "labels", one.fault, _GRID) for one in labels.objects if one.fault]
+    names = [name for one in labels.objects for _, name in one.names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        remedy = "keep the segment that is meant"
+        problems.append(Problem(labels.name, "labels", f"{', '.join(twice[:4])}: drawn more than once", remedy))
+    if problems or labels.series.affine is None:
+        return problems
+    wrong = (_grid_problem(labels, one) for one in labels.objects if not one.is_contours)
+    return [Problem(labels.name, "labels", value, _GRID) for value in wrong if value]
+
+
+def read_ids(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -> np.ndarray:
+    """uint8 [I, J, K]: the id, by `ids`, of each stored id. Raises ValueError for segments that overlap, and for what
+    cannot be read."""
+    assert labels.series.shape is not None
+    drawn = np.zeros(labels.series.shape, np.uint8, order="F")
+    name_of: dict[int, str] = {}
+    wanted = [(one, number, name, ids[labels.ids[name]]) for one in labels.objects for number, name in one.names]
+    for one, number, name, new in sorted(wanted, key=lambda entry: entry[3] != body_id):
+        if new == 0:
+            continue
+        for mask in (_contour_masks if one.is_contours else _segment_masks)(labels, one, number):
+            before = drawn[mask]
+            strange = (before != 0) & (before != new) & (before != (body_id or 0))
+            if strange.any():
+                other = name_of[int(before[strange][0])]
+                remedy = "map one to background, or both to one class, in a table (--prepare.labels TABLE.yaml)"
+                raise ValueError(f"{other} and {name} overlap: a voxel has one class here; {remedy}")
+            drawn[mask] = new
+        name_of[new] = name
+    return drawn
+
+
+def _segments(header: Header, data: Any) -> LabelObject:
+    names = tuple((int(one.SegmentNumber), str(one.SegmentLabel).strip()) for one in data.SegmentSequence)
+    # A label map may state what its 0 means.
+    names = tuple((number, name) for number, name in names if number != 0)
+    series = tuple(str(one.SeriesInstanceUID) for one in data.get("ReferencedSeriesSequence") or ())
+    fractional = data.get("SegmentationType") == "FRACTIONAL"
+    fault = "a FRACTIONAL segmentation: save it as BINARY" if fractional else None
+    return LabelObject(header.file, False, names, series, (header.frame_uid,), fault)
+
+
+def _contours(header: Header, data: Any) -> LabelObject:
+    drawn = {
+        int(one.ReferencedROINumber)
+        for one in data.get("ROIContourSequence") or ()
+        if any(contour.get("ContourGeometricType") in _CLOSED for contour in one.get("ContourSequence") or ())
+    }
+    regions = data.get("StructureSetROISequence") or ()
+    names = tuple((int(one.ROINumber), str(one.ROIName).strip()) for one in regions if int(one.ROINumber) in drawn)
+    frames = data.get("ReferencedFrameOfReferenceSequence") or ()
+    series = tuple(
+        str(one.SeriesInstanceUID)
+        for frame in frames
+        for study in frame.get("RTReferencedStudySequence") or ()
+        for one in study.get("RTReferencedSeriesSequence") or ()
+    )
+    frame_uids = [str(one.get("ReferencedFrameOfReferenceUID") or "") for one in regions]
+    frame_uids += [str(one.get("FrameOfReferenceUID") or "") for one in frames]
+    return LabelObject(header.file, True, names, series, tuple(dict.fromkeys((header.frame_uid, *frame_uids))))
+
+
+def _segmentation(one: LabelObject, name: str) -> Any:
+    return library("highdicom", name).seg.segread(one.file, lazy_frame_retrieval=True)
+
+
+def _grid_problem(labels: DicomLabels, one: LabelObject) -> str | None:
+    try:
+        with quiet():
+            geometry = _segmentation(one, labels.name).get_volume_geometry()
+    except Exception as error:
+        return f"a SEG cannot be read ({type(error).__name__})"
+    if geometry is None:
+        return "the frames of a SEG are not on one even grid"
+    return None if _to_series(labels.series, geometry) else "a SEG is on another grid than its series"
+
+
+def _to_series(series: DicomSeries, geometry: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Whole-numbered map from a label's index I, J, K to the series'; None if grids differ."""
+    assert series.affine is not None
+    shape = np.array(geometry.spatial_shape[::-1])
+    exact = np.linalg.inv(series.affine) @ to_ras(geometry)
+    turn, start = np.rint(exact[:3, :3]), np.rint(exact[:3, 3])
+    turn[:, shape == 1] = 0  # what a step is does not matter where there is none
+    reach = (np.abs(exact[:3, :3] - turn) * (shape - 1)).sum(axis=1) + np.abs(exact[:3, 3] - start)
+    steps = np.count_nonzero(turn, axis=0)
+    if (reach > _TOLERANCE_VOXELS).any() or (steps[shape > 1] != 1).any():
+        return None
+    return turn.astype(int), start.astype(int)
+
+
+def _segment_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterator[_Mask]:
+    """The voxels of a segment."""
+    with quiet():
+        try:
+            segments = _segmentation(one, labels.name)
+            volume = segments.get_volume(segment_numbers=[number], combine_segments=True)
+        except Exception as error:
+            raise ValueError(f"a SEG cannot be decoded ({type(error).__name__})") from None
+    moved = _to_series(labels.series, volume)
+    if moved is None:
+        raise ValueError(f"a SEG is on another grid than its series; {_GRID}")
+    turn, start = moved
+    inside: np.ndarray = np.equal(volume.array, number).T
+    voxels = turn @ np.array(np.nonzero(inside)) + start[:, None]
+    assert labels.series.shape is not None
+    if ((voxels < 0) | (voxels >= np.array(labels.series.shape)[:, None])).any():
+        raise ValueError(f"a SEG has voxels outside of its series; {_GRID}")
+    yield voxels[0], voxels[1], voxels[2]
+
+
+def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterator[_Mask]:
+    """The voxels of a region, slice by slice: those whose centres are inside an odd number of its contours."""
+    assert labels.series.affine is not None
+    assert labels.series.shape is not None
+    to_index = np.linalg.inv(labels.series.affine) @ LPS_TO_RAS
+    planes: dict[int, np.ndarray] = {}
+    for points in _polygons(one, number):
+        index = points @ to_index[:3, :3].T + to_index[:3, 3]
+        k = round(float(index[:, 2].mean()))
+        if np.abs(index[:, 2] - k).max() > _CONTOUR_VOXELS:
+            raise ValueError(f"a contour is between slices or crosses them; {_GRID}")
+        if not 0 <= k < labels.series.shape[2]:
+            raise ValueError(f"a contour is outside of its series; {_GRID}")
+        plane = planes.setdefault(k, np.zeros(labels.series.shape[:2], bool))
+        _toggle(plane, index[:, :2])
+    for k, plane in sorted(planes.items()):
+        i, j = np.nonzero(plane)
+        yield i, j, np.full_like(i, k)
+
+
+def _polygons(one: LabelObject, number: int) -> Iterator[np.ndarray]:
+    """Corners [n, 3] in LPS mm of a region's contours."""
+    try:
+        with quiet():
+            data = library("pydicom", "labels").dcmread(one.file)
+            found = [
+                np.array([float(value) for value in contour.ContourData]).reshape(-1, 3)
+                for region in data.ROIContourSequence
+                if int(region.ReferencedROINumber) == number
+                for contour in region.get("ContourSequence") or ()
+                if contour.get("ContourGeometricType") in _CLOSED
+            ]
+    except Exception as error:
+        raise ValueError(f"a contour cannot be read ({type(error).__name__})") from None
+    yield from (points for points in found if len(points) >= 3)
+
+
+def _toggle(plane: np.ndarray, corners: np.ndarray) -> None:
+    """Invert the pixels inside a polygon, whose corners [n, 2] are I, J: a contour in a contour is a hole."""
+    from matplotlib.path import Path as Polygon
+
+    low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, plane.shape)
+    high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, plane.shape)
+    i, j = np.mgrid[low[0] : high[0], low[1] : high[1]]
+    centres = np.stack([i.ravel(), j.ravel()], axis=1)
+    if len(centres):
+        inside = Polygon(corners, closed=False).contains_points(centres).reshape(i.shape)
+        plane[low[0] : high[0], low[1] : high[1]] ^= inside

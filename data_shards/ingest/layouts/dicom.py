@@ -1,0 +1,158 @@
+"""DICOM: a tree of files as a scanner or an archive exports it, whatever their names are.
+
+Files with one SeriesInstanceUID are a case. SEG and RTSTRUCT files are its labels, if they name its series or, where
+they name none of the tree, if their frame of reference is that of one series alone. Case and patient are named by
+digests, and messages name no file, unless the user asks for the names (prepare.keep_dicom_ids).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from data_shards.ingest.cases import Case, Listing
+from data_shards.ingest.dicom_files import RTSTRUCT, SEG, Header, digest, is_dicom, library, read_header
+from data_shards.ingest.dicom_labels import DicomLabels, LabelObject, grid_problems, read_object
+from data_shards.ingest.dicom_series import DicomSeries, series_of
+from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of
+from data_shards.problems import Problem
+from data_shards.records import MODALITIES
+
+# A folder is recognised by one of its first files.
+_MOST_LOOKED_AT = 1000
+_HIDE_NAMES = "its file is named with --prepare.keep-dicom-ids"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The images of each series by SeriesInstanceUID, the labels, and the files that cannot be read."""
+
+    series: dict[str, list[Header]]
+    labels: list[LabelObject]
+    faulty: list[Path]
+
+
+class Dicom(Layout):
+    """A folder with DICOM files in it or below."""
+
+    name = "dicom"
+
+    def recognise(self, root: Path) -> str | None:
+        """One of the first files is DICOM."""
+        found = any(is_dicom(file) for file in islice(_files(root), _MOST_LOOKED_AT))
+        return "there are DICOM files" if found else None
+
+    def read(self, root: Path, request: Request) -> Listing:
+        """Every series of images is a case; series that are no volume have problems. The classes are the segments of
+        all cases, in the order of their names."""
+        for name in ("pydicom", "highdicom", "SimpleITK"):
+            library(name, root)
+        found = _scan(root)
+        labels_of, problems = _assigned(root, found, request)
+        used = {name for objects in labels_of.values() for one in objects for _, name in one.names}
+        names = dict(enumerate(["background", *sorted(used)]))
+        ids = {name: number for number, name in names.items()}
+        cases: list[Case] = []
+        problems_of: dict[str, list[Problem]] = {}
+        for uid, headers in sorted(found.series.items()):
+            case, wrong = _case(uid, headers, labels_of.get(uid, []), ids, request)
+            if wrong or case.modality in request.modalities:
+                cases.append(case)
+                problems_of |= {case.case_id: wrong} if wrong else {}
+        problems += _faulty(root, found.faulty, request)
+        problems += case_name_problems(root, [case.case_id for case in cases])
+        problems += [] if problems else no_cases(root, request, cases)
+        ordered = tuple(sorted(cases, key=lambda case: case.case_id))
+        return Listing(ordered, tuple(problems), problems_of, names)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below, without hidden ones."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(one for one in folders if not one.startswith("."))
+        yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
+
+
+def _scan(root: Path) -> _Found:
+    """Read every DICOM file's header. Objects without pixels, as reports and plans, are passed over."""
+    series: dict[str, list[Header]] = {}
+    labels: list[LabelObject] = []
+    faulty: list[Path] = []
+    for file in _files(root):
+        if file.name == "DICOMDIR" or not is_dicom(file):
+            continue
+        header = read_header(file)
+        if header is None or not header.series_uid:
+            faulty.append(file)
+        elif header.kind in (*SEG, RTSTRUCT):
+            labels.append(read_object(header))
+        elif min(header.shape) > 0 and header.modality != "RTDOSE":
+            series.setdefault(header.series_uid, []).append(header)
+    return _Found(series, labels, faulty)
+
+
+def _assigned(root: Path, found: _Found, request: Request) -> tuple[dict[str, list[LabelObject]], list[Problem]]:
+    """The labels of each series, and labels of which no series, or none alone, is there."""
+    labels_of: dict[str, list[LabelObject]] = {}
+    problems = []
+    for one in found.labels:
+        named = [uid for uid in one.series_uids if uid in found.series]
+        same_frame = [
+            uid for uid, headers in found.series.items() if headers[0].frame_uid in set(one.frame_uids) - {""}
+        ]
+        candidates = list(dict.fromkeys(named or same_frame))
+        if len(candidates) == 1:
+            labels_of.setdefault(candidates[0], []).append(one)
+            continue
+        kind = "RTSTRUCT" if one.is_contours else "SEG"
+        where = str(one.file) if request.keep_ids else f"{root}: a {kind}"
+        value = one.fault or (f"belongs to {len(candidates)} series" if candidates else "its series is not there")
+        remedy = "add its series to the folder, or take it out" if not candidates else "name one series in it"
+        problems.append(Problem(where, "labels", value, remedy if request.keep_ids else f"{remedy}; {_HIDE_NAMES}"))
+    return labels_of, problems
+
+
+def _case(
+    uid: str, headers: list[Header], objects: Iterable[LabelObject], ids: dict[str, int], request: Request
+) -> tuple[Case, list[Problem]]:
+    case_id = uid.replace(".", "-") if request.keep_ids else f"dcm-{digest(uid)}"
+    name = str(headers[0].file.parent) + f" (series {uid})" if request.keep_ids else f"series {case_id}"
+    stated = headers[0].modality
+    modality = request.modality or stated
+    series, problems = series_of(name, headers, modality)
+    notes = (f"taken as {modality} as stated, against {stated[:16]} in DICOM",) if modality != stated else ()
+    labels = _labels(name, series, tuple(objects), ids)
+    if labels is not None and not problems:
+        problems = grid_problems(labels)
+    patient = patient_of(case_id, request.patient) or _patient(headers[0], request.keep_ids)
+    known = modality if modality in MODALITIES else request.modalities[0]
+    return Case(case_id, known, "", series, labels, notes, patient), problems
+
+
+def _labels(
+    name: str, series: DicomSeries, objects: tuple[LabelObject, ...], ids: dict[str, int]
+) -> DicomLabels | None:
+    """None if there is no label. The objects are ordered by what they hold, so that file names do not matter."""
+    ordered = tuple(sorted(objects, key=lambda one: (one.is_contours, one.names)))
+    return DicomLabels(name, series, ordered, ids) if ordered else None
+
+
+def _patient(header: Header, keep_ids: bool) -> str:
+    """Of a file without PatientID the study counts as the patient."""
+    patient = header.patient.strip("|")
+    if keep_ids:
+        return patient or header.study_uid
+    return f"patient-{digest(header.patient if patient else header.study_uid)}"
+
+
+def _faulty(root: Path, files: list[Path], request: Request) -> list[Problem]:
+    if not files:
+        return []
+    value = f"{len(files)} that cannot be read as DICOM"
+    if request.keep_ids:
+        value += f", as {files[0].name}"
+    remedy = "restore them, or take them out of the folder" + ("" if request.keep_ids else f"; {_HIDE_NAMES}")
+    return [Problem(str(root), "files", value, remedy)]
