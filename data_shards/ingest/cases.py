@@ -60,8 +60,9 @@ class Case:
 @dataclass(frozen=True)
 class Listing:
     """The contents of a folder in a layout. `problems`: of the folder. `problems_of`: by case id, those of its own
-    files. `names`: the classes of the label files by stored id; None if the ids are AMOS'. `problems_with_names`:
-    problems of these, which do not matter if the user's table names the classes."""
+    files, and by another id those of files without a case. `names`: the classes of the label files by stored id; None
+    if the ids are AMOS'. `problems_with_names`: problems of these, which do not matter if the user's table names the
+    classes."""
 
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...] = ()

@@ -32,13 +32,14 @@ _Mask = tuple[np.ndarray, np.ndarray, np.ndarray]
 @dataclass(frozen=True)
 class LabelObject:
     """A SEG or RTSTRUCT file: `numbers` of its segments or regions with their names, and the UIDs of the series and
-    frames of reference that it names. `fault`: why it cannot be used."""
+    frames of reference that it names. `uid`: of its own series. `fault`: why it cannot be used."""
 
     file: Path
     is_contours: bool
     names: tuple[tuple[int, str], ...]
     series_uids: tuple[str, ...]
     frame_uids: tuple[str, ...]
+    uid: str
     fault: str | None = None
 
 
@@ -79,7 +80,7 @@ def read_object(header: Header) -> LabelObject:
             return (_contours if is_contours else _segments)(header, data)
     except Exception as error:  # pydicom raises whatever the bytes lead it to
         fault = f"cannot be read ({type(error).__name__})"
-        return LabelObject(header.file, is_contours, (), (), (header.frame_uid,), fault)
+        return LabelObject(header.file, is_contours, (), (), (header.frame_uid,), header.series_uid, fault)
 
 
 def grid_problems(labels: DicomLabels) -> list[Problem]:
@@ -125,7 +126,7 @@ def _segments(header: Header, data: Any) -> LabelObject:
     series = tuple(str(one.SeriesInstanceUID) for one in data.get("ReferencedSeriesSequence") or ())
     fractional = data.get("SegmentationType") == "FRACTIONAL"
     fault = "a FRACTIONAL segmentation: save it as BINARY" if fractional else None
-    return LabelObject(header.file, False, names, series, (header.frame_uid,), fault)
+    return LabelObject(header.file, False, names, series, (header.frame_uid,), header.series_uid, fault)
 
 
 def _contours(header: Header, data: Any) -> LabelObject:
@@ -145,7 +146,9 @@ def _contours(header: Header, data: Any) -> LabelObject:
     )
     frame_uids = [str(one.get("ReferencedFrameOfReferenceUID") or "") for one in regions]
     frame_uids += [str(one.get("FrameOfReferenceUID") or "") for one in frames]
-    return LabelObject(header.file, True, names, series, tuple(dict.fromkeys((header.frame_uid, *frame_uids))))
+    return LabelObject(
+        header.file, True, names, series, tuple(dict.fromkeys((header.frame_uid, *frame_uids))), header.series_uid
+    )
 
 
 def _segmentation(one: LabelObject, name: str) -> Any:

@@ -58,7 +58,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     listing = recognised.read(root, _request(config))
     labelling, wrong = find_labelling(config.label_set, config.labels, listing.names)
     bad = _bad_cases(listing, config.label_set)
-    skips = config.on_bad_case == "skip" and len(bad) < len(listing.cases)
+    skips = config.on_bad_case == "skip" and any(case.case_id not in bad for case in listing.cases)
     problems = list(listing.problems)
     if not has_table(config.labels):
         problems += listing.problems_with_names

@@ -51,19 +51,20 @@ class Dicom(Layout):
         for name in ("pydicom", "highdicom", "SimpleITK"):
             library(name, root)
         found = _scan(root)
-        labels_of, problems = _assigned(root, found, request)
+        labels_of, problems_of = _assigned(found, request)
         used = {name for objects in labels_of.values() for one in objects for _, name in one.names}
         names = dict(enumerate(["background", *sorted(used)]))
         ids = {name: number for number, name in names.items()}
         cases: list[Case] = []
-        problems_of: dict[str, list[Problem]] = {}
         for uid, headers in sorted(found.series.items()):
             case, wrong = _case(uid, headers, labels_of.get(uid, []), ids, request)
             if wrong or case.modality in request.modalities:
                 cases.append(case)
                 problems_of |= {case.case_id: wrong} if wrong else {}
-        problems += _faulty(root, found.faulty, request)
+        problems = _faulty(root, found.faulty, request)
         problems += case_name_problems(root, [case.case_id for case in cases])
+        if len({case.case_id for case in cases}) < len(cases):
+            problems.append(Problem(str(root), "case id", "two series have one digest", "prepare them one by one"))
         problems += [] if problems else no_cases(root, request, cases)
         ordered = tuple(sorted(cases, key=lambda case: case.case_id))
         return Listing(ordered, tuple(problems), problems_of, names)
@@ -94,10 +95,10 @@ def _scan(root: Path) -> _Found:
     return _Found(series, labels, faulty)
 
 
-def _assigned(root: Path, found: _Found, request: Request) -> tuple[dict[str, list[LabelObject]], list[Problem]]:
+def _assigned(found: _Found, request: Request) -> tuple[dict[str, list[LabelObject]], dict[str, list[Problem]]]:
     """The labels of each series, and labels of which no series, or none alone, is there."""
     labels_of: dict[str, list[LabelObject]] = {}
-    problems = []
+    problems_of: dict[str, list[Problem]] = {}
     for one in found.labels:
         named = [uid for uid in one.series_uids if uid in found.series]
         same_frame = [
@@ -108,17 +109,19 @@ def _assigned(root: Path, found: _Found, request: Request) -> tuple[dict[str, li
             labels_of.setdefault(candidates[0], []).append(one)
             continue
         kind = "RTSTRUCT" if one.is_contours else "SEG"
-        where = str(one.file) if request.keep_ids else f"{root}: a {kind}"
+        name = _case_id(one.uid, request)
+        where = str(one.file) if request.keep_ids else f"{kind} {name}"
         value = one.fault or (f"belongs to {len(candidates)} series" if candidates else "its series is not there")
         remedy = "add its series to the folder, or take it out" if not candidates else "name one series in it"
-        problems.append(Problem(where, "labels", value, remedy if request.keep_ids else f"{remedy}; {_HIDE_NAMES}"))
-    return labels_of, problems
+        shown = remedy if request.keep_ids else f"{remedy}; {_HIDE_NAMES}"
+        problems_of.setdefault(name, []).append(Problem(where, "labels", value, shown))
+    return labels_of, problems_of
 
 
 def _case(
     uid: str, headers: list[Header], objects: Iterable[LabelObject], ids: dict[str, int], request: Request
 ) -> tuple[Case, list[Problem]]:
-    case_id = uid.replace(".", "-") if request.keep_ids else f"dcm-{digest(uid)}"
+    case_id = _case_id(uid, request)
     name = str(headers[0].file.parent) + f" (series {uid})" if request.keep_ids else f"series {case_id}"
     stated = headers[0].modality
     modality = request.modality or stated
@@ -130,6 +133,10 @@ def _case(
     patient = patient_of(case_id, request.patient) or _patient(headers[0], request.keep_ids)
     known = modality if modality in MODALITIES else request.modalities[0]
     return Case(case_id, known, "", series, labels, notes, patient), problems
+
+
+def _case_id(uid: str, request: Request) -> str:
+    return uid.replace(".", "-") if request.keep_ids else f"dcm-{digest(uid)}"
 
 
 def _labels(
