@@ -114,6 +114,9 @@ def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Defi
     return {f"{extractor}_{name}": Definition(f"{label} {name}", 3, "higher", text) for name, text in texts.items()}
 
 
+_FEW = "The mark (few): fewer images a side than twice the features, so that the bias may be larger than the distance."
+
+
 def wavelengths(band: int) -> str:
     """The wavelengths of one of spectra.BANDS, in pixels."""
     low, high = BANDS[band]
@@ -188,7 +191,7 @@ DEFINITIONS = {
         1,
         "lower",
         "Fréchet distance between real and generated images on the features of torch-fidelity's Inception network "
-        "(2048 features). It is biased upwards when there are few images: compare at equal numbers only.",
+        "(2048 features). It is biased upwards when there are few images: compare at equal numbers only. " + _FEW,
     ),
     "segmenter_frechet": Definition(
         "Segmenter Fréchet",
@@ -196,7 +199,7 @@ DEFINITIONS = {
         "lower",
         "Fréchet distance of real and generated images on the auxiliary segmenter's pooled encoder features. It is "
         "not FID and has another scale. Compare it only between runs that were evaluated with the same segmenter and "
-        "as many images.",
+        "as many images. " + _FEW,
     ),
     "imagenet_lite_frechet": Definition(
         "ImageNet Fréchet",
@@ -204,14 +207,14 @@ DEFINITIONS = {
         "lower",
         "Fréchet distance of real and generated images on the 1,280 features of efficientnet-lite0, trained on "
         "ImageNet. It is not FID and has another scale. It depends on no segmenter, so it can be compared between runs "
-        "and papers of the same real images and as many images.",
+        "and papers of the same real images and as many images. " + _FEW,
     ),
     "frd": Definition(
         "FRD",
         3,
         "lower",
         "Fréchet radiomics distance: logarithm of the squared Fréchet distance of radiomics features, scaled by the "
-        "real images' mean and standard deviation (Konz et al. 2026, version 1 of frd-score).",
+        "real images' mean and standard deviation (Konz et al. 2026, version 1 of frd-score). " + _FEW,
     ),
     "kid": Definition(
         "KID",
