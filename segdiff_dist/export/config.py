@@ -21,10 +21,11 @@ class ExportConfig:
     """How a run's samples, or its model, are exported."""
 
     format: Annotated[
-        Result[Literal["nnunet", "nifti", "png", "shards", "pipeline"]], tyro.conf.arg(aliases=["--format"])
+        Result[Literal["nnunet", "nifti", "png", "dicom", "shards", "pipeline"]], tyro.conf.arg(aliases=["--format"])
     ] = "nnunet"
-    """nnunet: a raw data set of nnU-Net v2. nifti, png: pairs of files. shards: a set that `segdiff train` reads.
-    pipeline: the model itself, as a diffusers folder."""
+    """nnunet: a raw data set of nnU-Net v2. nifti, png: pairs of files. dicom: a series for each image, and a SEG
+    of its mask (extra `dicom`). shards: a set that `segdiff train` reads. pipeline: the model itself, as a diffusers
+    folder."""
     samples: Result[Path | None] = None
     """The folder of the images. null: RUN/samples."""
     modality: Annotated[Result[Modality | None], tyro.conf.arg(aliases=["--modality"])] = None
@@ -46,7 +47,7 @@ class ExportConfig:
     @property
     def writes_values(self) -> bool:
         """Whether files hold the meaning of grey values, which is HU for CT."""
-        return self.format in ("nifti", "shards") or (self.format == "nnunet" and self.file_ending != ".png")
+        return self.format in ("nifti", "dicom", "shards") or (self.format == "nnunet" and self.file_ending != ".png")
 
     @property
     def pair_ending(self) -> str:

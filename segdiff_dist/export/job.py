@@ -19,6 +19,7 @@ from data_shards.locks import lock_beside, locked
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.config import how_to_make
 from segdiff_dist.export.config import ExportConfig
+from segdiff_dist.export.dicom import require_dicom, write_dicom_pairs
 from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
 from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
 from segdiff_dist.export.shards import write_shard_set
@@ -74,12 +75,16 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
     problems = nnunet_problems(out, samples) if config.format == "nnunet" else []
     if config.needs_simpleitk:
         simpleitk(f"--export.file-ending {config.file_ending}")  # refused if it is not installed
+    if config.format == "dicom":
+        require_dicom("--export.format dicom")
     borrows = config.writes_values and samples.has_borrowed_hu
     if borrows and samples.borrowed_map is None:
         problems.append(
             unknown_hu(store.path, "give --format png (nnunet: --export.file-ending .png), which has no HU")
         )
     needed = len(samples) * 2 * (samples.size**2 + _BYTES_PER_FILE)
+    if config.format == "dicom":  # 16 bits a pixel, and a bit for each segment of the mask
+        needed *= 3
     refuse([*problems, *room_problems(out, needed)])
     return SamplesExport(samples, out, config, borrows, needed)
 
@@ -152,6 +157,8 @@ def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConf
     iterated: Iterable[Sample] = tqdm(samples, total=len(samples), desc="export", unit="img")
     if config.format == "nnunet":
         write_nnunet(folder, name, samples, iterated, config)
+    elif config.format == "dicom":
+        write_dicom_pairs(folder, samples, iterated)
     elif config.format == "shards":
         write_shard_set(folder, samples, iterated, config)
         return  # its index and table say the rest

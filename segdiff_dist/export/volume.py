@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.files import hidden_folder
 from data_shards.ingest.body import BodyField, find_body
 from data_shards.ingest.cases import read_header
 from data_shards.ingest.intensity import GreyMap
-from data_shards.ingest.nifti import read_geometry
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import Cutting, Slice, cut
 from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights, read_labels, read_volume
@@ -25,6 +23,7 @@ from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
+from segdiff_dist.export.volume_out import is_dicom, kind_problems, save_dicom, save_file
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -113,11 +112,12 @@ class VolumeReport:
 def make_volume(
     mask_file: Path, out: Path, generate: Generate, size: int, shards: ShardSet, config: VolumeConfig
 ) -> VolumeReport:
-    """Write the image of a mask volume to `out`: int16, HU or grey values, with the mask's shape, affine and codes.
+    """Write the image of a mask volume to `out`: int16, HU or grey values, with the mask's shape, affine and codes; as
+    DICOM, if `out` has no ending.
 
     `shards`: the set that the model was trained on; the model got the central `size` pixels of its slices. Raises
     InputProblems: an unreadable mask, ids that the set's labels do not have, unknown HU, an `out` that exists or has no
-    NIfTI name.
+    name of a volume.
     """
     return check_volume(mask_file, out, shards, config).make(generate, size)
 
@@ -165,7 +165,11 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
     image_SHW = generate(mask_SHW, indices, config.noise == "shared")
     grey_IJK, shown_IJK = place.back(dict(zip(needed, image_SHW, strict=True)), shape)
     with saying_when_full(out.parent):
-        _save(out, np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16), mask_file)
+        values_IJK = np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16)
+        if is_dicom(out):
+            save_dicom(out, values_IJK, labels, grey, config, shards.label_table)
+        else:
+            save_file(out, values_IJK, mask_file)
     labelled_IJK = labels.voxels_IJK > 0
     outside = 1.0 - float(shown_IJK[labelled_IJK].mean()) if labelled_IJK.any() else 0.0
     body_id = shards.label_table.body_id
@@ -197,17 +201,16 @@ def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int
 
 def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Problem]:
     """The problems that show before a voxel is read."""
-    problems = config.problems()
+    problems, header = config.problems(), None
     if not mask_file.is_file():
         problems.append(Problem(str(mask_file), "mask", "not found", "give a .nii.gz or .nii volume of label ids"))
     else:
-        read_header(mask_file, problems)
+        header = read_header(mask_file, problems)
     if config.body_image is not None and not config.body_image.is_file():
         problems.append(
             Problem("config", "volume.body_image", str(config.body_image), "not found: give a NIfTI volume")
         )
-    if not out.name.endswith((".nii.gz", ".nii")):
-        problems.append(Problem(str(out), "output", "no NIfTI name", "let it end in .nii.gz or .nii"))
+    problems += kind_problems(out, None if header is None else header[1])
     if out.exists():
         problems.append(Problem(str(out), "output", "exists already", "remove it, or give another name"))
     if not out.absolute().parent.is_dir():
@@ -290,22 +293,3 @@ def _probe(mask_SHW: np.ndarray, num: int) -> slice | None:
     middle = int(shown[len(shown) // 2]) if len(shown) else len(mask_SHW) // 2
     first = max(0, min(middle - num // 2, len(mask_SHW) - num))
     return slice(first, first + num)
-
-
-def _save(out: Path, values_IJK: np.ndarray, mask_file: Path) -> None:
-    """Written in the mask's own orientation, to a hidden file that is then renamed."""
-    import nibabel as nib
-    from nibabel import orientations
-
-    mask = read_geometry(mask_file)  # in mm, whatever unit the mask's header counts in
-    own = orientations.io_orientation(mask.affine)
-    canonical = np.stack((np.arange(3), np.ones(3)), axis=1)
-    values = orientations.apply_orientation(values_IJK, orientations.ornt_transform(canonical, own))
-    image = nib.Nifti1Image(values, mask.affine)
-    image.header.set_xyzt_units("mm")
-    for name in ("qform", "sform"):
-        code = int(mask.header[f"{name}_code"]) or 1
-        getattr(image, f"set_{name}")(mask.affine, code)
-    with hidden_folder(out) as folder:  # nibabel chooses the format by the name
-        nib.save(image, folder / out.name)
-        (folder / out.name).rename(out)

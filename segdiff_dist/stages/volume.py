@@ -35,7 +35,8 @@ class Volume(ConfiguredStage):
     mask_volume: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")] = None
     """A NIfTI volume of label ids of the model's table."""
     exported: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
-    """The new NIfTI file."""
+    """The new file: .nii.gz, .nii, .mha or .nrrd. Without an ending: a new folder with a DICOM series and
+    a SEG of the mask (extra `dicom`)."""
     run: Path | None = None
     """The run folder whose weights are used."""
     data: str | None = None

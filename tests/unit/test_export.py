@@ -320,7 +320,7 @@ def test_volume_refuses_what_it_cannot_paint(run: Path, shapes: Path, tmp_path: 
     shards = ShardSet.open(shapes)
     with pytest.raises(InputProblems, match=r"label ids: \[99\]"):
         make_volume(tmp_path / "mask.nii.gz", tmp_path / "out.nii.gz", None, 32, shards, VolumeConfig())
-    with pytest.raises(InputProblems, match="no NIfTI name"):
+    with pytest.raises(InputProblems, match="no name of a volume"):
         make_volume(tmp_path / "mask.nii.gz", tmp_path / "out.dcm", None, 32, shards, VolumeConfig())
 
 

@@ -1,0 +1,283 @@
+"""Synthetic images as DICOM series (PS3.3, CT Image and MR Image), and their masks as DICOM SEG.
+
+pydicom and highdicom are the extra `dicom`; nothing imports them until DICOM is written. The same input gives the same
+bytes: UIDs are UUIDs of names (PS3.5 B.2, root 2.25), and nothing is dated.
+
+Dimensions: S slices, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards import __version__
+from data_shards.labels import LabelTable
+from data_shards.problems import problem
+from segdiff_dist.export.files import slice_affine
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+    from segdiff_dist.export.samples import FinishedSamples, Sample
+
+MANUFACTURER = "segdiff"
+# The names of our UIDs; a constant that stands for nothing else.
+_NAMESPACE = uuid.UUID("6f0b6f3e-6f0c-5d0f-9c2e-2f1a3d1b7c55")
+_SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4"}
+_EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
+# DICOM counts to the left, the back and the head; NIfTI to the right, the front and the head.
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# A series counts as one of the abdomen if its mask shows one of these.
+_IN_ABDOMEN = ("spleen", "kidney", "gallbladder", "liver", "stomach", "pancreas", "adrenal_gland", "duodenum")
+_LONGEST = 64  # of DICOM's LO
+_LARGEST_COSINE = 2e-3
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Parallel slices of one synthetic image, as a viewer shows them, and their mask of label ids.
+
+    affine: 4x4 from (column, row, slice, 1) to RAS mm. value = stored * slope + intercept, HU for CT. shown: the values
+    that a viewer shows as black and as white.
+    """
+
+    stored_SHW: np.ndarray
+    mask_SHW: np.ndarray
+    affine: np.ndarray
+    modality: str
+    axis: str
+    shown: tuple[float, float]
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """Of its pixels and its place."""
+        digest = hashlib.sha256(self.stored_SHW.tobytes())
+        digest.update(self.affine.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a series belongs to. `origin`: all that tells this series from others of the same pixels. `frame`: of the
+    coordinates that the affine leads to; series of one frame can be laid over each other. `number`: of the series in
+    its study, odd; that of the mask is the next."""
+
+    patient: str
+    study: str
+    frame: str
+    origin: str
+    number: int = 1
+
+
+def require_dicom(where: object) -> None:
+    """Raise InputProblems that names the extra, if a library is not installed."""
+    try:
+        import highdicom  # noqa: F401
+        import pydicom  # noqa: F401
+    except ImportError as error:
+        remedy = 'pip install "segdiff-dist[dicom]"'
+        raise problem(where, str(error.name), "is not installed, and writes DICOM", remedy) from error
+
+
+def uid(*parts: str) -> str:
+    """The UID of what the parts name: a UUID as an integer under 2.25."""
+    return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(parts)).int}"
+
+
+def write_dicom_pairs(out: Path, samples: FinishedSamples, iterated: Iterable[Sample]) -> None:
+    """OUT/images/NAME.dcm and OUT/masks/NAME.dcm: a series of one slice for each sample, in a study for each case.
+
+    Samples of a case are no volume: each has its own noise, and they are not neighbours. So a viewer must not stack
+    them; it shows where they cross each other.
+    """
+    made_by = json.dumps(samples.provenance, sort_keys=True)
+    for folder in ("images", "masks"):
+        (out / folder).mkdir()
+    for number, (item, sample) in enumerate(zip(samples.items, iterated, strict=True)):
+        meta = sample.record.meta
+        affine = slice_affine(meta, sample.knows_place)
+        if is_sheared(affine):
+            affine = slice_affine(meta, False)
+        patient = item["case"].rsplit("_", 2)[0]
+        is_placed = sample.knows_place and np.array_equal(affine, np.array(meta.affine).reshape(4, 4)[:, [1, 0, 2, 3]])
+        frame = patient if is_placed else sample.name
+        names = Names(patient, f"{made_by} {patient}", f"{made_by} {frame}", f"{made_by} {sample.name}", 2 * number + 1)
+        white = meta.intensity_offset + 255 * meta.intensity_scale
+        stack = Stack(
+            sample.record.image_HW[None],
+            sample.record.mask_HW[None],
+            affine,
+            meta.modality,
+            meta.axis,
+            (meta.intensity_offset, white),
+            meta.intensity_scale,
+            meta.intensity_offset,
+        )
+        write_stack(
+            [out / "images" / f"{sample.name}.dcm"],
+            out / "masks" / f"{sample.name}.dcm",
+            stack,
+            names,
+            samples.label_table,
+        )
+
+
+def is_sheared(affine: np.ndarray) -> bool:
+    """Whether the axes are more than about 0.1 degrees off right angles, which an image of DICOM has."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.abs(directions.T @ directions - np.eye(3)).max() > _LARGEST_COSINE)
+
+
+def write_stack(files: Sequence[Path], mask_file: Path, stack: Stack, names: Names, table: LabelTable) -> None:
+    """A series with a file for each slice, and the SEG of its mask, which is left out if the mask is empty."""
+    from segdiff_dist.export.dicom_seg import write_seg
+
+    series = uid("series", names.origin, stack.digest)
+    images = [_image(stack, names, table, series, number) for number in range(len(stack.stored_SHW))]
+    for file, image in zip(files, images, strict=True):
+        image.save_as(file, enforce_file_format=True)
+    if stack.mask_SHW.any():
+        write_seg(mask_file, images, stack.mask_SHW, table, series, names.number + 1)
+
+
+def _image(stack: Stack, names: Names, table: LabelTable, series: str, number: int) -> Dataset:
+    """One slice."""
+    image = _described(stack, names, table)
+    image.SeriesInstanceUID, image.SeriesNumber = series, names.number
+    image.SOPInstanceUID, image.InstanceNumber = uid("image", series, str(number)), number + 1
+    _place(image, stack.affine, number)
+    _set_pixels(image, stack, number)
+    (_set_ct if stack.modality == "CT" else _set_mr)(image, stack)
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+    return image
+
+
+def _described(stack: Stack, names: Names, table: LabelTable) -> Dataset:
+    """What all slices of a series have in common: whose image it is, and that it is no one's."""
+    from pydicom import Dataset
+    from pydicom.dataset import FileMetaDataset
+
+    image = Dataset()
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = _EXPLICIT_LITTLE_ENDIAN
+    image.SpecificCharacterSet = "ISO_IR 192"
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = _SOP_CLASS[stack.modality]
+    image.Modality = stack.modality
+    image.StudyInstanceUID = uid("study", names.study)
+    image.FrameOfReferenceUID = uid("frame", names.frame)
+    for keyword, value in _IDENTITY.items():
+        setattr(image, keyword, value)
+    image.PatientID = names.patient.replace("\\", "/")[:_LONGEST]
+    image.SeriesDescription = f"synthetic {stack.modality}, {stack.axis} (segdiff)"
+    image.SoftwareVersions = __version__
+    kind = "OTHER" if stack.modality != "CT" else "AXIAL" if stack.axis == "axial" else "MPR"
+    image.ImageType = ["DERIVED", "SECONDARY", kind]
+    if body_part := _body_part(stack.mask_SHW, table):
+        image.BodyPartExamined = body_part
+    return image
+
+
+# Types 1 and 2 of the modules Patient, General Study, General Series, Frame of Reference, General Equipment and General
+# Image (PS3.3 A.3 and A.4), without what a slice or a series has of its own; and what says that there is no patient.
+_IDENTITY: dict[str, Any] = {
+    "PatientName": "SYNTHETIC^SEGDIFF",
+    "PatientBirthDate": "",
+    "PatientSex": "",
+    "PatientIdentityRemoved": "YES",
+    "DeidentificationMethod": "no patient: generated by segdiff from a mask of labels",
+    "StudyDate": "",
+    "StudyTime": "",
+    "StudyID": "",
+    "AccessionNumber": "",
+    "ReferringPhysicianName": "",
+    "StudyDescription": "synthetic images (segdiff), not for diagnosis",
+    "PatientPosition": "",
+    "PositionReferenceIndicator": "",
+    "Manufacturer": MANUFACTURER,
+    "ManufacturerModelName": "segmentation-guided diffusion",
+    "AcquisitionNumber": None,
+    "DerivationDescription": "synthetic: generated by a diffusion model from a mask of labels",
+    "ImageComments": "synthetic image, not for diagnosis",
+    "BurnedInAnnotation": "NO",
+    "LossyImageCompression": "00",
+    "SyntheticData": "YES",
+}
+
+
+def _place(image: Dataset, affine: np.ndarray, number: int) -> None:
+    """The modules Image Plane and Frame of Reference, in DICOM's directions."""
+    to_lps = _RAS_TO_LPS @ affine
+    step = np.linalg.norm(to_lps[:3, :3], axis=0)
+    along_row, along_column = (to_lps[:3, :3] / step).T[:2]
+    along_column = along_column - (along_column @ along_row) * along_row
+    along_column /= np.linalg.norm(along_column)
+    image.PixelSpacing = _decimals([step[1], step[0]])  # between rows first
+    image.ImageOrientationPatient = _decimals([*along_row, *along_column])
+    image.ImagePositionPatient = _decimals(to_lps[:3, 3] + number * to_lps[:3, 2])
+    image.SliceThickness = image.SpacingBetweenSlices = _decimals([step[2]])[0]
+
+
+def _set_pixels(image: Dataset, stack: Stack, number: int) -> None:
+    pixels_HW = stack.stored_SHW[number]
+    is_signed = bool(np.issubdtype(pixels_HW.dtype, np.signedinteger))
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.Rows, image.Columns = pixels_HW.shape
+    image.BitsAllocated = image.BitsStored = 16
+    image.HighBit, image.PixelRepresentation = 15, int(is_signed)
+    image.PixelData = pixels_HW.astype("<i2" if is_signed else "<u2").tobytes()
+    # Of stored values, where there is no rescale.
+    low, high = stack.shown if stack.modality == "CT" else (0, 255)
+    image.WindowCenter, image.WindowWidth = _decimals([(low + high) / 2, max(high - low, 1.0)])
+
+
+def _set_ct(image: Dataset, stack: Stack) -> None:
+    """The module CT Image."""
+    image.RescaleSlope, image.RescaleIntercept = _decimals([stack.slope, stack.intercept])
+    image.RescaleType = "HU"
+    image.KVP = None
+
+
+def _set_mr(image: Dataset, stack: Stack) -> None:
+    """The module MR Image: no sequence was played. It has no rescale; the meaning of stored values is a mapping."""
+    image.ScanningSequence, image.SequenceVariant, image.ScanOptions = "RM", "NONE", ""
+    image.MRAcquisitionType = "2D"
+    image.RepetitionTime = image.EchoTime = image.EchoTrainLength = None
+    if (stack.slope, stack.intercept) != (1.0, 0.0):
+        image.RealWorldValueMappingSequence = [_mapping(stack)]
+
+
+def _mapping(stack: Stack) -> Dataset:
+    """The values of stored numbers, of no unit (C.7.6.16.2.11)."""
+    from pydicom import Dataset
+    from pydicom.sr.codedict import codes
+
+    mapping, unit = Dataset(), Dataset()
+    mapping.RealWorldValueFirstValueMapped, mapping.RealWorldValueLastValueMapped = 0, 255
+    mapping.RealWorldValueSlope, mapping.RealWorldValueIntercept = stack.slope, stack.intercept
+    mapping.LUTExplanation, mapping.LUTLabel = "values of the volumes trained on", "VALUES"
+    code = codes.UCUM.NoUnits
+    unit.CodeValue, unit.CodingSchemeDesignator, unit.CodeMeaning = code.value, code.scheme_designator, code.meaning
+    mapping.MeasurementUnitsCodeSequence = [unit]
+    return mapping
+
+
+def _decimals(values: Iterable[float]) -> list[Any]:
+    """Of at most 16 characters, as DICOM's DS has them."""
+    from pydicom.valuerep import DSfloat
+
+    return [DSfloat(float(value) + 0.0, auto_format=True) for value in values]
+
+
+def _body_part(mask_SHW: np.ndarray, table: LabelTable) -> str | None:
+    shown = [table.names[i] for i in np.unique(mask_SHW)]
+    return "ABDOMEN" if any(name.startswith(_IN_ABDOMEN) for name in shown) else None
