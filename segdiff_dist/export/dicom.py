@@ -60,8 +60,9 @@ class Stack:
 
     @property
     def digest(self) -> str:
-        """Of its pixels and its place."""
+        """Of its pixels, mask and place."""
         digest = hashlib.sha256(self.stored_SHW.tobytes())
+        digest.update(self.mask_SHW.tobytes())
         digest.update(self.affine.tobytes())
         return digest.hexdigest()
 

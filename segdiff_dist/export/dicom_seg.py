@@ -76,6 +76,7 @@ def _segment(number: int, name: str) -> SegmentDescription:
     from highdicom.seg import SegmentAlgorithmTypeValues, SegmentDescription
     from pydicom.sr.codedict import codes
 
+    name = name.replace("\\", "/")  # which separates values in DICOM
     stem, side = _without_side(name)
     segment = SegmentDescription(
         segment_number=number,
@@ -89,7 +90,7 @@ def _segment(number: int, name: str) -> SegmentDescription:
     )
     if stem in _IN_SNOMED and side:
         kind = segment.SegmentedPropertyTypeCodeSequence[0]
-        kind.SegmentedPropertyTypeModifierCodeSequence = [_concept(getattr(codes.SCT, side.capitalize()))]
+        kind.SegmentedPropertyTypeModifierCodeSequence = [_concept(getattr(codes.SCT, side.title()))]
     return segment
 
 
@@ -98,11 +99,11 @@ def _code(stem: str, name: str) -> Any:
     from pydicom.sr.codedict import codes
 
     if stem in _IN_SNOMED:
-        keyword = _KEYWORDS.get(stem, "".join(word.capitalize() for word in stem.split("_")))
+        keyword = _KEYWORDS.get(stem, "".join(word.title() for word in stem.split("_")))
         return _concept(getattr(codes.SCT, keyword))
     from highdicom.sr import CodedConcept
 
-    return CodedConcept(name, PRIVATE_SCHEME, shown_name(name))
+    return CodedConcept(name or shown_name(name), PRIVATE_SCHEME, shown_name(name))
 
 
 def _concept(code: Any) -> Any:

@@ -203,7 +203,7 @@ def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Pr
     """The problems that show before a voxel is read."""
     problems, header = config.problems(), None
     if not mask_file.is_file():
-        problems.append(Problem(str(mask_file), "mask", "not found", "give a .nii.gz or .nii volume of label ids"))
+        problems.append(Problem(str(mask_file), "mask", "not found", "give a volume of label ids"))
     else:
         header = read_header(mask_file, problems)
     if config.body_image is not None and not config.body_image.is_file():

@@ -33,7 +33,7 @@ class Volume(ConfiguredStage):
     )
 
     mask_volume: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")] = None
-    """A NIfTI volume of label ids of the model's table."""
+    """A volume (NIfTI, .mha or .nrrd) of label ids of the model's table."""
     exported: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
     """The new file: .nii.gz, .nii, .mha or .nrrd. Without an ending: a new folder with a DICOM series and
     a SEG of the mask (extra `dicom`)."""

@@ -211,6 +211,17 @@ def test_a_volume_is_the_same_in_every_kind_of_file(case: Case, shapes: ShardSet
     np.testing.assert_array_equal(planes == numbers["liver"], sitk.GetArrayFromImage(label) == LIVER)
 
 
+def test_a_mask_in_metaimage_gives_the_same_volume(case: Case, shapes: ShardSet, tmp_path: Path) -> None:
+    sitk.WriteImage(sitk.ReadImage(str(case.label)), str(tmp_path / "mask.mha"))
+    made = []
+    for mask in (case.label, tmp_path / "mask.mha"):
+        out = tmp_path / f"{mask.name}.nii.gz"
+        make_volume(mask, out, bright, 32, shapes, VolumeConfig("CT", probe_slices=0))
+        made.append(nib.load(out))
+    np.testing.assert_allclose(made[1].affine, made[0].affine, atol=1e-4)
+    np.testing.assert_array_equal(made[1].get_fdata(), made[0].get_fdata())
+
+
 def test_files_of_a_volume_that_cannot_be_written(case: Case, shapes: ShardSet, tmp_path: Path) -> None:
     for name in ("out.dcm", "out.niigz"):
         with pytest.raises(InputProblems, match=r"no name of a volume; let it end in \.nii\.gz.*DICOM.*has no ending"):
