@@ -34,7 +34,7 @@ FORMATS = (HTML, "csv", "latex", "pdf")
 BOOK = "report.pdf"
 _FIELDS = (
     *("table", "group", "row", "column", "metric", "value", "ci95_low", "ci95_high", "n", "num_patients", "unit"),
-    *("better", "unreliable", "grey"),
+    *("better", "unreliable", "too_few", "grey"),
 )
 # So many rows with intervals fit on a page.
 _ROWS_A_TABLE = 22
@@ -64,8 +64,8 @@ def csv_text(table: Table) -> str:
             named = {"table": table.name, "group": table.group, "row": row.name, "column": column}
             values = {"metric": cell.metric, "value": entry["value"], "ci95_low": low, "ci95_high": high}
             kept = {name: entry.get(name, "") for name in ("n", "num_patients", "unit")}
-            unreliable = entry.get("unreliable", False)
-            judged = {"better": DEFINITIONS[cell.metric].better, "unreliable": unreliable, "grey": cell.grey}
+            judged = {name: entry.get(name, False) for name in ("unreliable", "too_few")}
+            judged |= {"better": DEFINITIONS[cell.metric].better, "grey": cell.grey}
             writer.writerow(named | values | kept | judged)
     return file.getvalue()
 

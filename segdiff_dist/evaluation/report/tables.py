@@ -11,7 +11,7 @@ from typing import Any
 
 from data_shards.labels import shown_name
 from segdiff_dist.evaluation.measure.segmenter_check import rests_on_segmenter, weakness
-from segdiff_dist.evaluation.measure.summary import top_metrics
+from segdiff_dist.evaluation.measure.summary import FEW, top_metrics
 from segdiff_dist.evaluation.metrics.columns import GREY_METRICS, HU_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.organ_texture import ORGAN_TEXTURE_METRICS
@@ -101,6 +101,8 @@ def headline(summary: dict[str, Any]) -> Table:
         "(variety), are of the features of the networks they are named after; distances have no interval. " + _INTERVALS
     )
     names = [name for name in headline_metrics(groups) if any(name in entries for entries in groups.values())]
+    if any(of[name].get("too_few") for name in names for of in groups.values() if name in of):
+        caption += f" {FEW}: a distance of fewer images than twice its features, which is mostly bias."
     return Table("headline", "Headline", caption, "Metric", *_by_group(groups, names))
 
 
