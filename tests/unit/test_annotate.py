@@ -119,7 +119,7 @@ FAILURES = {
     "amos_0002": ("nothing", "wrote no mask; it said nothing"),
     "amos_0003": ("empty", "it labels nothing"),
     "amos_0501": ("id 73", "label id 73 is outside the table"),
-    "amos_0502": ("id 20", "label id 20 is no class"),
+    "amos_0502": ("id 20", "label id 20 is not a class"),
     "amos_0504": ("half", "holds 50.0 % of the image's voxels"),
 }
 

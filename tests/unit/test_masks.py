@@ -187,7 +187,7 @@ def test_placing_works_plane_by_plane() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong_id", "words"), [(73, "label id 73"), (200, "label id 200"), (20, "label id 20 is no class")]
+    ("wrong_id", "words"), [(73, "label id 73"), (200, "label id 200"), (20, "label id 20 is not a class")]
 )
 def test_ids_outside_the_table_are_refused_with_id_and_file(
     case: Case, wholebody: Path, wrong_id: int, words: str

@@ -226,7 +226,7 @@ def test_what_can_not_be_made_again_as_it_was_is_refused(shapes: Path, tmp_path:
     (store.path / "layout.json").write_text(json.dumps(checksums | {"items.parquet": 1}))
     with (
         pytest.warns(UserWarning, match="made again"),
-        pytest.raises(InputProblems, match=r"items\.parquet: samples: damaged, and made again it is another"),
+        pytest.raises(InputProblems, match=r"items\.parquet: samples: damaged, and the file made again differs"),
     ):
         begin(run, shapes, **SIX)
     assert store.missing() == []
