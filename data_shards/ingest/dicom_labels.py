@@ -22,6 +22,8 @@ from data_shards.problems import Problem
 _TOLERANCE_VOXELS = 0.1
 # A contour may be this far from a slice; beyond, it was drawn on another series.
 _CONTOUR_VOXELS = 0.25
+# Half the width, in voxels, in which a centre is on a line.
+_ON_LINE = 0.01
 # Contours that enclose an area (PS3.3 C.8.8.6).
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _GRID = "use labels that were drawn on this series, on its grid"
@@ -201,7 +203,9 @@ def _segment_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterat
 
 
 def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterator[_Mask]:
-    """The voxels of a region, slice by slice: those whose centres are inside an odd number of its contours."""
+    """The voxels of a region, slice by slice: those whose centres are inside an odd number of its contours, or on one.
+
+    Treatment planning draws outlines between voxels; OpenCV, and so rt-utils, through the centres of the outer ones."""
     assert labels.series.affine is not None
     assert labels.series.shape is not None
     to_index = np.linalg.inv(labels.series.affine) @ LPS_TO_RAS
@@ -213,10 +217,10 @@ def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterat
             raise ValueError(f"a contour is between slices or crosses them; {_GRID}")
         if not 0 <= k < labels.series.shape[2]:
             raise ValueError(f"a contour is outside of its series; {_GRID}")
-        plane = planes.setdefault(k, np.zeros(labels.series.shape[:2], bool))
-        _toggle(plane, index[:, :2])
-    for k, plane in sorted(planes.items()):
-        i, j = np.nonzero(plane)
+        planes.setdefault(k, np.zeros((2, *labels.series.shape[:2]), bool))
+        _draw(planes[k], index[:, :2])
+    for k, (inside, on_line) in sorted(planes.items()):
+        i, j = np.nonzero(inside | on_line)
         yield i, j, np.full_like(i, k)
 
 
@@ -237,14 +241,19 @@ def _polygons(one: LabelObject, number: int) -> Iterator[np.ndarray]:
     yield from (points for points in found if len(points) >= 3)
 
 
-def _toggle(plane: np.ndarray, corners: np.ndarray) -> None:
-    """Invert the pixels inside a polygon, whose corners [n, 2] are I, J: a contour in a contour is a hole."""
+def _draw(planes: np.ndarray, corners: np.ndarray) -> None:
+    """Invert the pixels of the first plane that are inside a polygon, whose corners [n, 2] are I, J: a contour in a
+    contour is a hole. Pixels of the second plane are set where the line goes through the centre."""
     from matplotlib.path import Path as Polygon
 
-    low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, plane.shape)
-    high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, plane.shape)
+    low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, planes.shape[1:])
+    high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, planes.shape[1:])
     i, j = np.mgrid[low[0] : high[0], low[1] : high[1]]
     centres = np.stack([i.ravel(), j.ravel()], axis=1)
     if len(centres):
-        inside = Polygon(corners, closed=False).contains_points(centres).reshape(i.shape)
-        plane[low[0] : high[0], low[1] : high[1]] ^= inside
+        # Which of the two is the larger polygon depends on the direction of the corners.
+        polygon = Polygon(np.concatenate([corners, corners[:1]]), closed=True)
+        one, other = (polygon.contains_points(centres, radius=end).reshape(i.shape) for end in (_ON_LINE, -_ON_LINE))
+        field = (slice(low[0], high[0]), slice(low[1], high[1]))
+        planes[0][field] ^= one & other
+        planes[1][field] |= one ^ other

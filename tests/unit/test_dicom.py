@@ -205,6 +205,8 @@ def test_seg_that_does_not_belong_is_refused(make: Any, value: str, volume: _Vol
     save(tmp_path / "data", [*volume[0], make(volume[0], volume[2])])
     problems = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
     assert value in problems[0].value
+    bare = [one for one in problems if one.value == "there is none"]
+    assert len(problems) == 1 + len(bare)
     assert not any(secret.decode() in str(problem) for problem in problems for secret in SECRETS)
 
 
@@ -221,9 +223,18 @@ def test_segments_that_overlap_are_named_and_a_table_solves_it(volume: _Volume, 
     assert present == {1, 2}  # liver and body
 
 
-def test_contours_become_the_voxels_whose_centres_they_enclose(volume: _Volume, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [(9.5, 15.5, 11.5, 15.5, 3), (10.5, 12.5, 12.5, 14.5, 3), (9.5, 15.5, 11.5, 15.5, 4)],
+        [(10, 15, 12, 15, 3), (10, 13, 12, 15, 3), (10, 15, 15, 12, 4)],
+    ],
+    ids=["around voxels", "through the centres of the outer ones"],
+)
+def test_contours_become_the_voxels_that_they_enclose(
+    boxes: list[tuple[float, ...]], volume: _Volume, tmp_path: Path
+) -> None:
     """A box of 6 x 4 voxels with a hole of 2 x 2, on two slices."""
-    boxes = [(9.5, 15.5, 11.5, 15.5, 3), (10.5, 12.5, 12.5, 14.5, 3), (9.5, 15.5, 11.5, 15.5, 4)]
     save(tmp_path / "data", [*volume[0], structure_set(volume[0], {"Box": boxes})])
     expected = np.zeros(volume[1].shape, bool)
     expected[10:16, 12:16, 3:5] = True
