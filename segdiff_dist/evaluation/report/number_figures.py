@@ -131,8 +131,8 @@ def grey_values(by_modality: dict[str, dict[str, list[int]]]) -> Drawn:
     axes[0][0].legend()
     canvas.tight_layout()
     caption = (
-        "How often each grey value (0 to 255) occurs in the real images and in the images generated from their "
-        "masks, on a logarithmic axis; the samples that have a real counterpart."
+        "How often each grey value (0 to 255) occurs in the real and in the generated images, on a logarithmic axis; "
+        "samples without a real counterpart count only where no sample has one."
     )
     return canvas, Figure("grey_values.png", "Grey values, real and generated", caption, "intensities")
 
