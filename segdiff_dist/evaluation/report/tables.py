@@ -112,10 +112,10 @@ def further_results(summary: dict[str, Any]) -> Table:
     first = headline_metrics(groups)
     names = [n for n in DEFINITIONS if n not in first and any(n in entries for entries in groups.values())]
     caption = (
-        "Further metrics of generated against real images; samples without a real counterpart count only where no sample "
-        "has one. Metrics of a "
-        "pair of label maps name both: the mask, and the segmenter's labels on the real (pred. real) or on the "
-        f"generated image (pred. gen.). Distances have no interval. {_INTERVALS}"
+        "Further metrics of generated against real images; samples without a real counterpart count only where no "
+        "sample has one. Metrics of a pair of label maps name both: the mask, and the segmenter's labels on the real "
+        "(pred. real) or on the generated image (pred. gen.). Distances have no interval. "
+        f"{_INTERVALS}"
     )
     return Table("results", "Further results", caption, "Metric", *_by_group(groups, names))
 
