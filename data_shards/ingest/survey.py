@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.ingest.cases import Case, Listing
+from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.label_tables import Labelling, find_labelling, has_table
 from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
@@ -91,6 +92,8 @@ def _bad_cases(listing: Listing, label_set: str) -> dict[str, list[Problem]]:
     if label_set in FROM_EXPERTS:
         remedy = "add its label, put it into split test, or take masks of a whole-body tool (label_set wholebody)"
         for case in listing.cases:
+            if isinstance(case.image, DicomSeries) and case.case_id in bad:
+                continue  # it is no volume: whether it has labels does not matter
             if not case.is_labelled and case.split != "test":  # for training, or for the draw of a split
                 bad.setdefault(case.case_id, []).append(Problem(str(case.image), "label", "there is none", remedy))
     return bad

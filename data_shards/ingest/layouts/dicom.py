@@ -86,7 +86,7 @@ def _scan(root: Path) -> _Found:
         if file.name == "DICOMDIR" or not is_dicom(file):
             continue
         header = read_header(file)
-        if header is None or not header.series_uid:
+        if header is None or (not header.series_uid and min(header.shape) > 0):
             faulty.append(file)
         elif header.kind in (*SEG, RTSTRUCT):
             labels.append(read_object(header))
