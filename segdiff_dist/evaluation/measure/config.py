@@ -43,7 +43,7 @@ class EvaluateConfig:
     areas in mm2 need it."""
     fid_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
-    imagenet: Result[bool] = False
+    imagenet: ResultWhereSet[bool] = False
     """Also measure distances, precision and recall on ImageNet features of efficientnet-lite0, which the extra
     `features` installs with its weights. This takes about as long again as the rest."""
     lpips_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
@@ -59,7 +59,7 @@ class EvaluateConfig:
     memorisation: Result[bool] = False
     """Look for training images among the generated ones. This reads the train split; --dry-run says how long it
     takes."""
-    memorisation_images: Result[Count] = 1000
+    memorisation_images: ResultWhereSet[Count] = 1000
     """Generated images, at most, that are compared with all training images, and as many real ones that training has
     not seen."""
     downstream: Annotated[Result[bool], tyro.conf.arg(aliases=["--downstream"])] = False
