@@ -34,6 +34,7 @@ _IN_SNOMED = (
     *("pulmonary_vein", "brachiocephalic_trunk", "subclavian_artery", "common_carotid_artery", "brachiocephalic_vein"),
     *("superior_vena_cava", "iliac_artery", "humerus", "scapula", "clavicula", "femur", "spinal_cord", "sternum"),
 )
+_LONGEST = 64  # of DICOM's LO
 # Type 1 in SEG, and nothing is dated.
 _NO_DATE, _NO_TIME = "19000101", "000000"
 
@@ -80,7 +81,7 @@ def _segment(number: int, name: str) -> SegmentDescription:
     stem, side = _without_side(name)
     segment = SegmentDescription(
         segment_number=number,
-        segment_label=shown_name(name),
+        segment_label=name if len(name) <= _LONGEST and name.isprintable() and name else shown_name(name),
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=_code(stem, name),
         algorithm_type=SegmentAlgorithmTypeValues.SEMIAUTOMATIC,

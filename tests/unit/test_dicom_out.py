@@ -128,14 +128,14 @@ def test_a_seg_gives_the_mask_back(exported: Path) -> None:
         planes = seg.get_pixels_by_source_instance([of_image], combine_segments=True, relabel=False)
         ids = np.zeros(len(names) + 1, np.uint8)
         for number, name in names.items():
-            ids[number] = AMOS.names.index(name.replace(" ", "_"))
+            ids[number] = AMOS.names.index(name)
             kind = seg.get_segment_description(number).segmented_property_type
             codes[name] = (kind.scheme_designator, kind.meaning, kind.get("SegmentedPropertyTypeModifierCodeSequence"))
         nifti = exported.parent / "nifti" / "masks" / f"{file.stem}.nii.gz"
         np.testing.assert_array_equal(ids[planes[0]].T[..., None], np.asarray(nib.load(nifti).dataobj))
     assert codes["liver"][:2] == ("SCT", "Liver")
-    assert codes["prostate uterus"][:2] == ("99SEGDIFF", "prostate uterus")
-    assert codes["kidney right"][2][0].CodeMeaning == "Right"
+    assert codes["prostate_uterus"][:2] == ("99SEGDIFF", "prostate uterus")
+    assert codes["kidney_right"][2][0].CodeMeaning == "Right"
 
 
 def test_it_says_that_it_is_synthetic_and_whose_it_is_not(exported: Path) -> None:
