@@ -28,6 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config |= {name: str(folder / name) for name in ("amos_root", "data", "run")}
     # Two workers sample. One evaluates: each takes seconds to load its libraries, on a core that another test has.
     config["evaluate"] |= {"num_workers": 1}
+    # Half of the smoke configuration's images, at as many points.
+    config["train"] |= {"num_images": 64, "checkpoint_every_images": 32, "snapshot_every_images": 32}
+    config["train"] |= {"log_every_images": 16}
+    config["segmenter"]["train"] |= {"num_images": 128, "checkpoint_every_images": 64}
     config["downstream"] = {"real_fractions": [1.0], "seeds": [0], "num_masks": 4, "num_images": 32}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample", "evaluate"):
@@ -110,7 +114,7 @@ def test_mlflow_holds_every_stage(folder: Path) -> None:
         assert run.data.tags[f"stage.{stage}"] == "finished"
     assert run.data.params["train.lr"] == "0.001"
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
-    assert steps == [32, 64, 96, 128]
+    assert steps == [16, 32, 48, 64]
     names = {a.path for a in client.list_artifacts(run.info.run_id, "evaluation")}
     assert {"evaluation/report.html", "evaluation/summary.json"} <= names
 
