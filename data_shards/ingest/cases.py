@@ -20,6 +20,10 @@ from data_shards.problems import InputProblems, Problem
 AFFINE_TOLERANCE_VOXELS = 0.1
 
 
+# What a case's image or labels are read from.
+Source = Path | DicomSeries | DicomLabels
+
+
 @dataclass(frozen=True)
 class Case:
     """Image, and label if there is one. `split` is train, val or test, or empty if the layout does not state it;
@@ -48,7 +52,7 @@ class Case:
         return self.label is not None or bool(self.organs)
 
     @property
-    def sources(self) -> list[Path | DicomSeries | DicomLabels]:
+    def sources(self) -> list[Source]:
         """Image and masks."""
         return [file for file in (self.image, self.label, *(file for _, file in self.organs)) if file is not None]
 
@@ -80,6 +84,11 @@ def problems_by_case(cases: Iterator[Case] | tuple[Case, ...]) -> dict[str, list
     """By case id, the problems that headers of its files show; cases without problems are not in it."""
     found = {case.case_id: problems_with_files(case) for case in cases}
     return {case_id: problems for case_id, problems in found.items() if problems}
+
+
+def num_bytes(source: Source) -> int:
+    """Bytes of its files."""
+    return source.stat().st_size if isinstance(source, Path) else source.num_bytes
 
 
 def nifti_files(folder: Path, case_id: str) -> list[Path]:

@@ -23,10 +23,8 @@ from data_shards.documents import read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers, runner
 from data_shards.files import remove_leftovers, write_atomic
 from data_shards.ingest import partials
-from data_shards.ingest.cases import Case, nifti_files
+from data_shards.ingest.cases import Case, Source, nifti_files, num_bytes
 from data_shards.ingest.dataset_json import DATASET_FILE
-from data_shards.ingest.dicom_labels import DicomLabels
-from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.label_tables import Labelling
 from data_shards.ingest.masks import annotation_record
 from data_shards.ingest.prepare_config import PrepareConfig
@@ -41,18 +39,8 @@ __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_probl
 
 _PLAN = "plan.json"
 # Keys that index.json's `preprocessing` has only if they are not the default, or not AMOS'.
-_WHERE_SET = {
-    "modality",
-    "layout",
-    "label_ids",
-    "label_names",
-    "channel",
-    "split",
-    "seed",
-    "fold",
-    "patient",
-    "keep_dicom_ids",
-}
+_WHERE_SET = {"modality", "layout", "label_ids", "label_names", "channel", "split", "seed", "fold", "patient"}
+_WHERE_SET.add("keep_dicom_ids")
 
 
 @dataclass(frozen=True)
@@ -194,7 +182,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
     labelling = job.survey.labelling
     tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody, labelling) for case in job.cases]
     # The largest first, so that no worker has a large one at the end while the others wait.
-    tasks.sort(key=lambda task: -_num_bytes(task.case.image))
+    tasks.sort(key=lambda task: -num_bytes(task.case.image))
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
     workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=address)
     with saying_when_full(out), ExitStack() as at_the_end, workers:
@@ -252,10 +240,10 @@ def _state_of(out: Path) -> list[tuple[int, int] | None]:
 def _source(root: Path, cases: Sequence[Case], wholebody: Path | None) -> dict[str, dict[str, Any]]:
     """The source of a set: names and lengths, which are fast to compare; each slice has checksums."""
 
-    def described(file: Path | DicomSeries | DicomLabels | None, of: Path) -> list[Any] | None:
+    def described(file: Source | None, of: Path) -> list[Any] | None:
         if file is None:
             return None
-        return [os.path.relpath(file, of) if isinstance(file, Path) else str(file), _num_bytes(file)]
+        return [os.path.relpath(file, of) if isinstance(file, Path) else str(file), num_bytes(file)]
 
     source = {}
     for case in cases:
@@ -272,10 +260,6 @@ def _source(root: Path, cases: Sequence[Case], wholebody: Path | None) -> dict[s
             masks = nifti_files(wholebody, case.case_id)
             source[case.case_id]["wholebody"] = described(masks[0] if masks else None, wholebody)
     return source
-
-
-def _num_bytes(source: Path | DicomSeries | DicomLabels) -> int:
-    return source.stat().st_size if isinstance(source, Path) else source.num_bytes
 
 
 def _problems_with_out(out: Path, plan: dict[str, Any]) -> Iterator[Problem]:
