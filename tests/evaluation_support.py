@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_shards.labels import AMOS
+from data_shards.labels import AMOS, LabelTable
 from data_shards.store.shards import ShardSet
 
 CHANNELS = (8, 8, 8)
+# Each worker takes a chunk of 64 items: with this many masks there are two chunks and something to merge.
+NUM_MASKS = 24
 
 
 def random_images(seed: int, shape: tuple[int, ...] = (3, 48, 40)) -> np.ndarray:
@@ -170,3 +172,50 @@ def is_self_contained(page: Page) -> bool:
     inside = all(a.startswith(("#", "data:image/png;base64,")) for a in page.addresses)
     led = all(a[1:] in page.ids for a in page.addresses if a.startswith("#"))
     return inside and led and not page.open and not {"script", "link"} & set(page.tags) and "@import" not in page.html
+
+
+def write_segmenter(weights: Path, table: LabelTable = AMOS, num_levels: int = 3) -> None:
+    """An untrained segmenter: its labels mean nothing, but are the same every time."""
+    import torch
+
+    from segdiff_dist.segmentation.config import SegmenterConfig
+    from segdiff_dist.segmentation.network import SegmenterNet
+    from segdiff_dist.segmentation.segmenter import save_segmenter
+
+    config = SegmenterConfig(channels=(8,) * num_levels)
+    torch.manual_seed(0)
+    save_segmenter(weights, SegmenterNet(config, table.num_classes).state_dict(), config, table)
+
+
+def write_samples(run: Path, shapes: Path, split: str = "test", noise: float = 15, across_only: bool = False) -> None:
+    """Headline, diversity (three a mask) and cross-modality items; the "generated" images are noisy real ones."""
+    from segdiff_dist.sampling.store import SampleStore
+
+    shards = ShardSet.open(shapes)
+    items: list[dict[str, Any]] = []
+    for row in shards.select(split=split)[:NUM_MASKS]:
+        meta = shards.meta(int(row))
+        other = "MR" if meta.modality == "CT" else "CT"
+        for target, seed_index in ((meta.modality, 0), (meta.modality, 1), (meta.modality, 2), (other, 0)):
+            if across_only and target != other:
+                continue
+            items.append(
+                {
+                    "item_id": len(items),
+                    "row": int(row),
+                    "key": meta.key,
+                    "case_id": meta.case_id,
+                    "source_modality": meta.modality,
+                    "target_modality": target,
+                    "axis": meta.axis,
+                    "slice_index": meta.slice_index,
+                    "seed_index": seed_index,
+                }
+            )
+    job = {"shards": str(shapes), "shards_digest": shards.digest, "weights_digest": "0" * 64, "region_size": 10}
+    store = SampleStore.create(run / "samples", job, pa.Table.from_pylist(items), shards.size)
+    for region in store.missing_regions():
+        records = [shards.read(items[i]["row"]) for i in store.region(region)]
+        noises = [np.random.default_rng(i).normal(0, noise, (shards.size, shards.size)) for i in store.region(region)]
+        images = np.stack([(r.image_HW + n).clip(0, 255) for r, n in zip(records, noises, strict=True)])
+        store.write_region(region, images.astype(np.uint8), np.stack([r.mask_HW for r in records]))

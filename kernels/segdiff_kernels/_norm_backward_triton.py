@@ -124,8 +124,7 @@ def coefficients_kernel(  # type: ignore[no-untyped-def]
 ):
     """Totals over the pixels; (constant, slope) of dx = scale * dz - constant - slope * (x - centre); dshift.
 
-    The shift is added to every pixel, so its gradient is the sum of dx over the pixels. It follows from the totals and
-    the mean of xhat, without dx.
+    The shift's gradient, the sum of dx over the pixels, follows from the totals and the mean of xhat, without dx.
     """
     n, c_GK, exists_GK = group_tile(tl.program_id(0), C, K, BLOCK_G, BLOCK_K)
     s_S11 = tl.arange(0, BLOCK_S)[:, None, None]
@@ -245,8 +244,7 @@ def dx_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx and dskip, plus the gradients that go round the norm; meanwhile the first programs add up dweight and
-    dbias."""
+    """dx and dskip, plus the gradients that go round the norm; the first programs also add up dweight and dbias."""
     C: tl.constexpr = C1 + C2
     tiles: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
     skip_tiles: tl.constexpr = (C2 + BLOCK_C - 1) // BLOCK_C

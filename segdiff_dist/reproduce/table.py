@@ -11,7 +11,7 @@ from typing import Any
 from data_shards.files import write_atomic
 from segdiff_dist.config import as_dict, differences
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, segmenter_messages
-from segdiff_dist.evaluation.measure.summary import TOP_METRICS
+from segdiff_dist.evaluation.measure.summary_text import TOP_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.entry_text import format_entry, format_interval
 from segdiff_dist.evaluation.report.page import PUBLISHED, PUBLISHED_COLUMNS

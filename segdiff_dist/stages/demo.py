@@ -76,7 +76,7 @@ class DemoPlan(Plan):
     def run(self, tracker: Tracker) -> Result:
         """Run every stage; the result is the headline table, the time of each stage, and the path of the report."""
         from data_shards.fan_out import ray_session
-        from segdiff_dist.evaluation.measure.summary import format_table
+        from segdiff_dist.evaluation.measure.summary_text import format_table
         from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
 
         experiment = self.stage.experiment

@@ -170,7 +170,7 @@ class EvaluatePlan(Plan):
 
     def _about(self, summary: dict[str, Any]) -> str:
         """The headline as a sentence."""
-        from segdiff_dist.evaluation.measure.summary import headline_dice
+        from segdiff_dist.evaluation.measure.summary_text import headline_dice
 
         name = headline_dice([summary["metrics"]])
         entry = summary["metrics"].get(name)
@@ -196,7 +196,7 @@ class EvaluatePlan(Plan):
     def _result(self, summary: dict[str, Any]) -> Result:
         from segdiff_dist.downstream.summary import format_downstream
         from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
-        from segdiff_dist.evaluation.measure.summary import format_table
+        from segdiff_dist.evaluation.measure.summary_text import format_table
         from segdiff_dist.evaluation.measure.trust import warnings
         from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
         from segdiff_dist.evaluation.report.granted import granted

@@ -13,7 +13,8 @@ from evaluation_support import Page, evaluate_here
 
 from data_shards.labels import AMOS
 from segdiff_dist.evaluation.evaluate import draw
-from segdiff_dist.evaluation.measure.summary import format_table, scalars
+from segdiff_dist.evaluation.measure.summary import scalars
+from segdiff_dist.evaluation.measure.summary_text import format_table
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS, measure, sharpness_entries, sharpness_messages
 from segdiff_dist.evaluation.metrics.sums import Interval, PatientSums, SumKey

@@ -13,7 +13,7 @@ from data_shards.labels import shown_name
 from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages, weakness
-from segdiff_dist.evaluation.measure.summary import headline_dice
+from segdiff_dist.evaluation.measure.summary_text import headline_dice
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report import comparison_figures as figures
 from segdiff_dist.evaluation.report.comparison import (

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable
-from segdiff_dist.evaluation.measure.summary import FEW
+from segdiff_dist.evaluation.measure.summary_text import FEW
 
 DASH = "\u2013"
 

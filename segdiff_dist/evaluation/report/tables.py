@@ -11,7 +11,7 @@ from typing import Any
 
 from data_shards.labels import shown_name
 from segdiff_dist.evaluation.measure.segmenter_check import rests_on_segmenter, weakness
-from segdiff_dist.evaluation.measure.summary import FEW, top_metrics
+from segdiff_dist.evaluation.measure.summary_text import FEW, top_metrics
 from segdiff_dist.evaluation.metrics.columns import GREY_METRICS, HU_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.organ_texture import ORGAN_TEXTURE_METRICS
