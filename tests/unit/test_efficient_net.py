@@ -238,7 +238,8 @@ def test_sampling_and_the_pipeline_folder_give_the_same_images(shapes: Path, tmp
     model.save(weights, model.state_dict(), {"diffusion": asdict(DIFFUSION)})
     store = make_here(tmp_path, shapes, num=3, out=tmp_path / "samples")
     export_model(weights, tmp_path / "pipeline", DIFFUSION, QUICK["sampler"])
-    pipeline = SegGuidedPipeline.from_pretrained(tmp_path / "pipeline", device="cpu", precision="bf16")
+    precision = store.job["sample"]["precision"]
+    pipeline = SegGuidedPipeline.from_pretrained(tmp_path / "pipeline", device="cpu", precision=precision)
     for item in store.items.to_pylist():
         at = item["item_id"]
         image = pipeline(store.mask[at], modality=item["target_modality"], axis=item["axis"], first_item=at)

@@ -80,7 +80,8 @@ def test_images_of_a_pipeline_are_those_of_sampling(shapes: Path, tmp_path: Path
     store = make_here(run, shapes, diffusion=process, num=2, sampler=GUIDED)
     export_model(run / "weights" / "ema", tmp_path / "model", DiffusionConfig(), GUIDED)
     assert trained["objective"] in json.loads((tmp_path / "model" / "segdiff.json").read_text())["diffusion"].values()
-    pipeline = SegGuidedPipeline.from_pretrained(tmp_path / "model", device="cpu", precision="bf16")
+    precision = store.job["sample"]["precision"]
+    pipeline = SegGuidedPipeline.from_pretrained(tmp_path / "model", device="cpu", precision=precision)
     item = store.items.to_pylist()[1]
     image = pipeline(store.mask[1], modality=item["target_modality"], axis=item["axis"], first_item=1)
     np.testing.assert_array_equal(np.asarray(image), store.image[1])
