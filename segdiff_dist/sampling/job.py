@@ -141,18 +141,22 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
 
 
 def _settled_precision(config: SampleConfig, path: Path) -> Literal["bf16", "fp32"]:
-    """That of the job that was begun at `path`, else the fast one of the device, where `auto` leaves the choice."""
-    from segdiff_dist.ranks.distributed import pick_device
-    from segdiff_dist.ranks.precision import settled
+    """For `auto`: that of the job at `path`, else the fast one of the workers' device. CPUs of a cluster count as this
+    machine's."""
+    import torch
+
+    from segdiff_dist.ranks.precision import fast_precision
 
     if config.precision != "auto":
         return config.precision
     with suppress(InputProblems, KeyError):
         begun: Literal["bf16", "fp32"] = read_job(path)["sample"]["precision"]
         return begun
-    if config.ray_address is not None and config.device != "cpu":
-        return "bf16"  # a cluster's GPUs, which this machine need not have
-    return settled(config.precision, pick_device(config.device, "sample.device"))
+    with config.workers.joined():
+        device = config.workers.pool().device
+    if device == "cuda" and not torch.cuda.is_available():
+        return "bf16"  # a cluster's GPUs, which this machine lacks
+    return fast_precision(torch.device(device))
 
 
 def fewer_masks(items: pa.Table, config: SampleConfig) -> str | None:

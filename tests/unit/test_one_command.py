@@ -173,7 +173,7 @@ def test_a_full_disk_while_figures_are_drawn(run: Path, monkeypatch: pytest.Monk
 def test_a_full_disk_while_samples_are_measured(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(inputs: Any, pool: Any, config: Any, store: Any, shards: Any, rows: Path, *_: Any) -> Any:
+    def full(inputs: Any, pool: Any, config: Any, subject: Any, rows: Path, *_: Any) -> Any:
         rows.write_text("half")
         inputs.predictions.mkdir()
         raise evaluation.EvaluationFailed(f"could not be measured: items 0 to 9: OSError: {NO_SPACE}")
