@@ -31,7 +31,7 @@ install: $(STAMP) ## install into .venv
 demo: $(STAMP) ## every stage on synthetic CT and MR, from volumes to a report, in ten minutes on two cores
 	$(BIN)/segdiff demo $(ARGS)
 
-test: $(STAMP) ## the tests, on the real engines, in a quarter of an hour on two cores
+test: $(STAMP) ## the tests, on the real engines, in about 25 minutes on two cores
 	@# Two files at a time; threads of their own would only fight for the cores. In the order that tests/conftest.py
 	@# gives them: a long file that begins last leaves a core idle.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
