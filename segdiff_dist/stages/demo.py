@@ -123,16 +123,14 @@ def _can_train_at_once(experiment: Experiment) -> bool:
     """Whether both networks are trained at the same time: on CPUs with a core for each, if the denoiser's loss needs no
     segmenter. Two trainings of one thread then take less time than one after the other with two threads.
 
-    Not so if `precision: auto` is fp32 for want of bf16 arithmetic. The denoiser then takes four times as long as the
-    segmenter, and half of the cores would wait for it."""
+    Not so on a CPU without bf16 arithmetic. In fp32 the denoiser takes four times as long as the segmenter, and half of
+    the cores would wait for it."""
     from data_shards.ray_session import num_cores
     from segdiff_dist.ranks.distributed import pick_device
     from segdiff_dist.ranks.precision import cpu_has_bf16
 
-    train = experiment.train
-    devices = {pick_device(config.device).type for config in (train, experiment.segmenter.train)}
-    is_balanced = train.precision != "auto" or cpu_has_bf16()
-    return devices == {"cpu"} and num_cores() > 1 and experiment.diffusion.dice_weight == 0 and is_balanced
+    devices = {pick_device(config.device).type for config in (experiment.train, experiment.segmenter.train)}
+    return devices == {"cpu"} and num_cores() > 1 and experiment.diffusion.dice_weight == 0 and cpu_has_bf16()
 
 
 @contextmanager
