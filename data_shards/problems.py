@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Remedies for errors of the operating system.
@@ -65,6 +66,21 @@ def refuse(problems: Iterable[Problem]) -> None:
 def problem(where: object, field: str, value: object, remedy: str) -> InputProblems:
     """A single problem as an exception."""
     return InputProblems([Problem(str(where), field, str(value), remedy)])
+
+
+class Attempts:
+    """Steps that may each raise InputProblems. Their problems are collected, their results kept by name."""
+
+    def __init__(self, problems: Iterable[Problem] = ()) -> None:
+        self.problems = list(problems)
+        self.results: dict[str, Any] = {}
+
+    def make(self, name: str, step: Callable[[], Any]) -> None:
+        """Do the step. A step that is refused has no result."""
+        try:
+            self.results[name] = step()
+        except InputProblems as error:
+            self.problems.extend(error.problems)
 
 
 class WorkFailed(RuntimeError):

@@ -201,7 +201,7 @@ def _run_dali() -> None:
 
 def _libraries() -> list[Row]:
     rows = [requirement_row(name, distribution, use)[0] for name, distribution, use in _SHOWN]
-    told = {distribution for _, distribution, _ in _SHOWN} | set(_PROBED)
+    shown = {distribution for _, distribution, _ in _SHOWN} | set(_PROBED)
     try:
         requirements = metadata.requires(_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -211,7 +211,7 @@ def _libraries() -> list[Row]:
     others = [
         r.name
         for r in map(Requirement, requirements)
-        if r.name not in told and (r.marker is None or r.marker.evaluate({"extra": ""}))
+        if r.name not in shown and (r.marker is None or r.marker.evaluate({"extra": ""}))
     ]
     wrong = [row for name in others for row, works in [requirement_row(name, name, "")] if not works]
     return rows + (wrong or [Row("other libraries", "ok", f"all {len(others)}")])
@@ -234,8 +234,8 @@ def _attention(gpus: Gpus) -> Row:
 
     reason = why_not_xformers(torch.device("cuda"))
     if reason is not None:
-        told = f"{version} {reason}; attention runs on torch's scaled_dot_product_attention"
-        return Row("xformers", "instead", told)
+        text = f"{version} {reason}; attention runs on torch's scaled_dot_product_attention"
+        return Row("xformers", "instead", text)
     return Row("xformers", "ok", version)
 
 

@@ -98,7 +98,7 @@ class DenoiserTask:
         self.model.save(self.weights / average, weights, training)
 
     def conditions(self, batch: Batch) -> Conditions:
-        """What the network is told of each slice, less what its position in the order says it does without."""
+        """The conditions of each slice, without those that are dropped at its position in the order."""
         diffusion, seed, position_B = self.diffusion, self.seed, batch.position_B
         conditions = self.model.conditions_of(batch)
         conditions = drop_organs(conditions, self.model.label_table, diffusion.organ_dropout, seed, position_B)

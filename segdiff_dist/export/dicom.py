@@ -69,7 +69,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Names:
-    """What a series belongs to. `origin`: all that tells this series from others of the same pixels. `frame`: of the
+    """What a series belongs to. `origin`: distinguishes this series from others of the same pixels. `frame`: of the
     coordinates that the affine leads to; series of one frame can be laid over each other. `number`: of the series in
     its study, odd; that of the mask is the next."""
 

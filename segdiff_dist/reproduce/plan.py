@@ -54,10 +54,10 @@ def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
         work_s = num * passes * network.flop_per_image / 3 / (machine.flops * machine.mfu * settings.gpus)
         sample_s = work_s if network.flop_per_image >= _SMALLEST_FLOP else None
         split = column.sample.split
-        told = f"at most {num:,} images, {passes} passes each, masks of split {split}"
+        what = f"at most {num:,} images, {passes} passes each, masks of split {split}"
         found += [
             _training(f"{title}: train", network, column.train, settings.gpus),
-            Step(f"{title}: sample", told, sample_s, num * 2 * config.size**2),
+            Step(f"{title}: sample", what, sample_s, num * 2 * config.size**2),
             Step(f"{title}: evaluate", "metrics, figures, report", None, num * 2 * config.size**2),
         ]
     return found
@@ -85,8 +85,8 @@ def _training(name: str, network: scaling.NetworkCosts, train: TrainConfig, gpus
     # fp32 weights, two moments and the averages; one checkpoint more while the oldest is not yet gone.
     state = network.parameters * 4 * (3 + network.averages)
     exported = network.parameters * 4 * (1 + network.averages)
-    told = f"{train.num_images:,} images, batch {train.global_batch_size}, {train.precision}"
-    return Step(name, told, seconds, state * (train.keep_checkpoints + 1) + exported)
+    what = f"{train.num_images:,} images, batch {train.global_batch_size}, {train.precision}"
+    return Step(name, what, seconds, state * (train.keep_checkpoints + 1) + exported)
 
 
 def _num_images(column: Experiment) -> int:

@@ -14,7 +14,7 @@ from segdiff_dist.evaluation.measure.segmenter_check import MARK, segmenter_mess
 from segdiff_dist.evaluation.measure.summary_text import TOP_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.entry_text import format_entry, format_interval
-from segdiff_dist.evaluation.report.page import PUBLISHED, PUBLISHED_COLUMNS
+from segdiff_dist.evaluation.report.page import PUBLISHED, PUBLISHED_COLUMNS, template_environment
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, ColumnName
 
@@ -88,16 +88,16 @@ class Measured:
 
 def build(columns: Sequence[Measured], patients: dict[str, int]) -> dict[str, Any]:
     """What table1.json holds. `patients`: of the archive, by split. Pure: reads nothing."""
-    told = [_column(column) for column in columns]
+    written = [_column(column) for column in columns]
     changed = list(dict.fromkeys(d for column in columns for d in _changed(column)))
     reasons = _reasons(columns, {key for key, _, _ in changed}, patients)
     shown = [n for n in _FURTHER_ROWS if any(n in column.summary["metrics"] for column in columns)]
     return {
         "source": "Hunecke and Chen, Medical Image Generation Using Segmentation-Guided Diffusion, Table 1",
         "rows": PAPER_ROWS,
-        "segmenter_messages": {column["title"]: column["segmenter_messages"] for column in told},
+        "segmenter_messages": {column["title"]: column["segmenter_messages"] for column in written},
         "further_rows": {name: DEFINITIONS[name].label for name in shown},
-        "columns": told,
+        "columns": written,
         "patients": patients,
         "not_a_reproduction": reasons,
         "differences": [[key, json.loads(old), json.loads(new)] for key, old, new in changed],
@@ -196,15 +196,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 def page(table: dict[str, Any]) -> str:
     """The page as HTML that needs no other file."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("segdiff_dist.reproduce"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("segdiff_dist.reproduce")
     environment.filters["plainly"] = _plainly
     return environment.get_template("table1.html.j2").render(
         table=table,
@@ -269,8 +261,8 @@ def _reasons(columns: Sequence[Measured], changed: set[str], patients: dict[str,
         found.append(f"{len(others)} other settings are not the recipe's, listed under what differs")
     splits = sorted({column.used.sample.split for column in columns if column.used.sample.split != "test"})
     if splits:
-        told = " and ".join(splits)
-        found.append(f"masks are those of split {told}, the paper's of test, for which AMOS publishes no labels")
+        names = " and ".join(splits)
+        found.append(f"masks are those of split {names}, the paper's of test, for which AMOS publishes no labels")
     fewest = min(column.summary["num_samples"] for column in columns)
     if fewest < FEWEST_TRIPLES:
         found.append(f"as few as {fewest:,} triples a column, the paper has at least {FEWEST_TRIPLES:,}")
@@ -293,8 +285,8 @@ def _values(column: dict[str, Any], metric: str) -> list[str]:
 
 
 def _with_interval(column: dict[str, Any], metric: str) -> str:
-    told = interval(column, metric)
-    return cell(column, metric) + (f" ({told})" if told else "")
+    ends = interval(column, metric)
+    return cell(column, metric) + (f" ({ends})" if ends else "")
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -222,7 +222,7 @@ def test_a_network_of_another_project_judges(tmp_path: Path, shapes: Path) -> No
     assert "area_error_mask_gen" in summary["metrics"]
     assert not any("volume_error_mask_gen" in entries for entries in summary["by_organ"].values())
     assert summary["grey_values"] == {}
-    assert summary["body"] == {}, "the judge does not know the body"
+    assert summary["body"] == {}, "the segmenter does not know the body"
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_asked_to_stop_the_ranks_save_first(shapes: Path, tmp_path: Path) -> Non
 
 
 def refusing(folder: Path) -> list[str]:
-    """A script in place of launch/train.py that tells its settings, and else ends with exit code 2."""
+    """A script in place of launch/train.py that prints its settings, or ends with exit code 2."""
     folder.mkdir()
     shown = f"run: {folder / 'run'}\\ntrain: {{global_batch_size: 8, micro_batch_size: 2}}"
     script = f"import sys\nif '--dry-run' not in sys.argv:\n    sys.exit(2)\nprint('{shown}')\n"

@@ -218,9 +218,9 @@ def test_nothing_waits_for_the_tracker(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_generated_images_are_worth_stands_in_the_report(folder: Path) -> None:
-    told = (folder / "evaluate.txt").read_text()
-    assert "all real + generated" in told
-    assert "weights are chosen on the whole validation split" in told
+    printed = (folder / "evaluate.txt").read_text()
+    assert "all real + generated" in printed
+    assert "weights are chosen on the whole validation split" in printed
     page = (folder / "run" / "evaluation" / "report.html").read_text()
     assert "What generated images bring a segmenter" in page
     assert "weights are chosen on the whole validation split" in page

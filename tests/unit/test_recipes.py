@@ -136,11 +136,11 @@ def test_positions_decide_what_is_dropped(make_task: Callable[..., DenoiserTask]
     one = batch_of(soft_shapes, range(1))
     twelve = Batch(*(getattr(one, name).repeat_interleave(12, dim=0) for name in one.__dataclass_fields__))
     position, order = torch.arange(12), torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    told, shuffled = (task.conditions(replace(twelve, position_B=p)) for p in (position, position[order]))
-    assert torch.equal(shuffled.mask_BHW, told.mask_BHW[order])
-    assert torch.equal(shuffled.class_B, told.class_B[order])
-    assert 0 < int((told.class_B == NULL_CLASS).sum()) < 12
-    seen = {mask.numpy().tobytes() for mask in told.mask_BHW}
+    given, shuffled = (task.conditions(replace(twelve, position_B=p)) for p in (position, position[order]))
+    assert torch.equal(shuffled.mask_BHW, given.mask_BHW[order])
+    assert torch.equal(shuffled.class_B, given.class_B[order])
+    assert 0 < int((given.class_B == NULL_CLASS).sum()) < 12
+    seen = {mask.numpy().tobytes() for mask in given.mask_BHW}
     assert len(seen) >= 4  # whole, hidden, without one organ or the other or both
 
 

@@ -43,9 +43,9 @@ def test_the_runs_of_a_project_are_in_one_database_that_moves_with_it(tmp_path: 
     [experiment] = [one for one in found.search_experiments() if one.name == "segdiff"]
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert {run.info.run_id for run in found.search_runs([experiment.experiment_id])} == set(ids.values())
-    told = tracked_run(runs / "a")
-    assert told is not None
-    assert told.command == f"mlflow ui --backend-store-uri sqlite:///{runs / 'mlflow.db'}"
+    tracked = tracked_run(runs / "a")
+    assert tracked is not None
+    assert tracked.command == f"mlflow ui --backend-store-uri sqlite:///{runs / 'mlflow.db'}"
 
     moved = runs.rename(tmp_path / "moved")
     with Tracker(moved / "c", QUIET, "train") as tracker:

@@ -188,10 +188,10 @@ def test_the_search_is_bounded_and_its_time_is_told(tmp_path: Path, shapes: Path
     ids, training, unseen = searched(config, subject, shards)
     assert (len(ids), len(unseen)) == (5, 5)
     assert training == shards.select(split="train", labelled_only=False).tolist()
-    told = memorisation_cost(tmp_path, config, subject)
-    assert told is not None
-    assert told[0].startswith("5 images and 5 unseen real ones against")
+    cost = memorisation_cost(tmp_path, config, subject)
+    assert cost is not None
+    assert cost[0].startswith("5 images and 5 unseen real ones against")
     more = memorisation_cost(tmp_path, EvaluateConfig(memorisation=True), subject)
     assert more is not None
-    assert more[1] > told[1] > 0
+    assert more[1] > cost[1] > 0
     assert memorisation_cost(tmp_path, EvaluateConfig(), subject) is None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.files import first_line
-from data_shards.problems import InputProblems, Problem, problem, refuse
+from data_shards.problems import Attempts, InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
 from segdiff_dist.evaluation.measure.subject import (
@@ -48,26 +48,20 @@ class Checked:
 
 def check(run: Path, config: EvaluateConfig) -> Checked:
     """Raises InputProblems: see measure in job.py."""
-    problems = [*config.problems(), *unreadable(config)]
-    opened: dict[str, Any] = {}
-
-    def attempt(name: str, open_it: Callable[[], Any]) -> None:
-        try:
-            opened[name] = open_it()
-        except InputProblems as error:
-            problems.extend(error.problems)
+    attempts = Attempts([*config.problems(), *unreadable(config)])
+    problems, opened = attempts.problems, attempts.results
 
     weights = config.segmenter or run / "segmenter" / "weights"
-    attempt("segmenter", lambda: open_segmenter(weights))
-    attempt("store", lambda: open_samples(run / "samples"))
+    attempts.make("segmenter", lambda: open_segmenter(weights))
+    attempts.make("store", lambda: open_samples(run / "samples"))
     if "store" in opened:
         paired = is_paired(opened["store"])
         if (named := opened["store"].job["shards"] if paired else config.real) is not None:
-            attempt("shards", lambda: ShardSet.open(named))
-        attempt("table", lambda: label_table_of(opened["store"], opened.get("shards")))
+            attempts.make("shards", lambda: ShardSet.open(named))
+        attempts.make("table", lambda: label_table_of(opened["store"], opened.get("shards")))
         if not paired:
             if "shards" in opened and not opened["store"].missing():
-                attempt("rows", lambda: rows_of(opened["store"].items, opened["shards"], config))
+                attempts.make("rows", lambda: rows_of(opened["store"].items, opened["shards"], config))
             problems += needs_real_images(config)
     problems += _mismatches(run, config, **opened)
     refuse(problems)

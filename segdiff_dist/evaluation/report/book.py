@@ -133,6 +133,7 @@ class _Page:
         self._y -= len(lines) * size * 1.45 * 1.17 / 72 + 0.06
 
     def header(self, table: Table) -> None:
+        """The column labels of a table, between two rules."""
         letters = max(6, int(self._step / (7 * _LETTER)) - 1)
         columns = [textwrap.wrap(column, letters) or [""] for column in table.columns]
         most = max(map(len, columns))

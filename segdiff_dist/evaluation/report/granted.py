@@ -7,13 +7,13 @@ from typing import Any
 
 def granted(downstream: dict[str, Any]) -> str:
     """A sentence. `downstream`: RUN/downstream/summary.json; one of an earlier version does not say how much it is."""
-    told = downstream.get("granted")
+    terms = downstream.get("granted")
     slices, masks = "", ""
-    if told is not None:
-        slices = f" ({told['num_validation_slices']:,} slices of {told['num_validation_patients']:,} patients)"
-        masks = f"{told['num_mask_patients']:,} "
+    if terms is not None:
+        slices = f" ({terms['num_validation_slices']:,} slices of {terms['num_validation_patients']:,} patients)"
+        masks = f"{terms['num_mask_patients']:,} "
     chosen = f"weights are chosen on the whole validation split, which is real and labelled{slices}"
-    if told is not None and not told["num_validation_slices"]:
+    if terms is not None and not terms["num_validation_slices"]:
         chosen = "the last weights are tested, so no validation slice is used"
     return (
         f"Every training has the following, also one with a small share of the real patients: {chosen}; generated "

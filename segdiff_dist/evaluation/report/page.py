@@ -133,17 +133,17 @@ def write_page(path: Path, text: str) -> Path:
     return path
 
 
-def page_environment() -> Environment:
-    """Jinja2 for the templates beside this file, with filters that write entries of a summary."""
+def template_environment(package: str = "segdiff_dist.evaluation.report", **settings: Any) -> Environment:
+    """Jinja2 for the templates of a package. HTML is escaped, and an unknown name is an error; `settings` win."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("segdiff_dist.evaluation.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    common = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=PackageLoader(package), **{**common, **settings})
+
+
+def page_environment() -> Environment:
+    """For the templates beside this file, with filters that write entries of a summary."""
+    environment = template_environment()
     environment.filters["entry"] = format_entry
     environment.filters["interval"] = format_interval
     return environment

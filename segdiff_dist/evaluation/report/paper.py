@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.book import Book
 from segdiff_dist.evaluation.report.look import Figure, save_vector, styled
+from segdiff_dist.evaluation.report.page import template_environment
 from segdiff_dist.evaluation.report.tables import Table
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.figure import Figure as Canvas
 
 HTML = "html"
@@ -150,12 +150,8 @@ def _vector_name(figure: Figure) -> str:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("segdiff_dist.evaluation.report"),
+    environment = template_environment(
         autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
         block_start_string="<%",
         block_end_string="%>",
         variable_start_string="<<",
