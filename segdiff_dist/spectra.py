@@ -89,12 +89,8 @@ def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int
     same label count, so an organ's outline does not. NaN if fewer than FEWEST_PIXELS_INSIDE are left, and for
     background.
     """
-    image_BHW = images_BHW.astype(np.float64)
-    # Of all except the outermost pixels, which do not have eight neighbours.
-    rows_BHW = image_BHW[:, :-2] + 2.0 * image_BHW[:, 1:-1] + image_BHW[:, 2:]
-    smooth_BHW = (rows_BHW[:, :, :-2] + 2.0 * rows_BHW[:, :, 1:-1] + rows_BHW[:, :, 2:]) / 16.0
     inside_BHW = interior(labels_BHW)
-    detail = (image_BHW[:, 1:-1, 1:-1] - smooth_BHW)[inside_BHW]
+    detail = fine_detail(images_BHW)[inside_BHW]
     place = labels_BHW[:, 1:-1, 1:-1][inside_BHW].astype(np.int64) + np.nonzero(inside_BHW)[0] * num_classes
     length = len(labels_BHW) * num_classes
     count_BK, sum_BK, square_BK = (
@@ -102,6 +98,15 @@ def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int
     )
     num_BK = np.where(count_BK >= FEWEST_PIXELS_INSIDE, count_BK, np.nan)
     return np.sqrt(np.maximum(square_BK / num_BK - (sum_BK / num_BK) ** 2, 0.0))
+
+
+def fine_detail(images_BHW: np.ndarray) -> Array:
+    """The image less its mean under the 3x3 binomial filter, [B, H - 2, W - 2]: of all except the outermost pixels,
+    which do not have eight neighbours."""
+    image_BHW = images_BHW.astype(np.float64)
+    rows_BHW = image_BHW[:, :-2] + 2.0 * image_BHW[:, 1:-1] + image_BHW[:, 2:]
+    smooth_BHW = (rows_BHW[:, :, :-2] + 2.0 * rows_BHW[:, :, 1:-1] + rows_BHW[:, :, 2:]) / 16.0
+    return np.asarray(image_BHW[:, 1:-1, 1:-1] - smooth_BHW)
 
 
 def mean_texture(std_BK: Array, organ_ids: Sequence[int]) -> Array:

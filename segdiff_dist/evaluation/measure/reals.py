@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segdiff_dist.evaluation.metrics import organ_texture, sharpness, similarity
+from segdiff_dist.evaluation.metrics import air, organ_texture, sharpness, similarity
 from segdiff_dist.evaluation.metrics.columns import column_names, overlap_columns
 
 if TYPE_CHECKING:
@@ -44,15 +44,16 @@ class RealSlices:
 
 
 def alone(image_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable, side: str) -> dict[str, np.ndarray]:
-    """The columns of one side ("real" or "gen") of images without a counterpart: power, texture and grey values.
+    """The columns of one side ("real" or "gen") of images without a counterpart: power, texture, air and grey values.
 
     Power is of the box inside the image's own constant border.
     """
     columns: dict[str, np.ndarray] = {}
-    for texture in (sharpness, organ_texture):
+    for texture in (sharpness, organ_texture, air):
         columns |= texture.measure(image_BHW, image_BHW, mask_BHW, table)
     names = (f"power_{side}_", f"texture_{side}", *(f"autocorrelation_{lag}_{side}" for lag in organ_texture.LAGS))
-    columns = {name: values_B for name, values_B in columns.items() if name.startswith(names)}
+    of_air = [name for name in air.AIR_METRICS if name.endswith(f"_{side}")]
+    columns = {n: values_B for n, values_B in columns.items() if n.startswith(names) or n in of_air}
     for kind, values_BK in zip(
         ("mean", "std"), similarity.grey_moments(mask_BHW, image_BHW, table.num_classes), strict=True
     ):

@@ -17,6 +17,7 @@ from data_shards.records import AXES, MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
 from segdiff_dist.evaluation.measure.trust import Spread
 from segdiff_dist.evaluation.measure.worker import ChunkResult
+from segdiff_dist.evaluation.metrics.air import AIR_METRICS
 from segdiff_dist.evaluation.metrics.columns import (
     FALSE_POSITIVES,
     GREY_METRICS,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 DIVERSITY_METRICS = tuple(field.name for field in fields(Spread))
 _UNITS = {"psnr_db": "dB", "pixel_std": "grey values"} | dict.fromkeys(HU_METRICS, "HU")
-_UNITS |= dict.fromkeys(GREY_METRICS, "grey values")
+_UNITS |= dict.fromkeys((*GREY_METRICS, *AIR_METRICS), "grey values")
 _UNITS |= {f"false_positive_area_mm2_{pair}": "mm2" for pair in PAIRS}
 # Kinds of samples that are summed separately: see _kinds. Real images alone are those without generated counterparts.
 _HEADLINE, _SEVERAL, _ACROSS, _REAL_ALONE = "headline", "several", "across", "real alone"
@@ -141,7 +142,7 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
             headline |= sharpness_entries(measured.sums, _headline(group), interval)
         else:
             headline |= unpaired_entries(measured.sums, _headline(group), _real_alone(group))
-        return headline | means.texture(group) | measured.distributions.entries(group, group)
+        return headline | means.texture(group) | means.air(group) | measured.distributions.entries(group, group)
 
     def by_organ(group: Group) -> dict[str, Any]:
         sides = (_headline(group), _real_alone(group))
@@ -253,6 +254,13 @@ class _Means:
         entries: dict[str, Entry] = {}
         for _, which in self._parts(group):
             entries |= organ_texture_entries(self.sums, which, self.interval, organ)
+        return entries
+
+    def air(self, group: Group) -> dict[str, Entry]:
+        """Air around the patient, and the lattice of 2x2 pixels."""
+        entries: dict[str, Entry] = {}
+        for _, which in self._parts(group):
+            entries |= self.of(AIR_METRICS, which)
         return entries
 
     def _parts(self, group: Group) -> list[tuple[Sequence[str], Callable[[SumKey], bool]]]:

@@ -17,7 +17,7 @@ from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
 from segdiff_dist.evaluation.measure.reals import alone
 from segdiff_dist.evaluation.measure.subject import is_paired, judge_of, label_table_of, open_samples, pixel_spacing
-from segdiff_dist.evaluation.metrics import organ_texture, sharpness, surfaces
+from segdiff_dist.evaluation.metrics import air, organ_texture, sharpness, surfaces
 from segdiff_dist.evaluation.metrics.columns import (
     SIDES,
     column_names,
@@ -295,7 +295,7 @@ class _Batch:
         self._write(similarity_columns(real, fake), chosen)
         if evaluator.lpips is not None:
             self._write({"lpips": evaluator.lpips(real, fake)}, chosen)
-        for texture in (sharpness, organ_texture):
+        for texture in (sharpness, organ_texture, air):
             masks = self.label_maps["mask"][chosen]
             self._write(texture.measure(real.cpu().numpy(), fake.cpu().numpy(), masks, evaluator.table), chosen)
         for images, side in ((real, 0), (fake, 1)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from segdiff_dist.evaluation.metrics import overlaps, similarity, surfaces
+from segdiff_dist.evaluation.metrics.air import AIR_METRICS
 from segdiff_dist.evaluation.metrics.organ_texture import organ_texture_columns
 from segdiff_dist.evaluation.metrics.sharpness import sharpness_columns
 
@@ -53,7 +54,7 @@ def column_names(table: LabelTable) -> list[str]:
     kinds = ["dice", "dice_either", "sensitivity", "precision", "surface_dice", "area_error", "legacy_dice"]
     kinds += FALSE_POSITIVES
     names += [f"{kind}_{pair}" for kind in kinds for pair in PAIRS]
-    names += sharpness_columns(table) + organ_texture_columns(table)
+    names += [*sharpness_columns(table), *organ_texture_columns(table), *AIR_METRICS]
     names += [f"{name}/{organ}" for name in (*HU_METRICS, *GREY_METRICS) for organ in organs]
     names += [f"dice_{pair}/{name}" for pair in PAIRS for name in table.names[1:]]
     of_organs = ("dice_either", "sensitivity", "precision", "surface_dice", "area_error", *FALSE_POSITIVES)

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from segdiff_dist.evaluation.metrics.definition import Definition
+from segdiff_dist.evaluation.metrics.texture_definitions import air, organ_texture
 from segdiff_dist.spectra import BAND_NAMES, BANDS, FEWEST_PIXELS_INSIDE
-
-
-@dataclass(frozen=True)
-class Definition:
-    """A metric on the page: its label, its digits after the point, which values are better, and its description.
-
-    `better`: "higher", "lower", "one" (nearest to 1), or empty if none is better by itself.
-    """
-
-    label: str
-    digits: int
-    better: str
-    text: str
-
 
 _PAIRS = {
     "mask_real": "mask, pred. real",
@@ -59,44 +45,6 @@ def _false_positives() -> dict[str, Definition]:
         "one organ: mean over the images without it.",
         digits=1,
     )
-
-
-def _organ_texture() -> dict[str, Definition]:
-    """Noise level, autocorrelation and grey values inside organs, on the real and on the generated images."""
-    found = {}
-    for side, label in (("real", "real"), ("gen", "generated")):
-        found[f"noise_std_{side}"] = Definition(
-            f"Noise level, {label} (grey values)",
-            2,
-            "",
-            f"Noise inside organs of the mask on the {label} images: the standard deviation of the grey values minus "
-            "their 3x3 binomial mean, divided by 0.80, which is what white noise of 1 leaves; only pixels whose eight "
-            "neighbours belong to the same organ; mean over organs, then over images.",
-        )
-        for lag in (1, 2):
-            found[f"autocorrelation_{lag}_{side}"] = Definition(
-                f"Autocorrelation, {lag} px, {label}",
-                3,
-                "",
-                f"Correlation of grey values {lag} pixel{'s' * (lag > 1)} apart, along rows and columns, inside organs "
-                f"of the mask on the {label} images, after the plane fitted to the organ's grey values is subtracted; "
-                "only pixels whose eight neighbours belong to the same organ, at least 36; mean over organs, then over "
-                "images. White noise has 0. Smooth texture is near 1.",
-            )
-        found[f"grey_mean_{side}"] = Definition(
-            f"Mean grey value, {label}",
-            1,
-            "",
-            f"Mean grey value (0 to 255) inside the organ's mask on the {label} image, averaged over images.",
-        )
-        found[f"grey_std_{side}"] = Definition(
-            f"Grey spread, {label}",
-            1,
-            "",
-            f"Standard deviation of the grey values (0 to 255) inside the organ's mask on the {label} image, averaged "
-            "over images.",
-        )
-    return found
 
 
 def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Definition]:
@@ -185,7 +133,8 @@ DEFINITIONS = {
         "al. 2018, version 0.1), the grey image as three equal channels.",
     ),
     **_sharpness(),
-    **_organ_texture(),
+    **organ_texture(),
+    **air(),
     "fid": Definition(
         "FID",
         1,

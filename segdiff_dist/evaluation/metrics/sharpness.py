@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from segdiff_dist.evaluation.metrics.air import lattice_message
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS, wavelengths
 from segdiff_dist.evaluation.metrics.estimates import Estimate, bootstrap_counts
 from segdiff_dist.evaluation.metrics.sums import Interval, PatientSums, SumKey
@@ -180,7 +181,10 @@ def _entry(name: str, estimate: Estimate) -> Entry:
 
 
 def sharpness_messages(entries: dict[str, Entry]) -> list[str]:
-    """Sentences that say where detail is missing and where there is too much; `entries` of summary.json by metric."""
+    """Sentences that say where detail is missing and where there is too much, and whether there is a lattice.
+
+    `entries` of summary.json by metric.
+    """
     messages = []
     bands = {metric: entries[metric]["value"] for metric in SHARPNESS_BANDS if metric in entries}
     for fine, coarse, share in (
@@ -200,7 +204,7 @@ def sharpness_messages(entries: dict[str, Entry]) -> list[str]:
     texture = entries.get("texture", {}).get("value")
     if texture is not None:
         messages.append(f"Inside organs, fine texture is {_percent(texture)} of the real images'.")
-    return messages
+    return [*messages, *filter(None, [lattice_message(entries)])]
 
 
 def missing_reason(name: str) -> str:

@@ -24,7 +24,7 @@ from segdiff_dist.evaluation.measure.saved import (
 )
 from segdiff_dist.evaluation.measure.segmenter_check import SEGMENTER_METRICS
 from segdiff_dist.evaluation.measure.summary import FORMAT_VERSION
-from segdiff_dist.evaluation.metrics.definitions import Definition
+from segdiff_dist.evaluation.metrics.definition import Definition
 from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
 

@@ -44,7 +44,7 @@ PUBLISHED = {
 _TABLES: dict[str, tuple[str, ...]] = {
     "results": ("headline", "results"),
     "organs": ("organs_", "outlines_"),
-    "texture": ("texture_",),
+    "texture": ("air", "texture_"),
     "intensity": ("intensity_",),
     "modalities": ("cross_modality",),
 }

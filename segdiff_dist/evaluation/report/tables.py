@@ -12,6 +12,7 @@ from typing import Any
 from data_shards.labels import shown_name
 from segdiff_dist.evaluation.measure.segmenter_check import rests_on_segmenter, weakness
 from segdiff_dist.evaluation.measure.summary_text import FEW, top_metrics
+from segdiff_dist.evaluation.metrics.air import AIR_METRICS
 from segdiff_dist.evaluation.metrics.columns import GREY_METRICS, HU_METRICS
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.organ_texture import ORGAN_TEXTURE_METRICS
@@ -83,7 +84,7 @@ class Table:
 
 def run_tables(summary: dict[str, Any]) -> list[Table]:
     """All tables that the run has numbers for."""
-    found = [headline(summary), further_results(summary)]
+    found = [headline(summary), further_results(summary), air_table(summary)]
     for modality, organs in summary["by_modality_organ"].items():
         found += [make(modality, organs) for make in (dice_table, outline_table, texture_table, intensity_table)]
     return [table for table in [*found, across_table(summary)] if table.rows]
@@ -200,6 +201,32 @@ def texture_table(modality: str, organs: dict[str, Any]) -> Table:
     )
     name = f"texture_{modality.lower()}"
     return _organ_table(name, f"{modality}: texture inside organs", caption, (modality, organs), columns)
+
+
+def air_table(summary: dict[str, Any]) -> Table:
+    """Air around the patient, and the lattice of 2x2 pixels, real and generated: a row a group of images."""
+    groups = groups_of(summary["metrics"], summary["by_modality"])
+    labels = {"air_mean": "Air, mean", "air_std": "Air, spread", "air_lattice": "Air, lattice"}
+    labels["patient_lattice"] = "Patient, lattice"
+    columns = {}
+    for name in AIR_METRICS:
+        kind, _, side = name.rpartition("_")
+        if any(name in entries for entries in groups.values()):
+            columns[f"{labels[kind]}, {side}{'.' * (side == 'gen')}"] = name
+    rows = []
+    for group, entries in groups.items():
+        counted = [entries[name].get("n", DASH) for name in columns.values() if name in entries]
+        if counted:
+            cells = [Cell(name, entries.get(name)) for name in columns.values()]
+            rows.append(Row(group, group, (*cells, Cell(text=str(counted[0])))))
+    caption = (
+        "Air around the patient and the lattice of 2x2 pixels on real and on generated images, in grey values (0 to "
+        "255), each of an image, averaged over images. Air: background at least 3 pixels from any label; mean and "
+        "spread (standard deviation). Lattice: pixels are divided by their place in a square of 2x2; the largest less "
+        "the smallest of the four means of fine detail (grey values less their 3x3 binomial mean), in air and inside "
+        "the patient. A pattern that repeats every two pixels raises it above that of the real images. " + _INTERVALS
+    )
+    return Table("air", "Air and lattice", caption, "Images", (*columns, "Number"), tuple(rows))
 
 
 def intensity_table(modality: str, organs: dict[str, Any]) -> Table:
