@@ -283,6 +283,12 @@ def _card(description: dict[str, Any], process: dict[str, Any], sampler: Sampler
         stem = """. Each 2x2 pixels are four channels, in the input
 `torch.nn.functional.pixel_unshuffle(x, 2)` and in the output, of which `pixel_shuffle(y, 2)` makes nine numbers a
 pixel: the prediction, and what `head` in mask_encoder.safetensors corrects it by"""
+    alone = f"""The network alone, without segdiff:
+`diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input is the noised image with the encoded
+mask ({net["mask_encoding"]}, {net["conditioning"]}){stem}."""
+    if net["conditioning"] == "spade":
+        alone = """The network needs segdiff: the mask enters at its norms (SPADE), which diffusers' UNet2DModel does
+not have."""
     reads = (
         "the mask, the modality and the axis"
         if net["class_conditioning"]
@@ -307,8 +313,7 @@ mask = np.load("mask.npy")  # uint8 [{size}, {size}], ids as below
 pipeline(mask, modality="MR").save("image.png")
 ```
 
-The network alone, without segdiff: `diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input
-is the noised image with the encoded mask ({net["mask_encoding"]}, {net["conditioning"]}){stem}.
+{alone}
 
 ## How it is sampled
 

@@ -73,6 +73,7 @@ class MaskJoin(nn.Module):
     concat    [x; m]                               the best of the three in the paper
     add       x + m, or x + P m of several channels
     multiply  x * m, or x * (1 + P m) of several channels
+    spade     x: the mask enters at the norms (spade.py)
 
     P is a learned 1x1 convolution to one channel without bias, so that the null mask, m = 0, leaves x as it is.
     """
@@ -81,13 +82,15 @@ class MaskJoin(nn.Module):
         super().__init__()
         self.conditioning = conditioning
         self.num_channels = 1 + num_mask_channels if conditioning == "concat" else 1
-        learned = conditioning != "concat" and num_mask_channels > 1
+        learned = conditioning in ("add", "multiply") and num_mask_channels > 1
         self.projection = nn.Conv2d(num_mask_channels, 1, kernel_size=1, bias=False) if learned else None
 
     def forward(self, x_t_B1HW: Tensor, mask_BKHW: Tensor) -> Tensor:
         """[B, num_channels, H, W]; both inputs in the weights' dtype."""
         if self.conditioning == "concat":
             return torch.cat((x_t_B1HW, mask_BKHW), dim=1)
+        if self.conditioning == "spade":
+            return x_t_B1HW
         if self.projection is None:
             return x_t_B1HW + mask_BKHW if self.conditioning == "add" else x_t_B1HW * mask_BKHW
         projected_B1HW = self.projection(mask_BKHW)

@@ -16,7 +16,7 @@ from segdiff_dist.config.choices import AttentionBackend
 from segdiff_kernels.backend import Kernels
 
 MaskEncoding = Literal["onehot", "embedding", "scalar_255", "scalar_signed"]
-Conditioning = Literal["concat", "add", "multiply"]
+Conditioning = Literal["concat", "add", "multiply", "spade"]
 GuidanceRemoves = Literal["mask", "class", "both"]
 PredictionType = Literal["epsilon", "v", "x0"]
 LossWeighting = Literal["none", "min_snr", "edm"]
@@ -51,7 +51,12 @@ class DenoiserConfig:
     """unet: the paper's. efficient: more depth for the same time. Its levels begin at half the image's side, behind a
     stem that makes four channels of each 2x2 pixels, and the time embedding scales and shifts what a norm gives."""
     conditioning: Result[Conditioning] = "concat"
-    """How the mask is joined to the noised image: concatenated, added or multiplied."""
+    """How the net reads the mask. concat, add, multiply: it is joined to the noised image. spade: it scales and shifts
+    what the norms give, at each pixel (Park et al. 2019)."""
+    spade_channels: Result[Count] = 128
+    """Features of the mask at each level, for conditioning spade. The default is Park et al.'s."""
+    spade_norms: Result[Literal["decoder", "all"]] = "decoder"
+    """The norms that read the mask, for conditioning spade: those of the decoder (Wang et al. 2022), or all."""
     mask_encoding: Result[MaskEncoding] = "onehot"
     """onehot: one channel for each class. embedding: a learned vector for each class. scalar_255: the label number in
     one channel, as label / 255 (Konz et al.). scalar_signed: 2 * label / 255 - 1 (the paper's code)."""
@@ -85,6 +90,9 @@ class DenoiserConfig:
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
             remedy = "a scalar can hold one class only; use mask_encoding onehot or embedding"
             found.append(Problem("config", "denoiser.soft_masks", "True", remedy))
+        if self.conditioning == "spade" and self.kernels == "triton":
+            remedy = "the kernels have no scale and shift for each pixel: use kernels auto or torch, or concat"
+            found.append(Problem("config", "denoiser.kernels", "triton", remedy))
         return found
 
     def _channel_problems(self, wrong: set[str], size: int | None) -> Iterator[Problem]:

@@ -1,7 +1,8 @@
 """The denoiser: diffusers' UNet2DModel, conditioned on the mask, the modality and the axis.
 
-The mask is joined to the noised image (conditioning.py), the modality and axis enter as a class embedding added to the
-time embedding. Dimensions: B batch, C channels, K mask channels, H, W; h, w: half of H, W.
+The mask is joined to the noised image (conditioning.py) or enters at the norms (spade.py). Modality and axis enter as a
+class embedding, which is added to the time embedding. Dimensions: B batch, C channels, K mask channels, H, W; h, w:
+half of H, W.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_dist.denoising.conditioning import NULL_MASK, NUM_CLASSES, Conditions, MaskEncoder, MaskJoin, class_ids
 from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.spade import Spade
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
@@ -90,6 +92,9 @@ class Denoiser(nn.Module):
         self.head = PixelHead() if config.net == "efficient" else None
         if config.net == "efficient":
             _begin_as_identity(self.unet)
+        self.spade = (
+            Spade(config, self.unet, self.mask_encoder.num_channels) if config.conditioning == "spade" else None
+        )
 
     def prepare_for(self, device: torch.device) -> Denoiser:
         """Move to `device`, and choose the backends of attention and of the operations between the convolutions.
@@ -102,7 +107,8 @@ class Denoiser(nn.Module):
     def choose_operators(self, device: torch.device) -> None:
         """What computes on `device`, without moving there."""
         set_attention(self.unet, choose_attention(self.config.attention, device, self.config.attention_head_dim))
-        self.uses_kernels = choose_kernels(self.config.kernels, device) == "triton"
+        wanted = "torch" if self.spade is not None else self.config.kernels
+        self.uses_kernels = choose_kernels(wanted, device) == "triton"
         if self.uses_kernels:
             from segdiff_dist.denoising.fused_unet import fuse
 
@@ -132,11 +138,16 @@ class Denoiser(nn.Module):
         labels = class_B if self.config.class_conditioning else None
         if self.reads_labels:
             return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
-        x_BCHW = self.mask_join(x_t_BCHW.to(dtype), self.mask_encoder(mask_BHW, dtype, edge_B2HW))
+        mask_BKHW = self.mask_encoder(mask_BHW, dtype, edge_B2HW)
+        if self.spade is not None:
+            self.spade.read(mask_BKHW)
+        x_BCHW = self.mask_join(x_t_BCHW.to(dtype), mask_BKHW)
         if self.head is not None:
             x_BCHW = F.pixel_unshuffle(x_BCHW, self.config.stem)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         y_BCHW = self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0]
+        if self.spade is not None and not self.unet.is_gradient_checkpointing:  # which computes again from it
+            self.spade.forget()
         if self.head is not None:
             y_BCHW = self.head(F.pixel_shuffle(y_BCHW, self.config.stem), x_t_BCHW.to(dtype))
         return y_BCHW.float()
