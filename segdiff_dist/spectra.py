@@ -103,10 +103,11 @@ def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int
 def fine_detail(images_BHW: np.ndarray) -> Array:
     """The image less its mean under the 3x3 binomial filter, [B, H - 2, W - 2]: of all except the outermost pixels,
     which do not have eight neighbours."""
-    image_BHW = images_BHW.astype(np.float64)
-    rows_BHW = image_BHW[:, :-2] + 2.0 * image_BHW[:, 1:-1] + image_BHW[:, 2:]
-    smooth_BHW = (rows_BHW[:, :, :-2] + 2.0 * rows_BHW[:, :, 1:-1] + rows_BHW[:, :, 2:]) / 16.0
-    return np.asarray(image_BHW[:, 1:-1, 1:-1] - smooth_BHW)
+    # Sixteen times a grey value of 8 bits fits into 16 bits, which is four times as fast and exact, too.
+    image_BHW = images_BHW.astype(np.int16 if images_BHW.dtype == np.uint8 else np.float64)
+    rows_BHW = image_BHW[:, :-2] + 2 * image_BHW[:, 1:-1] + image_BHW[:, 2:]
+    sums_BHW = rows_BHW[:, :, :-2] + 2 * rows_BHW[:, :, 1:-1] + rows_BHW[:, :, 2:]
+    return np.asarray((16 * image_BHW[:, 1:-1, 1:-1] - sums_BHW) / 16.0)
 
 
 def mean_texture(std_BK: Array, organ_ids: Sequence[int]) -> Array:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 GREY_RANGE = 255.0
 # Wang et al. 2004, section III.B and III.C: an 11x11 Gaussian window, and constants that keep 0/0 out.
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5
+# At 256 pixels a side, 32 to 128 pixels a block are about equally fast.
+_BLOCK = 64
 _SSIM_C1, _SSIM_C2 = (0.01 * GREY_RANGE) ** 2, (0.03 * GREY_RANGE) ** 2
 # Wang, Simoncelli, Bovik 2003, section 3.2: how much each scale counts, fine to coarse.
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -28,12 +30,12 @@ MS_SSIM_SMALLEST_SIDE = (2 * _SSIM_RADIUS + 1) * 2 ** (len(_MS_SSIM_WEIGHTS) - 1
 
 def grey_moments(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int) -> tuple[Array, Array]:
     """Mean and standard deviation (n) [B, K] of uint8 images inside each label id; NaN where the id is absent."""
-    num_samples = len(labels_BHW)
-    place = labels_BHW.astype(np.int64) + np.arange(num_samples)[:, None, None] * num_classes
-    counts, sums, squares = (
-        np.bincount(place.ravel(), weights, num_samples * num_classes).reshape(num_samples, num_classes)
-        for weights in (None, images_BHW.ravel(), images_BHW.astype(np.int64).ravel() ** 2)
-    )
+    shape = (len(labels_BHW), num_classes, 256)
+    place = labels_BHW.astype(np.int64) + np.arange(shape[0])[:, None, None] * num_classes
+    # How often each grey value occurs: one count is several times as fast as three sums.
+    counts_BKG = np.bincount((256 * place + images_BHW).ravel(), minlength=np.prod(shape)).reshape(shape)
+    grey_G = np.arange(256)
+    counts, sums, squares = (counts_BKG @ weight_G for weight_G in (grey_G**0, grey_G, grey_G**2))
     inside = np.where(counts > 0, counts, np.nan)
     mean = sums / inside
     return mean, np.sqrt(np.maximum(squares / inside - mean**2, 0.0))
@@ -94,15 +96,33 @@ def _similarities(x_BHW: torch.Tensor, y_BHW: torch.Tensor) -> tuple[torch.Tenso
     [B]. Wang et al. 2004, eq. 13 and 9, 10."""
     import torch
 
-    rows_HH, columns_WW = (_blur_matrix(side).to(x_BHW.device) for side in x_BHW.shape[1:])
-    # The Gaussian as two matrix products: the window is separable, and this is several times faster than a convolution.
     maps = torch.stack((x_BHW, y_BHW, x_BHW * x_BHW, y_BHW * y_BHW, x_BHW * y_BHW))
-    mean_x, mean_y, xx, yy, xy = rows_HH @ (maps @ columns_WW.T)
+    mean_x, mean_y, xx, yy, xy = _blurred(maps)
     var_x, var_y, covariance = xx - mean_x * mean_x, yy - mean_y * mean_y, xy - mean_x * mean_y
     contrast = (2 * covariance + _SSIM_C2) / (var_x + var_y + _SSIM_C2)
     luminance = (2 * mean_x * mean_y + _SSIM_C1) / (mean_x * mean_x + mean_y * mean_y + _SSIM_C1)
     inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
     return (luminance * contrast).mean(dim=(1, 2)), contrast[:, inside, inside].mean(dim=(1, 2))
+
+
+def _blurred(maps: torch.Tensor) -> torch.Tensor:
+    """Under the Gaussian window, [..., H, W].
+
+    Two matrix products, since the window is separable: this is several times as fast as a convolution. Blocks of pixels
+    need only those near them, so a product is of a part of the matrix.
+    """
+    import torch
+
+    rows_HH, columns_WW = (_blur_matrix(side).to(maps.device) for side in maps.shape[-2:])
+    along_rows = [maps[..., near] @ columns_WW[block, near].T for block, near in _blocks(maps.shape[-1])]
+    maps = torch.cat(along_rows, dim=-1)
+    return torch.cat([rows_HH[block, near] @ maps[..., near, :] for block, near in _blocks(maps.shape[-2])], dim=-2)
+
+
+def _blocks(side: int) -> list[tuple[slice, slice]]:
+    """Blocks of places along an axis, each with the places that the window reaches from it."""
+    starts = range(0, side, _BLOCK)
+    return [(slice(a, a + _BLOCK), slice(max(0, a - _SSIM_RADIUS), a + _BLOCK + _SSIM_RADIUS)) for a in starts]
 
 
 @lru_cache(maxsize=16)
