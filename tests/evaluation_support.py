@@ -45,7 +45,13 @@ def items_of(shards: ShardSet, rows: list[int], seeds: int = 1, across: int = 0)
 
 
 def evaluate_here(
-    run: Path, shapes: Path, *, noise: float = 10.0, segmenter_seed: int = 0, rows: list[int] | None = None
+    run: Path,
+    shapes: Path,
+    *,
+    noise: float = 10.0,
+    segmenter_seed: int = 0,
+    rows: list[int] | None = None,
+    feature_network: Path | None = None,
 ) -> Path:
     """An evaluated run without figures and report: real slices with noise as its samples, an untrained segmenter as
     its judge, and what is one in a worker done here. `rows`: the masks, by default those of the test split."""
@@ -92,6 +98,7 @@ def evaluate_here(
         surface_dice=True,
         batch_size=64,
         device="cpu",
+        feature_network=None if feature_network is None else str(feature_network),
     )
     evaluator = Evaluator(inputs)
     spread = {task.ids[0]: task.run(evaluator) for task in trust.images_of_masks(store.items)}
@@ -102,7 +109,7 @@ def evaluate_here(
         writer.write(store.items, result.columns | spread_columns(spread, 0, len(items)))
     summary = summarise(measured, Interval(resamples=20, seed=0))
     summary["trust"] = {"leakage": trust.leakage(store.items, shards)}
-    summary["not_available"] = not_available(summary, inputs, Subject(store, shards))
+    summary["not_available"] = not_available(summary, inputs, Subject(store, shards), measured.distributions.failed)
     summary["provenance"] = provenance(inputs, Subject(store, shards)) | {
         "segmenter_sha256": evaluator.segmenter.weights_sha256,
         "distribution_images": 5000,

@@ -10,6 +10,7 @@ from data_shards.problems import saying_when_full
 from segdiff_dist.evaluation.measure.checks import Checked
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.job import FOLDER, at_work, measure
+from segdiff_dist.evaluation.measure.published import finish
 
 
 def evaluate(
@@ -42,6 +43,7 @@ def draw(
 
     made = []
     with at_work(Path(run)), saying_when_full(Path(run) / FOLDER):
+        finish(Path(run) / FOLDER)
         if set(formats) - {HTML}:
             made.append(write_paper(Path(run), formats, amos_root=amos_root, progress=progress))
         elif HTML in formats:

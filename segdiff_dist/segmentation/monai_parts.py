@@ -1,10 +1,10 @@
-"""The parts of MONAI that this project uses: a network and a loss."""
+"""The parts of MONAI that this project uses: networks and a loss."""
 
 from data_shards import lean_imports
 
 # Other parts of MONAI import these; MONAI treats a missing one as optional.
 with lean_imports.without("matplotlib", "mlflow", "nibabel", "pandas", "scipy", "skimage", "sklearn", "zarr"):
     from monai.losses import DiceCELoss
-    from monai.networks.nets import UNet
+    from monai.networks.nets import UNet, resnet50
 
-__all__ = ["DiceCELoss", "UNet"]
+__all__ = ["DiceCELoss", "UNet", "resnet50"]

@@ -21,7 +21,7 @@ from segdiff_dist.evaluation.measure.subject import (
     open_samples,
     real_rows,
 )
-from segdiff_dist.evaluation.metrics import inception, perceptual
+from segdiff_dist.evaluation.metrics import given_network, inception, perceptual
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,6 +98,11 @@ def open_segmenter(weights: Path) -> Judge:
 
 def unreadable(config: EvaluateConfig) -> Iterator[Problem]:
     """Files that are not the right weights. Each network is built once, as every worker will build it."""
+    if config.feature_network is not None and config.feature_network.is_file():
+        try:
+            given_network.load_network(str(config.feature_network), "cpu")
+        except InputProblems as error:
+            yield from error.problems
     checks: tuple[tuple[str, Callable[[str], str | None], Callable[[str, str], Any], str], ...] = (
         ("fid_weights", inception.missing_for_fid, inception.load_inception, inception.WEIGHTS_FILE),
         ("lpips_weights", perceptual.missing_for_lpips, perceptual.load_lpips, perceptual.WEIGHTS_FILE),
@@ -142,6 +147,7 @@ def _mismatches(
             modalities = store.items["target_modality"].unique().to_pylist()
             yield from segmenter.problems(table, modalities, hu_window(store, shards))
             yield from cannot_judge(segmenter, store.image.shape[1], config)
+        yield from cannot_extract(store.image.shape[1], config)
         yield from unlike(table, store.image.shape[1], shards)
 
 
@@ -160,6 +166,29 @@ def cannot_judge(segmenter: Judge, size: int, config: EvaluateConfig) -> Iterato
     if config.memorisation and not is_ours:
         remedy = "leave it out, or name a segmenter that segdiff trained"
         yield Problem("config", "evaluate.memorisation", f"{config.segmenter} gives no features to compare", remedy)
+
+
+def cannot_extract(size: int, config: EvaluateConfig) -> Iterator[Problem]:
+    """Why the given network of features cannot take images of `size` pixels; it is tried on two.
+
+    Nothing for a file that cannot be read: `unreadable` names that.
+    """
+    import torch
+
+    if config.feature_network is None or not config.feature_network.is_file():
+        return
+    try:
+        extract = given_network.load_network(str(config.feature_network), "cpu")
+        features = extract(torch.zeros(2, size, size, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+        reason = "" if len(features) == 2 and features.isfinite().all() else f"features {tuple(features.shape)}"
+    except InputProblems:
+        return
+    except (RuntimeError, ValueError) as error:  # of the TorchScript
+        reason = str(error).strip().splitlines()[-1][:200]
+    if reason:
+        value = f"{config.feature_network}: an image of {size} pixels gives {reason}"
+        remedy = f"describe its input in {config.feature_network.with_suffix('.yaml')} (docs/metrics.md)"
+        yield Problem("config", given_network.FIELD, value, remedy)
 
 
 def unlike(table: LabelTable, size: int, shards: ShardSet | None) -> Iterator[Problem]:

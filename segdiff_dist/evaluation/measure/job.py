@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.fan_out import TaskFailure, Workers
-from data_shards.files import new_file, remove_leftovers, unfinished_name
+from data_shards.files import remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import WorkFailed, removed_on_failure, saying_when_full
 from data_shards.store.set_index import file_sha256
@@ -32,6 +32,7 @@ from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.headline import headline_items
 from segdiff_dist.evaluation.measure.kept import Kept, code_digest, samples_digest
 from segdiff_dist.evaluation.measure.provenance import not_available, provenance
+from segdiff_dist.evaluation.measure.published import finish, publish
 from segdiff_dist.evaluation.measure.reals import RealSlices
 from segdiff_dist.evaluation.measure.rows import RowWriter
 from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
@@ -80,6 +81,7 @@ def at_work(run: Path, *, lends: bool = False) -> AbstractContextManager[None]:
 def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: Path, progress: bool) -> dict[str, Any]:
     subject, folder = checked.subject, run / FOLDER
     folder.mkdir(exist_ok=True)
+    finish(folder)
     remove_leftovers(folder)
     shared = folder / ".weights.unfinished" if config.ray_address is not None else None
     with weights_for(config.fid_weights, config.lpips_weights, shared) as weights:
@@ -91,20 +93,16 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
             inputs = replace(inputs, predictions=kept.predictions.resolve())
             measured, trust_checks = measure_items(inputs, pool, config, subject, rows, progress, kept)
         summary = summarise(measured, Interval(config.bootstrap_samples, config.seed)) | {"trust": trust_checks}
-        summary["not_available"] = not_available(summary, inputs, subject) | weights.missing
+        summary["not_available"] = (
+            not_available(summary, inputs, subject, measured.distributions.failed) | weights.missing
+        )
         summary["provenance"] = facts | {
             "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
             "distribution_images": config.distribution_images,
         }
     mark_unreliable(summary)
     summary["rows_sha256"] = file_sha256(rows)
-    content = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    with new_file(folder / "summary.json") as unfinished:
-        # All is written before an earlier evaluation is removed: a full disk does not damage that.
-        unfinished.write_text(content)
-        _replace(inputs.predictions, folder / "predictions.zarr")
-        rows.replace(folder / "samples.parquet")
-        # The summary at once after the rows. It holds their digest, and who reads both compares it (saved.py).
+    publish(folder, json.dumps(summary, indent=1, allow_nan=False) + "\n", rows, inputs.predictions)
     kept.remove()
     return summary
 
@@ -132,6 +130,7 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
         device=device,
         spacing_mm=config.spacing_mm,
         imagenet=config.imagenet,
+        feature_network=None if config.feature_network is None else str(config.feature_network.resolve()),
     )
 
 
@@ -336,8 +335,3 @@ def _create_predictions(path: Path, shape: tuple[int, int, int]) -> None:
     for side in SIDES:
         # The items of a task are complete chunks: no two workers write to the same one.
         group.create_array(side, shape=shape, chunks=(min(16, _ITEMS_A_TASK), *shape[1:]), dtype="uint8", fill_value=0)
-
-
-def _replace(new: Path, old: Path) -> None:
-    shutil.rmtree(old, ignore_errors=True)
-    new.rename(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ import numpy as np
 
 from data_shards.store.set_index import file_sha256
 from segdiff_dist.evaluation.measure.subject import NO_COUNTERPART, NO_REAL_IMAGES, NO_SPACING, pixel_spacing
-from segdiff_dist.evaluation.metrics import imagenet, inception, perceptual, radiomics
+from segdiff_dist.evaluation.metrics import given_network, imagenet, inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.columns import HEADLINE_METRICS
-from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, NEIGHBOURHOODS, fewest_samples
+from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, FRECHET, also_missing, fewest_samples
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS, missing_reason
 from segdiff_dist.evaluation.metrics.similarity import MS_SSIM_SMALLEST_SIDE
 from segdiff_dist.evaluation.metrics.surfaces import tolerances_mm
@@ -28,14 +29,19 @@ _PACKAGES = (
 )
 
 
-def not_available(summary: dict[str, Any], inputs: Inputs, subject: Subject) -> dict[str, str]:
-    """Metrics without a value, each with the reason and the remedy."""
+def not_available(
+    summary: dict[str, Any], inputs: Inputs, subject: Subject, failed: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Metrics without a value, each with the reason and the remedy. `failed`: networks of features that failed, and
+    why."""
+    failed, absent = failed or {}, {name for name in FRECHET.values() if name not in summary["metrics"]}
     # The other metrics on the same features are missing for the same reason as the first; it is given once.
-    shared: tuple[str, ...] = () if "fid" in summary["metrics"] else ("kid", "inception_")
-    if not inputs.imagenet:
-        shared += ("imagenet_lite_kernel_distance", *(f"imagenet_lite_{n}" for n in NEIGHBOURHOODS))
+    shared = {other for name in absent - {FRECHET["segmenter"]} for other in also_missing(name)}
+    if inputs.feature_network is None:
+        shared.add(FRECHET["network"])
     names = [n for n in (*HEADLINE_METRICS, *SHARPNESS_METRICS, *DISTANCE_METRICS) if n not in summary["metrics"]]
-    reasons = {n: _reason(n, summary, inputs, subject) for n in names if not (shared and n.startswith(shared))}
+    reasons = {n: _reason(n, summary, inputs, subject) for n in names if n not in shared}
+    reasons |= {FRECHET[extractor]: f"its network failed: {reason}" for extractor, reason in failed.items()}
     return reasons if subject.is_paired else reasons | {"leakage": "the masks' patients are not known"}
 
 
@@ -49,6 +55,7 @@ def provenance(inputs: Inputs, subject: Subject) -> dict[str, Any]:
         "label_table": table.name,
         "fid_weights": _digest(inputs.fid_weights),
         "lpips_weights": _digest(inputs.lpips_weights),
+        "feature_network": _network(inputs.feature_network),
         "frd_images": len(inputs.radiomics_items),
         "surface_dice_tolerance_mm": tolerances_mm(table) if inputs.surface_dice else None,
         "sample_job": subject.store.job,
@@ -97,6 +104,12 @@ def _reason_of_unpaired(name: str, inputs: Inputs, subject: Subject) -> str | No
 def _digest(weights: str | None) -> dict[str, str] | None:
     """Name and SHA-256 of a file of weights."""
     return None if weights is None else {"file": Path(weights).name, "sha256": file_sha256(Path(weights))}
+
+
+def _network(file: str | None) -> dict[str, Any] | None:
+    """Name and SHA-256 of the network's file, and its input."""
+    digest = _digest(file)
+    return None if file is None or digest is None else {**digest, "input": given_network.described(file)}
 
 
 def _versions() -> dict[str, str]:

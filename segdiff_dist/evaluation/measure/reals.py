@@ -40,7 +40,7 @@ class RealSlices:
         counts_B2G = np.zeros((len(records), 2, 256), np.int64)
         counts_B2G[:, 0] = [np.bincount(image_HW.ravel(), minlength=256) for image_HW in image_BHW]
         by_side = {(name, "real"): features_BD for name, features_BD in features.items()}
-        return ChunkResult(evaluator.without_body(columns), by_side, counts_B2G)
+        return ChunkResult(evaluator.without_body(columns), by_side, counts_B2G, dict(evaluator.failed))
 
 
 def alone(image_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable, side: str) -> dict[str, np.ndarray]:

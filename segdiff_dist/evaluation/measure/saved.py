@@ -20,12 +20,13 @@ from data_shards.problems import InputProblems, OutOfSpace, problem
 from data_shards.records import is_path_inside
 from data_shards.store.zarr_bounds import bound_zstd, is_plain_array
 from segdiff_dist.config import next_command
+from segdiff_dist.evaluation.measure.published import PREDICTIONS, SAMPLES, SUMMARY, place_of
 from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUMMARY, SAMPLES, PREDICTIONS, FIGURES = "summary.json", "samples.parquet", "predictions.zarr", "figures/index.json"
+FIGURES = "figures/index.json"
 _FOLDER = "evaluation"
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -114,7 +115,7 @@ class _Downstream(TypedDict):
 
 def read_summary(run: Path) -> dict[str, Any]:
     """RUN/evaluation/summary.json. Numbers that mean nothing are marked, also in a summary of an earlier version."""
-    file = run / _FOLDER / SUMMARY
+    file = place_of(run / _FOLDER, SUMMARY)
     summary = read_json(file, _evaluate_again(run), "the summary of an evaluation")
     checked(summary, _Summary, file, "the summary of an evaluation", _evaluate_again(run))
     return mark_unreliable(summary)
@@ -147,7 +148,7 @@ def row_columns(run: Path) -> list[str]:
     """The names of the columns of RUN/evaluation/samples.parquet."""
     import pyarrow.parquet as pq
 
-    file = run / _FOLDER / SAMPLES
+    file = place_of(run / _FOLDER, SAMPLES)
     with reading(file, "the table of an evaluation", _evaluate_again(run)):
         return list(pq.read_schema(file).names)
 
@@ -158,7 +159,7 @@ def read_rows(run: Path, columns: Sequence[str], summary: dict[str, Any] | None 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = run / _FOLDER / SAMPLES
+    file = place_of(run / _FOLDER, SAMPLES)
     with reading(file, "the table of an evaluation", _evaluate_again(run)):
         content = file.read_bytes()
         expected = (summary or {}).get("rows_sha256")
@@ -183,7 +184,7 @@ def open_predictions(run: Path, num_items: int) -> Any:
     import zarr
 
     bound_zstd()
-    file = run / _FOLDER / PREDICTIONS
+    file = place_of(run / _FOLDER, PREDICTIONS)
     with reading(file, "the predictions of an evaluation", _evaluate_again(run)):
         group: Any = zarr.open_group(file, mode="r")
         for side in ("real", "gen"):

@@ -97,6 +97,7 @@ class Evaluated:
         self.sums.add([key for _, key in keys], values_BC[[i for i, _ in keys]])
         first_B = np.array(items["seed_index"]) == 0
         priority_B = sample_at(np.arange(start, stop), self.items.num_rows, self.seed)
+        self.distributions.failed |= result.failed
         self.distributions.add(result.features, groups, first_B, priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
@@ -109,6 +110,7 @@ class Evaluated:
         self.sums.add([SumKey(_REAL_ALONE, case, m, m, axis) for case, m, axis in slices], values_BC)
         groups = [(m, m, axis) for _, m, axis in slices]
         priority_B = sample_at(np.arange(first, first + len(slices)), num, self.seed)
+        self.distributions.failed |= result.failed
         self.distributions.add(result.features, groups, np.ones(len(slices), bool), priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.files import first_line
 from data_shards.labels import BODY
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
@@ -52,6 +53,7 @@ class Inputs:
     device: str
     spacing_mm: float | None = None
     imagenet: bool = False
+    feature_network: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ class ChunkResult:
     `features`: by (extractor, side), float [B, D]; NaN for items without features: on the real side those
     outside the headline.
     `grey_counts`: int64 [B, 2, 256], grey values of the real and the generated image; zero outside the headline.
+    `failed`: extractors whose features could not be computed, and why. Only their distances are missing then.
     """
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     features: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     grey_counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 2, 256), dtype=np.int64))
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def make_worker(inputs: Inputs) -> Callable[[], Callable[[Any], Any]]:
@@ -114,6 +118,7 @@ class Evaluator:
             [tolerance_mm[self.table.names[i]] for i in self.table.organ_ids] if inputs.surface_dice else None
         )
         self.extractors: dict[str, Extractor] = {}
+        self.failed: dict[str, str] = {}
         self.lpips: Callable[[Any, Any], np.ndarray] | None = None
         self.radiomics: Callable[[np.ndarray], np.ndarray] | None = None
         if inputs.fid_weights is not None:
@@ -124,6 +129,10 @@ class Evaluator:
             from segdiff_dist.evaluation.metrics.imagenet import load_imagenet
 
             self.extractors["imagenet_lite"] = load_imagenet(inputs.device)
+        if inputs.feature_network is not None:
+            from segdiff_dist.evaluation.metrics.given_network import load_network
+
+            self.extractors["network"] = load_network(inputs.feature_network, inputs.device)
         if inputs.lpips_weights is not None:
             from segdiff_dist.evaluation.metrics.perceptual import load_lpips
 
@@ -191,16 +200,20 @@ class Evaluator:
             label_maps, by_extractor = self.run_networks(self.on_device(image_BHW[part]), modality_B)
             maps.append(label_maps)
             features.append(by_extractor)
-        return np.concatenate(maps), {name: np.concatenate([one[name] for one in features]) for name in features[0]}
+        names = [name for name in features[0] if name not in self.failed]
+        return np.concatenate(maps), {name: np.concatenate([one[name] for one in features]) for name in names}
 
     def run_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
         label_maps, features_BD = self.segmenter.predict_and_features(image_BHW, modality_B)
-        by_extractor = {} if features_BD is None else {"segmenter": features_BD}
-        by_extractor |= {name: extract(image_BHW, modality_B) for name, extract in self.extractors.items()}
-        return label_maps.cpu().numpy(), {
-            name: _finite(features.float().cpu().numpy(), name) for name, features in by_extractor.items()
-        }
+        by_extractor = {} if features_BD is None else {"segmenter": _finite(features_BD, "segmenter")}
+        for name, extract in self.extractors.items():
+            if name not in self.failed:
+                try:
+                    by_extractor[name] = _finite(extract(image_BHW, modality_B), name)
+                except (RuntimeError, ValueError) as error:  # of the network, of its memory; others are not needed
+                    self.failed[name] = first_line(error, 200)
+        return label_maps.cpu().numpy(), by_extractor
 
     def run(self, chunk: Chunk) -> ChunkResult:
         """Measure a chunk, and write the label maps of its images."""
@@ -213,11 +226,13 @@ class Evaluator:
         for side in SIDES:
             self.predictions[side][chunk.start : chunk.stop] = np.concatenate([b.label_maps[side] for b in batches])
         results = [batch.result for batch in batches]
-        features = {key: np.concatenate([r.features[key] for r in results]) for key in results[0].features}
+        keys = [key for key in results[0].features if key[0] not in self.failed]
+        features = {key: np.concatenate([r.features[key] for r in results]) for key in keys}
         return ChunkResult(
             columns={name: np.concatenate([r.columns[name] for r in results]) for name in results[0].columns},
             features=features | self._radiomics_features(chunk),
             grey_counts=np.concatenate([r.grey_counts for r in results]),
+            failed=dict(self.failed),
         )
 
     def _radiomics_features(self, chunk: Chunk) -> dict[tuple[str, str], np.ndarray]:
@@ -290,8 +305,8 @@ class _Batch:
         """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""
         evaluator = self.evaluator
         self.label_maps["real"][chosen], features = evaluator.run_networks(real, modality)
-        for name, features_BD in features.items():
-            self.result.features[name, "real"][chosen] = features_BD
+        for name in [name for name in features if (name, "real") in self.result.features]:
+            self.result.features[name, "real"][chosen] = features[name]
         self._write(similarity_columns(real, fake), chosen)
         if evaluator.lpips is not None:
             self._write({"lpips": evaluator.lpips(real, fake)}, chosen)
@@ -344,7 +359,8 @@ class _Batch:
             self.result.columns[name][chosen] = values
 
 
-def _finite(features_BD: np.ndarray, extractor: str) -> np.ndarray:
+def _finite(features: Any, extractor: str) -> np.ndarray:
+    features_BD: np.ndarray = features.float().cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(features_BD).all(axis=1))
     if len(bad):
         raise ValueError(f"the {extractor}'s features are not finite, first of image {int(bad[0])} of a batch")

@@ -158,6 +158,14 @@ DEFINITIONS = {
         "ImageNet. It is not FID and has another scale. It depends on no segmenter, so it can be compared between runs "
         "and papers of the same real images and as many images. " + _FEW,
     ),
+    "network_frechet": Definition(
+        "Given network Fréchet",
+        3,
+        "lower",
+        "Fréchet distance of real and generated images on the features of the network that evaluate.feature_network "
+        "names; provenance has its SHA-256. It is not FID and has another scale. Compare it only where the network is "
+        "the same, for the same real images and as many images. " + _FEW,
+    ),
     "frd": Definition(
         "FRD",
         3,
@@ -179,6 +187,13 @@ DEFINITIONS = {
         "Squared maximum mean discrepancy with KID's cubic kernel on efficientnet-lite0's features, unbiased, so "
         "comparable between numbers of images. It is not KID.",
     ),
+    "network_kernel_distance": Definition(
+        "Given network kernel distance",
+        4,
+        "lower",
+        "Squared maximum mean discrepancy with KID's cubic kernel on the features of the network that "
+        "evaluate.feature_network names, unbiased, so comparable between numbers of images. It is not KID.",
+    ),
     "segmenter_kernel_distance": Definition(
         "Segmenter kernel distance",
         4,
@@ -188,6 +203,7 @@ DEFINITIONS = {
     ),
     **_neighbourhoods("inception", "Inception", "Inception's features"),
     **_neighbourhoods("imagenet_lite", "ImageNet", "efficientnet-lite0's features"),
+    **_neighbourhoods("network", "Given network", "the given network's features"),
     **_neighbourhoods("segmenter", "Segmenter", "the segmenter's features"),
     **_organ_means(
         "dice_either",

@@ -23,25 +23,27 @@ from segdiff_dist.evaluation.metrics.frechet import FeatureStatistics, frechet_d
 from segdiff_dist.evaluation.metrics.radiomics import frd
 
 # Names of the Frechet distance by the extractor of the features. Only Inception's is FID.
-_FRECHET = {
+FRECHET = {
     "segmenter": "segmenter_frechet",
     "imagenet_lite": "imagenet_lite_frechet",
+    "network": "network_frechet",
     "inception": "fid",
     "radiomics": "frd",
 }
 _KERNEL = {
     "segmenter": "segmenter_kernel_distance",
     "imagenet_lite": "imagenet_lite_kernel_distance",
+    "network": "network_kernel_distance",
     "inception": "kid",
 }
 NEIGHBOURHOODS = ("precision", "recall", "density", "coverage")
 # Every name in the order of a table: distances first, then measures of neighbourhoods.
 DISTANCE_METRICS = (
-    *_FRECHET.values(),
+    *FRECHET.values(),
     *_KERNEL.values(),
     *(f"{extractor}_{name}" for extractor in _KERNEL for name in NEIGHBOURHOODS),
 )
-_LOWER_IS_BETTER = frozenset((*_FRECHET.values(), *_KERNEL.values()))
+_LOWER_IS_BETTER = frozenset((*FRECHET.values(), *_KERNEL.values()))
 
 # A distance of fewer images a side is noise: their covariance has almost no rank.
 FEWEST_FOR_DISTANCES = 5
@@ -54,6 +56,12 @@ _ROWS_A_MERGE = 512
 Entry = dict[str, Any]
 Key = tuple[str, str, str, str, str]
 ItemGroup = tuple[str, str, str]
+
+
+def also_missing(frechet: str) -> list[str]:
+    """The other metrics on the features of a Frechet distance."""
+    names = [name for name, of in FRECHET.items() if of == frechet and name in _KERNEL]
+    return [other for name in names for other in (_KERNEL[name], *(f"{name}_{n}" for n in NEIGHBOURHOODS))]
 
 
 def fewest_samples(name: str) -> int:
@@ -110,12 +118,15 @@ class Moments:
 class Distributions:
     """Features by (extractor, side, source modality, target modality, axis); first samples of a mask only.
 
+    `failed`: extractors that could not measure all images, and why; these have no entries.
+
     It keeps the moments of all features. It keeps the features of at most `capacity` images of each key, by priority.
     """
 
     capacity: int
     moments: dict[Key, Moments] = field(default_factory=dict)
     samples: dict[Key, FeatureSample] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     # Groups often hold the same items (one axis, one modality), and a distance is costly.
     _entries: dict[tuple[tuple[Key, ...], ...], dict[str, Entry]] = field(default_factory=dict)
 
@@ -145,7 +156,7 @@ class Distributions:
     def entries(self, real: Group, gen: Group) -> dict[str, Entry]:
         """Every distance between two groups of enough samples, by its stable name."""
         entries: dict[str, Entry] = {}
-        for extractor in _FRECHET:
+        for extractor in [name for name in FRECHET if name not in self.failed]:
             members = tuple(
                 tuple(k for k in sorted(self.moments) if k[:2] == (extractor, side) and group.holds(*k[2:]))
                 for side, group in zip(SIDES, (real, gen), strict=True)
@@ -163,7 +174,7 @@ class Distributions:
         if min(first.count, second.count) < FEWEST_FOR_DISTANCES:
             return {}
         value = (frd if extractor == "radiomics" else frechet_distance)(first, second)
-        name, num_features = _FRECHET[extractor], len(first.mean_D)
+        name, num_features = FRECHET[extractor], len(first.mean_D)
         if value is None:
             return {}
         entry = _entry(name, value, first.count, second.count, num_features)

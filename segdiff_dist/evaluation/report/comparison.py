@@ -14,14 +14,8 @@ import numpy as np
 from data_shards.documents import read_json
 from data_shards.problems import InputProblems, Problem
 from segdiff_dist.config import flatten, next_command, read_yaml
-from segdiff_dist.evaluation.measure.saved import (
-    PREDICTIONS,
-    SAMPLES,
-    SUMMARY,
-    open_predictions,
-    read_rows,
-    read_summary,
-)
+from segdiff_dist.evaluation.measure.published import PREDICTIONS, SAMPLES, SUMMARY, place_of
+from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary
 from segdiff_dist.evaluation.measure.segmenter_check import SEGMENTER_METRICS
 from segdiff_dist.evaluation.measure.summary import FORMAT_VERSION
 from segdiff_dist.evaluation.metrics.definition import Definition
@@ -40,6 +34,7 @@ _MUST_AGREE = (
     ),
     ("shards_digest", "The runs were sampled from different shard sets", _ALL),
     ("fid_weights", "The weights of Inception differ", _OF_INCEPTION),
+    ("feature_network", "The given networks of features differ (evaluate.feature_network)", ("network_",)),
     ("lpips_weights", "The weights of LPIPS differ", ("lpips",)),
     ("frd_images", "FRD was computed on different numbers of images", ("frd",)),
     ("surface_dice_tolerance_mm", "The tolerances of surface Dice differ", ("surface_dice_",)),
@@ -50,7 +45,7 @@ _MUST_AGREE = (
             *("kid", "inception_"),
             *(
                 f"{extractor}_{n}"
-                for extractor in ("segmenter", "imagenet_lite")
+                for extractor in ("segmenter", "imagenet_lite", "network")
                 for n in ("kernel", "precision", "recall", "density", "coverage")
             ),
         ),
@@ -236,12 +231,12 @@ def _problems_of(folder: Path) -> Iterator[Problem]:
         yield Problem(str(folder), "run", "no such folder", "give the folder that training and sampling wrote")
         return
     remedy = f"run {next_command('evaluate', run=folder)}"
-    missing = [name for name in (SUMMARY, SAMPLES, PREDICTIONS) if not (folder / "evaluation" / name).exists()]
+    missing = [name for name in (SUMMARY, SAMPLES, PREDICTIONS) if not place_of(folder / "evaluation", name).exists()]
     if missing:
         yield Problem(str(folder), "evaluation", f"{', '.join(missing)} not there", remedy)
         return
     try:
-        version = read_json(folder / "evaluation" / SUMMARY, remedy).get("format_version")
+        version = read_json(place_of(folder / "evaluation", SUMMARY), remedy).get("format_version")
     except InputProblems:
         yield Problem(str(folder / "evaluation" / SUMMARY), "evaluation", "not a summary", remedy)
         return

@@ -46,7 +46,7 @@ _DRAWN = (
     *("dice_mask_gen", "surface_dice_mask_gen", "psnr_db", "ssim", "lpips", "fid", "segmenter_frechet"),
 )
 _MOST_PANELS = 12
-_KERNEL_DISTANCES = ("kid", "segmenter_kernel_distance", "imagenet_lite_kernel_distance")
+_KERNEL_DISTANCES = ("kid", "segmenter_kernel_distance", "imagenet_lite_kernel_distance", "network_kernel_distance")
 
 # Entries of a summary by "All" and modality, for each run in order.
 Groups = dict[str, list[dict[str, Any]]]
