@@ -2,12 +2,18 @@
 
 256x256, all metrics except those of Inception, LPIPS and radiomics; surface Dice is timed separately. The figures and
 the report are not drawn. A rate includes everything from opening the run to summary.json, except the start of Ray.
+
+--against CHECKOUT compares with the code of another checkout instead: the same triples, each evaluation in a process of
+its own, in turns.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +51,37 @@ def with_workers(run: Path, num: int, num_workers: int, peaks: dict[str, int], *
         return num, seconds
 
     return turn
+
+
+def with_code_of(checkout: Path, run: Path, num: int) -> Contender:
+    """Times the evaluation of `num` triples by the code of a checkout, in a process of its own."""
+    script = Path(__file__).parent / "support" / "evaluate_once.py"
+
+    def turn() -> tuple[float, float]:
+        forget_evaluation(run)
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        done = subprocess.run(
+            [sys.executable, script, run], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return num, float(done.stdout.split()[-1])
+
+    return turn
+
+
+def against_other_code(args: argparse.Namespace, folder: Path) -> None:
+    """Rates of this code and of that of args.against, and their ratio."""
+    num, here = 256 if args.quick else args.triples, Path(__file__).resolve().parents[1]
+    run = folder / f"run-{args.size}-{num}"
+    write_segmenter(run / "segmenter" / "weights")
+    write_samples(run, write_shards(folder / f"shards-{args.size}", args.size), num)
+    names = {"this code": here, f"code of {_revision(args.against)}": args.against.resolve()}
+    rates = measure({name: with_code_of(of, run, num) for name, of in names.items()}, 1 if args.quick else args.rounds)
+    report(args, rates, [compare(rates, *names, 1.0)], unit="triples a second", notes={"triples": num})
+
+
+def _revision(checkout: Path) -> str:
+    command = ("git", "-C", checkout, "rev-parse", "--short", "HEAD")
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def where_the_time_goes(run: Path, size: int) -> dict[str, float]:
@@ -119,7 +156,12 @@ def main() -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--data", type=Path, help="folder that keeps the triples (1 GB); a temporary one if left out")
     parser.add_argument("--size", type=int, default=256, help="pixels a side; 176 at least, for MS-SSIM")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with the code of this checkout")
+    parser.add_argument("--triples", type=int, default=_LIMIT_TRIPLES, help="with --against: how many are evaluated")
     args = parser.parse_args()
+    if args.against is not None:
+        with _folder(args.data) as folder:
+            return against_other_code(args, folder)
     sizes = (64, 128, 256) if args.quick else (1_250, 2_500, _LIMIT_TRIPLES)
     with _folder(args.data) as folder, ray_session(num_cpus=max(2, os.cpu_count() or 1)):
         shards = write_shards(folder / f"shards-{args.size}", args.size)
