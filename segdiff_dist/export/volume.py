@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 # uint8 [S, H, W] images of masks [S, H, W] with these slice indices; with one noise for all of them or not.
 Generate = Callable[[np.ndarray, list[int], bool], np.ndarray]
+# Printed before the work: a volume without an outline takes as long as one with it.
+_NO_BODY = (
+    "no voxel shows the patient's outline (class `body`): the model invents it, slice by slice, or leaves organs in "
+    "black air; for an outline give an image of the patient: --volume.body-image IMAGE"
+)
 # Number of pairs of neighbouring real slices whose difference is measured.
 _REAL_PAIRS = 64
 
@@ -162,6 +167,10 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
     window = slice(first, first + size)
     mask_SHW = np.stack([slices[s].mask_HW[window, window] for s in needed])
     indices = [slices[s].slice_index for s in needed]
+    body_id = shards.label_table.body_id
+    has_body = body_id is None or bool((mask_SHW == body_id).any())
+    if not has_body:
+        warnings.warn(_NO_BODY, stacklevel=2)
     image_SHW = generate(mask_SHW, indices, config.noise == "shared")
     grey_IJK, shown_IJK = place.back(dict(zip(needed, image_SHW, strict=True)), shape)
     with saying_when_full(out.parent):
@@ -172,8 +181,6 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
             save_file(out, values_IJK, mask_file)
     labelled_IJK = labels.voxels_IJK > 0
     outside = 1.0 - float(shown_IJK[labelled_IJK].mean()) if labelled_IJK.any() else 0.0
-    body_id = shards.label_table.body_id
-    has_body = body_id is None or bool((mask_SHW == body_id).any())
     probe = _probe(mask_SHW, config.probe_slices)
     difference: float | None = None
     other: float | None = None

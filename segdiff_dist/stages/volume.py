@@ -94,12 +94,6 @@ def _lines(report: VolumeReport, stage: Volume) -> list[str]:
     found = [f"{stage.exported}: {report.num_slices:,} {config.axis} slices of {config.modality}"]
     if report.outside > 0:
         found.append(f"warning: {report.outside:.1%} of the labelled voxels are outside of the model's slices")
-    if not report.has_body:
-        text = (
-            "no voxel shows the patient's outline (class `body`): the model invents it, slice by slice; "
-            "for an outline give an image of the patient: --volume.body-image IMAGE"
-        )
-        found.append(f"warning: {text}")
     other = "independent" if config.noise == "shared" else "shared"
     painted_mm, real_mm = report.gap_mm
     for name, value in (

@@ -343,7 +343,13 @@ def test_volume_finds_the_body_in_an_image(shapes: Path, tmp_path: Path) -> None
         (tmp_path / "out.nii.gz").unlink(missing_ok=True)
         return make_volume(tmp_path / "mask.nii.gz", tmp_path / "out.nii.gz", generate, 32, shards, config).has_body
 
-    assert not make(None)
+    def stopped(*_: object) -> np.ndarray:
+        raise AssertionError("generated before the warning")
+
+    with pytest.warns(UserWarning, match="--volume.body-image"), pytest.raises(AssertionError):  # before the work
+        make_volume(tmp_path / "mask.nii.gz", tmp_path / "out.nii.gz", stopped, 32, shards, VolumeConfig("CT"))
+    with pytest.warns(UserWarning, match="--volume.body-image"):
+        assert not make(None)
     assert make(tmp_path / "image.nii.gz")
     assert set(np.unique(seen[0])) == {0, LIVER}
     assert (seen[1] == BODY).sum() == pytest.approx(4 * (20 * 16 - 16), rel=0.1)
