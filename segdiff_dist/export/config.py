@@ -33,6 +33,9 @@ class ExportConfig:
     file_ending: Result[Literal[".nii.gz", ".png", ".mha", ".nrrd"]] = ".nii.gz"
     """nnunet and nifti: the kind of files. PNG (nnunet alone) holds neither spacing nor stored values; MetaImage and
     NRRD need the extra `formats`."""
+    merge_with: Annotated[Result[Path | None], tyro.conf.arg(aliases=["--merge-with"])] = None
+    """nnunet: a raw data set of nnU-Net with real cases, which are put beside the synthetic ones. Only real cases are
+    validated on."""
     body_label: Result[bool] = False
     """nnunet: keep the class `body`, for nnU-Net to learn. Otherwise it becomes background, as in experts' masks."""
     split: Result[Split | None] = None
@@ -63,7 +66,10 @@ class ExportConfig:
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        return range_problems(self, "config", "export.")
+        found = range_problems(self, "config", "export.")
+        if self.merge_with is not None and self.format != "nnunet":
+            found.append(Problem("config", "export.merge_with", f"with --format {self.format}", "give --format nnunet"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,20 @@ class VolumeConfig:
     `body`) is found in it, as `prepare` finds it. null: the mask is used as it is."""
     probe_slices: Result[Literal[0] | Annotated[int, Ge(2)]] = 8
     """How many neighbouring slices are also made with the other noise, to measure the effect of sharing. 0: none."""
+    format: Annotated[Result[Literal["auto", "nnunet"]], tyro.conf.arg(aliases=["--format"])] = "auto"
+    """auto: a volume, in the format of OUT's ending. nnunet: OUT is a raw data set of nnU-Net v2, with a 3-D case for
+    each mask; MASK, and body_image too, may be folders."""
+    file_ending: Result[Literal[".nii.gz", ".mha", ".nrrd"]] = ".nii.gz"
+    """nnunet: the kind of files."""
+    merge_with: Annotated[Result[Path | None], tyro.conf.arg(aliases=["--merge-with"])] = None
+    """nnunet: a raw data set with real cases, which are put beside the synthetic ones. Only real cases are validated
+    on."""
+    body_label: Result[bool] = False
+    """nnunet: keep the class `body`, for nnU-Net to learn."""
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        return range_problems(self, "config", "volume.")
+        found = range_problems(self, "config", "volume.")
+        if self.merge_with is not None and self.format != "nnunet":
+            found.append(Problem("config", "volume.merge_with", "without a data set", "give --format nnunet"))
+        return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.ingest.dataset_json import DATASET_FILE
 from data_shards.ingest.intensity import restore
 from data_shards.ingest.itk_files import is_itk, write
 from data_shards.ingest.layouts.nnunet import SPLITS_FILE
@@ -24,6 +25,7 @@ from segdiff_dist.export.config import ExportConfig
 
 if TYPE_CHECKING:
     from data_shards.records import SliceMeta
+    from segdiff_dist.export.merge import Merge
     from segdiff_dist.export.samples import FinishedSamples, Sample
 
 # The number that nnU-Net makes itself.
@@ -52,29 +54,43 @@ def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
 
 def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:
     """The reasons why the samples cannot be one nnU-Net data set called `out`."""
-    problems = []
-    if not _NNUNET_NAME.fullmatch(out.name):
-        remedy = "name it as nnU-Net does: Dataset, three digits, an underscore and a name, as in Dataset701_Synthetic"
-        problems.append(Problem(str(out), "output folder", out.name, remedy))
+    problems = name_problems(out)
     if len(samples.modalities) > 1:
         remedy = "an nnU-Net channel is one modality: give --export.modality CT or MR, and make two data sets"
         problems.append(Problem(str(samples.store.path), "modalities", " and ".join(samples.modalities), remedy))
     return problems
 
 
+def name_problems(out: Path) -> list[Problem]:
+    """Whether `out` has a name as nnU-Net requires it."""
+    if _NNUNET_NAME.fullmatch(out.name):
+        return []
+    remedy = "name it as nnU-Net does: Dataset, three digits, an underscore and a name, as in Dataset701_Synthetic"
+    return [Problem(str(out), "output folder", out.name, remedy)]
+
+
 def write_nnunet(
-    out: Path, name: str, samples: FinishedSamples, iterated: Iterable[Sample], config: ExportConfig
+    out: Path,
+    name: str,
+    samples: FinishedSamples,
+    iterated: Iterable[Sample],
+    config: ExportConfig,
+    merge: Merge | None = None,
 ) -> None:
     """A raw data set of nnU-Net v2 (documentation/dataset_format.md): imagesTr, labelsTr, dataset.json, and its folds,
     in each of which a patient's images are all for training or all for validation.
 
     Images are two-dimensional: NIfTI of stored values with the slice's spacing and, of axial slices, its place; or PNG
-    of grey values. nnU-Net's labels must be consecutive, so unused ids are removed. `name`: of the data set.
+    of grey values. nnU-Net's labels must be consecutive, so unused ids are removed. `name`: of the data set. `merge`:
+    real cases beside them, whose ids and folds are taken.
     """
     new_id_K, names = nnunet_labels(samples.label_table, keep_body=config.body_label)
     ending = config.file_ending
     for folder in ("imagesTr", "labelsTr"):
         (out / folder).mkdir()
+    if merge is not None:
+        new_id_K = merge.ids
+        merge.link(out)
     for sample in iterated:
         record = sample.record
         image, mask = out / "imagesTr" / f"{sample.name}_0000{ending}", out / "labelsTr" / f"{sample.name}{ending}"
@@ -87,18 +103,31 @@ def write_nnunet(
             affine = flat_affine(meta, sample.knows_place)
             _save_placed(image, record.image_HW.T, affine, (meta.intensity_scale, meta.intensity_offset))
             _save_placed(mask, mask_HW.T, affine)
-    description: dict[str, Any] = {
-        "channel_names": {"0": samples.modalities[0]},
+    # NibabelIO reads only three dimensions.
+    reader = "NaturalImage2DIO" if ending == ".png" else "SimpleITKIO"
+    if merge is not None:
+        write_description(out, merge.description(name, reader), merge.folds())
+        return
+    description = nnunet_description(name, samples.modalities[0], names, len(samples), ending)
+    write_description(out, description | {"overwrite_image_reader_writer": reader}, nnunet_folds(samples.items))
+
+
+def nnunet_description(name: str, channel: str, names: Sequence[str], num_cases: int, ending: str) -> dict[str, Any]:
+    """dataset.json of synthetic cases alone, without its reader."""
+    return {
+        "channel_names": {"0": channel},
         "labels": {organ: index for index, organ in enumerate(names)},
-        "numTraining": len(samples),
+        "numTraining": num_cases,
         "file_ending": ending,
-        # NibabelIO reads only three dimensions.
-        "overwrite_image_reader_writer": "NaturalImage2DIO" if ending == ".png" else "SimpleITKIO",
         "name": name,
         "description": "synthetic images by segmentation-guided diffusion; not for diagnosis",
     }
-    (out / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
-    if folds := nnunet_folds(samples.items):
+
+
+def write_description(out: Path, description: dict[str, Any], folds: list[dict[str, list[str]]]) -> None:
+    """dataset.json, and splits_final.json if there are folds."""
+    (out / DATASET_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    if folds:
         (out / SPLITS_FILE).write_text(json.dumps(folds, indent=2) + "\n")
 
 

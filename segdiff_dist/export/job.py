@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from segdiff_dist.sampling.store import SampleStore
 if TYPE_CHECKING:
     from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.sampler_config import SamplerConfig
+    from segdiff_dist.export.merge import Merge
 
 # Besides its pixels a file takes whole blocks, a directory entry and a header.
 _BYTES_PER_FILE = 8192
@@ -55,6 +56,12 @@ class SamplesExport:
     borrows: bool
     num_bytes: int
     """Upper bound, without compression."""
+    merge: Merge | None = None
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What a person has to know of the result."""
+        return () if self.merge is None else self.merge.lines(self.out)
 
     def write(self) -> int:
         """Write the folder, under the lock of `at_work`; returns the number of images."""
@@ -63,7 +70,7 @@ class SamplesExport:
         if self.borrows:
             warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
         with saying_when_full(out), new_folder(out) as unfinished:
-            _write(unfinished, out.name, self.samples, self.config)
+            _write(unfinished, out.name, self.samples, self.config, self.merge)
         return len(self.samples)
 
 
@@ -85,8 +92,27 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
     needed = len(samples) * 2 * (samples.size**2 + _BYTES_PER_FILE)
     if config.format == "dicom":  # 16 bits a pixel, and a bit for each segment of the mask
         needed *= 3
+    merge = None
+    if config.merge_with is not None and not problems:
+        merge = _merge(samples, config)
+        samples = replace(samples, without=merge.left_out)
+        needed += merge.num_bytes(out)
     refuse([*problems, *room_problems(out, needed)])
-    return SamplesExport(samples, out, config, borrows, needed)
+    return SamplesExport(samples, out, config, borrows, needed, merge)
+
+
+def _merge(samples: FinishedSamples, config: ExportConfig) -> Merge:
+    from segdiff_dist.export.merge import Merge
+
+    assert config.merge_with is not None
+    return Merge.of(
+        config.merge_with,
+        (samples.modalities[0], config.file_ending, 2),
+        samples.label_table,
+        {item["name"]: item["case_id"] for item in samples.items},
+        keep_body=config.body_label,
+        shards=samples.shards,
+    )
 
 
 def export_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
@@ -105,6 +131,7 @@ class ModelExport:
     diffusion: DiffusionConfig
     sampler: SamplerConfig
     num_bytes: int
+    lines: tuple[str, ...] = ()
 
     def write(self) -> None:
         """Write the folder, under the lock of `at_work`."""
@@ -151,12 +178,12 @@ def room_problems(out: Path, needed_bytes: int) -> list[Problem]:
     return [Problem(str(out), "disk space", value, "make room, or choose another disk")]
 
 
-def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConfig) -> None:
+def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConfig, merge: Merge | None) -> None:
     from tqdm import tqdm
 
     iterated: Iterable[Sample] = tqdm(samples, total=len(samples), desc="export", unit="img")
     if config.format == "nnunet":
-        write_nnunet(folder, name, samples, iterated, config)
+        write_nnunet(folder, name, samples, iterated, config, merge)
     elif config.format == "dicom":
         write_dicom_pairs(folder, samples, iterated)
     elif config.format == "shards":
@@ -164,14 +191,16 @@ def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConf
         return  # its index and table say the rest
     else:
         write_pairs(folder, iterated, config.pair_ending)
-    _write_provenance(folder, samples)
+    _write_provenance(folder, samples, merge)
 
 
-def _write_provenance(folder: Path, samples: FinishedSamples) -> None:
+def _write_provenance(folder: Path, samples: FinishedSamples, merge: Merge | None) -> None:
     """provenance.json, and items.csv: which mask each image belongs to."""
     description: dict[str, Any] = samples.provenance | {"label_table": list(samples.label_table.names)}
     if not samples.knows_places:
         description["geometry"] = "not kept of masks from a folder: spacing is written as 1 mm"
+    if merge is not None:
+        description |= merge.record()
     (folder / "provenance.json").write_text(json.dumps(description, indent=2) + "\n")
     with (folder / "items.csv").open("w", newline="") as file:
         rows = csv.writer(file)

@@ -52,10 +52,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class FinishedSamples:
-    """A complete sample store: the images of one modality, or all."""
+    """A complete sample store: the images of one modality, or all; without those of the masks of some cases."""
 
     store: SampleStore
     modality: str | None = None
+    without: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, store: SampleStore, modality: str | None) -> FinishedSamples:
@@ -96,10 +97,10 @@ class FinishedSamples:
         items = []
         for item in self.store.items.to_pylist():
             of = (item["key"], item["target_modality"])
-            item["case"] = f"{_plain(item['case_id'])}_{of[1].lower()}_{made[of]}"
+            item["case"] = f"{plain_case(item['case_id'])}_{of[1].lower()}_{made[of]}"
             item["name"] = f"{item['case']}-{item['axis']}-{item['slice_index']:04d}"
             made[of] += 1
-            if self.modality in (None, of[1]):
+            if self.modality in (None, of[1]) and item["case_id"] not in self.without:
                 items.append(item)
         return sorted(items, key=lambda i: (SPLITS.index(self._split(i)), i["case"], i["axis"], i["slice_index"]))
 
@@ -141,6 +142,11 @@ class FinishedSamples:
     def modalities(self) -> list[str]:
         """Those of the samples."""
         return sorted({item["target_modality"] for item in self.items})
+
+    @property
+    def shards(self) -> ShardSet | None:
+        """The set that the masks come from; None for masks of a folder."""
+        return self._shards
 
     @property
     def knows_places(self) -> bool:
@@ -266,7 +272,7 @@ def unknown_hu(where: object, remedy: str) -> Problem:
     return Problem(str(where), "HU", value, remedy)
 
 
-def _plain(case_id: str) -> str:
+def plain_case(case_id: str) -> str:
     """A case's name in a form that every format and a tar's header accept, without dots. A digest distinguishes names
     that would become equal."""
     plain = case_id.replace(".", "_")[:_LONGEST_CASE]

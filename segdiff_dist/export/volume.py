@@ -138,6 +138,11 @@ class VolumeJob:
     grey: GreyMap
     num_voxels: int
 
+    @property
+    def num_bytes(self) -> int:
+        """What is written: one int16 a voxel."""
+        return 2 * self.num_voxels
+
     def make(self, generate: Generate, size: int) -> VolumeReport:
         """Generate the slices and write the volume; parameters and errors as of `make_volume`."""
         return _make(self, generate, size)
@@ -153,13 +158,35 @@ def check_volume(mask_file: Path, out: Path, shards: ShardSet, config: VolumeCon
     return VolumeJob(mask_file, out, shards, config, grey, 0 if header is None else int(np.prod(header[0])))
 
 
+@dataclass(frozen=True)
+class MadeVolume:
+    """The generated values on the canonical voxels of the mask, int16 and HU for CT, and where slices reach."""
+
+    values_IJK: np.ndarray
+    shown_IJK: np.ndarray
+    labels: Volume
+    report: VolumeReport
+
+
 def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
-    mask_file, out, shards, config, grey = job.mask_file, job.out, job.shards, job.config, job.grey
-    if out.exists():  # written by another command since the check
-        refuse(volume_problems(mask_file, out, config))
+    if job.out.exists():  # written by another command since the check
+        refuse(volume_problems(job.mask_file, job.out, job.config))
+    made = generate_volume(job, generate, size)
+    with saying_when_full(job.out.parent):
+        if is_dicom(job.out):
+            table = job.shards.label_table
+            save_dicom(job.out, made.values_IJK, made.labels, job.grey, job.config, table)
+        else:
+            save_file(job.out, made.values_IJK, job.mask_file)
+    return made.report
+
+
+def generate_volume(job: VolumeJob, generate: Generate, size: int) -> MadeVolume:
+    """Everything but the writing."""
+    shards, config, grey = job.shards, job.config, job.grey
     if config.modality == "CT" and is_stretched(shards.index["preprocessing"]):
         warnings.warn(HU_BY_MEDIAN, stacklevel=2)
-    labels = _read_mask(mask_file, shards.label_table)
+    labels = _read_mask(job.mask_file, shards.label_table)
     slices = _cut(labels, shards, config)
     first = (shards.size - size) // 2
     place, shape = Place.of(labels, slices, first), labels.voxels_IJK.shape
@@ -173,12 +200,7 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
         warnings.warn(_NO_BODY, stacklevel=2)
     image_SHW = generate(mask_SHW, indices, config.noise == "shared")
     grey_IJK, shown_IJK = place.back(dict(zip(needed, image_SHW, strict=True)), shape)
-    with saying_when_full(out.parent):
-        values_IJK = np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16)
-        if is_dicom(out):
-            save_dicom(out, values_IJK, labels, grey, config, shards.label_table)
-        else:
-            save_file(out, values_IJK, mask_file)
+    values_IJK = np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16)
     labelled_IJK = labels.voxels_IJK > 0
     outside = 1.0 - float(shown_IJK[labelled_IJK].mean()) if labelled_IJK.any() else 0.0
     probe = _probe(mask_SHW, config.probe_slices)
@@ -193,7 +215,8 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
         real, real_gap = real_difference(shards, config.modality, config.axis, gap, size)
     spacing_mm = shards.index["preprocessing"].get("spacing_mm", PrepareConfig.spacing_mm)
     gap_mm = (gap * spacing_mm, real_gap * spacing_mm)
-    return VolumeReport(len(needed), outside, has_body, difference, other, real, gap_mm)
+    report = VolumeReport(len(needed), outside, has_body, difference, other, real, gap_mm)
+    return MadeVolume(values_IJK, shown_IJK, labels, report)
 
 
 def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int) -> Generate:

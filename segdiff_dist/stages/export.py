@@ -72,4 +72,4 @@ class ExportPlan(Plan):
         num_images, out = self.job.write(), self.stage.exported
         made = "a diffusers pipeline" if num_images is None else f"{num_images:,} images"
         is_set = self.stage.export.format == "shards"
-        return Result((f"{made} in {out}",), next_command=command("inspect", out) if is_set else None)
+        return Result((f"{made} in {out}", *self.job.lines), next_command=command("inspect", out) if is_set else None)

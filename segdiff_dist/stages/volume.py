@@ -19,6 +19,7 @@ from segdiff_dist.stages.configured import ConfiguredStage, weights_name
 
 if TYPE_CHECKING:
     from segdiff_dist.export.volume import VolumeJob, VolumeReport
+    from segdiff_dist.export.volume_set import VolumeSetJob
     from segdiff_dist.pipeline import SegGuidedPipeline
     from segdiff_dist.tracking.tracker import Tracker
 
@@ -29,14 +30,15 @@ class Volume(ConfiguredStage):
 
     essential: ClassVar = (
         *("--run", "--data", "--modality", "--axis", "--volume.noise", "--volume.body-image"),
+        *("--volume.format", "--volume.merge-with"),
         *("--sample.weights", "--sample.seed", "--sample.sampler.preset", "--sample.device"),
     )
 
     mask_volume: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")] = None
     """A volume (NIfTI, .mha or .nrrd) of label ids of the model's table."""
     exported: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
-    """The new file: .nii.gz, .nii, .mha or .nrrd. Without an ending: a new folder with a DICOM series and
-    a SEG of the mask (extra `dicom`)."""
+    """The new file: .nii.gz, .nii, .mha or .nrrd. Without an ending: a new folder with a DICOM series and a SEG of the
+    mask (extra `dicom`), or, with `--format nnunet`, a raw data set of nnU-Net."""
     run: Path | None = None
     """The run folder whose weights are used."""
     data: str | None = None
@@ -47,20 +49,22 @@ class Volume(ConfiguredStage):
     def check(self) -> VolumePlan:
         """Opens set and weights; reads the header of the mask."""
         from segdiff_dist.export.volume import check_volume
+        from segdiff_dist.export.volume_set import check_volume_set
         from segdiff_dist.pipeline import SegGuidedPipeline
         from segdiff_dist.ranks.precision import settled
 
         experiment, config = self.experiment, self.volume
         mask, out = collect(lambda: self.path("mask_volume"), lambda: self.path("exported"))
         run, shards = self.open_run_and_data()
-        job = check_volume(mask, out, shards, config)
+        check = check_volume_set if config.format == "nnunet" else check_volume
+        job = check(mask, out, shards, config)
         weights = run / "weights" / weights_name(experiment, self.sample.weights)
         device = self.sample.device
         precision = settled(self.sample.precision, pick_device(device, "sample.device"))
         pipeline = SegGuidedPipeline.from_weights(
             weights, experiment.diffusion, self.sample.sampler, device=device, precision=precision
         )
-        return VolumePlan(self, job, pipeline, pipeline.size_with(shards))
+        return VolumePlan(self, job, pipeline, pipeline.size_with(shards), weights)
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,14 @@ class VolumePlan(Plan):
     """A mask, and a model that knows its labels."""
 
     stage: Volume
-    job: VolumeJob
+    job: VolumeJob | VolumeSetJob
     pipeline: SegGuidedPipeline
     size: int
+    weights: Path
 
     def cost(self) -> Cost:
-        """One int16 a voxel."""
-        return Cost(num_bytes=2 * self.job.num_voxels, notes=("disk: before compression",))
+        """Counted without compression."""
+        return Cost(num_bytes=self.job.num_bytes, notes=("disk: before compression",))
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the new file."""
@@ -82,25 +87,43 @@ class VolumePlan(Plan):
 
     def run(self, tracker: Tracker) -> Result:
         """Generate the slices and put them back onto the mask's voxels."""
+        from segdiff_dist.export.volume import VolumeJob, slice_generator
+
+        stage, job = self.stage, self.job
+        if not isinstance(job, VolumeJob):
+            return self._run_set(job)
+        report = job.make(slice_generator(self.pipeline, stage.volume, stage.sample.seed), self.size)
+        return Result(tuple(_lines(str(stage.exported), report, stage.volume)), value=report)
+
+    def _run_set(self, job: VolumeSetJob) -> Result:
         from segdiff_dist.export.volume import slice_generator
+        from segdiff_dist.sampling.weights import weights_digest
 
         stage = self.stage
-        report = self.job.make(slice_generator(self.pipeline, stage.volume, stage.sample.seed), self.size)
-        return Result(tuple(_lines(report, stage)), value=report)
+        first = stage.sample.seed
+        provenance = {
+            "made_by": "segdiff volume",
+            "weights_digest": weights_digest(self.weights),
+            "seed": first,
+            "noise": stage.volume.noise,
+        }
+        reports = job.make(lambda n: slice_generator(self.pipeline, stage.volume, first + n), self.size, provenance)
+        lines = [line for name, report in reports.items() for line in _lines(name, report, stage.volume)]
+        merged = () if job.merge is None else job.merge.lines(job.out)
+        return Result((*lines, f"{len(reports):,} volumes in {job.out}", *merged), value=reports)
 
 
-def _lines(report: VolumeReport, stage: Volume) -> list[str]:
-    config = stage.volume
-    found = [f"{stage.exported}: {report.num_slices:,} {config.axis} slices of {config.modality}"]
+def _lines(name: str, report: VolumeReport, config: VolumeConfig) -> list[str]:
+    found = [f"{name}: {report.num_slices:,} {config.axis} slices of {config.modality}"]
     if report.outside > 0:
         found.append(f"warning: {report.outside:.1%} of the labelled voxels are outside of the model's slices")
     other = "independent" if config.noise == "shared" else "shared"
     painted_mm, real_mm = report.gap_mm
-    for name, value in (
+    for what, value in (
         (f"{config.noise} noise, {painted_mm:g} mm apart", report.difference),
         (f"{other} noise, {painted_mm:g} mm apart", report.difference_other),
         (f"real slices, {real_mm:g} mm apart", report.difference_real),
     ):
         if value is not None:
-            found.append(f"mean difference between neighbouring slices, {name}: {value:.2f} grey values")
+            found.append(f"mean difference between neighbouring slices, {what}: {value:.2f} grey values")
     return found

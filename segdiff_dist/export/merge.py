@@ -1,0 +1,233 @@
+"""Synthetic cases beside the real ones of an nnU-Net data set (`--merge-with`), without leakage.
+
+A synthetic case of a mask of patient P does not train a fold that validates P, nor is it in the data set at all if P is
+one of the test cases. No synthetic case is ever validated on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_shards.ingest.layouts.base import patient_of
+from data_shards.ingest.volume_files import stem
+from data_shards.labels import LabelTable
+from data_shards.problems import Problem, refuse
+from segdiff_dist.export.files import nnunet_folds
+from segdiff_dist.export.real_set import FOLDERS, RealSet
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
+
+# The name of a case's own export: segdiff_dist.export.samples.
+_OWN_NAME = re.compile(r"(.+)_[a-z0-9]+_[0-9]+-(?:volume|(?:axial|coronal|sagittal)-[0-9]{4,})")
+
+
+@dataclass(frozen=True)
+class Patients:
+    """Who a case is of, by the set that masks or model come from: `patient` of its `source`, else the pattern that it
+    was prepared with, else the case itself."""
+
+    shards: ShardSet | None
+
+    def of(self, case_id: str) -> str:
+        """The patient of a case of the set, or of a file named after it."""
+        case_id = case_id.rsplit("/", 1)[-1]
+        case_id = stem(case_id) or case_id
+        if case_id not in self._source and (own := _OWN_NAME.fullmatch(case_id)):
+            case_id = own[1]
+        stated = self._source.get(case_id, {}).get("patient")
+        return str(stated or patient_of(case_id, self._pattern) or case_id)
+
+    def of_real(self, real: RealSet) -> dict[str, str]:
+        """The patient of each case of a data set: that of the set's case of this name, or of the same image file."""
+        found = {}
+        for case in (*real.cases, *real.tests):
+            known = case if case in self._source else self._same_file(real.image(case))
+            found[case] = self.of(known or case)
+        return found
+
+    @cached_property
+    def trained_on(self) -> frozenset[str] | None:
+        """The patients of the set's training split, which the model has seen; None if the set is not there."""
+        if self.shards is None:
+            return None
+        rows = self.shards.select(split="train", labelled_only=False)
+        return frozenset(map(self.of, self.shards.samples["case_id"].take(rows).unique().to_pylist()))
+
+    @cached_property
+    def _source(self) -> dict[str, Any]:
+        members = () if self.shards is None else self.shards.members
+        return {case: one for member in members for case, one in member.index.get("source", {}).items()}
+
+    @cached_property
+    def _pattern(self) -> str | None:
+        return None if self.shards is None else self.shards.index["preprocessing"].get("patient")
+
+    @cached_property
+    def _case_of_file(self) -> dict[str, str]:
+        if self.shards is None:
+            return {}
+        columns = (self.shards.samples[name].to_pylist() for name in ("source_sha256", "case_id"))
+        return dict(zip(*columns, strict=True))
+
+    def _same_file(self, file: Path) -> str | None:
+        """The case whose image the file is, by size and sha256."""
+        sizes = {one["image"][1] for one in self._source.values() if one.get("image")}
+        if file.stat().st_size not in sizes:
+            return None
+        with file.open("rb") as stream:
+            return self._case_of_file.get(hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Real and synthetic cases of one data set. ids: uint8 [256] from the model's label ids to the data set's. entries:
+    the case of its mask for each synthetic case. left_out: cases of masks whose patients are test cases. of_real: the
+    patient of each real case."""
+
+    real: RealSet
+    ids: np.ndarray
+    entries: Mapping[str, str]
+    left_out: frozenset[str]
+    of_real: Mapping[str, str]
+    patients: Patients
+
+    @classmethod
+    def of(
+        cls, root: Path, kind: tuple[str, str, int], table: LabelTable, entries: Mapping[str, str], **how: Any
+    ) -> Merge:
+        """Checked; raises InputProblems. `kind`: modality, ending and dimensions of the synthetic images. `how`:
+        keep_body, and the `shards` that the masks come from."""
+        real, patients = RealSet.read(root), Patients(how["shards"])
+        ids, problems = real.ids_of(table, keep_body=how["keep_body"])
+        problems += real.unlike(*kind)
+        of_real = patients.of_real(real)
+        tested = {of_real[case] for case in real.tests}
+        left_out = frozenset(case for case in entries.values() if patients.of(case) in tested)
+        kept = {name: case for name, case in entries.items() if case not in left_out}
+        merge = cls(real, ids, kept, left_out, of_real, patients)
+        refuse([*problems, *merge._problems()])
+        merge._warn(len(entries))
+        return merge
+
+    def folds(self) -> list[dict[str, list[str]]]:
+        """Those of the real cases; a synthetic case trains where its mask's patient is not validated."""
+        of_real = self.of_real
+        folds = self.real.folds or nnunet_folds([{"name": c, "case_id": of_real[c]} for c in self.real.cases])
+        made = []
+        for fold in folds:
+            validated = {of_real[case] for case in fold["val"]}
+            added = [name for name, case in self.entries.items() if self.patients.of(case) not in validated]
+            made.append({"train": sorted([*fold["train"], *added]), "val": sorted(fold["val"])})
+        return made
+
+    def link(self, folder: Path) -> None:
+        """Every real file under its own name: hard links, or copies where the disk is another one."""
+        for name in FOLDERS:
+            files = sorted((self.real.root / name).iterdir()) if (self.real.root / name).is_dir() else []
+            if files:
+                (folder / name).mkdir(exist_ok=True)
+            for file in files:
+                if file.is_file() and not file.name.startswith("."):
+                    _link(file, folder / name / file.name)
+
+    def description(self, name: str, reader: str | None) -> dict[str, Any]:
+        """dataset.json: the real one's channels and labels; `reader` as theirs if it is None."""
+        about = "real cases, and synthetic images by segmentation-guided diffusion; not for diagnosis"
+        content = self.real.content | {"numTraining": len(self.real.cases) + len(self.entries)}
+        content |= {"name": name, "description": about}
+        return content | ({} if reader is None else {"overwrite_image_reader_writer": reader})
+
+    def record(self) -> dict[str, Any]:
+        """For provenance.json: which cases are synthetic, and what each fold's numbers rest on."""
+        seen = self.patients.trained_on
+        folds = [
+            {
+                "real": len(set(fold["train"]) - self.entries.keys()),
+                "synthetic": len(set(fold["train"]) & self.entries.keys()),
+                "synthetic_left_out": len(self.entries) - len(set(fold["train"]) & self.entries.keys()),
+                "val": len(fold["val"]),
+                "val_seen_by_model": None if seen is None else sum(self.of_real[case] in seen for case in fold["val"]),
+            }
+            for fold in self.folds()
+        ]
+        return {
+            "merged_with": self.real.root.name,
+            "real_cases": len(self.real.cases),
+            "synthetic_cases": sorted(self.entries),
+            "left_out_as_of_test_patients": sorted(self.left_out),
+            "folds": folds,
+        }
+
+    def lines(self, out: Path) -> tuple[str, ...]:
+        """What a person has to know."""
+        record = self.record()
+        found = [f"with {len(self.real.cases):,} real cases of {self.real.root}; labels are its own"]
+        for number, fold in enumerate(record["folds"]):
+            text = f"fold {number}: {fold['real']} real and {fold['synthetic']} synthetic cases for training"
+            text += f" ({fold['synthetic_left_out']} synthetic left out), {fold['val']} real for validation"
+            if fold["val_seen_by_model"]:
+                text += f"; the diffusion model was trained on the patients of {fold['val_seen_by_model']} of these"
+            found.append(text)
+        target = f"nnUNet_preprocessed/{out.name}/"
+        return (*found, f"before training copy splits_final.json to {target}: else nnU-Net validates synthetic cases")
+
+    def num_bytes(self, out: Path) -> int:
+        """What the real files take, where they have to be copied."""
+        there = next(folder for folder in out.absolute().parents if folder.is_dir())
+        if there.stat().st_dev == self.real.root.stat().st_dev:
+            return 0
+        files = (file for name in FOLDERS for file in (self.real.root / name).glob("*"))
+        return sum(file.stat().st_size for file in files)
+
+    def _problems(self) -> list[Problem]:
+        where = str(self.real.root)
+        problems: list[Problem] = []
+        if not self.entries:
+            remedy = "make images of the masks of training patients: segdiff sample --split train"
+            problems.append(Problem(where, "imagesTs", "has the patients of all masks", remedy))
+        if same := sorted(self.entries.keys() & {*self.real.cases, *self.real.tests}):
+            problems.append(Problem(where, f"case {same[0]}", "is the name of a synthetic case too", "rename it"))
+        if len({self.of_real[case] for case in self.real.cases}) < 2 and not self.real.folds:
+            remedy = "without folds nnU-Net would validate synthetic cases: give cases of two patients or more"
+            problems.append(Problem(where, "patients", "one alone", remedy))
+        return problems
+
+    def _warn(self, num_entries: int) -> None:
+        of_real = self.of_real
+        known = set(of_real.values())
+        strangers = [name for name, case in self.entries.items() if self.patients.of(case) not in known]
+        if strangers:
+            text = (
+                f"{len(strangers)} of {num_entries} synthetic cases ({strangers[0]}) are of masks of patients that are "
+                f"not in {self.real.root} by case id or image file: they train every fold. If these patients are there "
+                "under other names, a fold validates what it was trained on"
+            )
+            warnings.warn(text, stacklevel=3)
+        if self.left_out:
+            text = (
+                f"images of {len(self.left_out)} masks are left out: {self.real.root} has their patients as test cases"
+            )
+            warnings.warn(text, stacklevel=3)
+        for number, fold in enumerate(self.real.folds):
+            if both := {of_real[c] for c in fold["train"]} & {of_real[c] for c in fold["val"]}:
+                text = f"{self.real.root}: fold {number} of splits_final.json trains and validates {sorted(both)[0]}"
+                warnings.warn(text, stacklevel=3)
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file.resolve(), to)
+    except OSError:
+        shutil.copyfile(file, to)
