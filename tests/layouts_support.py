@@ -13,7 +13,8 @@ import numpy as np
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.prepare import PrepareConfig, check
-from data_shards.records import SliceRecord
+from data_shards.records import SPLITS, SliceRecord
+from data_shards.store.shard_writer import ShardWriter
 
 CONFIG = PrepareConfig(size=32, spacing_mm=4.0, axes=("axial", "sagittal"), num_workers=1)
 # Case, split, where its liver is.
@@ -155,3 +156,16 @@ def slices(root: Path, **settings: Any) -> list[SliceRecord]:
     cases = sorted(preparation.cases, key=lambda case: (case.split, case.case_id))
     labelling = preparation.survey.labelling
     return [record for case in cases for record in slices_of(case, config, None, [], labelling)]
+
+
+def write_set(root: Path, out: Path, **settings: Any) -> Path:
+    """The shard set that `prepare` would make of a folder, without Ray."""
+    config = PrepareConfig(**{**vars(CONFIG), **settings})
+    preparation = check(root, out, config)
+    labelling, writer = preparation.survey.labelling, ShardWriter(out, config.format)
+    for case in sorted(preparation.cases, key=lambda case: (SPLITS.index(case.split), case.case_id)):
+        for record in slices_of(case, config, None, [], labelling):
+            writer.write(record)
+    table = {"name": labelling.table.name, "names": list(labelling.table.names)}
+    writer.finish({**preparation.header, "label_table": table})
+    return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.labels import AMOS
+from data_shards.labels import AMOS, LabelTable
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
@@ -29,7 +29,12 @@ QUICK: dict[str, Any] = {
 
 
 def write_weights(
-    run: Path, seed: int = 0, soft_masks: bool = False, average: str = "ema", **trained_with: Any
+    run: Path,
+    seed: int = 0,
+    soft_masks: bool = False,
+    average: str = "ema",
+    table: LabelTable = AMOS,
+    **trained_with: Any,
 ) -> Path:
     """An untrained denoiser: its images mean nothing, but are the same every time."""
     import torch
@@ -45,7 +50,7 @@ def write_weights(
         attention_resolutions=(16,),
         soft_masks=soft_masks,
     )
-    model = Denoiser(config, AMOS, 32)
+    model = Denoiser(config, table, 32)
     process = DiffusionConfig() if "objective" in trained_with else DIFFUSION
     training = {"diffusion": asdict(replace(process, **trained_with))} if trained_with else None
     model.save(run / "weights" / average, model.state_dict(), training)
