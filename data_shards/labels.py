@@ -7,11 +7,16 @@ with AMOS' organs over them; its prostate is `prostate_uterus`, as AMOS' class i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 BACKGROUND = "background"
 BODY = "body"
 UNUSED = "unused"
+
+_COLOUR = re.compile(r"[0-9a-f]{6}")
 
 # Ids and names of AMOS 2022 (Ji et al. 2022, dataset.json), misspelt names put right.
 _AMOS_ORGANS = (
@@ -59,16 +64,36 @@ def shown_name(name: str, most: int = 40) -> str:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Names by id. Id 0 is background; `body`, if present, is the rest of the patient; `unused` is not a class."""
+    """Names by id. Id 0 is background; `body`, if present, is the rest of the patient; `unused` is not a class.
+
+    colours: RGB of each class in hexadecimal for pictures, None for a class that gets one of ours. They are no part of
+    the table's identity."""
 
     name: str
     names: tuple[str, ...]
+    colours: tuple[str | None, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.names or self.names[0] != BACKGROUND or len(set(self.names)) != len(self.names):
             raise ValueError(f"label table {self.name!r}: names must be unique and start with {BACKGROUND!r}")
         if len(self.names) > 256:
             raise ValueError(f"label table {self.name!r}: {len(self.names)} ids do not fit into uint8")
+        colours = self.colours if self.colours is not None else (None,) * len(self.names)
+        if len(colours) != len(self.names) or not all(one is None or _COLOUR.fullmatch(one) for one in colours):
+            raise ValueError(f"label table {self.name!r}: colours must be one for each name, as b5533c, or null")
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> LabelTable:
+        """The table that `described` gives. Raises KeyError, TypeError, ValueError."""
+        colours = described.get("colours")
+        names = tuple(map(str, described["names"]))
+        return cls(str(described["name"]), names, None if colours is None else tuple(colours))
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For JSON. Colours are there only if there are any."""
+        colours = {} if self.colours is None else {"colours": list(self.colours)}
+        return {"name": self.name, "names": list(self.names)} | colours
 
     @property
     def num_classes(self) -> int:

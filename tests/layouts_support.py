@@ -166,6 +166,5 @@ def write_set(root: Path, out: Path, **settings: Any) -> Path:
     for case in sorted(preparation.cases, key=lambda case: (SPLITS.index(case.split), case.case_id)):
         for record in slices_of(case, config, None, [], labelling):
             writer.write(record)
-    table = {"name": labelling.table.name, "names": list(labelling.table.names)}
-    writer.finish({**preparation.header, "label_table": table})
+    writer.finish({**preparation.header, "label_table": labelling.table.described})
     return out

@@ -5,6 +5,7 @@ An own table is a YAML file:
     name: abdomen
     names: [liver, tumour]                        # the classes in their order; background and body are added
     label_map: {lesion: tumour, 7: background}    # a class of the data, by its name or its number, to one of the table
+    colours: {tumour: '#e5383b'}                  # of classes on pictures; others get colours of ours
 
 `names` may also give the ids in the label files, as {1: liver, 4: tumour}, if the data do not name them.
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ _LONGEST_NAME = 100
 _LARGEST_ID = 2**31
 # Characters of a digest, enough to distinguish one user's tables.
 _DIGITS = 6
+_COLOUR = re.compile("#?([0-9a-fA-F]{6})")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Labelling:
         found: dict[str, Any] = {}
         if self.is_own:
             found = {"label_set": self.table.name, "label_names": list(self.table.names)}
+            if self.table.colours is not None:
+                found["label_colours"] = list(self.table.colours)
         if self.ids is not None:
             found["label_ids"] = [[stored, new] for stored, new in sorted(self.ids.items())]
         return found
@@ -140,14 +145,15 @@ def _with_table(own: _Table, names: dict[int, str] | None, where: str) -> tuple[
 def _read_table(file: Path) -> _Table:
     values = parse_yaml(read_bytes(file, _REMEDY, _MOST_BYTES), file, _REMEDY)
     with reading(file, "a label table", _REMEDY):
-        if strange := sorted(map(str, values.keys() - {"name", "names", "label_map"})):
+        if strange := sorted(map(str, values.keys() - {"name", "names", "label_map", "colours"})):
             raise problem(file, strange[0], "not a key of a label table", _REMEDY)
         names, label_map = values["names"], values.get("label_map") or {}
         stored = {int(key): str(name) for key, name in names.items()} if isinstance(names, dict) else {}
         classes = [name for _, name in sorted(stored.items())] if stored else list(map(str, names))
         table = _table_of(str(values["name"]), [name for name in classes if name != BACKGROUND], str(file))
         meant = {_key(key): str(name) for key, name in label_map.items()}
-    wrong = [
+        colours, wrong = _colours(values.get("colours") or {}, table, file)
+    wrong += [
         Problem(str(file), f"label_map.{key}", name, f"give one of {', '.join(table.names)}")
         for key, name in meant.items()
         if name not in table.names
@@ -159,7 +165,30 @@ def _read_table(file: Path) -> _Table:
         wrong.append(Problem(str(file), "names", str(beyond[0])[:40], f"ids are 0 to {_LARGEST_ID}"))
     if wrong:
         raise InputProblems(wrong)
-    return _Table(table, stored, meant)
+    return _Table(replace(table, colours=colours), stored, meant)
+
+
+def _colours(
+    given: Mapping[Any, Any], table: LabelTable, file: Path
+) -> tuple[tuple[str | None, ...] | None, list[Problem]]:
+    """The colour of each class of the table, None if the file gives none; and wrong ones."""
+    found: dict[str, str] = {}
+    problems = []
+    for name, value in given.items():
+        colour = _COLOUR.fullmatch(value.strip()) if isinstance(value, str) else None
+        if name not in table.names[1:]:
+            remedy = f"give one of {', '.join(table.names[1:])}"
+            problems.append(Problem(str(file), "colours", repr(name)[:_LONGEST_NAME], remedy))
+        elif colour is None:
+            remedy = "give six hexadecimal digits in quotation marks, as '#b5533c'"
+            problems.append(Problem(str(file), f"colours.{name}", repr(value)[:_LONGEST_NAME], remedy))
+        else:
+            found[name] = colour[1].lower()
+    twice = [name for name, colour in found.items() if list(found.values()).count(colour) > 1]
+    if twice:
+        text = f"{file}: colours: {', '.join(twice)} look alike on every picture: give each class a colour of its own"
+        warnings.warn(text, stacklevel=2)
+    return (tuple(map(found.get, table.names)) if found else None), problems
 
 
 def _key(key: Any) -> int | str:

@@ -381,7 +381,7 @@ def _write_set(
             recognised[task.case.case_id] = list(summary.notes)
     header = {
         **header,
-        "label_table": {"name": table.name, "names": list(table.names)},
+        "label_table": table.described,
         "mask_sources": {source: masks[source] for source in MASK_SOURCES if masks[source]},
     }
     if recognised:

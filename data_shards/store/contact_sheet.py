@@ -59,19 +59,25 @@ _ORGAN_COLOURS = {
 }
 
 
-@lru_cache
 def class_colours(table: LabelTable) -> np.ndarray:
     """uint8 [num_classes, 3], read-only: one colour a class on every picture of the project; background black.
 
-    Organs without a colour in _ORGAN_COLOURS each take the colour farthest from all before it, as the eye sees it
-    (_perceived).
+    They are the table's own; else those of _ORGAN_COLOURS; all other organs each take the colour farthest from all
+    before it, as the eye sees it (_perceived).
     """
+    return _class_colours(table, table.colours)
+
+
+@lru_cache
+def _class_colours(table: LabelTable, own: tuple[str | None, ...] | None) -> np.ndarray:
     colours = np.zeros((table.num_classes, 3), dtype=np.uint8)
     if table.body_id is not None:
         colours[table.body_id] = np.array(_BODY_COLOUR, dtype=np.uint8)
-    named = [i for i in table.organ_ids if table.names[i] in _ORGAN_COLOURS]
-    for class_id in named:
-        colours[class_id] = tuple(bytes.fromhex(_ORGAN_COLOURS[table.names[class_id]]))
+    stated = dict(enumerate(own or ()))
+    given = {i: stated.get(i) or _ORGAN_COLOURS.get(name) for i, name in enumerate(table.names)}
+    named = [i for i in table.organ_ids if given[i]]
+    for class_id in (i for i, colour in given.items() if colour):
+        colours[class_id] = tuple(bytes.fromhex(str(given[class_id])))
     levels = np.linspace(0, 255, 11)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     seen = _perceived(candidates)
@@ -137,7 +143,8 @@ def overlay(image_HW: np.ndarray, mask_HW: np.ndarray, table: LabelTable) -> np.
     inside = np.pad(mask_HW > 0, 1)
     core = inside[1:-1, :-2] & inside[1:-1, 2:] & inside[:-2, 1:-1] & inside[2:, 1:-1]
     outline = (inside[1:-1, 1:-1] & ~core)[:, :, None] & ~is_organ
-    return np.where(outline, np.array(_BODY_COLOUR, dtype=np.float32), tinted).astype(np.uint8)
+    drawn = _BODY_COLOUR if table.body_id is None else class_colours(table)[table.body_id]
+    return np.where(outline, np.array(drawn, dtype=np.float32), tinted).astype(np.uint8)
 
 
 def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:

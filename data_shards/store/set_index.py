@@ -85,7 +85,7 @@ def parse_index(content: bytes, where: object) -> dict[str, Any]:
         raise problem(where, "format_version", version, f"this version reads {FORMAT_VERSION}: prepare the set again")
     checked(index, _Index, where, "a shard set's index", _PREPARE_AGAIN)
     with reading(where, "a shard set's index", _PREPARE_AGAIN):
-        LabelTable(index["label_table"]["name"], tuple(index["label_table"]["names"]))
+        LabelTable.of(index["label_table"])
     refuse(
         Problem(str(where), "file", shown(repr(entry["file"])), "the path leads out of the set: do not use this set")
         for entry in (*index["shards"], index["samples"], *index["metadata"])
@@ -184,6 +184,7 @@ class _Shard(_File):
 class _LabelTable(TypedDict):
     name: _Name
     names: Annotated[list[_Name], Field(min_length=1, max_length=256)]
+    colours: NotRequired[list[str | None] | None]
 
 
 class _Preprocessing(TypedDict):

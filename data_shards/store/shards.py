@@ -155,7 +155,7 @@ class ShardSet:
     @cached_property
     def label_table(self) -> LabelTable:
         """Names by label id."""
-        return LabelTable(self.index["label_table"]["name"], tuple(self.index["label_table"]["names"]))
+        return LabelTable.of(self.index["label_table"])
 
     @property
     def size(self) -> int:
@@ -386,6 +386,8 @@ def _differences(members: Sequence[Member]) -> Iterator[Problem]:
         index = member.index
         if name in ("size", "bits"):
             return index["preprocessing"].get(name, 8)
+        if name == "label_table":  # colours may differ
+            return {key: index[name][key] for key in ("name", "names")}
         return sorted({part for e in index["shards"] for part in e["parts"]}) if name == "parts" else index[name]
 
     for member in members[1:]:

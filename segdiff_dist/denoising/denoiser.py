@@ -169,7 +169,11 @@ class Denoiser(nn.Module):
             if rest:
                 save_file(rest, unfinished / "mask_encoder.safetensors")
             description = dict(training or {})
-            description |= {"denoiser": asdict(self.config), "label_table": asdict(self.label_table), "size": self.size}
+            description |= {
+                "denoiser": asdict(self.config),
+                "label_table": self.label_table.described,
+                "size": self.size,
+            }
             (unfinished / "segdiff.json").write_text(json.dumps(description, indent=2) + "\n")
             write_digests(unfinished, sorted(file.name for file in unfinished.iterdir()))
 
@@ -187,7 +191,7 @@ class Denoiser(nn.Module):
         with reading(description_file, what, remedy):
             config = validate(DenoiserConfig, description["denoiser"], description_file)
             config = replace(config, attention=attention, kernels=kernels)
-            table = LabelTable(description["label_table"]["name"], tuple(description["label_table"]["names"]))
+            table = LabelTable.of(description["label_table"])
             size = int(description["size"])
             refuse(config.problems(size) + _size_problems(config, size, description_file))
         files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]

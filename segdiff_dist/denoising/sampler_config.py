@@ -162,7 +162,7 @@ def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem
     try:
         with reading(file, "a segmenter's description", "copy the folder again, or train again"):
             description = read_json(file, "copy the folder again, or train again")["label_table"]
-            found = LabelTable(description["name"], tuple(description["names"]))
+            found = LabelTable.of(description)
     except InputProblems as error:
         return list(error.problems)
     if found == table:

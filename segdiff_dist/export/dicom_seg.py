@@ -52,7 +52,7 @@ def write_seg(
         source_images=images,
         pixel_array=segment_of[mask_SHW],
         segmentation_type=SegmentationTypeValues.BINARY,
-        segment_descriptions=[_segment(number, table.names[i]) for number, i in enumerate(ids, 1)],
+        segment_descriptions=[_segment(number, i, table) for number, i in enumerate(ids, 1)],
         series_instance_uid=uid("mask series", series),
         series_number=number,
         sop_instance_uid=uid("mask", series),
@@ -72,12 +72,15 @@ def write_seg(
     seg.save_as(file, enforce_file_format=True)
 
 
-def _segment(number: int, name: str) -> SegmentDescription:
+def _segment(number: int, class_id: int, table: LabelTable) -> SegmentDescription:
+    """Of a class; with its colour, if the table gives one."""
     from highdicom import AlgorithmIdentificationSequence
+    from highdicom.color import CIELabColor
     from highdicom.seg import SegmentAlgorithmTypeValues, SegmentDescription
     from pydicom.sr.codedict import codes
 
-    name = name.replace("\\", "/")  # which separates values in DICOM
+    colour = None if table.colours is None else table.colours[class_id]
+    name = table.names[class_id].replace("\\", "/")  # which separates values in DICOM
     stem, side = _without_side(name)
     segment = SegmentDescription(
         segment_number=number,
@@ -88,6 +91,7 @@ def _segment(number: int, name: str) -> SegmentDescription:
         algorithm_identification=AlgorithmIdentificationSequence(
             "mask given to segdiff", codes.DCM.ManualProcessing, __version__
         ),
+        display_color=None if colour is None else CIELabColor.from_rgb(*bytes.fromhex(colour)),
     )
     if stem in _IN_SNOMED and side:
         kind = segment.SegmentedPropertyTypeCodeSequence[0]

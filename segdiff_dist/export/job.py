@@ -196,7 +196,10 @@ def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConf
 
 def _write_provenance(folder: Path, samples: FinishedSamples, merge: Merge | None) -> None:
     """provenance.json, and items.csv: which mask each image belongs to."""
-    description: dict[str, Any] = samples.provenance | {"label_table": list(samples.label_table.names)}
+    table = samples.label_table
+    description: dict[str, Any] = samples.provenance | {"label_table": list(table.names)}
+    if table.colours is not None:
+        description["label_colours"] = list(table.colours)
     if not samples.knows_places:
         description["geometry"] = "not kept of masks from a folder: spacing is written as 1 mm"
     if merge is not None:

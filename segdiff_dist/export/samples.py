@@ -239,8 +239,8 @@ class FinishedSamples:
 
 def _label_table(where: Path, content: Any) -> LabelTable:
     try:
-        return LabelTable(str(content["name"]), tuple(map(str, content["names"])))
-    except (KeyError, TypeError, ValueError) as error:
+        return LabelTable.of(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise problem(where, LABELS, f"cannot be used ({error})", "restore the file, or sample again") from error
 
 

@@ -45,7 +45,7 @@ def write_shard_set(
         writer.write(record)
     table = samples.label_table
     header = {
-        "label_table": {"name": table.name, "names": list(table.names)},
+        "label_table": table.described,
         "preprocessing": samples.preprocessing | {"bits": bits, "soft_edge": soft_edge},
         "synthetic": samples.provenance,
     }

@@ -210,8 +210,7 @@ def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict
 
     digest = folder_digest(config.masks, config)
     # The set may be gone when the images are exported, and its writer may have used their own table.
-    table = {"name": shards.label_table.name, "names": list(shards.label_table.names)}
-    of_the_set = {"masks_cut_like": shards.index["preprocessing"], LABELS: table}
+    of_the_set = {"masks_cut_like": shards.index["preprocessing"], LABELS: shards.label_table.described}
     return {"masks": str(config.masks.resolve()), "masks_digest": digest} | of_the_set
 
 

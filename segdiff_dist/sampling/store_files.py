@@ -85,7 +85,7 @@ def read_job(path: Path) -> dict[str, Any]:
             if name not in job:  # source of the labels: the shard set, or the weights if there was no set
                 raise ValueError(f"{name} is missing")
         if LABELS in job:
-            LabelTable(job[LABELS]["name"], tuple(job[LABELS]["names"]))
+            LabelTable.of(job[LABELS])
     except ValueError as error:
         reason = error.problems[0].value if isinstance(error, InputProblems) else str(error)
         raise problem(path / JOB, "samples", f"damaged ({shown(reason)})", remedy) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ class Segmenter:
         refuse_damaged(weights, "segmenter", remedy)
         description = read_json(weights / DESCRIPTION, remedy, "the description of a segmenter")
         with reading(weights / DESCRIPTION, "the description of a segmenter", remedy):
-            table = LabelTable(description["label_table"]["name"], tuple(description["label_table"]["names"]))
+            table = LabelTable.of(description["label_table"])
             shape = {name: description[name] for name in ("channels", "first_stride", "num_res_units", "kernel_size")}
             config = validate(SegmenterConfig, shape, weights / DESCRIPTION)
             refuse(_shape_problems(config, weights / DESCRIPTION))
@@ -105,7 +104,7 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
         "first_stride": config.first_stride,
         "num_res_units": config.num_res_units,
         "kernel_size": config.kernel_size,
-        "label_table": asdict(table),
+        "label_table": table.described,
     }
     write_atomic(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     write_digests(folder, (_WEIGHTS, DESCRIPTION))

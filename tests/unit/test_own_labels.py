@@ -8,7 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layouts_support import CONFIG, LIVER, SPLEEN, edit, save, slices, volumes, write_amos, write_folder, write_nnunet
+from layouts_support import (
+    CONFIG,
+    LIVER,
+    SPLEEN,
+    edit,
+    save,
+    slices,
+    volumes,
+    write_amos,
+    write_folder,
+    write_nnunet,
+    write_set,
+)
+from tests_support import bytes_of
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.cases import Case
@@ -17,6 +30,8 @@ from data_shards.ingest.prepare import PrepareConfig, check, find_problems
 from data_shards.ingest.splits import with_splits
 from data_shards.labels import AMOS, MERGED
 from data_shards.records import SliceRecord
+from data_shards.store.contact_sheet import class_colours
+from data_shards.store.shards import ShardSet
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +59,10 @@ def test_classes_that_the_data_name_are_the_set_s_table(tmp_path: Path) -> None:
         ("name: t\nnames: {0: a, 1: b}", "names"),
         ("name: t\nnames: [a]\nlabel_map: {99999999999: a}", "names"),
         ("name: t\nnames: [a]\ncolour: red", "colour"),
+        ("name: t\nnames: [a]\ncolours: {b: 'ff0000'}", "colours"),
+        ("name: t\nnames: [a]\ncolours: {a: red}", "colours.a"),
+        ("name: t\nnames: [a]\ncolours: {a: 112233}", "colours.a"),  # YAML's number
+        ("name: t\nnames: [a]\ncolours: {a: #e5383b\n}", "colours.a"),  # YAML's comment
         ("name: t\nnames: [a]", "label_map"),  # nothing for liver and spleen
     ],
 )
@@ -150,3 +169,33 @@ def test_a_patient_pattern_keeps_scans_together(tmp_path: Path) -> None:
     cases = check(tmp_path / "data", tmp_path / "set", config).cases
     assert {case.patient for case in cases} == {"p1", "p2", "p3"}
     assert len({case.split for case in cases if case.patient == "p1"}) == 1
+
+
+COLOURED = "name: mine\nnames: [liver, spleen]\ncolours: {spleen: '#0000ff', body: 8899AA}\n"
+
+
+def test_colours_of_a_table_are_those_of_pictures_and_travel_with_the_set(tmp_path: Path) -> None:
+    """Sets with and without them go together, and differ in nothing else."""
+    write_nnunet(tmp_path / "data")
+    settings, sets = {"channel": 1, "fold": 1}, {}
+    for name, content in (("plain", COLOURED.split("colours")[0]), ("coloured", COLOURED)):
+        (tmp_path / f"{name}.yaml").write_text(content)
+        sets[name] = write_set(tmp_path / "data", tmp_path / name, labels=str(tmp_path / f"{name}.yaml"), **settings)
+    plain, coloured = (ShardSet.open(sets[name]) for name in ("plain", "coloured"))
+    assert "colours" not in plain.index["label_table"]
+    assert "label_colours" not in plain.index["preprocessing"]
+    assert coloured.label_table.colours == (None, None, "0000ff", "8899aa")
+    ours, theirs = class_colours(coloured.label_table).tolist(), class_colours(plain.label_table).tolist()
+    assert ours == [theirs[0], theirs[1], [0, 0, 255], [0x88, 0x99, 0xAA]]
+    assert len(ShardSet.open([sets["plain"], sets["coloured"]])) == 2 * len(plain)
+    different = {
+        name for name, content in bytes_of(sets["plain"]).items() if content != bytes_of(sets["coloured"])[name]
+    }
+    assert different == {"index.json"}
+
+
+def test_classes_of_one_colour_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text("name: t\nnames: [liver, spleen]\ncolours: {liver: 'ff0000', spleen: '#FF0000'}\n")
+    with pytest.warns(UserWarning, match="liver, spleen look alike"):
+        find_labelling("amos", str(file), {1: "liver", 2: "spleen"})

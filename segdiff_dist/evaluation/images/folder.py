@@ -93,7 +93,7 @@ class ImageFolder:
             "masks_digest": _digest(self.masks, [pair.mask for pair in self.pairs]),
             "label_map": None if self.config.label_map is None else file_sha256(self.config.label_map),
             "images_as": self.config.recorded() | {"window": self._grey.window, "volumes_cut_as": self._cut_as},
-            LABELS: {"name": self.table.name, "names": list(self.table.names)},
+            LABELS: self.table.described,
             "region_size": _REGION,
         }
         as_read_back: dict[str, Any] = json.loads(json.dumps(job))  # tuples are lists

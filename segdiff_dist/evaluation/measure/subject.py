@@ -81,7 +81,7 @@ def label_table_of(store: SampleStore, shards: ShardSet | None) -> LabelTable:
     if LABELS not in store.job:
         remedy = "start the same `segdiff sample` again: it writes the table down"
         raise problem(store.path, LABELS, "not there", remedy)
-    return LabelTable(store.job[LABELS]["name"], tuple(store.job[LABELS]["names"]))
+    return LabelTable.of(store.job[LABELS])
 
 
 def judge_of(path: Path, store: SampleStore, shards: ShardSet | None, device: str = "cpu") -> Judge:
