@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from layouts_support import write_nnunet, write_totalsegmentator
 
 from segdiff_dist import cli
 from segdiff_dist.shipped import shipped_names
@@ -43,3 +45,34 @@ def test_a_line_names_its_settings_and_is_understood(
     said = capsys.readouterr()
     assert "size: 64" in said.out
     assert "Traceback" not in said.err
+
+
+# Of data that nothing in the tour makes.
+OWN = re.compile(r"^    (segdiff prepare (?:nnUNet_raw|Totalseg|DICOM)\S* \S+) +#", re.MULTILINE)
+
+
+def write_liver(root: Path) -> None:
+    """An nnU-Net data set with one channel and no splits."""
+    write_nnunet(root)
+    (root / "splits_final.json").unlink()
+    for file in sorted(root.glob("images*/*_0001.nii.gz")):
+        file.rename(file.with_name(file.name.replace("_0001", "_0000")))
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "spleen": 2}}
+    (root / "dataset.json").write_text(json.dumps(content | {"file_ending": ".nii.gz"}))
+
+
+def test_the_lines_for_one_s_own_data_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("highdicom")
+    from dicom_support import write_dicom
+
+    lines = OWN.findall((ROOT / "README.md").read_text())
+    assert len(lines) == 3
+    assert lines == OWN.findall((ROOT / "docs/tour.md").read_text())
+    monkeypatch.chdir(tmp_path)
+    for line, write in zip(lines, (write_liver, write_totalsegmentator, write_dicom), strict=True):
+        arguments = shlex.split(line)[1:]
+        write(tmp_path / arguments[1])
+        assert cli.main([*arguments, "--dry-run"]) == 0, line
+        assert "cases: " in capsys.readouterr().out
