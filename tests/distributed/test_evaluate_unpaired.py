@@ -26,6 +26,7 @@ from segdiff_dist.evaluation.images.folder import ImageFolder
 from segdiff_dist.evaluation.measure.checks import check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.job import measure
+from segdiff_dist.evaluation.measure.subject import hu_scales
 from segdiff_dist.sampling.items import NO_MODALITY
 from segdiff_dist.sampling.store import SampleStore
 
@@ -86,6 +87,10 @@ def test_real_images_among_themselves_are_as_good_as_real_ones(run: Path, shapes
     assert liver["dice_mask_gen"]["value"] == liver["dice_mask_real"]["value"]
     assert liver["volume_error_mask_gen"]["value"] == liver["volume_error_mask_real"]["value"]
     assert metrics["sharpness"]["value"] == pytest.approx(1) == liver["texture"]["value"]
+    for kind in ("noise_std", "air_mean", "air_lattice", "patient_lattice"):
+        assert metrics[f"{kind}_gen"]["value"] == metrics[f"{kind}_real"]["value"], kind
+    for kind in ("grey_mean", "grey_std", "noise_std"):
+        assert liver[f"{kind}_gen"]["value"] == liver[f"{kind}_real"]["value"], kind
     assert metrics["segmenter_frechet"]["value"] == pytest.approx(0, abs=1e-6)
     assert metrics["segmenter_precision"]["value"] == 1 == metrics["segmenter_recall"]["value"]
     assert not {"psnr_db", "ssim", "dice_real_gen"} & set(metrics)
@@ -191,6 +196,18 @@ def test_images_of_another_system_are_evaluated(
 
 
 @pytest.mark.usefixtures("ray")
+def test_frd_of_images_without_counterparts(tmp_path: Path, shapes: Path) -> None:
+    pytest.importorskip("frd_score")
+    flags = write_pairs(tmp_path, shapes, save_blurred)
+    config = EvaluateConfig(segmenter=write_segmenter(tmp_path / "weights"), real=str(shapes), frd_images=6, **QUICK)
+    folder = check_images(tmp_path / "out", ImagesConfig(Path(flags["--images"]), Path(flags["--masks"]), "CT"), config)
+    folder.store(tmp_path / "out" / "samples")
+    frd = measure(tmp_path / "out", config, progress=False)["metrics"]["frd"]
+    assert (frd["n"], frd["num_real"]) == (6, 6)
+    assert np.isfinite(frd["value"])
+
+
+@pytest.mark.usefixtures("ray")
 def test_a_network_of_another_project_judges(tmp_path: Path, shapes: Path) -> None:
     """By brightness alone: in these CT images it finds what their masks hold."""
     file = tmp_path / "judge.pt"
@@ -237,6 +254,9 @@ def test_every_format_gives_the_same_pixels(tmp_path: Path, shapes: Path, save_i
     assert stores[0].items["key"].equals(stores[1].items["key"])
     known = one.items["row_spacing_mm"].to_pylist()
     assert np.isnan(known).all() if ending == ".png" else known == [6.0] * 12
+    # A PNG file says nothing of HU.
+    hu = [np.nan, np.nan] if ending == ".png" else [-256, 512 / 255]
+    np.testing.assert_allclose(hu_scales(stores[1], None), [hu] * 12)
 
 
 def test_volumes_are_cut_and_images_of_another_size_resampled(tmp_path: Path, shapes: Path) -> None:

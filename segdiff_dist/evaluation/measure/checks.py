@@ -12,7 +12,6 @@ from data_shards.problems import Attempts, InputProblems, Problem, problem, refu
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
 from segdiff_dist.evaluation.measure.subject import (
-    NO_COUNTERPART,
     NO_REAL_IMAGES,
     Subject,
     hu_window,
@@ -78,9 +77,8 @@ def needs_real_images(config: EvaluateConfig) -> Iterator[Problem]:
     """Problems of settings that unpaired images do not allow."""
     if config.memorisation and config.real is None:
         yield Problem("config", "evaluate.memorisation", NO_REAL_IMAGES, "its train split is searched")
-    if config.frd_images:
-        remedy = "leave it at 0: FRD is computed for samples of a shard set only"
-        yield Problem("config", "evaluate.frd_images", f"{config.frd_images}, and {NO_COUNTERPART}", remedy)
+    if config.frd_images and config.real is None:
+        yield Problem("config", "evaluate.frd_images", NO_REAL_IMAGES, "its features are compared with real images'")
 
 
 def open_segmenter(weights: Path) -> Judge:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.fan_out import TaskFailure, Workers
+from data_shards.feed.order import sample_at
 from data_shards.files import remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import WorkFailed, removed_on_failure, saying_when_full
@@ -110,7 +111,7 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
 def _dependencies(facts: dict[str, Any], inputs: Inputs, subject: Subject) -> dict[str, Any]:
     """All that the results of tasks depend on."""
     others = {name: value for name, value in vars(inputs).items() if not isinstance(value, Path)}
-    others["radiomics_items"] = sorted(inputs.radiomics_items)
+    others |= {name: sorted(others[name]) for name in ("radiomics_items", "radiomics_rows")}
     return facts | others | {"samples": samples_digest(subject.store), "code": code_digest()}
 
 
@@ -129,9 +130,16 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
         batch_size=config.batch_size,
         device=device,
         spacing_mm=config.spacing_mm,
+        radiomics_rows=_some(checked.subject.real_rows, config.frd_images, config.seed),
         imagenet=config.imagenet,
         feature_network=None if config.feature_network is None else str(config.feature_network.resolve()),
     )
+
+
+def _some(rows: Sequence[int], most: int, seed: int) -> frozenset[int]:
+    """At most this many of the real slices without a counterpart, drawn by `seed`."""
+    priority = sample_at(np.arange(len(rows)), max(len(rows), 1), seed)
+    return frozenset(rows[i] for i in np.argsort(priority)[:most])
 
 
 def measure_items(

@@ -91,7 +91,7 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, subject: Subject
 
 def _reason_of_unpaired(name: str, inputs: Inputs, subject: Subject) -> str | None:
     """Why a metric is missing where the masks are of no image; None if that is not the reason."""
-    if name in ("psnr_db", "ssim", "ms_ssim", "lpips", "frd") or name.endswith("_real_gen"):
+    if name in ("psnr_db", "ssim", "ms_ssim", "lpips") or name.endswith("_real_gen"):
         return NO_COUNTERPART
     needs_real = name.endswith("_mask_real") or name in (*SHARPNESS_METRICS, *DISTANCE_METRICS)
     if needs_real and subject.shards is None:

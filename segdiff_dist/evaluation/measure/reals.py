@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segdiff_dist.evaluation.metrics import air, organ_texture, sharpness, similarity
-from segdiff_dist.evaluation.metrics.columns import column_names, overlap_columns
+from segdiff_dist.evaluation.metrics import air, organ_texture, sharpness
+from segdiff_dist.evaluation.metrics.columns import column_names, hu_of_slices, intensity_columns, overlap_columns
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
@@ -36,15 +36,19 @@ class RealSlices:
         columns |= overlap_columns(
             "mask_real", mask_BHW, label_maps, evaluator.table, spacing_mm, evaluator.tolerances_mm
         )
-        columns |= alone(image_BHW, mask_BHW, evaluator.table, "real")
+        columns |= alone(image_BHW, mask_BHW, evaluator.table, "real", hu_of_slices([r.meta for r in records]))
         counts_B2G = np.zeros((len(records), 2, 256), np.int64)
         counts_B2G[:, 0] = [np.bincount(image_HW.ravel(), minlength=256) for image_HW in image_BHW]
         by_side = {(name, "real"): features_BD for name, features_BD in features.items()}
+        chosen = [i for i, row in enumerate(self.rows) if row in evaluator.inputs.radiomics_rows]
+        by_side |= evaluator.radiomics_of({"real": image_BHW[chosen]}, chosen, len(records))
         return ChunkResult(evaluator.without_body(columns), by_side, counts_B2G, dict(evaluator.failed))
 
 
-def alone(image_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable, side: str) -> dict[str, np.ndarray]:
-    """The columns of one side ("real" or "gen") of images without a counterpart: power, texture, air and grey values.
+def alone(
+    image_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable, side: str, hu_B2: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The columns of one side ("real" or "gen") of images without a counterpart: power, texture, air, grey values, HU.
 
     Power is of the box inside the image's own constant border.
     """
@@ -54,8 +58,4 @@ def alone(image_BHW: np.ndarray, mask_BHW: np.ndarray, table: LabelTable, side: 
     names = (f"power_{side}_", f"texture_{side}", *(f"autocorrelation_{lag}_{side}" for lag in organ_texture.LAGS))
     of_air = [name for name in air.AIR_METRICS if name.endswith(f"_{side}")]
     columns = {n: values_B for n, values_B in columns.items() if n.startswith(names) or n in of_air}
-    for kind, values_BK in zip(
-        ("mean", "std"), similarity.grey_moments(mask_BHW, image_BHW, table.num_classes), strict=True
-    ):
-        columns |= {f"grey_{kind}_{side}/{table.names[i]}": values_BK[:, i] for i in table.organ_ids}
-    return columns
+    return columns | intensity_columns(side, mask_BHW, image_BHW, table, hu_B2)

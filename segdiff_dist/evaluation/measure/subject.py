@@ -15,6 +15,7 @@ import numpy as np
 from data_shards.feed.order import sample_at
 from data_shards.labels import LabelTable
 from data_shards.problems import problem
+from segdiff_dist.evaluation.metrics.similarity import GREY_RANGE
 from segdiff_dist.sampling.items import NO_MODALITY
 from segdiff_dist.sampling.store_files import LABELS
 
@@ -101,6 +102,20 @@ def hu_window(store: SampleStore, shards: ShardSet | None) -> tuple[float, float
     if "hu_window" not in named or named.get("intensity", "window") != "window":
         return None
     return float(named["hu_window"][0]), float(named["hu_window"][1])
+
+
+def hu_scales(store: SampleStore, shards: ShardSet | None) -> np.ndarray:
+    """float64 [N, 2] of unpaired items: HU of black, and HU a grey value.
+
+    NaN for MR, where the window is not known, and for PNG files, whose range says nothing of HU.
+    """
+    window, num = hu_window(store, shards), store.items.num_rows
+    if window is None:
+        return np.full((num, 2), np.nan)
+    known_N = np.array(store.items["target_modality"].to_pylist()) == "CT"
+    if "images_as" in store.job:
+        known_N &= np.isfinite(pixel_spacing(store.items, None)).all(axis=1)
+    return np.where(known_N[:, None], (window[0], (window[1] - window[0]) / GREY_RANGE), np.nan)
 
 
 def real_rows(items: pa.Table, shards: ShardSet, split: str, most: int, seed: int) -> tuple[int, ...]:

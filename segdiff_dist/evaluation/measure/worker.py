@@ -17,7 +17,14 @@ from data_shards.labels import BODY
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
 from segdiff_dist.evaluation.measure.reals import alone
-from segdiff_dist.evaluation.measure.subject import is_paired, judge_of, label_table_of, open_samples, pixel_spacing
+from segdiff_dist.evaluation.measure.subject import (
+    hu_scales,
+    is_paired,
+    judge_of,
+    label_table_of,
+    open_samples,
+    pixel_spacing,
+)
 from segdiff_dist.evaluation.metrics import air, organ_texture, sharpness, surfaces
 from segdiff_dist.evaluation.metrics.columns import (
     SIDES,
@@ -37,8 +44,9 @@ if TYPE_CHECKING:
 class Inputs:
     """The inputs of a worker. Paths and settings only, so that any machine can read it.
 
-    `radiomics_items`: the ids of the items whose radiomics features are computed. `shards`: None if no real images
-    are known. `spacing_mm`: of pixels whose width nothing else says.
+    `radiomics_items`: the ids of the items whose radiomics features are computed; `radiomics_rows`: the rows of those
+    real slices without a counterpart. `shards`: None if no real images are known. `spacing_mm`: of pixels whose width
+    nothing else says.
     """
 
     samples: Path
@@ -54,6 +62,7 @@ class Inputs:
     spacing_mm: float | None = None
     imagenet: bool = False
     feature_network: str | None = None
+    radiomics_rows: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class Evaluator:
         self.store = open_samples(inputs.samples)
         self.is_paired = is_paired(self.store)
         self._shards = None if inputs.shards is None else ShardSet.open(inputs.shards)
+        self.hu_scales_N2 = np.empty((0, 2)) if self.is_paired else hu_scales(self.store, self._shards)
         self._spacing_mm_N2 = None if self.is_paired else pixel_spacing(self.store.items, inputs.spacing_mm)
         self.segmenter = judge_of(inputs.segmenter, self.store, self._shards, inputs.device)
         self.predictions: Any = zarr.open_group(inputs.predictions, mode="r+")
@@ -238,19 +248,23 @@ class Evaluator:
     def _radiomics_features(self, chunk: Chunk) -> dict[tuple[str, str], np.ndarray]:
         """By (extractor, side); NaN for items that were not chosen, and empty if none of the chunk is."""
         chosen = [i for i in range(chunk.start, chunk.stop) if i in self.inputs.radiomics_items]
-        if self.radiomics is None or not chosen:
-            return {}
-        size = self.store.image.shape[1]
-        rows = self.store.items["row"].take(chosen).to_pylist()
-        images = {
-            "real": np.stack([self.shards.read(row).cropped(size).image_uint8() for row in rows]),
-            "gen": np.stack([np.asarray(self.store.image[i]) for i in chosen]),
-        }
-        features = {}
-        for side in SIDES:
-            features_BD = self.radiomics(images[side])
-            features["radiomics", side] = np.full((chunk.stop - chunk.start, features_BD.shape[1]), np.nan)
-            features["radiomics", side][np.array(chosen) - chunk.start] = features_BD
+        images = {"gen": np.stack([np.asarray(self.store.image[i]) for i in chosen])} if chosen else {}
+        if chosen and self.is_paired:
+            size, rows = self.store.image.shape[1], self.store.items["row"].take(chosen).to_pylist()
+            images["real"] = np.stack([self.shards.read(row).cropped(size).image_uint8() for row in rows])
+        return self.radiomics_of(images, [i - chunk.start for i in chosen], chunk.stop - chunk.start)
+
+    def radiomics_of(
+        self, images: dict[str, np.ndarray], places: list[int], num: int
+    ) -> dict[tuple[str, str], np.ndarray]:
+        """Radiomics features [B, D] of `num` items, by (extractor, side), of images by side at some places; NaN at the
+        others. Empty without any."""
+        features: dict[tuple[str, str], np.ndarray] = {}
+        for side, images_BHW in images.items():
+            if self.radiomics is not None and places:
+                features_BD = self.radiomics(images_BHW)
+                features["radiomics", side] = np.full((num, features_BD.shape[1]), np.nan)
+                features["radiomics", side][places] = features_BD
         return features
 
 
@@ -319,8 +333,9 @@ class _Batch:
 
     def _measure_alone(self, generated: Any, headline: np.ndarray) -> None:
         """Power, texture and grey values of images without real counterparts; those of the headline, at its places."""
-        images_BHW = generated.cpu().numpy()[headline]
-        self._write(alone(images_BHW, self.label_maps["mask"][headline], self.evaluator.table, "gen"), headline)
+        images_BHW, masks_BHW = generated.cpu().numpy()[headline], self.label_maps["mask"][headline]
+        hu_B2 = self.evaluator.hu_scales_N2[self.start : self.stop][headline]
+        self._write(alone(images_BHW, masks_BHW, self.evaluator.table, "gen", hu_B2), headline)
         for image_HW, i in zip(images_BHW, headline, strict=True):
             self.result.grey_counts[i, 1] = np.bincount(image_HW.ravel(), minlength=256)
 

@@ -137,23 +137,34 @@ def hounsfield_columns(
 
     From uint8 grey values, so that only the window of intensities counts that the shards keep.
     """
-    is_ct = np.array([meta.modality == "CT" for meta in metas])
-    hu_per_grey = np.array([m.intensity_scale * (2**m.bits - 1) / similarity.GREY_RANGE for m in metas])[:, None]
-    hu_at_zero = np.array([meta.intensity_offset for meta in metas])[:, None]
+    hu_B2 = hu_of_slices(metas)
     columns: dict[str, np.ndarray] = {}
-    means_BK: dict[str, np.ndarray] = {}
     for side, images_BHW in zip(SIDES, (real_BHW, gen_BHW), strict=True):
-        mean_BK, std_BK = similarity.grey_moments(mask_BHW, images_BHW, table.num_classes)
-        for i in table.organ_ids:
-            columns[f"grey_mean_{side}/{table.names[i]}"] = mean_BK[:, i]
-            columns[f"grey_std_{side}/{table.names[i]}"] = std_BK[:, i]
-        means_BK[side], std_BK = mean_BK * hu_per_grey + hu_at_zero, std_BK * hu_per_grey
-        for i in table.organ_ids:
-            columns[f"hu_mean_{side}/{table.names[i]}"] = means_BK[side][:, i]
-            columns[f"hu_std_{side}/{table.names[i]}"] = std_BK[:, i]
-    error_BK = np.abs(means_BK["gen"] - means_BK["real"])
-    columns |= {f"hu_mean_error/{table.names[i]}": error_BK[:, i] for i in table.organ_ids}
-    return {
-        name: np.where(is_ct, values_B, np.nan) if name.startswith("hu_") else values_B
-        for name, values_B in columns.items()
-    }
+        columns |= intensity_columns(side, mask_BHW, images_BHW, table, hu_B2)
+    for organ in (table.names[i] for i in table.organ_ids):
+        difference_B = columns[f"hu_mean_gen/{organ}"] - columns[f"hu_mean_real/{organ}"]
+        columns[f"hu_mean_error/{organ}"] = np.abs(difference_B)
+    return columns
+
+
+def hu_of_slices(metas: Sequence[SliceMeta]) -> np.ndarray:
+    """float64 [B, 2]: HU of black, and HU a grey value of the 8-bit window; NaN for MR, which has none."""
+    scales = [(m.intensity_offset, m.intensity_scale * (2**m.bits - 1) / similarity.GREY_RANGE) for m in metas]
+    is_ct_B = np.array([meta.modality == "CT" for meta in metas])
+    return np.where(is_ct_B[:, None], scales, np.nan)
+
+
+def intensity_columns(
+    side: str, mask_BHW: np.ndarray, images_BHW: np.ndarray, table: LabelTable, hu_B2: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Mean and spread [B] of one side ("real" or "gen") inside each organ of the mask, by column, in grey values and in
+    HU; `hu_B2`: HU of black, and HU a grey value."""
+    columns: dict[str, np.ndarray] = {}
+    mean_BK, std_BK = similarity.grey_moments(mask_BHW, images_BHW, table.num_classes)
+    at_black_B, per_grey_B = hu_B2.T
+    for i in table.organ_ids:
+        organ = table.names[i]
+        columns[f"grey_mean_{side}/{organ}"], columns[f"grey_std_{side}/{organ}"] = mean_BK[:, i], std_BK[:, i]
+        columns[f"hu_mean_{side}/{organ}"] = mean_BK[:, i] * per_grey_B + at_black_B
+        columns[f"hu_std_{side}/{organ}"] = std_BK[:, i] * per_grey_B
+    return columns
