@@ -50,7 +50,7 @@ from data_shards.problems import (
 )
 from data_shards.store.set_index import file_sha256
 
-__all__ = ["AnnotateConfig", "AnnotateReport", "Annotation", "annotate", "annotation_record", "check"]
+__all__ = ["AnnotateConfig", "AnnotateReport", "Annotation", "annotate", "annotation_record", "check", "tool_version"]
 
 _INSTALL = "pip install TotalSegmentator in an environment of its own and put its bin folder on PATH"
 _PARTIAL = ".partial"
@@ -117,7 +117,7 @@ def check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annotatio
     amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
     refuse(config.problems())
     problems = _listing(amos_root, config).all_problems
-    version, wrong = _tool_version(config)
+    version, wrong = tool_version(config)
     refuse([*problems, *wrong, *_folder_problems(wholebody, _new_annotations(config, version), wrong)])
     return Annotation(amos_root, wholebody, config, version)
 
@@ -208,7 +208,7 @@ def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem
         yield Problem(str(wholebody), "masks", value, "choose an empty folder, or move them away")
 
 
-def _tool_version(config: AnnotateConfig) -> tuple[str | None, list[Problem]]:
+def tool_version(config: AnnotateConfig) -> tuple[str | None, list[Problem]]:
     """The version that the tool reports, and the problem if it reports none."""
     executable = shlex.split(config.template)[0]
     if "{" not in executable and shutil.which(executable) is None:

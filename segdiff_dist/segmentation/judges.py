@@ -32,9 +32,9 @@ from data_shards.records import MODALITIES
 from data_shards.settings import Result
 from segdiff_dist.config import read_yaml, validate
 from segdiff_dist.segmentation.segmenter import DESCRIPTION, Segmenter, best_of
+from segdiff_dist.segmentation.tools import ToolSegmenter, is_tool, open_tool
 
 _BUNDLE_NETWORK, _BUNDLE_METADATA, _BUNDLE_CONFIG = "models/model.ts", "configs/metadata.json", "segdiff.yaml"
-_TOTALSEGMENTATOR = "totalsegmentator"
 _ENDINGS = (".pt", ".pth", ".ts")
 _Range = Annotated[tuple[float, float], RISING]
 
@@ -160,12 +160,14 @@ class ScriptSegmenter:
         return output_BCHW[:, 0]
 
 
-Judge = Segmenter | ScriptSegmenter
+Judge = Segmenter | ScriptSegmenter | ToolSegmenter
 
 
 def open_judge(path: Path, device: torch.device | str = "cpu") -> Judge:
-    """The segmenter at `path`: a folder that this system trained, a TorchScript file with its description beside it, or
-    a MONAI bundle. Raises InputProblems."""
+    """The segmenter at `path`: a folder that this system trained, a TorchScript file with its description beside it, a
+    MONAI bundle, or a program (tools.py). Raises InputProblems."""
+    if is_tool(path):
+        return open_tool(path)
     if path.is_file():
         return ScriptSegmenter.load(path, _read_config(path.with_suffix(".yaml")), device)
     if not (path / DESCRIPTION).is_file() and (path / _BUNDLE_NETWORK).is_file():
@@ -174,9 +176,6 @@ def open_judge(path: Path, device: torch.device | str = "cpu") -> Judge:
         return ScriptSegmenter.load(path / _BUNDLE_NETWORK, config, device)
     if path.suffix in _ENDINGS:
         raise problem(path, "segmenter", "no such file", "give a TorchScript file")
-    if str(path).lower() == _TOTALSEGMENTATOR and not path.exists():
-        remedy = "give a TorchScript file of a 2-D network, a MONAI bundle, or RUN/segmenter/weights"
-        raise problem("command line", "evaluate.segmenter", "TotalSegmentator labels volumes, not slices", remedy)
     return Segmenter.load(path, device)
 
 

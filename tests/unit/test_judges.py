@@ -117,7 +117,6 @@ def test_what_cannot_judge_is_refused(tmp_path: Path) -> None:
     gap.with_suffix(".yaml").write_text(yaml.safe_dump({"names": NAMES}))
     assert "no TorchScript" in refused(gap)
     assert "no such file" in refused(tmp_path / "none.pt")
-    assert "TotalSegmentator labels volumes, not slices" in refused(Path("totalsegmentator"))
 
 
 def test_organs_and_modalities_that_it_does_not_know_are_named(tmp_path: Path) -> None:

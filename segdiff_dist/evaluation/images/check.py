@@ -20,6 +20,7 @@ from segdiff_dist.evaluation.measure.checks import (
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.subject import with_modalities
 from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.segmentation.tools import ToolSegmenter
 
 
 def check_images(run: Path, images: ImagesConfig, config: EvaluateConfig) -> ImageFolder:
@@ -39,6 +40,11 @@ def check_images(run: Path, images: ImagesConfig, config: EvaluateConfig) -> Ima
         problems.append(Problem("command line", "--downstream", "not for images of a folder", remedy))
     if config.real is not None:
         attempts.make("shards", lambda: ShardSet.open(str(config.real)))
+    if isinstance(opened.get("segmenter"), ToolSegmenter):
+        remedy = "give a segmenter of slices: RUN/segmenter/weights, a TorchScript file or a MONAI bundle"
+        problems.append(
+            Problem("command line", "--evaluate.segmenter", f"{weights} labels volumes, not slices", remedy)
+        )
     refuse(problems)
     shards, segmenter = opened.get("shards"), opened["segmenter"]
     folder = ImageFolder(images, segmenter.label_table, shards)

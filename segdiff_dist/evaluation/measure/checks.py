@@ -11,6 +11,7 @@ from data_shards.files import first_line
 from data_shards.problems import Attempts, InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
+from segdiff_dist.evaluation.measure.judged import no_volumes
 from segdiff_dist.evaluation.measure.subject import (
     NO_REAL_IMAGES,
     Subject,
@@ -21,6 +22,7 @@ from segdiff_dist.evaluation.measure.subject import (
     real_rows,
 )
 from segdiff_dist.evaluation.metrics import given_network, inception, perceptual
+from segdiff_dist.segmentation.tools import ToolSegmenter
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from data_shards.labels import LabelTable
     from segdiff_dist.evaluation.measure.config import EvaluateConfig
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation.judges import Judge
+    from segdiff_dist.segmentation.judges import Judge, ScriptSegmenter
+    from segdiff_dist.segmentation.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _mismatches(
             modalities = store.items["target_modality"].unique().to_pylist()
             yield from segmenter.problems(table, modalities, hu_window(store, shards))
             yield from cannot_judge(segmenter, store.image.shape[1], config)
+            if isinstance(segmenter, ToolSegmenter) and not store.missing():
+                yield from no_volumes(store, shards, is_paired(store))
         yield from cannot_extract(store.image.shape[1], config)
         yield from unlike(table, store.image.shape[1], shards)
 
@@ -154,7 +159,8 @@ def cannot_judge(segmenter: Judge, size: int, config: EvaluateConfig) -> Iterato
     from segdiff_dist.segmentation.segmenter import Segmenter
 
     is_ours = isinstance(segmenter, Segmenter)
-    if (reason := _why_not(segmenter, size)) and is_ours:
+    reason = None if isinstance(segmenter, ToolSegmenter) else _why_not(segmenter, size)
+    if reason and is_ours:
         value = f"its levels do not halve the images' {size} pixels evenly"
         remedy = "train one on slices of that size; `segdiff train-segmenter --help` says how"
         yield Problem("segmenter", "levels", value, remedy)
@@ -199,7 +205,7 @@ def unlike(table: LabelTable, size: int, shards: ShardSet | None) -> Iterator[Pr
         yield Problem(shards.root, "size", value, "give a set of slices that are at least as large")
 
 
-def _why_not(segmenter: Judge, side: int) -> str | None:
+def _why_not(segmenter: Segmenter | ScriptSegmenter, side: int) -> str | None:
     """Why the segmenter cannot label images of `side` x `side` pixels; it is tried on one."""
     import torch
 

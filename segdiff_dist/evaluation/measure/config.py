@@ -30,7 +30,8 @@ class EvaluateConfig:
     segmenter: RecordedOtherwise[Path | None] = field(default=None, metadata=CODE_FROM_A_PERSON)
     """Exported weights of the auxiliary segmenter. null: RUN/segmenter/weights. An independent segmenter may also be a
     TorchScript file (FILE.pt, described by FILE.yaml: docs/metrics.md) or the folder of a MONAI bundle. Loading these
-    runs the code in them: name only files that you trust."""
+    runs the code in them: name only files that you trust. `totalsegmentator`, or a file TOOL.yaml that describes a
+    command, labels samples that make whole volumes."""
     real: Annotated[RecordedOtherwise[str | None], tyro.conf.arg(aliases=["--real"])] = field(
         default=None, metadata=ADDRESS_FROM_A_PERSON
     )

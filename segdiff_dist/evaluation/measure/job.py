@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from segdiff_dist.evaluation.measure import copies, trust
 from segdiff_dist.evaluation.measure.checks import Checked, check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.headline import headline_items
+from segdiff_dist.evaluation.measure.judged import JudgeVolume, volume_tasks
 from segdiff_dist.evaluation.measure.kept import Kept, code_digest, samples_digest
 from segdiff_dist.evaluation.measure.provenance import not_available, provenance
 from segdiff_dist.evaluation.measure.published import finish, publish
@@ -43,6 +44,10 @@ from segdiff_dist.evaluation.measure.worker import Chunk, Inputs, make_worker
 from segdiff_dist.evaluation.metrics.columns import SIDES
 from segdiff_dist.evaluation.metrics.downloads import Weights, weights_for
 from segdiff_dist.evaluation.metrics.sums import Interval
+from segdiff_dist.segmentation.tools import is_tool
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FOLDER = "evaluation"
 # Items of a task: enough that Ray's overhead does not matter, few enough that the progress bar moves.
@@ -121,7 +126,7 @@ def _inputs(run: Path, config: EvaluateConfig, checked: Checked, device: str, we
     return Inputs(
         samples=(run / "samples").resolve(),
         shards=None if shards is None else shards.resolved,
-        segmenter=checked.segmenter.resolve(),
+        segmenter=checked.segmenter if is_tool(checked.segmenter) else checked.segmenter.resolve(),
         predictions=unfinished_name((run / FOLDER).resolve() / "predictions.zarr"),
         fid_weights=weights.fid,
         lpips_weights=weights.lpips,
@@ -177,6 +182,8 @@ def measure_items(
         ) as workers,
         RowWriter(rows) as writer,
     ):
+        if is_tool(inputs.segmenter):
+            _label_volumes(workers, inputs.predictions, store.items, kept)
         masks = trust.images_of_masks(store.items)
         spread = {task.ids[0]: result for task, result in in_order(workers, masks, kept=kept)}
         measured = Evaluated.empty(
@@ -198,6 +205,16 @@ def measure_items(
                 workers, rows.with_name(".queries.unfinished.npz"), config, subject, subject.shards, kept
             )
     return measured, trust_checks
+
+
+def _label_volumes(workers: Workers[Any, Any], predictions: Path, items: pa.Table, kept: Kept) -> None:
+    """Label maps of a program, before the workers measure them."""
+    import zarr
+
+    group: Any = zarr.open_group(predictions, mode="r+")
+    for task, labels_KHW in in_order(workers, volume_tasks(items), kept=kept):
+        for i, labels_HW in zip(task.ids, labels_KHW, strict=True):
+            group[task.side][i] = labels_HW
 
 
 def _measure_real_alone(
@@ -332,6 +349,8 @@ def _name_of(task: Any) -> str:
         return f"training slices {task.rows[0]} to {task.rows[-1]}"
     if isinstance(task, trust.UnseenQueries | RealSlices):
         return f"real slices {task.rows[0]} to {task.rows[-1]}"
+    if isinstance(task, JudgeVolume):
+        return f"the volume of items {task.ids[0]} to {task.ids[-1]} ({task.side})"
     return f"items {task.ids[0]} to {task.ids[-1]}"
 
 

@@ -34,6 +34,7 @@ from segdiff_dist.evaluation.metrics.columns import (
     similarity_columns,
 )
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
+from segdiff_dist.segmentation.tools import ToolSegmenter
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -215,7 +216,12 @@ class Evaluator:
 
     def run_networks(self, image_BHW: Any, modality_B: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Label maps uint8 [B, H, W] of images, and features float32 [B, D] by extractor."""
-        label_maps, features_BD = self.segmenter.predict_and_features(image_BHW, modality_B)
+        import torch
+
+        if isinstance(self.segmenter, ToolSegmenter):  # its label maps were made before, of volumes
+            label_maps, features_BD = torch.zeros_like(image_BHW), None
+        else:
+            label_maps, features_BD = self.segmenter.predict_and_features(image_BHW, modality_B)
         by_extractor = {} if features_BD is None else {"segmenter": _finite(features_BD, "segmenter")}
         for name, extract in self.extractors.items():
             if name not in self.failed:
@@ -292,6 +298,9 @@ class _Batch:
         self.label_maps = {"mask": np.asarray(store.mask[self.start : self.stop])}
         self.label_maps["real"] = np.zeros_like(self.label_maps["mask"])
         self.label_maps["gen"], features = self.evaluator.run_networks(generated, target)
+        if isinstance(self.evaluator.segmenter, ToolSegmenter):
+            for side in SIDES:
+                self.label_maps[side] = np.asarray(self.evaluator.predictions[side][self.start : self.stop])
         self.result = ChunkResult({name: np.full(num, np.nan) for name in column_names(self.evaluator.table)})
         self.result.grey_counts = np.zeros((num, 2, 256), dtype=np.int64)
         for name, features_BD in features.items():
@@ -318,7 +327,9 @@ class _Batch:
     def _compare(self, real: Any, fake: Any, modality: Any, chosen: np.ndarray) -> None:
         """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""
         evaluator = self.evaluator
-        self.label_maps["real"][chosen], features = evaluator.run_networks(real, modality)
+        real_maps, features = evaluator.run_networks(real, modality)
+        if not isinstance(evaluator.segmenter, ToolSegmenter):
+            self.label_maps["real"][chosen] = real_maps
         for name in [name for name in features if (name, "real") in self.result.features]:
             self.result.features[name, "real"][chosen] = features[name]
         self._write(similarity_columns(real, fake), chosen)
