@@ -17,13 +17,14 @@ from evaluation_support import items_of
 from tests_support import write_shapes
 
 from data_shards.fan_out import ray_session
+from data_shards.ingest.volumes import Volume
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shard_writer import ShardWriter, set_format
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation.measure.checks import check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.evaluation.measure.job import EvaluationFailed, measure
+from segdiff_dist.evaluation.measure.job import measure
 from segdiff_dist.sampling.store import SampleStore
 from segdiff_dist.segmentation.tools import open_tool
 
@@ -104,10 +105,6 @@ def ray() -> Iterator[None]:
 def test_a_program_labels_each_volume_once_and_its_labels_are_measured(tmp_path: Path, placed_set: Path) -> None:
     run, tool = write_run(tmp_path / "run", placed_set), write_tool(tmp_path / "tool")
     config = EvaluateConfig(segmenter=tool, **QUICK)
-    (tool.parent / "broken").touch()
-    with pytest.raises(EvaluationFailed, match="no such organ"):
-        measure(run, config, progress=False)
-    (tool.parent / "broken").unlink()
     summary = measure(run, config, progress=False)
     for modality in ("CT", "MR"):
         for pair in ("mask_real", "mask_gen"):
@@ -123,6 +120,14 @@ def test_a_program_labels_each_volume_once_and_its_labels_are_measured(tmp_path:
     expected = [[0, -6, 0, 90], [-6, 0, 0, 80], [0, 0, STEP_MM, 0], [0, 0, 0, 1]]
     np.testing.assert_allclose(calls[0][3], expected)
     assert summary["provenance"]["segmenter_sha256"] == open_tool(tool).weights_sha256
+
+
+def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
+    tool = write_tool(tmp_path / "tool")
+    (tool.parent / "broken").touch()
+    volume = Volume(np.zeros((4, 4, 4), np.int16), 1.0, 0.0, np.eye(4), "")
+    with pytest.raises(RuntimeError, match="no such organ"):
+        open_tool(tool).label(volume, "CT", "case", tmp_path)
 
 
 def test_what_makes_no_whole_volumes_is_refused(tmp_path: Path, placed_set: Path, shapes: Path) -> None:
