@@ -211,6 +211,19 @@ def test_a_volume_is_the_same_in_every_kind_of_file(case: Case, shapes: ShardSet
     np.testing.assert_array_equal(planes == numbers["liver"], sitk.GetArrayFromImage(label) == LIVER)
 
 
+def test_a_table_s_colours_are_those_of_the_segments(case: Case, shapes: ShardSet, tmp_path: Path) -> None:
+    shards = ShardSet.open(shapes.root)
+    shards.index["preprocessing"] |= shapes.index["preprocessing"]
+    shards.index["label_table"]["colours"] = ["b5533c" if name == "liver" else None for name in AMOS.names]
+    make_volume(case.label, tmp_path / "out", bright, 32, shards, VolumeConfig("CT", probe_slices=0))
+    segments = pydicom.dcmread(tmp_path / "out" / "masks" / "mask.dcm").SegmentSequence
+    shown = {one.SegmentLabel: one.get("RecommendedDisplayCIELabValue") for one in segments}
+    assert len(shown) > 1
+    rgb = highdicom.color.CIELabColor.from_dicom_value(shown.pop("liver")).to_rgb()
+    np.testing.assert_allclose(rgb, (0xB5, 0x53, 0x3C), atol=2)
+    assert set(shown.values()) == {None}
+
+
 def test_a_mask_in_metaimage_gives_the_same_volume(case: Case, shapes: ShardSet, tmp_path: Path) -> None:
     sitk.WriteImage(sitk.ReadImage(str(case.label)), str(tmp_path / "mask.mha"))
     made = []

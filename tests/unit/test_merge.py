@@ -55,7 +55,7 @@ def volumes_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(volumes_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its shards, in which the classes have other ids: liver is 1."""
     table = tmp_path_factory.mktemp("table") / "table.yaml"
-    table.write_text("name: mine\nnames: [liver, spleen]\n")
+    table.write_text("name: mine\nnames: [liver, spleen]\ncolours: {liver: '#b5533c'}\n")
     root = tmp_path_factory.mktemp("set") / "data"
     shutil.copytree(volumes_set, root)
     fold = [{"train": ["p1_1", "p1_2", "p2_1"], "val": []}]
@@ -110,6 +110,14 @@ def test_labels_are_mapped_by_name(run: Path, shards: Path, tmp_path: Path) -> N
         np.testing.assert_array_equal(label, np.array([0, 2, 1, 0])[record.mask_HW])
         shown += len(np.unique(label)) == 3
     assert shown
+
+
+def test_colours_travel_with_the_classes(run: Path, tmp_path: Path) -> None:
+    export_samples(run, tmp_path / "shards", ExportConfig("shards"))
+    weights = next((run / "weights").iterdir())
+    described = json.loads((weights / "segdiff.json").read_text())
+    for one in (described, ShardSet.open(tmp_path / "shards").index):
+        assert one["label_table"]["colours"] == [None, "b5533c", None, None]
 
 
 def _ending(root: Path) -> Path:
