@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 
@@ -123,6 +125,27 @@ class Quiet:
                 self._reported.add(place)
                 report.append(place)
         return report, over
+
+    def end_the_stuck(
+        self,
+        places: list[Place],
+        now: float,
+        on_machines: Callable[[Callable[[Place], Any], list[Place]], list[Any]],
+        say: Callable[[str], None],
+    ) -> list[Place]:
+        """Report workers whose task uses no processor time, and end those that have used none for too long, so that
+        their tasks go to others: returns these. `on_machines(do, places)`: do(place) on each place's machine."""
+        report, over = self.look(dict(zip(places, on_machines(cpu_seconds, places), strict=True)), now)
+        bound = f"{self.bound_s / 60:.3g} minutes"
+        for place in report:
+            say(
+                f"worker {place} has done nothing for {self.report_s / 60:.2g} minutes: it uses no processor "
+                f"time. After {bound} it is ended, and its task goes to another (set {BOUND} to change that)"
+            )
+        for place in over:
+            say(f"worker {place} has done nothing for {bound} ({BOUND}); it is ended")
+        on_machines(end, over)
+        return over
 
 
 def _process(place: Place) -> psutil.Process:

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import warnings
@@ -25,6 +26,8 @@ import psutil
 from data_shards.liveness import kill
 from data_shards.problems import problem
 
+# As an address: start Ray on this machine, also for a job that local processes could do.
+THIS_MACHINE = "local"
 # Size of Ray's object store, enough for the result of a task; tasks pass paths and rows, not pixels.
 _OBJECT_STORE_BYTES = 200 * 1024**2
 # If nothing listens at an address, Ray itself tries for minutes, and then ends the process.
@@ -41,7 +44,8 @@ _MOST_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sock
 
 @contextmanager
 def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
-    """Join the cluster at `address`, or start Ray on this machine; the session that started it also stops it.
+    """Join the cluster at `address`, or start Ray on this machine (None, THIS_MACHINE); the session that started it
+    also stops it.
 
     Nested sessions share the outer one, so a command with several stages starts Ray once. Raises InputProblems if no
     cluster answers, or Ray does not start within 3 minutes.
@@ -54,8 +58,15 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     if ray.is_initialized():
         yield
         return
-    with _joined(address) if address is not None else _on_this_machine(num_cpus or num_cores()):
+    is_here = address is None or address == THIS_MACHINE
+    with _on_this_machine(num_cpus or num_cores()) if is_here else _joined(str(address)):
         yield
+
+
+def is_running() -> bool:
+    """Whether this process has a Ray session. Does not import Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def num_cores() -> int:

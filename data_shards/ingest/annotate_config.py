@@ -53,7 +53,7 @@ class AnnotateConfig:
     timeout_s: Execution[Positive | None] = None
     """Longest time for one volume. null: no limit."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
-    """A Ray cluster to join. null: Ray is started on this machine."""
+    """A Ray cluster to join. local: Ray on this machine. null: the same, but for small jobs plain processes."""
 
     @property
     def workers(self) -> WorkersConfig:

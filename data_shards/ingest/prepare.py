@@ -184,7 +184,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
     # The largest first, so that no worker has a large one at the end while the others wait.
     tasks.sort(key=lambda task: -num_bytes(task.case.image))
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
-    workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, address=address)
+    workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, num_tasks=len(tasks), address=address)
     with saying_when_full(out), ExitStack() as at_the_end, workers:
         at_the_end.callback(_remove_half_written, out)
         _start(out, plan)

@@ -32,9 +32,9 @@ class ConvertConfig:
     samples_per_shard: Result[Count] = 1024
     """Slices of each shard."""
     num_workers: Execution[Count | None] = None
-    """Ray workers. null: one for each core."""
+    """Worker processes. null: one for each core."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
-    """A Ray cluster to join. null: Ray is started on this machine."""
+    """A Ray cluster to join. local: Ray on this machine. null: the same, but for small jobs plain processes."""
 
     @property
     def workers(self) -> WorkersConfig:

@@ -100,11 +100,13 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
         counted.append((split, count, partial(_rows_from, shards.resolved, first, shards.digest, format)))
         num_samples[split] = count
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
-    with saying_when_full(out), Workers(runner, num_workers=num_workers, address=address) as workers:
+    plan = plan_shards(out, counted, format)
+    workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, num_tasks=len(plan), address=address)
+    with saying_when_full(out), workers:
         # Marks the folder as this command's, from the first shard until the index is written.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
         write_atomic(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
-        index = write_shards(out, plan_shards(out, counted, format), num_samples, header, workers)
+        index = write_shards(out, plan, num_samples, header, workers)
     shutil.rmtree(out / PARTIAL)
     return index
 

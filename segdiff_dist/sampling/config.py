@@ -71,13 +71,14 @@ class SampleConfig:
     """Precision of the network. auto: bf16 where the device has arithmetic for it, fp32 elsewhere. A job keeps the
     precision that it began with. The sampler computes in fp32."""
     num_workers: Execution[Count | None] = None
-    """Ray workers. null: one for each GPU, or for each core, of this machine or of the cluster at ray_address."""
+    """Worker processes. null: one for each GPU, or for each core, of this machine or of the cluster at ray_address."""
     threads_per_worker: Result[Count] = 1
     """CPU threads of each worker. Another number may round differently."""
     ray_address: Annotated[Execution[str | None], tyro.conf.arg(aliases=["--ray-address"])] = field(
         default=None, metadata=FROM_A_PERSON
     )
-    """A Ray cluster to work on: host:port, or auto on one of its machines. All of them must see run and data."""
+    """A Ray cluster to work on: host:port, or auto on one of its machines. All of them must see run and data.
+    local: Ray on this machine. null: Ray on this machine, but for small jobs plain processes."""
     device: Execution[Device] = "auto"
     """auto: the GPU if there is one. A job keeps the kind of device that it was begun on."""
 

@@ -75,7 +75,7 @@ class EvaluateConfig:
     batch_size: Execution[Count] = 16
     """Images a worker measures at once."""
     num_workers: Execution[Count | None] = None
-    """Ray workers. null: one for each GPU, or for each core if there is no GPU."""
+    """Worker processes. null: one for each GPU, or for each core if there is no GPU."""
     device: Execution[Device] = "auto"
     """auto: the GPU if there is one."""
     bootstrap_samples: Result[Count] = 1000
@@ -83,7 +83,8 @@ class EvaluateConfig:
     seed: Result[int] = 0
     """Seed of the bootstrap, and of random choices of images."""
     ray_address: Execution[str | None] = field(default=None, metadata=FROM_A_PERSON)
-    """A Ray cluster to join, whose GPUs and cores count then. null: Ray is started on this machine."""
+    """A Ray cluster to join, whose GPUs and cores count then. local: Ray on this machine. null: Ray on
+    this machine, but for small jobs plain processes."""
 
     @property
     def workers(self) -> WorkersConfig:

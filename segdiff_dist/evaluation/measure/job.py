@@ -177,6 +177,7 @@ def measure_items(
         Workers(
             make_worker(inputs),
             num_workers=pool.num_workers,
+            num_tasks=len(chunks),
             gpus_per_worker=pool.gpus_per_worker,
             address=config.ray_address,
         ) as workers,
