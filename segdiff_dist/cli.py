@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 
 from data_shards import lean_imports
 from data_shards.locks import begin_command
 from data_shards.problems import refuse
+from data_shards.progress import QUIET
 from segdiff_dist import stages, surroundings
 from segdiff_dist.exit_status import ExitStatus
 from segdiff_dist.ranks.distributed import is_main, launcher_problems, leave_launcher
@@ -26,13 +28,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     begin_command()
     with ExitStatus() as status:
-        plan = _checked(list(sys.argv[1:] if argv is None else argv), status)
+        args, as_json = _without_output_flags(list(sys.argv[1:] if argv is None else argv))
+        plan = _checked(args, status)
         if plan is not None:
-            result = plan.start()
+            # Then the JSON is all that the output stream gets.
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                result = plan.start()
             status.code = result.exit_code
             if is_main():
-                result.say()
+                print(result.as_json(), flush=True) if as_json else result.say()
     return status.code
+
+
+def _without_output_flags(args: list[str]) -> tuple[list[str], bool]:
+    """The arguments without the flags that every command has, and whether the result is to be JSON."""
+    if "--quiet" in args:
+        os.environ[QUIET] = "1"
+    return [arg for arg in args if arg not in ("--quiet", "--json")], "--json" in args
 
 
 def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
@@ -94,7 +106,8 @@ def _overview() -> str:
             *lines,
             "",
             "`segdiff COMMAND --help` lists a command's main flags, --help-all every flag, each of which is also a key",
-            "of the --config file; --dry-run prints the settings and what the work will cost.",
+            "of the --config file; --dry-run prints the settings and the cost of the work. --quiet shows no progress,",
+            "--json prints the result as one line of JSON, and all else on the error stream.",
             f"`segdiff {COMPLETION} bash` (or zsh, tcsh) prints a script that completes commands and flags.",
         ]
     )

@@ -134,14 +134,14 @@ class SegGuidedPipeline:
     ) -> np.ndarray:
         """uint8 [B, H, W] of checked masks, each with the noise of (seed, item id), as many at once as fit;
         `described`: the text of a progress bar, if one is wanted."""
-        from tqdm import tqdm
+        from data_shards.progress import progress_bar
 
         passes = 1 if self.sampler.guidance == 1.0 else 2
         room = memory_bytes(self.device.type) // (1 if self.device.type == "cuda" else num_cores())
         num = batch_size_for(self.model.config, self.size, passes, room, _MOST_AT_ONCE)
         class_id = class_ids(torch.tensor(MODALITIES.index(modality)), torch.tensor(AXES.index(axis)))
         image_BHW = np.empty_like(mask_BHW)
-        with tqdm(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
+        with progress_bar(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
             for at in range(0, len(mask_BHW), num):
                 rows = list(range(at, min(at + num, len(mask_BHW))))
                 # Filled up as in sampling, so that an image alone is rounded as in a larger batch.

@@ -140,7 +140,7 @@ def _listing(root: Path, config: AnnotateConfig) -> Listing:
 
 
 def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str | None) -> AnnotateReport:
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
     (wholebody / _PARTIAL).mkdir(parents=True, exist_ok=True)
     content = read_annotations(wholebody) or _new_annotations(config, version)
@@ -160,7 +160,7 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
     )
     failed: list[tuple[str, str]] = []
     num_kept = 0
-    with tqdm(total=len(tasks), desc="annotate", unit="volume") as bar:
+    with progress_bar(total=len(tasks), desc="annotate", unit="volume") as bar:
         for done in results:
             case_id = done.task.case.case_id
             made = _Made(None, done.result.error) if isinstance(done.result, TaskFailure) else done.result

@@ -328,11 +328,11 @@ def _cut_volumes(
     progress: Callable[[int, int, int], None] | None,
 ) -> Iterator[tuple[str, _Failed]]:
     """Every volume to its partial files; yields case id and reason of those that failed."""
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
     done: Done[_Task, _Failed | None]
     num_failed = 0
-    with tqdm(total=len(tasks), desc="prepare", unit="volume") as bar:
+    with progress_bar(total=len(tasks), desc="prepare", unit="volume") as bar:
         for number, done in enumerate(workers.run(tasks), start=1):
             failure = done.result
             if isinstance(failure, TaskFailure):

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_shards.documents import read_json
 from data_shards.files import is_leftover, remove_leftovers, write_atomic
 from data_shards.ingest.masks import ANNOTATIONS, ANNOTATIONS_VERSION
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
 from data_shards.problems import InputProblems, Problem, refuse, saying_when_full
+from data_shards.progress import progress_bar
 from data_shards.store.set_index import file_sha256
 
 # Increased when the same config would give other voxels, so that two versions never fill one folder.
@@ -79,7 +78,7 @@ def _write_archive(out: Path, config: PhantomConfig) -> None:
     if config.wholebody:
         (out / _WHOLEBODY).mkdir(exist_ok=True)
     waiting = [key for key in keys if not _path(out, "images", key).exists()]
-    for key in tqdm(waiting, desc="phantom", unit="case", disable=not waiting):
+    for key in progress_bar(waiting, desc="phantom", unit="case", disable=not waiting):
         case = make_case(key, config)
         # The image comes second, so that a case with an image is a finished one.
         write_atomic(_path(out, "labels", key), nifti_gz(case.labels, case.affine))

@@ -166,12 +166,12 @@ def _count_classes(
     shard_set: ShardSet, rows_of: dict[tuple[str, str], np.ndarray]
 ) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], np.ndarray]]:
     """Pixels of each class, and slices with the class, by group."""
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
     num_classes = shard_set.label_table.num_classes
     pixels = {group: np.zeros(num_classes, dtype=np.int64) for group in rows_of}
     slices = {group: np.zeros(num_classes, dtype=np.int64) for group in rows_of}
-    with tqdm(total=sum(map(len, rows_of.values())), desc="inspect", unit="slice") as bar:
+    with progress_bar(total=sum(map(len, rows_of.values())), desc="inspect", unit="slice") as bar:
         for group, rows in rows_of.items():
             for row in rows.tolist():
                 counts = np.bincount(shard_set.read_mask(row).ravel(), minlength=num_classes)

@@ -142,13 +142,13 @@ def write_shards(
 
     Raises OutOfSpace when the disk is full, and ShardFailed; the same call continues after either.
     """
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
     format = tasks[0].format
     _start(out / UNFINISHED, tasks, num_samples, header)
     waiting = [task for task in tasks if not _is_done(task)]
     total = sum(num_samples.values())
-    with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), desc="write shards", unit="shard") as bar:
+    with progress_bar(total=len(tasks), initial=len(tasks) - len(waiting), desc="write shards", unit="shard") as bar:
         done: Done[ShardTask, str | None]
         for done in workers.run(waiting):
             if isinstance(done.result, TaskFailure):

@@ -249,8 +249,7 @@ def _provenance_of(out: Path) -> Any:
 
 def _as_shards(samples: SampleStore, real: ShardSet, out: Path) -> Path:
     """The images as a set that can be opened together with the real one; written once."""
-    from tqdm import tqdm
-
+    from data_shards.progress import progress_bar
     from segdiff_dist.export.config import ExportConfig
     from segdiff_dist.export.samples import FinishedSamples
     from segdiff_dist.export.shards import write_shard_set
@@ -259,7 +258,7 @@ def _as_shards(samples: SampleStore, real: ShardSet, out: Path) -> Path:
     if _provenance_of(out) == finished.provenance:
         return out
     shutil.rmtree(out, ignore_errors=True)
-    iterated = tqdm(finished, total=len(finished), desc="as shards", unit="img")
+    iterated = progress_bar(finished, total=len(finished), desc="as shards", unit="img")
     config = ExportConfig(format="shards", split="train", codec=real.codec)
     write_shard_set(out, finished, iterated, config, bits=real.bits, soft_edge="edge" in real.parts)
     return out
@@ -267,10 +266,10 @@ def _as_shards(samples: SampleStore, real: ShardSet, out: Path) -> Path:
 
 def _train(made: Downstream, generated: Path, missing: list[Any], total: int) -> None:
     """Every missing training on a worker: one a GPU, or one a core."""
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
     failures = []
-    bar = tqdm(total=total, initial=total - len(missing), desc="downstream", unit="training")
+    bar = progress_bar(total=total, initial=total - len(missing), desc="downstream", unit="training")
     with made.workers.joined(), bar:
         pool = made.workers.pool()  # of the cluster, if one was joined
         inputs = Inputs(

@@ -179,9 +179,9 @@ def room_problems(out: Path, needed_bytes: int) -> list[Problem]:
 
 
 def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConfig, merge: Merge | None) -> None:
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
-    iterated: Iterable[Sample] = tqdm(samples, total=len(samples), desc="export", unit="img")
+    iterated: Iterable[Sample] = progress_bar(samples, total=len(samples), desc="export", unit="img")
     if config.format == "nnunet":
         write_nnunet(folder, name, samples, iterated, config, merge)
     elif config.format == "dicom":

@@ -166,12 +166,12 @@ def fewer_masks(items: pa.Table, config: SampleConfig) -> str | None:
 
 
 def _make_missing(store: SampleStore, pool: WorkerPool, config: SampleConfig, address: str | None) -> None:
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
     missing = store.missing_regions()
     failures = []
     desc = "sample" if (few := fewer_masks(store.items, config)) is None else f"sample ({few})"
-    with tqdm(total=len(store), initial=len(store) - len(store.missing()), desc=desc, unit="img") as bar:
+    with progress_bar(total=len(store), initial=len(store) - len(store.missing()), desc=desc, unit="img") as bar:
         for done in fan_out(
             WorkerFactory(store.path, pool.device, config.batch_size, pool.num_beside, config.cuda_graph != "off"),
             missing,

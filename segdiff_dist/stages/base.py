@@ -9,6 +9,7 @@ result.say()                             prints the message and the next command
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from abc import ABC, abstractmethod
@@ -131,6 +132,17 @@ class Result:
     """The next command, for the same folder."""
     value: Any = field(default=None, repr=False)
     """The stage's report, for a caller that is a program."""
+
+    def as_json(self) -> str:
+        """One line for a program: message, warnings, next command, exit code."""
+        return json.dumps(
+            {
+                "message": self.message,
+                "warnings": self.warnings,
+                "next_command": self.next_command,
+                "exit_code": self.exit_code,
+            }
+        )
 
     def say(self) -> None:
         """Print the message, the warnings and the next command."""

@@ -259,9 +259,10 @@ def _checkpoint_activations(model: nn.Module) -> None:
 
 
 def _progress_bar(name: str, total: int, initial: int) -> Any:
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
-    return tqdm(total=total, initial=min(initial, total), desc=name, unit="img", disable=not is_main(), mininterval=1.0)
+    start = min(initial, total)
+    return progress_bar(total=total, initial=start, desc=name, unit="img", disable=not is_main(), mininterval=1.0)
 
 
 def _skipped_too_many(name: str, guard: Guard, images_seen: int) -> str:

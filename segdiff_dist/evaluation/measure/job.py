@@ -162,6 +162,8 @@ def measure_items(
     """
     from tqdm import tqdm
 
+    from data_shards.progress import progress_bar
+
     store = subject.store
     num_items = store.items.num_rows
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
@@ -190,7 +192,7 @@ def measure_items(
         measured = Evaluated.empty(
             subject.label_table, store.items, spread, capacity=capacity, seed=seed, is_paired=subject.is_paired
         )
-        with tqdm(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
+        with progress_bar(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
             for chunk, result in in_order(workers, chunks, bar, kept):
                 measured.add(chunk.start, chunk.stop, result)
                 columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)

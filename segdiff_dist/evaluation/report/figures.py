@@ -40,14 +40,14 @@ def draw_figures(
     `amos_root`: the archive that the shards were made from. Only it has intensities outside the window. `also` gets
     each drawn figure before it is closed.
     """
-    from tqdm import tqdm
+    from data_shards.progress import progress_bar
 
     folder = run / "evaluation" / "figures"
     summary = read_summary(run)
     pictures, downstream = Pictures.open(run), read_downstream(run)
     drawn: list[Figure] = []
     with new_folder(folder, replaces=True) as unfinished, styled():
-        for draw in tqdm(
+        for draw in progress_bar(
             _all_figures(pictures, summary, downstream, amos_root), desc="figures", unit="figure", disable=not progress
         ):
             result = draw()
