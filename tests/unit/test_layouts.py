@@ -23,6 +23,7 @@ from layouts_support import (
 
 from data_shards.ingest.layouts.find import recognise
 from data_shards.ingest.prepare import PrepareConfig, find_problems, prepare
+from data_shards.problems import InputProblems
 from data_shards.records import SliceRecord
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
@@ -61,6 +62,14 @@ def test_an_amos_folder_with_nnu_net_s_dataset_json_is_not_taken_for_one(tmp_pat
             file.rename(file.with_name(f"amos_{number:04d}.nii.gz"))
     (found,) = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
     assert "is nnU-Net's and lists no cases" in found.value
+
+
+def test_a_folder_of_no_layout_is_refused_with_the_layouts(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").touch()
+    for root, field in ((tmp_path, "layout"), (tmp_path / "gone", "data folder")):
+        with pytest.raises(InputProblems, match="TotalSegmentator") as refused:
+            recognise(root)
+        assert [one.field for one in refused.value.problems] == [field]
 
 
 def _channels(root: Path) -> dict[str, Any]:

@@ -6,16 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.ingest.cases import Listing
+from data_shards.ingest.dataset_json import DATASET_FILE
 from data_shards.ingest.layouts.amos import Amos, Decathlon
 from data_shards.ingest.layouts.base import Layout, Request
 from data_shards.ingest.layouts.dicom import Dicom
 from data_shards.ingest.layouts.folder import Folder
 from data_shards.ingest.layouts.nnunet import NnUNet
 from data_shards.ingest.layouts.totalsegmentator import TotalSegmentator
+from data_shards.problems import problem
 
 # In the order in which they are tried: first layouts with a describing file, then layouts by file names.
 LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder(), Dicom())
 AUTO = "auto"
+_KNOWN = (
+    "give a folder with the dataset.json of AMOS, MSD or nnU-Net, with images/ and labels/, a manifest.csv, "
+    "TotalSegmentator's CASE/segmentations, or DICOM files (docs/data.md 1)"
+)
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,15 @@ class Recognised:
 
 
 def recognise(root: Path, wanted: str = AUTO) -> Recognised:
-    """`wanted`: a layout's name, or `auto`. A folder that no layout recognises is checked as AMOS', which reports what
-    is missing."""
+    """`wanted`: a layout's name, or `auto`. A folder with a dataset.json that no layout recognises is checked as AMOS',
+    which reports what is wrong. Refused: anything else that no layout recognises."""
     if wanted != AUTO:
         return Recognised(next(one for one in LAYOUTS if one.name == wanted), "as asked for")
     for layout in LAYOUTS:
         if (reason := layout.recognise(root)) is not None:
             return Recognised(layout, reason)
+    if not root.is_dir():
+        raise problem(root, "data folder", "not a folder", _KNOWN)
+    if not (root / DATASET_FILE).is_file():
+        raise problem(root, "layout", "none was recognised", _KNOWN)
     return Recognised(LAYOUTS[0], "no other layout was recognised")
