@@ -1,9 +1,9 @@
 """Imports of libraries without those of their dependencies that this project never calls.
 
 MONAI imports MLflow, pandas, matplotlib and half of SciPy for parts other than its networks and losses; DeepSpeed
-imports MLflow for its autotuner. Without these a worker that segments is ready after 4 s of processor time instead of
-10, and a rank that trains after 8 instead of 10 to 13. Each of these libraries treats a missing dependency as an
-optional one.
+imports MLflow for its autotuner; webdataset imports torch. Without these a worker that segments is ready after 4 s of
+processor time instead of 10, a rank that trains after 8 instead of 10 to 13, and a worker that prepares after 1 instead
+of 2.5. Each of these libraries treats a missing dependency as an optional one.
 
 Only processes that run a command of this project, or work for one, do this. In a program that uses this project as a
 library, MONAI's imports stay unchanged.
@@ -11,6 +11,7 @@ library, MONAI's imports stay unchanged.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import threading
@@ -48,6 +49,22 @@ def without(*libraries: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+@contextmanager
+def without_package_map() -> Iterator[None]:
+    """A context in which importlib.metadata does not read the files of every installed package to find out which
+    package a module is from: 0.6 s of processor time. Does nothing if this is not switched on.
+    """
+    if not are_on():
+        yield
+        return
+    search = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = dict
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = search
 
 
 class _Missing(MetaPathFinder):

@@ -20,7 +20,8 @@ require_supported("diffusers")
 
 if lean_imports.are_on():
     # Schedulers that this project does not use import scipy.stats, 1.5 s of processor time.
-    from diffusers.utils import import_utils
+    with lean_imports.without_package_map():
+        from diffusers.utils import import_utils
 
     import_utils._scipy_available = False
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from data_shards import lean_imports
 from data_shards.problems import Problem, refuse
 from data_shards.records import SliceMeta
 from data_shards.store.codecs import EXTENSIONS, crc32c
@@ -34,7 +35,8 @@ def write_tar(
 
     Returns the samples' rows (see samples_table), and the entries of the tar and its .idx in index.json.
     """
-    import webdataset
+    with lean_imports.without("torch"):
+        import webdataset
 
     extension = EXTENSIONS[codec]
     rows: list[dict[str, Any]] = []

@@ -2,9 +2,9 @@
 
     python launch/cluster/elastic.py --hostfile launch/cluster/hostfile launch/train.py --config F --run R
 
-It finds out which machines answer and starts DeepSpeed's launcher on each of them. When the run fails, it starts the
-run again from the newest complete checkpoint, on the machines that answer then. The machines need the repository and
-its .venv at the same path, and a shared file system with shards and run folder.
+It finds out which machines answer and starts the ranks of each (host_ranks.py). When the run fails, it starts the run
+again from the newest complete checkpoint, on the machines that answer then. The machines need the repository and its
+.venv at the same path, and a shared file system with shards and run folder.
 
 torchrun is not enough here. It takes any number of ranks, also one that does not divide the global batch. It counts all
 restarts rather than those since the last checkpoint, and restarts also after refused input (exit code 2). It ends when
@@ -34,6 +34,7 @@ import yaml
 from segdiff_dist.planning.scaling import most_ranks
 
 BIN = Path(sys.executable).parent
+HOST_RANKS = str(Path(__file__).resolve().with_name("host_ranks.py"))
 # `segdiff`'s exit codes for refused input and for a training that stopped itself: the next launch would end in the same
 # way.
 FINAL = (2, 3)
@@ -44,17 +45,17 @@ def main() -> int:
     """Launch until the run is done. 0 done, 1 given up, 2 input refused, 3 stopped itself, 130 interrupted."""
     given = parse()
     hosts = read_hostfile(given.hostfile)
-    run, checkpoints, global_batch_size, micro_batch_size = settings(given.training)
+    checkpoints, global_batch_size, micro_batch_size = settings(given.training)
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _: asked.append(received))
     failures, attempt = 0, 0
     while not asked:
-        answering = run_on_all(hosts, given.run_on, f"test -x {BIN / 'deepspeed'}", timeout_s=15)
+        answering = run_on_all(hosts, given.run_on, f"test -x {shlex.quote(sys.executable)}", timeout_s=15)
         slots = first_slots({host: hosts[host] for host in answering}, global_batch_size, micro_batch_size)
         before = newest_complete(checkpoints)
         say(f"{len(answering)} of {len(hosts)} hosts answer; from {before or 'the start'} on {slots or 'none of them'}")
-        codes = Launch(slots, given.port + attempt % 1000, given, run).wait(given.grace_s, asked)
+        codes = Launch(slots, given.port + attempt % 1000, given).wait(given.grace_s, asked)
         if (final := final_code(codes)) is not None:
             return final
         if asked:
@@ -68,34 +69,25 @@ def main() -> int:
 
 
 class Launch:
-    """One attempt: a launcher on each host, in a process group with its ranks."""
+    """One attempt: the ranks of each host, in a process group of their own."""
 
-    def __init__(self, slots: dict[str, int], port: int, given: argparse.Namespace, run: Path) -> None:
+    def __init__(self, slots: dict[str, int], port: int, given: argparse.Namespace) -> None:
         # A new private folder on every host, under a name at which nobody else can have made a link.
         self._run_on, self._private = given.run_on, f"/tmp/segdiff-elastic-{secrets.token_hex(8)}-{{host}}"
-        hostfile = run / "hostfile"
-        hostfile.parent.mkdir(parents=True, exist_ok=True)
-        hostfile.write_text("".join(f"{host} slots={number}\n" for host, number in slots.items()))
-        variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(FORWARDED)]
-        self._processes = {}
-        for number, host in enumerate(slots):
-            launcher = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(number)]
-            launcher += ["--master_addr", given.master_addr or next(iter(slots)), "--master_port", str(port)]
-            # DeepSpeed's launchers ignore SIGUSR1, so only the ranks react to it.
+        common = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+        common |= {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONSAFEPATH": "1"}
+        common |= {"MASTER_ADDR": given.master_addr or next(iter(slots), ""), "MASTER_PORT": str(port)}
+        common |= {"WORLD_SIZE": str(sum(slots.values()))}
+        self._processes, first_rank = {}, 0
+        for host, number in slots.items():
+            ranks = [sys.executable, HOST_RANKS, str(number), str(first_rank), str(given.grace_s), *given.training]
+            first_rank += number
+            # What starts the ranks ignores SIGUSR1, so only the ranks react to it.
             inner = f"umask 077; mkdir {self._private} && echo $$ > {self._private}/pid || exit 1; umask {umask()}; "
-            inner += f"trap '' USR1; exec {shlex.join([*launcher, *given.training])}"
-            # PYTHONSAFEPATH: the launcher starts modules by name, and must not take them from the current folder.
-            outer = [
-                "env",
-                f"PATH={BIN}:{os.environ['PATH']}",
-                "PYTHONSAFEPATH=1",
-                *variables,
-                "setsid",
-                "--wait",
-                "sh",
-                "-c",
-            ]
-            there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*outer, inner.replace('{host}', host)])}"
+            inner += f"trap '' USR1; exec {shlex.join(ranks)}"
+            variables = [f"{name}={value}" for name, value in common.items()]
+            outer = ["env", *variables, "setsid", "--wait", "sh", "-c", inner.replace("{host}", host)]
+            there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(outer)}"
             argv = [*shlex.split(given.run_on.replace("{host}", host)), there]
             # Detached from the terminal, so that only this process gets Ctrl-C.
             self._processes[host] = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -164,8 +156,8 @@ def newest_complete(checkpoints: Path) -> str:
     return max((marker.parent.name for marker in checkpoints.glob("*/COMPLETE")), default="")
 
 
-def settings(training: list[str]) -> tuple[Path, Path, int, int]:
-    """Run folder, its checkpoints, global batch and micro-batch, as the training itself resolves them."""
+def settings(training: list[str]) -> tuple[Path, int, int]:
+    """Folder of checkpoints, global batch and micro-batch, as the training itself resolves them."""
     shown = subprocess.run([sys.executable, *training, "--dry-run"], capture_output=True, text=True, check=False)
     if not shown.stdout:  # otherwise the settings can be read, even if this machine lacks files
         sys.stderr.write(shown.stderr)
@@ -178,7 +170,7 @@ def settings(training: list[str]) -> tuple[Path, Path, int, int]:
     micro_batch_size = 1 if train["micro_batch_size"] == "auto" else train["micro_batch_size"]
     if train["global_batch_size"] % micro_batch_size:
         raise SystemExit(f"error: config: train.global_batch_size: no multiple of micro_batch_size {micro_batch_size}")
-    return run, folder / "checkpoints", train["global_batch_size"], micro_batch_size
+    return folder / "checkpoints", train["global_batch_size"], micro_batch_size
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

@@ -28,6 +28,7 @@ train:
   precision: fp32
   zero_stage: 2
   device: cpu
+validation: {num_images: 8, num_pictures: 2, num_steps: 3}
 tracking: {enabled: false}
 """
 
@@ -76,9 +77,9 @@ def kill_after(process: subprocess.Popen[bytes], log: Path, images: int) -> None
     process.wait()
 
 
-def test_two_ranks_killed_and_started_again(shapes: Path, tmp_path: Path) -> None:
+def test_two_ranks_killed_and_started_again(small_shapes: Path, tmp_path: Path) -> None:
     # Undisturbed, of ranks that no launcher starts.
-    command = ["train", *arguments(tmp_path / "two", shapes)]
+    command = ["train", *arguments(tmp_path / "two", small_shapes)]
     with ranks(2, tmp_path / "two", commanding, [command, command]) as undisturbed:
         assert [undisturbed.ended(rank, 280) for rank in range(2)] == [0, 0], undisturbed.stderr(0)[-3000:]
     two = losses(tmp_path / "two")
@@ -87,18 +88,18 @@ def test_two_ranks_killed_and_started_again(shapes: Path, tmp_path: Path) -> Non
 
     # SIGKILL for the launcher and all ranks, at no particular moment: a checkpoint may be half written.
     cut = tmp_path / "cut"
-    kill_after(start(cut, shapes, ranks=2), cut / "run" / "log.jsonl", images=56)
+    kill_after(start(cut, small_shapes, ranks=2), cut / "run" / "log.jsonl", images=56)
     assert list((cut / "run" / "checkpoints").glob("*/COMPLETE"))
-    assert finish(start(cut, shapes, ranks=2), cut) == two
+    assert finish(start(cut, small_shapes, ranks=2), cut) == two
     for average in ("ema_0.05", "ema_0.1", "online"):
         weights = Path("run", "weights", average, "diffusion_pytorch_model.safetensors")
         assert (cut / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
 
 
-def test_one_rank_refuses_and_names_what_another_would_do(shapes: Path, tmp_path: Path) -> None:
+def test_one_rank_refuses_and_names_what_another_would_do(small_shapes: Path, tmp_path: Path) -> None:
     """Another learning rate on rank 1: both ranks stop before any work, and say which key differs where."""
     folder = tmp_path / "differs"
-    command = ["train", *arguments(folder, shapes)]
+    command = ["train", *arguments(folder, small_shapes)]
     with ranks(2, folder, commanding, [command, [*command, "--train.lr", "0.5"]]) as started:
         assert [started.ended(rank, 200) for rank in range(2)] == [2, 2]
     said = started.stderr(0) + started.stderr(1)

@@ -28,6 +28,7 @@ train:
   precision: fp32
   zero_stage: 2
   device: cpu
+validation: {num_images: 8, num_pictures: 2, num_steps: 3}
 tracking: {enabled: false}
 """
 
@@ -153,15 +154,15 @@ def said(folder: Path) -> str:
     return (folder / "stderr").read_text()
 
 
-def test_a_run_on_two_hosts_goes_on_with_the_one_that_is_left(hosts: Hosts, shapes: Path, tmp_path: Path) -> None:
+def test_a_run_on_two_hosts_goes_on_with_the_one_that_is_left(hosts: Hosts, small_shapes: Path, tmp_path: Path) -> None:
     first, second = hosts.addresses
     one, two = tmp_path / "one", tmp_path / "two"
-    command = training(two, shapes)
+    command = training(two, small_shapes)
     process = elastic(two, f"{first} slots=1\n{second} slots=1\n", f"{hosts.run_on_script} {{host}}", command)
     wait_for(two, 64, process)
     # The first host is the one that everything hangs on: rank 0, its store, the log and the checkpoints' markers.
     hosts.lose(first)
-    undisturbed = start(one, training(one, shapes))
+    undisturbed = start(one, training(one, small_shapes))
     assert process.wait(timeout=200) == 0, said(two)[-5000:]
     assert f"rank 1 (host-2) stops: rank 0 at {first}" in said(two)
     assert "1 of 2 hosts answer; from 0000000" in said(two)
@@ -172,13 +173,13 @@ def test_a_run_on_two_hosts_goes_on_with_the_one_that_is_left(hosts: Hosts, shap
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_asked_to_stop_the_ranks_save_first(shapes: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_the_ranks_save_first(small_shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     process = elastic(
         folder,
         "127.0.0.1 slots=3  # 8 images divide by 2 ranks of 2, not by 3\n",
         "sh -c",
-        training(folder, shapes, "--train.num-images", "100000", "--train.checkpoint-every-images", "100000"),
+        training(folder, small_shapes, "--train.num-images", "100000", "--train.checkpoint-every-images", "100000"),
     )
     wait_for(folder, 16, process)
     process.send_signal(signal.SIGTERM)
@@ -208,10 +209,10 @@ def test_what_training_refuses_is_not_tried_again(tmp_path: Path) -> None:
     assert said(folder).count("hosts answer") == 1
 
 
-def test_a_training_that_stops_itself_is_not_tried_again(shapes: Path, tmp_path: Path) -> None:
+def test_a_training_that_stops_itself_is_not_tried_again(small_shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "learns-nothing"
     flags = ["--train.lr", "1e30", "--train.warmup-images", "0", "--train.max-skipped-steps", "2"]
-    process = elastic(folder, "127.0.0.1 slots=1\n", "sh -c", training(folder, shapes, *flags))
+    process = elastic(folder, "127.0.0.1 slots=1\n", "sh -c", training(folder, small_shapes, *flags))
     assert process.wait(timeout=120) == 3, said(folder)[-5000:]
     assert "2 steps in a row" in said(folder)
     assert said(folder).count("hosts answer") == 1

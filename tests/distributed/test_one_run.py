@@ -11,7 +11,7 @@ import pytest
 from ranks_support import ranks
 from training_support import logged, plain_losses, train_judged, train_recorded, train_under
 
-STEPS = 20
+STEPS = 12
 # By ranks: (precision, zero_stage, micro_batch_size). A step has 8 images, so a micro-batch of 2 on one rank makes 4.
 # The usual tests have every number of ranks, every ZeRO stage and every micro-batch size; the rest is exhaustive.
 SETTINGS: dict[int, list[tuple[str, int, int]]] = {

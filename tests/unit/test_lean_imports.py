@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,16 @@ torch.manual_seed(0)
 net = SegmenterNet(SegmenterConfig(channels=(8, 16)), num_classes=3)
 scores = net(torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16), torch.tensor([1]))
 print(sorted({"mlflow", "pandas", "matplotlib"} & set(sys.modules)), scores.double().sum().item())
+"""
+
+WRITES_A_TAR = """
+import sys
+from pathlib import Path
+from data_shards import lean_imports
+from data_shards.store.tar_store import write_tar
+lean_imports.begin()
+write_tar(Path(sys.argv[1]), [], "raw")
+print("loads", ",".join({"torch", "webdataset"} & set(sys.modules)))
 """
 
 
@@ -60,3 +71,8 @@ def test_a_program_that_has_not_begun_imports_everything(monkeypatch: pytest.Mon
     with lean_imports.without("wave"):
         import wave
     assert wave.open
+
+
+def test_a_command_writes_tars_without_torch(tmp_path: Path) -> None:
+    _, libraries = run_python(WRITES_A_TAR, str(tmp_path / "one.tar"))
+    assert libraries == "webdataset"
