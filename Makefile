@@ -32,9 +32,10 @@ demo: $(STAMP) ## every stage on synthetic CT and MR, from volumes to a report, 
 	$(BIN)/segdiff demo $(ARGS)
 
 test: $(STAMP) ## the tests, on the real engines, in about 25 minutes on two cores
-	@# Two files at a time; threads of their own would only fight for the cores. In the order that tests/conftest.py
-	@# gives them: a long file that begins last leaves a core idle.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# Three files at a time: a test often waits for processes that start. Threads of their own would only fight for the
+	@# cores. In the order that tests/conftest.py gives them: a long file that begins last leaves a core idle. With
+	@# bytecode, whatever the environment says: the tests start hundreds of processes that import the same modules.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(STAMP) ## the same with the rest of every grid (marked `exhaustive`)
 	$(MAKE) test ARGS='-m "" $(ARGS)'

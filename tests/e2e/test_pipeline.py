@@ -8,12 +8,13 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
 
+from data_shards.fan_out import ray_session
 from segdiff_dist.cli import main
 from segdiff_dist.ranks import precision
 
@@ -27,19 +28,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("e2e")
     config = yaml.safe_load(CONFIG.read_text())
     config |= {name: str(folder / name) for name in ("amos_root", "data", "run")}
-    # Two workers sample. One evaluates: each takes seconds to load its libraries, on a core that another test has.
-    config["evaluate"] |= {"num_workers": 1}
+    # One worker, since each takes seconds to load its libraries, on a core that another test has.
+    for stage in ("sample", "evaluate"):
+        config[stage] |= {"num_workers": 1}
     # Half of the smoke configuration's images, at as many points.
     config["train"] |= {"num_images": 64, "checkpoint_every_images": 32, "snapshot_every_images": 32}
     config["train"] |= {"log_every_images": 16}
     config["segmenter"]["train"] |= {"num_images": 128, "checkpoint_every_images": 64}
     config["downstream"] = {"real_fractions": [1.0], "seeds": [0], "num_masks": 4, "num_images": 32}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample", "evaluate"):
-        more = ["--downstream"] if command == "evaluate" else []
-        with redirect_stdout(io.StringIO()) as printed:
-            assert main([command, "--config", str(folder / "config.yaml"), *more]) == 0, command
-        (folder / f"{command}.txt").write_text(printed.getvalue())
+    with ExitStack() as ray:
+        for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample", "evaluate"):
+            if command == "sample":  # prepare has started Ray by itself; these share one
+                ray.enter_context(ray_session())
+            more = ["--downstream"] if command == "evaluate" else []
+            with redirect_stdout(io.StringIO()) as printed:
+                assert main([command, "--config", str(folder / "config.yaml"), *more]) == 0, command
+            (folder / f"{command}.txt").write_text(printed.getvalue())
     return folder
 
 
@@ -65,7 +70,6 @@ def test_the_demo_trains_both_networks_at_once(folder: Path, tmp_path: Path, mon
     """On the same set, into another run folder. What the commands make one after the other is what the demo makes."""
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"run": str(tmp_path / "run")}
     config["sample"] |= {"num": 2, "samples_per_mask": 1, "diverse_masks": 0, "cross_modality_masks": 0}
-    config["sample"] |= {"num_workers": 1}
     # A CPU without bf16 arithmetic trains one after the other.
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     config["train"] |= {"precision": yaml.safe_load((folder / "run" / "config.yaml").read_text())["train"]["precision"]}
