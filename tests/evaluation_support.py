@@ -151,15 +151,15 @@ class Page(HTMLParser):
         return next(row for row in self.rows if row[0].startswith(label))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
-        self.addresses += [told[name] or "" for name in ("src", "href") if name in told]
-        if "id" in told:
-            self.ids.add(told["id"] or "")
+        self.addresses += [attributes[name] or "" for name in ("src", "href") if name in attributes]
+        if "id" in attributes:
+            self.ids.add(attributes["id"] or "")
         if tag == "tr":
             self._cells.append([])
         if tag in ("td", "th"):
-            if told.get("class") == "best":
+            if attributes.get("class") == "best":
                 self.best.append((len(self._cells) - 1, len(self._cells[-1])))
             self._cells[-1].append("")
         if tag not in self.void:

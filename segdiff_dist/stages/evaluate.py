@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,7 @@ from data_shards.problems import refuse, saying_when_full
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.experiment import Experiment, collect, save_experiment
+from segdiff_dist.experiment import collect, save_experiment
 from segdiff_dist.stages.base import Cost, Plan, Result, command, duration
 from segdiff_dist.stages.configured import (
     ConfiguredStage,
@@ -19,14 +19,14 @@ from segdiff_dist.stages.configured import (
     open_tracker,
     plain,
     refuse_addresses,
-    weights_name,
 )
+from segdiff_dist.stages.evaluate_downstream import check_downstream
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
-    from segdiff_dist.downstream.job import Downstream
     from segdiff_dist.evaluation.images.folder import ImageFolder
     from segdiff_dist.evaluation.measure.checks import Checked
+    from segdiff_dist.stages.evaluate_downstream import DownstreamPlan
     from segdiff_dist.tracking.tracker import Tracker
 
 _RECORDED = ("summary.json", "samples.parquet", "report.html", "figures")
@@ -67,7 +67,7 @@ class Evaluate(ConfiguredStage):
         )
         refuse_addresses(experiment, (run,))
         checked = check(run, self.evaluate)
-        downstream = _downstream(experiment, run, checked) if self.evaluate.downstream else None
+        downstream = check_downstream(experiment, run, checked.store) if self.evaluate.downstream else None
         return EvaluatePlan(self, run, len(checked.store), int(checked.store.image.shape[-1]), checked, downstream)
 
     def _check_images(self) -> EvaluatePlan:
@@ -93,14 +93,13 @@ class EvaluatePlan(Plan):
     num_images: int
     side: int
     checked: Checked | None = None
-    downstream: Downstream | None = None
+    downstream: DownstreamPlan | None = None
     images: ImageFolder | None = None
 
     def cost(self) -> Cost:
         """Two label maps of an image; the time of metrics is not known."""
         notes = ["disk: label maps before compression"] + ([] if self.images is None else [self.images.words()])
-        if self.downstream is not None:
-            notes.append(f"trainings of --downstream: {self.downstream.num_trainings}")
+        notes += [] if self.downstream is None else self.downstream.cost().notes
         notes += self._memorisation_notes()
         num_maps = 2 if self.images is None else 4  # and what is stored of a folder: images and masks
         return Cost(images=self.num_images, num_bytes=num_maps * self.num_images * self.side**2, notes=tuple(notes))
@@ -130,7 +129,7 @@ class EvaluatePlan(Plan):
 
     def run(self, tracker: Tracker) -> Result:
         """Measure, draw, record; then the trainings."""
-        from segdiff_dist.evaluation.evaluate import evaluate
+        from segdiff_dist.evaluation.evaluate import draw, evaluate
         from segdiff_dist.evaluation.measure.checks import check
         from segdiff_dist.evaluation.measure.tracked_metrics import COLUMNS, TABLE, headline, table
         from segdiff_dist.export.register import register_evaluated
@@ -151,14 +150,17 @@ class EvaluatePlan(Plan):
         log_samples(tracker, checked.store, "evaluation")
         tracker.log_metrics(headline(summary))
         tracker.log_about(self._about(summary))
+        trained = None
         if self.downstream is not None:
-            summary["downstream"] = self._make_downstream(self.downstream, tracker)
+            trained = self.downstream.run(tracker)
+            summary["downstream"] = trained.value
+            draw(run, amos_root=experiment.amos_root)  # the report again, which then shows the table
         tracker.log_table(COLUMNS, table(summary), TABLE)
         for name in _RECORDED:
             tracker.log_artifact(run / "evaluation" / name, "evaluation/figures" if name == "figures" else "evaluation")
         tracker.log_artifact(run / "config.yaml")
         register_evaluated(run, summary, tracker)
-        return self._result(summary)
+        return self._result(summary, () if trained is None else trained.message)
 
     def _store_images(self, images: ImageFolder) -> None:
         """Write those of a folder to RUN/samples."""
@@ -181,31 +183,15 @@ class EvaluatePlan(Plan):
             "`evaluation/metrics.json`; the page: `evaluation/report.html`, both among the artifacts."
         )
 
-    def _make_downstream(self, planned: Downstream, tracker: Tracker) -> dict[str, Any]:
-        """Train and test, record, and draw the report again, which then shows the table."""
-        from segdiff_dist.downstream.summary import scalars
-        from segdiff_dist.evaluation.evaluate import draw
-
-        made: dict[str, Any] = planned.make()
-        tracker.log_params({"downstream": plain(self.stage.experiment)["downstream"]})
-        tracker.log_metrics(scalars(made))
-        tracker.log_artifact(planned.folder / "summary.json", "downstream")
-        draw(planned.run, amos_root=self.stage.experiment.amos_root)
-        return made
-
-    def _result(self, summary: dict[str, Any]) -> Result:
-        from segdiff_dist.downstream.summary import format_downstream
+    def _result(self, summary: dict[str, Any], more: tuple[str, ...]) -> Result:
+        """The table of metrics, then `more`, and the next command."""
         from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
         from segdiff_dist.evaluation.measure.summary_text import format_table
         from segdiff_dist.evaluation.measure.trust import warnings
         from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
-        from segdiff_dist.evaluation.report.granted import granted
 
         run = self.run_folder
-        message = [format_table(summary), *sharpness_messages(summary["metrics"])]
-        if "downstream" in summary:
-            downstream = summary["downstream"]
-            message.append(f"\nDice on real slices:\n{format_downstream(downstream)}\n{granted(downstream)}\n")
+        message = [format_table(summary), *sharpness_messages(summary["metrics"]), *more]
         message.append(f"report: {(run / 'evaluation' / 'report.html').resolve()}")
         warned = [f"warning: {line}" for line in (*segmenter_messages(summary), *warnings(summary))]
         memorised = summary["trust"].get("memorisation")
@@ -215,15 +201,3 @@ class EvaluatePlan(Plan):
         is_known = out.exists() or "images" in summary["provenance"]["sample_job"]
         after = None if is_known else command("export", out, "--run", run, "--format", "png", *address)
         return Result(tuple(message), tuple(warned), 0 if passed else 1, after, summary)
-
-
-def _downstream(experiment: Experiment, run: Path, checked: Checked) -> Downstream:
-    """The trainings on the samples; the workers are those of the evaluation."""
-    from segdiff_dist.downstream.job import Sections, plan
-    from segdiff_dist.evaluation.metrics.sums import Interval
-
-    evaluate = experiment.evaluate
-    sample = replace(experiment.sample, weights=weights_name(experiment, experiment.sample.weights))
-    sections = Sections(experiment.diffusion, sample, experiment.segmenter, experiment.loader, evaluate.workers)
-    interval = Interval(evaluate.bootstrap_samples, evaluate.seed)
-    return plan(run, checked.store, experiment.downstream, sections, interval)

@@ -134,10 +134,10 @@ def test_other_settings_are_refused_where_trainings_lie(run: Path) -> None:
 def test_everything_wrong_is_told_before_work(run: Path) -> None:
     with pytest.raises(InputProblems) as error:
         planned(run, replace(CONFIG, seeds=()), loader=LoaderConfig(axes=("coronal",)))
-    told = str(error.value)
-    assert "downstream.seeds" in told
-    assert "train split" in told
-    assert "test split" in told
+    problems = str(error.value)
+    assert "downstream.seeds" in problems
+    assert "train split" in problems
+    assert "test split" in problems
 
 
 @pytest.mark.parametrize(

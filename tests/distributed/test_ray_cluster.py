@@ -118,8 +118,8 @@ def test_worker_node_and_driver_killed_and_no_image_is_lost(shapes: Path, tmp_pa
 
 
 def test_a_cluster_that_does_not_answer_is_refused() -> None:
-    told = "Ray at 127.0.0.1:9: address: nothing answers"
-    with pytest.raises(InputProblems, match=told), ray_session("127.0.0.1:9"):
+    message = "Ray at 127.0.0.1:9: address: nothing answers"
+    with pytest.raises(InputProblems, match=message), ray_session("127.0.0.1:9"):
         pass
 
 

@@ -63,10 +63,10 @@ def test_ddim_follows_diffusers(prediction_type: str, zero_snr: bool, eta: float
     for timestep, step in zip(timesteps, steps, strict=True):
         noise = randn(generator, *SHAPE) if step.prev_from_noise else None
         ours = ddim_step(ours, predict(ours, timestep), step, noise, limit_B=limit)
-        told = {"eta": eta, "variance_noise": noise if eta else None}
+        options = {"eta": eta, "variance_noise": noise if eta else None}
         if eta and noise is None:  # the last step: its noise has no variance
-            told["variance_noise"] = torch.zeros_like(theirs)
-        theirs = scheduler.step(predict(theirs, timestep), timestep, theirs, **told).prev_sample
+            options["variance_noise"] = torch.zeros_like(theirs)
+        theirs = scheduler.step(predict(theirs, timestep), timestep, theirs, **options).prev_sample
         assert_near(ours, theirs, 1e-4)
 
 

@@ -31,10 +31,10 @@ def _raise(_: Any) -> None:
 
 def test_a_dry_run_trains_samples_and_attends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = ["ceilings", "training_2", "sampling", "attention"]
-    told = tmp_path / "gpu.json"
-    asked = ["--dry-run", "--quick", "--loops", "abe", "--json", str(told), "--parts", *parts]
+    report = tmp_path / "gpu.json"
+    asked = ["--dry-run", "--quick", "--loops", "abe", "--json", str(report), "--parts", *parts]
     assert gpu.main(asked) == 0, capsys.readouterr().out
-    found = json.loads(told.read_text())
+    found = json.loads(report.read_text())
     assert found["dry_run"] is True
     assert {"hardware", "versions", "commit", "verdicts"} <= set(found)
     assert list(found["parts"]) == parts
@@ -53,10 +53,10 @@ def test_a_part_that_fails_costs_itself_alone(tmp_path: Path) -> None:
     assert json.loads(results.read_text())["parts"]["second"]["error"] == "RuntimeError: out of luck"
     session.part("third", lambda _: session.check_target("share", 0.4, 0.5))
     session.part("fourth", lambda _: session.check_target("memory", 0.4, 0.5, is_limit=True))
-    told = json.loads(results.read_text())
-    assert list(told["parts"]) == ["first", "second", "third", "fourth"]
-    assert told["parts"]["first"]["found"] == {"value": 1}
-    assert [verdict["reached"] for verdict in told["verdicts"]] == [False, True]
+    report = json.loads(results.read_text())
+    assert list(report["parts"]) == ["first", "second", "third", "fourth"]
+    assert report["parts"]["first"]["found"] == {"value": 1}
+    assert [verdict["reached"] for verdict in report["verdicts"]] == [False, True]
 
 
 def test_no_part_begins_that_the_time_is_too_short_for(tmp_path: Path) -> None:

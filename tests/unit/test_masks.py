@@ -209,22 +209,22 @@ def test_a_good_folder_has_no_problems(case: Case, wholebody: Path) -> None:
 
 
 def test_each_fault_of_a_folder_is_named(case: Case, wholebody: Path, tmp_path: Path) -> None:
-    def told(label_set: str, folder: Path | None, cases: tuple[Case, ...] = (case,)) -> list[str]:
+    def problems_with(label_set: str, folder: Path | None, cases: tuple[Case, ...] = (case,)) -> list[str]:
         return [str(p) for p in find_wholebody_problems(cases, label_set, folder)]
 
-    assert "label_set is merged" in told("merged", None)[0]
-    assert "label_set is wholebody" in told("wholebody", None)[0]
-    assert "not used by label_set amos" in told("amos", wholebody)[0]
-    assert "not a folder" in told("merged", tmp_path / "nowhere")[0]
-    assert "none for any case" in told("merged", wholebody, (replace(case, case_id="amos_0009"),))[0]
+    assert "label_set is merged" in problems_with("merged", None)[0]
+    assert "label_set is wholebody" in problems_with("wholebody", None)[0]
+    assert "not used by label_set amos" in problems_with("amos", wholebody)[0]
+    assert "not a folder" in problems_with("merged", tmp_path / "nowhere")[0]
+    assert "none for any case" in problems_with("merged", wholebody, (replace(case, case_id="amos_0009"),))[0]
     mask = nib.load(wholebody / "amos_0001.nii.gz")
     nib.save(mask, wholebody / "amos_0001.nii")
-    assert "both amos_0001.nii.gz and amos_0001.nii" in told("merged", wholebody)[0]
+    assert "both amos_0001.nii.gz and amos_0001.nii" in problems_with("merged", wholebody)[0]
     (wholebody / "amos_0001.nii").unlink()
     save(wholebody / "amos_0001.nii.gz", np.zeros((4, 4, 4, 3), np.uint8))
-    assert "dimensions: 4-D" in told("merged", wholebody)[0]
+    assert "dimensions: 4-D" in problems_with("merged", wholebody)[0]
     (wholebody / "amos_0001.nii.gz").write_bytes(b"no NIfTI")
-    assert "not NIfTI" in told("merged", wholebody)[0]
+    assert "not NIfTI" in problems_with("merged", wholebody)[0]
 
 
 @pytest.mark.parametrize(

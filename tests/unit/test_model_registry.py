@@ -101,9 +101,9 @@ def test_each_model_is_registered_once_and_paints_what_was_evaluated(
     assert again.tags == version.tags | {"dice_mask_gen": "0.6"}
     assert list((run / SPOOL).iterdir()) == []
 
-    for passed, told in ((False, "failed"), (None, "not known"), (True, "passed")):
+    for passed, outcome in ((False, "failed"), (None, "not known"), (True, "passed")):
         evaluated(run, 0.6, memorisation={"passed": passed})
-        assert versions(run)[0].tags == again.tags | {"memorisation": told}
+        assert versions(run)[0].tags == again.tags | {"memorisation": outcome}
 
     other = tmp_path / "other"  # another model of the same name, in the same store
     assert not paints(loaded(1, run, monkeypatch), sampled(other, shapes, seed=1))

@@ -48,8 +48,8 @@ def test_a_resumed_run_is_bit_identical_and_knows_its_process(
     shards = ShardSet.open(shapes)
     expected = measure_sigma_data(shards, shards.select(split="train")) if diffusion is EDM else None
     assert said["sigma_data"] == expected
-    told = json.loads((cut / "log.jsonl").read_text().splitlines()[-1])
-    assert any(name.startswith("loss_sigma_") for name in told)
+    row = json.loads((cut / "log.jsonl").read_text().splitlines()[-1])
+    assert any(name.startswith("loss_sigma_") for name in row)
 
 
 TRAINED: dict[str, Any] = {"objective": "edm", "sigma_data": 0.37, "lognormal": (-0.4, 1.4), "mask_dropout": 0.1}

@@ -85,25 +85,25 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(
 ) -> None:
     task = make_task(**EVERYTHING)
     with torch.no_grad():
-        whole, told = task.loss(task.model, batch_of(soft_shapes, range(40, 48)))
+        whole, metrics = task.loss(task.model, batch_of(soft_shapes, range(40, 48)))
         parts = [task.loss(task.model, batch_of(soft_shapes, range(p, p + 1))) for p in range(40, 48)]
     mean = torch.stack([loss for loss, _ in parts]).mean()
     torch.testing.assert_close(mean, whole, atol=1e-6, rtol=0)
-    for name, sums in told.items():
+    for name, sums in metrics.items():
         torch.testing.assert_close(torch.stack([t[name] for _, t in parts]).sum(0), sums, atol=1e-5, rtol=1e-5)
-    assert sum(float(told[n][1]) for n in told if n.startswith("loss_t_")) == 8
+    assert sum(float(metrics[n][1]) for n in metrics if n.startswith("loss_t_")) == 8
 
 
 def test_told_sums_are_the_loss(make_task: Callable[..., DenoiserTask], soft_shapes: ShardSet) -> None:
     task = make_task()
-    loss, told = task.loss(task.model, batch_of(soft_shapes, range(8)))
-    assert set(told) == {"loss_t_0_250", "loss_t_250_500", "loss_t_500_750", "loss_t_750_1000"}
-    assert not any(sums.requires_grad for sums in told.values())
-    torch.testing.assert_close(sum(s[0] for s in told.values()) / 8, loss.detach())
+    loss, metrics = task.loss(task.model, batch_of(soft_shapes, range(8)))
+    assert set(metrics) == {"loss_t_0_250", "loss_t_250_500", "loss_t_500_750", "loss_t_750_1000"}
+    assert not any(sums.requires_grad for sums in metrics.values())
+    torch.testing.assert_close(sum(s[0] for s in metrics.values()) / 8, loss.detach())
     with torch.no_grad():
         weighted, told_again = make_task(loss_weighting="min_snr").loss(task.model, batch_of(soft_shapes, range(8)))
     assert not torch.equal(weighted, loss)
-    for name, sums in told.items():  # what is told stays comparable from weighting to weighting
+    for name, sums in metrics.items():  # what is told stays comparable from weighting to weighting
         torch.testing.assert_close(told_again[name], sums)
 
 
@@ -155,9 +155,9 @@ def test_nothing_in_the_loss_waits_for_the_device(
     task = DenoiserTask(soft_shapes, 32, config, DiffusionConfig(**settings), 3, tmp_path, meta)
     on_host = batch_of(soft_shapes, range(4))
     batch = Batch(*(getattr(on_host, name).to(meta) for name in on_host.__dataclass_fields__))
-    loss, told = task.loss(task.model, batch)
+    loss, metrics = task.loss(task.model, batch)
     loss.backward()
-    assert {t.device for t in (loss, *told.values())} == {meta}
+    assert {t.device for t in (loss, *metrics.values())} == {meta}
 
 
 def test_soft_dice_by_hand(soft_shapes: ShardSet, segmenter: Path) -> None:
@@ -189,10 +189,10 @@ def test_the_dice_term_moves_the_denoiser_alone_and_counts_where_little_is_noise
     batch = batch_of(soft_shapes, range(8))
     plain, with_dice = make_task(), make_task(dice_weight=0.5)
     base, _ = plain.loss(plain.model, batch)
-    loss, told = with_dice.loss(with_dice.model, batch)
-    torch.testing.assert_close((loss - base).detach(), 0.5 * told["dice_loss"][0] / 8)
+    loss, metrics = with_dice.loss(with_dice.model, batch)
+    torch.testing.assert_close((loss - base).detach(), 0.5 * metrics["dice_loss"][0] / 8)
     t = with_dice.process.noised(batch, with_dice.seed, use_kernels=False).level_B
-    torch.testing.assert_close(told["dice_loss"][1], ALPHAS_CUMPROD[t].sum())
+    torch.testing.assert_close(metrics["dice_loss"][1], ALPHAS_CUMPROD[t].sum())
     loss.backward()
     base.backward()
     assert with_dice.dice_term is not None

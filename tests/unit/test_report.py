@@ -173,10 +173,10 @@ class TestSummary:
         summary["body"] = {"dice_mask_gen": summary["metrics"]["dice_mask_gen"]}
         summary["trust"] = {"leakage": LEAKED, "memorisation": MEMORISED}
 
-        def entries(told: Any) -> int:
-            if not isinstance(told, dict):
+        def entries(value: Any) -> int:
+            if not isinstance(value, dict):
                 return 0
-            return 1 if "ci95" in told else sum(map(entries, told.values()))
+            return 1 if "ci95" in value else sum(map(entries, value.values()))
 
         flat = scalars(summary)
         trust = {name: value for name, value in flat.items() if name.startswith("trust/")}

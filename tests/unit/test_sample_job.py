@@ -242,9 +242,9 @@ def test_everything_wrong_with_a_folder_is_told_at_once(shapes: Path, tmp_path: 
     write_nifti(masks / "fractions.nii.gz", np.full((8, 8, 4), 0.5, np.float32), np.eye(4))
     with pytest.raises(InputProblems) as error:
         folder_job(tmp_path, shapes)
-    told = "\n".join(map(str, error.value.problems))
+    problems = "\n".join(map(str, error.value.problems))
     for words in ("ids.png: label ids: [99]", "48x32 pixels", "RGB pixels", "torn.png", "not whole numbers"):
-        assert words in told
+        assert words in problems
     assert len(error.value.problems) == 5
     assert not (tmp_path / "run" / "samples").exists()
 
@@ -319,10 +319,10 @@ def test_a_dry_run_says_what_it_would_do(shapes: Path, tmp_path: Path, capsys: p
     (run / "weights" / "ema").rename(run / "weights" / "ema_0.05")
     flags = ["sample", "--run", str(run), "--data", str(shapes), "--dry-run", "--num", "5", "--sample.num-workers", "1"]
     assert main(flags) == 0
-    told = capsys.readouterr().out
-    assert "# images: 5 of 5 masks, 50 passes through the net each; 5 missing" in told
-    assert "with 1 worker on cpu (estimated from a pass" in told
-    assert yaml.safe_load(told)["sample"]["num"] == 5
+    printed = capsys.readouterr().out
+    assert "# images: 5 of 5 masks, 50 passes through the net each; 5 missing" in printed
+    assert "with 1 worker on cpu (estimated from a pass" in printed
+    assert yaml.safe_load(printed)["sample"]["num"] == 5
     assert main([*flags, "--sample.weights", "online"]) == 2
     said = capsys.readouterr()
     assert yaml.safe_load(said.out)["sample"]["weights"] == "online"

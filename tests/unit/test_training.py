@@ -156,11 +156,11 @@ def test_a_loss_or_gradient_that_is_no_number_costs_its_step_and_many_stop_the_r
     loss = DenoiserTask.loss
 
     def spoilt(self: DenoiserTask, forward: Any, batch: Batch) -> Any:
-        found, told = loss(self, forward, batch)
+        found, metrics = loss(self, forward, batch)
         position = int(batch.position_B[0])
         if position == 20:
             found = found + (found * 0).sqrt()  # adds nothing, and its gradient is no number
-        return (found * float("nan") if position >= 48 else found), told
+        return (found * float("nan") if position >= 48 else found), metrics
 
     monkeypatch.setattr(DenoiserTask, "loss", spoilt)
     with pytest.raises(TrainingStopped, match=r"3 steps in a row up to 72 images.*000000000032"):

@@ -79,7 +79,7 @@ def test_copies_of_training_images_are_found(tmp_path: Path, shapes: Path):
     images[:NUM_COPIED] = noisy(shards, train[:NUM_COPIED], 1, spread=2)
     evaluator = evaluator_of(tmp_path, shapes, items_of(shards, test), images)
     found = checked(evaluator, tmp_path, most=0.01)
-    suspects = [told for told in found["nearest"] if told["suspect"]]
+    suspects = [neighbour for neighbour in found["nearest"] if neighbour["suspect"]]
     assert {suspect["item_id"] for suspect in suspects} == set(range(NUM_COPIED))
     assert found["nearest"][:NUM_COPIED] == suspects
     for suspect in suspects:
