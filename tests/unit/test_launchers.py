@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,17 @@ def test_elastic_ends_where_no_other_launch_is_called_for() -> None:
     assert elastic.final_code({"a": 0, "b": LOST_A_RANK}) is None
     assert elastic.final_code({"a": 1}) is None
     assert elastic.final_code({}) is None
+
+
+def test_a_host_ends_with_the_code_of_the_rank_that_fails_first(tmp_path: Path) -> None:
+    """Rank 5 stops itself; rank 4 would wait for it."""
+    (tmp_path / "rank.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        "pathlib.Path(f'rank-{rank}').write_text(' '.join([os.environ['LOCAL_RANK'], *sys.argv[1:]]))\n"
+        f"sys.exit({STOPPED_ITSELF}) if rank == '5' else time.sleep(100)\n"
+    )
+    command = [sys.executable, CLUSTER / "host_ranks.py", "2", "4", "0.5", "rank.py", "--config", "F"]
+    done = subprocess.run(command, cwd=tmp_path, timeout=60)
+    assert done.returncode == STOPPED_ITSELF
+    assert (tmp_path / "rank-5").read_text() == "1 --config F"
