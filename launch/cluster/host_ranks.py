@@ -25,7 +25,7 @@ def main(num_ranks: int, first_rank: int, grace_s: float, training: Sequence[str
         for n in range(num_ranks)
     ]
     deadline, code = float("inf"), 0
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+    while None in [rank.poll() for rank in ranks] and time.monotonic() < deadline:
         if not code and (code := first_failure(ranks)):
             deadline = time.monotonic() + grace_s
         time.sleep(0.1)
