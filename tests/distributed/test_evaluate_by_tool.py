@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 from evaluation_support import items_of
 from tests_support import write_shapes
 
-from data_shards.fan_out import ray_session
 from data_shards.ingest.volumes import Volume
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
@@ -95,13 +93,6 @@ def write_tool(folder: Path) -> Path:
     return folder / "tool.yaml"
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with ray_session(num_cpus=2):
-        yield
-
-
-@pytest.mark.usefixtures("ray")
 def test_a_program_labels_each_volume_once_and_its_labels_are_measured(tmp_path: Path, placed_set: Path) -> None:
     run, tool = write_run(tmp_path / "run", placed_set), write_tool(tmp_path / "tool")
     config = EvaluateConfig(segmenter=tool, **QUICK)

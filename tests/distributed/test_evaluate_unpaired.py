@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
-from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
@@ -31,13 +29,6 @@ from segdiff_dist.sampling.items import NO_MODALITY
 from segdiff_dist.sampling.store import SampleStore
 
 QUICK: dict[str, Any] = {"bootstrap_samples": 50, "batch_size": 7, "device": "cpu", "num_workers": 1}
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    """Ray, started once for all that evaluates."""
-    with ray_session(num_cpus=2):
-        yield
 
 
 def write_segmenter(weights: Path) -> Path:
@@ -75,7 +66,6 @@ def run(tmp_path: Path, shapes: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.usefixtures("ray")
 def test_real_images_among_themselves_are_as_good_as_real_ones(run: Path, shapes: Path) -> None:
     config = EvaluateConfig(real=str(shapes), spacing_mm=6.0, memorisation=True, **QUICK)
     summary = measure(run, config, progress=False)
@@ -163,7 +153,6 @@ def folder_of(flags: dict[str, str], **settings: Any) -> ImageFolder:
     return ImageFolder(images, AMOS, None)
 
 
-@pytest.mark.usefixtures("ray")
 def test_images_of_another_system_are_evaluated(
     tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +184,6 @@ def test_images_of_another_system_are_evaluated(
     assert "another system's, read from" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("ray")
 def test_frd_of_images_without_counterparts(tmp_path: Path, shapes: Path) -> None:
     pytest.importorskip("frd_score")
     flags = write_pairs(tmp_path, shapes, save_blurred)
@@ -207,7 +195,6 @@ def test_frd_of_images_without_counterparts(tmp_path: Path, shapes: Path) -> Non
     assert np.isfinite(frd["value"])
 
 
-@pytest.mark.usefixtures("ray")
 def test_a_network_of_another_project_judges(tmp_path: Path, shapes: Path) -> None:
     """By brightness alone: in these CT images it finds what their masks hold."""
     file = tmp_path / "judge.pt"

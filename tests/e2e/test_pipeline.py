@@ -8,13 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
 
-from data_shards.fan_out import ray_session
 from segdiff_dist.cli import main
 from segdiff_dist.ranks import precision
 
@@ -37,14 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["segmenter"]["train"] |= {"num_images": 128, "checkpoint_every_images": 64}
     config["downstream"] = {"real_fractions": [1.0], "seeds": [0], "num_masks": 4, "num_images": 32}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with ExitStack() as ray:
-        for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample", "evaluate"):
-            if command == "sample":  # prepare has started Ray by itself; these share one
-                ray.enter_context(ray_session())
-            more = ["--downstream"] if command == "evaluate" else []
-            with redirect_stdout(io.StringIO()) as printed:
-                assert main([command, "--config", str(folder / "config.yaml"), *more]) == 0, command
-            (folder / f"{command}.txt").write_text(printed.getvalue())
+    for command in ("phantom", "prepare", "inspect", "train-segmenter", "train", "sample", "evaluate"):
+        more = ["--downstream"] if command == "evaluate" else []
+        with redirect_stdout(io.StringIO()) as printed:
+            assert main([command, "--config", str(folder / "config.yaml"), *more]) == 0, command
+        (folder / f"{command}.txt").write_text(printed.getvalue())
     return folder
 
 

@@ -25,7 +25,6 @@ import pytest
 from annotate_support import FAKE_TOTALSEGMENTATOR, TOOL, Tool
 from archive_support import write_archive
 
-from data_shards.fan_out import ray_session
 from data_shards.ingest.annotate import annotate, annotation_record, check
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.ingest.archive import read_archive
@@ -40,12 +39,11 @@ LIVER, HEART = WHOLEBODY.names.index("liver"), WHOLEBODY.names.index("heart")
 
 @pytest.fixture(scope="module", autouse=True)
 def bin_on_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder on PATH, and Ray, started once for all of these: its workers keep the PATH of that moment."""
+    """An empty folder on PATH."""
     folder = tmp_path_factory.mktemp("bin")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-        with ray_session():
-            yield folder
+        yield folder
 
 
 @pytest.fixture

@@ -16,9 +16,6 @@ from data_shards.store.config import ConvertConfig
 from data_shards.store.convert import convert
 from data_shards.store.shards import ShardSet
 
-pytestmark = pytest.mark.usefixtures("ray")
-
-
 EVERY_FORM = (("webdataset", "zstd"), ("zarr", "raw"), ("webdataset", "jpeg2000"), ("webdataset", "png"))
 
 
@@ -91,7 +88,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def digest(ray: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def digest(source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of what PNG makes of the source."""
     out = tmp_path_factory.mktemp("clean") / "set"
     convert(source, out, PNG)

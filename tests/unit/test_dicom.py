@@ -73,7 +73,7 @@ def test_series_with_seg_give_the_slices_of_the_same_volumes_in_nifti(
     assert check(tmp_path / "data", tmp_path / "set", CONFIG).survey.labelling.table.names[1:3] == ("liver", "spleen")
 
 
-def test_no_patient_is_in_a_set_or_a_message(tmp_path: Path, ray: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_patient_is_in_a_set_or_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     uids = write_dicom(tmp_path / "data")
     save(tmp_path / "data/Mustermann", series(np.zeros((8, 8, 1), np.int16), "scout"), first=90)
     settings = "--prepare.size 32 --prepare.spacing-mm 4 --prepare.axes axial --prepare.num-workers 1"

@@ -173,7 +173,7 @@ def test_a_dry_run_says_what_headers_show(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "set").exists()
 
 
-def test_a_bad_case_is_left_out_where_that_is_asked_for(tmp_path: Path, ray: None) -> None:
+def test_a_bad_case_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
     """And the set of the others names it; a second call finds all done, one with the case put right adds it alone."""
     settings = write_nnunet(tmp_path / "data") | {"labels": None, "axes": ("axial",)}
     label = tmp_path / "data/labelsTr/p1_1.nii.gz"

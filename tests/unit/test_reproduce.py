@@ -207,7 +207,6 @@ def measurable(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Experi
     return Experiment(run=run, evaluate=evaluate, tracking=TrackingConfig(enabled=False))
 
 
-@pytest.mark.usefixtures("ray")
 def test_figures_that_another_command_put_there_are_not_the_tables(
     measurable: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
