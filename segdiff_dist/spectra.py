@@ -84,21 +84,34 @@ def sharpness(ratio_XF: Array) -> Array:
 
 
 def texture_std(labels_BHW: np.ndarray, images_BHW: np.ndarray, num_classes: int) -> Array:
-    """Standard deviation (n) [B, K] of fine detail inside each label id, in grey values.
+    """texture_stds of one image for each mask."""
+    [std_BK] = texture_stds(labels_BHW, [images_BHW], num_classes)
+    return std_BK
+
+
+def texture_stds(labels_BHW: np.ndarray, images: Sequence[np.ndarray], num_classes: int) -> list[Array]:
+    """Standard deviation (n) [B, K] of fine detail inside each label id, in grey values, of several images [B, H, W] of
+    the same masks.
 
     Fine detail is the image minus its mean under the 3x3 binomial filter. Only pixels whose eight neighbours have the
     same label count, so an organ's outline does not. NaN if fewer than FEWEST_PIXELS_INSIDE are left, and for
     background.
     """
     inside_BHW = interior(labels_BHW)
-    detail = fine_detail(images_BHW)[inside_BHW]
     place = labels_BHW[:, 1:-1, 1:-1][inside_BHW].astype(np.int64) + np.nonzero(inside_BHW)[0] * num_classes
     length = len(labels_BHW) * num_classes
-    count_BK, sum_BK, square_BK = (
-        np.bincount(place, weights, length).reshape(-1, num_classes) for weights in (None, detail, detail**2)
-    )
+
+    def sums(weights: Array | None) -> npt.NDArray[Any]:
+        return np.bincount(place, weights, length).reshape(-1, num_classes)
+
+    count_BK = sums(None)
     num_BK = np.where(count_BK >= FEWEST_PIXELS_INSIDE, count_BK, np.nan)
-    return np.sqrt(np.maximum(square_BK / num_BK - (sum_BK / num_BK) ** 2, 0.0))
+    found = []
+    for images_BHW in images:
+        detail = fine_detail(images_BHW)[inside_BHW]
+        mean_BK = sums(detail) / num_BK
+        found.append(np.sqrt(np.maximum(sums(detail**2) / num_BK - mean_BK**2, 0.0)))
+    return found
 
 
 def fine_detail(images_BHW: np.ndarray) -> Array:

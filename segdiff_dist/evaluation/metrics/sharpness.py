@@ -23,7 +23,7 @@ from segdiff_dist.spectra import (
     mean_texture,
     ratio,
     sharpness,
-    texture_std,
+    texture_stds,
 )
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def measure(
     columns: dict[str, np.ndarray] = {}
     powers = dict(zip(_SIDES, band_powers(real_BHW, generated_BHW), strict=True))
     columns["sharpness"] = sharpness(ratio(powers["gen"], powers["real"]))
-    for side, images_BHW in zip(_SIDES, (real_BHW, generated_BHW), strict=True):
+    stds = texture_stds(mask_BHW, (real_BHW, generated_BHW), table.num_classes)
+    for side, std_BK in zip(_SIDES, stds, strict=True):
         columns |= {f"power_{side}_{band}": powers[side][:, f] for f, band in enumerate(BAND_NAMES)}
-        std_BK = texture_std(mask_BHW, images_BHW, table.num_classes)
         columns[f"texture_{side}"] = mean_texture(std_BK, table.organ_ids)
         columns |= {f"texture_{side}/{table.names[i]}": std_BK[:, i] for i in table.organ_ids}
     return columns
