@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts_support import AFFINE, LIVER, SPLEEN, save, volumes, write_set
+from layouts_support import AFFINE, CONFIG, LIVER, SPLEEN, save, volumes, write_set
 from sampling_support import make_here, write_weights
 from tests_support import bytes_of
 
+from data_shards.ingest.prepare import check
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
@@ -242,3 +244,7 @@ def test_volumes_are_cases_beside_real_volumes(run: Path, shards: Path, volumes_
     assert {tuple(fold["val"]) for fold in folds} == {("p1_1", "p1_2"), ("p2_1",)}
     trained = {tuple(name for name in fold["train"] if name.endswith("volume")) for fold in folds}
     assert trained == {("p2_1_ct_0-volume",), ("p1_1_ct_0-volume", "p1_2_ct_0-volume")}
+    (out / "splits_final.json").unlink()
+    cases = check(out, tmp_path / "again", replace(CONFIG, patient=PATTERN)).cases
+    assert {case.case_id: case.patient for case in cases}["p2_1_ct_0-volume"] == "p2"
+    assert len({case.split for case in cases if case.patient == "p1"}) == 1

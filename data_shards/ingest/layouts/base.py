@@ -16,6 +16,7 @@ from data_shards.records import MODALITIES, is_case_id
 
 # A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
 _LONGEST_CASE_ID = 64
+_OWN_VOLUME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-volume")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def case_name_problems(where: Path, names: Sequence[str]) -> Iterator[Problem]:
 
 
 def patient_of(case_id: str, pattern: str | None) -> str | None:
-    """The patient of a case by the pattern; None if there is no pattern, or it does not match."""
+    """The patient of a case by the pattern; None if there is no pattern, or it does not match. Volumes of `segdiff
+    volume --format nnunet` are of the patient of their mask."""
+    if own := _OWN_VOLUME.fullmatch(case_id):
+        return patient_of(own[1], pattern) or own[1]
     matched = None if pattern is None else re.match(pattern, case_id)
     return None if matched is None else matched[1]
 
