@@ -22,7 +22,7 @@ from segdiff_dist.shipped import shipped_config, shipped_names
 from segdiff_dist.stages.base import Cost, Stage
 
 # Modules of the package that are no command.
-SHARED = {"base", "configured", "flags", "completion", "training_plan"}
+SHARED = {"evaluate_downstream", "base", "configured", "flags", "completion", "training_plan"}
 MOST_FRAMES = 6
 
 
