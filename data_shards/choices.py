@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-Modality = Literal["CT", "MR"]
+from data_shards.modalities import is_modality
+from data_shards.ranges import Rule
+
+# Any plain name: those of a set are in its index.
+Modality = Annotated[str, Rule(is_modality, "letters, digits and -")]
 Axis = Literal["axial", "coronal", "sagittal"]
 Split = Literal["train", "val", "test"]
 LabelSet = Literal["amos", "wholebody", "merged"]

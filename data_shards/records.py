@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from data_shards.choices import Axis, Modality, Split
+from data_shards.choices import Axis, Split
+from data_shards.modalities import MODALITIES as MODALITIES  # where others look for it
+from data_shards.modalities import MODALITY_RULE, is_modality
 from data_shards.problems import Problem, refuse
 
 if TYPE_CHECKING:
     import torch
 
-MODALITIES = get_args(Modality)
 AXES = get_args(Axis)
 SPLITS = get_args(Split)
 # Sources of a mask: none (only body), the archive's experts, a whole-body tool, or the experts' organs over the tool's.
@@ -85,7 +86,11 @@ class SliceMeta:
     def __post_init__(self) -> None:
         # All writers of tars, arrays and files use this meta, so none of their names leads out of a folder.
         problems = case_id_problems("slice", [self.case_id], "rename the case")
-        for name, words in (("modality", MODALITIES), ("axis", AXES), ("split", SPLITS)):
+        if not is_modality(self.modality):
+            problems.append(
+                Problem(f"slice of {self.case_id!r}", "modality", repr(self.modality)[:60], f"use {MODALITY_RULE}")
+            )
+        for name, words in (("axis", AXES), ("split", SPLITS)):
             if (value := getattr(self, name)) not in words:
                 problems.append(
                     Problem(f"slice of {self.case_id!r}", name, repr(value), f"use one of {', '.join(words)}")
@@ -139,8 +144,8 @@ class SliceRecord:
 @dataclass(frozen=True)
 class Batch:
     """The loader's output, on the device: image_BHW uint8 (uint16 from a 16-bit set) and mask_BHW uint8; modality_B,
-    axis_B int64 indices into MODALITIES and AXES; position_B int64 global positions of the run (see feed.order);
-    edge_B2HW uint8, as in SliceRecord, if the set keeps soft edges."""
+    axis_B int64 indices into the set's modalities and AXES; position_B int64 global positions of the run (see
+    feed.order); edge_B2HW uint8, as in SliceRecord, if the set keeps soft edges."""
 
     image_BHW: torch.Tensor
     mask_BHW: torch.Tensor

@@ -25,11 +25,11 @@ from data_shards.fan_out import num_cores
 from data_shards.files import write_atomic
 from data_shards.labels import UNUSED
 from data_shards.problems import Problem, problem, refuse
-from data_shards.records import AXES, MODALITIES
+from data_shards.records import AXES
 from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.denoiser import Denoiser, known_modalities
 from segdiff_dist.denoising.diffusion import as_trained, make_scheduler
 from segdiff_dist.denoising.grids import sigma_bounds
 from segdiff_dist.denoising.process import make_process
@@ -139,7 +139,7 @@ class SegGuidedPipeline:
         passes = 1 if self.sampler.guidance == 1.0 else 2
         room = memory_bytes(self.device.type) // (1 if self.device.type == "cuda" else num_cores())
         num = batch_size_for(self.model.config, self.size, passes, room, _MOST_AT_ONCE)
-        class_id = class_ids(torch.tensor(MODALITIES.index(modality)), torch.tensor(AXES.index(axis)))
+        class_id = class_ids(torch.tensor(self.model.modalities.index(modality)), torch.tensor(AXES.index(axis)))
         image_BHW = np.empty_like(mask_BHW)
         with progress_bar(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
             for at in range(0, len(mask_BHW), num):
@@ -154,9 +154,13 @@ class SegGuidedPipeline:
                 bar.update(len(rows))
         return image_BHW
 
-    def size_with(self, shards: ShardSet) -> int:
-        """`size`. Raises InputProblems if the set's slices are not what the model was trained on."""
-        table = self.model.label_table
+    def size_with(self, shards: ShardSet, modality: str) -> int:
+        """`size`. Raises InputProblems if the set's slices are not what the model was trained on, or if it does not
+        know the modality."""
+        table, known = self.model.label_table, self.model.trained_on
+        if modality not in known:
+            remedy = f"the model knows {', '.join(known)}: choose from these"
+            raise problem("command line", "--modality", modality, remedy)
         if table == shards.label_table and self.size <= shards.size:
             return self.size
         value = f"{shards.label_table.name!r} at {shards.size} pixels"
@@ -181,7 +185,8 @@ class SegGuidedPipeline:
             if not good:
                 problems.append(Problem("pipeline", field, str(value), remedy))
 
-        check("modality", modality in MODALITIES, modality, f"give one of {', '.join(MODALITIES)}")
+        known = self.model.trained_on
+        check("modality", modality in known, modality, f"give one of {', '.join(known)}")
         check("axis", axis in AXES, axis, f"give one of {', '.join(AXES)}")
         fits = mask.ndim in (2, 3) and mask.size > 0 and mask.shape[-2:] == (self.size, self.size)
         check("mask", fits, f"shape {mask.shape}", f"give [H, W] or [B, H, W] of {self.size} x {self.size} pixels")
@@ -277,6 +282,8 @@ def _guidance_words(sampler: SamplerConfig) -> str:
 def _card(description: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig) -> str:
     """The model card, in the form of Hugging Face's (Mitchell et al. 2019)."""
     size, table, net = description["size"], description["label_table"], description["denoiser"]
+    known = known_modalities(description, Path(_ABOUT))
+    modalities = " or ".join(known)
     classes = "\n".join(f"| {i} | {name} |" for i, name in enumerate(table["names"]) if name != UNUSED)
     stem = ""
     if net.get("net") == "efficient":  # older descriptions do not name it
@@ -302,7 +309,7 @@ tags: [medical, ct, mr, segmentation-guided-diffusion, segdiff]
 
 # Segmentation-guided diffusion, {size} x {size}
 
-Generates the abdominal CT or MR slice that belongs to a label mask. The network reads {reads}.
+Generates the {modalities} slice that belongs to a label mask. The network reads {reads}.
 
 ```python
 import numpy as np
@@ -310,7 +317,7 @@ from segdiff_dist.pipeline import SegGuidedPipeline
 
 pipeline = SegGuidedPipeline.from_pretrained("this/folder")
 mask = np.load("mask.npy")  # uint8 [{size}, {size}], ids as below
-pipeline(mask, modality="MR").save("image.png")
+pipeline(mask, modality="{known[-1]}").save("image.png")
 ```
 
 {alone}

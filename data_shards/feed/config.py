@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ from data_shards.feed.mixing import mix_problems
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.ranges import range_problems
-from data_shards.records import AXES, MODALITIES
+from data_shards.records import AXES
 from data_shards.settings import Execution, Result, Resumable
 from data_shards.store.config import CacheConfig
 
@@ -29,8 +29,8 @@ class LoaderConfig:
     Augmentations act on image and mask together and are a pure function of (seed, position). They are off by default.
     """
 
-    modalities: Result[Annotated[tuple[Modality, ...], MinLen(1)]] = MODALITIES
-    """Modalities of the slices that are used."""
+    modalities: Result[Annotated[tuple[Modality, ...], MinLen(1)] | None] = None
+    """Modalities of the slices that are used. null: all of the set's."""
     axes: Result[Annotated[tuple[Axis, ...], MinLen(1)]] = AXES
     """Axes of the slices that are used."""
     mix: Result[dict[str, float]] = field(default_factory=dict)
@@ -47,7 +47,8 @@ class LoaderConfig:
     zoom: Result[Fraction] = 0.0
     """Scale by up to this fraction either way. 0.1 is 0.9 to 1.1."""
     jitter_mr: Result[Fraction] = 0.0
-    """Change contrast and gamma of MR images by up to this fraction either way. CT keeps its HU."""
+    """Change contrast and gamma of MR images by up to this fraction either way, and of all others that are not in HU.
+    CT keeps its HU."""
     on_corrupt: Resumable[Literal["raise", "skip"]] = "raise"
     """What happens if a sample's bytes are not those that were written: the run stops, or another sample is taken."""
     num_threads: Execution[Annotated[int, Interval(ge=1, le=256)]] = 2
@@ -67,6 +68,10 @@ class LoaderConfig:
                 Problem("config", "loader.cache_dir", "null", "name the cache's folder, or set cache_gib to 0")
             )
         return found + mix_problems(self.mix)
+
+    def resolved(self, modalities: tuple[str, ...]) -> LoaderConfig:
+        """With the names of the modalities, if the settings do not choose among those of the set."""
+        return replace(self, modalities=modalities) if self.modalities is None else self
 
     @property
     def cache(self) -> CacheConfig:

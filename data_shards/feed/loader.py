@@ -19,7 +19,7 @@ from data_shards.feed.augment import steering
 from data_shards.feed.batch_reader import BatchReader
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.order import Order
-from data_shards.records import MODALITIES, Batch
+from data_shards.records import Batch
 from data_shards.store.codecs import PICTURES
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Loader:
         self._parts = tuple(shards.parts)
         self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
         self._crop = config.crop_size or shards.size
+        self._in_hu = np.array([name in shards.in_hu for name in shards.modalities])
         # If possible, only the needed pixels are read; pictures can only be cut after they are decoded.
         self._cuts_early = self._crop != shards.size and shards.codec not in PICTURES and not config.turns
         self._steered = self._steered_by()
@@ -151,7 +152,7 @@ class Loader:
             position_B, row_B, pixels = self._reader.read(asked_B, window)
             if len(position_B) < len(asked_B):
                 numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))
-            numbers = numbers.without_jitter(self._shards.modality_N[row_B] == MODALITIES.index("CT"))
+            numbers = numbers.without_jitter(self._in_hu[self._shards.modality_N[row_B]])
             steered = [getattr(numbers, name) for name in self._steered]
             yield position_B, row_B, [*(pixels[part] for part in self._parts), *steered]
 

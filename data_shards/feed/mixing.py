@@ -16,8 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from data_shards.feed.order import Mixed, Order, Shuffled, mix_counts
+from data_shards.modalities import MODALITIES, is_modality
 from data_shards.problems import Problem, refuse
-from data_shards.records import AXES, MODALITIES
+from data_shards.records import AXES
 
 _KEY = re.compile(r"(?:(?P<set>\d+):)?(?:\*|(?P<modality>[^:/*]+)(?:/(?P<axis>[^:/*]+))?)")
 _GRAMMAR = "write [SET:]MODALITY[/AXIS] or [SET:]*, for example CT, MR/axial or 1:*"
@@ -27,8 +28,12 @@ class Tagged(Protocol):
     """The interface that a mix uses of a ShardSet: integers for every row."""
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities."""
+
+    @property
     def modality_N(self) -> np.ndarray:
-        """Indices into MODALITIES."""
+        """Indices into `modalities`."""
 
     @property
     def axis_N(self) -> np.ndarray:
@@ -49,9 +54,9 @@ class MixGroup:
     modality: int | None = None
     axis: int | None = None
 
-    def cells(self, num_sets: int) -> np.ndarray:
-        """bool [S, M, A]: the combinations of set, modality and axis that it selects."""
-        taken_SMA = np.zeros((num_sets, len(MODALITIES), len(AXES)), dtype=bool)
+    def cells(self, shape: tuple[int, ...]) -> np.ndarray:
+        """bool [S, M, A] of this shape: the combinations of set, modality and axis that it selects."""
+        taken_SMA = np.zeros(shape, dtype=bool)
         at = tuple(slice(None) if code is None else code for code in (self.set_index, self.modality, self.axis))
         taken_SMA[at] = True
         return taken_SMA
@@ -69,7 +74,7 @@ def mix_groups(
 
     Every row must fall into exactly one group, and every group must have rows. Raises InputProblems, all at once.
     """
-    groups, problems = parse_mix(mix, where)
+    groups, problems = parse_mix(mix, where, shards.modalities)
     rows = np.asarray(rows, dtype=np.int64)
     num_sets = int(shards.member_N.max(initial=0)) + 1
     for group in groups:
@@ -77,17 +82,17 @@ def mix_groups(
             known = "0" if num_sets == 1 else f"0 to {num_sets - 1}"
             problems.append(Problem(where, _field(group), f"no shard set {group.set_index}", f"choose {known}"))
     groups = [group for group in groups if group.set_index is None or group.set_index < num_sets]
-    shape = (num_sets, len(MODALITIES), len(AXES))
+    shape = (num_sets, len(shards.modalities), len(AXES))
     cell_R = np.ravel_multi_index((shards.member_N[rows], shards.modality_N[rows], shards.axis_N[rows]), shape)
     rows_SMA = np.bincount(cell_R, minlength=math.prod(shape)).reshape(shape)
-    taken_GSMA = np.array([group.cells(num_sets) for group in groups], dtype=bool).reshape(-1, *shape)
+    taken_GSMA = np.array([group.cells(shape) for group in groups], dtype=bool).reshape(-1, *shape)
     for group, taken_SMA in zip(groups, taken_GSMA, strict=True):
         if not rows_SMA[taken_SMA].any():
             remedy = "remove the key, or choose its slices with loader.modalities and loader.axes"
             problems.append(Problem(where, _field(group), "matches none of the used slices", remedy))
     problems += _overlaps(groups, taken_GSMA, where)
     if not problems:  # otherwise the missing keys may be the wrong ones, misspelt
-        problems += _unmatched(rows_SMA * ~taken_GSMA.any(axis=0), where)
+        problems += _unmatched(rows_SMA * ~taken_GSMA.any(axis=0), where, shards.modalities)
     refuse(problems)
     group_R = taken_GSMA.argmax(axis=0).ravel()[cell_R]
     return tuple(rows[group_R == g] for g in range(len(groups))), tuple(group.weight for group in groups)
@@ -100,8 +105,11 @@ def make_order(shards: Tagged, rows: np.ndarray, mix: Mapping[str, float], seed:
     return Mixed(*mix_groups(shards, rows, mix, where), seed)
 
 
-def parse_mix(mix: Mapping[str, float], where: str = "config") -> tuple[list[MixGroup], list[Problem]]:
-    """The groups of a mix, in its order, and the problems of its keys and weights."""
+def parse_mix(
+    mix: Mapping[str, float], where: str = "config", modalities: tuple[str, ...] | None = None
+) -> tuple[list[MixGroup], list[Problem]]:
+    """The groups of a mix, in its order, and the problems of its keys and weights. `modalities`: None if the sets are
+    not known; then any name may be one."""
     groups: list[MixGroup] = []
     problems: list[Problem] = []
     for key, weight in mix.items():
@@ -114,7 +122,9 @@ def parse_mix(mix: Mapping[str, float], where: str = "config") -> tuple[list[Mix
             continue
         codes: dict[str, int | None] = {"set_index": int(found["set"]) if found["set"] else None}
         known = True
-        for name, words in (("modality", MODALITIES), ("axis", AXES)):
+        named = found["modality"]
+        any_name = (named,) if is_modality(named) else MODALITIES
+        for name, words in (("modality", any_name if modalities is None else modalities), ("axis", AXES)):
             word = found[name]
             if word is not None and word not in words:
                 known = False
@@ -141,10 +151,10 @@ def _overlaps(groups: list[MixGroup], taken_GSMA: np.ndarray, where: str) -> lis
     return problems
 
 
-def _unmatched(rows_SMA: np.ndarray, where: str) -> list[Problem]:
+def _unmatched(rows_SMA: np.ndarray, where: str, modalities: tuple[str, ...]) -> list[Problem]:
     problems = []
     for set_index, modality, axis in np.argwhere(rows_SMA).tolist():
-        key = f"{MODALITIES[modality]}/{AXES[axis]}"
+        key = f"{modalities[modality]}/{AXES[axis]}"
         if rows_SMA.shape[0] > 1:
             key = f"{set_index}:{key}"
         value = f"{rows_SMA[set_index, modality, axis]} slices {key} belong to no key"

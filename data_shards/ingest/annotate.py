@@ -21,7 +21,7 @@ import numpy as np
 from data_shards.documents import read_json
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.files import write_atomic
-from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig
+from data_shards.ingest.annotate_config import TOTALSEGMENTATOR, AnnotateConfig, task_of
 from data_shards.ingest.cases import Case, Listing, read_header
 from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.layouts.base import Request
@@ -39,6 +39,7 @@ from data_shards.ingest.totalsegmentator import to_wholebody_ids
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, read_volume
 from data_shards.locks import FOLDER_LOCK, locked
+from data_shards.modalities import in_order
 from data_shards.problems import (
     InputProblems,
     OutOfSpace,
@@ -116,7 +117,8 @@ def check(amos_root: Path, wholebody: Path, config: AnnotateConfig) -> Annotatio
     missing or does not answer."""
     amos_root, wholebody = Path(amos_root).absolute(), Path(wholebody).absolute()
     refuse(config.problems())
-    problems = _listing(amos_root, config).all_problems
+    listing = _listing(amos_root, config)
+    problems = [*listing.all_problems, *_problems_with_tasks(listing, config)]
     version, wrong = tool_version(config)
     refuse([*problems, *wrong, *_folder_problems(wholebody, _new_annotations(config, version), wrong)])
     return Annotation(amos_root, wholebody, config, version)
@@ -178,6 +180,14 @@ def _run(amos_root: Path, wholebody: Path, config: AnnotateConfig, version: str 
     if not failed:
         shutil.rmtree(wholebody / _PARTIAL, ignore_errors=True)
     return AnnotateReport(len(tasks) - len(failed), num_kept, version, tuple(sorted(failed)))
+
+
+def _problems_with_tasks(listing: Listing, config: AnnotateConfig) -> Iterator[Problem]:
+    """Modalities that the tool does not know."""
+    unknown = in_order(case.modality for case in listing.cases if task_of(case.modality) is None)
+    if config.tool == TOTALSEGMENTATOR.lower() and unknown:
+        remedy = "leave them out with --annotate.modalities, or use a tool that knows them (--annotate.tool command)"
+        yield Problem("annotate", "tool", f"{TOTALSEGMENTATOR} has no task for {', '.join(unknown)}", remedy)
 
 
 def _folder_problems(wholebody: Path, asked: dict[str, Any], wrong: list[Problem]) -> Iterator[Problem]:

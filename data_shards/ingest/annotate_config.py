@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from data_shards.choices import Modality
 from data_shards.fan_out import num_cores
 from data_shards.field_source import FROM_A_PERSON
+from data_shards.modalities import OF_MR
 from data_shards.problems import Problem
 from data_shards.ranges import Count, NonNegative, Positive, Some, range_problems
-from data_shards.records import MODALITIES
 from data_shards.settings import Execution, Result
 from data_shards.workers import WorkersConfig
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Its command line since v2 (github.com/wasserth/TotalSegmentator); --ml writes one file with all classes.
 TOTALSEGMENTATOR = "TotalSegmentator"
-_TOTALSEGMENTATOR_TASK = {"CT": "total", "MR": "total_mr"}
+_TOTALSEGMENTATOR_TASK = {"CT": "total", "MR": "total_mr"} | dict.fromkeys(OF_MR, "total_mr")
 _TOTALSEGMENTATOR_COMMAND = f"{TOTALSEGMENTATOR} -i {{image}} -o {{mask}} --ml --task {{task}}"
 _PLACEHOLDERS = ("image", "mask", "modality", "case_id")
 
@@ -36,12 +36,12 @@ class AnnotateConfig:
     """`totalsegmentator` runs the installed TotalSegmentator and maps its classes by name; `command` runs `command`,
     whose masks already have the whole-body table's ids."""
     command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
-    """The command of tool `command`. {image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word,
+    """The command of tool `command`. {image}, {mask}, {modality} and {case_id} are filled in word by word,
     without a shell."""
     version_command: Result[str | None] = field(default=None, metadata=FROM_A_PERSON)
     """A command that prints the version of the tool. The first line is recorded."""
-    modalities: Result[Some[Modality]] = MODALITIES
-    """The modalities whose cases are used."""
+    modalities: Result[Some[Modality] | None] = None
+    """The modalities whose cases are used. null: all."""
     modality: Result[Modality | None] = None
     """The modality of every case of the archive, if dataset.json does not state it, or states it wrongly."""
     num_workers: Execution[Count] = 1
@@ -84,13 +84,18 @@ class AnnotateConfig:
     def words(self, case: Case, mask: Path) -> list[str]:
         """The command that makes `mask` of a case."""
         values = {"image": case.image, "mask": mask, "modality": case.modality, "case_id": case.case_id}
-        values["task"] = _TOTALSEGMENTATOR_TASK[case.modality]
+        values["task"] = task_of(case.modality) or ""
         return [word.format(**values) for word in shlex.split(self.template)]
 
     @property
     def template(self) -> str:
         """The command of one volume, with placeholders."""
         return self.command if self.command is not None else _TOTALSEGMENTATOR_COMMAND
+
+
+def task_of(modality: str) -> str | None:
+    """TotalSegmentator's task for images of a modality; None if it has none."""
+    return _TOTALSEGMENTATOR_TASK.get(modality)
 
 
 def _template_problems(

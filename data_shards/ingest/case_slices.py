@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from data_shards.ingest.label_tables import Labelling
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import VIEWS, Cutting, cut
 from data_shards.labels import LABEL_TABLES
+from data_shards.modalities import grey_rule
 from data_shards.records import SliceMeta, SliceRecord
 
 if TYPE_CHECKING:
@@ -126,20 +127,23 @@ def _read(
     from data_shards.ingest.masks import read_case_mask
     from data_shards.ingest.volumes import UnreadableVolume, read_volume
 
-    image = read_volume(case.image, one_slice=case.is_flat)
+    image = read_volume(case.image, one_slice=case.is_flat, channel=case.channel)
     mask = read_case_mask(case, image, config.label_set, wholebody, labelling)
-    if case.is_flat and image.voxels_IJK.shape[2] == 1:
+    if case.is_flat and isinstance(case.image, Path) and image.voxels_IJK.shape[2] == 1:
         axis, note = _flat_axis(case.case_id)
         notes.append(note)
         image = _seen_along(image, axis)
         mask = replace(mask, volume=None if mask.volume is None else _seen_along(mask.volume, axis))
     if image.voxels_IJK.min() == image.voxels_IJK.max():
         raise UnreadableVolume(str(case.image), f"every voxel is {image.voxels_IJK.flat[0]}: the image is empty")
-    padding = take_padding_as_air(image, case.modality)
-    wrong = problem_with_values(image, case.modality, padding.num_voxels, config.modality is not None)
+    rule = grey_rule(case.modality, config.intensities)
+    like: Literal["CT", "MR"] = "CT" if rule.kind == "hu" else "MR"  # whose values they are like
+    padding = take_padding_as_air(image, like)
+    is_stated = config.modality is not None or case.modality in config.intensities
+    wrong = problem_with_values(image, like, padding.num_voxels, is_stated, case.modality)
     if wrong is not None:
         raise UnreadableVolume(str(case.image), wrong)
-    window_end = take_window_end_as_air(image, case.modality)
+    window_end = take_window_end_as_air(image, like)
     of_mask = () if mask.volume is None else mask.volume.notes
     notes += dict.fromkeys((*case.notes, *image.notes, *of_mask, *padding.notes))
     if window_end is not None:
@@ -147,7 +151,7 @@ def _read(
     try:
         grey = grey_map(
             image,
-            case.modality,
+            rule,
             intensity=config.intensity,
             hu_window=config.hu_window,
             mr_percentiles=config.mr_percentiles,
@@ -156,5 +160,5 @@ def _read(
         )
     except ValueError as error:
         raise UnreadableVolume(str(case.image), str(error)) from error
-    body = find_body(image, case.modality, is_padded=padding.num_voxels > 0)
+    body = find_body(image, like, is_padded=padding.num_voxels > 0)
     return _CaseVolumes(image, mask, grey, body)

@@ -27,9 +27,9 @@ Source = Path | DicomSeries | DicomLabels
 @dataclass(frozen=True)
 class Case:
     """Image, and label if there is one. `split` is train, val or test, or empty if the layout does not state it;
-    `modality` is CT or MR. `notes`: texts about statements of the archive that were ignored. `patient`: None if each
-    case is a patient. `organs`: instead of `label`, a file of zeros and ones for each stored id. `is_flat`: its files
-    may be two-dimensional."""
+    `modality` is CT, MR or another name. `notes`: texts about statements of the archive that were ignored. `patient`:
+    None if each case is a patient. `organs`: instead of `label`, a file of zeros and ones for each stored id.
+    `is_flat`: its files may be two-dimensional. `channel`: of an image file that has several; None if it has one."""
 
     case_id: str
     modality: str
@@ -40,6 +40,7 @@ class Case:
     patient: str | None = None
     organs: tuple[tuple[int, Path], ...] = ()
     is_flat: bool = False
+    channel: int | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -106,7 +107,8 @@ def problems_with_files(case: Case) -> list[Problem]:
             problems.append(Problem(str(file), "file", f"missing, but {DATASET_FILE} names it", remedy))
             continue
         try:
-            geometries[file] = read_geometry(file, one_slice=case.is_flat)
+            channel = case.channel if file == case.image else None
+            geometries[file] = read_geometry(file, one_slice=case.is_flat, channel=channel)
         except InputProblems as error:
             problems += error.problems
     if isinstance(case.image, Path) and case.image in geometries:

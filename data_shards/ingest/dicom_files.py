@@ -50,6 +50,8 @@ _TAGS = (
     "RescaleSlope",
     "RescaleIntercept",
     "RescaleType",
+    "SliceThickness",
+    "SyntheticData",
     *_DISTINGUISHING,
 )
 # Storage classes of labels (PS3.4 B.5): Segmentation, Label Map Segmentation, RT Structure Set.
@@ -79,6 +81,8 @@ class Header:
     orientation: tuple[float, ...]
     rescale: tuple[float, float]
     rescale_type: str
+    thickness: float
+    is_synthetic: bool
     distinguishing: tuple[str, ...]
 
 
@@ -132,6 +136,8 @@ def _header(file: Path, data: Any) -> Header:
         orientation=numbers("ImageOrientationPatient"),
         rescale=(1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)),
         rescale_type=str(data.get("RescaleType") or ""),
+        thickness=float(data.get("SliceThickness") or 0.0),
+        is_synthetic=data.get("SyntheticData") == "YES",
         distinguishing=tuple(str(data.get(name)) for name in _DISTINGUISHING),
     )
 

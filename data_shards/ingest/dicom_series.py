@@ -18,6 +18,7 @@ import numpy as np
 
 from data_shards.ingest.dicom_files import Header, differing, library, quiet
 from data_shards.ingest.nifti import Geometry, problems_in_space, problems_with_extent
+from data_shards.modalities import is_modality
 from data_shards.problems import InputProblems, Problem, problem
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -80,10 +81,13 @@ def files_sha256(name: str, files: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def series_of(name: str, headers: Sequence[Header], modality: str) -> tuple[DicomSeries, list[Problem]]:
-    """The volume of a series' images, and the reasons why it is none."""
+def series_of(
+    name: str, headers: Sequence[Header], modality: str, *, one_slice: bool = False
+) -> tuple[DicomSeries, list[Problem]]:
+    """The volume of a series' images, and the reasons why it is none. `one_slice`: a single image counts as a volume of
+    one plane, as thick as it says."""
     files = tuple(one.file for one in headers)
-    refused = list(_problems_with_kind(name, headers, modality))
+    refused = list(_problems_with_kind(name, headers, modality, one_slice))
     if refused:
         return DicomSeries(name, files), refused
     try:
@@ -140,12 +144,12 @@ def _read_frames(series: DicomSeries) -> np.ndarray:
     return np.asarray(volume.array, np.float32).T
 
 
-def _problems_with_kind(name: str, headers: Sequence[Header], modality: str) -> Iterator[Problem]:
+def _problems_with_kind(name: str, headers: Sequence[Header], modality: str, one_slice: bool) -> Iterator[Problem]:
     """What is wrong with single images."""
     first, num = headers[0], len(headers)
-    if modality not in ("CT", "MR"):
-        remedy = f"a set has CT and MR: {_REMEDY}, or state the modality with --prepare.modality"
-        yield Problem(name, "Modality", repr(modality[:16]), remedy)
+    if not is_modality(modality):
+        remedy = f"{_REMEDY}, or state the modality with --prepare.modality"
+        yield Problem(name, "Modality", repr(first.modality[:16]), remedy)
     elif any(one.is_localiser for one in headers):
         yield Problem(name, "ImageType", "a localiser", _REMEDY)
     elif not all(one.is_grey for one in headers):
@@ -154,8 +158,9 @@ def _problems_with_kind(name: str, headers: Sequence[Header], modality: str) -> 
         yield Problem(name, "RescaleType", f"{first.rescale_type[:16]!r} of a CT, not HU", _REMEDY)
     elif num > 1 and any(one.num_frames > 1 for one in headers):
         yield Problem(name, "NumberOfFrames", f"{num} files, of which some have several frames", _REMEDY)
-    elif num == 1 and first.num_frames == 1:
-        yield Problem(name, "slices", "a single slice", _REMEDY)
+    elif num == 1 and first.num_frames == 1 and not (one_slice and first.thickness > 0):
+        value = "a single slice without SliceThickness" if one_slice else "a single slice without labels"
+        yield Problem(name, "slices", value, _REMEDY)
     elif len(sizes := {one.shape for one in headers}) > 1:
         yield Problem(name, "Rows, Columns", " and ".join(f"{r} x {c}" for r, c in sorted(sizes)[:3]), _REMEDY)
 
@@ -194,7 +199,10 @@ def _affine(ordered: Sequence[Header]) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, 0] = np.array(first.orientation[:3]) * between_columns
     affine[:3, 1] = np.array(first.orientation[3:]) * between_rows
-    affine[:3, 2] = (np.array(last.position) - np.array(first.position)) / (len(ordered) - 1)
+    if len(ordered) == 1:
+        affine[:3, 2] = np.cross(first.orientation[:3], first.orientation[3:]) * first.thickness
+    else:
+        affine[:3, 2] = (np.array(last.position) - np.array(first.position)) / (len(ordered) - 1)
     affine[:3, 3] = first.position
     return LPS_TO_RAS @ affine
 
@@ -232,6 +240,8 @@ def _duplicates(name: str, ordered: Sequence[Header], same: np.ndarray) -> Probl
 def _problems_with_line(name: str, ordered: Sequence[Header]) -> Iterator[Problem]:
     """Slices that are not on the straight, even line from the first to the last."""
     positions = np.array([one.position for one in ordered])
+    if len(ordered) == 1:
+        return
     share = np.linspace(0.0, 1.0, len(ordered))[:, None]
     off = np.linalg.norm(positions - (positions[0] + share * (positions[-1] - positions[0])), axis=1)
     limit = _TOLERANCE_VOXELS * min(min(ordered[0].spacing), float(np.linalg.norm(positions[1] - positions[0])))

@@ -115,14 +115,17 @@ def take_window_end_as_air(volume: Volume, modality: str) -> str | None:
     return f"cut to a window that ends at {value:g} HU, where air is: taken as {_AIR_NOW_HU:g} HU"
 
 
-def problem_with_values(volume: Volume, modality: str, num_padding: int, stated: bool) -> str | None:
-    """Why these cannot be the values of a CT or MR, None if they can. `stated`: the user has stated the modality."""
+def problem_with_values(
+    volume: Volume, modality: str, num_padding: int, stated: bool, name: str | None = None
+) -> str | None:
+    """Why these cannot be the values of a CT or MR, None if they can. CT: of values in HU; MR: of all others. `stated`:
+    the user has stated the modality; `name`: what it is called."""
     num_measured = volume.voxels_IJK.size - num_padding
     if modality == "MR":
         share = (_count_below(volume, _TISSUE_HU) - num_padding) / max(1, num_measured)
         if stated or share < _LIKE_HU_SHARE:
             return None
-        value = f"taken as MR, but {100 * share:.0f} % of its voxels are below {_TISSUE_HU:g}, as in HU"
+        value = f"taken as {name or modality}, but {100 * share:.0f} % of its voxels are below {_TISSUE_HU:g}, as in HU"
         return f"{value}; state which it is with --prepare.modality CT or MR"
     low, high = sorted(_value(volume, end) for end in (volume.voxels_IJK.min(), volume.voxels_IJK.max()))
     if high - low < _SMALLEST_SPAN_HU:

@@ -9,6 +9,7 @@ import numpy as np
 
 from data_shards.choices import Intensity
 from data_shards.ingest.volumes import Volume, planes_in_memory
+from data_shards.modalities import GreyRule, grey_rule
 
 # window: CT by the window alone. paper: CT also by percentiles after the window, as in the paper's code, so that one
 # grey value means another HU in each volume (HU can still be restored from the slice's own mapping).
@@ -36,7 +37,7 @@ class GreyMap:
 
 def grey_map(
     volume: Volume,
-    modality: str,
+    modality: str | GreyRule,
     *,
     intensity: str,
     hu_window: tuple[float, float],
@@ -44,19 +45,22 @@ def grey_map(
     bits: int,
     num_padding: int = 0,
 ) -> GreyMap:
-    """The map from a volume's values to grey values of 8 or 16 bits.
+    """The map from a volume's values to grey values of 8 or 16 bits. `modality`: its name, or the rule for its values.
 
     CT: the window's lower end is 0, its upper end the highest grey (the paper: [-256, 256] HU); with `intensity` paper
     the same of the percentiles of the values clipped to the window. MR: the volume's own percentiles (1 and 99 in the
     paper), over all of its voxels but `num_padding` of the lowest, which are not measured values. Raises ValueError if
     the percentiles are equal: such a volume is nearly empty.
     """
-    if modality == "CT" and intensity == "window":
-        return GreyMap.between(*hu_window, bits)
-    clip = hu_window if modality == "CT" else (-np.inf, np.inf)
-    low, high = percentiles(volume, mr_percentiles, clip, num_padding)
+    rule = modality if isinstance(modality, GreyRule) else grey_rule(modality, {})
+    window = rule.ends or hu_window
+    if rule.kind == "values" or (rule.kind == "hu" and intensity == "window"):
+        return GreyMap.between(*window, bits)
+    clip = window if rule.kind == "hu" else (-np.inf, np.inf)
+    chosen = (rule.ends if rule.kind == "percentiles" else None) or mr_percentiles
+    low, high = percentiles(volume, chosen, clip, num_padding)
     if high <= low:
-        first, last = mr_percentiles
+        first, last = chosen
         raise ValueError(f"its percentiles {first:g} and {last:g} are both {low:g}: it shows nothing")
     return GreyMap.between(low, high, bits)
 

@@ -1,7 +1,8 @@
-"""CT or MR: from the setting or dataset.json, and from AMOS' numbers for cases with AMOS' own names.
+"""The modality of a case: from the setting or dataset.json, and from AMOS' numbers for cases with AMOS' own names.
 
 A wrong modality cuts MR by a window of HU, or stretches CT, and nothing shows it later. So nothing is guessed from
-other names, and contradictions are refused.
+other names, contradictions are refused, and dataset.json's words must be known ones. A setting or a manifest may name
+any modality.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 from reprlib import repr as short
 from typing import Any
 
-from data_shards.problems import Problem
-from data_shards.records import MODALITIES
+from data_shards.modalities import MODALITY_RULE, in_order, is_modality
+from data_shards.problems import Problem, problem
 
 # AMOS 2022: its cases up to 500 are CT, those above are MR (its readme's "< 500" is off by one).
 AMOS_NAME = re.compile(r"amos_([0-9]{4})")
@@ -21,12 +22,17 @@ _LAST_CT_NUMBER = 500
 _KEYS = ("modality", "channel_names")
 # Words for a modality there, in lower case and with only letters and digits.
 _WORDS = {
-    "CT": {"ct", "cta", "cect", "ncct", "cbct", "ldct", "computedtomography", "computertomography"},
-    "MR": {
-        *("mr", "mri", "mra", "nmr", "magneticresonance", "magneticresonanceimaging", "t1", "t2", "t1w", "t2w", "t1c"),
-        *("t1ce", "t1gd", "t1n", "t2f", "flair", "pd", "pdw", "dwi", "adc", "dce", "swi", "t2spir", "t1dual", "dixon"),
-        *("stir", "mprage", "haste", "vibe"),
-    },
+    "CT": {"ct", "cta", "cect", "ncct", "ldct", "computedtomography", "computertomography"},
+    "MR": {"mr", "mri", "mra", "nmr", "magneticresonance", "magneticresonanceimaging"},
+    "CBCT": {"cbct", "conebeamct"},
+    "PET": {"pet", "pt", "fdgpet"},
+    "SPECT": {"spect"},
+    "T1": {"t1", "t1w", "t1n", "t1dual", "mprage", "vibe"},
+    "T1ce": {"t1c", "t1ce", "t1gd"},
+    "T2": {"t2", "t2w", "t2spir", "haste"},
+    "FLAIR": {"flair", "t2f", "t2flair"},
+    "PD": {"pd", "pdw"},
+    **{name: {name.lower()} for name in ("DWI", "ADC", "DCE", "SWI", "STIR", "Dixon")},
 }
 
 
@@ -35,14 +41,14 @@ def find_modalities(
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[Problem]]:
     """Modality by case id, notes by case id if a statement was ignored, and every contradiction and doubt.
 
-    `content` is that of dataset.json, `where` its name, `stated` the setting: CT, MR or None. The setting counts for
+    `content` is that of dataset.json, `where` its name, `stated` the setting: a name or None. The setting counts for
     every case. Without it, dataset.json's statement counts, except for AMOS' own names. AMOS' dataset.json says CT
     although its cases above 500 are MR, so for them the number counts, and only MR stated for a number of CT is a
     contradiction.
     """
     known, problems = _stated_in(where, content)
     by_number = {case_id: _by_number(case_id) for case_id in case_ids}
-    if stated is not None and stated in MODALITIES:  # other values are refused with the settings
+    if stated is not None and is_modality(stated):  # other values are refused with the settings
         return _by_setting(where, stated, known, by_number)
     if problems:
         return {}, {}, problems
@@ -65,8 +71,10 @@ def find_modalities(
         remedy = "state which it is with `modality` (--prepare.modality MR), or give cases of your own other names"
         problems.append(Problem(where, "modality", value, remedy))
     if doubtful:
-        said = "states both CT and MR" if known else "is not stated"
-        remedy = 'state it there ("modality": {"0": "CT"} or {"0": "MR"}) or with --prepare.modality CT or MR'
+        said = f"states {' and '.join(in_order(known))}" if known else "is not stated"
+        remedy = (
+            'state it there ("modality": {"0": "CT"} or {"0": "MR"}) or with --prepare.modality CT, MR or another name'
+        )
         problems.append(Problem(where, "modality", f"{said} for {_named(doubtful, verb=False)}", remedy))
     return result, {}, problems
 
@@ -97,7 +105,7 @@ def _by_number(case_id: str) -> str | None:
 
 
 def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Problem]]:
-    """The modalities that dataset.json states, CT, MR or both; a statement that cannot be understood is a problem."""
+    """The modalities that dataset.json states; a statement that cannot be understood is a problem."""
     known: set[str] = set()
     for key in _KEYS:
         statement = content.get(key)
@@ -108,18 +116,32 @@ def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Prob
         for word in words:
             named = meant(word)
             if not named:
-                remedy = 'write {"0": "CT"} or {"0": "MR"}, or state it with --prepare.modality CT or MR'
+                remedy = (
+                    f'write {{"0": "CT"}} or another of {", ".join(_WORDS)}, or state it with --prepare.modality NAME'
+                )
                 return set(), [Problem(where, key, short(statement), remedy)]
             known |= named
     return known, []
 
 
 def meant(word: Any) -> set[str]:
-    """The modalities that a word names: `MRI`, `T2w`, `CT and MR`; none for unknown words."""
+    """The modalities that a text names: `MRI`, `T2w`, `CT and MR`; none for unknown words. Words that are one name
+    together, as `T2 FLAIR`, are not taken apart."""
     if not isinstance(word, str):
         return set()
-    parts = [re.sub(r"[\W_]", "", part) for part in (word.lower(), *re.split(r"[\W_]+", word.lower()))]
+    whole = re.sub(r"[\W_]", "", word.lower())
+    parts = [whole] if any(whole in words for words in _WORDS.values()) else re.split(r"[\W_]+", word.lower())
     return {modality for modality, words in _WORDS.items() for part in parts if part in words}
+
+
+def named_by_a_person(where: object, text: str) -> str:
+    """The modality that a table's cell names: a known word, or a name of its own. Raises InputProblems."""
+    known = meant(text)
+    if len(known) == 1:
+        return next(iter(known))
+    if known or not is_modality(text):
+        raise problem(where, "modality", repr(text[:40]), f"write CT, MR, or {MODALITY_RULE}")
+    return text
 
 
 def _named(case_ids: Sequence[str], verb: bool = True) -> str:

@@ -50,7 +50,7 @@ class Geometry:
     """The position of a file's voxels. shape: stored I, J, K; affine: 4x4, voxel index as stored to RAS mm.
 
     `notes`: texts about conversions and guesses; empty for most files. `header`: nibabel's. `is_flat`: the file is
-    two-dimensional.
+    two-dimensional. `channel`: the number of the channel that is read, and of all in the file.
     """
 
     shape: tuple[int, int, int]
@@ -58,6 +58,7 @@ class Geometry:
     notes: tuple[str, ...]
     header: Any
     is_flat: bool = False
+    channel: tuple[int, int] = (0, 1)
 
     @property
     def spacing_mm(self) -> np.ndarray:
@@ -70,8 +71,9 @@ class Geometry:
         return int(np.prod(self.shape, dtype=object)) * int(self.header.get_data_dtype().itemsize)
 
 
-def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
-    """The position of the volume in a .nii or .nii.gz, from its header alone.
+def read_geometry(file: Path, *, one_slice: bool = False, channel: int | None = None) -> Geometry:
+    """The position of the volume in a .nii or .nii.gz, from its header alone. `channel`: the volume of a file that has
+    several, in a fourth dimension.
 
     sform is used if its code is above 0, else qform if its code is above 0, else pixdim: then the orientation is a
     guess, and a note says so. Metres and micrometres are converted. Raises InputProblems, all at once, for a file that
@@ -84,14 +86,14 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     if one_slice:
         _give_thickness(header)
     problems: list[Problem] = []
-    shape = _shape(file, header, problems)
+    shape, num_channels = _shape(file, header, channel, problems)
     if header.get_data_dtype().kind not in "iuf":
         problems.append(Problem(str(file), "data type", str(header.get_data_dtype()), "store one real number a voxel"))
     problems += _problems_with_numbers(file, header)
     affine, notes = _affine(file, header, problems)
     if shape is None or affine is None:
         raise InputProblems(problems)
-    geometry = Geometry(shape, affine, tuple(notes), header, is_flat)
+    geometry = Geometry(shape, affine, tuple(notes), header, is_flat, (channel or 0, num_channels))
     problems += _problems_with_size(file, geometry)
     refuse(problems)
     return geometry
@@ -178,17 +180,25 @@ def _give_thickness(header: Any) -> None:
             row[d] = step
 
 
-def _shape(file: Path, header: Any, problems: list[Problem]) -> tuple[int, int, int] | None:
+def _shape(
+    file: Path, header: Any, channel: int | None, problems: list[Problem]
+) -> tuple[tuple[int, int, int] | None, int]:
+    """Of a volume, and the number of volumes."""
     shape = tuple(int(n) for n in header.get_data_shape())
-    if len(shape) > 3 and set(shape[3:]) == {1}:
+    num_channels = int(np.prod(shape[3:], dtype=object))
+    # Channels are in the fourth dimension, or, as vectors, in the fifth.
+    if len(shape) > 3 and (set(shape[3:]) == {1} or (channel is not None and num_channels == max(shape[3:]))):
         shape = shape[:3]
+    if channel is not None and not channel < num_channels:
+        problems.append(Problem(str(file), "channel", str(channel), f"the file has {num_channels}, counted from 0"))
+        return None, num_channels
     if len(shape) != 3:
         problems.append(Problem(str(file), "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file"))
-        return None
+        return None, num_channels
     if min(shape) < 1:
         problems.append(Problem(str(file), "shape", f"{shape} is empty", _RESTORE))
-        return None
-    return shape[0], shape[1], shape[2]
+        return None, num_channels
+    return (shape[0], shape[1], shape[2]), num_channels
 
 
 def _problems_with_numbers(file: Path, header: Any) -> list[Problem]:
@@ -321,7 +331,7 @@ def _compared(
 def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
     """Problems of the file's length, and sizes that no volume has."""
     problems = []
-    shape, needed = geometry.shape, geometry.voxel_bytes
+    shape, needed = geometry.shape, geometry.voxel_bytes * geometry.channel[1]
     length, most = file.stat().st_size, file.stat().st_size
     offset = int(geometry.header.get_data_offset())
     if is_packed(file):

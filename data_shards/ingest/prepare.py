@@ -40,7 +40,7 @@ __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_probl
 _PLAN = "plan.json"
 # Keys that index.json's `preprocessing` has only if they are not the default, or not AMOS'.
 _WHERE_SET = {"modality", "layout", "label_ids", "label_names", "channel", "split", "seed", "fold", "patient"}
-_WHERE_SET.add("keep_dicom_ids")
+_WHERE_SET |= {"keep_dicom_ids", "intensities", "channels"}
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,11 @@ class _Task:
         from data_shards.ingest.volumes import UnreadableVolume
 
         settings = self.config.result_settings() | self.labelling.recorded
-        made_from = [__version__, settings, self.case.split, self.checksums]
+        made_from: list[Any] = [__version__, settings, self.case.split, self.checksums]
         if self.labelling.ids is not None:
             made_from += [self.labelling.table.names, self.case.modality]
+        if self.case.channel is not None:
+            made_from.append(self.case.channel)
         stamp = sha256(json.dumps(made_from).encode()).hexdigest()
         if partials.stamp_of(self.partial) == stamp:
             return None

@@ -10,9 +10,10 @@ from annotated_types import Interval
 
 from data_shards.choices import Axis, Codec, Fit, Intensity, LabelSet, Layout, MaskResize, Modality, Store
 from data_shards.field_source import FROM_A_PERSON
+from data_shards.modalities import INTENSITY_RULE, MODALITIES, MODALITY_RULE, in_order, is_modality, parse_rule
 from data_shards.problems import Problem
 from data_shards.ranges import RISING, Count, Share, Some, WholeNumber, range_problems
-from data_shards.records import AXES, MODALITIES
+from data_shards.records import AXES
 from data_shards.settings import Execution, RecordedOtherwise, Result, ResultWhereSet, identity
 from data_shards.store.codecs import CODECS
 from data_shards.store.shard_writer import Format, set_format
@@ -38,12 +39,19 @@ class PrepareConfig:
     merged: the first over the second."""
     axes: Result[Some[Axis]] = AXES
     """Axes along which volumes are cut."""
-    modalities: Result[Some[Modality]] = MODALITIES
-    """The modalities whose cases are used."""
+    modalities: Result[Some[Modality] | None] = None
+    """The modalities whose cases are used. null: all."""
     modality: ResultWhereSet[Modality | None] = None
     """The modality of every case of the archive, if dataset.json does not state it, or states it wrongly."""
+    intensities: ResultWhereSet[dict[str, str]] = field(default_factory=dict)
+    """By modality, how its values become grey, as {CBCT: hu -500 1500, PET: values 0 10}. hu: a window in HU.
+    percentiles: of the volume. values: a window in the image's unit. Two numbers are the ends; without them those of
+    hu_window or mr_percentiles count. Default: CT is hu, all others are percentiles."""
     channel: ResultWhereSet[WholeNumber | None] = None
-    """nnU-Net: the channel that is used as the image, if there are several."""
+    """nnU-Net and MSD: the channel that is used as the image, if there are several."""
+    channels: ResultWhereSet[Some[WholeNumber] | None] = None
+    """nnU-Net and MSD: several channels, each of which becomes a case of its own modality, with the same label and
+    patient."""
     split: ResultWhereSet[tuple[Share, Share, Share] | None] = None
     """Shares of patients for train, val and test. null: as the data state; cases without a stated split by 0.7, 0.1,
     0.2."""
@@ -108,6 +116,13 @@ class PrepareConfig:
             found = [replace(one, remedy=lossless) if one.field == "codec" else one for one in found]
         if self.soft_edge and self.mask_resize != "soft":
             found.append(Problem(where, "soft_edge", "True", "needs mask_resize soft"))
+        for name, rule in self.intensities.items():
+            if not is_modality(name):
+                found.append(Problem(where, "intensities", repr(name)[:60], f"a modality is {MODALITY_RULE}"))
+            elif parse_rule(str(rule)) is None:
+                found.append(Problem(where, f"intensities.{name}", repr(rule)[:60], f"give {INTENSITY_RULE}"))
+        if self.channel is not None and self.channels is not None:
+            found.append(Problem(where, "channels", str(list(self.channels)), "give `channel` or `channels`, not both"))
         if self.split is not None and abs(sum(self.split) - 1.0) > 1e-6:
             found.append(Problem(where, "split", str(self.split), "give three shares that make 1, as 0.7 0.1 0.2"))
         if self.patient is not None and not _has_a_group(self.patient):
@@ -118,7 +133,7 @@ class PrepareConfig:
         """The settings that the set's bytes depend on, as index.json holds them."""
         values = identity(self)
         values["axes"] = [axis for axis in AXES if axis in self.axes]
-        values["modalities"] = [modality for modality in MODALITIES if modality in self.modalities]
+        values["modalities"] = list(MODALITIES if self.modalities is None else in_order(self.modalities))
         if self.store == "zarr":
             values["codec"] = "zstd"
         return values

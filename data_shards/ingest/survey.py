@@ -16,8 +16,9 @@ from data_shards.ingest.masks import find_wholebody_problems
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.splits import patient_problems, with_splits
 from data_shards.labels import FROM_EXPERTS
+from data_shards.modalities import MODALITIES, in_order, modalities_of
 from data_shards.problems import Problem
-from data_shards.records import MODALITIES, SPLITS
+from data_shards.records import SPLITS
 
 _AMOS = "amos"
 
@@ -50,7 +51,11 @@ class Survey:
     @property
     def recorded(self) -> dict[str, Any]:
         """The entries for `preprocessing` in the set's index; none for an AMOS folder."""
-        return ({} if self.layout == _AMOS else {"layout": self.layout}) | self.labelling.recorded
+        own: dict[str, Any] = {} if self.layout == _AMOS else {"layout": self.layout}
+        modalities = modalities_of(case.modality for case in self.cases)
+        if modalities != MODALITIES:
+            own["modalities"] = list(modalities)
+        return own | self.labelling.recorded
 
 
 def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
@@ -64,6 +69,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     if not has_table(config.labels):
         problems += listing.problems_with_names
     problems += [] if problems else wrong
+    problems += _alike_modalities(root, listing)
     problems += [] if skips else [one for found in bad.values() for one in found]
     cases = tuple(case for case in listing.cases if case.case_id not in bad)
     if listing.names is not None or config.split is not None:
@@ -75,11 +81,19 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     return Survey(recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped)
 
 
+def _alike_modalities(root: Path, listing: Listing) -> list[Problem]:
+    """Names that differ in capitals alone are one modality, or are taken for one."""
+    names = in_order(case.modality for case in listing.cases)
+    twins = [one for one in names if [name.lower() for name in names].count(one.lower()) > 1]
+    return [Problem(str(root), "modality", " and ".join(twins), "write one of them everywhere")] if twins else []
+
+
 def _request(config: PrepareConfig) -> Request:
     return Request(
-        config.modalities or MODALITIES,
+        config.modalities,
         config.modality,
         channel=config.channel,
+        channels=config.channels,
         fold=config.fold,
         patient=None if config.problems() else config.patient,
         keep_ids=config.keep_dicom_ids,

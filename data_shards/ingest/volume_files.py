@@ -7,6 +7,7 @@ from pathlib import Path
 from data_shards.ingest import dicom_series, itk_files, nifti
 from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.nifti import Geometry
+from data_shards.problems import problem
 
 ENDINGS = (".nii.gz", ".nii", *itk_files.ENDINGS)
 
@@ -18,9 +19,13 @@ def stem(name: str) -> str | None:
     return None if ending is None or name.startswith(".") else name[: -len(ending)]
 
 
-def read_geometry(file: Path | DicomSeries, *, one_slice: bool = False) -> Geometry:
-    """The position of the volume, from its header alone; errors and `one_slice` as of nifti.read_geometry."""
+def read_geometry(file: Path | DicomSeries, *, one_slice: bool = False, channel: int | None = None) -> Geometry:
+    """The position of the volume, from its header alone; errors and parameters as of nifti.read_geometry. Channels are
+    read from NIfTI alone."""
     if isinstance(file, DicomSeries):
         return dicom_series.read_geometry(file)
-    reader = itk_files if itk_files.is_itk(file) else nifti
-    return reader.read_geometry(file, one_slice=one_slice)
+    if not itk_files.is_itk(file):
+        return nifti.read_geometry(file, one_slice=one_slice, channel=channel)
+    if channel is not None:
+        raise problem(file, "channel", str(channel), "channels of one file are read from NIfTI alone: convert it")
+    return itk_files.read_geometry(file, one_slice=one_slice)

@@ -88,13 +88,14 @@ class Volume:
         return values
 
 
-def read_volume(path: Path | DicomSeries, *, one_slice: bool = False) -> Volume:
-    """Read a 3-D volume in little more memory than the voxels take. `one_slice` as of read_geometry.
+def read_volume(path: Path | DicomSeries, *, one_slice: bool = False, channel: int | None = None) -> Volume:
+    """Read a 3-D volume in little more memory than the voxels take. `one_slice`, `channel` as of
+    read_geometry.
 
     Raises UnreadableVolume for faults that a header cannot show: a truncated file, a bad gzip checksum, extra bytes,
     values that are not finite; and for files that `read_geometry` refuses.
     """
-    volume = _read(path, None, one_slice=one_slice)
+    volume = _read(path, None, one_slice=one_slice, channel=channel)
     ends = np.array([volume.voxels_IJK.min(), volume.voxels_IJK.max()], dtype=np.float64)
     if not (np.abs(ends * volume.slope + volume.intercept) < _LARGEST_VALUE).all():
         reason = f"its values reach {_LARGEST_VALUE:g} (slope {volume.slope:g}, intercept {volume.intercept:g})"
@@ -207,10 +208,12 @@ def nearest_elements(num_out: int, num_in: int, *, step: float) -> np.ndarray:
     return np.minimum(np.floor(step * np.arange(num_out) + 0.5).astype(np.int64), num_in - 1)
 
 
-def _read(path: Path | DicomSeries, to_ids: _ToIds | None, *, one_slice: bool = False) -> Volume:
+def _read(
+    path: Path | DicomSeries, to_ids: _ToIds | None, *, one_slice: bool = False, channel: int | None = None
+) -> Volume:
     """`to_ids` turns each stored plane, with slope and intercept, into uint8."""
     try:
-        geometry = read_geometry(path, one_slice=one_slice)
+        geometry = read_geometry(path, one_slice=one_slice, channel=channel)
         if isinstance(path, DicomSeries):
             _refuse_too_large(path, geometry)
             return _turned(dicom_series.read_stored(path), geometry, path.sha256())
@@ -272,7 +275,8 @@ def _stored_voxels(path: Path, geometry: Geometry, content: io.IOBase, to_ids: _
     file, where gzip's checksum is; a file that continues without end after its voxels is refused."""
     shape, dtype = geometry.shape, geometry.header.get_data_dtype()
     slope, intercept = value_scale(geometry.header)
-    _fill(np.empty(int(geometry.header.get_data_offset()), np.uint8), content)
+    channel, num_channels = geometry.channel
+    _skip(int(geometry.header.get_data_offset()) + channel * geometry.voxel_bytes, content)
     voxels = np.empty(shape, dtype if to_ids is None else np.uint8, order="F")
     plane = np.empty(shape[:2], dtype, order="F")
     not_finite = 0
@@ -290,12 +294,18 @@ def _stored_voxels(path: Path, geometry: Geometry, content: io.IOBase, to_ids: _
     rest = np.empty(2**16, np.uint8)
     while got := _fill(rest, content):
         behind += got
-        if behind > MOST_BYTES_BEHIND_VOXELS:
+        if behind > MOST_BYTES_BEHIND_VOXELS + (num_channels - 1 - channel) * geometry.voxel_bytes:
             reason = f"damaged file: more than {MOST_BYTES_BEHIND_VOXELS // 2**20} MiB behind the voxels it declares"
             raise UnreadableVolume(str(path), reason)
     if not_finite:
         raise UnreadableVolume(str(path), f"{not_finite} voxels are NaN or infinite")
     return voxels
+
+
+def _skip(num_bytes: int, content: io.IOBase) -> None:
+    block = np.empty(min(num_bytes, 2**20), np.uint8)
+    while num_bytes > 0 and (got := _fill(block[: min(num_bytes, len(block))], content)):
+        num_bytes -= got
 
 
 def _fill(array: np.ndarray, content: io.IOBase) -> int:

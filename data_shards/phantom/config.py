@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from data_shards.choices import Modality
 from data_shards.problems import Problem
 from data_shards.ranges import NOT_FALLING, Count, Some, WholeNumber, range_problems
 from data_shards.records import MODALITIES, SPLITS
@@ -35,7 +34,7 @@ class PhantomConfig:
     """Patients of the validation split."""
     num_test: Result[WholeNumber] = 3
     """Patients of the test split."""
-    modalities: Result[Some[Modality]] = MODALITIES
+    modalities: Result[Some[Literal["CT", "MR"]]] = MODALITIES
     """Modalities of the archive."""
     matrix: Result[Annotated[tuple[_Side, _Side], NOT_FALLING]] = (128, 160)
     """Fewest and most pixels along an axial side. The field of view is 360 to 420 mm square."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_shards.files import write_atomic
 from data_shards.labels import LabelTable, shown_name
-from data_shards.records import AXES, MODALITIES, SPLITS
+from data_shards.records import AXES, SPLITS
 from data_shards.store.shards import ShardSet
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def draw_contact_sheet(shard_set: ShardSet, path: Path) -> None:
     from PIL import Image, ImageDraw
 
     present = set(zip(*(shard_set.samples[name].to_pylist() for name in ("modality", "axis")), strict=True))
-    lines = [(modality, axis) for modality in MODALITIES for axis in AXES if (modality, axis) in present]
+    lines = [(modality, axis) for modality in shard_set.modalities for axis in AXES if (modality, axis) in present]
     width = _SIDE + len(SPLITS) * (_PAIRS_OF_SPLIT * (2 * _CELL + _GAP) + 3 * _GAP)
     legend = _legend_ids(shard_set)
     columns, line_height, _ = _LEGEND_LARGE if len(legend) <= _FEW_CLASSES else _LEGEND_SMALL

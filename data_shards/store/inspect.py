@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.labels import UNUSED, LabelTable
-from data_shards.records import AXES, MASK_SOURCES, MODALITIES, SPLITS
+from data_shards.records import AXES, MASK_SOURCES, SPLITS
 from data_shards.store.byte_store import local_path
 from data_shards.store.contact_sheet import NotSaved, draw_class_histogram, draw_contact_sheet
 from data_shards.store.samples_table import numbers
@@ -74,7 +74,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
     """
     folder = local_path(path)
     shard_set = ShardSet.open(path, verify=verify and folder is not None)
-    groups = [(split, modality) for split in SPLITS for modality in MODALITIES]
+    groups = [(split, modality) for split in SPLITS for modality in shard_set.modalities]
     chosen = {g: shard_set.select(split=g[0], modalities=[g[1]], labelled_only=False) for g in groups}
     rows_of = {group: rows for group, rows in chosen.items() if len(rows)}
     labelled_N, case_N = (numbers(shard_set.samples, name) for name in ("labelled", "case_id"))
@@ -109,7 +109,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         pixels=pixels,
         class_slices=class_slices,
         masks={source: count for source, count in zip(MASK_SOURCES, drawn_by, strict=True) if count},
-        leaking=tuple(_leaks(shard_set.samples)),
+        leaking=tuple(_leaks(shard_set.samples, shard_set.index.get("source") or {})),
         failed=tuple(shard_set.index.get("failed", ())),
         recognised=_recognised(shard_set.index),
         contact_sheet=contact_sheet,
@@ -145,15 +145,15 @@ def _recognised(index: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _leaks(samples: pa.Table) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Patients that are in more than one split, under one case id, or with the same image under several."""
+def _leaks(samples: pa.Table, source: dict[str, dict[str, Any]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Patients that are in more than one split, under one case id or name, or with the same image under several."""
     names = ["case_id", "source_sha256", "split"]
     known = samples.select(names).group_by(names).aggregate([]).to_pydict()
     splits_of: dict[str, set[str]] = {}
     cases_of: dict[str, set[str]] = {}
     for case_id, sha256, split in zip(*known.values(), strict=True):
         cases_of.setdefault(sha256, set()).add(case_id)
-        for patient in (case_id, sha256):
+        for patient in (case_id, sha256, source.get(case_id, {}).get("patient") or case_id):
             splits_of.setdefault(patient, set()).add(split)
     for patient, splits in sorted(splits_of.items()):
         cases = cases_of.get(patient)

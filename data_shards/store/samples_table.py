@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.modalities import is_modality, modalities_of
 from data_shards.records import (
     AXES,
     CASE_ID_RULE,
     MASK_SOURCES,
-    MODALITIES,
     SPLITS,
     SliceMeta,
     case_id_problems,
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 PARTS = ("image", "mask", "edge")
 WHERE = ("file", "offset", "bytes", "crc32c")
-# Columns of few values, stored as codes into these.
-VOCABULARY = {"modality": MODALITIES, "axis": AXES, "split": SPLITS, "mask_source": MASK_SOURCES}
+MODALITY = "modality"
+# Columns of few values, stored as codes into these; those of `modality` depend on the set (modalities_of).
+VOCABULARY = {"axis": AXES, "split": SPLITS, "mask_source": MASK_SOURCES}
 
 
 def schema() -> pa.Schema:
@@ -74,10 +75,11 @@ def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 
     absent = {f"{part}_{name}": -1 if name == "file" else 0 for part in PARTS for name in WHERE}
     columns = []
+    vocabulary = VOCABULARY | {MODALITY: modalities_of(row[MODALITY] for row in rows)}
     for field in schema():
         values = [row.get(field.name, absent.get(field.name)) for row in rows]
-        if field.name in VOCABULARY:
-            words = VOCABULARY[field.name]
+        if field.name in vocabulary:
+            words = vocabulary[field.name]
             codes = pa.array([words.index(value) for value in values], pa.uint8())
             columns.append(pa.DictionaryArray.from_arrays(codes, pa.array(words, pa.string())))
         else:
@@ -91,7 +93,10 @@ def joined(tables: Iterable[pa.Table], first_files: Sequence[int]) -> pa.Table:
     import pyarrow.compute as pc
 
     shifted = []
+    tables = list(tables)
+    words = modalities_of(name for table in tables for name in _used_modalities(table))
     for table, first in zip(tables, first_files, strict=True):
+        table = _with_modalities(table, words)
         for part in PARTS if first else ():
             name = f"{part}_file"
             file = table[name]
@@ -99,6 +104,32 @@ def joined(tables: Iterable[pa.Table], first_files: Sequence[int]) -> pa.Table:
             table = table.set_column(table.schema.get_field_index(name), name, moved)
         shifted.append(table)
     return pa.concat_tables(shifted).unify_dictionaries().combine_chunks()
+
+
+def modalities_in(table: pa.Table) -> tuple[str, ...]:
+    """The modalities that the codes of the column are of."""
+    chunks = table[MODALITY].chunks
+    return tuple(chunks[0].dictionary.to_pylist()) if chunks else modalities_of(())
+
+
+def _used_modalities(table: pa.Table) -> list[str]:
+    """Those of the rows."""
+    own = modalities_in(table)
+    return [own[code] for code in np.unique(numbers(table, MODALITY)).tolist()]
+
+
+def _with_modalities(table: pa.Table, words: Sequence[str]) -> pa.Table:
+    """The same with codes of `words`."""
+    import pyarrow as pa
+
+    own = modalities_in(table)
+    if own == words:
+        return table
+    # Names that no row has need no code.
+    code_of = np.array([words.index(name) if name in words else 0 for name in own], np.uint8)
+    codes = pa.array(code_of[numbers(table, MODALITY)], pa.uint8())
+    column = pa.DictionaryArray.from_arrays(codes, pa.array(words, pa.string()))
+    return table.set_column(table.schema.get_field_index(MODALITY), schema().field(MODALITY), column)
 
 
 def write(table: pa.Table, path: Path) -> None:
@@ -128,6 +159,10 @@ def read(path: Path) -> pa.Table:
         for chunk in table[name].chunks:
             if chunk.dictionary.to_pylist() != list(words):
                 raise ValueError(f"column {name}: its dictionary is not {', '.join(words)}")
+    for chunk in table[MODALITY].chunks:
+        own = tuple(chunk.dictionary.to_pylist())
+        if own != modalities_of(own) or own != modalities_in(table) or not all(map(is_modality, own)):
+            raise ValueError(f"column {MODALITY}: its dictionary is not that of a set's modalities")
     for name in ("intensity_scale", "intensity_offset", "spacing_mm", "affine"):
         if not all(np.isfinite(_flat(chunk)).all() for chunk in table[name].chunks):
             raise ValueError(f"column {name}: not all finite")

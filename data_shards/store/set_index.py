@@ -28,12 +28,14 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.records import is_path_inside
 from data_shards.store.codecs import CODECS
 
-FORMAT_VERSION = 2
+# 3: a set whose modalities are not CT and MR, which `modalities` names; else it is the same.
+FORMAT_VERSION, NEWEST_VERSION = 2, 3
 STORES = get_args(Store)
 INDEX = "index.json"
 SAMPLES = "samples.arrow"
 SHARDS = "shards"
 UNFINISHED = "shards.unfinished"
+MODALITIES_KEY = "modalities"
 PARTIAL = ".partial"  # folder in which prepare keeps finished volumes until all are done
 
 _RESTORE = "restore the file, or remove the folder and prepare it again"
@@ -78,8 +80,8 @@ def parse_index(content: bytes, where: object) -> dict[str, Any]:
     if not isinstance(version, int) or isinstance(version, bool):
         value = f"not a shard set's index (format_version {shown(repr(version))})"
         raise problem(where, "content", value, _PREPARE_AGAIN)
-    if version > FORMAT_VERSION:
-        remedy = f"this version reads {FORMAT_VERSION}: install the segdiff-dist that wrote it, or a newer one"
+    if version > NEWEST_VERSION:
+        remedy = f"this version reads {NEWEST_VERSION}: install the segdiff-dist that wrote it, or a newer one"
         raise problem(where, "format_version", version, remedy)
     if version < FORMAT_VERSION:
         raise problem(where, "format_version", version, f"this version reads {FORMAT_VERSION}: prepare the set again")
@@ -113,7 +115,7 @@ def write_index(
         "crc32c": file_crc32c(samples_file),
     }
     index = {
-        "format_version": FORMAT_VERSION,
+        "format_version": NEWEST_VERSION if MODALITIES_KEY in header else FORMAT_VERSION,
         "producer": {"name": "segdiff-dist", "version": __version__},
         **header,
         "num_samples": num_samples,
@@ -196,6 +198,7 @@ class _Preprocessing(TypedDict):
     fit: NotRequired[str]
     mask_resize: NotRequired[str]
     intensity: NotRequired[str]
+    intensities: NotRequired[dict[str, str]]
     hu_window: NotRequired[_Pair]
     mr_percentiles: NotRequired[_Pair]
 

@@ -21,11 +21,12 @@ from typing_extensions import TypedDict
 from data_shards.documents import checked, read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers
 from data_shards.files import new_file, write_atomic
+from data_shards.modalities import MODALITIES
 from data_shards.problems import InputProblems, OutOfSpace, ShardFailed, out_of_space
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table, tar_store, zarr_store
 from data_shards.store.codecs import encode
-from data_shards.store.set_index import SAMPLES, SHARDS, UNFINISHED, write_index
+from data_shards.store.set_index import MODALITIES_KEY, SAMPLES, SHARDS, UNFINISHED, write_index
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -187,6 +188,8 @@ def finish(out: Path, done: Sequence[Path], header: dict[str, Any], num_samples:
         tables.append(rows)
     table = samples_table.joined(tables, first_files)
     assert table.num_rows == num_samples, f"{table.num_rows} rows, {num_samples} samples"
+    if (modalities := samples_table.modalities_in(table)) != MODALITIES:
+        header = {**header, MODALITIES_KEY: list(modalities)}
     # write_index renames it.
     with new_file(out / f"{SAMPLES}.unfinished", durable=True) as unfinished:
         samples_table.write(table, unfinished)

@@ -20,15 +20,24 @@ import numpy as np
 from data_shards.choices import Codec
 from data_shards.documents import reading
 from data_shards.labels import LabelTable
+from data_shards.modalities import MODALITIES, in_hu
 from data_shards.problems import Problem, problem, refuse
-from data_shards.records import AXES, MODALITIES, SPLITS, SliceMeta, SliceRecord
+from data_shards.records import AXES, SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table, tar_store
 from data_shards.store.byte_ranges import Range
 from data_shards.store.byte_store import ByteStore, local_copy, local_path, open_byte_store, read_file
 from data_shards.store.codecs import crc32c, decode_into
 from data_shards.store.config import CacheConfig
 from data_shards.store.samples_table import PARTS
-from data_shards.store.set_index import INDEX, SAMPLES, broken_files, parse_index, read_index, sound_samples_file
+from data_shards.store.set_index import (
+    INDEX,
+    MODALITIES_KEY,
+    SAMPLES,
+    broken_files,
+    parse_index,
+    read_index,
+    sound_samples_file,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -174,8 +183,18 @@ class ShardSet:
         return codec
 
     @cached_property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities of the set, in the order of their codes: CT and MR, or the names of its slices."""
+        return samples_table.modalities_in(self.samples)
+
+    @cached_property
+    def in_hu(self) -> tuple[str, ...]:
+        """Those whose values are HU."""
+        return in_hu(self.modalities, self.index["preprocessing"])
+
+    @cached_property
     def modality_N(self) -> np.ndarray:
-        """uint8 codes into MODALITIES."""
+        """uint8 codes into `modalities`."""
         return samples_table.numbers(self.samples, "modality")
 
     @cached_property
@@ -206,7 +225,7 @@ class ShardSet:
         keep = np.ones(len(self), dtype=bool)
         for codes, words, allowed in (
             (self.split_N, SPLITS, split and [split]),
-            (self.modality_N, MODALITIES, modalities),
+            (self.modality_N, self.modalities, modalities),
             (self.axis_N, AXES, axes),
         ):
             if allowed is not None:
@@ -341,6 +360,10 @@ def _disagreements(root: str, index: dict[str, Any], table: pa.Table, *, verify:
     if table.num_rows != index["num_samples"]:
         value = f"{index['num_samples']} where {SAMPLES} has {table.num_rows} rows"
         yield Problem(f"{root}/{INDEX}", "num_samples", value, remedy)
+        return
+    if index.get(MODALITIES_KEY, list(MODALITIES)) != list(samples_table.modalities_in(table)):
+        value = f"{index.get(MODALITIES_KEY)} where {SAMPLES} has {', '.join(samples_table.modalities_in(table))}"
+        yield Problem(f"{root}/{INDEX}", MODALITIES_KEY, value, remedy)
         return
     num_labels = len(index["label_table"]["names"])
     if (largest := samples_table.largest_label(table)) >= num_labels:

@@ -16,7 +16,8 @@ from data_shards.records import AXES, MODALITIES
 from segdiff_dist.denoising.config import Conditioning, GuidanceRemoves, MaskEncoding
 from segdiff_kernels import philox
 
-# One class for each (modality, axis), and one for neither (NULL_CLASS).
+# One class for each (modality, axis), and one for neither (NULL_CLASS). That has the same id in every set, behind the
+# classes of two modalities: those of a third and further ones follow it.
 NUM_CLASSES = len(MODALITIES) * len(AXES) + 1
 NULL_CLASS = NUM_CLASSES - 1
 # The null mask has this id at every pixel. No table has it, so it differs from a mask of background: one-hot channels
@@ -97,9 +98,14 @@ class MaskJoin(nn.Module):
         return x_t_B1HW + projected_B1HW if self.conditioning == "add" else x_t_B1HW * (1.0 + projected_B1HW)
 
 
+def num_classes(num_modalities: int) -> int:
+    """Classes of a net for this many modalities."""
+    return max(num_modalities, len(MODALITIES)) * len(AXES) + 1
+
+
 def class_ids(modality_B: Tensor, axis_B: Tensor) -> Tensor:
     """int64 [B] class of each (modality, axis); NULL_CLASS names neither."""
-    return modality_B * len(AXES) + axis_B
+    return modality_B * len(AXES) + axis_B + (modality_B >= len(MODALITIES))
 
 
 def without(conditions: Conditions, no_mask_B: Tensor, no_class_B: Tensor) -> Conditions:

@@ -8,7 +8,7 @@ half of H, W.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from data_shards.documents import read_json, reading
 from data_shards.files import updated_folder
 from data_shards.labels import LabelTable
+from data_shards.modalities import MODALITIES, is_modality, modalities_of
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
+from data_shards.store.set_index import MODALITIES_KEY
 from segdiff_dist.attention import choose_attention, set_attention
 from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.config.choices import AttentionBackend
-from segdiff_dist.denoising.conditioning import NULL_MASK, NUM_CLASSES, Conditions, MaskEncoder, MaskJoin, class_ids
+from segdiff_dist.denoising.conditioning import NULL_MASK, Conditions, MaskEncoder, MaskJoin, class_ids, num_classes
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.spade import Spade
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
@@ -37,6 +39,8 @@ _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 # Features of a pixel, between the stem's inverse and the prediction.
 _HEAD_CHANNELS = 8
 # h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
+# In segdiff.json: the modalities of the training, if they are not all of the net's.
+TRAINED_ON = "trained_on"
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
 
@@ -64,7 +68,9 @@ class PixelHead(nn.Module):
 class Denoiser(nn.Module):
     """eps, v or x_0 from a noised image, its timestep, its mask and its class."""
 
-    def __init__(self, config: DenoiserConfig, label_table: LabelTable, size: int) -> None:
+    def __init__(
+        self, config: DenoiserConfig, label_table: LabelTable, size: int, modalities: Sequence[str] = MODALITIES
+    ) -> None:
         super().__init__()
         from segdiff_dist.diffusers_parts import UNet2DModel
 
@@ -72,6 +78,8 @@ class Denoiser(nn.Module):
             remedy = f"use at most {NULL_MASK}: id {NULL_MASK} means a mask that is not shown"
             raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
         self.config, self.label_table, self.size = config, label_table, size
+        # The net's modalities, and those of its training, which may be fewer.
+        self.modalities = self.trained_on = tuple(modalities)
         self.uses_kernels = self.reads_labels = False
         self.mask_encoder = MaskEncoder(config.mask_encoding, label_table.num_classes, config.mask_embedding_dim)
         self.mask_join = MaskJoin(config.conditioning, self.mask_encoder.num_channels)
@@ -86,7 +94,7 @@ class Denoiser(nn.Module):
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
             attention_head_dim=config.attention_head_dim,
             norm_num_groups=config.norm_num_groups,
-            num_class_embeds=NUM_CLASSES if config.class_conditioning else None,
+            num_class_embeds=num_classes(len(self.modalities)) if config.class_conditioning else None,
             **(_ADAPTIVE | {"attn_norm_num_groups": config.norm_num_groups} if config.net == "efficient" else {}),
         )
         self.head = PixelHead() if config.net == "efficient" else None
@@ -174,6 +182,8 @@ class Denoiser(nn.Module):
                 "label_table": self.label_table.described,
                 "size": self.size,
             }
+            if self.modalities != MODALITIES:
+                description[MODALITIES_KEY] = list(self.modalities)
             (unfinished / "segdiff.json").write_text(json.dumps(description, indent=2) + "\n")
             write_digests(unfinished, sorted(file.name for file in unfinished.iterdir()))
 
@@ -192,12 +202,28 @@ class Denoiser(nn.Module):
             config = validate(DenoiserConfig, description["denoiser"], description_file)
             config = replace(config, attention=attention, kernels=kernels)
             table = LabelTable.of(description["label_table"])
-            size = int(description["size"])
+            size, modalities = int(description["size"]), described_modalities(description, description_file)
             refuse(config.problems(size) + _size_problems(config, size, description_file))
         files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]
         if (folder / "mask_encoder.safetensors").is_file():
             files.append(("", folder / "mask_encoder.safetensors"))
-        return read_weights(files, lambda: cls(config, table, size), "weights", remedy).eval()
+        model = read_weights(files, lambda: cls(config, table, size, modalities), "weights", remedy).eval()
+        model.trained_on = known_modalities(description, description_file)
+        return model
+
+
+def described_modalities(description: Mapping[str, Any], where: Path) -> tuple[str, ...]:
+    """The modalities that a net's description names: CT and MR if it names none."""
+    names = tuple(description.get(MODALITIES_KEY, MODALITIES))
+    if names != modalities_of(names) or not all(map(is_modality, names)):
+        raise problem(where, MODALITIES_KEY, repr(names)[:80], "restore the file that training wrote")
+    return names
+
+
+def known_modalities(description: Mapping[str, Any], where: Path) -> tuple[str, ...]:
+    """Those of its training."""
+    modalities = described_modalities(description, where)
+    return tuple(one for one in modalities if one in description.get(TRAINED_ON, modalities))
 
 
 def _begin_as_identity(unet: nn.Module) -> None:

@@ -20,7 +20,7 @@ def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device
     """The denoiser for slices of `side` pixels, with what computes it on `device`."""
 
     def make() -> nn.Module:
-        model = Denoiser(config, shards.label_table, side)
+        model = Denoiser(config, shards.label_table, side, shards.modalities)
         model.choose_operators(device)
         set_attention(model.unet, "sdpa")  # keeps no more memory than the others
         return model

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from data_shards.labels import LabelTable
+from data_shards.modalities import MODALITIES
 from data_shards.problems import Problem, problem
 from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
-from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.denoiser import TRAINED_ON, Denoiser
 from segdiff_dist.denoising.organ_dropout import drop_organs
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.segmentation.segmenter import Segmenter
@@ -57,10 +58,12 @@ class DenoiserTask:
         self.seed, self.diffusion, self.weights, self.validation = seed, diffusion, weights, validation
         self.dice_term = None
         if diffusion.dice_weight > 0:
-            self.dice_term = DiceTerm(Path(str(diffusion.dice_segmenter)), shards.label_table, device)
+            self.dice_term = DiceTerm(
+                Path(str(diffusion.dice_segmenter)), shards.label_table, device, shards.modalities
+            )
             _refuse_another_segmenter(weights, self.dice_term, str(diffusion.dice_segmenter))
         with _seeded(seed):
-            self.model = Denoiser(denoiser, shards.label_table, size).prepare_for(device)
+            self.model = Denoiser(denoiser, shards.label_table, size, shards.modalities).prepare_for(device)
         self.process = make_process(diffusion, device)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,6 +96,8 @@ class DenoiserTask:
     def export(self, average: str, weights: dict[str, Tensor]) -> None:
         """Write weights/`average` as a diffusers folder, with the settings they were trained with."""
         training: dict[str, Any] = {"diffusion": asdict(self.diffusion)}
+        if self.model.trained_on != self.model.modalities:
+            training[TRAINED_ON] = list(self.model.trained_on)
         if self.dice_term is not None:
             training[_SEGMENTER_DIGEST] = self.dice_term.weights_sha256
         self.model.save(self.weights / average, weights, training)
@@ -115,14 +120,19 @@ class DenoiserTask:
 class DiceTerm:
     """1 - soft Dice between a mask and a trained, frozen segmenter's prediction on x0_pred: the paper's future work.
 
-    Raises InputProblems if the weights are missing or have other labels than `table`.
+    Raises InputProblems if the weights are missing or have other labels than `table`, or other modalities.
     """
 
-    def __init__(self, weights: Path, table: LabelTable, device: torch.device) -> None:
+    def __init__(
+        self, weights: Path, table: LabelTable, device: torch.device, modalities: tuple[str, ...] = MODALITIES
+    ) -> None:
         segmenter = Segmenter.load(weights, device)
         if segmenter.label_table != table:
             tables = f"{segmenter.label_table.name!r} there, {table.name!r} in the shard set"
             raise problem(weights, "label table", tables, "train a segmenter on this label set")
+        if segmenter.modalities != modalities:
+            value = f"{', '.join(segmenter.modalities)} there, {', '.join(modalities)} here"
+            raise problem(weights, "modalities", value, "train a segmenter on this set")
         self.net, self.weights_sha256 = segmenter.net.requires_grad_(False), segmenter.weights_sha256
         self._is_organ_K = torch.zeros(table.num_classes, dtype=torch.bool, device=device)
         self._is_organ_K[list(table.organ_ids)] = True

@@ -19,7 +19,7 @@ from torch import Tensor
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled
-from data_shards.records import AXES, MODALITIES, Batch, SliceRecord
+from data_shards.records import AXES, Batch, SliceRecord
 from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
 from segdiff_dist.denoising.config import DiffusionConfig, ValidationConfig
 from segdiff_dist.denoising.process import make_process
@@ -194,7 +194,7 @@ class DenoiserValidation:
         return to_uint8(sample(predict, self.diffusion, self.sampler, noise_BCHW))
 
     def _conditions(self, records: list[SliceRecord]) -> Conditions:
-        modality_B = torch.tensor([MODALITIES.index(r.meta.modality) for r in records], device=self.device)
+        modality_B = torch.tensor([self.shards.modalities.index(r.meta.modality) for r in records], device=self.device)
         axis_B = torch.tensor([AXES.index(r.meta.axis) for r in records], device=self.device)
         mask_BHW = torch.from_numpy(np.stack([r.mask_HW for r in records])).to(self.device)
         edges = [r.edge_2HW for r in records if r.edge_2HW is not None] if self.soft_masks else []
@@ -213,7 +213,7 @@ def choose_pictures(shards: ShardSet, rows: np.ndarray, num: int) -> list[int]:
     fullness = [len(organs & set(sample["labels_present"])) for sample in columns]
     fullest_first = sorted(range(len(rows)), key=lambda i: -fullness[i])
     taken_of_case: dict[tuple[str, ...], int] = {}
-    groups: dict[tuple[str, str], list[tuple[int, int]]] = {(m, a): [] for a in AXES for m in MODALITIES}
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {(m, a): [] for a in AXES for m in shards.modalities}
     for i in fullest_first:
         modality, axis, case = (columns[i][name] for name in ("modality", "axis", "case_id"))
         before = taken_of_case.get((modality, axis, case), 0)

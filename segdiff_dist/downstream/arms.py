@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_shards.feed.order import sample_at
-from data_shards.records import MODALITIES
 from segdiff_dist.downstream.config import DownstreamConfig, share_name
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def patients_of(shards: ShardSet, rows: np.ndarray, fraction: float, seed: int) 
     shuffle by `seed`, so that larger shares contain smaller ones. 0 gives none."""
     case_ids = np.array(shards.samples["case_id"].take(rows).to_pylist())
     chosen: list[str] = []
-    for modality in range(len(MODALITIES)):
+    for modality in range(len(shards.modalities)):
         known = np.unique(case_ids[shards.modality_N[rows] == modality])
         if len(known):
             shuffled = known[sample_at(np.arange(len(known)), len(known), seed)]

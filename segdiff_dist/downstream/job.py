@@ -230,7 +230,7 @@ def _settings(made: Downstream) -> dict[str, Any]:
         json.dumps(
             {
                 "segmenter": segmenter,
-                "loader": identity(made.loader),
+                "loader": identity(made.loader.resolved(made.shards.modalities)),
                 "sample": made.sample.result_settings(made.diffusion.objective),
                 "weights_digest": weights_digest(made.run / "weights" / made.sample.weights),
                 "shards_digest": made.shards.digest,

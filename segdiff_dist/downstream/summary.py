@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.records import MODALITIES
+from data_shards.modalities import in_order
 from segdiff_dist.downstream.arms import Arm, Training, patients_of, rows_of
 from segdiff_dist.evaluation.metrics.estimates import estimate
 from segdiff_dist.evaluation.metrics.sums import Interval
@@ -37,6 +37,11 @@ class Tested:
 
     case_id_N: np.ndarray
     modality_N: np.ndarray
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of the slices."""
+        return in_order(self.modality_N.tolist())
 
 
 def summarise(
@@ -72,7 +77,7 @@ def scalars(summary: dict[str, Any]) -> dict[str, float]:
 
 def format_downstream(summary: dict[str, Any]) -> str:
     """The table as text: a row a training set, 95 % intervals over patients in brackets."""
-    modalities = [m for m in MODALITIES if any(m in arm["by_modality"] for arm in summary["arms"])]
+    modalities = in_order(m for arm in summary["arms"] for m in arm["by_modality"])
     rows = [["trained on", "patients", "real", "generated", "Dice", *modalities, "generated images bring"]]
     for arm in summary["arms"]:
         by_modality = [arm["by_modality"].get(m) for m in modalities]
@@ -129,7 +134,9 @@ def _arm(arm: Arm, scores: Scores, tested: Tested, interval: Interval) -> dict[s
         "generated": arm.generated,
         "seeds": list(scores.seeds),
         "dice": _entry(dice_SN, tested, everywhere, interval),
-        "by_modality": existing({m: _entry(dice_SN, tested, tested.modality_N == m, interval) for m in MODALITIES}),
+        "by_modality": existing(
+            {m: _entry(dice_SN, tested, tested.modality_N == m, interval) for m in tested.modalities}
+        ),
         "by_organ": existing({organ: _entry(values, tested, everywhere, interval) for organ, values in organs.items()}),
     }
 
@@ -140,7 +147,7 @@ def _gain(alone: Scores, both: Scores, tested: Tested, interval: Interval) -> di
     change_SN = both.columns["dice"] - alone.columns["dice"]
     everywhere = np.ones(len(tested.case_id_N), dtype=bool)
     gains = {"dice": _entry(change_SN, tested, everywhere, interval)}
-    for modality in MODALITIES:
+    for modality in tested.modalities:
         entry = _entry(change_SN, tested, tested.modality_N == modality, interval)
         if entry is not None:
             gains[modality] = entry

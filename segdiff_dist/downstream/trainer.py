@@ -21,7 +21,6 @@ import numpy as np
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.files import new_file
-from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.downstream.arms import Training, rows_of
 from segdiff_dist.evaluation.metrics import overlaps
@@ -113,7 +112,7 @@ def score(segmenter: Segmenter, shards: ShardSet, rows: np.ndarray, batch_size: 
     for start in range(0, len(rows), batch_size):
         records = [shards.read(int(row)) for row in rows[start : start + batch_size]]
         image_BHW = torch.from_numpy(np.stack([record.image_uint8() for record in records]))
-        modality_B = torch.tensor([MODALITIES.index(record.meta.modality) for record in records])
+        modality_B = torch.tensor([segmenter.modalities.index(record.meta.modality) for record in records])
         predicted_BHW = segmenter.predict(image_BHW, modality_B).cpu().numpy()
         mask_BHW = np.stack([record.mask_HW for record in records])
         columns.append(overlaps.dice_per_class(overlaps.confusion(mask_BHW, predicted_BHW, table.num_classes)))

@@ -77,7 +77,7 @@ class VolumeConfig:
     """A whole volume from a mask volume. Model, sampler and seed are those of the `sample` section."""
 
     modality: Annotated[Result[Modality], tyro.conf.arg(aliases=["--modality"])] = "CT"
-    """CT is written in HU, MR in grey values from 0 to 255."""
+    """The modality to make. CT is written in HU, MR in grey values from 0 to 255; others as the set has them."""
     axis: Annotated[Result[Axis], tyro.conf.arg(aliases=["--axis"])] = "axial"
     """The axis along which slices are made."""
     noise: Result[Literal["shared", "independent"]] = "shared"

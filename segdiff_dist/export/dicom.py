@@ -14,13 +14,14 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from data_shards import __version__
 from data_shards.labels import LabelTable
-from data_shards.problems import problem
+from data_shards.modalities import OF_MR
+from data_shards.problems import Problem, problem
 from segdiff_dist.export.files import slice_affine
 
 if TYPE_CHECKING:
@@ -45,9 +46,8 @@ _LARGEST_COSINE = 2e-3
 class Stack:
     """Parallel slices of one synthetic image, as a viewer shows them, and their mask of label ids.
 
-    affine: 4x4 from (column, row, slice, 1) to RAS mm. value = stored * slope + intercept, HU for CT. shown: the values
-    that a viewer shows as black and as white.
-    """
+    affine: 4x4 from (column, row, slice, 1) to RAS mm. modality: CT or MR; `name`: what the set calls it. value =
+    stored * slope + intercept, HU for CT. shown: the values that a viewer shows as black and as white."""
 
     stored_SHW: np.ndarray
     mask_SHW: np.ndarray
@@ -57,6 +57,7 @@ class Stack:
     shown: tuple[float, float]
     slope: float = 1.0
     intercept: float = 0.0
+    name: str | None = None
 
     @property
     def digest(self) -> str:
@@ -118,11 +119,12 @@ def write_dicom_pairs(out: Path, samples: FinishedSamples, iterated: Iterable[Sa
             sample.record.image_HW[None],
             sample.record.mask_HW[None],
             affine,
-            meta.modality,
+            dicom_kind(meta.modality, samples.in_hu(meta.modality)) or "MR",
             meta.axis,
             (meta.intensity_offset, white),
             meta.intensity_scale,
             meta.intensity_offset,
+            name=meta.modality,
         )
         write_stack(
             [out / "images" / f"{sample.name}.dcm"],
@@ -131,6 +133,17 @@ def write_dicom_pairs(out: Path, samples: FinishedSamples, iterated: Iterable[Sa
             names,
             samples.label_table,
         )
+
+
+def dicom_kind(modality: str, in_hu: bool) -> Literal["CT", "MR"] | None:
+    """The kind of DICOM images for a modality: CT for values in HU, MR for its contrasts; None for others."""
+    return "CT" if in_hu else "MR" if modality in ("MR", *OF_MR) else None
+
+
+def problems_without_kind(out: Path, without: Sequence[str]) -> list[Problem]:
+    """Modalities that have no kind."""
+    remedy = "write them as NIfTI; with --modality choose those of CT and MR"
+    return [Problem(str(out), "modality", one, f"DICOM is written for CT and MR alone: {remedy}") for one in without]
 
 
 def is_sheared(affine: np.ndarray) -> bool:
@@ -179,7 +192,7 @@ def _described(stack: Stack, names: Names, table: LabelTable) -> Dataset:
     for keyword, value in _IDENTITY.items():
         setattr(image, keyword, value)
     image.PatientID = names.patient.replace("\\", "/")[:_LONGEST]
-    image.SeriesDescription = f"synthetic {stack.modality}, {stack.axis} (segdiff)"
+    image.SeriesDescription = f"synthetic {stack.name or stack.modality}, {stack.axis} (segdiff)"
     image.SoftwareVersions = __version__
     kind = "OTHER" if stack.modality != "CT" else "AXIAL" if stack.axis == "axial" else "MPR"
     image.ImageType = ["DERIVED", "SECONDARY", kind]

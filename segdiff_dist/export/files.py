@@ -5,6 +5,7 @@ Dimensions: H rows, W columns.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -50,6 +51,20 @@ def write_pairs(out: Path, samples: Iterable[Sample], ending: str) -> None:
             values = (meta.intensity_scale, meta.intensity_offset)
             _save_placed(image, record.image_HW.T[..., None], affine, values)
             _save_placed(mask, record.mask_HW.T[..., None], affine)
+
+
+def write_manifest(out: Path, samples: FinishedSamples, ending: str) -> None:
+    """OUT/manifest.csv and OUT/dataset.json with the labels: `segdiff prepare` reads the pairs by them."""
+    with (out / "manifest.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("case", "image", "label", "modality", "patient"))
+        for item in samples.items:
+            name = item["name"]
+            files = (f"images/{name}{ending}", f"masks/{name}{ending}")
+            rows.writerow((name, *files, item["target_modality"], item["case"].rsplit("_", 2)[0]))
+    names = enumerate(samples.label_table.names)
+    content = {"labels": {str(number): name for number, name in names if name != UNUSED}}
+    (out / "dataset.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def nnunet_problems(out: Path, samples: FinishedSamples) -> list[Problem]:

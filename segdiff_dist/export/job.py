@@ -19,8 +19,8 @@ from data_shards.locks import lock_beside, locked
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.config import how_to_make
 from segdiff_dist.export.config import ExportConfig
-from segdiff_dist.export.dicom import require_dicom, write_dicom_pairs
-from segdiff_dist.export.files import nnunet_problems, write_nnunet, write_pairs
+from segdiff_dist.export.dicom import dicom_kind, problems_without_kind, require_dicom, write_dicom_pairs
+from segdiff_dist.export.files import nnunet_problems, write_manifest, write_nnunet, write_pairs
 from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
 from segdiff_dist.export.shards import write_shard_set
 from segdiff_dist.sampling.store import SampleStore
@@ -84,8 +84,9 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
         simpleitk(f"--export.file-ending {config.file_ending}")  # refused if it is not installed
     if config.format == "dicom":
         require_dicom("--export.format dicom")
-    borrows = config.writes_values and samples.has_borrowed_hu
-    if borrows and samples.borrowed_map is None:
+        problems += problems_without_kind(out, [m for m in samples.modalities if not dicom_kind(m, samples.in_hu(m))])
+    borrows = config.writes_values and bool(samples.borrowing)
+    if borrows and any(samples.borrowed_map(modality) is None for modality in samples.borrowing):
         problems.append(
             unknown_hu(store.path, "give --format png (nnunet: --export.file-ending .png), which has no HU")
         )
@@ -191,6 +192,8 @@ def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConf
         return  # its index and table say the rest
     else:
         write_pairs(folder, iterated, config.pair_ending)
+        if config.pair_ending != ".png":
+            write_manifest(folder, samples, config.pair_ending)
     _write_provenance(folder, samples, merge)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 # The name of a case's own export: segdiff_dist.export.samples.
-_OWN_NAME = re.compile(r"(.+)_[a-z0-9]+_[0-9]+-(?:volume|(?:axial|coronal|sagittal)-[0-9]{4,})")
+_OWN_NAME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-(?:volume|(?:axial|coronal|sagittal)-[0-9]{4,})")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from data_shards.documents import read_json, reading
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LABEL_TABLES, LabelTable
+from data_shards.modalities import grey_rule, in_hu, in_order, is_in_hu, window_of
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from segdiff_dist.sampling.store import JOB, LABELS, SampleStore
@@ -167,18 +168,21 @@ class FinishedSamples:
         provenance = {"synthetic": True, "made_by": "segdiff sample"} | {
             name: job[name] for name in names + of_guides if name in job
         }
-        return provenance | ({"hu": HU_BY_MEDIAN} if self.has_borrowed_hu else {})
+        return provenance | ({"hu": HU_BY_MEDIAN} if self.borrowing else {})
 
     @cached_property
-    def has_borrowed_hu(self) -> bool:
-        """Whether there is CT from masks without a CT slice, and no common window gives it HU."""
-        borrows = any(i["target_modality"] == "CT" != i["source_modality"] for i in self.items)
-        return borrows and is_stretched(self._preprocessing)
+    def borrowing(self) -> tuple[str, ...]:
+        """Modalities in HU with images from masks that have no slice of it, where no common window gives them HU."""
+        borrow = in_order(i["target_modality"] for i in self.items if i["target_modality"] != i["source_modality"])
+        return in_hu(borrow, self._preprocessing) if is_stretched(self._preprocessing) else ()
 
-    @cached_property
-    def borrowed_map(self) -> GreyMap | None:
-        """The grey map of CT images whose masks have no CT slice."""
-        return grey_map_of("CT", self._preprocessing, self._shards)
+    def in_hu(self, modality: str) -> bool:
+        """Whether images of a modality are in HU."""
+        return is_in_hu(modality, self._preprocessing)
+
+    def borrowed_map(self, modality: str) -> GreyMap | None:
+        """The grey map of images whose masks have no slice of their modality."""
+        return grey_map_of(modality, self._preprocessing, self._shards)
 
     @cached_property
     def _shards(self) -> ShardSet | None:
@@ -234,7 +238,7 @@ class FinishedSamples:
             step = GREY_16_OF_8 if source.bits == 16 else 1
             return GreyMap(source.intensity_scale * step, source.intensity_offset)
         # Formats with HU refuse unknown HU, so only formats of grey values get here.
-        return (self.borrowed_map if target == "CT" else None) or GreyMap(1.0, 0.0)
+        return self.borrowed_map(target) or GreyMap(1.0, 0.0)
 
 
 def _label_table(where: Path, content: Any) -> LabelTable:
@@ -250,15 +254,15 @@ def is_stretched(preprocessing: dict[str, Any]) -> bool:
 
 
 def grey_map_of(modality: str, preprocessing: dict[str, Any], shards: ShardSet | None) -> GreyMap | None:
-    """The meaning of uint8 grey values of generated images without a real volume. MR: the grey value itself. CT: HU by
-    the window of the set; if each volume was stretched to its own percentiles, by the median scale and offset of the
-    set's CT slices, or None if the set is not available or has no CT."""
-    if modality != "CT":
+    """The meaning of uint8 grey values of generated images without a real volume. A modality with percentiles: the grey
+    value itself. With a window: its values. In HU, if each volume was stretched to its own percentiles: by the median
+    scale and offset of the set's slices, or None if the set is not available or has none."""
+    kind = grey_rule(modality, preprocessing.get("intensities") or {}).kind
+    if kind == "percentiles":
         return GreyMap(1.0, 0.0)
-    if not is_stretched(preprocessing):
-        low, high = preprocessing.get("hu_window", PrepareConfig.hu_window)
-        return GreyMap.between(low, high, 8)
-    if shards is None or not len(rows := shards.select(modalities=["CT"], labelled_only=False)):
+    if kind == "values" or not is_stretched(preprocessing):
+        return GreyMap.between(*window_of(modality, preprocessing, PrepareConfig.hu_window), 8)
+    if shards is None or not len(rows := shards.select(modalities=[modality], labelled_only=False)):
         return None
     scale, offset = (
         float(np.median(shards.samples[name].to_numpy()[rows])) for name in ("intensity_scale", "intensity_offset")

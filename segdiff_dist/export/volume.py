@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights,
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
+from segdiff_dist.export.dicom import dicom_kind, problems_without_kind
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
 from segdiff_dist.export.volume_out import is_dicom, kind_problems, save_dicom, save_file
 
@@ -129,13 +130,15 @@ def make_volume(
 
 @dataclass(frozen=True)
 class VolumeJob:
-    """A checked job, made by `check_volume`: the only thing that can run. `num_voxels`: of the mask."""
+    """A checked job, made by `check_volume`: the only thing that can run. `kind`: of
+    DICOM images, None if there is none; `num_voxels`: of the mask."""
 
     mask_file: Path
     out: Path
     shards: ShardSet
     config: VolumeConfig
     grey: GreyMap
+    kind: Literal["CT", "MR"] | None
     num_voxels: int
 
     @property
@@ -152,10 +155,13 @@ def check_volume(mask_file: Path, out: Path, shards: ShardSet, config: VolumeCon
     """Find the problems that show before a voxel is read; raises InputProblems."""
     grey = grey_map_of(config.modality, shards.index["preprocessing"], shards)
     unknown = [unknown_hu(shards.root, "give a set with CT in it, or --modality MR")] if grey is None else []
+    kind = dicom_kind(config.modality, config.modality in shards.in_hu)
+    if is_dicom(out) and kind is None:
+        unknown += problems_without_kind(out, [config.modality])
     refuse([*volume_problems(mask_file, out, config), *unknown])
     assert grey is not None
     header = read_header(mask_file, [])
-    return VolumeJob(mask_file, out, shards, config, grey, 0 if header is None else int(np.prod(header[0])))
+    return VolumeJob(mask_file, out, shards, config, grey, kind, 0 if header is None else int(np.prod(header[0])))
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
     with saying_when_full(job.out.parent):
         if is_dicom(job.out):
             table = job.shards.label_table
-            save_dicom(job.out, made.values_IJK, made.labels, job.grey, job.config, table)
+            save_dicom(job.out, made.values_IJK, made.labels, job.grey, job.config, table, job.kind or "MR")
         else:
             save_file(job.out, made.values_IJK, job.mask_file)
     return made.report
@@ -184,7 +190,7 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
 def generate_volume(job: VolumeJob, generate: Generate, size: int) -> MadeVolume:
     """Everything but the writing."""
     shards, config, grey = job.shards, job.config, job.grey
-    if config.modality == "CT" and is_stretched(shards.index["preprocessing"]):
+    if config.modality in shards.in_hu and is_stretched(shards.index["preprocessing"]):
         warnings.warn(HU_BY_MEDIAN, stacklevel=2)
     labels = _read_mask(job.mask_file, shards.label_table)
     slices = _cut(labels, shards, config)
@@ -284,15 +290,17 @@ def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig) -> list[Slice]:
     defaults = PrepareConfig()
     names = ("size", "spacing_mm", "fit", "mask_resize")
     how = {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
-    body, body_id = _body(labels, config), shards.label_table.body_id or 0
+    like: Literal["CT", "MR"] = "CT" if config.modality in shards.in_hu else "MR"
+    body, body_id = _body(labels, config, like), shards.label_table.body_id or 0
     # There is no image. The label ids are passed in its place, and the grey values of the result are not used.
     return list(
         cut(labels, labels, body, GreyMap(1.0, 0.0), Cutting(axis=config.axis, slice_stride=1, body_id=body_id, **how))
     )
 
 
-def _body(labels: Volume, config: VolumeConfig) -> BodyField:
-    """The patient's voxels, from config.body_image. Without it there are none, so that the mask stays as it is."""
+def _body(labels: Volume, config: VolumeConfig, like: Literal["CT", "MR"]) -> BodyField:
+    """The patient's voxels, from config.body_image, whose values are like those of CT or MR. Without it there are none,
+    so that the mask stays as it is."""
     if config.body_image is None:
         return BodyField(np.broadcast_to(np.float32(0), labels.voxels_IJK.shape), np.ones(3))
     try:
@@ -303,7 +311,7 @@ def _body(labels: Volume, config: VolumeConfig) -> BodyField:
     if not same:
         remedy = "give the image that the mask was drawn on"
         raise problem(config.body_image, "shape, affine", "not those of the mask", remedy)
-    return find_body(image, config.modality)
+    return find_body(image, like)
 
 
 def _weights(pixels: tuple[float, float], num_stored: int, size: int) -> scipy.sparse.csr_array:

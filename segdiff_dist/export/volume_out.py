@@ -6,6 +6,7 @@ Dimensions: I, J, K canonical (right, anterior, superior).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -63,7 +64,13 @@ def save_file(out: Path, values_IJK: np.ndarray, mask_file: Path) -> None:
 
 
 def save_dicom(
-    out: Path, values_IJK: np.ndarray, labels: Volume, grey: GreyMap, config: VolumeConfig, table: LabelTable
+    out: Path,
+    values_IJK: np.ndarray,
+    labels: Volume,
+    grey: GreyMap,
+    config: VolumeConfig,
+    table: LabelTable,
+    kind: Literal["CT", "MR"],
 ) -> None:
     """A folder: images/0001.dcm and so on, the planes along `config.axis` as a viewer shows them; masks/mask.dcm.
 
@@ -75,9 +82,10 @@ def save_dicom(
         _ordered(values_IJK, to_IJK),
         _ordered(labels.voxels_IJK, to_IJK),
         labels.affine @ to_IJK,
-        config.modality,
+        kind,
         config.axis,
         ends,
+        name=config.modality,
     )
     case = f"mask_{labels.sha256[:16]}"
     origin = f"{case} volume {config.modality} {config.axis}"

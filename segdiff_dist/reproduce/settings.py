@@ -80,7 +80,7 @@ def resolve(settings: Table1Settings) -> Experiments:
     over = _overlay(settings)
     recipes = {name: _recipe(name, {}) for name in wanted}
     columns = dict(zip(wanted, collect(*(lambda n=name: _column(n, over, settings) for name in wanted)), strict=True))
-    modalities = tuple(m for m in MODALITIES if any(m in c.loader.modalities for c in columns.values()))
+    modalities = tuple(m for m in MODALITIES if any(m in (c.loader.modalities or MODALITIES) for c in columns.values()))
     axes = tuple(a for a in AXES if any(a in c.loader.axes for c in columns.values()))
     first = columns[wanted[0]]
     prepared = replace(first.prepare, modalities=modalities, axes=axes)
@@ -103,11 +103,15 @@ def sampled_splits(settings: Table1Settings, experiments: Experiments) -> dict[C
     missing = []
     for name, column in experiments.columns.items():
         candidates: tuple[Split, ...] = (column.sample.split, "val")
-        masked = {case.split for case in cases if case.modality in column.loader.modalities and _has_mask(case, column)}
+        masked = {
+            case.split
+            for case in cases
+            if case.modality in (column.loader.modalities or MODALITIES) and _has_mask(case, column)
+        }
         chosen = next((split for split in candidates if split in masked), None)
         if chosen is None or "train" not in masked:
             needed = "train" if chosen is not None else " or ".join(dict.fromkeys(candidates))
-            value = f"no {column.loader.modalities[0]} case of split {needed} has a mask"
+            value = f"no {(column.loader.modalities or MODALITIES)[0]} case of split {needed} has a mask"
             missing.append(
                 Problem(str(settings.amos), name, value, "leave the column out with --columns, or add masks")
             )

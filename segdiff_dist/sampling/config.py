@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from annotated_types import Ge
 
-from data_shards.choices import Axis, Split
+from data_shards.choices import Axis, Modality, Split
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.ranges import Count, WholeNumber, range_problems
@@ -31,7 +31,7 @@ class SampleConfig:
     """The split whose masks are used."""
     masks: Annotated[RecordedOtherwise[Path | None], tyro.conf.arg(aliases=["--masks"])] = None
     """A folder of masks to use in place of a split: NIfTI volumes, which are cut as the shard set was, or PNG slices of
-    its size. target_modality then is CT or MR."""
+    its size. target_modality then is a name."""
     masks_axis: Result[Axis] = "axial"
     """The axis along which NIfTI masks are cut, and the axis of PNG masks. A NIfTI file of one slice has its own."""
     label_map: RecordedOtherwise[Path | None] = None
@@ -43,12 +43,13 @@ class SampleConfig:
     """Images made for each of `diverse_masks` masks (Figure 4). The others get 1."""
     diverse_masks: Result[WholeNumber | None] = None
     """How many masks get samples_per_mask images: the modalities' first masks in turn. null: every mask."""
-    target_modality: Result[Literal["same", "other", "CT", "MR"]] = "same"
-    """The modality to make. Another one than the mask's own is the paper's Figure 5."""
+    target_modality: Result[Literal["same", "other"] | Modality] = "same"
+    """The modality to make: that of the mask's slice, another one of the model's, in turn, or one of them by name.
+    Another one than the mask's own is the paper's Figure 5."""
     without_organs: Result[tuple[str, ...]] = ()
     """Organs to leave out of every mask, by name. A model trained with diffusion.organ_dropout knows such masks."""
     cross_modality_masks: Result[WholeNumber] = 0
-    """How many masks also get images in the other modality: the modalities' first masks in turn."""
+    """How many masks also get images in another modality: the modalities' first masks in turn."""
     seed: Result[int] = 0
     """Seed of the masks that are drawn and of the noise."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -99,10 +100,10 @@ class SampleConfig:
             check("label_map", self.label_map is None, "it says what the ids in `sample.masks` mean: give that too")
         else:
             check("masks", self.masks.is_dir(), "not a folder: give one of .nii.gz, .nii or .png files")
-            remedy = "a mask in a folder has no modality of its own: give CT or MR"
+            remedy = "a mask in a folder has no modality of its own: give CT, MR or another name that the model knows"
             there = self.label_map is None or self.label_map.is_file()
             check("label_map", there, "no such file: give a YAML or JSON file, or leave it out")
-            check("target_modality", self.target_modality in ("CT", "MR"), remedy)
+            check("target_modality", self.target_modality not in ("same", "other"), remedy)
         return found + self.sampler.problems()
 
     def result_settings(self, objective: Objective) -> dict[str, Any]:

@@ -5,14 +5,16 @@ Dimensions: H rows, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_shards.feed.order import sample_at
+from data_shards.modalities import MODALITIES, in_order, is_modality
 from data_shards.problems import Problem
-from data_shards.records import AXES, MODALITIES, case_id_problems
+from data_shards.records import AXES, case_id_problems
 from segdiff_dist.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
@@ -37,15 +39,17 @@ def drawn_rows(items: pa.Table) -> np.ndarray:
     return np.unique(items["row"].to_numpy())
 
 
-def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> pa.Table:
+def list_items(shards: ShardSet, rows: np.ndarray, config: SampleConfig, known: Sequence[str] = MODALITIES) -> pa.Table:
     """The items of masks of a shard set: see list_items_of. `rows` are those to draw from."""
-    return list_items_of(shards.samples.select(_COLUMNS), rows, config)
+    return list_items_of(shards.samples.select(_COLUMNS), rows, config, known)
 
 
-def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa.Table:
+def list_items_of(
+    masks: pa.Table, rows: np.ndarray, config: SampleConfig, known: Sequence[str] = MODALITIES
+) -> pa.Table:
     """The job's items in order: item_id, row, key, case_id, source_modality, target_modality, axis, slice_index,
     seed_index, and mask_file where `masks` have it. `masks`: all there are, with key, case_id, modality, axis,
-    slice_index."""
+    slice_index. `known`: the model's modalities."""
     import pyarrow as pa
 
     order = sample_at(np.arange(len(rows)), len(rows), config.seed)
@@ -72,11 +76,12 @@ def list_items_of(masks: pa.Table, rows: np.ndarray, config: SampleConfig) -> pa
         )
 
     def target(index: int, wanted: str) -> str:
-        if wanted in MODALITIES:
+        if wanted not in ("same", "other"):
             return wanted
         own = table[index]["modality"]
         own = config.target_modality if own == NO_MODALITY else own
-        return own if wanted == "same" else next(m for m in MODALITIES if m != own)
+        others = [m for m in known if m != own]
+        return own if wanted == "same" else others[index % len(others)]
 
     for index in range(len(table)):
         for seed_index in range(config.samples_per_mask if index in diverse else 1):
@@ -93,18 +98,22 @@ def item_problems(file: Path, items: pa.Table) -> list[Problem]:
     problems: list[Problem] = []
     if "case_id" in items.column_names:
         problems += case_id_problems(file, items["case_id"].unique().to_pylist(), remedy)
-    words = {"axis": AXES, "source_modality": (*MODALITIES, NO_MODALITY), "target_modality": MODALITIES}
-    for name, known in words.items():
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "axis": (lambda value: value in AXES, f"not one of {', '.join(AXES)}"),
+        "source_modality": (lambda value: value == NO_MODALITY or is_modality(value), "not a modality"),
+        "target_modality": (is_modality, "not a modality"),
+    }
+    for name, (is_known, reason) in rules.items():
         values = items[name].unique().to_pylist() if name in items.column_names else []
-        if unknown := [value for value in values if value not in known]:
-            problems.append(
-                Problem(str(file), name, repr(unknown[0])[:100], f"not one of {', '.join(known)}: {remedy}")
-            )
+        if unknown := [value for value in values if not is_known(value)]:
+            problems.append(Problem(str(file), name, repr(unknown[0])[:100], f"{reason}: {remedy}"))
     return problems
 
 
 def _spread(table: list[dict[str, Any]], num: int) -> list[int]:
     """The first `num` masks, modalities taken in turn."""
-    queues = [[i for i, row in enumerate(table) if row["modality"] == m] for m in (*MODALITIES, NO_MODALITY)]
+    queues = [
+        [i for i, row in enumerate(table) if row["modality"] == m] for m in in_order(row["modality"] for row in table)
+    ]
     merged = [q[k] for k in range(len(table)) for q in queues if k < len(q)]
     return merged[:num]

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
-from data_shards.records import AXES, MODALITIES
+from data_shards.records import AXES
 from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
@@ -104,6 +104,7 @@ def make_job(job: Job, config: SampleConfig, workers: WorkersConfig | None = Non
 
 def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: DiffusionConfig, config: SampleConfig) -> Job:
     """Check everything and list the items; writes nothing. Parameters and errors as of `sample`."""
+    from segdiff_dist.denoising.denoiser import known_modalities
     from segdiff_dist.denoising.sampler_config import guidance_digest
 
     path = (config.out or run / "samples").resolve()
@@ -113,6 +114,8 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     trained = json.loads((weights / "segdiff.json").read_text())
     diffusion, contradicted = _as_trained(weights, trained, diffusion)
     problems = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
+    known = known_modalities(trained, weights / "segdiff.json")
+    problems += _unknown_modalities(known, shards, rows, config)
     if config.masks is None and len(rows) == 0:
         remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
         problems.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
@@ -133,11 +136,11 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         classes = None if config.masks is None else _classes_of(store, shards.label_table)
         return Job(path, job_settings, store.items, trained["size"], store, classes=classes)
     if config.masks is not None:
-        return _job_of_folder(path, job_settings, shards, trained["size"], config)
+        return _job_of_folder(path, job_settings, shards, trained["size"], config, known)
     if trained["denoiser"].get("soft_masks") and "edge" not in shards.parts:
         text = f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones"
         warnings.warn(text, stacklevel=3)
-    return Job(path, job_settings, list_items(shards, rows, config), trained["size"], None)
+    return Job(path, job_settings, list_items(shards, rows, config, known), trained["size"], None)
 
 
 def _settled_precision(config: SampleConfig, path: Path) -> Literal["bf16", "fp32"]:
@@ -202,7 +205,7 @@ def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict
     table."""
     if config.masks is None:
         drawn_from = {
-            "modalities": [MODALITIES[i] for i in np.unique(shards.modality_N[rows])],
+            "modalities": [shards.modalities[i] for i in np.unique(shards.modality_N[rows])],
             "axes": [AXES[i] for i in np.unique(shards.axis_N[rows])],
         }
         return {"shards": shards.resolved, "shards_digest": shards.digest} | drawn_from
@@ -214,7 +217,14 @@ def _source_of(shards: ShardSet, rows: np.ndarray, config: SampleConfig) -> dict
     return {"masks": str(config.masks.resolve()), "masks_digest": digest} | of_the_set
 
 
-def _job_of_folder(path: Path, job_settings: dict[str, Any], shards: ShardSet, size: int, config: SampleConfig) -> Job:
+def _job_of_folder(
+    path: Path,
+    job_settings: dict[str, Any],
+    shards: ShardSet,
+    size: int,
+    config: SampleConfig,
+    known: tuple[str, ...],
+) -> Job:
     from segdiff_dist.sampling.mask_files import list_folder
     from segdiff_dist.sampling.mask_folder import ClassCounts, MaskFolder
 
@@ -222,7 +232,7 @@ def _job_of_folder(path: Path, job_settings: dict[str, Any], shards: ShardSet, s
     folder, table = MaskFolder(config.masks, shards, size, config), shards.label_table
     if not len(folder):
         refuse(folder.problems)
-    items = list_items_of(folder.rows, np.arange(len(folder)), config)
+    items = list_items_of(folder.rows, np.arange(len(folder)), config, known)
     masks_MHW = folder.read(drawn_rows(items))
     counts = ClassCounts.of(masks_MHW)
     if (passed_over := list_folder(config.masks).passed_over()) is not None:
@@ -265,7 +275,7 @@ def _weaker_digest(weights: Path, description: dict[str, Any], name: str) -> str
     weaker = weights.parent / name
     _, digest = load_denoiser(weaker)
     other = json.loads((weaker / "segdiff.json").read_text())
-    alike = all(other.get(key) == description.get(key) for key in ("denoiser", "label_table", "size"))
+    alike = all(other.get(key) == description.get(key) for key in ("denoiser", "label_table", "size", "modalities"))
     if (
         not alike
         or as_trained(DiffusionConfig(), other.get("diffusion", {}))[0]
@@ -296,6 +306,25 @@ def _unlike_training(
     if sampler.guidance != 1.0 and sampler.guidance_weights is None and not trained_with.get(needed):
         remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"
         problems.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
+    return problems
+
+
+def _unknown_modalities(
+    known: tuple[str, ...], shards: ShardSet, rows: np.ndarray, config: SampleConfig
+) -> list[Problem]:
+    """Modalities that the model does not know, and another one where it knows a single one."""
+    wanted = [config.target_modality] if config.target_modality not in ("same", "other") else []
+    if config.masks is None and config.target_modality == "same":
+        wanted += [shards.modalities[i] for i in np.unique(shards.modality_N[rows])]
+    names = f"the model knows {', '.join(known)}"
+    problems = [
+        Problem("config", "sample.target_modality", one, f"{names}: choose from these")
+        for one in wanted
+        if one not in known
+    ]
+    if len(known) == 1 and (config.target_modality == "other" or config.cross_modality_masks):
+        name = "target_modality" if config.target_modality == "other" else "cross_modality_masks"
+        problems.append(Problem("config", f"sample.{name}", str(getattr(config, name)), f"{names} alone"))
     return problems
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from data_shards.fan_out import num_cores
 from data_shards.labels import LabelTable
 from data_shards.problems import problem
-from data_shards.records import AXES, MODALITIES
+from data_shards.records import AXES
 from segdiff_dist.ranks.cpu_memory import keep_freed_memory
 from segdiff_dist.sampling.config import LEAST_BATCH
 from segdiff_dist.sampling.mask_source import MaskArray, MaskSource
@@ -105,7 +105,7 @@ class _RegionMaker:
         self.dice_term = None
         if self.sampler.segmenter_guidance > 0:
             segmenter = Path(str(self.sampler.guidance_segmenter))
-            self.dice_term = DiceTerm(segmenter, self.model.label_table, device)
+            self.dice_term = DiceTerm(segmenter, self.model.label_table, device, self.model.modalities)
             if self.dice_term.weights_sha256 != store.job["guidance_segmenter_sha256"]:
                 raise changed(segmenter, "weights")
         self.batch_size = LEAST_BATCH
@@ -178,7 +178,7 @@ def item_conditions(
         return torch.from_numpy(np.stack([_centre(read(item["row"]), model.size) for item in items])).to(device)
 
     has_edges = model.config.soft_masks and "edge" in masks.parts
-    modality_B = torch.tensor([MODALITIES.index(item["target_modality"]) for item in items], device=device)
+    modality_B = torch.tensor([model.modalities.index(item["target_modality"]) for item in items], device=device)
     axis_B = torch.tensor([AXES.index(item["axis"]) for item in items], device=device)
     conditions = Conditions(
         stacked(masks.read_mask),

@@ -26,9 +26,9 @@ from data_shards.choices import Modality
 from data_shards.documents import read_json, reading
 from data_shards.files import first_line
 from data_shards.labels import BACKGROUND, LabelTable
+from data_shards.modalities import MODALITIES
 from data_shards.problems import Problem, problem, refuse
 from data_shards.ranges import RISING, range_problems
-from data_shards.records import MODALITIES
 from data_shards.settings import Result
 from segdiff_dist.config import read_yaml, validate
 from segdiff_dist.segmentation.segmenter import DESCRIPTION, Segmenter, best_of
@@ -91,6 +91,11 @@ class ScriptSegmenter:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         return cls(net, file, config, table, digest, torch.device(device), torch.arange(256, dtype=torch.uint8))
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """In the order of the ids that `predict` takes."""
+        return self.config.modalities if set(self.config.modalities) - set(MODALITIES) else MODALITIES
+
     def suited(self, table: LabelTable, hu: tuple[float, float] | None) -> ScriptSegmenter:
         """The same, for masks of a table: its labels are mapped to the table's; classes that the table does not have
         become background."""
@@ -138,7 +143,7 @@ class ScriptSegmenter:
         if config.window_hu is not None and self.hu is not None:
             (low, high), (first, last) = self.hu, config.window_hu
             of_ct_BHW = ((share_BHW * (high - low) + low - first) / (last - first)).clamp(0, 1)
-            is_ct_B = (modality_B == MODALITIES.index("CT"))[:, None, None]
+            is_ct_B = (modality_B == (self.modalities.index("CT") if "CT" in self.modalities else -1))[:, None, None]
             share_BHW = torch.where(is_ct_B, of_ct_BHW, share_BHW)
         low, high = config.range
         return ((share_BHW * (high - low) + low - config.mean) / config.std)[:, None]

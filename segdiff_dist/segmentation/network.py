@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from data_shards.records import MODALITIES
+from data_shards.modalities import MODALITIES
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.planning.network import Network, on_meta
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 class SegmenterNet(nn.Module):
     """Class scores from an image and its modality, which enters as one constant channel for each modality."""
 
-    def __init__(self, config: SegmenterConfig, num_classes: int) -> None:
+    def __init__(self, config: SegmenterConfig, num_classes: int, num_modalities: int = len(MODALITIES)) -> None:
         super().__init__()
         from segdiff_dist.segmentation.monai_parts import UNet
 
         self.unet = UNet(
             spatial_dims=2,
-            in_channels=1 + len(MODALITIES),
+            in_channels=1 + num_modalities,
             out_channels=num_classes,
             channels=config.channels,
             strides=(config.first_stride, *(2,) * (len(config.channels) - 2)),
@@ -39,6 +39,7 @@ class SegmenterNet(nn.Module):
             norm=("group", {"num_groups": NORM_GROUPS}),
         )
         suit_norms(self.unet)
+        self.num_modalities = num_modalities
 
     def forward(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """float32 scores [B, K, H, W] from uint8 or uint16 images and int64 modality ids."""
@@ -75,9 +76,8 @@ class SegmenterNet(nn.Module):
                 return [*levels, inner(x)], decoders
             block = inner
 
-    @staticmethod
-    def _inputs(x_B1HW: Tensor, modality_B: Tensor) -> Tensor:
-        modality_BM = nn.functional.one_hot(modality_B, len(MODALITIES)).to(x_B1HW.dtype)
+    def _inputs(self, x_B1HW: Tensor, modality_B: Tensor) -> Tensor:
+        modality_BM = nn.functional.one_hot(modality_B, self.num_modalities).to(x_B1HW.dtype)
         planes_BMHW = modality_BM[:, :, None, None].expand(-1, -1, *x_B1HW.shape[2:])
         return torch.cat((x_B1HW, planes_BMHW), dim=1).contiguous(memory_format=torch.channels_last)
 
@@ -88,7 +88,7 @@ def segmenter_network(config: SegmenterConfig, shards: ShardSet, side: int) -> N
     def inputs(images: int) -> tuple[Tensor, ...]:
         return on_meta(images, side, side, dtype=torch.uint8), on_meta(images, dtype=torch.int64)
 
-    return Network(lambda: SegmenterNet(config, shards.label_table.num_classes), inputs)
+    return Network(lambda: SegmenterNet(config, shards.label_table.num_classes, len(shards.modalities)), inputs)
 
 
 def _pooled(levels: list[Tensor]) -> Tensor:

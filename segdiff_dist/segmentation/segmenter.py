@@ -16,7 +16,9 @@ from torch import Tensor
 from data_shards.documents import read_json, reading
 from data_shards.files import new_file, write_atomic
 from data_shards.labels import LabelTable
+from data_shards.modalities import MODALITIES, modalities_of
 from data_shards.problems import Problem, problem, refuse
+from data_shards.store.set_index import MODALITIES_KEY
 from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.segmentation.config import NORM_GROUPS, SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
@@ -30,9 +32,17 @@ _MOST_LEVELS, _MOST_UNITS, _LARGEST_KERNEL = 12, 16, 15
 class Segmenter:
     """A trained segmenter, ready to use: fp32, no gradients."""
 
-    def __init__(self, net: SegmenterNet, label_table: LabelTable, weights_sha256: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        net: SegmenterNet,
+        label_table: LabelTable,
+        weights_sha256: str,
+        device: torch.device,
+        modalities: tuple[str, ...] = MODALITIES,
+    ) -> None:
         self.net = net.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.label_table, self.weights_sha256, self.device = label_table, weights_sha256, device
+        self.modalities = modalities
 
     @classmethod
     def load(cls, weights: Path, device: torch.device | str = "cpu") -> Segmenter:
@@ -49,10 +59,13 @@ class Segmenter:
             shape = {name: description[name] for name in ("channels", "first_stride", "num_res_units", "kernel_size")}
             config = validate(SegmenterConfig, shape, weights / DESCRIPTION)
             refuse(_shape_problems(config, weights / DESCRIPTION))
+            modalities = tuple(map(str, description.get(MODALITIES_KEY, MODALITIES)))
+            if modalities != modalities_of(modalities):
+                raise problem(weights / DESCRIPTION, MODALITIES_KEY, repr(modalities)[:80], remedy)
         files = [("", weights / _WEIGHTS)]
-        net = read_weights(files, lambda: SegmenterNet(config, table.num_classes), "segmenter", remedy)
+        net = read_weights(files, lambda: SegmenterNet(config, table.num_classes, len(modalities)), "segmenter", remedy)
         digest = hashlib.sha256((weights / _WEIGHTS).read_bytes()).hexdigest()
-        return cls(net, table, digest, torch.device(device))
+        return cls(net, table, digest, torch.device(device), modalities)
 
     def suited(self, table: LabelTable, hu: tuple[float, float] | None) -> Segmenter:
         """Itself: it is used for its own table alone."""
@@ -65,6 +78,9 @@ class Segmenter:
         if self.label_table != table:
             value = f"segmenter {self.label_table.name!r}, masks {table.name!r}"
             yield Problem("segmenter", "label table", value, "train the segmenter on shards with these labels")
+        if others := [m for m in modalities if m not in self.modalities]:
+            value = f"it knows {', '.join(self.modalities)}, the images are {', '.join(others)}"
+            yield Problem("segmenter", "modalities", value, "train the segmenter on shards with these modalities")
 
     @torch.no_grad()
     def predict(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
@@ -89,7 +105,13 @@ def best_of(scores_BKHW: Tensor) -> Tensor:
     return scores_BKHW.max(dim=1).indices.to(torch.uint8)
 
 
-def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterConfig, table: LabelTable) -> None:
+def save_segmenter(
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: SegmenterConfig,
+    table: LabelTable,
+    modalities: tuple[str, ...] = MODALITIES,
+) -> None:
     """Write weights as safetensors, and beside them the description from which the network is built.
 
     A reader sees the earlier files or the new ones, never a part.
@@ -105,7 +127,7 @@ def save_segmenter(folder: Path, weights: dict[str, Tensor], config: SegmenterCo
         "num_res_units": config.num_res_units,
         "kernel_size": config.kernel_size,
         "label_table": table.described,
-    }
+    } | ({} if modalities == MODALITIES else {MODALITIES_KEY: list(modalities)})
     write_atomic(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     write_digests(folder, (_WEIGHTS, DESCRIPTION))
 

@@ -47,7 +47,7 @@ class SegmenterTask:
         self.shards, self.config, self.loader, self.weights, self.device = shards, config, loader, weights, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
-            self.model: nn.Module = SegmenterNet(config, shards.label_table.num_classes)
+            self.model: nn.Module = SegmenterNet(config, shards.label_table.num_classes, len(shards.modalities))
         self._loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, include_background=False)
         self._validation_rows = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
         self.score = "val_dice" if len(self._validation_rows) else None
@@ -64,7 +64,7 @@ class SegmenterTask:
 
     def export(self, average: str, weights: dict[str, Tensor]) -> None:
         """Write the weights. There is one place for them, whichever average they are."""
-        save_segmenter(self.weights, weights, self.config, self.shards.label_table)
+        save_segmenter(self.weights, weights, self.config, self.shards.label_table, self.shards.modalities)
 
     def _validation_dice(self, forward: Callable[..., Any]) -> np.ndarray:
         """Dice of every organ over the whole validation split; NaN for organs that are not in it."""

@@ -22,9 +22,9 @@ import numpy as np
 from data_shards.choices import Modality
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.labels import BACKGROUND, BODY, UNUSED, WHOLEBODY, LabelTable
+from data_shards.modalities import MODALITIES, OF_MR
 from data_shards.problems import Problem, problem, refuse
 from data_shards.ranges import Positive
-from data_shards.records import MODALITIES
 from data_shards.settings import Execution, Result
 from segdiff_dist.config import read_yaml, validate
 
@@ -45,7 +45,7 @@ class ToolConfig:
     """A command that labels a volume."""
 
     command: Result[str]
-    """{image}, {mask}, {modality} (CT or MR) and {case_id} are filled in word by word, without a shell. {image} is a
+    """{image}, {mask}, {modality} and {case_id} are filled in word by word, without a shell. {image} is a
     NIfTI file, CT in HU; the command writes {mask}, a NIfTI file of label ids."""
     version_command: Result[str | None] = None
     """A command that prints the version of the tool. The first line is recorded."""
@@ -74,6 +74,11 @@ class ToolSegmenter:
         return LabelTable(self.config.tool, (BACKGROUND, *dict.fromkeys(others)))
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that it labels."""
+        return self.config.modalities or (*MODALITIES, *OF_MR)
+
+    @property
     def weights_sha256(self) -> str:
         """Of command, version and classes."""
         known = json.dumps([self.config.template, self.version, self.names], sort_keys=True)
@@ -99,8 +104,8 @@ class ToolSegmenter:
             yield Problem(
                 self.where, "names", value, "name its classes as the masks' table does, or give another segmenter"
             )
-        if others := [m for m in modalities if m not in self.config.modalities]:
-            value = f"for {', '.join(self.config.modalities)}, the images are {', '.join(others)}"
+        if others := [m for m in modalities if m not in self.modalities]:
+            value = f"for {', '.join(self.modalities)}, the images are {', '.join(others)}"
             yield Problem(self.where, "modalities", value, "give one that labels these images")
 
     def label(self, volume: Volume, modality: str, case_id: str, work: Path) -> np.ndarray:

@@ -35,6 +35,7 @@ class Sample(ConfiguredStage):
         *("--sample.target-modality", "--sample.weights", "--sample.sampler.preset", "--sample.sampler.guidance"),
         *("--sample.num-workers", "--ray-address", "--sample.device"),
     )
+    aliases: ClassVar = {"--modality": "--sample.target-modality"}
 
     data: str | None = None
     """The shard set whose masks are used: a folder or a URL that fsspec knows."""

@@ -147,4 +147,7 @@ def _make_task(
         SampleGrids(run / "pictures", shards.label_table, tracker),
     )
     side, weights = side_of(shards, loader.crop_size), run / "weights"
-    return DenoiserTask(shards, side, denoiser, process, stage.train.seed, weights, device, validation)
+    task = DenoiserTask(shards, side, denoiser, process, stage.train.seed, weights, device, validation)
+    codes = set(shards.modality_N[rows].tolist())
+    task.model.trained_on = tuple(name for code, name in enumerate(shards.modalities) if code in codes)
+    return task

@@ -64,7 +64,7 @@ class Volume(ConfiguredStage):
         pipeline = SegGuidedPipeline.from_weights(
             weights, experiment.diffusion, self.sample.sampler, device=device, precision=precision
         )
-        return VolumePlan(self, job, pipeline, pipeline.size_with(shards), weights)
+        return VolumePlan(self, job, pipeline, pipeline.size_with(shards, config.modality), weights)
 
 
 @dataclass(frozen=True)

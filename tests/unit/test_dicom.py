@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import highdicom
 from dicom_support import CLASSES, SECRETS, read, save, segmentation, series, structure_set, write_dicom
 from layouts_support import CASES, CONFIG, LIVER, slices, volumes, write_amos
 from pydicom.dataset import Dataset
-from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_uid
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.dicom_files import digest
@@ -151,7 +152,7 @@ def _without_position(found: list[Dataset]) -> None:
         (_beside, "slice 4 of 8 is 3 mm beside"),
         (_without_position, "1 of 8 images have no position"),
         (_every(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "a localiser"),
-        (_every(Modality="PT"), "'PT'"),
+        (_every(Modality="US"), "'US'"),
         (_every(RescaleType="Z_EFF"), "'Z_EFF' of a CT, not HU"),
         (_every(PhotometricInterpretation="MONOCHROME1"), "not one MONOCHROME2 value"),
     ],
@@ -250,14 +251,53 @@ def test_contours_become_the_voxels_that_they_enclose(
     np.testing.assert_array_equal(mask.volume.voxels_IJK == 1, expected)
 
 
-@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless], ids=["rle", "jpeg-ls"])
+def _by_gdcm(kind: str) -> Callable[[Dataset], None]:
+    """pydicom has no encoder for these; SimpleITK's file gives the pixels."""
+
+    def compress(one: Dataset) -> None:
+        import SimpleITK
+
+        writer = SimpleITK.ImageFileWriter()
+        writer.SetImageIO("GDCMImageIO")
+        writer.UseCompressionOn()
+        writer.SetCompressor(kind)
+        with TemporaryDirectory() as folder:
+            writer.SetFileName(f"{folder}/one.dcm")
+            writer.Execute(SimpleITK.GetImageFromArray(one.pixel_array[None]))
+            written = read(Path(folder) / "one.dcm")
+        one.file_meta.TransferSyntaxUID = written.file_meta.TransferSyntaxUID
+        one.PixelData = written.PixelData
+        one["PixelData"].is_undefined_length = True
+
+    return compress
+
+
+def _by_pydicom(syntax: str) -> Callable[[Dataset], None]:
+    return lambda one: one.compress(syntax, generate_instance_uid=False)
+
+
+@pytest.mark.parametrize(
+    ("compress", "syntax"),
+    [
+        (_by_pydicom(RLELossless), RLELossless),
+        (_by_pydicom(JPEGLSLossless), JPEGLSLossless),
+        (_by_gdcm("JPEG"), JPEGLosslessSV1),
+        (_by_gdcm("JPEG2000"), JPEG2000Lossless),
+    ],
+    ids=["rle", "jpeg-ls", "jpeg", "jpeg2000"],
+)
 def test_compressed_series_are_read(
-    syntax: str, volume: _Volume, of_amos: dict[str, list[SliceRecord]], tmp_path: Path
+    compress: Callable[[Dataset], None],
+    syntax: str,
+    volume: _Volume,
+    of_amos: dict[str, list[SliceRecord]],
+    tmp_path: Path,
 ) -> None:
     found, _, label = volume
     labels = segmentation(found, label)
     for one in found:
-        one.compress(syntax, generate_instance_uid=False)
+        compress(one)
+        assert one.file_meta.TransferSyntaxUID == syntax
     save(tmp_path / "data", [*found, labels])
     _assert_same(slices(tmp_path / "data", labels="amos"), of_amos["p1_1"])
 

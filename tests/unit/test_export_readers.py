@@ -16,6 +16,7 @@ from sampling_support import arguments, make_here, write_weights
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.cases import Case
+from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.prepare import check
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import AMOS, BACKGROUND
@@ -80,24 +81,30 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
-def test_an_nnunet_export_is_prepared_again(run: Path, shards: Path, ending: str, tmp_path: Path) -> None:
-    """Masks, axes and patients are those that were sampled from."""
+@pytest.mark.parametrize(
+    ("form", "ending"),
+    [("nnunet", ".nii.gz"), ("nnunet", ".mha"), ("nifti", ".nii.gz"), ("nifti", ".nrrd"), ("dicom", ".nii.gz")],
+)
+def test_an_export_is_prepared_again(run: Path, shards: Path, form: str, ending: str, tmp_path: Path) -> None:
+    """Pixels, masks, axes and patients are those of the samples."""
     root = tmp_path / "Dataset701_again"
-    rows = exported(run, root, format="nnunet", body_label=True, file_ending=ending)
-    source = ShardSet.open(shards)
-    config = PrepareConfig(size=32, labels="amos", axes=AXES)
+    rows = exported(run, root, format=form, body_label=True, file_ending=ending)
+    source, store = ShardSet.open(shards), SampleStore.open(run / "samples")
+    config = PrepareConfig(size=32, labels="amos", axes=AXES, patient=None)
     preparation = check(root, tmp_path / "set", config)
     assert len(preparation.cases) == len(rows)
-    assert {(case.patient, case.split) for case in preparation.cases} == {("amos_0001", "train")}
+    patients = {(case.patient, case.split) for case in preparation.cases}
+    assert len(patients) == 1
+    assert form == "dicom" or patients == {("amos_0001", "train")}
     mask_of = {(m.axis, m.slice_index): n for n, m in enumerate(map(source.meta, range(len(source))))}
     row_of = {row["name"]: row for row in rows}
     for case in preparation.cases:
-        row = row_of[case.case_id]
+        row = row_of[case.image.files[0].stem if isinstance(case.image, DicomSeries) else case.case_id]
         theirs = source.read(mask_of[row["axis"], int(row["slice_index"])])
         one_to_one = replace(config, spacing_mm=theirs.meta.spacing_mm[0])
         (record,) = slices_of(case, one_to_one, None, [], preparation.survey.labelling)
-        assert record.meta.axis == row["axis"]
+        assert (record.meta.axis, record.meta.modality) == (row["axis"], "CT")
+        np.testing.assert_array_equal(record.image_HW, store.image[int(row["item_id"])])
         # The body is found in the image anew, and the net here makes noise.
         ours_HW, theirs_HW = (np.where(mask == BODY, 0, mask) for mask in (record.mask_HW, theirs.mask_HW))
         np.testing.assert_array_equal(ours_HW, theirs_HW)

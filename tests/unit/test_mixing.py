@@ -19,6 +19,7 @@ class TwoSets:
     modality_N: np.ndarray
     axis_N: np.ndarray
     member_N: np.ndarray
+    modalities: tuple[str, ...] = MODALITIES
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def said(shards: TwoSets, mix: dict[str, float], rows: np.ndarray = ALL) -> set[
 
 
 def test_keys() -> None:
-    groups, problems = parse_mix({"CT": 2, "1:MR/axial": 0.5, "0:*": 1, "*": 3})
+    groups, problems = parse_mix({"CT": 2, "1:MR/axial": 0.5, "0:*": 1, "*": 3}, modalities=MODALITIES)
     assert [(g.weight, g.set_index, g.modality, g.axis) for g in groups] == [
         (2, None, MODALITIES.index("CT"), None),
         (0.5, 1, MODALITIES.index("MR"), AXES.index("axial")),
@@ -89,7 +90,8 @@ def test_everything_wrong_is_said_at_once(shards: TwoSets) -> None:
         "1:MR: nan",
         "1:MR: selects slices that MR/axial selects too",
     }
-    assert len(mix_problems(mix)) == 6
+    # Without the sets any name may be one.
+    assert len(mix_problems(mix)) == 5
 
 
 def test_keys_that_overlap(shards: TwoSets) -> None:

@@ -20,12 +20,14 @@ def _of(content: dict[str, Any], *case_ids: str, stated: str | None = None) -> d
 
 
 CT_STATED = [{"0": "CT"}, "CT", ["CT"], {"0": "ct"}, {"0": "Computed Tomography"}, {"0": "CT (portal venous)"}]
-MR_STATED = [{"0": "MRI"}, {"0": "MR"}, "mri", ["MR"], {"0": "T2w"}, {"0": "T1", "1": "T2"}, {"0": "T2-SPIR"}]
+MR_STATED = [{"0": "MRI"}, {"0": "MR"}, "mri", ["MR"], {"0": "MR", "1": "MRI"}]
+OWN_STATED = [({"0": "T2w"}, "T2"), ({"0": "T2-SPIR"}, "T2"), ("T2 FLAIR", "FLAIR"), (["t1gd"], "T1ce"), ("pet", "PET"),
+              ({"0": "CBCT"}, "CBCT"), ("T1w (native)", "T1")]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["modality", "channel_names"])
 @pytest.mark.parametrize(
-    ("statement", "modality"), [*((one, "CT") for one in CT_STATED), *((one, "MR") for one in MR_STATED)]
+    ("statement", "modality"), [*((one, "CT") for one in CT_STATED), *((one, "MR") for one in MR_STATED), *OWN_STATED]
 )
 def test_a_statement_counts_for_names_that_are_not_amos(key: str, statement: Any, modality: str) -> None:
     ids = ("s0512", "BRATS_012", "amos22_0001", "case_0001_0000", "patient-3")
@@ -46,13 +48,22 @@ def test_a_statement_against_amos_numbers_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"modality": None}, {"modality": {}}, {"modality": {"0": "CT", "1": "MR"}}, {"modality": []}]
+    "content",
+    [
+        {},
+        {"modality": None},
+        {"modality": {}},
+        {"modality": {"0": "CT", "1": "MR"}},
+        {"modality": {"0": "T1", "1": "T2"}},
+        {"modality": "PET/CT"},
+        {"modality": []},
+    ],
 )
 def test_names_of_ones_own_without_a_statement_are_refused(content: dict[str, Any]) -> None:
     assert "--prepare.modality" in _of(content, "s0512", "s0513", "BRATS_012", "liver_7", "liver_8")
 
 
-@pytest.mark.parametrize("statement", [{"0": "PET"}, "zscore", 7, {"0": 3}, {"0": {"a": "CT"}}, [["CT"]], True, "CTX"])
+@pytest.mark.parametrize("statement", ["zscore", "Foo", 7, {"0": 3}, {"0": {"a": "CT"}}, [["CT"]], True, "CTX"])
 def test_a_statement_that_is_not_understood_is_refused(statement: Any) -> None:
     message = _of({"modality": statement}, "amos_0001")
     assert "modality" in message
@@ -154,11 +165,11 @@ def test_an_entry_that_leads_elsewhere_is_refused(archive, image: str) -> None:
 def test_the_stated_modality_is_part_of_the_set_and_absent_where_it_is_not_stated() -> None:
     assert "modality" not in PrepareConfig().result_settings()
     assert PrepareConfig(modality="MR").result_settings()["modality"] == "MR"
-    assert PrepareConfig(modality="PET").problems()[0].field == "modality"
+    assert PrepareConfig(modality="P E T").problems()[0].field == "modality"
 
 
 def test_an_odd_setting_is_refused_among_the_settings_alone(tmp_path: Path, archive) -> None:
     from data_shards.ingest.prepare import find_problems as all_problems
 
-    found = all_problems(archive.root, tmp_path / "set", PrepareConfig(modality="PET"))
+    found = all_problems(archive.root, tmp_path / "set", PrepareConfig(modality="same"))
     assert [one.field for one in found] == ["modality"]

@@ -11,7 +11,7 @@ import pytest
 from annotated_types import Ge, Gt, Interval, Lt
 from pydantic import TypeAdapter, ValidationError
 
-from data_shards.choices import LabelSet, Modality
+from data_shards.choices import Axis, LabelSet, Modality, Store
 from data_shards.labels import LABEL_TABLES
 from data_shards.problems import InputProblems
 from data_shards.ranges import (
@@ -37,8 +37,9 @@ EXAMPLES: list[tuple[Any, list[Any], list[Any]]] = [
     (Count | None, [None, 1], [0]),
     (Share, [0, 0.5, 1.0], [-0.1, 1.1, math.nan]),
     (Positive, [1e-9, math.inf], [0.0, math.nan]),
-    (Modality, ["CT"], ["PET", "ct"]),
-    (Some[Modality], [("CT",), ("MR", "CT")], [(), ("CT", "CT"), ("PET",)]),
+    (Axis, ["axial"], ["oblique", "Axial"]),
+    (Some[Axis], [("axial",), ("coronal", "axial")], [(), ("axial", "axial"), ("x",)]),
+    (Some[Modality], [("CT",), ("T1-ce", "CT")], [(), ("CT", "CT"), ("T1 ce",), ("same",)]),
     (PAIR, [(0.1, 0.2)], [(0.2, 0.1), (0.1, 1.1), (0.1,)]),
     (Count | Literal["auto"], [1, "auto"], [0, "fast"]),
     (Literal[0] | Annotated[int, Ge(5)], [0, 5], [1, 4]),
@@ -66,7 +67,7 @@ def test_pydantic_and_we_allow_the_same_values(hint: Any, good: list[Any], bad: 
         (WholeNumber | None, "a whole number of at least 0, or null"),
         (Annotated[int, Interval(ge=0, le=3)], "a whole number from 0 to 3"),
         (Positive, "a number above 0"),
-        (Some[Modality], "one or more of CT, MR, each once"),
+        (Some[Store], "one or more of webdataset, zarr, each once"),
         (PAIR, "2 values, each a number from 0 to 1, the lower one first"),
         (Count | Literal["auto"], "a whole number of at least 1 or auto"),
     ],
@@ -83,10 +84,11 @@ def test_a_type_in_words(hint: Any, words: str) -> None:
         (Share, "FLOAT (0 to 1)"),
         (Count | Literal["auto"], "INT|auto (1 or more)"),
         (Annotated[float, Gt(0), Lt(1)], "FLOAT (above 0, below 1)"),
-        (Some[Modality], "{CT,MR} [{CT,MR} ...] (each once)"),
+        (Some[Store], "{webdataset,zarr} [{webdataset,zarr} ...] (each once)"),
+        (Some[Modality], "STR [STR ...] (each letters, digits and -, each once)"),
         (PAIR, "FLOAT FLOAT (each 0 to 1, the lower one first)"),
         (tuple[Annotated[int, Ge(0), Lt(9)], ...], "[INT [INT ...]] (each 0 or more and below 9)"),
-        (Modality | None, None),
+        (Store | None, None),
         (Path, None),
     ],
 )

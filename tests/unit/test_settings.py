@@ -11,6 +11,7 @@ import pytest
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.modalities import MODALITIES
 from data_shards.phantom.config import PhantomConfig
 from data_shards.settings import Setting, execution_settings, identity, settings_of
 from segdiff_dist.config import as_dict, flatten
@@ -52,7 +53,9 @@ def recorded() -> dict[str, Any]:
         "phantom": PhantomConfig().to_json(),
         "phantom_wholebody": PhantomConfig(wholebody=True, num_train=1).to_json(),
         "downstream_segmenter": without_seed(identity(segmenter)),
-        "downstream_loader": identity(LoaderConfig(mix={"CT": 1.0}, cache_dir=Path("/c"), zoom=0.1)),
+        "downstream_loader": identity(
+            LoaderConfig(mix={"CT": 1.0}, cache_dir=Path("/c"), zoom=0.1).resolved(MODALITIES)
+        ),
         "evaluate": identity(measured),
     }
 

@@ -10,7 +10,8 @@ from data_shards.documents import read_json
 from data_shards.ingest.archive import list_archive
 from data_shards.ingest.cases import Listing
 from data_shards.ingest.dataset_json import DATASET_FILE, amos_id, file_stem
-from data_shards.ingest.layouts.base import Layout, Request
+from data_shards.ingest.layouts.base import Layout, Request, patient_of
+from data_shards.ingest.layouts.channels import chosen_channels, joined, numbered
 from data_shards.ingest.modality import AMOS_NAME
 from data_shards.problems import InputProblems, Problem
 
@@ -50,12 +51,28 @@ class Decathlon(Layout):
         """As of list_archive, in the classes of `labels`. Training cases have no split if no cases are for
         validation."""
         content = content_of(root)
-        names, problems = class_names(root / DATASET_FILE, content.get("labels"))
-        found = list_archive(root, request.modalities, request.modality, names)
+        where = root / DATASET_FILE
+        names, problems = class_names(where, content.get("labels"))
+        named = numbered(content.get("modality"))
+        channels, wrong = chosen_channels(where, "modality", named, request)
+        if wrong:
+            return Listing((), tuple(wrong), names=names, problems_with_names=tuple(problems))
+        several = len(named) > 1
+        listings = [
+            list_archive(root, request.modalities, request.modality, names, (one, named[one]) if several else None)
+            for one in channels
+        ]
+        listings = [_with_patients(one, request.patient) for one in listings]
+        found = joined(where, listings) if len(listings) > 1 else listings[0]
         cases = found.cases
         if not content.get("validation"):
             cases = tuple(case.without_split() if case.split == "train" else case for case in cases)
         return replace(found, cases=cases, problems_with_names=tuple(problems))
+
+
+def _with_patients(listing: Listing, pattern: str | None) -> Listing:
+    cases = (replace(case, patient=patient_of(case.case_id, pattern)) for case in listing.cases)
+    return replace(listing, cases=tuple(cases))
 
 
 def content_of(root: Path) -> dict[str, Any]:

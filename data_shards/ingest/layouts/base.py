@@ -21,16 +21,26 @@ _OWN_VOLUME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-volume")
 
 @dataclass(frozen=True)
 class Request:
-    """The settings for a layout. `modality`: of every case, if the user states it; `modalities`: those that are used;
-    `channel` and `fold`: for nnU-Net; `patient`: a pattern whose first group, in a case id, is the patient;
-    `keep_ids`: DICOM's own ids and file names are shown."""
+    """The settings for a layout. `modality`: of every case, if the user states it; `modalities`: those that are used,
+    None for all; `channel`, `channels` and `fold`: for nnU-Net and MSD; `patient`: a pattern whose first group, in a
+    case id, is the patient; `keep_ids`: DICOM's own ids and file names are shown."""
 
-    modalities: Sequence[str] = MODALITIES
+    modalities: Sequence[str] | None = None
     modality: str | None = None
     channel: int | None = None
+    channels: tuple[int, ...] | None = None
     fold: int = 0
     patient: str | None = None
     keep_ids: bool = False
+
+    def takes(self, modality: str) -> bool:
+        """Whether cases of this modality are used."""
+        return self.modalities is None or modality in self.modalities
+
+    @property
+    def any_modality(self) -> str:
+        """Of a case whose modality is a problem, so that its files are checked too."""
+        return (self.modalities or MODALITIES)[0]
 
 
 class Layout(ABC):
@@ -84,12 +94,12 @@ def patient_of(case_id: str, pattern: str | None) -> str | None:
 
 def taken(cases: Sequence[Case], request: Request) -> tuple[Case, ...]:
     """Those of the modalities asked for, by case id."""
-    return tuple(sorted((one for one in cases if one.modality in request.modalities), key=lambda one: one.case_id))
+    return tuple(sorted((one for one in cases if request.takes(one.modality)), key=lambda one: one.case_id))
 
 
 def no_cases(root: Path, request: Request, found: Sequence[Case]) -> list[Problem]:
     """A problem if no case is left."""
     if found:
         return []
-    value = f"none of {' or '.join(request.modalities)}"
+    value = "none" if request.modalities is None else f"none of {' or '.join(request.modalities)}"
     return [Problem(str(root), "cases", value, "check the folder, --prepare.layout and --prepare.modalities")]

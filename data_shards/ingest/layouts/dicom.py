@@ -18,11 +18,13 @@ from data_shards.ingest.dicom_files import RTSTRUCT, SEG, Header, digest, is_dic
 from data_shards.ingest.dicom_labels import DicomLabels, LabelObject, grid_problems, read_object
 from data_shards.ingest.dicom_series import DicomSeries, series_of
 from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of
+from data_shards.modalities import is_modality
 from data_shards.problems import Problem
-from data_shards.records import MODALITIES
 
 # A folder is recognised by one of its first files.
 _MOST_LOOKED_AT = 1000
+# DICOM's Modality (PS3.3 C.7.3.1.1.1) of series that are volumes, and its name in a set.
+_MODALITY_OF = {"CT": "CT", "MR": "MR", "PT": "PET", "NM": "SPECT"}
 _HIDE_NAMES = "its file is named with --prepare.keep-dicom-ids"
 
 
@@ -58,7 +60,7 @@ class Dicom(Layout):
         cases: list[Case] = []
         for uid, headers in sorted(found.series.items()):
             case, wrong = _case(uid, headers, labels_of.get(uid, []), ids, request)
-            if wrong or case.modality in request.modalities:
+            if wrong or request.takes(case.modality):
                 cases.append(case)
                 problems_of |= {case.case_id: wrong} if wrong else {}
         problems = _faulty(root, found.faulty, request)
@@ -123,16 +125,21 @@ def _case(
 ) -> tuple[Case, list[Problem]]:
     case_id = _case_id(uid, request)
     name = str(headers[0].file.parent) + f" (series {uid})" if request.keep_ids else f"series {case_id}"
-    stated = headers[0].modality
+    stated = _MODALITY_OF.get(headers[0].modality, "")
     modality = request.modality or stated
-    series, problems = series_of(name, headers, modality)
-    notes = (f"taken as {modality} as stated, against {stated[:16]} in DICOM",) if modality != stated else ()
-    labels = _labels(name, series, tuple(objects), ids)
+    objects = tuple(objects)
+    # Scanners write single slices as localisers; a drawn one, or one of `segdiff export`, is meant as an image.
+    one_slice = bool(objects) or headers[0].is_synthetic
+    series, problems = series_of(name, headers, modality, one_slice=one_slice)
+    against = stated or headers[0].modality[:16]
+    notes = (f"taken as {modality} as stated, against {against} in DICOM",) if modality != stated else ()
+    labels = _labels(name, series, objects, ids)
     if labels is not None and not problems:
         problems = grid_problems(labels)
     patient = patient_of(case_id, request.patient) or _patient(headers[0], request.keep_ids)
-    known = modality if modality in MODALITIES else request.modalities[0]
-    return Case(case_id, known, "", series, labels, notes, patient), problems
+    known = modality if is_modality(modality) else request.any_modality
+    is_flat = len(series.files) == 1 and not series.is_multiframe
+    return Case(case_id, known, "", series, labels, notes, patient, is_flat=is_flat), problems
 
 
 def _case_id(uid: str, request: Request) -> str:

@@ -26,7 +26,7 @@ from data_shards.ingest.layouts.base import (
     volumes_in,
 )
 from data_shards.ingest.layouts.tables import read_table, stated_split
-from data_shards.ingest.modality import find_modalities, meant
+from data_shards.ingest.modality import find_modalities, named_by_a_person
 from data_shards.ingest.volume_files import stem
 from data_shards.problems import InputProblems, Problem, problem
 
@@ -72,7 +72,7 @@ class Folder(Layout):
         cases = [
             replace(
                 case,
-                modality=modality_of.get(case.case_id, case.modality) or request.modalities[0],
+                modality=modality_of.get(case.case_id, case.modality) or request.any_modality,
                 patient=case.patient or patient_of(case.case_id, request.patient),
                 notes=notes_of.get(case.case_id, ()),
             )
@@ -107,7 +107,7 @@ def _pairs(root: Path) -> tuple[list[Case], list[Problem]]:
             problems += found
             label, found = one_file(label_files[name]) if name in label_files else (None, [])
             problems += found
-            cases.append(Case(name, "", split, image, label))
+            cases.append(Case(name, "", split, image, label, is_flat=True))
         strange = sorted(label_files.keys() - image_files.keys())
         if strange:
             value = f"{len(strange)} without an image: {', '.join(strange[:3])}"
@@ -167,13 +167,11 @@ def _row_case(manifest: Path, row: dict[str, str]) -> Case:
     if image is None:
         raise problem(manifest, "image", "empty", "name the image's file")
     modality = row.get("modality", "")
-    known = meant(modality)
-    if modality and len(known) != 1:
-        raise problem(manifest, "modality", repr(modality[:40]), "write CT or MR")
+    modality = named_by_a_person(manifest, modality) if modality else ""
     split = stated_split(manifest, row["split"]) if row.get("split") else ""
     name = row.get("case") or _case_name(stem(image.name) or image.name)
     label = _path(manifest, "label", row.get("label", ""))
-    return Case(name, next(iter(known), ""), split, image, label, patient=row.get("patient") or None)
+    return Case(name, modality, split, image, label, patient=row.get("patient") or None, is_flat=True)
 
 
 def _path(manifest: Path, field: str, text: str) -> Path | None:

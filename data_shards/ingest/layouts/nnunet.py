@@ -27,6 +27,7 @@ from data_shards.ingest.layouts.base import (
     taken,
     volumes_in,
 )
+from data_shards.ingest.layouts.channels import chosen_channels, joined, numbered
 from data_shards.ingest.modality import find_modalities
 from data_shards.problems import InputProblems, Problem
 
@@ -34,7 +35,7 @@ SPLITS_FILE = "splits_final.json"
 _CHANNEL = re.compile(r"(.+)_([0-9]{4})")
 _IGNORE = "ignore"
 # Names of images of `segdiff export`: the mask's patient, modality and number of the image, axis and slice.
-_OWN_NAME = r"(.+)_(?:ct|mr)_[0-9]+-(?:axial|coronal|sagittal)-[0-9]{4,}$"
+_OWN_NAME = r"(.+)_[a-z][a-z0-9-]{0,23}_[0-9]+-(?:axial|coronal|sagittal)-[0-9]{4,}$"
 _MOST_BYTES = 64 * 2**20
 
 
@@ -55,32 +56,41 @@ class NnUNet(Layout):
         return f"{DATASET_FILE} has channel_names or file_ending, and imagesTr has CASE_0000"
 
     def read(self, root: Path, request: Request) -> Listing:
-        """One channel of each case."""
+        """One channel of each case, or several as cases of their own."""
         where, content = root / DATASET_FILE, content_of(root)
         names, of_names = _class_names(where, content)
-        channel, found = _channel(where, content, request.channel)
+        named = numbered(content.get("channel_names"))
+        channels, found = chosen_channels(where, "channel_names", named, request)
         if found:
             return Listing((), tuple(found), names=names, problems_with_names=tuple(of_names))
-        cases, problems = _cases(root, channel)
-        stated = {"channel_names": {"0": _channel_names(content).get(channel)}} if _channel_names(content) else {}
-        ids = [case.case_id for case in cases]
-        modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
-        problems += found
-        split_of, found = _stated_splits(root, request.fold, [one.case_id for one in cases if one.split != "test"])
-        problems += found
-        cases = [
-            replace(
-                one,
-                modality=modality_of.get(one.case_id, request.modalities[0]),
-                split=split_of.get(one.case_id, one.split),
-                notes=notes_of.get(one.case_id, ()),
-                patient=patient_of(one.case_id, request.patient or _OWN_NAME),
-            )
-            for one in cases
-        ]
-        chosen = taken(cases, request)
-        problems += [] if problems else no_cases(root, request, chosen)
-        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, tuple(of_names))
+        listings = [_listing(root, request, names, (one, named.get(one))) for one in channels]
+        listing = joined(where, listings) if len(listings) > 1 else listings[0]
+        return replace(listing, problems_with_names=tuple(of_names))
+
+
+def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple[int, Any]) -> Listing:
+    """The cases in one channel, of which its number and what is said of it are given."""
+    where, (number, name) = root / DATASET_FILE, channel
+    cases, problems = _cases(root, number)
+    stated = {} if name is None else {"channel_names": {"0": name}}
+    ids = [case.case_id for case in cases]
+    modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
+    problems += found
+    split_of, found = _stated_splits(root, request.fold, [one.case_id for one in cases if one.split != "test"])
+    problems += found
+    cases = [
+        replace(
+            one,
+            modality=modality_of.get(one.case_id, request.any_modality),
+            split=split_of.get(one.case_id, one.split),
+            notes=notes_of.get(one.case_id, ()),
+            patient=patient_of(one.case_id, request.patient or _OWN_NAME),
+        )
+        for one in cases
+    ]
+    chosen = taken(cases, request)
+    problems += [] if problems else no_cases(root, request, chosen)
+    return Listing(chosen, tuple(problems), problems_by_case(chosen), names)
 
 
 def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], list[Problem]]:
@@ -100,25 +110,6 @@ def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], 
         remedy = "say what becomes of it in a table (--prepare.labels TABLE.yaml): label_map: {ignore: background}"
         problems.append(Problem(str(where), "labels", f"a class `{_IGNORE}`, whose real class is unknown", remedy))
     return names, problems
-
-
-def _channel_names(content: dict[str, Any]) -> dict[int, Any]:
-    named = content.get("channel_names")
-    if not isinstance(named, dict):
-        return {}
-    return {int(key): value for key, value in named.items() if str(key).isdecimal() and len(str(key)) < 5}
-
-
-def _channel(where: Path, content: dict[str, Any], wanted: int | None) -> tuple[int, list[Problem]]:
-    """The channel that is used: the only one, or that of the setting."""
-    named = _channel_names(content)
-    shown = ", ".join(f"{number} {str(name)[:30]}" for number, name in named.items())
-    if wanted is None and len(named) > 1:
-        remedy = "a slice has one image: choose one with --prepare.channel"
-        return 0, [Problem(str(where), "channel_names", f"{len(named)} channels ({shown})", remedy)]
-    if wanted is not None and named and wanted not in named:
-        return 0, [Problem("prepare", "channel", str(wanted), f"choose one of {shown}")]
-    return (next(iter(named), 0) if wanted is None else wanted), []
 
 
 def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:

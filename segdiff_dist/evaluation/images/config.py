@@ -25,7 +25,7 @@ class ImagesConfig:
     masks: Annotated[RecordedOtherwise[Path | None], tyro.conf.arg(aliases=["--masks"])] = None
     """The folder of their masks: PNG or NIfTI files that have the images' names."""
     modality: Annotated[Result[Modality | None], tyro.conf.arg(aliases=["--modality"])] = None
-    """What the images show: CT or MR."""
+    """What the images show: CT, MR or another name."""
     axis: Result[Axis] = "axial"
     """The axis of the slices, and the axis along which volumes are cut. A NIfTI file of one slice has its own."""
     label_map: RecordedOtherwise[Path | None] = None
@@ -58,7 +58,7 @@ class ImagesConfig:
         if not self.folder.is_dir():
             found.append(Problem("command line", "--images", str(self.folder), "no such folder: give one of images"))
         check("masks", self.masks is not None and self.masks.is_dir(), "give the folder of the images' masks")
-        check("modality", self.modality is not None, "no file says it for sure: give CT or MR")
+        check("modality", self.modality is not None, "no file says it for sure: give CT, MR or another name")
         if self.label_map is not None and not self.label_map.is_file():
             found.append(Problem("command line", "--images.label-map", str(self.label_map), "no such file"))
         return found

@@ -20,6 +20,7 @@ import numpy as np
 
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import LabelTable
+from data_shards.modalities import grey_rule, window_of
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.store.set_index import file_sha256
 from segdiff_dist.evaluation.images import pixels
@@ -70,7 +71,7 @@ class ImageFolder:
         self.modality: str = config.modality
         self._to_own = label_map(config.label_map, table, _LABEL_MAP)
         self._cut_as = _cutting(shards, config.size)
-        window = _hu_window(shards) if config.modality == "CT" else None
+        window = _window(shards, config.modality)
         self._grey = pixels.Grey(config.modality, config.value_range or window, config.value_range is not None)
         self.pairs = find_pairs(config.folder, config.masks)
         self.items, self.size = self._listed()
@@ -247,15 +248,15 @@ def _cutting(shards: ShardSet | None, size: int | None) -> dict[str, Any]:
     return cut_as(shards) | ({} if size is None else {"size": size})
 
 
-def _hu_window(shards: ShardSet | None) -> tuple[float, float] | None:
-    """The HU that become black and white in the set, or by `segdiff prepare`; None if they differ by volume."""
+def _window(shards: ShardSet | None, modality: str) -> tuple[float, float] | None:
+    """The values that become black and white in the set, or by `segdiff prepare`; None if they differ by volume."""
     from data_shards.ingest.prepare_config import PrepareConfig
 
     named = {} if shards is None else shards.index["preprocessing"]
-    if named.get("intensity", "window") != "window":
+    kind = grey_rule(modality, named.get("intensities") or {}).kind
+    if kind == "percentiles" or (kind == "hu" and named.get("intensity", "window") != "window"):
         return None
-    low, high = named.get("hu_window", PrepareConfig().hu_window)
-    return float(low), float(high)
+    return window_of(modality, named, PrepareConfig().hu_window)
 
 
 def _digest(folder: Path, files: Sequence[Path]) -> str:

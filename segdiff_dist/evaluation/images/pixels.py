@@ -16,6 +16,7 @@ from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.itk_files import simpleitk
 from data_shards.ingest.slices import VIEWS
 from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights, read_volume
+from data_shards.modalities import OF_MR
 from data_shards.problems import problem
 from segdiff_dist.sampling.mask_folder import axis_of
 
@@ -52,7 +53,11 @@ class Grey:
         low, high = float(values.min()), float(values.max())
         remedy = f"say which values are black and white: --images.value-range {low:g} {high:g}, for example"
         if self.window is None:
-            value = "MR has no unit" if self.modality == "MR" else "the real CT images have no common HU window"
+            value = (
+                f"{self.modality} has no unit"
+                if self.modality != "CT"
+                else "the real CT images have no common HU window"
+            )
             raise problem(file, "values", value, remedy)
         if self.modality == "CT" and not self.is_given and low > _LEAST_OF_NO_HU:
             raise problem(file, "values", f"{low:g} to {high:g} are no HU", remedy)
@@ -143,7 +148,8 @@ def _refuse_dicom(file: Path, reader: Any, tags: dict[str, str], modality: str) 
     size, kind = reader.GetSize(), tags.get("0008|0060", "")
     if max(size[:2]) > _LARGEST_SIDE or any(n != 1 for n in size[2:]) or reader.GetNumberOfComponents() != 1:
         raise problem(file, "DICOM", f"{tuple(size)} pixels", "give one grey slice a file")
-    if kind in ("CT", "MR") and kind != modality:
+    of_mr = ("MR", *OF_MR)
+    if (kind == "CT" and modality in of_mr) or (kind == "MR" and modality in ("CT", "CBCT", "PET", "SPECT")):
         raise problem(file, "DICOM", f"Modality {kind}", f"--modality is {modality}: leave other images out")
     if tags.get("0028|0004") == "MONOCHROME1":
         raise problem(file, "DICOM", "MONOCHROME1: high values are dark", "save it as MONOCHROME2")

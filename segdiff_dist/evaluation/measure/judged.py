@@ -8,7 +8,7 @@ Dimensions: H rows, W columns, K slices, N items.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class JudgeVolume:
         else:
             image_KHW = np.stack([shards.read(item["row"]).cropped(size).image_uint8() for item in items])
         case_id, modality = items[0]["case_id"], items[0]["target_modality"]
-        values_KHW = _values(image_KHW, metas, modality, hu_window(store, shards))
+        values_KHW = _values(image_KHW, metas, modality, hu_window(store, shards), shards.in_hu)
         volume = Volume(values_KHW.transpose(1, 2, 0), 1.0, 0.0, affine_of(metas, (shards.size - size) // 2), "")
         with tempfile.TemporaryDirectory(prefix="segdiff-judge-") as work:
             labels_HWK = evaluator.segmenter.label(volume, modality, f"{case_id}_{self.side}", Path(work))
@@ -88,7 +88,7 @@ def no_volumes(store: SampleStore, shards: ShardSet | None, is_paired: bool) -> 
             value = f"{of}: {len(ids)} slices; it labels volumes, of {FEWEST_SLICES} slices at least"
         elif not is_even(metas):
             value = f"{of}: the slices are not evenly spaced"
-        elif target == "CT" and np.isnan(hu_of_slices(metas)).any() and hu_window(store, shards) is None:
+        elif target == "CT" and np.isnan(hu_of_slices(metas, shards.in_hu)).any() and hu_window(store, shards) is None:
             value = f"{of}: the HU of its grey values are not known"
         else:
             continue
@@ -124,12 +124,16 @@ def _groups(items: pa.Table) -> dict[tuple[str, str, str, str, int], tuple[int, 
 
 
 def _values(
-    image_KHW: np.ndarray, metas: list[SliceMeta], modality: str, window: tuple[float, float] | None
+    image_KHW: np.ndarray,
+    metas: list[SliceMeta],
+    modality: str,
+    window: tuple[float, float] | None,
+    in_hu: Sequence[str],
 ) -> np.ndarray:
     """int16: HU of CT, by the slice's own scale, or by the common window if the mask is of an MR; grey values of MR."""
-    if modality != "CT":
+    if modality not in in_hu:
         return image_KHW.astype(np.int16)
-    hu_K2 = hu_of_slices(metas)
+    hu_K2 = hu_of_slices(metas, in_hu)
     if window is not None:
         hu_K2 = np.where(np.isnan(hu_K2), (window[0], (window[1] - window[0]) / GREY_RANGE), hu_K2)
     at_black_K, per_grey_K = hu_K2.T

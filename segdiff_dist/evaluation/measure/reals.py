@@ -36,7 +36,13 @@ class RealSlices:
         columns |= overlap_columns(
             "mask_real", mask_BHW, label_maps, evaluator.table, spacing_mm, evaluator.tolerances_mm
         )
-        columns |= alone(image_BHW, mask_BHW, evaluator.table, "real", hu_of_slices([r.meta for r in records]))
+        columns |= alone(
+            image_BHW,
+            mask_BHW,
+            evaluator.table,
+            "real",
+            hu_of_slices([r.meta for r in records], evaluator.shards.in_hu),
+        )
         counts_B2G = np.zeros((len(records), 2, 256), np.int64)
         counts_B2G[:, 0] = [np.bincount(image_HW.ravel(), minlength=256) for image_HW in image_BHW]
         by_side = {(name, "real"): features_BD for name, features_BD in features.items()}

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_shards.feed.order import sample_at
 from data_shards.labels import LabelTable
+from data_shards.modalities import is_in_hu, window_of
 from data_shards.problems import problem
 from segdiff_dist.evaluation.metrics.similarity import GREY_RANGE
 from segdiff_dist.sampling.items import NO_MODALITY
@@ -101,7 +102,7 @@ def hu_window(store: SampleStore, shards: ShardSet | None) -> tuple[float, float
     named = shards.index["preprocessing"] if shards is not None else store.job.get("masks_cut_like", {})
     if "hu_window" not in named or named.get("intensity", "window") != "window":
         return None
-    return float(named["hu_window"][0]), float(named["hu_window"][1])
+    return window_of("CT", named, named["hu_window"]) if is_in_hu("CT", named) else None
 
 
 def hu_scales(store: SampleStore, shards: ShardSet | None) -> np.ndarray:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_shards.feed.order import sample_at
 from data_shards.labels import BODY, LabelTable
-from data_shards.records import AXES, MODALITIES
+from data_shards.modalities import in_order
+from data_shards.records import AXES
 from segdiff_dist.evaluation.measure.headline import is_headline
 from segdiff_dist.evaluation.measure.trust import Spread
 from segdiff_dist.evaluation.measure.worker import ChunkResult
@@ -86,6 +88,12 @@ class Evaluated:
         sums = PatientSums([*column_names(table), *DIVERSITY_METRICS])
         return cls(table, items, spread, seed, sums, Distributions(capacity), {}, rows, is_paired)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of the masks, of the images, and of real images."""
+        names = (self.items[name].unique().to_pylist() for name in ("source_modality", "target_modality"))
+        return in_order({*chain(*names), *self.grey_counts})
+
     def add(self, start: int, stop: int, result: ChunkResult) -> None:
         """Add the chunk of items start..stop-1. Chunks come in item order, so sums do not depend on timing."""
         items = self.items.slice(start, stop - start).to_pydict()
@@ -134,9 +142,9 @@ def summarise(measured: Evaluated, interval: Interval) -> dict[str, Any]:
     """The part of summary.json that depends on the samples."""
     means = _Means(measured.sums, interval, measured.is_paired)
     organs = [measured.table.names[i] for i in measured.table.organ_ids]
-    by_modality = {m: Group.of(m) for m in MODALITIES}
+    by_modality = {m: Group.of(m) for m in measured.modalities}
     by_axis = {a: Group(axis=a) for a in AXES}
-    by_both = {f"{m}/{a}": Group.of(m, a) for m in MODALITIES for a in AXES}
+    by_both = {f"{m}/{a}": Group.of(m, a) for m in measured.modalities for a in AXES}
 
     def entries(group: Group) -> dict[str, Entry]:
         headline = means.headline(group)
@@ -318,8 +326,8 @@ def _cross_modality(measured: Evaluated, means: _Means) -> dict[str, dict[str, E
     kinds = ["dice_either", "dice", "sensitivity", "precision", "surface_dice", "area_error", *FALSE_POSITIVES]
     kinds += ["legacy_dice"]
     names = [f"{kind}_mask_gen" for kind in kinds]
-    for source in MODALITIES:
-        for target in MODALITIES:
+    for source in measured.modalities:
+        for target in measured.modalities:
             group = Group(frozenset({(source, target)}))
 
             def which(key: SumKey, group: Group = group) -> bool:
@@ -348,7 +356,7 @@ def _diversity(measured: Evaluated, means: _Means) -> dict[str, Any]:
                 metrics[name]["num_left_out"] = 0
         return metrics
 
-    groups = {m: Group.of(m) for m in MODALITIES}
+    groups = {m: Group.of(m) for m in measured.modalities}
     return {
         "num_masks": len(measured.spread),
         "num_images": measured.sums.num_samples(several(Group())),

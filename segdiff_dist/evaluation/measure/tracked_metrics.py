@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_shards.records import MODALITIES
+from data_shards.modalities import in_order
 from segdiff_dist.evaluation.measure.summary import counts, groups
 from segdiff_dist.evaluation.metrics.distances import Entry
 from segdiff_dist.tracking.headline import HEADLINE
@@ -23,7 +23,8 @@ COLUMNS = ("metric", "value", "low_95", "high_95", "images", "patients", "unit",
 def headline(summary: dict[str, Any]) -> dict[str, float]:
     """The metrics of MLflow's runs table: `dice_either_mask_gen`, `CT/dice_either_mask_gen`, `num_samples`, ..."""
     by_group, counted = groups(summary), counts(summary)
-    chosen = [("", name) for name in HEADLINE] + [(f"{m}/", name) for name in _BY_MODALITY for m in MODALITIES]
+    modalities = in_order(summary["by_modality"])
+    chosen = [("", name) for name in HEADLINE] + [(f"{m}/", name) for name in _BY_MODALITY for m in modalities]
     found = {
         f"{group}{name}": by_group[group][name]["value"] for group, name in chosen if name in by_group.get(group, {})
     }

@@ -14,7 +14,6 @@ import numpy as np
 
 from data_shards.files import first_line
 from data_shards.labels import BODY
-from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.headline import is_headline
 from segdiff_dist.evaluation.measure.reals import alone
 from segdiff_dist.evaluation.measure.subject import (
@@ -185,29 +184,31 @@ class Evaluator:
 
         return torch.from_numpy(images_BHW).to(self.inputs.device)
 
+    def codes(self, modality: Sequence[str]) -> Any:
+        """int64 [B]: the segmenter's ids of modalities."""
+        import torch
+
+        return torch.tensor([self.segmenter.modalities.index(m) for m in modality], device=self.inputs.device)
+
     def features(self, image_BHW: Any, ids: Sequence[int]) -> np.ndarray:
         """The segmenter's features, float32 [B, D], of images in the target modalities of these items."""
         return self.features_of(image_BHW, self.store.items["target_modality"].take(list(ids)).to_pylist())
 
     def features_of(self, image_BHW: Any, modality: Sequence[str]) -> np.ndarray:
         """The same for images in these modalities, a batch at a time."""
-        import torch
-
         from segdiff_dist.segmentation.segmenter import Segmenter
 
         assert isinstance(self.segmenter, Segmenter), "it has no features"
-        modality_B = torch.tensor([MODALITIES.index(m) for m in modality], device=self.inputs.device)
+        modality_B = self.codes(modality)
         pieces = zip(image_BHW.split(self.inputs.batch_size), modality_B.split(self.inputs.batch_size), strict=True)
         return np.concatenate([self.segmenter.features(x, m).cpu().numpy() for x, m in pieces])
 
     def label(self, image_BHW: np.ndarray, modality: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Label maps uint8 [B, H, W] and features float32 [B, D] by extractor, a batch at a time."""
-        import torch
-
         maps, features = [], []
         for start in range(0, len(image_BHW), self.inputs.batch_size):
             part = slice(start, start + self.inputs.batch_size)
-            modality_B = torch.tensor([MODALITIES.index(m) for m in modality[part]], device=self.inputs.device)
+            modality_B = self.codes(modality[part])
             label_maps, by_extractor = self.run_networks(self.on_device(image_BHW[part]), modality_B)
             maps.append(label_maps)
             features.append(by_extractor)
@@ -289,7 +290,7 @@ class _Batch:
         items = store.items.slice(self.start, num).to_pydict()
         self.spacing_mm = self.evaluator.spacing_mm(items)
         generated = torch.from_numpy(np.asarray(store.image[self.start : self.stop])).to(device)
-        target = torch.tensor([MODALITIES.index(m) for m in items["target_modality"]], device=device)
+        target = self.evaluator.codes(items["target_modality"])
         headline = np.flatnonzero([is_headline(items, i) for i in range(num)])
         # A real counterpart exists only where the generated image has the modality of the slice it came from.
         chosen = headline if self.evaluator.is_paired else headline[:0]
@@ -314,7 +315,8 @@ class _Batch:
             self._compare(real, generated[at], target[at], chosen)
             grey_values = real.cpu().numpy(), generated[at].cpu().numpy()
             metas, maps = [record.meta for record in records], self.label_maps["mask"][chosen]
-            self._write(hounsfield_columns(metas, maps, *grey_values, self.evaluator.table), chosen)
+            of_set = self.evaluator.table, self.evaluator.shards.in_hu
+            self._write(hounsfield_columns(metas, maps, *grey_values, *of_set), chosen)
         if self.evaluator.is_paired:
             self._sharpness_of_others(items, generated)
         else:

@@ -131,13 +131,19 @@ def _false_positive_columns(
 
 
 def hounsfield_columns(
-    metas: Sequence[SliceMeta], mask_BHW: np.ndarray, real_BHW: np.ndarray, gen_BHW: np.ndarray, table: LabelTable
+    metas: Sequence[SliceMeta],
+    mask_BHW: np.ndarray,
+    real_BHW: np.ndarray,
+    gen_BHW: np.ndarray,
+    table: LabelTable,
+    in_hu: Sequence[str] = ("CT",),
 ) -> dict[str, np.ndarray]:
-    """HU_METRICS and GREY_METRICS [B] inside each organ of the mask, by column; HU are NaN for MR, which has none.
+    """HU_METRICS and GREY_METRICS [B] inside each organ of the mask, by column; HU are NaN for modalities
+    that are not `in_hu`.
 
     From uint8 grey values, so that only the window of intensities counts that the shards keep.
     """
-    hu_B2 = hu_of_slices(metas)
+    hu_B2 = hu_of_slices(metas, in_hu)
     columns: dict[str, np.ndarray] = {}
     for side, images_BHW in zip(SIDES, (real_BHW, gen_BHW), strict=True):
         columns |= intensity_columns(side, mask_BHW, images_BHW, table, hu_B2)
@@ -147,10 +153,10 @@ def hounsfield_columns(
     return columns
 
 
-def hu_of_slices(metas: Sequence[SliceMeta]) -> np.ndarray:
-    """float64 [B, 2]: HU of black, and HU a grey value of the 8-bit window; NaN for MR, which has none."""
+def hu_of_slices(metas: Sequence[SliceMeta], in_hu: Sequence[str] = ("CT",)) -> np.ndarray:
+    """float64 [B, 2]: HU of black, and HU a grey value of the 8-bit window; NaN for modalities that are not `in_hu`."""
     scales = [(m.intensity_offset, m.intensity_scale * (2**m.bits - 1) / similarity.GREY_RANGE) for m in metas]
-    is_ct_B = np.array([meta.modality == "CT" for meta in metas])
+    is_ct_B = np.array([meta.modality in in_hu for meta in metas])
     return np.where(is_ct_B[:, None], scales, np.nan)
 
 

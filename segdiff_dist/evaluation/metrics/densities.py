@@ -41,6 +41,7 @@ class Clipping:
     window: tuple[float, float]
     from_volumes: bool
     case_ids: tuple[str, ...]
+    in_hu: bool = False
 
 
 def clipping_of(shards: ShardSet | None, modality: str, amos_root: Path | None) -> Clipping | None:
@@ -66,13 +67,15 @@ def clipping_of(shards: ShardSet | None, modality: str, amos_root: Path | None) 
             [restore(r.image_HW.ravel(), r.meta.intensity_scale, r.meta.intensity_offset) for r in records]
         )
     upper = float(np.percentile(stored, 99.9))
-    span = _CT_RANGE_HU if modality == "CT" and volumes else (float(stored.min()), max(upper, float(stored.min()) + 1))
+    in_hu = modality in shards.in_hu
+    span = _CT_RANGE_HU if in_hu and volumes else (float(stored.min()), max(upper, float(stored.min()) + 1))
     return Clipping(
         before=_density(stored, np.linspace(*span, _NUM_BINS + 1)),
         after=_density(grey, np.linspace(0, 256, 65)),
         window=(low, low + width),
         from_volumes=bool(volumes),
         case_ids=tuple(chosen),
+        in_hu=in_hu,
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.metrics.columns import SIDES
 from segdiff_dist.evaluation.metrics.feature_sets import (
     FEWEST_FOR_NEIGHBOURS,
@@ -71,9 +70,10 @@ def fewest_samples(name: str) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Items of these (source, target) modalities and, unless it is None, this axis."""
+    """Items of these (source, target) modalities, None for all in their slice's own, and, unless it is None, of this
+    axis."""
 
-    modalities: frozenset[tuple[str, str]] = frozenset((m, m) for m in MODALITIES)
+    modalities: frozenset[tuple[str, str]] | None = None
     axis: str | None = None
 
     @classmethod
@@ -83,7 +83,8 @@ class Group:
 
     def holds(self, source: str, target: str, axis: str) -> bool:
         """Whether an item belongs to it."""
-        return (source, target) in self.modalities and self.axis in (None, axis)
+        is_in = source == target if self.modalities is None else (source, target) in self.modalities
+        return is_in and self.axis in (None, axis)
 
 
 class Moments:

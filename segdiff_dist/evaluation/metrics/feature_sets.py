@@ -21,7 +21,7 @@ FEWEST_FOR_NEIGHBOURS = _NEIGHBOURS_DENSITY + 1
 
 
 class Extractor(Protocol):
-    """Features [B, D] of uint8 images [B, H, W]; `modality_B` indexes MODALITIES."""
+    """Features [B, D] of uint8 images [B, H, W]; `modality_B`: the segmenter's ids of modalities."""
 
     def __call__(self, image_BHW: Any, modality_B: Any) -> Any: ...
 

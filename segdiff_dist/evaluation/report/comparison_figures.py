@@ -7,10 +7,10 @@ from typing import Any
 
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.look import (
-    MODALITY_COLOURS,
     Drawn,
     Figure,
     legend,
+    modality_colour,
     note,
     plain,
     show_grey,
@@ -42,7 +42,7 @@ def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str
         ax.set_visible(False)
     for ax, metric in zip(axes.ravel(), metrics, strict=False):
         for k, (group, runs) in enumerate(groups.items()):
-            colour = MODALITY_COLOURS.get(group, _ALL_COLOUR)
+            colour = _colour(group)
             offset = 0.22 * (k - (len(groups) - 1) / 2)
             for position, entries in enumerate(runs):
                 if metric in entries:
@@ -58,7 +58,7 @@ def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
-    handles = [_handle(group, MODALITY_COLOURS.get(group, _ALL_COLOUR)) for group in groups]
+    handles = [_handle(group, _colour(group)) for group in groups]
     canvas.legend(handles=handles, loc="outside lower center", ncols=len(groups), fontsize=8)
     caption = (
         "Main metrics of generated against real images, a panel a metric and a line a run: of all images, and of each "
@@ -102,3 +102,7 @@ def _handle(label: str, colour: str) -> Any:
 def _shortened(name: str) -> str:
     """A run's name, without its middle where it would not fit above a tile."""
     return plain(name if len(name) <= 24 else f"{name[:11]}\u2026{name[-12:]}")
+
+
+def _colour(group: str) -> str:
+    return _ALL_COLOUR if group == "All" else modality_colour(group)

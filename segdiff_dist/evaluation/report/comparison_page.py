@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.labels import shown_name
+from data_shards.modalities import in_order
 from data_shards.problems import InputProblems
-from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages, weakness
 from segdiff_dist.evaluation.measure.summary_text import headline_dice
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
@@ -90,7 +90,8 @@ def write_comparison(runs: Sequence[EvaluatedRun], out: Path) -> Path:
 def groups_of_runs(runs: Sequence[EvaluatedRun]) -> Groups:
     """Entries by "All" and modality; "All" is left out if all runs are of one modality."""
     groups = {"All": [run.summary["metrics"] for run in runs]}
-    groups |= {m: [run.summary["by_modality"].get(m, {}) for run in runs] for m in MODALITIES}
+    modalities = in_order(m for run in runs for m in run.summary["by_modality"])
+    groups |= {m: [run.summary["by_modality"].get(m, {}) for run in runs] for m in modalities}
     groups = {group: entries for group, entries in groups.items() if any(entries)}
     if len(groups) == 2:
         groups.pop("All", None)
@@ -118,7 +119,7 @@ def result_table(runs: Sequence[EvaluatedRun], group: str, differences: Sequence
 def organ_tables(runs: Sequence[EvaluatedRun], differences: Sequence[Disagreement]) -> list[Table]:
     """By modality, a row an organ: Dice (mask, pred. gen.), with false organs where all runs have that."""
     metric, tables = headline_dice([run.summary["metrics"] for run in runs]), []
-    for modality in MODALITIES:
+    for modality in in_order(m for run in runs for m in run.summary["by_modality_organ"]):
         by_run = [run.summary["by_modality_organ"].get(modality, {}) for run in runs]
         organs = dict.fromkeys(o for organs in by_run for o, entries in organs.items() if metric in entries)
         rows = []
@@ -164,7 +165,7 @@ def same_mask_figures(runs: Sequence[EvaluatedRun]) -> tuple[list[Drawn], str]:
     except InputProblems as error:
         return [], f"No images side by side: {error.problems[0]}."
     names = [run.name for run in runs]
-    return [figures.same_masks(names, pictures, shared_masks(pictures, m), m) for m in MODALITIES], ""
+    return [figures.same_masks(names, pictures, shared_masks(pictures, m), m) for m in pictures[0].modalities], ""
 
 
 def _embedded(drawn: Drawn) -> dict[str, str] | None:

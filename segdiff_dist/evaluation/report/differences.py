@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.records import MODALITIES
+from data_shards.modalities import in_order
 from segdiff_dist.evaluation.measure.saved import read_rows, row_columns
 from segdiff_dist.evaluation.measure.segmenter_check import is_unreliable
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
@@ -74,7 +74,7 @@ def difference_tables(runs: Sequence[EvaluatedRun], disagreements: Sequence[Disa
         return []
     images = [_images(run, columns) for run in runs]
     pairs = [_paired(images[0], other) for other in images[1:]]
-    groups: list[str | None] = [None, *MODALITIES]
+    groups: list[str | None] = [None, *in_order(m for run in runs for m in run.summary["by_modality"])]
     tables = [_table(first, others, pairs, metrics, group) for group in groups]
     tables = [table for table in tables if table.rows]
     return tables[1:] if len(tables) == 2 else tables

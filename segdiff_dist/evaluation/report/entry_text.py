@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_shards.records import MODALITIES
+from data_shards.modalities import in_order
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable
 from segdiff_dist.evaluation.measure.summary_text import FEW
 
@@ -13,7 +13,7 @@ DASH = "\u2013"
 
 def groups_of(overall: dict[str, Any], by_modality: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Entries by "All" and modality, without empty groups; "All" is left out if there is one modality only."""
-    groups = {"All": overall} | {m: by_modality.get(m, {}) for m in MODALITIES}
+    groups = {"All": overall} | {m: by_modality[m] for m in in_order(by_modality)}
     groups = {name: entries for name, entries in groups.items() if entries}
     if len(groups) == 2:
         groups.pop("All", None)

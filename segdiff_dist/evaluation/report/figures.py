@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.files import new_folder
-from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.measure.saved import read_downstream, read_summary
 from segdiff_dist.evaluation.metrics.densities import clipping_of
 from segdiff_dist.evaluation.report import number_figures as numbers
@@ -64,19 +63,21 @@ def draw_figures(
 def _all_figures(
     pictures: Pictures, summary: dict[str, Any], downstream: dict[str, Any] | None, amos_root: Path | None
 ) -> list[Callable[[], Drawn]]:
-    across = [(s, t) for s in MODALITIES for t in MODALITIES if s != t]
+    modalities = pictures.modalities
+    across = [(s, t) for s in modalities for t in modalities if s != t]
+    of_set = () if pictures.shards is None else pictures.shards.modalities
     return [
-        *(lambda m=m: samples.gallery(pictures, m) for m in MODALITIES),
-        *(lambda m=m: samples.extremes(pictures, m) for m in MODALITIES),
+        *(lambda m=m: samples.gallery(pictures, m) for m in modalities),
+        *(lambda m=m: samples.extremes(pictures, m) for m in modalities),
         lambda: numbers.dice_by_organ(summary),
         lambda: power_by_band(summary),
         lambda: power_spectra(pictures),
-        *(lambda m=m: numbers.intensity_by_organ(summary, m) for m in MODALITIES),
+        *(lambda m=m: numbers.intensity_by_organ(summary, m) for m in modalities),
         lambda: samples.nearest_training(pictures, summary),
         lambda: samples.diversity(pictures),
         lambda: samples.cross_modality(pictures),
         *(lambda s=s, t=t: samples.two_modalities(pictures, s, t) for s, t in across),
         lambda: numbers.usefulness(downstream),
         lambda: numbers.grey_values(summary["grey_values"]),
-        lambda: numbers.clipping({m: clipping_of(pictures.shards, m, amos_root) for m in MODALITIES}),
+        lambda: numbers.clipping({m: clipping_of(pictures.shards, m, amos_root) for m in of_set}),
     ]

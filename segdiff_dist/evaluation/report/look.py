@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 REAL_COLOUR, GENERATED_COLOUR = "#6b7683", "#0e7c86"
-MODALITY_COLOURS = {"CT": "#2b6cb0", "MR": "#b7791f"}
+_MODALITY_COLOURS = {"CT": "#2b6cb0", "MR": "#b7791f"}
+_OTHER_MODALITIES = ("#2f855a", "#9b2c2c", "#6b46c1", "#b83280", "#2c7a7b", "#744210", "#4c51bf", "#718096")
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -45,6 +47,12 @@ _DPI = 130
 # Of the pixels in a vector figure: images of 256x256 keep all of theirs.
 VECTOR_DPI = 300
 _TILE_INCHES = 1.75
+
+
+def modality_colour(modality: str) -> str:
+    """The same in every figure: its own for CT and MR, one by its name for others."""
+    by_name = _OTHER_MODALITIES[crc32(modality.encode()) % len(_OTHER_MODALITIES)]
+    return _MODALITY_COLOURS.get(modality, by_name)
 
 
 @dataclass(frozen=True)

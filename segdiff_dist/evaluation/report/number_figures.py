@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.labels import shown_name
+from data_shards.modalities import MODALITIES, in_order
 from segdiff_dist.evaluation.measure.segmenter_check import WEAK_DICE, weakness
 from segdiff_dist.evaluation.metrics.densities import Clipping
-from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, MODALITY_COLOURS, REAL_COLOUR, Drawn, Figure, plain
+from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, REAL_COLOUR, Drawn, Figure, modality_colour, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,12 +79,14 @@ def _dice_bars(ax: Axes, position: int, entries: dict[str, Any]) -> None:
 
 
 def intensity_by_organ(summary: dict[str, Any], modality: str) -> Drawn:
-    """Mean and spread of HU (of grey values for MR) inside each organ of the mask, on real and on generated images."""
+    """Mean and spread of HU, or of grey values, inside each organ of the mask, on real and on generated images."""
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
-    kind, unit = ("hu", "HU") if modality == "CT" else ("grey", "grey values (0 to 255)")
-    organs = {n: e for n, e in summary["by_modality_organ"].get(modality, {}).items() if f"{kind}_mean_gen" in e}
+    of_modality = summary["by_modality_organ"].get(modality, {})
+    in_hu = any("hu_mean_gen" in entries for entries in of_modality.values())
+    kind, unit = ("hu", "HU") if in_hu else ("grey", "grey values (0 to 255)")
+    organs = {n: e for n, e in of_modality.items() if f"{kind}_mean_gen" in e}
     if not organs:
         return None
     canvas, ax = plt.subplots(figsize=(7.4, 1.2 + 0.36 * len(organs)))
@@ -108,10 +111,11 @@ def intensity_by_organ(summary: dict[str, Any], modality: str) -> Drawn:
         "mean, averaged over images; thin lines: its 95 % bootstrap interval over patients; broad bars: one standard "
         "deviation inside the organ to either side."
     )
-    if modality == "CT":
+    if in_hu:
         caption += " From 8-bit grey values, in which HU outside the window are clipped."
     title = f"{modality}: {unit.split(' (', maxsplit=1)[0]} inside each organ, real and generated"
-    return canvas, Figure(f"{kind}_by_organ.png", title, caption, "hu")
+    name = f"{kind}_by_organ{'' if modality in MODALITIES else f'_{modality.lower()}'}.png"
+    return canvas, Figure(name, title, caption, "hu")
 
 
 def grey_values(by_modality: dict[str, dict[str, list[int]]]) -> Drawn:
@@ -146,7 +150,7 @@ def clipping(densities: dict[str, Clipping | None]) -> Drawn:
         return None
     canvas, axes = plt.subplots(len(present), 2, figsize=(8.2, 0.4 + 2.35 * len(present)), squeeze=False)
     for (before, after), (modality, density) in zip(axes, present.items(), strict=True):
-        colour = MODALITY_COLOURS[modality]
+        colour = modality_colour(modality)
         for ax, one in ((before, density.before), (after, density.after)):
             ax.stairs(one.values, one.edges, fill=True, color=colour, alpha=0.3)
             ax.stairs(one.values, one.edges, color=colour, lw=1.2)
@@ -154,7 +158,7 @@ def clipping(densities: dict[str, Clipping | None]) -> Drawn:
         before.axvspan(*density.window, color="#cbd2d9", alpha=0.45, lw=0, zorder=0)
         source = "volumes" if density.from_volumes else "stored slices mapped back"
         before.set_title(f"{modality} before clipping ({source})")
-        before.set_xlabel("HU" if modality == "CT" else "scanner units")
+        before.set_xlabel("HU" if density.in_hu else "scanner units")
         before.set_ylabel("density (log)")
         after.set_title(f"{modality} after clipping")
         after.set(xlabel="grey value", xlim=(0, 256))
@@ -177,7 +181,8 @@ def usefulness(downstream: dict[str, Any] | None) -> Drawn:
         return None
     arms = downstream["arms"]
     groups = {"all": [arm["dice"] for arm in arms]}
-    modalities = [m for m in MODALITY_COLOURS if all(m in arm["by_modality"] for arm in arms)]
+    named = in_order(m for arm in arms for m in arm["by_modality"])
+    modalities = [m for m in named if all(m in arm["by_modality"] for arm in arms)]
     if len(modalities) > 1:
         groups |= {m: [arm["by_modality"][m] for arm in arms] for m in modalities}
     canvas, axes = plt.subplots(1, len(groups), figsize=(0.9 + 3.1 * len(groups), 3.1), sharey=True, squeeze=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.documents import read_bytes
 from data_shards.files import write_atomic
-from data_shards.records import MODALITIES
+from data_shards.modalities import in_order
 from segdiff_dist.config import next_command
 from segdiff_dist.evaluation.measure.saved import read_downstream, read_figures, read_summary
 from segdiff_dist.evaluation.measure.segmenter_check import MARK, is_unreliable, segmenter_messages
@@ -104,9 +104,9 @@ def render(
             provenance=_lines(summary["provenance"]),
             downstream=downstream,
             granted="" if downstream is None else granted(downstream),
-            downstream_modalities=[
-                m for m in MODALITIES if downstream and any(m in arm["by_modality"] for arm in downstream["arms"])
-            ],
+            downstream_modalities=in_order(
+                m for arm in (downstream or {"arms": ()})["arms"] for m in arm["by_modality"]
+            ),
             is_other_model=downstream is not None
             and downstream["settings"]["weights_digest"] != summary["provenance"]["sample_job"].get("weights_digest"),
             top_metrics=[name for name in (*headline_metrics(groups), *_FURTHER_CARDS) if name in shown],

@@ -12,8 +12,8 @@ import numpy as np
 from data_shards.documents import reading
 from data_shards.field_source import is_address
 from data_shards.labels import LabelTable
+from data_shards.modalities import in_order
 from data_shards.problems import Problem, problem, refuse
-from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import differences, next_command
 from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary
@@ -65,6 +65,11 @@ class Pictures:
             masks=store.mask,
             predictions=open_predictions(run, len(store)),
         )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of the masks and of the images."""
+        return in_order({*self.rows["source_modality"].tolist(), *self.rows["target_modality"].tolist()})
 
     def real(self, i: int) -> np.ndarray:
         """The real image of the item's slice, uint8 [H, W] like the generated one."""
@@ -143,7 +148,7 @@ class Pictures:
         """For each modality the mask whose images differ by the median amount: its items in order of seed_index."""
         spread = self.rows["pixel_std"]
         chosen = []
-        for modality in MODALITIES:
+        for modality in self.modalities:
             firsts = np.flatnonzero(np.isfinite(spread) & (self.rows["source_modality"] == modality))
             if len(firsts):
                 first = firsts[np.argsort(spread[firsts], kind="stable")[(len(firsts) - 1) // 2]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.records import MODALITIES
+from data_shards.modalities import MODALITIES
 from segdiff_dist.evaluation.report.look import Drawn, Figure, legend, note, show_grey, show_labels, tiles
 from segdiff_dist.evaluation.report.pictures import Pictures
 
@@ -153,12 +153,12 @@ def nearest_training(pictures: Pictures, summary: dict[str, Any]) -> Drawn:
 
 def cross_modality(pictures: Pictures) -> Drawn:
     """An image of the other modality from a slice's mask (Figure 5)."""
-    items = [i for s in MODALITIES for t in MODALITIES if s != t for i in pictures.across(s, t, 2)]
+    items = [i for s in pictures.modalities for t in pictures.modalities if s != t for i in pictures.across(s, t, 2)]
     if not items:
         return None
     canvas = _samples(pictures, items, [pictures.describe(i) for i in items])
     caption = (
-        "Images of one modality (CT or MR), each generated from the mask of a slice of the other: the source image, "
+        "Images of one modality, each generated from the mask of a slice of the other: the source image, "
         "its mask, the generated image, and the segmenter's labels on it with the Dice of labels and mask. Such an "
         "image has no real counterpart, so only its mask can be compared. Counterpart in Hunecke and Chen: Figure 5."
     )
@@ -185,7 +185,10 @@ def two_modalities(pictures: Pictures, source: str, target: str) -> Drawn:
     legend(canvas, pictures.label_table, [pictures.mask(i) for i, _, _ in rows])
     caption = (
         f"From left to right: a real {source} slice, its mask, images generated in {source} from that mask, and images "
-        f"generated in {target} from it. Counterpart in Hunecke and Chen: Figure {'6' if source == 'CT' else '7'}."
+        f"generated in {target} from it."
     )
-    name = f"modalities_from_{source.lower()}.png"
-    return canvas, Figure(name, f"Both modalities from {source} masks", caption, "modalities")
+    name, title = f"modalities_from_{source.lower()}_to_{target.lower()}.png", f"{target} from {source} masks"
+    if {source, target} == set(MODALITIES):
+        caption += f" Counterpart in Hunecke and Chen: Figure {'6' if source == 'CT' else '7'}."
+        name, title = f"modalities_from_{source.lower()}.png", f"Both modalities from {source} masks"
+    return canvas, Figure(name, title, caption, "modalities")

@@ -8,7 +8,7 @@ import numpy as np
 
 from segdiff_dist.evaluation.metrics.definitions import wavelengths
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_BANDS
-from segdiff_dist.evaluation.report.look import MODALITY_COLOURS, Drawn, Figure
+from segdiff_dist.evaluation.report.look import Drawn, Figure, modality_colour
 
 # Smaller ratios are drawn here: the axis is logarithmic.
 _LOWEST = 1e-3
@@ -30,7 +30,7 @@ def power_by_band(summary: dict[str, Any]) -> Drawn:
         at = np.array(places) + 0.08 * (k - (len(groups) - 1) / 2)
         chosen = [entries[SHARPNESS_BANDS[f]] for f in places]
         values = [max(entry["value"], _LOWEST) for entry in chosen]
-        colour = MODALITY_COLOURS[modality]
+        colour = modality_colour(modality)
         ax.plot(at, values, color=colour, marker="o", ms=4.5, lw=1.4, label=modality)
         for x, entry in zip(at, chosen, strict=True):
             if entry["ci95"] is not None:

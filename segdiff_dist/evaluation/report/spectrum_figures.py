@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.metrics.estimates import bootstrap_counts
 from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, REAL_COLOUR, Drawn, Figure
 from segdiff_dist.evaluation.report.pictures import Pictures
@@ -24,7 +23,7 @@ def power_spectra(pictures: Pictures) -> Drawn:
     """Power of real and of generated images over the wavelength, a panel a modality, with intervals over patients."""
     from matplotlib import pyplot as plt
 
-    chosen = {m: items for m in MODALITIES if (items := _spread(pictures.headline(m)))}
+    chosen = {m: items for m in pictures.modalities if (items := _spread(pictures.headline(m)))}
     if not chosen or not pictures.is_paired:
         return None
     canvas, axes = plt.subplots(1, len(chosen), figsize=(1.0 + 3.7 * len(chosen), 3.3), sharey=True, squeeze=False)

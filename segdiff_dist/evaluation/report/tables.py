@@ -230,11 +230,10 @@ def air_table(summary: dict[str, Any]) -> Table:
 
 
 def intensity_table(modality: str, organs: dict[str, Any]) -> Table:
-    """Mean and spread of HU by organ, or of grey values for MR."""
-    # Images of PNG files have no HU.
-    is_hu = modality == "CT" and any("hu_mean_gen" in e for e in organs.values())
-    metrics = HU_METRICS if is_hu else GREY_METRICS
-    unit = "HU" if is_hu else "grey values (0 to 255)"
+    """Mean and spread of HU by organ, or of grey values."""
+    in_hu = any(name in entries for entries in organs.values() for name in HU_METRICS)
+    metrics = HU_METRICS if in_hu else GREY_METRICS
+    unit = "HU" if in_hu else "grey values (0 to 255)"
     labels = {"mean_real": "Mean, real", "mean_gen": "Mean, gen.", "mean_error": "Error of the mean"}
     labels |= {"std_real": "Spread, real", "std_gen": "Spread, gen."}
     columns = {labels[name.split("_", 1)[1]]: name for name in metrics}
@@ -243,7 +242,7 @@ def intensity_table(modality: str, organs: dict[str, Any]) -> Table:
         "spread (standard deviation inside the organ), each of an image, averaged over the images whose mask holds the "
         "organ. "
     )
-    if is_hu:
+    if in_hu:
         caption += "Error: absolute difference of an image's two means. HU outside the window are clipped. "
     name, title = f"intensity_{modality.lower()}", f"{modality}: {unit} inside organs"
     return _organ_table(name, title, caption + _INTERVALS, (modality, organs), columns)
