@@ -138,7 +138,7 @@ def test_what_is_doubtful_is_refused(spoil: Any, field: str, value: str, tmp_pat
         ("../ct/p1_1.mha;;CT", "image", "'../ct/p1_1.mha'"),
         ("/etc/p1_1.mha;;CT", "image", "'/etc/p1_1.mha'"),
         ("ct/p1_1.mha;;PET/CT", "modality", "'PET/CT'"),
-        ("ct/p1_1.mha;;T1+C", "modality", "'T1+C'"),
+        ("ct/p1_1.mha;;my scan", "modality", "'my scan'"),
         ("ct/p1_1.txt;;CT", "image", "'ct/p1_1.txt'"),
         (";;CT", "image", "empty"),
     ],

@@ -58,7 +58,7 @@ def test_help_shows_the_range_of_a_flag_and_its_choices(capsys: pytest.CaptureFi
     assert "--sample.samples-per-mask INT (1 or more)" in flags
     assert "--num INT|None (1 or more), --sample.num INT|None (1 or more)" in flags
     assert "--sample.sampler.guidance FLOAT (0 or more)" in flags
-    assert "--sample.target-modality {same,other,CT,MR}" in flags
+    assert "--sample.target-modality {same,other}|STR (letters, digits and -)" in flags
     assert "--config {None}|STR" in flags, "a flag without a range keeps the name of its type"
 
 
