@@ -331,7 +331,7 @@ def test_the_command_line_tells_what_came_of_it(archive, tool: Tool, tmp_path: P
         (AnnotateConfig("command", "x '{image} {mask}"), "command", "'{image}"),
         (AnnotateConfig("command", "x {image {mask}"), "command", "x {image"),
         (AnnotateConfig("command", "x {image} {mask}", "x {image}"), "version_command", "{image}"),
-        (AnnotateConfig(modalities=("PET",)), "modalities", "PET"),
+        (AnnotateConfig(modalities=("P E T",)), "modalities", "P E T"),
         (AnnotateConfig(num_workers=0, timeout_s=0.0), "timeout_s", "0.0"),
     ],
 )
