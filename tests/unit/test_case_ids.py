@@ -112,7 +112,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
         *(("case_id", bad) for bad in ("../../../outside/x", "/outside/x", ".x", "")),
         ("axis", "../axial"),
         ("target_modality", "/CT"),
-        ("source_modality", "x"),
+        ("source_modality", "../MR"),
     ],
 )
 def test_a_job_with_paths_for_names_is_refused(run: Path, tmp_path: Path, column: str, value: str) -> None:

@@ -189,7 +189,7 @@ def test_recomputed_activations_change_no_gradient() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_its_activations_are_counted(checkpointing: bool) -> None:
-    shards: Any = SimpleNamespace(label_table=AMOS)
+    shards: Any = SimpleNamespace(label_table=AMOS, modalities=("CT", "MR"))
     network = denoiser_network(SMALL, shards, 32, CPU)
     model = network.make().prepare_for(CPU).train()
     if checkpointing:

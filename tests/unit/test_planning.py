@@ -36,7 +36,8 @@ from segdiff_dist.training.config import TrainConfig
 
 GIB = 2**30
 CPU = torch.device("cpu")
-SHARDS: Any = SimpleNamespace(label_table=LabelTable("amos", ("background", *(f"organ {i}" for i in range(16)))))
+TABLE = LabelTable("amos", ("background", *(f"organ {i}" for i in range(16))))
+SHARDS: Any = SimpleNamespace(label_table=TABLE, modalities=("CT", "MR"))
 
 
 def amos_small() -> SmallConfig:

@@ -42,15 +42,15 @@ class Clean(NamedTuple):
 def clean(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[PrepareConfig], Clean]:
     """Called with a config: what it makes of an archive without faults, made once."""
     root = write_archive(tmp_path_factory.mktemp("clean") / "amos")
-    made: dict[PrepareConfig, Clean] = {}
+    made: dict[str, Clean] = {}
 
     def find(config: PrepareConfig) -> Clean:
-        if config not in made:
+        if str(config) not in made:
             out, waiting = tmp_path_factory.mktemp("clean") / "set", []
             one = replace(config, num_workers=1)
             prepare(root, out, one, progress=lambda *_: waiting.append(_folder_bytes(out / ".partial")))
-            made[config] = Clean(out, waiting)
-        return made[config]
+            made[str(config)] = Clean(out, waiting)
+        return made[str(config)]
 
     return find
 
