@@ -108,6 +108,11 @@ def class_ids(modality_B: Tensor, axis_B: Tensor) -> Tensor:
     return modality_B * len(AXES) + axis_B + (modality_B >= len(MODALITIES))
 
 
+def modality_of(class_B: Tensor) -> Tensor:
+    """int64 [B] modality of each class but NULL_CLASS: the inverse of class_ids."""
+    return (class_B - (class_B > NULL_CLASS).long()) // len(AXES)
+
+
 def without(conditions: Conditions, no_mask_B: Tensor, no_class_B: Tensor) -> Conditions:
     """The conditions, with masks and classes replaced by the null mask and NULL_CLASS where the bool [B] are true."""
     mask_BHW = conditions.mask_BHW.masked_fill(no_mask_B[:, None, None], NULL_MASK)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from data_shards.records import AXES, Batch
-from segdiff_dist.denoising.conditioning import Conditions
+from data_shards.records import Batch
+from segdiff_dist.denoising.conditioning import Conditions, modality_of
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.grids import Level, level_at, levels_of
 from segdiff_dist.denoising.process import Process, make_process
@@ -130,7 +130,7 @@ def segmenter_guide(dice_term: DiceTerm, conditions: Conditions, weight: float) 
     # The term reads masks and modalities only. They are cloned, because tensors from inference mode cannot be
     # differentiated.
     with torch.inference_mode(False):
-        mask_BHW, modality_B = conditions.mask_BHW.clone(), conditions.class_B.clone() // len(AXES)
+        mask_BHW, modality_B = conditions.mask_BHW.clone(), modality_of(conditions.class_B)
     shown = Batch(mask_BHW, mask_BHW, modality_B, modality_B, modality_B)
 
     def guide(x0_pred_BCHW: Tensor, alpha_cumprod: float) -> Tensor:

@@ -12,7 +12,15 @@ from recipes_support import ALPHAS_CUMPROD, LIVER, SPLEEN
 from training_support import NET
 
 from data_shards.labels import AMOS, BACKGROUND, LabelTable
-from segdiff_dist.denoising.conditioning import NULL_CLASS, NULL_MASK, Conditions, drop_conditions, guided
+from segdiff_dist.denoising.conditioning import (
+    NULL_CLASS,
+    NULL_MASK,
+    Conditions,
+    class_ids,
+    drop_conditions,
+    guided,
+    modality_of,
+)
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.organ_dropout import drop_organs, relabelled
 from segdiff_kernels.noising import predicted_x_0
@@ -120,3 +128,11 @@ def test_without_a_body_class_a_lost_organ_is_background() -> None:
     table = LabelTable("two", (BACKGROUND, "liver"))
     found = relabelled(Conditions(torch.ones(1, 1, 1, dtype=torch.uint8), torch.zeros(1)), torch.ones(1, 2) > 0, table)
     assert found.mask_BHW.tolist() == [[[0]]]
+
+
+def test_each_class_is_of_one_modality_and_axis() -> None:
+    modality, axis = torch.arange(4).repeat_interleave(3), torch.arange(3).repeat(4)
+    classes = class_ids(modality, axis)
+    assert len(set(classes.tolist()) | {NULL_CLASS}) == 13
+    assert classes[:6].tolist() == list(range(6))  # those of CT and MR are what they were
+    assert torch.equal(modality_of(classes), modality)
