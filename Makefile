@@ -31,7 +31,7 @@ install: $(STAMP) ## install into .venv
 demo: $(STAMP) ## every stage on synthetic CT and MR, from volumes to a report, in 10 to 15 minutes on two cores
 	$(BIN)/segdiff demo $(ARGS)
 
-test: $(STAMP) ## the tests, on the real engines, in about 25 minutes on two cores
+test: $(STAMP) ## the tests, on the real engines, in about 16 minutes on two cores
 	@# Three files at a time: a test often waits for processes that start. Threads of their own would only fight for the
 	@# cores. In the order that tests/conftest.py gives them: a long file that begins last leaves a core idle. With
 	@# bytecode, whatever the environment says: the tests start hundreds of processes that import the same modules.
