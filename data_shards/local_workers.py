@@ -24,7 +24,7 @@ import psutil
 from data_shards import liveness
 from data_shards.liveness import Place, Quiet
 from data_shards.local_worker import FAILED, READY, REFUSED
-from data_shards.tasks import MOST_DEATHS, SAY_EVERY_S, SET_UP_S, Attempt, Done, Result, Task, TaskFailure
+from data_shards.tasks import MOST_DEATHS, Attempt, Done, Result, Task, TaskFailure, first_event
 
 _START = "import sys; sys.path[:] = {path!r}; from data_shards.local_worker import main; main({handle}, {parent})"
 
@@ -120,25 +120,19 @@ class LocalWorkers(Generic[Task, Result]):
         return reason
 
     def _next_event(self) -> Any:
-        """The pipe of a worker that has answered or died. One that does nothing, or does not finish its set-up, is
-        killed, which ends the wait."""
-        begun = said = time.monotonic()
-        while True:
-            self._end_the_stuck()
-            wait_s = SAY_EVERY_S if self._quiet is None else min(SAY_EVERY_S, self._quiet.look_every_s)
-            if ready := wait([*self._running, *self._starting], timeout=wait_s):
-                return ready[0]
-            now = time.monotonic()
-            if now - said < SAY_EVERY_S:
-                continue
-            said = now
-            _say(
-                f"waiting for {(now - begun) / 60:.0f} minutes: {len(self._running)} tasks at work, "
-                f"{len(self._starting)} workers setting themselves up"
-            )
-            if now - begun >= SET_UP_S:
-                for process in self._starting.values():
-                    process.end()
+        """The pipe of a worker that has answered or died."""
+        return first_event(
+            lambda seconds: wait([*self._running, *self._starting], timeout=seconds),
+            self._end_the_stuck,
+            None if self._quiet is None else self._quiet.look_every_s,
+            lambda: f"{len(self._running)} tasks at work, {len(self._starting)} workers setting themselves up",
+            self._end_starting,
+            _say,
+        )
+
+    def _end_starting(self) -> None:
+        for process in self._starting.values():
+            process.end()
 
     def _end_the_stuck(self) -> None:
         if self._quiet is not None and self._quiet.is_due(now := time.monotonic()):

@@ -13,7 +13,7 @@ from typing import Any, Generic
 from data_shards import lean_imports, liveness
 from data_shards.liveness import Place, Quiet
 from data_shards.ray_session import num_cores, one_line, ray_session, within
-from data_shards.tasks import MOST_DEATHS, SAY_EVERY_S, SET_UP_S, Attempt, Done, Result, Task, TaskFailure
+from data_shards.tasks import MOST_DEATHS, Attempt, Done, Result, Task, TaskFailure, first_event
 
 # How long a job without any worker waits for machines before it gives up.
 PATIENCE_S = 300.0
@@ -194,29 +194,26 @@ class RayWorkers(Generic[Task, Result]):
         return ready[0] if ready else None
 
     def _event_at_work(self, references: list[Any]) -> Any:
-        """The same while workers work or are being set up. A task may take as long as it needs: the wait ends when a
-        worker dies, or is killed because it uses no processor time. A worker whose set-up does not finish is killed,
-        which also ends the wait."""
+        """The same while workers work or are being set up."""
         import ray
 
-        begun = said = time.monotonic()
-        while True:
-            self._end_the_stuck()
-            wait_s = SAY_EVERY_S if self._quiet is None else min(SAY_EVERY_S, self._quiet.look_every_s)
-            ready, _ = ray.wait(references, timeout=wait_s)
-            if ready:
-                return ready[0]
-            now = time.monotonic()
-            if now - said < SAY_EVERY_S:
-                continue
-            said = now
-            _say(
-                f"waiting for {(now - begun) / 60:.0f} minutes: {len(self._running)} tasks at work, "
-                f"{len(self._starting)} workers setting themselves up, {len(self._placing)} without a machine"
-            )
-            if now - begun >= SET_UP_S:
-                for actor in self._starting.values():
-                    ray.kill(actor)
+        return first_event(
+            lambda seconds: ray.wait(references, timeout=seconds)[0],
+            self._end_the_stuck,
+            None if self._quiet is None else self._quiet.look_every_s,
+            lambda: (
+                f"{len(self._running)} tasks at work, {len(self._starting)} workers setting themselves up, "
+                f"{len(self._placing)} without a machine"
+            ),
+            self._end_starting,
+            _say,
+        )
+
+    def _end_starting(self) -> None:
+        import ray
+
+        for actor in self._starting.values():
+            ray.kill(actor)
 
     def _end_the_stuck(self) -> None:
         """From time to time, report workers whose task uses no processor time, and kill those that have used none for

@@ -199,7 +199,7 @@ def test_images_of_test_patients_are_left_out(run: Path, tmp_path: Path) -> None
 
 
 def test_a_real_case_is_known_by_its_file_too(volumes_set: Path, shards: Path, tmp_path: Path) -> None:
-    """Under another name, the same image is the same patient; who is not there is told."""
+    """Under another name, the same image is the same patient; a patient who is not there gets a warning."""
     for kind in ("images", "labels"):
         for file in (volumes_set / f"{kind}Tr").iterdir():
             (tmp_path / f"real/{kind}Tr").mkdir(parents=True, exist_ok=True)

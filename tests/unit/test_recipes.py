@@ -103,7 +103,7 @@ def test_told_sums_are_the_loss(make_task: Callable[..., DenoiserTask], soft_sha
     with torch.no_grad():
         weighted, told_again = make_task(loss_weighting="min_snr").loss(task.model, batch_of(soft_shapes, range(8)))
     assert not torch.equal(weighted, loss)
-    for name, sums in metrics.items():  # what is told stays comparable from weighting to weighting
+    for name, sums in metrics.items():  # the logged errors do not depend on the weighting
         torch.testing.assert_close(told_again[name], sums)
 
 
