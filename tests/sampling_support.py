@@ -85,3 +85,19 @@ def flip_a_byte(store: SampleStore, part: str, region: int) -> Path:
     content[40] ^= 0xFF
     file.write_bytes(content)
     return file
+
+
+def sample_and_compare_pipeline(weights: Path, shapes: Path, num: int) -> None:
+    """Sample with RUN/weights/NAME into RUN/samples, export RUN/pipeline, and compare their images bit by bit."""
+    from segdiff_dist.export.job import export_model
+    from segdiff_dist.pipeline import SegGuidedPipeline
+
+    run = weights.parents[1]
+    store = make_here(run, shapes, num=num, out=run / "samples")
+    export_model(weights, run / "pipeline", DIFFUSION, QUICK["sampler"])
+    precision = store.job["sample"]["precision"]
+    pipeline = SegGuidedPipeline.from_pretrained(run / "pipeline", device="cpu", precision=precision)
+    for item in store.items.to_pylist():
+        at = item["item_id"]
+        image = pipeline(store.mask[at], modality=item["target_modality"], axis=item["axis"], first_item=at)
+        np.testing.assert_array_equal(np.asarray(image), store.image[at])

@@ -9,11 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sampling_support import DIFFUSION, QUICK, make_here
+from sampling_support import DIFFUSION, sample_and_compare_pipeline
 from torch import nn
 from training_support import CPU, run_training
 
@@ -22,8 +21,6 @@ from segdiff_dist.denoising.conditioning import NUM_CLASSES
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.network_shapes import denoiser_network
-from segdiff_dist.export.job import export_model
-from segdiff_dist.pipeline import SegGuidedPipeline
 from segdiff_dist.sampling.worker import batch_size_for
 from segdiff_dist.training.throughput import count_flops
 
@@ -236,14 +233,7 @@ def test_sampling_and_the_pipeline_folder_give_the_same_images(shapes: Path, tmp
     model = Denoiser(SMALL, AMOS, 32)
     weights = tmp_path / "weights" / "ema"
     model.save(weights, model.state_dict(), {"diffusion": asdict(DIFFUSION)})
-    store = make_here(tmp_path, shapes, num=3, out=tmp_path / "samples")
-    export_model(weights, tmp_path / "pipeline", DIFFUSION, QUICK["sampler"])
-    precision = store.job["sample"]["precision"]
-    pipeline = SegGuidedPipeline.from_pretrained(tmp_path / "pipeline", device="cpu", precision=precision)
-    for item in store.items.to_pylist():
-        at = item["item_id"]
-        image = pipeline(store.mask[at], modality=item["target_modality"], axis=item["axis"], first_item=at)
-        np.testing.assert_array_equal(np.asarray(image), store.image[at])
+    sample_and_compare_pipeline(weights, shapes, num=3)
     unet = UNet2DModel.from_pretrained(tmp_path / "pipeline", subfolder="unet")
     assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (16, 72, 36)
     assert "pixel_unshuffle(x, 2)" in (tmp_path / "pipeline" / "README.md").read_text()

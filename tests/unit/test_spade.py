@@ -8,11 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sampling_support import DIFFUSION, QUICK, make_here
+from sampling_support import DIFFUSION, sample_and_compare_pipeline
 from torch import nn
 from training_support import CPU, run_training
 
@@ -21,8 +20,6 @@ from data_shards.problems import InputProblems
 from segdiff_dist.denoising.conditioning import NULL_MASK, MaskEncoder
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.export.job import export_model
-from segdiff_dist.pipeline import SegGuidedPipeline
 
 SMALL = DenoiserConfig(
     block_out_channels=(16, 32),
@@ -114,14 +111,7 @@ def test_sampling_and_the_pipeline_folder_give_the_same_images(shapes: Path, tmp
     model, weights = learned(EFFICIENT), tmp_path / "weights" / "ema"
     model.save(weights, model.state_dict(), {"diffusion": asdict(DIFFUSION)})
     assert torch.equal(Denoiser.load(weights)(*inputs()), model.eval()(*inputs()))
-    store = make_here(tmp_path, shapes, num=2, out=tmp_path / "samples")
-    export_model(weights, tmp_path / "pipeline", DIFFUSION, QUICK["sampler"])
-    precision = store.job["sample"]["precision"]
-    pipeline = SegGuidedPipeline.from_pretrained(tmp_path / "pipeline", device="cpu", precision=precision)
-    for item in store.items.to_pylist():
-        at = item["item_id"]
-        image = pipeline(store.mask[at], modality=item["target_modality"], axis=item["axis"], first_item=at)
-        np.testing.assert_array_equal(np.asarray(image), store.image[at])
+    sample_and_compare_pipeline(weights, shapes, num=2)
     assert "without segdiff" not in (tmp_path / "pipeline" / "README.md").read_text()
 
 
