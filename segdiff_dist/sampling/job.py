@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from data_shards.labels import LabelTable
     from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.denoiser import Denoiser
 
 
 class SamplingFailed(WorkFailed):
@@ -56,6 +57,8 @@ class Job:
     """The chosen masks of a folder, if the job has not begun."""
     classes: str | None = None
     """For a folder: a text about the classes in the chosen masks."""
+    loaded: list[Denoiser] = field(default_factory=list)
+    """The model, which the check has loaded: a plan tries it, and the work, whose workers load their own, frees it."""
 
 
 def sample(
@@ -79,6 +82,7 @@ def sample(
 def make_job(job: Job, config: SampleConfig, workers: WorkersConfig | None = None) -> SampleStore:
     """Make the missing images of a job that was prepared with this config. Errors as of `sample`."""
     workers = workers or config.workers
+    job.loaded.clear()
     with locked(job.path), saying_when_full(job.path):
         # Read again, now that no other command can begin this job or replace it.
         store = SampleStore.reopen(job.path, job.job_settings)
@@ -110,7 +114,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     path = (config.out or run / "samples").resolve()
     config = replace(config, precision=_settled_precision(config, path))
     weights = run / "weights" / config.weights
-    _, digest = load_denoiser(weights)  # unusable input is refused before there is a store
+    model, digest = load_denoiser(weights)  # unusable input is refused before there is a store
     trained = json.loads((weights / "segdiff.json").read_text())
     diffusion, contradicted = _as_trained(weights, trained, diffusion)
     problems = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
@@ -134,13 +138,13 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     job_settings = json.loads(json.dumps(job_settings))  # as it is read back: tuples are lists
     if (store := SampleStore.reopen(path, job_settings)) is not None:
         classes = None if config.masks is None else _classes_of(store, shards.label_table)
-        return Job(path, job_settings, store.items, trained["size"], store, classes=classes)
+        return Job(path, job_settings, store.items, trained["size"], store, classes=classes, loaded=[model])
     if config.masks is not None:
-        return _job_of_folder(path, job_settings, shards, trained["size"], config, known)
+        return replace(_job_of_folder(path, job_settings, shards, trained["size"], config, known), loaded=[model])
     if trained["denoiser"].get("soft_masks") and "edge" not in shards.parts:
         text = f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones"
         warnings.warn(text, stacklevel=3)
-    return Job(path, job_settings, list_items(shards, rows, config, known), trained["size"], None)
+    return Job(path, job_settings, list_items(shards, rows, config, known), trained["size"], None, loaded=[model])
 
 
 def _settled_precision(config: SampleConfig, path: Path) -> Literal["bf16", "fp32"]:

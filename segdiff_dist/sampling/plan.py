@@ -78,9 +78,7 @@ def plan_of(job: Job, config: SampleConfig) -> Plan:
     if made is not None:
         each, seconds_from = made[0], f"as the {len(job.items) - num_missing:,} images made so far"
     else:
-        pass_s, seconds_from = _seconds_of_a_pass(
-            Path(job.job_settings["weights"]), pool, config, job.job_settings["sample"]["precision"]
-        )
+        pass_s, seconds_from = _seconds_of_a_pass(job, pool, config)
         each = None if pass_s is None else pass_s * passes
     return Plan(
         num_images=len(job.items),
@@ -106,9 +104,7 @@ def _made_so_far(job: Job) -> tuple[float, int] | None:
     return seconds / num, sum(job.store.num_bytes(index) for index in done) // num
 
 
-def _seconds_of_a_pass(
-    weights: Path, pool: WorkerPool, config: SampleConfig, precision: str
-) -> tuple[float | None, str]:
+def _seconds_of_a_pass(job: Job, pool: WorkerPool, config: SampleConfig) -> tuple[float | None, str]:
     """Seconds of one image through the net, on one worker's device."""
     import torch
 
@@ -117,8 +113,9 @@ def _seconds_of_a_pass(
     if pool.device == "cuda" and not torch.cuda.is_available():
         return None, "no image made yet, and no GPU here to try on"
     device = torch.device(pool.device)
-    model = Denoiser.load(weights).prepare_for(device)
-    model = model.to(torch.bfloat16) if precision == "bf16" else model
+    model = job.loaded[0] if job.loaded else Denoiser.load(Path(job.job_settings["weights"]))
+    model = model.prepare_for(device)
+    model = model.to(torch.bfloat16) if job.job_settings["sample"]["precision"] == "bf16" else model
     mask_BHW = torch.zeros(LEAST_BATCH, model.size, model.size, dtype=torch.uint8, device=device)
     zero_B = torch.zeros(LEAST_BATCH, dtype=torch.int64, device=device)
     seconds, threads = _LONG_PASS_S, torch.get_num_threads()

@@ -16,6 +16,7 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import prepare_job, sample
 from segdiff_dist.sampling.plan import plan
@@ -303,6 +304,19 @@ def test_a_plan_counts_images_time_and_bytes(shapes: Path, tmp_path: Path) -> No
     assert 0 < after.num_bytes < 8 * 2 * 32 * 32
     assert "8 missing" in str(after)
     assert "images: 16 of 10 masks, 3 passes" in str(after)
+
+
+def test_a_plan_loads_the_weights_once(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    load = Denoiser.load
+
+    def counted(folder: Path) -> Denoiser:
+        loaded.append(folder)
+        return load(folder)
+
+    monkeypatch.setattr(Denoiser, "load", counted)
+    assert "estimated from a pass" in plan(*arguments(write_weights(tmp_path), shapes)).seconds_from
+    assert len(loaded) == 1
 
 
 def test_a_plan_says_where_there_are_fewer_masks_than_were_asked_for(shapes: Path, tmp_path: Path) -> None:
