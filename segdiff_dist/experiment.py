@@ -22,6 +22,7 @@ from data_shards.phantom.config import PhantomConfig
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.settings import execution_settings
 from data_shards.store.config import ConvertConfig
+from segdiff_dist.autoencoding.config import AutoencoderConfig
 from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
 from segdiff_dist.downstream.config import DownstreamConfig
@@ -45,6 +46,7 @@ OF_OURS = "segdiff.json"
 _FIXED_BY = {
     "checkpoints": ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation"),
     "segmenter/checkpoints": ("data", "more_data", "loader", "segmenter"),
+    "autoencoder/checkpoints": ("data", "more_data", "loader", "autoencoder"),
     "samples/job.json": ("sample",),
     "evaluation/summary.json": ("evaluate", "downstream"),
 }
@@ -73,6 +75,7 @@ class Experiment:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,13 @@ class SampleGrids:
 
 
 def draw_sample_grid(
-    records: list[SliceRecord], generated_PHW: np.ndarray, table: LabelTable, title: str, path: Path
+    records: list[SliceRecord],
+    generated_PHW: np.ndarray,
+    table: LabelTable,
+    title: str,
+    path: Path,
+    *,
+    names: Sequence[str] = ("mask", "real", "generated"),
 ) -> None:
     """Write a PNG to `path`: a column a slice, with its mask at the top, the real image, and the generated one."""
     from PIL import Image, ImageDraw
@@ -48,7 +55,7 @@ def draw_sample_grid(
     sheet = Image.new("RGB", (width, _TOP + _CAPTION + 3 * (cell + _GAP)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     _text(draw, (2 * _GAP, 9), title, _INK, 15)
-    for line, name in enumerate(("mask", "real", "generated")):
+    for line, name in enumerate(names):
         _text(draw, (2 * _GAP, _TOP + _CAPTION + line * (cell + _GAP) + cell // 2 - 8), name, _INK, 14)
     for column, (record, generated_HW) in enumerate(zip(records, generated_PHW, strict=True)):
         left = _SIDE + column * (cell + _GAP)

@@ -50,6 +50,12 @@ class SegmenterNet(nn.Module):
         dtype = next(self.parameters()).dtype
         return self.unet(self._inputs(x_B1HW, modality_B).to(dtype)).float()
 
+    def levels(self, x_B1HW: Tensor, modality_B: Tensor) -> list[Tensor]:
+        """The output of each encoder level, fine to coarse, from float images in [-1, 1]; gradients flow back to
+        them."""
+        dtype = next(self.parameters()).dtype
+        return self._encoded(self._inputs(x_B1HW, modality_B).to(dtype))[0]
+
     def features(self, image_BHW: Tensor, modality_B: Tensor) -> Tensor:
         """float32 [B, D]: the mean over pixels of each encoder level's output."""
         return _pooled(self._encoded(self._inputs(to_model_range(image_BHW), modality_B))[0])

@@ -5,7 +5,7 @@ Dimensions: B batch, K classes, H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.feed.loader import Loader
-from data_shards.feed.order import Sequential, sequential_positions
 from data_shards.records import Batch
-from segdiff_dist.ranks.distributed import rank, sum_over_ranks, world_size
+from segdiff_dist.ranks.distributed import sum_over_ranks
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
 from segdiff_dist.segmentation.segmenter import save_segmenter
+from segdiff_dist.training.held_out import held_out_batches
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -70,7 +69,8 @@ class SegmenterTask:
         """Dice of every organ over the whole validation split; NaN for organs that are not in it."""
         organs = torch.tensor(self.shards.label_table.organ_ids, device=self.device, dtype=torch.uint8)
         counts_3K = torch.zeros(3, len(organs), dtype=torch.float64, device=self.device)
-        for batch, counts in self._validation_batches():
+        size = self.config.validation_batch_size
+        for batch, counts in held_out_batches(self.shards, self._validation_rows, self.loader, size, self.device):
             predicted_BHW = forward(batch.image_BHW, batch.modality_B).argmax(dim=1).to(torch.uint8)
             if not counts:
                 continue
@@ -79,21 +79,3 @@ class SegmenterTask:
                 counts_3K[:, i] += torch.stack(((p_BHW & m_BHW).sum(), p_BHW.sum() + m_BHW.sum(), m_BHW.sum()))
         both_K, sizes_K, in_mask_K = sum_over_ranks(counts_3K).cpu().numpy()
         return np.where(in_mask_K > 0, 2 * both_K / (sizes_K + _EPSILON), np.nan)
-
-    def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
-        """This rank's batches, and whether each counts.
-
-        With sharded weights every rank must call the network equally often. So a rank with a batch less repeats one,
-        which does not count.
-        """
-        size = min(self.config.validation_batch_size, len(self._validation_rows))
-        all_positions = list(sequential_positions(len(self._validation_rows), size))
-        mine = all_positions[rank() :: world_size()]
-        most = -(-len(all_positions) // world_size())
-        loader = self.loader
-        plain = LoaderConfig(crop_size=loader.crop_size, num_threads=loader.num_threads, on_corrupt=loader.on_corrupt)
-        order = Sequential(self._validation_rows)
-        positions = iter([*mine, *all_positions[: most - len(mine)]])
-        batches = Loader(self.shards, order, positions, plain, batch_size=size, seed=0, device=self.device)
-        for number, batch in enumerate(batches):
-            yield batch, number < len(mine)

@@ -1,4 +1,4 @@
-"""The plan of a training, which `train` and `train-segmenter` share."""
+"""The plan of a training, which `train`, `train-segmenter` and `train-autoencoder` share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,9 +37,20 @@ from segdiff_dist.training.loop import TrainingJob, train
 from segdiff_dist.training.throughput import peak_flops
 
 
+class Judge(Protocol):
+    """Measures what a training has made, on rank 0, when it is over."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether that was measured."""
+
+    def __call__(self) -> tuple[tuple[str, ...], dict[str, float], Path | None]:
+        """Lines for the user; metrics and a picture for the tracker."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan(Plan):
-    """A checked training of either network. Its rows, device and settings are those of every rank."""
+    """A checked training of any of the networks. Its rows, device and settings are those of every rank."""
 
     experiment: Experiment
     stage: str
@@ -68,11 +79,15 @@ class TrainingPlan(Plan):
     """The name of the configuration, where one was given."""
     compile_kernels: Callable[[int], None] | None = None
     """As TrainingJob has it."""
+    judge: Judge | None = None
+    """Measures the result of the training."""
 
     def checked(self) -> Plan:
         """This plan, if the training is not finished and the memory is sufficient."""
         newest = self.newest_checkpoint
-        if newest is not None and self.images_seen >= self.config.num_images and is_exported(newest, self.folder):
+        is_trained = newest is not None and self.images_seen >= self.config.num_images
+        is_judged = self.judge is None or self.judge.is_done
+        if newest is not None and is_trained and is_judged and is_exported(newest, self.folder):
             seen = f"already trained on {self.config.num_images:,} images in {self.folder}"
             return Done(Result((f"{self.stage}: {seen}; nothing to do",), next_command=self.next_command))
         if world_size() == 1:
@@ -151,7 +166,14 @@ class TrainingPlan(Plan):
             self.compile_kernels,
         )  # fmt: skip
         train(job)
-        return Result((f"weights in {self.folder / 'weights'}",), next_command=self.next_command)
+        lines: tuple[str, ...] = (f"weights in {self.folder / 'weights'}",)
+        if self.judge is not None and is_main():
+            judged, metrics, picture = self.judge()
+            lines += judged
+            tracker.log_metrics(metrics, config.num_images)
+            if picture is not None:
+                tracker.log_artifact(picture)
+        return Result(lines, next_command=self.next_command)
 
     def _about(self) -> str:
         """What is trained on what, for the run's description."""

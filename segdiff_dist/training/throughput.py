@@ -113,7 +113,8 @@ class FlopCounter:
 def count_flops(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """FLOPs of model(*args, **kwargs) and of its backward pass; with everything on the meta device it costs nothing."""
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs).sum().backward()
+        made = model(*args, **kwargs)
+        sum(part.sum() for part in (made if isinstance(made, tuple) else (made,))).backward()
     return counter.get_total_flops()
 
 

@@ -56,6 +56,7 @@ def commands(place: Path, amos: Path, shapes: Path) -> dict[str, tuple[Path, lis
         "convert": (new / FOLDER_LOCK, [str(shapes), str(new)]),
         "train": (run / ".train.lock", train),
         "train-segmenter": (run / "segmenter" / ".train.lock", train),
+        "train-autoencoder": (run / "autoencoder" / ".train.lock", train),
         "evaluate": (run / ".evaluation.lock", ["--run", str(run), *segmenter]),
         "report": (run / ".evaluation.lock", [str(run)]),
         "export": (lock_beside(new), [str(new), "--run", str(run), "--format", "png"]),

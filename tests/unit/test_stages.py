@@ -136,7 +136,7 @@ def test_a_dry_run_of_a_training_says_what_it_takes_and_writes_nothing(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--config", "smoke", "--data", str(shapes), "--run", str(tmp_path / "run"), "--dry-run"]
-    for name in ("train", "train-segmenter"):
+    for name in ("train", "train-segmenter", "train-autoencoder"):
         assert main([name, *flags]) == 0
         said = capsys.readouterr().out
         for word in ("# images: ", "# time: ", "# disk: at most ", "# memory: about ", "# parameters: "):

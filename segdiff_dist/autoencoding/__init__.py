@@ -1,0 +1,1 @@
+"""The autoencoder: slices to latents of fewer positions, on which a denoiser may work (Rombach et al. 2022)."""
