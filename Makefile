@@ -21,7 +21,7 @@ EXTRAS ?= dev,docs$(if $(GPU),$(comma)cuda)
 # PyTorch's own index of builds without CUDA, as its installation page gives it.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test test-all lint docs bench recipes clean
+.PHONY: help install demo test test-all lint docs bench recipes campaign clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,10 @@ bench: $(STAMP) ## measure kernels, loader, training and sampling on this machin
 
 recipes: $(STAMP) ## train the paper's recipe and ours side by side: hours, in pieces (ARGS="--budget-minutes 55")
 	$(BIN)/python benchmarks/recipes.py --out runs/recipes --jobs 2 $(ARGS)
+
+campaign: $(STAMP) ## damaged inputs and random kills, continued from the last call (ARGS="mutations --budget-minutes 30")
+	@# Kinds: ARGS="mutations nifti tar --number 5000 --seed 1", ARGS="kills train sample"; figures: ARGS=table.
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m campaign $(ARGS)
 
 clean: ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,7 +1,7 @@
 """`segdiff doctor`: what this machine can run; for each engine, what was found, what is used instead, how to get it.
 
-It checks what is installed. Torch with its GPUs, and DALI, are also started, because an installed one may not work.
-Nothing here runs during training.
+It checks what is installed, then tries Ray, DALI, DeepSpeed, MLflow and, on a GPU, Triton for real (trials.py), because
+an installed one may not work. Nothing here runs during training.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Literal
 from data_shards import __version__
 from data_shards.fan_out import num_cores
 from data_shards.host_memory import host_memory
+from segdiff_dist.trials import MOST_S, TRIALS, Trial, attempt
 
 State = Literal["ok", "instead", "missing"]
 
@@ -56,10 +57,11 @@ class Gpus:
     memory_gib: tuple[float, ...] = ()
 
 
-def diagnose() -> tuple[str, list[str]]:
-    """The report, and the names of the engines that the pipeline needs but this machine lacks."""
+def diagnose(tries: bool = True) -> tuple[str, list[str]]:
+    """The report, and the names of the engines that the pipeline needs but that are missing or do not work. `tries`:
+    start them."""
     gpus, torch_rows = _torch()
-    sections = (
+    sections = [
         ("machine", [*_machine(), *_gpu(gpus)]),
         (
             "engines",
@@ -68,10 +70,23 @@ def diagnose() -> tuple[str, list[str]]:
                 *(_attention(gpus), _triton(gpus), _annotator(), _fid(), _lpips(), _frd()),
             ],
         ),
-    )
+    ]
     missing = [row.name for _, rows in sections for row in rows if row.state == "missing"]
+    if tries:
+        skipped = {*missing, *(() if gpus.names else ("Triton",))}
+        tried = [_tried(trial) for trial in TRIALS if trial.name not in skipped]
+        sections.append(("tried", tried))
+        missing += [row.name for row in tried if row.state == "missing"]
     end = f"{len(missing)} missing: {', '.join(missing)}" if missing else "This machine can run the whole pipeline."
     return f"segdiff {__version__}\n\n{format_report(sections)}\n\n{end}", missing
+
+
+def _tried(trial: Trial) -> Row:
+    """The row of an engine that was started."""
+    outcome = attempt(trial.name, MOST_S)
+    if outcome.failure:
+        return Row(trial.name, "missing", f"{trial.does}: {outcome.failure}", f"try {trial.remedy}")
+    return Row(trial.name, "ok", f"{trial.does}, in {outcome.seconds:.0f} s")
 
 
 def format_report(sections: Iterable[tuple[str, list[Row]]]) -> str:
@@ -172,31 +187,7 @@ def _deepspeed() -> Row:
 
 def _dali(gpus: Gpus) -> Row:
     row, works = requirement_row("DALI", "nvidia-dali-cuda130", "")
-    if not works:
-        return row
-    try:
-        _run_dali()
-    except (ImportError, OSError, RuntimeError) as error:
-        return Row(
-            "DALI", "missing", f"{row.found}, but a pipeline fails: {_short(error)}", _reinstall("nvidia-dali-cuda130")
-        )
-    return Row("DALI", "ok", f"{row.found}, {'GPU' if gpus.names else 'CPU'} backend")
-
-
-def _run_dali() -> None:
-    """Build and run the smallest pipeline on the CPU backend, which the GPU's needs too."""
-    import numpy as np
-    from nvidia.dali import fn, pipeline_def
-    from nvidia.dali.types import Constant
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def crop() -> object:
-        return fn.crop(Constant(np.zeros((4, 4, 1), np.uint8), device="cpu"), crop=(2, 2))
-
-    pipeline = crop()
-    pipeline.build()
-    (output,) = pipeline.run()
-    assert output.at(0).shape == (2, 2, 1), "DALI's crop returned another shape than it was asked for"
+    return Row("DALI", "ok", f"{row.found}, {'GPU' if gpus.names else 'CPU'} backend") if works else row
 
 
 def _libraries() -> list[Row]:

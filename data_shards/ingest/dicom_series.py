@@ -30,6 +30,8 @@ _SAME_DIRECTION = 1e-3
 _MISSING = 1.5
 _REMEDY = "take it out of the folder, or leave it out with --prepare.on-bad-case skip"
 _BLOCK_BYTES = 2**20
+# PS3.5 7.1.1: a value that ends with a delimiter.
+_UNDEFINED_LENGTH = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def _read_plane(series: DicomSeries, number: int) -> np.ndarray:
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     what = f"slice {number + 1} of {len(series.files)}"
+    if not _is_complete(series.files[number]):
+        raise OSError(f"{what} cannot be decoded: it declares more bytes than it has, or no pixels")
     try:
         values = sitk.GetArrayFromImage(sitk.ReadImage(str(series.files[number]), imageIO="GDCMImageIO"))
     except RuntimeError:  # its message has the file's name
@@ -131,6 +135,18 @@ def _read_plane(series: DicomSeries, number: int) -> np.ndarray:
     if series.shape is None or values.shape != (1, series.shape[1], series.shape[0]):
         raise OSError(f"{what} has {values.shape} pixels")
     return np.asarray(values[0].T)
+
+
+def _is_complete(file: Path) -> bool:
+    """Whether the file has pixels, and every value ends within it: GDCM allocates what a length declares."""
+    pydicom = library("pydicom", file.parent)
+    try:
+        with quiet():
+            data = pydicom.dcmread(file, defer_size=1024)
+            ends = [one.value_tell + one.length for one in data.values() if one.length != _UNDEFINED_LENGTH]
+            return "PixelData" in data and max(ends) <= file.stat().st_size
+    except Exception:  # pydicom raises whatever the bytes lead it to
+        return False
 
 
 def _read_frames(series: DicomSeries) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -310,6 +311,19 @@ def test_an_enhanced_multi_frame_file_is_read(
     labels = segmentation(found, label)  # names the frame of reference
     save(tmp_path / "data", [enhanced, labels])
     _assert_same(slices(tmp_path / "data", labels="amos"), of_amos["p1_1"])
+
+
+def test_a_length_beyond_the_file_takes_no_memory(volume: _Volume, tmp_path: Path) -> None:
+    files = save(tmp_path / "data", [*volume[0], segmentation(volume[0], volume[2])])
+    preparation = check(tmp_path / "data", tmp_path / "set", CONFIG)
+    content = files[3].read_bytes()
+    at = content.index(b"\xe0\x7f\x10\x00OW\0\0") + 8  # the length of PixelData
+    files[3].write_bytes(content[:at] + (2**31 - 2).to_bytes(4, "little") + content[at + 4 :])
+    (case,) = preparation.cases
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnreadableVolume, match="slice 4 of 8 cannot be decoded: it declares more bytes"):
+        list(slices_of(case, CONFIG, None, labelling=preparation.survey.labelling))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
 def test_a_damaged_file_fails_its_volume_without_naming_it(volume: _Volume, tmp_path: Path) -> None:

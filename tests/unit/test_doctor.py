@@ -7,9 +7,10 @@ import torch
 
 from segdiff_dist import doctor
 from segdiff_dist.cli import main
+from segdiff_dist.trials import attempt
 
 
-def test_this_machine_can_run_the_pipeline_and_every_engine_has_a_line(capsys):
+def test_this_machine_can_run_the_pipeline_and_every_engine_works(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     for name in (
@@ -26,6 +27,9 @@ def test_this_machine_can_run_the_pipeline_and_every_engine_has_a_line(capsys):
         "FID",
     ):
         assert f"\n  {name} " in said
+    tried = said.split("\ntried\n")[1]
+    for name in ("Ray", "DALI", "DeepSpeed", "MLflow"):
+        assert f"\n  {name} " in f"\n{tried}"
     assert "can run the whole pipeline" in said
 
 
@@ -41,7 +45,7 @@ def test_columns_align_and_each_remedy_stands_below_its_row():
 def test_a_missing_requirement_is_named_with_its_remedy_and_exits_1(absent, monkeypatch, capsys):
     installed = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == absent else installed(name))
-    assert main(["doctor"]) == 1
+    assert main(["doctor", "--no-try"]) == 1
     said = capsys.readouterr().out
     assert "1 missing" in said
     assert f"pip install -c constraints.txt {absent}" in said
@@ -51,7 +55,7 @@ def test_a_missing_requirement_is_named_with_its_remedy_and_exits_1(absent, monk
 def test_triton_is_not_needed_without_a_gpu(monkeypatch, capsys):
     installed = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "triton" else installed(name))
-    assert main(["doctor"]) == 0
+    assert main(["doctor", "--no-try"]) == 0
     assert "not installed: without a GPU the kernels' torch references are used" in capsys.readouterr().out
 
 
@@ -61,3 +65,10 @@ def test_a_version_outside_the_range_is_missing(monkeypatch):
     assert not works
     assert row.state == "missing"
     assert "2.4.0 does not fit" in row.found
+
+
+def test_a_trial_that_hangs_or_fails_is_one_line():
+    assert attempt("DALI", most_s=0.01).failure == "did not end within 0 s"
+    failure = attempt("no engine", most_s=60.0).failure
+    assert failure
+    assert "\n" not in failure
