@@ -28,10 +28,15 @@ if lean_imports.are_on():
 from diffusers import (  # noqa: E402
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    ModelMixin,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.models.attention_processor import Attention  # noqa: E402
+from diffusers.models.controlnets.controlnet import (  # noqa: E402
+    ControlNetConditioningEmbedding,
+    zero_module,
+)
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 from diffusers.models.unets import unet_2d_blocks as blocks  # noqa: E402
 from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
@@ -39,16 +44,21 @@ from diffusers.models.upsampling import Upsample2D  # noqa: E402
 
 __all__ = [
     "Attention",
+    "ControlNetConditioningEmbedding",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
+    "ModelMixin",
     "ResnetBlock2D",
     "UNet2DModel",
     "UNet2DOutput",
     "UniPCMultistepScheduler",
     "Upsample2D",
     "blocks",
+    "decoded",
+    "encoded",
     "recomputed",
     "respaced",
+    "zero_module",
 ]
 
 
@@ -57,6 +67,35 @@ def recomputed(block: Any, module: nn.Module, *inputs: Any) -> Any:
     if torch.is_grad_enabled() and block.gradient_checkpointing:
         return block._gradient_checkpointing_func(module, *inputs)
     return module(*inputs)
+
+
+def encoded(
+    net: Any, x_BCHW: Tensor, timestep_B: Tensor, labels_B: Tensor | None, added_BCHW: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The first half of UNet2DModel.forward: what the middle block gives, the embedding of time and class, the skips.
+
+    `net`: a UNet2DModel, or a module with its encoder's parts. `added_BCHW`: is added to the first convolution.
+    """
+    emb_BE = net.time_embedding(net.time_proj(timestep_B).to(x_BCHW.dtype))
+    if net.class_embedding is not None:
+        emb_BE = emb_BE + net.class_embedding(labels_B).to(x_BCHW.dtype)
+    h_BCHW = net.conv_in(x_BCHW)
+    skips = [h_BCHW if added_BCHW is None else h_BCHW + added_BCHW]
+    h_BCHW = skips[0]
+    for block in net.down_blocks:
+        h_BCHW, more = block(hidden_states=h_BCHW, temb=emb_BE)
+        skips += more
+    return net.mid_block(h_BCHW, emb_BE), emb_BE, skips
+
+
+def decoded(unet: UNet2DModel, mid_BCHW: Tensor, emb_BE: Tensor, skips: list[Tensor]) -> Tensor:
+    """The second half."""
+    h_BCHW = mid_BCHW
+    for block in unet.up_blocks:
+        skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+        h_BCHW = block(h_BCHW, tuple(taken), emb_BE)
+    made_BCHW: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(h_BCHW)))
+    return made_BCHW
 
 
 def respaced(scheduler_class: Any, a_S: Tensor, **settings: Any) -> Any:

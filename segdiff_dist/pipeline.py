@@ -290,17 +290,24 @@ def _card(description: dict[str, Any], process: dict[str, Any], sampler: Sampler
         stem = """. Each 2x2 pixels are four channels, in the input
 `torch.nn.functional.pixel_unshuffle(x, 2)` and in the output, of which `pixel_shuffle(y, 2)` makes nine numbers a
 pixel: the prediction, and what `head` in mask_encoder.safetensors corrects it by"""
+    mask = f""" with the encoded
+mask ({net["mask_encoding"]}, {net["conditioning"]})"""
     alone = f"""The network alone, without segdiff:
-`diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input is the noised image with the encoded
-mask ({net["mask_encoding"]}, {net["conditioning"]}){stem}."""
-    if net["conditioning"] == "spade":
-        alone = """The network needs segdiff: the mask enters at its norms (SPADE), which diffusers' UNet2DModel does
-not have."""
+`diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input is the noised image{mask}{stem}."""
+    alone = {
+        "spade": """The network needs segdiff: the mask enters at its norms (SPADE), which diffusers' UNet2DModel does
+not have.""",
+        "controlnet": """The network needs segdiff: a ControlNet reads the mask. diffusers' UNet2DModel loads its base
+alone, which reads no mask.""",
+        "none": alone.replace(mask, ""),
+    }.get(net["conditioning"], alone)
     reads = (
         "the mask, the modality and the axis"
         if net["class_conditioning"]
         else "the mask alone; modality and axis are ignored"
     )
+    if net["conditioning"] == "none":
+        reads = "no mask, so the image does not follow it"
     return f"""---
 library_name: diffusers
 pipeline_tag: image-to-image

@@ -68,6 +68,9 @@ class PrepareConfig:
     on_bad_case: RecordedOtherwise[Literal["refuse", "skip"]] = "refuse"
     """The treatment of a case whose files are missing or cannot be used. refuse: nothing is done. skip: the set is made
     without the case and names it, and the exit code is 1."""
+    unlabelled: ResultWhereSet[Literal["refuse", "train"]] = "refuse"
+    """The treatment of a case without labels that is not in split test. refuse: it is a bad case. train: it stays where
+    it is; only `denoiser.conditioning: none` trains on its slices."""
     size: Result[Annotated[int, Interval(ge=8, le=2048)]] = 256
     """Side of a slice, in pixels."""
     spacing_mm: Result[Annotated[float, Interval(ge=0.1, le=20)]] = 1.0

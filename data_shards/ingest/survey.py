@@ -63,7 +63,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     recognised = recognise(root, config.layout if config.layout in {one.name for one in LAYOUTS} else AUTO)
     listing = recognised.read(root, _request(config))
     labelling, wrong = find_labelling(config.label_set, config.labels, listing.names)
-    bad = _bad_cases(listing, config.label_set)
+    bad = _bad_cases(listing, config)
     skips = config.on_bad_case == "skip" and any(case.case_id not in bad for case in listing.cases)
     problems = list(listing.problems)
     if not has_table(config.labels):
@@ -100,11 +100,14 @@ def _request(config: PrepareConfig) -> Request:
     )
 
 
-def _bad_cases(listing: Listing, label_set: str) -> dict[str, list[Problem]]:
+def _bad_cases(listing: Listing, config: PrepareConfig) -> dict[str, list[Problem]]:
     """By case id, the reasons why it cannot be used."""
     bad = {case_id: list(found) for case_id, found in listing.problems_of.items()}
-    if label_set in FROM_EXPERTS:
-        remedy = "add its label, put it into split test, or take masks of a whole-body tool (label_set wholebody)"
+    if config.label_set in FROM_EXPERTS and config.unlabelled == "refuse":
+        remedy = (
+            "add its label, put it into split test, take masks of a whole-body tool (label_set wholebody), or give "
+            "--prepare.unlabelled train for a model without masks"
+        )
         for case in listing.cases:
             if isinstance(case.image, DicomSeries) and case.case_id in bad:
                 continue  # it is no volume: whether it has labels does not matter

@@ -75,6 +75,7 @@ class MaskJoin(nn.Module):
     add       x + m, or x + P m of several channels
     multiply  x * m, or x * (1 + P m) of several channels
     spade     x: the mask enters at the norms (spade.py)
+    none      x: no mask
 
     P is a learned 1x1 convolution to one channel without bias, so that the null mask, m = 0, leaves x as it is.
     """
@@ -90,7 +91,7 @@ class MaskJoin(nn.Module):
         """[B, num_channels, H, W]; both inputs in the weights' dtype."""
         if self.conditioning == "concat":
             return torch.cat((x_t_B1HW, mask_BKHW), dim=1)
-        if self.conditioning == "spade":
+        if self.conditioning in ("spade", "none"):
             return x_t_B1HW
         if self.projection is None:
             return x_t_B1HW + mask_BKHW if self.conditioning == "add" else x_t_B1HW * mask_BKHW

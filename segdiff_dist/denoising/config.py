@@ -11,12 +11,12 @@ from annotated_types import Ge, MinLen
 
 from data_shards.problems import Problem
 from data_shards.ranges import Count, NonNegative, Positive, Share, WholeNumber, names_of, range_problems
-from data_shards.settings import Execution, Result, Resumable
+from data_shards.settings import Execution, Result, ResultWhereSet, Resumable
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_kernels.backend import Kernels
 
 MaskEncoding = Literal["onehot", "embedding", "scalar_255", "scalar_signed"]
-Conditioning = Literal["concat", "add", "multiply", "spade"]
+Conditioning = Literal["concat", "add", "multiply", "spade", "controlnet", "none"]
 GuidanceRemoves = Literal["mask", "class", "both"]
 PredictionType = Literal["epsilon", "v", "x0"]
 LossWeighting = Literal["none", "min_snr", "edm"]
@@ -52,7 +52,11 @@ class DenoiserConfig:
     stem that makes four channels of each 2x2 pixels, and the time embedding scales and shifts what a norm gives."""
     conditioning: Result[Conditioning] = "concat"
     """How the net reads the mask. concat, add, multiply: it is joined to the noised image. spade: it scales and shifts
-    what the norms give, at each pixel (Park et al. 2019)."""
+    what the norms give, at each pixel (Park et al. 2019). controlnet: a trained denoiser is frozen, and a copy of its
+    encoder reads the mask (Zhang et al. 2023). none: it reads no mask, and learns from slices without labels too."""
+    base: ResultWhereSet[str | None] = None
+    """The trained denoiser of conditioning controlnet: a run folder, or a folder of weights. It was trained without
+    masks (none), or with mask_dropout."""
     spade_channels: Result[Count] = 128
     """Features of the mask at each level, for conditioning spade. The default is Park et al.'s."""
     spade_norms: Result[Literal["decoder", "all"]] = "decoder"
@@ -90,10 +94,24 @@ class DenoiserConfig:
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
             remedy = "a scalar can hold one class only; use mask_encoding onehot or embedding"
             found.append(Problem("config", "denoiser.soft_masks", "True", remedy))
-        if self.conditioning == "spade" and self.kernels == "triton":
-            remedy = "the kernels have no scale and shift for each pixel: use kernels auto or torch, or concat"
-            found.append(Problem("config", "denoiser.kernels", "triton", remedy))
+        found += self._conditioning_problems()
         return found
+
+    def _conditioning_problems(self) -> Iterator[Problem]:
+        """Settings that do not go with the conditioning."""
+        lacking = {
+            "spade": "the kernels have no scale and shift for each pixel",
+            "controlnet": "the kernels do not compute a ControlNet",
+        }.get(self.conditioning)
+        if lacking is not None and self.kernels == "triton":
+            yield Problem("config", "denoiser.kernels", "triton", f"{lacking}: use kernels auto or torch, or concat")
+        if (self.conditioning == "controlnet") != (self.base is not None):
+            remedy = "only conditioning controlnet has a base: leave it out, or use that"
+            if self.base is None:
+                remedy = "give the run folder of a trained denoiser, as of --denoiser.conditioning none"
+            yield Problem("config", "denoiser.base", str(self.base), remedy)
+        if self.conditioning == "none" and self.soft_masks:
+            yield Problem("config", "denoiser.soft_masks", "True", "conditioning none reads no mask: turn it off")
 
     def _channel_problems(self, wrong: set[str], size: int | None) -> Iterator[Problem]:
         """Problems of numbers that must divide others. `wrong`: the settings that are out of range."""

@@ -1,17 +1,17 @@
 """The denoiser: diffusers' UNet2DModel, conditioned on the mask, the modality and the axis.
 
-The mask is joined to the noised image (conditioning.py) or enters at the norms (spade.py). Modality and axis enter as a
-class embedding, which is added to the time embedding. Dimensions: B batch, C channels, K mask channels, H, W; h, w:
-half of H, W.
+The mask is joined to the noised image (conditioning.py), enters at the norms (spade.py), or is read by a copy of the
+encoder of a frozen net (control.py). Modality and axis enter as a class embedding, added to the time embedding.
+Dimensions: B batch, C channels, K mask channels, H, W; h, w: half of H, W.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from segdiff_dist.denoising.spade import Spade
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
+if TYPE_CHECKING:
+    from segdiff_dist.denoising.control import ControlNet
+
 # More than fits into any GPU.
 _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 
@@ -41,7 +44,27 @@ _HEAD_CHANNELS = 8
 # h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 # In segdiff.json: the modalities of the training, if they are not all of the net's.
 TRAINED_ON = "trained_on"
+_CONTROL, _CONTROL_FILE = "control.", "control.safetensors"
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
+
+
+@dataclass(frozen=True)
+class BaseNet:
+    """The frozen denoiser: its settings, and the label table that it was trained with."""
+
+    config: DenoiserConfig
+    label_table: LabelTable
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For segdiff.json."""
+        return {"denoiser": asdict(self.config), "label_table": self.label_table.described}
+
+    @classmethod
+    def of(cls, description: Any, where: Path) -> BaseNet:
+        """The same from what `described` gave. KeyError and the like if it is not that."""
+        config = validate(DenoiserConfig, description["denoiser"], where)
+        return cls(config, LabelTable.of(description["label_table"]))
 
 
 class PixelHead(nn.Module):
@@ -69,8 +92,14 @@ class Denoiser(nn.Module):
     """eps, v or x_0 from a noised image, its timestep, its mask and its class."""
 
     def __init__(
-        self, config: DenoiserConfig, label_table: LabelTable, size: int, modalities: Sequence[str] = MODALITIES
+        self,
+        config: DenoiserConfig,
+        label_table: LabelTable,
+        size: int,
+        modalities: Sequence[str] = MODALITIES,
+        base: BaseNet | None = None,
     ) -> None:
+        """`base`: the net that conditioning controlnet freezes. All but `control` is then the base's, by its names."""
         super().__init__()
         from segdiff_dist.diffusers_parts import UNet2DModel
 
@@ -81,8 +110,13 @@ class Denoiser(nn.Module):
         # The net's modalities, and those of its training, which may be fewer.
         self.modalities = self.trained_on = tuple(modalities)
         self.uses_kernels = self.reads_labels = False
-        self.mask_encoder = MaskEncoder(config.mask_encoding, label_table.num_classes, config.mask_embedding_dim)
-        self.mask_join = MaskJoin(config.conditioning, self.mask_encoder.num_channels)
+        assert (base is not None) == (config.conditioning == "controlnet")
+        self.base = base
+        own, table = (config, label_table) if base is None else (base.config, base.label_table)
+        self.reads_mask = own.conditioning != "none"
+        encoding = own.mask_encoding if self.reads_mask else "onehot"  # which has no weights
+        self.mask_encoder = MaskEncoder(encoding, table.num_classes, own.mask_embedding_dim)
+        self.mask_join = MaskJoin(own.conditioning, self.mask_encoder.num_channels)
         attends = [side in config.attention_resolutions for side in config.sides(size)]
         self.unet = UNet2DModel(
             sample_size=size // config.stem,
@@ -100,9 +134,13 @@ class Denoiser(nn.Module):
         self.head = PixelHead() if config.net == "efficient" else None
         if config.net == "efficient":
             _begin_as_identity(self.unet)
-        self.spade = (
-            Spade(config, self.unet, self.mask_encoder.num_channels) if config.conditioning == "spade" else None
-        )
+        self.spade = Spade(own, self.unet, self.mask_encoder.num_channels) if own.conditioning == "spade" else None
+        self.control: ControlNet | None = None
+        if base is not None:
+            from segdiff_dist.denoising.control import ControlNet
+
+            self.requires_grad_(False)
+            self.control = ControlNet(config, self.unet, label_table).requires_grad_()
 
     def prepare_for(self, device: torch.device) -> Denoiser:
         """Move to `device`, and choose the backends of attention and of the operations between the convolutions.
@@ -114,8 +152,8 @@ class Denoiser(nn.Module):
 
     def choose_operators(self, device: torch.device) -> None:
         """What computes on `device`, without moving there."""
-        set_attention(self.unet, choose_attention(self.config.attention, device, self.config.attention_head_dim))
-        wanted = "torch" if self.spade is not None else self.config.kernels
+        set_attention(self, choose_attention(self.config.attention, device, self.config.attention_head_dim))
+        wanted = "torch" if self.spade is not None or self.control is not None else self.config.kernels
         self.uses_kernels = choose_kernels(wanted, device) == "triton"
         if self.uses_kernels:
             from segdiff_dist.denoising.fused_unet import fuse
@@ -127,6 +165,8 @@ class Denoiser(nn.Module):
             from segdiff_dist.denoising.cpu_unet import suit_cpu
 
             suit_cpu(self.unet)
+            if self.control is not None:
+                suit_cpu(self.control)
 
     def conditions_of(self, batch: Batch) -> Conditions:
         """The conditions in a batch: the arguments of forward after x_t and timestep."""
@@ -146,19 +186,43 @@ class Denoiser(nn.Module):
         labels = class_B if self.config.class_conditioning else None
         if self.reads_labels:
             return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
-        mask_BKHW = self.mask_encoder(mask_BHW, dtype, edge_B2HW)
-        if self.spade is not None:
-            self.spade.read(mask_BKHW)
-        x_BCHW = self.mask_join(x_t_BCHW.to(dtype), mask_BKHW)
+        x_BCHW = x_t_BCHW.to(dtype)
+        if self.reads_mask:
+            shown = (mask_BHW, dtype, edge_B2HW)
+            if self.control is not None:  # which reads it in the base's place
+                shown = (torch.full_like(mask_BHW, NULL_MASK), dtype, None)
+            mask_BKHW = self.mask_encoder(*shown)
+            if self.spade is not None:
+                self.spade.read(mask_BKHW)
+            x_BCHW = self.mask_join(x_BCHW, mask_BKHW)
         if self.head is not None:
             x_BCHW = F.pixel_unshuffle(x_BCHW, self.config.stem)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        y_BCHW = self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0]
+        if self.control is None:
+            y_BCHW = self.unet(x_BCHW, timestep_B, class_labels=labels, return_dict=False)[0]
+        else:
+            y_BCHW = self._controlled(self.control, x_BCHW, timestep_B, labels, (mask_BHW, edge_B2HW))
         if self.spade is not None and not self.unet.is_gradient_checkpointing:  # which computes again from it
             self.spade.forget()
         if self.head is not None:
             y_BCHW = self.head(F.pixel_shuffle(y_BCHW, self.config.stem), x_t_BCHW.to(dtype))
         return y_BCHW.float()
+
+    def _controlled(
+        self,
+        control: ControlNet,
+        x_BCHW: Tensor,
+        timestep_B: Tensor,
+        labels_B: Tensor | None,
+        mask: tuple[Tensor, Tensor | None],
+    ) -> Tensor:
+        """The base's output, with what the control adds to its skips and its middle."""
+        from segdiff_dist.diffusers_parts import decoded, encoded
+
+        of_skips, of_mid_BCHW = control(x_BCHW, timestep_B, labels_B, *mask)
+        mid_BCHW, emb_BE, skips = encoded(self.unet, x_BCHW, timestep_B, labels_B)
+        added = [skip + more for skip, more in zip(skips, of_skips, strict=True)]
+        return decoded(self.unet, mid_BCHW + of_mid_BCHW, emb_BE, added)
 
     def save(self, folder: Path, weights: dict[str, Tensor], training: Mapping[str, Any] | None = None) -> None:
         """Write `weights` (keys as in state_dict) as a diffusers folder, and beside it the facts that diffusers' files
@@ -174,14 +238,19 @@ class Denoiser(nn.Module):
             save_file(unet_weights, unfinished / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             self.unet.save_config(unfinished)
             rest = {k: v.contiguous() for k, v in weights.items() if not k.startswith(prefix)}
+            control = {k.removeprefix(_CONTROL): rest.pop(k) for k in list(rest) if k.startswith(_CONTROL)}
             if rest:
                 save_file(rest, unfinished / "mask_encoder.safetensors")
+            if control:
+                save_file(control, unfinished / _CONTROL_FILE)
             description = dict(training or {})
             description |= {
                 "denoiser": asdict(self.config),
                 "label_table": self.label_table.described,
                 "size": self.size,
             }
+            if self.base is not None:
+                description["base"] = self.base.described
             if self.modalities != MODALITIES:
                 description[MODALITIES_KEY] = list(self.modalities)
             (unfinished / "segdiff.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -203,11 +272,14 @@ class Denoiser(nn.Module):
             config = replace(config, attention=attention, kernels=kernels)
             table = LabelTable.of(description["label_table"])
             size, modalities = int(description["size"]), described_modalities(description, description_file)
+            base = BaseNet.of(description["base"], description_file) if config.conditioning == "controlnet" else None
             refuse(config.problems(size) + _size_problems(config, size, description_file))
         files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]
         if (folder / "mask_encoder.safetensors").is_file():
             files.append(("", folder / "mask_encoder.safetensors"))
-        model = read_weights(files, lambda: cls(config, table, size, modalities), "weights", remedy).eval()
+        if base is not None:
+            files.append((_CONTROL, folder / _CONTROL_FILE))
+        model = read_weights(files, lambda: cls(config, table, size, modalities, base), "weights", remedy).eval()
         model.trained_on = known_modalities(description, description_file)
         return model
 

@@ -9,20 +9,22 @@ from torch import nn
 
 from segdiff_dist.attention import set_attention
 from segdiff_dist.denoising.config import DenoiserConfig
-from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.denoiser import BaseNet, Denoiser
 from segdiff_dist.planning.network import Network, on_meta
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 
-def denoiser_network(config: DenoiserConfig, shards: ShardSet, side: int, device: torch.device) -> Network:
-    """The denoiser for slices of `side` pixels, with what computes it on `device`."""
+def denoiser_network(
+    config: DenoiserConfig, shards: ShardSet, side: int, device: torch.device, base: BaseNet | None = None
+) -> Network:
+    """The denoiser for slices of `side` pixels, with what computes it on `device`. `base`: of a ControlNet."""
 
     def make() -> nn.Module:
-        model = Denoiser(config, shards.label_table, side, shards.modalities)
+        model = Denoiser(config, shards.label_table, side, shards.modalities, base)
         model.choose_operators(device)
-        set_attention(model.unet, "sdpa")  # keeps no more memory than the others
+        set_attention(model, "sdpa")  # keeps no more memory than the others
         return model
 
     def inputs(images: int) -> tuple[torch.Tensor, ...]:

@@ -22,8 +22,10 @@ from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.denoiser import TRAINED_ON, Denoiser
+from segdiff_dist.denoising.frozen_base import Base, kept_weights
 from segdiff_dist.denoising.organ_dropout import drop_organs
 from segdiff_dist.denoising.process import make_process
+from segdiff_dist.ranks.distributed import is_main
 from segdiff_dist.segmentation.segmenter import Segmenter
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
@@ -62,8 +64,15 @@ class DenoiserTask:
                 Path(str(diffusion.dice_segmenter)), shards.label_table, device, shards.modalities
             )
             _refuse_another_segmenter(weights, self.dice_term, str(diffusion.dice_segmenter))
+        self.base = Base.find(denoiser, weights.parent)
         with _seeded(seed):
-            self.model = Denoiser(denoiser, shards.label_table, size, shards.modalities).prepare_for(device)
+            net = None if self.base is None else self.base.net
+            model = Denoiser(denoiser, shards.label_table, size, shards.modalities, net)
+        if self.base is not None:
+            self.base.begin(model)
+            if is_main():
+                self.base.keep(weights.parent)
+        self.model = model.prepare_for(device)
         self.process = make_process(diffusion, device)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,7 +109,8 @@ class DenoiserTask:
             training[TRAINED_ON] = list(self.model.trained_on)
         if self.dice_term is not None:
             training[_SEGMENTER_DIGEST] = self.dice_term.weights_sha256
-        self.model.save(self.weights / average, weights, training)
+        frozen = {} if self.base is None else kept_weights(self.weights.parent)
+        self.model.save(self.weights / average, frozen | weights, training)
 
     def conditions(self, batch: Batch) -> Conditions:
         """The conditions of each slice, without those that are dropped at its position in the order."""
@@ -158,6 +168,13 @@ class DiceTerm:
 def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusion: DiffusionConfig) -> list[Problem]:
     """Problems of these settings with each other and with this set."""
     problems = denoiser.problems(size) + diffusion.problems()
+    if denoiser.conditioning == "none":
+        remedy = "the network reads no mask (denoiser.conditioning none): give 0"
+        problems += [
+            Problem("config", f"diffusion.{name}", str(value), remedy)
+            for name in ("mask_dropout", "joint_dropout", "organ_dropout", "dice_weight")
+            if (value := getattr(diffusion, name)) > 0
+        ]
     if denoiser.soft_masks and "edge" not in shards.parts:
         remedy = "prepare the set with mask_resize soft and soft_edge, or turn it off"
         problems.append(Problem(str(shards.root), "denoiser.soft_masks", "the set keeps no soft edges", remedy))

@@ -71,9 +71,10 @@ def plan_memory(network: Network, config: TrainConfig, ranks: int, on_gpu: bool 
     activations = int(peak * network.activations(images, config.precision, checkpointing))
     checkpoint = number * (4 + 8 + averages) // ranks
     if stage == 0:
-        return MemoryPlan(number * (4 + 4 + 8 + averages), activations, 0, checkpoint)
+        state = number * (4 + 4 + 8 + averages) + 4 * network.num_frozen
+        return MemoryPlan(state, activations, 0, checkpoint)
     width = 2 if config.precision == "bf16" else 4
-    working = number * width // (ranks if stage == 3 else 1)
+    working = (number + network.num_frozen) * width // (ranks if stage == 3 else 1)
     gradients = number * width // (ranks if stage >= 2 else 1)
     optimizer = number * (4 + 4 + 8 + averages) // ranks
     offloaded = {"none": 0, "optimizer": optimizer, "all": optimizer + working}[config.offload]

@@ -25,8 +25,13 @@ class Network:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Number of weights."""
-        return sum(p.numel() for p in self._model.parameters())
+        """Number of weights that are trained."""
+        return sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+
+    @cached_property
+    def num_frozen(self) -> int:
+        """Number of weights that are not."""
+        return sum(p.numel() for p in self._model.parameters() if not p.requires_grad)
 
     @cached_property
     def flops_per_image(self) -> int:
@@ -36,7 +41,7 @@ class Network:
     @property
     def most_flops_per_image(self) -> float:
         """An upper bound without running a pass: every weight at every pixel, three times (forward, backward)."""
-        return 2 * 6.0 * self.num_parameters * self.inputs(1)[0].shape[-1] ** 2
+        return 2 * 6.0 * (self.num_parameters + self.num_frozen) * self.inputs(1)[0].shape[-1] ** 2
 
     def activations(self, images: int, precision: str, checkpointing: bool) -> int:
         """Bytes that autograd keeps of a forward pass, without the weights. With activation checkpointing they include

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.frozen_base import Base
     from segdiff_dist.denoising.task import DenoiserTask
     from segdiff_dist.tracking.tracker import Tracker
 
@@ -76,9 +77,11 @@ class Train(ConfiguredStage):
         run, shards = self.open_run_and_data(self.more_data)
         config = settle_precision(self.train, self.experiment, "train", run / "checkpoints")
         experiment, compiling = replace(self.experiment, train=config), replace(self, train=config)
-        side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        side = side_of(shards, loader.crop_size)
+        rows = training_rows(experiment, shards, labelled_only=denoiser.conditioning != "none")
         picked = partial(pick_device, config.device, "train.device")
-        *_, attention, kernels, _ = collect(
+        base, *_, attention, kernels, _ = collect(
+            lambda: _fitting_base(self, run, shards, rows),
             lambda: refuse(find_problems(shards, side, denoiser, diffusion)),
             lambda: refuse(config.problems("train", world_size()) + loader.problems()),
             lambda: refuse(self.validation.problems(diffusion)),
@@ -102,7 +105,7 @@ class Train(ConfiguredStage):
             config=config,
             device=device,
             recipe=recipe_of(self.config),
-            network=denoiser_network(denoiser, shards, side, device),
+            network=denoiser_network(denoiser, shards, side, device, None if base is None else base.net),
             make_task=partial(_make_task, self, run, shards, rows, device),
             # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),
@@ -112,6 +115,18 @@ class Train(ConfiguredStage):
             limits={"small": lambda: small_config(shards, side, device)},
             compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" else None,
         ).checked()
+
+
+def _fitting_base(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) -> Base | None:
+    """The base of a ControlNet, which goes with the settings."""
+    from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.stages.training_plan import side_of
+
+    base = Base.find(stage.denoiser, run)
+    if base is not None:
+        side, seen = side_of(shards, stage.loader.crop_size), _names_of(shards, rows)
+        refuse(base.problems(stage.denoiser, stage.diffusion, side, shards.modalities, seen))
+    return base
 
 
 def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) -> Callable[[int], None] | None:
@@ -129,6 +144,7 @@ def _make_task(
     stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device, tracker: Tracker
 ) -> DenoiserTask:
     """The training task and its validation. Measures sigma_data if the objective needs it."""
+    from segdiff_dist.denoising.frozen_base import Base
     from segdiff_dist.denoising.sample_grid import SampleGrids
     from segdiff_dist.denoising.sigma_data import with_sigma_data
     from segdiff_dist.denoising.task import DenoiserTask
@@ -136,8 +152,13 @@ def _make_task(
     from segdiff_dist.stages.training_plan import side_of
 
     denoiser, loader = stage.denoiser, stage.loader
-    process = with_sigma_data(stage.diffusion, shards, rows)
-    held_out = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
+    base = Base.find(denoiser, run)
+    process = with_sigma_data(
+        stage.diffusion if base is None else base.with_its_sigma_data(stage.diffusion), shards, rows
+    )
+    held_out = shards.select(
+        split="val", modalities=loader.modalities, axes=loader.axes, labelled_only=denoiser.conditioning != "none"
+    )
     validation = DenoiserValidation(
         HeldOutSlices(shards, held_out, loader, denoiser.soft_masks),
         process,
@@ -148,6 +169,11 @@ def _make_task(
     )
     side, weights = side_of(shards, loader.crop_size), run / "weights"
     task = DenoiserTask(shards, side, denoiser, process, stage.train.seed, weights, device, validation)
-    codes = set(shards.modality_N[rows].tolist())
-    task.model.trained_on = tuple(name for code, name in enumerate(shards.modalities) if code in codes)
+    task.model.trained_on = _names_of(shards, rows)
     return task
+
+
+def _names_of(shards: ShardSet, rows: np.ndarray) -> tuple[str, ...]:
+    """The modalities of the slices."""
+    codes = set(shards.modality_N[rows].tolist())
+    return tuple(name for code, name in enumerate(shards.modalities) if code in codes)

@@ -111,7 +111,7 @@ class TrainingPlan(Plan):
 
     def cost(self) -> Cost:
         """Time from the FLOPs of the net and the peak of the device; memory of a rank; disk of the checkpoints."""
-        config, number = self.config, self.network.num_parameters
+        config, number, frozen = self.config, self.network.num_parameters, self.network.num_frozen
         images = max(0, config.num_images - self.images_seen)
         peak = peak_flops(self.device, config.precision)
         on_gpu = self.device.type == "cuda"
@@ -120,12 +120,13 @@ class TrainingPlan(Plan):
         # fp32 weights, two moments and the averages; one checkpoint more while the oldest is not yet removed.
         checkpoints = number * 4 * (3 + averages) * (config.keep_checkpoints + 1)
         where = f"{world_size()} x {self.device.type}"
+        parameters = f"parameters: {number:,}" + (f", and {frozen:,} that are frozen" if frozen else "")
         return Cost(
             images=images,
             seconds=duration_s(self.network, images, peak.flops * world_size()),
-            num_bytes=checkpoints + number * 4 * (1 + averages),
+            num_bytes=checkpoints + (number + frozen) * 4 * (1 + averages) + frozen * 4,
             memory_bytes=memory.needed("GPU" if on_gpu else "lone host"),
-            notes=(f"parameters: {number:,}", f"time: estimated for {where}, {peak.flops / 1e12:.3g} TFLOP/s each"),
+            notes=(parameters, f"time: estimated for {where}, {peak.flops / 1e12:.3g} TFLOP/s each"),
         )
 
     @contextmanager
@@ -213,9 +214,10 @@ def _warn_of_slow_bf16(config: TrainConfig, section: str) -> None:
         sys.stderr.write(f"warning: {section}.precision: bf16: this CPU has no arithmetic for it; {remedy}\n")
 
 
-def training_rows(experiment: Experiment, shards: ShardSet) -> np.ndarray:
+def training_rows(experiment: Experiment, shards: ShardSet, labelled_only: bool = True) -> np.ndarray:
     """The slices to train on."""
-    return shards.select(split="train", modalities=experiment.loader.modalities, axes=experiment.loader.axes)
+    loader = experiment.loader
+    return shards.select(split="train", modalities=loader.modalities, axes=loader.axes, labelled_only=labelled_only)
 
 
 def side_of(shards: ShardSet, crop_size: int | None) -> int:

@@ -92,8 +92,8 @@ class ZeroPartitions:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def _unpartitioned(self, module: nn.Module) -> tuple[list[Tensor], list[Extent]]:
-        """ZeRO 0: every rank holds all parameters."""
-        shards: list[Tensor] = list(module.parameters())
+        """ZeRO 0: every rank holds all parameters that are trained."""
+        shards: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         return shards, [Extent(self._names[id(p)], 0, p.numel(), i, 0) for i, p in enumerate(shards)]
 
     def _cut_groups(self) -> tuple[list[Tensor], list[Extent]]:

@@ -48,7 +48,7 @@ _MUON = "muon"
 
 class Engine:
     """A model under DeepSpeed: backward pass and step, fp32 averages sharded like the optimiser's state, saving and
-    loading of its state."""
+    loading of its state. Parameters that require no gradient are frozen."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, micro_batch_size: int, device: torch.device) -> None:
         deepspeed = start_distributed(device)
@@ -56,9 +56,11 @@ class Engine:
         self.config, self.device = config, device
         self.micro_batch_size = micro_batch_size
         self.num_micro_batches = config.global_batch_size // (micro_batch_size * world_size())
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        names = {id(p): name for name, p in model.named_parameters()}
-        self._adam = _optimizer_of(model, config)
+        # Frozen parameters belong to no optimiser, average or checkpoint.
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.shapes = {name: tuple(p.shape) for name, p in trained}
+        names = {id(p): name for name, p in trained}
+        self._adam = _optimizer_of(trained, config)
         self._veto = torch.zeros((), device=device)
         self._norm: Tensor | None = None
         self._engine, zero_optimizer, _, _ = deepspeed.initialize(
@@ -193,8 +195,7 @@ class Engine:
         means, limit = gradients.reduce(in_parts=self.config.zero_stage > 0), self.config.gradient_clip
         if self.config.zero_stage == 0:
             gradients.attach()
-            parameters = list(self.module.parameters())
-            self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+            self._norm = torch.nn.utils.clip_grad_norm_(self._shards, limit or float("inf"))
             return
         self._norm = norm_over_ranks(means)
         shrink = torch.clamp((self._norm + 1e-6) / limit, min=1.0).reciprocal() if limit else None
@@ -252,12 +253,12 @@ class Engine:
         return torch.zeros_like(shard) if moment is None else moment
 
 
-def _optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer_of(trained: list[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **settings, fused=True)
+        return torch.optim.AdamW([p for _, p in trained], **settings, fused=True)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return MuonAdamW(model.named_parameters(), dtype, **settings, fused=True)
+    return MuonAdamW(trained, dtype, **settings, fused=True)
 
 
 def start_distributed(device: torch.device) -> Any:

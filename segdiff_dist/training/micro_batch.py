@@ -105,7 +105,7 @@ def measure_rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int
     rates: list[float] = []
     # The engine's memory besides activations and gradients: fp32 weights, Adam's two moments, the averages.
     held = (
-        sum(p.numel() for p in task.model.parameters())
+        sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         * (3 + len(config.ema_lengths))
         // max(1, world_size() if config.zero_stage else 1)
     )
