@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 from support.evaluate_data import forget_evaluation, write_samples, write_segmenter, write_shards
 from support.harness import Contender, arguments, compare, measure, report
+from support.other_code import numbers_of, revision
 
 from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS
@@ -59,11 +58,7 @@ def with_code_of(checkout: Path, run: Path, num: int) -> Contender:
 
     def turn() -> tuple[float, float]:
         forget_evaluation(run)
-        environment = os.environ | {"PYTHONPATH": str(checkout)}
-        done = subprocess.run(
-            [sys.executable, script, run], env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
-        tasks_s, summary_s = map(float, done.stdout.split()[-2:])
+        tasks_s, summary_s = numbers_of(script, checkout, run)
         return _LIMIT_TRIPLES, tasks_s / num * _LIMIT_TRIPLES + summary_s
 
     return turn
@@ -75,14 +70,9 @@ def against_other_code(args: argparse.Namespace, folder: Path) -> None:
     run = folder / f"run-{args.size}-{num}"
     write_segmenter(run / "segmenter" / "weights")
     write_samples(run, write_shards(folder / f"shards-{args.size}", args.size), num)
-    names = {"this code": here, f"code of {_revision(args.against)}": args.against.resolve()}
+    names = {"this code": here, f"code of {revision(args.against)}": args.against.resolve()}
     rates = measure({name: with_code_of(of, run, num) for name, of in names.items()}, 1 if args.quick else args.rounds)
     report(args, rates, [compare(rates, *names, 1.0)], unit="triples a CPU second", notes={"triples": num})
-
-
-def _revision(checkout: Path) -> str:
-    command = ("git", "-C", checkout, "rev-parse", "--short", "HEAD")
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def where_the_time_goes(run: Path, size: int) -> dict[str, float]:

@@ -5,6 +5,9 @@
 
 Contenders are measured in turns. Then once each: memory over ten epochs, the first batch of a set of 1,000 shards, and
 a set of 10 million slices, index and order alone.
+
+--against COMMIT compares with the loader of another commit instead, each time in a process of its own, in turns. The
+rate is of the CPU time of all threads.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from support.baselines import (
     write_raw,
 )
 from support.harness import Contender, arguments, compare, measure, report, time_batches
+from support.other_code import against
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
@@ -315,11 +319,15 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help="folder that keeps the test data (4 GB); a temporary one if left out")
     parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--against", metavar="COMMIT", help="compare with the code of this commit")
     args = parser.parse_args()
     rounds, num = (1, 500) if args.quick else (args.rounds, args.pairs)
     folder = args.data or Path(tempfile.mkdtemp(prefix="bench-loader-"))
     files: list[Path] = []
     try:
+        if args.against is not None:
+            path = write_set(folder / f"webdataset-raw-{num}", open_raw(write_raw(folder, num)), "webdataset", "raw")
+            return against(args, ("load", path, 16 * num), unit="pairs a CPU second")
         print(f"writing {num} pairs in every form to {folder}", file=sys.stderr)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
             contenders = dict(_contenders(folder, num, files, lambda *task: apart.submit(*task).result()))

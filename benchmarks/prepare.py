@@ -1,6 +1,9 @@
 """Ingestion: slices a second with one worker and with two, the time of each step, and the memory of a volume.
 
 The volumes are phantoms as large as those of AMOS: 512x512 pixels, 3 mm slices, CT and MR, with labels.
+
+--against COMMIT compares with the code of another commit instead, from headers to shards, each time in a process of its
+own, in turns. The rate is of CPU time on one thread.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from support.harness import Contender, arguments, compare, measure, report
+from support.other_code import against
 
 from data_shards.fan_out import ray_session
 from data_shards.ingest.archive import read_archive
@@ -78,12 +82,13 @@ def where_the_time_goes(case: Case, folder: Path) -> dict[str, Any]:
     from data_shards.ingest.body import find_body
     from data_shards.ingest.intensity import grey_map
     from data_shards.ingest.slices import Cutting, cut
+    from data_shards.modalities import grey_rule
 
     grey = clock.timed(
         "percentiles",
         lambda: grey_map(
             image,
-            case.modality,
+            grey_rule(case.modality, {}),
             intensity="window",
             hu_window=config.hu_window,
             mr_percentiles=config.mr_percentiles,
@@ -177,6 +182,7 @@ def _folder(given: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--data", type=Path, help="folder that keeps the volumes (1 GB); a temporary one if left out")
+    parser.add_argument("--against", metavar="COMMIT", help="compare with the code of this commit")
     args = parser.parse_args()
     phantom = _PHANTOM
     if args.quick:
@@ -185,6 +191,8 @@ def main() -> None:
         archive = folder / ("quick" if args.quick else "amos")
         print(f"drawing {2 * phantom.num_train} volumes in {archive}", file=sys.stderr)
         write_phantom(archive, phantom)
+        if args.against is not None:
+            return against(args, ("prepare", archive), unit="slices a CPU second")
         cases = read_archive(archive)
         archive = multiplied(archive, 1 if args.quick else _COPIES)
         notes: dict[str, Any] = {}
