@@ -96,7 +96,7 @@ def _flat_axis(case_id: str) -> tuple[str, str]:
     named = _AXIS_IN_NAME.search(case_id)
     if named is None:
         return "axial", "a two-dimensional image is taken as an axial slice"
-    return named[1], f"a two-dimensional image is taken as a {named[1]} slice, as its name says"
+    return named[1], f"a two-dimensional image is taken as one {named[1]} slice, as its name says"
 
 
 def _seen_along(flat: Volume, axis: str) -> Volume:

@@ -67,13 +67,14 @@ class Listing:
     """The contents of a folder in a layout. `problems`: of the folder. `problems_of`: by case id, those of its own
     files, and by another id those of files without a case. `names`: the classes of the label files by stored id; None
     if the ids are AMOS'. `problems_with_names`: problems of these, which do not matter if the user's table names the
-    classes."""
+    classes. `notes`: texts about the folder: what was chosen or left out."""
 
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...] = ()
     problems_of: dict[str, list[Problem]] = field(default_factory=dict)
     names: dict[int, str] | None = None
     problems_with_names: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def all_problems(self) -> list[Problem]:

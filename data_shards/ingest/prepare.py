@@ -229,7 +229,9 @@ def _find_problems(
     problems = config.problems()
     found = survey(amos_root, config, wholebody)
     source = None if found.problems else _source(amos_root, found.cases, wholebody)
-    header = {"preprocessing": config.result_settings() | found.recorded, "source": source}
+    header: dict[str, Any] = {"preprocessing": config.result_settings() | found.recorded, "source": source}
+    if found.notes:
+        header["notes"] = list(found.notes)
     return [*problems, *found.problems, *_problems_with_out(out, header)], found, header
 
 

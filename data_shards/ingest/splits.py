@@ -17,13 +17,17 @@ from data_shards.records import SPLITS
 _DEFAULT_SHARES = (0.7, 0.1, 0.2)
 
 
-def with_splits(cases: Sequence[Case], shares: tuple[float, float, float] | None, seed: int) -> tuple[Case, ...]:
+def with_splits(
+    cases: Sequence[Case], shares: tuple[float, float, float] | None, seed: int, *, by_tool: bool = False
+) -> tuple[Case, ...]:
     """The cases, each in a split. `shares` of patients for train, val and test apply to all cases. None: default shares
-    apply only to cases without a stated split, and not to splits that are stated for other cases. If the split of one
-    case of a patient is stated, it holds for all cases of the patient."""
+    apply only to cases without a stated split, and not to splits that are stated for other cases with labels: test
+    cases without any leave nothing to sample from. `by_tool`: a tool labels all cases. If the split of one case of a
+    patient is stated, it holds for all cases of the patient."""
     stated = {} if shares else {_patient(case): case.split for case in cases if case.split}
     drawn = list(dict.fromkeys(_patient(case) for case in cases if _patient(case) not in stated))
-    filled = set(stated.values()) - {"train"}
+    labelled = (case for case in cases if by_tool or case.is_labelled)
+    filled = {case.split for case in labelled if _patient(case) in stated} - {"train", ""}
     weights = [
         0.0 if split in filled else share for split, share in zip(SPLITS, shares or _DEFAULT_SHARES, strict=True)
     ]

@@ -26,13 +26,14 @@ _AMOS = "amos"
 @dataclass(frozen=True)
 class Survey:
     """The cases that can be cut. `problems`: why nothing can be done. `skipped`: by case id, why a case is left out, if
-    the settings allow it."""
+    the settings allow it. `notes`: of the listing."""
 
     recognised: Recognised
     labelling: Labelling
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...]
     skipped: dict[str, tuple[Problem, ...]]
+    notes: tuple[str, ...] = ()
 
     @property
     def layout(self) -> str:
@@ -73,12 +74,12 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     problems += [] if skips else [one for found in bad.values() for one in found]
     cases = tuple(case for case in listing.cases if case.case_id not in bad)
     if listing.names is not None or config.split is not None:
-        cases = with_splits(cases, config.split, config.seed)
+        cases = with_splits(cases, config.split, config.seed, by_tool=config.label_set not in FROM_EXPERTS)
         problems += patient_problems(cases)
     if not problems:
         problems += find_wholebody_problems(cases, config.label_set, wholebody)
     skipped = {case_id: tuple(found) for case_id, found in bad.items()} if skips else {}
-    return Survey(recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped)
+    return Survey(recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped, listing.notes)
 
 
 def _alike_modalities(root: Path, listing: Listing) -> list[Problem]:

@@ -28,8 +28,8 @@ class InspectReport:
     slices: samples by (split, modality, axis). patients: (labelled, unlabelled) by group. pixels, class_slices: int64
     [num_classes] by group, over labelled samples. masks: slices by mask source. leaking: patients in more than one
     split, with those splits; a patient is recognised by case id and by the image file's sha256. failed: volumes that
-    prepare could not use, from index.json. recognised: by case id, texts about what prepare converted, left out or
-    guessed.
+    prepare could not use, from index.json. notes: on the folder of volumes. recognised: by case id, texts about what
+    prepare converted, left out or guessed.
     """
 
     path: str
@@ -47,6 +47,7 @@ class InspectReport:
     masks: dict[str, int]
     leaking: tuple[tuple[str, tuple[str, ...]], ...]
     failed: tuple[dict[str, str], ...]
+    notes: list[str]
     recognised: dict[str, list[str]]
     contact_sheet: Path
     histogram: Path
@@ -111,6 +112,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         masks={source: count for source, count in zip(MASK_SOURCES, drawn_by, strict=True) if count},
         leaking=tuple(_leaks(shard_set.samples, shard_set.index.get("source") or {})),
         failed=tuple(shard_set.index.get("failed", ())),
+        notes=_texts(shard_set.index.get("notes")) or [],
         recognised=_recognised(shard_set.index),
         contact_sheet=contact_sheet,
         histogram=histogram,
@@ -138,11 +140,11 @@ def _recognised(index: dict[str, Any]) -> dict[str, list[str]]:
     """An entry of index.json: any writer may add fields, so only entries of this form are shown."""
     content = index.get("recognised")
     notes_of = content.items() if isinstance(content, dict) else ()
-    return {
-        case_id: notes
-        for case_id, notes in notes_of
-        if isinstance(notes, list) and all(isinstance(note, str) for note in notes)
-    }
+    return {case_id: texts for case_id, notes in notes_of if (texts := _texts(notes)) is not None}
+
+
+def _texts(content: Any) -> list[str] | None:
+    return content if isinstance(content, list) and all(isinstance(one, str) for one in content) else None
 
 
 def _leaks(samples: pa.Table, source: dict[str, dict[str, Any]]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -218,6 +220,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
         yield f"LEAK: patient {case_id} is in {' and '.join(splits)}"
     if not report.leaking:
         yield "no patient is in more than one split"
+    yield from report.notes
     yield from recognised_lines(report.recognised)
     for entry in report.failed:
         yield f"not in the set: {entry['case_id']}: {entry['file']}: {entry['reason']}"

@@ -120,6 +120,7 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     problems = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
     known = known_modalities(trained, weights / "segdiff.json")
     problems += _unknown_modalities(known, shards, rows, config)
+    config = _without_other_modalities(config, known)
     if config.masks is None and len(rows) == 0:
         remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
         problems.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
@@ -326,10 +327,20 @@ def _unknown_modalities(
         for one in wanted
         if one not in known
     ]
-    if len(known) == 1 and (config.target_modality == "other" or config.cross_modality_masks):
-        name = "target_modality" if config.target_modality == "other" else "cross_modality_masks"
-        problems.append(Problem("config", f"sample.{name}", str(getattr(config, name)), f"{names} alone"))
+    if len(known) == 1 and config.target_modality == "other":
+        problems.append(Problem("config", "sample.target_modality", "other", f"{names} alone: give `same`"))
     return problems
+
+
+def _without_other_modalities(config: SampleConfig, known: tuple[str, ...]) -> SampleConfig:
+    """Shipped configurations ask for images of the other modality, and a set may have a single one."""
+    if len(known) > 1 or not config.cross_modality_masks:
+        return config
+    text = (
+        f"sample.cross_modality_masks: {config.cross_modality_masks}: the model knows {known[0]} alone, so none is made"
+    )
+    warnings.warn(text, stacklevel=3)
+    return replace(config, cross_modality_masks=0)
 
 
 def _unknown_organs(config: SampleConfig, table: LabelTable) -> list[Problem]:

@@ -83,6 +83,7 @@ class PreparePlan(Plan):
             f"volumes: {counted.volumes:,}, {counted.voxels / 1e6:,.0f} million voxels",
             "images: at most, since slices without organs may be left out",
             f"time: by {_SLICES_A_SECOND} slices a second for each of {workers} workers, as on an AMD EPYC",
+            *self.preparation.survey.notes,
             *recognised_lines(counted.recognised),
             *(_left_out(one["case_id"], one["file"], one["reason"]) for one in self.preparation.left_out),
         )
@@ -130,7 +131,7 @@ class PreparePlan(Plan):
         if self.stage.wholebody is not None:
             sources = (f"{source} of {count} volumes" for source, count in report.masks.items())
             found.append("masks: " + ", ".join(sources))
-        found += recognised_lines(report.recognised)
+        found += [*self.preparation.survey.notes, *recognised_lines(report.recognised)]
         found += [_left_out(*one) for one in report.failed]
         if report.failed:
             found.append("put these right and start the same command again; it tries only them")

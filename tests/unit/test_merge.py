@@ -12,7 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts_support import AFFINE, CONFIG, LIVER, SPLEEN, save, volumes, write_set
+from layouts_support import AFFINE, CONFIG, LIVER, SPLEEN, save, slices, volumes, write_set
 from sampling_support import make_here, write_weights
 from tests_support import bytes_of
 
@@ -244,7 +244,31 @@ def test_volumes_are_cases_beside_real_volumes(run: Path, shards: Path, volumes_
     assert {tuple(fold["val"]) for fold in folds} == {("p1_1", "p1_2"), ("p2_1",)}
     trained = {tuple(name for name in fold["train"] if name.endswith("volume")) for fold in folds}
     assert trained == {("p2_1_ct_0-volume",), ("p1_1_ct_0-volume", "p1_2_ct_0-volume")}
+    _assert_it_comes_in_again(out, volumes_set)
     (out / "splits_final.json").unlink()
     cases = check(out, tmp_path / "again", replace(CONFIG, patient=PATTERN)).cases
     assert {case.case_id: case.patient for case in cases}["p2_1_ct_0-volume"] == "p2"
     assert len({case.split for case in cases if case.patient == "p1"}) == 1
+
+
+def _assert_it_comes_in_again(out: Path, real: Path) -> None:
+    """By each fold of its splits_final.json; the volume of a mask has the mask's slices, and grey values of a CT."""
+    masks_of = {one.meta.key: one.mask_HW for one in slices(real, axes=("axial",), split=(1.0, 0.0, 0.0))}
+    folds = json.loads((out / "splits_final.json").read_text())
+    for number, fold in enumerate(folds):
+        found = check(out, out.with_name("again"), replace(CONFIG, fold=number, patient=PATTERN))
+        splits = {case.case_id: case.split for case in found.cases if case.split != "test"}
+        assert splits == {name: split for split, names in fold.items() for name in names}
+        left_out = 3 - sum(name.endswith("volume") for name in splits)
+        assert found.survey.notes == (
+            f"fold {number} of 2 in splits_final.json: {len(fold['train'])} train, {len(fold['val'])} val; "
+            "--prepare.fold takes another",
+            f"{left_out} synthetic cases are left out: fold {number} validates their masks' patients",
+        )
+        assert found.header["notes"] == list(found.survey.notes)
+    for one in slices(out, axes=("axial",), patient=PATTERN):
+        case, synthetic, rest = one.meta.key.partition("_ct_0-volume")
+        if synthetic:
+            organs = [np.where(mask == 3, 0, mask) for mask in (one.mask_HW, masks_of[case + rest])]
+            np.testing.assert_array_equal(*organs)
+            assert one.image_HW.max() > 0

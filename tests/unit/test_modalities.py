@@ -204,6 +204,14 @@ def test_nets_samples_and_exports_follow_the_set(three: Path, tmp_path: Path) ->
     task.export("part", task.model.state_dict())
     with pytest.raises(InputProblems, match="the model knows FLAIR, T2: choose"):
         make_here(run, three, weights="part", target_modality="CBCT")
+    task.model.trained_on = ("FLAIR",)
+    task.export("one", task.model.state_dict())
+    alone = {"weights": "one", "masks": None, "diverse_masks": 0, "out": tmp_path / "one"}
+    with pytest.warns(UserWarning, match="the model knows FLAIR alone, so none is made"):
+        made = make_here(run, three, num=2, target_modality="FLAIR", cross_modality_masks=2, **alone)
+    assert len(made) == 2
+    with pytest.raises(InputProblems, match="the model knows FLAIR alone: give `same`"):
+        make_here(run, three, target_modality="other", **alone)
     store = make_here(run, three, num=6, diverse_masks=0, cross_modality_masks=6)
     across = [item for item in store.items.to_pylist() if item["source_modality"] != item["target_modality"]]
     assert {item["target_modality"] for item in across} == {"CBCT", "FLAIR", "T2"}

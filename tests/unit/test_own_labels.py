@@ -162,6 +162,15 @@ def test_a_stated_split_stays_and_others_are_drawn_around_it() -> None:
     assert splits.count("val") == 1
 
 
+def test_test_cases_without_labels_are_no_test_split_of_masks() -> None:
+    """imagesTs of nnU-Net and MSD: patients with labels are drawn for it too."""
+    cases = [Case(f"c{n}", "CT", "test" if n < 2 else "", Path(), None if n < 2 else Path()) for n in range(12)]
+    drawn = with_splits(cases, None, 0)
+    assert [case.split for case in drawn[:2]] == ["test", "test"]
+    assert [sum(case.split == split for case in drawn[2:]) for split in ("train", "val", "test")] == [7, 1, 2]
+    assert {case.split for case in with_splits(cases, None, 0, by_tool=True)[2:]} == {"train", "val"}
+
+
 def test_a_patient_pattern_keeps_scans_together(tmp_path: Path) -> None:
     write_nnunet(tmp_path / "data")
     (tmp_path / "data" / "splits_final.json").unlink()

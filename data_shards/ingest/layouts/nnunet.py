@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_shards.documents import checked, parse_json_value, read_bytes
+from data_shards.documents import checked, parse_json_value, read_bytes, read_json
 from data_shards.ingest.cases import Case, Listing, problems_by_case
 from data_shards.ingest.dataset_json import DATASET_FILE
 from data_shards.ingest.layouts.amos import class_names, content_of, lists_cases
@@ -76,13 +76,14 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     ids = [case.case_id for case in cases]
     modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
     problems += found
-    split_of, found = _stated_splits(root, request.fold, [one.case_id for one in cases if one.split != "test"])
+    fold, found = _stated_fold(root, request.fold, [one.case_id for one in cases if one.split != "test"])
     problems += found
+    cases = [one for one in cases if one.case_id not in fold.left_out]
     cases = [
         replace(
             one,
             modality=modality_of.get(one.case_id, request.any_modality),
-            split=split_of.get(one.case_id, one.split),
+            split=fold.split_of.get(one.case_id, one.split),
             notes=notes_of.get(one.case_id, ()),
             patient=patient_of(one.case_id, request.patient or _OWN_NAME),
         )
@@ -90,7 +91,7 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     ]
     chosen = taken(cases, request)
     problems += [] if problems else no_cases(root, request, chosen)
-    return Listing(chosen, tuple(problems), problems_by_case(chosen), names)
+    return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=fold.notes)
 
 
 def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], list[Problem]]:
@@ -143,22 +144,49 @@ def _of_channel(folder: Path, channel: int) -> dict[str, list[Path]]:
     return found
 
 
-def _stated_splits(root: Path, fold: int, case_ids: list[str]) -> tuple[dict[str, str], list[Problem]]:
-    """Splits of the training cases by splits_final.json; none without the file."""
+@dataclass(frozen=True)
+class _Fold:
+    """The split of each training case, the synthetic cases that the fold does not use, and what to say of both."""
+
+    split_of: dict[str, str]
+    left_out: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def _stated_fold(root: Path, number: int, case_ids: list[str]) -> tuple[_Fold, list[Problem]]:
+    """A fold of splits_final.json; no split without the file. Of a data set of `segdiff export --merge-with`, a fold
+    does not use the synthetic cases whose patients it validates."""
     file = root / SPLITS_FILE
     if not file.is_file():
-        return {}, []
+        return _Fold({}), []
     remedy = "restore the file, or take it away: cases are then put into splits by --prepare.split"
     try:
         folds = parse_json_value(read_bytes(file, remedy, _MOST_BYTES), file, remedy, "nnU-Net's folds")
         checked(folds, list[dict[str, list[str]]], file, "nnU-Net's folds", remedy)
+        synthetic = _synthetic_cases(root)
     except InputProblems as error:
-        return {}, list(error.problems)
-    if fold >= len(folds):
-        return {}, [Problem("prepare", "fold", str(fold), f"{SPLITS_FILE} has folds 0 to {len(folds) - 1}")]
-    split_of = {case_id: split for split in ("train", "val") for case_id in folds[fold].get(split, ())}
-    problems = list(_fold_problems(file, fold, folds[fold], case_ids))
-    return {case_id: split for case_id, split in split_of.items() if case_id in set(case_ids)}, problems
+        return _Fold({}), list(error.problems)
+    if number >= len(folds):
+        return _Fold({}), [Problem("prepare", "fold", str(number), f"{SPLITS_FILE} has folds 0 to {len(folds) - 1}")]
+    of_split = {case_id: split for split in ("train", "val") for case_id in folds[number].get(split, ())}
+    left_out = frozenset(synthetic & set(case_ids) - of_split.keys())
+    used = [case_id for case_id in case_ids if case_id not in left_out]
+    problems = list(_fold_problems(file, number, folds[number], used))
+    split_of = {case_id: of_split[case_id] for case_id in used if case_id in of_split}
+    counted = ", ".join(f"{list(split_of.values()).count(split)} {split}" for split in ("train", "val"))
+    notes = [f"fold {number} of {len(folds)} in {SPLITS_FILE}: {counted}; --prepare.fold takes another"]
+    if left_out:
+        notes.append(f"{len(left_out)} synthetic cases are left out: fold {number} validates their masks' patients")
+    return _Fold(split_of, left_out, tuple(notes)), problems
+
+
+def _synthetic_cases(root: Path) -> frozenset[str]:
+    """The cases that `segdiff export` put beside real ones, by its record."""
+    file = root / "provenance.json"
+    if not file.is_file():
+        return frozenset()
+    names = read_json(file, "restore the file, or take it away").get("synthetic_cases")
+    return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
 
 
 def _fold_problems(file: Path, fold: int, lists: dict[str, list[str]], case_ids: list[str]) -> Iterator[Problem]:
