@@ -87,7 +87,8 @@ def slices_of(
             )
             yield SliceRecord(one.image_HW, one.mask_HW, meta, one.edge_2HW)
         if is_thin:
-            notes.append(f"no {axis} slice: the volume is thinner than half of slice_stride ({config.slice_stride})")
+            thin = f"no {axis} slice: the volume is thinner than half of slice_stride ({config.slice_stride})"
+            notes.append(f"{thin}; lower --prepare.slice-stride, or leave the axis out of --prepare.axes")
 
 
 def _flat_axis(case_id: str) -> tuple[str, str]:
@@ -95,8 +96,9 @@ def _flat_axis(case_id: str) -> tuple[str, str]:
     the axis into its names."""
     named = _AXIS_IN_NAME.search(case_id)
     if named is None:
-        return "axial", "a two-dimensional image is taken as an axial slice"
-    return named[1], f"a two-dimensional image is taken as one {named[1]} slice, as its name says"
+        remedy = "if it is another, name the file as CASE-coronal-0001 or CASE-sagittal-0001"
+        return "axial", f"a two-dimensional image is taken as an axial slice; {remedy}"
+    return named[1], f"a two-dimensional image is taken as a slice of the axis in its name, {named[1]}; else rename it"
 
 
 def _seen_along(flat: Volume, axis: str) -> Volume:
@@ -145,6 +147,9 @@ def _read(
         raise UnreadableVolume(str(case.image), wrong)
     window_end = take_window_end_as_air(image, like)
     of_mask = () if mask.volume is None else mask.volume.notes
+    if labelling.ids is not None and mask.volume is not None and not mask.volume.voxels_IJK.any():
+        of_mask = (*of_mask, "no voxel has a class; take the case out if that is wrong")
+    of_mask = tuple(f"its label: {note}" for note in of_mask if note not in image.notes)
     notes += dict.fromkeys((*case.notes, *image.notes, *of_mask, *padding.notes))
     if window_end is not None:
         notes.append(window_end)

@@ -104,8 +104,9 @@ def problems_with_files(case: Case) -> list[Problem]:
     geometries: dict[Path, Geometry] = {}
     for file in case.files:
         if not file.is_file():
-            remedy = f"restore it, or take it out of {DATASET_FILE}"
-            problems.append(Problem(str(file), "file", f"missing, but {DATASET_FILE} names it", remedy))
+            what = "a link to a file that is not there" if file.is_symlink() else "missing, but it is named"
+            remedy = f"restore it, or take the case out of the folder and of its table ({DATASET_FILE}, manifest.csv)"
+            problems.append(Problem(str(file), "file", what, remedy))
             continue
         try:
             channel = case.channel if file == case.image else None
@@ -132,16 +133,28 @@ def _problems_with_copies(case: Case) -> Iterator[Problem]:
 
 def _problems_with_place(image: Path, of_image: Geometry, label: Path, of_label: Geometry) -> Iterator[Problem]:
     remedy = "use the label that was drawn on this image, on its grid"
-    if of_image.shape != of_label.shape:
+    # Both are turned to canonical orientation when they are read, so the order of voxels in the files may differ.
+    shape, affine = _canonical(of_image)
+    label_shape, label_affine = _canonical(of_label)
+    if shape != label_shape:
         yield Problem(str(label), "shape", f"{of_label.shape}, its image has {of_image.shape}", remedy)
         return
-    moved = largest_shift_voxels(of_image.shape, of_image.affine, of_label.affine)
+    moved = largest_shift_voxels(shape, affine, label_affine)
     if moved > AFFINE_TOLERANCE_VOXELS:
         guessed = "; ".join(
             f"{file.name}: {note}" for file, one in ((image, of_image), (label, of_label)) for note in one.notes
         )
         value = f"off by {moved:.2g} voxels from its image" + (f" ({guessed})" if guessed else "")
         yield Problem(str(label), "affine", value, remedy)
+
+
+def _canonical(geometry: Geometry) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine in canonical orientation."""
+    import nibabel as nib
+
+    turned = nib.orientations.io_orientation(geometry.affine)
+    shape = tuple(np.array(geometry.shape)[np.argsort(turned[:, 0])].tolist())
+    return shape, geometry.affine @ nib.orientations.inv_ornt_aff(turned, geometry.shape)
 
 
 def read_header(

@@ -75,7 +75,7 @@ def read_dataset(root: Path) -> dict[str, Any]:
     if not any(name in content for name in _SPLIT_OF):
         value = "lists no cases: it has no `training`, `validation` or `test`"
         if any(name in content for name in _NNUNET_KEYS):
-            value = f"is nnU-Net's and {value}"
+            value = f"is nnU-Net's and {value}{_unlike_nnunet(content)}"
         remedy = (
             "list each case as AMOS does, {image, label} in `training` and `validation`, and give `labels` as id: name"
         )
@@ -84,6 +84,16 @@ def read_dataset(root: Path) -> dict[str, Any]:
         if not isinstance(content.get(name, []), list):
             raise problem(file, name, type(content[name]).__name__, "give a list of {image, label} entries")
     return content
+
+
+def _unlike_nnunet(content: dict[str, Any]) -> str:
+    """Why a data set of nnU-Net is not read as one."""
+    ending = str(content.get("file_ending", ".nii.gz")).lower()
+    if ending not in (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd"):
+        return f"; pictures ({ending[:20]}) have neither place nor stored values: NIfTI, MetaImage and NRRD are read"
+    if "dataset" in content:
+        return "; `dataset` names files elsewhere: put them, or links, into imagesTr and labelsTr"
+    return "; imagesTr has no CASE_0000 with a label CASE in labelsTr"
 
 
 def is_of_layout(content: dict[str, Any]) -> bool:

@@ -85,7 +85,8 @@ def take_padding_as_air(volume: Volume, modality: str) -> Padding:
         num_voxels = count if number == filled_with else num_voxels + count
         filled_with = lowest
         unit = " HU" if modality == "CT" else ""
-        notes.append(f"padding of {_value(volume, number):g}{unit} is taken as air and left out of percentiles")
+        found = f"padding of {_value(volume, number):g}{unit}"
+        notes.append(f"{found} is taken as air and left out of percentiles; crop it away if that is wrong")
     return Padding(num_voxels, tuple(notes))
 
 
@@ -112,7 +113,8 @@ def take_window_end_as_air(volume: Volume, modality: str) -> str | None:
     for k in range(voxels_IJK.shape[2]):
         plane = voxels_IJK[:, :, k]
         plane[plane == end] = air
-    return f"cut to a window that ends at {value:g} HU, where air is: taken as {_AIR_NOW_HU:g} HU"
+    cut = f"cut to a window that ends at {value:g} HU, where air is: taken as {_AIR_NOW_HU:g} HU"
+    return f"{cut}; give the CT before it was cut if you have it"
 
 
 def problem_with_values(

@@ -54,6 +54,17 @@ _NUMBERS = {
     "32-bit float": np.float32,
     "64-bit float": np.float64,
 }
+# Teem's spaces of a patient (NRRD format, "space"), of which ITK reads these; MetaIO's names of the matrix.
+_ANATOMICAL = re.compile(
+    rb"^space:\s*\"?(left-posterior-superior|right-anterior-superior|left-anterior-superior|LPS|RAS|LAS)\b", re.M | re.I
+)
+_MATRIX = re.compile(rb"^(TransformMatrix|Rotation|Orientation)\s*=", re.M)
+_UNITS = {
+    ".mha": re.compile(rb"^DistanceUnits\s*=\s*(.*?)\s*$", re.M),
+    ".mhd": re.compile(rb"^DistanceUnits\s*=\s*(.*?)\s*$", re.M),
+    ".nrrd": re.compile(rb"^space units:\s*(.*?)\s*$", re.M | re.I),
+}
+_MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "?")
 _RESTORE = "restore the file, or convert it to .nii.gz"
 
 
@@ -82,7 +93,6 @@ def files_of(file: Path) -> list[Path]:
 def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     """Where the volume is, from its header alone. Raises InputProblems as nifti.read_geometry does."""
     reader = _reader(file)
-    names = reader.GetMetaDataKeys()
     size, num_parts = reader.GetSize(), reader.GetNumberOfComponents()
     shape = tuple(size[:3]) if set(size[3:]) <= {1} else tuple(size)
     is_flat = one_slice and len(shape) == 2
@@ -93,10 +103,10 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
         raise problem(file, "data type", f"{num_parts} x {kind}", "store one real number a voxel")
     affine = _affine(reader, is_flat)
     shape = (*shape, 1)[:3]
-    notes = _notes(file, names)
+    notes = _notes(file)
     geometry = Geometry(shape, affine, notes, _Header(np.dtype(_NUMBERS[kind])), is_flat)
     problems = problems_in_space(file, affine) or problems_with_extent(file, geometry)
-    refuse([*problems, *_too_short(file, geometry)])
+    refuse([*problems, *_problems_with_unit(file), *_too_short(file, geometry)])
     return geometry
 
 
@@ -204,11 +214,32 @@ def _affine(reader: Any, is_flat: bool) -> np.ndarray:
     return _LPS_TO_RAS @ affine
 
 
-def _notes(file: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Notes on guesses: a NRRD without a named space does not state its orientation."""
-    if file.suffix.lower() == ".nrrd" and not re.search(rb"^space:", _header_text(file), re.M | re.I):
-        return ("no space is named: which side is left is a guess (columns are taken to run left, back, up)",)
-    return ()
+def _notes(file: Path) -> tuple[str, ...]:
+    """Notes on guesses: a NRRD without an anatomical space, or a MetaImage without a matrix, does not state its
+    orientation."""
+    ending, head = file.suffix.lower(), _header_text(file)
+    if ending == ".nrrd":
+        stated, field = _ANATOMICAL.search(head), "a `space` as left-posterior-superior"
+    else:
+        stated, field = _MATRIX.search(head), "a TransformMatrix"
+    if stated:
+        return ()
+    guess = "which side is left is a guess (columns are taken to run left, back, up)"
+    return (
+        f"its header has no {field.split()[-1] if ending != '.nrrd' else 'anatomical space'}: {guess}; give it {field}",
+    )
+
+
+def _problems_with_unit(file: Path) -> list[Problem]:
+    """Units other than mm, which ITK does not read."""
+    found = _UNITS[file.suffix.lower()].search(_header_text(file))
+    words = [] if found is None else re.findall(r"[^\s\"]+", found[1].decode("utf-8", "replace"))
+    strange = sorted({word for word in words if word.lower() not in _MILLIMETRES})
+    if not strange:
+        return []
+    return [
+        Problem(str(file), "unit", ", ".join(strange)[:60], "write the header in millimetres, or convert it to .nii.gz")
+    ]
 
 
 def _too_short(file: Path, geometry: Geometry) -> list[Problem]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,12 +41,14 @@ class Labelling:
     """The table of a set, and the map of the ids in label files.
 
     ids: stored id to id, background included; None if files have AMOS' own ids. They are ids of `table` if `is_own`,
-    else AMOS' ids, from which the label set is made. An id that is not among them fails its volume.
+    else AMOS' ids, from which the label set is made. An id that is not among them fails its volume. notes: on the
+    table's file.
     """
 
     table: LabelTable
     ids: Mapping[int, int] | None = None
     is_own: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class _Table:
     table: LabelTable
     stored: dict[int, str]
     label_map: dict[int | str, str]
+    notes: tuple[str, ...] = ()
 
 
 def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | None) -> tuple[Labelling, list[Problem]]:
@@ -139,7 +141,7 @@ def _with_table(own: _Table, names: dict[int, str] | None, where: str) -> tuple[
     ids |= {stored: own.table.names.index(meant) for stored, meant in own.label_map.items() if isinstance(stored, int)}
     remedy = f"name them in `names`, or say what becomes of them: label_map: {{NAME: {BACKGROUND}}}"
     problems = [Problem(where, "label_map", f"nothing for {', '.join(unknown[:8])}", remedy)] if unknown else []
-    return Labelling(own.table, ids, is_own=True), problems
+    return Labelling(own.table, ids, is_own=True, notes=own.notes), problems
 
 
 def _read_table(file: Path) -> _Table:
@@ -152,7 +154,7 @@ def _read_table(file: Path) -> _Table:
         classes = [name for _, name in sorted(stored.items())] if stored else list(map(str, names))
         table = _table_of(str(values["name"]), [name for name in classes if name != BACKGROUND], str(file))
         meant = {_key(key): str(name) for key, name in label_map.items()}
-        colours, wrong = _colours(values.get("colours") or {}, table, file)
+        colours, wrong, notes = _colours(values.get("colours") or {}, table, file)
     wrong += [
         Problem(str(file), f"label_map.{key}", name, f"give one of {', '.join(table.names)}")
         for key, name in meant.items()
@@ -165,13 +167,13 @@ def _read_table(file: Path) -> _Table:
         wrong.append(Problem(str(file), "names", str(beyond[0])[:40], f"ids are 0 to {_LARGEST_ID}"))
     if wrong:
         raise InputProblems(wrong)
-    return _Table(replace(table, colours=colours), stored, meant)
+    return _Table(replace(table, colours=colours), stored, meant, notes)
 
 
 def _colours(
     given: Mapping[Any, Any], table: LabelTable, file: Path
-) -> tuple[tuple[str | None, ...] | None, list[Problem]]:
-    """The colour of each class of the table, None if the file gives none; and wrong ones."""
+) -> tuple[tuple[str | None, ...] | None, list[Problem], tuple[str, ...]]:
+    """The colour of each class of the table, None if the file gives none; wrong ones; and what to say of them."""
     found: dict[str, str] = {}
     problems = []
     for name, value in given.items():
@@ -186,9 +188,11 @@ def _colours(
             found[name] = colour[1].lower()
     twice = [name for name, colour in found.items() if list(found.values()).count(colour) > 1]
     if twice:
-        text = f"{file}: colours: {', '.join(twice)} look alike on every picture: give each class a colour of its own"
-        warnings.warn(text, stacklevel=2)
-    return (tuple(map(found.get, table.names)) if found else None), problems
+        text = (
+            f"{file.name}: colours: {', '.join(twice)} look alike on every picture: give each class a colour of its own"
+        )
+        return tuple(map(found.get, table.names)), problems, (text,)
+    return (tuple(map(found.get, table.names)) if found else None), problems, ()
 
 
 def _key(key: Any) -> int | str:

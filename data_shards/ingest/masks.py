@@ -102,15 +102,21 @@ def _read_experts(case: Case, labelling: Labelling | None) -> Volume:
         return read_labels(case.label, AMOS.body_id, ids=ids, one_slice=case.is_flat)
     assert ids is not None
     drawn: Volume | None = None
+    num_twice = 0
     for stored, file in case.organs:
         organ = read_labels(file, 2)
         if drawn is None:
             drawn = replace(organ, voxels_IJK=np.zeros_like(organ.voxels_IJK))
         elif organ.voxels_IJK.shape != drawn.voxels_IJK.shape:
             raise UnreadableVolume(str(file), f"{organ.voxels_IJK.shape} voxels, other organs {drawn.voxels_IJK.shape}")
-        drawn.voxels_IJK[organ.voxels_IJK > 0] = ids[stored]
+        inside = organ.voxels_IJK > 0
+        num_twice += int(np.count_nonzero(drawn.voxels_IJK[inside] * (drawn.voxels_IJK[inside] != ids[stored])))
+        drawn.voxels_IJK[inside] = ids[stored]
     assert drawn is not None
-    return drawn
+    if not num_twice:
+        return drawn
+    note = f"{num_twice} voxels are in several organs, and belong to the last of them by name; correct their files"
+    return replace(drawn, notes=(*drawn.notes, note))
 
 
 def read_wholebody(file: Path) -> Volume:

@@ -92,7 +92,11 @@ def _by_setting(
         against.append(f"{' and '.join(sorted(known))} in dataset.json")
     if numbered and numbered != {stated}:
         against.append(f"{numbered.pop()} by AMOS' numbers")
-    notes = (f"taken as {stated} as stated, against {', '.join(against)}",) if against else ()
+    notes = (
+        (f"taken as {stated} as stated, against {', '.join(against)}; else leave --prepare.modality out",)
+        if against
+        else ()
+    )
     return dict.fromkeys(by_number, stated), dict.fromkeys(by_number, notes), []
 
 

@@ -217,7 +217,11 @@ def _affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarra
         problems.append(Problem(str(file), "xyzt_units", f"code {unit_code} for space", f"NIfTI has {known}"))
         return None, []
     unit, factor = _UNITS[unit_code]
-    notes = [] if factor == 1.0 else [f"{unit} are converted to millimetres"]
+    notes = (
+        []
+        if factor == 1.0
+        else [f"{unit} are converted to millimetres; if the numbers are millimetres, write 2 into xyzt_units"]
+    )
     affine, said = _stated_affine(file, header, problems)
     if affine is None:
         return None, []
@@ -273,6 +277,7 @@ def _stated_affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np
             problems.append(Problem(str(file), "qform", "no rotation", "repair the header, or write an sform"))
         return qform, []
     note = "neither qform nor sform: which side is left is a guess (columns are taken to run left, front, up)"
+    note += "; look at `segdiff inspect`'s pictures, and write an sform if it is another"
     return _from_pixdim(header, pixdim), [note]
 
 
@@ -317,14 +322,16 @@ def _compared(
     if qform_code == 0:
         return []
     if qform is None or not np.isfinite(qform).all() or not (np.linalg.norm(qform[:3, :3], axis=0) > 0).all():
-        return ["its qform is broken; sform is taken"]
+        return ["its qform is broken; sform is taken; remove the qform (code 0) if sform is right"]
     codes = ["".join(str(code) for code in nib.aff2axcodes(one)) for one in (sform, qform)]
     if codes[0] != codes[1]:
-        return [f"which side is left is a guess: sform says {codes[0]} and is taken, qform says {codes[1]}"]
+        said = f"sform says {codes[0]} and is taken, qform says {codes[1]}"
+        return [f"which side is left is a guess: {said}; give the code 0 to the wrong one"]
     cosine = (sform[:3, :3] / lengths * (qform[:3, :3] / np.linalg.norm(qform[:3, :3], axis=0))).sum(axis=0)
     angle = float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))).max())
     if angle > _SAME_AXIS_DEGREES:
-        return [f"sform and qform are turned by {angle:.0f} degrees against each other; sform is taken"]
+        said = f"sform and qform are turned by {angle:.0f} degrees against each other; sform is taken"
+        return [f"{said}; give the code 0 to the wrong one"]
     return []
 
 

@@ -79,7 +79,9 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     if not problems:
         problems += find_wholebody_problems(cases, config.label_set, wholebody)
     skipped = {case_id: tuple(found) for case_id, found in bad.items()} if skips else {}
-    return Survey(recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped, listing.notes)
+    return Survey(
+        recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped, (*listing.notes, *labelling.notes)
+    )
 
 
 def _alike_modalities(root: Path, listing: Listing) -> list[Problem]:

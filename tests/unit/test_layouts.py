@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_headers_show(tmp_path: Path, capsys: pytest.Capture
         "cases: 1 train, 1 val, 1 test",
         "images: 94",  # two of 43 mm, and eight of 1 mm
         "time: ",
-        "which side is left is a guess (columns are taken to run left, front, up): 1 volume (p2_1)",
+        "which side is left is a guess (columns are taken to run left, front, up); look at",
         "failed: p1_1: imagesTr/p1_1_0001.nii.gz: label: there is none",
     ):
         assert words in printed

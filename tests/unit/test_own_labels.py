@@ -206,5 +206,6 @@ def test_colours_of_a_table_are_those_of_pictures_and_travel_with_the_set(tmp_pa
 def test_classes_of_one_colour_are_told(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text("name: t\nnames: [liver, spleen]\ncolours: {liver: 'ff0000', spleen: '#FF0000'}\n")
-    with pytest.warns(UserWarning, match="liver, spleen look alike"):
-        find_labelling("amos", str(file), {1: "liver", 2: "spleen"})
+    labelling, problems = find_labelling("amos", str(file), {1: "liver", 2: "spleen"})
+    assert not problems
+    assert "t.yaml: colours: liver, spleen look alike" in labelling.notes[0]

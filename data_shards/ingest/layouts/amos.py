@@ -13,9 +13,11 @@ from data_shards.ingest.dataset_json import DATASET_FILE, amos_id, file_stem
 from data_shards.ingest.layouts.base import Layout, Request, patient_of
 from data_shards.ingest.layouts.channels import chosen_channels, joined, numbered
 from data_shards.ingest.modality import AMOS_NAME
+from data_shards.labels import AMOS
 from data_shards.problems import InputProblems, Problem
 
 _RESTORE = "restore the file"
+_NUM_ORGANS = len(AMOS.organ_ids)
 
 
 class Amos(Layout):
@@ -32,7 +34,13 @@ class Amos(Layout):
 
     def read(self, root: Path, request: Request) -> Listing:
         """As of list_archive."""
-        return list_archive(root, request.modalities, request.modality)
+        listing = list_archive(root, request.modalities, request.modality)
+        labels = content_of(root).get("labels")
+        num = sum(amos_id(str(name)) not in (None, 0) for name in _names_of(labels).values())
+        if not 0 < num < _NUM_ORGANS:
+            return listing
+        note = f"{DATASET_FILE} names {num} of AMOS' {_NUM_ORGANS} organs, and the set has all of them as classes"
+        return replace(listing, notes=(f"{note}; for its own classes alone give --prepare.layout msd",))
 
 
 class Decathlon(Layout):
@@ -105,11 +113,17 @@ def class_names(where: Path, labels: Any) -> tuple[dict[int, str], list[Problem]
 
 
 def _has_other_classes(content: dict[str, Any]) -> bool:
-    """Whether `labels` names classes of which none has AMOS' id, and the cases do not have AMOS' names."""
-    labels = content.get("labels")
-    pairs = labels.items() if isinstance(labels, dict) else ()
-    organs = [(str(key), name) for key, name in pairs if isinstance(name, str) and str(key) != "0"]
+    """Whether `labels` names a class that AMOS does not have, or none with AMOS' id, and the cases do not have AMOS'
+    names."""
+    organs = [(key, name) for key, name in _names_of(content.get("labels")).items() if key != "0"]
     entries = content.get("training")
     images = [entry.get("image") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     is_amos = any(isinstance(image, str) and AMOS_NAME.match(file_stem(image)) for image in images)
-    return bool(organs) and not is_amos and not any(str(amos_id(name)) == key for key, name in organs)
+    has_others = any(amos_id(name) is None for _, name in organs)
+    return bool(organs) and not is_amos and (has_others or not any(str(amos_id(name)) == key for key, name in organs))
+
+
+def _names_of(labels: Any) -> dict[str, str]:
+    """Class names by id, of MSD's form."""
+    pairs = labels.items() if isinstance(labels, dict) else ()
+    return {str(key): name for key, name in pairs if isinstance(name, str)}

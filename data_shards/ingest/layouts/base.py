@@ -58,11 +58,12 @@ class Layout(ABC):
 
 
 def volumes_in(folder: Path) -> dict[str, list[Path]]:
-    """The volume files in a folder by their name without ending, in order of names, without hidden files."""
+    """The volume files in a folder by their name without ending, in order of names, without hidden files. A link to a
+    file that is not there is one, so that its case is reported."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = stem(file.name)
-        if name is not None and file.is_file():
+        if name is not None and (file.is_file() or file.is_symlink()):
             found.setdefault(name, []).append(file)
     return found
 

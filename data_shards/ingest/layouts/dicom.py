@@ -132,7 +132,11 @@ def _case(
     one_slice = bool(objects) or headers[0].is_synthetic
     series, problems = series_of(name, headers, modality, one_slice=one_slice)
     against = stated or headers[0].modality[:16]
-    notes = (f"taken as {modality} as stated, against {against} in DICOM",) if modality != stated else ()
+    notes = (
+        (f"taken as {modality} as stated, against {against} in DICOM; else leave --prepare.modality out",)
+        if modality != stated
+        else ()
+    )
     labels = _labels(name, series, objects, ids)
     if labels is not None and not problems:
         problems = grid_problems(labels)

@@ -8,7 +8,7 @@ image and, if they are known, label, modality, patient, split, case
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -25,11 +25,12 @@ from data_shards.ingest.layouts.base import (
     taken,
     volumes_in,
 )
-from data_shards.ingest.layouts.tables import read_table, stated_split
+from data_shards.ingest.layouts.tables import read_columns, read_table, stated_split
 from data_shards.ingest.modality import find_modalities, named_by_a_person
 from data_shards.ingest.volume_files import stem
 from data_shards.problems import InputProblems, Problem, problem
 
+_COLUMNS = ("image", "label", "modality", "patient", "split", "case")
 MANIFESTS = ("manifest.csv", "manifest.tsv")
 _IMAGES, _LABELS = ("images", "image", "imgs"), ("labels", "label", "masks", "mask", "segmentations")
 _SPLIT_FOLDERS = {"": "", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
@@ -83,7 +84,8 @@ class Folder(Layout):
         )
         chosen = taken(cases, request)
         problems += [] if problems else no_cases(root, request, chosen)
-        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, tuple(of_names))
+        notes = () if manifest is None else tuple(_unused_columns(manifest))
+        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, tuple(of_names), notes)
 
 
 def _manifest(root: Path) -> Path | None:
@@ -97,11 +99,12 @@ def _pairs(root: Path) -> tuple[list[Case], list[Problem]]:
     for split, images, labels in _folder_pairs(root):
         if images == labels:
             files = volumes_in(images)
-            label_files = {named[1]: one for name, one in files.items() if (named := _IS_LABEL.fullmatch(name))}
-            image_files = {_case_name(name): one for name, one in files.items() if not _IS_LABEL.fullmatch(name)}
+            are_labels = {name for name in files if _IS_LABEL.fullmatch(name)}
+            label_files = _by_case({name: files[name] for name in files if name in are_labels}, _label_name)
+            image_files = _by_case({name: files[name] for name in files if name not in are_labels}, _case_name)
         else:
-            label_files = {_label_name(name): one for name, one in volumes_in(labels).items()}
-            image_files = {_case_name(name): one for name, one in volumes_in(images).items()}
+            label_files = _by_case(volumes_in(labels), _label_name)
+            image_files = _by_case(volumes_in(images), _case_name)
         for name, of_image in image_files.items():
             image, found = one_file(of_image)
             problems += found
@@ -132,6 +135,14 @@ def _folder_pairs(root: Path) -> Iterator[tuple[str, Path, Path]]:
             yield split, root / f"images{end}", root / f"labels{end}"
 
 
+def _by_case(files: dict[str, list[Path]], case_of: Callable[[str], str]) -> dict[str, list[Path]]:
+    """All files of each case: CASE_seg and CASE_mask are two labels, of which one must be chosen."""
+    found: dict[str, list[Path]] = {}
+    for name, some in files.items():
+        found.setdefault(case_of(name), []).extend(some)
+    return found
+
+
 def _case_name(name: str) -> str:
     matched = _IS_IMAGE.fullmatch(name)
     return matched[1] if matched else name
@@ -159,6 +170,13 @@ def _listed(manifest: Path) -> tuple[list[Case], list[Problem]]:
         except InputProblems as error:
             problems += [replace(one, field=f"line {number}: {one.field}") for one in error.problems]
     return cases, problems
+
+
+def _unused_columns(manifest: Path) -> Iterator[str]:
+    """A column `mask` would leave all cases without labels."""
+    unused = [name for name in read_columns(manifest) if name and name not in _COLUMNS]
+    if unused:
+        yield f"{manifest.name}: columns that are not used: {', '.join(unused)[:200]}; known are {', '.join(_COLUMNS)}"
 
 
 def _row_case(manifest: Path, row: dict[str, str]) -> Case:

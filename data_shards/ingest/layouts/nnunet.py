@@ -119,7 +119,12 @@ def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
     problems: list[Problem] = []
     for end, split in (("Tr", ""), ("Ts", "test")):
         labels = volumes_in(root / f"labels{end}")
-        for name, files in _of_channel(root / f"images{end}", channel).items():
+        images = _of_channel(root / f"images{end}", channel)
+        if alone := sorted(labels.keys() - images.keys()):
+            value = f"{len(alone)} without an image of channel {channel}: {', '.join(alone[:3])}"
+            remedy = f"restore images{end}/CASE_{channel:04d}, or take the label away"
+            problems.append(Problem(str(root / f"labels{end}"), "labels", value, remedy))
+        for name, files in images.items():
             image, found = one_file(files)
             problems += found
             label, found = one_file(labels[name]) if name in labels else (None, [])

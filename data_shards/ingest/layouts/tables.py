@@ -23,15 +23,7 @@ def read_table(file: Path, required: Sequence[str]) -> list[dict[str, str]]:
 
     Raises InputProblems: not text, or a required column is missing.
     """
-    remedy = "save it as CSV in UTF-8, with the names of the columns in the first line"
-    try:
-        text = read_bytes(file, remedy, _MOST_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise problem(file, "content", f"not UTF-8 ({error.reason})", remedy) from None
-    first = text.split("\n", 1)[0]
-    delimiter = max("\t;,", key=first.count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [(name or "").strip().lower() for name in rows.fieldnames or ()]
+    rows, columns = _opened(file)
     missing = [name for name in required if name not in columns]
     refuse(
         Problem(str(file), "columns", f"{', '.join(columns)[:200]}: no {name}", f"give a column `{name}`")
@@ -41,6 +33,24 @@ def read_table(file: Path, required: Sequence[str]) -> list[dict[str, str]]:
     return [
         {name: (row.get(name) or "").strip() for name in columns} for row in rows if any(map(_is_filled, row.values()))
     ]
+
+
+def read_columns(file: Path) -> list[str]:
+    """The names of the columns, in lower case. Raises InputProblems: not text."""
+    return _opened(file)[1]
+
+
+def _opened(file: Path) -> tuple[csv.DictReader[str], list[str]]:
+    """The rows, and the names of the columns."""
+    remedy = "save it as CSV in UTF-8, with the names of the columns in the first line"
+    try:
+        text = read_bytes(file, remedy, _MOST_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise problem(file, "content", f"not UTF-8 ({error.reason})", remedy) from None
+    first = text.split("\n", 1)[0]
+    delimiter = max("\t;,", key=first.count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return rows, [(name or "").strip().lower() for name in rows.fieldnames or ()]
 
 
 def stated_split(where: Path, word: str) -> str:

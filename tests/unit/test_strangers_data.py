@@ -1,0 +1,204 @@
+"""Data as other people have them: what would be misread is refused or said, and what can be read is read right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from layouts_support import (
+    AFFINE,
+    CONFIG,
+    LIVER,
+    edit,
+    save,
+    slices,
+    volumes,
+    write_amos,
+    write_folder,
+    write_manifest,
+    write_msd,
+    write_nnunet,
+    write_set,
+    write_totalsegmentator,
+)
+
+from data_shards.ingest.layouts.find import recognise
+from data_shards.ingest.prepare import check, find_problems
+from data_shards.ingest.volume_files import read_geometry
+from data_shards.problems import InputProblems
+from data_shards.records import SliceRecord
+from data_shards.store.inspect import format_report, inspect_shards
+
+pytest.importorskip("SimpleITK")
+
+
+@pytest.fixture(scope="module")
+def of_amos(tmp_path_factory: pytest.TempPathFactory) -> list[SliceRecord]:
+    root = tmp_path_factory.mktemp("amos") / "data"
+    return slices(root, **write_amos(root))
+
+
+def _assert_same(root: Path, settings: dict[str, Any], wanted: list[SliceRecord]) -> None:
+    for ours, theirs in zip(slices(root, **settings), wanted, strict=True):
+        np.testing.assert_array_equal(ours.image_HW, theirs.image_HW)
+        np.testing.assert_array_equal(ours.mask_HW, theirs.mask_HW)
+
+
+def _labels_turned(root: Path) -> None:
+    """Voxels in another order, at the same places: as a tool that saves LPS does."""
+    for file in root.glob("labelsT*/*.nii.gz"):
+        label = nib.load(file)
+        turned = label.as_reoriented(np.array([[2, 1], [0, -1], [1, -1]]))
+        nib.save(nib.Nifti1Image(np.asarray(turned.dataobj, np.int64), turned.affine, dtype=np.int64), file)
+
+
+def _upper_case(root: Path) -> None:
+    for file in root.rglob("*.nii.gz"):
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".NII.GZ")))
+
+
+def _links(root: Path) -> None:
+    (root.parent / "store").mkdir()
+    for number, file in enumerate(sorted(root.rglob("*.nii.gz"))):
+        kept = file.rename(root.parent / "store" / f"{number}.blob")
+        file.symlink_to(kept)
+
+
+def _nrrd(root: Path) -> None:
+    for file in list(root.rglob("*.nii.gz")):
+        save(file.with_name(file.name.replace(".nii.gz", ".nrrd")), np.asarray(nib.load(file).dataobj))
+        file.unlink()
+    edit(root, file_ending=".nrrd")
+
+
+def _utf_16(root: Path) -> None:
+    file = root / "dataset.json"
+    file.write_text(file.read_text(encoding="utf-8-sig"), encoding="utf-16")
+
+
+@pytest.mark.parametrize("spoil", [_labels_turned, _upper_case, _links, _nrrd, _utf_16])
+def test_nnu_net_s_folder_as_others_write_it(
+    spoil: Callable[[Path], None], of_amos: list[SliceRecord], tmp_path: Path
+) -> None:
+    settings = write_nnunet(tmp_path / "data")
+    spoil(tmp_path / "data")
+    _assert_same(tmp_path / "data", settings, of_amos)
+
+
+def _broken_link(root: Path) -> str:
+    for name in ("imagesTr/p1_1_0001", "labelsTr/p1_1"):
+        (root / f"{name}.nii.gz").unlink()
+        (root / f"{name}.nii.gz").symlink_to(root / "gone")
+    return "a link to a file that is not there"
+
+
+def _no_image(root: Path) -> str:
+    (root / "imagesTr/p1_1_0001.nii.gz").unlink()
+    return "1 without an image of channel 1: p1_1"
+
+
+def _pictures(root: Path) -> str:
+    for file in root.rglob("*.nii.gz"):
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".png")))
+    edit(root, file_ending=".png")
+    return "pictures (.png) have neither place nor stored values"
+
+
+def _half_a_voxel(root: Path) -> str:
+    moved = AFFINE.copy()
+    moved[0, 3] += 2.0
+    label = np.asarray(nib.load(root / "labelsTr/p1_1.nii.gz").dataobj)
+    nib.save(nib.Nifti1Image(label, moved), root / "labelsTr/p1_1.nii.gz")
+    return "off by 0.5 voxels"
+
+
+@pytest.mark.parametrize("spoil", [_broken_link, _no_image, _pictures, _half_a_voxel])
+def test_what_is_missing_in_nnu_net_s_folder_is_named(spoil: Callable[[Path], str], tmp_path: Path) -> None:
+    settings = write_nnunet(tmp_path / "data")
+    value = spoil(tmp_path / "data")
+    found = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
+    assert any(value in one.value for one in found)
+
+
+def test_two_labels_of_one_case_are_refused(tmp_path: Path) -> None:
+    """Which of CASE_seg and CASE_mask is meant cannot be known."""
+    settings = write_folder(".nii")(tmp_path / "data")
+    _, _, _, label = next(volumes())
+    save(tmp_path / "data/train/masks/p1_1_mask.nii", label)
+    (found,) = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
+    assert found.value == "both p1_1_mask.nii and p1_1_seg.nii"
+
+
+def test_columns_of_a_manifest_that_are_not_used_are_said(tmp_path: Path) -> None:
+    """In index.json, and by inspect."""
+    settings = write_manifest(tmp_path / "data")
+    file = tmp_path / "data/manifest.csv"
+    file.write_text(file.read_text(encoding="utf-8-sig").replace("Split", "Split;Mask").replace("train", "train;x"))
+    shards = write_set(tmp_path / "data", tmp_path / "set", axes=("axial",), **settings)
+    said = "manifest.csv: columns that are not used: mask; known are image, label, modality, patient, split, case"
+    assert json.loads((shards / "index.json").read_text())["notes"] == [said]
+    assert said in format_report(inspect_shards(shards))
+
+
+def test_organs_that_share_voxels_are_said(tmp_path: Path) -> None:
+    settings = write_totalsegmentator(tmp_path / "data")
+    for name in ("kidney_left", "liver"):
+        organ = np.zeros((32, 32, 8), np.uint8)
+        organ[9:13, 12:18, 2:6] = 1
+        save(tmp_path / "data/p1_1/segmentations" / f"{name}.nii.gz", organ)
+    preparation = check(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
+    from data_shards.ingest.case_slices import slices_of
+
+    (case,) = (one for one in preparation.cases if one.case_id == "p1_1")
+    notes: list[str] = []
+    present = {
+        i for one in slices_of(case, CONFIG, None, notes, preparation.survey.labelling) for i in one.meta.labels_present
+    }
+    assert notes == [
+        "its label: 96 voxels are in several organs, and belong to the last of them by name; correct their files"
+    ]
+    assert LIVER in present
+
+
+def test_classes_that_are_some_of_amos_s_are_said_and_others_are_msd_s(tmp_path: Path) -> None:
+    """MSD's task of the spleen has it at AMOS' id; a tumour beside it is no organ of AMOS."""
+    write_msd(tmp_path / "data")
+    edit(tmp_path / "data", labels={"0": "background", "1": "Spleen", "6": "liver"})
+    found = check(tmp_path / "data", tmp_path / "set", CONFIG).survey
+    assert found.layout == "amos"
+    assert "names 2 of AMOS' 15 organs" in found.notes[0]
+    edit(tmp_path / "data", labels={"0": "background", "1": "Spleen", "6": "tumour"})
+    assert recognise(tmp_path / "data").layout.name == "msd"
+
+
+@pytest.mark.parametrize(
+    ("ending", "before", "after", "note", "field"),
+    [
+        (".mha", b"TransformMatrix = -1 0 0 0 -1 0 0 0 1\n", b"", "has no TransformMatrix", None),
+        (".nrrd", b"left-posterior-superior", b"scanner-xyz", "has no anatomical space", None),
+        (".mha", b"ElementSpacing", b"DistanceUnits = cm\nElementSpacing", None, "unit"),
+        (".nrrd", b"endian: ", b'space units: "cm" "cm" "cm"\nendian: ', None, "unit"),
+        (".nrrd", b"endian: ", b'space units: "mm" "mm" "mm"\nendian: ', None, None),
+    ],
+)
+def test_headers_of_metaimage_and_nrrd_that_are_doubtful(
+    ending: str, before: bytes, after: bytes, note: str | None, field: str | None, tmp_path: Path
+) -> None:
+    _, _, image, _ = next(volumes())
+    file = tmp_path / f"p1_1{ending}"
+    save(file, image)
+    assert before in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(before, after, 1))
+    if field is None:
+        notes = read_geometry(file).notes
+        assert (note is None and not notes) or (note is not None and note in notes[0])
+        return
+    with pytest.raises(InputProblems) as refused:
+        read_geometry(file)
+    assert [one.field for one in refused.value.problems] == [field]
