@@ -1,4 +1,4 @@
-"""Synthetic images as DICOM series (PS3.3, CT Image and MR Image), and their masks as DICOM SEG.
+"""Synthetic images as DICOM series (PS3.3, CT, MR and PET Image), and their masks as DICOM SEG.
 
 pydicom and highdicom are the extra `dicom`; nothing imports them until DICOM is written. The same input gives the same
 bytes: UIDs are UUIDs of names (PS3.5 B.2, root 2.25), and nothing is dated.
@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 MANUFACTURER = "segdiff"
 # The names of our UIDs; a constant that stands for nothing else.
 _NAMESPACE = uuid.UUID("6f0b6f3e-6f0c-5d0f-9c2e-2f1a3d1b7c55")
-_SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4"}
+_SOP_CLASS = {
+    "CT": "1.2.840.10008.5.1.4.1.1.2",
+    "MR": "1.2.840.10008.5.1.4.1.1.4",
+    "PT": "1.2.840.10008.5.1.4.1.1.128",
+}
+Kind = Literal["CT", "MR", "PT"]
+# A date that PET and SEG require; nothing is dated.
+NO_DATE, NO_TIME = "19000101", "000000"
 _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 # DICOM counts to the left, the back and the head; NIfTI to the right, the front and the head.
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -46,8 +53,9 @@ _LARGEST_COSINE = 2e-3
 class Stack:
     """Parallel slices of one synthetic image, as a viewer shows them, and their mask of label ids.
 
-    affine: 4x4 from (column, row, slice, 1) to RAS mm. modality: CT or MR; `name`: what the set calls it. value =
-    stored * slope + intercept, HU for CT. shown: the values that a viewer shows as black and as white."""
+    affine: 4x4 from (column, row, slice, 1) to RAS mm. modality: CT, MR or PT (PET); `name`: what the set calls it.
+    value = stored * slope + intercept, in HU if `in_hu`. shown: the values that a viewer shows as black and as
+    white."""
 
     stored_SHW: np.ndarray
     mask_SHW: np.ndarray
@@ -58,6 +66,7 @@ class Stack:
     slope: float = 1.0
     intercept: float = 0.0
     name: str | None = None
+    in_hu: bool = True
 
     @property
     def digest(self) -> str:
@@ -115,16 +124,18 @@ def write_dicom_pairs(out: Path, samples: FinishedSamples, iterated: Iterable[Sa
         frame = patient if is_placed else sample.name
         names = Names(patient, f"{made_by} {patient}", f"{made_by} {frame}", f"{made_by} {sample.name}", 2 * number + 1)
         white = meta.intensity_offset + 255 * meta.intensity_scale
+        in_hu = samples.in_hu(meta.modality)
         stack = Stack(
             sample.record.image_HW[None],
             sample.record.mask_HW[None],
             affine,
-            dicom_kind(meta.modality, samples.in_hu(meta.modality)) or "MR",
+            dicom_kind(meta.modality, in_hu) or "MR",
             meta.axis,
             (meta.intensity_offset, white),
             meta.intensity_scale,
             meta.intensity_offset,
             name=meta.modality,
+            in_hu=in_hu,
         )
         write_stack(
             [out / "images" / f"{sample.name}.dcm"],
@@ -135,15 +146,21 @@ def write_dicom_pairs(out: Path, samples: FinishedSamples, iterated: Iterable[Sa
         )
 
 
-def dicom_kind(modality: str, in_hu: bool) -> Literal["CT", "MR"] | None:
-    """The kind of DICOM images for a modality: CT for values in HU, MR for its contrasts; None for others."""
-    return "CT" if in_hu else "MR" if modality in ("MR", *OF_MR) else None
+def dicom_kind(modality: str, in_hu: bool) -> Kind | None:
+    """The kind of DICOM images for a modality: CT for values in HU and for CBCT, MR for its contrasts (also T2-fs),
+    PT for PET; None for others."""
+    if in_hu or modality == "CBCT":
+        return "CT"
+    return "PT" if modality == "PET" else "MR" if modality.split("-")[0] in ("MR", *OF_MR) else None
 
 
 def problems_without_kind(out: Path, without: Sequence[str]) -> list[Problem]:
     """Modalities that have no kind."""
-    remedy = "write them as NIfTI; with --modality choose those of CT and MR"
-    return [Problem(str(out), "modality", one, f"DICOM is written for CT and MR alone: {remedy}") for one in without]
+    reason = (
+        "DICOM's classes of slices with a place are those of CT, MR and PET (NM needs detectors and energy windows, US "
+        "has no place); write NIfTI, or choose with --modality"
+    )
+    return [Problem(str(out), "modality", one, reason) for one in without]
 
 
 def is_sheared(affine: np.ndarray) -> bool:
@@ -171,7 +188,7 @@ def _image(stack: Stack, names: Names, table: LabelTable, series: str, number: i
     image.SOPInstanceUID, image.InstanceNumber = uid("image", series, str(number)), number + 1
     _place(image, stack.affine, number)
     _set_pixels(image, stack, number)
-    (_set_ct if stack.modality == "CT" else _set_mr)(image, stack)
+    {"CT": _set_ct, "MR": _set_mr, "PT": _set_pt}[stack.modality](image, stack)
     image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
     return image
 
@@ -243,6 +260,8 @@ def _place(image: Dataset, affine: np.ndarray, number: int) -> None:
 
 def _set_pixels(image: Dataset, stack: Stack, number: int) -> None:
     pixels_HW = stack.stored_SHW[number]
+    if stack.modality == "PT":
+        pixels_HW = np.rint(_values(stack, pixels_HW) / _pt_slope(stack)).astype(np.int16)
     is_signed = bool(np.issubdtype(pixels_HW.dtype, np.signedinteger))
     image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
     image.Rows, image.Columns = pixels_HW.shape
@@ -250,15 +269,39 @@ def _set_pixels(image: Dataset, stack: Stack, number: int) -> None:
     image.HighBit, image.PixelRepresentation = 15, int(is_signed)
     image.PixelData = pixels_HW.astype("<i2" if is_signed else "<u2").tobytes()
     # Of stored values, where there is no rescale.
-    low, high = stack.shown if stack.modality == "CT" else (0, 255)
+    low, high = (0, 255) if stack.modality == "MR" else stack.shown
     image.WindowCenter, image.WindowWidth = _decimals([(low + high) / 2, max(high - low, 1.0)])
 
 
 def _set_ct(image: Dataset, stack: Stack) -> None:
     """The module CT Image."""
     image.RescaleSlope, image.RescaleIntercept = _decimals([stack.slope, stack.intercept])
-    image.RescaleType = "HU"
+    image.RescaleType = "HU" if stack.in_hu else "US"  # unspecified
     image.KVP = None
+
+
+def _values(stack: Stack, stored: np.ndarray) -> np.ndarray:
+    return stored.astype(np.float64) * stack.slope + stack.intercept
+
+
+def _pt_slope(stack: Stack) -> float:
+    """PET has no intercept (C.8.9.4.1.2), so values are stored anew, in steps of 1/32767 of the largest."""
+    ends = _values(stack, np.array([stack.stored_SHW.min(), stack.stored_SHW.max()]))
+    return max(float(np.abs(ends).max()), 1e-6) / 32767
+
+
+def _set_pt(image: Dataset, stack: Stack) -> None:
+    """The modules PET Series, PET Isotope, PET Image and NM/PET Patient Orientation: nothing was measured."""
+    image.SeriesDate, image.SeriesTime, image.AcquisitionDate, image.AcquisitionTime = NO_DATE, NO_TIME, "", ""
+    image.Units, image.CountsSource, image.SeriesType = "NONE", "EMISSION", ["STATIC", "IMAGE"]
+    image.NumberOfSlices, image.ImageIndex = len(stack.stored_SHW), image.InstanceNumber
+    image.CorrectedImage, image.DecayCorrection, image.CollimatorType = "", "NONE", ""
+    image.FrameReferenceTime, image.ActualFrameDuration = 0, None
+    image.RescaleSlope, image.RescaleIntercept = _decimals([_pt_slope(stack), 0.0])
+    image.RadiopharmaceuticalInformationSequence = []
+    image.ImageType = ["DERIVED", "PRIMARY"]  # the only word that C.8.9.4.1.1 has there
+    del image.PatientPosition  # the sequences say it
+    image.PatientOrientationCodeSequence = image.PatientGantryRelationshipCodeSequence = []
 
 
 def _set_mr(image: Dataset, stack: Stack) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_shards import __version__
 from data_shards.labels import LabelTable, shown_name
-from segdiff_dist.export.dicom import MANUFACTURER, uid
+from segdiff_dist.export.dicom import MANUFACTURER, NO_DATE, NO_TIME, uid
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
@@ -35,8 +35,6 @@ _IN_SNOMED = (
     *("superior_vena_cava", "iliac_artery", "humerus", "scapula", "clavicula", "femur", "spinal_cord", "sternum"),
 )
 _LONGEST = 64  # of DICOM's LO
-# Type 1 in SEG, and nothing is dated.
-_NO_DATE, _NO_TIME = "19000101", "000000"
 
 
 def write_seg(
@@ -129,10 +127,10 @@ def _make_reproducible(seg: Dataset, dimensions: str) -> None:
     """The library dates what it writes, and gives the dimensions a random UID."""
     for element in seg.iterall():
         if element.VR == "DA" and element.value:
-            element.value = _NO_DATE
+            element.value = NO_DATE
         elif element.VR == "TM" and element.value:
-            element.value = _NO_TIME
+            element.value = NO_TIME
         elif element.VR == "DT" and element.value:
-            element.value = _NO_DATE + _NO_TIME
+            element.value = NO_DATE + NO_TIME
         elif element.keyword == "DimensionOrganizationUID":
             element.value = dimensions

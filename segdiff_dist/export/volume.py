@@ -22,7 +22,7 @@ from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights,
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
-from segdiff_dist.export.dicom import dicom_kind, problems_without_kind
+from segdiff_dist.export.dicom import Kind, dicom_kind, problems_without_kind
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
 from segdiff_dist.export.volume_out import is_dicom, kind_problems, save_dicom, save_file
 
@@ -138,7 +138,7 @@ class VolumeJob:
     shards: ShardSet
     config: VolumeConfig
     grey: GreyMap
-    kind: Literal["CT", "MR"] | None
+    kind: Kind | None
     num_voxels: int
 
     @property
@@ -181,7 +181,8 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
     with saying_when_full(job.out.parent):
         if is_dicom(job.out):
             table = job.shards.label_table
-            save_dicom(job.out, made.values_IJK, made.labels, job.grey, job.config, table, job.kind or "MR")
+            in_hu, kind = job.config.modality in job.shards.in_hu, job.kind or "MR"
+            save_dicom(job.out, made.values_IJK, made.labels, job.grey, job.config, table, kind, in_hu=in_hu)
         else:
             save_file(job.out, made.values_IJK, job.mask_file)
     return made.report

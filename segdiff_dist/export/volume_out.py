@@ -6,7 +6,6 @@ Dimensions: I, J, K canonical (right, anterior, superior).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from data_shards.ingest.volumes import Volume
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, Problem
 from segdiff_dist.export.config import VolumeConfig
-from segdiff_dist.export.dicom import Names, Stack, is_sheared, require_dicom, write_stack
+from segdiff_dist.export.dicom import Kind, Names, Stack, is_sheared, require_dicom, write_stack
 
 ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd")
 
@@ -70,7 +69,9 @@ def save_dicom(
     grey: GreyMap,
     config: VolumeConfig,
     table: LabelTable,
-    kind: Literal["CT", "MR"],
+    kind: Kind,
+    *,
+    in_hu: bool,
 ) -> None:
     """A folder: images/0001.dcm and so on, the planes along `config.axis` as a viewer shows them; masks/mask.dcm.
 
@@ -86,6 +87,7 @@ def save_dicom(
         config.axis,
         ends,
         name=config.modality,
+        in_hu=in_hu,
     )
     case = f"mask_{labels.sha256[:16]}"
     origin = f"{case} volume {config.modality} {config.axis}"
