@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +29,7 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.records import AXES
 from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
-from segdiff_dist.denoising.config import DiffusionConfig
+from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser, known_modalities
 from segdiff_dist.denoising.diffusion import as_trained, make_scheduler
 from segdiff_dist.denoising.grids import sigma_bounds
@@ -37,6 +38,7 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import LEAST_BATCH
 from segdiff_dist.sampling.worker import batch_size_for, generate, memory_bytes
+from segdiff_dist.weight_files import DIGESTS, write_digests
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 # More at once is not faster.
 _MOST_AT_ONCE = 16
-_UNET, _SCHEDULER, _ABOUT = "unet", "scheduler", "segdiff.json"
+UNET, SEGMENTER, _SCHEDULER, DESCRIPTION = "unet", "segmenter", "scheduler", "segdiff.json"
 _RESTORE = "copy the folder again from where it was written"
 
 
@@ -68,14 +70,14 @@ class SegGuidedPipeline:
         """The pipeline in `folder`; `precision`: of the network. Raises InputProblems if the folder is not a
         pipeline."""
         folder = Path(folder)
-        if not (folder / _ABOUT).is_file():
+        if not (folder / DESCRIPTION).is_file():
             remedy = "give what `segdiff export --run RUN --format pipeline OUT` wrote"
-            raise problem(folder, "pipeline", f"no {_ABOUT}", remedy)
-        description = read_json(folder / _ABOUT, _RESTORE)
-        with reading(folder / _ABOUT, "the description of a pipeline", _RESTORE):
-            diffusion = validate(DiffusionConfig, description["diffusion"], folder / _ABOUT)
-            sampler = validate(SamplerConfig, description["sampler"], folder / _ABOUT)
-        return cls.from_weights(folder / _UNET, diffusion, sampler, device=device, precision=precision)
+            raise problem(folder, "pipeline", f"no {DESCRIPTION}", remedy)
+        description = read_json(folder / DESCRIPTION, _RESTORE)
+        with reading(folder / DESCRIPTION, "the description of a pipeline", _RESTORE):
+            diffusion = validate(DiffusionConfig, description["diffusion"], folder / DESCRIPTION)
+            sampler = validate(SamplerConfig, description["sampler"], folder / DESCRIPTION)
+        return cls.from_weights(folder / UNET, diffusion, sampler, device=device, precision=precision)
 
     @classmethod
     def from_weights(
@@ -198,12 +200,34 @@ class SegGuidedPipeline:
         return mask.astype(np.uint8).reshape(-1, self.size, self.size), mask.ndim == 2
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a pipeline holds beside its net: the preprocessing of its set and the usual side of its slices in mm (0: not
+    known), so that masks of any size can be used; a folder of a segmenter's weights; the first part of the card.
+    `precision`: of the stored weights."""
+
+    preprocessing: Mapping[str, Any] | None = None
+    field_mm: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    segmenter: Path | None = None
+    about: str | None = None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For segdiff.json."""
+        if self.preprocessing is None:
+            return {}
+        return {"preprocessing": dict(self.preprocessing), "field_mm": round(self.field_mm, 1)}
+
+
 def pipeline_problems(weights: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> list[Problem]:
     """Conflicts between `sampler` and the training of the net in `weights`."""
     return _alone(sampler).problems(_trained_process(weights, diffusion))
 
 
-def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
+def write_pipeline(
+    weights: Path, folder: Path, diffusion: DiffusionConfig, sampler: SamplerConfig, extras: Extras | None = None
+) -> None:
     """Write the model in `weights` (a folder under RUN/weights) as a pipeline into the existing `folder`.
 
     `diffusion` is used if the weights do not hold theirs. Segmenter guidance and autoguidance are left out, since they
@@ -211,25 +235,42 @@ def write_pipeline(weights: Path, folder: Path, diffusion: DiffusionConfig, samp
     """
     import diffusers
 
-    # Not copytree, which puts all errors, also that of a full disk, into an error of its own.
-    (folder / _UNET).mkdir()
-    for file in sorted(file for file in weights.iterdir() if file.is_file()):
-        shutil.copyfile(file, folder / _UNET / file.name)
-    description = read_json(weights / _ABOUT, _RESTORE)
+    extras = extras or Extras()
+    _copy_weights(weights, folder / UNET, extras.precision)
+    if extras.segmenter is not None:
+        _copy_weights(extras.segmenter, folder / SEGMENTER, extras.precision)
+    description = read_json(weights / DESCRIPTION, _RESTORE)
     process = _trained_process(weights, diffusion)
     own = _alone(sampler.resolved(process.objective))
     scheduler = scheduler_of(process, own)
     scheduler.save_pretrained(folder / _SCHEDULER)
-    content = {"diffusion": process.process, "sampler": asdict(own)}
+    content = {"diffusion": process.process, "sampler": asdict(own)} | extras.described
     index = {
         "_class_name": "SegGuidedPipeline",
         "_diffusers_version": diffusers.__version__,
-        _UNET: ["diffusers", "UNet2DModel"],
+        UNET: ["diffusers", "UNet2DModel"],
         _SCHEDULER: ["diffusers", type(scheduler).__name__],
     }
     write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
-    write_atomic(folder / _ABOUT, json.dumps(content, indent=2) + "\n")
-    write_atomic(folder / "README.md", _card(description, process.process, own))
+    write_atomic(folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
+    write_atomic(folder / "README.md", _card(description, process.process, own, extras.about))
+
+
+def _copy_weights(source: Path, target: Path, precision: Literal["fp32", "bf16"]) -> None:
+    """The files of a folder of weights."""
+    from safetensors.torch import load_file, save_file
+
+    # Not copytree, which puts all errors, also that of a full disk, into an error of its own.
+    target.mkdir()
+    files = sorted(file for file in source.iterdir() if file.is_file())
+    for file in files:
+        if precision == "bf16" and file.suffix == ".safetensors":
+            rounded = {name: value.to(torch.bfloat16) for name, value in load_file(file).items()}
+            save_file(rounded, target / file.name, metadata={"format": "pt"})
+        else:
+            shutil.copyfile(file, target / file.name)
+    if precision == "bf16" and (target / DIGESTS).is_file():
+        write_digests(target, [file.name for file in files if file.name != DIGESTS])
 
 
 def scheduler_of(process: DiffusionConfig, sampler: SamplerConfig) -> Any:
@@ -248,10 +289,10 @@ def scheduler_of(process: DiffusionConfig, sampler: SamplerConfig) -> Any:
 
 def _trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConfig:
     """The facts that sampling needs about the process that the net was trained on."""
-    with reading(weights / _ABOUT, "the description of a denoiser", _RESTORE):
-        said = read_json(weights / _ABOUT, _RESTORE).get("diffusion", {})
+    with reading(weights / DESCRIPTION, "the description of a denoiser", _RESTORE):
+        said = read_json(weights / DESCRIPTION, _RESTORE).get("diffusion", {})
         process = as_trained(otherwise, said)[0].process
-        return validate(DiffusionConfig, process, weights / _ABOUT)
+        return validate(DiffusionConfig, process, weights / DESCRIPTION)
 
 
 def _alone(sampler: SamplerConfig) -> SamplerConfig:
@@ -279,17 +320,18 @@ def _guidance_words(sampler: SamplerConfig) -> str:
     return f", guidance {sampler.guidance:g}{where}"
 
 
-def _card(description: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig) -> str:
-    """The model card, in the form of Hugging Face's (Mitchell et al. 2019)."""
+def _card(description: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig, about: str | None) -> str:
+    """The model card, in the form of Hugging Face's (Mitchell et al. 2019). `about`: its first part, if any."""
     size, table, net = description["size"], description["label_table"], description["denoiser"]
-    known = known_modalities(description, Path(_ABOUT))
+    known = known_modalities(description, Path(DESCRIPTION))
     modalities = " or ".join(known)
     classes = "\n".join(f"| {i} | {name} |" for i, name in enumerate(table["names"]) if name != UNUSED)
-    stem = ""
-    if net.get("net") == "efficient":  # older descriptions do not name it
-        stem = """. Each 2x2 pixels are four channels, in the input
-`torch.nn.functional.pixel_unshuffle(x, 2)` and in the output, of which `pixel_shuffle(y, 2)` makes nine numbers a
-pixel: the prediction, and what `head` in mask_encoder.safetensors corrects it by"""
+    stem, side = "", DenoiserConfig(net=net.get("net", "unet")).stem  # older descriptions do not name it
+    if side > 1:
+        count = {2: "four", 4: "sixteen"}[side]
+        stem = f""". Each {side}x{side} pixels are {count} channels, in the input
+`torch.nn.functional.pixel_unshuffle(x, {side})` and in the output, of which `pixel_shuffle(y, {side})` makes nine
+numbers a pixel: the prediction, and what `head` in mask_encoder.safetensors corrects it by"""
     mask = f""" with the encoded
 mask ({net["mask_encoding"]}, {net["conditioning"]})"""
     alone = f"""The network alone, without segdiff:
@@ -315,7 +357,7 @@ tags: [medical, ct, mr, segmentation-guided-diffusion, segdiff]
 ---
 
 # Segmentation-guided diffusion, {size} x {size}
-
+{"" if about is None else f"{chr(10)}{about.strip()}{chr(10)}"}
 Generates the {modalities} slice that belongs to a label mask. The network reads {reads}.
 
 ```python

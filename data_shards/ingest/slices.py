@@ -61,7 +61,7 @@ class Cutting:
     Images are interpolated linearly, and reduced by area; labels by `mask_resize`, soft_edge only with `soft`.
     `body_id` fills unlabelled parts of the body. fit `crop` keeps the middle square of the short side. `pad` shows all,
     in a square of the long side, with the lowest grey around. `auto` crops axial slices and pads the others, in which
-    cropping would cut the body.
+    cropping would cut the body. `least_mm`: the square's side is at least this; a smaller volume is in its middle.
     """
 
     axis: str
@@ -73,6 +73,7 @@ class Cutting:
     mask_resize: str = "nearest"
     soft_edge: bool = False
     indices: Sequence[int] | None = None
+    least_mm: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.mask_resize == "soft" or not self.soft_edge, "soft edges need soft masks"
@@ -83,7 +84,8 @@ def cut(volume: Volume, labels: Volume | None, body: BodyField, grey: GreyMap, h
     resampled volume."""
     view = VIEWS[how.axis]
     steps = how.spacing_mm / volume.spacing_mm
-    lines = _lines(volume.voxels_IJK.shape, steps, view, how.size, _fit_of(how.fit, how.axis))
+    least = round(how.least_mm / how.spacing_mm)
+    lines = _lines(volume.voxels_IJK.shape, steps, view, how.size, _fit_of(how.fit, how.axis), least)
     num_grid = num_slices(volume.voxels_IJK.shape, volume.spacing_mm, how.axis, how.spacing_mm)
     of_voxels = Resampling.of(volume.voxels_IJK.shape, steps, view, lines, num_grid)
     images = Planes(volume.voxels_IJK, view, of_voxels)
@@ -124,10 +126,10 @@ def _fit_of(fit: str, axis: str) -> str:
 
 
 def _lines(
-    shape: tuple[int, ...], steps: np.ndarray, view: tuple[int, int, int], size: int, fit: str
+    shape: tuple[int, ...], steps: np.ndarray, view: tuple[int, int, int], size: int, fit: str, least: int
 ) -> tuple[Line, Line]:
     num_grid = {d: num_resampled(shape[d], steps[d]) for d in view[1:]}
-    length = (min if fit == "crop" else max)(num_grid.values())
+    length = max(least, (min if fit == "crop" else max)(num_grid.values()))
     rows, columns = (Line(shape[d], steps[d], num_grid[d], (num_grid[d] - length) // 2, length, size) for d in view[1:])
     return rows, columns
 

@@ -24,9 +24,9 @@ BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
 Objective = Literal["ddpm", "edm", "flow"]
 SigmaSpacing = Literal["karras", "log_snr"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "karras", "log_snr"]
-Net = Literal["unet", "efficient"]
+Net = Literal["unet", "efficient", "compact"]
 # Side of the squares of pixels that the stem joins into one position; 1: no stem.
-_STEM: dict[Net, int] = {"unet": 1, "efficient": 2}
+_STEM: dict[Net, int] = {"unet": 1, "efficient": 2, "compact": 4}
 # What images depend on when they are sampled; the rest of DiffusionConfig says how the network is trained.
 DDPM_FIELDS = ("num_train_timesteps", "beta_schedule", "prediction_type", "zero_terminal_snr", "snr_shift")
 SIGMA_FIELDS = ("objective", "sigma_data", "lognormal", "snr_shift")
@@ -42,14 +42,15 @@ class DenoiserConfig:
     """Residual blocks of each level."""
     attention_resolutions: Result[tuple[int, ...]] = (16,)
     """Sides of the feature maps at which the blocks hold self-attention. The middle block always does. The sides are
-    halves of the image's side. `net: efficient` has halved it already at the first level."""
+    halves of the image's side. `net: efficient` has halved it already at the first level, compact twice."""
     attention_head_dim: Result[Count] = 8
     """Channels of each attention head."""
     norm_num_groups: Result[Count] = 32
     """Groups of the group normalisation."""
     net: Result[Net] = "unet"
     """unet: the paper's. efficient: more depth for the same time. Its levels begin at half the image's side, behind a
-    stem that makes four channels of each 2x2 pixels, and the time embedding scales and shifts what a norm gives."""
+    stem that makes four channels of each 2x2 pixels, and the time embedding scales and shifts what a norm gives.
+    compact: the same with 4x4 pixels, for large images on small machines."""
     conditioning: Result[Conditioning] = "concat"
     """How the net reads the mask. concat, add, multiply: it is joined to the noised image. spade: it scales and shifts
     what the norms give, at each pixel (Park et al. 2019). controlnet: a trained denoiser is frozen, and a copy of its
@@ -123,7 +124,7 @@ class DenoiserConfig:
             remedy = f"give channels that norm_num_groups ({groups}) divides"
             yield Problem(where, "denoiser.block_out_channels", shown, remedy)
         if size is not None and size % multiple:
-            stem = ", behind a stem that halves too," if self.stem > 1 else ""
+            stem = f", behind a stem of {self.stem}x{self.stem} pixels," if self.stem > 1 else ""
             remedy = (
                 f"{len(channels)} levels{stem} halve {size} pixels unevenly: give fewer, or a multiple of {multiple}"
             )

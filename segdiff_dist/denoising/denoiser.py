@@ -2,7 +2,8 @@
 
 The mask is joined to the noised image (conditioning.py), enters at the norms (spade.py), or is read by a copy of the
 encoder of a frozen net (control.py). Modality and axis enter as a class embedding, added to the time embedding.
-Dimensions: B batch, C channels, K mask channels, H, W; h, w: half of H, W.
+Dimensions: B batch, C channels, K mask channels, H, W; h, w: H, W behind the
+stem.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class BaseNet:
 
 
 class PixelHead(nn.Module):
-    """The last part of the efficient net: a correction at the image's own side, which begins as 0.
+    """The last part of the nets with a stem: a correction at the image's own side, which begins as 0.
 
-    The four channels that become four pixels do not depend on each other, which shows in flat areas as a chequer of two
-    pixels. Two small convolutions read all of them, and the noised image.
+    The channels that become the pixels of a square do not depend on each other, which shows in flat areas as a
+    chequer. Two small convolutions read all of them, and the noised image.
     """
 
     def __init__(self) -> None:
@@ -121,7 +122,7 @@ class Denoiser(nn.Module):
         self.unet = UNet2DModel(
             sample_size=size // config.stem,
             in_channels=self.mask_join.num_channels * config.stem**2,
-            out_channels=1 if config.net == "unet" else (1 + _HEAD_CHANNELS) * config.stem**2,
+            out_channels=(1 + _HEAD_CHANNELS) * config.stem**2 if config.stem > 1 else 1,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -129,10 +130,10 @@ class Denoiser(nn.Module):
             attention_head_dim=config.attention_head_dim,
             norm_num_groups=config.norm_num_groups,
             num_class_embeds=num_classes(len(self.modalities)) if config.class_conditioning else None,
-            **(_ADAPTIVE | {"attn_norm_num_groups": config.norm_num_groups} if config.net == "efficient" else {}),
+            **(_ADAPTIVE | {"attn_norm_num_groups": config.norm_num_groups} if config.stem > 1 else {}),
         )
-        self.head = PixelHead() if config.net == "efficient" else None
-        if config.net == "efficient":
+        self.head = PixelHead() if config.stem > 1 else None
+        if config.stem > 1:
             _begin_as_identity(self.unet)
         self.spade = Spade(own, self.unet, self.mask_encoder.num_channels) if own.conditioning == "spade" else None
         self.control: ControlNet | None = None

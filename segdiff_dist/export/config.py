@@ -13,7 +13,7 @@ from data_shards.choices import Axis, Codec, Modality, Split, Store
 from data_shards.ingest.itk_files import ENDINGS
 from data_shards.problems import Problem
 from data_shards.ranges import range_problems
-from data_shards.settings import Result
+from data_shards.settings import Result, ResultWhereSet
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class ExportConfig:
     """shards: how the tars store images."""
     weights: Result[str] = "ema"
     """pipeline: the folder under RUN/weights. ema is the first of train.ema_lengths."""
+    precision: ResultWhereSet[Literal["fp32", "bf16"]] = "fp32"
+    """pipeline: of the stored weights. bf16 halves the files, and rounds the weights to 8 bits."""
+    segmenter: ResultWhereSet[bool] = False
+    """pipeline: add RUN/segmenter/weights, the auxiliary segmenter."""
+    about: ResultWhereSet[Path | None] = None
+    """pipeline: a Markdown file that the model card begins with: what the model is for, and what was measured."""
 
     @property
     def writes_values(self) -> bool:
@@ -69,6 +75,8 @@ class ExportConfig:
         found = range_problems(self, "config", "export.")
         if self.merge_with is not None and self.format != "nnunet":
             found.append(Problem("config", "export.merge_with", f"with --format {self.format}", "give --format nnunet"))
+        if self.about is not None and not self.about.is_file():
+            found.append(Problem("config", "export.about", str(self.about), "no such file: give a Markdown file"))
         return found
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.config import DiffusionConfig
     from segdiff_dist.denoising.sampler_config import SamplerConfig
     from segdiff_dist.export.merge import Merge
+    from segdiff_dist.pipeline import Extras
 
 # Besides its pixels a file takes whole blocks, a directory entry and a header.
 _BYTES_PER_FILE = 8192
@@ -132,6 +133,7 @@ class ModelExport:
     diffusion: DiffusionConfig
     sampler: SamplerConfig
     num_bytes: int
+    extras: Extras
     lines: tuple[str, ...] = ()
 
     def write(self) -> None:
@@ -142,18 +144,20 @@ class ModelExport:
         with saying_when_full(out):
             refuse(out_problems(out))  # another command may have written there since the check
             with new_folder(out) as unfinished:
-                write_pipeline(self.weights, unfinished, self.diffusion, self.sampler)
+                write_pipeline(self.weights, unfinished, self.diffusion, self.sampler, self.extras)
 
 
-def check_model(weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> ModelExport:
+def check_model(
+    weights: Path, out: Path, diffusion: DiffusionConfig, sampler: SamplerConfig, extras: Extras | None = None
+) -> ModelExport:
     """Check the weights; errors as of export_samples."""
-    from segdiff_dist.pipeline import pipeline_problems
+    from segdiff_dist.pipeline import Extras, pipeline_problems
 
     if not (weights / "segdiff.json").is_file():
         raise problem(weights, "weights", "not found", f"train first: {how_to_make('train', weights)}")
     needed = sum(file.stat().st_size for file in weights.iterdir())
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
-    return ModelExport(weights, out, diffusion, sampler, needed)
+    return ModelExport(weights, out, diffusion, sampler, needed, extras or Extras())
 
 
 def at_work(out: Path) -> AbstractContextManager[None]:

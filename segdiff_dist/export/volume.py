@@ -6,7 +6,6 @@ Dimensions: I, J, K canonical (right, anterior, superior); S slices generated; H
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,23 +16,19 @@ from data_shards.ingest.body import BodyField, find_body
 from data_shards.ingest.cases import read_header
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.ingest.slices import Cutting, Slice, cut
-from data_shards.ingest.volumes import UnreadableVolume, Volume, linear_weights, read_labels, read_volume
+from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels, read_volume
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.dicom import Kind, dicom_kind, problems_without_kind
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
+from segdiff_dist.export.slicewise import CutMask, Generate, cutting, values_of
 from segdiff_dist.export.volume_out import is_dicom, kind_problems, save_dicom, save_file
 
 if TYPE_CHECKING:
-    import scipy.sparse
-
     from data_shards.store.shards import ShardSet
     from segdiff_dist.pipeline import SegGuidedPipeline
 
-# uint8 [S, H, W] images of masks [S, H, W] with these slice indices; with one noise for all of them or not.
-Generate = Callable[[np.ndarray, list[int], bool], np.ndarray]
 # Printed before the work: a volume without an outline takes as long as one with it.
 _NO_BODY = (
     "no voxel shows the patient's outline (class `body`): the model invents it, slice by slice, or leaves organs in "
@@ -41,62 +36,6 @@ _NO_BODY = (
 )
 # Number of pairs of neighbouring real slices whose difference is measured.
 _REAL_PAIRS = 64
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where generated slices are among the stored voxels of a canonical volume, by the slices' own affines.
-
-    view: canonical dimension through the slices, down the rows, along the columns. rows, columns: stored index of pixel
-    0, and its increment for a pixel. through_S: stored index of each slice, rising.
-    """
-
-    view: tuple[int, int, int]
-    rows: tuple[float, float]
-    columns: tuple[float, float]
-    through_S: np.ndarray
-
-    @classmethod
-    def of(cls, volume: Volume, slices: list[Slice], first_pixel: int) -> Place:
-        """The geometry of slices of `volume` that are cropped to the pixels from `first_pixel` on."""
-        from_mm = np.linalg.inv(volume.affine)
-        to_stored = from_mm @ np.array(slices[0].affine).reshape(4, 4)
-        row, column = (int(np.abs(to_stored[:3, c]).argmax()) for c in (0, 1))
-        through = 3 - row - column
-        start = to_stored[:3, 3] + first_pixel * (to_stored[:3, 0] + to_stored[:3, 1])
-        at_S = [(from_mm @ np.array(one.affine).reshape(4, 4))[through, 3] for one in slices]
-        steps = (float(to_stored[row, 0]), float(to_stored[column, 1]))
-        return cls((through, row, column), (start[row], steps[0]), (start[column], steps[1]), np.array(at_S))
-
-    def between(self, plane: int) -> list[tuple[int, float]]:
-        """The slices for stored plane `plane`, with their weights: the nearest one if slices are closer than planes, as
-        labels are resampled; else the two beside it."""
-        if len(self.through_S) < 2 or self.through_S[1] - self.through_S[0] <= 1.0:
-            return [(int(np.abs(self.through_S - plane).argmin()), 1.0)]
-        above = int(np.searchsorted(self.through_S, plane - 1e-6))
-        if above == 0 or above == len(self.through_S):
-            return [(min(above, len(self.through_S) - 1), 1.0)]
-        low, high = self.through_S[above - 1 : above + 1]
-        share = float((plane - low) / (high - low))
-        return [(above, 1.0)] if share > 1 - 1e-6 else [(above - 1, 1.0 - share), (above, share)]
-
-    def needed(self, num_planes: int) -> list[int]:
-        """The slices that any plane uses; the others need not be generated."""
-        return sorted({index for plane in range(num_planes) for index, _ in self.between(plane)})
-
-    def back(self, image_of: dict[int, np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [I, J, K] by linear interpolation, by area where pixels shrink, 0 where there is no pixel; and bool
-        [I, J, K] broadcast, where there is one."""
-        through, row, column = self.view
-        size = len(next(iter(image_of.values())))
-        rows, columns = _weights(self.rows, shape[row], size), _weights(self.columns, shape[column], size)
-        planes = np.empty((shape[through], shape[row], shape[column]), np.float32)
-        for k in range(len(planes)):
-            mixed_HW = sum(np.float32(weight) * image_of[index] for index, weight in self.between(k))
-            planes[k] = (columns @ (rows @ mixed_HW).T).T
-        shown = np.outer(np.diff(rows.indptr) > 0, np.diff(columns.indptr) > 0)
-        order = np.argsort(self.view)
-        return planes.transpose(order), np.broadcast_to(shown, planes.shape).transpose(order)
 
 
 @dataclass(frozen=True)
@@ -194,20 +133,15 @@ def generate_volume(job: VolumeJob, generate: Generate, size: int) -> MadeVolume
     if config.modality in shards.in_hu and is_stretched(shards.index["preprocessing"]):
         warnings.warn(HU_BY_MEDIAN, stacklevel=2)
     labels = _read_mask(job.mask_file, shards.label_table)
-    slices = _cut(labels, shards, config)
-    first = (shards.size - size) // 2
-    place, shape = Place.of(labels, slices, first), labels.voxels_IJK.shape
-    needed = place.needed(shape[place.view[0]])
-    window = slice(first, first + size)
-    mask_SHW = np.stack([slices[s].mask_HW[window, window] for s in needed])
-    indices = [slices[s].slice_index for s in needed]
+    cut_mask = _cut(labels, shards, config, size)
+    mask_SHW, indices = cut_mask.mask_SHW, cut_mask.indices
     body_id = shards.label_table.body_id
     has_body = body_id is None or bool((mask_SHW == body_id).any())
     if not has_body:
         warnings.warn(_NO_BODY, stacklevel=2)
     image_SHW = generate(mask_SHW, indices, config.noise == "shared")
-    grey_IJK, shown_IJK = place.back(dict(zip(needed, image_SHW, strict=True)), shape)
-    values_IJK = np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16)
+    grey_IJK, shown_IJK = cut_mask.back(image_SHW)
+    values_IJK = values_of(grey_IJK, grey)
     labelled_IJK = labels.voxels_IJK > 0
     outside = 1.0 - float(shown_IJK[labelled_IJK].mean()) if labelled_IJK.any() else 0.0
     probe = _probe(mask_SHW, config.probe_slices)
@@ -222,7 +156,7 @@ def generate_volume(job: VolumeJob, generate: Generate, size: int) -> MadeVolume
         real, real_gap = real_difference(shards, config.modality, config.axis, gap, size)
     spacing_mm = shards.index["preprocessing"].get("spacing_mm", PrepareConfig.spacing_mm)
     gap_mm = (gap * spacing_mm, real_gap * spacing_mm)
-    report = VolumeReport(len(needed), outside, has_body, difference, other, real, gap_mm)
+    report = VolumeReport(len(mask_SHW), outside, has_body, difference, other, real, gap_mm)
     return MadeVolume(values_IJK, shown_IJK, labels, report)
 
 
@@ -286,24 +220,17 @@ def _read_mask(file: Path, table: LabelTable) -> Volume:
     return labels
 
 
-def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig) -> list[Slice]:
+def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig, size: int) -> CutMask:
     """Every slice of the mask along the axis, as those of the set were cut."""
-    defaults = PrepareConfig()
-    names = ("size", "spacing_mm", "fit", "mask_resize")
-    how = {name: shards.index["preprocessing"].get(name, getattr(defaults, name)) for name in names}
     like: Literal["CT", "MR"] = "CT" if config.modality in shards.in_hu else "MR"
-    body, body_id = _body(labels, config, like), shards.label_table.body_id or 0
-    # There is no image. The label ids are passed in its place, and the grey values of the result are not used.
-    return list(
-        cut(labels, labels, body, GreyMap(1.0, 0.0), Cutting(axis=config.axis, slice_stride=1, body_id=body_id, **how))
-    )
+    how = cutting(shards.index["preprocessing"], config.axis, shards.label_table)
+    return CutMask.of(labels, how, size, _body(labels, config, like))
 
 
-def _body(labels: Volume, config: VolumeConfig, like: Literal["CT", "MR"]) -> BodyField:
-    """The patient's voxels, from config.body_image, whose values are like those of CT or MR. Without it there are none,
-    so that the mask stays as it is."""
+def _body(labels: Volume, config: VolumeConfig, like: Literal["CT", "MR"]) -> BodyField | None:
+    """The patient's voxels, from config.body_image, whose values are like those of CT or MR; None without it."""
     if config.body_image is None:
-        return BodyField(np.broadcast_to(np.float32(0), labels.voxels_IJK.shape), np.ones(3))
+        return None
     try:
         image = read_volume(config.body_image)
     except UnreadableVolume as error:
@@ -313,15 +240,6 @@ def _body(labels: Volume, config: VolumeConfig, like: Literal["CT", "MR"]) -> Bo
         remedy = "give the image that the mask was drawn on"
         raise problem(config.body_image, "shape, affine", "not those of the mask", remedy)
     return find_body(image, like)
-
-
-def _weights(pixels: tuple[float, float], num_stored: int, size: int) -> scipy.sparse.csr_array:
-    """[num_stored, size]: the pixels that make each stored voxel of a dimension; an empty row if there is none."""
-    start, step = pixels
-    first = 0 if step > 0 else num_stored - 1
-    with np.errstate(invalid="ignore"):  # voxels without a pixel near them have weights of 0 / 0, which become 0
-        weights = linear_weights(num_stored, size, step=abs(1.0 / step), start=(first - start) / step)
-    return weights if step > 0 else weights[::-1].tocsr()
 
 
 def _probe(mask_SHW: np.ndarray, num: int) -> slice | None:

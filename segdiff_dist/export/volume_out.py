@@ -6,6 +6,7 @@ Dimensions: I, J, K canonical (right, anterior, superior).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,17 +49,27 @@ def kind_problems(out: Path, affine: np.ndarray | None) -> list[Problem]:
 
 def save_file(out: Path, values_IJK: np.ndarray, mask_file: Path) -> None:
     """Written in the mask's own orientation, to a hidden file that is then renamed."""
+    geometry = read_geometry(mask_file)  # its affine is in mm, whatever unit the mask's header counts in
+    header = None if itk_files.is_itk(mask_file) else geometry.header
+    save_values(out, values_IJK, geometry.affine, header)
+
+
+def save_values(
+    out: Path, values_IJK: np.ndarray, affine: np.ndarray, header: Any = None, *, is_flat: bool = False
+) -> None:
+    """Canonical values on the stored voxels that `affine` places; `header`: a NIfTI header whose codes are kept;
+    `is_flat`: the file has two dimensions."""
     from nibabel import orientations
 
-    affine = read_geometry(mask_file).affine  # in mm, whatever unit the mask's header counts in
     own = orientations.io_orientation(affine)
     canonical = np.stack((np.arange(3), np.ones(3)), axis=1)
     values = orientations.apply_orientation(values_IJK, orientations.ornt_transform(canonical, own))
+    values = values[..., 0] if is_flat else values
     with hidden_folder(out) as folder:  # the libraries choose the format by the name
         if itk_files.is_itk(out):
             itk_files.write(folder / out.name, values, affine)
         else:
-            _save_nifti(folder / out.name, values, affine, mask_file)
+            _save_nifti(folder / out.name, values, affine, header)
         (folder / out.name).rename(out)
 
 
@@ -121,13 +132,12 @@ def _ordered(voxels_IJK: np.ndarray, to_IJK: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(voxels_IJK.transpose(dimensions)[tuple(backwards)])
 
 
-def _save_nifti(file: Path, values: np.ndarray, affine: np.ndarray, mask_file: Path) -> None:
+def _save_nifti(file: Path, values: np.ndarray, affine: np.ndarray, header: Any) -> None:
     """With the codes of the mask's header, if that is NIfTI too."""
     import nibabel as nib
 
     image = nib.Nifti1Image(values, affine)
     image.header.set_xyzt_units("mm")
-    header = None if itk_files.is_itk(mask_file) else read_geometry(mask_file).header
     for name in ("qform", "sform"):
         code = 1 if header is None else int(header[f"{name}_code"]) or 1
         getattr(image, f"set_{name}")(affine, code)

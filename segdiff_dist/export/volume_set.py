@@ -27,7 +27,8 @@ from segdiff_dist.export.job import out_problems
 from segdiff_dist.export.merge import Merge
 from segdiff_dist.export.real_set import PROVENANCE
 from segdiff_dist.export.samples import plain_case
-from segdiff_dist.export.volume import Generate, VolumeJob, VolumeReport, check_volume, generate_volume
+from segdiff_dist.export.slicewise import Generate
+from segdiff_dist.export.volume import VolumeJob, VolumeReport, check_volume, generate_volume
 from segdiff_dist.export.volume_out import save_file
 
 if TYPE_CHECKING:

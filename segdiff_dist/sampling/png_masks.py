@@ -40,6 +40,8 @@ _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 # A mask of 1024x1024 takes a few kilobytes; a colour profile or a thumbnail beside it some hundreds.
 _MOST_BYTES = 64 * 2**20
+# Of masks of any size: more than any scanner's matrix, and 64 MB in memory.
+_MOST_PIXELS = 8192 * 8192
 _ORIENTATION = 0x0112  # of EXIF: 1 is as stored
 _WRITE_AGAIN = "write it again"
 
@@ -71,9 +73,9 @@ def kind_of(start: bytes) -> str | None:
     return next((name for magic, name in _KINDS if start.startswith(magic)), None)
 
 
-def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
+def read_png_header(file: Path, sizes: Collection[int] | None) -> PngHeader:
     """The header, from the first bytes alone. Raises InputProblems: another format, whatever the name; several samples
-    a pixel; another size than one of `sizes` (rows and columns)."""
+    a pixel; another size than one of `sizes` (rows and columns), or with None more pixels than any mask has."""
     with file.open("rb") as stream:
         start = stream.read(33)
     kind = kind_of(start)
@@ -89,7 +91,11 @@ def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
     if samples > 1:
         remedy = "a mask has one channel, and in it label ids"
         raise problem(file, "PNG", f"{name} pixels", remedy)
-    if width != height or width not in sizes:
+    if sizes is None:
+        if not 0 < width * height <= _MOST_PIXELS:
+            value = f"{width:,}x{height:,} pixels"
+            raise problem(file, "size", value, f"at most {_MOST_PIXELS:,} are read: make the mask smaller")
+    elif width != height or width not in sizes:
         asked = " or ".join(f"{size}x{size}" for size in sizes)
         remedy = f"make it {asked}, or give NIfTI, which says its spacing and is resampled"
         raise problem(file, "size", f"{width}x{height} pixels", remedy)
@@ -97,7 +103,12 @@ def read_png_header(file: Path, sizes: Collection[int]) -> PngHeader:
 
 
 def read_png_ids(
-    file: Path, sizes: Collection[int], num_ids: int, *, any_palette: bool = False, flag: str = "--sample.label-map"
+    file: Path,
+    sizes: Collection[int] | None,
+    num_ids: int,
+    *,
+    any_palette: bool = False,
+    flag: str = "--sample.label-map",
 ) -> np.ndarray:
     """uint8 [H, W]: the samples as stored, which are the label ids; of a palette, the index.
 

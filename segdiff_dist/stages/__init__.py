@@ -18,7 +18,8 @@ __all__ = ["NAMES", "Plan", "load", "summary"]
 # In the order the data goes: that of the help text.
 NAMES = (
     *("phantom", "annotate", "prepare", "inspect", "convert", "train", "average", "train-segmenter"),
-    *("train-autoencoder", "sample", "evaluate", "report", "export", "volume", "track", "demo", "reproduce", "doctor"),
+    *("train-autoencoder", "sample", "evaluate", "report", "export", "volume", "paint", "track", "demo", "reproduce"),
+    "doctor",
 )
 
 

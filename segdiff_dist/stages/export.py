@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from data_shards.problems import refuse
+from data_shards.problems import problem, refuse
 from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.stages.base import Cost, Plan, Result, command
@@ -17,6 +17,7 @@ from segdiff_dist.stages.configured import ConfiguredStage, refuse_addresses, we
 
 if TYPE_CHECKING:
     from segdiff_dist.export.job import ModelExport, SamplesExport
+    from segdiff_dist.pipeline import Extras
     from segdiff_dist.tracking.tracker import Tracker
 
 
@@ -28,6 +29,9 @@ class Export(ConfiguredStage):
     """The new folder."""
     run: Path | None = None
     """The run folder whose samples or weights are exported."""
+    data: str | None = None
+    """pipeline: the shard set that the model was trained on, if it is at another place than then. Its preprocessing is
+    stored beside the model, so that masks of any size can be used."""
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def check(self) -> ExportPlan:
@@ -44,7 +48,26 @@ class Export(ConfiguredStage):
             refuse_addresses(experiment, (run,))
             return ExportPlan(self, check_samples(run, out, config))
         weights = run / "weights" / weights_name(experiment, config.weights)
-        return ExportPlan(self, check_model(weights, out, experiment.diffusion, experiment.sample.sampler))
+        sampler = experiment.sample.sampler
+        return ExportPlan(self, check_model(weights, out, experiment.diffusion, sampler, self._extras(run)))
+
+    def _extras(self, run: Path) -> Extras:
+        """What is stored beside the net."""
+        from segdiff_dist.export.model_set import ModelSet
+        from segdiff_dist.pipeline import Extras
+
+        config, known = self.export, ModelSet.of(self.experiment.data)
+        segmenter = run / "segmenter" / "weights" if config.segmenter else None
+        if segmenter is not None and not (segmenter / "segdiff.json").is_file():
+            remedy = f"train it first: segdiff train-segmenter --run {run}"
+            raise problem(segmenter, "export.segmenter", "not found", remedy)
+        return Extras(
+            preprocessing=None if known is None else known.preprocessing,
+            field_mm=0.0 if known is None else known.field_mm,
+            precision=config.precision,
+            segmenter=segmenter,
+            about=None if config.about is None else config.about.read_text(encoding="utf-8"),
+        )
 
 
 @dataclass(frozen=True)

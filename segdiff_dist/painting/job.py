@@ -1,0 +1,220 @@
+"""An image of a mask: `segdiff_dist.paint` and `segdiff paint`.
+
+The rule of sizes: a plane of the mask is put into the middle of a square, of its long side or of the field that the
+model's images show, whichever is longer; the square becomes the model's pixels; the image goes back the same way, by
+linear interpolation, and by area where pixels shrink. Pictures without a spacing fill the square.
+
+Dimensions: I, J, K canonical (right, anterior, superior); H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from data_shards.ingest.intensity import GreyMap
+from data_shards.ingest.slices import VIEWS, Cutting
+from data_shards.ingest.volumes import Volume
+from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.records import AXES
+from segdiff_dist.export.config import VolumeConfig
+from segdiff_dist.export.dicom import dicom_kind, problems_without_kind
+from segdiff_dist.export.slicewise import CutMask, cutting, values_of
+from segdiff_dist.export.volume_out import is_dicom, kind_problems, save_dicom, save_values
+from segdiff_dist.painting.masks import LabelMask, MaskFile, picture_of_IJK
+from segdiff_dist.painting.model import Model
+from segdiff_dist.painting.outline import with_outline
+from segdiff_dist.painting.tables import OtherLabels
+from segdiff_dist.sampling.mask_folder import axis_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Outline = Literal["auto", "none"]
+Noise = Literal["shared", "independent"]
+DREW_OUTLINE = "the mask has no outline of the patient (class `body`): an ellipse around the organs is used"
+PNG = ".png"
+
+
+@dataclass(frozen=True)
+class Painting:
+    """A finished image. `grey_IJK`: 0 to 255; `values_IJK`: int16, HU for CT. `labels`: the mask in the model's ids.
+    `num_slices`: slices that were generated."""
+
+    grey_IJK: np.ndarray
+    values_IJK: np.ndarray
+    labels: Volume
+    mask: MaskFile
+    grey: GreyMap
+    modality: str
+    axis: str
+    model: Model
+    num_slices: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> np.ndarray:
+        """int16 in the layout of the mask that was given: [H, W], or [I, J, K] as stored."""
+        return self._as_given(self.values_IJK)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8 in the same layout: grey values."""
+        return self._as_given(np.rint(self.grey_IJK).astype(np.uint8))
+
+    @property
+    def image(self) -> Image:
+        """The picture of a two-dimensional mask."""
+        from PIL import Image
+
+        if not self.mask.is_flat:
+            raise problem(self.mask.where, "image", f"{len(self.mask.shape)}-D", "a volume has no one picture: .values")
+        return Image.fromarray(np.ascontiguousarray(picture_of_IJK(np.rint(self.grey_IJK).astype(np.uint8))))
+
+    def save(self, out: str | Path) -> None:
+        """Write it by the ending: .png (grey values), .nii.gz, .nii, .mha, .nrrd (HU for CT), none: a folder with a
+        DICOM series and a SEG. Raises InputProblems."""
+        out = Path(out)
+        refuse(out_problems(out, self.mask, self.model, self.modality))
+        with saying_when_full(out.absolute().parent):
+            self._write(out)
+
+    def _write(self, out: Path) -> None:
+        if out.suffix.lower() == PNG:
+            _save_png(out, self.image)
+        elif is_dicom(out):
+            kind = dicom_kind(self.modality, self.model.is_in_hu(self.modality)) or "MR"
+            config = VolumeConfig(modality=self.modality, axis=self.axis)  # type: ignore[arg-type]
+            save_dicom(out, self.values_IJK, self.labels, self.grey, config, self.model.table, kind)
+        else:
+            affine = self.labels.affine if self.mask.affine is None else self.mask.affine
+            is_flat = self.mask.kind == "volume" and self.mask.is_flat
+            save_values(out, self.values_IJK, affine, self.mask.header, is_flat=is_flat)
+
+    def _as_given(self, values_IJK: np.ndarray) -> np.ndarray:
+        if self.mask.kind in ("picture", "array") and self.mask.is_flat:
+            return np.ascontiguousarray(picture_of_IJK(values_IJK))
+        if self.mask.affine is None:
+            return values_IJK
+        import nibabel as nib
+
+        canonical = np.stack((np.arange(3), np.ones(3)), axis=1)
+        own = nib.orientations.ornt_transform(canonical, nib.io_orientation(self.mask.affine))
+        values = nib.apply_orientation(values_IJK, own)
+        return values[..., 0] if self.mask.is_flat else values
+
+
+@dataclass(frozen=True)
+class PaintJob:
+    """A checked job, made by `check_paint`: the only thing that can run."""
+
+    mask: MaskFile
+    model: Model
+    modality: str
+    axis: str
+    seed: int
+    grey: GreyMap
+    labels: Any
+    other_labels: OtherLabels
+    outline: Outline
+    noise: Noise
+
+    def make(self, *, shows_progress: bool = True) -> Painting:
+        """Read the mask, generate its slices, put them back. Raises InputProblems for what only the voxels show."""
+        read = self.mask.read(self.model.table, self.labels, self.other_labels)
+        labels, notes = self._outlined(read)
+        axis = axis_of(labels.voxels_IJK.shape, self.axis)
+        cut_mask = CutMask.of(labels, self._how(axis, labels), self.model.pipeline.size)
+        item_ids = [0] * len(cut_mask.indices) if self.noise == "shared" else cut_mask.indices
+        described = "paint" if shows_progress else None
+        pipeline = self.model.pipeline
+        image_SHW = pipeline.generate(cut_mask.mask_SHW, item_ids, self.modality, axis, self.seed, described)
+        grey_IJK, shown_IJK = cut_mask.back(image_SHW)
+        grey_IJK = np.where(shown_IJK, grey_IJK, np.float32(0))
+        values_IJK = values_of(grey_IJK, self.grey)
+        return Painting(
+            grey_IJK, values_IJK, labels, self.mask, self.grey, self.modality, axis, self.model, len(image_SHW), notes
+        )
+
+    def _outlined(self, read: LabelMask) -> tuple[Volume, tuple[str, ...]]:
+        labels, table = read.labels, self.model.table
+        notes: tuple[str, ...] = (f"labels: by {read.names.source}",)
+        if not labels.voxels_IJK.any():
+            value = f"all background, by {read.names.source}"
+            raise problem(self.mask.where, "mask", value, "draw at least one organ, or the patient's outline")
+        if self.outline == "none" or table.body_id is None or (labels.voxels_IJK == table.body_id).any():
+            return labels, notes
+        return with_outline(labels, table.body_id, axis_of(labels.voxels_IJK.shape, self.axis)), (*notes, DREW_OUTLINE)
+
+    def _how(self, axis: str, labels: Volume) -> Cutting:
+        how = cutting(self.model.preprocessing, axis, self.model.table)
+        knows_mm = self.mask.affine is not None or not np.allclose(labels.spacing_mm, how.spacing_mm)
+        return replace(how, fit="pad", least_mm=self.model.field_mm if knows_mm else 0.0)
+
+    @property
+    def num_slices(self) -> int:
+        """At most as many as are generated."""
+        if self.mask.is_flat or self.mask.affine is None:
+            return 1 if self.mask.is_flat else self.mask.shape[VIEWS[self.axis][0]]
+        import nibabel as nib
+
+        along = int(np.argsort(nib.io_orientation(self.mask.affine)[:, 0])[VIEWS[self.axis][0]])
+        return self.mask.shape[along]
+
+
+def check_paint(
+    mask: MaskFile,
+    model: Model,
+    *,
+    modality: str | None = None,
+    axis: str = "axial",
+    seed: int = 0,
+    labels: Any = None,
+    other_labels: OtherLabels = "refuse",
+    outline: Outline = "auto",
+    noise: Noise = "shared",
+    out: Path | None = None,
+) -> PaintJob:
+    """Find the problems that show before a voxel is read; raises InputProblems. `modality` None: the model's first."""
+    known = model.modalities
+    chosen = known[0] if modality is None else modality
+    problems = [] if out is None else out_problems(out, mask, model, chosen)
+    if chosen not in known:
+        problems.append(Problem(model.name, "--modality", chosen, f"the model knows {', '.join(known)}"))
+    if axis not in AXES:
+        problems.append(Problem("command line", "--axis", axis, f"give one of {', '.join(AXES)}"))
+    if not 0 <= seed < 2**63:
+        problems.append(Problem("command line", "--seed", str(seed), "give a whole number from 0 on"))
+    refuse(problems)
+    if not model.pipeline.model.config.class_conditioning and len(known) > 1:
+        warnings.warn(f"{model.name}: the model ignores the modality", stacklevel=2)
+    return PaintJob(mask, model, chosen, axis, seed, model.grey(chosen), labels, other_labels, outline, noise)
+
+
+def out_problems(out: Path, mask: MaskFile, model: Model, modality: str) -> list[Problem]:
+    """Why the image cannot be written to `out`."""
+    problems = []
+    if out.exists():
+        problems.append(Problem(str(out), "output", "exists already", "remove it, or give another name"))
+    if not out.absolute().parent.is_dir():
+        problems.append(Problem(str(out), "output", "its folder does not exist", "make it first"))
+    if out.suffix.lower() == PNG:
+        if not mask.is_flat:
+            remedy = "a PNG holds one slice: let the name end in .nii.gz, .mha or .nrrd, or give a folder for DICOM"
+            problems.append(Problem(str(out), "output", f"a PNG for a mask of {len(mask.shape)} dimensions", remedy))
+        return problems
+    problems += kind_problems(out, mask.affine)
+    if is_dicom(out) and dicom_kind(modality, model.is_in_hu(modality)) is None:
+        problems += problems_without_kind(out, [modality])
+    return problems
+
+
+def _save_png(out: Path, image: Image) -> None:
+    from data_shards.files import new_file
+
+    with new_file(out) as unfinished:
+        image.save(unfinished, format="PNG")

@@ -1,0 +1,129 @@
+"""The folder of a model that is named by a path, a URL or a Hugging Face name. What is fetched is kept in a cache.
+
+Only weights (safetensors) and JSON are taken: nothing that is fetched can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from data_shards.field_source import is_address
+from data_shards.files import first_line, new_folder
+from data_shards.problems import InputProblems, problem
+
+# The model that comes with the package.
+STARTER = Path(__file__).parents[1] / "starter"
+# A slice of the phantom, in AMOS' ids.
+EXAMPLE_MASK = Path(__file__).with_name("example_mask.png")
+CACHE = "SEGDIFF_CACHE"
+_NEEDED = ("segdiff.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/segdiff.json")
+_OPTIONAL = (
+    *("model_index.json", "README.md", "scheduler/scheduler_config.json"),
+    *("unet/mask_encoder.safetensors", "unet/digests.json"),
+    *("segmenter/model.safetensors", "segmenter/segdiff.json", "segmenter/digests.json"),
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# More than any of these nets has; a server may send without end.
+_MOST_BYTES = 8 * 2**30
+_BLOCK = 2**20
+
+
+def model_folder(given: str | Path | None) -> Path:
+    """The folder on this machine; None gives the model of the package. Raises InputProblems."""
+    if given is None:
+        if not (STARTER / "segdiff.json").is_file():
+            remedy = "name a model with --model, or make it: `make starter` in the checkout"
+            raise problem(STARTER, "model", "this package has no model to begin with", remedy)
+        return STARTER
+    text = str(given)
+    if text.startswith("file:"):
+        return _existing(Path(unquote(urlsplit(text).path)), text)
+    if is_address(text):
+        return _of_url(text.rstrip("/"))
+    if not Path(given).exists() and isinstance(given, str) and _HUB_NAME.fullmatch(text):
+        return _of_hub(text)
+    return _existing(Path(given), text)
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: $SEGDIFF_CACHE, or `segdiff` in the user's cache."""
+    own = os.environ.get(CACHE)
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdiff"
+
+
+def _existing(folder: Path, text: str) -> Path:
+    if folder.is_dir():
+        return folder
+    remedy = "give a run folder, an exported pipeline, a URL (https:, s3:, file:) or a Hugging Face name (OWNER/NAME)"
+    raise problem(text, "--model", "a file" if folder.is_file() else "no such folder", remedy)
+
+
+def _of_url(url: str) -> Path:
+    """The files of a pipeline folder below a URL, from the cache if they are there."""
+    import fsspec
+
+    folder = cache_folder() / "models" / hashlib.sha256(url.encode()).hexdigest()[:24]
+    if (folder / "segdiff.json").is_file():
+        return folder
+    try:
+        files, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise problem(url, "--model", first_line(error), "install what this kind of URL needs") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with new_folder(folder) as unfinished:
+            _fetch_all(files, root, unfinished, url)
+    except InputProblems:
+        raise
+    except Exception as error:  # each kind of store raises errors of its own
+        remedy = "check the address and the connection; without one, give a folder on this machine"
+        raise problem(url, "--model", f"cannot be fetched ({first_line(error)})", remedy) from error
+    return folder
+
+
+def _fetch_all(files: Any, root: str, target: Path, url: str) -> None:
+    for name in (*_NEEDED, *_OPTIONAL):
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _fetch(files, f"{root}/{name}", file)
+        except FileNotFoundError as error:
+            if name in _NEEDED:
+                remedy = "give the address of a folder that `segdiff export --format pipeline` wrote"
+                raise problem(url, "--model", f"no {name} there", remedy) from error
+            file.unlink(missing_ok=True)
+
+
+def _fetch(files: Any, address: str, file: Path) -> None:
+    total = 0
+    with files.open(address, "rb") as source, file.open("wb") as target:
+        while block := source.read(_BLOCK):
+            total += len(block)
+            if total > _MOST_BYTES:
+                raise problem(address, "--model", "longer than any model", "give another address")
+            target.write(block)
+
+
+def _of_hub(name: str) -> Path:
+    """The files of a pipeline on a Hugging Face hub (HF_ENDPOINT), through its own library and cache."""
+    import huggingface_hub
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=[*_NEEDED, *_OPTIONAL]
+            )
+        )
+    except Exception as error:  # of the hub, of the network, of the cache
+        value = f"cannot be fetched ({first_line(error, 160)})"
+        remedy = (
+            f"no folder of this name is here, and as a Hugging Face name it needs a connection, or files in its cache "
+            f"(`hf download {repository}`); without --model the model of the package is used"
+        )
+        raise problem(name, "--model", value, remedy) from error
