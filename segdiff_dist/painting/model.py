@@ -14,7 +14,8 @@ from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LabelTable
 from data_shards.modalities import is_in_hu
 from data_shards.problems import InputProblems, problem, refuse
-from segdiff_dist.experiment import load_experiment
+from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.experiment import CONFIG_FILE, load_experiment
 from segdiff_dist.export.model_set import ModelSet
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
 from segdiff_dist.painting.places import STARTER, model_folder
@@ -129,7 +130,9 @@ def _of_run(run: Path, name: str, options: dict[str, Any]) -> tuple[Path, Model]
 
 def _of_weights(run: Path, weights: Path, name: str, options: dict[str, Any]) -> Model:
     experiment = load_experiment(None, run)
-    pipeline = SegGuidedPipeline.from_weights(weights, experiment.diffusion, experiment.sample.sampler, **options)
+    # Copied without its run, a net is sampled by the preset that suits any training.
+    sampler = experiment.sample.sampler if (run / CONFIG_FILE).is_file() else SamplerConfig(preset="fast")
+    pipeline = SegGuidedPipeline.from_weights(weights, experiment.diffusion, sampler, **options)
     known = ModelSet.of(experiment.data)
     if known is None:
         return Model(name, "", pipeline, _usual(pipeline, name))
