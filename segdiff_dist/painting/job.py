@@ -87,9 +87,10 @@ class Painting:
         if out.suffix.lower() == PNG:
             _save_png(out, self.image)
         elif is_dicom(out):
-            kind = dicom_kind(self.modality, self.model.is_in_hu(self.modality)) or "MR"
+            in_hu = self.model.is_in_hu(self.modality)
+            kind = dicom_kind(self.modality, in_hu) or "MR"
             config = VolumeConfig(modality=self.modality, axis=self.axis)  # type: ignore[arg-type]
-            save_dicom(out, self.values_IJK, self.labels, self.grey, config, self.model.table, kind)
+            save_dicom(out, self.values_IJK, self.labels, self.grey, config, self.model.table, kind, in_hu=in_hu)
         else:
             affine = self.labels.affine if self.mask.affine is None else self.mask.affine
             is_flat = self.mask.kind == "volume" and self.mask.is_flat
