@@ -134,8 +134,8 @@ def _problems_with_copies(case: Case) -> Iterator[Problem]:
 def _problems_with_place(image: Path, of_image: Geometry, label: Path, of_label: Geometry) -> Iterator[Problem]:
     remedy = "use the label that was drawn on this image, on its grid"
     # Both are turned to canonical orientation when they are read, so the order of voxels in the files may differ.
-    shape, affine = _canonical(of_image)
-    label_shape, label_affine = _canonical(of_label)
+    shape, affine = of_image.canonical
+    label_shape, label_affine = of_label.canonical
     if shape != label_shape:
         yield Problem(str(label), "shape", f"{of_label.shape}, its image has {of_image.shape}", remedy)
         return
@@ -146,15 +146,6 @@ def _problems_with_place(image: Path, of_image: Geometry, label: Path, of_label:
         )
         value = f"off by {moved:.2g} voxels from its image" + (f" ({guessed})" if guessed else "")
         yield Problem(str(label), "affine", value, remedy)
-
-
-def _canonical(geometry: Geometry) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and affine in canonical orientation."""
-    import nibabel as nib
-
-    turned = nib.orientations.io_orientation(geometry.affine)
-    shape = tuple(np.array(geometry.shape)[np.argsort(turned[:, 0])].tolist())
-    return shape, geometry.affine @ nib.orientations.inv_ornt_aff(turned, geometry.shape)
 
 
 def read_header(

@@ -66,6 +66,15 @@ class Geometry:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
     @property
+    def canonical(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """Shape and affine in canonical orientation."""
+        import nibabel as nib
+
+        turned = nib.orientations.io_orientation(self.affine)
+        shape = tuple(np.array(self.shape)[np.argsort(turned[:, 0])].tolist())
+        return shape, self.affine @ nib.orientations.inv_ornt_aff(turned, self.shape)
+
+    @property
     def voxel_bytes(self) -> int:
         """Bytes of all voxels as stored."""
         return int(np.prod(self.shape, dtype=object)) * int(self.header.get_data_dtype().itemsize)

@@ -25,7 +25,7 @@ from data_shards.problems import Problem
 from segdiff_dist.export.config import ExportConfig
 
 if TYPE_CHECKING:
-    from data_shards.records import SliceMeta
+    from data_shards.records import SliceMeta, SliceRecord
     from segdiff_dist.export.merge import Merge
     from segdiff_dist.export.samples import FinishedSamples, Sample
 
@@ -107,17 +107,8 @@ def write_nnunet(
         new_id_K = merge.ids
         merge.link(out)
     for sample in iterated:
-        record = sample.record
-        image, mask = out / "imagesTr" / f"{sample.name}_0000{ending}", out / "labelsTr" / f"{sample.name}{ending}"
-        mask_HW = new_id_K[record.mask_HW]
-        if ending == ".png":
-            _save_png(image, record.image_HW)
-            _save_png(mask, mask_HW)
-        else:
-            meta = record.meta
-            affine = flat_affine(meta, sample.knows_place)
-            _save_placed(image, record.image_HW.T, affine, (meta.intensity_scale, meta.intensity_offset))
-            _save_placed(mask, mask_HW.T, affine)
+        mask_HW = new_id_K[sample.record.mask_HW]
+        save_case(out, sample.name, sample.record, mask_HW, ending, knows_place=sample.knows_place)
     # NibabelIO reads only three dimensions.
     reader = "NaturalImage2DIO" if ending == ".png" else "SimpleITKIO"
     if merge is not None:
@@ -125,6 +116,32 @@ def write_nnunet(
         return
     description = nnunet_description(name, samples.modalities[0], names, len(samples), ending)
     write_description(out, description | {"overwrite_image_reader_writer": reader}, nnunet_folds(samples.items))
+
+
+def save_case(
+    out: Path,
+    name: str,
+    record: SliceRecord,
+    mask_HW: np.ndarray | None,
+    ending: str,
+    *,
+    knows_place: bool = True,
+    end: str = "Tr",
+) -> None:
+    """Image and label of a case of nnU-Net, two-dimensional; no label if it is None."""
+    image, mask = out / f"images{end}" / f"{name}_0000{ending}", out / f"labels{end}" / f"{name}{ending}"
+    meta = record.meta
+    for file in (image, mask) if mask_HW is not None else (image,):
+        file.parent.mkdir(exist_ok=True)
+    affine = flat_affine(meta, knows_place)
+    if ending == ".png":
+        _save_png(image, record.image_HW)
+    else:
+        _save_placed(image, record.image_HW.T, affine, (meta.intensity_scale, meta.intensity_offset))
+    if mask_HW is not None and ending == ".png":
+        _save_png(mask, mask_HW)
+    elif mask_HW is not None:
+        _save_placed(mask, mask_HW.T, affine)
 
 
 def nnunet_description(name: str, channel: str, names: Sequence[str], num_cases: int, ending: str) -> dict[str, Any]:

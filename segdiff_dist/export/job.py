@@ -105,6 +105,7 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
 
 def _merge(samples: FinishedSamples, config: ExportConfig) -> Merge:
     from segdiff_dist.export.merge import Merge
+    from segdiff_dist.export.real_slices import Slicing
 
     assert config.merge_with is not None
     return Merge.of(
@@ -114,6 +115,7 @@ def _merge(samples: FinishedSamples, config: ExportConfig) -> Merge:
         {item["name"]: item["case_id"] for item in samples.items},
         keep_body=config.body_label,
         shards=samples.shards,
+        slicing=Slicing.of(samples, config.file_ending),
     )
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,13 @@ from data_shards.labels import LabelTable
 from data_shards.problems import Problem, refuse
 from segdiff_dist.export.files import nnunet_folds
 from segdiff_dist.export.real_set import FOLDERS, RealSet
+from segdiff_dist.export.real_slices import RealSlices, Slicing
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 # The name of a case's own export: segdiff_dist.export.samples.
-_OWN_NAME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-(?:volume|(?:axial|coronal|sagittal)-[0-9]{4,})")
+_OWN_NAME = re.compile(r"(.+)_[a-z0-9-]+_(?:[0-9]+|real)-(?:volume|(?:axial|coronal|sagittal)-[0-9]{4,})")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Patients:
 class Merge:
     """Real and synthetic cases of one data set. ids: uint8 [256] from the model's label ids to the data set's. entries:
     the case of its mask for each synthetic case. left_out: cases of masks whose patients are test cases. of_real: the
-    patient of each real case."""
+    patient of each real case. slices: of real volumes beside synthetic slices; None if cases go in as they are."""
 
     real: RealSet
     ids: np.ndarray
@@ -102,21 +103,23 @@ class Merge:
     left_out: frozenset[str]
     of_real: Mapping[str, str]
     patients: Patients
+    slices: RealSlices | None = None
 
     @classmethod
     def of(
         cls, root: Path, kind: tuple[str, str, int], table: LabelTable, entries: Mapping[str, str], **how: Any
     ) -> Merge:
         """Checked; raises InputProblems. `kind`: modality, ending and dimensions of the synthetic images. `how`:
-        keep_body, and the `shards` that the masks come from."""
+        keep_body, the `shards` that the masks come from, and `slicing`, by which real volumes are cut."""
         real, patients = RealSet.read(root), Patients(how["shards"])
         ids, problems = real.ids_of(table, keep_body=how["keep_body"])
-        problems += real.unlike(*kind)
+        slices = _slices_of(real, how.get("slicing"))
+        problems += real.unlike(*kind, is_cut=slices is not None)
         of_real = patients.of_real(real)
         tested = {of_real[case] for case in real.tests}
         left_out = frozenset(case for case in entries.values() if patients.of(case) in tested)
         kept = {name: case for name, case in entries.items() if case not in left_out}
-        merge = cls(real, ids, kept, left_out, of_real, patients)
+        merge = cls(real, ids, kept, left_out, of_real, patients, slices)
         refuse([*problems, *merge._problems()])
         merge._warn(len(entries))
         return merge
@@ -129,11 +132,23 @@ class Merge:
         for fold in folds:
             validated = {of_real[case] for case in fold["val"]}
             added = [name for name, case in self.entries.items() if self.patients.of(case) not in validated]
-            made.append({"train": sorted([*fold["train"], *added]), "val": sorted(fold["val"])})
+            train, val = (self._files_of(fold[split]) for split in ("train", "val"))
+            made.append({"train": sorted([*train, *added]), "val": sorted(val)})
         return made
 
+    def _files_of(self, cases: Iterable[str]) -> list[str]:
+        """The names of real cases in the new data set."""
+        return list(cases) if self.slices is None else [name for case in cases for name in self.slices.names[case]]
+
+    @cached_property
+    def _patient_of_file(self) -> dict[str, str]:
+        return {name: self.of_real[case] for case in self.real.cases for name in self._files_of([case])}
+
     def link(self, folder: Path) -> None:
-        """Every real file under its own name: hard links, or copies where the disk is another one."""
+        """Every real file under its own name: hard links, or copies where the disk is another one. Or slices."""
+        if self.slices is not None:
+            self.slices.write(folder)
+            return
         for name in FOLDERS:
             files = sorted((self.real.root / name).iterdir()) if (self.real.root / name).is_dir() else []
             if files:
@@ -145,20 +160,23 @@ class Merge:
     def description(self, name: str, reader: str | None) -> dict[str, Any]:
         """dataset.json: the real one's channels and labels; `reader` as theirs if it is None."""
         about = "real cases, and synthetic images by segmentation-guided diffusion; not for diagnosis"
-        content = self.real.content | {"numTraining": len(self.real.cases) + len(self.entries)}
+        num = len(self._files_of(self.real.cases)) + len(self.entries)
+        content = self.real.content | {"numTraining": num}
+        if self.slices is not None:
+            content["file_ending"] = self.slices.how.ending
         content |= {"name": name, "description": about}
         return content | ({} if reader is None else {"overwrite_image_reader_writer": reader})
 
     def record(self) -> dict[str, Any]:
         """For provenance.json: which cases are synthetic, and what each fold's numbers rest on."""
-        seen = self.patients.trained_on
+        seen, patient_of = self.patients.trained_on, self._patient_of_file
         folds = [
             {
                 "real": len(set(fold["train"]) - self.entries.keys()),
                 "synthetic": len(set(fold["train"]) & self.entries.keys()),
                 "synthetic_left_out": len(self.entries) - len(set(fold["train"]) & self.entries.keys()),
                 "val": len(fold["val"]),
-                "val_seen_by_model": None if seen is None else sum(self.of_real[case] in seen for case in fold["val"]),
+                "val_seen_by_model": None if seen is None else sum(patient_of[name] in seen for name in fold["val"]),
             }
             for fold in self.folds()
         ]
@@ -174,6 +192,9 @@ class Merge:
         """What a person has to know."""
         record = self.record()
         found = [f"with {len(self.real.cases):,} real cases of {self.real.root}; labels are its own"]
+        if self.slices is not None:
+            how, num = self.slices.how, len(self._files_of(self.real.cases))
+            found.append(f"its volumes are cut into {num:,} slices ({', '.join(how.axes)}; {how.spacing_mm:g} mm)")
         for number, fold in enumerate(record["folds"]):
             text = f"fold {number}: {fold['real']} real and {fold['synthetic']} synthetic cases for training"
             text += f" ({fold['synthetic_left_out']} synthetic left out), {fold['val']} real for validation"
@@ -184,7 +205,9 @@ class Merge:
         return (*found, f"before training copy splits_final.json to {target}: else nnU-Net validates synthetic cases")
 
     def num_bytes(self, out: Path) -> int:
-        """What the real files take, where they have to be copied."""
+        """What the real files take, where they have to be copied or cut."""
+        if self.slices is not None:
+            return self.slices.num_bytes
         there = next(folder for folder in out.absolute().parents if folder.is_dir())
         if there.stat().st_dev == self.real.root.stat().st_dev:
             return 0
@@ -197,7 +220,7 @@ class Merge:
         if not self.entries:
             remedy = "make images of the masks of training patients: segdiff sample --split train"
             problems.append(Problem(where, "imagesTs", "has the patients of all masks", remedy))
-        if same := sorted(self.entries.keys() & {*self.real.cases, *self.real.tests}):
+        if same := sorted(self.entries.keys() & {*self._files_of(self.real.cases), *self._files_of(self.real.tests)}):
             problems.append(Problem(where, f"case {same[0]}", "is the name of a synthetic case too", "rename it"))
         if len({self.of_real[case] for case in self.real.cases}) < 2 and not self.real.folds:
             remedy = "without folds nnU-Net would validate synthetic cases: give cases of two patients or more"
@@ -224,6 +247,12 @@ class Merge:
             if both := {of_real[c] for c in fold["train"]} & {of_real[c] for c in fold["val"]}:
                 text = f"{self.real.root}: fold {number} of splits_final.json trains and validates {sorted(both)[0]}"
                 warnings.warn(text, stacklevel=3)
+
+
+def _slices_of(real: RealSet, slicing: Slicing | None) -> RealSlices | None:
+    """The slices of a data set of volumes, for pixels that have stored values."""
+    is_cut = slicing is not None and slicing.ending != ".png" and real.num_dimensions() == 3
+    return RealSlices(real, slicing) if slicing is not None and is_cut else None
 
 
 def _link(file: Path, to: Path) -> None:

@@ -70,14 +70,17 @@ class RealSet:
 
         return len(nib.load(file).shape)
 
-    def unlike(self, modality: str, ending: str, num_dimensions: int) -> Iterator[Problem]:
-        """The reasons why synthetic images of this kind cannot be cases of the same data set."""
+    def unlike(self, modality: str, ending: str, num_dimensions: int, *, is_cut: bool) -> Iterator[Problem]:
+        """The reasons why synthetic images of this kind cannot be cases of the same data set. `is_cut`: its volumes
+        become slices like these."""
         where = str(self.root / DATASET_FILE)
         names = list(self.content["channel_names"].values())
         if len(names) > 1:
             yield Problem(where, "channel_names", f"{len(names)} channels", "a synthetic image has one channel")
         elif str(names[0]).lower() != modality.lower() and modality not in meant(names[0]):
             yield Problem(where, "channel_names", str(names[0]), f"the synthetic images are {modality}")
+        if is_cut:
+            return
         if self.ending != ending:
             remedy = f"a data set has one kind of files: write {self.ending} (--export.file-ending, OUT's ending), or "
             yield Problem(where, "file_ending", self.ending, f"{remedy}convert its files to {ending}")

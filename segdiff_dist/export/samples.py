@@ -226,10 +226,7 @@ class FinishedSamples:
     def _cropped(self, affine: tuple[float, ...]) -> tuple[float, ...]:
         """The affine of the centre that the model generates, from that of the whole slice."""
         assert self._shards is not None
-        first = (self._shards.size - self.size) // 2
-        to_whole = np.eye(4)
-        to_whole[:2, 3] = first
-        return tuple((np.array(affine).reshape(4, 4) @ to_whole).ravel().tolist())
+        return cropped_affine(affine, (self._shards.size - self.size) // 2)
 
     def _grey_map(self, source: SliceMeta | None, target: str) -> GreyMap:
         """value = grey * scale + offset: those of the mask's own slice if the modality is the same; else those of CT in
@@ -246,6 +243,13 @@ def _label_table(where: Path, content: Any) -> LabelTable:
         return LabelTable.of(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise problem(where, LABELS, f"cannot be used ({error})", "restore the file, or sample again") from error
+
+
+def cropped_affine(affine: tuple[float, ...], first: int) -> tuple[float, ...]:
+    """Of a slice's pixels from `first` on, along rows and columns."""
+    to_whole = np.eye(4)
+    to_whole[:2, 3] = first
+    return tuple((np.array(affine).reshape(4, 4) @ to_whole).ravel().tolist())
 
 
 def is_stretched(preprocessing: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
 from segdiff_dist.export.config import ExportConfig
-from segdiff_dist.export.job import export_samples
+from segdiff_dist.export.job import check_samples, export_samples
 from segdiff_dist.export.merge import Merge, Patients
 from segdiff_dist.export.real_set import RealSet
 from segdiff_dist.training.config import TrainConfig
@@ -100,6 +100,38 @@ def test_synthetic_slices_beside_real_ones(run: Path, tmp_path: Path, capsys: py
     assert "nnUNet_preprocessed/Dataset701_Both/" in said
 
 
+def test_real_volumes_are_cut_beside_synthetic_slices(
+    run: Path, shards: Path, volumes_set: Path, tmp_path: Path
+) -> None:
+    """To the pixels of the set's slices, with the volume's own values and ids; a patient's slices are in one part."""
+    out, source = tmp_path / "Dataset703_Cut", ShardSet.open(shards)
+    job = check_samples(run, out, ExportConfig(merge_with=volumes_set))
+    job.write()
+    assert any("cut into" in line for line in job.lines)
+    num = 0
+    for row in source.select(labelled_only=False).tolist():
+        record = source.read(row)
+        end = "Ts" if record.meta.split == "test" else "Tr"
+        name = f"{record.meta.case_id}_ct_real-axial-{record.meta.slice_index:04d}"
+        image, label = (
+            sitk.ReadImage(str(out / f"{kind}{end}" / f"{name}{suffix}.nii.gz"))
+            for kind, suffix in (("images", "_0000"), ("labels", ""))
+        )
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(label), np.array([0, 2, 1, 0])[record.mask_HW])
+        hu = record.image_HW * record.meta.intensity_scale + record.meta.intensity_offset
+        np.testing.assert_allclose(np.clip(sitk.GetArrayFromImage(image), -256, 256), hu, atol=1.1)
+        assert image.GetSpacing() == pytest.approx(record.meta.spacing_mm[::-1])
+        num += end == "Tr"
+    synthetic = json.loads((out / "provenance.json").read_text())["synthetic_cases"]
+    assert json.loads((out / "dataset.json").read_text())["numTraining"] == num + len(synthetic)
+    for fold in json.loads((out / "splits_final.json").read_text()):
+        patients = [{name.split("_")[0] for name in fold[split]} for split in ("train", "val")]
+        assert not patients[0] & patients[1]
+        assert not set(synthetic) & set(fold["val"])
+    cases = check(out, tmp_path / "again", replace(CONFIG, axes=("axial",))).cases
+    assert {case.patient for case in cases} == {"p1_1", "p1_2", "p2_1", "p3_1"}
+
+
 def test_labels_are_mapped_by_name(run: Path, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "Dataset701_Both"
     real = write_real(tmp_path / "Dataset008_Flat", flat=True)
@@ -123,11 +155,10 @@ def test_colours_travel_with_the_classes(run: Path, tmp_path: Path) -> None:
 
 
 def _ending(root: Path) -> Path:
-    return write_real(root, flat=False, ending=".nrrd")
-
-
-def _volumes(root: Path) -> Path:
-    return write_real(root, flat=False)
+    write_real(root, flat=False, ending=".nrrd")
+    for file in root.glob("*/*.nrrd"):
+        sitk.WriteImage(sitk.ReadImage(str(file))[:, :, 4], str(file))
+    return root
 
 
 def _edited(**changes: Any) -> Callable[[Path], Path]:
@@ -167,7 +198,6 @@ def _all_tested(root: Path) -> Path:
     ("write", "field", "value"),
     [
         (_ending, "file_ending", ".nrrd"),
-        (_volumes, "image", "has 3 dimensions, the synthetic ones 2"),
         (_edited(channel_names={"0": "T2"}), "channel_names", "T2"),
         (_edited(channel_names={"0": "CT", "1": "CT"}), "channel_names", "2 channels"),
         (_edited(labels={**LABELS, "kidney": 3}), "labels", "kidney: not in label table 'mine'"),

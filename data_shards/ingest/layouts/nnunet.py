@@ -34,8 +34,9 @@ from data_shards.problems import InputProblems, Problem
 SPLITS_FILE = "splits_final.json"
 _CHANNEL = re.compile(r"(.+)_([0-9]{4})")
 _IGNORE = "ignore"
-# Names of images of `segdiff export`: the mask's patient, modality and number of the image, axis and slice.
-_OWN_NAME = r"(.+)_[a-z][a-z0-9-]{0,23}_[0-9]+-(?:axial|coronal|sagittal)-[0-9]{4,}$"
+# Names of images of `segdiff export`: the mask's patient, modality and number of the image (`real`: a slice of a real
+# volume), axis and slice.
+_OWN_NAME = r"(.+)_[a-z][a-z0-9-]{0,23}_(?:[0-9]+|real)-(?:axial|coronal|sagittal)-[0-9]{4,}$"
 _MOST_BYTES = 64 * 2**20
 
 
