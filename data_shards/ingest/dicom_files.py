@@ -101,6 +101,17 @@ def is_dicom(file: Path) -> bool:
         return False
 
 
+def is_bare_dicom(file: Path) -> bool:
+    """Whether a file seems to be DICOM without the preamble that PS3.10 requires: its first element is of group 2 or 8,
+    as in every such file."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(4)
+    except OSError:
+        return False
+    return head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:] == b"\x00"
+
+
 def read_header(file: Path) -> Header | None:
     """The attributes; None if the file cannot be read as DICOM."""
     pydicom = library("pydicom", file.parent)

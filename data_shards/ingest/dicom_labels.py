@@ -24,6 +24,8 @@ _TOLERANCE_VOXELS = 0.1
 _CONTOUR_VOXELS = 0.25
 # Half the width, in voxels, in which a centre is on a line.
 _ON_LINE = 0.01
+# Corners of a contour that are one, in voxels: numbers are written with a few decimals of a mm.
+_SAME_CORNER = 1e-3
 # Contours that enclose an area (PS3.3 C.8.8.6).
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _GRID = "use labels that were drawn on this series, on its grid"
@@ -218,7 +220,8 @@ def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterat
         if not 0 <= k < labels.series.shape[2]:
             raise ValueError(f"a contour is outside of its series; {_GRID}")
         planes.setdefault(k, np.zeros((2, *labels.series.shape[:2]), bool))
-        _draw(planes[k], index[:, :2])
+        for loop in _loops(index[:, :2]):
+            _draw(planes[k], loop)
     for k, (inside, on_line) in sorted(planes.items()):
         i, j = np.nonzero(inside | on_line)
         yield i, j, np.full_like(i, k)
@@ -239,6 +242,27 @@ def _polygons(one: LabelObject, number: int) -> Iterator[np.ndarray]:
     except Exception as error:
         raise ValueError(f"a contour cannot be read ({type(error).__name__})") from None
     yield from (points for points in found if len(points) >= 3)
+
+
+def _loops(corners: np.ndarray) -> Iterator[np.ndarray]:
+    """The closed lines of a contour that meets itself. A keyhole, which goes to a hole and back on one line (PS3.3
+    C.8.8.6.3), is an outline and a hole: on the line between them voxels are inside."""
+    names = [tuple(one) for one in np.rint(corners / _SAME_CORNER).astype(np.int64).tolist()]
+    path: list[int] = []
+    place_of: dict[tuple[int, ...], int] = {}
+    for number, name in enumerate(names):
+        if name not in place_of:
+            place_of[name] = len(path)
+            path.append(number)
+            continue
+        first = place_of[name]
+        if len(path) - first >= 3:
+            yield corners[path[first:]]
+        for passed in path[first + 1 :]:
+            del place_of[names[passed]]
+        del path[first + 1 :]
+    if len(path) >= 3:
+        yield corners[path]
 
 
 def _draw(planes: np.ndarray, corners: np.ndarray) -> None:

@@ -225,6 +225,15 @@ def test_segments_that_overlap_are_named_and_a_table_solves_it(volume: _Volume, 
     assert present == {1, 2}  # liver and body
 
 
+def test_a_slice_without_a_preamble_is_not_passed_over(volume: _Volume, tmp_path: Path) -> None:
+    """The last of a stack would be missed by nothing else."""
+    files = save(tmp_path / "data", [*volume[0], segmentation(volume[0], volume[2])])
+    files[0].write_bytes(files[0].read_bytes()[132:])
+    found = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
+    assert "without a preamble" in found[0].value
+
+
+@pytest.mark.parametrize("is_keyhole", [False, True], ids=["two contours", "a keyhole"])
 @pytest.mark.parametrize(
     "boxes",
     [
@@ -234,10 +243,16 @@ def test_segments_that_overlap_are_named_and_a_table_solves_it(volume: _Volume, 
     ids=["around voxels", "through the centres of the outer ones"],
 )
 def test_contours_become_the_voxels_that_they_enclose(
-    boxes: list[tuple[float, ...]], volume: _Volume, tmp_path: Path
+    boxes: list[tuple[float, ...]], is_keyhole: bool, volume: _Volume, tmp_path: Path
 ) -> None:
-    """A box of 6 x 4 voxels with a hole of 2 x 2, on two slices."""
-    save(tmp_path / "data", [*volume[0], structure_set(volume[0], {"Box": boxes})])
+    """A box of 6 x 4 voxels with a hole of 2 x 2, on two slices. A keyhole goes to the hole and back on one line."""
+    contours = structure_set(volume[0], {"Box": boxes})
+    if is_keyhole:
+        outer, hole, _ = found = contours.ROIContourSequence[0].ContourSequence
+        around, inside = list(outer.ContourData), list(hole.ContourData)
+        outer.ContourData = [*around, *around[:3], *inside, *inside[:3]]
+        del found[1]
+    save(tmp_path / "data", [*volume[0], contours])
     expected = np.zeros(volume[1].shape, bool)
     expected[10:16, 12:16, 3:5] = True
     expected[11:13, 13:15, 3] = False

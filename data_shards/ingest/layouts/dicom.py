@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_shards.ingest.cases import Case, Listing
-from data_shards.ingest.dicom_files import RTSTRUCT, SEG, Header, digest, is_dicom, library, read_header
+from data_shards.ingest.dicom_files import RTSTRUCT, SEG, Header, digest, is_bare_dicom, is_dicom, library, read_header
 from data_shards.ingest.dicom_labels import DicomLabels, LabelObject, grid_problems, read_object
 from data_shards.ingest.dicom_series import DicomSeries, series_of
 from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of
@@ -85,9 +85,9 @@ def _scan(root: Path) -> _Found:
     labels: list[LabelObject] = []
     faulty: list[Path] = []
     for file in _files(root):
-        if file.name == "DICOMDIR" or not is_dicom(file):
+        if file.name == "DICOMDIR" or not (is_dicom(file) or is_bare_dicom(file)):
             continue
-        header = read_header(file)
+        header = read_header(file) if is_dicom(file) else None
         if header is None or (not header.series_uid and min(header.shape) > 0):
             faulty.append(file)
         elif header.kind in (*SEG, RTSTRUCT):
@@ -169,7 +169,7 @@ def _patient(header: Header, keep_ids: bool) -> str:
 def _faulty(root: Path, files: list[Path], request: Request) -> list[Problem]:
     if not files:
         return []
-    value = f"{len(files)} that cannot be read as DICOM"
+    value = f"{len(files)} that cannot be read as DICOM: damaged, or without a preamble (PS3.10)"
     if request.keep_ids:
         value += f", as {files[0].name}"
     remedy = "restore them, or take them out of the folder" + ("" if request.keep_ids else f"; {_HIDE_NAMES}")
