@@ -66,6 +66,9 @@ def prepare_environment() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        # A machine that cannot resolve its own name has no other.
+        if loopback := _interface_towards("127.0.0.1"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     elif world_size() > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         ranks = f"{os.environ['RANK']} of {world_size()}, without MASTER_ADDR and MASTER_PORT"
         raise problem("environment", "RANK", ranks, _UNSET)
