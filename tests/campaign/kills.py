@@ -70,11 +70,15 @@ def kill_stages(names: list[str], number: int, seed: int, end: float, out: Path)
         if time.monotonic() > end:
             break
         line = {"stage": stage.name, "seed": seed, "number": at}
-        line |= kill_once(place, stage, made[stage.name], random.Random(f"{stage.name}/{seed}/{at}"))
-        record.append(file, line)
-        if line["outcome"] != "the same bytes":
+        found = None
+        while found is None and time.monotonic() < end:
+            found = kill_once(place, stage, made, random.Random(f"{stage.name}/{seed}/{at}"))
+        if found is None:
+            break
+        record.append(file, line | found)
+        if found["outcome"] != "the same bytes":
             is_bad = True
-            print(f"{stage.name} {at}: {line['outcome']}: {line['what']}", flush=True)
+            print(f"{stage.name} {at}: {found['outcome']}: {found['what']}", flush=True)
     return is_bad
 
 
@@ -121,14 +125,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def kill_once(place: Path, stage: StageRun, seconds: float, rng: random.Random) -> dict[str, Any]:
-    """One kill, the same command until it ends well, and the comparison."""
+def kill_once(place: Path, stage: StageRun, made: dict[str, float], rng: random.Random) -> dict[str, Any] | None:
+    """One kill, the same command until it ends well, and the comparison. None: the command ended before; the time that
+    it took is then in `made`."""
     work, index = place / "work", STAGES.index(stage)
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(place / (f"after-{STAGES[index - 1].name}" if index else "before"), work)
     begun = time.monotonic()
-    moment = rng.uniform(0.2, 1.0) * seconds
+    moment = rng.uniform(0.2, 1.0) * made[stage.name]
     code, victim, said = _run_and_kill(stage.command(work), moment, rng)
+    if victim == "nobody":
+        made[stage.name] = time.monotonic() - begun
+        return None
     found: dict[str, Any] = {"moment_s": round(moment, 2), "victim": victim, "what": "", "outcome": "the same bytes"}
     if "Traceback" in said:
         found |= {"outcome": "unclean", "what": f"after the kill: {said[-1200:]}"}
@@ -165,13 +173,13 @@ def _run_and_kill(command: list[str], moment: float, rng: random.Random) -> tupl
     with suppress(subprocess.TimeoutExpired):
         process.wait(moment)
     victim, children = "nobody", []
-    with suppress(psutil.Error):
-        children = there.children(recursive=True)
+    with suppress(psutil.Error, ProcessLookupError):
+        children = there.children(recursive=True) if process.poll() is None else []
         chosen = rng.choice([there, *children])
-        victim = "command" if chosen == there else " ".join(chosen.cmdline())[:60] or chosen.name()
-        os.kill(chosen.pid, signal.SIGKILL)
-    if victim == "nobody":
-        victim = "command"  # it has just ended
+        name = "command" if chosen == there else " ".join(chosen.cmdline())[:60] or chosen.name()
+        if process.poll() is None:
+            os.kill(chosen.pid, signal.SIGKILL)
+            victim = name
     try:
         _, said = process.communicate(timeout=_MOST_S)
         code: int | None = process.returncode
