@@ -1,6 +1,6 @@
-"""The host memory that this process may still use: the machine's, or its container's if that is less.
+"""The memory and the cores that this process may still use: the machine's, or its container's if that is less.
 
-Not psutil: it reads the machine's memory, not the limits of cgroups.
+Not psutil: it reads the machine's numbers, not the limits of cgroups.
 """
 
 from __future__ import annotations
@@ -29,12 +29,29 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
     if machine is None:
         return None
     total, available = machine.total, machine.available
-    for folder, names in _cgroups(proc, cgroups):
+    for folder, is_v2 in _folders(proc, cgroups, "memory"):
+        names = _V2 if is_v2 else _V1
         limit, held = (_number(folder / name) for name in names[:2])
         if limit is not None and limit < machine.total:
             total = min(total, limit)
             available = min(available, max(0, limit - max(0, (held or 0) - _cache(folder, names[2]))))
     return HostMemory(total, available)
+
+
+def cpu_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of processor time that the cgroups of this process allow it (docker run --cpus); None: no limit."""
+    found = []
+    for folder, is_v2 in _folders(proc, cgroups, "cpu"):
+        try:
+            if is_v2:
+                quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text("ascii") for name in ("quota", "period"))
+            if int(quota) > 0 and int(period) > 0:
+                found.append(int(quota) / int(period))
+        except (OSError, ValueError):  # missing; `max`: no limit
+            continue
+    return min(found, default=None)
 
 
 def rank_share(memory: HostMemory) -> HostMemory:
@@ -55,22 +72,22 @@ def _machine(proc: Path) -> HostMemory | None:
         return None
 
 
-def _cgroups(proc: Path, root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """This process' memory cgroups, the innermost first. In a container their path is often that of the host and does
-    not exist there; then the root is the container's own."""
+def _folders(proc: Path, root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process' cgroups for a controller, the innermost first, and whether they are of version 2. In
+    a container their path is often that of the host and does not exist there; then the root is the container's own."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
         lines = []
-    for line in [*lines, "0::/", "0:memory:/"]:
+    for line in [*lines, "0::/", f"0:{controller}:/"]:
         _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        top, names = (root / "memory", _V1) if controllers else (root, _V2)
+        top = root / controller if controllers else root
         inner = Path(path.lstrip("/"))
         for folder in (inner, *inner.parents):
             if ".." not in folder.parts:
-                yield top / folder, names
+                yield top / folder, not controllers
 
 
 def _number(file: Path) -> int | None:

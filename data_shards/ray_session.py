@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from data_shards.host_memory import cpu_quota
 from data_shards.liveness import kill
 from data_shards.problems import problem
 
@@ -70,8 +71,10 @@ def is_running() -> bool:
 
 
 def num_cores() -> int:
-    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's cpuset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's limits."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, round(quota)))
 
 
 def one_line(error: BaseException, most: int = 500) -> str:

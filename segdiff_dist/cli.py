@@ -14,6 +14,7 @@ from data_shards.progress import QUIET
 from segdiff_dist import stages, surroundings
 from segdiff_dist.exit_status import ExitStatus
 from segdiff_dist.ranks.distributed import is_main, launcher_problems, leave_launcher
+from segdiff_dist.stages.fit import FORCE, disk_problems, unless_forced
 
 COMPLETION = "--tyro-print-completion"
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     begin_command()
     with ExitStatus() as status:
-        args, as_json = _without_output_flags(list(sys.argv[1:] if argv is None else argv))
+        args, as_json = _without_common_flags(list(sys.argv[1:] if argv is None else argv))
         plan = _checked(args, status)
         if plan is not None:
             # Then the JSON is all that the output stream gets.
@@ -40,11 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     return status.code
 
 
-def _without_output_flags(args: list[str]) -> tuple[list[str], bool]:
+def _without_common_flags(args: list[str]) -> tuple[list[str], bool]:
     """The arguments without the flags that every command has, and whether the result is to be JSON."""
     if "--quiet" in args:
         os.environ[QUIET] = "1"
-    return [arg for arg in args if arg not in ("--quiet", "--json")], "--json" in args
+    if "--force" in args:
+        os.environ[FORCE] = "1"
+    return [arg for arg in args if arg not in ("--quiet", "--json", "--force")], "--json" in args
 
 
 def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
@@ -91,6 +94,10 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
     if is_main():
         # As comments below settings, so that the output stays YAML.
         print("\n".join(f"{'# ' if settings else ''}{line}".rstrip() for line in plan.cost().lines()))
+        refuse(unless_forced(plan.workers_problems()))
+        if (announced := plan.announced()) is not None:
+            _, cost, folder = announced
+            refuse(unless_forced(disk_problems(cost, folder)))
     return None
 
 
@@ -107,7 +114,8 @@ def _overview() -> str:
             "",
             "`segdiff COMMAND --help` lists a command's main flags, --help-all every flag, each of which is also a key",
             "of the --config file; --dry-run prints the settings and the cost of the work. --quiet shows no progress,",
-            "--json prints the result as one line of JSON, and all else on the error stream.",
+            "--json prints the result as one line of JSON, and all else on the error stream. --force starts work",
+            "that, by its estimated cost, does not fit into this machine.",
             f"`segdiff {COMPLETION} bash` (or zsh, tcsh) prints a script that completes commands and flags.",
         ]
     )

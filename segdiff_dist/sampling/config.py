@@ -14,7 +14,7 @@ from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
 from data_shards.ranges import Count, WholeNumber, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, identity
-from data_shards.workers import WorkersConfig
+from data_shards.workers import LEAST_BYTES_WITH_TORCH, WorkersConfig
 from segdiff_dist.config.choices import Device, Switch
 from segdiff_dist.denoising.config import Objective
 from segdiff_dist.denoising.sampler_config import SamplerConfig
@@ -86,7 +86,10 @@ class SampleConfig:
     @property
     def workers(self) -> WorkersConfig:
         """The workers that make the images."""
-        return WorkersConfig("sample", self.num_workers, self.threads_per_worker, self.device, self.ray_address)
+        threads, address = self.threads_per_worker, self.ray_address
+        return WorkersConfig(
+            "sample", self.num_workers, threads, self.device, address, least_bytes=LEAST_BYTES_WITH_TORCH
+        )
 
     def problems(self) -> list[Problem]:
         """Values that are out of range or missing, and settings that do not go together."""

@@ -12,8 +12,9 @@ import tyro
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.locks import FOLDER_LOCK, locked
 from segdiff_dist.experiment import collect
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker, plain
+from segdiff_dist.stages.cost import Cost
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:

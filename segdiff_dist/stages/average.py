@@ -11,8 +11,9 @@ from data_shards.documents import read_json
 from data_shards.locks import lock_beside, locked
 from data_shards.problems import refuse, saying_when_full
 from segdiff_dist.experiment import collect
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag
+from segdiff_dist.stages.cost import Cost
 from segdiff_dist.training.config import AverageConfig
 
 if TYPE_CHECKING:

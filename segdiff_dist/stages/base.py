@@ -13,7 +13,7 @@ import json
 import shlex
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import tyro
 
+from data_shards.problems import Problem, refuse
+from segdiff_dist.stages.cost import Cost
+from segdiff_dist.stages.fit import announce, unless_forced
 from segdiff_dist.stages.flags import parse_flags
 
 if TYPE_CHECKING:
@@ -65,6 +68,14 @@ class Plan(ABC):
         """The cost of the work, as far as it is known before it starts."""
         return Cost()
 
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """Name, cost and output of work that may be long or large; None for other work, whose cost nobody waits for."""
+        return None
+
+    def workers_problems(self) -> list[Problem]:
+        """Problems if this machine has not the memory for the workers that the user asks for."""
+        return []
+
     def lock(self) -> AbstractContextManager[None]:
         """Held while the stage runs: no other command may write the same files."""
         return nullcontext()
@@ -81,7 +92,10 @@ class Plan(ABC):
         """Do the work. Raises WorkFailed (data_shards.problems) if a part of it fails."""
 
     def start(self) -> Result:
-        """`run`, with the lock and the tracker."""
+        """`run`, with the lock and the tracker. Refused if the output does not fit on the disk."""
+        refuse(unless_forced(self.workers_problems()))
+        if (announced := self.announced()) is not None:
+            announce(*announced)
         with self.lock(), self.tracker() as tracker:
             return self.run(tracker)
 
@@ -92,32 +106,6 @@ class Plan(ABC):
         if isinstance(self, Done):
             print("\n".join(result.message), flush=True)
         return result
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of a stage. None: not known."""
-
-    images: int | None = None
-    """Number of slices or images."""
-    seconds: float | None = None
-    num_bytes: int | None = None
-    """Upper bound of bytes on the disk."""
-    memory_bytes: int | None = None
-    """Peak memory of one process."""
-    notes: tuple[str, ...] = ()
-    """Further lines, for example where a figure comes from."""
-
-    def lines(self) -> list[str]:
-        """The known figures, then the notes, one a line."""
-        known: tuple[tuple[str, float | None, Callable[[Any], str]], ...] = (
-            ("images", self.images, lambda number: f"{number:,}"),
-            ("time", self.seconds, duration),
-            ("disk", self.num_bytes, lambda number: f"at most {size(number)}"),
-            ("memory", self.memory_bytes, lambda number: f"about {size(number)}"),
-        )
-        found = [f"{name}: {text(value)}" for name, value, text in known if value is not None]
-        return [*found, *self.notes] or ["cost: not known before it runs"]
 
 
 @dataclass(frozen=True)
@@ -178,21 +166,3 @@ def command(stage: str, *arguments: object) -> str:
 def flag(name: str, value: object) -> tuple[object, ...]:
     """(name, value) for `command`; nothing if the value is None."""
     return () if value is None else (name, value)
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`, `2.1 days`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    for unit, length, most in (("min", 60.0, 90.0), ("h", 3600.0, 48.0)):
-        if seconds < most * length:
-            return f"{seconds / length:.0f} {unit}" if unit == "min" else f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
-def size(num_bytes: float) -> str:
-    """`1.2 GB`."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes / 1e3:.0f} kB"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -10,10 +10,12 @@ import tyro
 
 from data_shards.store.config import ConvertConfig
 from segdiff_dist.experiment import collect
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
+    from data_shards.problems import Problem
     from data_shards.store.convert import Conversion
     from segdiff_dist.tracking.tracker import Tracker
 
@@ -50,6 +52,15 @@ class ConvertPlan(Plan):
         shards = self.conversion.shards
         each = (1 + shards.bits // 8) * shards.size**2
         return Cost(images=len(shards), num_bytes=len(shards) * each, notes=("disk: before compression",))
+
+    def workers_problems(self) -> list[Problem]:
+        """Of convert.num_workers."""
+        return self.stage.convert.workers.memory_problems()
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost; codecs make slices smaller by up to ten times."""
+        assert self.stage.converted is not None
+        return "convert", replace(self.cost(), sure_share=0.1), self.stage.converted
 
     def run(self, tracker: Tracker) -> Result:
         """Read, check and write every shard."""

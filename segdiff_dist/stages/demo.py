@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, ClassVar
 from data_shards.locks import locked
 from data_shards.problems import WorkFailed
 from segdiff_dist.exit_status import ExitStatus
-from segdiff_dist.stages.base import Cost, Plan, Result
+from segdiff_dist.stages.base import Plan, Result
 from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.cost import Cost
 from segdiff_dist.stages.evaluate import Evaluate
 from segdiff_dist.stages.phantom import Phantom
 from segdiff_dist.stages.prepare import Prepare

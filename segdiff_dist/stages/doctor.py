@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from segdiff_dist.doctor import diagnose
-from segdiff_dist.stages.base import Cost, Plan, Result, Stage
+from segdiff_dist.stages.base import Plan, Result, Stage
+from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
     from segdiff_dist.tracking.tracker import Tracker

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data_shards.problems import refuse, saying_when_full
+from data_shards.problems import Problem, refuse, saying_when_full
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.experiment import collect, save_experiment
-from segdiff_dist.stages.base import Cost, Plan, Result, command, duration
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import (
     ConfiguredStage,
     address_flag,
@@ -20,6 +20,7 @@ from segdiff_dist.stages.configured import (
     plain,
     refuse_addresses,
 )
+from segdiff_dist.stages.cost import Cost, duration
 from segdiff_dist.stages.evaluate_downstream import check_downstream
 from segdiff_dist.tracking.config import TrackingConfig
 
@@ -103,6 +104,15 @@ class EvaluatePlan(Plan):
         notes += self._memorisation_notes()
         num_maps = 2 if self.images is None else 4  # and what is stored of a folder: images and masks
         return Cost(images=self.num_images, num_bytes=num_maps * self.num_images * self.side**2, notes=tuple(notes))
+
+    def workers_problems(self) -> list[Problem]:
+        """Of evaluate.num_workers."""
+        return self.stage.evaluate.workers.memory_problems()
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """Its images and bytes; label maps are compressed well. The search for training images says its time itself."""
+        num_bytes = 2 * self.num_images * self.side**2
+        return "evaluate", Cost(images=self.num_images, num_bytes=num_bytes, sure_share=0.01), self.run_folder
 
     def _memorisation_notes(self) -> list[str]:
         """What the search for training images compares, and how long CPUs take for it."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segdiff_dist.experiment import Experiment
-from segdiff_dist.stages.base import Cost, Plan, Result
+from segdiff_dist.stages.base import Plan, Result
 from segdiff_dist.stages.configured import plain, weights_name
+from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
     from segdiff_dist.downstream.job import Downstream

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +12,9 @@ import tyro
 from data_shards.problems import problem, refuse
 from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import ExportConfig
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, refuse_addresses, weights_name
+from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
     from segdiff_dist.export.job import ModelExport, SamplesExport
@@ -83,6 +84,10 @@ class ExportPlan(Plan):
 
         num_images = len(self.job.samples) if isinstance(self.job, SamplesExport) else None
         return Cost(images=num_images, num_bytes=self.job.num_bytes)
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost; compressed images take at least a tenth."""
+        return "export", replace(self.cost(), sure_share=0.1), self.job.out
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the new folder."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
     from segdiff_dist.tracking.tracker import Tracker

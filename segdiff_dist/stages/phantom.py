@@ -11,8 +11,9 @@ import tyro
 
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import PhantomConfig, case_keys
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker, plain
+from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
     from data_shards.phantom import PhantomArchive

@@ -12,17 +12,23 @@ import tyro
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.locks import FOLDER_LOCK, locked
 from segdiff_dist.experiment import collect
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker
+from segdiff_dist.stages.cost import Cost
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
     from data_shards.ingest.prepare import Preparation, PrepareReport
+    from data_shards.problems import Problem
     from segdiff_dist.tracking.tracker import Tracker
 
 
 # Of 256 pixels, from volumes of 512x512 at 3 mm (benchmarks/results/prepare-epyc-2-cores.json).
 _SLICES_A_SECOND = 475
+
+# Slices of CT as PNG or zstd take a third of their pixels, masks a tenth; slices without organs may be left out.
+_LEAST_SHARE = 0.05
+_FEW_CASES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,19 @@ class PreparePlan(Plan):
             *(_left_out(one["case_id"], one["file"], one["reason"]) for one in self.preparation.left_out),
         )
         seconds = counted.slices / (_SLICES_A_SECOND * workers)
-        return Cost(images=counted.slices, seconds=seconds, num_bytes=num_bytes, notes=notes)
+        shorter = f"more workers: --prepare.num-workers N (now {workers}), fewer slices: --prepare.slice-stride N"
+        return Cost(
+            images=counted.slices, seconds=seconds, num_bytes=num_bytes, notes=notes, sure_share=_LEAST_SHARE,
+            what=f"{counted.volumes:,} volumes", smaller="--prepare.codec zstd", shorter=shorter,
+        )  # fmt: skip
+
+    def workers_problems(self) -> list[Problem]:
+        """Of prepare.num_workers."""
+        return self.stage.prepare.workers.memory_problems()
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost; that of a few volumes is small."""
+        return ("prepare", self.cost(), self.out) if len(self.preparation.cases) > _FEW_CASES else None
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the shard set."""

@@ -31,8 +31,9 @@ from segdiff_dist.evaluation.measure.saved import read_summary
 from segdiff_dist.experiment import Experiment, collect
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits
-from segdiff_dist.stages.base import Cost, Plan, Result, Stage
+from segdiff_dist.stages.base import Plan, Result, Stage
 from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.cost import Cost
 from segdiff_dist.stages.evaluate import Evaluate
 from segdiff_dist.stages.prepare import Prepare
 from segdiff_dist.stages.sample import Sample

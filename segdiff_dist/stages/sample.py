@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.problems import problem, refuse
+from data_shards.problems import Problem, problem, refuse
 from segdiff_dist.experiment import collect, save_experiment
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.stages.base import Cost, Plan, Result, command
+from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import (
     ConfiguredStage,
     address_flag,
@@ -19,11 +19,16 @@ from segdiff_dist.stages.configured import (
     plain,
     weights_name,
 )
+from segdiff_dist.stages.cost import Cost
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
     from segdiff_dist.sampling.job import Job
     from segdiff_dist.tracking.tracker import Tracker
+
+# Generated images keep two thirds of their pixels in zstd, their masks a hundredth.
+_LEAST_SHARE = 0.2
+_FEW_IMAGES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,23 @@ class SamplePlan(Plan):
         from segdiff_dist.sampling.plan import plan_of
 
         return Cost(notes=tuple(str(plan_of(self.job, self.config)).splitlines()))
+
+    def workers_problems(self) -> list[Problem]:
+        """Of sample.num_workers."""
+        return self.config.workers.memory_problems()
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost in numbers; of a few images it is small, and a pass through the net is not made for it."""
+        from segdiff_dist.sampling.plan import plan_of
+
+        if len(self.job.items) <= _FEW_IMAGES or self.config.ray_address is not None:
+            return None
+        plan = plan_of(self.job, self.config)
+        cost = Cost(
+            images=plan.num_missing, seconds=plan.seconds, num_bytes=plan.num_bytes, sure_share=_LEAST_SHARE,
+            smaller="fewer masks: --num N", shorter="fewer steps: --sample.sampler.preset fast, fewer masks: --num N",
+        )  # fmt: skip
+        return "sample", cost, self.job.path
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the images' folder."""

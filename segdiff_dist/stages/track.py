@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from segdiff_dist.stages.base import Cost, Plan, Result
+from segdiff_dist.stages.base import Plan, Result
 from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.cost import Cost
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:

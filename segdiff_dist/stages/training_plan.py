@@ -26,8 +26,10 @@ from segdiff_dist.planning.network import Network
 from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
 from segdiff_dist.ranks.precision import cpu_has_bf16, settled
 from segdiff_dist.shipped import shipped_config
-from segdiff_dist.stages.base import Cost, Done, Plan, Result
+from segdiff_dist.stages.base import Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
+from segdiff_dist.stages.cost import Cost
+from segdiff_dist.stages.fit import unless_forced
 from segdiff_dist.tracking.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.checkpoint import complete_ones, read_state
@@ -105,9 +107,10 @@ class TrainingPlan(Plan):
         return 0 if self.newest_checkpoint is None else read_state(self.newest_checkpoint)["images_seen"]
 
     def memory_problems(self) -> list[Problem]:
-        """Problems if this rank has too little memory."""
+        """Problems if this rank has too little memory; none with --force."""
         capacity = capacity_of(self.device)
-        return memory_problems(self.section, self.network, self.config, capacity, ranks=world_size(), **self.limits)
+        found = memory_problems(self.section, self.network, self.config, capacity, ranks=world_size(), **self.limits)
+        return unless_forced(found)
 
     def cost(self) -> Cost:
         """Time from the FLOPs of the net and the peak of the device; memory of a rank; disk of the checkpoints."""
@@ -124,10 +127,18 @@ class TrainingPlan(Plan):
         return Cost(
             images=images,
             seconds=duration_s(self.network, images, peak.flops * world_size()),
-            num_bytes=checkpoints + (number + frozen) * 4 * (1 + averages) + frozen * 4,
+            num_bytes=max(
+                0, checkpoints + (number + frozen) * 4 * (1 + averages) + frozen * 4 - _bytes_in(self.folder)
+            ),
             memory_bytes=memory.needed("GPU" if on_gpu else "lone host"),
+            what=f"{number / 1e6:.1f} M parameters, {config.micro_batch_size} images at once",
+            smaller=f"--{self.section}.keep-checkpoints 1" if config.keep_checkpoints > 1 else "",
             notes=(parameters, f"time: estimated for {where}, {peak.flops / 1e12:.3g} TFLOP/s each"),
         )
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost. Of several ranks none refuses alone: a full disk is an error of its own."""
+        return None if world_size() > 1 else (self.stage, self.cost(), self.folder)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -181,6 +192,12 @@ class TrainingPlan(Plan):
         recipe = "" if self.recipe is None else f"recipe `{self.recipe}`, "
         net = f"{self.network.num_parameters / 1e6:.1f} million parameters"
         return f"{recipe}{net}, {self.config.num_images:,} images of {describe_shards(self.shards)}."
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the checkpoints and weights there are, which new ones replace."""
+    files = (file for name in ("checkpoints", "weights") for file in (folder / name).rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
 
 
 def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -14,8 +14,9 @@ from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.stages.base import Cost, Plan, Result
+from segdiff_dist.stages.base import Plan, Result
 from segdiff_dist.stages.configured import ConfiguredStage, weights_name
+from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
     from segdiff_dist.export.volume import VolumeJob, VolumeReport
@@ -80,6 +81,10 @@ class VolumePlan(Plan):
     def cost(self) -> Cost:
         """Counted without compression."""
         return Cost(num_bytes=self.job.num_bytes, notes=("disk: before compression",))
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost; a compressed volume takes at least a tenth."""
+        return "volume", replace(self.cost(), sure_share=0.1), self.job.out
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the new file."""

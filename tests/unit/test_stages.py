@@ -19,7 +19,8 @@ from segdiff_dist import stages
 from segdiff_dist.cli import main
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.shipped import shipped_config, shipped_names
-from segdiff_dist.stages.base import Cost, Stage
+from segdiff_dist.stages.base import Stage
+from segdiff_dist.stages.cost import Cost
 
 # Modules of the package that are no command.
 SHARED = {"evaluate_downstream", "base", "configured", "flags", "completion", "training_plan"}

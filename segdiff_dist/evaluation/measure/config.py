@@ -14,7 +14,7 @@ from data_shards.field_source import ADDRESS_FROM_A_PERSON, CODE_FROM_A_PERSON, 
 from data_shards.problems import Problem
 from data_shards.ranges import Count, Share, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, ResultWhereSet
-from data_shards.workers import WorkersConfig
+from data_shards.workers import LEAST_BYTES_WITH_TORCH, WorkersConfig
 from segdiff_dist.config.choices import Device
 from segdiff_dist.evaluation.metrics import given_network, imagenet, inception, perceptual, radiomics
 from segdiff_dist.evaluation.metrics.distances import FEWEST_FOR_DISTANCES
@@ -90,7 +90,8 @@ class EvaluateConfig:
     def workers(self) -> WorkersConfig:
         """The workers."""
         device, address = self.device, self.ray_address
-        return WorkersConfig("evaluate", self.num_workers, 1, device, address, most_on_cpu=_MOST_DEFAULT_WORKERS)
+        most, least_bytes = _MOST_DEFAULT_WORKERS, LEAST_BYTES_WITH_TORCH
+        return WorkersConfig("evaluate", self.num_workers, 1, device, address, most, least_bytes)
 
     def problems(self) -> list[Problem]:
         """Settings out of range, and files or packages that are missing."""
