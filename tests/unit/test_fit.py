@@ -1,4 +1,4 @@
-"""Work that does not fit is refused before it starts, with the setting that would fit; --force starts it all the same."""
+"""Work that does not fit is refused before it starts, with the setting that would; --force starts it all the same."""
 
 from __future__ import annotations
 
