@@ -124,6 +124,10 @@ class ShardFailed(WorkFailed):
     """A shard could not be written; the finished ones are kept, and the same command continues."""
 
 
+class DamagedSample(WorkFailed, ValueError):
+    """The bytes of a sample are not those that were written, or not what the set's index says."""
+
+
 def out_of_space(error: OSError) -> bool:
     """Whether an OSError means that the disk is full, not only that one file cannot be written."""
     return error.errno in _FULL

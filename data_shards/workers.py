@@ -13,8 +13,8 @@ from data_shards import fan_out
 from data_shards.host_memory import host_memory
 from data_shards.problems import Problem, problem
 
-# Resident memory of a worker with its libraries, before its work. Measured: prepare, without torch, 0.26 GB; sample 0.63
-# GB; evaluate 0.78 GB. A third of it is shared among workers.
+# Resident memory of a worker with its libraries, before its work. Measured: prepare, without torch, 0.26 GB;
+# sample 0.63 GB; evaluate 0.78 GB. A third of it is shared among workers.
 LEAST_BYTES, LEAST_BYTES_WITH_TORCH = 250 * 2**20, 600 * 2**20
 _UNSHARED = 0.6
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_shards.feed.order import Order
+from data_shards.problems import DamagedSample
 from data_shards.store.byte_ranges import Range, ShortFile
 from data_shards.store.codecs import PICTURES, crc32c, decode_into
 from data_shards.store.shards import ShardSet
@@ -83,11 +84,11 @@ class BatchReader:
                 errors[i] = found[k]
                 for part in self._parts:
                     pixels[part][i] = again[part][k]
-        raise ValueError(f"{self._shards.root}: {len(self.skipped)} samples are bad, the last: {errors[bad[0]]}")
+        raise DamagedSample(f"{self._shards.root}: {len(self.skipped)} samples are bad, the last: {errors[bad[0]]}")
 
     def _refuse_or_note(self, row: int, error: str) -> None:
         if not self._skips:
-            raise ValueError(error)
+            raise DamagedSample(error)
         if row not in self.skipped:
             self.skipped[row] = error
             warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=2)
@@ -147,7 +148,7 @@ class BatchReader:
             if error is not None:
                 errors[i] = shards.describe_failure(int(row_B[i]), "image", error)
                 if not isinstance(error, ShortFile | FileNotFoundError):
-                    raise ValueError(errors[i]) from error
+                    raise DamagedSample(errors[i]) from error
         for part, (_, _, checksums) in columns.items():
             for i, (payload, checksum) in enumerate(zip(payloads[part], checksums, strict=True)):
                 if crc32c(payload) != checksum and errors[i] is None:

@@ -70,8 +70,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
     into `pictures`. Default: the set's own folder, or the current folder if the set is behind a URL. If the folder
     cannot be written, the report says so.
 
-    Reads every mask and, with `verify`, every byte. Raises InputProblems if the set is incomplete, and ValueError for a
-    damaged sample.
+    Reads every mask and, with `verify`, every byte. Raises InputProblems if the set is incomplete, and DamagedSample.
     """
     folder = local_path(path)
     shard_set = ShardSet.open(path, verify=verify and folder is not None)

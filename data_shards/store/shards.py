@@ -21,7 +21,7 @@ from data_shards.choices import Codec
 from data_shards.documents import reading
 from data_shards.labels import LabelTable
 from data_shards.modalities import in_hu
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import DamagedSample, Problem, problem, refuse
 from data_shards.records import AXES, SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table
 from data_shards.store.byte_ranges import Range
@@ -229,7 +229,7 @@ class ShardSet:
         return samples_table.meta_of(self.samples, row)
 
     def read(self, row: int) -> SliceRecord:
-        """Decode one sample. Raises a ValueError that names shard and sample if its bytes are not those that were
+        """Decode one sample. Raises DamagedSample, which names shard and sample, if its bytes are not those that were
         written."""
         decoded = {part: self.read_part(row, part) for part in self.parts}
         return SliceRecord(decoded["image"], decoded["mask"], self.meta(row), decoded.get("edge"))
@@ -245,7 +245,7 @@ class ShardSet:
         try:
             decode_into(payload, self.codec, out)
         except ValueError as error:
-            raise ValueError(self.describe_failure(row, part, error)) from error
+            raise DamagedSample(self.describe_failure(row, part, error)) from error
         return out.reshape(2, self.size, self.size) if part == "edge" else out
 
     def payload(self, row: int, part: str) -> np.ndarray:
@@ -257,7 +257,7 @@ class ShardSet:
         if error is None and crc32c(payload) != int(where.crc32c_N[row]):
             error = OSError("its bytes are not those that were written (CRC-32C)")
         if error is not None:
-            raise ValueError(self.describe_failure(row, part, error)) from error
+            raise DamagedSample(self.describe_failure(row, part, error)) from error
         return payload
 
     def dtype(self, part: str) -> np.dtype:

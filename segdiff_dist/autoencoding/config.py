@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import MinLen
 
 from data_shards.problems import Problem
-from data_shards.ranges import Count, NonNegative, WholeNumber, names_of, range_problems
+from data_shards.ranges import Channels, Count, Layers, NonNegative, WholeNumber, names_of, range_problems
 from data_shards.settings import Execution, Result
 from segdiff_dist.training.config import TrainConfig
 
@@ -21,12 +21,12 @@ _LEAST_PATCHES = 3
 class AutoencoderConfig:
     """The autoencoder of latent diffusion and its training (Rombach et al. 2022, section 3.1 and appendix G)."""
 
-    block_out_channels: Result[Annotated[tuple[Count, ...], MinLen(2)]] = (64, 128, 256)
+    block_out_channels: Result[Annotated[tuple[Channels, ...], MinLen(2)]] = (64, 128, 256)
     """Channels of each level, from the finest to the coarsest. Every level after the first halves the side: three
     levels make one latent position of 4x4 pixels."""
-    layers_per_block: Result[Count] = 2
+    layers_per_block: Result[Layers] = 2
     """Residual blocks of each level of the encoder. The decoder has one more."""
-    latent_channels: Result[Count] = 4
+    latent_channels: Result[Channels] = 4
     """Numbers at each position of a latent."""
     norm_num_groups: Result[Count] = 32
     """Groups of the group normalisation."""
@@ -44,7 +44,7 @@ class AutoencoderConfig:
     """Weight of the adversarial loss. 0: no discriminator, and the weights with the best PSNR are kept."""
     discriminator_start: Result[WholeNumber] = 200_000
     """Images before the discriminator begins. The autoencoder then has learned the coarse part."""
-    discriminator_channels: Result[Count] = 64
+    discriminator_channels: Result[Channels] = 64
     """Channels of the patch discriminator's first layer (Isola et al. 2017)."""
     discriminator_layers: Result[Count] = 3
     """Layers that double its channels. Three see patches of 70 pixels."""

@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 
 from data_shards.problems import Problem
-from data_shards.ranges import Count, NonNegative, Positive, Share, WholeNumber, names_of, range_problems
+from data_shards.ranges import (
+    Channels,
+    Count,
+    Layers,
+    NonNegative,
+    Positive,
+    Share,
+    WholeNumber,
+    names_of,
+    range_problems,
+)
 from data_shards.settings import Execution, Result, ResultWhereSet, Resumable
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_kernels.backend import Kernels
@@ -36,9 +46,9 @@ SIGMA_FIELDS = ("objective", "sigma_data", "lognormal", "snr_shift")
 class DenoiserConfig:
     """The network. The defaults are the paper's (section 4.2): 113.7 M parameters at 256x256."""
 
-    block_out_channels: Result[Annotated[tuple[Count, ...], MinLen(1)]] = (128, 128, 256, 256, 512, 512)
+    block_out_channels: Result[Annotated[tuple[Channels, ...], MinLen(1)]] = (128, 128, 256, 256, 512, 512)
     """Channels of each level, from the finest to the coarsest. Every level halves the feature map."""
-    layers_per_block: Result[Count] = 2
+    layers_per_block: Result[Layers] = 2
     """Residual blocks of each level."""
     attention_resolutions: Result[tuple[int, ...]] = (16,)
     """Sides of the feature maps at which the blocks hold self-attention. The middle block always does. The sides are
@@ -58,7 +68,7 @@ class DenoiserConfig:
     base: ResultWhereSet[str | None] = None
     """The trained denoiser of conditioning controlnet: a run folder, or a folder of weights. It was trained without
     masks (none), or with mask_dropout."""
-    spade_channels: Result[Count] = 128
+    spade_channels: Result[Channels] = 128
     """Features of the mask at each level, for conditioning spade. The default is Park et al.'s."""
     spade_norms: Result[Literal["decoder", "all"]] = "decoder"
     """The norms that read the mask, for conditioning spade: those of the decoder (Wang et al. 2022), or all."""

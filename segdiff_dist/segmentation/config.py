@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from annotated_types import MinLen
+from annotated_types import Interval, MinLen
 
 from data_shards.feed.config import Degrees, Fraction, LoaderConfig
 from data_shards.problems import Problem
-from data_shards.ranges import Count, WholeNumber, names_of, range_problems
+from data_shards.ranges import Channels, Count, names_of, range_problems
 from data_shards.settings import Execution, Result
 from segdiff_dist.training.config import TrainConfig
 
@@ -22,13 +22,13 @@ NORM_GROUPS = 8
 class SegmenterConfig:
     """The auxiliary U-Net and its training. Defaults: section 4.2 of the paper (batch 64, lr 1e-2)."""
 
-    channels: Result[Annotated[tuple[Count, ...], MinLen(2)]] = (16, 32, 64, 128, 256, 512)
+    channels: Result[Annotated[tuple[Channels, ...], MinLen(2)]] = (16, 32, 64, 128, 256, 512)
     """Channels of each level, from the finest to the coarsest."""
     first_stride: Result[Literal[1, 2]] = 2
     """2 is the paper's. 1 keeps a level at full resolution, for slices so small that organs are a few pixels wide."""
-    num_res_units: Result[WholeNumber] = 0
+    num_res_units: Result[Annotated[int, Interval(ge=0, le=64)]] = 0
     """Residual units of each level. 0: plain convolutions, as in the paper."""
-    kernel_size: Result[Count] = 3
+    kernel_size: Result[Annotated[int, Interval(ge=1, le=63)]] = 3
     """Side of the convolutions, in pixels."""
     rotate_degrees: Result[Degrees] = 0.0
     """Rotate the segmenter's training slices by up to this angle either way. `loader.rotate_degrees` counts for the

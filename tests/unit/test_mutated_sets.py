@@ -19,6 +19,7 @@ from data_shards.store.codecs import decode_into, encode
 from data_shards.store.inspect import inspect_shards
 from data_shards.store.set_index import parse_index
 from data_shards.store.shards import ShardSet
+from segdiff_dist.cli import main
 from segdiff_dist.config import read_yaml, validate
 from segdiff_dist.experiment import Experiment, load_experiment
 
@@ -123,3 +124,24 @@ def test_damaged_parts_of_an_unfinished_set_are_made_again(shapes_set: Path, tmp
         file.write_bytes(changed_json(json.loads(good), rng) if number % 2 else changed_bytes(good, rng))
         if stamp_of(tmp_path / "a") is not None:
             summarise(tmp_path / "a")
+
+
+def test_a_set_whose_pixels_are_of_another_size_is_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shapes(tmp_path / "set", num_patients=1, slices=1, held_out=0, size=16)
+    index = json.loads((folder / "index.json").read_text())
+    index["preprocessing"]["size"] = 8
+    (folder / "index.json").write_text(json.dumps(index))
+    assert main(["inspect", str(folder)]) == 1
+    assert "mask: 256 bytes of pixels, 64 expected; verify the set with" in capsys.readouterr().err
+
+
+def test_a_net_that_no_machine_can_build_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "config.yaml").write_text(
+        f"denoiser: {{block_out_channels: [{2**63}], layers_per_block: 9999}}"
+    )
+    assert main(["train", "--config", str(file), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "denoiser.block_out_channels" in said
+    assert "denoiser.layers_per_block: 9999; give a whole number from 1 to 64" in said
