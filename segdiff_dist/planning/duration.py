@@ -11,7 +11,7 @@ from segdiff_dist.ranks.distributed import is_main, world_size
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.throughput import peak_flops
 
-_DAY_S = 86_400.0
+_DAY_S, _SHORT_S = 86_400.0, 120.0
 # The share of a device's peak that a training step reaches; typical of networks of this kind (docs/scale.md).
 _USUAL_MFU = 0.4
 # Every machine is faster. A run that takes less than a day at this rate is not timed.
@@ -21,6 +21,11 @@ _SLOWEST_FLOPS = 5e9
 def duration_s(network: Network, images: int, flops: float) -> float:
     """Approximate seconds for `images` images on devices of `flops` FLOP/s together."""
     return images * network.flops_per_image / (flops * _USUAL_MFU)
+
+
+def is_short(network: Network, images: int) -> bool:
+    """Whether any machine needs less than two minutes, as far as an upper bound of the FLOPs shows it."""
+    return images * network.most_flops_per_image < _SHORT_S * _SLOWEST_FLOPS
 
 
 def warn_of_length(section: str, network: Network, images: int, config: TrainConfig, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from data_shards.store.shards import ShardSet
 from segdiff_dist.config import flatten, read_yaml
 from segdiff_dist.denoising.network_shapes import denoiser_network
 from segdiff_dist.experiment import Experiment, load_experiment, recorded_config, save_experiment
-from segdiff_dist.planning.duration import duration_s, warn_of_length
+from segdiff_dist.planning.duration import duration_s, is_short, warn_of_length
 from segdiff_dist.planning.memory import SmallConfig, capacity_of, memory_problems, plan_memory, refuse_together
 from segdiff_dist.planning.network import Network
 from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
@@ -138,7 +138,9 @@ class TrainingPlan(Plan):
 
     def announced(self) -> tuple[str, Cost, Path] | None:
         """The cost. Of several ranks none refuses alone: a full disk is an error of its own."""
-        return None if world_size() > 1 else (self.stage, self.cost(), self.folder)
+        if world_size() > 1 or is_short(self.network, self.config.num_images - self.images_seen):
+            return None
+        return self.stage, self.cost(), self.folder
 
     @contextmanager
     def lock(self) -> Iterator[None]:
