@@ -21,7 +21,7 @@ EXTRAS ?= dev,docs$(if $(GPU),$(comma)cuda)
 # PyTorch's own index of builds without CUDA, as its installation page gives it.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test test-all lint docs bench recipes campaign clean
+.PHONY: help install demo starter test test-all lint docs bench recipes campaign clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,13 @@ install: $(STAMP) ## install into .venv
 
 demo: $(STAMP) ## every stage on synthetic CT and MR, from volumes to a report, in 10 to 15 minutes on two cores
 	$(BIN)/segdiff demo $(ARGS)
+
+starter: $(STAMP) ## make the small model of `segdiff paint` again, from the phantom: about an hour on two cores; resumes
+	$(BIN)/segdiff demo --config starter
+	rm -rf build/starter && mkdir -p build
+	$(BIN)/segdiff export build/starter --run runs/starter/run --format pipeline --config starter \
+		--export.precision bf16 --export.segmenter --export.about segdiff_dist/configs/starter_card.md
+	rm -rf segdiff_dist/starter && mv build/starter segdiff_dist/starter
 
 test: $(STAMP) ## the tests, on the real engines, in about 16 minutes on two cores
 	@# Three files at a time: a test often waits for processes that start. Threads of their own would only fight for the

@@ -222,10 +222,21 @@ def test_models_from_elsewhere(
         segdiff_dist.open_model("nobody/nothing")
 
 
-def test_the_example_is_a_mask(tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["paint", "--example", "-i", str(tmp_path / "example.png")]) == 0
-    assert "next: segdiff paint -i" in capsys.readouterr().out
-    assert segdiff_dist.paint(tmp_path / "example.png", model).image.size == (256, 256)
+def test_the_first_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the README begins: an example mask, and the model of the package, whose images show the organs' HU."""
+    mask, out = tmp_path / "example.png", tmp_path / "example_ct.png"
+    assert main(["paint", "--example", "-i", str(mask)]) == 0
+    assert f"next: segdiff paint -i {mask} -o {out}" in capsys.readouterr().out
+    assert main(["paint", "-i", str(mask), "-o", str(out)]) == 0
+    assert "synthetic CT" in capsys.readouterr().out
+    ids_HW, hu_HW = np.asarray(Image.open(mask)), np.asarray(Image.open(out)) * (512 / 255) - 256
+    assert hu_HW.shape == (256, 256)
+    mean_of = {name: hu_HW[ids_HW == AMOS.names.index(name)].mean() for name in ("aorta", "kidney_left", "body")}
+    # The phantom draws blood at 168 HU and kidneys at 190 to 208; most of the body is fat, at -102.
+    assert mean_of["aorta"] > 80
+    assert mean_of["kidney_left"] > 100
+    assert mean_of["body"] < 20
+    assert hu_HW[ids_HW == 0].mean() < -230
 
 
 def test_a_run_folder_is_a_model(folder: Path, organs: np.ndarray) -> None:
