@@ -2,6 +2,7 @@
 
     FOLDER/model_index.json           diffusers' list of what is below
     FOLDER/unet/                      the UNet2DModel; beside its files, what joins the mask to its input
+    FOLDER/vae/                       for a model that works on latents: the AutoencoderKL
     FOLDER/scheduler/                 diffusers' scheduler of the process that it was trained on
     FOLDER/segdiff.json               schedule and sampler settings
     FOLDER/README.md                  the model card
@@ -33,6 +34,7 @@ from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser, known_modalities
 from segdiff_dist.denoising.diffusion import as_trained, make_scheduler
 from segdiff_dist.denoising.grids import sigma_bounds
+from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, IN_PIPELINE, sampler_problems
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.ranks.distributed import pick_device
@@ -140,7 +142,7 @@ class SegGuidedPipeline:
 
         passes = 1 if self.sampler.guidance == 1.0 else 2
         room = memory_bytes(self.device.type) // (1 if self.device.type == "cuda" else num_cores())
-        num = batch_size_for(self.model.config, self.size, passes, room, _MOST_AT_ONCE)
+        num = batch_size_for(self.model.config, self.size, passes, room, _MOST_AT_ONCE, latent=self.model.latent)
         class_id = class_ids(torch.tensor(self.model.modalities.index(modality)), torch.tensor(AXES.index(axis)))
         image_BHW = np.empty_like(mask_BHW)
         with progress_bar(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
@@ -222,7 +224,8 @@ class Extras:
 
 def pipeline_problems(weights: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> list[Problem]:
     """Conflicts between `sampler` and the training of the net in `weights`."""
-    return _alone(sampler).problems(_trained_process(weights, diffusion))
+    own, description = _alone(sampler), read_json(weights / DESCRIPTION, _RESTORE)
+    return own.problems(_trained_process(weights, diffusion)) + sampler_problems(own, description)
 
 
 def write_pipeline(
@@ -237,6 +240,9 @@ def write_pipeline(
 
     extras = extras or Extras()
     _copy_weights(weights, folder / UNET, extras.precision)
+    is_latent = (weights / BESIDE_WEIGHTS).is_dir()
+    if is_latent:  # in fp32: its digest is part of the net's description
+        _copy_weights(weights / BESIDE_WEIGHTS, folder / IN_PIPELINE, "fp32")
     if extras.segmenter is not None:
         _copy_weights(extras.segmenter, folder / SEGMENTER, extras.precision)
     description = read_json(weights / DESCRIPTION, _RESTORE)
@@ -250,7 +256,7 @@ def write_pipeline(
         "_diffusers_version": diffusers.__version__,
         UNET: ["diffusers", "UNet2DModel"],
         _SCHEDULER: ["diffusers", type(scheduler).__name__],
-    }
+    } | ({IN_PIPELINE: ["diffusers", "AutoencoderKL"]} if is_latent else {})
     write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     write_atomic(folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
     write_atomic(folder / "README.md", _card(description, process.process, own, extras.about))
@@ -336,6 +342,10 @@ numbers a pixel: the prediction, and what `head` in mask_encoder.safetensors cor
 mask ({net["mask_encoding"]}, {net["conditioning"]})"""
     alone = f"""The network alone, without segdiff:
 `diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input is the noised image{mask}{stem}."""
+    if net.get("space") == "latent":
+        alone = f"""`unet` works on latents of `vae`, of unit variance: (z - latents_mean) / latents_std of its
+config.json. Its input is a noised latent{mask}; each channel of the mask is its mean over the pixels of a latent
+position. Both networks are diffusers' own: `UNet2DModel` and `AutoencoderKL`."""
     alone = {
         "spade": """The network needs segdiff: the mask enters at its norms (SPADE), which diffusers' UNet2DModel does
 not have.""",

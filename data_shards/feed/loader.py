@@ -54,11 +54,14 @@ class Loader:
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
+        extra_NX: np.ndarray | None = None,
     ) -> None:
+        """`extra_NX`: an array with an entry for each row of the set, such as a memory-mapped file. A batch has those
+        of its rows."""
         import torch
 
         self.device = torch.device(device)
-        self._shards, self._config, self._seed = shards, config, seed
+        self._shards, self._config, self._seed, self._extra_NX = shards, config, seed, extra_NX
         self._positions = iter(positions)
         self._parts = tuple(shards.parts)
         self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
@@ -102,6 +105,9 @@ class Loader:
             modality_B, axis_B = (
                 codes[row_B].astype(np.int64) for codes in (self._shards.modality_N, self._shards.axis_N)
             )
+            extra_BX = None
+            if self._extra_NX is not None:
+                extra_BX = torch.from_numpy(self._extra_NX[row_B]).to(self.device, non_blocking=True)
             pixels = dict(zip(self._parts, map(self._to_torch, outputs), strict=True))
             yield Batch(
                 image_BHW=pixels["image"].squeeze(1),
@@ -110,6 +116,7 @@ class Loader:
                 axis_B=torch.from_numpy(axis_B).to(self.device, non_blocking=True),
                 position_B=torch.from_numpy(position_B).to(self.device, non_blocking=True),
                 edge_B2HW=pixels.get("edge"),
+                extra_BX=extra_BX,
             )
 
     def _to_torch(self, output: Any) -> torch.Tensor:

@@ -77,15 +77,16 @@ class MaskJoin(nn.Module):
     spade     x: the mask enters at the norms (spade.py)
     none      x: no mask
 
-    P is a learned 1x1 convolution to one channel without bias, so that the null mask, m = 0, leaves x as it is.
+    P is a learned 1x1 convolution to the channels of x without bias, so that the null mask, m = 0, leaves x as it is.
     """
 
-    def __init__(self, conditioning: Conditioning, num_mask_channels: int) -> None:
+    def __init__(self, conditioning: Conditioning, num_mask_channels: int, num_image_channels: int = 1) -> None:
         super().__init__()
         self.conditioning = conditioning
-        self.num_channels = 1 + num_mask_channels if conditioning == "concat" else 1
+        self.num_channels = num_image_channels + (num_mask_channels if conditioning == "concat" else 0)
         learned = conditioning in ("add", "multiply") and num_mask_channels > 1
-        self.projection = nn.Conv2d(num_mask_channels, 1, kernel_size=1, bias=False) if learned else None
+        widths = (num_mask_channels, num_image_channels)
+        self.projection = nn.Conv2d(*widths, kernel_size=1, bias=False) if learned else None
 
     def forward(self, x_t_B1HW: Tensor, mask_BKHW: Tensor) -> Tensor:
         """[B, num_channels, H, W]; both inputs in the weights' dtype."""

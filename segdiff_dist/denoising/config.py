@@ -35,6 +35,7 @@ Objective = Literal["ddpm", "edm", "flow"]
 SigmaSpacing = Literal["karras", "log_snr"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "karras", "log_snr"]
 Net = Literal["unet", "efficient", "compact"]
+Space = Literal["pixel", "latent"]
 # Side of the squares of pixels that the stem joins into one position; 1: no stem.
 _STEM: dict[Net, int] = {"unet": 1, "efficient": 2, "compact": 4}
 # What images depend on when they are sampled; the rest of DiffusionConfig says how the network is trained.
@@ -61,6 +62,11 @@ class DenoiserConfig:
     """unet: the paper's. efficient: more depth for the same time. Its levels begin at half the image's side, behind a
     stem that makes four channels of each 2x2 pixels, and the time embedding scales and shifts what a norm gives.
     compact: the same with 4x4 pixels, for large images on small machines."""
+    space: ResultWhereSet[Space] = "pixel"
+    """What the net denoises. latent: the latents of an autoencoder, whose sides `attention_resolutions` then names
+    (Rombach et al. 2022)."""
+    autoencoder: Resumable[str | None] = None
+    """The autoencoder of space latent: the run folder of `segdiff train-autoencoder`, or RUN/autoencoder/weights."""
     conditioning: Result[Conditioning] = "concat"
     """How the net reads the mask. concat, add, multiply: it is joined to the noised image. spade: it scales and shifts
     what the norms give, at each pixel (Park et al. 2019). controlnet: a trained denoiser is frozen, and a copy of its
@@ -123,6 +129,24 @@ class DenoiserConfig:
             yield Problem("config", "denoiser.base", str(self.base), remedy)
         if self.conditioning == "none" and self.soft_masks:
             yield Problem("config", "denoiser.soft_masks", "True", "conditioning none reads no mask: turn it off")
+
+    def space_problems(self) -> Iterator[Problem]:
+        """Settings that do not go with the space."""
+        if self.space == "pixel":
+            if self.autoencoder is not None:
+                yield Problem("config", "denoiser.autoencoder", self.autoencoder, "give denoiser.space latent with it")
+            return
+        if self.autoencoder is None:
+            remedy = "give the run folder of `segdiff train-autoencoder`"
+            yield Problem("config", "denoiser.autoencoder", "None", remedy)
+        if self.mask_encoding.startswith("scalar"):
+            remedy = "the mean of several label numbers is another label: use onehot or embedding"
+            yield Problem("config", "denoiser.mask_encoding", self.mask_encoding, remedy)
+        if self.conditioning == "controlnet":
+            remedy = "a ControlNet works on pixels: use concat, spade or space pixel"
+            yield Problem("config", "denoiser.conditioning", self.conditioning, remedy)
+        if self.net != "unet":
+            yield Problem("config", "denoiser.net", self.net, "its stem is for pixels: use unet for space latent")
 
     def _channel_problems(self, wrong: set[str], size: int | None) -> Iterator[Problem]:
         """Problems of numbers that must divide others. `wrong`: the settings that are out of range."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_dist.denoising.conditioning import NULL_MASK, Conditions, MaskEncoder, MaskJoin, class_ids, num_classes
 from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
@@ -99,15 +101,20 @@ class Denoiser(nn.Module):
         size: int,
         modalities: Sequence[str] = MODALITIES,
         base: BaseNet | None = None,
+        *,
+        latent: LatentSpace | None = None,
     ) -> None:
-        """`base`: the net that conditioning controlnet freezes. All but `control` is then the base's, by its names."""
+        """`base`: the net that conditioning controlnet freezes. All but `control` is then the base's, by its names.
+        `latent`: of config.space latent. `size` is the side of the images, in any space."""
         super().__init__()
         from segdiff_dist.diffusers_parts import UNet2DModel
 
         if label_table.num_classes > NULL_MASK:
             remedy = f"use at most {NULL_MASK}: id {NULL_MASK} means a mask that is not shown"
             raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
-        self.config, self.label_table, self.size = config, label_table, size
+        assert (latent is not None) == (config.space == "latent")
+        self.config, self.label_table, self.size, self.latent = config, label_table, size, latent
+        channels, side, _ = self.shape
         # The net's modalities, and those of its training, which may be fewer.
         self.modalities = self.trained_on = tuple(modalities)
         self.uses_kernels = self.reads_labels = False
@@ -117,12 +124,12 @@ class Denoiser(nn.Module):
         self.reads_mask = own.conditioning != "none"
         encoding = own.mask_encoding if self.reads_mask else "onehot"  # which has no weights
         self.mask_encoder = MaskEncoder(encoding, table.num_classes, own.mask_embedding_dim)
-        self.mask_join = MaskJoin(own.conditioning, self.mask_encoder.num_channels)
-        attends = [side in config.attention_resolutions for side in config.sides(size)]
+        self.mask_join = MaskJoin(own.conditioning, self.mask_encoder.num_channels, channels)
+        attends = [level in config.attention_resolutions for level in config.sides(side)]
         self.unet = UNet2DModel(
-            sample_size=size // config.stem,
+            sample_size=side // config.stem,
             in_channels=self.mask_join.num_channels * config.stem**2,
-            out_channels=(1 + _HEAD_CHANNELS) * config.stem**2 if config.stem > 1 else 1,
+            out_channels=(1 + _HEAD_CHANNELS) * config.stem**2 if config.stem > 1 else channels,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -143,12 +150,19 @@ class Denoiser(nn.Module):
             self.requires_grad_(False)
             self.control = ControlNet(config, self.unet, label_table).requires_grad_()
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of x: one channel of the images' side, or that of latents."""
+        return (1, self.size, self.size) if self.latent is None else self.latent.shape(self.size)
+
     def prepare_for(self, device: torch.device) -> Denoiser:
         """Move to `device`, and choose the backends of attention and of the operations between the convolutions.
 
         Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
         """
         self.choose_operators(device)
+        if self.latent is not None:
+            self.latent.move_to(device)
         return self.to(device)
 
     def choose_operators(self, device: torch.device) -> None:
@@ -160,7 +174,7 @@ class Denoiser(nn.Module):
             from segdiff_dist.denoising.fused_unet import fuse
 
             is_onehot = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
-            self.reads_labels = is_onehot and self.config.stem == 1
+            self.reads_labels = is_onehot and self.config.stem == 1 and self.latent is None
             fuse(self.unet, reads_labels=self.reads_labels)
         elif device.type == "cpu":
             from segdiff_dist.denoising.cpu_unet import suit_cpu
@@ -182,7 +196,8 @@ class Denoiser(nn.Module):
         class_B: Tensor,
         edge_B2HW: Tensor | None = None,
     ) -> Tensor:
-        """float32 [B, 1, H, W] prediction, computed in the weights' dtype; x_t float32 in [-1, 1] plus noise."""
+        """float32 [B, *shape] prediction, computed in the weights' dtype; x_t float32, in [-1, 1] (latents: of unit
+        variance) plus noise. The mask has the images' side in any space."""
         dtype = self.unet.conv_in.weight.dtype
         labels = class_B if self.config.class_conditioning else None
         if self.reads_labels:
@@ -193,6 +208,8 @@ class Denoiser(nn.Module):
             if self.control is not None:  # which reads it in the base's place
                 shown = (torch.full_like(mask_BHW, NULL_MASK), dtype, None)
             mask_BKHW = self.mask_encoder(*shown)
+            if self.latent is not None:
+                mask_BKHW = self.latent.pooled(mask_BKHW)
             if self.spade is not None:
                 self.spade.read(mask_BKHW)
             x_BCHW = self.mask_join(x_BCHW, mask_BKHW)
@@ -233,6 +250,9 @@ class Denoiser(nn.Module):
         """
         from safetensors.torch import save_file
 
+        if self.latent is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.latent.copy_to(folder / BESIDE_WEIGHTS)
         with updated_folder(folder) as unfinished:
             prefix = "unet."
             unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
@@ -252,6 +272,8 @@ class Denoiser(nn.Module):
             }
             if self.base is not None:
                 description["base"] = self.base.described
+            if self.latent is not None:
+                description[DESCRIBED] = self.latent.described
             if self.modalities != MODALITIES:
                 description[MODALITIES_KEY] = list(self.modalities)
             (unfinished / "segdiff.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -274,13 +296,16 @@ class Denoiser(nn.Module):
             table = LabelTable.of(description["label_table"])
             size, modalities = int(description["size"]), described_modalities(description, description_file)
             base = BaseNet.of(description["base"], description_file) if config.conditioning == "controlnet" else None
-            refuse(config.problems(size) + _size_problems(config, size, description_file))
+            latent = LatentSpace.beside(folder, description[DESCRIBED]) if config.space == "latent" else None
+            side = size if latent is None else size // latent.factor
+            refuse(config.problems(side) + _size_problems(config, size, description_file))
         files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]
         if (folder / "mask_encoder.safetensors").is_file():
             files.append(("", folder / "mask_encoder.safetensors"))
         if base is not None:
             files.append((_CONTROL, folder / _CONTROL_FILE))
-        model = read_weights(files, lambda: cls(config, table, size, modalities, base), "weights", remedy).eval()
+        make = partial(cls, config, table, size, modalities, base, latent=latent)
+        model = read_weights(files, make, "weights", remedy).eval()
         model.trained_on = known_modalities(description, description_file)
         return model
 

@@ -25,7 +25,7 @@ KEPT = "base"
 _ABOUT = "segdiff.json"
 # The settings that make a net's shape.
 _SHAPE = (
-    *("net", "block_out_channels", "layers_per_block", "attention_resolutions"),
+    *("space", "net", "block_out_channels", "layers_per_block", "attention_resolutions"),
     *("attention_head_dim", "norm_num_groups", "class_conditioning"),
 )
 

@@ -14,15 +14,22 @@ from segdiff_dist.planning.network import Network, on_meta
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.latent_space import LatentSpace
 
 
 def denoiser_network(
-    config: DenoiserConfig, shards: ShardSet, side: int, device: torch.device, base: BaseNet | None = None
+    config: DenoiserConfig,
+    shards: ShardSet,
+    side: int,
+    device: torch.device,
+    base: BaseNet | None = None,
+    latent: LatentSpace | None = None,
 ) -> Network:
-    """The denoiser for slices of `side` pixels, with what computes it on `device`. `base`: of a ControlNet."""
+    """The denoiser for slices of `side` pixels, with what computes it on `device`. `base`: of a ControlNet; `latent`:
+    where it works on latents."""
 
     def make() -> nn.Module:
-        model = Denoiser(config, shards.label_table, side, shards.modalities, base)
+        model = Denoiser(config, shards.label_table, side, shards.modalities, base, latent=latent)
         model.choose_operators(device)
         set_attention(model, "sdpa")  # keeps no more memory than the others
         return model
@@ -31,6 +38,7 @@ def denoiser_network(
         numbers = on_meta(images, dtype=torch.int64)
         edge = (on_meta(images, 2, side, side, dtype=torch.uint8),) if config.soft_masks else ()
         mask = on_meta(images, side, side, dtype=torch.uint8)
-        return (on_meta(images, 1, side, side), numbers, mask, numbers, *edge)
+        x_shape = (1, side, side) if latent is None else latent.shape(side)
+        return (on_meta(images, *x_shape), numbers, mask, numbers, *edge)
 
     return Network(make, inputs)

@@ -89,6 +89,12 @@ class TimestepProcess:
         )
         return Noised(*noised)
 
+    def drawn_levels(self, position_B: Tensor, seed: int) -> Tensor:
+        """The levels [B] that `noised` draws."""
+        if self.config.timestep_sampling == "lognormal":
+            return lognormal_timesteps(seed, position_B, self.alphas_cumprod_T, *self.config.lognormal)
+        return philox.timesteps(seed, position_B, self.config.num_train_timesteps)
+
     def with_noise(self, x_0_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Noised:
         """Given images, noise and levels."""
         a_B = self.alphas_cumprod_T[level_B]
@@ -165,8 +171,7 @@ class SigmaProcess:
 
     def noised(self, batch: Batch, seed: int, *, use_kernels: bool) -> Noised:
         """As of TimestepProcess."""
-        z_B = philox.normal(seed, philox.STREAM_TIMESTEP, batch.position_B, (1,))[:, 0]
-        level_B = self._mean + self._std * z_B
+        level_B = self.drawn_levels(batch.position_B, seed)
         form = self.form(level_B)
         levels_B4 = torch.stack((form.signal, form.spread, form.target_from_x0, form.target_from_noise), dim=1).float()
         noised = (condition_input if use_kernels else condition_input_reference)(
@@ -176,6 +181,11 @@ class SigmaProcess:
             levels_B4=levels_B4,
         )
         return Noised(noised.input_B1HW, noised.target_B1HW, level_B)
+
+    def drawn_levels(self, position_B: Tensor, seed: int) -> Tensor:
+        """As of TimestepProcess."""
+        z_B = philox.normal(seed, philox.STREAM_TIMESTEP, position_B, (1,))[:, 0]
+        return self._mean + self._std * z_B
 
     def with_noise(self, x_0_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Noised:
         """As of TimestepProcess."""
@@ -285,6 +295,12 @@ class SigmaProcess:
 
 
 Process = TimestepProcess | SigmaProcess
+
+
+def noised_by_position(process: Process, x_0_BCHW: Tensor, position_B: Tensor, seed: int) -> Noised:
+    """What `noised` gives, of images of any channels that are float32 already."""
+    noise_BCHW = philox.normal(seed, philox.STREAM_NOISE, position_B, x_0_BCHW.shape[1:])
+    return process.with_noise(x_0_BCHW, noise_BCHW, process.drawn_levels(position_B, seed))
 
 
 def make_process(config: DiffusionConfig, device: torch.device | None = None) -> Process:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_shards.files import first_line
 from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.latent_space import LatentSpace
 from segdiff_dist.ranks.cuda_graph import Recorder, recorder_for
 
 # A kind of batch is recorded when it comes for the third time. Its first two passes compile kernels and choose
@@ -31,6 +32,7 @@ class Net(Protocol):
     """The interface of a denoiser that a sampler uses."""
 
     uses_kernels: bool
+    latent: LatentSpace | None
 
     def __call__(
         self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, edge_B2HW: Tensor | None = None
@@ -53,7 +55,7 @@ class ReplayedNet:
 
     def __init__(self, model: Denoiser, device: torch.device) -> None:
         self._model, self._device = model, device
-        self.uses_kernels = model.uses_kernels
+        self.uses_kernels, self.latent = model.uses_kernels, model.latent
         self._passes: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         self._can_record = recorder_for(device) is not None
@@ -61,7 +63,7 @@ class ReplayedNet:
     def __call__(
         self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, edge_B2HW: Tensor | None = None
     ) -> Tensor:
-        """As Denoiser.forward: float32 [B, 1, H, W], which the next call leaves as it is."""
+        """As Denoiser.forward: float32 [B, *shape], which the next call leaves as it is."""
         given = [x for x in (x_t_BCHW, timestep_B, mask_BHW, class_B, edge_B2HW) if x is not None]
         kind = tuple((x.shape, x.dtype) for x in given)
         if kind in self._recordings:

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 _MOST_SLICES = 512
 
 
-def with_sigma_data(diffusion: DiffusionConfig, shards: ShardSet, rows: np.ndarray) -> DiffusionConfig:
-    """The same with sigma_data measured on the slices `rows`, if the objective needs it and none is given."""
+def with_sigma_data(
+    diffusion: DiffusionConfig, shards: ShardSet, rows: np.ndarray, *, on_latents: bool = False
+) -> DiffusionConfig:
+    """The same with sigma_data measured on the slices `rows`, if the objective needs it and none is given. That of
+    latents is 1."""
+    if diffusion.objective == "edm" and diffusion.sigma_data is None and on_latents:
+        return replace(diffusion, sigma_data=1.0)
     if diffusion.objective != "edm" or diffusion.sigma_data is not None or len(rows) == 0:
         return diffusion
     return replace(diffusion, sigma_data=measure_sigma_data(shards, rows))

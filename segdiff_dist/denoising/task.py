@@ -23,8 +23,9 @@ from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.denoiser import TRAINED_ON, Denoiser
 from segdiff_dist.denoising.frozen_base import Base, kept_weights
+from segdiff_dist.denoising.latents import run_space
 from segdiff_dist.denoising.organ_dropout import drop_organs
-from segdiff_dist.denoising.process import make_process
+from segdiff_dist.denoising.process import make_process, noised_by_position
 from segdiff_dist.ranks.distributed import is_main
 from segdiff_dist.segmentation.segmenter import Segmenter
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
@@ -39,8 +40,9 @@ _SEGMENTER_DIGEST = "dice_segmenter_sha256"
 class DenoiserTask:
     """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
 
-    For objective edm, `diffusion` must hold sigma_data (sigma_data.py). `validation` is called as Task.validate is, and
-    returns metrics of held-out slices; without it there are none. `find_problems` checks the settings beforehand.
+    For objective edm, `diffusion` must hold sigma_data (sigma_data.py); for space latent, latents.py must have measured
+    the scale. `validation` is called as Task.validate is, and returns metrics of held-out slices; without it there are
+    none. `find_problems` checks the settings beforehand.
     """
 
     name = "train"
@@ -67,7 +69,8 @@ class DenoiserTask:
         self.base = Base.find(denoiser, weights.parent)
         with _seeded(seed):
             net = None if self.base is None else self.base.net
-            model = Denoiser(denoiser, shards.label_table, size, shards.modalities, net)
+            latent = run_space(denoiser, weights)
+            model = Denoiser(denoiser, shards.label_table, size, shards.modalities, net, latent=latent)
         if self.base is not None:
             self.base.begin(model)
             if is_main():
@@ -80,8 +83,12 @@ class DenoiserTask:
 
         Metrics: the unweighted squared error by quarters of the noise levels, and `dice_loss`.
         """
-        process = self.process
-        x_BCHW, target_BCHW, level_B = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
+        process, latent = self.process, self.model.latent
+        if latent is None:
+            noised = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
+        else:
+            noised = noised_by_position(process, latent.x_0(batch), batch.position_B, self.seed)
+        x_BCHW, target_BCHW, level_B = noised
 
         prediction_BCHW = forward(x_BCHW, process.time(level_B), *self.conditions(batch))
 

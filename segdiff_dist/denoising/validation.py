@@ -22,6 +22,7 @@ from data_shards.feed.order import Shuffled
 from data_shards.records import AXES, Batch, SliceRecord
 from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
 from segdiff_dist.denoising.config import DiffusionConfig, ValidationConfig
+from segdiff_dist.denoising.latent_space import LatentSpace, on_latents
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import sample
@@ -53,6 +54,8 @@ class HeldOutSlices:
     """Its crop size, threads and on_corrupt are used, not its augmentation."""
     soft_masks: bool = False
     """Whether the network is given soft edges."""
+    latent: LatentSpace | None = None
+    """Of a network that works on latents."""
 
 
 class DenoiserValidation:
@@ -76,9 +79,9 @@ class DenoiserValidation:
         """`draw` is called on rank 0 with the generated images (see DrawGrid)."""
         shards, rows, loader = slices.shards, slices.rows, slices.loader
         self.shards, self.diffusion, self.config, self.device = shards, diffusion, config, device
-        self.soft_masks, self.draw = slices.soft_masks, draw
+        self.soft_masks, self.draw, self._latent = slices.soft_masks, draw, slices.latent
         self.sampler = replace(
-            sampler,
+            sampler if slices.latent is None else on_latents(sampler),
             preset="fast",
             solver="ddim",
             num_steps=config.num_steps,
@@ -141,7 +144,7 @@ class DenoiserValidation:
 
     def _errors(self, forward: Forward, batch: Batch) -> Tensor:
         """float32 [B]: the squared error of each slice's noised image, its mean over pixels."""
-        x_0_BCHW = to_model_range(batch.image_BHW)
+        x_0_BCHW = to_model_range(batch.image_BHW) if self._latent is None else self._latent.x_0(batch)
         noise_BCHW = philox.normal(self.config.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
         # Positions from num_images on only fill up the batches of the last ranks.
         level_B = self._level_N[batch.position_B.clamp(max=self.config.num_images - 1)]
@@ -189,9 +192,12 @@ class DenoiserValidation:
     def _sample(self, forward: Forward, pictures: list[int]) -> Tensor:
         records = [self._records[p] for p in pictures]
         picture_B = torch.tensor(pictures, device=self.device)
-        noise_BCHW = philox.normal(self.config.seed, philox.STREAM_SAMPLE, picture_B, (1, *records[0].mask_HW.shape))
+        side = len(records[0].mask_HW)
+        shape = (1, side, side) if self._latent is None else self._latent.shape(side)
+        noise_BCHW = philox.normal(self.config.seed, philox.STREAM_SAMPLE, picture_B, shape)
         predict = guided(forward, self._conditions(records), self.sampler.guidance, self.sampler.guidance_removes)
-        return to_uint8(sample(predict, self.diffusion, self.sampler, noise_BCHW))
+        x_0_BCHW = sample(predict, self.diffusion, self.sampler, noise_BCHW)
+        return to_uint8(x_0_BCHW if self._latent is None else self._latent.decode(x_0_BCHW))
 
     def _conditions(self, records: list[SliceRecord]) -> Conditions:
         modality_B = torch.tensor([self.shards.modalities.index(r.meta.modality) for r in records], device=self.device)

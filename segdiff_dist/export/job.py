@@ -157,7 +157,7 @@ def check_model(
 
     if not (weights / "segdiff.json").is_file():
         raise problem(weights, "weights", "not found", f"train first: {how_to_make('train', weights)}")
-    needed = sum(file.stat().st_size for file in weights.iterdir())
+    needed = sum(file.stat().st_size for file in weights.rglob("*"))
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])
     return ModelExport(weights, out, diffusion, sampler, needed, extras or Extras())
 

@@ -280,7 +280,9 @@ def _weaker_digest(weights: Path, description: dict[str, Any], name: str) -> str
     weaker = weights.parent / name
     _, digest = load_denoiser(weaker)
     other = json.loads((weaker / "segdiff.json").read_text())
-    alike = all(other.get(key) == description.get(key) for key in ("denoiser", "label_table", "size", "modalities"))
+    alike = all(
+        other.get(key) == description.get(key) for key in ("denoiser", "label_table", "size", "modalities", "latent")
+    )
     if (
         not alike
         or as_trained(DiffusionConfig(), other.get("diffusion", {}))[0]
@@ -296,10 +298,12 @@ def _unlike_training(
 ) -> list[Problem]:
     """Conditions that the weights, whose segdiff.json is `description`, were not trained for. Old ones do not have
     every field."""
+    from segdiff_dist.denoising.latent_space import sampler_problems
     from segdiff_dist.denoising.sampler_config import guidance_problems
 
     sampler = config.sampler
     problems = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
+    problems += sampler_problems(sampler, description)
     if description["label_table"]["name"] != shards.label_table.name or description["size"] > shards.size:
         trained = f"{description['label_table']['name']!r} at {description['size']} pixels"
         value = f"{shards.label_table.name!r} at {shards.size} pixels"

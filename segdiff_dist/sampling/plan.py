@@ -123,7 +123,7 @@ def _seconds_of_a_pass(job: Job, pool: WorkerPool, config: SampleConfig) -> tupl
     with torch.inference_mode():
         for _ in range(2):
             began = time.perf_counter()
-            model(mask_BHW[:, None].float(), zero_B, mask_BHW, zero_B).sum().item()
+            model(torch.zeros(LEAST_BATCH, *model.shape, device=device), zero_B, mask_BHW, zero_B).sum().item()
             seconds = time.perf_counter() - began
             if seconds > _LONG_PASS_S:
                 break

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from segdiff_dist.denoising.conditioning import Conditions
     from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
     from segdiff_dist.denoising.denoiser import Denoiser
+    from segdiff_dist.denoising.latent_space import LatentSpace
     from segdiff_dist.denoising.replayed import Net
     from segdiff_dist.denoising.sampler_config import SamplerConfig
     from segdiff_dist.denoising.samplers import Guide
@@ -76,6 +77,7 @@ class WorkerFactory:
             made.passes,
             memory_bytes(self.device) // beside,
             store.region_size,
+            latent=made.model.latent,
         )
         return made
 
@@ -210,11 +212,13 @@ def generate(
 
     from segdiff_dist.denoising import samplers
     from segdiff_dist.denoising.conditioning import guided
+    from segdiff_dist.denoising.latent_space import on_latents
     from segdiff_dist.pixels import to_uint8
     from segdiff_kernels import philox
 
     item_B = torch.tensor([item["item_id"] for item in items], device=conditions.mask_BHW.device)
-    shape = (1, *conditions.mask_BHW.shape[1:])
+    side, latent = conditions.mask_BHW.shape[-1], model.latent
+    shape = (1, side, side) if latent is None else latent.shape(side)
 
     def noise(step: int) -> Tensor:
         """Step -1 is the start; each step of each item has its own counters."""
@@ -237,13 +241,15 @@ def generate(
     images_BCHW = samplers.sample(
         watched(sampler.guidance),
         diffusion,
-        sampler,
+        sampler if latent is None else on_latents(sampler),
         noise(-1),
         noise,
         guide,
         unguided=None if sampler.guidance_interval is None else watched(1.0),
         fused=model.uses_kernels,
     )
+    if latent is not None:
+        images_BCHW = latent.decode(images_BCHW)
     finite_B.logical_and_(images_BCHW.flatten(1).isfinite().all(dim=1))
     _refuse_spoilt(items, finite_B.tolist())
     return to_uint8(images_BCHW).cpu().numpy()
@@ -259,18 +265,31 @@ def _refuse_spoilt(items: list[dict[str, Any]], is_finite: list[bool]) -> None:
     raise problem("denoiser", "prediction", value, remedy)
 
 
-def batch_size_for(config: DenoiserConfig, size: int, passes: int, available_bytes: int, most: int) -> int:
+def batch_size_for(
+    config: DenoiserConfig,
+    size: int,
+    passes: int,
+    available_bytes: int,
+    most: int,
+    *,
+    latent: LatentSpace | None = None,
+) -> int:
     """How many images of `size` pixels fit into `available_bytes` at once, from LEAST_BATCH to `most`.
 
     Counted are a UNet's skip connections and twelve maps of its widest level, four bytes a value: in, out, norms, the
     concatenated skip, and what convolutions need. The paper's net at 64x64 takes 30 MiB an image on a CPU in fp32 and
     25 in bf16 (measured); this estimate is 32. For `net: efficient` 28 maps are counted: its levels begin at half the
     side, but mask and head are large. (64, 96, 128) at 64x64 takes 5.4 to 7.6 MiB in fp32; this estimate is 8.1.
-    `passes`: 2 if guidance runs the net with and without conditions.
+    `passes`: 2 if guidance runs the net with and without conditions. `latent`: six maps of the autoencoder's second
+    level at the images' side are counted, which its decoder has before the last blocks.
     """
-    maps = [channels * side**2 for channels, side in zip(config.block_out_channels, config.sides(size), strict=True)]
+    sides = config.sides(size if latent is None else size // latent.factor)
+    maps = [channels * side**2 for channels, side in zip(config.block_out_channels, sides, strict=True)]
     values = (config.layers_per_block + 1) * sum(maps) + (12 if config.net == "unet" else 28) * max(maps)
-    fit = int(_SHARE_FOR_ACTIVATIONS * available_bytes) // (4 * values * passes)
+    needed = values * passes
+    if latent is not None:
+        needed = max(needed, 6 * latent.autoencoder.config.block_out_channels[1] * size**2)
+    fit = int(_SHARE_FOR_ACTIVATIONS * available_bytes) // (4 * needed)
     return min(max(LEAST_BATCH, fit), max(LEAST_BATCH, most))
 
 

@@ -61,6 +61,8 @@ class Train(ConfiguredStage):
         from data_shards.feed.mixing import mix_groups
         from segdiff_dist.attention import choose_attention
         from segdiff_dist.denoising.denoiser import choose_kernels
+        from segdiff_dist.denoising.latent_space import find_space
+        from segdiff_dist.denoising.latents import latents_message, refuse_other_latents
         from segdiff_dist.denoising.network_shapes import denoiser_network
         from segdiff_dist.denoising.task import find_problems
         from segdiff_dist.stages.training_plan import (
@@ -80,9 +82,11 @@ class Train(ConfiguredStage):
         side = side_of(shards, loader.crop_size)
         rows = training_rows(experiment, shards, labelled_only=denoiser.conditioning != "none")
         picked = partial(pick_device, config.device, "train.device")
-        base, *_, attention, kernels, _ = collect(
+        [latent] = collect(lambda: find_space(denoiser, diffusion, side, shards.modalities))
+        net_side = side if latent is None else side // latent.factor
+        base, *_, attention, kernels, _, _ = collect(
             lambda: _fitting_base(self, run, shards, rows),
-            lambda: refuse(find_problems(shards, side, denoiser, diffusion)),
+            lambda: refuse(find_problems(shards, net_side, denoiser, diffusion)),
             lambda: refuse(config.problems("train", world_size()) + loader.problems()),
             lambda: refuse(self.validation.problems(diffusion)),
             lambda: refuse(self.tracking.problems()),
@@ -91,6 +95,7 @@ class Train(ConfiguredStage):
             lambda: choose_attention(denoiser.attention, picked(), denoiser.attention_head_dim),
             lambda: choose_kernels(denoiser.kernels, picked()),
             lambda: refuse_another_config(experiment, run / "checkpoints", started),
+            lambda: refuse_other_latents(run, latent, shards),
         )
         device = picked()
 
@@ -105,15 +110,17 @@ class Train(ConfiguredStage):
             config=config,
             device=device,
             recipe=recipe_of(self.config),
-            network=denoiser_network(denoiser, shards, side, device, None if base is None else base.net),
+            network=denoiser_network(denoiser, shards, side, device, None if base is None else base.net, latent),
+            make_extra=None if latent is None else partial(_encode, self, run, shards, rows, device),
             make_task=partial(_make_task, self, run, shards, rows, device),
             # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),
             logged_sections=_SECTIONS,
-            message=f"train: {device}, {config.precision}, kernels: {kernels}, attention: {attention}",
+            message=f"train: {device}, {config.precision}, kernels: {kernels}, attention: {attention}"
+            + latents_message(latent, loader),
             next_command=command("sample", "--run", run, *address_flag(experiment)),
             limits={"small": lambda: small_config(shards, side, device)},
-            compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" else None,
+            compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" and not latent else None,
         ).checked()
 
 
@@ -140,11 +147,24 @@ def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) 
     return lambda images: compile_kernels(plan_of(stage.denoiser, table, side, images, config.precision, device))
 
 
+def _encode(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device) -> np.ndarray | None:
+    """The latents of the slices to train and to validate on, and their scale, in RUN/latents."""
+    from segdiff_dist.denoising.latent_space import LatentSpace
+    from segdiff_dist.denoising.latents import latents_of
+    from segdiff_dist.training.engine import start_distributed
+
+    start_distributed(device)
+    space = LatentSpace.open(str(stage.denoiser.autoencoder))
+    space.move_to(device)
+    return latents_of(space, shards, rows, stage.loader, run)
+
+
 def _make_task(
     stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device, tracker: Tracker
 ) -> DenoiserTask:
     """The training task and its validation. Measures sigma_data if the objective needs it."""
     from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.denoising.latents import run_space
     from segdiff_dist.denoising.sample_grid import SampleGrids
     from segdiff_dist.denoising.sigma_data import with_sigma_data
     from segdiff_dist.denoising.task import DenoiserTask
@@ -152,15 +172,20 @@ def _make_task(
     from segdiff_dist.stages.training_plan import side_of
 
     denoiser, loader = stage.denoiser, stage.loader
-    base = Base.find(denoiser, run)
+    base, latent = Base.find(denoiser, run), run_space(denoiser, run / "weights")
+    if latent is not None:
+        latent.move_to(device)
     process = with_sigma_data(
-        stage.diffusion if base is None else base.with_its_sigma_data(stage.diffusion), shards, rows
+        stage.diffusion if base is None else base.with_its_sigma_data(stage.diffusion),
+        shards,
+        rows,
+        on_latents=latent is not None,
     )
     held_out = shards.select(
         split="val", modalities=loader.modalities, axes=loader.axes, labelled_only=denoiser.conditioning != "none"
     )
     validation = DenoiserValidation(
-        HeldOutSlices(shards, held_out, loader, denoiser.soft_masks),
+        HeldOutSlices(shards, held_out, loader, denoiser.soft_masks, latent),
         process,
         replace(stage.experiment.sample.sampler, guidance=1.0),
         stage.validation,

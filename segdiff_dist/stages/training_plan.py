@@ -81,6 +81,8 @@ class TrainingPlan(Plan):
     """The name of the configuration, where one was given."""
     compile_kernels: Callable[[int], None] | None = None
     """As TrainingJob has it."""
+    make_extra: Callable[[], np.ndarray | None] | None = None
+    """Makes what the task needs before the training: an array for Batch.extra_BX, or None."""
     judge: Judge | None = None
     """Measures the result of the training."""
 
@@ -174,10 +176,11 @@ class TrainingPlan(Plan):
         if is_main():
             tracker.log_artifact(experiment.path("run") / "config.yaml")
             print(self.message, flush=True)
+        extra_NX = None if self.make_extra is None else self.make_extra()
         task, config = self.make_task(tracker), self.config
         job = TrainingJob(
             task, self.shards, self.rows, self.loader, config, self.folder, tracker, self.device, settings,
-            self.compile_kernels,
+            self.compile_kernels, extra_NX,
         )  # fmt: skip
         train(job)
         lines: tuple[str, ...] = (f"weights in {self.folder / 'weights'}",)

@@ -70,6 +70,8 @@ class TrainingJob:
     """The whole resolved configuration, by section. Ranks must agree on it, and each checkpoint keeps a copy."""
     compile_kernels: Callable[[int], None] | None = None
     """Compiles the network's kernels for micro-batches of a given number of images, before they are launched."""
+    extra_NX: np.ndarray | None = None
+    """A further array with an entry for each row of the set, for Batch.extra_BX."""
 
     def load(self, images_seen: int, batch_size: int, num_batches: int, of_rank: int, ranks: int) -> Iterator[Batch]:
         """The micro-batches of one rank from `images_seen` on, `num_batches` of them a step."""
@@ -78,7 +80,18 @@ class TrainingJob:
             images_seen, micro_batch_size=batch_size, num_micro_batches=num_batches, rank=of_rank, world_size=ranks
         )
         seed, device = self.config.seed, self.device
-        return iter(Loader(self.shards, order, positions, self.loader, batch_size=batch_size, seed=seed, device=device))
+        return iter(
+            Loader(
+                self.shards,
+                order,
+                positions,
+                self.loader,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                extra_NX=self.extra_NX,
+            )
+        )
 
 
 def train(job: TrainingJob) -> None:
