@@ -34,7 +34,7 @@ from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser, known_modalities
 from segdiff_dist.denoising.diffusion import as_trained, make_scheduler
 from segdiff_dist.denoising.grids import sigma_bounds
-from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, IN_PIPELINE, sampler_problems
+from segdiff_dist.denoising.latent_space import copy_to_pipeline, sampler_problems
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.ranks.distributed import pick_device
@@ -240,9 +240,7 @@ def write_pipeline(
 
     extras = extras or Extras()
     _copy_weights(weights, folder / UNET, extras.precision)
-    is_latent = (weights / BESIDE_WEIGHTS).is_dir()
-    if is_latent:  # in fp32: its digest is part of the net's description
-        _copy_weights(weights / BESIDE_WEIGHTS, folder / IN_PIPELINE, "fp32")
+    of_latents = copy_to_pipeline(weights, folder)
     if extras.segmenter is not None:
         _copy_weights(extras.segmenter, folder / SEGMENTER, extras.precision)
     description = read_json(weights / DESCRIPTION, _RESTORE)
@@ -256,7 +254,7 @@ def write_pipeline(
         "_diffusers_version": diffusers.__version__,
         UNET: ["diffusers", "UNet2DModel"],
         _SCHEDULER: ["diffusers", type(scheduler).__name__],
-    } | ({IN_PIPELINE: ["diffusers", "AutoencoderKL"]} if is_latent else {})
+    } | of_latents
     write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     write_atomic(folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
     write_atomic(folder / "README.md", _card(description, process.process, own, extras.about))

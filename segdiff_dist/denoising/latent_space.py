@@ -162,6 +162,19 @@ def _conflicts(denoiser: DenoiserConfig, diffusion: DiffusionConfig) -> Iterator
     yield from denoiser.space_problems()
 
 
+def copy_to_pipeline(weights: Path, folder: Path) -> dict[str, list[str]]:
+    """Copy the autoencoder beside weights, if there is one; returns its entry of model_index.json.
+
+    It stays in fp32, since its digest is part of the denoiser's description.
+    """
+    if not (weights / BESIDE_WEIGHTS).is_dir():
+        return {}
+    (folder / IN_PIPELINE).mkdir()
+    for file in sorted((weights / BESIDE_WEIGHTS).iterdir()):
+        shutil.copyfile(file, folder / IN_PIPELINE / file.name)
+    return {IN_PIPELINE: ["diffusers", "AutoencoderKL"]}
+
+
 def on_latents(sampler: SamplerConfig) -> SamplerConfig:
     """The sampler without the bound on predicted images, which latents do not have."""
     return replace(sampler, clip_sample=False)

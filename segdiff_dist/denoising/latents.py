@@ -48,6 +48,13 @@ def latents_message(space: LatentSpace | None, loader: LoaderConfig) -> str:
     return f", latents {where}"
 
 
+def latents_bytes(space: LatentSpace | None, loader: LoaderConfig, num: int) -> int:
+    """Bytes of the latents of `num` slices on the disk."""
+    if space is None or not can_cache(loader):
+        return 0
+    return 4 * num * int(np.prod(space.shape(space.autoencoder.size)))
+
+
 def refuse_other_latents(run: Path, space: LatentSpace | None, shards: ShardSet) -> None:
     """Refuse to go on with the latents, or with the denoiser, of another autoencoder or of another set."""
     if space is None:

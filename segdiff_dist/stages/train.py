@@ -62,7 +62,7 @@ class Train(ConfiguredStage):
         from segdiff_dist.attention import choose_attention
         from segdiff_dist.denoising.denoiser import choose_kernels
         from segdiff_dist.denoising.latent_space import find_space
-        from segdiff_dist.denoising.latents import latents_message, refuse_other_latents
+        from segdiff_dist.denoising.latents import latents_bytes, latents_message, refuse_other_latents
         from segdiff_dist.denoising.network_shapes import denoiser_network
         from segdiff_dist.denoising.task import find_problems
         from segdiff_dist.stages.training_plan import (
@@ -112,6 +112,7 @@ class Train(ConfiguredStage):
             recipe=recipe_of(self.config),
             network=denoiser_network(denoiser, shards, side, device, None if base is None else base.net, latent),
             make_extra=None if latent is None else partial(_encode, self, run, shards, rows, device),
+            extra_bytes=latents_bytes(latent, loader, len(rows)),
             make_task=partial(_make_task, self, run, shards, rows, device),
             # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),

@@ -57,7 +57,7 @@ class TrainAutoencoder(ConfiguredStage):
         train = settle_precision(self.autoencoder.train, self.experiment, "autoencoder.train", folder / "checkpoints")
         config = replace(self.autoencoder, train=train)
         experiment = replace(self.experiment, autoencoder=config)
-        side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards, labelled_only=False)
         picked = partial(pick_device, train.device, "autoencoder.train.device")
         *_, segmenter = collect(
             lambda: refuse(config.problems(side, world_size()) + loader.problems()),

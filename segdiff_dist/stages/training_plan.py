@@ -83,6 +83,8 @@ class TrainingPlan(Plan):
     """As TrainingJob has it."""
     make_extra: Callable[[], np.ndarray | None] | None = None
     """Makes what the task needs before the training: an array for Batch.extra_BX, or None."""
+    extra_bytes: int = 0
+    """Its bytes on the disk."""
     judge: Judge | None = None
     """Measures the result of the training."""
 
@@ -126,12 +128,11 @@ class TrainingPlan(Plan):
         checkpoints = number * 4 * (3 + averages) * (config.keep_checkpoints + 1)
         where = f"{world_size()} x {self.device.type}"
         parameters = f"parameters: {number:,}" + (f", and {frozen:,} that are frozen" if frozen else "")
+        weights = (number + frozen) * 4 * (1 + averages) + frozen * 4
         return Cost(
             images=images,
             seconds=duration_s(self.network, images, peak.flops * world_size()),
-            num_bytes=max(
-                0, checkpoints + (number + frozen) * 4 * (1 + averages) + frozen * 4 - _bytes_in(self.folder)
-            ),
+            num_bytes=max(0, checkpoints + weights + self.extra_bytes - _bytes_in(self.folder)),
             memory_bytes=memory.needed("GPU" if on_gpu else "lone host"),
             what=f"{number / 1e6:.1f} M parameters, {config.micro_batch_size} images at once",
             smaller=f"--{self.section}.keep-checkpoints 1" if config.keep_checkpoints > 1 else "",
