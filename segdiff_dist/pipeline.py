@@ -342,8 +342,7 @@ mask ({net["mask_encoding"]}, {net["conditioning"]})"""
 `diffusers.UNet2DModel.from_pretrained("this/folder", subfolder="unet")`. Its input is the noised image{mask}{stem}."""
     if net.get("space") == "latent":
         alone = f"""`unet` works on latents of `vae`, of unit variance: (z - latents_mean) / latents_std of its
-config.json. Its input is a noised latent{mask}; each channel of the mask is its mean over the pixels of a latent
-position. Both networks are diffusers' own: `UNet2DModel` and `AutoencoderKL`."""
+config.json. Its input is a noised latent{mask}, whose channels are means over the pixels of a latent position."""
     alone = {
         "spade": """The network needs segdiff: the mask enters at its norms (SPADE), which diffusers' UNet2DModel does
 not have.""",

@@ -127,8 +127,8 @@ def test_another_size_than_the_weights_takes_no_memory(
     devices = []
     build = Denoiser.__init__
 
-    def seen(self: Denoiser, *arguments: Any) -> None:
-        build(self, *arguments)
+    def seen(self: Denoiser, *arguments: Any, **named: Any) -> None:
+        build(self, *arguments, **named)
         devices.append(next(self.parameters()).device.type)
 
     monkeypatch.setattr(Denoiser, "__init__", seen)
