@@ -2,6 +2,7 @@
 
     mutations    damaged inputs: --kinds nifti tar ..., --number of attempts of each kind
     kills        random kills of stages: --kinds train sample ..., --number of kills in all
+    tour         the README's tour, line by line, at the sizes that it states
     table        the tables of docs/reliability.md, from the record
 
 It continues where it was: the same seed gives the same attempts, and those in the record are not made again.
@@ -17,7 +18,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from campaign import record
+from campaign import record, tour
 from campaign.attempts import FAULTS, Tally, run_attempts
 from campaign.inputs import kinds
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         for file, table in ((mutations, record.table_of_mutations), (kills, record.table_of_kills)):
             if file.is_file():
                 print(table(record.lines(file)))
+        if (args.out / "tour.jsonl").is_file():
+            print(tour.table(list(record.lines(args.out / "tour.jsonl"))))
         return 0
     if args.what == "replay":
         name, number = args.kinds[0], int(args.kinds[1])
@@ -39,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{outcome}\n{words}")
         return 0
     end = time.monotonic() + 60 * args.budget_minutes
+    if args.what == "tour":
+        return int(tour.try_tour(args.out, end))
     is_bad = False
     if args.what in ("mutations", "all"):
         half = end if args.what == "mutations" else time.monotonic() + 30 * args.budget_minutes
@@ -93,7 +98,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "mutations", "kills", "table", "replay"))
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=("all", "mutations", "kills", "tour", "table", "replay")
+    )
     parser.add_argument("kinds", nargs="*", default=[], help="of inputs or stages; all without")
     parser.add_argument("--number", type=int, default=1000, help="attempts of each kind, or kills in all")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from campaign import record
+from campaign import record, tour
 from campaign.attempts import FAULTS, Watched, made_input, run_attempts
 from campaign.inputs import Kind, kinds
 from campaign.kills import differences
@@ -75,6 +75,15 @@ def test_a_campaign_continues_where_it_was_and_counts_all(tmp_path: Path) -> Non
     assert record.done(file, seed=0) == {"tar": 100}
     assert record.done(file, seed=1) == {}
     assert "| tar | 100 | 100 | 0 |" in record.table_of_mutations(record.lines(file))
+
+
+def test_a_line_of_the_tour_works_or_is_reported(tmp_path: Path) -> None:
+    assert len(tour.lines()) > 10
+    assert tour.run_line("segdiff --version", tmp_path)["outcome"] == "works"
+    failed = tour.run_line("segdiff inspect nowhere", tmp_path)
+    assert failed["outcome"] == "exit code 2"
+    assert "nowhere" in failed["what"]
+    assert tour.run_line("segdiff doctor", tmp_path, most_s=0.1)["outcome"] == "too long"
 
 
 def test_what_a_kill_left_is_compared_byte_by_byte(tmp_path: Path) -> None:
