@@ -80,9 +80,11 @@ class ExitStatus:
 
 
 def _say_problems(error: InputProblems) -> int:
-    # Once a machine, since a file may be missing on one of them only.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        is_main = os.environ.get("RANK", "0") == "0"
+    # Once a machine, since a file may be missing on one of them only. Every launcher sets MASTER_ADDR: without it, RANK
+    # is left of an earlier launch, and no other process will say anything.
+    is_alone = "MASTER_ADDR" not in os.environ
+    if os.environ.get("LOCAL_RANK", "0") == "0" or is_alone:
+        is_main = os.environ.get("RANK", "0") == "0" or is_alone
         where = "error" if is_main else f"error on {socket.gethostname()}"
         for found in error.problems:
             print(f"{where}: {found}", file=sys.stderr)

@@ -210,3 +210,16 @@ def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in weights.iterdir()} == {0o640}
+
+
+def test_a_rank_left_in_the_shell_is_not_refused_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # a launch: its first rank on this machine says it
+    assert cli.main(["train", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")]) == 2
+    assert "nowhere" not in capsys.readouterr().err
