@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _REMEDY = "give `name`, `names` and, where needed, `label_map` (docs/data.md 3)"
 _MOST_BYTES = 256 * 1024
 _LONGEST_NAME = 100
 _LARGEST_ID = 2**31
+# With more it is a file of another kind.
+_MOST_PROBLEMS = 8
 # Characters of a digest, enough to distinguish one user's tables.
 _DIGITS = 6
 _COLOUR = re.compile("#?([0-9a-fA-F]{6})")
@@ -201,7 +204,7 @@ def _key(key: Any) -> int | str:
 
 def _table_of(name: str, classes: list[str], where: str) -> LabelTable:
     """background, the classes, and body, unless the classes contain it. Raises InputProblems for invalid names."""
-    problems = list(_problems_with_names(classes, where))
+    problems = list(islice(_problems_with_names(classes, where), _MOST_PROBLEMS))
     if problems:
         raise InputProblems(problems)
     names = (BACKGROUND, *classes, *([] if BODY in classes else [BODY]))

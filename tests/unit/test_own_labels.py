@@ -209,3 +209,9 @@ def test_classes_of_one_colour_are_told(tmp_path: Path) -> None:
     labelling, problems = find_labelling("amos", str(file), {1: "liver", 2: "spleen"})
     assert not problems
     assert "t.yaml: colours: liver, spleen look alike" in labelling.notes[0]
+
+
+def test_a_table_of_a_thousand_equal_names_is_refused_in_a_few_lines(tmp_path: Path) -> None:
+    (file := tmp_path / "table.yaml").write_text(f"name: x\nnames: {['0'] * 1000}\n")
+    _, problems = find_labelling("amos", str(file), None)
+    assert 0 < len(problems) < 10
