@@ -14,7 +14,7 @@ from data_shards.ingest.cases import Case
 from data_shards.ingest.label_tables import Labelling
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import VIEWS, Cutting, cut
-from data_shards.labels import LABEL_TABLES
+from data_shards.labels import BODY, LABEL_TABLES
 from data_shards.modalities import grey_rule
 from data_shards.records import SliceMeta, SliceRecord
 
@@ -166,4 +166,6 @@ def _read(
     except ValueError as error:
         raise UnreadableVolume(str(case.image), str(error)) from error
     body = find_body(image, like, is_padded=padding.num_voxels > 0)
+    if not (body.inside_IJK > 0.5).any():
+        notes.append(f"no outline of the patient was found, so no pixel is `{BODY}`; draw a class {BODY} in its label")
     return _CaseVolumes(image, mask, grey, body)

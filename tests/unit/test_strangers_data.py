@@ -15,6 +15,7 @@ from layouts_support import (
     AFFINE,
     CONFIG,
     LIVER,
+    SPLEEN,
     edit,
     save,
     slices,
@@ -28,12 +29,16 @@ from layouts_support import (
     write_totalsegmentator,
 )
 
+from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.layouts.find import recognise
 from data_shards.ingest.prepare import check, find_problems
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems
 from data_shards.records import SliceRecord
 from data_shards.store.inspect import format_report, inspect_shards
+from data_shards.store.shards import ShardSet
+from segdiff_dist.export.config import VolumeConfig
+from segdiff_dist.export.volume import make_volume
 
 pytest.importorskip("SimpleITK")
 
@@ -153,8 +158,6 @@ def test_organs_that_share_voxels_are_said(tmp_path: Path) -> None:
         organ[9:13, 12:18, 2:6] = 1
         save(tmp_path / "data/p1_1/segmentations" / f"{name}.nii.gz", organ)
     preparation = check(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
-    from data_shards.ingest.case_slices import slices_of
-
     (case,) = (one for one in preparation.cases if one.case_id == "p1_1")
     notes: list[str] = []
     present = {
@@ -164,6 +167,41 @@ def test_organs_that_share_voxels_are_said(tmp_path: Path) -> None:
         "its label: 96 voxels are in several organs, and belong to the last of them by name; correct their files"
     ]
     assert LIVER in present
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
+@pytest.mark.filterwarnings("ignore:no voxel shows")
+def test_volumes_of_our_own_come_in_again(ending: str, tmp_path: Path) -> None:
+    """Beside their masks, as a plain folder; where a slice is a stored plane, it has the generated grey values."""
+    write_nnunet(tmp_path / "real")
+    shards = ShardSet.open(write_set(tmp_path / "real", tmp_path / "first", channel=1, fold=1, axes=("axial",)))
+    (tmp_path / "data/images").mkdir(parents=True)
+    for case, _, _, label in volumes():
+        mask = tmp_path / f"data/labels/{case}{ending}"
+        save(mask, np.select([label == LIVER, label == SPLEEN], [1, 2], 0).astype(np.uint8))
+        out, config = tmp_path / f"data/images/{case}{ending}", VolumeConfig("CT", probe_slices=0)
+        make_volume(mask, out, lambda mask_SHW, *_: (mask_SHW * 40).astype(np.uint8), 32, shards, config)
+    (tmp_path / "data/dataset.json").write_text('{"modality": "CT", "labels": {"0": "background", "1": "a", "2": "b"}}')
+    found = slices(tmp_path / "data", axes=("axial",), split=(1.0, 0.0, 0.0))
+    in_planes = [one for one in found if one.meta.slice_index % 3 == 0]  # of 4 mm, in planes of 6 mm
+    assert len(in_planes) > 8
+    for one in in_planes:
+        organs = np.where(one.mask_HW == 3, 0, one.mask_HW)
+        np.testing.assert_allclose(one.image_HW, organs * 40, atol=1)
+
+
+def test_a_view_without_air_has_no_outline_and_says_so(tmp_path: Path) -> None:
+    """A view of 8 mm, in which nothing is as thick as a body; so is a view inside a breast (pyradiomics)."""
+    rng = np.random.default_rng(0)
+    save(tmp_path / "data/images/p1.nii.gz", rng.normal(60, 20, (2, 20, 2)).clip(6).astype(np.int16))
+    save(tmp_path / "data/labels/p1.nii.gz", (np.indices((2, 20, 2))[0] > 0).astype(np.uint8))
+    (tmp_path / "data/dataset.json").write_text('{"labels": {"0": "background", "1": "lesion"}}')
+    config = replace(CONFIG, modality="MR", split=(1.0, 0.0, 0.0))
+    preparation = check(tmp_path / "data", tmp_path / "set", config)
+    notes: list[str] = []
+    (case,) = preparation.cases
+    list(slices_of(case, config, None, notes, preparation.survey.labelling))
+    assert ["no outline of the patient was found" in note for note in notes] == [True]
 
 
 def test_classes_that_are_some_of_amos_s_are_said_and_others_are_msd_s(tmp_path: Path) -> None:
