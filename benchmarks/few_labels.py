@@ -1,0 +1,225 @@
+"""ControlNet with a tenth of the labels: a base without masks learns from all slices, the control from the labelled
+ones.
+
+    base            no masks, all slices
+    controlnet      on the base; labels of a tenth of the patients
+    concat          from nothing; labels of a tenth of the patients, as many images as base and control together
+    concat-all      the same with all labels: what the labels are worth
+
+All have the same net, optimiser and learning rate, and a training image costs each about the same FLOPs, which are
+counted. `segdiff sample` and `segdiff evaluate` measure them on masks of patients that none has seen, by a segmenter
+that was trained on all labels of the training split. A comparison is stored in a folder (--out) and continues where it
+was stopped; --budget-minutes stops it in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from support.harness import headline, stamp, write
+from support.recipes_figure import draw_gallery
+from support.recipes_runs import NEVER, QUICK, Scale, make_data, rewrite, segdiff
+
+from data_shards.files import write_atomic
+from data_shards.problems import InputProblems
+from segdiff_dist.config import merge, to_yaml
+from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
+
+if TYPE_CHECKING:
+    from data_shards.records import SliceRecord
+    from data_shards.store.shards import ShardSet
+
+SCALE = Scale(side=32, judge_images=4_800, patients=(20, 2, 5), slice_stride=6)
+METRICS = (
+    *("dice_either_mask_gen", "dice_mask_gen", "false_positive_rate_mask_gen", "dice_either_mask_real"),
+    *("sharpness", "sharpness_75_100", "texture", "segmenter_frechet", "psnr_db"),
+)
+# Name -> conditioning, whether it sees all labels, and its images as shares of those of base and control.
+ARMS: dict[str, tuple[str, bool, tuple[float, float]]] = {
+    "base": ("none", True, (1, 0)),
+    "controlnet": ("controlnet", False, (0, 1)),
+    "concat": ("concat", False, (1, 1)),
+    "concat-all": ("concat", True, (1, 1)),
+}
+
+
+def main() -> int:
+    args = parse()
+    out = args.out.absolute()
+    deadline = NEVER if args.budget_minutes is None else time.time() + 60 * args.budget_minutes
+    scale = replace(QUICK, patients=(10, 1, 1)) if args.quick else SCALE
+    if not make_data(out, None, scale, 1, deadline):
+        return stopped()
+    few = out / "few"
+    if not (few / "index.json").is_file():
+        rewrite(out / "shards", few, lambda shards: labelled_part(shards, args.patients))
+    for name in ARMS:
+        settings = settings_of(name, args, out)
+        config, run = out / f"{name}.yaml", Path(settings["run"])
+        write_atomic(config, to_yaml(settings))
+        for stage in ("train", "sample", "evaluate"):
+            if stage == "evaluate" and (run / "evaluation" / "summary.json").is_file():
+                continue
+            print(f"{name}: {stage}", flush=True)
+            if not segdiff(stage, config, out / f"{name}.log", deadline):
+                return stopped()
+    report(args, out, scale)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/few_labels"), help="the comparison's folder")
+    parser.add_argument("--base-images", type=int, default=3_200, help="of the base's training")
+    parser.add_argument("--control-images", type=int, default=1_600, help="of the control's training")
+    parser.add_argument("--patients", type=int, default=2, help="with labels, of each modality, of 20")
+    parser.add_argument("--masks", type=int, default=40, help="sampled of each")
+    parser.add_argument("--seed", type=int, default=0, help="of trainings and sampling")
+    parser.add_argument("--budget-minutes", type=float, help="stop after so many minutes; the same command goes on")
+    parser.add_argument("--quick", action="store_true", help="a tiny one, to see that it works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured; a picture beside")
+    return parser.parse_args()
+
+
+def stopped() -> int:
+    print("time is up; the same command goes on from here")
+    return 0
+
+
+def labelled_part(shards: ShardSet, patients: int) -> Iterator[SliceRecord]:
+    """The slices of the first `patients` training cases of each modality, and of all other splits."""
+    case_N = np.array(shards.samples["case_id"].to_pylist())
+    kept: set[str] = set()
+    for modality in shards.modalities:
+        kept |= set(sorted(set(case_N[shards.select(split="train", modalities=[modality])]))[:patients])
+    training = set(shards.select(split="train").tolist())
+    return (shards.read(row) for row in range(len(shards)) if row not in training or case_N[row] in kept)
+
+
+def settings_of(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """The config file of an arm."""
+    conditioning, all_labels, (of_base, of_control) = ARMS[name]
+    images = round(of_base * args.base_images + of_control * args.control_images)
+    base = {"base": str(out / "base")} if conditioning == "controlnet" else {}
+    shared: dict[str, Any] = {
+        "loader": {"axes": ["axial"], "num_threads": 1},
+        "denoiser": {
+            "block_out_channels": [16, 32, 64],
+            "layers_per_block": 1,
+            "attention_resolutions": [],
+            "attention_head_dim": 16,
+            "norm_num_groups": 8,
+        },
+        "diffusion": {"objective": "edm", "lognormal": [-0.4, 1.4]},
+        "train": {
+            "seed": args.seed,
+            "global_batch_size": 16,
+            "micro_batch_size": 16,
+            "optimizer": "muon",
+            "lr": 2e-3,
+            "warmup_images": 320,
+            "checkpoint_every_images": 1_600,
+            "log_every_images": 160,
+            "precision": "fp32",
+        },
+        "validation": {"num_pictures": 0, "num_images": 16},
+        "sample": {
+            "num": args.masks,
+            "seed": args.seed,
+            "num_workers": 1,
+            "precision": "fp32",
+            "sampler": {
+                "solver": "dpm_solver_pp_2m",
+                "num_steps": 12,
+                "timestep_spacing": "karras",
+                "clip_sample": False,
+            },
+        },
+        "evaluate": {"num_workers": 1, "segmenter": str(out / "judge" / "segmenter" / "weights")},
+        "tracking": {"enabled": False},
+    }
+    own = {
+        "data": str(out / ("shards" if all_labels else "few")),
+        "run": str(out / name),
+        "denoiser": {"conditioning": conditioning, **base},
+        "train": {"num_images": images},
+    }
+    return merge(shared, own)
+
+
+def report(args: argparse.Namespace, out: Path, scale: Scale) -> None:
+    """Print the table, and write the JSON file and the picture."""
+    summaries = {name: json.loads((out / name / "evaluation" / "summary.json").read_text()) for name in ARMS}
+    results = {
+        name: {m: {k: s["metrics"][m].get(k) for k in ("value", "ci95")} for m in METRICS if m in s["metrics"]}
+        for name, s in summaries.items()
+    }
+    flops = {name: flops_of(settings_of(name, args, out)) for name in ARMS}
+    total = {name: value + (flops["base"] if name == "controlnet" else 0.0) for name, value in flops.items()}
+    record = stamp(args, without=("out",))
+    print(headline(record))
+    print(f"{'':<46}" + "".join(f"{name:>24}" for name in ARMS))
+    for metric in METRICS:
+        cells = [cell(results[name].get(metric), DEFINITIONS[metric].digits) for name in ARMS]
+        print(f"{DEFINITIONS[metric].label:<46}" + "".join(f"{one:>24}" for one in cells))
+    print(f"{'TFLOPs of all trainings':<46}" + "".join(f"{total[name] / 1e12:>24.1f}" for name in ARMS))
+    file = args.json or out / "few_labels.json"
+    first = summaries["controlnet"]
+    record |= {name: first[name] for name in ("num_samples", "num_patients")}
+    record |= {"side": scale.side, "patients": scale.patients, "flops": total, "results": results}
+    write(file, record)
+    draw(out, file.with_suffix(".png"))
+
+
+def flops_of(settings: dict[str, Any]) -> float:
+    """FLOPs of an arm's training."""
+    import torch
+
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.config import DenoiserConfig
+    from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.denoising.network_shapes import denoiser_network
+
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["denoiser"].items()}
+    config, shards = DenoiserConfig(**given), ShardSet.open([settings["data"]])
+    base = Base.find(config, Path(settings["run"]))
+    net = denoiser_network(config, shards, shards.size, torch.device("cpu"), None if base is None else base.net)
+    return float(net.flops_per_image) * settings["train"]["num_images"]
+
+
+def cell(entry: dict[str, Any] | None, digits: int) -> str:
+    if entry is None or entry["value"] is None:
+        return "-"
+    interval = entry["ci95"]
+    return f"{entry['value']:.{digits}f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def draw(out: Path, file: Path) -> None:
+    """Masks, their real images and those of every arm: of each modality, at the quartiles of Dice."""
+    from segdiff_dist.evaluation.report.comparison import shared_masks
+    from segdiff_dist.evaluation.report.pictures import Pictures
+
+    pictures = [Pictures.open(out / name) for name in ARMS]
+    chosen = [items for modality in ("CT", "MR") for items in shared_masks(pictures, modality)]
+    first = pictures[0]
+    columns = [("mask", np.stack([first.mask(items[0]) for items in chosen]))]
+    columns += [("real", np.stack([first.real(items[0]) for items in chosen]))]
+    for k, name in enumerate(ARMS):
+        columns.append((name, np.stack([pictures[k].generated(items[k]) for items in chosen])))
+    draw_gallery(columns, file, first.label_table.num_classes, cell_inches=1.7)
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except InputProblems as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
