@@ -61,7 +61,7 @@ def main() -> int:
     few = out / "few"
     if not (few / "index.json").is_file():
         rewrite(out / "shards", few, lambda shards: labelled_part(shards, args.patients))
-    for name in ARMS:
+    for name in args.arms:
         settings = settings_of(name, args, out)
         config, run = out / f"{name}.yaml", Path(settings["run"])
         write_atomic(config, to_yaml(settings))
@@ -78,6 +78,9 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/few_labels"), help="the comparison's folder")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="controlnet needs base; default: all"
+    )
     parser.add_argument("--base-images", type=int, default=3_200, help="of the base's training")
     parser.add_argument("--control-images", type=int, default=1_600, help="of the control's training")
     parser.add_argument("--patients", type=int, default=2, help="with labels, of each modality, of 20")
@@ -157,26 +160,26 @@ def settings_of(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any
 
 def report(args: argparse.Namespace, out: Path, scale: Scale) -> None:
     """Print the table, and write the JSON file and the picture."""
-    summaries = {name: json.loads((out / name / "evaluation" / "summary.json").read_text()) for name in ARMS}
+    summaries = {name: json.loads((out / name / "evaluation" / "summary.json").read_text()) for name in args.arms}
     results = {
         name: {m: {k: s["metrics"][m].get(k) for k in ("value", "ci95")} for m in METRICS if m in s["metrics"]}
         for name, s in summaries.items()
     }
-    flops = {name: flops_of(settings_of(name, args, out)) for name in ARMS}
+    flops = {name: flops_of(settings_of(name, args, out)) for name in args.arms}
     total = {name: value + (flops["base"] if name == "controlnet" else 0.0) for name, value in flops.items()}
     record = stamp(args, without=("out",))
     print(headline(record))
-    print(f"{'':<46}" + "".join(f"{name:>24}" for name in ARMS))
+    print(f"{'':<46}" + "".join(f"{name:>24}" for name in args.arms))
     for metric in METRICS:
-        cells = [cell(results[name].get(metric), DEFINITIONS[metric].digits) for name in ARMS]
+        cells = [cell(results[name].get(metric), DEFINITIONS[metric].digits) for name in args.arms]
         print(f"{DEFINITIONS[metric].label:<46}" + "".join(f"{one:>24}" for one in cells))
-    print(f"{'TFLOPs of all trainings':<46}" + "".join(f"{total[name] / 1e12:>24.1f}" for name in ARMS))
+    print(f"{'TFLOPs of all trainings':<46}" + "".join(f"{total[name] / 1e12:>24.1f}" for name in args.arms))
     file = args.json or out / "few_labels.json"
-    first = summaries["controlnet"]
+    first = summaries[args.arms[0]]
     record |= {name: first[name] for name in ("num_samples", "num_patients")}
     record |= {"side": scale.side, "patients": scale.patients, "flops": total, "results": results}
     write(file, record)
-    draw(out, file.with_suffix(".png"))
+    draw(out, args.arms, file.with_suffix(".png"))
 
 
 def flops_of(settings: dict[str, Any]) -> float:
@@ -202,17 +205,17 @@ def cell(entry: dict[str, Any] | None, digits: int) -> str:
     return f"{entry['value']:.{digits}f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
-def draw(out: Path, file: Path) -> None:
+def draw(out: Path, arms: list[str], file: Path) -> None:
     """Masks, their real images and those of every arm: of each modality, at the quartiles of Dice."""
     from segdiff_dist.evaluation.report.comparison import shared_masks
     from segdiff_dist.evaluation.report.pictures import Pictures
 
-    pictures = [Pictures.open(out / name) for name in ARMS]
+    pictures = [Pictures.open(out / name) for name in arms]
     chosen = [items for modality in ("CT", "MR") for items in shared_masks(pictures, modality)]
     first = pictures[0]
     columns = [("mask", np.stack([first.mask(items[0]) for items in chosen]))]
     columns += [("real", np.stack([first.real(items[0]) for items in chosen]))]
-    for k, name in enumerate(ARMS):
+    for k, name in enumerate(arms):
         columns.append((name, np.stack([pictures[k].generated(items[k]) for items in chosen])))
     draw_gallery(columns, file, first.label_table.num_classes, cell_inches=1.7)
 
