@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from support.harness import headline, stamp, write
-from support.recipes_figure import draw_gallery
 from support.recipes_runs import NEVER, QUICK, Scale, make_data, rewrite, segdiff
 
 from data_shards.files import write_atomic
@@ -88,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of trainings and sampling")
     parser.add_argument("--budget-minutes", type=float, help="stop after so many minutes; the same command goes on")
     parser.add_argument("--quick", action="store_true", help="a tiny one, to see that it works")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured; a picture beside")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured")
     return parser.parse_args()
 
 
@@ -179,7 +178,6 @@ def report(args: argparse.Namespace, out: Path, scale: Scale) -> None:
     record |= {name: first[name] for name in ("num_samples", "num_patients")}
     record |= {"side": scale.side, "patients": scale.patients, "flops": total, "results": results}
     write(file, record)
-    draw(out, args.arms, file.with_suffix(".png"))
 
 
 def flops_of(settings: dict[str, Any]) -> float:
@@ -203,21 +201,6 @@ def cell(entry: dict[str, Any] | None, digits: int) -> str:
         return "-"
     interval = entry["ci95"]
     return f"{entry['value']:.{digits}f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-
-
-def draw(out: Path, arms: list[str], file: Path) -> None:
-    """Masks, their real images and those of every arm: of each modality, at the quartiles of Dice."""
-    from segdiff_dist.evaluation.report.comparison import shared_masks
-    from segdiff_dist.evaluation.report.pictures import Pictures
-
-    pictures = [Pictures.open(out / name) for name in arms]
-    chosen = [items for modality in ("CT", "MR") for items in shared_masks(pictures, modality)]
-    first = pictures[0]
-    columns = [("mask", np.stack([first.mask(items[0]) for items in chosen]))]
-    columns += [("real", np.stack([first.real(items[0]) for items in chosen]))]
-    for k, name in enumerate(arms):
-        columns.append((name, np.stack([pictures[k].generated(items[k]) for items in chosen])))
-    draw_gallery(columns, file, first.label_table.num_classes, cell_inches=1.7)
 
 
 if __name__ == "__main__":
