@@ -143,7 +143,8 @@ def _is_complete(file: Path) -> bool:
     try:
         with quiet():
             data = pydicom.dcmread(file, defer_size=1024)
-            ends = [one.value_tell + one.length for one in data.values() if one.length != _UNDEFINED_LENGTH]
+            raw = [one for one in data.values() if isinstance(one, pydicom.dataelem.RawDataElement)]
+            ends = [one.value_tell + one.length for one in raw if one.length != _UNDEFINED_LENGTH]
             return "PixelData" in data and max(ends) <= file.stat().st_size
     except Exception:  # pydicom raises whatever the bytes lead it to
         return False

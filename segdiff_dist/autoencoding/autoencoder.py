@@ -69,7 +69,7 @@ class Autoencoder:
         """What keeps it from slices of this size and these modalities."""
         if size != self.size:
             value, remedy = f"trained on {self.size} pixels, the slices have {size}", "train one on slices of this size"
-            yield Problem("autoencoder", "size", value, f"{remedy}: segdiff train-autoencoder --data SHARDS --run RUN")
+            yield Problem("autoencoder", "size", value, f"{remedy} with `segdiff train-autoencoder`")
         if tuple(modalities) != self.modalities:
             value = f"trained on {', '.join(self.modalities)}, the set has {', '.join(modalities)}"
             yield Problem("autoencoder", "modalities", value, "train one on a set with these modalities")

@@ -140,9 +140,11 @@ class Watched:
         """Of one attempt."""
         try:
             self._pipe.send(number)
-            if self._pipe.poll(most_s):
-                return self._pipe.recv()
             outcome, words = "hung", f"no answer in {most_s:g} s"
+            if self._pipe.poll(most_s):
+                outcome, words = self._pipe.recv()
+                if outcome != "swollen":  # a process may keep the memory, and then does not grow the next time
+                    return outcome, words
         except (EOFError, OSError):
             self._process.join(10)
             outcome, words = "unclean", f"the process ended with {self._process.exitcode}"

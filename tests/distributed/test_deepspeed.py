@@ -66,10 +66,11 @@ def losses(folder: Path) -> list[float]:
 
 
 def kill_after(process: subprocess.Popen[bytes], log: Path, images: int) -> None:
-    """SIGKILL for the launcher and every rank once `images` have been logged."""
+    """SIGKILL for the launcher and every rank once `images` have been logged and a checkpoint is there."""
     deadline = time.time() + 300
     while time.time() < deadline:
-        if log.is_file() and any(json.loads(line)["images_seen"] >= images for line in log.read_text().splitlines()):
+        seen = [json.loads(line)["images_seen"] for line in log.read_text().splitlines()] if log.is_file() else []
+        if max(seen, default=0) >= images and list((log.parent / "checkpoints").glob("*/COMPLETE")):
             break
         assert process.poll() is None, "training ended before it could be killed"
         time.sleep(0.02)

@@ -29,6 +29,12 @@ from segdiff_dist.segmentation.segmenter import save_segmenter
 CPU = torch.device("cpu")
 
 
+def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor changed."""
+    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return Batch(**{name: None if value is None else change(value) for name, value in fields.items()})
+
+
 def batch_of(shards: ShardSet, positions: range) -> Batch:
     rows = shards.select(split="train")
     records = [shards.read(int(rows[p % len(rows)])) for p in positions]
@@ -134,7 +140,7 @@ def test_positions_decide_what_is_dropped(make_task: Callable[..., DenoiserTask]
     """The same slice twelve times: neither its neighbours nor its place in the batch matter, its position does."""
     task = make_task(mask_dropout=0.3, class_dropout=0.3, organ_dropout=0.6)
     one = batch_of(soft_shapes, range(1))
-    twelve = Batch(*(getattr(one, name).repeat_interleave(12, dim=0) for name in one.__dataclass_fields__))
+    twelve = mapped(one, lambda tensor: tensor.repeat_interleave(12, dim=0))
     position, order = torch.arange(12), torch.randperm(12, generator=torch.Generator().manual_seed(0))
     given, shuffled = (task.conditions(replace(twelve, position_B=p)) for p in (position, position[order]))
     assert torch.equal(shuffled.mask_BHW, given.mask_BHW[order])
@@ -154,7 +160,7 @@ def test_nothing_in_the_loss_waits_for_the_device(
     config = replace(NET, soft_masks=True)
     task = DenoiserTask(soft_shapes, 32, config, DiffusionConfig(**settings), 3, tmp_path, meta)
     on_host = batch_of(soft_shapes, range(4))
-    batch = Batch(*(getattr(on_host, name).to(meta) for name in on_host.__dataclass_fields__))
+    batch = mapped(on_host, lambda tensor: tensor.to(meta))
     loss, metrics = task.loss(task.model, batch)
     loss.backward()
     assert {t.device for t in (loss, *metrics.values())} == {meta}
