@@ -26,6 +26,7 @@ STREAM_DROPOUT = 2
 STREAM_SAMPLE = 3  # and one for each sampling step above it, so further streams begin far above
 STREAM_ORGANS = 1 << 16
 STREAM_LATENT = STREAM_ORGANS + 1
+STREAM_CONTRAST = STREAM_ORGANS + 2
 
 # Multipliers and key increments of Philox4x32, Salmon et al. 2011, table 2.
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

@@ -42,6 +42,7 @@ class AutoencoderTask:
     """
 
     name = "autoencoder"
+    passes = 1
 
     def __init__(
         self,

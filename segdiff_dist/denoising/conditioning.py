@@ -125,6 +125,12 @@ def without(conditions: Conditions, no_mask_B: Tensor, no_class_B: Tensor) -> Co
     return Conditions(mask_BHW, class_B, edge_B2HW)
 
 
+def joined(one: Conditions, other: Conditions) -> list[Tensor | None]:
+    """The network's arguments for both, in one batch."""
+    pairs = zip(one, other, strict=True)
+    return [None if a is None or b is None else torch.cat((a, b)) for a, b in pairs]
+
+
 def drop_conditions(
     conditions: Conditions, seed: int, position_B: Tensor, *, mask_only: float, class_only: float, both: float
 ) -> Conditions:
@@ -167,8 +173,7 @@ def guided(
         return predict_away
     yes_B = torch.ones_like(conditions.class_B, dtype=torch.bool)
     null_conditions = without(conditions, yes_B & (removes != "class"), yes_B & (removes != "mask"))
-    pairs = zip(conditions, null_conditions, strict=True)
-    doubled = [None if a is None or b is None else torch.cat((a, b)) for a, b in pairs]
+    doubled = joined(conditions, null_conditions)
 
     def predict_guided(x_t_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
         p1_BCHW, p0_BCHW = predict(torch.cat((x_t_BCHW, x_t_BCHW)), timestep_B.repeat(2), *doubled).chunk(2)

@@ -226,6 +226,11 @@ class DiffusionConfig:
     """Weight of 1 - Dice between the mask and the segmenter's prediction on the predicted x_0. 0 leaves it out."""
     dice_segmenter: Result[str | None] = None
     """The segmenter's weights: the folder RUN/segmenter/weights of `segdiff train-segmenter`."""
+    contrastive_weight: ResultWhereSet[NonNegative] = 0.0
+    """Weight of the region-specific contrastive loss (MAISI-v2, 2026): without some organs in the mask, the prediction
+    must differ where they were, and nowhere else. A step costs twice as much. 0 leaves it out; the authors' is 0.01."""
+    contrastive_delta: ResultWhereSet[Positive] = 2.0
+    """A mean difference above this one is not rewarded. The default is the authors'."""
 
     def problems(self) -> list[Problem]:
         """Values out of range, and settings that do not go together."""
@@ -262,7 +267,14 @@ class DiffusionConfig:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if self.dice_segmenter is None else Path(self.dice_segmenter)
             check("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
+        remedy = "organ_dropout teaches to add the organs that a mask lacks, this the opposite: give 0 for one of them"
+        check("contrastive_weight", self.contrastive_weight == 0 or self.organ_dropout == 0, remedy)
         return found
+
+    @property
+    def passes(self) -> int:
+        """Images that the net computes in training, for each of a batch."""
+        return 2 if self.contrastive_weight > 0 else 1
 
     @property
     def process(self) -> dict[str, Any]:

@@ -24,9 +24,10 @@ def denoiser_network(
     device: torch.device,
     base: BaseNet | None = None,
     latent: LatentSpace | None = None,
+    passes: int = 1,
 ) -> Network:
     """The denoiser for slices of `side` pixels, with what computes it on `device`. `base`: of a ControlNet; `latent`:
-    where it works on latents."""
+    where it works on latents; `passes`: of the training, DiffusionConfig.passes."""
 
     def make() -> nn.Module:
         model = Denoiser(config, shards.label_table, side, shards.modalities, base, latent=latent)
@@ -41,4 +42,4 @@ def denoiser_network(
         x_shape = (1, side, side) if latent is None else latent.shape(side)
         return (on_meta(images, *x_shape), numbers, mask, numbers, *edge)
 
-    return Network(make, inputs)
+    return Network(make, inputs, passes)

@@ -31,6 +31,13 @@ def drop_organs(
     return relabelled(conditions, lost_BK, table)
 
 
+def organ_flags(table: LabelTable, device: torch.device) -> Tensor:
+    """bool [K]: whether each id is an organ."""
+    is_organ_K = torch.zeros(table.num_classes, dtype=torch.bool, device=device)
+    is_organ_K[list(table.organ_ids)] = True
+    return is_organ_K
+
+
 def relabelled(conditions: Conditions, lost_BK: Tensor, table: LabelTable) -> Conditions:
     """The conditions without the organs that bool [B, K] names. Ids that are not organs always stay."""
     filling = table.names.index(BACKGROUND) if table.body_id is None else table.body_id

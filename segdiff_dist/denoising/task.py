@@ -21,10 +21,11 @@ from data_shards.problems import Problem, problem
 from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, drop_conditions
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
+from segdiff_dist.denoising.contrast import ContrastiveTerm, predict_pair
 from segdiff_dist.denoising.denoiser import TRAINED_ON, Denoiser
 from segdiff_dist.denoising.frozen_base import Base, kept_weights
 from segdiff_dist.denoising.latents import run_space
-from segdiff_dist.denoising.organ_dropout import drop_organs
+from segdiff_dist.denoising.organ_dropout import drop_organs, organ_flags
 from segdiff_dist.denoising.process import make_process, noised_by_position
 from segdiff_dist.ranks.distributed import is_main
 from segdiff_dist.segmentation.segmenter import Segmenter
@@ -66,6 +67,9 @@ class DenoiserTask:
                 Path(str(diffusion.dice_segmenter)), shards.label_table, device, shards.modalities
             )
             _refuse_another_segmenter(weights, self.dice_term, str(diffusion.dice_segmenter))
+        self.passes, self.contrastive_term = diffusion.passes, None
+        if diffusion.contrastive_weight > 0:
+            self.contrastive_term = ContrastiveTerm(shards.label_table, diffusion.contrastive_delta, seed, device)
         self.base = Base.find(denoiser, weights.parent)
         with _seeded(seed):
             net = None if self.base is None else self.base.net
@@ -79,9 +83,9 @@ class DenoiserTask:
         self.process = make_process(diffusion, device)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_m of the paper's section 3.2, weighted by noise level, plus the Dice term if it is used.
+        """L_m of the paper's section 3.2, weighted by noise level, plus the Dice and the contrastive term if used.
 
-        Metrics: the unweighted squared error by quarters of the noise levels, and `dice_loss`.
+        Metrics: the unweighted squared error by quarters of the noise levels, and those of the terms.
         """
         process, latent = self.process, self.model.latent
         if latent is None:
@@ -90,7 +94,13 @@ class DenoiserTask:
             noised = noised_by_position(process, latent.x_0(batch), batch.position_B, self.seed)
         x_BCHW, target_BCHW, level_B = noised
 
-        prediction_BCHW = forward(x_BCHW, process.time(level_B), *self.conditions(batch))
+        shown, time_B, contrast = self.conditions(batch), process.time(level_B), None
+        if self.contrastive_term is None:
+            prediction_BCHW = forward(x_BCHW, time_B, *shown)
+        else:
+            erased = self.conditions(batch, self.contrastive_term.erased)
+            prediction_BCHW, without_BCHW = predict_pair(forward, x_BCHW, time_B, shown, erased)
+            contrast = self.contrastive_term(prediction_BCHW, without_BCHW, target_BCHW, shown, erased)
 
         mean_squares = weighted_mse if self.model.uses_kernels else weighted_mse_reference
         loss, error_B = mean_squares(prediction_BCHW, target_BCHW, process.weight(level_B))
@@ -103,6 +113,9 @@ class DenoiserTask:
             weight_B = a_B * counts_B
             loss = loss + self.diffusion.dice_weight * (weight_B * dice_loss_B).mean()
             metrics["dice_loss"] = torch.stack(((weight_B * dice_loss_B).sum(), weight_B.sum())).detach()
+        if contrast is not None:
+            loss = loss + self.diffusion.contrastive_weight * contrast.loss_B.mean()
+            metrics |= contrast.metrics()
         return loss, metrics
 
     def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
@@ -119,11 +132,14 @@ class DenoiserTask:
         frozen = {} if self.base is None else kept_weights(self.weights.parent)
         self.model.save(self.weights / average, frozen | weights, training)
 
-    def conditions(self, batch: Batch) -> Conditions:
-        """The conditions of each slice, without those that are dropped at its position in the order."""
+    def conditions(self, batch: Batch, erased: Callable[[Conditions, Tensor], Conditions] | None = None) -> Conditions:
+        """The conditions of each slice, without those that are dropped at its position in the order. `erased` changes
+        the masks before."""
         diffusion, seed, position_B = self.diffusion, self.seed, batch.position_B
         conditions = self.model.conditions_of(batch)
         conditions = drop_organs(conditions, self.model.label_table, diffusion.organ_dropout, seed, position_B)
+        if erased is not None:
+            conditions = erased(conditions, position_B)
         return drop_conditions(
             conditions,
             seed,
@@ -151,8 +167,7 @@ class DiceTerm:
             value = f"{', '.join(segmenter.modalities)} there, {', '.join(modalities)} here"
             raise problem(weights, "modalities", value, "train a segmenter on this set")
         self.net, self.weights_sha256 = segmenter.net.requires_grad_(False), segmenter.weights_sha256
-        self._is_organ_K = torch.zeros(table.num_classes, dtype=torch.bool, device=device)
-        self._is_organ_K[list(table.organ_ids)] = True
+        self._is_organ_K = organ_flags(table, device)
 
     def __call__(self, x0_pred_BCHW: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """float32 [B] mean over the organs in the mask of 1 - 2 sum(p m) / (sum p + sum m); and [B], 1 if the mask has
@@ -179,9 +194,12 @@ def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusi
         remedy = "the network reads no mask (denoiser.conditioning none): give 0"
         problems += [
             Problem("config", f"diffusion.{name}", str(value), remedy)
-            for name in ("mask_dropout", "joint_dropout", "organ_dropout", "dice_weight")
+            for name in ("mask_dropout", "joint_dropout", "organ_dropout", "dice_weight", "contrastive_weight")
             if (value := getattr(diffusion, name)) > 0
         ]
+    if diffusion.contrastive_weight > 0 and not shards.label_table.organ_ids:
+        remedy = f"the label table {shards.label_table.name!r} has no organs that could be erased: give 0"
+        problems.append(Problem("config", "diffusion.contrastive_weight", str(diffusion.contrastive_weight), remedy))
     if denoiser.soft_masks and "edge" not in shards.parts:
         remedy = "prepare the set with mask_resize soft and soft_edge, or turn it off"
         problems.append(Problem(str(shards.root), "denoiser.soft_masks", "the set keeps no soft edges", remedy))

@@ -17,10 +17,12 @@ from segdiff_dist.training.throughput import count_flops
 class Network:
     """The cost of training a network: parameters, FLOPs and activations."""
 
-    def __init__(self, make: Callable[[], nn.Module], inputs: Callable[[int], tuple[Any, ...]]) -> None:
+    def __init__(
+        self, make: Callable[[], nn.Module], inputs: Callable[[int], tuple[Any, ...]], passes: int = 1
+    ) -> None:
         """`make` builds the network; it is called under the meta device. `inputs` gives the arguments of its forward
-        for a number of images, on the meta device."""
-        self.make, self.inputs = make, inputs
+        for a number of images, on the meta device. `passes`: how many it computes for each image of a batch."""
+        self.make, self.inputs, self.passes = make, inputs, passes
         self._kept: dict[tuple[str, bool], float] = {}
 
     @cached_property
@@ -35,13 +37,13 @@ class Network:
 
     @cached_property
     def flops_per_image(self) -> int:
-        """FLOPs of a forward and a backward pass on one image."""
-        return count_flops(self._model, *self.inputs(1))
+        """FLOPs of the forward and backward passes on one image."""
+        return self.passes * count_flops(self._model, *self.inputs(1))
 
     @property
     def most_flops_per_image(self) -> float:
         """An upper bound without running a pass: every weight at every pixel, three times (forward, backward)."""
-        return 2 * 6.0 * (self.num_parameters + self.num_frozen) * self.inputs(1)[0].shape[-1] ** 2
+        return self.passes * 2 * 6.0 * (self.num_parameters + self.num_frozen) * self.inputs(1)[0].shape[-1] ** 2
 
     def activations(self, images: int, precision: str, checkpointing: bool) -> int:
         """Bytes that autograd keeps of a forward pass, without the weights. With activation checkpointing they include
@@ -49,7 +51,7 @@ class Network:
         key = (precision, checkpointing)
         if key not in self._kept:
             self._kept[key] = self._kept_of_two(*key) / 2
-        return int(images * self._kept[key])
+        return int(self.passes * images * self._kept[key])
 
     @cached_property
     def _model(self) -> nn.Module:

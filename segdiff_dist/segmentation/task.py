@@ -32,6 +32,7 @@ class SegmenterTask:
     """Dice + cross-entropy on the train split; the weights kept are the best on the validation split."""
 
     name = "segmenter"
+    passes = 1
 
     def __init__(
         self,

@@ -110,7 +110,9 @@ class Train(ConfiguredStage):
             config=config,
             device=device,
             recipe=recipe_of(self.config),
-            network=denoiser_network(denoiser, shards, side, device, None if base is None else base.net, latent),
+            network=denoiser_network(
+                denoiser, shards, side, device, None if base is None else base.net, latent, diffusion.passes
+            ),
             make_extra=None if latent is None else partial(_encode, self, run, shards, rows, device),
             extra_bytes=latents_bytes(latent, loader, len(rows)),
             make_task=partial(_make_task, self, run, shards, rows, device),
@@ -145,7 +147,10 @@ def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) 
     config, table = stage.train, shards.label_table
     if device.type != "cuda" or (config.zero_stage == 0 and config.precision == "bf16"):
         return None  # under autocast, dtypes depend on the device
-    return lambda images: compile_kernels(plan_of(stage.denoiser, table, side, images, config.precision, device))
+    passes = stage.diffusion.passes
+    return lambda images: compile_kernels(
+        plan_of(stage.denoiser, table, side, passes * images, config.precision, device)
+    )
 
 
 def _encode(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device) -> np.ndarray | None:

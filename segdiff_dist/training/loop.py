@@ -117,7 +117,7 @@ def train(job: TrainingJob) -> None:
             model = task.model.to(job.device).train()
             if config.activation_checkpointing:
                 _checkpoint_activations(model)
-            counter, peak = FlopCounter(model), peak_flops(job.device, config.precision)
+            counter, peak = FlopCounter(model, task.passes), peak_flops(job.device, config.precision)
             if job.compile_kernels is not None:
                 size = config.micro_batch_size
                 job.compile_kernels(config.global_batch_size // world_size() if size == "auto" else size)

@@ -15,6 +15,8 @@ class Task(Protocol):
 
     name: str
     model: nn.Module
+    passes: int
+    """Images that the model computes in `loss`, for each of a batch."""
     score: str | None
     """The metric of `validate` by which the best weights are chosen: the highest value is best, and only the best are
     exported. A new best is saved at once, so that the exported weights are those that were validated. None: no metric

@@ -92,8 +92,9 @@ class FlopCounter:
     forward, and counts when asked. Work that activation checkpointing does twice counts once, as is usual for MFU.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._copy = _meta_copy(model)
+    def __init__(self, model: nn.Module, passes: int = 1) -> None:
+        """`passes`: images that the model computes for each image of a batch."""
+        self._copy, self._passes = _meta_copy(model), passes
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._flops: int | None = None
         self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
@@ -102,7 +103,7 @@ class FlopCounter:
         """2 for each multiply-add of convolutions, products and attention; None before the first forward."""
         if self._flops is None and self._inputs is not None:
             args, kwargs = self._inputs
-            self._flops = count_flops(self._copy, *args, **kwargs)
+            self._flops = self._passes * count_flops(self._copy, *args, **kwargs)
         return self._flops
 
     def _look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ class Affine(nn.Module):
 
 
 class AffineTask:
+    passes = 1
+
     def __init__(self, *, is_faulty: bool) -> None:
         torch.manual_seed(0)
         self.model = Affine(is_faulty=is_faulty)
