@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,12 +121,12 @@ def test_the_same_samples_give_the_same_loss_in_any_split(small_shapes: Path, tm
 
 
 def test_one_run_in_any_stage_and_micro_batch_which_goes_on(small_shapes: Path, tmp_path: Path) -> None:
-    changes = {"num_images": 48, "log_every_images": 8}
+    changes: dict[str, Any] = {"num_images": 48, "log_every_images": 8, "precision": "fp32"}
     whole = run_training(small_shapes, tmp_path / "whole", NET, CONTRASTIVE, micro_batch_size=8, **changes)
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut)
     shutil.rmtree(cut / "checkpoints" / f"{48:012d}")
-    other = {"micro_batch_size": 2, "zero_stage": 3}
+    other: dict[str, Any] = {"micro_batch_size": 2, "zero_stage": 3}
     assert run_training(small_shapes, cut, NET, CONTRASTIVE, **changes, **other) == pytest.approx(whole, rel=1e-5)
     log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     assert "contrastive_difference" in log[0]

@@ -150,7 +150,14 @@ def test_positions_decide_what_is_dropped(make_task: Callable[..., DenoiserTask]
     assert len(seen) >= 4  # whole, hidden, without one organ or the other or both
 
 
-@pytest.mark.parametrize("changes", [{}, {"zero_terminal_snr": False, "timestep_sampling": "lognormal"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"zero_terminal_snr": False, "timestep_sampling": "lognormal"},
+        {"contrastive_weight": 0.1, "organ_dropout": 0.0},
+    ],
+)
 def test_nothing_in_the_loss_waits_for_the_device(
     soft_shapes: ShardSet, segmenter: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
