@@ -35,7 +35,8 @@ starter: $(STAMP) ## make the small model of `segdiff paint` again, from the pha
 	$(BIN)/segdiff demo --config starter
 	rm -rf build/starter && mkdir -p build
 	$(BIN)/segdiff export build/starter --run runs/starter/run --format pipeline --config starter \
-		--export.precision bf16 --export.segmenter --export.about segdiff_dist/configs/starter_card.md
+		--export.precision bf16 --export.segmenter --export.about segdiff_dist/configs/starter_card.md \
+		--export.data-licence "Apache-2.0, as the phantom that segdiff computes; no patient"
 	rm -rf segdiff_dist/starter && mv build/starter segdiff_dist/starter
 
 test: $(STAMP) ## the tests, on the real engines, in about 16 minutes on two cores

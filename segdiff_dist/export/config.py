@@ -52,6 +52,10 @@ class ExportConfig:
     """pipeline: add RUN/segmenter/weights, the auxiliary segmenter."""
     about: ResultWhereSet[Path | None] = None
     """pipeline: a Markdown file that the model card begins with: what the model is for, and what was measured."""
+    data_licence: ResultWhereSet[str | None] = None
+    """pipeline: the licence of the training data, as the model card is to say it."""
+    picture: ResultWhereSet[bool] = True
+    """pipeline: gallery.png, with masks and images of RUN/samples. Off, if their masks may not be shown."""
 
     @property
     def writes_values(self) -> bool:

@@ -25,6 +25,7 @@ def paint(
     labels: str | Path | Mapping[int, str] | None = None,
     other_labels: OtherLabels = "refuse",
     affine: np.ndarray | None = None,
+    spacing_mm: float | None = None,
     axis: str = "axial",
     outline: Outline = "auto",
     noise: Noise = "shared",
@@ -34,12 +35,13 @@ def paint(
 
     mask: a file (.png, .nii.gz, .mha, .nrrd, DICOM SEG), an array of label ids [H, W] or [I, J, K], or a PIL image.
     model: of `open_model`, or what it takes; None: the small model of the package. labels: a file, a table's name or
-    {id: name}; None: as the mask says, else the model's ids. affine: of an array [I, J, K], voxels to RAS mm. The other
-    arguments are those of `segdiff paint --help-all`. Raises InputProblems.
+    {id: name}; None: as the mask says, else the model's ids. affine: of an array [I, J, K], voxels to RAS mm.
+    spacing_mm: the side of a picture's pixels; None: the picture fills the model's square. The other arguments are
+    those of `segdiff paint --help-all`. Raises InputProblems.
     """
     opened = model if isinstance(model, Model) else open_model(model)
     job = check_paint(
-        open_mask(mask, affine=affine, grid_mm=opened.grid_mm),
+        open_mask(mask, affine=affine, grid_mm=opened.grid_mm, spacing_mm=spacing_mm),
         opened,
         modality=modality,
         axis=axis,

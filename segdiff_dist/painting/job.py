@@ -29,6 +29,7 @@ from segdiff_dist.painting.masks import LabelMask, MaskFile, picture_of_IJK
 from segdiff_dist.painting.model import Model
 from segdiff_dist.painting.outline import with_outline
 from segdiff_dist.painting.tables import OtherLabels
+from segdiff_dist.sampling.config import LEAST_BATCH
 from segdiff_dist.sampling.mask_folder import axis_of
 
 if TYPE_CHECKING:
@@ -153,8 +154,20 @@ class PaintJob:
 
     def _how(self, axis: str, labels: Volume) -> Cutting:
         how = cutting(self.model.preprocessing, axis, self.model.table)
-        knows_mm = self.mask.affine is not None or not np.allclose(labels.spacing_mm, how.spacing_mm)
+        knows_mm = (
+            self.mask.affine is not None or self.mask.knows_mm or not np.allclose(labels.spacing_mm, how.spacing_mm)
+        )
         return replace(how, fit="pad", least_mm=self.model.field_mm if knows_mm else 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of all slices, from a pass of the network on its device."""
+        from segdiff_dist.denoising.samplers import num_evaluations
+        from segdiff_dist.sampling.plan import seconds_of_a_pass
+
+        pipeline = self.model.pipeline
+        passes = num_evaluations(pipeline.sampler, pipeline.diffusion)
+        return max(self.num_slices, LEAST_BATCH) * passes * seconds_of_a_pass(pipeline.model, pipeline.device)
 
     @property
     def num_slices(self) -> int:

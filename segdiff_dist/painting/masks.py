@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,14 +35,16 @@ _NUM_IDS = 256
 _MOST_IDS = 2**16
 # A volume of 1024 x 1024 x 512: more takes days to make, and more memory than a machine has.
 _MOST_VOXELS = 2**29
+# Of a pixel: from a micrograph's to a patient's width.
+_LEAST_MM, _MOST_MM = 0.01, 100.0
 _WHOLE_IDS = "give whole numbers, one a voxel"
 _KINDS = f".png, {', '.join(ENDINGS)}, or DICOM SEG (.dcm)"
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask whose header was read. `shape`: as stored. `is_flat`: two-dimensional. `spacing_mm`: None if the format
-    does not hold it."""
+    """A mask whose header was read. `shape`: as stored. `is_flat`: two-dimensional. `affine`: None if the format
+    does not hold it. `knows_mm`: of a picture whose pixels' size was given."""
 
     where: str
     kind: Kind
@@ -52,6 +54,7 @@ class MaskFile:
     read: Callable[[LabelTable, Any, OtherLabels], LabelMask]
     file: Path | None = None
     header: Any = None
+    knows_mm: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,24 @@ class LabelMask:
     names: Names
 
 
-def open_mask(mask: Any, *, affine: np.ndarray | None = None, grid_mm: float = 1.0) -> MaskFile:
+def open_mask(
+    mask: Any, *, affine: np.ndarray | None = None, grid_mm: float = 1.0, spacing_mm: float | None = None
+) -> MaskFile:
     """The mask's shape, from its header alone. `mask`: a file, an array [H, W] or [I, J, K], or a PIL image. `affine`:
-    of an array [I, J, K], its voxels to RAS mm. `grid_mm`: the side of a pixel of a picture, which has none of its own.
-    Raises InputProblems."""
+    of an array [I, J, K], its voxels to RAS mm. `spacing_mm`: the side of a picture's pixels (PNG, PIL, [H, W]), which
+    has none of its own; null: it is taken as `grid_mm`. Raises InputProblems."""
+    if spacing_mm is None:
+        return _opened(mask, affine, grid_mm)
+    if not _LEAST_MM <= spacing_mm <= _MOST_MM:
+        raise problem("mask", "spacing", spacing_mm, f"give mm, from {_LEAST_MM} to {_MOST_MM}")
+    opened = _opened(mask, affine, spacing_mm)
+    if opened.affine is not None or not opened.is_flat:
+        remedy = "a spacing is for pictures (PNG, or [H, W]): leave it out"
+        raise problem(opened.where, "spacing", "given for a mask with places of its own", remedy)
+    return replace(opened, knows_mm=True)
+
+
+def _opened(mask: Any, affine: np.ndarray | None, grid_mm: float) -> MaskFile:
     if not isinstance(mask, str | Path):
         return _of_array(np.asarray(mask), affine, grid_mm)
     file = Path(mask)

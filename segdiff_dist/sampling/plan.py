@@ -14,8 +14,11 @@ from segdiff_dist.sampling.config import LEAST_BATCH, SampleConfig
 from segdiff_dist.sampling.job import Job, fewer_masks, prepare_job
 
 if TYPE_CHECKING:
+    import torch
+
     from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.config import DiffusionConfig
+    from segdiff_dist.denoising.denoiser import Denoiser
 
 # A pass that takes longer than this is not worth warming up for.
 _LONG_PASS_S = 5.0
@@ -116,10 +119,18 @@ def _seconds_of_a_pass(job: Job, pool: WorkerPool, config: SampleConfig) -> tupl
     model = job.loaded[0] if job.loaded else Denoiser.load(Path(job.job_settings["weights"]))
     model = model.prepare_for(device)
     model = model.to(torch.bfloat16) if job.job_settings["sample"]["precision"] == "bf16" else model
+    seconds = seconds_of_a_pass(model, device, config.threads_per_worker)
+    return seconds, f"estimated from a pass of {LEAST_BATCH} images on this machine"
+
+
+def seconds_of_a_pass(model: Denoiser, device: torch.device, threads: int | None = None) -> float:
+    """Seconds of an image of LEAST_BATCH through a net that is on `device`; `threads`: null are this process's own."""
+    import torch
+
     mask_BHW = torch.zeros(LEAST_BATCH, model.size, model.size, dtype=torch.uint8, device=device)
     zero_B = torch.zeros(LEAST_BATCH, dtype=torch.int64, device=device)
-    seconds, threads = _LONG_PASS_S, torch.get_num_threads()
-    torch.set_num_threads(config.threads_per_worker)
+    seconds, before = _LONG_PASS_S, torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     with torch.inference_mode():
         for _ in range(2):
             began = time.perf_counter()
@@ -127,8 +138,8 @@ def _seconds_of_a_pass(job: Job, pool: WorkerPool, config: SampleConfig) -> tupl
             seconds = time.perf_counter() - began
             if seconds > _LONG_PASS_S:
                 break
-    torch.set_num_threads(threads)
-    return seconds / LEAST_BATCH, f"estimated from a pass of {LEAST_BATCH} images on this machine"
+    torch.set_num_threads(before)
+    return seconds / LEAST_BATCH
 
 
 def _duration(seconds: float) -> str:

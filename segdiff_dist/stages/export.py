@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from data_shards.problems import problem, refuse
+from data_shards.problems import refuse
 from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.stages.base import Plan, Result, command
@@ -18,7 +18,6 @@ from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
     from segdiff_dist.export.job import ModelExport, SamplesExport
-    from segdiff_dist.pipeline import Extras
     from segdiff_dist.tracking.tracker import Tracker
 
 
@@ -38,6 +37,7 @@ class Export(ConfiguredStage):
     def check(self) -> ExportPlan:
         """Opens the samples or the weights."""
         from segdiff_dist.export.job import check_model, check_samples
+        from segdiff_dist.stages.model_extras import extras_of
 
         experiment, config = self.experiment, self.export
         run, out, _ = collect(
@@ -50,25 +50,8 @@ class Export(ConfiguredStage):
             return ExportPlan(self, check_samples(run, out, config))
         weights = run / "weights" / weights_name(experiment, config.weights)
         sampler = experiment.sample.sampler
-        return ExportPlan(self, check_model(weights, out, experiment.diffusion, sampler, self._extras(run)))
-
-    def _extras(self, run: Path) -> Extras:
-        """What is stored beside the net."""
-        from segdiff_dist.export.model_set import ModelSet
-        from segdiff_dist.pipeline import Extras
-
-        config, known = self.export, ModelSet.of(self.experiment.data)
-        segmenter = run / "segmenter" / "weights" if config.segmenter else None
-        if segmenter is not None and not (segmenter / "segdiff.json").is_file():
-            remedy = f"train it first: segdiff train-segmenter --run {run}"
-            raise problem(segmenter, "export.segmenter", "not found", remedy)
-        return Extras(
-            preprocessing=None if known is None else known.preprocessing,
-            field_mm=0.0 if known is None else known.field_mm,
-            precision=config.precision,
-            segmenter=segmenter,
-            about=None if config.about is None else config.about.read_text(encoding="utf-8"),
-        )
+        extras = extras_of(run, weights, config, experiment.data)
+        return ExportPlan(self, check_model(weights, out, experiment.diffusion, sampler, extras))
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from data_shards.choices import Axis, Modality
 from data_shards.locks import lock_beside, locked
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from segdiff_dist.tracking.tracker import Tracker
 
 _EXAMPLE = "example.png"
+# Fewer are made within a minute or two: no pass is made only to say so.
+_MANY_SLICES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Paint(Stage):
     aliases: ClassVar = {"-i": "--mask", "-o": "--out"}
     essential: ClassVar = (
         *("--mask", "--out", "--model", "--modality", "--seed", "--labels", "--other-labels", "--example"),
-        *("--axis", "--steps"),
+        *("--axis", "--spacing", "--steps"),
     )
 
     mask: Path | None = None
@@ -53,6 +55,9 @@ class Paint(Stage):
     amos, wholebody or merged. null: as the mask or a file beside it says, else the model's own ids."""
     other_labels: Literal["refuse", "body", "background"] = "refuse"
     """What becomes of classes that the model does not have."""
+    spacing: Annotated[float, Gt(0)] | None = None
+    """Side of a pixel of a PNG mask in mm, so that organs get their true size. null: the picture fills the model's
+    square."""
     outline: Literal["auto", "none"] = "auto"
     """For masks of organs alone. auto: the patient's outline is an ellipse around the organs. none: they stay alone."""
     axis: Axis = "axial"
@@ -84,7 +89,7 @@ class Paint(Stage):
             lambda: open_model(self.model, digest=self.model_digest, device=self.device, precision=self.precision),
         )
         model = model.with_sampler(self.steps, self.guidance)
-        mask = open_mask(mask_file, grid_mm=model.grid_mm)
+        mask = open_mask(mask_file, grid_mm=model.grid_mm, spacing_mm=self.spacing)
         job = check_paint(
             mask,
             model,
@@ -124,7 +129,7 @@ class PaintPlan(Plan):
     out: Path
 
     def cost(self) -> Cost:
-        """The images to make, at most, and what is known of the mask and the model."""
+        """The images to make, at most, their time by a pass of the network, and what is known of mask and model."""
         from segdiff_dist.denoising.samplers import num_evaluations
 
         pipeline, mask = self.job.model.pipeline, self.job.mask
@@ -132,12 +137,19 @@ class PaintPlan(Plan):
         shape = " x ".join(map(str, mask.shape))
         return Cost(
             images=self.job.num_slices,
+            seconds=self.job.seconds,
             notes=(
                 f"mask: {shape} voxels; model: {self.job.model.name}, {pipeline.size} pixels, {self.job.modality}",
                 f"passes through the net: {passes} an image, on {pipeline.device.type}",
                 f"model's sha256: {self.job.model.digest}",
             ),
         )
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost of a volume."""
+        if self.job.num_slices < _MANY_SLICES:
+            return None
+        return "paint", replace(self.cost(), shorter="fewer steps: --steps N", notes=()), self.out
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the new file."""

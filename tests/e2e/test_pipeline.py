@@ -137,6 +137,25 @@ def test_the_evaluated_model_comes_out_of_mlflows_registry(folder: Path, monkeyp
     assert pipeline(np.zeros((pipeline.size, pipeline.size), np.uint8)).size == (pipeline.size, pipeline.size)
 
 
+def test_the_card_of_the_exported_model_says_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    arguments = ["--config", str(folder / "config.yaml"), "--format", "pipeline", "--export.data-licence", "CC0-1.0"]
+    assert main(["export", str(tmp_path / "model"), *arguments]) == 0
+    card, found = (tmp_path / "model" / "README.md").read_text(), summary(folder)
+    dice = found["metrics"]["dice_either_mask_gen"]
+    low, high = dice["ci95"]
+    assert f"{dice['value']:.3f}" in card
+    assert f"({low:.3f} to {high:.3f}; n {dice['n']})" in card
+    assert "Licence: CC0-1.0." in card
+    assert found["provenance"]["shards_digest"] in card
+    picture = np.asarray(Image.open(tmp_path / "model" / "gallery.png"))
+    assert picture.std() > 10
+    assert main(["export", str(tmp_path / "plain"), *arguments, "--export.no-picture"]) == 0
+    assert not (tmp_path / "plain" / "gallery.png").exists()
+
+
 def test_two_runs_can_be_compared_in_one_store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 

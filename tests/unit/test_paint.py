@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -20,7 +21,7 @@ from segdiff_dist.cli import main
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.export.job import check_model
 from segdiff_dist.painting.api import Model
-from segdiff_dist.pipeline import Extras, SegGuidedPipeline
+from segdiff_dist.pipeline import CardParts, Extras, SegGuidedPipeline
 
 LIVER, SPLEEN, BODY = (AMOS.names.index(name) for name in ("liver", "spleen", "body"))
 
@@ -29,7 +30,12 @@ LIVER, SPLEEN, BODY = (AMOS.names.index(name) for name in ("liver", "spleen", "b
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of 32 pixels, untrained, in bf16."""
     run = write_weights(tmp_path_factory.mktemp("run"), mask_dropout=0.1)
-    extras = Extras(preprocessing={"size": 32, "spacing_mm": 2.0}, field_mm=64.0, precision="bf16", about="Of a test.")
+    extras = Extras(
+        preprocessing={"size": 32, "spacing_mm": 2.0},
+        field_mm=64.0,
+        precision="bf16",
+        card=CardParts(about="Of a test."),
+    )
     check_model(run / "weights" / "ema", run / "pipeline", DiffusionConfig(), QUICK["sampler"], extras).write()
     return run / "pipeline"
 
@@ -59,7 +65,9 @@ def test_a_picture_of_the_models_size_is_what_the_pipeline_makes(
     out, file = tmp_path / "image.png", png(tmp_path / "mask.png", organs)
     arguments = ["paint", "-i", str(file), "-o", str(out), "--model", str(folder), "--modality", "MR", "--seed", "7"]
     assert main([*arguments, "--precision", "fp32", "--dry-run"]) == 0
-    assert "images: 1" in capsys.readouterr().out
+    planned = capsys.readouterr().out
+    assert "images: 1" in planned
+    assert re.search(r"time: \d+ s", planned)
     assert not out.exists()
     assert main([*arguments, "--precision", "fp32"]) == 0
     assert "synthetic MR" in capsys.readouterr().out
@@ -129,6 +137,10 @@ def test_a_small_field_is_painted_at_its_scale(model: Model, organs: np.ndarray)
     whole[8:24, 8:24, 0] = small
     around = segdiff_dist.paint(whole, model, affine=np.diag([2.0, 2.0, 2.0, 1.0]))
     np.testing.assert_array_equal(placed.values, around.values[8:24, 8:24])
+    picture = segdiff_dist.paint(small, model, spacing_mm=2.0)
+    large = segdiff_dist.paint(np.pad(small, 8), model, spacing_mm=2.0)
+    np.testing.assert_array_equal(picture.values, large.values[8:24, 8:24])
+    assert not np.array_equal(picture.values, segdiff_dist.paint(small, model).values), "which fills the square"
 
 
 def test_labels_by_name(model: Model, organs: np.ndarray, tmp_path: Path) -> None:
@@ -188,6 +200,8 @@ def test_what_is_refused(model: Model, organs: np.ndarray, tmp_path: Path) -> No
     refused("2,000,000,000|44,721x44,721", bomb(tmp_path / "giga.png", 44_721))
     refused("other pixels|more pixels", bomb(tmp_path / "bomb.png", 1000))
     refused("label ids", organs.astype(float))
+    refused("spacing.*leave it out", organs[..., None], spacing_mm=2.0)
+    refused("from 0.01 to", organs, spacing_mm=float("nan"))
     refused("affine", np.ones((4, 4, 4), np.uint8), affine=np.full((4, 4), np.nan))
     refused("the model knows CT, MR", organs, modality="PET")
     refused("none of 1 lung", organs, labels={0: "background", 1: "lung"})

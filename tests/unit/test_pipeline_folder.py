@@ -43,7 +43,7 @@ def test_diffusers_reads_the_folder_without_us(run: Path, folder: Path) -> None:
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     assert torch.equal(scheduler.alphas_cumprod, make_scheduler(DIFFUSION).alphas_cumprod)
     assert scheduler.config.prediction_type == "v_prediction"
-    assert DiffusionPipeline.load_config(folder)["_class_name"] == "SegGuidedPipeline"
+    assert DiffusionPipeline.load_config(folder)["_class_name"] == ["pipeline", "SegGuidedDiffusionPipeline"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -1,0 +1,28 @@
+"""A trained model in five lines of Python: a mask in, an image out.
+
+FOLDER/model_index.json           diffusers' list of what is below
+FOLDER/pipeline.py                the class that diffusers' DiffusionPipeline makes of it; it needs segdiff
+FOLDER/unet/                      the UNet2DModel; beside its files, what joins the mask to its input
+FOLDER/vae/                       for a model that works on latents: the AutoencoderKL
+FOLDER/scheduler/                 diffusers' scheduler of the process that it was trained on
+FOLDER/segdiff.json               schedule and sampler settings
+FOLDER/README.md, gallery.png     the model card; masks and synthetic images, if the run has samples
+"""
+
+from segdiff_dist.pipeline.card import CardParts
+from segdiff_dist.pipeline.description import DESCRIPTION, PICTURE, SEGMENTER, UNET
+from segdiff_dist.pipeline.folder import Extras, pipeline_problems, scheduler_of, write_pipeline
+from segdiff_dist.pipeline.model import SegGuidedPipeline
+
+__all__ = [
+    "DESCRIPTION",
+    "PICTURE",
+    "SEGMENTER",
+    "UNET",
+    "CardParts",
+    "Extras",
+    "SegGuidedPipeline",
+    "pipeline_problems",
+    "scheduler_of",
+    "write_pipeline",
+]
