@@ -67,7 +67,8 @@ tags: [medical, ct, mr, synthetic, segmentation-guided-diffusion, segdiff]
 
 # Segmentation-guided diffusion, {size} x {size}
 {_section(parts.about)}
-**Its images are synthetic.** Generates the {modalities} slice that belongs to a label mask. The network reads {reads}.
+**Its images are synthetic.** Generates the {modalities} slice that belongs to a label mask.
+The network reads {reads}.
 
 ```python
 import numpy as np
@@ -90,7 +91,6 @@ pipeline(mask, modality="{known[-1]}", seed=0).images[0].save("image.png")
 
 {_network_alone(net)}
 {_picture(parts.picture)}
-
 ## How it is sampled
 
 {sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}{_guidance_words(sampler)};
@@ -127,7 +127,7 @@ def _picture(file: str | None) -> str:
     return f"""
 ![Label masks, and the images that the model made of them]({file})
 
-*Top: masks. Below each: the image that the model made of it. No image of a patient is shown.*
+*Top: masks. Below each: the synthetic image that the model made of it.*
 """
 
 

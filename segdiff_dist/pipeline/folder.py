@@ -38,7 +38,7 @@ from segdiff_dist.pipeline.description import (
 )
 from segdiff_dist.weight_files import DIGESTS, write_digests
 
-_CODE_HERE = Path(__file__).with_name("templates") / CODE
+_CODE_HERE = Path(__file__).with_name("in_folder.py")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sampling_support import QUICK, write_weights
 from data_shards.problems import InputProblems
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.export.job import export_model
+from segdiff_dist.painting.places import STARTER
 from segdiff_dist.pipeline import SegGuidedPipeline
 from segdiff_dist.pipeline.for_diffusers import SegGuidedDiffusionPipeline
 
@@ -149,6 +150,7 @@ def test_saved_or_uploaded_it_is_the_same(folder: Path, mask_BHW: np.ndarray, tm
 
 
 def test_its_code_names_a_missing_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (STARTER / "pipeline.py").read_bytes() == (folder / "pipeline.py").read_bytes()
     monkeypatch.setitem(sys.modules, "segdiff_dist.pipeline.for_diffusers", None)
     with pytest.raises(ImportError, match=r"needs the package segdiff-dist.*pip install segdiff-dist"):
         runpy.run_path(str(folder / "pipeline.py"))

@@ -23,7 +23,17 @@ from segdiff_dist.stages.base import Stage
 from segdiff_dist.stages.cost import Cost
 
 # Modules of the package that are no command.
-SHARED = {"evaluate_downstream", "base", "configured", "flags", "completion", "training_plan", "cost", "fit"}
+SHARED = {
+    "evaluate_downstream",
+    "base",
+    "configured",
+    "flags",
+    "completion",
+    "training_plan",
+    "cost",
+    "fit",
+    "model_extras",
+}
 MOST_FRAMES = 6
 
 
