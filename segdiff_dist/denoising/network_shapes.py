@@ -10,16 +10,15 @@ from torch import nn
 from segdiff_dist.attention import set_attention
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import BaseNet, Denoiser
-from segdiff_dist.planning.network import Network, on_meta
+from segdiff_dist.planning.network import Classes, Network, on_meta
 
 if TYPE_CHECKING:
-    from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.latent_space import LatentSpace
 
 
 def denoiser_network(
     config: DenoiserConfig,
-    shards: ShardSet,
+    shards: Classes,
     side: int,
     device: torch.device,
     base: BaseNet | None = None,

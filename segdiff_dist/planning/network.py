@@ -5,13 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from data_shards.labels import LabelTable
 from segdiff_dist.training.throughput import count_flops
+
+
+class Classes(Protocol):
+    """What networks take from a set: the classes of its masks, and its modalities."""
+
+    @property
+    def label_table(self) -> LabelTable:
+        """The classes."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """In the order of their codes."""
 
 
 class Network:

@@ -5,7 +5,7 @@ Dimensions: B batch, C channels, K classes, M modalities, H rows, W columns, D f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from data_shards.modalities import MODALITIES
 from segdiff_dist.cpu_norm import suit_norms
 from segdiff_dist.pixels import to_model_range
-from segdiff_dist.planning.network import Network, on_meta
+from segdiff_dist.planning.network import Classes, Network, on_meta
 from segdiff_dist.segmentation.config import NORM_GROUPS, SegmenterConfig
-
-if TYPE_CHECKING:
-    from data_shards.store.shards import ShardSet
 
 
 class SegmenterNet(nn.Module):
@@ -88,7 +85,7 @@ class SegmenterNet(nn.Module):
         return torch.cat((x_B1HW, planes_BMHW), dim=1).contiguous(memory_format=torch.channels_last)
 
 
-def segmenter_network(config: SegmenterConfig, shards: ShardSet, side: int) -> Network:
+def segmenter_network(config: SegmenterConfig, shards: Classes, side: int) -> Network:
     """The segmenter for slices of `side` pixels, for estimates of memory and time."""
 
     def inputs(images: int) -> tuple[Tensor, ...]:

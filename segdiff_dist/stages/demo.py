@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +17,7 @@ from data_shards.locks import locked
 from data_shards.problems import WorkFailed
 from segdiff_dist.exit_status import ExitStatus
 from segdiff_dist.stages.base import Plan, Result
+from segdiff_dist.stages.chain import Step, in_a_row, run_stage, stage_of, times_line
 from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.stages.cost import Cost
 from segdiff_dist.stages.evaluate import Evaluate
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
     from segdiff_dist.tracking.tracker import Tracker
 
-# Trained at the same time as the denoiser if there is a core for each.
+# Trained at the same time as the denoiser, which is next, if there is a core for each.
 _SEGMENTER = "train-segmenter"
 _SEGMENTER_LOG = "train-segmenter.log"
 
@@ -82,42 +83,36 @@ class DemoPlan(Plan):
 
         experiment = self.stage.experiment
         times_s: dict[str, float] = {}
-        at_once = _can_train_at_once(experiment)
         with ray_session(experiment.prepare.ray_address):
-            for number, name in enumerate(_STEPS, 1):
-                if at_once and name == _SEGMENTER:
-                    continue
-                both = at_once and name == "train"
-                title = (
-                    f"[{number - 1}-{number}/{len(_STEPS)}] {_SEGMENTER}, {name}"
-                    if both
-                    else f"[{number}/{len(_STEPS)}] {name}"
-                )
-                print(f"\n{title}", flush=True)
-                start = time.perf_counter()
-                with _segmenter_beside(self.stage, self.folder / _SEGMENTER_LOG) if both else nullcontext():
-                    result = _result_of(name, self.stage)
-                times_s[f"{_SEGMENTER}, {name}" if both else name] = time.perf_counter() - start
-        summary = result.value
-        times = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times_s.items())
+            for title, result, seconds in in_a_row(self._steps()):
+                times_s[title], last = seconds, result
+        summary = last.value
         return Result(
             (
                 f"\n{format_table(summary)}",
                 *(*sharpness_messages(summary["metrics"]), ""),
-                f"{times}  in all {sum(times_s.values()) / 60:.1f} min",
+                times_line(times_s),
                 f"report: {(self.folder / 'evaluation' / 'report.html').resolve()}",
             ),
-            next_command=result.next_command,
+            next_command=last.next_command,
             value=summary,
         )
 
+    def _steps(self) -> list[Step]:
+        stage = self.stage
+        steps: list[Step] = [
+            (name, partial(run_stage, kind, stage.experiment, stage.config)) for name, kind in _STEPS.items()
+        ]
+        if not _can_train_at_once(stage.experiment):
+            return steps
+        first = list(_STEPS).index(_SEGMENTER)
+        both = (f"{_SEGMENTER}, train", partial(_with_segmenter, stage, self.folder / _SEGMENTER_LOG))
+        return [*steps[:first], both, *steps[first + 2 :]]
 
-def _result_of(name: str, demo: Demo) -> Result:
-    return _step(_STEPS[name], demo).check().start_as_step()
 
-
-def _step(stage: type[ConfiguredStage], demo: Demo) -> ConfiguredStage:
-    return replace(stage.of(demo.experiment), config=demo.config).over(demo.experiment)
+def _with_segmenter(stage: Demo, log: Path) -> Result:
+    with _segmenter_beside(stage, log):
+        return run_stage(Train, stage.experiment, stage.config)
 
 
 def _can_train_at_once(experiment: Experiment) -> bool:
@@ -174,5 +169,5 @@ def _train_segmenter(demo: Demo, log: Path, threads: int) -> None:
             os.dup2(stream.fileno(), output.fileno())
     torch.set_num_threads(threads)
     with ExitStatus() as status:
-        _step(TrainSegmenter, demo).check().start().say()
+        stage_of(TrainSegmenter, demo.experiment, demo.config).check().start().say()
     raise SystemExit(status.code)

@@ -6,12 +6,11 @@ finished steps are skipped, interrupted ones continue.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,29 +18,23 @@ from typing import Annotated, Any
 
 import tyro
 
-from data_shards.documents import read_json
 from data_shards.fan_out import ray_session
 from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
-from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse
-from data_shards.settings import identity
-from data_shards.store.set_index import file_sha256
+from data_shards.problems import Problem, WorkFailed, problem, refuse
 from segdiff_dist.config import as_dict, to_yaml
 from segdiff_dist.evaluation.measure.saved import read_summary
 from segdiff_dist.experiment import Experiment, collect
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import Experiments, Table1Settings, patients, resolve, sampled_splits
 from segdiff_dist.stages.base import Plan, Result, Stage
-from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.chain import evaluate_once, run_stage
 from segdiff_dist.stages.cost import Cost
-from segdiff_dist.stages.evaluate import Evaluate
 from segdiff_dist.stages.prepare import Prepare
 from segdiff_dist.stages.sample import Sample
 from segdiff_dist.stages.train import Train
 from segdiff_dist.stages.train_segmenter import TrainSegmenter
 from segdiff_dist.tracking.tracker import Tracker
-
-_MEASURED = "measured.json"
 
 
 class StepFailed(WorkFailed):
@@ -113,42 +106,8 @@ class ReproducePlan(Plan):
         for name, column in experiments.columns.items():
             title = table.TITLES[name]
             yield f"{title}: train", partial(_train, "train", column, gpus)
-            yield f"{title}: sample", partial(_run, Sample, column)
+            yield f"{title}: sample", partial(run_stage, Sample, column)
             yield f"{title}: evaluate", partial(evaluate_once, column)
-
-
-def _run(stage: type[ConfiguredStage], experiment: Experiment) -> Result:
-    return stage.of(experiment).over(experiment).check().start_as_step()
-
-
-def evaluate_once(column: Experiment) -> None:
-    """`segdiff evaluate`, unless the same samples were already measured with the same segmenter and settings and these
-    results still exist: somebody may have run `segdiff evaluate --run` and replaced them by others."""
-    from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.sampling.store import identity as identity_of_samples
-
-    folder = column.path("run") / "evaluation"
-    assert column.evaluate.segmenter is not None
-    of = {
-        "evaluate": identity(column.evaluate),
-        "samples": identity_of_samples(SampleStore.open(column.path("run") / "samples").job),
-        "segmenter": file_sha256(column.evaluate.segmenter / "model.safetensors"),
-    }
-    mark, summary, report = folder / _MEASURED, folder / "summary.json", folder / "report.html"
-    is_there = all(file.is_file() for file in (mark, summary, report))
-    if is_there and _marked(mark) == of | {"summary": file_sha256(summary)}:
-        print(f"evaluate: measured already in {folder}; nothing to do")
-        return
-    mark.unlink(missing_ok=True)
-    _run(Evaluate, column)
-    write_atomic(mark, json.dumps(of | {"summary": file_sha256(summary)}, indent=2) + "\n")
-
-
-def _marked(mark: Path) -> dict[str, Any]:
-    """The contents of the mark; empty if it is damaged, and then the samples are measured again."""
-    with suppress(InputProblems):
-        return read_json(mark, "remove it")
-    return {}
 
 
 def _check_gpus(gpus: int) -> None:
@@ -180,7 +139,7 @@ def _prepare(preparation: Plan, experiment: Experiment) -> None:
 def _train(command: str, experiment: Experiment, ranks: int) -> None:
     """The stage in this process, or on `ranks` ranks of this machine, each of which runs `segdiff COMMAND`."""
     if ranks == 1:
-        _run(TrainSegmenter if command == "train-segmenter" else Train, experiment)
+        run_stage(TrainSegmenter if command == "train-segmenter" else Train, experiment)
         return
     run = experiment.path("run")
     # Beside the run folder, whose own config.yaml records what the stage was started with. It names the run, too.

@@ -21,7 +21,14 @@ from segdiff_dist.config import flatten, read_yaml
 from segdiff_dist.denoising.network_shapes import denoiser_network
 from segdiff_dist.experiment import Experiment, load_experiment, recorded_config, save_experiment
 from segdiff_dist.planning.duration import duration_s, is_short, warn_of_length
-from segdiff_dist.planning.memory import SmallConfig, capacity_of, memory_problems, plan_memory, refuse_together
+from segdiff_dist.planning.memory import (
+    SmallConfig,
+    capacity_of,
+    disk_bytes,
+    memory_problems,
+    plan_memory,
+    refuse_together,
+)
 from segdiff_dist.planning.network import Network
 from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
 from segdiff_dist.ranks.precision import cpu_has_bf16, settled
@@ -123,16 +130,12 @@ class TrainingPlan(Plan):
         peak = peak_flops(self.device, config.precision)
         on_gpu = self.device.type == "cuda"
         memory = plan_memory(self.network, config, world_size(), on_gpu)
-        averages = len(config.ema_lengths)
-        # fp32 weights, two moments and the averages; one checkpoint more while the oldest is not yet removed.
-        checkpoints = number * 4 * (3 + averages) * (config.keep_checkpoints + 1)
         where = f"{world_size()} x {self.device.type}"
         parameters = f"parameters: {number:,}" + (f", and {frozen:,} that are frozen" if frozen else "")
-        weights = (number + frozen) * 4 * (1 + averages) + frozen * 4
         return Cost(
             images=images,
             seconds=duration_s(self.network, images, peak.flops * world_size()),
-            num_bytes=max(0, checkpoints + weights + self.extra_bytes - _bytes_in(self.folder)),
+            num_bytes=max(0, disk_bytes(self.network, config) + self.extra_bytes - _bytes_in(self.folder)),
             memory_bytes=memory.needed("GPU" if on_gpu else "lone host"),
             what=f"{number / 1e6:.1f} M parameters, {config.micro_batch_size} images at once",
             smaller=f"--{self.section}.keep-checkpoints 1" if config.keep_checkpoints > 1 else "",

@@ -20,7 +20,7 @@ from segdiff_dist.evaluation.measure.job import measure
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.reproduce import plan, table
 from segdiff_dist.reproduce.settings import COLUMN_NAMES, Experiments, Table1Settings, resolve, sampled_splits
-from segdiff_dist.stages.reproduce import evaluate_once
+from segdiff_dist.stages.chain import evaluate_once
 from segdiff_dist.tracking.config import TrackingConfig
 
 AMOS_PATIENTS = {"train": 240, "val": 120, "test": 240}

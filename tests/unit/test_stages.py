@@ -34,6 +34,7 @@ SHARED = {
     "fit",
     "model_extras",
 }
+SHARED |= {"budgeted", "chain"}
 MOST_FRAMES = 6
 
 

@@ -1,0 +1,68 @@
+"""What a plan has to know of a data set: from its headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from data_shards.ingest.counts import count_slices
+from data_shards.labels import LabelTable
+from data_shards.modalities import in_order, modalities_of
+
+if TYPE_CHECKING:
+    from data_shards.ingest.cases import Case
+    from data_shards.ingest.prepare import Preparation
+    from data_shards.ingest.prepare_config import PrepareConfig
+
+NNUNET, NIFTI, PNG = "nnunet", "nifti", "png"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The cases of a folder. `described`: its layout with its reason, the classes and the splits, in one line."""
+
+    cases: tuple[Case, ...]
+    layout: str
+    label_table: LabelTable
+    described: str
+
+    @classmethod
+    def of(cls, preparation: Preparation) -> DataSet:
+        """That of a checked preparation."""
+        found = preparation.survey
+        return cls(found.cases, found.layout, found.labelling.table, found.described)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of the set that `prepare` makes, in the order of their codes."""
+        return modalities_of(case.modality for case in self.cases)
+
+    @cached_property
+    def present(self) -> tuple[str, ...]:
+        """The modalities that cases have."""
+        return in_order({case.modality for case in self.cases})
+
+    @property
+    def sampled_split(self) -> str:
+        """The split whose masks are sampled: test, if its cases have labels."""
+        labelled = Counter(case.split for case in self.cases if case.is_labelled)
+        return "test" if labelled["test"] else "val"
+
+    @property
+    def export_format(self) -> str:
+        """The format of `export` that is nearest to this layout. An nnU-Net data set has one modality."""
+        if self.layout == NNUNET and len(self.present) == 1:
+            return NNUNET
+        return PNG if self.cases and all(case.is_flat for case in self.cases) else NIFTI
+
+    def num_slices(self, config: PrepareConfig, split: str) -> int:
+        """Slices of the labelled cases of a split, empty ones included."""
+        cases = [case for case in self.cases if case.split == split and case.is_labelled]
+        return count_slices(cases, config).slices
+
+    def cost(self, config: PrepareConfig) -> tuple[int, int]:
+        """Volumes and slices of all splits."""
+        counted = count_slices(self.cases, config)
+        return counted.volumes, counted.slices

@@ -1,0 +1,52 @@
+"""Choose recipe, batches and lengths for a data set and some hours; `run` then does what the plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_shards.problems import problem
+from segdiff_dist.stages.base import Plan, Result, command, flag
+from segdiff_dist.stages.budgeted import PLAN, Budgeted, Planned
+from segdiff_dist.stages.cost import Cost
+
+if TYPE_CHECKING:
+    from segdiff_dist.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRun(Budgeted):
+    """Look at the headers of DATA and at this machine, and write a configuration with lengths that fit into the hours.
+    --out FOLDER is the folder of `segdiff run`, --out NAME.yaml the file itself."""
+
+    def check(self) -> PlanRunPlan:
+        """Reads headers, and times a few passes of the networks."""
+        if self.file.exists() and any((self.folder / name).exists() for name in ("shards", "run")):
+            go_on = command("run", "--out", self.folder)
+            raise problem(
+                self.file, "--out", "the work by this plan has begun", f"go on: {go_on}, or give another --out"
+            )
+        return PlanRunPlan(self, self.file, self.planned())
+
+
+@dataclass(frozen=True)
+class PlanRunPlan(Plan):
+    """A plan, not yet written."""
+
+    stage: PlanRun
+    file: Path
+    planned: Planned
+
+    def cost(self) -> Cost:
+        """The table."""
+        return Cost(notes=self.planned.lines)
+
+    def run(self, tracker: Tracker) -> Result:
+        """Write it."""
+        stage, planned = self.stage, self.planned
+        planned.write(self.file, command("plan", stage.amos_root, "--hours", f"{stage.hours:g}"))
+        lines = (*planned.lines, f"plan: {self.file.resolve()}")
+        if self.file.name == PLAN:
+            return Result(lines, next_command=command("run", stage.amos_root, *flag("--out", stage.out)), value=planned)
+        return Result(lines, next_command=command("run", "--config", self.file), value=planned)

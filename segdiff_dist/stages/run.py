@@ -1,0 +1,128 @@
+"""One line for your own data: plan, prepare, train both networks, sample, evaluate, report, export; resumes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_shards.locks import locked
+from data_shards.problems import problem
+from segdiff_dist.config import read_yaml
+from segdiff_dist.shipped import find_config
+from segdiff_dist.stages.base import Plan, Result, command
+from segdiff_dist.stages.budgeted import PLAN, Budgeted, Planned
+from segdiff_dist.stages.chain import Step, evaluate_once, in_a_row, stage_of, times_line
+from segdiff_dist.stages.configured import ConfiguredStage
+from segdiff_dist.stages.cost import Cost
+from segdiff_dist.stages.export import Export
+from segdiff_dist.stages.prepare import Prepare
+from segdiff_dist.stages.report import Report
+from segdiff_dist.stages.sample import Sample
+from segdiff_dist.stages.train import Train
+from segdiff_dist.stages.train_segmenter import TrainSegmenter
+
+if TYPE_CHECKING:
+    from segdiff_dist.experiment import Experiment
+    from segdiff_dist.tracking.tracker import Tracker
+
+_REPORT_FORMATS = "html,csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Budgeted):
+    """From DATA to a report and a synthetic data set, in the hours given. The same command again does what is missing.
+    `segdiff plan` shows and writes the plan before; a plan in the folder is used as it is."""
+
+    def check(self) -> RunPlan:
+        """Reads the plan that is there, or makes one."""
+        there = self._plan_there()
+        if there is None:
+            return RunPlan(self, self.folder, self.planned(), is_new=True)
+        planned = Planned.read(there)
+        data = planned.experiment.path("amos_root")
+        if self.amos_root is not None and self.amos_root.resolve() != data.resolve():
+            value = f"{self.amos_root}, and {there} is the plan for {data}"
+            raise problem("command line", "DATA", value, "give another --out")
+        return RunPlan(self, planned.experiment.path("data").parent, planned, is_new=False)
+
+    def _plan_there(self) -> Path | None:
+        """--config if it is a plan, else that of the folder."""
+        config = None if self.config is None else find_config(self.config)
+        if config is not None and "exported" in read_yaml(config):
+            return config
+        return self.folder / PLAN if (self.folder / PLAN).is_file() else None
+
+
+@dataclass(frozen=True)
+class RunPlan(Plan):
+    """The stages in a row."""
+
+    stage: Run
+    folder: Path
+    planned: Planned
+    is_new: bool
+
+    def cost(self) -> Cost:
+        """The table of a new plan."""
+        return Cost(notes=self.planned.lines or (f"by the plan in {self.folder}",))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """The lock of the folder; each stage also takes its own."""
+        return locked(self.folder / ".run.lock", self.folder, "is running there")
+
+    def run(self, tracker: Tracker) -> Result:
+        """Run every stage; the result is where report and data set are."""
+        from data_shards.fan_out import ray_session
+
+        planned, experiment = self.planned, self.planned.experiment
+        print(
+            *(planned.lines or (f"by the plan in {self.folder}; --hours counts for a new plan",)), sep="\n", flush=True
+        )
+        if self.is_new:
+            planned.write(self.folder / PLAN, command("run", experiment.amos_root, "--hours", f"{self.stage.hours:g}"))
+        times_s: dict[str, float] = {}
+        exit_code = 0
+        with ray_session(experiment.prepare.ray_address):
+            for title, result, seconds in in_a_row(self._steps()):
+                times_s[title] = seconds
+                if result is not None:
+                    print("\n".join((*result.message, *result.warnings)), flush=True)
+                    exit_code = max(exit_code, result.exit_code)
+        run, model = experiment.path("run"), self.folder / "model"
+        lines = (
+            f"\n{times_line(times_s)}",
+            f"report: {(run / 'evaluation' / 'report.html').resolve()}",
+            f"synthetic data set ({experiment.export.format}): {planned.exported.resolve()}",
+        )
+        after = None if model.exists() else command("export", model, "--run", run, "--format", "pipeline")
+        return Result(lines, exit_code=exit_code, next_command=after, value=planned)
+
+    def _steps(self) -> list[Step]:
+        experiment = self.planned.experiment
+        trained = (("train-segmenter", TrainSegmenter), ("train", Train), ("sample", Sample))
+        return [
+            ("prepare", partial(_start, Prepare, experiment)),
+            *((name, partial(_start, kind, experiment)) for name, kind in trained),
+            ("evaluate", partial(evaluate_once, experiment)),
+            ("report", self._report),
+            ("export", self._export),
+        ]
+
+    def _report(self) -> Result:
+        experiment = self.planned.experiment
+        return Report(runs=(experiment.path("run"),), format=_REPORT_FORMATS, experiment=experiment).check().start()
+
+    def _export(self) -> Result | None:
+        planned = self.planned
+        if planned.exported.exists():
+            print(f"export: {planned.exported} is there already; nothing to do")
+            return None
+        stage = replace(Export.of(planned.experiment), exported=planned.exported, run=planned.experiment.path("run"))
+        return stage.check().start()
+
+
+def _start(kind: type[ConfiguredStage], experiment: Experiment) -> Result:
+    return stage_of(kind, experiment).check().start()
