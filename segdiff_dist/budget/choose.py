@@ -46,7 +46,7 @@ _SHARES = {"segmenter": 0.2, "denoiser": 0.65, "masks": 0.15}
 # Seconds of a stage besides its images: libraries, Ray, MLflow. Measured with the smoke configuration on two cores.
 STARTS_S = {
     **{"prepare": 10.0, "train-segmenter": 20.0, "train": 25.0, "sample": 15.0},
-    **{"evaluate": 40.0, "report": 10.0, "export": 5.0},
+    **{"evaluate": 40.0, "report": 5.0, "export": 5.0},
 }
 # One core at 256 pixels (docs/results.md).
 _EVALUATED_A_SECOND, _EVALUATED_SIDE = 19.0, 256

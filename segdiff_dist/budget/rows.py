@@ -72,7 +72,7 @@ def rows_of(candidate: Candidate, experiment: Experiment) -> list[Row]:
             workers["evaluate"] * torch_bytes,
             2 * images * pixels,
         ),
-        "report": ("html, csv", torch_bytes, 10 * 2**20),
+        "report": ("tables as CSV", torch_bytes, 2**20),
         "export": (
             f"{images:,} images as {experiment.export.format}",
             torch_bytes,

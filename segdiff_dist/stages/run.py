@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from segdiff_dist.experiment import Experiment
     from segdiff_dist.tracking.tracker import Tracker
 
-_REPORT_FORMATS = "html,csv"
+# `evaluate` draws the page itself.
+_REPORT_FORMATS = "csv"
 
 
 @dataclass(frozen=True, kw_only=True)

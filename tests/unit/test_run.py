@@ -139,8 +139,8 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     kept = {
         "prepare": {"slice_stride": 1, "spacing_mm": 4.0, "num_workers": 1},
-        "segmenter": {"train": {"num_images": 64}},
-        "train": {"num_images": 32},
+        "segmenter": {"train": {"num_images": 32}},
+        "train": {"num_images": 16},
         "validation": {"num_images": 4, "num_pictures": 0},
         "sample": {"num": 4, "samples_per_mask": 1, "num_workers": 1},
         "evaluate": {"num_workers": 1, "bootstrap_samples": 20},
@@ -161,10 +161,10 @@ def test_the_plan_is_a_table_and_a_configuration(finished: Path) -> None:
     printed = (finished / "plan.txt").read_text()
     assert "layout: nnunet" in printed
     assert re.search(
-        r"^train +0\.\d M parameters, 32 images, 4 at once, \w+ +\d+ s +[\d.]+ [MG]B", printed, re.MULTILINE
+        r"^train +0\.\d M parameters, 16 images, 4 at once, \w+ +\d+ s +[\d.]+ [MG]B", printed, re.MULTILINE
     )
     plan = yaml.safe_load((finished / "out" / "run.yaml").read_text())
-    assert plan["train"]["num_images"] == 32
+    assert plan["train"]["num_images"] == 16
     assert plan["prepare"]["channel"] == 1
 
 
