@@ -13,7 +13,7 @@ from typing import Any
 
 import cloudpickle
 
-from data_shards import lean_imports
+from data_shards import lean_imports, plain_warnings
 from data_shards.ray_session import one_line
 
 # A message: what came of the set-up or of a task, and the task's result or the error in one line.
@@ -27,6 +27,7 @@ def main(handle: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     lean_imports.begin()
+    plain_warnings.begin()
     pipe = Connection(handle)
     try:
         do = cloudpickle.loads(pipe.recv_bytes())()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic
 
-from data_shards import lean_imports, liveness
+from data_shards import lean_imports, liveness, plain_warnings
 from data_shards.liveness import Place, Quiet
 from data_shards.ray_session import num_cores, one_line, ray_session, within
 from data_shards.tasks import MOST_DEATHS, Attempt, Done, Result, Task, TaskFailure, first_event
@@ -262,6 +262,7 @@ class _Worker:
 
     def __init__(self, num_threads: int) -> None:
         lean_imports.begin()
+        plain_warnings.begin()
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
 
     def place(self) -> Place:

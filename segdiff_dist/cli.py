@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 
-from data_shards import lean_imports
+from data_shards import lean_imports, plain_warnings
 from data_shards.locks import begin_command
 from data_shards.problems import refuse
 from data_shards.progress import QUIET
@@ -22,6 +22,7 @@ COMPLETION = "--tyro-print-completion"
 def run(argv: list[str] | None = None) -> int:
     """main() for a process that does nothing else: `segdiff`, `python -m segdiff_dist`, launch/*.py."""
     lean_imports.begin()
+    plain_warnings.begin()
     return main(argv)
 
 

@@ -340,10 +340,8 @@ def _without_other_modalities(config: SampleConfig, known: tuple[str, ...]) -> S
     """Shipped configurations ask for images of the other modality, and a set may have a single one."""
     if len(known) > 1 or not config.cross_modality_masks:
         return config
-    text = (
-        f"sample.cross_modality_masks: {config.cross_modality_masks}: the model knows {known[0]} alone, so none is made"
-    )
-    warnings.warn(text, stacklevel=3)
+    value, reason = config.cross_modality_masks, f"the model knows {known[0]} alone, so none is made"
+    warnings.warn(f"sample.cross_modality_masks: {value}: {reason}; set it to 0", stacklevel=3)
     return replace(config, cross_modality_masks=0)
 
 

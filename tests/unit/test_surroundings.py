@@ -223,3 +223,11 @@ def test_a_rank_left_in_the_shell_is_not_refused_in_silence(
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # a launch: its first rank on this machine says it
     assert cli.main(["train", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")]) == 2
     assert "nowhere" not in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
+    code = (
+        "import warnings; from segdiff_dist.cli import run; run(['--version']); warnings.warn('a:\\n b', stacklevel=1)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert printed == "warning: a: b\n"
