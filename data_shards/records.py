@@ -25,6 +25,8 @@ AXES = get_args(Axis)
 SPLITS = get_args(Split)
 # Sources of a mask: none (only body), the archive's experts, a whole-body tool, or the experts' organs over the tool's.
 MASK_SOURCES = ("none", "expert", "wholebody", "merged")
+# How a note on a volume begins if it is on its label.
+LABEL_NOTE = "its label: "
 # A case id becomes a part of names of files and of members of tars. A tar's header holds 100 bytes of a name, and the
 # longest that is added to an id is `-sagittal-0000.image.npy.zst`.
 LONGEST_CASE_ID = 72

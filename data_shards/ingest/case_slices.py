@@ -16,7 +16,7 @@ from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import VIEWS, Cutting, cut
 from data_shards.labels import BODY, LABEL_TABLES
 from data_shards.modalities import grey_rule
-from data_shards.records import SliceMeta, SliceRecord
+from data_shards.records import LABEL_NOTE, SliceMeta, SliceRecord
 
 if TYPE_CHECKING:
     from data_shards.ingest.body import BodyField
@@ -149,7 +149,7 @@ def _read(
     of_mask = () if mask.volume is None else mask.volume.notes
     if labelling.ids is not None and mask.volume is not None and not mask.volume.voxels_IJK.any():
         of_mask = (*of_mask, "no voxel has a class; take the case out if that is wrong")
-    of_mask = tuple(f"its label: {note}" for note in of_mask if note not in image.notes)
+    of_mask = tuple(f"{LABEL_NOTE}{note}" for note in of_mask if note not in image.notes)
     notes += dict.fromkeys((*case.notes, *image.notes, *of_mask, *padding.notes))
     if window_end is not None:
         notes.append(window_end)

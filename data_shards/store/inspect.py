@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.labels import UNUSED, LabelTable
-from data_shards.records import AXES, MASK_SOURCES, SPLITS
+from data_shards.records import AXES, LABEL_NOTE, MASK_SOURCES, SPLITS
 from data_shards.store.byte_store import local_path
 from data_shards.store.contact_sheet import NotSaved, draw_class_histogram, draw_contact_sheet
 from data_shards.store.samples_table import numbers
@@ -29,7 +29,7 @@ class InspectReport:
     [num_classes] by group, over labelled samples. masks: slices by mask source. leaking: patients in more than one
     split, with those splits; a patient is recognised by case id and by the image file's sha256. failed: volumes that
     prepare could not use, from index.json. notes: on the folder of volumes. recognised: by case id, texts about what
-    prepare converted, left out or guessed.
+    prepare converted, left out or guessed. source: the files of each case.
     """
 
     path: str
@@ -49,6 +49,7 @@ class InspectReport:
     failed: tuple[dict[str, str], ...]
     notes: list[str]
     recognised: dict[str, list[str]]
+    source: dict[str, Any]
     contact_sheet: Path
     histogram: Path
     not_drawn: str | None = None
@@ -113,6 +114,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         failed=tuple(shard_set.index.get("failed", ())),
         notes=_texts(shard_set.index.get("notes")) or [],
         recognised=_recognised(shard_set.index),
+        source=shard_set.index.get("source") or {},
         contact_sheet=contact_sheet,
         histogram=histogram,
         not_drawn=not_drawn,
@@ -124,15 +126,24 @@ def format_report(report: InspectReport) -> str:
     return "\n".join(_lines(report))
 
 
-def recognised_lines(recognised: dict[str, list[str]]) -> Iterator[str]:
-    """The notes on volumes, a line for each kind of note with its cases."""
-    cases_of: dict[str, list[str]] = {}
+def recognised_lines(recognised: dict[str, list[str]], source: dict[str, Any] | None = None) -> Iterator[str]:
+    """The notes on volumes, a line for each kind of note with its files, which are those of index.json's `source`; a
+    case that is not in it is named by its id."""
+    files_of: dict[str, list[str]] = {}
     for case_id, notes in sorted(recognised.items()):
         for note in notes:
-            cases_of.setdefault(note, []).append(case_id)
-    for note, cases in cases_of.items():
-        names = ", ".join(cases[:3]) + (", ..." if len(cases) > 3 else "")
-        yield f"{note}: {len(cases)} volume{'s' if len(cases) > 1 else ''} ({names})"
+            files_of.setdefault(note, []).append(_file_of(case_id, note, source or {}))
+    for note, files in files_of.items():
+        names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        yield f"{note}: {len(files)} volume{'s' if len(files) > 1 else ''} ({names})"
+
+
+def _file_of(case_id: str, note: str, source: dict[str, Any]) -> str:
+    """The image, or the label if the note is on it and it is one file."""
+    entry = source.get(case_id)
+    files = entry if isinstance(entry, dict) else {}
+    found = (note.startswith(LABEL_NOTE) and files.get("label")) or files.get("image")
+    return str(found[0]) if isinstance(found, list) and found else case_id
 
 
 def _recognised(index: dict[str, Any]) -> dict[str, list[str]]:
@@ -220,7 +231,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
     if not report.leaking:
         yield "no patient is in more than one split"
     yield from report.notes
-    yield from recognised_lines(report.recognised)
+    yield from recognised_lines(report.recognised, report.source)
     for entry in report.failed:
         yield f"not in the set: {entry['case_id']}: {entry['file']}: {entry['reason']}"
     if report.not_drawn is None:

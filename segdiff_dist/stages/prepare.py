@@ -90,7 +90,7 @@ class PreparePlan(Plan):
             "images: at most, since slices without organs may be left out",
             f"time: by {_SLICES_A_SECOND} slices a second for each of {workers} workers, as on an AMD EPYC",
             *self.preparation.survey.notes,
-            *recognised_lines(counted.recognised),
+            *recognised_lines(counted.recognised, self.preparation.header["source"]),
             *(_left_out(one["case_id"], one["file"], one["reason"]) for one in self.preparation.left_out),
         )
         seconds = counted.slices / (_SLICES_A_SECOND * workers)
@@ -149,7 +149,8 @@ class PreparePlan(Plan):
         if self.stage.wholebody is not None:
             sources = (f"{source} of {count} volumes" for source, count in report.masks.items())
             found.append("masks: " + ", ".join(sources))
-        found += [*self.preparation.survey.notes, *recognised_lines(report.recognised)]
+        source = self.preparation.header["source"]
+        found += [*self.preparation.survey.notes, *recognised_lines(report.recognised, source)]
         found += [_left_out(*one) for one in report.failed]
         if report.failed:
             found.append("put these right and start the same command again; it tries only them")

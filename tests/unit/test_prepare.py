@@ -326,8 +326,8 @@ def test_what_was_recognised_is_said_and_ct_without_offset_costs_its_volume(arch
     assert "padding of -2000 HU" in report.recognised["amos_0001"][0]
     assert "metres are converted" in report.recognised["amos_0501"][0]
     assert set(report.recognised) == {"amos_0001", "amos_0501"}
-    shown = "\n".join(recognised_lines(report.recognised))
+    shown = "\n".join(recognised_lines(report.recognised, index["source"]))
     assert "padding of -2000 HU is taken as air" in shown
-    assert "crop it away if that is wrong: 1 volume (amos_0001)" in shown
+    assert "crop it away if that is wrong: 1 volume (imagesTr/amos_0001.nii.gz)" in shown
     # The next call, which tries the failed volume alone, says the same of the others.
     assert prepare(archive.root, tmp_path / "set", CONFIG).recognised == report.recognised
