@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ _DISTINGUISHING = (
     "ImageType",
     "AcquisitionTime",
 )
+# SeriesInstanceUID in any transfer syntax but deflated: tag, 4 bytes of VR and length, digits and dots.
+_SERIES_UID = re.compile(rb"(?:\x20\x00\x0e\x00|\x00\x20\x00\x0e).{4}([0-9.]{1,64})", re.DOTALL)
+# Headers are a few kilobytes; private attributes may be longer.
+_HEAD_BYTES = 2**18
 _TAGS = (
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -123,6 +128,17 @@ def read_header(file: Path) -> Header | None:
         return None
 
 
+def named_series(file: Path) -> set[str]:
+    """Every SeriesInstanceUID at the beginning of a file, its own and those that it refers to, however damaged it
+    is."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+    except OSError:
+        return set()
+    return {uid.decode() for uid in _SERIES_UID.findall(head)}
+
+
 def _header(file: Path, data: Any) -> Header:
     def numbers(name: str) -> tuple[float, ...]:
         value = data.get(name)
@@ -132,7 +148,7 @@ def _header(file: Path, data: Any) -> Header:
     slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
     return Header(
         file,
-        kind=str(data.get("SOPClassUID", "")),
+        kind=str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID", "")),
         series_uid=str(data.get("SeriesInstanceUID", "")),
         study_uid=str(data.get("StudyInstanceUID", "")),
         frame_uid=str(data.get("FrameOfReferenceUID", "")),

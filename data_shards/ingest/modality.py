@@ -72,11 +72,16 @@ def find_modalities(
         problems.append(Problem(where, "modality", value, remedy))
     if doubtful:
         said = f"states {' and '.join(in_order(known))}" if known else "is not stated"
-        remedy = (
-            'state it there ("modality": {"0": "CT"} or {"0": "MR"}) or with --prepare.modality CT, MR or another name'
-        )
-        problems.append(Problem(where, "modality", f"{said} for {_named(doubtful, verb=False)}", remedy))
+        problems.append(Problem(where, "modality", f"{said} for {_named(doubtful, verb=False)}", _remedy(where)))
     return result, {}, problems
+
+
+def _remedy(where: str) -> str:
+    """Where to state a modality: a plain folder need not have a dataset.json."""
+    setting = "with --prepare.modality CT, MR or another name"
+    if where.endswith(".json"):
+        return f'state it there ("modality": {{"0": "CT"}} or {{"0": "MR"}}) or {setting}'
+    return f"state it {setting}, or in the column `modality` of a manifest.csv"
 
 
 def _by_setting(

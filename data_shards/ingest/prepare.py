@@ -355,7 +355,7 @@ def _cut_volumes(
 def _described(roots: list[Path], case_id: str, failure: _Failed) -> dict[str, str]:
     """Without the folders above the archive and the masks, so that the index does not depend on their paths."""
     assert failure.file is not None
-    file, reason = failure.file, failure.reason
+    file, reason = "." if failure.file in map(str, roots) else failure.file, failure.reason
     for root in roots:
         file, reason = (text.replace(f"{root}{os.sep}", "") for text in (file, reason))
     return {"case_id": case_id, "file": file, "reason": reason}

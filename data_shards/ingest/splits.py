@@ -7,6 +7,7 @@ changes the split of few others.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,11 @@ from data_shards.problems import Problem
 from data_shards.records import SPLITS
 
 _DEFAULT_SHARES = (0.7, 0.1, 0.2)
+# Names of several scans of a patient: p7_1, 0012-venous, s3_2019-04-01. The last group is there for a date.
+_ALIKE = re.compile(r"(.+?)[_-](?:[^_-]+|([0-9]{4})-[0-9]{2}-[0-9]{2})")
+_BEFORE_LAST, _BEFORE_DATE = "(.+)[_-]", "(.+?)[_-][0-9]{4}-"
+# More than a patient has.
+_MOST_SCANS = 12
 
 
 def with_splits(
@@ -46,6 +52,37 @@ def patient_problems(cases: Sequence[Case]) -> list[Problem]:
         for patient, splits in sorted(splits_of.items())
         if len(splits) > 1
     ]
+
+
+def patient_notes(cases: Sequence[Case]) -> list[str]:
+    """What to say of cases in two splits whose names are alike but for their last part, as p7_1 and p7_2, if nothing
+    says which patient they are of. A name that many cases begin with is that of the data set."""
+    of_name: dict[str, list[Case]] = {}
+    for case in cases:
+        if case.patient is None and (named := _ALIKE.fullmatch(case.case_id)):
+            of_name.setdefault(named[1], []).append(case)
+    parted = [
+        found
+        for _, found in sorted(of_name.items())
+        if len(of_name) > 1 and len(found) <= _MOST_SCANS and len({case.split for case in found}) > 1
+    ]
+    if not parted:
+        return []
+    one = parted[0][0]
+    other = next(case for case in parted[0] if case.split != one.split)
+    more = f" ({len(parted) - 1} more such names)" if len(parted) > 1 else ""
+    named = _ALIKE.fullmatch(one.case_id)
+    pattern = _BEFORE_DATE if named and named[2] else _BEFORE_LAST
+    where = f"{one.case_id} is in {one.split} and {other.case_id} in {other.split}{more}"
+    return [f"{where}: if they are scans of one patient, --prepare.patient '{pattern}' keeps them in one split"]
+
+
+def pattern_problems(cases: Sequence[Case], pattern: str | None) -> list[Problem]:
+    """A problem if the pattern for patients fits no case: each would count as a patient."""
+    if pattern is None or not cases or any(case.patient is not None for case in cases):
+        return []
+    remedy = "the first group is the patient: '(.+)_' finds p7 in p7_1"
+    return [Problem("prepare", "patient", f"{pattern!r} fits no case id, as {cases[0].case_id}", remedy)]
 
 
 def _patient(case: Case) -> str:

@@ -14,7 +14,7 @@ from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
 from data_shards.ingest.masks import find_wholebody_problems
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.ingest.splits import patient_problems, with_splits
+from data_shards.ingest.splits import patient_notes, patient_problems, pattern_problems, with_splits
 from data_shards.labels import FROM_EXPERTS
 from data_shards.modalities import MODALITIES, in_order, modalities_of
 from data_shards.problems import Problem
@@ -73,15 +73,18 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     problems += _alike_modalities(root, listing)
     problems += [] if skips else [one for found in bad.values() for one in found]
     cases = tuple(case for case in listing.cases if case.case_id not in bad)
-    if listing.names is not None or config.split is not None:
+    if listing.names is not None or config.split is not None or config.patient is not None:
         cases = with_splits(cases, config.split, config.seed, by_tool=config.label_set not in FROM_EXPERTS)
-        problems += patient_problems(cases)
+        problems += patient_problems(cases) + pattern_problems(cases, config.patient)
     if not problems:
         problems += find_wholebody_problems(cases, config.label_set, wholebody)
     skipped = {case_id: tuple(found) for case_id, found in bad.items()} if skips else {}
-    return Survey(
-        recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped, (*listing.notes, *labelling.notes)
-    )
+    beside = recognised.beside
+    if beside is not None and problems:
+        wanted = f"{recognised.layout.name} was recognised ({recognised.reason})"
+        problems.append(Problem(str(root), "layout", wanted, beside))
+    notes = (*filter(None, [beside]), *listing.notes, *labelling.notes, *patient_notes(cases))
+    return Survey(recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped, notes)
 
 
 def _alike_modalities(root: Path, listing: Listing) -> list[Problem]:

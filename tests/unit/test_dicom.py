@@ -231,6 +231,34 @@ def test_a_slice_without_a_preamble_is_not_passed_over(volume: _Volume, tmp_path
     files[0].write_bytes(files[0].read_bytes()[132:])
     found = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
     assert "without a preamble" in found[0].value
+    assert found[0].where.startswith("series dcm-")
+
+
+@pytest.mark.parametrize("at", [b"\x28\x00\x10\x00", b"\x20\x00\x0d\x00"], ids=["before Rows", "before the series"])
+def test_a_damaged_file_costs_its_series_alone(at: bytes, tmp_path: Path) -> None:
+    """A file that ends in its header; if it does not name its series any more, it is listed."""
+    uids = write_dicom(tmp_path / "data")
+    found = {file: read(file) for file in (tmp_path / "data").rglob("*") if file.is_file()}
+    found = {file: one for file, one in found.items() if one.SeriesInstanceUID == uids[0]}
+    file = max(found, key=lambda file: float(found[file].ImagePositionPatient[2]))  # no gap shows that it is missing
+    file.write_bytes(file.read_bytes().split(at)[0])
+    is_known = uids[0].encode() in file.read_bytes()
+    wanted = f"dcm-{digest(uids[0])}" if is_known else "unreadable-files"
+    assert [one.field for one in find_problems(tmp_path / "data", tmp_path / "set", CONFIG)] == ["files"]
+    config = PrepareConfig(**{**vars(CONFIG), "on_bad_case": "skip"})
+    preparation = check(tmp_path / "data", tmp_path / "set", config)
+    (left_out,) = preparation.left_out
+    assert left_out["case_id"] == wanted
+    assert "1 that cannot be read as DICOM" in left_out["reason"]
+    assert str(tmp_path) not in str(left_out)
+    assert len(preparation.cases) == len(uids) - is_known
+
+
+def test_a_file_of_zeros_called_dcm_is_not_passed_over(volume: _Volume, tmp_path: Path) -> None:
+    save(tmp_path / "data", [*volume[0], segmentation(volume[0], volume[2])])
+    (tmp_path / "data/9.dcm").write_bytes(bytes(2000))
+    (found,) = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
+    assert "1 that cannot be read as DICOM" in found.value
 
 
 @pytest.mark.parametrize("is_keyhole", [False, True], ids=["two contours", "a keyhole"])

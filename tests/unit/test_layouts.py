@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from layouts_support import (
     LIVER,
     SPLEEN,
     edit,
+    save,
     slices,
     write_amos,
     write_manifest,
@@ -70,6 +72,20 @@ def test_a_folder_of_no_layout_is_refused_with_the_layouts(tmp_path: Path) -> No
         with pytest.raises(InputProblems, match="TotalSegmentator") as refused:
             recognise(root)
         assert [one.field for one in refused.value.problems] == [field]
+
+
+def test_images_beside_dicom_files_are_said_with_the_setting_that_reads_them(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    for name in ("a", "b"):
+        save(tmp_path / f"data/{name}.nii.gz", np.zeros((4, 4, 4), np.int16))
+    (tmp_path / "data/0.dcm").write_bytes(bytes(128) + b"DICM")
+    found = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
+    assert "dicom was recognised" in found[-1].value
+    assert "2 files of .nii.gz beside the DICOM files; --prepare.layout folder" in found[-1].remedy
+    found = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, layout="folder"))
+    (modality,) = (one for one in found if one.field == "modality")
+    assert "dataset.json" not in str(modality)
+    assert "manifest.csv" in modality.remedy
 
 
 def _channels(root: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.cases import Case
 from data_shards.ingest.label_tables import find_labelling
 from data_shards.ingest.prepare import PrepareConfig, check, find_problems
-from data_shards.ingest.splits import with_splits
+from data_shards.ingest.splits import patient_notes, with_splits
 from data_shards.labels import AMOS, MERGED
 from data_shards.records import SliceRecord
 from data_shards.store.contact_sheet import class_colours
@@ -215,3 +216,27 @@ def test_a_table_of_a_thousand_equal_names_is_refused_in_a_few_lines(tmp_path: P
     (file := tmp_path / "table.yaml").write_text(f"name: x\nnames: {['0'] * 1000}\n")
     _, problems = find_labelling("amos", str(file), None)
     assert 0 < len(problems) < 10
+
+
+def _parted(*names: str) -> list[Case]:
+    cases = [Case(name, "CT", "", Path(), Path()) for name in names]
+    return list(with_splits(cases, (0.4, 0.3, 0.3), 0))
+
+
+def test_scans_that_may_be_of_one_patient_are_said() -> None:
+    """By their names, if nothing says the patient; a name that all cases have is that of the data set."""
+    (note,) = patient_notes(_parted("p1_1", "p1_2", "p1_3", "p2_1", "p2_2", "p2_3"))
+    assert "--prepare.patient '(.+)[_-]' keeps them in one split" in note
+    (note,) = patient_notes(_parted(*(f"{name}_2019-0{month}-01" for name in "ab" for month in range(1, 7))))
+    assert re.match(note.split("'")[1], "a_2019-04-01")[1] == "a"  # type: ignore[index]
+    assert not patient_notes(_parted(*(f"liver_{n}" for n in range(9))))
+    assert not patient_notes([replace(case, patient=case.case_id) for case in _parted("p1_1", "p1_2", "p2_1", "p2_2")])
+
+
+def test_a_pattern_that_fits_no_case_is_refused(tmp_path: Path) -> None:
+    write_amos(tmp_path / "data")
+    config = replace(CONFIG, patient="(s[0-9]+)_")
+    (problem,) = find_problems(tmp_path / "data", tmp_path / "set", config)
+    assert "fits no case id, as p1_1" in problem.value
+    (problem,) = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, patient="(p)"))
+    assert problem.value == "test and train and val"

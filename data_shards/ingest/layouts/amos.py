@@ -35,6 +35,8 @@ class Amos(Layout):
     def read(self, root: Path, request: Request) -> Listing:
         """As of list_archive."""
         listing = list_archive(root, request.modalities, request.modality)
+        if request.patient is not None:
+            listing = _with_patients(listing, request.patient)
         labels = content_of(root).get("labels")
         num = sum(amos_id(str(name)) not in (None, 0) for name in _names_of(labels).values())
         if not 0 < num < _NUM_ORGANS:

@@ -52,6 +52,10 @@ class Layout(ABC):
     def recognise(self, root: Path) -> str | None:
         """Why the folder has this layout, as text; None if it does not. Reads only names and small files."""
 
+    def not_read(self, root: Path) -> str | None:
+        """What is there that only another layout reads, and the setting for it."""
+        return None
+
     @abstractmethod
     def read(self, root: Path, request: Request) -> Listing:
         """The cases of the folder, by case id, and all problems that names and headers show."""

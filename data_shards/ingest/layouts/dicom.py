@@ -14,10 +14,20 @@ from itertools import islice
 from pathlib import Path
 
 from data_shards.ingest.cases import Case, Listing
-from data_shards.ingest.dicom_files import RTSTRUCT, SEG, Header, digest, is_bare_dicom, is_dicom, library, read_header
+from data_shards.ingest.dicom_files import (
+    RTSTRUCT,
+    SEG,
+    Header,
+    digest,
+    is_bare_dicom,
+    is_dicom,
+    library,
+    named_series,
+    read_header,
+)
 from data_shards.ingest.dicom_labels import DicomLabels, LabelObject, grid_problems, read_object
 from data_shards.ingest.dicom_series import DicomSeries, series_of
-from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of
+from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of, volumes_in
 from data_shards.modalities import is_modality
 from data_shards.problems import Problem
 
@@ -28,13 +38,24 @@ _MODALITY_OF = {"CT": "CT", "MR": "MR", "PT": "PET", "NM": "SPECT"}
 _HIDE_NAMES = "its file is named with --prepare.keep-dicom-ids"
 
 
+# Storage classes of images that become volumes (PS3.4 B.5): CT, MR, PET and NM, enhanced and legacy converted ones too.
+# Other classes with these modalities, as raw data, have no pixels.
+_IMAGE_CLASSES = {
+    f"1.2.840.10008.5.1.4.1.1.{end}"
+    for end in ("2", "2.1", "2.2", "4", "4.1", "4.3", "4.4", "20", "128", "128.1", "130")
+}
+# In place of a case id, for files of which no series is known.
+_OF_NO_SERIES = "unreadable-files"
+
+
 @dataclass(frozen=True)
 class _Found:
-    """The images of each series by SeriesInstanceUID, the labels, and the files that cannot be read."""
+    """The images of each series by SeriesInstanceUID, the labels, and the files that cannot be read, by the UID of
+    their series; an empty one if it is not known."""
 
     series: dict[str, list[Header]]
     labels: list[LabelObject]
-    faulty: list[Path]
+    faulty: dict[str, list[Path]]
 
 
 class Dicom(Layout):
@@ -46,6 +67,15 @@ class Dicom(Layout):
         """One of the first files is DICOM."""
         found = any(is_dicom(file) for file in islice(_files(root), _MOST_LOOKED_AT))
         return "there are DICOM files" if found else None
+
+    def not_read(self, root: Path) -> str | None:
+        """Volumes in other formats, in the folder or one below. They are not named, since names may be patients'."""
+        folders = (root, *sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith(".")))
+        files = [(name, file) for folder in folders for name, some in volumes_in(folder).items() for file in some]
+        if not files:
+            return None
+        endings = ", ".join(sorted({file.name[len(name) :].lower() for name, file in files}))
+        return f"{len(files)} files of {endings} beside the DICOM files; --prepare.layout folder reads these instead"
 
     def read(self, root: Path, request: Request) -> Listing:
         """Every series of images is a case; series that are no volume have problems. The classes are the segments of
@@ -60,14 +90,16 @@ class Dicom(Layout):
         cases: list[Case] = []
         for uid, headers in sorted(found.series.items()):
             case, wrong = _case(uid, headers, labels_of.get(uid, []), ids, request)
+            wrong = _faulty(str(case.image), found.faulty.get(uid, []), request) or wrong
             if wrong or request.takes(case.modality):
                 cases.append(case)
                 problems_of |= {case.case_id: wrong} if wrong else {}
-        problems = _faulty(root, found.faulty, request)
-        problems += case_name_problems(root, [case.case_id for case in cases])
+        if unknown := _faulty(str(root), found.faulty.get("", []), request):
+            problems_of[_OF_NO_SERIES] = unknown
+        problems = list(case_name_problems(root, [case.case_id for case in cases]))
         if len({case.case_id for case in cases}) < len(cases):
             problems.append(Problem(str(root), "case id", "two series have one digest", "prepare them one by one"))
-        problems += [] if problems else no_cases(root, request, cases)
+        problems += [] if problems or problems_of else no_cases(root, request, cases)
         ordered = tuple(sorted(cases, key=lambda case: case.case_id))
         return Listing(ordered, tuple(problems), problems_of, names)
 
@@ -85,16 +117,34 @@ def _scan(root: Path) -> _Found:
     labels: list[LabelObject] = []
     faulty: list[Path] = []
     for file in _files(root):
-        if file.name == "DICOMDIR" or not (is_dicom(file) or is_bare_dicom(file)):
+        seems = file.suffix.lower() == ".dcm" or is_dicom(file) or is_bare_dicom(file)
+        if file.name == "DICOMDIR" or not seems:
             continue
         header = read_header(file) if is_dicom(file) else None
-        if header is None or (not header.series_uid and min(header.shape) > 0):
+        if header is None or _is_cut_off(header):
             faulty.append(file)
         elif header.kind in (*SEG, RTSTRUCT):
             labels.append(read_object(header))
         elif min(header.shape) > 0 and header.modality != "RTDOSE":
             series.setdefault(header.series_uid, []).append(header)
-    return _Found(series, labels, faulty)
+    return _Found(series, labels, _by_series(faulty, set(series)))
+
+
+def _is_cut_off(header: Header) -> bool:
+    """Whether attributes are missing that every such file has: the file ends in its header. The last slice of a stack
+    would be missed by nothing else."""
+    has_pixels = min(header.shape) > 0
+    return (
+        not header.kind or (header.kind in _IMAGE_CLASSES and not has_pixels) or (has_pixels and not header.series_uid)
+    )
+
+
+def _by_series(files: Iterable[Path], known: set[str]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        named = named_series(file) & known
+        found.setdefault(named.pop() if len(named) == 1 else "", []).append(file)
+    return found
 
 
 def _assigned(found: _Found, request: Request) -> tuple[dict[str, list[LabelObject]], dict[str, list[Problem]]]:
@@ -166,11 +216,12 @@ def _patient(header: Header, keep_ids: bool) -> str:
     return f"patient-{digest(header.patient if patient else header.study_uid)}"
 
 
-def _faulty(root: Path, files: list[Path], request: Request) -> list[Problem]:
+def _faulty(where: str, files: list[Path], request: Request) -> list[Problem]:
+    """`where`: the series, or the folder if it is not known which series the files are of."""
     if not files:
         return []
     value = f"{len(files)} that cannot be read as DICOM: damaged, or without a preamble (PS3.10)"
     if request.keep_ids:
         value += f", as {files[0].name}"
     remedy = "restore them, or take them out of the folder" + ("" if request.keep_ids else f"; {_HIDE_NAMES}")
-    return [Problem(str(root), "files", value, remedy)]
+    return [Problem(where, "files", value, remedy)]

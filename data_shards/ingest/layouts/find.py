@@ -26,10 +26,12 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """A folder's layout, and the reason, as text."""
+    """A folder's layout, and the reason, as text. `beside`: what auto saw there that this layout does not read, and how
+    to read it instead."""
 
     layout: Layout
     reason: str
+    beside: str | None = None
 
     def read(self, root: Path, request: Request) -> Listing:
         """The layout's cases."""
@@ -43,7 +45,7 @@ def recognise(root: Path, wanted: str = AUTO) -> Recognised:
         return Recognised(next(one for one in LAYOUTS if one.name == wanted), "as asked for")
     for layout in LAYOUTS:
         if (reason := layout.recognise(root)) is not None:
-            return Recognised(layout, reason)
+            return Recognised(layout, reason, layout.not_read(root))
     if not root.is_dir():
         raise problem(root, "data folder", "not a folder", _KNOWN)
     if not (root / DATASET_FILE).is_file():

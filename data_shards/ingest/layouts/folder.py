@@ -56,6 +56,15 @@ class Folder(Layout):
         pair = next((case for case in _pairs(root)[0] if case.label is not None), None)
         return None if pair is None else f"{pair.image.name} has a label of its name"
 
+    def not_read(self, root: Path) -> str | None:
+        """Files with the usual ending of DICOM."""
+        found = sum(file.suffix.lower() == ".dcm" for file in root.rglob("*"))
+        return (
+            f"{found} files of DICOM (.dcm) beside the volumes; --prepare.layout dicom reads these instead"
+            if found
+            else None
+        )
+
     def read(self, root: Path, request: Request) -> Listing:
         """Cases of the manifest if there is one, else the pairs. dataset.json's `labels` or a table (prepare.labels)
         name the classes."""
@@ -67,7 +76,7 @@ class Folder(Layout):
         problems += case_name_problems(root, [case.case_id for case in cases])
         problems += _twins(root, cases)
         unstated = [case.case_id for case in cases if not case.modality or request.modality]
-        where = str(manifest or root / DATASET_FILE)
+        where = str(manifest or (root / DATASET_FILE if (root / DATASET_FILE).is_file() else root))
         modality_of, notes_of, found = find_modalities(where, content, unstated, request.modality)
         problems += found if unstated else []
         cases = [
