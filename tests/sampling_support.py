@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests_support import bytes_of
 
 from data_shards.labels import AMOS, LabelTable
 from data_shards.store.shards import ShardSet
@@ -88,9 +89,14 @@ def flip_a_byte(store: SampleStore, part: str, region: int) -> Path:
 
 
 def sample_and_compare_pipeline(weights: Path, shapes: Path, num: int) -> None:
-    """Sample with RUN/weights/NAME into RUN/samples, export RUN/pipeline, and compare their images bit by bit."""
+    """Sample with RUN/weights/NAME into RUN/samples, export RUN/pipeline, and compare their images bit by bit. As
+    diffusers' pipeline it makes the same, and saves the same folder."""
+    import torch
+    from diffusers import UNet2DModel
+
     from segdiff_dist.export.job import export_model
     from segdiff_dist.pipeline import SegGuidedPipeline
+    from segdiff_dist.pipeline.for_diffusers import SegGuidedDiffusionPipeline
 
     run = weights.parents[1]
     store = make_here(run, shapes, num=num, out=run / "samples")
@@ -101,3 +107,10 @@ def sample_and_compare_pipeline(weights: Path, shapes: Path, num: int) -> None:
         at = item["item_id"]
         image = pipeline(store.mask[at], modality=item["target_modality"], axis=item["axis"], first_item=at)
         np.testing.assert_array_equal(np.asarray(image), store.image[at])
+    of_diffusers = SegGuidedDiffusionPipeline(UNet2DModel.from_pretrained(run / "pipeline" / "unet"), None)
+    of_diffusers.save_pretrained(run / "saved")
+    assert bytes_of(run / "saved") == bytes_of(run / "pipeline")
+    of_diffusers.to(torch.bfloat16 if precision == "bf16" else torch.float32).set_progress_bar_config(disable=True)
+    first = store.items.to_pylist()[0]
+    image = of_diffusers(store.mask[0], first["target_modality"], axis=first["axis"], seed=0).images[0]
+    np.testing.assert_array_equal(np.asarray(image), store.image[0])

@@ -74,11 +74,11 @@ def open_mask(
     if spacing_mm is None:
         return _opened(mask, affine, grid_mm)
     if not _LEAST_MM <= spacing_mm <= _MOST_MM:
-        raise problem("mask", "spacing", spacing_mm, f"give mm, from {_LEAST_MM} to {_MOST_MM}")
+        raise problem("mask", "--spacing", spacing_mm, f"give mm, from {_LEAST_MM} to {_MOST_MM}")
     opened = _opened(mask, affine, spacing_mm)
     if opened.affine is not None or not opened.is_flat:
         remedy = "a spacing is for pictures (PNG, or [H, W]): leave it out"
-        raise problem(opened.where, "spacing", "given for a mask with places of its own", remedy)
+        raise problem(opened.where, "--spacing", "given for a mask with places of its own", remedy)
     return replace(opened, knows_mm=True)
 
 

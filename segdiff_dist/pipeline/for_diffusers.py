@@ -39,6 +39,9 @@ class SegGuidedDiffusionPipeline(DiffusionPipeline):
 
     _optional_components = ["vae"]  # noqa: RUF012  # as diffusers declares it
 
+    unet: Any
+    vae: Any
+
     def __init__(self, unet: Any, scheduler: Any, vae: Any = None) -> None:
         """`unet`: as diffusers loaded it from FOLDER/unet; its weights and its precision are used. The rest of the
         network is read from the folder. `vae`: read again from the folder. Raises InputProblems."""
@@ -101,7 +104,11 @@ class SegGuidedDiffusionPipeline(DiffusionPipeline):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As DiffusionPipeline.to, with all parts of the network. Precision: float32 or bfloat16."""
-        super().to(*args, **kwargs)
+        vae, self.vae = self.vae, None  # stays in fp32, as everywhere in segdiff
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.vae = vae
         self._place(self.unet.device, self.unet.dtype)
         return self
 
@@ -118,8 +125,8 @@ class SegGuidedDiffusionPipeline(DiffusionPipeline):
             model.prepare_for(device)
         self._made = replace(self._made, model=model.to(device=device, dtype=dtype), device=device)
         self.unet = model.unet
-        if model.latent is not None:  # stays in fp32, as everywhere in segdiff
-            self.vae = model.latent.autoencoder.net.to(device).float()
+        if model.latent is not None:
+            self.vae = model.latent.autoencoder.net.to(device)
 
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, *, push_to_hub: bool = False, **kwargs: Any
