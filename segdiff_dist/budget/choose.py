@@ -212,7 +212,7 @@ class Networks:
         side = experiment.loader.crop_size or experiment.prepare.size
         return cls(
             segmenter_network(experiment.segmenter, data_set, side),
-            denoiser_network(experiment.denoiser, data_set, side, device),
+            denoiser_network(experiment.denoiser, data_set, side, device, passes=experiment.diffusion.passes),
         )
 
 
@@ -227,7 +227,7 @@ def measured(experiment: Experiment, networks: Networks, device: torch.device) -
         network: Network = getattr(networks, name)
         images = 8 if config.micro_batch_size == "auto" else config.micro_batch_size
         precision = settled(config.precision, device)
-        found[name] = training_s(network, images, device, precision)
+        found[name] = training_s(network, images, device, precision) * network.passes
         found[f"{name}_pass"] = pass_s(network, images, device, precision)
     return Speed(**found)
 

@@ -47,7 +47,9 @@ def rows_of(candidate: Candidate, experiment: Experiment) -> list[Row]:
 
     def training(stage: str, config: TrainConfig) -> tuple[str, int, int]:
         network = networks.segmenter if stage == "segmenter" else networks.denoiser
-        at_once = f"{config.micro_batch_size} at once"
+        at_once = (
+            "as many at once as fit" if config.micro_batch_size == "auto" else f"{config.micro_batch_size} at once"
+        )
         what = f"{network.num_parameters / 1e6:.1f} M parameters, {config.num_images:,} images, {at_once}"
         memory = plan_memory(network, config, 1, on_gpu).needed(where)
         return f"{what}, {config.precision}", memory, disk_bytes(network, config)

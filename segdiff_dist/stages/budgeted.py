@@ -103,6 +103,8 @@ class Budgeted(ConfiguredStage):
             found.append(Problem("command line", "--hours", f"{self.hours:g}", remedy))
         if self.recipe is not None and self.recipe not in shipped_names():
             found.append(Problem("command line", "--recipe", self.recipe, f"give one of {', '.join(shipped_names())}"))
+        if self.out is not None and self.folder.exists() and not self.folder.is_dir():
+            found.append(Problem(str(self.out), "--out", "not a folder", "give another path"))
         return found
 
     def planned(self) -> Planned:
