@@ -28,7 +28,7 @@ help: ## list the targets
 
 install: $(STAMP) ## install into .venv
 
-demo: $(STAMP) ## every stage on synthetic CT and MR, from volumes to a report, in 10 to 15 minutes on two cores
+demo: $(STAMP) ## every stage on synthetic CT and MR, from volumes to a report, in 7 to 15 minutes on two cores
 	$(BIN)/segdiff demo $(ARGS)
 
 starter: $(STAMP) ## make the small model of `segdiff paint` again, from the phantom: about an hour on two cores; resumes
