@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from support.harness import headline, stamp, write
-from support.recipes_runs import NEVER, QUICK, Scale, make_data, rewrite, segdiff
+from support.recipes_runs import NEVER, QUICK, Scale, make_data, segdiff
+from support.rewritten_shards import rewrite
 
 from data_shards.files import write_atomic
 from data_shards.problems import InputProblems

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # In a run folder: the weights of the base, as they were when the training began.
 KEPT = "base"
-_ABOUT = "segdiff.json"
+_DESCRIPTION = "segdiff.json"
 # The settings that make a net's shape.
 _SHAPE = (
     *("space", "net", "block_out_channels", "layers_per_block", "attention_resolutions"),
@@ -51,7 +51,7 @@ class Base:
             return None
         begun = any(file.is_dir() for file in (run / "checkpoints").glob("[0-9]*"))
         folder = run / KEPT if begun else _weights_in(Path(denoiser.base))
-        file = folder / _ABOUT
+        file = folder / _DESCRIPTION
         if not file.is_file():
             remedy = "train it first, as with --denoiser.conditioning none, or give a run folder or a folder of weights"
             if begun:
@@ -111,7 +111,7 @@ class Base:
 
         remedy = f"prepare slices of {self.size} pixels or give --loader.crop-size {self.size}, or train another base"
         check(self.size == size, f"trained at {self.size} pixels, not {size}", remedy)
-        named = described_modalities(self.description, self.folder / _ABOUT)
+        named = described_modalities(self.description, self.folder / _DESCRIPTION)
         check(
             named == modalities and set(seen) <= set(self.trained_on),
             f"it knows {', '.join(self.trained_on)}, and the slices are {', '.join(seen)}",
@@ -131,9 +131,9 @@ def kept_weights(run: Path) -> dict[str, Tensor]:
 
 def _weights_in(given: Path) -> Path:
     """The weights of a run folder, its first average; or the folder itself."""
-    if (given / _ABOUT).is_file() or not (given / "weights").is_dir():
+    if (given / _DESCRIPTION).is_file() or not (given / "weights").is_dir():
         return given
-    names = sorted(file.parent.name for file in (given / "weights").glob(f"[!.]*/{_ABOUT}"))
+    names = sorted(file.parent.name for file in (given / "weights").glob(f"[!.]*/{_DESCRIPTION}"))
     with suppress(InputProblems, KeyError, IndexError, TypeError):
         names = [str(read_json(given / "weights" / "exported.json", "train again")["averages"][0]), *names]
     return given / "weights" / next(iter(names), "")

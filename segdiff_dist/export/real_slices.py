@@ -55,9 +55,9 @@ class Slicing:
         if samples.shards is None:
             return None
         drawn = {item["axis"] for item in samples.items}
-        told: Mapping[str, Any] = samples.shards.index["preprocessing"]
+        preprocessing: Mapping[str, Any] = samples.shards.index["preprocessing"]
         names = ("spacing_mm", "slice_stride", "fit")
-        how = {name: told.get(name, getattr(PrepareConfig, name)) for name in names}
+        how = {name: preprocessing.get(name, getattr(PrepareConfig, name)) for name in names}
         axes = tuple(axis for axis in AXES if axis in drawn)
         return cls(samples.modalities[0], axes, samples.shards.size, samples.size, ending=ending, **how)
 

@@ -17,7 +17,7 @@ from segdiff_dist.experiment import load_experiment
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 few_labels: Any = importlib.import_module("few_labels")
-runs: Any = importlib.import_module("support.recipes_runs")
+rewritten: Any = importlib.import_module("support.rewritten_shards")
 
 
 def test_arms_differ_in_conditioning_and_labels_alone(tmp_path: Path, shapes: Path) -> None:
@@ -33,7 +33,7 @@ def test_arms_differ_in_conditioning_and_labels_alone(tmp_path: Path, shapes: Pa
 
 def test_the_labelled_part_has_few_training_patients_and_all_others(tmp_path: Path, shapes: Path) -> None:
     shards = ShardSet.open(shapes)
-    runs.rewrite(shapes, tmp_path / "few", lambda whole: few_labels.labelled_part(whole, 1))
+    rewritten.rewrite(shapes, tmp_path / "few", lambda whole: few_labels.labelled_part(whole, 1))
     few = ShardSet.open(tmp_path / "few")
     for modality in shards.modalities:
         rows = few.select(split="train", modalities=[modality])
