@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from segdiff_dist.painting.job import Noise, Outline, Painting, check_paint
+from segdiff_dist.painting.job import Noise, Outline, Painting, PaintSettings, check_paint
 from segdiff_dist.painting.masks import open_mask
 from segdiff_dist.painting.model import Model, open_model
 from segdiff_dist.painting.tables import OtherLabels
@@ -40,9 +40,7 @@ def paint(
     those of `segdiff paint --help-all`. Raises InputProblems.
     """
     opened = model if isinstance(model, Model) else open_model(model)
-    job = check_paint(
-        open_mask(mask, affine=affine, grid_mm=opened.grid_mm, spacing_mm=spacing_mm),
-        opened,
+    settings = PaintSettings(
         modality=modality,
         axis=axis,
         seed=seed,
@@ -51,4 +49,5 @@ def paint(
         outline=outline,
         noise=noise,
     )
+    job = check_paint(open_mask(mask, affine=affine, grid_mm=opened.grid_mm, spacing_mm=spacing_mm), opened, settings)
     return job.make(shows_progress=shows_progress)

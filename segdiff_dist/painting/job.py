@@ -110,31 +110,39 @@ class Painting:
         return values[..., 0] if self.mask.is_flat else values
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaintSettings:
+    """What a user chooses (`segdiff paint --help-all`). `modality` None: the model's first."""
+
+    modality: str | None = None
+    axis: str = "axial"
+    seed: int = 0
+    labels: Any = None
+    other_labels: OtherLabels = "refuse"
+    outline: Outline = "auto"
+    noise: Noise = "shared"
+
+
 @dataclass(frozen=True)
 class PaintJob:
     """A checked job, made by `check_paint`: the only thing that can run."""
 
     mask: MaskFile
     model: Model
+    settings: PaintSettings
     modality: str
-    axis: str
-    seed: int
     grey: GreyMap
-    labels: Any
-    other_labels: OtherLabels
-    outline: Outline
-    noise: Noise
 
     def make(self, *, shows_progress: bool = True) -> Painting:
         """Read the mask, generate its slices, put them back. Raises InputProblems for what only the voxels show."""
-        read = self.mask.read(self.model.table, self.labels, self.other_labels)
+        read = self.mask.read(self.model.table, self.settings.labels, self.settings.other_labels)
         labels, notes = self._outlined(read)
-        axis = axis_of(labels.voxels_IJK.shape, self.axis)
+        axis = axis_of(labels.voxels_IJK.shape, self.settings.axis)
         cut_mask = CutMask.of(labels, self._how(axis, labels), self.model.pipeline.size)
-        item_ids = [0] * len(cut_mask.indices) if self.noise == "shared" else cut_mask.indices
+        item_ids = [0] * len(cut_mask.indices) if self.settings.noise == "shared" else cut_mask.indices
         described = "paint" if shows_progress else None
         pipeline = self.model.pipeline
-        image_SHW = pipeline.generate(cut_mask.mask_SHW, item_ids, self.modality, axis, self.seed, described)
+        image_SHW = pipeline.generate(cut_mask.mask_SHW, item_ids, self.modality, axis, self.settings.seed, described)
         grey_IJK, shown_IJK = cut_mask.back(image_SHW)
         grey_IJK = np.where(shown_IJK, grey_IJK, np.float32(0))
         values_IJK = values_of(grey_IJK, self.grey)
@@ -148,9 +156,10 @@ class PaintJob:
         if not labels.voxels_IJK.any():
             value = f"all background, by {read.names.source}"
             raise problem(self.mask.where, "mask", value, "draw at least one organ, or the patient's outline")
-        if self.outline == "none" or table.body_id is None or (labels.voxels_IJK == table.body_id).any():
+        if self.settings.outline == "none" or table.body_id is None or (labels.voxels_IJK == table.body_id).any():
             return labels, notes
-        return with_outline(labels, table.body_id, axis_of(labels.voxels_IJK.shape, self.axis)), (*notes, DREW_OUTLINE)
+        axis = axis_of(labels.voxels_IJK.shape, self.settings.axis)
+        return with_outline(labels, table.body_id, axis), (*notes, DREW_OUTLINE)
 
     def _how(self, axis: str, labels: Volume) -> Cutting:
         how = cutting(self.model.preprocessing, axis, self.model.table)
@@ -173,40 +182,28 @@ class PaintJob:
     def num_slices(self) -> int:
         """At most as many as are generated."""
         if self.mask.is_flat or self.mask.affine is None:
-            return 1 if self.mask.is_flat else self.mask.shape[VIEWS[self.axis][0]]
+            return 1 if self.mask.is_flat else self.mask.shape[VIEWS[self.settings.axis][0]]
         import nibabel as nib
 
-        along = int(np.argsort(nib.io_orientation(self.mask.affine)[:, 0])[VIEWS[self.axis][0]])
+        along = int(np.argsort(nib.io_orientation(self.mask.affine)[:, 0])[VIEWS[self.settings.axis][0]])
         return self.mask.shape[along]
 
 
-def check_paint(
-    mask: MaskFile,
-    model: Model,
-    *,
-    modality: str | None = None,
-    axis: str = "axial",
-    seed: int = 0,
-    labels: Any = None,
-    other_labels: OtherLabels = "refuse",
-    outline: Outline = "auto",
-    noise: Noise = "shared",
-    out: Path | None = None,
-) -> PaintJob:
-    """Find the problems that show before a voxel is read; raises InputProblems. `modality` None: the model's first."""
+def check_paint(mask: MaskFile, model: Model, settings: PaintSettings, out: Path | None = None) -> PaintJob:
+    """Find the problems that show before a voxel is read; raises InputProblems."""
     known = model.modalities
-    chosen = known[0] if modality is None else modality
+    chosen = known[0] if settings.modality is None else settings.modality
     problems = [] if out is None else out_problems(out, mask, model, chosen)
     if chosen not in known:
         problems.append(Problem(model.name, "--modality", chosen, f"the model knows {', '.join(known)}"))
-    if axis not in AXES:
-        problems.append(Problem("command line", "--axis", axis, f"give one of {', '.join(AXES)}"))
-    if not 0 <= seed < 2**63:
-        problems.append(Problem("command line", "--seed", str(seed), "give a whole number from 0 on"))
+    if settings.axis not in AXES:
+        problems.append(Problem("command line", "--axis", settings.axis, f"give one of {', '.join(AXES)}"))
+    if not 0 <= settings.seed < 2**63:
+        problems.append(Problem("command line", "--seed", str(settings.seed), "give a whole number from 0 on"))
     refuse(problems)
     if not model.pipeline.model.config.class_conditioning and len(known) > 1:
         warnings.warn(f"{model.name}: the model ignores the modality", stacklevel=2)
-    return PaintJob(mask, model, chosen, axis, seed, model.grey(chosen), labels, other_labels, outline, noise)
+    return PaintJob(mask, model, settings, chosen, model.grey(chosen))
 
 
 def out_problems(out: Path, mask: MaskFile, model: Model, modality: str) -> list[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -79,7 +79,7 @@ class Paint(Stage):
         """Reads the mask's header; opens the model."""
         if self.example:
             return ExamplePlan(self, self._new_mask())
-        from segdiff_dist.painting.job import check_paint
+        from segdiff_dist.painting.job import PaintSettings, check_paint
         from segdiff_dist.painting.masks import open_mask
         from segdiff_dist.painting.model import open_model
 
@@ -90,19 +90,8 @@ class Paint(Stage):
         )
         model = model.with_sampler(self.steps, self.guidance)
         mask = open_mask(mask_file, grid_mm=model.grid_mm, spacing_mm=self.spacing)
-        job = check_paint(
-            mask,
-            model,
-            modality=self.modality,
-            axis=self.axis,
-            seed=self.seed,
-            labels=self.labels,
-            other_labels=self.other_labels,
-            outline=self.outline,
-            noise=self.noise,
-            out=out,
-        )
-        return PaintPlan(self, job, out)
+        settings = PaintSettings(**{each.name: getattr(self, each.name) for each in fields(PaintSettings)})
+        return PaintPlan(self, check_paint(mask, model, settings, out), out)
 
     def _new_mask(self) -> Path:
         file = self.mask or Path(_EXAMPLE)
