@@ -3,6 +3,7 @@ limited."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -102,6 +103,8 @@ def serve(kind: Kind, good: Path, place: Path, seed: int, pipe: Connection) -> N
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
+    gc.collect()  # what the parent has left must not be freed during an attempt: it would hide what that one takes
+    gc.freeze()
     copy_of(good, place)
     try:
         good_digest = kind.read(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from functools import partial
@@ -47,7 +48,8 @@ def read(folder: Path, fault: str) -> str:
     if fault == "hung":
         time.sleep(60)
     if fault == "swollen":
-        return str(len(bytearray(400 * 2**20)))
+        gc.collect()  # as may happen at any time
+        return str(len(bytearray(2**30)))
     if fault == "unclean":
         return {}[content]  # type: ignore[index]
     return "other"
@@ -56,6 +58,9 @@ def read(folder: Path, fault: str) -> str:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault: str, tmp_path: Path) -> None:
     kind = Kind("file", write, ("file",), partial(read, fault=fault), has_checksums=True)
+    garbage: list[object] = [bytearray(2**30 if fault == "swollen" else 1)]
+    garbage.append(garbage)  # only the collector frees it; tests before this one may have left such a thing
+    del garbage
     watched = Watched(kind, made_input(kind, tmp_path), tmp_path / "copy", 0)
     try:
         most_s = 0.5 if fault == "hung" else 20.0
