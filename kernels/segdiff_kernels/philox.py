@@ -35,15 +35,16 @@ _ROUNDS = 10
 _U32 = 0xFFFFFFFF
 
 
-def bits(seed: int, stream: int, position_B: Tensor, num_words: int) -> Tensor:
-    """Random 32-bit words as int64 [B, num_words] in [0, 2^32); position_B int64, any device."""
+def bits(seed: int | Tensor, stream: int, position_B: Tensor, num_words: int) -> Tensor:
+    """Random 32-bit words as int64 [B, num_words] in [0, 2^32); position_B int64, any device. `seed`: a number, or
+    int64 [B, 1]: one for each position."""
     num_blocks = (num_words + 3) // 4
     index_BI = torch.arange(num_blocks, device=position_B.device).expand(position_B.shape[0], -1)
     words_BI4 = rounds(index_BI, torch.full_like(index_BI, stream), position_B[:, None].expand_as(index_BI), seed)
     return words_BI4.flatten(1)[:, :num_words]
 
 
-def rounds(index: Tensor, stream: Tensor, position: Tensor, seed: int) -> Tensor:
+def rounds(index: Tensor, stream: Tensor, position: Tensor, seed: int | Tensor) -> Tensor:
     """Four words [..., 4] for each counter (index, stream, low and high half of position), all int64."""
     c0, c1, c2, c3 = index & _U32, stream & _U32, position & _U32, (position >> 32) & _U32
     k0, k1 = seed & _U32, (seed >> 32) & _U32
@@ -60,8 +61,9 @@ def uniform(seed: int, stream: int, position_B: Tensor, num: int) -> Tensor:
     return _to_unit(bits(seed, stream, position_B, num))
 
 
-def normal(seed: int, stream: int, position_B: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 [B, *shape] by Box and Muller (1958), two draws from each pair of words."""
+def normal(seed: int | Tensor, stream: int, position_B: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 [B, *shape] by Box and Muller (1958), two draws from each pair of words. `seed`: as for
+    `bits`."""
     num = math.prod(shape)
     unit_BN2 = _to_unit(bits(seed, stream, position_B, 2 * ((num + 1) // 2))).unflatten(1, (-1, 2))
     radius, angle = torch.sqrt(-2.0 * torch.log(unit_BN2[..., 0])), (2.0 * math.pi) * unit_BN2[..., 1]

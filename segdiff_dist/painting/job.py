@@ -124,6 +124,22 @@ class PaintSettings:
 
 
 @dataclass(frozen=True)
+class PaintSlices:
+    """The slices of a mask, as the model takes them. `labels`: the mask in the model's ids."""
+
+    cut_mask: CutMask
+    item_ids: list[int]
+    axis: str
+    labels: Volume
+    notes: tuple[str, ...]
+
+    @property
+    def mask_SHW(self) -> np.ndarray:
+        """uint8 [S, H, W]."""
+        return self.cut_mask.mask_SHW
+
+
+@dataclass(frozen=True)
 class PaintJob:
     """A checked job, made by `check_paint`: the only thing that can run."""
 
@@ -135,19 +151,35 @@ class PaintJob:
 
     def make(self, *, shows_progress: bool = True) -> Painting:
         """Read the mask, generate its slices, put them back. Raises InputProblems for what only the voxels show."""
+        cut_mask = self.cut()
+        described = "paint" if shows_progress else None
+        keys = cut_mask.item_ids, self.modality, cut_mask.axis, self.settings.seed
+        return self.finished(cut_mask, self.model.pipeline.generate(cut_mask.mask_SHW, *keys, described))
+
+    def cut(self) -> PaintSlices:
+        """Read the mask: the slices to generate. Raises InputProblems for what only the voxels show."""
         read = self.mask.read(self.model.table, self.settings.labels, self.settings.other_labels)
         labels, notes = self._outlined(read)
         axis = axis_of(labels.voxels_IJK.shape, self.settings.axis)
         cut_mask = CutMask.of(labels, self._how(axis, labels), self.model.pipeline.size)
         item_ids = [0] * len(cut_mask.indices) if self.settings.noise == "shared" else cut_mask.indices
-        described = "paint" if shows_progress else None
-        pipeline = self.model.pipeline
-        image_SHW = pipeline.generate(cut_mask.mask_SHW, item_ids, self.modality, axis, self.settings.seed, described)
-        grey_IJK, shown_IJK = cut_mask.back(image_SHW)
+        return PaintSlices(cut_mask, item_ids, axis, labels, notes)
+
+    def finished(self, slices: PaintSlices, image_SHW: np.ndarray) -> Painting:
+        """The generated images, uint8 [S, H, W], on the mask's voxels."""
+        grey_IJK, shown_IJK = slices.cut_mask.back(image_SHW)
         grey_IJK = np.where(shown_IJK, grey_IJK, np.float32(0))
-        values_IJK = values_of(grey_IJK, self.grey)
         return Painting(
-            grey_IJK, values_IJK, labels, self.mask, self.grey, self.modality, axis, self.model, len(image_SHW), notes
+            grey_IJK=grey_IJK,
+            values_IJK=values_of(grey_IJK, self.grey),
+            labels=slices.labels,
+            mask=self.mask,
+            grey=self.grey,
+            modality=self.modality,
+            axis=slices.axis,
+            model=self.model,
+            num_slices=len(image_SHW),
+            notes=slices.notes,
         )
 
     def _outlined(self, read: LabelMask) -> tuple[Volume, tuple[str, ...]]:

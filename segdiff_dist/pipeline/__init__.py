@@ -12,7 +12,7 @@ FOLDER/README.md, gallery.png     the model card; masks and synthetic images, if
 from segdiff_dist.pipeline.card import CardParts
 from segdiff_dist.pipeline.description import DESCRIPTION, PICTURE, SEGMENTER, UNET
 from segdiff_dist.pipeline.folder import Extras, pipeline_problems, scheduler_of, write_pipeline
-from segdiff_dist.pipeline.model import SegGuidedPipeline
+from segdiff_dist.pipeline.model import SegGuidedPipeline, SliceKey
 
 __all__ = [
     "DESCRIPTION",
@@ -22,6 +22,7 @@ __all__ = [
     "CardParts",
     "Extras",
     "SegGuidedPipeline",
+    "SliceKey",
     "pipeline_problems",
     "scheduler_of",
     "write_pipeline",

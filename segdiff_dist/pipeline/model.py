@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 
 # More at once is not faster.
 _MOST_AT_ONCE = 16
+
+
+class SliceKey(NamedTuple):
+    """What fixes an image beside its mask."""
+
+    item_id: int
+    modality: str
+    axis: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,6 @@ class SegGuidedPipeline:
         images = [Image.fromarray(image_HW) for image_HW in made_BHW]
         return images[0] if is_one else images
 
-    @torch.inference_mode()
     def generate(
         self,
         mask_BHW: np.ndarray,
@@ -121,20 +130,32 @@ class SegGuidedPipeline:
         from data_shards.progress import progress_bar
 
         num = self.num_at_once
-        class_id = class_ids(torch.tensor(self.model.modalities.index(modality)), torch.tensor(AXES.index(axis)))
         image_BHW = np.empty_like(mask_BHW)
         with progress_bar(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
             for at in range(0, len(mask_BHW), num):
                 rows = list(range(at, min(at + num, len(mask_BHW))))
-                # Filled up as in sampling, so that an image alone is rounded as in a larger batch.
-                filled = rows + rows[:1] * (LEAST_BATCH - len(rows))
-                shown_BHW = torch.from_numpy(mask_BHW[filled]).to(self.device)
-                conditions = Conditions(shown_BHW, class_id.expand(len(filled)).to(self.device))
-                items = [{"item_id": item_ids[row]} for row in filled]
-                made_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, seed)
-                image_BHW[rows] = made_BHW[: len(rows)]
+                wanted = [SliceKey(item_ids[row], modality, axis, seed) for row in rows]
+                image_BHW[rows] = self.generate_at_once(mask_BHW[rows], wanted)
                 bar.update(len(rows))
         return image_BHW
+
+    @torch.inference_mode()
+    def generate_at_once(
+        self, mask_BHW: np.ndarray, keys: Sequence[SliceKey], on_pass: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """uint8 [B, H, W] of checked masks in one batch. An image depends on its mask and its key alone, not on the
+        others. `on_pass`: called after each evaluation of a noise level; what it raises ends the work."""
+        # Filled up as in sampling, so that an image alone is rounded as in a larger batch.
+        filled = [*range(len(keys)), *[0] * (LEAST_BATCH - len(keys))]
+        keys_B = [keys[row] for row in filled]
+        modality_B = torch.tensor([self.model.modalities.index(key.modality) for key in keys_B])
+        axis_B = torch.tensor([AXES.index(key.axis) for key in keys_B])
+        shown_BHW = torch.from_numpy(mask_BHW[filled]).to(self.device)
+        conditions = Conditions(shown_BHW, class_ids(modality_B, axis_B).to(self.device))
+        items = [{"item_id": key.item_id} for key in keys_B]
+        seed_B1 = torch.tensor([[key.seed] for key in keys_B], device=self.device)
+        made_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, seed_B1, on_pass=on_pass)
+        return made_BHW[: len(keys)]
 
     def size_with(self, shards: ShardSet, modality: str) -> int:
         """`size`. Raises InputProblems if the set's slices are not what the model was trained on, or if it does not

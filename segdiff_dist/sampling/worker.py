@@ -199,12 +199,15 @@ def generate(
     conditions: Conditions,
     diffusion: DiffusionConfig,
     sampler: SamplerConfig,
-    seed: int,
+    seed: int | Tensor,
     guide: Guide | None = None,
     weaker: Net | None = None,
+    *,
+    on_pass: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id). `weaker`: the net
-    of autoguidance.
+    """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id). `seed`: a number,
+    or int64 [B, 1], one for each item. `weaker`: the net of autoguidance. `on_pass`: called after each evaluation of a
+    noise level; what it raises ends the work.
 
     Raises InputProblems with the items if values of the net or the solver are not finite.
     """
@@ -234,6 +237,8 @@ def generate(
         def predict_and_look(x_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
             prediction_BCHW = predict(x_BCHW, timestep_B)
             finite_B.logical_and_(prediction_BCHW.flatten(1).isfinite().all(dim=1))
+            if on_pass is not None:
+                on_pass()
             return prediction_BCHW
 
         return predict_and_look
