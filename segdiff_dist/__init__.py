@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from data_shards import __version__
 
 if TYPE_CHECKING:
-    from segdiff_dist.painting.api import open_model, paint
+    from segdiff_dist.painting.api import PaintOptions, open_model, paint
 
-__all__ = ["__version__", "open_model", "paint"]
+__all__ = ["PaintOptions", "__version__", "open_model", "paint"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("open_model", "paint"):
+    if name in ("PaintOptions", "open_model", "paint"):
         return getattr(import_module("segdiff_dist.painting.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,16 +111,22 @@ class Painting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaintSettings:
-    """What a user chooses (`segdiff paint --help-all`). `modality` None: the model's first."""
+class PaintOptions:
+    """How a mask is read and its volume made, as `segdiff paint --help-all` says. They are seldom needed."""
 
-    modality: str | None = None
     axis: str = "axial"
-    seed: int = 0
-    labels: Any = None
     other_labels: OtherLabels = "refuse"
     outline: Outline = "auto"
     noise: Noise = "shared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintSettings(PaintOptions):
+    """All that a user chooses. `modality` None: the model's first."""
+
+    modality: str | None = None
+    seed: int = 0
+    labels: Any = None
 
 
 @dataclass(frozen=True)

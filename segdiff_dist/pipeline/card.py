@@ -70,25 +70,7 @@ tags: [medical, ct, mr, synthetic, segmentation-guided-diffusion, segdiff]
 **Its images are synthetic.** Generates the {modalities} slice that belongs to a label mask.
 The network reads {reads}.
 
-```python
-import numpy as np
-from segdiff_dist.pipeline import SegGuidedPipeline
-
-pipeline = SegGuidedPipeline.from_pretrained("this/folder")
-mask = np.load("mask.npy")  # uint8 [{size}, {size}], ids as below
-pipeline(mask, modality="{known[-1]}").save("image.png")
-```
-
-The same through diffusers. It runs `pipeline.py` of this folder, which needs the package segdiff-dist ({__version__} or
-later); without the package it stops with a line that names it:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("this/folder", trust_remote_code=True)
-pipeline(mask, modality="{known[-1]}", seed=0).images[0].save("image.png")
-```
-
+{_use(size, known[-1])}
 {_network_alone(net)}
 {_picture(parts.picture)}
 ## How it is sampled
@@ -114,6 +96,28 @@ slices were.
 Images are synthetic. They are for research on methods, not for diagnosis, and may show anatomy that no patient has. The
 model may reproduce training images: read the memorisation check of `segdiff evaluate` before you share images. The
 licence and the terms of the training data hold for this model too.
+"""
+
+
+def _use(size: int, modality: str) -> str:
+    return f"""```python
+import numpy as np
+from segdiff_dist.pipeline import SegGuidedPipeline
+
+pipeline = SegGuidedPipeline.from_pretrained("this/folder")
+mask = np.load("mask.npy")  # uint8 [{size}, {size}], ids as below
+pipeline(mask, modality="{modality}").save("image.png")
+```
+
+The same through diffusers. It runs `pipeline.py` of this folder, which needs the package segdiff-dist ({__version__} or
+later); without the package it stops with a line that names it:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this/folder", trust_remote_code=True)
+pipeline(mask, modality="{modality}", seed=0).images[0].save("image.png")
+```
 """
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from segdiff_dist.tracking.tracker import Tracker
 
 _SECTIONS = ("denoiser", "diffusion", "train", "validation", "loader")
+# A run that has checkpoints refuses others of these.
+_STARTED_WITH = ("denoiser", "diffusion", "train", "loader")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,11 @@ class Train(ConfiguredStage):
 
     def check(self) -> Plan:
         """Opens the set; chooses device, kernels and attention."""
-        from data_shards.feed.mixing import mix_groups
         from segdiff_dist.attention import choose_attention
         from segdiff_dist.denoising.denoiser import choose_kernels
         from segdiff_dist.denoising.latent_space import find_space
         from segdiff_dist.denoising.latents import latents_bytes, latents_message, refuse_other_latents
         from segdiff_dist.denoising.network_shapes import denoiser_network
-        from segdiff_dist.denoising.task import find_problems
         from segdiff_dist.stages.training_plan import (
             TrainingPlan,
             settle_precision,
@@ -72,10 +72,8 @@ class Train(ConfiguredStage):
             small_config,
             training_rows,
         )
-        from segdiff_dist.training.captured import device_problems
 
         denoiser, diffusion, loader = self.denoiser, self.diffusion, self.loader
-        started = ("denoiser", "diffusion", "train", "loader")
         run, shards = self.open_run_and_data(self.more_data)
         config = settle_precision(self.train, self.experiment, "train", run / "checkpoints")
         experiment, compiling = replace(self.experiment, train=config), replace(self, train=config)
@@ -84,18 +82,13 @@ class Train(ConfiguredStage):
         picked = partial(pick_device, config.device, "train.device")
         [latent] = collect(lambda: find_space(denoiser, diffusion, side, shards.modalities))
         net_side = side if latent is None else side // latent.factor
-        base, *_, attention, kernels, _, _ = collect(
+        base, *_, attention, kernels = collect(
             lambda: _fitting_base(self, run, shards, rows),
-            lambda: refuse(find_problems(shards, net_side, denoiser, diffusion)),
-            lambda: refuse(config.problems("train", world_size()) + loader.problems()),
-            lambda: refuse(self.validation.problems(diffusion)),
-            lambda: refuse(self.tracking.problems()),
-            lambda: loader.mix and mix_groups(shards, rows, loader.mix),
-            lambda: refuse(device_problems(config, "train", picked())),
+            *_rules(self, config, shards, rows, net_side),
+            lambda: refuse_another_config(experiment, run / "checkpoints", _STARTED_WITH),
+            lambda: refuse_other_latents(run, latent, shards),
             lambda: choose_attention(denoiser.attention, picked(), denoiser.attention_head_dim),
             lambda: choose_kernels(denoiser.kernels, picked()),
-            lambda: refuse_another_config(experiment, run / "checkpoints", started),
-            lambda: refuse_other_latents(run, latent, shards),
         )
         device = picked()
 
@@ -125,6 +118,25 @@ class Train(ConfiguredStage):
             limits={"small": lambda: small_config(shards, side, device)},
             compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" and not latent else None,
         ).checked()
+
+
+def _rules(
+    stage: Train, config: TrainConfig, shards: ShardSet, rows: np.ndarray, net_side: int
+) -> tuple[Callable[[], object], ...]:
+    """Checks of the sections, each of which raises the problems that it finds."""
+    from data_shards.feed.mixing import mix_groups
+    from segdiff_dist.denoising.task import find_problems
+    from segdiff_dist.training.captured import device_problems
+
+    diffusion, loader = stage.diffusion, stage.loader
+    return (
+        lambda: refuse(find_problems(shards, net_side, stage.denoiser, diffusion)),
+        lambda: refuse(config.problems("train", world_size()) + loader.problems()),
+        lambda: refuse(stage.validation.problems(diffusion)),
+        lambda: refuse(stage.tracking.problems()),
+        lambda: loader.mix and mix_groups(shards, rows, loader.mix),
+        lambda: refuse(device_problems(config, "train", pick_device(config.device, "train.device"))),
+    )
 
 
 def _fitting_base(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) -> Base | None:

@@ -153,7 +153,8 @@ def test_labels_by_name(model: Model, organs: np.ndarray, tmp_path: Path) -> Non
     np.testing.assert_array_equal(segdiff_dist.paint(renamed, model, labels=file).values, expected)
     with pytest.raises(InputProblems, match="2 tumour"):
         segdiff_dist.paint(renamed, model, labels={1: "liver", 2: "tumour", 3: "body"})
-    made = segdiff_dist.paint(renamed, model, labels={1: "liver", 2: "tumour", 3: "body"}, other_labels="body")
+    options = segdiff_dist.PaintOptions(other_labels="body")
+    made = segdiff_dist.paint(renamed, model, labels={1: "liver", 2: "tumour", 3: "body"}, options=options)
     assert set(np.unique(made.labels.voxels_IJK)) == {0, LIVER, BODY}
 
 
@@ -164,7 +165,7 @@ def test_slicer_names_its_segments(model: Model, tmp_path: Path) -> None:
     for key, value in (("0_Name", "liver"), ("0_LabelValue", "9"), ("1_Name", "spleen"), ("1_LabelValue", "5")):
         image.SetMetaData(f"Segment{key}", value)
     SimpleITK.WriteImage(image, str(tmp_path / "a.seg.nrrd"))
-    made = segdiff_dist.paint(tmp_path / "a.seg.nrrd", model, outline="none")
+    made = segdiff_dist.paint(tmp_path / "a.seg.nrrd", model, options=segdiff_dist.PaintOptions(outline="none"))
     assert set(np.unique(made.labels.voxels_IJK)) == {0, LIVER, SPLEEN}
 
 

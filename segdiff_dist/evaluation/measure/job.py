@@ -160,19 +160,14 @@ def measure_items(
 
     Returns the sums and the section "trust" of the summary.
     """
-    from tqdm import tqdm
-
     from data_shards.progress import progress_bar
 
     store = subject.store
     num_items = store.items.num_rows
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
-    before = [chunk for chunk in chunks if chunk in kept]
-    if not before:
-        _create_predictions(inputs.predictions, (num_items, *store.image.shape[1:]))
-    elif progress:
-        num_before = sum(chunk.stop - chunk.start for chunk in before)
-        tqdm.write(f"evaluate: {num_before:,} of {num_items:,} images were measured before; going on")
+    _begin(
+        inputs.predictions, (num_items, *store.image.shape[1:]), [chunk for chunk in chunks if chunk in kept], progress
+    )
     capacity, seed = config.distribution_images, config.seed
     # The file of rows is closed before the workers stop; both are dropped when a task failed.
     with (
@@ -208,6 +203,17 @@ def measure_items(
                 workers, rows.with_name(".queries.unfinished.npz"), config, subject, subject.shards, kept
             )
     return measured, trust_checks
+
+
+def _begin(predictions: Path, shape: tuple[int, int, int], before: list[Chunk], progress: bool) -> None:
+    """Create the array of label maps, or say how many images were measured before."""
+    from tqdm import tqdm
+
+    if not before:
+        _create_predictions(predictions, shape)
+    elif progress:
+        num_before = sum(chunk.stop - chunk.start for chunk in before)
+        tqdm.write(f"evaluate: {num_before:,} of {shape[0]:,} images were measured before; going on")
 
 
 def _label_volumes(workers: Workers[Any, Any], predictions: Path, items: pa.Table, kept: Kept) -> None:
