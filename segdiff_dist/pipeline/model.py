@@ -23,7 +23,7 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.pipeline.description import DESCRIPTION, RESTORE, UNET, alone, trained_process
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import LEAST_BATCH
-from segdiff_dist.sampling.worker import batch_size_for, generate, memory_bytes
+from segdiff_dist.sampling.worker import PassOptions, batch_size_for, generate, memory_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,7 +154,8 @@ class SegGuidedPipeline:
         conditions = Conditions(shown_BHW, class_ids(modality_B, axis_B).to(self.device))
         items = [{"item_id": key.item_id} for key in keys_B]
         seed_B1 = torch.tensor([[key.seed] for key in keys_B], device=self.device)
-        made_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, seed_B1, on_pass=on_pass)
+        options = PassOptions(on_pass=on_pass)
+        made_BHW = generate(self.model, items, conditions, self.diffusion, self.sampler, seed_B1, options)
         return made_BHW[: len(keys)]
 
     def size_with(self, shards: ShardSet, modality: str) -> int:

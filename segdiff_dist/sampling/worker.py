@@ -135,7 +135,7 @@ class _RegionMaker:
             if self.dice_term is not None:
                 guide = segmenter_guide(self.dice_term, conditions, self.sampler.segmenter_guidance)
             settings = self.diffusion, self.sampler, self.seed
-            image_BHW = generate(self.net, items, conditions, *settings, guide, self.weaker)
+            image_BHW = generate(self.net, items, conditions, *settings, PassOptions(guide, self.weaker))
         return image_BHW[: len(ids)], conditions.mask_BHW.cpu().numpy()[: len(ids)]
 
 
@@ -193,6 +193,16 @@ def item_conditions(
     return relabelled(conditions, lost_K.expand(len(items), -1), masks.label_table)
 
 
+@dataclass(frozen=True)
+class PassOptions:
+    """What takes part in the passes through the net besides its conditions. `weaker`: the net of autoguidance.
+    `on_pass`: called after each evaluation of a noise level; what it raises ends the work."""
+
+    guide: Guide | None = None
+    weaker: Net | None = None
+    on_pass: Callable[[], None] | None = None
+
+
 def generate(
     model: Net,
     items: list[dict[str, Any]],
@@ -200,14 +210,10 @@ def generate(
     diffusion: DiffusionConfig,
     sampler: SamplerConfig,
     seed: int | Tensor,
-    guide: Guide | None = None,
-    weaker: Net | None = None,
-    *,
-    on_pass: Callable[[], None] | None = None,
+    options: PassOptions = PassOptions(),  # frozen
 ) -> np.ndarray:
     """uint8 [B, H, W] images of the items under their conditions; noise is keyed by (seed, item_id). `seed`: a number,
-    or int64 [B, 1], one for each item. `weaker`: the net of autoguidance. `on_pass`: called after each evaluation of a
-    noise level; what it raises ends the work.
+    or int64 [B, 1], one for each item.
 
     Raises InputProblems with the items if values of the net or the solver are not finite.
     """
@@ -230,18 +236,8 @@ def generate(
     finite_B = torch.ones(len(items), dtype=torch.bool, device=item_B.device)
 
     def watched(guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """Check the prediction before clipping can hide values that are not finite; on its device, so that nothing
-        waits."""
-        predict = guided(model, conditions, guidance, sampler.guidance_removes, weaker)
-
-        def predict_and_look(x_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
-            prediction_BCHW = predict(x_BCHW, timestep_B)
-            finite_B.logical_and_(prediction_BCHW.flatten(1).isfinite().all(dim=1))
-            if on_pass is not None:
-                on_pass()
-            return prediction_BCHW
-
-        return predict_and_look
+        predict = guided(model, conditions, guidance, sampler.guidance_removes, options.weaker)
+        return _watched(predict, finite_B, options.on_pass)
 
     images_BCHW = samplers.sample(
         watched(sampler.guidance),
@@ -249,7 +245,7 @@ def generate(
         sampler if latent is None else on_latents(sampler),
         noise(-1),
         noise,
-        guide,
+        options.guide,
         unguided=None if sampler.guidance_interval is None else watched(1.0),
         fused=model.uses_kernels,
     )
@@ -258,6 +254,22 @@ def generate(
     finite_B.logical_and_(images_BCHW.flatten(1).isfinite().all(dim=1))
     _refuse_spoilt(items, finite_B.tolist())
     return to_uint8(images_BCHW).cpu().numpy()
+
+
+def _watched(
+    predict: Callable[[Tensor, Tensor], Tensor], finite_B: Tensor, on_pass: Callable[[], None] | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Check the prediction before clipping can hide values that are not finite; on its device, so that nothing
+    waits."""
+
+    def predict_and_look(x_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        prediction_BCHW = predict(x_BCHW, timestep_B)
+        finite_B.logical_and_(prediction_BCHW.flatten(1).isfinite().all(dim=1))
+        if on_pass is not None:
+            on_pass()
+        return prediction_BCHW
+
+    return predict_and_look
 
 
 def _refuse_spoilt(items: list[dict[str, Any]], is_finite: list[bool]) -> None:
