@@ -29,7 +29,7 @@ from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.spectra import sharpness
 
 DICE_MARGIN, DISTANCE_MARGIN = 0.005, 0.03
-# Of the preset `fast`, against 50 DDIM steps.
+# Speed of the preset `fast`, against 50 DDIM steps.
 TARGET = 3.0
 STEPS = {
     "ddim": (8, 10, 12, 16, 25),

@@ -31,7 +31,7 @@ from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 
 META = torch.device("meta")
-# Of the fused step, as a share of eager channels-last.
+# Targets of the fused step, as a share of eager channels-last.
 TARGETS = {"bytes": 0.52, "saved_bytes": 0.70, "launches": 0.60}
 
 

@@ -73,7 +73,7 @@ class Contest:
         return {name: self._line(name, spread.median) for name, spread in rates.items()}
 
     def costs(self, name: str, turn: Turn) -> dict[str, str]:
-        """Of one of ours whose parts were timed: what a step pays for each, set against the targets."""
+        """The cost of each timed part of our loop in a step, beside the targets."""
 
         def of_a_step(part: str) -> float:
             return self._median(name, lambda results: results["parts_s"].get(part, 0.0) / turn.steps)

@@ -42,7 +42,7 @@ def _does_not_fall(pair: tuple[float, float]) -> bool:
 
 
 Count = Annotated[int, Ge(1)]
-# Of a net. One with more is not built in any time or memory; published ones have a tenth.
+# Channels of a net. One with more is not built in any time or memory; published ones have a tenth.
 Channels = Annotated[int, Interval(ge=1, le=65_536)]
 Layers = Annotated[int, Interval(ge=1, le=64)]
 WholeNumber = Annotated[int, Ge(0)]

@@ -42,7 +42,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """MkDocs' hook: pages that stand outside docs/, and those made from code, join the site."""
+    """MkDocs' hook: pages that are outside docs/, and those made from code, join the site."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()

@@ -34,7 +34,7 @@ The column *effect* says what another value does:
 _MEANINGS = {
     Effect.RESULT: "The result is another one. The value is recorded with it.",
     Effect.RESULT_WHERE_SET: "The result is another one. The value is recorded if it is not the default.",
-    Effect.RECORDED_OTHERWISE: "The result is another one. The digest of the file, or what a preset stands for, is "
+    Effect.RECORDED_OTHERWISE: "The result is another one. The digest of the file, or the values of a preset, is "
     "recorded in its place.",
     Effect.RESUMABLE: "The result is the same, up to rounding. A training can be resumed with another value.",
     Effect.EXECUTION: "The result is the same. The setting says where, how fast or how long.",

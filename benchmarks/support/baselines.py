@@ -238,7 +238,7 @@ def _decode_png(payload: bytes) -> np.ndarray:
 
 
 def _decode_npy(payload: bytes) -> np.ndarray:
-    # Pixels begin behind the header, whose length stands in bytes 8 and 9; no copy.
+    # Pixels begin behind the header, whose length is in bytes 8 and 9; no copy.
     return np.frombuffer(payload, np.uint8, offset=10 + int.from_bytes(payload[8:10], "little")).reshape(SIZE, SIZE)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# Of forward and backward pass, beside which the state is copied: a tenth of what the paper's network, which has a state
-# of this size, takes for two images on the CPUs that this was measured on.
+# Seconds of forward and backward pass, beside which the state is copied: a tenth of what the paper's network, which has
+# a state of this size, takes for two images on the CPUs that this was measured on.
 _STEP_S = 0.5
 
 

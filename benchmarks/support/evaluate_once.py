@@ -23,7 +23,7 @@ _ITEMS = 64
 
 
 def cpu_seconds(run: Path) -> tuple[float, float]:
-    """Of all tasks, and of the summary, on one thread; not of opening the networks."""
+    """CPU seconds of all tasks, and of the summary, on one thread; not of opening the networks."""
     torch.set_num_threads(1)
     store = SampleStore.open(run / "samples")
     shards = ShardSet.open(store.job["shards"])

@@ -272,7 +272,7 @@ def trained(session: Session, folder: Path, batch: int) -> Loop:
 
 
 def flops_per_image(session: Session) -> int:
-    """Of one training image, forward and backward, counted."""
+    """FLOPs of one training image, forward and backward, counted."""
     size = session.scale.size
     with torch.device("meta"):
         denoiser = Denoiser(replace(session.scale.net, kernels="torch"), AMOS, size)

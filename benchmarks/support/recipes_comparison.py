@@ -61,7 +61,7 @@ class Comparison:
         return work
 
     def second_round(self) -> Work:
-        """The paper at its best, with every seed. Until it is known, any candidate stands for it."""
+        """The paper at its best, with every seed. Until it is known, any candidate takes its place."""
         best = self.best_paper() or (self.scale.paper_lrs[-1], ONLINE)
         return {self._run(paper(best[0]), seed): self.paper_curve(best, seed) for seed in self.seeds}
 

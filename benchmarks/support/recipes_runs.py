@@ -46,14 +46,14 @@ class Scale:
 
     side: int = 64
     num_images: int = 6_400
-    """Of a whole training; a multiple of 8 batches, so that there is a checkpoint at each of POINTS."""
+    """Images of a whole training; a multiple of 8 batches, so that there is a checkpoint at each of POINTS."""
     batch_size: int = 8
     precision: str = "fp32"
     block_out_channels: tuple[int, ...] = (16, 48, 96, 96)
     judge_images: int = 12_800  # of the segmenter; results hold the old name
     judge_channels: tuple[int, ...] = (16, 32, 64, 128, 256)
     patients: tuple[int, int, int] = (16, 4, 4)
-    """Of the phantom's train, val and test split, in each modality."""
+    """Patients of the phantom's train, val and test split, in each modality."""
     slice_stride: int = 4
     num_masks: int = 80
     paper_steps: int = 50
@@ -92,7 +92,7 @@ class Recipe:
     sampler: str = "ours"
     has_body: bool = True
     share: float = 1.0
-    """Of the comparison's images; schedules end with it."""
+    """The share of the comparison's images; schedules end with it."""
 
 
 def paper(lr: float) -> Recipe:

@@ -58,7 +58,7 @@ class Budget:
 
     @property
     def launches(self) -> int:
-        """Of everything, convolutions and matrix products too."""
+        """Launches of everything, convolutions and matrix products too."""
         return sum(tally.launches for tally in self.kinds.values())
 
     def __sub__(self, other: Budget) -> Budget:
@@ -152,12 +152,12 @@ _KINDS = {
     "aten::mse_loss_backward": "loss",
 }
 
-# Of an operator's arguments and result.
+# The tally of an operator's arguments and result.
 Rule = Callable[[Sequence[Any], Any], Tally]
 
 
 def touched(*tensors: Any) -> int:
-    """Bytes of the elements that lie in memory: a dimension that is only expanded counts once. None counts nothing."""
+    """Bytes of the elements that are in memory: a dimension that is only expanded counts once. None counts nothing."""
     total = 0
     for tensor in tensors:
         if isinstance(tensor, Tensor):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from support.train_turns import TIMEOUT_S, Measured, Turn, Watch
 
 PARTS = ("averages", "logging", "checkpointing", "optimiser")
-"""Of our loop, beside the network; see time_parts."""
+"""The parts of our loop, beside the network; see time_parts."""
 
 
 def published(turn: Turn, folder: Path, watch: Watch) -> None:

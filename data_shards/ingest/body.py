@@ -95,7 +95,7 @@ def _mr_tissue(smooth: np.ndarray, measured: np.ndarray | None) -> np.ndarray:
 
 
 def _without_halo(inside: np.ndarray, smooth: np.ndarray) -> np.ndarray:
-    """A threshold that is low enough for dark skin lies outside the edge of bright skin, so the rim must also reach a
+    """A threshold that is low enough for dark skin is outside the edge of bright skin, so the rim must also reach a
     share of the brightest value nearby."""
     from scipy import ndimage
 

@@ -30,8 +30,8 @@ _VOLUME_SHARE = 0.01
 # Air's noise makes a smooth histogram, even where a scanner cuts it off at 0: there 0 occurs 3 to 7 times as often as 1
 # (CHAOS' MR). Padding is a number by itself.
 _SPIKE = 10.0
-# Of the range of values: numbers as near as this are neighbours in a histogram, or the next one that occurs, where
-# values are steps apart: whole numbers saved as floats, eight bits stretched to twelve.
+# As a share of the range of values: numbers as near as this are neighbours in a histogram, or the next one that occurs,
+# where values are steps apart: whole numbers saved as floats, eight bits stretched to twelve.
 _NEAR, _STEP = 1e-3, 2e-2
 # A converter may write two numbers, one inside the other (-2000 around the field of view, -3024 around that).
 _MOST_PADDINGS = 3

@@ -90,8 +90,8 @@ def read_case_mask(
 
 
 def _read_experts(case: Case, labelling: Labelling | None) -> Volume:
-    """The experts' labels, in AMOS' ids, or renumbered. Of organs in files of their own, a voxel in several belongs to
-    the last of them."""
+    """The experts' labels, in AMOS' ids, or renumbered. A voxel in the files of several organs belongs to the last of
+    them."""
     assert AMOS.body_id is not None
     ids = None if labelling is None else labelling.ids
     if isinstance(case.label, DicomLabels):

@@ -192,7 +192,7 @@ def _give_thickness(header: Any) -> None:
 def _shape(
     file: Path, header: Any, channel: int | None, problems: list[Problem]
 ) -> tuple[tuple[int, int, int] | None, int]:
-    """Of a volume, and the number of volumes."""
+    """The shape of a volume, and the number of volumes."""
     shape = tuple(int(n) for n in header.get_data_shape())
     num_channels = int(np.prod(shape[3:], dtype=object))
     # Channels are in the fourth dimension, or, as vectors, in the fifth.

@@ -75,7 +75,7 @@ class _Task:
 
     @property
     def checksums(self) -> list[str]:
-        """Of everything that a case's slices depend on."""
+        """Checksums of everything that a case's slices depend on."""
         masks = [] if self.wholebody is None else nifti_files(self.wholebody, self.case.case_id)
         sources = (*self.case.sources, *masks)
         return [file_sha256(one) if isinstance(one, Path) else one.sha256() for one in sources]

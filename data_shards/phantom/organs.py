@@ -118,7 +118,7 @@ def _stomach(canvas: Canvas, spaces: Spaces) -> None:
     shape = union(union(fundus, body, 10.0), antrum, 8.0)
     stomach = organ.place("wall", intersection(shape, spaces.abdomen[organ.box]))
     organ.paint("stomach_fluid", stomach + 4.0)
-    # The patient lies on the back: air stands above the fluid, in front.
+    # The patient is on the back: air is above the fluid, in front.
     organ.paint("gas", np.maximum(stomach + 4.5, 56.0 - organ.points[1]))
 
 

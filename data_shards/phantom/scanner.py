@@ -20,7 +20,7 @@ _CT: dict[str, tuple[float, float]] = {
     "spleen": (130.0, 5.0), "liver": (112.0, 5.0), "liver_vessel": (148.0, 4.0), "genital": (72.0, 8.0),
     "urine": (4.0, 2.0),
 }  # fmt: skip
-# How far a patient's enhancement may lie from the mean: contrast dose, timing, heart.
+# How far a patient's enhancement may be from the mean: contrast dose, timing, heart.
 _ENHANCEMENT_RANGE = (0.93, 1.07)
 
 # Proton density and T2 (ms), near the 1.5 T values of de Bazelaire et al. 2004 (Radiology 230:652), spread where

@@ -261,7 +261,7 @@ class ShardSet:
         return payload
 
     def dtype(self, part: str) -> np.dtype:
-        """Of a part's pixels."""
+        """The dtype of a part's pixels."""
         return np.dtype(np.uint16 if part == "image" and self.bits == 16 else np.uint8)
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[OSError | None]:

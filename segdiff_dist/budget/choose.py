@@ -41,7 +41,7 @@ _MOST_PASSES = 100
 # The hours are not used up: the speed of a machine that does other work changes.
 _USED = 0.9
 _CHECKPOINTS, _LOG_LINES = 6, 60
-# Of the rest of the time: a segmenter learns sooner than a denoiser.
+# Shares of the rest of the time: a segmenter learns sooner than a denoiser.
 _SHARES = {"segmenter": 0.2, "denoiser": 0.65, "masks": 0.15}
 # Seconds of a stage besides its images: libraries, Ray, MLflow. Measured with the smoke configuration on two cores.
 STARTS_S = {

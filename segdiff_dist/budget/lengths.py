@@ -19,7 +19,7 @@ class Length:
     share: float
     """The part of the time that this stage should get."""
     seconds: float
-    """Of one image."""
+    """Seconds of one image."""
 
     def at(self, level_s: float) -> int:
         """The number if all stages together had `level_s` seconds."""
@@ -27,7 +27,7 @@ class Length:
 
 
 def least_seconds(lengths: Mapping[str, Length]) -> float:
-    """Of the least that is of use."""
+    """Seconds of the shortest lengths that are of use."""
     return sum(one.least * one.seconds for one in lengths.values())
 
 

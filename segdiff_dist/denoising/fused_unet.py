@@ -121,7 +121,7 @@ class Time(NamedTuple):
 
 
 def _times(resnets: list[Any], emb_NE: Tensor) -> list[Time]:
-    """Of each resnet, from its projection of the time.
+    """The time embedding of each resnet, from its projection of the time.
 
     One product for all of them: ten launches for each resnet would take longer than the arithmetic.
     """

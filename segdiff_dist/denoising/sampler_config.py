@@ -52,7 +52,7 @@ class SamplerConfig:
     sigma_max: ResultWhereSet[_Sigma | None] = None
     """Highest noise level of karras and log_snr. null: 80 / diffusion.snr_shift, or the highest level of training."""
     rho: ResultWhereSet[Positive] = 7.0
-    """Of karras: a higher value puts more of the steps at low noise. 7 is usual."""
+    """For karras: a higher value puts more of the steps at low noise. 7 is usual."""
     eta: Result[Share] = 0.0
     """DDIM only: how much noise each step adds. 0 adds none; 1 adds as much as DDPM."""
     churn: ResultWhereSet[NonNegative] = 0.0

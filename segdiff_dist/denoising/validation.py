@@ -55,7 +55,7 @@ class HeldOutSlices:
     soft_masks: bool = False
     """Whether the network is given soft edges."""
     latent: LatentSpace | None = None
-    """Of a network that works on latents."""
+    """The latent space, if the network works on latents."""
 
 
 class DenoiserValidation:

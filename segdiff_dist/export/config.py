@@ -64,7 +64,7 @@ class ExportConfig:
 
     @property
     def pair_ending(self) -> str:
-        """Of pairs of files."""
+        """The ending of pairs of files."""
         if self.format == "png":
             return ".png"
         return ".nii.gz" if self.file_ending == ".png" else self.file_ending

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from segdiff_dist.export.samples import FinishedSamples, Sample
 
 MANUFACTURER = "segdiff"
-# The names of our UIDs; a constant that stands for nothing else.
+# The namespace of our UIDs: an arbitrary constant.
 _NAMESPACE = uuid.UUID("6f0b6f3e-6f0c-5d0f-9c2e-2f1a3d1b7c55")
 _SOP_CLASS = {
     "CT": "1.2.840.10008.5.1.4.1.1.2",
@@ -70,7 +70,7 @@ class Stack:
 
     @property
     def digest(self) -> str:
-        """Of its pixels, mask and place."""
+        """The digest of its pixels, mask and place."""
         digest = hashlib.sha256(self.stored_SHW.tobytes())
         digest.update(self.mask_SHW.tobytes())
         digest.update(self.affine.tobytes())
@@ -268,7 +268,7 @@ def _set_pixels(image: Dataset, stack: Stack, number: int) -> None:
     image.BitsAllocated = image.BitsStored = 16
     image.HighBit, image.PixelRepresentation = 15, int(is_signed)
     image.PixelData = pixels_HW.astype("<i2" if is_signed else "<u2").tobytes()
-    # Of stored values, where there is no rescale.
+    # The window is of stored values, where there is no rescale.
     low, high = (0, 255) if stack.modality == "MR" else stack.shown
     image.WindowCenter, image.WindowWidth = _decimals([(low + high) / 2, max(high - low, 1.0)])
 
@@ -329,7 +329,7 @@ def _mapping(stack: Stack) -> Dataset:
 
 
 def _decimals(values: Iterable[float]) -> list[Any]:
-    """Of at most 16 characters, as DICOM's DS has them."""
+    """Decimals of at most 16 characters, as DICOM's DS has them."""
     from pydicom.valuerep import DSfloat
 
     return [DSfloat(float(value) + 0.0, auto_format=True) for value in values]

@@ -71,7 +71,7 @@ def write_seg(
 
 
 def _segment(number: int, class_id: int, table: LabelTable) -> SegmentDescription:
-    """Of a class; with its colour, if the table gives one."""
+    """The segment of a class; with its colour, if the table gives one."""
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.color import CIELabColor
     from highdicom.seg import SegmentAlgorithmTypeValues, SegmentDescription

@@ -24,7 +24,7 @@ class ModelSet:
 
     @classmethod
     def of(cls, data: str | None) -> ModelSet | None:
-        """Of the set in a folder or at a URL; None if it cannot be opened."""
+        """The description of the set in a folder or at a URL; None if it cannot be opened."""
         from data_shards.store.shards import ShardSet
 
         try:

@@ -48,7 +48,7 @@ class RealSet:
 
     @property
     def ending(self) -> str:
-        """Of its files."""
+        """The ending of its files."""
         return str(self.content["file_ending"])
 
     def image(self, case: str) -> Path:
@@ -57,7 +57,7 @@ class RealSet:
         return self.root / folder / f"{case}{_FIRST}{self.ending}"
 
     def num_dimensions(self) -> int:
-        """Of its first image: two for slices, three for volumes."""
+        """The dimensions of its first image: two for slices, three for volumes."""
         file = self.image(self.cases[0])
         if self.ending == ".png":
             return 2

@@ -71,12 +71,12 @@ class RealSlices:
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
-        """Of the slices of each case, by headers. Raises InputProblems for files that cannot be read."""
+        """The names of each case's slices, from headers. Raises InputProblems for files that cannot be read."""
         return {case: [name for *_, name in self._planned(case)] for case in (*self.real.cases, *self.real.tests)}
 
     @property
     def num_bytes(self) -> int:
-        """Of images and labels, before compression."""
+        """Bytes of images and labels, before compression."""
         return sum(map(len, self.names.values())) * 3 * self.how.crop**2
 
     def write(self, folder: Path) -> None:

@@ -246,7 +246,7 @@ def _label_table(where: Path, content: Any) -> LabelTable:
 
 
 def cropped_affine(affine: tuple[float, ...], first: int) -> tuple[float, ...]:
-    """Of a slice's pixels from `first` on, along rows and columns."""
+    """The affine of a slice's pixels from `first` on, along rows and columns."""
     to_whole = np.eye(4)
     to_whole[:2, 3] = first
     return tuple((np.array(affine).reshape(4, 4) @ to_whole).ravel().tolist())

@@ -208,7 +208,7 @@ class PaintJob:
 
     @property
     def seconds(self) -> float:
-        """Of all slices, from a pass of the network on its device."""
+        """The time for all slices, from a pass of the network on its device."""
         from segdiff_dist.denoising.samplers import num_evaluations
         from segdiff_dist.sampling.plan import seconds_of_a_pass
 

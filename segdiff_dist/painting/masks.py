@@ -35,7 +35,7 @@ _NUM_IDS = 256
 _MOST_IDS = 2**16
 # A volume of 1024 x 1024 x 512: more takes days to make, and more memory than a machine has.
 _MOST_VOXELS = 2**29
-# Of a pixel: from a micrograph's to a patient's width.
+# The side of a pixel: from that of a micrograph to the width of a patient.
 _LEAST_MM, _MOST_MM = 0.01, 100.0
 _WHOLE_IDS = "give whole numbers, one a voxel"
 _KINDS = f".png, {', '.join(ENDINGS)}, or DICOM SEG (.dcm)"
@@ -190,7 +190,7 @@ def _of_seg(file: Path) -> MaskFile:
 
 
 def _drawn(file: Path, segments: Any, ids: Mapping[int, int], table: LabelTable) -> np.ndarray:
-    """uint8 [I, J, K] as stored; a segment that is `body` lies under the others."""
+    """uint8 [I, J, K] as stored; other segments are painted over `body`."""
     drawn: np.ndarray | None = None
     for number, new in sorted(ids.items(), key=lambda one: one[1] != table.body_id):
         if number == 0 or new == 0:

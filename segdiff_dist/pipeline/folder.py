@@ -90,7 +90,7 @@ def write_pipeline(
     scheduler.save_pretrained(folder / SCHEDULER)
     content = {"diffusion": process.process, "sampler": asdict(own)} | extras.described
     index = {
-        # Of diffusers: the file beside it, and the class in it.
+        # diffusers reads the file beside it, and the class in it.
         "_class_name": [Path(CODE).stem, CLASS_NAME],
         "_diffusers_version": diffusers.__version__,
         UNET: ["diffusers", "UNet2DModel"],

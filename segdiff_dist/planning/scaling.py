@@ -29,7 +29,7 @@ class NetworkCosts:
     parameters: float = 113.67e6
     """The paper's UNet at 256x256."""
     flop_per_image: float = 1.49e12
-    """Of a forward and a backward pass, counted."""
+    """FLOPs of a forward and a backward pass, counted."""
     averages: int = 2
     """fp32 copies of the weights that follow them (train.ema_lengths)."""
     bytes_per_image: float = 131_072
@@ -62,7 +62,7 @@ class Machine:
     in_node: float = 0.8 * 450e9
     """NVLink 4: 450 GB/s each way a GPU."""
     between_nodes: float = 0.8 * 8 * 50e9
-    """Of a node: eight NDR InfiniBand ports of 400 Gb/s, one a GPU."""
+    """Bytes a second of a node: eight NDR InfiniBand ports of 400 Gb/s, one a GPU."""
 
 
 UPDATE_LAUNCHES = 60

@@ -27,7 +27,7 @@ NO_MODALITY = "none"
 # Column of the mask's path in its folder, for folders whose file names cannot be ids.
 MASK_FILE = "mask_file"
 _COLUMNS = ("key", "case_id", "modality", "axis", "slice_index")
-# Of a job's items.
+# The columns of a job's items.
 COLUMNS: dict[str, type] = {
     **dict.fromkeys(("item_id", "row", "slice_index", "seed_index"), int),
     **dict.fromkeys(("key", "case_id", "source_modality", "target_modality", "axis"), str),

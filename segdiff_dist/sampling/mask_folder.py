@@ -187,7 +187,7 @@ class ClassCounts:
 
     @classmethod
     def of(cls, masks: Iterable[np.ndarray]) -> ClassCounts:
-        """Of uint8 [H, W] masks."""
+        """Counts of uint8 [H, W] masks."""
         num_masks_K, num, num_empty = np.zeros(_MOST_IDS, np.int64), 0, 0
         for mask_HW in masks:
             num_masks_K += np.bincount(mask_HW.ravel(), minlength=_MOST_IDS) > 0

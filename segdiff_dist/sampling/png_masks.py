@@ -40,7 +40,7 @@ _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 # A mask of 1024x1024 takes a few kilobytes; a colour profile or a thumbnail beside it some hundreds.
 _MOST_BYTES = 64 * 2**20
-# Of masks of any size: more than any scanner's matrix, and 64 MB in memory.
+# The largest mask: more than any scanner's matrix, and 64 MB in memory.
 _MOST_PIXELS = 8192 * 8192
 _ORIENTATION = 0x0112  # of EXIF: 1 is as stored
 _WRITE_AGAIN = "write it again"

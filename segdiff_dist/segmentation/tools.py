@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TOTALSEGMENTATOR = "totalsegmentator"
 _MOST_IDS = 256
-# Of the whole-body table, what none of TotalSegmentator's tasks `total` and `total_mr` labels by itself.
+# The classes of the whole-body table that TotalSegmentator's tasks `total` and `total_mr` do not label.
 _NOT_LABELLED = {BODY, UNUSED, "subcutaneous_fat", "muscle", "inner_fat", "vertebra_posterior_elements"}
 _NOT_LABELLED |= {"spinal_channel", "bone_other", "IVD"}
 # AMOS' experts drew the uterus with the prostate.
@@ -80,7 +80,7 @@ class ToolSegmenter:
 
     @property
     def weights_sha256(self) -> str:
-        """Of command, version and classes."""
+        """The digest of command, version and classes."""
         known = json.dumps([self.config.template, self.version, self.names], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()
 

@@ -73,7 +73,7 @@ class AveragePlan(Plan):
         )
         with saying_when_full(folder):
             self.model.save(folder, weights, self.training)
-        line = f"{folder}: its profile is {misfit:.1%} off the one asked for (0 % is exact)"
+        line = f"{folder}: its profile differs by {misfit:.1%} from the requested one"
         out, address = self.run_folder / f"samples-{folder.name}", address_flag(self.stage.experiment)
         after = command("sample", "--run", self.run_folder, "--sample.weights", folder.name, "--out", out, *address)
         return Result((line,), next_command=after, value=misfit)

@@ -35,7 +35,7 @@ class Stage(ABC):
     """What one command does, and its arguments: each field is a flag, and the docstring below it is its help text."""
 
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Short flag -> the flag that it stands for."""
+    """Short flag -> long flag."""
     essential: ClassVar[tuple[str, ...]] = ()
     """The flags that --help shows; --help-all shows all. Empty: all of them are shown."""
     only_reads: ClassVar[bool] = False

@@ -96,7 +96,7 @@ class Budgeted(ConfiguredStage):
         return values
 
     def problems(self) -> list[Problem]:
-        """Of the flags."""
+        """Problems of the flags."""
         found = []
         if not (math.isfinite(self.hours) and 0 < self.hours <= _MOST_HOURS):
             remedy = f"give a number above 0, at most {_MOST_HOURS}"

@@ -54,7 +54,7 @@ class ConvertPlan(Plan):
         return Cost(images=len(shards), num_bytes=len(shards) * each, notes=("disk: before compression",))
 
     def workers_problems(self) -> list[Problem]:
-        """Of convert.num_workers."""
+        """Problems of convert.num_workers."""
         return self.stage.convert.workers.memory_problems()
 
     def announced(self) -> tuple[str, Cost, Path] | None:

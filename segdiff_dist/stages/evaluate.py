@@ -106,7 +106,7 @@ class EvaluatePlan(Plan):
         return Cost(images=self.num_images, num_bytes=num_maps * self.num_images * self.side**2, notes=tuple(notes))
 
     def workers_problems(self) -> list[Problem]:
-        """Of evaluate.num_workers."""
+        """Problems of evaluate.num_workers."""
         return self.stage.evaluate.workers.memory_problems()
 
     def announced(self) -> tuple[str, Cost, Path] | None:

@@ -61,7 +61,7 @@ def _measured(run: Path, weights: Path) -> str | None:
 
 
 def _picture(run: Path, weights: Path, config: ExportConfig) -> bytes | None:
-    """Of the run's samples, if they are of these weights."""
+    """A picture of the run's samples, if they are of these weights."""
     from data_shards.documents import read_json
     from data_shards.labels import LabelTable
     from segdiff_dist.pipeline import DESCRIPTION

@@ -101,7 +101,7 @@ class PreparePlan(Plan):
         )  # fmt: skip
 
     def workers_problems(self) -> list[Problem]:
-        """Of prepare.num_workers."""
+        """Problems of prepare.num_workers."""
         return self.stage.prepare.workers.memory_problems()
 
     def announced(self) -> tuple[str, Cost, Path] | None:

@@ -83,7 +83,7 @@ class SamplePlan(Plan):
         return Cost(notes=tuple(str(plan_of(self.job, self.config)).splitlines()))
 
     def workers_problems(self) -> list[Problem]:
-        """Of sample.num_workers."""
+        """Problems of sample.num_workers."""
         return self.config.workers.memory_problems()
 
     def announced(self) -> tuple[str, Cost, Path] | None:

@@ -143,7 +143,7 @@ class TrainingPlan(Plan):
         )
 
     def announced(self) -> tuple[str, Cost, Path] | None:
-        """The cost. Of several ranks none refuses alone: a full disk is an error of its own."""
+        """The cost. One of several ranks does not refuse alone: a full disk is an error of its own."""
         if world_size() > 1 or is_short(self.network, self.config.num_images - self.images_seen):
             return None
         return self.stage, self.cost(), self.folder

@@ -33,7 +33,7 @@ from segdiff_dist.tracking.system_metrics import SystemMetrics
 
 # MLflow refuses longer parameter values.
 _MAX_PARAM = 6000
-# MLflow's column for names of runs is not wider. Of a data set's digest so many digits are beside its name.
+# MLflow's column for names of runs is not wider. A data set's name is followed by so many digits of its digest.
 _MOST_NAME, _DIGITS = 250, 12
 # Records that are read from the spool and sent together.
 _BATCH = 1000

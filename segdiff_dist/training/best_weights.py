@@ -84,5 +84,5 @@ class BestWeights:
 
 
 def crosses(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
+    """Whether a multiple of `every` is in (before, after]."""
     return before // every != after // every

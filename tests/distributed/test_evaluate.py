@@ -93,7 +93,7 @@ def test_one_and_two_workers_give_the_same_evaluation(run: Path, shapes: Path) -
     # Noise of 15 grey values, less what clipping takes away.
     assert 10 < summary["diversity"]["metrics"]["pixel_std"]["value"] < 15
 
-    # The stored label maps are the segmenter's, told the modality that the image was made in.
+    # The stored label maps are the segmenter's, for the modality that the image was made in.
     import torch
 
     from data_shards.records import MODALITIES

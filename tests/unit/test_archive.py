@@ -197,7 +197,7 @@ def test_a_test_label_is_found_in_either_format(archive) -> None:
 def test_all_faults_are_found_at_once(archive) -> None:
     for spoil in (_spoil_missing, _spoil_label_missing, _spoil_header, _spoil_four_d, _spoil_empty, _spoil_organ):
         spoil(archive)
-    # The 4-D image also differs from its label, which is not told twice.
+    # The 4-D image also differs from its label, which is not reported twice.
     assert len(find_problems(archive.root)) == 6
 
 

@@ -55,7 +55,7 @@ def test_the_command_replays_the_run_that_it_makes_eagerly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Four micro-batches a step, validation with averages in between, and a step whose loss is no number."""
+    """Four micro-batches a step, validation with averages in between, and a step whose loss is NaN."""
     loss = DenoiserTask.loss
 
     def spoilt(self: DenoiserTask, forward: Any, batch: Batch) -> Any:

@@ -187,7 +187,7 @@ def test_commands_addresses_and_paths_to_write_are_not_taken_from_a_run_folder(
     assert "10.9.8.7" not in said.out
     assert "sample.ray_address: '10.9.8.7:6379' is not taken from a run folder; give it" in said.err
     assert "http://attacker" not in said.err  # --data was given
-    # The folder that `prepare` writes is named by a person, also where it lies on this machine.
+    # The folder that `prepare` writes is named by a person, also where it is on this machine.
     (tmp_path / "config.yaml").write_text(to_yaml({"amos_root": "/elsewhere", "data": "/elsewhere/shards"}))
     assert main(["prepare", "--run", str(tmp_path)]) == 2
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Colours that can be told apart, and a legend that fits as many classes as a set holds."""
+"""Colours that a reader can distinguish, and a legend that fits as many classes as a set holds."""
 
 from __future__ import annotations
 

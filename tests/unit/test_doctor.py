@@ -1,4 +1,4 @@
-"""`segdiff doctor` tells the truth about this machine, and what it says helps."""
+"""`segdiff doctor` reports this machine as it is, with remedies."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_png_and_nifti_pairs(run: Path, store: SampleStore, tmp_path: Path) -> N
 
 
 def test_shards_are_read_beside_real_ones(run: Path, store: SampleStore, shapes: Path, tmp_path: Path) -> None:
-    """Checksums hold, no patient crosses splits, the set goes with the real one, and tells itself from it."""
+    """Checksums hold, no patient crosses splits, the set can be mixed with the real one, and is marked as synthetic."""
     out = tmp_path / "synthetic"
     assert export_samples(run, out, ExportConfig("shards")) == len(store)
     assert inspect_shards(str(out)).ok

@@ -111,7 +111,7 @@ def test_a_folder_of_ones_own_may_be_moved_and_what_is_changed_in_it_is_not_trus
     (run / "own.txt").write_text("own")
     with Tracker(run, QUIET, "evaluate") as second:
         second.log_artifact(run / "own.txt")
-        second.log_artifact(victim / "thesis.txt", "theses")  # what our own stage records may lie elsewhere
+        second.log_artifact(victim / "thesis.txt", "theses")  # what our own stage records may be elsewhere
     assert first.run_id == second.run_id is not None
     assert kept(run) == ["own.txt", "thesis.txt"]
     assert not (tmp_path / "run").exists()
@@ -132,7 +132,7 @@ def test_a_folder_of_ones_own_may_be_moved_and_what_is_changed_in_it_is_not_trus
     (run / "mlflow.json").write_text(json.dumps({**link, "tracking_uri": "http://127.0.0.1:9"}))
     assert is_foreign(run)
     (run / "mlflow.json").unlink()
-    assert is_foreign(run)  # by what lies there
+    assert is_foreign(run)  # by what is there
 
 
 def test_a_strangers_database_does_not_say_where_artifacts_go(tmp_path: Path, victim: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mix keys to groups of rows, and what a mix that cannot be is told."""
+"""Mix keys to groups of rows, and the messages on impossible mixes."""
 
 from __future__ import annotations
 

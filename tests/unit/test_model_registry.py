@@ -65,7 +65,7 @@ def loaded(version: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> SegGuide
     return SegGuidedPipeline.from_pretrained(folder, device="cpu")
 
 
-def paints(pipeline: SegGuidedPipeline, store: SampleStore) -> bool:
+def makes_the_images(pipeline: SegGuidedPipeline, store: SampleStore) -> bool:
     """Whether the pipeline makes the store's images, to the bit: its model, and its sampler."""
     return all(
         np.array_equal(
@@ -91,7 +91,7 @@ def test_each_model_is_registered_once_and_paints_what_was_evaluated(
         "dice_mask_gen": "0.5",
         "psnr_db": "20",
     }
-    assert paints(loaded(1, run, monkeypatch), store)
+    assert makes_the_images(loaded(1, run, monkeypatch), store)
     # The weights that were sampled from, and the artifact: no third copy.
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     assert list((run / SPOOL).iterdir()) == []
@@ -106,7 +106,7 @@ def test_each_model_is_registered_once_and_paints_what_was_evaluated(
         assert versions(run)[0].tags == again.tags | {"memorisation": outcome}
 
     other = tmp_path / "other"  # another model of the same name, in the same store
-    assert not paints(loaded(1, run, monkeypatch), sampled(other, shapes, seed=1))
+    assert not makes_the_images(loaded(1, run, monkeypatch), sampled(other, shapes, seed=1))
     evaluated(other, 0.7)
     assert [v.tags["dice_mask_gen"] for v in versions(run)] == ["0.6", "0.7"]
     evaluated(other, 0.7, TrackingConfig(system_metrics=False, register="mine"))
@@ -146,7 +146,7 @@ def test_a_server_that_is_away_costs_nothing_and_a_lost_answer_makes_no_second_v
     assert version.tags["dice_mask_gen"] == "0.6"
     assert num_waiting(run / SPOOL) == 0
     assert list((run / SPOOL).iterdir()) == []
-    assert paints(loaded(1, run, monkeypatch), store)
+    assert makes_the_images(loaded(1, run, monkeypatch), store)
 
 
 def test_what_cannot_be_registered_is_said_and_passed_over(
@@ -164,7 +164,7 @@ def test_what_cannot_be_registered_is_said_and_passed_over(
     assert list((run / SPOOL).iterdir()) == []
     assert versions(run) == []
 
-    # Refused by MLflow: put aside, and what stands behind it goes on.
+    # Refused by MLflow: put aside, and what is queued behind it goes on.
     spool = Spool.create(run / SPOOL)
     kept = run / SPOOL / "model-x"
     kept.mkdir()

@@ -1,4 +1,4 @@
-"""However a volume lies in its file, its slices are the same bytes, and a pixel shows what lies where it says it does.
+"""In whatever order a volume is stored, its slices are the same bytes, and a pixel shows the voxel at its position.
 
 Volumes go through real NIfTI files. Entries of the affines are whole 64ths, which float32 headers hold exactly.
 """
@@ -45,7 +45,7 @@ def _affine(tilt: str) -> np.ndarray:
 
 
 def _store(folder: Path, voxels: np.ndarray, affine: np.ndarray, code: str) -> Path:
-    """Voxels in RAS order as a file in which they lie in the order `code`."""
+    """Voxels in RAS order as a file in which they are in the order `code`."""
     image = nib.Nifti1Image(voxels, affine)
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(code))
     stored = image.as_reoriented(turn)
@@ -91,7 +91,7 @@ def test_every_stored_order_gives_the_same_slices(tmp_path: Path, upright: Any, 
 
 
 def _inside(index_HW3: np.ndarray, margin: float) -> np.ndarray:
-    """Pixels that lie so many voxels inside the volume along each dimension, bool [H, W]."""
+    """Pixels that are so many voxels inside the volume along each dimension, bool [H, W]."""
     return ((index_HW3 > margin) & (index_HW3 < np.array(SHAPE) - 1 - margin)).all(axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""A model as a pipeline folder: diffusers reads it, and it paints what sampling paints."""
+"""A model as a pipeline folder: diffusers reads it, and its images are those of sampling."""
 
 from __future__ import annotations
 

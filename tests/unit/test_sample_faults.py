@@ -52,7 +52,7 @@ def write_segmenter(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-# --- where the images are to lie ---
+# --- where the images are written ---
 
 
 @pytest.mark.parametrize("out", ["mine", "run", "mine/thesis.txt"])

@@ -68,7 +68,7 @@ def test_it_labels_slices_it_has_not_seen(trained: Path, shapes: Path) -> None:
     for label in (1, 6, AMOS.body_id):
         overlap = ((predicted == label) & (mask == label)).sum()
         assert 2 * overlap / ((predicted == label).sum() + (mask == label).sum()) > 0.9
-    # The grey that means liver in CT means body in MR: told the wrong modality, it must read the image otherwise.
+    # The grey that means liver in CT means body in MR: with the wrong modality it must read the image otherwise.
     assert (segmenter.predict(image, 1 - modality) != predicted).float().mean() > 0.02
 
 

@@ -87,7 +87,7 @@ def test_a_key_too_long_for_a_plain_tar_is_never_written(tmp_path: Path) -> None
 
 
 def test_a_table_with_its_words_in_another_order_is_refused(spoilt: Path) -> None:
-    """Codes are read as they stand, so MR would be taken for CT."""
+    """Codes are read as they are, so MR would be taken for CT."""
     import pyarrow as pa
 
     table = samples_table.read(spoilt / "samples.arrow")

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("segdiff_dist", "data_shards", "kernels/segdiff_kernels", "launch")
 # Longer or wider than the rest, with the reason. docs/architecture.md, "Sizes", names them.
-LONG = {"train": "it tells the whole story of a training"}
+LONG = {"train": "the whole course of a training"}
 WIDE = {"__call__": "diffusers gives its pipelines these parameters"}
 
 

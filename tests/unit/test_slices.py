@@ -1,4 +1,4 @@
-"""Slices of volumes whose every voxel says where it lies, shown the radiological way."""
+"""Slices of volumes whose every voxel says where it is, shown the radiological way."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_a_loss_or_gradient_that_is_no_number_costs_its_step_and_many_stop_the_r
         found, metrics = loss(self, forward, batch)
         position = int(batch.position_B[0])
         if position == 20:
-            found = found + (found * 0).sqrt()  # adds nothing, and its gradient is no number
+            found = found + (found * 0).sqrt()  # adds nothing, and its gradient is NaN
         return (found * float("nan") if position >= 48 else found), metrics
 
     monkeypatch.setattr(DenoiserTask, "loss", spoilt)

@@ -159,7 +159,7 @@ def test_blurred_pictures_have_less_power_in_the_fine_bands(shapes: Path) -> Non
     assert blurred["val_sharpness_75_100"] < 0.3 < 0.8 < blurred["val_sharpness_3_12"]
     assert blurred["val_sharpness"] < 0.8
     assert blurred["val_texture"] < 0.8
-    # Masks without organs have no texture, and nothing stands for it.
+    # Masks without organs have no texture, and no other value replaces it.
     without = [replace(record, mask_HW=np.zeros_like(record.mask_HW)) for record in records]
     assert "val_texture" not in picture_sharpness(without, real, shards.label_table)
 

@@ -57,7 +57,7 @@ def test_an_oblique_volume_keeps_its_grid_named_after_the_nearest_axes(tmp_path:
     nib.save(nib.Nifti1Image(_coded(), affine), tmp_path / "v.nii")
     volume = read_volume(tmp_path / "v.nii")
     np.testing.assert_array_equal(volume.voxels_IJK, _coded()[::-1])
-    # The same voxel lies at the same place in the patient.
+    # The same voxel is at the same place in the patient.
     np.testing.assert_allclose(volume.affine @ [4, 1, 2, 1], affine @ [0, 1, 2, 1], atol=1e-5)
 
 

@@ -39,7 +39,7 @@ class Request:
 
     @property
     def any_modality(self) -> str:
-        """Of a case whose modality is a problem, so that its files are checked too."""
+        """The modality of a case whose own is a problem, so that its files are checked too."""
         return (self.modalities or MODALITIES)[0]
 
 

@@ -209,7 +209,7 @@ def _labels(
 
 
 def _patient(header: Header, keep_ids: bool) -> str:
-    """Of a file without PatientID the study counts as the patient."""
+    """The patient of a file; without PatientID the study counts as the patient."""
     patient = header.patient.strip("|")
     if keep_ids:
         return patient or header.study_uid

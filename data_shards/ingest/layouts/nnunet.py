@@ -160,7 +160,7 @@ class _Fold:
 
 
 def _stated_fold(root: Path, number: int, case_ids: list[str]) -> tuple[_Fold, list[Problem]]:
-    """A fold of splits_final.json; no split without the file. Of a data set of `segdiff export --merge-with`, a fold
+    """A fold of splits_final.json; no split without the file. In a data set of `segdiff export --merge-with`, a fold
     does not use the synthetic cases whose patients it validates."""
     file = root / SPLITS_FILE
     if not file.is_file():

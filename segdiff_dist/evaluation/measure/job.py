@@ -263,7 +263,7 @@ def _memorisation(
 
 
 def searched(config: EvaluateConfig, subject: Subject, shards: ShardSet) -> tuple[list[int], list[int], list[int]]:
-    """Of the search for training images: the ids of the generated images, the rows of the training slices, and the rows
+    """The search for training images: the ids of the generated images, the rows of the training slices, and the rows
     of real slices that training has not seen."""
     store = subject.store
     ids = headline_items(store.items, config.memorisation_images, config.seed)

@@ -91,7 +91,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def samples_digest(store: SampleStore) -> str:
-    """Of the job, its items, and the checksums of all images."""
+    """The digest of the job, its items, and the checksums of all images."""
     marks = [store.mark(index) for index in range(store.num_regions)]
     checksums = [{name: value for name, value in mark.items() if name != "seconds"} for mark in marks]
     items = store.items.to_pydict()
@@ -99,7 +99,7 @@ def samples_digest(store: SampleStore) -> str:
 
 
 def code_digest() -> str:
-    """Of the source of this package: results of other code are not taken."""
+    """The digest of this package's source: results of other code are not taken."""
     root = Path(segdiff_dist.__file__).parent
     digest = sha256()
     for folder in ("evaluation", "segmentation", "sampling"):

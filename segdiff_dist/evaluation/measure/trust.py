@@ -183,7 +183,7 @@ def closer(
     for part in parts:
         for key, (distance_Q, row_Q) in part.items():
             before_Q, kept_Q = nearest_yet.get(key, (np.full(len(distance_Q), np.inf), row_Q))
-            # Of equally near ones the lower row, so that the order of the parts does not matter.
+            # If two are equally near, the lower row counts, so that the order of the parts does not matter.
             new_Q = (distance_Q < before_Q) | ((distance_Q == before_Q) & (row_Q < kept_Q))
             nearest_yet[key] = (np.where(new_Q, distance_Q, before_Q), np.where(new_Q, row_Q, kept_Q))
     return nearest_yet

@@ -86,7 +86,7 @@ class Places:
         """The range [B] of the four means of fine detail, in grey values; NaN where a place has too few pixels.
 
         The 3x3 binomial mean gives each of the four places a quarter. So fine detail, which is the image less that
-        mean, holds a lattice as it is, and none of the shading.
+        mean, keeps a lattice and removes the shading.
         """
         mean_BF = ratio(self._sums(detail_BHW[self._pixels_BHW]), self._counts_BF)
         return np.asarray(mean_BF.max(axis=1) - mean_BF.min(axis=1))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The three pairs of label maps; the first of each is the reference whose classes count.
 PAIRS = ("mask_real", "real_gen", "mask_gen")
 SIDES = ("real", "gen")
-# Of organs that the reference does not hold: whether they appear, and on what area.
+# For organs that the reference does not hold: whether they appear, and on what area.
 FALSE_POSITIVES = ("false_positive_rate", "false_positive_area_mm2")
 # HU inside an organ's mask on either image, CT only; `hu_mean_error` is the difference of the means without its sign.
 HU_METRICS = ("hu_mean_real", "hu_mean_gen", "hu_mean_error", "hu_std_real", "hu_std_gen")

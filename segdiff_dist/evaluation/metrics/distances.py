@@ -105,7 +105,7 @@ class Moments:
 
     @property
     def statistics(self) -> FeatureStatistics:
-        """Of all features added."""
+        """Mean and covariance of all features added."""
         self._merge()
         return self._merged
 

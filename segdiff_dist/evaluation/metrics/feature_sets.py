@@ -166,7 +166,7 @@ def _kernel_mean(first_ND: np.ndarray, second_MD: np.ndarray, *, same: bool) -> 
     second_MD, total = np.asarray(second_MD, np.float64), 0.0
     for start in range(0, len(first_ND), _BLOCK):
         block_BD = np.asarray(first_ND[start : start + _BLOCK], np.float64)
-        # Of the same set only pairs from here on: each counts twice, for itself and its mirror image.
+        # Within one set only pairs from here on are computed: each counts twice, for itself and its mirror image.
         others_MD = second_MD[start:] if same else second_MD
         kernel_BM = (block_BD / block_BD.shape[1]) @ others_MD.T
         # In place: a fresh array of this size costs as much as the arithmetic.

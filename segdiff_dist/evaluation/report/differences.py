@@ -51,7 +51,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a metric, other run less first run; `interval` is None for fewer than two patients."""
+    """A metric of the other run less that of the first; `interval` is None for fewer than two patients."""
 
     value: float
     interval: tuple[float, float] | None

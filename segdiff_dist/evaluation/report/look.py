@@ -44,7 +44,7 @@ _STYLE: dict[str, Any] = {
     "hatch.linewidth": 0.6,
 }
 _DPI = 130
-# Of the pixels in a vector figure: images of 256x256 keep all of theirs.
+# Resolution of images in a vector figure: images of 256x256 keep all their pixels.
 VECTOR_DPI = 300
 _TILE_INCHES = 1.75
 

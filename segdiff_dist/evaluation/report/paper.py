@@ -38,7 +38,7 @@ _FIELDS = (
 )
 # So many rows with intervals fit on a page.
 _ROWS_A_TABLE = 22
-# Of a line of a column's label.
+# Letters in a line of a column's label.
 _HEAD_LETTERS = 12
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",

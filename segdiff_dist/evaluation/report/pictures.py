@@ -106,7 +106,7 @@ class Pictures:
         return self.at_quartiles(self._by_dice(modality))
 
     def at_quartiles(self, items: np.ndarray) -> list[int]:
-        """Of items in order, those at or near GALLERY_QUANTILES, of different patients if possible."""
+        """The items, which are in order, at or near GALLERY_QUANTILES, of different patients if possible."""
         chosen: list[int] = []
         for quantile in GALLERY_QUANTILES:
             at = quantile * (len(items) - 1)

@@ -49,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its label, the name that it stands for (of a metric or an organ), and a cell a column."""
+    """A row: its label, the name of the metric or organ that it shows, and a cell a column."""
 
     label: str
     name: str
