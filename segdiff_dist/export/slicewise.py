@@ -80,6 +80,19 @@ class Place:
         order = np.argsort(self.view)
         return planes.transpose(order), np.broadcast_to(shown, planes.shape).transpose(order)
 
+    def labels_back(self, labels_of: dict[int, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """uint8 [I, J, K]: the label of the nearest pixel of the nearest slice, 0 where there is no pixel."""
+        through, row, column = self.view
+        size = len(next(iter(labels_of.values())))
+        at_rows, at_columns = _nearest(self.rows, shape[row], size), _nearest(self.columns, shape[column], size)
+        planes = np.zeros((shape[through], shape[row], shape[column]), np.uint8)
+        inside = np.ix_(np.flatnonzero(at_rows >= 0), np.flatnonzero(at_columns >= 0))
+        pixels = np.ix_(at_rows[at_rows >= 0], at_columns[at_columns >= 0])
+        for k in range(len(planes)):
+            nearest = max(self.between(k), key=lambda one: one[1])[0]
+            planes[k][inside] = labels_of[nearest][pixels]
+        return planes.transpose(np.argsort(self.view))
+
 
 @dataclass(frozen=True)
 class CutMask:
@@ -111,6 +124,10 @@ class CutMask:
         any."""
         return self.place.back(dict(zip(self.needed, image_SHW, strict=True)), self.shape)
 
+    def labels_back(self, labels_SHW: np.ndarray) -> np.ndarray:
+        """uint8 [I, J, K]: labels of the slices, uint8, on the volume's voxels."""
+        return self.place.labels_back(dict(zip(self.needed, labels_SHW, strict=True)), self.shape)
+
 
 def cutting(preprocessing: Mapping[str, Any], axis: str, table: LabelTable) -> Cutting:
     """Every slice along an axis, as those of a set with this preprocessing were cut."""
@@ -123,6 +140,13 @@ def cutting(preprocessing: Mapping[str, Any], axis: str, table: LabelTable) -> C
 def values_of(grey_IJK: np.ndarray, grey: GreyMap) -> np.ndarray:
     """int16: the values that grey values mean, HU for CT."""
     return np.rint(grey_IJK * np.float32(grey.scale) + np.float32(grey.offset)).astype(np.int16)
+
+
+def _nearest(pixels: tuple[float, float], num_stored: int, size: int) -> np.ndarray:
+    """int64 [num_stored]: the pixel nearest to each stored voxel of a dimension; -1 if there is none."""
+    start, step = pixels
+    pixel = np.rint((np.arange(num_stored) - start) / step).astype(np.int64)
+    return np.where((pixel >= 0) & (pixel < size), pixel, -1)
 
 
 def _weights(pixels: tuple[float, float], num_stored: int, size: int) -> scipy.sparse.csr_array:

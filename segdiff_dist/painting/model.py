@@ -18,7 +18,7 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.experiment import CONFIG_FILE, load_experiment
 from segdiff_dist.export.model_set import ModelSet
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
-from segdiff_dist.painting.places import STARTER, model_folder
+from segdiff_dist.painting.places import STARTER, kind_of_folder, model_folder
 from segdiff_dist.pipeline import DESCRIPTION, UNET, SegGuidedPipeline
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.ranks.precision import Precision, settled
@@ -98,15 +98,13 @@ def open_model(
     folder = model_folder(given)
     name = "starter" if folder == STARTER else str(given)
     options = {"device": device, "precision": settled(precision, pick_device(device))}
-    if (folder / UNET / DESCRIPTION).is_file():
+    kind = kind_of_folder(folder)
+    if kind == "pipeline":
         weights, model = folder / UNET, _of_pipeline(folder, name, options)
-    elif (folder / "weights").is_dir():
+    elif kind == "run":
         weights, model = _of_run(folder, name, options)
-    elif (folder / "diffusion_pytorch_model.safetensors").is_file():
-        weights, model = folder, _of_weights(folder.absolute().parents[1], folder, name, options)
     else:
-        remedy = "give a run folder, or what `segdiff export OUT --run RUN --format pipeline` wrote"
-        raise problem(folder, "--model", "neither a run folder nor a pipeline", remedy)
+        weights, model = folder, _of_weights(folder.absolute().parents[1], folder, name, options)
     model = replace(model, digest=weights_digest(weights))
     if digest is not None and digest.removeprefix("sha256:") != model.digest:
         raise problem(name, "--model-digest", f"its weights are {model.digest}", "give the model that is meant")

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from data_shards.field_source import is_address
@@ -48,6 +48,18 @@ def model_folder(given: str | Path | None) -> Path:
     if not Path(given).exists() and isinstance(given, str) and _HUB_NAME.fullmatch(text):
         return _of_hub(text)
     return _existing(Path(given), text)
+
+
+def kind_of_folder(folder: Path) -> Literal["pipeline", "run", "weights"]:
+    """What a model's folder is, by the files in it; nothing heavy is loaded. Raises InputProblems."""
+    if (folder / "unet" / "segdiff.json").is_file():
+        return "pipeline"
+    if (folder / "weights").is_dir():
+        return "run"
+    if (folder / "diffusion_pytorch_model.safetensors").is_file():
+        return "weights"
+    remedy = "give a run folder, or what `segdiff export OUT --run RUN --format pipeline` wrote"
+    raise problem(folder, "--model", "neither a run folder nor a pipeline", remedy)
 
 
 def cache_folder() -> Path:
