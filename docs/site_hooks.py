@@ -22,7 +22,7 @@ from segdiff_dist.config_reference import settings_page
 ROOT = Path(__file__).parents[1]
 OUTSIDE = (
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"),
-    *("launch/cluster/README.md", "benchmarks/results/*", "examples/*"),
+    *("launch/cluster/README.md", "deploy/README.md", "benchmarks/results/*", "examples/*"),
 )
 """Files outside of docs/ that the site shows, as patterns."""
 

@@ -20,6 +20,7 @@ MEDIA_TYPES: dict[Form, str] = {
 _FLAG = re.compile(r"--([a-z][a-z-]*)")
 # Fields of problems that say: the file cannot be read. Others say that its content, or a setting, does not fit.
 _UNREADABLE = ("PNG", "DICOM", "voxels", "NIfTI", "header", "file", "data type", "dimensions", "affine", "mask format")
+_TOO_LARGE = ("size", "shape")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Backend(Protocol):
 def as_service_error(error: InputProblems, *, is_opening: bool = False) -> ServiceError:
     """`field: value: remedy` of each problem, without the place of the file on the server. 400: the file cannot be
     read; 422: its content or a setting is refused."""
-    unreadable = is_opening or any(one.field in _UNREADABLE for one in error.problems)
+    fields = {one.field for one in error.problems}
+    unreadable = not fields.intersection(_TOO_LARGE) and (is_opening or bool(fields.intersection(_UNREADABLE)))
     return ServiceError(400 if unreadable else 422, "\n".join(map(detail_of, error.problems)))
 
 

@@ -54,7 +54,7 @@ def check_size(mask: MaskFile, most: int) -> None:
 
 def _ending(content: bytes) -> str:
     if not content:
-        raise problem("mask", "mask", "empty", _KINDS)
+        raise problem("mask", "mask format", "empty", _KINDS)
     if any(content[at : at + len(magic)] == magic for at, magic in _NIFTI):
         return ".nii"
     if content[128:132] == b"DICM":
@@ -62,14 +62,14 @@ def _ending(content: bytes) -> str:
     is_nrrd = content.startswith(b"NRRD")
     if is_nrrd or _META_IMAGE.match(content[:256]):
         if _ELSEWHERE.search(content[:_HEADER_BYTES]):
-            raise problem("mask", "mask", "its header names another file", "send voxels and header in one file")
+            raise problem("mask", "mask format", "its header names another file", "send voxels and header in one file")
         return ".nrrd" if is_nrrd else ".mha"
     kind = kind_of(content[:64])
     if kind == "gzip":
         return ".nii.gz"
     if kind == "PNG":
         return ".png"
-    raise problem("mask", "mask", f"{kind or 'no known format'} by its bytes", _KINDS)
+    raise problem("mask", "mask format", f"{kind or 'no known format'} by its bytes", _KINDS)
 
 
 def _check_syntax(file: Path) -> None:
