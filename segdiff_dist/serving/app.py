@@ -27,6 +27,7 @@ from segdiff_dist.serving.metrics import Metrics
 
 EVENTS = "text/event-stream"
 _LONGEST = 2**16
+_MULTIPART = "multipart/form-data"
 _Axis = Literal["axial", "coronal", "sagittal"]
 _STATUSES: dict[int | str, dict[str, Any]] = {
     400: {"description": "The mask cannot be read."},
@@ -148,14 +149,14 @@ async def example(request: Request, name: str, model: str | None = None) -> Resp
 
 
 @router.post("/masks", responses=_STATUSES)
-async def masks(request: Request, form: Annotated[MaskForm, Form()]) -> dict[str, Any]:
+async def masks(request: Request, form: Annotated[MaskForm, Form(media_type=_MULTIPART)]) -> dict[str, Any]:
     """Read a mask of any kind: the same in the model's ids as NIfTI, in base64."""
     service = service_of(request)
     return await service.backend.read_mask(service.model(form.model), await _upload(form))
 
 
 @router.post("/paint", responses=_STATUSES | _IMAGES, response_class=Response)
-async def paint(request: Request, form: Annotated[PaintForm, Form()]) -> Response:
+async def paint(request: Request, form: Annotated[PaintForm, Form(media_type=_MULTIPART)]) -> Response:
     """Generate the CT or MR image of a mask, in the form that Accept asks for."""
     service = service_of(request)
     model = service.model(form.model)
