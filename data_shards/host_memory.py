@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-# A cgroup's limit, its present use, and the name in memory.stat of the file cache that the kernel can reclaim.
-_V2 = ("memory.max", "memory.current", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+LIMIT = "SEGDIFF_MEMORY_GIB"
+"""Environment variable: the most memory that a command and its workers may hold, as a container's limit."""
+
+# A cgroup's limit, its present use, and the names in memory.stat of the file cache that the kernel can reclaim, that
+# which is used least first.
+_V2 = ("memory.max", "memory.current", "inactive_file", "active_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
 
 
 class HostMemory(NamedTuple):
@@ -23,8 +28,20 @@ class HostMemory(NamedTuple):
 
 
 def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> HostMemory | None:
-    """The minimum over the machine and every cgroup (version 1 or 2) of this process; None if the system does not
-    tell."""
+    """The minimum over the machine, every cgroup (version 1 or 2) of this process, and the user's own LIMIT. None if
+    the system does not tell."""
+    memory = container_memory(proc, cgroups)
+    if memory is None or (limit := own_limit()) is None:
+        return memory
+    left = max(0, limit - held_bytes(os.getpid()))
+    return HostMemory(min(memory.total, limit), min(memory.available, left))
+
+
+def container_memory(
+    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup"), *, all_cache: bool = False
+) -> HostMemory | None:
+    """The same without LIMIT. `all_cache`: the file cache that is in use counts as available too; the kernel reclaims
+    it last."""
     machine = _machine(proc)
     if machine is None:
         return None
@@ -34,7 +51,8 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
         limit, held = (_number(folder / name) for name in names[:2])
         if limit is not None and limit < machine.total:
             total = min(total, limit)
-            available = min(available, max(0, limit - max(0, (held or 0) - _cache(folder, names[2]))))
+            cache = _cache(folder, names[2:] if all_cache else names[2:3])
+            available = min(available, max(0, limit - max(0, (held or 0) - cache)))
     return HostMemory(total, available)
 
 
@@ -52,6 +70,28 @@ def cpu_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
         except (OSError, ValueError):  # missing; `max`: no limit
             continue
     return min(found, default=None)
+
+
+def own_limit() -> int | None:
+    """Bytes that LIMIT allows; None: no limit, or not a number."""
+    with suppress(ValueError):
+        limit = float(os.environ.get(LIMIT, ""))
+        return int(limit * 2**30) if 0 < limit < 2**20 else None
+    return None
+
+
+def held_bytes(pid: int) -> int:
+    """Memory of a process and of all that it started, without files and what it shares."""
+    import psutil
+
+    total = 0
+    with suppress(psutil.Error):
+        top = psutil.Process(pid)
+        for one in (top, *top.children(recursive=True)):
+            with suppress(psutil.Error):
+                used = one.memory_info()
+                total += max(0, used.rss - getattr(used, "shared", 0))
+    return total
 
 
 def rank_share(memory: HostMemory) -> HostMemory:
@@ -97,9 +137,9 @@ def _number(file: Path) -> int | None:
         return None
 
 
-def _cache(folder: Path, name: str) -> int:
+def _cache(folder: Path, names: tuple[str, ...]) -> int:
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+    return sum(int(line.split()[1]) for line in lines if line.split(" ")[0] in names)

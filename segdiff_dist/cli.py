@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 
-from data_shards import lean_imports, plain_warnings
+from data_shards import lean_imports, memory_guard, plain_warnings
 from data_shards.locks import begin_command
 from data_shards.problems import refuse
 from data_shards.progress import QUIET
@@ -31,14 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     begin_command()
     with ExitStatus() as status:
         args, as_json = _without_common_flags(list(sys.argv[1:] if argv is None else argv))
-        plan = _checked(args, status)
-        if plan is not None:
-            # Then the JSON is all that the output stream gets.
-            with redirect_stdout(sys.stderr) if as_json else nullcontext():
-                result = plan.start()
-            status.code = result.exit_code
-            if is_main():
-                print(result.as_json(), flush=True) if as_json else result.say()
+        with memory_guard.guarded(args[0] if args else "segdiff") as status.guard:
+            plan = _checked(args, status)
+            if plan is not None:
+                # Then the JSON is all that the output stream gets.
+                with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                    result = plan.start()
+                status.code = result.exit_code
+                if is_main():
+                    print(result.as_json(), flush=True) if as_json else result.say()
     return status.code
 
 
@@ -76,7 +77,7 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
         return None
     changed = surroundings.complete()
     stage_class = stages.load(name)
-    status.only_reads = stage_class.only_reads
+    status.only_reads, status.guard.lower = stage_class.only_reads, stage_class.less_memory
     note = None if stage_class.on_ranks else leave_launcher(name)
     for line in (note, changed if os.environ.get("RANK", "0") == "0" else None):
         if line is not None:

@@ -12,16 +12,17 @@ import sys
 from contextlib import suppress
 from types import TracebackType
 
+from data_shards import memory_guard
 from data_shards.locks import work_has_begun
 from data_shards.problems import InputProblems, WorkFailed, describe
 
 
 class ExitStatus:
     """A context that turns the errors of a command into a message and an exit code. `only_reads`: the command takes no
-    lock."""
+    lock. `guard`: of its memory."""
 
     def __init__(self) -> None:
-        self.code, self.only_reads = 0, False
+        self.code, self.only_reads, self.guard = 0, False, memory_guard.Guard("segdiff", "")
 
     def __enter__(self) -> ExitStatus:
         return self
@@ -50,6 +51,12 @@ class ExitStatus:
         if isinstance(error, WorkFailed):
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
+        if self.guard.reason and isinstance(error, KeyboardInterrupt):
+            print(f"error: {self.guard.reason}", file=sys.stderr)
+            return 1
+        if memory_guard.is_of_memory(error):
+            print(f"error: {memory_guard.out_of_memory(self.guard.name, self.guard.lower, error)}", file=sys.stderr)
+            return 1
         if isinstance(error, KeyboardInterrupt):
             print("\ninterrupted; the same command continues from here", file=sys.stderr)
             return 130

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def file_crc32c(path: Path) -> int:
 
 def read_index(path: Path) -> dict[str, Any]:
     """The parsed index.json of the set in the folder `path`. Raises InputProblems: missing, broken, another format."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False too for a name that is too long, or is none
         raise problem(path, "shard set", "not a folder", "give the folder that `segdiff prepare` or `convert` wrote")
     if not (path / INDEX).is_file():
         remedy = "give the folder that `segdiff prepare` or `convert` wrote"

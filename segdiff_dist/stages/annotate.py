@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Annotate(ConfiguredStage):
     """Make the missing whole-body masks. Exit code 1 when some volumes got none."""
 
+    less_memory: ClassVar = "--annotate.num-workers"
     essential: ClassVar = ("--run", "--annotate.tool", "--annotate.command", "--annotate.num-workers")
 
     amos_root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="AMOS_ROOT")] = None

@@ -40,6 +40,8 @@ class Stage(ABC):
     """The flags that --help shows; --help-all shows all. Empty: all of them are shown."""
     only_reads: ClassVar[bool] = False
     """Whether it takes no lock."""
+    less_memory: ClassVar[str] = ""
+    """The flags that, lowered, make it need less memory."""
     needs_temporary_files: ClassVar[bool] = True
     on_ranks: ClassVar[bool] = False
     """Whether a launcher starts it once for each GPU."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Convert(ConfiguredStage):
     """Write the same slices in another form."""
 
+    less_memory: ClassVar = "--convert.num-workers"
     essential: ClassVar = ("--convert.store", "--convert.codec", "--convert.num-workers")
 
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")] = None

@@ -38,6 +38,7 @@ class Evaluate(ConfiguredStage):
     """Measure the samples. Exit code 1 when too many of them look like training images."""
 
     aliases: ClassVar = {"--out": "--run"}
+    less_memory: ClassVar = "--evaluate.num-workers or --evaluate.batch-size"
     essential: ClassVar = (
         *("--run", "--amos-root", "--downstream", "--evaluate.segmenter", "--evaluate.fid-weights"),
         *("--images", "--masks", "--modality", "--real", "--images.label-map", "--images.size"),

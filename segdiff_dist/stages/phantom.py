@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Phantom(ConfiguredStage):
     """Write a phantom archive."""
 
+    less_memory: ClassVar = "--phantom.matrix"
     essential: ClassVar = ("--phantom.seed", "--phantom.num-train", "--phantom.num-val", "--phantom.num-test")
     needs_temporary_files: ClassVar = False
 

@@ -36,6 +36,7 @@ class Prepare(ConfiguredStage):
     """Cut volumes into slices and write a shard set. Exit code 1 when some volumes could not be read."""
 
     aliases: ClassVar = {"--spacing": "--prepare.spacing-mm"}
+    less_memory: ClassVar = "--prepare.num-workers"
     essential: ClassVar = (
         *("--run", "--wholebody", "--prepare.size", "--prepare.spacing-mm", "--prepare.modalities", "--prepare.axes"),
         *(

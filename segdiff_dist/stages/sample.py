@@ -35,6 +35,7 @@ _FEW_IMAGES = 200
 class Sample(ConfiguredStage):
     """Make images from masks. The same command again makes only what is missing."""
 
+    less_memory: ClassVar = "--sample.num-workers or --sample.batch-size"
     essential: ClassVar = (
         *("--data", "--run", "--split", "--num", "--masks", "--out", "--sample.samples-per-mask", "--sample.seed"),
         *("--sample.target-modality", "--sample.weights", "--sample.sampler.preset", "--sample.sampler.guidance"),

@@ -37,6 +37,7 @@ _STARTED_WITH = ("denoiser", "diffusion", "train", "loader")
 class Train(ConfiguredStage):
     """Train the denoiser into RUN/checkpoints and RUN/weights. Exit code 3 when the training stopped itself."""
 
+    less_memory: ClassVar = "--train.micro-batch-size, or give --train.activation-checkpointing"
     on_ranks: ClassVar = True
     essential: ClassVar = (
         *("--data", "--more-data", "--run", "--loader.modalities", "--loader.axes", "--loader.crop-size"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class TrainAutoencoder(ConfiguredStage):
     """Train the autoencoder into RUN/autoencoder. Exit code 3 when the training stopped itself."""
 
+    less_memory: ClassVar = "--autoencoder.train.micro-batch-size"
     on_ranks: ClassVar = True
     essential: ClassVar = (
         *("--data", "--run", "--autoencoder.segmenter", "--autoencoder.block-out-channels"),

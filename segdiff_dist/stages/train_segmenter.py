@@ -21,6 +21,7 @@ from segdiff_dist.tracking.tracker import TrackingConfig
 class TrainSegmenter(ConfiguredStage):
     """Train the segmenter into RUN/segmenter. Exit code 3 when the training stopped itself."""
 
+    less_memory: ClassVar = "--segmenter.train.micro-batch-size"
     on_ranks: ClassVar = True
     essential: ClassVar = (
         *("--data", "--run", "--segmenter.train.num-images", "--segmenter.train.lr", "--segmenter.train.device"),

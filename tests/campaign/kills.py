@@ -7,11 +7,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,122 +17,118 @@ import psutil
 import yaml
 
 from campaign import record
+from campaign.forks import Command, Forks
+from campaign.stage_runs import STAGES, StageRun, config_of, environment
 
 # Files that say when, how fast or by whom something was made; others must be the same.
 UNSTABLE = (
     "mlflow.*", "mlartifacts/*", "*.mlflow*", "*/mlflow.json", "*.log", "*/log.jsonl", "*.lock", "*/report.html",
-    "*/samples/done/*", "*/tracking*", "*.unfinished*", "*/exported.json",
+    "*/done/*", "*/annotations.json", "*/tracking*", "*.unfinished*", "*/exported.json",
 )  # fmt: skip
 _MOST_S = 600.0
 # Processes that outlive a killed command end by themselves within this time.
 _ENDING_S = 30.0
 
 
-@dataclass(frozen=True)
-class StageRun:
-    """A command on the folder of the campaign, after those before it."""
-
-    name: str
-    flags: tuple[str, ...] = ()
-
-    def command(self, work: Path) -> list[str]:
-        flags = [flag.format(work=work) for flag in self.flags]
-        config = [] if self.name == "convert" else ["--config", str(work / "config.yaml")]
-        return [sys.executable, "-m", "segdiff_dist", self.name, *flags, *config, "--quiet"]
-
-
-STAGES = (
-    StageRun("phantom"),
-    StageRun("prepare"),
-    StageRun("convert", ("{work}/data", "{work}/zarr", "--convert.store", "zarr")),
-    StageRun("train-segmenter"),
-    StageRun("train"),
-    StageRun("sample"),
-    StageRun("evaluate"),
-    StageRun("export", ("{work}/exported", "--format", "png")),
-)
-
-
 def kill_stages(names: list[str], number: int, seed: int, end: float, out: Path) -> bool:
-    """Up to `number` kills, the stages in turn, until `end`. Whether one was a fault."""
-    chosen = [stage for stage in STAGES if not names or stage.name in names]
+    """Up to `number` kills, until `end`. Whether one was a fault. The stages get the same time, so that short ones are
+    killed more often. `names`: of stages, with or without their variant (`sample`, `sample on Ray`)."""
+    chosen = [stage for stage in STAGES if not names or stage.name in names or stage.title in names]
     file, is_bad = out / "kills.jsonl", False
     there = [line for line in record.lines(file) if line["seed"] == seed]
-    place = Path(out).resolve() / "kills"
-    made = _undisturbed(place, max(STAGES.index(stage) for stage in chosen))
-    for at in range(number):
-        stage = chosen[at % len(chosen)]
-        if any(line["number"] == at and line["stage"] == stage.name for line in there):
-            continue
-        if time.monotonic() > end:
-            break
-        line = {"stage": stage.name, "seed": seed, "number": at}
-        found = None
-        while found is None and time.monotonic() < end:
-            found = kill_once(place, stage, made, random.Random(f"{stage.name}/{seed}/{at}"))
-        if found is None:
-            break
-        record.append(file, line | found)
-        if found["outcome"] != "the same bytes":
-            is_bad = True
-            print(f"{stage.name} {at}: {found['outcome']}: {found['what']}", flush=True)
+    kills = Kills(Path(out).resolve() / "kills")
+    try:
+        kills.undisturbed(max(chosen, key=STAGES.index))
+        while len(there) < number:
+            spent = {one: sum(line["seconds"] for line in there if line["stage"] == one.title) for one in chosen}
+            stage = min(chosen, key=spent.__getitem__)
+            at = sum(line["stage"] == stage.title for line in there)
+            found = None
+            while found is None and time.monotonic() < end:
+                found = kill_once(kills, stage, random.Random(f"{stage.title}/{seed}/{at}"))
+            if found is None:
+                break
+            there.append({"stage": stage.title, "seed": seed, "number": at} | found)
+            record.append(file, there[-1])
+            if found["outcome"] != "the same bytes":
+                is_bad = True
+                print(f"{stage.title} {at}: {found['outcome']}: {found['what']}", flush=True)
+    finally:
+        kills.end()
     return is_bad
 
 
-def _undisturbed(place: Path, last: int) -> dict[str, float]:
-    """Every stage once, with a copy of the folder before each; the seconds that each took, by name."""
-    work, times = place / "work", place / "seconds.yaml"
-    made: dict[str, float] = yaml.safe_load(times.read_text()) if times.is_file() else {}
-    for index, stage in enumerate(STAGES[: last + 1]):
-        if stage.name in made:
-            continue
-        shutil.rmtree(work, ignore_errors=True)
-        if index:
-            shutil.copytree(place / f"after-{STAGES[index - 1].name}", work)
-        else:
-            work.mkdir(parents=True)
-            (work / "config.yaml").write_text(yaml.safe_dump(_config(work)))
-            shutil.copytree(work, place / "before", dirs_exist_ok=True)
-        begun = time.monotonic()
-        ended = subprocess.run(stage.command(work), capture_output=True, text=True, env=_environment(), timeout=_MOST_S)
-        if ended.returncode != 0:
-            raise RuntimeError(f"{stage.name}, undisturbed: exit code {ended.returncode}: {ended.stderr[-800:]}")
-        made[stage.name] = time.monotonic() - begun
-        shutil.rmtree(place / f"after-{stage.name}", ignore_errors=True)
-        shutil.copytree(work, place / f"after-{stage.name}")
-        times.write_text(yaml.safe_dump(made))
-    return made
+class Kills:
+    """Kills of stages in one folder: copies of it before each stage, and a process that starts commands."""
+
+    def __init__(self, place: Path) -> None:
+        self.work, self._place, self._times = place / "work", place, place / "seconds.yaml"
+        place.mkdir(parents=True, exist_ok=True)
+        self.seconds: dict[str, float] = yaml.safe_load(self._times.read_text()) if self._times.is_file() else {}
+        self._forks: dict[str, Forks] = {}
+
+    def end(self) -> None:
+        """No process is left."""
+        for one in self._forks.values():
+            one.end()
+
+    def before(self, stage: StageRun) -> Path:
+        """The folder as the stage finds it."""
+        index = STAGES.index(stage)
+        return self._place / (f"after-{STAGES[index - 1].folder}" if index else "before")
+
+    def after(self, stage: StageRun) -> Path:
+        """As an undisturbed run leaves it."""
+        return self._place / f"after-{stage.folder}"
+
+    def refresh(self, stage: StageRun) -> None:
+        """Make the work's folder what the stage finds."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.before(stage), self.work)
+
+    def start(self, stage: StageRun) -> Command:
+        """The stage's command, in a process with its libraries."""
+        modules = self._place / f"{stage.folder}.modules"
+        if stage.folder not in self._forks:
+            self._forks[stage.folder] = Forks(modules, environment())
+        return self._forks[stage.folder].start(stage.arguments(self.work), self._place / "errors.log")
+
+    def undisturbed(self, last: StageRun) -> None:
+        """Every stage up to this one, once, as a command of its own."""
+        if not (self._place / "before").is_dir():
+            (self._place / "before").mkdir()
+            (self._place / "before/config.yaml").write_text(yaml.safe_dump(config_of(self.work)))
+        for stage in STAGES[: STAGES.index(last) + 1]:
+            if stage.title in self.seconds:
+                continue
+            self.refresh(stage)
+            forks = Forks(Path("none"), environment())
+            modules = self._place / f"{stage.folder}.modules"
+            command = forks.start(stage.arguments(self.work), self._place / "errors.log", modules)
+            code = command.wait(_MOST_S)
+            forks.end()
+            if code != 0:
+                raise RuntimeError(f"{stage.title}, undisturbed: exit code {code}: {command.said()[-800:]}")
+            shutil.rmtree(self.after(stage), ignore_errors=True)
+            shutil.copytree(self.work, self.after(stage))
+            self.refresh(stage)
+            command, begun = self.start(stage), time.monotonic()
+            command.wait(_MOST_S)
+            self.seconds[stage.title] = time.monotonic() - begun
+            if differing := differences(self.after(stage), self.work):
+                raise RuntimeError(f"{stage.title}, undisturbed, twice: other bytes: {', '.join(differing[:8])}")
+            self._times.write_text(yaml.safe_dump(self.seconds))
 
 
-def _config(work: Path) -> dict[str, Any]:
-    from segdiff_dist.shipped import find_config
-
-    config = yaml.safe_load(Path(find_config("smoke")).read_text())
-    config |= {name: str(work / name) for name in ("amos_root", "data", "run")}
-    config["train"] |= {"num_images": 64, "checkpoint_every_images": 16, "snapshot_every_images": 32}
-    config["segmenter"]["train"] |= {"num_images": 128, "checkpoint_every_images": 32}
-    config["prepare"] |= {"num_workers": 2}
-    config["sample"] |= {"num_workers": 2, "region_size": 2}
-    config["evaluate"] |= {"num_workers": 1}
-    config["tracking"] = {"enabled": False}
-    return config
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def kill_once(place: Path, stage: StageRun, made: dict[str, float], rng: random.Random) -> dict[str, Any] | None:
+def kill_once(kills: Kills, stage: StageRun, rng: random.Random) -> dict[str, Any] | None:
     """One kill, the same command until it ends well, and the comparison. None: the command ended before; the time that
-    it took is then in `made`."""
-    work, index = place / "work", STAGES.index(stage)
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(place / (f"after-{STAGES[index - 1].name}" if index else "before"), work)
-    begun = time.monotonic()
-    moment = rng.uniform(0.2, 1.0) * made[stage.name]
-    code, victim, said = _run_and_kill(stage.command(work), moment, rng)
+    it took is then in `kills.seconds`."""
+    kills.refresh(stage)
+    moment = rng.uniform(0.05, 1.0) * kills.seconds[stage.title]
+    command, begun = kills.start(stage), time.monotonic()
+    code, victim, said = _run_and_kill(command, moment, rng)
     if victim == "nobody":
-        made[stage.name] = time.monotonic() - begun
+        kills.seconds[stage.title] = time.monotonic() - begun
         return None
     found: dict[str, Any] = {"moment_s": round(moment, 2), "victim": victim, "what": "", "outcome": "the same bytes"}
     if "Traceback" in said:
@@ -143,56 +136,50 @@ def kill_once(place: Path, stage: StageRun, made: dict[str, float], rng: random.
     elif code is None:
         found |= {"outcome": "hung", "what": f"it did not end in {_MOST_S:g} s: {said[-800:]}"}
     if code != 0 and found["outcome"] == "the same bytes":
-        found |= _restarted(stage.command(work))
-    if found["outcome"] == "the same bytes" and (differing := differences(place / f"after-{stage.name}", work)):
+        found |= _restarted(kills.start(stage))
+    if found["outcome"] == "the same bytes" and (differing := differences(kills.after(stage), kills.work)):
         found |= {"outcome": "other bytes", "what": ", ".join(differing[:8])}
     return found | {"exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
 
 
-def _restarted(command: list[str]) -> dict[str, Any]:
-    try:
-        again = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=_MOST_S)
-    except subprocess.TimeoutExpired:
-        return {"outcome": "hung", "what": "the restarted command did not end"}
-    if again.returncode != 0:
-        return {"outcome": "not restarted", "what": f"exit code {again.returncode}: {again.stderr[-1200:]}"}
+def _restarted(command: Command) -> dict[str, Any]:
+    code = command.wait(_MOST_S)
+    if code is None:
+        with suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
+        return {"outcome": "hung", "what": f"the restarted command did not end: {command.said()[-800:]}"}
+    if code != 0:
+        return {"outcome": "not restarted", "what": f"exit code {code}: {command.said()[-1200:]}"}
     return {}
 
 
-def _run_and_kill(command: list[str], moment: float, rng: random.Random) -> tuple[int | None, str, str]:
+def _run_and_kill(command: Command, moment: float, rng: random.Random) -> tuple[int | None, str, str]:
     """Exit code, None where it hung; who was killed; and the error stream. No process is left."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_environment(),
-        start_new_session=True,
-    )
-    there = psutil.Process(process.pid)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(moment)
     victim, children = "nobody", []
-    with suppress(psutil.Error, ProcessLookupError):
-        children = there.children(recursive=True) if process.poll() is None else []
-        chosen = rng.choice([there, *children])
-        name = "command" if chosen == there else " ".join(chosen.cmdline())[:60] or chosen.name()
-        if process.poll() is None:
-            os.kill(chosen.pid, signal.SIGKILL)
-            victim = name
-    try:
-        _, said = process.communicate(timeout=_MOST_S)
-        code: int | None = process.returncode
-    except subprocess.TimeoutExpired:
-        code, said = None, ""
+    if command.wait(moment) is None:
+        with suppress(psutil.Error, ProcessLookupError):
+            there = psutil.Process(command.pid)
+            children = there.children(recursive=True)
+            chosen = rng.choice([there, *children])
+            name = "command" if chosen == there else _name(chosen)
+            if chosen.status() != psutil.STATUS_ZOMBIE:
+                chosen.kill()
+                victim = name
+    code = command.wait(_MOST_S)
     _, alive = psutil.wait_procs(children, timeout=_ENDING_S)
     for one in alive:
         with suppress(psutil.Error):
             one.kill()
-    left = f"processes left: {[' '.join(one.cmdline())[:80] for one in alive if one.is_running()]}" if alive else ""
+    left = f"processes left: {[_name(one) for one in alive]}" if alive else ""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return (None if alive else code), victim, said + left
+        os.killpg(command.pid, signal.SIGKILL)
+    return (None if alive else code), victim, command.said() + left
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())[:80] or process.name()
+    return "a process that has ended"
 
 
 def differences(expected: Path, found: Path) -> list[str]:

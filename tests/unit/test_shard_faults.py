@@ -35,7 +35,8 @@ def test_a_set_without_index_is_unfinished(spoilt: Path) -> None:
 
 
 def test_no_folder_is_said(tmp_path: Path) -> None:
-    assert "not a folder" in refusal(tmp_path / "nowhere")
+    for name in ("nowhere", "x" * 5000):
+        assert "not a folder" in refusal(tmp_path / name)
 
 
 def test_a_broken_index_is_said(spoilt: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import types
@@ -58,6 +59,8 @@ def test_help_shows_the_main_flags_and_help_all_every_flag(name: str, capsys: py
     for flag in (*stages.load(name).essential, "--dry-run"):
         assert flag in whole
         assert flag in short, "an essential flag that does not exist, or is not shown"
+    for flag in re.findall(r"--[\w.-]+", stages.load(name).less_memory):
+        assert flag in whole
     if stages.load(name).essential:
         assert len(short.splitlines()) < len(whole.splitlines())
         assert "more flags: --help-all" in short
