@@ -2,6 +2,7 @@
 
     mutations    damaged inputs: --kinds nifti tar ..., --number of attempts of each kind
     kills        random kills of stages: --kinds train sample ..., --number of kills in all
+    disks        full disks: as kills; needs root
     tour         the README's tour, line by line, at the sizes that it states
     table        the tables of docs/reliability.md, from the record
 
@@ -18,9 +19,10 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from campaign import record, tour
+from campaign import disks, record, tour
 from campaign.attempts import FAULTS, Tally, run_attempts
 from campaign.inputs import kinds
+from campaign.kills import kill_stages
 
 _PIECE = 50
 
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         for file, table in ((mutations, record.table_of_mutations), (kills, record.table_of_kills)):
             if file.is_file():
                 print(table(record.lines(file)))
+        if (args.out / "disks.jsonl").is_file():
+            print(disks.table(list(record.lines(args.out / "disks.jsonl"))))
         if (args.out / "tour.jsonl").is_file():
             print(tour.table(list(record.lines(args.out / "tour.jsonl"))))
         return 0
@@ -43,15 +47,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     end = time.monotonic() + 60 * args.budget_minutes
     if args.what == "tour":
-        return int(tour.try_tour(args.out, end))
+        return int(tour.try_tour(args.out, end, 60 * args.line_minutes))
+    if args.what == "disks":
+        return int(disks.fill_disks(args.kinds, args.number, args.seed, end, args.out))
     is_bad = False
     if args.what in ("mutations", "all"):
         half = end if args.what == "mutations" else time.monotonic() + 30 * args.budget_minutes
         is_bad |= mutate(args.kinds, args.number, args.seed, half, args.out)
         print(record.table_of_mutations(record.lines(mutations)))
     if args.what in ("kills", "all"):
-        from campaign.kills import kill_stages
-
         is_bad |= kill_stages(args.kinds, args.number, args.seed, end, args.out)
         print(record.table_of_kills(record.lines(kills)))
     return int(is_bad)
@@ -99,12 +103,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="?", default="all", choices=("all", "mutations", "kills", "tour", "table", "replay")
+        "what", nargs="?", default="all", choices=("all", "mutations", "kills", "disks", "tour", "table", "replay")
     )
     parser.add_argument("kinds", nargs="*", default=[], help="of inputs or stages; all without")
     parser.add_argument("--number", type=int, default=1000, help="attempts of each kind, or kills in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget-minutes", type=float, default=10.0)
+    parser.add_argument("--line-minutes", type=float, default=10.0, help="tour: the most that a line may take")
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"), help="the record, and places for the work")
     parser.add_argument("--afresh", action="store_true", help="forget the record")
     args = parser.parse_args(argv)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -41,11 +42,11 @@ class Command:
 
 
 class Forks:
-    """A process that starts commands. `modules`: a file of the names that it imports first, which may be missing."""
+    """A process that starts commands. `modules`: files of the names that it imports first."""
 
-    def __init__(self, modules: Path, environment: dict[str, str]) -> None:
+    def __init__(self, modules: Sequence[Path], environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "campaign.forks", str(modules)],
+            [sys.executable, "-m", "campaign.forks", *map(str, modules)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -76,14 +77,14 @@ class Forks:
         self._process.communicate()
 
 
-def serve(modules: Path) -> None:
+def serve(modules: Sequence[Path]) -> None:
     """Import, then answer lines until the input ends."""
     from data_shards import lean_imports
 
     lean_imports.begin()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some libraries print as they are imported
-    for name in modules.read_text().split() if modules.is_file() else ():
+    for name in dict.fromkeys(name for file in modules for name in file.read_text().split()):
         with suppress(Exception):
             import_module(name)
     names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
@@ -129,4 +130,4 @@ def _become(arguments: list[str], errors: Path, modules: str | None) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve([Path(name) for name in sys.argv[1:]])

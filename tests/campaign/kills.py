@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,7 +26,7 @@ UNSTABLE = (
     "mlflow.*", "mlartifacts/*", "*.mlflow*", "*/mlflow.json", "*.log", "*/log.jsonl", "*.lock", "*/report.html",
     "*/done/*", "*/annotations.json", "*/tracking*", "*.unfinished*", "*/exported.json",
 )  # fmt: skip
-_MOST_S = 600.0
+MOST_S = 600.0
 # Processes that outlive a killed command end by themselves within this time.
 _ENDING_S = 30.0
 
@@ -65,12 +66,12 @@ class Kills:
         self.work, self._place, self._times = place / "work", place, place / "seconds.yaml"
         place.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = yaml.safe_load(self._times.read_text()) if self._times.is_file() else {}
-        self._forks: dict[str, Forks] = {}
+        self._forks: Forks | None = None
 
     def end(self) -> None:
         """No process is left."""
-        for one in self._forks.values():
-            one.end()
+        if self._forks is not None:
+            self._forks.end()
 
     def before(self, stage: StageRun) -> Path:
         """The folder as the stage finds it."""
@@ -87,11 +88,10 @@ class Kills:
         shutil.copytree(self.before(stage), self.work)
 
     def start(self, stage: StageRun) -> Command:
-        """The stage's command, in a process with its libraries."""
-        modules = self._place / f"{stage.folder}.modules"
-        if stage.folder not in self._forks:
-            self._forks[stage.folder] = Forks(modules, environment())
-        return self._forks[stage.folder].start(stage.arguments(self.work), self._place / "errors.log")
+        """The stage's command, in a process with the libraries of all stages."""
+        if self._forks is None:
+            self._forks = Forks(sorted(self._place.glob("*.modules")), environment())
+        return self._forks.start(stage.arguments(self.work), self._place / "errors.log")
 
     def undisturbed(self, last: StageRun) -> None:
         """Every stage up to this one, once, as a command of its own."""
@@ -101,23 +101,26 @@ class Kills:
         for stage in STAGES[: STAGES.index(last) + 1]:
             if stage.title in self.seconds:
                 continue
-            self.refresh(stage)
-            forks = Forks(Path("none"), environment())
             modules = self._place / f"{stage.folder}.modules"
-            command = forks.start(stage.arguments(self.work), self._place / "errors.log", modules)
-            code = command.wait(_MOST_S)
-            forks.end()
-            if code != 0:
-                raise RuntimeError(f"{stage.title}, undisturbed: exit code {code}: {command.said()[-800:]}")
+            self._run_well(stage, (), modules)
             shutil.rmtree(self.after(stage), ignore_errors=True)
             shutil.copytree(self.work, self.after(stage))
-            self.refresh(stage)
-            command, begun = self.start(stage), time.monotonic()
-            command.wait(_MOST_S)
-            self.seconds[stage.title] = time.monotonic() - begun
+            self.seconds[stage.title] = self._run_well(stage, (modules,))
             if differing := differences(self.after(stage), self.work):
                 raise RuntimeError(f"{stage.title}, undisturbed, twice: other bytes: {', '.join(differing[:8])}")
             self._times.write_text(yaml.safe_dump(self.seconds))
+
+    def _run_well(self, stage: StageRun, libraries: Sequence[Path], modules: Path | None = None) -> float:
+        """Seconds of a stage that nothing disturbs. `modules`: where the names of its modules go."""
+        self.refresh(stage)
+        forks = Forks(libraries, environment())
+        command = forks.start(stage.arguments(self.work), self._place / "errors.log", modules)
+        begun = time.monotonic()
+        code = command.wait(MOST_S)
+        forks.end()
+        if code != 0:
+            raise RuntimeError(f"{stage.title}, undisturbed: exit code {code}: {command.said()[-800:]}")
+        return time.monotonic() - begun
 
 
 def kill_once(kills: Kills, stage: StageRun, rng: random.Random) -> dict[str, Any] | None:
@@ -134,16 +137,17 @@ def kill_once(kills: Kills, stage: StageRun, rng: random.Random) -> dict[str, An
     if "Traceback" in said:
         found |= {"outcome": "unclean", "what": f"after the kill: {said[-1200:]}"}
     elif code is None:
-        found |= {"outcome": "hung", "what": f"it did not end in {_MOST_S:g} s: {said[-800:]}"}
+        found |= {"outcome": "hung", "what": f"it did not end in {MOST_S:g} s: {said[-800:]}"}
     if code != 0 and found["outcome"] == "the same bytes":
-        found |= _restarted(kills.start(stage))
+        found |= restarted(kills.start(stage))
     if found["outcome"] == "the same bytes" and (differing := differences(kills.after(stage), kills.work)):
         found |= {"outcome": "other bytes", "what": ", ".join(differing[:8])}
     return found | {"exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
 
 
-def _restarted(command: Command) -> dict[str, Any]:
-    code = command.wait(_MOST_S)
+def restarted(command: Command) -> dict[str, Any]:
+    """Nothing where the command ends well; else the outcome, and what it said."""
+    code = command.wait(MOST_S)
     if code is None:
         with suppress(ProcessLookupError):
             os.killpg(command.pid, signal.SIGKILL)
@@ -165,7 +169,7 @@ def _run_and_kill(command: Command, moment: float, rng: random.Random) -> tuple[
             if chosen.status() != psutil.STATUS_ZOMBIE:
                 chosen.kill()
                 victim = name
-    code = command.wait(_MOST_S)
+    code = command.wait(MOST_S)
     _, alive = psutil.wait_procs(children, timeout=_ENDING_S)
     for one in alive:
         with suppress(psutil.Error):

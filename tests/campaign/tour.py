@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -28,8 +29,9 @@ def lines() -> list[str]:
     return [shlex.join(shlex.split(line, comments=True)) for line in found]
 
 
-def try_tour(out: Path, end: float) -> bool:
-    """Every line that is not in the record yet, in OUT/tour, until `end`. Whether one failed."""
+def try_tour(out: Path, end: float, most_s: float = MOST_S) -> bool:
+    """Every line that is not in the record yet, in OUT/tour, until `end`. Whether one failed. `most_s`: more beside
+    other work; the record has the processor time too."""
     file, place, is_bad = out / "tour.jsonl", (out / "tour").resolve(), False
     done = [line["command"] for line in record.lines(file)]
     if not done:
@@ -42,7 +44,7 @@ def try_tour(out: Path, end: float) -> bool:
             continue
         if time.monotonic() > end:
             break
-        found = run_line(command, place)
+        found = run_line(command, place, most_s)
         if found["outcome"] != "works":
             is_bad = True
             print(f"{command}: {found['outcome']}: {found['what']}", flush=True)
@@ -52,10 +54,10 @@ def try_tour(out: Path, end: float) -> bool:
 
 
 def run_line(command: str, place: Path, most_s: float = MOST_S, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """Seconds, peak memory of all processes of the line, and whether it works."""
+    """Seconds, processor time and peak memory of all processes of the line, and whether it works."""
     arguments = [sys.executable, "-m", "segdiff_dist", *shlex.split(command)[1:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    log = place / "tour.log"
+    log, before = place / "tour.log", _cpu_s()
     with log.open("w") as said:
         process = subprocess.Popen(arguments, cwd=place, env=environment, stdout=said, stderr=said)
         begun, peak, outcome = time.monotonic(), 0, ""
@@ -68,7 +70,14 @@ def run_line(command: str, place: Path, most_s: float = MOST_S, most_bytes: int 
             _end(process)
     outcome = outcome or ("works" if process.returncode == 0 else f"exit code {process.returncode}")
     what = "" if outcome == "works" else log.read_text()[-800:]
-    return {"outcome": outcome, "what": what, "seconds": round(seconds, 1), "peak_bytes": peak}
+    used = {"seconds": round(seconds, 1), "cpu_seconds": round(_cpu_s() - before, 1), "peak_bytes": peak}
+    return {"outcome": outcome, "what": what} | used
+
+
+def _cpu_s() -> float:
+    """Processor time of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _bytes_of(pid: int) -> int:
@@ -93,8 +102,8 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A row a line."""
-    found = [["line", "outcome", "seconds", "GiB"]]
+    found = [["line", "outcome", "seconds", "processor s", "GiB"]]
     for row in rows:
         gib = f"{row['peak_bytes'] / 2**30:.1f}"
-        found.append([f"`{row['command']}`", row["outcome"], f"{row['seconds']:.0f}", gib])
+        found.append([f"`{row['command']}`", row["outcome"], f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}", gib])
     return record.as_table(found)
