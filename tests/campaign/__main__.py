@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import time
 from importlib import import_module
@@ -29,6 +30,7 @@ _PIECE = 50
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 if an attempt or a kill of this call was a fault."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it leaves no process
     args = _arguments(argv)
     mutations, kills = args.out / "mutations.jsonl", args.out / "kills.jsonl"
     if args.what == "table":

@@ -53,12 +53,14 @@ class Forks:
             text=True,
             env=environment,
         )
+        self._last: Command | None = None
 
     def start(self, arguments: list[str], errors: Path, modules: Path | None = None) -> Command:
         """`segdiff ARGUMENTS` in a session of its own. At its end it writes the names of its modules."""
         pid = self.ask(arguments=arguments, errors=str(errors), modules=None if modules is None else str(modules))
         assert isinstance(pid, int)
-        return Command(self, pid, errors)
+        self._last = Command(self, pid, errors)
+        return self._last
 
     def ask(self, **request: Any) -> int | None:
         """The answer to one line."""
@@ -73,7 +75,10 @@ class Forks:
         return answer
 
     def end(self) -> None:
-        """End it; commands that it started end by themselves."""
+        """End it, and the command that it has started last, if that still runs."""
+        if self._last is not None and self._last.wait(0.0) is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._last.pid, signal.SIGKILL)
         self._process.communicate()
 
 
