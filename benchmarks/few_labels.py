@@ -15,7 +15,6 @@ was stopped; --budget-minutes stops it in time.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -24,24 +23,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from support.harness import headline, stamp, write
 from support.recipes_runs import NEVER, QUICK, Scale, make_data, segdiff
 from support.rewritten_shards import rewrite
+from support.small_runs import flops_of, shared_settings, stopped, write_table
 
 from data_shards.files import write_atomic
 from data_shards.problems import InputProblems
 from segdiff_dist.config import merge, to_yaml
-from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 
 if TYPE_CHECKING:
     from data_shards.records import SliceRecord
     from data_shards.store.shards import ShardSet
 
 SCALE = Scale(side=32, judge_images=4_800, patients=(20, 2, 5), slice_stride=6)
-METRICS = (
-    *("dice_either_mask_gen", "dice_mask_gen", "false_positive_rate_mask_gen", "dice_either_mask_real"),
-    *("sharpness", "sharpness_75_100", "texture", "segmenter_frechet", "psnr_db"),
-)
 # Name -> conditioning, whether it sees all labels, and its images as shares of those of base and control.
 ARMS: dict[str, tuple[str, bool, tuple[float, float]]] = {
     "base": ("none", True, (1, 0)),
@@ -92,11 +86,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stopped() -> int:
-    print("time is up; the same command goes on from here")
-    return 0
-
-
 def labelled_part(shards: ShardSet, patients: int) -> Iterator[SliceRecord]:
     """The slices of the first `patients` training cases of each modality, and of all other splits."""
     case_N = np.array(shards.samples["case_id"].to_pylist())
@@ -112,96 +101,23 @@ def settings_of(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any
     conditioning, all_labels, (of_base, of_control) = ARMS[name]
     images = round(of_base * args.base_images + of_control * args.control_images)
     base = {"base": str(out / "base")} if conditioning == "controlnet" else {}
-    shared: dict[str, Any] = {
-        "loader": {"axes": ["axial"], "num_threads": 1},
-        "denoiser": {
-            "block_out_channels": [16, 32, 64],
-            "layers_per_block": 1,
-            "attention_resolutions": [],
-            "attention_head_dim": 16,
-            "norm_num_groups": 8,
-        },
-        "diffusion": {"objective": "edm", "lognormal": [-0.4, 1.4]},
-        "train": {
-            "seed": args.seed,
-            "global_batch_size": 16,
-            "micro_batch_size": 16,
-            "optimizer": "muon",
-            "lr": 2e-3,
-            "warmup_images": 320,
-            "checkpoint_every_images": 1_600,
-            "log_every_images": 160,
-            "precision": "fp32",
-        },
-        "validation": {"num_pictures": 0, "num_images": 16},
-        "sample": {
-            "num": args.masks,
-            "seed": args.seed,
-            "num_workers": 1,
-            "precision": "fp32",
-            "sampler": {
-                "solver": "dpm_solver_pp_2m",
-                "num_steps": 12,
-                "timestep_spacing": "karras",
-                "clip_sample": False,
-            },
-        },
-        "evaluate": {"num_workers": 1, "segmenter": str(out / "judge" / "segmenter" / "weights")},
-        "tracking": {"enabled": False},
-    }
     own = {
         "data": str(out / ("shards" if all_labels else "few")),
         "run": str(out / name),
         "denoiser": {"conditioning": conditioning, **base},
         "train": {"num_images": images},
     }
-    return merge(shared, own)
+    return merge(shared_settings(args, out), own)
 
 
 def report(args: argparse.Namespace, out: Path, scale: Scale) -> None:
-    """Print the table, and write the JSON file and the picture."""
-    summaries = {name: json.loads((out / name / "evaluation" / "summary.json").read_text()) for name in args.arms}
-    results = {
-        name: {m: {k: s["metrics"][m].get(k) for k in ("value", "ci95")} for m in METRICS if m in s["metrics"]}
-        for name, s in summaries.items()
-    }
+    """Print the table, and write the JSON file."""
     flops = {name: flops_of(settings_of(name, args, out)) for name in args.arms}
     total = {name: value + (flops["base"] if name == "controlnet" else 0.0) for name, value in flops.items()}
-    record = stamp(args, without=("out",))
-    print(headline(record))
-    print(f"{'':<46}" + "".join(f"{name:>24}" for name in args.arms))
-    for metric in METRICS:
-        cells = [cell(results[name].get(metric), DEFINITIONS[metric].digits) for name in args.arms]
-        print(f"{DEFINITIONS[metric].label:<46}" + "".join(f"{one:>24}" for one in cells))
-    print(f"{'TFLOPs of all trainings':<46}" + "".join(f"{total[name] / 1e12:>24.1f}" for name in args.arms))
-    file = args.json or out / "few_labels.json"
-    first = summaries[args.arms[0]]
-    record |= {name: first[name] for name in ("num_samples", "num_patients")}
-    record |= {"side": scale.side, "patients": scale.patients, "flops": total, "results": results}
-    write(file, record)
-
-
-def flops_of(settings: dict[str, Any]) -> float:
-    """FLOPs of an arm's training."""
-    import torch
-
-    from data_shards.store.shards import ShardSet
-    from segdiff_dist.denoising.config import DenoiserConfig
-    from segdiff_dist.denoising.frozen_base import Base
-    from segdiff_dist.denoising.network_shapes import denoiser_network
-
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["denoiser"].items()}
-    config, shards = DenoiserConfig(**given), ShardSet.open([settings["data"]])
-    base = Base.find(config, Path(settings["run"]))
-    net = denoiser_network(config, shards, shards.size, torch.device("cpu"), None if base is None else base.net)
-    return float(net.flops_per_image) * settings["train"]["num_images"]
-
-
-def cell(entry: dict[str, Any] | None, digits: int) -> str:
-    if entry is None or entry["value"] is None:
-        return "-"
-    interval = entry["ci95"]
-    return f"{entry['value']:.{digits}f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    folders = {name: out / name for name in args.arms}
+    write_table(
+        args, folders, total, args.json or out / "few_labels.json", {"side": scale.side, "patients": scale.patients}
+    )
 
 
 if __name__ == "__main__":

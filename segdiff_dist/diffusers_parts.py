@@ -37,6 +37,7 @@ from diffusers.models.controlnets.controlnet import (  # noqa: E402
     ControlNetConditioningEmbedding,
     zero_module,
 )
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 from diffusers.models.unets import unet_2d_blocks as blocks  # noqa: E402
 from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
@@ -49,6 +50,8 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "ModelMixin",
     "ResnetBlock2D",
+    "TimestepEmbedding",
+    "Timesteps",
     "UNet2DModel",
     "UNet2DOutput",
     "UniPCMultistepScheduler",

@@ -6,6 +6,7 @@ is built.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -33,6 +34,14 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
     files = [folder / name for name in names]
     digests = {file.name: {"bytes": file.stat().st_size, "crc32c": file_crc32c(file)} for file in files}
     write_atomic(folder / DIGESTS, json.dumps(digests, indent=1, sort_keys=True) + "\n")
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the files of a folder of weights. Folders inside do not belong to it."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def refuse_damaged(folder: Path, what: str, remedy: str) -> None:

@@ -27,6 +27,8 @@ STREAM_SAMPLE = 3  # and one for each sampling step above it, so further streams
 STREAM_ORGANS = 1 << 16
 STREAM_LATENT = STREAM_ORGANS + 1
 STREAM_CONTRAST = STREAM_ORGANS + 2
+STREAM_AUGMENTATION = STREAM_ORGANS + 16  # its level; its noise, one for each stage of a cascade, above it
+STREAM_STAGE = 1 << 20  # sampling: added to the streams of each stage of a cascade below the top
 
 # Multipliers and key increments of Philox4x32, Salmon et al. 2011, table 2.
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

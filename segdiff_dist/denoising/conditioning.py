@@ -28,12 +28,15 @@ NULL_MASK = 255
 class Conditions(NamedTuple):
     """The network's arguments after x_t and timestep: mask_BHW uint8 ids, class_B int64, edge_B2HW uint8 or None.
 
-    edge_B2HW is as in data_shards.records.SliceRecord: the second class of each pixel, and the first one's share.
+    edge_B2HW is as in data_shards.records.SliceRecord: the second class of each pixel, and the first one's share. Of
+    super-resolution in a cascade: low_B1hw float32, the augmented images of the lower stage, and their level_B.
     """
 
     mask_BHW: Tensor
     class_B: Tensor
     edge_B2HW: Tensor | None = None
+    low_B1hw: Tensor | None = None
+    level_B: Tensor | None = None
 
 
 class MaskEncoder(nn.Module):
@@ -122,7 +125,7 @@ def without(conditions: Conditions, no_mask_B: Tensor, no_class_B: Tensor) -> Co
     edge_B2HW = conditions.edge_B2HW
     if edge_B2HW is not None:  # 255: the (null) class of the mask has all of each pixel
         edge_B2HW = edge_B2HW.masked_fill(no_mask_B[:, None, None, None], 255)
-    return Conditions(mask_BHW, class_B, edge_B2HW)
+    return conditions._replace(mask_BHW=mask_BHW, class_B=class_B, edge_B2HW=edge_B2HW)
 
 
 def joined(one: Conditions, other: Conditions) -> list[Tensor | None]:

@@ -67,6 +67,12 @@ class DenoiserConfig:
     (Rombach et al. 2022)."""
     autoencoder: Resumable[str | None] = None
     """The autoencoder of space latent: the run folder of `segdiff train-autoencoder`, or RUN/autoencoder/weights."""
+    low_resolution: ResultWhereSet[Count | None] = None
+    """The net denoises slices that are shrunk to this side, by area, and reads the share of each class in a pixel: the
+    lower stage of a cascade. null: slices as they are. `attention_resolutions` then names sides of shrunk slices."""
+    cascade: ResultWhereSet[str | None] = None
+    """Super-resolution: the net also reads the images of this trained denoiser of `low_resolution` (Ho et al. 2022). A
+    run folder, or a folder of weights. Sampling then runs both."""
     conditioning: Result[Conditioning] = "concat"
     """How the net reads the mask. concat, add, multiply: it is joined to the noised image. spade: it scales and shifts
     what the norms give, at each pixel (Park et al. 2019). controlnet: a trained denoiser is frozen, and a copy of its
@@ -135,7 +141,12 @@ class DenoiserConfig:
         if self.space == "pixel":
             if self.autoencoder is not None:
                 yield Problem("config", "denoiser.autoencoder", self.autoencoder, "give denoiser.space latent with it")
+            yield from self._cascade_problems()
             return
+        for name in ("low_resolution", "cascade"):
+            if (value := getattr(self, name)) is not None:
+                remedy = "a cascade works on pixels: leave it out, or use denoiser.space pixel"
+                yield Problem("config", f"denoiser.{name}", str(value), remedy)
         if self.autoencoder is None:
             remedy = "give the run folder of `segdiff train-autoencoder`"
             yield Problem("config", "denoiser.autoencoder", "None", remedy)
@@ -147,6 +158,15 @@ class DenoiserConfig:
             yield Problem("config", "denoiser.conditioning", self.conditioning, remedy)
         if self.net != "unet":
             yield Problem("config", "denoiser.net", self.net, "its stem is for pixels: use unet for space latent")
+
+    def _cascade_problems(self) -> Iterator[Problem]:
+        names = [name for name in ("low_resolution", "cascade") if getattr(self, name) is not None]
+        if names and self.conditioning == "controlnet":
+            remedy = f"a ControlNet is no stage of a cascade: use concat, or leave out denoiser.{names[0]}"
+            yield Problem("config", "denoiser.conditioning", self.conditioning, remedy)
+        if self.low_resolution is not None and self.mask_encoding.startswith("scalar"):
+            remedy = "the mean of several label numbers is another label: use onehot or embedding"
+            yield Problem("config", "denoiser.mask_encoding", self.mask_encoding, remedy)
 
     def _channel_problems(self, wrong: set[str], size: int | None) -> Iterator[Problem]:
         """Problems of numbers that must divide others. `wrong`: the settings that are out of range."""

@@ -29,6 +29,8 @@ from data_shards.store.set_index import MODALITIES_KEY
 from segdiff_dist.attention import choose_attention, set_attention
 from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.config.choices import AttentionBackend
+from segdiff_dist.denoising.cascade import DESCRIBED as STAGE
+from segdiff_dist.denoising.cascade import LOWER, LevelEmbedding, LowerStage, NetSpace, ShrunkSpace, enlarged
 from segdiff_dist.denoising.conditioning import NULL_MASK, Conditions, MaskEncoder, MaskJoin, class_ids, num_classes
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
@@ -48,6 +50,7 @@ _HEAD_CHANNELS = 8
 # In segdiff.json: the modalities of the training, if they are not all of the net's.
 TRAINED_ON = "trained_on"
 _CONTROL, _CONTROL_FILE = "control.", "control.safetensors"
+_LOWER_NET = "lower_net."
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
 
@@ -103,17 +106,21 @@ class Denoiser(nn.Module):
         base: BaseNet | None = None,
         *,
         latent: LatentSpace | None = None,
+        lower: LowerStage | None = None,
     ) -> None:
         """`base`: the net that conditioning controlnet freezes. All but `control` is then the base's, by its names.
-        `latent`: of config.space latent. `size` is the side of the images, in any space."""
+        `latent`: of config.space latent. `lower`: of config.cascade. `size` is the side of the images, in any space.
+        """
         super().__init__()
         from segdiff_dist.diffusers_parts import UNet2DModel
 
-        if label_table.num_classes > NULL_MASK:
-            remedy = f"use at most {NULL_MASK}: id {NULL_MASK} means a mask that is not shown"
-            raise problem(f"label table {label_table.name!r}", "ids", label_table.num_classes, remedy)
+        _refuse_too_many_classes(label_table)
         assert (latent is not None) == (config.space == "latent")
-        self.config, self.label_table, self.size, self.latent = config, label_table, size, latent
+        assert (lower is not None) == (config.cascade is not None)
+        self.config, self.label_table, self.size, self.lower = config, label_table, size, lower
+        self.space: NetSpace | None = latent or ShrunkSpace.of(config, size)
+        # Of the lower stage: only in nets that `load` gives, since training needs its side alone.
+        self.lower_net: Denoiser | None = None
         channels, side, _ = self.shape
         # The net's modalities, and those of its training, which may be fewer.
         self.modalities = self.trained_on = tuple(modalities)
@@ -128,7 +135,7 @@ class Denoiser(nn.Module):
         attends = [level in config.attention_resolutions for level in config.sides(side)]
         self.unet = UNet2DModel(
             sample_size=side // config.stem,
-            in_channels=self.mask_join.num_channels * config.stem**2,
+            in_channels=(self.mask_join.num_channels + (lower is not None)) * config.stem**2,
             out_channels=(1 + _HEAD_CHANNELS) * config.stem**2 if config.stem > 1 else channels,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
@@ -143,6 +150,7 @@ class Denoiser(nn.Module):
         if config.stem > 1:
             _begin_as_identity(self.unet)
         self.spade = Spade(own, self.unet, self.mask_encoder.num_channels) if own.conditioning == "spade" else None
+        self.level = None if lower is None else LevelEmbedding(self.unet)
         self.control: ControlNet | None = None
         if base is not None:
             from segdiff_dist.denoising.control import ControlNet
@@ -152,8 +160,13 @@ class Denoiser(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of x: one channel of the images' side, or that of latents."""
-        return (1, self.size, self.size) if self.latent is None else self.latent.shape(self.size)
+        """[C, H, W] of x: one channel of the images' side, or that of latents or shrunk slices."""
+        return (1, self.size, self.size) if self.space is None else self.space.shape(self.size)
+
+    @property
+    def latent(self) -> LatentSpace | None:
+        """The space, if it is one of latents."""
+        return self.space if isinstance(self.space, LatentSpace) else None
 
     def prepare_for(self, device: torch.device) -> Denoiser:
         """Move to `device`, and choose the backends of attention and of the operations between the convolutions.
@@ -161,8 +174,8 @@ class Denoiser(nn.Module):
         Weights stay row-major, which is what DeepSpeed can broadcast and flatten; activations are channels-last.
         """
         self.choose_operators(device)
-        if self.latent is not None:
-            self.latent.move_to(device)
+        if self.space is not None:
+            self.space.move_to(device)
         return self.to(device)
 
     def choose_operators(self, device: torch.device) -> None:
@@ -170,11 +183,13 @@ class Denoiser(nn.Module):
         set_attention(self, choose_attention(self.config.attention, device, self.config.attention_head_dim))
         wanted = "torch" if self.spade is not None or self.control is not None else self.config.kernels
         self.uses_kernels = choose_kernels(wanted, device) == "triton"
+        if self.lower_net is not None:
+            self.lower_net.choose_operators(device)
         if self.uses_kernels:
             from segdiff_dist.denoising.fused_unet import fuse
 
             is_onehot = self.config.mask_encoding == "onehot" and self.config.conditioning == "concat"
-            self.reads_labels = is_onehot and self.config.stem == 1 and self.latent is None
+            self.reads_labels = is_onehot and self.config.stem == 1 and self.space is None and self.lower is None
             fuse(self.unet, reads_labels=self.reads_labels)
         elif device.type == "cpu":
             from segdiff_dist.denoising.cpu_unet import suit_cpu
@@ -195,9 +210,11 @@ class Denoiser(nn.Module):
         mask_BHW: Tensor,
         class_B: Tensor,
         edge_B2HW: Tensor | None = None,
+        low_B1hw: Tensor | None = None,
+        level_B: Tensor | None = None,
     ) -> Tensor:
         """float32 [B, *shape] prediction, computed in the weights' dtype; x_t float32, in [-1, 1] (latents: of unit
-        variance) plus noise. The mask has the images' side in any space."""
+        variance) plus noise. The mask has the images' side in any space. low, level: as Conditions has them."""
         dtype = self.unet.conv_in.weight.dtype
         labels = class_B if self.config.class_conditioning else None
         if self.reads_labels:
@@ -208,11 +225,16 @@ class Denoiser(nn.Module):
             if self.control is not None:  # which reads it in the base's place
                 shown = (torch.full_like(mask_BHW, NULL_MASK), dtype, None)
             mask_BKHW = self.mask_encoder(*shown)
-            if self.latent is not None:
-                mask_BKHW = self.latent.pooled(mask_BKHW)
+            if self.space is not None:
+                mask_BKHW = self.space.pooled(mask_BKHW)
             if self.spade is not None:
                 self.spade.read(mask_BKHW)
             x_BCHW = self.mask_join(x_BCHW, mask_BKHW)
+        if self.level is not None:
+            assert low_B1hw is not None
+            assert level_B is not None
+            self.level.read(level_B, dtype)
+            x_BCHW = torch.cat((x_BCHW, enlarged(low_B1hw, x_BCHW.shape[-1]).to(dtype)), dim=1)
         if self.head is not None:
             x_BCHW = F.pixel_unshuffle(x_BCHW, self.config.stem)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
@@ -253,6 +275,9 @@ class Denoiser(nn.Module):
         if self.latent is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.latent.copy_to(folder / BESIDE_WEIGHTS)
+        if self.lower is not None:
+            self.lower.copy_to(folder / LOWER)
+            weights = {name: value for name, value in weights.items() if not name.startswith(_LOWER_NET)}
         with updated_folder(folder) as unfinished:
             prefix = "unet."
             unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
@@ -274,6 +299,8 @@ class Denoiser(nn.Module):
                 description["base"] = self.base.described
             if self.latent is not None:
                 description[DESCRIBED] = self.latent.described
+            if self.lower is not None:
+                description[STAGE] = self.lower.described
             if self.modalities != MODALITIES:
                 description[MODALITIES_KEY] = list(self.modalities)
             (unfinished / "segdiff.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -297,15 +324,18 @@ class Denoiser(nn.Module):
             size, modalities = int(description["size"]), described_modalities(description, description_file)
             base = BaseNet.of(description["base"], description_file) if config.conditioning == "controlnet" else None
             latent = LatentSpace.beside(folder, description[DESCRIBED]) if config.space == "latent" else None
-            side = size if latent is None else size // latent.factor
+            lower = None if config.cascade is None else LowerStage.inside(folder, description[STAGE])
+            side = size // latent.factor if latent is not None else config.low_resolution or size
             refuse(config.problems(side) + _size_problems(config, size, description_file))
         files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]
         if (folder / "mask_encoder.safetensors").is_file():
             files.append(("", folder / "mask_encoder.safetensors"))
         if base is not None:
             files.append((_CONTROL, folder / _CONTROL_FILE))
-        make = partial(cls, config, table, size, modalities, base, latent=latent)
+        make = partial(cls, config, table, size, modalities, base, latent=latent, lower=lower)
         model = read_weights(files, make, "weights", remedy).eval()
+        if lower is not None:
+            model.lower_net = cls.load(lower.folder, attention, kernels)
         model.trained_on = known_modalities(description, description_file)
         return model
 
@@ -322,6 +352,12 @@ def known_modalities(description: Mapping[str, Any], where: Path) -> tuple[str, 
     """Those of its training."""
     modalities = described_modalities(description, where)
     return tuple(one for one in modalities if one in description.get(TRAINED_ON, modalities))
+
+
+def _refuse_too_many_classes(table: LabelTable) -> None:
+    if table.num_classes > NULL_MASK:
+        remedy = f"use at most {NULL_MASK}: id {NULL_MASK} means a mask that is not shown"
+        raise problem(f"label table {table.name!r}", "ids", table.num_classes, remedy)
 
 
 def _begin_as_identity(unet: nn.Module) -> None:

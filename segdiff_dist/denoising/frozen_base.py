@@ -1,8 +1,8 @@
-"""The base of a ControlNet's training (control.py): where its weights are, and whether it goes with the settings."""
+"""The trained denoiser that a training begins from: the base of a ControlNet (control.py), or the lower stage of a
+cascade (cascade.py). Where its weights are, and whether it goes with the settings."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.documents import read_json, reading
-from data_shards.files import updated_folder
 from data_shards.problems import InputProblems, Problem, problem
+from segdiff_dist.denoising.cascade import LOWER, LowerStage, copy_stage
 from segdiff_dist.denoising.denoiser import BaseNet, Denoiser, described_modalities, known_modalities
 from segdiff_dist.denoising.diffusion import as_trained
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 
 # In a run folder: the weights of the base, as they were when the training began.
@@ -49,14 +50,25 @@ class Base:
         """
         if denoiser.conditioning != "controlnet" or denoiser.base is None:
             return None
-        begun = any(file.is_dir() for file in (run / "checkpoints").glob("[0-9]*"))
-        folder = run / KEPT if begun else _weights_in(Path(denoiser.base))
+        return cls._open("denoiser.base", denoiser.base, run / KEPT, "--denoiser.conditioning none")
+
+    @classmethod
+    def below(cls, denoiser: DenoiserConfig, run: Path) -> Base | None:
+        """That of `denoiser.cascade`, likewise; None if there is none."""
+        if denoiser.cascade is None:
+            return None
+        return cls._open("denoiser.cascade", denoiser.cascade, run / LOWER, "--denoiser.low-resolution SIDE")
+
+    @classmethod
+    def _open(cls, field: str, given: str, kept: Path, flag: str) -> Base:
+        begun = any(file.is_dir() for file in (kept.parent / "checkpoints").glob("[0-9]*"))
+        folder = kept if begun else _weights_in(Path(given))
         file = folder / _DESCRIPTION
         if not file.is_file():
-            remedy = "train it first, as with --denoiser.conditioning none, or give a run folder or a folder of weights"
+            remedy = f"train it first, as with {flag}, or give a run folder or a folder of weights"
             if begun:
-                remedy = f"the training began with its weights: copy them there from {denoiser.base}"
-            raise problem("config" if not begun else folder, "denoiser.base", denoiser.base, remedy)
+                remedy = f"the training began with its weights: copy them there from {given}"
+            raise problem("config" if not begun else folder, field, given, remedy)
         remedy = "copy the weights again from where they were trained"
         description = read_json(file, remedy, "the description of a denoiser")
         with reading(file, "the description of a denoiser", remedy):
@@ -65,11 +77,15 @@ class Base:
 
     def keep(self, run: Path) -> None:
         """Copy the weights into the run folder, which then needs no other."""
-        if self.folder == run / KEPT:
-            return
-        with updated_folder(run / KEPT) as unfinished:
-            for file in sorted(one for one in self.folder.iterdir() if one.is_file()):
-                shutil.copyfile(file, unfinished / file.name)
+        if self.folder != run / KEPT:
+            copy_stage(self.folder, run / KEPT)
+
+    def kept_below(self, run: Path, *, copy: bool) -> LowerStage:
+        """The same for the lower stage of a cascade, which is returned. `copy`: on one rank."""
+        stage = LowerStage.open(self.folder)
+        if copy and self.folder != run / LOWER:
+            stage.copy_to(run / LOWER)
+        return replace(stage, folder=run / LOWER)
 
     def begin(self, model: Denoiser) -> None:
         """Give a denoiser the base's weights; its control begins as a copy of the encoder. Raises InputProblems for
@@ -104,23 +120,59 @@ class Base:
             Problem("config", name, _shown(now), f"the base {self.folder} has {_shown(before)}: give that")
             for name, (before, now) in differing.items()
         ]
+        found += self._of_slices("denoiser.base", size, modalities, seen)
 
         def check(good: bool, value: str, remedy: str) -> None:
             if not good:
                 found.append(Problem(str(self.folder), "denoiser.base", value, remedy))
 
-        remedy = f"prepare slices of {self.size} pixels or give --loader.crop-size {self.size}, or train another base"
-        check(self.size == size, f"trained at {self.size} pixels, not {size}", remedy)
-        named = described_modalities(self.description, self.folder / _DESCRIPTION)
-        check(
-            named == modalities and set(seen) <= set(self.trained_on),
-            f"it knows {', '.join(self.trained_on)}, and the slices are {', '.join(seen)}",
-            f"choose with --loader.modalities {' '.join(self.trained_on)}, or train a base on these",
-        )
         check(base.conditioning != "controlnet", "a ControlNet itself", "give the base that it was trained on")
         reads_masks = base.conditioning not in ("none", "controlnet") and not trained_with.get("mask_dropout")
         remedy = "train it with --denoiser.conditioning none, or with --diffusion.mask-dropout 0.1"
         check(not reads_masks, "never trained without its masks", remedy)
+        return found
+
+    def problems_below(
+        self,
+        denoiser: DenoiserConfig,
+        diffusion: DiffusionConfig,
+        shards: ShardSet,
+        size: int,
+        seen: Sequence[str],
+    ) -> list[Problem]:
+        """Why the lower stage of a cascade does not go with the settings and with slices of `size` pixels, which are
+        of `shards`."""
+        field, own, below = "denoiser.cascade", denoiser.low_resolution or size, self.net.config
+        found = self._of_slices(field, size, shards.modalities, seen)
+
+        def check(good: bool, value: str, remedy: str) -> None:
+            if not good:
+                found.append(Problem(str(self.folder), field, value, remedy))
+
+        side = below.low_resolution or self.size
+        remedy = f"train the lower stage with --denoiser.low-resolution SIDE, a divisor of {own} below it"
+        check(side < own and own % side == 0, f"its images have {side} pixels, and these {own}", remedy)
+        table = self.net.label_table
+        remedy = "train the lower stage on this set"
+        value = f"label table {table.name!r}, and the set has {shards.label_table.name!r}"
+        check(table == shards.label_table, value, remedy)
+        check(below.space == "pixel", "a denoiser of latents", "give one with --denoiser.low-resolution")
+        theirs, ours = self.description.get("diffusion", {}).get("objective", "ddpm"), diffusion.objective
+        check(theirs == ours, f"objective {theirs}, not {ours}", "both stages are sampled alike: give the same")
+        alike = below.soft_masks == denoiser.soft_masks
+        check(alike, f"soft_masks {below.soft_masks}", "both stages read the same masks: give the same")
+        return found
+
+    def _of_slices(self, field: str, size: int, modalities: tuple[str, ...], seen: Sequence[str]) -> list[Problem]:
+        where, named = str(self.folder), described_modalities(self.description, self.folder / _DESCRIPTION)
+        found = []
+        if self.size != size:
+            remedy = f"prepare slices of {self.size} pixels or give --loader.crop-size {self.size}, or train another"
+            found.append(Problem(where, field, f"trained at {self.size} pixels, not {size}", remedy))
+        if named != modalities or not set(seen) <= set(self.trained_on):
+            value = f"it knows {', '.join(self.trained_on)}, and the slices are {', '.join(seen)}"
+            remedy = f"choose with --loader.modalities {' '.join(self.trained_on)}, or train one on these"
+            found.append(Problem(where, field, value, remedy))
         return found
 
 

@@ -123,6 +123,10 @@ class LatentSpace:
         """[B, K, h, w]: the mean of the mask's channels at each latent position."""
         return F.avg_pool2d(mask_BKHW, self.factor)
 
+    def bounds(self, sampler: SamplerConfig) -> SamplerConfig:
+        """The sampler without the bound on predicted images, which latents do not have."""
+        return replace(sampler, clip_sample=False)
+
     def copy_to(self, folder: Path) -> None:
         """Write the autoencoder's files, with the scale where diffusers has it."""
         with updated_folder(folder) as unfinished:
@@ -156,8 +160,9 @@ def find_space(
 
 
 def _conflicts(denoiser: DenoiserConfig, diffusion: DiffusionConfig) -> Iterator[Problem]:
-    if denoiser.space == "latent" and diffusion.dice_weight > 0:
-        remedy = "the segmenter reads images, not latents: give 0, or use denoiser.space pixel"
+    if (denoiser.space == "latent" or denoiser.low_resolution is not None) and diffusion.dice_weight > 0:
+        read = "latents" if denoiser.space == "latent" else "shrunk slices"
+        remedy = f"the segmenter reads images, not {read}: give 0, or use denoiser.space pixel at the full side"
         yield Problem("config", "diffusion.dice_weight", str(diffusion.dice_weight), remedy)
     yield from denoiser.space_problems()
 
@@ -173,11 +178,6 @@ def copy_to_pipeline(weights: Path, folder: Path) -> dict[str, list[str]]:
     for file in sorted((weights / BESIDE_WEIGHTS).iterdir()):
         shutil.copyfile(file, folder / IN_PIPELINE / file.name)
     return {IN_PIPELINE: ["diffusers", "AutoencoderKL"]}
-
-
-def on_latents(sampler: SamplerConfig) -> SamplerConfig:
-    """The sampler without the bound on predicted images, which latents do not have."""
-    return replace(sampler, clip_sample=False)
 
 
 def sampler_problems(sampler: SamplerConfig, description: Mapping[str, Any]) -> list[Problem]:

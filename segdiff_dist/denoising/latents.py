@@ -94,7 +94,7 @@ def latents_of(
 
 
 def run_space(denoiser: DenoiserConfig, weights: Path) -> LatentSpace | None:
-    """The space of a run whose weights are in RUN/weights, with the scale that `latents_of` measured; None for
+    """The latents' space of a run whose weights are in RUN/weights, with the scale that `latents_of` measured; None for
     pixels."""
     if denoiser.space == "pixel":
         return None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from segdiff_dist.attention import set_attention
+from segdiff_dist.denoising.cascade import LowerStage, ShrunkSpace
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import BaseNet, Denoiser
 from segdiff_dist.planning.network import Classes, Network, on_meta
@@ -24,21 +25,28 @@ def denoiser_network(
     base: BaseNet | None = None,
     latent: LatentSpace | None = None,
     passes: int = 1,
+    lower: LowerStage | None = None,
 ) -> Network:
     """The denoiser for slices of `side` pixels, with what computes it on `device`. `base`: of a ControlNet; `latent`:
-    where it works on latents; `passes`: of the training, DiffusionConfig.passes."""
+    where it works on latents; `passes`: of the training, DiffusionConfig.passes; `lower`: of a cascade's
+    super-resolution."""
 
     def make() -> nn.Module:
-        model = Denoiser(config, shards.label_table, side, shards.modalities, base, latent=latent)
+        model = Denoiser(config, shards.label_table, side, shards.modalities, base, latent=latent, lower=lower)
         model.choose_operators(device)
         set_attention(model, "sdpa")  # keeps no more memory than the others
         return model
 
-    def inputs(images: int) -> tuple[torch.Tensor, ...]:
+    def inputs(images: int) -> tuple[torch.Tensor | None, ...]:
         numbers = on_meta(images, dtype=torch.int64)
         edge = (on_meta(images, 2, side, side, dtype=torch.uint8),) if config.soft_masks else ()
         mask = on_meta(images, side, side, dtype=torch.uint8)
-        x_shape = (1, side, side) if latent is None else latent.shape(side)
-        return (on_meta(images, *x_shape), numbers, mask, numbers, *edge)
+        space = latent or ShrunkSpace.of(config, side)
+        x_shape = (1, side, side) if space is None else space.shape(side)
+        given = (on_meta(images, *x_shape), numbers, mask, numbers, *edge)
+        if lower is None:
+            return given
+        low = (on_meta(images, 1, lower.side, lower.side), on_meta(images))
+        return (*given, *low) if edge else (*given, None, *low)
 
     return Network(make, inputs, passes)

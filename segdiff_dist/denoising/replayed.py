@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from data_shards.files import first_line
+from segdiff_dist.denoising.cascade import LowerStage, NetSpace
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.latent_space import LatentSpace
 from segdiff_dist.ranks.cuda_graph import Recorder, recorder_for
 
 # A kind of batch is recorded when it comes for the third time. Its first two passes compile kernels and choose
@@ -32,10 +32,15 @@ class Net(Protocol):
     """The interface of a denoiser that a sampler uses."""
 
     uses_kernels: bool
-    latent: LatentSpace | None
+    space: NetSpace | None
+    lower: LowerStage | None
+
+    @property
+    def lower_net(self) -> Net | None:
+        """The net of `lower`."""
 
     def __call__(
-        self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, edge_B2HW: Tensor | None = None
+        self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, *more: Tensor | None
     ) -> Tensor:
         """As Denoiser.forward."""
 
@@ -43,7 +48,7 @@ class Net(Protocol):
 @dataclass(frozen=True)
 class _Recording:
     recorder: Recorder
-    given: list[Tensor]
+    given: list[Tensor | None]
     made_BCHW: Tensor
 
 
@@ -55,17 +60,18 @@ class ReplayedNet:
 
     def __init__(self, model: Denoiser, device: torch.device) -> None:
         self._model, self._device = model, device
-        self.uses_kernels, self.latent = model.uses_kernels, model.latent
+        self.uses_kernels, self.space, self.lower = model.uses_kernels, model.space, model.lower
+        self.lower_net = None if model.lower_net is None else ReplayedNet(model.lower_net, device)
         self._passes: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         self._can_record = recorder_for(device) is not None
 
     def __call__(
-        self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, edge_B2HW: Tensor | None = None
+        self, x_t_BCHW: Tensor, timestep_B: Tensor, mask_BHW: Tensor, class_B: Tensor, *more: Tensor | None
     ) -> Tensor:
         """As Denoiser.forward: float32 [B, *shape], which the next call leaves as it is."""
-        given = [x for x in (x_t_BCHW, timestep_B, mask_BHW, class_B, edge_B2HW) if x is not None]
-        kind = tuple((x.shape, x.dtype) for x in given)
+        given = [x_t_BCHW, timestep_B, mask_BHW, class_B, *more]
+        kind = tuple(None if x is None else (x.shape, x.dtype) for x in given)
         if kind in self._recordings:
             return self._replay(self._recordings[kind], given)
         self._passes[kind] += 1
@@ -74,18 +80,20 @@ class ReplayedNet:
             return made_BCHW
         return self._record(kind, given)
 
-    def _replay(self, recording: _Recording, given: list[Tensor]) -> Tensor:
+    def _replay(self, recording: _Recording, given: list[Tensor | None]) -> Tensor:
         for fixed, new in zip(recording.given, given, strict=True):
-            fixed.copy_(new, non_blocking=True)
+            if fixed is not None and new is not None:
+                fixed.copy_(new, non_blocking=True)
         recording.recorder.replay()
         return recording.made_BCHW.clone()
 
-    def _record(self, kind: tuple[object, ...], given: list[Tensor]) -> Tensor:
+    def _record(self, kind: tuple[object, ...], given: list[Tensor | None]) -> Tensor:
         """The eager prediction of a batch, whose kind is recorded on the way where that works."""
         recorder = recorder_for(self._device)
         assert recorder is not None
-        fixed = [x.clone() for x in given]
-        made_BCHW = torch.empty_like(fixed[0])
+        fixed = [None if x is None else x.clone() for x in given]
+        assert given[0] is not None
+        made_BCHW = torch.empty_like(given[0])
 
         def run() -> None:
             made_BCHW.copy_(self._model(*fixed))

@@ -84,6 +84,9 @@ class SamplerConfig:
     1]. 0 is off."""
     guidance_segmenter: Result[str | None] = None
     """The segmenter that guides: the folder RUN/segmenter/weights. Evaluate the images with another one."""
+    augmentation: ResultWhereSet[Share] = 0.1
+    """How much noise the images of a cascade's lower stage get before super-resolution reads them. 0: none. 1: nothing
+    of them is left. More hides more of their errors. The authors of Imagen try 0.1 to 0.3."""
 
     def resolved(self, objective: Objective = "ddpm") -> SamplerConfig:
         """The same with the preset's values filled in, for a net of this objective."""
@@ -92,6 +95,19 @@ class SamplerConfig:
         if objective != "ddpm":
             preset["timestep_spacing"] = "karras" if objective == "edm" else "trailing"
         return replace(self, **{name: value for name, value in preset.items() if values[name] is None})
+
+    @property
+    def alone(self) -> SamplerConfig:
+        """The same without segmenter guidance and autoguidance, which need another network."""
+        guidance = self.guidance if self.guidance_weights is None else 1.0
+        return replace(self, segmenter_guidance=0.0, guidance_segmenter=None, guidance=guidance, guidance_weights=None)
+
+    @property
+    def needed_dropout(self) -> str | None:
+        """The setting of `diffusion` that guidance needs; None for none, and for autoguidance."""
+        if self.guidance == 1.0 or self.guidance_weights is not None:
+            return None
+        return {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[self.guidance_removes]
 
     def problems(self, diffusion: DiffusionConfig | None = None) -> list[Problem]:
         """Values out of range, and values that do not go together; with `diffusion`, also values that do not go with

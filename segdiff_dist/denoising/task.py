@@ -71,10 +71,13 @@ class DenoiserTask:
         if diffusion.contrastive_weight > 0:
             self.contrastive_term = ContrastiveTerm(shards.label_table, diffusion.contrastive_delta, seed, device)
         self.base = Base.find(denoiser, weights.parent)
+        below = Base.below(denoiser, weights.parent)
+        lower = None if below is None else below.kept_below(weights.parent, copy=is_main())
         with _seeded(seed):
             net = None if self.base is None else self.base.net
             latent = run_space(denoiser, weights)
-            model = Denoiser(denoiser, shards.label_table, size, shards.modalities, net, latent=latent)
+            of_net = denoiser, shards.label_table, size, shards.modalities, net
+            model = Denoiser(*of_net, latent=latent, lower=lower)
         if self.base is not None:
             self.base.begin(model)
             if is_main():
@@ -87,11 +90,11 @@ class DenoiserTask:
 
         Metrics: the unweighted squared error by quarters of the noise levels, and those of the terms.
         """
-        process, latent = self.process, self.model.latent
-        if latent is None:
+        process, space = self.process, self.model.space
+        if space is None:
             noised = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
         else:
-            noised = noised_by_position(process, latent.x_0(batch), batch.position_B, self.seed)
+            noised = noised_by_position(process, space.x_0(batch), batch.position_B, self.seed)
         x_BCHW, target_BCHW, level_B = noised
 
         shown, time_B, contrast = self.conditions(batch), process.time(level_B), None
@@ -137,6 +140,9 @@ class DenoiserTask:
         the masks before."""
         diffusion, seed, position_B = self.diffusion, self.seed, batch.position_B
         conditions = self.model.conditions_of(batch)
+        if self.model.lower is not None:
+            low_B1hw, level_B = self.model.lower.drawn_condition(batch.image_BHW, seed, position_B)
+            conditions = conditions._replace(low_B1hw=low_B1hw, level_B=level_B)
         conditions = drop_organs(conditions, self.model.label_table, diffusion.organ_dropout, seed, position_B)
         if erased is not None:
             conditions = erased(conditions, position_B)

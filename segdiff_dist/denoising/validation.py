@@ -20,9 +20,9 @@ from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled
 from data_shards.records import AXES, Batch, SliceRecord
+from segdiff_dist.denoising.cascade import LowerStage, NetSpace
 from segdiff_dist.denoising.conditioning import Conditions, class_ids, guided
 from segdiff_dist.denoising.config import DiffusionConfig, ValidationConfig
-from segdiff_dist.denoising.latent_space import LatentSpace, on_latents
 from segdiff_dist.denoising.process import make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import sample
@@ -54,8 +54,10 @@ class HeldOutSlices:
     """Its crop size, threads and on_corrupt are used, not its augmentation."""
     soft_masks: bool = False
     """Whether the network is given soft edges."""
-    latent: LatentSpace | None = None
-    """The latent space, if the network works on latents."""
+    space: NetSpace | None = None
+    """The space of a network that works on latents or on shrunk slices."""
+    lower: LowerStage | None = None
+    """The stage below a cascade's super-resolution. The slices, shrunk and augmented, are in place of its images."""
 
 
 class DenoiserValidation:
@@ -79,9 +81,9 @@ class DenoiserValidation:
         """`draw` is called on rank 0 with the generated images (see DrawGrid)."""
         shards, rows, loader = slices.shards, slices.rows, slices.loader
         self.shards, self.diffusion, self.config, self.device = shards, diffusion, config, device
-        self.soft_masks, self.draw, self._latent = slices.soft_masks, draw, slices.latent
+        self.soft_masks, self.draw, self._space, self._lower = slices.soft_masks, draw, slices.space, slices.lower
         self.sampler = replace(
-            sampler if slices.latent is None else on_latents(sampler),
+            sampler if slices.space is None else slices.space.bounds(sampler),
             preset="fast",
             solver="ddim",
             num_steps=config.num_steps,
@@ -144,15 +146,25 @@ class DenoiserValidation:
 
     def _errors(self, forward: Forward, batch: Batch) -> Tensor:
         """float32 [B]: the squared error of each slice's noised image, its mean over pixels."""
-        x_0_BCHW = to_model_range(batch.image_BHW) if self._latent is None else self._latent.x_0(batch)
+        x_0_BCHW = to_model_range(batch.image_BHW) if self._space is None else self._space.x_0(batch)
         noise_BCHW = philox.normal(self.config.seed, philox.STREAM_NOISE, batch.position_B, x_0_BCHW.shape[1:])
         # Positions from num_images on only fill up the batches of the last ranks.
         level_B = self._level_N[batch.position_B.clamp(max=self.config.num_images - 1)]
         x_BCHW, target_BCHW, _ = self._process.with_noise(x_0_BCHW, noise_BCHW, level_B)
         edge_B2HW = batch.edge_B2HW if self.soft_masks else None
         conditions = Conditions(batch.mask_BHW, class_ids(batch.modality_B, batch.axis_B), edge_B2HW)
+        conditions = self._with_lower(conditions, batch.image_BHW, batch.position_B)
         prediction_BCHW = forward(x_BCHW, self._process.time(level_B), *conditions)
         return (prediction_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
+
+    def _with_lower(
+        self, conditions: Conditions, image_BHW: Tensor, position_B: Tensor, level: float | None = None
+    ) -> Conditions:
+        """The conditions with what stands for the lower stage's images, if the network reads these."""
+        if self._lower is None:
+            return conditions
+        low_B1hw, level_B = self._lower.drawn_condition(image_BHW, self.config.seed, position_B, level)
+        return conditions._replace(low_B1hw=low_B1hw, level_B=level_B)
 
     def _read(self, rows: np.ndarray, loader: LoaderConfig) -> Iterator[Batch]:
         """This rank's batches, without augmentation: every world_size-th block of positions, equally many a rank."""
@@ -193,11 +205,13 @@ class DenoiserValidation:
         records = [self._records[p] for p in pictures]
         picture_B = torch.tensor(pictures, device=self.device)
         side = len(records[0].mask_HW)
-        shape = (1, side, side) if self._latent is None else self._latent.shape(side)
+        shape = (1, side, side) if self._space is None else self._space.shape(side)
         noise_BCHW = philox.normal(self.config.seed, philox.STREAM_SAMPLE, picture_B, shape)
-        predict = guided(forward, self._conditions(records), self.sampler.guidance, self.sampler.guidance_removes)
+        image_BHW = torch.from_numpy(np.stack([record.image_HW for record in records])).to(self.device)
+        conditions = self._with_lower(self._conditions(records), image_BHW, picture_B, self.sampler.augmentation)
+        predict = guided(forward, conditions, self.sampler.guidance, self.sampler.guidance_removes)
         x_0_BCHW = sample(predict, self.diffusion, self.sampler, noise_BCHW)
-        return to_uint8(x_0_BCHW if self._latent is None else self._latent.decode(x_0_BCHW))
+        return to_uint8(x_0_BCHW if self._space is None else self._space.decode(x_0_BCHW))
 
     def _conditions(self, records: list[SliceRecord]) -> Conditions:
         modality_B = torch.tensor([self.shards.modalities.index(r.meta.modality) for r in records], device=self.device)

@@ -4,6 +4,7 @@ FOLDER/model_index.json           diffusers' list of what is below
 FOLDER/pipeline.py                the class that diffusers' DiffusionPipeline makes of it; it needs segdiff
 FOLDER/unet/                      the UNet2DModel; beside its files, what joins the mask to its input
 FOLDER/vae/                       for a model that works on latents: the AutoencoderKL
+FOLDER/unet/low_resolution/       of a cascade: the denoiser of the stage below, with what belongs to it
 FOLDER/scheduler/                 diffusers' scheduler of the process that it was trained on
 FOLDER/segdiff.json               schedule and sampler settings
 FOLDER/README.md, gallery.png     the model card; masks and synthetic images, if the run has samples

@@ -158,6 +158,9 @@ mask ({net["mask_encoding"]}, {net["conditioning"]})"""
     if net.get("space") == "latent":
         alone = f"""`unet` works on latents of `vae`, of unit variance: (z - latents_mean) / latents_std of its
 config.json. Its input is a noised latent{mask}, whose channels are means over the pixels of a latent position."""
+    if net.get("cascade") is not None:
+        alone = """The network needs segdiff: it enlarges the images of the denoiser in `unet/low_resolution`, and an
+embedding says how much noise these got."""
     return {
         "spade": """The network needs segdiff: the mask enters at its norms (SPADE), which diffusers' UNet2DModel does
 not have.""",

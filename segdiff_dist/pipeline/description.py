@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from data_shards.documents import read_json, reading
 from segdiff_dist.config import validate
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
-from segdiff_dist.denoising.sampler_config import SamplerConfig
 
 UNET, SEGMENTER, SCHEDULER = "unet", "segmenter", "scheduler"
 DESCRIPTION, INDEX, CARD, PICTURE = "segdiff.json", "model_index.json", "README.md", "gallery.png"
@@ -24,9 +22,3 @@ def trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConfi
         said = read_json(weights / DESCRIPTION, RESTORE).get("diffusion", {})
         process = as_trained(otherwise, said)[0].process
         return validate(DiffusionConfig, process, weights / DESCRIPTION)
-
-
-def alone(sampler: SamplerConfig) -> SamplerConfig:
-    """The sampler without segmenter guidance and autoguidance, which need another network."""
-    guidance = sampler.guidance if sampler.guidance_weights is None else 1.0
-    return replace(sampler, segmenter_guidance=0.0, guidance_segmenter=None, guidance=guidance, guidance_weights=None)

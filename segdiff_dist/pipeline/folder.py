@@ -14,6 +14,7 @@ import torch
 from data_shards.documents import read_json
 from data_shards.files import write_atomic
 from data_shards.problems import Problem, problem
+from segdiff_dist.denoising.cascade import LOWER, copy_stage, stage_problems
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.diffusion import make_scheduler
@@ -33,7 +34,6 @@ from segdiff_dist.pipeline.description import (
     SCHEDULER,
     SEGMENTER,
     UNET,
-    alone,
     trained_process,
 )
 from segdiff_dist.weight_files import DIGESTS, write_digests
@@ -64,8 +64,11 @@ class Extras:
 
 def pipeline_problems(weights: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> list[Problem]:
     """Conflicts between `sampler` and the training of the net in `weights`."""
-    own, description = alone(sampler), read_json(weights / DESCRIPTION, RESTORE)
-    return own.problems(trained_process(weights, diffusion)) + sampler_problems(own, description)
+    own, description = sampler.alone, read_json(weights / DESCRIPTION, RESTORE)
+    return own.problems(trained_process(weights, diffusion)) + [
+        *sampler_problems(own, description),
+        *stage_problems(own, weights, description),
+    ]
 
 
 def write_pipeline(
@@ -85,7 +88,7 @@ def write_pipeline(
         _copy_weights(extras.segmenter, folder / SEGMENTER, extras.precision)
     description = read_json(weights / DESCRIPTION, RESTORE)
     process = trained_process(weights, diffusion)
-    own = alone(sampler.resolved(process.objective))
+    own = sampler.resolved(process.objective).alone
     scheduler = scheduler_of(process, own)
     scheduler.save_pretrained(folder / SCHEDULER)
     content = {"diffusion": process.process, "sampler": asdict(own)} | extras.described
@@ -126,6 +129,8 @@ def _copy_weights(source: Path, target: Path, precision: Literal["fp32", "bf16"]
 
     # Not copytree, which puts all errors, also that of a full disk, into an error of its own.
     target.mkdir()
+    if (source / LOWER).is_dir():  # stays in fp32, since its digest is part of the description
+        copy_stage(source / LOWER, target / LOWER)
     files = sorted(file for file in source.iterdir() if file.is_file())
     for file in files:
         if precision == "bf16" and file.suffix == ".safetensors":

@@ -20,10 +20,10 @@ from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.sampler_config import SamplerConfig
-from segdiff_dist.pipeline.description import DESCRIPTION, RESTORE, UNET, alone, trained_process
+from segdiff_dist.pipeline.description import DESCRIPTION, RESTORE, UNET, trained_process
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import LEAST_BATCH
-from segdiff_dist.sampling.worker import PassOptions, batch_size_for, generate, memory_bytes
+from segdiff_dist.sampling.worker import PassOptions, batch_size_of, generate, memory_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,7 +86,7 @@ class SegGuidedPipeline:
         does not go with the net's training."""
         chosen = pick_device(device)
         model = Denoiser.load(weights).prepare_for(chosen)
-        process, own = trained_process(weights, diffusion), alone(sampler)
+        process, own = trained_process(weights, diffusion), sampler.alone
         refuse(own.problems(process))
         return cls(model.to(torch.bfloat16) if precision == "bf16" else model, process, own, chosen)
 
@@ -186,7 +186,7 @@ class SegGuidedPipeline:
         """Masks that `generate` takes through the network together."""
         passes = 1 if self.sampler.guidance == 1.0 else 2
         room = memory_bytes(self.device.type) // (1 if self.device.type == "cuda" else num_cores())
-        return batch_size_for(self.model.config, self.size, passes, room, _MOST_AT_ONCE, latent=self.model.latent)
+        return batch_size_of(self.model, passes, room, _MOST_AT_ONCE)
 
     def checked(self, mask: np.ndarray, modality: str, axis: str) -> tuple[np.ndarray, bool]:
         """uint8 [B, H, W] and whether it was one mask. Raises InputProblems."""

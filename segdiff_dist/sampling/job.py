@@ -281,7 +281,8 @@ def _weaker_digest(weights: Path, description: dict[str, Any], name: str) -> str
     _, digest = load_denoiser(weaker)
     other = json.loads((weaker / "segdiff.json").read_text())
     alike = all(
-        other.get(key) == description.get(key) for key in ("denoiser", "label_table", "size", "modalities", "latent")
+        other.get(key) == description.get(key)
+        for key in ("denoiser", "label_table", "size", "modalities", "latent", "cascade")
     )
     if (
         not alike
@@ -298,12 +299,13 @@ def _unlike_training(
 ) -> list[Problem]:
     """Conditions that the weights, whose segdiff.json is `description`, were not trained for. Old ones do not have
     every field."""
+    from segdiff_dist.denoising.cascade import stage_problems
     from segdiff_dist.denoising.latent_space import sampler_problems
     from segdiff_dist.denoising.sampler_config import guidance_problems
 
     sampler = config.sampler
     problems = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
-    problems += sampler_problems(sampler, description)
+    problems += [*sampler_problems(sampler, description), *stage_problems(sampler, weights, description)]
     if description["label_table"]["name"] != shards.label_table.name or description["size"] > shards.size:
         trained = f"{description['label_table']['name']!r} at {description['size']} pixels"
         value = f"{shards.label_table.name!r} at {shards.size} pixels"
@@ -311,8 +313,8 @@ def _unlike_training(
         problems.append(Problem(str(shards.root), "label set, size", value, remedy))
     problems += _unknown_organs(config, shards.label_table)
     trained_with = description.get("diffusion", {})
-    needed = {"mask": "mask_dropout", "class": "class_dropout", "both": "joint_dropout"}[sampler.guidance_removes]
-    if sampler.guidance != 1.0 and sampler.guidance_weights is None and not trained_with.get(needed):
+    needed = sampler.needed_dropout
+    if needed is not None and not trained_with.get(needed):
         remedy = f"{weights} was trained without diffusion.{needed}: give 1, or train with it"
         problems.append(Problem("config", "sample.sampler.guidance", str(sampler.guidance), remedy))
     return problems

@@ -39,6 +39,8 @@ class Plan:
     seconds_from: str
     num_bytes: int
     bytes_from: str
+    num_stages: int = 1
+    """Of a cascade."""
     classes: str | None = None
     """For masks of a folder: the classes that occur."""
 
@@ -46,7 +48,8 @@ class Plan:
         """A few lines for a person."""
         duration = "not known" if self.seconds is None else _duration(self.seconds)
         workers = f"{self.pool.num_workers} worker{'s' if self.pool.num_workers > 1 else ''} on {self.pool.device}"
-        passes = f"{self.passes_per_image} passes through the net each"
+        net = "the net" if self.num_stages == 1 else f"each of {self.num_stages} nets"
+        passes = f"{self.passes_per_image} passes through {net} each"
         masks = f"{self.num_masks:,} masks" if self.fewer_masks is None else self.fewer_masks
         return "\n".join(
             [
@@ -94,8 +97,16 @@ def plan_of(job: Job, config: SampleConfig) -> Plan:
         seconds_from=seconds_from,
         num_bytes=num_missing * (2 * job.size**2 if made is None else made[1]),
         bytes_from="at most: before compression" if made is None else "as the images made so far",
+        num_stages=_num_stages(job),
         classes=job.classes,
     )
+
+
+def _num_stages(job: Job) -> int:
+    model, num = job.loaded[0] if job.loaded else None, 1
+    while model is not None and model.lower_net is not None:
+        model, num = model.lower_net, num + 1
+    return num
 
 
 def _made_so_far(job: Job) -> tuple[float, int] | None:
@@ -124,9 +135,15 @@ def _seconds_of_a_pass(job: Job, pool: WorkerPool, config: SampleConfig) -> tupl
 
 
 def seconds_of_a_pass(model: Denoiser, device: torch.device, threads: int | None = None) -> float:
-    """Seconds of an image of LEAST_BATCH through a net that is on `device`; `threads`: null are this process's own."""
+    """Seconds of an image of LEAST_BATCH through a net that is on `device`, and through a cascade's stages below it;
+    `threads`: null are this process's own."""
     import torch
 
+    below_s = 0.0 if model.lower_net is None else seconds_of_a_pass(model.lower_net, device, threads)
+    low: tuple[torch.Tensor | None, ...] = ()
+    if model.lower is not None:
+        side = model.lower.side
+        low = (None, torch.zeros(LEAST_BATCH, 1, side, side, device=device), torch.zeros(LEAST_BATCH, device=device))
     mask_BHW = torch.zeros(LEAST_BATCH, model.size, model.size, dtype=torch.uint8, device=device)
     zero_B = torch.zeros(LEAST_BATCH, dtype=torch.int64, device=device)
     seconds, before = _LONG_PASS_S, torch.get_num_threads()
@@ -134,12 +151,12 @@ def seconds_of_a_pass(model: Denoiser, device: torch.device, threads: int | None
     with torch.inference_mode():
         for _ in range(2):
             began = time.perf_counter()
-            model(torch.zeros(LEAST_BATCH, *model.shape, device=device), zero_B, mask_BHW, zero_B).sum().item()
+            model(torch.zeros(LEAST_BATCH, *model.shape, device=device), zero_B, mask_BHW, zero_B, *low).sum().item()
             seconds = time.perf_counter() - began
             if seconds > _LONG_PASS_S:
                 break
     torch.set_num_threads(before)
-    return seconds / LEAST_BATCH
+    return below_s + seconds / LEAST_BATCH
 
 
 def _duration(seconds: float) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_shards.problems import InputProblems, problem
 from segdiff_dist.config import how_to_make
+from segdiff_dist.weight_files import folder_digest
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.denoiser import Denoiser
@@ -23,10 +23,7 @@ def refuse_missing(folder: Path) -> None:
 def weights_digest(folder: Path) -> str:
     """sha256 over a weights folder's files; it names the model of an image. Folders inside do not belong to it."""
     refuse_missing(folder)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.is_file()):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+    return folder_digest(folder)
 
 
 def load_denoiser(folder: Path, expected_digest: str | None = None) -> tuple[Denoiser, str]:

@@ -71,13 +71,8 @@ class WorkerFactory:
         most = math.inf if self.device == "cuda" else max(1, num_cores() // settings["threads_per_worker"])
         beside = int(min(self.num_beside, most))
         made = _RegionMaker(store, torch.device(self.device), self.cuda_graph)
-        made.batch_size = self.batch_size or batch_size_for(
-            made.model.config,
-            made.model.size,
-            made.passes,
-            memory_bytes(self.device) // beside,
-            store.region_size,
-            latent=made.model.latent,
+        made.batch_size = self.batch_size or batch_size_of(
+            made.model, made.passes, memory_bytes(self.device) // beside, store.region_size
         )
         return made
 
@@ -217,21 +212,75 @@ def generate(
 
     Raises InputProblems with the items if values of the net or the solver are not finite.
     """
+    from segdiff_dist.pixels import to_uint8
+
+    conditions = _with_lower_stage(model, items, conditions, sampler, seed, options)
+    x_0_BCHW = _sampled(model, items, conditions, diffusion, sampler, seed, options)
+    images_BCHW = x_0_BCHW if model.space is None else model.space.decode(x_0_BCHW)
+    _refuse_spoilt(items, images_BCHW.flatten(1).isfinite().all(dim=1).tolist())
+    return to_uint8(images_BCHW).cpu().numpy()
+
+
+def _with_lower_stage(
+    model: Net,
+    items: list[dict[str, Any]],
+    conditions: Conditions,
+    sampler: SamplerConfig,
+    seed: int | Tensor,
+    options: PassOptions,
+    stage: int = 0,
+) -> Conditions:
+    """The conditions with the images of the lower stage of a cascade, augmented; `stage`: of the model, from the top.
+
+    The noise of a stage has streams of its own, so that it does not depend on the noise of another.
+    """
+    import torch
+
+    from segdiff_dist.denoising.cascade import augmentation_noise, augmented
+
+    if model.lower is None:
+        return conditions
+    assert model.lower_net is not None
+    own, alone = sampler.alone, PassOptions(on_pass=options.on_pass)
+    below = _with_lower_stage(model.lower_net, items, conditions, own, seed, alone, stage + 1)
+    z_B1hw = _sampled(model.lower_net, items, below, model.lower.diffusion, own, seed, alone, stage + 1)
+    item_B = _item_ids(items, z_B1hw.device)
+    level_B = torch.full((len(items),), sampler.augmentation, device=z_B1hw.device)
+    noise_B1hw = augmentation_noise(seed, item_B, model.lower.side, stage)
+    low_B1hw = augmented(z_B1hw.clamp(-1.0, 1.0), level_B, noise_B1hw)
+    return conditions._replace(low_B1hw=low_B1hw, level_B=level_B)
+
+
+def _item_ids(items: list[dict[str, Any]], device: torch.device) -> Tensor:
+    import torch
+
+    return torch.tensor([item["item_id"] for item in items], device=device)
+
+
+def _sampled(
+    model: Net,
+    items: list[dict[str, Any]],
+    conditions: Conditions,
+    diffusion: DiffusionConfig,
+    sampler: SamplerConfig,
+    seed: int | Tensor,
+    options: PassOptions,
+    stage: int = 0,
+) -> Tensor:
+    """float32 [B, C, h, w]: x_0 of the net, as it denoises it; as `generate`."""
     import torch
 
     from segdiff_dist.denoising import samplers
     from segdiff_dist.denoising.conditioning import guided
-    from segdiff_dist.denoising.latent_space import on_latents
-    from segdiff_dist.pixels import to_uint8
     from segdiff_kernels import philox
 
-    item_B = torch.tensor([item["item_id"] for item in items], device=conditions.mask_BHW.device)
-    side, latent = conditions.mask_BHW.shape[-1], model.latent
-    shape = (1, side, side) if latent is None else latent.shape(side)
+    item_B = _item_ids(items, conditions.mask_BHW.device)
+    side, space = conditions.mask_BHW.shape[-1], model.space
+    shape = (1, side, side) if space is None else space.shape(side)
 
     def noise(step: int) -> Tensor:
         """Step -1 is the start; each step of each item has its own counters."""
-        return philox.normal(seed, philox.STREAM_SAMPLE + 1 + step, item_B, shape)
+        return philox.normal(seed, philox.STREAM_SAMPLE + philox.STREAM_STAGE * stage + 1 + step, item_B, shape)
 
     finite_B = torch.ones(len(items), dtype=torch.bool, device=item_B.device)
 
@@ -239,21 +288,19 @@ def generate(
         predict = guided(model, conditions, guidance, sampler.guidance_removes, options.weaker)
         return _watched(predict, finite_B, options.on_pass)
 
-    images_BCHW = samplers.sample(
+    x_0_BCHW = samplers.sample(
         watched(sampler.guidance),
         diffusion,
-        sampler if latent is None else on_latents(sampler),
+        sampler if space is None else space.bounds(sampler),
         noise(-1),
         noise,
         options.guide,
         unguided=None if sampler.guidance_interval is None else watched(1.0),
         fused=model.uses_kernels,
     )
-    if latent is not None:
-        images_BCHW = latent.decode(images_BCHW)
-    finite_B.logical_and_(images_BCHW.flatten(1).isfinite().all(dim=1))
+    finite_B.logical_and_(x_0_BCHW.flatten(1).isfinite().all(dim=1))
     _refuse_spoilt(items, finite_B.tolist())
-    return to_uint8(images_BCHW).cpu().numpy()
+    return x_0_BCHW
 
 
 def _watched(
@@ -282,6 +329,12 @@ def _refuse_spoilt(items: list[dict[str, Any]], is_finite: list[bool]) -> None:
     raise problem("denoiser", "prediction", value, remedy)
 
 
+def batch_size_of(model: Denoiser, passes: int, available_bytes: int, most: int) -> int:
+    """How many images fit at once, as `batch_size_for`; of a cascade, those of the stage that needs the most."""
+    fit = batch_size_for(model.config, model.size, passes, available_bytes, most, latent=model.latent)
+    return fit if model.lower_net is None else batch_size_of(model.lower_net, passes, available_bytes, fit)
+
+
 def batch_size_for(
     config: DenoiserConfig,
     size: int,
@@ -300,7 +353,7 @@ def batch_size_for(
     `passes`: 2 if guidance runs the net with and without conditions. `latent`: six maps of the autoencoder's second
     level at the images' side are counted, which its decoder has before the last blocks.
     """
-    sides = config.sides(size if latent is None else size // latent.factor)
+    sides = config.sides(size // latent.factor if latent is not None else config.low_resolution or size)
     maps = [channels * side**2 for channels, side in zip(config.block_out_channels, sides, strict=True)]
     values = (config.layers_per_block + 1) * sum(maps) + (12 if config.net == "unet" else 28) * max(maps)
     needed = values * passes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.problems import refuse
+from data_shards.problems import problem, refuse
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
 from segdiff_dist.experiment import collect, refuse_another_config
 from segdiff_dist.ranks.distributed import pick_device, world_size
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.cascade import LowerStage
     from segdiff_dist.denoising.frozen_base import Base
     from segdiff_dist.denoising.task import DenoiserTask
     from segdiff_dist.tracking.tracker import Tracker
@@ -62,29 +63,26 @@ class Train(ConfiguredStage):
     def check(self) -> Plan:
         """Opens the set; chooses device, kernels and attention."""
         from segdiff_dist.attention import choose_attention
+        from segdiff_dist.denoising.cascade import copies_bytes, stage_message
         from segdiff_dist.denoising.denoiser import choose_kernels
         from segdiff_dist.denoising.latent_space import find_space
         from segdiff_dist.denoising.latents import latents_bytes, latents_message, refuse_other_latents
         from segdiff_dist.denoising.network_shapes import denoiser_network
-        from segdiff_dist.stages.training_plan import (
-            TrainingPlan,
-            settle_precision,
-            side_of,
-            small_config,
-            training_rows,
-        )
+        from segdiff_dist.stages import training_plan
+        from segdiff_dist.stages.training_plan import TrainingPlan, small_config
 
         denoiser, diffusion, loader = self.denoiser, self.diffusion, self.loader
         run, shards = self.open_run_and_data(self.more_data)
-        config = settle_precision(self.train, self.experiment, "train", run / "checkpoints")
+        config = training_plan.settle_precision(self.train, self.experiment, "train", run / "checkpoints")
         experiment, compiling = replace(self.experiment, train=config), replace(self, train=config)
-        side = side_of(shards, loader.crop_size)
-        rows = training_rows(experiment, shards, labelled_only=denoiser.conditioning != "none")
+        side = training_plan.side_of(shards, loader.crop_size)
+        rows = training_plan.training_rows(experiment, shards, labelled_only=denoiser.conditioning != "none")
         picked = partial(pick_device, config.device, "train.device")
         [latent] = collect(lambda: find_space(denoiser, diffusion, side, shards.modalities))
-        net_side = side if latent is None else side // latent.factor
-        base, *_, attention, kernels = collect(
+        net_side = side // latent.factor if latent is not None else denoiser.low_resolution or side
+        base, lower, *_, attention, kernels = collect(
             lambda: _fitting_base(self, run, shards, rows),
+            lambda: _fitting_lower(self, run, shards, rows),
             *_rules(self, config, shards, rows, net_side),
             lambda: refuse_another_config(experiment, run / "checkpoints", _STARTED_WITH),
             lambda: refuse_other_latents(run, latent, shards),
@@ -105,19 +103,20 @@ class Train(ConfiguredStage):
             device=device,
             recipe=recipe_of(self.config),
             network=denoiser_network(
-                denoiser, shards, side, device, None if base is None else base.net, latent, diffusion.passes
+                denoiser, shards, side, device, None if base is None else base.net, latent, diffusion.passes, lower
             ),
             make_extra=None if latent is None else partial(_encode, self, run, shards, rows, device),
-            extra_bytes=latents_bytes(latent, loader, len(rows)),
+            extra_bytes=latents_bytes(latent, loader, len(rows)) + copies_bytes(lower, len(config.averages) + 1),
             make_task=partial(_make_task, self, run, shards, rows, device),
             # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),
             logged_sections=_SECTIONS,
             message=f"train: {device}, {config.precision}, kernels: {kernels}, attention: {attention}"
-            + latents_message(latent, loader),
+            + latents_message(latent, loader)
+            + stage_message(denoiser, lower),
             next_command=command("sample", "--run", run, *address_flag(experiment)),
             limits={"small": lambda: small_config(shards, side, device)},
-            compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" and not latent else None,
+            compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" else None,
         ).checked()
 
 
@@ -152,18 +151,37 @@ def _fitting_base(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) -
     return base
 
 
+def _fitting_lower(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) -> LowerStage | None:
+    """The lower stage of a cascade, which goes with the settings."""
+    from segdiff_dist.denoising.cascade import LowerStage
+    from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.stages.training_plan import side_of
+
+    denoiser, side = stage.denoiser, side_of(shards, stage.loader.crop_size)
+    own = denoiser.low_resolution
+    if own is not None and (own >= side or side % own):
+        remedy = f"give a divisor of the slices' side ({side}) below it, such as {side // 2}"
+        raise problem("config", "denoiser.low_resolution", own, remedy)
+    below = Base.below(denoiser, run)
+    if below is None:
+        return None
+    refuse(below.problems_below(denoiser, stage.diffusion, shards, side, _names_of(shards, rows)))
+    return LowerStage.open(below.folder)
+
+
 def _compiling(stage: Train, shards: ShardSet, side: int, device: torch.device) -> Callable[[int], None] | None:
     """Compiles the kernels of micro-batches of a given number of images on this GPU; None if they cannot be known
     before."""
     from segdiff_dist.denoising.kernels_ahead import compile_kernels, plan_of
 
     config, table = stage.train, shards.label_table
+    net = stage.denoiser
+    if net.space != "pixel" or net.low_resolution is not None or net.cascade is not None:
+        return None
     if device.type != "cuda" or (config.zero_stage == 0 and config.precision == "bf16"):
         return None  # under autocast, dtypes depend on the device
     passes = stage.diffusion.passes
-    return lambda images: compile_kernels(
-        plan_of(stage.denoiser, table, side, passes * images, config.precision, device)
-    )
+    return lambda images: compile_kernels(plan_of(net, table, side, passes * images, config.precision, device))
 
 
 def _encode(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device) -> np.ndarray | None:
@@ -182,6 +200,7 @@ def _make_task(
     stage: Train, run: Path, shards: ShardSet, rows: np.ndarray, device: torch.device, tracker: Tracker
 ) -> DenoiserTask:
     """The training task and its validation. Measures sigma_data if the objective needs it."""
+    from segdiff_dist.denoising.cascade import LowerStage, ShrunkSpace
     from segdiff_dist.denoising.frozen_base import Base
     from segdiff_dist.denoising.latents import run_space
     from segdiff_dist.denoising.sample_grid import SampleGrids
@@ -192,6 +211,8 @@ def _make_task(
 
     denoiser, loader = stage.denoiser, stage.loader
     base, latent = Base.find(denoiser, run), run_space(denoiser, run / "weights")
+    below, side = Base.below(denoiser, run), side_of(shards, loader.crop_size)
+    shrunk = ShrunkSpace.of(denoiser, side)
     if latent is not None:
         latent.move_to(device)
     process = with_sigma_data(
@@ -199,20 +220,23 @@ def _make_task(
         shards,
         rows,
         on_latents=latent is not None,
+        factor=1 if shrunk is None else shrunk.factor,
     )
     held_out = shards.select(
         split="val", modalities=loader.modalities, axes=loader.axes, labelled_only=denoiser.conditioning != "none"
     )
     validation = DenoiserValidation(
-        HeldOutSlices(shards, held_out, loader, denoiser.soft_masks, latent),
+        HeldOutSlices(
+            *(shards, held_out, loader, denoiser.soft_masks, latent or shrunk),
+            None if below is None else LowerStage.open(below.folder),
+        ),
         process,
         replace(stage.experiment.sample.sampler, guidance=1.0),
         stage.validation,
         device,
         SampleGrids(run / "pictures", shards.label_table, tracker),
     )
-    side, weights = side_of(shards, loader.crop_size), run / "weights"
-    task = DenoiserTask(shards, side, denoiser, process, stage.train.seed, weights, device, validation)
+    task = DenoiserTask(shards, side, denoiser, process, stage.train.seed, run / "weights", device, validation)
     task.model.trained_on = _names_of(shards, rows)
     return task
 
