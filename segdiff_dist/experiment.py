@@ -25,6 +25,7 @@ from data_shards.store.config import ConvertConfig
 from segdiff_dist.autoencoding.config import AutoencoderConfig
 from segdiff_dist.config import as_dict, differences, merge, read_yaml, to_yaml, validate
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
+from segdiff_dist.denoising.distil_config import DistilConfig
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
@@ -44,7 +45,7 @@ OF_OURS = "segdiff.json"
 # The sections that are fixed once a stage has left this file or folder in the run folder. Other stages do not change
 # them in RUN/config.yaml.
 _FIXED_BY = {
-    "checkpoints": ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation"),
+    "checkpoints": ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation", "distil"),
     "segmenter/checkpoints": ("data", "more_data", "loader", "segmenter"),
     "autoencoder/checkpoints": ("data", "more_data", "loader", "autoencoder"),
     "samples/job.json": ("sample",),
@@ -74,6 +75,7 @@ class Experiment:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

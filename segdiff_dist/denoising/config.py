@@ -41,6 +41,7 @@ _STEM: dict[Net, int] = {"unet": 1, "efficient": 2, "compact": 4}
 # What images depend on when they are sampled; the rest of DiffusionConfig says how the network is trained.
 DDPM_FIELDS = ("num_train_timesteps", "beta_schedule", "prediction_type", "zero_terminal_snr", "snr_shift")
 SIGMA_FIELDS = ("objective", "sigma_data", "lognormal", "snr_shift")
+LEVELS_FIELD = "distilled_levels"  # of students alone, in addition
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,8 @@ class DiffusionConfig:
     must differ where they were, and nowhere else. A step costs twice as much. 0 leaves it out; the authors' is 0.01."""
     contrastive_delta: ResultWhereSet[Positive] = 2.0
     """A mean difference above this one is not rewarded. The default is the authors'."""
+    distilled_levels: ResultWhereSet[tuple[float, ...] | None] = None
+    """The noise levels of a student's steps, as alpha_bar = 1 / (1 + sigma^2). `segdiff distil` sets them."""
 
     def problems(self) -> list[Problem]:
         """Values out of range, and settings that do not go together."""
@@ -300,7 +303,8 @@ class DiffusionConfig:
     def process(self) -> dict[str, Any]:
         """The values that sampling depends on."""
         names = DDPM_FIELDS if self.objective == "ddpm" else SIGMA_FIELDS
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found if self.distilled_levels is None else found | {LEVELS_FIELD: self.distilled_levels}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segdiff_dist.denoising.config import DDPM_FIELDS, SIGMA_FIELDS, DiffusionConfig
+from segdiff_dist.denoising.config import DDPM_FIELDS, LEVELS_FIELD, SIGMA_FIELDS, DiffusionConfig
 
 
 def as_trained(config: DiffusionConfig, trained: dict[str, Any]) -> tuple[DiffusionConfig, dict[str, tuple[Any, Any]]]:
@@ -19,14 +19,15 @@ def as_trained(config: DiffusionConfig, trained: dict[str, Any]) -> tuple[Diffus
     config's). Old weights do not have every field, and the config need not have values that training measures
     (sigma_data)."""
     objective = trained.get("objective", "ddpm")
-    names = DDPM_FIELDS if objective == "ddpm" else SIGMA_FIELDS
+    names = (*(DDPM_FIELDS if objective == "ddpm" else SIGMA_FIELDS), LEVELS_FIELD)
     said = {name: trained[name] for name in names if name in trained} | {"objective": objective}
     said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
     differ = {name: (value, getattr(config, name)) for name, value in said.items() if getattr(config, name) != value}
-    if config.sigma_data is None:
-        differ.pop("sigma_data", None)
+    for measured in ("sigma_data", LEVELS_FIELD):
+        if getattr(config, measured) is None:
+            differ.pop(measured, None)
     own = {} if objective == config.objective else {name: getattr(DiffusionConfig(), name) for name in DDPM_FIELDS}
-    return replace(config, **{**own, "sigma_data": None, **said}), differ
+    return replace(config, **{**own, "sigma_data": None, LEVELS_FIELD: None, **said}), differ
 
 
 def make_scheduler(config: DiffusionConfig) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -128,7 +129,9 @@ class SamplerConfig:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if own.guidance_segmenter is None else Path(own.guidance_segmenter)
             check("guidance_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
-        return found if diffusion is None or found else _grid_problems(own, diffusion)
+        if diffusion is None or found:
+            return found
+        return _student_problems(own, diffusion) or _grid_problems(own, diffusion)
 
 
 def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Problem]:
@@ -166,6 +169,35 @@ def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Probl
         check("sigma_max", own.sigma_max is None or own.sigma_max <= high * (1 + 1e-6), trained)
         check("sigma_min", least < most_sigma, f"give less than sigma_max ({most_sigma:.3g})")
     return found
+
+
+def _student_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Problem]:
+    """Settings of a resolved sampler with which the net of `segdiff distil` was not trained."""
+    if diffusion.distilled_levels is None:
+        return []
+    found, alpha_bars = list[Problem](), diffusion.distilled_levels
+    num = len(alpha_bars)
+    steps = f"the net was distilled to {num} step{'s' if num > 1 else ''} of ddim"
+    wanted = {
+        "num_steps": (num, f"{steps}: give {num}, or sample its teacher"),
+        "solver": ("ddim", f"{steps}: give that"),
+        "guidance": (1.0, "the net was distilled with its teacher's guidance: give 1"),
+        "eta": (0.0, f"{steps} without noise: give 0"),
+    }
+    for name, (value, remedy) in wanted.items():
+        if getattr(own, name) != value:
+            found.append(Problem("config", f"sample.sampler.{name}", str(getattr(own, name)), remedy))
+    if found:
+        return found
+    from segdiff_dist.denoising.grids import levels_of
+    from segdiff_dist.denoising.process import make_process
+
+    levels = levels_of(own, make_process(diffusion))
+    if all(math.isclose(a, b.alpha_bar, rel_tol=1e-3, abs_tol=1e-7) for a, b in zip(alpha_bars, levels, strict=True)):
+        return []
+    sigmas = ", ".join(f"{math.sqrt(1.0 / a - 1.0):.3g}" if a > 0 else "pure noise" for a in alpha_bars)
+    remedy = f"the net was distilled to the noise levels {sigmas}: give spacing, sigma_min and sigma_max of its run"
+    return [Problem("config", "sample.sampler.timestep_spacing", str(own.timestep_spacing), remedy)]
 
 
 def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem]:

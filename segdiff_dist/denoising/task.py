@@ -196,6 +196,9 @@ class DiceTerm:
 def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusion: DiffusionConfig) -> list[Problem]:
     """Problems of these settings with each other and with this set."""
     problems = denoiser.problems(size) + diffusion.problems()
+    if diffusion.distilled_levels is not None:
+        remedy = "the run holds a student: go on with `segdiff distil`, or give another run folder"
+        problems.append(Problem("config", "diffusion.distilled_levels", str(diffusion.distilled_levels), remedy))
     if denoiser.conditioning == "none":
         remedy = "the network reads no mask (denoiser.conditioning none): give 0"
         problems += [

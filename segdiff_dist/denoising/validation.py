@@ -64,8 +64,9 @@ class DenoiserValidation:
     """Called with (forward, images_seen) on all ranks, it returns the metrics.
 
     val_loss is the squared error that training logs by noise level, without its weights and with every condition;
-    val_loss_t_FROM_TO (val_loss_sigma_FROM_TO without timesteps) are its parts. val_sharpness, val_sharpness_BAND and
-    val_texture compare generated images with their slices. Without slices it warns once and measures nothing. Slices
+    val_loss_t_FROM_TO (val_loss_sigma_FROM_TO without timesteps) are its parts; a student has none of these.
+    val_sharpness, val_sharpness_BAND and val_texture compare generated images with their slices, those of a student in
+    its own steps. Without slices it warns once and measures nothing. Slices
     are read once, when it is made, and stay on the device: 2 bytes a pixel.
     """
 
@@ -82,17 +83,9 @@ class DenoiserValidation:
         shards, rows, loader = slices.shards, slices.rows, slices.loader
         self.shards, self.diffusion, self.config, self.device = shards, diffusion, config, device
         self.soft_masks, self.draw, self._space, self._lower = slices.soft_masks, draw, slices.space, slices.lower
-        self.sampler = replace(
-            sampler if slices.space is None else slices.space.bounds(sampler),
-            preset="fast",
-            solver="ddim",
-            num_steps=config.num_steps,
-            timestep_spacing=None,  # trailing, or the objective's own spacing
-            eta=0.0,
-            churn=0.0,
-            guidance_interval=None,
-            segmenter_guidance=0.0,
-        ).resolved(diffusion.objective)
+        if diffusion.distilled_levels is None:
+            sampler = _of_pictures(sampler if slices.space is None else slices.space.bounds(sampler), config.num_steps)
+        self.sampler = sampler.resolved(diffusion.objective)
         self._process = make_process(diffusion, device)
         self._level_N = self._process.spread_levels(_spread_shares(config.seed, config.num_images)).to(device)
         self._batches: list[Batch] = []
@@ -119,7 +112,8 @@ class DenoiserValidation:
         """Measure the weights that `forward` runs. Every rank calls it, and calls `forward`, equally often."""
         if not self._batches:
             return {}
-        metrics = self._losses(forward)
+        # The net of a student predicts what follows from its teacher, not from the slice.
+        metrics = self._losses(forward) if self.diffusion.distilled_levels is None else {}
         if self._records:
             generated_PHW = self._generate(forward)
             metrics |= picture_sharpness(self._records, generated_PHW, self.shards.label_table)
@@ -224,6 +218,21 @@ class DenoiserValidation:
     def _title(self, images_seen: int) -> str:
         guidance = f", guidance {self.sampler.guidance:g}" if self.sampler.guidance != 1.0 else ""
         return f"after {images_seen:,} images: {self.sampler.num_steps} DDIM steps{guidance}, seed {self.config.seed}"
+
+
+def _of_pictures(sampler: SamplerConfig, num_steps: int) -> SamplerConfig:
+    """DDIM with trailing timesteps, or the objective's own spacing, without noise."""
+    return replace(
+        sampler,
+        preset="fast",
+        solver="ddim",
+        num_steps=num_steps,
+        timestep_spacing=None,
+        eta=0.0,
+        churn=0.0,
+        guidance_interval=None,
+        segmenter_guidance=0.0,
+    )
 
 
 def choose_pictures(shards: ShardSet, rows: np.ndarray, num: int) -> list[int]:

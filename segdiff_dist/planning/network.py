@@ -31,12 +31,21 @@ class Network:
     """The cost of training a network: parameters, FLOPs and activations."""
 
     def __init__(
-        self, make: Callable[[], nn.Module], inputs: Callable[[int], tuple[Any, ...]], passes: int = 1
+        self,
+        make: Callable[[], nn.Module],
+        inputs: Callable[[int], tuple[Any, ...]],
+        passes: int = 1,
+        forwards: int = 0,
     ) -> None:
         """`make` builds the network; it is called under the meta device. `inputs` gives the arguments of its forward
-        for a number of images, on the meta device. `passes`: how many it computes for each image of a batch."""
-        self.make, self.inputs, self.passes = make, inputs, passes
+        for a number of images, on the meta device. `passes`: how many it computes for each image of a batch;
+        `forwards`: how many without gradients in addition, each of which is a third of the work."""
+        self.make, self.inputs, self.passes, self.forwards = make, inputs, passes, forwards
         self._kept: dict[tuple[str, bool], float] = {}
+
+    def with_forwards(self, forwards: int) -> Network:
+        """The same beside a teacher, which computes `forwards` images for each of a batch."""
+        return Network(self.make, self.inputs, self.passes, forwards)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -51,12 +60,13 @@ class Network:
     @cached_property
     def flops_per_image(self) -> int:
         """FLOPs of the forward and backward passes on one image."""
-        return self.passes * count_flops(self._model, *self.inputs(1))
+        return int((self.passes + self.forwards / 3) * count_flops(self._model, *self.inputs(1)))
 
     @property
     def most_flops_per_image(self) -> float:
         """An upper bound without running a pass: every weight at every pixel, three times (forward, backward)."""
-        return self.passes * 2 * 6.0 * (self.num_parameters + self.num_frozen) * self.inputs(1)[0].shape[-1] ** 2
+        passes = self.passes + self.forwards / 3
+        return passes * 2 * 6.0 * (self.num_parameters + self.num_frozen) * self.inputs(1)[0].shape[-1] ** 2
 
     def activations(self, images: int, precision: str, checkpointing: bool) -> int:
         """Bytes that autograd keeps of a forward pass, without the weights. With activation checkpointing they include

@@ -17,7 +17,7 @@ __all__ = ["NAMES", "Plan", "load", "summary"]
 
 # In the order the data goes: that of the help text.
 NAMES = (
-    *("phantom", "annotate", "prepare", "inspect", "convert", "train", "average", "train-segmenter"),
+    *("phantom", "annotate", "prepare", "inspect", "convert", "train", "average", "distil", "train-segmenter"),
     *("train-autoencoder", "sample", "evaluate", "report", "export", "volume", "paint", "track", "demo", "reproduce"),
     *("plan", "run", "serve", "doctor"),
 )

@@ -142,11 +142,11 @@ def _rules(
 def _fitting_base(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) -> Base | None:
     """The base of a ControlNet, which goes with the settings."""
     from segdiff_dist.denoising.frozen_base import Base
-    from segdiff_dist.stages.training_plan import side_of
+    from segdiff_dist.stages.training_plan import modalities_of, side_of
 
     base = Base.find(stage.denoiser, run)
     if base is not None:
-        side, seen = side_of(shards, stage.loader.crop_size), _names_of(shards, rows)
+        side, seen = side_of(shards, stage.loader.crop_size), modalities_of(shards, rows)
         refuse(base.problems(stage.denoiser, stage.diffusion, side, shards.modalities, seen))
     return base
 
@@ -155,7 +155,7 @@ def _fitting_lower(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) 
     """The lower stage of a cascade, which goes with the settings."""
     from segdiff_dist.denoising.cascade import LowerStage
     from segdiff_dist.denoising.frozen_base import Base
-    from segdiff_dist.stages.training_plan import side_of
+    from segdiff_dist.stages.training_plan import modalities_of, side_of
 
     denoiser, side = stage.denoiser, side_of(shards, stage.loader.crop_size)
     own = denoiser.low_resolution
@@ -165,7 +165,7 @@ def _fitting_lower(stage: Train, run: Path, shards: ShardSet, rows: np.ndarray) 
     below = Base.below(denoiser, run)
     if below is None:
         return None
-    refuse(below.problems_below(denoiser, stage.diffusion, shards, side, _names_of(shards, rows)))
+    refuse(below.problems_below(denoiser, stage.diffusion, shards, side, modalities_of(shards, rows)))
     return LowerStage.open(below.folder)
 
 
@@ -207,7 +207,7 @@ def _make_task(
     from segdiff_dist.denoising.sigma_data import with_sigma_data
     from segdiff_dist.denoising.task import DenoiserTask
     from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
-    from segdiff_dist.stages.training_plan import side_of
+    from segdiff_dist.stages.training_plan import modalities_of, side_of
 
     denoiser, loader = stage.denoiser, stage.loader
     base, latent = Base.find(denoiser, run), run_space(denoiser, run / "weights")
@@ -237,11 +237,5 @@ def _make_task(
         SampleGrids(run / "pictures", shards.label_table, tracker),
     )
     task = DenoiserTask(shards, side, denoiser, process, stage.train.seed, run / "weights", device, validation)
-    task.model.trained_on = _names_of(shards, rows)
+    task.model.trained_on = modalities_of(shards, rows)
     return task
-
-
-def _names_of(shards: ShardSet, rows: np.ndarray) -> tuple[str, ...]:
-    """The modalities of the slices."""
-    codes = set(shards.modality_N[rows].tolist())
-    return tuple(name for code, name in enumerate(shards.modalities) if code in codes)

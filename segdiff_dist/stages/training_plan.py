@@ -246,6 +246,12 @@ def training_rows(experiment: Experiment, shards: ShardSet, labelled_only: bool 
     return shards.select(split="train", modalities=loader.modalities, axes=loader.axes, labelled_only=labelled_only)
 
 
+def modalities_of(shards: ShardSet, rows: np.ndarray) -> tuple[str, ...]:
+    """The modalities of the slices."""
+    codes = set(shards.modality_N[rows].tolist())
+    return tuple(name for code, name in enumerate(shards.modalities) if code in codes)
+
+
 def side_of(shards: ShardSet, crop_size: int | None) -> int:
     """Side of the network's input, in pixels."""
     if crop_size is not None and crop_size > shards.size:

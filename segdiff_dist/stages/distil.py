@@ -1,0 +1,175 @@
+"""Distil a trained denoiser to a student that needs few steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from data_shards.problems import problem, refuse
+from segdiff_dist.denoising.distil_config import DistilConfig
+from segdiff_dist.experiment import Experiment, collect, load_experiment, recorded_config, refuse_another_config
+from segdiff_dist.ranks.distributed import pick_device, world_size
+from segdiff_dist.stages.base import Plan, command
+from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
+from segdiff_dist.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.distil_task import DistilTask, Teacher
+    from segdiff_dist.tracking.tracker import Tracker
+
+_SECTIONS = ("distil", "denoiser", "diffusion", "train", "validation", "loader")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil(ConfiguredStage):
+    """Train a student of a trained denoiser into RUN. It makes the teacher's guided images in few steps, and the other
+    commands use it like any run. Exit code 3 when the training stopped itself."""
+
+    on_ranks: ClassVar = True
+    essential: ClassVar = (
+        *("--distil.teacher", "--run", "--data", "--distil.num-steps", "--distil.teacher-steps"),
+        *("--distil.sampler.guidance", "--distil.train.num-images", "--distil.train.lr", "--distil.train.device"),
+        *("--distil.train.global-batch-size", "--distil.train.micro-batch-size"),
+    )
+
+    data: str | None = None
+    """The shard set: a folder or a URL that fsspec knows. null: the teacher's."""
+    run: Path | None = None
+    """The student's run folder, another one than the teacher's."""
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def over(self, experiment: Experiment) -> Self:
+        """The stage on the teacher's settings."""
+        stage = super().over(experiment)
+        return stage if self.distil.teacher is None else stage._taught(Path(self.distil.teacher))
+
+    def check(self) -> Plan:
+        """Opens the set; loads the teacher."""
+        from segdiff_dist.denoising.distil_task import Teacher, refuse_another_teacher, teacher_passes, teacher_weights
+        from segdiff_dist.denoising.network_shapes import denoiser_network
+        from segdiff_dist.sampling.weights import weights_digest
+        from segdiff_dist.stages.training_plan import (
+            TrainingPlan,
+            modalities_of,
+            settle_precision,
+            side_of,
+            training_rows,
+        )
+        from segdiff_dist.training.captured import device_problems
+
+        run, _ = collect(lambda: self.path("run"), lambda: teacher_weights(self.distil, self._average))
+        _refuse_the_teachers_run(self.experiment, run)
+        refuse(self.distil.problems(world_size()))
+        run, shards = self.open_run_and_data(self.experiment.more_data)
+        config = settle_precision(self.distil.train, self.experiment, "distil.train", run / "checkpoints")
+        distil, loader = replace(self.distil, train=config), self.experiment.loader
+        experiment = replace(self.experiment, distil=distil, train=config)
+        side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        folder = teacher_weights(distil, self._average)
+        teacher = Teacher.load(folder, self.experiment.diffusion, weights_digest(folder))
+        picked = partial(pick_device, config.device, "distil.train.device")
+        collect(
+            lambda: refuse(teacher.problems(shards, side, modalities_of(shards, rows))),
+            lambda: refuse(distil.teacher_problems(teacher.diffusion)),
+            lambda: refuse(self.tracking.problems()),
+            lambda: refuse(device_problems(config, "distil.train", picked())),
+            lambda: refuse_another_config(experiment, run / "checkpoints", ("distil", "loader")),
+            lambda: refuse_another_teacher(run / "weights", teacher),
+        )
+        device, passes = picked(), teacher_passes(teacher.diffusion, distil)
+        sampler = distil.sampler
+        return TrainingPlan(
+            experiment=experiment,
+            stage="distil",
+            section="distil.train",
+            folder=run,
+            shards=shards,
+            rows=rows,
+            loader=loader,
+            config=config,
+            device=device,
+            recipe=recipe_of(self.config),
+            network=denoiser_network(teacher.model.config, shards, side, device).with_forwards(passes),
+            make_task=partial(_make_task, self, run, shards, teacher, distil, device),
+            saved_sections=(*_SECTIONS, "data", "more_data", "sample"),
+            logged_sections=_SECTIONS,
+            message=f"distil: {device}, {config.precision}; {distil.num_steps} steps for {sampler.num_steps} of the "
+            f"teacher, guidance {sampler.guidance:g}, {passes} passes of the teacher an image",
+            next_command=command("sample", "--run", run, *address_flag(experiment)),
+            limits={},
+        ).checked()
+
+    @property
+    def _average(self) -> str:
+        """The first average of the teacher."""
+        given = self.distil.teacher
+        return "" if given is None else load_experiment(None, Path(given)).train.averages[0]
+
+    def _taught(self, run: Path) -> Self:
+        """The stage with the experiment of the teacher in `run`, except for what is the student's own."""
+        from segdiff_dist.denoising.distil_task import as_student, teacher_weights, trained_diffusion
+
+        of_teacher, own = load_experiment(None, run), self.experiment
+        trained = trained_diffusion(teacher_weights(self.distil, self._average), of_teacher.diffusion)
+        distil = self.distil.filled_in(of_teacher.sample.sampler, trained)
+        diffusion, sampler = trained, of_teacher.sample.sampler
+        if not distil.problems() + distil.teacher_problems(trained):
+            diffusion, sampler = as_student(trained, distil)
+        segmenter = of_teacher.evaluate.segmenter
+        if segmenter is None and (run / "segmenter" / "weights").is_dir():
+            segmenter = run / "segmenter" / "weights"
+        experiment = replace(
+            of_teacher,
+            run=own.run,
+            data=own.data or of_teacher.data,
+            tracking=own.tracking,
+            distil=distil,
+            diffusion=diffusion,
+            train=distil.train,
+            sample=replace(of_teacher.sample, sampler=sampler, weights="ema", out=None),
+            evaluate=replace(of_teacher.evaluate, segmenter=segmenter),
+        )
+        return replace(self, data=experiment.data, distil=distil, experiment=experiment)
+
+
+def _refuse_the_teachers_run(experiment: Experiment, run: Path) -> None:
+    """Another training's run folder is not the student's."""
+    recorded = recorded_config(experiment, run / "checkpoints")
+    if run.resolve() == Path(str(experiment.distil.teacher)).resolve():
+        raise problem("command line", "--run", run, "the teacher's own: give another run folder")
+    if recorded is not None and load_experiment(recorded, None).distil.teacher is None:
+        raise problem(run, "--run", "holds another training", "give another run folder")
+
+
+def _make_task(
+    stage: Distil,
+    run: Path,
+    shards: ShardSet,
+    teacher: Teacher,
+    distil: DistilConfig,
+    device: torch.device,
+    tracker: Tracker,
+) -> DistilTask:
+    """The training task and its pictures."""
+    from segdiff_dist.denoising.distil_task import DistilTask, as_student
+    from segdiff_dist.denoising.sample_grid import SampleGrids
+    from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
+
+    loader = stage.experiment.loader
+    held_out = shards.select(split="val", modalities=loader.modalities, axes=loader.axes)
+    diffusion, sampler = as_student(teacher.diffusion, distil)
+    validation = DenoiserValidation(
+        HeldOutSlices(shards, held_out, loader, teacher.model.config.soft_masks),
+        diffusion,
+        sampler,
+        stage.experiment.validation,
+        device,
+        SampleGrids(run / "pictures", shards.label_table, tracker),
+    )
+    return DistilTask(shards, teacher, distil, run / "weights", device, validation)
