@@ -29,6 +29,9 @@ from data_shards.problems import problem
 
 # As an address: start Ray on this machine, also for a job that local processes could do.
 THIS_MACHINE = "local"
+# Ray's own processes on each machine, and on the first one.
+_SERVERS = ("raylet", "gcs_server")
+_is_ours = False  # whether this process has started the Ray that runs
 # Size of Ray's object store, enough for the result of a task; tasks pass paths and rows, not pixels.
 _OBJECT_STORE_BYTES = 200 * 1024**2
 # If nothing listens at an address, Ray itself tries for minutes, and then ends the process.
@@ -70,6 +73,14 @@ def is_running() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
+def has_ended() -> bool:
+    """Whether a Ray that this process has started has lost one of its two servers: no worker can start any more."""
+    if not _is_ours or not is_running():
+        return False
+    names = [_name(child) for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return not set(_SERVERS) <= set(names)
+
+
 def num_cores() -> int:
     """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's limits."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -95,6 +106,7 @@ _PRIVATE = {
 
 @contextmanager
 def _on_this_machine(num_cpus: int) -> Iterator[None]:
+    global _is_ours
     import ray
 
     folder = _private_folder()
@@ -117,9 +129,10 @@ def _on_this_machine(num_cpus: int) -> Iterator[None]:
         has_started = False
         try:
             with started:
-                has_started = True
+                has_started = _is_ours = True
                 yield
         finally:
+            _is_ours = False
             if has_started:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -214,7 +227,7 @@ def _shut_down(where: str, is_ours: bool) -> None:
 
 def _own_processes() -> list[psutil.Process]:
     """Ray's processes that this one started, with those that they started."""
-    ours = [child for child in psutil.Process().children() if _name(child) in ("gcs_server", "raylet")]
+    ours = [child for child in psutil.Process().children() if _name(child) in _SERVERS]
     return [*ours, *(below for one in ours for below in one.children(recursive=True))]
 
 

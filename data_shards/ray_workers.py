@@ -12,7 +12,7 @@ from typing import Any, Generic
 
 from data_shards import lean_imports, liveness, plain_warnings
 from data_shards.liveness import Place, Quiet
-from data_shards.ray_session import num_cores, one_line, ray_session, within
+from data_shards.ray_session import has_ended, num_cores, one_line, ray_session, within
 from data_shards.tasks import MOST_DEATHS, Attempt, Done, Result, Task, TaskFailure, first_event
 
 # How long a job without any worker waits for machines before it gives up.
@@ -106,7 +106,8 @@ class RayWorkers(Generic[Task, Result]):
             reference = self._next_event()
             if reference is None:
                 waited = f"no machine had room for a worker within {self._patience_s:.0f} s ({self._needs()})"
-                failure = TaskFailure(why_not or waited)
+                ended = "Ray on this machine has ended (killed, or out of memory): start the same command again"
+                failure = TaskFailure(why_not or (ended if has_ended() else waited))
                 yield from (Done(attempt.task, failure) for attempt in waiting)
                 return
             if reference in self._placing or reference in self._starting:
@@ -177,9 +178,11 @@ class RayWorkers(Generic[Task, Result]):
         references = [*self._running, *self._starting, *self._placing]
         if self._running or self._starting:
             return self._event_at_work(references)
-        if not references:
+        if not references or has_ended():
             return None
         ready, _ = ray.wait(references, timeout=self._patience_s / 10)
+        if not ready and has_ended():
+            return None
         if not ready:
             # If a worker's process died before Ray knew of it, Ray may wait for it for ever, so new workers are
             # requested.

@@ -21,7 +21,7 @@ _SAID = ("no space left", "are free", "No space left", "Disk quota")
 def fill_disks(names: list[str], number: int, seed: int, end: float, out: Path) -> bool:
     """Up to `number` full disks, the stages in turn, until `end`. Whether one was a fault. Needs to be root, since each
     disk is a tmpfs."""
-    chosen = [stage for stage in STAGES if not names or stage.name in names or stage.title in names]
+    chosen = [stage for stage in STAGES if not names or stage.title in names]
     file, is_bad = out / "disks.jsonl", False
     there = {(line["number"], line["stage"]) for line in record.lines(file) if line["seed"] == seed}
     kills = Kills(Path(out).resolve() / "kills")  # the same undisturbed runs; not at the same time

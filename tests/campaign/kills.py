@@ -34,8 +34,8 @@ _ENDING_S = 120.0
 
 def kill_stages(names: list[str], number: int, seed: int, end: float, out: Path) -> bool:
     """Up to `number` kills, until `end`. Whether one was a fault. The stages get the same time, so that short ones are
-    killed more often. `names`: of stages, with or without their variant (`sample`, `sample on Ray`)."""
-    chosen = [stage for stage in STAGES if not names or stage.name in names or stage.title in names]
+    killed more often. `names`: as in the table (`sample`, `sample on Ray`)."""
+    chosen = [stage for stage in STAGES if not names or stage.title in names]
     file, is_bad = out / "kills.jsonl", False
     there = [line for line in record.lines(file) if line["seed"] == seed]
     kills = Kills(Path(out).resolve() / "kills")

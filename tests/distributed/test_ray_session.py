@@ -22,6 +22,7 @@ from data_shards import liveness
 from data_shards import ray_session as sessions
 from data_shards.fan_out import fan_out, ray_session
 from data_shards.problems import InputProblems
+from data_shards.tasks import TaskFailure
 
 # A module that one of our workers, or Ray's own, imports somewhere on its way.
 SHADOWS = ("numcodecs", "webdataset", "scipy", "google_crc32c", "nibabel", "zarr", "numpy", "aiohttp")
@@ -121,6 +122,25 @@ def test_a_ray_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
     shutdown()
     assert processes
     assert alive == []
+
+
+def test_a_ray_that_is_killed_is_not_waited_for() -> None:
+    def make_worker() -> Callable[[int], None]:
+        def kill_its_server(_: int) -> None:
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+
+        return kill_its_server
+
+    with ray_session(num_cpus=1):
+        assert not sessions.has_ended()
+        begun = time.monotonic()
+        with pytest.warns(UserWarning, match="a worker was lost"):
+            [done] = fan_out(make_worker, [0], num_workers=1)
+        assert sessions.has_ended()
+    assert isinstance(done.result, TaskFailure)
+    assert "Ray on this machine has ended" in done.result.error
+    assert time.monotonic() - begun < 60
 
 
 @pytest.fixture(scope="module")
