@@ -19,7 +19,7 @@ __all__ = ["NAMES", "Plan", "load", "summary"]
 NAMES = (
     *("phantom", "annotate", "prepare", "inspect", "convert", "train", "average", "distil", "train-segmenter"),
     *("train-autoencoder", "sample", "evaluate", "report", "export", "volume", "paint", "track", "demo", "reproduce"),
-    *("plan", "run", "serve", "doctor"),
+    *("plan", "run", "studio", "serve", "doctor"),
 )
 
 

@@ -61,6 +61,8 @@ def test_types_configurations_and_templates_are_in_the_wheel(wheel: Path) -> Non
     assert configs == {Path(name).name for name in names if name.endswith(".yaml")}
     templates = {path.name for path in (ROOT / "segdiff_dist").rglob("templates/*")}
     assert templates == {Path(name).name for name in names if "/templates/" in name}
+    page = {path.name for path in (ROOT / "segdiff_dist" / "studio" / "page").rglob("*") if path.is_file()}
+    assert page == {Path(name).name for name in names if "/studio/page/" in name}
 
 
 def test_triton_is_installed_only_by_an_extra(wheel: Path) -> None:

@@ -1,0 +1,1 @@
+"""The page of `segdiff studio`: plain files, served beside the service that paints."""

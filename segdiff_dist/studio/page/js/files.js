@@ -1,0 +1,73 @@
+// Files in and out: masks that are opened or dropped, images that are downloaded.
+
+import { paintDicom, readMask } from "./api.js";
+import { $, save, say } from "./dom.js";
+import { replaceVolume } from "./mask.js";
+import { fromBase64, labelFile, readNifti } from "./nifti.js";
+import { state } from "./state.js";
+
+export function startFiles() {
+  const chooser = $("#file");
+  $("#open").addEventListener("click", () => chooser.click());
+  chooser.addEventListener("change", () => {
+    if (chooser.files[0]) open(chooser.files[0]);
+    chooser.value = "";
+  });
+  $("#save-mask").addEventListener("click", downloadMask);
+  let inside = 0;
+  const mark = (change) => {
+    inside = Math.max(0, inside + change);
+    document.body.classList.toggle("dropping", inside > 0);
+  };
+  addEventListener("dragenter", () => mark(1));
+  addEventListener("dragleave", () => mark(-1));
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    mark(-inside);
+    if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
+  });
+}
+
+/** Read a mask through the service, which knows all kinds, and show it. */
+async function open(file, otherLabels) {
+  try {
+    const { mask, notes } = await readMask(file, state.model?.name, otherLabels);
+    replaceVolume(await readNifti(fromBase64(mask)), plainName(file.name));
+    say([`${file.name} is open.`, ...(notes ?? [])].join(" "));
+  } catch (error) {
+    const isLabels = error.status === 422 && !otherLabels && /other.labels/.test(error.message);
+    const again = (choice) => () => open(file, choice);
+    const actions = isLabels ? [["Take them as body", again("body")], ["Leave them out", again("background")]] : [];
+    say(`${file.name}: ${error.message}`, { isError: true, actions });
+  }
+}
+
+/** A name without its ending, of letters that every system takes. */
+export const plainName = (name) =>
+  name.replace(/(\.nii)?\.[^.]*$/, "").replaceAll(/[^\p{L}\p{N}_.-]+/gu, "_").slice(0, 80) || "mask";
+
+async function downloadMask() {
+  save(new Blob([await labelFile(state.volume)], { type: "application/gzip" }), `${state.name}_mask.nii.gz`);
+}
+
+const nameOf = (round, job) => `${round.name}_${job.modality}_seed${round.seed}_synthetic`;
+
+export function downloadNifti(round, job) {
+  save(new Blob([job.bytes], { type: "application/gzip" }), `${nameOf(round, job)}.nii.gz`);
+}
+
+export function downloadPng(round, job) {
+  job.picture.toBlob((blob) => save(blob, `${nameOf(round, job)}.png`), "image/png");
+}
+
+/** The service makes the same image again, as DICOM. */
+export async function downloadDicom(round, job) {
+  say("The DICOM series is being made.");
+  try {
+    const settings = { ...round.settings, modality: job.modality };
+    save(await paintDicom(round.maskBytes, settings), `${nameOf(round, job)}_dicom.zip`);
+  } catch (error) {
+    say(`DICOM: ${error.message}`, { isError: true });
+  }
+}

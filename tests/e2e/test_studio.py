@@ -1,0 +1,155 @@
+"""The page of `segdiff studio` in a browser: draw an organ, paint, download. Skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+import pytest
+from studio_support import chromium, open_page, page_of, running_studio
+
+from data_shards.labels import AMOS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+SIZE = 256
+AORTA = AMOS.names.index("aorta")
+# Of the brush, in pixels. In the phantom the aorta is bright in CT (contrast medium) and dark in MR (flow).
+BRUSH, MARGIN = 40, 3
+LEAST_HU, LEAST_GREY = 100.0, 50.0
+STEPS = 6
+SCRIPT = "<img src=x onerror='window.wasRun = 1'>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def url(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_studio(tmp_path_factory.mktemp("studio")) as address:
+        yield address
+
+
+@pytest.mark.parametrize(("width", "by_touch"), [(1280, False), (400, True)])
+def test_a_drawn_organ_is_in_both_images(
+    browser: Browser, url: str, tmp_path: Path, width: int, by_touch: bool
+) -> None:
+    with page_of(browser, url, width, by_touch=by_touch) as page:
+        open_page(page, url)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        draw_aorta(page, by_touch)
+        page.locator("#steps").fill(str(STEPS))
+        page.locator("#paint").click()
+        images = {one: finished(page, one, tmp_path) for one in ("CT", "MR")}
+        mask = downloaded(page, "#save-mask", tmp_path)
+        inside, around = parts(mask)
+        assert set(np.unique(mask)) == {0, AORTA, AMOS.body_id}
+        assert images["CT"][inside].mean() > images["CT"][around].mean() + LEAST_HU
+        assert images["MR"][inside].mean() < images["MR"][around].mean() - LEAST_GREY
+        if not by_touch:
+            assert "synthetic" in page.locator(".warning").inner_text().lower()
+            compare_with_readout(page, images)
+
+
+def test_undo_and_erase_give_back_the_patient(browser: Browser, url: str) -> None:
+    with page_of(browser, url) as page:
+        open_page(page, url)
+        draw_aorta(page, by_touch=False)
+        readout = page.locator("#mask-readout")
+        assert readout.inner_text() == "aorta"
+        for key, organ in (("z", "body"), ("y", "aorta"), ("e", "aorta")):
+            page.keyboard.press(key)
+            move_to_middle(page)
+            assert readout.inner_text() == organ
+        page.mouse.down()
+        page.mouse.up()
+        assert readout.inner_text() == "body"
+
+
+def test_texts_of_strangers_are_shown_as_text(browser: Browser, url: str) -> None:
+    with page_of(browser, url) as page:
+        page.route("**/models", with_script_in_a_label)
+        open_page(page, url)
+        page.set_input_files("#file", {"name": f"{SCRIPT}.png", "mimeType": "image/png", "buffer": b"no picture"})
+        message = page.locator("#messages .error")
+        message.wait_for()
+        assert SCRIPT in message.inner_text()
+        assert page.locator(f'#organs button[title="{SCRIPT}"]').inner_text().startswith(SCRIPT)
+        assert page.locator("img").count() == 0
+        assert page.evaluate("window.wasRun") is None
+
+
+def test_a_volume_is_shown_by_niivue(browser: Browser, url: str) -> None:
+    with page_of(browser, url) as page:
+        open_page(page, url)
+        page.locator(".start", has_text="volume").click()
+        page.locator("#planes").wait_for()
+        page.keyboard.press("v")
+        page.locator("#volume-about", has_text="mask of").wait_for()
+        assert page.evaluate("globalThis.niivue.Niivue !== undefined")
+
+
+def draw_aorta(page: Page, by_touch: bool) -> None:
+    """A disc in the middle of an empty patient."""
+    page.locator(".start", has_text="outline").click()
+    page.locator("#size").fill(str(BRUSH))
+    page.locator("#organs button", has_text="aorta").click()
+    box = page.locator("#mask-canvas").bounding_box()
+    assert box is not None
+    middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.touchscreen.tap(*middle) if by_touch else page.mouse.click(*middle)
+
+
+def move_to_middle(page: Page) -> None:
+    box = page.locator("#mask-canvas").bounding_box()
+    assert box is not None
+    for shift in (2, 0):
+        page.mouse.move(box["x"] + box["width"] / 2 + shift, box["y"] + box["height"] / 2)
+
+
+def finished(page: Page, modality: str, folder: Path) -> np.ndarray:
+    page.wait_for_selector(f"[data-panel={modality}][data-status=done]")
+    return downloaded(page, f"[data-panel={modality}] button:has-text('NIfTI')", folder)
+
+
+def downloaded(page: Page, button: str, folder: Path) -> np.ndarray:
+    with page.expect_download() as waiting:
+        page.locator(button).click()
+    file = folder / waiting.value.suggested_filename
+    waiting.value.save_as(file)
+    return np.asarray(nib.load(file).dataobj)
+
+
+def parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The aorta without its edge, and a ring around it."""
+    voxels = np.argwhere(mask == AORTA)
+    assert len(voxels) == pytest.approx(np.pi * (BRUSH / 2) ** 2, rel=0.05)
+    middle = voxels.mean(axis=0)
+    distance = np.linalg.norm(np.indices(mask.shape).reshape(3, -1).T - middle, axis=1).reshape(mask.shape)
+    return distance < BRUSH / 2 - MARGIN, (distance > BRUSH / 2 + MARGIN) & (distance < BRUSH / 2 + 5 * MARGIN)
+
+
+def compare_with_readout(page: Page, images: dict[str, np.ndarray]) -> None:
+    """The value under the pointer is that of the file: the picture shows the patient's right on its left."""
+    box = page.locator("[data-panel=CT] canvas").bounding_box()
+    assert box is not None
+    for row, column in ((100, 90), (128, 128), (150, 170)):
+        page.mouse.move(box["x"] + (column + 0.5) / SIZE * box["width"], box["y"] + (row + 0.5) / SIZE * box["height"])
+        for modality, unit in (("CT", "{} HU"), ("MR", "grey {}")):
+            value = int(images[modality][SIZE - 1 - column, SIZE - 1 - row, 0])
+            shown = page.locator(f"[data-panel={modality}] .readout").inner_text()
+            assert shown.startswith(unit.format(value))
+
+
+def with_script_in_a_label(route: object) -> None:
+    answer = route.fetch()  # type: ignore[attr-defined]
+    content = answer.json()
+    content["models"][0]["labels"][AORTA]["name"] = SCRIPT
+    route.fulfill(response=answer, json=content)  # type: ignore[attr-defined]
