@@ -35,7 +35,7 @@ def main() -> int:
     args = parse()
     out = args.out.absolute()
     deadline = NEVER if args.budget_minutes is None else time.time() + 60 * args.budget_minutes
-    scale = replace(QUICK, patients=(10, 1, 1)) if args.quick else SCALE
+    scale = replace(QUICK, patients=(10, 1, 1)) if args.quick else replace(SCALE, side=args.side)
     if not make_data(out, None, scale, 1, deadline):
         return stopped()
     for name in NETS:
@@ -66,6 +66,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/cascade"), help="the comparison's folder")
+    parser.add_argument("--side", type=int, default=64, help="of the slices, in pixels; low has the half")
     parser.add_argument("--one-images", type=int, default=4_800, help="of the training of one net")
     parser.add_argument("--share", type=float, default=0.4, help="of the cascade's FLOPs: the low-resolution net's")
     parser.add_argument("--levels", nargs="+", type=float, default=[0, 0.1, 0.3], help="of the augmentation")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sampling_support import DIFFUSION, make_here, sample_and_compare_pipeline
+from sampling_support import DIFFUSION, arguments, make_here, sample_and_compare_pipeline
 
 from data_shards.labels import AMOS, WHOLEBODY
 from data_shards.problems import InputProblems
@@ -23,6 +23,7 @@ from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.frozen_base import Base
 from segdiff_dist.denoising.latent_space import find_space
 from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.sampling.job import prepare_job
 
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=())
 SMALL = replace(NET, low_resolution=8)
@@ -162,7 +163,17 @@ def test_a_cascade_of_three_stages(small_shapes: Path, tmp_path: Path) -> None:
     low = write_stage(tmp_path / "low", replace(NET, low_resolution=4))
     mid = write_stage(tmp_path / "mid", replace(SMALL, cascade=str(low)))
     write_stage(tmp_path / "weights/ema", replace(NET, cascade=str(mid)))
-    sample_and_compare_pipeline(tmp_path / "weights/ema", small_shapes, num=1)
+    made = [make_here(tmp_path, small_shapes, num=1, out=tmp_path / name) for name in ("once", "again")]
+    np.testing.assert_array_equal(made[0].image[:], made[1].image[:])
+    (tmp_path / "weights/ema/low_resolution/low_resolution/segdiff.json").unlink()
+    with pytest.raises(InputProblems, match="not found"):
+        Denoiser.load(tmp_path / "weights/ema")
+
+
+def prepare(run: Path, shapes: Path, **settings: float) -> None:
+    """What `segdiff sample` checks."""
+    sampler = replace(QUICK, **settings)  # type: ignore[arg-type]
+    prepare_job(*arguments(run, shapes, weights="ema_0.05", sampler=sampler))
 
 
 def test_what_cannot_work_is_refused_before_work(
@@ -204,14 +215,10 @@ def test_what_cannot_work_is_refused_before_work(
     foreign = replace(base, net=replace(base.net, label_table=WHOLEBODY))
     assert "label table" in str(foreign.problems_below(NET, DIFFUSION, ShardSet.open(small_shapes), 16, ["MR"]))
 
-    for setting, message in (
-        (["--sample.sampler.guidance", "2"], "the lower stage (8 pixels) was trained without diffusion.mask_dropout"),
-        (["--sample.sampler.num-steps", "2000"], "lower stage, 8 pixels"),
+    for net, settings, message in (
+        ("high", {"guidance": 2.0}, r"the lower stage \(8 pixels\) was trained without diffusion.mask_dropout"),
+        ("high", {"num_steps": 2000}, "lower stage, 8 pixels: sample.sampler.num_steps"),
+        ("low", {"augmentation": 0.5}, "only a cascade's super-resolution has it"),
     ):
-        assert main(["sample", *flags(small_shapes, trained / "high")[:6], *setting, "--dry-run"]) == 2
-        assert message in capsys.readouterr().err
-    assert (
-        main(["sample", *flags(small_shapes, trained / "low")[:6], "--sample.sampler.augmentation", "0.5", "--dry-run"])
-        == 2
-    )
-    assert "only a cascade's super-resolution has it" in capsys.readouterr().err
+        with pytest.raises(InputProblems, match=message):
+            prepare(trained / net, small_shapes, **settings)
