@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
@@ -98,3 +99,9 @@ def token_problems(token: str | None, host: str) -> list[Problem]:
         value = f"{len(token)} characters"
         return [Problem("environment", TOKEN, value, f"give at least {LEAST_TOKEN}: openssl rand -hex 32")]
     return []
+
+
+def require_packages(command: str, names: tuple[str, ...]) -> None:
+    """Refuse if one of these parts of the extra `serve` is missing. Raises InputProblems."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise problem(command, "packages", f"{', '.join(missing)} not installed", "pip install 'segdiff-dist[serve]'")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 from annotated_types import Interval
 
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import Problem, refuse
 from segdiff_dist.experiment import collect
-from segdiff_dist.serving.config import TOKEN, ServeConfig, token_problems
+from segdiff_dist.serving.config import TOKEN, ServeConfig, require_packages, token_problems
 from segdiff_dist.stages.base import Cost, Plan, Result, Stage
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Serve(Stage):
         self.serve.check()
         token = os.environ.get(TOKEN) or None
         refuse(token_problems(token, self.host))
-        _require_serve()
+        require_packages("serve", ("fastapi", "python_multipart", "grpc", "prometheus_client"))
         collect(*(partial(_look, where) for where in self.serve.named_models.values()))
         refuse(_port_problems(self.host, self.port))
         return ServePlan(self, token)
@@ -100,15 +100,6 @@ def _look(where: str | None) -> None:
     from segdiff_dist.painting.places import kind_of_folder, model_folder
 
     kind_of_folder(model_folder(where))
-
-
-def _require_serve() -> None:
-    """Refuse if a part of the extra `serve` is missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("fastapi", "python_multipart", "grpc", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise problem("serve", "packages", f"{', '.join(missing)} not installed", "pip install 'segdiff-dist[serve]'")
 
 
 def _port_problems(host: str, port: int) -> list[Problem]:

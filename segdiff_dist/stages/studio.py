@@ -15,7 +15,7 @@ from annotated_types import Interval
 from data_shards.problems import problem
 from segdiff_dist.config.choices import Device
 from segdiff_dist.experiment import collect
-from segdiff_dist.serving.config import ServeConfig
+from segdiff_dist.serving.config import ServeConfig, require_packages
 from segdiff_dist.stages.base import Cost, Plan, Result, Stage
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Studio(Stage):
         """Opens the model, and the port."""
         # Read by OpenMP as torch is loaded. Threads that wait sleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        _require_packages()
+        require_packages("studio", _PACKAGES)
         given = () if self.model is None else (self.model,)
         # CT and MR of one mask come within some milliseconds, and cost half as much in one batch.
         config = ServeConfig(
@@ -101,13 +101,6 @@ def _painter(config: ServeConfig) -> Painter:
 
     [(name, where)] = config.named_models.items()
     return Painter(name, where, config, num_cores())
-
-
-def _require_packages() -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise problem("studio", "packages", f"{', '.join(missing)} not installed", "pip install 'segdiff-dist[serve]'")
 
 
 def _bound(port: int) -> socket.socket:

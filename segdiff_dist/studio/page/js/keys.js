@@ -46,7 +46,8 @@ function organ(number) {
 export function startKeys() {
   addEventListener("keydown", (event) => {
     const isWriting = event.target.matches?.("input:not([type=range]):not([type=checkbox]), select, textarea");
-    if (isWriting || document.querySelector("dialog[open]")) return;
+    const paintsFromField = event.key === "Enter" && event.target.matches?.(".paint-bar input");
+    if ((isWriting && !paintsFromField) || document.querySelector("dialog[open]")) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (event.ctrlKey || event.metaKey) {
       if (key !== "z" && key !== "y") return;
