@@ -220,7 +220,7 @@ def _faulty(where: str, files: list[Path], request: Request) -> list[Problem]:
     """`where`: the series, or the folder if it is not known which series the files are of."""
     if not files:
         return []
-    value = f"{len(files)} that cannot be read as DICOM: damaged, or without a preamble (PS3.10)"
+    value = f"{len(files)} that cannot be read as DICOM: damaged, without pixels, or without a preamble (PS3.10)"
     if request.keep_ids:
         value += f", as {files[0].name}"
     remedy = "restore them, or take them out of the folder" + ("" if request.keep_ids else f"; {_HIDE_NAMES}")
