@@ -28,6 +28,7 @@ STREAM_ORGANS = 1 << 16
 STREAM_LATENT = STREAM_ORGANS + 1
 STREAM_CONTRAST = STREAM_ORGANS + 2
 STREAM_AUGMENTATION = STREAM_ORGANS + 16  # its level; its noise, one for each stage of a cascade, above it
+STREAM_LAYERS = 1 << 18  # dropout: one for each residual block above it
 STREAM_STAGE = 1 << 20  # sampling: added to the streams of each stage of a cascade below the top
 
 # Multipliers and key increments of Philox4x32, Salmon et al. 2011, table 2.

@@ -24,7 +24,7 @@ def suit_cpu(unet: nn.Module) -> None:
 
 
 class _Resnet(ResnetBlock2D):
-    """diffusers' forward of a block without resampling and dropout, without the layout copy."""
+    """diffusers' forward of a block without resampling, without the layout copy."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         hidden_NCHW = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
@@ -37,7 +37,10 @@ class _Resnet(ResnetBlock2D):
             else:  # Dhariwal and Nichol 2021, section 3.1: adaptive group norm
                 scale_NC11, shift_NC11 = time_NC11.chunk(2, dim=1)
                 hidden_NCHW = self.norm2(hidden_NCHW) * (1 + scale_NC11) + shift_NC11
-        hidden_NCHW = self.conv2(self.nonlinearity(hidden_NCHW))
+        hidden_NCHW = self.nonlinearity(hidden_NCHW)
+        if self.dropout.p > 0:
+            hidden_NCHW = self.dropout(hidden_NCHW)
+        hidden_NCHW = self.conv2(hidden_NCHW)
         shortcut_NCHW = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return shortcut_NCHW + hidden_NCHW
 
@@ -45,4 +48,4 @@ class _Resnet(ResnetBlock2D):
 def _is_plain(resnet: ResnetBlock2D) -> bool:
     takes_time = resnet.time_embedding_norm in ("default", "scale_shift") and not resnet.skip_time_act
     is_plain = resnet.upsample is resnet.downsample is None and resnet.output_scale_factor == 1.0
-    return takes_time and is_plain and resnet.dropout.p == 0
+    return takes_time and is_plain

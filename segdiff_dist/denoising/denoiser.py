@@ -33,6 +33,7 @@ from segdiff_dist.denoising.cascade import DESCRIBED as STAGE
 from segdiff_dist.denoising.cascade import LOWER, LevelEmbedding, LowerStage, NetSpace, ShrunkSpace, enlarged
 from segdiff_dist.denoising.conditioning import NULL_MASK, Conditions, MaskEncoder, MaskJoin, class_ids, num_classes
 from segdiff_dist.denoising.config import DenoiserConfig
+from segdiff_dist.denoising.dropout import use_dropout
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
 from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
@@ -115,8 +116,7 @@ class Denoiser(nn.Module):
         from segdiff_dist.diffusers_parts import UNet2DModel
 
         _refuse_too_many_classes(label_table)
-        assert (latent is not None) == (config.space == "latent")
-        assert (lower is not None) == (config.cascade is not None)
+        assert (latent is not None, lower is not None) == (config.space == "latent", config.cascade is not None)
         self.config, self.label_table, self.size, self.lower = config, label_table, size, lower
         self.space: NetSpace | None = latent or ShrunkSpace.of(config, size)
         # Of the lower stage: only in nets that `load` gives, since training needs its side alone.
@@ -157,6 +157,7 @@ class Denoiser(nn.Module):
 
             self.requires_grad_(False)
             self.control = ControlNet(config, self.unet, label_table).requires_grad_()
+        self.draws = use_dropout(self.unet, config.dropout) if config.dropout > 0 else None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -181,7 +182,8 @@ class Denoiser(nn.Module):
     def choose_operators(self, device: torch.device) -> None:
         """What computes on `device`, without moving there."""
         set_attention(self, choose_attention(self.config.attention, device, self.config.attention_head_dim))
-        wanted = "torch" if self.spade is not None or self.control is not None else self.config.kernels
+        lacks_kernels = self.spade is not None or self.control is not None or self.draws is not None
+        wanted = "torch" if lacks_kernels else self.config.kernels
         self.uses_kernels = choose_kernels(wanted, device) == "triton"
         if self.lower_net is not None:
             self.lower_net.choose_operators(device)
@@ -319,7 +321,7 @@ class Denoiser(nn.Module):
         description = read_json(description_file, remedy, what)
         with reading(description_file, what, remedy):
             config = validate(DenoiserConfig, description["denoiser"], description_file)
-            config = replace(config, attention=attention, kernels=kernels)
+            config = replace(config, attention=attention, kernels=kernels, dropout=0.0)
             table = LabelTable.of(description["label_table"])
             size, modalities = int(description["size"]), described_modalities(description, description_file)
             base = BaseNet.of(description["base"], description_file) if config.conditioning == "controlnet" else None

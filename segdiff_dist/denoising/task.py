@@ -98,6 +98,8 @@ class DenoiserTask:
         x_BCHW, target_BCHW, level_B = noised
 
         shown, time_B, contrast = self.conditions(batch), process.time(level_B), None
+        if self.model.draws is not None:  # predict_pair doubles the batch
+            self.model.draws.at(self.seed, batch.position_B.repeat(self.passes))
         if self.contrastive_term is None:
             prediction_BCHW = forward(x_BCHW, time_B, *shown)
         else:
