@@ -40,7 +40,8 @@ class ServeConfig:
     threads: Execution[Count | None] = None
     """Threads of a process on a CPU. null: this machine's cores, shared by all processes."""
     batch: Execution[Annotated[int, Interval(ge=1, le=256)] | None] = None
-    """Slices that a model makes at once, of one request or of several. null: as many as fit, 16 at most."""
+    """Slices that a model makes at once, of one request or of several. null: on a GPU as many as fit, 16 at most; on
+    a CPU 4, where more are not faster."""
     batch_wait_ms: Execution[Annotated[float, Interval(ge=0, le=1000)]] = 5.0
     """How long a model that has nothing to do waits for more slices."""
     queue: Execution[Count] = 128

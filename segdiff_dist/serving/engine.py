@@ -83,8 +83,10 @@ class Models:
 
     async def load(self) -> None:
         """Wait until all models are there."""
-        described = [await self._call(name, lambda handle: handle.describe.remote()) for name in self._handles]
-        self._models = described
+        while not self._models:
+            with suppress(ServiceError):
+                described = [await self._call(name, lambda handle: handle.describe.remote()) for name in self._handles]
+                self._models = described
 
     async def paint(self, model: str, request: PaintRequest) -> AsyncIterator[Event]:
         """Backend.paint. A request whose process dies goes to another one."""
@@ -190,17 +192,17 @@ def _model(name: str, where: str | None, config: ServeConfig) -> serve.Applicati
     threads = config.threads or max(1, num_cores() // (len(config.named_models) * config.max_replicas))
     has_gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     gpus = float(has_gpus) if config.gpu_share is None else config.gpu_share
-    most = max(1, min(config.queue, 2 * (config.batch or 16)))
+    batch = config.batch or (16 if gpus else 4)
     model = serve.deployment(
         Model,
         name=f"model-{name}",
         # Some more than a batch, so that the next ones are read while a batch is computed.
-        max_ongoing_requests=most,
+        max_ongoing_requests=2 * batch,
         max_queued_requests=-1,  # `queue` is the limit, and a request that was taken is never refused later
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
-            "target_ongoing_requests": max(1, most // 2),
+            "target_ongoing_requests": batch,
         },
         ray_actor_options={"num_cpus": 0 if gpus else min(threads, 1), "num_gpus": gpus},
         health_check_period_s=_HEALTH_PERIOD_S,

@@ -1,0 +1,158 @@
+"""`segdiff serve` beside the same model in a bare loop, in turns: images a second, and how long clients wait.
+
+    bare loop     the small model of the package in this process, batch after batch of the size that the service uses
+    N clients     each sends a mask of one slice, waits for the image, and sends the next one
+
+Both make the same images with as many threads as there are cores. `--memory N` then sends N requests of one step each
+and prints the memory of the service's processes at the beginning and after each tenth.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import asyncio
+import random
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import aiohttp
+import numpy as np
+import psutil
+import torch
+from support.harness import Contender, arguments, compare, measure, report
+
+from data_shards.ray_session import num_cores, ray_session
+from segdiff_dist.painting.model import Model, open_model
+from segdiff_dist.pipeline import SliceKey
+from segdiff_dist.serving.config import ServeConfig
+from segdiff_dist.serving.engine import running
+from segdiff_dist.serving.examples import example_masks
+
+_BARE = "bare loop"
+_TARGET = 0.9
+
+
+@contextmanager
+def served(threads: int) -> Iterator[str]:
+    """The URL of a service that is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ServeConfig(threads=threads, device="cpu", queue=1000)
+    with ray_session(), running(config, "127.0.0.1", port, None):
+        yield f"http://127.0.0.1:{port}"
+
+
+def bare_loop(model: Model, mask_HW: np.ndarray, num: int) -> tuple[float, float]:
+    """Images and seconds."""
+    at_once, began = model.pipeline.num_at_once, time.perf_counter()
+    for first in range(0, num, at_once):
+        keys = [SliceKey(0, "CT", "axial", first + k) for k in range(at_once)]
+        model.pipeline.generate_at_once(np.stack([mask_HW] * at_once), keys)
+    return num, time.perf_counter() - began
+
+
+async def load(url: str, mask: bytes, clients: int, num: int, steps: int) -> list[float]:
+    """The seconds of each request. A client that is refused comes again after a second."""
+    seeds, waited = iter(range(num)), []
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        for seed in seeds:
+            began = time.perf_counter()
+            while True:
+                form = aiohttp.FormData({"seed": str(seed), "steps": str(steps)})
+                form.add_field("mask", mask, filename="mask.nii.gz")
+                async with session.post(f"{url}/paint", data=form) as answer:
+                    await answer.read()
+                if answer.status == 200:
+                    break
+                assert answer.status in (429, 503), answer.status
+                await asyncio.sleep(1.0)
+            waited.append(time.perf_counter() - began)
+
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(client(session) for _ in range(clients)))
+    return waited
+
+
+def with_clients(waits: dict[int, list[float]], send: partial[list[float]], clients: int) -> tuple[float, float]:
+    """Images and seconds; `waits` gets the requests' seconds."""
+    began = time.perf_counter()
+    waited = asyncio.run(send(clients=clients))
+    waits.setdefault(clients, []).extend(waited)
+    return len(waited), time.perf_counter() - began
+
+
+def memory_mib() -> dict[str, int]:
+    """Resident memory of the service's processes."""
+    found: dict[str, int] = {}
+    for one in psutil.Process().children(recursive=True):
+        name = " ".join(one.cmdline()).split(" ")[0]
+        if name.startswith("ray::Serve") or name == "ray::ProxyActor":
+            found[name.rpartition(":")[2]] = round(one.memory_info().rss / 2**20)
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--images", type=int, default=64, help="of each turn")
+    parser.add_argument("--steps", type=int, default=4, help="of the sampler; the package's model has 20")
+    parser.add_argument("--memory", type=int, default=2000, help="requests of one step, for the memory")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.clients, args.images, args.memory = 1, [1, 8], 8, 20
+    threads = num_cores()
+    torch.set_num_threads(threads)
+    random.seed(0)
+    model = open_model(device="cpu").with_sampler(args.steps, None)
+    file = example_masks(model.table)["liver"]
+    mask_HW = _pixels(file, model)
+    waits: dict[int, list[float]] = {}
+    memory = []
+    busy = os.getloadavg()[0]
+    with served(threads) as url:
+        send = partial(load, url, file, num=args.images, steps=args.steps)
+        asyncio.run(load(url, file, 4, 4, 1))  # waits until the model is loaded
+        contenders: dict[str, Contender] = {_BARE: partial(bare_loop, model, mask_HW, args.images)}
+        contenders |= {f"{n} clients": partial(with_clients, waits, send, n) for n in args.clients}
+        rates = measure(contenders, args.rounds)
+        for _ in range(10):
+            memory.append(memory_mib())
+            asyncio.run(load(url, file, 8, args.memory // 10, 1))
+        memory.append(memory_mib())
+    most = max(args.clients)
+    notes = {f"{n} clients, p50 and p95, s": _quantiles(waited) for n, waited in sorted(waits.items())}
+    notes |= {"threads": threads, "load of the machine before": round(busy, 1)}
+    notes |= {f"MiB before and after each tenth of {args.memory} requests": memory}
+    report(args, rates, [compare(rates, f"{most} clients", _BARE, _TARGET)], unit="images a second", notes=notes)
+
+
+def _pixels(file: bytes, model: Model) -> np.ndarray:
+    """The mask as the service cuts it, uint8 [H, W]."""
+    import tempfile
+    from pathlib import Path
+
+    from segdiff_dist.painting.job import PaintSettings, check_paint
+    from segdiff_dist.painting.masks import open_mask
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "mask.nii.gz").write_bytes(file)
+        mask = open_mask(Path(folder) / "mask.nii.gz", grid_mm=model.grid_mm)
+        found: np.ndarray = check_paint(mask, model, PaintSettings()).cut().mask_SHW[0]
+    return found
+
+
+def _quantiles(waited: list[float]) -> list[float]:
+    return [round(float(np.quantile(waited, q)), 2) for q in (0.5, 0.95)]
+
+
+if __name__ == "__main__":
+    main()
