@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from data_shards.fan_out import num_cores
-from data_shards.problems import WorkFailed, refuse
+from data_shards.problems import InputProblems, WorkFailed, refuse
 from segdiff_dist.config import validate
 from segdiff_dist.serving.config import TOKEN, ServeConfig, token_problems
 from segdiff_dist.serving.guard import digest_of
@@ -34,7 +33,7 @@ APPLICATION = "segdiff"
 _MOST_ATTEMPTS = 3
 # A process that is killed is seen to be gone after so long at most.
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2.0, 30.0
-_PROBLEM = re.compile(r"InputProblems: (.+)")
+_ANSWER_TIMEOUT_S = 120.0
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
@@ -45,7 +44,16 @@ class Model:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by OpenMP as torch is loaded
         from segdiff_dist.serving.painter import Painter
 
-        self._painter = Painter(name, where, config, threads)
+        # An error here would be tried again three times, and shown with its trace each time.
+        self._refusal: str | None = None
+        try:
+            self._painter = Painter(name, where, config, threads)
+        except InputProblems as error:
+            self._refusal = str(error)
+
+    def refusal(self) -> str | None:
+        """Why the model cannot be used."""
+        return self._refusal
 
     def describe(self) -> dict[str, Any]:
         """Painter.describe."""
@@ -82,9 +90,13 @@ class Models:
         return self._models
 
     async def load(self) -> None:
-        """Wait until all models are there."""
+        """Wait until all models are there. With one that cannot be used, the service stays without models."""
         while not self._models:
             with suppress(ServiceError):
+                for name in self._handles:
+                    if refusal := await self._call(name, lambda handle: handle.refusal.remote()):
+                        logging.getLogger("ray.serve").error("model %s: %s", name, refusal)
+                        return
                 described = [await self._call(name, lambda handle: handle.describe.remote()) for name in self._handles]
                 self._models = described
 
@@ -181,11 +193,15 @@ def running(config: ServeConfig, host: str, port: int, token: str | None) -> Ite
     )
     try:
         serve.run(deployments(config, digest_of(token) if token else None), name=APPLICATION, logging_config=_QUIET)
+        _refuse_broken(config)
         yield
+    except WorkFailed:
+        raise
     except RuntimeError as error:
-        raise WorkFailed(_why(str(error))) from error
+        raise WorkFailed(f"serve: did not start: {' '.join(str(error).split())[-400:]}") from error
     finally:
-        serve.shutdown()
+        # Not serve.shutdown, which would end the applications of others on a joined cluster.
+        serve.delete(APPLICATION)
 
 
 def _model(name: str, where: str | None, config: ServeConfig) -> serve.Application:
@@ -213,10 +229,13 @@ def _model(name: str, where: str | None, config: ServeConfig) -> serve.Applicati
     return model.bind(name, where, config, None if gpus else threads)
 
 
-def _why(text: str) -> str:
-    """One line of what Ray Serve says of an application that does not start; a model's own problem, if there is one."""
-    found = _PROBLEM.findall(text)
-    return f"serve: did not start: {found[-1] if found else ' '.join(text.split())[-400:]}"
+def _refuse_broken(config: ServeConfig) -> None:
+    """Raise WorkFailed for models that cannot be used."""
+    handles = {name: serve.get_deployment_handle(f"model-{name}", APPLICATION) for name in config.named_models}
+    told = {name: handle.refusal.remote() for name, handle in handles.items()}
+    refusals = {name: response.result(timeout_s=_ANSWER_TIMEOUT_S) for name, response in told.items()}
+    if lines := [f"model {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]:
+        raise WorkFailed("\n".join(lines))
 
 
 def _plain(value: Any) -> Any:
