@@ -171,7 +171,8 @@ def out_problems(out: Path) -> list[Problem]:
     """Whether `out` can become the folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "not empty" if out.is_dir() else "is a file"
-        return [Problem(str(out), "output folder", what, "give a new or an empty one")]
+        remedy = "give a new or an empty one; an export gets its name when it is complete, so one of this name is whole"
+        return [Problem(str(out), "output folder", what, remedy)]
     return []
 
 

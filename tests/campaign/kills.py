@@ -27,6 +27,8 @@ UNSTABLE = (
     "*/done/*", "*/annotations.json", "*/tracking*", "*.unfinished*", "*/exported.json",
 )  # fmt: skip
 MOST_S = 600.0
+# What became of a restart with exit code 2.
+REFUSED = "refused"
 # Processes that outlive a killed command end by themselves within this time. Ray's agents look for their raylet five
 # times, on an idle machine within 10 s.
 _ENDING_S = 120.0
@@ -141,6 +143,8 @@ def kill_once(kills: Kills, stage: StageRun, rng: random.Random) -> dict[str, An
         found |= {"outcome": "hung", "what": said[-800:]}
     if code != 0 and found["outcome"] == "the same bytes":
         found |= restarted(kills.start(stage))
+    if found["outcome"] == REFUSED and not differences(kills.after(stage), kills.work):
+        found |= {"outcome": "the same bytes"}  # an export gets its name when it is complete; a complete one is refused
     if found["outcome"] == "the same bytes" and (differing := differences(kills.after(stage), kills.work)):
         found |= {"outcome": "other bytes", "what": ", ".join(differing[:8])}
     return found | {"exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
@@ -153,6 +157,8 @@ def restarted(command: Command) -> dict[str, Any]:
         with suppress(ProcessLookupError):
             os.killpg(command.pid, signal.SIGKILL)
         return {"outcome": "hung", "what": f"the restarted command did not end: {command.said()[-800:]}"}
+    if code == 2:
+        return {"outcome": REFUSED, "what": command.said()[-1200:]}
     if code != 0:
         return {"outcome": "not restarted", "what": f"exit code {code}: {command.said()[-1200:]}"}
     return {}

@@ -50,7 +50,7 @@ def table_of_mutations(rows: Iterable[dict[str, Any]]) -> str:
     return as_table(found)
 
 
-KILL_OUTCOMES = ("the same bytes", "other bytes", "unclean", "hung", "not restarted")
+KILL_OUTCOMES = ("the same bytes", "other bytes", "unclean", "hung", "refused", "not restarted")
 
 
 def table_of_kills(rows: Iterable[dict[str, Any]]) -> str:
