@@ -3,6 +3,7 @@ limited."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -105,6 +106,7 @@ def serve(kind: Kind, good: Path, place: Path, seed: int, pipe: Connection) -> N
         os.dup2(nowhere.fileno(), 2)
     gc.collect()  # what the parent has left must not be freed during an attempt: it would hide what that one takes
     gc.freeze()
+    ctypes.CDLL(None).malloc_trim(0)  # nor be taken again: a parent that has trained keeps what it frees
     copy_of(good, place)
     try:
         good_digest = kind.read(place)

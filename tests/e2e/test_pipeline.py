@@ -217,7 +217,7 @@ def test_another_average_is_made_after_training(folder: Path, capsys: pytest.Cap
     from segdiff_dist.denoising.denoiser import Denoiser
 
     assert main(["average", "--run", str(folder / "run"), "--length", "0.08"]) == 0
-    assert "ema_0.08: its profile is" in capsys.readouterr().out
+    assert "ema_0.08: its profile differs by" in capsys.readouterr().out
     made, kept = (Denoiser.load(folder / "run" / "weights" / name).state_dict() for name in ("ema_0.08", "ema_0.1"))
     assert made.keys() == kept.keys()
     assert main(["average", "--run", str(folder / "run"), "--length", "0.5"]) == 2
