@@ -34,10 +34,8 @@ def fill_disks(names: list[str], number: int, seed: int, end: float, out: Path) 
             if time.monotonic() > end:
                 break
             found = fill_once(kills, stage, random.Random(f"{stage.title}/{seed}/{at}"))
-            record.append(file, {"stage": stage.title, "seed": seed, "number": at} | found)
-            if found["outcome"] != "the same bytes":
-                is_bad = True
-                print(f"{stage.title} {at}: {found['outcome']}: {found['what']}", flush=True)
+            line = {"stage": stage.title, "seed": seed, "number": at} | found
+            is_bad |= record.append_comparison(file, line)
     finally:
         kills.end()
     return is_bad

@@ -53,10 +53,7 @@ def kill_stages(names: list[str], number: int, seed: int, end: float, out: Path)
             if found is None:
                 break
             there.append({"stage": stage.title, "seed": seed, "number": at} | found)
-            record.append(file, there[-1])
-            if found["outcome"] != "the same bytes":
-                is_bad = True
-                print(f"{stage.title} {at}: {found['outcome']}: {found['what']}", flush=True)
+            is_bad |= record.append_comparison(file, there[-1])
     finally:
         kills.end()
     return is_bad

@@ -29,6 +29,15 @@ def append(file: Path, line: dict[str, Any]) -> None:
         stream.write(json.dumps(line) + "\n")
 
 
+def append_comparison(file: Path, line: dict[str, Any]) -> bool:
+    """Add what became of a restarted stage. Whether it is a fault, which is also printed."""
+    append(file, line)
+    is_fault = line["outcome"] != "the same bytes"
+    if is_fault:
+        print(f"{line['stage']} {line['number']}: {line['outcome']}: {line['what']}", flush=True)
+    return bool(is_fault)
+
+
 def done(file: Path, seed: int) -> Counter[str]:
     """Attempts of this seed so far, by kind."""
     found: Counter[str] = Counter()

@@ -2,7 +2,7 @@
 
 import { $, shown } from "./dom.js";
 import { begin, disc, ellipse, end, eraserFor, fill, labelAt, line, aspectOf, undo, writer } from "./mask.js";
-import { labelOf, on, shownPlane, state, tell } from "./state.js";
+import { labelOf, on, shownPlane, state, announce } from "./state.js";
 import { outlines, picture, View, wordOf } from "./view.js";
 
 const UNDERLAY_ALPHA = 110;
@@ -100,7 +100,7 @@ function down(event) {
   } else {
     stroke.write = state.tool === "erase" ? eraserFor(x, y) : writer(state.label);
     disc(at.x, at.y, state.size / 2, stroke.write);
-    tell("mask");
+    announce("mask");
   }
 }
 
@@ -108,7 +108,7 @@ function down(event) {
 function pick(x, y) {
   const label = labelAt(x, y);
   if (label) state.label = label;
-  tell("tool");
+  announce("tool");
 }
 
 function move(event) {
@@ -125,7 +125,7 @@ function move(event) {
     stroke.box.to = squared(stroke.box.from, view.at(event), event.ctrlKey);
   } else if (stroke?.write) {
     for (const each of event.getCoalescedEvents?.() ?? [event]) follow(view.at(each));
-    tell("mask");
+    announce("mask");
   }
   view.point(event);
 }
@@ -160,7 +160,7 @@ function up(event) {
 function finish() {
   if (stroke && !stroke.pan && !stroke.pinch) end();
   stroke = null;
-  tell("mask");
+  announce("mask");
 }
 
 function cancel(event) {

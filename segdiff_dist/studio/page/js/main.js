@@ -8,7 +8,7 @@ import { startKeys } from "./keys.js";
 import { listStarts, startRail } from "./rail.js";
 import { startResults } from "./results.js";
 import { isPainting, paintSeeds, stop } from "./rounds.js";
-import { modalities, on, state, tell } from "./state.js";
+import { modalities, on, state, announce } from "./state.js";
 import { startStrip } from "./strip.js";
 import { startVolume } from "./volume.js";
 
@@ -23,7 +23,7 @@ function startPaintBar() {
     $(`#${name}`).addEventListener("click", () => {
       state[name] = !state[name];
       $(`#${name}`).setAttribute("aria-pressed", state[name]);
-      tell("options");
+      announce("options");
     });
   on("progress rounds options model", updatePaint);
 }
@@ -54,7 +54,7 @@ function listModalities() {
     button.addEventListener("click", () => {
       buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
       if (!isPainting()) state.round = null;
-      tell("options", "rounds");
+      announce("options", "rounds");
     });
     return button;
   });
@@ -69,7 +69,7 @@ function useModel(model) {
   Object.assign($("#steps"), { value: model.steps, placeholder: model.steps });
   Object.assign($("#guidance"), { value: model.guidance, placeholder: model.guidance });
   listModalities();
-  tell("model", "rounds", "options");
+  announce("model", "rounds", "options");
 }
 
 async function start() {

@@ -1,7 +1,7 @@
 // Changes of the mask. A picture shows a plane the radiological way: the patient's right on its left, the front up, so
 // pixel (x, y) is voxel (width - 1 - x, height - 1 - y).
 
-import { bodyId, shownPlane, state, tell } from "./state.js";
+import { bodyId, shownPlane, state, announce } from "./state.js";
 import { spacing } from "./nifti.js";
 
 const MOST_STEPS = 80;
@@ -33,7 +33,7 @@ export function end() {
     if (before.length > MOST_STEPS) before.shift();
     after.length = 0;
     state.version++;
-    tell("mask", "tool");
+    announce("mask", "tool");
   }
   started = null;
 }
@@ -50,7 +50,7 @@ function step(from, to) {
   to.push({ plane: kept.plane, voxels: shownPlane().slice() });
   shownPlane().set(kept.voxels);
   state.version++;
-  tell("mask", "tool");
+  announce("mask", "tool");
 }
 
 /** Show another mask. */
@@ -60,7 +60,7 @@ export function replaceVolume(volume, name) {
   state.plane = fullestPlane(state.volume);
   state.version++;
   before.length = after.length = 0;
-  tell("volume", "mask", "tool");
+  announce("volume", "mask", "tool");
 }
 
 /** The plane that shows most labels, of those the middle one. */
@@ -81,7 +81,7 @@ export function newBody(model) {
   if (bodyId() === null) return;
   const [half, tall] = BODY_SHAPE.map((part) => part * size);
   ellipse(size / 2 - half, size / 2 - tall, size / 2 + half, size / 2 + tall, bodyId());
-  tell("mask");
+  announce("mask");
 }
 
 /** What a tool writes over `old`. Erasing organs leaves the patient; begun on the patient, it leaves background. */

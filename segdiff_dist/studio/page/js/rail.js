@@ -4,7 +4,7 @@ import { getBytes, getExamples } from "./api.js";
 import { $, element, say, shown } from "./dom.js";
 import { canRedo, canUndo, fullestPlane, newBody, redo, replaceVolume, undo } from "./mask.js";
 import { readNifti } from "./nifti.js";
-import { bodyId, on, shownPlane, state, tell } from "./state.js";
+import { bodyId, on, shownPlane, state, announce } from "./state.js";
 import { picture, wordOf } from "./view.js";
 
 const SIZES = [1, 64];
@@ -25,7 +25,7 @@ export function startRail() {
 
 function choose(name, value) {
   state[name] = value;
-  tell("tool");
+  announce("tool");
 }
 
 export const chooseTool = (tool) => choose("tool", tool);
@@ -44,7 +44,7 @@ export function resize(step) {
 
 export function showPlane(plane) {
   state.plane = Math.min(state.volume.dims[2] - 1, Math.max(0, plane));
-  tell("volume", "mask");
+  announce("volume", "mask");
 }
 
 function updatePlane() {

@@ -3,7 +3,7 @@
 import { paint } from "./api.js";
 import { $, say } from "./dom.js";
 import { fromBase64, labelFile, planeOf, readNifti } from "./nifti.js";
-import { bodyId, modalities, state, tell } from "./state.js";
+import { bodyId, modalities, state, announce } from "./state.js";
 import { outlines, picture } from "./view.js";
 
 const MOST_ROUNDS = 32;
@@ -22,10 +22,10 @@ export async function paintSeeds(seeds) {
   const rounds = seeds.map((seed) => newRound(seed, mask, maskBytes)).filter((round) => !isKnown(round));
   state.rounds = [...state.rounds, ...rounds].slice(-MOST_ROUNDS);
   state.round = rounds[0] ?? state.round;
-  tell("rounds", "progress");
+  announce("rounds", "progress");
   await Promise.all(rounds.flatMap((round) => Object.values(round.jobs).map((job) => run(job, round))));
   stopping = null;
-  tell("rounds", "progress");
+  announce("rounds", "progress");
 }
 
 function newRound(seed, mask, maskBytes) {
@@ -53,7 +53,7 @@ async function run(job, round) {
   const onEvent = (name, data) => {
     if (name === "progress") Object.assign(job, { status: "running", step: data.step, steps: data.steps });
     if (name === "queued") Object.assign(job, { status: "queued", position: data.position });
-    tell("progress");
+    announce("progress");
   };
   try {
     const settings = { ...round.settings, modality: job.modality };
@@ -64,7 +64,7 @@ async function run(job, round) {
     job.error = job.status === "stopped" ? "" : error.message;
     if (job.error) say(`${job.modality}: ${job.error}`, { isError: true });
   }
-  tell("rounds", "progress");
+  announce("rounds", "progress");
 }
 
 async function finish(job, round, answer) {

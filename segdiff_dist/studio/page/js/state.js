@@ -20,12 +20,12 @@ export const state = {
 
 const bus = new EventTarget();
 
-/** Call `listener` when one of `names` is told: model, volume, mask, tool, options, pointer, rounds, progress. */
+/** Call `listener` when one of `names` is announced: model, volume, mask, tool, options, pointer, rounds, progress. */
 export function on(names, listener) {
   for (const name of names.split(" ")) bus.addEventListener(name, () => listener());
 }
 
-export function tell(...names) {
+export function announce(...names) {
   for (const name of names) bus.dispatchEvent(new Event(name));
 }
 

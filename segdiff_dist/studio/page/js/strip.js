@@ -1,7 +1,7 @@
 // All seeds that were painted, newest last: a press shows one.
 
 import { $, element } from "./dom.js";
-import { on, state, tell } from "./state.js";
+import { on, state, announce } from "./state.js";
 
 const SIDE = 72;
 
@@ -27,7 +27,7 @@ export function showNext(step) {
 function show(round) {
   state.round = round;
   $("#seed").value = round.seed;
-  tell("rounds");
+  announce("rounds");
 }
 
 function entry(round) {

@@ -1,6 +1,6 @@
 // A canvas that shows a picture, with a camera that all views share: what is compared stays side by side.
 
-import { state, tell } from "./state.js";
+import { state, announce } from "./state.js";
 
 const MOST_ZOOM = 12;
 
@@ -9,7 +9,7 @@ export const camera = { zoom: 1, x: 0.5, y: 0.5 };
 
 export function resetCamera() {
   Object.assign(camera, { zoom: 1, x: 0.5, y: 0.5 });
-  tell("camera");
+  announce("camera");
 }
 
 export class View {
@@ -68,7 +68,7 @@ export class View {
     const at = event && this.at(event);
     const isInside = at && at.x >= 0 && at.y >= 0 && at.x < this.width && at.y < this.height;
     state.pointer = isInside ? { x: Math.floor(at.x), y: Math.floor(at.y), canvas: this.canvas } : null;
-    tell("pointer");
+    announce("pointer");
   }
 
   /** Move the camera so that what was at `from` is at `to` (events), and is `times` as large. */
@@ -81,7 +81,7 @@ export class View {
     camera.x = keep(camera.x, this.width, point.x, there.x);
     camera.y = keep(camera.y, this.height, point.y, there.y);
     camera.zoom = zoom;
-    tell("camera");
+    announce("camera");
   }
 
   #wheel(event) {
