@@ -45,6 +45,12 @@ STOP_TIMEOUT_S = 60.0
 # 107 bytes at most (unix(7)).
 _MOST_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
+# Ray reads these when it is imported. The first two would print lines that do not concern the user; with the last, a
+# call after the session's end fails instead of starting another Ray.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 
 @contextmanager
 def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
@@ -54,9 +60,6 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     Nested sessions share the outer one, so a command with several stages starts Ray once. Raises InputProblems if no
     cluster answers, or Ray does not start within 3 minutes.
     """
-    # Set before Ray is imported, since it reads them at import; both would print lines that do not concern the user.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     import ray
 
     if ray.is_initialized():

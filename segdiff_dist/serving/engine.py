@@ -231,9 +231,14 @@ def _model(name: str, where: str | None, config: ServeConfig) -> serve.Applicati
 
 def _refuse_broken(config: ServeConfig) -> None:
     """Raise WorkFailed for models that cannot be used."""
-    handles = {name: serve.get_deployment_handle(f"model-{name}", APPLICATION) for name in config.named_models}
-    responses = {name: handle.refusal.remote() for name, handle in handles.items()}
-    refusals = {name: response.result(timeout_s=_ANSWER_TIMEOUT_S) for name, response in responses.items()}
+    asks = {name: serve.get_deployment_handle(f"model-{name}", APPLICATION).refusal for name in config.named_models}
+    try:
+        responses = {name: ask.remote() for name, ask in asks.items()}
+        refusals = {name: response.result(timeout_s=_ANSWER_TIMEOUT_S) for name, response in responses.items()}
+    finally:
+        # A handle goes on reporting its requests to the cluster, also to one that has ended.
+        for ask in asks.values():
+            ask.shutdown()
     if lines := [f"model {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]:
         raise WorkFailed("\n".join(lines))
 

@@ -82,6 +82,10 @@ def test_it_listens_on_loopback_alone_with_a_token_in_a_private_folder(monkeypat
     assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & set(os.environ)
     # A second session of the process, with a secret of its own.
     assert [done.result for done in fan_out(lambda: lambda task: task + 1, [1], num_workers=1)] == [2]
+    # Ray itself would start another one, for all users of the machine and without an end.
+    with pytest.raises(Exception, match="Ray has not been started yet"):
+        ray.put(0)
+    assert not sessions.is_running()
 
 
 def test_workers_do_not_search_the_current_folder(tmp_path: Path) -> None:
