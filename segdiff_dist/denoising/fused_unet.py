@@ -74,6 +74,10 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
                 module.conv_shortcut.__class__ = _Shortcut
         elif isinstance(module, Attention):
             module.group_norm.__class__ = _PlainNorm
+        elif isinstance(module, Upsample2D):
+            conv = module.conv
+            conv.__class__ = _UpsamplingConv
+            conv.register_buffer("sums_9T", _sums_of_weights().to(conv.weight), persistent=False)
     if reads_labels:
         unet.conv_in.__class__ = _LabelConv
 
@@ -271,13 +275,36 @@ class _LabelConv(nn.Conv2d):
 
 
 class _Upsample(Upsample2D):
-    """Without the copies to row-major memory that diffusers makes for batches of 64 and more."""
+    """Nearest upsampling and the 3x3 convolution behind it."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        # With more elements than an int32 can count, torch's channels-last kernel writes zeros (pytorch#141831).
-        at_once = max(1, MOST_ELEMENTS // (4 * x_NCHW[0].numel()))
-        parts = [F.interpolate(part, scale_factor=2.0, mode="nearest") for part in x_NCHW.split(at_once)]
-        return self.conv(parts[0] if len(parts) == 1 else torch.cat(parts))
+        y_NOHW: Tensor = self.conv(x_NCHW)
+        return y_NOHW
+
+
+class _UpsamplingConv(nn.Conv2d):
+    """The 3x3 convolution of an image of twice the side, whose pixels are those of the small image twice in each
+    direction, computed from the small image.
+
+    Each output pixel sees four pixels of the small image through sums of the nine weights. That is a transposed
+    convolution of stride 2 with 4x4 weights: in one dimension (w2, w1 + w2, w0 + w1, w0). It has 4/9 of the arithmetic.
+    """
+
+    sums_9T: Tensor
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        # Sums of at most four weights, rounded once.
+        weight_CO44 = (self.weight.flatten(2) @ self.sums_9T).unflatten(2, (4, 4)).transpose(0, 1)
+        # So that indices of the output fit in an int32.
+        at_once = max(1, MOST_ELEMENTS // (4 * len(self.weight) * x_NCHW[0, 0].numel()))
+        parts = [F.conv_transpose2d(x, weight_CO44, self.bias, stride=2, padding=1) for x in x_NCHW.split(at_once)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sums_of_weights() -> Tensor:
+    """[9, 16]: which of the 3x3 weights make up each of the 4x4."""
+    sums_43 = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    return torch.kron(sums_43, sums_43).T.contiguous()
 
 
 class _Attention(Attention):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
-from kernels_support import DEVICE, relative_error
+from kernels_support import DEVICE, TOLERANCE, relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +42,10 @@ def pair(**changes: Any) -> tuple[Denoiser, Denoiser]:
     fused = Denoiser(replace(config, kernels="triton"), AMOS, SIZE).prepare_for(DEVICE).train()
     fused.load_state_dict(eager.state_dict())
     return eager, fused
+
+
+def upsampling(denoiser: Denoiser) -> Upsample2D:
+    return next(module for module in denoiser.unet.modules() if isinstance(module, Upsample2D))
 
 
 def inputs(soft: bool = False) -> tuple[Tensor | None, ...]:
@@ -155,9 +159,25 @@ def test_a_step_neither_waits_nor_changes_layout(shapes: Path, tmp_path: Path) -
     assert copies.found == []
 
 
-def test_what_torch_cannot_upsample_at_once_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, fused = pair()
-    upsample = next(module for module in fused.unet.modules() if isinstance(module, Upsample2D))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upsampling_convolution_never_makes_the_large_image(dtype: torch.dtype) -> None:
+    """And gives what the convolution of the large image gives, in float64; the same for gradients."""
+    eager, fused = (upsampling(denoiser).to(dtype) for denoiser in pair())
+    x_NCHW = torch.randn(2, eager.channels, 3, 5, device=DEVICE, dtype=dtype)
+    y_NCHW = fused(x_NCHW.contiguous(memory_format=torch.channels_last))
+    assert y_NCHW.is_contiguous(memory_format=torch.channels_last)
+    eager.double()
+    expected_NCHW = eager(x_NCHW.double())
+    assert relative_error(y_NCHW, expected_NCHW) <= TOLERANCE[dtype]
+    gradient_NCHW = torch.randn_like(y_NCHW)
+    found = torch.autograd.grad(y_NCHW, list(fused.parameters()), gradient_NCHW)
+    expected = torch.autograd.grad(expected_NCHW, list(eager.parameters()), gradient_NCHW.double())
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) <= TOLERANCE[dtype]
+
+
+def test_more_than_an_int32_can_index_is_upsampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    upsample = upsampling(pair()[1])
     x_NCHW = torch.randn(5, upsample.channels, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
     whole = upsample(x_NCHW)
     monkeypatch.setattr(fused_unet, "MOST_ELEMENTS", 2 * 4 * x_NCHW[0].numel())  # two images at once
