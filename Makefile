@@ -60,7 +60,7 @@ docs: $(STAMP) ## the documentation as a site, into site/; a broken link or refe
 
 bench: $(STAMP) ## measure kernels, loader, training and sampling on this machine, into benchmarks/results
 	@for script in kernels/benchmarks/*.py benchmarks/*.py; do \
-		case "$$(basename "$$script")" in _*|recipes.py|objectives.py|opening_picture.py) continue;; esac; \
+		case "$$(basename "$$script")" in _*|recipes.py|objectives.py|models.py|opening_picture.py) continue;; esac; \
 		[ -e "$$script" ] || { echo "$$script: none yet"; continue; }; \
 		echo "$$script"; \
 		$(BIN)/python "$$script" --json "benchmarks/results/$$(basename "$$script" .py)-$$(hostname).json" $(ARGS); \

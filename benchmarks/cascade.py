@@ -20,12 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from support.recipes_runs import NEVER, QUICK, Scale, make_data, segdiff
-from support.small_runs import flops_of, shared_settings, stopped, write_table
+from support.recipes_runs import NEVER, QUICK, Scale, make_data
+from support.small_runs import flops_of, shared_settings, stage, stopped, write_table
 
-from data_shards.files import write_atomic
 from data_shards.problems import InputProblems
-from segdiff_dist.config import merge, to_yaml
+from segdiff_dist.config import merge
 
 SCALE = Scale(side=64, judge_images=4_800, patients=(20, 2, 5), slice_stride=6)
 NETS = ("one", "low", "high")
@@ -78,13 +77,6 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.images = {}
     return args
-
-
-def stage(work: str, name: str, settings: dict[str, Any], out: Path, deadline: float) -> bool:
-    """`segdiff WORK` with these settings; False if it was stopped."""
-    config = out / f"{name}.yaml"
-    write_atomic(config, to_yaml(settings))
-    return segdiff(work, config, out / f"{name}.log", deadline)
 
 
 def settings_of(name: str, args: argparse.Namespace, out: Path, scale: Scale) -> dict[str, Any]:

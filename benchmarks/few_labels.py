@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from support.recipes_runs import NEVER, QUICK, Scale, make_data, segdiff
+from support.recipes_runs import NEVER, QUICK, Scale, make_data
 from support.rewritten_shards import rewrite
-from support.small_runs import flops_of, shared_settings, stopped, write_table
+from support.small_runs import flops_of, shared_settings, stage, stopped, write_table
 
-from data_shards.files import write_atomic
 from data_shards.problems import InputProblems
-from segdiff_dist.config import merge, to_yaml
+from segdiff_dist.config import merge
 
 if TYPE_CHECKING:
     from data_shards.records import SliceRecord
@@ -57,13 +56,11 @@ def main() -> int:
         rewrite(out / "shards", few, lambda shards: labelled_part(shards, args.patients))
     for name in args.arms:
         settings = settings_of(name, args, out)
-        config, run = out / f"{name}.yaml", Path(settings["run"])
-        write_atomic(config, to_yaml(settings))
-        for stage in ("train", "sample", "evaluate"):
-            if stage == "evaluate" and (run / "evaluation" / "summary.json").is_file():
+        for work in ("train", "sample", "evaluate"):
+            if work == "evaluate" and (out / name / "evaluation" / "summary.json").is_file():
                 continue
-            print(f"{name}: {stage}", flush=True)
-            if not segdiff(stage, config, out / f"{name}.log", deadline):
+            print(f"{name}: {work}", flush=True)
+            if not stage(work, name, settings, out, deadline):
                 return stopped()
     report(args, out, scale)
     return 0

@@ -20,10 +20,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from support.harness import headline, stamp, write
-from support.recipes_figure import draw_gallery
 from support.recipes_runs import segdiff
+from support.small_runs import cell_of_seeds, draw_runs, over_seeds
 
 from data_shards.files import write_atomic
 from data_shards.problems import InputProblems
@@ -107,17 +106,8 @@ def _make_run(name: str, seed: int, args: argparse.Namespace, out: Path) -> dict
 
 
 def rows_of(summaries: dict[str, list[dict[str, Any]]], group: str) -> dict[str, dict[str, Any]]:
-    """Entries of METRICS by objective; `group`: "all" or a modality. `value` is the mean over seeds, `of_seeds` has
-    their values; the interval over patients is that of the first seed."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, of_seeds in summaries.items():
-        groups = [s["metrics"] if group == "all" else s["by_modality"].get(group, {}) for s in of_seeds]
-        found[name] = {}
-        for metric in (m for m in METRICS if all(m in entries for entries in groups)):
-            values = [entries[metric]["value"] for entries in groups]
-            kept = {k: groups[0][metric].get(k) for k in ("ci95", "n", "num_patients")}
-            found[name][metric] = {"value": float(np.mean(values)), "of_seeds": values, **kept}
-    return found
+    """Entries of METRICS by objective; `group`: "all" or a modality."""
+    return {name: over_seeds(of_seeds, METRICS, group) for name, of_seeds in summaries.items()}
 
 
 def print_table(rows: dict[str, dict[str, Any]], group: str) -> None:
@@ -125,37 +115,12 @@ def print_table(rows: dict[str, dict[str, Any]], group: str) -> None:
     print(f"\n{group:<44}" + "".join(f"{name:>38}" for name in rows))
     for metric in METRICS:
         if any(metric in entries for entries in rows.values()):
-            cells = [_cell(entries.get(metric), DEFINITIONS[metric].digits) for entries in rows.values()]
+            cells = [cell_of_seeds(entries.get(metric), DEFINITIONS[metric].digits) for entries in rows.values()]
             print(f"{DEFINITIONS[metric].label:<44}" + "".join(f"{cell:>38}" for cell in cells))
-
-
-def draw(args: argparse.Namespace, file: Path) -> None:
-    """Masks, their real images, and every objective's; chosen by rule: of each modality, by Dice (mask, pred. gen.)
-    averaged over the objectives, those at the quartiles."""
-    from segdiff_dist.evaluation.report.comparison import shared_masks
-    from segdiff_dist.evaluation.report.pictures import Pictures
-
-    pictures = [Pictures.open(args.out / "runs" / f"{name}-0") for name in args.objectives]
-    chosen = [items for modality in MODALITIES for items in shared_masks(pictures, modality)]
-    first = pictures[0]
-    columns = [("mask", np.stack([first.mask(items[0]) for items in chosen]))]
-    columns += [("real", np.stack([first.real(items[0]) for items in chosen]))]
-    for k, name in enumerate(args.objectives):
-        about = OBJECTIVES[name][0]
-        columns.append((about.replace(" (shipped)", ""), np.stack([pictures[k].generated(i[k]) for i in chosen])))
-    draw_gallery(columns, file, first.label_table.num_classes, cell_inches=1.7)
 
 
 def _segmenter(out: Path) -> Path:
     return out / "segmenter-run" / "segmenter" / "weights"
-
-
-def _cell(entry: dict[str, Any] | None, digits: int) -> str:
-    if entry is None:
-        return "-"
-    interval, values = entry["ci95"], entry["of_seeds"]
-    spread = f" {min(values):.{digits}f}-{max(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{entry['value']:.{digits}f}{spread}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def main() -> int:
@@ -189,7 +154,8 @@ def main() -> int:
         },
     }
     write(file, record)
-    draw(args, file.with_suffix(".png"))
+    runs = {OBJECTIVES[n][0].replace(" (shipped)", ""): args.out / "runs" / f"{n}-0" for n in args.objectives}
+    draw_runs(runs, file.with_suffix(".png"))
     return 0
 
 

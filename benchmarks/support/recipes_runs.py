@@ -278,7 +278,8 @@ def _keep_weights(run: Run, scale: Scale) -> None:
 
 
 def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, deadline: float = NEVER) -> bool:
-    """The shard sets and the segmenter, of a phantom where no archive is given; False where time ran out before."""
+    """The shard sets and the segmenter, of a phantom where no archive is given; False where time ran out before. The
+    archive may be a shard set itself, which is linked and has no copy without body."""
     config = data / "data.yaml"
     source = archive or data / "phantom"
     train_patients, val_patients, test_patients = scale.patients
@@ -318,10 +319,14 @@ def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, dead
     }
     write_atomic(config, to_yaml(settings))
     stages = ["prepare", "train-segmenter"] if archive else ["phantom", "prepare", "train-segmenter"]
+    if is_set := archive is not None and (archive / "index.json").is_file():
+        stages = ["train-segmenter"]
+        if not (data / "shards").exists():
+            (data / "shards").symlink_to(archive)
     for stage in stages:
         if not segdiff(stage, config, data / f"{stage}.log", deadline, threads):
             return False
-    if not (data / "shards_without_body" / "index.json").is_file():
+    if not is_set and not (data / "shards_without_body" / "index.json").is_file():
         forget_body(data / "shards", data / "shards_without_body")
     return True
 

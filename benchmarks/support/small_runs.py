@@ -1,15 +1,21 @@
-"""Short trainings of small nets that few_labels.py and cascade.py compare: their settings, FLOPs and table."""
+"""Short trainings of small nets that few_labels.py, cascade.py and models.py compare: settings, FLOPs, results."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_shards.files import write_atomic
+from segdiff_dist.config import to_yaml
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from support.harness import headline, stamp, write
+from support.recipes_figure import draw_gallery
+from support.recipes_runs import segdiff
 
 METRICS = (
     *("dice_either_mask_gen", "dice_mask_gen", "false_positive_rate_mask_gen", "dice_either_mask_real"),
@@ -20,6 +26,13 @@ METRICS = (
 def stopped() -> int:
     print("time is up; the same command goes on from here")
     return 0
+
+
+def stage(work: str, name: str, settings: dict[str, Any], out: Path, deadline: float) -> bool:
+    """`segdiff WORK` with these settings; False if it was stopped."""
+    config = out / f"{name}.yaml"
+    write_atomic(config, to_yaml(settings))
+    return segdiff(work, config, out / f"{name}.log", deadline)
 
 
 def shared_settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -64,22 +77,30 @@ def shared_settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def flops_of(settings: dict[str, Any]) -> float:
-    """FLOPs of a training."""
+    """FLOPs of a training of a denoiser. What it begins from must be trained."""
+    return float(network_of(settings).flops_per_image) * settings["train"]["num_images"]
+
+
+def network_of(settings: dict[str, Any]) -> Any:
+    """The denoiser of these settings, for planning."""
     import torch
 
     from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.cascade import LowerStage
-    from segdiff_dist.denoising.config import DenoiserConfig
+    from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
     from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.denoising.latent_space import LatentSpace
     from segdiff_dist.denoising.network_shapes import denoiser_network
 
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["denoiser"].items()}
     config, shards, run = DenoiserConfig(**given), ShardSet.open([settings["data"]]), Path(settings["run"])
+    passes = DiffusionConfig(**settings.get("diffusion", {})).passes
     base, below = Base.find(config, run), Base.below(config, run)
     lower = None if below is None else LowerStage.open(below.folder)
+    latent = LatentSpace.open(str(config.autoencoder)) if config.space == "latent" else None
     of_base = None if base is None else base.net
-    net = denoiser_network(config, shards, shards.size, torch.device("cpu"), of_base, lower=lower)
-    return float(net.flops_per_image) * settings["train"]["num_images"]
+    cpu = torch.device("cpu")
+    return denoiser_network(config, shards, shards.size, cpu, of_base, latent, passes, lower)
 
 
 def write_table(
@@ -108,3 +129,42 @@ def _cell(entry: dict[str, Any] | None, digits: int) -> str:
         return "-"
     interval = entry["ci95"]
     return f"{entry['value']:.{digits}f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def over_seeds(summaries: Sequence[Mapping[str, Any]], metrics: Sequence[str], group: str = "all") -> dict[str, Any]:
+    """Metrics of evaluations that differ in their seed, as far as all have them; `group`: "all" or a modality.
+
+    `value` is the mean over seeds, `of_seeds` has their values; the interval over patients is that of the first seed.
+    """
+    groups = [s["metrics"] if group == "all" else s["by_modality"].get(group, {}) for s in summaries]
+    found = {}
+    for metric in (m for m in metrics if all(entries.get(m, {}).get("value") is not None for entries in groups)):
+        values = [entries[metric]["value"] for entries in groups]
+        kept = {k: groups[0][metric].get(k) for k in ("ci95", "n", "num_patients")}
+        found[metric] = {"value": float(np.mean(values)), "of_seeds": values, **kept}
+    return found
+
+
+def cell_of_seeds(entry: Mapping[str, Any] | None, digits: int) -> str:
+    """An entry of over_seeds: mean, smallest and largest seed, interval over patients."""
+    if entry is None:
+        return "-"
+    interval, values = entry["ci95"], entry["of_seeds"]
+    spread = f" {min(values):.{digits}f}-{max(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{entry['value']:.{digits}f}{spread}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def draw_runs(runs: Mapping[str, Path], file: Path, cell_inches: float = 1.7) -> None:
+    """Masks, their real images, and the image of each evaluated run; chosen by rule: of each modality, by Dice (mask,
+    pred. gen.) averaged over the runs, those at the quartiles."""
+    from segdiff_dist.evaluation.report.comparison import shared_masks
+    from segdiff_dist.evaluation.report.pictures import Pictures
+
+    pictures = [Pictures.open(run) for run in runs.values()]
+    first = pictures[0]
+    chosen = [items for modality in first.modalities for items in shared_masks(pictures, modality)]
+    columns = [("mask", np.stack([first.mask(items[0]) for items in chosen]))]
+    columns += [("real", np.stack([first.real(items[0]) for items in chosen]))]
+    for k, name in enumerate(runs):
+        columns.append((name, np.stack([pictures[k].generated(items[k]) for items in chosen])))
+    draw_gallery(columns, file, first.label_table.num_classes, cell_inches)

@@ -1,0 +1,71 @@
+"""benchmarks/models.py: that its models are trainings that start, of equal compute, and differ in nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.problems import InputProblems
+from data_shards.store.shards import ShardSet
+from segdiff_dist.config import flatten, to_yaml
+from segdiff_dist.denoising.task import find_problems
+from segdiff_dist.experiment import load_experiment
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+arms: Any = importlib.import_module("support.models_arms")
+models: Any = importlib.import_module("models")
+small_runs: Any = importlib.import_module("support.small_runs")
+
+
+@pytest.fixture
+def args(tmp_path: Path, shapes: Path) -> Any:
+    (tmp_path / "shards").symlink_to(shapes)
+    return models.parse(["--out", str(tmp_path), "--tflops", "0.5", "--masks", "4"])
+
+
+def test_parts_take_their_shares_of_the_flops(args: Any) -> None:
+    assert all(sum(part.share for part in parts) == pytest.approx(1.0) for parts in arms.ALL.values())
+    for model in ("spade", "latent", "cascade"):
+        part = arms.ALL[model][0]  # the others begin from its weights
+        settings = arms.Training(args, model, 0, 1e-3).settings(part)
+        took, of_a_step = (
+            arms.part_flops(part, settings),
+            arms.part_flops(part, settings) / arms.images_in(settings) * 16,
+        )
+        assert abs(took - part.share * 0.5e12) <= 0.51 * of_a_step
+
+
+def test_models_differ_from_concat_in_what_they_are_named_for(args: Any, tmp_path: Path) -> None:
+    shards, by_model = ShardSet.open(tmp_path / "shards"), {}
+    for model, parts in arms.ALL.items():
+        settings = arms.Training(args, model, 0, 1e-3).settings_for(parts[0], 32)
+        (tmp_path / "config.yaml").write_text(to_yaml(settings))
+        experiment = load_experiment(tmp_path / "config.yaml", None)
+        side = experiment.denoiser.low_resolution or 32
+        assert experiment.autoencoder.problems(32) == []
+        assert find_problems(shards, side, experiment.denoiser, experiment.diffusion) == []
+        by_model[model] = flatten(settings)
+    for model, settings in by_model.items():
+        changed = {k.split(".")[0] for k in settings if settings[k] != by_model["concat"].get(k)} - {"run"}
+        assert changed <= {"denoiser", "diffusion", "sample", "autoencoder"}, model
+
+
+def test_slices_of_another_side_or_split_are_refused(args: Any) -> None:
+    args.side = 64
+    with pytest.raises(InputProblems, match="give --side 32"):
+        models.refuse_another_data(args)
+
+
+def test_the_mean_of_seeds_keeps_the_interval_over_patients_of_the_first() -> None:
+    def summary(value: float | None, low: float) -> dict[str, Any]:
+        return {"metrics": {"psnr_db": {"value": value, "ci95": [low, 30.0], "n": 4, "num_patients": 2}}}
+
+    found = small_runs.over_seeds([summary(20.0, 1.0), summary(22.0, 2.0)], ("psnr_db", "ssim"))
+    assert found == {
+        "psnr_db": {"value": 21.0, "of_seeds": [20.0, 22.0], "ci95": [1.0, 30.0], "n": 4, "num_patients": 2}
+    }
+    assert small_runs.over_seeds([summary(20.0, 1.0), summary(None, 2.0)], ("psnr_db",)) == {}
