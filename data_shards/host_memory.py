@@ -96,11 +96,16 @@ def held_bytes(pid: int) -> int:
 
 def rank_share(memory: HostMemory) -> HostMemory:
     """A rank's part, if a launcher has started several on this machine."""
+    ranks = ranks_here()
+    return HostMemory(memory.total // ranks, memory.available // ranks)
+
+
+def ranks_here() -> int:
+    """The ranks that a launcher has started on this machine."""
     # torchrun's name, DeepSpeed's and Slurm's.
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE") if "RANK" in os.environ else ()
     text = next((os.environ[name] for name in names if name in os.environ), "1")
-    ranks = max(1, int(text)) if text.isdecimal() else 1
-    return HostMemory(memory.total // ranks, memory.available // ranks)
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def _machine(proc: Path) -> HostMemory | None:

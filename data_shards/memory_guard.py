@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from data_shards.host_memory import LIMIT, HostMemory, container_memory, held_bytes, own_limit
+from data_shards.host_memory import LIMIT, HostMemory, container_memory, held_bytes, own_limit, ranks_here
 
 _LOOK_S = 0.2
 # What stays free for the other processes of the machine: 1/32 of its memory, within these bounds.
@@ -102,7 +102,7 @@ def is_of_memory(error: BaseException | None) -> bool:
 def _lack(factor: float) -> str:
     """What is lacking, in words; nothing if there is enough. `factor`: of the bytes that stay free."""
     limit = own_limit()
-    if limit is not None and (held := held_bytes(_top())) > limit:
+    if limit is not None and (held := held_bytes(_top())) > limit * (1 - factor / _SHARE):
         return f"this command and its workers hold {_gib(held)}, {LIMIT} allows {_gib(limit)}"
     memory = container_memory(all_cache=True)
     if memory is None or memory.available > factor * _kept_free(memory):
@@ -120,8 +120,7 @@ def _kept_free(memory: HostMemory) -> float:
 
 def _top() -> int:
     """The process whose tree is this command: the launcher of several ranks, else this one."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1") if "RANK" in os.environ else "1"
-    return os.getppid() if ranks.isdecimal() and int(ranks) > 1 else os.getpid()
+    return os.getppid() if ranks_here() > 1 else os.getpid()
 
 
 def _gib(num_bytes: float) -> str:

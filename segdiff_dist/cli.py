@@ -23,6 +23,7 @@ def run(argv: list[str] | None = None) -> int:
     """main() for a process that does nothing else: `segdiff`, `python -m segdiff_dist`, launch/*.py."""
     lean_imports.begin()
     plain_warnings.begin()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in words, not by C++ stack traces
     return main(argv)
 
 
@@ -44,17 +45,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _without_common_flags(args: list[str]) -> tuple[list[str], bool]:
-    """The arguments without the flags that every command has, and whether the result is to be JSON."""
+    """The arguments without the flags that every command has and that of DeepSpeed's launcher, --local_rank; and whether
+    the result is to be JSON."""
     if "--quiet" in args:
         os.environ[QUIET] = "1"
     if "--force" in args:
         os.environ[FORCE] = "1"
-    return [arg for arg in args if arg not in ("--quiet", "--json", "--force")], "--json" in args
+    own = [arg for arg in args if arg not in ("--quiet", "--json", "--force") and not arg.startswith("--local_rank")]
+    return own, "--json" in args
 
 
 def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
     """The plan of the command; None if it only prints something."""
-    args = [a for a in args if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return None

@@ -3,6 +3,7 @@
     mutations    damaged inputs: --kinds nifti tar ..., --number of attempts of each kind
     kills        random kills of stages: --kinds train sample ..., --number of kills in all
     disks        full disks: as kills; needs root
+    nodes        lost nodes of a Ray cluster: as kills
     tour         the README's tour, line by line, at the sizes that it states
     table        the tables of docs/reliability.md, from the record
 
@@ -20,27 +21,29 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from campaign import disks, record, tour
+from campaign import disks, nodes, record, tour
 from campaign.attempts import FAULTS, Tally, run_attempts
 from campaign.inputs import kinds
 from campaign.kills import kill_stages
 
 _PIECE = 50
+_TABLES = {
+    "mutations": record.table_of_mutations,
+    "kills": record.table_of_kills,
+    "nodes": nodes.table,
+    "disks": disks.table,
+    "tour": tour.table,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 if an attempt or a kill of this call was a fault."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it leaves no process
     args = _arguments(argv)
-    mutations, kills = args.out / "mutations.jsonl", args.out / "kills.jsonl"
     if args.what == "table":
-        for file, table in ((mutations, record.table_of_mutations), (kills, record.table_of_kills)):
-            if file.is_file():
-                print(table(record.lines(file)))
-        if (args.out / "disks.jsonl").is_file():
-            print(disks.table(list(record.lines(args.out / "disks.jsonl"))))
-        if (args.out / "tour.jsonl").is_file():
-            print(tour.table(list(record.lines(args.out / "tour.jsonl"))))
+        for name, table in _TABLES.items():
+            if (args.out / f"{name}.jsonl").is_file():
+                print(table(list(record.lines(args.out / f"{name}.jsonl"))))
         return 0
     if args.what == "replay":
         name, number = args.kinds[0], int(args.kinds[1])
@@ -50,16 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * args.budget_minutes
     if args.what == "tour":
         return int(tour.try_tour(args.out, end, 60 * args.line_minutes))
-    if args.what == "disks":
-        return int(disks.fill_disks(args.kinds, args.number, args.seed, end, args.out))
+    if args.what in ("disks", "nodes"):
+        disturb = disks.fill_disks if args.what == "disks" else nodes.lose_nodes
+        return int(disturb(args.kinds, args.number, args.seed, end, args.out))
     is_bad = False
     if args.what in ("mutations", "all"):
         half = end if args.what == "mutations" else time.monotonic() + 30 * args.budget_minutes
         is_bad |= mutate(args.kinds, args.number, args.seed, half, args.out)
-        print(record.table_of_mutations(record.lines(mutations)))
+        print(record.table_of_mutations(record.lines(args.out / "mutations.jsonl")))
     if args.what in ("kills", "all"):
         is_bad |= kill_stages(args.kinds, args.number, args.seed, end, args.out)
-        print(record.table_of_kills(record.lines(kills)))
+        print(record.table_of_kills(record.lines(args.out / "kills.jsonl")))
     return int(is_bad)
 
 
@@ -105,7 +109,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="?", default="all", choices=("all", "mutations", "kills", "disks", "tour", "table", "replay")
+        "what",
+        nargs="?",
+        default="all",
+        choices=("all", "mutations", "kills", "disks", "nodes", "tour", "table", "replay"),
     )
     parser.add_argument("kinds", nargs="*", default=[], help="of inputs or stages; all without")
     parser.add_argument("--number", type=int, default=1000, help="attempts of each kind, or kills in all")

@@ -29,22 +29,24 @@ UNSTABLE = (
 MOST_S = 600.0
 # What became of a restart with exit code 2.
 REFUSED = "refused"
+# Of victims: the command itself.
+COMMAND = "command"
 # Processes that outlive a killed command end by themselves within this time. Ray's agents look for their raylet five
 # times, on an idle machine within 10 s.
 _ENDING_S = 120.0
 
 
 def kill_stages(names: list[str], number: int, seed: int, end: float, out: Path) -> bool:
-    """Up to `number` kills, until `end`. Whether one was a fault. The stages get the same time, so that short ones are
-    killed more often. `names`: as in the table (`sample`, `sample on Ray`)."""
-    chosen = [stage for stage in STAGES if not names or stage.title in names]
+    """Up to `number` kills, until `end`. Whether one was a fault. A stage that takes four times as long is killed half
+    as often. `names`: as in the table (`sample`, `sample on Ray`)."""
+    chosen = [stage for stage in STAGES if stage.is_killed and (not names or stage.title in names)]
     file, is_bad = out / "kills.jsonl", False
     there = [line for line in record.lines(file) if line["seed"] == seed]
     kills = Kills(Path(out).resolve() / "kills")
     try:
         kills.undisturbed(max(chosen, key=STAGES.index))
-        while len(there) < number:
-            spent = {one: sum(line["seconds"] for line in there if line["stage"] == one.title) for one in chosen}
+        while sum(len(line["victims"]) for line in there) < number:
+            spent = {one: sum(line["seconds"] ** 0.5 for line in there if line["stage"] == one.title) for one in chosen}
             stage = min(chosen, key=spent.__getitem__)
             at = sum(line["stage"] == stage.title for line in there)
             found = None
@@ -87,11 +89,11 @@ class Kills:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.before(stage), self.work)
 
-    def start(self, stage: StageRun) -> Command:
-        """The stage's command, in a process with the libraries of all stages."""
+    def start(self, stage: StageRun, ray: str = "local") -> Command:
+        """The stage's command, in a process with the libraries of all stages. `ray`: the address of a cluster."""
         if self._forks is None:
             self._forks = Forks(sorted(self._place.glob("*.modules")), environment())
-        return self._forks.start(stage.arguments(self.work), self._place / "errors.log")
+        return self._forks.start(stage.arguments(self.work, ray), self._place / "errors.log")
 
     def undisturbed(self, last: StageRun) -> None:
         """Every stage up to this one, once, as a command of its own."""
@@ -105,7 +107,7 @@ class Kills:
             self._run_well(stage, (), modules)
             shutil.rmtree(self.after(stage), ignore_errors=True)
             shutil.copytree(self.work, self.after(stage))
-            self.seconds[stage.title] = self._run_well(stage, (modules,))
+            self.seconds[stage.title] = self._run_well(stage, (modules,)) if stage.is_killed else 0.0
             if differing := differences(self.after(stage), self.work):
                 raise RuntimeError(f"{stage.title}, undisturbed, twice: other bytes: {', '.join(differing[:8])}")
             self._times.write_text(yaml.safe_dump(self.seconds))
@@ -124,27 +126,46 @@ class Kills:
 
 
 def kill_once(kills: Kills, stage: StageRun, rng: random.Random) -> dict[str, Any] | None:
-    """One kill, the same command until it ends well, and the comparison. None: the command ended before; the time that
-    it took is then in `kills.seconds`."""
+    """One kill, or one more of the restarted command; the same command until it ends well; and the comparison.
+    None: the command ended before; the time that it took is then in `kills.seconds`."""
     kills.refresh(stage)
-    moment = rng.uniform(0.05, 1.0) * kills.seconds[stage.title]
-    command, begun = kills.start(stage), time.monotonic()
-    code, victim, said = _run_and_kill(command, moment, rng)
-    if victim == "nobody":
-        kills.seconds[stage.title] = time.monotonic() - begun
-        return None
-    found: dict[str, Any] = {"moment_s": round(moment, 2), "victim": victim, "what": "", "outcome": "the same bytes"}
-    if "Traceback" in said:
-        found |= {"outcome": "unclean", "what": f"after the kill: {said[-1200:]}"}
-    elif code is None:
-        found |= {"outcome": "hung", "what": said[-800:]}
-    if code != 0 and found["outcome"] == "the same bytes":
-        found |= restarted(kills.start(stage))
-    if found["outcome"] == REFUSED and not differences(kills.after(stage), kills.work):
-        found |= {"outcome": "the same bytes"}  # an export gets its name when it is complete; a complete one is refused
-    if found["outcome"] == "the same bytes" and (differing := differences(kills.after(stage), kills.work)):
-        found |= {"outcome": "other bytes", "what": ", ".join(differing[:8])}
-    return found | {"exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
+    begun, found, victims, code = time.monotonic(), {}, [], None
+    for _ in range(rng.choice((1, 1, 2))):
+        started, moment = time.monotonic(), drawn_share(rng) * kills.seconds[stage.title]
+        command = kills.start(stage)
+        code, victim, said = _run_and_kill(command, moment, rng)
+        if victim is None and not victims:
+            kills.seconds[stage.title] = time.monotonic() - started
+            return None
+        victims += [] if victim is None else [victim]
+        if "Traceback" in said:
+            found = {"outcome": "unclean", "what": f"after the kill: {said[-1200:]}"}
+        elif code is None:
+            found = {"outcome": "hung", "what": said[-800:]}
+        elif victim is None:
+            found = outcome_of(code, said)
+        if found or code == 0:
+            break
+    if code != 0 and not found:
+        found = restarted(kills.start(stage))
+    found = compared(kills, stage, found)
+    return found | {"victims": victims, "exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def compared(kills: Kills, stage: StageRun, found: dict[str, Any]) -> dict[str, Any]:
+    """The outcome: that which was found, else of the files."""
+    is_refused = found.get("outcome") == REFUSED
+    if found and not is_refused:
+        return found
+    differing = differences(kills.after(stage), kills.work)
+    if not differing:  # an export gets its name when it is complete; a complete one is refused
+        return {"outcome": "the same bytes", "what": ""}
+    return found if is_refused else {"outcome": "other bytes", "what": ", ".join(differing[:8])}
+
+
+def drawn_share(rng: random.Random) -> float:
+    """The moment of a kill, as a share of the command's time: at its start, at its end, or anywhere."""
+    return rng.uniform(*rng.choice(((0.0, 0.15), (0.85, 1.0), (0.0, 1.0))))
 
 
 def restarted(command: Command) -> dict[str, Any]:
@@ -154,22 +175,25 @@ def restarted(command: Command) -> dict[str, Any]:
         with suppress(ProcessLookupError):
             os.killpg(command.pid, signal.SIGKILL)
         return {"outcome": "hung", "what": f"the restarted command did not end: {command.said()[-800:]}"}
+    return outcome_of(code, command.said())
+
+
+def outcome_of(code: int, said: str) -> dict[str, Any]:
+    """Nothing of a restarted command that ended well."""
     if code == 2:
-        return {"outcome": REFUSED, "what": command.said()[-1200:]}
-    if code != 0:
-        return {"outcome": "not restarted", "what": f"exit code {code}: {command.said()[-1200:]}"}
-    return {}
+        return {"outcome": REFUSED, "what": said[-1200:]}
+    return {} if code == 0 else {"outcome": "not restarted", "what": f"exit code {code}: {said[-1200:]}"}
 
 
-def _run_and_kill(command: Command, moment: float, rng: random.Random) -> tuple[int | None, str, str]:
-    """Exit code, None where it hung; who was killed; and the error stream. No process is left."""
-    victim, children = "nobody", []
+def _run_and_kill(command: Command, moment: float, rng: random.Random) -> tuple[int | None, str | None, str]:
+    """Exit code, None where it hung; who was killed, if one was; and the error stream. No process is left."""
+    victim, children = None, []
     if command.wait(moment) is None:
         with suppress(psutil.Error, ProcessLookupError):
             there = psutil.Process(command.pid)
             children = there.children(recursive=True)
-            chosen = rng.choice([there, *children])
-            name = "command" if chosen == there else _name(chosen)
+            chosen = rng.choice(children) if children and rng.random() < 0.6 else there
+            name = COMMAND if chosen == there else _name(chosen)
             if chosen.status() != psutil.STATUS_ZOMBIE:
                 chosen.kill()
                 victim = name

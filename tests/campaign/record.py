@@ -63,13 +63,14 @@ KILL_OUTCOMES = ("the same bytes", "other bytes", "unclean", "hung", "refused", 
 
 
 def table_of_kills(rows: Iterable[dict[str, Any]]) -> str:
-    """A row a stage."""
+    """A row a stage. A command that was killed, restarted and killed again is two kills and one outcome."""
     counts: dict[str, Counter[str]] = {}
     for line in rows:
-        key = "child killed" if line["victim"] != "command" else "command killed"
-        counts.setdefault(line["stage"], Counter()).update([line["outcome"], key])
+        count = counts.setdefault(line["stage"], Counter())
+        count.update("command killed" if victim == "command" else "child killed" for victim in line["victims"])
+        count.update(["runs", line["outcome"]])
     total: Counter[str] = sum(counts.values(), Counter())
-    columns = ("command killed", "child killed", *KILL_OUTCOMES)
+    columns = ("command killed", "child killed", "runs", *KILL_OUTCOMES)
     found = [["stage", "kills", *columns]]
     for name, one in [*counts.items(), ("all", total)]:
         killed = one["command killed"] + one["child killed"]

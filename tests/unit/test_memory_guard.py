@@ -30,6 +30,36 @@ raise SystemExit(status.code)
 """
 
 
+# Two ranks, of which the second holds the memory, and what started them.
+_RANKS = """
+import os, subprocess, sys, time
+from data_shards.memory_guard import guarded
+from segdiff_dist.exit_status import ExitStatus
+
+def start(*arguments, **values):
+    return subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[1], *arguments], env={**os.environ, **values})
+
+if len(sys.argv) == 2:
+    second, first = (start("", RANK=rank, LOCAL_RANK=rank) for rank in "10")
+    code = first.wait()
+    second.kill()
+    raise SystemExit(code)
+held = bytearray(200_000_000 * int(os.environ["RANK"]))
+with ExitStatus() as status, guarded("train", "--train.micro-batch-size") as status.guard:
+    time.sleep(30)
+raise SystemExit(status.code)
+"""
+
+
+def test_what_the_ranks_of_a_machine_hold_counts_together() -> None:
+    # As DeepSpeed's launcher says it.
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), LIMIT: "0.2", "LOCAL_SIZE": "2"}
+    command = [sys.executable, "-c", _RANKS, _RANKS]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.startswith("error: train: stopped before memory runs out: this command and its workers hold 0.")
+
+
 @pytest.mark.parametrize("grow", ["bytearray(4_000_000)", "sorted(range(2_000_000), key=lambda one: -one)"])
 def test_a_command_stops_by_itself_and_says_what_to_lower(grow: str) -> None:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), LIMIT: "0.25"}

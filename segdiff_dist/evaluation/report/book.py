@@ -36,7 +36,9 @@ class Book:
         """A book in the file `path`."""
         from matplotlib.backends.backend_pdf import PdfPages
 
-        with PdfPages(path, metadata={"Title": title, "Creator": "segdiff report"}) as pages:
+        # Without a date, the same numbers make the same file.
+        metadata = {"Title": title, "Creator": "segdiff report", "CreationDate": None}
+        with PdfPages(path, metadata=metadata) as pages:
             yield cls(pages)
 
     def figure(self, canvas: Canvas, figure: Figure) -> None:

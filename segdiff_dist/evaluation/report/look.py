@@ -92,8 +92,9 @@ def close(canvas: Canvas) -> None:
 
 
 def save_vector(canvas: Canvas, path: Path) -> None:
-    """Write it as PDF; the canvas may be drawn on further."""
-    canvas.savefig(path, format="pdf", dpi=VECTOR_DPI, bbox_inches="tight", pad_inches=0.05, metadata={"Creator": None})
+    """Write it as PDF, without a date; the canvas may be drawn on further."""
+    undated = {"Creator": None, "CreationDate": None}
+    canvas.savefig(path, format="pdf", dpi=VECTOR_DPI, bbox_inches="tight", pad_inches=0.05, metadata=undated)
 
 
 def plain(text: str) -> str:
