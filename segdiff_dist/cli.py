@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _without_common_flags(args: list[str]) -> tuple[list[str], bool]:
-    """The arguments without the flags that every command has and that of DeepSpeed's launcher, --local_rank; and whether
-    the result is to be JSON."""
+    """The arguments without the flags that every command has, or that DeepSpeed's launcher adds (--local_rank); and
+    whether the result is to be JSON."""
     if "--quiet" in args:
         os.environ[QUIET] = "1"
     if "--force" in args:
