@@ -37,6 +37,7 @@ from diffusers.models.controlnets.controlnet import (  # noqa: E402
     ControlNetConditioningEmbedding,
     zero_module,
 )
+from diffusers.models.downsampling import Downsample2D  # noqa: E402
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 from diffusers.models.unets import unet_2d_blocks as blocks  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "ControlNetConditioningEmbedding",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
+    "Downsample2D",
     "ModelMixin",
     "ResnetBlock2D",
     "TimestepEmbedding",

@@ -227,8 +227,8 @@ def _group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
 
 
 def _skip_group_norm_silu(args: Sequence[Any], result: Any) -> Tally:
-    x_NCHW, skip_NCHW, weight_C, bias_C, *partials = args[:6]
-    return _norm([x_NCHW, skip_NCHW], partials, (weight_C, bias_C), result)
+    x_NCHW, skip_NCHW, *affine = args[:6]
+    return _norm([x_NCHW, skip_NCHW], args[6:8], affine, result)
 
 
 def _skip_group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:

@@ -46,10 +46,12 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     partials_ptr,
     skip_partials_ptr,
     shift_ptr,
+    skip_shift_ptr,
     statistics_ptr,
     HW,
     S,
     shift_stride,
+    skip_shift_stride,
     eps,
     C1: tl.constexpr,
     C2: tl.constexpr,
@@ -94,7 +96,12 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
     shift_GK = tl.zeros_like(pivot_GK)
     if shift_ptr is not None:
-        shift_GK = tl.load(shift_ptr + n * shift_stride + c_GK, mask=exists_GK, other=0.0).to(tl.float32)
+        keep_GK = exists_GK & (c_GK < C1)
+        shift_GK += tl.load(shift_ptr + n * shift_stride + c_GK, mask=keep_GK, other=0.0).to(tl.float32)
+    if skip_shift_ptr is not None:
+        keep_GK = exists_GK & (c_GK >= C1)
+        c_GK_of_skip = n * skip_shift_stride + c_GK - C1
+        shift_GK += tl.load(skip_shift_ptr + c_GK_of_skip, mask=keep_GK, other=0.0).to(tl.float32)
     # From here on means are counted from the group's first pivot.
     is_first_1K = tl.arange(0, BLOCK_K)[None, :] == 0
     pivot_G1 = tl.sum(tl.where(is_first_1K, pivot_GK, 0.0), axis=1)[:, None]
@@ -226,6 +233,7 @@ def launch_forward(
     num_groups: int,
     eps: float,
     shift_NC: Tensor | None,
+    skip_shift_NC: Tensor | None,
     silu: bool,
     partials_NS2C: Tensor | None,
     skip_partials_NS2C: Tensor | None,
@@ -245,10 +253,12 @@ def launch_forward(
         partials_NS2C,
         skip_partials_NS2C,
         shift_NC,
+        skip_shift_NC,
         statistics_N4C,
         h * w,
         slices,
         0 if shift_NC is None else shift_NC.stride(0),
+        0 if skip_shift_NC is None else skip_shift_NC.stride(0),
         eps,
         C1=c1,
         C2=c2,
@@ -296,12 +306,13 @@ def compile_cases() -> list[CompileCase]:
 def _compile_cases(c1: int, c2: int, pixels: int, dtype: torch.dtype, *, per_sample: bool = False) -> list[CompileCase]:
     x, name = f"*{TRITON_NAME[dtype]}", f"C={c1}+{c2} {pixels} pixels {TRITON_NAME[dtype]}"
     name += " per sample" * per_sample
-    absent = () if c2 else ("skip_partials_ptr",)
-    merged = ["partials_ptr", "shift_ptr", "statistics_ptr", *(["skip_partials_ptr"] if c2 else [])]
+    absent = () if c2 else ("skip_partials_ptr", "skip_shift_ptr")
+    merged = ["partials_ptr", "shift_ptr", "statistics_ptr", *(["skip_partials_ptr", "skip_shift_ptr"] if c2 else [])]
+    strides = ("shift_stride", "skip_shift_stride")
     merge = CompileCase(
         name=f"group_norm_silu/merge {name}",
         function=merge_kernel,
-        signature={**dict.fromkeys(merged, "*fp32"), "HW": "i32", "S": "i32", "shift_stride": "i32", "eps": "fp32"},
+        signature={**dict.fromkeys(merged, "*fp32"), **dict.fromkeys(("HW", "S", *strides), "i32"), "eps": "fp32"},
         constants={
             **dict.fromkeys(absent),
             **{"C1": c1, "C2": c2, "K": (c1 + c2) // 32, "P": slice_pixels(pixels)},

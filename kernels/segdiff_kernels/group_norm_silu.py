@@ -45,11 +45,7 @@ def group_norm_silu(
     check_channels_last(_NAME, "x_NCHW", x_NCHW)
     check_dtype(_NAME, "x_NCHW", x_NCHW, FLOATS)
     check_affine(_NAME, x_NCHW.shape[1], weight_C, bias_C, num_groups, eps, num_samples=x_NCHW.shape[0])
-    if shift_NC is not None:
-        check_dtype(_NAME, "shift_NC", shift_NC, FLOATS)
-        check_shape(_NAME, "shift_NC", shift_NC, x_NCHW.shape[:2])
-        if shift_NC.stride(1) != 1:
-            shift_NC = shift_NC.contiguous()
+    shift_NC = checked_shift(_NAME, "shift_NC", shift_NC, x_NCHW)
     if partials is not None:
         check_partials(_NAME, "partials", partials, x_NCHW)
     check_same_device(_NAME, x_NCHW=x_NCHW, weight_C=weight_C, bias_C=bias_C, shift_NC=shift_NC, partials=partials)
@@ -105,6 +101,15 @@ def check_affine(
         raise refuse(kernel, "eps", eps, "a number above 0")
 
 
+def checked_shift(kernel: str, argument: str, shift_NC: Tensor | None, x_NCHW: Tensor) -> Tensor | None:
+    """The shift with rows of adjacent channels. Raises ValueError unless it can be added to `x_NCHW`."""
+    if shift_NC is None:
+        return None
+    check_dtype(kernel, argument, shift_NC, FLOATS)
+    check_shape(kernel, argument, shift_NC, x_NCHW.shape[:2])
+    return shift_NC if shift_NC.stride(1) == 1 else shift_NC.contiguous()
+
+
 def refuse_without_triton(kernel: str, device: torch.device) -> None:
     """Raises ValueError if Triton's kernels cannot run; called by the operators, which tracing does not enter."""
     if reason := why_not_triton(device):
@@ -127,7 +132,9 @@ def forward_op(
     from segdiff_kernels._norm_triton import launch_forward
 
     with torch.cuda.device_of(x_NCHW):
-        return launch_forward(x_NCHW, None, weight_C, bias_C, num_groups, eps, shift_NC, silu, partials_NS2C, None)
+        return launch_forward(
+            x_NCHW, None, weight_C, bias_C, num_groups, eps, shift_NC, None, silu, partials_NS2C, None
+        )
 
 
 @forward_op.register_fake

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from segdiff_kernels.checks import FLOATS, check_channels_last, check_dtype, check_same_device, check_shape
-from segdiff_kernels.group_norm_silu import check_affine, group_norm_silu_reference, refuse_without_triton
+from segdiff_kernels.group_norm_silu import (
+    check_affine,
+    checked_shift,
+    group_norm_silu_reference,
+    refuse_without_triton,
+)
 from segdiff_kernels.partials import check_partials
 
 _NAME = "skip_group_norm_silu"
@@ -27,15 +32,17 @@ def skip_group_norm_silu(
     eps: float = 1e-5,
     *,
     silu: bool = True,
+    shift_NC: Tensor | None = None,
+    skip_shift_NC: Tensor | None = None,
     partials: Tensor | None = None,
     skip_partials: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
     """SiLU(GroupNorm(cat(x, skip))) as y [N, C, H, W] of x's dtype, channels-last; groups may straddle the border.
 
-    x and skip of one dtype, float32, bfloat16 or float16; weight and bias any of these. silu, partials (of x and of
-    skip) and fork as in group_norm_silu; fork=True: (y, x, skip); the gradients of both are added to dx and dskip in
-    the same pass. Raises a ValueError that names the argument for any other input.
+    x and skip of one dtype, float32, bfloat16 or float16; weight and bias any of these. silu, shift and partials
+    (of x and of skip) and fork as in group_norm_silu; fork=True: (y, x, skip); the gradients of both are added to dx
+    and dskip in the same pass. Raises a ValueError that names the argument for any other input.
     """
     for argument, tensor in (("x_NCHW", x_NCHW), ("skip_NCHW", skip_NCHW)):
         check_channels_last(_NAME, argument, tensor)
@@ -45,6 +52,8 @@ def skip_group_norm_silu(
     check_shape(_NAME, "skip_NCHW", skip_NCHW, (n, c2, h, w))
     check_dtype(_NAME, "skip_NCHW", skip_NCHW, (x_NCHW.dtype,))
     check_affine(_NAME, c1 + c2, weight_C, bias_C, num_groups, eps)
+    shift_NC = checked_shift(_NAME, "shift_NC", shift_NC, x_NCHW)
+    skip_shift_NC = checked_shift(_NAME, "skip_shift_NC", skip_shift_NC, skip_NCHW)
     if partials is not None:
         check_partials(_NAME, "partials", partials, x_NCHW)
     if skip_partials is not None:
@@ -55,10 +64,13 @@ def skip_group_norm_silu(
         skip_NCHW=skip_NCHW,
         weight_C=weight_C,
         bias_C=bias_C,
+        shift_NC=shift_NC,
+        skip_shift_NC=skip_shift_NC,
         partials=partials,
         skip_partials=skip_partials,
     )
-    arguments = (x_NCHW, skip_NCHW, weight_C, bias_C, partials, skip_partials, num_groups, eps, silu)
+    given = (x_NCHW, skip_NCHW, weight_C, bias_C, shift_NC, skip_shift_NC, partials, skip_partials)
+    arguments = (*given, num_groups, eps, silu)
     return _Fork.apply(*arguments) if fork else forward_op(*arguments)[0]
 
 
@@ -71,8 +83,14 @@ def skip_group_norm_silu_reference(
     eps: float = 1e-5,
     *,
     silu: bool = True,
+    shift_NC: Tensor | None = None,
+    skip_shift_NC: Tensor | None = None,
 ) -> Tensor:
     """The same by torch, with the concatenation, in x's dtype, on any device and in any layout."""
+    if shift_NC is not None:
+        x_NCHW = x_NCHW + shift_NC.to(x_NCHW.dtype)[:, :, None, None]
+    if skip_shift_NC is not None:
+        skip_NCHW = skip_NCHW + skip_shift_NC.to(x_NCHW.dtype)[:, :, None, None]
     both_NCHW = torch.cat((x_NCHW, skip_NCHW), dim=1)
     return group_norm_silu_reference(both_NCHW, weight_C, bias_C, num_groups, eps, silu=silu)
 
@@ -83,6 +101,8 @@ def forward_op(
     skip_NCHW: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
+    shift_NC: Tensor | None,
+    skip_shift_NC: Tensor | None,
     partials_NS2C: Tensor | None,
     skip_partials_NS2C: Tensor | None,
     num_groups: int,
@@ -95,7 +115,8 @@ def forward_op(
 
     with torch.cuda.device_of(x_NCHW):
         return launch_forward(
-            x_NCHW, skip_NCHW, weight_C, bias_C, num_groups, eps, None, silu, partials_NS2C, skip_partials_NS2C
+            *(x_NCHW, skip_NCHW, weight_C, bias_C, num_groups, eps, shift_NC, skip_shift_NC),
+            *(silu, partials_NS2C, skip_partials_NS2C),
         )
 
 
@@ -105,6 +126,8 @@ def _(
     skip_NCHW: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
+    shift_NC: Tensor | None,
+    skip_shift_NC: Tensor | None,
     partials_NS2C: Tensor | None,
     skip_partials_NS2C: Tensor | None,
     num_groups: int,
@@ -127,20 +150,23 @@ def backward_op(
     weight_C: Tensor,
     bias_C: Tensor,
     statistics_N4C: Tensor,
+    shift_dtype: torch.dtype | None,
     num_groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx + residual, dskip + skip_residual, dweight, dbias): three launches."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx + residual, dskip + skip_residual, dweight, dbias, dshift of both [N, C1 + C2], empty without a shift): three
+    launches."""
     refuse_without_triton(_NAME, x_NCHW.device)
     from segdiff_kernels._norm_backward_triton import launch_backward
 
     residuals = (residual_NCHW, skip_residual_NCHW)
     with torch.cuda.device_of(x_NCHW):
-        dx_NCHW, dskip_NCHW, dweight_C, dbias_C, _ = launch_backward(
-            dy_NCHW, x_NCHW, skip_NCHW, weight_C, bias_C, statistics_N4C, num_groups, None, silu, *residuals
+        dx_NCHW, dskip_NCHW, dweight_C, dbias_C, dshift_NC = launch_backward(
+            dy_NCHW, x_NCHW, skip_NCHW, weight_C, bias_C, statistics_N4C, num_groups, shift_dtype, silu, *residuals
         )
     assert dskip_NCHW is not None
-    return dx_NCHW, dskip_NCHW, dweight_C, dbias_C
+    empty = statistics_N4C.new_empty(0)
+    return dx_NCHW, dskip_NCHW, dweight_C, dbias_C, empty if dshift_NC is None else dshift_NC
 
 
 @backward_op.register_fake
@@ -153,27 +179,39 @@ def _(
     weight_C: Tensor,
     bias_C: Tensor,
     statistics_N4C: Tensor,
+    shift_dtype: torch.dtype | None,
     num_groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
     dskip_NCHW = torch.empty_like(skip_NCHW, memory_format=torch.channels_last)
-    return dx_NCHW, dskip_NCHW, torch.empty_like(weight_C), torch.empty_like(bias_C)
+    dshift_NC = statistics_N4C.new_empty(0)
+    if shift_dtype is not None:
+        dshift_NC = statistics_N4C.new_empty((len(x_NCHW), len(weight_C)), dtype=shift_dtype)
+    return dx_NCHW, dskip_NCHW, torch.empty_like(weight_C), torch.empty_like(bias_C), dshift_NC
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
-    *tensors, _, _, ctx.num_groups, _, ctx.silu = inputs
+    *tensors, shift_NC, skip_shift_NC, _, _, ctx.num_groups, _, ctx.silu = inputs
+    ctx.shift_dtypes = [None if shift is None else shift.dtype for shift in (shift_NC, skip_shift_NC)]
     ctx.save_for_backward(*tensors, statistics_N4C)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the nine inputs; the residuals are the gradients that go round the norm, to x and to skip."""
+    """Gradients of the eleven inputs; the residuals are the gradients that go round the norm, to x and to skip."""
     if dy_NCHW is None:
-        return (*residuals, *[None] * 7)
+        return (*residuals, *[None] * 9)
     dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
     whole = [r if r is None else r.contiguous(memory_format=torch.channels_last) for r in residuals]
-    return (*backward_op(dy_NCHW, *whole, *ctx.saved_tensors, ctx.num_groups, ctx.silu), *[None] * 5)
+    saved, dtypes = ctx.saved_tensors, ctx.shift_dtypes
+    shift_dtype = next((dtype for dtype in dtypes if dtype is not None), None)
+    *found, dshift_NC = backward_op(dy_NCHW, *whole, *saved, shift_dtype, ctx.num_groups, ctx.silu)
+    dshifts: list[Tensor | None] = [None, None]
+    if shift_dtype is not None:
+        of_both = dshift_NC.split([saved[0].shape[1], saved[1].shape[1]], dim=1)
+        dshifts = [None if dtype is None else part.to(dtype) for part, dtype in zip(of_both, dtypes, strict=True)]
+    return (*found, *dshifts, *[None] * 5)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

