@@ -2,6 +2,8 @@
 is built.
 
     FOLDER/digests.json     CRC-32C and bytes of the files that make the net; older folders have none
+
+Weights are safetensors, or a .pt of tensors alone: torch reads it without running what is in it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Net = TypeVar("Net", bound="nn.Module")
 
 DIGESTS = "digests.json"
+# All weights of a net in one file, as a MONAI bundle has them.
+MODEL_FILE = "model.pt"
 # A folder is replaced file by file, quickly; a reader tries again before it reports damage.
 _LOOKS, PAUSE_S = 5, 0.2
 
@@ -82,26 +86,26 @@ def read_weights(files: Iterable[tuple[str, Path]], make: Callable[[], Net], wha
     The net is built without memory first: a few bytes of a description can ask for more than a machine has. Raises
     InputProblems: files that cannot be read, another net's, values that are not finite.
     """
+    from pickle import UnpicklingError
+
     import torch
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
 
     files = list(files)
     where = files[0][1].parent
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for prefix, file in files:
-            with safe_open(file, "pt") as opened:
-                shapes |= {f"{prefix}{key}": tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            shapes |= {f"{prefix}{key}": shape for key, shape in _shapes(file).items()}
         with reading(where, "the description of a net", remedy, what), torch.device("meta"):
             expected = {name: tuple(value.shape) for name, value in make().state_dict().items()}
         refuse(_differences(where, what, shapes, expected, remedy))
         net = make()
         weights: dict[str, Tensor] = {}
         for prefix, file in files:
-            weights |= {f"{prefix}{key}": value for key, value in load_file(file).items()}
+            weights |= {f"{prefix}{key}": value for key, value in _tensors(file).items()}
         net.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
         if isinstance(error, InputProblems):
             raise
         raise problem(where, what, f"cannot be read: {first_line(error)}", remedy) from error
@@ -109,6 +113,28 @@ def read_weights(files: Iterable[tuple[str, Path]], make: Callable[[], Net], wha
     if spoilt:
         raise problem(where, what, f"not finite, as {spoilt[0]}", "use another average or checkpoint")
     return net
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of a file's tensors; of safetensors without reading them."""
+    from safetensors import safe_open
+
+    if file.suffix == ".pt":
+        return {key: tuple(value.shape) for key, value in _tensors(file).items()}
+    with safe_open(file, "pt") as opened:
+        return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    import torch
+    from safetensors.torch import load_file
+
+    if file.suffix != ".pt":
+        return load_file(file)
+    found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{file.name} is not a dictionary of tensors")
+    return found
 
 
 def _differences(

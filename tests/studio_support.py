@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,20 @@ def page_of(
     context.close()
     assert [one for one in asked if not one.startswith((url, "data:", "blob:"))] == []
     assert [one for one in faults if not one.startswith(_REFUSED)] == []
+
+
+def drop(page: Page, files: Mapping[str, bytes]) -> None:
+    """Drop files on the drawn mask."""
+    held = page.evaluate_handle(
+        """files => {
+             const held = new DataTransfer();
+             const bytes = (text) => Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+             for (const [name, text] of files) held.items.add(new File([bytes(text)], name));
+             return held;
+           }""",
+        [[name, base64.b64encode(content).decode()] for name, content in files.items()],
+    )
+    page.dispatch_event("#mask-canvas", "drop", {"dataTransfer": held})
 
 
 def open_page(page: Page, url: str) -> None:

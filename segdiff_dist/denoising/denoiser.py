@@ -36,7 +36,7 @@ from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.dropout import use_dropout
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
-from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
+from segdiff_dist.weight_files import MODEL_FILE, read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
 if TYPE_CHECKING:
@@ -334,6 +334,8 @@ class Denoiser(nn.Module):
             files.append(("", folder / "mask_encoder.safetensors"))
         if base is not None:
             files.append((_CONTROL, folder / _CONTROL_FILE))
+        if (folder / MODEL_FILE).is_file():
+            files = [("", folder / MODEL_FILE)]
         make = partial(cls, config, table, size, modalities, base, latent=latent, lower=lower)
         model = read_weights(files, make, "weights", remedy).eval()
         if lower is not None:

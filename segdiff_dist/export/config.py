@@ -21,11 +21,12 @@ class ExportConfig:
     """How a run's samples, or its model, are exported."""
 
     format: Annotated[
-        Result[Literal["nnunet", "nifti", "png", "dicom", "shards", "pipeline"]], tyro.conf.arg(aliases=["--format"])
+        Result[Literal["nnunet", "nifti", "png", "dicom", "shards", "pipeline", "monai"]],
+        tyro.conf.arg(aliases=["--format"]),
     ] = "nnunet"
     """nnunet: a raw data set of nnU-Net v2. nifti, png: pairs of files. dicom: a series for each image, and a SEG
-    of its mask (extra `dicom`). shards: a set that `segdiff train` reads. pipeline: the model itself, as a diffusers
-    folder."""
+    of its mask (extra `dicom`). shards: a set that `segdiff train` reads. pipeline, monai: the model itself, as a
+    diffusers folder or a MONAI bundle."""
     samples: Result[Path | None] = None
     """The folder of the images. null: RUN/samples."""
     modality: Annotated[Result[Modality | None], tyro.conf.arg(aliases=["--modality"])] = None
@@ -45,17 +46,22 @@ class ExportConfig:
     codec: Result[Codec] = "raw"
     """shards: how the tars store images."""
     weights: Result[str] = "ema"
-    """pipeline: the folder under RUN/weights. ema is the first of train.ema_lengths."""
+    """pipeline, monai: the folder under RUN/weights. ema is the first of train.ema_lengths."""
     precision: ResultWhereSet[Literal["fp32", "bf16"]] = "fp32"
-    """pipeline: of the stored weights. bf16 halves the files, and rounds the weights to 8 bits."""
+    """pipeline, monai: of the stored weights. bf16 halves the files, and rounds the weights to 8 bits."""
     segmenter: ResultWhereSet[bool] = False
-    """pipeline: add RUN/segmenter/weights, the auxiliary segmenter."""
+    """pipeline, monai: add RUN/segmenter/weights, the auxiliary segmenter."""
     about: ResultWhereSet[Path | None] = None
-    """pipeline: a Markdown file that the model card begins with: what the model is for, and what was measured."""
+    """pipeline, monai: a Markdown file that the model card begins with: what the model is for, what was measured."""
     data_licence: ResultWhereSet[str | None] = None
-    """pipeline: the licence of the training data, as the model card is to say it."""
+    """pipeline, monai: the licence of the training data, as the model card is to say it."""
     picture: ResultWhereSet[bool] = True
-    """pipeline: gallery.png, with masks and images of RUN/samples. Off, if their masks may not be shown."""
+    """pipeline, monai: gallery.png, with masks and images of RUN/samples. Off, if their masks may not be shown."""
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the model is exported, not images."""
+        return self.format in ("pipeline", "monai")
 
     @property
     def writes_values(self) -> bool:

@@ -136,17 +136,18 @@ class ModelExport:
     sampler: SamplerConfig
     num_bytes: int
     extras: Extras
+    is_bundle: bool = False
     lines: tuple[str, ...] = ()
 
     def write(self) -> None:
         """Write the folder, under the lock of `at_work`."""
-        from segdiff_dist.pipeline import write_pipeline
+        from segdiff_dist.pipeline import write_bundle, write_pipeline
 
-        out = self.out
+        out, write = self.out, write_bundle if self.is_bundle else write_pipeline
         with saying_when_full(out):
             refuse(out_problems(out))  # another command may have written there since the check
             with new_folder(out) as unfinished:
-                write_pipeline(self.weights, unfinished, self.diffusion, self.sampler, self.extras)
+                write(self.weights, unfinished, self.diffusion, self.sampler, self.extras)
 
 
 def check_model(

@@ -19,7 +19,7 @@ from segdiff_dist.experiment import CONFIG_FILE, load_experiment
 from segdiff_dist.export.model_set import ModelSet
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
 from segdiff_dist.painting.places import STARTER, kind_of_folder, model_folder
-from segdiff_dist.pipeline import DESCRIPTION, UNET, SegGuidedPipeline
+from segdiff_dist.pipeline import SegGuidedPipeline, description_of, net_of
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.ranks.precision import Precision, settled
 from segdiff_dist.sampling.weights import weights_digest
@@ -90,8 +90,8 @@ def open_model(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> Model:
-    """The model that `given` names: a run folder, an exported pipeline, a folder under RUN/weights, a URL, a Hugging
-    Face name; None: the model of the package.
+    """The model that `given` names: a run folder, an exported pipeline or MONAI bundle, a folder under RUN/weights, a
+    URL, a Hugging Face name; None: the model of the package.
 
     `digest`: what the sha256 of its weights must be. Raises InputProblems.
     """
@@ -100,7 +100,7 @@ def open_model(
     options = {"device": device, "precision": settled(precision, pick_device(device))}
     kind = kind_of_folder(folder)
     if kind == "pipeline":
-        weights, model = folder / UNET, _of_pipeline(folder, name, options)
+        weights, model = net_of(folder), _of_pipeline(folder, name, options)
     elif kind == "run":
         weights, model = _of_run(folder, name, options)
     else:
@@ -113,7 +113,7 @@ def open_model(
 
 def _of_pipeline(folder: Path, name: str, options: dict[str, Any]) -> Model:
     pipeline = SegGuidedPipeline.from_pretrained(folder, **options)
-    said = read_json(folder / DESCRIPTION, "copy the folder again")
+    said = read_json(description_of(folder), "copy the folder again")
     preprocessing = said.get("preprocessing")
     if not isinstance(preprocessing, dict):
         preprocessing = _usual(pipeline, name)

@@ -51,8 +51,9 @@ def model_folder(given: str | Path | None) -> Path:
 
 
 def kind_of_folder(folder: Path) -> Literal["pipeline", "run", "weights"]:
-    """What a model's folder is, by the files in it; nothing heavy is loaded. Raises InputProblems."""
-    if (folder / "unet" / "segdiff.json").is_file():
+    """What a model's folder is, by the files in it; nothing heavy is loaded; a MONAI bundle counts as a pipeline.
+    Raises InputProblems."""
+    if any((folder / name / "segdiff.json").is_file() for name in ("unet", "configs")):
         return "pipeline"
     if (folder / "weights").is_dir():
         return "run"

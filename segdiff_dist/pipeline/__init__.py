@@ -8,12 +8,15 @@ FOLDER/unet/low_resolution/       of a cascade: the denoiser of the stage below,
 FOLDER/scheduler/                 diffusers' scheduler of the process that it was trained on
 FOLDER/segdiff.json               schedule and sampler settings
 FOLDER/README.md, gallery.png     the model card; masks and synthetic images, if the run has samples
+
+monai_bundle.py writes the same model as a MONAI bundle.
 """
 
 from segdiff_dist.pipeline.card import CardParts
-from segdiff_dist.pipeline.description import DESCRIPTION, PICTURE, SEGMENTER, UNET
+from segdiff_dist.pipeline.description import DESCRIPTION, PICTURE, SEGMENTER, UNET, description_of, net_of
 from segdiff_dist.pipeline.folder import Extras, pipeline_problems, scheduler_of, write_pipeline
 from segdiff_dist.pipeline.model import SegGuidedPipeline, SliceKey
+from segdiff_dist.pipeline.monai_bundle import write_bundle
 
 __all__ = [
     "DESCRIPTION",
@@ -24,7 +27,10 @@ __all__ = [
     "Extras",
     "SegGuidedPipeline",
     "SliceKey",
+    "description_of",
+    "net_of",
     "pipeline_problems",
     "scheduler_of",
+    "write_bundle",
     "write_pipeline",
 ]

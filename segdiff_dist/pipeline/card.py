@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from segdiff_dist.pipeline.description import DESCRIPTION
 class CardParts:
     """What the exporting command knows, each part None if it does not. `about`: the card's first part. `measured`: a
     section with numbers. `data_digest`: of the shard set of the training. `data_licence`: as the exporting person says.
-    `picture`: the name of a file."""
+    `picture`: the name of a file. `use`: how the model is used, if it is no pipeline of diffusers."""
 
     about: str | None = None
     measured: str | None = None
     data_digest: str | None = None
     data_licence: str | None = None
     picture: str | None = None
+    use: str | None = None
 
 
-def _process_words(process: dict[str, Any]) -> str:
+def _process_words(process: Mapping[str, Any]) -> str:
     objective = process.get("objective", "ddpm")
     if objective == "edm":
         return f"EDM's preconditioning with sigma_data {process['sigma_data']:g}, continuous noise levels"
@@ -46,7 +48,7 @@ def _guidance_words(sampler: SamplerConfig) -> str:
     return f", guidance {sampler.guidance:g}{where}"
 
 
-def card(description: dict[str, Any], process: dict[str, Any], sampler: SamplerConfig, parts: CardParts) -> str:
+def card(description: Mapping[str, Any], process: Mapping[str, Any], sampler: SamplerConfig, parts: CardParts) -> str:
     """The card of a net whose segdiff.json is `description`, trained on this process."""
     size, table, net = description["size"], description["label_table"], description["denoiser"]
     known = known_modalities(description, Path(DESCRIPTION))
@@ -59,8 +61,9 @@ def card(description: dict[str, Any], process: dict[str, Any], sampler: SamplerC
     )
     if net["conditioning"] == "none":
         reads = "no mask, so the image does not follow it"
+    use = parts.use or f"{_use(size, known[-1])}\n{_network_alone(net)}"
     return f"""---
-library_name: diffusers
+library_name: {"diffusers" if parts.use is None else "monai"}
 pipeline_tag: image-to-image
 tags: [medical, ct, mr, synthetic, segmentation-guided-diffusion, segdiff]
 ---
@@ -70,8 +73,7 @@ tags: [medical, ct, mr, synthetic, segmentation-guided-diffusion, segdiff]
 **Its images are synthetic.** Generates the {modalities} slice that belongs to a label mask.
 The network reads {reads}.
 
-{_use(size, known[-1])}
-{_network_alone(net)}
+{use}
 {_picture(parts.picture)}
 ## How it is sampled
 

@@ -1,4 +1,4 @@
-"""What a pipeline's folder says of its model: names of files, the process of its training, its sampler."""
+"""What a pipeline's folder or a MONAI bundle says of its model: names of files, process of the training, sampler."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ DESCRIPTION, INDEX, CARD, PICTURE = "segdiff.json", "model_index.json", "README.
 # The file that diffusers runs to get the class of the pipeline.
 CODE, CLASS_NAME = "pipeline.py", "SegGuidedDiffusionPipeline"
 RESTORE = "copy the folder again from where it was written"
+# Of a MONAI bundle (docs/source/mb_specification.rst of MONAI).
+BUNDLE_CONFIGS, BUNDLE_MODELS, BUNDLE_DOCS = "configs", "models", "docs"
+
+
+def description_of(folder: Path) -> Path:
+    """The segdiff.json of a pipeline's folder, or of a MONAI bundle."""
+    of_bundle = folder / BUNDLE_CONFIGS / DESCRIPTION
+    return of_bundle if of_bundle.is_file() else folder / DESCRIPTION
+
+
+def net_of(folder: Path) -> Path:
+    """The net's folder in a pipeline's folder, or in a MONAI bundle."""
+    return folder / (UNET if description_of(folder).parent == folder else BUNDLE_MODELS)
 
 
 def trained_process(weights: Path, otherwise: DiffusionConfig) -> DiffusionConfig:

@@ -81,17 +81,11 @@ def write_pipeline(
     """
     import diffusers
 
-    extras = extras or Extras()
-    _copy_weights(weights, folder / UNET, extras.precision)
+    extras, facts = extras or Extras(), Facts.of(weights, diffusion, sampler)
+    copy_weights(weights, folder / UNET, extras.precision)
     of_latents = copy_to_pipeline(weights, folder)
-    if extras.segmenter is not None:
-        _copy_weights(extras.segmenter, folder / SEGMENTER, extras.precision)
-    description = read_json(weights / DESCRIPTION, RESTORE)
-    process = trained_process(weights, diffusion)
-    own = sampler.resolved(process.objective).alone
-    scheduler = scheduler_of(process, own)
+    scheduler = scheduler_of(facts.process, facts.sampler)
     scheduler.save_pretrained(folder / SCHEDULER)
-    content = {"diffusion": process.process, "sampler": asdict(own)} | extras.described
     index = {
         # diffusers reads the file beside it, and the class in it.
         "_class_name": [Path(CODE).stem, CLASS_NAME],
@@ -100,12 +94,36 @@ def write_pipeline(
         SCHEDULER: ["diffusers", type(scheduler).__name__],
     } | of_latents
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    write_atomic(folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
     shutil.copyfile(_CODE_HERE, folder / CODE)
-    if extras.picture is not None:
-        write_atomic(folder / PICTURE, extras.picture)
-    parts = extras.card if extras.picture is None else replace(extras.card, picture=PICTURE)
-    write_atomic(folder / CARD, card(description, process.process, own, parts))
+    facts.write(extras, folder, folder / DESCRIPTION, folder / CARD)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model's folder says of its net: the content of its segdiff.json, the process of its training, its sampler
+    without other networks."""
+
+    net: Mapping[str, Any]
+    process: DiffusionConfig
+    sampler: SamplerConfig
+
+    @classmethod
+    def of(cls, weights: Path, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Facts:
+        """Of a folder under RUN/weights."""
+        process = trained_process(weights, diffusion)
+        return cls(read_json(weights / DESCRIPTION, RESTORE), process, sampler.resolved(process.objective).alone)
+
+    def write(self, extras: Extras, folder: Path, description: Path, card_file: Path, use: str | None = None) -> None:
+        """Write segdiff.json, the segmenter, the picture and the card of the model in `folder`. `use`: of the card."""
+        content = {"diffusion": self.process.process, "sampler": asdict(self.sampler)} | extras.described
+        write_atomic(description, json.dumps(content, indent=2) + "\n")
+        if extras.segmenter is not None:
+            copy_weights(extras.segmenter, folder / SEGMENTER, extras.precision)
+        parts = replace(extras.card, use=use)
+        if extras.picture is not None:
+            write_atomic(card_file.parent / PICTURE, extras.picture)
+            parts = replace(parts, picture=PICTURE)
+        write_atomic(card_file, card(self.net, self.process.process, self.sampler, parts))
 
 
 def save_again(source: Path, target: Path, model: Denoiser) -> None:
@@ -123,7 +141,7 @@ def save_again(source: Path, target: Path, model: Denoiser) -> None:
     shutil.rmtree(target / UNET / BESIDE_WEIGHTS, ignore_errors=True)
 
 
-def _copy_weights(source: Path, target: Path, precision: Literal["fp32", "bf16"]) -> None:
+def copy_weights(source: Path, target: Path, precision: Literal["fp32", "bf16"]) -> None:
     """The files of a folder of weights."""
     from safetensors.torch import load_file, save_file
 

@@ -19,7 +19,7 @@ from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.sampler_config import SamplerConfig
-from segdiff_dist.pipeline.description import DESCRIPTION, RESTORE, UNET, trained_process
+from segdiff_dist.pipeline.description import DESCRIPTION, RESTORE, description_of, net_of, trained_process
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import LEAST_BATCH
 from segdiff_dist.sampling.worker import PassOptions, batch_size_of, generate, memory_bytes
@@ -58,17 +58,18 @@ class SegGuidedPipeline:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         precision: Literal["bf16", "fp32"] = "fp32",
     ) -> SegGuidedPipeline:
-        """The pipeline in `folder`; `precision`: of the network. Raises InputProblems if the folder is not a
-        pipeline."""
+        """The pipeline or the MONAI bundle in `folder`; `precision`: of the network. Raises InputProblems if the folder
+        is neither."""
         folder = Path(folder)
-        if not (folder / DESCRIPTION).is_file():
+        file = description_of(folder)
+        if not file.is_file():
             remedy = "give what `segdiff export --run RUN --format pipeline OUT` wrote"
             raise problem(folder, "pipeline", f"no {DESCRIPTION}", remedy)
-        description = read_json(folder / DESCRIPTION, RESTORE)
-        with reading(folder / DESCRIPTION, "the description of a pipeline", RESTORE):
-            diffusion = validate(DiffusionConfig, description["diffusion"], folder / DESCRIPTION)
-            sampler = validate(SamplerConfig, description["sampler"], folder / DESCRIPTION)
-        return cls.from_weights(folder / UNET, diffusion, sampler, device=device, precision=precision)
+        description = read_json(file, RESTORE)
+        with reading(file, "the description of a pipeline", RESTORE):
+            diffusion = validate(DiffusionConfig, description["diffusion"], file)
+            sampler = validate(SamplerConfig, description["sampler"], file)
+        return cls.from_weights(net_of(folder), diffusion, sampler, device=device, precision=precision)
 
     @classmethod
     def from_weights(

@@ -1,4 +1,4 @@
-"""A run's samples for nnU-Net, as NIfTI, PNG or shards; its model as a diffusers pipeline."""
+"""A run's samples for nnU-Net, as NIfTI, PNG or shards; its model as a diffusers pipeline or a MONAI bundle."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Export(ConfiguredStage):
     run: Path | None = None
     """The run folder whose samples or weights are exported."""
     data: str | None = None
-    """pipeline: the shard set that the model was trained on, if it is at another place than then. Its preprocessing is
-    stored beside the model, so that masks of any size can be used."""
+    """pipeline, monai: the shard set that the model was trained on, if it is at another place than then. Its
+    preprocessing is stored beside the model, so that masks of any size can be used."""
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def check(self) -> ExportPlan:
@@ -45,13 +45,14 @@ class Export(ConfiguredStage):
             lambda: self.path("exported"),
             lambda: refuse(config.problems()),
         )
-        if config.format != "pipeline":
+        if not config.is_model:
             refuse_addresses(experiment, (run,))
             return ExportPlan(self, check_samples(run, out, config))
         weights = run / "weights" / weights_name(experiment, config.weights)
         sampler = experiment.sample.sampler
         extras = extras_of(run, weights, config, experiment.data)
-        return ExportPlan(self, check_model(weights, out, experiment.diffusion, sampler, extras))
+        job = check_model(weights, out, experiment.diffusion, sampler, extras)
+        return ExportPlan(self, replace(job, is_bundle=config.format == "monai"))
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class ExportPlan(Plan):
     def run(self, tracker: Tracker) -> Result:
         """Write beside the new folder, then rename."""
         num_images, out = self.job.write(), self.stage.exported
-        made = "a diffusers pipeline" if num_images is None else f"{num_images:,} images"
-        is_set = self.stage.export.format == "shards"
-        return Result((f"{made} in {out}", *self.job.lines), next_command=command("inspect", out) if is_set else None)
+        form = self.stage.export.format
+        model = "a MONAI bundle" if form == "monai" else "a diffusers pipeline"
+        made = model if num_images is None else f"{num_images:,} images"
+        after = command("inspect", out) if form == "shards" else None
+        return Result((f"{made} in {out}", *self.job.lines), next_command=after)

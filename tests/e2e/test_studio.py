@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +12,9 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 import numpy as np
 import pytest
-from studio_support import chromium, open_page, page_of, running_studio
+import requests
+from PIL import Image
+from studio_support import chromium, drop, open_page, page_of, running_studio
 
 from data_shards.labels import AMOS
 
@@ -84,6 +89,43 @@ def test_texts_of_strangers_are_shown_as_text(browser: Browser, url: str) -> Non
         assert page.locator(f'#organs button[title="{SCRIPT}"]').inner_text().startswith(SCRIPT)
         assert page.locator("img").count() == 0
         assert page.evaluate("window.wasRun") is None
+
+
+def test_masks_are_dropped(browser: Browser, url: str, tmp_path: Path) -> None:
+    """Of each kind, also a SEG beside its series. What cannot be read is named, and changes nothing."""
+    nifti = requests.get(f"{url}examples/liver.nii.gz", timeout=60).content
+    ids = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(nifti)).dataobj)
+    asked = {"files": {"mask": nifti}, "data": {"steps": 1}, "headers": {"Accept": "application/dicom+zip"}}
+    with zipfile.ZipFile(io.BytesIO(requests.post(f"{url}paint", timeout=120, **asked).content)) as answer:
+        dicom = {name.rpartition("/")[2]: answer.read(name) for name in answer.namelist()}
+    with page_of(browser, url) as page:
+        open_page(page, url)
+        kinds = {"liver.nii.gz": {"liver.nii.gz": nifti}, "liver.png": {"liver.png": png_of(ids)}, "mask.dcm": dicom}
+        for name, files in kinds.items():
+            page.locator(".start", has_text="outline").click()
+            drop(page, files)
+            page.locator("#messages", has_text=f"{name} is open.").wait_for()
+            np.testing.assert_array_equal(downloaded(page, "#save-mask", tmp_path), ids)
+        refused = {
+            "2 files: drop one mask": {"a.png": png_of(ids), "b.png": png_of(ids)},
+            "no known format": {"a.png": b"no picture"},
+            "77": {"a.png": png_of(ids + 77 * (ids == 0))},
+            "all background": {"a.png": png_of(0 * ids)},
+            "Nothing that can be read": {},
+        }
+        for words, files in refused.items():
+            drop(page, files)
+            page.locator("#messages .error", has_text=words).wait_for()
+        np.testing.assert_array_equal(downloaded(page, "#save-mask", tmp_path), ids)
+        page.locator("#messages .error button", has_text="Leave them out").click()
+        page.locator("#messages", has_text="a.png is open.").wait_for()
+
+
+def png_of(ids_IJK: np.ndarray) -> bytes:
+    """As a viewer shows them."""
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(ids_IJK[::-1, ::-1, 0].T)).save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def test_a_volume_is_shown_by_niivue(browser: Browser, url: str) -> None:

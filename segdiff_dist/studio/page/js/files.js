@@ -2,9 +2,13 @@
 
 import { paintDicom, readMask } from "./api.js";
 import { $, save, say } from "./dom.js";
+import { maskAmong, startDrop } from "./drop.js";
 import { replaceVolume } from "./mask.js";
 import { fromBase64, labelFile, readNifti } from "./nifti.js";
 import { state } from "./state.js";
+
+const NO_FILE = "Nothing that can be read: drop a file.";
+const ONE_MASK = "drop one mask. Several files are taken only if one of them is a DICOM SEG: a series and its SEG.";
 
 export function startFiles() {
   const chooser = $("#file");
@@ -14,18 +18,10 @@ export function startFiles() {
     chooser.value = "";
   });
   $("#save-mask").addEventListener("click", downloadMask);
-  let inside = 0;
-  const mark = (change) => {
-    inside = Math.max(0, inside + change);
-    document.body.classList.toggle("dropping", inside > 0);
-  };
-  addEventListener("dragenter", () => mark(1));
-  addEventListener("dragleave", () => mark(-1));
-  addEventListener("dragover", (event) => event.preventDefault());
-  addEventListener("drop", (event) => {
-    event.preventDefault();
-    mark(-inside);
-    if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
+  startDrop(async (files) => {
+    const file = await maskAmong(files);
+    if (file) open(file);
+    else say(files.length === 0 ? NO_FILE : `${files.length} files: ${ONE_MASK}`, { isError: true });
   });
 }
 
