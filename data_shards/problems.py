@@ -37,7 +37,14 @@ class Problem:
     def __str__(self) -> str:
         # A value of 10 MB is not printed whole.
         field, value = _without_middle(self.field, 200), _without_middle(self.value, 1000)
-        return f"{_without_middle(self.where, 1000)}: {field}: {value}; {_without_middle(self.remedy, 1000)}"
+        text = f"{_without_middle(self.where, 1000)}: {field}: {value}; {_without_middle(self.remedy, 1000)}"
+        return printable(text)
+
+
+def printable(text: str) -> str:
+    """The text on one line: a path may have line breaks, a terminal's control characters, and bytes that are not UTF-8.
+    They are written as Python's escapes."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def _without_middle(text: str, most: int) -> str:
@@ -142,10 +149,10 @@ def describe(error: OSError) -> str:
     """One line for the user about an unexpected error: path, reason and remedy."""
     if error.args and isinstance(error.args[0], list) and error.args[0]:  # shutil.Error: (from, to, why) of each file
         _, path, reason = error.args[0][0]
-        return f"{path}: {' '.join(str(reason).split())}; put that right and start the same command again"
+        return printable(f"{path}: {' '.join(str(reason).split())}; put that right and start the same command again")
     paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     if out_of_space(error):
-        return str(OutOfSpace(paths[-1] if paths else "disk", reason))
+        return printable(str(OutOfSpace(paths[-1] if paths else "disk", reason)))
     remedy = _REMEDIES.get(error.errno or 0, "put that right and start the same command again")
-    return f"{': '.join([*paths[-1:], reason])}; {remedy}"
+    return printable(f"{': '.join([*paths[-1:], reason])}; {remedy}")

@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
+from io import TextIOWrapper
 
 from data_shards import lean_imports, memory_guard, plain_warnings
 from data_shards.locks import begin_command
@@ -23,6 +24,9 @@ def run(argv: list[str] | None = None) -> int:
     """main() for a process that does nothing else: `segdiff`, `python -m segdiff_dist`, launch/*.py."""
     lean_imports.begin()
     plain_warnings.begin()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have bytes that are not UTF-8
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in words, not by C++ stack traces
     return main(argv)
 

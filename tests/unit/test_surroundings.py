@@ -231,3 +231,18 @@ def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     assert printed == "warning: a: b\n"
+
+
+def test_a_path_with_line_breaks_and_other_bytes_is_one_line(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/a\nb \xff\x1b[31m"
+    code = "import sys; from segdiff_dist.cli import run; raise SystemExit(run(sys.argv[1:]))"
+    smoke = ["--config", "smoke", "--phantom.num-train", "1", "--quiet"]
+    made, refused = (
+        subprocess.run([sys.executable, "-c", code, *args], capture_output=True, check=False)
+        for args in (["phantom", folder, *smoke], ["inspect", folder + b"/none"])
+    )
+    assert (made.returncode, made.stderr) == (0, b"")
+    assert b"\\udcff" in made.stdout
+    assert refused.returncode == 2
+    assert [line[:6] for line in refused.stderr.splitlines()] == [b"error:", b"1 prob"]
+    assert b"/a\\nb \\udcff\\x1b[31m/none" in refused.stderr
