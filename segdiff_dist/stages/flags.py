@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import is_dataclass, replace
 from io import StringIO
 from typing import Annotated, Any, TypeVar, get_args
@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+from data_shards.problems import InputProblems, problem
 from data_shards.ranges import metavar
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def parse_flags(
     aliases: Mapping[str, str] | None = None,
     essential: Collection[str] = (),
 ) -> T:
-    """An instance of `cls`, a dataclass, from flags. Raises SystemExit: 0 after --help, 2 if a flag is wrong.
+    """An instance of `cls`, a dataclass, from flags. Raises InputProblems if one is wrong, SystemExit(0) after --help.
 
     `essential`: the flags that --help shows; --help-all shows every flag.
     """
@@ -40,7 +41,13 @@ def parse_flags(
     options: dict[str, Any] = {"registry": _with_ranges()} | ({} if default is None else {"default": default})
     args = ["--help"] if HELP_ALL in given else given
     if not essential or HELP_ALL in given or not {"-h", "--help"} & set(args):
-        return tyro.cli(cls, args=args, prog=prog, description=description, **options)
+        with redirect_stderr(StringIO()) as said:
+            try:
+                return tyro.cli(cls, args=args, prog=prog, description=description, **options)
+            except SystemExit as end:
+                if not end.code:
+                    raise
+        raise wrong_flags(said.getvalue(), prog)
     with redirect_stdout(StringIO()) as printed:
         try:
             tyro.cli(cls, args=["--help"], prog=prog, description=description, **options)
@@ -49,6 +56,16 @@ def parse_flags(
     print(only_essential(printed.getvalue(), essential), end="")
     sys.stdout.flush()
     raise SystemExit(code)
+
+
+def wrong_flags(box: str, prog: str) -> InputProblems:
+    """tyro's message about wrong flags, a box of many lines, as a problem of one."""
+    lines = [re.sub(r"^[│|╰+]|[│|╯+]$", "", line).strip() for line in box.splitlines()]
+    lines = ["" if set(line) <= {"-", "─"} else line for line in lines]  # a ruler
+    parts = [" ".join(part.split()) for part in "\n".join(lines[1:]).split("\n\n")]
+    meant = re.findall(r"^(--?[\w.-]+)", "\n".join(lines).partition("Perhaps you meant:\n")[2], re.MULTILINE)
+    remedy = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return problem("command line", "flags", parts[0].rstrip(".") or "wrong", f"{remedy}`{prog} {HELP_ALL}` lists them")
 
 
 def only_essential(text: str, essential: Collection[str]) -> str:

@@ -4,6 +4,7 @@
     kills        random kills of stages: --kinds train sample ..., --number of kills in all
     disks        full disks: as kills; needs root
     nodes        lost nodes of a Ray cluster: as kills
+    places       stages where HOME, TMPDIR or /dev/shm is missing or full, of old RANKs, dead proxies; needs root
     tour         the README's tour, line by line, at the sizes that it states
     table        the tables of docs/reliability.md, from the record
 
@@ -21,7 +22,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from campaign import disks, nodes, record, tour
+from campaign import disks, nodes, places, record, tour
 from campaign.attempts import FAULTS, Tally, run_attempts
 from campaign.inputs import kinds
 from campaign.kills import kill_stages
@@ -32,6 +33,7 @@ _TABLES = {
     "kills": record.table_of_kills,
     "nodes": nodes.table,
     "disks": disks.table,
+    "places": places.table,
     "tour": tour.table,
 }
 
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * args.budget_minutes
     if args.what == "tour":
         return int(tour.try_tour(args.out, end, 60 * args.line_minutes))
+    if args.what == "places":
+        return int(places.try_places(args.kinds, args.number, end, args.out))
     if args.what in ("disks", "nodes"):
         disturb = disks.fill_disks if args.what == "disks" else nodes.lose_nodes
         return int(disturb(args.kinds, args.number, args.seed, end, args.out))
@@ -108,12 +112,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "what",
-        nargs="?",
-        default="all",
-        choices=("all", "mutations", "kills", "disks", "nodes", "tour", "table", "replay"),
-    )
+    parser.add_argument("what", nargs="?", default="all", choices=("all", *_TABLES, "replay", "table"))
     parser.add_argument("kinds", nargs="*", default=[], help="of inputs or stages; all without")
     parser.add_argument("--number", type=int, default=1000, help="attempts of each kind, or kills in all")
     parser.add_argument("--seed", type=int, default=0)

@@ -27,8 +27,6 @@ UNSTABLE = (
     "*/done/*", "*/annotations.json", "*/tracking*", "*.unfinished*", "*/exported.json",
 )  # fmt: skip
 MOST_S = 600.0
-# What became of a restart with exit code 2.
-REFUSED = "refused"
 # Of victims: the command itself.
 COMMAND = "command"
 # Processes that outlive a killed command end by themselves within this time. Ray's agents look for their raylet five
@@ -154,7 +152,7 @@ def kill_once(kills: Kills, stage: StageRun, rng: random.Random) -> dict[str, An
 
 def compared(kills: Kills, stage: StageRun, found: dict[str, Any]) -> dict[str, Any]:
     """The outcome: that which was found, else of the files."""
-    is_refused = found.get("outcome") == REFUSED
+    is_refused = found.get("outcome") == record.REFUSED
     if found and not is_refused:
         return found
     differing = differences(kills.after(stage), kills.work)
@@ -181,7 +179,7 @@ def restarted(command: Command) -> dict[str, Any]:
 def outcome_of(code: int, said: str) -> dict[str, Any]:
     """Nothing of a restarted command that ended well."""
     if code == 2:
-        return {"outcome": REFUSED, "what": said[-1200:]}
+        return {"outcome": record.REFUSED, "what": said[-1200:]}
     return {} if code == 0 else {"outcome": "not restarted", "what": f"exit code {code}: {said[-1200:]}"}
 
 

@@ -59,7 +59,9 @@ def table_of_mutations(rows: Iterable[dict[str, Any]]) -> str:
     return as_table(found)
 
 
-KILL_OUTCOMES = ("the same bytes", "other bytes", "unclean", "hung", "refused", "not restarted")
+# What became of a command with exit code 2.
+REFUSED = "refused"
+KILL_OUTCOMES = ("the same bytes", "other bytes", "unclean", "hung", REFUSED, "not restarted")
 
 
 def table_of_kills(rows: Iterable[dict[str, Any]]) -> str:

@@ -84,9 +84,16 @@ def test_what_is_mistyped_is_answered_with_what_was_meant(capsys: pytest.Capture
     said = capsys.readouterr().err
     assert "did you mean smoke?" in said
     assert "best_ct_mr" in said
-    with pytest.raises(SystemExit, match="2"):
-        main(["train", "--train.num-image", "4"])
-    assert "--train.num-images" in capsys.readouterr().err
+    for wrong, named in (
+        (["--train.num-image", "4"], "--train.num-image, 4; did you mean --train.num-images"),
+        (["--train.lr", "x"], "--train.lr: could not convert string to float: 'x'; `segdiff train --help-all`"),
+        (["--train.precision", "fp8"], "invalid choice 'fp8' for argument '--train.precision'"),
+    ):
+        assert main(["train", *wrong]) == 2
+        first, last = capsys.readouterr().err.splitlines()
+        assert first.startswith("error: command line: flags: ")
+        assert named in first
+        assert last == "1 problem; nothing was started"
     file = tmp_path / "f.yaml"
     file.write_text("train: {num_image: 4}\n")
     assert main(["train", "--config", str(file)]) == 2
