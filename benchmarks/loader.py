@@ -6,12 +6,14 @@
 Contenders are measured in turns. Then once each: memory over ten epochs, the first batch of a set of 1,000 shards, and
 a set of 10 million slices, index and order alone.
 
---against COMMIT compares with the loader of another commit instead, each time in a process of its own, in turns. The
-rate is of the CPU time of all threads.
+--limit measures our loader and the gather alone, by the clock and by the CPU time of all threads, which other work on
+the machine changes less. --against COMMIT compares with the loader of another commit instead, each time in a process of
+its own, in turns, by CPU time.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import multiprocessing
@@ -72,14 +74,14 @@ def batches(shards: ShardSet, config: LoaderConfig, seed: int = 0) -> Any:
     return iter(Loader(shards, order, positions, config, batch_size=_BATCH, seed=seed))
 
 
-def ours(path: Path, config: LoaderConfig, num_pairs: int) -> Contender:
+def ours(path: Path, config: LoaderConfig, num_pairs: int, clock: Callable[[], float] = time.perf_counter) -> Contender:
     """Times `num_pairs` pairs after the batches that were made ahead have been consumed."""
 
     def run() -> tuple[float, float]:
         iterator = batches(ShardSet.open(path), config)
         try:
             warm_up = 2 * config.prefetch_batches
-            return time_batches(iterator, max(1, num_pairs // _BATCH), warm_up, lambda batch: len(batch))
+            return time_batches(iterator, max(1, num_pairs // _BATCH), warm_up, lambda batch: len(batch), clock)
         finally:
             iterator.close()
 
@@ -315,18 +317,39 @@ def _contenders(
         )
 
 
+def measure_limit(args: argparse.Namespace, raw: Path, path: Path, rounds: int) -> None:
+    """Our loader and the gather in turns."""
+    num, contenders = 4 * args.pairs, {}
+    for how, clock in (("", time.perf_counter), (", CPU time", time.process_time)):
+        contenders[f"ours, raw{how}"] = ours(path, _PLAIN, num, clock)
+        contenders[f"ours, raw, flips and crops{how}"] = ours(path, _AUGMENTED, num, clock)
+        contenders[f"gather, 2 threads{how}"] = gather_contender(raw, num_pairs=num, num_threads=2, clock=clock)
+    rates = measure(contenders, rounds)
+    ratios = [
+        compare(rates, f"ours, raw{kind}{how}", f"gather, 2 threads{how}", 0.4)
+        for how in ("", ", CPU time")
+        for kind in ("", ", flips and crops")
+    ]
+    report(args, rates, ratios, unit="pairs a second")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help="folder that keeps the test data (4 GB); a temporary one if left out")
     parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--limit", action="store_true", help="our loader on raw pairs beside the gather alone")
     parser.add_argument("--against", metavar="COMMIT", help="compare with the code of this commit")
     args = parser.parse_args()
     rounds, num = (1, 500) if args.quick else (args.rounds, args.pairs)
     folder = args.data or Path(tempfile.mkdtemp(prefix="bench-loader-"))
     files: list[Path] = []
     try:
-        if args.against is not None:
-            path = write_set(folder / f"webdataset-raw-{num}", open_raw(write_raw(folder, num)), "webdataset", "raw")
+        if args.limit or args.against is not None:
+            raw = write_raw(folder, num)
+            path = write_set(folder / f"webdataset-raw-{num}", open_raw(raw), "webdataset", "raw")
+            into_page_cache([raw, *(path / "shards").iterdir()])
+            if args.limit:
+                return measure_limit(args, raw, path, rounds)
             return against(args, ("load", path, 16 * num), unit="pairs a CPU second")
         print(f"writing {num} pairs in every form to {folder}", file=sys.stderr)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
@@ -341,7 +364,7 @@ def main() -> None:
             compare(rates, "ours, raw, flips and crops", "(a) webdataset png, tuned, flips and crops", 8),
             compare(rates, "ours, raw, flips and crops", "(b) webdataset npy, tuned, flips and crops", 3),
             compare(rates, "ours, png", "(a) webdataset png, tuned"),
-            compare(rates, "ours, raw", "gather from memory, 1 thread"),
+            compare(rates, "ours, raw", "gather from memory, 2 threads", 0.4),
         ]
         set_of = folder / f"webdataset-raw-{num}"
         notes: dict[str, Any] = {"MiB after each of 10 epochs": memory_over_epochs(set_of)}

@@ -45,10 +45,10 @@ class Steering:
         one = np.float32(1.0)
         return replace(self, gamma=np.where(spared_B, one, self.gamma), contrast=np.where(spared_B, one, self.contrast))
 
-    def window(self, stored: int, size: int) -> Window:
-        """The crop in the stored slice, if slices are not rotated or zoomed."""
+    def window(self, stored: int, size: int, *, flips: bool) -> Window:
+        """The crop in the stored slice, if slices are not rotated or zoomed; mirrored too if `flips`, else later."""
         left_B = np.where(self.flip == 1, stored - size - self.left, self.left)
-        return Window(self.top, left_B, size)
+        return Window(self.top, left_B, size, (self.flip == 1) & flips)
 
 
 def steering(position_B: np.ndarray, seed: int, config: LoaderConfig, stored: int) -> Steering:

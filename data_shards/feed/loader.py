@@ -1,6 +1,8 @@
 """Shards to device batches: one NVIDIA DALI pipeline, on the GPU if there is one, else the same on the CPU.
 
-A separate thread reads, decodes and augments ahead of the consumer of the batches. This file owns DALI.
+On the CPU, slices that need neither decoding of pictures nor rotation, zoom or jitter do not go through DALI: it would
+copy them in and out. A separate thread reads, decodes and augments ahead of the consumer of the batches. This file owns
+DALI.
 
 Dimensions: B batch, H rows, W columns, C channels.
 """
@@ -11,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -67,13 +70,14 @@ class Loader:
         self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
         self._crop = config.crop_size or shards.size
         self._in_hu = np.array([name in shards.in_hu for name in shards.modalities])
-        # If possible, only the needed pixels are read; pictures can only be cut after they are decoded.
-        self._cuts_early = self._crop != shards.size and shards.codec not in PICTURES and not config.turns
+        # If possible, slices are cut where they are read, and on the CPU mirrored. Pictures must be decoded before.
+        early, on_cpu = shards.codec not in PICTURES and not config.turns, self.device.type != "cuda"
+        self._cuts_early, self._flips_early = early and self._crop != shards.size, early and on_cpu and config.flip
         self._steered = self._steered_by()
         self._sources: Iterator[tuple[np.ndarray, np.ndarray, list[Any]]] = self._read()
         self._in_flight: deque[tuple[np.ndarray, np.ndarray, list[Any]]] = deque()  # of batches inside DALI
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pipeline = self._build(batch_size)
+        self._pipeline = None if on_cpu and early and config.jitter_mr == 0 else self._build(batch_size)
 
     @property
     def skipped(self) -> dict[int, str]:
@@ -81,34 +85,27 @@ class Loader:
         return self._reader.skipped
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self._config.prefetch_batches:
-            yield from self._batches()
-            return
-        # One thread reads while another decodes and augments the previous batch.
-        self._sources = sources = _Ahead(self._read(), _READ_AHEAD)
-        ahead = _Ahead(self._batches(), self._config.prefetch_batches)
-        try:
-            yield from ahead
-        finally:
-            sources.close()
-            ahead.close()
+        with ExitStack() as opened:
+            opened.callback(self._reader.close)
+            if not self._config.prefetch_batches:
+                yield from self._batches()
+                return
+            if self._pipeline is not None:
+                # One thread reads while another decodes and augments the previous batch.
+                self._sources = opened.enter_context(closing(_Ahead(self._sources, _READ_AHEAD)))
+            yield from opened.enter_context(closing(_Ahead(self._batches(), self._config.prefetch_batches)))
 
     def _batches(self) -> Iterator[Batch]:
         import torch
 
-        while True:
-            try:
-                outputs = self._pipeline.run()
-            except StopIteration:
-                return
-            position_B, row_B, _ = self._in_flight.popleft()
+        for position_B, row_B, pixels_PBCHW in self._plain() if self._pipeline is None else self._through_dali():
             modality_B, axis_B = (
                 codes[row_B].astype(np.int64) for codes in (self._shards.modality_N, self._shards.axis_N)
             )
             extra_BX = None
             if self._extra_NX is not None:
                 extra_BX = torch.from_numpy(self._extra_NX[row_B]).to(self.device, non_blocking=True)
-            pixels = dict(zip(self._parts, map(self._to_torch, outputs), strict=True))
+            pixels = dict(zip(self._parts, pixels_PBCHW, strict=True))
             yield Batch(
                 image_BHW=pixels["image"].squeeze(1),
                 mask_BHW=pixels["mask"].squeeze(1),
@@ -118,6 +115,24 @@ class Loader:
                 edge_B2HW=pixels.get("edge"),
                 extra_BX=extra_BX,
             )
+
+    def _plain(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
+        """Positions, rows and parts of every batch as they are read."""
+        import torch
+
+        for position_B, row_B, pixels in self._sources:
+            yield position_B, row_B, [torch.from_numpy(part) for part in pixels]
+
+    def _through_dali(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
+        """Positions, rows and parts of every batch, decoded and augmented."""
+        assert self._pipeline is not None
+        while True:
+            try:
+                outputs = self._pipeline.run()
+            except StopIteration:
+                return
+            position_B, row_B, _ = self._in_flight.popleft()
+            yield position_B, row_B, [self._to_torch(output) for output in outputs]
 
     def _to_torch(self, output: Any) -> torch.Tensor:
         """[B, C, H, W] owned by torch: DALI uses its own buffers again."""
@@ -137,7 +152,7 @@ class Loader:
         """The numbers of augment.Steering that the pipeline takes."""
         config = self._config
         taken = {
-            "flip": config.flip,
+            "flip": config.flip and not self._flips_early,
             "angle": config.rotate_degrees > 0,
             "zoom": config.zoom > 0,
             "top": self._crop != self._shards.size and not self._cuts_early,
@@ -150,12 +165,14 @@ class Loader:
     def _read(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[Any]]]:
         """For every batch: positions, rows, and DALI's inputs (the parts, and the numbers of the augmentation)."""
         for asked_B in self._positions:
-            if not (self._steered or self._cuts_early):
+            if not (self._steered or self._cuts_early or self._flips_early):
                 position_B, row_B, pixels = self._reader.read(asked_B)
                 yield position_B, row_B, [pixels[part] for part in self._parts]
                 continue
             numbers = steering(asked_B, self._seed, self._config, self._shards.size)
-            window = numbers.window(self._shards.size, self._crop) if self._cuts_early else None
+            window = None
+            if self._cuts_early or self._flips_early:
+                window = numbers.window(self._shards.size, self._crop, flips=self._flips_early)
             position_B, row_B, pixels = self._reader.read(asked_B, window)
             if len(position_B) < len(asked_B):
                 numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))

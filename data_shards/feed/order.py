@@ -227,14 +227,14 @@ def sequential_positions(num_samples: int, batch_size: int) -> Iterator[np.ndarr
 
 def uniform(seed: int, stream: int, position_P: np.ndarray, num: int) -> np.ndarray:
     """float64 [P, num] in [0, 1), a pure function of (seed, stream, position): the augmentations' dice."""
-    columns = [hash_u64(seed, stream * 1000 + i, position_P) for i in range(num)]
-    return np.stack([(c >> np.uint64(11)) * 2.0**-53 for c in columns], axis=-1)
+    stream_C1 = stream * 1000 + np.arange(num)[:, None]
+    return (hash_u64(seed, stream_C1, position_P) >> np.uint64(11)).T * 2.0**-53
 
 
-def hash_u64(seed: int, stream: int, value_P: np.ndarray) -> np.ndarray:
-    """uint64 [P]: SplitMix64's finaliser (Steele et al. 2014) over seed, stream and value."""
+def hash_u64(seed: int, stream: int | np.ndarray, value_P: np.ndarray) -> np.ndarray:
+    """uint64 [P]: SplitMix64's finaliser (Steele et al. 2014) over seed, stream and value, which are broadcast."""
     base = _mix(np.asarray([seed & _MASK_64], dtype=np.uint64))
-    base = _mix(base ^ np.uint64(stream))
+    base = _mix(base ^ np.asarray(stream).astype(np.uint64))
     return _mix(base ^ np.asarray(value_P).astype(np.uint64))
 
 

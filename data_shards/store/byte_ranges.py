@@ -7,11 +7,15 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Half of the system's limit for this process, which is often 1,024: a large set has thousands of shards.
 MAX_OPEN_FILES = max(512, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16_384))
+
+
+# Called with the index of each range when it is filled.
+Filled = Callable[[int], object]
 
 
 class Range(NamedTuple):
@@ -82,6 +86,10 @@ class OpenFile:
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+
+def ignore(index: int) -> None:
+    """A Filled that does nothing."""
 
 
 def fill(views: Sequence[memoryview], payload: bytes) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from data_shards.files import file_lock, new_file
-from data_shards.store.byte_ranges import MAX_OPEN_FILES, OpenFiles, Range, ShortFile, after
+from data_shards.store.byte_ranges import MAX_OPEN_FILES, Filled, OpenFiles, Range, ShortFile, after, ignore
 
 if TYPE_CHECKING:
     from data_shards.store.remote_files import Retries
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 class ByteStore(Protocol):
     """The files of one shard set, numbered as in its index."""
 
-    def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
+    def read(self, ranges: Sequence[Range], then: Filled = ignore) -> list[OSError | None]:
         """Fill the views of every range. For each range: None, or the reason why it could not be read (then its views
-        are undefined).
+        are undefined). `then(i)` is called once range i is filled: from a disk at once, while its bytes are in the
+        processor's cache.
 
         Any number of threads may call it at once, if they do not share views.
         """
@@ -49,13 +50,20 @@ class LocalFiles:
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalFiles, (self._files.paths, self._max_open)  # descriptors mean nothing in another process
 
-    def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
+    def read(self, ranges: Sequence[Range], then: Filled = ignore) -> list[OSError | None]:
         """See ByteStore. Bytes that are not in the page cache are first requested from the disk all at once, then
         read."""
-        waiting = [i for i, wanted in enumerate(ranges) if not self._read_cached(wanted)]
         reasons: list[OSError | None] = [None] * len(ranges)
+        waiting = []
+        for i, wanted in enumerate(ranges):
+            if self._read_cached(wanted):
+                then(i)
+            else:
+                waiting.append(i)
         for i in waiting:
             reasons[i] = self._read_one(ranges[i])
+            if reasons[i] is None:
+                then(i)
         return reasons
 
     def _read_cached(self, wanted: Range) -> bool:

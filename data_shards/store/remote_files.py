@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_shards.problems import problem
-from data_shards.store.byte_ranges import Range, ShortFile, fill
+from data_shards.store.byte_ranges import Filled, Range, ShortFile, fill, ignore
 from data_shards.store.range_cache import RangeCache
 
 # Requests at a time: enough for 1,000 samples a second at a store's latency of 50 ms. Filesystems that are not
@@ -95,7 +95,7 @@ class RemoteFiles:
         again = partial(RemoteFiles, cache_dir=self._cache_dir, cache_bytes=self._cache_bytes, retries=self._retries)
         return again, (self.root, self._names, self._sizes, self._digest)
 
-    def read(self, ranges: Sequence[Range]) -> list[OSError | None]:
+    def read(self, ranges: Sequence[Range], then: Filled = ignore) -> list[OSError | None]:
         """See ByteStore."""
         missing = self._cache.read(ranges) if self._cache else list(range(len(ranges)))
         self.num_hits += len(ranges) - len(missing)
@@ -110,6 +110,9 @@ class RemoteFiles:
                 reasons[index] = payload
         if self._cache and found:
             self._cache.keep(found)
+        for index, reason in enumerate(reasons):
+            if reason is None:
+                then(index)
         return reasons
 
     def _fetch(self, ranges: Sequence[Range]) -> list[bytes | OSError]:

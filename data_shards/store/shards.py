@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from data_shards.modalities import in_hu
 from data_shards.problems import DamagedSample, Problem, problem, refuse
 from data_shards.records import AXES, SPLITS, SliceMeta, SliceRecord
 from data_shards.store import samples_table
-from data_shards.store.byte_ranges import Range
+from data_shards.store.byte_ranges import Filled, Range, ignore
 from data_shards.store.byte_store import ByteStore, local_copy, local_path, open_byte_store, read_file
 from data_shards.store.codecs import crc32c, decode_into
 from data_shards.store.config import CacheConfig
@@ -264,17 +264,23 @@ class ShardSet:
         """The dtype of a part's pixels."""
         return np.dtype(np.uint16 if part == "image" and self.bits == 16 else np.uint8)
 
-    def read_ranges(self, ranges: Sequence[Range]) -> list[OSError | None]:
+    @property
+    def is_local(self) -> bool:
+        """Whether all files are on this machine's filesystems."""
+        return all(local_path(member.root) is not None for member in self.members)
+
+    def read_ranges(self, ranges: Sequence[Range], then: Filled = ignore) -> list[OSError | None]:
         """Fill the views of every range; file numbers run over all members. See byte_store.ByteStore."""
         if len(self.members) == 1:
-            return self._store(0).read(ranges)
+            return self._store(0).read(ranges, then)
         errors: list[OSError | None] = [None] * len(ranges)
         first_files = np.array([member.first_file for member in self.members])
         member_of = np.searchsorted(first_files, [wanted.file for wanted in ranges], side="right") - 1
         for member in np.unique(member_of).tolist():
             chosen = np.flatnonzero(member_of == member).tolist()
             shifted = [ranges[i]._replace(file=ranges[i].file - int(first_files[member])) for i in chosen]
-            for i, error in zip(chosen, self._store(member).read(shifted), strict=True):
+            filled = partial(lambda chosen, k: then(chosen[k]), chosen)
+            for i, error in zip(chosen, self._store(member).read(shifted, filled), strict=True):
                 errors[i] = error
         return errors
 

@@ -137,7 +137,7 @@ def test_in_a_mix_the_stand_in_is_of_the_same_group(tmp_path: Path) -> None:
 
 def test_a_store_that_fails_is_no_damage_to_skip(tmp_path: Path) -> None:
     shards = ShardSet.open(write_shapes(tmp_path / "set", slices=3))
-    shards.read_ranges = lambda ranges: [OSError(5, "the store does not answer")] * len(ranges)  # type: ignore[method-assign]
+    shards.read_ranges = lambda ranges, then: [OSError(5, "the store does not answer")] * len(ranges)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="the store does not answer"):
         take(shards, LoaderConfig(on_corrupt="skip"), 0, 1)
 
