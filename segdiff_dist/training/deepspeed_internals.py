@@ -18,6 +18,9 @@ from segdiff_dist.ranks.distributed import rank
 from segdiff_dist.training.flat_gradients import FlatGradients
 from segdiff_dist.training.sharded_state import Extent
 
+# DeepSpeed's default of reduce_bucket_size.
+_LARGEST_BUCKET = 500_000_000
+
 
 def import_deepspeed() -> Any:
     """The deepspeed module, imported without its warnings and without torch's compiler.
@@ -34,6 +37,14 @@ def import_deepspeed() -> Any:
     # leaves a lock on which every later run hangs. gloo does the same work.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     return deepspeed
+
+
+def bucket_elements(num_parameters: int) -> int:
+    """Elements of the buffer in which DeepSpeed's hooks collect gradients for a reduction (ZeRO 2 and 3, offload).
+
+    Its default takes 1 or 2 GB for any net. No more than all gradients are ever in it, so a smaller one changes no bit.
+    """
+    return min(_LARGEST_BUCKET, num_parameters)
 
 
 class ZeroPartitions:

@@ -7,6 +7,7 @@ checkpoint does not depend on the number of ranks or on the ZeRO stage.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,7 +32,7 @@ from segdiff_dist.ranks.distributed import (
 from segdiff_dist.ranks.precision import settled
 from segdiff_dist.training import ema
 from segdiff_dist.training.config import TrainConfig
-from segdiff_dist.training.deepspeed_internals import ZeroPartitions, import_deepspeed
+from segdiff_dist.training.deepspeed_internals import ZeroPartitions, bucket_elements, import_deepspeed
 from segdiff_dist.training.flat_gradients import FlatGradients, norm_over_ranks
 from segdiff_dist.training.muon import MuonAdamW
 from segdiff_dist.training.sharded_state import SavedState, ShardOfState, share
@@ -221,8 +222,9 @@ class Engine:
         # ZeRO 3 would replace torch.nn.functional.linear for the whole process, by one that rounds bf16 differently.
         # The net has few products, so it would save only 22 MB.
         zero["memory_efficient_linear"] = False
+        zero["reduce_bucket_size"] = bucket_elements(sum(math.prod(shape) for shape in self.shapes.values()))
         if config.adds_up_gradients and config.zero_stage == 1:
-            # No hooks on parameters, no bucket of 500 million elements, and no norm for which the host waits.
+            # No hooks on parameters, no bucket, and no norm for which the host waits.
             zero |= {"contiguous_gradients": False, "compute_grad_norm": False}
         place = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if config.offload != "none":

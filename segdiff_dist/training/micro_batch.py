@@ -18,6 +18,7 @@ from data_shards.host_memory import host_memory, rank_share
 from data_shards.records import Batch
 from segdiff_dist.ranks.distributed import gather_objects, is_main, world_size
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.deepspeed_internals import bucket_elements
 from segdiff_dist.training.throughput import memory_in_use
 
 if TYPE_CHECKING:
@@ -103,12 +104,7 @@ def measure_rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int
     """Images a second of each size, up to the first that does not fit or is slower than two smaller ones."""
     device = batch.image_BHW.device
     rates: list[float] = []
-    # The engine's memory besides activations and gradients: fp32 weights, Adam's two moments, the averages.
-    held = (
-        sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        * (3 + len(config.ema_lengths))
-        // max(1, world_size() if config.zero_stage else 1)
-    )
+    held = held_elements(task.model, config)
     before, done = resident_bytes(), 0
     try:
         kept_free = torch.empty(held if device.type == "cuda" else 0, device=device)
@@ -126,6 +122,14 @@ def measure_rates(task: Task, batch: Batch, config: TrainConfig, sizes: list[int
     finally:
         task.model.zero_grad(set_to_none=True)
     return rates
+
+
+def held_elements(model: nn.Module, config: TrainConfig) -> int:
+    """The engine's memory besides activations and gradients, in fp32 elements: weights, Adam's two moments, the
+    averages, and DeepSpeed's bucket."""
+    number = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = number * (3 + len(config.ema_lengths)) // max(1, world_size() if config.zero_stage else 1)
+    return state if config.adds_up_gradients else state + bucket_elements(number)
 
 
 def resident_bytes() -> float:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from ranks_support import ranks, sizing, tiny_batch, tiny_task
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_shards.host_memory import HostMemory
 from segdiff_dist.training import micro_batch
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.training.engine import Engine, start_distributed
 
 CONFIG = TrainConfig(global_batch_size=8, micro_batch_size="auto")
 
@@ -78,3 +80,29 @@ def test_on_a_cpu_a_size_is_not_tried_that_memory_does_not_hold(monkeypatch: pyt
     monkeypatch.setattr(micro_batch, "host_memory", lambda: HostMemory(8 * 10**9, int(5e9 - resident[0])))
     micro_batch.measure_rates(tiny_task(), tiny_batch(), CONFIG, [1, 2, 4, 8])
     assert tried == [1, 2, 4]
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.num_bytes = max(self.num_bytes, made.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 2}, {"zero_stage": 3}, {"offload": "optimizer"}], ids=str)
+def test_room_is_left_for_the_buffers_of_a_real_step(settings: dict[str, Any]) -> None:
+    """By default DeepSpeed collects the gradients of any net in a buffer of 1 GB, which no trial contains."""
+    net, device = torch.nn.Linear(30, 30), torch.device("cpu")
+    config = TrainConfig(global_batch_size=2, precision="bf16", **settings)
+    start_distributed(device)
+    with Largest() as largest:
+        engine = Engine(net, config, 2, device)
+        engine.backward(engine(torch.zeros(2, 30, dtype=torch.bfloat16)).float().sum())
+        engine.step()
+    engine.close()
+    assert largest.num_bytes <= 4 * micro_batch.held_elements(torch.nn.Linear(30, 30), config)
