@@ -147,7 +147,7 @@ def _read(
         raise UnreadableVolume(str(case.image), wrong)
     window_end = take_window_end_as_air(image, like)
     of_mask = () if mask.volume is None else mask.volume.notes
-    if labelling.ids is not None and mask.volume is not None and not mask.volume.voxels_IJK.any():
+    if mask.volume is not None and not mask.volume.voxels_IJK.any():
         of_mask = (*of_mask, "no voxel has a class; take the case out if that is wrong")
     of_mask = tuple(f"{LABEL_NOTE}{note}" for note in of_mask if note not in image.notes)
     notes += dict.fromkeys((*case.notes, *image.notes, *of_mask, *padding.notes))

@@ -95,7 +95,10 @@ def num_bytes(source: Source) -> int:
 
 def nifti_files(folder: Path, case_id: str) -> list[Path]:
     """The NIfTI files of a case in a folder: at most its .nii.gz and its .nii, in this order."""
-    return [file for ending in (".nii.gz", ".nii") if (file := folder / f"{case_id}{ending}").is_file()]
+    for endings in ((".nii.gz", ".nii"), (".NII.GZ", ".NII")):
+        if found := [file for ending in endings if (file := folder / f"{case_id}{ending}").is_file()]:
+            return found
+    return []
 
 
 def problems_with_files(case: Case) -> list[Problem]:

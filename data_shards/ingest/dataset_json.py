@@ -50,6 +50,7 @@ _FIRST_CHANNEL = "0000"
 _LONGEST_CASE_ID = 64
 # What Linux allows (limits.h): longer ones are an error of the file system, not a file that is missing.
 _LONGEST_PATH, _LONGEST_NAME = 4096, 255
+_DRIVE = re.compile("[A-Za-z]:")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def read_entries(where: str, content: dict[str, Any]) -> tuple[list[Entry], list
 
 def file_stem(file: str) -> str:
     """A NIfTI file's name without folders and ending."""
-    return re.sub(r"\.nii(\.gz)?$", "", PurePosixPath(file).name)
+    return re.sub(r"\.nii(\.gz)?$", "", PurePosixPath(file).name, flags=re.I)
 
 
 def amos_id(name: str) -> int | None:
@@ -180,7 +181,8 @@ def is_below(path: str) -> bool:
     except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and a file name cannot
         return False
     whole = bool(parts) and sum(lengths) < _LONGEST_PATH and max(lengths) <= _LONGEST_NAME
-    return whole and parts[0] != "/" and ".." not in parts and all(ord(letter) >= 32 for letter in path)
+    is_elsewhere = path.startswith("/") or _DRIVE.match(path) or ".." in parts
+    return whole and not is_elsewhere and all(ord(letter) >= 32 for letter in path)
 
 
 def _shows_channel(raw: Any) -> bool:

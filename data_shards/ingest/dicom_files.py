@@ -56,6 +56,7 @@ _TAGS = (
     "RescaleIntercept",
     "RescaleType",
     "SliceThickness",
+    "ModalityLUTSequence",
     "SyntheticData",
     *_DISTINGUISHING,
 )
@@ -68,7 +69,8 @@ _DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A file's attributes. `distinguishing`: values of _DISTINGUISHING, as text."""
+    """A file's attributes. `has_table`: a look-up table gives its values. `distinguishing`: values of
+    _DISTINGUISHING, as text."""
 
     file: Path
     kind: str
@@ -80,6 +82,7 @@ class Header:
     shape: tuple[int, int]
     num_frames: int
     is_grey: bool
+    has_table: bool
     is_localiser: bool
     spacing: tuple[float, ...]
     position: tuple[float, ...]
@@ -157,6 +160,7 @@ def _header(file: Path, data: Any) -> Header:
         shape=(int(data.get("Rows") or 0), int(data.get("Columns") or 0)),
         num_frames=int(data.get("NumberOfFrames") or 1),
         is_grey=int(data.get("SamplesPerPixel") or 1) == 1 and data.get("PhotometricInterpretation") == "MONOCHROME2",
+        has_table=bool(data.get("ModalityLUTSequence")),
         is_localiser=any(word in one for one in image_type for word in ("LOCALIZER", "SCOUT")),
         spacing=numbers("PixelSpacing"),
         position=numbers("ImagePositionPatient"),

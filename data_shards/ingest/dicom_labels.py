@@ -101,17 +101,22 @@ def grid_problems(labels: DicomLabels) -> list[Problem]:
     return [Problem(labels.name, "labels", value, _GRID) for value in wrong if value]
 
 
-def read_ids(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -> np.ndarray:
-    """uint8 [I, J, K]: the id, by `ids`, of each stored id. Raises ValueError for segments that overlap, and for what
-    cannot be read."""
+def read_ids(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """uint8 [I, J, K]: the id, by `ids`, of each stored id; and texts about what is doubtful. Raises ValueError for
+    segments that overlap, and for what cannot be read."""
     assert labels.series.shape is not None
     drawn = np.zeros(labels.series.shape, np.uint8, order="F")
     name_of: dict[int, str] = {}
+    notes: list[str] = []
     wanted = [(one, number, name, ids[labels.ids[name]]) for one in labels.objects for number, name in one.names]
     for one, number, name, new in sorted(wanted, key=lambda entry: entry[3] != body_id):
         if new == 0:
             continue
-        for mask in (_contour_masks if one.is_contours else _segment_masks)(labels, one, number):
+        masks = list((_contour_masks if one.is_contours else _segment_masks)(labels, one, number))
+        if one.is_contours and (step := _usual_step([int(k[0]) for _, _, k in masks if len(k)])) > 1:
+            between = "the slices between have none of it; interpolate the contours if that is wrong"
+            notes.append(f"{name} has contours in one of {step} slices alone: {between}")
+        for mask in masks:
             before = drawn[mask]
             strange = (before != 0) & (before != new) & (before != (body_id or 0))
             if strange.any():
@@ -120,7 +125,14 @@ def read_ids(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -
                 raise ValueError(f"{other} and {name} overlap: a voxel has one class here; {remedy}")
             drawn[mask] = new
         name_of[new] = name
-    return drawn
+    return drawn, tuple(notes)
+
+
+def _usual_step(slices: list[int]) -> int:
+    """The usual distance between slices with contours; 0 if there are fewer than two. An organ of two parts has one
+    large distance."""
+    steps = sorted(np.diff(slices).tolist())
+    return int(steps[(len(steps) - 1) // 2]) if steps else 0
 
 
 def _segments(header: Header, data: Any) -> LabelObject:

@@ -125,7 +125,7 @@ def _read_plane(series: DicomSeries, number: int) -> np.ndarray:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     what = f"slice {number + 1} of {len(series.files)}"
     if not _is_complete(series.files[number]):
-        raise OSError(f"{what} cannot be decoded: it declares more bytes than it has, or no pixels")
+        raise OSError(f"{what} cannot be decoded: it declares more bytes than it has, or has too few pixels")
     try:
         values = sitk.GetArrayFromImage(sitk.ReadImage(str(series.files[number]), imageIO="GDCMImageIO"))
     except RuntimeError:  # its message has the file's name
@@ -145,13 +145,30 @@ def _is_complete(file: Path) -> bool:
             data = pydicom.dcmread(file, defer_size=1024)
             raw = [one for one in data.values() if isinstance(one, pydicom.dataelem.RawDataElement)]
             ends = [one.value_tell + one.length for one in raw if one.length != _UNDEFINED_LENGTH]
-            return "PixelData" in data and max(ends) <= file.stat().st_size
+            has_pixels = "PixelData" in data and max(ends) <= file.stat().st_size
+            return has_pixels and _pixel_bytes(data) >= _needed_bytes(data)
     except Exception:  # pydicom raises whatever the bytes lead it to
         return False
 
 
+def _pixel_bytes(data: Any) -> float:
+    """Bytes of the stored pixels; of compressed ones their decoder finds out whether they are complete."""
+    if data.file_meta.TransferSyntaxUID.is_encapsulated:
+        return np.inf
+    stored = data.get_item("PixelData")
+    return float(stored.length if hasattr(stored, "length") else len(stored.value))
+
+
+def _needed_bytes(data: Any) -> float:
+    """Bytes of all pixels, uncompressed."""
+    bits = int(data.Rows) * int(data.Columns) * int(data.get("SamplesPerPixel") or 1) * int(data.BitsAllocated)
+    return bits * int(data.get("NumberOfFrames") or 1) / 8
+
+
 def _read_frames(series: DicomSeries) -> np.ndarray:
     highdicom = library("highdicom", series)
+    if not _is_complete(series.files[0]):
+        raise OSError("its frames cannot be decoded: the file declares more bytes than it has, or has too few pixels")
     try:
         with quiet():
             image = highdicom.imread(series.files[0])
@@ -171,6 +188,8 @@ def _problems_with_kind(name: str, headers: Sequence[Header], modality: str, one
         yield Problem(name, "ImageType", "a localiser", _REMEDY)
     elif not all(one.is_grey for one in headers):
         yield Problem(name, "PhotometricInterpretation", "not one MONOCHROME2 value a pixel", _REMEDY)
+    elif any(one.has_table for one in headers):
+        yield Problem(name, "ModalityLUTSequence", "values by a table", f"convert it to slope and intercept; {_REMEDY}")
     elif modality == "CT" and any(one.rescale_type[:2].upper() not in ("", "HU", "US") for one in headers):
         yield Problem(name, "RescaleType", f"{first.rescale_type[:16]!r} of a CT, not HU", _REMEDY)
     elif num > 1 and any(one.num_frames > 1 for one in headers):
@@ -184,6 +203,12 @@ def _problems_with_kind(name: str, headers: Sequence[Header], modality: str, one
 
 def _stack(name: str, headers: Sequence[Header]) -> tuple[DicomSeries, list[Problem]]:
     """Files of a slice each."""
+    for attribute, values in (
+        ("FrameOfReferenceUID", {one.frame_uid for one in headers}),
+        ("PatientID", {one.patient for one in headers}),
+    ):
+        if len(values) > 1:
+            return DicomSeries(name, ()), [Problem(name, attribute, f"{len(values)} in one series", _REMEDY)]
     lacking = [one for one in headers if (len(one.position), len(one.orientation), len(one.spacing)) != (3, 6, 2)]
     if lacking:
         value = f"{len(lacking)} of {len(headers)} images have no position, orientation or pixel spacing"

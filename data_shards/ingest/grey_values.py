@@ -42,6 +42,8 @@ _FAT_HU = -90.0
 _FEW = 1e-3
 # Values of soft tissue if the offset was lost. In HU these are bone and contrast agent: a few per cent.
 _TOO_BRIGHT_HU, _TOO_BRIGHT_SHARE = 700.0, 0.1
+# Below the lowest number that scanners and converters write for what was not measured, -3024 and -4096.
+_LOWEST_HU, _FEW_TOO_LOW = -4100.0, 1e-2
 _TISSUE_HU, _LEAST_TISSUE = -300.0, 5e-3
 _SMALLEST_SPAN_HU = 100.0
 # In MR nothing but padding is far below 0.
@@ -137,6 +139,9 @@ def problem_with_values(
         # Padding has the lowest value.
         return (_count_below(volume, hu) - (num_padding if low < hu else 0)) / max(1, num_measured)
 
+    if (lower := share_below(_LOWEST_HU)) > _FEW_TOO_LOW:
+        value = f"{100 * lower:.0f} % of its voxels are below {_LOWEST_HU:g}"
+        return f"{value}: these are not HU (air is -1000); give the CT in HU"
     negative, fat = share_below(0.0), share_below(_FAT_HU)
     if fat < _FEW and (negative < _FEW or 1.0 - share_below(_TOO_BRIGHT_HU) > _TOO_BRIGHT_SHARE):
         what = "no voxel of this CT is" if negative == 0 else f"only {100 * negative:.2g} % of this CT's voxels are"

@@ -221,6 +221,11 @@ def _problems_with_names(classes: list[str], where: str) -> Iterator[Problem]:
             yield Problem(where, "names", repr(name[:_LONGEST_NAME]), remedy)
         elif name in classes[:at] or name == BACKGROUND:
             yield Problem(where, "names", f"{name!r} twice", remedy)
+        elif twin := next((one for one in classes[:at] if words(one) == words(name)), None):
+            merge = (
+                f"if they are one class, give a table (--prepare.labels TABLE.yaml) with label_map: {{{name}: {twin}}}"
+            )
+            yield Problem(where, "names", f"{twin!r} and {name!r}", f"{merge}; else rename one")
 
 
 def _plain(name: str) -> str:

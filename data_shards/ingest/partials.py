@@ -28,17 +28,21 @@ from data_shards.store.shard_writer import Format, Payloads
 
 
 def write_partial(
-    path: Path, samples: Iterable[tuple[SliceMeta, Payloads]], stamp: str, notes: Sequence[str] = ()
+    path: Path,
+    samples: Iterable[tuple[SliceMeta, Payloads]],
+    stamp: str,
+    notes: Sequence[str] = (),
+    images: object = "",
 ) -> None:
-    """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes. `notes` is read when all
-    samples are written, so that their source can add to it."""
+    """Write PATH.bin and PATH.json. Zarr's parts are arrays; they are stored as their bytes. `notes`, and `images`, as
+    text a digest of all images, are read when all samples are written, so that their source can add to them."""
     described = []
     with new_file(path.with_suffix(".bin")) as unfinished, unfinished.open("wb") as stream:
         for meta, payloads in samples:
             lengths = {part: stream.write(_lz4().encode(payload)) for part, payload in payloads.items()}
             described.append([meta.to_json(), lengths])
     length = path.with_suffix(".bin").stat().st_size
-    content = {"stamp": stamp, "bytes": length, "notes": list(notes), "samples": described}
+    content = {"stamp": stamp, "bytes": length, "notes": list(notes), "images": str(images), "samples": described}
     write_atomic(path.with_suffix(".json"), json.dumps(content).encode())
 
 
@@ -56,19 +60,21 @@ def stamp_of(path: Path) -> str | None:
 @dataclass(frozen=True)
 class Summary:
     """The contents of a finished partial; mask_sources: the sources of its masks, each once; notes: texts about what
-    was recognised."""
+    was recognised; images: a digest of its images, empty if they show nothing."""
 
     stamp: str
     num_samples: int
     mask_sources: frozenset[str]
     notes: tuple[str, ...]
+    images: str = ""
 
 
 def summarise(path: Path) -> Summary:
     """The contents of a finished partial."""
     content = _described(path)
     sources = frozenset(meta["mask_source"] for meta, _ in content["samples"])
-    return Summary(content["stamp"], len(content["samples"]), sources, tuple(content.get("notes", ())))
+    notes, images = tuple(content.get("notes", ())), content.get("images", "")
+    return Summary(content["stamp"], len(content["samples"]), sources, notes, images)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class _Content(TypedDict):
     stamp: str
     bytes: int
     notes: NotRequired[list[str]]
+    images: NotRequired[str]
     samples: list[Annotated[list[dict[str, Any]], Field(min_length=2, max_length=2)]]
 
 

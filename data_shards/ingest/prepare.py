@@ -14,25 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from data_shards import __version__
 from data_shards.documents import read_json, reading
 from data_shards.fan_out import Done, TaskFailure, Workers, runner
 from data_shards.files import remove_leftovers, write_atomic
 from data_shards.ingest import partials
+from data_shards.ingest.case_task import CaseTask, Failed, same_image_notes
 from data_shards.ingest.cases import Case, Source, nifti_files, num_bytes
 from data_shards.ingest.dataset_json import DATASET_FILE
-from data_shards.ingest.label_tables import Labelling
 from data_shards.ingest.masks import annotation_record
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.survey import Survey, survey
 from data_shards.locks import FOLDER_LOCK, locked
-from data_shards.problems import InputProblems, OutOfSpace, Problem, out_of_space, problem, refuse, saying_when_full
+from data_shards.problems import InputProblems, OutOfSpace, Problem, problem, refuse, saying_when_full
 from data_shards.records import MASK_SOURCES, SPLITS
-from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, file_sha256, read_index
+from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, read_index
 from data_shards.store.shard_writer import plan_shards, write_shards
 
 __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_problems", "prepare"]
@@ -47,7 +45,7 @@ _WHERE_SET |= {"keep_dicom_ids", "intensities", "channels"}
 class PrepareReport:
     """The result of prepare. `failed`: (case_id, file, reason) for each volume that is not in the set. `masks`: number
     of cases by mask source (records.MASK_SOURCES). `recognised`: by case id, texts about what was converted, left out
-    or guessed in a volume; cases without such are not in it."""
+    or guessed in a volume; cases without such are not in it. `notes`: texts about the set."""
 
     num_samples: int
     num_cases: int
@@ -55,57 +53,7 @@ class PrepareReport:
     skipped_done: bool
     masks: dict[str, int]
     recognised: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """`file` is the faulty file; None if the disk is full."""
-
-    file: str | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Task:
-    case: Case
-    partial: Path
-    config: PrepareConfig
-    wholebody: Path | None
-    labelling: Labelling
-
-    @property
-    def checksums(self) -> list[str]:
-        """Checksums of everything that a case's slices depend on."""
-        masks = [] if self.wholebody is None else nifti_files(self.wholebody, self.case.case_id)
-        sources = (*self.case.sources, *masks)
-        return [file_sha256(one) if isinstance(one, Path) else one.sha256() for one in sources]
-
-    def run(self) -> _Failed | None:
-        """Write the case's partial files, unless existing ones came from the same bytes and config."""
-        from data_shards.ingest.case_slices import slices_of
-        from data_shards.ingest.volumes import UnreadableVolume
-
-        settings = self.config.result_settings() | self.labelling.recorded
-        made_from: list[Any] = [__version__, settings, self.case.split, self.checksums]
-        if self.labelling.ids is not None:
-            made_from += [self.labelling.table.names, self.case.modality]
-        if self.case.channel is not None:
-            made_from.append(self.case.channel)
-        stamp = sha256(json.dumps(made_from).encode()).hexdigest()
-        if partials.stamp_of(self.partial) == stamp:
-            return None
-        format = self.config.format
-        try:
-            notes: list[str] = []
-            records = slices_of(self.case, self.config, self.wholebody, notes, self.labelling)
-            partials.write_partial(self.partial, ((r.meta, format.payloads(r)) for r in records), stamp, notes)
-        except UnreadableVolume as error:
-            return _Failed(error.file, error.reason)
-        except OSError as error:
-            if out_of_space(error):
-                return _Failed(None, str(error))
-            raise
-        return None
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -151,7 +99,7 @@ class Preparation:
         """The skipped cases, in the form of the index."""
         roots = [self.amos_root] if self.wholebody is None else [self.amos_root, self.wholebody]
         return [
-            _described(roots, case_id, _Failed(found[0].where, "; ".join(f"{p.field}: {p.value}" for p in found)))
+            _described(roots, case_id, Failed(found[0].where, "; ".join(f"{p.field}: {p.value}" for p in found)))
             for case_id, found in sorted(self.survey.skipped.items())
         ]
 
@@ -182,7 +130,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
             shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return _report(index, len(index["source"]), left_out, skipped_done=True)
     labelling = job.survey.labelling
-    tasks = [_Task(case, out / PARTIAL / case.case_id, config, wholebody, labelling) for case in job.cases]
+    tasks = [CaseTask(case, out / PARTIAL / case.case_id, config, wholebody, labelling) for case in job.cases]
     # The largest first, so that no worker has a large one at the end while the others wait.
     tasks.sort(key=lambda task: -num_bytes(task.case.image))
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
@@ -209,7 +157,8 @@ def _report(
 ) -> PrepareReport:
     """The report of a complete set."""
     recognised, masks = index.get("recognised", {}), index["mask_sources"]
-    return PrepareReport(index["num_samples"], num_cases, _listed(missing), skipped_done, masks, recognised)
+    notes = tuple(index.get("notes", ()))
+    return PrepareReport(index["num_samples"], num_cases, _listed(missing), skipped_done, masks, recognised, notes)
 
 
 def _listed(missing: list[dict[str, str]]) -> tuple[tuple[str, str, str], ...]:
@@ -326,21 +275,21 @@ def _remove_half_written(out: Path) -> None:
 
 
 def _cut_volumes(
-    tasks: list[_Task],
+    tasks: list[CaseTask],
     workers: Workers[Any, Any],
     out: Path,
     progress: Callable[[int, int, int], None] | None,
-) -> Iterator[tuple[str, _Failed]]:
+) -> Iterator[tuple[str, Failed]]:
     """Every volume to its partial files; yields case id and reason of those that failed."""
     from data_shards.progress import progress_bar
 
-    done: Done[_Task, _Failed | None]
+    done: Done[CaseTask, Failed | None]
     num_failed = 0
     with progress_bar(total=len(tasks), desc="prepare", unit="volume") as bar:
         for number, done in enumerate(workers.run(tasks), start=1):
             failure = done.result
             if isinstance(failure, TaskFailure):
-                failure = _Failed(str(done.task.case.image), failure.error)
+                failure = Failed(str(done.task.case.image), failure.error)
             if failure is not None:
                 if failure.file is None:
                     raise OutOfSpace(out, failure.reason)
@@ -352,7 +301,7 @@ def _cut_volumes(
                 progress(number, len(tasks), num_failed)
 
 
-def _described(roots: list[Path], case_id: str, failure: _Failed) -> dict[str, str]:
+def _described(roots: list[Path], case_id: str, failure: Failed) -> dict[str, str]:
     """Without the folders above the archive and the masks, so that the index does not depend on their paths."""
     assert failure.file is not None
     file, reason = "." if failure.file in map(str, roots) else failure.file, failure.reason
@@ -363,7 +312,7 @@ def _described(roots: list[Path], case_id: str, failure: _Failed) -> dict[str, s
 
 def _write_set(
     out: Path,
-    done: list[_Task],
+    done: list[CaseTask],
     config: PrepareConfig,
     header: dict[str, Any],
     workers: Workers[Any, Any],
@@ -374,6 +323,7 @@ def _write_set(
     num_samples: Counter[str] = Counter()
     masks: Counter[str] = Counter()
     recognised: dict[str, list[str]] = {}
+    images_of: dict[str, tuple[str, str]] = {}
     counted = []
     for task in sorted(done, key=lambda task: (SPLITS.index(task.case.split), task.case.case_id)):
         summary = partials.summarise(task.partial)
@@ -381,6 +331,7 @@ def _write_set(
         counted.append((task.case.split, summary.num_samples, run))
         num_samples[task.case.split] += summary.num_samples
         masks.update(summary.mask_sources)
+        images_of[task.case.case_id] = (task.case.split, summary.images)
         if summary.notes:
             recognised[task.case.case_id] = list(summary.notes)
     header = {
@@ -390,6 +341,8 @@ def _write_set(
     }
     if recognised:
         header["recognised"] = recognised
+    if notes := same_image_notes(images_of):
+        header["notes"] = [*header.get("notes", ()), *notes]
     if wholebody is not None:
         header["wholebody"] = annotation_record(wholebody)
     shards = plan_shards(out, counted, config.format)

@@ -41,6 +41,30 @@ def with_splits(
     return tuple(replace(case, split=split_of[_patient(case)]) if shares or not case.split else case for case in cases)
 
 
+def drawn_notes(listed: Sequence[Case], cases: Sequence[Case]) -> list[str]:
+    """What to say if the data state the split of some cases, for training or validation, and others were drawn.
+    `listed`: the cases before the draw."""
+    drawn = [case.case_id for case in listed if not case.split]
+    if not drawn or not any(case.split in ("train", "val") for case in listed):
+        return []
+    split_of = {case.case_id: case.split for case in cases}
+    where = f"the data state no split of {len(drawn)} of {len(listed)} cases, as {drawn[0]}, which is put into"
+    return [f"{where} {split_of[drawn[0]]}; --prepare.split draws all of them"]
+
+
+def capital_notes(cases: Sequence[Case]) -> list[str]:
+    """What to say of patients, or cases that count as patients, whose names differ in capitals alone."""
+    of_name: dict[str, list[str]] = {}
+    for name in dict.fromkeys(_patient(case) for case in cases):
+        of_name.setdefault(name.casefold(), []).append(name)
+    twins = [names for names in of_name.values() if len(names) > 1]
+    if not twins:
+        return []
+    more = f" ({len(twins) - 1} more such names)" if len(twins) > 1 else ""
+    where = f"{twins[0][0]} and {twins[0][1]} count as two patients{more}"
+    return [f"{where}: if they are one, write one name, in a manifest's column `patient` or for the files"]
+
+
 def patient_problems(cases: Sequence[Case]) -> list[Problem]:
     """Problems of patients that the data put into two splits."""
     splits_of: dict[str, set[str]] = {}

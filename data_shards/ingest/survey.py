@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
 from data_shards.ingest.masks import find_wholebody_problems
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.ingest.splits import patient_notes, patient_problems, pattern_problems, with_splits
+from data_shards.ingest.splits import (
+    capital_notes,
+    drawn_notes,
+    patient_notes,
+    patient_problems,
+    pattern_problems,
+    with_splits,
+)
+from data_shards.ingest.volume_files import stem
 from data_shards.labels import FROM_EXPERTS
 from data_shards.modalities import MODALITIES, in_order, modalities_of
 from data_shards.problems import Problem
@@ -73,9 +82,13 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     problems += _alike_modalities(root, listing)
     problems += [] if skips else [one for found in bad.values() for one in found]
     cases = tuple(case for case in listing.cases if case.case_id not in bad)
+    of_cases = _unread_notes(root, listing, config, wholebody) if not problems else []
     if listing.names is not None or config.split is not None or config.patient is not None:
-        cases = with_splits(cases, config.split, config.seed, by_tool=config.label_set not in FROM_EXPERTS)
+        listed, by_tool = cases, config.label_set not in FROM_EXPERTS
+        cases = with_splits(listed, config.split, config.seed, by_tool=by_tool)
+        of_cases += drawn_notes(listed, cases) if config.split is None else []
         problems += patient_problems(cases) + pattern_problems(cases, config.patient)
+    of_cases += capital_notes(cases)
     if not problems:
         problems += find_wholebody_problems(cases, config.label_set, wholebody)
     skipped = {case_id: tuple(found) for case_id, found in bad.items()} if skips else {}
@@ -83,8 +96,24 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     if beside is not None and problems:
         wanted = f"{recognised.layout.name} was recognised ({recognised.reason})"
         problems.append(Problem(str(root), "layout", wanted, beside))
-    notes = (*filter(None, [beside]), *listing.notes, *labelling.notes, *patient_notes(cases))
+    notes = (*filter(None, [beside]), *listing.notes, *labelling.notes, *of_cases, *patient_notes(cases))
     return Survey(recognised, labelling, cases, tuple(dict.fromkeys(problems)), skipped, notes)
+
+
+def _unread_notes(root: Path, listing: Listing, config: PrepareConfig, wholebody: Path | None) -> list[str]:
+    """Folders with volumes of which none is used: a split under another name, or what is not meant to be read."""
+    used = {file.parent for case in listing.cases for file in case.files}
+    if not used or config.modalities is not None:
+        return []
+    beside, unread = (wholebody, root / "__MACOSX"), dict[str, int]()
+    for folder, folders, files in os.walk(root):
+        folders[:] = [one for one in sorted(folders) if one[0] != "." and Path(folder, one) not in beside]
+        if Path(folder) not in used and (found := sum(stem(file) is not None for file in files)):
+            unread[os.path.relpath(folder, root)] = found
+    if not unread:
+        return []
+    names = ", ".join(list(unread)[:3]) + (", ..." if len(unread) > 3 else "")
+    return [f"{sum(unread.values())} volumes are not read, since nothing in their folders is used: {names}"]
 
 
 def _alike_modalities(root: Path, listing: Listing) -> list[Problem]:

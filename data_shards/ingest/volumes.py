@@ -106,10 +106,10 @@ def read_volume(path: Path | DicomSeries, *, one_slice: bool = False, channel: i
 def read_dicom_labels(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -> Volume:
     """The labels of a DICOM series on its grid, as uint8 ids, see dicom_labels.read_ids. Raises UnreadableVolume."""
     try:
-        voxels, sha256 = read_ids(labels, ids, body_id), labels.sha256()
+        (voxels, notes), sha256 = read_ids(labels, ids, body_id), labels.sha256()
     except (OSError, ValueError) as error:
         raise UnreadableVolume(str(labels), str(error)) from error
-    return _turned(voxels, dicom_series.read_geometry(labels.series), sha256)
+    return replace(_turned(voxels, dicom_series.read_geometry(labels.series), sha256), notes=notes)
 
 
 def read_labels(path: Path, num_ids: int, *, ids: Mapping[int, int] | None = None, one_slice: bool = False) -> Volume:

@@ -151,7 +151,7 @@ class PreparePlan(Plan):
             sources = (f"{source} of {count} volumes" for source, count in report.masks.items())
             found.append("masks: " + ", ".join(sources))
         source = self.preparation.header["source"]
-        found += [*self.preparation.survey.notes, *recognised_lines(report.recognised, source)]
+        found += [*(report.notes or self.preparation.survey.notes), *recognised_lines(report.recognised, source)]
         found += [_left_out(*one) for one in report.failed]
         if report.failed:
             found.append("put these right and start the same command again; it tries only them")

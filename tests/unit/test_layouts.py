@@ -191,7 +191,8 @@ def test_a_dry_run_says_what_headers_show(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_bad_case_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
-    """And the set of the others names it; a second call finds all done, one with the case put right adds it alone."""
+    """And the set of the others names it; a second call finds all done, one with the case put right adds it alone. Two
+    cases with the same images are said."""
     settings = write_nnunet(tmp_path / "data") | {"labels": None, "axes": ("axial",)}
     label = tmp_path / "data/labelsTr/p1_1.nii.gz"
     label.rename(tmp_path / "kept.nii.gz")
@@ -207,7 +208,11 @@ def test_a_bad_case_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
     assert [entry["case_id"] for entry in shards.index["failed"]] == ["p1_1"]
     assert (tmp_path / "set/.partial/p1_2.json").is_file()
     (tmp_path / "kept.nii.gz").rename(label)
+    # The same scan under another name and split, saved by another program.
+    copied = np.asarray(nib.load(tmp_path / "data/imagesTr/p1_2_0001.nii.gz").dataobj, np.float32)
+    save(tmp_path / "data/imagesTr/p1_1_0001.nii.gz", copied)
     report = prepare(tmp_path / "data", tmp_path / "set", config)
     assert (report.num_cases, report.failed) == (4, ())
+    assert "p1_1 (train) and p1_2 (train) have the same images" in report.notes[-1]
     assert not (tmp_path / "set/.partial").exists()
     assert shards.index["preprocessing"]["layout"] == "nnunet"

@@ -16,6 +16,8 @@ from data_shards.records import MODALITIES, is_case_id
 
 # A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
 _LONGEST_CASE_ID = 64
+# Tables of cases, which the layout `folder` reads.
+MANIFESTS = ("manifest.csv", "manifest.tsv")
 _OWN_VOLUME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-volume")
 
 
@@ -54,7 +56,8 @@ class Layout(ABC):
 
     def not_read(self, root: Path) -> str | None:
         """What is there that only another layout reads, and the setting for it."""
-        return None
+        found = next((name for name in MANIFESTS if (root / name).is_file()), None)
+        return found and f"{found} is not read; --prepare.layout folder reads it instead"
 
     @abstractmethod
     def read(self, root: Path, request: Request) -> Listing:

@@ -101,7 +101,8 @@ class Dicom(Layout):
             problems.append(Problem(str(root), "case id", "two series have one digest", "prepare them one by one"))
         problems += [] if problems or problems_of else no_cases(root, request, cases)
         ordered = tuple(sorted(cases, key=lambda case: case.case_id))
-        return Listing(ordered, tuple(problems), problems_of, names)
+        notes = tuple(_alike_patients(found, request))
+        return Listing(ordered, tuple(problems), problems_of, names, notes=notes)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -181,12 +182,7 @@ def _case(
     # Scanners write single slices as localisers; a drawn one, or one of `segdiff export`, is meant as an image.
     one_slice = bool(objects) or headers[0].is_synthetic
     series, problems = series_of(name, headers, modality, one_slice=one_slice)
-    against = stated or headers[0].modality[:16]
-    notes = (
-        (f"taken as {modality} as stated, against {against} in DICOM; else leave --prepare.modality out",)
-        if modality != stated
-        else ()
-    )
+    notes = tuple(_notes(headers[0], objects, modality, stated))
     labels = _labels(name, series, objects, ids)
     if labels is not None and not problems:
         problems = grid_problems(labels)
@@ -194,6 +190,28 @@ def _case(
     known = modality if is_modality(modality) else request.any_modality
     is_flat = len(series.files) == 1 and not series.is_multiframe
     return Case(case_id, known, "", series, labels, notes, patient, is_flat=is_flat), problems
+
+
+def _notes(header: Header, objects: tuple[LabelObject, ...], modality: str, stated: str) -> Iterator[str]:
+    if modality != stated:
+        against = stated or header.modality[:16]
+        yield f"taken as {modality} as stated, against {against} in DICOM; else leave --prepare.modality out"
+    if any(header.frame_uid not in one.frame_uids for one in objects):
+        yield "its labels name this series, but another frame of reference; look at them if that is wrong"
+
+
+def _alike_patients(found: _Found, request: Request) -> Iterator[str]:
+    """PatientIDs that differ in capitals and blanks alone, by one series of each."""
+    of_name: dict[str, dict[str, str]] = {}
+    for uid, headers in sorted(found.series.items()):
+        if patient := headers[0].patient.strip("|"):
+            of_name.setdefault("".join(patient.casefold().split()), {}).setdefault(headers[0].patient, uid)
+    twins = [tuple(uids.values()) for uids in of_name.values() if len(uids) > 1]
+    if twins:
+        one, other = (_case_id(uid, request) for uid in twins[0][:2])
+        more = f" ({len(twins) - 1} more such patients)" if len(twins) > 1 else ""
+        where = f"the PatientIDs of {one} and {other} differ in capitals or blanks alone{more}"
+        yield f"{where}, and count as two patients: if they are one, write one PatientID"
 
 
 def _case_id(uid: str, request: Request) -> str:

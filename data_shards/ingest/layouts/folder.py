@@ -1,8 +1,9 @@
 """Plain folders: images and labels paired by their names, or by a table, manifest.csv or manifest.tsv.
 
-images/CASE labels/CASE or masks/CASE; below train/, val/ and test/ where there are splits imagesTr/ labelsTr/ imagesVa/
-... the same, splits in the folders' names CASE and CASE_label in one folder; also _seg and _mask manifest.csv columns
-image and, if they are known, label, modality, patient, split, case
+images/CASE, and labels/CASE or masks/CASE     below train/, val/ and test/ where there are splits
+imagesTr/, labelsTr/, imagesVa/, ...           the same, splits in the folders' names
+CASE and CASE_label in one folder              also _seg and _mask
+manifest.csv                                   columns image and, if they are known, label, modality, ...
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from data_shards.ingest.cases import Case, Listing, problems_by_case
 from data_shards.ingest.dataset_json import DATASET_FILE, is_below, is_of_layout
 from data_shards.ingest.layouts.amos import class_names, content_of
 from data_shards.ingest.layouts.base import (
+    MANIFESTS,
     Layout,
     Request,
     case_name_problems,
@@ -31,12 +33,16 @@ from data_shards.ingest.volume_files import stem
 from data_shards.problems import InputProblems, Problem, problem
 
 _COLUMNS = ("image", "label", "modality", "patient", "split", "case")
-MANIFESTS = ("manifest.csv", "manifest.tsv")
 _IMAGES, _LABELS = ("images", "image", "imgs"), ("labels", "label", "masks", "mask", "segmentations")
-_SPLIT_FOLDERS = {"": "", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
-_SPLIT_ENDS = {"Tr": "train", "Va": "val", "Ts": "test"}
+_SPLIT_FOLDERS = {
+    "": "",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_SPLIT_ENDS = {"tr": "train", "va": "val", "val": "val", "ts": "test"}
 # Suffixes of a case's name in its files.
-_IS_LABEL = re.compile(r"(.+?)[_-](?:labels?|seg|segmentation|masks?)", re.I)
+_IS_LABEL = re.compile(r"(.+?)[._-](?:labels?|seg|segmentation|masks?)", re.I)
 _IS_IMAGE = re.compile(r"(.+?)[_-](?:images?|img|0000)", re.I)
 
 
@@ -69,6 +75,8 @@ class Folder(Layout):
         """Cases of the manifest if there is one, else the pairs. dataset.json's `labels` or a table (prepare.labels)
         name the classes."""
         manifest, content = _manifest(root), content_of(root)
+        if all((root / name).is_file() for name in MANIFESTS):
+            return Listing((), (Problem(str(root), "files", f"both {' and '.join(MANIFESTS)}", "keep one"),))
         try:
             cases, problems = _pairs(root) if manifest is None else _listed(manifest)
         except InputProblems as error:
@@ -128,20 +136,26 @@ def _pairs(root: Path) -> tuple[list[Case], list[Problem]]:
 
 
 def _folder_pairs(root: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Split, folder of images and folder of labels, which may be one."""
-    if not root.is_dir():
-        return
+    """Split, folder of images and folder of labels, which may be one. Names may be in capitals."""
+    below = _folders(root)
     for name, split in _SPLIT_FOLDERS.items():
-        folder = root / name
-        images = next((folder / one for one in _IMAGES if (folder / one).is_dir()), None)
-        labels = next((folder / one for one in _LABELS if (folder / one).is_dir()), None)
-        if images is not None:
+        folder = below.get(name) if name else root
+        inside = _folders(folder)
+        images = next((inside[one] for one in _IMAGES if one in inside), None)
+        labels = next((inside[one] for one in _LABELS if one in inside), None)
+        if folder is not None and images is not None:
             yield split, images, labels or folder / _LABELS[0]
-        elif volumes_in(folder):
+        elif folder is not None and volumes_in(folder):
             yield split, folder, folder
     for end, split in _SPLIT_ENDS.items():
-        if (root / f"images{end}").is_dir():
-            yield split, root / f"images{end}", root / f"labels{end}"
+        if f"images{end}" in below:
+            yield split, below[f"images{end}"], below.get(f"labels{end}", root / f"labels{end}")
+
+
+def _folders(folder: Path | None) -> dict[str, Path]:
+    """The folders in a folder, by their names in lower case."""
+    inside = sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ()
+    return {one.name.lower(): one for one in inside if one.is_dir()}
 
 
 def _by_case(files: dict[str, list[Path]], case_of: Callable[[str], str]) -> dict[str, list[Path]]:

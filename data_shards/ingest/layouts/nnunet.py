@@ -1,8 +1,9 @@
 """nnU-Net v2's raw data sets (its documentation/dataset_format.md).
 
-dataset.json `channel_names`, `labels` as name: id, `file_ending` imagesTr/CASE_0000 a file a channel; labelsTr/CASE;
-imagesTs/CASE_0000, and labelsTs/CASE where somebody has them splits_final.json folds, each {"train": [...], "val":
-[...]}, if it was copied here from nnU-Net's other folder
+dataset.json                  `channel_names`, `labels` as name: id, `file_ending`
+imagesTr/CASE_0000            a file a channel; labelsTr/CASE
+imagesTs/CASE_0000            and labelsTs/CASE where somebody has them
+splits_final.json             folds, each {"train": [...], "val": [...]}, if it was copied here
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class NnUNet(Layout):
         """One channel of each case, or several as cases of their own."""
         where, content = root / DATASET_FILE, content_of(root)
         names, of_names = _class_names(where, content)
-        named = numbered(content.get("channel_names"))
+        named = numbered(content.get("channel_names") or content.get("modality"))
         channels, found = chosen_channels(where, "channel_names", named, request)
         if found:
             return Listing((), tuple(found), names=names, problems_with_names=tuple(of_names))

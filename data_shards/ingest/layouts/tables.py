@@ -1,9 +1,11 @@
-"""Tables from people and other programs: CSV and TSV, with or without a BOM, separated by comma, semicolon or tab."""
+"""Tables from people and other programs: CSV and TSV in UTF-8 or, as Excel writes them, UTF-16, separated by comma,
+semicolon or tab."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,12 @@ from data_shards.documents import read_bytes
 from data_shards.problems import Problem, problem, refuse
 
 _MOST_BYTES = 64 * 2**20
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# Excel's line before the names of the columns.
+_SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")
+# Where values without a column are put.
+_BEHIND = "\n"
+_QUOTE = "write values that contain the separator in quotation marks"
 _SPLIT_WORDS = {
     "train": ("train", "training", "tr"),
     "val": ("val", "valid", "validation", "va"),
@@ -21,17 +29,25 @@ _SPLIT_WORDS = {
 def read_table(file: Path, required: Sequence[str]) -> list[dict[str, str]]:
     """The rows by column, names in lower case, values without blanks around them; columns that a row lacks are empty.
 
-    Raises InputProblems: not text, or a required column is missing.
+    Raises InputProblems: not text, a required column is missing, or a line has more values than columns.
     """
     rows, columns = _opened(file)
+    twice = [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]
+    refuse(Problem(str(file), "columns", f"{name} comes twice", "keep the one that is meant") for name in twice)
     missing = [name for name in required if name not in columns]
     refuse(
         Problem(str(file), "columns", f"{', '.join(columns)[:200]}: no {name}", f"give a column `{name}`")
         for name in missing
     )
-    rows.fieldnames = columns
+    rows.fieldnames, rows.restkey = columns, _BEHIND
+    found = list(rows)
+    refuse(
+        Problem(str(file), f"line {number}", f"more values than the {len(columns)} columns", _QUOTE)
+        for number, row in enumerate(found, start=2)
+        if any(map(_is_filled, row.get(_BEHIND) or ()))
+    )
     return [
-        {name: (row.get(name) or "").strip() for name in columns} for row in rows if any(map(_is_filled, row.values()))
+        {name: (row.get(name) or "").strip() for name in columns} for row in found if any(map(_is_filled, row.values()))
     ]
 
 
@@ -44,9 +60,11 @@ def _opened(file: Path) -> tuple[csv.DictReader[str], list[str]]:
     """The rows, and the names of the columns."""
     remedy = "save it as CSV in UTF-8, with the names of the columns in the first line"
     try:
-        text = read_bytes(file, remedy, _MOST_BYTES).decode("utf-8-sig")
+        content = read_bytes(file, remedy, _MOST_BYTES)
+        text = content.decode("utf-16" if content[:2] in _UTF_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise problem(file, "content", f"not UTF-8 ({error.reason})", remedy) from None
+    text = _SEPARATOR_LINE.sub("", text)
     first = text.split("\n", 1)[0]
     delimiter = max("\t;,", key=first.count)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)

@@ -1,0 +1,254 @@
+"""What people's data hold beside the usual: read right, said, or refused with field and value; never passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from layouts_support import (
+    AFFINE,
+    CONFIG,
+    edit,
+    slices,
+    table,
+    volumes,
+    write_amos,
+    write_folder,
+    write_manifest,
+    write_nnunet,
+    write_totalsegmentator,
+)
+
+from data_shards.ingest.case_slices import slices_of
+from data_shards.ingest.prepare import Preparation, PrepareConfig, check, find_problems
+from data_shards.ingest.volumes import UnreadableVolume
+
+pytest.importorskip("SimpleITK")
+
+
+def _manifest(root: Path, change: Callable[[str], str | bytes], name: str = "manifest.csv") -> dict[str, Any]:
+    """manifest.csv, changed; with commas, since Excel chooses semicolons or commas by the country."""
+    settings = write_manifest(root)
+    text = (root / "manifest.csv").read_text(encoding="utf-8-sig").replace(";", ",")
+    changed = change(text)
+    (root / name).write_bytes(changed.encode() if isinstance(changed, str) else changed)
+    return settings
+
+
+def _check(root: Path, settings: dict[str, Any]) -> Preparation:
+    return check(root, root.parent / "set", PrepareConfig(**{**vars(CONFIG), **settings}))
+
+
+READ: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "a table in UTF-16": lambda root: _manifest(root, lambda text: text.encode("utf-16")),
+    "Excel's line of the separator": lambda root: _manifest(root, lambda text: f"sep=,\r\n{text}"),
+    "folders in capitals, and valid": lambda root: _renamed(root, write_folder(".nii"), "val", "Valid", "Images"),
+    "Slicer's name of a label": lambda root: _renamed(root, write_folder(".nrrd"), "_seg.nrrd", ".seg.nrrd"),
+    "capitals of TotalSegmentator": lambda root: _renamed(root, write_totalsegmentator, "ct.nii.gz", "CT.NII.GZ"),
+    "capitals of AMOS": lambda root: _renamed(root, write_amos, ".nii.gz", ".NII.GZ"),
+    "modality in place of channel_names": lambda root: _with_modality(root),
+}
+
+
+def _renamed(root: Path, write: Any, old: str, new: str, images: str = "") -> dict[str, Any]:
+    """`old` in all names of files and folders, and in dataset.json, becomes `new`; folders `images` are called so."""
+    settings: dict[str, Any] = write(root)
+    for file in sorted(root.rglob("*"), key=lambda one: -len(one.parts)):
+        name = images if images and file.name == images.lower() else file.name.replace(old, new)
+        file.rename(file.with_name(name))
+    if (file := root / "dataset.json").is_file():
+        file.write_text(file.read_text().replace(old, new))
+    return settings
+
+
+def _with_modality(root: Path) -> dict[str, Any]:
+    settings = write_nnunet(root)
+    edit(root, modality={"0": "PET", "1": "CT"}, channel_names={})
+    return settings
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_others_write_is_read(name: str, tmp_path: Path) -> None:
+    found = _check(tmp_path / "data", READ[name](tmp_path / "data"))
+    assert [(case.case_id, case.modality, case.split) for case in found.cases] == [
+        *(("p1_1", "CT", "train"), ("p1_2", "CT", "train"), ("p2_1", "CT", "val"), ("p3_1", "CT", "test"))
+    ]
+    assert not [note for note in found.survey.notes if "fold" not in note]
+
+
+def _classes(root: Path) -> dict[str, Any]:
+    return write_nnunet(root) | edit(root, labels={"background": 0, "liver": 1, "Liver": 2}) | {"labels": None}
+
+
+def _two_images(root: Path) -> dict[str, Any]:
+    settings = write_totalsegmentator(root)
+    (root / "p1_1/mri.nii.gz").write_bytes((root / "p1_1/ct.nii.gz").read_bytes())
+    return settings
+
+
+REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str]] = {
+    "a drive": (lambda root: _manifest(root, lambda text: text.replace(r"ct\p1_1", r"D:\ct\p1_1")), "image", "'D:"),
+    "a server": (lambda root: _manifest(root, lambda text: text.replace(r"ct\p1_1", r"\\a\p1_1")), "image", r"'\\\\a"),
+    "a path with two slashes": (
+        lambda root: _manifest(root, lambda text: text.replace(r"ct\p1", "//p1")),
+        "image",
+        "/",
+    ),
+    "a comma in a value": (lambda root: _manifest(root, lambda text: text.replace("p1,", "P,1,")), "line 2", "values"),
+    "a column twice": (lambda root: _manifest(root, lambda t: t.replace("Split", "Label")), "columns", "label comes"),
+    "two tables": (lambda root: _manifest(root, str, "manifest.tsv"), "files", "manifest.csv and manifest.tsv"),
+    "names that differ in capitals": (_classes, "names", "'liver' and 'Liver'"),
+    "two images of a case": (_two_images, "files", "both ct.nii.gz and mri.nii.gz"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_be_misread_is_refused(name: str, tmp_path: Path) -> None:
+    write, field, value = REFUSED[name]
+    settings = write(tmp_path / "data")
+    found = find_problems(tmp_path / "data", tmp_path / "set", PrepareConfig(**{**vars(CONFIG), **settings}))
+    assert field in found[0].field
+    assert value in found[0].value
+
+
+def _no_organ(root: Path) -> dict[str, Any]:
+    settings = write_totalsegmentator(root)
+    (root / "p1_1/segmentations/spleen.nii.gz").unlink()
+    return settings
+
+
+def _meta(root: Path) -> dict[str, Any]:
+    settings = write_totalsegmentator(root)
+    file = root / "meta.csv"
+    file.write_text(file.read_text().replace("p2_1", "s9"))
+    return settings
+
+
+def _unread(root: Path) -> dict[str, Any]:
+    settings = write_folder(".nii")(root)
+    (root / "val").rename(root / "held_out")
+    return settings
+
+
+SAID: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
+    "an organ without a file": (_no_organ, ["1 of 4 cases have no file of some organs that others have, as p1_1: spl"]),
+    "meta.csv of other cases": (_meta, ["meta.csv names 1 cases that are not here, as s9", "state no split of 1 of 4"]),
+    "a folder of another name": (
+        _unread,
+        ["2 volumes are not read, since nothing in their folders is used: held_out/"],
+    ),
+    "patients who differ in capitals": (
+        lambda root: _manifest(root, lambda text: text.replace("ct,p1", "ct,P2", 1)),
+        ["P2 and p2 count as two patients"],
+    ),
+    "a table beside nnU-Net's": (lambda root: _beside(root), ["manifest.csv is not read; --prepare.layout folder"]),
+}
+
+
+def _beside(root: Path) -> dict[str, Any]:
+    settings = write_nnunet(root)
+    (root / "manifest.csv").write_text("image\n")
+    return settings
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_doubtful_is_said(name: str, tmp_path: Path) -> None:
+    write, words = SAID[name]
+    notes = [note for note in _check(tmp_path / "data", write(tmp_path / "data")).survey.notes if "fold " not in note]
+    assert len(notes) == len(words)
+    for note, word in zip(notes, words, strict=True):
+        assert word in note
+
+
+def test_a_ct_of_ten_times_its_values_and_an_empty_label(tmp_path: Path) -> None:
+    settings = write_amos(tmp_path / "data")
+    file = tmp_path / "data/images/p1_1.nii.gz"
+    voxels = np.asarray(nib.load(file).dataobj)
+    nib.save(nib.Nifti1Image(voxels.astype(np.int32) * 10, AFFINE), file)
+    nib.save(nib.Nifti1Image(np.zeros((32, 32, 8), np.uint8), AFFINE), tmp_path / "data/labels/p1_2.nii.gz")
+    found = {case.case_id: case for case in _check(tmp_path / "data", settings).cases}
+    with pytest.raises(UnreadableVolume, match="below -4100: these are not HU"):
+        next(slices_of(found["p1_1"], CONFIG, None))
+    notes: list[str] = []
+    next(slices_of(found["p1_2"], CONFIG, None, notes))
+    assert notes == ["its label: no voxel has a class; take the case out if that is wrong"]
+
+
+def _too_few_pixels(planes: list[Any]) -> None:
+    planes[3].PixelData = planes[3].PixelData[:-200]
+
+
+def _two_frames(planes: list[Any]) -> None:
+    planes[3].FrameOfReferenceUID = "1.2.3"
+
+
+def _two_patients(planes: list[Any]) -> None:
+    planes[3].PatientID = "other"
+
+
+def _by_a_table(planes: list[Any]) -> None:
+    from pydicom.dataset import Dataset
+
+    lut = Dataset()
+    lut.LUTDescriptor, lut.ModalityLUTType = [2, 0, 16], "US"
+    planes[3].ModalityLUTSequence = [lut]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "value"),
+    [
+        (_too_few_pixels, "slice 4 of 8 cannot be decoded: it declares more bytes than it has, or has too few pixels"),
+        (_two_frames, "FrameOfReferenceUID: 2 in one series"),
+        (_two_patients, "PatientID: 2 in one series"),
+        (_by_a_table, "ModalityLUTSequence: values by a table"),
+    ],
+)
+def test_dicom_series_that_are_not_what_they_seem(
+    spoil: Callable[[list[Any]], None], value: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("highdicom")
+    from dicom_support import save, segmentation, series
+
+    case, _, image, label = next(volumes())
+    planes = series(image, case)
+    drawn = segmentation(planes, label)
+    spoil(planes)
+    save(tmp_path / "data", [*planes, drawn])
+    config = replace(CONFIG, split=(1.0, 0.0, 0.0))
+    found = [f"{one.field}: {one.value}" for one in find_problems(tmp_path / "data", tmp_path / "set", config)]
+    if not found:
+        with pytest.raises(UnreadableVolume) as failed:
+            slices(tmp_path / "data", split=(1.0, 0.0, 0.0))
+        found = [failed.value.reason]
+    assert value in found[0]
+
+
+def test_contours_of_every_second_slice_are_said(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    from dicom_support import save, series, structure_set
+
+    for number, (case, patient) in enumerate((("a", "ID-a"), ("b", "id-A"))):
+        _, _, image, _ = next(volumes())
+        planes = series(image, case, patient=patient)
+        boxes = {"liver": [(5, 20, 5, 20, k) for k in (1, 3, 5, 7)], "spleen": [(22, 24, 5, 9, k) for k in (1, 2, 6)]}
+        save(tmp_path / "data", [*planes, structure_set(planes, boxes)], first=20 * number)
+    found = _check(tmp_path / "data", {"split": (1.0, 0.0, 0.0)})
+    assert "differ in capitals or blanks alone, and count as two patients" in found.survey.notes[0]
+    notes: list[str] = []
+    list(slices_of(found.cases[0], CONFIG, None, notes, found.survey.labelling))
+    assert "liver has contours in one of 2 slices alone" in " ".join(notes)
+    assert "spleen has contours" not in " ".join(notes)
+
+
+def test_a_table_with_two_spellings_of_a_class_is_refused(tmp_path: Path) -> None:
+    write_nnunet(tmp_path / "data")
+    file = Path(table(tmp_path / "t.yaml"))
+    file.write_text("name: mine\nnames: [kidney left, Kidney_Left]\n")
+    config = replace(CONFIG, labels=str(file), channel=1, fold=1)
+    (found, *_) = find_problems(tmp_path / "data", tmp_path / "set", config)
+    assert found.value == "'kidney left' and 'Kidney_Left'"
