@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -196,6 +197,8 @@ async def docs(request: Request) -> Response:
 
 def build_app(backend: Backend, config: ServeConfig, token_digest: str | None) -> FastAPI:
     """The application. `token_digest`: None for a service of this machine alone."""
+    # The reader of forms would write a line for each broken body.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     # FastAPI's own page loads its scripts from another host.
     app = FastAPI(title="segdiff", version=__version__, docs_url=None, redoc_url=None, description=_ABOUT)
     app.state.service = Service(backend, config)

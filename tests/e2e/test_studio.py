@@ -124,7 +124,8 @@ def test_masks_are_dropped(browser: Browser, url: str, tmp_path: Path) -> None:
 def png_of(ids_IJK: np.ndarray) -> bytes:
     """As a viewer shows them."""
     stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(ids_IJK[::-1, ::-1, 0].T)).save(stream, format="PNG")
+    shown_HW = ids_IJK[::-1, ::-1, 0].T.astype(np.uint8)
+    Image.fromarray(np.ascontiguousarray(shown_HW)).save(stream, format="PNG")
     return stream.getvalue()
 
 
