@@ -34,17 +34,16 @@ def run(argv: list[str] | None = None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     begin_command()
-    with ExitStatus() as status:
-        args, as_json = _without_common_flags(list(sys.argv[1:] if argv is None else argv))
-        with memory_guard.guarded(args[0] if args else "segdiff") as status.guard:
-            plan = _checked(args, status)
-            if plan is not None:
-                # Then the JSON is all that the output stream gets.
-                with redirect_stdout(sys.stderr) if as_json else nullcontext():
-                    result = plan.start()
-                status.code = result.exit_code
-                if is_main():
-                    print(result.as_json(), flush=True) if as_json else result.say()
+    args, as_json = _without_common_flags(list(sys.argv[1:] if argv is None else argv))
+    with ExitStatus(as_json) as status, memory_guard.guarded(args[0] if args else "segdiff") as status.guard:
+        plan = _checked(args, status)
+        if plan is not None:
+            # Then the JSON is all that the output stream gets.
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                result = plan.start()
+            status.code = result.exit_code
+            if is_main():
+                print(result.as_json(), flush=True) if as_json else result.say()
     return status.code
 
 
@@ -122,8 +121,8 @@ def _overview() -> str:
             "",
             "`segdiff COMMAND --help` lists a command's main flags, --help-all every flag, each of which is also a key",
             "of the --config file; --dry-run prints the settings and the cost of the work. --quiet shows no progress,",
-            "--json prints the result as one line of JSON, and all else on the error stream. --force starts work",
-            "that, by its estimated cost, does not fit into this machine.",
+            "--json prints the result or the error as one line of JSON, and all else on the error stream. --force",
+            "starts work that, by its estimated cost, does not fit into this machine.",
             f"`segdiff {COMPLETION} bash` (or zsh, tcsh) prints a script that completes commands and flags.",
         ]
     )

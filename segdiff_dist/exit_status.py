@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
@@ -19,10 +20,11 @@ from data_shards.problems import InputProblems, WorkFailed, describe
 
 class ExitStatus:
     """A context that turns the errors of a command into a message and an exit code. `only_reads`: the command takes no
-    lock. `guard`: of its memory."""
+    lock. `guard`: of its memory. `as_json`: print the error for a program too, in place of the result."""
 
-    def __init__(self) -> None:
+    def __init__(self, as_json: bool = False) -> None:
         self.code, self.only_reads, self.guard = 0, False, memory_guard.Guard("segdiff", "")
+        self._as_json, self._errors = as_json, [""]
 
     def __enter__(self) -> ExitStatus:
         return self
@@ -38,6 +40,9 @@ class ExitStatus:
             code = self._code_of(error)
             if code is not None:
                 self.code = code
+                if self._as_json and os.environ.get("RANK", "0") == "0":
+                    line = {"message": [], "warnings": self._errors, "next_command": None, "exit_code": code}
+                    print(json.dumps(line))
             sys.stdout.flush()
             return code is not None
         except OSError as unprinted:
@@ -47,28 +52,32 @@ class ExitStatus:
     def _code_of(self, error: BaseException) -> int | None:
         """Print the problem; None for an error that a user cannot correct."""
         if isinstance(error, InputProblems):
+            self._errors = [str(found) for found in error.problems]
             return _say_problems(error)
         if isinstance(error, WorkFailed):
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+            return self._say(str(error), error.exit_code)
         if self.guard.reason and isinstance(error, KeyboardInterrupt):
-            print(f"error: {self.guard.reason}", file=sys.stderr)
-            return 1
+            return self._say(self.guard.reason, 1)
         if memory_guard.is_of_memory(error):
-            print(f"error: {memory_guard.out_of_memory(self.guard.name, self.guard.lower, error)}", file=sys.stderr)
-            return 1
+            return self._say(memory_guard.out_of_memory(self.guard.name, self.guard.lower, error), 1)
         if isinstance(error, KeyboardInterrupt):
+            self._errors = ["interrupted"]
             print("\ninterrupted; the same command continues from here", file=sys.stderr)
             return 130
         if isinstance(error, OSError):
             if _reader_is_gone():
                 raise error
-            print(f"error: {describe(error)}", file=sys.stderr)
+            self._say(describe(error), 1)
             if self.only_reads or work_has_begun():  # a disk may fill, and a server go away
                 return 1
             print("nothing was started", file=sys.stderr)
             return 2
         return None
+
+    def _say(self, message: str, code: int) -> int:
+        self._errors = [message]
+        print(f"error: {message}", file=sys.stderr)
+        return code
 
     def _unprinted(self, error: OSError) -> None:
         """The output has no reader, or the disk is full. Further output is dropped, or Python would try again as it

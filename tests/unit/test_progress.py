@@ -41,4 +41,7 @@ def test_quiet_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert main(["phantom", str(out), "--json", *size]) == 0  # nothing left to do
     assert json.loads(capsys.readouterr().out)["exit_code"] == 0
     assert main(["inspect", str(tmp_path / "nowhere"), "--json"]) == 2
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    refused = json.loads(shown.out)
+    assert (refused["exit_code"], refused["message"], refused["next_command"]) == (2, [], None)
+    assert f"error: {refused['warnings'][0]}\n" in shown.err
