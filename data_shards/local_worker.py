@@ -38,7 +38,7 @@ def main(handle: int, parent: int) -> None:
     while True:
         try:
             given = pipe.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the parent has ended: killed, with something unread
             return
         _send(pipe, *_outcome(do, given))
 
@@ -53,7 +53,7 @@ def _outcome(do: Callable[[Any], Any], given: bytes) -> tuple[str, Any]:
 def _send(pipe: Connection, kind: str, content: Any = None) -> None:
     try:
         pipe.send_bytes(cloudpickle.dumps((kind, content)))
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         sys.exit()
 
 

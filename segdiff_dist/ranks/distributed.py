@@ -6,10 +6,13 @@ import fcntl
 import hashlib
 import os
 import platform
+import select
+import signal
 import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +23,8 @@ from typing import Any
 from data_shards.problems import Problem, problem, refuse
 
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How often a rank that waits for others looks whether it was interrupted.
+_LOOK_S = 0.2
 _UNSET = "where no launcher started this command, `unset RANK WORLD_SIZE MASTER_ADDR` and start it again"
 
 
@@ -103,28 +108,51 @@ def launcher_problems() -> list[Problem]:
 @contextmanager
 def naming_who_is_missing(after_s: float = 5.0) -> Iterator[None]:
     """A context for the time until all ranks are connected. A rank that has waited for `after_s` prints for which ranks
-    and where, and again every five minutes. If the shell has the RANK of an earlier launch, a process waits in vain."""
+    and where, and again every five minutes. If the shell has the RANK of an earlier launch, a process waits in vain.
+    Ctrl-C ends it at once; torch, which waits in C++, would not hear it."""
     if world_size() == 1:
         yield
         return
     met = threading.Event()
+    with _signals() as received:
+        thread = threading.Thread(target=_remind, args=(met, received, after_s), name="who-is-missing", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            met.set()
+            thread.join()
+
+
+def _remind(met: threading.Event, received: int, after_s: float) -> None:
     others = "rank 0" if rank() else "rank 1" if world_size() == 2 else f"ranks 1 to {world_size() - 1}"
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-
-    def remind() -> None:
-        waited_s = delay_s = after_s
-        while not met.wait(delay_s):
+    begun, due_s = time.monotonic(), after_s
+    while not met.wait(min(_LOOK_S, after_s)):
+        if select.select([received], [], [], 0)[0] and signal.SIGINT in os.read(received, 64):
+            os.write(2, b"\ninterrupted; the same command continues from here\n")
+            os._exit(130)
+        if (waited_s := time.monotonic() - begun) >= due_s:
             waiting = f"rank {rank()} of {world_size()} has waited {waited_s:.0f} s for {others} at {where}"
             sys.stderr.write(f"{waiting}; {_UNSET}\n")
             sys.stderr.flush()
-            delay_s = 300.0
-            waited_s += delay_s
+            due_s = waited_s + 300.0
 
-    threading.Thread(target=remind, name="who-is-missing", daemon=True).start()
+
+@contextmanager
+def _signals() -> Iterator[int]:
+    """A pipe that gets the number of each signal, also while the main thread is not in Python."""
+    received, sent = os.pipe()
+    os.set_blocking(sent, False)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.set_wakeup_fd(sent, warn_on_full_buffer=False) if is_main_thread else -1
     try:
-        yield
+        yield received
     finally:
-        met.set()
+        if is_main_thread:
+            signal.set_wakeup_fd(before)
+        os.close(received)
+        os.close(sent)
 
 
 def sum_over_ranks(values: Any) -> Any:

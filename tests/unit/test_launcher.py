@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -37,6 +40,22 @@ def test_the_main_rank_names_the_others(monkeypatch: pytest.MonkeyPatch, capsys:
     with naming_who_is_missing(after_s=0.01):
         time.sleep(0.2)
     assert "rank 0 of 4 has waited 0 s for ranks 1 to 3" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_who_waits_in_vain() -> None:
+    code = (
+        "from datetime import timedelta; import torch.distributed as dist\n"
+        "from segdiff_dist.ranks.distributed import naming_who_is_missing\n"
+        "with naming_who_is_missing(after_s=0.2):\n"
+        "    dist.TCPStore('127.0.0.1', 0, 4, is_master=True, timeout=timedelta(seconds=60))"
+    )
+    environment = {**os.environ, **STALE, "RANK": "0"}
+    waiting = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    assert waiting.stderr is not None
+    assert "has waited" in waiting.stderr.readline()
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(timeout=20) == 130
+    assert "interrupted; the same command continues from here" in waiting.stderr.read()
 
 
 def test_who_meets_in_time_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

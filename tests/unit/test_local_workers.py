@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -158,3 +162,19 @@ def test_small_jobs_on_this_machine_alone_do_without_ray(
     assert Workers(runner, num_workers=1, **job).on_ray is on_ray
     monkeypatch.setattr(fan_out_module, "is_running", lambda: True)
     assert Workers(runner, num_workers=1, **job).on_ray
+
+
+def test_a_worker_whose_parent_was_killed_as_it_wrote_says_nothing() -> None:
+    """The parent leaves unread what the worker sent, so that the worker's next read is a reset, not an end."""
+    ours, theirs = socket.socketpair()
+    code = f"from data_shards.local_worker import main; main({theirs.fileno()}, {os.getpid()})"
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=path, stderr=subprocess.PIPE, text=True
+    )
+    theirs.close()
+    Connection(os.dup(ours.fileno())).send_bytes(cloudpickle.dumps(lambda: len))
+    select.select([ours], [], [], 60)  # it is ready, and we do not read that
+    ours.close()
+    assert worker.communicate(timeout=60) == (None, "")
+    assert worker.returncode == 0
