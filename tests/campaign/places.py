@@ -16,17 +16,20 @@ from campaign import record
 from campaign.kills import MOST_S, Kills, differences
 from campaign.stage_runs import STAGES, StageRun, environment
 
+WAITS = "says for whom it waits"
 _DEAD = "http://127.0.0.1:9"
 
 
 @dataclass(frozen=True)
 class Place:
-    """`{place}`: a folder that is there. `shell` runs before the command, as root, in a mount namespace of its own."""
+    """`{place}`: a folder that is there. `shell` runs before the command, as root, in a mount namespace of its own.
+    `ctrl_c_s`: after so many seconds, somebody presses Ctrl-C."""
 
     title: str
     variables: Mapping[str, str] = field(default_factory=dict)
     unset: tuple[str, ...] = ()
     shell: str = ""
+    ctrl_c_s: int = 0
 
 
 PLACES = (
@@ -47,6 +50,7 @@ PLACES = (
     Place(
         "MASTER_ADDR of a job that has ended",
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29712"},
+        ctrl_c_s=150,
     ),
     Place("Slurm's variables", {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_NTASKS_PER_NODE": "8"}),
     Place("a dead proxy", dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), _DEAD)),
@@ -69,7 +73,7 @@ def try_places(names: list[str], number: int, end: float, out: Path) -> bool:
             break
         line = {"place": place.title, "stage": stage.title} | run_there(kills, stage, place)
         record.append(file, line)
-        if line["outcome"] not in ("the same bytes", record.REFUSED):
+        if line["outcome"] not in ("the same bytes", record.REFUSED, WAITS):
             is_bad = True
             print(f"{stage.title}, {place.title}: {line['outcome']}: {line['what']}", flush=True)
     return is_bad
@@ -86,6 +90,8 @@ def run_there(kills: Kills, stage: StageRun, place: Place) -> dict[str, Any]:
     if place.shell:
         script = f"set -e; {place.shell.replace('{place}', shlex.quote(str(folder)))}; exec {shlex.join(command)}"
         command = ["unshare", "--mount", "sh", "-c", script]
+    if place.ctrl_c_s:
+        command = ["timeout", "--preserve-status", "--signal", "INT", str(place.ctrl_c_s), *command]
     begun = time.monotonic()
     try:
         ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=MOST_S, check=False)
@@ -96,6 +102,8 @@ def run_there(kills: Kills, stage: StageRun, place: Place) -> dict[str, Any]:
         found["outcome"] = "unclean"
     elif ended.returncode == 2:
         found["outcome"] = record.REFUSED
+    elif ended.returncode == 130 and "has waited" in ended.stderr:
+        found["outcome"] = WAITS
     elif ended.returncode != 0:
         found["outcome"] = "failed"
     elif differing := differences(kills.after(stage), kills.work):
