@@ -6,6 +6,10 @@ ones.
     concat          from nothing; labels of a tenth of the patients, as many images as base and control together
     concat-all      the same with all labels: what the labels are worth
 
+Further arms regularise `concat`, against memorisation of the few slices: `dropout`; `augmented`, slices that are
+mirrored, turned, zoomed and changed in contrast; `labelled`, the same with labels of what was done to each slice. With
+--memorisation the images are also compared with the training slices.
+
 All have the same net, optimiser and learning rate, and a training image costs each about the same FLOPs, which are
 counted. `segdiff sample` and `segdiff evaluate` measure them on masks of patients that none has seen, by a segmenter
 that was trained on all labels of the training split. A comparison is stored in a folder (--out) and continues where it
@@ -15,6 +19,7 @@ was stopped; --budget-minutes stops it in time.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +47,14 @@ ARMS: dict[str, tuple[str, bool, tuple[float, float]]] = {
     "concat": ("concat", False, (1, 1)),
     "concat-all": ("concat", True, (1, 1)),
 }
+_AUGMENTED = {"loader": {"flip": True, "rotate_degrees": 10.0, "zoom": 0.15, "jitter_mr": 0.2}}
+# Settings of the arms that regularise `concat`.
+REGULARISED: dict[str, dict[str, Any]] = {
+    "dropout": {"denoiser": {"dropout": 0.1}},
+    "augmented": _AUGMENTED,
+    "labelled": _AUGMENTED | {"denoiser": {"augmentation_labels": True}},
+}
+ARMS |= dict.fromkeys(REGULARISED, ARMS["concat"])
 
 
 def main() -> int:
@@ -70,8 +83,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/few_labels"), help="the comparison's folder")
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="controlnet needs base; default: all"
+        "--arms", nargs="+", choices=ARMS, default=[*ARMS][:4], help="controlnet needs base; default: the first four"
     )
+    parser.add_argument("--memorisation", action="store_true", help="compare the images with the training slices")
     parser.add_argument("--base-images", type=int, default=3_200, help="of the base's training")
     parser.add_argument("--control-images", type=int, default=1_600, help="of the control's training")
     parser.add_argument("--patients", type=int, default=2, help="with labels, of each modality, of 20")
@@ -104,7 +118,9 @@ def settings_of(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any
         "denoiser": {"conditioning": conditioning, **base},
         "train": {"num_images": images},
     }
-    return merge(shared_settings(args, out), own)
+    if args.memorisation:  # measured, and never a failure
+        own["evaluate"] = {"memorisation": True, "most_memorised": 1.0}
+    return merge(merge(shared_settings(args, out), own), REGULARISED.get(name, {}))
 
 
 def report(args: argparse.Namespace, out: Path, scale: Scale) -> None:
@@ -112,9 +128,19 @@ def report(args: argparse.Namespace, out: Path, scale: Scale) -> None:
     flops = {name: flops_of(settings_of(name, args, out)) for name in args.arms}
     total = {name: value + (flops["base"] if name == "controlnet" else 0.0) for name, value in flops.items()}
     folders = {name: out / name for name in args.arms}
-    write_table(
-        args, folders, total, args.json or out / "few_labels.json", {"side": scale.side, "patients": scale.patients}
-    )
+    more: dict[str, Any] = {"side": scale.side, "patients": scale.patients}
+    if args.memorisation:
+        more["memorisation"] = {name: memorised(folder) for name, folder in folders.items()}
+        for name, found in more["memorisation"].items():
+            print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
+    write_table(args, folders, total, args.json or out / "few_labels.json", more)
+
+
+def memorised(run: Path) -> dict[str, Any]:
+    """The share of images that are suspects, that of real images of unseen patients (false alarms), and how much nearer
+    to the training slices the generated ones are (docs/metrics.md)."""
+    found = json.loads((run / "evaluation" / "summary.json").read_text())["trust"]["memorisation"]
+    return {name: found.get(name) for name in ("memorised_share", "num_suspects", "false_alarms", "nearer")}
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ class Batch:
     """The loader's output, on the device: image_BHW uint8 (uint16 from a 16-bit set) and mask_BHW uint8; modality_B,
     axis_B int64 indices into the set's modalities and AXES; position_B int64 global positions of the run (see
     feed.order); edge_B2HW uint8, as in SliceRecord, if the set keeps soft edges; extra_BX the
-    samples' rows of the loader's further array, if it was given one."""
+    samples' rows of the loader's further array, if it was given one; augmentation_BA float32, what the loader's
+    augmentation did to each slice (feed.augment), if it is on."""
 
     image_BHW: torch.Tensor
     mask_BHW: torch.Tensor
@@ -157,6 +158,7 @@ class Batch:
     position_B: torch.Tensor
     edge_B2HW: torch.Tensor | None = None
     extra_BX: torch.Tensor | None = None
+    augmentation_BA: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.position_B.shape[0])

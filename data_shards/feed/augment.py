@@ -3,7 +3,7 @@
 It is a pure function of (seed, position), so a run that was resumed, or continues with other ranks, sees the same
 pixels.
 
-Dimensions: B batch.
+Dimensions: B batch, A entries of an augmentation label.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # A position's draws in [0, 1), in this order: a new draw at the end does not change the others.
 _DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")
+# Entries of Steering.labels.
+NUM_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,20 @@ class Steering:
         """The numbers, without changes of grey values for some of the samples."""
         one = np.float32(1.0)
         return replace(self, gamma=np.where(spared_B, one, self.gamma), contrast=np.where(spared_B, one, self.contrast))
+
+    def labels(self, stored: int, size: int) -> np.ndarray:
+        """float32 [B, A]: what was done to each slice, for a net to learn. A slice as it is stored has only 0.
+
+        Flip; sine and 1 - cosine of the angle; binary logarithm of the zoom; place of a crop of `size` from the centre,
+        down and to the right, in sides; binary logarithms of gamma and contrast. Karras et al. 2022, appendix F.2.
+        """
+        centre, angle_B = (stored - size) // 2, np.deg2rad(self.angle)
+        entries = (
+            *(self.flip, np.sin(angle_B), 1.0 - np.cos(angle_B), np.log2(self.zoom)),
+            *((self.top - centre) / size, (self.left - centre) / size),
+            *(np.log2(self.gamma), np.log2(self.contrast)),
+        )
+        return np.stack(entries, axis=1).astype(np.float32)
 
     def window(self, stored: int, size: int, *, flips: bool) -> Window:
         """The crop in the stored slice, if slices are not rotated or zoomed; mirrored too if `flips`, else later."""

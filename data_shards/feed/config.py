@@ -79,6 +79,12 @@ class LoaderConfig:
         return CacheConfig(self.cache_dir, int(self.cache_gib * 1024**3))
 
     @property
+    def augments(self) -> bool:
+        """Whether a slice can have other pixels at every visit."""
+        crops = self.crop == "random" and self.crop_size is not None
+        return self.flip or self.turns or self.jitter_mr > 0 or crops
+
+    @property
     def turns(self) -> bool:
         """Whether slices are rotated or zoomed, which must come before they are cropped."""
         return self.rotate_degrees > 0 or self.zoom > 0

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+# A batch: positions, rows, its parts (before DALI, also the numbers for it), and the labels of the augmentation.
+_Read = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray | None]
 
 # Batches that are read while DALI works on the previous one.
 _READ_AHEAD = 2
@@ -74,8 +76,8 @@ class Loader:
         early, on_cpu = shards.codec not in PICTURES and not config.turns, self.device.type != "cuda"
         self._cuts_early, self._flips_early = early and self._crop != shards.size, early and on_cpu and config.flip
         self._steered = self._steered_by()
-        self._sources: Iterator[tuple[np.ndarray, np.ndarray, list[Any]]] = self._read()
-        self._in_flight: deque[tuple[np.ndarray, np.ndarray, list[Any]]] = deque()  # of batches inside DALI
+        self._sources: Iterator[_Read] = self._read()
+        self._in_flight: deque[_Read] = deque()  # of batches inside DALI
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipeline = None if on_cpu and early and config.jitter_mr == 0 else self._build(batch_size)
 
@@ -98,13 +100,15 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         import torch
 
-        for position_B, row_B, pixels_PBCHW in self._plain() if self._pipeline is None else self._through_dali():
+        through = self._plain() if self._pipeline is None else self._through_dali()
+        for position_B, row_B, pixels_PBCHW, label_BA in through:
             modality_B, axis_B = (
                 codes[row_B].astype(np.int64) for codes in (self._shards.modality_N, self._shards.axis_N)
             )
             extra_BX = None
             if self._extra_NX is not None:
                 extra_BX = torch.from_numpy(self._extra_NX[row_B]).to(self.device, non_blocking=True)
+            label = None if label_BA is None else torch.from_numpy(label_BA).to(self.device, non_blocking=True)
             pixels = dict(zip(self._parts, pixels_PBCHW, strict=True))
             yield Batch(
                 image_BHW=pixels["image"].squeeze(1),
@@ -114,25 +118,26 @@ class Loader:
                 position_B=torch.from_numpy(position_B).to(self.device, non_blocking=True),
                 edge_B2HW=pixels.get("edge"),
                 extra_BX=extra_BX,
+                augmentation_BA=label,
             )
 
-    def _plain(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
-        """Positions, rows and parts of every batch as they are read."""
+    def _plain(self) -> Iterator[_Read]:
+        """Every batch as it is read."""
         import torch
 
-        for position_B, row_B, pixels in self._sources:
-            yield position_B, row_B, [torch.from_numpy(part) for part in pixels]
+        for position_B, row_B, pixels, label_BA in self._sources:
+            yield position_B, row_B, [torch.from_numpy(part) for part in pixels], label_BA
 
-    def _through_dali(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
-        """Positions, rows and parts of every batch, decoded and augmented."""
+    def _through_dali(self) -> Iterator[_Read]:
+        """Every batch, decoded and augmented."""
         assert self._pipeline is not None
         while True:
             try:
                 outputs = self._pipeline.run()
             except StopIteration:
                 return
-            position_B, row_B, _ = self._in_flight.popleft()
-            yield position_B, row_B, [self._to_torch(output) for output in outputs]
+            position_B, row_B, _, label_BA = self._in_flight.popleft()
+            yield position_B, row_B, [self._to_torch(output) for output in outputs], label_BA
 
     def _to_torch(self, output: Any) -> torch.Tensor:
         """[B, C, H, W] owned by torch: DALI uses its own buffers again."""
@@ -162,12 +167,12 @@ class Loader:
         }
         return tuple(name for name, wanted in taken.items() if wanted)
 
-    def _read(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[Any]]]:
-        """For every batch: positions, rows, and DALI's inputs (the parts, and the numbers of the augmentation)."""
+    def _read(self) -> Iterator[_Read]:
+        """For every batch: positions, rows, DALI's inputs (the parts, and the numbers of the augmentation), labels."""
         for asked_B in self._positions:
             if not (self._steered or self._cuts_early or self._flips_early):
                 position_B, row_B, pixels = self._reader.read(asked_B)
-                yield position_B, row_B, [pixels[part] for part in self._parts]
+                yield position_B, row_B, [pixels[part] for part in self._parts], None
                 continue
             numbers = steering(asked_B, self._seed, self._config, self._shards.size)
             window = None
@@ -178,7 +183,8 @@ class Loader:
                 numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))
             numbers = numbers.without_jitter(self._in_hu[self._shards.modality_N[row_B]])
             steered = [getattr(numbers, name) for name in self._steered]
-            yield position_B, row_B, [*(pixels[part] for part in self._parts), *steered]
+            label_BA = numbers.labels(self._shards.size, self._crop) if self._config.augments else None
+            yield position_B, row_B, [*(pixels[part] for part in self._parts), *steered], label_BA
 
     def _next_sources(self) -> tuple[Any, ...]:
         """The inputs for DALI's next batch."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_shards.documents import read_json, reading
 from data_shards.files import updated_folder
@@ -31,6 +31,7 @@ from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.denoising.latent_space import LatentSpace
 from segdiff_dist.denoising.sampler_config import SamplerConfig
+from segdiff_dist.denoising.time_addition import TimeAddition
 from segdiff_dist.diffusers_parts import TimestepEmbedding, Timesteps
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.weight_files import folder_digest
@@ -143,36 +144,18 @@ class LowerStage:
         copy_stage(self.folder, folder)
 
 
-class LevelEmbedding(nn.Module):
-    """The embedding of the augmentation's level, which a hook adds to that of the time."""
+class LevelEmbedding(TimeAddition):
+    """The embedding of the augmentation's level."""
 
     def __init__(self, unet: Any) -> None:
-        super().__init__()
+        super().__init__(unet)
         channels, width = unet.conv_in.out_channels, unet.time_embedding.linear_2.out_features
         self.sinusoids = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.embedding = TimestepEmbedding(channels, width)
-        self._added_BE: Tensor | None = None
-        unet.time_embedding.register_forward_hook(_Addition(self))
 
     def read(self, level_B: Tensor, dtype: torch.dtype) -> None:
         """Embed the levels for the next pass through the UNet."""
-        self._added_BE = self.embedding(self.sinusoids(_LEVEL_SCALE * level_B).to(dtype))
-
-    def added(self, time_BE: Tensor) -> Tensor:
-        """The sum of both embeddings, once for each `read`."""
-        added_BE, self._added_BE = self._added_BE, None
-        assert added_BE is not None
-        return time_BE + added_BE
-
-
-@dataclass(frozen=True)
-class _Addition:
-    """A forward hook. An object, not a closure: a copy of the net then uses the copied embedding."""
-
-    level: LevelEmbedding
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], time_BE: Tensor) -> Tensor:
-        return self.level.added(time_BE)
+        self.add(self.embedding(self.sinusoids(_LEVEL_SCALE * level_B).to(dtype)))
 
 
 def augmented(z_B1hw: Tensor, level_B: Tensor, noise_B1hw: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Conditions(NamedTuple):
 
     edge_B2HW is as in data_shards.records.SliceRecord: the second class of each pixel, and the first one's share. Of
     super-resolution in a cascade: low_B1hw float32, the augmented images of the lower stage, and their level_B.
+    augmentation_BA: labels of the loader's augmentation, if the net reads them; None for slices as they are stored.
     """
 
     mask_BHW: Tensor
@@ -37,6 +38,7 @@ class Conditions(NamedTuple):
     edge_B2HW: Tensor | None = None
     low_B1hw: Tensor | None = None
     level_B: Tensor | None = None
+    augmentation_BA: Tensor | None = None
 
 
 class MaskEncoder(nn.Module):

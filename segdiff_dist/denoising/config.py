@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt, MinLen
 
+from data_shards.feed.config import LoaderConfig
 from data_shards.problems import Problem
 from data_shards.ranges import (
     Channels,
@@ -62,6 +63,9 @@ class DenoiserConfig:
     dropout: ResultWhereSet[Annotated[float, Ge(0), Lt(1)]] = 0.0
     """Share of the values that training drops in each residual block. Against memorisation of small archives;
     Karras et al. 2022 take 0.05 to 0.25. What is dropped is a function of seed and position."""
+    augmentation_labels: ResultWhereSet[bool] = False
+    """Give the net what the loader's augmentation did to each slice (flip, angle, zoom, crop, grey values), so that its
+    images do not show it (Karras et al. 2022). Sampling asks for slices as they are stored."""
     net: Result[Net] = "unet"
     """unet: the paper's. efficient: more depth for the same time. Its levels begin at half the image's side, behind a
     stem that makes four channels of each 2x2 pixels, and the time embedding scales and shifts what a norm gives.
@@ -138,6 +142,9 @@ class DenoiserConfig:
             )
         if self.dropout > 0 and self.conditioning == "controlnet":
             yield Problem("config", "denoiser.dropout", str(self.dropout), "its base is frozen as it is: give 0")
+        if self.augmentation_labels and self.conditioning == "controlnet":
+            remedy = "its base is frozen as it is, and only a copy of its encoder learns: turn it off"
+            yield Problem("config", "denoiser.augmentation_labels", "True", remedy)
         if (self.conditioning == "controlnet") != (self.base is not None):
             remedy = "only conditioning controlnet has a base: leave it out, or use that"
             if self.base is None:
@@ -145,6 +152,13 @@ class DenoiserConfig:
             yield Problem("config", "denoiser.base", str(self.base), remedy)
         if self.conditioning == "none" and self.soft_masks:
             yield Problem("config", "denoiser.soft_masks", "True", "conditioning none reads no mask: turn it off")
+
+    def loader_problems(self, loader: LoaderConfig) -> list[Problem]:
+        """Settings that do not go with the loader's."""
+        if not self.augmentation_labels or loader.augments:
+            return []
+        remedy = "the loader does not augment: give --loader.flip, --loader.zoom 0.1 or the like, or turn it off"
+        return [Problem("config", "denoiser.augmentation_labels", "True", remedy)]
 
     def space_problems(self) -> Iterator[Problem]:
         """Settings that do not go with the space."""

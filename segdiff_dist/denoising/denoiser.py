@@ -2,8 +2,7 @@
 
 The mask is joined to the noised image (conditioning.py), enters at the norms (spade.py), or is read by a copy of the
 encoder of a frozen net (control.py). Modality and axis enter as a class embedding, added to the time embedding.
-Dimensions: B batch, C channels, K mask channels, H, W; h, w: H, W behind the
-stem.
+Dimensions: B batch, C channels, K mask channels, A entries of an augmentation label, H, W.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.dropout import use_dropout
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
+from segdiff_dist.denoising.time_addition import AugmentationLabels
 from segdiff_dist.weight_files import MODEL_FILE, read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 # More than fits into any GPU.
 _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
-
 # Features of a pixel, between the stem's inverse and the prediction.
 _HEAD_CHANNELS = 8
 # h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
@@ -110,8 +109,7 @@ class Denoiser(nn.Module):
         lower: LowerStage | None = None,
     ) -> None:
         """`base`: the net that conditioning controlnet freezes. All but `control` is then the base's, by its names.
-        `latent`: of config.space latent. `lower`: of config.cascade. `size` is the side of the images, in any space.
-        """
+        `latent`: of config.space latent. `lower`: of config.cascade. `size`: the side of the images, in any space."""
         super().__init__()
         from segdiff_dist.diffusers_parts import UNet2DModel
 
@@ -151,6 +149,7 @@ class Denoiser(nn.Module):
             _begin_as_identity(self.unet)
         self.spade = Spade(own, self.unet, self.mask_encoder.num_channels) if own.conditioning == "spade" else None
         self.level = None if lower is None else LevelEmbedding(self.unet)
+        self.augmentation_embedding = AugmentationLabels(self.unet) if own.augmentation_labels else None
         self.control: ControlNet | None = None
         if base is not None:
             from segdiff_dist.denoising.control import ControlNet
@@ -203,7 +202,8 @@ class Denoiser(nn.Module):
     def conditions_of(self, batch: Batch) -> Conditions:
         """The conditions in a batch: the arguments of forward after x_t and timestep."""
         edge_B2HW = batch.edge_B2HW if self.config.soft_masks else None
-        return Conditions(batch.mask_BHW, class_ids(batch.modality_B, batch.axis_B), edge_B2HW)
+        label_BA = batch.augmentation_BA if self.config.augmentation_labels else None
+        return Conditions(batch.mask_BHW, class_ids(batch.modality_B, batch.axis_B), edge_B2HW, None, None, label_BA)
 
     def forward(
         self,
@@ -214,11 +214,14 @@ class Denoiser(nn.Module):
         edge_B2HW: Tensor | None = None,
         low_B1hw: Tensor | None = None,
         level_B: Tensor | None = None,
+        augmentation_BA: Tensor | None = None,
     ) -> Tensor:
         """float32 [B, *shape] prediction, computed in the weights' dtype; x_t float32, in [-1, 1] (latents: of unit
-        variance) plus noise. The mask has the images' side in any space. low, level: as Conditions has them."""
+        variance) plus noise. The mask has the images' side in any space. The rest is as in Conditions."""
         dtype = self.unet.conv_in.weight.dtype
         labels = class_B if self.config.class_conditioning else None
+        if self.augmentation_embedding is not None:
+            self.augmentation_embedding.read(augmentation_BA, len(x_t_BCHW))
         if self.reads_labels:
             return self.unet(x_t_BCHW, timestep_B, labels, False, mask_BHW=mask_BHW, edge_B2HW=edge_B2HW)[0].float()
         x_BCHW = x_t_BCHW.to(dtype)

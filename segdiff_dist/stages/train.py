@@ -131,6 +131,7 @@ def _rules(
     diffusion, loader = stage.diffusion, stage.loader
     return (
         lambda: refuse(find_problems(shards, net_side, stage.denoiser, diffusion)),
+        lambda: refuse(stage.denoiser.loader_problems(loader)),
         lambda: refuse(config.problems("train", world_size()) + loader.problems()),
         lambda: refuse(stage.validation.problems(diffusion)),
         lambda: refuse(stage.tracking.problems()),

@@ -22,13 +22,15 @@ rewritten: Any = importlib.import_module("support.rewritten_shards")
 
 def test_arms_differ_in_conditioning_and_labels_alone(tmp_path: Path, shapes: Path) -> None:
     shards, images = ShardSet.open(shapes), {}
-    args = Namespace(base_images=96, control_images=48, masks=4, seed=0)
+    args = Namespace(base_images=96, control_images=48, masks=4, seed=0, memorisation=True)
     for name in few_labels.ARMS:
         (tmp_path / "config.yaml").write_text(to_yaml(few_labels.settings_of(name, args, tmp_path)))
         experiment = load_experiment(tmp_path / "config.yaml", None)
         assert find_problems(shards, 32, experiment.denoiser, experiment.diffusion) == []
+        assert experiment.denoiser.loader_problems(experiment.loader) == []
         images[name] = experiment.train.num_images
-    assert images == {"base": 96, "controlnet": 48, "concat": 144, "concat-all": 144}
+    regularised = dict.fromkeys(few_labels.REGULARISED, 144)
+    assert images == {"base": 96, "controlnet": 48, "concat": 144, "concat-all": 144} | regularised
 
 
 def test_the_labelled_part_has_few_training_patients_and_all_others(tmp_path: Path, shapes: Path) -> None:
