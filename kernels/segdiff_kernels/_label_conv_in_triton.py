@@ -20,12 +20,14 @@ ONE_HOT_WIDTH = tl.constexpr(512)
 
 
 class Config(NamedTuple):
-    """Pixels and output channels of a tile, rows of sums, warps, and parts that the pixels are summed in."""
+    """Pixels and output channels of a tile, rows of sums, warps, stages of its pipeline, and parts that the pixels are
+    summed in."""
 
     block_p: int
     block_o: int
     block_r: int = 1
     num_warps: int = 4
+    num_stages: int = 3
     splits: int = 1
 
 
@@ -37,15 +39,17 @@ def forward_config(out_channels: int) -> Config:
 def weight_gradient_config(batch: int, num_pixels: int, channels: int, out_channels: int, dtype: torch.dtype) -> Config:
     """Tiles whose three sums fit the registers, and up to 88 parts: with the 3 rows of taps 264 programs.
 
-    Those fill an H100's 132 multiprocessors twice. The numbers do not depend on the GPU, so all GPUs give the same
-    bits.
+    Those fill an H100's 132 multiprocessors twice. A tile waits for labels, then for their rows: so tiles are as large
+    as two programs a multiprocessor allow, with two stages, whose shared memory then suffices. The numbers do not
+    depend on the GPU, so all GPUs give the same bits.
     """
     in_full = dtype == torch.float32
-    block_p = 32 if in_full else 64
+    block_p = 32 if in_full else 128
     block_o = min(64 if in_full else 128, max(16, triton.next_power_of_2(out_channels)))
     block_r = min(32, max(16, triton.next_power_of_2(channels + 1)))
     num_tiles = batch * triton.cdiv(num_pixels, block_p)
-    return Config(block_p, block_o, block_r, num_warps=8, splits=min(triton.cdiv(num_tiles, 4), 88))
+    splits = min(triton.cdiv(num_tiles, 4), 88)
+    return Config(block_p, block_o, block_r, num_warps=8, num_stages=3 if in_full else 2, splits=splits)
 
 
 @triton.jit
@@ -274,6 +278,7 @@ def launch_weight_gradient(
         BLOCK_R=config.block_r,
         WIDEN=is_interpreted(),  # whose dot multiplies the bits of bfloat16 as if they were integers
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return partial_S9RO
 
@@ -338,8 +343,9 @@ def compile_cases() -> list[CompileCase]:
             constants=edge_constants
             | {"BLOCK_P": backward.block_p, "BLOCK_O": backward.block_o, "BLOCK_R": backward.block_r, "WIDEN": False},
             num_warps=backward.num_warps,
+            num_stages=backward.num_stages,
             divisible_by_16=(*pointers, *sides, *counts),
-            narrow_loads=24,  # of x and the labels: three to five bytes a pixel, compared with 256 of gradients
+            narrow_loads=36 if soft else 24,  # of x and the labels: three to five bytes a pixel, compared with 256 of gradients
         )
         cases += [output, weight_gradient]
     pointers = {"dx_ptr": "*bf16", "dout_ptr": "*bf16", "table_ptr": "*bf16"}

@@ -22,6 +22,7 @@ class CompileCase:
     constants: dict[str, Any]
     """tl.constexpr arguments by name."""
     num_warps: int = 4
+    num_stages: int = 3
     divisible_by_16: tuple[str, ...] = field(default=())
     """Pointers and integers that a launch with the real shapes specialises as divisible by 16."""
     streams: bool = True

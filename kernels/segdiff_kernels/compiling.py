@@ -116,7 +116,8 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
         triton.knobs.cache.dir, triton.knobs.nvidia.dump_ptxas_log = folder, True
         try:
             with contextlib.redirect_stdout(said):
-                kernel = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": case.num_warps})
+                options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+                kernel = triton.compile(source, GPUTarget("cuda", arch, 32), options)
         except Exception as error:  # any error of the compiler is a problem of the case
             return Compiled(case.name, arch, problems=(f"does not compile: {_last_line(error)}",))
         sass = ""
