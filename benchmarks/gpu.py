@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from support.gpu_engine import determinism, engine_steps
-from support.gpu_kernels import ceilings, kernels, norms, parity, unet_parity
+from support.gpu_kernels import ceilings, kernels, norms, parity, unet_parity, upsampling
 from support.gpu_sampling import attention, sampling
 from support.gpu_session import REAL, TOY, Session, TargetCheck
 from support.gpu_training import training_steps
@@ -51,6 +51,7 @@ def parts_of(batches: tuple[int, ...]) -> Parts:
         f"training_{first}": (partial(training_steps, batch=first), 120.0),
         "determinism": (determinism, 40.0),
         "norms": (norms, 60.0),
+        "upsampling": (upsampling, 15.0),
         "attention": (attention, 20.0),
         "kernels": (kernels, 90.0),
         "sampling": (sampling, 90.0),

@@ -12,7 +12,7 @@ case $call in
     parity) run python -m pytest -q -m gpu tests && gpu ceilings unet_parity parity ;;
     engine) gpu ceilings engine ;;
     steps) gpu ceilings training_32 ;;
-    kernels) gpu ceilings norms attention kernels ;;
+    kernels) gpu ceilings norms upsampling attention kernels ;;
     sampling) gpu ceilings sampling determinism ;;
     compiled) gpu ceilings compiled_32 ;;
     train) run segdiff train --config best_ct_mr --data "${DATA:-shards}" --run "$out/run" --train.log-every-images 640 ;;

@@ -34,6 +34,9 @@ META = torch.device("meta")
 # Targets of the fused step, as a share of eager channels-last.
 TARGETS = {"bytes": 0.52, "saved_bytes": 0.70, "launches": 0.60}
 
+# Of the fused step, absolute: bytes an image outside products, launches of a step.
+MOST_BYTES, MOST_LAUNCHES = 2.9e9, 1_200
+
 
 def eager_budget(config: DenoiserConfig, size: int, memory_format: torch.memory_format) -> Callable[[int], Budget]:
     """The budget of a step of diffusers' UNet by batch: its input is given, the loss is the mean squared error."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segdiff_kernels import tiles
 from support.gpu_session import Session, describe
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"))
@@ -154,7 +155,8 @@ def norm_forward(batch: int, channels: int, side: int) -> kernel_bench.Case:
 
 
 def norm_backward(batch: int, channels: int, side: int) -> kernel_bench.Case:
-    """Bytes: dy and x are read for the sums, both are read again, dx is written."""
+    """Bytes: dy and x are read for the sums, both are read again, dx is written. Ours in one pass and in three
+    launches."""
     forward = norm_forward(batch, channels, side)
 
     def inputs() -> tuple[Any, ...]:
@@ -165,8 +167,51 @@ def norm_backward(batch: int, channels: int, side: int) -> kernel_bench.Case:
     def of(name: str) -> Any:
         return lambda outputs, leaves, dy: torch.autograd.grad(outputs[name], leaves, dy, retain_graph=True)
 
+    def in_three_launches(*args: Any) -> Any:
+        before, tiles.PART_BYTES = tiles.PART_BYTES, 0
+        try:
+            return of("segdiff")(*args)
+        finally:
+            tiles.PART_BYTES = before
+
     name = f"backward {batch} x {channels} x {side} x {side}"
-    return kernel_bench.Case(name, 5 * 2 * batch * channels * side**2, inputs, {n: of(n) for n in forward.contenders})
+    contenders = {"segdiff": of("segdiff"), "segdiff, three launches": in_three_launches, "torch": of("torch")}
+    return kernel_bench.Case(name, 5 * 2 * batch * channels * side**2, inputs, contenders)
+
+
+# Channels, and side of the small image, of the UNet's upsampling convolutions.
+UPSAMPLED = ((512, 8), (512, 16), (256, 32), (256, 64), (128, 128))
+
+
+def upsampling(session: Session) -> list[dict[str, Any]]:
+    """Nearest upsampling and its 3x3 convolution, forward and backward, bf16: one transposed convolution against two
+    operators."""
+    batch, is_real = session.scale.batches[0], session.device.type == "cuda"
+    cases = [upsampling_case(batch, channels, side) for channels, side in (UPSAMPLED if is_real else ((16, 4),))]
+    rows = [row for case in cases for row in (kernel_bench.measure(case) if is_real else called_once(case))]
+    if is_real:
+        kernel_bench.print_table(rows)
+    return rows
+
+
+def upsampling_case(batch: int, channels: int, side: int) -> kernel_bench.Case:
+    """Bytes: the small image and its gradient, the large output and its gradient twice."""
+    from segdiff_dist.denoising.fused_unet import sums_of_weights, upsampled_conv
+
+    def inputs() -> tuple[Tensor, ...]:
+        x_NCHW, dy_NCHW = _activation(batch, channels, side), _activation(batch, channels, 2 * side)
+        weight_OC33 = 0.02 * _activation(channels, channels, 3)
+        return x_NCHW.requires_grad_(), weight_OC33.requires_grad_(), sums_of_weights().to(weight_OC33), dy_NCHW
+
+    def step(function: Any) -> Any:
+        return lambda x, weight, sums, dy: torch.autograd.grad(function(x, weight, sums), (x, weight), dy)
+
+    def eager(x_NCHW: Tensor, weight_OC33: Tensor, _: Tensor) -> Tensor:
+        return F.conv2d(F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest"), weight_OC33, padding=1)
+
+    contenders = {"segdiff": step(upsampled_conv), "torch": step(eager)}
+    name = f"upsampling {batch} x {channels} x {side} x {side}"
+    return kernel_bench.Case(name, (2 * 1 + 3 * 4) * 2 * batch * channels * side**2, inputs, contenders)
 
 
 def kernels(session: Session) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segdiff_kernels.partials import num_slices
+from segdiff_kernels.tiles import one_pass_channels
 
 # Convolutions and matrix products, attention among them: bytes apart, launches with all others.
 PRODUCTS = "convolutions, products, attention"
@@ -212,8 +213,15 @@ def _norm(xs: Sequence[Tensor], partials: Sequence[Tensor | None], others: Seque
 
 def _norm_backward(xs: Sequence[Tensor], dy_NCHW: Tensor, others: Sequence[Any], result: Any) -> Tally:
     """_norm_backward_triton.py: sums read x and dy and are written by slice, merged, and x, dy and what is added to dx
-    are read for dx."""
-    return Tally(2 * touched(*xs, dy_NCHW) + 2 * sum(map(_slices, xs)) + touched(*others, *result), 3)
+    are read for dx. In one pass (_norm_one_pass_triton.py) x and dy come from the L2 cache the second time; counters
+    are set to zero, then one kernel does it all."""
+    *_, num_groups, _ = others
+    channels = [x.shape[1] for x in xs]
+    pixels, skip_channels = xs[0].shape[2] * xs[0].shape[3], sum(channels[1:])
+    at_once = one_pass_channels(pixels, channels[0], skip_channels, num_groups, dy_NCHW.element_size()) > 0
+    reads = 1 if at_once else 2
+    bytes_ = reads * touched(*xs, dy_NCHW) + 2 * sum(map(_slices, xs)) + touched(*others, *result)
+    return Tally(bytes_, 2 if at_once else 3)
 
 
 def _group_norm_silu(args: Sequence[Any], result: Any) -> Tally:
@@ -222,8 +230,8 @@ def _group_norm_silu(args: Sequence[Any], result: Any) -> Tally:
 
 
 def _group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
-    dy_NCHW, residual_NCHW, x_NCHW, *others = args
-    return _norm_backward([x_NCHW], dy_NCHW, (residual_NCHW, *others), result)
+    dy_NCHW, residual_NCHW, more_NCHW, x_NCHW, *others = args
+    return _norm_backward([x_NCHW], dy_NCHW, (residual_NCHW, more_NCHW, *others), result)
 
 
 def _skip_group_norm_silu(args: Sequence[Any], result: Any) -> Tally:

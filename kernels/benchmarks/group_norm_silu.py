@@ -80,7 +80,7 @@ def _backward(name: str, num_bytes: int, size: tuple[int, ...], num_groups: int,
         return torch.randn_like(y_NCHW), saved, statistics_N4C, leaves, y_NCHW
 
     def ours(dy: Tensor, saved: list[Tensor], statistics: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return backward_op(dy, None, *saved[:3], statistics, dtype, num_groups, True)
+        return backward_op(dy, None, None, *saved[:3], statistics, dtype, num_groups, True)
 
     def reference(dy: Tensor, _saved: Any, _statistics: Any, leaves: list[Tensor], y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, leaves, dy, retain_graph=True)

@@ -345,7 +345,8 @@ def compile_cases() -> list[CompileCase]:
             num_warps=backward.num_warps,
             num_stages=backward.num_stages,
             divisible_by_16=(*pointers, *sides, *counts),
-            narrow_loads=36 if soft else 24,  # of x and the labels: three to five bytes a pixel, compared with 256 of gradients
+            # Of x and the labels: three to five bytes a pixel, compared with 256 of gradients.
+            narrow_loads=36 if soft else 24,
         )
         cases += [output, weight_gradient]
     pointers = {"dx_ptr": "*bf16", "dout_ptr": "*bf16", "table_ptr": "*bf16"}

@@ -6,7 +6,7 @@ Dimensions: N batch, C channels, H, W, S slices of pixels (partials.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def group_norm_silu(
     shift_NC: Tensor | None = None,
     silu: bool = True,
     partials: Tensor | None = None,
-    fork: bool = False,
+    fork: bool | Literal[2] = False,
 ) -> Any:
     """SiLU(GroupNorm(x + shift)) as y [N, C, H, W], of x's dtype and channels-last as x is.
 
@@ -37,7 +37,8 @@ def group_norm_silu(
     bias may be [N, C], for each sample: adaptive group norm (Dhariwal and Nichol 2021, section 3.1). shift is added to
     every pixel of a sample's channel, and never written; its rows may be slices of longer ones. silu=False: only the
     norm. partials: the result of residual_add for x, which saves reading x for its statistics. fork=True: (y, x); the
-    gradient of this second x, for a branch that goes round the norm, is added to dx in the same pass.
+    gradient of this second x, for a branch that goes round the norm, is added to dx in the same pass. fork=2: (y, x,
+    x), for two branches.
 
     Saved for the backward pass: x, weight, bias and 16 bytes a sample and channel. Differentiable once, in x, weight,
     bias and shift. Raises a ValueError that names the argument for any other input.
@@ -50,7 +51,8 @@ def group_norm_silu(
         check_partials(_NAME, "partials", partials, x_NCHW)
     check_same_device(_NAME, x_NCHW=x_NCHW, weight_C=weight_C, bias_C=bias_C, shift_NC=shift_NC, partials=partials)
     if fork:
-        return _Fork.apply(x_NCHW, weight_C, bias_C, shift_NC, partials, num_groups, eps, silu)
+        y_NCHW, *again = _Fork.apply(x_NCHW, weight_C, bias_C, shift_NC, partials, num_groups, eps, silu)
+        return (y_NCHW, *again[: int(fork)])
     return forward_op(x_NCHW, weight_C, bias_C, shift_NC, partials, num_groups, eps, silu)[0]
 
 
@@ -157,6 +159,7 @@ def _(
 def backward_op(
     dy_NCHW: Tensor,
     residual_NCHW: Tensor | None,
+    more_NCHW: Tensor | None,
     x_NCHW: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
@@ -165,13 +168,15 @@ def backward_op(
     num_groups: int,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx + residual, dweight, dbias, dshift [N, C], empty without a shift): three launches."""
+    """(dx + residual + more, dweight, dbias, dshift [N, C], empty without a shift): two launches where x and dy of a
+    part fit in the L2 cache (tiles.one_pass_channels), else three."""
     refuse_without_triton(_NAME, x_NCHW.device)
     from segdiff_kernels._norm_backward_triton import launch_backward
 
     with torch.cuda.device_of(x_NCHW):
         dx_NCHW, _, dweight_C, dbias_C, dshift_NC = launch_backward(
-            dy_NCHW, x_NCHW, None, weight_C, bias_C, statistics_N4C, num_groups, shift_dtype, silu, residual_NCHW, None
+            *(dy_NCHW, x_NCHW, None, weight_C, bias_C, statistics_N4C, num_groups, shift_dtype, silu),
+            *(residual_NCHW, more_NCHW, None),
         )
     return dx_NCHW, dweight_C, dbias_C, statistics_N4C.new_empty(0) if dshift_NC is None else dshift_NC
 
@@ -180,6 +185,7 @@ def backward_op(
 def _(
     dy_NCHW: Tensor,
     residual_NCHW: Tensor | None,
+    more_NCHW: Tensor | None,
     x_NCHW: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
@@ -202,15 +208,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dy_NCHW: Tensor | None, residual_NCHW: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight inputs; residual is the gradient that goes round the norm."""
+def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the eight inputs; the residuals are the gradients of two branches that go round the norm."""
+    given = [r.contiguous(memory_format=torch.channels_last) for r in residuals if r is not None]
     if dy_NCHW is None:
-        return (residual_NCHW, *[None] * 7)
+        return (sum(given[1:], given[0]) if given else None, *[None] * 7)
     dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
-    if residual_NCHW is not None:
-        residual_NCHW = residual_NCHW.contiguous(memory_format=torch.channels_last)
+    residual_NCHW, more_NCHW, *_ = *given, None, None
     dx_NCHW, dweight_C, dbias_C, dshift_NC = backward_op(
-        dy_NCHW, residual_NCHW, *ctx.saved_tensors, ctx.shift_dtype, ctx.num_groups, ctx.silu
+        dy_NCHW, residual_NCHW, more_NCHW, *ctx.saved_tensors, ctx.shift_dtype, ctx.num_groups, ctx.silu
     )
     dshift = None if ctx.shift_dtype is None else dshift_NC
     return dx_NCHW, dweight_C, dbias_C, dshift, None, None, None, None
@@ -222,20 +228,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, dy_NCHW: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy_NCHW, None)
+    return _gradients(ctx, dy_NCHW)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)
 
 
 class _Fork(torch.autograd.Function):
-    """y and x again: an operator may not return its input, so this function wraps it."""
+    """y, and x twice again: an operator may not return its input, so this function wraps it."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         y_NCHW, statistics_N4C = forward_op(*inputs)
         _save(ctx, inputs, statistics_N4C)
-        return y_NCHW, inputs[0].view_as(inputs[0])
+        return y_NCHW, inputs[0].view_as(inputs[0]), inputs[0].view_as(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:

@@ -154,12 +154,12 @@ def backward_op(
     num_groups: int,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx + residual, dskip + skip_residual, dweight, dbias, dshift of both [N, C1 + C2], empty without a shift): three
-    launches."""
+    """(dx + residual, dskip + skip_residual, dweight, dbias, dshift of both [N, C1 + C2], empty without a shift):
+    two launches where x and dy of a part fit in the L2 cache (tiles.one_pass_channels), else three."""
     refuse_without_triton(_NAME, x_NCHW.device)
     from segdiff_kernels._norm_backward_triton import launch_backward
 
-    residuals = (residual_NCHW, skip_residual_NCHW)
+    residuals = (residual_NCHW, None, skip_residual_NCHW)
     with torch.cuda.device_of(x_NCHW):
         dx_NCHW, dskip_NCHW, dweight_C, dbias_C, dshift_NC = launch_backward(
             dy_NCHW, x_NCHW, skip_NCHW, weight_C, bias_C, statistics_N4C, num_groups, shift_dtype, silu, *residuals

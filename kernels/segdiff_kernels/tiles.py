@@ -11,6 +11,11 @@ from segdiff_kernels.partials import slice_pixels
 _TILE_BYTES = 8192
 # Programs for a tile of channels, which share the rows of the bias's gradient: four for each of 132 multiprocessors.
 MOST_CHUNKS = 512
+# More than run at once, four to six for each of 132 multiprocessors: a part's sums are complete when its dx is begun.
+RESIDENT_PROGRAMS = 1024
+# Of x and dy of a part. Three such parts are in flight at 256x256: half of an H100's L2 cache of 50 MB, which may hold
+# lines twice.
+PART_BYTES = 2**23
 
 
 def channel_tile(*channels: int) -> int:
@@ -36,6 +41,29 @@ def merge_tiles(num_channels: int, num_groups: int, num_slices: int) -> dict[str
     block_g = max(1, min(_next_power_of_2(num_groups), 32 // block_k))
     block_s = max(1, min(_next_power_of_2(num_slices), 2048 // (block_g * block_k)))
     return {"BLOCK_S": block_s, "BLOCK_G": block_g, "BLOCK_K": block_k}
+
+
+def one_pass_channels(num_pixels: int, c1: int, c2: int, num_groups: int, element_size: int) -> int:
+    """Channels of a sample that a backward pass sums up and then reads again from the L2 cache; 0 where that cannot be.
+
+    Both tensors must consist of such parts, and these of whole groups.
+    """
+    per_group = (c1 + c2) // num_groups
+    merged = merge_tiles(c1 + c2, num_groups, 1)["BLOCK_G"] * per_group
+    for part in (128, 64, 32):
+        if (
+            c1 % part == 0
+            and c2 % part == 0
+            and part % merged == 0
+            and 2 * num_pixels * part * element_size <= PART_BYTES
+        ):
+            return part
+    return 0
+
+
+def parts_in_flight(num_parts: int, num_slices: int) -> int:
+    """Parts whose sums are begun before the first one is read again."""
+    return min(num_parts, -(-RESIDENT_PROGRAMS // (2 * num_slices)))
 
 
 def chunk_rows(num_rows: int, block_p: int) -> int:

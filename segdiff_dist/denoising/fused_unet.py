@@ -94,7 +94,7 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
         elif isinstance(module, Upsample2D):
             conv = module.conv
             conv.__class__ = _UpsamplingConv
-            conv.register_buffer("sums_9T", _sums_of_weights().to(conv.weight), persistent=False)
+            conv.register_buffer("sums_9T", sums_of_weights().to(conv.weight), persistent=False)
         elif isinstance(module, Downsample2D):
             module.conv.__class__ = _Conv
     if reads_labels:
@@ -121,11 +121,10 @@ class UNet2DModel(diffusers.UNet2DModel):
 
         # A tensor of one channel is NCHW and NHWC alike. A convolution takes it for NCHW, and its result would be NCHW.
         stream = Stream(self.conv_in(sample, **labels).contiguous(memory_format=torch.channels_last))
-        skips = [stream]
-        for block in self.down_blocks:
-            stream, more = block(stream, [next(times) for _ in block.resnets])
-            skips += more
-        stream = self.mid_block(stream, [next(times) for _ in self.mid_block.resnets])
+        skips: list[Stream] = []
+        for block in (*self.down_blocks, self.mid_block):
+            stream, kept = block(stream, [next(times) for _ in block.resnets])
+            skips += kept
         for block in self.up_blocks:
             here = skips[-len(block.resnets) :]
             del skips[-len(block.resnets) :]
@@ -170,17 +169,17 @@ def _time(resnet: Any, projected_NC: Tensor, bias_C: Tensor) -> Time:
 
 class _DownBlock(blocks.DownBlock2D):
     def forward(self, stream: Stream, times: list[Time]) -> tuple[Stream, list[Stream]]:
-        """The block's output, and the outputs of its resnets and its downsampling as skips for the up blocks."""
-        outputs = []
+        """The block's output, and the inputs of its resnets and its downsampling as skips for the up blocks."""
+        inputs = []
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         for resnet, attention, time in zip(self.resnets, attentions, times, strict=True):
-            stream = recomputed(self, resnet, stream, time)
+            stream, kept = recomputed(self, resnet, stream, time, None, True)
+            inputs.append(kept)
             stream = stream if attention is None else attention(stream)
-            outputs.append(stream)
         for downsample in self.downsamplers or ():
+            inputs.append(stream)
             stream = Stream(downsample(stream.x_NCHW), bias_C=downsample.conv.bias)
-            outputs.append(stream)
-        return stream, outputs
+        return stream, inputs
 
 
 class _AttnDownBlock(_DownBlock, blocks.AttnDownBlock2D):
@@ -188,12 +187,13 @@ class _AttnDownBlock(_DownBlock, blocks.AttnDownBlock2D):
 
 
 class _MidBlock(blocks.UNetMidBlock2D):
-    def forward(self, stream: Stream, times: list[Time]) -> Stream:
-        stream = self.resnets[0](stream, times[0])
+    def forward(self, stream: Stream, times: list[Time]) -> tuple[Stream, list[Stream]]:
+        """The block's output, and its input as the last skip."""
+        stream, kept = self.resnets[0](stream, times[0], None, True)
         for attention, resnet, time in zip(self.attentions, self.resnets[1:], times[1:], strict=True):
             stream = stream if attention is None else attention(stream)
             stream = recomputed(self, resnet, stream, time)
-        return stream
+        return stream, [kept]
 
 
 class _UpBlock(blocks.UpBlock2D):
@@ -212,10 +212,12 @@ class _AttnUpBlock(_UpBlock, blocks.AttnUpBlock2D):
 
 
 class _Resnet(ResnetBlock2D):
-    def forward(self, stream: Stream, time: Time, skip: Stream | None = None) -> Stream:
-        """The resnet of the stream, or of stream and skip as if they were concatenated."""
-        # The norm returns its inputs, so that its backward pass adds the shortcut's gradient to theirs.
-        y_NCHW, *inputs = self.norm1(stream, skip, fork=True)
+    def forward(self, stream: Stream, time: Time, skip: Stream | None = None, keeps: bool = False) -> Any:
+        """The resnet of the stream, or of stream and skip as if they were concatenated; keeps: also the stream again,
+        for an up block."""
+        # The norm returns its inputs, so that its backward pass adds the gradients of shortcut and up block to theirs.
+        y_NCHW, *inputs = self.norm1(stream, skip, fork=2 if keeps else True)
+        kept = stream._replace(x_NCHW=inputs.pop()) if keeps else None
         y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), time=time)
         branch_NCHW, bias_C = self.conv2(y_NCHW), self.conv2.bias
         if self.conv_shortcut is None:
@@ -224,7 +226,8 @@ class _Resnet(ResnetBlock2D):
             biases = (stream.bias_C, None if skip is None else skip.bias_C)
             shortcut_NCHW, shortcut_bias_C = self.conv_shortcut(inputs, biases)
         bias_C = bias_C if shortcut_bias_C is None else bias_C + shortcut_bias_C
-        return Stream(*residual_add(branch_NCHW, shortcut_NCHW, bias_C, with_partials=True))
+        sum_of_both = Stream(*residual_add(branch_NCHW, shortcut_NCHW, bias_C, with_partials=True))
+        return (sum_of_both, kept) if keeps else sum_of_both
 
 
 class _Norm(nn.GroupNorm):
@@ -233,7 +236,7 @@ class _Norm(nn.GroupNorm):
     activates = True
 
     def forward(  # type: ignore[override]
-        self, stream: Stream, skip: Stream | None = None, time: Time | None = None, fork: bool = False
+        self, stream: Stream, skip: Stream | None = None, time: Time | None = None, fork: bool | int = False
     ) -> Any:
         norm = *_affine(self, time), self.num_groups, self.eps
         options: dict[str, Any] = {"silu": self.activates, "partials": stream.partials, "fork": fork}
@@ -322,15 +325,20 @@ class _UpsamplingConv(nn.Conv2d):
     sums_9T: Tensor
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        # Sums of at most four weights, rounded once.
-        weight_CO44 = (self.weight.flatten(2) @ self.sums_9T).unflatten(2, (4, 4)).transpose(0, 1)
-        # So that indices of the output fit in an int32.
-        at_once = max(1, MOST_ELEMENTS // (4 * len(self.weight) * x_NCHW[0, 0].numel()))
-        parts = [F.conv_transpose2d(x, weight_CO44, stride=2, padding=1) for x in x_NCHW.split(at_once)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return upsampled_conv(x_NCHW, self.weight, self.sums_9T)
 
 
-def _sums_of_weights() -> Tensor:
+def upsampled_conv(x_NCHW: Tensor, weight_OC33: Tensor, sums_9T: Tensor) -> Tensor:
+    """conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1); sums_9T: sums_of_weights()."""
+    # Sums of at most four weights, rounded once.
+    weight_CO44 = (weight_OC33.flatten(2) @ sums_9T).unflatten(2, (4, 4)).transpose(0, 1)
+    # So that indices of the output fit in an int32.
+    at_once = max(1, MOST_ELEMENTS // (4 * len(weight_OC33) * x_NCHW[0, 0].numel()))
+    parts = [F.conv_transpose2d(x, weight_CO44, stride=2, padding=1) for x in x_NCHW.split(at_once)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def sums_of_weights() -> Tensor:
     """[9, 16]: which of the 3x3 weights make up each of the 4x4."""
     sums_43 = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     return torch.kron(sums_43, sums_43).T.contiguous()

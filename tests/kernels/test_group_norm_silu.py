@@ -10,9 +10,10 @@ from kernels_support import DEVICE, assert_near, fresh_generator, randn
 from torch import Tensor
 
 from segdiff_kernels import group_norm_silu as op
+from segdiff_kernels import tiles
 from segdiff_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from segdiff_kernels.partials import num_slices, slice_pixels
-from segdiff_kernels.tiles import channel_tile, merge_tiles, pixel_tile
+from segdiff_kernels.tiles import channel_tile, merge_tiles, one_pass_channels, parts_in_flight, pixel_tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -154,17 +155,49 @@ def test_a_sample_does_not_depend_on_its_batch_and_a_repeat_is_bit_identical() -
     assert torch.equal(dshift, whole[4][1:2])
 
 
+@pytest.mark.parametrize("channels", [64, 40])  # in one pass and not
+def test_the_gradients_of_two_branches_round_the_norm_are_added(channels: int) -> None:
+    g = fresh_generator()
+    x, weight, bias = randn(g, 1, channels, 3, 5).requires_grad_(), randn(g, channels), randn(g, channels)
+    dy, first, second = (randn(g, 1, channels, 3, 5) for _ in range(3))
+    y, x_again, x_for_a_skip = group_norm_silu(x, weight, bias, 8, fork=2)
+    alone = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    given = ((x_again, x_for_a_skip), x, (first, second))
+    assert_near(torch.autograd.grad(*given, retain_graph=True)[0], first + second, 1e-6)
+    assert_near(torch.autograd.grad((y, *given[0]), x, (dy, first, second))[0], alone + first + second, 1e-6)
+
+
+def test_the_order_of_the_one_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples, two tiles of channels and two slices: with as many programs as there are, and with one at a time;
+    and against the three launches."""
+    g = fresh_generator()
+    x, dy = randn(g, 2, 64, 9, 9), randn(g, 2, 64, 9, 9)
+    weight, bias, shift = randn(g, 64), randn(g, 64), randn(g, 2, 64)
+    monkeypatch.setattr(tiles, "PART_BYTES", 2 * 81 * 32 * 4)
+    assert one_pass_channels(81, 64, 0, 16, 4) == 32
+    assert parts_in_flight(4, 2) == 4
+    at_once = results(x, weight, bias, shift, dy, num_groups=16)
+    monkeypatch.setattr(tiles, "RESIDENT_PROGRAMS", 1)
+    assert parts_in_flight(4, 2) == 1
+    for one, other in zip(results(x, weight, bias, shift, dy, num_groups=16), at_once, strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr(tiles, "PART_BYTES", 0)
+    assert one_pass_channels(81, 64, 0, 16, 4) == 0
+    for one, other in zip(results(x, weight, bias, shift, dy, num_groups=16), at_once, strict=True):
+        assert_near(one, other, 1e-6)
+
+
 def test_the_operator_is_one_that_torch_can_trace() -> None:
     g = fresh_generator()
     x, weight, bias = (t.requires_grad_() for t in (randn(g, 1, 8, 2, 2), randn(g, 8), randn(g, 8)))
     shift = randn(g, 1, 8).requires_grad_()
     torch.library.opcheck(op.forward_op, (x, weight, bias, shift, None, 2, 1e-5, True))
     statistics = randn(g, 1, 4, 8)
-    arguments = (x.detach(), None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
+    arguments = (x.detach(), None, None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
     torch.library.opcheck(op.backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
     weight, bias = weight.detach()[None].requires_grad_(), bias.detach()[None].requires_grad_()
     torch.library.opcheck(op.forward_op, (x, weight, bias, shift, None, 2, 1e-5, True))
-    arguments = (x.detach(), None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
+    arguments = (x.detach(), None, None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
     torch.library.opcheck(op.backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

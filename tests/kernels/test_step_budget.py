@@ -90,6 +90,12 @@ def test_the_fused_step_reaches_its_targets(budgets: dict[str, Any]) -> None:
         assert share <= step_budget.TARGETS[name], (name, share)
 
 
+def test_the_bytes_and_launches_of_the_fused_step_have_limits(budgets: dict[str, Any]) -> None:
+    fused = budgets["fused"]
+    assert fused.bytes <= step_budget.MOST_BYTES
+    assert fused.launches <= step_budget.MOST_LAUNCHES
+
+
 def test_nothing_of_the_fused_step_is_copied_to_another_layout(budgets: dict[str, Any]) -> None:
     copied = budgets["fused"].kinds.get("copies to another layout", counting.Tally())
     assert copied.bytes < 0.005 * budgets["fused"].bytes
