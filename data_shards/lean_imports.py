@@ -1,9 +1,10 @@
 """Imports of libraries without those of their dependencies that this project never calls.
 
 MONAI imports MLflow, pandas, matplotlib and half of SciPy for parts other than its networks and losses; DeepSpeed
-imports MLflow for its autotuner; webdataset imports torch. Without these a worker that segments is ready after 4 s of
-processor time instead of 10, a rank that trains after 8 instead of 10 to 13, and a worker that prepares after 1 instead
-of 2.5. Each of these libraries treats a missing dependency as an optional one.
+imports MLflow for its autotuner; diffusers imports torch's compiler for its caches; webdataset imports torch. Without
+these a worker that segments is ready after 4 s of processor time instead of 10, a rank that trains after 8 instead of
+10 to 13, a worker that samples after 2 instead of 4.5, and a worker that prepares after 1 instead of 2.5. Each of these
+libraries treats a missing dependency as an optional one.
 
 Only processes that run a command of this project, or work for one, do this. In a program that uses this project as a
 library, MONAI's imports stay unchanged.
@@ -36,7 +37,7 @@ def are_on() -> bool:
 
 @contextmanager
 def without(*libraries: str) -> Iterator[None]:
-    """A context in which imports of this thread do not find these libraries, unless they are already loaded.
+    """A context in which imports of this thread do not find these libraries or modules, unless they are already loaded.
 
     Other threads find them. Does nothing if it is not switched on.
     """
@@ -76,6 +77,7 @@ class _Missing(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] in self._libraries and threading.get_ident() == self._thread:
+        is_left_out = fullname in self._libraries or fullname.partition(".")[0] in self._libraries
+        if is_left_out and threading.get_ident() == self._thread:
             raise ModuleNotFoundError(f"{fullname} is left out here", name=fullname)
         return None

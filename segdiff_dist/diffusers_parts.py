@@ -6,6 +6,8 @@ activations; and how a scheduler gets a given grid. Another version is refused w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,31 +20,48 @@ from segdiff_dist.library_versions import require_supported
 # tests/unit/test_fused_unet.py, test_cpu_norm.py and test_samplers.py with it.
 require_supported("diffusers")
 
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """A context in which diffusers does not load torch's compiler, 1 s of processor time, if lean imports are on.
+
+    Only its caches and its offloading, which this project does not use, ask for the compiler when they are imported.
+    """
+    if not lean_imports.are_on():
+        yield
+        return
+    before = torch.compiler.disable
+    torch.compiler.disable = lambda fn=None, *_, **__: (lambda function: function) if fn is None else fn
+    try:
+        with lean_imports.without("torch._dynamo"):
+            yield
+    finally:
+        torch.compiler.disable = before
+
+
 if lean_imports.are_on():
     # Schedulers that this project does not use import scipy.stats, 1.5 s of processor time.
-    with lean_imports.without_package_map():
+    with lean_imports.without_package_map(), _without_compiler():
         from diffusers.utils import import_utils
 
     import_utils._scipy_available = False
 
-from diffusers import (  # noqa: E402
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    ModelMixin,
-    UNet2DModel,
-    UniPCMultistepScheduler,
-)
-from diffusers.models.attention_processor import Attention  # noqa: E402
-from diffusers.models.controlnets.controlnet import (  # noqa: E402
-    ControlNetConditioningEmbedding,
-    zero_module,
-)
-from diffusers.models.downsampling import Downsample2D  # noqa: E402
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps  # noqa: E402
-from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
-from diffusers.models.unets import unet_2d_blocks as blocks  # noqa: E402
-from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
-from diffusers.models.upsampling import Upsample2D  # noqa: E402
+with _without_compiler():
+    from diffusers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        ModelMixin,
+        UNet2DModel,
+        UniPCMultistepScheduler,
+    )
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, zero_module
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.unets import unet_2d_blocks as blocks
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+    from diffusers.models.upsampling import Upsample2D
 
 __all__ = [
     "Attention",
