@@ -12,7 +12,6 @@ from data_shards.ingest.annotate_config import AnnotateConfig
 TOOL = """
 import sys, time
 from pathlib import Path
-import nibabel as nib, numpy as np
 if sys.argv[1] == "--version":
     print("thresholder 1.2")
     sys.exit()
@@ -29,6 +28,7 @@ if order[0] == "sleep":
     time.sleep(60)
 if order[0] == "nothing":
     sys.exit()
+import nibabel as nib, numpy as np
 volume = nib.load(image)
 ids = np.where(np.asarray(volume.dataobj) > 60, int(order[1]) if order[0] == "id" else 5, 0).astype(np.uint8)
 if order[0] == "empty":
@@ -39,10 +39,10 @@ nib.save(nib.Nifti1Image(ids, volume.affine), mask)
 """
 FAKE_TOTALSEGMENTATOR = """#!{python}
 import sys
-import nibabel as nib, numpy as np
 if "--version" in sys.argv:
     print("2.4.0")
     sys.exit()
+import nibabel as nib, numpy as np
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 source, target = sys.argv[sys.argv.index("-i") + 1], sys.argv[sys.argv.index("-o") + 1]
 task = sys.argv[sys.argv.index("--task") + 1]

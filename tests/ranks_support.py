@@ -18,7 +18,7 @@ DEAD_AFTER_S, HANG_TIMEOUT_S = 2.0, 4.0
 # From a server that has imported already what takes seconds, ranks are there at once.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["diffusers.models.unets.unet_2d", "deepspeed", "segdiff_dist.ranks.heartbeat", "training_support"]
+    ["lean_support", "segdiff_dist.denoising.denoiser", "segdiff_dist.ranks.heartbeat", "training_support"]
 )
 
 

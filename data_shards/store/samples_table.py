@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards import lean_imports
 from data_shards.modalities import is_modality, modalities_of
 from data_shards.records import (
     AXES,
@@ -144,6 +145,7 @@ def read(path: Path) -> pa.Table:
     """The table, memory-mapped. Raises ValueError if it is not such a file, or if its values cannot be read safely."""
     import pyarrow as pa
 
+    lean_imports.keep_pyarrow_from_pandas()
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
         # Offsets and codes outside of their buffers would crash the process.

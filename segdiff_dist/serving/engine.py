@@ -19,6 +19,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
+from data_shards import lean_imports
 from data_shards.fan_out import num_cores
 from data_shards.problems import InputProblems, WorkFailed, refuse
 from segdiff_dist.config import validate
@@ -42,6 +43,7 @@ class Model:
 
     def __init__(self, name: str, where: str | None, config: ServeConfig, threads: int | None) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by OpenMP as torch is loaded
+        lean_imports.begin()
         from segdiff_dist.serving.painter import Painter
 
         # An error here would be tried again three times, and shown with its trace each time.

@@ -315,6 +315,8 @@ def _killed_in_the_middle(run: Path, num_kept: int) -> int:
     """`measure` in a process of its own, killed once so many results are kept; how many chunks are kept then."""
     program = f"""
 from pathlib import Path
+from data_shards import lean_imports
+lean_imports.begin()  # as a command's process does
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.job import measure
 measure(Path({str(run)!r}), EvaluateConfig(num_workers=1, **{QUICK!r}), progress=False)

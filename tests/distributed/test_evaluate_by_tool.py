@@ -32,13 +32,13 @@ SLICES, SIDE, STEP_MM = 8, 32, 3.0
 TOOL = """
 import json, sys
 from pathlib import Path
-import nibabel as nib, numpy as np
 if sys.argv[1] == "--version":
     print("by brightness 7")
     sys.exit()
 image, mask, modality, case_id = sys.argv[1:5]
 if (Path(__file__).parent / "broken").exists():
     sys.exit("no such organ")
+import nibabel as nib, numpy as np
 volume = nib.load(image)
 values = np.asarray(volume.dataobj)
 if modality == "CT":

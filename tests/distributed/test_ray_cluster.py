@@ -34,6 +34,8 @@ JOB: dict[str, Any] = {
 DRIVER = """
 import sys
 from pathlib import Path
+from data_shards import lean_imports
+lean_imports.begin()  # as a command's process does
 from sampling_support import arguments
 from segdiff_dist.sampling.job import sample
 from test_ray_cluster import JOB

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+# Here, not in the test: a command that an earlier test runs in this process would import MONAI without SciPy.
+from monai.metrics import compute_surface_dice
 from scipy.ndimage import gaussian_filter
 
 from segdiff_dist.evaluation.metrics import feature_sets, frechet, perceptual, radiomics, similarity, surfaces
@@ -49,8 +52,6 @@ def test_similarities_are_torchmetrics(side):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("seed", "spacing_mm"), [(0, (1.5, 1.5)), (1, (1.0, 2.7)), (2, (3.1, 0.8))])
 def test_surface_dice_is_monais(seed, spacing_mm):
-    from monai.metrics import compute_surface_dice
-
     reference, predicted, organs = blobs(seed), np.roll(blobs(seed), (1, 2), (0, 1)), (1, 2, 3, 4)
     reference[reference == 3] = 0
     predicted[predicted == 4] = 0
