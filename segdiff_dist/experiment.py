@@ -234,13 +234,13 @@ def refuse_another_config(experiment: Experiment, started: Path, sections: tuple
 
 def collect(*checks: Callable[[], Any]) -> list[Any]:
     """Run every check and return their results; all problems that they raise are raised together."""
-    found: list[Problem] = []
+    problems: list[Problem] = []
     results = []
     for check in checks:
         try:
             results.append(check())
         except InputProblems as error:
-            found += error.problems
-    if found:
-        raise InputProblems(dict.fromkeys(found))  # two checks may find the same
+            problems += error.problems
+    if problems:
+        raise InputProblems(dict.fromkeys(problems))  # two checks may find the same
     return results

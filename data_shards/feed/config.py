@@ -62,12 +62,12 @@ class LoaderConfig:
 
     def problems(self) -> list[Problem]:
         """Values out of range, for the user."""
-        found = range_problems(self, "config", "loader.")
+        problems = range_problems(self, "config", "loader.")
         if self.cache_gib > 0 and self.cache_dir is None:
-            found.append(
+            problems.append(
                 Problem("config", "loader.cache_dir", "null", "name the cache's folder, or set cache_gib to 0")
             )
-        return found + mix_problems(self.mix)
+        return problems + mix_problems(self.mix)
 
     def resolved(self, modalities: tuple[str, ...]) -> LoaderConfig:
         """With the names of the modalities, if the settings do not choose among those of the set."""

@@ -63,11 +63,11 @@ class AnnotateConfig:
 
     def problems(self, where: str = "annotate") -> list[Problem]:
         """Everything out of range, each with a remedy; empty if the config can be used."""
-        found = range_problems(self, where)
+        problems = range_problems(self, where)
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
-                found.append(Problem(where, name, repr(getattr(self, name)), remedy))
+                problems.append(Problem(where, name, repr(getattr(self, name)), remedy))
 
         if self.tool == "command":
             remedy = "give the command that makes a mask, as 'mytool --in {image} --out {mask}'"
@@ -76,10 +76,10 @@ class AnnotateConfig:
             for name in ("command", "version_command"):
                 check(name, getattr(self, name) is None, "leave it out, or use tool command")
         if self.command is not None:
-            found += _template_problems(where, "command", self.command, _PLACEHOLDERS, ("image", "mask"))
+            problems += _template_problems(where, "command", self.command, _PLACEHOLDERS, ("image", "mask"))
         if self.version_command is not None:
-            found += _template_problems(where, "version_command", self.version_command, (), ())
-        return found
+            problems += _template_problems(where, "version_command", self.version_command, (), ())
+        return problems
 
     def words(self, case: Case, mask: Path) -> list[str]:
         """The command that makes `mask` of a case."""

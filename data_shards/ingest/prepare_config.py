@@ -113,24 +113,26 @@ class PrepareConfig:
 
     def problems(self, where: str = "prepare") -> list[Problem]:
         """Everything out of range, each with a remedy; empty if the config can be used."""
-        found = range_problems(self, where)
-        if any(one.field == "codec" for one in found):
+        problems = range_problems(self, where)
+        if any(one.field == "codec" for one in problems):
             lossless = "give a codec that keeps every label id: " + ", ".join(CODECS)
-            found = [replace(one, remedy=lossless) if one.field == "codec" else one for one in found]
+            problems = [replace(one, remedy=lossless) if one.field == "codec" else one for one in problems]
         if self.soft_edge and self.mask_resize != "soft":
-            found.append(Problem(where, "soft_edge", "True", "needs mask_resize soft"))
+            problems.append(Problem(where, "soft_edge", "True", "needs mask_resize soft"))
         for name, rule in self.intensities.items():
             if not is_modality(name):
-                found.append(Problem(where, "intensities", repr(name)[:60], f"a modality is {MODALITY_RULE}"))
+                problems.append(Problem(where, "intensities", repr(name)[:60], f"a modality is {MODALITY_RULE}"))
             elif parse_rule(str(rule)) is None:
-                found.append(Problem(where, f"intensities.{name}", repr(rule)[:60], f"give {INTENSITY_RULE}"))
+                problems.append(Problem(where, f"intensities.{name}", repr(rule)[:60], f"give {INTENSITY_RULE}"))
         if self.channel is not None and self.channels is not None:
-            found.append(Problem(where, "channels", str(list(self.channels)), "give `channel` or `channels`, not both"))
+            problems.append(
+                Problem(where, "channels", str(list(self.channels)), "give `channel` or `channels`, not both")
+            )
         if self.split is not None and abs(sum(self.split) - 1.0) > 1e-6:
-            found.append(Problem(where, "split", str(self.split), "give three shares that make 1, as 0.7 0.1 0.2"))
+            problems.append(Problem(where, "split", str(self.split), "give three shares that make 1, as 0.7 0.1 0.2"))
         if self.patient is not None and not _has_a_group(self.patient):
-            found.append(Problem(where, "patient", self.patient, "give a regular expression with one group"))
-        return found
+            problems.append(Problem(where, "patient", self.patient, "give a regular expression with one group"))
+        return problems
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that the set's bytes depend on, as index.json holds them."""

@@ -75,15 +75,15 @@ class AutoencoderConfig:
 
     def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
         """Values out of range, and settings that do not go together."""
-        found = range_problems(self, "config", "autoencoder.")
-        wrong = names_of(found)
-        found += self.train.problems("autoencoder.train", ranks)
+        problems = range_problems(self, "config", "autoencoder.")
+        wrong = names_of(problems)
+        problems += self.train.problems("autoencoder.train", ranks)
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not (good or wrong & {name}):
                 value = getattr(self, name)
                 shown = list(value) if isinstance(value, tuple) else value
-                found.append(Problem("config", f"autoencoder.{name}", str(shown), remedy))
+                problems.append(Problem("config", f"autoencoder.{name}", str(shown), remedy))
 
         groups = self.norm_num_groups
         if not wrong & {"norm_num_groups", "block_out_channels"}:
@@ -98,7 +98,7 @@ class AutoencoderConfig:
         if self.segmenter is not None:
             remedy = "give a run folder with a segmenter; `segdiff train-segmenter --help` says how to train one"
             check("segmenter", (segmenter_weights(self.segmenter) / "segdiff.json").is_file(), remedy)
-        return found
+        return problems
 
 
 def segmenter_weights(given: str | Path) -> Path:

@@ -118,15 +118,15 @@ class DenoiserConfig:
 
     def problems(self, size: int | None = None) -> list[Problem]:
         """Problems of the settings, also for slices of side `size` if it is known."""
-        found = range_problems(self, "config", "denoiser.")
-        wrong = names_of(found)
+        problems = range_problems(self, "config", "denoiser.")
+        wrong = names_of(problems)
         if "block_out_channels" not in wrong:
-            found += self._channel_problems(wrong, size)
+            problems += self._channel_problems(wrong, size)
         if self.soft_masks and self.mask_encoding.startswith("scalar"):
             remedy = "a scalar can hold one class only; use mask_encoding onehot or embedding"
-            found.append(Problem("config", "denoiser.soft_masks", "True", remedy))
-        found += self._conditioning_problems()
-        return found
+            problems.append(Problem("config", "denoiser.soft_masks", "True", remedy))
+        problems += self._conditioning_problems()
+        return problems
 
     def _conditioning_problems(self) -> Iterator[Problem]:
         """Settings that do not go with the conditioning."""
@@ -280,11 +280,11 @@ class DiffusionConfig:
 
     def problems(self) -> list[Problem]:
         """Values out of range, and settings that do not go together."""
-        found = range_problems(self, "config", "diffusion.")
+        problems = range_problems(self, "config", "diffusion.")
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
-                found.append(Problem("config", f"diffusion.{name}", str(getattr(self, name)), remedy))
+                problems.append(Problem("config", f"diffusion.{name}", str(getattr(self, name)), remedy))
 
         if self.objective != "ddpm":
             own = f"{self.objective} has no timesteps and its own prediction"
@@ -315,7 +315,7 @@ class DiffusionConfig:
             check("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
         remedy = "organ_dropout teaches to add the organs that a mask lacks, this the opposite: give 0 for one of them"
         check("contrastive_weight", self.contrastive_weight == 0 or self.organ_dropout == 0, remedy)
-        return found
+        return problems
 
     @property
     def passes(self) -> int:
@@ -347,9 +347,9 @@ class ValidationConfig:
 
     def problems(self, diffusion: DiffusionConfig) -> list[Problem]:
         """Values out of range, and values that do not go with the net's training."""
-        found = range_problems(self, "config", "validation.")
+        problems = range_problems(self, "config", "validation.")
         most = diffusion.num_train_timesteps
         if diffusion.objective == "ddpm" and self.num_steps > most:
             remedy = f"the net knows {most} timesteps: give at most that many"
-            found.append(Problem("config", "validation.num_steps", str(self.num_steps), remedy))
-        return found
+            problems.append(Problem("config", "validation.num_steps", str(self.num_steps), remedy))
+        return problems

@@ -42,11 +42,11 @@ class DistilConfig:
 
     def problems(self, ranks: int = 1) -> list[Problem]:
         """Values out of range, and values that do not go together."""
-        found = range_problems(self, "config", "distil.")
-        if self.teacher_steps is not None and not names_of(found) and self.teacher_steps % self.num_steps:
+        problems = range_problems(self, "config", "distil.")
+        if self.teacher_steps is not None and not names_of(problems) and self.teacher_steps % self.num_steps:
             remedy = f"give a multiple of distil.num_steps ({self.num_steps})"
-            found.append(Problem("config", "distil.teacher_steps", str(self.teacher_steps), remedy))
-        return found + self.train.problems("distil.train", ranks)
+            problems.append(Problem("config", "distil.teacher_steps", str(self.teacher_steps), remedy))
+        return problems + self.train.problems("distil.train", ranks)
 
     def filled_in(self, of_teacher: SamplerConfig, diffusion: DiffusionConfig) -> DistilConfig:
         """The same with the teacher's sampler in full, and the number of its steps."""

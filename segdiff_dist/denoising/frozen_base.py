@@ -116,21 +116,21 @@ class Base:
             if getattr(base, name) != getattr(denoiser, name)
         }
         differing |= {f"diffusion.{name}": pair for name, pair in as_trained(diffusion, trained_with)[1].items()}
-        found = [
+        problems = [
             Problem("config", name, _shown(now), f"the base {self.folder} has {_shown(before)}: give that")
             for name, (before, now) in differing.items()
         ]
-        found += self._of_slices("denoiser.base", size, modalities, seen)
+        problems += self._of_slices("denoiser.base", size, modalities, seen)
 
         def check(good: bool, value: str, remedy: str) -> None:
             if not good:
-                found.append(Problem(str(self.folder), "denoiser.base", value, remedy))
+                problems.append(Problem(str(self.folder), "denoiser.base", value, remedy))
 
         check(base.conditioning != "controlnet", "a ControlNet itself", "give the base that it was trained on")
         reads_masks = base.conditioning not in ("none", "controlnet") and not trained_with.get("mask_dropout")
         remedy = "train it with --denoiser.conditioning none, or with --diffusion.mask-dropout 0.1"
         check(not reads_masks, "never trained without its masks", remedy)
-        return found
+        return problems
 
     def problems_below(
         self,
@@ -165,15 +165,15 @@ class Base:
 
     def _of_slices(self, field: str, size: int, modalities: tuple[str, ...], seen: Sequence[str]) -> list[Problem]:
         where, named = str(self.folder), described_modalities(self.description, self.folder / _DESCRIPTION)
-        found = []
+        problems = []
         if self.size != size:
             remedy = f"prepare slices of {self.size} pixels or give --loader.crop-size {self.size}, or train another"
-            found.append(Problem(where, field, f"trained at {self.size} pixels, not {size}", remedy))
+            problems.append(Problem(where, field, f"trained at {self.size} pixels, not {size}", remedy))
         if named != modalities or not set(seen) <= set(self.trained_on):
             value = f"it knows {', '.join(self.trained_on)}, and the slices are {', '.join(seen)}"
             remedy = f"choose with --loader.modalities {' '.join(self.trained_on)}, or train one on these"
-            found.append(Problem(where, field, value, remedy))
-        return found
+            problems.append(Problem(where, field, value, remedy))
+        return problems
 
 
 def kept_weights(run: Path) -> dict[str, Tensor]:

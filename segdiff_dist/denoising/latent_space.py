@@ -93,8 +93,8 @@ class LatentSpace:
     @property
     def described(self) -> dict[str, Any]:
         """For segdiff.json."""
-        about = {"autoencoder_sha256": self.sha256, "mean": list(self.mean), "std": list(self.std)}
-        return about | {"channels": self.channels, "factor": self.factor}
+        description = {"autoencoder_sha256": self.sha256, "mean": list(self.mean), "std": list(self.std)}
+        return description | {"channels": self.channels, "factor": self.factor}
 
     def shape(self, size: int) -> tuple[int, int, int]:
         """[C, h, w] of slices of `size` pixels."""

@@ -136,11 +136,11 @@ class SamplerConfig:
 
 def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Problem]:
     """Problems of a resolved sampler's grid with the net's training."""
-    found: list[Problem] = []
+    problems: list[Problem] = []
 
     def check(name: str, good: bool, remedy: str) -> None:
         if not good:
-            found.append(Problem("config", f"sample.sampler.{name}", str(getattr(own, name)), remedy))
+            problems.append(Problem("config", f"sample.sampler.{name}", str(getattr(own, name)), remedy))
 
     assert own.num_steps is not None
     of_timesteps = own.timestep_spacing in ("leading", "trailing", "linspace")
@@ -168,7 +168,7 @@ def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Probl
         check("sigma_min", own.sigma_min is None or low <= own.sigma_min * (1 + 1e-6), trained)
         check("sigma_max", own.sigma_max is None or own.sigma_max <= high * (1 + 1e-6), trained)
         check("sigma_min", least < most_sigma, f"give less than sigma_max ({most_sigma:.3g})")
-    return found
+    return problems
 
 
 def _student_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Problem]:

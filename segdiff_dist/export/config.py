@@ -82,12 +82,14 @@ class ExportConfig:
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        found = range_problems(self, "config", "export.")
+        problems = range_problems(self, "config", "export.")
         if self.merge_with is not None and self.format != "nnunet":
-            found.append(Problem("config", "export.merge_with", f"with --format {self.format}", "give --format nnunet"))
+            problems.append(
+                Problem("config", "export.merge_with", f"with --format {self.format}", "give --format nnunet")
+            )
         if self.about is not None and not self.about.is_file():
-            found.append(Problem("config", "export.about", str(self.about), "no such file: give a Markdown file"))
-        return found
+            problems.append(Problem("config", "export.about", str(self.about), "no such file: give a Markdown file"))
+        return problems
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class VolumeConfig:
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        found = range_problems(self, "config", "volume.")
+        problems = range_problems(self, "config", "volume.")
         if self.merge_with is not None and self.format != "nnunet":
-            found.append(Problem("config", "volume.merge_with", "without a data set", "give --format nnunet"))
-        return found
+            problems.append(Problem("config", "volume.merge_with", "without a data set", "give --format nnunet"))
+        return problems

@@ -159,12 +159,12 @@ class Merge:
 
     def description(self, name: str, reader: str | None) -> dict[str, Any]:
         """dataset.json: the real one's channels and labels; `reader` as theirs if it is None."""
-        about = "real cases, and synthetic images by segmentation-guided diffusion; not for diagnosis"
+        description = "real cases, and synthetic images by segmentation-guided diffusion; not for diagnosis"
         num = len(self._files_of(self.real.cases)) + len(self.entries)
         content = self.real.content | {"numTraining": num}
         if self.slices is not None:
             content["file_ending"] = self.slices.how.ending
-        content |= {"name": name, "description": about}
+        content |= {"name": name, "description": description}
         return content | ({} if reader is None else {"overwrite_image_reader_writer": reader})
 
     def record(self) -> dict[str, Any]:

@@ -85,9 +85,9 @@ class VolumeSetJob:
             write_description(folder, self.merge.description(self.out.name, None), self.merge.folds())
             provenance = provenance | self.merge.record()
         else:
-            about = (self.out.name, config.modality, self.names, len(self.jobs), config.file_ending)
+            settings = (self.out.name, config.modality, self.names, len(self.jobs), config.file_ending)
             items = [{"name": name, "case_id": case} for name, case in _cases(self.jobs).items()]
-            write_description(folder, nnunet_description(*about), nnunet_folds(items))
+            write_description(folder, nnunet_description(*settings), nnunet_folds(items))
         (folder / PROVENANCE).write_text(json.dumps({"synthetic": True} | provenance, indent=2) + "\n")
 
 

@@ -36,13 +36,13 @@ class Step:
 
 def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
     """Every step of the reproduction in order, as on `settings.gpus` H100. Reads headers, makes nothing."""
-    judge, config = experiments.segmenter, experiments.prepare.prepare
+    segmenter_run, config = experiments.segmenter, experiments.prepare.prepare
     cases = archive.read_archive(settings.amos, config.modalities, config.modality)
     counted = count_slices(cases, config)
     sides = (1 + config.bits // 8) * config.size**2
     found = [
         Step("prepare", f"{counted.slices:,} slices of {counted.volumes} volumes", None, counted.slices * sides),
-        _training("train-segmenter", _segmenter_network(judge), judge.segmenter.train, settings.gpus),
+        _training("train-segmenter", _segmenter_network(segmenter_run), segmenter_run.segmenter.train, settings.gpus),
     ]
     for name in (n for n in COLUMN_NAMES if n in experiments.columns):
         column, title = experiments.columns[name], TITLES[name]
@@ -110,16 +110,16 @@ def _denoiser_network(column: Experiment) -> scaling.NetworkCosts:
     return _network(column, column.train, model, x_t_BCHW, zero_B, mask_BHW, zero_B)
 
 
-def _segmenter_network(judge: Experiment) -> scaling.NetworkCosts:
+def _segmenter_network(segmenter_run: Experiment) -> scaling.NetworkCosts:
     import torch
 
     from segdiff_dist.segmentation.network import SegmenterNet
 
-    size = judge.loader.crop_size or judge.prepare.size
+    size = segmenter_run.loader.crop_size or segmenter_run.prepare.size
     with torch.device("meta"):
-        model = SegmenterNet(judge.segmenter, LABEL_TABLES[judge.prepare.label_set].num_classes)
+        model = SegmenterNet(segmenter_run.segmenter, LABEL_TABLES[segmenter_run.prepare.label_set].num_classes)
         image_BHW, zero_B = torch.zeros(1, size, size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
-    return _network(judge, judge.segmenter.train, model, image_BHW, zero_B)
+    return _network(segmenter_run, segmenter_run.segmenter.train, model, image_BHW, zero_B)
 
 
 def _network(experiment: Experiment, train: TrainConfig, model: Any, *inputs: Any) -> scaling.NetworkCosts:

@@ -86,13 +86,13 @@ def resolve(settings: Table1Settings) -> Experiments:
     prepared = replace(first.prepare, modalities=modalities, axes=axes)
     columns = {name: replace(column, prepare=prepared) for name, column in columns.items()}
     # As the authors' segmenter, it is trained on CT and MR together.
-    judge = replace(
+    segmenter_run = replace(
         columns[wanted[0]],
         run=settings.out / "segmenter",
         loader=replace(first.loader, modalities=modalities, axes=axes),
         segmenter=replace(first.segmenter, train=_shared_out(first.segmenter.train, settings.gpus)),
     )
-    return Experiments(replace(judge, run=None), judge, columns, recipes)
+    return Experiments(replace(segmenter_run, run=None), segmenter_run, columns, recipes)
 
 
 def sampled_splits(settings: Table1Settings, experiments: Experiments) -> dict[ColumnName, Split]:
@@ -133,14 +133,14 @@ def _has_mask(case: Case, column: Experiment) -> bool:
 
 
 def _problems(settings: Table1Settings) -> list[Problem]:
-    found = []
+    problems = []
     if not settings.columns:
-        found.append(Problem("command line", "columns", "none", f"choose from {', '.join(COLUMN_NAMES)}"))
+        problems.append(Problem("command line", "columns", "none", f"choose from {', '.join(COLUMN_NAMES)}"))
     if settings.gpus < 1:
-        found.append(Problem("command line", "gpus", str(settings.gpus), "give at least 1"))
+        problems.append(Problem("command line", "gpus", str(settings.gpus), "give at least 1"))
     if settings.out.exists() and not settings.out.is_dir():
-        found.append(Problem(str(settings.out), "out", "not a folder", "give another path"))
-    return found
+        problems.append(Problem(str(settings.out), "out", "not a folder", "give another path"))
+    return problems
 
 
 def _overlay(settings: Table1Settings) -> dict[str, Any]:

@@ -93,11 +93,11 @@ class SampleConfig:
 
     def problems(self) -> list[Problem]:
         """Values that are out of range or missing, and settings that do not go together."""
-        found = range_problems(self, "config", "sample.")
+        problems = range_problems(self, "config", "sample.")
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
-                found.append(Problem("config", f"sample.{name}", str(getattr(self, name)), remedy))
+                problems.append(Problem("config", f"sample.{name}", str(getattr(self, name)), remedy))
 
         if self.masks is None:
             check("label_map", self.label_map is None, "it says what the ids in `sample.masks` mean: give that too")
@@ -107,7 +107,7 @@ class SampleConfig:
             there = self.label_map is None or self.label_map.is_file()
             check("label_map", there, "no such file: give a YAML or JSON file, or leave it out")
             check("target_modality", self.target_modality not in ("same", "other"), remedy)
-        return found + self.sampler.problems()
+        return problems + self.sampler.problems()
 
     def result_settings(self, objective: Objective) -> dict[str, Any]:
         """The settings that the images of a net of this objective depend on, as job.json holds them."""

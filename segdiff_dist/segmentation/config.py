@@ -63,17 +63,17 @@ class SegmenterConfig:
 
     def problems(self, size: int | None = None, ranks: int = 1) -> list[Problem]:
         """Values out of range, and settings that do not go together."""
-        found = range_problems(self, "config", "segmenter.")
-        wrong = names_of(found)
-        found += (of_training := self.train.problems("segmenter.train", ranks))
+        problems = range_problems(self, "config", "segmenter.")
+        wrong = names_of(problems)
+        problems += (of_training := self.train.problems("segmenter.train", ranks))
         micro = self.train.micro_batch_size
         if "dice_over" not in wrong and not of_training and (micro == "auto" or micro % self.dice_group):
             remedy = f"give a multiple of {self.dice_group}, the slices that Dice is taken over (segmenter.dice_over)"
-            found.append(Problem("config", "segmenter.train.micro_batch_size", str(micro), remedy))
+            problems.append(Problem("config", "segmenter.train.micro_batch_size", str(micro), remedy))
         if "channels" not in wrong and any(c % NORM_GROUPS for c in self.channels):
             remedy = f"give multiples of {NORM_GROUPS}"
-            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
+            problems.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
         if "channels" not in wrong and size is not None and size % 2 ** (len(self.channels) - 1):
             remedy = f"{len(self.channels)} levels halve {size} pixels unevenly"
-            found.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
-        return found
+            problems.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
+        return problems

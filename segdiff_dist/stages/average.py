@@ -37,8 +37,8 @@ class Average(ConfiguredStage):
 
         run, _ = collect(lambda: self.path("run"), lambda: refuse(self.average.problems()))
         like = run / "weights" / self.experiment.train.averages[0]
-        about = read_json(like / "segdiff.json", "copy the weights again") if like.is_dir() else {}
-        return AveragePlan(self, run, Denoiser.load(like), about)
+        description = read_json(like / "segdiff.json", "copy the weights again") if like.is_dir() else {}
+        return AveragePlan(self, run, Denoiser.load(like), description)
 
 
 @dataclass(frozen=True)

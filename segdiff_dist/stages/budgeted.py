@@ -97,15 +97,17 @@ class Budgeted(ConfiguredStage):
 
     def problems(self) -> list[Problem]:
         """Problems of the flags."""
-        found = []
+        problems = []
         if not (math.isfinite(self.hours) and 0 < self.hours <= _MOST_HOURS):
             remedy = f"give a number above 0, at most {_MOST_HOURS}"
-            found.append(Problem("command line", "--hours", f"{self.hours:g}", remedy))
+            problems.append(Problem("command line", "--hours", f"{self.hours:g}", remedy))
         if self.recipe is not None and self.recipe not in shipped_names():
-            found.append(Problem("command line", "--recipe", self.recipe, f"give one of {', '.join(shipped_names())}"))
+            problems.append(
+                Problem("command line", "--recipe", self.recipe, f"give one of {', '.join(shipped_names())}")
+            )
         if self.out is not None and self.folder.exists() and not self.folder.is_dir():
-            found.append(Problem(str(self.out), "--out", "not a folder", "give another path"))
-        return found
+            problems.append(Problem(str(self.out), "--out", "not a folder", "give another path"))
+        return problems
 
     def planned(self) -> Planned:
         """Look at data and machine, and choose."""

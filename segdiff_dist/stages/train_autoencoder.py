@@ -86,12 +86,12 @@ class TrainAutoencoder(ConfiguredStage):
             message=f"train-autoencoder: {device}, {train.precision}{_losses_message(config)}",
             next_command=command("train", "--run", run, *address_flag(experiment)),
             limits={},
-            judge=_Judge(shards, loader, segmenter, folder, device),
+            final_measurement=_Reconstructions(shards, loader, segmenter, folder, device),
         ).checked()
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Reconstructions:
     """Measures the reconstructions when the training is over."""
 
     shards: ShardSet
@@ -110,10 +110,10 @@ class _Judge:
     def __call__(self) -> tuple[tuple[str, ...], dict[str, float], Path | None]:
         """Lines for the user, metrics and the picture for the tracker."""
         from segdiff_dist.autoencoding.autoencoder import Autoencoder
-        from segdiff_dist.evaluation.measure.reconstructions import PICTURE, judge_reconstructions
+        from segdiff_dist.evaluation.measure.reconstructions import PICTURE, measure_reconstructions
 
         autoencoder = Autoencoder.load(self.folder / "weights", self.device)
-        found = judge_reconstructions(self.shards, self.loader, autoencoder, self.segmenter, self.folder)
+        found = measure_reconstructions(self.shards, self.loader, autoencoder, self.segmenter, self.folder)
         if found is None:
             return ("the set has no validation slice: its reconstructions are not measured",), {}, None
         picture = self.folder / PICTURE

@@ -46,7 +46,7 @@ from segdiff_dist.training.loop import TrainingJob, train
 from segdiff_dist.training.throughput import peak_flops
 
 
-class Judge(Protocol):
+class FinalMeasurement(Protocol):
     """Measures what a training has made, on rank 0, when it is over."""
 
     @property
@@ -92,15 +92,15 @@ class TrainingPlan(Plan):
     """Makes what the task needs before the training: an array for Batch.extra_BX, or None."""
     extra_bytes: int = 0
     """Its bytes on the disk."""
-    judge: Judge | None = None
+    final_measurement: FinalMeasurement | None = None
     """Measures the result of the training."""
 
     def checked(self) -> Plan:
         """This plan, if the training is not finished and the memory is sufficient."""
         newest = self.newest_checkpoint
         is_trained = newest is not None and self.images_seen >= self.config.num_images
-        is_judged = self.judge is None or self.judge.is_done
-        if newest is not None and is_trained and is_judged and is_exported(newest, self.folder):
+        is_measured = self.final_measurement is None or self.final_measurement.is_done
+        if newest is not None and is_trained and is_measured and is_exported(newest, self.folder):
             seen = f"already trained on {self.config.num_images:,} images in {self.folder}"
             return Done(Result((f"{self.stage}: {seen}; nothing to do",), next_command=self.next_command))
         if world_size() == 1:
@@ -188,9 +188,9 @@ class TrainingPlan(Plan):
         )  # fmt: skip
         train(job)
         lines: tuple[str, ...] = (f"weights in {self.folder / 'weights'}",)
-        if self.judge is not None and is_main():
-            judged, metrics, picture = self.judge()
-            lines += judged
+        if self.final_measurement is not None and is_main():
+            measured, metrics, picture = self.final_measurement()
+            lines += measured
             tracker.log_metrics(metrics, config.num_images)
             if picture is not None:
                 tracker.log_artifact(picture)

@@ -38,8 +38,8 @@ class TrackingConfig:
 
     def problems(self) -> list[Problem]:
         """What is out of range."""
-        found = range_problems(self, "config", "tracking.")
+        problems = range_problems(self, "config", "tracking.")
         if self.register is not None and not MODEL_NAME.fullmatch(self.register):
             remedy = "give up to 100 letters, digits, blanks, '.', '-' and '_', a letter or digit first; or null"
-            found.append(Problem("config", "tracking.register", repr(self.register), remedy))
-        return found
+            problems.append(Problem("config", "tracking.register", repr(self.register), remedy))
+        return problems

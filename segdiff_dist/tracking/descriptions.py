@@ -36,16 +36,16 @@ def describe_experiment(client: Any, experiment_id: str) -> None:
             client.set_experiment_tag(experiment_id, key, value)
 
 
-def describe(client: Any, run_id: str, folder_name: str, about: Mapping[str, Any]) -> None:
+def describe(client: Any, run_id: str, folder_name: str, described: Mapping[str, Any]) -> None:
     """Put a paragraph of a stage into the run's description, replacing the earlier one, and name the run, unless the
     user has named it. The rest of the description stays."""
     run = client.get_run(run_id)
-    if about["run_name"] is not None and run.info.run_name == folder_name:
-        client.update_run(run_id, name=about["run_name"])
-    start = f"**{about['stage']}**: "
+    if described["run_name"] is not None and run.info.run_name == folder_name:
+        client.update_run(run_id, name=described["run_name"])
+    start = f"**{described['stage']}**: "
     paragraphs = run.data.tags.get(NOTE, "").split("\n\n")
     others = [one for one in paragraphs if one and not one.startswith(start)]
-    client.set_tag(run_id, NOTE, "\n\n".join([*others, start + about["text"]])[:_MOST_NOTE])
+    client.set_tag(run_id, NOTE, "\n\n".join([*others, start + described["text"]])[:_MOST_NOTE])
 
 
 def source_tags(stage: str) -> dict[str, str]:

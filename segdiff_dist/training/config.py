@@ -94,11 +94,11 @@ class TrainConfig:
 
     def problems(self, section: str, ranks: int = 1) -> list[Problem]:
         """Values out of range, and settings that do not go together, for a run on `ranks` ranks."""
-        found = range_problems(self, "config", f"{section}.")
-        wrong = names_of(found)
+        problems = range_problems(self, "config", f"{section}.")
+        wrong = names_of(problems)
 
         def add(name: str, value: object, remedy: str) -> None:
-            found.append(Problem("config", f"{section}.{name}", str(value), remedy))
+            problems.append(Problem("config", f"{section}.{name}", str(value), remedy))
 
         if "ema_lengths" not in wrong and len(set(map(ema.name_of, self.ema_lengths))) != len(self.ema_lengths):
             add("ema_lengths", list(self.ema_lengths), "give each once")
@@ -117,13 +117,13 @@ class TrainConfig:
             add("cuda_graph", value, "a graph needs zero_stage 0 or 1 and offload none; or give auto")
         if self.compile and self.zero_stage == 3:
             add("compile", True, "zero_stage 3 gathers weights in between, which cannot be compiled; use 0 to 2")
-        if found:
-            return found
+        if problems:
+            return problems
         divisor = ranks * (1 if self.micro_batch_size == "auto" else self.micro_batch_size)
         if self.global_batch_size % divisor:
             of = "ranks" if self.micro_batch_size == "auto" else "micro_batch_size * ranks"
             add("global_batch_size", self.global_batch_size, f"give a multiple of {of} = {divisor}")
-        return found
+        return problems
 
     @property
     def adds_up_gradients(self) -> bool:

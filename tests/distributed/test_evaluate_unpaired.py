@@ -195,9 +195,9 @@ def test_frd_of_images_without_counterparts(tmp_path: Path, shapes: Path) -> Non
     assert np.isfinite(frd["value"])
 
 
-def test_a_network_of_another_project_judges(tmp_path: Path, shapes: Path) -> None:
+def test_a_network_of_another_project_segments(tmp_path: Path, shapes: Path) -> None:
     """By brightness alone: in these CT images it finds what their masks hold."""
-    file = tmp_path / "judge.pt"
+    file = tmp_path / "segmenter.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(ByBrightness()).save(str(file))

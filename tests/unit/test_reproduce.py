@@ -200,10 +200,10 @@ def measurable(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Experi
     run = write_weights(tmp_path_factory.mktemp("column"))
     make_here(run, shapes, num=2, samples_per_mask=1, cross_modality_masks=0)
     config = SegmenterConfig(channels=(8, 8))
-    for name in ("judge", "other"):
+    for name in ("segmenter_a", "other"):
         save_segmenter(run / name, SegmenterNet(config, AMOS.num_classes).state_dict(), config, AMOS)
         torch.manual_seed(1)
-    evaluate = EvaluateConfig(segmenter=run / "judge", device="cpu", num_workers=1, bootstrap_samples=10)
+    evaluate = EvaluateConfig(segmenter=run / "segmenter_a", device="cpu", num_workers=1, bootstrap_samples=10)
     return Experiment(run=run, evaluate=evaluate, tracking=TrackingConfig(enabled=False))
 
 
@@ -213,26 +213,26 @@ def test_figures_that_another_command_put_there_are_not_the_tables(
     folder = measurable.path("run") / "evaluation"
 
     def measured() -> tuple[bool, str]:
-        """Whether the step did something, and who judged the figures that it leaves."""
+        """Whether the step did something, and the segmenter of the figures that it leaves."""
         capsys.readouterr()
         evaluate_once(measurable)
-        judge = json.loads((folder / "summary.json").read_text())["provenance"]["segmenter_sha256"]
-        return "nothing to do" not in capsys.readouterr().out, judge
+        measured_by = json.loads((folder / "summary.json").read_text())["provenance"]["segmenter_sha256"]
+        return "nothing to do" not in capsys.readouterr().out, measured_by
 
-    did, judge = measured()
+    did, measured_by = measured()
     assert did
-    assert measured() == (False, judge)
+    assert measured() == (False, measured_by)
     other = replace(measurable.evaluate, segmenter=measurable.path("run") / "other")
     by_hand = measure(measurable.path("run"), other, progress=False)
-    assert by_hand["provenance"]["segmenter_sha256"] != judge
-    assert measured() == (True, judge)
+    assert by_hand["provenance"]["segmenter_sha256"] != measured_by
+    assert measured() == (True, measured_by)
 
     # A moved set is the same set; an evaluation that breaks off vouches for nothing.
     file = measurable.path("run") / "samples" / "job.json"
     job = json.loads(file.read_text())
     moved = shutil.copytree(job["shards"], measurable.path("run") / "moved")
     file.write_text(json.dumps(job | {"shards": str(moved)}))
-    assert measured() == (False, judge)
+    assert measured() == (False, measured_by)
     shutil.rmtree(moved)
     with pytest.raises(InputProblems):
         evaluate_once(replace(measurable, evaluate=replace(measurable.evaluate, seed=1)))

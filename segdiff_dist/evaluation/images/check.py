@@ -10,7 +10,7 @@ from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.images.folder import ImageFolder
 from segdiff_dist.evaluation.measure.checks import (
     cannot_extract,
-    cannot_judge,
+    cannot_segment,
     needs_real_images,
     open_segmenter,
     rows_of,
@@ -49,7 +49,7 @@ def check_images(run: Path, images: ImagesConfig, config: EvaluateConfig) -> Ima
     shards, segmenter = opened.get("shards"), opened["segmenter"]
     folder = ImageFolder(images, segmenter.label_table, shards)
     problems += segmenter.problems(segmenter.label_table, [folder.modality], folder.window)
-    problems += [*cannot_judge(segmenter, folder.size, config), *cannot_extract(folder.size, config)]
+    problems += [*cannot_segment(segmenter, folder.size, config), *cannot_extract(folder.size, config)]
     problems += [*unlike(segmenter.label_table, folder.size, shards)]
     if shards is not None:
         attempts.make("rows", lambda: rows_of(with_modalities(folder.items), shards, config))

@@ -44,24 +44,26 @@ class ImagesConfig:
 
     def problems(self) -> list[Problem]:
         """Values that are out of range, missing, or do not go together."""
-        found = range_problems(self, "config", "images.")
+        problems = range_problems(self, "config", "images.")
 
         def check(name: str, good: bool, remedy: str) -> None:
             if not good:
-                found.append(Problem("command line", f"--{name.replace('_', '-')}", str(getattr(self, name)), remedy))
+                problems.append(
+                    Problem("command line", f"--{name.replace('_', '-')}", str(getattr(self, name)), remedy)
+                )
 
         if not self:
             given = [name for name in ("masks", "modality", "label_map", "value_range", "size") if getattr(self, name)]
             remedy = "it is of images of a folder: name that by --images FOLDER"
-            return found + [Problem("command line", f"images.{n}", str(getattr(self, n)), remedy) for n in given]
+            return problems + [Problem("command line", f"images.{n}", str(getattr(self, n)), remedy) for n in given]
         assert self.folder is not None
         if not self.folder.is_dir():
-            found.append(Problem("command line", "--images", str(self.folder), "no such folder: give one of images"))
+            problems.append(Problem("command line", "--images", str(self.folder), "no such folder: give one of images"))
         check("masks", self.masks is not None and self.masks.is_dir(), "give the folder of the images' masks")
         check("modality", self.modality is not None, "no file says it for sure: give CT, MR or another name")
         if self.label_map is not None and not self.label_map.is_file():
-            found.append(Problem("command line", "--images.label-map", str(self.label_map), "no such file"))
-        return found
+            problems.append(Problem("command line", "--images.label-map", str(self.label_map), "no such file"))
+        return problems
 
     def recorded(self) -> dict[str, Any]:
         """The settings that the stored images depend on, besides the files."""

@@ -11,7 +11,6 @@ from data_shards.files import first_line
 from data_shards.problems import Attempts, InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
-from segdiff_dist.evaluation.measure.judged import no_volumes
 from segdiff_dist.evaluation.measure.subject import (
     NO_REAL_IMAGES,
     Subject,
@@ -21,6 +20,7 @@ from segdiff_dist.evaluation.measure.subject import (
     open_samples,
     real_rows,
 )
+from segdiff_dist.evaluation.measure.tool_labels import no_volumes
 from segdiff_dist.evaluation.metrics import given_network, inception, perceptual
 from segdiff_dist.segmentation.tools import ToolSegmenter
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from data_shards.labels import LabelTable
     from segdiff_dist.evaluation.measure.config import EvaluateConfig
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation.judges import Judge, ScriptSegmenter
+    from segdiff_dist.segmentation.any_segmenter import AnySegmenter, ScriptSegmenter
     from segdiff_dist.segmentation.segmenter import Segmenter
 
 
@@ -84,12 +84,12 @@ def needs_real_images(config: EvaluateConfig) -> Iterator[Problem]:
         yield Problem("config", "evaluate.frd_images", NO_REAL_IMAGES, "its features are compared with real images'")
 
 
-def open_segmenter(weights: Path) -> Judge:
+def open_segmenter(weights: Path) -> AnySegmenter:
     """The segmenter that labels the images; InputProblems if it cannot be read."""
-    from segdiff_dist.segmentation.judges import open_judge
+    from segdiff_dist.segmentation.any_segmenter import open_any_segmenter
 
     try:
-        return open_judge(weights)
+        return open_any_segmenter(weights)
     except InputProblems:
         raise
     except (KeyError, TypeError, ValueError) as error:  # of segdiff.json
@@ -122,7 +122,7 @@ def unreadable(config: EvaluateConfig) -> Iterator[Problem]:
 def _mismatches(
     run: Path,
     config: EvaluateConfig,
-    segmenter: Judge | None = None,
+    segmenter: AnySegmenter | None = None,
     store: SampleStore | None = None,
     shards: ShardSet | None = None,
     table: LabelTable | None = None,
@@ -147,14 +147,14 @@ def _mismatches(
         if segmenter is not None:
             modalities = store.items["target_modality"].unique().to_pylist()
             yield from segmenter.problems(table, modalities, hu_window(store, shards))
-            yield from cannot_judge(segmenter, store.image.shape[1], config)
+            yield from cannot_segment(segmenter, store.image.shape[1], config)
             if isinstance(segmenter, ToolSegmenter) and not store.missing():
                 yield from no_volumes(store, shards, is_paired(store))
         yield from cannot_extract(store.image.shape[1], config)
         yield from unlike(table, store.image.shape[1], shards)
 
 
-def cannot_judge(segmenter: Judge, size: int, config: EvaluateConfig) -> Iterator[Problem]:
+def cannot_segment(segmenter: AnySegmenter, size: int, config: EvaluateConfig) -> Iterator[Problem]:
     """Conflicts of a segmenter with images of `size` pixels, and with the settings."""
     from segdiff_dist.segmentation.segmenter import Segmenter
 

@@ -31,7 +31,6 @@ from segdiff_dist.evaluation.measure import copies, trust
 from segdiff_dist.evaluation.measure.checks import Checked, check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.headline import headline_items
-from segdiff_dist.evaluation.measure.judged import JudgeVolume, volume_tasks
 from segdiff_dist.evaluation.measure.kept import Kept, code_digest, samples_digest
 from segdiff_dist.evaluation.measure.provenance import not_available, provenance
 from segdiff_dist.evaluation.measure.published import finish, publish
@@ -40,6 +39,7 @@ from segdiff_dist.evaluation.measure.rows import RowWriter
 from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
 from segdiff_dist.evaluation.measure.subject import Subject
 from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
+from segdiff_dist.evaluation.measure.tool_labels import LabelVolume, volume_tasks
 from segdiff_dist.evaluation.measure.worker import Chunk, Inputs, make_worker
 from segdiff_dist.evaluation.metrics.columns import SIDES
 from segdiff_dist.evaluation.metrics.downloads import Weights, weights_for
@@ -358,7 +358,7 @@ def _name_of(task: Any) -> str:
         return f"training slices {task.rows[0]} to {task.rows[-1]}"
     if isinstance(task, trust.UnseenQueries | RealSlices):
         return f"real slices {task.rows[0]} to {task.rows[-1]}"
-    if isinstance(task, JudgeVolume):
+    if isinstance(task, LabelVolume):
         return f"the volume of items {task.ids[0]} to {task.ids[-1]} ({task.side})"
     return f"items {task.ids[0]} to {task.ids[-1]}"
 

@@ -78,7 +78,7 @@ class Reconstructions:
         return {f"reconstructions/{name}": value for name, value in found.items() if np.isfinite(value)}
 
 
-def judge_reconstructions(
+def measure_reconstructions(
     shards: ShardSet, loader: LoaderConfig, autoencoder: Autoencoder, segmenter: Segmenter | None, folder: Path
 ) -> Reconstructions | None:
     """Measure at most 1,000 evenly spaced slices of the validation split, and write figures and pictures to `folder`.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from data_shards.store.shards import ShardSet
     from segdiff_dist.sampling.store import SampleStore
-    from segdiff_dist.segmentation.judges import Judge
+    from segdiff_dist.segmentation.any_segmenter import AnySegmenter
 
 # Columns of the items of images made elsewhere: the distances between rows and between columns; NaN where not known.
 SPACING = ("row_spacing_mm", "column_spacing_mm")
@@ -86,12 +86,12 @@ def label_table_of(store: SampleStore, shards: ShardSet | None) -> LabelTable:
     return LabelTable.of(store.job[LABELS])
 
 
-def judge_of(path: Path, store: SampleStore, shards: ShardSet | None, device: str = "cpu") -> Judge:
+def segmenter_of(path: Path, store: SampleStore, shards: ShardSet | None, device: str = "cpu") -> AnySegmenter:
     """The segmenter at `path`, for the images of the store."""
-    from segdiff_dist.segmentation.judges import open_judge
+    from segdiff_dist.segmentation.any_segmenter import open_any_segmenter
 
-    judge = open_judge(path, device)
-    return judge.suited(label_table_of(store, shards), hu_window(store, shards))
+    segmenter = open_any_segmenter(path, device)
+    return segmenter.suited(label_table_of(store, shards), hu_window(store, shards))
 
 
 def hu_window(store: SampleStore, shards: ShardSet | None) -> tuple[float, float] | None:

@@ -19,10 +19,10 @@ from segdiff_dist.evaluation.measure.reals import alone
 from segdiff_dist.evaluation.measure.subject import (
     hu_scales,
     is_paired,
-    judge_of,
     label_table_of,
     open_samples,
     pixel_spacing,
+    segmenter_of,
 )
 from segdiff_dist.evaluation.metrics import air, organ_texture, sharpness, surfaces
 from segdiff_dist.evaluation.metrics.columns import (
@@ -120,7 +120,7 @@ class Evaluator:
         self._shards = None if inputs.shards is None else ShardSet.open(inputs.shards)
         self.hu_scales_N2 = np.empty((0, 2)) if self.is_paired else hu_scales(self.store, self._shards)
         self._spacing_mm_N2 = None if self.is_paired else pixel_spacing(self.store.items, inputs.spacing_mm)
-        self.segmenter = judge_of(inputs.segmenter, self.store, self._shards, inputs.device)
+        self.segmenter = segmenter_of(inputs.segmenter, self.store, self._shards, inputs.device)
         self.predictions: Any = zarr.open_group(inputs.predictions, mode="r+")
         self.table = label_table_of(self.store, self._shards)
         tolerance_mm = surfaces.tolerances_mm(self.table)

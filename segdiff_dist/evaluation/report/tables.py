@@ -91,7 +91,7 @@ def run_tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def headline(summary: dict[str, Any]) -> Table:
-    """The numbers to judge a run by."""
+    """The first numbers to look at."""
     groups = groups_of(summary["metrics"], summary["by_modality"])
     caption = (
         f"Generated against real images: {summary['num_samples']} images of {summary['num_patients']} patients. Dice "

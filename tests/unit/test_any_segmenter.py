@@ -1,4 +1,4 @@
-"""Segmenters of other projects as judges: a TorchScript file, described beside it, and a MONAI bundle."""
+"""Segmenters of other projects: a TorchScript file, described beside it, and a MONAI bundle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
 from segdiff_dist.experiment import Withheld, load_experiment
-from segdiff_dist.segmentation.judges import ScriptSegmenter, open_judge
+from segdiff_dist.segmentation.any_segmenter import ScriptSegmenter, open_any_segmenter
 
 NAMES = {0: "background", 1: "liver", 2: "spleen", 3: "kidney_left"}
 ORGANS = LabelTable("organs", ("background", "spleen", "liver"))
@@ -38,7 +38,7 @@ class Labels(nn.Module):
         return (x[:, 0] > 0.5).long() + (x[:, 0] > 0.8).long()
 
 
-def write_judge(file: Path, net: nn.Module | None = None, **described: Any) -> Path:
+def write_segmenter(file: Path, net: nn.Module | None = None, **described: Any) -> Path:
     """A TorchScript file and its description."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
@@ -48,10 +48,10 @@ def write_judge(file: Path, net: nn.Module | None = None, **described: Any) -> P
     return file
 
 
-def judge(file: Path, hu: tuple[float, float] | None = None) -> ScriptSegmenter:
-    opened = open_judge(file)
-    assert isinstance(opened, ScriptSegmenter)
-    return opened.suited(ORGANS, hu)
+def opened(file: Path, hu: tuple[float, float] | None = None) -> ScriptSegmenter:
+    found = open_any_segmenter(file)
+    assert isinstance(found, ScriptSegmenter)
+    return found.suited(ORGANS, hu)
 
 
 def labels_of(segmenter: ScriptSegmenter, grey: list[int], side: int = 4) -> list[int]:
@@ -67,17 +67,17 @@ def labels_of(segmenter: ScriptSegmenter, grey: list[int], side: int = 4) -> lis
 
 
 def test_its_ids_become_those_of_the_masks_table(tmp_path: Path) -> None:
-    segmenter = judge(write_judge(tmp_path / "judge.pt"))
+    segmenter = opened(write_segmenter(tmp_path / "segmenter.pt"))
     assert labels_of(segmenter, [0, 100, 140, 250]) == [0, 0, 2, 1]
     assert len(segmenter.weights_sha256) == 64
 
 
 def test_images_are_windowed_and_resampled_as_described(tmp_path: Path) -> None:
     described = {"window_hu": [0, 100], "size": 8, "output": "labels"}
-    segmenter = judge(write_judge(tmp_path / "judge.pt", Labels(), **described), (-255.0, 255.0))
+    segmenter = opened(write_segmenter(tmp_path / "segmenter.pt", Labels(), **described), (-255.0, 255.0))
     # A grey value is 2 HU: 140 is 25 HU, 170 is 85 HU.
     assert labels_of(segmenter, [0, 140, 160, 175], side=8) == [0, 0, 2, 1]
-    shifted = judge(write_judge(tmp_path / "shifted.pt", range=[0, 255], mean=51, std=255, channels=3))
+    shifted = opened(write_segmenter(tmp_path / "shifted.pt", range=[0, 255], mean=51, std=255, channels=3))
     assert labels_of(shifted, [140, 190, 250]) == [0, 2, 2]
 
 
@@ -90,28 +90,30 @@ def test_a_bundle_of_monai_is_described_by_its_metadata(tmp_path: Path) -> None:
         (tmp_path / "configs" / "metadata.json").write_text(json.dumps(formats))
         return tmp_path
 
-    write_judge(tmp_path / "models" / "model.ts")
-    assert labels_of(judge(bundle([16, 16])), [0, 140, 250, 250]) == [0, 2, 1, 1]
+    write_segmenter(tmp_path / "models" / "model.ts")
+    assert labels_of(opened(bundle([16, 16])), [0, 140, 250, 250]) == [0, 2, 1, 1]
     with pytest.raises(InputProblems, match="3 dimensions; give the bundle of a 2-D network"):
-        open_judge(bundle([96, 96, 96]))
+        open_any_segmenter(bundle([96, 96, 96]))
 
 
-def test_what_cannot_judge_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_segment_is_refused(tmp_path: Path) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(InputProblems) as caught:
-            open_judge(path)
+            open_any_segmenter(path)
         [one] = caught.value.problems
         assert "\n" not in str(one)
         return str(one)
 
-    file = write_judge(tmp_path / "judge.pt")
+    file = write_segmenter(tmp_path / "segmenter.pt")
     assert "ids [0, 2]; name the ids 0, 1, 2" in refused(
-        write_judge(tmp_path / "gap.pt", names={0: "background", 2: "liver"})
+        write_segmenter(tmp_path / "gap.pt", names={0: "background", 2: "liver"})
     )
-    assert "must be unique and start with" in refused(write_judge(tmp_path / "first.pt", names={0: "liver"}))
-    assert "windows: unknown key; did you mean window_hu" in refused(write_judge(tmp_path / "key.pt", windows=[0, 1]))
+    assert "must be unique and start with" in refused(write_segmenter(tmp_path / "first.pt", names={0: "liver"}))
+    assert "windows: unknown key; did you mean window_hu" in refused(
+        write_segmenter(tmp_path / "key.pt", windows=[0, 1])
+    )
     file.with_suffix(".yaml").unlink()
-    assert "judge.yaml: description of the segmenter: not there" in refused(file)
+    assert "segmenter.yaml: description of the segmenter: not there" in refused(file)
     gap = tmp_path / "gap.pt"
     gap.write_bytes(b"no network")
     gap.with_suffix(".yaml").write_text(yaml.safe_dump({"names": NAMES}))
@@ -120,7 +122,7 @@ def test_what_cannot_judge_is_refused(tmp_path: Path) -> None:
 
 
 def test_organs_and_modalities_that_it_does_not_know_are_named(tmp_path: Path) -> None:
-    segmenter = judge(write_judge(tmp_path / "judge.pt", modalities=["CT"], window_hu=[0, 100]))
+    segmenter = opened(write_segmenter(tmp_path / "segmenter.pt", modalities=["CT"], window_hu=[0, 100]))
     assert not list(segmenter.problems(ORGANS, ["CT"], (-256, 256)))
     organs, modality, window = map(str, segmenter.problems(AMOS, ["CT", "MR"], None))
     assert "12 of the masks' 15 organs are not in it: kidney_right, gallbladder" in organs
@@ -129,7 +131,7 @@ def test_organs_and_modalities_that_it_does_not_know_are_named(tmp_path: Path) -
 
 
 def test_a_run_folder_cannot_name_a_file_that_runs_code(tmp_path: Path) -> None:
-    file = write_judge(tmp_path / "judge.pt")
+    file = write_segmenter(tmp_path / "segmenter.pt")
     ours = tmp_path / "ours"
     ours.mkdir()
     (ours / "segdiff.json").write_text("{}")

@@ -165,10 +165,10 @@ class ScriptSegmenter:
         return output_BCHW[:, 0]
 
 
-Judge = Segmenter | ScriptSegmenter | ToolSegmenter
+AnySegmenter = Segmenter | ScriptSegmenter | ToolSegmenter
 
 
-def open_judge(path: Path, device: torch.device | str = "cpu") -> Judge:
+def open_any_segmenter(path: Path, device: torch.device | str = "cpu") -> AnySegmenter:
     """The segmenter at `path`: a folder that this system trained, a TorchScript file with its description beside it, a
     MONAI bundle, or a program (tools.py). Raises InputProblems."""
     if is_tool(path):

@@ -35,7 +35,7 @@ _EVENLY = 0.01
 
 
 @dataclass(frozen=True)
-class JudgeVolume:
+class LabelVolume:
     """A worker's task: label the volume of these items, the generated ones ("gen") or their slices ("real")."""
 
     side: str
@@ -56,16 +56,16 @@ class JudgeVolume:
         case_id, modality = items[0]["case_id"], items[0]["target_modality"]
         values_KHW = _values(image_KHW, metas, modality, hu_window(store, shards), shards.in_hu)
         volume = Volume(values_KHW.transpose(1, 2, 0), 1.0, 0.0, affine_of(metas, (shards.size - size) // 2), "")
-        with tempfile.TemporaryDirectory(prefix="segdiff-judge-") as work:
+        with tempfile.TemporaryDirectory(prefix="segdiff-labels-") as work:
             labels_HWK = evaluator.segmenter.label(volume, modality, f"{case_id}_{self.side}", Path(work))
         return np.ascontiguousarray(labels_HWK.transpose(2, 0, 1))
 
 
-def volume_tasks(items: pa.Table) -> list[JudgeVolume]:
+def volume_tasks(items: pa.Table) -> list[LabelVolume]:
     """All volumes of the items: generated ones, and real ones where the items have real counterparts."""
     groups = _groups(items)
     own = [ids for (_, _, source, target, seed), ids in groups.items() if source == target and seed == 0]
-    return [JudgeVolume("gen", ids) for ids in groups.values()] + [JudgeVolume("real", ids) for ids in own]
+    return [LabelVolume("gen", ids) for ids in groups.values()] + [LabelVolume("real", ids) for ids in own]
 
 
 def no_volumes(store: SampleStore, shards: ShardSet | None, is_paired: bool) -> Iterator[Problem]:
