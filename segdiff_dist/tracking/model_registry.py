@@ -39,7 +39,7 @@ def register(client: Any, run_id: str, folder: Path, name: str, digest: str, tag
     source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{kept_in}"
     # The digest comes with the version, not after it: a version without it would be made a second time.
     tags = {**tags, DIGEST_TAG: digest}
-    description = f"A segdiff pipeline folder: SegGuidedPipeline.from_pretrained of its download. From the run {run_id}."
+    description = f"A segdiff pipeline folder, for SegGuidedPipeline.from_pretrained. From the run {run_id}."
     made = client.create_model_version(name, source, run_id, tags=tags, description=description, await_creation_for=0)
     _set_aliases(client, name, made.version)
 
