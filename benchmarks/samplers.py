@@ -82,10 +82,10 @@ def fewest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
 def row_text(row: dict[str, Any]) -> str:
     """A line of the table."""
     interval = row["dice_difference_ci95"]
-    interval_told = "" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    interval_text = "" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
     return (
         f"{row['solver']:<17} {row['num_steps']:>5} {row['evaluations']:>11} {row['dice']:>8.4f} "
-        f"{row['dice_difference']:>+8.4f} {interval_told:<19} {row['distance']:>8.4f} {row['distance_ratio']:>7.3f} "
+        f"{row['dice_difference']:>+8.4f} {interval_text:<19} {row['distance']:>8.4f} {row['distance_ratio']:>7.3f} "
         f"{row['sharpness']:>9.3f} {row['power_ratio'][-1]:>7.3f} {'yes' if row['is_as_good'] else 'no':>7}"
     )
 

@@ -204,7 +204,7 @@ def _acquire(file: Path, where: Path, doing: str) -> Held:
             if gone and has_flock is False:  # on a server that does not know yet that its client is dead
                 file.unlink(missing_ok=True)
             elif gone:
-                taken = _write(descriptor, file, where, own, settles=has_flock is None)
+                taken = _write(descriptor, file, where, own, must_confirm=has_flock is None)
                 if taken:
                     return Held(file, descriptor, own)
             elif holder is not None and not holder.shares_kernel:
@@ -349,7 +349,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
         return False
 
 
-def _write(descriptor: int, file: Path, where: Path, own: Holder, *, settles: bool) -> bool:
+def _write(descriptor: int, file: Path, where: Path, own: Holder, *, must_confirm: bool) -> bool:
     """Put this process' name into the file; False if another process was faster."""
     content = json.dumps(asdict(own)).encode() + b"\n"
     try:
@@ -362,7 +362,7 @@ def _write(descriptor: int, file: Path, where: Path, own: Holder, *, settles: bo
         with suppress(OSError):
             file.unlink()
         raise _not_writable(where, error) from error
-    if settles:
+    if must_confirm:
         time.sleep(TIMES.settle_s)
         there = read_holder_at(file)
         return there is not None and there.token == own.token

@@ -122,7 +122,7 @@ def train_under(
     assert "torch._inductor.compile_fx" not in sys.modules, "a compiler that nobody asked for takes seconds to load"
 
 
-def train_judged(rank: int, out: Path, shapes: Path, scores: dict[int, float], lost: int, until: int) -> None:
+def train_with_scores(rank: int, out: Path, shapes: Path, scores: dict[int, float], lost: int, until: int) -> None:
     """What each rank of a test does: a run whose weights have these scores, stopped at `until` and gone on with. For
     the state of checkpoint `lost` the main rank then finds no room, which the others cannot see."""
     DenoiserTask.score = "overlap"  # type: ignore[assignment]

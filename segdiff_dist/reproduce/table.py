@@ -70,7 +70,7 @@ ALWAYS_DIFFERENT = (
     "The segmenter learns Dice and cross-entropy; the authors' learns Dice, 10 focal and 0.01 total variation.",
     "The paper does not say how long its models trained. The recipes take 3,200,000 images each.",
     "The authors' colour jitter is left out, as its strength is not known; masks here also say body where no other "
-    "class lies inside the patient.",
+    "class is inside the patient.",
     "'Later' are rows of the authors' result file that the paper does not have; the script beside the all-axes row "
     "makes 256 samples.",
 )

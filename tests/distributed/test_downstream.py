@@ -131,7 +131,7 @@ def test_other_settings_are_refused_where_trainings_lie(run: Path) -> None:
     assert "remove" in str(error.value)
 
 
-def test_everything_wrong_is_told_before_work(run: Path) -> None:
+def test_everything_wrong_is_reported_before_work(run: Path) -> None:
     with pytest.raises(InputProblems) as error:
         planned(run, replace(CONFIG, seeds=()), loader=LoaderConfig(axes=("coronal",)))
     problems = str(error.value)

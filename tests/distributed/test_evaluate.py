@@ -243,7 +243,7 @@ def test_weights_of_a_metric_that_cannot_be_read_are_refused(
 
 
 @pytest.mark.usefixtures("ray")
-def test_nothing_is_lost_where_copies_cannot_be_told(tmp_path: Path, shapes: Path) -> None:
+def test_nothing_is_lost_where_copies_cannot_be_identified(tmp_path: Path, shapes: Path) -> None:
     write_segmenter(tmp_path / "segmenter" / "weights")
     write_samples(tmp_path, shapes, across_only=True)
     summary = evaluate(tmp_path, EvaluateConfig(num_workers=1, memorisation=True, **QUICK), progress=False)

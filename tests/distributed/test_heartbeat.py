@@ -33,7 +33,7 @@ def test_a_rank_that_dies_or_is_stopped_is_named(tmp_path: Path, number: int, bl
             assert f"rank 1 ({socket.gethostname()}) gave no sign of life for 2 s" in started.stderr(2)
 
 
-def test_a_rank_that_hangs_is_named_and_shows_where_it_stands(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_and_shows_where_it_is(tmp_path: Path) -> None:
     with ranks(3, tmp_path, watched, "hangs") as started:
         wait_until_going(started)
         for rank in range(3):

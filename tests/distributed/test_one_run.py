@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks_support import ranks
-from training_support import logged, plain_losses, train_judged, train_recorded, train_under
+from training_support import logged, plain_losses, train_with_scores, train_recorded, train_under
 
 STEPS = 12
 # By ranks: (precision, zero_stage, micro_batch_size). A step has 8 images, so a micro-batch of 2 on one rank makes 4.
@@ -112,7 +112,7 @@ def test_ranks_agree_on_which_weights_are_best(shards: Path, tmp_path: Path, los
     """Stopped at 64, where a validation is due that the next start makes up for; the main rank alone sees what its disk
     refuses then."""
     scores = {32: 0.5, 64: 0.6, 96: 0.9 if lost == 96 else 0.4}
-    with ranks(2, tmp_path, train_judged, tmp_path / "run", shards, scores, lost, 64) as started:
+    with ranks(2, tmp_path, train_with_scores, tmp_path / "run", shards, scores, lost, 64) as started:
         codes = [started.ended(rank, 200) for rank in range(2)]
     # Where the last checkpoint is lost, all ranks fail alike.
     assert codes == ([1, 1] if lost == 96 else [0, 0]), started.stderr(0)[-3000:]

@@ -194,7 +194,7 @@ def test_workers_that_cannot_set_themselves_up_say_why() -> None:
     assert results == [TaskFailure("a worker could not set itself up: ValueError: no model here")] * 3
 
 
-def test_a_cluster_without_room_is_waited_for_and_then_told() -> None:
+def test_a_cluster_without_room_is_waited_for_and_then_reported() -> None:
     with pytest.warns(UserWarning, match="waiting for a machine"):
         [done] = fan_out(worker_factory(), [1], num_workers=1, threads_per_worker=64, patience_s=1.0)
     assert isinstance(done.result, TaskFailure)

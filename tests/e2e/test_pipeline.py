@@ -93,7 +93,7 @@ def test_metrics_of_both_modalities(folder: Path) -> None:
     assert found["diversity"]["num_masks"] == 2
 
 
-def test_the_report_stands_alone(folder: Path) -> None:
+def test_the_report_needs_no_other_file(folder: Path) -> None:
     page = (folder / "run" / "evaluation" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 8
     assert 'src="http' not in page
@@ -236,7 +236,7 @@ def test_nothing_waits_for_the_tracker(folder: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith("0 records")
 
 
-def test_what_generated_images_are_worth_stands_in_the_report(folder: Path) -> None:
+def test_what_generated_images_are_worth_is_in_the_report(folder: Path) -> None:
     printed = (folder / "evaluate.txt").read_text()
     assert "all real + generated" in printed
     assert "weights are chosen on the whole validation split" in printed

@@ -169,7 +169,7 @@ def test_a_mask_whose_record_was_not_yet_written_down_is_taken_up(archive, annot
     assert len(record_of(out)["cases"]) == 3
 
 
-def test_a_full_disk_is_told_and_the_same_command_goes_on(archive, tool: Tool, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_same_command_goes_on(archive, tool: Tool, tmp_path: Path) -> None:
     """The disk is full for whatever is longer than the mask: played by the system's limit on a file's length."""
     out = tmp_path / "whole"
     annotate(archive.root, out, replace(tool.config, modalities=("CT",)))
@@ -292,7 +292,7 @@ def test_names_of_totalsegmentator_have_a_place_in_the_table() -> None:
     assert [placed(name) for name in ("unused", "body", "background", "left_horn")] == [None] * 4
 
 
-def test_a_missing_tool_is_told_before_work_starts(archive, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_tool_is_reported_before_work_starts(archive, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputProblems, match="no TotalSegmentator on PATH; pip install TotalSegmentator"):
         annotate(archive.root, tmp_path / "whole", AnnotateConfig())
@@ -301,7 +301,7 @@ def test_a_missing_tool_is_told_before_work_starts(archive, tmp_path: Path, monk
     assert not (tmp_path / "whole").exists()
 
 
-def test_the_command_line_tells_what_came_of_it(archive, tool: Tool, tmp_path: Path, capsys) -> None:
+def test_the_command_line_reports_the_outcome(archive, tool: Tool, tmp_path: Path, capsys) -> None:
     out = str(tmp_path / "whole")
     assert main(["annotate", str(archive.root), out, "--tracking.no-enabled"]) == 2
     assert "TotalSegmentator on PATH" in capsys.readouterr().err

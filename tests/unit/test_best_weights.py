@@ -1,4 +1,4 @@
-"""Which weights a training exports: those that validation judged best, also after an interrupt or a full disk."""
+"""Which weights a training exports: those that validation scored best, also after an interrupt or a full disk."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def shapes(small_shapes: Path) -> Path:
     return small_shapes
 
 
-def judge_by(scores: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the task have these scores at these counts; the list takes the counts that are judged."""
-    judged: list[int] = []
+def score_by(scores: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the task have these scores at these counts; the list takes the counts that are scored."""
+    scored: list[int] = []
 
     def validate(self: DenoiserTask, forward: Any, images_seen: int) -> dict[str, float]:
-        judged.append(images_seen)
+        scored.append(images_seen)
         return {"overlap": scores[images_seen]}
 
     monkeypatch.setattr(DenoiserTask, "score", "overlap")
     monkeypatch.setattr(DenoiserTask, "validate", validate)
-    return judged
+    return scored
 
 
 def exported_from(run: Path) -> int:
@@ -55,9 +55,9 @@ def exported_from(run: Path) -> int:
         ({64: 0.9, 96: 0.1}, {"validate_every_images": 64, "checkpoint_every_images": 16}, 64, [64, 80, 96]),
         ({32: float("nan"), 64: 0.2, 96: float("nan")}, {}, 64, [32, 64, 96]),
     ],
-    ids=["together", "judged-oftener", "saved-oftener", "no-number"],
+    ids=["together", "scored-oftener", "saved-oftener", "no-number"],
 )
-def test_exported_are_the_weights_that_were_judged_best(
+def test_exported_are_the_weights_that_scored_best(
     shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -66,9 +66,9 @@ def test_exported_are_the_weights_that_were_judged_best(
     best: int,
     kept: list[int],
 ) -> None:
-    judged = judge_by(scores, monkeypatch)
+    scored = score_by(scores, monkeypatch)
     run_training(shapes, tmp_path, **options)
-    assert judged == sorted(scores)
+    assert scored == sorted(scores)
     assert exported_from(tmp_path) == best
     newest, *before = complete_ones(tmp_path / "checkpoints")
     assert [int(folder.name) for folder in (*reversed(before), newest)] == kept
@@ -78,7 +78,7 @@ def test_exported_are_the_weights_that_were_judged_best(
     shutil.rmtree(tmp_path / "weights")
     assert not is_exported(newest, tmp_path)
     run_training(shapes, tmp_path, **options)
-    assert judged == sorted(scores)
+    assert scored == sorted(scores)
     assert exported(tmp_path) == weights
 
 
@@ -87,18 +87,18 @@ def test_an_interrupt_does_not_change_what_is_best(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     """At 64 a validation is due, and the stop leaves it out: it is made up for, and those weights are the best."""
-    judged = judge_by({32: 0.5, 64: 0.6, 96: 0.4}, monkeypatch)
+    scored = score_by({32: 0.5, 64: 0.6, 96: 0.4}, monkeypatch)
     interrupt_at(stop, monkeypatch, shapes, tmp_path, keep_checkpoints=1)
     assert exported_from(tmp_path) == (64 if stop > 64 else 32)
     run_training(shapes, tmp_path, keep_checkpoints=1)
-    assert judged == [32, 64, 96]
+    assert scored == [32, 64, 96]
     assert exported_from(tmp_path) == 64
 
 
 def test_a_best_that_cannot_be_saved_is_not_waited_for(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge_by({32: 0.5, 64: 0.9, 96: 0.6}, monkeypatch)
+    score_by({32: 0.5, 64: 0.9, 96: 0.6}, monkeypatch)
     disk_is_full_for(64, monkeypatch)
     with pytest.warns(UserWarning, match="000000000064 could not be written"):
         run_training(shapes, tmp_path)
@@ -109,7 +109,7 @@ def test_a_full_disk_during_the_export_costs_nothing_but_time(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_of: Callable[[int], Path]
 ) -> None:
     """The best weights find no room; the run ends, fails, and once there is room the same call exports them."""
-    judge_by({32: 0.5, 64: 0.4, 96: 0.3}, monkeypatch)
+    score_by({32: 0.5, 64: 0.4, 96: 0.3}, monkeypatch)
     small_disk = disk_of(1)
     (small_disk / "filler").write_bytes(bytes(1020 * 1024))
     (tmp_path / "run").mkdir()

@@ -33,7 +33,7 @@ def archived(shapes: Path, tmp_path: Path) -> ShardSet:
     return ShardSet((replace(member, index=member.index | {"source": source}),), shards.samples)
 
 
-def test_volumes_show_what_lies_outside_the_window(archived: ShardSet, tmp_path: Path) -> None:
+def test_volumes_show_what_is_outside_the_window(archived: ShardSet, tmp_path: Path) -> None:
     found = clipping_of(archived, "CT", tmp_path)
     assert found is not None
     assert found.from_volumes

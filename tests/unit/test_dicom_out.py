@@ -110,7 +110,7 @@ def errors_of_dciodvfy(file: Path) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("Error") and "0x001c" not in line]
 
 
-def test_a_sample_lies_where_its_nifti_does(exported: Path) -> None:
+def test_a_sample_is_where_its_nifti_is(exported: Path) -> None:
     """Pixels in HU, or grey values of MR, and their points in the patient."""
     seen = set()
     for file in sorted((exported / "images").iterdir()):

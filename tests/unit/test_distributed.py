@@ -145,7 +145,7 @@ def test_of_512_ranks_the_dead_and_the_slowest_are_named() -> None:
     assert why.startswith("rank 77 (node-9) hangs at 40,960 images in read (batch_reader.py:10): for 600 s no main")
 
 
-def test_an_error_of_all_ranks_is_left_to_them_and_one_of_a_single_rank_is_told() -> None:
+def test_an_error_of_all_ranks_is_left_to_them_and_one_of_a_single_rank_is_reported() -> None:
     trial = Trial()
     trial.rounds(10)
     trial.statuses[5].state = "failed: ValueError: x"
@@ -173,7 +173,7 @@ def test_ranks_that_have_left_are_not_missed() -> None:
     assert trial.monitor.all_left.is_set()
 
 
-def test_a_rank_that_was_interrupted_alone_is_told_to_the_others() -> None:
+def test_a_rank_that_was_interrupted_alone_is_reported_to_the_others() -> None:
     trial = Trial()
     trial.rounds(10)
     trial.statuses[0].state = "interrupted"

@@ -33,7 +33,7 @@ def test_this_machine_can_run_the_pipeline_and_every_engine_works(capsys):
     assert "can run the whole pipeline" in said
 
 
-def test_columns_align_and_each_remedy_stands_below_its_row():
+def test_columns_align_and_each_remedy_is_below_its_row():
     rows = [doctor.Row("a", "ok", "1.0"), doctor.Row("longer name", "missing", "not installed", "get it")]
     lines = doctor.format_report([("engines", rows)]).splitlines()
     assert lines[0] == "engines"

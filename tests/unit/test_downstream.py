@@ -47,7 +47,7 @@ def test_every_share_is_trained_on_alone_and_with_generated_images() -> None:
     assert [t.seed for t in trainings] == [3] * 5 + [4] * 5  # a whole table first
 
 
-def test_a_smaller_share_lies_within_a_larger_one_and_has_both_modalities(shapes: Path) -> None:
+def test_a_smaller_share_is_within_a_larger_one_and_has_both_modalities(shapes: Path) -> None:
     shards = ShardSet.open(shapes)
     rows = training_rows(shards)
     few, half, everyone = (set(patients_of(shards, rows, share, 7)) for share in (0.25, 0.5, 1.0))
@@ -201,7 +201,7 @@ def test_an_evaluation_is_refused_before_it_measures(
     assert sorted(run.rglob("*")) == before
 
 
-def test_what_is_out_of_range_is_told_all_at_once() -> None:
+def test_what_is_out_of_range_is_reported_all_at_once() -> None:
     wrong = DownstreamConfig(real_fractions=(0.0, 0.5, 0.5), seeds=(-1,), num_masks=0)
     assert [p.field for p in wrong.problems()] == [
         "downstream.real_fractions",

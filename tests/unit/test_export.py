@@ -70,7 +70,7 @@ def test_nnunet_raw_data_set(run: Path, store: SampleStore, tmp_path: Path) -> N
         np.testing.assert_array_equal(mask.T, np.where(store.mask[item] == BODY, 0, store.mask[item]))
 
 
-def test_nnunet_labels_close_up_what_stands_for_nothing() -> None:
+def test_nnunet_labels_close_up_what_has_no_class() -> None:
     new_id, names = nnunet_labels(MERGED, keep_body=True)
     assert "unused" not in names
     assert names[-1] == "body"
@@ -247,7 +247,7 @@ AFFINES = {
 
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 @pytest.mark.parametrize("orientation", AFFINES)
-def test_volume_lies_where_the_mask_does(axis: str, orientation: str, shapes: Path, tmp_path: Path) -> None:
+def test_volume_is_where_the_mask_is(axis: str, orientation: str, shapes: Path, tmp_path: Path) -> None:
     """With a generator that returns the mask itself, every organ's bright voxels are the organ's."""
     affine = AFFINES[orientation]
     shape = tuple(int(n) for n in np.abs(np.linalg.inv(affine[:3, :3]) @ (96.0, 88.0, 60.0)).round())

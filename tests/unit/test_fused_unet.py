@@ -186,7 +186,7 @@ def test_more_than_an_int32_can_index_is_upsampled_in_pieces(monkeypatch: pytest
     assert torch.equal(pieces, whole)
 
 
-def test_what_cannot_be_fused_is_told() -> None:
+def test_what_cannot_be_fused_is_reported() -> None:
     assert why_not_fused(Denoiser(NET, AMOS, SIZE).unet) is None
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
     assert "dropout" in str(why_not_fused(UNet2DModel(sample_size=8, norm_num_groups=8, dropout=0.1, **blocks)))

@@ -117,7 +117,7 @@ def test_the_histogram_shows_classes_by_their_share(tmp_path: Path) -> None:
         assert abs(length - 560 * (1 + np.log10(share) / 6)) <= 2
 
 
-def test_volumes_that_failed_are_told(tmp_path: Path) -> None:
+def test_volumes_that_failed_are_reported(tmp_path: Path) -> None:
     failed = [{"case_id": "a_9", "file": "imagesTr/a_9.nii.gz", "reason": "truncated file"}]
     report = inspect_shards(_write(tmp_path / "set", CASES, failed))
     assert not report.ok

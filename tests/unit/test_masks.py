@@ -93,7 +93,7 @@ def test_every_organ_of_amos_lands_on_its_own_name(case: Case, tmp_path: Path) -
     assert names == list(AMOS.names[:16])
 
 
-def test_a_mask_in_another_orientation_lands_where_it_lies(case: Case, wholebody: Path) -> None:
+def test_a_mask_in_another_orientation_lands_where_it_belongs(case: Case, wholebody: Path) -> None:
     file = wholebody / "amos_0001.nii.gz"
     stored = nib.load(file)
     flipped = stored.as_reoriented(nib.io_orientation(stored.affine) * [1, -1])
@@ -238,7 +238,7 @@ def test_a_broken_or_newer_record_is_refused(case: Case, wholebody: Path, conten
     assert words in str(found)
 
 
-def test_who_made_the_masks_can_be_told(wholebody: Path) -> None:
+def test_who_made_the_masks_can_be_read(wholebody: Path) -> None:
     record = {
         "format_version": 1,
         "tool": "t",

@@ -76,7 +76,7 @@ def makes_the_images(pipeline: SegGuidedPipeline, store: SampleStore) -> bool:
     )
 
 
-def test_each_model_is_registered_once_and_paints_what_was_evaluated(
+def test_each_model_is_registered_once_and_generates_what_was_evaluated(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"

@@ -135,7 +135,7 @@ def test_weights_count_the_error_of_x_0(config: DiffusionConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [EDM, FLOW])
-def test_errors_are_told_by_quarters_of_what_is_drawn(config: DiffusionConfig) -> None:
+def test_errors_are_reported_by_quarters_of_what_is_drawn(config: DiffusionConfig) -> None:
     process = process_of(config)
     level_B = process.spread_levels((np.arange(400) + 0.5) / 400)
     sums = process.sums(torch.arange(400.0), level_B)

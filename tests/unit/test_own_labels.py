@@ -204,7 +204,7 @@ def test_colours_of_a_table_are_those_of_pictures_and_travel_with_the_set(tmp_pa
     assert different == {"index.json"}
 
 
-def test_classes_of_one_colour_are_told(tmp_path: Path) -> None:
+def test_classes_of_one_colour_are_reported(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text("name: t\nnames: [liver, spleen]\ncolours: {liver: 'ff0000', spleen: '#FF0000'}\n")
     labelling, problems = find_labelling("amos", str(file), {1: "liver", 2: "spleen"})

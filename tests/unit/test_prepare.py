@@ -153,7 +153,7 @@ def test_a_folder_that_holds_something_else_is_refused(archive, made: Made, tmp_
     assert "is a file" in _refusal(archive.root, tmp_path / "file")
 
 
-def test_config_and_archive_faults_are_told_together_before_work_starts(archive, tmp_path: Path) -> None:
+def test_config_and_archive_faults_are_reported_together_before_work_starts(archive, tmp_path: Path) -> None:
     (archive.root / "imagesTr/amos_0001.nii.gz").unlink()
     config = PrepareConfig(
         axes=("axial", "oblique"), size=4, spacing_mm=0, codec="jpg", hu_window=(5.0, 5.0), mr_percentiles=(1.0, 101.0)
@@ -281,7 +281,7 @@ def test_a_changed_source_or_config_of_an_unfinished_set_is_noticed(archive, mad
     assert bytes_of(out) == bytes_of(made.out)
 
 
-def test_the_index_tells_how_the_set_was_made(made: Made) -> None:
+def test_the_index_records_how_the_set_was_made(made: Made) -> None:
     index = json.loads((made.out / "index.json").read_text())
     assert index["label_table"]["names"] == list(AMOS.names)
     assert index["preprocessing"]["hu_window"] == [-256.0, 256.0]

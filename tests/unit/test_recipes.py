@@ -100,7 +100,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(
     assert sum(float(metrics[n][1]) for n in metrics if n.startswith("loss_t_")) == 8
 
 
-def test_told_sums_are_the_loss(make_task: Callable[..., DenoiserTask], soft_shapes: ShardSet) -> None:
+def test_reported_sums_are_the_loss(make_task: Callable[..., DenoiserTask], soft_shapes: ShardSet) -> None:
     task = make_task()
     loss, metrics = task.loss(task.model, batch_of(soft_shapes, range(8)))
     assert set(metrics) == {"loss_t_0_250", "loss_t_250_500", "loss_t_500_750", "loss_t_750_1000"}

@@ -124,14 +124,14 @@ class TestSummary:
         assert summary["by_organ"][SPLEEN] == {}
         assert summary["by_modality_organ"]["MR"][LIVER]["dice_mask_gen"]["value"] == pytest.approx(0.6)
 
-    def test_cross_modality_stands_apart(self, summary):
+    def test_cross_modality_is_shown_separately(self, summary):
         across = summary["cross_modality"]["CT_to_MR"]
         assert across["dice_mask_gen"]["value"] == pytest.approx(0.3)
         # Two generated against the two real MR images are too few.
         assert "segmenter_frechet" not in across
         assert "psnr_db" not in across
 
-    def test_diversity_stands_apart(self, summary):
+    def test_diversity_is_shown_separately(self, summary):
         diversity = summary["diversity"]
         assert (diversity["num_masks"], diversity["num_images"]) == (1, 2)
         assert diversity["metrics"]["pixel_std"]["value"] == 12.5
@@ -261,7 +261,7 @@ class TestReport:
         assert "0.50 in pixels, \u2013 in features" in page.text
         assert "Before release" in page.text
 
-    def test_trust_that_could_not_be_told_is_not_called_passed(self, run):
+    def test_trust_that_could_not_be_measured_is_not_called_passed(self, run):
         file = run / "evaluation" / "summary.json"
         summary = json.loads(file.read_text())
         summary["trust"] = {"leakage": LEAKED, "memorisation": not_made("the shard set has no <train> split")}
@@ -275,7 +275,7 @@ class TestReport:
         page = Page(write_report(run).read_text())
         assert page.row("Pixel std")[1:] == ["12.50"]
 
-    def test_hu_stands_by_organ(self, run):
+    def test_hu_is_shown_by_organ(self, run):
         file = run / "evaluation" / "summary.json"
         summary = json.loads(file.read_text())
         assert "hu" not in Page(write_report(run).read_text()).ids

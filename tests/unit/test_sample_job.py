@@ -199,7 +199,7 @@ def test_a_volume_thinner_than_half_a_stride_gives_its_middle_slice(shapes: Path
     assert (job.masks_MHW[middle["three", 1]] == LIVER).all()
 
 
-def test_masks_may_be_named_in_upper_case_and_what_is_passed_over_is_told(shapes: Path, tmp_path: Path) -> None:
+def test_masks_may_be_named_in_upper_case_and_what_is_passed_over_is_reported(shapes: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     write_png(masks / "A.PNG", discs())
     write_nifti(masks / "b.nii.gz", np.full((16, 16, 4), LIVER, np.uint8), np.diag([2.0, 2, 2, 1]))
@@ -233,7 +233,7 @@ def test_labels_are_mapped_where_a_table_says_how(shapes: Path, tmp_path: Path) 
         folder_job(tmp_path, shapes, label_map=tmp_path / "nowhere.yaml")
 
 
-def test_everything_wrong_with_a_folder_is_told_at_once(shapes: Path, tmp_path: Path) -> None:
+def test_everything_wrong_with_a_folder_is_reported_at_once(shapes: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     write_png(masks / "good.png", discs())
     write_png(masks / "ids.png", np.full((32, 32), 99, np.uint8))
@@ -250,7 +250,7 @@ def test_everything_wrong_with_a_folder_is_told_at_once(shapes: Path, tmp_path: 
     assert not (tmp_path / "run" / "samples").exists()
 
 
-def test_empty_masks_are_allowed_and_told(shapes: Path, tmp_path: Path) -> None:
+def test_empty_masks_are_allowed_and_reported(shapes: Path, tmp_path: Path) -> None:
     write_png(tmp_path / "masks" / "a.png", discs())
     write_png(tmp_path / "masks" / "b.png", np.zeros((32, 32), np.uint8))
     settings: dict[str, Any] = {"masks": tmp_path / "masks", "target_modality": "CT", "cross_modality_masks": 0}

@@ -59,7 +59,7 @@ def test_checkpointed_activations_count_once() -> None:
     assert flops(True) == flops(False) is not None
 
 
-def test_the_clock_tells_work_from_waiting_and_pauses() -> None:
+def test_the_clock_separates_work_from_waiting_and_pauses() -> None:
     net = nn.Linear(64, 64, bias=False)
     counter = FlopCounter(net)
     net(torch.zeros(8, 64))

@@ -179,7 +179,7 @@ def test_false_alarms_are_counted_on_patients_that_did_not_set_the_limits(tmp_pa
     assert trust.memorisation(range(len(one)), items, shards, alone, most=0.05, unseen=one)["false_alarms"] is None
 
 
-def test_the_search_is_bounded_and_its_time_is_told(tmp_path: Path, shapes: Path):
+def test_the_search_is_bounded_and_its_time_is_reported(tmp_path: Path, shapes: Path):
     shards = ShardSet.open(shapes)
     rows = shards.select(split="test").tolist()
     store = evaluator_of(tmp_path, shapes, items_of(shards, rows), noisy(shards, rows, 0)).store
