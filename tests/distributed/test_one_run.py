@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks_support import ranks
-from training_support import logged, plain_losses, train_with_scores, train_recorded, train_under
+from training_support import logged, plain_losses, train_recorded, train_under, train_with_scores
 
 STEPS = 12
 # By ranks: (precision, zero_stage, micro_batch_size). A step has 8 images, so a micro-batch of 2 on one rank makes 4.
