@@ -48,18 +48,28 @@ sample(*arguments(Path(run), Path(shapes), **JOB, num_workers=2, ray_address=add
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A head that runs no workers, and two nodes with a core each."""
-    from ray.cluster_utils import Cluster
-
     # Ray by default takes 15 s to call a node dead.
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
     head = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "_system_config": quick}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = start_head(head)
     try:
         for _ in range(2):
             add_node(made)
         yield made
     finally:
         made.shutdown()
+
+
+def start_head(arguments: dict[str, Any]) -> Any:
+    """A cluster of one node. Ray gives it 30 s, which may not be enough on a busy machine: then a second time."""
+    from ray.cluster_utils import Cluster
+
+    try:
+        return Cluster(initialize_head=True, head_node_args=arguments)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        return Cluster(initialize_head=True, head_node_args=arguments)
 
 
 def add_node(cluster: Any) -> Any:
