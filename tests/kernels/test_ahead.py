@@ -54,6 +54,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of Triton's, and a process that would use a GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("SEGDIFF_LEAN_IMPORTS", "1")  # as in a command's processes
     return tmp_path / "cache"
 
 

@@ -75,6 +75,7 @@ def on_ranks(num: int, shapes: Path, folder: Path) -> Iterator[tuple[dict[str, f
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     program = WORKER.format(folders=folders, shapes=str(shapes), folder=str(folder))
     common = {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common |= {"SEGDIFF_LEAN_IMPORTS": "1"}  # as in a command's processes
     workers = [
         subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **common, "RANK": str(rank)})
         for rank in range(num)
