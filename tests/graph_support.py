@@ -20,10 +20,10 @@ class Recording:
         self.replays = 0
         self.operators: list[tuple[Any, Any, Any, Any]] = []
 
-    def warm_up(self, function: Callable[[], None]) -> None:
+    def warm_up(self, function: Callable[[], object]) -> None:
         function()
 
-    def capture(self, function: Callable[[], None]) -> None:
+    def capture(self, function: Callable[[], object]) -> None:
         with _Tape(self.operators):
             function()
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from data_shards.records import Batch
-from segdiff_dist.training.captured import MicroStep
+from segdiff_dist.training.captured import MicroStep, UpdateStep, recorded_updates
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import Engine
-from segdiff_dist.training.step_log import Guard, Window
+from segdiff_dist.training.step_log import Guard, StepCheck, Window
 from support.gpu_session import Session, describe
 from support.gpu_training import denoiser_task, random_batch
 
@@ -33,9 +33,9 @@ class Steps:
     """Training steps as the loop makes them, on one batch."""
 
     engine: Engine
-    window: Window
-    guard: Guard
+    check: StepCheck
     micro_step: MicroStep
+    update_step: UpdateStep
     batch: Batch
     images_seen: int = 0
 
@@ -43,10 +43,10 @@ class Steps:
         """One update of the weights."""
         for number in range(1, self.engine.num_micro_batches + 1):
             self.micro_step(self.batch)
-            is_last = number == self.engine.num_micro_batches
-            skipped = self.engine.step(self.guard.veto(self.window.step_loss()) if is_last else None)
-        self.window.close_step(skipped)
-        self.guard.count(skipped)
+            if number < self.engine.num_micro_batches:
+                self.engine.step(is_last=False)
+        if not self.update_step.replay():
+            self.engine.step(self.check)
         self.images_seen += self.engine.config.global_batch_size
         self.engine.update_averages(self.images_seen, self.engine.config.global_batch_size)
 
@@ -62,7 +62,8 @@ def make_steps(session: Session, folder: Path, images: int, micro_batch: int, gr
     config = TrainConfig(global_batch_size=images, micro_batch_size=micro_batch, cuda_graph=graph)
     engine = Engine(task.model, config, micro_batch, session.device)
     engine.module.train()
-    window, guard = Window(session.device), Guard(config.spike_factor, session.device)
+    window = Window(session.device)
+    check = StepCheck(window, Guard(config.spike_factor, session.device))
 
     def forward_and_backward(batch: Batch) -> None:
         loss, metrics = task.loss(engine, batch)
@@ -75,7 +76,7 @@ def make_steps(session: Session, folder: Path, images: int, micro_batch: int, gr
     micro_step = MicroStep(forward_and_backward, sums, config, session.device)
     batch = random_batch(micro_batch, session.scale.size, session.device)
     micro_step.prepare(iter([batch]), "engine")
-    return Steps(engine, window, guard, micro_step, batch)
+    return Steps(engine, check, micro_step, recorded_updates(engine, check, micro_step), batch)
 
 
 def engine_steps(session: Session) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ import torch
 class Recorder(Protocol):
     """Records a function's work on the device, and repeats it."""
 
-    def warm_up(self, function: Callable[[], None]) -> None:
+    def warm_up(self, function: Callable[[], object]) -> None:
         """Run the function under the conditions of capture()."""
 
-    def capture(self, function: Callable[[], None]) -> None:
+    def capture(self, function: Callable[[], object]) -> None:
         """Call the function once and record its kernels. They need not be executed yet."""
 
     def replay(self) -> None:
@@ -34,14 +34,14 @@ class CudaGraph:
         self._stream = torch.cuda.Stream(device)
         self._graph = torch.cuda.CUDAGraph()
 
-    def warm_up(self, function: Callable[[], None]) -> None:
+    def warm_up(self, function: Callable[[], object]) -> None:
         """On the recording's stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             function()
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def capture(self, function: Callable[[], None]) -> None:
+    def capture(self, function: Callable[[], object]) -> None:
         """Records only this thread: the loader's thread continues its own work."""
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             function()

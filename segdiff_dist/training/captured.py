@@ -4,6 +4,9 @@ A graph launches thousands of kernels at the cost of one. It repeats one recorde
 batch is copied into fixed tensors, and the results of a micro-batch are added to fixed tensors: gradients
 (flat_gradients.py) and sums of metrics (step_log.Window). Noise and noise levels are functions of the batch's
 positions, so nothing is drawn. A recording is used only if it gives the same bits as eager execution.
+
+On one rank an update of the weights is a second graph: norm, clipping, AdamW, the working weights, and what is counted
+of the step. Its learning rate and the veto are numbers on the device.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +26,10 @@ from data_shards.records import Batch
 from segdiff_dist.ranks.cuda_graph import Recorder, recorder_for
 from segdiff_dist.ranks.distributed import gather_objects, is_main
 from segdiff_dist.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from segdiff_dist.training.engine import Engine
+    from segdiff_dist.training.step_log import StepCheck
 
 # Runs before the recording, required by torch.cuda.graph's documentation: they compile kernels and choose algorithms.
 _WARM_UP_RUNS = 3
@@ -126,6 +134,73 @@ class MicroStep:
         torch._foreach_zero_(self._sums())
         work()
         return [total.clone() for total in self._sums()]
+
+
+class UpdateStep:
+    """`replay()` has the effect of `run`, an update of the weights, if it is recorded.
+
+    `run` changes only the tensors of `state()`, in place. They exist after the first update, so that one is eager. The
+    second is made eagerly, undone, recorded, replayed and compared.
+    """
+
+    def __init__(self, run: Callable[[], object], state: Callable[[], list[Tensor]], recorder: Recorder | None) -> None:
+        """`recorder`: None if updates are not to be recorded."""
+        self._run, self._state, self._recorder = run, state, recorder
+        self._updates = 0
+
+    def replay(self) -> bool:
+        """Make an update; False if the caller must make it."""
+        if self._recorder is None:
+            return False
+        self._updates += 1
+        if self._updates == 2:
+            return self._record(self._recorder)
+        if self._updates > 2:
+            self._recorder.replay()
+        return self._updates > 2
+
+    def _record(self, recorder: Recorder) -> bool:
+        """Make this update, and record it. False if it was not made."""
+        state = self._state()
+        try:
+            before, eager = ([tensor.clone() for tensor in state] for _ in range(2))
+        except torch.OutOfMemoryError:
+            self._stay_eager("no memory for a second copy of the optimiser's state, to compare them")
+            return False
+        recorder.warm_up(self._run)
+        torch._foreach_copy_(eager, state)
+        torch._foreach_copy_(state, before)
+        try:
+            recorder.capture(self._run)
+            torch._foreach_copy_(state, before)
+            recorder.replay()
+            why = None if all(map(_have_same_bits, state, eager)) else "replayed, it is not the eager one, bit for bit"
+        except RuntimeError as error:
+            why = f"it cannot be recorded: {first_line(error)}"
+        if why is not None:
+            torch._foreach_copy_(state, eager)
+            self._stay_eager(why)
+        return True
+
+    def _stay_eager(self, why: str) -> None:
+        self._recorder = None
+        sys.stderr.write(f"updates of the weights are launched one by one, without a CUDA graph: {why}\n")
+
+
+def recorded_updates(engine: Engine, check: StepCheck, micro_step: MicroStep) -> UpdateStep:
+    """The updates of engine.step(check): recorded if micro-batches are, and if the engine's can be."""
+    recorder = recorder_for(engine.device) if micro_step.is_recorded and engine.can_record_updates else None
+    if recorder is not None:
+        engine.read_lr_from_device()
+
+    def state() -> list[Tensor]:
+        return [*engine.update_state(), *check.totals]
+
+    return UpdateStep(partial(engine.step, check), state, recorder)
+
+
+def _have_same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ from segdiff_dist.training.deepspeed_internals import ZeroPartitions, bucket_ele
 from segdiff_dist.training.flat_gradients import FlatGradients, norm_over_ranks
 from segdiff_dist.training.muon import MuonAdamW
 from segdiff_dist.training.sharded_state import SavedState, ShardOfState, share
-from segdiff_dist.training.step_log import is_not_finite
+from segdiff_dist.training.step_log import StepCheck, is_not_finite
 from segdiff_kernels.ema_update import MAX_AVERAGES, EmaUpdate, ema_update_reference
 
 ONLINE = "online"
@@ -63,7 +64,8 @@ class Engine:
         names = {id(p): name for name, p in trained}
         self._adam = _optimizer_of(trained, config)
         self._veto = torch.zeros((), device=device)
-        self._norm: Tensor | None = None
+        self._norm = torch.zeros((), device=device)
+        self._lr: Tensor | None = None
         self._engine, zero_optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adam, config=self._deepspeed_config()
         )
@@ -73,6 +75,8 @@ class Engine:
         # The gradients' sums. None: DeepSpeed reduces gradients by its own hooks, in the middle of a backward pass.
         self._gradients = self._partitions.flat_gradients() if config.adds_up_gradients else None
         self._forward = self._engine if self._gradients is None else self.module
+        if self._gradients is not None:
+            self._engine.set_gradient_accumulation_boundary(True)  # it does not see micro-batches, only updates
         if isinstance(self._adam, MuonAdamW):
             of_ranks = gather_objects(self._extents) if config.zero_stage > 0 else [self._extents]
             self._adam.lay_out(self.shapes, self._shards, of_ranks, rank() if config.zero_stage > 0 else 0)
@@ -100,28 +104,64 @@ class Engine:
         self._gradients.attach()
         (loss / self.num_micro_batches).backward()
 
-    def step(self, veto: Tensor | None = None) -> Tensor:
-        """Call after each micro-batch; it updates the weights at the end of a global batch.
+    def step(self, check: StepCheck | None = None, *, is_last: bool = True) -> Tensor:
+        """Call after each micro-batch; after the last one of a global batch it updates the weights.
 
-        `veto`: a number on the device; unless it is 0 the update is skipped. Returns, on the device, 1.0 if the update
-        was skipped by the veto or because the gradient is not finite. The value is valid until the next call.
+        `check`: may veto the update, and counts it. Returns, on the device, 1.0 if the update was skipped, by the veto
+        or because the gradient is not finite. The value is valid until the next call.
         """
-        if veto is not None:
-            self._veto.copy_(veto)
-        gradients = self._gradients if self._engine.is_gradient_accumulation_boundary() else None
-        if gradients is not None:
-            self._reduce(gradients)
-        self._engine.step()
-        if gradients is not None:
-            gradients.zero()
-        if self._gradients is None and not self._engine.was_step_applied():
-            return torch.ones_like(self._veto)  # DeepSpeed itself found a gradient that is not finite
+        if is_last and check is not None:
+            self._veto.copy_(check.veto())
+        if self._gradients is None:
+            self._engine.step()
+            if is_last and not self._engine.was_step_applied():
+                self._veto.fill_(1.0)  # DeepSpeed itself found a gradient that is not finite
+        elif is_last:
+            self._reduce(self._gradients)
+            self._engine.step()
+            self._gradients.zero()
+        if is_last and check is not None:
+            check.close(self._veto)
         return self._veto
 
-    def set_lr(self, lr: float) -> None:
-        """The learning rate of the next update."""
+    @property
+    def can_record_updates(self) -> bool:
+        """Whether an update always does the same work on the same memory: AdamW's, on one rank."""
+        return world_size() == 1 and self.config.optimizer == "adamw" and self._gradients is not None
+
+    def read_lr_from_device(self) -> None:
+        """Let updates read the learning rate from the device, so that a recorded one follows the schedule."""
+        # AdamW's kernel for GPUs reads float32.
+        on_gpu = self.device.type == "cuda"
+        self._lr = torch.zeros((), device=self.device, dtype=torch.float32 if on_gpu else torch.float64)
+        self._lr.fill_(self._adam.param_groups[0]["lr"])
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group |= {"lr": self._lr, "capturable": on_gpu}
+        # The first two updates are eager, of which torch would warn.
+        self._adam._warned_capturable_if_run_uncaptured = True
+
+    def update_state(self) -> list[Tensor]:
+        """The tensors that an update changes in place, from the second update on."""
+        weights = [p.data for p in self.module.parameters() if p.requires_grad] if self.config.zero_stage else []
+        steps = [self._adam.state[s]["step"] for s in self._shards]
+        moments = [self._moment(s, kind) for s in self._shards for kind in _MOMENTS]
+        return [
+            *weights,
+            *(s.detach() for s in self._shards),
+            *moments,
+            *steps,
+            *self.gradients,
+            self._veto,
+            self._norm,
+        ]
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next update. On a GPU rounded to float32, as a recorded update reads it."""
+        if self._lr is not None:
+            self._lr.fill_(lr)
+            return
+        for group in self._adam.param_groups:
+            group["lr"] = float(np.float32(lr)) if self.device.type == "cuda" else lr
 
     def grad_norm(self) -> float:
         """Norm of the last update's gradient before clipping; waits for the device."""
@@ -196,16 +236,15 @@ class Engine:
         means, limit = gradients.reduce(in_parts=self.config.zero_stage > 0), self.config.gradient_clip
         if self.config.zero_stage == 0:
             gradients.attach()
-            self._norm = torch.nn.utils.clip_grad_norm_(self._shards, limit or float("inf"))
+            self._norm.copy_(torch.nn.utils.clip_grad_norm_(self._shards, limit or float("inf")))
             return
-        self._norm = norm_over_ranks(means)
+        self._norm.copy_(norm_over_ranks(means))
         shrink = torch.clamp((self._norm + 1e-6) / limit, min=1.0).reciprocal() if limit else None
         self._partitions.give_gradients(means, shrink)
 
     def _before_update(self) -> None:
         """AdamW calls it as its step begins. Its fused kernels skip the update where found_inf is not 0."""
         norm = self._partitions.grad_norm() if self._gradients is None else self._norm
-        assert norm is not None
         self._veto.masked_fill_(is_not_finite(norm.to(self._veto.device)), 1.0)
         self._adam.found_inf = self._veto.to(self._shards[0].device)  # type: ignore[attr-defined]
 

@@ -24,14 +24,14 @@ from segdiff_dist.ranks.heartbeat import Heartbeat
 from segdiff_dist.ranks.precision import fast_precision
 from segdiff_dist.training import checkpoint
 from segdiff_dist.training.best_weights import BestWeights, RunState, crosses
-from segdiff_dist.training.captured import MicroStep
+from segdiff_dist.training.captured import MicroStep, recorded_updates
 from segdiff_dist.training.checkpoint_writer import CheckpointWriter
 from segdiff_dist.training.compiled import compile_checked
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.engine import Engine, start_distributed
 from segdiff_dist.training.export import Exporter
 from segdiff_dist.training.micro_batch import find_micro_batch
-from segdiff_dist.training.step_log import Guard, RunLog, Window
+from segdiff_dist.training.step_log import Guard, RunLog, StepCheck, Window
 from segdiff_dist.training.stop_signals import StopSignals
 from segdiff_dist.training.task import Task
 from segdiff_dist.training.throughput import FlopCounter, Peak, StepClock, peak_flops, progress_line
@@ -142,6 +142,7 @@ def train(job: TrainingJob) -> None:
                 return [*engine.gradients, window.step_sums]
 
             micro_step = MicroStep(forward_and_backward, sums, config, job.device)
+            check = StepCheck(window, guard)
             batches = job.load(state.images_seen, micro_batch_size, num_micro_batches, rank(), world_size())
             clock = StepClock(state.images_seen, job.device, counter, peak)
             best = BestWeights(task, engine, config, state, log)
@@ -161,6 +162,7 @@ def train(job: TrainingJob) -> None:
                 best.resume_pending(writer, resumed_from)
                 if not is_done:
                     batches = micro_step.prepare(batches, task.name)
+                update_step = recorded_updates(engine, check, micro_step)
 
             while not (is_done or stop):
                 # Step: this rank's share of a global batch, one micro-batch at a time, and the update.
@@ -171,13 +173,11 @@ def train(job: TrainingJob) -> None:
                         batch = next(batches)
                     heartbeat.beat(before)  # a rank that waits for data is behind the others, so the heartbeat names it
                     micro_step(batch)
-                    veto = None
-                    if number == num_micro_batches:
-                        writer.wait_until_copied()
-                        veto = guard.veto(window.step_loss())
-                    skipped = engine.step(veto)
-                window.close_step(skipped)
-                guard.count(skipped)
+                    if number < num_micro_batches:
+                        engine.step(is_last=False)
+                writer.wait_until_copied()
+                if not update_step.replay():
+                    engine.step(check)
                 state.images_seen += config.global_batch_size
                 engine.update_averages(state.images_seen, config.global_batch_size)
                 heartbeat.beat(state.images_seen)

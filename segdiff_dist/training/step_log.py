@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +74,15 @@ class Window:
         assert self._reduced_N2 is not None
         self._sums_N2 += torch.where(skipped > 0, self._zero, self._reduced_N2)
 
+    @property
+    def totals(self) -> list[Tensor]:
+        """The tensors that an update changes in place."""
+        return [self.step_sums, self._sums_N2]
+
     def means(self) -> dict[str, float]:
         """name -> mean, NaN if nothing was counted. The window starts again."""
         means = {name: s / n if n else float("nan") for name, (s, n) in self.values().items()}
-        self._sums_N2 = torch.zeros_like(self._sums_N2)
+        self._sums_N2.zero_()
         return means
 
     def values(self) -> dict[str, list[float]]:
@@ -115,7 +121,12 @@ class Guard:
         weight = torch.clamp(one_more.reciprocal(), min=_MEAN_WEIGHT)
         made = torch.stack((mean + weight * (self._loss - mean), one_more, total, self._zero, longest))
         not_made = torch.stack((mean, steps, total + self._one, in_a_row, torch.maximum(longest, in_a_row)))
-        self._values_5 = torch.where(skipped > 0, not_made, made)
+        torch.where(skipped > 0, not_made, made, out=self._values_5)
+
+    @property
+    def totals(self) -> list[Tensor]:
+        """The tensor that an update changes in place."""
+        return [self._values_5]
 
     @property
     def num_skipped(self) -> int:
@@ -141,6 +152,28 @@ class Guard:
     def values(self) -> list[float]:
         """What to save."""
         return self._values_5.tolist()
+
+
+@dataclass(frozen=True)
+class StepCheck:
+    """The loss of a step: whether the update may be made, and what is counted once it was made or not."""
+
+    window: Window
+    guard: Guard
+
+    def veto(self) -> Tensor:
+        """1.0 if the update must not be made, else 0.0; on the device. Call once a step."""
+        return self.guard.veto(self.window.step_loss())
+
+    def close(self, skipped: Tensor) -> None:
+        """Call after the update, with 1.0 if it was not made for any reason."""
+        self.window.close_step(skipped)
+        self.guard.count(skipped)
+
+    @property
+    def totals(self) -> list[Tensor]:
+        """The tensors that an update changes in place."""
+        return [*self.window.totals, *self.guard.totals]
 
 
 class RunLog:

@@ -66,7 +66,7 @@ def test_the_command_replays_the_run_that_it_makes_eagerly(
     net = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 8, "attention_resolutions": []}
     settings = {
         "denoiser": {**net, "net": "unet"},
-        "train": {**SHORT, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "warmup_images": 8},
+        "train": {**SHORT, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "warmup_images": 32},
         "validation": {"num_images": 2, "num_pictures": 0, "num_steps": 1},
         "tracking": {"enabled": False},
     }
@@ -75,7 +75,8 @@ def test_the_command_replays_the_run_that_it_makes_eagerly(
         (tmp_path / "config.yaml").write_text(json.dumps(settings))
         given = ["train", "--config", str(tmp_path / "config.yaml"), "--data", str(shapes)]
         assert main([*given, "--run", str(tmp_path / choice)]) == 0
-    assert [one.replays for one in recorded if one.replays] == [1 + 32 // 2], "one to compare, and every micro-batch"
+    # One to compare, and every micro-batch; one to compare, and the third and fourth update.
+    assert [one.replays for one in recorded if one.replays] == [1 + 32 // 2, 1 + 2]
     assert logged(tmp_path / "on") == logged(tmp_path / "off")
     assert [row[-1] for row in logged(tmp_path / "on")] == [0, 0, 1, 1]
     assert weights(tmp_path / "on") == weights(tmp_path / "off")
@@ -88,7 +89,7 @@ def test_an_eager_run_goes_on_from_a_recording(shapes: Path, tmp_path: Path, rec
     shutil.copytree(tmp_path / "eager", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"{32:012d}")
     assert run_training(shapes, tmp_path / "cut", cuda_graph="on", **setting) == eager
-    assert recorded[-1].replays == 1 + 16 // 8
+    assert [one.replays for one in recorded[-2:]] == [1 + 16 // 8, 1]
     assert weights(tmp_path / "cut") == weights(tmp_path / "eager")
 
 

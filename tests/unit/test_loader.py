@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,19 @@ def test_flip_mirrors_about_half(shapes: Path) -> None:
     assert 16 <= sum(mirrored) <= 48
     for a, b, changed in zip(plain, flipped, mirrored, strict=True):
         assert torch.equal(a.flip(1), b) if changed else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("size", [20, 24, 32])
+def test_slices_are_cut_and_mirrored_as_dali_does_it(tmp_path: Path, size: int) -> None:
+    """DALI does it with pictures; of raw slices the windows are copied, in one or three threads."""
+    config = LoaderConfig(flip=True, crop="random", crop_size=size)
+    form = {"bits": 16, "soft_edge": True, "slices": 3}
+    by_dali = take(ShardSet.open(write_shapes(tmp_path / "png", codec="png", **form)), config, 3, 6)
+    raw = ShardSet.open(write_shapes(tmp_path / "raw", codec="raw", **form))
+    for threads in (1, 3):
+        copied = take(raw, replace(config, num_threads=threads), 3, 6)
+        for name in ("image_BHW", "mask_BHW", "edge_B2HW"):
+            assert torch.equal(joined(copied, name), joined(by_dali, name)), name
 
 
 def test_centre_crop_is_the_centre(shapes: Path) -> None:
