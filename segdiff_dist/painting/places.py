@@ -106,15 +106,26 @@ def _fetch_all(files: Any, root: str, target: Path, url: str) -> None:
         try:
             _fetch(files, f"{root}/{name}", file)
         except FileNotFoundError as error:
+            _raise_if_unanswered(error)
             if name in _NEEDED:
                 remedy = "give the address of a folder that `segdiff export --format pipeline` wrote"
                 raise problem(url, "--model", f"no {name} there", remedy) from error
             file.unlink(missing_ok=True)
 
 
+def _raise_if_unanswered(error: FileNotFoundError) -> None:
+    """fsspec's HTTP files say FileNotFoundError whatever failed: raise what did, if it is not that the file is missing.
+    Stores that may not be listed say 403 of a missing file."""
+    reason = error.__cause__
+    if isinstance(reason, Exception) and getattr(reason, "status", None) not in (403, 404, 410):
+        raise reason
+
+
 def _fetch(files: Any, address: str, file: Path) -> None:
     total = 0
-    with files.open(address, "rb") as source, file.open("wb") as target:
+    # From the beginning: many HTTP servers cannot send parts of a file.
+    options = {"block_size": 0} if "http" in files.protocol else {}
+    with files.open(address, "rb", **options) as source, file.open("wb") as target:
         while block := source.read(_BLOCK):
             total += len(block)
             if total > _MOST_BYTES:
@@ -127,12 +138,9 @@ def _of_hub(name: str) -> Path:
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
+    wanted = [*_NEEDED, *_OPTIONAL]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=[*_NEEDED, *_OPTIONAL]
-            )
-        )
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # of the hub, of the network, of the cache
         value = f"cannot be fetched ({first_line(error, 160)})"
         remedy = (
@@ -140,3 +148,7 @@ def _of_hub(name: str) -> Path:
             f"(`hf download {repository}`); without --model the model of the package is used"
         )
         raise problem(name, "--model", value, remedy) from error
+    if missing := [one for one in _NEEDED if not (folder / one).is_file()]:
+        remedy = "give the name of a repository that holds what `segdiff export --format pipeline` wrote"
+        raise problem(name, "--model", f"no {missing[0]} in it", remedy)
+    return folder

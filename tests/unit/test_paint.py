@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import struct
+import threading
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +24,7 @@ from segdiff_dist.cli import main
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.export.job import check_model
 from segdiff_dist.painting.api import Model
+from segdiff_dist.painting.places import model_folder
 from segdiff_dist.pipeline import CardParts, Extras, SegGuidedPipeline
 
 LIVER, SPLEEN, BODY = (AMOS.names.index(name) for name in ("liver", "spleen", "body"))
@@ -235,6 +239,25 @@ def test_models_from_elsewhere(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputProblems, match="as a Hugging Face name it needs a connection"):
         segdiff_dist.open_model("nobody/nothing")
+
+
+def test_a_model_behind_http(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a server that cannot send parts of files; afterwards without it; a server that is away is said."""
+    monkeypatch.setenv("SEGDIFF_CACHE", str(tmp_path / "cache"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        there = model_folder(f"{url}/{folder.name}")
+        with pytest.raises(InputProblems, match=r"no segdiff\.json there"):
+            model_folder(f"{url}/nothing")
+        server.shutdown()
+        thread.join()
+    assert (there / "unet" / "digests.json").read_bytes() == (folder / "unet" / "digests.json").read_bytes()
+    assert model_folder(f"{url}/{folder.name}") == there
+    with pytest.raises(InputProblems, match=r"cannot be fetched.*check the address and the connection"):
+        model_folder(f"{url}/another")
 
 
 def test_the_first_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
