@@ -44,8 +44,10 @@ class Model:
     def __init__(self, name: str, where: str | None, config: ServeConfig, threads: int | None) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by OpenMP as torch is loaded
         lean_imports.begin()
+        from segdiff_dist.serving.batching import let_network_go_first
         from segdiff_dist.serving.painter import Painter
 
+        let_network_go_first()
         # An error here would be tried again three times, and shown with its trace each time.
         self._refusal: str | None = None
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from segdiff_dist.serving.app import build_app
+from segdiff_dist.serving.batching import let_network_go_first
 from segdiff_dist.serving.config import ServeConfig
 from segdiff_dist.serving.messages import Event, MaskUpload, PaintRequest
 from segdiff_dist.serving.painter import Painter
@@ -45,6 +46,7 @@ class LocalModel:
 
 def serve_page(painter: Painter, config: ServeConfig, listening: socket.socket, on_start: Callable[[], None]) -> None:
     """Answer on a bound socket until Ctrl-C. `on_start` is called when requests are answered."""
+    let_network_go_first()
     app = build_app(LocalModel(painter), config, None)
 
     class Server(uvicorn.Server):
