@@ -34,7 +34,9 @@ export function say(text, { isError = false, actions = [] } = {}) {
   if (!isError) setTimeout(() => message.remove(), 6000);
   const all = $("#messages");
   all.append(message);
-  while (all.children.length > 4) all.firstChild.remove();
+  // On a narrow screen more than one would hide the tools.
+  const most = innerWidth < 700 ? 1 : 4;
+  while (all.children.length > most) all.firstChild.remove();
 }
 
 /** A name for people: blanks for underscores. */
