@@ -131,7 +131,7 @@ def kill_once(kills: Kills, stage: StageRun, rng: random.Random) -> dict[str, An
     for _ in range(rng.choice((1, 2, 3))):
         started, moment = time.monotonic(), drawn_share(rng) * kills.seconds[stage.title]
         command = kills.start(stage)
-        code, victim, said = _run_and_kill(command, moment, rng)
+        code, victim, said = _run_and_kill(command, (moment, 0.9 * kills.seconds[stage.title]), rng)
         if victim is None and not victims:
             kills.seconds[stage.title] = time.monotonic() - started
             return None
@@ -183,14 +183,22 @@ def outcome_of(code: int, said: str) -> dict[str, Any]:
     return {} if code == 0 else {"outcome": "not restarted", "what": f"exit code {code}: {said[-1200:]}"}
 
 
-def _run_and_kill(command: Command, moment: float, rng: random.Random) -> tuple[int | None, str | None, str]:
-    """Exit code, None where it hung; who was killed, if one was; and the error stream. No process is left."""
-    victim, children = None, []
+def _run_and_kill(
+    command: Command, moments: tuple[float, float], rng: random.Random
+) -> tuple[int | None, str | None, str]:
+    """Exit code, None where it hung; who was killed, if one was; and the error stream. No process is left. `moments`:
+    of the kill; and until when a child that is to be killed is waited for."""
+    (moment, latest), is_of_child = moments, rng.random() < 0.6
+    victim, children, begun = None, [], time.monotonic()
     if command.wait(moment) is None:
         with suppress(psutil.Error, ProcessLookupError):
             there = psutil.Process(command.pid)
             children = there.children(recursive=True)
-            chosen = rng.choice(children) if children and rng.random() < 0.6 else there
+            while is_of_child and not children and time.monotonic() - begun < latest:
+                if command.wait(0.05) is not None:
+                    break
+                children = there.children(recursive=True)
+            chosen = rng.choice(children) if children and is_of_child else there
             name = COMMAND if chosen == there else _name(chosen)
             if chosen.status() != psutil.STATUS_ZOMBIE:
                 chosen.kill()
