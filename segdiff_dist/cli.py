@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from difflib import get_close_matches
 from io import TextIOWrapper
 
@@ -28,7 +30,21 @@ def run(argv: list[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may have bytes that are not UTF-8
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in words, not by C++ stack traces
-    return main(argv)
+    ended: list[int] = []
+    atexit.register(_end_without_destructors, ended)  # the first one that is registered runs last
+    ended.append(main(argv))
+    return ended[0]
+
+
+def _end_without_destructors(ended: list[int]) -> None:
+    """End a process that has used Ray, with its exit code, after all of Python's exit functions. On a busy machine a
+    thread of Ray's library still writes to its log while C++ destroys that, and the process died of SIGSEGV."""
+    if ended and "ray" in sys.modules:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(ended[0])
 
 
 def main(argv: list[str] | None = None) -> int:

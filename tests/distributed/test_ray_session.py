@@ -209,3 +209,13 @@ def test_a_stopped_worker_is_reported_then_ended_and_its_task_done_by_another(
     assert liveness.BOUND in lines[0]
     assert "it is ended" in lines[1]
     assert len(lines) == 2
+
+
+def test_the_exit_code_survives_what_c_does_as_the_process_ends() -> None:
+    """Here an exit function of C that aborts, in place of a thread of Ray that writes to a log that is no more."""
+    code = (
+        "import ctypes, ray\nfrom segdiff_dist.cli import run\nlibc = ctypes.CDLL(None)\n"
+        "libc.__cxa_atexit(libc.abort, None, None)\nraise SystemExit(run(['--version']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.split()[0]) == (0, "segdiff")
