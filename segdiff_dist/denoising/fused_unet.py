@@ -167,6 +167,13 @@ def _time(resnet: Any, projected_NC: Tensor, bias_C: Tensor) -> Time:
     return Time(bias_C.expand_as(scale_NC), scale_NC, offset_NC)
 
 
+def _without_bias(x_NCHW: Tensor, bias_C: Tensor) -> Stream:
+    """The stream of a convolution that leaves its bias to the next block."""
+    if hasattr(bias_C, "ds_id"):  # of ZeRO 3, which takes it away at the end of this block
+        return Stream(x_NCHW + bias_C[:, None, None])
+    return Stream(x_NCHW, bias_C=bias_C)
+
+
 class _DownBlock(blocks.DownBlock2D):
     def forward(self, stream: Stream, times: list[Time]) -> tuple[Stream, list[Stream]]:
         """The block's output, and the inputs of its resnets and its downsampling as skips for the up blocks."""
@@ -178,7 +185,7 @@ class _DownBlock(blocks.DownBlock2D):
             stream = stream if attention is None else attention(stream)
         for downsample in self.downsamplers or ():
             inputs.append(stream)
-            stream = Stream(downsample(stream.x_NCHW), bias_C=downsample.conv.bias)
+            stream = _without_bias(downsample(stream.x_NCHW), downsample.conv.bias)
         return stream, inputs
 
 
@@ -203,7 +210,7 @@ class _UpBlock(blocks.UpBlock2D):
             stream = recomputed(self, resnet, stream, time, skip)
             stream = stream if attention is None else attention(stream)
         for upsample in self.upsamplers or ():
-            stream = Stream(upsample(stream.x_NCHW), bias_C=upsample.conv.bias)
+            stream = _without_bias(upsample(stream.x_NCHW), upsample.conv.bias)
         return stream
 
 
