@@ -43,7 +43,7 @@ test: $(STAMP) ## the tests, on the real engines, in about 15 minutes on two cor
 	@# Three files at a time: a test often waits for processes that start. Threads of their own would only fight for the
 	@# cores. In the order that tests/conftest.py gives them: a long file that begins last leaves a core idle. With
 	@# bytecode, whatever the environment says: the tests start hundreds of processes that import the same modules.
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 test-all: $(STAMP) ## the same with the rest of every grid (marked `exhaustive`)
 	$(MAKE) test ARGS='-m "" $(ARGS)'

@@ -52,6 +52,7 @@ def stamp_of(path: Path) -> str | None:
         content = _described(path)
         for values, _ in content["samples"]:
             SliceMeta.from_json(values)
+        summarise(path)
         return str(content["stamp"]) if path.with_suffix(".bin").stat().st_size == content["bytes"] else None
     except (OSError, ValueError, TypeError):
         return None

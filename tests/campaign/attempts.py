@@ -104,8 +104,7 @@ def serve(kind: Kind, good: Path, place: Path, seed: int, pipe: Connection) -> N
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-    gc.collect()  # what the parent has left must not be freed during an attempt: it would hide what that one takes
-    gc.freeze()
+    gc.freeze()  # what the parent has left must not be freed during an attempt: it would hide what that one takes
     ctypes.CDLL(None).malloc_trim(0)  # nor be taken again: a parent that has trained keeps what it frees
     copy_of(good, place)
     try:
@@ -130,6 +129,7 @@ class Watched:
         self._start()
 
     def _start(self) -> None:
+        gc.collect()  # not after the fork: what owns threads waits for them when it is freed, and there they are gone
         context = multiprocessing.get_context("fork")  # of this process, which has loaded the libraries
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(*self._arguments, theirs), daemon=True)
@@ -180,6 +180,7 @@ def made_input(kind: Kind, folder: Path) -> Path:
     if not marker.exists():
         shutil.rmtree(good, ignore_errors=True)
         good.mkdir(parents=True)
+        gc.collect()
         maker = multiprocessing.get_context("fork").Process(target=kind.make, args=(good,))
         maker.start()
         maker.join()
