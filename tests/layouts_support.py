@@ -104,6 +104,13 @@ def write_folder(ending: str) -> Callable[[Path], dict[str, Any]]:
     return write
 
 
+def write_folder_of_both(root: Path) -> dict[str, Any]:
+    for case, split, image, label in volumes():
+        save(root / split / f"{case}.nii.gz", image)
+        save(root / split / f"{case}_label.nii.gz", label)
+    return {"modality": "CT", "labels": table(root.with_suffix(".yaml"))}
+
+
 def write_manifest(root: Path) -> dict[str, Any]:
     with_split = []
     for case, split, image, label in volumes():
@@ -139,6 +146,7 @@ LAYOUTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "totalsegmentator": write_totalsegmentator,
     "manifest": write_manifest,
     **{f"folder{ending}": write_folder(ending) for ending in (".nii", ".mha", ".mhd", ".nrrd")},
+    "folder.nii.gz": write_folder_of_both,
 }
 
 

@@ -128,7 +128,10 @@ def _problems_with_copies(case: Case) -> Iterator[Problem]:
     for file in (case.image, case.label):
         if not isinstance(file, Path):
             continue
-        names = dict.fromkeys((file_stem(file.name), case.case_id) if file == case.label else (file_stem(file.name),))
+        names = [file_stem(file.name)]
+        # A label may also be named as its case, if that is not the image beside it.
+        if file == case.label and file.parent != getattr(case.image, "parent", None) and case.case_id not in names:
+            names.append(case.case_id)
         if len(both := [one for name in names for one in nifti_files(file.parent, name)]) > 1:
             value = f"both {both[0].name} and {both[1].name}"
             yield Problem(str(file.parent), f"case id {case.case_id}", value, "keep the one that is meant")
