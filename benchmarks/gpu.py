@@ -2,13 +2,14 @@
 
     python benchmarks/gpu.py --json benchmarks/results/gpu-h200.json
 
-Ceilings first (a copy, a matrix product), then the kernels' parity with torch, the training engine at 8 to 64 images at
-once with and without a CUDA graph (support/gpu_engine.py), whole training steps of batch 32 beside those of others
-(support/gpu_training.py), determinism, the norms over the shapes of the real UNet, the backends of attention, the other
-kernels, sampling in small batches, training steps of batch 64, and at last the loops that torch.compile builds. No part
-takes more than four minutes, and `--parts NAME ...` runs some alone; gpu_pending.sh has them in calls of that length.
-If a part fails or no time is left for it, that is recorded and the rest goes on, in a new process if the device was
-lost. `--dry-run` does all of it at toy size on a CPU, through Triton's interpreter; its times mean nothing.
+Ceilings first (a copy, a matrix product), then the norms' one-pass kernel alone, the kernels' parity with torch, the
+training engine at 8 to 64 images at once with and without a CUDA graph (support/gpu_engine.py), whole training steps of
+batch 32 beside those of others (support/gpu_training.py), determinism, the norms over the shapes of the real UNet, the
+backends of attention, the other kernels, sampling in small batches, training steps of batch 64, and at last the loops
+that torch.compile builds. No part takes more than four minutes, and `--parts NAME ...` runs some alone; gpu_pending.sh
+has them in calls of that length, and ends what hangs. If a part fails or no time is left for it, that is recorded and
+the rest goes on, in a new process if the device was lost. `--dry-run` does all of it at toy size on a CPU, through
+Triton's interpreter; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from support.gpu_engine import determinism, engine_steps
-from support.gpu_kernels import ceilings, kernels, norms, parity, unet_parity, upsampling
+from support.gpu_kernels import ceilings, kernels, norms, one_pass, parity, unet_parity, upsampling
 from support.gpu_sampling import attention, sampling
 from support.gpu_session import REAL, TOY, Session, TargetCheck
 from support.gpu_training import training_steps
 from support.harness import headline, stamp
+
+from segdiff_kernels import tiles
 
 # By name, the function and the least seconds that it needs; the most useful parts first.
 Parts = dict[str, tuple[Callable[[Session], Any], float]]
@@ -45,6 +48,7 @@ def parts_of(batches: tuple[int, ...]) -> Parts:
     first, *others = batches
     return {
         "ceilings": (ceilings, 0.0),
+        "one_pass": (one_pass, 15.0),
         "parity": (parity, 60.0),
         "unet_parity": (unet_parity, 45.0),
         "engine": (engine_steps, 60.0),
@@ -79,6 +83,7 @@ def afresh(session: Session, names: list[str]) -> list[str]:
     args = session.args
     loops = args.loops if session.lost_to is None else args.loops.replace(session.lost_to[0], "")
     kept = ["--quick"] * args.quick + (["--json", str(args.json)] if args.json else [])
+    kept += ["--three-launches"] * args.three_launches
     minutes = f"{max(session.left_s(), 0) / 60:.2f}"
     return [*kept, "--resume", "--budget-minutes", minutes, "--loops", loops, "--parts", *names]
 
@@ -92,7 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--loops", default="abcdefg", help="of the training loops these alone, by their letters")
     parser.add_argument("--resume", action="store_true", help="keep the parts that FILE holds")
     parser.add_argument("--quick", action="store_true", help="one batch, one round, nothing compiled")
+    three_launches = "the norms' backward pass without the one-pass kernel, should that hang or be wrong"
+    parser.add_argument("--three-launches", action="store_true", help=three_launches)
     args = parser.parse_args(arguments)
+    if args.three_launches:
+        tiles.PART_BYTES = 0
     if not args.dry_run and not torch.cuda.is_available():
         print("no GPU here: nothing to measure; --dry-run tries everything at toy size")
         return 0

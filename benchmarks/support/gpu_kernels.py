@@ -25,6 +25,8 @@ GROUPS = 32
 PARITY = 1e-2
 # The UNet's gradients in fp32, fused against eager, of the largest of all: products in another order too.
 UNET_PARITY = 1e-4
+# A contender: the norms' backward pass without the one-pass kernel.
+THREE_LAUNCHES = "segdiff, three launches"
 
 
 def ceilings(session: Session) -> dict[str, float]:
@@ -111,6 +113,28 @@ def unet_parity(session: Session) -> dict[str, float]:
     return found | {"worst": worst}
 
 
+# Channels and sides: the largest image, one of middle size, the smallest. All are read once (tiles.one_pass_channels).
+ONE_PASS_SHAPES = ((128, 256), (512, 64), (512, 8))
+
+
+def one_pass(session: Session) -> dict[str, Any]:
+    """The norms' backward pass in one kernel, whose programs wait for each other: against the three launches, and
+    twice, bit for bit, bf16. Raises if it is wrong. If it hangs, only the end of the process helps (gpu_pending.sh)."""
+    is_real, found = session.device.type == "cuda", {}
+    for channels, side in ONE_PASS_SHAPES if is_real else ((32, 4),):
+        case = norm_backward(4, channels, side)
+        given = case.inputs()
+        one, again, three = (case.contenders[name](*given) for name in ("segdiff", "segdiff", THREE_LAUNCHES))
+        if not all(torch.equal(a, b) for a, b in zip(one, again, strict=True)):
+            raise RuntimeError(f"{case.name}: a repeat of the one-pass kernel gives other bits")
+        pairs = zip(one, three, strict=True)
+        found[case.name] = error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        print(f"  {case.name}: {error:.1e} of the largest value at most from three launches", flush=True)
+        if not error <= PARITY:
+            raise RuntimeError(f"{case.name}: the one-pass kernel differs from three launches by {error:.1e}")
+    return found
+
+
 def norms(session: Session) -> list[dict[str, Any]]:
     """group_norm_silu against torch over the UNet's shapes, forward and backward, bf16, channels-last."""
     batch = session.scale.batches[0]
@@ -175,7 +199,7 @@ def norm_backward(batch: int, channels: int, side: int) -> kernel_bench.Case:
             tiles.PART_BYTES = before
 
     name = f"backward {batch} x {channels} x {side} x {side}"
-    contenders = {"segdiff": of("segdiff"), "segdiff, three launches": in_three_launches, "torch": of("torch")}
+    contenders = {"segdiff": of("segdiff"), THREE_LAUNCHES: in_three_launches, "torch": of("torch")}
     return kernel_bench.Case(name, 5 * 2 * batch * channels * side**2, inputs, contenders)
 
 

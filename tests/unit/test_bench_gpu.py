@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from segdiff_kernels.tiles import one_pass_channels
+
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 gpu: Any = importlib.import_module("gpu")
 sessions: Any = importlib.import_module("support.gpu_session")
@@ -71,11 +73,12 @@ def test_no_part_begins_that_the_time_is_too_short_for(tmp_path: Path) -> None:
 def test_where_the_device_is_lost_the_rest_goes_on_without_the_loop_to_blame(tmp_path: Path) -> None:
     session = _session(tmp_path / "found.json", minutes=3.0)
     session.args.quick, session.args.loops, session.lost_to = True, "abe", "e ours"
+    session.args.three_launches = True
     arguments = gpu.afresh(session, ["training_32", "norms"])
     assert arguments[-3:] == ["--parts", "training_32", "norms"]
     for given in (["--loops", "ab"], ["--budget-minutes", "3.00"], ["--json", str(tmp_path / "found.json")]):
         assert arguments[arguments.index(given[0]) + 1] == given[1]
-    assert {"--quick", "--resume"} <= set(arguments)
+    assert {"--quick", "--resume", "--three-launches"} <= set(arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -88,7 +91,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--parts", "everything"])
-    assert "everything: not among ceilings, parity" in capsys.readouterr().err
+    assert "everything: not among ceilings, one_pass, parity" in capsys.readouterr().err
 
 
 def test_the_engine_is_measured_replayed_and_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,17 +116,42 @@ def test_what_a_part_found_before_it_failed_is_kept(tmp_path: Path, monkeypatch:
     assert (kept["so_far"], kept["error"]) == ({"first loop": 1}, "TimeoutError: longer than 0 s")
 
 
-def test_every_pending_call_names_parts_that_there_are() -> None:
-    script = Path(gpu.__file__).with_name("gpu_pending.sh")
+def test_the_kernel_that_waits_is_compared_with_three_launches(tmp_path: Path) -> None:
+    results = tmp_path / "gpu.json"
+    assert gpu.main(["--dry-run", "--json", str(results), "--parts", "one_pass"]) == 0
+    found = json.loads(results.read_text())["parts"]["one_pass"]["found"]
+    assert list(found) == ["backward 4 x 32 x 4 x 4"]
+    assert one_pass_channels(4 * 4, 32, 0, 32, torch.bfloat16.itemsize) == 32
 
-    def output(call: str) -> str:
-        command = ["bash", str(script), call, "results"]
-        environment = {**os.environ, "DRY_RUN": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
-    calls = output("list").split()
-    named = [
-        word for call in calls[1:] if "--parts" in output(call) for word in output(call).split("--parts")[1].split()
-    ]
+def _pending(call: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(Path(gpu.__file__).with_name("gpu_pending.sh")), call, str(out)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_every_pending_call_names_parts_that_there_are(tmp_path: Path) -> None:
+    calls = _pending("list", tmp_path).stdout.split()
+    commands = {call: _pending(call, tmp_path, DRY_RUN="1").stdout.splitlines() for call in calls[1:]}
+    assert calls[1] == "parity"
+    assert commands["parity"][0].endswith("--parts one_pass")
+    lines = [line for lines in commands.values() for line in lines if "--parts" in line]
+    named = {part for line in lines for part in line.split("--parts")[1].split()}
     assert {*named, "training_64"} == set(gpu.parts_of(sessions.REAL.batches))
-    assert "best_ct_mr" in output("train")
+    assert "best_ct_mr" in commands["train"][0]
+
+
+def test_where_the_kernel_hangs_all_that_follows_takes_three_launches(tmp_path: Path) -> None:
+    log, programs, out = tmp_path / "log", tmp_path / "programs", tmp_path / "out"
+    programs.mkdir()
+    python = programs / "python"
+    python.write_text(f'#!/bin/bash\necho "$*" >> {log}\n[[ $* != *one_pass* ]] || kill -KILL $$\n')
+    python.chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    parity = _pending("parity", out, PATH=path)
+    assert parity.returncode == 1
+    assert "137" in parity.stderr
+    assert _pending("steps", out, PATH=path).returncode == 0
+    first, *later = log.read_text().split("benchmarks/gpu.py")[1:]
+    assert "--parts one_pass" in first
+    assert ["--three-launches" in command for command in later] == [True, True]
+    assert "tiles.PART_BYTES = 0" in log.read_text()  # for pytest, and in the same way for a training

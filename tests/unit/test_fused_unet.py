@@ -109,20 +109,25 @@ def test_the_state_dict_goes_both_ways(tmp_path: Any) -> None:
         assert relative_error(loaded(*given), eager(*given)) <= 1e-5
 
 
-@pytest.mark.parametrize("net", ["unet", "efficient"])
-def test_zero_3_trains_it_as_it_trains_eager(net: str) -> None:
-    """Where weights are gathered for the modules that are called, and the fused ones read some of their children's."""
+@pytest.mark.parametrize(("net", "channels"), [("unet", (16, 16)), ("efficient", (16,))])
+def test_zero_3_trains_it_as_it_trains_eager(net: str, channels: tuple[int, ...]) -> None:
+    """Where weights are gathered for the modules that are called, and the fused ones read some of their children's;
+    two levels have resampling convolutions, whose biases later blocks would read after they are released."""
     config = TrainConfig(global_batch_size=2, micro_batch_size=2, precision="fp32", zero_stage=3, lr=1e-2)
-    given, losses = inputs(), []
-    for model in pair(net=net, block_out_channels=(16,), attention_resolutions=()):
+    models, losses = pair(net=net, block_out_channels=channels, attention_resolutions=()), []
+    given = inputs()  # after pair, which sets the seed
+    for model in models:
         engine = Engine(model, config, 2, DEVICE)
         for _ in range(2):
             loss = (engine(*given) - given[0]).square().mean()
             engine.backward(loss)
             engine.step()
-        losses.append(float(loss))
+            losses.append(float(loss.detach()))
         engine.close()
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+    # AdamW's first step is the gradient's sign, also of gradients that are 0 except for rounding. With 12 seeds the
+    # second loss differed from eager's by up to 8e-6, and without ZeRO by up to 1e-5.
+    assert losses[3] == pytest.approx(losses[1], rel=5e-5)
 
 
 class LayoutCopies(TorchDispatchMode):
