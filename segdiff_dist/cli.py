@@ -17,7 +17,7 @@ from data_shards.progress import QUIET
 from segdiff_dist import stages, surroundings
 from segdiff_dist.exit_status import ExitStatus
 from segdiff_dist.ranks.distributed import is_main, launcher_problems, leave_launcher
-from segdiff_dist.stages.fit import FORCE, disk_problems, unless_forced
+from segdiff_dist.stages.fit import FORCE, unless_forced
 
 COMPLETION = "--tyro-print-completion"
 
@@ -118,9 +118,7 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
         # As comments below settings, so that the output stays YAML.
         print("\n".join(f"{'# ' if settings else ''}{line}".rstrip() for line in plan.cost().lines()))
         refuse(unless_forced(plan.workers_problems()))
-        if (announced := plan.announced()) is not None:
-            _, cost, folder = announced
-            refuse(unless_forced(disk_problems(cost, folder)))
+        refuse(unless_forced(plan.disk_problems()))
     return None
 
 

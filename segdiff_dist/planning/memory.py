@@ -83,11 +83,11 @@ def plan_memory(network: Network, config: TrainConfig, ranks: int, on_gpu: bool 
     return MemoryPlan(working + gradients + optimizer + gathered - offloaded, activations, offloaded, checkpoint)
 
 
-def disk_bytes(network: Network, config: TrainConfig) -> int:
-    """Bytes of a training's checkpoints and weights: fp32 weights, two moments and the averages; one checkpoint more
-    while the oldest is not yet removed."""
+def disk_bytes(network: Network, config: TrainConfig, num_checkpoints: int | None = None) -> int:
+    """Bytes of a training's checkpoints and weights: fp32 weights, two moments and the averages. `num_checkpoints`: at
+    once; None: those that are kept, and one more while the oldest is not yet removed."""
     number, frozen, averages = network.num_parameters, network.num_frozen, len(config.ema_lengths)
-    checkpoints = number * 4 * (3 + averages) * (config.keep_checkpoints + 1)
+    checkpoints = number * 4 * (3 + averages) * (num_checkpoints or config.keep_checkpoints + 1)
     return checkpoints + (number + frozen) * 4 * (1 + averages) + frozen * 4
 
 

@@ -23,7 +23,7 @@ import tyro
 
 from data_shards.problems import Problem, refuse
 from segdiff_dist.stages.cost import Cost
-from segdiff_dist.stages.fit import announce, unless_forced
+from segdiff_dist.stages.fit import announce, disk_problems, unless_forced
 from segdiff_dist.stages.flags import parse_flags
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ class Plan(ABC):
         """Name, cost and output of work that may be long or large; None for other work, whose cost nobody waits for."""
         return None
 
+    def disk_problems(self) -> list[Problem]:
+        """Problems if the output does not fit on its disk. Work that is not announced has its own estimate, if any."""
+        announced = self.announced()
+        return [] if announced is None else disk_problems(*announced[1:])
+
     def workers_problems(self) -> list[Problem]:
         """Problems if this machine has not the memory for the workers that the user asks for."""
         return []
@@ -98,6 +103,8 @@ class Plan(ABC):
         refuse(unless_forced(self.workers_problems()))
         if (announced := self.announced()) is not None:
             announce(*announced)
+        else:
+            refuse(unless_forced(self.disk_problems()))
         with self.lock(), self.tracker() as tracker:
             return self.run(tracker)
 

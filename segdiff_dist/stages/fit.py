@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from data_shards.problems import Problem, refuse
@@ -42,6 +43,15 @@ def free_bytes(folder: Path) -> int:
     """Bytes free on the disk of a folder, which need not exist yet."""
     there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
     return shutil.disk_usage(there).free
+
+
+def bytes_in(folder: Path, pattern: str = "*") -> int:
+    """Bytes of the files in a folder, which need not exist. Another command may remove some meanwhile."""
+    total = 0
+    for file in folder.rglob(pattern):
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def announce(name: str, cost: Cost, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -15,6 +15,7 @@ from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker
 from segdiff_dist.stages.cost import Cost
+from segdiff_dist.stages.fit import bytes_in, disk_problems
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ _SLICES_A_SECOND = 475
 
 # Slices of CT as PNG or zstd take a third of their pixels, masks a tenth; slices without organs may be left out.
 _LEAST_SHARE = 0.05
+# Of raw pixels in tars, none of which are left out.
+_RAW_SHARE = 0.9
+# At most, for each slice: the headers and padding of its parts in a tar, its metadata, its row of the table.
+_BESIDE_PIXELS_BYTES = 4096
 _FEW_CASES = 16
 
 
@@ -83,7 +88,8 @@ class PreparePlan(Plan):
 
         config = self.stage.prepare
         counted = count_slices(self.preparation.cases, config)
-        num_bytes = counted.slices * (1 + config.bits // 8) * config.size**2
+        num_bytes = counted.slices * ((1 + config.bits // 8) * config.size**2 + _BESIDE_PIXELS_BYTES)
+        is_raw = (config.store, config.codec, config.min_labelled_pixels) == ("webdataset", "raw", 0)
         workers = config.workers.num_on_cores
         notes = (
             self.preparation.survey.described,
@@ -97,7 +103,8 @@ class PreparePlan(Plan):
         seconds = counted.slices / (_SLICES_A_SECOND * workers)
         shorter = f"more workers: --prepare.num-workers N (now {workers}), fewer slices: --prepare.slice-stride N"
         return Cost(
-            images=counted.slices, seconds=seconds, num_bytes=num_bytes, notes=notes, sure_share=_LEAST_SHARE,
+            images=counted.slices, seconds=seconds, num_bytes=num_bytes, notes=notes,
+            sure_share=_RAW_SHARE if is_raw else _LEAST_SHARE,
             what=f"{counted.volumes:,} volumes", smaller="--prepare.codec zstd", shorter=shorter,
         )  # fmt: skip
 
@@ -107,7 +114,18 @@ class PreparePlan(Plan):
 
     def announced(self) -> tuple[str, Cost, Path] | None:
         """The cost; that of a few volumes is small."""
-        return ("prepare", self.cost(), self.out) if len(self.preparation.cases) > _FEW_CASES else None
+        return ("prepare", self._missing(), self.out) if len(self.preparation.cases) > _FEW_CASES else None
+
+    def disk_problems(self) -> list[Problem]:
+        """Problems of the disk, also for a few volumes."""
+        return disk_problems(self._missing(), self.out)
+
+    def _missing(self) -> Cost:
+        """The cost, with the bytes that are not there yet; none of a set that is complete."""
+        from data_shards.store.set_index import INDEX
+
+        cost, is_made = self.cost(), (self.out / INDEX).is_file()
+        return replace(cost, num_bytes=0 if is_made else max(0, (cost.num_bytes or 0) - bytes_in(self.out)))
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the shard set."""

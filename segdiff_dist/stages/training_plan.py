@@ -36,7 +36,7 @@ from segdiff_dist.shipped import shipped_config
 from segdiff_dist.stages.base import Done, Plan, Result
 from segdiff_dist.stages.configured import open_tracker, plain
 from segdiff_dist.stages.cost import Cost
-from segdiff_dist.stages.fit import unless_forced
+from segdiff_dist.stages.fit import bytes_in, disk_problems, unless_forced
 from segdiff_dist.tracking.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.checkpoint import complete_ones, read_state
@@ -138,7 +138,7 @@ class TrainingPlan(Plan):
             num_bytes=max(0, disk_bytes(self.network, config) + self.extra_bytes - _bytes_in(self.folder)),
             memory_bytes=memory.needed("GPU" if on_gpu else "lone host"),
             what=f"{number / 1e6:.1f} M parameters, {config.micro_batch_size} images at once",
-            smaller=f"--{self.section}.keep-checkpoints 1" if config.keep_checkpoints > 1 else "",
+            smaller=self._smaller,
             notes=(parameters, f"time: estimated for {where}, {peak.flops / 1e12:.3g} TFLOP/s each"),
         )
 
@@ -147,6 +147,19 @@ class TrainingPlan(Plan):
         if world_size() > 1 or is_short(self.network, self.config.num_images - self.images_seen):
             return None
         return self.stage, self.cost(), self.folder
+
+    def disk_problems(self) -> list[Problem]:
+        """Problems of the disk. A short training writes its checkpoints too."""
+        if world_size() > 1:
+            return []
+        config, latents = self.config, 0 if self.newest_checkpoint else self.extra_bytes
+        num_checkpoints = min(config.keep_checkpoints + 1, -(-config.num_images // config.checkpoint_every_images))
+        least = disk_bytes(self.network, config, num_checkpoints) + latents - _bytes_in(self.folder)
+        return disk_problems(Cost(num_bytes=least, smaller=self._smaller if num_checkpoints > 2 else ""), self.folder)
+
+    @property
+    def _smaller(self) -> str:
+        return f"--{self.section}.keep-checkpoints 1" if self.config.keep_checkpoints > 1 else ""
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -205,8 +218,7 @@ class TrainingPlan(Plan):
 
 def _bytes_in(folder: Path) -> int:
     """Bytes of the checkpoints and weights there are, which new ones replace."""
-    files = (file for name in ("checkpoints", "weights") for file in (folder / name).rglob("*.safetensors"))
-    return sum(file.stat().st_size for file in files)
+    return sum(bytes_in(folder / name, "*.safetensors") for name in ("checkpoints", "weights"))
 
 
 def small_config(shards: ShardSet, side: int, device: torch.device) -> SmallConfig:

@@ -67,13 +67,22 @@ def newest_usable(checkpoints: Path) -> Path | None:
 def why_unusable(folder: Path, *, read_all: bool = False) -> str | None:
     """Why a checkpoint is skipped, for a warning, or None. `read_all` also compares checksums."""
     if not (folder / MARKER).is_file():
-        return "is incomplete and skipped"
+        what = "is from within a streak of skipped steps" if _is_discarded(folder) else "is incomplete"
+        return f"{what} and skipped"
     try:
         ranks = read_state(folder)["ranks"]
     except InputProblems as error:
         return f"is damaged and skipped: {STATE}: {error.problems[0].value}"
     damage = sharded_state.find_damage(folder, ranks, read_all=True) if read_all else None
     return damage and f"is damaged and skipped: {damage}"
+
+
+def _is_discarded(folder: Path) -> bool:
+    """Whether `discard_unsound` took the marker of a checkpoint that was complete."""
+    try:
+        return read_state(folder).get("sound") is False
+    except InputProblems:
+        return False
 
 
 def read_state(folder: Path) -> dict[str, Any]:

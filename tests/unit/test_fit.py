@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from archive_support import Archive
 
 from data_shards import workers
 from data_shards.host_memory import HostMemory, cpu_quota
@@ -33,6 +36,24 @@ def test_a_disk_without_room_is_refused_with_a_remedy(tmp_path: Path, monkeypatc
     monkeypatch.setenv(FORCE, "0")
     with pytest.raises(ValueError, match="or start it all the same: --force"):
         announce("train", cost, tmp_path)
+
+
+def test_a_small_set_and_a_short_training_without_room_are_refused_before_work(
+    archive: Archive,
+    shapes: Path,
+    disk_of: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk = disk_of(1)
+    prepare = ["prepare", str(archive.root), str(disk / "set"), "--config", "smoke", "--prepare.size", "256"]
+    for command in (prepare, ["train", "--config", "smoke", "--data", str(shapes), "--run", str(disk / "run")]):
+        monkeypatch.setenv(FORCE, "0")
+        assert main(command) == 2
+        assert re.search(r"disk: needs about [\d.]+ MB, and 1.0 MB are free; .*--force", capsys.readouterr().err)
+        assert list(disk.iterdir()) == []
+        assert main([*command, "--dry-run", "--force"]) == 0
+        assert "are free (--force)" in capsys.readouterr().err
 
 
 def test_more_than_a_day_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

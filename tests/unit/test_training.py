@@ -217,6 +217,8 @@ def test_a_run_that_never_learned_names_no_checkpoint(
     with pytest.raises(TrainingStopped, match=r"No checkpoint is from before.*lower lr"):
         run_training(shapes, tmp_path, **DIVERGING)
     assert not (tmp_path / "weights").exists()
+    with pytest.warns(UserWarning, match="is from within a streak of skipped steps and skipped"):
+        assert checkpoint.complete_ones(tmp_path / "checkpoints") == []
 
 
 def test_a_spike_is_skipped_and_the_rest_is_as_if_it_had_not_been() -> None:
