@@ -94,7 +94,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget-minutes", type=float, help="stop after so many minutes; the same command goes on")
     parser.add_argument("--quick", action="store_true", help="a tiny one, to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if "controlnet" in args.arms and "base" not in args.arms:
+        parser.error("--arms controlnet: it needs base; add it")
+    args.arms = [name for name in ARMS if name in args.arms]  # base before controlnet
+    return args
 
 
 def labelled_part(shards: ShardSet, patients: int) -> Iterator[SliceRecord]:

@@ -45,6 +45,7 @@ def main() -> int:
     args = parse()
     deadline = NEVER if args.budget_minutes is None else time.time() + 60 * args.budget_minutes
     scale = replace(QUICK, patients=(4, 1, 2)) if args.quick else replace(SCALE, side=args.side)
+    refuse_another_data(args)
     if args.dry_run:
         print_plan(args)
         return 0
@@ -93,12 +94,22 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def refuse_another_data(args: argparse.Namespace) -> None:
-    """Slices that do not go with the arguments."""
+    """Slices that do not go with the arguments, as far as they are there."""
     from data_shards.store.shards import ShardSet
 
-    shards = ShardSet.open([str(args.out / "shards")])
+    made, archive = args.out / "shards", args.archive
+    if archive is not None and not archive.is_dir():
+        raise InputProblems([Problem("arguments", "--archive", f"no folder {archive}", "give volumes or a shard set")])
+    is_set = archive is not None and (archive / "index.json").is_file()
+    if is_set and made.exists() and made.resolve() != archive.resolve():
+        value = f"{archive}, and {made} has other slices"
+        raise InputProblems([Problem("arguments", "--archive", value, "give another --out")])
+    folder = archive if is_set else made
+    if not (folder / "index.json").is_file():
+        return
+    shards = ShardSet.open([str(folder)])
     if shards.size != args.side:
-        value = f"{args.side} pixels, the slices in {args.out / 'shards'} have {shards.size}"
+        value = f"{args.side} pixels, the slices in {folder} have {shards.size}"
         raise InputProblems([Problem("arguments", "--side", value, f"give --side {shards.size}, or another --out")])
     if not len(shards.select(split=args.split)):
         other = "val" if args.split == "test" else "test"

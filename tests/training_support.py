@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from segdiff_dist.training.loop import TrainingJob, train
 
 CPU = torch.device("cpu")
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=(16,))
+# Also reads what the loader did to each slice.
+LABELLED = replace(NET, augmentation_labels=True)
 DIFFUSION = DiffusionConfig(prediction_type="v", zero_terminal_snr=True)
 LOADER = LoaderConfig(flip=True, rotate_degrees=10)
 QUICK: dict[str, Any] = {
@@ -73,7 +76,7 @@ def logged(run: Path) -> list[list[float | None]]:
 def plain_losses(shapes: Path, steps: int, num_images: int) -> list[float]:
     """The same run in plain PyTorch, fp32: gradients of two micro-batches of 4 averaged, AdamW, the same schedule."""
     shards, config = ShardSet.open(shapes), TrainConfig(**{**QUICK, "num_images": num_images})
-    task = DenoiserTask(shards, shards.size, NET, DIFFUSION, 0, Path("unused"), CPU)
+    task = DenoiserTask(shards, shards.size, LABELLED, DIFFUSION, 0, Path("unused"), CPU)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     positions = rank_positions(0, micro_batch_size=4, num_micro_batches=2, rank=0, world_size=1)
     order = Shuffled(shards.select(split="train"), 0)
@@ -118,7 +121,7 @@ def train_under(
             "optimizer": optimizer,
         }
         with _stopped_at(until if until and until < num_images else None):
-            run_training(shapes, folder, **changes)
+            run_training(shapes, folder, LABELLED, **changes)
     assert "torch._inductor.compile_fx" not in sys.modules, "a compiler that nobody asked for takes seconds to load"
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_support import CPU, DIFFUSION, LOADER, NET, run_training
+from sampling_support import sample_and_compare_pipeline
+from training_support import CPU, DIFFUSION, LABELLED, LOADER, NET, run_training
 
 from data_shards.feed.augment import NUM_LABELS, steering
 from data_shards.feed.config import LoaderConfig
@@ -22,7 +23,6 @@ from segdiff_dist.cli import main
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import DenoiserTask
 
-LABELLED = replace(NET, augmentation_labels=True)
 AUGMENTED = replace(LOADER, flip=True, rotate_degrees=20.0, zoom=0.2, jitter_mr=0.3, crop="random", crop_size=8)
 
 
@@ -82,13 +82,17 @@ def test_the_net_begins_as_the_one_without_and_sampling_adds_nothing(small_shape
         assert not torch.equal(stored, model(x, time, *shown))
 
 
-def test_a_training_goes_on_as_it_would_have(small_shapes: Path, tmp_path: Path) -> None:
+def test_a_training_goes_on_as_it_would_have_and_a_pipeline_samples_as_segdiff_does(
+    small_shapes: Path, tmp_path: Path
+) -> None:
     whole = run_training(small_shapes, tmp_path, LABELLED, num_images=32, checkpoint_every_images=16)
     shutil.rmtree(tmp_path / "checkpoints" / f"{32:012d}")
     assert run_training(small_shapes, tmp_path, LABELLED, num_images=32, checkpoint_every_images=16) == whole
     loaded = Denoiser.load(tmp_path / "weights" / "ema_0.05")
     assert loaded.augmentation_embedding is not None
     assert loaded.augmentation_embedding.linear.weight.abs().max() > 0, "it was learned"
+    weights = (tmp_path / "weights" / "ema_0.05").rename(tmp_path / "weights" / "ema")
+    sample_and_compare_pipeline(weights, small_shapes, num=2)
 
 
 def test_what_labels_do_not_go_with_is_named(

@@ -54,10 +54,15 @@ def test_models_differ_from_concat_in_what_they_are_named_for(args: Any, tmp_pat
         assert changed <= {"denoiser", "diffusion", "sample", "autoencoder"}, model
 
 
-def test_slices_of_another_side_or_split_are_refused(args: Any) -> None:
-    args.side = 64
-    with pytest.raises(InputProblems, match="give --side 32"):
-        models.refuse_another_data(args)
+def test_slices_of_another_side_or_set_are_refused(args: Any, small_shapes: Path, tmp_path: Path) -> None:
+    for name, value, match in (
+        ("side", 64, "give --side 32"),
+        ("archive", small_shapes, "has other slices"),
+        ("archive", tmp_path / "none", "no folder"),
+    ):
+        setattr(args, name, value)
+        with pytest.raises(InputProblems, match=match):
+            models.refuse_another_data(args)
 
 
 def test_the_mean_of_seeds_keeps_the_interval_over_patients_of_the_first() -> None:

@@ -28,7 +28,7 @@ from segdiff_dist.sampling.job import prepare_job
 NET = DenoiserConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_resolutions=())
 SMALL = replace(NET, low_resolution=8)
 OWN = ["--denoiser.attention-resolutions", "8", "--train.num-images", "64", "--train.checkpoint-every-images", "32"]
-OWN += ["--train.log-every-images", "16", "--train.ema-lengths", "0.05"]
+OWN += ["--train.log-every-images", "16", "--train.ema-lengths", "0.05", "--denoiser.augmentation-labels"]
 
 
 def write_stage(folder: Path, config: DenoiserConfig, size: int = 16, seed: int = 0, **trained_with: object) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_shards.feed.augment import NUM_LABELS
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import Batch
@@ -39,6 +40,8 @@ def pair(**changes: Any) -> tuple[Denoiser, Denoiser]:
     config = replace(NET, **changes)
     torch.manual_seed(0)
     eager = Denoiser(config, AMOS, SIZE).prepare_for(DEVICE).train()
+    if eager.augmentation_embedding is not None:  # begins as 0
+        torch.nn.init.normal_(eager.augmentation_embedding.linear.weight)
     fused = Denoiser(replace(config, kernels="triton"), AMOS, SIZE).prepare_for(DEVICE).train()
     fused.load_state_dict(eager.state_dict())
     return eager, fused
@@ -48,12 +51,13 @@ def upsampling(denoiser: Denoiser) -> Upsample2D:
     return next(module for module in denoiser.unet.modules() if isinstance(module, Upsample2D))
 
 
-def inputs(soft: bool = False) -> tuple[Tensor | None, ...]:
+def inputs(soft: bool = False, labelled: bool = False) -> tuple[Tensor | None, ...]:
     x_t = torch.randn(2, 1, SIZE, SIZE)
     mask = torch.randint(0, AMOS.num_classes, (2, SIZE, SIZE), dtype=torch.uint8)
     mask[0, :3] = 255
     edge = torch.randint(0, AMOS.num_classes, (2, 2, SIZE, SIZE), dtype=torch.uint8) if soft else None
-    given = (x_t, torch.tensor([3, 900]), mask, torch.tensor([0, 4]), edge)
+    label = torch.randn(2, NUM_LABELS) if labelled else None
+    given = (x_t, torch.tensor([3, 900]), mask, torch.tensor([0, 4]), edge, None, None, label)
     return tuple(x if x is None else x.to(DEVICE) for x in given)
 
 
@@ -67,15 +71,15 @@ def gradients(model: Denoiser, given: tuple[Tensor | None, ...]) -> tuple[Tensor
 @pytest.mark.parametrize(
     "changes",
     [
-        {"soft_masks": True},
+        {"soft_masks": True, "augmentation_labels": True},
         {"mask_encoding": "scalar_signed", "class_conditioning": False},
         {"mask_encoding": "embedding", "conditioning": "multiply"},
-        {"net": "efficient"},
+        {"net": "efficient", "augmentation_labels": True},
     ],
 )
 def test_loss_and_gradients_are_eagers(changes: dict[str, Any]) -> None:
     eager, fused = pair(**changes)
-    given = inputs(soft="soft_masks" in changes)
+    given = inputs(soft="soft_masks" in changes, labelled="augmentation_labels" in changes)
     loss, expected = gradients(eager, given)
     fused_loss, found = gradients(fused, given)
     assert relative_error(fused_loss, loss) <= 1e-5
@@ -114,8 +118,9 @@ def test_zero_3_trains_it_as_it_trains_eager(net: str, channels: tuple[int, ...]
     """Where weights are gathered for the modules that are called, and the fused ones read some of their children's;
     two levels have resampling convolutions, whose biases later blocks would read after they are released."""
     config = TrainConfig(global_batch_size=2, micro_batch_size=2, precision="fp32", zero_stage=3, lr=1e-2)
-    models, losses = pair(net=net, block_out_channels=channels, attention_resolutions=()), []
-    given = inputs()  # after pair, which sets the seed
+    settings = {"block_out_channels": channels, "attention_resolutions": (), "augmentation_labels": True}
+    models, losses = pair(net=net, **settings), []
+    given = inputs(labelled=True)  # after pair, which sets the seed
     for model in models:
         engine = Engine(model, config, 2, DEVICE)
         for _ in range(2):
