@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from segdiff_dist.pipeline import SegGuidedPipeline, SliceKey
 
 # Python's own 5 ms are what the computing thread may wait, after each of the network's hundreds of operations, while
-# another thread reads a mask or encodes an image. All cores are idle then.
+# another thread reads a mask or encodes an image. It helped on a busy machine, and made no difference on a quiet one.
 _SWITCH_S = 1e-4
 # Passes made, and passes in all.
 Progress = Callable[[int, int], None]
