@@ -48,8 +48,8 @@ def test_starter_is_one_command_whose_parts_can_be_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its commands are known to `segdiff`; before it has trained, all that is missing is the run."""
-    told = subprocess.run(["make", "-n", "starter"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    lines = told.replace("\\\n", "").splitlines()
+    printed = subprocess.run(["make", "-n", "starter"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    lines = printed.replace("\\\n", "").splitlines()
     commands = [shlex.split(line.partition("/segdiff ")[2]) for line in lines if "/segdiff " in line]
     assert [words[0] for words in commands] == ["demo", "export"]
     monkeypatch.chdir(tmp_path)
