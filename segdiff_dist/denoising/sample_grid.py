@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.files import new_file
 from data_shards.labels import LabelTable
 from data_shards.records import SliceRecord
 from data_shards.store.contact_sheet import class_colours
@@ -67,7 +68,8 @@ def draw_sample_grid(
             shown = Image.fromarray(pixels).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(shown, (left, _TOP + _CAPTION + line * (cell + _GAP)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with new_file(path) as unfinished:
+        sheet.save(unfinished, format="PNG")
 
 
 def _text(draw: Any, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:

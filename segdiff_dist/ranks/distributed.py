@@ -23,6 +23,7 @@ from typing import Any
 from data_shards.problems import Problem, problem, refuse
 
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ADDRESS = {"MASTER_ADDR", "MASTER_PORT"}
 # How often a rank that waits for others looks whether it was interrupted.
 _LOOK_S = 0.2
 _UNSET = "where no launcher started this command, `unset RANK WORLD_SIZE MASTER_ADDR` and start it again"
@@ -74,10 +75,8 @@ def prepare_environment() -> None:
         # A machine that cannot resolve its own name has no other.
         if loopback := _interface_towards("127.0.0.1"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    elif world_size() > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        ranks = f"{os.environ['RANK']} of {world_size()}, without MASTER_ADDR and MASTER_PORT"
-        raise problem("environment", "RANK", ranks, _UNSET)
-    elif world_size() > 1 and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
+    refuse(launcher_problems())
+    if world_size() > 1 and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
@@ -96,12 +95,14 @@ def leave_launcher(command: str) -> str | None:
 def launcher_problems() -> list[Problem]:
     """Problems of the ranks that the environment names."""
     given = {name: os.environ[name] for name in _LAUNCHERS if name in os.environ and name != "MASTER_ADDR"}
+    has_address = set(os.environ) >= _ADDRESS
     wrong = [name for name, value in given.items() if not value.isdecimal()]
     if not wrong and "WORLD_SIZE" in given and "RANK" not in given:
         wrong = ["WORLD_SIZE"]
-    elif not wrong and rank() >= world_size():
+    elif not wrong and (rank() >= world_size() or (world_size() > 1 and not has_address)):
         wrong = ["RANK"]
-    values = f"{' '.join(f'{name}={value}' for name, value in given.items())}: no launcher sets that"
+    missing = "" if has_address else ", without MASTER_ADDR and MASTER_PORT"
+    values = f"{' '.join(f'{name}={value}' for name, value in given.items())}{missing}: no launcher sets that"
     return [Problem("environment", name, values, _UNSET) for name in wrong[:1]]
 
 

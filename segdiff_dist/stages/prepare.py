@@ -17,6 +17,7 @@ from segdiff_dist.stages.configured import ConfiguredStage, open_tracker
 from segdiff_dist.stages.cost import Cost
 from segdiff_dist.stages.fit import bytes_in, disk_problems
 from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.tracking.store import bytes_of_record
 
 if TYPE_CHECKING:
     from data_shards.ingest.prepare import Preparation, PrepareReport
@@ -89,6 +90,7 @@ class PreparePlan(Plan):
         config = self.stage.prepare
         counted = count_slices(self.preparation.cases, config)
         num_bytes = counted.slices * ((1 + config.bits // 8) * config.size**2 + _BESIDE_PIXELS_BYTES)
+        num_bytes += bytes_of_record(self.out, self.stage.tracking)
         is_raw = (config.store, config.codec, config.min_labelled_pixels) == ("webdataset", "raw", 0)
         workers = config.workers.num_on_cores
         notes = (

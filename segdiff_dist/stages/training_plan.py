@@ -38,6 +38,7 @@ from segdiff_dist.stages.configured import open_tracker, plain
 from segdiff_dist.stages.cost import Cost
 from segdiff_dist.stages.fit import bytes_in, disk_problems, unless_forced
 from segdiff_dist.tracking.data_sets import describe_shards, log_shards
+from segdiff_dist.tracking.store import bytes_of_record
 from segdiff_dist.tracking.tracker import Tracker
 from segdiff_dist.training.checkpoint import complete_ones, read_state
 from segdiff_dist.training.config import TrainConfig
@@ -135,7 +136,7 @@ class TrainingPlan(Plan):
         return Cost(
             images=images,
             seconds=duration_s(self.network, images, peak.flops * world_size()),
-            num_bytes=max(0, disk_bytes(self.network, config) + self.extra_bytes - _bytes_in(self.folder)),
+            num_bytes=self._bytes_to_come(disk_bytes(self.network, config) + self.extra_bytes),
             memory_bytes=memory.needed("GPU" if on_gpu else "lone host"),
             what=f"{number / 1e6:.1f} M parameters, {config.micro_batch_size} images at once",
             smaller=self._smaller,
@@ -154,8 +155,13 @@ class TrainingPlan(Plan):
             return []
         config, latents = self.config, 0 if self.newest_checkpoint else self.extra_bytes
         num_checkpoints = min(config.keep_checkpoints + 1, -(-config.num_images // config.checkpoint_every_images))
-        least = disk_bytes(self.network, config, num_checkpoints) + latents - _bytes_in(self.folder)
+        least = self._bytes_to_come(disk_bytes(self.network, config, num_checkpoints) + latents)
         return disk_problems(Cost(num_bytes=least, smaller=self._smaller if num_checkpoints > 2 else ""), self.folder)
+
+    def _bytes_to_come(self, of_training: int) -> int:
+        """Bytes on the disk besides those of the files that will be replaced; with MLflow's database."""
+        of_record = bytes_of_record(self.experiment.path("run"), self.experiment.tracking)
+        return max(0, of_training - _bytes_in(self.folder)) + of_record
 
     @property
     def _smaller(self) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -22,6 +24,7 @@ from typing import Any
 
 from data_shards.files import first_line
 from data_shards.problems import OutOfSpace, problem, saying_when_full
+from data_shards.progress import QUIET
 from segdiff_dist.config import flatten
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.tracking.descriptions import source_tags
@@ -42,6 +45,8 @@ _BATCH = 1000
 _GATHER_S = 1.0
 # Seconds between two tries while the server does not answer: the first pause, doubled up to the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
+# The end of a stage says that it waits after so long, and then waits so long for a server that has never answered.
+_SILENT_S, _NEVER_THERE_S = 2.0, 5.0
 # How to take over a folder whose tracking this user did not begin on this machine.
 _FOREIGN = "its tracking was begun by another user or on another machine, or was changed since"
 _ADOPT = "if you trust the folder, `segdiff track {} --adopt` takes it over"
@@ -232,23 +237,30 @@ class _Sender(threading.Thread):
         super().__init__(name="mlflow", daemon=True)
         self._mlflow, self._own = run, own
         self._appended, self._closing, self._given_up = threading.Event(), threading.Event(), threading.Event()
-        self._done = False
+        self._done, self._is_dead = False, False
 
     def wake(self) -> None:
         """Report that there is something to send."""
         self._appended.set()
 
     def finish(self, timeout_s: float) -> bool:
-        """Send the rest within `timeout_s`, after the last append. Returns whether everything was sent."""
+        """Send the rest within `timeout_s`, after the last append; within a few seconds if the server has failed, and
+        never answered. Returns whether everything was sent."""
         self._closing.set()
         self._appended.set()
-        self.join(timeout_s)
+        end = time.monotonic() + timeout_s
+        self.join(min(_SILENT_S, timeout_s))
+        most_s = min(end - time.monotonic(), _NEVER_THERE_S if self._is_dead else timeout_s)
+        if self.is_alive() and most_s > 0:
+            if not os.environ.get(QUIET):
+                sys.stderr.write(f"waiting up to {most_s:.0f} s for MLflow at {self._mlflow.uri}\n")
+            self.join(most_s)
         self._given_up.set()
         return self._done
 
     def run(self) -> None:
         """Send until everything is sent after `finish`, or its time is over."""
-        pause_s, said = _FIRST_PAUSE_S, False
+        pause_s, said, has_answered = _FIRST_PAUSE_S, False, False
         while not self._given_up.is_set():
             last_round = self._closing.is_set()
             self._appended.clear()
@@ -258,12 +270,12 @@ class _Sender(threading.Thread):
                 if not said:
                     where = f"MLflow at {self._mlflow.uri} accepts nothing now ({first_line(error)})"
                     warnings.warn(f"{where}; records wait in {self._own.path.parent} until it does", stacklevel=1)
-                said = True
+                said, self._is_dead = True, not has_answered
                 # At the end of the stage it tries at once, and then again after short pauses.
                 self._given_up.wait(_FIRST_PAUSE_S) if last_round else self._closing.wait(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
-            pause_s, said = _FIRST_PAUSE_S, False
+            pause_s, said, has_answered, self._is_dead = _FIRST_PAUSE_S, False, True, False
             if last_round and not self._given_up.is_set():
                 self._own.remove()
                 self._done = True

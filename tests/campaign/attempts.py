@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import shutil
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -19,13 +20,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from campaign.damage import damaged
 from campaign.inputs import Kind, copy_of
 
 OUTCOMES = ("refused", "same result", "another valid file", "unclean", "hung", "swollen", "silently wrong")
 FAULTS = OUTCOMES[3:]
-# An attempt takes milliseconds; inputs are some KB.
+# An attempt takes milliseconds of processor time; inputs are some KB.
 MOST_S, MOST_BYTES = 20.0, 256 * 2**20
+# Of a process that waits for ever: on a busy machine, one that works waits for a core too.
+_MOST_WAITING = 6
 # Above what the process holds already, so that a wrong size is an error and not the end of the machine.
 _ROOM_BYTES = 4 * 2**30
 _LONGEST = 6_000
@@ -142,11 +147,11 @@ class Watched:
             raise RuntimeError(f"{self._arguments[0].name}: the good input is not read: {failure}")
 
     def outcome(self, number: int, most_s: float = MOST_S) -> tuple[str, str]:
-        """Of one attempt."""
+        """Of one attempt. `most_s`: of processor time."""
         try:
             self._pipe.send(number)
-            outcome, words = "hung", f"no answer in {most_s:g} s"
-            if self._pipe.poll(most_s):
+            outcome, words = "hung", f"no answer in {most_s:g} s of processor time"
+            if self._answers(most_s):
                 outcome, words = self._pipe.recv()
                 if outcome != "swollen":  # a process may keep the memory, and then does not grow the next time
                     return outcome, words
@@ -156,6 +161,21 @@ class Watched:
         self.end()
         self._start()
         return outcome, words
+
+    def _answers(self, most_s: float) -> bool:
+        begun, used_s = time.monotonic(), self._used_s()
+        while not self._pipe.poll(0.2):
+            if self._used_s() - used_s > most_s or time.monotonic() - begun > _MOST_WAITING * most_s:
+                return False
+        return True
+
+    def _used_s(self) -> float:
+        """Processor time of the process that reads."""
+        try:
+            times = psutil.Process(self._process.pid).cpu_times()
+        except psutil.Error:  # it has ended, which the pipe says
+            return 0.0
+        return float(times.user + times.system)
 
     def end(self) -> None:
         self._process.kill()

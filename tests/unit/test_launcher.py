@@ -85,7 +85,10 @@ def test_a_world_of_one_is_forgotten_without_a_word(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "values",
-    [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "one", "WORLD_SIZE": "2"}],
+    [
+        *({"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "one", "WORLD_SIZE": "2"}),
+        {"RANK": "0", "WORLD_SIZE": "2"},  # nor the address of rank 0
+    ],
 )
 def test_what_no_launcher_sets_is_refused(
     values: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

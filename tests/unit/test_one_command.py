@@ -99,7 +99,8 @@ def test_every_rank_refuses_what_another_job_trains(
 ) -> None:
     file, args = commands(run.parent, run, shapes)["train"]
     with locked(file, run, "is training there"):
-        for key, value in {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29511"}.items():
+        launched = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for key, value in {**launched, "MASTER_PORT": "29511"}.items():
             monkeypatch.setenv(key, value)
         assert cli.main(["train", *args]) == 2
     assert "is training there; wait for it" in capsys.readouterr().err

@@ -219,8 +219,9 @@ def test_a_rank_left_in_the_shell_is_not_refused_in_silence(
     for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")]) == 2
-    assert "nowhere" in capsys.readouterr().err
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # a launch: its first rank on this machine says it
+    assert "RANK: RANK=3 WORLD_SIZE=4 LOCAL_RANK=3, without MASTER_ADDR" in capsys.readouterr().err
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
+        monkeypatch.setenv(name, value)  # a launch: its first rank on this machine says it
     assert cli.main(["train", "--data", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")]) == 2
     assert "nowhere" not in capsys.readouterr().err
 

@@ -93,6 +93,20 @@ def test_a_step_never_waits_for_a_server_that_hangs(
     assert any(f"504 records for MLflow at {tracking_uri(tmp_path / 'run')} wait" in str(w.message) for w in recwarn)
 
 
+def test_the_end_of_a_stage_says_that_it_waits_and_not_long_for_a_dead_server(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with Tracker(tmp_path / "run", QUIET, "train"):
+        until(lambda: any("accepts nothing now" in str(one.message) for one in recwarn.list))
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 20  # of 30
+    assert "waiting up to 5 s for MLflow at http://127.0.0.1" in capsys.readouterr().err
+
+
 def test_what_a_killed_process_recorded_is_sent_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     program = f"""
