@@ -8,7 +8,7 @@ the file when it ends. The file of a dead holder is taken over:
 - On the holder's own machine the kernel has released the flock. If the file system has no locks, the process and its
   start time decide.
 - On another machine the flock of a shared file system is not always reliable, so the file is watched: a running holder
-  touches it. Clocks are not compared.
+  touches it. Clocks are not compared: they jump, and those of machines and file servers differ.
 
 The library filelock is not used: it names no holder, and cannot distinguish a dead machine's lock from a busy one.
 """
@@ -45,8 +45,6 @@ class Times:
     """Interval at which a holder touches its file."""
     watch_s: float = 35.0
     """Time without a touch after which a holder on another machine counts as dead: several intervals."""
-    long_ago_s: float = 3600.0
-    """A file that was not touched for this long need not be watched, even if clocks are wrong."""
     same_job_s: float = 90.0
     """Time that a restarted rank waits for the end of its predecessor."""
     grace_s: float = 1.0
@@ -166,8 +164,6 @@ class _Watch:
         """True if it was touched since the last check of the same holder, False if it was not touched for too long,
         None until one of the two is known."""
         touched, content = os.fstat(descriptor).st_mtime_ns, os.pread(descriptor, MOST_BYTES, 0)
-        if time.time() - touched / 1e9 > TIMES.long_ago_s:
-            return False
         before, self._seen = self._seen, (touched, content)
         if before[1] != content:
             self._since = time.monotonic()

@@ -144,10 +144,16 @@ def test_of_another_machine_only_who_gives_no_sign_is_taken_for_dead(
     finally:
         beating.release()
 
-    left_by(file, host="node-3", machine="another:1")
-    os.utime(file, (0, 0))
-    monkeypatch.setattr(locks, "TIMES", replace(locks.TIMES, watch_s=1000.0))
-    take(file)  # long ago: nothing to wait for
+
+@pytest.mark.usefixtures("quick")
+def test_a_clock_that_is_wrong_does_not_make_a_holder_dead(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = left_by(file, host="node-3", machine="another:1")
+    beating = locks.Held(file, os.open(file, os.O_RDWR), holder)
+    for jumped in (time.time() + 10**6, time.time() - 10**6):
+        monkeypatch.setattr(time, "time", lambda jumped=jumped: jumped)
+        with pytest.warns(match="waiting"), pytest.raises(InputProblems, match="is preparing it"):
+            take(file)
+    beating.release()
 
 
 @pytest.mark.usefixtures("quick")
