@@ -46,7 +46,7 @@ _GATHER_S = 1.0
 # Seconds between two tries while the server does not answer: the first pause, doubled up to the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 # The end of a stage says that it waits after so long, and then waits so long for a server that has never answered.
-_SILENT_S, _NEVER_THERE_S = 2.0, 5.0
+_SILENT_S, _NEVER_THERE_S = 1.0, 3.0
 # How to take over a folder whose tracking this user did not begin on this machine.
 _FOREIGN = "its tracking was begun by another user or on another machine, or was changed since"
 _ADOPT = "if you trust the folder, `segdiff track {} --adopt` takes it over"

@@ -104,7 +104,7 @@ def test_the_end_of_a_stage_says_that_it_waits_and_not_long_for_a_dead_server(
         until(lambda: any("accepts nothing now" in str(one.message) for one in recwarn.list))
         begun = time.monotonic()
     assert time.monotonic() - begun < 20  # of 30
-    assert "waiting up to 5 s for MLflow at http://127.0.0.1" in capsys.readouterr().err
+    assert "waiting up to 3 s for MLflow at http://127.0.0.1" in capsys.readouterr().err
 
 
 def test_what_a_killed_process_recorded_is_sent_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
