@@ -56,7 +56,8 @@ class DistilConfig:
             for one in fields(SamplerConfig)
             if (value := getattr(self.sampler, one.name)) != getattr(defaults, one.name)
         }
-        sampler = replace(of_teacher, **given).resolved(diffusion.objective)
+        # The coefficients of a student's steps are those of its levels, so its teacher uses them too.
+        sampler = replace(replace(of_teacher, sigma_shift=1.0), **given).resolved(diffusion.objective)
         if sampler.timestep_spacing == "leading" and diffusion.objective == "ddpm":
             sampler = replace(sampler, timestep_spacing="trailing")
         assert sampler.num_steps is not None
@@ -81,6 +82,7 @@ class DistilConfig:
 
         default("eta", "a student learns where the teacher leads without noise")
         default("churn", "a student learns where the teacher leads without noise")
+        default("sigma_shift", "a student learns its teacher's steps at the levels that they have")
         default("guidance_weights", "the training has no second teacher")
         default("segmenter_guidance", "the training has no segmenter")
         named = sampler.timestep_spacing in ("trailing", "karras", "log_snr")

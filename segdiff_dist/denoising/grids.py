@@ -58,6 +58,18 @@ def level_at(sigma: float, process: Process) -> Level:
     return Level(alpha_bar, process.time_at(sigma))
 
 
+def shown_level(level: Level, sampler: SamplerConfig, process: Process) -> Level:
+    """The level that the network is given at this one: sigma_shift times its sigma, within sigma_shift_interval.
+
+    The error of earlier steps is left in x as noise beyond the level's own, which a net given the true level does not
+    remove (Li et al. 2024, "Alleviating exposure bias in diffusion models through sampling with shifted time steps").
+    """
+    low, high = sampler.sigma_shift_interval
+    if sampler.sigma_shift == 1.0 or not low < level.sigma <= high:
+        return level
+    return level_at(min(sampler.sigma_shift * level.sigma, process.sigma_range()[1]), process)
+
+
 def spaced_timesteps(num_train_timesteps: int, num_steps: int, spacing: TimestepSpacing) -> np.ndarray:
     """int64 [S] timesteps, falling. Lin et al. 2024, table 2, less 1: ours count from 0."""
     if spacing == "leading":

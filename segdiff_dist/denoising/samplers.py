@@ -8,7 +8,7 @@ compares the solvers. Dimensions: B batch, C channels, H rows, W columns, S samp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 from data_shards.records import Batch
 from segdiff_dist.denoising.conditioning import Conditions, modality_of
 from segdiff_dist.denoising.config import DiffusionConfig
-from segdiff_dist.denoising.grids import Level, level_at, levels_of
-from segdiff_dist.denoising.process import Process, make_process
+from segdiff_dist.denoising.grids import Level, level_at, levels_of, shown_level
+from segdiff_dist.denoising.process import Process, TimestepProcess, make_process
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.diffusers_parts import respaced
+from segdiff_kernels.noising import LinearPrediction
 from segdiff_kernels.sampler_step import ddim_schedule, ddim_step, dynamic_limit, multistep_schedule, multistep_step
 
 if TYPE_CHECKING:
@@ -89,17 +90,22 @@ def sample(
         x_T_BCHW = x_T_BCHW * math.sqrt(1.0 - levels[0].alpha_bar)
 
     def predicted(x_t_BCHW: Tensor, level: Level) -> Tensor:
-        timestep_B = torch.full((len(x_t_BCHW),), level.time, device=x_t_BCHW.device)
-        scale = process.scale_at(level.alpha_bar)
+        shown = shown_level(level, own, process)
+        timestep_B = torch.full((len(x_t_BCHW),), shown.time, device=x_t_BCHW.device)
+        scale = process.scale_at(shown.alpha_bar) * _from_one_to(level, shown)
         input_BCHW = x_t_BCHW if scale == 1.0 else scale * x_t_BCHW
         net = predict if unguided is None or is_guided(own, level) else unguided
         return net(input_BCHW, timestep_B)
 
-    if fused and guide is None and own.solver in ("ddim", "dpm_solver_pp_2m"):
+    has_kernel = own.solver in ("ddim", "dpm_solver_pp_2m")
+    has_kernel = has_kernel and (own.sigma_shift == 1.0 or not isinstance(process, TimestepProcess))
+    if fused and guide is None and has_kernel:
         return _fused(predicted, process, own, levels, x_T_BCHW, step_noise)
 
     def x_0_at(x_t_BCHW: Tensor, level: Level) -> Tensor:
-        x0_pred_BCHW = process.x_0_at(predicted(x_t_BCHW, level), x_t_BCHW, level.alpha_bar)
+        shown = shown_level(level, own, process)
+        seen_BCHW = x_t_BCHW if shown is level else _from_one_to(level, shown) * x_t_BCHW
+        x0_pred_BCHW = process.x_0_at(predicted(x_t_BCHW, level), seen_BCHW, shown.alpha_bar)
         return x0_pred_BCHW if guide is None else guide(x0_pred_BCHW, level.alpha_bar)
 
     def bounded_x_0_at(x_t_BCHW: Tensor, level: Level) -> Tensor:
@@ -108,6 +114,12 @@ def sample(
     assert own.solver is not None, "resolved() chooses one"
     of_step = x_0_at if own.solver in _BOUND_THEMSELVES else bounded_x_0_at
     return _SOLVERS[own.solver](of_step, levels, x_T_BCHW, own, process, step_noise)
+
+
+def _from_one_to(level: Level, shown: Level) -> float:
+    """The factor from x in its variance-preserving form at one level to that at another with the same image and noise.
+    1 if they are the same level, for pure noise too."""
+    return 1.0 if shown is level else math.sqrt(shown.alpha_bar / level.alpha_bar)
 
 
 def bounded(x0_pred_BCHW: Tensor, sampler: SamplerConfig) -> Tensor:
@@ -168,7 +180,7 @@ def _fused(
     """DDIM or DPM-Solver++(2M) by segdiff_kernels.sampler_step: one launch a step besides the network's."""
     a_S, steps, x_t_BCHW, x_0_BCHW = _alpha_bars(levels), range(len(levels)), x_T_BCHW, None
     is_ddim = sampler.solver == "ddim"
-    predictions = process.step_predictions([level.alpha_bar for level in levels])
+    predictions = _step_predictions(levels, sampler, process)
     if is_ddim:
         schedule = ddim_schedule(a_S, steps, predictions, sampler.eta)
     else:  # the bound changes the second step, and with it the images: the same here as without the kernel
@@ -185,6 +197,18 @@ def _fused(
         else:
             x_t_BCHW, x_0_BCHW = multistep_step(x_t_BCHW, prediction_BCHW, x_0_BCHW, coefficients, limit_B=limit_B)
     return x_t_BCHW
+
+
+def _step_predictions(
+    levels: list[Level], sampler: SamplerConfig, process: Process
+) -> str | Sequence[LinearPrediction]:
+    """How x_0 follows from x_t and the prediction at each step, of the level that the network is given."""
+    shown = [shown_level(level, sampler, process) for level in levels]
+    predictions = process.step_predictions([level.alpha_bar for level in shown])
+    if isinstance(predictions, str):
+        return predictions
+    factors = [_from_one_to(level, other) for level, other in zip(levels, shown, strict=True)]
+    return [p._replace(x0_from_x=p.x0_from_x * factor) for p, factor in zip(predictions, factors, strict=True)]
 
 
 def _ddim(

@@ -199,14 +199,30 @@ def test_unipc_is_four_times_nearer_to_a_mixture_on_karras_grid() -> None:
     assert errors["karras"] * 4 < errors["trailing"], errors
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("diffusion", [EDM, FLOW, DDPM], ids=["edm", "flow", "ddpm"])
+def test_a_shifted_level_gives_the_mean_for_more_noise(solver: Any, diffusion: DiffusionConfig) -> None:
+    """One step from sigma leads to the predicted x_0 itself, here the mean for images with 1.3 sigma."""
+    x_T = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampler = SamplerConfig(solver=solver, num_steps=1, timestep_spacing="karras", sigma_max=0.5, clip_sample=False)
+    sampler = replace(sampler, sigma_shift=1.3)
+    predict = exact_predictor(diffusion, gaussian_mean)
+    found = sample(predict, diffusion, sampler, x_T)
+    torch.testing.assert_close(found, gaussian_mean(0.5 * x_T, 1.3 * 0.5), atol=1e-4, rtol=0)
+    for outside in ((0.0, 0.4), (0.6, 2.0)):
+        found = sample(predict, diffusion, replace(sampler, sigma_shift_interval=outside), x_T)
+        torch.testing.assert_close(found, gaussian_mean(0.5 * x_T, 0.5), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.3])
 @pytest.mark.parametrize("solver", ["ddim", "dpm_solver_pp_2m"])
-@pytest.mark.parametrize("diffusion", [EDM, FLOW], ids=["edm", "flow"])
-def test_the_fused_step_makes_the_same_images(solver: Any, diffusion: DiffusionConfig) -> None:
+@pytest.mark.parametrize("diffusion", [EDM, FLOW, DDPM], ids=["edm", "flow", "ddpm"])
+def test_the_fused_step_makes_the_same_images(solver: Any, diffusion: DiffusionConfig, shift: float) -> None:
     def curved(x: Tensor, t: Tensor) -> Tensor:
         return torch.tanh(x.roll(1, -1) + 0.3 * x) * (0.5 + t[:, None, None, None] / 1000)
 
     x_T = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    sampler = SamplerConfig(solver=solver, num_steps=6, timestep_spacing="karras")
+    sampler = SamplerConfig(solver=solver, num_steps=6, timestep_spacing="karras", sigma_shift=shift)
     plain, fused = (sample(curved, diffusion, sampler, x_T, fused=f) for f in (False, True))
     torch.testing.assert_close(fused, plain, atol=2e-4, rtol=0)
 
@@ -283,6 +299,8 @@ def test_presets_go_with_every_objective() -> None:
         ({"solver": "heun", "churn": -1.0}, None, "churn"),
         ({"guidance_interval": (2.0, 1.0)}, None, "guidance_interval"),
         ({"churn_interval": (2.0, 1.0)}, None, "churn_interval"),
+        ({"sigma_shift": 0.9}, None, "sigma_shift"),
+        ({"sigma_shift_interval": (2.0, 1.0)}, None, "sigma_shift_interval"),
     ],
 )
 def test_what_no_net_can_be_sampled_with_is_refused(
