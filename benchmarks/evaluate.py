@@ -3,8 +3,8 @@
 256x256, all metrics except those of Inception, LPIPS and radiomics; surface Dice is timed separately. The figures and
 the report are not drawn. A rate includes everything from opening the run to summary.json, except the start of Ray.
 
---against CHECKOUT compares with the code of another checkout instead: the same triples, each evaluation in a process of
-its own, in turns. The rate is of CPU time on one thread, for 10,000 triples: tasks are extrapolated from --triples.
+--against CHECKOUT compares with the code of another checkout instead: one evaluation of --triples by each, in a process
+of its own, cut into --rounds pieces that take turns. The rate is of CPU time on one thread.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from support.evaluate_data import forget_evaluation, write_samples, write_segmenter, write_shards
 from support.harness import Contender, arguments, compare, measure, report
-from support.other_code import numbers_of, revision
+from support.other_code import answers_of, revision
 
 from data_shards.fan_out import ray_session
 from data_shards.labels import AMOS
@@ -52,27 +53,48 @@ def with_workers(run: Path, num: int, num_workers: int, peaks: dict[str, int], *
     return turn
 
 
-def with_code_of(checkout: Path, run: Path, num: int) -> Contender:
-    """The CPU time of the evaluation of `num` triples by the code of a checkout, in a process of its own."""
+def against_other_code(args: argparse.Namespace, folder: Path) -> None:
+    """Rates of this code and of that of args.against, and their ratio: one evaluation each, in pieces and in turns."""
+    num, rounds = (256, 2) if args.quick else (args.triples, args.rounds)
+    run = folder / f"run-{args.size}-{num}"
+    write_segmenter(run / "segmenter" / "weights")
+    write_samples(run, write_shards(folder / f"shards-{args.size}", args.size), num)
+    ours, theirs = "this code", f"code of {revision(args.against)}"
     script = Path(__file__).parent / "support" / "evaluate_once.py"
+    with (
+        answers_of(script, Path(__file__).resolve().parents[1], run) as ask_ours,
+        answers_of(script, args.against.resolve(), run) as ask_theirs,
+    ):
+        asked = {ours: ask_ours, theirs: ask_theirs}
+        stop = time.monotonic() + 60 * args.minutes
+        contenders = {name: _pieces(ask, num, rounds) for name, ask in asked.items()}
+        rates = measure(contenders, rounds, goes_on=lambda: time.monotonic() < stop)
+        summary_s = {name: ask("summary") for name, ask in asked.items()}
+    sizes = _sizes(num, rounds)[: len(rates[ours].rounds)]
+    tasks_s = {name: sum(map(truediv, sizes, rates[name].rounds)) for name in asked}
+    seconds = {name: round(tasks_s[name] + summary_s[name], 1) for name in asked}
+    notes = {
+        "triples": f"{sum(sizes):,} of {num:,}",
+        "CPU s of the summary": {name: round(value, 1) for name, value in summary_s.items()},
+        "CPU s of all": seconds,
+        "all: this code is as fast as the other, times": round(seconds[theirs] / seconds[ours], 3),
+    }
+    report(args, rates, [compare(rates, ours, theirs, 1.0)], unit="triples a CPU second, by piece", notes=notes)
+
+
+def _pieces(ask: Callable[[object], float], num: int, rounds: int) -> Contender:
+    """Each turn evaluates the next piece of `num` triples: (its triples, its CPU seconds)."""
+    sizes = iter(_sizes(num, rounds))
 
     def turn() -> tuple[float, float]:
-        forget_evaluation(run)
-        tasks_s, summary_s = numbers_of(script, checkout, run)
-        return _LIMIT_TRIPLES, tasks_s / num * _LIMIT_TRIPLES + summary_s
+        size = next(sizes)
+        return size, ask(size)
 
     return turn
 
 
-def against_other_code(args: argparse.Namespace, folder: Path) -> None:
-    """Rates of this code and of that of args.against, and their ratio."""
-    num, here = 256 if args.quick else args.triples, Path(__file__).resolve().parents[1]
-    run = folder / f"run-{args.size}-{num}"
-    write_segmenter(run / "segmenter" / "weights")
-    write_samples(run, write_shards(folder / f"shards-{args.size}", args.size), num)
-    names = {"this code": here, f"code of {revision(args.against)}": args.against.resolve()}
-    rates = measure({name: with_code_of(of, run, num) for name, of in names.items()}, 1 if args.quick else args.rounds)
-    report(args, rates, [compare(rates, *names, 1.0)], unit="triples a CPU second", notes={"triples": num})
+def _sizes(num: int, pieces: int) -> list[int]:
+    return [num * (piece + 1) // pieces - num * piece // pieces for piece in range(pieces)]
 
 
 def where_the_time_goes(run: Path, size: int) -> dict[str, float]:
@@ -149,6 +171,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels a side; 176 at least, for MS-SSIM")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with the code of this checkout")
     parser.add_argument("--triples", type=int, default=_LIMIT_TRIPLES, help="with --against: how many are evaluated")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="with --against: no new round after these")
     args = parser.parse_args()
     if args.against is not None:
         with _folder(args.data) as folder:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +41,23 @@ def numbers_of(script: Path, checkout: Path, *words: object) -> list[float]:
     line = [sys.executable, str(script), *map(str, words)]
     done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+@contextmanager
+def answers_of(script: Path, checkout: Path, *words: object) -> Iterator[Callable[[object], float]]:
+    """A process of a script that imports segdiff from `checkout`: a call sends it a line and returns its answer."""
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    line = [sys.executable, str(script), *map(str, words)]
+    with subprocess.Popen(line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
+
+        def ask(question: object) -> float:
+            print(question, file=asked, flush=True)
+            return float(answers.readline())
+
+        yield ask
 
 
 def against(args: argparse.Namespace, words: Sequence[object], *, unit: str) -> None:
