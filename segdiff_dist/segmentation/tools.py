@@ -33,9 +33,15 @@ if TYPE_CHECKING:
 
 TOTALSEGMENTATOR = "totalsegmentator"
 _MOST_IDS = 256
+_NECK_VESSELS = ("subclavian_artery", "brachiocephalic_vein", "common_carotid_artery")
 # The classes of the whole-body table that TotalSegmentator's tasks `total` and `total_mr` do not label.
 _NOT_LABELLED = {BODY, UNUSED, "subcutaneous_fat", "muscle", "inner_fat", "vertebra_posterior_elements"}
 _NOT_LABELLED |= {"spinal_channel", "bone_other", "IVD"}
+# Further ones that `total_mr` does not label (its classes of version 2.18).
+_NOT_LABELLED_ON_MR = {"lung_upper_lobe_left", "lung_upper_lobe_right", "lung_middle_lobe_right", "pulmonary_vein"}
+_NOT_LABELLED_ON_MR |= {"atrial_appendage_left", "superior_vena_cava", "brachiocephalic_trunk"}
+_NOT_LABELLED_ON_MR |= {f"{name}_{side}" for name in _NECK_VESSELS for side in ("left", "right")}
+_NOT_LABELLED_ON_MR |= {"trachea", "thyroid_gland", "sternum", "costal_cartilages"}
 # AMOS' experts drew the uterus with the prostate.
 _ALSO_CALLED = {"prostate_uterus": "prostate"}
 
@@ -98,6 +104,8 @@ class ToolSegmenter:
     ) -> Iterator[Problem]:
         """Conflicts with images of these modalities whose masks are of `table`."""
         known, organs = set(self.names.values()), [table.names[i] for i in table.organ_ids]
+        if self.config.tool == TOTALSEGMENTATOR and any(modality != "CT" for modality in modalities):
+            known -= _NOT_LABELLED_ON_MR
         if unknown := [name for name in organs if not {name, _ALSO_CALLED.get(name, name)} & known]:
             shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
             value = f"it does not label {len(unknown)} of the masks' {len(organs)} organs: {shown}"

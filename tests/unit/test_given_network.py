@@ -70,6 +70,28 @@ def test_both_namings_are_one_network_with_their_own_input(tmp_path: Path, weigh
     np.testing.assert_allclose(ours, features(tmp_path / "RadImageNet.safetensors", images()), rtol=1e-5)
 
 
+def test_keras_weights_have_biases_and_their_own_input(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    def keras(bias: float) -> Path:
+        """The same network for every bias, since batch normalisation subtracts what it adds."""
+        own = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+        for name, tensor in weights.items():
+            if name.endswith("running_mean"):
+                convolution = name.replace("bn", "conv").replace("downsample.1", "downsample.0")
+                own[convolution.replace("running_mean", "bias")] = torch.full_like(tensor, bias)
+                own[name] = tensor + bias
+        save_file(own, tmp_path / f"keras-{bias}.safetensors")
+        return tmp_path / f"keras-{bias}.safetensors"
+
+    plain, biased = keras(0.0), keras(0.5)
+    takes = described(str(plain))
+    assert (takes["size"], takes["mean"], takes["std"]) == (None, (0.406, 0.456, 0.485), (1.0, 1.0, 1.0))
+    np.testing.assert_allclose(features(biased, images()), features(plain, images()), rtol=1e-3, atol=1e-4)
+    # Keras has its strides at other places than torchvision.
+    torch.save(weights, tmp_path / "net.pth")
+    (tmp_path / "net.yaml").write_text("{size: null, mean: [.406, .456, .485], std: [1, 1, 1]}")
+    assert not np.allclose(features(plain, images()), features(tmp_path / "net.pth", images()), rtol=0.01)
+
+
 def test_a_torchscript_network_has_its_input_as_described(tmp_path: Path) -> None:
     file = script(tmp_path / "net.pt", Moments())
     image = torch.full((2, 8, 8), 255, dtype=torch.uint8)

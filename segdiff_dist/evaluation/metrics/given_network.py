@@ -3,7 +3,8 @@
 A distance on them has a name of its own; only Inception's is FID. A TorchScript file is a program: loading it runs the
 code in it.
 
-FILE.pth, FILE.pt, FILE.safetensors    weights of a ResNet-50 (state_dict): torchvision's or RadImageNet's names
+FILE.pth, FILE.pt, FILE.safetensors    weights of a ResNet-50 (state_dict): torchvision's names, or either of
+                                       RadImageNet's files: PyTorch's (backbone.N...) and Keras' as converted
 FILE.pt                                a TorchScript network: image [B, C, H, W] to features [B, D] or [B, D, h, w]
 FILE.yaml                              beside it, if its input is another: NetworkInput
 
@@ -59,7 +60,14 @@ class NetworkInput:
 _TORCHVISION = NetworkInput(224, (0.0, 1.0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # RadImageNet's own code takes (image - 127.5) * 2 / 255.
 _RADIMAGENET = NetworkInput(224, (-1.0, 1.0))
+# RadImageNet's Keras weights, as MAISI's authors feed them (NV-Generate-CTMR, compute_fid_2-5d_ct.py): blue, green and
+# red means are subtracted, and nothing is resampled.
+_RADIMAGENET_KERAS = NetworkInput(None, (0.0, 1.0), (0.406, 0.456, 0.485))
 _TORCHSCRIPT = NetworkInput()
+# Only Keras' convolutions have biases.
+_KERAS_MARK = "conv1.bias"
+# Keras' default for batch normalisation in its ResNet.
+_KERAS_EPSILON = 1.001e-5
 # RadImageNet's ResNet-50 is torchvision's children in a row, the last of them left out.
 _CHILDREN = ("conv1", "bn1", None, None, "layer1", "layer2", "layer3", "layer4")
 _NUMBERED = re.compile(r"(?:module\.)?backbone\.(\d+)\.(.+)")
@@ -123,6 +131,8 @@ def _resnet50(file: Path) -> nn.Module:
     )
     weights = {_torchvision_name(name): tensor for name, tensor in _state(file).items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+    if _KERAS_MARK in weights:
+        _make_keras(net)
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
@@ -133,10 +143,28 @@ def _resnet50(file: Path) -> nn.Module:
     return net
 
 
+def _make_keras(net: nn.Module) -> None:
+    """Keras' ResNet-50: biases in convolutions, and strides in a block's first convolution (He et al. 2016; torchvision
+    has them in the second)."""
+    from torch import nn, zeros
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bias = nn.Parameter(zeros(module.out_channels))
+        elif isinstance(module, nn.BatchNorm2d):
+            module.eps = _KERAS_EPSILON
+    for name in ("layer2", "layer3", "layer4"):
+        first = net.get_submodule(f"{name}.0")
+        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+
+
 def _default_input(file: Path) -> NetworkInput:
     if _is_script(file):
         return _TORCHSCRIPT
-    return _RADIMAGENET if any(_NUMBERED.fullmatch(name) for name in _state(file)) else _TORCHVISION
+    names = _state(file)
+    if _KERAS_MARK in names:
+        return _RADIMAGENET_KERAS
+    return _RADIMAGENET if any(_NUMBERED.fullmatch(name) for name in names) else _TORCHVISION
 
 
 def _input_of(file: Path, default: NetworkInput) -> NetworkInput:
