@@ -154,8 +154,10 @@ def _make_keras(net: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             module.eps = _KERAS_EPSILON
     for name in ("layer2", "layer3", "layer4"):
-        first = net.get_submodule(f"{name}.0")
-        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+        conv1, conv2 = (net.get_submodule(f"{name}.0.{conv}") for conv in ("conv1", "conv2"))
+        assert isinstance(conv1, nn.Conv2d)
+        assert isinstance(conv2, nn.Conv2d)
+        conv1.stride, conv2.stride = conv2.stride, conv1.stride
 
 
 def _default_input(file: Path) -> NetworkInput:
