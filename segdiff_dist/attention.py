@@ -6,6 +6,7 @@ This file owns xformers. N batch, L positions, H heads, D their width, C = H * D
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,8 +105,34 @@ class SelfAttention:
         # x first: a sum has the memory layout of its first term.
         return x_NCHW + y_NLC.transpose(1, 2).reshape(N, C, H, W)
 
-    def of_pixels(self, block: Attention, x_NLC: Tensor) -> Tensor:
-        """From normalised pixels to the term that is added to them."""
+    def of_pixels(self, block: Attention, x_NLC: Tensor, joined: Joined | None = None) -> Tensor:
+        """From normalised pixels to the term that is added to them; `joined`: the block's of joined_projections."""
         N, L, _ = x_NLC.shape
-        q_NLHD, k_NLHD, v_NLHD = (to(x_NLC).view(N, L, block.heads, -1) for to in (block.to_q, block.to_k, block.to_v))
-        return block.to_out[0](attend(q_NLHD, k_NLHD, v_NLHD, self.backend).flatten(2))
+        if joined is None:
+            projected = tuple(to(x_NLC).view(N, L, block.heads, -1) for to in _projections(block))
+        else:
+            projected = F.linear(x_NLC, *joined).view(N, L, 3, block.heads, -1).unbind(2)
+        return block.to_out[0](attend(*projected, self.backend).flatten(2))
+
+
+# Weight [3 C, C] and bias [3 C] of a block's queries, keys and values.
+Joined = tuple[Tensor, Tensor]
+
+
+def joined_projections(blocks: Sequence[Attention]) -> list[Joined | None]:
+    """What makes a block's queries, keys and values one product, of blocks of one width; None for the others.
+
+    The weights of all blocks are joined at once, so that it takes two launches, and as many in the backward pass.
+    """
+    linears = [to for block in blocks for to in _projections(block)]
+    # ZeRO 3 brings weights together where their module is called.
+    alike = {(to.weight.shape, to.bias is None, hasattr(to.weight, "ds_id")) for to in linears}
+    if len(alike) != 1 or next(iter(alike))[1:] != (False, False):
+        return [None] * len(blocks)
+    weight_TC = torch.cat([to.weight for to in linears])
+    bias_T = torch.cat([to.bias for to in linears])
+    return list(zip(weight_TC.chunk(len(blocks)), bias_T.chunk(len(blocks)), strict=True))
+
+
+def _projections(block: Attention) -> tuple[Any, Any, Any]:
+    return block.to_q, block.to_k, block.to_v

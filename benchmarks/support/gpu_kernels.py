@@ -220,7 +220,7 @@ def upsampling(session: Session) -> list[dict[str, Any]]:
 
 def upsampling_case(batch: int, channels: int, side: int) -> kernel_bench.Case:
     """Bytes: the small image and its gradient, the large output and its gradient twice."""
-    from segdiff_dist.denoising.fused_unet import sums_of_weights, upsampled_conv
+    from segdiff_dist.denoising.fused_convs import sums_of_weights, upsampled_conv
 
     def inputs() -> tuple[Tensor, ...]:
         x_NCHW, dy_NCHW = _activation(batch, channels, side), _activation(batch, channels, 2 * side)

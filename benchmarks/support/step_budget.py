@@ -67,8 +67,10 @@ class Budget:
         return Budget(kinds, self.saved_bytes - other.saved_bytes)
 
 
-def count(step: Callable[[], Tensor], model: nn.Module) -> Budget:
-    """The budget of `step`, which computes a loss on the meta device, and of the loss' backward pass."""
+def count(
+    step: Callable[[], Tensor], model: nn.Module, backward: Callable[[Tensor], object] = torch.Tensor.backward
+) -> Budget:
+    """The budget of `step`, which computes a loss on the meta device, and of `backward` of that loss."""
     counter, saved = Counter(), {}
     kept_out = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
@@ -81,7 +83,7 @@ def count(step: Callable[[], Tensor], model: nn.Module) -> Budget:
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             loss = step()
         counter.budget.saved_bytes = sum(saved.values())
-        loss.backward()
+        backward(loss)
     model.zero_grad(set_to_none=True)
     return counter.budget
 
@@ -145,6 +147,7 @@ _KINDS = {
     "aten::sum": "sums",
     "aten::div": "divisions",
     "aten::cat": "concatenations",
+    "aten::stack": "concatenations",
     "aten::clone": "copies to another layout",
     "aten::_to_copy": "changes of dtype",
     "aten::upsample_nearest2d": "upsampling",
@@ -180,6 +183,31 @@ _once = _launching(1)
 def _copy(args: Sequence[Any], result: Any) -> Tally:
     """What is copied to is written alone."""
     return Tally(touched(args[1], result), 1)
+
+
+def _foreach_add(args: Sequence[Any], result: Any) -> Tally:
+    """Lists of tensors, added in place: aten/src/ATen/native/cuda/MultiTensorApply.cuh, multi_tensor_apply.
+    One launch for each tensor if the strides of some pair differ (ForeachUtils.h)."""
+    sums, added = args[:2]
+    bytes_ = 3 * touched(*sums)
+    if any(_strides(one) != _strides(other) for one, other in zip(sums, added, strict=True)):
+        return Tally(bytes_, len(sums))
+    launches = tensors = blocks = 0
+    for tensor in sums:
+        tensors += 1
+        left = -(-tensor.numel() // 65_536)
+        while blocks + left >= 320:
+            left, blocks, launches = left - (320 - blocks), 0, launches + 1
+            tensors = int(left > 0)
+        blocks += left
+        if tensors == 64:
+            launches, tensors, blocks = launches + 1, 0, 0
+    return Tally(bytes_, launches + (blocks > 0))
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Of the dimensions that have any."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _group_norm(args: Sequence[Any], result: Any) -> Tally:
@@ -246,6 +274,7 @@ def _skip_group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
 
 _RULES: dict[str, tuple[str, Rule]] = {
     "aten::copy_": ("copies to another layout", _copy),
+    "aten::_foreach_add_": ("sums of gradients", _foreach_add),
     "aten::native_group_norm": ("GroupNorm", _group_norm),
     "aten::native_group_norm_backward": ("GroupNorm", _group_norm_backward),
     "aten::mm": (PRODUCTS, _once),

@@ -16,6 +16,7 @@ the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import diffusers
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segdiff_dist.attention import Joined, joined_projections
+from segdiff_dist.denoising.fused_convs import Conv, LabelConv, Shortcut, UpsamplingConv, rows, sums_of_weights
 from segdiff_dist.diffusers_parts import (
     Attention,
     Downsample2D,
@@ -33,11 +36,8 @@ from segdiff_dist.diffusers_parts import (
     recomputed,
 )
 from segdiff_kernels.group_norm_silu import group_norm_silu
-from segdiff_kernels.label_conv_in import label_conv_in
 from segdiff_kernels.residual_add import residual_add
 from segdiff_kernels.skip_group_norm_silu import skip_group_norm_silu
-
-MOST_ELEMENTS = 2**31 - 1
 
 
 class Stream(NamedTuple):
@@ -86,19 +86,19 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
             module.__class__ = fused
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
-            module.conv1.__class__ = module.conv2.__class__ = _Conv
+            module.conv1.__class__ = module.conv2.__class__ = Conv
             if module.conv_shortcut is not None:
-                module.conv_shortcut.__class__ = _Shortcut
+                module.conv_shortcut.__class__ = Shortcut
         elif isinstance(module, Attention):
             module.group_norm.__class__ = _PlainNorm
         elif isinstance(module, Upsample2D):
             conv = module.conv
-            conv.__class__ = _UpsamplingConv
+            conv.__class__ = UpsamplingConv
             conv.register_buffer("sums_9T", sums_of_weights().to(conv.weight), persistent=False)
         elif isinstance(module, Downsample2D):
-            module.conv.__class__ = _Conv
+            module.conv.__class__ = Conv
     if reads_labels:
-        unet.conv_in.__class__ = _LabelConv
+        unet.conv_in.__class__ = LabelConv
 
 
 class UNet2DModel(diffusers.UNet2DModel):
@@ -116,19 +116,18 @@ class UNet2DModel(diffusers.UNet2DModel):
         emb_NE = self.time_embedding(self.time_proj(timestep.expand(sample.shape[0])).to(self.dtype))
         if self.class_embedding is not None:
             emb_NE = emb_NE + self.class_embedding(class_labels).to(self.dtype)
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        times = iter(_times([resnet for block in blocks for resnet in block.resnets], F.silu(emb_NE)))
+        shared = Shared.of([*self.down_blocks, self.mid_block, *self.up_blocks], F.silu(emb_NE))
 
         # A tensor of one channel is NCHW and NHWC alike. A convolution takes it for NCHW, and its result would be NCHW.
         stream = Stream(self.conv_in(sample, **labels).contiguous(memory_format=torch.channels_last))
         skips: list[Stream] = []
         for block in (*self.down_blocks, self.mid_block):
-            stream, kept = block(stream, [next(times) for _ in block.resnets])
+            stream, kept = block(stream, shared)
             skips += kept
         for block in self.up_blocks:
             here = skips[-len(block.resnets) :]
             del skips[-len(block.resnets) :]
-            stream = block(stream, here, [next(times) for _ in block.resnets])
+            stream = block(stream, here, shared)
         y_NCHW = self.conv_out(self.conv_norm_out(stream))
         return UNet2DOutput(sample=y_NCHW) if return_dict else (y_NCHW,)
 
@@ -140,6 +139,20 @@ class Time(NamedTuple):
     shift_NC: Tensor
     scale_NC: Tensor | None = None
     offset_NC: Tensor | None = None
+
+
+class Shared(NamedTuple):
+    """What is computed for all blocks at once, in their order: the time of each resnet, and the projections of each
+    attention."""
+
+    times: Iterator[Time]
+    projections: Iterator[Joined | None]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Any], emb_NE: Tensor) -> Shared:
+        resnets = [resnet for block in blocks for resnet in block.resnets]
+        attentions = [module for block in blocks for module in getattr(block, "attentions", ()) if module is not None]
+        return cls(iter(_times(resnets, emb_NE)), iter(joined_projections(attentions)))
 
 
 def _times(resnets: list[Any], emb_NE: Tensor) -> list[Time]:
@@ -175,14 +188,14 @@ def _without_bias(x_NCHW: Tensor, bias_C: Tensor) -> Stream:
 
 
 class _DownBlock(blocks.DownBlock2D):
-    def forward(self, stream: Stream, times: list[Time]) -> tuple[Stream, list[Stream]]:
+    def forward(self, stream: Stream, shared: Shared) -> tuple[Stream, list[Stream]]:
         """The block's output, and the inputs of its resnets and its downsampling as skips for the up blocks."""
         inputs = []
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
-        for resnet, attention, time in zip(self.resnets, attentions, times, strict=True):
-            stream, kept = recomputed(self, resnet, stream, time, None, True)
+        for resnet, attention in zip(self.resnets, attentions, strict=True):
+            stream, kept = recomputed(self, resnet, stream, next(shared.times), None, True)
             inputs.append(kept)
-            stream = stream if attention is None else attention(stream)
+            stream = stream if attention is None else attention(stream, next(shared.projections))
         for downsample in self.downsamplers or ():
             inputs.append(stream)
             stream = _without_bias(downsample(stream.x_NCHW), downsample.conv.bias)
@@ -194,21 +207,21 @@ class _AttnDownBlock(_DownBlock, blocks.AttnDownBlock2D):
 
 
 class _MidBlock(blocks.UNetMidBlock2D):
-    def forward(self, stream: Stream, times: list[Time]) -> tuple[Stream, list[Stream]]:
+    def forward(self, stream: Stream, shared: Shared) -> tuple[Stream, list[Stream]]:
         """The block's output, and its input as the last skip."""
-        stream, kept = self.resnets[0](stream, times[0], None, True)
-        for attention, resnet, time in zip(self.attentions, self.resnets[1:], times[1:], strict=True):
-            stream = stream if attention is None else attention(stream)
-            stream = recomputed(self, resnet, stream, time)
+        stream, kept = self.resnets[0](stream, next(shared.times), None, True)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            stream = stream if attention is None else attention(stream, next(shared.projections))
+            stream = recomputed(self, resnet, stream, next(shared.times))
         return stream, [kept]
 
 
 class _UpBlock(blocks.UpBlock2D):
-    def forward(self, stream: Stream, skips: list[Stream], times: list[Time]) -> Stream:
+    def forward(self, stream: Stream, skips: list[Stream], shared: Shared) -> Stream:
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
-        for resnet, attention, skip, time in zip(self.resnets, attentions, reversed(skips), times, strict=True):
-            stream = recomputed(self, resnet, stream, time, skip)
-            stream = stream if attention is None else attention(stream)
+        for resnet, attention, skip in zip(self.resnets, attentions, reversed(skips), strict=True):
+            stream = recomputed(self, resnet, stream, next(shared.times), skip)
+            stream = stream if attention is None else attention(stream, next(shared.projections))
         for upsample in self.upsamplers or ():
             stream = _without_bias(upsample(stream.x_NCHW), upsample.conv.bias)
         return stream
@@ -269,50 +282,6 @@ class _PlainNorm(_Norm):
     activates = False
 
 
-class _Conv(nn.Conv2d):
-    """A later operation adds its bias."""
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return F.conv2d(x_NCHW, self.weight, None, self.stride, self.padding)
-
-
-class _Shortcut(nn.Conv2d):
-    """A 1x1 convolution of one tensor, or of two as if they were concatenated."""
-
-    def forward(self, inputs: list[Tensor], biases: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The convolution without its bias, and the bias for residual_add: also the product of the weights and the
-        biases that are still to be added to the inputs."""
-        bias_O = self.bias
-        assert bias_O is not None
-        widths = [x_NCHW.shape[1] for x_NCHW in inputs]
-        for w_OC, bias_C in zip(self.weight.flatten(1).split(widths, dim=1), biases, strict=False):
-            bias_O = bias_O if bias_C is None else torch.addmv(bias_O, w_OC, bias_C)
-        return self._without_bias(*inputs), bias_O
-
-    def _without_bias(self, x_NCHW: Tensor, skip_NCHW: Tensor | None = None) -> Tensor:
-        if skip_NCHW is None:
-            return F.conv2d(x_NCHW, self.weight)
-        N, C, H, W = x_NCHW.shape
-        w_OC, v_OC = self.weight.flatten(1).split((C, skip_NCHW.shape[1]), dim=1)
-        y_MO = _rows(x_NCHW) @ w_OC.T
-        # In place: torch.addmm would copy y first. Autocast does not know it.
-        y_MO.addmm_(_rows(skip_NCHW).to(y_MO.dtype), v_OC.T.to(y_MO.dtype))
-        return y_MO.view(N, H, W, -1).permute(0, 3, 1, 2)
-
-
-class _LabelConv(nn.Conv2d):
-    """conv_in over the noised image and the mask's one-hot channels, from the label map."""
-
-    def forward(  # type: ignore[override]
-        self, x_t_B1HW: Tensor, mask_BHW: Tensor, edge_B2HW: Tensor | None = None
-    ) -> Tensor:
-        assert self.bias is not None
-        kind, dtype = x_t_B1HW.device.type, self.weight.dtype
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        return label_conv_in(x_t_B1HW.to(dtype), mask_BHW, self.weight, self.bias, edge_B2HW=edge_B2HW)
-
-
 class _Upsample(Upsample2D):
     """Nearest upsampling and the 3x3 convolution behind it, without its bias."""
 
@@ -321,43 +290,13 @@ class _Upsample(Upsample2D):
         return y_NOHW
 
 
-class _UpsamplingConv(nn.Conv2d):
-    """The 3x3 convolution of an image of twice the side, whose pixels are those of the small image twice in each
-    direction, computed from the small image. A later operation adds its bias.
-
-    Each output pixel sees four pixels of the small image through sums of the nine weights. That is a transposed
-    convolution of stride 2 with 4x4 weights: in one dimension (w2, w1 + w2, w0 + w1, w0). It has 4/9 of the arithmetic.
-    """
-
-    sums_9T: Tensor
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return upsampled_conv(x_NCHW, self.weight, self.sums_9T)
-
-
-def upsampled_conv(x_NCHW: Tensor, weight_OC33: Tensor, sums_9T: Tensor) -> Tensor:
-    """conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1); sums_9T: sums_of_weights()."""
-    # Sums of at most four weights, rounded once.
-    weight_CO44 = (weight_OC33.flatten(2) @ sums_9T).unflatten(2, (4, 4)).transpose(0, 1)
-    # So that indices of the output fit in an int32.
-    at_once = max(1, MOST_ELEMENTS // (4 * len(weight_OC33) * x_NCHW[0, 0].numel()))
-    parts = [F.conv_transpose2d(x, weight_CO44, stride=2, padding=1) for x in x_NCHW.split(at_once)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def sums_of_weights() -> Tensor:
-    """[9, 16]: which of the 3x3 weights make up each of the 4x4."""
-    sums_43 = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    return torch.kron(sums_43, sums_43).T.contiguous()
-
-
 class _Attention(Attention):
     """Self-attention over the pixels of a stream."""
 
-    def forward(self, stream: Stream) -> Stream:
+    def forward(self, stream: Stream, joined: Joined | None) -> Stream:
         y_NCHW, x_NCHW = self.group_norm(stream, fork=True)
         N, C, H, W = y_NCHW.shape
-        y_NLC = self.processor.of_pixels(self, _rows(y_NCHW).view(N, H * W, C))
+        y_NLC = self.processor.of_pixels(self, rows(y_NCHW).view(N, H * W, C), joined)
         y_NCHW = y_NLC.view(N, H, W, C).permute(0, 3, 1, 2)
         return Stream(*residual_add(y_NCHW, x_NCHW, stream.bias_C, with_partials=True))
 
@@ -374,8 +313,3 @@ _FUSED: dict[type, type] = {
     Attention: _Attention,
     nn.GroupNorm: _Norm,
 }
-
-
-def _rows(x_NCHW: Tensor) -> Tensor:
-    """[N * H * W, C], a view of a channels-last tensor."""
-    return x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)

@@ -101,8 +101,7 @@ class Engine:
         if self._gradients is None:
             self._engine.backward(loss)
             return
-        self._gradients.attach()
-        (loss / self.num_micro_batches).backward()
+        self._gradients.add(loss / self.num_micro_batches)
 
     def step(self, check: StepCheck | None = None, *, is_last: bool = True) -> Tensor:
         """Call after each micro-batch; after the last one of a global batch it updates the weights.

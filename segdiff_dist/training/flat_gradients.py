@@ -1,7 +1,7 @@
 """Gradients in flat tensors that stay in place, for ZeRO 0 and 1.
 
-A micro-batch's backward pass adds to them in place, so that it can be recorded and replayed (captured.py). The ranks
-add them up once a step, and the update reads them without a copy for each parameter.
+The gradients of a micro-batch are added to them in place, so that this can be recorded and replayed (captured.py). The
+ranks add them up once a step, and the update reads them without a copy for each parameter.
 """
 
 from __future__ import annotations
@@ -34,9 +34,23 @@ class FlatGradients:
         ]
 
     def attach(self) -> None:
-        """Let the next backward pass add to these tensors."""
+        """Let these be the gradients of the parameters."""
         for parameter, view in self._views:
             parameter.grad = view
+
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of a loss.
+
+        All at once, after the backward pass: autograd would launch an addition for each parameter.
+        """
+        for parameter, _ in self._views:
+            parameter.grad = None
+        loss.backward()
+        reached = [(view, parameter.grad) for parameter, view in self._views if parameter.grad is not None]
+        self.attach()
+        if reached:
+            views, gradients = zip(*reached, strict=True)
+            torch._foreach_add_(views, gradients)
 
     def zero(self) -> None:
         """Begin the next step."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from graph_support import Recording
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_support import CPU, logged, run_training
 
 from data_shards.problems import InputProblems
@@ -171,6 +172,36 @@ def test_what_cannot_be_replayed_stays_eager_or_is_refused(
     assert refused.value.problems[0].field == "train.cuda_graph"
 
 
+def test_the_gradients_of_two_losses_add_up_in_place_and_those_of_a_loss_at_once() -> None:
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(2, 2, 3) for _ in range(2))).to(memory_format=torch.channels_last)
+    parameters = [*net.parameters(), torch.nn.Parameter(torch.ones(3))]  # the last is not in the loss
+    ends = [0, *itertools.accumulate(p.numel() for p in parameters)]
+    gradients = FlatGradients([list(zip(parameters, ends, strict=False))], [ends[-1]])
+    x_NCHW = torch.randn(2, 2, 5, 5)
+    for factor in (1.0, 2.0):
+        with Additions() as additions:
+            gradients.add(factor * net(x_NCHW).square().mean())
+        assert additions.found == ["aten::_foreach_add_"]
+    added = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    net.zero_grad()
+    (3.0 * net(x_NCHW).square().mean()).backward()
+    for one, parameter in zip(added, parameters, strict=True):
+        torch.testing.assert_close(one, torch.zeros(3) if parameter is parameters[-1] else parameter.grad)
+
+
+class Additions(TorchDispatchMode):
+    """The additions to tensors in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::add_", "aten::_foreach_add_"):
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_replays_what_it_runs() -> None:
@@ -188,8 +219,7 @@ def test_a_gpu_replays_what_it_runs() -> None:
         gradients = FlatGradients([list(zip(parameters, sizes, strict=False))], [sizes[-1]])
 
         def run(batch: Batch, gradients: FlatGradients = gradients) -> None:
-            gradients.attach()
-            net(batch.image_BHW[:, None].float()).square().mean().backward()
+            gradients.add(net(batch.image_BHW[:, None].float()).square().mean())
 
         sums, config = partial(getattr, gradients, "flats"), TrainConfig(cuda_graph=choice)  # type: ignore[arg-type]
         step = MicroStep(run, sums, config, device)
