@@ -109,10 +109,10 @@ class SelfAttention:
         """From normalised pixels to the term that is added to them; `joined`: the block's of joined_projections."""
         N, L, _ = x_NLC.shape
         if joined is None:
-            projected = tuple(to(x_NLC).view(N, L, block.heads, -1) for to in _projections(block))
+            q_NLHD, k_NLHD, v_NLHD = (to(x_NLC).view(N, L, block.heads, -1) for to in _projections(block))
         else:
-            projected = F.linear(x_NLC, *joined).view(N, L, 3, block.heads, -1).unbind(2)
-        return block.to_out[0](attend(*projected, self.backend).flatten(2))
+            q_NLHD, k_NLHD, v_NLHD = F.linear(x_NLC, *joined).view(N, L, 3, block.heads, -1).unbind(2)
+        return block.to_out[0](attend(q_NLHD, k_NLHD, v_NLHD, self.backend).flatten(2))
 
 
 # Weight [3 C, C] and bias [3 C] of a block's queries, keys and values.

@@ -44,6 +44,7 @@ class _Products(torch.autograd.Function):
         x_NCHW, skip_NCHW, weight_OC11, bias_O, bias_C, skip_bias_C = given
         assert x_NCHW is not None
         assert weight_OC11 is not None
+        assert bias_O is not None
         ctx.dtype = _computing_dtype(x_NCHW)
         ctx.save_for_backward(x_NCHW, skip_NCHW, weight_OC11, bias_C, skip_bias_C)
         y_MO: Tensor | None = None
@@ -53,7 +54,6 @@ class _Products(torch.autograd.Function):
             bias_O = bias_O if bias is None else torch.addmv(bias_O, w_OC.to(bias.dtype), bias)
         N, _, H, W = x_NCHW.shape
         assert y_MO is not None
-        assert bias_O is not None
         # An output may not be an input.
         return y_MO.view(N, H, W, -1).permute(0, 3, 1, 2), bias_O.view_as(bias_O)
 
