@@ -35,6 +35,7 @@ from segdiff_dist.downstream.summary import summarise
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer, test_rows, training_rows
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.planning import memory as memory_planning
+from segdiff_dist.planning.duration import duration_s, is_short
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.ranks.precision import settled
 from segdiff_dist.sampling.config import SampleConfig
@@ -42,6 +43,7 @@ from segdiff_dist.sampling.job import sample, weights_digest
 from segdiff_dist.sampling.store_files import JOB
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.segmentation.network import segmenter_network
+from segdiff_dist.training.throughput import peak_flops
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.config import DiffusionConfig
@@ -98,6 +100,20 @@ class Downstream:
         """The trainings that have no scores yet."""
         done = self.folder / _TRAININGS
         return [one for one in trainings_of(self.config) if not (done / one.name / SCORES).is_file()]
+
+    def seconds(self) -> float | None:
+        """Of the missing trainings on this machine, by their FLOPs; None on a cluster, whose machines are not known."""
+        import torch
+
+        if self.workers.ray_address is not None:
+            return None
+        pool, missing = self.workers.pool(), len(self.missing())
+        network = segmenter_network(self.segmenter, self.shards, self.shards.size)
+        if missing == 0 or is_short(network, missing * self.segmenter.train.num_images):
+            return 0.0
+        peak = peak_flops(torch.device(pool.device), self.segmenter.train.precision).flops
+        num_devices = min(pool.num_workers // pool.num_beside, missing)  # the workers on a CPU share its cores
+        return duration_s(network, missing * self.segmenter.train.num_images, peak * max(1, num_devices))
 
     def make(self) -> dict[str, Any]:
         """Sample, train, test; returns what summary.json holds.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -113,7 +113,9 @@ class EvaluatePlan(Plan):
     def announced(self) -> tuple[str, Cost, Path] | None:
         """Its images and bytes; label maps are compressed well. The search for training images says its time itself."""
         num_bytes = 2 * self.num_images * self.side**2
-        return "evaluate", Cost(images=self.num_images, num_bytes=num_bytes, sure_share=0.01), self.run_folder
+        trainings = Cost() if self.downstream is None else self.downstream.cost()
+        cost = replace(trainings, images=self.num_images, num_bytes=num_bytes, sure_share=0.01)
+        return "evaluate", cost, self.run_folder
 
     def _memorisation_notes(self) -> list[str]:
         """What the search for training images compares, and how long CPUs take for it."""

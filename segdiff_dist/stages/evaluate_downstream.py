@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.stages.base import Plan, Result
 from segdiff_dist.stages.configured import plain, weights_name
-from segdiff_dist.stages.cost import Cost
+from segdiff_dist.stages.cost import Cost, duration
 
 if TYPE_CHECKING:
     from segdiff_dist.downstream.job import Downstream
@@ -38,8 +38,12 @@ class DownstreamPlan(Plan):
     job: Downstream
 
     def cost(self) -> Cost:
-        """Their number; their time is not known."""
-        return Cost(notes=(f"trainings of --downstream: {self.job.num_trainings}",))
+        """Their number, and the time of those that are missing; sampling and tests come on top."""
+        seconds, missing = self.job.seconds(), len(self.job.missing())
+        takes = "" if seconds is None else f": about {duration(seconds)}"
+        note = f"trainings of --downstream: {self.job.num_trainings}, {missing} missing{takes}"
+        shorter = "fewer trainings: --downstream.seeds 0 --downstream.real-fractions 1"
+        return Cost(seconds=seconds, notes=(note,), what=f"{missing} trainings of --downstream", shorter=shorter)
 
     def run(self, tracker: Tracker) -> Result:
         """Train, test and record. The result's value is the summary."""

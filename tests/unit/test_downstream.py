@@ -181,13 +181,12 @@ def test_trainings_share_a_gpu_and_its_machine(shapes: Path) -> None:
     assert "the host's memory" in found.value
 
 
-def test_an_evaluation_is_refused_before_it_measures(
+def test_an_evaluation_knows_its_time_and_is_refused_before_it_measures(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = write_weights(tmp_path / "run")
     store = make_here(run, shapes, split="val", num=2)
     before = sorted(run.rglob("*"))
-    monkeypatch.setattr(memory_planning, "capacity_of", lambda _: machine(0.2))
     sections = Sections(
         DIFFUSION,
         SampleConfig(),
@@ -195,6 +194,11 @@ def test_an_evaluation_is_refused_before_it_measures(
         LoaderConfig(),
         WorkersConfig("evaluate", num_workers=2),
     )
+    twice = (DownstreamConfig(seeds=seeds, num_images=10**6) for seeds in ((0,), (0, 1)))
+    once_s, twice_s = (plan(run, store, config, sections, INTERVAL).seconds() for config in twice)
+    assert once_s
+    assert twice_s == pytest.approx(2 * once_s)
+    monkeypatch.setattr(memory_planning, "capacity_of", lambda _: machine(0.2))
     with pytest.raises(InputProblems, match=r"at a time.*--evaluate.num-workers|memory") as refused:
         plan(run, store, DownstreamConfig(seeds=(0,)), sections, INTERVAL)
     assert [problem.where for problem in refused.value.problems] == ["memory"]
