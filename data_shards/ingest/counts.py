@@ -46,16 +46,21 @@ def count_slices(cases: Iterable[Case], config: PrepareConfig) -> Count:
     return Count(volumes, slices, voxels, recognised)
 
 
-def _num_slices(geometry: Geometry, config: PrepareConfig) -> int:
-    """Slices along all axes; a two-dimensional image is one slice."""
+def dimension_through(affine: np.ndarray, axis: str) -> int:
+    """The dimension of a stored volume that runs through the slices of an axis."""
     import nibabel as nib
 
+    codes = nib.orientations.io_orientation(affine)[:, 0].astype(int)
+    return int(np.flatnonzero(codes == _THROUGH[axis])[0])
+
+
+def _num_slices(geometry: Geometry, config: PrepareConfig) -> int:
+    """Slices along all axes; a two-dimensional image is one slice."""
     if geometry.is_flat:
         return 1
-    codes = nib.orientations.io_orientation(geometry.affine)[:, 0].astype(int)
     total = 0
     for axis in config.axes:
-        stored = int(np.flatnonzero(codes == _THROUGH[axis])[0])
+        stored = dimension_through(geometry.affine, axis)
         num = num_resampled(geometry.shape[stored], config.spacing_mm / float(geometry.spacing_mm[stored]))
         total += len(range(config.slice_stride // 2, num, config.slice_stride))
     return total

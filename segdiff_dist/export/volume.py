@@ -14,6 +14,7 @@ import numpy as np
 
 from data_shards.ingest.body import BodyField, find_body
 from data_shards.ingest.cases import read_header
+from data_shards.ingest.counts import dimension_through
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels, read_volume
@@ -70,7 +71,7 @@ def make_volume(
 @dataclass(frozen=True)
 class VolumeJob:
     """A checked job, made by `check_volume`: the only thing that can run. `kind`: of
-    DICOM images, None if there is none; `num_voxels`: of the mask."""
+    DICOM images, None if there is none; `num_voxels`, `num_slices`: of the mask."""
 
     mask_file: Path
     out: Path
@@ -79,6 +80,7 @@ class VolumeJob:
     grey: GreyMap
     kind: Kind | None
     num_voxels: int
+    num_slices: int
 
     @property
     def num_bytes(self) -> int:
@@ -99,8 +101,9 @@ def check_volume(mask_file: Path, out: Path, shards: ShardSet, config: VolumeCon
         unknown += problems_without_kind(out, [config.modality])
     refuse([*volume_problems(mask_file, out, config), *unknown])
     assert grey is not None
-    header = read_header(mask_file, [])
-    return VolumeJob(mask_file, out, shards, config, grey, kind, 0 if header is None else int(np.prod(header[0])))
+    shape, affine = read_header(mask_file, []) or ((0, 0, 0), np.eye(4))
+    num_slices = shape[dimension_through(affine, config.axis)]
+    return VolumeJob(mask_file, out, shards, config, grey, kind, int(np.prod(shape)), num_slices)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class VolumeSetJob:
         own = _BYTES_A_VOXEL * sum(job.num_voxels for job in self.jobs.values())
         return own + (0 if self.merge is None else self.merge.num_bytes(self.out))
 
+    @property
+    def num_slices(self) -> int:
+        """Of all masks."""
+        return sum(job.num_slices for job in self.jobs.values())
+
     def make(
         self, generate_of: Callable[[int], Generate], size: int, provenance: dict[str, Any]
     ) -> dict[str, VolumeReport]:

@@ -79,8 +79,16 @@ class VolumePlan(Plan):
     weights: Path
 
     def cost(self) -> Cost:
-        """Counted without compression."""
-        return Cost(num_bytes=self.job.num_bytes, notes=("disk: before compression",))
+        """Bytes without compression; time from a pass through the net on this machine."""
+        from segdiff_dist.denoising.samplers import num_evaluations
+        from segdiff_dist.sampling.plan import seconds_of_a_pass
+
+        pipeline, images = self.pipeline, self.job.num_slices
+        passes = num_evaluations(pipeline.sampler, pipeline.diffusion)
+        seconds = images * passes * seconds_of_a_pass(pipeline.model, pipeline.device)
+        notes = ("disk: before compression", f"time: by a pass of a few slices here, {passes} for each")
+        shorter = "fewer steps: --sample.sampler.preset fast"
+        return Cost(images, seconds, self.job.num_bytes, notes=notes, shorter=shorter)
 
     def announced(self) -> tuple[str, Cost, Path] | None:
         """The cost; a compressed volume takes at least a tenth."""

@@ -23,7 +23,7 @@ from segdiff_dist.cli import main
 from segdiff_dist.export.config import ExportConfig, VolumeConfig
 from segdiff_dist.export.files import nnunet_labels
 from segdiff_dist.export.job import export_samples
-from segdiff_dist.export.volume import make_volume
+from segdiff_dist.export.volume import check_volume, make_volume
 from segdiff_dist.sampling.store import SampleStore
 from segdiff_dist.training.config import TrainConfig
 
@@ -267,6 +267,8 @@ def test_volume_is_where_the_mask_is(axis: str, orientation: str, shapes: Path, 
     np.testing.assert_array_equal(image.affine, affine)
     assert image.shape == shape
     assert report.outside == 0.0
+    job = check_volume(file, tmp_path / "other.nii.gz", shards, VolumeConfig("CT", axis))
+    assert job.num_slices == report.num_slices
     hu = image.get_fdata()
     inside = np.zeros(shape, bool)
     inside[tuple(slice(s.start + 1, s.stop - 1) for s in marker)] = True
@@ -304,6 +306,8 @@ def test_volume_from_a_model(run: Path, shapes: Path, tmp_path: Path, capsys: py
     nib.save(nib.Nifti1Image(mask, np.diag([2.0, 2.0, 2.0, 1.0])), tmp_path / "mask.nii.gz")
     out = tmp_path / "image.nii.gz"
     arguments = ["volume", str(tmp_path / "mask.nii.gz"), str(out), "--run", str(run), "--data", str(shapes)]
+    assert main([*arguments, "--modality", "CT", "--dry-run"]) == 0
+    assert "# images: 6\n# time: " in capsys.readouterr().out
     assert main([*arguments, "--modality", "CT", "--sample.sampler.num-steps", "2"]) == 0
     hu = nib.load(out).get_fdata()
     assert -256 <= hu.min() < hu.max() <= 256
