@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def differing(headers: list[Header]) -> list[str]:
     """The names of attributes in which these differ."""
     columns = zip(*(one.distinguishing for one in headers), strict=True)
     return [name for name, values in zip(_DISTINGUISHING, columns, strict=True) if len(set(values)) > 1]
+
+
+def alternating(ordered: list[Header]) -> str | None:
+    """An attribute whose few values take turns along a stack, as where two scans have one SeriesInstanceUID. Parts of a
+    stack that follow one another do not count, and neither do times, which each slice has for itself."""
+    for at, name in enumerate(_DISTINGUISHING):
+        values = [one.distinguishing[at] for one in ordered]
+        num_changes = sum(before != after for before, after in pairwise(values))
+        if "Time" not in name.replace("EchoTime", "") and num_changes >= len(set(values)) <= len(values) / 2:
+            return name
+    return None
 
 
 def is_dicom(file: Path) -> bool:

@@ -245,6 +245,20 @@ def test_contours_of_every_second_slice_are_said(tmp_path: Path) -> None:
     assert "spleen has contours" not in " ".join(notes)
 
 
+@pytest.mark.parametrize(("numbers", "is_said"), [("12121212", True), ("11112222", False), ("12345678", False)])
+def test_two_scans_that_take_turns_in_one_series_are_said(numbers: str, is_said: bool, tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    from dicom_support import save, segmentation, series
+
+    case, _, image, label = next(volumes())
+    planes = series(image, case)
+    for plane, number in zip(planes, numbers, strict=True):
+        plane.AcquisitionNumber = int(number)
+    save(tmp_path / "data", [*planes, segmentation(planes, label)])
+    (found,) = _check(tmp_path / "data", {"split": (1.0, 0.0, 0.0)}).cases
+    assert any("AcquisitionNumber changes to and fro" in note for note in found.notes) == is_said
+
+
 def test_a_table_with_two_spellings_of_a_class_is_refused(tmp_path: Path) -> None:
     write_nnunet(tmp_path / "data")
     file = Path(table(tmp_path / "t.yaml"))

@@ -18,6 +18,7 @@ from data_shards.ingest.dicom_files import (
     RTSTRUCT,
     SEG,
     Header,
+    alternating,
     digest,
     is_bare_dicom,
     is_dicom,
@@ -182,7 +183,9 @@ def _case(
     # Scanners write single slices as localisers; a drawn one, or one of `segdiff export`, is meant as an image.
     one_slice = bool(objects) or headers[0].is_synthetic
     series, problems = series_of(name, headers, modality, one_slice=one_slice)
-    notes = tuple(_notes(headers[0], objects, modality, stated))
+    place = {file: number for number, file in enumerate(series.files)}
+    in_order = sorted(headers, key=lambda one: place.get(one.file, 0))
+    notes = tuple(_notes(in_order, objects, modality, stated))
     labels = _labels(name, series, objects, ids)
     if labels is not None and not problems:
         problems = grid_problems(labels)
@@ -192,12 +195,17 @@ def _case(
     return Case(case_id, known, "", series, labels, notes, patient, is_flat=is_flat), problems
 
 
-def _notes(header: Header, objects: tuple[LabelObject, ...], modality: str, stated: str) -> Iterator[str]:
+def _notes(headers: list[Header], objects: tuple[LabelObject, ...], modality: str, stated: str) -> Iterator[str]:
+    """`headers` in the order of the slices."""
+    header = headers[0]
     if modality != stated:
         against = stated or header.modality[:16]
         yield f"taken as {modality} as stated, against {against} in DICOM; else leave --prepare.modality out"
     if any(header.frame_uid not in one.frame_uids for one in objects):
         yield "its labels name this series, but another frame of reference; look at them if that is wrong"
+    if name := alternating(headers):
+        remedy = "if these are two scans, give each a SeriesInstanceUID of its own"
+        yield f"{name} changes to and fro along its slices; {remedy}"
 
 
 def _alike_patients(found: _Found, request: Request) -> Iterator[str]:
