@@ -25,6 +25,7 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Both formats' headers are text of a few hundred bytes; NRRD's may carry a scanner's key-value pairs.
 _MOST_HEADER_BYTES = 2**20
 _BLOCK_BYTES = 2**20
+_FIRST_HEADER_BYTES = 2**12
 _DATA_FILE = {
     ".mha": re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.M),
     ".mhd": re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.M),
@@ -179,12 +180,16 @@ def _plain(error: Exception) -> str:
 
 def _header_text(file: Path) -> bytes:
     """The header alone: of NRRD up to an empty line, of MetaImage up to the line that names the voxels' file."""
+    ending, head = _HEADER_END[file.suffix.lower()], b""
     try:
         with file.open("rb") as stream:
-            head = stream.read(_MOST_HEADER_BYTES)
+            while len(head) < _MOST_HEADER_BYTES and (block := stream.read(max(len(head), _FIRST_HEADER_BYTES))):
+                head += block
+                if (end := ending.search(head)) and end.end() < len(head):
+                    return head[: end.end()]
     except OSError as error:
         raise problem(file, "file", f"cannot be read ({error})", _RESTORE) from None
-    end = _HEADER_END[file.suffix.lower()].search(head)
+    end = ending.search(head)
     return head if end is None else head[: end.end()]
 
 

@@ -65,3 +65,21 @@ def test_a_damaged_packed_file_is_refused(ending: str, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(UnreadableVolume, match="damaged"):
         read_volume(file)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="needs Linux's count of bytes")
+@pytest.mark.parametrize(("ending", "word"), [(".mha", b"DimSize = "), (".nrrd", b"sizes: ")])
+def test_of_a_large_file_the_header_alone_is_read(ending: str, word: bytes, tmp_path: Path) -> None:
+    file = tmp_path / f"p1_1{ending}"
+    save(file, next(volumes())[2])
+    content = file.read_bytes().replace(word + b"32 32 8", word + b"32 32 800")
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.truncate(len(content) + 2**24)
+    before = _bytes_read()
+    assert read_geometry(file).shape == (32, 32, 800)
+    assert _bytes_read() - before < 2**17
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
