@@ -131,6 +131,24 @@ def test_what_is_missing_in_nnu_net_s_folder_is_named(spoil: Callable[[Path], st
     assert any(value in one.value for one in found)
 
 
+def test_nnu_net_s_own_list_of_cases_counts(tmp_path: Path) -> None:
+    """`dataset` of dataset.json, which nnU-Net takes in place of what is in the folders."""
+    settings = write_nnunet(tmp_path / "data") | {"fold": 0}
+    (tmp_path / "data/splits_final.json").unlink()
+    listed = {
+        case: {"images": [f"imagesTr/{case}_000{n}.nii.gz" for n in (0, 1)], "label": f"labelsTr\\{case}.nii.gz"}
+        for case in ("p1_1", "p2_1")
+    }
+    edit(tmp_path / "data", dataset=listed)
+    found = check(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
+    assert [case.case_id for case in found.cases] == ["p1_1", "p2_1", "p3_1"]
+    assert "1 cases of imagesTr are left out" in found.survey.notes[0]
+    listed["p1_1"]["label"] = "labelsTr_corrected/p1_1.nii.gz"
+    edit(tmp_path / "data", dataset=listed)
+    (problem,) = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
+    assert problem.value == "1 with files that are not in imagesTr and labelsTr: p1_1"
+
+
 def test_two_labels_of_one_case_are_refused(tmp_path: Path) -> None:
     """Which of CASE_seg and CASE_mask is meant cannot be known."""
     settings = write_folder(".nii")(tmp_path / "data")

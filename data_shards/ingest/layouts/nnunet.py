@@ -8,6 +8,7 @@ splits_final.json             folds, each {"train": [...], "val": [...]}, if it 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -74,6 +75,8 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     """The cases in one channel, of which its number and what is said of it are given."""
     where, (number, name) = root / DATASET_FILE, channel
     cases, problems = _cases(root, number)
+    cases, notes, found = _listed(root, cases, number)
+    problems += found
     stated = {} if name is None else {"channel_names": {"0": name}}
     ids = [case.case_id for case in cases]
     modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
@@ -93,7 +96,7 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     ]
     chosen = taken(cases, request)
     problems += [] if problems else no_cases(root, request, chosen)
-    return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=fold.notes)
+    return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=(*notes, *fold.notes))
 
 
 def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], list[Problem]]:
@@ -140,6 +143,33 @@ def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
         for name in twice
     ]
     return cases, problems
+
+
+def _listed(root: Path, cases: list[Case], channel: int) -> tuple[list[Case], tuple[str, ...], list[Problem]]:
+    """The cases that nnU-Net itself would use: if dataset.json lists them in `dataset`, these alone for training. Files
+    that it names at other places are a problem, since imagesTr and labelsTr may have others of the same names."""
+    listed = content_of(root).get("dataset")
+    if not isinstance(listed, dict):
+        return cases, (), []
+    files_of = {one.case_id: [one.image, one.label] for one in cases if one.split != "test"}
+    elsewhere = [name for name, entry in listed.items() if _named_files(root, entry, channel) != files_of.get(name)]
+    used = [one for one in cases if one.split == "test" or one.case_id in listed]
+    num = len(cases) - len(used)
+    notes = (f"{num} cases of imagesTr are left out: `dataset` in {DATASET_FILE} does not list them",) if num else ()
+    if not elsewhere:
+        return used, notes, []
+    value = f"{len(elsewhere)} with files that are not in imagesTr and labelsTr: {', '.join(map(str, elsewhere[:3]))}"
+    remedy = "put these files, or links, there, and take `dataset` away"
+    return used, notes, [Problem(str(root / DATASET_FILE), "dataset", value, remedy)]
+
+
+def _named_files(root: Path, entry: Any, channel: int) -> list[Path] | None:
+    """Image and label of an entry of `dataset`; None if it has none."""
+    try:
+        names = (entry["images"][channel], entry["label"])
+    except (TypeError, KeyError, IndexError):
+        return None
+    return [Path(os.path.normpath(root / str(name).replace("\\", "/"))) for name in names]
 
 
 def _of_channel(folder: Path, channel: int) -> dict[str, list[Path]]:
