@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -154,17 +155,20 @@ _COMMON: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True
 
 
 def _start_again_where_slow(start: Callable[[], object]) -> None:
-    """Ray gives its own processes 30 s to start, which may not be enough on a busy machine, so it is tried a second
-    time."""
+    """Ray gives its own processes 30 s to start, which may not be enough on a busy machine, so it is tried again: three
+    or four times. Each time more of its files are in memory."""
     import ray
 
-    try:
-        start()
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        start()
+    begun = time.monotonic()
+    while True:
+        try:
+            start()
+            return
+        except Exception as error:
+            is_slow = "timed out during startup" in str(error)
+            if not is_slow or time.monotonic() - begun > START_TIMEOUT_S / 2:
+                raise
+            ray.shutdown()
 
 
 @contextmanager

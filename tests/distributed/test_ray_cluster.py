@@ -140,3 +140,20 @@ def test_a_ray_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAY_object_spilling_config", "[]")
     with pytest.raises(InputProblems, match="Ray on this machine: start: AttributeError"), ray_session(num_cpus=1):
         pass
+
+
+def test_a_ray_that_is_slow_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with forty busy processes. The third start works."""
+    import ray
+
+    begun = []
+
+    def init(*_: object, **__: object) -> None:
+        begun.append(1)
+        if len(begun) < 3:
+            raise RuntimeError("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with ray_session(num_cpus=1):
+        pass
+    assert len(begun) == 3
