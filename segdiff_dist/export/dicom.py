@@ -215,6 +215,8 @@ def _described(stack: Stack, names: Names, table: LabelTable) -> Dataset:
     image.ImageType = ["DERIVED", "SECONDARY", kind]
     if body_part := _body_part(stack.mask_SHW, table):
         image.BodyPartExamined = body_part
+    else:  # type 2C (PS3.3 C.7.3.1): empty, since the part, which may be one of a pair, is not known
+        image.Laterality = ""
     return image
 
 

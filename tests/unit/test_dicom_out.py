@@ -252,6 +252,16 @@ def test_values_below_zero_of_pet(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, stored * 2.5 - 3.0, atol=0.02)
 
 
+def test_an_image_without_an_organ_does_not_name_a_part(tmp_path: Path) -> None:
+    """Laterality is then there, and empty: dciodvfy counts its absence as an error."""
+    body = np.full((1, 32, 32), AMOS.body_id, np.uint8)
+    stack = Stack(body * 10, body, np.eye(4), "CT", "axial", (-256.0, 256.0), 2.0, -256.0)
+    write_stack([tmp_path / "a.dcm"], tmp_path / "m.dcm", stack, Names("p", "s", "f", "o"), AMOS)
+    header = pydicom.dcmread(tmp_path / "a.dcm")
+    assert ("BodyPartExamined" in header, header.Laterality) == (False, "")
+    assert not errors_of_dciodvfy(tmp_path / "a.dcm") + errors_of_dciodvfy(tmp_path / "m.dcm")
+
+
 def test_a_modality_without_a_class_of_dicom(case: Case, shapes: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(InputProblems, match="those of CT, MR and PET"):
         make_volume(case.label, tmp_path / "out", bright, 32, shapes, VolumeConfig("US"))
