@@ -158,7 +158,7 @@ def finished(args: argparse.Namespace, by: str) -> dict[str, list[Training]]:
     if by == "seconds" and not (args.seconds and (args.out / by).is_dir()):
         return found
     for model in args.models:
-        if not all((args.out / "flops" / f"{model}-{lr:g}-0").is_dir() for lr in args.lrs):
+        if not all(Training(args, model, 0, lr).is_trained for lr in args.lrs):
             continue
         seeds = [Training(args, model, seed, best_lr(args, model)) for seed in range(args.seeds)]
         if by == "seconds":

@@ -4,6 +4,7 @@ they took.
     OUT/shards, OUT/judge                the slices and the segmenter that measures all images (make_data)
     OUT/BY/MODEL-LR-SEED/PART.yaml       the settings of a training
                          PART            its run folder; the last part's has samples and evaluation
+                         PART.trained    the settings that it was trained with, when it is finished
 
 BY is what is equal: flops, or seconds of training steps. Existing results are not made again.
 """
@@ -18,7 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from segdiff_dist.config import merge
+from data_shards.files import write_atomic
+from segdiff_dist.config import merge, to_yaml
 from support.recipes_runs import seconds_at
 from support.small_runs import flops_of, network_of, shared_settings, stage
 
@@ -74,6 +76,7 @@ VARIANTS: dict[str, tuple[Part, ...]] = {
     "x0": _one(_ddpm("x0", zero_terminal_snr=True)),
     "flow": _one({"diffusion": {"objective": "flow", "lognormal": [0.0, 1.0]}}),
     "contrastive": _one({"diffusion": {"contrastive_weight": 0.1}}),
+    "siamese": _one({"diffusion": {"consistency_weight": 1.0}}),
     "dropout": _one(_net(dropout=0.1)),
 }
 ALL = MODELS | VARIANTS
@@ -109,10 +112,19 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in ALL[self.model]:
             settings = self.settings(part)
+            trained = self.folder / f"{part.name}.trained"
+            if trained.is_file() and trained.read_text() == to_yaml(settings):
+                continue
             print(f"{self.by}/{self.folder.name}: {part.name}, {images_in(settings):,} images", flush=True)
             if not stage(part.stage, part.name, settings, self.folder, deadline):
                 return False
+            write_atomic(trained, to_yaml(settings))
         return True
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether all its parts are finished."""
+        return all((self.folder / f"{part.name}.trained").is_file() for part in ALL[self.model])
 
     def measure(self, deadline: float) -> bool:
         """Sample and evaluate; False if time ran out."""

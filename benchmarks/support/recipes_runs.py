@@ -146,8 +146,8 @@ ABLATIONS = (
     # Without weights, a loss of the noise is one of x_0 with the weight SNR (docs/recipes.md).
     _without(
         "weighting",
-        "the error of x_0 weighted by SNR, as a plain loss of the noise does",
-        {"diffusion": {"loss_weighting": "min_snr", "min_snr_gamma": 1e9}},
+        "the error of x_0 weighted by SNR, as a plain loss of the noise does, and so no zero terminal SNR",
+        {"diffusion": {"loss_weighting": "min_snr", "min_snr_gamma": 1e9, "zero_terminal_snr": False}},
     ),
 )
 # The same weights, used otherwise: (name, about, weights, sampler).

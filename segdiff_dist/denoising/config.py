@@ -275,6 +275,12 @@ class DiffusionConfig:
     must differ where they were, and nowhere else. A step costs twice as much. 0 leaves it out; the authors' is 0.01."""
     contrastive_delta: ResultWhereSet[Positive] = 2.0
     """A mean difference above this one is not rewarded. The default is the authors'."""
+    consistency_weight: ResultWhereSet[NonNegative] = 0.0
+    """Weight of Siamese-Diffusion's noise consistency (2025), for small archives: the net also predicts from mask and
+    slice, and the prediction from the mask alone must come near that one. A step costs twice as much. 0 leaves it out;
+    the authors' is 1."""
+    consistency_ramp_images: ResultWhereSet[Count | None] = None
+    """Images over which the slice's weight grows from 0 to 1. null: all of the training, as the authors'."""
     distilled_levels: ResultWhereSet[tuple[float, ...] | None] = None
     """The noise levels of a student's steps, as alpha_bar = 1 / (1 + sigma^2). `segdiff distil` sets them."""
 
@@ -302,6 +308,17 @@ class DiffusionConfig:
             "with epsilon the last step does not determine the image; use prediction_type v or x0",
         )
         check(
+            "loss_weighting",
+            not (zero_snr and self.loss_weighting == "min_snr"),
+            "gives pure noise, where sampling begins, the weight 0: use none or edm, or no zero_terminal_snr",
+        )
+        of_noise = self.objective == "ddpm" and self.prediction_type == "epsilon"
+        check(
+            "loss_weighting",
+            not (of_noise and self.loss_weighting == "edm"),
+            "on epsilon most of the loss is in the last tenth of the steps: use none or min_snr, or prediction_type v",
+        )
+        check(
             "timestep_sampling",
             not (zero_snr and self.timestep_sampling == "lognormal"),
             "never draws the last timestep of zero_terminal_snr, where sampling begins; use uniform",
@@ -315,12 +332,16 @@ class DiffusionConfig:
             check("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
         remedy = "organ_dropout teaches to add the organs that a mask lacks, this the opposite: give 0 for one of them"
         check("contrastive_weight", self.contrastive_weight == 0 or self.organ_dropout == 0, remedy)
+        remedy = "with contrastive_weight too, a step would predict three times: give 0 for one of them"
+        check("consistency_weight", self.consistency_weight == 0 or self.contrastive_weight == 0, remedy)
+        remedy = "only consistency_weight has a second prediction: leave it out, or give that a weight"
+        check("consistency_ramp_images", self.consistency_ramp_images is None or self.consistency_weight > 0, remedy)
         return problems
 
     @property
     def passes(self) -> int:
         """Images that the net computes in training, for each of a batch."""
-        return 2 if self.contrastive_weight > 0 else 1
+        return 2 if self.contrastive_weight > 0 or self.consistency_weight > 0 else 1
 
     @property
     def process(self) -> dict[str, Any]:

@@ -46,11 +46,12 @@ if TYPE_CHECKING:
 _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 # Features of a pixel, between the stem's inverse and the prediction.
 _HEAD_CHANNELS = 8
-# h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 # In segdiff.json: the modalities of the training, if they are not all of the net's.
 TRAINED_ON = "trained_on"
 _CONTROL, _CONTROL_FILE = "control.", "control.safetensors"
-_LOWER_NET = "lower_net."
+# Parts of a model that are not of its weights: the lower stage, and what only training has (siamese.py).
+_LOWER_NET, _IMAGE_PRIOR = "lower_net.", "image_prior."
+# h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
 
@@ -123,6 +124,7 @@ class Denoiser(nn.Module):
         # The net's modalities, and those of its training, which may be fewer.
         self.modalities = self.trained_on = tuple(modalities)
         self.uses_kernels = self.reads_labels = False
+        self.image_prior: nn.Module | None = None
         assert (base is not None) == (config.conditioning == "controlnet")
         self.base = base
         own, table = (config, label_table) if base is None else (base.config, base.label_table)
@@ -181,7 +183,7 @@ class Denoiser(nn.Module):
     def choose_operators(self, device: torch.device) -> None:
         """What computes on `device`, without moving there."""
         set_attention(self, choose_attention(self.config.attention, device, self.config.attention_head_dim))
-        lacks_kernels = self.spade is not None or self.control is not None or self.draws is not None
+        lacks_kernels = any(part is not None for part in (self.spade, self.control, self.draws, self.image_prior))
         wanted = "torch" if lacks_kernels else self.config.kernels
         self.uses_kernels = choose_kernels(wanted, device) == "triton"
         if self.lower_net is not None:
@@ -282,7 +284,7 @@ class Denoiser(nn.Module):
             self.latent.copy_to(folder / BESIDE_WEIGHTS)
         if self.lower is not None:
             self.lower.copy_to(folder / LOWER)
-            weights = {name: value for name, value in weights.items() if not name.startswith(_LOWER_NET)}
+        weights = {name: value for name, value in weights.items() if not name.startswith((_LOWER_NET, _IMAGE_PRIOR))}
         with updated_folder(folder) as unfinished:
             prefix = "unet."
             unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
@@ -294,12 +296,8 @@ class Denoiser(nn.Module):
                 save_file(rest, unfinished / "mask_encoder.safetensors")
             if control:
                 save_file(control, unfinished / _CONTROL_FILE)
-            description = dict(training or {})
-            description |= {
-                "denoiser": asdict(self.config),
-                "label_table": self.label_table.described,
-                "size": self.size,
-            }
+            described = {"label_table": self.label_table.described, "size": self.size}
+            description = {**(training or {}), "denoiser": asdict(self.config), **described}
             if self.base is not None:
                 description["base"] = self.base.described
             if self.latent is not None:

@@ -119,6 +119,8 @@ def as_student(teacher: DiffusionConfig, distil: DistilConfig) -> tuple[Diffusio
         dice_weight=0.0,
         dice_segmenter=None,
         contrastive_weight=0.0,
+        consistency_weight=0.0,
+        consistency_ramp_images=None,
     )
     return student, sampler
 

@@ -27,6 +27,8 @@ from segdiff_dist.denoising.frozen_base import Base, kept_weights
 from segdiff_dist.denoising.latents import run_space
 from segdiff_dist.denoising.organ_dropout import drop_organs, organ_flags
 from segdiff_dist.denoising.process import make_process, noised_by_position
+from segdiff_dist.denoising.siamese import ImagePrior, NoiseConsistency
+from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import is_main
 from segdiff_dist.segmentation.segmenter import Segmenter
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
@@ -36,14 +38,16 @@ if TYPE_CHECKING:
 
 
 _SEGMENTER_DIGEST = "dice_segmenter_sha256"
+_OF_MASKS = ("mask_dropout", "joint_dropout", "organ_dropout")
 
 
 class DenoiserTask:
     """Section 3 of the paper: predict the noise (or v, or x_0) of a noised slice, given its mask.
 
-    For objective edm, `diffusion` must hold sigma_data (sigma_data.py); for space latent, latents.py must have measured
-    the scale. `validation` is called as Task.validate is, and returns metrics of held-out slices; without it there are
-    none. `find_problems` checks the settings beforehand.
+    For objective edm, `diffusion` must hold sigma_data (sigma_data.py); for consistency_weight,
+    consistency_ramp_images; for space latent, latents.py must have measured the scale. `validation` is called as
+    Task.validate is, and returns metrics of held-out slices; without it there are none. `find_problems` checks the
+    settings beforehand.
     """
 
     name = "train"
@@ -78,6 +82,7 @@ class DenoiserTask:
             latent = run_space(denoiser, weights)
             of_net = denoiser, shards.label_table, size, shards.modalities, net
             model = Denoiser(*of_net, latent=latent, lower=lower)
+            self.consistency = _consistency(model, diffusion)
         if self.base is not None:
             self.base.begin(model)
             if is_main():
@@ -86,21 +91,26 @@ class DenoiserTask:
         self.process = make_process(diffusion, device)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_m of the paper's section 3.2, weighted by noise level, plus the Dice and the contrastive term if used.
+        """L_m of the paper's section 3.2, weighted by noise level, plus the Dice, contrastive and consistency terms.
 
         Metrics: the unweighted squared error by quarters of the noise levels, and those of the terms.
         """
         process, space = self.process, self.model.space
-        if space is None:
+        clean_BCHW = None if space is None else space.x_0(batch)
+        if clean_BCHW is None:
             noised = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
         else:
-            noised = noised_by_position(process, space.x_0(batch), batch.position_B, self.seed)
+            noised = noised_by_position(process, clean_BCHW, batch.position_B, self.seed)
         x_BCHW, target_BCHW, level_B = noised
 
-        shown, time_B, contrast = self.conditions(batch), process.time(level_B), None
+        shown, time_B, contrast, informed_BCHW = self.conditions(batch), process.time(level_B), None, None
         if self.model.draws is not None:  # predict_pair doubles the batch
             self.model.draws.at(self.seed, batch.position_B.repeat(self.passes))
-        if self.contrastive_term is None:
+        if self.consistency is not None:
+            clean_BCHW = to_model_range(batch.image_BHW) if clean_BCHW is None else clean_BCHW
+            prior_BCHW = self.consistency.weighted(clean_BCHW, batch.position_B)
+            prediction_BCHW, informed_BCHW = self.consistency.predict_pair(forward, x_BCHW, time_B, shown, prior_BCHW)
+        elif self.contrastive_term is None:
             prediction_BCHW = forward(x_BCHW, time_B, *shown)
         else:
             erased = self.conditions(batch, self.contrastive_term.erased)
@@ -110,6 +120,10 @@ class DenoiserTask:
         mean_squares = weighted_mse if self.model.uses_kernels else weighted_mse_reference
         loss, error_B = mean_squares(prediction_BCHW, target_BCHW, process.weight(level_B))
         metrics = process.sums(error_B, level_B)
+        if self.consistency is not None and informed_BCHW is not None:
+            level_weight_B = process.weight(level_B)
+            more, sums = self.consistency.further_terms(prediction_BCHW, informed_BCHW, target_BCHW, level_weight_B)
+            loss, metrics = loss + more, metrics | sums
         if self.dice_term is not None:
             a_B = process.alpha_bar(level_B)
             x0_pred_BCHW = process.x_0(prediction_BCHW, x_BCHW, level_B)
@@ -205,9 +219,12 @@ def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusi
         remedy = "the network reads no mask (denoiser.conditioning none): give 0"
         problems += [
             Problem("config", f"diffusion.{name}", str(value), remedy)
-            for name in ("mask_dropout", "joint_dropout", "organ_dropout", "dice_weight", "contrastive_weight")
+            for name in (*_OF_MASKS, "dice_weight", "contrastive_weight", "consistency_weight")
             if (value := getattr(diffusion, name)) > 0
         ]
+    if diffusion.consistency_weight > 0 and denoiser.kernels == "triton":
+        remedy = "the kernels do not read the slice beside the mask: use kernels auto or torch in training"
+        problems.append(Problem("config", "denoiser.kernels", "triton", remedy))
     if diffusion.contrastive_weight > 0 and not shards.label_table.organ_ids:
         remedy = f"the label table {shards.label_table.name!r} has no organs that could be erased: give 0"
         problems.append(Problem("config", "diffusion.contrastive_weight", str(diffusion.contrastive_weight), remedy))
@@ -221,6 +238,16 @@ def find_problems(shards: ShardSet, size: int, denoiser: DenoiserConfig, diffusi
                 remedy = "the network does not get the class (denoiser.class_conditioning); give 0"
                 problems.append(Problem("config", f"diffusion.{name}", str(value), remedy))
     return problems
+
+
+def _consistency(model: Denoiser, diffusion: DiffusionConfig) -> NoiseConsistency | None:
+    """The second prediction of `consistency_weight`. The model gets the part that reads the slice."""
+    if diffusion.consistency_weight == 0:
+        return None
+    assert diffusion.consistency_ramp_images is not None
+    encoder = model.unet if model.control is None else model.control
+    model.image_prior = prior = ImagePrior(encoder, model.shape[0], model.config.stem)
+    return NoiseConsistency(prior, diffusion.consistency_weight, diffusion.consistency_ramp_images)
 
 
 def _refuse_another_segmenter(weights: Path, dice_term: DiceTerm, given: str) -> None:

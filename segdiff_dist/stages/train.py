@@ -223,6 +223,8 @@ def _make_task(
         on_latents=latent is not None,
         factor=1 if shrunk is None else shrunk.factor,
     )
+    if process.consistency_weight > 0 and process.consistency_ramp_images is None:
+        process = replace(process, consistency_ramp_images=stage.train.num_images)
     held_out = shards.select(
         split="val", modalities=loader.modalities, axes=loader.axes, labelled_only=denoiser.conditioning != "none"
     )

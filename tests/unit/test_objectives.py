@@ -165,6 +165,8 @@ def test_sigma_data_is_that_of_the_training_slices(shapes: Path) -> None:
         ({"objective": "flow", "beta_schedule": "cosine"}, "beta_schedule"),
         ({"objective": "edm", "timestep_sampling": "lognormal"}, "timestep_sampling"),
         ({"objective": "edm", "loss_weighting": "edm"}, "loss_weighting"),
+        ({"loss_weighting": "edm"}, "loss_weighting"),
+        ({"prediction_type": "v", "zero_terminal_snr": True, "loss_weighting": "min_snr"}, "loss_weighting"),
         ({"objective": "edm", "sigma_data": 0.0}, "sigma_data"),
         ({"objective": "flow", "sigma_data": 0.5}, "sigma_data"),
         ({"sigma_data": 0.5}, "sigma_data"),
