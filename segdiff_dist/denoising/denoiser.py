@@ -118,8 +118,7 @@ class Denoiser(nn.Module):
         assert (latent is not None, lower is not None) == (config.space == "latent", config.cascade is not None)
         self.config, self.label_table, self.size, self.lower = config, label_table, size, lower
         self.space: NetSpace | None = latent or ShrunkSpace.of(config, size)
-        # Of the lower stage: only in nets that `load` gives, since training needs its side alone.
-        self.lower_net: Denoiser | None = None
+        self.lower_net: Denoiser | None = None  # only in nets that `load` gives: training needs its side alone
         channels, side, _ = self.shape
         # The net's modalities, and those of its training, which may be fewer.
         self.modalities = self.trained_on = tuple(modalities)
