@@ -125,6 +125,8 @@ def _on_this_machine(num_cpus: int) -> Iterator[None]:
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=str(folder / "r"),
+                # Without shared memory Ray would not start. Where it is too small, Ray itself takes a folder.
+                _plasma_directory=None if os.access("/dev/shm", os.W_OK | os.X_OK) else str(folder),
                 job_config=_job_config(),
                 **_COMMON,
             ),

@@ -157,3 +157,17 @@ def test_a_ray_that_is_slow_is_started_again(monkeypatch: pytest.MonkeyPatch) ->
     with ray_session(num_cpus=1):
         pass
     assert len(begun) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_container_without_shared_memory() -> None:
+    """Results of megabytes, which go through Ray's object store, are kept in its private folder."""
+    code = (
+        "import numpy as np; from data_shards.fan_out import fan_out, ray_session\n"
+        "with ray_session(num_cpus=1):\n"
+        "    for done in fan_out(lambda: lambda task: np.full(10**6, task), [7], num_workers=1):\n"
+        "        print(done.result.sum())"
+    )
+    script = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$0" -c "$1"'
+    command = ["unshare", "--mount", "sh", "-c", script, sys.executable, code]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout == "7000000\n"
