@@ -2,9 +2,10 @@
 #   docker build -f docker/cuda.Dockerfile -t segdiff:cuda .
 #   docker run --rm --gpus all --shm-size=16g -p 127.0.0.1:8700:8700 -e SEGDIFF_TOKEN=... segdiff:cuda serve --host 0.0.0.0
 #   docker run --rm --gpus all --shm-size=16g -v "$PWD/runs:/work/runs" segdiff:cuda doctor
-# The CUDA libraries come with torch's own packages; the compiler is for Triton and DeepSpeed.
+# The CUDA libraries come with torch's own packages; the compiler is for Triton and DeepSpeed,
+# wget for KubeRay's probes of a pod.
 FROM python:3.12-slim
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends g++ wget && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/segdiff
 COPY . .
 RUN pip install --no-cache-dir -c constraints.txt torch \

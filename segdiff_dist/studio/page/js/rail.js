@@ -126,10 +126,13 @@ function exampleButton(example) {
   const start = fullestPlane(example.volume) * width * height;
   const image = picture(width, height, (voxel) => colours[voxels[start + voxel]]);
   const title = depth > 1 ? `${shown(example.name)}: a volume of ${depth} slices` : `A slice of the phantom: ${shown(example.name)}`;
-  const button = startButton(depth > 1 ? "volume" : shown(example.name).split(" ")[0], title, image);
+  const button = startButton(depth > 1 ? "volume" : inShort(example.name), title, image);
   button.addEventListener("click", () => replaceVolume(example.volume, example.name));
   return button;
 }
+
+/** One word: "kidney" of kidney_left, "bladder" of urinary_bladder. */
+const inShort = (name) => name.split("_").filter((word) => !["left", "right"].includes(word)).at(-1) ?? name;
 
 function startButton(text, title, image) {
   return element("button", { type: "button", className: "start", title }, image, element("small", {}, text));

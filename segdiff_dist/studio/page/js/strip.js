@@ -7,6 +7,7 @@ const SIDE = 72;
 
 export function startStrip() {
   on("rounds progress", draw);
+  on("mask volume", markEarlier);
 }
 
 function draw() {
@@ -16,6 +17,13 @@ function draw() {
   const shown = list.querySelector("[aria-pressed=true]");
   if (state.round !== draw.last && shown) list.scrollTo({ left: shown.offsetLeft - 40, behavior: "smooth" });
   draw.last = state.round;
+  markEarlier();
+}
+
+/** Rounds of another mask than the one that is drawn now. */
+function markEarlier() {
+  const buttons = $("#strip-list").children;
+  state.rounds.forEach((round, k) => buttons[k]?.classList.toggle("earlier", round.version !== state.version));
 }
 
 /** The earlier or later round. */
