@@ -4,7 +4,9 @@
     N clients     each sends a mask of one slice, waits for the image, and sends the next one
 
 Both make the same images with as many threads as there are cores. `--memory N` then sends N requests of one step each
-and prints the memory of the service's processes at the beginning and after each tenth.
+and prints the memory of the service's processes at the beginning and after each tenth. `--replicas N` measures none of
+that: it loads a service that may have up to N processes until all have started, kills one of them, and prints how many
+requests were answered.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ _TARGET = 0.9
 
 
 @contextmanager
-def served(threads: int) -> Iterator[str]:
+def served(threads: int, most_replicas: int = 1) -> Iterator[str]:
     """The URL of a service that is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = ServeConfig(threads=threads, device="cpu", queue=1000)
+    config = ServeConfig(threads=threads, device="cpu", queue=1000, max_replicas=most_replicas)
     with ray_session(), running(config, "127.0.0.1", port, None):
         yield f"http://127.0.0.1:{port}"
 
@@ -90,6 +92,42 @@ def with_clients(waits: dict[int, list[float]], send: partial[list[float]], clie
     return len(waited), time.perf_counter() - began
 
 
+def model_processes() -> list[psutil.Process]:
+    """Those that are running."""
+    below = psutil.Process().children(recursive=True)
+    return [one for one in below if " ".join(one.cmdline()).startswith("ray::ServeReplica:segdiff:model-")]
+
+
+async def load_and_kill(url: str, mask: bytes, replicas: int, steps: int, limit_s: float) -> dict[str, object]:
+    """16 clients until there are `replicas` processes, and for as long again after one of them is killed."""
+    answered: list[float] = []
+    began, killed_at, most, is_over = time.perf_counter(), None, 0, False
+
+    async def client() -> None:
+        while not is_over:
+            answered.extend(await load(url, mask, 1, 1, steps))
+
+    clients = [asyncio.ensure_future(client()) for _ in range(16)]
+    while not is_over:
+        await asyncio.sleep(0.5)
+        found, seconds = model_processes(), time.perf_counter() - began
+        most = max(most, len(found))
+        if killed_at is None and len(found) >= replicas:
+            killed_at, before = seconds, len(answered)
+            found[0].kill()
+        is_over = seconds > (limit_s if killed_at is None else 2 * killed_at)
+    await asyncio.gather(*clients)  # a request that is lost raises here
+    assert killed_at is not None, f"{most} of {replicas} processes after {limit_s:g} s"
+    return {
+        "processes at most": most,
+        "s until then": round(killed_at, 1),
+        "answered before one was killed": before,
+        "and after": len(answered) - before,
+        "lost": 0,
+        "longest wait, s": round(max(answered), 1),
+    }
+
+
 def memory_mib() -> dict[str, int]:
     """Resident memory of the service's processes."""
     found: dict[str, int] = {}
@@ -106,6 +144,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="of each turn")
     parser.add_argument("--steps", type=int, default=4, help="of the sampler; the package's model has 20")
     parser.add_argument("--memory", type=int, default=2000, help="requests of one step, for the memory")
+    parser.add_argument("--replicas", type=int, help="start up to so many processes under load, and kill one")
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.clients, args.images, args.memory = 1, [1, 8], 8, 20
@@ -114,6 +153,10 @@ def main() -> None:
     random.seed(0)
     model = open_model(device="cpu").with_sampler(args.steps, None)
     file = example_masks(model.table)["liver"]
+    if args.replicas is not None:
+        with served(1, args.replicas) as url:
+            print(asyncio.run(load_and_kill(url, file, args.replicas, args.steps, limit_s=300)))
+        return
     mask_HW = _pixels(file, model)
     waits: dict[int, list[float]] = {}
     memory = []

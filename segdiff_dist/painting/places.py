@@ -94,9 +94,14 @@ def _of_url(url: str) -> Path:
     except InputProblems:
         raise
     except Exception as error:  # each kind of store raises errors of its own
-        remedy = "check the address and the connection; without one, give a folder on this machine"
-        raise problem(url, "--model", f"cannot be fetched ({first_line(error)})", remedy) from error
+        raise problem(url, "--model", f"cannot be fetched ({first_line(error)})", _remedy(error)) from error
     return folder
+
+
+def _remedy(error: Exception) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "if you trust this server, name the certificate of its authority: export SSL_CERT_FILE=FILE.pem"
+    return "check the address and the connection; without one, give a folder on this machine"
 
 
 def _fetch_all(files: Any, root: str, target: Path, url: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import ssl
 import struct
+import subprocess
 import threading
 import zlib
 from functools import partial
@@ -258,6 +261,26 @@ def test_a_model_behind_http(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert model_folder(f"{url}/{folder.name}") == there
     with pytest.raises(InputProblems, match=r"cannot be fetched.*check the address and the connection"):
         model_folder(f"{url}/another")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on this machine")
+def test_a_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal names the remedy, which acts on a process that starts with it."""
+    monkeypatch.setenv("SEGDIFF_CACHE", str(tmp_path / "cache"))
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=localhost"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", "req", *made, *files], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with pytest.raises(InputProblems, match=r"CERTIFICATE_VERIFY_FAILED.*export SSL_CERT_FILE"):
+            model_folder(f"https://localhost:{server.server_port}/model")
+        server.shutdown()
+        thread.join()
 
 
 def test_the_first_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import { bodyId, on, shownPlane, state, announce } from "./state.js";
 import { picture, wordOf } from "./view.js";
 
 const SIZES = [1, 64];
+// Pixels at the end of the list that style.css fades.
+const FADE = 26;
 
 export function startRail() {
   for (const button of document.querySelectorAll("[data-tool]"))
@@ -57,13 +59,23 @@ function updatePlane() {
 function update() {
   for (const button of document.querySelectorAll("[data-tool]"))
     button.setAttribute("aria-pressed", button.dataset.tool === state.tool);
-  for (const button of document.querySelectorAll("#organs button"))
-    button.setAttribute("aria-pressed", Number(button.dataset.label) === state.label);
+  for (const button of document.querySelectorAll("#organs button")) {
+    const isChosen = Number(button.dataset.label) === state.label;
+    if (isChosen && button.ariaPressed !== "true") reveal(button);
+    button.setAttribute("aria-pressed", isChosen);
+  }
   $("#size").value = state.size;
   $("#size-number").textContent = `${state.size} px`;
   $("#protect").checked = state.protects;
   $("#undo").disabled = !canUndo();
   $("#redo").disabled = !canRedo();
+}
+
+/** Scroll the list of organs, and not the page, to a button. */
+function reveal(button) {
+  const [own, list] = [button, $("#organs")].map((one) => one.getBoundingClientRect());
+  if (own.left < list.left || own.right > list.right - FADE) $("#organs").scrollLeft += own.left - list.left - FADE;
+  if (own.top < list.top || own.bottom > list.bottom - FADE) $("#organs").scrollTop += own.top - list.top - FADE;
 }
 
 function listOrgans() {
