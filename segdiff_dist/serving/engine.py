@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from data_shards import lean_imports
 from data_shards.fan_out import num_cores
@@ -79,13 +79,6 @@ class Model:
         async for event in self._painter.paint(request):
             yield event
 
-    async def paint_at_once(self, request: PaintRequest) -> Event:
-        """The last event of `paint`: Ray needs less processor time for one answer than for a stream."""
-        last = Event("queued", {})
-        async for event in self._painter.paint(request):
-            last = event
-        return last
-
 
 class Models:
     """The models behind their handles: the Backend of the application."""
@@ -116,10 +109,10 @@ class Models:
         for attempt in range(_MOST_ATTEMPTS):
             if attempt > 0:
                 self._on_retry(model)
-            asked = _asked(self._handles[model], request)
+            stream = self._handles[model].options(stream=True).paint.remote(request)
             is_over = False
             try:
-                async for event in _events(asked):
+                async for event in stream:
                     is_over = event.kind in ("image", "error")
                     yield event
                 return
@@ -128,7 +121,7 @@ class Models:
                     return
             finally:
                 if not is_over:
-                    asked.cancel()
+                    stream.cancel()
         raise _given_up()
 
     async def read_mask(self, model: str, mask: MaskUpload) -> dict[str, Any]:
@@ -238,22 +231,6 @@ def _model(name: str, where: str | None, config: ServeConfig) -> serve.Applicati
         logging_config=_QUIET,
     )
     return model.bind(name, where, config, None if gpus else threads)
-
-
-def _asked(
-    handle: DeploymentHandle, request: PaintRequest
-) -> DeploymentResponse[Event] | DeploymentResponseGenerator[Event]:
-    if request.shows_progress:
-        return handle.options(stream=True).paint.remote(request)
-    return handle.paint_at_once.remote(request)
-
-
-async def _events(asked: DeploymentResponse[Event] | DeploymentResponseGenerator[Event]) -> AsyncIterator[Event]:
-    if isinstance(asked, DeploymentResponseGenerator):
-        async for event in asked:
-            yield event
-    else:
-        yield await asked
 
 
 def _refuse_broken(config: ServeConfig) -> None:
