@@ -290,6 +290,10 @@ def test_folders_that_are_no_pairs_are_refused(tmp_path: Path, shapes: Path) -> 
     for file in (images[1], images[2], masks[0], masks[3]):
         file.unlink()
     assert len(folder_of(flags)) == 8
+    assert "DARK" not in folder_of(flags).words()
+    for file in (images[5], masks[5]):
+        save_png(file, np.zeros((16, 12), np.uint8))
+    assert f"{images[5]}: size: 12x16 pixels; make image and mask square" in refused()
     save_png(images[5], np.zeros((16, 16), np.uint8))
     save_png(masks[5], np.zeros((16, 16), np.uint8))
     assert "sizes: 16x16" in refused()
@@ -304,6 +308,7 @@ def test_folders_that_are_no_pairs_are_refused(tmp_path: Path, shapes: Path) -> 
         file.unlink()
     assert "are no HU; say which values are black and white" in refused()
     assert len(folder_of(flags, value_range=(0.0, 255.0))) == 1
+    assert "ALL ARE DARK: no grey value is above 51 of 255" in folder_of(flags, value_range=(0.0, 1000.0)).words()
 
 
 def test_flags_that_do_not_go_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

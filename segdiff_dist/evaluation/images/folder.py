@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 _LABEL_MAP = "--images.label-map"
 _REGION = 64
 _MOST_IDS = 256
-_LARGEST_SIDE = 4096
+# If no pixel of any image is brighter, the files may use a part of their type's range only, as 12 bits of 16.
+_DARK = 63
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class ImageFolder:
         window = _window(shards, config.modality)
         self._grey = pixels.Grey(config.modality, config.value_range or window, config.value_range is not None)
         self.pairs = find_pairs(config.folder, config.masks)
+        self._brightest = 0
         self.items, self.size = self._listed()
 
     def __len__(self) -> int:
@@ -121,7 +123,10 @@ class ImageFolder:
         window = self._grey.window
         ends = "" if window is None else f", {window[0]:g} and {window[1]:g} of NIfTI and DICOM"
         images = f"{len(self)} images of {self.size}x{self.size} pixels, {self.modality}"
-        return f"{images}; black and white: the ends of a PNG file's range{ends}"
+        dark = ""
+        if self._brightest <= _DARK:
+            dark = f"; ALL ARE DARK: no grey value is above {self._brightest} of 255, check the range of the files"
+        return f"{images}; black and white: the ends of a PNG file's range{ends}{dark}"
 
     def _listed(self) -> tuple[pa.Table, int]:
         import pyarrow as pa
@@ -133,6 +138,7 @@ class ImageFolder:
         keys: dict[str, str] = {}
         for sample in self._samples(problems):
             first_of_size.setdefault(len(sample.image_HW), sample.pair)
+            self._brightest = max(self._brightest, int(sample.image_HW.max()))
             of = (sample.pair.case_id, sample.axis)
             index = next_index.get(of, 0) if sample.slice_index is None else sample.slice_index
             next_index[of] = index + 1
@@ -187,7 +193,7 @@ class ImageFolder:
 
     def _flat_mask(self, pair: Pair, image: pixels.Flat) -> np.ndarray:
         if ending(pair.mask) == ".png":
-            header = read_png_header(pair.mask, range(_LARGEST_SIDE + 1))
+            header = read_png_header(pair.mask, None)
             pixels.refuse_unlike(pair.image, pair.mask, image, (header.height, header.width))
             is_known, sizes = self.config.label_map is not None, (header.width,)
             ids_HW = read_png_ids(pair.mask, sizes, _MOST_IDS, any_palette=is_known, flag=_LABEL_MAP)
