@@ -121,5 +121,8 @@ def this_job() -> str:
 
 
 def _command() -> str:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
+    if not sys.argv:
+        return ""
+    file = Path(sys.argv[0])
+    words = [*(("python", "-m", file.parent.name) if file.name == "__main__.py" else (file.name,)), *sys.argv[1:]]
     return shown(re.sub(r"://[^/@\s]*@", "://", shlex.join(words)))

@@ -268,6 +268,8 @@ def test_a_folder_that_cannot_be_written_is_refused(
 def test_passwords_do_not_enter_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/opt/bin/segdiff", "train", "--data", "https://me:secret@host/set"])
     assert Holder.here().command == "segdiff train --data https://host/set"
+    monkeypatch.setattr(sys, "argv", ["/opt/segdiff_dist/__main__.py", "train"])
+    assert Holder.here().command == "python -m segdiff_dist train"
 
 
 def test_short_turns_follow_each_other_and_leave_nothing(tmp_path: Path) -> None:
