@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--loops", default="abcdefg", help="of the training loops these alone, by their letters")
     parser.add_argument("--resume", action="store_true", help="keep the parts that FILE holds")
     parser.add_argument("--quick", action="store_true", help="one batch, one round, nothing compiled")
-    three_launches = "the norms' backward pass without the one-pass kernel, should that hang or be wrong"
+    three_launches = "the norms without the one-pass kernels, should they hang or be wrong"
     parser.add_argument("--three-launches", action="store_true", help=three_launches)
     args = parser.parse_args(arguments)
     if args.three_launches:

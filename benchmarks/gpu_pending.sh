@@ -1,8 +1,8 @@
 #!/bin/bash
 # What has to be measured on a GPU, in calls of less than four minutes: bash benchmarks/gpu_pending.sh CALL [OUT]
 # CALL is one of: list, parity, engine, steps, kernels, sampling, compiled, train. OUT takes the results (default: $OUT or .).
-# `parity` comes first. It begins with the one kernel whose programs wait for each other, in a process of its own, for at
-# most a minute. If that hangs or is wrong, all that follows takes three launches in its place, in later calls too: they
+# `parity` comes first. It begins with the kernels whose programs wait for each other, in a process of its own, for at
+# most a minute. If one hangs or is wrong, all that follows takes three launches in its place, in later calls too: they
 # see OUT/three-launches. Where OUT is not kept between calls, set THREE_LAUNCHES=1 for them.
 # DRY_RUN=1 prints the commands; TOY=1 runs them at toy size on a CPU. `train` needs DATA, a shard set of 256x256 pixels.
 set -u
@@ -35,7 +35,7 @@ gpu() {
 parity() {
     local failed=0
     run 60 10 python benchmarks/gpu.py ${TOY:+--dry-run} --json "$out/gpu-one-pass.json" --parts one_pass || {
-        echo "the norms' backward pass in one kernel failed (exit code $?; 124 and 137: it hung): three launches instead;" \
+        echo "the norms in one kernel failed (exit code $?; 124 and 137: it hung): three launches instead;" \
             "where $out is not kept, set THREE_LAUNCHES=1 in later calls" >&2
         use_three_launches
         touch "$out/three-launches"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ GROUPS = 32
 PARITY = 1e-2
 # The UNet's gradients in fp32, fused against eager, of the largest of all: products in another order too.
 UNET_PARITY = 1e-4
-# A contender: the norms' backward pass without the one-pass kernel.
+# A contender: the norms without the one-pass kernels.
 THREE_LAUNCHES = "segdiff, three launches"
 
 
@@ -118,13 +120,16 @@ ONE_PASS_SHAPES = ((128, 256), (512, 64), (512, 8))
 
 
 def one_pass(session: Session) -> dict[str, Any]:
-    """The norms' backward pass in one kernel, whose programs wait for each other: against the three launches, and
-    twice, bit for bit, bf16. Raises if it is wrong. If it hangs, only the end of the process helps (gpu_pending.sh)."""
+    """The norms' forward and backward passes in one kernel, whose programs wait for each other: against three launches,
+    and twice, bit for bit, bf16. Raises if one is wrong. If it hangs, only the end of the process helps
+    (gpu_pending.sh)."""
     is_real, found = session.device.type == "cuda", {}
-    for channels, side in ONE_PASS_SHAPES if is_real else ((32, 4),):
-        case = norm_backward(4, channels, side)
+    shapes = ONE_PASS_SHAPES if is_real else ((32, 4),)
+    norms_of = (norm_forward, partial(norm_forward, given=True), norm_backward)
+    for case in (norm(4, channels, side) for channels, side in shapes for norm in norms_of):
         given = case.inputs()
-        one, again, three = (case.contenders[name](*given) for name in ("segdiff", "segdiff", THREE_LAUNCHES))
+        results = (case.contenders[name](*given) for name in ("segdiff", "segdiff", THREE_LAUNCHES))
+        one, again, three = ((result,) if isinstance(result, Tensor) else result for result in results)
         if not all(torch.equal(a, b) for a, b in zip(one, again, strict=True)):
             raise RuntimeError(f"{case.name}: a repeat of the one-pass kernel gives other bits")
         pairs = zip(one, three, strict=True)
@@ -159,23 +164,47 @@ def norms(session: Session) -> list[dict[str, Any]]:
     return rows
 
 
-def norm_forward(batch: int, channels: int, side: int) -> kernel_bench.Case:
-    """Bytes of the two-pass algorithm: x is read for its statistics and read again, y is written."""
+def norm_forward(batch: int, channels: int, side: int, *, given: bool = False) -> kernel_bench.Case:
+    """Bytes of the two-pass algorithm: x is read for its statistics and read again, y is written. `given`: ours gets
+    the partial statistics of x. Ours in one launch and in three."""
     from segdiff_kernels.group_norm_silu import group_norm_silu
+    from segdiff_kernels.residual_add import residual_add
 
     groups = min(GROUPS, channels)
 
-    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    def inputs() -> tuple[Tensor, ...]:
         x_NCHW = _activation(batch, channels, side)
         weight_C, bias_C = (torch.randn(channels, device=x_NCHW.device) for _ in range(2))
-        return x_NCHW, weight_C.to(x_NCHW.dtype), bias_C.to(x_NCHW.dtype)
+        leaves = x_NCHW, weight_C.to(x_NCHW.dtype), bias_C.to(x_NCHW.dtype)
+        if not given:
+            return leaves
+        sum_NCHW, partials = residual_add(x_NCHW, x_NCHW, with_partials=True)
+        return sum_NCHW, *leaves[1:], partials
+
+    def ours(x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, partials: Tensor | None = None) -> Tensor:
+        y_NCHW: Tensor = group_norm_silu(x_NCHW, weight_C, bias_C, groups, partials=partials)
+        return y_NCHW
 
     contenders = {
-        "segdiff": lambda x, w, b: group_norm_silu(x, w, b, groups),
-        "torch": lambda x, w, b: F.silu(F.group_norm(x, groups, w, b, 1e-5)),
+        "segdiff": ours,
+        THREE_LAUNCHES: in_three_launches(ours),
+        "torch": lambda x, w, b, *_: F.silu(F.group_norm(x, groups, w, b, 1e-5)),
     }
-    name = f"forward  {batch} x {channels} x {side} x {side}"
+    name = f"forward  {batch} x {channels} x {side} x {side}" + " with partials" * given
     return kernel_bench.Case(name, 3 * 2 * batch * channels * side**2, inputs, contenders)
+
+
+def in_three_launches(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, without the kernels whose programs wait for each other."""
+
+    def slower(*args: Any) -> Any:
+        before, tiles.PART_BYTES = tiles.PART_BYTES, 0
+        try:
+            return function(*args)
+        finally:
+            tiles.PART_BYTES = before
+
+    return slower
 
 
 def norm_backward(batch: int, channels: int, side: int) -> kernel_bench.Case:
@@ -185,21 +214,14 @@ def norm_backward(batch: int, channels: int, side: int) -> kernel_bench.Case:
 
     def inputs() -> tuple[Any, ...]:
         leaves = [tensor.requires_grad_() for tensor in forward.inputs()]
-        outputs = {name: function(*leaves) for name, function in forward.contenders.items()}
+        outputs = {name: forward.contenders[name](*leaves) for name in ("segdiff", "torch")}
         return outputs, leaves, _activation(batch, channels, side)
 
     def of(name: str) -> Any:
         return lambda outputs, leaves, dy: torch.autograd.grad(outputs[name], leaves, dy, retain_graph=True)
 
-    def in_three_launches(*args: Any) -> Any:
-        before, tiles.PART_BYTES = tiles.PART_BYTES, 0
-        try:
-            return of("segdiff")(*args)
-        finally:
-            tiles.PART_BYTES = before
-
     name = f"backward {batch} x {channels} x {side} x {side}"
-    contenders = {"segdiff": of("segdiff"), THREE_LAUNCHES: in_three_launches, "torch": of("torch")}
+    contenders = {"segdiff": of("segdiff"), THREE_LAUNCHES: in_three_launches(of("segdiff")), "torch": of("torch")}
     return kernel_bench.Case(name, 5 * 2 * batch * channels * side**2, inputs, contenders)
 
 

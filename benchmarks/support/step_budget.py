@@ -229,32 +229,43 @@ def _slices(x_NCHW: Tensor) -> int:
     return 8 * num * num_slices(height * width) * channels
 
 
-def _norm(xs: Sequence[Tensor], partials: Sequence[Tensor | None], others: Sequence[Any], result: Any) -> Tally:
+def _norm(
+    xs: Sequence[Tensor], partials: Sequence[Tensor | None], others: Sequence[Any], norm: Sequence[Any], result: Any
+) -> Tally:
     """_norm_triton.py: moments of each tensor that comes without partials (read, partials written), a merge that reads
-    partials and writes statistics, and the pass that reads x and statistics and writes y."""
+    partials and writes statistics, and the pass that reads x and statistics and writes y. In one launch
+    (_norm_forward_one_pass_triton.py) x comes from the L2 cache the second time; with partials it is read once."""
     without = [x for x, given in zip(xs, partials, strict=True) if given is None]
-    y_NCHW, statistics_N4C = result
-    moments = sum(touched(x) + _slices(x) for x in without)
+    y_NCHW, statistics_N4C, *_ = result
+    num_groups, *_ = norm
+    at_once = len(without) == len(xs) and _is_one_pass(xs, num_groups)
+    moments = sum((0 if at_once else touched(x)) + _slices(x) for x in without)
     merged = sum(map(_slices, xs)) + touched(statistics_N4C)
-    return Tally(moments + merged + touched(*xs, *others, statistics_N4C, y_NCHW), 2 + len(without))
+    bytes_ = moments + merged + touched(*xs, *others, statistics_N4C, y_NCHW)
+    if at_once:
+        return Tally(bytes_, 1)
+    return Tally(bytes_, len(without) + (1 if _is_one_pass(xs, num_groups, reads_twice=False) else 2))
+
+
+def _is_one_pass(xs: Sequence[Tensor], num_groups: int, *, reads_twice: bool = True) -> bool:
+    channels, pixels = [x.shape[1] for x in xs], xs[0].shape[2] * xs[0].shape[3]
+    shape = (pixels, channels[0], sum(channels[1:]), num_groups, xs[0].element_size())
+    return one_pass_channels(*shape, reads_twice=reads_twice) > 0
 
 
 def _norm_backward(xs: Sequence[Tensor], dy_NCHW: Tensor, others: Sequence[Any], result: Any) -> Tally:
     """_norm_backward_triton.py: sums read x and dy and are written by slice, merged, and x, dy and what is added to dx
-    are read for dx. In one pass (_norm_one_pass_triton.py) x and dy come from the L2 cache the second time; counters
-    are set to zero, then one kernel does it all."""
+    are read for dx. In one pass (_norm_one_pass_triton.py) x and dy come from the L2 cache the second time."""
     *_, num_groups, _ = others
-    channels = [x.shape[1] for x in xs]
-    pixels, skip_channels = xs[0].shape[2] * xs[0].shape[3], sum(channels[1:])
-    at_once = one_pass_channels(pixels, channels[0], skip_channels, num_groups, dy_NCHW.element_size()) > 0
+    at_once = _is_one_pass(xs, num_groups)
     reads = 1 if at_once else 2
     bytes_ = reads * touched(*xs, dy_NCHW) + 2 * sum(map(_slices, xs)) + touched(*others, *result)
-    return Tally(bytes_, 2 if at_once else 3)
+    return Tally(bytes_, 1 if at_once else 3)
 
 
 def _group_norm_silu(args: Sequence[Any], result: Any) -> Tally:
-    x_NCHW, weight_C, bias_C, shift_NC, partials_NS2C = args[:5]
-    return _norm([x_NCHW], [partials_NS2C], (weight_C, bias_C, shift_NC), result)
+    x_NCHW, weight_C, bias_C, shift_NC, partials_NS2C, _, *norm = args
+    return _norm([x_NCHW], [partials_NS2C], (weight_C, bias_C, shift_NC), norm, result)
 
 
 def _group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
@@ -264,7 +275,7 @@ def _group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
 
 def _skip_group_norm_silu(args: Sequence[Any], result: Any) -> Tally:
     x_NCHW, skip_NCHW, *affine = args[:6]
-    return _norm([x_NCHW, skip_NCHW], args[6:8], affine, result)
+    return _norm([x_NCHW, skip_NCHW], args[6:8], affine, args[9:], result)
 
 
 def _skip_group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:

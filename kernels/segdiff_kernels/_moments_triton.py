@@ -45,12 +45,20 @@ def merge_rows(mean_PC, m2_PC, num_pixels, BLOCK_P: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def moments_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, partials_ptr, HW, S, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+def moments_tile(  # type: ignore[no-untyped-def]
+    x_ptr,
+    partials_ptr,
+    n,
+    s,
+    c_C,
+    HW,
+    S,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Partials [N, S, 2, C] of x [N, HW, C]; a program for each sample, slice and tile of channels."""
-    n, s, tile = where_in_grid(tl.program_id(0), S, (C + BLOCK_C - 1) // BLOCK_C)
-    c_C = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Partials of a slice of x, for the channels `c_C`."""
     in_channels_1C = (c_C < C)[None, :]
     num_pixels = tl.minimum(HW - s * P, P)
     x_ptr += (n * HW + s * P) * C
@@ -65,6 +73,15 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     partials_ptr += (n * S + s) * 2 * C
     tl.store(partials_ptr + c_C, mean_C, mask=c_C < C)
     tl.store(partials_ptr + C + c_C, m2_C, mask=c_C < C)
+
+
+@triton.jit
+def moments_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, partials_ptr, HW, S, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Partials [N, S, 2, C] of x [N, HW, C]; a program for each sample, slice and tile of channels."""
+    n, s, tile = where_in_grid(tl.program_id(0), S, (C + BLOCK_C - 1) // BLOCK_C)
+    moments_tile(x_ptr, partials_ptr, n, s, tile * BLOCK_C + tl.arange(0, BLOCK_C), HW, S, C, P, BLOCK_P, BLOCK_C)
 
 
 def launch_moments(x_NCHW: Tensor) -> Tensor:

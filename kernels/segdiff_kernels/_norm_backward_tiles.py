@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from segdiff_kernels._norm_triton import group_tile, load_affine, sigmoid
+from segdiff_kernels._norm_forward_tiles import group_tile, load_affine, sigmoid
 
 
 @triton.jit

@@ -149,10 +149,11 @@ def launch_backward(
     residual_NCHW: Tensor | None,
     more_NCHW: Tensor | None,
     skip_residual_NCHW: Tensor | None,
+    zeros: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """(dx, dskip, dweight, dbias, dshift [N, C]); `residual` and `more` are added to dx, `skip_residual` to dskip.
 
-    weight and bias are [C], or [N, C] for each sample; so are their gradients.
+    weight and bias are [C], or [N, C] for each sample; so are their gradients. zeros: counters (_turns.py).
     """
     n, c1, h, w = x_NCHW.shape
     c2 = 0 if skip_NCHW is None else skip_NCHW.shape[1]
@@ -166,7 +167,7 @@ def launch_backward(
     part = one_pass_channels(h * w, c1, c2, num_groups, x_NCHW.element_size())
     if part:
         of_parameters = (dshift_NC, dweight_C, dbias_C)
-        launch_one_pass(activations, parameters, of_parameters, (n, c1, c2, h * w), num_groups, silu, part)
+        launch_one_pass(activations, parameters, of_parameters, (n, c1, c2, h * w), num_groups, silu, part, zeros)
         return found
     norm = norm_tiles(h * w, c1, c2, x_NCHW.dtype)
     channel_tiles = triton.cdiv(c1, norm["BLOCK_C"]) + triton.cdiv(c2, norm["BLOCK_C"])

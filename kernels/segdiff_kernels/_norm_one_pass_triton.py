@@ -1,13 +1,8 @@
 """The norms' backward pass in one launch, which reads x and dy from memory once: the second time from the L2 cache.
 
 As in _norm_backward_triton.py a part of a sample is summed up, its sums are merged, and dx is written. A part is a few
-channels of one sample (tiles.one_pass_channels). Programs draw numbers, and a number says what a program does:
-
-    sums of parts 0 to L - 1;  sums of part L, dx of part 0;  sums of part L + 1, dx of part 1;  ...;  dx of the last L
-
-The program that sums up the last slice of a part merges its sums, then declares it ready; programs of dx wait for that.
-A program waits only for programs with smaller numbers, which have begun before it, so nothing can wait for ever. Slices
-are merged in their order, whichever program does it, so a repeat is bit-identical. Counters are integers.
+channels of one sample (tiles.one_pass_channels). Programs take turns as in _turns.py. Slices are merged in their order,
+whichever program does it, so a repeat is bit-identical. Counters are integers.
 """
 
 from __future__ import annotations
@@ -19,6 +14,7 @@ from torch import Tensor
 
 from segdiff_kernels._moments_triton import TRITON_NAME
 from segdiff_kernels._norm_backward_tiles import coefficients, dx_tile, parameter_gradients, sum_tile
+from segdiff_kernels._turns import counters_for, declare_ready, draw, is_last, wait_until_ready
 from segdiff_kernels.compile_cases import CompileCase
 from segdiff_kernels.partials import num_slices, slice_pixels
 from segdiff_kernels.tiles import merge_tiles, one_pass_channels, parts_in_flight, pixel_tile
@@ -75,8 +71,7 @@ def one_pass_kernel(  # type: ignore[no-untyped-def]
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """All of the backward pass. `counters`, zero at first: numbers drawn, samples of each tile of channels that are
-    merged, slices of each part that are summed up, whether each part is ready."""
+    """All of the backward pass; counters as in _turns.py."""
     C: tl.constexpr = C1 + C2
     TILES: tl.constexpr = C // BLOCK_C
     X_TILES: tl.constexpr = C1 // BLOCK_C
@@ -84,7 +79,7 @@ def one_pass_kernel(  # type: ignore[no-untyped-def]
     merged_ptr = counters_ptr + 1
     summed_ptr = merged_ptr + TILES
     ready_ptr = summed_ptr + N * TILES
-    part, s, is_sum = _job(tl.atomic_add(counters_ptr, 1), N * TILES, S, lag)
+    part, s, is_sum = draw(counters_ptr, N * TILES, S, S, lag)
     n, tile = (part // TILES).to(tl.int64), part % TILES
     c_C = tl.arange(0, BLOCK_C)
     if is_sum:
@@ -98,23 +93,20 @@ def one_pass_kernel(  # type: ignore[no-untyped-def]
                 skip_ptr, dy_ptr + C1, statistics_ptr + C1, weight_ptr + C1, bias_ptr + C1, sums_ptr + C1,
                 n, s, (tile - X_TILES) * BLOCK_C + c_C, HW, S, C2, C, P, SILU, PER_SAMPLE, BLOCK_P, BLOCK_C,
             )  # fmt: skip
-        tl.debug_barrier()  # all threads have written before one of them says so
-        if tl.atomic_add(summed_ptr + part, 1) == S - 1:
+        if is_last(summed_ptr + part, S):
             for merge in range(MERGES):
                 coefficients(
                     part * MERGES + merge, sums_ptr, statistics_ptr, weight_ptr, totals_ptr, coefficients_ptr,
                     dshift_ptr, HW, S, C, K, PER_SAMPLE, BLOCK_S, BLOCK_G, BLOCK_K,
                 )  # fmt: skip
-            tl.debug_barrier()
-            tl.atomic_xchg(ready_ptr + part, 1)
+            declare_ready(ready_ptr + part, S)
             if not PER_SAMPLE:  # noqa: SIM102  (decided when compiled)
-                if tl.atomic_add(merged_ptr + tile, 1) == N - 1:
+                if is_last(merged_ptr + tile, N):
                     parameter_gradients(
                         totals_ptr, dweight_ptr, dbias_ptr, tile * BLOCK_C + c_C, N, C, BLOCK_P, BLOCK_C
                     )
     else:
-        while tl.atomic_add(ready_ptr + part, 0) == 0:
-            pass
+        wait_until_ready(ready_ptr + part)
         for start in range(0, P, BLOCK_P):
             if tile < X_TILES:
                 dx_tile(
@@ -138,20 +130,22 @@ def launch_one_pass(
     num_groups: int,
     silu: bool,
     part: int,
+    zeros: Tensor | None,
 ) -> None:
     """Fill dx, dskip, dshift, dweight and dbias. tensors: the kernel's arguments from x to dskip; parameters:
-    statistics, weight and bias; found: dshift, dweight and dbias; shape: N, C1, C2, H * W; part: its channels."""
+    statistics, weight and bias; found: dshift, dweight and dbias; shape: N, C1, C2, H * W; part: its channels; zeros:
+    counters (_turns.py)."""
     (n, c1, c2, pixels), (dshift_NC, dweight_C, dbias_C) = shape, found
     statistics_N4C, weight_C, _ = parameters
     c, slices, per_sample = c1 + c2, num_slices(pixels), weight_C.dim() == 2
     tiles, element_size = c // part, next(t for t in tensors if t is not None).element_size()
     sums_NS2C = statistics_N4C.new_empty((n, slices, 2, c))
     totals_N2C, coefficients_N2C = statistics_N4C.new_empty((2, n, 2, c))
-    counters = torch.zeros(1 + tiles + 2 * n * tiles, dtype=torch.int32, device=statistics_N4C.device)
+    counters = counters_for(n, c, zeros, statistics_N4C.device)
     one_pass_kernel[(2 * n * tiles * slices,)](
         *(*tensors, *parameters, sums_NS2C, totals_N2C, coefficients_N2C, dshift_NC),
         *((None, None) if per_sample else (dweight_C, dbias_C)),
-        *(counters, pixels, n, slices, parts_in_flight(n * tiles, slices)),
+        *(counters, pixels, n, slices, parts_in_flight(n * tiles, 2 * slices)),
         C1=c1,
         C2=c2,
         K=c // num_groups,

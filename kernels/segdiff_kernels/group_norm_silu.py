@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from segdiff_kernels.backend import why_not_triton
 from segdiff_kernels.checks import FLOATS, check_channels_last, check_dtype, check_same_device, check_shape, refuse
-from segdiff_kernels.partials import check_partials
+from segdiff_kernels.partials import check_partials, new_partials
 
 _NAME = "group_norm_silu"
 
@@ -30,6 +30,8 @@ def group_norm_silu(
     silu: bool = True,
     partials: Tensor | None = None,
     fork: bool | Literal[2] = False,
+    with_partials: bool = False,
+    counters: Tensor | None = None,
 ) -> Any:
     """SiLU(GroupNorm(x + shift)) as y [N, C, H, W], of x's dtype and channels-last as x is.
 
@@ -38,7 +40,8 @@ def group_norm_silu(
     every pixel of a sample's channel, and never written; its rows may be slices of longer ones. silu=False: only the
     norm. partials: the result of residual_add for x, which saves reading x for its statistics. fork=True: (y, x); the
     gradient of this second x, for a branch that goes round the norm, is added to dx in the same pass. fork=2: (y, x,
-    x), for two branches.
+    x), for two branches. with_partials, with a fork: also x's partials, given or computed. counters: int32 zeros, at
+    least num_counters(N, C), which the kernels leave as zeros; without them, or too few, a pass makes its own.
 
     Saved for the backward pass: x, weight, bias and 16 bytes a sample and channel. Differentiable once, in x, weight,
     bias and shift. Raises a ValueError that names the argument for any other input.
@@ -50,10 +53,12 @@ def group_norm_silu(
     if partials is not None:
         check_partials(_NAME, "partials", partials, x_NCHW)
     check_same_device(_NAME, x_NCHW=x_NCHW, weight_C=weight_C, bias_C=bias_C, shift_NC=shift_NC, partials=partials)
-    if fork:
-        y_NCHW, *again = _Fork.apply(x_NCHW, weight_C, bias_C, shift_NC, partials, num_groups, eps, silu)
-        return (y_NCHW, *again[: int(fork)])
-    return forward_op(x_NCHW, weight_C, bias_C, shift_NC, partials, num_groups, eps, silu)[0]
+    given = (x_NCHW, weight_C, bias_C, shift_NC, partials, counters, num_groups, eps, silu)
+    if not fork:
+        return forward_op(*given)[0]
+    y_NCHW, *again, computed = _Fork.apply(*given)
+    of_x = (computed if partials is None else partials,) if with_partials else ()
+    return (y_NCHW, *again[: int(fork)], *of_x)
 
 
 def group_norm_silu_reference(
@@ -125,18 +130,21 @@ def forward_op(
     bias_C: Tensor,
     shift_NC: Tensor | None,
     partials_NS2C: Tensor | None,
+    counters: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y, statistics float32 [N, 4, C]): two launches, three without partials."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, statistics float32 [N, 4, C], partials, empty if they were given): one launch where that is possible
+    (_norm_triton.launch_forward), else two, three without partials."""
     refuse_without_triton(_NAME, x_NCHW.device)
     from segdiff_kernels._norm_triton import launch_forward
 
     with torch.cuda.device_of(x_NCHW):
-        return launch_forward(
-            x_NCHW, None, weight_C, bias_C, num_groups, eps, shift_NC, None, silu, partials_NS2C, None
+        y_NCHW, statistics_N4C, computed = launch_forward(
+            x_NCHW, None, weight_C, bias_C, num_groups, eps, shift_NC, None, silu, partials_NS2C, None, counters
         )
+    return y_NCHW, statistics_N4C, computed if partials_NS2C is None else statistics_N4C.new_empty(0)
 
 
 @forward_op.register_fake
@@ -146,13 +154,16 @@ def _(
     bias_C: Tensor,
     shift_NC: Tensor | None,
     partials_NS2C: Tensor | None,
+    counters: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     n, c, _, _ = x_NCHW.shape
     y_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
-    return y_NCHW, x_NCHW.new_empty((n, 4, c), dtype=torch.float32)
+    statistics_N4C = x_NCHW.new_empty((n, 4, c), dtype=torch.float32)
+    computed = new_partials(x_NCHW) if partials_NS2C is None else statistics_N4C.new_empty(0)
+    return y_NCHW, statistics_N4C, computed
 
 
 @torch.library.custom_op("segdiff::group_norm_silu_backward", mutates_args=())
@@ -164,11 +175,12 @@ def backward_op(
     weight_C: Tensor,
     bias_C: Tensor,
     statistics_N4C: Tensor,
+    counters: Tensor | None,
     shift_dtype: torch.dtype | None,
     num_groups: int,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx + residual + more, dweight, dbias, dshift [N, C], empty without a shift): two launches where x and dy of a
+    """(dx + residual + more, dweight, dbias, dshift [N, C], empty without a shift): one launch where x and dy of a
     part fit in the L2 cache (tiles.one_pass_channels), else three."""
     refuse_without_triton(_NAME, x_NCHW.device)
     from segdiff_kernels._norm_backward_triton import launch_backward
@@ -176,7 +188,7 @@ def backward_op(
     with torch.cuda.device_of(x_NCHW):
         dx_NCHW, _, dweight_C, dbias_C, dshift_NC = launch_backward(
             *(dy_NCHW, x_NCHW, None, weight_C, bias_C, statistics_N4C, num_groups, shift_dtype, silu),
-            *(residual_NCHW, more_NCHW, None),
+            *(residual_NCHW, more_NCHW, None, counters),
         )
     return dx_NCHW, dweight_C, dbias_C, statistics_N4C.new_empty(0) if dshift_NC is None else dshift_NC
 
@@ -190,6 +202,7 @@ def _(
     weight_C: Tensor,
     bias_C: Tensor,
     statistics_N4C: Tensor,
+    counters: Tensor | None,
     shift_dtype: torch.dtype | None,
     num_groups: int,
     silu: bool,
@@ -202,32 +215,32 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
-    x_NCHW, weight_C, bias_C, shift_NC, _, ctx.num_groups, _, ctx.silu = inputs
+    x_NCHW, weight_C, bias_C, shift_NC, _, counters, ctx.num_groups, _, ctx.silu = inputs
     ctx.shift_dtype = None if shift_NC is None else shift_NC.dtype
-    ctx.save_for_backward(x_NCHW, weight_C, bias_C, statistics_N4C)
+    ctx.save_for_backward(x_NCHW, weight_C, bias_C, statistics_N4C, counters)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight inputs; the residuals are the gradients of two branches that go round the norm."""
+    """Gradients of the nine inputs; the residuals are the gradients of two branches that go round the norm."""
     given = [r.contiguous(memory_format=torch.channels_last) for r in residuals if r is not None]
     if dy_NCHW is None:
-        return (sum(given[1:], given[0]) if given else None, *[None] * 7)
+        return (sum(given[1:], given[0]) if given else None, *[None] * 8)
     dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
     residual_NCHW, more_NCHW, *_ = *given, None, None
     dx_NCHW, dweight_C, dbias_C, dshift_NC = backward_op(
         dy_NCHW, residual_NCHW, more_NCHW, *ctx.saved_tensors, ctx.shift_dtype, ctx.num_groups, ctx.silu
     )
     dshift = None if ctx.shift_dtype is None else dshift_NC
-    return dx_NCHW, dweight_C, dbias_C, dshift, None, None, None, None
+    return dx_NCHW, dweight_C, dbias_C, dshift, *[None] * 5
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, dy_NCHW: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy_NCHW: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, dy_NCHW)
 
 
@@ -235,14 +248,15 @@ forward_op.register_autograd(_backward, setup_context=_setup)
 
 
 class _Fork(torch.autograd.Function):
-    """y, and x twice again: an operator may not return its input, so this function wraps it."""
+    """y, x twice again, and computed partials: an operator may not return its input, so this function wraps it."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        y_NCHW, statistics_N4C = forward_op(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y_NCHW, statistics_N4C, partials_NS2C = forward_op(*inputs)
         _save(ctx, inputs, statistics_N4C)
-        return y_NCHW, inputs[0].view_as(inputs[0]), inputs[0].view_as(inputs[0])
+        ctx.mark_non_differentiable(partials_NS2C)
+        return y_NCHW, inputs[0].view_as(inputs[0]), inputs[0].view_as(inputs[0]), partials_NS2C
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *gradients)
+        return _gradients(ctx, *gradients[:3])

@@ -37,12 +37,13 @@ def skip_group_norm_silu(
     partials: Tensor | None = None,
     skip_partials: Tensor | None = None,
     fork: bool = False,
+    counters: Tensor | None = None,
 ) -> Any:
     """SiLU(GroupNorm(cat(x, skip))) as y [N, C, H, W] of x's dtype, channels-last; groups may straddle the border.
 
     x and skip of one dtype, float32, bfloat16 or float16; weight and bias any of these. silu, shift and partials
-    (of x and of skip) and fork as in group_norm_silu; fork=True: (y, x, skip); the gradients of both are added to dx
-    and dskip in the same pass. Raises a ValueError that names the argument for any other input.
+    (of x and of skip), counters and fork as in group_norm_silu; fork=True: (y, x, skip); the gradients of both are
+    added to dx and dskip in the same pass. Raises a ValueError that names the argument for any other input.
     """
     for argument, tensor in (("x_NCHW", x_NCHW), ("skip_NCHW", skip_NCHW)):
         check_channels_last(_NAME, argument, tensor)
@@ -69,7 +70,7 @@ def skip_group_norm_silu(
         partials=partials,
         skip_partials=skip_partials,
     )
-    given = (x_NCHW, skip_NCHW, weight_C, bias_C, shift_NC, skip_shift_NC, partials, skip_partials)
+    given = (x_NCHW, skip_NCHW, weight_C, bias_C, shift_NC, skip_shift_NC, partials, skip_partials, counters)
     arguments = (*given, num_groups, eps, silu)
     return _Fork.apply(*arguments) if fork else forward_op(*arguments)[0]
 
@@ -105,19 +106,21 @@ def forward_op(
     skip_shift_NC: Tensor | None,
     partials_NS2C: Tensor | None,
     skip_partials_NS2C: Tensor | None,
+    counters: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, statistics float32 [N, 4, C]): two launches, and one for each tensor without partials."""
+    """(y, statistics float32 [N, 4, C]); launches as in _norm_triton.launch_forward."""
     refuse_without_triton(_NAME, x_NCHW.device)
     from segdiff_kernels._norm_triton import launch_forward
 
     with torch.cuda.device_of(x_NCHW):
-        return launch_forward(
+        y_NCHW, statistics_N4C, _ = launch_forward(
             *(x_NCHW, skip_NCHW, weight_C, bias_C, num_groups, eps, shift_NC, skip_shift_NC),
-            *(silu, partials_NS2C, skip_partials_NS2C),
+            *(silu, partials_NS2C, skip_partials_NS2C, counters),
         )
+    return y_NCHW, statistics_N4C
 
 
 @forward_op.register_fake
@@ -130,6 +133,7 @@ def _(
     skip_shift_NC: Tensor | None,
     partials_NS2C: Tensor | None,
     skip_partials_NS2C: Tensor | None,
+    counters: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
@@ -150,16 +154,17 @@ def backward_op(
     weight_C: Tensor,
     bias_C: Tensor,
     statistics_N4C: Tensor,
+    counters: Tensor | None,
     shift_dtype: torch.dtype | None,
     num_groups: int,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx + residual, dskip + skip_residual, dweight, dbias, dshift of both [N, C1 + C2], empty without a shift):
-    two launches where x and dy of a part fit in the L2 cache (tiles.one_pass_channels), else three."""
+    one launch where x and dy of a part fit in the L2 cache (tiles.one_pass_channels), else three."""
     refuse_without_triton(_NAME, x_NCHW.device)
     from segdiff_kernels._norm_backward_triton import launch_backward
 
-    residuals = (residual_NCHW, None, skip_residual_NCHW)
+    residuals = (residual_NCHW, None, skip_residual_NCHW, counters)
     with torch.cuda.device_of(x_NCHW):
         dx_NCHW, dskip_NCHW, dweight_C, dbias_C, dshift_NC = launch_backward(
             dy_NCHW, x_NCHW, skip_NCHW, weight_C, bias_C, statistics_N4C, num_groups, shift_dtype, silu, *residuals
@@ -179,6 +184,7 @@ def _(
     weight_C: Tensor,
     bias_C: Tensor,
     statistics_N4C: Tensor,
+    counters: Tensor | None,
     shift_dtype: torch.dtype | None,
     num_groups: int,
     silu: bool,
@@ -192,16 +198,16 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
-    *tensors, shift_NC, skip_shift_NC, _, _, ctx.num_groups, _, ctx.silu = inputs
+    *tensors, shift_NC, skip_shift_NC, _, _, counters, ctx.num_groups, _, ctx.silu = inputs
     ctx.shift_dtypes = [None if shift is None else shift.dtype for shift in (shift_NC, skip_shift_NC)]
-    ctx.save_for_backward(*tensors, statistics_N4C)
+    ctx.save_for_backward(*tensors, statistics_N4C, counters)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the eleven inputs; the residuals are the gradients that go round the norm, to x and to skip."""
+    """Gradients of the twelve inputs; the residuals are the gradients that go round the norm, to x and to skip."""
     if dy_NCHW is None:
-        return (*residuals, *[None] * 9)
+        return (*residuals, *[None] * 10)
     dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
     whole = [r if r is None else r.contiguous(memory_format=torch.channels_last) for r in residuals]
     saved, dtypes = ctx.saved_tensors, ctx.shift_dtypes
@@ -211,7 +217,7 @@ def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> t
     if shift_dtype is not None:
         of_both = dshift_NC.split([saved[0].shape[1], saved[1].shape[1]], dim=1)
         dshifts = [None if dtype is None else part.to(dtype) for part, dtype in zip(of_both, dtypes, strict=True)]
-    return (*found, *dshifts, *[None] * 5)
+    return (*found, *dshifts, *[None] * 6)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

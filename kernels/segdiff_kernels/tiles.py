@@ -13,6 +13,7 @@ _TILE_BYTES = 8192
 MOST_CHUNKS = 512
 # More than run at once, four to six for each of 132 multiprocessors: a part's sums are complete when its dx is begun.
 RESIDENT_PROGRAMS = 1024
+SMALLEST_PART = 32
 # Of x and dy of a part. Three such parts are in flight at 256x256: half of an H100's L2 cache of 50 MB, which may hold
 # lines twice.
 PART_BYTES = 2**23
@@ -43,27 +44,35 @@ def merge_tiles(num_channels: int, num_groups: int, num_slices: int) -> dict[str
     return {"BLOCK_S": block_s, "BLOCK_G": block_g, "BLOCK_K": block_k}
 
 
-def one_pass_channels(num_pixels: int, c1: int, c2: int, num_groups: int, element_size: int) -> int:
-    """Channels of a sample that a backward pass sums up and then reads again from the L2 cache; 0 where that cannot be.
+def one_pass_channels(
+    num_pixels: int, c1: int, c2: int, num_groups: int, element_size: int, *, reads_twice: bool = True
+) -> int:
+    """Channels of a sample that a norm sums up and then reads again from the L2 cache; 0 where that cannot be.
 
-    Both tensors must consist of such parts, and these of whole groups.
+    Both tensors must consist of such parts, and these of whole groups. reads_twice=False: of a norm that has its sums
+    and reads once, so that nothing must fit in the cache. PART_BYTES = 0 turns both off.
     """
     per_group = (c1 + c2) // num_groups
     merged = merge_tiles(c1 + c2, num_groups, 1)["BLOCK_G"] * per_group
-    for part in (128, 64, 32):
+    for part in (128, 64, SMALLEST_PART):
         if (
             c1 % part == 0
             and c2 % part == 0
             and part % merged == 0
-            and 2 * num_pixels * part * element_size <= PART_BYTES
+            and (2 * num_pixels * part * element_size if reads_twice else 1) <= PART_BYTES
         ):
             return part
     return 0
 
 
-def parts_in_flight(num_parts: int, num_slices: int) -> int:
-    """Parts whose sums are begun before the first one is read again."""
-    return min(num_parts, -(-RESIDENT_PROGRAMS // (2 * num_slices)))
+def parts_in_flight(num_parts: int, num_programs: int) -> int:
+    """Parts whose sums are begun before the first one is read again, or written; num_programs: of a part."""
+    return min(num_parts, -(-RESIDENT_PROGRAMS // num_programs))
+
+
+def num_counters(num_samples: int, num_channels: int) -> int:
+    """Counters (_turns.py) that suffice for norms of so many samples and at most so many channels."""
+    return 1 + -(-num_channels // SMALLEST_PART) * (1 + 2 * num_samples)
 
 
 def chunk_rows(num_rows: int, block_p: int) -> int:

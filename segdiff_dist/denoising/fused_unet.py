@@ -17,6 +17,7 @@ the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import diffusers
@@ -38,6 +39,7 @@ from segdiff_dist.diffusers_parts import (
 from segdiff_kernels.group_norm_silu import group_norm_silu
 from segdiff_kernels.residual_add import residual_add
 from segdiff_kernels.skip_group_norm_silu import skip_group_norm_silu
+from segdiff_kernels.tiles import num_counters
 
 
 class Stream(NamedTuple):
@@ -84,6 +86,10 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
         fused = _FUSED.get(type(module))
         if fused is not None:
             module.__class__ = fused
+    norms = [module for module in unet.modules() if isinstance(module, nn.GroupNorm)]
+    unet.counters = _Counters(max(norm.num_channels for norm in norms))
+    for norm in norms:
+        norm.counters = unet.counters
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
             module.conv1.__class__ = module.conv2.__class__ = Conv
@@ -104,7 +110,14 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
 class UNet2DModel(diffusers.UNet2DModel):
     """diffusers' forward, with streams between the blocks. save_config writes its class name."""
 
-    def forward(
+    counters: _Counters
+
+    def forward(self, sample: Tensor, *inputs: Any, **options: Any) -> Any:
+        """As diffusers', except for the labels: the mask, if conv_in reads it (see fuse)."""
+        with self.counters.of_a_pass(sample):
+            return self._forward(sample, *inputs, **options)
+
+    def _forward(
         self,
         sample: Tensor,
         timestep: Tensor,
@@ -112,7 +125,6 @@ class UNet2DModel(diffusers.UNet2DModel):
         return_dict: bool = True,
         **labels: Any,
     ) -> Any:
-        """As diffusers', except for `labels`: the mask, if conv_in reads it (see fuse)."""
         emb_NE = self.time_embedding(self.time_proj(timestep.expand(sample.shape[0])).to(self.dtype))
         if self.class_embedding is not None:
             emb_NE = emb_NE + self.class_embedding(class_labels).to(self.dtype)
@@ -130,6 +142,25 @@ class UNet2DModel(diffusers.UNet2DModel):
             stream = block(stream, here, shared)
         y_NCHW = self.conv_out(self.conv_norm_out(stream))
         return UNet2DOutput(sample=y_NCHW) if return_dict else (y_NCHW,)
+
+
+class _Counters:
+    """The counters of the norms' kernels: set to zero once a pass instead of once a kernel."""
+
+    def __init__(self, most_channels: int) -> None:
+        """Of a norm."""
+        self.zeros: Tensor | None = None
+        self._most_channels = most_channels
+
+    @contextmanager
+    def of_a_pass(self, x_NCHW: Tensor) -> Iterator[None]:
+        """A context in which there are enough for all norms. Their backward passes keep them."""
+        number = num_counters(len(x_NCHW), self._most_channels)
+        self.zeros = torch.zeros(number, dtype=torch.int32, device=x_NCHW.device)
+        try:
+            yield
+        finally:
+            self.zeros = None
 
 
 class Time(NamedTuple):
@@ -237,7 +268,8 @@ class _Resnet(ResnetBlock2D):
         for an up block."""
         # The norm returns its inputs, so that its backward pass adds the gradients of shortcut and up block to theirs.
         y_NCHW, *inputs = self.norm1(stream, skip, fork=2 if keeps else True)
-        kept = stream._replace(x_NCHW=inputs.pop()) if keeps else None
+        # With the partials, so that the up block's norm need not compute them again.
+        kept = stream._replace(partials=inputs.pop(), x_NCHW=inputs.pop()) if keeps else None
         y_NCHW = self.norm2(Stream(self.conv1(y_NCHW)), time=time)
         branch_NCHW, bias_C = self.conv2(y_NCHW), self.conv2.bias
         if self.conv_shortcut is None:
@@ -254,15 +286,17 @@ class _Norm(nn.GroupNorm):
     """GroupNorm and SiLU of a stream, or of a stream and a skip as if they were concatenated."""
 
     activates = True
+    counters: _Counters
 
     def forward(  # type: ignore[override]
         self, stream: Stream, skip: Stream | None = None, time: Time | None = None, fork: bool | int = False
     ) -> Any:
         norm = *_affine(self, time), self.num_groups, self.eps
         options: dict[str, Any] = {"silu": self.activates, "partials": stream.partials, "fork": fork}
+        options["counters"] = self.counters.zeros
         options["shift_NC"] = stream.shift_NC if time is None else time.shift_NC
         if skip is None:
-            return group_norm_silu(stream.x_NCHW, *norm, **options)
+            return group_norm_silu(stream.x_NCHW, *norm, with_partials=fork == 2, **options)
         options |= {"skip_partials": skip.partials, "skip_shift_NC": skip.shift_NC}
         return skip_group_norm_silu(stream.x_NCHW, skip.x_NCHW, *norm, **options)
 

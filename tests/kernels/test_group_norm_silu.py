@@ -13,7 +13,14 @@ from segdiff_kernels import group_norm_silu as op
 from segdiff_kernels import tiles
 from segdiff_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from segdiff_kernels.partials import num_slices, slice_pixels
-from segdiff_kernels.tiles import channel_tile, merge_tiles, one_pass_channels, parts_in_flight, pixel_tile
+from segdiff_kernels.tiles import (
+    channel_tile,
+    merge_tiles,
+    num_counters,
+    one_pass_channels,
+    parts_in_flight,
+    pixel_tile,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -175,10 +182,12 @@ def test_the_order_of_the_one_pass_changes_nothing(monkeypatch: pytest.MonkeyPat
     weight, bias, shift = randn(g, 64), randn(g, 64), randn(g, 2, 64)
     monkeypatch.setattr(tiles, "PART_BYTES", 2 * 81 * 32 * 4)
     assert one_pass_channels(81, 64, 0, 16, 4) == 32
-    assert parts_in_flight(4, 2) == 4
-    at_once = results(x, weight, bias, shift, dy, num_groups=16)
+    assert parts_in_flight(4, 4) == 4
+    counters = torch.zeros(num_counters(2, 64), dtype=torch.int32, device=DEVICE)
+    at_once = results(x, weight, bias, shift, dy, num_groups=16, counters=counters)
+    assert not counters.any()
     monkeypatch.setattr(tiles, "RESIDENT_PROGRAMS", 1)
-    assert parts_in_flight(4, 2) == 1
+    assert parts_in_flight(4, 4) == 1
     for one, other in zip(results(x, weight, bias, shift, dy, num_groups=16), at_once, strict=True):
         assert torch.equal(one, other)
     monkeypatch.setattr(tiles, "PART_BYTES", 0)
@@ -187,17 +196,36 @@ def test_the_order_of_the_one_pass_changes_nothing(monkeypatch: pytest.MonkeyPat
         assert_near(one, other, 1e-6)
 
 
+@pytest.mark.parametrize("resident", [1, 1024])
+def test_partials_that_are_given_or_computed_give_the_same(resident: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one launch with them, in one without, and in three launches."""
+    monkeypatch.setattr(tiles, "RESIDENT_PROGRAMS", resident)
+    g = fresh_generator()
+    x, weight, bias = randn(g, 2, 64, 9, 9), randn(g, 64), randn(g, 64)
+    counters = torch.zeros(num_counters(2, 64), dtype=torch.int32, device=DEVICE)
+    options: dict[str, Any] = {"shift_NC": randn(g, 2, 64), "fork": True, "with_partials": True, "counters": counters}
+    y, _, partials = group_norm_silu(x, weight, bias, 16, **options)
+    again, _, same = group_norm_silu(x, weight, bias, 16, partials=partials, **options)
+    assert not counters.any()
+    assert torch.equal(y, again)
+    assert same is partials
+    monkeypatch.setattr(tiles, "PART_BYTES", 0)
+    three, _, others = group_norm_silu(x, weight, bias, 16, **options)
+    assert_near(y, three, 1e-6)
+    assert_near(partials, others, 1e-6)
+
+
 def test_the_operator_is_one_that_torch_can_trace() -> None:
     g = fresh_generator()
     x, weight, bias = (t.requires_grad_() for t in (randn(g, 1, 8, 2, 2), randn(g, 8), randn(g, 8)))
     shift = randn(g, 1, 8).requires_grad_()
-    torch.library.opcheck(op.forward_op, (x, weight, bias, shift, None, 2, 1e-5, True))
+    torch.library.opcheck(op.forward_op, (x, weight, bias, shift, None, None, 2, 1e-5, True))
     statistics = randn(g, 1, 4, 8)
-    arguments = (x.detach(), None, None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
+    arguments = (x.detach(), None, None, x.detach(), weight.detach(), bias.detach(), statistics, None, None, 2, True)
     torch.library.opcheck(op.backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
     weight, bias = weight.detach()[None].requires_grad_(), bias.detach()[None].requires_grad_()
-    torch.library.opcheck(op.forward_op, (x, weight, bias, shift, None, 2, 1e-5, True))
-    arguments = (x.detach(), None, None, x.detach(), weight.detach(), bias.detach(), statistics, None, 2, True)
+    torch.library.opcheck(op.forward_op, (x, weight, bias, shift, None, None, 2, 1e-5, True))
+    arguments = (x.detach(), None, None, x.detach(), weight.detach(), bias.detach(), statistics, None, None, 2, True)
     torch.library.opcheck(op.backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -72,7 +72,8 @@ def gradients(model: Denoiser, given: tuple[Tensor | None, ...]) -> tuple[Tensor
     "changes",
     [
         {"soft_masks": True, "augmentation_labels": True},
-        {"mask_encoding": "scalar_signed", "class_conditioning": False},
+        # Some norms of whole parts of 32 channels, which are one kernel in each direction, and share their counters.
+        {"mask_encoding": "scalar_signed", "class_conditioning": False, "block_out_channels": (32, 64)},
         {"mask_encoding": "embedding", "conditioning": "multiply"},
         {"net": "efficient", "augmentation_labels": True},
     ],
