@@ -20,7 +20,11 @@ class Conv(nn.Conv2d):
     """A later operation adds its bias."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return F.conv2d(x_NCHW, self.weight, None, self.stride, self.padding)
+        weight_OCHW = self.weight
+        if not hasattr(weight_OCHW, "ds_id"):  # of ZeRO 3, which frees it until the backward pass
+            # Once; else the convolution copies row-major weights, as DeepSpeed has them, in both passes.
+            weight_OCHW = weight_OCHW.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x_NCHW, weight_OCHW, None, self.stride, self.padding)
 
 
 class Shortcut(nn.Conv2d):

@@ -94,6 +94,8 @@ def test_the_bytes_and_launches_of_the_fused_step_have_limits(budgets: dict[str,
     fused = budgets["fused"]
     assert fused.bytes <= step_budget.MOST_BYTES
     assert fused.launches <= step_budget.MOST_LAUNCHES
+    rows = step_budget.fused_budget(step_budget.DenoiserConfig(), 256, torch.contiguous_format)(2)
+    assert rows.launches <= step_budget.MOST_LAUNCHES_OF_ROWS
 
 
 def test_nothing_of_the_fused_step_is_copied_to_another_layout(budgets: dict[str, Any]) -> None:
