@@ -134,7 +134,7 @@ def launch_forward(
     strides = [0 if shift is None else shift.stride(0) for shift in (shift_NC, skip_shift_NC)]
     if part:
         tensors = (x_NCHW, skip_NCHW, y_NCHW, partials_NS2C, skip_partials_NS2C, shift_NC, skip_shift_NC)
-        numbers = (*strides, eps)
+        numbers = (strides[0], strides[1], eps)
         launch_forward_one_pass(
             *(tensors, (statistics_N4C, weight_C, bias_C), numbers, (n, c1, c2, h * w), num_groups),
             *(silu, part, has_none, zeros),

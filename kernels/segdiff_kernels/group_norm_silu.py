@@ -215,9 +215,10 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
-    x_NCHW, weight_C, bias_C, shift_NC, _, counters, ctx.num_groups, _, ctx.silu = inputs
+    # Not saved for the backward pass: where activations are recomputed, a pass makes its own counters.
+    x_NCHW, weight_C, bias_C, shift_NC, _, ctx.counters, ctx.num_groups, _, ctx.silu = inputs
     ctx.shift_dtype = None if shift_NC is None else shift_NC.dtype
-    ctx.save_for_backward(x_NCHW, weight_C, bias_C, statistics_N4C, counters)
+    ctx.save_for_backward(x_NCHW, weight_C, bias_C, statistics_N4C)
     ctx.set_materialize_grads(False)
 
 
@@ -229,7 +230,8 @@ def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> t
     dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
     residual_NCHW, more_NCHW, *_ = *given, None, None
     dx_NCHW, dweight_C, dbias_C, dshift_NC = backward_op(
-        dy_NCHW, residual_NCHW, more_NCHW, *ctx.saved_tensors, ctx.shift_dtype, ctx.num_groups, ctx.silu
+        *(dy_NCHW, residual_NCHW, more_NCHW, *ctx.saved_tensors),
+        *(ctx.counters, ctx.shift_dtype, ctx.num_groups, ctx.silu),
     )
     dshift = None if ctx.shift_dtype is None else dshift_NC
     return dx_NCHW, dweight_C, dbias_C, dshift, *[None] * 5

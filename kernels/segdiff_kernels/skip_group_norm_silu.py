@@ -198,9 +198,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], statistics_N4C: Tensor) -> None:
-    *tensors, shift_NC, skip_shift_NC, _, _, counters, ctx.num_groups, _, ctx.silu = inputs
+    *tensors, shift_NC, skip_shift_NC, _, _, ctx.counters, ctx.num_groups, _, ctx.silu = inputs
     ctx.shift_dtypes = [None if shift is None else shift.dtype for shift in (shift_NC, skip_shift_NC)]
-    ctx.save_for_backward(*tensors, statistics_N4C, counters)
+    ctx.save_for_backward(*tensors, statistics_N4C)
     ctx.set_materialize_grads(False)
 
 
@@ -212,7 +212,7 @@ def _gradients(ctx: Any, dy_NCHW: Tensor | None, *residuals: Tensor | None) -> t
     whole = [r if r is None else r.contiguous(memory_format=torch.channels_last) for r in residuals]
     saved, dtypes = ctx.saved_tensors, ctx.shift_dtypes
     shift_dtype = next((dtype for dtype in dtypes if dtype is not None), None)
-    *found, dshift_NC = backward_op(dy_NCHW, *whole, *saved, shift_dtype, ctx.num_groups, ctx.silu)
+    *found, dshift_NC = backward_op(dy_NCHW, *whole, *saved, ctx.counters, shift_dtype, ctx.num_groups, ctx.silu)
     dshifts: list[Tensor | None] = [None, None]
     if shift_dtype is not None:
         of_both = dshift_NC.split([saved[0].shape[1], saved[1].shape[1]], dim=1)

@@ -116,11 +116,12 @@ def test_what_a_part_found_before_it_failed_is_kept(tmp_path: Path, monkeypatch:
     assert (kept["so_far"], kept["error"]) == ({"first loop": 1}, "TimeoutError: longer than 0 s")
 
 
-def test_the_kernel_that_waits_is_compared_with_three_launches(tmp_path: Path) -> None:
+def test_the_kernels_that_wait_are_compared_with_three_launches(tmp_path: Path) -> None:
     results = tmp_path / "gpu.json"
     assert gpu.main(["--dry-run", "--json", str(results), "--parts", "one_pass"]) == 0
     found = json.loads(results.read_text())["parts"]["one_pass"]["found"]
-    assert list(found) == ["backward 4 x 32 x 4 x 4"]
+    size = "4 x 32 x 4 x 4"
+    assert list(found) == [f"forward  {size}", f"forward  {size} with partials", f"backward {size}"]
     assert one_pass_channels(4 * 4, 32, 0, 32, torch.bfloat16.itemsize) == 32
 
 
