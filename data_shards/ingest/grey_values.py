@@ -50,8 +50,8 @@ _SMALLEST_SPAN_HU = 100.0
 _LIKE_HU_SHARE = 0.05
 _LOST_OFFSET = (
     "these are not HU (air is -1000). The conversion lost RescaleIntercept, often -1024: convert it again from DICOM, "
-    "or write the intercept (NIfTI: scl_inter; DICOM: RescaleIntercept; MetaImage and NRRD: added to the values); if it "
-    "is MR, state that with --prepare.modality MR"
+    "or write the intercept (NIfTI: scl_inter; DICOM: RescaleIntercept; MetaImage and NRRD: added to the values); if "
+    "it is MR, state that with --prepare.modality MR"
 )
 
 
