@@ -54,6 +54,18 @@ def test_models_differ_from_concat_in_what_they_are_named_for(args: Any, tmp_pat
         assert changed <= {"denoiser", "diffusion", "sample", "autoencoder"}, model
 
 
+def test_a_model_counts_when_all_its_learning_rates_are_trained(args: Any) -> None:
+    args.models, args.lrs = ["concat"], [1e-3, 2e-3]
+    for lr in args.lrs:
+        training = arms.Training(args, "concat", 0, lr)
+        assert models.finished(args, "flops") == {}
+        training.last.mkdir(parents=True)
+        assert not training.is_trained
+        (training.folder / "net.trained").touch()
+        training.log_of(arms.ALL["concat"][0]).write_text(f'{{"val_loss": {lr}}}\n')
+    assert models.best_lr(args, "concat") == 1e-3
+
+
 def test_slices_of_another_side_or_set_are_refused(args: Any, small_shapes: Path, tmp_path: Path) -> None:
     for name, value, match in (
         ("side", 64, "give --side 32"),
