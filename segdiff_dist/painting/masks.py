@@ -137,7 +137,23 @@ def _of_volume(file: Path) -> MaskFile:
             raise problem(file, "voxels", error.reason, _WHOLE_IDS) from error
         return LabelMask(volume, names)
 
-    return MaskFile(str(file), "volume", geometry.shape, geometry.is_flat, geometry.affine, read, file, header)
+    affine = geometry.affine if is_itk(file) or geometry.is_flat else _as_thick_as_stored(file, geometry.affine)
+    return MaskFile(str(file), "volume", geometry.shape, geometry.is_flat, affine, read, file, header)
+
+
+def _as_thick_as_stored(file: Path, affine: np.ndarray) -> np.ndarray:
+    """Of a volume of one plane, which is read as thick as its pixels are wide. Widths that stand for none stay so."""
+    import nibabel as nib
+
+    stored = nib.load(file)
+    own, read = (np.linalg.norm(one[:3, :3], axis=0) for one in (stored.affine, affine))
+    thick = affine.copy()
+    for d in np.flatnonzero(np.array(stored.shape[:3]) == 1).tolist():
+        other = (d + 1) % 3
+        length = own[d] * read[other] / own[other] if own[other] > 0 else 0.0  # mm, whatever the file's unit is
+        if 0 < length <= _MOST_MM:
+            thick[:3, d] *= length / read[d]
+    return thick
 
 
 def _complete(ids: dict[int, int], names: Names, others: OtherLabels, table: LabelTable) -> dict[int, int]:

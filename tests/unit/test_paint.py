@@ -123,6 +123,15 @@ def test_a_volume_is_painted_where_it_is(folder: Path, model: Model, tmp_path: P
         np.testing.assert_allclose(read.GetOrigin(), (-10, 20, 30))
 
 
+def test_a_volume_of_one_plane_keeps_its_thickness(model: Model, organs: np.ndarray, tmp_path: Path) -> None:
+    """nnU-Net's 999 stands for none: then a pixel's width is written."""
+    for thickness, written in ((5.0, 5.0), (999.0, 2.0)):
+        file, out = tmp_path / f"{thickness:g}.nii.gz", tmp_path / f"of_{thickness:g}.nii.gz"
+        nib.save(nib.Nifti1Image(organs[..., None], np.diag([2.0, 2.0, thickness, 1.0])), file)
+        segdiff_dist.paint(file, model).save(out)
+        np.testing.assert_allclose(nib.load(out).affine, np.diag([2.0, 2.0, written, 1.0]))
+
+
 def test_dicom_out_and_in_again(model: Model, organs: np.ndarray, tmp_path: Path) -> None:
     """The SEG that is written beside a series names its segments, and is a mask itself."""
     file = tmp_path / "mask.nii"
