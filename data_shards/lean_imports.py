@@ -6,12 +6,17 @@ these a worker that segments is ready after 4 s of processor time instead of 10,
 10 to 13, a worker that samples after 2 instead of 4.5, and a worker that prepares after 1 instead of 2.5. Each of these
 libraries treats a missing dependency as an optional one.
 
+Python's garbage collector rests during these imports, and at the process's end: it would look through all objects of
+these libraries for garbage, in which there is none. That saves 1 s of the 3.6 that a worker needs to start and end.
+
 Only processes that run a command of this project, or work for one, do this. In a program that uses this project as a
 library, MONAI's imports stay unchanged.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.metadata
 import os
 import sys
@@ -28,11 +33,27 @@ _SWITCH = "SEGDIFF_LEAN_IMPORTS"
 def begin() -> None:
     """Switch this on for this process and its children. SEGDIFF_LEAN_IMPORTS=0 in the environment forbids it."""
     os.environ.setdefault(_SWITCH, "1")
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
 
 
 def are_on() -> bool:
     """Whether this is switched on in this process."""
     return os.environ.get(_SWITCH) == "1"
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A context in which no garbage is collected, for imports: what they make stays. Does nothing if this is not
+    switched on."""
+    rests = are_on() and gc.isenabled()
+    if rests:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if rests:
+            gc.enable()
 
 
 @contextmanager
@@ -47,7 +68,8 @@ def without(*libraries: str) -> Iterator[None]:
     finder = _Missing(libraries, threading.get_ident())
     sys.meta_path.insert(0, finder)
     try:
-        yield
+        with uncollected():
+            yield
     finally:
         sys.meta_path.remove(finder)
 

@@ -30,7 +30,8 @@ def main(handle: int, parent: int) -> None:
     plain_warnings.begin()
     pipe = Connection(handle)
     try:
-        do = cloudpickle.loads(pipe.recv_bytes())()
+        with lean_imports.uncollected():
+            do = cloudpickle.loads(pipe.recv_bytes())()
     except Exception as error:
         _send(pipe, REFUSED, one_line(error))
         return

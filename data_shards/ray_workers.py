@@ -274,7 +274,8 @@ class _Worker:
         return Place.of_this_process(ray.get_runtime_context().get_node_id())
 
     def set_up(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
-        self._do = make_worker()
+        with lean_imports.uncollected():
+            self._do = make_worker()
 
     def run(self, task: Any) -> Any:
         return self._do(task)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# torch.compile in this process: its pool would first start processes that import torch again.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from tests_support import write_shapes
+
+# While the tests' libraries are imported, and as the process ends, there is no garbage among their objects to look for.
+gc.disable()
+atexit.register(gc.freeze)
 
 # Unit tests that take half a minute or more, which begin with the slow folders: none is to be the last.
 _LONG = {"test_annotate", "test_convert", "test_prepare", "test_prepare_faults", "test_training"}
@@ -22,6 +30,11 @@ _LONG = {"test_annotate", "test_convert", "test_prepare", "test_prepare_faults",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Distributed and end-to-end tests first, and what takes long among the others."""
     items.sort(key=lambda item: item.path.parent.name in ("kernels", "unit") and item.path.stem not in _LONG)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

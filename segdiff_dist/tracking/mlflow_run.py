@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from data_shards import lean_imports
 from data_shards.files import first_line
 from data_shards.locks import short_turn
 from data_shards.problems import problem
@@ -344,7 +345,8 @@ def _import_mlflow() -> None:
     # By default MLflow asks a silent server for up to 2 minutes, eight times. Here the spool waits instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    import mlflow.tracking  # noqa: F401
+    with lean_imports.uncollected():
+        import mlflow.tracking  # noqa: F401
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Each try at a full or read-only database would print a traceback; the sender reports it once, in a line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -73,6 +74,19 @@ def test_a_program_that_has_not_begun_imports_everything(monkeypatch: pytest.Mon
     with lean_imports.without("wave"):
         import wave
     assert wave.open
+
+
+def test_garbage_is_collected_again_after_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGDIFF_LEAN_IMPORTS", "1")
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    with lean_imports.uncollected():
+        with pytest.raises(ModuleNotFoundError), lean_imports.without("wave"):
+            import wave  # noqa: F401
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    monkeypatch.delenv("SEGDIFF_LEAN_IMPORTS")
+    with lean_imports.uncollected():
+        assert gc.isenabled()
 
 
 def test_a_command_writes_tars_without_torch(tmp_path: Path) -> None:
