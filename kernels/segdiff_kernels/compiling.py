@@ -126,10 +126,10 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
             cubin.write_bytes(kernel.asm["cubin"])
             command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
             sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return judge(case, arch, said.getvalue(), sass, kernel.metadata.shared)
+    return properties_of(case, arch, said.getvalue(), sass, kernel.metadata.shared)
 
 
-def judge(case: CompileCase, arch: int, ptxas_log: str, sass: str, shared_bytes: int) -> Compiled:
+def properties_of(case: CompileCase, arch: int, ptxas_log: str, sass: str, shared_bytes: int) -> Compiled:
     """The figures from `ptxas -v` and the machine code ("" unless the case streams)."""
     registers = re.search(r"Used (\d+) registers", ptxas_log)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", ptxas_log)
@@ -177,9 +177,9 @@ def _table(rows: Sequence[Compiled]) -> str:
     cells: list[tuple[str, ...]] = [head]
     for row in rows:
         loads, stores = (" ".join(f"{w}x{n}" for w, n in (kind or {}).items()) for kind in (row.loads, row.stores))
-        verdict = "; ".join(row.problems) or "ok"
+        status = "; ".join(row.problems) or "ok"
         numbers = map(str, (row.registers, row.spilled_bytes, row.shared_bytes))
-        cells.append((row.name, f"sm_{row.arch}", *numbers, loads, stores, verdict))
+        cells.append((row.name, f"sm_{row.arch}", *numbers, loads, stores, status))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "".join("  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in cells)
 

@@ -113,7 +113,7 @@ def write(out: Path, table: dict[str, Any]) -> Path:
     return out / "table1.html"
 
 
-def verdict(table: dict[str, Any]) -> str:
+def comparability(table: dict[str, Any]) -> str:
     """One sentence that says whether the figures can be compared with the paper's."""
     if table["not_a_reproduction"]:
         return "Not a reproduction of the paper's figures: " + "; ".join(table["not_a_reproduction"]) + "."
@@ -173,7 +173,7 @@ def markdown(table: dict[str, Any]) -> str:
     """The page as Markdown."""
     columns = table["columns"]
     heads = [f"{c['title']}, {kind}" for c in columns for kind in _kinds(c)]
-    lines = ["# Table 1", "", verdict(table), ""]
+    lines = ["# Table 1", "", comparability(table), ""]
     lines += [line for text in (headline(table), *marked(table)) if text for line in (text, "")]
     lines += [_row(["", *heads]), _row(["---"] * (1 + len(heads)))]
     for metric, label in table["rows"].items():
@@ -200,7 +200,7 @@ def page(table: dict[str, Any]) -> str:
     environment.filters["plainly"] = _plainly
     return environment.get_template("table1.html.j2").render(
         table=table,
-        verdict=verdict(table),
+        comparability=comparability(table),
         headline=headline(table),
         marked=marked(table),
         facts=facts(table),

@@ -23,7 +23,7 @@ from segdiff_dist.serving.messages import Form
 
 
 @dataclass(frozen=True)
-class Judged:
+class Segmented:
     """Labels of the generated image by the segmenter, [I, J, K] canonical, and Dice with the mask of each organ in
     it."""
 
@@ -53,20 +53,20 @@ def is_one_plane(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
 
 
-def json_of(made: Painting, judged: Judged | None) -> dict[str, Any]:
+def json_of(made: Painting, segmented: Segmented | None) -> dict[str, Any]:
     """The image and what the segmenter sees in it."""
-    prediction = None if judged is None else text_of(labels_file(made, judged.labels_IJK))
+    prediction = None if segmented is None else text_of(labels_file(made, segmented.labels_IJK))
     return {
         "image": text_of(file_of(made, "nifti")),
         "modality": made.modality,
         "hu": made.model.is_in_hu(made.modality),
-        "dice": None if judged is None else judged.dice,
+        "dice": None if segmented is None else segmented.dice,
         "prediction": prediction,
         "notes": list(made.notes),
     }
 
 
-def judge(segmenter: Segmenter, made: Painting, cut_mask: CutMask, image_SHW: np.ndarray) -> Judged:
+def segment_and_score(segmenter: Segmenter, made: Painting, cut_mask: CutMask, image_SHW: np.ndarray) -> Segmented:
     """What the segmenter sees in generated slices, uint8 [S, H, W], on the mask's voxels. Dice is over all slices, of
     each organ that the mask shows."""
     import torch
@@ -77,7 +77,7 @@ def judge(segmenter: Segmenter, made: Painting, cut_mask: CutMask, image_SHW: np
     counts_1KK = confusion(cut_mask.mask_SHW, predicted_SHW, table.num_classes).sum(axis=0, keepdims=True)
     dice_K = dice_per_class(counts_1KK)[0]
     dice = {table.names[i]: round(float(dice_K[i]), 4) for i in table.organ_ids if np.isfinite(dice_K[i])}
-    return Judged(cut_mask.labels_back(predicted_SHW), dice)
+    return Segmented(cut_mask.labels_back(predicted_SHW), dice)
 
 
 def labels_file(made: Painting, labels_IJK: np.ndarray) -> bytes:

@@ -45,13 +45,13 @@ class Model:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by OpenMP as torch is loaded
         lean_imports.begin()
         from segdiff_dist.serving.batching import let_network_go_first
-        from segdiff_dist.serving.painter import Painter
+        from segdiff_dist.serving.served_model import ServedModel
 
         let_network_go_first()
         # An error here would be tried again three times, and shown with its trace each time.
         self._refusal: str | None = None
         try:
-            self._painter = Painter(name, where, config, threads)
+            self._model = ServedModel(name, where, config, threads)
         except InputProblems as error:
             self._refusal = str(error)
 
@@ -60,23 +60,23 @@ class Model:
         return self._refusal
 
     def describe(self) -> dict[str, Any]:
-        """Painter.describe."""
-        return self._painter.describe()
+        """ServedModel.describe."""
+        return self._model.describe()
 
     def examples(self) -> dict[str, bytes]:
-        """Painter.examples."""
-        return self._painter.examples()
+        """ServedModel.examples."""
+        return self._model.examples()
 
     async def read_mask(self, mask: MaskUpload) -> Event:
-        """Painter.read_mask, with its errors as an event: Ray would send them with a trace."""
+        """ServedModel.read_mask, with its errors as an event: Ray would send them with a trace."""
         try:
-            return Event("image", await self._painter.read_mask(mask))
+            return Event("image", await self._model.read_mask(mask))
         except ServiceError as error:
             return Event("error", {"status": error.status, "detail": error.detail})
 
     async def paint(self, request: PaintRequest) -> AsyncIterator[Event]:
-        """Painter.paint."""
-        async for event in self._painter.paint(request):
+        """ServedModel.paint."""
+        async for event in self._model.paint(request):
             yield event
 
 

@@ -96,7 +96,7 @@ class ReproducePlan(Plan):
         ]
         made = table.build(measured, patients(settings.amos))
         table.write(settings.out, made)
-        lines = (f"\n{table.verdict(made)}", f"table: {(settings.out / 'table1.html').resolve()}")
+        lines = (f"\n{table.comparability(made)}", f"table: {(settings.out / 'table1.html').resolve()}")
         return Result(lines, value=made)
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:

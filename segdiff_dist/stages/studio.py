@@ -19,7 +19,7 @@ from segdiff_dist.serving.config import ServeConfig, require_packages
 from segdiff_dist.stages.base import Cost, Plan, Result, Stage
 
 if TYPE_CHECKING:
-    from segdiff_dist.serving.painter import Painter
+    from segdiff_dist.serving.served_model import ServedModel
     from segdiff_dist.tracking.tracker import Tracker
 
 _PACKAGES = ("fastapi", "python_multipart", "prometheus_client", "uvicorn")
@@ -57,8 +57,8 @@ class Studio(Stage):
             models=given, studio=True, batch_wait_ms=100.0, device=self.device, precision=self.precision
         )
         config.check()
-        listening, painter = collect(lambda: _bound(self.port), lambda: _painter(config))
-        return StudioPlan(self, config, painter, listening)
+        listening, served = collect(lambda: _bound(self.port), lambda: _served_model(config))
+        return StudioPlan(self, config, served, listening)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class StudioPlan(Plan):
 
     stage: Studio
     config: ServeConfig
-    painter: Painter
+    served: ServedModel
     listening: socket.socket
 
     @property
@@ -77,7 +77,7 @@ class StudioPlan(Plan):
 
     def cost(self) -> Cost:
         """What is served, and where."""
-        model = self.painter.model
+        model = self.served.model
         address = "any free port" if self.stage.port == 0 else self.url
         return Cost(notes=(f"model: {model.name}, {model.pipeline.size} pixels", f"address: {address}"))
 
@@ -85,22 +85,22 @@ class StudioPlan(Plan):
         """Serve until Ctrl-C."""
         from segdiff_dist.studio.local import serve_page
 
-        serve_page(self.painter, self.config, self.listening, self._say)
+        serve_page(self.served, self.config, self.listening, self._say)
         return Result(("stopped",))
 
     def _say(self) -> None:
         print(f"segdiff studio: {self.url} (Ctrl-C ends it)", flush=True)
-        print(f"model: {self.painter.model.name}; its images are synthetic; the interface: {self.url}docs", flush=True)
+        print(f"model: {self.served.model.name}; its images are synthetic; the interface: {self.url}docs", flush=True)
         if self.stage.browser == "auto" and _has_desktop():
             threading.Thread(target=webbrowser.open, args=(self.url,), daemon=True).start()
 
 
-def _painter(config: ServeConfig) -> Painter:
+def _served_model(config: ServeConfig) -> ServedModel:
     from data_shards.fan_out import num_cores
-    from segdiff_dist.serving.painter import Painter
+    from segdiff_dist.serving.served_model import ServedModel
 
     [(name, where)] = config.named_models.items()
-    return Painter(name, where, config, num_cores())
+    return ServedModel(name, where, config, num_cores())
 
 
 def _bound(port: int) -> socket.socket:

@@ -6,7 +6,8 @@ and wrong gradients, without an error. So a compiled network is compared with th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,16 +41,15 @@ def compile_checked(task: Task, batch: Batch, precision: str) -> None:
         raise problem(
             "config", "train.compile", "true", f"{reason} (torch {torch.__version__}, {device}); leave it off"
         )
+    task.model.compile()
 
 
 def _why_not(task: Task, batch: Batch, precision: str) -> str | None:
     from torch._dynamo.exc import TorchDynamoException
 
-    eager = _gradients(task, batch, precision)
-    # In place, so that the training's own steps find it compiled.
-    task.model.compile()
+    eager = _gradients(task, task.model, batch, precision)
     try:
-        compiled = _gradients(task, batch, precision)
+        compiled = _gradients(task, torch.compile(task.model), batch, precision)
     except TorchDynamoException as error:
         return f"this network cannot be compiled here: {first_line(error)}"
     finally:
@@ -61,11 +61,11 @@ def _why_not(task: Task, batch: Batch, precision: str) -> str | None:
     return f"compiled, the gradient is {overall:.1%} off eager's, that of {worst} {off:.1%}"
 
 
-def _gradients(task: Task, batch: Batch, precision: str) -> dict[str, Tensor]:
+def _gradients(task: Task, forward: Callable[..., Any], batch: Batch, precision: str) -> dict[str, Tensor]:
     model = task.model
     model.zero_grad(set_to_none=True)
     with torch.autocast(batch.image_BHW.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        loss, _ = task.loss(model, batch)
+        loss, _ = task.loss(forward, batch)
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

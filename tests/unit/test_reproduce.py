@@ -171,7 +171,7 @@ def test_the_unchanged_recipe_alone_is_not_called_scaled_down(as_published: Expe
     ):
         [reason] = changed["not_a_reproduction"]
         assert words in reason
-        assert table.verdict(changed).startswith("Not a reproduction")
+        assert table.comparability(changed).startswith("Not a reproduction")
 
 
 def test_every_changed_setting_is_on_the_page(phantom: Path, tmp_path: Path) -> None:

@@ -27,7 +27,15 @@ from segdiff_dist.painting.model import Model, open_model
 from segdiff_dist.painting.places import model_folder
 from segdiff_dist.pipeline import SEGMENTER, SliceKey
 from segdiff_dist.segmentation.segmenter import Segmenter
-from segdiff_dist.serving.answers import Judged, file_of, is_one_plane, json_of, judge, mask_file, text_of
+from segdiff_dist.serving.answers import (
+    Segmented,
+    file_of,
+    is_one_plane,
+    json_of,
+    mask_file,
+    segment_and_score,
+    text_of,
+)
 from segdiff_dist.serving.batching import Batcher, SliceJob
 from segdiff_dist.serving.config import ServeConfig
 from segdiff_dist.serving.examples import example_masks
@@ -48,7 +56,7 @@ class _Checked:
     slices: PaintSlices
 
 
-class Painter:
+class ServedModel:
     """One model, loaded. Everything that a client can do with it."""
 
     def __init__(self, name: str, where: str | None, config: ServeConfig, threads: int | None = None) -> None:
@@ -189,10 +197,10 @@ class Painter:
         made = job.finished(replace(slices, notes=tuple(map(_without_place, slices.notes))), image_SHW)
         if request.form != "json":
             return file_of(made, request.form)
-        judged: Judged | None = None
+        segmented: Segmented | None = None
         if self._segmenter is not None and made.modality in self._segmenter.modalities:
-            judged = judge(self._segmenter, made, slices.cut_mask, image_SHW)
-        return json_of(made, judged)
+            segmented = segment_and_score(self._segmenter, made, slices.cut_mask, image_SHW)
+        return json_of(made, segmented)
 
     def _hu_range(self) -> list[float] | None:
         in_hu = [one for one in self.model.modalities if self.model.is_in_hu(one)]
