@@ -48,6 +48,13 @@ def _guidance_words(sampler: SamplerConfig) -> str:
     return f", guidance {sampler.guidance:g}{where}"
 
 
+def _shift_words(sampler: SamplerConfig) -> str:
+    if sampler.sigma_shift == 1.0:
+        return ""
+    low, high = sampler.sigma_shift_interval
+    return f"at noise levels {low:g} to {high:g} the network is given {sampler.sigma_shift:g} times the level;\n"
+
+
 def card(description: Mapping[str, Any], process: Mapping[str, Any], sampler: SamplerConfig, parts: CardParts) -> str:
     """The card of a net whose segdiff.json is `description`, trained on this process."""
     size, table, net = description["size"], description["label_table"], description["denoiser"]
@@ -78,7 +85,7 @@ The network reads {reads}.
 ## How it is sampled
 
 {sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}{_guidance_words(sampler)};
-{_process_words(process)}.
+{_shift_words(sampler)}{_process_words(process)}.
 
 ## Masks
 
