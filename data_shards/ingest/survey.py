@@ -131,6 +131,7 @@ def _request(config: PrepareConfig) -> Request:
         channels=config.channels,
         fold=config.fold,
         patient=None if config.problems() else config.patient,
+        draws_splits=config.split is not None,
         keep_ids=config.keep_dicom_ids,
     )
 

@@ -275,8 +275,11 @@ def test_volumes_are_cases_beside_real_volumes(run: Path, shards: Path, volumes_
     trained = {tuple(name for name in fold["train"] if name.endswith("volume")) for fold in folds}
     assert trained == {("p2_1_ct_0-volume",), ("p1_1_ct_0-volume", "p1_2_ct_0-volume")}
     _assert_it_comes_in_again(out, volumes_set)
+    drawn = check(out, tmp_path / "again", replace(CONFIG, patient=PATTERN, split=(0.5, 0.5, 0.0)))
+    assert "splits_final.json is not used: --prepare.split draws the splits" in drawn.survey.notes
     (out / "splits_final.json").unlink()
     cases = check(out, tmp_path / "again", replace(CONFIG, patient=PATTERN)).cases
+    assert {case.case_id for case in cases} == {case.case_id for case in drawn.cases}
     assert {case.case_id: case.patient for case in cases}["p2_1_ct_0-volume"] == "p2"
     assert len({case.split for case in cases if case.patient == "p1"}) == 1
 

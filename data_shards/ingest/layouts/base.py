@@ -25,7 +25,8 @@ _OWN_VOLUME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-volume")
 class Request:
     """The settings for a layout. `modality`: of every case, if the user states it; `modalities`: those that are used,
     None for all; `channel`, `channels` and `fold`: for nnU-Net and MSD; `patient`: a pattern whose first group, in a
-    case id, is the patient; `keep_ids`: DICOM's own ids and file names are shown."""
+    case id, is the patient; `draws_splits`: the user wants other splits than the stated ones; `keep_ids`:
+    DICOM's own ids and file names are shown."""
 
     modalities: Sequence[str] | None = None
     modality: str | None = None
@@ -33,6 +34,7 @@ class Request:
     channels: tuple[int, ...] | None = None
     fold: int = 0
     patient: str | None = None
+    draws_splits: bool = False
     keep_ids: bool = False
 
     def takes(self, modality: str) -> bool:

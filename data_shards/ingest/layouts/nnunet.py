@@ -81,7 +81,7 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     ids = [case.case_id for case in cases]
     modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
     problems += found
-    fold, found = _stated_fold(root, request.fold, [one.case_id for one in cases if one.split != "test"])
+    fold, found = _stated_fold(root, request, [one.case_id for one in cases if one.split != "test"])
     problems += found
     cases = [one for one in cases if one.case_id not in fold.left_out]
     cases = [
@@ -190,12 +190,14 @@ class _Fold:
     notes: tuple[str, ...] = ()
 
 
-def _stated_fold(root: Path, number: int, case_ids: list[str]) -> tuple[_Fold, list[Problem]]:
+def _stated_fold(root: Path, request: Request, case_ids: list[str]) -> tuple[_Fold, list[Problem]]:
     """A fold of splits_final.json; no split without the file. In a data set of `segdiff export --merge-with`, a fold
     does not use the synthetic cases whose patients it validates."""
     file = root / SPLITS_FILE
     if not file.is_file():
         return _Fold({}), []
+    if request.draws_splits:
+        return _Fold({}, notes=(f"{SPLITS_FILE} is not used: --prepare.split draws the splits",)), []
     remedy = "restore the file, or take it away: cases are then put into splits by --prepare.split"
     try:
         folds = parse_json_value(read_bytes(file, remedy, _MOST_BYTES), file, remedy, "nnU-Net's folds")
@@ -203,6 +205,7 @@ def _stated_fold(root: Path, number: int, case_ids: list[str]) -> tuple[_Fold, l
         synthetic = _synthetic_cases(root)
     except InputProblems as error:
         return _Fold({}), list(error.problems)
+    number = request.fold
     if number >= len(folds):
         return _Fold({}), [Problem("prepare", "fold", str(number), f"{SPLITS_FILE} has folds 0 to {len(folds) - 1}")]
     of_split = {case_id: split for split in ("train", "val") for case_id in folds[number].get(split, ())}
