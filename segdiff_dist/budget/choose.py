@@ -6,6 +6,7 @@ training fits into the hours. Values that a user gives are kept; batches, precis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -252,8 +253,9 @@ def choose(task: Task, measure: Measure = measured) -> tuple[Candidate, Experime
     hours = least.least_s / _USED / 3600
     numbers = {name: one.least for name, one in least.lengths.items()}
     value = (
-        f"{task.hours:g}, and the least that is of use needs {hours:.2g} ({least.recipe}: the segmenter on "
-        f"{numbers['segmenter']:,} images, the denoiser on {numbers['denoiser']:,}, {numbers['masks']:,} masks sampled)"
+        f"{task.hours:g}, and the least that is of use needs {math.ceil(hours * 100) / 100:g} ({least.recipe}: "
+        f"the segmenter on {numbers['segmenter']:,} images, the denoiser on {numbers['denoiser']:,}, "
+        f"{numbers['masks']:,} masks sampled)"
     )
     raise problem(
         "command line", "--hours", value, f"give --hours {_rounded_up(hours)}, or shorter lengths by --config"
