@@ -8,7 +8,8 @@
     tour         the README's tour, line by line, at the sizes that it states
     table        the tables of docs/reliability.md, from the record
 
-It continues where it was: the same seed gives the same attempts, and those in the record are not made again.
+It continues where it was: the same seed gives the same attempts, and those in the record are not made again. A record
+is of one version of the code: with another one it is refused.
 `replay KIND NUMBER` makes one attempt again and prints what became of it.
 """
 
@@ -39,10 +40,19 @@ _TABLES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 1 if an attempt or a kill of this call was a fault."""
+    """Exit code 1 if an attempt or a kill of this call was a fault; 2 if the record is of other code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it leaves no process
     args = _arguments(argv)
+    try:
+        return _run(args)
+    except record.OtherCode as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.what == "table":
+        print(f"{record.described_code(args.out)}\n")
         for name, table in _TABLES.items():
             if (args.out / f"{name}.jsonl").is_file():
                 print(table(list(record.lines(args.out / f"{name}.jsonl"))))
@@ -52,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         for _, outcome, words in run_attempts(kinds()[name], args.out / "inputs", args.seed, range(number, number + 1)):
             print(f"{outcome}\n{words}")
         return 0
+    record.keep_to_code(args.out)
     end = time.monotonic() + 60 * args.budget_minutes
     if args.what == "tour":
         return int(tour.try_tour(args.out, end, 60 * args.line_minutes))

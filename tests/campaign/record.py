@@ -1,15 +1,70 @@
-"""The campaign's record: a line of JSON for each piece of work, so that a campaign continues; and the table of all."""
+"""The campaign's record: a line of JSON for each piece of work, so that a campaign continues; and the table of all.
+
+A record is of one version of the code. It is kept in `code.json`, and no line of another version is added.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from campaign.attempts import OUTCOMES
+
+_CODE = "code.json"
+_ROOT = Path(__file__).parents[2]
+# What is tried, and what tries it.
+_SOURCES = ("data_shards", "segdiff_dist", "kernels/segdiff_kernels", "tests/campaign")
+
+
+class OtherCode(Exception):
+    """The record is of another version of the code."""
+
+
+def code() -> dict[str, str]:
+    """The commit; and a digest of the sources as they are, with changes that no commit has."""
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in _SOURCES for file in (_ROOT / folder).rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest.update(f"{file.relative_to(_ROOT)} {content}\n".encode())
+    asked = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return {"commit": said or "unknown", "sources": digest.hexdigest()}
+
+
+def keep_to_code(out: Path) -> None:
+    """Note the code of a new record in `out`. Raises OtherCode if the record there is of another one."""
+    if not any(out.glob("*.jsonl")) and not (out / _CODE).is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _CODE).write_text(json.dumps(code()) + "\n")
+    _check_code(out)
+
+
+def described_code(out: Path) -> str:
+    """The code of a record, in words."""
+    return _words(_code_of(out))
+
+
+def _check_code(out: Path) -> None:
+    there, now = _code_of(out), code()
+    if there["sources"] != now["sources"]:
+        raise OtherCode(f"{out}: its record is of {_words(there)}, and this is {_words(now)}: give another --out")
+
+
+def _code_of(out: Path) -> dict[str, str]:
+    file = out / _CODE
+    found: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {"commit": "an unknown commit"}
+    return {"sources": "unknown"} | found
+
+
+def _words(one: dict[str, str]) -> str:
+    return f"{one['commit']} (sources {one['sources'][:12]})"
 
 
 def lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -23,7 +78,9 @@ def lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """Add a line."""
+    """Add a line. Raises OtherCode if the code has changed since `keep_to_code`."""
+    if (file.parent / _CODE).is_file():
+        _check_code(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as stream:
         stream.write(json.dumps(line) + "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from campaign import record, tour
+from campaign.__main__ import main
 from campaign.attempts import FAULTS, Watched, made_input, run_attempts
 from campaign.inputs import Kind, kinds
 from campaign.kills import differences
@@ -80,6 +81,22 @@ def test_a_campaign_continues_where_it_was_and_counts_all(tmp_path: Path) -> Non
     assert record.done(file, seed=0) == {"tar": 100}
     assert record.done(file, seed=1) == {}
     assert "| tar | 100 | 100 | 0 |" in record.table_of_mutations(record.lines(file))
+
+
+def test_a_record_is_of_one_version_of_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, line = tmp_path / "new", {"kind": "tar", "seed": 0}
+    record.keep_to_code(out)
+    record.append(out / "mutations.jsonl", line)
+    record.keep_to_code(out)
+    (out / "code.json").write_text('{"commit": "abc", "sources": "other"}')
+    with pytest.raises(record.OtherCode, match=r"is of abc .*, and this is .*: give another --out"):
+        record.append(out / "mutations.jsonl", line)  # the code was changed during the work
+    assert list(record.lines(out / "mutations.jsonl")) == [line]
+    assert main(["kills", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    (out / "code.json").unlink()  # a record of before there were such files
+    with pytest.raises(record.OtherCode, match="an unknown commit"):
+        record.keep_to_code(out)
 
 
 def test_a_line_of_the_tour_works_or_is_reported(tmp_path: Path) -> None:
