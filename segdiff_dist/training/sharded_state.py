@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards.documents import read_json, reading
+from data_shards.documents import read_json, reading, shown
 from data_shards.files import new_file, write_atomic
 from data_shards.problems import InputProblems, Problem, problem
 
@@ -108,7 +108,7 @@ def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:
             expected = read_json(path.with_suffix(".json"), "remove this checkpoint")
             size = path.stat().st_size
             if size != expected["bytes"]:
-                return f"{path.name} has {size} bytes of {expected['bytes']}"
+                return f"{path.name} has {size} bytes of {shown(expected['bytes'])}"
             if read_all:
                 with path.open("rb") as stream:
                     if _crc32c(stream) != expected["crc32c"]:
@@ -116,7 +116,7 @@ def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:
         except InputProblems as error:
             return f"{path.name}: {error.problems[0].value}"
         except (OSError, ValueError, KeyError) as error:
-            return f"{path.name}: {error}"
+            return f"{path.name}: {shown(error)}"
     return None
 
 

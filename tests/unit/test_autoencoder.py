@@ -137,7 +137,14 @@ def test_the_command_trains_goes_on_and_measures_what_it_made(
 
     shutil.rmtree(run / "autoencoder/checkpoints" / f"{128:012d}")
     shutil.rmtree(run / "autoencoder/weights")
+    picture = run / "autoencoder/reconstructions.png"
+    picture.unlink()
+    picture.mkdir()  # as if the command ended before the picture
+    (run / "autoencoder/reconstructions.json").unlink()
+    assert main(["train-autoencoder", "--run", str(run), *flags]) == 1
+    picture.rmdir()
     assert made(run)[1:] == (losses, weights)
+    assert picture.is_file()
 
 
 def test_what_is_saved_is_what_diffusers_reads(shapes: Path, tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def test_one_whose_state_cannot_be_read_is_damaged(tmp_path: Path) -> None:
             assert find() == tmp_path / f"{100:012d}"
 
 
+def test_the_message_about_a_damaged_one_is_short(tmp_path: Path) -> None:
+    beside = make(tmp_path, 100) / "rank_00000.json"
+    beside.write_text(beside.read_text().replace('"bytes":', f'"bytes": "{"x" * 10_000}", "other":'))
+    with pytest.warns(UserWarning, match="has .* bytes of xxx") as said:
+        assert checkpoint.newest_usable(tmp_path) is None
+    assert len(str(said[0].message)) < 1_000
+
+
 def test_one_that_was_passed_over_never_outlives_or_mixes_with_what_comes_after(tmp_path: Path) -> None:
     """A damaged 300, of two ranks; the run goes on from 200 on one rank, is stopped at 250, and killed at 300."""
     make(tmp_path, 200)

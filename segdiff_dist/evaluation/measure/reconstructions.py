@@ -90,13 +90,14 @@ def measure_reconstructions(
         return None
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MOST_SLICES)).round().astype(np.int64)]
     found = _measured(shards, chosen, autoencoder, segmenter)
-    write_atomic(folder / FIGURES, json.dumps(asdict(found), indent=2) + "\n")
     records = [_record(shards, row, autoencoder.size) for row in choose_pictures(shards, rows, _NUM_PICTURES)]
     title = f"reconstructions: PSNR {found.psnr_db.value:.1f} dB, sharpness {found.sharpness:.3f}"
     names = ("mask", "real", "decoded")
     draw_sample_grid(
         records, reconstruct(autoencoder, records), shards.label_table, title, folder / PICTURE, names=names
     )
+    # Last, since they say that all is done.
+    write_atomic(folder / FIGURES, json.dumps(asdict(found), indent=2) + "\n")
     return found
 
 
