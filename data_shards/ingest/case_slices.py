@@ -12,6 +12,7 @@ import numpy as np
 
 from data_shards.ingest.cases import Case
 from data_shards.ingest.label_tables import Labelling
+from data_shards.ingest.pictures import VALUES_OF_A_PICTURE
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.slices import VIEWS, Cutting, cut
 from data_shards.labels import BODY, LABEL_TABLES
@@ -129,7 +130,7 @@ def _read(
     from data_shards.ingest.masks import read_case_mask
     from data_shards.ingest.volumes import UnreadableVolume, read_volume
 
-    image = read_volume(case.image, one_slice=case.is_flat, channel=case.channel)
+    image = read_volume(case.image, one_slice=case.is_flat, channel=case.channel, pixel=case.pixel)
     mask = read_case_mask(case, image, config.label_set, wholebody, labelling)
     if case.is_flat and isinstance(case.image, Path) and image.voxels_IJK.shape[2] == 1:
         axis, note = _flat_axis(case.case_id)
@@ -143,6 +144,8 @@ def _read(
     padding = take_padding_as_air(image, like)
     is_stated = config.modality is not None or case.modality in config.intensities
     wrong = problem_with_values(image, like, padding.num_voxels, is_stated, case.modality)
+    if wrong is not None and case.pixel is not None and not case.pixel.has_values:
+        wrong += f"; for a picture, say what its grey values are: {VALUES_OF_A_PICTURE.format(modality=case.modality)}"
     if wrong is not None:
         raise UnreadableVolume(str(case.image), wrong)
     window_end = take_window_end_as_air(image, like)

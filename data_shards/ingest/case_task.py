@@ -93,6 +93,8 @@ class CaseTask:
             made_from += [self.labelling.table.names, self.case.modality]
         if self.case.channel is not None:
             made_from.append(self.case.channel)
+        if self.case.pixel is not None:
+            made_from.append(repr(self.case.pixel))
         stamp = sha256(json.dumps(made_from).encode()).hexdigest()
         if partials.stamp_of(self.partial) == stamp:
             return None

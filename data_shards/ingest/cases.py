@@ -13,6 +13,7 @@ from data_shards.ingest.dataset_json import DATASET_FILE, file_stem
 from data_shards.ingest.dicom_labels import DicomLabels
 from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.nifti import Geometry
+from data_shards.ingest.pictures import Pixel
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems, Problem
 
@@ -29,7 +30,8 @@ class Case:
     """Image, and label if there is one. `split` is train, val or test, or empty if the layout does not state it;
     `modality` is CT, MR or another name. `notes`: texts about statements of the archive that were ignored. `patient`:
     None if each case is a patient. `organs`: instead of `label`, a file of zeros and ones for each stored id.
-    `is_flat`: its files may be two-dimensional. `channel`: of an image file that has several; None if it has one."""
+    `is_flat`: its files may be two-dimensional. `channel`: of an image file that has several; None if it has one.
+    `pixel`: of pictures, what they do not state."""
 
     case_id: str
     modality: str
@@ -41,6 +43,13 @@ class Case:
     organs: tuple[tuple[int, Path], ...] = ()
     is_flat: bool = False
     channel: int | None = None
+    pixel: Pixel | None = None
+
+    def pixel_of(self, file: Source) -> Pixel | None:
+        """What is said of the pixels of one of its files: those of a mask have ids."""
+        if self.pixel is None or file == self.image:
+            return self.pixel
+        return replace(self.pixel, scale=1.0, offset=0.0, is_label=True)
 
     @property
     def files(self) -> list[Path]:
@@ -113,7 +122,8 @@ def problems_with_files(case: Case) -> list[Problem]:
             continue
         try:
             channel = case.channel if file == case.image else None
-            geometries[file] = read_geometry(file, one_slice=case.is_flat, channel=channel)
+            pixel = case.pixel_of(file)
+            geometries[file] = read_geometry(file, one_slice=case.is_flat, channel=channel, pixel=pixel)
         except InputProblems as error:
             problems += error.problems
     if isinstance(case.image, Path) and case.image in geometries:

@@ -35,7 +35,7 @@ def count_slices(cases: Iterable[Case], config: PrepareConfig) -> Count:
     recognised = {}
     for case in cases:
         try:
-            geometry = read_geometry(case.image, one_slice=case.is_flat, channel=case.channel)
+            geometry = read_geometry(case.image, one_slice=case.is_flat, channel=case.channel, pixel=case.pixel)
         except InputProblems:  # the check or the list of skipped cases names it
             continue
         volumes += 1

@@ -89,9 +89,6 @@ def read_dataset(root: Path) -> dict[str, Any]:
 
 def _unlike_nnunet(content: dict[str, Any]) -> str:
     """Why a data set of nnU-Net is not read as one."""
-    ending = str(content.get("file_ending", ".nii.gz")).lower()
-    if ending not in (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd"):
-        return f"; pictures ({ending[:20]}) have neither place nor stored values: NIfTI, MetaImage and NRRD are read"
     if "dataset" in content:
         return "; `dataset` names files elsewhere: put them, or links, into imagesTr and labelsTr"
     return "; imagesTr has no CASE_0000 with a label CASE in labelsTr"

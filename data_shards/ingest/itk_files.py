@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_shards.ingest.nifti import Geometry, problems_in_space, problems_with_extent
+from data_shards.ingest.nifti import Geometry, StoredAs, problems_in_space, problems_with_extent
 from data_shards.problems import Problem, problem, refuse
 
 ENDINGS = (".mha", ".mhd", ".nrrd")
@@ -69,17 +68,6 @@ _MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", 
 _RESTORE = "restore the file, or convert it to .nii.gz"
 
 
-@dataclass(frozen=True)
-class _Header:
-    """The header for Geometry."""
-
-    dtype: np.dtype[Any]
-
-    def get_data_dtype(self) -> np.dtype[Any]:
-        """Bytes of a stored voxel."""
-        return self.dtype
-
-
 def is_itk(file: Path) -> bool:
     """Whether the file's name says one of these formats."""
     return file.suffix.lower() in ENDINGS
@@ -105,7 +93,7 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     affine = _affine(reader, is_flat)
     shape = (*shape, 1)[:3]
     notes = _notes(file)
-    geometry = Geometry(shape, affine, notes, _Header(np.dtype(_NUMBERS[kind])), is_flat)
+    geometry = Geometry(shape, affine, notes, StoredAs(np.dtype(_NUMBERS[kind])), is_flat)
     problems = problems_in_space(file, affine) or problems_with_extent(file, geometry)
     refuse([*problems, *_problems_with_unit(file), *_too_short(file, geometry)])
     return geometry

@@ -99,7 +99,8 @@ def _read_experts(case: Case, labelling: Labelling | None) -> Volume:
         assert labelling is not None
         return read_dicom_labels(case.label, ids, labelling.table.body_id if labelling.is_own else AMOS.body_id)
     if case.label is not None:
-        return read_labels(case.label, AMOS.body_id, ids=ids, one_slice=case.is_flat)
+        pixel = case.pixel_of(case.label)
+        return read_labels(case.label, AMOS.body_id, ids=ids, one_slice=case.is_flat, pixel=pixel)
     assert ids is not None
     drawn: Volume | None = None
     num_twice = 0

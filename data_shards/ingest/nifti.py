@@ -46,6 +46,17 @@ _RESTORE = "restore the file from the archive"
 
 
 @dataclass(frozen=True)
+class StoredAs:
+    """What Geometry needs of the header of another format."""
+
+    dtype: np.dtype[Any]
+
+    def get_data_dtype(self) -> np.dtype[Any]:
+        """Bytes of a stored voxel."""
+        return self.dtype
+
+
+@dataclass(frozen=True)
 class Geometry:
     """The position of a file's voxels. shape: stored I, J, K; affine: 4x4, voxel index as stored to RAS mm.
 

@@ -62,6 +62,8 @@ class PrepareConfig:
     patient: ResultWhereSet[str | None] = None
     """A pattern for case ids whose first group is the patient, as `(p[0-9]+)_`: cases of one patient share a split.
     null: each case is a patient, unless a manifest names the patient."""
+    pixel_mm: ResultWhereSet[Annotated[float, Interval(ge=0.05, le=50)] | None] = None
+    """Pictures (PNG, TIFF, JPEG): the side of a pixel in mm, where no table states it."""
     keep_dicom_ids: ResultWhereSet[bool] = False
     """DICOM: SeriesInstanceUID names the case, PatientID the patient, and messages name files. False: digests are the
     names."""

@@ -78,6 +78,14 @@ def patient_problems(cases: Sequence[Case]) -> list[Problem]:
     ]
 
 
+def untrained_notes(cases: Sequence[Case]) -> list[str]:
+    """What to say if the data put no case into split train, as an export of the images of test masks."""
+    splits = sorted({case.split for case in cases})
+    if not cases or "train" in splits:
+        return []
+    return [f"no case is in split train, all are in {' and '.join(splits)}: --prepare.split 0.7 0.1 0.2 draws others"]
+
+
 def patient_notes(cases: Sequence[Case]) -> list[str]:
     """What to say of cases in two splits whose names are alike but for their last part, as p7_1 and p7_2, if nothing
     says which patient they are of. A name that many cases begin with is that of the data set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from data_shards.ingest.label_tables import Labelling, find_labelling, has_table
 from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
 from data_shards.ingest.masks import find_wholebody_problems
+from data_shards.ingest.pictures import VALUES_OF_A_PICTURE, is_unsigned
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.splits import (
     capital_notes,
@@ -21,11 +23,12 @@ from data_shards.ingest.splits import (
     patient_notes,
     patient_problems,
     pattern_problems,
+    untrained_notes,
     with_splits,
 )
 from data_shards.ingest.volume_files import stem
 from data_shards.labels import FROM_EXPERTS
-from data_shards.modalities import MODALITIES, in_order, modalities_of
+from data_shards.modalities import MODALITIES, grey_rule, in_order, modalities_of
 from data_shards.problems import Problem
 from data_shards.records import SPLITS
 
@@ -79,7 +82,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     if not has_table(config.labels):
         problems += listing.problems_with_names
     problems += [] if problems else wrong
-    problems += _alike_modalities(root, listing)
+    problems += [*_alike_modalities(root, listing), *_pictures_without_values(root, listing, config)]
     problems += [] if skips else [one for found in bad.values() for one in found]
     cases = tuple(case for case in listing.cases if case.case_id not in bad)
     of_cases = _unread_notes(root, listing, config, wholebody) if not problems else []
@@ -88,7 +91,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
         cases = with_splits(listed, config.split, config.seed, by_tool=by_tool)
         of_cases += drawn_notes(listed, cases) if config.split is None else []
         problems += patient_problems(cases) + pattern_problems(cases, config.patient)
-    of_cases += capital_notes(cases)
+    of_cases += [*capital_notes(cases), *untrained_notes(cases)]
     if not problems:
         problems += find_wholebody_problems(cases, config.label_set, wholebody)
     skipped = {case_id: tuple(found) for case_id, found in bad.items()} if skips else {}
@@ -123,6 +126,22 @@ def _alike_modalities(root: Path, listing: Listing) -> list[Problem]:
     return [Problem(str(root), "modality", " and ".join(twins), "write one of them everywhere")] if twins else []
 
 
+def _pictures_without_values(root: Path, listing: Listing, config: PrepareConfig) -> Iterator[Problem]:
+    """Grey values of pictures are no HU, unless a table says which."""
+    found = dict.fromkeys(
+        case.modality
+        for case in listing.cases
+        if case.pixel is not None
+        and not case.pixel.has_values
+        and isinstance(case.image, Path)
+        and is_unsigned(case.image)
+        and grey_rule(case.modality, config.intensities).kind == "hu"
+    )
+    for modality in found:
+        remedy = VALUES_OF_A_PICTURE.format(modality=modality)
+        yield Problem(str(root), f"grey values of {modality}", "pictures do not say which HU they are", remedy)
+
+
 def _request(config: PrepareConfig) -> Request:
     return Request(
         config.modalities,
@@ -133,6 +152,7 @@ def _request(config: PrepareConfig) -> Request:
         patient=None if config.problems() else config.patient,
         draws_splits=config.split is not None,
         keep_ids=config.keep_dicom_ids,
+        pixel_mm=config.pixel_mm,
     )
 
 

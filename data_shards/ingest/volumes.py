@@ -25,6 +25,8 @@ from data_shards.ingest import dicom_series, itk_files
 from data_shards.ingest.dicom_labels import DicomLabels, read_ids
 from data_shards.ingest.dicom_series import DicomSeries
 from data_shards.ingest.nifti import MOST_BYTES_BEHIND_VOXELS, Geometry, is_packed, value_scale
+from data_shards.ingest.pictures import Pixel, is_picture
+from data_shards.ingest.pictures import read_stored as read_picture
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems
 
@@ -88,14 +90,16 @@ class Volume:
         return values
 
 
-def read_volume(path: Path | DicomSeries, *, one_slice: bool = False, channel: int | None = None) -> Volume:
-    """Read a 3-D volume in little more memory than the voxels take. `one_slice`, `channel` as of
+def read_volume(
+    path: Path | DicomSeries, *, one_slice: bool = False, channel: int | None = None, pixel: Pixel | None = None
+) -> Volume:
+    """Read a 3-D volume in little more memory than the voxels take. `one_slice`, `channel`, `pixel` as of
     read_geometry.
 
     Raises UnreadableVolume for faults that a header cannot show: a truncated file, a bad gzip checksum, extra bytes,
     values that are not finite; and for files that `read_geometry` refuses.
     """
-    volume = _read(path, None, one_slice=one_slice, channel=channel)
+    volume = _read(path, None, one_slice=one_slice, channel=channel, pixel=pixel)
     ends = np.array([volume.voxels_IJK.min(), volume.voxels_IJK.max()], dtype=np.float64)
     if not (np.abs(ends * volume.slope + volume.intercept) < _LARGEST_VALUE).all():
         reason = f"its values reach {_LARGEST_VALUE:g} (slope {volume.slope:g}, intercept {volume.intercept:g})"
@@ -112,11 +116,18 @@ def read_dicom_labels(labels: DicomLabels, ids: Mapping[int, int], body_id: int 
     return replace(_turned(voxels, dicom_series.read_geometry(labels.series), sha256), notes=notes)
 
 
-def read_labels(path: Path, num_ids: int, *, ids: Mapping[int, int] | None = None, one_slice: bool = False) -> Volume:
+def read_labels(
+    path: Path,
+    num_ids: int,
+    *,
+    ids: Mapping[int, int] | None = None,
+    one_slice: bool = False,
+    pixel: Pixel | None = None,
+) -> Volume:
     """Read a label volume as uint8, whatever type it is stored as, in no more memory than that takes. Numbers within
     0.001 of a whole one are rounded. Raises UnreadableVolume also for ids outside 0..num_ids-1 and for other numbers.
-    `ids`: the new id of each stored id; then other ids are refused, and num_ids is not used. `one_slice` as of
-    read_geometry.
+    `ids`: the new id of each stored id; then other ids are refused, and num_ids is not used. `one_slice`, `pixel` as
+    of read_geometry.
     """
     known = None if ids is None else np.array(sorted(ids.items()), np.int64)
 
@@ -134,7 +145,7 @@ def read_labels(path: Path, num_ids: int, *, ids: Mapping[int, int] | None = Non
             raise UnreadableVolume(str(path), f"label id {wrong} is outside the table, which ends at {num_ids - 1}")
         return stored_ids.astype(np.uint8, copy=False)
 
-    return _read(path, to_ids, one_slice=one_slice)
+    return _read(path, to_ids, one_slice=one_slice, pixel=pixel)
 
 
 def _renumbered(path: Path, stored_ids: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -209,14 +220,23 @@ def nearest_elements(num_out: int, num_in: int, *, step: float) -> np.ndarray:
 
 
 def _read(
-    path: Path | DicomSeries, to_ids: _ToIds | None, *, one_slice: bool = False, channel: int | None = None
+    path: Path | DicomSeries,
+    to_ids: _ToIds | None,
+    *,
+    one_slice: bool = False,
+    channel: int | None = None,
+    pixel: Pixel | None = None,
 ) -> Volume:
     """`to_ids` turns each stored plane, with slope and intercept, into uint8."""
     try:
-        geometry = read_geometry(path, one_slice=one_slice, channel=channel)
+        geometry = read_geometry(path, one_slice=one_slice, channel=channel, pixel=pixel)
         if isinstance(path, DicomSeries):
             _refuse_too_large(path, geometry)
             return _turned(dicom_series.read_stored(path), geometry, path.sha256())
+        if pixel is not None and is_picture(path):
+            stored, sha256 = read_picture(path, geometry, pixel)
+            stored = np.array(stored) if to_ids is None else to_ids(stored, 1.0, 0.0)
+            return replace(_turned(stored, geometry, sha256), slope=pixel.scale, intercept=pixel.offset)
         voxels, sha256 = (_itk_voxels if itk_files.is_itk(path) else _nifti_voxels)(path, geometry, to_ids)
     except InputProblems as error:
         reason = "; ".join(f"{one.field}: {one.value}; {one.remedy}" for one in error.problems)

@@ -57,11 +57,11 @@ def write_manifest(out: Path, samples: FinishedSamples, ending: str) -> None:
     """OUT/manifest.csv and OUT/dataset.json with the labels: `segdiff prepare` reads the pairs by them."""
     with (out / "manifest.csv").open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(("case", "image", "label", "modality", "patient"))
+        rows.writerow(("case", "image", "label", "modality", "patient", "split"))
         for item in samples.items:
             name = item["name"]
             files = (f"images/{name}{ending}", f"masks/{name}{ending}")
-            rows.writerow((name, *files, item["target_modality"], item["case"].rsplit("_", 2)[0]))
+            rows.writerow((name, *files, item["target_modality"], item["patient"], samples.stated_split(item)))
     names = enumerate(samples.label_table.names)
     content = {"labels": {str(number): name for number, name in names if name != UNUSED}}
     (out / "dataset.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -166,12 +166,12 @@ def write_description(out: Path, description: dict[str, Any], folds: list[dict[s
 def nnunet_folds(items: Sequence[dict[str, Any]]) -> list[dict[str, list[str]]]:
     """Names of the images of each fold: five folds, or as many as there are patients; none for a single patient.
     Patients are assigned to the folds in the order of their names' digests."""
-    patients = sorted({item["case_id"] for item in items}, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
+    patients = sorted({item["patient"] for item in items}, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
     number_of = {patient: number for number, patient in enumerate(patients)}
     num_folds = min(_FOLDS, len(patients)) if len(patients) > 1 else 0
     folds: list[dict[str, list[str]]] = []
     for fold in range(num_folds):
-        is_val = {item["name"]: number_of[item["case_id"]] % num_folds == fold for item in items}
+        is_val = {item["name"]: number_of[item["patient"]] % num_folds == fold for item in items}
         names = sorted(is_val)
         folds.append({split: [n for n in names if is_val[n] == (split == "val")] for split in ("train", "val")})
     return folds

@@ -219,5 +219,6 @@ def _write_provenance(folder: Path, samples: FinishedSamples, merge: Merge | Non
     with (folder / "items.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         columns = ["name", *(name for name in samples.items[0] if name not in ("name", "row"))]
-        rows.writerow(columns)
-        rows.writerows([item[column] for column in columns] for item in samples.items)
+        rows.writerow([*columns, *samples.facts(samples.items[0])])
+        for item in samples.items:
+            rows.writerow([*(item[column] for column in columns), *samples.facts(item).values()])

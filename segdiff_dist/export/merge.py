@@ -6,9 +6,7 @@ one of the test cases. No synthetic case is ever validated on.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -19,76 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.ingest.layouts.base import patient_of
-from data_shards.ingest.volume_files import stem
 from data_shards.labels import LabelTable
 from data_shards.problems import Problem, refuse
 from segdiff_dist.export.files import nnunet_folds
+from segdiff_dist.export.patients import Patients
 from segdiff_dist.export.real_set import FOLDERS, RealSet
 from segdiff_dist.export.real_slices import RealSlices, Slicing
 
 if TYPE_CHECKING:
-    from data_shards.store.shards import ShardSet
-
-# The name of a case's own export: segdiff_dist.export.samples.
-_OWN_NAME = re.compile(r"(.+)_[a-z0-9-]+_(?:[0-9]+|real)-(?:volume|(?:axial|coronal|sagittal)-[0-9]{4,})")
-
-
-@dataclass(frozen=True)
-class Patients:
-    """Who a case is of, by the set that masks or model come from: `patient` of its `source`, else the pattern that it
-    was prepared with, else the case itself."""
-
-    shards: ShardSet | None
-
-    def of(self, case_id: str) -> str:
-        """The patient of a case of the set, or of a file named after it."""
-        case_id = case_id.rsplit("/", 1)[-1]
-        case_id = stem(case_id) or case_id
-        if case_id not in self._source and (own := _OWN_NAME.fullmatch(case_id)):
-            case_id = own[1]
-        stated = self._source.get(case_id, {}).get("patient")
-        return str(stated or patient_of(case_id, self._pattern) or case_id)
-
-    def of_real(self, real: RealSet) -> dict[str, str]:
-        """The patient of each case of a data set: that of the set's case of this name, or of the same image file."""
-        found = {}
-        for case in (*real.cases, *real.tests):
-            known = case if case in self._source else self._same_file(real.image(case))
-            found[case] = self.of(known or case)
-        return found
-
-    @cached_property
-    def trained_on(self) -> frozenset[str] | None:
-        """The patients of the set's training split, which the model has seen; None if the set is not there."""
-        if self.shards is None:
-            return None
-        rows = self.shards.select(split="train", labelled_only=False)
-        return frozenset(map(self.of, self.shards.samples["case_id"].take(rows).unique().to_pylist()))
-
-    @cached_property
-    def _source(self) -> dict[str, Any]:
-        members = () if self.shards is None else self.shards.members
-        return {case: one for member in members for case, one in member.index.get("source", {}).items()}
-
-    @cached_property
-    def _pattern(self) -> str | None:
-        return None if self.shards is None else self.shards.index["preprocessing"].get("patient")
-
-    @cached_property
-    def _case_of_file(self) -> dict[str, str]:
-        if self.shards is None:
-            return {}
-        columns = (self.shards.samples[name].to_pylist() for name in ("source_sha256", "case_id"))
-        return dict(zip(*columns, strict=True))
-
-    def _same_file(self, file: Path) -> str | None:
-        """The case whose image the file is, by size and sha256."""
-        sizes = {one["image"][1] for one in self._source.values() if one.get("image")}
-        if file.stat().st_size not in sizes:
-            return None
-        with file.open("rb") as stream:
-            return self._case_of_file.get(hashlib.file_digest(stream, "sha256").hexdigest())
+    pass
 
 
 @dataclass(frozen=True)
@@ -127,7 +64,7 @@ class Merge:
     def folds(self) -> list[dict[str, list[str]]]:
         """Those of the real cases; a synthetic case trains where its mask's patient is not validated."""
         of_real = self.of_real
-        folds = self.real.folds or nnunet_folds([{"name": c, "case_id": of_real[c]} for c in self.real.cases])
+        folds = self.real.folds or nnunet_folds([{"name": c, "patient": of_real[c]} for c in self.real.cases])
         made = []
         for fold in folds:
             validated = {of_real[case] for case in fold["val"]}

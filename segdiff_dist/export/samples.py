@@ -22,6 +22,7 @@ from data_shards.labels import LABEL_TABLES, LabelTable
 from data_shards.modalities import grey_rule, in_hu, in_order, is_in_hu, window_of
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
+from segdiff_dist.export.patients import Patients
 from segdiff_dist.sampling.store import JOB, LABELS, SampleStore
 from segdiff_dist.sampling.weights import weights_digest
 
@@ -95,11 +96,12 @@ class FinishedSamples:
         """The items chosen, ordered as shard sets are: by split, case, axis, slice. Their `name` is Sample.name, their
         `case` CASE_ct_0, CASE_ct_1, ...: one for each image of the same mask and modality."""
         made: Counter[tuple[str, str]] = Counter()
-        items = []
+        patients, items = Patients(self._shards), []
         for item in self.store.items.to_pylist():
             of = (item["key"], item["target_modality"])
             item["case"] = f"{plain_case(item['case_id'])}_{of[1].lower()}_{made[of]}"
             item["name"] = f"{item['case']}-{item['axis']}-{item['slice_index']:04d}"
+            item["patient"] = item["case_id"] if self._shards is None else patients.of(item["case_id"])
             made[of] += 1
             if self.modality in (None, of[1]) and item["case_id"] not in self.without:
                 items.append(item)
@@ -194,6 +196,21 @@ class FinishedSamples:
     def _preprocessing(self) -> dict[str, Any]:
         index: dict[str, Any] = self.store.job.get("masks_cut_like", {})
         return dict(index if self._shards is None else self._shards.index["preprocessing"])
+
+    def stated_split(self, item: dict[str, Any]) -> str:
+        """The split of an item's mask, or of the export's setting; empty for masks of a folder."""
+        return "" if self._shards is None else self._split(item)
+
+    def facts(self, item: dict[str, Any]) -> dict[str, str]:
+        """What a picture of an item does not state, for a table: the split of its mask, and what pixels mean. Empty
+        where it is not known."""
+        target = item["target_modality"]
+        source = None if self._shards is None else self._shards.meta(item["row"])
+        spacing = "" if source is None else " ".join(f"{one:.10g}" for one in source.spacing_mm)
+        is_known = self.in_hu(target) and (target not in self.borrowing or self.borrowed_map(target) is not None)
+        grey = self._grey_map(source, target) if is_known else None
+        scale, offset = ("", "") if grey is None else (repr(grey.scale), repr(grey.offset))
+        return {"split": self.stated_split(item), "spacing_mm": spacing, "scale": scale, "offset": offset}
 
     def _split(self, item: dict[str, Any]) -> str:
         return "train" if self._shards is None else SPLITS[self._shards.split_N[item["row"]]]

@@ -16,6 +16,7 @@ import numpy as np
 from data_shards.ingest.dicom_files import library, quiet
 from data_shards.ingest.dicom_series import to_ras
 from data_shards.ingest.itk_files import is_itk
+from data_shards.ingest.png_files import read_png_header, read_png_ids
 from data_shards.ingest.volume_files import ENDINGS, read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import LabelTable
@@ -28,7 +29,6 @@ from segdiff_dist.painting.tables import (
     slicer_names,
     unknown_labels,
 )
-from segdiff_dist.sampling.png_masks import read_png_header, read_png_ids
 
 Kind = Literal["picture", "volume", "dicom", "array"]
 _NUM_IDS = 256

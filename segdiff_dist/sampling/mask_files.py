@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.ingest.png_files import PNG
 from data_shards.problems import problem
 from data_shards.records import LONGEST_CASE_ID, is_case_id
 from data_shards.store.set_index import file_sha256
 from segdiff_dist.config import read_yaml
 from segdiff_dist.sampling.config import SampleConfig
-from segdiff_dist.sampling.png_masks import PNG
 
 ENDINGS = (".nii.gz", ".nii", ".png")
 # Files that Jupyter, a Mac's zip, Synology and Windows create in folders. Some of them (copies, resource forks,

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.ingest.png_files import kind_of, read_png_header, read_png_ids
 from data_shards.labels import UNUSED, LabelTable
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from segdiff_dist.config import read_yaml
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import MASK_FILE, NO_MODALITY
 from segdiff_dist.sampling.mask_files import case_id_of, ending, is_named_after, mask_files
-from segdiff_dist.sampling.png_masks import kind_of, read_png_header, read_png_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa

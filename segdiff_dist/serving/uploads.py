@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_shards.ingest.png_files import kind_of
 from data_shards.problems import problem
-from segdiff_dist.sampling.png_masks import kind_of
 
 if TYPE_CHECKING:
     from segdiff_dist.painting.masks import MaskFile

@@ -292,7 +292,7 @@ def make_png(folder: Path) -> None:
 
 def read_png(folder: Path) -> str:
     """Its label ids."""
-    from segdiff_dist.sampling.png_masks import read_png_ids
+    from data_shards.ingest.png_files import read_png_ids
 
     return digest([read_png_ids(folder / "mask.png", (32,), 17)])
 

@@ -83,19 +83,27 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("form", "ending"),
-    [("nnunet", ".nii.gz"), ("nnunet", ".mha"), ("nifti", ".nii.gz"), ("nifti", ".nrrd"), ("dicom", ".nii.gz")],
+    [
+        ("nnunet", ".nii.gz"),
+        ("nnunet", ".mha"),
+        ("nifti", ".nii.gz"),
+        ("nifti", ".nrrd"),
+        ("dicom", ".nii.gz"),
+        ("png", ".nii.gz"),
+        ("nnunet", ".png"),
+    ],
 )
 def test_an_export_is_prepared_again(run: Path, shards: Path, form: str, ending: str, tmp_path: Path) -> None:
     """Pixels, masks, axes and patients are those of the samples."""
     root = tmp_path / "Dataset701_again"
     rows = exported(run, root, format=form, body_label=True, file_ending=ending)
     source, store = ShardSet.open(shards), SampleStore.open(run / "samples")
-    config = PrepareConfig(size=32, labels="amos", axes=AXES, patient=None)
+    config = PrepareConfig(size=32, labels="amos", axes=AXES)
     preparation = check(root, tmp_path / "set", config)
     assert len(preparation.cases) == len(rows)
     patients = {(case.patient, case.split) for case in preparation.cases}
     assert len(patients) == 1
-    assert form == "dicom" or patients == {("amos_0001", "train")}
+    assert form == "dicom" or patients == {("amos_0001", "train" if form == "nnunet" else "test")}
     mask_of = {(m.axis, m.slice_index): n for n, m in enumerate(map(source.meta, range(len(source))))}
     row_of = {row["name"]: row for row in rows}
     for case in preparation.cases:
@@ -111,7 +119,7 @@ def test_an_export_is_prepared_again(run: Path, shards: Path, form: str, ending:
 
 
 def test_folds_keep_patients_together() -> None:
-    items = [{"name": f"p{p}-{n}", "case_id": f"p{p}"} for p in range(12) for n in range(3)]
+    items = [{"name": f"p{p}-{n}", "patient": f"p{p}"} for p in range(12) for n in range(3)]
     folds = nnunet_folds(items)
     assert len(folds) == 5
     assert nnunet_folds(items[:3]) == []  # of one patient

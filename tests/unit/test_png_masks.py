@@ -17,8 +17,8 @@ from masks_support import SIZE, chunk, coloured, drawn, exif, organ_colours, pac
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from data_shards.ingest.png_files import palette_is_of_a_table, read_png_ids
 from data_shards.problems import InputProblems
-from segdiff_dist.sampling.png_masks import palette_is_of_a_table, read_png_ids
 
 
 def read(tmp_path: Path, content: bytes, **how: Any) -> np.ndarray:

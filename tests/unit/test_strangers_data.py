@@ -112,7 +112,7 @@ def _pictures(root: Path) -> str:
     for file in root.rglob("*.nii.gz"):
         file.rename(file.with_name(file.name.replace(".nii.gz", ".png")))
     edit(root, file_ending=".png")
-    return "pictures (.png) have neither place nor stored values"
+    return "gzip by its bytes, whatever its name"
 
 
 def _half_a_voxel(root: Path) -> str:
@@ -164,7 +164,7 @@ def test_columns_of_a_manifest_that_are_not_used_are_said(tmp_path: Path) -> Non
     file = tmp_path / "data/manifest.csv"
     file.write_text(file.read_text(encoding="utf-8-sig").replace("Split", "Split;Mask").replace("train", "train;x"))
     shards = write_set(tmp_path / "data", tmp_path / "set", axes=("axial",), **settings)
-    said = "manifest.csv: columns that are not used: mask; known are image, label, modality, patient, split, case"
+    said = "manifest.csv: columns that are not used: mask; known are image, label, modality, patient, split, case, spacing_mm, scale, offset"
     assert json.loads((shards / "index.json").read_text())["notes"] == [said]
     assert said in format_report(inspect_shards(shards))
 

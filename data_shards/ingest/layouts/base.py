@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +18,8 @@ from data_shards.records import MODALITIES, is_case_id
 _LONGEST_CASE_ID = 64
 # Tables of cases, which the layout `folder` reads.
 MANIFESTS = ("manifest.csv", "manifest.tsv")
+# The name of a file of one kind without its ending; None for others.
+StemOf = Callable[[str], str | None]
 _OWN_VOLUME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-volume")
 
 
@@ -26,7 +28,7 @@ class Request:
     """The settings for a layout. `modality`: of every case, if the user states it; `modalities`: those that are used,
     None for all; `channel`, `channels` and `fold`: for nnU-Net and MSD; `patient`: a pattern whose first group, in a
     case id, is the patient; `draws_splits`: the user wants other splits than the stated ones; `keep_ids`:
-    DICOM's own ids and file names are shown."""
+    DICOM's own ids and file names are shown; `pixel_mm`: the side of a picture's pixel."""
 
     modalities: Sequence[str] | None = None
     modality: str | None = None
@@ -36,6 +38,7 @@ class Request:
     patient: str | None = None
     draws_splits: bool = False
     keep_ids: bool = False
+    pixel_mm: float | None = None
 
     def takes(self, modality: str) -> bool:
         """Whether cases of this modality are used."""
@@ -66,12 +69,12 @@ class Layout(ABC):
         """The cases of the folder, by case id, and all problems that names and headers show."""
 
 
-def volumes_in(folder: Path) -> dict[str, list[Path]]:
+def volumes_in(folder: Path, stem_of: StemOf = stem) -> dict[str, list[Path]]:
     """The volume files in a folder by their name without ending, in order of names, without hidden files. A link to a
-    file that is not there is one, so that its case is reported."""
+    file that is not there is one, so that its case is reported. `stem_of`: another kind of files, by their names."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        name = stem(file.name)
+        name = stem_of(file.name)
         if name is not None and (file.is_file() or file.is_symlink()):
             found.setdefault(name, []).append(file)
     return found

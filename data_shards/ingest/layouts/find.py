@@ -12,11 +12,12 @@ from data_shards.ingest.layouts.base import Layout, Request
 from data_shards.ingest.layouts.dicom import Dicom
 from data_shards.ingest.layouts.folder import Folder
 from data_shards.ingest.layouts.nnunet import NnUNet
+from data_shards.ingest.layouts.pictures import Pictures
 from data_shards.ingest.layouts.totalsegmentator import TotalSegmentator
 from data_shards.problems import problem
 
 # In the order in which they are tried: first layouts with a describing file, then layouts by file names.
-LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder(), Dicom())
+LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder(), Dicom(), Pictures())
 AUTO = "auto"
 _KNOWN = (
     "give a folder with the dataset.json of AMOS, MSD or nnU-Net, with images/ and labels/, a manifest.csv, "

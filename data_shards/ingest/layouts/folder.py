@@ -20,6 +20,7 @@ from data_shards.ingest.layouts.base import (
     MANIFESTS,
     Layout,
     Request,
+    StemOf,
     case_name_problems,
     no_cases,
     one_file,
@@ -27,12 +28,13 @@ from data_shards.ingest.layouts.base import (
     taken,
     volumes_in,
 )
-from data_shards.ingest.layouts.tables import read_columns, read_table, stated_split
+from data_shards.ingest.layouts.tables import PIXEL_COLUMNS, read_columns, read_table, stated_pixel, stated_split
 from data_shards.ingest.modality import find_modalities, named_by_a_person
+from data_shards.ingest.pictures import Pixel, is_picture, picture_stem
 from data_shards.ingest.volume_files import stem
-from data_shards.problems import InputProblems, Problem, problem
+from data_shards.problems import InputProblems, Problem, problem, refuse
 
-_COLUMNS = ("image", "label", "modality", "patient", "split", "case")
+_COLUMNS = ("image", "label", "modality", "patient", "split", "case", *PIXEL_COLUMNS)
 _IMAGES, _LABELS = ("images", "image", "imgs"), ("labels", "label", "masks", "mask", "segmentations")
 _SPLIT_FOLDERS = {
     "": "",
@@ -43,7 +45,7 @@ _SPLIT_FOLDERS = {
 _SPLIT_ENDS = {"tr": "train", "va": "val", "val": "val", "ts": "test"}
 # Suffixes of a case's name in its files.
 _IS_LABEL = re.compile(r"(.+?)[._-](?:labels?|seg|segmentation|masks?)", re.I)
-_IS_IMAGE = re.compile(r"(.+?)[_-](?:images?|img|0000)", re.I)
+_IS_IMAGE = re.compile(r"(.+?)(?:[_-](?:images?|img)|_0000)", re.I)
 
 
 class Folder(Layout):
@@ -59,8 +61,7 @@ class Folder(Layout):
         content = content_of(root)
         if (root / DATASET_FILE).exists() and (not content or is_of_layout(content)):
             return None
-        pair = next((case for case in _pairs(root)[0] if case.label is not None), None)
-        return None if pair is None else f"{pair.image.name} has a label of its name"
+        return label_of_a_name(pairs(root)[0])
 
     def not_read(self, root: Path) -> str | None:
         """Files with the usual ending of DICOM."""
@@ -78,50 +79,68 @@ class Folder(Layout):
         if all((root / name).is_file() for name in MANIFESTS):
             return Listing((), (Problem(str(root), "files", f"both {' and '.join(MANIFESTS)}", "keep one"),))
         try:
-            cases, problems = _pairs(root) if manifest is None else _listed(manifest)
+            cases, problems = pairs(root) if manifest is None else _listed(manifest, request.pixel_mm)
         except InputProblems as error:
             return Listing((), error.problems)
-        problems += case_name_problems(root, [case.case_id for case in cases])
-        problems += _twins(root, cases)
-        unstated = [case.case_id for case in cases if not case.modality or request.modality]
-        where = str(manifest or (root / DATASET_FILE if (root / DATASET_FILE).is_file() else root))
-        modality_of, notes_of, found = find_modalities(where, content, unstated, request.modality)
-        problems += found if unstated else []
-        cases = [
-            replace(
-                case,
-                modality=modality_of.get(case.case_id, case.modality) or request.any_modality,
-                patient=case.patient or patient_of(case.case_id, request.patient),
-                notes=notes_of.get(case.case_id, ()),
-            )
-            for case in cases
-        ]
-        names, of_names = (
-            class_names(root / DATASET_FILE, content["labels"]) if "labels" in content else (dict[int, str](), [])
-        )
-        chosen = taken(cases, request)
-        problems += [] if problems else no_cases(root, request, chosen)
+        names = class_names(root / DATASET_FILE, content["labels"]) if "labels" in content else ({}, [])
         notes = () if manifest is None else tuple(_unused_columns(manifest))
-        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, tuple(of_names), notes)
+        where = str(manifest or (root / DATASET_FILE if (root / DATASET_FILE).is_file() else root))
+        return listing_of(root, request, (cases, problems), names, where, notes)
+
+
+def label_of_a_name(cases: list[Case]) -> str | None:
+    """That an image has a label of its name, as text; None if none has."""
+    pair = next((case for case in cases if case.label is not None), None)
+    return None if pair is None else f"{pair.image.name} has a label of its name"
+
+
+def listing_of(
+    root: Path,
+    request: Request,
+    found: tuple[list[Case], list[Problem]],
+    names: tuple[dict[int, str], list[Problem]],
+    where: str,
+    notes: tuple[str, ...],
+) -> Listing:
+    """The cases that were found, with modality and patient. `names`: the classes by id. Either with its problems.
+    `where`: the table in which a modality could be stated."""
+    cases, problems = found
+    problems += case_name_problems(root, [case.case_id for case in cases])
+    problems += _twins(root, cases)
+    unstated = [case.case_id for case in cases if not case.modality or request.modality]
+    modality_of, notes_of, wrong = find_modalities(where, content_of(root), unstated, request.modality)
+    problems += wrong if unstated else []
+    cases = [
+        replace(
+            case,
+            modality=modality_of.get(case.case_id, case.modality) or request.any_modality,
+            patient=case.patient or patient_of(case.case_id, request.patient),
+            notes=notes_of.get(case.case_id, ()),
+        )
+        for case in cases
+    ]
+    chosen = taken(cases, request)
+    problems += [] if problems else no_cases(root, request, chosen)
+    return Listing(chosen, tuple(problems), problems_by_case(chosen), names[0], tuple(names[1]), notes)
 
 
 def _manifest(root: Path) -> Path | None:
     return next((root / name for name in MANIFESTS if (root / name).is_file()), None)
 
 
-def _pairs(root: Path) -> tuple[list[Case], list[Problem]]:
-    """Cases without modality, whose files are found by their names."""
+def pairs(root: Path, stem_of: StemOf = stem) -> tuple[list[Case], list[Problem]]:
+    """Cases without modality, whose files are found by their names. `stem_of`: the kind of files, see volumes_in."""
     cases: list[Case] = []
     problems: list[Problem] = []
-    for split, images, labels in _folder_pairs(root):
+    for split, images, labels in _folder_pairs(root, stem_of):
         if images == labels:
-            files = volumes_in(images)
+            files = volumes_in(images, stem_of)
             are_labels = {name for name in files if _IS_LABEL.fullmatch(name)}
             label_files = _by_case({name: files[name] for name in files if name in are_labels}, _label_name)
             image_files = _by_case({name: files[name] for name in files if name not in are_labels}, _case_name)
         else:
-            label_files = _by_case(volumes_in(labels), _label_name)
-            image_files = _by_case(volumes_in(images), _case_name)
+            label_files = _by_case(volumes_in(labels, stem_of), _label_name)
+            image_files = _by_case(volumes_in(images, stem_of), _case_name)
         for name, of_image in image_files.items():
             image, found = one_file(of_image)
             problems += found
@@ -135,7 +154,7 @@ def _pairs(root: Path) -> tuple[list[Case], list[Problem]]:
     return cases, problems
 
 
-def _folder_pairs(root: Path) -> Iterator[tuple[str, Path, Path]]:
+def _folder_pairs(root: Path, stem_of: StemOf) -> Iterator[tuple[str, Path, Path]]:
     """Split, folder of images and folder of labels, which may be one. Names may be in capitals."""
     below = _folders(root)
     for name, split in _SPLIT_FOLDERS.items():
@@ -145,7 +164,7 @@ def _folder_pairs(root: Path) -> Iterator[tuple[str, Path, Path]]:
         labels = next((inside[one] for one in _LABELS if one in inside), None)
         if folder is not None and images is not None:
             yield split, images, labels or folder / _LABELS[0]
-        elif folder is not None and volumes_in(folder):
+        elif folder is not None and volumes_in(folder, stem_of):
             yield split, folder, folder
     for end, split in _SPLIT_ENDS.items():
         if f"images{end}" in below:
@@ -183,13 +202,13 @@ def _twins(root: Path, cases: list[Case]) -> list[Problem]:
     return [Problem(str(root), f"case id {name}", f"{ids.count(name)} times", remedy) for name in twice]
 
 
-def _listed(manifest: Path) -> tuple[list[Case], list[Problem]]:
+def _listed(manifest: Path, pixel_mm: float | None) -> tuple[list[Case], list[Problem]]:
     """Cases of a manifest. Raises InputProblems for a table that cannot be read."""
     cases: list[Case] = []
     problems: list[Problem] = []
     for number, row in enumerate(read_table(manifest, ("image",)), start=2):
         try:
-            cases.append(_row_case(manifest, row))
+            cases.append(_row_case(manifest, row, pixel_mm))
         except InputProblems as error:
             problems += [replace(one, field=f"line {number}: {one.field}") for one in error.problems]
     return cases, problems
@@ -202,7 +221,7 @@ def _unused_columns(manifest: Path) -> Iterator[str]:
         yield f"{manifest.name}: columns that are not used: {', '.join(unused)[:200]}; known are {', '.join(_COLUMNS)}"
 
 
-def _row_case(manifest: Path, row: dict[str, str]) -> Case:
+def _row_case(manifest: Path, row: dict[str, str], pixel_mm: float | None) -> Case:
     image = _path(manifest, "image", row["image"])
     assert image is not None or not row["image"]
     if image is None:
@@ -210,9 +229,22 @@ def _row_case(manifest: Path, row: dict[str, str]) -> Case:
     modality = row.get("modality", "")
     modality = named_by_a_person(manifest, modality) if modality else ""
     split = stated_split(manifest, row["split"]) if row.get("split") else ""
-    name = row.get("case") or _case_name(stem(image.name) or image.name)
+    name = row.get("case") or _case_name(_any_stem(image.name) or image.name)
     label = _path(manifest, "label", row.get("label", ""))
-    return Case(name, modality, split, image, label, patient=row.get("patient") or None, is_flat=True)
+    pixel: Pixel | None = stated_pixel(manifest, row, pixel_mm)
+    if not is_picture(image):
+        refuse(
+            Problem(str(manifest), column, row[column][:40], f"{image.name} states it itself: leave it empty")
+            for column in PIXEL_COLUMNS
+            if row.get(column)
+        )
+        pixel = None
+    return Case(name, modality, split, image, label, patient=row.get("patient") or None, is_flat=True, pixel=pixel)
+
+
+def _any_stem(name: str) -> str | None:
+    """Of a volume or a picture."""
+    return stem(name) or picture_stem(name)
 
 
 def _path(manifest: Path, field: str, text: str) -> Path | None:
@@ -220,6 +252,6 @@ def _path(manifest: Path, field: str, text: str) -> Path | None:
     path = text.replace("\\", "/")
     if not path:
         return None
-    if not is_below(path) or stem(PurePosixPath(path).name) is None:
-        raise problem(manifest, field, repr(text[:80]), "name a volume below this table's folder, as ct/0001.nii.gz")
+    if not is_below(path) or _any_stem(PurePosixPath(path).name) is None:
+        raise problem(manifest, field, repr(text[:80]), "name a file below this table's folder, as ct/0001.nii.gz")
     return manifest.parent / path

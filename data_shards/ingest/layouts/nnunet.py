@@ -22,6 +22,7 @@ from data_shards.ingest.layouts.amos import class_names, content_of, lists_cases
 from data_shards.ingest.layouts.base import (
     Layout,
     Request,
+    StemOf,
     case_name_problems,
     no_cases,
     one_file,
@@ -30,7 +31,10 @@ from data_shards.ingest.layouts.base import (
     volumes_in,
 )
 from data_shards.ingest.layouts.channels import chosen_channels, joined, numbered
+from data_shards.ingest.layouts.exports import own_items, own_pixel
 from data_shards.ingest.modality import find_modalities
+from data_shards.ingest.pictures import is_picture, picture_stem
+from data_shards.ingest.volume_files import stem
 from data_shards.problems import InputProblems, Problem
 
 SPLITS_FILE = "splits_final.json"
@@ -52,8 +56,9 @@ class NnUNet(Layout):
         content = content_of(root)
         if lists_cases(content) or not ({"channel_names", "file_ending"} & content.keys()):
             return None
-        labels = volumes_in(root / "labelsTr")
-        channels = (_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr"))
+        stem_of = _stem_of(content)
+        labels = volumes_in(root / "labelsTr", stem_of)
+        channels = (_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr", stem_of))
         if not any(channel and channel[1] in labels for channel in channels):
             return None
         return f"{DATASET_FILE} has channel_names or file_ending, and imagesTr has CASE_0000"
@@ -75,6 +80,8 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     """The cases in one channel, of which its number and what is said of it are given."""
     where, (number, name) = root / DATASET_FILE, channel
     cases, problems = _cases(root, number)
+    cases, found = _with_pixels(root, cases, request.pixel_mm)
+    problems += found
     cases, notes, found = _listed(root, cases, number)
     problems += found
     stated = {} if name is None else {"channel_names": {"0": name}}
@@ -122,9 +129,10 @@ def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
     """Cases of imagesTr, without a split, and of imagesTs, which are for testing; without modality."""
     cases: list[Case] = []
     problems: list[Problem] = []
+    stem_of = _stem_of(content_of(root))
     for end, split in (("Tr", ""), ("Ts", "test")):
-        labels = volumes_in(root / f"labels{end}")
-        images = _of_channel(root / f"images{end}", channel)
+        labels = volumes_in(root / f"labels{end}", stem_of)
+        images = _of_channel(volumes_in(root / f"images{end}", stem_of), channel)
         if alone := sorted(labels.keys() - images.keys()):
             value = f"{len(alone)} without an image of channel {channel}: {', '.join(alone[:3])}"
             remedy = f"restore images{end}/CASE_{channel:04d}, or take the label away"
@@ -143,6 +151,23 @@ def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
         for name in twice
     ]
     return cases, problems
+
+
+def _stem_of(content: dict[str, Any]) -> StemOf:
+    """The kind of the data set's files: pictures if `file_ending` says so."""
+    ending = content.get("file_ending")
+    return picture_stem if isinstance(ending, str) and picture_stem(f"a{ending}") else stem
+
+
+def _with_pixels(root: Path, cases: list[Case], pixel_mm: float | None) -> tuple[list[Case], list[Problem]]:
+    """Of pictures, what an export's items.csv says of their pixels, or the setting."""
+    if not any(isinstance(case.image, Path) and is_picture(case.image) for case in cases):
+        return cases, []
+    try:
+        items = own_items(root) or {}
+        return [replace(case, pixel=own_pixel(root, items.get(case.case_id, {}), pixel_mm)) for case in cases], []
+    except InputProblems as error:
+        return cases, list(error.problems)
 
 
 def _listed(root: Path, cases: list[Case], channel: int) -> tuple[list[Case], tuple[str, ...], list[Problem]]:
@@ -172,9 +197,9 @@ def _named_files(root: Path, entry: Any, channel: int) -> list[Path] | None:
     return [Path(os.path.normpath(root / str(name).replace("\\", "/"))) for name in names]
 
 
-def _of_channel(folder: Path, channel: int) -> dict[str, list[Path]]:
+def _of_channel(volumes: dict[str, list[Path]], channel: int) -> dict[str, list[Path]]:
     found = {}
-    for name, files in volumes_in(folder).items():
+    for name, files in volumes.items():
         matched = _CHANNEL.fullmatch(name)
         if matched and int(matched[2]) == channel:
             found[matched[1]] = files

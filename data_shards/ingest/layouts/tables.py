@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_shards.documents import read_bytes
+from data_shards.ingest.pictures import Pixel
 from data_shards.problems import Problem, problem, refuse
 
 _MOST_BYTES = 64 * 2**20
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Excel's line before the names of the columns.
 _SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")
+# What a table says of pictures: mm between rows and columns (one number if they are equal), value = grey * scale +
+# offset.
+PIXEL_COLUMNS = ("spacing_mm", "scale", "offset")
 # Where values without a column are put.
 _BEHIND = "\n"
 _QUOTE = "write values that contain the separator in quotation marks"
@@ -77,6 +82,30 @@ def stated_split(where: Path, word: str) -> str:
         if word.strip().lower() in words:
             return split
     raise problem(where, "split", repr(word[:40]), "write train, val or test")
+
+
+def stated_pixel(where: Path, row: dict[str, str], pixel_mm: float | None) -> Pixel:
+    """What a row says of a picture; `pixel_mm` counts where it says no spacing. Raises InputProblems for what is no
+    number."""
+    spacing = _numbers(where, "spacing_mm", row, (1, 2)) or (() if pixel_mm is None else (pixel_mm,))
+    scale, offset = _numbers(where, "scale", row, (1,)), _numbers(where, "offset", row, (1,))
+    if scale and not scale[0]:
+        raise problem(where, "scale", row["scale"][:40], "value = grey * scale + offset: give another number than 0")
+    pair = (spacing[0], spacing[-1]) if spacing else None
+    return Pixel(pair, scale[0] if scale else 1.0, offset[0] if offset else 0.0, table=where.name)
+
+
+def _numbers(where: Path, column: str, row: dict[str, str], counts: tuple[int, ...]) -> tuple[float, ...]:
+    """The finite numbers of a cell; none if it is empty or missing."""
+    text = row.get(column) or ""
+    try:
+        found = tuple(map(float, text.split()))
+    except ValueError:
+        found = (math.nan,)
+    if text and (len(found) not in counts or not all(map(math.isfinite, found))):
+        example = "0.8, or 0.8 0.7 for rows and columns" if 2 in counts else "a number, as 2.5"
+        raise problem(where, column, repr(text[:40]), f"write {example}")
+    return found
 
 
 def _is_filled(value: object) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.ingest.png_files import read_png_header, read_png_ids
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import LabelTable
 from data_shards.modalities import grey_rule, window_of
@@ -30,7 +31,6 @@ from segdiff_dist.evaluation.measure.subject import SPACING
 from segdiff_dist.sampling.items import NO_MODALITY
 from segdiff_dist.sampling.mask_files import ending
 from segdiff_dist.sampling.mask_folder import cut_as, label_map
-from segdiff_dist.sampling.png_masks import read_png_header, read_png_ids
 from segdiff_dist.sampling.store import LABELS, SampleStore
 
 if TYPE_CHECKING:

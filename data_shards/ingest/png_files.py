@@ -1,5 +1,5 @@
-"""PNG masks: the format of a file by its bytes, and its label ids. A file whose values cannot be the original ids is
-refused.
+"""PNG files: the format of a file by its bytes, the label ids of a mask, and the grey values of an image. A mask whose
+values cannot be the original ids is refused, and so is an image whose pixels are not grey.
 
 The picture library decodes; before it does, every chunk's checksum and the length of the pixels are checked here, so
 that no damaged or endless file reaches it.
@@ -48,13 +48,14 @@ _WRITE_AGAIN = "write it again"
 
 @dataclass(frozen=True)
 class PngHeader:
-    """IHDR of a picture with one sample a pixel."""
+    """IHDR of a picture. `samples`: of a pixel; masks have one."""
 
     width: int
     height: int
     depth: int
     is_palette: bool
     is_interlaced: bool
+    samples: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -64,7 +65,7 @@ class PngHeader:
         for row, column, rows, columns in passes:
             height, width = -(-(self.height - row) // rows), -(-(self.width - column) // columns)
             if height > 0 and width > 0:
-                total += height * (1 + -(-width * self.depth // 8))
+                total += height * (1 + -(-width * self.depth * self.samples // 8))
         return total
 
 
@@ -73,9 +74,10 @@ def kind_of(start: bytes) -> str | None:
     return next((name for magic, name in _KINDS if start.startswith(magic)), None)
 
 
-def read_png_header(file: Path, sizes: Collection[int] | None) -> PngHeader:
+def read_png_header(file: Path, sizes: Collection[int] | None, *, colours: bool = False) -> PngHeader:
     """The header, from the first bytes alone. Raises InputProblems: another format, whatever the name; several samples
-    a pixel; another size than one of `sizes` (rows and columns), or with None more pixels than any mask has."""
+    a pixel, unless `colours` are allowed; another size than one of `sizes` (rows and columns), or with None more pixels
+    than any mask has."""
     with file.open("rb") as stream:
         start = stream.read(33)
     kind = kind_of(start)
@@ -88,18 +90,18 @@ def read_png_header(file: Path, sizes: Collection[int] | None) -> PngHeader:
     if depth not in _DEPTHS.get(colour, ()) or interlaced > 1 or start[26:28] != b"\0\0":
         raise _damaged(file, "its header says what no PNG has")
     name, samples = _COLOURS[colour]
-    if samples > 1:
+    if samples > 1 and not colours:
         remedy = "a mask has one channel, and in it label ids"
         raise problem(file, "PNG", f"{name} pixels", remedy)
     if sizes is None:
         if not 0 < width * height <= _MOST_PIXELS:
             value = f"{width:,}x{height:,} pixels"
-            raise problem(file, "size", value, f"at most {_MOST_PIXELS:,} are read: make the mask smaller")
+            raise problem(file, "size", value, f"at most {_MOST_PIXELS:,} are read: make it smaller")
     elif width != height or width not in sizes:
         asked = " or ".join(f"{size}x{size}" for size in sizes)
         remedy = f"make it {asked}, or give NIfTI, which says its spacing and is resampled"
         raise problem(file, "size", f"{width}x{height} pixels", remedy)
-    return PngHeader(width, height, depth, name == "palette", bool(interlaced))
+    return PngHeader(width, height, depth, name == "palette", bool(interlaced), samples)
 
 
 def read_png_ids(
@@ -108,31 +110,48 @@ def read_png_ids(
     num_ids: int,
     *,
     any_palette: bool = False,
-    flag: str = "--sample.label-map",
+    flag: str | None = "--sample.label-map",
 ) -> np.ndarray:
     """uint8 [H, W]: the samples as stored, which are the label ids; of a palette, the index.
 
-    `any_palette`: the user has given the meaning of each index, by `flag`. Raises InputProblems as read_png_header, and
-    for data that are damaged or longer than declared, several frames, an orientation, a palette that may have been made
-    for this picture alone, and ids from `num_ids` on.
+    `any_palette`: the user has given the meaning of each index, by `flag`; None: there is no such setting. Raises
+    InputProblems as read_png_header, and for data that are damaged or longer than declared, several frames, an
+    orientation, a palette that may have been made for this picture alone, and ids from `num_ids` on.
     """
     header = read_png_header(file, sizes)
-    if file.stat().st_size > _MOST_BYTES:
-        value = f"{file.stat().st_size:,} bytes for {header.width}x{header.height} pixels"
-        raise problem(file, "PNG", value, _WRITE_AGAIN)
-    content = file.read_bytes()
-    chunks = list(_chunks(file, content))
-    _check_pixels(file, header, [body for name, body in chunks if name == b"IDAT"])
-    frames = [int.from_bytes(body[:4], "big") for name, body in chunks if name == b"acTL"]
-    if frames and frames[0] != 1:
-        raise problem(file, "PNG", f"{frames[0]} frames", "which one is the mask cannot be known: save it alone")
-    samples_HW, palette = _decoded(file, content, header)
+    samples_HW, palette = _checked(file, header)
     if samples_HW.max() >= num_ids:
         value = f"up to {samples_HW.max()}"
         raise problem(file, "label ids", value, f"give whole numbers below {num_ids}")
-    if header.is_palette:
-        _check_palette(file, palette, samples_HW, None if any_palette else flag)
+    if header.is_palette and any_palette:
+        _check_indices(file, palette, np.unique(samples_HW).tolist())
+    elif header.is_palette:
+        _check_palette(file, palette, samples_HW, flag)
     return samples_HW.astype(np.uint8)
+
+
+def read_png_grey(file: Path) -> np.ndarray:
+    """uint8 or uint16 [H, W]: the grey values as stored. Colours whose channels are equal everywhere, without
+    transparent pixels, are grey too. Raises InputProblems as of read_png_ids, and for colours and palettes."""
+    header = read_png_header(file, None, colours=True)
+    if header.is_palette:
+        raise problem(file, "PNG", "colours of a palette", "save the image as grey, of 8 or 16 bits")
+    if header.samples > 1 and header.depth == 16:  # Pillow halves these
+        raise problem(file, "PNG", f"{header.samples} x 16 bits a pixel", "save the image as grey, of 8 or 16 bits")
+    samples, _ = _checked(file, header)
+    grey_HW = samples if header.samples == 1 else grey_of(file, samples, has_alpha=header.samples in (2, 4))
+    return grey_HW.astype(np.uint16 if header.depth == 16 else np.uint8)
+
+
+def grey_of(file: Path, samples_HWC: np.ndarray, *, has_alpha: bool) -> np.ndarray:
+    """[H, W]: the channel, if all are equal and nothing is transparent. Raises InputProblems."""
+    colours_HWC = samples_HWC[..., :-1] if has_alpha else samples_HWC
+    if (colours_HWC != colours_HWC[..., :1]).any():
+        remedy = "save one grey value a pixel: which channel is meant, or how they add, cannot be known"
+        raise problem(file, "picture", "colours", remedy)
+    if has_alpha and (samples_HWC[..., -1] != np.iinfo(samples_HWC.dtype).max).any():
+        raise problem(file, "picture", "transparent pixels", "save it without transparency")
+    return np.ascontiguousarray(colours_HWC[..., 0])
 
 
 def palette_is_of_a_table(palette_K3: np.ndarray, used: Collection[int]) -> bool:
@@ -185,6 +204,20 @@ def _chunks(file: Path, content: bytes) -> Iterator[tuple[bytes, bytes]]:
     raise _damaged(file, "it ends too early")
 
 
+def _checked(file: Path, header: PngHeader) -> tuple[np.ndarray, np.ndarray]:
+    """Samples as stored, [H, W] or [H, W, samples], and the palette, of a file that is whole."""
+    if file.stat().st_size > _MOST_BYTES:
+        value = f"{file.stat().st_size:,} bytes for {header.width}x{header.height} pixels"
+        raise problem(file, "PNG", value, _WRITE_AGAIN)
+    content = file.read_bytes()
+    chunks = list(_chunks(file, content))
+    _check_pixels(file, header, [body for name, body in chunks if name == b"IDAT"])
+    frames = [int.from_bytes(body[:4], "big") for name, body in chunks if name == b"acTL"]
+    if frames and frames[0] != 1:
+        raise problem(file, "PNG", f"{frames[0]} frames", "which one is meant cannot be known: save it alone")
+    return _decoded(file, content, header)
+
+
 def _check_pixels(file: Path, header: PngHeader, bodies: list[bytes]) -> None:
     """Whether there are as many packed pixels as the header declares. No more than that is unpacked."""
     inflate = zlib.decompressobj()
@@ -212,21 +245,28 @@ def _decoded(file: Path, content: bytes, header: PngHeader) -> tuple[np.ndarray,
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             samples_HW = np.asarray(picture)
             palette = np.array(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-            orientation = _orientation(picture)
+            orientation = orientation_of(picture)
     except Exception as error:  # Pillow may raise any error on such bytes
         raise _damaged(file, error) from error
-    if samples_HW.shape != (header.height, header.width):
+    if samples_HW.shape[:2] != (header.height, header.width) or samples_HW.size != (
+        header.height * header.width * header.samples
+    ):
         raise _damaged(file, "other pixels than its header declares")
-    if orientation not in (None, 1):
-        remedy = "viewers turn it, other programs do not: save it upright, without an orientation"
-        raise problem(file, "EXIF orientation", orientation, remedy)
+    check_orientation(file, orientation)
     if not header.is_palette and header.depth in (2, 4):
         # Pillow stretches these to 0 .. 255; the ids are the stored samples.
         samples_HW = samples_HW // (255 // (2**header.depth - 1))
     return samples_HW, palette
 
 
-def _orientation(picture: Any) -> Any:
+def check_orientation(file: Path, orientation: Any) -> None:
+    """Refuse a picture that viewers turn."""
+    if orientation not in (None, 1):
+        remedy = "viewers turn it, other programs do not: save it upright, without an orientation"
+        raise problem(file, "EXIF orientation", orientation, remedy)
+
+
+def orientation_of(picture: Any) -> Any:
     """The EXIF tag; None if there is no readable EXIF: then no viewer turns the picture."""
     try:
         return picture.getexif().get(_ORIENTATION)
@@ -235,15 +275,20 @@ def _orientation(picture: Any) -> Any:
 
 
 def _check_palette(file: Path, palette_K3: np.ndarray, indices_HW: np.ndarray, flag: str | None) -> None:
-    """Refuse a palette in an unknown order. `flag`: what would give the indices' meaning; None: it is given."""
+    """Refuse a palette in an unknown order. `flag`: what would give the indices' meaning; None: nothing."""
     used = np.unique(indices_HW).tolist()
-    if used[-1] >= len(palette_K3):
-        raise _damaged(file, f"colour {used[-1]} of a palette of {len(palette_K3)}")
-    if flag is None or palette_is_of_a_table(palette_K3, used):
+    _check_indices(file, palette_K3, used)
+    if palette_is_of_a_table(palette_K3, used):
         return
     value = f"its palette holds only the picture's own {len(used)} colours, or a cube of colours"
-    remedy = f"its order may be a program's own: save ids as 8-bit grey, or say in a {flag} what each index is"
+    remedy = "its order may be a program's own: save ids as 8-bit grey"
+    remedy += "" if flag is None else f", or say in a {flag} what each index is"
     raise problem(file, "palette", value, remedy)
+
+
+def _check_indices(file: Path, palette_K3: np.ndarray, used: list[int]) -> None:
+    if used[-1] >= len(palette_K3):
+        raise _damaged(file, f"colour {used[-1]} of a palette of {len(palette_K3)}")
 
 
 def _voc_palette() -> np.ndarray:

@@ -1,0 +1,40 @@
+"""What `segdiff export` writes beside its files: the facts of each image, and where all of them come from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from data_shards.documents import read_json
+from data_shards.ingest.layouts.tables import read_table, stated_pixel
+from data_shards.ingest.pictures import Pixel
+from data_shards.problems import InputProblems
+
+ITEMS_FILE, PROVENANCE_FILE = "items.csv", "provenance.json"
+_MADE_BY = "segdiff sample"
+RESTORE = f"restore {ITEMS_FILE} and {PROVENANCE_FILE} of the export, or take both away"
+_NAME, MODALITY, CASE, PATIENT = "name", "target_modality", "case_id", "patient"
+
+
+def is_own_export(root: Path) -> bool:
+    """Whether the folder has the record of an export of `segdiff sample`'s images."""
+    if not ((root / ITEMS_FILE).is_file() and (root / PROVENANCE_FILE).is_file()):
+        return False
+    try:
+        return read_json(root / PROVENANCE_FILE, RESTORE).get("made_by") == _MADE_BY
+    except InputProblems:
+        return True  # reported when it is read
+
+
+def own_items(root: Path) -> dict[str, dict[str, str]] | None:
+    """The rows of an export's items.csv by name; None if the folder is no export. Raises InputProblems."""
+    if not is_own_export(root):
+        return None
+    rows = read_table(root / ITEMS_FILE, (_NAME, MODALITY, CASE))
+    return {row[_NAME]: row for row in rows}
+
+
+def own_pixel(root: Path, row: dict[str, str], pixel_mm: float | None) -> Pixel:
+    """What an export's row says of the picture's pixels. Those of earlier versions say nothing."""
+    pixel = stated_pixel(root / ITEMS_FILE, row, pixel_mm)
+    return pixel if row else replace(pixel, table=None)
