@@ -164,7 +164,8 @@ def test_columns_of_a_manifest_that_are_not_used_are_said(tmp_path: Path) -> Non
     file = tmp_path / "data/manifest.csv"
     file.write_text(file.read_text(encoding="utf-8-sig").replace("Split", "Split;Mask").replace("train", "train;x"))
     shards = write_set(tmp_path / "data", tmp_path / "set", axes=("axial",), **settings)
-    said = "manifest.csv: columns that are not used: mask; known are image, label, modality, patient, split, case, spacing_mm, scale, offset"
+    said = "manifest.csv: columns that are not used: mask; known are image, label, modality, patient, split, case, "
+    said += "spacing_mm, scale, offset"
     assert json.loads((shards / "index.json").read_text())["notes"] == [said]
     assert said in format_report(inspect_shards(shards))
 
