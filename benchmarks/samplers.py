@@ -1,10 +1,11 @@
 """The fewest steps with which each solver is as good as 50 of DDIM, on held-out masks and a trained run.
 
 Each mask is sampled with the same noise by every solver, at several numbers of steps, and scored by the run's
-segmenter. As good: Dice(mask, prediction on generated) at most 0.005 below that of 50 DDIM steps, and the Frechet
-distance of the segmenter's features at most 3 % above. `sharpness` and power in the finest band, generated over real,
-are measured too: fewer steps may blur, which Dice does not detect. The fewest steps of each solver that are as good are
-then timed in turns with DDIM's 50. Measurements are kept in --out; the same command continues.
+segmenter. As good: Dice(mask, prediction on generated) at most 0.005 below that of 50 DDIM steps, the Frechet distance
+of the segmenter's features at most 3 % above, and `sharpness` at most 0.02 below: fewer steps may blur, which Dice does
+not detect. The fewest steps of each solver that are as good are then timed in turns with DDIM's 50. Guidance and all
+else that is neither solver, steps, their spacing nor sigma_shift is that of the run's sampler, unless it is given here.
+Measurements are kept in --out; the same command continues.
 
     OMP_NUM_THREADS=1 python benchmarks/samplers.py --run runs/demo/run --figure runs/samplers/samplers.png
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,10 @@ from data_shards.problems import InputProblems
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig
 from segdiff_dist.denoising.samplers import num_evaluations
-from segdiff_dist.spectra import sharpness
 
-DICE_MARGIN, DISTANCE_MARGIN = 0.005, 0.03
+DICE_MARGIN, DISTANCE_MARGIN, SHARPNESS_MARGIN = 0.005, 0.03, 0.02
 # Speed of the preset `fast`, against 50 DDIM steps.
-TARGET = 3.0
+TARGET = 4.0
 STEPS = {
     "ddim": (8, 10, 12, 16, 25),
     "dpm_solver_pp_2m": (5, 6, 8, 10, 12, 16),
@@ -40,14 +42,35 @@ STEPS = {
 _QUICK_STEPS = dict.fromkeys(STEPS, (4,))
 
 
-def reference_of(diffusion: DiffusionConfig) -> SamplerConfig:
+def shared_settings(args: Namespace, scorer: Scorer) -> SamplerConfig:
+    """What all samplers share; preset, solver and steps are left out."""
+    given = {
+        name: value for name in ("guidance", "guidance_interval") if (value := getattr(args, name, None)) is not None
+    }
+    if "guidance_interval" in given:
+        given["guidance_interval"] = tuple(given["guidance_interval"])
+    free = {"preset": "paper", "solver": None, "num_steps": None, "timestep_spacing": None, "sigma_shift": 1.0}
+    return replace(scorer.own_sampler, **free, **given)  # type: ignore[arg-type]
+
+
+def reference_of(shared: SamplerConfig, diffusion: DiffusionConfig) -> SamplerConfig:
     """50 DDIM steps as in the paper; trailing if the net was trained to start at pure noise."""
-    return SamplerConfig(timestep_spacing="trailing" if diffusion.zero_terminal_snr else "leading").resolved()
+    own = replace(shared, timestep_spacing="trailing") if diffusion.zero_terminal_snr else shared
+    return own.resolved(diffusion.objective)
 
 
-def is_as_good(dice: float, distance: float, reference: Scored) -> bool:
+def spacing_of(diffusion: DiffusionConfig) -> Any:
+    """The spacing of fewer steps."""
+    return "karras" if diffusion.objective == "edm" else "trailing"
+
+
+def is_as_good(scored: Scored, reference: Scored) -> bool:
     """Within the margins, or better."""
-    return dice >= reference.dice - DICE_MARGIN and distance <= reference.distance * (1 + DISTANCE_MARGIN)
+    return (
+        scored.dice >= reference.dice - DICE_MARGIN
+        and scored.distance <= reference.distance * (1 + DISTANCE_MARGIN)
+        and scored.sharpness >= reference.sharpness - SHARPNESS_MARGIN
+    )
 
 
 def row_of(scorer: Scorer, scored: Scored, reference: Scored) -> dict[str, Any]:
@@ -57,6 +80,7 @@ def row_of(scorer: Scorer, scored: Scored, reference: Scored) -> dict[str, Any]:
         "solver": scored.sampler.solver,
         "num_steps": scored.sampler.num_steps,
         "timestep_spacing": scored.sampler.timestep_spacing,
+        "sigma_shift": scored.sampler.sigma_shift,
         "evaluations": scored.evaluations,
         "dice": scored.dice,
         "dice_difference": difference.value,
@@ -64,10 +88,25 @@ def row_of(scorer: Scorer, scored: Scored, reference: Scored) -> dict[str, Any]:
         "distance": scored.distance,
         "distance_ratio": scored.distance / reference.distance,
         "distance_by_noise": scored.distance_by_noise,
-        "sharpness": float(sharpness(scored.power_ratio_F)),
+        "sharpness": scored.sharpness,
         "power_ratio": scored.power_ratio_F.tolist(),
-        "is_as_good": is_as_good(scored.dice, scored.distance, reference),
+        "is_as_good": is_as_good(scored, reference),
     }
+
+
+def tried(args: Namespace, shared: SamplerConfig, diffusion: DiffusionConfig) -> Iterator[SamplerConfig]:
+    """Every solver with every number of its steps and every shift."""
+    for solver, steps in (_QUICK_STEPS if args.quick else STEPS).items():
+        for shift in args.shifts if solver in args.solvers else ():
+            for num_steps in args.steps or steps:
+                spacing = spacing_of(diffusion)
+                own = {"solver": solver, "num_steps": num_steps, "timestep_spacing": spacing, "sigma_shift": shift}
+                yield replace(shared, **own)
+
+
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row's sampler from the others."""
+    return row["solver"], row["num_steps"], row["sigma_shift"]
 
 
 def fewest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
@@ -84,7 +123,8 @@ def row_text(row: dict[str, Any]) -> str:
     interval = row["dice_difference_ci95"]
     interval_text = "" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
     return (
-        f"{row['solver']:<17} {row['num_steps']:>5} {row['evaluations']:>11} {row['dice']:>8.4f} "
+        f"{row['solver']:<17} {row['num_steps']:>5} {row['sigma_shift']:>5g} "
+        f"{row['evaluations']:>11} {row['dice']:>8.4f} "
         f"{row['dice_difference']:>+8.4f} {interval_text:<19} {row['distance']:>8.4f} {row['distance_ratio']:>7.3f} "
         f"{row['sharpness']:>9.3f} {row['power_ratio'][-1]:>7.3f} {'yes' if row['is_as_good'] else 'no':>7}"
     )
@@ -112,6 +152,12 @@ def parsed_arguments() -> Namespace:
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--num", type=int, help="masks; all of the split where this is left out")
     parser.add_argument("--noises", type=int, default=2, help="images of each mask")
+    parser.add_argument("--data", type=Path, help="slices in place of the run's own, with its label table")
+    parser.add_argument("--guidance", type=float, help="default: the run's")
+    parser.add_argument("--guidance-interval", nargs=2, type=float, metavar=("FROM", "TO"), help="default: the run's")
+    parser.add_argument("--shifts", nargs="+", type=float, default=[1.0], help="values of sigma_shift to try")
+    parser.add_argument("--solvers", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--steps", nargs="+", type=int, help="numbers of steps, in place of the usual ones")
     parser.add_argument("--out", type=Path, default=Path("runs/samplers"), help="where measurements are kept")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw Dice and distance over evaluations")
     return parser.parse_args()
@@ -122,40 +168,48 @@ def main() -> int:
     torch.set_num_threads(1)
     num, noises, rounds = (8, 1, 1) if args.quick else (args.num, args.noises, args.rounds)
     try:
-        scorer = Scorer(args.run, args.split, num, noises, args.out)
+        scorer = Scorer(args.run, args.split, num, noises, args.out, args.data)
     except InputProblems as error:
         print("\n".join(str(problem) for problem in error.problems), file=sys.stderr)
         return 2
     result = stamp(args)
-    reference_config = reference_of(scorer.diffusion)
+    shared = shared_settings(args, scorer)
+    reference_config = reference_of(shared, scorer.diffusion)
     reference = scorer.score(reference_config)
     rows = [row_of(scorer, reference, reference)]
-    print(f"\n{'solver':<17} {'steps':>5} {'evaluations':>11} {'Dice':>8} {'less ref':>8} {'95 %':<19} ", end="")
+    print(
+        f"\n{'solver':<17} {'steps':>5} {'shift':>5} {'evaluations':>11} {'Dice':>8} {'less ref':>8} {'95 %':<19} ",
+        end="",
+    )
     print(
         f"{'distance':>8} {'/ ref':>7} {'sharpness':>9} {'finest':>7} {'as good':>7}\n{row_text(rows[0])}", flush=True
     )
-    for solver, steps in (_QUICK_STEPS if args.quick else STEPS).items():
-        for num_steps in steps:
-            sampler = SamplerConfig(solver=solver, num_steps=num_steps, timestep_spacing="trailing")  # type: ignore[arg-type]
-            rows.append(row_of(scorer, scorer.score(sampler), reference))
-            print(row_text(rows[-1]), flush=True)
+    samplers = {}
+    for sampler in tried(args, shared, scorer.diffusion):
+        rows.append(row_of(scorer, scorer.score(sampler), reference))
+        samplers[row_key(rows[-1])] = sampler
+        print(row_text(rows[-1]), flush=True)
 
     chosen = fewest(rows)
-    contenders = {"DDIM, 50 steps": reference_config, "preset fast": SamplerConfig(preset="fast").resolved()}
+    contenders = {"DDIM, 50 steps": reference_config, "preset fast": replace(shared, preset="fast")}
     for solver, row in chosen.items():
         if row is not None:
-            name = f"{solver}, {row['num_steps']} steps"
-            contenders[name] = SamplerConfig(**{key: row[key] for key in ("solver", "num_steps", "timestep_spacing")})
+            contenders[f"{solver}, {row['num_steps']} steps"] = samplers.get(row_key(row), reference_config)
     rates = time_in_turns(scorer, contenders, rounds)
     first, *others = contenders
     ratios = [compare(rates, name, first, TARGET if name == "preset fast" else None) for name in others]
     by_evaluations = num_evaluations(reference_config, scorer.diffusion) / num_evaluations(
-        SamplerConfig(preset="fast"), scorer.diffusion
+        replace(shared, preset="fast"), scorer.diffusion
     )
-    limits = {"dice": reference.dice - DICE_MARGIN, "distance": reference.distance * (1 + DISTANCE_MARGIN)}
+    limits = {
+        "dice": reference.dice - DICE_MARGIN,
+        "distance": reference.distance * (1 + DISTANCE_MARGIN),
+        "sharpness": reference.sharpness - SHARPNESS_MARGIN,
+    }
     result |= {
         "judged": scorer.about,
-        "margins": {"dice": DICE_MARGIN, "distance": DISTANCE_MARGIN},
+        "margins": {"dice": DICE_MARGIN, "distance": DISTANCE_MARGIN, "sharpness": SHARPNESS_MARGIN},
+        "shared": asdict(shared),
         "limits": limits,
         "rows": rows,
         "fewest": chosen,

@@ -12,7 +12,6 @@ BY is what is equal: flops, or seconds of training steps. Existing results are n
 from __future__ import annotations
 
 import json
-import statistics
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +26,8 @@ from support.small_runs import flops_of, network_of, shared_settings, stage
 Settings = dict[str, Any]
 By = Literal["flops", "seconds"]
 AUTOENCODER = "train-autoencoder"
+# An autoencoder of another learning rate makes other latents, whose validation losses cannot be compared.
+AUTOENCODER_LR = 2e-3
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Part:
     settings: Settings = field(default_factory=dict, hash=False)
     begins_from: str | None = None
     stage: str = "train"
+    is_judged: bool = True
+    """Whether its validation loss counts where a learning rate is chosen."""
 
 
 def _ddpm(prediction: str, **diffusion: Any) -> Settings:
@@ -59,11 +62,11 @@ MODELS: dict[str, tuple[Part, ...]] = {
     "concat": _one(_net(conditioning="concat")),
     "spade": _one(_net(conditioning="spade", spade_channels=16)),
     "controlnet": (
-        Part("base", 0.5, _net(conditioning="none")),
+        Part("base", 0.5, _net(conditioning="none"), is_judged=False),
         Part("control", 0.5, _net(conditioning="controlnet"), "base"),
     ),
     "latent": (
-        Part("autoencoder", 0.4, stage=AUTOENCODER),
+        Part("autoencoder", 0.4, stage=AUTOENCODER, is_judged=False),
         Part("net", 0.6, _net(space="latent"), "autoencoder"),
     ),
     "cascade": (Part("low", 0.4), Part("high", 0.6, begins_from="cascade")),
@@ -193,14 +196,14 @@ class Training:
         }
 
     def validation_loss(self) -> float:
-        """That of the last part at its end: comparable between learning rates of a model alone."""
-        rows = [json.loads(line) for line in self.log_of(ALL[self.model][-1]).read_text().splitlines()]
-        return float([row["val_loss"] for row in rows if "val_loss" in row][-1])
+        """At the end, of all denoisers that sample: comparable between learning rates of a model alone."""
+        return sum(held_out_loss(self.folder / part.name) for part in ALL[self.model] if part.is_judged)
 
 
 def longer_by_seconds(trainings: list[Training], reference: list[Training]) -> float:
-    """How many times as many images a model sees in the seconds of the reference; medians over seeds."""
-    return statistics.median(t.seconds for t in reference) / statistics.median(t.seconds for t in trainings)
+    """How many times as many images a model sees in the seconds of the reference. The fastest seed counts: other
+    work on the machine only makes a training slower."""
+    return min(t.seconds for t in reference) / min(t.seconds for t in trainings)
 
 
 def with_seconds(training: Training, longer: float) -> Training:
@@ -218,6 +221,28 @@ def part_flops(part: Part, settings: Settings) -> float:
     if part.stage == "train":
         return flops_of(settings)
     return float(_network(part, settings).flops_per_image) * images_in(settings)
+
+
+def held_out_loss(run: Path) -> float:
+    """The validation loss of the weights that a run samples with. A training gives it to MLflow alone."""
+    import torch
+
+    from data_shards.store.shards import ShardSet
+    from segdiff_dist.denoising.denoiser import Denoiser
+    from segdiff_dist.denoising.diffusion import as_trained
+    from segdiff_dist.denoising.validation import DenoiserValidation, HeldOutSlices
+    from segdiff_dist.experiment import load_experiment
+
+    experiment, device = load_experiment(None, run), torch.device("cpu")
+    weights = run / "weights" / experiment.train.averages[0]
+    model = Denoiser.load(weights).prepare_for(device)
+    diffusion, _ = as_trained(experiment.diffusion, json.loads((weights / "segdiff.json").read_text())["diffusion"])
+    shards, loader = ShardSet.open([experiment.given("data")]), experiment.loader
+    rows = shards.select(split="val", modalities=loader.modalities, axes=loader.axes, labelled_only=True)
+    slices = HeldOutSlices(shards, rows, loader, model.config.soft_masks, model.space, model.lower)
+    config = replace(experiment.validation, num_images=256)
+    measured = DenoiserValidation(slices, diffusion, experiment.sample.sampler, config, device)
+    return float(measured(model, 0)["val_loss"])
 
 
 def seconds_an_image(run: Path) -> float:
@@ -252,5 +277,9 @@ def _autoencoder(settings: Settings) -> Settings:
         "discriminator_channels": 16,
         "discriminator_layers": 2,
         "train": train
-        | {"optimizer": "adamw", "checkpoint_every_images": settings["train"]["checkpoint_every_images"]},
+        | {
+            "optimizer": "adamw",
+            "lr": AUTOENCODER_LR,
+            "checkpoint_every_images": settings["train"]["checkpoint_every_images"],
+        },
     }

@@ -19,6 +19,7 @@ from data_shards.files import write_atomic
 from data_shards.records import MODALITIES
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.denoiser import Denoiser
+from segdiff_dist.denoising.diffusion import as_trained
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.evaluation.metrics import estimates, frechet, overlaps
@@ -28,7 +29,7 @@ from segdiff_dist.sampling.items import list_items
 from segdiff_dist.sampling.job import weights_digest
 from segdiff_dist.sampling.worker import generate, item_conditions
 from segdiff_dist.segmentation.segmenter import Segmenter
-from segdiff_dist.spectra import band_powers, power_ratios
+from segdiff_dist.spectra import band_powers, power_ratios, sharpness
 
 _BATCH, _RESAMPLES = 16, 1000
 
@@ -50,6 +51,10 @@ class Scored:
     def dice(self) -> float:
         return float(np.nanmean(self.dice_N))
 
+    @property
+    def sharpness(self) -> float:
+        return float(sharpness(self.power_ratio_F))
+
 
 class Scorer:
     """A run's denoiser and segmenter, and the held-out masks. What was measured is kept in `out`, and not done again.
@@ -57,14 +62,20 @@ class Scorer:
     Each mask is sampled `num_noises` times; noise depends on mask and repetition alone, so samplers share it.
     """
 
-    def __init__(self, run: Path, split: str, num: int | None, num_noises: int, out: Path) -> None:
+    def __init__(
+        self, run: Path, split: str, num: int | None, num_noises: int, out: Path, data: Path | None = None
+    ) -> None:
+        """`data`: slices in place of the run's own."""
         experiment = load_experiment(None, run)
-        self.diffusion, precision = experiment.diffusion, experiment.sample.precision
+        self.own_sampler, precision = experiment.sample.sampler, experiment.sample.precision
         weights = run / "weights" / experiment.train.averages[0]
+        # sigma_data is in the weights alone.
+        trained = json.loads((weights / "segdiff.json").read_text())["diffusion"]
+        self.diffusion, _ = as_trained(experiment.diffusion, trained)
         device = torch.device("cpu")
         model = Denoiser.load(weights).prepare_for(device)
         self.model = model.to(torch.bfloat16) if precision == "bf16" else model
-        self.shards = ShardSet.open([experiment.given("data")])
+        self.shards = ShardSet.open([str(data or experiment.given("data"))])
         self.segmenter = Segmenter.load(run / "segmenter" / "weights")
         self.num_noises, self.out = num_noises, out
         config = SampleConfig(split=split, num=num)  # type: ignore[arg-type]
