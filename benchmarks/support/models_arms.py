@@ -5,6 +5,7 @@ they took.
     OUT/BY/MODEL-LR-SEED/PART.yaml       the settings of a training
                          PART            its run folder; the last part's has samples and evaluation
                          PART.trained    the settings that it was trained with, when it is finished
+                         PART.loss       its validation loss, where it was needed to choose a learning rate
 
 BY is what is equal: flops, or seconds of training steps. Existing results are not made again.
 """
@@ -118,6 +119,7 @@ class Training:
             trained = self.folder / f"{part.name}.trained"
             if trained.is_file() and trained.read_text() == to_yaml(settings):
                 continue
+            (self.folder / f"{part.name}.loss").unlink(missing_ok=True)
             print(f"{self.by}/{self.folder.name}: {part.name}, {images_in(settings):,} images", flush=True)
             if not stage(part.stage, part.name, settings, self.folder, deadline):
                 return False
@@ -197,7 +199,13 @@ class Training:
 
     def validation_loss(self) -> float:
         """At the end, of all denoisers that sample: comparable between learning rates of a model alone."""
-        return sum(held_out_loss(self.folder / part.name) for part in ALL[self.model] if part.is_judged)
+        return sum(self._loss_of(part) for part in ALL[self.model] if part.is_judged)
+
+    def _loss_of(self, part: Part) -> float:
+        file = self.folder / f"{part.name}.loss"
+        if not file.is_file():
+            write_atomic(file, f"{held_out_loss(self.folder / part.name)}\n")
+        return float(file.read_text())
 
 
 def longer_by_seconds(trainings: list[Training], reference: list[Training]) -> float:

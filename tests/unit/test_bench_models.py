@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import flatten, to_yaml
+from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.task import find_problems
 from segdiff_dist.experiment import load_experiment
 
@@ -62,8 +65,23 @@ def test_a_model_counts_when_all_its_learning_rates_are_trained(args: Any) -> No
         training.last.mkdir(parents=True)
         assert not training.is_trained
         (training.folder / "net.trained").touch()
-        training.log_of(arms.ALL["concat"][0]).write_text(f'{{"val_loss": {lr}}}\n')
+        (training.folder / "net.loss").write_text(f"{lr}\n")
     assert models.best_lr(args, "concat") == 1e-3
+
+
+def test_the_loss_of_weights_that_predict_nothing_is_the_power_of_what_they_should(args: Any, tmp_path: Path) -> None:
+    training = arms.Training(args, "concat", 0, 1e-3)
+    settings = training.settings_for(arms.ALL["concat"][0], 32)
+    training.last.mkdir(parents=True)
+    (training.last / "config.yaml").write_text(to_yaml(settings))
+    experiment, shards = load_experiment(None, training.last), ShardSet.open([str(tmp_path / "shards")])
+    model = Denoiser(experiment.denoiser, shards.label_table, 32)
+    for parameter in model.unet.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    measured = {"diffusion": asdict(experiment.diffusion) | {"sigma_data": 0.5}}
+    model.save(training.last / "weights" / experiment.train.averages[0], model.state_dict(), measured)
+    assert training.validation_loss() == pytest.approx(1.0, abs=0.6)  # EDM's target has about variance 1
+    assert training.validation_loss() == float((training.folder / "net.loss").read_text())
 
 
 def test_slices_of_another_side_or_set_are_refused(args: Any, small_shapes: Path, tmp_path: Path) -> None:
