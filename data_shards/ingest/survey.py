@@ -15,7 +15,7 @@ from data_shards.ingest.label_tables import Labelling, find_labelling, has_table
 from data_shards.ingest.layouts.base import Request
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
 from data_shards.ingest.masks import find_wholebody_problems
-from data_shards.ingest.pictures import VALUES_OF_A_PICTURE, is_unsigned
+from data_shards.ingest.pictures import VALUES_OF_A_PICTURE, is_picture, is_unsigned, picture_stem
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.splits import (
     capital_notes,
@@ -108,15 +108,17 @@ def _unread_notes(root: Path, listing: Listing, config: PrepareConfig, wholebody
     used = {file.parent for case in listing.cases for file in case.files}
     if not used or config.modalities is not None:
         return []
+    is_read = picture_stem if any(is_picture(file) for case in listing.cases for file in case.files) else stem
     beside, unread = (wholebody, root / "__MACOSX"), dict[str, int]()
     for folder, folders, files in os.walk(root):
         folders[:] = [one for one in sorted(folders) if one[0] != "." and Path(folder, one) not in beside]
-        if Path(folder) not in used and (found := sum(stem(file) is not None for file in files)):
+        if Path(folder) not in used and (found := sum(is_read(file) is not None for file in files)):
             unread[os.path.relpath(folder, root)] = found
     if not unread:
         return []
     names = ", ".join(list(unread)[:3]) + (", ..." if len(unread) > 3 else "")
-    return [f"{sum(unread.values())} volumes are not read, since nothing in their folders is used: {names}"]
+    what = "volumes" if is_read is stem else "pictures"
+    return [f"{sum(unread.values())} {what} are not read, since nothing in their folders is used: {names}"]
 
 
 def _alike_modalities(root: Path, listing: Listing) -> list[Problem]:

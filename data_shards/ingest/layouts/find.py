@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.ingest.cases import Listing
-from data_shards.ingest.dataset_json import DATASET_FILE
-from data_shards.ingest.layouts.amos import Amos, Decathlon
+from data_shards.ingest.dataset_json import DATASET_FILE, is_of_layout
+from data_shards.ingest.layouts.amos import Amos, Decathlon, content_of
 from data_shards.ingest.layouts.base import Layout, Request
 from data_shards.ingest.layouts.dicom import Dicom
 from data_shards.ingest.layouts.folder import Folder
@@ -20,7 +20,8 @@ from data_shards.problems import problem
 LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder(), Dicom(), Pictures())
 AUTO = "auto"
 _KNOWN = (
-    "give a folder with the dataset.json of AMOS, MSD or nnU-Net, with images/ and labels/, a manifest.csv, "
+    "give a folder with the dataset.json of AMOS, MSD or nnU-Net, with images/ and labels/ of volumes or "
+    "pictures (PNG, TIFF, JPEG), a manifest.csv, "
     "TotalSegmentator's CASE/segmentations, or DICOM files (docs/data.md 1)"
 )
 
@@ -49,6 +50,7 @@ def recognise(root: Path, wanted: str = AUTO) -> Recognised:
             return Recognised(layout, reason, layout.not_read(root))
     if not root.is_dir():
         raise problem(root, "data folder", "not a folder", _KNOWN)
-    if not (root / DATASET_FILE).is_file():
+    content = content_of(root)
+    if not (root / DATASET_FILE).is_file() or (content and not is_of_layout(content)):
         raise problem(root, "layout", "none was recognised", _KNOWN)
     return Recognised(LAYOUTS[0], "no other layout was recognised")

@@ -64,13 +64,13 @@ class Folder(Layout):
         return label_of_a_name(pairs(root)[0])
 
     def not_read(self, root: Path) -> str | None:
-        """Files with the usual ending of DICOM."""
+        """Files with the usual ending of DICOM; pictures with masks, if the folder's own table does not name files."""
         found = sum(file.suffix.lower() == ".dcm" for file in root.rglob("*"))
-        return (
-            f"{found} files of DICOM (.dcm) beside the volumes; --prepare.layout dicom reads these instead"
-            if found
-            else None
-        )
+        if found:
+            return f"{found} files of DICOM (.dcm) beside the volumes; --prepare.layout dicom reads these instead"
+        cases = [] if _manifest(root) is not None else pairs(root, picture_stem)[0]
+        num = sum(case.label is not None for case in cases)
+        return f"{num} pictures with masks beside the volumes; --prepare.layout pictures reads these" if num else None
 
     def read(self, root: Path, request: Request) -> Listing:
         """Cases of the manifest if there is one, else the pairs. dataset.json's `labels` or a table (prepare.labels)
