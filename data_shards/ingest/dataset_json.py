@@ -17,6 +17,7 @@ from data_shards.records import is_case_id
 DATASET_FILE = "dataset.json"
 # dataset.json's lists, and the splits they are. AMOS publishes no labels for its test cases.
 _SPLIT_OF = {"training": "train", "validation": "val", "test": "test"}
+_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".png", ".tif", ".tiff")
 # Keys that nnU-Net 2 writes and AMOS does not.
 _NNUNET_KEYS = ("channel_names", "file_ending", "numTraining")
 # Ids as dataset.json names them, its misspellings (`arota`, `postcava`) and their corrections.
@@ -89,6 +90,9 @@ def read_dataset(root: Path) -> dict[str, Any]:
 
 def _unlike_nnunet(content: dict[str, Any]) -> str:
     """Why a data set of nnU-Net is not read as one."""
+    ending = str(content.get("file_ending", ".nii.gz")).lower()
+    if ending not in _ENDINGS:
+        return f"; files of {ending[:20]} are not read: give one of {', '.join(_ENDINGS)}"
     if "dataset" in content:
         return "; `dataset` names files elsewhere: put them, or links, into imagesTr and labelsTr"
     return "; imagesTr has no CASE_0000 with a label CASE in labelsTr"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +79,22 @@ def is_picture(file: Path) -> bool:
     return picture_stem(file.name) is not None
 
 
+def unstated_spacing(where: Path, pixels: Sequence[Pixel]) -> list[Problem]:
+    """One problem in place of one for each file, if nothing states the spacing of any picture."""
+    if not pixels or any(pixel.spacing_mm is not None for pixel in pixels):
+        return []
+    return [Problem(str(where), "spacing", f"{len(pixels):,} pictures do not state it", _state_it(pixels[0]))]
+
+
+def _state_it(pixel: Pixel) -> str:
+    return _STATE_IT + ("" if pixel.table is None else f", or in a column `spacing_mm` of {pixel.table}")
+
+
 def read_geometry(file: Path, pixel: Pixel) -> Geometry:
     """A picture as a volume of one axial plane, W x H x 1, at the origin, from its header. Raises InputProblems."""
     (width, height), dtype, notes = _header(file, pixel.is_label)
     if pixel.spacing_mm is None:
-        where = "" if pixel.table is None else f", or in a column `spacing_mm` of {pixel.table}"
-        raise problem(file, "spacing", "a picture does not state it", _STATE_IT + where)
+        raise problem(file, "spacing", "a picture does not state it", _state_it(pixel))
     rows, columns = pixel.spacing_mm
     affine = np.diag([-columns, -rows, min(rows, columns), 1.0])
     refuse(problems_in_space(file, affine))

@@ -82,7 +82,8 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     if not has_table(config.labels):
         problems += listing.problems_with_names
     problems += [] if problems else wrong
-    problems += [*_alike_modalities(root, listing), *_pictures_without_values(root, listing, config)]
+    problems += [] if problems else _pictures_without_values(root, listing, config)
+    problems += _alike_modalities(root, listing)
     problems += [] if skips else [one for found in bad.values() for one in found]
     cases = tuple(case for case in listing.cases if case.case_id not in bad)
     of_cases = _unread_notes(root, listing, config, wholebody) if not problems else []

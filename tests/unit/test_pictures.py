@@ -64,7 +64,7 @@ def cut(root: Path, case_id: str = "a1", notes: list[str] | None = None, **chang
     return record
 
 
-def as_own_export(root: Path, **changes: str | None) -> None:
+def as_own_export(root: Path, names: tuple[str, ...] = NAMES, **changes: str | None) -> None:
     """The records of `segdiff export --format png`; None takes a column away."""
     (root / "dataset.json").unlink()
     text = json.dumps({"made_by": "segdiff sample", "label_table": ["background", "cyst", "wall", "body"]})
@@ -74,7 +74,7 @@ def as_own_export(root: Path, **changes: str | None) -> None:
     with (root / "items.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["name", *row])
-        rows.writerows([name, *row.values()] for name in NAMES)
+        rows.writerows([name, *row.values()] for name in names)
 
 
 def plain(mask_HW: np.ndarray) -> np.ndarray:
@@ -120,6 +120,29 @@ def test_an_export_says_what_its_pictures_do_not(root: Path) -> None:
     record = cut(root, **stated)
     np.testing.assert_array_equal(record.image_HW, picture())
     np.testing.assert_array_equal(plain(record.mask_HW), mask())
+
+
+def test_any_name_of_a_modality_comes_back(root: Path) -> None:
+    """A manifest's `T2-fs` of other people is T2."""
+    for file, name in (("images", "a1_0000"), ("labels", "a1")):
+        save(root / f"{file}Tr/{name}.png", picture() if file == "images" else mask())
+    content = {"channel_names": {"0": "T2-fs"}, "file_ending": ".png", "labels": {"background": 0, "a": 1, "b": 2}}
+    as_own_export(root, ("a1",), target_modality="T2-fs", scale="", offset="")
+    (root / "dataset.json").write_text(json.dumps(content))
+    found = checked(root, modality=None, pixel_mm=None)
+    assert (found.survey.layout, [one.modality for one in found.cases]) == ("nnunet", ["T2-fs"])
+
+
+def test_pictures_beside_volumes_are_named(root: Path) -> None:
+    from layouts_support import save as save_volume
+    from layouts_support import volumes
+
+    _, _, image, label = next(volumes())
+    save_volume(root / "images/v.nii.gz", image)
+    save_volume(root / "masks/v.nii.gz", np.minimum(label, 2))
+    found = checked(root, modality="CT", intensities={})
+    assert [one.case_id for one in found.cases] == ["v"]
+    assert any("4 pictures with masks" in note for note in found.survey.notes)
 
 
 def test_a_manifest_says_it_too(root: Path) -> None:
@@ -169,6 +192,9 @@ UNSTATED: dict[str, Any] = {"modality": None, "pixel_mm": None, "intensities": {
         (spoiled_export(scale=None, offset=None), UNSTATED, 'do not say which HU.*values 0 255'),
         (spoiled_export(spacing_mm="0.001"), UNSTATED, "spacing"),
         (spoiled_export(split="other"), UNSTATED, "split.*'other'"),
+        (lambda root: as_own_export(root, (*NAMES, "a1")), UNSTATED, "a1 comes 2 times"),
+        (lambda root: as_own_export(root, NAMES[1:]), UNSTATED, "a1.png is not there"),
+        (spoiled_export(target_modality="M R"), UNSTATED, "target_modality.*'M R'"),
         (without("masks/a1.png"), UNSTATED, "masks.*missing: a1"),
         (without("images/a1.png"), UNSTATED, "missing: a1|without an image: a1"),
     ],

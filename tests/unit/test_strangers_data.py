@@ -112,7 +112,7 @@ def _pictures(root: Path) -> str:
     for file in root.rglob("*.nii.gz"):
         file.rename(file.with_name(file.name.replace(".nii.gz", ".png")))
     edit(root, file_ending=".png")
-    return "gzip by its bytes, whatever its name"
+    return "pictures do not state it"
 
 
 def _half_a_voxel(root: Path) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from data_shards.documents import read_json
 from data_shards.ingest.layouts.tables import read_table, stated_pixel
 from data_shards.ingest.pictures import Pixel
-from data_shards.problems import InputProblems
+from data_shards.modalities import MODALITY_RULE, is_modality
+from data_shards.problems import InputProblems, Problem, refuse
 
 ITEMS_FILE, PROVENANCE_FILE = "items.csv", "provenance.json"
 _MADE_BY = "segdiff sample"
 RESTORE = f"restore {ITEMS_FILE} and {PROVENANCE_FILE} of the export, or take both away"
-_NAME, MODALITY, CASE, PATIENT = "name", "target_modality", "case_id", "patient"
+NAME, MODALITY, CASE, PATIENT = "name", "target_modality", "case_id", "patient"
 
 
 def is_own_export(root: Path) -> bool:
@@ -30,11 +32,28 @@ def own_items(root: Path) -> dict[str, dict[str, str]] | None:
     """The rows of an export's items.csv by name; None if the folder is no export. Raises InputProblems."""
     if not is_own_export(root):
         return None
-    rows = read_table(root / ITEMS_FILE, (_NAME, MODALITY, CASE))
-    return {row[_NAME]: row for row in rows}
+    read_json(root / PROVENANCE_FILE, RESTORE)
+    rows = read_table(root / ITEMS_FILE, (NAME, MODALITY, CASE))
+    names = Counter(row[NAME] for row in rows)
+    refuse(
+        Problem(str(root / ITEMS_FILE), "name", f"{name} comes {num} times", "keep the line that is meant")
+        for name, num in names.items()
+        if num > 1
+    )
+    refuse(
+        Problem(str(root / ITEMS_FILE), MODALITY, repr(name[:40]), f"a modality is {MODALITY_RULE}")
+        for name in dict.fromkeys(row[MODALITY] for row in rows)
+        if not is_modality(name)
+    )
+    return {row[NAME]: row for row in rows}
 
 
 def own_pixel(root: Path, row: dict[str, str], pixel_mm: float | None) -> Pixel:
     """What an export's row says of the picture's pixels. Those of earlier versions say nothing."""
     pixel = stated_pixel(root / ITEMS_FILE, row, pixel_mm)
     return pixel if row else replace(pixel, table=None)
+
+
+def own_modality(root: Path, name: object) -> str | None:
+    """A modality that an export states, which may be any name; None for what other people write."""
+    return name if isinstance(name, str) and is_modality(name) and is_own_export(root) else None

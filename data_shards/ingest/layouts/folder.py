@@ -28,6 +28,7 @@ from data_shards.ingest.layouts.base import (
     taken,
     volumes_in,
 )
+from data_shards.ingest.layouts.exports import own_modality
 from data_shards.ingest.layouts.tables import PIXEL_COLUMNS, read_columns, read_table, stated_pixel, stated_split
 from data_shards.ingest.modality import find_modalities, named_by_a_person
 from data_shards.ingest.pictures import Pixel, is_picture, picture_stem
@@ -227,7 +228,8 @@ def _row_case(manifest: Path, row: dict[str, str], pixel_mm: float | None) -> Ca
     if image is None:
         raise problem(manifest, "image", "empty", "name the image's file")
     modality = row.get("modality", "")
-    modality = named_by_a_person(manifest, modality) if modality else ""
+    if modality:
+        modality = own_modality(manifest.parent, modality) or named_by_a_person(manifest, modality)
     split = stated_split(manifest, row["split"]) if row.get("split") else ""
     name = row.get("case") or _case_name(_any_stem(image.name) or image.name)
     label = _path(manifest, "label", row.get("label", ""))

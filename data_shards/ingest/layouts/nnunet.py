@@ -31,11 +31,11 @@ from data_shards.ingest.layouts.base import (
     volumes_in,
 )
 from data_shards.ingest.layouts.channels import chosen_channels, joined, numbered
-from data_shards.ingest.layouts.exports import own_items, own_pixel
+from data_shards.ingest.layouts.exports import own_items, own_modality, own_pixel
 from data_shards.ingest.modality import find_modalities
-from data_shards.ingest.pictures import is_picture, picture_stem
+from data_shards.ingest.pictures import is_picture, picture_stem, unstated_spacing
 from data_shards.ingest.volume_files import stem
-from data_shards.problems import InputProblems, Problem
+from data_shards.problems import InputProblems, Problem, refuse
 
 SPLITS_FILE = "splits_final.json"
 _CHANNEL = re.compile(r"(.+)_([0-9]{4})")
@@ -71,7 +71,10 @@ class NnUNet(Layout):
         channels, found = chosen_channels(where, "channel_names", named, request)
         if found:
             return Listing((), tuple(found), names=names, problems_with_names=tuple(of_names))
-        listings = [_listing(root, request, names, (one, named.get(one))) for one in channels]
+        try:
+            listings = [_listing(root, request, names, (one, named.get(one))) for one in channels]
+        except InputProblems as error:  # of an export's table, or of pictures without a spacing
+            return Listing((), error.problems, names=names)
         listing = joined(where, listings) if len(listings) > 1 else listings[0]
         return replace(listing, problems_with_names=tuple(of_names))
 
@@ -80,13 +83,14 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     """The cases in one channel, of which its number and what is said of it are given."""
     where, (number, name) = root / DATASET_FILE, channel
     cases, problems = _cases(root, number)
-    cases, found = _with_pixels(root, cases, request.pixel_mm)
-    problems += found
+    cases = _with_pixels(root, cases, request.pixel_mm)
     cases, notes, found = _listed(root, cases, number)
     problems += found
     stated = {} if name is None else {"channel_names": {"0": name}}
     ids = [case.case_id for case in cases]
     modality_of, notes_of, found = find_modalities(str(where), stated, ids, request.modality)
+    if request.modality is None and (own := own_modality(root, name)) is not None:
+        modality_of, found = dict.fromkeys(ids, own), []
     problems += found
     fold, found = _stated_fold(root, request, [one.case_id for one in cases if one.split != "test"])
     problems += found
@@ -159,15 +163,14 @@ def _stem_of(content: dict[str, Any]) -> StemOf:
     return picture_stem if isinstance(ending, str) and picture_stem(f"a{ending}") else stem
 
 
-def _with_pixels(root: Path, cases: list[Case], pixel_mm: float | None) -> tuple[list[Case], list[Problem]]:
-    """Of pictures, what an export's items.csv says of their pixels, or the setting."""
+def _with_pixels(root: Path, cases: list[Case], pixel_mm: float | None) -> list[Case]:
+    """Of pictures, what an export's items.csv says of their pixels, or the setting. Raises InputProblems."""
     if not any(isinstance(case.image, Path) and is_picture(case.image) for case in cases):
-        return cases, []
-    try:
-        items = own_items(root) or {}
-        return [replace(case, pixel=own_pixel(root, items.get(case.case_id, {}), pixel_mm)) for case in cases], []
-    except InputProblems as error:
-        return cases, list(error.problems)
+        return cases
+    items = own_items(root) or {}
+    pixels = [own_pixel(root, items.get(case.case_id, {}), pixel_mm) for case in cases]
+    refuse(unstated_spacing(root, pixels))
+    return [replace(case, pixel=pixel) for case, pixel in zip(cases, pixels, strict=True)]
 
 
 def _listed(root: Path, cases: list[Case], channel: int) -> tuple[list[Case], tuple[str, ...], list[Problem]]:

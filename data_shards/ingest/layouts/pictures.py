@@ -30,9 +30,9 @@ from data_shards.ingest.layouts.exports import (
 )
 from data_shards.ingest.layouts.folder import label_of_a_name, listing_of, pairs
 from data_shards.ingest.layouts.tables import stated_split
-from data_shards.ingest.pictures import Pixel, picture_stem
+from data_shards.ingest.pictures import Pixel, picture_stem, unstated_spacing
 from data_shards.labels import UNUSED
-from data_shards.problems import InputProblems, Problem, problem
+from data_shards.problems import InputProblems, Problem, problem, refuse
 
 
 class Pictures(Layout):
@@ -63,6 +63,7 @@ class Pictures(Layout):
                 cases = [_stated(root, case, items, request) for case in cases]
                 problems += _missing(root, cases, items)
             names = _names(root)
+            refuse(unstated_spacing(root, [case.pixel for case in cases if case.pixel is not None]))
         except InputProblems as error:
             return Listing((), error.problems)
         where = root if not (root / DATASET_FILE).is_file() else root / DATASET_FILE
