@@ -11,8 +11,9 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,33 @@ class Annotation:
     @property
     def num_cases(self) -> int:
         """Volumes of the archive that get a mask."""
-        return len(_listing(self.amos_root, self.config).cases)
+        return len(self._cases)
+
+    @property
+    def num_missing(self) -> int:
+        """Those of them whose mask is not recorded."""
+        return sum(case.case_id not in self._recorded for case in self._cases)
+
+    @property
+    def seconds(self) -> float | None:
+        """Approximate time of the missing masks, from those that were made; None if there are none."""
+        took = [one["seconds"] for one in self._recorded.values() if isinstance(one.get("seconds"), int | float)]
+        return self.num_missing * float(np.mean(took)) / self.config.num_workers if took else None
+
+    @property
+    def most_seconds(self) -> float | None:
+        """The longest time of the missing masks, by `timeout_s`; None without it."""
+        each = self.config.timeout_s
+        return None if each is None else -(-self.num_missing // self.config.num_workers) * each
+
+    @cached_property
+    def _cases(self) -> Sequence[Case]:
+        return _listing(self.amos_root, self.config).cases
+
+    @cached_property
+    def _recorded(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = (read_annotations(self.wholebody) or {"cases": {}})["cases"]
+        return found
 
     def run(self) -> AnnotateReport:
         """Make the missing masks; errors as of `annotate`."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_shards.documents import read_json
 from data_shards.fan_out import Workers, runner
 from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
-from data_shards.problems import Problem, refuse, saying_when_full
+from data_shards.problems import Problem, WorkFailed, refuse, saying_when_full
 from data_shards.records import SPLITS, SliceMeta
 from data_shards.store import tar_store
 from data_shards.store.config import ConvertConfig
@@ -23,6 +26,8 @@ from data_shards.store.shard_writer import Format, Payloads, plan_shards, set_fo
 from data_shards.store.shards import ShardSet
 
 _PLAN = "plan.json"
+# Slices that are read and encoded to measure the time.
+_TIMED_SLICES = 16
 # Entries of the source's index that are not copied but written again.
 _OF_THE_FILES = ("format_version", "producer", "num_samples", "shards", "samples", "metadata", "store", "codec")
 
@@ -62,6 +67,24 @@ class Conversion:
     out: Path
     config: ConvertConfig
 
+    @cached_property
+    def seconds(self) -> float | None:
+        """Approximate time, from reading and encoding some slices, evenly spaced; None of a set at a URL, and where one
+        of them cannot be read. Files and workers that start come on top."""
+        if "://" in self.shards.resolved:
+            return None
+        rows = np.linspace(0, len(self.shards) - 1, _TIMED_SLICES + 1).astype(int)
+        form = replace(_format(self.shards, self.config), store="webdataset")  # Zarr's chunks are encoded as written
+        try:
+            for number, row in enumerate(rows):
+                form.payloads(self.shards.read(int(row)))
+                if number == 0:
+                    begun = time.perf_counter()
+        except (OSError, ValueError, WorkFailed):
+            return None
+        each = (time.perf_counter() - begun) / _TIMED_SLICES
+        return each * len(self.shards) / self.config.workers.num_on_cores
+
     def run(self) -> dict[str, Any]:
         """Write the missing shards; returns the index. Errors as of `convert`."""
         out = self.out
@@ -83,15 +106,8 @@ def check(source: str | Path, out: Path, config: ConvertConfig) -> Conversion:
 
 
 def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, Any]:
-    codec = "zstd" if config.store == "zarr" else config.codec
-    format = set_format(
-        config.store,
-        codec,
-        config.samples_per_shard,
-        size=shards.size,
-        bits=shards.bits,
-        soft_edge="edge" in shards.parts,
-    )
+    format = _format(shards, config)
+    codec = format.codec
     header = {name: value for name, value in shards.index.items() if name not in _OF_THE_FILES}
     changed = {"store": config.store, "codec": codec, "samples_per_shard": config.samples_per_shard}
     header |= {"preprocessing": {**header["preprocessing"], **changed}, "converted_from": shards.digest}
@@ -109,6 +125,18 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
         index = write_shards(out, plan, num_samples, header, workers)
     shutil.rmtree(out / PARTIAL)
     return index
+
+
+def _format(shards: ShardSet, config: ConvertConfig) -> Format:
+    codec = "zstd" if config.store == "zarr" else config.codec
+    return set_format(
+        config.store,
+        codec,
+        config.samples_per_shard,
+        size=shards.size,
+        bits=shards.bits,
+        soft_edge="edge" in shards.parts,
+    )
 
 
 def _runs(shards: ShardSet) -> Iterator[tuple[str, int, int]]:

@@ -137,8 +137,7 @@ class Candidate:
     @property
     def evaluated_s(self) -> float:
         """Seconds of an image that is measured."""
-        of_256 = 1 / (_EVALUATED_A_SECOND * self.experiment.evaluate.workers.pool().num_workers)
-        return of_256 * max(0.1, (self.experiment.prepare.size / _EVALUATED_SIDE) ** 2)
+        return evaluation_s(self.experiment.prepare.size, self.experiment.evaluate.workers.pool().num_workers)
 
     @cached_property
     def prepare_s(self) -> float:
@@ -343,3 +342,8 @@ def _timed(config: TrainConfig, num_images: int) -> dict[str, Any]:
 def _whole(images: float, batch: int) -> int:
     """A number of images in whole steps; at least one."""
     return max(1, round(images / batch)) * batch
+
+
+def evaluation_s(size: int, workers: int) -> float:
+    """Seconds of an image of `size` pixels that is measured."""
+    return max(0.1, (size / _EVALUATED_SIDE) ** 2) / (_EVALUATED_A_SECOND * workers)

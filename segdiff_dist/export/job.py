@@ -6,11 +6,15 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from data_shards.files import new_folder
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 
 # Besides its pixels a file takes whole blocks, a directory entry and a header.
 _BYTES_PER_FILE = 8192
+# Images that are written to measure the time.
+_MOST_TIMED = 64
 
 
 def export_samples(run: Path, out: Path, config: ExportConfig) -> int:
@@ -64,14 +70,36 @@ class SamplesExport:
         """What a person has to know of the result."""
         return () if self.merge is None else self.merge.lines(self.out)
 
+    @cached_property
+    def seconds(self) -> float | None:
+        """Approximate time, from the images of one case, which are written to a temporary folder and removed. None if
+        there are too many of them, or no room."""
+        num_of = Counter(item["case_id"] for item in self.samples.items)
+        fewest = min(num_of, key=lambda case: num_of[case])
+        if num_of[fewest] > _MOST_TIMED:
+            return None
+        some = replace(self.samples, without=self.samples.without | (set(num_of) - {fewest}))
+        try:
+            for _ in ("with imports", "timed"):
+                with TemporaryDirectory(prefix="segdiff-") as folder:
+                    begun = time.perf_counter()
+                    _write(Path(folder), self.out.name, some, some, self.config, None)
+                    each = (time.perf_counter() - begun) / num_of[fewest]
+        except OSError:
+            return None
+        return each * len(self.samples)
+
     def write(self) -> int:
         """Write the folder, under the lock of `at_work`; returns the number of images."""
+        from data_shards.progress import progress_bar
+
         out = self.out
         refuse(out_problems(out))  # another command may have written there since the check
         if self.borrows:
             warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
+        iterated: Iterable[Sample] = progress_bar(self.samples, total=len(self.samples), desc="export", unit="img")
         with saying_when_full(out), new_folder(out) as unfinished:
-            _write(unfinished, out.name, self.samples, self.config, self.merge)
+            _write(unfinished, out.name, self.samples, iterated, self.config, self.merge)
         return len(self.samples)
 
 
@@ -187,10 +215,14 @@ def room_problems(out: Path, needed_bytes: int) -> list[Problem]:
     return [Problem(str(out), "disk space", value, "make room, or choose another disk")]
 
 
-def _write(folder: Path, name: str, samples: FinishedSamples, config: ExportConfig, merge: Merge | None) -> None:
-    from data_shards.progress import progress_bar
-
-    iterated: Iterable[Sample] = progress_bar(samples, total=len(samples), desc="export", unit="img")
+def _write(
+    folder: Path,
+    name: str,
+    samples: FinishedSamples,
+    iterated: Iterable[Sample],
+    config: ExportConfig,
+    merge: Merge | None,
+) -> None:
     if config.format == "nnunet":
         write_nnunet(folder, name, samples, iterated, config, merge)
     elif config.format == "dicom":

@@ -14,7 +14,7 @@ from data_shards.locks import FOLDER_LOCK, locked
 from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker, plain
-from segdiff_dist.stages.cost import Cost
+from segdiff_dist.stages.cost import Cost, duration
 from segdiff_dist.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -54,8 +54,23 @@ class AnnotatePlan(Plan):
     annotation: Annotation
 
     def cost(self) -> Cost:
-        """The number of volumes; how long a tool takes is not known."""
-        return Cost(notes=(f"volumes: {self.annotation.num_cases:,}",))
+        """The number of volumes. The time is that of the masks made so far; before the first one it is not known."""
+        found, workers = self.annotation, self.stage.annotate.num_workers
+        notes = [f"volumes: {found.num_cases:,}, {found.num_missing:,} of them without a mask"]
+        if found.seconds is not None:
+            notes.append(f"time: by the masks made so far, {workers} volumes at a time")
+        elif found.most_seconds is not None:
+            notes.append(f"time: not known before the tool has made a mask; at most {duration(found.most_seconds)}")
+        else:
+            notes.append("time: not known before the tool has made a mask; --annotate.timeout-s N limits it")
+        return Cost(
+            seconds=found.seconds, notes=tuple(notes), what=f"{found.num_missing:,} volumes",
+            shorter=f"more volumes at a time: --annotate.num-workers N (now {workers})",
+        )  # fmt: skip
+
+    def announced(self) -> tuple[str, Cost, Path] | None:
+        """The cost, where it is known."""
+        return None if self.annotation.seconds is None else ("annotate", self.cost(), self.annotation.wholebody)
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the folder of masks."""

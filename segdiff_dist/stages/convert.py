@@ -52,7 +52,13 @@ class ConvertPlan(Plan):
         """Approximately the source's bytes."""
         shards = self.conversion.shards
         each = (1 + shards.bits // 8) * shards.size**2
-        return Cost(images=len(shards), num_bytes=len(shards) * each, notes=("disk: before compression",))
+        seconds, workers = self.conversion.seconds, self.stage.convert.workers.num_on_cores
+        notes = ["disk: before compression"]
+        notes += [] if seconds is None else [f"time: by some slices read and encoded here, for {workers} workers"]
+        return Cost(
+            images=len(shards), seconds=seconds, num_bytes=len(shards) * each, notes=tuple(notes),
+            shorter=f"more workers: --convert.num-workers N (now {workers})",
+        )  # fmt: skip
 
     def workers_problems(self) -> list[Problem]:
         """Problems of convert.num_workers."""

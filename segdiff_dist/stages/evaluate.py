@@ -99,12 +99,23 @@ class EvaluatePlan(Plan):
     images: ImageFolder | None = None
 
     def cost(self) -> Cost:
-        """Two label maps of an image; the time of metrics is not known."""
+        """Two label maps of an image; the time of the usual metrics by their speed on an AMD EPYC."""
         notes = ["disk: label maps before compression"] + ([] if self.images is None else [self.images.words()])
         notes += [] if self.downstream is None else self.downstream.cost().notes
         notes += self._memorisation_notes()
         num_maps = 2 if self.images is None else 4  # and what is stored of a folder: images and masks
-        return Cost(images=self.num_images, num_bytes=num_maps * self.num_images * self.side**2, notes=tuple(notes))
+        workers = self.stage.evaluate.workers.num_on_cores
+        notes.append(f"time: metrics without further networks, {workers} workers, as on an AMD EPYC")
+        num_bytes = num_maps * self.num_images * self.side**2
+        return Cost(images=self.num_images, seconds=self._metrics_s, num_bytes=num_bytes, notes=tuple(notes))
+
+    @property
+    def _metrics_s(self) -> float:
+        from segdiff_dist.budget.choose import STARTS_S, evaluation_s
+
+        return STARTS_S["evaluate"] + self.num_images * evaluation_s(
+            self.side, self.stage.evaluate.workers.num_on_cores
+        )
 
     def workers_problems(self) -> list[Problem]:
         """Problems of evaluate.num_workers."""
@@ -114,7 +125,8 @@ class EvaluatePlan(Plan):
         """Its images and bytes; label maps are compressed well. The search for training images says its time itself."""
         num_bytes = 2 * self.num_images * self.side**2
         trainings = Cost() if self.downstream is None else self.downstream.cost()
-        cost = replace(trainings, images=self.num_images, num_bytes=num_bytes, sure_share=0.01)
+        seconds = self._metrics_s + (trainings.seconds or 0.0)
+        cost = replace(trainings, images=self.num_images, seconds=seconds, num_bytes=num_bytes, sure_share=0.01)
         return "evaluate", cost, self.run_folder
 
     def _memorisation_notes(self) -> list[str]:

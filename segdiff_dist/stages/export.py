@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from segdiff_dist.tracking.tracker import Tracker
 
 
+# The time for so few is not measured before they are written.
+_FEW_IMAGES = 200
+
+
 @dataclass(frozen=True, kw_only=True)
 class Export(ConfiguredStage):
     """Write samples or model in the form that other programs read."""
@@ -66,12 +70,20 @@ class ExportPlan(Plan):
         """Counted without compression."""
         from segdiff_dist.export.job import SamplesExport
 
-        num_images = len(self.job.samples) if isinstance(self.job, SamplesExport) else None
-        return Cost(images=num_images, num_bytes=self.job.num_bytes)
+        if not isinstance(self.job, SamplesExport):
+            return Cost(num_bytes=self.job.num_bytes)
+        seconds = self.job.seconds
+        notes = () if seconds is None else ("time: by the images of one case, written to a temporary folder",)
+        return Cost(images=len(self.job.samples), seconds=seconds, num_bytes=self.job.num_bytes, notes=notes)
 
     def announced(self) -> tuple[str, Cost, Path] | None:
         """The cost; compressed images take at least a tenth."""
-        return "export", replace(self.cost(), sure_share=0.1), self.job.out
+        from segdiff_dist.export.job import SamplesExport
+
+        job = self.job
+        is_short = isinstance(job, SamplesExport) and len(job.samples) <= _FEW_IMAGES
+        cost = Cost(num_bytes=job.num_bytes) if is_short else self.cost()
+        return "export", replace(cost, sure_share=0.1), job.out
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the new folder."""

@@ -126,6 +126,8 @@ def test_a_volume_that_fails_costs_only_itself(archive, tool: Tool, tmp_path: Pa
     out, config = tmp_path / "whole", replace(tool.config, modalities=("CT", "MR"), num_workers=2)
     for case_id, (order, _) in FAILURES.items():
         tool.order(case_id, order)
+    before = check(archive.root, out, replace(config, timeout_s=5.0))
+    assert (before.num_missing, before.seconds, before.most_seconds) == (6, None, 15.0)
     report = annotate(archive.root, out, config)
     assert (report.num_masks, len(report.failed)) == (0, 6)
     for case_id, reason in report.failed:
@@ -139,6 +141,9 @@ def test_a_volume_that_fails_costs_only_itself(archive, tool: Tool, tmp_path: Pa
     assert case_id == "amos_0002"
     assert "took longer than 5 s and was stopped" in reason
     assert sorted(record_of(out)["cases"]) == sorted(FAILURES.keys() - {"amos_0002"})
+    after = check(archive.root, out, config)
+    took = [one["seconds"] for one in record_of(out)["cases"].values()]
+    assert (after.num_missing, after.seconds) == (1, pytest.approx(sum(took) / 5 / 2))
     tool.order("amos_0002", None)
     tool.calls()
     report = annotate(archive.root, out, config)

@@ -13,7 +13,7 @@ from tests_support import bytes_of, write_shapes
 
 from data_shards.problems import InputProblems, ShardFailed
 from data_shards.store.config import ConvertConfig
-from data_shards.store.convert import convert
+from data_shards.store.convert import check, convert
 from data_shards.store.shards import ShardSet
 
 EVERY_FORM = (("webdataset", "zstd"), ("zarr", "raw"), ("webdataset", "jpeg2000"), ("webdataset", "png"))
@@ -67,6 +67,7 @@ def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_
     whole = tar.read_bytes()
     tar.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
     config = ConvertConfig("webdataset", "png", samples_per_shard=5, num_workers=1)
+    assert check(source, tmp_path / "out", config).seconds is None  # the work will say why
     with pytest.raises(ShardFailed, match=r"test-000000\.tar: sample amos_\d+-axial-0000"):
         convert(source, tmp_path / "out", config)
     with pytest.raises(InputProblems, match="unfinished"):
@@ -74,6 +75,7 @@ def test_a_damaged_source_is_named_and_once_mended_the_finished_shards_stay(tmp_
     kept = tmp_path / "out/shards.unfinished/train-000000.tar"
     made_at = kept.stat().st_mtime_ns
     tar.write_bytes(whole)
+    assert 0 < check(source, tmp_path / "out", config).seconds < 10
     convert(source, tmp_path / "out", config)
     assert (tmp_path / "out/shards/train-000000.tar").stat().st_mtime_ns == made_at
     assert len(ShardSet.open(tmp_path / "out", verify=True)) == len(ShardSet.open(source))

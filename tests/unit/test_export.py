@@ -48,6 +48,16 @@ def store(run: Path) -> SampleStore:
     return SampleStore.open(run / "samples")
 
 
+@pytest.mark.parametrize("format", ["nnunet", "png", "shards"])
+def test_the_time_is_known_before_and_nothing_is_written(
+    run: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--run", str(run), "--format", format, "--modality", "CT", "--dry-run"]
+    assert main(["export", str(tmp_path / "Dataset700_New"), *flags]) == 0
+    assert "# time: " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nnunet_raw_data_set(run: Path, store: SampleStore, tmp_path: Path) -> None:
     """The layout that nnU-Net's documentation gives, consecutive labels, HU by slope and intercept."""
     out = tmp_path / "Dataset701_Synthetic"
