@@ -107,13 +107,15 @@ class TestFeatureSample:
         random.shuffle(parts)
         one, two = (feature_sets.FeatureSample(5) for _ in range(2))
         for i, part in enumerate(parts):
-            (one if i % 2 else two).add(priority[part], features[part])
-        np.testing.assert_array_equal(one.merge([two]).features_ND, kept)
+            (one if i % 2 else two).add(priority[part], features[part], part)
+        merged = one.merge([two])
+        np.testing.assert_array_equal(merged.features_ND, kept)
+        np.testing.assert_array_equal(merged.patient_N, np.argsort(priority)[:5])
 
     def test_memory_is_bounded(self):
         sample = feature_sets.FeatureSample(10)
         for start in range(0, 1000, 8):
-            sample.add(np.arange(start, start + 8), np.zeros((8, 3)))
+            sample.add(np.arange(start, start + 8), np.zeros((8, 3)), np.zeros(8, np.int64))
             assert sample.num_held <= 20
         assert len(sample) == 10
 
@@ -129,6 +131,25 @@ class TestNeighbourhoods:
         # Zero lies in the balls of 0 to 3, whose 5th neighbours are 5, 4, 3 and 3 away.
         assert found.density == pytest.approx(5 * 4 / (5 * 6))
         assert found.coverage == pytest.approx(4 / 10)
+
+    def test_slices_of_a_patient_are_no_neighbours_of_each_other(self):
+        """Patients at 0, 10 and 20 on a line, slices 0.1 apart; generated ones are 2 away from them."""
+        patient = np.repeat([0, 1, 2], 4)
+        real = (10.0 * patient + 0.1 * np.tile(range(4), 3))[:, None]
+        gen = real + 2.0
+        assert feature_sets.neighbourhoods(real, gen).precision == 0
+        found = feature_sets.patient_neighbourhoods(real, patient, gen, patient)
+        assert (found.patient_precision, found.patient_recall) == (1, 1)
+        far = feature_sets.patient_neighbourhoods(real, patient, real + 100.0, patient)
+        assert (far.patient_precision, far.patient_recall) == (0, 0)
+        # The third nearest slice of another patient: 10 - 0.1 from the last slice of patient 0, so up to 10.2.
+        at = [feature_sets.patient_neighbourhoods(real, patient, real - x, patient).patient_precision for x in (9, 11)]
+        assert at == [1, pytest.approx(8 / 12)]
+
+    def test_one_patient_has_no_neighbours(self):
+        real, patient = np.arange(8.0)[:, None], np.repeat([0, 1], 4)
+        assert feature_sets.patient_neighbourhoods(real, patient, real, np.zeros(8)) is None
+        assert feature_sets.patient_neighbourhoods(real[:6], patient[:6], real, patient) is None
 
     def test_a_set_and_itself(self):
         features = np.random.default_rng(0).normal(size=(40, 4))

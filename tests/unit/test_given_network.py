@@ -104,7 +104,7 @@ def test_distances_have_names_of_their_own(tmp_path: Path) -> None:
     found = features(script(tmp_path / "net.pt", Moments()), images(8))
     measured = Distributions(capacity=8)
     both = {("network", "real"): found, ("network", "gen"): found}
-    measured.add(both, [ITEM] * 8, np.ones(8, bool), np.arange(8))
+    measured.add(both, [ITEM] * 8, ["a", "b"] * 4, np.ones(8, bool), np.arange(8))
     entries = measured.entries(Group.of(MODALITIES[0]), Group.of(MODALITIES[0]))
     assert set(entries) == {name for name in DISTANCE_METRICS if name.startswith("network_")}
     assert entries["network_frechet"]["value"] == pytest.approx(0, abs=1e-6)

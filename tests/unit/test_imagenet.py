@@ -19,7 +19,9 @@ def entries(real_ND: np.ndarray, gen_ND: np.ndarray) -> dict:
     """Every distance of two sets of features."""
     measured, number = Distributions(capacity=len(real_ND)), np.arange(len(real_ND))
     features = {("imagenet_lite", "real"): real_ND, ("imagenet_lite", "gen"): gen_ND}
-    measured.add(features, [ITEM] * len(real_ND), np.ones(len(real_ND), bool), number)
+    measured.add(
+        features, [ITEM] * len(real_ND), [f"patient {i % 2}" for i in number], np.ones(len(real_ND), bool), number
+    )
     return measured.entries(Group.of(MODALITIES[0]), Group.of(MODALITIES[0]))
 
 

@@ -106,7 +106,7 @@ class Evaluated:
         first_B = np.array(items["seed_index"]) == 0
         priority_B = sample_at(np.arange(start, stop), self.items.num_rows, self.seed)
         self.distributions.failed |= result.failed
-        self.distributions.add(result.features, groups, first_B, priority_B)
+        self.distributions.add(result.features, groups, items["case_id"], first_B, priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
 
@@ -119,7 +119,8 @@ class Evaluated:
         groups = [(m, m, axis) for _, m, axis in slices]
         priority_B = sample_at(np.arange(first, first + len(slices)), num, self.seed)
         self.distributions.failed |= result.failed
-        self.distributions.add(result.features, groups, np.ones(len(slices), bool), priority_B)
+        cases = [case for case, _, _ in slices]
+        self.distributions.add(result.features, groups, cases, np.ones(len(slices), bool), priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
 

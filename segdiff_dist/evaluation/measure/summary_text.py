@@ -14,7 +14,7 @@ from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS
 # of variety each make one of them worse.
 TOP_METRICS = (
     *("dice_either_mask_gen", "dice_either_mask_real", "sharpness", "segmenter_frechet"),
-    *("segmenter_precision", "segmenter_recall"),
+    *("segmenter_precision", "segmenter_recall", "segmenter_patient_precision", "segmenter_patient_recall"),
 )
 # Evaluations of earlier versions have these in place of the first two.
 _EARLIER = {"dice_either_mask_gen": "dice_mask_gen", "dice_either_mask_real": "dice_mask_real"}

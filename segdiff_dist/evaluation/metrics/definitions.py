@@ -58,8 +58,16 @@ def _neighbourhoods(extractor: str, label: str, features: str) -> dict[str, Defi
         "al. 2020). Density measures fidelity, and outliers change it less than precision. It may exceed 1.",
         "coverage": f"Share of real images whose neighbourhood holds a generated one, on {features}. The neighbourhood "
         "of a real image reaches to the 5th nearest real image (Naeem et al. 2020). Coverage measures variety.",
+        "patient_precision": f"Precision on {features}. The neighbourhood reaches to the 3rd nearest real image of "
+        "another patient. Slices of one patient resemble each other so much that other neighbourhoods contain no other "
+        "patient, not even a real one.",
+        "patient_recall": f"Recall on {features}, with neighbourhoods that reach to the 3rd nearest generated image of "
+        "another patient's mask.",
     }
-    return {f"{extractor}_{name}": Definition(f"{label} {name}", 3, "higher", text) for name, text in texts.items()}
+    return {
+        f"{extractor}_{name}": Definition(f"{label} {name.replace('_', ' ')}", 3, "higher", text)
+        for name, text in texts.items()
+    }
 
 
 _FEW = "The mark (few): fewer images a side than twice the features, so that the bias may be larger than the distance."

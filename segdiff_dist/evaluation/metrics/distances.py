@@ -5,6 +5,7 @@ Dimensions: B batch, D features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -17,6 +18,7 @@ from segdiff_dist.evaluation.metrics.feature_sets import (
     FeatureSample,
     kernel_distance,
     neighbourhoods,
+    patient_neighbourhoods,
 )
 from segdiff_dist.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from segdiff_dist.evaluation.metrics.radiomics import frd
@@ -35,7 +37,7 @@ _KERNEL = {
     "network": "network_kernel_distance",
     "inception": "kid",
 }
-NEIGHBOURHOODS = ("precision", "recall", "density", "coverage")
+NEIGHBOURHOODS = ("precision", "recall", "density", "coverage", "patient_precision", "patient_recall")
 # Every name in the order of a table: distances first, then measures of neighbourhoods.
 DISTANCE_METRICS = (
     *FRECHET.values(),
@@ -128,6 +130,7 @@ class Distributions:
     moments: dict[Key, Moments] = field(default_factory=dict)
     samples: dict[Key, FeatureSample] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    _patients: dict[str, int] = field(default_factory=dict)  # a number for each case
     # Groups often hold the same items (one axis, one modality), and a distance is costly.
     _entries: dict[tuple[tuple[Key, ...], ...], dict[str, Entry]] = field(default_factory=dict)
 
@@ -135,13 +138,16 @@ class Distributions:
         self,
         features: dict[tuple[str, str], np.ndarray],
         groups: list[ItemGroup],
+        cases: Sequence[str],
         first_B: np.ndarray,
         priority_B: np.ndarray,
     ) -> None:
         """Add a chunk's features [B, D] by (extractor, side). Rows that are not finite mean images without features.
 
-        `groups`: source, target and axis of its items; `first_B`: seed_index is 0; `priority_B`: see FeatureSample.
+        `groups`: source, target and axis of its items; `cases`: their cases; `first_B`: seed_index is 0; `priority_B`:
+        see FeatureSample.
         """
+        patient_B = np.array([self._patients.setdefault(case, len(self._patients)) for case in cases])
         for group in dict.fromkeys(groups):
             member_B = np.array([g == group for g in groups]) & first_B
             for (extractor, side), features_BD in features.items():
@@ -152,7 +158,7 @@ class Distributions:
                 self.moments.setdefault(key, Moments(features_BD.shape[1])).add(features_BD[chosen_B])
                 if extractor in _KERNEL:
                     sample = self.samples.setdefault(key, FeatureSample(self.capacity))
-                    sample.add(priority_B[chosen_B], features_BD[chosen_B])
+                    sample.add(priority_B[chosen_B], features_BD[chosen_B], patient_B[chosen_B])
 
     def entries(self, real: Group, gen: Group) -> dict[str, Entry]:
         """Every distance between two groups of enough samples, by its stable name."""
@@ -186,14 +192,16 @@ class Distributions:
     def _sampled(self, extractor: str, real: tuple[Key, ...], gen: tuple[Key, ...]) -> dict[str, Entry]:
         if extractor not in _KERNEL:
             return {}
-        first, second = (
-            self.samples[keys[0]].merge([self.samples[k] for k in keys[1:]]).features_ND for keys in (real, gen)
-        )
+        sides = [self.samples[keys[0]].merge([self.samples[k] for k in keys[1:]]) for keys in (real, gen)]
+        first, second = (side.features_ND for side in sides)
         fewest, values = min(len(first), len(second)), {}
         if fewest >= FEWEST_FOR_DISTANCES:
             values[_KERNEL[extractor]] = kernel_distance(first, second)
         if fewest >= FEWEST_FOR_NEIGHBOURS:
-            values |= {f"{extractor}_{name}": value for name, value in vars(neighbourhoods(first, second)).items()}
+            measured = vars(neighbourhoods(first, second))
+            if between := patient_neighbourhoods(first, sides[0].patient_N, second, sides[1].patient_N):
+                measured = measured | vars(between)
+            values |= {f"{extractor}_{name}": value for name, value in measured.items()}
         sizes = (len(first), len(second), first.shape[1])
         return {name: _entry(name, value, *sizes) for name, value in values.items()}
 

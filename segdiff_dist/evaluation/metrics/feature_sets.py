@@ -1,6 +1,6 @@
 """Distances between two sets of features, and the bounded sample that keeps the features.
 
-Dimensions: N real images, M generated ones, D features, K neighbours.
+Dimensions: N real images, M generated ones, D features, K neighbours. A patient is an integer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Extractor(Protocol):
 
 
 class FeatureSample:
-    """At most `capacity` features float32 [N, D]: those of the smallest priorities.
+    """At most `capacity` features float32 [N, D], with their patients: those of the smallest priorities.
 
     A priority is a fixed pseudo-random rank of its image. So the sample is uniform, and it holds at most twice
     `capacity` images. It does not depend on the order or the parts in which images come: keeping the smallest commutes
@@ -36,12 +36,12 @@ class FeatureSample:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, priority_N: np.ndarray, features_ND: np.ndarray) -> None:
-        """Add features with their priorities, int64."""
-        assert len(priority_N) == len(features_ND)
-        self._parts.append((priority_N, np.asarray(features_ND, np.float32)))
+    def add(self, priority_N: np.ndarray, features_ND: np.ndarray, patient_N: np.ndarray) -> None:
+        """Add features with their priorities and patients, both int64."""
+        assert len(priority_N) == len(features_ND) == len(patient_N)
+        self._parts.append((priority_N, np.asarray(features_ND, np.float32), patient_N))
         if self.num_held > 2 * self.capacity:
             self._compact()
 
@@ -60,18 +60,24 @@ class FeatureSample:
         return self._parts[0][1] if self._parts else np.zeros((0, 0), np.float32)
 
     @property
+    def patient_N(self) -> np.ndarray:
+        """The patient of each of `features_ND`."""
+        self._compact()
+        return self._parts[0][2] if self._parts else np.zeros(0, np.int64)
+
+    @property
     def num_held(self) -> int:
         """Number of features in memory: those that are kept, and those added since."""
-        return sum(len(part) for part, _ in self._parts)
+        return sum(len(part[0]) for part in self._parts)
 
     def __len__(self) -> int:
         return len(self.features_ND)
 
     def _compact(self) -> None:
         if self._parts:
-            priority_N, features_ND = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+            priority_N, features_ND, patient_N = (np.concatenate(column) for column in zip(*self._parts, strict=True))
             kept = np.argsort(priority_N, kind="stable")[: self.capacity]
-            self._parts = [(priority_N[kept], features_ND[kept])]
+            self._parts = [(priority_N[kept], features_ND[kept], patient_N[kept])]
 
 
 def kernel_distance(real_ND: np.ndarray, gen_MD: np.ndarray) -> float:
@@ -103,9 +109,7 @@ def neighbourhoods(real_ND: np.ndarray, gen_MD: np.ndarray) -> Neighbourhoods:
     """
     n, m = len(real_ND), len(gen_MD)
     assert min(n, m) >= FEWEST_FOR_NEIGHBOURS
-    # Centred, so that single precision is enough for the differences. Distances do not change.
-    centre_D = real_ND.mean(axis=0, dtype=np.float64)
-    real, gen = ((side - centre_D).astype(np.float32) for side in (real_ND, gen_MD))
+    real, gen = _centred(real_ND, gen_MD)
     real_few_N, real_more_N = _radii(real, (_NEIGHBOURS_PRECISION, _NEIGHBOURS_DENSITY))
     (gen_few_M,) = _radii(gen, (_NEIGHBOURS_PRECISION,))
     precise_M = np.zeros(m, dtype=bool)
@@ -118,6 +122,37 @@ def neighbourhoods(real_ND: np.ndarray, gen_MD: np.ndarray) -> Neighbourhoods:
         balls += int(inside_BM.sum())
         covered += int(inside_BM.any(axis=1).sum())
     return Neighbourhoods(float(precise_M.mean()), recalled / n, balls / (_NEIGHBOURS_DENSITY * m), covered / n)
+
+
+@dataclass(frozen=True)
+class PatientNeighbourhoods:
+    """Precision and recall, in [0, 1], with neighbourhoods that reach to images of other patients."""
+
+    patient_precision: float
+    patient_recall: float
+
+
+def patient_neighbourhoods(
+    real_ND: np.ndarray, real_patient_N: np.ndarray, gen_MD: np.ndarray, gen_patient_M: np.ndarray
+) -> PatientNeighbourhoods | None:
+    """Precision and recall whose neighbourhoods reach to the third nearest image of *another* patient of the same side.
+
+    Kynkaanniemi et al. 2019 assume that images are drawn independently. Slices of one patient are not: the third
+    nearest of a slice is the next slice but one. A ball that reaches only so far contains almost no slice of any other
+    patient, real ones included. The patient of a generated image is that of its mask. None if a slice of either side
+    has fewer than three images of other patients.
+    """
+    for patient_N in (real_patient_N, gen_patient_M):
+        _, counts = np.unique(patient_N, return_counts=True)
+        if len(patient_N) - max(counts, default=0) < _NEIGHBOURS_PRECISION:
+            return None
+    real, gen = _centred(real_ND, gen_MD)
+    real_radius_N, gen_radius_M = _patient_radii(real, real_patient_N), _patient_radii(gen, gen_patient_M)
+    precise_M, recalled = np.zeros(len(gen), dtype=bool), 0
+    for start, square_BM in _square_distances(real, gen):
+        precise_M |= (square_BM <= real_radius_N[start : start + len(square_BM), None]).any(axis=0)
+        recalled += int((square_BM <= gen_radius_M).any(axis=1).sum())
+    return PatientNeighbourhoods(float(precise_M.mean()), recalled / len(real))
 
 
 def nearest(to_ND: np.ndarray, from_MD: np.ndarray, *, skip_self: bool = False) -> tuple[Array, np.ndarray]:
@@ -136,6 +171,22 @@ def nearest(to_ND: np.ndarray, from_MD: np.ndarray, *, skip_self: bool = False) 
         index_N[block] = square_BM.argmin(axis=1)
         distance_N[block] = np.sqrt(square_BM.min(axis=1))
     return distance_N, index_N
+
+
+def _centred(real_ND: np.ndarray, gen_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both float32, less the mean of the real ones: then single precision is enough for distances, which stay."""
+    centre_D = real_ND.mean(axis=0, dtype=np.float64)
+    return (real_ND - centre_D).astype(np.float32), (gen_MD - centre_D).astype(np.float32)
+
+
+def _patient_radii(features_ND: np.ndarray, patient_N: np.ndarray) -> np.ndarray:
+    """Squared distance [N] to the K-th nearest image of another patient."""
+    radius_N = np.zeros(len(features_ND), np.float32)
+    for start, square_BN in _square_distances(features_ND, features_ND):
+        block = slice(start, start + len(square_BN))
+        square_BN[patient_N[block, None] == patient_N] = np.inf
+        radius_N[block] = np.partition(square_BN, _NEIGHBOURS_PRECISION - 1, axis=1)[:, _NEIGHBOURS_PRECISION - 1]
+    return radius_N
 
 
 def _radii(features_ND: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:

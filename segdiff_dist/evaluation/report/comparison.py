@@ -19,6 +19,7 @@ from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, r
 from segdiff_dist.evaluation.measure.segmenter_check import SEGMENTER_METRICS
 from segdiff_dist.evaluation.measure.summary import FORMAT_VERSION
 from segdiff_dist.evaluation.metrics.definition import Definition
+from segdiff_dist.evaluation.metrics.distances import NEIGHBOURHOODS
 from segdiff_dist.evaluation.report.pictures import Pictures
 from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
 
@@ -46,7 +47,7 @@ _MUST_AGREE = (
             *(
                 f"{extractor}_{n}"
                 for extractor in ("segmenter", "imagenet_lite", "network")
-                for n in ("kernel", "precision", "recall", "density", "coverage")
+                for n in ("kernel", *NEIGHBOURHOODS)
             ),
         ),
     ),
