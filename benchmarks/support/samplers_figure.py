@@ -13,7 +13,8 @@ _COLOURS = {"ddim": "#b7791f", "dpm_solver_pp_2m": "#0e7c86", "unipc": "#6b46c1"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float], title: str, file: Path) -> None:
-    """Two panels, a line a solver; dashed what is still as good as the reference. `rows` and `limits`: the JSON's."""
+    """Two panels, a line a solver and a sigma_shift; dashed what is still as good as the reference. `rows` and
+    `limits`: the JSON's."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -25,10 +26,12 @@ def draw(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float], title: 
             (axes[0], "dice", "Dice of mask and generated image (higher is better)"),
             (axes[1], "distance", "segmenter-feature distance (lower is better)"),
         ):
-            for solver, name in _NAMES.items():
-                mine = sorted((row for row in rows if row["solver"] == solver), key=lambda row: row["evaluations"])
-                x = [row["evaluations"] for row in mine]
-                axis.plot(x, [row[metric] for row in mine], marker="o", ms=3.5, color=_COLOURS[solver], label=name)
+            for solver, shift in sorted({(row["solver"], row.get("sigma_shift", 1.0)) for row in rows}):
+                mine = [row for row in rows if (row["solver"], row.get("sigma_shift", 1.0)) == (solver, shift)]
+                mine.sort(key=lambda row: row["evaluations"])
+                name, line = (_NAMES[solver], "-") if shift == 1 else (f"{_NAMES[solver]}, sigma_shift {shift:g}", ":")
+                x, y = [row["evaluations"] for row in mine], [row[metric] for row in mine]
+                axis.plot(x, y, marker="o", ms=3.5, ls=line, color=_COLOURS[solver], label=name)
             axis.axhline(limits[metric], ls="--", lw=1, color="#718096")
             axis.set_xscale("log")
             ticks = (5, 10, 20, 50)
