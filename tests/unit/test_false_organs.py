@@ -112,7 +112,9 @@ class TestSegmenterThatFails:
         for name in ("psnr_db", "ssim", "sharpness", "dice_mask_real"):
             assert UNRELIABLE not in rows[name]
         # The first rows are those that cannot flatter.
-        assert [line.split()[0] for line in text[1:7]] == list(TOP_METRICS)
+        top = [name for name in TOP_METRICS if name in summary["metrics"]]  # few patients have no patient precision
+        assert [line.split()[0] for line in text[1 : 1 + len(top)]] == top
+        assert len(top) >= 6
         page = Page(write_report(failing).read_text())
         assert messages[0] in page.text
         assert MARK in page.row(DEFINITIONS["dice_mask_gen"].label)[1]
