@@ -146,7 +146,6 @@ _KINDS = {
     "aten::add_": "additions",
     "aten::sum": "sums",
     "aten::div": "divisions",
-    "aten::cat": "concatenations",
     "aten::stack": "concatenations",
     "aten::clone": "copies to another layout",
     "aten::_to_copy": "changes of dtype",
@@ -183,6 +182,13 @@ _once = _launching(1)
 def _copy(args: Sequence[Any], result: Any) -> Tally:
     """What is copied to is written alone."""
     return Tally(touched(args[1], result), 1)
+
+
+def _cat(args: Sequence[Any], result: Any) -> Tally:
+    """Up to 64 tensors of any layout a launch, of contiguous ones 128: aten/src/ATen/native/cuda/Shape.cu,
+    cat_out_cuda."""
+    at_once = 128 if all(tensor.is_contiguous() for tensor in args[0]) else 64
+    return Tally(touched(*args[0], result), -(-len(args[0]) // at_once))
 
 
 def _foreach_add(args: Sequence[Any], result: Any) -> Tally:
@@ -284,6 +290,7 @@ def _skip_group_norm_silu_backward(args: Sequence[Any], result: Any) -> Tally:
 
 
 _RULES: dict[str, tuple[str, Rule]] = {
+    "aten::cat": ("concatenations", _cat),
     "aten::copy_": ("copies to another layout", _copy),
     "aten::_foreach_add_": ("sums of gradients", _foreach_add),
     "aten::native_group_norm": ("GroupNorm", _group_norm),

@@ -5,6 +5,8 @@ N batch, C input channels, O output channels, H rows, W columns, M = N * H * W p
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +21,80 @@ MOST_ELEMENTS = 2**31 - 1
 class Conv(nn.Conv2d):
     """A later operation adds its bias."""
 
+    adds_bias = False
+    # The weight within joined_layouts().
+    laid_out_OCHW: Tensor | None = None
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        weight_OCHW = self.weight
+        weight_OCHW = self.weight if self.laid_out_OCHW is None else self.laid_out_OCHW
         if not hasattr(weight_OCHW, "ds_id"):  # of ZeRO 3, which frees it until the backward pass
-            # Once; else the convolution copies row-major weights, as DeepSpeed has them, in both passes.
+            # Once; else the convolution copies row-major weights in both passes.
             weight_OCHW = weight_OCHW.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x_NCHW, weight_OCHW, None, self.stride, self.padding)
+        return F.conv2d(x_NCHW, weight_OCHW, self.bias if self.adds_bias else None, self.stride, self.padding)
+
+
+class LastConv(Conv):
+    """Adds its own bias."""
+
+    adds_bias = True
+
+
+@contextmanager
+def joined_layouts(net: nn.Module) -> Iterator[None]:
+    """A context in which row-major weights of the net's convolutions, as DeepSpeed has them, are channels-last.
+
+    One launch for all convolutions with as many input channels, and one for their gradients; each alone would take a
+    launch for its weight and one for its gradient.
+    """
+    convs = [m for m in net.modules() if isinstance(m, Conv | UpsamplingConv) and _is_row_major(m.weight)]
+    kept = [isinstance(conv, UpsamplingConv) for conv in convs]
+    for conv, laid_out_OCHW in zip(convs, _Layouts.apply(kept, *(conv.weight for conv in convs)), strict=True):
+        conv.laid_out_OCHW = laid_out_OCHW
+    try:
+        yield
+    finally:
+        for conv in convs:
+            conv.laid_out_OCHW = None
+
+
+def _is_row_major(weight_OCHW: Tensor) -> bool:
+    is_gathered_later = hasattr(weight_OCHW, "ds_id")  # by ZeRO 3, where its module is called
+    return not is_gathered_later and not weight_OCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Layouts(torch.autograd.Function):
+    """Row-major weights [O, C, H, W] channels-last, but for those that are `kept`; all their gradients row-major.
+
+    torch.cat copies up to 64 tensors of any layout in one launch (aten/src/ATen/native/cuda/Shape.cu).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kept: Sequence[bool], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        turned = [w.flatten(2).transpose(1, 2) for w, is_kept in zip(weights, kept, strict=True) if not is_kept]
+        copies = iter(_joined(turned))
+        return tuple(
+            w.view_as(w) if is_kept else next(copies).transpose(1, 2).view_as(w)
+            for w, is_kept in zip(weights, kept, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        row_major = iter(_joined([gradient.flatten(2) for gradient in given]))
+        return None, *(None if gradient is None else next(row_major).view_as(gradient) for gradient in gradients)
+
+
+def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous copies, [O, ., .], of which those of one size but for O are joined."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.shape[1:], []).append(i)
+    copies: dict[int, Tensor] = {}
+    for members in groups.values():
+        parts = [tensors[i] for i in members]
+        copies |= dict(zip(members, torch.cat(parts).split([len(part) for part in parts]), strict=True))
+    return [copies[i] for i in range(len(tensors))]
 
 
 class Shortcut(nn.Conv2d):
@@ -112,15 +182,23 @@ class UpsamplingConv(nn.Conv2d):
     """
 
     sums_9T: Tensor
+    # The weight, still row-major, within joined_layouts().
+    laid_out_OCHW: Tensor | None = None
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return upsampled_conv(x_NCHW, self.weight, self.sums_9T)
+        weight_OC33 = self.weight if self.laid_out_OCHW is None else self.laid_out_OCHW
+        return upsampled_conv(x_NCHW, weight_OC33, self.sums_9T)
 
 
 def upsampled_conv(x_NCHW: Tensor, weight_OC33: Tensor, sums_9T: Tensor) -> Tensor:
     """conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1); sums_9T: sums_of_weights()."""
     # Sums of at most four weights, rounded once.
-    weight_CO44 = (weight_OC33.flatten(2) @ sums_9T).unflatten(2, (4, 4)).transpose(0, 1)
+    if _is_row_major(weight_OC33):  # their sums can be written channels-last
+        sums_CT9 = sums_9T.T.expand(weight_OC33.shape[1], -1, -1)
+        weight_CTO = torch.bmm(sums_CT9, weight_OC33.flatten(2).permute(1, 2, 0))
+        weight_CO44 = weight_CTO.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    else:
+        weight_CO44 = (weight_OC33.flatten(2) @ sums_9T).unflatten(2, (4, 4)).transpose(0, 1)
     # Once; else the convolution copies it in the forward and in the backward pass.
     weight_CO44 = weight_CO44.contiguous(memory_format=torch.channels_last)
     # So that indices of the output fit in an int32.

@@ -17,7 +17,7 @@ the label map itself (label_conv_in). N batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import diffusers
@@ -26,7 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdiff_dist.attention import Joined, joined_projections
-from segdiff_dist.denoising.fused_convs import Conv, LabelConv, Shortcut, UpsamplingConv, rows, sums_of_weights
+from segdiff_dist.denoising.fused_convs import (
+    Conv,
+    LabelConv,
+    LastConv,
+    Shortcut,
+    UpsamplingConv,
+    joined_layouts,
+    rows,
+    sums_of_weights,
+)
 from segdiff_dist.diffusers_parts import (
     Attention,
     Downsample2D,
@@ -103,6 +112,7 @@ def fuse(unet: diffusers.UNet2DModel, *, reads_labels: bool) -> None:
             conv.register_buffer("sums_9T", sums_of_weights().to(conv.weight), persistent=False)
         elif isinstance(module, Downsample2D):
             module.conv.__class__ = Conv
+    unet.conv_out.__class__ = LastConv
     if reads_labels:
         unet.conv_in.__class__ = LabelConv
 
@@ -111,10 +121,14 @@ class UNet2DModel(diffusers.UNet2DModel):
     """diffusers' forward, with streams between the blocks. save_config writes its class name."""
 
     counters: _Counters
+    # Whether weights are laid out, and their gradients ready, all at once. Not where each gradient is reduced over the
+    # ranks as soon as it is ready.
+    joins_weights = True
 
     def forward(self, sample: Tensor, *inputs: Any, **options: Any) -> Any:
         """As diffusers', except for the labels: the mask, if conv_in reads it (see fuse)."""
-        with self.counters.of_a_pass(sample):
+        layouts = joined_layouts(self) if self.joins_weights else nullcontext()
+        with self.counters.of_a_pass(sample), layouts:
             return self._forward(sample, *inputs, **options)
 
     def _forward(

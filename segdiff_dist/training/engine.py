@@ -74,6 +74,10 @@ class Engine:
         self._shards, self._extents = self._partitions.shards, self._partitions.extents
         # The gradients' sums. None: DeepSpeed reduces gradients by its own hooks, in the middle of a backward pass.
         self._gradients = self._partitions.flat_gradients() if config.adds_up_gradients else None
+        if self._gradients is None:
+            for part in self.module.modules():
+                if hasattr(part, "joins_weights"):
+                    part.joins_weights = False
         self._forward = self._engine if self._gradients is None else self.module
         if self._gradients is not None:
             self._engine.set_gradient_accumulation_boundary(True)  # it does not see micro-batches, only updates

@@ -187,6 +187,31 @@ def test_an_upsampling_convolution_never_makes_the_large_image(dtype: torch.dtyp
     assert relative_error(found, expected) <= TOLERANCE[dtype]
 
 
+def test_row_major_weights_are_laid_out_at_once_and_their_gradients_row_major() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(16, out, 3, padding=1) for out in (16, 8, 16, 16, 1)))
+    net[1] = torch.nn.Conv2d(16, 16, 3, stride=2, padding=1)
+    for conv in net:
+        conv.__class__ = fused_convs.Conv
+    net[3].__class__ = fused_convs.UpsamplingConv
+    net[3].register_buffer("sums_9T", fused_convs.sums_of_weights())
+    net[4].__class__ = fused_convs.LastConv
+    x_NCHW = torch.randn(2, 16, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+    alone = net(x_NCHW)
+    alone.square().mean().backward()
+    expected = [conv.weight.grad for conv in net]
+    net.zero_grad()
+    with fused_convs.joined_layouts(net):
+        assert net[0].laid_out_OCHW.is_contiguous(memory_format=torch.channels_last)
+        joined = net(x_NCHW)
+    joined.square().mean().backward()
+    assert torch.equal(joined, alone)
+    assert net[0].laid_out_OCHW is None
+    for conv, gradient in zip(net, expected, strict=True):
+        assert conv.weight.grad.is_contiguous()
+        assert torch.equal(conv.weight.grad, gradient)
+
+
 def test_more_than_an_int32_can_index_is_upsampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     upsample = upsampling(pair()[1])
     x_NCHW = torch.randn(5, upsample.channels, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
