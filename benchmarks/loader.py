@@ -323,6 +323,9 @@ def measure_limit(args: argparse.Namespace, raw: Path, path: Path, rounds: int) 
     for how, clock in (("", time.perf_counter), (", CPU time", time.process_time)):
         contenders[f"ours, raw{how}"] = ours(path, _PLAIN, num, clock)
         contenders[f"ours, raw, flips and crops{how}"] = ours(path, _AUGMENTED, num, clock)
+        contenders[f"preadv and CRC-32C, 2 threads{how}"] = gather_contender(
+            raw, num_pairs=num, num_threads=2, clock=clock, reads=True
+        )
         contenders[f"gather, 2 threads{how}"] = gather_contender(raw, num_pairs=num, num_threads=2, clock=clock)
     rates = measure(contenders, rounds)
     ratios = [
@@ -330,6 +333,8 @@ def measure_limit(args: argparse.Namespace, raw: Path, path: Path, rounds: int) 
         for how in ("", ", CPU time")
         for kind in ("", ", flips and crops")
     ]
+    bound = "preadv and CRC-32C, 2 threads, CPU time"
+    ratios += [compare(rates, bound, "gather, 2 threads, CPU time"), compare(rates, "ours, raw, CPU time", bound)]
     report(args, rates, ratios, unit="pairs a second")
 
 
