@@ -76,11 +76,11 @@ def _backward(name: str, num_bytes: int, size: tuple[int, ...], num_groups: int,
         leaves = [t.requires_grad_() for t in _tensors(size, dtype)]
         y_NCHW = group_norm_silu_reference(*leaves[:3], num_groups, shift_NC=leaves[3])
         saved = [t.detach() for t in leaves]
-        _, statistics_N4C = forward_op(*saved, None, num_groups, 1e-5, True)
+        _, statistics_N4C, _ = forward_op(*saved, None, None, num_groups, 1e-5, True)
         return torch.randn_like(y_NCHW), saved, statistics_N4C, leaves, y_NCHW
 
     def ours(dy: Tensor, saved: list[Tensor], statistics: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return backward_op(dy, None, None, *saved[:3], statistics, dtype, num_groups, True)
+        return backward_op(dy, None, None, *saved[:3], statistics, None, dtype, num_groups, True)
 
     def reference(dy: Tensor, _saved: Any, _statistics: Any, leaves: list[Tensor], y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, leaves, dy, retain_graph=True)
