@@ -3,10 +3,11 @@
     bare loop     the small model of the package in this process, batch after batch of the size that the service uses
     N clients     each sends a mask of one slice, waits for the image, and sends the next one
 
-Both make the same images with as many threads as there are cores. `--memory N` then sends N requests of one step each
-and prints the memory of the service's processes at the beginning and after each tenth. `--replicas N` measures none of
-that: it loads a service that may have up to N processes until all have started, kills one of them, and prints how many
-requests were answered.
+Both make the same images with as many threads as there are cores. With `--processes N` the service has N processes of
+the model, which share the cores; a third contender is N bare loops at once. `--memory N` then sends N requests of one
+step each and prints the memory of the service's processes at the beginning and after each tenth. `--replicas N`
+measures none of that: it loads a service that may have up to N processes until all have started, kills one of them, and
+prints how many requests were answered.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 
 import aiohttp
 import numpy as np
@@ -41,12 +44,14 @@ _TARGET = 0.9
 
 
 @contextmanager
-def served(threads: int, most_replicas: int = 1) -> Iterator[str]:
+def served(threads: int, most_replicas: int = 1, least_replicas: int = 1) -> Iterator[str]:
     """The URL of a service that is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = ServeConfig(threads=threads, device="cpu", queue=1000, max_replicas=most_replicas)
+    config = ServeConfig(
+        threads=threads, device="cpu", queue=1000, min_replicas=least_replicas, max_replicas=most_replicas
+    )
     with ray_session(), running(config, "127.0.0.1", port, None):
         yield f"http://127.0.0.1:{port}"
 
@@ -58,6 +63,34 @@ def bare_loop(model: Model, mask_HW: np.ndarray, num: int) -> tuple[float, float
         keys = [SliceKey(0, "CT", "axial", first + k) for k in range(at_once)]
         model.pipeline.generate_at_once(np.stack([mask_HW] * at_once), keys)
     return num, time.perf_counter() - began
+
+
+class BareLoops:
+    """Bare loops in processes of their own, which share the cores."""
+
+    def __init__(self, processes: int, threads: int, steps: int) -> None:
+        context = get_context("spawn")
+        self._num, self._pool = processes, ProcessPoolExecutor(processes, context, _open, (threads, steps))
+        list(self._pool.map(_loop, [4] * 4 * processes))  # all have started
+
+    def __call__(self, num: int) -> tuple[float, float]:
+        """Images and seconds."""
+        began = time.perf_counter()
+        made = self._pool.map(_loop, [num // self._num] * self._num)
+        return sum(made), time.perf_counter() - began
+
+
+_opened: list[tuple[Model, np.ndarray]] = []
+
+
+def _open(threads: int, steps: int) -> None:
+    torch.set_num_threads(threads)
+    model = open_model(device="cpu").with_sampler(steps, None)
+    _opened.append((model, _pixels(example_masks(model.table)["liver"], model)))
+
+
+def _loop(num: int) -> float:
+    return bare_loop(*_opened[0], num)[0]
 
 
 async def load(url: str, mask: bytes, clients: int, num: int, steps: int) -> list[float]:
@@ -143,6 +176,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--images", type=int, default=64, help="of each turn")
     parser.add_argument("--steps", type=int, default=4, help="of the sampler; the package's model has 20")
+    parser.add_argument("--processes", type=int, default=1, help="of the model")
     parser.add_argument("--memory", type=int, default=2000, help="requests of one step, for the memory")
     parser.add_argument("--replicas", type=int, help="start up to so many processes under load, and kill one")
     args = parser.parse_args()
@@ -161,13 +195,18 @@ def main() -> None:
     waits: dict[int, list[float]] = {}
     memory = []
     busy = os.getloadavg()[0]
-    with served(threads) as url:
+    shared = max(1, threads // args.processes)
+    with served(shared, args.processes, args.processes) as url:
         send = partial(load, url, file, num=args.images, steps=args.steps)
         asyncio.run(load(url, file, 4, 4, 1))  # waits until the model is loaded
         contenders: dict[str, Contender] = {_BARE: partial(bare_loop, model, mask_HW, args.images)}
+        if args.processes > 1:
+            contenders[f"{args.processes} bare loops"] = partial(
+                BareLoops(args.processes, shared, args.steps), args.images
+            )
         contenders |= {f"{n} clients": partial(with_clients, waits, send, n) for n in args.clients}
         rates = measure(contenders, args.rounds)
-        for _ in range(10):
+        for _ in range(10 if args.memory else 0):
             memory.append(memory_mib())
             asyncio.run(load(url, file, 8, args.memory // 10, 1))
         memory.append(memory_mib())
@@ -175,7 +214,9 @@ def main() -> None:
     notes = {f"{n} clients, p50 and p95, s": _quantiles(waited) for n, waited in sorted(waits.items())}
     notes |= {"threads": threads, "load of the machine before": round(busy, 1)}
     notes |= {f"MiB before and after each tenth of {args.memory} requests": memory}
-    report(args, rates, [compare(rates, f"{most} clients", _BARE, _TARGET)], unit="images a second", notes=notes)
+    bare = [_BARE, *(name for name in rates if name.endswith("bare loops"))]
+    compared = [compare(rates, f"{most} clients", one, _TARGET) for one in bare]
+    report(args, rates, compared, unit="images a second", notes=notes)
 
 
 def _pixels(file: bytes, model: Model) -> np.ndarray:

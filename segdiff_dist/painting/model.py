@@ -76,6 +76,8 @@ class Model:
 
     def with_sampler(self, steps: int | None, guidance: float | None) -> Model:
         """The same with another number of steps, or another guidance."""
+        if steps is None and guidance is None:
+            return self
         sampler = self.pipeline.sampler
         sampler = sampler if steps is None else replace(sampler, num_steps=steps)
         sampler = sampler if guidance is None else replace(sampler, guidance=guidance)
