@@ -26,7 +26,7 @@ from support.small_runs import flops_of, shared_settings, stage, stopped, write_
 from data_shards.problems import InputProblems
 from segdiff_dist.config import merge
 
-SCALE = Scale(side=64, judge_images=4_800, patients=(20, 2, 5), slice_stride=6)
+SCALE = Scale(side=64, segmenter_images=4_800, patients=(20, 2, 5), slice_stride=6)
 NETS = ("one", "low", "high")
 
 

@@ -1,6 +1,6 @@
 """Students of `segdiff distil` beside their teacher: quality with the same masks and noise, and seconds an image.
 
-Each contender is a run folder, sampled as its config.yaml says; the teacher also by the preset `fast`. All are judged
+Each contender is a run folder, sampled as its config.yaml says; the teacher also by the preset `fast`. All are measured
 by the teacher's segmenter through `segdiff evaluate`: Dice (false organs count), sharpness, power in the finest band,
 distance of the segmenter's features, with intervals over patients. Seconds are measured in turns, on one thread.
 
@@ -67,7 +67,7 @@ def contenders_of(args: Namespace) -> dict[str, tuple[Path, tuple[str, ...]]]:
     return found
 
 
-def judged(args: Namespace, name: str, run: Path, flags: tuple[str, ...]) -> Path:
+def sample_and_evaluate(args: Namespace, name: str, run: Path, flags: tuple[str, ...]) -> Path:
     """A copy of the run's weights and settings with images and evaluation in it; what is done is not done again."""
     place = args.out / name.replace(", ", "-").replace(" ", "-")
     if not (place / "weights").is_dir():
@@ -77,10 +77,15 @@ def judged(args: Namespace, name: str, run: Path, flags: tuple[str, ...]) -> Pat
     if not (place / "evaluation" / "summary.json").is_file():
         more = ("--num", str(args.num), "--sample.samples-per-mask", "1", "--sample.cross-modality-masks", "0")
         more += ("--split", args.split, "--sample.num-workers", "1", "--tracking.no-enabled")
-        judge = ("--evaluate.segmenter", str(args.teacher / "segmenter" / "weights"), "--evaluate.num-workers", "1")
+        measured_by = (
+            "--evaluate.segmenter",
+            str(args.teacher / "segmenter" / "weights"),
+            "--evaluate.num-workers",
+            "1",
+        )
         if segdiff(["sample", "--run", str(place), *more, *flags]) != 0:
             raise SystemExit(f"{name}: sampling failed")
-        if segdiff(["evaluate", "--run", str(place), *judge, "--tracking.no-enabled"]) != 0:
+        if segdiff(["evaluate", "--run", str(place), *measured_by, "--tracking.no-enabled"]) != 0:
             raise SystemExit(f"{name}: evaluation failed")
     return place
 
@@ -132,7 +137,7 @@ def main() -> int:
     torch.set_num_threads(1)
     args.num = 8 if args.quick else args.num
     result = stamp(args)
-    places = {name: judged(args, name, *how) for name, how in contenders_of(args).items()}
+    places = {name: sample_and_evaluate(args, name, *how) for name, how in contenders_of(args).items()}
     rows = [row_of(name, place) for name, place in places.items()]
     rates = seconds(places, 1 if args.quick else args.rounds)
     for row in rows:

@@ -200,8 +200,8 @@ def main() -> None:
     of_all = rates[f"{large:,} triples, 2 workers"]
     minutes = _LIMIT_TRIPLES / of_all.median / 60
     source = "measured" if large == _LIMIT_TRIPLES else f"extrapolated from {large:,}"
-    verdict = "within" if minutes <= _LIMIT_MINUTES else "NOT within"
-    notes["10,000 triples on 2 workers"] = f"{minutes:.1f} minutes ({source}), {verdict} {_LIMIT_MINUTES}"
+    result = "within" if minutes <= _LIMIT_MINUTES else "NOT within"
+    notes["10,000 triples on 2 workers"] = f"{minutes:.1f} minutes ({source}), {result} {_LIMIT_MINUTES}"
     ratios = [
         compare(rates, f"{large:,} triples, 2 workers", f"{large:,} triples, 1 worker", 1.8),
         # Linear: the rate of many equals that of fewer, or is higher because work that is done once weighs more on the

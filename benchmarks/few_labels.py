@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from data_shards.records import SliceRecord
     from data_shards.store.shards import ShardSet
 
-SCALE = Scale(side=32, judge_images=4_800, patients=(20, 2, 5), slice_stride=6)
+SCALE = Scale(side=32, segmenter_images=4_800, patients=(20, 2, 5), slice_stride=6)
 # Name -> conditioning, whether it sees all labels, and its images as shares of those of base and control.
 ARMS: dict[str, tuple[str, bool, tuple[float, float]]] = {
     "base": ("none", True, (1, 0)),

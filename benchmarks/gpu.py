@@ -117,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.resume and args.json is not None:
         before = json.loads(args.json.read_text())
         session.record["parts"] = before["parts"]
-        session.verdicts = [TargetCheck(v["name"], v["value"], v["target"], v["is_limit"]) for v in before["verdicts"]]
+        session.target_checks = [
+            TargetCheck(v["name"], v["value"], v["target"], v["is_limit"]) for v in before["target_checks"]
+        ]
     print(headline(session.record))
     names = list(args.parts or parts)
     for number, name in enumerate(names):
@@ -125,8 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not session.device_works():
             go_on_afresh(session, names[number:])
     print(f"\n{60 * args.budget_minutes - session.left_s():.0f} s in all")
-    for verdict in session.verdicts:
-        print(verdict)
+    for check in session.target_checks:
+        print(check)
     failed = [name for name, part in session.record["parts"].items() if "error" in part]
     if failed:
         print(f"failed: {', '.join(failed)}")

@@ -37,7 +37,7 @@ from support.small_runs import METRICS, cell_of_seeds, draw_runs, over_seeds, st
 from data_shards.problems import InputProblems, Problem
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 
-SCALE = Scale(side=32, judge_images=4_800, patients=(20, 2, 5), slice_stride=6)
+SCALE = Scale(side=32, segmenter_images=4_800, patients=(20, 2, 5), slice_stride=6)
 _COSTS = ("flops", "seconds", "kept_mib_of_a_batch", "process_gib", "seconds_an_image")
 
 

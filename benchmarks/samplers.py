@@ -207,7 +207,7 @@ def main() -> int:
         "sharpness": reference.sharpness - SHARPNESS_MARGIN,
     }
     result |= {
-        "judged": scorer.about,
+        "measured_on": scorer.measured_on,
         "margins": {"dice": DICE_MARGIN, "distance": DISTANCE_MARGIN, "sharpness": SHARPNESS_MARGIN},
         "shared": asdict(shared),
         "limits": limits,
@@ -226,7 +226,7 @@ def main() -> int:
         print(ratio)
     if args.figure is not None:
         repeated = f", {noises} times" if noises > 1 else ""
-        title = f"{scorer.about['num_masks']} held-out masks{repeated}; dashed: as good as 50 DDIM steps"
+        title = f"{scorer.measured_on['num_masks']} held-out masks{repeated}; dashed: as good as 50 DDIM steps"
         draw(rows, limits, title, args.figure)
     write(args.json, result)
     return 0

@@ -88,9 +88,9 @@ class Contest:
         often, seldom = (every_step + checkpoint_s / s for s in (turn.steps * step_s, _SAVES_EVERY_S))
         found[f"{name}, averages, logging and checkpointing"] = (
             f"{often:.2%} of the time with a checkpoint every {turn.steps * step_s:.0f} s; "
-            f"with one every {_SAVES_EVERY_S:.0f} s {judged(seldom, 0.03)}"
+            f"with one every {_SAVES_EVERY_S:.0f} s {share_and_limit(seldom, 0.03)}"
         )
-        found[f"{name}, data wait"] = judged(self._median(name, lambda results: results["data_wait"]), 0.01)
+        found[f"{name}, data wait"] = share_and_limit(self._median(name, lambda results: results["data_wait"]), 0.01)
         return found
 
     def _line(self, name: str, images_per_s: float) -> str:
@@ -174,7 +174,7 @@ def ratios_of(rates: dict[str, Spread], ranks: int, target: float | None) -> lis
     return [compare(rates, *pair) for pair in named if {*pair[:2]} <= set(rates)]
 
 
-def judged(value: float, limit: float) -> str:
+def share_and_limit(value: float, limit: float) -> str:
     """A share of the time, and whether it is below its limit."""
     return f"{value:.2%}, target below {limit:.0%}: {'reached' if value < limit else 'NOT reached'}"
 

@@ -105,7 +105,7 @@ def unet_parity(session: Session) -> dict[str, float]:
         fused_loss, grads = gradients(fused, x_t_N1HW, timestep_N, class_N, mask_BHW=batch.mask_BHW)
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
-    # Some gradients are 0 except for rounding (a key's bias shifts all scores equally), so none is judged by itself.
+    # Some gradients are 0 except for rounding (a key's bias shifts all scores equally), so none is compared by itself.
     scale_of_all = max(float(g.abs().max()) for g in expected.values())
     largest = {name: float((grads[name] - g).abs().max()) / scale_of_all for name, g in expected.items()}
     worst = max(largest, key=lambda name: largest[name])

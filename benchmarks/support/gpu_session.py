@@ -108,9 +108,9 @@ class Session:
     scale: Scale
     device: torch.device
     record: dict[str, Any]
-    """The contents of the results file: the stamp, then `parts` by name and `verdicts`."""
+    """The contents of the results file: the stamp, then `parts` by name and `target_checks`."""
     start: float = field(default_factory=time.monotonic)
-    verdicts: list[TargetCheck] = field(default_factory=list)
+    target_checks: list[TargetCheck] = field(default_factory=list)
     now: str | None = None
     """The part that runs."""
     lost_to: str | None = None
@@ -147,14 +147,14 @@ class Session:
 
     def save(self, *, quiet: bool = True) -> None:
         """Bring the results file up to date."""
-        self.record["verdicts"] = [vars(verdict) | {"reached": verdict.reached} for verdict in self.verdicts]
+        self.record["target_checks"] = [vars(check) | {"reached": check.reached} for check in self.target_checks]
         write(self.args.json, self.record, quiet=quiet)
 
     def check_target(self, name: str, value: float, target: float, *, is_limit: bool = False) -> None:
         """Compare a figure with its target; figures of a dry run mean nothing and are left out."""
         if not self.args.dry_run:
-            self.verdicts.append(TargetCheck(name, value, target, is_limit))
-            print(f"  {self.verdicts[-1]}", flush=True)
+            self.target_checks.append(TargetCheck(name, value, target, is_limit))
+            print(f"  {self.target_checks[-1]}", flush=True)
 
     def device_works(self) -> bool:
         """Whether the device still answers; after an illegal access nothing does in this process. Frees its cache."""

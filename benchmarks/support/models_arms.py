@@ -1,7 +1,7 @@
 """The models of benchmarks/models.py: which trainings each consists of, how compute is divided among them, and what
 they took.
 
-    OUT/shards, OUT/judge                the slices and the segmenter that measures all images (make_data)
+    OUT/shards, OUT/segmenter            the slices and the segmenter that measures all images (make_data)
     OUT/BY/MODEL-LR-SEED/PART.yaml       the settings of a training
                          PART            its run folder; the last part's has samples and evaluation
                          PART.trained    the settings that it was trained with, when it is finished

@@ -21,7 +21,7 @@ from support.recipes_runs import (
     paper,
 )
 from support.recipes_speeds import speeds
-from support.recipes_verdict import choose, over_seeds, verdict
+from support.recipes_targets import check_targets, choose, over_seeds
 
 # The paper's candidates are compared on it.
 _SEARCH_SPLIT = "val"
@@ -145,7 +145,7 @@ class Comparison:
                 for name in curves
             },
             "finals_over_patients": {name: curves[name][0][-1].result() for name in ("paper", "ours")},
-            "verdict": verdict(
+            "targets": check_targets(
                 self.scale.points, values["ours"], values["paper"], seconds["ours"], seconds["paper"], finals
             ),
             "ablations": self._ablations(),

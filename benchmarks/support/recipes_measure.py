@@ -74,7 +74,7 @@ def measure(scored: Scored, scale: Scale) -> None:
     real_NHW, modality_N = _images(shards, items)
     gen_NHW = torch.from_numpy(_sample(scored, scale, asked, items))
 
-    segmenter = Segmenter.load(scored.run.data / "judge" / "segmenter" / "weights")
+    segmenter = Segmenter.load(scored.run.data / "segmenter" / "segmenter" / "weights")
     table, patients_N = shards.label_table, np.array([item["case_id"] for item in items])
 
     def dice(image_NHW: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 recipe.
 
     OUT/DATA/shards, shards_without_body      the slices; the same with masks that do not say where the patient ends
-    OUT/DATA/judge                            the segmenter's run
+    OUT/DATA/segmenter                        the segmenter's run
     OUT/DATA/runs/RECIPE-SEED/config.yaml     a run's settings, for `segdiff train`
                               weights/IMAGES/AVERAGE    its weights at some points of its training
                               seconds.json              how long its steps took up to these points
@@ -50,8 +50,8 @@ class Scale:
     batch_size: int = 8
     precision: str = "fp32"
     block_out_channels: tuple[int, ...] = (16, 48, 96, 96)
-    judge_images: int = 12_800  # of the segmenter; results hold the old name
-    judge_channels: tuple[int, ...] = (16, 32, 64, 128, 256)
+    segmenter_images: int = 12_800
+    segmenter_channels: tuple[int, ...] = (16, 32, 64, 128, 256)
     patients: tuple[int, int, int] = (16, 4, 4)
     """Patients of the phantom's train, val and test split, in each modality."""
     slice_stride: int = 4
@@ -70,8 +70,8 @@ QUICK = Scale(
     side=32,
     num_images=320,
     block_out_channels=(16, 32),
-    judge_images=1_600,
-    judge_channels=(16, 32, 64),
+    segmenter_images=1_600,
+    segmenter_channels=(16, 32, 64),
     patients=(2, 2, 2),
     slice_stride=8,
     num_masks=12,
@@ -286,7 +286,7 @@ def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, dead
     settings: Settings = {
         "amos_root": str(source),
         "data": str(data / "shards"),
-        "run": str(data / "judge"),
+        "run": str(data / "segmenter"),
         "phantom": {"num_train": train_patients, "num_val": val_patients, "num_test": test_patients},
         "prepare": {
             "axes": ["axial"],
@@ -301,17 +301,17 @@ def make_data(data: Path, archive: Path | None, scale: Scale, threads: int, dead
         "loader": {"axes": ["axial"], "num_threads": 1},
         "segmenter": {
             "first_stride": 1,  # organs may be two pixels wide
-            "channels": list(scale.judge_channels),
+            "channels": list(scale.segmenter_channels),
             "rotate_degrees": 10,
             "zoom": 0.15,
             "train": {
-                "num_images": scale.judge_images,
+                "num_images": scale.segmenter_images,
                 "global_batch_size": 16,
                 "micro_batch_size": 16,
                 "lr": 3e-3,
-                "warmup_images": scale.judge_images // 20,
-                "checkpoint_every_images": scale.judge_images // 4,
-                "log_every_images": scale.judge_images // 40,
+                "warmup_images": scale.segmenter_images // 20,
+                "checkpoint_every_images": scale.segmenter_images // 4,
+                "log_every_images": scale.segmenter_images // 40,
                 "precision": "fp32",
             },
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from support.recipes_verdict import verdict_lines
+from support.recipes_targets import target_lines
 
 _SHOWN = {
     "dice": "Dice",
@@ -39,7 +39,7 @@ def print_result(name: str, result: dict[str, Any]) -> None:
     for row in result["ablations"]:
         print(f"  {row['name']:<20}" + _cells(lambda m, row=row: row[m]["mean"]) + f"   {row['about']}")
     print()
-    for line in verdict_lines(result["verdict"]):
+    for line in target_lines(result["targets"]):
         print(line)
 
 

@@ -83,7 +83,7 @@ class Scorer:
         rows = self.shards.select(split=split, modalities=loader.modalities, axes=loader.axes)
         self.items = list_items(self.shards, rows, config).to_pylist()
         self.patients_N = np.array([item["case_id"] for item in self.items] * num_noises)
-        self.about = {
+        self.measured_on = {
             "run": str(run),
             "split": split,
             "num_masks": len(self.items),
@@ -103,7 +103,7 @@ class Scorer:
     def score(self, sampler: SamplerConfig) -> Scored:
         """Sample all masks and score them, unless that is done already."""
         sampler = sampler.resolved(self.diffusion.objective)
-        key = json.dumps([asdict(sampler), self.about, "power_ratio"], sort_keys=True)
+        key = json.dumps([asdict(sampler), self.measured_on, "power_ratio"], sort_keys=True)
         file = self.out / f"{sampler.solver}-{sampler.num_steps}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
         if not file.is_file():
             write_atomic(file, json.dumps(self._measure(sampler)) + "\n")

@@ -71,7 +71,7 @@ def shared_settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
                 "clip_sample": False,
             },
         },
-        "evaluate": {"num_workers": 1, "segmenter": str(out / "judge" / "segmenter" / "weights")},
+        "evaluate": {"num_workers": 1, "segmenter": str(out / "segmenter" / "segmenter" / "weights")},
         "tracking": {"enabled": False},
     }
 

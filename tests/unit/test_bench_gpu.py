@@ -38,7 +38,7 @@ def test_a_dry_run_trains_samples_and_attends(tmp_path: Path, capsys: pytest.Cap
     assert gpu.main(asked) == 0, capsys.readouterr().out
     found = json.loads(report.read_text())
     assert found["dry_run"] is True
-    assert {"hardware", "versions", "commit", "verdicts"} <= set(found)
+    assert {"hardware", "versions", "commit", "target_checks"} <= set(found)
     assert list(found["parts"]) == parts
     training = found["parts"]["training_2"]["found"]
     assert training["errors"] == {}
@@ -58,7 +58,7 @@ def test_a_part_that_fails_costs_itself_alone(tmp_path: Path) -> None:
     report = json.loads(results.read_text())
     assert list(report["parts"]) == ["first", "second", "third", "fourth"]
     assert report["parts"]["first"]["found"] == {"value": 1}
-    assert [verdict["reached"] for verdict in report["verdicts"]] == [False, True]
+    assert [check["reached"] for check in report["target_checks"]] == [False, True]
 
 
 def test_no_part_begins_that_the_time_is_too_short_for(tmp_path: Path) -> None:

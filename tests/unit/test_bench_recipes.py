@@ -1,4 +1,4 @@
-"""benchmarks/recipes.py: that the comparison is fair, and that its verdict follows from its numbers."""
+"""benchmarks/recipes.py: that the comparison is fair, and that the targets reached follow from its numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from segdiff_dist.experiment import load_experiment
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 runs: Any = importlib.import_module("support.recipes_runs")
 comparison: Any = importlib.import_module("support.recipes_comparison")
-verdicts: Any = importlib.import_module("support.recipes_verdict")
+targets: Any = importlib.import_module("support.recipes_targets")
 measurements: Any = importlib.import_module("support.recipes_measure")
 objectives: Any = importlib.import_module("objectives")
 
@@ -147,7 +147,7 @@ def test_seconds_are_those_of_steps_alone(tmp_path: Path) -> None:
 def test_where_a_curve_reaches_a_value(
     values: tuple[float, ...], target: float, higher: bool, at: float | None
 ) -> None:
-    assert verdicts.reached_at((10, 20, 40), values, target, higher) == at
+    assert targets.reached_at((10, 20, 40), values, target, higher) == at
 
 
 def test_the_papers_best_is_best_by_both() -> None:
@@ -157,10 +157,10 @@ def test_the_papers_best_is_best_by_both() -> None:
         "good distance": {"dice": 0.0, "distance": 1.9},
         "bad": {"dice": 0.1, "distance": 9.0},
     }
-    assert verdicts.choose(candidates) == "good at both"
+    assert targets.choose(candidates) == "good at both"
 
 
-def test_a_verdict() -> None:
+def test_targets_are_checked() -> None:
     points = (25, 50, 100)
     paper = [{"dice": (0.1, 0.2, 0.4), "distance": (9.0, 6.0, 4.0)}] * 2
     ours = [
@@ -169,7 +169,7 @@ def test_a_verdict() -> None:
     ]
     third = [{"dice": 0.5, "distance": 4.5}, {"dice": 0.5, "distance": 4.7}]
     # Our steps take twice as long.
-    found = verdicts.verdict(points, ours, paper, [(5.0, 10.0, 20.0)] * 2, [(2.5, 5.0, 10.0)] * 2, third)
+    found = targets.check_targets(points, ours, paper, [(5.0, 10.0, 20.0)] * 2, [(2.5, 5.0, 10.0)] * 2, third)
     for metric in ("dice", "distance"):
         assert found[metric]["reached_at_part_of_images"] == pytest.approx(0.375)
         assert found[metric]["reached_at_part_of_seconds"] == pytest.approx(0.75)
@@ -178,4 +178,4 @@ def test_a_verdict() -> None:
     assert not found["distance"]["planned_for_a_third"]["as_good"]
     assert found["distance_reduction"] == {"value": pytest.approx(0.375), "low": 0.25, "high": 0.5}
     assert found["reached"] == {"compute": False, "reduction": True}
-    assert "NOT reached" in "\n".join(verdicts.verdict_lines(found))
+    assert "NOT reached" in "\n".join(targets.target_lines(found))

@@ -54,7 +54,7 @@ def choose(candidates: Mapping[Any, Mapping[str, float]]) -> Any:
     return min(candidates, key=lambda c: (rank(c, "dice") + rank(c, "distance"), candidates[c]["distance"]))
 
 
-def verdict(
+def check_targets(
     points: Sequence[int],
     ours: Sequence[Curve],
     paper: Sequence[Curve],
@@ -94,8 +94,8 @@ def verdict(
     return found
 
 
-def verdict_lines(found: Mapping[str, Any]) -> list[str]:
-    """The verdict in words, a line each."""
+def target_lines(found: Mapping[str, Any]) -> list[str]:
+    """The checks in words, a line each."""
     lines = []
     for metric in ("dice", "distance"):
         one = found[metric]
@@ -109,14 +109,14 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
         if third := one.get("planned_for_a_third"):
             line += f"; planned for a third: {third['mean']:.3f} ({third['low']:.3f} .. {third['high']:.3f})"
         lines.append(line)
-    lines[-1] += f"\n  target at most {found['most_compute']:.0%}: {_judged(found['reached']['compute'])}"
+    lines[-1] += f"\n  target at most {found['most_compute']:.0%}: {_reached(found['reached']['compute'])}"
     cut = found["distance_reduction"]
     lines.append(
         f"distance at equal compute: {cut['value']:.0%} lower ({cut['low']:.0%} .. {cut['high']:.0%})\n"
-        f"  target at least {found['least_reduction']:.0%}: {_judged(found['reached']['reduction'])}"
+        f"  target at least {found['least_reduction']:.0%}: {_reached(found['reached']['reduction'])}"
     )
     return lines
 
 
-def _judged(reached: bool) -> str:
+def _reached(reached: bool) -> str:
     return "reached" if reached else "NOT reached"
