@@ -40,7 +40,7 @@ class Part:
     settings: Settings = field(default_factory=dict, hash=False)
     begins_from: str | None = None
     stage: str = "train"
-    is_judged: bool = True
+    is_compared: bool = True
     """Whether its validation loss counts where a learning rate is chosen."""
 
 
@@ -63,11 +63,11 @@ MODELS: dict[str, tuple[Part, ...]] = {
     "concat": _one(_net(conditioning="concat")),
     "spade": _one(_net(conditioning="spade", spade_channels=16)),
     "controlnet": (
-        Part("base", 0.5, _net(conditioning="none"), is_judged=False),
+        Part("base", 0.5, _net(conditioning="none"), is_compared=False),
         Part("control", 0.5, _net(conditioning="controlnet"), "base"),
     ),
     "latent": (
-        Part("autoencoder", 0.4, stage=AUTOENCODER, is_judged=False),
+        Part("autoencoder", 0.4, stage=AUTOENCODER, is_compared=False),
         Part("net", 0.6, _net(space="latent"), "autoencoder"),
     ),
     "cascade": (Part("low", 0.4), Part("high", 0.6, begins_from="cascade")),
@@ -199,7 +199,7 @@ class Training:
 
     def validation_loss(self) -> float:
         """At the end, of all denoisers that sample: comparable between learning rates of a model alone."""
-        return sum(self._loss_of(part) for part in ALL[self.model] if part.is_judged)
+        return sum(self._loss_of(part) for part in ALL[self.model] if part.is_compared)
 
     def _loss_of(self, part: Part) -> float:
         file = self.folder / f"{part.name}.loss"
