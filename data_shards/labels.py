@@ -62,6 +62,11 @@ def shown_name(name: str, most: int = 40) -> str:
     return plain if len(plain) <= most else f"{plain[: most // 2]}\u2026{plain[-(most // 2 - 1) :]}"
 
 
+def is_colour(value: object) -> bool:
+    """Whether it is a colour of a table: six hexadecimal digits, in small letters."""
+    return isinstance(value, str) and _COLOUR.fullmatch(value) is not None
+
+
 @dataclass(frozen=True)
 class LabelTable:
     """Names by id. Id 0 is background; `body`, if present, is the rest of the patient; `unused` is not a class.
@@ -79,7 +84,7 @@ class LabelTable:
         if len(self.names) > 256:
             raise ValueError(f"label table {self.name!r}: {len(self.names)} ids do not fit into uint8")
         colours = self.colours if self.colours is not None else (None,) * len(self.names)
-        if len(colours) != len(self.names) or not all(one is None or _COLOUR.fullmatch(one) for one in colours):
+        if len(colours) != len(self.names) or not all(one is None or is_colour(one) for one in colours):
             raise ValueError(f"label table {self.name!r}: colours must be one for each name, as b5533c, or null")
 
     @classmethod

@@ -98,6 +98,14 @@ def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | N
         return default, list(error.problems)
 
 
+def coloured(labelling: Labelling, colours: Mapping[str, str]) -> Labelling:
+    """The labelling with these colours by class name, if its table is the data's own and has none."""
+    table = labelling.table
+    if not labelling.is_own or table.colours is not None or not colours.keys() & set(table.names):
+        return labelling
+    return replace(labelling, table=replace(table, colours=tuple(map(colours.get, table.names))))
+
+
 def has_table(labels: str | None) -> bool:
     """Whether prepare.labels is the file of a table."""
     return labels not in (None, AMOS_BY_NAME)

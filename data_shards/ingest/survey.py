@@ -11,8 +11,9 @@ from typing import Any
 
 from data_shards.ingest.cases import Case, Listing
 from data_shards.ingest.dicom_series import DicomSeries
-from data_shards.ingest.label_tables import Labelling, find_labelling, has_table
+from data_shards.ingest.label_tables import Labelling, coloured, find_labelling, has_table
 from data_shards.ingest.layouts.base import Request
+from data_shards.ingest.layouts.exports import own_colours
 from data_shards.ingest.layouts.find import AUTO, LAYOUTS, Recognised, recognise
 from data_shards.ingest.masks import find_wholebody_problems
 from data_shards.ingest.pictures import VALUES_OF_A_PICTURE, is_picture, is_unsigned, picture_stem
@@ -76,6 +77,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     recognised = recognise(root, config.layout if config.layout in {one.name for one in LAYOUTS} else AUTO)
     listing = recognised.read(root, _request(config))
     labelling, wrong = find_labelling(config.label_set, config.labels, listing.names)
+    labelling = coloured(labelling, own_colours(root))
     bad = _bad_cases(listing, config)
     skips = config.on_bad_case == "skip" and any(case.case_id not in bad for case in listing.cases)
     problems = list(listing.problems)

@@ -67,8 +67,9 @@ def cut(root: Path, case_id: str = "a1", notes: list[str] | None = None, **chang
 def as_own_export(root: Path, names: tuple[str, ...] = NAMES, **changes: str | None) -> None:
     """The records of `segdiff export --format png`; None takes a column away."""
     (root / "dataset.json").unlink()
-    text = json.dumps({"made_by": "segdiff sample", "label_table": ["background", "cyst", "wall", "body"]})
-    (root / "provenance.json").write_text(text)
+    record = {"made_by": "segdiff sample", "label_table": ["background", "cyst", "wall", "body"]}
+    record["label_colours"] = [None, "ff0000", "no colour", None]
+    (root / "provenance.json").write_text(json.dumps(record))
     row = {"target_modality": "CT", "case_id": "p", "spacing_mm": "2 2", "scale": "2.0", "offset": "-256.0"}
     row = {name: value for name, value in (row | changes).items() if value is not None}
     with (root / "items.csv").open("w", newline="") as file:
@@ -116,6 +117,7 @@ def test_an_export_says_what_its_pictures_do_not(root: Path) -> None:
     found = checked(root, **stated)
     assert {(one.modality, one.patient, one.split) for one in found.cases} == {("CT", "p", "test")}
     assert "items.csv" in found.survey.described
+    assert found.survey.labelling.table.colours == (None, "ff0000", None, None)
     assert any("no case is in split train" in note for note in found.survey.notes)
     record = cut(root, **stated)
     np.testing.assert_array_equal(record.image_HW, picture())

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_shards.documents import read_json
 from data_shards.ingest.layouts.tables import read_table, stated_pixel
 from data_shards.ingest.pictures import Pixel
+from data_shards.labels import is_colour
 from data_shards.modalities import MODALITY_RULE, is_modality
 from data_shards.problems import InputProblems, Problem, refuse
 
@@ -46,6 +47,18 @@ def own_items(root: Path) -> dict[str, dict[str, str]] | None:
         if not is_modality(name)
     )
     return {row[NAME]: row for row in rows}
+
+
+def own_colours(root: Path) -> dict[str, str]:
+    """Colours of classes by name, as an export of any layout states them; none in other folders."""
+    try:
+        record = read_json(root / PROVENANCE_FILE, RESTORE) if (root / PROVENANCE_FILE).is_file() else {}
+    except InputProblems:
+        return {}  # another program's file; that of an export is reported where its items are read
+    names, colours = record.get("label_table"), record.get("label_colours")
+    if not (isinstance(names, list) and isinstance(colours, list) and len(names) == len(colours)):
+        return {}
+    return {str(name): colour for name, colour in zip(names, colours, strict=True) if is_colour(colour)}
 
 
 def own_pixel(root: Path, row: dict[str, str], pixel_mm: float | None) -> Pixel:
