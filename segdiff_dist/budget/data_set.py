@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from data_shards.ingest.counts import count_slices
 from data_shards.labels import LabelTable
 from data_shards.modalities import in_order, modalities_of
+from data_shards.problems import Problem
 
 if TYPE_CHECKING:
     from data_shards.ingest.cases import Case
@@ -49,6 +50,14 @@ class DataSet:
         """The split whose masks are sampled: test, if its cases have labels."""
         labelled = Counter(case.split for case in self.cases if case.is_labelled)
         return "test" if labelled["test"] else "val"
+
+    def split_problems(self) -> list[Problem]:
+        """A whole run trains on one split, and samples the masks of another."""
+        labelled = {case.split for case in self.cases if case.is_labelled}
+        missing = [split for split in ("train", self.sampled_split) if split not in labelled]
+        value = f"no labelled case is in split {' or '.join(missing)}"
+        remedy = "let --prepare.split 0.7 0.1 0.2 draw the splits by patient"
+        return [Problem("splits", "data", value, remedy)] if missing and labelled else []
 
     @property
     def export_format(self) -> str:

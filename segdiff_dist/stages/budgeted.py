@@ -120,6 +120,8 @@ class Budgeted(ConfiguredStage):
         data, folder = self.path("amos_root").resolve(), self.folder.resolve()
         paths = {"amos_root": str(data), "data": str(folder / "shards"), "run": str(folder / "run")}
         data_set = DataSet.of(check(data, Path(paths["data"]), self.prepare, self.experiment.wholebody))
+        if self.experiment.wholebody is None:
+            refuse(data_set.split_problems())
         machine = Machine.here(free_bytes(folder))
         candidate, experiment = choose(Task(data_set, machine, self.hours, paths, self.kept(), self.recipe))
         rows = rows_of(candidate, experiment)

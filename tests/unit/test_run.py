@@ -101,6 +101,15 @@ def test_too_few_hours_are_refused_with_the_least_that_works(task: Task) -> None
     assert choose(replace(task, recipe=None), speed)[0].recipe == "starter"
 
 
+@pytest.mark.parametrize(("split", "missing"), [("test", "train"), ("train", "val")])
+def test_a_run_needs_masks_to_train_on_and_masks_to_sample(task: Task, split: str, missing: str) -> None:
+    assert task.data_set.split_problems() == []
+    alone = replace(task.data_set, cases=tuple(replace(case, split=split) for case in task.data_set.cases))
+    (problem,) = alone.split_problems()
+    assert f"split {missing}" in str(problem)
+    assert "--prepare.split" in str(problem)
+
+
 def test_what_is_given_is_kept(task: Task) -> None:
     given = {
         "train": {"num_images": 800, "lr": 0.5},
