@@ -51,6 +51,8 @@ def find_body(volume: Volume, modality: str, *, is_padded: bool = False) -> Body
         return BodyField(_envelope(_ct_tissue(_coarse(volume, steps)), spacing_mm).astype(np.float32), steps)
     smooth = _coarse(volume, steps)
     measured = smooth > smooth.min() + _ROUNDING * np.ptp(smooth) if is_padded else None
+    if measured is not None and not measured.any():
+        measured = None  # one value everywhere, or a few pixels so bright that all others look alike
     ndimage.gaussian_filter(smooth, (0.7, 0.7, 0.0), output=smooth)
     inside = _envelope(_mr_tissue(smooth, measured), spacing_mm)
     del measured

@@ -95,14 +95,36 @@ def make_dicom(folder: Path) -> None:
         shutil.rmtree(folder / "data" / "Mustermann" / case)
 
 
-def read_volumes(folder: Path) -> str:
+def make_pictures(folder: Path, *, is_export: bool) -> None:
+    """Slices as pictures with their masks: PNG, TIFF and JPEG of other programs; or as `export --format png` writes."""
+    from PIL import Image
+
+    ids_HW = np.zeros((24, 24), np.uint8)
+    ids_HW[4:12, 4:20], ids_HW[14:20, 6:12] = 1, 2
+    for number, ending in enumerate((".png", ".png", ".png") if is_export else (".png", ".tif", ".jpg")):
+        grey_HW = np.roll(np.linspace(0, 255, 576).astype(np.uint8).reshape(24, 24), number, axis=0)
+        for part, pixels, suffix in (("images", grey_HW, ending), ("masks", ids_HW, ".png")):
+            (folder / "data" / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / "data" / part / f"s{number}{suffix}")
+    if not is_export:
+        (folder / "data" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "cyst": 1, "wall": 2}}))
+        return
+    record: dict[str, Any] = {"made_by": "segdiff sample", "label_table": ["background", "cyst", "wall", "body"]}
+    record["label_colours"] = [None, "ff0000", None, None]
+    (folder / "data" / "provenance.json").write_text(json.dumps(record))
+    lines = [f"s{number},CT,p{number},p{number},train,2 2,2.0,-256.0" for number in range(3)]
+    head = "name,target_modality,case_id,patient,split,spacing_mm,scale,offset"
+    (folder / "data" / "items.csv").write_text("\n".join([head, *lines]) + "\n")
+
+
+def read_volumes(folder: Path, **settings: Any) -> str:
     """As `segdiff prepare` reads them: names and headers of all, then the voxels of each."""
     from data_shards.ingest.case_slices import slices_of
     from data_shards.ingest.prepare_config import PrepareConfig
     from data_shards.ingest.survey import survey
     from data_shards.problems import refuse
 
-    config = PrepareConfig(size=16, slice_stride=9)
+    config = PrepareConfig(size=16, slice_stride=9, **settings)
     if (table := folder / "data.yaml").is_file():
         config = replace(config, modality="CT", labels=str(table))
     found = survey(folder / "data", config, None)
@@ -340,6 +362,8 @@ def kinds() -> dict[str, Kind]:
         Kind("mha", partial(make_itk, ending=".mha"), ("data/**/*.mha",), read_volumes),
         Kind("nrrd", partial(make_itk, ending=".nrrd"), ("data/**/*.nrrd",), read_volumes),
         Kind("dicom", make_dicom, ("data/**/*",), read_volumes),
+        Kind("pictures", partial(make_pictures, is_export=False), ("data/*s/*",), partial(read_volumes, **OF_PICTURES)),
+        Kind("export", partial(make_pictures, is_export=True), ("data/*s/*", "data/*.*"), read_volumes),
         Kind("tar", partial(make_set, store="webdataset"), ("shards/*.tar", "samples.arrow"), read_set, True),
         Kind("zarr", partial(make_set, store="zarr"), ("shards/**/*", "samples.arrow"), read_set, True),
         Kind("inspect", make_shapes, ("shards/*.tar", "*.*"), inspect_set, writes=True),
@@ -357,6 +381,7 @@ def kinds() -> dict[str, Kind]:
     return {kind.name: kind for kind in found}
 
 
+OF_PICTURES: dict[str, Any] = {"modality": "US", "pixel_mm": 2.0, "intensities": {"US": "values 0 255"}}
 SAMPLE_FILES = (
     *(f"run/samples/{name}" for name in ("items.parquet", "layout.json", "done/*", "images.zarr/**/zarr.json")),
     *(f"run/samples/images.zarr/{name}/c/*/*/*" for name in ("image", "mask")),
