@@ -30,6 +30,7 @@ _SAME_DIRECTION = 1e-3
 _MISSING = 1.5
 _REMEDY = "take it out of the folder, or leave it out with --prepare.on-bad-case skip"
 _BLOCK_BYTES = 2**20
+_INCOMPLETE = "it declares more bytes than it has, has a value of an unknown kind, or too few pixels"
 # PS3.5 7.1.1: a value that ends with a delimiter.
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 
@@ -125,7 +126,7 @@ def _read_plane(series: DicomSeries, number: int) -> np.ndarray:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     what = f"slice {number + 1} of {len(series.files)}"
     if not _is_complete(series.files[number]):
-        raise OSError(f"{what} cannot be decoded: it declares more bytes than it has, or has too few pixels")
+        raise OSError(f"{what} cannot be decoded: {_INCOMPLETE}")
     try:
         values = sitk.GetArrayFromImage(sitk.ReadImage(str(series.files[number]), imageIO="GDCMImageIO"))
     except RuntimeError:  # its message has the file's name
@@ -138,17 +139,30 @@ def _read_plane(series: DicomSeries, number: int) -> np.ndarray:
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether the file has pixels, and every value ends within it: GDCM allocates what a length declares."""
+    """Whether the file has pixels, every value ends within it, and each has a value representation that is known:
+    GDCM allocates what a length declares, and reads the length of an unknown one from other bytes."""
     pydicom = library("pydicom", file.parent)
     try:
         with quiet():
             data = pydicom.dcmread(file, defer_size=1024)
             raw = [one for one in data.values() if isinstance(one, pydicom.dataelem.RawDataElement)]
             ends = [one.value_tell + one.length for one in raw if one.length != _UNDEFINED_LENGTH]
+            known = {*(vr.value for vr in pydicom.valuerep.VR), None}  # None in files whose syntax leaves it out
+            if not all(vr in known for part in (data.file_meta, data) for vr in _representations(part)):
+                return False
             has_pixels = "PixelData" in data and max(ends) <= file.stat().st_size
             return has_pixels and _pixel_bytes(data) >= _needed_bytes(data)
     except Exception:  # pydicom raises whatever the bytes lead it to
         return False
+
+
+def _representations(data: Any) -> Iterator[str | None]:
+    """The value representations of a data set's elements as they are stored, also within sequences."""
+    for tag, element in list(data.items()):
+        yield element.VR
+        if element.VR == "SQ":
+            for item in data[tag].value:
+                yield from _representations(item)
 
 
 def _pixel_bytes(data: Any) -> float:
@@ -168,7 +182,7 @@ def _needed_bytes(data: Any) -> float:
 def _read_frames(series: DicomSeries) -> np.ndarray:
     highdicom = library("highdicom", series)
     if not _is_complete(series.files[0]):
-        raise OSError("its frames cannot be decoded: the file declares more bytes than it has, or has too few pixels")
+        raise OSError(f"its frames cannot be decoded: {_INCOMPLETE}")
     try:
         with quiet():
             image = highdicom.imread(series.files[0])

@@ -356,12 +356,21 @@ def test_an_enhanced_multi_frame_file_is_read(
     _assert_same(slices(tmp_path / "data", labels="amos"), of_amos["p1_1"])
 
 
-def test_a_length_beyond_the_file_takes_no_memory(volume: _Volume, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "damaged"),
+    [
+        (b"\xe0\x7f\x10\x00OW\0\0", b"\xe0\x7f\x10\x00OW\0\0\xfe\xff\xff\x7f"),  # the length of PixelData
+        (b"\x02\x00\x02\x00UI", b"\x02\x00\x02\x00UM"),  # GDCM reads the next eight bytes as its length
+    ],
+)
+def test_a_length_beyond_the_file_takes_no_memory(
+    volume: _Volume, tmp_path: Path, stored: bytes, damaged: bytes
+) -> None:
     files = save(tmp_path / "data", [*volume[0], segmentation(volume[0], volume[2])])
     preparation = check(tmp_path / "data", tmp_path / "set", CONFIG)
     content = files[3].read_bytes()
-    at = content.index(b"\xe0\x7f\x10\x00OW\0\0") + 8  # the length of PixelData
-    files[3].write_bytes(content[:at] + (2**31 - 2).to_bytes(4, "little") + content[at + 4 :])
+    at = content.index(stored)
+    files[3].write_bytes(content[:at] + damaged + content[at + len(damaged) :])
     (case,) = preparation.cases
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UnreadableVolume, match="slice 4 of 8 cannot be decoded: it declares more bytes"):

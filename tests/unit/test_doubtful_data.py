@@ -202,7 +202,10 @@ def _by_a_table(planes: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "value"),
     [
-        (_too_few_pixels, "slice 4 of 8 cannot be decoded: it declares more bytes than it has, or has too few pixels"),
+        (
+            _too_few_pixels,
+            "slice 4 of 8 cannot be decoded: it declares more bytes than it has",
+        ),
         (_two_frames, "FrameOfReferenceUID: 2 in one series"),
         (_two_patients, "PatientID: 2 in one series"),
         (_by_a_table, "ModalityLUTSequence: values by a table"),
