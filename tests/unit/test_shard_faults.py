@@ -160,6 +160,11 @@ def test_paths_that_lead_out_of_the_set_are_refused(spoilt: Path, name: str) -> 
     assert "leads out of the set" in refusal(spoilt)
 
 
+def test_a_name_that_is_too_long_for_a_file_is_missing(spoilt: Path) -> None:
+    _edit_index(spoilt, lambda index: index["shards"][1].update(file=5000 * "x"))
+    assert "file: missing" in refusal(spoilt)
+
+
 def test_tar_members_with_path_tricks_are_refused_when_verified(spoilt: Path) -> None:
     tar = spoilt / "shards/test-000000.tar"
     with tarfile.open(tar, "a") as stream:
