@@ -105,7 +105,7 @@ def tried(args: Namespace, shared: SamplerConfig, diffusion: DiffusionConfig) ->
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a row's sampler from the others."""
+    """The settings in which a row's sampler differs from the others."""
     return row["solver"], row["num_steps"], row["sigma_shift"]
 
 

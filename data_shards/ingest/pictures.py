@@ -48,8 +48,7 @@ _COLOURS = ("RGB", "RGBA", "LA")
 @dataclass(frozen=True)
 class Pixel:
     """What is said of a picture elsewhere. spacing_mm: between rows and between columns; None: nobody says it. Value =
-    grey * scale + offset. `table`: where it can be said
-    besides the settings."""
+    grey * scale + offset. `table`: where it can be said besides the settings."""
 
     spacing_mm: tuple[float, float] | None = None
     scale: float = 1.0
@@ -107,7 +106,7 @@ def read_stored(file: Path, geometry: Geometry, pixel: Pixel) -> tuple[np.ndarra
         raise problem(file, "picture", f"{file.stat().st_size:,} bytes", "write it again, as PNG")
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     if _is_png(file):
-        numbers_HW = read_png_ids(file, None, 256, flag=None) if pixel.is_label else read_png_grey(file)
+        numbers_HW = read_png_ids(file, None, 256) if pixel.is_label else read_png_grey(file)
     else:
         numbers_HW = _decoded(file, pixel.is_label)
     return numbers_HW.T.reshape(geometry.shape), sha256

@@ -110,7 +110,7 @@ def read_png_ids(
     num_ids: int,
     *,
     any_palette: bool = False,
-    flag: str | None = "--sample.label-map",
+    flag: str | None = None,
 ) -> np.ndarray:
     """uint8 [H, W]: the samples as stored, which are the label ids; of a palette, the index.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from segdiff_dist.export.files import nnunet_folds
 from segdiff_dist.export.patients import Patients
 from segdiff_dist.export.real_set import FOLDERS, RealSet
 from segdiff_dist.export.real_slices import RealSlices, Slicing
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 _MOST_IDS = 256
+_LABEL_MAP = "--sample.label-map"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ class MaskFolder:
         file = listed.file
         if ending(file) == ".png":
             any_palette = self.config.label_map is not None
-            yield self._to_own(file, read_png_ids(file, self.sizes, _MOST_IDS, any_palette=any_palette))
+            yield self._to_own(
+                file, read_png_ids(file, self.sizes, _MOST_IDS, any_palette=any_palette, flag=_LABEL_MAP)
+            )
             return
         try:
             labels = read_labels(file, _MOST_IDS, one_slice=True)
@@ -253,9 +256,7 @@ def _text(file: Path) -> str:
     return os.fsencode(file).decode(errors="replace")
 
 
-def label_map(
-    file: Path | None, table: LabelTable, flag: str = "--sample.label-map"
-) -> Callable[[Path, np.ndarray], np.ndarray]:
+def label_map(file: Path | None, table: LabelTable, flag: str = _LABEL_MAP) -> Callable[[Path, np.ndarray], np.ndarray]:
     """Turns ids of a file into the table's; unknown ids are refused, all of them at once. `flag`: the
     flag that gives `file`."""
     own_of = np.full(_MOST_IDS, -1, dtype=np.int16)

@@ -138,4 +138,4 @@ def test_a_palette_of_a_quantiser_is_refused(tmp_path: Path, make: Callable[[], 
     make().save(tmp_path / "a.png")
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), drawn())
     with pytest.raises(InputProblems, match=r"palette: .*8-bit grey.*label-map"):
-        read_png_ids(tmp_path / "a.png", (SIZE,), 256)
+        read_png_ids(tmp_path / "a.png", (SIZE,), 256, flag="--sample.label-map")
