@@ -34,7 +34,7 @@ def write_files(folder: Path) -> Path:
 def wanted(file: int, offset: int, num_bytes: int = SAMPLE) -> Range:
     """Three views, as for image, headers and mask."""
     half = num_bytes // 2 - 50
-    return Range(file, offset, [memoryview(bytearray(n)) for n in (half, 100, num_bytes - half - 100)])
+    return Range(file, offset, num_bytes, [memoryview(bytearray(n)) for n in (half, 100, num_bytes - half - 100)])
 
 
 def got(filled: Range) -> bytes:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, repeat
 
 import numpy as np
 
+from data_shards.feed.batch_memory import BatchMemory
+from data_shards.feed.helpers import Helpers
 from data_shards.feed.order import Order
 from data_shards.problems import DamagedSample
 from data_shards.store.byte_ranges import Range, ShortFile
@@ -25,8 +27,10 @@ _MOST_REPLACEMENTS = 100
 
 # One part: pixels [B, C, H, W], or for codecs that DALI decodes the encoded bytes of each sample.
 Pixels = np.ndarray | list[np.ndarray]
-# What a range fills: a sample's number in the batch, its parts and their checksums.
-Filling = tuple[int, list[tuple[str, int]]]
+# One part's bytes of each sample, to be filled.
+Buffers = Sequence[np.ndarray]
+# A part of a sample: the sample's number in the batch, part, buffer, checksum, file and offset.
+Place = tuple[int, str, np.ndarray, int, int, int]
 # Called with part and sample when the payload's bytes are there and are right.
 Finish = Callable[[str, int], object]
 
@@ -71,14 +75,19 @@ class BatchReader:
     shared by threads.
     """
 
-    def __init__(self, shards: ShardSet, order: Order, parts: Sequence[str], on_corrupt: str, num_threads: int) -> None:
+    def __init__(
+        self, shards: ShardSet, order: Order, parts: Sequence[str], on_corrupt: str, num_threads: int, num_kept: int
+    ) -> None:
+        """`num_kept`: batches whose memory is used again once nobody holds them."""
         self._shards, self._order, self._parts = shards, order, tuple(parts)
         self._skips = on_corrupt == "skip"
         self.skipped: dict[int, str] = {}
-        self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, "loader") if num_threads > 1 else None
-        self._gap = np.empty(_LARGEST_GAP, np.uint8).data
-        self._buffers: dict[str, np.ndarray] = {}
+        self._num_threads, self._is_local = num_threads, shards.is_local
+        self._helpers = Helpers(num_threads - 1)
+        self._gap = np.empty(_LARGEST_GAP, np.uint8)
+        self._gaps: dict[int, np.ndarray] = {}
+        self._memory = {part: BatchMemory(num_kept) for part in self._parts}
+        self._scratch: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
 
     def read(
         self, position_B: np.ndarray, window: Window | None = None
@@ -108,8 +117,7 @@ class BatchReader:
 
     def close(self) -> None:
         """End its threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._helpers.close()
 
     def _refuse_or_note(self, row: int, error: str) -> None:
         if not self._skips:
@@ -123,120 +131,121 @@ class BatchReader:
         codec, num = self._shards.codec, len(row_B)
         if codec in PICTURES:
             encoded = self._encoded(row_B)
-            return dict(encoded), self._fill(row_B, encoded, _done)
-        out = {part: np.empty(self._shape(part, num, window), self._shards.dtype(part)) for part in self._parts}
-        whole = {part: list(out[part]) if window is None else self._scratch(part, num) for part in self._parts}
-        if codec == "raw":
-            payloads = {part: [one.reshape(-1).view(np.uint8) for one in slices] for part, slices in whole.items()}
-        else:
-            payloads = self._encoded(row_B)
+            return dict(encoded), self._fill(row_B, encoded, None)
+        lent = {part: self._lend(part, num, window) for part in self._parts}
+        out = {part: pixels_BCHW for part, (pixels_BCHW, _) in lent.items()}
+        whole = lent if window is None else {part: self._slices(part, num) for part in self._parts}
+        encoded = {} if codec == "raw" else self._encoded(row_B)
 
         def finish(part: str, i: int) -> None:
-            if codec != "raw":
-                decode_into(payloads[part][i], codec, whole[part][i])
+            if encoded:
+                decode_into(encoded[part][i], codec, whole[part][0][i])
             if window is not None:
-                window.cut(i, whole[part][i], out[part][i])
+                window.cut(i, whole[part][0][i], out[part][i])
 
-        errors = self._fill(row_B, payloads, _done if codec == "raw" and window is None else finish)
-        return dict(out), errors
+        buffers = encoded or {part: buffers for part, (_, buffers) in whole.items()}
+        return dict(out), self._fill(row_B, buffers, finish if encoded or window is not None else None)
 
-    def _shape(self, part: str, num: int, window: Window | None = None) -> tuple[int, ...]:
+    def _lend(self, part: str, num: int, window: Window | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
         side = self._shards.size if window is None else window.size
-        return num, 2 if part == "edge" else 1, side, side
+        return self._memory[part].lend((num, 2 if part == "edge" else 1, side, side), self._shards.dtype(part))
 
-    def _scratch(self, part: str, num: int) -> list[np.ndarray]:
-        """Buffers for whole slices from which windows are cut. A thread that reads from a disk has one, which stays in
-        the processor's cache."""
-        share = self._share(num) if self._shards.is_local else 1
+    def _slices(self, part: str, num: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Arrays and their bytes for whole slices from which windows are cut. A thread that reads from a disk has one,
+        which stays in the processor's cache."""
+        share = self._share(num) if self._is_local else 1
         needed = -(-num // share)
-        if part not in self._buffers or len(self._buffers[part]) < needed:
-            self._buffers[part] = np.empty(self._shape(part, needed), self._shards.dtype(part))
-        return [self._buffers[part][i // share] for i in range(num)]
+        if part not in self._scratch or len(self._scratch[part][1]) < needed:
+            self._scratch[part] = self._lend(part, needed)
+        pixels_TCHW, buffers = self._scratch[part]
+        return [pixels_TCHW[i // share] for i in range(num)], [buffers[i // share] for i in range(num)]
 
     def _encoded(self, row_B: np.ndarray) -> dict[str, list[np.ndarray]]:
         return {p: [np.empty(n, np.uint8) for n in self._shards.parts[p].bytes_N[row_B].tolist()] for p in self._parts}
 
     def _share(self, num: int) -> int:
         """How many of `num` samples a thread reads. Those of a remote set are requested all at once."""
-        return max(1, -(-num // self._num_threads) if self._shards.is_local else num)
+        return max(1, -(-num // self._num_threads) if self._is_local else num)
 
-    def _fill(self, row_B: np.ndarray, payloads: dict[str, list[np.ndarray]], finish: Finish) -> list[str | None]:
+    def _fill(self, row_B: np.ndarray, buffers: Mapping[str, Buffers], finish: Finish | None) -> list[str | None]:
         """Read all payloads, neighbouring parts in one read. Each is compared with its checksum and finished, from a
         disk at once, while its bytes are in the processor's cache. `finish` may raise ValueError."""
         shards, num = self._shards, len(row_B)
-        columns = {part: self._columns(part, row_B) for part in self._parts}
+        places = self._places(row_B, buffers)
         errors: list[str | None] = [None] * num
         share = self._share(num)
 
-        def check(sample: Filling) -> None:
-            i, checksums = sample
-            for part, checksum in checksums:
+        def check(payloads: list[Place]) -> None:
+            for i, part, buffer, checksum, _, _ in payloads:
                 try:
-                    if crc32c(payloads[part][i]) != checksum:
+                    if crc32c(buffer) != checksum:
                         raise ValueError("its bytes are not those that were written (CRC-32C)")
-                    finish(part, i)
+                    if finish is not None:
+                        finish(part, i)
                 except ValueError as error:
                     errors[i] = errors[i] or shards.describe_failure(int(row_B[i]), part, error)
 
         def fill(first: int) -> None:
-            ranges, fillings = self._ranges(range(first, min(first + share, num)), columns, payloads)
-            for (i, _), error in zip(fillings, self._read(ranges, fillings, check), strict=True):
+            ranges, filled = self._ranges(places[first : first + share])
+            for payloads, error in zip(filled, self._read(ranges, filled, check), strict=True):
                 if error is not None:
+                    i = payloads[0][0]
                     errors[i] = shards.describe_failure(int(row_B[i]), "image", error)
                     if not isinstance(error, ShortFile | FileNotFoundError):
                         raise DamagedSample(errors[i]) from error
 
-        others = [self._pool.submit(fill, first) for first in range(share, num, share)] if self._pool else []
-        fill(0)
-        for other in others:
-            other.result()
+        self._helpers.share(fill, range(0, num, share))
         return errors
 
     def _read(
-        self, ranges: list[Range], fillings: list[Filling], check: Callable[[Filling], None]
+        self, ranges: list[Range], filled: list[list[Place]], check: Callable[[list[Place]], None]
     ) -> list[OSError | None]:
-        if self._shards.is_local:
-            return self._shards.read_ranges(ranges, lambda k: check(fillings[k]))
-        filled: list[Filling] = []
-        errors = self._shards.read_ranges(ranges, lambda k: filled.append(fillings[k]))
-        list(map(check, filled) if self._pool is None else self._pool.map(check, filled))
+        if self._is_local:
+            return self._shards.read_ranges(ranges, lambda k: check(filled[k]))
+        there: list[list[Place]] = []
+        errors = self._shards.read_ranges(ranges, lambda k: there.append(filled[k]))
+        share = max(1, -(-len(there) // self._num_threads))
+        self._helpers.share(lambda first: list(map(check, there[first : first + share])), range(0, len(there), share))
         return errors
 
-    def _ranges(
-        self,
-        samples: range,
-        columns: Mapping[str, tuple[list[int], list[int], list[int]]],
-        payloads: dict[str, list[np.ndarray]],
-    ) -> tuple[list[Range], list[Filling]]:
+    def _places(self, row_B: np.ndarray, buffers: Mapping[str, Buffers]) -> list[tuple[Place, ...]]:
+        """The places of every sample's parts, in the order in which those of the first sample are stored."""
+        by_part = []
+        for part in sorted(self._parts, key=lambda part: self._shards.parts[part].offset_N[row_B[:1]].tolist()):
+            where = self._shards.parts[part]
+            columns = (column_N[row_B].tolist() for column_N in (where.crc32c_N, where.file_N, where.offset_N))
+            by_part.append(zip(count(), repeat(part), buffers[part], *columns))
+        return list(zip(*by_part, strict=True))
+
+    def _ranges(self, samples: Sequence[tuple[Place, ...]]) -> tuple[list[Range], list[list[Place]]]:
         """What to read, and what each range fills."""
-        ranges: list[Range] = []
-        fillings: list[Filling] = []
-        for i in samples:
-            views: list[memoryview] = []
-            checksums: list[tuple[str, int]] = []
-            at = (-1, -1)  # file, and the offset at which the current range ends
-            for offset, file, checksum, part in sorted(
-                (c[1][i], c[0][i], c[2][i], part) for part, c in columns.items()
-            ):
-                payload = payloads[part][i]
-                gap = offset - at[1]
-                if at[0] == file and 0 <= gap <= _LARGEST_GAP:
-                    views += (self._gap[:gap], payload.data) if gap else (payload.data,)
-                    checksums.append((part, checksum))
+        files: list[int] = []
+        offsets: list[int] = []
+        sizes: list[int] = []
+        views: list[list[np.ndarray]] = []
+        filled: list[list[Place]] = []
+        for places in samples:
+            last = end = -1  # file and end of the part before
+            for place in places:
+                _, _, buffer, _, file, offset = place
+                gap, num_bytes = offset - end, len(buffer)
+                if file == last and 0 <= gap <= _LARGEST_GAP:
+                    sizes[-1] += gap + num_bytes
+                    views[-1] += (self._gap_of(gap), buffer)
+                    filled[-1].append(place)
                 else:
-                    views, checksums = [payload.data], [(part, checksum)]
-                    ranges.append(Range(file, offset, views))
-                    fillings.append((i, checksums))
-                at = (file, offset + payload.nbytes)
-        return ranges, fillings
+                    files.append(file)
+                    offsets.append(offset)
+                    sizes.append(num_bytes)
+                    views.append([buffer])
+                    filled.append([place])
+                last, end = file, offset + num_bytes
+        return list(map(Range, files, offsets, sizes, views)), filled
 
-    def _columns(self, part: str, row_B: np.ndarray) -> tuple[list[int], list[int], list[int]]:
-        where = self._shards.parts[part]
-        return where.file_N[row_B].tolist(), where.offset_N[row_B].tolist(), where.crc32c_N[row_B].tolist()
-
-
-def _done(part: str, i: int) -> None:
-    """Nothing is left to do with a payload."""
+    def _gap_of(self, num_bytes: int) -> np.ndarray:
+        if num_bytes not in self._gaps:
+            self._gaps[num_bytes] = self._gap[:num_bytes]
+        return self._gaps[num_bytes]
 
 
 def _chosen(pixels: Pixels, index: np.ndarray) -> Pixels:

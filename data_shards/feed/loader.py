@@ -9,11 +9,11 @@ Dimensions: B batch, H rows, W columns, C channels.
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -37,6 +37,8 @@ _Read = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray | None]
 
 # Batches that are read while DALI works on the previous one.
 _READ_AHEAD = 2
+# Batches that exist beside those that wait for the consumer: one it has, one being read, two on their way to DALI.
+_OUTSIDE_THE_QUEUE = 2 + _READ_AHEAD
 # Seconds until a waiting thread notices that it must stop.
 _POLL_S = 0.1
 
@@ -67,16 +69,16 @@ class Loader:
 
         self.device = torch.device(device)
         self._shards, self._config, self._seed, self._extra_NX = shards, config, seed, extra_NX
-        self._positions = iter(positions)
         self._parts = tuple(shards.parts)
-        self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads)
+        num_kept = config.prefetch_batches + _OUTSIDE_THE_QUEUE
+        self._reader = BatchReader(shards, order, self._parts, config.on_corrupt, config.num_threads, num_kept)
         self._crop = config.crop_size or shards.size
         self._in_hu = np.array([name in shards.in_hu for name in shards.modalities])
         # If possible, slices are cut where they are read, and on the CPU mirrored. Pictures must be decoded before.
         early, on_cpu = shards.codec not in PICTURES and not config.turns, self.device.type != "cuda"
         self._cuts_early, self._flips_early = early and self._crop != shards.size, early and on_cpu and config.flip
         self._steered = self._steered_by()
-        self._sources: Iterator[_Read] = self._read()
+        self._sources: Iterator[_Read] = map(self._read, positions)
         self._in_flight: deque[_Read] = deque()  # of batches inside DALI
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipeline = None if on_cpu and early and config.jitter_mr == 0 else self._build(batch_size)
@@ -98,35 +100,38 @@ class Loader:
             yield from opened.enter_context(closing(_Ahead(self._batches(), self._config.prefetch_batches)))
 
     def _batches(self) -> Iterator[Batch]:
+        # map, and no generator of our own: its variables would hold a batch while the next one is made, and memory that
+        # nobody holds is used again.
+        return map(self._batch, map(self._plain, self._sources) if self._pipeline is None else self._through_dali())
+
+    def _batch(self, read: _Read) -> Batch:
+        position_B, row_B, pixels_PBCHW, label_BA = read
+        pixels = dict(zip(self._parts, pixels_PBCHW, strict=True))
+        modality_B, axis_B = (
+            codes_N[row_B].astype(np.int64) for codes_N in (self._shards.modality_N, self._shards.axis_N)
+        )
+        return Batch(
+            image_BHW=pixels["image"].squeeze(1),
+            mask_BHW=pixels["mask"].squeeze(1),
+            modality_B=self._on_device(modality_B),
+            axis_B=self._on_device(axis_B),
+            position_B=self._on_device(position_B),
+            edge_B2HW=pixels.get("edge"),
+            extra_BX=None if self._extra_NX is None else self._on_device(self._extra_NX[row_B]),
+            augmentation_BA=None if label_BA is None else self._on_device(label_BA),
+        )
+
+    def _on_device(self, numbers: np.ndarray) -> torch.Tensor:
         import torch
 
-        through = self._plain() if self._pipeline is None else self._through_dali()
-        for position_B, row_B, pixels_PBCHW, label_BA in through:
-            modality_B, axis_B = (
-                codes[row_B].astype(np.int64) for codes in (self._shards.modality_N, self._shards.axis_N)
-            )
-            extra_BX = None
-            if self._extra_NX is not None:
-                extra_BX = torch.from_numpy(self._extra_NX[row_B]).to(self.device, non_blocking=True)
-            label = None if label_BA is None else torch.from_numpy(label_BA).to(self.device, non_blocking=True)
-            pixels = dict(zip(self._parts, pixels_PBCHW, strict=True))
-            yield Batch(
-                image_BHW=pixels["image"].squeeze(1),
-                mask_BHW=pixels["mask"].squeeze(1),
-                modality_B=torch.from_numpy(modality_B).to(self.device, non_blocking=True),
-                axis_B=torch.from_numpy(axis_B).to(self.device, non_blocking=True),
-                position_B=torch.from_numpy(position_B).to(self.device, non_blocking=True),
-                edge_B2HW=pixels.get("edge"),
-                extra_BX=extra_BX,
-                augmentation_BA=label,
-            )
+        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
-    def _plain(self) -> Iterator[_Read]:
-        """Every batch as it is read."""
+    def _plain(self, read: _Read) -> _Read:
+        """A batch as it is read."""
         import torch
 
-        for position_B, row_B, pixels, label_BA in self._sources:
-            yield position_B, row_B, [torch.from_numpy(part) for part in pixels], label_BA
+        position_B, row_B, pixels, label_BA = read
+        return position_B, row_B, [torch.from_numpy(part) for part in pixels], label_BA
 
     def _through_dali(self) -> Iterator[_Read]:
         """Every batch, decoded and augmented."""
@@ -167,24 +172,22 @@ class Loader:
         }
         return tuple(name for name, wanted in taken.items() if wanted)
 
-    def _read(self) -> Iterator[_Read]:
-        """For every batch: positions, rows, DALI's inputs (the parts, and the numbers of the augmentation), labels."""
-        for asked_B in self._positions:
-            if not (self._steered or self._cuts_early or self._flips_early):
-                position_B, row_B, pixels = self._reader.read(asked_B)
-                yield position_B, row_B, [pixels[part] for part in self._parts], None
-                continue
-            numbers = steering(asked_B, self._seed, self._config, self._shards.size)
-            window = None
-            if self._cuts_early or self._flips_early:
-                window = numbers.window(self._shards.size, self._crop, flips=self._flips_early)
-            position_B, row_B, pixels = self._reader.read(asked_B, window)
-            if len(position_B) < len(asked_B):
-                numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))
-            numbers = numbers.without_jitter(self._in_hu[self._shards.modality_N[row_B]])
-            steered = [getattr(numbers, name) for name in self._steered]
-            label_BA = numbers.labels(self._shards.size, self._crop) if self._config.augments else None
-            yield position_B, row_B, [*(pixels[part] for part in self._parts), *steered], label_BA
+    def _read(self, asked_B: np.ndarray) -> _Read:
+        """A batch: positions, rows, DALI's inputs (the parts, and the numbers of the augmentation), labels."""
+        if not (self._steered or self._cuts_early or self._flips_early):
+            position_B, row_B, pixels = self._reader.read(asked_B)
+            return position_B, row_B, [pixels[part] for part in self._parts], None
+        numbers = steering(asked_B, self._seed, self._config, self._shards.size)
+        window = None
+        if self._cuts_early or self._flips_early:
+            window = numbers.window(self._shards.size, self._crop, flips=self._flips_early)
+        position_B, row_B, pixels = self._reader.read(asked_B, window)
+        if len(position_B) < len(asked_B):
+            numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))
+        numbers = numbers.without_jitter(self._in_hu[self._shards.modality_N[row_B]])
+        steered = [getattr(numbers, name) for name in self._steered]
+        label_BA = numbers.labels(self._shards.size, self._crop) if self._config.augments else None
+        return position_B, row_B, [*(pixels[part] for part in self._parts), *steered], label_BA
 
     def _next_sources(self) -> tuple[Any, ...]:
         """The inputs for DALI's next batch."""
@@ -281,10 +284,16 @@ class Loader:
 
 
 class _Ahead(Generic[T]):
-    """Runs an iterator in a separate thread, at most `depth` items ahead of the consumer."""
+    """Runs an iterator in a separate thread, at most `depth` items ahead of the consumer.
+
+    A queue of items and one of free places: SimpleQueue is written in C, queue.Queue takes a microsecond a pair longer.
+    """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self._items: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+        self._places: SimpleQueue[None] = SimpleQueue()
+        for _ in range(depth):
+            self._places.put(None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(items,), name="loader", daemon=True)
         self._thread.start()
@@ -295,12 +304,13 @@ class _Ahead(Generic[T]):
     def __next__(self) -> T:
         while not self._stop.is_set():
             try:
-                item, end = self._queue.get(timeout=_POLL_S)
-            except queue.Empty:
+                item, end = self._items.get(timeout=_POLL_S)
+            except Empty:
                 continue
             if end is not None:
                 self._stop.set()
                 raise end
+            self._places.put(None)
             return item  # type: ignore[return-value]
         raise StopIteration
 
@@ -313,17 +323,19 @@ class _Ahead(Generic[T]):
         end: BaseException = StopIteration()
         try:
             for item in items:
-                if not self._put((item, None)):
+                if not self._has_place():
                     return
+                self._items.put((item, None))
+                del item  # its memory is used again when nobody refers to it
         except BaseException as error:
             end = error
-        self._put((None, end))
+        self._items.put((None, end))
 
-    def _put(self, item: tuple[T | None, BaseException | None]) -> bool:
+    def _has_place(self) -> bool:
         while not self._stop.is_set():
             try:
-                self._queue.put(item, timeout=_POLL_S)
+                self._places.get(timeout=_POLL_S)
                 return True
-            except queue.Full:
+            except Empty:
                 continue
         return False

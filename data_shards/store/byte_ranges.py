@@ -6,9 +6,8 @@ import errno
 import os
 import resource
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Half of the system's limit for this process, which is often 1,024: a large set has thousands of shards.
 MAX_OPEN_FILES = max(512, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16_384))
@@ -19,16 +18,13 @@ Filled = Callable[[int], object]
 
 
 class Range(NamedTuple):
-    """Bytes of file number `file` from `offset` on, to fill `views` (writable, contiguous) one after another."""
+    """`num_bytes` bytes of file number `file` from `offset` on, to fill `views` one after another: memoryviews or
+    arrays of bytes, writable, contiguous, of that length together."""
 
     file: int
     offset: int
-    views: Sequence[memoryview]
-
-    @property
-    def num_bytes(self) -> int:
-        """Total bytes of the views."""
-        return sum(view.nbytes for view in self.views)
+    num_bytes: int
+    views: Sequence[Any]
 
 
 class ShortFile(OSError):
@@ -37,13 +33,14 @@ class ShortFile(OSError):
 
 
 class OpenFiles:
-    """File descriptors of numbered files, opened at first use; if there are more than `limit`, the least recently used
-    are closed."""
+    """File descriptors of numbered files, opened at first use; if there are more than `limit`, those that were opened
+    first are closed. Reads are shuffled, so the least recently used are no better choice, and to note each use takes
+    a lock."""
 
     def __init__(self, paths: Sequence[str], flags: int = os.O_RDONLY, limit: int = MAX_OPEN_FILES) -> None:
         self.paths = list(paths)
         self._flags, self._limit = flags, limit
-        self._open: OrderedDict[int, OpenFile] = OrderedDict()
+        self._open: dict[int, OpenFile] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -51,15 +48,19 @@ class OpenFiles:
 
     def get(self, number: int) -> OpenFile:
         """The open file; keep the object while its descriptor is used. Raises OSError."""
+        return self._open.get(number) or self._add(number)
+
+    def _add(self, number: int) -> OpenFile:
         with self._lock:
-            file = self._open.get(number)
+            file = self._open.get(number)  # another thread may have been faster
             if file is None:
                 file = self._open[number] = self._opened(number)
                 while len(self._open) > self._limit:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(number)
+                    self._close_first()
             return file
+
+    def _close_first(self) -> None:
+        del self._open[next(iter(self._open))]
 
     def _opened(self, number: int) -> OpenFile:
         while True:
@@ -68,7 +69,7 @@ class OpenFiles:
             except OSError as error:
                 if error.errno != errno.EMFILE or not self._open:
                     raise
-                self._open.popitem(last=False)
+                self._close_first()
                 self._limit = max(1, len(self._open))  # the process needs its other open files
 
 
@@ -92,7 +93,7 @@ def ignore(index: int) -> None:
     """A Filled that does nothing."""
 
 
-def fill(views: Sequence[memoryview], payload: bytes) -> None:
+def fill(views: Sequence[Any], payload: bytes) -> None:
     """Copy `payload` into `views` one after another."""
     source, at = memoryview(payload), 0
     for view in views:
@@ -100,7 +101,7 @@ def fill(views: Sequence[memoryview], payload: bytes) -> None:
         at += view.nbytes
 
 
-def after(views: Sequence[memoryview], done: int) -> list[memoryview]:
+def after(views: Sequence[Any], done: int) -> list[memoryview]:
     """The part of `views` after their first `done` bytes."""
     left = []
     for view in views:

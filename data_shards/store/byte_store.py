@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -55,30 +56,28 @@ class LocalFiles:
         read."""
         reasons: list[OSError | None] = [None] * len(ranges)
         waiting = []
-        for i, wanted in enumerate(ranges):
-            if self._read_cached(wanted):
+        for i, (file, offset, num_bytes, views) in enumerate(ranges):
+            try:
+                opened = self._files.get(file)
+                is_filled = os.preadv(opened.fd, views, offset, os.RWF_NOWAIT) == num_bytes
+            except OSError:  # it is not cached, the filesystem cannot tell, or the file cannot be opened
+                is_filled = False
+            if is_filled:
                 then(i)
             else:
                 waiting.append(i)
+                self._request(file, offset, num_bytes)
         for i in waiting:
             reasons[i] = self._read_one(ranges[i])
             if reasons[i] is None:
                 then(i)
         return reasons
 
-    def _read_cached(self, wanted: Range) -> bool:
-        num_bytes = wanted.num_bytes
-        try:
-            file = self._files.get(wanted.file)
-        except OSError:
-            return False
-        try:
-            if os.preadv(file.fd, wanted.views, wanted.offset, os.RWF_NOWAIT) == num_bytes:
-                return True
-        except OSError:  # it is not cached, or the filesystem cannot tell
-            pass
-        os.posix_fadvise(file.fd, wanted.offset, num_bytes, os.POSIX_FADV_WILLNEED)
-        return False
+    def _request(self, file: int, offset: int, num_bytes: int) -> None:
+        """Let the kernel begin to read bytes into the page cache."""
+        with suppress(OSError):
+            opened = self._files.get(file)
+            os.posix_fadvise(opened.fd, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _read_one(self, wanted: Range) -> OSError | None:
         num_bytes = wanted.num_bytes

@@ -11,12 +11,16 @@ Dimensions: H rows, W columns.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any, get_args
 
+import google_crc32c
 import numpy as np
 
 from data_shards.choices import Codec
 
+# CRC-32C (Castagnoli) of contiguous memory, in place and in hardware: 2.5 microseconds for 64 KiB.
+crc32c: Callable[[bytes | memoryview | np.ndarray], int] = google_crc32c.value
 CODECS = get_args(Codec)
 EXTENSIONS = {"raw": "npy", "zstd": "npy.zst", "png": "png", "jpeg2000": "jp2"}
 PICTURES = ("png", "jpeg2000")
@@ -59,13 +63,6 @@ def decode_into(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray) -> 
     if stored.size != out_HW.nbytes:
         raise ValueError(f"{stored.size} bytes of pixels, {out_HW.nbytes} expected")
     out_HW.reshape(-1).view(np.uint8)[:] = stored
-
-
-def crc32c(payload: bytes | np.ndarray) -> int:
-    """CRC-32C (Castagnoli), in hardware: 2.5 microseconds for 64 KiB. Reads a contiguous array in place."""
-    import google_crc32c
-
-    return int(google_crc32c.value(payload))
 
 
 def _decode_picture(payload: np.ndarray | bytes, codec: str, out_HW: np.ndarray) -> None:

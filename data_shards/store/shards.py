@@ -252,7 +252,7 @@ class ShardSet:
         """The encoded bytes of one part (of a NumPy file its pixels alone), checked: 1-D uint8. Raises as `read`."""
         where = self.parts[part]
         payload = np.empty(int(where.bytes_N[row]), np.uint8)
-        wanted = Range(int(where.file_N[row]), int(where.offset_N[row]), [payload.data])
+        wanted = Range(int(where.file_N[row]), int(where.offset_N[row]), payload.nbytes, [payload.data])
         [error] = self.read_ranges([wanted])
         if error is None and crc32c(payload) != int(where.crc32c_N[row]):
             error = OSError("its bytes are not those that were written (CRC-32C)")

@@ -54,7 +54,7 @@ def test_open_files_are_bounded_and_threads_may_share_them(folder: Path) -> None
 
     def work(seed: int) -> None:
         for i in np.random.default_rng(seed).integers(40, size=300).tolist():
-            read = Range(i, 10, [memoryview(bytearray(500))])
+            read = Range(i, 10, 500, [memoryview(bytearray(500))])
             if store.read([read]) != [None] or got(read) != bytes([i]) * 500:
                 wrong.append(i)
 
