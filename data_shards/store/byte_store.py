@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class ByteStore(Protocol):
-    """The files of one shard set, numbered as in its index."""
+    """The files of one shard set, numbered as in its index. `num_misses`: ranges so far that were not in memory (of a
+    remote set: in its cache on disk)."""
+
+    num_misses: int
 
     def read(self, ranges: Sequence[Range], then: Filled = ignore) -> list[OSError | None]:
         """Fill the views of every range. For each range: None, or the reason why it could not be read (then its views
@@ -47,6 +50,7 @@ class LocalFiles:
     def __init__(self, paths: Sequence[str | Path], max_open: int = MAX_OPEN_FILES) -> None:
         self._max_open = max_open
         self._files = OpenFiles([str(path) for path in paths], limit=max_open)
+        self.num_misses = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalFiles, (self._files.paths, self._max_open)  # descriptors mean nothing in another process
@@ -67,6 +71,7 @@ class LocalFiles:
             else:
                 waiting.append(i)
                 self._request(file, offset, num_bytes)
+        self.num_misses += len(waiting)
         for i in waiting:
             reasons[i] = self._read_one(ranges[i])
             if reasons[i] is None:

@@ -269,6 +269,11 @@ class ShardSet:
         """Whether all files are on this machine's filesystems."""
         return all(local_path(member.root) is not None for member in self.members)
 
+    @property
+    def num_misses(self) -> int:
+        """Ranges so far that were not in memory. See byte_store.ByteStore."""
+        return sum(store.num_misses for store in list(self._stores.values()))
+
     def read_ranges(self, ranges: Sequence[Range], then: Filled = ignore) -> list[OSError | None]:
         """Fill the views of every range; file numbers run over all members. See byte_store.ByteStore."""
         if len(self.members) == 1:
