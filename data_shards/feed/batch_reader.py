@@ -91,11 +91,11 @@ class BatchReader:
         self._scratch: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
 
     def read(
-        self, position_B: np.ndarray, window: Window | None = None
+        self, position_B: np.ndarray, row_B: np.ndarray, window: Window | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Pixels]]:
-        """Positions and rows that were read, and their parts: uint8 or uint16 [B, C, H, W], with C 2 for edge and else
-        1; or lists of encoded pictures, which are not cut to a window. Raises ValueError naming shard and sample."""
-        row_B = self._order.rows_at(position_B)
+        """The rows of a batch: positions and rows, with replacements or without bad samples, and their parts: uint8 or
+        uint16 [B, C, H, W], with C 2 for edge and else 1; or lists of encoded pictures, which are not cut to a window.
+        Raises ValueError naming shard and sample."""
         self._share = self._next_share(len(row_B))
         pixels, errors = self._read_rows(row_B, window)
         for attempt in range(1, _MOST_REPLACEMENTS + 1):

@@ -52,7 +52,7 @@ class LoaderConfig:
     on_corrupt: Resumable[Literal["raise", "skip"]] = "raise"
     """What happens if a sample's bytes are not those that were written: the run stops, or another sample is taken."""
     num_threads: Execution[Annotated[int, Interval(ge=1, le=256)]] = 2
-    """Threads that read and check, and DALI's decoding threads."""
+    """Threads that read and check, and DALI's decoding threads. Raw slices in memory are read by one."""
     prefetch_batches: Execution[Annotated[int, Interval(ge=0, le=1024)]] = 4
     """Batches made ahead, in a separate thread. 0 makes each batch when it is needed."""
     cache_dir: Execution[Path | None] = field(default=None, metadata=FROM_A_PERSON)

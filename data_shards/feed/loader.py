@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
+from itertools import starmap
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ import numpy as np
 from data_shards.feed.augment import steering
 from data_shards.feed.batch_reader import BatchReader
 from data_shards.feed.config import LoaderConfig
-from data_shards.feed.order import Order
+from data_shards.feed.order import Order, with_rows
 from data_shards.records import Batch
 from data_shards.store.codecs import PICTURES
 
@@ -78,7 +79,7 @@ class Loader:
         early, on_cpu = shards.codec not in PICTURES and not config.turns, self.device.type != "cuda"
         self._cuts_early, self._flips_early = early and self._crop != shards.size, early and on_cpu and config.flip
         self._steered = self._steered_by()
-        self._sources: Iterator[_Read] = map(self._read, positions)
+        self._sources: Iterator[_Read] = starmap(self._read, with_rows(positions, order))
         self._in_flight: deque[_Read] = deque()  # of batches inside DALI
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipeline = None if on_cpu and early and config.jitter_mr == 0 else self._build(batch_size)
@@ -172,16 +173,16 @@ class Loader:
         }
         return tuple(name for name, wanted in taken.items() if wanted)
 
-    def _read(self, asked_B: np.ndarray) -> _Read:
+    def _read(self, asked_B: np.ndarray, asked_row_B: np.ndarray) -> _Read:
         """A batch: positions, rows, DALI's inputs (the parts, and the numbers of the augmentation), labels."""
         if not (self._steered or self._cuts_early or self._flips_early):
-            position_B, row_B, pixels = self._reader.read(asked_B)
+            position_B, row_B, pixels = self._reader.read(asked_B, asked_row_B)
             return position_B, row_B, [pixels[part] for part in self._parts], None
         numbers = steering(asked_B, self._seed, self._config, self._shards.size)
         window = None
         if self._cuts_early or self._flips_early:
             window = numbers.window(self._shards.size, self._crop, flips=self._flips_early)
-        position_B, row_B, pixels = self._reader.read(asked_B, window)
+        position_B, row_B, pixels = self._reader.read(asked_B, asked_row_B, window)
         if len(position_B) < len(asked_B):
             numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))
         numbers = numbers.without_jitter(self._in_hu[self._shards.modality_N[row_B]])

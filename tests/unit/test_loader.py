@@ -20,15 +20,20 @@ from data_shards.feed.loader import Loader
 from data_shards.feed.mixing import make_order
 from data_shards.feed.order import Sequential, Shuffled, rank_positions, sample_at, sequential_positions
 from data_shards.records import MODALITIES, Batch
+from data_shards.store.byte_ranges import Range
 from data_shards.store.config import CacheConfig
 from data_shards.store.shards import ShardSet
 
 
 def take(
-    shards: ShardSet, config: LoaderConfig, start: int, num: int, batch_size: int = 4, seed: int = 7
+    shards: ShardSet, config: LoaderConfig, start: int, num: int, batch_size: int = 4, seed: int = 7, cold: bool = False
 ) -> list[Batch]:
+    """`cold`: a range that is not in memory is read between batches, so that threads share some of them."""
     order = make_order(shards, shards.select(split="train"), config.mix, seed)
     positions = rank_positions(start, micro_batch_size=batch_size, num_micro_batches=1, rank=0, world_size=1)
+    beyond = Range(0, 10**12, 1, [bytearray(1)])
+    if cold:
+        positions = (shards.read_ranges([beyond]) and position_B for position_B in positions)
     return list(islice(Loader(shards, order, positions, config, batch_size=batch_size, seed=seed), num))
 
 
@@ -252,13 +257,13 @@ def test_flip_mirrors_about_half(shapes: Path) -> None:
 
 @pytest.mark.parametrize("size", [20, 24, 32])
 def test_slices_are_cut_and_mirrored_as_dali_does_it(tmp_path: Path, size: int) -> None:
-    """DALI does it with pictures; of raw slices the windows are copied, in one or three threads."""
+    """DALI does it with pictures; of raw slices the windows are copied, in one thread or shared by three."""
     config = LoaderConfig(flip=True, crop="random", crop_size=size)
     form = {"bits": 16, "soft_edge": True, "slices": 3}
     by_dali = take(ShardSet.open(write_shapes(tmp_path / "png", codec="png", **form)), config, 3, 6)
     raw = ShardSet.open(write_shapes(tmp_path / "raw", codec="raw", **form))
-    for threads in (1, 3):
-        copied = take(raw, replace(config, num_threads=threads), 3, 6)
+    for cold in (False, True):
+        copied = take(raw, replace(config, num_threads=3), 3, 6, cold=cold)
         for name in ("image_BHW", "mask_BHW", "edge_B2HW"):
             assert torch.equal(joined(copied, name), joined(by_dali, name)), name
 
