@@ -123,12 +123,8 @@ class ServedModel:
             made = asyncio.wrap_future(job.future)
             try:
                 yield Event("queued", {"position": self._batcher.submit(job)})
-                while not made.done():
-                    waiting = asyncio.ensure_future(events.get())
-                    done, _ = await asyncio.wait((made, waiting), return_when=asyncio.FIRST_COMPLETED)
-                    if waiting in done:
-                        yield waiting.result()
-                    waiting.cancel()
+                async for event in _until_done(made, events):
+                    yield event
                 image_SHW = made.result()
             finally:
                 job.future.cancel()
@@ -211,6 +207,19 @@ class ServedModel:
         except InputProblems:
             return None
         return [float(grey.offset), float(grey.offset + 255 * grey.scale)]
+
+
+async def _until_done(made: asyncio.Future[np.ndarray], events: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    """The events that come before the images are made."""
+    while not made.done():
+        waiting = asyncio.ensure_future(events.get())
+        try:
+            await asyncio.wait((made, waiting), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            has_event = waiting.done()
+            waiting.cancel()  # also if the client has left
+        if has_event:
+            yield waiting.result()
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

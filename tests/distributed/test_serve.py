@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import io
@@ -190,6 +191,27 @@ def test_a_client_that_leaves_ends_its_work(client: Client) -> None:
     leaving.close()
     client.wait_for("segdiff_cancelled_total", before + 1)
     client.wait_for("segdiff_active_requests", 0)
+
+
+def test_a_request_that_is_cancelled_leaves_no_task(folder: Path) -> None:
+    from segdiff_dist.serving.messages import MaskUpload, PaintRequest
+    from segdiff_dist.serving.served_model import ServedModel
+
+    model = ServedModel("small", str(folder), ServeConfig(device="cpu", steps=400), threads=1)
+
+    async def leave() -> set[asyncio.Task[Any]]:
+        events = model.paint(PaintRequest(MaskUpload(png(organs())), steps=400))
+        assert (await anext(events)).kind == "queued"
+        waiting = asyncio.create_task(anext(events))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await asyncio.sleep(0.01)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    left = asyncio.run(leave())
+    model.close()
+    assert not left
 
 
 def test_a_killed_process_loses_no_request(client: Client) -> None:
