@@ -118,7 +118,7 @@ class Candidate:
     @cached_property
     def num_slices(self) -> dict[str, int]:
         """By split."""
-        splits = ("train", "val", self.task.data_set.sampled_split)
+        splits = {"train", "val", self.experiment.sample.split}
         return {one: self.task.data_set.num_slices(self.experiment.prepare, one) for one in splits}
 
     @property

@@ -51,12 +51,13 @@ class DataSet:
         labelled = Counter(case.split for case in self.cases if case.is_labelled)
         return "test" if labelled["test"] else "val"
 
-    def split_problems(self) -> list[Problem]:
-        """A whole run trains on one split, and samples the masks of another."""
+    def split_problems(self, sampled: str | None = None) -> list[Problem]:
+        """A whole run trains on one split, and samples the masks of another. `sampled`: the latter, if it is given."""
         labelled = {case.split for case in self.cases if case.is_labelled}
-        missing = [split for split in ("train", self.sampled_split) if split not in labelled]
+        missing = [split for split in ("train", sampled or self.sampled_split) if split not in labelled]
         value = f"no labelled case is in split {' or '.join(missing)}"
         remedy = "let --prepare.split 0.7 0.1 0.2 draw the splits by patient"
+        remedy += "" if sampled is None else ", or leave out sample.split in the configuration"
         return [Problem("splits", "data", value, remedy)] if missing and labelled else []
 
     @property

@@ -14,7 +14,7 @@ import tyro
 from data_shards.files import write_atomic
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.problems import Problem, problem, refuse
-from segdiff_dist.config import as_dict, merge, read_yaml, to_yaml
+from segdiff_dist.config import as_dict, flatten, merge, read_yaml, to_yaml
 from segdiff_dist.experiment import Experiment, load_experiment, value_of
 from segdiff_dist.shipped import find_config, shipped_names
 from segdiff_dist.stages.base import command
@@ -120,10 +120,11 @@ class Budgeted(ConfiguredStage):
         data, folder = self.path("amos_root").resolve(), self.folder.resolve()
         paths = {"amos_root": str(data), "data": str(folder / "shards"), "run": str(folder / "run")}
         data_set = DataSet.of(check(data, Path(paths["data"]), self.prepare, self.experiment.wholebody))
+        kept = self.kept()
         if self.experiment.wholebody is None:
-            refuse(data_set.split_problems())
+            refuse(data_set.split_problems(flatten(kept).get("sample.split")))
         machine = Machine.here(free_bytes(folder))
-        candidate, experiment = choose(Task(data_set, machine, self.hours, paths, self.kept(), self.recipe))
+        candidate, experiment = choose(Task(data_set, machine, self.hours, paths, kept, self.recipe))
         rows = rows_of(candidate, experiment)
         refuse(unless_forced(_disk_problems(folder, rows, machine.free_bytes)))
         is_nnunet = experiment.export.format == NNUNET

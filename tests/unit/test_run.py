@@ -108,6 +108,8 @@ def test_a_run_needs_masks_to_train_on_and_masks_to_sample(task: Task, split: st
     (problem,) = alone.split_problems()
     assert f"split {missing}" in str(problem)
     assert "--prepare.split" in str(problem)
+    (problem,) = alone.split_problems("val")
+    assert "sample.split" in str(problem), "the configuration names a split without masks"
 
 
 def test_what_is_given_is_kept(task: Task) -> None:
