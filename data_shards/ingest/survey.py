@@ -148,16 +148,17 @@ def _pictures_without_values(root: Path, listing: Listing, config: PrepareConfig
 
 
 def _request(config: PrepareConfig) -> Request:
+    is_usable = not config.problems()  # else these are reported, and nothing that follows from them
     return Request(
         config.modalities,
         config.modality,
         channel=config.channel,
         channels=config.channels,
         fold=config.fold,
-        patient=None if config.problems() else config.patient,
+        patient=config.patient if is_usable else None,
         draws_splits=config.split is not None,
         keep_ids=config.keep_dicom_ids,
-        pixel_mm=config.pixel_mm,
+        pixel_mm=config.pixel_mm if is_usable or config.pixel_mm is None else 1.0,
     )
 
 

@@ -170,6 +170,11 @@ def without(file: str) -> Callable[[Path], Any]:
     return spoil
 
 
+def renamed(folder: Path, name: str = "{} x") -> None:
+    for file in sorted(folder.iterdir()):
+        file.rename(file.with_stem(name.format(file.stem)))
+
+
 HEAD = "image,label,modality,spacing_mm,scale,offset\nimages/a1.png,masks/a1.png,US"
 UNSTATED: dict[str, Any] = {"modality": None, "pixel_mm": None, "intensities": {}}
 
@@ -186,7 +191,10 @@ UNSTATED: dict[str, Any] = {"modality": None, "pixel_mm": None, "intensities": {
         (lambda root: save(root / "images/a1.tif", picture()), {}, "both a1.png and a1.tif"),
         (lambda root: save(root / "images/a1.png", picture(), format="JPEG"), {}, "JPEG by its bytes"),
         (lambda root: (root / "masks/a1.png").rename(root / "masks/z.png"), {}, "without an image: z"),
+        (lambda root: renamed(root / "masks", "mask {}"), {}, "none was recognised.*4 without an image.*manifest.csv"),
+        (lambda root: (renamed(root / "images"), renamed(root / "masks")), {}, "'a1 x'.*1 more such.*manifest.csv"),
         (write(f"{HEAD},2 2 2,,"), UNSTATED, "spacing_mm.*'2 2 2'"),
+        (write(f"{HEAD},-2,,"), UNSTATED, "line 2: spacing_mm: -2; pixels are"),
         (write(f"{HEAD},2,0,"), UNSTATED, "scale.*other number than 0"),
         (write(f"{HEAD},2,nan,"), UNSTATED, "scale"),
         (write("image,modality,scale\na.nii.gz,CT,2"), UNSTATED, "a.nii.gz states it itself"),
@@ -205,7 +213,7 @@ def test_what_nobody_says_is_refused(
     root: Path, spoil: Callable[[Path], Any], changes: dict[str, Any], words: str
 ) -> None:
     spoil(root)
-    with pytest.raises(InputProblems, match=words):
+    with pytest.raises(InputProblems, match=f"(?s){words}"):
         checked(root, **changes)
 
 

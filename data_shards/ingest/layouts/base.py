@@ -16,6 +16,8 @@ from data_shards.records import MODALITIES, is_case_id
 
 # A shard's member is named CASE-sagittal-0000.image.npy.zst, and a plain tar holds names of up to 100 characters.
 _LONGEST_CASE_ID = 64
+# Wrong names that are listed one by one.
+_MOST_NAMES = 3
 # Tables of cases, which the layout `folder` reads.
 MANIFESTS = ("manifest.csv", "manifest.tsv")
 # The name of a file of one kind without its ending; None for others.
@@ -88,12 +90,14 @@ def one_file(files: Sequence[Path]) -> tuple[Path, list[Problem]]:
     return files[0], [Problem(str(files[0].parent), "files", value, "keep the one that is meant")]
 
 
-def case_name_problems(where: Path, names: Sequence[str]) -> Iterator[Problem]:
-    """Problems of names that cannot be case ids."""
-    remedy = f"name cases with letters, digits, _ and -, at most {_LONGEST_CASE_ID} characters"
-    for name in names:
-        if not is_case_id(name) or "." in name or len(name) > _LONGEST_CASE_ID:
-            yield Problem(str(where), "case id", repr(name[:100]), remedy)
+def case_name_problems(where: Path, names: Sequence[str], otherwise: str = "") -> Iterator[Problem]:
+    """Problems of names that cannot be case ids. `otherwise`: another remedy than to rename the files."""
+    remedy = f"name cases with letters, digits, _ and -, at most {_LONGEST_CASE_ID} characters{otherwise}"
+    wrong = [name for name in names if not is_case_id(name) or "." in name or len(name) > _LONGEST_CASE_ID]
+    for name in wrong[:_MOST_NAMES]:
+        yield Problem(str(where), "case id", repr(name[:100]), remedy)
+    if len(wrong) > _MOST_NAMES:
+        yield Problem(str(where), "case id", f"{len(wrong) - _MOST_NAMES:,} more such names", remedy)
 
 
 def patient_of(case_id: str, pattern: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from data_shards.ingest.dataset_json import DATASET_FILE, is_of_layout
 from data_shards.ingest.layouts.amos import Amos, Decathlon, content_of
 from data_shards.ingest.layouts.base import Layout, Request
 from data_shards.ingest.layouts.dicom import Dicom
-from data_shards.ingest.layouts.folder import Folder
+from data_shards.ingest.layouts.folder import Folder, pairs
 from data_shards.ingest.layouts.nnunet import NnUNet
 from data_shards.ingest.layouts.pictures import Pictures
 from data_shards.ingest.layouts.totalsegmentator import TotalSegmentator
-from data_shards.problems import problem
+from data_shards.ingest.pictures import picture_stem
+from data_shards.ingest.volume_files import stem
+from data_shards.problems import InputProblems, Problem, problem
 
 # In the order in which they are tried: first layouts with a describing file, then layouts by file names.
 LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder(), Dicom(), Pictures())
@@ -52,5 +55,12 @@ def recognise(root: Path, wanted: str = AUTO) -> Recognised:
         raise problem(root, "data folder", "not a folder", _KNOWN)
     content = content_of(root)
     if not (root / DATASET_FILE).is_file() or (content and not is_of_layout(content)):
-        raise problem(root, "layout", "none was recognised", _KNOWN)
+        raise InputProblems([Problem(str(root), "layout", "none was recognised", _KNOWN), *_without_pair(root)])
     return Recognised(LAYOUTS[0], "no other layout was recognised")
+
+
+def _without_pair(root: Path) -> Iterator[Problem]:
+    """Labels in the folders of a plain data set that no image is named like."""
+    for stem_of in (stem, picture_stem):
+        cases, found = pairs(root, stem_of)
+        yield from found if cases else ()

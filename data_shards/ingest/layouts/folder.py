@@ -106,7 +106,7 @@ def listing_of(
     """The cases that were found, with modality and patient. `names`: the classes by id. Either with its problems.
     `where`: the table in which a modality could be stated."""
     cases, problems = found
-    problems += case_name_problems(root, [case.case_id for case in cases])
+    problems += case_name_problems(root, [case.case_id for case in cases], f", or name them in {MANIFESTS[0]} (`case`)")
     problems += _twins(root, cases)
     unstated = [case.case_id for case in cases if not case.modality or request.modality]
     modality_of, notes_of, wrong = find_modalities(where, content_of(root), unstated, request.modality)
@@ -151,7 +151,8 @@ def pairs(root: Path, stem_of: StemOf = stem) -> tuple[list[Case], list[Problem]
         strange = sorted(label_files.keys() - image_files.keys())
         if strange:
             value = f"{len(strange)} without an image: {', '.join(strange[:3])}"
-            problems.append(Problem(str(labels), "labels", value, "name image and label of a case alike"))
+            remedy = f"name image and label of a case alike, or list both in {MANIFESTS[0]}"
+            problems.append(Problem(str(labels), "labels", value, remedy))
     return cases, problems
 
 

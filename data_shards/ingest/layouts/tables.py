@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_shards.documents import read_bytes
+from data_shards.ingest.nifti import SPACING_LIMITS_MM
 from data_shards.ingest.pictures import Pixel
 from data_shards.problems import Problem, problem, refuse
 
@@ -86,8 +87,12 @@ def stated_split(where: Path, word: str) -> str:
 
 def stated_pixel(where: Path, row: dict[str, str], pixel_mm: float | None) -> Pixel:
     """What a row says of a picture; `pixel_mm` counts where it says no spacing. Raises InputProblems for what is no
-    number."""
-    spacing = _numbers(where, "spacing_mm", row, (1, 2)) or (() if pixel_mm is None else (pixel_mm,))
+    number, or not the width of a pixel."""
+    stated = _numbers(where, "spacing_mm", row, (1, 2))
+    low, high = SPACING_LIMITS_MM
+    if not all(low <= one <= high for one in stated):
+        raise problem(where, "spacing_mm", row["spacing_mm"][:40], f"pixels are {low} to {high:.0f} mm wide")
+    spacing = stated or (() if pixel_mm is None else (pixel_mm,))
     scale, offset = _numbers(where, "scale", row, (1,)), _numbers(where, "offset", row, (1,))
     if scale and not scale[0]:
         raise problem(where, "scale", row["scale"][:40], "value = grey * scale + offset: give another number than 0")
