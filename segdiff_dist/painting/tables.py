@@ -145,6 +145,9 @@ def _parsed(content: Any, where: str, table: LabelTable) -> dict[int, str]:
         content = dict(enumerate([BACKGROUND, *(one for one in content if one != BACKGROUND)]))
     if not isinstance(content, Mapping) or not content:
         raise problem(where, "labels", type(content).__name__, _REMEDY)
+    if regions := [str(key) for key, value in content.items() if isinstance(value, list)]:
+        value = f"regions ({', '.join(regions)[:60]})"
+        raise problem(where, "labels", value, "a pixel has one class here: name the ids in a file, --labels FILE")
     pairs = [_pair(key, value, where, table) for key, value in content.items()]
     numbers = [number for number, _ in pairs]
     if twice := sorted({number for number in numbers if numbers.count(number) > 1}):

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import is_dataclass, replace
+from functools import partial
 from io import StringIO
 from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from data_shards.problems import InputProblems, problem
 from data_shards.ranges import metavar
@@ -37,7 +38,7 @@ def parse_flags(
     aliases = aliases or {}
     given = [_full_name(arg, aliases) for arg in args]
     short = [f"{alias} X is short for {flag} X." for alias, flag in aliases.items()]
-    description = "\n".join([(cls.__doc__ or "").strip(), *short])
+    description = "\n".join([" ".join((cls.__doc__ or "").split()), *short])
     options: dict[str, Any] = {"registry": _with_ranges()} | ({} if default is None else {"default": default})
     args = ["--help"] if HELP_ALL in given else given
     if not essential or HELP_ALL in given or not {"-h", "--help"} & set(args):
@@ -87,7 +88,7 @@ def only_essential(text: str, essential: Collection[str]) -> str:
 
 
 def _with_ranges() -> ConstructorRegistry:
-    """tyro's rules, with the range of a field beside its type: `INT (1 or more)`."""
+    """tyro's rules, with the range of a field beside its type: `INT (1 or more)`; texts without line breaks."""
     registry, is_asking_tyro = ConstructorRegistry(), False
 
     @registry.struct_rule
@@ -102,9 +103,16 @@ def _with_ranges() -> ConstructorRegistry:
             is_asking_tyro = False
         if not isinstance(spec, StructConstructorSpec):
             return None
-        return replace(spec, fields=tuple(replace(one, type=_named(one.type)) for one in spec.fields))
+        as_shown = (replace(one, type=_named(one.type), helptext=partial(_on_one_line, one)) for one in spec.fields)
+        return replace(spec, fields=tuple(as_shown))
 
     return registry
+
+
+def _on_one_line(field: StructFieldSpec) -> str | None:
+    """A field's text without the line breaks of its source; the help has its own."""
+    text = field.helptext() if callable(field.helptext) else field.helptext
+    return None if text is None else " ".join(text.split())
 
 
 def _named(hint: Any) -> Any:

@@ -169,6 +169,9 @@ def test_labels_by_name(model: Model, organs: np.ndarray, tmp_path: Path) -> Non
     np.testing.assert_array_equal(segdiff_dist.paint(renamed, model, labels=file).values, expected)
     with pytest.raises(InputProblems, match="2 tumour"):
         segdiff_dist.paint(renamed, model, labels={1: "liver", 2: "tumour", 3: "body"})
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "organs": [1, 2], "spleen": 2}}')
+    with pytest.raises(InputProblems, match=r"regions \(organs\).*--labels FILE"):
+        segdiff_dist.paint(renamed, model, labels=tmp_path / "dataset.json")
     options = segdiff_dist.PaintOptions(other_labels="body")
     made = segdiff_dist.paint(renamed, model, labels={1: "liver", 2: "tumour", 3: "body"}, options=options)
     assert set(np.unique(made.labels.voxels_IJK)) == {0, LIVER, BODY}

@@ -75,6 +75,9 @@ def test_help_shows_the_range_of_a_flag_and_its_choices(capsys: pytest.CaptureFi
     assert "--sample.sampler.guidance FLOAT (0 or more)" in flags
     assert "--sample.target-modality {same,other}|STR (letters, digits and -)" in flags
     assert "--config {None}|STR" in flags, "a flag without a range keeps the name of its type"
+    with pytest.raises(SystemExit, match="0"):
+        main(["paint", "--help"])
+    assert "ending: a folder with a DICOM series" in capsys.readouterr().out, "lines break where the help's end"
 
 
 def test_what_is_mistyped_is_answered_with_what_was_meant(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
