@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,8 @@ def write_nnunet(
         write_description(out, merge.description(name, reader), merge.folds())
         return
     description = nnunet_description(name, samples.modalities[0], names, len(samples), ending)
-    write_description(out, description | {"overwrite_image_reader_writer": reader}, nnunet_folds(samples.items))
+    folds = nnunet_folds({item["name"]: item["patient"] for item in samples.items})
+    write_description(out, description | {"overwrite_image_reader_writer": reader}, folds)
 
 
 def save_case(
@@ -163,15 +164,16 @@ def write_description(out: Path, description: dict[str, Any], folds: list[dict[s
         (out / SPLITS_FILE).write_text(json.dumps(folds, indent=2) + "\n")
 
 
-def nnunet_folds(items: Sequence[dict[str, Any]]) -> list[dict[str, list[str]]]:
+def nnunet_folds(patient_of: Mapping[str, str]) -> list[dict[str, list[str]]]:
     """Names of the images of each fold: five folds, or as many as there are patients; none for a single patient.
-    Patients are assigned to the folds in the order of their names' digests."""
-    patients = sorted({item["patient"] for item in items}, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
+    `patient_of`: the patient of each image, by its name. Patients are assigned to the folds in the order of their
+    names' digests."""
+    patients = sorted(set(patient_of.values()), key=lambda one: hashlib.sha256(one.encode()).hexdigest())
     number_of = {patient: number for number, patient in enumerate(patients)}
     num_folds = min(_FOLDS, len(patients)) if len(patients) > 1 else 0
     folds: list[dict[str, list[str]]] = []
     for fold in range(num_folds):
-        is_val = {item["name"]: number_of[item["patient"]] % num_folds == fold for item in items}
+        is_val = {name: number_of[patient] % num_folds == fold for name, patient in patient_of.items()}
         names = sorted(is_val)
         folds.append({split: [n for n in names if is_val[n] == (split == "val")] for split in ("train", "val")})
     return folds

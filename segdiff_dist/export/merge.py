@@ -61,7 +61,7 @@ class Merge:
     def folds(self) -> list[dict[str, list[str]]]:
         """Those of the real cases; a synthetic case trains where its mask's patient is not validated."""
         of_real = self.of_real
-        folds = self.real.folds or nnunet_folds([{"name": c, "patient": of_real[c]} for c in self.real.cases])
+        folds = self.real.folds or nnunet_folds({case: of_real[case] for case in self.real.cases})
         made = []
         for fold in folds:
             validated = {of_real[case] for case in fold["val"]}

@@ -25,6 +25,7 @@ from segdiff_dist.export.files import (
 )
 from segdiff_dist.export.job import out_problems
 from segdiff_dist.export.merge import Merge
+from segdiff_dist.export.patients import Patients
 from segdiff_dist.export.real_set import PROVENANCE
 from segdiff_dist.export.samples import plain_case
 from segdiff_dist.export.slicewise import Generate
@@ -85,14 +86,15 @@ class VolumeSetJob:
         return made.report
 
     def _describe(self, folder: Path, provenance: dict[str, Any]) -> None:
-        config = next(iter(self.jobs.values())).config
+        first = next(iter(self.jobs.values()))
+        config, patients = first.config, Patients(first.shards)
         if self.merge is not None:
             write_description(folder, self.merge.description(self.out.name, None), self.merge.folds())
             provenance = provenance | self.merge.record()
         else:
             settings = (self.out.name, config.modality, self.names, len(self.jobs), config.file_ending)
-            items = [{"name": name, "case_id": case} for name, case in _cases(self.jobs).items()]
-            write_description(folder, nnunet_description(*settings), nnunet_folds(items))
+            patient_of = {name: patients.of(case) for name, case in _cases(self.jobs).items()}
+            write_description(folder, nnunet_description(*settings), nnunet_folds(patient_of))
         (folder / PROVENANCE).write_text(json.dumps({"synthetic": True} | provenance, indent=2) + "\n")
 
 

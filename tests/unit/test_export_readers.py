@@ -119,11 +119,11 @@ def test_an_export_is_prepared_again(run: Path, shards: Path, form: str, ending:
 
 
 def test_folds_keep_patients_together() -> None:
-    items = [{"name": f"p{p}-{n}", "patient": f"p{p}"} for p in range(12) for n in range(3)]
-    folds = nnunet_folds(items)
+    patient_of = {f"p{p}-{n}": f"p{p}" for p in range(12) for n in range(3)}
+    folds = nnunet_folds(patient_of)
     assert len(folds) == 5
-    assert nnunet_folds(items[:3]) == []  # of one patient
-    assert sorted(name for fold in folds for name in fold["val"]) == sorted(item["name"] for item in items)
+    assert nnunet_folds(dict(list(patient_of.items())[:3])) == []  # of one patient
+    assert sorted(name for fold in folds for name in fold["val"]) == sorted(patient_of)
     for fold in folds:
         assert not {n.split("-")[0] for n in fold["train"]} & {n.split("-")[0] for n in fold["val"]}
 

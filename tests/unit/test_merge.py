@@ -274,6 +274,11 @@ def test_volumes_are_cases_beside_real_volumes(run: Path, shards: Path, volumes_
     assert {tuple(fold["val"]) for fold in folds} == {("p1_1", "p1_2"), ("p2_1",)}
     trained = {tuple(name for name in fold["train"] if name.endswith("volume")) for fold in folds}
     assert trained == {("p2_1_ct_0-volume",), ("p1_1_ct_0-volume", "p1_2_ct_0-volume")}
+    alone = tmp_path / "Dataset703_Alone"
+    assert main([*line[:2], str(alone), *line[3:]]) == 0
+    folds = json.loads((alone / "splits_final.json").read_text())
+    parts = {("p1_1_ct_0-volume", "p1_2_ct_0-volume"), ("p2_1_ct_0-volume",)}
+    assert {tuple(fold["val"]) for fold in folds} == parts, "two scans of a patient are in one fold"
     _assert_it_comes_in_again(out, volumes_set)
     drawn = check(out, tmp_path / "again", replace(CONFIG, patient=PATTERN, split=(0.5, 0.5, 0.0)))
     assert "splits_final.json is not used: --prepare.split draws the splits" in drawn.survey.notes
