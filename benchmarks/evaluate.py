@@ -97,7 +97,7 @@ def _sizes(num: int, pieces: int) -> list[int]:
     return [num * (piece + 1) // pieces - num * piece // pieces for piece in range(pieces)]
 
 
-def where_the_time_goes(run: Path, size: int) -> dict[str, float]:
+def where_the_time_goes(run: Path) -> dict[str, float]:
     """Milliseconds a triple of each step on one thread, in batches of 16."""
     import torch
 
@@ -193,7 +193,7 @@ def main() -> None:
         )
         rates = measure(contenders, 1 if args.quick else args.rounds)
         notes = {
-            "ms a triple on one thread": where_the_time_goes(runs[small], args.size),
+            "ms a triple on one thread": where_the_time_goes(runs[small]),
             "s a group for distances": distances_seconds(500 if args.quick else 5_000),
             "driver's peak above its start, MiB": dict(peaks),
         }

@@ -3,7 +3,6 @@ the real ones with noise. The cost of an evaluation depends on their number, siz
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,6 @@ def write_samples(run: Path, shards: ShardSet, num: int) -> None:
 def forget_evaluation(run: Path) -> None:
     """Remove the results of an earlier turn."""
     shutil.rmtree(run / "evaluation", ignore_errors=True)
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    """summary.json of a run."""
-    return json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
 
 
 def _item(item_id: int, row: int, source: dict[str, Any]) -> dict[str, Any]:

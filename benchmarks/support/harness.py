@@ -219,13 +219,6 @@ def commit() -> dict[str, Any]:
         return {"revision": "unknown", "dirty": True}
 
 
-def rss_mib(pid: int | None = None) -> float:
-    """Memory a process holds that is its own, in MiB: without the file pages that it has mapped."""
-    status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) / 1024
-
-
 def _rate(value: float) -> str:
     """Three digits of a small rate, whole numbers of a large one."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

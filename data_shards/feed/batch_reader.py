@@ -49,10 +49,6 @@ class Window:
         """The windows of some of the samples."""
         return Window(self.top_B[index], self.left_B[index], self.size, self.mirrored_B[index])
 
-    def room_for(self, whole_BCHW: np.ndarray) -> np.ndarray:
-        """An empty array for the windows."""
-        return np.empty((*whole_BCHW.shape[:2], self.size, self.size), whole_BCHW.dtype)
-
     def cut(self, i: int, whole_CHW: np.ndarray, out_CHW: np.ndarray) -> None:
         """Copy the window of sample i."""
         top, left = int(self.top_B[i]), int(self.left_B[i])

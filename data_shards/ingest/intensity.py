@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
-from data_shards.choices import Intensity
 from data_shards.ingest.volumes import Volume, planes_in_memory
 from data_shards.modalities import GreyRule, grey_rule
-
-# window: CT by the window alone. paper: CT also by percentiles after the window, as in the paper's code, so that one
-# grey value means another HU in each volume (HU can still be restored from the slice's own mapping).
-INTENSITIES = get_args(Intensity)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def read_stored(file: Path, geometry: Geometry, pixel: Pixel) -> tuple[np.ndarra
     if _is_png(file):
         numbers_HW = read_png_ids(file, None, 256) if pixel.is_label else read_png_grey(file)
     else:
-        numbers_HW = _decoded(file, pixel.is_label)
+        numbers_HW = _decoded(file)
     return numbers_HW.T.reshape(geometry.shape), sha256
 
 
@@ -138,7 +138,7 @@ def _header(file: Path, is_label: bool) -> tuple[tuple[int, int], type, tuple[st
         return picture.size, dtype or np.uint8, notes if is_lossy else ()
 
 
-def _decoded(file: Path, is_label: bool) -> np.ndarray:
+def _decoded(file: Path) -> np.ndarray:
     """[H, W] of a JPEG or TIFF."""
     with _opened(file) as picture:
         mode = picture.mode

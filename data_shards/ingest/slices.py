@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
-from data_shards.choices import Fit, MaskResize
 from data_shards.ingest.body import BodyField
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.mask_slices import FilledMasks, NearestLabels, SoftMasks
@@ -23,10 +21,6 @@ from data_shards.ingest.volumes import Volume, num_resampled
 # Canonical dimension (0 I right, 1 J anterior, 2 K superior) that runs through the slices, down the rows and along the
 # columns. Rows and columns all run against their canonical dimension.
 VIEWS = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
-FITS = get_args(Fit)
-# nearest: the nearest voxel's id. soft: every class resampled like an image, the largest share decides. bilinear_ids:
-# id numbers resampled like grey values and rounded, as in the paper's code; creates false classes at borders.
-MASK_RESIZES = get_args(MaskResize)
 
 
 @dataclass(frozen=True)

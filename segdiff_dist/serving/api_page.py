@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-_JSON, _FORM = "application/json", "multipart/form-data"
+_FORM = "multipart/form-data"
 
 
 def api_page(openapi: dict[str, Any]) -> str:
