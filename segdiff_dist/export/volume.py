@@ -163,6 +163,11 @@ def generate_volume(job: VolumeJob, generate: Generate, size: int) -> MadeVolume
     return MadeVolume(values_IJK, shown_IJK, labels, report)
 
 
+def check_voxels(job: VolumeJob) -> None:
+    """Read mask and body image; raises InputProblems for what only their voxels show."""
+    _read_body_image(_read_mask(job.mask_file, job.shards.label_table), job.config)
+
+
 def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int) -> Generate:
     """Slice k has the noise of (seed, item k), or all slices have that of item 0."""
 
@@ -232,6 +237,11 @@ def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig, size: int) -> C
 
 def _body(labels: Volume, config: VolumeConfig, like: Literal["CT", "MR"]) -> BodyField | None:
     """The patient's voxels, from config.body_image, whose values are like those of CT or MR; None without it."""
+    image = _read_body_image(labels, config)
+    return None if image is None else find_body(image, like)
+
+
+def _read_body_image(labels: Volume, config: VolumeConfig) -> Volume | None:
     if config.body_image is None:
         return None
     try:
@@ -242,7 +252,7 @@ def _body(labels: Volume, config: VolumeConfig, like: Literal["CT", "MR"]) -> Bo
     if not same:
         remedy = "give the image that the mask was drawn on"
         raise problem(config.body_image, "shape, affine", "not those of the mask", remedy)
-    return find_body(image, like)
+    return image
 
 
 def _probe(mask_SHW: np.ndarray, num: int) -> slice | None:

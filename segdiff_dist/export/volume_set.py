@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from data_shards.files import new_folder
 from data_shards.ingest.itk_files import is_itk, simpleitk
 from data_shards.ingest.layouts.base import volumes_in
 from data_shards.ingest.volume_files import ENDINGS, stem
-from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.problems import Attempts, Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.files import (
     name_problems,
@@ -29,7 +30,7 @@ from segdiff_dist.export.patients import Patients
 from segdiff_dist.export.real_set import PROVENANCE
 from segdiff_dist.export.samples import plain_case
 from segdiff_dist.export.slicewise import Generate
-from segdiff_dist.export.volume import VolumeJob, VolumeReport, check_volume, generate_volume
+from segdiff_dist.export.volume import VolumeJob, VolumeReport, check_volume, check_voxels, generate_volume
 from segdiff_dist.export.volume_out import save_file
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class VolumeSetJob:
     ) -> dict[str, VolumeReport]:
         """Write the data set; `generate_of`: the generator of the n-th volume, each with its own noise."""
         refuse(out_problems(self.out))
+        # Of all masks before the first image: the folder appears when the last one is made.
+        attempts = Attempts()
+        for name, job in self.jobs.items():
+            attempts.make(name, partial(check_voxels, job))
+        refuse(attempts.problems)
         reports = {}
         with saying_when_full(self.out), new_folder(self.out) as folder:
             for name in ("imagesTr", "labelsTr"):

@@ -246,7 +246,9 @@ def test_a_real_case_is_known_by_its_file_too(volumes_set: Path, shards: Path, t
 
 
 @pytest.mark.filterwarnings("ignore:no voxel shows")
-def test_volumes_are_cases_beside_real_volumes(run: Path, shards: Path, volumes_set: Path, tmp_path: Path) -> None:
+def test_volumes_are_cases_beside_real_volumes(
+    run: Path, shards: Path, volumes_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In the place of their masks, as SimpleITK reads them; a folder of the patients' images gives the outlines."""
     masks, out, table = tmp_path / "masks", tmp_path / "Dataset702_Both", ShardSet.open(shards).label_table
     of_name = {name.lower(): number for name, number in LABELS.items()}
@@ -279,6 +281,11 @@ def test_volumes_are_cases_beside_real_volumes(run: Path, shards: Path, volumes_
     folds = json.loads((alone / "splits_final.json").read_text())
     parts = {("p1_1_ct_0-volume", "p1_2_ct_0-volume"), ("p2_1_ct_0-volume",)}
     assert {tuple(fold["val"]) for fold in folds} == parts, "two scans of a patient are in one fold"
+    for case, number in (("p1_2", 77), ("p2_1", 78)):
+        save(masks / f"{case}.nii.gz", np.full_like(ours, number))
+    assert main([*line[:2], str(tmp_path / "Dataset704_None"), *line[3:]]) == 2
+    assert "77" in (said := capsys.readouterr().err)
+    assert "78" in said, "all masks are read before the first image is made"
     _assert_it_comes_in_again(out, volumes_set)
     drawn = check(out, tmp_path / "again", replace(CONFIG, patient=PATTERN, split=(0.5, 0.5, 0.0)))
     assert "splits_final.json is not used: --prepare.split draws the splits" in drawn.survey.notes
