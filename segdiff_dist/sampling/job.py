@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out
+from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
 from data_shards.records import AXES
 from data_shards.workers import WorkerPool, WorkersConfig
@@ -34,7 +35,6 @@ from segdiff_dist.sampling.worker import WorkerFactory
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from data_shards.labels import LabelTable
     from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.denoiser import Denoiser
 
@@ -306,9 +306,11 @@ def _unlike_training(
     sampler = config.sampler
     problems = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
     problems += [*sampler_problems(sampler, description), *stage_problems(sampler, weights, description)]
-    if description["label_table"]["name"] != shards.label_table.name or description["size"] > shards.size:
-        trained = f"{description['label_table']['name']!r} at {description['size']} pixels"
-        value = f"{shards.label_table.name!r} at {shards.size} pixels"
+    table = LabelTable.of(description["label_table"])
+    if table != shards.label_table or description["size"] > shards.size:
+        trained = f"{table.name!r} at {description['size']} pixels"
+        others = " with other classes" if table.name == shards.label_table.name and table != shards.label_table else ""
+        value = f"{shards.label_table.name!r}{others} at {shards.size} pixels"
         remedy = f"the model was trained on {trained}: prepare the masks so"
         problems.append(Problem(str(shards.root), "label set, size", value, remedy))
     problems += _unknown_organs(config, shards.label_table)

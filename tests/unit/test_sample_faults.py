@@ -16,6 +16,7 @@ from sampling_support import QUICK, arguments, make_here, pixels_of, write_weigh
 from tests_support import bytes_of
 
 from data_shards.fan_out import num_cores
+from data_shards.labels import AMOS, LabelTable
 from data_shards.problems import InputProblems
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import prepare_job, sample
@@ -41,7 +42,6 @@ def cut_short(file: Path) -> None:
 def write_segmenter(folder: Path, seed: int = 0) -> Path:
     import torch
 
-    from data_shards.labels import AMOS
     from segdiff_dist.segmentation.config import SegmenterConfig
     from segdiff_dist.segmentation.network import SegmenterNet
     from segdiff_dist.segmentation.segmenter import save_segmenter
@@ -50,6 +50,14 @@ def write_segmenter(folder: Path, seed: int = 0) -> Path:
     config = SegmenterConfig(channels=(8, 16), first_stride=1)
     save_segmenter(folder, SegmenterNet(config, AMOS.num_classes).state_dict(), config, AMOS)
     return folder
+
+
+def test_masks_of_another_table_of_the_same_name_are_refused(shapes: Path, tmp_path: Path) -> None:
+    names = list(AMOS.names)
+    names[1], names[2] = names[2], names[1]
+    run = write_weights(tmp_path / "run", table=LabelTable(AMOS.name, tuple(names)))
+    with pytest.raises(InputProblems, match=r"'amos' with other classes at .* prepare the masks so"):
+        prepare_job(*arguments(run, shapes))
 
 
 # --- where the images are written ---
