@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+from data_shards.documents import read_json
 from data_shards.field_source import is_address
 from data_shards.files import first_line, new_folder
 from data_shards.problems import InputProblems, problem
@@ -21,12 +23,20 @@ STARTER = Path(__file__).parents[1] / "starter"
 # A slice of the phantom, in AMOS' ids.
 EXAMPLE_MASK = Path(__file__).with_name("example_mask.png")
 CACHE = "SEGDIFF_CACHE"
-_NEEDED = ("segdiff.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/segdiff.json")
+# The files of a net's folder; the first three are always there.
+_OF_A_NET = (
+    *("config.json", "diffusion_pytorch_model.safetensors", "segdiff.json"),
+    *("mask_encoder.safetensors", "control.safetensors", "digests.json"),
+)
+_NEEDED = ("segdiff.json", *(f"unet/{name}" for name in _OF_A_NET[:3]))
 _OPTIONAL = (
     *("model_index.json", "README.md", "scheduler/scheduler_config.json"),
-    *("unet/mask_encoder.safetensors", "unet/digests.json"),
+    *(f"unet/{name}" for name in _OF_A_NET[3:]),
     *("segmenter/model.safetensors", "segmenter/segdiff.json", "segmenter/digests.json"),
 )
+# Folders of further nets, by the key of a net's description: the autoencoder of latents, the lower stage of a cascade.
+_FURTHER = {"latent": "vae", "cascade": "{net}/low_resolution"}
+_MOST_NETS = 8
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # More than any of these nets has; a server may send without end.
 _MOST_BYTES = 8 * 2**30
@@ -105,7 +115,19 @@ def _remedy(error: Exception) -> str:
 
 
 def _fetch_all(files: Any, root: str, target: Path, url: str) -> None:
-    for name in (*_NEEDED, *_OPTIONAL):
+    """A pipeline's files, with those of further nets that its net's description names."""
+    nets = ["unet"]
+    _fetch_named(files, root, target, url, (*_NEEDED, *_OPTIONAL))
+    for net in nets:
+        said = read_json(target / net / "segdiff.json", "give the address of a whole folder")
+        further = [folder.format(net=net) for key, folder in _FURTHER.items() if key in said]
+        for folder in further[: _MOST_NETS - len(nets)]:
+            _fetch_named(files, root, target, url, [f"{folder}/{name}" for name in _OF_A_NET])
+            nets += [folder] if (target / folder / "segdiff.json").is_file() else []
+
+
+def _fetch_named(files: Any, root: str, target: Path, url: str, names: Iterable[str]) -> None:
+    for name in names:
         file = target / name
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -143,7 +165,7 @@ def _of_hub(name: str) -> Path:
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
-    wanted = [*_NEEDED, *_OPTIONAL]
+    wanted = [*_NEEDED, *_OPTIONAL, *(f"{net}/*.{kind}" for net in ("unet", "vae") for kind in ("json", "safetensors"))]
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # of the hub, of the network, of the cache

@@ -256,6 +256,26 @@ def test_models_from_elsewhere(
         segdiff_dist.open_model("nobody/nothing")
 
 
+def test_nets_beside_the_first_are_fetched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ControlNet's weights, an autoencoder, and the stages of a cascade; no file that could be code."""
+    import fsspec
+
+    monkeypatch.setenv("SEGDIFF_CACHE", str(tmp_path / "cache"))
+    described = {"segdiff.json": {}, "unet/segdiff.json": {"latent": {}, "cascade": {}}, "vae/segdiff.json": {}}
+    lower = "unet/low_resolution"
+    described |= {f"{lower}/segdiff.json": {"cascade": {}}, f"{lower}/low_resolution/segdiff.json": {}}
+    contents = {name: json.dumps(one).encode() for name, one in described.items()}
+    for net in ("unet", "vae", lower, f"{lower}/low_resolution"):
+        contents |= {f"{net}/{name}": b"1" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    contents |= {"unet/control.safetensors": b"2", "vae/digests.json": b"{}"}
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/models/large/{name}": content for name, content in (contents | {"unet/a.py": b"3"}).items()})
+    there = model_folder("memory://models/large")
+    memory.rm("/models", recursive=True)
+    found = {str(file.relative_to(there)): file.read_bytes() for file in there.rglob("*") if file.is_file()}
+    assert found == contents
+
+
 def test_a_model_behind_http(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a server that cannot send parts of files; afterwards without it; a server that is away is said."""
     monkeypatch.setenv("SEGDIFF_CACHE", str(tmp_path / "cache"))
