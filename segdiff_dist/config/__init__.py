@@ -126,7 +126,9 @@ def _explain(error: ValidationError, where: str, cls: type[Any]) -> Iterator[Pro
             likely = get_close_matches(str(name), hints, n=1)
             remedy = f"did you mean {likely[0]}" if likely else "correct the spelling or remove it"
             yield Problem(where, field, "unknown key", f"{remedy}; --help-all lists the keys")
-        elif hint is None or is_dataclass(hint):
+        elif hint is not None and is_dataclass(hint):
+            yield Problem(where, field, value, f"give keys of this section and their values, {name}: {{KEY: VALUE}}")
+        elif hint is None:
             yield Problem(where, field, value, one["msg"].removeprefix("Input ").rstrip("."))
         else:
             yield Problem(where, field, value, f"give {requirement(hint)}")

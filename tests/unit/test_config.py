@@ -69,12 +69,13 @@ def test_short_flags_of_sampling(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_all_wrong_keys_and_values_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bad.yaml"
-    file.write_text("trian: {}\ntrain: {lr: fast, zero_stag: 1}\ndenoiser: {mask_encoding: rgb}\n")
+    file.write_text("trian: {}\ntrain: {lr: fast, zero_stag: 1}\ndenoiser: {mask_encoding: rgb}\nloader:\n")
     assert main(["train", "--config", str(file)]) == 2
     text = capsys.readouterr().err
     for words in ("trian: unknown key", "train.lr", "'fast'", "train.zero_stag: unknown key", "denoiser.mask_encoding"):
         assert words in text
-    assert "4 problems" in text
+    assert "loader: None; give keys of this section" in text
+    assert "5 problems" in text
     assert str(file) in text
 
 
