@@ -131,8 +131,9 @@ def read_png_ids(
 
 
 def read_png_grey(file: Path) -> np.ndarray:
-    """uint8 or uint16 [H, W]: the grey values as stored. Colours whose channels are equal everywhere, without
-    transparent pixels, are grey too. Raises InputProblems as of read_png_ids, and for colours and palettes."""
+    """uint8 or uint16 [H, W]: the grey values as stored, those of fewer than 8 bits scaled to 8. Colours whose channels
+    are equal everywhere, without transparent pixels, are grey too. Raises InputProblems as of read_png_ids, and for
+    colours and palettes."""
     header = read_png_header(file, None, colours=True)
     if header.is_palette:
         raise problem(file, "PNG", "colours of a palette", "save the image as grey, of 8 or 16 bits")
@@ -140,6 +141,8 @@ def read_png_grey(file: Path) -> np.ndarray:
         raise problem(file, "PNG", f"{header.samples} x 16 bits a pixel", "save the image as grey, of 8 or 16 bits")
     samples, _ = _checked(file, header)
     grey_HW = samples if header.samples == 1 else grey_of(file, samples, has_alpha=header.samples in (2, 4))
+    if header.depth < 8:  # white is 255, as in the PNG specification (13.12) and every viewer
+        grey_HW = grey_HW.astype(np.uint8) * (255 // (2**header.depth - 1))
     return grey_HW.astype(np.uint16 if header.depth == 16 else np.uint8)
 
 

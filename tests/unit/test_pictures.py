@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.layouts.find import recognise
+from data_shards.ingest.png_files import read_png_grey
 from data_shards.ingest.prepare import Preparation, PrepareConfig, check
 from data_shards.ingest.volumes import UnreadableVolume
 from data_shards.problems import InputProblems
@@ -97,12 +98,14 @@ def test_pairs_are_read_pixel_by_pixel(root: Path, ending: str) -> None:
     assert record.meta.spacing_mm == (2.0, 2.0)
 
 
-def test_sixteen_bits_and_grey_colours(root: Path) -> None:
+def test_other_depths_and_grey_colours(root: Path) -> None:
     save(root / "images/a1.png", picture().astype(np.uint16) * 257)
     sixteen = cut(root, intensities={"US": "values 0 65535"}, bits=16)
     np.testing.assert_array_equal(sixteen.image_HW, picture().astype(np.uint16) * 257)
     save(root / "images/a1.png", Image.fromarray(picture()).convert("RGBA"))
     np.testing.assert_array_equal(cut(root).image_HW, picture())
+    save(root / "images/a1.png", picture() > 127)  # one bit a pixel
+    np.testing.assert_array_equal(read_png_grey(root / "images/a1.png"), np.where(picture() > 127, 255, 0))
     (root / "images/a1.png").unlink()
     save(root / "images/a1.jpg", Image.fromarray(picture()).convert("RGB"), quality=95)
     notes: list[str] = []
