@@ -143,6 +143,7 @@ def test_nnu_net_s_own_list_of_cases_counts(tmp_path: Path) -> None:
     found = check(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
     assert [case.case_id for case in found.cases] == ["p1_1", "p2_1", "p3_1"]
     assert "1 cases of imagesTr are left out" in found.survey.notes[0]
+    assert "numTraining 3, and there are 2 training cases" in found.survey.notes[1]
     listed["p1_1"]["label"] = "labelsTr_corrected/p1_1.nii.gz"
     edit(tmp_path / "data", dataset=listed)
     (problem,) = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))

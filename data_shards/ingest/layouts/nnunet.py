@@ -85,6 +85,7 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     cases, problems = _cases(root, number)
     cases = _with_pixels(root, cases, request.pixel_mm)
     cases, notes, found = _listed(root, cases, number)
+    notes += tuple(_count_notes(root, cases))
     problems += found
     stated = {} if name is None else {"channel_names": {"0": name}}
     ids = [case.case_id for case in cases]
@@ -189,6 +190,14 @@ def _listed(root: Path, cases: list[Case], channel: int) -> tuple[list[Case], tu
     value = f"{len(elsewhere)} with files that are not in imagesTr and labelsTr: {', '.join(map(str, elsewhere[:3]))}"
     remedy = "put these files, or links, there, and take `dataset` away"
     return used, notes, [Problem(str(root / DATASET_FILE), "dataset", value, remedy)]
+
+
+def _count_notes(root: Path, cases: list[Case]) -> Iterator[str]:
+    """What to say if there are fewer or more training cases than dataset.json says: nnU-Net would refuse them."""
+    said, found = content_of(root).get("numTraining"), sum(one.split != "test" for one in cases)
+    if isinstance(said, int) and said != found:
+        where = f"{DATASET_FILE} says numTraining {said}, and there are {found} training cases"
+        yield f"{where}: look whether files are missing"
 
 
 def _named_files(root: Path, entry: Any, channel: int) -> list[Path] | None:
