@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.ingest.dicom_files import Header, differing, library, quiet
-from data_shards.ingest.nifti import Geometry, problems_in_space, problems_with_extent
+from data_shards.ingest.nifti import Geometry, StoredAs, problems_in_space, problems_with_extent
 from data_shards.modalities import is_modality
 from data_shards.problems import InputProblems, Problem, problem
 
@@ -60,17 +60,6 @@ class DicomSeries:
         return files_sha256(self.name, self.files)
 
 
-@dataclass(frozen=True)
-class _Header:
-    """The header for Geometry."""
-
-    dtype: np.dtype[Any]
-
-    def get_data_dtype(self) -> np.dtype[Any]:
-        """Bytes of a stored voxel."""
-        return self.dtype
-
-
 def files_sha256(name: str, files: Sequence[Path]) -> str:
     """The checksum of files. Errors have `name` in place of a file's name."""
     total = hashlib.sha256()
@@ -104,7 +93,7 @@ def read_geometry(series: DicomSeries) -> Geometry:
     if series.shape is None or series.affine is None:
         raise problem(series, "series", "is no volume", _REMEDY)
     dtype: np.dtype[Any] = np.dtype(np.int16 if series.is_whole else np.float32)
-    return Geometry(series.shape, series.affine, (), _Header(dtype))
+    return Geometry(series.shape, series.affine, (), StoredAs(dtype))
 
 
 def read_stored(series: DicomSeries) -> np.ndarray:
