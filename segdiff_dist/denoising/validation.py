@@ -154,7 +154,7 @@ class DenoiserValidation:
     def _with_lower(
         self, conditions: Conditions, image_BHW: Tensor, position_B: Tensor, level: float | None = None
     ) -> Conditions:
-        """The conditions with what stands for the lower stage's images, if the network reads these."""
+        """The conditions with shrunk slices in place of the lower stage's images, if the network reads these."""
         if self._lower is None:
             return conditions
         low_B1hw, level_B = self._lower.drawn_condition(image_BHW, self.config.seed, position_B, level)
