@@ -246,7 +246,8 @@ def folder_job(tmp_path: Path, shards: Path) -> Path:
     mask[4:9, 4:20] = LIVER
     (tmp_path / "masks").mkdir()
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
-    run, own = write_weights(tmp_path / "run"), own_table(shards, tmp_path / "own")
+    own = own_table(shards, tmp_path / "own")
+    run = write_weights(tmp_path / "run", table=ShardSet.open(own).label_table)
     make_here(run, own, masks=tmp_path / "masks", target_modality="CT", cross_modality_masks=0, diverse_masks=0)
     shutil.rmtree(own)
     return run
