@@ -20,10 +20,11 @@ _THROUGH = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 @dataclass(frozen=True)
 class Count:
-    """The facts about an archive from headers. `voxels`: of all images; `recognised`: by case id, texts about what was
-    ignored, converted or guessed; cases without such are not in it."""
+    """The facts about an archive from headers. `flat`: images of one slice; `voxels`: of all images; `recognised`: by
+    case id, texts about what was ignored, converted or guessed; cases without such are not in it."""
 
     volumes: int
+    flat: int
     slices: int
     voxels: int
     recognised: dict[str, list[str]]
@@ -31,19 +32,20 @@ class Count:
 
 def count_slices(cases: Iterable[Case], config: PrepareConfig) -> Count:
     """Volumes whose header can be read, and their slices along all axes, empty ones included."""
-    volumes = slices = voxels = 0
+    volumes = flat = slices = voxels = 0
     recognised = {}
     for case in cases:
         try:
             geometry = read_geometry(case.image, one_slice=case.is_flat, channel=case.channel, pixel=case.pixel)
         except InputProblems:  # the check or the list of skipped cases names it
             continue
-        volumes += 1
-        slices += _num_slices(geometry, config)
+        is_flat = geometry.is_flat or (case.is_flat and 1 in geometry.shape)
+        volumes, flat = volumes + 1, flat + is_flat
+        slices += 1 if is_flat else _num_slices(geometry, config)
         voxels += int(np.prod(geometry.shape, dtype=np.int64))
         if notes := [*case.notes, *geometry.notes]:
             recognised[case.case_id] = notes
-    return Count(volumes, slices, voxels, recognised)
+    return Count(volumes, flat, slices, voxels, recognised)
 
 
 def dimension_through(affine: np.ndarray, axis: str) -> int:
@@ -55,9 +57,7 @@ def dimension_through(affine: np.ndarray, axis: str) -> int:
 
 
 def _num_slices(geometry: Geometry, config: PrepareConfig) -> int:
-    """Slices along all axes; a two-dimensional image is one slice."""
-    if geometry.is_flat:
-        return 1
+    """Slices along all axes."""
     total = 0
     for axis in config.axes:
         stored = dimension_through(geometry.affine, axis)

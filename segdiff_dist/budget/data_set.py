@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from data_shards.ingest.counts import count_slices
+from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.labels import LabelTable
 from data_shards.modalities import in_order, modalities_of
 from data_shards.problems import Problem
@@ -15,7 +16,6 @@ from data_shards.problems import Problem
 if TYPE_CHECKING:
     from data_shards.ingest.cases import Case
     from data_shards.ingest.prepare import Preparation
-    from data_shards.ingest.prepare_config import PrepareConfig
 
 NNUNET, NIFTI, PNG = "nnunet", "nifti", "png"
 
@@ -65,7 +65,8 @@ class DataSet:
         """The format of `export` that is nearest to this layout. An nnU-Net data set has one modality."""
         if self.layout == NNUNET and len(self.present) == 1:
             return NNUNET
-        return PNG if self.cases and all(case.is_flat for case in self.cases) else NIFTI
+        counted = count_slices(self.cases, PrepareConfig())
+        return PNG if 0 < counted.flat == counted.volumes else NIFTI
 
     def num_slices(self, config: PrepareConfig, split: str) -> int:
         """Slices of the labelled cases of a split, empty ones included."""

@@ -181,7 +181,10 @@ def slice_generator(pipeline: SegGuidedPipeline, config: VolumeConfig, seed: int
 def volume_problems(mask_file: Path, out: Path, config: VolumeConfig) -> list[Problem]:
     """The problems that show before a voxel is read."""
     problems, header = config.problems(), None
-    if not mask_file.is_file():
+    if mask_file.is_dir():
+        remedy = "give one volume, or --volume.format nnunet for all of it"
+        problems.append(Problem(str(mask_file), "mask", "a folder", remedy))
+    elif not mask_file.is_file():
         problems.append(Problem(str(mask_file), "mask", "not found", "give a volume of label ids"))
     else:
         header = read_header(mask_file, problems)

@@ -288,6 +288,11 @@ def test_volume_is_where_the_mask_is(axis: str, orientation: str, shapes: Path, 
     assert (hu[around] < 0).all()
 
 
+def test_a_folder_of_masks_needs_the_format_of_a_set(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputProblems, match=r"mask: a folder; give one volume, or --volume.format nnunet"):
+        check_volume(tmp_path, tmp_path / "image.nii.gz", ShardSet.open(shapes), VolumeConfig("CT"))
+
+
 def test_a_volume_of_a_mask_in_micrometres_is_that_of_one_in_millimetres(shapes: Path, tmp_path: Path) -> None:
     """The image is written in millimetres, whatever the mask's header counts in."""
     mask = np.full((24, 22, 12), BODY, np.uint8)

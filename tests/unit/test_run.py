@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
-from layouts_support import write_nnunet
+from layouts_support import write_folder, write_nnunet
 
 from data_shards.host_memory import HostMemory
 from data_shards.ingest.prepare import PrepareConfig, check
@@ -45,6 +47,21 @@ def task(data: Path) -> Task:
     machine = Machine(torch.device("cpu"), 2, Capacity(memory), 100 * GIB)
     paths = {"amos_root": str(data), "data": str(data.parent / "set"), "run": str(data.parent / "run")}
     return Task(data_set, machine, 8.0, paths, {}, "amos_small")
+
+
+def test_volumes_of_a_plain_folder_are_volumes_and_files_of_one_plane_are_pictures(tmp_path: Path) -> None:
+    """Both may be in such a folder: the headers say which they are, for the export and for the number of slices."""
+    config = PrepareConfig(**write_folder(".nii.gz")(tmp_path / "volumes"))
+    volumes = DataSet.of(check(tmp_path / "volumes", tmp_path / "set", config))
+    assert volumes.export_format == "nifti"
+    for split in ("train", "val"):
+        for folder in ("images", "masks"):
+            file = tmp_path / "planes" / split / folder / f"{split}_1.nii.gz"
+            file.parent.mkdir(parents=True)
+            voxels = np.full((32, 32, 1), 1, np.int16)
+            nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 5.0, 1.0])), file)
+    planes = DataSet.of(check(tmp_path / "planes", tmp_path / "set", config))
+    assert (planes.export_format, planes.cost(config)) == ("png", (2, 2))
 
 
 def speed(*_: Any) -> Speed:
