@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, repeat
 
 import numpy as np
@@ -24,6 +25,9 @@ from data_shards.store.shards import ShardSet
 _LARGEST_GAP = 4096
 # Number of replacements that are tried before a set counts as lost.
 _MOST_REPLACEMENTS = 100
+
+# Eight pixels as one number, from the first to the last or back.
+_FORWARD, _BACKWARD = np.dtype("<u8"), np.dtype(">u8")
 
 # One part: pixels [B, C, H, W], or for codecs that DALI decodes the encoded bytes of each sample.
 Pixels = np.ndarray | list[np.ndarray]
@@ -49,15 +53,19 @@ class Window:
         """The windows of some of the samples."""
         return Window(self.top_B[index], self.left_B[index], self.size, self.mirrored_B[index])
 
+    @cached_property
+    def _places(self) -> list[tuple[int, int, bool]]:
+        return list(zip(self.top_B.tolist(), self.left_B.tolist(), self.mirrored_B.tolist(), strict=True))
+
     def cut(self, i: int, whole_CHW: np.ndarray, out_CHW: np.ndarray) -> None:
         """Copy the window of sample i."""
-        top, left = int(self.top_B[i]), int(self.left_B[i])
+        top, left, is_mirrored = self._places[i]
         window_CHW = whole_CHW[:, top : top + self.size, left : left + self.size]
-        if not self.mirrored_B[i]:
+        if not is_mirrored:
             out_CHW[:] = window_CHW
         elif window_CHW.dtype == np.uint8 and self.size % 8 == 0:
             # Eight pixels at a time, from last to first: a third of the time.
-            out_CHW.view(">u8")[:] = window_CHW.view("<u8")[..., ::-1]
+            out_CHW.view(_BACKWARD)[:] = window_CHW.view(_FORWARD)[..., ::-1]
         else:
             out_CHW[:] = window_CHW[..., ::-1]
 
