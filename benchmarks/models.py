@@ -44,7 +44,9 @@ _COSTS = ("flops", "seconds", "kept_mib_of_a_batch", "process_gib", "seconds_an_
 def main() -> int:
     args = parse()
     deadline = NEVER if args.budget_minutes is None else time.time() + 60 * args.budget_minutes
-    scale = replace(QUICK, patients=(4, 1, 2)) if args.quick else replace(SCALE, side=args.side)
+    scale = replace(SCALE, side=args.side, segmenter_images=args.segmenter_images)
+    if args.quick:
+        scale = replace(QUICK, patients=(4, 1, 2))
     refuse_another_data(args)
     if args.dry_run:
         print_plan(args)
@@ -70,6 +72,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lrs", nargs="+", type=float, default=[2e-3], help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each model, of seed 0, 1, ...")
     parser.add_argument("--side", type=int, default=SCALE.side, help="of the slices, in pixels")
+    parser.add_argument(
+        "--segmenter-images", type=int, default=SCALE.segmenter_images, help="of the training of the segmenter"
+    )
     parser.add_argument("--batch", type=int, default=16, help="images of a step")
     parser.add_argument("--masks", type=int, default=40, help="sampled of each")
     parser.add_argument(

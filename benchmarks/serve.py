@@ -68,7 +68,7 @@ def bare_loop(model: Model, mask_HW: np.ndarray, num: int) -> tuple[float, float
 class BareLoops:
     """Bare loops in processes of their own, which share the cores."""
 
-    def __init__(self, processes: int, threads: int, steps: int) -> None:
+    def __init__(self, processes: int, threads: int, steps: int | None) -> None:
         context = get_context("spawn")
         self._num, self._pool = processes, ProcessPoolExecutor(processes, context, _open, (threads, steps))
         list(self._pool.map(_loop, [4] * 4 * processes))  # all have started
@@ -83,7 +83,7 @@ class BareLoops:
 _opened: list[tuple[Model, np.ndarray]] = []
 
 
-def _open(threads: int, steps: int) -> None:
+def _open(threads: int, steps: int | None) -> None:
     torch.set_num_threads(threads)
     model = open_model(device="cpu").with_sampler(steps, None)
     _opened.append((model, _pixels(example_masks(model.table)["liver"], model)))
@@ -93,7 +93,7 @@ def _loop(num: int) -> float:
     return bare_loop(*_opened[0], num)[0]
 
 
-async def load(url: str, mask: bytes, clients: int, num: int, steps: int) -> list[float]:
+async def load(url: str, mask: bytes, clients: int, num: int, steps: int | None) -> list[float]:
     """The seconds of each request. A client that is refused comes again after a second."""
     seeds, waited = iter(range(num)), []
 
@@ -101,7 +101,7 @@ async def load(url: str, mask: bytes, clients: int, num: int, steps: int) -> lis
         for seed in seeds:
             began = time.perf_counter()
             while True:
-                form = aiohttp.FormData({"seed": str(seed), "steps": str(steps)})
+                form = aiohttp.FormData({"seed": str(seed)} | ({} if steps is None else {"steps": str(steps)}))
                 form.add_field("mask", mask, filename="mask.nii.gz")
                 async with session.post(f"{url}/paint", data=form) as answer:
                     await answer.read()
@@ -131,7 +131,7 @@ def model_processes() -> list[psutil.Process]:
     return [one for one in below if " ".join(one.cmdline()).startswith("ray::ServeReplica:segdiff:model-")]
 
 
-async def load_and_kill(url: str, mask: bytes, replicas: int, steps: int, limit_s: float) -> dict[str, object]:
+async def load_and_kill(url: str, mask: bytes, replicas: int, steps: int | None, limit_s: float) -> dict[str, object]:
     """16 clients until there are `replicas` processes, and for as long again after one of them is killed."""
     answered: list[float] = []
     began, killed_at, most, is_over = time.perf_counter(), None, 0, False
@@ -175,13 +175,13 @@ def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--images", type=int, default=64, help="of each turn")
-    parser.add_argument("--steps", type=int, default=4, help="of the sampler; the package's model has 20")
+    parser.add_argument("--steps", type=int, help="of the sampler. By default the model's own, as clients get them")
     parser.add_argument("--processes", type=int, default=1, help="of the model")
     parser.add_argument("--memory", type=int, default=2000, help="requests of one step, for the memory")
     parser.add_argument("--replicas", type=int, help="start up to so many processes under load, and kill one")
     args = parser.parse_args()
     if args.quick:
-        args.rounds, args.clients, args.images, args.memory = 1, [1, 8], 8, 20
+        args.rounds, args.clients, args.images, args.memory, args.steps = 1, [1, 8], 8, 20, args.steps or 4
     threads = num_cores()
     torch.set_num_threads(threads)
     random.seed(0)
@@ -212,7 +212,11 @@ def main() -> None:
         memory.append(memory_mib())
     most = max(args.clients)
     notes = {f"{n} clients, p50 and p95, s": _quantiles(waited) for n, waited in sorted(waits.items())}
-    notes |= {"threads": threads, "load of the machine before": round(busy, 1)}
+    notes |= {
+        "steps": model.pipeline.sampler.num_steps,
+        "threads": threads,
+        "load of the machine before": round(busy, 1),
+    }
     notes |= {f"MiB before and after each tenth of {args.memory} requests": memory}
     bare = [_BARE, *(name for name in rates if name.endswith("bare loops"))]
     compared = [compare(rates, f"{most} clients", one, _TARGET) for one in bare]

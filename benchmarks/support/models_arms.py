@@ -72,13 +72,18 @@ MODELS: dict[str, tuple[Part, ...]] = {
     ),
     "cascade": (Part("low", 0.4), Part("high", 0.6, begins_from="cascade")),
 }
-# The concatenation with another net, objective, loss or regularisation.
+# The concatenation with another objective, each on both nets, and with another loss or regularisation.
+_OBJECTIVES: dict[str, Settings] = {
+    "epsilon": _ddpm("epsilon"),
+    "v": _ddpm("v", zero_terminal_snr=True),
+    "x0": _ddpm("x0", zero_terminal_snr=True),
+    "flow": {"diffusion": {"objective": "flow", "lognormal": [0.0, 1.0]}},
+}
+_EFFICIENT = _net(net="efficient")
 VARIANTS: dict[str, tuple[Part, ...]] = {
-    "efficient": _one(_net(net="efficient")),
-    "epsilon": _one(_ddpm("epsilon")),
-    "v": _one(_ddpm("v", zero_terminal_snr=True)),
-    "x0": _one(_ddpm("x0", zero_terminal_snr=True)),
-    "flow": _one({"diffusion": {"objective": "flow", "lognormal": [0.0, 1.0]}}),
+    "efficient": _one(_EFFICIENT),
+    **{name: _one(settings) for name, settings in _OBJECTIVES.items()},
+    **{f"efficient-{name}": _one(merge(settings, _EFFICIENT)) for name, settings in _OBJECTIVES.items()},
     "contrastive": _one({"diffusion": {"contrastive_weight": 0.1}}),
     "siamese": _one({"diffusion": {"consistency_weight": 1.0}}),
     "dropout": _one(_net(dropout=0.1)),
