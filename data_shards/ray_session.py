@@ -105,6 +105,9 @@ _PRIVATE = {
     # without end.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_AUTH_MODE": "token",
+    # Ray's workers would have niceness 15: beside any other process they get a thirtieth of a core's time. Here they do
+    # the work of a command, and have its niceness.
+    "RAY_worker_niceness": "0",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -80,8 +79,6 @@ class Paint(Stage):
         """Reads the mask's header; opens the model."""
         if self.example:
             return ExamplePlan(self, self._new_mask())
-        # Read by OpenMP as torch is loaded. Threads that wait by spinning took 92 s instead of 10 beside other work.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from segdiff_dist.painting.job import PaintSettings, check_paint
         from segdiff_dist.painting.masks import open_mask
         from segdiff_dist.painting.model import open_model

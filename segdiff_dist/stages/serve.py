@@ -76,8 +76,7 @@ class ServePlan(Plan):
         from data_shards.ray_session import ray_session
         from segdiff_dist.serving.engine import running
 
-        # Inherited by the processes. OpenMP: threads that wait sleep. Ray Serve: its log goes to files alone.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # Inherited by the processes: Ray Serve's log goes to files alone.
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         stage = self.stage
         service = running(stage.serve, stage.host, stage.port, self.token)

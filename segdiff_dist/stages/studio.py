@@ -48,8 +48,6 @@ class Studio(Stage):
 
     def check(self) -> StudioPlan:
         """Opens the model, and the port."""
-        # Read by OpenMP as torch is loaded. Threads that wait sleep.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         require_packages("studio", _PACKAGES)
         given = () if self.model is None else (self.model,)
         # CT and MR of one mask come within some milliseconds, and cost half as much in one batch.

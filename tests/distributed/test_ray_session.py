@@ -66,8 +66,8 @@ def test_it_listens_on_loopback_alone_with_a_token_in_a_private_folder(monkeypat
         made = set(os.listdir(tempfile.gettempdir())) - before
         [folder] = [Path(tempfile.gettempdir(), name) for name in made if name.startswith("sd-")]
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        for done in fan_out(lambda: lambda task: os.environ["RAY_AUTH_MODE"], [0], num_workers=1):
-            assert done.result == "token"
+        for done in fan_out(lambda: lambda task: (os.environ["RAY_AUTH_MODE"], os.nice(0)), [0], num_workers=1):
+            assert done.result == ("token", os.nice(0)), "workers have the priority of the command"
         listening = [address for process in [psutil.Process(), *below()] for address in listening_at(process)]
         assert len(listening) >= 3
         assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}

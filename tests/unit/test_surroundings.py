@@ -54,6 +54,27 @@ def test_without_a_passwd_entry_there_is_a_home_and_a_name(nobody: Path) -> None
     assert Path.home() == first
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_of_torch_wait_briefly_unless_told_otherwise(
+    nobody: Path, given: dict[str, str], spins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, given.get(name, ""))  # undone after the test, whatever sets it
+        if name not in given:
+            monkeypatch.delenv(name)
+    surroundings.complete()
+    shown = subprocess.run(
+        [sys.executable, "-c", "import torch"],
+        env={**os.environ, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in shown.stderr
+
+
 @pytest.mark.parametrize("home", ["/", "/nowhere/at/all"])
 def test_a_home_that_is_none_is_replaced(nobody: Path, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
