@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data_shards.problems import Problem, refuse, saying_when_full
+from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
@@ -77,12 +77,17 @@ class Evaluate(ConfiguredStage):
         from segdiff_dist.evaluation.images.check import check_images
 
         run, *_ = collect(
-            lambda: self.path("run"),
+            self._new_folder,
             lambda: refuse(self.images.problems()),
             lambda: refuse(self.tracking.problems()),
         )
         folder = check_images(run, self.images, self.evaluate)
         return EvaluatePlan(self, run, len(folder), folder.size, images=folder)
+
+    def _new_folder(self) -> Path:
+        if self.run is None:
+            raise problem("command line", "--out", "not given", "name a new folder for the images and the result")
+        return self.path("run")
 
 
 @dataclass(frozen=True)

@@ -317,5 +317,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path: Path, capsys: pytes
     text = capsys.readouterr().err
     assert "--masks: None; give the folder" in text
     assert "--modality: None; no file says it for sure: give CT, MR or another name" in text
+    assert main(["evaluate", "--images", str(tmp_path / "images")]) == 2
+    assert "--out: not given; name a new folder" in capsys.readouterr().err
     assert main(["evaluate", "--run", str(tmp_path), "--modality", "CT"]) == 2
     assert "name that by --images FOLDER" in capsys.readouterr().err
