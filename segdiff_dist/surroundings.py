@@ -17,7 +17,7 @@ from data_shards.problems import Problem
 
 # How often a thread of OpenMP looks whether it may go on, before it sleeps. libgomp's own number is 300,000, some
 # milliseconds, in which threads that wait take the cores from those that they wait for, if other processes want them
-# too. With 1,000, libgomp's number for more threads than cores, a step beside four busy processes takes 12 s instead of
+# too. With 1,000, libgomp's number for more threads than cores, a step beside four busy processes takes 13 s instead of
 # 31, and as long as before on quiet cores (docs/log.md). Read as torch is loaded; results are the same.
 _OPENMP = {"GOMP_SPINCOUNT": "1000"}
 _OPENMP_BY_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
