@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -39,6 +40,13 @@ Outline = Literal["auto", "none"]
 Noise = Literal["shared", "independent"]
 DREW_OUTLINE = "the mask has no outline of the patient (class `body`): an ellipse around the organs is used"
 PNG = ".png"
+# What these settings may be: also from Python, where no parser has checked them.
+_CHOICES = {
+    "axis": tuple(AXES),
+    "other_labels": get_args(OtherLabels),
+    "outline": get_args(Outline),
+    "noise": get_args(Noise),
+}
 
 
 @dataclass(frozen=True)
@@ -234,10 +242,13 @@ def check_paint(mask: MaskFile, model: Model, settings: PaintSettings, out: Path
     problems = [] if out is None else out_problems(out, mask, model, chosen)
     if chosen not in known:
         problems.append(Problem(model.name, "--modality", chosen, f"the model knows {', '.join(known)}"))
-    if settings.axis not in AXES:
-        problems.append(Problem("command line", "--axis", settings.axis, f"give one of {', '.join(AXES)}"))
-    if not 0 <= settings.seed < 2**63:
-        problems.append(Problem("command line", "--seed", str(settings.seed), "give a whole number from 0 on"))
+    for name, allowed in _CHOICES.items():
+        if (given := getattr(settings, name)) not in allowed:
+            flag = f"--{name.replace('_', '-')}"
+            problems.append(Problem("command line", flag, str(given), f"give one of {', '.join(allowed)}"))
+    seed: Any = settings.seed
+    if not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        problems.append(Problem("command line", "--seed", str(seed), "give a whole number from 0 on"))
     refuse(problems)
     if not model.pipeline.model.config.class_conditioning and len(known) > 1:
         warnings.warn(f"{model.name}: the model ignores the modality", stacklevel=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 from data_shards.ingest.dicom_files import library, quiet
 from data_shards.ingest.dicom_series import to_ras
 from data_shards.ingest.itk_files import is_itk
+from data_shards.ingest.nifti import problems_in_space
 from data_shards.ingest.png_files import read_png_header, read_png_ids
 from data_shards.ingest.volume_files import ENDINGS, read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
@@ -37,6 +39,7 @@ _MOST_IDS = 2**16
 _MOST_VOXELS = 2**29
 # The side of a pixel: from that of a micrograph to the width of a patient.
 _LEAST_MM, _MOST_MM = 0.01, 100.0
+_MM_OF_UNIT = {"meter": 1e3, "micron": 1e-3}
 _WHOLE_IDS = "give whole numbers, one a voxel"
 _KINDS = f".png, {', '.join(ENDINGS)}, or DICOM SEG (.dcm)"
 
@@ -73,7 +76,8 @@ def open_mask(
     has none of its own; null: it is taken as `grid_mm`. Raises InputProblems."""
     if spacing_mm is None:
         return _opened(mask, affine, grid_mm)
-    if not _LEAST_MM <= spacing_mm <= _MOST_MM:
+    given: Any = spacing_mm
+    if not isinstance(given, Real) or not _LEAST_MM <= spacing_mm <= _MOST_MM:
         raise problem("mask", "--spacing", spacing_mm, f"give mm, from {_LEAST_MM} to {_MOST_MM}")
     opened = _opened(mask, affine, spacing_mm)
     if opened.affine is not None or not opened.is_flat:
@@ -84,6 +88,8 @@ def open_mask(
 
 def _opened(mask: Any, affine: np.ndarray | None, grid_mm: float) -> MaskFile:
     if not isinstance(mask, str | Path):
+        if (mode := getattr(mask, "mode", None)) is not None and len(mask.getbands()) > 1:  # a PIL image
+            raise problem("mask", "image", f"{mode} pixels", "a mask has one channel, and in it label ids")
         return _of_array(np.asarray(mask), affine, grid_mm)
     file = Path(mask)
     name = file.name.lower()
@@ -147,10 +153,10 @@ def _as_thick_as_stored(file: Path, affine: np.ndarray) -> np.ndarray:
 
     stored = nib.load(file)
     own, read = (np.linalg.norm(one[:3, :3], axis=0) for one in (stored.affine, affine))
+    factor = _MM_OF_UNIT.get(stored.header.get_xyzt_units()[0], 1.0)
     thick = affine.copy()
     for d in np.flatnonzero(np.array(stored.shape[:3]) == 1).tolist():
-        other = (d + 1) % 3
-        length = own[d] * read[other] / own[other] if own[other] > 0 else 0.0  # mm, whatever the file's unit is
+        length = own[d] * factor
         if 0 < length <= _MOST_MM:
             thick[:3, d] *= length / read[d]
     return thick
@@ -234,6 +240,7 @@ def _of_array(mask: np.ndarray, affine: np.ndarray | None, grid_mm: float) -> Ma
         affine = np.asarray(affine, np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
             raise problem("mask", "affine", str(affine.tolist())[:120], "give 4 x 4 finite numbers: voxels to RAS mm")
+        refuse(problems_in_space(Path("mask"), affine))
 
     def read(table: LabelTable, labels: Any, others: OtherLabels) -> LabelMask:
         names = given_names(labels, None, table)
@@ -253,7 +260,7 @@ def _renumbered(ids: np.ndarray, names: Names, table: LabelTable, where: str, ot
     if unknown := {int(one): names.by_id.get(int(one)) for one in present if int(one) not in new_of}:
         refuse([unknown_labels(where, unknown, table, names.source)])
     look_up = np.zeros(int(max(present)) + 1, np.uint8)
-    look_up[present] = [new_of[int(one)] for one in present]
+    look_up[[int(one) for one in present]] = [new_of[int(one)] for one in present]
     return look_up[ids.astype(np.int64)]
 
 

@@ -45,6 +45,8 @@ def given_names(given: str | Path | Mapping[int, str] | None, mask: Path | None,
     """The names for a mask whose format has none: as given, or as a file beside the mask says, or the model's own."""
     if isinstance(given, Mapping):
         return Names(_parsed(given, "labels", table), "the given names")
+    if given is not None and not isinstance(given, str | Path):
+        raise problem("labels", "labels", repr(given)[:60], _REMEDY)
     if given is not None and str(given) in LABEL_TABLES and not Path(given).is_file():
         return Names(dict(enumerate(LABEL_TABLES[str(given)].names)), f"the table {str(given)!r}")
     if given is not None:

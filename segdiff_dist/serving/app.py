@@ -19,14 +19,13 @@ from starlette.types import Scope
 
 from data_shards import __version__
 from data_shards.labels import LABEL_TABLES
-from segdiff_dist.serving import messages
+from segdiff_dist.serving.accept import EVENTS, kind_of
 from segdiff_dist.serving.api_page import api_page
 from segdiff_dist.serving.config import ServeConfig
 from segdiff_dist.serving.guard import HEADERS, Guard, headers_of
 from segdiff_dist.serving.messages import MEDIA_TYPES, Backend, Event, MaskUpload, PaintRequest, ServiceError
 from segdiff_dist.serving.metrics import Metrics
 
-EVENTS = "text/event-stream"
 _LONGEST = 2**16
 _MULTIPART = "multipart/form-data"
 _Axis = Literal["axial", "coronal", "sagittal"]
@@ -35,6 +34,7 @@ _STATUSES: dict[int | str, dict[str, Any]] = {
     401: {"description": "A token is required."},
     404: {"description": "No such model."},
     413: {"description": "The body is too long."},
+    415: {"description": "The body is no multipart form."},
     422: {"description": "A field, or the content of the mask, is refused."},
     429: {"description": "The queue is full; Retry-After says when to come again."},
     503: {"description": "Models load, or the process that made the image died several times."},
@@ -59,7 +59,7 @@ class Service:
         known = [one["name"] for one in self.backend.models]
         if not known:
             raise ServiceError(503, "models: still loading: come again", retry_after_s=2)
-        if name is not None and name not in known:
+        if name and name not in known:
             raise ServiceError(404, f"model: {name[:64]}: give one of {', '.join(known)}")
         return name or known[0]
 
@@ -152,6 +152,7 @@ async def example(request: Request, name: str, model: str | None = None) -> Resp
 @router.post("/masks", responses=_STATUSES)
 async def masks(request: Request, form: Annotated[MaskForm, Form(media_type=_MULTIPART)]) -> dict[str, Any]:
     """Read a mask of any kind: the same in the model's ids as NIfTI, in base64."""
+    await _refuse_doubled(request)
     service = service_of(request)
     return await service.backend.read_mask(service.model(form.model), await _upload(form))
 
@@ -159,9 +160,10 @@ async def masks(request: Request, form: Annotated[MaskForm, Form(media_type=_MUL
 @router.post("/paint", responses=_STATUSES | _IMAGES, response_class=Response)
 async def paint(request: Request, form: Annotated[PaintForm, Form(media_type=_MULTIPART)]) -> Response:
     """Generate the CT or MR image of a mask, in the form that Accept asks for."""
+    await _refuse_doubled(request)
     service = service_of(request)
     model = service.model(form.model)
-    kind = _kind(request)
+    kind = kind_of(request.headers.get("accept", ""))
     wanted = PaintRequest(
         mask=await _upload(form),
         modality=form.modality,
@@ -266,6 +268,13 @@ async def _as_text(events: AsyncIterator[Event]) -> AsyncIterator[str]:
         yield f"event: error\ndata: {json.dumps({'status': error.status, 'detail': error.detail})}\n\n"
 
 
+async def _refuse_doubled(request: Request) -> None:
+    """Raise ServiceError for a field that is there twice: one of its values would be used without a word."""
+    names = [name for name, _ in (await request.form()).multi_items()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ServiceError(422, "\n".join(f"{name[:64]}: given more than once: send it once" for name in twice))
+
+
 async def _upload(form: MaskForm) -> MaskUpload:
     return MaskUpload(
         content=await form.mask.read(),
@@ -282,7 +291,7 @@ def _labels(text: str | None) -> Mapping[str, Any] | str | None:
     if text.strip() in LABEL_TABLES:
         return text.strip()
     try:
-        table = json.loads(text)
+        table = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError):
         table = None
     if not isinstance(table, dict):
@@ -291,22 +300,11 @@ def _labels(text: str | None) -> Mapping[str, Any] | str | None:
     return table
 
 
-def _kind(request: Request) -> messages.Form | Literal["events"]:
-    """The form that Accept prefers, as it is listed. Raises ServiceError."""
-    accepted = request.headers.get("accept", "*/*")
-    for one in accepted.split(","):
-        media = one.partition(";")[0].strip().lower()
-        if media in ("*/*", "", "application/*", "application/gzip", "application/octet-stream"):
-            return "nifti"
-        if media == EVENTS:
-            return "events"
-        if media == "image/*":
-            return "png"
-        for form, own in MEDIA_TYPES.items():
-            if media == own:
-                return form
-    known = ", ".join((*MEDIA_TYPES.values(), EVENTS))
-    raise ServiceError(406, f"Accept: {accepted[:120]}: ask for one of {known}")
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key that is there twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 async def _on_service_error(_: Request, error: Exception) -> Response:
@@ -314,8 +312,12 @@ async def _on_service_error(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": error.detail}, error.status, headers_of(error))
 
 
-async def _on_invalid(_: Request, error: Exception) -> Response:
+async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    sent = request.headers.get("content-type", "(none)")
+    if request.method == "POST" and not sent.lower().startswith(_MULTIPART):
+        detail = f"Content-Type: {sent[:80]}: send a form as {_MULTIPART}, with the mask as a file"
+        return JSONResponse({"detail": detail}, 415, HEADERS)
     return JSONResponse({"detail": "\n".join(map(_invalid, error.errors()))}, 422, HEADERS)
 
 
@@ -323,6 +325,12 @@ def _invalid(one: Mapping[str, Any]) -> str:
     """A field that pydantic refuses."""
     name = ".".join(map(str, one["loc"][1:])) or "body"
     value = one.get("input")
+    if one["type"] == "missing":
+        return f"{name}: (not given): send it"
+    if name == "mask" and one["type"] == "value_error":
+        return f"{name}: {str(value)[:60]}: send a file, not a text"
+    if one["type"] == "extra_forbidden":
+        return f"{name[:64]}: no such field: leave it out"
     shown = str(value)[:60] if isinstance(value, str | int | float) else "(not given)" if value is None else "(a value)"
     return f"{name}: {shown}: {one['msg']}"
 

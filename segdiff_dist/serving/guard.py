@@ -48,6 +48,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET (RFC 9110, 9.3.2): the server leaves the body out
+            scope = {**scope, "method": "GET"}
         refused = self._refused(scope)
         if refused is not None:
             await self._refuse(scope, send, refused)

@@ -24,7 +24,9 @@ from serve_support import LIVER, TOKEN, Client, model_process, organs, png, serv
 
 import segdiff_dist
 from segdiff_dist.cli import main
+from segdiff_dist.serving.accept import kind_of
 from segdiff_dist.serving.config import ServeConfig
+from segdiff_dist.serving.messages import ServiceError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Serve's own
 
@@ -136,6 +138,8 @@ BAD: dict[str, tuple[bytes, dict[str, Any], int, str]] = {
     "labels that are a path": (png(organs()), {"labels": "/etc/passwd"}, 422, "labels"),
     "another modality": (png(organs()), {"modality": "PET"}, 422, "CT, MR"),
     "too many steps": (png(organs()), {"steps": 401}, 422, "at most 400"),
+    "a field twice": (png(organs()), {"seed": [1, 2]}, 422, "seed: given more than once"),
+    "a label twice": (png(organs()), {"labels": '{"1": "liver", "1": "spleen"}'}, 422, "labels"),
     "a field of another name": (png(organs()), {"modalty": "CT"}, 422, "modalty"),
     "a path as a model": (png(organs()), {"model": "../../etc"}, 404, "small"),
 }
@@ -153,6 +157,30 @@ def test_bad_input_gets_a_clear_answer(client: Client, name: str) -> None:
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
+@pytest.mark.parametrize(
+    ("accepted", "kind"),
+    [
+        ("", "nifti"),
+        ("*/*", "nifti"),
+        ("IMAGE/*", "png"),
+        ("image/png;q=0.1, application/json;q=0.9", "json"),
+        ("image/png; q=0, application/json", "json"),
+        ("*/*, image/png", "png"),
+        ("application/x-nifti;q=0, application/gzip;q=0, application/octet-stream;q=0, */*", "png"),
+        ("text/html, application/xml;q=0.9, */*;q=0.8", "nifti"),
+        ("*/*;q=0", None),
+        ("image/png;q=0", None),
+        ("text/*", None),
+    ],
+)
+def test_accept_is_what_the_client_likes_most(accepted: str, kind: str | None) -> None:
+    if kind is not None:
+        assert kind_of(accepted) == kind
+        return
+    with pytest.raises(ServiceError, match="Accept"):
+        kind_of(accepted)
+
+
 def test_what_a_request_must_be(client: Client) -> None:
     assert client.paint(bytes(300_000)).status_code == 413
     form = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -163,6 +191,13 @@ def test_what_a_request_must_be(client: Client) -> None:
     assert client.paint(png(organs()), "text/html").status_code == 406
     assert client.paint(nifti(np.stack([organs()] * 2, axis=2)), "image/png").status_code == 406
     assert client.get("/paint").status_code == 405
+    head = requests.head(f"{client.url}/models", headers=client.headers)
+    assert (head.status_code, head.content) == (200, b"")
+    as_json = requests.post(f"{client.url}/paint", json={"mask": 1}, headers=client.headers)
+    assert as_json.status_code == 415
+    assert "multipart/form-data" in as_json.json()["detail"]
+    without = requests.post(f"{client.url}/paint", files={"seed": (None, "1")}, headers=client.headers)
+    assert (without.status_code, without.json()["detail"]) == (422, "mask: (not given): send it")
     for token in ("", "Bearer wrong", f"Basic {TOKEN}"):
         refused = requests.get(f"{client.url}/models", headers={"Authorization": token})
         assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")

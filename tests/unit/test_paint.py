@@ -130,6 +130,15 @@ def test_a_volume_of_one_plane_keeps_its_thickness(model: Model, organs: np.ndar
         nib.save(nib.Nifti1Image(organs[..., None], np.diag([2.0, 2.0, thickness, 1.0])), file)
         segdiff_dist.paint(file, model).save(out)
         np.testing.assert_allclose(nib.load(out).affine, np.diag([2.0, 2.0, written, 1.0]))
+    nib.save(nib.Nifti1Image(np.full((1, 1, 1), LIVER, np.uint8), np.diag([2.0, 2.0, 5.0, 1.0])), tmp_path / "1.nii")
+    segdiff_dist.paint(tmp_path / "1.nii", model).save(tmp_path / "of_1.nii")
+    np.testing.assert_allclose(nib.load(tmp_path / "of_1.nii").affine, np.diag([2.0, 2.0, 5.0, 1.0]))
+
+
+def test_a_mask_of_true_and_false_is_one_of_ids(model: Model, organs: np.ndarray) -> None:
+    options = {"labels": {0: "background", 1: "liver"}}
+    made = [segdiff_dist.paint(mask, model, **options).values for mask in (organs > 0, (organs > 0).astype(np.uint8))]
+    np.testing.assert_array_equal(*made)
 
 
 def test_dicom_out_and_in_again(model: Model, organs: np.ndarray, tmp_path: Path) -> None:
@@ -216,6 +225,14 @@ def test_what_is_refused(model: Model, organs: np.ndarray, tmp_path: Path) -> No
     (tmp_path / "nan.nii").write_bytes(content)
     refused("99.*--labels", tmp_path / "unknown.nii.gz")
     refused("voxel axes must span space", tmp_path / "nan.nii")
+    refused("degrees off a right angle", volume, affine=np.diag([1.0, 1, 1, 1]) + 0.5 * np.eye(4, k=1) * [0, 1, 0, 0])
+    refused("RGB pixels", Image.fromarray(np.stack([organs] * 3, axis=-1)))
+    refused("--seed: 1.5", organs, seed=1.5)
+    refused("--seed: 7", organs, seed="7")
+    refused("labels: 5", organs, labels=5)
+    refused("--spacing", organs, spacing_mm="2")
+    for name in ("axis", "other_labels", "outline", "noise"):
+        refused("--" + name.replace("_", "-") + ": no", organs, options=segdiff_dist.PaintOptions(**{name: "no"}))
     refused("all background", np.zeros((8, 8), np.uint8))
     refused("2,000,000,000|44,721x44,721", bomb(tmp_path / "giga.png", 44_721))
     refused("other pixels|more pixels", bomb(tmp_path / "bomb.png", 1000))
