@@ -248,7 +248,7 @@ def check_paint(mask: MaskFile, model: Model, settings: PaintSettings, out: Path
             problems.append(Problem("command line", flag, str(given), f"give one of {', '.join(allowed)}"))
     seed: Any = settings.seed
     if not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
-        problems.append(Problem("command line", "--seed", str(seed), "give a whole number from 0 on"))
+        problems.append(Problem("command line", "--seed", str(seed), f"give a whole number from 0 to {2**63 - 1}"))
     refuse(problems)
     if not model.pipeline.model.config.class_conditioning and len(known) > 1:
         warnings.warn(f"{model.name}: the model ignores the modality", stacklevel=2)

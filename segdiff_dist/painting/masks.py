@@ -217,8 +217,12 @@ def _drawn(file: Path, segments: Any, ids: Mapping[int, int], table: LabelTable)
     for number, new in sorted(ids.items(), key=lambda one: one[1] != table.body_id):
         if number == 0 or new == 0:
             continue
-        with quiet():
-            volume = segments.get_volume(segment_numbers=[number], combine_segments=True)
+        try:
+            with quiet():
+                volume = segments.get_volume(segment_numbers=[number], combine_segments=True)
+        except Exception as error:  # pydicom raises whatever the bytes lead it to
+            value = f"its frames cannot be read ({type(error).__name__})"
+            raise problem(file, "DICOM", value, "copy it again from where it was made") from error
         inside = np.equal(volume.array, number).T
         drawn = np.zeros(inside.shape, np.uint8) if drawn is None else drawn
         before = drawn[inside]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from sampling_support import QUICK, write_weights
@@ -151,6 +152,11 @@ def test_dicom_out_and_in_again(model: Model, organs: np.ndarray, tmp_path: Path
     np.testing.assert_array_equal(again.labels.voxels_IJK, first.labels.voxels_IJK)
     np.testing.assert_array_equal(again.values_IJK, first.values_IJK)
     np.testing.assert_allclose(again.labels.affine, first.labels.affine, atol=1e-4)
+    damaged = pydicom.dcmread(tmp_path / "series" / "masks" / "mask.dcm")
+    damaged.PixelData = damaged.PixelData[:10]
+    damaged.save_as(tmp_path / "damaged.dcm")
+    with pytest.raises(InputProblems, match="DICOM: its frames cannot be read"):
+        segdiff_dist.paint(tmp_path / "damaged.dcm", model)
 
 
 def test_a_small_field_is_painted_at_its_scale(model: Model, organs: np.ndarray) -> None:
