@@ -19,7 +19,7 @@ from studio_support import chromium, drop, open_page, page_of, running_studio
 from data_shards.labels import AMOS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 SIZE = 256
 AORTA = AMOS.names.index("aorta")
@@ -61,6 +61,39 @@ def test_a_drawn_organ_is_in_both_images(
         if not by_touch:
             assert "synthetic" in page.locator(".warning").inner_text().lower()
             compare_with_readout(page, images)
+
+
+def test_what_arrives_late_or_is_wrong_changes_nothing(browser: Browser, url: str) -> None:
+    """A mask that is opened while another is drawn, a seed that is none, and a packing that fails."""
+    with page_of(browser, url) as page:
+        held: list[Route] = []
+        page.route("**/masks", lambda route: held.append(route))
+        open_page(page, url)
+        draw_aorta(page, by_touch=False)
+        small = gzip.compress(nib.Nifti1Image(np.full((32, 32, 2), AORTA, np.uint8), np.eye(4)).to_bytes())
+        with page.expect_request("**/masks"):
+            drop(page, {"small.nii.gz": small})
+        page.mouse.down()
+        held.pop().continue_()
+        page.get_by_text("small.nii.gz is open").wait_for()
+        page.mouse.up()
+        assert page.locator("#undo").is_disabled(), "what was drawn belongs to the mask before"
+        with page.expect_request("**/masks"):
+            drop(page, {"late.nii.gz": small})
+        page.locator(".start", has_text="outline").click()
+        with page.expect_response("**/masks"):
+            held.pop().continue_()
+        page.wait_for_timeout(300)
+        assert page.locator("#planes").is_hidden(), "the outline was chosen later"
+        page.locator("#seed").fill("-1")
+        page.locator("#paint").click()
+        page.get_by_text("seed: -1").wait_for()
+        page.locator("#seed").fill("1")
+        page.evaluate("() => { window.CompressionStream = function () { throw new Error('no packing') } }")
+        page.locator("#paint").click()
+        page.get_by_text("no packing").wait_for()
+        assert page.locator("#paint-text").inner_text().startswith("Paint")
+        assert page.locator("#strip").is_hidden()
 
 
 def test_undo_and_erase_give_back_the_patient(browser: Browser, url: str) -> None:

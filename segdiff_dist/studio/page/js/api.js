@@ -11,6 +11,7 @@ export class Refused extends Error {
 // `segdiff serve` on another machine wants a token: /#token=...
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
 const MOST_WAITS = 60;
+const NO_TOKEN = "this service needs its token: open its address with #token=SECRET at the end, and load the page again";
 
 export const getExamples = async (model) => (await ask(`examples?${new URLSearchParams({ model })}`)).json();
 export const getBytes = async (url) => new Uint8Array(await (await ask(url.replace(/^\//, ""))).arrayBuffer());
@@ -37,10 +38,14 @@ export async function readMask(file, model, otherLabels) {
 /** Paint one image, telling `onEvent(name, data)` of `queued` and `progress`; the finished image's JSON. */
 export async function paint(maskBytes, settings, { signal, onEvent }) {
   const response = await askPaint(maskBytes, settings, "text/event-stream", signal, onEvent);
-  for await (const { name, data } of events(response.body)) {
-    if (name === "image") return data;
-    if (name === "error") throw new Refused(data.status, String(data.detail));
-    onEvent(name, data);
+  try {
+    for await (const { name, data } of events(response.body)) {
+      if (name === "image") return data;
+      if (name === "error") throw new Refused(data.status, String(data.detail));
+      onEvent(name, data);
+    }
+  } catch (error) {
+    if (error.name === "AbortError" || error instanceof Refused) throw error; // others are the connection's
   }
   throw new Refused(0, "the server ended before the image was finished: paint again");
 }
@@ -80,7 +85,8 @@ async function ask(path, { headers = {}, ...options } = {}) {
     throw new Refused(0, "the server does not answer: is `segdiff studio` still running?");
   }
   if (response.ok) return response;
-  const refused = new Refused(response.status, await detailOf(response));
+  const detail = response.status === 401 ? NO_TOKEN : await detailOf(response);
+  const refused = new Refused(response.status, detail);
   refused.retryAfter = Number(response.headers.get("Retry-After")) || 1;
   throw refused;
 }

@@ -6,7 +6,7 @@ const HEAD_BYTES = 4096;
 const DICOM = [128, "DICM"];
 const SEGMENTATION = /1\.2\.840\.10008\.5\.1\.4\.1\.1\.66\.[47](?![\d.])/;
 
-/** Calls `onFiles` with the files of each drop, and marks the page while something is held over it. */
+/** Calls `onFiles` with the files of each drop, or a promise of them, and marks the page while something is held over it. */
 export function startDrop(onFiles) {
   let inside = 0;
   const mark = (change) => {
@@ -16,13 +16,13 @@ export function startDrop(onFiles) {
   addEventListener("dragenter", () => mark(1));
   addEventListener("dragleave", () => mark(-1));
   addEventListener("dragover", (event) => event.preventDefault());
-  addEventListener("drop", async (event) => {
+  addEventListener("drop", (event) => {
     event.preventDefault();
     mark(-inside);
     // Both are empty after the event.
     const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter((one) => one?.isDirectory);
     const files = [...event.dataTransfer.files];
-    onFiles(entries.length > 0 ? await below(entries) : files);
+    onFiles(entries.length > 0 ? below(entries) : files);
   });
 }
 

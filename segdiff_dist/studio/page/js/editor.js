@@ -17,6 +17,7 @@ export function startEditor() {
   for (const [name, act] of Object.entries({ pointerdown: down, pointermove: move, pointerup: up, pointercancel: cancel }))
     canvas.addEventListener(name, act);
   canvas.addEventListener("contextmenu", (event) => event.preventDefault());
+  on("volume", leave);
   on("volume mask model options rounds", redraw);
   on("camera pointer tool", () => view.request());
   on("pointer mask volume", readOut);
@@ -36,11 +37,11 @@ function redraw() {
   view.request();
 }
 
-/** The first finished image of the shown round, if it is of this mask's size. */
+/** The first finished image of the shown round, if it is of this mask and slice. */
 function shownImage() {
-  const job = Object.values(state.round?.jobs ?? {}).find((one) => one.image);
-  const [width, height] = state.volume.dims;
-  return job && job.picture.width === width && job.picture.height === height ? job.picture : null;
+  const { round } = state;
+  if (!round || round.opened !== state.opened || round.plane !== state.plane) return null;
+  return Object.values(round.jobs).find((one) => one.image)?.picture ?? null;
 }
 
 function paint(context, { scale, width, height }) {
@@ -161,6 +162,13 @@ function finish() {
   if (stroke && !stroke.pan && !stroke.pinch) end();
   stroke = null;
   announce("mask");
+}
+
+/** Another mask or slice is shown: what is drawn ends with the one that it was begun on. */
+function leave() {
+  if (!stroke || stroke.pan || stroke.pinch) return;
+  stroke = null;
+  end();
 }
 
 function cancel(event) {

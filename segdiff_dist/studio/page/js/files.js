@@ -3,7 +3,7 @@
 import { paintDicom, readMask } from "./api.js";
 import { $, save, say } from "./dom.js";
 import { maskAmong, startDrop } from "./drop.js";
-import { replaceVolume } from "./mask.js";
+import { awaitMask, replaceVolume } from "./mask.js";
 import { fromBase64, labelFile, readNifti } from "./nifti.js";
 import { state } from "./state.js";
 
@@ -18,20 +18,29 @@ export function startFiles() {
     chooser.value = "";
   });
   $("#save-mask").addEventListener("click", downloadMask);
-  startDrop(async (files) => {
-    const file = await maskAmong(files);
-    if (file) open(file);
-    else say(files.length === 0 ? NO_FILE : `${files.length} files: ${ONE_MASK}`, { isError: true });
+  startDrop(async (dropped) => {
+    try {
+      const files = await dropped;
+      const file = await maskAmong(files);
+      if (file) open(file);
+      else say(files.length === 0 ? NO_FILE : `${files.length} files: ${ONE_MASK}`, { isError: true });
+    } catch (error) {
+      say(`What was dropped cannot be read: ${error.message}`, { isError: true });
+    }
   });
 }
 
 /** Read a mask through the service, which knows all kinds, and show it. */
 async function open(file, otherLabels) {
+  const isNewest = awaitMask();
   try {
     const { mask, notes } = await readMask(file, state.model?.name, otherLabels);
-    replaceVolume(await readNifti(fromBase64(mask)), plainName(file.name));
+    const volume = await readNifti(fromBase64(mask));
+    if (!isNewest()) return;
+    replaceVolume(volume, plainName(file.name));
     say([`${file.name} is open.`, ...(notes ?? [])].join(" "));
   } catch (error) {
+    if (!isNewest()) return;
     const isLabels = error.status === 422 && !otherLabels && /other.labels/.test(error.message);
     const again = (choice) => () => open(file, choice);
     const actions = isLabels ? [["Take them as body", again("body")], ["Leave them out", again("background")]] : [];
@@ -44,6 +53,7 @@ export const plainName = (name) =>
   name.replace(/(\.nii)?\.[^.]*$/, "").replaceAll(/[^\p{L}\p{N}_.-]+/gu, "_").slice(0, 80) || "mask";
 
 async function downloadMask() {
+  if (!state.volume) return;
   save(new Blob([await labelFile(state.volume)], { type: "application/gzip" }), `${state.name}_mask.nii.gz`);
 }
 

@@ -46,7 +46,7 @@ function organ(number) {
 export function startKeys() {
   addEventListener("keydown", (event) => {
     const isWriting = event.target.matches?.("input:not([type=range]):not([type=checkbox]), select, textarea");
-    const paintsFromField = event.key === "Enter" && event.target.matches?.(".paint-bar input");
+    const paintsFromField = ["Enter", "Escape"].includes(event.key) && event.target.matches?.(".paint-bar input");
     if ((isWriting && !paintsFromField) || document.querySelector("dialog[open]")) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (event.ctrlKey || event.metaKey) {
@@ -56,7 +56,8 @@ export function startKeys() {
     }
     if (event.altKey || (key === "Enter" && event.target.matches?.("button"))) return;
     const found = KEYS.find(([, , keys]) => keys.includes(key));
-    if (!found || !state.volume) return;
+    if (!found || (!state.volume && key !== "?")) return;
+    if (event.repeat && key === "Enter") return; // held, it would paint and stop in turns
     if (event.target.matches?.("input[type=range]") && key.startsWith("Arrow")) return;
     event.preventDefault();
     found[3](key);

@@ -7,17 +7,16 @@ import { startFiles } from "./files.js";
 import { startKeys } from "./keys.js";
 import { listStarts, startRail } from "./rail.js";
 import { startResults } from "./results.js";
-import { isPainting, paintSeeds, stop } from "./rounds.js";
+import { chosenSeed, isPainting, paintSeeds, stop } from "./rounds.js";
 import { modalities, on, state, announce } from "./state.js";
 import { startStrip } from "./strip.js";
 import { startVolume } from "./volume.js";
 
 const SEEDS = 4;
-const MOST_SEED = 2 ** 31;
 
 function startPaintBar() {
-  $("#paint").addEventListener("click", () => (isPainting() ? stop() : paintAndShow([seed()])));
-  $("#four").addEventListener("click", () => paintAndShow(Array.from({ length: SEEDS }, (_, k) => seed() + k)));
+  $("#paint").addEventListener("click", () => (isPainting() ? stop() : paintAndShow(1)));
+  $("#four").addEventListener("click", () => paintAndShow(SEEDS));
   $("#dice").addEventListener("click", () => ($("#seed").value = Math.floor(Math.random() * 100_000)));
   for (const name of ["outlines", "underlay"])
     $(`#${name}`).addEventListener("click", () => {
@@ -29,14 +28,14 @@ function startPaintBar() {
 }
 
 /** On a small screen the results are below what is seen. */
-function paintAndShow(seeds) {
-  paintSeeds(seeds);
+function paintAndShow(number) {
+  try {
+    const seed = chosenSeed();
+    paintSeeds(Array.from({ length: number }, (_, k) => seed + k));
+  } catch (error) {
+    return say(error.message, { isError: true });
+  }
   if ($("#results").getBoundingClientRect().top > innerHeight * 0.8) $("#results").scrollIntoView({ behavior: "smooth", block: "center" });
-}
-
-function seed() {
-  const value = Math.floor(Number($("#seed").value));
-  return value >= 0 && value < MOST_SEED ? value : 0;
 }
 
 function updatePaint() {
@@ -62,6 +61,7 @@ function listModalities() {
 }
 
 function useModel(model) {
+  stop();
   state.model = model;
   state.rounds = [];
   state.round = null;

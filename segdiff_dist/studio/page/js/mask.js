@@ -1,7 +1,7 @@
 // Changes of the mask. A picture shows a plane the radiological way: the patient's right on its left, the front up, so
 // pixel (x, y) is voxel (width - 1 - x, height - 1 - y).
 
-import { bodyId, shownPlane, state, announce } from "./state.js";
+import { bodyId, planeAt, shownPlane, state, announce } from "./state.js";
 import { spacing } from "./nifti.js";
 
 const MOST_STEPS = 80;
@@ -9,6 +9,7 @@ const BODY_SHAPE = [0.42, 0.31]; // half axes of a new outline, of the picture's
 const before = [];
 const after = [];
 let started = null;
+let asked = 0;
 
 export const indexOf = (x, y) => {
   const [width, height] = state.volume.dims;
@@ -27,7 +28,7 @@ export function begin() {
 
 /** End it. */
 export function end() {
-  const now = shownPlane();
+  const now = started && planeAt(started.plane);
   if (started && started.voxels.some((label, k) => label !== now[k])) {
     before.push(started);
     if (before.length > MOST_STEPS) before.shift();
@@ -46,15 +47,27 @@ export const redo = () => step(after, before);
 function step(from, to) {
   const kept = from.pop();
   if (!kept) return;
-  state.plane = kept.plane;
+  if (state.plane !== kept.plane) {
+    state.plane = kept.plane;
+    announce("volume");
+  }
   to.push({ plane: kept.plane, voxels: shownPlane().slice() });
   shownPlane().set(kept.voxels);
   state.version++;
   announce("mask", "tool");
 }
 
+/** A mask is asked for: a function that says whether none was asked for or shown since. */
+export function awaitMask() {
+  const own = ++asked;
+  return () => own === asked;
+}
+
 /** Show another mask. */
 export function replaceVolume(volume, name) {
+  asked++;
+  state.opened++;
+  started = null;
   state.volume = { ...volume, voxels: Uint8Array.from(volume.voxels) };
   state.name = name;
   state.plane = fullestPlane(state.volume);
@@ -134,7 +147,7 @@ export function fill(x, y, label) {
   const [width, height] = state.volume.dims;
   const plane = shownPlane();
   const old = labelAt(x, y);
-  if (old === label) return;
+  if (old === label || writer(label)(old) !== label) return;
   const waiting = [[x, y]];
   while (waiting.length) {
     const [column, row] = waiting.pop();

@@ -2,7 +2,7 @@
 
 import { getBytes, getExamples } from "./api.js";
 import { $, element, say, shown } from "./dom.js";
-import { canRedo, canUndo, fullestPlane, newBody, redo, replaceVolume, undo } from "./mask.js";
+import { awaitMask, canRedo, canUndo, fullestPlane, newBody, redo, replaceVolume, undo } from "./mask.js";
 import { readNifti } from "./nifti.js";
 import { bodyId, on, shownPlane, state, announce } from "./state.js";
 import { picture, wordOf } from "./view.js";
@@ -107,16 +107,20 @@ function markShown() {
 
 /** The masks to begin with: an ellipse, then the phantom's slices. Shows one from the middle of the trunk. */
 export async function listStarts() {
+  const { model } = state;
+  const isNewest = awaitMask();
   const blank = startButton("outline", "A new outline of the patient", element("span", { className: "oval" }));
   blank.addEventListener("click", () => newBody(state.model));
   $("#starts").replaceChildren(blank);
   let examples = [];
   try {
-    examples = (await Promise.all((await getExamples(state.model.name)).map(read))).filter(Boolean);
+    examples = (await Promise.all((await getExamples(model.name)).map(read))).filter(Boolean);
   } catch (error) {
     say(`The examples cannot be read: ${error.message}`, { isError: true });
   }
+  if (state.model !== model) return;
   $("#starts").append(...examples.map(exampleButton));
+  if (!isNewest()) return;
   const flat = examples.filter((one) => one.volume.dims[2] === 1);
   const first = flat[Math.floor((flat.length - 1) / 2)];
   if (first) replaceVolume(first.volume, first.name);

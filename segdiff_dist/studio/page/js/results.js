@@ -3,7 +3,7 @@
 import { $, element, shown } from "./dom.js";
 import { downloadDicom, downloadNifti, downloadPng } from "./files.js";
 import { aspectOf } from "./mask.js";
-import { labelOf, modalities, on, state } from "./state.js";
+import { labelOf, modalities, on, otherThanShown, state } from "./state.js";
 import { View } from "./view.js";
 
 const KINDS = [["PNG", downloadPng], ["NIfTI", downloadNifti], ["DICOM", downloadDicom]];
@@ -85,9 +85,8 @@ function words(job) {
 }
 
 function aboutImage(job) {
-  const isOld = state.round.version !== state.version;
-  const parts = [`seed ${state.round.seed}`, `${job.seconds.toFixed(1)} s`];
-  return [...parts, ...(isOld ? ["of an earlier mask"] : [])].join(" · ");
+  const parts = [`seed ${state.round.seed}`, `${job.seconds.toFixed(1)} s`, otherThanShown(state.round)];
+  return parts.filter(Boolean).join(" · ");
 }
 
 /** Organs with their Dice, by name. Low ones are marked by words too, not only by colour. */

@@ -18,20 +18,41 @@ export async function paintSeeds(seeds) {
   const mask = planeOf(state.volume, state.plane);
   if (!mask.voxels.some(Boolean)) return say("The mask is empty: draw an organ, or the patient's outline, first.", { isError: true });
   stopping = new AbortController();
-  const maskBytes = await labelFile(mask);
-  const rounds = seeds.map((seed) => newRound(seed, mask, maskBytes)).filter((round) => !isKnown(round));
-  state.rounds = [...state.rounds, ...rounds].slice(-MOST_ROUNDS);
-  state.round = rounds[0] ?? state.round;
-  announce("rounds", "progress");
-  await Promise.all(rounds.flatMap((round) => Object.values(round.jobs).map((job) => run(job, round))));
-  stopping = null;
-  announce("rounds", "progress");
+  try {
+    // All as it is now: the mask may be drawn on while its file is packed.
+    const rounds = seeds.map((seed) => newRound(seed, mask)).filter((round) => !isKnown(round));
+    const maskBytes = await labelFile(mask);
+    if (stopping.signal.aborted) return;
+    rounds.forEach((round) => (round.maskBytes = maskBytes));
+    state.rounds = [...state.rounds, ...rounds].slice(-MOST_ROUNDS);
+    state.round = rounds[0] ?? state.round;
+    announce("rounds", "progress");
+    await Promise.all(rounds.flatMap((round) => Object.values(round.jobs).map((job) => run(job, round))));
+  } catch (error) {
+    say(`The image cannot be made: ${error.message}`, { isError: true });
+  } finally {
+    stopping = null;
+    announce("rounds", "progress");
+  }
 }
 
-function newRound(seed, mask, maskBytes) {
-  const settings = { model: state.model.name, steps: numberOf("#steps"), guidance: numberOf("#guidance"), seed };
+function newRound(seed, mask) {
+  const settings = settingsOf(seed);
   const jobs = Object.fromEntries(modalities().map((modality) => [modality, { modality, status: "queued", step: 0 }]));
-  return { seed, mask, maskBytes, settings, jobs, version: state.version, plane: state.plane, name: state.name, model: state.model };
+  const { version, plane, opened, name, model } = state;
+  return { seed, mask, settings, jobs, version, plane, opened, name, model };
+}
+
+/** The settings of the fields above the pictures. Throws Error. */
+export function settingsOf(seed) {
+  return { model: state.model.name, steps: numberOf("#steps"), guidance: numberOf("#guidance"), seed };
+}
+
+/** The seed of its field. Throws Error. */
+export function chosenSeed() {
+  const seed = numberOf("#seed");
+  if (seed === null) throw new Error("seed: (not given): give a whole number from 0 on");
+  return seed;
 }
 
 /** Whether the same images are there already: that round is shown instead. */
@@ -45,8 +66,10 @@ function isKnown(round) {
 
 /** The value of a field; null (the model's own) where it is empty. */
 function numberOf(field) {
-  const text = $(field).value.trim();
-  return text === "" ? null : Number(text);
+  const { value, validity, validationMessage, min, max } = $(field);
+  // The value of a field that holds no number is empty.
+  if (!validity.valid) throw new Error(`${field.slice(1)}: ${value || "no number"}: ${validationMessage} (${min} to ${max})`);
+  return value === "" ? null : Number(value);
 }
 
 async function run(job, round) {

@@ -7,6 +7,7 @@ export const state = {
   plane: 0, // the axial slice that is shown
   name: "mask", // for file names
   version: 0, // counts changes of the mask
+  opened: 0, // counts masks that were begun or opened
   label: 0,
   tool: "brush",
   size: 12, // of the brush, in pixels
@@ -37,9 +38,18 @@ export const modalities = () => {
   return chosen ? [chosen] : (state.model?.modalities ?? []);
 };
 
-/** The planes of the mask that is shown: a view into it. */
-export function shownPlane() {
+/** A plane of the mask: a view into it. */
+export function planeAt(plane) {
   const [width, height] = state.volume.dims;
   const length = width * height;
-  return state.volume.voxels.subarray(state.plane * length, (state.plane + 1) * length);
+  return state.volume.voxels.subarray(plane * length, (plane + 1) * length);
+}
+
+/** The plane that is shown. */
+export const shownPlane = () => planeAt(state.plane);
+
+/** Why a round is not of what is shown now: words, or nothing. */
+export function otherThanShown(round) {
+  if (round.version !== state.version) return "of an earlier mask";
+  return round.plane === state.plane ? "" : `of slice ${round.plane + 1}`;
 }

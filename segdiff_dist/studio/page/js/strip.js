@@ -1,7 +1,7 @@
 // All seeds that were painted, newest last: a press shows one.
 
 import { $, element } from "./dom.js";
-import { on, state, announce } from "./state.js";
+import { on, otherThanShown, state, announce } from "./state.js";
 
 const SIDE = 72;
 
@@ -13,17 +13,23 @@ export function startStrip() {
 function draw() {
   $("#strip").hidden = state.rounds.length === 0;
   const list = $("#strip-list");
+  const focused = [...list.children].indexOf(document.activeElement);
   list.replaceChildren(...state.rounds.map(entry));
+  list.children[focused]?.focus({ preventScroll: true });
   const shown = list.querySelector("[aria-pressed=true]");
   if (state.round !== draw.last && shown) list.scrollTo({ left: shown.offsetLeft - 40, behavior: "smooth" });
   draw.last = state.round;
   markEarlier();
 }
 
-/** Rounds of another mask than the one that is drawn now. */
+/** Rounds of another mask or slice than the one that is shown now. */
 function markEarlier() {
   const buttons = $("#strip-list").children;
-  state.rounds.forEach((round, k) => buttons[k]?.classList.toggle("earlier", round.version !== state.version));
+  state.rounds.forEach((round, k) => {
+    const other = otherThanShown(round);
+    buttons[k]?.classList.toggle("earlier", other !== "");
+    buttons[k]?.querySelector(".seed").setAttribute("data-other", other.replace(/^of (an )?/, ""));
+  });
 }
 
 /** The earlier or later round. */

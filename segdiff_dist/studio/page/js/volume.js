@@ -1,8 +1,9 @@
 // A mask of several slices as a volume, and the images of all its slices: shown by NiiVue, which is loaded on first use.
 
 import { paint } from "./api.js";
-import { $, element, save, say } from "./dom.js";
+import { $, element, save } from "./dom.js";
 import { fromBase64, labelFile } from "./nifti.js";
+import { chosenSeed, settingsOf } from "./rounds.js";
 import { on, state } from "./state.js";
 
 const LIBRARY = "vendor/niivue/niivue.umd.js";
@@ -13,7 +14,7 @@ let version = null; // of the mask that is shown
 
 export function startVolume() {
   on("volume", () => ($("#volume").hidden = state.volume.dims[2] < 2));
-  $("#volume").addEventListener("click", () => open().catch((error) => say(`The volume cannot be shown: ${error.message}`, { isError: true })));
+  $("#volume").addEventListener("click", () => open().catch(showError));
   $("#volume-sheet").addEventListener("close", () => stopping?.abort());
   $("#volume-save").addEventListener("click", () => save(new Blob([made.bytes], { type: "application/gzip" }), made.name));
   $("#volume-opacity").addEventListener("input", () => viewer?.setOpacity(viewer.volumes.length - 1, Number($("#volume-opacity").value)));
@@ -26,7 +27,7 @@ async function open() {
   version = state.version;
   const buttons = state.model.modalities.map((modality) => {
     const button = element("button", { type: "button" }, `Paint all slices: ${modality}`);
-    button.addEventListener("click", () => (stopping ? stopping.abort() : paintAll(modality)));
+    button.addEventListener("click", () => (stopping ? stopping.abort() : paintAll(modality, button)));
     return button;
   });
   $("#volume-buttons").replaceChildren(...buttons);
@@ -75,7 +76,14 @@ function colours() {
   return table;
 }
 
-async function paintAll(modality) {
+/** In the sheet: what lies below it cannot be read. */
+function showError(error) {
+  $("#volume-about").textContent = `The volume cannot be shown: ${error.message}`;
+}
+
+async function paintAll(modality, button) {
+  const [words, of] = [button.textContent, state.version];
+  button.textContent = "Stop";
   const bar = $("#volume-bar");
   stopping = new AbortController();
   Object.assign(bar, { hidden: false, value: 0 });
@@ -83,13 +91,15 @@ async function paintAll(modality) {
     if (name === "progress") bar.value = data.step / data.steps;
   };
   try {
-    const settings = { model: state.model.name, modality, seed: Number($("#seed").value) || 0 };
+    const settings = { ...settingsOf(chosenSeed()), modality };
     const answer = await paint(await labelFile(state.volume), settings, { signal: stopping.signal, onEvent });
+    if (of !== state.version) throw new Error("another mask was opened: close this, and press volume again");
     made = { modality, bytes: fromBase64(answer.image), name: `${state.name}_${modality}_volume_synthetic.nii.gz` };
     await showVolumes();
   } catch (error) {
     if (error.name !== "AbortError") $("#volume-about").textContent = error.message;
   }
+  button.textContent = words;
   bar.hidden = true;
   stopping = null;
 }
