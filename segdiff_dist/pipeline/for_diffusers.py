@@ -235,7 +235,9 @@ def _item_ids(num: int, generator: Generator | Sequence[Generator] | None, seed:
     return [_drawn(one) for one in generators]
 
 
-def _drawn(generator: Generator | None) -> int:
+def _drawn(generator: Any) -> int:
+    if not isinstance(generator, Generator | None):
+        raise problem("pipeline", "generator", repr(generator)[:60], "give a torch.Generator, or `seed`")
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
 

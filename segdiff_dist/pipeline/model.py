@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -109,8 +110,9 @@ class SegGuidedPipeline:
         from PIL import Image
 
         mask_BHW, is_one = self.checked(np.asarray(mask), modality, axis)
-        sampler = replace(self.sampler, num_steps=num_inference_steps or self.sampler.num_steps)
-        refuse(sampler.problems(self.diffusion))
+        num_steps = self.sampler.num_steps if num_inference_steps is None else num_inference_steps
+        sampler = replace(self.sampler, num_steps=num_steps)
+        refuse([*sampler.problems(self.diffusion), *problems_with_seed("first_item", first_item)])
         item_ids = list(range(first_item, first_item + len(mask_BHW)))
         made_BHW = replace(self, sampler=sampler).generate(mask_BHW, item_ids, modality, axis, seed)
         images = [Image.fromarray(image_HW) for image_HW in made_BHW]
@@ -129,6 +131,7 @@ class SegGuidedPipeline:
         `described`: the text of a progress bar, if one is wanted."""
         from data_shards.progress import progress_bar
 
+        refuse(problems_with_seed("seed", seed))
         num = self.num_at_once
         image_BHW = np.empty_like(mask_BHW)
         with progress_bar(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
@@ -210,3 +213,10 @@ class SegGuidedPipeline:
         check("mask", not unknown, f"label ids {unknown}", f"use those of {self.model.label_table.name!r}: .labels")
         refuse(problems)
         return mask.astype(np.uint8).reshape(-1, self.size, self.size), mask.ndim == 2
+
+
+def problems_with_seed(name: str, given: Any) -> list[Problem]:
+    """Why an argument cannot choose the noise: it is no whole number of 64 bits."""
+    if isinstance(given, Integral) and -(2**63) <= int(given) < 2**63:
+        return []
+    return [Problem("pipeline", name, repr(given)[:60], "give a whole number of at most 64 bits")]

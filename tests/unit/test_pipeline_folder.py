@@ -84,6 +84,9 @@ def test_what_is_refused(run: Path, folder: Path, tmp_path: Path) -> None:
         pipeline(good / 2)
     with pytest.raises(InputProblems, match="num_steps"):
         pipeline(good, num_inference_steps=2000)
+    for name, value in (("num_inference_steps", 0), ("seed", 1.5), ("seed", 2**63), ("first_item", "1")):
+        with pytest.raises(InputProblems, match=f"{name.removeprefix('num_inference_')}: {value!r}"):
+            pipeline(good, **{name: value})
     with pytest.raises(InputProblems, match="not empty"):
         export_model(run / "weights" / "ema", folder, DIFFUSION, SAMPLER)
     with pytest.raises(InputProblems, match="train first"):
