@@ -60,7 +60,7 @@ def evaluate_here(
 
     from segdiff_dist.evaluation.measure import trust
     from segdiff_dist.evaluation.measure.provenance import not_available, provenance
-    from segdiff_dist.evaluation.measure.rows import RowWriter
+    from segdiff_dist.evaluation.measure.rows import RowWriter, with_patients
     from segdiff_dist.evaluation.measure.subject import Subject
     from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
     from segdiff_dist.evaluation.measure.worker import Chunk, Evaluator, Inputs
@@ -102,11 +102,13 @@ def evaluate_here(
     )
     evaluator = Evaluator(inputs)
     spread = {task.ids[0]: task.run(evaluator) for task in trust.images_of_masks(store.items)}
-    measured = Evaluated.empty(shards.label_table, store.items, spread)
+    measured = Evaluated.empty(shards.label_table, store.items, spread, patient_of=shards.patient_of)
     result = evaluator.run(Chunk(0, len(items)))
     measured.add(0, len(items), result)
     with RowWriter(folder / "samples.parquet") as writer:
-        writer.write(store.items, result.columns | spread_columns(spread, 0, len(items)))
+        writer.write(
+            with_patients(store.items, shards.patient_of), result.columns | spread_columns(spread, 0, len(items))
+        )
     summary = summarise(measured, Interval(resamples=20, seed=0))
     summary["trust"] = {"leakage": trust.leakage(store.items, shards)}
     summary["not_available"] = not_available(summary, inputs, Subject(store, shards), measured.distributions.failed)

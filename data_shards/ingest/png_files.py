@@ -139,7 +139,7 @@ def read_png_grey(file: Path) -> np.ndarray:
         raise problem(file, "PNG", "colours of a palette", "save the image as grey, of 8 or 16 bits")
     if header.samples > 1 and header.depth == 16:  # Pillow halves these
         raise problem(file, "PNG", f"{header.samples} x 16 bits a pixel", "save the image as grey, of 8 or 16 bits")
-    samples, _ = _checked(file, header)
+    samples, _ = _checked(file, header, may_be_transparent=False)
     grey_HW = samples if header.samples == 1 else grey_of(file, samples, has_alpha=header.samples in (2, 4))
     if header.depth < 8:  # white is 255, as in the PNG specification (13.12) and every viewer
         grey_HW = grey_HW.astype(np.uint8) * (255 // (2**header.depth - 1))
@@ -207,13 +207,16 @@ def _chunks(file: Path, content: bytes) -> Iterator[tuple[bytes, bytes]]:
     raise _damaged(file, "it ends too early")
 
 
-def _checked(file: Path, header: PngHeader) -> tuple[np.ndarray, np.ndarray]:
-    """Samples as stored, [H, W] or [H, W, samples], and the palette, of a file that is whole."""
+def _checked(file: Path, header: PngHeader, *, may_be_transparent: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Samples as stored, [H, W] or [H, W, samples], and the palette, of a file that is whole. The ids of a mask are
+    ids even where viewers show them as transparent."""
     if file.stat().st_size > _MOST_BYTES:
         value = f"{file.stat().st_size:,} bytes for {header.width}x{header.height} pixels"
         raise problem(file, "PNG", value, _WRITE_AGAIN)
     content = file.read_bytes()
     chunks = list(_chunks(file, content))
+    if not may_be_transparent and any(name == b"tRNS" for name, _ in chunks):
+        raise problem(file, "picture", "a transparent colour (tRNS)", "save it without transparency")
     _check_pixels(file, header, [body for name, body in chunks if name == b"IDAT"])
     frames = [int.from_bytes(body[:4], "big") for name, body in chunks if name == b"acTL"]
     if frames and frames[0] != 1:

@@ -151,6 +151,17 @@ class ShardSet:
         """Names by label id."""
         return LabelTable.of(self.index["label_table"])
 
+    @cached_property
+    def patient_of(self) -> dict[str, str]:
+        """The patient by case id, of the cases whose patient has another name than the case."""
+        named = (item for member in self.members for item in member.index.get("source", {}).items())
+        return {case: str(one["patient"]) for case, one in named if one.get("patient") not in (None, case)}
+
+    def patients(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The patients of these rows, by name; by case id where the set knows no other name."""
+        cases = self.samples["case_id"].take(np.asarray(rows, np.int64)).to_pylist()
+        return [self.patient_of.get(case, case) for case in cases]
+
     @property
     def size(self) -> int:
         """Rows and columns of a slice."""

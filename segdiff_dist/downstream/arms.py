@@ -63,9 +63,9 @@ def trainings_of(config: DownstreamConfig) -> list[Training]:
 
 
 def patients_of(shards: ShardSet, rows: np.ndarray, fraction: float, seed: int) -> list[str]:
-    """The case ids of a share of the patients of `rows`: ceil(fraction * n) of each modality's n, the first of a
+    """The names of a share of the patients of `rows`: ceil(fraction * n) of each modality's n, the first of a
     shuffle by `seed`, so that larger shares contain smaller ones. 0 gives none."""
-    case_ids = np.array(shards.samples["case_id"].take(rows).to_pylist())
+    case_ids = np.array(shards.patients(rows))
     chosen: list[str] = []
     for modality in range(len(shards.modalities)):
         known = np.unique(case_ids[shards.modality_N[rows] == modality])
@@ -79,7 +79,7 @@ def rows_of(training: Training, shards: ShardSet, real_rows: np.ndarray) -> np.n
     """The rows of a training. `shards`: the real set followed by the generated one; `real_rows`: the rows of the real
     set that may be trained on."""
     chosen = patients_of(shards, real_rows, training.arm.real_fraction, training.seed)
-    case_ids = np.array(shards.samples["case_id"].take(real_rows).to_pylist())
+    case_ids = np.array(shards.patients(real_rows))
     rows = real_rows[np.isin(case_ids, chosen)]
     if training.arm.generated:
         rows = np.concatenate((rows, np.flatnonzero(shards.member_N == 1)))

@@ -144,8 +144,8 @@ class Downstream:
         validation = [] if self.split == "val" else test_rows(self.shards, self.loader, "val").tolist()
         summary["granted"] = {
             "num_validation_slices": len(validation),
-            "num_validation_patients": len({self.shards.meta(row).case_id for row in validation}),
-            "num_mask_patients": len(samples.items["case_id"].unique()),
+            "num_validation_patients": len(set(self.shards.patients(validation))),
+            "num_mask_patients": len(set(self.shards.patients(samples.items["row"].unique()))),
         }
         write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")
         return summary

@@ -35,7 +35,7 @@ class Scores:
 class Tested:
     """The tested slices: case ids and modalities [N]."""
 
-    case_id_N: np.ndarray
+    patient_N: np.ndarray
     modality_N: np.ndarray
 
     @property
@@ -61,8 +61,8 @@ def summarise(
         alone = Arm(arm.real_fraction, generated=False)
         if arm.generated and arm.real_fraction:
             entry["gain"] = _gain(scores[alone], scores[arm], tested, interval)
-    num_patients = len(np.unique(tested.case_id_N))
-    return {"num_tested": len(tested.case_id_N), "num_test_patients": num_patients, "arms": arms}
+    num_patients = len(np.unique(tested.patient_N))
+    return {"num_tested": len(tested.patient_N), "num_test_patients": num_patients, "arms": arms}
 
 
 def scalars(summary: dict[str, Any]) -> dict[str, float]:
@@ -108,7 +108,8 @@ def _read(files: Mapping[Training, Path]) -> tuple[Tested, dict[Arm, Scores]]:
         by_arm.setdefault(training.arm, []).append((training.seed, columns))
         rows_N = table["row"].to_numpy() if rows_N is None else rows_N
         assert np.array_equal(rows_N, table["row"].to_numpy())
-        tested = Tested(*(np.array(table[name].to_pylist()) for name in ("case_id", "modality")))
+        unit = "patient" if "patient" in table.column_names else "case_id"
+        tested = Tested(*(np.array(table[name].to_pylist()) for name in (unit, "modality")))
     assert tested is not None
     return tested, {
         arm: Scores(
@@ -120,7 +121,7 @@ def _read(files: Mapping[Training, Path]) -> tuple[Tested, dict[Arm, Scores]]:
 
 
 def _arm(arm: Arm, scores: Scores, tested: Tested, interval: Interval) -> dict[str, Any]:
-    everywhere = np.ones(len(tested.case_id_N), dtype=bool)
+    everywhere = np.ones(len(tested.patient_N), dtype=bool)
     organs = {name.removeprefix(_PREFIX): values for name, values in scores.columns.items() if name != "dice"}
     dice_SN = scores.columns["dice"]
 
@@ -145,7 +146,7 @@ def _gain(alone: Scores, both: Scores, tested: Tested, interval: Interval) -> di
     """Dice with generated images minus Dice without, slice by slice and seed by seed."""
     assert alone.seeds == both.seeds
     change_SN = both.columns["dice"] - alone.columns["dice"]
-    everywhere = np.ones(len(tested.case_id_N), dtype=bool)
+    everywhere = np.ones(len(tested.patient_N), dtype=bool)
     gains = {"dice": _entry(change_SN, tested, everywhere, interval)}
     for modality in tested.modalities:
         entry = _entry(change_SN, tested, tested.modality_N == modality, interval)
@@ -161,7 +162,7 @@ def _entry(values_SN: np.ndarray, tested: Tested, chosen_N: np.ndarray, interval
     """
     values_SN = values_SN[:, chosen_N]
     mean = estimate(
-        values_SN.mean(axis=0), tested.case_id_N[chosen_N], resamples=interval.resamples, seed=interval.seed
+        values_SN.mean(axis=0), tested.patient_N[chosen_N], resamples=interval.resamples, seed=interval.seed
     )
     if mean is None:
         return None

@@ -119,6 +119,8 @@ def score(segmenter: Segmenter, shards: ShardSet, rows: np.ndarray, batch_size: 
     dice_NK = np.concatenate(columns)
     columns_by_name: dict[str, Any] = {"row": rows}
     columns_by_name |= {name: shards.samples[name].take(rows).to_pylist() for name in ("case_id", "modality", "axis")}
+    if shards.patient_of:
+        columns_by_name["patient"] = shards.patients(rows)
     columns_by_name |= {"dice": overlaps.mean_over_organs(dice_NK, table.organ_ids)}
     columns_by_name |= {f"dice/{table.names[i]}": dice_NK[:, i] for i in table.organ_ids}
     return pa.table(columns_by_name)

@@ -16,6 +16,7 @@ from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
+from segdiff_dist.evaluation.measure.saved import read_rows, read_summary
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.report.comparison import best_of, disagreements, names_of, open_runs, shared_masks
 from segdiff_dist.evaluation.report.comparison_page import write_comparison
@@ -65,6 +66,19 @@ def page_of(runs: list[Path], tmp_path: Path) -> Page:
 def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Page:
     """Both runs, side by side."""
     return page_of(runs, tmp_path_factory.mktemp("page"))
+
+
+def test_cases_of_one_patient_count_once(tmp_path: Path, shapes: Path) -> None:
+    file = shutil.copytree(shapes, tmp_path / "set") / "index.json"
+    index = json.loads(file.read_text())
+    cases = ShardSet.open(shapes).samples["case_id"].unique().to_pylist()
+    index["source"] = {case: index.get("source", {}).get(case, {}) | {"patient": "p1"} for case in cases}
+    file.write_text(json.dumps(index))
+    run = evaluate_here(tmp_path / "run", file.parent)
+    summary = read_summary(run)
+    assert (summary["num_patients"], summary["metrics"]["ssim"]["ci95"]) == (1, None)
+    assert summary["trust"]["leakage"]["patients"] == ["p1"]
+    assert set(read_rows(run, ["patient"])["patient"].to_pylist()) == {"p1"}
 
 
 class TestPage:

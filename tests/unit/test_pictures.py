@@ -32,6 +32,13 @@ def picture(number: int = 0) -> np.ndarray:
     return np.roll(np.linspace(0, 255, 1024).astype(np.uint8), 7 * number).reshape(32, 32)
 
 
+def with_transparent(grey_HW: np.ndarray) -> Image.Image:
+    """Black is transparent, by a tRNS chunk."""
+    found = Image.fromarray(grey_HW)
+    found.info["transparency"] = 0
+    return found
+
+
 def mask() -> np.ndarray:
     ids = np.zeros((32, 32), np.uint8)
     ids[4:10, 6:20], ids[20:28, 3:9] = 1, 2
@@ -226,6 +233,7 @@ def test_what_nobody_says_is_refused(
         ("images/a1.png", np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8), "colours"),
         ("images/a1.png", Image.fromarray(picture()).convert("P"), "palette"),
         ("images/a1.png", Image.fromarray(np.dstack([picture(), picture()]), "LA"), "transparent"),
+        ("images/a1.png", with_transparent(picture()), "transparent colour"),
         ("masks/a1.png", np.where(mask(), 255, 0).astype(np.uint8), "label id 255 is not among"),
         ("masks/a1.png", Image.fromarray(mask()).convert("RGB").quantize(3), "palette holds only"),
     ],

@@ -35,7 +35,7 @@ from segdiff_dist.evaluation.measure.kept import Kept, code_digest, samples_dige
 from segdiff_dist.evaluation.measure.provenance import not_available, provenance
 from segdiff_dist.evaluation.measure.published import finish, publish
 from segdiff_dist.evaluation.measure.reals import RealSlices
-from segdiff_dist.evaluation.measure.rows import RowWriter
+from segdiff_dist.evaluation.measure.rows import RowWriter, with_patients
 from segdiff_dist.evaluation.measure.segmenter_check import mark_unreliable
 from segdiff_dist.evaluation.measure.subject import Subject
 from segdiff_dist.evaluation.measure.summary import Evaluated, spread_columns, summarise
@@ -184,14 +184,17 @@ def measure_items(
             _label_volumes(workers, inputs.predictions, store.items, kept)
         masks = trust.images_of_masks(store.items)
         spread = {task.ids[0]: result for task, result in in_order(workers, masks, kept=kept)}
+        patient_of = {} if subject.shards is None else subject.shards.patient_of
         measured = Evaluated.empty(
-            subject.label_table, store.items, spread, capacity=capacity, seed=seed, is_paired=subject.is_paired
-        )
+            *(subject.label_table, store.items, spread), capacity=capacity, seed=seed, is_paired=subject.is_paired,
+            patient_of=patient_of,
+        )  # fmt: skip
+        items = with_patients(store.items, patient_of)
         with progress_bar(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
             for chunk, result in in_order(workers, chunks, bar, kept):
                 measured.add(chunk.start, chunk.stop, result)
                 columns = result.columns | spread_columns(spread, chunk.start, chunk.stop)
-                writer.write(store.items.slice(chunk.start, chunk.stop - chunk.start), columns)
+                writer.write(items.slice(chunk.start, chunk.stop - chunk.start), columns)
         if subject.shards is None:
             return measured, {}
         _measure_real_alone(workers, subject, subject.shards, measured, kept)

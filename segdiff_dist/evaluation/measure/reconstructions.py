@@ -111,10 +111,9 @@ def _measured(
     shards: ShardSet, rows: np.ndarray, autoencoder: Autoencoder, segmenter: Segmenter | None
 ) -> Reconstructions:
     columns: dict[str, list[np.ndarray]] = {}
-    table, patients, size = shards.label_table, [], 16
+    table, size = shards.label_table, 16
     for at in range(0, len(rows), size):
         records = [_record(shards, int(row), autoencoder.size) for row in rows[at : at + size]]
-        patients += [record.meta.case_id for record in records]
         real_BHW, made_BHW = np.stack([r.image_uint8() for r in records]), reconstruct(autoencoder, records)
         part = {"psnr_db": psnr_db(torch.from_numpy(real_BHW), torch.from_numpy(made_BHW))}
         part |= dict(zip(("real_power", "made_power"), band_powers(real_BHW, made_BHW), strict=True))
@@ -127,10 +126,10 @@ def _measured(
             columns.setdefault(name, []).append(values)
     joined = {name: np.concatenate(values) for name, values in columns.items()}
     ratio_F = power_ratios(joined["real_power"], joined["made_power"])
-    cases = np.array(patients)
+    patients = np.array(shards.patients(rows))
 
     def figure(name: str) -> Estimate | None:
-        return estimate(joined[name], cases, resamples=_RESAMPLES, seed=0) if name in joined else None
+        return estimate(joined[name], patients, resamples=_RESAMPLES, seed=0) if name in joined else None
 
     psnr = figure("psnr_db")
     return Reconstructions(

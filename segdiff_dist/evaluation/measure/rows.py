@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
 
 # Rows of a Parquet row group: this many are held in memory.
 _ROWS_A_GROUP = 4096
+
+
+# The column of the patients; there only where one is named otherwise than the case.
+PATIENT = "patient"
+
+
+def with_patients(items: pa.Table, patient_of: Mapping[str, str]) -> pa.Table:
+    """The items with their patients. `patient_of`: as ShardSet.patient_of; empty: as they are."""
+    if not patient_of:
+        return items
+    return items.append_column(PATIENT, [[patient_of.get(case, case) for case in items["case_id"].to_pylist()]])
 
 
 class RowWriter:

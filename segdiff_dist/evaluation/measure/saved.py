@@ -168,7 +168,7 @@ def read_rows(run: Path, columns: Sequence[str], summary: dict[str, Any] | None 
         schema = pq.read_schema(pa.BufferReader(content))
         for name in columns:
             kind = schema.field(name).type
-            is_text = name in ("case_id", "source_modality", "target_modality", "axis")
+            is_text = name in ("case_id", "patient", "source_modality", "target_modality", "axis")
             if not (pa.types.is_string(kind) if is_text else pa.types.is_primitive(kind)):
                 raise TypeError(f"{name} is a column of {kind}")
         table = pq.read_table(pa.BufferReader(content), columns=list(columns))

@@ -5,8 +5,8 @@ Dimensions: B batch, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,8 @@ class Evaluated:
     grey_counts: dict[str, np.ndarray]
     several_rows: frozenset[int]
     is_paired: bool = True
+    patient_of: Mapping[str, str] = field(default_factory=dict)
+    """As ShardSet.patient_of."""
 
     @classmethod
     def empty(
@@ -82,11 +84,13 @@ class Evaluated:
         capacity: int = 5000,
         seed: int = 0,
         is_paired: bool = True,
+        patient_of: Mapping[str, str] | None = None,
     ) -> Evaluated:
         """Nothing measured yet; `capacity` and `seed` of the samples of features (see FeatureSample)."""
         rows = frozenset(items["row"].take(sorted(spread)).to_pylist()) if spread else frozenset()
         sums = PatientSums([*column_names(table), *DIVERSITY_METRICS])
-        return cls(table, items, spread, seed, sums, Distributions(capacity), {}, rows, is_paired)
+        distributions = Distributions(capacity)
+        return cls(table, items, spread, seed, sums, distributions, {}, rows, is_paired, patient_of or {})
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -101,12 +105,13 @@ class Evaluated:
         groups = list(zip(*(items[name] for name in ("source_modality", "target_modality", "axis")), strict=True))
         columns = result.columns | spread_columns(self.spread, start, stop)
         values_BC = np.stack([columns[name] for name in self.sums.names], axis=1)
-        keys = [(i, SumKey(k, items["case_id"][i], *groups[i])) for i in range(num) for k in self._kinds(items, i)]
+        units = [(case, *group, self._patient(case)) for case, group in zip(items["case_id"], groups, strict=True)]
+        keys = [(i, SumKey(k, *units[i])) for i in range(num) for k in self._kinds(items, i)]
         self.sums.add([key for _, key in keys], values_BC[[i for i, _ in keys]])
         first_B = np.array(items["seed_index"]) == 0
         priority_B = sample_at(np.arange(start, stop), self.items.num_rows, self.seed)
         self.distributions.failed |= result.failed
-        self.distributions.add(result.features, groups, items["case_id"], first_B, priority_B)
+        self.distributions.add(result.features, groups, self._units(items["case_id"]), first_B, priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
 
@@ -115,14 +120,23 @@ class Evaluated:
         first among all `num` of them."""
         nothing_B = np.full(len(slices), np.nan)
         values_BC = np.stack([result.columns.get(name, nothing_B) for name in self.sums.names], axis=1)
-        self.sums.add([SumKey(_REAL_ALONE, case, m, m, axis) for case, m, axis in slices], values_BC)
+        self.sums.add(
+            [SumKey(_REAL_ALONE, case, m, m, axis, self._patient(case)) for case, m, axis in slices], values_BC
+        )
         groups = [(m, m, axis) for _, m, axis in slices]
         priority_B = sample_at(np.arange(first, first + len(slices)), num, self.seed)
         self.distributions.failed |= result.failed
-        cases = [case for case, _, _ in slices]
-        self.distributions.add(result.features, groups, cases, np.ones(len(slices), bool), priority_B)
+        units = self._units([case for case, _, _ in slices])
+        self.distributions.add(result.features, groups, units, np.ones(len(slices), bool), priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
+
+    def _patient(self, case: str) -> str:
+        return self.patient_of.get(case, "")
+
+    def _units(self, cases: Sequence[str]) -> list[str]:
+        """The patients, by name or case id."""
+        return [self.patient_of.get(case, case) for case in cases]
 
     def _kinds(self, items: dict[str, list[Any]], i: int) -> list[str]:
         """The kinds that item i counts in: headline, one of several images of its mask, or another modality."""

@@ -158,11 +158,16 @@ def _in_training(rows: np.ndarray, shards: ShardSet) -> np.ndarray:
     """bool [len(rows)]: whether a slice's patient or source file is in the train split."""
     training = shards.select(split="train", labelled_only=False)
     is_seen = np.zeros(len(rows), dtype=bool)
-    for name in ("case_id", "source_sha256"):
-        values = shards.samples[name]
-        known = set(values.take(training).to_pylist())
-        is_seen |= np.array([value in known for value in values.take(rows).to_pylist()], dtype=bool)
+    for values_of in (shards.patients, lambda some: _files(shards, some)):
+        known = set(values_of(training))
+        is_seen |= np.array([value in known for value in values_of(rows)], dtype=bool)
     return is_seen
+
+
+def _files(shards: ShardSet, rows: np.ndarray) -> list[str]:
+    """SHA-256 of the source files of these rows."""
+    sums: list[str] = shards.samples["source_sha256"].take(rows).to_pylist()
+    return sums
 
 
 def small(images_BHW: np.ndarray) -> np.ndarray:
@@ -232,7 +237,7 @@ def memorisation(
         "num_suspects": int(is_suspect.sum()),
         "num_unseen": len(nearest_by["pixels", "real"][0]),
         "limits": limits,
-        "false_alarms": _false_alarms(of_side["real"], np.array([shards.meta(row).case_id for row in unseen])),
+        "false_alarms": _false_alarms(of_side["real"], np.array(shards.patients(unseen))),
         "nearer": {s: medians[s, "gen"] / medians[s, "real"] if medians[s, "real"] else None for s in spaces},
         "nearest": [described(int(q)) for q in order[:_MOST_LISTED]],
     }
@@ -308,7 +313,7 @@ def leakage(items: pa.Table, shards: ShardSet) -> dict[str, Any]:
     rows = np.unique(items["row"].to_numpy())
     training = shards.select(split="train", labelled_only=False)
     shared = {
-        name: sorted(set(values.take(rows).to_pylist()) & set(values.take(training).to_pylist()))
-        for name, values in (("patients", shards.samples["case_id"]), ("files", shards.samples["source_sha256"]))
+        name: sorted(set(values_of(rows)) & set(values_of(training)))
+        for name, values_of in (("patients", shards.patients), ("files", lambda some: _files(shards, some)))
     }
     return {"num_leaked": max(map(len, shared.values())), **shared}

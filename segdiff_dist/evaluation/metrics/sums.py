@@ -15,13 +15,20 @@ from segdiff_dist.evaluation.metrics.estimates import Estimate, estimate, estima
 
 
 class SumKey(NamedTuple):
-    """Samples that are always counted together: of one kind, patient, source and target modality, and axis."""
+    """Samples that are always counted together: of one kind, case, source and target modality, and axis. `patient`: if
+    it is named otherwise than the case."""
 
     kind: str
     case_id: str
     source: str
     target: str
     axis: str
+    patient: str = ""
+
+    @property
+    def unit(self) -> str:
+        """The patient, who may have several cases."""
+        return self.patient or self.case_id
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class PatientSums:
 
     def patients(self, which: Callable[[SumKey], bool]) -> set[str]:
         """Patients of the keys that `which` selects."""
-        return {key.case_id for key in self._sums if which(key)}
+        return {key.unit for key in self._sums if which(key)}
 
     def means(
         self, names: Sequence[str], which: Callable[[SumKey], bool], interval: Interval
@@ -86,7 +93,7 @@ class PatientSums:
         """Sums and numbers of finite values [P, C] of these columns, by patient of the keys that `which` selects."""
         keys = sorted(key for key in self._sums if which(key))
         chosen = [self._column[name] for name in names]
-        patients, patient_of_key = np.unique([key.case_id for key in keys], return_inverse=True)
+        patients, patient_of_key = np.unique([key.unit for key in keys], return_inverse=True)
         sums_PC, counts_PC = np.zeros((len(patients), len(names))), np.zeros((len(patients), len(names)), np.int64)
         for p, key in zip(patient_of_key, keys, strict=True):
             sums_PC[p] += self._sums[key][chosen]
@@ -98,9 +105,9 @@ class PatientSums:
     ) -> Estimate | None:
         """Mean of |A - B| / B, A and B the sums of two columns of areas over a key's samples; B > 0.
 
-        A key's samples are slices of one patient along one axis, so A and B are proportional to volumes.
+        A key's samples are slices of one case along one axis, so A and B are proportional to volumes.
         """
         a, b = self._column[predicted], self._column[reference]
-        pairs = [(key.case_id, s[a], s[b]) for key, s in sorted(self._sums.items()) if which(key) and s[b] > 0]
+        pairs = [(key.unit, s[a], s[b]) for key, s in sorted(self._sums.items()) if which(key) and s[b] > 0]
         errors = np.array([abs(area - true) / true for _, area, true in pairs])
         return estimate(errors, np.array([p for p, *_ in pairs]), resamples=interval.resamples, seed=interval.seed)

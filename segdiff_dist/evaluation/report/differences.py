@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.modalities import in_order
+from segdiff_dist.evaluation.measure.rows import PATIENT
 from segdiff_dist.evaluation.measure.saved import read_rows, row_columns
 from segdiff_dist.evaluation.measure.segmenter_check import is_unreliable
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
@@ -164,13 +165,15 @@ def _metrics(columns: set[str], runs: Sequence[EvaluatedRun]) -> list[str]:
 def _images(run: EvaluatedRun, columns: set[str]) -> Images:
     areas = sorted(name for name in columns if name.startswith("area_mm2_mask/"))
     needed = sorted({name for m in DEFINITIONS for name in _statistic(m)[0]} & columns)
+    named = [PATIENT] if PATIENT in row_columns(run.folder) else []
     rows = {
-        n: np.asarray(v) for n, v in read_rows(run.folder, [*_KEYS, *areas, *needed], run.summary).to_pydict().items()
+        n: np.asarray(v)
+        for n, v in read_rows(run.folder, [*_KEYS, *named, *areas, *needed], run.summary).to_pydict().items()
     }
     chosen = np.flatnonzero(rows["headline"])
     keys = [(int(rows["row"][i]), str(rows["target_modality"][i])) for i in chosen]
     values = {name: rows[name][chosen].astype(np.float64) for name in (*areas, *needed)}
-    return Images(keys, rows["case_id"][chosen].astype(str), values)
+    return Images(keys, rows[[*named, "case_id"][0]][chosen].astype(str), values)
 
 
 def _paired(first: Images, other: Images) -> tuple[Images, Images, bool]:

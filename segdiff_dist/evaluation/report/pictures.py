@@ -16,7 +16,8 @@ from data_shards.modalities import in_order
 from data_shards.problems import Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import differences, next_command
-from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary
+from segdiff_dist.evaluation.measure.rows import PATIENT
+from segdiff_dist.evaluation.measure.saved import open_predictions, read_rows, read_summary, row_columns
 from segdiff_dist.evaluation.measure.subject import is_paired, label_table_of, open_samples
 from segdiff_dist.sampling.store import SampleStore, identity
 
@@ -52,7 +53,8 @@ class Pictures:
         paired = is_paired(store)
         shards = ShardSet.open(store.job["shards"]) if paired else _named_in_summary(run)
         refuse(_changed_since(run, store, shards))
-        table = read_rows(run, _COLUMNS, read_summary(run))
+        named = [PATIENT] if PATIENT in row_columns(run) else []
+        table = read_rows(run, [*_COLUMNS, *named], read_summary(run))
         if table.num_rows != len(store):
             value = f"{table.num_rows:,} rows, {len(store):,} samples"
             raise problem(run / "evaluation", "samples.parquet", value, f"run {next_command('evaluate', run=run)}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from segdiff_dist.evaluation.measure.rows import PATIENT
 from segdiff_dist.evaluation.metrics.estimates import bootstrap_counts
 from segdiff_dist.evaluation.report.look import GENERATED_COLOUR, REAL_COLOUR, Drawn, Figure
 from segdiff_dist.evaluation.report.pictures import Pictures
@@ -30,7 +31,8 @@ def power_spectra(pictures: Pictures) -> Drawn:
     described = []
     for ax, (modality, items) in zip(axes[0], chosen.items(), strict=True):
         real_BHW, generated_BHW = (np.stack([image(i) for i in items]) for image in (pictures.real, pictures.generated))
-        patients = [str(pictures.rows["case_id"][i]) for i in items]
+        names_N = pictures.rows.get(PATIENT, pictures.rows["case_id"])
+        patients = [str(names_N[i]) for i in items]
         sides = zip(band_powers(real_BHW, generated_BHW, RINGS), ("real", "generated"), strict=True)
         for (power_BF, label), colour in zip(sides, (REAL_COLOUR, GENERATED_COLOUR), strict=True):
             _curve(ax, power_BF, patients, label, colour)
