@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import is_dataclass, replace
 from functools import partial
 from io import StringIO
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -48,7 +48,7 @@ def parse_flags(
             except SystemExit as end:
                 if not end.code:
                     raise
-        raise wrong_flags(said.getvalue(), prog)
+        raise wrong_flags(said.getvalue(), prog, _likely(cls, args, aliases))
     with redirect_stdout(StringIO()) as printed:
         try:
             tyro.cli(cls, args=["--help"], prog=prog, description=description, **options)
@@ -59,14 +59,29 @@ def parse_flags(
     raise SystemExit(code)
 
 
-def wrong_flags(box: str, prog: str) -> InputProblems:
-    """tyro's message about wrong flags, a box of many lines, as a problem of one."""
+def wrong_flags(box: str, prog: str, likely: Sequence[str] = ()) -> InputProblems:
+    """tyro's message about wrong flags, a box of many lines, as a problem of one. `likely`: the flags that a value
+    without a flag may be meant for."""
     lines = [re.sub(r"^[│|╰+]|[│|╯+]$", "", line).strip() for line in box.splitlines()]
     lines = ["" if set(line) <= {"-", "─"} else line for line in lines]  # a ruler
     parts = [" ".join(part.split()) for part in "\n".join(lines[1:]).split("\n\n")]
     meant = re.findall(r"^(--?[\w.-]+)", "\n".join(lines).partition("Perhaps you meant:\n")[2], re.MULTILINE)
     remedy = f"did you mean {' or '.join(meant)}? " if meant else ""
-    return problem("command line", "flags", parts[0].rstrip(".") or "wrong", f"{remedy}`{prog} {HELP_ALL}` lists them")
+    if likely and (stray := re.match(r"\w+ options: ([^-,\s][^,]*)", parts[0])):
+        remedy += f"give {' or '.join(f'{flag} {stray[1]}' for flag in likely)}; "
+    what = re.sub(r"^(Missing from [^:]+: )\{?([\w-]+)\}? .*\(required\).*", r"\1\2", parts[0])
+    return problem("command line", "flags", what.rstrip(".") or "wrong", f"{remedy}`{prog} {HELP_ALL}` lists them")
+
+
+def _likely(cls: type[Any], given: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
+    """The flags for a file or folder that were not given, in their short form: of a mask and its image, or of a set and
+    a run."""
+    hints = get_type_hints(cls, include_extras=True)
+    named = [name for name, hint in hints.items() if tyro.conf.Positional not in getattr(hint, "__metadata__", ())]
+    known = [f"--{name}" for name in ("mask", "out", "data", "run") if name in named]
+    short = {flag: alias for alias, flag in aliases.items()}
+    missing = [flag for flag in known if not any(arg.partition("=")[0] == flag for arg in given)]
+    return [short.get(flag, flag) for flag in (missing[:1] if "--mask" in known else missing)]
 
 
 def only_essential(text: str, essential: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import problem, refuse
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig, ValidationConfig
-from segdiff_dist.experiment import collect, refuse_another_config
-from segdiff_dist.ranks.distributed import pick_device, world_size
+from segdiff_dist.experiment import Experiment, collect, refuse_another_config
+from segdiff_dist.ranks.distributed import is_main, pick_device, world_size
 from segdiff_dist.stages.base import Plan, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
 from segdiff_dist.tracking.config import TrackingConfig
@@ -90,6 +91,7 @@ class Train(ConfiguredStage):
             lambda: choose_kernels(denoiser.kernels, picked()),
         )
         device = picked()
+        _warn_of_no_masks(experiment, shards)
 
         return TrainingPlan(
             experiment=experiment,
@@ -118,6 +120,18 @@ class Train(ConfiguredStage):
             limits={"small": lambda: small_config(shards, side, device)},
             compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" else None,
         ).checked()
+
+
+def _warn_of_no_masks(experiment: Experiment, shards: ShardSet) -> None:
+    """Say before the training that `sample` would find no masks after it."""
+    loader, split = experiment.loader, experiment.sample.split
+    rows = shards.select(split=split, modalities=loader.modalities, axes=loader.axes)
+    if not len(rows) and experiment.sample.masks is None and is_main():
+        remedy = "give `sample` another --split or --masks FOLDER, or prepare the set with --prepare.split 0.7 0.1 0.2"
+        print(
+            f"warning: {shards.root}: no labelled slice in split {split!r}, which `sample` reads; {remedy}",
+            file=sys.stderr,
+        )
 
 
 def _rules(

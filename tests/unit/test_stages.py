@@ -97,6 +97,14 @@ def test_what_is_mistyped_is_answered_with_what_was_meant(capsys: pytest.Capture
         assert first.startswith("error: command line: flags: ")
         assert named in first
         assert last == "1 problem; nothing was started"
+    for args, named in (
+        (["paint", "mask.png"], "mask.png; give -i mask.png; "),
+        (["paint", "-i", "mask.png", "ct.png"], "ct.png; give -o ct.png; "),
+        (["train", "runs/a"], "runs/a; give --data runs/a or --run runs/a; "),
+        (["reproduce"], "Missing from segdiff reproduce: table1; "),
+    ):
+        assert main(args) == 2
+        assert named in capsys.readouterr().err
     file = tmp_path / "f.yaml"
     file.write_text("train: {num_image: 4}\n")
     assert main(["train", "--config", str(file)]) == 2
