@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -172,6 +173,21 @@ class TestDifferences:
         assert "paired by patient" in tables[0].caption
         # Metrics of real images alone are the same in both.
         assert "dice_mask_real" not in rows
+
+    def test_images_of_other_folders_of_masks_are_not_paired_by_their_number(self, runs: list[Path], tmp_path: Path):
+        folders = []
+        for run, digest in zip(runs, ("one", "other"), strict=True):
+            folder = Path(shutil.copytree(run, tmp_path / run.name, symlinks=True))
+            file = folder / "evaluation" / "summary.json"
+            summary = json.loads(file.read_text())
+            job = summary["provenance"]["sample_job"]
+            del job["shards"]
+            summary["provenance"]["sample_job"] = job | {"masks": "masks", "masks_digest": digest}
+            file.write_text(json.dumps(summary))
+            folders.append(folder)
+        opened = open_runs(folders)
+        tables = difference_tables(opened, disagreements(opened))
+        assert "not paired" in tables[0].caption
 
     def test_a_sentence_says_which_are_larger(self, runs: list[Path]):
         opened = open_runs(runs)

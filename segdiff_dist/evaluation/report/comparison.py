@@ -59,7 +59,8 @@ class EvaluatedRun:
     """A run folder that was evaluated.
 
     `name`: unique among the runs. `settings`: values of config.yaml by dotted key, empty if there is none. `slices`:
-    row of the shard set and modality of each headline image. `side`: of the images, in pixels.
+    row of the shard set and modality of each headline image. `side`: of the images, in pixels. `masks`: what tells a
+    folder of masks from others; empty for masks of the shard set.
     """
 
     name: str
@@ -69,6 +70,7 @@ class EvaluatedRun:
     slices: frozenset[tuple[int, str]]
     side: int
     tracked: TrackedRun | None
+    masks: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ def _open(folder: Path, name: str) -> EvaluatedRun:
         slices=frozenset(slices),
         side=int(open_predictions(folder, table.num_rows)["gen"].shape[1]),
         tracked=tracked_run(folder),
+        masks=of_masks,
     )
 
 

@@ -37,17 +37,19 @@ _Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Images:
-    """Headline images of a run: the place in the shard set and the modality of each, its patient, and its columns."""
+    """Headline images of a run: the place in the shard set or folder of masks and the modality of each, its patient,
+    and its columns. `masks`: which folder of masks, see EvaluatedRun."""
 
     keys: list[tuple[int, str]]
     patients: np.ndarray
     columns: dict[str, np.ndarray]
+    masks: str = ""
 
     def at(self, chosen: Sequence[int]) -> Images:
         """Some of them, in this order."""
         places = np.asarray(chosen, dtype=np.int64)
         columns = {name: values_N[places] for name, values_N in self.columns.items()}
-        return Images([self.keys[i] for i in chosen], self.patients[places], columns)
+        return Images([self.keys[i] for i in chosen], self.patients[places], columns, self.masks)
 
 
 @dataclass(frozen=True)
@@ -173,14 +175,17 @@ def _images(run: EvaluatedRun, columns: set[str]) -> Images:
     chosen = np.flatnonzero(rows["headline"])
     keys = [(int(rows["row"][i]), str(rows["target_modality"][i])) for i in chosen]
     values = {name: rows[name][chosen].astype(np.float64) for name in (*areas, *needed)}
-    return Images(keys, rows[[*named, "case_id"][0]][chosen].astype(str), values)
+    return Images(keys, rows[[*named, "case_id"][0]][chosen].astype(str), values, run.masks)
 
 
 def _paired(first: Images, other: Images) -> tuple[Images, Images, bool]:
     """Both runs' images of the same masks, in order, and True; all of both and False where there are too few.
 
-    A mask is the same where slice and area of each organ are: a job may leave organs out.
+    A mask is the same where slice and area of each organ are: a job may leave organs out. Areas say nothing of other
+    folders of masks, where they may be unknown, or 0 in both.
     """
+    if first.masks != other.masks:
+        return first, other, False
     place = {key: i for i, key in enumerate(other.keys)}
     both = [(i, place[key]) for i, key in enumerate(first.keys) if key in place]
     areas = [name for name in first.columns if name.startswith("area_mm2_mask/") and name in other.columns]
