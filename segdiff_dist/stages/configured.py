@@ -115,10 +115,14 @@ class ConfiguredStage(Stage):
         return next(one.metavar for one in hint.__metadata__ if getattr(one, "metavar", None))
 
     def open_data(self, more: tuple[str, ...] = ()) -> ShardSet:
-        """The shard set, or several as one."""
+        """The shard set, or several as one. Warns of patients that one of them trains on and another one holds out."""
+        from data_shards.store.parted import parted_notes
         from data_shards.store.shards import ShardSet
 
-        return ShardSet.open([self.given("data"), *more], cache=self.experiment.loader.cache)
+        shards = ShardSet.open([self.given("data"), *more], cache=self.experiment.loader.cache)
+        if is_main():
+            sys.stderr.writelines(f"warning: {note}\n" for note in parted_notes(shards))
+        return shards
 
     def open_run_and_data(self, more: tuple[str, ...] = ()) -> tuple[Path, ShardSet]:
         """The run folder, which may not exist yet, and the shard set."""

@@ -6,17 +6,21 @@ import io
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from shards_support import COUNTS, PER_SHARD, SIZE, format_of, refusal, samples, write_set
+from tests_support import write_shapes
 
 from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.records import SliceMeta
 from data_shards.store.codecs import CODECS, EXTENSIONS, crc32c, decode_into
 from data_shards.store.config import CacheConfig
+from data_shards.store.parted import parted_notes
+from data_shards.store.shard_writer import ShardWriter, set_format
 from data_shards.store.shards import ShardSet
 
 # store, codec, bits, soft edges
@@ -105,6 +109,21 @@ def test_sets_that_agree_open_as_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.read(n + 3).mask_HW, samples()[3].mask_HW)
     with pytest.raises(InputProblems, match=r"codec: png where .*a has raw"):
         ShardSet.open([first, write_set(tmp_path / "c", codec="png")])
+
+
+@pytest.mark.parametrize("of_name", [True, False], ids=["name", "file"])
+def test_patients_that_one_set_trains_on_and_another_holds_out_are_named(tmp_path: Path, of_name: bool) -> None:
+    first = ShardSet.open(write_shapes(tmp_path / "a", slices=1))
+    writer = ShardWriter(tmp_path / "b", set_format("webdataset", "raw", 10, size=first.size, bits=8, soft_edge=False))
+    for row in first.select(split="val").tolist()[:2]:
+        record = first.read(row)
+        changed = {"source_sha256": "0" * 64} if of_name else {"case_id": f"other{row}"}
+        writer.write(replace(record, meta=replace(record.meta, split="train", **changed)))
+    names = ("label_table", "preprocessing")
+    writer.finish({name: first.index[name] for name in names})
+    [note] = parted_notes(ShardSet.open([first.path, tmp_path / "b"]))
+    assert note.startswith(f"{tmp_path / 'b'} trains on 2 patients of {first.path}'s val split (amos_0101, amos_0607)")
+    assert parted_notes(ShardSet.open([first.path, write_shapes(tmp_path / "c", slices=1)])) == []
 
 
 def test_a_set_behind_a_url_is_read_as_one_on_disk(written: Path, tmp_path: Path) -> None:
