@@ -154,7 +154,7 @@ class ShardSet:
     @cached_property
     def patient_of(self) -> dict[str, str]:
         """The patient by case id, of the cases whose patient has another name than the case."""
-        named = (item for member in self.members for item in member.index.get("source", {}).items())
+        named = (item for member in self.members for item in (member.index.get("source") or {}).items())
         return {case: str(one["patient"]) for case, one in named if one.get("patient") not in (None, case)}
 
     def patients(self, rows: Sequence[int] | np.ndarray) -> list[str]:

@@ -55,7 +55,7 @@ class Patients:
     @cached_property
     def _source(self) -> dict[str, Any]:
         members = () if self.shards is None else self.shards.members
-        return {case: one for member in members for case, one in member.index.get("source", {}).items()}
+        return {case: one for member in members for case, one in (member.index.get("source") or {}).items()}
 
     @cached_property
     def _pattern(self) -> str | None:

@@ -1,4 +1,5 @@
-"""Samples as a shard set that our own loader reads; its index says that they are synthetic, and names the model."""
+"""Samples as a shard set that our own loader reads; its index says that they are synthetic, whose masks they
+are of, and names the model."""
 
 from __future__ import annotations
 
@@ -47,6 +48,7 @@ def write_shard_set(
     header = {
         "label_table": table.described,
         "preprocessing": samples.preprocessing | {"bits": bits, "soft_edge": soft_edge},
+        "source": {item["case"]: {"patient": item["patient"]} for item in samples.items},
         "synthetic": samples.provenance,
     }
     return writer.finish(header)

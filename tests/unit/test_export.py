@@ -108,6 +108,8 @@ def test_shards_are_read_beside_real_ones(run: Path, store: SampleStore, shapes:
     shards = ShardSet.open(out, verify=True)
     assert shards.index["synthetic"]["weights_digest"] == store.job["weights_digest"]
     assert len(shards.select(split="test")) == len(store), "the split of their masks"
+    of_masks = set(store.items["case_id"].to_pylist())
+    assert set(shards.patients(range(len(shards)))) == of_masks, "several images of a patient's masks are one patient"
     assert len(ShardSet.open([shapes, out])) == len(ShardSet.open(shapes)) + len(store)
     images, masks = pixels_of(store)
     made = {(image.tobytes(), mask.tobytes()) for image, mask in zip(images, masks, strict=True)}

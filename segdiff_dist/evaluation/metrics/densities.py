@@ -88,7 +88,7 @@ def _volume_files(shards: ShardSet, amos_root: Path | None, cases: Iterable[str]
     """The cases' volumes that are still there; the set's index holds their paths within the archive."""
     source = shards.index.get("source") or {}
     for case in cases:
-        if amos_root is not None and case in source:
+        if amos_root is not None and source.get(case, {}).get("image"):
             name = source[case]["image"][0]
             file = amos_root / name
             if ".." not in Path(name).parts and not Path(name).is_absolute() and file.is_file():
