@@ -216,7 +216,7 @@ class SegGuidedPipeline:
 
 
 def problems_with_seed(name: str, given: Any) -> list[Problem]:
-    """Why an argument cannot choose the noise: it is no whole number of 64 bits."""
-    if isinstance(given, Integral) and -(2**63) <= int(given) < 2**63:
+    """Why an argument cannot choose the noise."""
+    if isinstance(given, Integral) and 0 <= int(given) < 2**63:
         return []
-    return [Problem("pipeline", name, repr(given)[:60], "give a whole number of at most 64 bits")]
+    return [Problem("pipeline", name, repr(given)[:60], f"give a whole number from 0 to {2**63 - 1}")]

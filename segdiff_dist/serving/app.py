@@ -30,9 +30,10 @@ _LONGEST = 2**16
 _MULTIPART = "multipart/form-data"
 _Axis = Literal["axial", "coronal", "sagittal"]
 _STATUSES: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The mask cannot be read."},
+    400: {"description": "The body is cut off, or the mask cannot be read."},
     401: {"description": "A token is required."},
     404: {"description": "No such model."},
+    408: {"description": "The body did not arrive in time."},
     413: {"description": "The body is too long."},
     415: {"description": "The body is no multipart form."},
     422: {"description": "A field, or the content of the mask, is refused."},
@@ -96,6 +97,20 @@ class PaintForm(MaskForm):
     guidance: Annotated[FiniteFloat | None, Field(description="else the model's own; 1 is none", ge=0, le=100)] = None
     axis: _Axis = "axial"
 
+
+# What to give, by the beginning of pydantic's name of the error.
+_REMEDIES = {
+    "int_": "give a whole number",
+    "float_": "give a number",
+    "finite_number": "give a finite number",
+    "greater_than_equal": "give {ge} or more",
+    "greater_than": "give more than {gt}",
+    "less_than_equal": "give {le} or less",
+    "less_than": "give less than {lt}",
+    "literal_error": "give {expected}",
+    "string_too_long": "give at most {max_length} characters",
+    "string_": "send a text, not a file",
+}
 
 router = APIRouter()
 
@@ -210,7 +225,8 @@ def build_app(backend: Backend, config: ServeConfig, token_digest: str | None) -
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_fault)
     count = app.state.service.count
-    app.add_middleware(Guard, token_digest=token_digest, most_bytes=int(config.body_mb * 1e6), on_answer=count)
+    limits = {"most_bytes": int(config.body_mb * 1e6), "body_s": config.body_s}
+    app.add_middleware(Guard, token_digest=token_digest, on_answer=count, **limits)
     if config.studio:
         app.mount("/", import_module("segdiff_dist.studio.static").Page())
     return app
@@ -332,7 +348,8 @@ def _invalid(one: Mapping[str, Any]) -> str:
     if one["type"] == "extra_forbidden":
         return f"{name[:64]}: no such field: leave it out"
     shown = str(value)[:60] if isinstance(value, str | int | float) else "(not given)" if value is None else "(a value)"
-    return f"{name}: {shown}: {one['msg']}"
+    remedy = next((text for kind, text in _REMEDIES.items() if one["type"].startswith(kind)), one["msg"])
+    return f"{name}: {shown}: {remedy.format(**one.get('ctx', {}))}"
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:

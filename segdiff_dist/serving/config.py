@@ -48,6 +48,8 @@ class ServeConfig:
     """Requests of a model that wait or are worked on. More get 429."""
     body_mb: Execution[Annotated[float, Gt(0)]] = 32.0
     """Megabytes of a request. More get 413."""
+    body_s: Execution[Annotated[float, Interval(gt=0, le=86_400)]] = 300.0
+    """Seconds in which a request's body must arrive. Slower ones get 408."""
     voxels: Execution[Annotated[int, Ge(1)]] = 2**26
     """Voxels of a mask, unpacked. More get 422."""
     steps: Execution[Annotated[int, Ge(1)]] = 250

@@ -1,17 +1,20 @@
-"""What every request passes before the application sees it: where it comes from, its token, its length.
+"""What every request passes before the application sees it: where it comes from, its token, its body.
 
 Plain ASGI, so that a body is counted as it arrives and refused before it is stored.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,8 +27,33 @@ _NO_BODY = ("GET", "HEAD", "OPTIONS")
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
-class _TooLong(Exception):
-    """More bytes than are taken."""
+# What follows a form's end is to be ignored (RFC 2046, 5.1.1). Few write any.
+_EPILOGUE_BYTES = 4096
+
+
+class _Refused(Exception):
+    """The body is not taken."""
+
+
+@dataclass
+class _Body:
+    """What is known of a body that arrives. `boundary`: of a form."""
+
+    until: float
+    boundary: bytes | None
+    num_bytes: int = 0
+    end: bytes = b""
+    is_whole: bool = False
+    error: ServiceError | None = None
+
+    def refuse(self, error: ServiceError) -> _Refused:
+        self.error = error
+        return _Refused(error.detail)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """A form without its last boundary (RFC 2046, 5.1.1)."""
+        return self.boundary is not None and self.num_bytes > 0 and b"--" + self.boundary + b"--" not in self.end
 
 
 def digest_of(token: str) -> str:
@@ -36,11 +64,12 @@ def digest_of(token: str) -> str:
 @dataclass(frozen=True)
 class Guard:
     """Refuses a request, or passes it on. `token_digest`: None takes requests without a token, of this machine alone.
-    `on_answer`: called with the scope and the status of each answer."""
+    `body_s`: within which a body must be whole. `on_answer`: called with the scope and the status of each answer."""
 
     app: ASGIApp
     token_digest: str | None
     most_bytes: int
+    body_s: float
     on_answer: Callable[[Scope, int], None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,29 +86,46 @@ class Guard:
         await self._counted(scope, receive, send)
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        num_bytes, has_begun = 0, False
+        kind, options = parse_options_header(Headers(scope=scope).get("content-type"))
+        boundary = options.get(b"boundary") if kind == b"multipart/form-data" else None
+        body, has_begun = _Body(time.monotonic() + self.body_s, boundary), False
 
         async def counting() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.most_bytes:
-                raise _TooLong
-            return message
+            return await self._received(body, receive)
 
         async def sending(message: Message) -> None:
             nonlocal has_begun
-            if num_bytes > self.most_bytes:
-                return  # whatever the application made of _TooLong
+            if body.error is not None:
+                return  # whatever the application made of _Refused
             if not has_begun:
                 self.on_answer(scope, message["status"])
             has_begun = True
             await send(message)
 
-        with suppress(_TooLong):
+        with suppress(_Refused):
             await self.app(scope, counting, sending)
-        if num_bytes > self.most_bytes and not has_begun:
-            await self._refuse(scope, send, self._too_long())
+        if body.error is not None and not has_begun:
+            await self._refuse(scope, send, body.error)
+
+    async def _received(self, body: _Body, receive: Receive) -> Message:
+        """The next message. Raises _Refused."""
+        if body.is_whole:
+            return await receive()  # that the client left, whenever it does
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, body.until - time.monotonic()))
+        except TimeoutError:
+            value = f"not whole after {self.body_s:g} s"
+            raise body.refuse(ServiceError(408, f"body: {value}: send it faster, or a packed one")) from None
+        content = message.get("body", b"")
+        body.num_bytes += len(content)
+        body.end = (body.end + content)[-_EPILOGUE_BYTES:]
+        body.is_whole = message["type"] == "http.request" and not message.get("more_body", False)
+        if body.num_bytes > self.most_bytes:
+            raise body.refuse(self._too_long())
+        if body.is_whole and body.is_cut_off:
+            value = f"cut off after {body.num_bytes:,} bytes: it has no last boundary"
+            raise body.refuse(ServiceError(400, f"body: {value}: send it again"))
+        return message
 
     async def _refuse(self, scope: Scope, send: Send, error: ServiceError) -> None:
         self.on_answer(scope, error.status)
@@ -127,7 +173,7 @@ def headers_of(error: ServiceError) -> dict[str, str]:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status == 413:
+    if error.status in (408, 413):
         headers["Connection"] = "close"  # the rest of the body is not read
     return headers
 

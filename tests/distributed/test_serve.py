@@ -9,6 +9,7 @@ import io
 import json
 import socket
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Client]:
     config = ServeConfig(
-        models=(f"small={folder}",), queue=QUEUE, threads=1, device="cpu", voxels=VOXELS, body_mb=0.2, steps=400
+        models=(f"small={folder}",), queue=QUEUE, threads=1, device="cpu", voxels=VOXELS, body_mb=0.2, body_s=4, steps=400
     )
     with service(config) as found:
         yield found
@@ -141,6 +142,12 @@ BAD: dict[str, tuple[bytes, dict[str, Any], int, str]] = {
     "a field twice": (png(organs()), {"seed": [1, 2]}, 422, "seed: given more than once"),
     "a label twice": (png(organs()), {"labels": '{"1": "liver", "1": "spleen"}'}, 422, "labels"),
     "a field of another name": (png(organs()), {"modalty": "CT"}, 422, "modalty"),
+    "a seed below 0": (png(organs()), {"seed": -1}, 422, "seed: -1: give 0 or more"),
+    "a seed that is no number": (png(organs()), {"seed": "x"}, 422, "seed: x: give a whole number"),
+    "an endless spacing": (png(organs()), {"spacing": "inf"}, 422, "spacing: inf: give a finite number"),
+    "a spacing of 0": (png(organs()), {"spacing": 0}, 422, "spacing: 0: give more than 0"),
+    "another axis": (png(organs()), {"axis": "up"}, 422, "axis: up: give 'axial', 'coronal' or 'sagittal'"),
+    "a long name": (png(organs()), {"modality": "x" * 65}, 422, "give at most 64 characters"),
     "a path as a model": (png(organs()), {"model": "../../etc"}, 404, "small"),
 }
 
@@ -207,6 +214,31 @@ def test_what_a_request_must_be(client: Client) -> None:
     assert "other_labels" in page.text
     assert "://" not in page.text.replace("http://www.w3.org", ""), "nothing of another host"
     assert "/paint" in requests.get(f"{client.url}/openapi.json").json()["paths"]
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+MASK = b'--b\r\nContent-Disposition: form-data; name="mask"; filename="m"\r\n\r\n' + png(organs())
+END = b"\r\n--b--\r\n"
+
+
+def test_a_body_that_is_cut_off_or_does_not_end(client: Client) -> None:
+    def sent(body: Any) -> requests.Response:
+        return requests.post(f"{client.url}/paint", data=body, headers=client.headers | FORM, timeout=60)
+
+    cut = sent(MASK)
+    assert (cut.status_code, cut.json()["detail"][:20]) == (400, "body: cut off after ")
+    assert sent(MASK + END + b"text that nobody reads").status_code == 200
+
+    def slowly() -> Iterator[bytes]:
+        yield MASK
+        time.sleep(5)
+        yield END
+
+    began = time.monotonic()
+    late = sent(slowly())
+    assert (late.status_code, late.headers["Connection"]) == (408, "close"), late.text
+    assert "4 s" in late.json()["detail"]
+    assert time.monotonic() - began < 30
 
 
 def test_overload_is_refused_at_once_and_ends(client: Client) -> None:

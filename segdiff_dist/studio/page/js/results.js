@@ -33,7 +33,7 @@ function newPanel(modality) {
   const panel = {
     modality,
     canvas: element("canvas", { role: "img", "aria-label": `generated ${modality} image`, "data-modality": modality }),
-    readout: element("output", { className: "readout" }),
+    readout: element("output", { className: "readout", "aria-live": "off" }),
     empty: element("p", { className: "empty" }),
     bar: element("progress", { max: 1, value: 0, "aria-label": `progress of ${modality}` }),
     dice: element("ul", { className: "dice", "aria-label": "Dice of each organ" }),
