@@ -143,19 +143,19 @@ def _of_volume(file: Path) -> MaskFile:
             raise problem(file, "voxels", error.reason, _WHOLE_IDS) from error
         return LabelMask(volume, names)
 
-    affine = geometry.affine if is_itk(file) or geometry.is_flat else _as_thick_as_stored(file, geometry.affine)
+    affine = geometry.affine if is_itk(file) else _as_thick_as_stored(file, geometry.affine)
     return MaskFile(str(file), "volume", geometry.shape, geometry.is_flat, affine, read, file, header)
 
 
 def _as_thick_as_stored(file: Path, affine: np.ndarray) -> np.ndarray:
-    """Of a volume of one plane, which is read as thick as its pixels are wide. Widths that stand for none stay so."""
+    """Of one plane (a volume's, or a file of two dimensions), which is read as thick as its pixels are wide. Widths that stand for none stay so."""
     import nibabel as nib
 
     stored = nib.load(file)
     own, read = (np.linalg.norm(one[:3, :3], axis=0) for one in (stored.affine, affine))
     factor = _MM_OF_UNIT.get(stored.header.get_xyzt_units()[0], 1.0)
     thick = affine.copy()
-    for d in np.flatnonzero(np.array(stored.shape[:3]) == 1).tolist():
+    for d in np.flatnonzero(np.array((*stored.shape, 1)[:3]) == 1).tolist():
         length = own[d] * factor
         if 0 < length <= _MOST_MM:
             thick[:3, d] *= length / read[d]

@@ -24,7 +24,7 @@ from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.pipeline.description import DESCRIPTION, UNET
 from segdiff_dist.pipeline.folder import save_again
-from segdiff_dist.pipeline.model import SegGuidedPipeline
+from segdiff_dist.pipeline.model import SegGuidedPipeline, problems_with_seed
 from segdiff_dist.sampling.config import LEAST_BATCH
 
 OutputType = Literal["pil", "np", "pt"]
@@ -228,6 +228,7 @@ def _item_ids(num: int, generator: Generator | Sequence[Generator] | None, seed:
     if seed is not None:
         if generator is not None:
             raise problem("pipeline", "seed", "beside a generator", "give one of them")
+        refuse(problems_with_seed("seed", seed))
         return list(range(num))
     generators = [*generator] if isinstance(generator, Sequence) else [generator] * num
     if len(generators) != num:

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from data_shards.problems import problem
-from segdiff_dist.pipeline.model import SegGuidedPipeline
+from data_shards.problems import problem, refuse
+from segdiff_dist.pipeline.model import SegGuidedPipeline, problems_with_seed
 
 
 class MaskToImage(nn.Module):
@@ -36,13 +36,17 @@ class MaskToImage(nn.Module):
         made = self._made
         if mask_B1HW.ndim != 4 or mask_B1HW.shape[1] != 1:
             raise problem("bundle", "mask", f"shape {tuple(mask_B1HW.shape)}", "give [B, 1, H, W]")
+        refuse(problems_with_seed("seed", seed))
         at = next(self.parameters()).device
         if at.type != made.device.type:
             raise problem(
                 "bundle", "device", f"moved to {at}", f"load it there: MaskToImage(bundle, device={at.type!r})"
             )
         chosen = made.model.trained_on[0] if modality is None else modality
-        ids_BHW = mask_B1HW[:, 0].round().to(torch.int64).cpu().numpy()
+        if mask_B1HW.is_complex():
+            raise problem("bundle", "mask", f"dtype {mask_B1HW.dtype}", "give label ids as real numbers")
+        mask_BHW = mask_B1HW[:, 0]
+        ids_BHW = (mask_BHW.round() if mask_BHW.is_floating_point() else mask_BHW).to(torch.int64).cpu().numpy()
         checked_BHW, _ = made.checked(ids_BHW, chosen, axis)
         grey_BHW = made.generate(checked_BHW, list(range(len(checked_BHW))), chosen, axis, seed)
         return torch.from_numpy(grey_BHW)[:, None].to(mask_B1HW.device).float() / 255

@@ -112,7 +112,7 @@ class SegGuidedPipeline:
         mask_BHW, is_one = self.checked(np.asarray(mask), modality, axis)
         num_steps = self.sampler.num_steps if num_inference_steps is None else num_inference_steps
         sampler = replace(self.sampler, num_steps=num_steps)
-        refuse([*sampler.problems(self.diffusion), *problems_with_seed("first_item", first_item)])
+        refuse([*sampler.problems(self.diffusion), *problems_with_seed("seed", seed), *problems_with_seed("first_item", first_item)])
         item_ids = list(range(first_item, first_item + len(mask_BHW)))
         made_BHW = replace(self, sampler=sampler).generate(mask_BHW, item_ids, modality, axis, seed)
         images = [Image.fromarray(image_HW) for image_HW in made_BHW]
@@ -131,7 +131,7 @@ class SegGuidedPipeline:
         `described`: the text of a progress bar, if one is wanted."""
         from data_shards.progress import progress_bar
 
-        refuse(problems_with_seed("seed", seed))
+        refuse(problems_with_seed("seed", seed, least=-(2**63)))  # a run's may be negative
         num = self.num_at_once
         image_BHW = np.empty_like(mask_BHW)
         with progress_bar(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
@@ -215,8 +215,8 @@ class SegGuidedPipeline:
         return mask.astype(np.uint8).reshape(-1, self.size, self.size), mask.ndim == 2
 
 
-def problems_with_seed(name: str, given: Any) -> list[Problem]:
-    """Why an argument cannot choose the noise."""
-    if isinstance(given, Integral) and 0 <= int(given) < 2**63:
+def problems_with_seed(name: str, given: Any, least: int = 0) -> list[Problem]:
+    """Why an argument cannot choose the noise. From 0, as in `segdiff paint`."""
+    if isinstance(given, Integral) and least <= int(given) < 2**63:
         return []
-    return [Problem("pipeline", name, repr(given)[:60], f"give a whole number from 0 to {2**63 - 1}")]
+    return [Problem("pipeline", name, repr(given)[:60], f"give a whole number from {least} to {2**63 - 1}")]

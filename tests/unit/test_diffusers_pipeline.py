@@ -164,6 +164,7 @@ def test_what_is_refused(folder: Path, pipeline: SegGuidedDiffusionPipeline, mas
     refused("output_type: latent", mask_BHW, output_type="latent")
     refused("2 for 3 masks", mask_BHW, generator=[torch.Generator()] * 2)
     refused("beside a generator", mask_BHW, generator=torch.Generator(), seed=1)
+    refused("seed: -1; give a whole number from 0", mask_BHW, seed=-1)
     refused("different sizes", [mask_BHW[0], mask_BHW[0, :8]])
     refused("modality: PET", mask_BHW, "PET")
     refused("num_steps", mask_BHW, num_inference_steps=2000)

@@ -131,6 +131,11 @@ def test_a_volume_of_one_plane_keeps_its_thickness(model: Model, organs: np.ndar
         nib.save(nib.Nifti1Image(organs[..., None], np.diag([2.0, 2.0, thickness, 1.0])), file)
         segdiff_dist.paint(file, model).save(out)
         np.testing.assert_allclose(nib.load(out).affine, np.diag([2.0, 2.0, written, 1.0]))
+    nib.save(nib.Nifti1Image(organs, np.diag([2.0, 2.0, 5.0, 1.0])), tmp_path / "flat.nii")
+    segdiff_dist.paint(tmp_path / "flat.nii", model).save(tmp_path / "of_flat.nii")
+    written = nib.load(tmp_path / "of_flat.nii")
+    assert written.shape == organs.shape
+    np.testing.assert_allclose(written.affine, np.diag([2.0, 2.0, 5.0, 1.0]))
     nib.save(nib.Nifti1Image(np.full((1, 1, 1), LIVER, np.uint8), np.diag([2.0, 2.0, 5.0, 1.0])), tmp_path / "1.nii")
     segdiff_dist.paint(tmp_path / "1.nii", model).save(tmp_path / "of_1.nii")
     np.testing.assert_allclose(nib.load(tmp_path / "of_1.nii").affine, np.diag([2.0, 2.0, 5.0, 1.0]))
