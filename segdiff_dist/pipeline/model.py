@@ -112,7 +112,13 @@ class SegGuidedPipeline:
         mask_BHW, is_one = self.checked(np.asarray(mask), modality, axis)
         num_steps = self.sampler.num_steps if num_inference_steps is None else num_inference_steps
         sampler = replace(self.sampler, num_steps=num_steps)
-        refuse([*sampler.problems(self.diffusion), *problems_with_seed("seed", seed), *problems_with_seed("first_item", first_item)])
+        refuse(
+            [
+                *sampler.problems(self.diffusion),
+                *problems_with_seed("seed", seed),
+                *problems_with_seed("first_item", first_item),
+            ]
+        )
         item_ids = list(range(first_item, first_item + len(mask_BHW)))
         made_BHW = replace(self, sampler=sampler).generate(mask_BHW, item_ids, modality, axis, seed)
         images = [Image.fromarray(image_HW) for image_HW in made_BHW]

@@ -43,7 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Client]:
     config = ServeConfig(
-        models=(f"small={folder}",), queue=QUEUE, threads=1, device="cpu", voxels=VOXELS, body_mb=0.2, body_s=4, steps=400
+        models=(f"small={folder}",),
+        queue=QUEUE,
+        threads=1,
+        device="cpu",
+        voxels=VOXELS,
+        body_mb=0.2,
+        body_s=4,
+        steps=400,
     )
     with service(config) as found:
         yield found
