@@ -148,7 +148,8 @@ def _of_volume(file: Path) -> MaskFile:
 
 
 def _as_thick_as_stored(file: Path, affine: np.ndarray) -> np.ndarray:
-    """Of one plane (a volume's, or a file of two dimensions), which is read as thick as its pixels are wide. Widths that stand for none stay so."""
+    """Of one plane, in two or three dimensions, which is read as thick as its pixels are wide. Widths that stand for
+    none stay so."""
     import nibabel as nib
 
     stored = nib.load(file)

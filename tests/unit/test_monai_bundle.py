@@ -83,7 +83,7 @@ def test_its_network_is_the_pipelines(run: Path, bundle: Path, tmp_path: Path) -
         network(mask_B1HW[:, 0])
     with pytest.raises(InputProblems, match="seed: -1; give a whole number from 0"):
         network(mask_B1HW, seed=-1)
-    with pytest.raises(InputProblems, match="mask: dtype torch.complex64"):
+    with pytest.raises(InputProblems, match=r"mask: dtype torch\.complex64"):
         network(mask_B1HW.to(torch.complex64))
     inside_B1HW = mask_B1HW > 0
     np.testing.assert_array_equal(network(inside_B1HW), network(inside_B1HW.to(torch.uint8)))
