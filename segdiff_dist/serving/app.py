@@ -225,8 +225,8 @@ def build_app(backend: Backend, config: ServeConfig, token_digest: str | None) -
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_fault)
     count = app.state.service.count
-    limits = {"most_bytes": int(config.body_mb * 1e6), "body_s": config.body_s}
-    app.add_middleware(Guard, token_digest=token_digest, on_answer=count, **limits)
+    most = int(config.body_mb * 1e6)
+    app.add_middleware(Guard, token_digest=token_digest, most_bytes=most, body_s=config.body_s, on_answer=count)
     if config.studio:
         app.mount("/", import_module("segdiff_dist.studio.static").Page())
     return app
