@@ -32,6 +32,7 @@ from data_shards.problems import InputProblems, OutOfSpace, Problem, problem, re
 from data_shards.records import MASK_SOURCES, SPLITS
 from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, read_index
 from data_shards.store.shard_writer import plan_shards, write_shards
+from data_shards.wording import in_words
 
 __all__ = ["Preparation", "PrepareConfig", "PrepareReport", "check", "find_problems", "prepare"]
 
@@ -347,6 +348,6 @@ def _write_set(
         header["wholebody"] = annotation_record(wholebody)
     shards = plan_shards(out, counted, config.format)
     if not shards:
-        value = f"no slice of {len(done)} volumes is left"
+        value = f"no slice of {in_words(len(done), 'volume')} is left"
         raise problem(out, "min_labelled_pixels", value, "lower it, or choose more axes and modalities")
     return write_shards(out, shards, dict(num_samples), header, workers)

@@ -16,6 +16,7 @@ from data_shards.store.byte_store import local_path
 from data_shards.store.contact_sheet import NotSaved, draw_class_histogram, draw_contact_sheet
 from data_shards.store.samples_table import numbers
 from data_shards.store.shards import ShardSet
+from data_shards.wording import in_words
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -195,7 +196,7 @@ def _count_classes(
 
 def _lines(report: InspectReport) -> Iterator[str]:
     gib = report.num_bytes / 1024**3
-    shape = f"{report.num_samples} slices of {report.size}x{report.size}, {report.bits} bits"
+    shape = f"{in_words(report.num_samples, 'slice')} of {report.size}x{report.size}, {report.bits} bits"
     yield f"{report.path}: {shape}, {report.store}, {report.codec}, {gib:.2f} GiB"
     masks = ", ".join(f"{count} by {source}" for source, count in report.masks.items() if source != "none")
     yield f"label set {report.label_table.name}; masks: {masks or 'none'}; " + (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_shards.wording import in_words
 from data_shards.workers import LEAST_BYTES, LEAST_BYTES_WITH_TORCH
 from segdiff_dist.budget.choose import STARTS_S, Candidate, Networks
 from segdiff_dist.experiment import Experiment
@@ -58,7 +59,8 @@ def rows_of(candidate: Candidate, experiment: Experiment) -> list[Row]:
     torch_bytes = LEAST_BYTES_WITH_TORCH
     found = {
         "prepare": (
-            f"{volumes:,} volumes, at most {slices:,} slices of {prepare.size} pixels, {workers['prepare']} workers",
+            f"{in_words(volumes, 'volume')}, at most {in_words(slices, 'slice')} of {prepare.size} pixels, "
+            f"{in_words(workers['prepare'], 'worker')}",
             workers["prepare"] * LEAST_BYTES,
             slices * (1 + prepare.bits // 8) * pixels,
         ),

@@ -9,6 +9,7 @@ from typing import Any
 from data_shards.ingest import archive
 from data_shards.ingest.counts import count_slices
 from data_shards.labels import LABEL_TABLES
+from data_shards.wording import in_words
 from segdiff_dist.denoising.samplers import num_evaluations
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.planning import scaling
@@ -40,8 +41,9 @@ def steps(settings: Table1Settings, experiments: Experiments) -> list[Step]:
     cases = archive.read_archive(settings.amos, config.modalities, config.modality)
     counted = count_slices(cases, config)
     sides = (1 + config.bits // 8) * config.size**2
+    slices = in_words(counted.slices, "slice")
     found = [
-        Step("prepare", f"{counted.slices:,} slices of {counted.volumes} volumes", None, counted.slices * sides),
+        Step("prepare", f"{slices} of {in_words(counted.volumes, 'volume')}", None, counted.slices * sides),
         _training("train-segmenter", _segmenter_network(segmenter_run), segmenter_run.segmenter.train, settings.gpus),
     ]
     for name in (n for n in COLUMN_NAMES if n in experiments.columns):

@@ -11,6 +11,7 @@ import tyro
 
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.locks import FOLDER_LOCK, locked
+from data_shards.wording import in_words
 from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker, plain
@@ -64,7 +65,7 @@ class AnnotatePlan(Plan):
         else:
             notes.append("time: not known before the tool has made a mask; --annotate.timeout-s N limits it")
         return Cost(
-            seconds=found.seconds, notes=tuple(notes), what=f"{found.num_missing:,} volumes",
+            seconds=found.seconds, notes=tuple(notes), what=in_words(found.num_missing, "volume"),
             shorter=f"more volumes at a time: --annotate.num-workers N (now {workers})",
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ import tyro
 
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.locks import FOLDER_LOCK, locked
+from data_shards.wording import in_words, rounded
 from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, open_tracker
@@ -95,7 +96,7 @@ class PreparePlan(Plan):
         workers = config.workers.num_on_cores
         notes = (
             self.preparation.survey.described,
-            f"volumes: {counted.volumes:,}, {counted.voxels / 1e6:,.0f} million voxels",
+            f"volumes: {counted.volumes:,}, {rounded(counted.voxels, 'voxel')}",
             "images: at most, since slices without organs may be left out",
             f"time: by {_SLICES_A_SECOND} slices a second for each of {workers} workers, as on an AMD EPYC",
             *self.preparation.survey.notes,
@@ -107,7 +108,7 @@ class PreparePlan(Plan):
         return Cost(
             images=counted.slices, seconds=seconds, num_bytes=num_bytes, notes=notes,
             sure_share=_RAW_SHARE if is_raw else _LEAST_SHARE,
-            what=f"{counted.volumes:,} volumes", smaller="--prepare.codec zstd", shorter=shorter,
+            what=in_words(counted.volumes, "volume"), smaller="--prepare.codec zstd", shorter=shorter,
         )  # fmt: skip
 
     def workers_problems(self) -> list[Problem]:
@@ -164,11 +165,12 @@ class PreparePlan(Plan):
         from data_shards.store.inspect import recognised_lines
 
         done_before = "; it was finished already, nothing to do" if report.skipped_done else ""
-        found = [f"{report.num_samples:,} slices of {report.num_cases} volumes in {self.stage.data}{done_before}"]
+        volumes = in_words(report.num_cases, "volume")
+        found = [f"{in_words(report.num_samples, 'slice')} of {volumes} in {self.stage.data}{done_before}"]
         if self.preparation.survey.layout != "amos":
             found.append(self.preparation.survey.described)
         if self.stage.wholebody is not None:
-            sources = (f"{source} of {count} volumes" for source, count in report.masks.items())
+            sources = (f"{source} of {in_words(count, 'volume')}" for source, count in report.masks.items())
             found.append("masks: " + ", ".join(sources))
         source = self.preparation.header["source"]
         found += [*(report.notes or self.preparation.survey.notes), *recognised_lines(report.recognised, source)]

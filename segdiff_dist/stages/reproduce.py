@@ -22,6 +22,7 @@ from data_shards.fan_out import ray_session
 from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.problems import Problem, WorkFailed, problem, refuse
+from data_shards.wording import in_words
 from segdiff_dist.config import as_dict, to_yaml
 from segdiff_dist.evaluation.measure.saved import read_summary
 from segdiff_dist.experiment import Experiment, collect
@@ -129,7 +130,7 @@ def _problems(experiments: Experiments) -> list[Problem]:
 def _prepare(preparation: Plan, experiment: Experiment) -> None:
     report = preparation.start().value
     done = "; it was finished already, nothing to do" if report.skipped_done else ""
-    print(f"{report.num_samples:,} slices of {report.num_cases} volumes{done}")
+    print(f"{in_words(report.num_samples, 'slice')} of {in_words(report.num_cases, 'volume')}{done}")
     for case_id, file, reason in report.failed:
         print(f"left out: {case_id}: {file}: {reason}")
     if not report.num_cases:

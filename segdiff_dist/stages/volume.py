@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from data_shards.locks import lock_beside, locked
+from data_shards.wording import in_words
 from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.ranks.distributed import pick_device
@@ -123,11 +124,11 @@ class VolumePlan(Plan):
         reports = job.make(lambda n: slice_generator(self.pipeline, stage.volume, first + n), self.size, provenance)
         lines = [line for name, report in reports.items() for line in _lines(name, report, stage.volume)]
         merged = () if job.merge is None else job.merge.lines(job.out)
-        return Result((*lines, f"{len(reports):,} volumes in {job.out}", *merged), value=reports)
+        return Result((*lines, f"{in_words(len(reports), 'volume')} in {job.out}", *merged), value=reports)
 
 
 def _lines(name: str, report: VolumeReport, config: VolumeConfig) -> list[str]:
-    found = [f"{name}: {report.num_slices:,} {config.axis} slices of {config.modality}"]
+    found = [f"{name}: {in_words(report.num_slices, f'{config.axis} slice')} of {config.modality}"]
     if report.outside > 0:
         found.append(f"warning: {report.outside:.1%} of the labelled voxels are outside of the model's slices")
     other = "independent" if config.noise == "shared" else "shared"

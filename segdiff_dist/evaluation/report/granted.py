@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_shards.wording import in_words
+
 
 def granted(downstream: dict[str, Any]) -> str:
     """A sentence. `downstream`: RUN/downstream/summary.json; one of an earlier version does not say how much it is."""
     terms = downstream.get("granted")
     slices, masks = "", ""
     if terms is not None:
-        slices = f" ({terms['num_validation_slices']:,} slices of {terms['num_validation_patients']:,} patients)"
+        patients = in_words(terms["num_validation_patients"], "patient")
+        slices = f" ({in_words(terms['num_validation_slices'], 'slice')} of {patients})"
         masks = f"{terms['num_mask_patients']:,} "
     chosen = f"weights are chosen on the whole validation split, which is real and labelled{slices}"
     if terms is not None and not terms["num_validation_slices"]:
