@@ -72,7 +72,7 @@ def patients_of(shards: ShardSet, rows: np.ndarray, fraction: float, seed: int) 
         if len(known):
             shuffled = known[sample_at(np.arange(len(known)), len(known), seed)]
             chosen += shuffled[: math.ceil(fraction * len(known) - 1e-9)].tolist()
-    return chosen
+    return list(dict.fromkeys(chosen))  # of both modalities, a patient is one
 
 
 def rows_of(training: Training, shards: ShardSet, real_rows: np.ndarray) -> np.ndarray:

@@ -60,6 +60,13 @@ def test_a_smaller_share_is_within_a_larger_one_and_has_both_modalities(shapes: 
     assert len(others) > 1
 
 
+def test_a_patient_with_both_modalities_is_one(shapes: Path) -> None:
+    shards = ShardSet.open(shapes)
+    cases = shards.samples["case_id"].unique().to_pylist()
+    shards.index["source"] = {case: {"patient": f"p{int(case[5:]) % 506}"} for case in cases}
+    assert sorted(patients_of(shards, training_rows(shards), 1.0, 7)) == ["p1", "p2", "p3", "p4"]
+
+
 @pytest.mark.parametrize(("bits", "soft_edge", "codec"), [(8, False, "raw"), (16, False, "zstd"), (8, True, "raw")])
 def test_generated_images_join_a_real_set_of_any_form(tmp_path: Path, bits: int, soft_edge: bool, codec: str) -> None:
     real = write_shapes(tmp_path / "real", codec=codec, bits=bits, soft_edge=soft_edge)
