@@ -147,6 +147,13 @@ class TestDifferences:
         # The patients differ by far more.
         assert not alone.is_larger
 
+    def test_cases_of_an_earlier_evaluation_are_patients_of_a_later_one(self):
+        rng = np.random.default_rng(0)
+        one, two = rng.random((2, 8)).tolist()
+        cases = [f"case{i}" for i in range(8)]
+        mixed = difference(images(one, cases), images(two, self.PATIENTS), "ssim", is_paired=True)
+        assert mixed == difference(images(one, self.PATIENTS), images(two, self.PATIENTS), "ssim", is_paired=True)
+
     def test_images_without_a_value_on_either_side_do_not_count(self):
         a = images([0.1, np.nan, 0.4, 0.5], ["a", "b", "c", "d"])
         b = images([0.2, 0.9, np.nan, 0.5], ["a", "b", "c", "d"])

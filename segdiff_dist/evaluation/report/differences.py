@@ -110,13 +110,16 @@ def difference(
     names, statistic = _statistic(metric)
     values = [np.stack([of.columns[name] for name in names], axis=1) for of in (first, other)]
     known = [np.isfinite(values_NC).all(axis=1) for values_NC in values]
+    patients = [of.patients for of in (first, other)]
     if is_paired:
         known = [known[0] & known[1]] * 2
+        # An earlier evaluation may name cases where a later one names patients, who have several.
+        patients = [min(patients, key=lambda names_N: len(set(names_N)))] * 2
     if not known[0].any() or not known[1].any():
         return None
     estimates, resampled, num_patients = [], [], []
-    for k, (of, values_NC, known_N) in enumerate(zip((first, other), values, known, strict=True)):
-        names_P, patient_N = np.unique(of.patients[known_N], return_inverse=True)
+    for k, (names_N, values_NC, known_N) in enumerate(zip(patients, values, known, strict=True)):
+        names_P, patient_N = np.unique(names_N[known_N], return_inverse=True)
         sums_PC = np.stack([np.bincount(patient_N, column, len(names_P)) for column in values_NC[known_N].T], axis=1)
         counts_P = np.bincount(patient_N, minlength=len(names_P)).astype(np.float64)
         draws_RP = bootstrap_counts(len(names_P), resamples, 0 if is_paired else k)
@@ -194,7 +197,7 @@ def _paired(first: Images, other: Images) -> tuple[Images, Images, bool]:
     for name in areas:
         same_N &= np.nan_to_num(a.columns[name]) == np.nan_to_num(b.columns[name])
     chosen = np.flatnonzero(same_N).tolist()
-    if len(set(a.patients[same_N])) < 2:
+    if min(len(set(of.patients[same_N])) for of in (a, b)) < 2:
         return first, other, False
     return a.at(chosen), b.at(chosen), True
 
@@ -232,8 +235,9 @@ def _table(
 def _method(run: EvaluatedRun, pair: tuple[Images, Images, bool], first: EvaluatedRun) -> str:
     a, b, is_paired = pair
     if is_paired:
+        num_patients = min(len(set(of.patients)) for of in (a, b))
         return (
-            f"{run.name}: paired by patient, on {len(a.keys)} images of the same masks of {len(set(a.patients))} "
+            f"{run.name}: paired by patient, on {len(a.keys)} images of the same masks of {num_patients} "
             "patients; each bootstrap sample of the patients is the same for both runs."
         )
     return (
