@@ -74,6 +74,17 @@ class DicomLabels:
         return files_sha256(self.name, self.files)
 
 
+def undeclared(segments: Any) -> list[int]:
+    """Values of a label map (SegmentationType LABELMAP) that none of its segments has; 0 and its padding are none."""
+    if str(segments.SegmentationType) != "LABELMAP":
+        return []
+    known = {0, *(int(one.SegmentNumber) for one in segments.SegmentSequence)}
+    if (padding := segments.get("PixelPaddingValue")) is not None:
+        known.add(int(padding))
+    present = np.flatnonzero(np.bincount(np.ravel(segments.pixel_array)))
+    return [int(value) for value in present if int(value) not in known]
+
+
 def read_object(header: Header) -> LabelObject:
     """What a file of labels is about, without its pixels."""
     is_contours = header.kind == RTSTRUCT
@@ -201,9 +212,12 @@ def _segment_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterat
     with quiet():
         try:
             segments = _segmentation(one, labels.name)
+            unknown = undeclared(segments)
             volume = segments.get_volume(segment_numbers=[number], combine_segments=True)
         except Exception as error:
             raise ValueError(f"a SEG cannot be decoded ({type(error).__name__})") from None
+    if unknown:
+        raise ValueError(f"a label map has values of no segment: {unknown[:4]}; write it again with all its segments")
     moved = _to_series(labels.series, volume)
     if moved is None:
         raise ValueError(f"a SEG is on another grid than its series; {_GRID}")

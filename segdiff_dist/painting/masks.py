@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_shards.ingest.dicom_files import library, quiet
+from data_shards.ingest.dicom_labels import undeclared
 from data_shards.ingest.dicom_series import to_ras
 from data_shards.ingest.itk_files import is_itk
 from data_shards.ingest.nifti import problems_in_space
@@ -22,7 +23,7 @@ from data_shards.ingest.png_files import read_png_header, read_png_ids
 from data_shards.ingest.volume_files import ENDINGS, read_geometry
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels
 from data_shards.labels import LabelTable
-from data_shards.problems import problem, refuse
+from data_shards.problems import InputProblems, problem, refuse
 from segdiff_dist.painting.tables import (
     Names,
     OtherLabels,
@@ -215,6 +216,14 @@ def _of_seg(file: Path) -> MaskFile:
 def _drawn(file: Path, segments: Any, ids: Mapping[int, int], table: LabelTable) -> np.ndarray:
     """uint8 [I, J, K] as stored; other segments are painted over `body`."""
     drawn: np.ndarray | None = None
+    try:
+        with quiet():
+            unknown = undeclared(segments)
+    except Exception as error:  # pydicom raises whatever the bytes lead it to
+        raise _unreadable_frames(file, error) from error
+    if unknown:
+        value = f"values of no segment: {unknown[:4]}"
+        raise problem(file, "DICOM SEG", value, "write it again with all its segments")
     for number, new in sorted(ids.items(), key=lambda one: one[1] != table.body_id):
         if number == 0 or new == 0:
             continue
@@ -222,8 +231,7 @@ def _drawn(file: Path, segments: Any, ids: Mapping[int, int], table: LabelTable)
             with quiet():
                 volume = segments.get_volume(segment_numbers=[number], combine_segments=True)
         except Exception as error:  # pydicom raises whatever the bytes lead it to
-            value = f"its frames cannot be read ({type(error).__name__})"
-            raise problem(file, "DICOM", value, "copy it again from where it was made") from error
+            raise _unreadable_frames(file, error) from error
         inside = np.equal(volume.array, number).T
         drawn = np.zeros(inside.shape, np.uint8) if drawn is None else drawn
         before = drawn[inside]
@@ -234,6 +242,11 @@ def _drawn(file: Path, segments: Any, ids: Mapping[int, int], table: LabelTable)
     if drawn is None:
         raise problem(file, "DICOM SEG", "no segment of the model's classes", "name the segments as the model does")
     return drawn
+
+
+def _unreadable_frames(file: Path, error: Exception) -> InputProblems:
+    value = f"its frames cannot be read ({type(error).__name__})"
+    return problem(file, "DICOM", value, "copy it again from where it was made")
 
 
 def _of_array(mask: np.ndarray, affine: np.ndarray | None, grid_mm: float) -> MaskFile:
