@@ -198,7 +198,7 @@ class PaintJob:
 
     def _outlined(self, read: LabelMask) -> tuple[Volume, tuple[str, ...]]:
         labels, table = read.labels, self.model.table
-        notes: tuple[str, ...] = (f"labels: by {read.names.source}",)
+        notes: tuple[str, ...] = (f"labels: by {read.names.source}", *read.notes)
         if not labels.voxels_IJK.any():
             value = f"all background, by {read.names.source}"
             raise problem(self.mask.where, "mask", value, "draw at least one organ, or the patient's outline")

@@ -63,10 +63,11 @@ class MaskFile:
 
 @dataclass(frozen=True)
 class LabelMask:
-    """A mask in the ids of the model's table. `names`: who said what the ids mean."""
+    """A mask in the ids of the model's table. `names`: who said what the ids mean. `notes`: guesses about its place."""
 
     labels: Volume
     names: Names
+    notes: tuple[str, ...] = ()
 
 
 def open_mask(
@@ -142,7 +143,7 @@ def _of_volume(file: Path) -> MaskFile:
         except UnreadableVolume as error:
             _explain(file, names, table, ids)
             raise problem(file, "voxels", error.reason, _WHOLE_IDS) from error
-        return LabelMask(volume, names)
+        return LabelMask(volume, names, geometry.notes)
 
     affine = geometry.affine if is_itk(file) else _as_thick_as_stored(file, geometry.affine)
     return MaskFile(str(file), "volume", geometry.shape, geometry.is_flat, affine, read, file, header)

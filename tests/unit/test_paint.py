@@ -141,6 +141,16 @@ def test_a_volume_of_one_plane_keeps_its_thickness(model: Model, organs: np.ndar
     np.testing.assert_allclose(nib.load(tmp_path / "of_1.nii").affine, np.diag([2.0, 2.0, 5.0, 1.0]))
 
 
+def test_a_side_that_is_a_guess_is_said(model: Model, organs: np.ndarray, tmp_path: Path) -> None:
+    """A header with neither qform nor sform."""
+    image = nib.Nifti1Image(organs[..., None], None)
+    image.header.set_zooms((2.0, 2.0, 2.0))
+    nib.save(image, tmp_path / "mask.nii")
+    assert any(
+        "which side is left is a guess" in note for note in segdiff_dist.paint(tmp_path / "mask.nii", model).notes
+    )
+
+
 def test_a_mask_of_true_and_false_is_one_of_ids(model: Model, organs: np.ndarray) -> None:
     options = {"labels": {0: "background", 1: "liver"}}
     made = [segdiff_dist.paint(mask, model, **options).values for mask in (organs > 0, (organs > 0).astype(np.uint8))]
