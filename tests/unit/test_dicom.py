@@ -26,11 +26,8 @@ from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.dicom_files import digest
 from data_shards.ingest.prepare import PrepareConfig, check, find_problems
 from data_shards.ingest.volumes import UnreadableVolume
-from data_shards.labels import AMOS
-from data_shards.problems import InputProblems
 from data_shards.records import SliceRecord
 from segdiff_dist.cli import main
-from segdiff_dist.painting.masks import open_mask
 
 _Volume = tuple[list[Dataset], np.ndarray, np.ndarray]
 
@@ -226,19 +223,6 @@ def test_segments_that_overlap_are_named_and_a_table_solves_it(volume: _Volume, 
     table.write_text("name: mine\nnames: [liver]\nlabel_map: {spleen: background}\n")
     present = {i for one in slices(tmp_path / "data", labels=str(table)) for i in one.meta.labels_present}
     assert present == {1, 2}  # liver and body
-
-
-def test_a_label_map_with_values_of_no_segment_is_refused(volume: _Volume, tmp_path: Path) -> None:
-    """As labels and as a mask to paint. They were background without a word."""
-    found, _, label = volume
-    segments = segmentation(found, label, "LABELMAP")
-    segments.PixelData = bytes([7]) + segments.PixelData[1:]
-    save(tmp_path / "data", [*found, segments])
-    with pytest.raises(UnreadableVolume, match=r"values of no segment: \[7\]"):
-        slices(tmp_path / "data")
-    segments.save_as(tmp_path / "mask.dcm")
-    with pytest.raises(InputProblems, match=r"values of no segment: \[7\]"):
-        open_mask(tmp_path / "mask.dcm").read(AMOS, None, "refuse")
 
 
 def test_a_slice_without_a_preamble_is_not_passed_over(volume: _Volume, tmp_path: Path) -> None:
