@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # Python's own 5 ms are what the computing thread may wait, after each of the network's hundreds of operations, while
 # another thread reads a mask or encodes an image. It helped on a busy machine, and made no difference on a quiet one.
 _SWITCH_S = 1e-4
+# How long a batch that is not full waits for requests whose masks are being read. Reading takes some ten milliseconds,
+# and on a CPU a batch of one takes as long as one of four.
+_READING_S = 0.05
 # Passes made, and passes in all.
 Progress = Callable[[int, int], None]
 
@@ -74,6 +78,7 @@ class Batcher:
         self.most, self._wait_s = most, wait_s
         self._jobs: list[SliceJob] = []
         self._running: Batch = []
+        self._num_coming = 0
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
@@ -86,6 +91,18 @@ class Batcher:
             self._jobs.append(job)
             self._changed.notify()
         return len(before)
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """While a request is read that will be submitted: a batch that is not full waits for it, for a short time."""
+        with self._changed:
+            self._num_coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_coming -= 1
+                self._changed.notify()
 
     def close(self) -> None:
         """Cancel all work, and end the thread."""
@@ -108,8 +125,11 @@ class Batcher:
             self._running = []
             was_idle = not self._waiting()
             self._changed.wait_for(lambda: self._is_closed or bool(self._waiting()))
-            until = time.monotonic() + (self._wait_s if was_idle else 0.0)
-            while not self._is_closed and self._num_waiting() < self.most and (left := until - time.monotonic()) > 0:
+            began, wait_s = time.monotonic(), self._wait_s if was_idle else 0.0
+            while not self._is_closed and self._num_waiting() < self.most:
+                most_s = max(wait_s, _READING_S) if self._num_coming else wait_s
+                if (left := began + most_s - time.monotonic()) <= 0:
+                    break
                 self._changed.wait(left)
             self._jobs = self._waiting()
             self._running = [] if self._is_closed else self._chosen()

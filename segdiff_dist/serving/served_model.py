@@ -110,8 +110,6 @@ class ServedModel:
         """The events of a request; the last one is an image or an error. Closing it cancels the work."""
         try:
             began = time.monotonic()
-            async with self._reading:
-                checked = await _in_thread(lambda: self._checked(request))
             loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
             def on_progress(step: int, steps: int) -> None:
@@ -119,10 +117,14 @@ class ServedModel:
                     event = Event("progress", {"step": step, "steps": steps})
                     loop.call_soon_threadsafe(events.put_nowait, event)
 
-            job = self._slice_job(checked, on_progress)
+            with self._batcher.coming():
+                async with self._reading:
+                    checked = await _in_thread(lambda: self._checked(request))
+                job = self._slice_job(checked, on_progress)
+                position = self._batcher.submit(job)
             made = asyncio.wrap_future(job.future)
             try:
-                yield Event("queued", {"position": self._batcher.submit(job)})
+                yield Event("queued", {"position": position})
                 async for event in _until_done(made, events):
                     yield event
                 image_SHW = made.result()
