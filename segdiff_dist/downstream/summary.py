@@ -33,7 +33,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Tested:
-    """The tested slices: case ids and modalities [N]."""
+    """The tested slices: patients and modalities [N]."""
 
     patient_N: np.ndarray
     modality_N: np.ndarray

@@ -59,8 +59,8 @@ class EvaluatedRun:
     """A run folder that was evaluated.
 
     `name`: unique among the runs. `settings`: values of config.yaml by dotted key, empty if there is none. `slices`:
-    row of the shard set and modality of each headline image. `side`: of the images, in pixels. `masks`: what tells a
-    folder of masks from others; empty for masks of the shard set.
+    row of the shard set and modality of each headline image. `side`: of the images, in pixels. `masks`: the digest
+    of the folder of masks; empty for masks of the shard set.
     """
 
     name: str
