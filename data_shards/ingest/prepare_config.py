@@ -132,7 +132,7 @@ class PrepareConfig:
             )
         if self.split is not None and abs(sum(self.split) - 1.0) > 1e-6:
             problems.append(Problem(where, "split", str(self.split), "give three shares that make 1, as 0.7 0.1 0.2"))
-        if self.patient is not None and not _has_a_group(self.patient):
+        if self.patient is not None and not has_a_group(self.patient):
             problems.append(Problem(where, "patient", self.patient, "give a regular expression with one group"))
         return problems
 
@@ -158,7 +158,7 @@ class PrepareConfig:
         )
 
 
-def _has_a_group(pattern: str) -> bool:
+def has_a_group(pattern: str) -> bool:
     """Whether it is a regular expression with a group."""
     try:
         return re.compile(pattern).groups > 0

@@ -110,6 +110,11 @@ def is_named_after(file: Path) -> bool:
     return case_id_of(file) == _joined_name(file)
 
 
+def without_ending(file: Path) -> str:
+    """The path without the ending of a mask."""
+    return file.as_posix().removesuffix(file.name[len(file.name) - len(ending(file)) :])
+
+
 def _joined_name(file: Path) -> str:
     return str(file)[: -len(ending(file))].replace("/", "_").replace(".", "_")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +28,7 @@ from segdiff_dist.tracking.config import TrackingConfig
 if TYPE_CHECKING:
     from segdiff_dist.evaluation.images.folder import ImageFolder
     from segdiff_dist.evaluation.measure.checks import Checked
+    from segdiff_dist.evaluation.measure.patients import MaskPatients
     from segdiff_dist.stages.evaluate_downstream import DownstreamPlan
     from segdiff_dist.tracking.tracker import Tracker
 
@@ -41,7 +43,7 @@ class Evaluate(ConfiguredStage):
     less_memory: ClassVar = "--evaluate.num-workers or --evaluate.batch-size"
     essential: ClassVar = (
         *("--run", "--amos-root", "--downstream", "--evaluate.segmenter", "--evaluate.fid-weights"),
-        *("--images", "--masks", "--modality", "--real", "--images.label-map", "--images.size"),
+        *("--images", "--masks", "--modality", "--real", "--images.label-map", "--images.size", "--evaluate.patient"),
         *("--evaluate.memorisation", "--evaluate.num-workers", "--evaluate.ray-address", "--evaluate.device"),
     )
 
@@ -107,7 +109,7 @@ class EvaluatePlan(Plan):
         """Two label maps of an image; the time of the usual metrics by their speed on an AMD EPYC."""
         notes = ["disk: label maps before compression"] + ([] if self.images is None else [self.images.words()])
         notes += [] if self.downstream is None else self.downstream.cost().notes
-        notes += self._memorisation_notes()
+        notes += [*self._mask_patients.messages, *self._memorisation_notes()]
         num_maps = 2 if self.images is None else 4  # and what is stored of a folder: images and masks
         workers = self.stage.evaluate.workers.num_on_cores
         notes.append(f"time: metrics without further networks, {workers} workers, as on an AMD EPYC")
@@ -133,6 +135,15 @@ class EvaluatePlan(Plan):
         seconds = self._metrics_s + (trainings.seconds or 0.0)
         cost = replace(trainings, images=self.num_images, seconds=seconds, num_bytes=num_bytes, sure_share=0.01)
         return "evaluate", cost, self.run_folder
+
+    @cached_property
+    def _mask_patients(self) -> MaskPatients:
+        """The patients of a folder's masks."""
+        from segdiff_dist.evaluation.measure.patients import MaskPatients, mask_patients
+
+        if self.images is not None:
+            return mask_patients(self.images.items, self.images.job, self.stage.evaluate.patient)
+        return MaskPatients() if self.checked is None else self.checked.subject.patients
 
     def _memorisation_notes(self) -> list[str]:
         """What the search for training images compares, and how long CPUs take for it."""
@@ -171,7 +182,7 @@ class EvaluatePlan(Plan):
             self._store_images(self.images)
         save_experiment(experiment, ("evaluate", "downstream"))
         tracker.log_params({"evaluate": plain(experiment)["evaluate"]})
-        for line in self._memorisation_notes():
+        for line in [*filter(None, [self._mask_patients.line]), *self._memorisation_notes()]:
             print(line, flush=True)
         checked = self.checked or check(run, config)
         summary = evaluate(run, config, amos_root=experiment.amos_root, checked=checked)
@@ -190,7 +201,7 @@ class EvaluatePlan(Plan):
             tracker.log_artifact(run / "evaluation" / name, "evaluation/figures" if name == "figures" else "evaluation")
         tracker.log_artifact(run / "config.yaml")
         register_evaluated(run, summary, tracker)
-        return self._result(summary, () if trained is None else trained.message)
+        return self._result(summary, () if trained is None else trained.message, self._mask_patients.guess)
 
     def _store_images(self, images: ImageFolder) -> None:
         """Write those of a folder to RUN/samples."""
@@ -213,7 +224,7 @@ class EvaluatePlan(Plan):
             "`evaluation/metrics.json`; the page: `evaluation/report.html`, both among the artifacts."
         )
 
-    def _result(self, summary: dict[str, Any], more: tuple[str, ...]) -> Result:
+    def _result(self, summary: dict[str, Any], more: tuple[str, ...], guess: str | None) -> Result:
         """The table of metrics, then `more`, and the next command."""
         from segdiff_dist.evaluation.measure.segmenter_check import segmenter_messages
         from segdiff_dist.evaluation.measure.summary_text import format_table
@@ -223,7 +234,8 @@ class EvaluatePlan(Plan):
         run = self.run_folder
         message = [format_table(summary), *sharpness_messages(summary["metrics"]), *more]
         message.append(f"report: {(run / 'evaluation' / 'report.html').resolve()}")
-        warned = [f"warning: {line}" for line in (*segmenter_messages(summary), *warnings(summary))]
+        found = (*filter(None, [guess]), *segmenter_messages(summary), *warnings(summary))
+        warned = [f"warning: {line}" for line in found]
         memorised = summary["trust"].get("memorisation")
         passed = memorised is None or memorised["passed"]
         out = run.with_name(f"{run.name}-png")

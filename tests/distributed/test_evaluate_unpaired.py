@@ -9,6 +9,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageFilter
@@ -171,7 +172,7 @@ def test_images_of_another_system_are_evaluated(
     assert summary["metrics"]["segmenter_frechet"]["value"] > 0
     assert "next: " not in capsys.readouterr().out
     html = (tmp_path / "out" / "evaluation" / "report.html").read_text()
-    assert "nothing says whose they are" in html
+    assert "nothing says whether their patients are in the train split" in html
     assert "All are compared with 12 real slices together." in html
     assert "gallery_ct.png" in (tmp_path / "out" / "evaluation" / "figures" / "index.json").read_text()
     # The result is a run folder: the same images are measured again, others are not taken for them.
@@ -205,7 +206,7 @@ def test_a_network_of_another_project_segments(tmp_path: Path, shapes: Path) -> 
     label_map = tmp_path / "map.yaml"
     label_map.write_text("1: spleen\n6: liver\n16: background\n")
     images = write_pairs(tmp_path, shapes, save_png)
-    config = EvaluateConfig(segmenter=file, **QUICK)
+    config = EvaluateConfig(segmenter=file, patient="(amos)_", **QUICK)
     with pytest.raises(InputProblems, match=r"label ids: \[6, 16\]"):
         check_images(tmp_path / "out", ImagesConfig(Path(images["--images"]), Path(images["--masks"]), "CT"), config)
     folder = check_images(
@@ -217,6 +218,9 @@ def test_a_network_of_another_project_segments(tmp_path: Path, shapes: Path) -> 
     folder.store(tmp_path / "out" / "samples")
     summary = measure(tmp_path / "out", config, progress=False)
     assert summary["by_organ"]["liver"]["dice_mask_gen"]["value"] > 0.98
+    assert summary["num_patients"] == 1, "by the pattern"
+    assert summary["provenance"]["patients"] == "patients: 1 in 2 cases, by --evaluate.patient"
+    assert set(pq.read_table(tmp_path / "out" / "evaluation" / "samples.parquet")["patient"].to_pylist()) == {"amos"}
     assert summary["metrics"]["dice_either_mask_gen"]["value"] > 0.98
     missing = summary["not_available"]
     for name in ("segmenter_frechet", "sharpness", "dice_either_mask_real"):

@@ -18,6 +18,7 @@ from segdiff_dist.evaluation.measure.checks import (
     unreadable,
 )
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
+from segdiff_dist.evaluation.measure.patients import mask_patients
 from segdiff_dist.evaluation.measure.subject import with_modalities
 from segdiff_dist.sampling.store import SampleStore
 from segdiff_dist.segmentation.tools import ToolSegmenter
@@ -53,6 +54,7 @@ def check_images(run: Path, images: ImagesConfig, config: EvaluateConfig) -> Ima
     problems += [*unlike(segmenter.label_table, folder.size, shards)]
     if shards is not None:
         attempts.make("rows", lambda: rows_of(with_modalities(folder.items), shards, config))
+    attempts.make("patients", lambda: mask_patients(folder.items, folder.job, config.patient))
     attempts.make("store", lambda: SampleStore.reopen(run / "samples", folder.job))
     refuse(problems)
     return folder

@@ -11,6 +11,7 @@ from data_shards.files import first_line
 from data_shards.problems import Attempts, InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
+from segdiff_dist.evaluation.measure.patients import MaskPatients, mask_patients
 from segdiff_dist.evaluation.measure.subject import (
     NO_REAL_IMAGES,
     Subject,
@@ -65,9 +66,15 @@ def check(run: Path, config: EvaluateConfig) -> Checked:
             if "shards" in opened and not opened["store"].missing():
                 attempts.make("rows", lambda: rows_of(opened["store"].items, opened["shards"], config))
             problems += needs_real_images(config)
+            named_by = (opened["store"].items, opened["store"].job, config.patient)
+            attempts.make("patients", lambda: mask_patients(*named_by))
+        elif config.patient is not None:
+            remedy = "leave it out: the shard set names the patients of its masks (prepare --prepare.patient)"
+            problems.append(Problem("config", "evaluate.patient", config.patient, remedy))
+    patients = opened.pop("patients", MaskPatients())
     problems += _mismatches(run, config, **opened)
     refuse(problems)
-    subject = Subject(opened["store"], opened.get("shards"), opened.get("rows", ()))
+    subject = Subject(opened["store"], opened.get("shards"), opened.get("rows", ()), patients)
     return Checked(subject, weights, opened["segmenter"].weights_sha256)
 
 

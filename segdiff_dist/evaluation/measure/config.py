@@ -11,6 +11,7 @@ from annotated_types import Ge, Interval
 
 from data_shards.choices import Split
 from data_shards.field_source import ADDRESS_FROM_A_PERSON, CODE_FROM_A_PERSON, FROM_A_PERSON
+from data_shards.ingest.prepare_config import has_a_group
 from data_shards.problems import Problem
 from data_shards.ranges import Count, Share, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, ResultWhereSet
@@ -42,6 +43,10 @@ class EvaluateConfig:
     spacing_mm: ResultWhereSet[Annotated[float, Interval(ge=0.01, le=50)] | None] = None
     """Side of a pixel in mm, for images whose files do not state it (PNG, samples of a mask folder). Surface Dice and
     areas in mm2 need it."""
+    patient: ResultWhereSet[str | None] = None
+    """For samples whose masks are of a folder and for --images: a pattern for case ids (paths of masks, / and . as _)
+    whose first group is the patient, as `(p[0-9]+)_`. Intervals are over patients. null: as a table beside the masks
+    names them, else each case is a patient."""
     fid_weights: Result[Literal["download"] | Path | None] = field(default=None, metadata=ADDRESS_FROM_A_PERSON)
     """torch-fidelity's Inception weights for `fid`: their file, or 'download' for torch-fidelity's own download."""
     imagenet: ResultWhereSet[bool] = False
@@ -110,6 +115,9 @@ class EvaluateConfig:
             problems.append(
                 Problem("config", "evaluate.feature_network", f"{self.feature_network}: no such file", remedy)
             )
+        if self.patient is not None and not has_a_group(self.patient):
+            remedy = "give a regular expression with one group"
+            problems.append(Problem("config", "evaluate.patient", self.patient, remedy))
         if self.imagenet and (reason := imagenet.missing_for_imagenet(self.imagenet)):
             problems.append(Problem("config", "evaluate.imagenet", "true", reason))
         if self.frd_images and (reason := radiomics.missing_for_frd(self.frd_images)):

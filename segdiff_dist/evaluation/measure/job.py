@@ -102,10 +102,15 @@ def _measure_checked(run: Path, config: EvaluateConfig, checked: Checked, rows: 
         summary["not_available"] = (
             not_available(summary, inputs, subject, measured.distributions.failed) | weights.missing
         )
-        summary["provenance"] = facts | {
-            "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
-            "distribution_images": config.distribution_images,
-        }
+        named = {"patients": subject.patients.line} if subject.patients.line else {}
+        summary["provenance"] = (
+            facts
+            | named
+            | {
+                "bootstrap": {"resamples": config.bootstrap_samples, "seed": config.seed, "unit": "patient"},
+                "distribution_images": config.distribution_images,
+            }
+        )
     mark_unreliable(summary)
     summary["rows_sha256"] = file_sha256(rows)
     publish(folder, json.dumps(summary, indent=1, allow_nan=False) + "\n", rows, inputs.predictions)
@@ -184,12 +189,11 @@ def measure_items(
             _label_volumes(workers, inputs.predictions, store.items, kept)
         masks = trust.images_of_masks(store.items)
         spread = {task.ids[0]: result for task, result in in_order(workers, masks, kept=kept)}
-        patient_of = {} if subject.shards is None else subject.shards.patient_of
+        items = with_patients(store.items, subject.patient_of)
         measured = Evaluated.empty(
-            *(subject.label_table, store.items, spread), capacity=capacity, seed=seed, is_paired=subject.is_paired,
-            patient_of=patient_of,
+            *(subject.label_table, items, spread), capacity=capacity, seed=seed, is_paired=subject.is_paired,
+            patient_of={} if subject.shards is None else subject.shards.patient_of,
         )  # fmt: skip
-        items = with_patients(store.items, patient_of)
         with progress_bar(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
             for chunk, result in in_order(workers, chunks, bar, kept):
                 measured.add(chunk.start, chunk.stop, result)

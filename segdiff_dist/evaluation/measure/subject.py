@@ -6,7 +6,7 @@ a folder; the real images, if a set is given (evaluate.real), are of other patie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from data_shards.feed.order import sample_at
 from data_shards.labels import LabelTable
 from data_shards.modalities import is_in_hu, window_of
 from data_shards.problems import problem
+from segdiff_dist.evaluation.measure.patients import MaskPatients
 from segdiff_dist.evaluation.metrics.similarity import GREY_RANGE
 from segdiff_dist.sampling.items import NO_MODALITY
 from segdiff_dist.sampling.store_files import LABELS
@@ -41,11 +42,18 @@ class Subject:
     store: SampleStore
     shards: ShardSet | None
     real_rows: tuple[int, ...] = ()
+    patients: MaskPatients = field(default_factory=MaskPatients)
+    """Those of a folder's masks, as far as they are named."""
 
     @property
     def is_paired(self) -> bool:
         """Whether each mask is of a slice of `shards`."""
         return is_paired(self.store)
+
+    @property
+    def patient_of(self) -> dict[str, str]:
+        """The masks' patients by case, where they are named otherwise than the case."""
+        return ({} if self.shards is None else self.shards.patient_of) | dict(self.patients.by_case)
 
     @property
     def label_table(self) -> LabelTable:

@@ -17,6 +17,7 @@ from data_shards.labels import BODY, LabelTable
 from data_shards.modalities import in_order
 from data_shards.records import AXES
 from segdiff_dist.evaluation.measure.headline import is_headline
+from segdiff_dist.evaluation.measure.rows import PATIENT
 from segdiff_dist.evaluation.measure.trust import Spread
 from segdiff_dist.evaluation.measure.worker import ChunkResult
 from segdiff_dist.evaluation.metrics.air import AIR_METRICS
@@ -72,7 +73,7 @@ class Evaluated:
     several_rows: frozenset[int]
     is_paired: bool = True
     patient_of: Mapping[str, str] = field(default_factory=dict)
-    """As ShardSet.patient_of."""
+    """As ShardSet.patient_of. A column `patient` of the items has precedence."""
 
     @classmethod
     def empty(
@@ -105,13 +106,17 @@ class Evaluated:
         groups = list(zip(*(items[name] for name in ("source_modality", "target_modality", "axis")), strict=True))
         columns = result.columns | spread_columns(self.spread, start, stop)
         values_BC = np.stack([columns[name] for name in self.sums.names], axis=1)
-        units = [(case, *group, self._patient(case)) for case, group in zip(items["case_id"], groups, strict=True)]
+        cases, patients = items["case_id"], items.get(PATIENT) or self._units(items["case_id"])
+        units = [
+            (case, *group, "" if patient == case else patient)
+            for case, group, patient in zip(cases, groups, patients, strict=True)
+        ]
         keys = [(i, SumKey(k, *units[i])) for i in range(num) for k in self._kinds(items, i)]
         self.sums.add([key for _, key in keys], values_BC[[i for i, _ in keys]])
         first_B = np.array(items["seed_index"]) == 0
         priority_B = sample_at(np.arange(start, stop), self.items.num_rows, self.seed)
         self.distributions.failed |= result.failed
-        self.distributions.add(result.features, groups, self._units(items["case_id"]), first_B, priority_B)
+        self.distributions.add(result.features, groups, patients, first_B, priority_B)
         for (modality, _, _), counts_2G in zip(groups, result.grey_counts, strict=True):
             self.grey_counts[modality] = self.grey_counts.get(modality, 0) + counts_2G
 

@@ -1,0 +1,136 @@
+"""Whose anatomy the masks of a folder show: what intervals over patients count.
+
+In this order: a table beside the files (items.csv of `segdiff export`, or a manifest with a column `patient`), the
+pattern of evaluate.patient, and else each case alone. The last is a guess, and a message says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from data_shards.ingest.layouts.base import MANIFESTS, patient_of
+from data_shards.ingest.layouts.exports import CASE, ITEMS_FILE, PATIENT, own_items
+from data_shards.ingest.layouts.tables import read_columns, read_table
+from data_shards.problems import Problem, refuse
+from segdiff_dist.sampling.mask_files import case_id_of, without_ending
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_FLAG = "--evaluate.patient"
+# What comes before the axis, the number of the image in a name of `segdiff export`, or the last part of a name.
+_LIKELY = (
+    *(r"(.+)_[a-z0-9-]+_[0-9]+(?:-volume|-(?:axial|coronal|sagittal)-[0-9]+)?$", r"(.+)-(?:axial|coronal|sagittal)-"),
+    *(r"(.+)_", r"(.+)-"),
+)
+# The first of these: its names are no other program's.
+_OWN = _LIKELY[:1]
+
+
+@dataclass(frozen=True)
+class MaskPatients:
+    """`by_case`: the patient of each case that has one named otherwise. `line`: how many there are, and who says so.
+    `guess`: what to say if nobody does."""
+
+    by_case: Mapping[str, str] = field(default_factory=dict)
+    line: str | None = None
+    guess: str | None = None
+
+    @property
+    def messages(self) -> list[str]:
+        """The line or the guess, if there is one."""
+        return [text for text in (self.line, self.guess) if text is not None]
+
+
+def mask_patients(items: pa.Table, job: Mapping[str, Any], pattern: str | None) -> MaskPatients:
+    """The patients of a job of a folder's masks. Raises InputProblems: a pattern that fits no case, a case of two
+    patients, a table that cannot be read."""
+    num_slices = Counter(dict.fromkeys(items["case_id"].unique().to_pylist(), 0))
+    num_slices.update(case for case, _ in {*zip(*(items[n].to_pylist() for n in ("case_id", "key")), strict=True)})
+    cases = list(num_slices)
+    stated, table = _stated(items, job)
+    matched = {} if pattern is None else {case: patient_of(case, pattern) for case in cases}
+    named = {case: stated.get(case) or matched.get(case) for case in cases}
+    if pattern is not None and not any(named.values()):
+        remedy = "the first group is the patient: '(.+)_' finds p7 in p7_1"
+        refuse([Problem("config", "evaluate.patient", f"{pattern!r} fits no case, as {cases[0]}", remedy)])
+    by_case = {case: patient for case, patient in named.items() if patient not in (None, case)}
+    num = len({named[case] or case for case in cases})
+    sources = [str(table)] * bool(stated) + [_FLAG] * any(named[case] for case in cases if case not in stated)
+    if sources:
+        line = f"patients: {num:,} in {len(cases):,} cases, by {' and '.join(sources)}"
+        return MaskPatients({case: str(patient) for case, patient in by_case.items()}, line)
+    return MaskPatients(guess=_guess(num_slices))
+
+
+def _guess(num_slices: Mapping[str, int]) -> str | None:
+    """A message where cases that count as patients may be several of one; None where nothing speaks for it."""
+    cases = list(num_slices)
+    flat = [case for case, num in num_slices.items() if num == 1]
+    pattern = _likely(cases, _OWN) or (_likely(cases, _LIKELY) if len(flat) > 1 else None)
+    if pattern is None and len(flat) < 2:
+        return None
+    likely, num = pattern or ("(.+)_", 0)
+    found = f" (here {num:,} patients)" if num else ""
+    what = f"{len(cases):,} cases, {len(flat):,} of them single slices," if flat else f"{len(cases):,} cases"
+    return (
+        f"{what} count as {len(cases):,} patients, since no table or pattern names them: intervals are too narrow if "
+        f"several are of one patient. Then give {_FLAG} '{likely}'{found}: its first group is the patient"
+    )
+
+
+def _likely(cases: Sequence[str], patterns: Sequence[str]) -> tuple[str, int] | None:
+    """The first pattern by which cases are of fewer patients than there are cases, and of more than one."""
+    for pattern in patterns:
+        num = len({patient_of(case, pattern) or case for case in cases})
+        if 1 < num < len(cases):
+            return pattern, num
+    return None
+
+
+def _stated(items: pa.Table, job: Mapping[str, Any]) -> tuple[dict[str, str], Path | None]:
+    """The patients by case as the first table with any of the cases states them, and the table."""
+    known = set(items["case_id"].unique().to_pylist())
+    is_named = "image_file" in items.column_names  # of images made elsewhere
+    case_of = dict(zip(*(items[n].to_pylist() for n in ("image_file", "case_id")), strict=True)) if is_named else {}
+    for folder in (Path(job[name]) for name in ("masks", "images") if name in job):
+        for root in (folder, folder.parent):
+            for table, named in _tables(root, folder):
+                found: dict[str, set[str]] = {}
+                for name, patient in named:
+                    case = case_of.get(name) if is_named else case_id_of(Path(f"{name}.png"))
+                    if case is not None and case in known:
+                        found.setdefault(case, set()).add(patient)
+                if found:
+                    _refuse_two(table, found)
+                    return {case: min(names) for case, names in found.items()}, table
+    return {}, None
+
+
+def _refuse_two(table: Path, found: Mapping[str, set[str]]) -> None:
+    refuse(
+        Problem(str(table), PATIENT, f"{case} is of {' and '.join(sorted(names))}", "give a case one patient")
+        for case, names in found.items()
+        if len(names) > 1
+    )
+
+
+def _tables(root: Path, folder: Path) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
+    """Tables in `root` that state patients, each with the names of files in `folder`, without endings, and patients."""
+    if (own := own_items(root)) is not None:
+        yield root / ITEMS_FILE, [(name, row.get(PATIENT) or row[CASE]) for name, row in own.items()]
+    for manifest in (root / name for name in MANIFESTS if (root / name).is_file()):
+        if PATIENT in read_columns(manifest):
+            rows = [row for row in read_table(manifest, ()) if row[PATIENT]]
+            files = [
+                (root / PurePosixPath(row[column].replace("\\", "/")), row[PATIENT])
+                for row in rows
+                for column in ("label", "image")
+                if row.get(column)
+            ]
+            within = [(file.relative_to(folder), patient) for file, patient in files if file.is_relative_to(folder)]
+            yield manifest, [(without_ending(file), patient) for file, patient in within]
