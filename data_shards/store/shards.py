@@ -28,6 +28,7 @@ from data_shards.store.byte_ranges import Filled, Range, ignore
 from data_shards.store.byte_store import ByteStore, local_copy, local_path, open_byte_store, read_file
 from data_shards.store.codecs import crc32c, decode_into
 from data_shards.store.config import CacheConfig
+from data_shards.store.parted import patients_by_member
 from data_shards.store.samples_table import PARTS
 from data_shards.store.set_index import (
     INDEX,
@@ -153,14 +154,23 @@ class ShardSet:
 
     @cached_property
     def patient_of(self) -> dict[str, str]:
-        """The patient by case id, of the cases whose patient has another name than the case."""
-        named = (item for member in self.members for item in (member.index.get("source") or {}).items())
+        """The patient by case id, of a single set's cases whose patient has another name than the case."""
+        assert len(self.members) == 1, "cases of several sets may have one name: see patients()"
+        named = (self.index.get("source") or {}).items()
         return {case: str(one["patient"]) for case, one in named if one.get("patient") not in (None, case)}
 
     def patients(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The patients of these rows, by name; by case id where the set knows no other name."""
+        """The patients of these rows, by name; by case id where the set knows no other name. Of several sets, equal
+        case ids with other source files are different patients: see parted.patients_by_member."""
         cases = self.samples["case_id"].take(np.asarray(rows, np.int64)).to_pylist()
-        return [self.patient_of.get(case, case) for case in cases]
+        if len(self.members) == 1:
+            return [self.patient_of.get(case, case) for case in cases]
+        names = self._names_by_member
+        return [names[member][case] for member, case in zip(self.member_N[rows].tolist(), cases, strict=True)]
+
+    @cached_property
+    def _names_by_member(self) -> list[dict[str, str]]:
+        return patients_by_member(self)
 
     @property
     def size(self) -> int:

@@ -126,6 +126,29 @@ def test_patients_that_one_set_trains_on_and_another_holds_out_are_named(tmp_pat
     assert parted_notes(ShardSet.open([first.path, write_shapes(tmp_path / "c", slices=1)])) == []
 
 
+def test_cases_of_one_name_in_two_sets_are_one_patient_only_if_they_are_of_one_file(tmp_path: Path) -> None:
+    """case_001 of two archives are two people; a slice of the same file, or an image made of a patient's mask, is not
+    another patient."""
+
+    def write(name: str, *cases: tuple[str, str], patient: str | None = None) -> Path:
+        writer = ShardWriter(tmp_path / name, set_format("webdataset", "raw", 10, size=SIZE, bits=8, soft_edge=False))
+        for (case, file), record in zip(sorted(cases), samples(), strict=False):
+            meta = replace(record.meta, case_id=case, source_sha256=file * 64, slice_index=0)
+            writer.write(replace(record, meta=meta))
+        source = {} if patient is None else {case: {"patient": patient} for case, _ in cases}
+        table = {"name": AMOS.name, "names": list(AMOS.names)}
+        preprocessing = {"size": SIZE, "bits": 8}
+        writer.finish({"label_table": table, "preprocessing": preprocessing, "source": source})
+        return tmp_path / name
+
+    first, other = write("a", ("c1", "a"), ("c2", "b")), write("b", ("c1", "c"), ("c2", "b"))
+    again, made = write("c", ("c1", "c")), write("d", ("c1_ct_0", "e"), ("c1_ct_1", "f"), patient="c1")
+    assert ShardSet.open(first).patients([0, 1]) == ["c1", "c2"]
+    shards = ShardSet.open([first, other, again, made])
+    assert shards.patients(range(7)) == ["c1", "c2", "c1 (set 2)", "c2", "c1 (set 2)", "c1", "c1"]
+    assert shards.patients([2]) == ["c1 (set 2)"]
+
+
 def test_a_set_behind_a_url_is_read_as_one_on_disk(written: Path, tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
