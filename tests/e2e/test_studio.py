@@ -111,6 +111,36 @@ def test_undo_and_erase_give_back_the_patient(browser: Browser, url: str) -> Non
         assert readout.inner_text() == "body"
 
 
+def test_organs_are_drawn_by_keys_alone(browser: Browser, url: str, tmp_path: Path) -> None:
+    with page_of(browser, url) as page:
+        open_page(page, url)
+        draw_aorta(page, by_touch=False)
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.id") == "mask-canvas"
+        page.keyboard.press("z")
+        for key in ("k", *["ArrowLeft"] * 2, "Shift+ArrowDown", "Space"):
+            page.keyboard.press(key)
+        assert page.locator("#mask-readout").inner_text() == "aorta"
+        assert middle_of(downloaded(page, "#save-mask", tmp_path)) == pytest.approx((108.5, 129.5))
+        page.keyboard.press("k")
+        page.keyboard.down("Space")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.up("Space")
+        page.keyboard.press("ArrowLeft")
+        drawn = downloaded(page, "#save-mask", tmp_path) == AORTA
+        line = np.pi * (BRUSH / 2) ** 2 + BRUSH * BRUSH / 4
+        assert drawn.sum() == pytest.approx(line, rel=0.05)
+        for key in ("k", "z", "z", "l", "Space", *["ArrowRight"] * 3, *["ArrowUp"] * 2, "Space"):
+            page.keyboard.press(key)
+        assert (downloaded(page, "#save-mask", tmp_path) == AORTA).sum() == pytest.approx(np.pi * 15 * 10, rel=0.05)
+
+
+def middle_of(mask: np.ndarray) -> tuple[float, float]:
+    """Column and row of the aorta in the picture, whose left is the patient's right."""
+    column, row = SIZE - np.argwhere(mask == AORTA).mean(axis=0)[:2] - 0.5
+    return float(column), float(row)
+
+
 def test_texts_of_strangers_are_shown_as_text(browser: Browser, url: str) -> None:
     with page_of(browser, url) as page:
         page.route("**/models", with_script_in_a_label)

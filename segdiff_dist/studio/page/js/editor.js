@@ -1,7 +1,8 @@
-// The mask: drawing with a mouse, a pen or a finger; two fingers move and enlarge the picture.
+// The mask: drawing with a mouse, a pen, a finger or by keys (pen.js); two fingers move and enlarge the picture.
 
 import { $, shown } from "./dom.js";
 import { begin, disc, ellipse, end, eraserFor, fill, labelAt, line, aspectOf, undo, writer } from "./mask.js";
+import { startPen } from "./pen.js";
 import { labelOf, on, shownPlane, state, announce } from "./state.js";
 import { outlines, picture, View, wordOf } from "./view.js";
 
@@ -17,6 +18,7 @@ export function startEditor() {
   for (const [name, act] of Object.entries({ pointerdown: down, pointermove: move, pointerup: up, pointercancel: cancel }))
     canvas.addEventListener(name, act);
   canvas.addEventListener("contextmenu", (event) => event.preventDefault());
+  startPen(view, { isDrawing: () => stroke !== null, begin: beginStroke, drag, end: endStroke, cancel: finish });
   on("volume", leave);
   on("volume mask model options rounds", redraw);
   on("camera pointer tool", () => view.request());
@@ -90,8 +92,12 @@ function down(event) {
     return;
   }
   const at = view.at(event);
+  if (event.altKey) return pick(Math.floor(at.x), Math.floor(at.y));
+  beginStroke(at);
+}
+
+function beginStroke(at) {
   const [x, y] = [Math.floor(at.x), Math.floor(at.y)];
-  if (event.altKey) return pick(x, y);
   begin();
   stroke = { last: at };
   if (state.tool === "ellipse") stroke.box = { from: at, to: at };
@@ -131,6 +137,13 @@ function move(event) {
   view.point(event);
 }
 
+/** The same by keys, without circles. */
+function drag(at) {
+  if (stroke.box) stroke.box.to = at;
+  else if (stroke.write) follow(at);
+  announce("mask");
+}
+
 function follow(at) {
   line(stroke.last, at, state.size / 2, stroke.write);
   stroke.last = at;
@@ -145,6 +158,14 @@ function squared(from, to, isCircle) {
 
 function up(event) {
   fingers.delete(event.pointerId);
+  endStroke();
+  if (event.pointerType !== "mouse") {
+    view.cursor = null;
+    view.request();
+  }
+}
+
+function endStroke() {
   if (stroke?.box) {
     const { from, to } = stroke.box;
     const [left, right] = [from.x, to.x].sort((a, b) => a - b);
@@ -152,10 +173,6 @@ function up(event) {
     ellipse(left, top, right, bottom, state.label);
   }
   finish();
-  if (event.pointerType !== "mouse") {
-    view.cursor = null;
-    view.request();
-  }
 }
 
 function finish() {

@@ -2,6 +2,7 @@
 
 import { $, element } from "./dom.js";
 import { redo, undo } from "./mask.js";
+import { drawByKeys } from "./pen.js";
 import { chooseLabel, chooseTool, resize, showPlane } from "./rail.js";
 import { stop } from "./rounds.js";
 import { state } from "./state.js";
@@ -18,6 +19,7 @@ const KEYS = [
   ["L", "ellipse (with Ctrl: circle)", ["l"], () => chooseTool("ellipse")],
   ["[  ]", "smaller, larger brush", ["[", "]"], (key) => resize(key === "[" ? -2 : 2)],
   ["1 … 9", "an organ of the list", [..."123456789"], (key) => organ(Number(key))],
+  ["K", "draw by keys: a cursor on the mask", ["k"], drawByKeys],
   ["P", "protect other organs", ["p"], press("#protect")],
   ["Z", "undo (also Ctrl+Z)", ["z"], undo],
   ["Y", "redo (also Ctrl+Shift+Z)", ["y"], redo],
@@ -32,7 +34,9 @@ const KEYS = [
   ["Esc", "stop painting", ["Escape"], stop],
   ["?", "this sheet", ["?"], press("#help")],
 ];
-const MOUSE = [
+const OTHERS = [
+  ["Arrows", "on the mask after K or Tab: move the cursor; with Shift by a pixel"],
+  ["Space", "there: draw; held with arrows: draw a line, an ellipse"],
   ["Ctrl + wheel", "enlarge; two fingers on a touch screen"],
   ["Shift + drag", "move; also the right button"],
   ["Alt + press", "take the organ under the pointer"],
@@ -62,7 +66,7 @@ export function startKeys() {
     event.preventDefault();
     found[3](key);
   });
-  const rows = [...KEYS, ...MOUSE].map(([keys, meaning]) => [element("dt", {}, element("kbd", {}, keys)), element("dd", {}, meaning)]);
+  const rows = [...KEYS, ...OTHERS].map(([keys, meaning]) => [element("dt", {}, element("kbd", {}, keys)), element("dd", {}, meaning)]);
   $("#keys").replaceChildren(...rows.flat());
   $("#help").addEventListener("click", () => $("#sheet").showModal());
   $("#sheet").addEventListener("click", (event) => event.target === $("#sheet") && $("#sheet").close());

@@ -63,6 +63,15 @@ export class View {
     return { x: point.x, y: point.y };
   }
 
+  /** Move the camera to a point of the picture that is not seen. */
+  reveal({ x, y }) {
+    const point = this.toCanvas?.transformPoint({ x, y });
+    if (!point || (point.x >= 0 && point.y >= 0 && point.x < this.canvas.width && point.y < this.canvas.height)) return;
+    camera.x = limited(x / this.width, camera.zoom);
+    camera.y = limited(y / this.height, camera.zoom);
+    announce("camera");
+  }
+
   /** Where the pointer is, for all views. */
   point(event) {
     const at = event && this.at(event);
