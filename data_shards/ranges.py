@@ -45,6 +45,8 @@ Count = Annotated[int, Ge(1)]
 # Channels of a net. One with more is not built in any time or memory; published ones have a tenth.
 Channels = Annotated[int, Interval(ge=1, le=65_536)]
 Layers = Annotated[int, Interval(ge=1, le=64)]
+# Of 64 bits, as torch's generators take them.
+Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 WholeNumber = Annotated[int, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]

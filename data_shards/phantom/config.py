@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from data_shards.problems import Problem
-from data_shards.ranges import NOT_FALLING, Count, Some, WholeNumber, range_problems
+from data_shards.ranges import NOT_FALLING, Count, Seed, Some, WholeNumber, range_problems
 from data_shards.records import MODALITIES, SPLITS
 from data_shards.settings import Result, ResultWhereSet, identity
 
@@ -26,7 +26,7 @@ _Thickness = Annotated[float, Interval(ge=1, le=12)]
 class PhantomConfig:
     """A phantom archive. Numbers of patients are for each modality and split. The same config gives the same bytes."""
 
-    seed: Result[Annotated[int, Interval(ge=0, le=2**63 - 1)]] = 0
+    seed: Result[Seed] = 0
     """Patient k of a split and modality depends on (seed, modality, split, k) only."""
     num_train: Result[Count] = 8
     """Patients of the train split."""

@@ -37,6 +37,8 @@ _NO_BODY = (
 )
 # Number of pairs of neighbouring real slices whose difference is measured.
 _REAL_PAIRS = 64
+# How much smaller or larger than any slice of the set: the body of a child is half as wide as that of a large adult.
+_MUCH = 1.5
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ def generate_volume(job: VolumeJob, generate: Generate, size: int) -> MadeVolume
     labels = _read_mask(job.mask_file, shards.label_table)
     cut_mask = _cut(labels, shards, config, size)
     mask_SHW, indices = cut_mask.mask_SHW, cut_mask.indices
+    if (note := _field_note(cut_mask, labels, shards, config.axis)) is not None:
+        warnings.warn(note, stacklevel=2)
     body_id = shards.label_table.body_id
     has_body = body_id is None or bool((mask_SHW == body_id).any())
     if not has_body:
@@ -223,7 +227,7 @@ def _read_mask(file: Path, table: LabelTable) -> Volume:
     try:
         labels = read_labels(file, 256)
     except UnreadableVolume as error:
-        raise problem(file, "voxels", error.reason, "give whole numbers from 0 to 255, one a voxel") from error
+        raise problem(file, "voxels", error.reason, f"give a mask with ids of {table.name!r}, the model's") from error
     known = {i for i, name in enumerate(table.names) if name != UNUSED}
     unknown = sorted(set(np.unique(labels.voxels_IJK).tolist()) - known)
     if unknown:
@@ -236,6 +240,23 @@ def _cut(labels: Volume, shards: ShardSet, config: VolumeConfig, size: int) -> C
     like: Literal["CT", "MR"] = "CT" if config.modality in shards.in_hu else "MR"
     how = cutting(shards.index["preprocessing"], config.axis, shards.label_table)
     return CutMask.of(labels, how, size, _body(labels, config, like))
+
+
+def _field_note(cut_mask: CutMask, labels: Volume, shards: ShardSet, axis: str) -> str | None:
+    """A text if the mask's slices show much less or much more of the patient than those of the set."""
+    rows = shards.select(axes=[axis], labelled_only=False)
+    if not len(rows):
+        return None
+    mm_N = np.array(shards.samples["spacing_mm"].take(rows).to_pylist(), np.float64).max(axis=-1)
+    place, size = cut_mask.place, cut_mask.mask_SHW.shape[-1]
+    own_mm = abs(place.rows[1]) * float(labels.spacing_mm[place.view[1]])
+    if mm_N.min() / _MUCH <= own_mm <= mm_N.max() * _MUCH:
+        return None
+    usual = f"{size * mm_N.min():.0f} to {size * mm_N.max():.0f} mm"
+    return (
+        f"slices of this mask show {size * own_mm:.0f} mm, those that the model was trained on {usual}: organs are in "
+        f"another size than it knows; `segdiff paint --model RUN` puts a small mask into a field of the usual size"
+    )
 
 
 def _body(labels: Volume, config: VolumeConfig, like: Literal["CT", "MR"]) -> BodyField | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_shards.files import new_folder
 from data_shards.ingest.itk_files import is_itk, simpleitk
-from data_shards.ingest.layouts.base import volumes_in
+from data_shards.ingest.layouts.base import one_file, volumes_in
 from data_shards.ingest.volume_files import ENDINGS, stem
 from data_shards.problems import Attempts, Problem, problem, refuse, saying_when_full
 from segdiff_dist.export.config import VolumeConfig
@@ -139,7 +139,11 @@ def _cases(jobs: dict[str, VolumeJob]) -> dict[str, str]:
 def _masks_in(masks: Path) -> dict[str, Path]:
     if masks.is_file() and (name := stem(masks.name)):
         return {name: masks}
-    found = {name: files[0] for name, files in volumes_in(masks).items()}
+    found, problems = {}, list[Problem]()
+    for name, files in volumes_in(masks).items():
+        found[name], twice = one_file(files)
+        problems += twice
+    refuse(problems)
     if not found:
         remedy = f"give a volume of label ids, or a folder of them: {', '.join(ENDINGS)}"
         raise problem(masks, "masks", "no volume", remedy)

@@ -24,6 +24,7 @@ from data_shards.problems import Problem, problem, refuse, saying_when_full
 from data_shards.records import AXES
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.dicom import dicom_kind, problems_without_kind
+from segdiff_dist.export.model_set import unseen_axis
 from segdiff_dist.export.slicewise import CutMask, cutting, values_of
 from segdiff_dist.export.volume_out import is_dicom, kind_problems, save_dicom, save_values
 from segdiff_dist.painting.masks import LabelMask, MaskFile, picture_of_IJK
@@ -176,6 +177,8 @@ class PaintJob:
         labels, notes = self._outlined(read)
         axis = axis_of(labels.voxels_IJK.shape, self.settings.axis)
         cut_mask = CutMask.of(labels, self._how(axis, labels), self.model.pipeline.size)
+        unseen = unseen_axis(axis, self.model.preprocessing.get("axes", ()))
+        notes += () if unseen is None else (unseen,)
         item_ids = [0] * len(cut_mask.indices) if self.settings.noise == "shared" else cut_mask.indices
         return PaintSlices(cut_mask, item_ids, axis, labels, notes)
 

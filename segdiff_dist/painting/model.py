@@ -16,7 +16,7 @@ from data_shards.modalities import is_in_hu
 from data_shards.problems import InputProblems, problem, refuse
 from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.experiment import CONFIG_FILE, load_experiment
-from segdiff_dist.export.model_set import ModelSet
+from segdiff_dist.export.model_set import ModelSet, refuse_other_set
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
 from segdiff_dist.painting.places import STARTER, kind_of_folder, model_folder
 from segdiff_dist.pipeline import SegGuidedPipeline, description_of, net_of
@@ -136,6 +136,7 @@ def _of_weights(run: Path, weights: Path, name: str, options: dict[str, Any]) ->
     known = ModelSet.of(experiment.data)
     if known is None:
         return Model(name, "", pipeline, _usual(pipeline, name))
+    refuse_other_set(run, known.shards, f"export it: segdiff export OUT --run {run} --format pipeline --data SHARDS")
     return Model(name, "", pipeline, known.preprocessing, known.field_mm, known.shards)
 
 

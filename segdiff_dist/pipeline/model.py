@@ -137,7 +137,7 @@ class SegGuidedPipeline:
         `described`: the text of a progress bar, if one is wanted."""
         from data_shards.progress import progress_bar
 
-        refuse(problems_with_seed("seed", seed, least=-(2**63)))  # a run's may be negative
+        refuse(problems_with_seed("seed", seed))
         num = self.num_at_once
         image_BHW = np.empty_like(mask_BHW)
         with progress_bar(total=len(mask_BHW), desc=described, unit="img", disable=described is None) as bar:
@@ -221,8 +221,8 @@ class SegGuidedPipeline:
         return mask.astype(np.uint8).reshape(-1, self.size, self.size), mask.ndim == 2
 
 
-def problems_with_seed(name: str, given: Any, least: int = 0) -> list[Problem]:
+def problems_with_seed(name: str, given: Any) -> list[Problem]:
     """Why an argument cannot choose the noise. From 0, as in `segdiff paint`."""
-    if isinstance(given, Integral) and least <= int(given) < 2**63:
+    if isinstance(given, Integral) and 0 <= int(given) < 2**63:
         return []
-    return [Problem("pipeline", name, repr(given)[:60], f"give a whole number from {least} to {2**63 - 1}")]
+    return [Problem("pipeline", name, repr(given)[:60], f"give a whole number from 0 to {2**63 - 1}")]

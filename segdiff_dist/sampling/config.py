@@ -12,7 +12,7 @@ from annotated_types import Ge
 from data_shards.choices import Axis, Modality, Split
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
-from data_shards.ranges import Count, WholeNumber, range_problems
+from data_shards.ranges import Count, Seed, WholeNumber, range_problems
 from data_shards.settings import Execution, RecordedOtherwise, Result, identity
 from data_shards.workers import LEAST_BYTES_WITH_TORCH, WorkersConfig
 from segdiff_dist.config.choices import Device, Switch
@@ -50,7 +50,7 @@ class SampleConfig:
     """Organs to leave out of every mask, by name. A model trained with diffusion.organ_dropout knows such masks."""
     cross_modality_masks: Result[WholeNumber] = 0
     """How many masks also get images in another modality: the modalities' first masks in turn."""
-    seed: Result[int] = 0
+    seed: Result[Seed] = 0
     """Seed of the masks that are drawn and of the noise."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     weights: Result[str] = "ema"

@@ -19,7 +19,7 @@ import numpy as np
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.labels import LabelTable
 from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
-from data_shards.records import AXES
+from data_shards.records import AXES, SPLITS
 from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
@@ -122,8 +122,9 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     problems += _unknown_modalities(known, shards, rows, config)
     config = _without_other_modalities(config, known)
     if config.masks is None and len(rows) == 0:
-        remedy = "use a split that has masks (AMOS publishes none for its test cases: --split val)"
-        problems.append(Problem(shards.root, f"split {config.split!r}", "no labelled slice", remedy))
+        problems.append(
+            Problem(shards.root, f"split {config.split!r}", "no labelled slice", _where_masks_are(shards, config.split))
+        )
     refuse(problems)
     job_settings: dict[str, Any] = {
         "weights": str(weights.resolve()),
@@ -146,6 +147,16 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
         text = f"{shards.root} keeps no soft edges: the model, trained on soft masks, gets hard ones"
         warnings.warn(text, stacklevel=3)
     return Job(path, job_settings, list_items(shards, rows, config, known), trained["size"], None, loaded=[model])
+
+
+def _where_masks_are(shards: ShardSet, split: str) -> str:
+    """The remedy for a split without a mask."""
+    if len(shards.select(split=split)):
+        return "loader.modalities or loader.axes leaves out all of it: widen them"
+    others = [f"--split {one}" for one in SPLITS if len(shards.select(split=one))]
+    if others:
+        return f"masks are in other splits: {', '.join(others)}; or give a folder: --masks FOLDER"
+    return "no split has a mask: give a folder of masks (--masks FOLDER), or prepare a set with labels"
 
 
 def _settled_precision(config: SampleConfig, path: Path) -> Literal["bf16", "fp32"]:

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 def extras_of(run: Path, weights: Path, config: ExportConfig, data: str | None) -> Extras:
     """Preprocessing, segmenter, parts of the card, a picture. Raises InputProblems for a segmenter that is asked for
     and not there."""
-    from segdiff_dist.export.model_set import ModelSet
+    from segdiff_dist.export.model_set import ModelSet, refuse_other_set
     from segdiff_dist.pipeline import CardParts, Extras
 
     known = ModelSet.of(data)
+    if known is not None:
+        refuse_other_set(run, known.shards, "give --data the set that the model was trained on")
     segmenter = run / "segmenter" / "weights" if config.segmenter else None
     if segmenter is not None and not (segmenter / "segdiff.json").is_file():
         remedy = f"train it first: segdiff train-segmenter --run {run}"

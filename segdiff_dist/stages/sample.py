@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,17 +54,22 @@ class Sample(ConfiguredStage):
 
     def check(self) -> SamplePlan:
         """Opens set, weights and store; lists the images."""
+        from segdiff_dist.export.model_set import unlike_trained_set, warn_of_unseen_axis
         from segdiff_dist.sampling.job import prepare_job
         from segdiff_dist.sampling.weights import refuse_missing
 
         experiment = self.experiment
         config = replace(self.sample, weights=weights_name(experiment, self.sample.weights))
         run, shards = self.open_run_and_data()
+        for one in unlike_trained_set(run, shards) or ():
+            warnings.warn(f"{shards.root}: {one}: images are as in the training, not as this set's", stacklevel=2)
         collect(
             lambda: refuse(config.problems()),
             lambda: _refuse_devices(config),
             lambda: refuse_missing(run / "weights" / config.weights),
         )
+        if config.masks is not None:
+            warn_of_unseen_axis(config.masks_axis, shards, self.loader.axes)
         rows = shards.select(split=config.split, modalities=self.loader.modalities, axes=self.loader.axes)
         return SamplePlan(self, run, config, prepare_job(run, shards, rows, experiment.diffusion, config))
 

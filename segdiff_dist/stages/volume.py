@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from data_shards.locks import lock_beside, locked
+from data_shards.problems import refuse
+from data_shards.ranges import range_problems
 from data_shards.wording import in_words
 from segdiff_dist.experiment import collect
 from segdiff_dist.export.config import VolumeConfig
@@ -50,16 +52,23 @@ class Volume(ConfiguredStage):
 
     def check(self) -> VolumePlan:
         """Opens set and weights; reads the header of the mask."""
+        from segdiff_dist.export.model_set import refuse_other_set, warn_of_unseen_axis
         from segdiff_dist.export.volume import check_volume
         from segdiff_dist.export.volume_set import check_volume_set
         from segdiff_dist.pipeline import SegGuidedPipeline
         from segdiff_dist.ranks.precision import settled
 
         experiment, config = self.experiment, self.volume
-        mask, out = collect(lambda: self.path("mask_volume"), lambda: self.path("exported"))
+        mask, out, _ = collect(
+            lambda: self.path("mask_volume"),
+            lambda: self.path("exported"),
+            lambda: refuse(range_problems(self.sample, "config", "sample.")),
+        )
         run, shards = self.open_run_and_data()
+        refuse_other_set(run, shards, "give --data the set that the model was trained on")
         check = check_volume_set if config.format == "nnunet" else check_volume
         job = check(mask, out, shards, config)
+        warn_of_unseen_axis(config.axis, shards, experiment.loader.axes)
         weights = run / "weights" / weights_name(experiment, self.sample.weights)
         device = self.sample.device
         precision = settled(self.sample.precision, pick_device(device, "sample.device"))
@@ -130,7 +139,10 @@ class VolumePlan(Plan):
 def _lines(name: str, report: VolumeReport, config: VolumeConfig) -> list[str]:
     found = [f"{name}: {in_words(report.num_slices, f'{config.axis} slice')} of {config.modality}"]
     if report.outside > 0:
-        found.append(f"warning: {report.outside:.1%} of the labelled voxels are outside of the model's slices")
+        found.append(
+            f"warning: {report.outside:.1%} of the labelled voxels are outside of the model's slices"
+            "; `segdiff paint --model RUN` shows all of a plane"
+        )
     other = "independent" if config.noise == "shared" else "shared"
     painted_mm, real_mm = report.gap_mm
     for what, value in (
