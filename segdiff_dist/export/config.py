@@ -11,6 +11,7 @@ from annotated_types import Ge
 
 from data_shards.choices import Axis, Codec, Modality, Split, Store
 from data_shards.ingest.itk_files import ENDINGS
+from data_shards.ingest.prepare_config import has_a_group
 from data_shards.problems import Problem
 from data_shards.ranges import range_problems
 from data_shards.settings import Result, ResultWhereSet
@@ -34,6 +35,10 @@ class ExportConfig:
     file_ending: Result[Literal[".nii.gz", ".png", ".mha", ".nrrd"]] = ".nii.gz"
     """nnunet and nifti: the kind of files. PNG (nnunet alone) holds neither spacing nor stored values; MetaImage and
     NRRD need the extra `formats`."""
+    patient: ResultWhereSet[str | None] = None
+    """For samples whose masks are of a folder: a pattern for names of masks whose first group is the patient, as
+    `(p[0-9]+)_`. A fold has a patient in one part only. null: as a table beside the masks names them, else each mask
+    is of a patient of its own."""
     merge_with: Annotated[Result[Path | None], tyro.conf.arg(aliases=["--merge-with"])] = None
     """nnunet: a raw data set of nnU-Net with real cases, which are put beside the synthetic ones. Only real cases are
     validated on."""
@@ -83,10 +88,17 @@ class ExportConfig:
     def problems(self) -> list[Problem]:
         """What is out of range."""
         problems = range_problems(self, "config", "export.")
+        if self.patient is not None and not has_a_group(self.patient):
+            problems.append(
+                Problem("config", "export.patient", self.patient, "give a regular expression with one group")
+            )
         if self.merge_with is not None and self.format != "nnunet":
             problems.append(
                 Problem("config", "export.merge_with", f"with --format {self.format}", "give --format nnunet")
             )
+        if self.merge_with is not None and self.patient is not None:
+            remedy = "leave it out: folds are by the real cases' patients, which have the masks' names"
+            problems.append(Problem("config", "export.patient", f"{self.patient} with --merge-with", remedy))
         if self.about is not None and not self.about.is_file():
             problems.append(Problem("config", "export.about", str(self.about), "no such file: give a Markdown file"))
         return problems

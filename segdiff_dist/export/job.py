@@ -68,7 +68,11 @@ class SamplesExport:
     @property
     def lines(self) -> tuple[str, ...]:
         """What a person has to know of the result."""
-        return () if self.merge is None else self.merge.lines(self.out)
+        if self.merge is not None:
+            return self.merge.lines(self.out)
+        known = self.samples.mask_patients
+        found = (known.line, known.guess if self.config.format == "nnunet" else None)
+        return tuple(text for text in found if text is not None)
 
     @cached_property
     def seconds(self) -> float | None:
@@ -107,7 +111,7 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
     """Open the samples; errors as of export_samples."""
     store = SampleStore.open(config.samples or run / "samples")
     refuse([*config.problems(), *out_problems(out)])
-    samples = FinishedSamples.of(store, config.modality)
+    samples = FinishedSamples.of(store, config.modality, config.patient)
     problems = nnunet_problems(out, samples) if config.format == "nnunet" else []
     if config.needs_simpleitk:
         simpleitk(f"--export.file-ending {config.file_ending}")  # refused if it is not installed

@@ -23,6 +23,7 @@ from data_shards.modalities import grey_rule, in_hu, in_order, is_in_hu, window_
 from data_shards.problems import InputProblems, Problem, problem, refuse
 from data_shards.records import SPLITS, SliceMeta, SliceRecord
 from segdiff_dist.export.patients import Patients
+from segdiff_dist.sampling.mask_patients import NAMED, MaskPatients, mask_patients
 from segdiff_dist.sampling.store import JOB, LABELS, SampleStore
 from segdiff_dist.sampling.weights import weights_digest
 
@@ -54,16 +55,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class FinishedSamples:
-    """A complete sample store: the images of one modality, or all; without those of the masks of some cases."""
+    """A complete sample store: the images of one modality, or all; without those of the masks of some cases. `patient`:
+    the pattern of export.patient."""
 
     store: SampleStore
     modality: str | None = None
     without: frozenset[str] = frozenset()
+    patient: str | None = None
 
     @classmethod
-    def of(cls, store: SampleStore, modality: str | None) -> FinishedSamples:
+    def of(cls, store: SampleStore, modality: str | None, patient: str | None = None) -> FinishedSamples:
         """The store's samples. Refused: missing or damaged images, no image of the modality, another shard set than the
-        one sampled from."""
+        one sampled from, a pattern for patients that the masks do not need or fit."""
         problems = []
         if "images" in store.job:  # of segdiff evaluate --images
             value = f"another system's, read from {store.job['images']}"
@@ -78,9 +81,13 @@ class FinishedSamples:
         if not targets or modality not in (None, *targets):
             remedy = f"choose from {', '.join(targets)}"
             problems.append(Problem(str(store.path), "export.modality", f"no image of {modality}", remedy))
-        samples = cls(store, modality)
+        if patient is not None and "shards" in store.job:
+            remedy = "leave it out: the shard set names the patients of its masks (prepare --prepare.patient)"
+            problems.append(Problem("config", "export.patient", patient, remedy))
+        samples = cls(store, modality, patient=patient)
         try:
             shards = samples._shards
+            _ = samples.mask_patients
             _ = samples.label_table  # refused before the first file is written
         except InputProblems as error:
             raise InputProblems([*problems, *error.problems]) from error
@@ -96,16 +103,24 @@ class FinishedSamples:
         """The items chosen, ordered as shard sets are: by split, case, axis, slice. Their `name` is Sample.name, their
         `case` CASE_ct_0, CASE_ct_1, ...: one for each image of the same mask and modality."""
         made: Counter[tuple[str, str]] = Counter()
-        patients, items = Patients(self._shards), []
+        patients, by_mask, items = Patients(self._shards), self.mask_patients.by_case, []
         for item in self.store.items.to_pylist():
             of = (item["key"], item["target_modality"])
             item["case"] = f"{plain_case(item['case_id'])}_{of[1].lower()}_{made[of]}"
             item["name"] = f"{item['case']}-{item['axis']}-{item['slice_index']:04d}"
-            item["patient"] = item["case_id"] if self._shards is None else patients.of(item["case_id"])
+            case = item["case_id"]
+            item["patient"] = by_mask.get(case, case) if self._shards is None else patients.of(case)
             made[of] += 1
             if self.modality in (None, of[1]) and item["case_id"] not in self.without:
                 items.append(item)
         return sorted(items, key=lambda i: (SPLITS.index(self._split(i)), i["case"], i["axis"], i["slice_index"]))
+
+    @cached_property
+    def mask_patients(self) -> MaskPatients:
+        """Those of a folder's masks, as far as they are named."""
+        if self._shards is not None:
+            return MaskPatients()
+        return mask_patients(self.store.items, self.store.job, self.patient, "export")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -170,7 +185,8 @@ class FinishedSamples:
         provenance = {"synthetic": True, "made_by": "segdiff sample"} | {
             name: job[name] for name in names + of_guides if name in job
         }
-        return provenance | ({"hu": HU_BY_MEDIAN} if self.borrowing else {})
+        named = self.mask_patients.line
+        return provenance | ({"hu": HU_BY_MEDIAN} if self.borrowing else {}) | ({NAMED: named} if named else {})
 
     @cached_property
     def borrowing(self) -> tuple[str, ...]:

@@ -149,7 +149,8 @@ _INFERENCE: dict[str, Any] = {
 }
 
 _USE = f"""It is a MONAI bundle. It needs the package segdiff-dist ({__version__} or later), which brings MONAI, and for
-MONAI's command line the package fire: `pip install 'segdiff-dist[monai]'`. In this folder:
+MONAI's command line the package fire: `pip install 'segdiff-dist[monai]'`. In this folder
+(in others with the files' paths, and `--bundle_root`):
 
 ```
 python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\

@@ -28,7 +28,7 @@ from segdiff_dist.tracking.config import TrackingConfig
 if TYPE_CHECKING:
     from segdiff_dist.evaluation.images.folder import ImageFolder
     from segdiff_dist.evaluation.measure.checks import Checked
-    from segdiff_dist.evaluation.measure.patients import MaskPatients
+    from segdiff_dist.sampling.mask_patients import MaskPatients
     from segdiff_dist.stages.evaluate_downstream import DownstreamPlan
     from segdiff_dist.tracking.tracker import Tracker
 
@@ -139,7 +139,7 @@ class EvaluatePlan(Plan):
     @cached_property
     def _mask_patients(self) -> MaskPatients:
         """The patients of a folder's masks."""
-        from segdiff_dist.evaluation.measure.patients import MaskPatients, mask_patients
+        from segdiff_dist.sampling.mask_patients import MaskPatients, mask_patients
 
         if self.images is not None:
             return mask_patients(self.images.items, self.images.job, self.stage.evaluate.patient)

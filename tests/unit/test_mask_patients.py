@@ -17,12 +17,12 @@ from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.images.folder import ImageFolder
-from segdiff_dist.evaluation.measure.patients import MaskPatients, mask_patients
 from segdiff_dist.export.config import ExportConfig
-from segdiff_dist.export.job import export_samples
+from segdiff_dist.export.job import check_samples, export_samples
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.items import list_items_of
 from segdiff_dist.sampling.mask_folder import MaskFolder
+from segdiff_dist.sampling.mask_patients import MaskPatients, mask_patients
 from segdiff_dist.sampling.store import SampleStore
 
 
@@ -31,12 +31,12 @@ def images_of(root: Path) -> ImageFolder:
     return ImageFolder(ImagesConfig(root / "images", root / "masks", "CT"), AMOS, None)
 
 
-def write_slices(root: Path, names: list[str]) -> Path:
+def write_slices(root: Path, names: list[str], size: int = 16) -> Path:
     for folder, value in (("images", 80), ("masks", 6)):
         for name in names:
             file = root / folder / f"{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((16, 16), value, np.uint8)).save(file)
+            Image.fromarray(np.full((size, size), value, np.uint8)).save(file)
     return root
 
 
@@ -51,6 +51,45 @@ def of_mask_folder(masks: Path, shards: ShardSet, pattern: str | None = None) ->
     folder = MaskFolder(masks, shards, shards.size, config)
     items = list_items_of(folder.rows, np.arange(len(folder)), config)
     return mask_patients(items, {"masks": str(masks)}, pattern)
+
+
+def sampled(run: Path, masks: Path, shards: ShardSet) -> Path:
+    """A run whose finished samples are of these masks, two of each."""
+    config = SampleConfig(masks=masks, target_modality="CT", samples_per_mask=2)
+    folder = MaskFolder(masks, shards, shards.size, config)
+    items = list_items_of(folder.rows, np.arange(len(folder)), config)
+    job = {"weights": "w", "weights_digest": "1" * 64, "masks": str(masks), "masks_digest": "2" * 64}
+    job |= {"region_size": 64, "diffusion": {}, "sample": {}, "masks_cut_like": {"size": shards.size}}
+    job |= {"label_table": shards.label_table.described}
+    mask_NHW = folder.read(np.arange(len(folder)))[items["row"].to_numpy()]
+    SampleStore.create(run / "samples", job, items, shards.size).write_region(0, mask_NHW, mask_NHW)
+    return run
+
+
+def test_folds_of_an_export_keep_the_patients_of_a_folders_masks_together(tmp_path: Path, shapes: Path) -> None:
+    shards = ShardSet.open(shapes)
+    write_slices(tmp_path / "data", ["p1_1", "p1_2", "p2_1", "p2_2"], shards.size)
+    run = sampled(tmp_path / "run", tmp_path / "data" / "masks", shards)
+    out = tmp_path / "Dataset701_Synthetic"
+    export_samples(run, out, ExportConfig(patient="(p[0-9])_"))
+    for fold in json.loads((out / "splits_final.json").read_text()):
+        parts = [{name[:2] for name in fold[part]} for part in ("train", "val")]
+        assert parts in ([{"p1"}, {"p2"}], [{"p2"}, {"p1"}])
+    export_samples(run, tmp_path / "png", ExportConfig(format="png", patient="(p[0-9])_"))
+    named = patients_of(tmp_path / "png")
+    assert set(named.by_case.values()) == {"p1", "p2"}
+    assert named.guess is None
+    # An export without names of patients still says which images are of one mask, and no more.
+    job = check_samples(run, tmp_path / "Dataset702_Synthetic", ExportConfig())
+    assert "(here 2 patients)" in job.lines[0]
+    export_samples(run, tmp_path / "plain", ExportConfig(format="png"))
+    plain = patients_of(tmp_path / "plain")
+    assert set(plain.by_case.values()) == {"p1_1", "p1_2", "p2_1", "p2_2"}
+    assert plain.line is None
+    assert "4 cases, 4 of them single slices, count as 4 patients" in str(plain.guess)
+    assert set(patients_of(tmp_path / "plain", "(p[0-9])_").by_case.values()) == {"p1", "p2"}
+    with pytest.raises(InputProblems, match=r"export.patient: '\(x\)' fits no case"):
+        check_samples(run, tmp_path / "no", ExportConfig(format="png", patient="(x)"))
 
 
 def test_own_exports_are_read_back_with_their_patients(tmp_path: Path, shapes: Path) -> None:
@@ -85,7 +124,8 @@ def test_own_exports_are_read_back_with_their_patients(tmp_path: Path, shapes: P
 
 
 def test_a_manifest_a_pattern_or_a_guess_says_whose_masks_they_are(tmp_path: Path, shapes: Path) -> None:
-    root = write_slices(tmp_path, ["p1_1", "p1_2", "p2_1", "p2_2"])
+    shards = ShardSet.open(shapes)
+    root = write_slices(tmp_path, ["p1_1", "p1_2", "p2_1", "p2_2"], shards.size)
     guess = patients_of(root).guess
     assert guess == (
         "4 cases, 4 of them single slices, count as 4 patients, since no table or pattern names them: intervals are "
@@ -105,9 +145,6 @@ def test_a_manifest_a_pattern_or_a_guess_says_whose_masks_they_are(tmp_path: Pat
     both = patients_of(root, "(p[0-9])_")
     assert both.by_case == {"p1_1": "anna", "p1_2": "anna", "p2_1": "p2", "p2_2": "p2"}
     assert both.line == f"patients: 2 in 4 cases, by {manifest} and --evaluate.patient"
-    shards = ShardSet.open(shapes)
-    for file in (root / "masks").iterdir():
-        Image.open(file).resize((shards.size, shards.size), 0).save(file)
     assert of_mask_folder(root / "masks", shards).by_case == {"p1_1": "anna", "p1_2": "anna"}
     manifest.write_text("image,label,patient\nimages/p1_1.png,masks/p1_1.png,anna\n,masks/p1_1.png,berta\n")
     with pytest.raises(InputProblems, match="p1_1 is of anna and berta"):

@@ -18,8 +18,8 @@ from segdiff_dist.evaluation.measure.checks import (
     unreadable,
 )
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
-from segdiff_dist.evaluation.measure.patients import mask_patients
 from segdiff_dist.evaluation.measure.subject import with_modalities
+from segdiff_dist.sampling.mask_patients import mask_patients
 from segdiff_dist.sampling.store import SampleStore
 from segdiff_dist.segmentation.tools import ToolSegmenter
 

@@ -11,7 +11,6 @@ from data_shards.files import first_line
 from data_shards.problems import Attempts, InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import how_to_make
-from segdiff_dist.evaluation.measure.patients import MaskPatients, mask_patients
 from segdiff_dist.evaluation.measure.subject import (
     NO_REAL_IMAGES,
     Subject,
@@ -23,6 +22,7 @@ from segdiff_dist.evaluation.measure.subject import (
 )
 from segdiff_dist.evaluation.measure.tool_labels import no_volumes
 from segdiff_dist.evaluation.metrics import given_network, inception, perceptual
+from segdiff_dist.sampling.mask_patients import MaskPatients, mask_patients
 from segdiff_dist.segmentation.tools import ToolSegmenter
 
 if TYPE_CHECKING:

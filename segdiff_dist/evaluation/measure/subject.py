@@ -16,9 +16,9 @@ from data_shards.feed.order import sample_at
 from data_shards.labels import LabelTable
 from data_shards.modalities import is_in_hu, window_of
 from data_shards.problems import problem
-from segdiff_dist.evaluation.measure.patients import MaskPatients
 from segdiff_dist.evaluation.metrics.similarity import GREY_RANGE
 from segdiff_dist.sampling.items import NO_MODALITY
+from segdiff_dist.sampling.mask_patients import MaskPatients
 from segdiff_dist.sampling.store_files import LABELS
 
 if TYPE_CHECKING:

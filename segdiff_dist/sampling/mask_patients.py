@@ -1,7 +1,7 @@
-"""Whose anatomy the masks of a folder show: what intervals over patients count.
+"""Whose anatomy the masks of a folder show: what intervals and folds over patients count.
 
-In this order: a table beside the files (items.csv of `segdiff export`, or a manifest with a column `patient`), the
-pattern of evaluate.patient, and else each case alone. The last is a guess, and a message says so.
+In this order: a table beside the files (items.csv of `segdiff export`, or a manifest with a column `patient`), a
+pattern, and else each mask alone. The last is a guess, and a message says so.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from data_shards.documents import read_json
 from data_shards.ingest.layouts.base import MANIFESTS, patient_of
-from data_shards.ingest.layouts.exports import CASE, ITEMS_FILE, PATIENT, own_items
+from data_shards.ingest.layouts.exports import CASE, ITEMS_FILE, PATIENT, PROVENANCE_FILE, RESTORE, own_items
 from data_shards.ingest.layouts.tables import read_columns, read_table
 from data_shards.problems import Problem, refuse
 from segdiff_dist.sampling.mask_files import case_id_of, without_ending
@@ -21,7 +22,8 @@ from segdiff_dist.sampling.mask_files import case_id_of, without_ending
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_FLAG = "--evaluate.patient"
+# In provenance.json of an export of a folder's masks: who names the patients.
+NAMED = "patients"
 # What comes before the axis, the number of the image in a name of `segdiff export`, or the last part of a name.
 _LIKELY = (
     *(r"(.+)_[a-z0-9-]+_[0-9]+(?:-volume|-(?:axial|coronal|sagittal)-[0-9]+)?$", r"(.+)-(?:axial|coronal|sagittal)-"),
@@ -46,28 +48,34 @@ class MaskPatients:
         return [text for text in (self.line, self.guess) if text is not None]
 
 
-def mask_patients(items: pa.Table, job: Mapping[str, Any], pattern: str | None) -> MaskPatients:
-    """The patients of a job of a folder's masks. Raises InputProblems: a pattern that fits no case, a case of two
-    patients, a table that cannot be read."""
-    num_slices = Counter(dict.fromkeys(items["case_id"].unique().to_pylist(), 0))
-    num_slices.update(case for case, _ in {*zip(*(items[n].to_pylist() for n in ("case_id", "key")), strict=True)})
-    cases = list(num_slices)
-    stated, table = _stated(items, job)
-    matched = {} if pattern is None else {case: patient_of(case, pattern) for case in cases}
-    named = {case: stated.get(case) or matched.get(case) for case in cases}
-    if pattern is not None and not any(named.values()):
+def mask_patients(
+    items: pa.Table, job: Mapping[str, Any], pattern: str | None, section: str = "evaluate"
+) -> MaskPatients:
+    """The patients of a job of a folder's masks. `section`: of the setting `patient`, which is the pattern. Raises
+    InputProblems: a pattern that fits no case, a case of two patients, a table that cannot be read."""
+    table = _table(items, job)
+    cases = items["case_id"].unique().to_pylist()
+    stated = dict(table.names) if table.is_sure else {}
+    # An export of a folder's masks knows the mask of each image.
+    own = {case: case if table.is_sure else table.names.get(case, case) for case in cases}
+    matched = {case: patient for case in cases if (patient := patient_of(own[case], pattern))} if pattern else {}
+    if pattern is not None and not (stated or matched):
         remedy = "the first group is the patient: '(.+)_' finds p7 in p7_1"
-        refuse([Problem("config", "evaluate.patient", f"{pattern!r} fits no case, as {cases[0]}", remedy)])
-    by_case = {case: patient for case, patient in named.items() if patient not in (None, case)}
-    num = len({named[case] or case for case in cases})
-    sources = [str(table)] * bool(stated) + [_FLAG] * any(named[case] for case in cases if case not in stated)
+        refuse([Problem("config", f"{section}.patient", f"{pattern!r} fits no case, as {own[cases[0]]}", remedy)])
+    named = own | matched | stated
+    by_case = {case: patient for case, patient in named.items() if patient != case}
+    sources = [str(table.file)] * bool(stated) + [f"--{section}.patient"] * bool(matched.keys() - stated.keys())
     if sources:
-        line = f"patients: {num:,} in {len(cases):,} cases, by {' and '.join(sources)}"
-        return MaskPatients({case: str(patient) for case, patient in by_case.items()}, line)
-    return MaskPatients(guess=_guess(num_slices))
+        num = len(set(named.values()))
+        return MaskPatients(by_case, f"patients: {num:,} in {len(cases):,} cases, by {' and '.join(sources)}")
+    num_slices = Counter(case for case, _ in {*zip(*(items[n].to_pylist() for n in ("case_id", "key")), strict=True)})
+    most: dict[str, int] = {}
+    for case, num in sorted(num_slices.items()):
+        most[own[case]] = max(num, most.get(own[case], 0))
+    return MaskPatients(by_case, guess=_guess(most, section))
 
 
-def _guess(num_slices: Mapping[str, int]) -> str | None:
+def _guess(num_slices: Mapping[str, int], section: str) -> str | None:
     """A message where cases that count as patients may be several of one; None where nothing speaks for it."""
     cases = list(num_slices)
     flat = [case for case, num in num_slices.items() if num == 1]
@@ -77,9 +85,10 @@ def _guess(num_slices: Mapping[str, int]) -> str | None:
     likely, num = pattern or ("(.+)_", 0)
     found = f" (here {num:,} patients)" if num else ""
     what = f"{len(cases):,} cases, {len(flat):,} of them single slices," if flat else f"{len(cases):,} cases"
+    wrong = "intervals are too narrow" if section == "evaluate" else "folds may have a patient in both parts"
     return (
-        f"{what} count as {len(cases):,} patients, since no table or pattern names them: intervals are too narrow if "
-        f"several are of one patient. Then give {_FLAG} '{likely}'{found}: its first group is the patient"
+        f"{what} count as {len(cases):,} patients, since no table or pattern names them: {wrong} if several are of one "
+        f"patient. Then give --{section}.patient '{likely}'{found}: its first group is the patient"
     )
 
 
@@ -92,14 +101,23 @@ def _likely(cases: Sequence[str], patterns: Sequence[str]) -> tuple[str, int] | 
     return None
 
 
-def _stated(items: pa.Table, job: Mapping[str, Any]) -> tuple[dict[str, str], Path | None]:
-    """The patients by case as the first table with any of the cases states them, and the table."""
+@dataclass(frozen=True)
+class _Table:
+    """Names by case, of patients; if that `is_sure` no more, of masks. `file`: None without a table."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = None
+    is_sure: bool = True
+
+
+def _table(items: pa.Table, job: Mapping[str, Any]) -> _Table:
+    """The first table beside the masks, or the images, that has any of the cases."""
     known = set(items["case_id"].unique().to_pylist())
     is_named = "image_file" in items.column_names  # of images made elsewhere
     case_of = dict(zip(*(items[n].to_pylist() for n in ("image_file", "case_id")), strict=True)) if is_named else {}
     for folder in (Path(job[name]) for name in ("masks", "images") if name in job):
         for root in (folder, folder.parent):
-            for table, named in _tables(root, folder):
+            for table, named, is_sure in _tables(root, folder):
                 found: dict[str, set[str]] = {}
                 for name, patient in named:
                     case = case_of.get(name) if is_named else case_id_of(Path(f"{name}.png"))
@@ -107,8 +125,8 @@ def _stated(items: pa.Table, job: Mapping[str, Any]) -> tuple[dict[str, str], Pa
                         found.setdefault(case, set()).add(patient)
                 if found:
                     _refuse_two(table, found)
-                    return {case: min(names) for case, names in found.items()}, table
-    return {}, None
+                    return _Table({case: min(names) for case, names in found.items()}, table, is_sure)
+    return _Table()
 
 
 def _refuse_two(table: Path, found: Mapping[str, set[str]]) -> None:
@@ -119,10 +137,13 @@ def _refuse_two(table: Path, found: Mapping[str, set[str]]) -> None:
     )
 
 
-def _tables(root: Path, folder: Path) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
-    """Tables in `root` that state patients, each with the names of files in `folder`, without endings, and patients."""
+def _tables(root: Path, folder: Path) -> Iterator[tuple[Path, list[tuple[str, str]], bool]]:
+    """Tables in `root` that state patients, each with the names of files in `folder`, without endings, and patients;
+    and whether they are patients for sure."""
     if (own := own_items(root)) is not None:
-        yield root / ITEMS_FILE, [(name, row.get(PATIENT) or row[CASE]) for name, row in own.items()]
+        made = read_json(root / PROVENANCE_FILE, RESTORE)
+        is_sure = "masks_digest" not in made or NAMED in made
+        yield root / ITEMS_FILE, [(name, row.get(PATIENT) or row[CASE]) for name, row in own.items()], is_sure
     for manifest in (root / name for name in MANIFESTS if (root / name).is_file()):
         if PATIENT in read_columns(manifest):
             rows = [row for row in read_table(manifest, ()) if row[PATIENT]]
@@ -133,4 +154,4 @@ def _tables(root: Path, folder: Path) -> Iterator[tuple[Path, list[tuple[str, st
                 if row.get(column)
             ]
             within = [(file.relative_to(folder), patient) for file, patient in files if file.is_relative_to(folder)]
-            yield manifest, [(without_ending(file), patient) for file, patient in within]
+            yield manifest, [(without_ending(file), patient) for file, patient in within], True
