@@ -20,7 +20,11 @@ def extras_of(run: Path, weights: Path, config: ExportConfig, data: str | None) 
     from segdiff_dist.pipeline import CardParts, Extras
 
     known = ModelSet.of(data)
-    if known is not None:
+    if known is None:
+        where = "no set is named" if data is None else f"{data} cannot be opened from this folder"
+        text = f"{where}: how masks are cut and what grey values mean is not stored beside the model; give --data SHARDS"
+        warnings.warn(text, stacklevel=2)
+    else:
         refuse_other_set(run, known.shards, "give --data the set that the model was trained on")
     segmenter = run / "segmenter" / "weights" if config.segmenter else None
     if segmenter is not None and not (segmenter / "segdiff.json").is_file():

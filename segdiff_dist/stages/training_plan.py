@@ -40,9 +40,9 @@ from segdiff_dist.stages.fit import bytes_in, disk_problems, unless_forced
 from segdiff_dist.tracking.data_sets import describe_shards, log_shards
 from segdiff_dist.tracking.store import bytes_of_record
 from segdiff_dist.tracking.tracker import Tracker
-from segdiff_dist.training.checkpoint import complete_ones, read_state
+from segdiff_dist.training.checkpoint import complete_ones, read_state, refuse_other_set
 from segdiff_dist.training.config import TrainConfig
-from segdiff_dist.training.export import is_exported
+from segdiff_dist.training.export import is_exported, refuse_to_replace
 from segdiff_dist.training.loop import TrainingJob, train
 from segdiff_dist.training.throughput import peak_flops
 
@@ -99,6 +99,10 @@ class TrainingPlan(Plan):
     def checked(self) -> Plan:
         """This plan, if the training is not finished and the memory is sufficient."""
         newest = self.newest_checkpoint
+        if newest is not None:
+            refuse_other_set(newest, read_state(newest), self.shards)
+        else:
+            refuse_to_replace(self.folder)
         is_trained = newest is not None and self.images_seen >= self.config.num_images
         is_measured = self.final_measurement is None or self.final_measurement.is_done
         if newest is not None and is_trained and is_measured and is_exported(newest, self.folder):

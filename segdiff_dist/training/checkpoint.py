@@ -14,17 +14,20 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_shards.documents import checked, read_bytes, reading
-from data_shards.problems import InputProblems
+from data_shards.problems import InputProblems, problem
 from data_shards.store.codecs import crc32c
 from segdiff_dist.training import sharded_state
+
+if TYPE_CHECKING:
+    from data_shards.store.shards import ShardSet
 
 MARKER = "COMPLETE"
 STATE = "state.json"
@@ -98,6 +101,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         if state["images_seen"] != int(folder.name):
             raise ValueError(f"images_seen {state['images_seen']}")
     return dict(state)
+
+
+def refuse_other_set(folder: Path, state: Mapping[str, Any], shards: ShardSet) -> None:
+    """Raise InputProblems if a checkpoint's training read another shard set."""
+    if state.get("shards_digest", shards.digest) != shards.digest:
+        remedy = "restore the shard set the run was started with, or use another run folder"
+        raise problem(folder, "shards_digest", f"not that of {shards.root}", remedy)
 
 
 class _State(TypedDict):

@@ -24,7 +24,7 @@ from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_a
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import ONLINE
 from segdiff_dist.training.sharded_state import SavedState, number_of
-from segdiff_dist.weight_files import refuse_damaged, write_digests
+from segdiff_dist.weight_files import is_damaged, refuse_damaged, write_digests
 
 if TYPE_CHECKING:
     from segdiff_dist.training.task import Task
@@ -77,7 +77,8 @@ class Exporter:
         images_seen = state["images_seen"]
         # Without a score the newest weights are the best, unless they are from within a streak of skipped steps.
         best = state.get("best_images_seen", images_seen if self.task.score is None else None)
-        if best is not None and (best == images_seen or best != note.get("images_seen")):
+        kept = best != images_seen and best == note.get("images_seen") and _are_all_there(self.folder, note)
+        if best is not None and not kept:
             source = checkpoint.parent / checkpoint_name(best)
             if source != checkpoint and (why := why_unusable(source, read_all=True)):
                 warnings.warn(f"the best weights are not exported: checkpoint {source} {why}", stacklevel=1)
@@ -98,7 +99,15 @@ def is_exported(checkpoint: Path, folder: Path) -> bool:
     note = _read_note(folder)
     best = read_state(checkpoint).get("best_images_seen")
     done = note.get("checkpoint", note.get("images_seen"))  # early versions wrote only the latter
-    return done == int(checkpoint.name) and best in (None, note["images_seen"])
+    return done == int(checkpoint.name) and best in (None, note["images_seen"]) and _are_all_there(folder, note)
+
+
+def refuse_to_replace(folder: Path) -> None:
+    """Raise InputProblems if there are exported weights, for a training that begins without a checkpoint."""
+    if _read_note(folder):
+        value = "those of an earlier training, of which no checkpoint is left"
+        remedy = f"a new training would replace them: give another run folder, or remove {folder / 'weights'}"
+        raise problem(folder / "weights", "weights", value, remedy)
 
 
 def _read_note(folder: Path) -> dict[str, Any]:
@@ -109,6 +118,17 @@ def _read_note(folder: Path) -> dict[str, Any]:
         return note if isinstance(note.get("images_seen"), int) else {}
     except InputProblems:
         return {}
+
+
+def _are_all_there(folder: Path, note: dict[str, Any]) -> bool:
+    """Whether the weights that exported.json names can be read as they were written. Early versions named none."""
+    weights = folder / "weights"
+    for average in note.get("averages", ()):
+        # Segmenter and autoencoder have one place for all averages.
+        own = weights / average if (weights / average).is_dir() else weights
+        if not (own / "segdiff.json").is_file() or is_damaged(own):
+            return False
+    return True
 
 
 def _snapshots(run: Path, averages: Sequence[str]) -> list[int]:

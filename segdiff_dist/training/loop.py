@@ -251,9 +251,7 @@ def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, Wi
     if newest is None:
         return None, RunState(), Window(engine.device), Guard(config.spike_factor, engine.device)
     saved = checkpoint.read_state(newest)
-    if saved["shards_digest"] != job.shards.digest:
-        remedy = "restore the shard set the run was started with, or use another run folder"
-        raise problem(newest, "shards_digest", f"not that of {job.shards.root}", remedy)
+    checkpoint.refuse_other_set(newest, saved, job.shards)
     engine.load(newest, saved["ranks"])
     # Checkpoints of earlier versions lack the last two.
     best, validated = saved.get("best_images_seen"), saved.get("validated_images_seen")

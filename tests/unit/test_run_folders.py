@@ -1,0 +1,58 @@
+"""Run folders that were partly deleted, or that meet another shard set: what is trained, kept or refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tests_support import bytes_of, write_shapes
+
+from segdiff_dist.cli import main
+
+_SHORT = [
+    *("--config", "smoke", "--train.num-images", "16", "--train.warmup-images", "8", "--tracking.no-enabled"),
+    *("--train.checkpoint-every-images", "16", "--train.snapshot-every-images", "16", "--train.log-every-images", "16"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(small_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", "--run", str(run), "--data", str(small_shapes), *_SHORT]) == 0
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_a_finished_training_is_not_that_of_another_set(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_shapes(tmp_path / "other", num_patients=1, size=16)
+    assert main(["train", "--run", str(run), "--data", str(other), *_SHORT]) == 2
+    assert f"shards_digest: not that of {other}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", [lambda file: shutil.rmtree(file.parent), lambda file: file.write_bytes(b"half")])
+def test_weights_that_are_gone_or_damaged_are_exported_again(
+    run: Path, capsys: pytest.CaptureFixture[str], spoil
+) -> None:
+    before = bytes_of(run / "weights")
+    spoil(run / "weights" / "ema_0.05" / "diffusion_pytorch_model.safetensors")
+    for said in ("weights in", "nothing to do"):
+        assert main(["train", "--run", str(run), *_SHORT]) == 0
+        assert said in capsys.readouterr().out
+        assert bytes_of(run / "weights") == before
+
+
+def test_a_new_training_does_not_replace_weights_without_checkpoints(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = bytes_of(run / "weights")
+    shutil.rmtree(run / "checkpoints")
+    assert main(["train", "--run", str(run), *_SHORT]) == 2
+    assert "no checkpoint is left; a new training would replace them" in capsys.readouterr().err
+    assert bytes_of(run / "weights") == before
