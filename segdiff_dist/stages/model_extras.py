@@ -22,8 +22,8 @@ def extras_of(run: Path, weights: Path, config: ExportConfig, data: str | None) 
     known = ModelSet.of(data)
     if known is None:
         where = "no set is named" if data is None else f"{data} cannot be opened from this folder"
-        text = f"{where}: how masks are cut and what grey values mean is not stored beside the model; give --data SHARDS"
-        warnings.warn(text, stacklevel=2)
+        text = "how masks are cut and what grey values mean is not stored beside the model"
+        warnings.warn(f"{where}: {text}; give --data SHARDS", stacklevel=2)
     else:
         refuse_other_set(run, known.shards, "give --data the set that the model was trained on")
     segmenter = run / "segmenter" / "weights" if config.segmenter else None
