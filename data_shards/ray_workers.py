@@ -192,7 +192,7 @@ class RayWorkers(Generic[Task, Result]):
             self._placing.clear()
             self._ask_for(num)
             references = list(self._placing)
-            _say(f"no worker runs; waiting for a machine with room for one ({self._needs()})")
+            _say(f"no worker has started: cores are busy, or it is waiting for a machine with room ({self._needs()})")
             ready, _ = ray.wait(references, timeout=9 * self._patience_s / 10)
         return ready[0] if ready else None
 
