@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 
 # In provenance.json of an export of a folder's masks: who names the patients.
 NAMED = "patients"
-# What comes before the axis, the number of the image in a name of `segdiff export`, or the last part of a name.
-_LIKELY = (
-    *(r"(.+)_[a-z0-9-]+_[0-9]+(?:-volume|-(?:axial|coronal|sagittal)-[0-9]+)?$", r"(.+)-(?:axial|coronal|sagittal)-"),
-    *(r"(.+)_", r"(.+)-"),
-)
+# What comes before modality and number in a name of `segdiff export`, before the axis, or before the last part.
+_LIKELY = (r"(.+)_[a-z][a-z0-9-]*_[0-9]+", r"(.+)-(?:axial|coronal|sagittal)-", "(.+)_", "(.+)-")
 # The first of these: its names are no other program's.
 _OWN = _LIKELY[:1]
 
@@ -83,7 +80,7 @@ def _guess(num_slices: Mapping[str, int], section: str) -> str | None:
     if pattern is None and len(flat) < 2:
         return None
     likely, num = pattern or ("(.+)_", 0)
-    found = f" (here {num:,} patients)" if num else ""
+    found = f" (here {num:,} patient{'s' if num > 1 else ''})" if num else ""
     what = f"{len(cases):,} cases, {len(flat):,} of them single slices," if flat else f"{len(cases):,} cases"
     wrong = "intervals are too narrow" if section == "evaluate" else "folds may have a patient in both parts"
     return (
@@ -93,10 +90,11 @@ def _guess(num_slices: Mapping[str, int], section: str) -> str | None:
 
 
 def _likely(cases: Sequence[str], patterns: Sequence[str]) -> tuple[str, int] | None:
-    """The first pattern by which cases are of fewer patients than there are cases, and of more than one."""
+    """The first pattern by which cases are of fewer patients than there are cases. A name that all begin with may be
+    that of the data set, so it is no patient's, but in names of our own exports."""
     for pattern in patterns:
         num = len({patient_of(case, pattern) or case for case in cases})
-        if 1 < num < len(cases):
+        if (pattern not in _OWN) < num < len(cases):
             return pattern, num
     return None
 

@@ -26,6 +26,7 @@ from segdiff_dist.evaluation.measure.checks import check
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.job import measure
 from segdiff_dist.evaluation.measure.subject import hu_scales
+from segdiff_dist.evaluation.report.figures import draw_figures
 from segdiff_dist.sampling.items import NO_MODALITY
 from segdiff_dist.sampling.store import SampleStore
 
@@ -231,6 +232,8 @@ def test_a_network_of_another_project_segments(tmp_path: Path, shapes: Path) -> 
     assert not any("volume_error_mask_gen" in entries for entries in summary["by_organ"].values())
     assert summary["grey_values"] == {}
     assert summary["body"] == {}, "the segmenter does not know the body"
+    titles = [figure.title for figure in draw_figures(tmp_path / "out")]
+    assert any(title.endswith("inside each organ, generated") for title in titles), "there are no real images"
 
 
 @pytest.mark.parametrize(

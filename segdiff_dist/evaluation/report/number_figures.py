@@ -90,8 +90,11 @@ def intensity_by_organ(summary: dict[str, Any], modality: str) -> Drawn:
     if not organs:
         return None
     canvas, ax = plt.subplots(figsize=(7.4, 1.2 + 0.36 * len(organs)))
+    colours = {s: c for s, c in _COLOURS_OF_SIDES.items() if any(f"{kind}_mean_{s}" in e for e in organs.values())}
     for position, entries in enumerate(organs.values()):
         for offset, (side, colour) in zip((-0.17, 0.17), _COLOURS_OF_SIDES.items(), strict=True):
+            if f"{kind}_mean_{side}" not in entries:
+                continue  # no real images are known, or none of this organ
             mean, std = entries[f"{kind}_mean_{side}"], entries[f"{kind}_std_{side}"]["value"]
             at, value = position + offset, mean["value"]
             ax.plot([value - std, value + std], [at, at], color=colour, lw=4, alpha=0.35, solid_capstyle="butt")
@@ -104,16 +107,17 @@ def intensity_by_organ(summary: dict[str, Any], modality: str) -> Drawn:
     ax.tick_params(axis="y", length=0)
     canvas.tight_layout(rect=(0, 0.35 / canvas.get_figheight(), 1, 1))
     names = {"real": "real", "gen": "generated"}
-    handles = [Line2D([], [], color=c, marker="o", ms=4, label=names[side]) for side, c in _COLOURS_OF_SIDES.items()]
+    handles = [Line2D([], [], color=c, marker="o", ms=4, label=names[side]) for side, c in colours.items()]
     canvas.legend(handles=handles, loc="lower center", ncols=2, fontsize=8)
+    shown = "real and generated" if "real" in colours else "generated"
     caption = (
-        f"{unit[0].upper()}{unit[1:]} inside each organ's mask on real and on generated {modality} images. Points: the "
+        f"{unit[0].upper()}{unit[1:]} inside each organ's mask on {shown} {modality} images. Points: the "
         "mean, averaged over images; thin lines: its 95 % bootstrap interval over patients; broad bars: one standard "
         "deviation inside the organ to either side."
     )
     if in_hu:
         caption += " From 8-bit grey values, in which HU outside the window are clipped."
-    title = f"{modality}: {unit.split(' (', maxsplit=1)[0]} inside each organ, real and generated"
+    title = f"{modality}: {unit.split(' (', maxsplit=1)[0]} inside each organ, {shown}"
     name = f"{kind}_by_organ{'' if modality in MODALITIES else f'_{modality.lower()}'}.png"
     return canvas, Figure(name, title, caption, "hu")
 
