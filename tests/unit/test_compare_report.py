@@ -144,6 +144,14 @@ class TestRunsThatCannotBeCompared:
         assert f"No images side by side: {moved}" in page.text
         assert page.best
 
+    def test_a_run_without_real_images_has_no_shard_set(self, runs: list[Path], tmp_path: Path):
+        alone = copied(runs[0], tmp_path / "alone")
+        file = alone / "evaluation" / "summary.json"
+        summary = json.loads(file.read_text())
+        del summary["provenance"]["shards_digest"]
+        file.write_text(json.dumps(summary))
+        assert '<td data-label="Shard set">none</td>' in page_of([alone, runs[1]], tmp_path).html
+
     def test_what_only_some_runs_have_is_no_disagreement(self, runs: list[Path], tmp_path: Path):
         with_fid = changed(copied(runs[0], tmp_path / "a"), fid_weights={"file": "w.pth", "sha256": "0"})
         assert disagreements(open_runs([with_fid, runs[1]])) == []
