@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_shards.documents import read_json
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import refuse, saying_when_full
+from data_shards.problems import problem, refuse, saying_when_full
 from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag
@@ -19,6 +20,9 @@ from segdiff_dist.training.config import AverageConfig
 if TYPE_CHECKING:
     from segdiff_dist.denoising.denoiser import Denoiser
     from segdiff_dist.tracking.tracker import Tracker
+
+# Between 0 (exact) and 1 (unrelated), see ema.misfit: from 0.05 and 0.1 those between them come out at 0.05.
+_FAR = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,18 @@ class Average(ConfiguredStage):
     def check(self) -> AveragePlan:
         """Loads the net of the run's first average, whose shape the new weights have."""
         from segdiff_dist.denoising.denoiser import Denoiser
+        from segdiff_dist.training.export import exported_averages, snapshot_end
 
         run, _ = collect(lambda: self.path("run"), lambda: refuse(self.average.problems()))
+        if self.average.name in exported_averages(run):
+            remedy = "the training wrote it: use it as it is, or give another length"
+            raise problem(run / "weights" / self.average.name, "average.length", self.average.length, remedy)
         like = run / "weights" / self.experiment.train.averages[0]
         description = read_json(like / "segdiff.json", "copy the weights again") if like.is_dir() else {}
-        return AveragePlan(self, run, Denoiser.load(like), description)
+        model = Denoiser.load(like)
+        return AveragePlan(
+            self, run, model, description, snapshot_end(run, self.experiment.train, self.average.images_seen)
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class AveragePlan(Plan):
     run_folder: Path
     model: Denoiser
     training: dict[str, Any]
+    images_seen: int
 
     @property
     def folder(self) -> Path:
@@ -69,11 +81,14 @@ class AveragePlan(Plan):
 
         wanted, folder = self.stage.average, self.folder
         weights, misfit = average_snapshots(
-            self.run_folder, self.stage.experiment.train, wanted.length, wanted.images_seen
+            self.run_folder, self.stage.experiment.train, wanted.length, self.images_seen
         )
         with saying_when_full(folder):
             self.model.save(folder, weights, self.training)
-        line = f"{folder}: its profile differs by {misfit:.1%} from the requested one"
+        profile = f"its profile differs by {misfit:.1%} from the requested one"
+        line = f"{folder}: {profile}, which ends at {self.images_seen:,} images"
+        if misfit > _FAR:
+            warnings.warn("it is far from that average: give a length nearer to train.ema_lengths", stacklevel=2)
         out, address = self.run_folder / f"samples-{folder.name}", address_flag(self.stage.experiment)
         after = command("sample", "--run", self.run_folder, "--sample.weights", folder.name, "--out", out, *address)
         return Result((line,), next_command=after, value=misfit)

@@ -53,6 +53,7 @@ class Distil(ConfiguredStage):
         """Opens the set; loads the teacher."""
         from segdiff_dist.denoising.distil_task import Teacher, refuse_another_teacher, teacher_passes, teacher_weights
         from segdiff_dist.denoising.network_shapes import denoiser_network
+        from segdiff_dist.export.model_set import refuse_other_set
         from segdiff_dist.sampling.weights import weights_digest
         from segdiff_dist.stages.training_plan import (
             TrainingPlan,
@@ -81,6 +82,9 @@ class Distil(ConfiguredStage):
             lambda: refuse(device_problems(config, "distil.train", picked())),
             lambda: refuse_another_config(experiment, run / "checkpoints", ("distil", "loader")),
             lambda: refuse_another_teacher(run / "weights", teacher),
+            lambda: refuse_other_set(
+                Path(str(distil.teacher)), shards, "give --data the set of the teacher's training"
+            ),
         )
         device, passes = picked(), teacher_passes(teacher.diffusion, distil)
         sampler = distil.sampler

@@ -84,10 +84,15 @@ class TrainAutoencoder(ConfiguredStage):
             saved_sections=("autoencoder",),
             logged_sections=("autoencoder", "loader"),
             message=f"train-autoencoder: {device}, {train.precision}{_losses_message(config)}",
-            next_command=command("train", "--run", run, *address_flag(experiment)),
+            next_command=command("train", "--run", run, *_on_latents(run), *address_flag(experiment)),
             limits={},
             final_measurement=_Reconstructions(shards, loader, segmenter, folder, device),
         ).checked()
+
+
+def _on_latents(run: Path) -> tuple[object, ...]:
+    """The flags of a denoiser that uses this autoencoder."""
+    return "--denoiser.space", "latent", "--denoiser.autoencoder", run, "--denoiser.net", "unet"
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class AverageConfig:
 
     length: Result[AverageLength] = 0.07
     """Relative width of the average (sigma_rel; segdiff_dist/training/ema.py)."""
-    images_seen: Result[int | None] = None
+    images_seen: Result[Count | None] = None
     """The training images seen at the end of the average. null: those of the newest snapshot."""
 
     def problems(self) -> list[Problem]:

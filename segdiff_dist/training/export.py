@@ -102,6 +102,11 @@ def is_exported(checkpoint: Path, folder: Path) -> bool:
     return done == int(checkpoint.name) and best in (None, note["images_seen"]) and _are_all_there(folder, note)
 
 
+def exported_averages(folder: Path) -> list[str]:
+    """The folders of weights that the training itself exported."""
+    return [str(average) for average in _read_note(folder).get("averages", ())]
+
+
 def refuse_to_replace(folder: Path) -> None:
     """Raise InputProblems if there are exported weights, for a training that begins without a checkpoint."""
     if _read_note(folder):
@@ -141,6 +146,21 @@ def _snapshots(run: Path, averages: Sequence[str]) -> list[int]:
     return sorted(int(p.name) for p in folders)
 
 
+def snapshot_end(run: Path, config: TrainConfig, images_seen: int | None) -> int:
+    """The training images at the end of an average: those that are given, or the newest snapshot's. Raises
+    InputProblems if there is no such snapshot."""
+    taken = _snapshots(run, config.averages)
+    if not taken:
+        raise problem(run / "snapshots", "snapshots", "none is whole", "train with --train.snapshot-every-images")
+    end = max(taken) if images_seen is None else images_seen
+    if end not in taken:
+        there = ", ".join(map(str, taken))
+        raise problem(
+            run / "snapshots", "images_seen", end, f"there: {there}; train with --train.snapshot-every-images"
+        )
+    return end
+
+
 def average_snapshots(
     run: Path, config: TrainConfig, length: float, images_seen: int | None = None
 ) -> tuple[dict[str, Tensor], float]:
@@ -151,12 +171,8 @@ def average_snapshots(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    taken = _snapshots(run, config.averages)
-    end = images_seen or max(taken, default=0)
+    taken, end = _snapshots(run, config.averages), snapshot_end(run, config, images_seen)
     used = [(length_of, t) for t in taken if t <= end for length_of in config.ema_lengths]
-    if not used or used[-1][1] != end:
-        have = ", ".join(map(str, taken)) or "none"
-        raise problem(run / "snapshots", "images_seen", end, f"there: {have}; train with --train.snapshot-every-images")
     share_N = ema.reconstruct(used, (length, end))
     total: dict[str, Tensor] = {}
     remedy = "remove this snapshot; the others give the average a little less exactly"

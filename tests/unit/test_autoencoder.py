@@ -126,7 +126,13 @@ def test_the_command_trains_goes_on_and_measures_what_it_made(
 
     run = tmp_path / "run"
     said, losses, weights = made(run)
-    for word in ("PSNR", "sharpness", "power beside", "Dice of the segmenter", "next: segdiff train --run"):
+    for word in (
+        "PSNR",
+        "sharpness",
+        "power beside",
+        "Dice of the segmenter",
+        "--denoiser.space latent --denoiser.autoencoder",
+    ):
         assert word in said
     figures = json.loads((run / "autoencoder/reconstructions.json").read_text())
     assert figures["num_slices"] == 24

@@ -51,7 +51,8 @@ def test_a_set_of_other_grey_values_is_refused(
     nib.save(nib.Nifti1Image(np.full((16, 16, 4), AMOS.body_id, np.uint8), np.eye(4)), tmp_path / "mask.nii.gz")
     volume = ["volume", str(tmp_path / "mask.nii.gz"), str(tmp_path / "image.nii.gz"), "--run", str(run)]
     pipeline = ["export", str(tmp_path / "pipeline"), "--run", str(run), "--format", "pipeline"]
-    for command in (volume, pipeline):
+    student = ["distil", "--run", str(tmp_path / "student"), "--distil.teacher", str(run), "--config", "smoke"]
+    for command in (volume, pipeline, student):
         assert main([*command, "--data", str(trained), "--dry-run"]) == 0
         capsys.readouterr()
         assert main([*command, "--data", str(other), "--dry-run"]) == 2

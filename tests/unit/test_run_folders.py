@@ -56,3 +56,16 @@ def test_a_new_training_does_not_replace_weights_without_checkpoints(
     assert main(["train", "--run", str(run), *_SHORT]) == 2
     assert "no checkpoint is left; a new training would replace them" in capsys.readouterr().err
     assert bytes_of(run / "weights") == before
+
+
+def test_an_average_says_where_it_ends_and_replaces_none_of_the_training(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = bytes_of(run / "weights")
+    average = ["average", "--run", str(run), "--length"]
+    assert main([*average, "0.05"]) == 2
+    assert "the training wrote it" in capsys.readouterr().err
+    assert main([*average, "0.07", "--average.images-seen", "0"]) == 2
+    assert bytes_of(run / "weights") == before
+    assert main([*average, "0.07"]) == 0
+    assert "which ends at 16 images" in capsys.readouterr().out
