@@ -38,6 +38,7 @@ from data_shards.problems import InputProblems, Problem
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 
 SCALE = Scale(side=32, segmenter_images=4_800, patients=(20, 2, 5), slice_stride=6)
+BATCH = 16
 _COSTS = ("flops", "seconds", "kept_mib_of_a_batch", "process_gib", "seconds_an_image")
 
 
@@ -75,7 +76,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--segmenter-images", type=int, default=SCALE.segmenter_images, help="of the training of the segmenter"
     )
-    parser.add_argument("--batch", type=int, default=16, help="images of a step")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images of a step")
     parser.add_argument("--masks", type=int, default=40, help="sampled of each")
     parser.add_argument(
         "--split", choices=("val", "test"), default="test", help="whose masks: val if test has no labels"

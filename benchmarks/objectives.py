@@ -67,7 +67,7 @@ def settings_of(name: str, args: argparse.Namespace, seed: int = 0) -> dict[str,
         "data": str(args.out.absolute() / "shards"),
         "run": str(args.out.absolute() / "runs" / f"{name}-{seed}"),
         "train": {"seed": seed},
-        "sample": {"seed": seed},
+        "sample": {"seed": seed} | ({"num": args.masks} if args.masks else {}),
         "evaluate": {"segmenter": str(_segmenter(args.out.absolute()))},
         "tracking": {"enabled": False},
     }
@@ -128,6 +128,7 @@ def main() -> int:
     parser.add_argument("--archive", type=Path, required=True, help="an archive in AMOS' layout")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="the comparison's folder")
     parser.add_argument("--images", type=int, help="of a training, in place of the config's")
+    parser.add_argument("--masks", type=int, help="sampled of each, in place of the config's")
     parser.add_argument("--threads", type=int, default=1, help="of a training")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each objective, of seed 0, 1, ...")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="default: all")
