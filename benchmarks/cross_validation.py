@@ -32,7 +32,7 @@ import objectives
 from support.folds import write_folds
 from support.harness import headline, stamp, write
 from support.models_arms import ALL, Training
-from support.pooled import Extractors, Fold, between_patients, pool
+from support.pooled import Extractors, Fold, between_patients, pool, spread_out
 from support.recipes_runs import NEVER
 from support.small_runs import draw_runs, stopped
 
@@ -136,6 +136,9 @@ def result_of(folds: list[Fold], extractors: list[str]) -> dict[str, Any]:
             group: {m: {k: entries[m].get(k) for k in kept} for m in METRICS if m in entries}
             for group, entries in groups.items()
         },
+        "spread_out": {
+            name: {m or "all": spread_out(folds, name, m) for m in (None, *MODALITIES)} for name in extractors
+        },
         "between_patients": {
             name: {m: found for m in MODALITIES if (found := between_patients(folds, name, m))} for name in extractors
         },
@@ -151,6 +154,8 @@ def print_table(results: dict[str, dict[str, Any]], group: str) -> None:
             label, digits = DEFINITIONS[metric].label, DEFINITIONS[metric].digits
             print(f"{label:<46}" + "".join(f"{_cell(entry, digits):>26}" for entry in found))
     for name, result in results.items():
+        for features, of_modality in result["spread_out"].items():
+            print(f"{name}, {features}, few images of each patient: {json.dumps(of_modality[group])}")
         for features, of_modality in result["between_patients"].items():
             if found := of_modality.get(group):
                 print(f"{name}, {features}, halves of the patients: {json.dumps(_rounded(found))}")

@@ -26,7 +26,9 @@ from segdiff_dist.segmentation.segmenter import Segmenter
 
 _ITEMS = ("row", "case_id", "source_modality", "target_modality", "axis", "seed_index", "headline")
 _BATCH = 64
-_DIVISIONS = 20
+_DIVISIONS = _DRAWS = 20
+# Neighbouring slices make neighbourhoods small (docs/metrics.md). 200 slices of 14 patients have this density.
+_OF_A_PATIENT = 14
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,22 @@ def between_patients(folds: Sequence[Fold], extractor: str, modality: str) -> di
     }
 
 
-def _of(fold: Fold, modality: str) -> list[int]:
+def spread_out(folds: Sequence[Fold], extractor: str, modality: str | None = None) -> dict[str, Any]:
+    """Precision and recall of at most _OF_A_PATIENT images of each patient: mean, lowest and highest of random draws."""
+    chosen = [(f, i) for f in folds for i in _of(f, modality)]
+    patients = np.array([f.patients[i] for f, i in chosen])
+    real_ND, gen_ND = (np.stack([f.features[extractor, side][i] for f, i in chosen]) for side in SIDES)
+    draw, found = np.random.default_rng(0), []
+    for _ in range(_DRAWS):
+        parts = [draw.permutation(np.flatnonzero(patients == name))[:_OF_A_PATIENT] for name in np.unique(patients)]
+        rows = np.concatenate(parts)
+        found.append(neighbourhoods(real_ND[rows], gen_ND[rows]))
+    values = {name: [getattr(one, name) for one in found] for name in ("precision", "recall")}
+    return {"images": len(rows), "draws": _DRAWS} | {
+        name: {"mean": float(np.mean(of)), "low": min(of), "high": max(of)} for name, of in values.items()
+    }
+
+
+def _of(fold: Fold, modality: str | None) -> list[int]:
     shown, of = fold.items["headline"].to_pylist(), fold.items["target_modality"].to_pylist()
-    return [i for i in range(len(shown)) if shown[i] and of[i] == modality]
+    return [i for i in range(len(shown)) if shown[i] and modality in (None, of[i])]
