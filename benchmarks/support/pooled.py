@@ -142,7 +142,7 @@ def between_patients(folds: Sequence[Fold], extractor: str, modality: str) -> di
 
 
 def spread_out(folds: Sequence[Fold], extractor: str, modality: str | None = None) -> dict[str, Any]:
-    """Precision and recall of at most _OF_A_PATIENT images of each patient: mean, lowest and highest of random draws."""
+    """Precision and recall of a few images of each patient: mean, lowest and highest of random draws."""
     chosen = [(f, i) for f in folds for i in _of(f, modality)]
     patients = np.array([f.patients[i] for f, i in chosen])
     real_ND, gen_ND = (np.stack([f.features[extractor, side][i] for f, i in chosen]) for side in SIDES)

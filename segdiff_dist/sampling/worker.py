@@ -212,12 +212,15 @@ def generate(
 
     Raises InputProblems with the items if values of the net or the solver are not finite.
     """
+    from segdiff_dist.denoising.samplers import cleared
     from segdiff_dist.pixels import to_uint8
 
     conditions = _with_lower_stage(model, items, conditions, sampler, seed, options)
     x_0_BCHW = _sampled(model, items, conditions, diffusion, sampler, seed, options)
     images_BCHW = x_0_BCHW if model.space is None else model.space.decode(x_0_BCHW)
     _refuse_spoilt(items, images_BCHW.flatten(1).isfinite().all(dim=1).tolist())
+    if sampler.clear_air:
+        images_BCHW = cleared(images_BCHW, conditions.mask_BHW)
     return to_uint8(images_BCHW).cpu().numpy()
 
 

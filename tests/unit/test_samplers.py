@@ -22,7 +22,7 @@ from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.grids import spaced_timesteps
 from segdiff_dist.denoising.sampler_config import PRESETS, SamplerConfig, guidance_digest, guidance_problems
-from segdiff_dist.denoising.samplers import bounded, num_evaluations, sample, segmenter_guide
+from segdiff_dist.denoising.samplers import bounded, cleared, num_evaluations, sample, segmenter_guide
 from segdiff_dist.denoising.task import DiceTerm
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
@@ -386,3 +386,14 @@ def test_a_segmenter_of_other_labels_cannot_guide(segmenter: Path) -> None:
     assert other.name in problem.remedy
     assert guidance_digest(sampler) == DiceTerm(segmenter, AMOS, torch.device("cpu")).weights_sha256
     assert guidance_digest(SamplerConfig()) is None
+
+
+def test_cleared_images_are_black_where_the_mask_has_air() -> None:
+    images = torch.randn(2, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 9, 9, dtype=torch.uint8)
+    mask[0, 3:5, 4] = 16  # body
+    found = cleared(images, mask)
+    kept = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    kept[0, :, 2:6, 3:6] = True
+    assert torch.equal(found[kept], images[kept])
+    assert bool((found[~kept] == -1.0).all())
