@@ -192,11 +192,16 @@ class DenoiserConfig:
             remedy = "the mean of several label numbers is another label: use onehot or embedding"
             yield Problem("config", "denoiser.mask_encoding", self.mask_encoding, remedy)
 
+    @property
+    def multiple(self) -> int:
+        """Its levels halve slices whose side is a multiple of this evenly."""
+        return self.stem * 2 ** (len(self.block_out_channels) - 1)
+
     def _channel_problems(self, wrong: set[str], size: int | None) -> Iterator[Problem]:
         """Problems of numbers that must divide others. `wrong`: the settings that are out of range."""
         channels, groups = self.block_out_channels, self.norm_num_groups
         attending = {channels[-1]}  # the middle block
-        multiple = self.stem * 2 ** (len(channels) - 1)
+        multiple = self.multiple
         where, shown = "config", str(list(channels))
         if "norm_num_groups" not in wrong and any(c % groups for c in channels):
             remedy = f"give channels that norm_num_groups ({groups}) divides"

@@ -57,6 +57,11 @@ class SegmenterConfig:
         return replace(loader, rotate_degrees=self.rotate_degrees, zoom=self.zoom)
 
     @property
+    def multiple(self) -> int:
+        """Its levels halve slices whose side is a multiple of this evenly."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
     def dice_group(self) -> int:
         """dice_over, or the whole of a smaller global batch."""
         return min(self.dice_over, self.train.global_batch_size)
@@ -73,7 +78,8 @@ class SegmenterConfig:
         if "channels" not in wrong and any(c % NORM_GROUPS for c in self.channels):
             remedy = f"give multiples of {NORM_GROUPS}"
             problems.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
-        if "channels" not in wrong and size is not None and size % 2 ** (len(self.channels) - 1):
-            remedy = f"{len(self.channels)} levels halve {size} pixels unevenly"
+        if "channels" not in wrong and size is not None and size % self.multiple:
+            levels = f"{len(self.channels)} levels halve {size} pixels unevenly"
+            remedy = f"{levels}: give fewer, or a multiple of {self.multiple}"
             problems.append(Problem("config", "segmenter.channels", str(list(self.channels)), remedy))
         return problems

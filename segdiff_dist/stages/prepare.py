@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,7 +73,24 @@ class Prepare(ConfiguredStage):
         from data_shards.ingest.prepare import check
 
         root, out = collect(lambda: self.path("amos_root"), lambda: self.path("data"))
-        return PreparePlan(self, out, check(root, out, self.prepare, self.wholebody))
+        preparation = check(root, out, self.prepare, self.wholebody)
+        self._warn_of_size()
+        return PreparePlan(self, out, preparation)
+
+    def _warn_of_size(self) -> None:
+        """Of slices that the networks of the same configuration refuse, after the set is made."""
+        experiment, side = self.experiment, self.experiment.loader.crop_size or self.prepare.size
+        multiple = max(
+            experiment.segmenter.multiple, 1 if experiment.denoiser.space == "latent" else experiment.denoiser.multiple
+        )
+        if side % multiple == 0:
+            return
+        low = side // multiple * multiple
+        near = f"{low} or {low + multiple}" if low else f"{multiple}"
+        text = f"the networks of this configuration take multiples of {multiple} pixels: `train` will refuse the set"
+        crop = f", crop in training (--loader.crop-size {low})" if low else ""
+        remedy = f"give {near}{crop}, or train with fewer levels"
+        warnings.warn(f"prepare.size: {side}: {text}; {remedy}", stacklevel=2)
 
 
 @dataclass(frozen=True)

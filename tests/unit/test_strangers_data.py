@@ -37,6 +37,7 @@ from data_shards.problems import InputProblems
 from data_shards.records import SliceRecord
 from data_shards.store.inspect import format_report, inspect_shards
 from data_shards.store.shards import ShardSet
+from segdiff_dist.cli import main
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.volume import make_volume
 
@@ -260,3 +261,10 @@ def test_headers_of_metaimage_and_nrrd_that_are_doubtful(
     with pytest.raises(InputProblems) as refused:
         read_geometry(file)
     assert [one.field for one in refused.value.problems] == [field]
+
+
+def test_a_size_that_no_network_takes_is_said_before_the_slices_are_cut(tmp_path: Path) -> None:
+    write_amos(tmp_path / "data")
+    prepare = ["prepare", str(tmp_path / "data"), str(tmp_path / "set"), "--config", "smoke", "--dry-run"]
+    with pytest.warns(UserWarning, match="take multiples of 4 pixels.*; give 60 or 64"):
+        assert main([*prepare, "--prepare.size", "63"]) == 0
