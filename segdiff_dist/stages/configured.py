@@ -14,7 +14,7 @@ import tyro
 from data_shards.field_source import is_address
 from data_shards.problems import OutOfSpace, out_of_space, problem, refuse
 from segdiff_dist.config import as_dict, to_yaml, validate
-from segdiff_dist.experiment import Experiment, Withheld, collect, load_experiment, value_of
+from segdiff_dist.experiment import CONFIG_FILE, Experiment, Withheld, collect, load_experiment, value_of
 from segdiff_dist.ranks.distributed import is_main
 from segdiff_dist.shipped import find_config
 from segdiff_dist.stages.base import Stage
@@ -119,10 +119,21 @@ class ConfiguredStage(Stage):
         from data_shards.store.parted import parted_notes
         from data_shards.store.shards import ShardSet
 
-        shards = ShardSet.open([self.given("data"), *more], cache=self.experiment.loader.cache)
+        data = self.given("data")
+        self._refuse_moved(data)
+        shards = ShardSet.open([data, *more], cache=self.experiment.loader.cache)
         if is_main():
             sys.stderr.writelines(f"warning: {note}\n" for note in parted_notes(shards))
         return shards
+
+    def _refuse_moved(self, data: str) -> None:
+        """Refuse a set that only the run folder names, by a path that leads nowhere from here."""
+        run = self.experiment.run
+        if is_address(data) or Path(data).exists() or run is None or not (run / CONFIG_FILE).is_file():
+            return
+        if load_experiment(None, run).data == data:
+            value = f"not there, looked for from {Path.cwd()}"
+            raise problem(data, "shard set", value, f"{run / CONFIG_FILE} names it: give --data SHARDS")
 
     def open_run_and_data(self, more: tuple[str, ...] = ()) -> tuple[Path, ShardSet]:
         """The run folder, which may not exist yet, and the shard set."""

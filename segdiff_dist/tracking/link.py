@@ -2,8 +2,8 @@
 
 The file is signed with a key that never leaves the user's own state folder. A folder without this signature is foreign:
 it was begun by somebody else or on another machine, or its mlflow.json was changed. Records in a foreign folder are not
-sent, and the store that it names is not used, before `segdiff track RUN --adopt` takes it over. The signature holds no
-path, so that a folder may be moved.
+sent, and the store that it names is not used, before `segdiff track RUN --adopt` takes it over. A folder may be moved:
+the path in the file only shows that a folder is a copy, whose records would otherwise be mixed with the original's.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ _FIELDS = {
     "run_id": lambda value: isinstance(value, str) and _RUN_ID.fullmatch(value) is not None,
     "token": lambda value: isinstance(value, str) and _TOKEN.fullmatch(value) is not None,
     "began_s": lambda value: type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e11,
+    "folder": _is_text(4096),
     "beside": lambda value: isinstance(value, bool),
     "signature": _is_text(64),
 }

@@ -16,14 +16,14 @@ import shutil
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from data_shards import lean_imports
 from data_shards.files import first_line
 from data_shards.locks import short_turn
-from data_shards.problems import problem
+from data_shards.problems import InputProblems, problem
 from segdiff_dist.tracking import descriptions
 from segdiff_dist.tracking.inside import odd_entry, open_plain, why_not_inside, why_not_plain
 from segdiff_dist.tracking.link import LINK, REFUSED, SPOOL, new_token, read_link, write_link
@@ -64,6 +64,10 @@ class MlflowRun:
             self._refuse_odd_files()
             if (link.get("tracking_uri") or local_uri(self.store)) != self.uri:
                 link = {}
+            elif self._is_copy(link):
+                text = f"{folder} is a copy of {link['folder']}: its records go to an MLflow run of its own"
+                warnings.warn(text, stacklevel=2)
+                link = {"experiment": link.get("experiment")}
             self._experiment = link.get("experiment") or experiment
             self.run_id: str | None = link.get("run_id")
             self._token = link.get("token") or new_token()
@@ -71,6 +75,17 @@ class MlflowRun:
             self._write_link()
         self._client: Any = None
         self._checked = False
+
+    def _is_copy(self, link: Mapping[str, Any]) -> bool:
+        """Whether the folder where this link was written is still there, and adds to the same run of the same store. A
+        folder that was moved is not."""
+        before = Path(link.get("folder") or self.folder)
+        if before.resolve() == self.folder.resolve():
+            return False
+        with contextlib.suppress(InputProblems):
+            is_same_store = not self._is_local or store_of(before, self._is_beside).resolve() == self.store.resolve()
+            return is_same_store and read_link(before).get("token") == link.get("token")
+        return False
 
     def _refuse_odd_files(self) -> None:
         for path in (self.folder / SPOOL, *((self.store / DATABASE,) if self._is_local else ())):
@@ -309,6 +324,7 @@ class MlflowRun:
             "run_id": self.run_id,
             "token": self._token,
             "began_s": self.began_s,
+            "folder": str(self.folder.resolve()),
         }
         write_link(self.folder, link)
 

@@ -36,6 +36,15 @@ def test_a_finished_training_is_not_that_of_another_set(
     assert f"shards_digest: not that of {other}" in capsys.readouterr().err
 
 
+def test_a_set_that_is_not_where_the_run_folder_says_is_named_with_file_and_flag(
+    run: Path, small_shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(small_shapes), "sets/gone"))
+    assert main(["train", "--run", str(run)]) == 2
+    assert f"{config} names it: give --data SHARDS" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spoil", [lambda file: shutil.rmtree(file.parent), lambda file: file.write_bytes(b"half")])
 def test_weights_that_are_gone_or_damaged_are_exported_again(
     run: Path, capsys: pytest.CaptureFixture[str], spoil

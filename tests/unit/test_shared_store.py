@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,25 @@ def test_the_runs_of_a_project_are_in_one_database_that_moves_with_it(tmp_path: 
     assert json.loads(path.read_text()) == {"columns": ["metric", "value"], "data": [["dice", 0.75], ["none", None]]}
     assert not runs.exists()
     assert not moved.exists()
+
+
+def test_a_copied_run_folder_has_a_run_of_its_own(tmp_path: Path) -> None:
+    """Its records would stand in the original's run as if they were of that. A folder that was moved goes on."""
+    original, copied = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+    first = recorded(original)
+    shutil.copytree(original, copied)
+    with pytest.warns(UserWarning, match="b is a copy of .*a: its records go to an MLflow run of its own"):
+        second = recorded(copied, "evaluate", dice=0.9)
+    assert second != first
+    assert client(copied).get_run(second).data.tags["run_folder"] == str(copied)
+    moved = original.rename(tmp_path / "runs" / "c")
+    with Tracker(moved, QUIET, "evaluate") as tracker:
+        tracker.log_metrics({"psnr_db": 20.0})
+    assert tracker.run_id == first
+    assert client(moved).get_run(first).data.metrics == {"dice": 0.5, "psnr_db": 20.0}
+    with Tracker(copied, QUIET, "report") as tracker:
+        pass
+    assert tracker.run_id == second
 
 
 def test_a_run_says_what_it_is(tmp_path: Path) -> None:
