@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_shards.locks import locked
-from data_shards.problems import problem
+from data_shards.problems import Problem, problem, refuse
 from segdiff_dist.config import read_yaml
+from segdiff_dist.experiment import value_of
 from segdiff_dist.shipped import find_config
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.budgeted import PLAN, Budgeted, Planned
@@ -47,7 +48,18 @@ class Run(Budgeted):
         if self.amos_root is not None and self.amos_root.resolve() != data.resolve():
             value = f"{self.amos_root}, and {there} is the plan for {data}"
             raise problem("command line", "DATA", value, "give another --out")
+        refuse(self._contradictions(there, planned))
         return RunPlan(self, planned.experiment.path("data").parent, planned, is_new=False)
+
+    def _contradictions(self, there: Path, planned: Planned) -> list[Problem]:
+        """Problems of flags whose values are not those of the plan, which would be used without them."""
+        pairs = [(key, value_of(self.experiment, key), value_of(planned.experiment, key)) for key in self.typed]
+        remedy = f"{there} is the plan: change it there, remove it to plan anew, or give another --out"
+        return [
+            Problem("command line", f"--{key.replace('_', '-')}", f"{now}, and {before} in the plan", remedy)
+            for key, now, before in pairs
+            if now != before
+        ]
 
     def _plan_there(self) -> Path | None:
         """--config if it is a plan, else that of the folder."""
@@ -68,7 +80,12 @@ class RunPlan(Plan):
 
     def cost(self) -> Cost:
         """The table of a new plan."""
-        return Cost(notes=self.planned.lines or (f"by the plan in {self.folder}",))
+        return Cost(notes=self.planned.lines or (self.used,))
+
+    @property
+    def used(self) -> str:
+        """Which plan is used, for one that was there."""
+        return f"by the plan in {self.folder}; --hours and --recipe count for a new plan"
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the folder; each stage also takes its own."""
@@ -79,9 +96,7 @@ class RunPlan(Plan):
         from data_shards.fan_out import ray_session
 
         planned, experiment = self.planned, self.planned.experiment
-        print(
-            *(planned.lines or (f"by the plan in {self.folder}; --hours counts for a new plan",)), sep="\n", flush=True
-        )
+        print(*(planned.lines or (self.used,)), sep="\n", flush=True)
         if self.is_new:
             planned.write(self.folder / PLAN, command("run", experiment.amos_root, "--hours", f"{self.stage.hours:g}"))
         times_s: dict[str, float] = {}

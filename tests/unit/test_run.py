@@ -217,6 +217,8 @@ def test_the_same_line_again_does_nothing_that_is_done(
     assert cli.main(["run", "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("nothing to do") == 5
     assert before == {path: path.stat().st_mtime_ns for path in watched}
+    assert cli.main(["run", "--out", str(out), "--prepare.size", "24"]) == 2
+    assert "is the plan: change it there" in capsys.readouterr().err
     assert cli.main(["run", str(data.parent), "--out", str(out)]) == 2
     assert "give another --out" in capsys.readouterr().err
     assert cli.main(["plan", str(data), *FLAGS, "--out", str(out)]) == 2
