@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data_shards.files import first_line
+from data_shards.labels import LabelTable
 from segdiff_dist.denoising.cascade import LowerStage, NetSpace
 from segdiff_dist.denoising.denoiser import Denoiser
 from segdiff_dist.ranks.cuda_graph import Recorder, recorder_for
@@ -34,6 +35,7 @@ class Net(Protocol):
     uses_kernels: bool
     space: NetSpace | None
     lower: LowerStage | None
+    label_table: LabelTable
 
     @property
     def lower_net(self) -> Net | None:
@@ -61,6 +63,7 @@ class ReplayedNet:
     def __init__(self, model: Denoiser, device: torch.device) -> None:
         self._model, self._device = model, device
         self.uses_kernels, self.space, self.lower = model.uses_kernels, model.space, model.lower
+        self.label_table = model.label_table
         self.lower_net = None if model.lower_net is None else ReplayedNet(model.lower_net, device)
         self._passes: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}

@@ -92,7 +92,7 @@ class SamplerConfig:
     """The segmenter that guides: the folder RUN/segmenter/weights. Evaluate the images with another one."""
     clear_air: ResultWhereSet[bool] = False
     """Make the finished image black where the mask has air: more than one pixel away from `body` and organs. A model
-    that has seen patient tables, which no mask names, may draw parts of one. Masks need the class `body`."""
+    that has seen patient tables, which no mask names, may draw parts of one. Images of masks without `body` stay."""
     augmentation: ResultWhereSet[Share] = 0.1
     """How much noise the images of a cascade's lower stage get before super-resolution reads them. 0: none. 1: nothing
     of them is left. More hides more of their errors. The authors of Imagen try 0.1 to 0.3."""
@@ -226,14 +226,6 @@ def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem
         return []
     remedy = f"its labels are {found.name!r}, the masks' {table.name!r}: train a segmenter on these"
     return [Problem("config", "sample.sampler.guidance_segmenter", str(sampler.guidance_segmenter), remedy)]
-
-
-def air_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem]:
-    """Whether masks of this table say where air is, if the sampler needs that."""
-    if not sampler.clear_air or table.body_id is not None:
-        return []
-    remedy = f"the masks' labels {table.name!r} have no class body, so 0 may be the patient: leave it off"
-    return [Problem("config", "sample.sampler.clear_air", "true", remedy)]
 
 
 def guidance_digest(sampler: SamplerConfig) -> str | None:

@@ -131,12 +131,14 @@ def bounded(x0_pred_BCHW: Tensor, sampler: SamplerConfig) -> Tensor:
     return x0_pred_BCHW.clamp(-1.0, 1.0) if sampler.clip_sample else x0_pred_BCHW
 
 
-def cleared(images_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
+def cleared(images_BCHW: Tensor, mask_BHW: Tensor, body_id: int) -> Tensor:
     """Images in [-1, 1] with -1, black, where neither a pixel of the mask [B, H, W] nor one of its eight neighbours has
-    a label. The neighbours keep the outline of the patient, which lies between pixels."""
+    a label. The neighbours keep the outline of the patient, which lies between pixels. Images whose mask has no `body`
+    do not change: 0 may be the patient there."""
+    has_body_B = (mask_BHW == body_id).flatten(1).any(dim=1)
     labelled_B1HW = (mask_BHW != 0).float()[:, None]
     is_near_B1HW = torch.nn.functional.max_pool2d(labelled_B1HW, kernel_size=3, stride=1, padding=1) > 0
-    return images_BCHW.masked_fill(~is_near_B1HW, -1.0)
+    return images_BCHW.masked_fill(has_body_B[:, None, None, None] & ~is_near_B1HW, -1.0)
 
 
 def segmenter_guide(dice_term: DiceTerm, conditions: Conditions, weight: float) -> Guide:

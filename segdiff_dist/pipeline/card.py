@@ -55,6 +55,10 @@ def _shift_words(sampler: SamplerConfig) -> str:
     return f"at noise levels {low:g} to {high:g} the network is given {sampler.sigma_shift:g} times the level;\n"
 
 
+def _air_words(sampler: SamplerConfig) -> str:
+    return "where the mask has air, images are made black;\n" if sampler.clear_air else ""
+
+
 def card(description: Mapping[str, Any], process: Mapping[str, Any], sampler: SamplerConfig, parts: CardParts) -> str:
     """The card of a net whose segdiff.json is `description`, trained on this process."""
     size, table, net = description["size"], description["label_table"], description["denoiser"]
@@ -85,7 +89,7 @@ The network reads {reads}.
 ## How it is sampled
 
 {sampler.solver}, {sampler.num_steps} steps, {sampler.timestep_spacing}{_guidance_words(sampler)};
-{_shift_words(sampler)}{_process_words(process)}.
+{_shift_words(sampler)}{_air_words(sampler)}{_process_words(process)}.
 
 ## Masks
 

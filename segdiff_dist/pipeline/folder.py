@@ -13,7 +13,6 @@ import torch
 
 from data_shards.documents import read_json
 from data_shards.files import write_atomic
-from data_shards.labels import LabelTable
 from data_shards.problems import Problem, problem
 from segdiff_dist.denoising.cascade import LOWER, copy_stage, stage_problems
 from segdiff_dist.denoising.config import DiffusionConfig
@@ -22,7 +21,7 @@ from segdiff_dist.denoising.diffusion import make_scheduler
 from segdiff_dist.denoising.grids import sigma_bounds
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, copy_to_pipeline, sampler_problems
 from segdiff_dist.denoising.process import make_process
-from segdiff_dist.denoising.sampler_config import SamplerConfig, air_problems
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.pipeline.card import CardParts, card
 from segdiff_dist.pipeline.description import (
     CARD,
@@ -67,7 +66,6 @@ def pipeline_problems(weights: Path, diffusion: DiffusionConfig, sampler: Sample
     """Conflicts between `sampler` and the training of the net in `weights`."""
     own, description = sampler.alone, read_json(weights / DESCRIPTION, RESTORE)
     return own.problems(trained_process(weights, diffusion)) + [
-        *air_problems(own, LabelTable.of(description["label_table"])),
         *sampler_problems(own, description),
         *stage_problems(own, weights, description),
     ]

@@ -19,7 +19,7 @@ from segdiff_dist.config import validate
 from segdiff_dist.denoising.conditioning import Conditions, class_ids
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.sampler_config import SamplerConfig, air_problems
+from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.pipeline.description import DESCRIPTION, RESTORE, description_of, net_of, trained_process
 from segdiff_dist.ranks.distributed import pick_device
 from segdiff_dist.sampling.config import LEAST_BATCH
@@ -88,7 +88,7 @@ class SegGuidedPipeline:
         chosen = pick_device(device)
         model = Denoiser.load(weights).prepare_for(chosen)
         process, own = trained_process(weights, diffusion), sampler.alone
-        refuse([*own.problems(process), *air_problems(own, model.label_table)])
+        refuse(own.problems(process))
         return cls(model.to(torch.bfloat16) if precision == "bf16" else model, process, own, chosen)
 
     def __call__(

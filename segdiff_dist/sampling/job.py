@@ -312,11 +312,10 @@ def _unlike_training(
     every field."""
     from segdiff_dist.denoising.cascade import stage_problems
     from segdiff_dist.denoising.latent_space import sampler_problems
-    from segdiff_dist.denoising.sampler_config import air_problems, guidance_problems
+    from segdiff_dist.denoising.sampler_config import guidance_problems
 
     sampler = config.sampler
     problems = sampler.problems(diffusion) + guidance_problems(sampler, shards.label_table)
-    problems += air_problems(sampler, shards.label_table)
     problems += [*sampler_problems(sampler, description), *stage_problems(sampler, weights, description)]
     table = LabelTable.of(description["label_table"])
     if table != shards.label_table or description["size"] > shards.size:

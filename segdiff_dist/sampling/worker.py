@@ -219,8 +219,9 @@ def generate(
     x_0_BCHW = _sampled(model, items, conditions, diffusion, sampler, seed, options)
     images_BCHW = x_0_BCHW if model.space is None else model.space.decode(x_0_BCHW)
     _refuse_spoilt(items, images_BCHW.flatten(1).isfinite().all(dim=1).tolist())
-    if sampler.clear_air:
-        images_BCHW = cleared(images_BCHW, conditions.mask_BHW)
+    body_id = model.label_table.body_id
+    if sampler.clear_air and body_id is not None:
+        images_BCHW = cleared(images_BCHW, conditions.mask_BHW, body_id)
     return to_uint8(images_BCHW).cpu().numpy()
 
 

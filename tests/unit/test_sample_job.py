@@ -11,16 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sampling_support import DIFFUSION, QUICK, arguments, flip_a_byte, make_here, pixels_of, write_weights
+from sampling_support import QUICK, arguments, flip_a_byte, make_here, pixels_of, write_weights
 from scipy import ndimage
 
-from data_shards.labels import AMOS, LabelTable
+from data_shards.labels import AMOS
 from data_shards.problems import InputProblems
 from data_shards.store.shards import ShardSet
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.denoiser import Denoiser
-from segdiff_dist.denoising.sampler_config import air_problems
-from segdiff_dist.pipeline.model import SegGuidedPipeline
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.sampling.job import prepare_job, sample
 from segdiff_dist.sampling.plan import plan
@@ -58,17 +56,6 @@ def test_air_is_cleared_and_nothing_else(shapes: Path, tmp_path: Path) -> None:
     is_air = np.stack([ndimage.distance_transform_cdt(one == 0, "chessboard") > 1 for one in mask])
     assert is_air.any()
     np.testing.assert_array_equal(clear, np.where(is_air, 0, plain))
-
-
-def test_clearing_air_needs_masks_with_a_body(shapes: Path, tmp_path: Path) -> None:
-    sampler = replace(QUICK["sampler"], clear_air=True)
-    assert air_problems(sampler, AMOS) == []
-    organs = LabelTable("organs", tuple(name for name in AMOS.names if name != "body"))
-    (found,) = air_problems(sampler, organs)
-    assert "class body" in found.remedy
-    run = write_weights(tmp_path, table=organs)
-    with pytest.raises(InputProblems, match="clear_air"):
-        SegGuidedPipeline.from_weights(run / "weights" / "ema", DIFFUSION, sampler, device="cpu", precision="fp32")
 
 
 def test_the_store_says_what_it_holds(shapes: Path, tmp_path: Path) -> None:

@@ -391,9 +391,10 @@ def test_a_segmenter_of_other_labels_cannot_guide(segmenter: Path) -> None:
 def test_cleared_images_are_black_where_the_mask_has_air() -> None:
     images = torch.randn(2, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 9, 9, dtype=torch.uint8)
-    mask[0, 3:5, 4] = 16  # body
-    found = cleared(images, mask)
+    mask[0, 3, 4], mask[0, 4, 4] = 16, 1  # body and an organ
+    mask[1, 2, 2] = 1  # no body
+    found = cleared(images, mask, 16)
     kept = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
-    kept[0, :, 2:6, 3:6] = True
+    kept[0, :, 2:6, 3:6] = kept[1] = True
     assert torch.equal(found[kept], images[kept])
     assert bool((found[~kept] == -1.0).all())
