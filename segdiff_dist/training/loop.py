@@ -29,7 +29,7 @@ from segdiff_dist.training.checkpoint_writer import CheckpointWriter
 from segdiff_dist.training.compiled import compile_checked
 from segdiff_dist.training.config import TrainConfig, learning_rate
 from segdiff_dist.training.engine import Engine, start_distributed
-from segdiff_dist.training.export import Exporter
+from segdiff_dist.training.export import Exporter, refuse_to_replace
 from segdiff_dist.training.micro_batch import find_micro_batch
 from segdiff_dist.training.step_log import Guard, RunLog, StepCheck, Window
 from segdiff_dist.training.stop_signals import StopSignals
@@ -249,6 +249,7 @@ def _resume(engine: Engine, job: TrainingJob) -> tuple[Path | None, RunState, Wi
     chosen = checkpoint.newest_usable(job.folder / "checkpoints") if is_main() else None
     newest: Path | None = gather_objects(chosen)[0]
     if newest is None:
+        refuse_to_replace(job.folder)  # those that there were are damaged
         return None, RunState(), Window(engine.device), Guard(config.spike_factor, engine.device)
     saved = checkpoint.read_state(newest)
     checkpoint.refuse_other_set(newest, saved, job.shards)
