@@ -24,6 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import objectives
 from support.folds import write_folds
 from support.harness import headline, stamp, write
 from support.models_arms import ALL, Training
-from support.pooled import Extractors, Fold, between_patients, pool, spread_out
+from support.pooled import Extractors, Fold, between_patients, difference, pool, spread_out
 from support.recipes_runs import NEVER
 from support.small_runs import draw_runs, stopped
 
@@ -54,6 +55,8 @@ METRICS = tuple(
         )
     )
 )
+# Measured image by image, so that two models can be compared mask by mask.
+_COMPARED = ("dice_either_mask_gen", "dice_mask_gen", "psnr_db", "ssim", "sharpness")
 _INTERVAL = Interval(resamples=2000, seed=0)
 
 
@@ -113,13 +116,17 @@ def report(args: argparse.Namespace) -> None:
     for model, training in trainings(args):
         runs.setdefault(model, []).append(training.last)
     segmenter = folders(args)[0] / "objectives" / "segmenter-run" / "segmenter" / "weights"
-    extract, results = Extractors.load(segmenter), {}
-    for name, of_folds in runs.items():
-        results[name] = result_of([Fold.open(run, extract) for run in of_folds], list(extract.by_name))
+    extract = Extractors.load(segmenter)
+    folds = {name: [Fold.open(run, extract) for run in of_folds] for name, of_folds in runs.items()}
+    results = {name: result_of(of, list(extract.by_name)) for name, of in folds.items()}
+    for name in args.models[1:]:
+        results[name][f"less_{args.models[0]}"] = differences(folds[name], folds[args.models[0]])
     record = stamp(args, without=("archive", "out"))
     print(headline(record))
     for group in ("all", *MODALITIES):
         print_table(results, group)
+    for name in args.models[1:]:
+        print(f"{name} less {args.models[0]}: {json.dumps(results[name][f'less_{args.models[0]}'])}")
     file = args.json or args.out / "cross_validation.json"
     write(file, record | {"results": results})
     for k in range(args.folds):
@@ -143,6 +150,12 @@ def result_of(folds: list[Fold], extractors: list[str]) -> dict[str, Any]:
             name: {m: found for m in MODALITIES if (found := between_patients(folds, name, m))} for name in extractors
         },
     }
+
+
+def differences(folds: list[Fold], others: list[Fold]) -> dict[str, Any]:
+    """Of the same masks, with intervals over patients."""
+    found = {name: difference(folds, others, name, _INTERVAL) for name in _COMPARED}
+    return {name: asdict(one) for name, one in found.items() if one is not None}
 
 
 def print_table(results: dict[str, dict[str, Any]], group: str) -> None:

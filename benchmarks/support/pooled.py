@@ -19,6 +19,7 @@ from segdiff_dist.evaluation.measure.saved import read_rows, read_summary, row_c
 from segdiff_dist.evaluation.measure.summary import Evaluated, summarise
 from segdiff_dist.evaluation.measure.worker import ChunkResult
 from segdiff_dist.evaluation.metrics.columns import SIDES, column_names
+from segdiff_dist.evaluation.metrics.estimates import Estimate, estimate
 from segdiff_dist.evaluation.metrics.feature_sets import Extractor, neighbourhoods, patient_neighbourhoods
 from segdiff_dist.evaluation.metrics.sums import Interval
 from segdiff_dist.evaluation.report.pictures import Pictures
@@ -114,6 +115,23 @@ def pool(folds: Sequence[Fold], interval: Interval) -> dict[str, Any]:
     return summarise(measured, interval)
 
 
+def difference(folds: Sequence[Fold], others: Sequence[Fold], column: str, interval: Interval) -> Estimate | None:
+    """Mean over the images of `folds` of a column of samples.parquet, less that of the same masks in `others`: paired,
+    with an interval over patients. None if no pair has a value."""
+    values: list[np.ndarray] = []
+    patients: list[str] = []
+    for one, other in zip(folds, others, strict=True):
+        if one.items["row"] != other.items["row"]:
+            raise ValueError("the folds have other masks")
+        values.append(one.columns[column] - other.columns[column])
+        patients += one.patients
+    value_N, shown_N = np.concatenate(values), _headline_of(folds)
+    kept_N = shown_N & np.isfinite(value_N)
+    if not kept_N.any():
+        return None
+    return estimate(value_N[kept_N], np.array(patients)[kept_N], resamples=interval.resamples, seed=interval.seed)
+
+
 def between_patients(folds: Sequence[Fold], extractor: str, modality: str) -> dict[str, Any] | None:
     """Precision and recall between two halves of the patients: of real images, and of images from one half's masks
     against the other half's real ones. Means over random divisions; None with fewer than four patients.
@@ -155,6 +173,10 @@ def spread_out(folds: Sequence[Fold], extractor: str, modality: str | None = Non
     return {"images": len(rows), "draws": _DRAWS} | {
         name: {"mean": float(np.mean(of)), "low": min(of), "high": max(of)} for name, of in values.items()
     }
+
+
+def _headline_of(folds: Sequence[Fold]) -> np.ndarray:
+    return np.concatenate([fold.items["headline"].to_numpy(zero_copy_only=False).astype(bool) for fold in folds])
 
 
 def _of(fold: Fold, modality: str | None) -> list[int]:

@@ -57,6 +57,8 @@ class Trainer:
         """Train, test, and write scores.parquet; it continues where an earlier try stopped."""
         folder = self.inputs.folder / training.name
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "checkpoints").is_dir():  # it was finished, and its scores are gone
+            shutil.rmtree(folder / "weights", ignore_errors=True)
         with _output_into(folder / OUTPUT):
             self._train(training, folder)
             table = self._test(folder / "weights")

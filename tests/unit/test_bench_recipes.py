@@ -96,7 +96,7 @@ def test_measured_without_sharpness_is_measured_again(tmp_path: Path) -> None:
 
 
 def test_objectives_differ_in_the_objective_alone(tmp_path: Path, soft: Path) -> None:
-    args = Namespace(archive=tmp_path / "archive", out=tmp_path, images=None)
+    args = Namespace(archive=tmp_path / "archive", out=tmp_path, images=None, masks=None)
     shipped = flatten(objectives.settings_of("edm", args))
     for name in objectives.OBJECTIVES:
         settings = objectives.settings_of(name, args)
