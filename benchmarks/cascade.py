@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from support.harness import run_script
 from support.recipes_runs import NEVER, QUICK, Scale, make_data
 from support.small_runs import flops_of, shared_settings, stage, stopped, write_table
 
-from data_shards.problems import InputProblems
 from segdiff_dist.config import merge
 
 SCALE = Scale(side=64, segmenter_images=4_800, patients=(20, 2, 5), slice_stride=6)
@@ -95,8 +94,4 @@ def settings_of(name: str, args: argparse.Namespace, out: Path, scale: Scale) ->
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputProblems as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

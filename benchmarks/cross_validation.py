@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -31,13 +30,12 @@ from typing import Any
 import models
 import objectives
 from support.folds import write_folds
-from support.harness import headline, stamp, write
+from support.harness import headline, run_script, stamp, write
 from support.models_arms import ALL, Training
 from support.pooled import Extractors, Fold, between_patients, difference, pool, spread_out
 from support.recipes_runs import NEVER
 from support.small_runs import draw_runs, stopped
 
-from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.sums import Interval
@@ -198,8 +196,4 @@ def _link(link: Path, to: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputProblems as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

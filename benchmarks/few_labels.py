@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from support.harness import run_script
 from support.recipes_runs import NEVER, QUICK, Scale, make_data
 from support.rewritten_shards import rewrite
 from support.small_runs import flops_of, shared_settings, stage, stopped, write_table
 
-from data_shards.problems import InputProblems
 from segdiff_dist.config import merge
 
 if TYPE_CHECKING:
@@ -148,8 +147,4 @@ def memorised(run: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputProblems as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

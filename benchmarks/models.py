@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from support.harness import headline, stamp, write
+from support.harness import headline, run_script, stamp, write
 from support.models_arms import ALL, MODELS, Training, longer_by_seconds, with_seconds
 from support.models_figure import draw_models
 from support.recipes_runs import NEVER, QUICK, Scale, make_data
@@ -233,8 +232,4 @@ def print_plan(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputProblems as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from support.harness import headline, stamp, write
+from support.harness import headline, run_script, stamp, write
 from support.recipes_runs import segdiff
 from support.small_runs import cell_of_seeds, draw_runs, over_seeds
 
 from data_shards.files import write_atomic
-from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from segdiff_dist.config import merge, read_yaml, to_yaml
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
@@ -161,8 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputProblems as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

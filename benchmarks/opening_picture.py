@@ -9,12 +9,11 @@ generated).
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
+from support.harness import run_script
 
-from data_shards.problems import InputProblems
 from data_shards.records import MODALITIES
 from segdiff_dist.denoising.sample_grid import draw_sample_grid
 from segdiff_dist.evaluation.report.pictures import Pictures
@@ -42,8 +41,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputProblems as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from support.harness import stamp, write
+from support.harness import run_script, stamp, write
 from support.recipes_comparison import Comparison, Work
 from support.recipes_figure import draw_curves, draw_gallery
 from support.recipes_measure import Scored, measure
@@ -46,7 +45,7 @@ from support.recipes_runs import (
 from support.recipes_tables import print_result
 
 from data_shards.files import write_atomic
-from data_shards.problems import InputProblems, Problem, refuse
+from data_shards.problems import Problem, refuse
 from segdiff_dist.config import differences
 
 # Used until a run has measured its speed: images trained and images taken through the net once, a second on one core of
@@ -225,8 +224,4 @@ def write_results(args: argparse.Namespace, scale: Scale, results: dict[str, Any
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputProblems as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from data_shards.problems import InputProblems
 
 Contender = Callable[[], tuple[float, float]]
 
@@ -141,6 +144,15 @@ def report(
         "notes": dict(notes or {}),
     }
     write(args.json, record)
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Exit with a script's status; wrong input is a line for each problem, and status 2."""
+    try:
+        raise SystemExit(main())
+    except InputProblems as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def stamp(args: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, Any]:
