@@ -4,7 +4,7 @@ With three validation patients nothing can be told apart. So the labelled cases 
 of all modalities. For each fold the networks train on the other folds' cases, and images are made of its own masks. All
 images together are measured as one evaluation, with intervals over all patients.
 
-    recipe      launch/configs/amos_small.yaml, as benchmarks/objectives.py trains it
+    OBJECTIVE   launch/configs/amos_small.yaml, as benchmarks/objectives.py trains it: edm (shipped), x0, v, ...
     MODEL       as benchmarks/models.py trains it: concat, spade, controlnet, latent, cascade, ... (--models)
 
 Dice is that of each fold's own segmenter, which has not seen the fold's patients. Distances and neighbourhoods need the
@@ -55,6 +55,8 @@ METRICS = tuple(
 )
 # Measured image by image, so that two models can be compared mask by mask.
 _COMPARED = ("dice_either_mask_gen", "dice_mask_gen", "psnr_db", "ssim", "sharpness")
+# x0 and v are among the objectives.
+_MODELS = tuple(name for name in ALL if name not in objectives.OBJECTIVES)
 _INTERVAL = Interval(resamples=2000, seed=0)
 
 
@@ -76,8 +78,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--archive", type=Path, required=True, help="an archive in AMOS' layout")
     parser.add_argument("--out", type=Path, default=Path("runs/folds"), help="the comparison's folder")
     parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--masks", type=int, default=64, help="sampled of each fold by the recipe")
-    parser.add_argument("--models", nargs="+", choices=ALL, default=[], help="default: the recipe alone")
+    parser.add_argument(
+        "--objectives", nargs="+", choices=objectives.OBJECTIVES, default=["edm"], help="default: the shipped one"
+    )
+    parser.add_argument("--masks", type=int, default=64, help="sampled of each fold with an objective")
+    parser.add_argument("--models", nargs="+", choices=_MODELS, default=[], help="default: none")
     parser.add_argument("--model-masks", type=int, default=48, help="sampled of each fold by a model")
     parser.add_argument("--tflops", type=float, default=9.0, help="of a model's trainings, counted")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the models")
@@ -109,22 +114,24 @@ def trainings(args: argparse.Namespace) -> Iterator[tuple[str, Training]]:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print the tables, write the JSON file, draw the first fold."""
-    runs = {"recipe": [folder / "objectives" / "runs" / "edm-0" for folder in folders(args)]}
+    """Print the tables, write the JSON file, draw each fold."""
+    runs = {
+        name: [folder / "objectives" / "runs" / f"{name}-0" for folder in folders(args)] for name in args.objectives
+    }
     for model, training in trainings(args):
         runs.setdefault(model, []).append(training.last)
     segmenter = folders(args)[0] / "objectives" / "segmenter-run" / "segmenter" / "weights"
     extract = Extractors.load(segmenter)
     folds = {name: [Fold.open(run, extract) for run in of_folds] for name, of_folds in runs.items()}
     results = {name: result_of(of, list(extract.by_name)) for name, of in folds.items()}
-    for name in args.models[1:]:
-        results[name][f"less_{args.models[0]}"] = differences(folds[name], folds[args.models[0]])
+    for first, *others in (args.objectives, args.models or [""]):
+        for name in others:
+            results[name][f"less_{first}"] = differences(folds[name], folds[first])
+            print(f"{name} less {first}: {json.dumps(results[name][f'less_{first}'])}")
     record = stamp(args, without=("archive", "out"))
     print(headline(record))
     for group in ("all", *MODALITIES):
         print_table(results, group)
-    for name in args.models[1:]:
-        print(f"{name} less {args.models[0]}: {json.dumps(results[name][f'less_{args.models[0]}'])}")
     file = args.json or args.out / "cross_validation.json"
     write(file, record | {"results": results})
     for k in range(args.folds):
@@ -185,7 +192,7 @@ def _rounded(found: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(args: argparse.Namespace, folder: Path, archive: Path) -> argparse.Namespace:
     """Arguments of benchmarks/objectives.py."""
-    given = {"archive": archive, "out": folder / "objectives", "objectives": ["edm"], "images": None}
+    given = {"archive": archive, "out": folder / "objectives", "objectives": args.objectives, "images": None}
     return argparse.Namespace(**given, masks=args.masks, threads=1, seeds=1)
 
 
