@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,15 @@ def read_ids(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -
     drawn = np.zeros(labels.series.shape, np.uint8, order="F")
     name_of: dict[int, str] = {}
     notes: list[str] = []
+    opened = cache(partial(_opened, labels.name))  # a file is decoded once, not once for each of its segments
     wanted = [(one, number, name, ids[labels.ids[name]]) for one in labels.objects for number, name in one.names]
     for one, number, name, new in sorted(wanted, key=lambda entry: entry[3] != body_id):
         if new == 0:
             continue
-        masks = list((_contour_masks if one.is_contours else _segment_masks)(labels, one, number))
+        drawn_by = (
+            _contour_masks(labels, one, number) if one.is_contours else _segment_masks(labels, opened(one), number)
+        )
+        masks = list(drawn_by)
         if one.is_contours and (step := _usual_step([int(k[0]) for _, _, k in masks if len(k)])) > 1:
             between = "the slices between have none of it; interpolate the contours if that is wrong"
             notes.append(f"{name} has contours in one of {step} slices alone: {between}")
@@ -207,17 +212,30 @@ def _to_series(series: DicomSeries, geometry: Any) -> tuple[np.ndarray, np.ndarr
     return turn.astype(int), start.astype(int)
 
 
-def _segment_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterator[_Mask]:
+def _opened(name: str, one: LabelObject) -> Any:
+    """A SEG. Raises ValueError if it cannot be read, or is a label map with values of no segment."""
+    with quiet():
+        try:
+            segments = _segmentation(one, name)
+            unknown = undeclared(segments)
+        except Exception as error:
+            raise _undecodable(error) from None
+    if unknown:
+        raise ValueError(f"a label map has values of no segment: {unknown[:4]}; write it again with all its segments")
+    return segments
+
+
+def _undecodable(error: Exception) -> ValueError:
+    return ValueError(f"a SEG cannot be decoded ({type(error).__name__})")
+
+
+def _segment_masks(labels: DicomLabels, segments: Any, number: int) -> Iterator[_Mask]:
     """The voxels of a segment."""
     with quiet():
         try:
-            segments = _segmentation(one, labels.name)
-            unknown = undeclared(segments)
             volume = segments.get_volume(segment_numbers=[number], combine_segments=True)
         except Exception as error:
-            raise ValueError(f"a SEG cannot be decoded ({type(error).__name__})") from None
-    if unknown:
-        raise ValueError(f"a label map has values of no segment: {unknown[:4]}; write it again with all its segments")
+            raise _undecodable(error) from None
     moved = _to_series(labels.series, volume)
     if moved is None:
         raise ValueError(f"a SEG is on another grid than its series; {_GRID}")
