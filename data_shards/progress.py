@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -21,9 +21,17 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, disable: bool = False
     """tqdm's bar on the error stream, for `iterable` or a `total` and update(); settings are tqdm's."""
     disable = disable or bool(os.environ.get(QUIET))
     if disable or sys.stderr.isatty():
-        return tqdm(iterable, disable=disable, **settings)
+        return _Bar(iterable, disable=disable, **settings)
     in_a_file = {"mininterval": _LINE_EVERY_S, "maxinterval": _LINE_EVERY_S, "bar_format": _LINE}
-    return tqdm(iterable, file=_Lines(sys.stderr), **{**settings, **in_a_file})
+    return _Bar(iterable, file=_Lines(sys.stderr), **{**settings, **in_a_file})
+
+
+class _Bar(tqdm):
+    """tqdm's bar, which is not drawn any more when Python ends: modules have then lost their globals."""
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():
+            super().__del__()
 
 
 class _Lines:

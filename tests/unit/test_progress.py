@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,13 @@ def test_quiet_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     refused = json.loads(shown.out)
     assert (refused["exit_code"], refused["message"], refused["next_command"]) == (2, [], None)
     assert f"error: {refused['warnings'][0]}\n" in shown.err
+
+
+def test_a_bar_that_is_left_at_the_end_of_the_interpreter_says_nothing() -> None:
+    """A library in C may keep a module, and a traceback a bar, until Python takes away the module's globals."""
+    program = (
+        "import ctypes; from data_shards import progress; ctypes.pythonapi.Py_IncRef(ctypes.py_object(progress))\n"
+        "progress.kept = progress.progress_bar(total=3); progress.kept.update(1)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stderr == "0 %, 0 of 3, 00:00 gone, ? left, ?it/s\n"
