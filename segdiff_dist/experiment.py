@@ -37,7 +37,7 @@ from segdiff_dist.training.config import AverageConfig, TrainConfig
 CONFIG_FILE = "config.yaml"
 # Keys of a file that are arguments of one command; they are fields of its stage. An old run folder's file may name
 # them; they are not taken from it.
-ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared", "images")
+ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared", "images", "hours", "recipe")
 
 # In a folder of a network that segdiff wrote: weights without code.
 OF_OURS = "segdiff.json"

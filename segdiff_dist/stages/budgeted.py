@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
@@ -13,8 +14,9 @@ import tyro
 
 from data_shards.files import write_atomic
 from data_shards.ingest.prepare_config import PrepareConfig
+from data_shards.locks import locked
 from data_shards.problems import Problem, problem, refuse
-from segdiff_dist.config import as_dict, flatten, merge, read_yaml, to_yaml
+from segdiff_dist.config import as_dict, flatten, merge, read_yaml, to_yaml, validate
 from segdiff_dist.experiment import Experiment, load_experiment, value_of
 from segdiff_dist.shipped import find_config, shipped_names
 from segdiff_dist.stages.base import command
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
 PLAN = "run.yaml"
 _YAML = (".yaml", ".yml")
-_FLAG = re.compile(r"--((?:prepare|tracking)\.[\w.-]+)")
+_FLAG = re.compile(r"--((?:prepare|tracking)\.[\w.-]+|hours\b|recipe\b)")
+# Arguments that a plan is made for. They and the places of its work are not kept for another plan.
+MADE_FOR = ("hours", "recipe")
+_OF_ONE_PLAN = ("amos_root", "data", "run", "exported", *MADE_FOR)
 _MOST_HOURS = 24 * 90
 _TITLES = ("stage", "what", "time", "memory", "disk")
 
@@ -85,15 +90,18 @@ class Budgeted(ConfiguredStage):
 
     def kept(self) -> dict[str, Any]:
         """The values that are not chosen: of --config, and of flags."""
-        values = {} if self.config is None else read_yaml(find_config(self.config))
-        for name in ("amos_root", "data", "run", "exported"):
-            values.pop(name, None)
-        for key in self.typed:
+        values = self.configured()
+        for key in (key for key in self.typed if key not in _OF_ONE_PLAN):
             nested: Any = value_of(self.experiment, key)
             for part in reversed(key.split(".")):
                 nested = {part: nested}
             values = merge(values, nested)
         return values
+
+    def configured(self) -> dict[str, Any]:
+        """The values of --config that a plan keeps."""
+        values = {} if self.config is None else read_yaml(find_config(self.config))
+        return {key: value for key, value in values.items() if key not in _OF_ONE_PLAN}
 
     def problems(self) -> list[Problem]:
         """Problems of the flags."""
@@ -132,6 +140,7 @@ class Budgeted(ConfiguredStage):
         return Planned(
             experiment,
             exported,
+            self.hours,
             (data_set.described, _machine_line(machine), f"recipe: {candidate.recipe}", *table_lines(rows)),
             recipe=candidate.recipe,
             seconds=sum(row.seconds for row in rows),
@@ -141,10 +150,12 @@ class Budgeted(ConfiguredStage):
 
 @dataclass(frozen=True)
 class Planned:
-    """A configuration for everything. `lines`: what was recognised, and the table; none for a plan from a file."""
+    """A configuration for everything. `lines`: what was recognised, and the table; none for a plan from a file.
+    `hours`, `recipe`: what it was made for; None and empty in an old file, which does not say."""
 
     experiment: Experiment
     exported: Path
+    hours: float | None
     lines: tuple[str, ...] = ()
     recipe: str = ""
     seconds: float = 0.0
@@ -157,14 +168,38 @@ class Planned:
         experiment = load_experiment(file, None, arguments=arguments)
         if not isinstance(arguments.get("exported"), str) or experiment.amos_root is None:
             raise problem(file, "exported", "missing", f"it is no plan: write it again by {command('plan', '--help')}")
-        return cls(experiment, Path(arguments["exported"]))
+        made_for = validate(_MadeFor, {key: arguments.get(key) for key in MADE_FOR}, file)
+        return cls(experiment, Path(arguments["exported"]), made_for.hours, recipe=made_for.recipe or "")
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders that everything is written to."""
+        experiment = self.experiment
+        paths = (experiment.path("data"), experiment.path("run"), self.exported)
+        return [path.resolve().parent for path in paths]
 
     def write(self, file: Path, by: str) -> None:
         """As a configuration that every stage takes. `by`: the command that made it."""
-        values = as_dict(self.experiment) | {"exported": str(self.exported)}
+        made = {key: getattr(self, key) for key in MADE_FOR}
+        values = as_dict(self.experiment) | made | {"exported": str(self.exported)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        head = f"# {by}\n# From the recipe {self.recipe}. Every command takes this file by --config.\n"
+        head = (
+            f"# {by}\n# Every command takes this file by --config. Other hours, or another recipe, need a new plan.\n"
+        )
         write_atomic(file, head + to_yaml(values))
+
+
+@dataclass(frozen=True)
+class _MadeFor:
+    """What a plan was made for, for checking a file."""
+
+    hours: float | None
+    recipe: str | None
+
+
+def locked_folder(folder: Path) -> AbstractContextManager[None]:
+    """The lock of the folder of everything."""
+    return locked(folder / ".run.lock", folder, "is running there")
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:

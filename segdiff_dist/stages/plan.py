@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_shards.problems import problem
 from segdiff_dist.stages.base import Plan, Result, command, flag
-from segdiff_dist.stages.budgeted import PLAN, Budgeted, Planned
+from segdiff_dist.stages.budgeted import PLAN, Budgeted, Planned, locked_folder
 from segdiff_dist.stages.cost import Cost
 
 if TYPE_CHECKING:
@@ -22,12 +23,16 @@ class PlanRun(Budgeted):
 
     def check(self) -> PlanRunPlan:
         """Reads headers, and times a few passes of the networks."""
+        self.refuse_begun()
+        return PlanRunPlan(self, self.file, self.planned())
+
+    def refuse_begun(self) -> None:
+        """Refuse to replace a plan whose work has begun."""
         if self.file.exists() and any((self.folder / name).exists() for name in ("shards", "run")):
             go_on = command("run", "--out", self.folder)
             raise problem(
                 self.file, "--out", "the work by this plan has begun", f"go on: {go_on}, or give another --out"
             )
-        return PlanRunPlan(self, self.file, self.planned())
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,14 @@ class PlanRunPlan(Plan):
         """The table."""
         return Cost(notes=self.planned.lines)
 
+    def lock(self) -> AbstractContextManager[None]:
+        """The lock of the folder, where `run` reads the plan."""
+        return locked_folder(self.stage.folder)
+
     def run(self, tracker: Tracker) -> Result:
         """Write it."""
         stage, planned = self.stage, self.planned
+        stage.refuse_begun()  # it may have begun since the check
         planned.write(self.file, command("plan", stage.amos_root, "--hours", f"{stage.hours:g}"))
         lines = (*planned.lines, f"plan: {self.file.resolve()}")
         if self.file.name == PLAN:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_shards.locks import locked
+from data_shards.documents import shown
 from data_shards.problems import Problem, problem, refuse
-from segdiff_dist.config import read_yaml
-from segdiff_dist.experiment import value_of
+from segdiff_dist.config import as_dict, flatten, read_yaml
 from segdiff_dist.shipped import find_config
 from segdiff_dist.stages.base import Plan, Result, command
-from segdiff_dist.stages.budgeted import PLAN, Budgeted, Planned
+from segdiff_dist.stages.budgeted import MADE_FOR, PLAN, Budgeted, Planned, locked_folder
 from segdiff_dist.stages.chain import Step, evaluate_once, in_a_row, stage_of, times_line
 from segdiff_dist.stages.configured import ConfiguredStage
 from segdiff_dist.stages.cost import Cost
@@ -44,29 +44,52 @@ class Run(Budgeted):
         if there is None:
             return RunPlan(self, self.folder, self.planned(), is_new=True)
         planned = Planned.read(there)
+        refuse([*self._of_other_folders(there, planned), *self._contradictions(there, planned)])
+        return RunPlan(self, planned.experiment.path("data").parent, planned, is_new=False)
+
+    def _of_other_folders(self, there: Path, planned: Planned) -> Iterator[Problem]:
+        """Problems if the plan is not for DATA, or does not write to the folder."""
         data = planned.experiment.path("amos_root")
         if self.amos_root is not None and self.amos_root.resolve() != data.resolve():
             value = f"{self.amos_root}, and {there} is the plan for {data}"
-            raise problem("command line", "DATA", value, "give another --out")
-        refuse(self._contradictions(there, planned))
-        return RunPlan(self, planned.experiment.path("data").parent, planned, is_new=False)
+            yield Problem("command line", "DATA", value, "give another --out")
+        is_in_folder = self.out is not None or there != self._given_plan
+        if is_in_folder and self.folder.resolve() not in planned.folders:
+            value = f"{self.folder}, and {there} is the plan for {planned.folders[0]}"
+            remedy = "correct the paths data, run and exported in it, or give another --out"
+            yield Problem("command line", "--out", value, remedy)
 
     def _contradictions(self, there: Path, planned: Planned) -> list[Problem]:
-        """Problems of flags whose values are not those of the plan, which would be used without them."""
-        pairs = [(key, value_of(self.experiment, key), value_of(planned.experiment, key)) for key in self.typed]
-        remedy = f"{there} is the plan: change it there, remove it to plan anew, or give another --out"
+        """Problems of flags and of values of --config that are not those of the plan, which is used as it is."""
+        of_plan, given = flatten(as_dict(planned.experiment)), flatten(as_dict(self.experiment))
+        if planned.hours is not None:  # an old plan does not say for what it was made
+            of_plan |= {key: getattr(planned, key) for key in MADE_FOR}
+            given |= {key: getattr(self, key) for key in MADE_FOR}
+        in_file = () if self._given_plan else flatten(self.configured())
+        places = {key: (str(self.config), key) for key in in_file}
+        places |= {key: ("command line", f"--{key.replace('_', '-')}") for key in self.typed}
+        remedy = f"leave it out to go on by {there}, change that file, or remove it or give another --out to plan anew"
         return [
-            Problem("command line", f"--{key.replace('_', '-')}", f"{now}, and {before} in the plan", remedy)
-            for key, now, before in pairs
-            if now != before
+            Problem(
+                *place,
+                f"{shown(given.get(key))}, and {shown(of_plan.get(key))} in the plan",
+                remedy.replace(" change that file,", "") if key in MADE_FOR else remedy,
+            )
+            for key, place in places.items()
+            if given.get(key) != of_plan.get(key)
         ]
 
-    def _plan_there(self) -> Path | None:
-        """--config if it is a plan, else that of the folder."""
+    @property
+    def _given_plan(self) -> Path | None:
+        """--config, if it is a plan."""
         config = None if self.config is None else find_config(self.config)
-        if config is not None and "exported" in read_yaml(config):
-            return config
-        return self.folder / PLAN if (self.folder / PLAN).is_file() else None
+        return config if config is not None and "exported" in read_yaml(config) else None
+
+    def _plan_there(self) -> Path | None:
+        """--config if it is a plan, else that of --out or of the folder."""
+        if (given := self._given_plan) is not None:
+            return given
+        return next((file for file in (self.file, self.folder / PLAN) if file.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -85,17 +108,20 @@ class RunPlan(Plan):
     @property
     def used(self) -> str:
         """Which plan is used, for one that was there."""
-        return f"by the plan in {self.folder}; --hours and --recipe count for a new plan"
+        is_said = self.planned.hours is not None or not set(MADE_FOR) & set(self.stage.typed)
+        return f"by the plan in {self.folder}{'' if is_said else '; --hours and --recipe count for a new plan'}"
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the folder; each stage also takes its own."""
-        return locked(self.folder / ".run.lock", self.folder, "is running there")
+        return locked_folder(self.folder)
 
     def run(self, tracker: Tracker) -> Result:
         """Run every stage; the result is where report and data set are."""
         from data_shards.fan_out import ray_session
 
         planned, experiment = self.planned, self.planned.experiment
+        if self.is_new and (self.folder / PLAN).exists():
+            raise problem(self.folder / PLAN, "plan", "made by another command as this one began", "start it again")
         print(*(planned.lines or (self.used,)), sep="\n", flush=True)
         if self.is_new:
             planned.write(self.folder / PLAN, command("run", experiment.amos_root, "--hours", f"{self.stage.hours:g}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from segdiff_dist.budget.data_set import DataSet
 from segdiff_dist.budget.lengths import Length, fit, least_seconds
 from segdiff_dist.budget.rows import rows_of
 from segdiff_dist.planning.memory import Capacity
+from segdiff_dist.stages.plan import PlanRun
+from segdiff_dist.stages.run import Run
 
 GIB = 2**30
 SPEED = Speed(segmenter=0.06, denoiser=0.15, segmenter_pass=0.03, denoiser_pass=0.06)
@@ -217,9 +220,90 @@ def test_the_same_line_again_does_nothing_that_is_done(
     assert cli.main(["run", "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("nothing to do") == 5
     assert before == {path: path.stat().st_mtime_ns for path in watched}
-    assert cli.main(["run", "--out", str(out), "--prepare.size", "24"]) == 2
-    assert "is the plan: change it there" in capsys.readouterr().err
     assert cli.main(["run", str(data.parent), "--out", str(out)]) == 2
     assert "give another --out" in capsys.readouterr().err
     assert cli.main(["plan", str(data), *FLAGS, "--out", str(out)]) == 2
     assert "the work by this plan has begun" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def planned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a plan, and the flags that it was made with."""
+    folder = tmp_path_factory.mktemp("planned")
+    (folder / "kept.yaml").write_text(yaml.safe_dump({"train": {"lr": 0.001}, "prepare": {"spacing_mm": 4}}))
+    flags = [str(data), *FLAGS, "--recipe", "smoke", "--config", str(folder / "kept.yaml"), "--hours", "0.2"]
+    assert cli.main(["plan", *flags, "--out", str(folder / "out")]) == 0
+    return folder / "out", flags
+
+
+def test_the_same_line_goes_on_by_the_plan_also_where_it_was_made_before_hours_were_recorded(
+    planned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flags = planned
+    assert cli.main(["run", *flags, "--out", str(out), "--dry-run"]) == 0
+    assert cli.main(["run", "--config", str(out / "run.yaml"), "--dry-run"]) == 0
+    capsys.readouterr()
+    lines = [line for line in (out / "run.yaml").read_text().splitlines() if not line.startswith(("hours:", "recipe:"))]
+    (tmp_path / "old.yaml").write_text("\n".join(lines))
+    assert cli.main(["run", "--config", str(tmp_path / "old.yaml"), "--hours", "3", "--dry-run"]) == 0
+    assert "--hours and --recipe count for a new plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prepare.size", "24"), "--prepare.size: 24, and 32 in the plan"),
+        (("--prepare.modality", "MR"), "--prepare.modality: MR, and None in the plan"),
+        (("--hours", "3"), "--hours: 3.0, and 0.2 in the plan"),
+        (("--recipe", "amos_small"), "--recipe: amos_small, and smoke in the plan"),
+    ],
+)
+def test_flags_that_contradict_the_plan_are_refused(
+    flags: tuple[str, str], message: str, planned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = planned
+    for of in (("--out", str(out)), ("--config", str(out / "run.yaml"))):
+        assert cli.main(["run", *of, *flags]) == 2
+        refused = capsys.readouterr().err
+        assert message in refused
+        assert f"leave it out to go on by {out / 'run.yaml'}, " in refused
+        assert ("change that file" in refused) == flags[0].startswith("--prepare")
+
+
+def test_a_configuration_that_contradicts_the_plan_is_refused_value_by_value(
+    planned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = planned
+    other = tmp_path / "other.yaml"
+    other.write_text("train: {lr: 0.5}\nsample: {seed: 4}\nprepare: {spacing_mm: 4.0}\ndata: elsewhere\n")
+    assert cli.main(["run", "--out", str(out), "--config", str(other)]) == 2
+    refused = capsys.readouterr().err
+    assert f"{other}: train.lr: 0.5, and 0.001 in the plan" in refused
+    assert f"{other}: sample.seed: 4, and 0 in the plan" in refused
+    assert "2 problems" in refused
+
+
+def test_a_plan_of_another_folder_is_refused(
+    planned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder was moved or copied: its plan would begin anew in the old place."""
+    out, _ = planned
+    moved = Path(shutil.copytree(out, tmp_path / "moved"))
+    for flags in (("--out", str(moved)), ("--config", str(out / "run.yaml"), "--out", str(moved))):
+        assert cli.main(["run", *flags]) == 2
+        assert f"is the plan for {out}" in capsys.readouterr().err
+
+
+def test_two_commands_that_plan_at_once_do_not_replace_each_others_plan(
+    planned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    _, flags = planned
+    late = [
+        kind.parse(name, [*flags, "--out", str(tmp_path)]).check() for name, kind in (("run", Run), ("plan", PlanRun))
+    ]
+    (tmp_path / "run.yaml").write_text("of: another\n")
+    (tmp_path / "shards").mkdir()
+    for one, message in zip(late, ("made by another command", "has begun"), strict=True):
+        with pytest.raises(InputProblems, match=message):
+            one.start()
+    assert (tmp_path / "run.yaml").read_text() == "of: another\n"
