@@ -22,12 +22,9 @@ from data_shards import __version__
 from data_shards.labels import LabelTable
 from data_shards.modalities import OF_MR
 from data_shards.problems import Problem, problem
-from segdiff_dist.export.files import slice_affine
 
 if TYPE_CHECKING:
     from pydicom import Dataset
-
-    from segdiff_dist.export.samples import FinishedSamples, Sample
 
 MANUFACTURER = "segdiff"
 # The namespace of our UIDs: an arbitrary constant.
@@ -46,6 +43,7 @@ _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # A series counts as one of the abdomen if its mask shows one of these.
 _IN_ABDOMEN = ("spleen", "kidney", "gallbladder", "liver", "stomach", "pancreas", "adrenal_gland", "duodenum")
 _LONGEST = 64  # of DICOM's LO
+_BY = " (segdiff)"
 _LARGEST_COSINE = 2e-3
 
 
@@ -81,13 +79,15 @@ class Stack:
 class Names:
     """What a series belongs to. `origin`: distinguishes this series from others of the same pixels. `frame`: of the
     coordinates that the affine leads to; series of one frame can be laid over each other. `number`: of the series in
-    its study, odd; that of the mask is the next."""
+    its study, odd; that of the mask is the next. `part`: what of the study it shows. `file`: the name of its file."""
 
     patient: str
     study: str
     frame: str
     origin: str
     number: int = 1
+    part: str | None = None
+    file: str | None = None
 
 
 def require_dicom(where: object) -> None:
@@ -103,47 +103,6 @@ def require_dicom(where: object) -> None:
 def uid(*parts: str) -> str:
     """The UID of what the parts name: a UUID as an integer under 2.25."""
     return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(parts)).int}"
-
-
-def write_dicom_pairs(out: Path, samples: FinishedSamples, iterated: Iterable[Sample]) -> None:
-    """OUT/images/NAME.dcm and OUT/masks/NAME.dcm: a series of one slice for each sample, in a study for each case.
-
-    Samples of a case are no volume: each has its own noise, and they are not neighbours. So a viewer must not stack
-    them; it shows where they cross each other.
-    """
-    made_by = json.dumps(samples.provenance, sort_keys=True)
-    for folder in ("images", "masks"):
-        (out / folder).mkdir()
-    for number, (item, sample) in enumerate(zip(samples.items, iterated, strict=True)):
-        meta = sample.record.meta
-        affine = slice_affine(meta, sample.knows_place)
-        if is_sheared(affine):
-            affine = slice_affine(meta, False)
-        patient = item["case"].rsplit("_", 2)[0]
-        is_placed = sample.knows_place and np.array_equal(affine, np.array(meta.affine).reshape(4, 4)[:, [1, 0, 2, 3]])
-        frame = patient if is_placed else sample.name
-        names = Names(patient, f"{made_by} {patient}", f"{made_by} {frame}", f"{made_by} {sample.name}", 2 * number + 1)
-        white = meta.intensity_offset + 255 * meta.intensity_scale
-        in_hu = samples.in_hu(meta.modality)
-        stack = Stack(
-            sample.record.image_HW[None],
-            sample.record.mask_HW[None],
-            affine,
-            dicom_kind(meta.modality, in_hu) or "MR",
-            meta.axis,
-            (meta.intensity_offset, white),
-            meta.intensity_scale,
-            meta.intensity_offset,
-            name=meta.modality,
-            in_hu=in_hu,
-        )
-        write_stack(
-            [out / "images" / f"{sample.name}.dcm"],
-            out / "masks" / f"{sample.name}.dcm",
-            stack,
-            names,
-            samples.label_table,
-        )
 
 
 def dicom_kind(modality: str, in_hu: bool) -> Kind | None:
@@ -208,8 +167,11 @@ def _described(stack: Stack, names: Names, table: LabelTable) -> Dataset:
     image.FrameOfReferenceUID = uid("frame", names.frame)
     for keyword, value in _IDENTITY.items():
         setattr(image, keyword, value)
-    image.PatientID = names.patient.replace("\\", "/")[:_LONGEST]
-    image.SeriesDescription = f"synthetic {stack.name or stack.modality}, {stack.axis} (segdiff)"
+    image.PatientID = _patient_id(names.patient)
+    series = f"synthetic {stack.name or stack.modality}, {names.part or stack.axis}"
+    image.SeriesDescription = f"{series[: _LONGEST - len(_BY)]}{_BY}"
+    if names.file is not None:
+        image.ImageComments += f"; {names.file}"
     image.SoftwareVersions = __version__
     kind = "OTHER" if stack.modality != "CT" else "AXIAL" if stack.axis == "axial" else "MPR"
     image.ImageType = ["DERIVED", "SECONDARY", kind]
@@ -218,6 +180,14 @@ def _described(stack: Stack, names: Names, table: LabelTable) -> Dataset:
     else:  # type 2C (PS3.3 C.7.3.1): empty, since the part, which may be one of a pair, is not known
         image.Laterality = ""
     return image
+
+
+def _patient_id(patient: str) -> str:
+    """The name in the characters and the length of DICOM's LO. A digest distinguishes names that would become equal."""
+    plain = "".join(one if one.isprintable() and one != "\\" else "_" for one in patient).strip()
+    if plain == patient and len(plain) <= _LONGEST:
+        return plain
+    return f"{plain[: _LONGEST - 9]}_{hashlib.sha256(patient.encode()).hexdigest()[:8]}"
 
 
 # Types 1 and 2 of the modules Patient, General Study, General Series, Frame of Reference, General Equipment and General

@@ -61,7 +61,7 @@ def write_seg(
         device_serial_number="0",
         content_label="MASK",
         content_description="the mask that the synthetic image was made from",
-        series_description="mask of the synthetic image (segdiff)",
+        series_description=f"mask of synthetic series {images[0].SeriesNumber} (segdiff)",
     )
     for keyword in ("PatientIdentityRemoved", "DeidentificationMethod", "SyntheticData", "BodyPartExamined"):
         if keyword in images[0]:

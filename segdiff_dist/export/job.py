@@ -23,7 +23,8 @@ from data_shards.locks import lock_beside, locked
 from data_shards.problems import Problem, problem, refuse, saying_when_full
 from segdiff_dist.config import how_to_make
 from segdiff_dist.export.config import ExportConfig
-from segdiff_dist.export.dicom import dicom_kind, problems_without_kind, require_dicom, write_dicom_pairs
+from segdiff_dist.export.dicom import dicom_kind, problems_without_kind, require_dicom
+from segdiff_dist.export.dicom_pairs import write_dicom_pairs
 from segdiff_dist.export.files import nnunet_problems, write_manifest, write_nnunet, write_pairs
 from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
 from segdiff_dist.export.shards import write_shard_set
@@ -71,7 +72,7 @@ class SamplesExport:
         if self.merge is not None:
             return self.merge.lines(self.out)
         known = self.samples.mask_patients
-        found = (known.line, known.guess if self.config.format == "nnunet" else None)
+        found = (known.line, known.guess if self.config.format in ("nnunet", "dicom") else None)
         return tuple(text for text in found if text is not None)
 
     @cached_property

@@ -177,16 +177,19 @@ class FinishedSamples:
         return self._preprocessing | {"size": self.size, "bits": 8, "soft_edge": False}
 
     @property
-    def provenance(self) -> dict[str, Any]:
-        """The origin of the images, to be kept with them."""
+    def origin(self) -> dict[str, Any]:
+        """The job that made the images: the same for each of them."""
         job = self.store.job
         names = ("weights_digest", "shards_digest", "masks_digest", "diffusion", "sample")
         of_guides = ("guidance_segmenter_sha256", "guidance_weights_digest")
-        provenance = {"synthetic": True, "made_by": "segdiff sample"} | {
-            name: job[name] for name in names + of_guides if name in job
-        }
+        of_job = {name: job[name] for name in names + of_guides if name in job}
+        return {"synthetic": True, "made_by": "segdiff sample"} | of_job
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The origin of the images, to be kept with them, and what was assumed of those that are exported."""
         named = self.mask_patients.line
-        return provenance | ({"hu": HU_BY_MEDIAN} if self.borrowing else {}) | ({NAMED: named} if named else {})
+        return self.origin | ({"hu": HU_BY_MEDIAN} if self.borrowing else {}) | ({NAMED: named} if named else {})
 
     @cached_property
     def borrowing(self) -> tuple[str, ...]:

@@ -82,7 +82,8 @@ def _guess(num_slices: Mapping[str, int], section: str) -> str | None:
     likely, num = pattern or ("(.+)_", 0)
     found = f" (here {num:,} patient{'s' if num > 1 else ''})" if num else ""
     what = f"{len(cases):,} cases, {len(flat):,} of them single slices," if flat else f"{len(cases):,} cases"
-    wrong = "intervals are too narrow" if section == "evaluate" else "folds may have a patient in both parts"
+    of_export = "a fold may have a patient in both parts, and DICOM makes two patients,"
+    wrong = "intervals are too narrow" if section == "evaluate" else of_export
     return (
         f"{what} count as {len(cases):,} patients, since no table or pattern names them: {wrong} if several are of one "
         f"patient. Then give --{section}.patient '{likely}'{found}: its first group is the patient"
