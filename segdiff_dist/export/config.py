@@ -37,8 +37,8 @@ class ExportConfig:
     NRRD need the extra `formats`."""
     patient: ResultWhereSet[str | None] = None
     """For samples whose masks are of a folder: a pattern for names of masks whose first group is the patient, as
-    `(p[0-9]+)_`. A fold has a patient in one part only. null: as a table beside the masks names them, else each mask
-    is of a patient of its own."""
+    `(p[0-9]+)_`. With merge_with it is for names of real cases, too. A fold has a patient in one part only. null: as a
+    table beside the masks names them, else each mask is of a patient of its own."""
     merge_with: Annotated[Result[Path | None], tyro.conf.arg(aliases=["--merge-with"])] = None
     """nnunet: a raw data set of nnU-Net with real cases, which are put beside the synthetic ones. Only real cases are
     validated on."""
@@ -96,9 +96,6 @@ class ExportConfig:
             problems.append(
                 Problem("config", "export.merge_with", f"with --format {self.format}", "give --format nnunet")
             )
-        if self.merge_with is not None and self.patient is not None:
-            remedy = "leave it out: folds are by the real cases' patients, which have the masks' names"
-            problems.append(Problem("config", "export.patient", f"{self.patient} with --merge-with", remedy))
         if self.about is not None and not self.about.is_file():
             problems.append(Problem("config", "export.about", str(self.about), "no such file: give a Markdown file"))
         return problems

@@ -69,11 +69,10 @@ class SamplesExport:
     @property
     def lines(self) -> tuple[str, ...]:
         """What a person has to know of the result."""
-        if self.merge is not None:
-            return self.merge.lines(self.out)
         known = self.samples.mask_patients
         found = (known.line, known.guess if self.config.format in ("nnunet", "dicom") else None)
-        return tuple(text for text in found if text is not None)
+        merged = () if self.merge is None else self.merge.lines(self.out)
+        return (*(text for text in found if text is not None), *merged)
 
     @cached_property
     def seconds(self) -> float | None:
@@ -138,6 +137,7 @@ def check_samples(run: Path, out: Path, config: ExportConfig) -> SamplesExport:
 
 def _merge(samples: FinishedSamples, config: ExportConfig) -> Merge:
     from segdiff_dist.export.merge import Merge
+    from segdiff_dist.export.patients import Patients
     from segdiff_dist.export.real_slices import Slicing
 
     assert config.merge_with is not None
@@ -147,8 +147,9 @@ def _merge(samples: FinishedSamples, config: ExportConfig) -> Merge:
         samples.label_table,
         {item["name"]: item["case_id"] for item in samples.items},
         keep_body=config.body_label,
-        shards=samples.shards,
+        patients=Patients(samples.shards, config.patient, samples.mask_patients.by_case),
         slicing=Slicing.of(samples, config.file_ending),
+        knows_spacing=samples.knows_places,
     )
 
 

@@ -44,18 +44,23 @@ class Merge:
         cls, root: Path, kind: tuple[str, str, int], table: LabelTable, entries: Mapping[str, str], **how: Any
     ) -> Merge:
         """Checked; raises InputProblems. `kind`: modality, ending and dimensions of the synthetic images. `how`:
-        keep_body, the `shards` that the masks come from, and `slicing`, by which real volumes are cut."""
-        real, patients = RealSet.read(root), Patients(how["shards"])
+        keep_body, the `patients` of the masks, `slicing`, by which real volumes are cut, and `knows_spacing`: whether
+        the synthetic images have that of their masks."""
+        real, patients = RealSet.read(root), how["patients"]
         ids, problems = real.ids_of(table, keep_body=how["keep_body"])
         slices = _slices_of(real, how.get("slicing"))
         problems += real.unlike(*kind, is_cut=slices is not None)
-        of_real = patients.of_real(real)
+        problems += () if how.get("knows_spacing", True) else real.unlike_spacing()
+        same_files = patients.same_files(real)
+        of_real = patients.of_real(same_files)
         tested = {of_real[case] for case in real.tests}
         left_out = frozenset(case for case in entries.values() if patients.of(case) in tested)
         kept = {name: case for name, case in entries.items() if case not in left_out}
         merge = cls(real, ids, kept, left_out, of_real, patients, slices)
         refuse([*problems, *merge._problems()])
         merge._warn(len(entries))
+        if real.num_dimensions() == 3:  # slices of the set's volumes have these volumes' names
+            merge._warn_of(patients.namesakes(same_files))
         return merge
 
     def folds(self) -> list[dict[str, list[str]]]:
@@ -154,12 +159,22 @@ class Merge:
         if not self.entries:
             remedy = "make images of the masks of training patients: segdiff sample --split train"
             problems.append(Problem(where, "imagesTs", "has the patients of all masks", remedy))
-        if same := sorted(self.entries.keys() & {*self._files_of(self.real.cases), *self._files_of(self.real.tests)}):
+        if same := sorted(self.entries.keys() & self._names_taken()):
             problems.append(Problem(where, f"case {same[0]}", "is the name of a synthetic case too", "rename it"))
         if len({self.of_real[case] for case in self.real.cases}) < 2 and not self.real.folds:
             remedy = "without folds nnU-Net would validate synthetic cases: give cases of two patients or more"
             problems.append(Problem(where, "patients", "one alone", remedy))
         return problems
+
+    def _names_taken(self) -> set[str]:
+        """Those of real cases, and of files that are linked though they are no whole case: a synthetic case of this
+        name would be written into the data set's own file."""
+        names = {*self._files_of(self.real.cases), *self._files_of(self.real.tests)}
+        return (
+            names
+            if self.slices is not None
+            else names | self.real.names_in("imagesTr") | self.real.names_in("labelsTr")
+        )
 
     def _warn(self, num_entries: int) -> None:
         of_real = self.of_real
@@ -181,6 +196,15 @@ class Merge:
             if both := {of_real[c] for c in fold["train"]} & {of_real[c] for c in fold["val"]}:
                 text = f"{self.real.root}: fold {number} of splits_final.json trains and validates {sorted(both)[0]}"
                 warnings.warn(text, stacklevel=3)
+
+    def _warn_of(self, namesakes: list[str]) -> None:
+        if namesakes:
+            have = "case of {} ({}) has" if len(namesakes) == 1 else "cases of {} ({}) have"
+            text = (
+                f"{len(namesakes)} {have.format(self.real.root, namesakes[0])} the name of a case of the shard set, "
+                "but another image file: the patient counts as the same. If it is another one, rename the case"
+            )
+            warnings.warn(text, stacklevel=3)
 
 
 def _slices_of(real: RealSet, slicing: Slicing | None) -> RealSlices | None:

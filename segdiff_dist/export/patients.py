@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,26 +24,37 @@ _OWN_NAME = re.compile(r"(.+)_[a-z0-9-]+_(?:[0-9]+|real)-(?:volume|(?:axial|coro
 @dataclass(frozen=True)
 class Patients:
     """Who a case is of, by the set that masks or model come from: `patient` of its `source`, else the pattern that it
-    was prepared with, else the case itself."""
+    was prepared with, else the case itself. For masks of a folder: `named`, the patients that a table names, and
+    `pattern`."""
 
     shards: ShardSet | None
+    pattern: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, case_id: str) -> str:
         """The patient of a case of the set, or of a file named after it."""
         case_id = case_id.rsplit("/", 1)[-1]
         case_id = stem(case_id) or case_id
+        if case_id in self.named:
+            return self.named[case_id]
         if case_id not in self._source and (own := _OWN_NAME.fullmatch(case_id)):
             case_id = own[1]
         stated = self._source.get(case_id, {}).get("patient")
         return str(stated or patient_of(case_id, self._pattern) or case_id)
 
-    def of_real(self, real: RealSet) -> dict[str, str]:
-        """The patient of each case of a data set: that of the set's case of this name, or of the same image file."""
-        found = {}
-        for case in (*real.cases, *real.tests):
-            known = case if case in self._source else self._same_file(real.image(case))
-            found[case] = self.of(known or case)
-        return found
+    def same_files(self, real: RealSet) -> dict[str, str | None]:
+        """For each case of a data set the set's case whose image file it has, by size and sha256; None for others. A
+        file of the same name, and of a size that no other has, is not read."""
+        return {case: self._same_file(case, real.image(case)) for case in (*real.cases, *real.tests)}
+
+    def of_real(self, same_files: Mapping[str, str | None]) -> dict[str, str]:
+        """The patient of each case of a data set: that of the set's case of the same image file, or of this name."""
+        return {case: self.of(known or case) for case, known in same_files.items()}
+
+    def namesakes(self, same_files: Mapping[str, str | None]) -> list[str]:
+        """The cases of a data set that have the name of a case of the set, and another image file."""
+        known = {case for cases in self._cases_of_size.values() for case in cases}
+        return [case for case, same in same_files.items() if same is None and case in known]
 
     @cached_property
     def trained_on(self) -> frozenset[str] | None:
@@ -59,7 +71,7 @@ class Patients:
 
     @cached_property
     def _pattern(self) -> str | None:
-        return None if self.shards is None else self.shards.index["preprocessing"].get("patient")
+        return self.pattern if self.shards is None else self.shards.index["preprocessing"].get("patient")
 
     @cached_property
     def _case_of_file(self) -> dict[str, str]:
@@ -68,10 +80,18 @@ class Patients:
         columns = (self.shards.samples[name].to_pylist() for name in ("source_sha256", "case_id"))
         return dict(zip(*columns, strict=True))
 
-    def _same_file(self, file: Path) -> str | None:
-        """The case whose image the file is, by size and sha256."""
-        sizes = {one["image"][1] for one in self._source.values() if one.get("image")}
-        if file.stat().st_size not in sizes:
-            return None
+    @cached_property
+    def _cases_of_size(self) -> dict[int, list[str]]:
+        """The cases by the bytes of their image files."""
+        found: dict[int, list[str]] = {}
+        for case, one in self._source.items():
+            if one.get("image"):
+                found.setdefault(one["image"][1], []).append(case)
+        return found
+
+    def _same_file(self, case: str, file: Path) -> str | None:
+        cases = self._cases_of_size.get(file.stat().st_size, [])
+        if not cases or cases == [case]:
+            return case if cases else None
         with file.open("rb") as stream:
             return self._case_of_file.get(hashlib.file_digest(stream, "sha256").hexdigest())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 PROVENANCE = "provenance.json"
 _FIRST = "_0000"
 _IGNORE = "ignore"
+_LARGEST_ID = 255  # masks are uint8
 _MOST_BYTES = 64 * 2**20
 _GIVE = "give the folder of a raw data set of nnU-Net v2: dataset.json beside imagesTr and labelsTr"
 
@@ -56,19 +58,28 @@ class RealSet:
         folder = "imagesTs" if case in self.tests else "imagesTr"
         return self.root / folder / f"{case}{_FIRST}{self.ending}"
 
+    def names_in(self, folder: str) -> set[str]:
+        """The names of cases that files in imagesTr or labelsTr have."""
+        return set(_names(self.root / folder, self.ending, _FIRST if folder.startswith("images") else ""))
+
     def num_dimensions(self) -> int:
         """The dimensions of its first image: two for slices, three for volumes."""
+        return 2 if self.ending == ".png" else len(self.spacing_mm)
+
+    @cached_property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """The spacing of its first image, along each dimension; none for PNG."""
         file = self.image(self.cases[0])
         if self.ending == ".png":
-            return 2
+            return ()
         if is_itk(file):
             reader = simpleitk(file).ImageFileReader()
             reader.SetFileName(str(file))
             reader.ReadImageInformation()
-            return int(reader.GetDimension())
+            return tuple(reader.GetSpacing())
         import nibabel as nib
 
-        return len(nib.load(file).shape)
+        return tuple(map(float, nib.load(file).header.get_zooms()))
 
     def unlike(self, modality: str, ending: str, num_dimensions: int, *, is_cut: bool) -> Iterator[Problem]:
         """The reasons why synthetic images of this kind cannot be cases of the same data set. `is_cut`: its volumes
@@ -92,6 +103,17 @@ class RealSet:
             }
             value = f"has {theirs} dimensions, the synthetic ones {num_dimensions}"
             yield Problem(str(self.image(self.cases[0])), "image", value, remedies[num_dimensions])
+
+    def unlike_spacing(self) -> Iterator[Problem]:
+        """The reason why images of unknown spacing, which are written with 1 mm, cannot be beside its slices."""
+        spacing_mm = self.spacing_mm
+        if len(spacing_mm) == 2 and not np.allclose(spacing_mm, 1.0, rtol=0.01):
+            value = f"{' x '.join(f'{one:.4g}' for one in spacing_mm)} mm, and not kept of masks of a folder"
+            remedy = (
+                "nnU-Net would resample synthetic images as if their pixels were 1 mm: sample from a shard set, or "
+                "give PNG beside PNG (--export.file-ending .png), which has no spacing"
+            )
+            yield Problem(str(self.image(self.cases[0])), "spacing", value, remedy)
 
     def ids_of(self, table: LabelTable, *, keep_body: bool) -> tuple[np.ndarray, list[Problem]]:
         """uint8 [256] from the table's ids to those of the data set, by name; and the classes that only one of both
@@ -146,6 +168,10 @@ def _problems(root: Path, content: dict[str, Any], cases: tuple[str, ...]) -> It
     labels = content.get("labels")
     if isinstance(labels, dict) and not all(isinstance(value, int) for value in labels.values()):
         yield Problem(where, "labels", "regions", "a synthetic mask has one class a pixel: merge a set without regions")
+    elif isinstance(labels, dict):
+        wrong = [f"{name}: {value}" for name, value in labels.items() if not 0 <= value <= _LARGEST_ID]
+        if wrong:
+            yield Problem(where, "labels", wrong[0], f"give whole numbers from 0 to {_LARGEST_ID}")
     if "dataset" in content:
         yield Problem(where, "dataset", "files elsewhere", "put the files into imagesTr and labelsTr")
     elif not cases:

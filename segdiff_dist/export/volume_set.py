@@ -125,7 +125,7 @@ def check_volume_set(masks: Path, out: Path, shards: ShardSet, config: VolumeCon
         table,
         _cases(jobs),
         keep_body=config.body_label,
-        shards=shards,
+        patients=Patients(shards),
     )
     jobs = {name: job for name, job in jobs.items() if name in merge.entries}
     return VolumeSetJob(out, jobs, merge.ids, names, merge)

@@ -12,7 +12,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts_support import AFFINE, CONFIG, LIVER, SPLEEN, save, slices, volumes, write_set
+from layouts_support import AFFINE, CONFIG, save, slices, write_set
+from merge_support import LABELS, PATTERN, write_real
 from sampling_support import make_here, write_weights
 from tests_support import bytes_of
 
@@ -27,24 +28,6 @@ from segdiff_dist.export.real_set import RealSet
 from segdiff_dist.training.config import TrainConfig
 
 sitk = pytest.importorskip("SimpleITK")
-
-LABELS = {"background": 0, "spleen": 1, "Liver": 2}
-PATTERN = "(p[0-9]+)_"
-
-
-def write_real(root: Path, *, flat: bool, ending: str = ".nii.gz", tests: tuple[str, ...] = ("p3_1",)) -> Path:
-    """A raw data set of CT: p1_1, p1_2 and p2_1 for training, p3_1 for tests; of volumes, or of one slice of each."""
-    for case, _, image, label in volumes():
-        renumbered = np.select([label == SPLEEN, label == LIVER], [1, 2], 0).astype(np.uint8)
-        end = "Ts" if case in tests else "Tr"
-        for kind, voxels, name in (("images", image, f"{case}_0000"), ("labels", renumbered, case)):
-            file = root / f"{kind}{end}" / f"{name}{ending}"
-            save(file, voxels)
-            if flat:
-                nib.save(nib.Nifti1Image(voxels[:, :, 4], np.diag([-4.0, -4.0, 1.0, 1.0])), file)
-    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": 3, "file_ending": ending}
-    (root / "dataset.json").write_text(json.dumps(content))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -236,11 +219,18 @@ def test_a_real_case_is_known_by_its_file_too(volumes_set: Path, shards: Path, t
             shutil.copy(file, tmp_path / f"real/{kind}Tr" / file.name.replace("p", "x"))
     shutil.copy(volumes_set / "dataset.json", tmp_path / "real")
     source = ShardSet.open(shards)
-    assert Patients(source).of_real(RealSet.read(tmp_path / "real")) == {"x1_1": "p1", "x1_2": "p1", "x2_1": "p2"}
+    patients = Patients(source)
+    assert patients.of_real(patients.same_files(RealSet.read(tmp_path / "real"))) == {
+        "x1_1": "p1",
+        "x1_2": "p1",
+        "x2_1": "p2",
+    }
     kind = ("CT", ".nii.gz", 3)
     entries = {"a": "p2_1", "b": "someone"}
     with pytest.warns(UserWarning, match=r"1 of 2 synthetic cases \(b\)"):
-        merge = Merge.of(tmp_path / "real", kind, source.label_table, entries, keep_body=False, shards=source)
+        merge = Merge.of(
+            tmp_path / "real", kind, source.label_table, entries, keep_body=False, patients=Patients(source)
+        )
     trained = [sorted(set(fold["train"]) & {"a", "b"}) for fold in merge.folds()]
     assert sorted(trained) == [["a", "b"], ["b"]]
 
