@@ -16,6 +16,16 @@ from data_shards.problems import Problem
 from data_shards.ranges import range_problems
 from data_shards.settings import Result, ResultWhereSet
 
+_IMAGES = ("nnunet", "nifti", "png", "dicom", "shards")
+_MODELS = ("pipeline", "monai")
+# The formats that use a setting; one that is not listed is used by all, or changes nothing in the others.
+_FORMATS_OF = {
+    **dict.fromkeys(("modality", "patient"), _IMAGES),
+    "file_ending": ("nnunet", "nifti"),
+    **dict.fromkeys(("split", "store", "codec"), ("shards",)),
+    **dict.fromkeys(("weights", "precision", "segmenter", "about", "data_licence", "picture"), _MODELS),
+}
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -66,7 +76,13 @@ class ExportConfig:
     @property
     def is_model(self) -> bool:
         """Whether the model is exported, not images."""
-        return self.format in ("pipeline", "monai")
+        return self.format in _MODELS
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Settings that differ from their defaults, and that the format does not use."""
+        changed = (name for name in _FORMATS_OF if getattr(self, name) != getattr(ExportConfig, name))
+        return [f"export.{name}" for name in changed if self.format not in _FORMATS_OF[name]]
 
     @property
     def writes_values(self) -> bool:
@@ -76,9 +92,7 @@ class ExportConfig:
     @property
     def pair_ending(self) -> str:
         """The ending of pairs of files."""
-        if self.format == "png":
-            return ".png"
-        return ".nii.gz" if self.file_ending == ".png" else self.file_ending
+        return ".png" if self.format == "png" else self.file_ending
 
     @property
     def needs_simpleitk(self) -> bool:
@@ -92,6 +106,8 @@ class ExportConfig:
             problems.append(
                 Problem("config", "export.patient", self.patient, "give a regular expression with one group")
             )
+        if self.format == "nifti" and self.file_ending == ".png":
+            problems.append(Problem("config", "export.file_ending", ".png with --format nifti", "give --format png"))
         if self.merge_with is not None and self.format != "nnunet":
             problems.append(
                 Problem("config", "export.merge_with", f"with --format {self.format}", "give --format nnunet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ class Export(ConfiguredStage):
         from segdiff_dist.stages.model_extras import extras_of
 
         experiment, config = self.experiment, self.export
+        if unused := config.without_effect:
+            warnings.warn(f"--format {config.format} does not use {', '.join(unused)}", stacklevel=2)
         run, out, _ = collect(
             lambda: self.existing_run(),
             lambda: self.path("exported"),
