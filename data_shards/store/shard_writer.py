@@ -1,7 +1,9 @@
 """Samples to a shard set: the samples of each shard, writing of shards in parallel, and the final name of the set.
 
-OUT/shards.unfinished/ shards while they are written OUT/shards.unfinished/.done/ rows and entries of each finished
-shard, so that a killed run can continue
+    OUT/shards.unfinished/          shards while they are written
+    OUT/shards.unfinished/.done/    rows and entries of each finished shard, so that a killed run can continue
+
+set_index.py has the names of a finished set's files.
 """
 
 from __future__ import annotations
@@ -227,7 +229,7 @@ def _is_done(task: ShardTask) -> bool:
 
 @dataclass
 class ShardWriter:
-    """The same, one sample after the other in one process: for sets without an archive.
+    """Write a set one sample after the other, in one process: for sets without an archive.
 
     The samples of a split must be consecutive.
     """

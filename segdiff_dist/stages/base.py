@@ -1,10 +1,12 @@
 """The contract of a stage: arguments, `check` -> Plan, `Plan.run` -> Result. Nothing heavy is imported here.
 
-stage = Sample(run=..., data=...)        the arguments, which are also the flags of `segdiff sample`
-plan = stage.check()                     raises InputProblems with every problem; opens files, writes nothing
-plan.cost()                              what --dry-run prints
-result = plan.start()                    runs under the stage's lock and with its tracker
-result.say()                             prints the message and the next command; result.exit_code
+    stage = Sample(run=..., data=...)    the arguments, which are also the flags of `segdiff sample`
+    plan = stage.check()                 raises InputProblems with every problem; opens files, writes nothing
+    plan.cost()                          what --dry-run prints
+    result = plan.start()                runs under the stage's lock and with its tracker
+    result.say()                         prints the message and the next command; result.exit_code
+
+docs/add_a_stage.md is the how-to.
 """
 
 from __future__ import annotations
