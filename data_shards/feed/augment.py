@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 # A position's draws in [0, 1), in this order: a new draw at the end does not change the others.
 _DRAWS = ("flip", "rotate", "zoom", "crop_x", "crop_y", "gamma", "contrast")
-# Entries of Steering.labels.
+# Entries of AugmentationParameters.labels.
 NUM_LABELS = 8
 
 
 @dataclass(frozen=True)
-class Steering:
-    """The numbers of a batch. flip: int32, 1 mirrors left and right. angle: degrees. zoom: factor. top, left: of the
-    crop, in pixels of the flipped and rotated slice. gamma, contrast: factors of grey values in [0, 1]."""
+class AugmentationParameters:
+    """How each slice of a batch is augmented, arrays [B]. flip: int32, 1 mirrors left and right. angle: degrees. zoom:
+    factor. top, left: of the crop, in pixels of the flipped and rotated slice. gamma, contrast: factors of grey values
+    in [0, 1]."""
 
     flip: np.ndarray
     angle: np.ndarray
@@ -38,12 +39,12 @@ class Steering:
     gamma: np.ndarray
     contrast: np.ndarray
 
-    def of(self, index: np.ndarray) -> Steering:
-        """The numbers of some of the samples."""
+    def of(self, index: np.ndarray) -> AugmentationParameters:
+        """The parameters of some of the samples."""
         return replace(self, **{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
 
-    def without_jitter(self, spared_B: np.ndarray) -> Steering:
-        """The numbers, without changes of grey values for some of the samples."""
+    def without_jitter(self, spared_B: np.ndarray) -> AugmentationParameters:
+        """The same, without changes of grey values for some of the samples."""
         one = np.float32(1.0)
         return replace(self, gamma=np.where(spared_B, one, self.gamma), contrast=np.where(spared_B, one, self.contrast))
 
@@ -67,8 +68,8 @@ class Steering:
         return Window(self.top, left_B, size, (self.flip == 1) & flips)
 
 
-def steering(position_B: np.ndarray, seed: int, config: LoaderConfig, stored: int) -> Steering:
-    """The numbers at these positions, for slices of `stored` pixels a side."""
+def augmentation_at(position_B: np.ndarray, seed: int, config: LoaderConfig, stored: int) -> AugmentationParameters:
+    """The parameters at these positions, for slices of `stored` pixels a side."""
     draw = dict(zip(_DRAWS, uniform(seed, STREAM_AUGMENT, position_B, len(_DRAWS)).T, strict=True))
     room = stored - (config.crop_size or stored)
     random = config.crop == "random"
@@ -79,7 +80,7 @@ def steering(position_B: np.ndarray, seed: int, config: LoaderConfig, stored: in
     def start(name: str) -> np.ndarray:
         return np.floor(draw[name] * (room + 1)).astype(np.int64) if random else np.full(len(position_B), room // 2)
 
-    return Steering(
+    return AugmentationParameters(
         flip=((draw["flip"] < 0.5) & config.flip).astype(np.int32),
         angle=(config.rotate_degrees * (2.0 * draw["rotate"] - 1.0)).astype(np.float32),
         zoom=around_one("zoom", config.zoom),

@@ -82,9 +82,9 @@ class LoaderConfig:
     def augments(self) -> bool:
         """Whether a slice can have other pixels at every visit."""
         crops = self.crop == "random" and self.crop_size is not None
-        return self.flip or self.turns or self.jitter_mr > 0 or crops
+        return self.flip or self.rotates_or_zooms or self.jitter_mr > 0 or crops
 
     @property
-    def turns(self) -> bool:
+    def rotates_or_zooms(self) -> bool:
         """Whether slices are rotated or zoomed, which must come before they are cropped."""
         return self.rotate_degrees > 0 or self.zoom > 0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from data_shards.feed.augment import steering
+from data_shards.feed.augment import augmentation_at
 from data_shards.feed.batch_reader import BatchReader
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.order import Order, with_rows
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-# A batch: positions, rows, its parts (before DALI, also the numbers for it), and the labels of the augmentation.
+# A batch: positions, rows, its parts (before DALI, also the parameters of the augmentation), and its labels.
 _Read = tuple[np.ndarray, np.ndarray, list[Any], np.ndarray | None]
 
 # Batches that are read while DALI works on the previous one.
@@ -76,9 +76,9 @@ class Loader:
         self._crop = config.crop_size or shards.size
         self._in_hu = np.array([name in shards.in_hu for name in shards.modalities])
         # If possible, slices are cut where they are read, and on the CPU mirrored. Pictures must be decoded before.
-        early, on_cpu = shards.codec not in PICTURES and not config.turns, self.device.type != "cuda"
+        early, on_cpu = shards.codec not in PICTURES and not config.rotates_or_zooms, self.device.type != "cuda"
         self._cuts_early, self._flips_early = early and self._crop != shards.size, early and on_cpu and config.flip
-        self._steered = self._steered_by()
+        self._dali_parameters = self._parameters_of_dali()
         self._sources: Iterator[_Read] = starmap(self._read, with_rows(positions, order))
         self._in_flight: deque[_Read] = deque()  # of batches inside DALI
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -159,8 +159,8 @@ class Loader:
         pixels.record_stream(torch.cuda.default_stream(self.device))
         return pixels
 
-    def _steered_by(self) -> tuple[str, ...]:
-        """The numbers of augment.Steering that the pipeline takes."""
+    def _parameters_of_dali(self) -> tuple[str, ...]:
+        """The fields of AugmentationParameters that the pipeline takes."""
         config = self._config
         taken = {
             "flip": config.flip and not self._flips_early,
@@ -174,21 +174,21 @@ class Loader:
         return tuple(name for name, wanted in taken.items() if wanted)
 
     def _read(self, asked_B: np.ndarray, asked_row_B: np.ndarray) -> _Read:
-        """A batch: positions, rows, DALI's inputs (the parts, and the numbers of the augmentation), labels."""
-        if not (self._steered or self._cuts_early or self._flips_early):
+        """A batch: positions, rows, DALI's inputs (the parts, and the parameters of the augmentation), labels."""
+        if not (self._dali_parameters or self._cuts_early or self._flips_early):
             position_B, row_B, pixels = self._reader.read(asked_B, asked_row_B)
             return position_B, row_B, [pixels[part] for part in self._parts], None
-        numbers = steering(asked_B, self._seed, self._config, self._shards.size)
+        parameters = augmentation_at(asked_B, self._seed, self._config, self._shards.size)
         window = None
         if self._cuts_early or self._flips_early:
-            window = numbers.window(self._shards.size, self._crop, flips=self._flips_early)
+            window = parameters.window(self._shards.size, self._crop, flips=self._flips_early)
         position_B, row_B, pixels = self._reader.read(asked_B, asked_row_B, window)
         if len(position_B) < len(asked_B):
-            numbers = numbers.of(np.flatnonzero(np.isin(asked_B, position_B)))
-        numbers = numbers.without_jitter(self._in_hu[self._shards.modality_N[row_B]])
-        steered = [getattr(numbers, name) for name in self._steered]
-        label_BA = numbers.labels(self._shards.size, self._crop) if self._config.augments else None
-        return position_B, row_B, [*(pixels[part] for part in self._parts), *steered], label_BA
+            parameters = parameters.of(np.flatnonzero(np.isin(asked_B, position_B)))
+        parameters = parameters.without_jitter(self._in_hu[self._shards.modality_N[row_B]])
+        for_dali = [getattr(parameters, name) for name in self._dali_parameters]
+        label_BA = parameters.labels(self._shards.size, self._crop) if self._config.augments else None
+        return position_B, row_B, [*(pixels[part] for part in self._parts), *for_dali], label_BA
 
     def _next_sources(self) -> tuple[Any, ...]:
         """The inputs for DALI's next batch."""
@@ -216,11 +216,11 @@ class Loader:
             **execution,
         )
         def pipeline() -> tuple[Any, ...]:
-            num_outputs = len(self._parts) + len(self._steered)
+            num_outputs = len(self._parts) + len(self._dali_parameters)
             sources = fn.external_source(self._next_sources, num_outputs=num_outputs, batch=True, no_copy=not on_gpu)
-            numbers = dict(zip(self._steered, sources[len(self._parts) :], strict=True))
+            parameters = dict(zip(self._dali_parameters, sources[len(self._parts) :], strict=True))
             return tuple(
-                self._augmented(self._decoded(x, part, on_gpu), part, numbers)
+                self._augmented(self._decoded(x, part, on_gpu), part, parameters)
                 for part, x in zip(self._parts, sources, strict=False)
             )
 
@@ -244,25 +244,25 @@ class Loader:
         )
         return fn.reshape(source.gpu() if on_gpu else source, shape=[channels, stored, stored], layout="CHW")
 
-    def _augmented(self, x: Any, part: str, numbers: dict[str, Any]) -> Any:
-        """Flip, rotate and zoom, crop; images also jitter. Image and mask share their numbers: they move together."""
+    def _augmented(self, x: Any, part: str, parameters: dict[str, Any]) -> Any:
+        """Flip, rotate and zoom, crop; images also jitter. Image and mask share them: they move together."""
         from nvidia.dali import fn, types
 
         bits, room = self._shards.bits, self._shards.size - self._crop
-        if "flip" in numbers:
-            x = fn.flip(x, horizontal=numbers["flip"])
-        if self._config.turns:
-            x = self._turned(x, part, numbers)
-        if part == "image" and "gamma" in numbers:
+        if "flip" in parameters:
+            x = fn.flip(x, horizontal=parameters["flip"])
+        if self._config.rotates_or_zooms:
+            x = self._rotated_and_zoomed(x, part, parameters)
+        if part == "image" and "gamma" in parameters:
             white = float(2**bits - 1)
-            grey = (fn.cast(x, dtype=types.FLOAT) / white) ** numbers["gamma"]
-            x = fn.cast(white * numbers["contrast"] * grey, dtype=types.UINT16 if bits == 16 else types.UINT8)
-        if "top" in numbers:
-            at = {"crop_pos_y": numbers["top"] / float(room), "crop_pos_x": numbers["left"] / float(room)}
+            grey = (fn.cast(x, dtype=types.FLOAT) / white) ** parameters["gamma"]
+            x = fn.cast(white * parameters["contrast"] * grey, dtype=types.UINT16 if bits == 16 else types.UINT8)
+        if "top" in parameters:
+            at = {"crop_pos_y": parameters["top"] / float(room), "crop_pos_x": parameters["left"] / float(room)}
             x = fn.crop(x, crop=(self._crop, self._crop), **at)
         return x
 
-    def _turned(self, x: Any, part: str, numbers: dict[str, Any]) -> Any:
+    def _rotated_and_zoomed(self, x: Any, part: str, parameters: dict[str, Any]) -> Any:
         """Rotated and zoomed about the centre; linear for images, nearest neighbour for labels."""
         from nvidia.dali import fn, types
 
@@ -271,10 +271,10 @@ class Loader:
         stored = self._shards.size
         centre = np.array([stored / 2, stored / 2], dtype=np.float32)
         matrix = np.eye(2, 3, dtype=np.float32)
-        if "angle" in numbers:
-            matrix = fn.transforms.rotation(angle=numbers["angle"], center=centre)
-        if "zoom" in numbers:
-            scale = 1.0 / numbers["zoom"]
+        if "angle" in parameters:
+            matrix = fn.transforms.rotation(angle=parameters["angle"], center=centre)
+        if "zoom" in parameters:
+            scale = 1.0 / parameters["zoom"]
             matrix = fn.transforms.scale(matrix, scale=fn.stack(scale, scale), center=centre)
         deep = part == "image" and self._shards.bits == 16
         x = fn.transpose(fn.cast(x, dtype=types.FLOAT) if deep else x, perm=[1, 2, 0], output_layout="HWC")

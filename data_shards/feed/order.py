@@ -239,7 +239,7 @@ def with_rows(positions: Iterable[np.ndarray], order: Order) -> Iterator[tuple[n
 
 
 def uniform(seed: int, stream: int, position_P: np.ndarray, num: int) -> np.ndarray:
-    """float64 [P, num] in [0, 1), a pure function of (seed, stream, position): the augmentations' dice."""
+    """float64 [P, num] in [0, 1), a pure function of (seed, stream, position): the draws of an augmentation."""
     stream_C1 = stream * 1000 + np.arange(num)[:, None]
     return (hash_u64(seed, stream_C1, position_P) >> np.uint64(11)).T * 2.0**-53
 

@@ -35,7 +35,7 @@ _AT_ONCE = 16
 
 def can_cache(loader: LoaderConfig) -> bool:
     """Whether a slice has the same pixels at every visit."""
-    return not (loader.flip or loader.turns or loader.jitter_mr > 0 or loader.crop_size)
+    return not (loader.flip or loader.rotates_or_zooms or loader.jitter_mr > 0 or loader.crop_size)
 
 
 def latents_message(space: LatentSpace | None, loader: LoaderConfig) -> str:

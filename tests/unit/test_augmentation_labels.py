@@ -13,7 +13,7 @@ import torch
 from sampling_support import sample_and_compare_pipeline
 from training_support import CPU, DIFFUSION, LABELLED, LOADER, NET, run_training
 
-from data_shards.feed.augment import NUM_LABELS, steering
+from data_shards.feed.augment import NUM_LABELS, augmentation_at
 from data_shards.feed.config import LoaderConfig
 from data_shards.feed.loader import Loader
 from data_shards.feed.order import Shuffled, rank_positions
@@ -48,7 +48,7 @@ def test_labels_say_what_was_done_and_are_a_function_of_the_position(small_shape
     assert not whole.augmentation_BA[is_ct_B, 6:].any(), "CT keeps its HU"
     assert whole.augmentation_BA[~is_ct_B, 6:].all()
 
-    numbers = steering(np.arange(8), 3, AUGMENTED, 16)
+    numbers = augmentation_at(np.arange(8), 3, AUGMENTED, 16)
     found = dict(zip(("flip", "sin", "cos", "zoom", "top", "left"), whole.augmentation_BA.numpy().T, strict=False))
     np.testing.assert_array_equal(found["flip"], numbers.flip)
     np.testing.assert_allclose(np.rad2deg(np.arctan2(found["sin"], 1 - found["cos"])), numbers.angle, atol=1e-3)
