@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -68,6 +68,23 @@ def range_problems(section: Any, where: str, prefix: str = "") -> list[Problem]:
         for setting in settings_of(type(section))
         if setting.effect is not None and not is_allowed(value := getattr(section, setting.name), setting.type)
     ]
+
+
+@dataclass
+class SettingChecks:
+    """Collects the problems of a section's settings, for rules across settings. `where`, `prefix`: as in
+    range_problems."""
+
+    section: Any
+    where: str
+    prefix: str = ""
+    problems: list[Problem] = field(default_factory=list)
+
+    def require(self, name: str, good: bool, remedy: str) -> None:
+        """Add a problem of the setting `name`, with its value, unless it is `good`."""
+        if not good:
+            value = str(getattr(self.section, name))
+            self.problems.append(Problem(self.where, f"{self.prefix}{name}", value, remedy))
 
 
 def names_of(problems: list[Problem]) -> set[str]:

@@ -17,6 +17,7 @@ from data_shards.ranges import (
     Layers,
     NonNegative,
     Positive,
+    SettingChecks,
     Share,
     WholeNumber,
     names_of,
@@ -291,57 +292,62 @@ class DiffusionConfig:
 
     def problems(self) -> list[Problem]:
         """Values out of range, and settings that do not go together."""
-        problems = range_problems(self, "config", "diffusion.")
+        prefix = "diffusion."
+        checks = SettingChecks(self, "config", prefix, range_problems(self, "config", prefix))
+        self._check_objective(checks)
+        self._check_schedule(checks)
+        self._check_dropped_conditions(checks)
+        self._check_further_terms(checks)
+        return checks.problems
 
-        def check(name: str, good: bool, remedy: str) -> None:
-            if not good:
-                problems.append(Problem("config", f"diffusion.{name}", str(getattr(self, name)), remedy))
-
+    def _check_objective(self, checks: SettingChecks) -> None:
+        """Settings of the other objectives."""
         if self.objective != "ddpm":
             own = f"{self.objective} has no timesteps and its own prediction"
             for name in ("prediction_type", "zero_terminal_snr", "timestep_sampling", "beta_schedule"):
                 default = DiffusionConfig.__dataclass_fields__[name].default
-                check(name, getattr(self, name) == default, f"{own}: leave it out, or use objective ddpm")
-            again = "objective edm already has that weight: use none"
-            check("loss_weighting", (self.objective, self.loss_weighting) != ("edm", "edm"), again)
+                is_default = getattr(self, name) == default
+                checks.require(name, is_default, f"{own}: leave it out, or use objective ddpm")
+            has_weight_twice = (self.objective, self.loss_weighting) == ("edm", "edm")
+            checks.require("loss_weighting", not has_weight_twice, "objective edm already has that weight: use none")
         remedy = "only objective edm has it: leave it out"
-        check("sigma_data", self.sigma_data is None or self.objective == "edm", remedy)
-        zero_snr = self.zero_terminal_snr
-        check(
-            "zero_terminal_snr",
-            not (zero_snr and self.prediction_type == "epsilon"),
-            "with epsilon the last step does not determine the image; use prediction_type v or x0",
+        checks.require("sigma_data", self.sigma_data is None or self.objective == "edm", remedy)
+
+    def _check_schedule(self, checks: SettingChecks) -> None:
+        """Schedules and loss weights that leave out the noise levels where sampling begins."""
+        zero_snr, weighting = self.zero_terminal_snr, self.loss_weighting
+        remedy = "with epsilon the last step does not determine the image; use prediction_type v or x0"
+        checks.require("zero_terminal_snr", not (zero_snr and self.prediction_type == "epsilon"), remedy)
+        remedy = "gives pure noise, where sampling begins, the weight 0: use none or edm, or no zero_terminal_snr"
+        checks.require("loss_weighting", not (zero_snr and weighting == "min_snr"), remedy)
+        predicts_noise = self.objective == "ddpm" and self.prediction_type == "epsilon"
+        remedy = (
+            "on epsilon most of the loss is in the last tenth of the steps: use none or min_snr, or prediction_type v"
         )
-        check(
-            "loss_weighting",
-            not (zero_snr and self.loss_weighting == "min_snr"),
-            "gives pure noise, where sampling begins, the weight 0: use none or edm, or no zero_terminal_snr",
-        )
-        of_noise = self.objective == "ddpm" and self.prediction_type == "epsilon"
-        check(
-            "loss_weighting",
-            not (of_noise and self.loss_weighting == "edm"),
-            "on epsilon most of the loss is in the last tenth of the steps: use none or min_snr, or prediction_type v",
-        )
-        check(
-            "timestep_sampling",
-            not (zero_snr and self.timestep_sampling == "lognormal"),
-            "never draws the last timestep of zero_terminal_snr, where sampling begins; use uniform",
-        )
-        check("lognormal", self.lognormal[1] > 0, "give a standard deviation above 0")
+        checks.require("loss_weighting", not (predicts_noise and weighting == "edm"), remedy)
+        remedy = "never draws the last timestep of zero_terminal_snr, where sampling begins; use uniform"
+        checks.require("timestep_sampling", not (zero_snr and self.timestep_sampling == "lognormal"), remedy)
+        checks.require("lognormal", self.lognormal[1] > 0, "give a standard deviation above 0")
+
+    def _check_dropped_conditions(self, checks: SettingChecks) -> None:
+        """Probabilities that exclude each other."""
         dropped = self.mask_dropout + self.class_dropout + self.joint_dropout
-        check("joint_dropout", dropped <= 1, "mask_dropout, class_dropout and joint_dropout add up to more than 1")
+        remedy = "mask_dropout, class_dropout and joint_dropout add up to more than 1"
+        checks.require("joint_dropout", dropped <= 1, remedy)
+
+    def _check_further_terms(self, checks: SettingChecks) -> None:
+        """The Dice, contrastive and consistency terms of the loss."""
         if self.dice_weight > 0:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if self.dice_segmenter is None else Path(self.dice_segmenter)
-            check("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
+            checks.require("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
         remedy = "organ_dropout teaches to add the organs that a mask lacks, this the opposite: give 0 for one of them"
-        check("contrastive_weight", self.contrastive_weight == 0 or self.organ_dropout == 0, remedy)
+        checks.require("contrastive_weight", self.contrastive_weight == 0 or self.organ_dropout == 0, remedy)
         remedy = "with contrastive_weight too, a step would predict three times: give 0 for one of them"
-        check("consistency_weight", self.consistency_weight == 0 or self.contrastive_weight == 0, remedy)
+        checks.require("consistency_weight", self.consistency_weight == 0 or self.contrastive_weight == 0, remedy)
         remedy = "only consistency_weight has a second prediction: leave it out, or give that a weight"
-        check("consistency_ramp_images", self.consistency_ramp_images is None or self.consistency_weight > 0, remedy)
-        return problems
+        has_use = self.consistency_ramp_images is None or self.consistency_weight > 0
+        checks.require("consistency_ramp_images", has_use, remedy)
 
     @property
     def passes(self) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from data_shards.problems import Problem
-from data_shards.ranges import Count, names_of, range_problems
+from data_shards.ranges import Count, SettingChecks, names_of, range_problems
 from data_shards.settings import Result, Resumable
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
@@ -69,27 +68,22 @@ class DistilConfig:
 
     def teacher_problems(self, diffusion: DiffusionConfig) -> list[Problem]:
         """Settings of the teacher's sampler that a student cannot learn. Call it after filled_in."""
-        sampler, found = self.sampler, list[Problem]()
-
-        def check(name: str, good: bool, remedy: str) -> None:
-            if not good:
-                value: Any = getattr(sampler, name)
-                found.append(Problem("config", f"distil.sampler.{name}", str(value), remedy))
-
-        def default(name: str, why: str) -> None:
-            value = getattr(SamplerConfig(), name)
-            check(name, getattr(sampler, name) == value, f"{why}: give {value}")
-
-        default("eta", "a student learns where the teacher leads without noise")
-        default("churn", "a student learns where the teacher leads without noise")
-        default("sigma_shift", "a student learns its teacher's steps at the levels that they have")
-        default("guidance_weights", "the training has no second teacher")
-        default("segmenter_guidance", "the training has no segmenter")
+        sampler, checks = self.sampler, SettingChecks(self.sampler, "config", "distil.sampler.")
+        must_be_default = {
+            "eta": "a student learns where the teacher leads without noise",
+            "churn": "a student learns where the teacher leads without noise",
+            "sigma_shift": "a student learns its teacher's steps at the levels that they have",
+            "guidance_weights": "the training has no second teacher",
+            "segmenter_guidance": "the training has no segmenter",
+        }
+        for name, reason in must_be_default.items():
+            default = getattr(SamplerConfig(), name)
+            checks.require(name, getattr(sampler, name) == default, f"{reason}: give {default}")
         named = sampler.timestep_spacing in ("trailing", "karras", "log_snr")
         remedy = "every k-th of its steps is no such grid: give trailing, or karras"
-        check("timestep_spacing", named, remedy)
+        checks.require("timestep_spacing", named, remedy)
         needed = sampler.needed_dropout
         remedy = f"the teacher was trained without diffusion.{needed}: give 1"
-        check("guidance", needed is None or getattr(diffusion, needed) > 0, remedy)
+        checks.require("guidance", needed is None or getattr(diffusion, needed) > 0, remedy)
         own = [replace(one, field=one.field.replace("sample.", "distil.")) for one in sampler.problems(diffusion)]
-        return found or own
+        return checks.problems or own

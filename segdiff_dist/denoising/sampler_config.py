@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 
 from data_shards.documents import read_json, reading
 from data_shards.problems import InputProblems, Problem
-from data_shards.ranges import RISING, Count, NonNegative, Positive, Share, range_problems
+from data_shards.ranges import RISING, Count, NonNegative, Positive, SettingChecks, Share, range_problems
 from data_shards.settings import RecordedOtherwise, Result, ResultWhereSet
 from segdiff_dist.denoising.config import DiffusionConfig, GuidanceRemoves, Objective, TimestepSpacing
 
@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"solver": "unipc", "num_steps": 50, "timestep_spacing": "trailing"},
 }
 
+_PREFIX = "sample.sampler."
 # Below this sigma, alpha_bar is 1 in the solvers' precision.
 _Sigma = Annotated[float, Ge(0.002)]
 
@@ -121,43 +122,38 @@ class SamplerConfig:
     def problems(self, diffusion: DiffusionConfig | None = None) -> list[Problem]:
         """Values out of range, and values that do not go together; with `diffusion`, also values that do not go with
         the process that the net was trained on."""
-        if found := range_problems(self, "config", "sample.sampler."):
-            return found
+        if out_of_range := range_problems(self, "config", _PREFIX):
+            return out_of_range
         own = self.resolved("ddpm" if diffusion is None else diffusion.objective)
-
-        def check(name: str, good: bool, remedy: str) -> None:
-            if not good:
-                found.append(Problem("config", f"sample.sampler.{name}", str(getattr(own, name)), remedy))
-
-        check("eta", own.solver == "ddim" or own.eta == 0, f"{own.solver} adds no noise: give 0, or use solver ddim")
-        check("churn", own.solver == "heun" or own.churn == 0, f"{own.solver} has none: give 0, or use solver heun")
+        checks = SettingChecks(own, "config", _PREFIX)
+        remedy = f"{own.solver} adds no noise: give 0, or use solver ddim"
+        checks.require("eta", own.solver == "ddim" or own.eta == 0, remedy)
+        remedy = f"{own.solver} has none: give 0, or use solver heun"
+        checks.require("churn", own.solver == "heun" or own.churn == 0, remedy)
         remedy = "it acts only with guidance: give that another value than 1"
-        check("guidance_weights", own.guidance_weights is None or own.guidance != 1.0, remedy)
+        checks.require("guidance_weights", own.guidance_weights is None or own.guidance != 1.0, remedy)
         if own.segmenter_guidance > 0:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if own.guidance_segmenter is None else Path(own.guidance_segmenter)
-            check("guidance_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
-        if diffusion is None or found:
-            return found
+            checks.require("guidance_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
+        if diffusion is None or checks.problems:
+            return checks.problems
         return _student_problems(own, diffusion) or _grid_problems(own, diffusion)
 
 
 def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Problem]:
     """Problems of a resolved sampler's grid with the net's training."""
-    problems: list[Problem] = []
-
-    def check(name: str, good: bool, remedy: str) -> None:
-        if not good:
-            problems.append(Problem("config", f"sample.sampler.{name}", str(getattr(own, name)), remedy))
-
+    checks = SettingChecks(own, "config", _PREFIX)
     assert own.num_steps is not None
     of_timesteps = own.timestep_spacing in ("leading", "trailing", "linspace")
     leading = own.timestep_spacing == "leading"
     if of_timesteps and diffusion.objective == "ddpm":
         most = diffusion.num_train_timesteps
-        check("num_steps", own.num_steps <= most, f"the net knows {most} timesteps: give at most that many")
-        check("num_steps", own.num_steps > 1 or not leading, "one leading step starts at the image: use trailing")
-        check(
+        checks.require("num_steps", own.num_steps <= most, f"the net knows {most} timesteps: give at most that many")
+        checks.require(
+            "num_steps", own.num_steps > 1 or not leading, "one leading step starts at the image: use trailing"
+        )
+        checks.require(
             "timestep_spacing",
             not (leading and diffusion.zero_terminal_snr),
             "never starts at pure noise, as zero_terminal_snr trains for: use trailing, or the preset fast or best",
@@ -165,7 +161,7 @@ def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Probl
     elif of_timesteps:
         remedy = f"{diffusion.objective} has no timesteps: use karras or log_snr"
         remedy += ", or trailing" if diffusion.objective == "flow" else ""
-        check("timestep_spacing", diffusion.objective == "flow" and not leading, remedy)
+        checks.require("timestep_spacing", diffusion.objective == "flow" and not leading, remedy)
     else:
         from segdiff_dist.denoising.grids import sigma_bounds
         from segdiff_dist.denoising.process import make_process
@@ -173,31 +169,27 @@ def _grid_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Probl
         process = make_process(diffusion)
         (low, high), (least, most_sigma) = process.sigma_range(), sigma_bounds(own, process)
         trained = f"training saw noise levels from {low:.3g} to {high:.3g}: give one of them"
-        check("sigma_min", own.sigma_min is None or low <= own.sigma_min * (1 + 1e-6), trained)
-        check("sigma_max", own.sigma_max is None or own.sigma_max <= high * (1 + 1e-6), trained)
-        check("sigma_min", least < most_sigma, f"give less than sigma_max ({most_sigma:.3g})")
-    return problems
+        checks.require("sigma_min", own.sigma_min is None or low <= own.sigma_min * (1 + 1e-6), trained)
+        checks.require("sigma_max", own.sigma_max is None or own.sigma_max <= high * (1 + 1e-6), trained)
+        checks.require("sigma_min", least < most_sigma, f"give less than sigma_max ({most_sigma:.3g})")
+    return checks.problems
 
 
 def _student_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Problem]:
     """Settings of a resolved sampler with which the net of `segdiff distil` was not trained."""
     if diffusion.distilled_levels is None:
         return []
-    found, alpha_bars = list[Problem](), diffusion.distilled_levels
+    alpha_bars = diffusion.distilled_levels
     num = len(alpha_bars)
+    checks = SettingChecks(own, "config", _PREFIX)
     steps = f"the net was distilled to {num} step{'s' if num > 1 else ''} of ddim"
-    wanted = {
-        "num_steps": (num, f"{steps}: give {num}, or sample its teacher"),
-        "solver": ("ddim", f"{steps}: give that"),
-        "guidance": (1.0, "the net was distilled with its teacher's guidance: give 1"),
-        "eta": (0.0, f"{steps} without noise: give 0"),
-        "sigma_shift": (1.0, "the net was distilled without: give 1"),
-    }
-    for name, (value, remedy) in wanted.items():
-        if getattr(own, name) != value:
-            found.append(Problem("config", f"sample.sampler.{name}", str(getattr(own, name)), remedy))
-    if found:
-        return found
+    checks.require("num_steps", own.num_steps == num, f"{steps}: give {num}, or sample its teacher")
+    checks.require("solver", own.solver == "ddim", f"{steps}: give that")
+    checks.require("guidance", own.guidance == 1.0, "the net was distilled with its teacher's guidance: give 1")
+    checks.require("eta", own.eta == 0.0, f"{steps} without noise: give 0")
+    checks.require("sigma_shift", own.sigma_shift == 1.0, "the net was distilled without: give 1")
+    if checks.problems:
+        return checks.problems
     from segdiff_dist.denoising.grids import levels_of
     from segdiff_dist.denoising.process import make_process
 
