@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +20,7 @@ from data_shards.store.codecs import EXTENSIONS, crc32c
 
 # ustar: every member is one header block, then its bytes padded to whole blocks.
 _BLOCK = 512
+# Bytes that are copied at once: more than a member has.
 _WHOLE_MEMBERS = 1 << 24
 
 
@@ -35,43 +36,30 @@ def write_tar(
 
     Returns the samples' rows (see samples_table), and the entries of the tar and its .idx in index.json.
     """
-    with lean_imports.without("torch"):
-        import webdataset
-
     extension = EXTENSIONS[codec]
     rows: list[dict[str, Any]] = []
     dali_index: list[str] = []
     end = 0
     with path.open("wb") as file:
         stream = _Hashing(file)
-        tar = webdataset.TarWriter(stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644)
-        # TarWriter's own stream copies every member in pieces of 10 kB; this one writes each in one piece. Plain ustar
-        # refuses names that would take a second header block, after which every offset would be wrong.
-        tar.tarstream = tarfile.TarFile(
-            fileobj=cast(Any, stream), mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_WHOLE_MEMBERS
-        )
+        tar = _tar_writer(stream)
         for meta, payloads in samples:
             refuse(dot_problems(path, [meta.case_id]))
             values = meta.to_json()
             members = {f"{part}.{extension}": payload for part, payload in payloads.items()}
             members["meta.json"] = json.dumps(values, sort_keys=True).encode()
             tar.write({"__key__": meta.key, **members})
+            offsets, end = _offsets(members, end)
             row: dict[str, Any] = {"key": meta.key, **values}
-            described = []
-            for name in sorted(members):  # as TarWriter orders them
-                payload = members[name]
-                described.append(f"{name} {end + _BLOCK} {len(payload)} {meta.key}.{name}")
-                part = name.partition(".")[0]
-                if part in payloads:
-                    row |= _where(part, end + _BLOCK, payload, codec)
-                end += _BLOCK + -(-len(payload) // _BLOCK) * _BLOCK
+            for part, payload in payloads.items():
+                row |= _where(part, offsets[f"{part}.{extension}"], payload, codec)
             rows.append(row)
-            dali_index.append(" ".join(described))
+            places = (f"{name} {offset} {len(members[name])} {meta.key}.{name}" for name, offset in offsets.items())
+            dali_index.append(" ".join(places))
         tar.close()
     assert stream.num_bytes >= end, "the tar is shorter than its members"
-    dali_file = path.with_suffix(".idx")
     content = ("\n".join([f"v1.2 {len(rows)}", *dali_index]) + "\n").encode()
-    dali_file.write_bytes(content)
+    path.with_suffix(".idx").write_bytes(content)
     tar_entry = {"bytes": stream.num_bytes, "samples": len(rows), "sha256": stream.sha256.hexdigest()}
     idx_entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return rows, tar_entry, [idx_entry]
@@ -111,6 +99,29 @@ def problems_with_members(path: Path, expected: dict[str, tuple[int, int]]) -> I
     extra = {name for name in found if not name.endswith(".meta")} - expected.keys()
     for name in sorted(extra)[:3]:
         yield Problem(str(path), name, "not in the set's table", remedy)
+
+
+def _tar_writer(stream: _Hashing) -> Any:
+    """A webdataset.TarWriter whose bytes are a function of the samples."""
+    with lean_imports.without("torch"):
+        import webdataset
+
+    tar = webdataset.TarWriter(stream, encoder=False, mtime=0, user="segdiff", group="segdiff", mode=0o644)
+    # TarWriter's own stream copies every member in pieces of 10 kB; this one writes each in one piece. Plain ustar
+    # refuses names that would take a second header block, after which every offset would be wrong.
+    tar.tarstream = tarfile.TarFile(
+        fileobj=cast(Any, stream), mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_WHOLE_MEMBERS
+    )
+    return tar
+
+
+def _offsets(members: Mapping[str, bytes], start: int) -> tuple[dict[str, int], int]:
+    """The offset of each member's bytes if the first header is at `start`, as TarWriter orders them; and their end."""
+    offsets = {}
+    for name in sorted(members):
+        offsets[name] = start + _BLOCK
+        start += _BLOCK + -(-len(members[name]) // _BLOCK) * _BLOCK
+    return offsets, start
 
 
 def _where(part: str, offset: int, payload: bytes, codec: str) -> dict[str, int]:
