@@ -105,19 +105,27 @@ def find_damage(folder: Path, num_files: int, *, read_all: bool) -> str | None:
     for rank in range(num_files):
         path = folder / file_name(rank)
         try:
-            expected = read_json(path.with_suffix(".json"), "remove this checkpoint")
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                return f"{path.name} has {size} bytes of {shown(expected['bytes'])}"
-            if read_all:
-                with path.open("rb") as stream:
-                    if _crc32c(stream) != expected["crc32c"]:
-                        return f"{path.name} does not match its checksum"
+            damage = _damage_of(path, read_all=read_all)
         except InputProblems as error:
-            return f"{path.name}: {error.problems[0].value}"
+            damage = f"{path.name}: {error.problems[0].value}"
         except (OSError, ValueError, KeyError) as error:
-            return f"{path.name}: {shown(error)}"
+            damage = f"{path.name}: {shown(error)}"
+        if damage is not None:
+            return damage
     return None
+
+
+def _damage_of(path: Path, *, read_all: bool) -> str | None:
+    """The same for one rank's file. Raises what reading it and its JSON file raise."""
+    expected = read_json(path.with_suffix(".json"), "remove this checkpoint")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path.name} has {size} bytes of {shown(expected['bytes'])}"
+    if not read_all:
+        return None
+    with path.open("rb") as stream:
+        is_whole = _crc32c(stream) == expected["crc32c"]
+    return None if is_whole else f"{path.name} does not match its checksum"
 
 
 class SavedState:
