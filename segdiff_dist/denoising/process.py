@@ -78,11 +78,13 @@ class TimestepProcess:
 
     def noised(self, batch: Batch, seed: int, *, use_kernels: bool) -> Noised:
         """The batch's images with noise and levels drawn by (seed, position)."""
-        position_B, timestep_B = batch.position_B, None
-        if self.config.timestep_sampling == "lognormal":
-            timestep_B = lognormal_timesteps(seed, position_B, self.alphas_cumprod_T, *self.config.lognormal)
+        # Uniform timesteps are drawn by the operator itself, as drawn_levels draws them.
+        is_uniform = self.config.timestep_sampling == "uniform"
+        timestep_B = None if is_uniform else self.drawn_levels(batch.position_B, seed)
         noised = (condition_input if use_kernels else condition_input_reference)(
-            *(batch.image_BHW, position_B, self.alphas_cumprod_T),
+            batch.image_BHW,
+            batch.position_B,
+            self.alphas_cumprod_T,
             seed=seed,
             prediction_type=self.config.prediction_type,
             timestep_B=timestep_B,
@@ -175,7 +177,9 @@ class SigmaProcess:
         form = self.form(level_B)
         levels_B4 = torch.stack((form.signal, form.spread, form.target_from_x0, form.target_from_noise), dim=1).float()
         noised = (condition_input if use_kernels else condition_input_reference)(
-            *(batch.image_BHW, batch.position_B, None),
+            batch.image_BHW,
+            batch.position_B,
+            None,
             seed=seed,
             prediction_type=None,
             levels_B4=levels_B4,
