@@ -10,6 +10,8 @@ are encoded in the training step. N slices, C latent channels, h, w rows and col
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,28 +116,17 @@ def _write(
     folder: Path,
     loader: LoaderConfig,
 ) -> None:
-    sums_3C = np.zeros((3, space.channels))  # of 1, z, z^2
+    """latents.npy with the latents of the rows `wanted`, if there are any, and latents.json with the scale of `rows`,
+    which are among them."""
     shape = (len(shards), *space.shape(space.autoencoder.size))
-    each = int(np.prod(shape[1:])) * 4
-    for_scale = set(rows.tolist())
-    chosen = rows if wanted is None else wanted
-    with new_file(folder / LATENTS) as unfinished, unfinished.open("wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        begin = file.tell()
-        file.truncate(begin + each * len(shards))
-        for row_B, latent_BChw in _encoded(space, shards, chosen, loader):
-            for row, latent_Chw in zip(row_B.tolist(), latent_BChw, strict=True):
-                if wanted is not None:
-                    file.seek(begin + each * row)
-                    file.write(latent_Chw.tobytes())
-                if row in for_scale:
-                    z_CN = latent_Chw.reshape(space.channels, -1).astype(np.float64)
-                    sums_3C += (np.full(len(z_CN), z_CN.shape[1]), z_CN.sum(1), np.square(z_CN).sum(1))
-    if wanted is None:
-        (folder / LATENTS).unlink()
-    mean_C = sums_3C[1] / sums_3C[0]
-    std_C = np.sqrt(np.maximum(sums_3C[2] / sums_3C[0] - mean_C**2, 0.0))
+    moments, for_scale = _ChannelMoments(space.channels), set(rows.tolist())
+    with nullcontext() if wanted is None else _latents_file(folder / LATENTS, shape) as write_row:
+        for row, latent_Chw in _encoded(space, shards, rows if wanted is None else wanted, loader):
+            if write_row is not None:
+                write_row(row, latent_Chw)
+            if row in for_scale:
+                moments.add(latent_Chw)
+    mean_C, std_C = moments.mean_and_std()
     if std_C.min() < 1e-6:
         value = f"channel {int(std_C.argmin())} is constant"
         raise problem(space.folder, "autoencoder", value, "train it longer, or with fewer latent_channels")
@@ -144,7 +135,42 @@ def _write(
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _encoded(space: LatentSpace, shards: ShardSet, rows: np.ndarray, loader: LoaderConfig) -> Any:
+@contextmanager
+def _latents_file(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[int, np.ndarray], None]]:
+    """A NumPy file of float32 `shape`, full of holes; yields the function that writes one of its rows."""
+    row_bytes = int(np.prod(shape[1:])) * 4
+    with new_file(path) as unfinished, unfinished.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        begin = file.tell()
+        file.truncate(begin + row_bytes * shape[0])
+
+        def write_row(row: int, latent_Chw: np.ndarray) -> None:
+            file.seek(begin + row_bytes * row)
+            file.write(latent_Chw.tobytes())
+
+        yield write_row
+
+
+class _ChannelMoments:
+    """Mean and standard deviation of each channel, over latents that are added one after the other."""
+
+    def __init__(self, channels: int) -> None:
+        self._sums_3C = np.zeros((3, channels))  # of 1, z, z^2
+
+    def add(self, latent_Chw: np.ndarray) -> None:
+        z_CN = latent_Chw.reshape(len(latent_Chw), -1).astype(np.float64)
+        self._sums_3C += (np.full(len(z_CN), z_CN.shape[1]), z_CN.sum(1), np.square(z_CN).sum(1))
+
+    def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
+        num_C, sum_C, squares_C = self._sums_3C
+        mean_C = sum_C / num_C
+        return mean_C, np.sqrt(np.maximum(squares_C / num_C - mean_C**2, 0.0))
+
+
+def _encoded(
+    space: LatentSpace, shards: ShardSet, rows: np.ndarray, loader: LoaderConfig
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each of these rows of the set, rising, and its latent: float32 [C, h, w]."""
     from data_shards.progress import progress_bar
 
     rows = np.unique(rows)
@@ -155,5 +181,5 @@ def _encoded(space: LatentSpace, shards: ShardSet, rows: np.ndarray, loader: Loa
     with progress_bar(total=len(rows), desc="latents", unit="img", mininterval=1.0) as bar:
         for batch in batches:
             latents: torch.Tensor = space.autoencoder.encode(batch.image_BHW)
-            yield rows[batch.position_B.cpu().numpy()], latents.cpu().numpy()
+            yield from zip(rows[batch.position_B.cpu().numpy()].tolist(), latents.cpu().numpy(), strict=True)
             bar.update(len(batch))
