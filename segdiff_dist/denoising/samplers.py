@@ -133,7 +133,7 @@ def bounded(x0_pred_BCHW: Tensor, sampler: SamplerConfig) -> Tensor:
 
 def cleared(images_BCHW: Tensor, mask_BHW: Tensor, body_id: int) -> Tensor:
     """Images in [-1, 1] with -1, black, where neither a pixel of the mask [B, H, W] nor one of its eight neighbours has
-    a label. The neighbours keep the outline of the patient, which lies between pixels. Images whose mask has no `body`
+    a label. The neighbours keep the outline of the patient, which is between pixels. Images whose mask has no `body`
     do not change: 0 may be the patient there."""
     has_body_B = (mask_BHW == body_id).flatten(1).any(dim=1)
     labelled_B1HW = (mask_BHW != 0).float()[:, None]

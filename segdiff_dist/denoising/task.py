@@ -26,7 +26,7 @@ from segdiff_dist.denoising.denoiser import TRAINED_ON, Denoiser
 from segdiff_dist.denoising.frozen_base import Base, kept_weights
 from segdiff_dist.denoising.latents import run_space
 from segdiff_dist.denoising.organ_dropout import drop_organs, organ_flags
-from segdiff_dist.denoising.process import make_process, noised_by_position
+from segdiff_dist.denoising.process import Noised, make_process, noised_by_position
 from segdiff_dist.denoising.siamese import ImagePrior, NoiseConsistency
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import is_main
@@ -80,8 +80,8 @@ class DenoiserTask:
         with _seeded(seed):
             net = None if self.base is None else self.base.net
             latent = run_space(denoiser, weights)
-            of_net = denoiser, shards.label_table, size, shards.modalities, net
-            model = Denoiser(*of_net, latent=latent, lower=lower)
+            table, modalities = shards.label_table, shards.modalities
+            model = Denoiser(denoiser, table, size, modalities, net, latent=latent, lower=lower)
             self.consistency = _consistency(model, diffusion)
         if self.base is not None:
             self.base.begin(model)
@@ -97,11 +97,7 @@ class DenoiserTask:
         """
         process, space = self.process, self.model.space
         clean_BCHW = None if space is None else space.x_0(batch)
-        if clean_BCHW is None:
-            noised = process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
-        else:
-            noised = noised_by_position(process, clean_BCHW, batch.position_B, self.seed)
-        x_BCHW, target_BCHW, level_B = noised
+        x_BCHW, target_BCHW, level_B = self._noised(batch, clean_BCHW)
 
         shown, time_B, contrast, informed_BCHW = self.conditions(batch), process.time(level_B), None, None
         if self.model.draws is not None:  # predict_pair doubles the batch
@@ -125,17 +121,22 @@ class DenoiserTask:
             more, sums = self.consistency.further_terms(prediction_BCHW, informed_BCHW, target_BCHW, level_weight_B)
             loss, metrics = loss + more, metrics | sums
         if self.dice_term is not None:
-            a_B = process.alpha_bar(level_B)
             x0_pred_BCHW = process.x_0(prediction_BCHW, x_BCHW, level_B)
-            dice_loss_B, counts_B = self.dice_term(x0_pred_BCHW, batch)
-            # alpha_bar: 1 without noise, 0 in pure noise, where x0_pred is a guess. Samples without organs count as 0.
-            weight_B = a_B * counts_B
+            dice_loss_B, has_organs_B = self.dice_term(x0_pred_BCHW, batch)
+            # alpha_bar: 1 without noise, 0 in pure noise, where x0_pred is a guess.
+            weight_B = process.alpha_bar(level_B) * has_organs_B
             loss = loss + self.diffusion.dice_weight * (weight_B * dice_loss_B).mean()
             metrics["dice_loss"] = torch.stack(((weight_B * dice_loss_B).sum(), weight_B.sum())).detach()
         if contrast is not None:
             loss = loss + self.diffusion.contrastive_weight * contrast.loss_B.mean()
             metrics |= contrast.metrics()
         return loss, metrics
+
+    def _noised(self, batch: Batch, clean_BCHW: Tensor | None) -> Noised:
+        """A batch with its noise; `clean_BCHW`: its slices in the net's space, if that is not the pixels'."""
+        if clean_BCHW is None:
+            return self.process.noised(batch, self.seed, use_kernels=self.model.uses_kernels)
+        return noised_by_position(self.process, clean_BCHW, batch.position_B, self.seed)
 
     def validate(self, forward: Callable[..., Any], images_seen: int) -> dict[str, float]:
         """The metrics of `validation`; see Task.validate."""
