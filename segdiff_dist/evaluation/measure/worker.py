@@ -15,6 +15,7 @@ import numpy as np
 from data_shards.files import first_line
 from data_shards.labels import BODY
 from segdiff_dist.evaluation.measure.headline import is_headline
+from segdiff_dist.evaluation.measure.networks import load_extractors, lpips_of, radiomics_of
 from segdiff_dist.evaluation.measure.reals import alone
 from segdiff_dist.evaluation.measure.subject import (
     hu_scales,
@@ -37,7 +38,6 @@ from segdiff_dist.segmentation.tools import ToolSegmenter
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
-    from segdiff_dist.evaluation.metrics.feature_sets import Extractor
 
 
 @dataclass(frozen=True)
@@ -127,30 +127,8 @@ class Evaluator:
         self.tolerances_mm = (
             [tolerance_mm[self.table.names[i]] for i in self.table.organ_ids] if inputs.surface_dice else None
         )
-        self.extractors: dict[str, Extractor] = {}
+        self.extractors, self.lpips, self.radiomics = load_extractors(inputs), lpips_of(inputs), radiomics_of(inputs)
         self.failed: dict[str, str] = {}
-        self.lpips: Callable[[Any, Any], np.ndarray] | None = None
-        self.radiomics: Callable[[np.ndarray], np.ndarray] | None = None
-        if inputs.fid_weights is not None:
-            from segdiff_dist.evaluation.metrics.inception import load_inception
-
-            self.extractors["inception"] = load_inception(inputs.fid_weights, inputs.device)
-        if inputs.imagenet:
-            from segdiff_dist.evaluation.metrics.imagenet import load_imagenet
-
-            self.extractors["imagenet_lite"] = load_imagenet(inputs.device)
-        if inputs.feature_network is not None:
-            from segdiff_dist.evaluation.metrics.given_network import load_network
-
-            self.extractors["network"] = load_network(inputs.feature_network, inputs.device)
-        if inputs.lpips_weights is not None:
-            from segdiff_dist.evaluation.metrics.perceptual import load_lpips
-
-            self.lpips = load_lpips(inputs.lpips_weights, inputs.device)
-        if inputs.radiomics_items:
-            from segdiff_dist.evaluation.metrics.radiomics import load_extractor
-
-            self.radiomics = load_extractor()
 
     @property
     def shards(self) -> ShardSet:
@@ -178,11 +156,11 @@ class Evaluator:
         counts_body = [name for name in columns if name.endswith(f"/{BODY}") or name.startswith("legacy_dice_")]
         return columns | {name: np.full_like(columns[name], np.nan) for name in counts_body}
 
-    def on_device(self, images_BHW: np.ndarray) -> Any:
+    def on_device(self, values: np.ndarray) -> Any:
         """A tensor on the networks' device."""
         import torch
 
-        return torch.from_numpy(images_BHW).to(self.inputs.device)
+        return torch.from_numpy(values).to(self.inputs.device)
 
     def codes(self, modality: Sequence[str]) -> Any:
         """int64 [B]: the segmenter's ids of modalities."""
@@ -283,13 +261,10 @@ class _Batch:
 
     def measure(self) -> None:
         """Fill `result` and `label_maps` (uint8 [B, H, W] by side)."""
-        import torch
-
-        store, device = self.evaluator.store, self.evaluator.inputs.device
-        size, num = store.image.shape[1], self.stop - self.start
+        store, num = self.evaluator.store, self.stop - self.start
         items = store.items.slice(self.start, num).to_pydict()
         self.spacing_mm = self.evaluator.spacing_mm(items)
-        generated = torch.from_numpy(np.asarray(store.image[self.start : self.stop])).to(device)
+        generated = self.evaluator.on_device(np.asarray(store.image[self.start : self.stop]))
         target = self.evaluator.codes(items["target_modality"])
         headline = np.flatnonzero([is_headline(items, i) for i in range(num)])
         # A real counterpart exists only where the generated image has the modality of the slice it came from.
@@ -308,15 +283,7 @@ class _Batch:
             self.result.features[name, "gen"] = features_BD
             self.result.features[name, "real"] = np.full_like(features_BD, np.nan)
         if len(chosen):
-            # Generated images have 8 bits, so real ones are compared and segmented at 8 bits too.
-            records = [self.evaluator.shards.read(items["row"][i]).cropped(size) for i in chosen]
-            real = torch.from_numpy(np.stack([record.image_uint8() for record in records])).to(device)
-            at = torch.from_numpy(chosen).to(device)
-            self._compare(real, generated[at], target[at], chosen)
-            grey_values = real.cpu().numpy(), generated[at].cpu().numpy()
-            metas, maps = [record.meta for record in records], self.label_maps["mask"][chosen]
-            of_set = self.evaluator.table, self.evaluator.shards.in_hu
-            self._write(hounsfield_columns(metas, maps, *grey_values, *of_set), chosen)
+            self._measure_pairs(items["row"], generated, target, chosen)
         if self.evaluator.is_paired:
             self._sharpness_of_others(items, generated)
         else:
@@ -325,6 +292,24 @@ class _Batch:
         if len(chosen):
             self._write_overlaps("mask_real", chosen)
             self._write_overlaps("real_gen", chosen)
+
+    def _measure_pairs(self, rows: Sequence[int], generated: Any, target: Any, chosen: np.ndarray) -> None:
+        """Images with a real counterpart, those at places `chosen`. `rows`: of all images, in the shard set."""
+        evaluator, size = self.evaluator, generated.shape[1]
+        # Generated images have 8 bits, so real ones are compared and segmented at 8 bits too.
+        records = [evaluator.shards.read(rows[i]).cropped(size) for i in chosen]
+        real = evaluator.on_device(np.stack([record.image_uint8() for record in records]))
+        at = evaluator.on_device(chosen)
+        self._compare(real, generated[at], target[at], chosen)
+        columns = hounsfield_columns(
+            [record.meta for record in records],
+            self.label_maps["mask"][chosen],
+            real.cpu().numpy(),
+            generated[at].cpu().numpy(),
+            evaluator.table,
+            evaluator.shards.in_hu,
+        )
+        self._write(columns, chosen)
 
     def _compare(self, real: Any, fake: Any, modality: Any, chosen: np.ndarray) -> None:
         """Pixels and features of images with a real counterpart; all three [B', ...], at places `chosen`."""

@@ -95,13 +95,9 @@ def overlap_columns(
         "area_error": overlaps.area_errors(counts_BKK),
     }
     if tolerance_mm_O is not None:
-        values_by_kind["surface_dice"] = surface_BK = np.full(values_by_kind["dice"].shape, np.nan)
-        for b, (reference_HW, predicted_HW) in enumerate(zip(reference_BHW, predicted_BHW, strict=True)):
-            if not np.isfinite(spacing_mm[b]).all():
-                continue
-            surface_BK[b, organ_ids] = surfaces.surface_dice(
-                reference_HW, predicted_HW, table.organ_ids, tolerance_mm_O, spacing_mm[b]
-            )
+        surface_BK = np.full(values_by_kind["dice"].shape, np.nan)
+        surface_BK[:, organ_ids] = _surface_dice(reference_BHW, predicted_BHW, organ_ids, tolerance_mm_O, spacing_mm)
+        values_by_kind["surface_dice"] = surface_BK
     columns = {f"legacy_dice_{pair}": overlaps.legacy_dice(counts_BKK)}
     for kind, values_BK in values_by_kind.items():
         columns[f"{kind}_{pair}"] = overlaps.mean_over_organs(values_BK, organ_ids)
@@ -114,6 +110,21 @@ def overlap_columns(
     columns |= {f"area_mm2_{second}/{names[i]}": counts_BKK[:, :, i].sum(axis=1) * pixel_mm2 for i in organ_ids}
     false_pixels_BO = overlaps.false_positive_pixels(counts_BKK)[:, organ_ids]
     return columns | _false_positive_columns(pair, false_pixels_BO, pixel_mm2, [names[i] for i in organ_ids])
+
+
+def _surface_dice(
+    reference_BHW: np.ndarray,
+    predicted_BHW: np.ndarray,
+    organ_ids: Sequence[int],
+    tolerance_mm_O: Sequence[float],
+    spacing_mm: Sequence[tuple[float, float]],
+) -> np.ndarray:
+    """float64 [B, O]; NaN for slices whose spacing is not known."""
+    values_BO = np.full((len(reference_BHW), len(organ_ids)), np.nan)
+    for b, (reference_HW, predicted_HW) in enumerate(zip(reference_BHW, predicted_BHW, strict=True)):
+        if np.isfinite(spacing_mm[b]).all():
+            values_BO[b] = surfaces.surface_dice(reference_HW, predicted_HW, organ_ids, tolerance_mm_O, spacing_mm[b])
+    return values_BO
 
 
 def _false_positive_columns(
