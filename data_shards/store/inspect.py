@@ -79,24 +79,10 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
     groups = [(split, modality) for split in SPLITS for modality in shard_set.modalities]
     chosen = {g: shard_set.select(split=g[0], modalities=[g[1]], labelled_only=False) for g in groups}
     rows_of = {group: rows for group, rows in chosen.items() if len(rows)}
-    labelled_N, case_N = (numbers(shard_set.samples, name) for name in ("labelled", "case_id"))
-    slices, patients, labelled_rows = {}, {}, {}
-    for group, rows in rows_of.items():
-        labelled = labelled_N[rows]
-        labelled_rows[group] = rows[labelled]
-        patients[group] = (len(np.unique(case_N[rows[labelled]])), len(np.unique(case_N[rows[~labelled]])))
-        for axis, count in zip(AXES, np.bincount(shard_set.axis_N[rows], minlength=len(AXES)).tolist(), strict=True):
-            slices[(*group, axis)] = count
-    pixels, class_slices = _count_classes(shard_set, labelled_rows)
+    labelled_N = numbers(shard_set.samples, "labelled")
+    pixels, class_slices = _count_classes(shard_set, {group: rows[labelled_N[rows]] for group, rows in rows_of.items()})
     pictures = pictures or folder or Path()
     contact_sheet, histogram = pictures / "contact_sheet.png", pictures / "class_histogram.png"
-    not_drawn = None
-    try:
-        draw_contact_sheet(shard_set, contact_sheet)
-        draw_class_histogram(shard_set.label_table, pixels, histogram)
-    except NotSaved as error:  # the counts are still worth printing
-        not_drawn = str(error)
-    drawn_by = np.bincount(numbers(shard_set.samples, "mask_source"), minlength=len(MASK_SOURCES)).tolist()
     return InspectReport(
         path=shard_set.root,
         label_table=shard_set.label_table,
@@ -106,11 +92,11 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         codec=shard_set.codec,
         num_bytes=sum(shard["bytes"] for shard in shard_set.index["shards"]),
         verified=verify,
-        slices={key: count for key, count in slices.items() if count},
-        patients=patients,
+        slices=_count_slices(shard_set, rows_of),
+        patients=_count_patients(shard_set, rows_of),
         pixels=pixels,
         class_slices=class_slices,
-        masks={source: count for source, count in zip(MASK_SOURCES, drawn_by, strict=True) if count},
+        masks=_mask_sources(shard_set),
         leaking=tuple(_leaks(shard_set.samples, shard_set.index.get("source") or {})),
         failed=tuple(shard_set.index.get("failed", ())),
         notes=_texts(shard_set.index.get("notes")) or [],
@@ -118,7 +104,7 @@ def inspect_shards(path: str | Path, pictures: Path | None = None, *, verify: bo
         source=shard_set.index.get("source") or {},
         contact_sheet=contact_sheet,
         histogram=histogram,
-        not_drawn=not_drawn,
+        not_drawn=_draw(shard_set, pixels, contact_sheet, histogram),
     )
 
 
@@ -175,6 +161,50 @@ def _leaks(samples: pa.Table, source: dict[str, dict[str, Any]]) -> Iterator[tup
             yield patient if cases is None else " = ".join(sorted(cases)), tuple(sorted(splits))
 
 
+def _count_slices(shard_set: ShardSet, rows_of: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str, str], int]:
+    """Slices by split, modality and axis, where there are any."""
+    counts_of = {group: np.bincount(shard_set.axis_N[rows], minlength=len(AXES)) for group, rows in rows_of.items()}
+    return {
+        (*group, axis): count
+        for group, counts in counts_of.items()
+        for axis, count in zip(AXES, counts.tolist(), strict=True)
+        if count
+    }
+
+
+def _count_patients(
+    shard_set: ShardSet, rows_of: dict[tuple[str, str], np.ndarray]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """Patients with and without labels, by group."""
+    labelled_N, case_N = (numbers(shard_set.samples, name) for name in ("labelled", "case_id"))
+
+    def num_cases(rows: np.ndarray) -> int:
+        return len(np.unique(case_N[rows]))
+
+    return {
+        group: (num_cases(rows[labelled_N[rows]]), num_cases(rows[~labelled_N[rows]]))
+        for group, rows in rows_of.items()
+    }
+
+
+def _mask_sources(shard_set: ShardSet) -> dict[str, int]:
+    """Slices by the source of their mask, where there are any."""
+    counts = np.bincount(numbers(shard_set.samples, "mask_source"), minlength=len(MASK_SOURCES)).tolist()
+    return {source: count for source, count in zip(MASK_SOURCES, counts, strict=True) if count}
+
+
+def _draw(
+    shard_set: ShardSet, pixels: dict[tuple[str, str], np.ndarray], contact_sheet: Path, histogram: Path
+) -> str | None:
+    """Draw both pictures; returns why they could not be saved. The counts are worth printing without them."""
+    try:
+        draw_contact_sheet(shard_set, contact_sheet)
+        draw_class_histogram(shard_set.label_table, pixels, histogram)
+    except NotSaved as error:
+        return str(error)
+    return None
+
+
 def _count_classes(
     shard_set: ShardSet, rows_of: dict[tuple[str, str], np.ndarray]
 ) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], np.ndarray]]:
@@ -203,30 +233,43 @@ def _lines(report: InspectReport) -> Iterator[str]:
         "every checksum holds" if report.verified else "checksums not compared"
     )
     yield ""
+    yield from _patients_table(report)
+    if groups := [group for group in report.pixels if report.pixels[group].any()]:
+        yield ""
+        yield from _classes_table(report, groups)
+    yield ""
+    yield from _notes(report)
+
+
+def _patients_table(report: InspectReport) -> Iterator[str]:
+    """Patients and slices of each split and modality."""
     rows = [
         [split, modality, str(labelled), str(unlabelled)]
         + [str(report.slices.get((split, modality, axis), 0)) for axis in AXES]
         for (split, modality), (labelled, unlabelled) in report.patients.items()
     ]
     yield from _table(["split", "modality", "patients", "unlabelled", *(f"{axis} slices" for axis in AXES)], rows, 2)
-    groups = [group for group in report.pixels if report.pixels[group].any()]
-    if groups:
-        yield ""
-        yield "labelled slices that hold each class, and its share of their pixels"
-        rows = []
-        for class_id, name in enumerate(report.label_table.names):
-            # For a large table only classes that occur; for a small one all, so that a missing organ is noticed.
-            if name == UNUSED or (
-                report.label_table.num_classes > 20 and not any(report.pixels[g][class_id] for g in groups)
-            ):
-                continue
-            cells = [
-                f"{report.class_slices[g][class_id]} {_percent(report.pixels[g][class_id], report.pixels[g].sum())}"
-                for g in groups
-            ]
-            rows.append([str(class_id), name, *cells])
-        yield from _table(["id", "class", *(" ".join(group) for group in groups)], rows, 2)
-    yield ""
+
+
+def _classes_table(report: InspectReport, groups: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """How often each class occurs in these groups."""
+    yield "labelled slices that hold each class, and its share of their pixels"
+    # For a large table only classes that occur; for a small one all, so that a missing organ is noticed.
+    shows_all = report.label_table.num_classes <= 20
+    rows = []
+    for class_id, name in enumerate(report.label_table.names):
+        if name == UNUSED or not (shows_all or any(report.pixels[g][class_id] for g in groups)):
+            continue
+        cells = [
+            f"{report.class_slices[g][class_id]} {_percent(report.pixels[g][class_id], report.pixels[g].sum())}"
+            for g in groups
+        ]
+        rows.append([str(class_id), name, *cells])
+    yield from _table(["id", "class", *(" ".join(group) for group in groups)], rows, 2)
+
+
+def _notes(report: InspectReport) -> Iterator[str]:
+    """Leaks, what prepare recognised and left out, and where the pictures are."""
     for case_id, splits in report.leaking:
         yield f"LEAK: patient {case_id} is in {' and '.join(splits)}"
     if not report.leaking:
