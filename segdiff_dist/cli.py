@@ -78,24 +78,29 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
     """The plan of the command; None if it only prints something."""
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
-        return None
-    if args[0] == "--version":
+    elif args[0] == "--version":
         from data_shards import __version__
 
         print(f"segdiff {__version__}")
-        return None
-    if args[0] == COMPLETION:
+    elif args[0] == COMPLETION:
         from segdiff_dist.stages.completion import print_completion
 
         print_completion(args[1:])
-        return None
-    name, *rest = args
-    if name not in stages.NAMES:
-        likely = get_close_matches(name, stages.NAMES, n=1)
+    elif args[0] not in stages.NAMES:
+        likely = get_close_matches(args[0], stages.NAMES, n=1)
         meant = f"; did you mean {likely[0]!r}?" if likely else ""
-        print(f"segdiff: {name!r} is not a command{meant}\n\n{_overview()}", file=sys.stderr)
+        print(f"segdiff: {args[0]!r} is not a command{meant}\n\n{_overview()}", file=sys.stderr)
         status.code = 2
-        return None
+    else:
+        stage = _parsed(args[0], args[1:], status)
+        if not stage.dry_run:
+            return stage.check()
+        _print_dry_run(stage)
+    return None
+
+
+def _parsed(name: str, args: list[str], status: ExitStatus) -> stages.Stage:
+    """The stage of a command, where its surroundings let it work. Raises InputProblems where they do not."""
     changed = surroundings.complete()
     stage_class = stages.load(name)
     status.only_reads, status.guard.lower = stage_class.only_reads, stage_class.less_memory
@@ -107,9 +112,11 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
         refuse(launcher_problems())
     if stage_class.needs_temporary_files:
         refuse(surroundings.temporary_folder_problems())
-    stage = stage_class.parse(name, rest)
-    if not stage.dry_run:
-        return stage.check()
+    return stage_class.parse(name, args)
+
+
+def _print_dry_run(stage: stages.Stage) -> None:
+    """Print the settings and the cost. The settings come first: a check that refuses them comes after."""
     settings = stage.settings()
     if is_main():
         print(settings, end="", flush=True)
@@ -119,7 +126,6 @@ def _checked(args: list[str], status: ExitStatus) -> stages.Plan | None:
         print("\n".join(f"{'# ' if settings else ''}{line}".rstrip() for line in plan.cost().lines()))
         refuse(unless_forced(plan.workers_problems()))
         refuse(unless_forced(plan.disk_problems()))
-    return None
 
 
 def _overview() -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from segdiff_dist.stages.base import Plan, Stage
 
-__all__ = ["NAMES", "Plan", "load", "summary"]
+__all__ = ["NAMES", "Plan", "Stage", "load", "summary"]
 
 # In the order the data goes: that of the help text.
 NAMES = (
