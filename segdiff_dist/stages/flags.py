@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import is_dataclass, replace
 from functools import partial
 from io import StringIO
@@ -49,14 +48,10 @@ def parse_flags(
                 if not end.code:
                     raise
         raise wrong_flags(said.getvalue(), prog, _likely(cls, args, aliases))
-    with redirect_stdout(StringIO()) as printed:
-        try:
-            tyro.cli(cls, args=["--help"], prog=prog, description=description, **options)
-        except SystemExit as end:
-            code = end.code
-    print(only_essential(printed.getvalue(), essential), end="")
-    sys.stdout.flush()
-    raise SystemExit(code)
+    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
+        tyro.cli(cls, args=["--help"], prog=prog, description=description, **options)
+    print(only_essential(printed.getvalue(), essential), end="", flush=True)
+    raise SystemExit(0)
 
 
 def wrong_flags(box: str, prog: str, likely: Sequence[str] = ()) -> InputProblems:
