@@ -5,7 +5,7 @@ Dimensions: H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,41 +55,46 @@ def list_items_of(
     order = sample_at(np.arange(len(rows)), len(rows), config.seed)
     chosen = rows[order[: config.num]]
     table = masks.take(chosen).to_pylist()
-    diverse = set(_spread(table, len(table) if config.diverse_masks is None else config.diverse_masks))
     items: list[dict[str, Any]] = []
-
-    def add(index: int, target: str, seed_index: int) -> None:
+    for index, target, seed_index in _planned(table, config, known):
         source = table[index]
-        items.append(
-            {
-                "item_id": len(items),
-                "row": int(chosen[index]),
-                "key": source["key"],
-                "case_id": source["case_id"],
-                "source_modality": source["modality"],
-                "target_modality": target,
-                "axis": source["axis"],
-                "slice_index": source["slice_index"],
-                "seed_index": seed_index,
-            }
-            | ({MASK_FILE: source[MASK_FILE]} if MASK_FILE in source else {})
-        )
-
-    def target(index: int, wanted: str) -> str:
-        if wanted not in ("same", "other"):
-            return wanted
-        own = table[index]["modality"]
-        own = config.target_modality if own == NO_MODALITY else own
-        others = [m for m in known if m != own]
-        return own if wanted == "same" else others[index % len(others)]
-
-    for index in range(len(table)):
-        for seed_index in range(config.samples_per_mask if index in diverse else 1):
-            add(index, target(index, config.target_modality), seed_index)
-    for index in _spread(table, config.cross_modality_masks):
-        for seed_index in range(min(2, config.samples_per_mask)):  # the paper's Figures 6 and 7 show two
-            add(index, target(index, "other"), seed_index)
+        item = {
+            "item_id": len(items),
+            "row": int(chosen[index]),
+            "key": source["key"],
+            "case_id": source["case_id"],
+            "source_modality": source["modality"],
+            "target_modality": target,
+            "axis": source["axis"],
+            "slice_index": source["slice_index"],
+            "seed_index": seed_index,
+        }
+        items.append(item | ({MASK_FILE: source[MASK_FILE]} if MASK_FILE in source else {}))
     return pa.Table.from_pylist(items)
+
+
+def _planned(table: list[dict[str, Any]], config: SampleConfig, known: Sequence[str]) -> Iterator[tuple[int, str, int]]:
+    """Index of the mask, target modality and seed index of each item, in order: first those of every mask, then those
+    in the other modality."""
+    diverse = set(_spread(table, len(table) if config.diverse_masks is None else config.diverse_masks))
+    for index in range(len(table)):
+        target = _target(table[index]["modality"], config.target_modality, index, config, known)
+        for seed_index in range(config.samples_per_mask if index in diverse else 1):
+            yield index, target, seed_index
+    for index in _spread(table, config.cross_modality_masks):
+        target = _target(table[index]["modality"], "other", index, config, known)
+        for seed_index in range(min(2, config.samples_per_mask)):  # the paper's Figures 6 and 7 show two
+            yield index, target, seed_index
+
+
+def _target(own: str, wanted: str, index: int, config: SampleConfig, known: Sequence[str]) -> str:
+    """The modality of the images of a mask of modality `own`: `wanted` may be `same` or `other`, which are of this. The
+    others take turns with `index`."""
+    if wanted not in ("same", "other"):
+        return wanted
+    own = config.target_modality if own == NO_MODALITY else own
+    others = [modality for modality in known if modality != own]
+    return own if wanted == "same" else others[index % len(others)]
 
 
 def item_problems(file: Path, items: pa.Table) -> list[Problem]:
