@@ -21,6 +21,8 @@ from segdiff_dist.evaluation.report.pictures import Pictures
 
 _ALL_COLOUR = "#1f2933"
 _PANELS_A_ROW = 3
+# Below a panel: the side of better values, by Definition.better.
+_BETTER_SIDE = {"higher": "\u2192 better", "lower": "\u2190 better", "one": "1 is best"}
 
 
 def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str, Any]]], metrics: list[str]) -> Drawn:
@@ -41,23 +43,7 @@ def metrics_of_runs(names: Sequence[str], groups: Mapping[str, Sequence[dict[str
     for ax in axes.ravel()[len(metrics) :]:
         ax.set_visible(False)
     for ax, metric in zip(axes.ravel(), metrics, strict=False):
-        for k, (group, runs) in enumerate(groups.items()):
-            colour = _colour(group)
-            offset = 0.22 * (k - (len(groups) - 1) / 2)
-            for position, entries in enumerate(runs):
-                if metric in entries:
-                    ax.plot(entries[metric]["value"], position + offset, "o", color=colour, ms=4.5)
-                    if entries[metric]["ci95"] is not None:
-                        ax.plot(entries[metric]["ci95"], [position + offset] * 2, color=colour, lw=1.4)
-        better = {"higher": "\u2192 better", "lower": "\u2190 better", "one": "1 is best"}.get(
-            DEFINITIONS[metric].better, ""
-        )
-        ax.set_title(DEFINITIONS[metric].label, fontsize=9)
-        ax.set_xlabel(better, fontsize=7.5)
-        ax.set_yticks(range(len(names)), [_shortened(name) for name in names])
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.grid(axis="y", visible=False)
-        ax.tick_params(axis="y", length=0)
+        _draw_metric(ax, metric, names, groups)
     handles = [_handle(group, _colour(group)) for group in groups]
     canvas.legend(handles=handles, loc="outside lower center", ncols=len(groups), fontsize=8)
     caption = (
@@ -102,6 +88,26 @@ def _handle(label: str, colour: str) -> Any:
 def _shortened(name: str) -> str:
     """A run's name, without its middle where it would not fit above a tile."""
     return plain(name if len(name) <= 24 else f"{name[:11]}\u2026{name[-12:]}")
+
+
+def _draw_metric(ax: Any, metric: str, names: Sequence[str], groups: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """One panel of metrics_of_runs: a line a run, and in it a point a group."""
+    for k, (group, runs) in enumerate(groups.items()):
+        colour = _colour(group)
+        offset = 0.22 * (k - (len(groups) - 1) / 2)
+        for position, entries in enumerate(runs):
+            if (entry := entries.get(metric)) is None:
+                continue
+            ax.plot(entry["value"], position + offset, "o", color=colour, ms=4.5)
+            if entry["ci95"] is not None:
+                ax.plot(entry["ci95"], [position + offset] * 2, color=colour, lw=1.4)
+    definition = DEFINITIONS[metric]
+    ax.set_title(definition.label, fontsize=9)
+    ax.set_xlabel(_BETTER_SIDE.get(definition.better, ""), fontsize=7.5)
+    ax.set_yticks(range(len(names)), [_shortened(name) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
 
 
 def _colour(group: str) -> str:
