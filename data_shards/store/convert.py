@@ -107,10 +107,8 @@ def check(source: str | Path, out: Path, config: ConvertConfig) -> Conversion:
 
 def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, Any]:
     format = _format(shards, config)
-    codec = format.codec
     header = {name: value for name, value in shards.index.items() if name not in _OF_THE_FILES}
-    changed = {"store": config.store, "codec": codec, "samples_per_shard": config.samples_per_shard}
-    header |= {"preprocessing": {**header["preprocessing"], **changed}, "converted_from": shards.digest}
+    header |= {"preprocessing": {**header["preprocessing"], **_form(config)}, "converted_from": shards.digest}
     counted, num_samples = [], {}
     for split, first, count in _runs(shards):
         counted.append((split, count, partial(_rows_from, shards.resolved, first, shards.digest, format)))
@@ -121,22 +119,14 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
     with saying_when_full(out), workers:
         # Marks the folder as this command's, from the first shard until the index is written.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
-        write_atomic(out / PARTIAL / _PLAN, json.dumps(_asked(shards, config)).encode())
+        write_atomic(out / PARTIAL / _PLAN, json.dumps(_plan_of(shards, config)).encode())
         index = write_shards(out, plan, num_samples, header, workers)
     shutil.rmtree(out / PARTIAL)
     return index
 
 
 def _format(shards: ShardSet, config: ConvertConfig) -> Format:
-    codec = "zstd" if config.store == "zarr" else config.codec
-    return set_format(
-        config.store,
-        codec,
-        config.samples_per_shard,
-        size=shards.size,
-        bits=shards.bits,
-        soft_edge="edge" in shards.parts,
-    )
+    return set_format(**_form(config), size=shards.size, bits=shards.bits, soft_edge="edge" in shards.parts)
 
 
 def _runs(shards: ShardSet) -> Iterator[tuple[str, int, int]]:
@@ -158,10 +148,15 @@ def _open(root: str) -> ShardSet:
     return ShardSet.open(root, check_files=False)
 
 
-def _asked(shards: ShardSet, config: ConvertConfig) -> dict[str, Any]:
+def _form(config: ConvertConfig) -> dict[str, Any]:
+    """Store, codec and samples of a shard of the new set. Zarr's arrays are always zstd."""
     codec = "zstd" if config.store == "zarr" else config.codec
-    form = {"store": config.store, "codec": codec, "samples_per_shard": config.samples_per_shard}
-    return {"converted_from": shards.digest, **form}
+    return {"store": config.store, "codec": codec, "samples_per_shard": config.samples_per_shard}
+
+
+def _plan_of(shards: ShardSet, config: ConvertConfig) -> dict[str, Any]:
+    """The content of plan.json: another conversion into the same folder is refused."""
+    return {"converted_from": shards.digest, **_form(config)}
 
 
 def _problems_with_ids(shards: ShardSet, config: ConvertConfig) -> list[Problem]:
@@ -174,17 +169,11 @@ def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> It
     if str(out) in {str(Path(member.root).absolute()) for member in shards.members}:
         yield Problem(str(out), "output folder", "is the set that is to be converted", remedy)
     elif (out / INDEX).exists() or (out / PARTIAL / _PLAN).is_file():
-        whole = (out / INDEX).exists()
-        made = (
-            read_index(out) if whole else read_json(out / PARTIAL / _PLAN, f"remove {out}", "the plan of a conversion")
-        )
-        asked = _asked(shards, config)
-        then = {name: made.get(name) for name in asked}
-        if whole:
-            then["samples_per_shard"] = made["preprocessing"].get("samples_per_shard")
-        if then != asked:
-            form = f"{then['store']}, {then['codec']}, {then['samples_per_shard']} samples a shard"
-            holds = f"holds another set ({form}{'' if whole else ', unfinished'})"
+        is_finished = (out / INDEX).exists()
+        there = _plan_of_finished(out) if is_finished else _plan_of_unfinished(out)
+        if any(there.get(name) != value for name, value in _plan_of(shards, config).items()):
+            form = f"{there.get('store')}, {there.get('codec')}, {there.get('samples_per_shard')} samples a shard"
+            holds = f"holds another set ({form}{'' if is_finished else ', unfinished'})"
             yield Problem(str(out), "output folder", holds, remedy)
     elif out.exists() and not out.is_dir():
         yield Problem(str(out), "output folder", "is a file", remedy)
@@ -192,3 +181,12 @@ def _problems_with_out(out: Path, shards: ShardSet, config: ConvertConfig) -> It
         for name in (SHARDS, SAMPLES):
             if (out / name).exists():
                 yield Problem(str(out), "output folder", f"holds {name} of something else", remedy)
+
+
+def _plan_of_finished(out: Path) -> dict[str, Any]:
+    index = read_index(out)
+    return {**index, "samples_per_shard": index["preprocessing"].get("samples_per_shard")}
+
+
+def _plan_of_unfinished(out: Path) -> dict[str, Any]:
+    return read_json(out / PARTIAL / _PLAN, f"remove {out}", "the plan of a conversion")
