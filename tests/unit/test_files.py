@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -128,10 +129,21 @@ def test_leftovers_of_every_version_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == [".kept", "kept.json"]
 
 
-def test_a_lock_is_free_again_when_its_block_ends(tmp_path: Path) -> None:
+def is_free(lock: Path) -> bool:
+    with lock.open("r+") as file:  # another open file, as another process has
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_a_lock_is_held_in_its_block_and_free_again_after_it(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
     for _ in range(2):
-        with files.file_lock(tmp_path / "lock"):
-            pass
+        with files.file_lock(lock):
+            assert not is_free(lock)
+        assert is_free(lock)
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,16 @@ def shapes_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_indexes(shapes_set: Path, tmp_path: Path) -> None:
     rng, good = random.Random(0), (shapes_set / "index.json").read_bytes()
-    values = json.loads(good)
+    values, refused = json.loads(good), []
+    assert parse_index(good, "index.json") == values
     for number in range(400):
         content = changed_json(values, rng) if number % 3 else changed_bytes(good, rng)
-        with suppress(InputProblems):
+        try:
             parse_index(content, "index.json")
+        except InputProblems as error:
+            refused.append(error)
+    assert len(refused) > 200
+    assert {one.where for error in refused for one in error.problems} == {"index.json"}
 
 
 def test_sets_with_another_index_are_opened_and_counted_or_refused(shapes_set: Path) -> None:
