@@ -9,6 +9,7 @@ from data_shards.workers import LEAST_BYTES, LEAST_BYTES_WITH_TORCH
 from segdiff_dist.budget.choose import STARTS_S, Candidate, Networks
 from segdiff_dist.experiment import Experiment
 from segdiff_dist.planning.memory import disk_bytes, plan_memory
+from segdiff_dist.planning.network import Network
 from segdiff_dist.training.config import TrainConfig
 
 # A file of an exported image: whole blocks, a header.
@@ -28,34 +29,14 @@ class Row:
 
 def rows_of(candidate: Candidate, experiment: Experiment) -> list[Row]:
     """A row a stage. `experiment`: as it was made from the candidate."""
-    task, machine = candidate.task, candidate.task.machine
-    networks = Networks.of(experiment, task.data_set, machine.device)
+    task = candidate.task
+    networks = Networks.of(experiment, task.data_set, task.machine.device)
     prepare, sample = experiment.prepare, experiment.sample
-    pixels, validated = prepare.size**2, candidate.validated_s
+    pixels = prepare.size**2
     volumes, slices = task.data_set.cost(prepare)
     images = (sample.num or 0) + candidate.more_images
-    segmenter, denoiser = experiment.segmenter.train, experiment.train
-    seconds = {
-        "prepare": candidate.prepare_s,
-        "train-segmenter": segmenter.num_images * candidate.lengths["segmenter"].seconds + validated["segmenter"],
-        "train": denoiser.num_images * candidate.lengths["denoiser"].seconds + validated["denoiser"],
-        "sample": images * candidate.sampled_s,
-        "evaluate": images * candidate.evaluated_s,
-    }
-    on_gpu = machine.device.type == "cuda"
-    where = "GPU" if on_gpu else "lone host"
+    on_gpu = task.machine.device.type == "cuda"
     workers = {name: getattr(experiment, name).num_workers or 1 for name in ("prepare", "sample", "evaluate")}
-
-    def training(stage: str, config: TrainConfig) -> tuple[str, int, int]:
-        network = networks.segmenter if stage == "segmenter" else networks.denoiser
-        at_once = (
-            "as many at once as fit" if config.micro_batch_size == "auto" else f"{config.micro_batch_size} at once"
-        )
-        what = f"{network.num_parameters / 1e6:.1f} M parameters, {config.num_images:,} images, {at_once}"
-        memory = plan_memory(network, config, 1, on_gpu).needed(where)
-        return f"{what}, {config.precision}", memory, disk_bytes(network, config)
-
-    split = f"{sample.num or 0:,} masks of {sample.split}"
     torch_bytes = LEAST_BYTES_WITH_TORCH
     found = {
         "prepare": (
@@ -64,10 +45,10 @@ def rows_of(candidate: Candidate, experiment: Experiment) -> list[Row]:
             workers["prepare"] * LEAST_BYTES,
             slices * (1 + prepare.bits // 8) * pixels,
         ),
-        "train-segmenter": training("segmenter", segmenter),
-        "train": training("denoiser", denoiser),
+        "train-segmenter": _training(networks.segmenter, experiment.segmenter.train, on_gpu),
+        "train": _training(networks.denoiser, experiment.train, on_gpu),
         "sample": (
-            f"{images:,} images of {split}, {workers['sample']} workers",
+            f"{images:,} images of {sample.num or 0:,} masks of {sample.split}, {workers['sample']} workers",
             workers["sample"] * torch_bytes,
             2 * images * pixels,
         ),
@@ -83,4 +64,27 @@ def rows_of(candidate: Candidate, experiment: Experiment) -> list[Row]:
             2 * images * (pixels + _BYTES_PER_FILE),
         ),
     }
+    seconds = _seconds(candidate, experiment, images)
     return [Row(name, what, STARTS_S[name] + seconds.get(name, 0.0), *size) for name, (what, *size) in found.items()]
+
+
+def _seconds(candidate: Candidate, experiment: Experiment, images: int) -> dict[str, float]:
+    """How long the stages work that take longer than their start, for this many images."""
+    segmenter, denoiser = experiment.segmenter.train, experiment.train
+    lengths, validated = candidate.lengths, candidate.validated_s
+    return {
+        "prepare": candidate.prepare_s,
+        "train-segmenter": segmenter.num_images * lengths["segmenter"].seconds + validated["segmenter"],
+        "train": denoiser.num_images * lengths["denoiser"].seconds + validated["denoiser"],
+        "sample": images * candidate.sampled_s,
+        "evaluate": images * candidate.evaluated_s,
+    }
+
+
+def _training(network: Network, config: TrainConfig, on_gpu: bool) -> tuple[str, int, int]:
+    """A training's text, bytes of memory and bytes on the disk."""
+    size = config.micro_batch_size
+    at_once = "as many at once as fit" if size == "auto" else f"{size} at once"
+    what = f"{network.num_parameters / 1e6:.1f} M parameters, {config.num_images:,} images, {at_once}"
+    memory = plan_memory(network, config, 1, on_gpu).needed("GPU" if on_gpu else "lone host")
+    return f"{what}, {config.precision}", memory, disk_bytes(network, config)
