@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Net = TypeVar("Net", bound="nn.Module")
 
+# In every folder of weights: what they are, and how they were trained.
+DESCRIPTION = "segdiff.json"
 DIGESTS = "digests.json"
 # All weights of a net in one file, as a MONAI bundle has them.
 MODEL_FILE = "model.pt"

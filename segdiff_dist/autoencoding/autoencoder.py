@@ -27,9 +27,8 @@ from segdiff_dist.autoencoding.config import AutoencoderConfig
 from segdiff_dist.autoencoding.network import make_autoencoder
 from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.pixels import to_model_range
-from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
+from segdiff_dist.weight_files import DESCRIPTION, read_weights, refuse_damaged, write_digests
 
-DESCRIPTION = "segdiff.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The settings of a trained autoencoder; the others are those of its training.
 _SHAPE = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "attention")

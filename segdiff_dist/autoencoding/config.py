@@ -12,6 +12,7 @@ from data_shards.problems import Problem
 from data_shards.ranges import Channels, Count, Layers, NonNegative, WholeNumber, names_of, range_problems
 from data_shards.settings import Execution, Result
 from segdiff_dist.training.config import TrainConfig
+from segdiff_dist.weight_files import DESCRIPTION
 
 # A patch discriminator of n layers halves n times and then loses a pixel in each of its last two convolutions.
 _LEAST_PATCHES = 3
@@ -97,7 +98,7 @@ class AutoencoderConfig:
             check("discriminator_layers", not self.has_discriminator or patches >= _LEAST_PATCHES, remedy)
         if self.segmenter is not None:
             remedy = "give a run folder with a segmenter; `segdiff train-segmenter --help` says how to train one"
-            check("segmenter", (segmenter_weights(self.segmenter) / "segdiff.json").is_file(), remedy)
+            check("segmenter", (segmenter_weights(self.segmenter) / DESCRIPTION).is_file(), remedy)
         return problems
 
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from data_shards.feed.config import LoaderConfig
 from data_shards.problems import problem
 from data_shards.records import Batch
-from segdiff_dist.autoencoding.autoencoder import DESCRIPTION, save_autoencoder
+from segdiff_dist.autoencoding.autoencoder import save_autoencoder
 from segdiff_dist.autoencoding.config import AutoencoderConfig, segmenter_weights
 from segdiff_dist.autoencoding.network import AutoencoderNet, latent_shape
 from segdiff_dist.autoencoding.perceptual import PerceptualLoss
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import sum_over_ranks
 from segdiff_dist.training.held_out import held_out_batches
+from segdiff_dist.weight_files import DESCRIPTION
 from segdiff_kernels import philox
 
 if TYPE_CHECKING:

@@ -34,14 +34,13 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.time_addition import TimeAddition
 from segdiff_dist.diffusers_parts import TimestepEmbedding, Timesteps
 from segdiff_dist.pixels import to_model_range
-from segdiff_dist.weight_files import folder_digest
+from segdiff_dist.weight_files import DESCRIPTION, folder_digest
 from segdiff_kernels import philox
 
 # The lower stage: in a run folder (as it was when the training began), and inside each folder of weights.
 LOWER = "low_resolution"
 # In segdiff.json.
 DESCRIBED = "cascade"
-_DESCRIPTION = "segdiff.json"
 # As the time, which is 0 to 1000.
 _LEVEL_SCALE = 1000.0
 
@@ -102,10 +101,10 @@ class LowerStage:
     def open(cls, folder: Path) -> LowerStage:
         """That of a folder of weights. Raises InputProblems."""
         remedy = "copy the weights again from where they were trained"
-        if not (folder / _DESCRIPTION).is_file():
+        if not (folder / DESCRIPTION).is_file():
             raise problem(folder, LOWER, "not found", remedy)
-        description = read_json(folder / _DESCRIPTION, remedy)
-        with reading(folder / _DESCRIPTION, "the description of a denoiser", remedy):
+        description = read_json(folder / DESCRIPTION, remedy)
+        with reading(folder / DESCRIPTION, "the description of a denoiser", remedy):
             side = int(description["denoiser"].get("low_resolution") or description["size"])
             diffusion = as_trained(DiffusionConfig(), description.get("diffusion", {}))[0]
         return cls(folder, side, folder_digest(folder), diffusion)
@@ -208,7 +207,7 @@ def stage_problems(sampler: SamplerConfig, weights: Path, description: Mapping[s
             yield Problem("config", "sample.sampler.augmentation", str(sampler.augmentation), remedy)
         return
     stage, own = LowerStage.inside(weights, description[DESCRIBED]), sampler.alone
-    of_stage = read_json(stage.folder / _DESCRIPTION, "copy the weights again")
+    of_stage = read_json(stage.folder / DESCRIPTION, "copy the weights again")
     for one in own.problems(stage.diffusion):
         yield replace(one, where=f"lower stage, {stage.side} pixels")
     needed = own.needed_dropout

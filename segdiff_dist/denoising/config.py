@@ -25,6 +25,7 @@ from data_shards.ranges import (
 )
 from data_shards.settings import Execution, Result, ResultWhereSet, Resumable
 from segdiff_dist.config.choices import AttentionBackend
+from segdiff_dist.weight_files import DESCRIPTION
 from segdiff_kernels.backend import Kernels
 
 MaskEncoding = Literal["onehot", "embedding", "scalar_255", "scalar_signed"]
@@ -340,7 +341,7 @@ class DiffusionConfig:
         if self.dice_weight > 0:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if self.dice_segmenter is None else Path(self.dice_segmenter)
-            checks.require("dice_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
+            checks.require("dice_segmenter", weights is not None and (weights / DESCRIPTION).is_file(), remedy)
         remedy = "organ_dropout teaches to add the organs that a mask lacks, this the opposite: give 0 for one of them"
         checks.require("contrastive_weight", self.contrastive_weight == 0 or self.organ_dropout == 0, remedy)
         remedy = "with contrastive_weight too, a step would predict three times: give 0 for one of them"

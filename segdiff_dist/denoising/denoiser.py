@@ -36,7 +36,7 @@ from segdiff_dist.denoising.dropout import use_dropout
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
 from segdiff_dist.denoising.time_addition import AugmentationLabels
-from segdiff_dist.weight_files import MODEL_FILE, read_weights, refuse_damaged, write_digests
+from segdiff_dist.weight_files import DESCRIPTION, MODEL_FILE, read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
 if TYPE_CHECKING:
@@ -305,19 +305,19 @@ class Denoiser(nn.Module):
                 description[STAGE] = self.lower.described
             if self.modalities != MODALITIES:
                 description[MODALITIES_KEY] = list(self.modalities)
-            (unfinished / "segdiff.json").write_text(json.dumps(description, indent=2) + "\n")
+            (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
             write_digests(unfinished, sorted(file.name for file in unfinished.iterdir()))
 
     @classmethod
     def load(cls, folder: Path, attention: AttentionBackend = "auto", kernels: Kernels = "auto") -> Denoiser:
         """The denoiser that `save` wrote, in fp32 on the CPU. Weights are refused if they cannot be read, belong to
         another network, or are not finite."""
-        if not (folder / "segdiff.json").is_file():
+        if not (folder / DESCRIPTION).is_file():
             raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
         again = how_to_make("train", folder)
         remedy = f"remove {folder.parent}; training again exports them from the newest checkpoint: {again}"
         refuse_damaged(folder, "weights", remedy)
-        description_file, what = folder / "segdiff.json", "the description of a denoiser"
+        description_file, what = folder / DESCRIPTION, "the description of a denoiser"
         description = read_json(description_file, remedy, what)
         with reading(description_file, what, remedy):
             config = validate(DenoiserConfig, description["denoiser"], description_file)

@@ -28,6 +28,7 @@ from segdiff_dist.denoising.sampler_config import SamplerConfig
 from segdiff_dist.denoising.samplers import bounded, num_evaluations
 from segdiff_dist.denoising.task import DenoiserTask
 from segdiff_dist.pixels import to_model_range
+from segdiff_dist.weight_files import DESCRIPTION
 from segdiff_kernels import philox
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
 
 _TEACHER_DIGEST = "teacher_sha256"
-_DESCRIPTION = "segdiff.json"
 _REMEDY = "copy the run again from where it was trained"
 
 
@@ -98,7 +98,7 @@ class Teacher:
 
 def trained_diffusion(folder: Path, otherwise: DiffusionConfig) -> DiffusionConfig:
     """How the weights in a folder were trained: their process, and what was dropped; the rest is of `otherwise`."""
-    file = folder / _DESCRIPTION
+    file = folder / DESCRIPTION
     with reading(file, "the description of a denoiser", _REMEDY):
         said = read_json(file, _REMEDY).get("diffusion", {})
         dropped = {name: said.get(name, 0.0) for name in ("mask_dropout", "class_dropout", "joint_dropout")}
@@ -200,7 +200,7 @@ class DistilTask(DenoiserTask):
 
 def refuse_another_teacher(weights: Path, teacher: Teacher) -> None:
     """A resumed training must have the teacher that it was started with, which the exported weights name."""
-    for file in sorted(weights.glob(f"[!.]*/{_DESCRIPTION}")):
+    for file in sorted(weights.glob(f"[!.]*/{DESCRIPTION}")):
         before = read_json(file, _REMEDY).get(_TEACHER_DIGEST)
         if before is None:
             raise problem(file.parent, "weights", "not those of a student", "give another run folder")
@@ -215,6 +215,6 @@ def teacher_weights(distil: DistilConfig, average: str) -> Path:
     if distil.teacher is None:
         raise problem("command line", "--distil.teacher", "not given", remedy)
     folder = Path(distil.teacher) / "weights" / (average if distil.weights == "ema" else distil.weights)
-    if not (folder / _DESCRIPTION).is_file():
+    if not (folder / DESCRIPTION).is_file():
         raise problem(folder, "distil.teacher", "no weights there", remedy)
     return folder

@@ -14,6 +14,7 @@ from data_shards.problems import InputProblems, Problem, problem
 from segdiff_dist.denoising.cascade import LOWER, LowerStage, copy_stage
 from segdiff_dist.denoising.denoiser import BaseNet, Denoiser, described_modalities, known_modalities
 from segdiff_dist.denoising.diffusion import as_trained
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # In a run folder: the weights of the base, as they were when the training began.
 KEPT = "base"
-_DESCRIPTION = "segdiff.json"
 # The settings that make a net's shape.
 _SHAPE = (
     *("space", "net", "block_out_channels", "layers_per_block", "attention_resolutions"),
@@ -63,7 +63,7 @@ class Base:
     def _open(cls, field: str, given: str, kept: Path, flag: str) -> Base:
         begun = any(file.is_dir() for file in (kept.parent / "checkpoints").glob("[0-9]*"))
         folder = kept if begun else _weights_in(Path(given))
-        file = folder / _DESCRIPTION
+        file = folder / DESCRIPTION
         if not file.is_file():
             remedy = f"train it first, as with {flag}, or give a run folder or a folder of weights"
             if begun:
@@ -164,7 +164,7 @@ class Base:
         return found
 
     def _of_slices(self, field: str, size: int, modalities: tuple[str, ...], seen: Sequence[str]) -> list[Problem]:
-        where, named = str(self.folder), described_modalities(self.description, self.folder / _DESCRIPTION)
+        where, named = str(self.folder), described_modalities(self.description, self.folder / DESCRIPTION)
         problems = []
         if self.size != size:
             remedy = f"prepare slices of {self.size} pixels or give --loader.crop-size {self.size}, or train another"
@@ -183,9 +183,9 @@ def kept_weights(run: Path) -> dict[str, Tensor]:
 
 def _weights_in(given: Path) -> Path:
     """The weights of a run folder, its first average; or the folder itself."""
-    if (given / _DESCRIPTION).is_file() or not (given / "weights").is_dir():
+    if (given / DESCRIPTION).is_file() or not (given / "weights").is_dir():
         return given
-    names = sorted(file.parent.name for file in (given / "weights").glob(f"[!.]*/{_DESCRIPTION}"))
+    names = sorted(file.parent.name for file in (given / "weights").glob(f"[!.]*/{DESCRIPTION}"))
     with suppress(InputProblems, KeyError, IndexError, TypeError):
         names = [str(read_json(given / "weights" / "exported.json", "train again")["averages"][0]), *names]
     return given / "weights" / next(iter(names), "")

@@ -25,11 +25,11 @@ from torch import Tensor
 from data_shards.files import updated_folder
 from data_shards.problems import Problem, problem, refuse
 from data_shards.records import Batch
-from segdiff_dist.autoencoding.autoencoder import DESCRIPTION, Autoencoder
+from segdiff_dist.autoencoding.autoencoder import Autoencoder
 from segdiff_dist.autoencoding.network import latent_shape
 from segdiff_dist.denoising.config import DenoiserConfig, DiffusionConfig
 from segdiff_dist.denoising.sampler_config import SamplerConfig
-from segdiff_dist.weight_files import DIGESTS, write_digests
+from segdiff_dist.weight_files import DESCRIPTION, DIGESTS, write_digests
 
 # Inside a folder of weights; beside it in a pipeline's folder, under diffusers' name.
 BESIDE_WEIGHTS, IN_PIPELINE = "autoencoder", "vae"

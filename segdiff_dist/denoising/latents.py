@@ -25,6 +25,7 @@ from data_shards.files import new_file, write_atomic
 from data_shards.problems import problem
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.latent_space import DESCRIBED, LatentSpace
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -69,7 +70,7 @@ def refuse_other_latents(run: Path, space: LatentSpace | None, shards: ShardSet)
             raise problem(index.parent, "latents", value, f"{remedy}; without checkpoints: remove {index.parent}")
         if known["shards_digest"] != shards.digest:
             raise problem(index.parent, "latents", f"not of {shards.root}", f"{remedy}, or remove {index.parent}")
-    for file in sorted((run / "weights").glob("[!.]*/segdiff.json")):
+    for file in sorted((run / "weights").glob(f"[!.]*/{DESCRIPTION}")):
         before = json.loads(file.read_text()).get(DESCRIBED)
         if before is None or before["autoencoder_sha256"] != space.sha256:
             raise problem(file.parent, "autoencoder", "not that of the run's weights", remedy)

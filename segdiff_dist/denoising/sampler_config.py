@@ -14,6 +14,7 @@ from data_shards.problems import InputProblems, Problem
 from data_shards.ranges import RISING, Count, NonNegative, Positive, SettingChecks, Share, range_problems
 from data_shards.settings import RecordedOtherwise, Result, ResultWhereSet
 from segdiff_dist.denoising.config import DiffusionConfig, GuidanceRemoves, Objective, TimestepSpacing
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from data_shards.labels import LabelTable
@@ -135,7 +136,7 @@ class SamplerConfig:
         if own.segmenter_guidance > 0:
             remedy = "give the folder of a segmenter's weights; `segdiff train-segmenter --help` says how to train one"
             weights = None if own.guidance_segmenter is None else Path(own.guidance_segmenter)
-            checks.require("guidance_segmenter", weights is not None and (weights / "segdiff.json").is_file(), remedy)
+            checks.require("guidance_segmenter", weights is not None and (weights / DESCRIPTION).is_file(), remedy)
         if diffusion is None or checks.problems:
             return checks.problems
         return _student_problems(own, diffusion) or _grid_problems(own, diffusion)
@@ -203,7 +204,7 @@ def _student_problems(own: SamplerConfig, diffusion: DiffusionConfig) -> list[Pr
 
 def guidance_problems(sampler: SamplerConfig, table: LabelTable) -> list[Problem]:
     """Whether the guiding segmenter knows the masks' labels. SamplerConfig.problems checks that there is one."""
-    file = Path(sampler.guidance_segmenter or "") / "segdiff.json"
+    file = Path(sampler.guidance_segmenter or "") / DESCRIPTION
     if sampler.segmenter_guidance == 0 or not file.is_file():
         return []
     from data_shards.labels import LabelTable

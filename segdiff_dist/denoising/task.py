@@ -31,6 +31,7 @@ from segdiff_dist.denoising.siamese import ImagePrior, NoiseConsistency
 from segdiff_dist.pixels import to_model_range
 from segdiff_dist.ranks.distributed import is_main
 from segdiff_dist.segmentation.segmenter import Segmenter
+from segdiff_dist.weight_files import DESCRIPTION
 from segdiff_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def _consistency(model: Denoiser, diffusion: DiffusionConfig) -> NoiseConsistenc
 def _refuse_another_segmenter(weights: Path, dice_term: DiceTerm, given: str) -> None:
     """A resumed run must have the segmenter it was started with. The run's exported weights hold that segmenter's
     digest."""
-    for description in sorted(weights.glob("[!.]*/segdiff.json")):
+    for description in sorted(weights.glob(f"[!.]*/{DESCRIPTION}")):
         before = json.loads(description.read_text()).get(_SEGMENTER_DIGEST, dice_term.weights_sha256)
         if before != dice_term.weights_sha256:
             others = f"not the weights the run was started with (sha256 {before[:12]}...)"

@@ -17,6 +17,7 @@ from data_shards.documents import read_json
 from data_shards.field_source import is_address
 from data_shards.files import first_line, new_folder
 from data_shards.problems import InputProblems, problem
+from segdiff_dist.weight_files import DESCRIPTION
 
 # The model that comes with the package.
 STARTER = Path(__file__).parents[1] / "starter"
@@ -25,10 +26,10 @@ EXAMPLE_MASK = Path(__file__).with_name("example_mask.png")
 CACHE = "SEGDIFF_CACHE"
 # The files of a net's folder; the first three are always there.
 _OF_A_NET = (
-    *("config.json", "diffusion_pytorch_model.safetensors", "segdiff.json"),
+    *("config.json", "diffusion_pytorch_model.safetensors", DESCRIPTION),
     *("mask_encoder.safetensors", "control.safetensors", "digests.json"),
 )
-_NEEDED = ("segdiff.json", *(f"unet/{name}" for name in _OF_A_NET[:3]))
+_NEEDED = (DESCRIPTION, *(f"unet/{name}" for name in _OF_A_NET[:3]))
 _OPTIONAL = (
     *("model_index.json", "README.md", "scheduler/scheduler_config.json"),
     *(f"unet/{name}" for name in _OF_A_NET[3:]),
@@ -46,7 +47,7 @@ _BLOCK = 2**20
 def model_folder(given: str | Path | None) -> Path:
     """The folder on this machine; None gives the model of the package. Raises InputProblems."""
     if given is None:
-        if not (STARTER / "segdiff.json").is_file():
+        if not (STARTER / DESCRIPTION).is_file():
             remedy = "name a model with --model, or make it: `make starter` in the checkout"
             raise problem(STARTER, "model", "this package has no model to begin with", remedy)
         return STARTER
@@ -63,7 +64,7 @@ def model_folder(given: str | Path | None) -> Path:
 def kind_of_folder(folder: Path) -> Literal["pipeline", "run", "weights"]:
     """What a model's folder is, by the files in it; nothing heavy is loaded; a MONAI bundle counts as a pipeline.
     Raises InputProblems."""
-    if any((folder / name / "segdiff.json").is_file() for name in ("unet", "configs")):
+    if any((folder / name / DESCRIPTION).is_file() for name in ("unet", "configs")):
         return "pipeline"
     if (folder / "weights").is_dir():
         return "run"
@@ -91,7 +92,7 @@ def _of_url(url: str) -> Path:
     import fsspec
 
     folder = cache_folder() / "models" / hashlib.sha256(url.encode()).hexdigest()[:24]
-    if (folder / "segdiff.json").is_file():
+    if (folder / DESCRIPTION).is_file():
         return folder
     try:
         files, root = fsspec.core.url_to_fs(url)
@@ -119,11 +120,11 @@ def _fetch_all(files: Any, root: str, target: Path, url: str) -> None:
     nets = ["unet"]
     _fetch_named(files, root, target, url, (*_NEEDED, *_OPTIONAL))
     for net in nets:
-        said = read_json(target / net / "segdiff.json", "give the address of a whole folder")
+        said = read_json(target / net / DESCRIPTION, "give the address of a whole folder")
         further = [folder.format(net=net) for key, folder in _FURTHER.items() if key in said]
         for folder in further[: _MOST_NETS - len(nets)]:
             _fetch_named(files, root, target, url, [f"{folder}/{name}" for name in _OF_A_NET])
-            nets += [folder] if (target / folder / "segdiff.json").is_file() else []
+            nets += [folder] if (target / folder / DESCRIPTION).is_file() else []
 
 
 def _fetch_named(files: Any, root: str, target: Path, url: str, names: Iterable[str]) -> None:

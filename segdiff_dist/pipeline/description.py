@@ -8,9 +8,10 @@ from data_shards.documents import read_json, reading
 from segdiff_dist.config import validate
 from segdiff_dist.denoising.config import DiffusionConfig
 from segdiff_dist.denoising.diffusion import as_trained
+from segdiff_dist.weight_files import DESCRIPTION
 
 UNET, SEGMENTER, SCHEDULER = "unet", "segmenter", "scheduler"
-DESCRIPTION, INDEX, CARD, PICTURE = "segdiff.json", "model_index.json", "README.md", "gallery.png"
+INDEX, CARD, PICTURE = "model_index.json", "README.md", "gallery.png"
 # The file that diffusers runs to get the class of the pipeline.
 CODE, CLASS_NAME = "pipeline.py", "SegGuidedDiffusionPipeline"
 RESTORE = "copy the folder again from where it was written"

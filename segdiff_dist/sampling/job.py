@@ -31,6 +31,7 @@ from segdiff_dist.sampling.store_files import read_job
 from segdiff_dist.sampling.weights import load_denoiser
 from segdiff_dist.sampling.weights import weights_digest as weights_digest  # where others look for it
 from segdiff_dist.sampling.worker import WorkerFactory
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -115,10 +116,10 @@ def prepare_job(run: Path, shards: ShardSet, rows: np.ndarray, diffusion: Diffus
     config = replace(config, precision=_settled_precision(config, path))
     weights = run / "weights" / config.weights
     model, digest = load_denoiser(weights)  # unusable input is refused before there is a store
-    trained = json.loads((weights / "segdiff.json").read_text())
+    trained = json.loads((weights / DESCRIPTION).read_text())
     diffusion, contradicted = _as_trained(weights, trained, diffusion)
     problems = _unlike_training(weights, trained, shards, diffusion, config) + contradicted
-    known = known_modalities(trained, weights / "segdiff.json")
+    known = known_modalities(trained, weights / DESCRIPTION)
     problems += _unknown_modalities(known, shards, rows, config)
     config = _without_other_modalities(config, known)
     if config.masks is None and len(rows) == 0:
@@ -290,7 +291,7 @@ def _weaker_digest(weights: Path, description: dict[str, Any], name: str) -> str
     """The digest of the weaker model's weights, which must be of the same net on the same process."""
     weaker = weights.parent / name
     _, digest = load_denoiser(weaker)
-    other = json.loads((weaker / "segdiff.json").read_text())
+    other = json.loads((weaker / DESCRIPTION).read_text())
     alike = all(
         other.get(key) == description.get(key)
         for key in ("denoiser", "label_table", "size", "modalities", "latent", "cascade")

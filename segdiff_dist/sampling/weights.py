@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from data_shards.problems import InputProblems, problem
 from segdiff_dist.config import how_to_make
-from segdiff_dist.weight_files import folder_digest
+from segdiff_dist.weight_files import DESCRIPTION, folder_digest
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.denoiser import Denoiser
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def refuse_missing(folder: Path) -> None:
     """Raise InputProblems if there are no weights in `folder`."""
-    if not (folder / "segdiff.json").is_file():
+    if not (folder / DESCRIPTION).is_file():
         raise problem(folder, "weights", "not found", f"train first: {how_to_make('train', folder)}")
 
 
@@ -41,7 +41,7 @@ def load_denoiser(folder: Path, expected_digest: str | None = None) -> tuple[Den
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         remedy = "copy the folder again, or have `segdiff train` or `segdiff average` write it again"
         value = f"describes no network that can be built ({type(error).__name__}: {error})"
-        raise problem(folder / "segdiff.json", "weights", value, remedy) from error
+        raise problem(folder / DESCRIPTION, "weights", value, remedy) from error
     if weights_digest(folder) != digest:
         raise problem(folder, "weights", "replaced while they were loaded", "wait until they are written, start again")
     return model, digest

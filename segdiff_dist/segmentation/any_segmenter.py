@@ -31,8 +31,9 @@ from data_shards.problems import Problem, problem, refuse
 from data_shards.ranges import RISING, range_problems
 from data_shards.settings import Result
 from segdiff_dist.config import read_yaml, validate
-from segdiff_dist.segmentation.segmenter import DESCRIPTION, Segmenter, best_of
+from segdiff_dist.segmentation.segmenter import Segmenter, best_of
 from segdiff_dist.segmentation.tools import ToolSegmenter, is_tool, open_tool
+from segdiff_dist.weight_files import DESCRIPTION
 
 _BUNDLE_NETWORK, _BUNDLE_METADATA, _BUNDLE_CONFIG = "models/model.ts", "configs/metadata.json", "segdiff.yaml"
 _ENDINGS = (".pt", ".pth", ".ts")

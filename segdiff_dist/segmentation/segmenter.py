@@ -22,9 +22,9 @@ from data_shards.store.set_index import MODALITIES_KEY
 from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.segmentation.config import NORM_GROUPS, SegmenterConfig
 from segdiff_dist.segmentation.network import SegmenterNet
-from segdiff_dist.weight_files import read_weights, refuse_damaged, write_digests
+from segdiff_dist.weight_files import DESCRIPTION, read_weights, refuse_damaged, write_digests
 
-_WEIGHTS, DESCRIPTION = "model.safetensors", "segdiff.json"
+_WEIGHTS = "model.safetensors"
 # Limits for the description of a network that is read: larger ones cannot be built in reasonable time.
 _MOST_LEVELS, _MOST_UNITS, _LARGEST_KERNEL = 12, 16, 15
 

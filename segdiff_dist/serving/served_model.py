@@ -41,6 +41,7 @@ from segdiff_dist.serving.config import ServeConfig
 from segdiff_dist.serving.examples import example_masks
 from segdiff_dist.serving.messages import Event, MaskUpload, PaintRequest, ServiceError, as_service_error
 from segdiff_dist.serving.uploads import check_size, stored
+from segdiff_dist.weight_files import DESCRIPTION
 
 T = TypeVar("T")
 
@@ -252,7 +253,7 @@ def _without_place(note: str) -> str:
 def _segmenter_of(folder: Path, model: Model) -> Segmenter | None:
     """The segmenter of a pipeline or a run folder, if it has one that knows the model's labels."""
     for weights in (folder / SEGMENTER, folder / SEGMENTER / "weights"):
-        if (weights / "segdiff.json").is_file():
+        if (weights / DESCRIPTION).is_file():
             segmenter = Segmenter.load(weights, model.pipeline.device)
             return segmenter if segmenter.label_table == model.table else None
     return None

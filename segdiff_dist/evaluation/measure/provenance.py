@@ -18,6 +18,7 @@ from segdiff_dist.evaluation.metrics.distances import DISTANCE_METRICS, FRECHET,
 from segdiff_dist.evaluation.metrics.sharpness import SHARPNESS_METRICS, missing_reason
 from segdiff_dist.evaluation.metrics.similarity import MS_SSIM_SMALLEST_SIDE
 from segdiff_dist.evaluation.metrics.surfaces import tolerances_mm
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from segdiff_dist.evaluation.measure.subject import Subject
@@ -75,7 +76,7 @@ def _reason(name: str, summary: dict[str, Any], inputs: Inputs, subject: Subject
     }
     if name in reasons and (reason := reasons[name]()):
         return reason
-    if name.startswith("segmenter_") and name in DISTANCE_METRICS and not (inputs.segmenter / "segdiff.json").is_file():
+    if name.startswith("segmenter_") and name in DISTANCE_METRICS and not (inputs.segmenter / DESCRIPTION).is_file():
         return "the segmenter gives no features: it is not one that segdiff trained"
     if name in DISTANCE_METRICS:
         return f"a distribution needs at least {fewest_samples(name)} samples, there are {summary['num_samples']}"
