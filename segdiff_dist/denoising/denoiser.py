@@ -36,7 +36,8 @@ from segdiff_dist.denoising.dropout import use_dropout
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
 from segdiff_dist.denoising.time_addition import AugmentationLabels
-from segdiff_dist.weight_files import DESCRIPTION, MODEL_FILE, read_weights, refuse_damaged, write_digests
+from segdiff_dist.denoising.weights_layout import UNET_FILE, files_in, tensors_by_file
+from segdiff_dist.weight_files import DESCRIPTION, read_weights, refuse_damaged, write_digests
 from segdiff_kernels.backend import Kernels, why_not_triton
 
 if TYPE_CHECKING:
@@ -48,9 +49,6 @@ _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
 _HEAD_CHANNELS = 8
 # In segdiff.json: the modalities of the training, if they are not all of the net's.
 TRAINED_ON = "trained_on"
-_CONTROL, _CONTROL_FILE = "control.", "control.safetensors"
-# Parts of a model that are not of its weights: the lower stage, and what only training has (siamese.py).
-_LOWER_NET, _IMAGE_PRIOR = "lower_net.", "image_prior."
 # h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
 _ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
@@ -283,30 +281,32 @@ class Denoiser(nn.Module):
             self.latent.copy_to(folder / BESIDE_WEIGHTS)
         if self.lower is not None:
             self.lower.copy_to(folder / LOWER)
-        weights = {name: value for name, value in weights.items() if not name.startswith((_LOWER_NET, _IMAGE_PRIOR))}
         with updated_folder(folder) as unfinished:
-            prefix = "unet."
-            unet_weights = {k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
-            save_file(unet_weights, unfinished / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            for name, tensors in tensors_by_file(weights).items():
+                # diffusers reads its own file only if it says what it is.
+                save_file(tensors, unfinished / name, metadata={"format": "pt"} if name == UNET_FILE else None)
             self.unet.save_config(unfinished)
-            rest = {k: v.contiguous() for k, v in weights.items() if not k.startswith(prefix)}
-            control = {k.removeprefix(_CONTROL): rest.pop(k) for k in list(rest) if k.startswith(_CONTROL)}
-            if rest:
-                save_file(rest, unfinished / "mask_encoder.safetensors")
-            if control:
-                save_file(control, unfinished / _CONTROL_FILE)
-            described = {"label_table": self.label_table.described, "size": self.size}
-            description = {**(training or {}), "denoiser": asdict(self.config), **described}
-            if self.base is not None:
-                description["base"] = self.base.described
-            if self.latent is not None:
-                description[DESCRIBED] = self.latent.described
-            if self.lower is not None:
-                description[STAGE] = self.lower.described
-            if self.modalities != MODALITIES:
-                description[MODALITIES_KEY] = list(self.modalities)
+            description = {**(training or {}), **self._described}
             (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
             write_digests(unfinished, sorted(file.name for file in unfinished.iterdir()))
+
+    @property
+    def _described(self) -> dict[str, Any]:
+        """The net in segdiff.json: all that building it again needs."""
+        description = {
+            "denoiser": asdict(self.config),
+            "label_table": self.label_table.described,
+            "size": self.size,
+        }
+        if self.base is not None:
+            description["base"] = self.base.described
+        if self.latent is not None:
+            description[DESCRIBED] = self.latent.described
+        if self.lower is not None:
+            description[STAGE] = self.lower.described
+        if self.modalities != MODALITIES:
+            description[MODALITIES_KEY] = list(self.modalities)
+        return description
 
     @classmethod
     def load(cls, folder: Path, attention: AttentionBackend = "auto", kernels: Kernels = "auto") -> Denoiser:
@@ -329,15 +329,8 @@ class Denoiser(nn.Module):
             lower = None if config.cascade is None else LowerStage.inside(folder, description[STAGE])
             side = size // latent.factor if latent is not None else config.low_resolution or size
             refuse(config.problems(side) + _size_problems(config, size, description_file))
-        files = [("unet.", folder / "diffusion_pytorch_model.safetensors")]
-        if (folder / "mask_encoder.safetensors").is_file():
-            files.append(("", folder / "mask_encoder.safetensors"))
-        if base is not None:
-            files.append((_CONTROL, folder / _CONTROL_FILE))
-        if (folder / MODEL_FILE).is_file():
-            files = [("", folder / MODEL_FILE)]
         make = partial(cls, config, table, size, modalities, base, latent=latent, lower=lower)
-        model = read_weights(files, make, "weights", remedy).eval()
+        model = read_weights(files_in(folder, config), make, "weights", remedy).eval()
         if lower is not None:
             model.lower_net = cls.load(lower.folder, attention, kernels)
         model.trained_on = known_modalities(description, description_file)
