@@ -15,6 +15,7 @@ from data_shards.problems import InputProblems, Problem, refuse
 
 ITEMS_FILE, PROVENANCE_FILE = "items.csv", "provenance.json"
 _MADE_BY = "segdiff sample"
+_MERGED = "merged_with"
 RESTORE = f"restore {ITEMS_FILE} and {PROVENANCE_FILE} of the export, or take both away"
 NAME, MODALITY, CASE, PATIENT = "name", "target_modality", "case_id", "patient"
 
@@ -47,6 +48,15 @@ def own_items(root: Path) -> dict[str, dict[str, str]] | None:
         if not is_modality(name)
     )
     return {row[NAME]: row for row in rows}
+
+
+def own_patients(root: Path) -> dict[str, str]:
+    """The patient of each image of an export. None of one that has real cases too (`--merge-with`): these are their own
+    patients, and so their names are those of the masks' patients. Raises InputProblems."""
+    items = own_items(root)
+    if items is None or _MERGED in read_json(root / PROVENANCE_FILE, RESTORE):
+        return {}
+    return {name: row[PATIENT] for name, row in items.items() if row.get(PATIENT)}
 
 
 def own_colours(root: Path) -> dict[str, str]:

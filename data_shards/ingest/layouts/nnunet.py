@@ -31,7 +31,7 @@ from data_shards.ingest.layouts.base import (
     volumes_in,
 )
 from data_shards.ingest.layouts.channels import chosen_channels, joined, numbered
-from data_shards.ingest.layouts.exports import own_items, own_modality, own_pixel
+from data_shards.ingest.layouts.exports import own_items, own_modality, own_patients, own_pixel
 from data_shards.ingest.modality import find_modalities
 from data_shards.ingest.pictures import is_picture, picture_stem, unstated_spacing
 from data_shards.ingest.volume_files import stem
@@ -96,13 +96,16 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
     fold, found = _stated_fold(root, request, [one.case_id for one in cases if one.split != "test"])
     problems += found
     cases = [one for one in cases if one.case_id not in fold.left_out]
+    patients = own_patients(root)
     cases = [
         replace(
             one,
             modality=modality_of.get(one.case_id, request.any_modality),
             split=fold.split_of.get(one.case_id, one.split),
             notes=notes_of.get(one.case_id, ()),
-            patient=patient_of(one.case_id, request.patient or _OWN_NAME),
+            patient=patient_of(one.case_id, request.patient)
+            or patients.get(one.case_id)
+            or patient_of(one.case_id, None if request.patient else _OWN_NAME),
         )
         for one in cases
     ]

@@ -1,4 +1,4 @@
-"""Studies and patients of DICOM exports: what a viewer and an archive group the images by."""
+"""Whose images an export holds: DICOM's patients and studies, and the patients that `prepare` reads again."""
 
 from __future__ import annotations
 
@@ -145,3 +145,19 @@ def test_a_patient_s_name_fits_dicom(masks: Path, tmp_path: Path, capsys: pytest
     names = {header.PatientID for header in headers_in(tmp_path / "out")}
     assert len(names) == 3
     assert all(len(name) <= 64 and "\\" not in name for name in names)
+
+
+@pytest.mark.parametrize("form", ["nnunet", "nifti", "png", "dicom"])
+def test_two_scans_of_a_patient_are_of_one_patient_when_they_are_read_again(
+    form: str, run_of_scans: Path, tmp_path: Path
+) -> None:
+    """Names say the scan; of nnU-Net's folder each scan was a patient, and the two went to train and val."""
+    out = tmp_path / "Dataset701_Again"
+    export_samples(run_of_scans, out, ExportConfig(form, modality="CT"))
+    labels = str(run_of_scans.parent / "data.yaml")
+    config = PrepareConfig(size=32, labels=labels, axes=("axial", "sagittal"), on_bad_case="skip")
+    cases = check(out, tmp_path / "set", config).cases
+    assert len({case.patient for case in cases}) == 1
+    assert len({case.split for case in cases}) == 1
+    named = check(out, tmp_path / "set", PrepareConfig(**vars(config) | {"patient": "(p[0-9]_[0-9])"})).cases
+    assert form != "nnunet" or {case.patient for case in named} == {"p1_1", "p1_2"}, "a pattern is the user's word"
