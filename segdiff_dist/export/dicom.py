@@ -129,15 +129,14 @@ def is_sheared(affine: np.ndarray) -> bool:
 
 
 def write_stack(files: Sequence[Path], mask_file: Path, stack: Stack, names: Names, table: LabelTable) -> None:
-    """A series with a file for each slice, and the SEG of its mask, which is left out if the mask is empty."""
+    """A series with a file for each slice, and the SEG of its mask."""
     from segdiff_dist.export.dicom_seg import write_seg
 
     series = uid("series", names.origin, stack.digest)
     images = [_image(stack, names, table, series, number) for number in range(len(stack.stored_SHW))]
     for file, image in zip(files, images, strict=True):
         image.save_as(file, enforce_file_format=True)
-    if stack.mask_SHW.any():
-        write_seg(mask_file, images, stack.mask_SHW, table, series, names.number + 1)
+    write_seg(mask_file, images, stack.mask_SHW, table, series, names.number + 1)
 
 
 def _image(stack: Stack, names: Names, table: LabelTable, series: str, number: int) -> Dataset:

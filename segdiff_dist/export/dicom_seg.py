@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards import __version__
-from data_shards.labels import LabelTable, shown_name
+from data_shards.labels import UNUSED, LabelTable, shown_name
 from segdiff_dist.export.dicom import MANUFACTURER, NO_DATE, NO_TIME, uid
 
 if TYPE_CHECKING:
@@ -40,10 +40,13 @@ _LONGEST = 64  # of DICOM's LO
 def write_seg(
     file: Path, images: Sequence[Dataset], mask_SHW: np.ndarray, table: LabelTable, series: str, number: int
 ) -> None:
-    """Write the mask of `images`, the slices of `series`, as the series `number` of their study."""
+    """Write the mask of `images`, the slices of `series`, as the series `number` of their study. That of a mask without
+    any class has an empty segment of the table's first class: without a SEG the image would have no known mask."""
     from highdicom.seg import Segmentation, SegmentationTypeValues
 
-    ids = [int(i) for i in np.unique(mask_SHW) if i]
+    ids = [int(i) for i in np.unique(mask_SHW) if i] or _first_class(table)
+    if not ids:
+        return
     segment_of = np.zeros(256, np.uint8)
     segment_of[ids] = np.arange(1, len(ids) + 1)
     seg = Segmentation(
@@ -61,6 +64,7 @@ def write_seg(
         device_serial_number="0",
         content_label="MASK",
         content_description="the mask that the synthetic image was made from",
+        omit_empty_frames=bool(mask_SHW.any()),
         series_description=f"mask of synthetic series {images[0].SeriesNumber} (segdiff)",
     )
     for keyword in ("PatientIdentityRemoved", "DeidentificationMethod", "SyntheticData", "BodyPartExamined"):
@@ -68,6 +72,12 @@ def write_seg(
             seg[keyword] = images[0][keyword]
     _make_reproducible(seg, uid("dimensions", series))
     seg.save_as(file, enforce_file_format=True)
+
+
+def _first_class(table: LabelTable) -> list[int]:
+    """The first id that is a class, an organ if there is one; none for a table without classes."""
+    ids = [i for i, name in enumerate(table.names) if i and name != UNUSED]
+    return sorted(ids, key=lambda i: (i == table.body_id, i))[:1]
 
 
 def _segment(number: int, class_id: int, table: LabelTable) -> SegmentDescription:

@@ -262,6 +262,24 @@ def test_an_image_without_an_organ_does_not_name_a_part(tmp_path: Path) -> None:
     assert not errors_of_dciodvfy(tmp_path / "a.dcm") + errors_of_dciodvfy(tmp_path / "m.dcm")
 
 
+def test_a_mask_without_any_class_is_read_again(tmp_path: Path) -> None:
+    """It had no SEG, so that `prepare` refused the folder: an image had no label."""
+    mask = np.zeros((1, 32, 32), np.uint8)
+    affine = np.diag([-4.0, -4.0, 4.0, 1.0])
+    image = np.full_like(mask, 90)
+    image[:, 6:26, 6:26] = 150
+    stack = Stack(image, mask, affine, "CT", "axial", (-256.0, 256.0), 2.0, -256.0)
+    (tmp_path / "out").mkdir()
+    write_stack([tmp_path / "out" / "a.dcm"], tmp_path / "out" / "m.dcm", stack, Names("p", "s", "f", "o"), AMOS)
+    config = PrepareConfig(size=32, labels="amos", split=(1.0, 0.0, 0.0), spacing_mm=4.0)
+    found = check(tmp_path / "out", tmp_path / "set", config)
+    [record] = slices_of(found.cases[0], config, None, [], found.survey.labelling)
+    assert record.meta.labelled
+    assert set(np.unique(record.mask_HW)) <= {0, AMOS.body_id}
+    [segment] = highdicom.seg.segread(tmp_path / "out" / "m.dcm").SegmentSequence
+    assert segment.SegmentLabel == "spleen"
+
+
 def test_a_modality_without_a_class_of_dicom(case: Case, shapes: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(InputProblems, match="those of CT, MR and PET"):
         make_volume(case.label, tmp_path / "out", bright, 32, shapes, VolumeConfig("US"))
