@@ -71,8 +71,19 @@ class SamplesExport:
         """What a person has to know of the result."""
         known = self.samples.mask_patients
         found = (known.line, known.guess if self.config.format in ("nnunet", "dicom") else None)
-        merged = () if self.merge is None else self.merge.lines(self.out)
+        merged = self._fold_lines() if self.merge is None else self.merge.lines(self.out)
         return (*(text for text in found if text is not None), *merged)
+
+    def _fold_lines(self) -> tuple[str, ...]:
+        """What nnU-Net does without the folds."""
+        if self.config.format != "nnunet":
+            return ()
+        if len({item["patient"] for item in self.samples.items}) == 1:
+            return (
+                "all images are of one patient: there are no folds, and nnU-Net's validation is of this patient too",
+            )
+        target = f"nnUNet_preprocessed/{self.out.name}/"
+        return (f"before training copy splits_final.json to {target}: else a patient trains and validates a fold",)
 
     @cached_property
     def seconds(self) -> float | None:

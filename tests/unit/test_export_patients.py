@@ -161,3 +161,15 @@ def test_two_scans_of_a_patient_are_of_one_patient_when_they_are_read_again(
     assert len({case.split for case in cases}) == 1
     named = check(out, tmp_path / "set", PrepareConfig(**vars(config) | {"patient": "(p[0-9]_[0-9])"})).cases
     assert form != "nnunet" or {case.patient for case in named} == {"p1_1", "p1_2"}, "a pattern is the user's word"
+
+
+def test_nnunet_s_own_folds_are_warned_of(run_of_scans: Path, run_of_folder: Path, tmp_path: Path) -> None:
+    """It splits by image where it finds no splits_final.json."""
+    out = tmp_path / "Dataset701_New"
+    lines = check_samples(run_of_scans, out, ExportConfig(modality="CT")).lines
+    assert lines == (
+        "all images are of one patient: there are no folds, and nnU-Net's validation is of this patient too",
+    )
+    lines = check_samples(run_of_folder, out, ExportConfig(patient=PATTERN)).lines
+    assert lines[-1].startswith("before training copy splits_final.json to nnUNet_preprocessed/Dataset701_New/")
+    assert not check_samples(run_of_scans, tmp_path / "png", ExportConfig("png")).lines
