@@ -59,6 +59,7 @@ _TAGS = (
     "SliceThickness",
     "ModalityLUTSequence",
     "SyntheticData",
+    "LossyImageCompression",
     *_DISTINGUISHING,
 )
 # Storage classes of labels (PS3.4 B.5): Segmentation, Label Map Segmentation, RT Structure Set.
@@ -70,7 +71,8 @@ _DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A file's attributes. `has_table`: a look-up table gives its values. `distinguishing`: values of
+    """A file's attributes. `has_table`: a look-up table gives its values. `states_rescale`: slope and intercept are
+    there; else `rescale` has 1 and 0. `is_lossy`: its pixels were compressed with loss. `distinguishing`: values of
     _DISTINGUISHING, as text."""
 
     file: Path
@@ -89,9 +91,11 @@ class Header:
     position: tuple[float, ...]
     orientation: tuple[float, ...]
     rescale: tuple[float, float]
+    states_rescale: tuple[bool, bool]
     rescale_type: str
     thickness: float
     is_synthetic: bool
+    is_lossy: bool
     distinguishing: tuple[str, ...]
 
 
@@ -178,9 +182,11 @@ def _header(file: Path, data: Any) -> Header:
         position=numbers("ImagePositionPatient"),
         orientation=numbers("ImageOrientationPatient"),
         rescale=(1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)),
+        states_rescale=(slope is not None, intercept is not None),
         rescale_type=str(data.get("RescaleType") or ""),
         thickness=float(data.get("SliceThickness") or 0.0),
         is_synthetic=data.get("SyntheticData") == "YES",
+        is_lossy=data.get("LossyImageCompression") == "01",
         distinguishing=tuple(str(data.get(name)) for name in _DISTINGUISHING),
     )
 

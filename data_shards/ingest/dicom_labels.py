@@ -29,6 +29,7 @@ _ON_LINE = 0.01
 _SAME_CORNER = 1e-3
 # Contours that enclose an area (PS3.3 C.8.8.6).
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+_OPEN = ("OPEN_PLANAR", "OPEN_NONPLANAR")
 _GRID = "use labels that were drawn on this series, on its grid"
 
 _Mask = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -37,7 +38,8 @@ _Mask = tuple[np.ndarray, np.ndarray, np.ndarray]
 @dataclass(frozen=True)
 class LabelObject:
     """A SEG or RTSTRUCT file: `numbers` of its segments or regions with their names, and the UIDs of the series and
-    frames of reference that it names. `uid`: of its own series. `fault`: why it cannot be used."""
+    frames of reference that it names. `uid`: of its own series. `fault`: why it cannot be used. `open_names`: regions
+    of which it has lines alone."""
 
     file: Path
     is_contours: bool
@@ -46,6 +48,7 @@ class LabelObject:
     frame_uids: tuple[str, ...]
     uid: str
     fault: str | None = None
+    open_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,14 @@ def _segments(header: Header, data: Any) -> LabelObject:
 
 
 def _contours(header: Header, data: Any) -> LabelObject:
-    drawn = {
-        int(one.ReferencedROINumber)
-        for one in data.get("ROIContourSequence") or ()
-        if any(contour.get("ContourGeometricType") in _CLOSED for contour in one.get("ContourSequence") or ())
-    }
+    drawn, lines = (
+        {
+            int(one.ReferencedROINumber)
+            for one in data.get("ROIContourSequence") or ()
+            if any(contour.get("ContourGeometricType") in kinds for contour in one.get("ContourSequence") or ())
+        }
+        for kinds in (_CLOSED, _OPEN)
+    )
     regions = data.get("StructureSetROISequence") or ()
     names = tuple((int(one.ROINumber), str(one.ROIName).strip()) for one in regions if int(one.ROINumber) in drawn)
     frames = data.get("ReferencedFrameOfReferenceSequence") or ()
@@ -178,9 +184,9 @@ def _contours(header: Header, data: Any) -> LabelObject:
     )
     frame_uids = [str(one.get("ReferencedFrameOfReferenceUID") or "") for one in regions]
     frame_uids += [str(one.get("FrameOfReferenceUID") or "") for one in frames]
-    return LabelObject(
-        header.file, True, names, series, tuple(dict.fromkeys((header.frame_uid, *frame_uids))), header.series_uid
-    )
+    frame_uids = list(dict.fromkeys((header.frame_uid, *frame_uids)))
+    open_names = tuple(str(one.ROIName).strip() for one in regions if int(one.ROINumber) in lines - drawn)
+    return LabelObject(header.file, True, names, series, tuple(frame_uids), header.series_uid, open_names=open_names)
 
 
 def _segmentation(one: LabelObject, name: str) -> Any:
@@ -256,6 +262,7 @@ def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterat
     assert labels.series.shape is not None
     to_index = np.linalg.inv(labels.series.affine) @ LPS_TO_RAS
     planes: dict[int, np.ndarray] = {}
+    known: set[frozenset[tuple[int, ...]]] = set()
     for points in _polygons(one, number):
         index = points @ to_index[:3, :3].T + to_index[:3, 3]
         k = round(float(index[:, 2].mean()))
@@ -263,6 +270,10 @@ def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterat
             raise ValueError(f"a contour is between slices or crosses them; {_GRID}")
         if not 0 <= k < labels.series.shape[2]:
             raise ValueError(f"a contour is outside of its series; {_GRID}")
+        corners = frozenset(map(tuple, np.rint(index / _SAME_CORNER).astype(np.int64).tolist()))
+        if corners in known:  # written twice it is no hole in itself
+            continue
+        known.add(corners)
         planes.setdefault(k, np.zeros((2, *labels.series.shape[:2]), bool))
         for loop in _loops(index[:, :2]):
             _draw(planes[k], loop)

@@ -83,7 +83,7 @@ def series_of(
     if refused:
         return DicomSeries(name, files), refused
     try:
-        return (_multiframe if headers[0].num_frames > 1 else _stack)(name, headers)
+        return _multiframe(name, headers, modality) if headers[0].num_frames > 1 else _stack(name, headers)
     except InputProblems as error:
         return DicomSeries(name, files), list(error.problems)
 
@@ -133,13 +133,14 @@ def _is_complete(file: Path) -> bool:
     pydicom = library("pydicom", file.parent)
     try:
         with quiet():
-            data = pydicom.dcmread(file, defer_size=1024)
+            is_packed = pydicom.filereader.read_file_meta_info(file).TransferSyntaxUID.is_deflated
+            data = pydicom.dcmread(file, defer_size=None if is_packed else 1024)
             raw = [one for one in data.values() if isinstance(one, pydicom.dataelem.RawDataElement)]
             ends = [one.value_tell + one.length for one in raw if one.length != _UNDEFINED_LENGTH]
             known = {*(vr.value for vr in pydicom.valuerep.VR), None}  # None in files whose syntax leaves it out
             if not all(vr in known for part in (data.file_meta, data) for vr in _representations(part)):
                 return False
-            has_pixels = "PixelData" in data and max(ends) <= file.stat().st_size
+            has_pixels = "PixelData" in data and (is_packed or max(ends) <= file.stat().st_size)
             return has_pixels and _pixel_bytes(data) >= _needed_bytes(data)
     except Exception:  # pydicom raises whatever the bytes lead it to
         return False
@@ -193,8 +194,10 @@ def _problems_with_kind(name: str, headers: Sequence[Header], modality: str, one
         yield Problem(name, "PhotometricInterpretation", "not one MONOCHROME2 value a pixel", _REMEDY)
     elif any(one.has_table for one in headers):
         yield Problem(name, "ModalityLUTSequence", "values by a table", f"convert it to slope and intercept; {_REMEDY}")
-    elif modality == "CT" and any(one.rescale_type[:2].upper() not in ("", "HU", "US") for one in headers):
-        yield Problem(name, "RescaleType", f"{first.rescale_type[:16]!r} of a CT, not HU", _REMEDY)
+    elif wrong := _rescale_problems(
+        name, modality, [one.states_rescale for one in headers], [one.rescale_type for one in headers]
+    ):
+        yield from wrong
     elif num > 1 and any(one.num_frames > 1 for one in headers):
         yield Problem(name, "NumberOfFrames", f"{num} files, of which some have several frames", _REMEDY)
     elif num == 1 and first.num_frames == 1 and not (one_slice and first.thickness > 0):
@@ -202,6 +205,18 @@ def _problems_with_kind(name: str, headers: Sequence[Header], modality: str, one
         yield Problem(name, "slices", value, _REMEDY)
     elif len(sizes := {one.shape for one in headers}) > 1:
         yield Problem(name, "Rows, Columns", " and ".join(f"{r} x {c}" for r, c in sorted(sizes)[:3]), _REMEDY)
+
+
+def _rescale_problems(name: str, modality: str, stated: Sequence[object], types: Sequence[str]) -> list[Problem]:
+    """Of single images or frames: what they state of slope and intercept, and the types of their values."""
+    if len(set(stated)) > 1:
+        num = len(stated) - max(map(list(stated).count, stated))
+        value = f"stated otherwise, or not at all, in {num} of {len(stated)} images"
+        return [Problem(name, "RescaleSlope, RescaleIntercept", value, f"export the series again; {_REMEDY}")]
+    strange = [one for one in types if one[:2].upper() not in ("", "HU", "US")]
+    if modality != "CT" or not strange:
+        return []
+    return [Problem(name, "RescaleType", f"{strange[0][:16]!r} of a CT, not HU", _REMEDY)]
 
 
 def _stack(name: str, headers: Sequence[Header]) -> tuple[DicomSeries, list[Problem]]:
@@ -301,20 +316,32 @@ def _problems_in_space(series: DicomSeries) -> list[Problem]:
     return problems_in_space(where, series.affine) or problems_with_extent(where, read_geometry(series))
 
 
-def _multiframe(name: str, headers: Sequence[Header]) -> tuple[DicomSeries, list[Problem]]:
+def _multiframe(name: str, headers: Sequence[Header], modality: str) -> tuple[DicomSeries, list[Problem]]:
     """One file of all slices."""
     highdicom, file = library("highdicom", name), headers[0].file
+    refused: list[Problem] = []
     try:
         with quiet():
             image = highdicom.imread(file, lazy_frame_retrieval=True)
             geometry = image.get_volume_geometry(allow_missing_positions=False, allow_duplicate_positions=False)
+            refused = _rescale_problems(name, modality, *_rescale_of_frames(image))
     except Exception:  # highdicom and pydicom raise whatever the bytes lead them to
         geometry = None
     if geometry is None:
         value = f"its {headers[0].num_frames} frames are not one even stack, or it is not an enhanced image"
         return DicomSeries(name, (file,)), [Problem(name, "frames", value, f"convert it to single frames; {_REMEDY}")]
     series = DicomSeries(name, (file,), geometry.spatial_shape[::-1], to_ras(geometry), True, is_whole=False)
-    return series, _problems_in_space(series)
+    return series, refused or _problems_in_space(series)
+
+
+def _rescale_of_frames(image: Any) -> tuple[list[bool], list[str]]:
+    """Whether each frame states slope and intercept, and the type of its values (PS3.3 C.7.6.16.2.9)."""
+    shared = image.get("SharedFunctionalGroupsSequence") or [{}]
+    groups = [
+        frame.get("PixelValueTransformationSequence") or shared[0].get("PixelValueTransformationSequence") or []
+        for frame in image.get("PerFrameFunctionalGroupsSequence") or ()
+    ]
+    return [bool(one) for one in groups], [str(one[0].get("RescaleType") or "") for one in groups if one]
 
 
 def to_ras(geometry: Any) -> np.ndarray:

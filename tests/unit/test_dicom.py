@@ -20,7 +20,14 @@ import highdicom
 from dicom_support import CLASSES, SECRETS, read, save, segmentation, series, structure_set, write_dicom
 from layouts_support import CASES, CONFIG, LIVER, slices, volumes, write_amos
 from pydicom.dataset import Dataset
-from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_uid
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 
 from data_shards.ingest.case_slices import slices_of
 from data_shards.ingest.dicom_files import digest
@@ -261,7 +268,7 @@ def test_a_file_of_zeros_called_dcm_is_not_passed_over(volume: _Volume, tmp_path
     assert "1 that cannot be read as DICOM" in found.value
 
 
-@pytest.mark.parametrize("is_keyhole", [False, True], ids=["two contours", "a keyhole"])
+@pytest.mark.parametrize("form", ["two contours", "a keyhole", "each contour twice"])
 @pytest.mark.parametrize(
     "boxes",
     [
@@ -271,11 +278,14 @@ def test_a_file_of_zeros_called_dcm_is_not_passed_over(volume: _Volume, tmp_path
     ids=["around voxels", "through the centres of the outer ones"],
 )
 def test_contours_become_the_voxels_that_they_enclose(
-    boxes: list[tuple[float, ...]], is_keyhole: bool, volume: _Volume, tmp_path: Path
+    boxes: list[tuple[float, ...]], form: str, volume: _Volume, tmp_path: Path
 ) -> None:
     """A box of 6 x 4 voxels with a hole of 2 x 2, on two slices. A keyhole goes to the hole and back on one line."""
     contours = structure_set(volume[0], {"Box": boxes})
-    if is_keyhole:
+    if form == "each contour twice":
+        found = contours.ROIContourSequence[0].ContourSequence
+        found.extend(copy.deepcopy(list(found)))
+    if form == "a keyhole":
         outer, hole, _ = found = contours.ROIContourSequence[0].ContourSequence
         around, inside = list(outer.ContourData), list(hole.ContourData)
         outer.ContourData = [*around, *around[:3], *inside, *inside[:3]]
@@ -293,6 +303,14 @@ def test_contours_become_the_voxels_that_they_enclose(
     mask = read_case_mask(case, read_volume(case.image), "amos", None, preparation.survey.labelling)
     assert mask.volume is not None
     np.testing.assert_array_equal(mask.volume.voxels_IJK == 1, expected)
+
+
+def test_regions_without_closed_contours_are_said(volume: _Volume, tmp_path: Path) -> None:
+    contours = structure_set(volume[0], {"Box": [(9, 15, 11, 15, 3)], "Line": [(1, 4, 1, 4, 3)]})
+    contours.ROIContourSequence[1].ContourSequence[0].ContourGeometricType = "OPEN_PLANAR"
+    save(tmp_path / "data", [*volume[0], contours])
+    (case,) = check(tmp_path / "data", tmp_path / "set", CONFIG).cases
+    assert [note.rpartition(" ")[2] for note in case.notes] == ["Line"]
 
 
 def _by_gdcm(kind: str) -> Callable[[Dataset], None]:
@@ -344,6 +362,48 @@ def test_compressed_series_are_read(
         assert one.file_meta.TransferSyntaxUID == syntax
     save(tmp_path / "data", [*found, labels])
     _assert_same(slices(tmp_path / "data", labels="amos"), of_amos["p1_1"])
+
+
+def test_a_deflated_series_is_read(volume: _Volume, of_amos: dict[str, list[SliceRecord]], tmp_path: Path) -> None:
+    found, _, label = volume
+    labels = segmentation(found, label)
+    for one in found:
+        one.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    save(tmp_path / "data", [*found, labels])
+    _assert_same(slices(tmp_path / "data", labels="amos"), of_amos["p1_1"])
+
+
+def test_images_compressed_with_loss_are_said(volume: _Volume, tmp_path: Path) -> None:
+    found, _, label = volume
+    labels = segmentation(found, label)
+    found[2].LossyImageCompression = "01"
+    save(tmp_path / "data", [*found, labels])
+    (case,) = check(tmp_path / "data", tmp_path / "set", CONFIG).cases
+    assert [note.split(" (")[0] for note in case.notes] == ["its images were compressed with loss"]
+
+
+def _frame_without_rescale(frames: Any) -> None:
+    del frames[3].PixelValueTransformationSequence
+
+
+def _frame_of_atomic_numbers(frames: Any) -> None:
+    frames[3].PixelValueTransformationSequence[0].RescaleType = "Z_EFF"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "value"),
+    [
+        (_frame_without_rescale, "stated otherwise, or not at all, in 1 of 8 images"),
+        (_frame_of_atomic_numbers, "'Z_EFF' of a CT, not HU"),
+    ],
+)
+def test_frames_of_doubtful_values_are_refused(spoil: Any, value: str, volume: _Volume, tmp_path: Path) -> None:
+    found, _, label = volume
+    enhanced = highdicom.legacy.LegacyConvertedEnhancedCTImage(found, generate_uid(), 3, generate_uid(), 1)
+    spoil(enhanced.PerFrameFunctionalGroupsSequence)
+    save(tmp_path / "data", [enhanced, segmentation(found, label)])
+    (problem,) = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
+    assert value in problem.value
 
 
 def test_an_enhanced_multi_frame_file_is_read(

@@ -203,6 +203,11 @@ def _notes(headers: list[Header], objects: tuple[LabelObject, ...], modality: st
         yield f"taken as {modality} as stated, against {against} in DICOM; else leave --prepare.modality out"
     if any(header.frame_uid not in one.frame_uids for one in objects):
         yield "its labels name this series, but another frame of reference; look at them if that is wrong"
+    if any(one.is_lossy for one in headers):
+        yield "its images were compressed with loss (LossyImageCompression): values are not exactly the scanner's"
+    if left_out := sorted({name for one in objects for name in one.open_names}):
+        what = "have lines and no closed contours, and are left out"
+        yield f"regions of its RTSTRUCT {what}: {', '.join(left_out)[:200]}"
     if name := alternating(headers):
         remedy = "if these are two scans, give each a SeriesInstanceUID of its own"
         yield f"{name} changes to and fro along its slices; {remedy}"
