@@ -12,7 +12,7 @@ import numpy as np
 from data_shards.ingest.dataset_json import DATASET_FILE, file_stem
 from data_shards.ingest.dicom_labels import DicomLabels
 from data_shards.ingest.dicom_series import DicomSeries
-from data_shards.ingest.nifti import Geometry
+from data_shards.ingest.nifti import SIDE_IS_A_GUESS, Geometry
 from data_shards.ingest.pictures import Pixel
 from data_shards.ingest.volume_files import read_geometry
 from data_shards.problems import InputProblems, Problem
@@ -31,7 +31,7 @@ class Case:
     `modality` is CT, MR or another name. `notes`: texts about statements of the archive that were ignored. `patient`:
     None if each case is a patient. `organs`: instead of `label`, a file of zeros and ones for each stored id.
     `is_flat`: its files may be two-dimensional. `channel`: of an image file that has several; None if it has one.
-    `pixel`: of pictures, what they do not state."""
+    `num_channels`: as many as dataset.json names. `pixel`: of pictures, what they do not state."""
 
     case_id: str
     modality: str
@@ -43,6 +43,7 @@ class Case:
     organs: tuple[tuple[int, Path], ...] = ()
     is_flat: bool = False
     channel: int | None = None
+    num_channels: int | None = None
     pixel: Pixel | None = None
 
     def pixel_of(self, file: Source) -> Pixel | None:
@@ -127,9 +128,18 @@ def problems_with_files(case: Case) -> list[Problem]:
         except InputProblems as error:
             problems += error.problems
     if isinstance(case.image, Path) and case.image in geometries:
+        problems += _problems_with_channels(case, case.image, geometries[case.image].channel[1])
         for file, geometry in geometries.items():
             problems += _problems_with_place(case.image, geometries[case.image], file, geometry)
     return problems
+
+
+def _problems_with_channels(case: Case, image: Path, num_channels: int) -> Iterator[Problem]:
+    """Phases, or a channel that was left out: which one is meant cannot be known."""
+    if case.num_channels not in (None, num_channels):
+        remedy = f"name each channel of the files, and no other, in `modality` of {DATASET_FILE}"
+        value = f"{num_channels} in the file, {case.num_channels} in {DATASET_FILE}"
+        yield Problem(str(image), "channels", value, remedy)
 
 
 def _problems_with_copies(case: Case) -> Iterator[Problem]:
@@ -162,6 +172,20 @@ def _problems_with_place(image: Path, of_image: Geometry, label: Path, of_label:
         )
         value = f"off by {moved:.2g} voxels from its image" + (f" ({guessed})" if guessed else "")
         yield Problem(str(label), "affine", value, remedy)
+        return
+    yield from side_problems(image, of_image, label, of_label)
+
+
+def side_problems(image: Path, of_image: Geometry, label: Path, of_label: Geometry) -> Iterator[Problem]:
+    """A problem if a label's voxels run against those of its image by a guess: programs choose among sform, qform and
+    nothing in different ways, so the label is mirrored as likely as not."""
+    guessed = [file for file, one in ((image, of_image), (label, of_label)) if one.has_guessed_side]
+    if not guessed or of_image.stored_axes == of_label.stored_axes:
+        return
+    names = " and ".join(dict.fromkeys(f"{file.parent.name}/{file.name}" for file in guessed))
+    value = f"{of_label.stored_axes}, its image {of_image.stored_axes}, and {SIDE_IS_A_GUESS} in {names}"
+    remedy = "write one affine as sform and qform of both if they show the same, voxel by voxel; else the right ones"
+    yield Problem(str(label), "orientation", value, remedy)
 
 
 def read_header(

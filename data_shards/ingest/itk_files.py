@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.ingest.nifti import Geometry, StoredAs, problems_in_space, problems_with_extent
+from data_shards.ingest.nifti import SIDE_IS_A_GUESS, Geometry, StoredAs, problems_in_space, problems_with_extent
 from data_shards.problems import Problem, problem, refuse
 
 ENDINGS = (".mha", ".mhd", ".nrrd")
@@ -25,6 +25,7 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MOST_HEADER_BYTES = 2**20
 _BLOCK_BYTES = 2**20
 _FIRST_HEADER_BYTES = 2**12
+_READER = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO"}
 _DATA_FILE = {
     ".mha": re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.M),
     ".mhd": re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.M),
@@ -64,8 +65,23 @@ _UNITS = {
     ".mhd": re.compile(rb"^DistanceUnits\s*=\s*(.*?)\s*$", re.M),
     ".nrrd": re.compile(rb"^space units:\s*(.*?)\s*$", re.M | re.I),
 }
+# MetaIO's linear function from voxels to values, which ITK does not apply.
+_VALUES = re.compile(rb"^ElementToIntensityFunction(Slope|Offset)\s*=\s*(.*?)\s*$", re.M)
+# Of a segmentation of 3D Slicer: what its number in the voxels is called.
+_SEGMENT = re.compile(rb"^Segment(\d+)_(Name|LabelValue):=(.*?)\r?$", re.M)
 _MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "?")
 _RESTORE = "restore the file, or convert it to .nii.gz"
+
+
+def segment_names(file: Path) -> dict[int, str]:
+    """The classes by id that a segmentation of 3D Slicer names in its header; empty for another file."""
+    if file.suffix.lower() != ".nrrd" or not file.is_file():
+        return {}
+    of_segment: dict[bytes, dict[bytes, str]] = {}
+    for number, key, value in _SEGMENT.findall(_header_text(file)):
+        of_segment.setdefault(number, {})[key] = value.decode("utf-8", "replace").strip()
+    pairs = ((one.get(b"LabelValue", ""), one.get(b"Name", "")) for one in of_segment.values())
+    return {int(number): name for number, name in pairs if number.isdecimal() and len(number) < 9 and name}
 
 
 def is_itk(file: Path) -> bool:
@@ -95,7 +111,7 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     notes = _notes(file)
     geometry = Geometry(shape, affine, notes, StoredAs(np.dtype(_NUMBERS[kind])), is_flat)
     problems = problems_in_space(file, affine) or problems_with_extent(file, geometry)
-    refuse([*problems, *_problems_with_unit(file), *_too_short(file, geometry)])
+    refuse([*problems, *_problems_with_unit(file), *_problems_with_values(file), *_too_short(file, geometry)])
     return geometry
 
 
@@ -104,7 +120,7 @@ def read_stored(file: Path, geometry: Geometry) -> np.ndarray:
     sitk = simpleitk(file)
     _compare_checksum(file)
     try:
-        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file), imageIO=_READER[file.suffix.lower()]))
     except RuntimeError as error:
         raise OSError(_plain(error)) from error
     return np.asarray(voxels, geometry.header.get_data_dtype()).T.reshape(geometry.shape)
@@ -153,6 +169,7 @@ def _reader(file: Path) -> Any:
     if data is not None and not data.is_file():
         raise problem(file, "data file", f"{data.name} is missing", _RESTORE)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(_READER[file.suffix.lower()])  # by itself it knows endings in small letters alone
     reader.SetFileName(str(file))
     try:
         reader.ReadImageInformation()
@@ -217,7 +234,7 @@ def _notes(file: Path) -> tuple[str, ...]:
         stated, field = _MATRIX.search(head), "a TransformMatrix"
     if stated:
         return ()
-    guess = "which side is left is a guess (columns are taken to run left, back, up)"
+    guess = f"{SIDE_IS_A_GUESS} (columns are taken to run left, back, up)"
     return (
         f"its header has no {field.split()[-1] if ending != '.nrrd' else 'anatomical space'}: {guess}; give it {field}",
     )
@@ -232,6 +249,21 @@ def _problems_with_unit(file: Path) -> list[Problem]:
         return []
     return [
         Problem(str(file), "unit", ", ".join(strange)[:60], "write the header in millimetres, or convert it to .nii.gz")
+    ]
+
+
+def _problems_with_values(file: Path) -> list[Problem]:
+    """A slope or an offset, which ITK does not apply."""
+    found = _VALUES.findall(_header_text(file)) if file.suffix.lower() != ".nrrd" else []
+    return [
+        Problem(
+            str(file),
+            f"ElementToIntensityFunction{name.decode()}",
+            number.decode("utf-8", "replace")[:40],
+            "write the values themselves, and take it out of the header",
+        )
+        for name, number in found
+        if number not in ((b"1", b"1.0") if name == b"Slope" else (b"0", b"0.0"))
     ]
 
 

@@ -21,6 +21,7 @@ from data_shards.ingest.cases import (
     Case,
     largest_shift_voxels,
     nifti_files,
+    side_problems,
 )
 from data_shards.ingest.dicom_labels import DicomLabels
 from data_shards.ingest.label_tables import Labelling
@@ -189,6 +190,7 @@ def find_wholebody_problems(cases: Sequence[Case], label_set: str, wholebody: Pa
     except InputProblems as error:
         problems += error.problems
     files_of = {case.case_id: nifti_files(wholebody, case.case_id) for case in cases}
+    case_of = {case.case_id: case for case in cases}
     if not any(files_of.values()):
         example = f"{cases[0].case_id}.nii.gz" if cases else "<case id>.nii.gz"
         problems.append(Problem(str(wholebody), "masks", "none for any case", f"name them by case, as {example}"))
@@ -198,10 +200,19 @@ def find_wholebody_problems(cases: Sequence[Case], label_set: str, wholebody: Pa
             problems.append(Problem(str(wholebody), f"case id {case_id}", value, "keep the one that is meant"))
         for file in files:
             try:
-                read_geometry(file)
+                problems += _side_problems(case_of[case_id], file)
             except InputProblems as error:
                 problems += error.problems
     return problems
+
+
+def _side_problems(case: Case, mask: Path) -> list[Problem]:
+    """Why a whole-body mask may be mirrored. Raises InputProblems for a header that cannot be used."""
+    of_mask = read_geometry(mask)
+    if not isinstance(case.image, Path):
+        return []
+    of_image = read_geometry(case.image, one_slice=case.is_flat, channel=case.channel, pixel=case.pixel)
+    return list(side_problems(case.image, of_image, mask, of_mask))
 
 
 def read_annotations(wholebody: Path) -> dict[str, Any] | None:

@@ -42,6 +42,8 @@ _SAME_LENGTH = 0.02
 _LARGEST_SHEAR_DEGREES = 1.0
 # Two descriptions of the same axes; aligned to an atlas, they may differ by a little.
 _SAME_AXIS_DEGREES = 5.0
+# In notes of this format and of others.
+SIDE_IS_A_GUESS = "which side is left is a guess"
 _RESTORE = "restore the file from the archive"
 
 
@@ -84,6 +86,18 @@ class Geometry:
         turned = nib.orientations.io_orientation(self.affine)
         shape = tuple(np.array(self.shape)[np.argsort(turned[:, 0])].tolist())
         return shape, self.affine @ nib.orientations.inv_ornt_aff(turned, self.shape)
+
+    @property
+    def stored_axes(self) -> str:
+        """Where each stored dimension runs to, as LAS."""
+        import nibabel as nib
+
+        return "".join(map(str, nib.aff2axcodes(self.affine)))
+
+    @property
+    def has_guessed_side(self) -> bool:
+        """Whether the header does not state which side is left, or states both."""
+        return any(SIDE_IS_A_GUESS in note for note in self.notes)
 
     @property
     def voxel_bytes(self) -> int:
@@ -296,7 +310,7 @@ def _stated_affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np
         if qform is None:
             problems.append(Problem(str(file), "qform", "no rotation", "repair the header, or write an sform"))
         return qform, []
-    note = "neither qform nor sform: which side is left is a guess (columns are taken to run left, front, up)"
+    note = f"neither qform nor sform: {SIDE_IS_A_GUESS} (columns are taken to run left, front, up)"
     note += "; look at `segdiff inspect`'s pictures, and write an sform if it is another"
     return _from_pixdim(header, pixdim), [note]
 
@@ -346,7 +360,7 @@ def _compared(
     codes = ["".join(str(code) for code in nib.aff2axcodes(one)) for one in (sform, qform)]
     if codes[0] != codes[1]:
         said = f"sform says {codes[0]} and is taken, qform says {codes[1]}"
-        return [f"which side is left is a guess: {said}; give the code 0 to the wrong one"]
+        return [f"{SIDE_IS_A_GUESS}: {said}; give the code 0 to the wrong one"]
     cosine = (sform[:3, :3] / lengths * (qform[:3, :3] / np.linalg.norm(qform[:3, :3], axis=0))).sum(axis=0)
     angle = float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))).max())
     if angle > _SAME_AXIS_DEGREES:

@@ -227,6 +227,16 @@ def test_each_fault_of_a_folder_is_named(case: Case, wholebody: Path, tmp_path: 
     assert "not NIfTI" in problems_with("merged", wholebody)[0]
 
 
+def test_a_mask_that_may_be_mirrored_is_refused(case: Case, wholebody: Path) -> None:
+    """The image states sides, and the mask none: by a guess its voxels run the other way."""
+    file = wholebody / "amos_0001.nii.gz"
+    mask = nib.Nifti1Image(np.asarray(nib.load(file).dataobj), None)
+    mask.header.set_zooms(nib.load(case.image).header.get_zooms())
+    nib.save(mask, file)
+    (found,) = find_wholebody_problems([case], "merged", wholebody)
+    assert (found.field, found.value.split(",")[0]) == ("orientation", "LAS")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [("{", "not a record of annotations"), ("[]", "not a record"), ('{"format_version": 1}', "not a record"),
