@@ -47,10 +47,10 @@ def list_archive(
     modalities: Sequence[str] | None = None,
     modality: str | None = None,
     names: dict[int, str] | None = None,
-    channel: tuple[int, object] | None = None,
+    channel: tuple[int, object, int] | None = None,
 ) -> Listing:
     """The cases as of `read_archive`, and every problem. `names`: the classes by id, if they are not AMOS'. `channel`:
-    number and stated modality of the channel that is read, of images that have several."""
+    number and stated modality of the channel that is read, and how many there are, of images that have several."""
     try:
         content = read_dataset(root)
     except InputProblems as error:
@@ -66,9 +66,10 @@ def list_archive(
     problems += wrong
     # Files of a case whose modality is not known are checked too.
     either = (modalities or MODALITIES)[0]
-    number = None if channel is None else channel[0]
+    number, num_channels = (None, None) if channel is None else (channel[0], channel[2])
     listed = [_case(root, one, modality_of.get(one.case_id, either), notes_of.get(one.case_id, ())) for one in entries]
-    used = (replace(case, channel=number) for case in listed if modalities is None or case.modality in modalities)
+    used = (case for case in listed if modalities is None or case.modality in modalities)
+    used = (replace(case, channel=number, num_channels=num_channels) for case in used)
     cases = sorted(used, key=lambda case: case.case_id)
     problems += _problems_with_twins(dataset_file, entries)
     of_files: dict[str, list[Problem]] = {}

@@ -125,7 +125,12 @@ def _read(
 ) -> _CaseVolumes:
     """Image, mask, grey values and envelope of a case; notes and errors as of slices_of."""
     from data_shards.ingest.body import find_body
-    from data_shards.ingest.grey_values import problem_with_values, take_padding_as_air, take_window_end_as_air
+    from data_shards.ingest.grey_values import (
+        doubt_about_values,
+        problem_with_values,
+        take_padding_as_air,
+        take_window_end_as_air,
+    )
     from data_shards.ingest.intensity import grey_map
     from data_shards.ingest.masks import read_case_mask
     from data_shards.ingest.volumes import UnreadableVolume, read_volume
@@ -148,14 +153,14 @@ def _read(
         wrong += f"; for a picture, say what its grey values are: {VALUES_OF_A_PICTURE.format(modality=case.modality)}"
     if wrong is not None:
         raise UnreadableVolume(str(case.image), wrong)
+    doubt = doubt_about_values(image, like, padding.num_voxels)
     window_end = take_window_end_as_air(image, like)
     of_mask = () if mask.volume is None else mask.volume.notes
     if mask.volume is not None and not mask.volume.voxels_IJK.any():
         of_mask = (*of_mask, "no voxel has a class; take the case out if that is wrong")
     of_mask = tuple(f"{LABEL_NOTE}{note}" for note in of_mask if note not in image.notes)
     notes += dict.fromkeys((*case.notes, *image.notes, *of_mask, *padding.notes))
-    if window_end is not None:
-        notes.append(window_end)
+    notes += filter(None, (doubt, window_end))
     try:
         grey = grey_map(
             image,

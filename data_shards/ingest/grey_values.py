@@ -46,12 +46,14 @@ _TOO_BRIGHT_HU, _TOO_BRIGHT_SHARE = 700.0, 0.1
 _LOWEST_HU, _FEW_TOO_LOW = -4100.0, 1e-2
 _TISSUE_HU, _LEAST_TISSUE = -300.0, 5e-3
 _SMALLEST_SPAN_HU = 100.0
+# Numbers below 0 that were stored with a sign and are read without one: air is 64,536.
+_WITHOUT_SIGN = 60_000.0
 # In MR nothing but padding is far below 0.
 _LIKE_HU_SHARE = 0.05
 _LOST_OFFSET = (
     "these are not HU (air is -1000). The conversion lost RescaleIntercept, often -1024: convert it again from DICOM, "
     "or write the intercept (NIfTI: scl_inter; DICOM: RescaleIntercept; MetaImage and NRRD: added to the values); if "
-    "it is MR, state that with --prepare.modality MR"
+    "it was cut to a window, give it before that; if it is MR, state that with --prepare.modality MR"
 )
 
 
@@ -125,9 +127,8 @@ def problem_with_values(
 ) -> str | None:
     """Why these cannot be the values of a CT or MR, None if they can. CT: of values in HU; MR: of all others. `stated`:
     the user has stated the modality; `name`: what it is called."""
-    num_measured = volume.voxels_IJK.size - num_padding
     if modality == "MR":
-        share = (_count_below(volume, _TISSUE_HU) - num_padding) / max(1, num_measured)
+        share = (_count_below(volume, _TISSUE_HU) - num_padding) / max(1, volume.voxels_IJK.size - num_padding)
         if stated or share < _LIKE_HU_SHARE:
             return None
         value = f"taken as {name or modality}, but {100 * share:.0f} % of its voxels are below {_TISSUE_HU:g}, as in HU"
@@ -137,9 +138,10 @@ def problem_with_values(
         return f"its values span {high - low:.4g} ({low:.4g} to {high:.4g}): these are not HU; give the CT in HU"
 
     def share_below(hu: float) -> float:
-        # Padding has the lowest value.
-        return (_count_below(volume, hu) - (num_padding if low < hu else 0)) / max(1, num_measured)
+        return _share_below(volume, hu, num_padding)
 
+    if 1.0 - share_below(_WITHOUT_SIGN) > _FEW:
+        return f"values up to {high:g}: numbers below 0 were stored without their sign; convert it again from DICOM"
     if (lower := share_below(_LOWEST_HU)) > _FEW_TOO_LOW:
         value = f"{100 * lower:.0f} % of its voxels are below {_LOWEST_HU:g}"
         return f"{value}: these are not HU (air is -1000); give the CT in HU"
@@ -151,6 +153,23 @@ def problem_with_values(
         remedy = "if RescaleIntercept was added twice, convert it again"
         return f"hardly any voxel of this CT is above {_TISSUE_HU:g} HU: it shows no tissue; {remedy}"
     return None
+
+
+def doubt_about_values(volume: Volume, modality: str, num_padding: int) -> str | None:
+    """What to say of a CT in which neither air nor fat is seen, though it can be one: a view of the brain alone, or a
+    CT that was cut to a window; or it is no CT."""
+    if modality != "CT" or _share_below(volume, _FAT_HU, num_padding) >= _FEW:
+        return None
+    lowest = min(_value(volume, end) for end in (volume.voxels_IJK.min(), volume.voxels_IJK.max()))
+    seen = f"neither air nor fat is in this CT, whose values begin at {lowest:g}"
+    return f"{seen}: if it was cut to a window, give it before that; if it is no CT, state --prepare.modality"
+
+
+def _share_below(volume: Volume, hu: float, num_padding: int) -> float:
+    """Of the measured voxels. Padding has the lowest value."""
+    lowest = min(_value(volume, end) for end in (volume.voxels_IJK.min(), volume.voxels_IJK.max()))
+    found = _count_below(volume, hu) - (num_padding if lowest < hu else 0)
+    return found / max(1, volume.voxels_IJK.size - num_padding)
 
 
 def _value(volume: Volume, number: Any) -> float:

@@ -37,6 +37,9 @@ _MOST_PROBLEMS = 8
 # Characters of a digest, enough to distinguish one user's tables.
 _DIGITS = 6
 _COLOUR = re.compile("#?([0-9a-fA-F]{6})")
+# What id 0 is called where it is no class.
+_NO_CLASS = {BACKGROUND, "bg", "air", "none", "nothing", "empty", "void", "other", "rest", "outside", "exterior"}
+_NO_CLASS |= {"unlabelled", "unlabeled", "no label", "clear label"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | N
             remedy = "name them in a table, names: {1: liver, 2: spleen} (--prepare.labels TABLE.yaml)"
             raise problem("labels", "names", "nothing names the classes of the label files", remedy)
         if label_set == AMOS.name and labels is None:
-            return _own(names), []
-        return _into_amos(default.table, names)
+            return replace(_own(names), notes=_zero_notes(names)), []
+        labelling, problems = _into_amos(default.table, names)
+        return replace(labelling, notes=_zero_notes(names)), problems
     except InputProblems as error:
         return default, list(error.problems)
 
@@ -104,6 +108,13 @@ def coloured(labelling: Labelling, colours: Mapping[str, str]) -> Labelling:
     if not labelling.is_own or table.colours is not None or not colours.keys() & set(table.names):
         return labelling
     return replace(labelling, table=replace(table, colours=tuple(map(colours.get, table.names))))
+
+
+def _zero_notes(names: Mapping[int, str]) -> tuple[str, ...]:
+    """What to say if the data name a class with the id of the background."""
+    if words(names.get(0, BACKGROUND)) in _NO_CLASS:
+        return ()
+    return (f"id 0 is called {names[0]!r}, and counts as {BACKGROUND}: number the classes from 1 if that is wrong",)
 
 
 def has_table(labels: str | None) -> bool:
@@ -139,6 +150,7 @@ def _with_table(own: _Table, names: dict[int, str] | None, where: str) -> tuple[
     """Each stored id in the table: by label_map, else by the id that the table gives, else by name."""
     if names is None:
         names = dict(enumerate(AMOS.names[: AMOS.body_id]))
+    problems = list(_turned_names(own, names, where))
     named = names | own.stored or dict(enumerate(own.table.names[:-1]))
     ids, unknown = {0: 0}, []
     to_name = {words(name): name for name in own.table.names}
@@ -151,8 +163,18 @@ def _with_table(own: _Table, names: dict[int, str] | None, where: str) -> tuple[
             ids[stored] = own.table.names.index(meant)
     ids |= {stored: own.table.names.index(meant) for stored, meant in own.label_map.items() if isinstance(stored, int)}
     remedy = f"name them in `names`, or say what becomes of them: label_map: {{NAME: {BACKGROUND}}}"
-    problems = [Problem(where, "label_map", f"nothing for {', '.join(unknown[:8])}", remedy)] if unknown else []
+    problems += [Problem(where, "label_map", f"nothing for {', '.join(unknown[:8])}", remedy)] if unknown else []
     return Labelling(own.table, ids, is_own=True, notes=own.notes), problems
+
+
+def _turned_names(own: _Table, names: Mapping[int, str], where: str) -> Iterator[Problem]:
+    """Ids that are one class of the table by the data, and another one by the table."""
+    classes = {words(name) for name in own.table.names[1:]}
+    for stored, meant in own.stored.items():
+        name = names.get(stored, meant)
+        if words(name) != words(meant) and words(name) in classes and stored not in own.label_map:
+            remedy = f"correct one of them, or say which is meant: label_map: {{{stored}: {meant}}}"
+            yield Problem(where, f"names.{stored}", f"{meant!r}, and {name!r} by the data", remedy)
 
 
 def _read_table(file: Path) -> _Table:
@@ -227,7 +249,10 @@ def _problems_with_names(classes: list[str], where: str) -> Iterator[Problem]:
     for at, name in enumerate(classes):
         if not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
             yield Problem(where, "names", repr(name[:_LONGEST_NAME]), remedy)
-        elif name in classes[:at] or name == BACKGROUND:
+        elif words(name) == BACKGROUND:
+            remedy_of_zero = "0 is background: leave it out, or map it in a table (--prepare.labels TABLE.yaml)"
+            yield Problem(where, "names", f"{name!r} for another id than 0", remedy_of_zero)
+        elif name in classes[:at]:
             yield Problem(where, "names", f"{name!r} twice", remedy)
         elif twin := next((one for one in classes[:at] if words(one) == words(name)), None):
             merge = (

@@ -34,6 +34,10 @@ _WORDS = {
     "PD": {"pd", "pdw"},
     **{name: {name.lower()} for name in ("DWI", "ADC", "DCE", "SWI", "STIR", "Dixon")},
 }
+# Words beside T1 by which it is T1ce, and those that take this back; T2* is no T2.
+_CONTRAST = {"post", "postcontrast", "contrast", "enhanced", "ce", "c", "gd", "gad", "gado", "gadolinium"}
+_WITHOUT = {"pre", "non", "no", "without", "native", "unenhanced"}
+_STAR = "star"
 
 
 def find_modalities(
@@ -135,12 +139,17 @@ def _stated_in(where: str, content: dict[str, Any]) -> tuple[set[str], list[Prob
 
 def meant(word: Any) -> set[str]:
     """The modalities that a text names: `MRI`, `T2w`, `CT and MR`; none for unknown words. Words that are one name
-    together, as `T2 FLAIR`, are not taken apart."""
+    together, as `T2 FLAIR`, are not taken apart. T1 after contrast agent is T1ce."""
     if not isinstance(word, str):
         return set()
     whole = re.sub(r"[\W_]", "", word.lower())
-    parts = [whole] if any(whole in words for words in _WORDS.values()) else re.split(r"[\W_]+", word.lower())
-    return {modality for modality, words in _WORDS.items() for part in parts if part in words}
+    pieces = re.split(r"[\W_]+", word.lower().replace("*", f" {_STAR}"))
+    if _STAR in pieces:
+        return set()
+    parts = [whole] if any(whole in words for words in _WORDS.values()) else pieces
+    found = {modality for modality, words in _WORDS.items() for part in parts if part in words}
+    is_contrast = not _CONTRAST.isdisjoint(pieces) and _WITHOUT.isdisjoint(pieces)
+    return {"T1ce"} if found == {"T1"} and is_contrast else found
 
 
 def named_by_a_person(where: object, text: str) -> str:

@@ -40,6 +40,7 @@ VALUES_OF_A_PICTURE = (
     "of a manifest.csv make them HU"
 )
 _RESTORE = "restore the file"
+_PHOTOMETRIC = 262
 # Pillow's modes of one number a pixel, and their types; of colours, with the number of channels.
 _NUMBERS = {"1": np.uint8, "L": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I": np.int32, "F": np.float32}
 _COLOURS = ("RGB", "RGBA", "LA")
@@ -163,13 +164,21 @@ def _opened(file: Path) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(file.read_bytes()), formats=[kind]) as picture:
-                refuse(_picture_problems(file, picture))
+                refuse([*_picture_problems(file, picture), *_turned_grey(file, picture)])
                 yield picture
     except InputProblems:
         raise
     except Exception as error:  # Pillow may raise any error on such bytes
         reason = " ".join(str(error).split())[:120].replace(str(file), file.name)
         raise problem(file, kind, f"cannot be read ({reason})", f"{_RESTORE}, or save it as PNG") from error
+
+
+def _turned_grey(file: Path, picture: Any) -> list[Problem]:
+    """A TIFF whose 0 is white (PhotometricInterpretation 0, TIFF 6.0 page 37). Pillow turns 1 and 8 bits alone."""
+    if picture.format != "TIFF" or picture.mode in ("1", "L") or picture.tag_v2.get(_PHOTOMETRIC) != 0:
+        return []
+    remedy = "save it with black as 0 (MinIsBlack)"
+    return [Problem(str(file), "PhotometricInterpretation", "0 is white", remedy)]
 
 
 def _picture_problems(file: Path, picture: Any) -> list[Problem]:

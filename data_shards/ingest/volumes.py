@@ -41,6 +41,7 @@ LARGE_BYTES = 2**30
 _LARGEST_VALUE = 1e30
 # An overlap this small counts as none: it is left if a stretch ends on an element's edge.
 _ROUNDING = 1e-9
+_NOT_FINITE = "voxels are NaN or infinite: write numbers there, as the lowest value where nothing was measured, or id 0"
 
 
 # Stored numbers of any shape, slope and intercept, to uint8 ids.
@@ -274,7 +275,7 @@ def _itk_voxels(path: Path, geometry: Geometry, to_ids: _ToIds | None) -> tuple[
     _refuse_too_large(path, geometry)
     voxels = itk_files.read_stored(path, geometry)
     if voxels.dtype.kind == "f" and (not_finite := voxels.size - int(np.count_nonzero(np.isfinite(voxels)))):
-        raise UnreadableVolume(str(path), f"{not_finite} voxels are NaN or infinite")
+        raise UnreadableVolume(str(path), f"{not_finite} {_NOT_FINITE}")
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in itk_files.files_of(path))).hexdigest()
     return voxels if to_ids is None else to_ids(voxels, 1.0, 0.0), sha256
 
@@ -318,7 +319,7 @@ def _stored_voxels(path: Path, geometry: Geometry, content: io.IOBase, to_ids: _
             reason = f"damaged file: more than {MOST_BYTES_BEHIND_VOXELS // 2**20} MiB behind the voxels it declares"
             raise UnreadableVolume(str(path), reason)
     if not_finite:
-        raise UnreadableVolume(str(path), f"{not_finite} voxels are NaN or infinite")
+        raise UnreadableVolume(str(path), f"{not_finite} {_NOT_FINITE}")
     return voxels
 
 

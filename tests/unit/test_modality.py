@@ -22,7 +22,8 @@ def _of(content: dict[str, Any], *case_ids: str, stated: str | None = None) -> d
 CT_STATED = [{"0": "CT"}, "CT", ["CT"], {"0": "ct"}, {"0": "Computed Tomography"}, {"0": "CT (portal venous)"}]
 MR_STATED = [{"0": "MRI"}, {"0": "MR"}, "mri", ["MR"], {"0": "MR", "1": "MRI"}]
 OWN_STATED = [({"0": "T2w"}, "T2"), ({"0": "T2-SPIR"}, "T2"), ("T2 FLAIR", "FLAIR"), (["t1gd"], "T1ce"), ("pet", "PET"),
-              ({"0": "CBCT"}, "CBCT"), ("T1w (native)", "T1")]  # fmt: skip
+              ({"0": "CBCT"}, "CBCT"), ("T1w (native)", "T1"), ({"0": "T1_post"}, "T1ce"), ("T1 C+", "T1ce"),
+              ("post-contrast T1w", "T1ce"), ("T1 without contrast", "T1"), ("T1 pre", "T1")]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["modality", "channel_names"])
@@ -63,7 +64,7 @@ def test_names_of_ones_own_without_a_statement_are_refused(content: dict[str, An
     assert "--prepare.modality" in _of(content, "s0512", "s0513", "BRATS_012", "liver_7", "liver_8")
 
 
-@pytest.mark.parametrize("statement", ["zscore", "Foo", 7, {"0": 3}, {"0": {"a": "CT"}}, [["CT"]], True, "CTX"])
+@pytest.mark.parametrize("statement", ["zscore", "Foo", "T2*", 7, {"0": 3}, {"0": {"a": "CT"}}, [["CT"]], True, "CTX"])
 def test_a_statement_that_is_not_understood_is_refused(statement: Any) -> None:
     message = _of({"modality": statement}, "amos_0001")
     assert "modality" in message

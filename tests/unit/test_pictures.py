@@ -250,3 +250,15 @@ def test_pages_are_refused(root: Path) -> None:
     save(root / "images/a1.tif", page, save_all=True, append_images=[page])
     with pytest.raises(InputProblems, match="2 pages"):
         checked(root)
+
+
+def test_a_tiff_whose_0_is_white_is_refused(root: Path) -> None:
+    """Pillow turns those of 8 bits alone, and viewers all."""
+    (root / "images/a1.png").unlink()
+    save(root / "images/a1.tif", Image.fromarray(picture().astype(np.uint16) * 257))
+    content = (root / "images/a1.tif").read_bytes()
+    is_black = b"\x06\x01\x03\x00\x01\x00\x00\x00\x01\x00"  # PhotometricInterpretation, one short number
+    assert content.count(is_black) == 1
+    (root / "images/a1.tif").write_bytes(content.replace(is_black, is_black[:-2] + b"\0\0"))
+    with pytest.raises(InputProblems, match="0 is white"):
+        checked(root)

@@ -24,6 +24,7 @@ class Amos(Layout):
     """dataset.json's `training`, `validation` and `test`; ids are AMOS' organs."""
 
     name = "amos"
+    by_file = True
 
     def recognise(self, root: Path) -> str | None:
         """dataset.json lists cases, and names no other classes than AMOS'."""
@@ -49,6 +50,7 @@ class Decathlon(Layout):
     """The same lists; `labels` are id: name. It states no validation cases."""
 
     name = "msd"
+    by_file = True
 
     def recognise(self, root: Path) -> str | None:
         """dataset.json lists cases, and none of its classes is AMOS'."""
@@ -69,8 +71,8 @@ class Decathlon(Layout):
             return Listing((), tuple(wrong), names=names, problems_with_names=tuple(problems))
         several = len(named) > 1
         listings = [
-            list_archive(root, request.modalities, request.modality, names, (one, named[one]) if several else None)
-            for one in channels
+            list_archive(root, request.modalities, request.modality, names, channel)
+            for channel in ((one, named[one], len(named)) if several else None for one in channels)
         ]
         listings = [_with_patients(one, request.patient) for one in listings]
         found = joined(where, listings) if len(listings) > 1 else listings[0]

@@ -22,6 +22,8 @@ _MOST_NAMES = 3
 MANIFESTS = ("manifest.csv", "manifest.tsv")
 # The name of a file of one kind without its ending; None for others.
 StemOf = Callable[[str], str | None]
+# BIDS (1.10, "Entities"): the subject is the first part of every name.
+_BIDS_SUBJECT = r"(sub-[A-Za-z0-9]+)_"
 _OWN_VOLUME = re.compile(r"(.+)_[a-z0-9-]+_[0-9]+-volume")
 
 
@@ -56,6 +58,7 @@ class Layout(ABC):
     """One way to arrange a data set."""
 
     name: ClassVar[str]
+    by_file: ClassVar[bool] = False  # it is recognised by a file that describes it, or by names of its own
 
     @abstractmethod
     def recognise(self, root: Path) -> str | None:
@@ -100,13 +103,13 @@ def case_name_problems(where: Path, names: Sequence[str], otherwise: str = "") -
         yield Problem(str(where), "case id", f"{len(wrong) - _MOST_NAMES:,} more such names", remedy)
 
 
-def patient_of(case_id: str, pattern: str | None) -> str | None:
-    """The patient of a case by the pattern; None if there is no pattern, or it does not match. Volumes of `segdiff
-    volume --format nnunet` are of the patient of their mask."""
+def patient_of(case_id: str, pattern: str | None, *usual: str) -> str | None:
+    """The patient of a case by the user's pattern; without one by the `usual` ones, or as BIDS names its subjects. None
+    if none matches. Volumes of `segdiff volume --format nnunet` are of the patient of their mask."""
     if own := _OWN_VOLUME.fullmatch(case_id):
-        return patient_of(own[1], pattern) or own[1]
-    matched = None if pattern is None else re.match(pattern, case_id)
-    return None if matched is None else matched[1]
+        return patient_of(own[1], pattern, *usual) or own[1]
+    patterns = (*usual, _BIDS_SUBJECT) if pattern is None else (pattern,)
+    return next((matched[1] for one in patterns if (matched := re.match(one, case_id))), None)
 
 
 def taken(cases: Sequence[Case], request: Request) -> tuple[Case, ...]:

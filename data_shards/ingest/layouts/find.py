@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from data_shards.ingest.cases import Listing
@@ -22,6 +23,7 @@ from data_shards.problems import InputProblems, Problem, problem
 # In the order in which they are tried: first layouts with a describing file, then layouts by file names.
 LAYOUTS: tuple[Layout, ...] = (Amos(), Decathlon(), NnUNet(), TotalSegmentator(), Folder(), Dicom(), Pictures())
 AUTO = "auto"
+_MOST_FOLDERS = 20
 _KNOWN = (
     "give a folder with the dataset.json of AMOS, MSD or nnU-Net, with images/ and labels/ of volumes or "
     "pictures (PNG, TIFF, JPEG), a manifest.csv, "
@@ -55,8 +57,20 @@ def recognise(root: Path, wanted: str = AUTO) -> Recognised:
         raise problem(root, "data folder", "not a folder", _KNOWN)
     content = content_of(root)
     if not (root / DATASET_FILE).is_file() or (content and not is_of_layout(content)):
-        raise InputProblems([Problem(str(root), "layout", "none was recognised", _KNOWN), *_without_pair(root)])
+        remedy = _KNOWN + "".join(_in_a_folder(root))
+        raise InputProblems([Problem(str(root), "layout", "none was recognised", remedy), *_without_pair(root)])
     return Recognised(LAYOUTS[0], "no other layout was recognised")
+
+
+def _in_a_folder(root: Path) -> Iterator[str]:
+    """That a folder in this one can be given, as of nnUNet_raw or of an unpacked archive. Many plain folders are those
+    of patients."""
+    folders = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
+    layouts = ((one, next((layout for layout in LAYOUTS if layout.recognise(one)), None)) for one in folders)
+    found = [(one, layout) for one, layout in islice(layouts, _MOST_FOLDERS) if layout is not None]
+    if found and (len(found) == 1 or any(layout.by_file for _, layout in found)):
+        folder, layout = next((one for one in found if one[1].by_file), found[0])
+        yield f"; {folder.name} in it is of layout {layout.name}: give that folder"
 
 
 def _without_pair(root: Path) -> Iterator[Problem]:

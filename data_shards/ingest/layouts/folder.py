@@ -9,12 +9,13 @@ manifest.csv                                   columns image and, if they are kn
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from data_shards.ingest.cases import Case, Listing, problems_by_case
-from data_shards.ingest.dataset_json import DATASET_FILE, is_below, is_of_layout
+from data_shards.ingest.dataset_json import DATASET_FILE, is_below, is_of_layout, words
+from data_shards.ingest.itk_files import segment_names
 from data_shards.ingest.layouts.amos import class_names, content_of
 from data_shards.ingest.layouts.base import (
     MANIFESTS,
@@ -85,6 +86,8 @@ class Folder(Layout):
             return Listing((), error.problems)
         names = class_names(root / DATASET_FILE, content["labels"]) if "labels" in content else ({}, [])
         notes = () if manifest is None else tuple(_unused_columns(manifest))
+        classes, wrong = _with_segments(names[0], cases)
+        names, problems = (classes, names[1]), [*problems, *wrong]
         where = str(manifest or (root / DATASET_FILE if (root / DATASET_FILE).is_file() else root))
         return listing_of(root, request, (cases, problems), names, where, notes)
 
@@ -122,7 +125,37 @@ def listing_of(
     ]
     chosen = taken(cases, request)
     problems += [] if problems else no_cases(root, request, chosen)
+    notes += tuple(_shared_labels(root, chosen))
     return Listing(chosen, tuple(problems), problems_by_case(chosen), names[0], tuple(names[1]), notes)
+
+
+def _shared_labels(root: Path, cases: Sequence[Case]) -> Iterator[str]:
+    """A label that a table gives to two images of one modality. T1 and T2 of a patient may have one label."""
+    of_label: dict[tuple[Path, str], list[Case]] = {}
+    for case in cases:
+        if isinstance(case.label, Path):
+            of_label.setdefault((case.label, case.modality), []).append(case)
+    for (label, _), same in of_label.items():
+        if len(same) > 1:
+            ids = ", ".join(case.case_id for case in same[:3])
+            yield f"{ids} have one label, {label.relative_to(root)}: look whether it is that of each of them"
+
+
+def _with_segments(names: dict[int, str], cases: Sequence[Case]) -> tuple[dict[int, str], list[Problem]]:
+    """The classes, where nothing else names them by the segments that 3D Slicer names in its labels (.seg.nrrd). Its
+    numbers may differ from file to file: labels that contradict one another, or dataset.json, are problems."""
+    known, problems = dict(names), list[Problem]()
+    stated = {words(name): number for number, name in known.items()}
+    for case in cases:
+        for number, name in segment_names(case.label).items() if isinstance(case.label, Path) else ():
+            other = stated.get(words(name), number) != number
+            if other or (not names and words(known.get(number, name)) != words(name)):
+                value = f"segment {number} is {name!r}, and not so in the other labels or in {DATASET_FILE}"
+                remedy = "export all segmentations to label maps with one colour table, so that a class has one id"
+                problems.append(Problem(str(case.label), "segments", value, remedy))
+            elif not names:
+                known[number], stated[words(name)] = name, number
+    return known, problems
 
 
 def _manifest(root: Path) -> Path | None:

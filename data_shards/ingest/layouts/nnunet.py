@@ -17,7 +17,7 @@ from typing import Any
 
 from data_shards.documents import checked, parse_json_value, read_bytes, read_json
 from data_shards.ingest.cases import Case, Listing, problems_by_case
-from data_shards.ingest.dataset_json import DATASET_FILE
+from data_shards.ingest.dataset_json import DATASET_FILE, words
 from data_shards.ingest.layouts.amos import class_names, content_of, lists_cases
 from data_shards.ingest.layouts.base import (
     Layout,
@@ -50,6 +50,7 @@ class NnUNet(Layout):
     """A folder called DatasetNNN_NAME below nnUNet_raw."""
 
     name = "nnunet"
+    by_file = True
 
     def recognise(self, root: Path) -> str | None:
         """dataset.json is nnU-Net's and lists no cases, and labelsTr shows what in a name of imagesTr is a channel."""
@@ -76,7 +77,8 @@ class NnUNet(Layout):
         except InputProblems as error:  # of an export's table, or of pictures without a spacing
             return Listing((), error.problems, names=names)
         listing = joined(where, listings) if len(listings) > 1 else listings[0]
-        return replace(listing, problems_with_names=tuple(of_names))
+        notes = (*listing.notes, *_unnamed_channels(root, {*named, *channels}))
+        return replace(listing, notes=notes, problems_with_names=tuple(of_names))
 
 
 def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple[int, Any]) -> Listing:
@@ -103,15 +105,23 @@ def _listing(root: Path, request: Request, names: dict[int, str], channel: tuple
             modality=modality_of.get(one.case_id, request.any_modality),
             split=fold.split_of.get(one.case_id, one.split),
             notes=notes_of.get(one.case_id, ()),
-            patient=patient_of(one.case_id, request.patient)
+            patient=(patient_of(one.case_id, request.patient) if request.patient else None)
             or patients.get(one.case_id)
-            or patient_of(one.case_id, None if request.patient else _OWN_NAME),
+            or patient_of(one.case_id, request.patient, _OWN_NAME),
         )
         for one in cases
     ]
     chosen = taken(cases, request)
     problems += [] if problems else no_cases(root, request, chosen)
     return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=(*notes, *fold.notes))
+
+
+def _unnamed_channels(root: Path, known: set[int]) -> Iterator[str]:
+    """Files of channels that dataset.json does not name: it, or their number, may be wrong."""
+    files = (_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr", _stem_of(content_of(root))))
+    if unknown := sorted({int(one[2]) for one in files if one} - known):
+        numbers = ", ".join(map(str, unknown[:4]))
+        yield f"imagesTr has files of channel {numbers}, which channel_names does not name: they are not read"
 
 
 def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], list[Problem]]:
@@ -127,9 +137,10 @@ def _class_names(where: Path, content: dict[str, Any]) -> tuple[dict[int, str], 
         )
         return {}, [Problem(str(where), "labels", value, remedy)]
     names, problems = class_names(where, labels)
-    if _IGNORE in names.values():
-        remedy = "say what becomes of it in a table (--prepare.labels TABLE.yaml): label_map: {ignore: background}"
-        problems.append(Problem(str(where), "labels", f"a class `{_IGNORE}`, whose real class is unknown", remedy))
+    for ignored in (name for name in names.values() if words(name) == _IGNORE):
+        mapped = f"label_map: {{{ignored}: background}}"
+        remedy = f"say what becomes of it in a table (--prepare.labels TABLE.yaml): {mapped}"
+        problems.append(Problem(str(where), "labels", f"a class `{ignored}`, whose real class is unknown", remedy))
     return names, problems
 
 

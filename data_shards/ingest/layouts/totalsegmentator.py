@@ -32,6 +32,7 @@ class TotalSegmentator(Layout):
     """The folder above the cases'."""
 
     name = "totalsegmentator"
+    by_file = True
 
     def recognise(self, root: Path) -> str | None:
         """At least one case has an image and a folder of organs."""
