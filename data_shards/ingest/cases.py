@@ -76,8 +76,9 @@ class Case:
 class Listing:
     """The contents of a folder in a layout. `problems`: of the folder. `problems_of`: by case id, those of its own
     files, and by another id those of files without a case. `names`: the classes of the label files by stored id; None
-    if the ids are AMOS'. `problems_with_names`: problems of these, which do not matter if the user's table names the
-    classes. `notes`: texts about the folder: what was chosen or left out."""
+    if the ids are AMOS'; `has_ids`: the data state them, and not names alone. `problems_with_names`: problems of these,
+    which do not matter if the user's table names the classes. `notes`: texts about the folder: what was chosen or left
+    out."""
 
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...] = ()
@@ -85,6 +86,7 @@ class Listing:
     names: dict[int, str] | None = None
     problems_with_names: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    has_ids: bool = True
 
     @property
     def all_problems(self) -> list[Problem]:

@@ -79,8 +79,11 @@ class _Table:
     notes: tuple[str, ...] = ()
 
 
-def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | None) -> tuple[Labelling, list[Problem]]:
-    """The labelling for the settings. `names`: the data's classes by stored id, None for AMOS' own ids."""
+def find_labelling(
+    label_set: str, labels: str | None, names: dict[int, str] | None, *, has_ids: bool = True
+) -> tuple[Labelling, list[Problem]]:
+    """The labelling for the settings. `names`: the data's classes by stored id, None for AMOS' own ids. `has_ids`: the
+    data state the ids; else they name classes alone, as by files or segments, and a table's numbers mean nothing."""
     file = Path(str(labels)) if has_table(labels) else None
     default = Labelling(LABEL_TABLES[label_set])
     try:
@@ -88,7 +91,8 @@ def find_labelling(label_set: str, labels: str | None, names: dict[int, str] | N
             if label_set != AMOS.name:
                 value = f"{file} with label_set {label_set}"
                 raise problem("prepare", "labels", value, "a table of one's own goes with label_set amos")
-            return _with_table(_read_table(file), names, str(file))
+            table = _read_table(file)
+            return _with_table(table if has_ids else _by_names(table, file), names, str(file))
         if names is None or label_set == "wholebody":
             return default, []
         if not names:
@@ -165,6 +169,14 @@ def _with_table(own: _Table, names: dict[int, str] | None, where: str) -> tuple[
     remedy = f"name them in `names`, or say what becomes of them: label_map: {{NAME: {BACKGROUND}}}"
     problems += [Problem(where, "label_map", f"nothing for {', '.join(unknown[:8])}", remedy)] if unknown else []
     return Labelling(own.table, ids, is_own=True, notes=own.notes), problems
+
+
+def _by_names(own: _Table, file: Path) -> _Table:
+    """The table for data that number nothing. Raises InputProblems for a number in label_map."""
+    if numbers := [key for key in own.label_map if isinstance(key, int)]:
+        remedy = "the data have no ids: give the class by its name"
+        raise problem(file, f"label_map.{numbers[0]}", own.label_map[numbers[0]], remedy)
+    return replace(own, stored={})
 
 
 def _turned_names(own: _Table, names: Mapping[int, str], where: str) -> Iterator[Problem]:

@@ -76,7 +76,7 @@ def survey(root: Path, config: PrepareConfig, wholebody: Path | None) -> Survey:
     """Read names, small files and headers. The settings may have problems of their own."""
     recognised = recognise(root, config.layout if config.layout in {one.name for one in LAYOUTS} else AUTO)
     listing = recognised.read(root, _request(config))
-    labelling, wrong = find_labelling(config.label_set, config.labels, listing.names)
+    labelling, wrong = find_labelling(config.label_set, config.labels, listing.names, has_ids=listing.has_ids)
     labelling = coloured(labelling, own_colours(root))
     bad = _bad_cases(listing, config)
     skips = config.on_bad_case == "skip" and any(case.case_id not in bad for case in listing.cases)

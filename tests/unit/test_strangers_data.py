@@ -19,6 +19,7 @@ from layouts_support import (
     edit,
     save,
     slices,
+    table,
     volumes,
     write_amos,
     write_folder,
@@ -95,6 +96,31 @@ def test_nnu_net_s_folder_as_others_write_it(
     settings = write_nnunet(tmp_path / "data")
     spoil(tmp_path / "data")
     _assert_same(tmp_path / "data", settings, of_amos)
+
+
+@pytest.mark.parametrize("layout", ["totalsegmentator", "dicom"])
+def test_a_table_s_numbers_are_none_of_data_that_name_their_classes_alone(
+    layout: str, of_amos: list[SliceRecord], tmp_path: Path
+) -> None:
+    """Files and segments have names; our own numbers for them met those of the table, and turned the classes."""
+    if layout == "dicom":
+        pytest.importorskip("highdicom")
+        from dicom_support import write_dicom
+
+        write_dicom(tmp_path / "data")
+    else:
+        write_totalsegmentator(tmp_path / "data")
+    settings = {"labels": table(tmp_path / "t.yaml")}
+    pixels = [
+        sorted(
+            np.bincount(one.mask_HW.ravel(), minlength=17).tolist() for one in records
+        )  # DICOM has cases of other names
+        for records in (slices(tmp_path / "data", **settings), of_amos)
+    ]
+    assert pixels[0] == pixels[1]
+    (tmp_path / "t.yaml").write_text("name: mine\nnames: [liver]\nlabel_map: {1: background}\n")
+    (found, *_) = find_problems(tmp_path / "data", tmp_path / "set", replace(CONFIG, **settings))
+    assert found.field == "label_map.1"
 
 
 def _broken_link(root: Path) -> str:

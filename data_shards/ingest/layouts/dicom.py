@@ -103,7 +103,7 @@ class Dicom(Layout):
         problems += [] if problems or problems_of else no_cases(root, request, cases)
         ordered = tuple(sorted(cases, key=lambda case: case.case_id))
         notes = tuple(_alike_patients(found, request))
-        return Listing(ordered, tuple(problems), problems_of, names, notes=notes)
+        return Listing(ordered, tuple(problems), problems_of, names, notes=notes, has_ids=False)
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -68,7 +68,7 @@ class TotalSegmentator(Layout):
         chosen = taken(cases, request)
         problems += [] if problems else no_cases(root, request, chosen)
         notes = (*_lacking_organs(chosen, names), *_without_folder(split_of, {folder.name for folder in images}))
-        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=notes)
+        return Listing(chosen, tuple(problems), problems_by_case(chosen), names, notes=notes, has_ids=False)
 
 
 def _folders(root: Path) -> list[Path]:
