@@ -178,7 +178,7 @@ def sample_at(position_P: np.ndarray, num_samples: int, seed: int) -> np.ndarray
     epoch_P, index_P = np.divmod(np.asarray(position_P, dtype=np.int64), num_samples)
     if not len(index_P):
         return index_P
-    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    half_bits = _half_bits(num_samples)
     first, last = int(epoch_P.min()), int(epoch_P.max())
     if (last - first + 1) << half_bits <= MAX_TABLE:
         table = _round_table(seed, first, last, half_bits)
@@ -194,7 +194,7 @@ def sample_at(position_P: np.ndarray, num_samples: int, seed: int) -> np.ndarray
 
 def position_of(sample_P: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """The inverse of sample_at within one epoch: the global position (int64 [P]) at which each sample comes in it."""
-    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    half_bits = _half_bits(num_samples)
     mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     key = hash_u64(seed, STREAM_ORDER, np.array([epoch]))
     value_P, inside_P = np.asarray(sample_P).astype(np.uint64), np.zeros(len(sample_P), bool)
@@ -258,6 +258,11 @@ def _checked_rows(rows: np.ndarray, name: str) -> np.ndarray:
     return rows
 
 
+def _half_bits(num_samples: int) -> int:
+    """Bits of either half of a value in the Feistel network, which permutes the numbers below 2^(2 half_bits)."""
+    return max(1, ((num_samples - 1).bit_length() + 1) // 2)
+
+
 def _feistel(value_P: np.ndarray, key_P: np.ndarray, half_bits: int) -> np.ndarray:
     mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     left_P, right_P = value_P >> shift, value_P & mask
@@ -298,17 +303,21 @@ def _walk_by_table(
         result_P[left_in] = value_P
         outside_P = value_P >= num_samples
         left_in, value_P, base_P = left_in[outside_P], value_P[outside_P], base_P[outside_P]
-    lookup = flat.data  # for a few values, an array's fixed costs are too high
     for at, value, base in zip(left_in.tolist(), value_P.tolist(), base_P.tolist(), strict=True):
-        while True:
-            left, right = value >> half_bits, value & mask
-            for start in range(base, base + (_ROUNDS << half_bits), 1 << half_bits):
-                left, right = right, left ^ lookup[start + right]
-            value = left << half_bits | right
-            if value < num_samples:
-                break
-        result_P[at] = value
+        result_P[at] = _walk_one(value, base, flat.data, num_samples, half_bits)
     return result_P
+
+
+def _walk_one(value: int, base: int, lookup: memoryview, num_samples: int, half_bits: int) -> int:
+    """The same for one value: where few are left, an array's fixed costs are too high. `base`: of its epoch's table."""
+    mask, step = (1 << half_bits) - 1, 1 << half_bits
+    while True:
+        left, right = value >> half_bits, value & mask
+        for start in range(base, base + _ROUNDS * step, step):
+            left, right = right, left ^ lookup[start + right]
+        value = left << half_bits | right
+        if value < num_samples:
+            return value
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
