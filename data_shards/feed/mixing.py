@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,25 +120,25 @@ def parse_mix(
         if found is None:
             problems.append(Problem(where, field, "not a key", _GRAMMAR))
             continue
-        codes: dict[str, int | None] = {"set_index": int(found["set"]) if found["set"] else None}
-        known = True
         named = found["modality"]
         any_name = (named,) if is_modality(named) else MODALITIES
-        for name, words in (("modality", any_name if modalities is None else modalities), ("axis", AXES)):
-            word = found[name]
-            if word is not None and word not in words:
-                known = False
-                problems.append(Problem(where, field, f"no {name} {word!r}", f"choose from {', '.join(words)}"))
-            else:
-                codes[name] = None if word is None else words.index(word)
-        if known:
-            groups.append(MixGroup(key, weight, **codes))
+        words_of = {"modality": any_name if modalities is None else modalities, "axis": AXES}
+        unknown = {name: word for name in words_of if (word := found[name]) not in (None, *words_of[name])}
+        for name, word in unknown.items():
+            problems.append(Problem(where, field, f"no {name} {word!r}", f"choose from {', '.join(words_of[name])}"))
+        if not unknown:
+            codes = {name: _code(found[name], words) for name, words in words_of.items()}
+            groups.append(MixGroup(key, weight, int(found["set"]) if found["set"] else None, **codes))
     if mix and not problems:
         try:
             mix_counts(tuple(mix.values()))
         except ValueError as error:
             problems.append(Problem(where, "loader.mix", str(error), "bring the weights closer together"))
     return groups, problems
+
+
+def _code(word: str | None, words: Sequence[str]) -> int | None:
+    return None if word is None else words.index(word)
 
 
 def _overlaps(groups: list[MixGroup], taken_GSMA: np.ndarray, where: str) -> list[Problem]:
