@@ -89,23 +89,12 @@ class DenoiserValidation:
         self._process = make_process(diffusion, device)
         self._level_N = self._process.spread_levels(_spread_shares(config.seed, config.num_images)).to(device)
         self._batches: list[Batch] = []
-        self._picture_rows: list[int] = []
         if len(rows) == 0:
             if is_main():
                 warnings.warn(f"{shards.root} has no validation slice: no val_loss, no sample grids", stacklevel=2)
             return
         self._batches = list(self._read(rows, loader))
-        self._records = []
-        for row in choose_pictures(shards, rows, config.num_pictures):
-            try:
-                record = shards.read(row)
-            except ValueError as error:
-                if loader.on_corrupt == "raise":
-                    raise
-                warnings.warn(f"no sample grid of it: {error}", RuntimeWarning, stacklevel=2)
-                continue
-            self._picture_rows.append(row)
-            self._records.append(record.cropped(loader.crop_size or shards.size))
+        self._records = list(self._read_pictures(rows, loader))
 
     @torch.no_grad()
     def __call__(self, forward: Forward, images_seen: int) -> dict[str, float]:
@@ -180,6 +169,18 @@ class DenoiserValidation:
             seed=self.config.seed,
             device=self.device,
         )
+
+    def _read_pictures(self, rows: np.ndarray, loader: LoaderConfig) -> Iterator[SliceRecord]:
+        """The slices of the sample grid, cropped. A damaged one is left out with a warning, or stops the run."""
+        for row in choose_pictures(self.shards, rows, self.config.num_pictures):
+            try:
+                record = self.shards.read(row)
+            except ValueError as error:
+                if loader.on_corrupt == "raise":
+                    raise
+                warnings.warn(f"no sample grid of it: {error}", RuntimeWarning, stacklevel=2)
+                continue
+            yield record.cropped(loader.crop_size or self.shards.size)
 
     def _generate(self, forward: Forward) -> np.ndarray:
         """uint8 [P, H, W]: an image from each mask. Each rank generates a share; noise is keyed by the picture."""
