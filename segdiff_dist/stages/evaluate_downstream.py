@@ -48,11 +48,11 @@ class DownstreamPlan(Plan):
     def run(self, tracker: Tracker) -> Result:
         """Train, test and record. The result's value is the summary."""
         from segdiff_dist.downstream.summary import format_downstream, scalars
-        from segdiff_dist.evaluation.report.granted import granted
+        from segdiff_dist.evaluation.report.shared_terms import shared_terms
 
         summary = self.job.make()
         tracker.log_params({"downstream": plain(self.experiment)["downstream"]})
         tracker.log_metrics(scalars(summary))
         tracker.log_artifact(self.job.folder / "summary.json", "downstream")
-        table = f"\nDice on real slices:\n{format_downstream(summary)}\n{granted(summary)}\n"
+        table = f"\nDice on real slices:\n{format_downstream(summary)}\n{shared_terms(summary)}\n"
         return Result((table,), value=summary)

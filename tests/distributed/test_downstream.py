@@ -24,7 +24,7 @@ from segdiff_dist.downstream.job import Downstream, DownstreamFailed, Sections, 
 from segdiff_dist.downstream.trainer import SCORES, Inputs, Trainer
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.metrics.sums import Interval
-from segdiff_dist.evaluation.report.granted import granted
+from segdiff_dist.evaluation.report.shared_terms import shared_terms
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.training.config import TrainConfig
@@ -101,8 +101,8 @@ def test_images_of_noise_teach_nothing_and_real_ones_do(
     assert dice["generated"] < dice["real_100"] - 0.3
     assert set(summary["arms"][0]["by_modality"]) == {"CT", "MR"}
     assert min(summary["granted"].values()) > 0
-    assert f"{summary['granted']['num_validation_slices']} slices of" in granted(summary)
-    assert "no validation slice is used" in granted({"granted": summary["granted"] | {"num_validation_slices": 0}})
+    assert f"{summary['granted']['num_validation_slices']} slices of" in shared_terms(summary)
+    assert "no validation slice is used" in shared_terms({"granted": summary["granted"] | {"num_validation_slices": 0}})
     assert summary["num_tested"] == 24
     assert json.loads((run / "downstream" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     trainings = run / "downstream" / "trainings"

@@ -16,7 +16,7 @@ from segdiff_dist.evaluation.measure.trust import warnings
 from segdiff_dist.evaluation.metrics.definitions import DEFINITIONS
 from segdiff_dist.evaluation.metrics.sharpness import sharpness_messages
 from segdiff_dist.evaluation.report.entry_text import format_entry, format_interval, groups_of
-from segdiff_dist.evaluation.report.granted import granted
+from segdiff_dist.evaluation.report.shared_terms import shared_terms
 from segdiff_dist.evaluation.report.tables import Table, headline_metrics, run_tables
 from segdiff_dist.evaluation.report.tracked import TrackedRun, tracked_run
 
@@ -103,7 +103,7 @@ def render(
             varied_metrics={n: DEFINITIONS[n] for n in DEFINITIONS if any(n in entries for entries in varied.values())},
             provenance=_lines(summary["provenance"]),
             downstream=downstream,
-            granted="" if downstream is None else granted(downstream),
+            shared_terms="" if downstream is None else shared_terms(downstream),
             downstream_modalities=in_order(
                 m for arm in (downstream or {"arms": ()})["arms"] for m in arm["by_modality"]
             ),

@@ -1,4 +1,4 @@
-"""What `segdiff evaluate --downstream` gives to every training, in words for the page and the terminal."""
+"""What all trainings of `segdiff evaluate --downstream` have in common, in words for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from data_shards.wording import in_words
 
 
-def granted(downstream: dict[str, Any]) -> str:
+def shared_terms(downstream: dict[str, Any]) -> str:
     """A sentence. `downstream`: RUN/downstream/summary.json; one of an earlier version does not say how much it is."""
     terms = downstream.get("granted")
     slices, masks = "", ""
