@@ -111,7 +111,7 @@ def saying_when_full(folder: object) -> Iterator[None]:
     except (InputProblems, OutOfSpace):
         raise
     except Exception as error:
-        if out_of_space(error) if isinstance(error, OSError) and error.errno else tells_of_full_disk(str(error)):
+        if out_of_space(error) if isinstance(error, OSError) and error.errno else is_about_full_disk(str(error)):
             raise OutOfSpace(folder, " ".join(str(error).split())[:300]) from error
         raise
 
@@ -140,7 +140,7 @@ def out_of_space(error: OSError) -> bool:
     return error.errno in _FULL
 
 
-def tells_of_full_disk(text: str) -> bool:
+def is_about_full_disk(text: str) -> bool:
     """The same for the message of an error from another process."""
     return any(os.strerror(code) in text for code in _FULL)
 

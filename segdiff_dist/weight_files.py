@@ -116,9 +116,9 @@ def read_weights(files: Iterable[tuple[str, Path]], make: Callable[[], Net], wha
         if isinstance(error, InputProblems):
             raise
         raise problem(where, what, f"cannot be read: {first_line(error)}", remedy) from error
-    spoilt = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
-    if spoilt:
-        raise problem(where, what, f"not finite, as {spoilt[0]}", "use another average or checkpoint")
+    not_finite = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
+    if not_finite:
+        raise problem(where, what, f"not finite, as {not_finite[0]}", "use another average or checkpoint")
     return net
 
 

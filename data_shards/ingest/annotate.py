@@ -45,10 +45,10 @@ from data_shards.problems import (
     InputProblems,
     OutOfSpace,
     Problem,
+    is_about_full_disk,
     out_of_space,
     refuse,
     saying_when_full,
-    tells_of_full_disk,
 )
 from data_shards.store.set_index import file_sha256
 
@@ -322,7 +322,7 @@ def _make_mask(task: _Task) -> _Made:
     if reason:
         made.unlink(missing_ok=True)
         # If the disk is full, a tool may not even be able to report it.
-        full = tells_of_full_disk(reason) or shutil.disk_usage(work).free < _LEAST_FREE_BYTES
+        full = is_about_full_disk(reason) or shutil.disk_usage(work).free < _LEAST_FREE_BYTES
         return _Made(None, reason, full=full)
     if not made.is_file():
         return _Made(None, f"the tool ended well but wrote no mask{last_words(work / 'tool.log')}")

@@ -146,7 +146,7 @@ def broken_files(path: Path, index: dict[str, Any], *, verify: bool) -> Iterator
             yield Problem(str(file), "sha256", value, _RESTORE)
 
 
-def sound_samples_file(path: Path, where: object, index: dict[str, Any], remedy: str) -> None:
+def check_samples_file(path: Path, where: object, index: dict[str, Any], remedy: str) -> None:
     """Compare samples.arrow at `path` with its entry in index.json. Raises InputProblems that name `where`.
 
     CRC-32C is used, ten times as fast as sha256, which is used if an older writer left out the CRC-32C.

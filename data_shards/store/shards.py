@@ -34,9 +34,9 @@ from data_shards.store.set_index import (
     INDEX,
     SAMPLES,
     broken_files,
+    check_samples_file,
     parse_index,
     read_index,
-    sound_samples_file,
 )
 from data_shards.store.table_checks import Part, disagreements
 
@@ -365,7 +365,7 @@ def _open_one(
         remedy = f"restore it; remove {samples_file}"
     where = f"{root.rstrip('/')}/{SAMPLES}"
     with reading(where, "the table of a set", remedy):
-        sound_samples_file(samples_file, where, index, remedy)
+        check_samples_file(samples_file, where, index, remedy)
         table = samples_table.read(samples_file)
     refuse(disagreements(root, index, table, verify=verify))
     return index, digest, table

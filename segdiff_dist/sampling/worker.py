@@ -218,7 +218,7 @@ def generate(
     conditions = _with_lower_stage(model, items, conditions, sampler, seed, options)
     x_0_BCHW = _sampled(model, items, conditions, diffusion, sampler, seed, options)
     images_BCHW = x_0_BCHW if model.space is None else model.space.decode(x_0_BCHW)
-    _refuse_spoilt(items, images_BCHW.flatten(1).isfinite().all(dim=1).tolist())
+    _refuse_not_finite(items, images_BCHW.flatten(1).isfinite().all(dim=1).tolist())
     body_id = model.label_table.body_id
     if sampler.clear_air and body_id is not None:
         images_BCHW = cleared(images_BCHW, conditions.mask_BHW, body_id)
@@ -303,7 +303,7 @@ def _sampled(
         fused=model.uses_kernels,
     )
     finite_B.logical_and_(x_0_BCHW.flatten(1).isfinite().all(dim=1))
-    _refuse_spoilt(items, finite_B.tolist())
+    _refuse_not_finite(items, finite_B.tolist())
     return x_0_BCHW
 
 
@@ -323,12 +323,12 @@ def _watched(
     return predict_and_look
 
 
-def _refuse_spoilt(items: list[dict[str, Any]], is_finite: list[bool]) -> None:
-    spoilt = sorted({item["item_id"] for item, good in zip(items, is_finite, strict=True) if not good})
-    if not spoilt:
+def _refuse_not_finite(items: list[dict[str, Any]], is_finite: list[bool]) -> None:
+    ids = sorted({item["item_id"] for item, good in zip(items, is_finite, strict=True) if not good})
+    if not ids:
         return
-    more = f" and {len(spoilt) - 8} more" if len(spoilt) > 8 else ""
-    value = f"not finite, in items {', '.join(map(str, spoilt[:8]))}{more}"
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    value = f"not finite, in items {', '.join(map(str, ids[:8]))}{more}"
     remedy = "sample from other weights (another average, an earlier checkpoint), or in fp32 if it was bf16"
     raise problem("denoiser", "prediction", value, remedy)
 

@@ -26,7 +26,7 @@ from segdiff_dist.tracking.store import STORE_FILES, is_own, make_own, odd_files
 LINK, SPOOL, REFUSED = "mlflow.json", "mlflow_spool", "mlflow_refused.jsonl"
 _MOST_BYTES = 1 << 16
 _RUN_ID, _TOKEN = re.compile(r"[\w-]{1,64}"), re.compile(r"[0-9a-f]{32}")
-_REPAIR = "remove the file to track anew, or restore it"
+_REPAIR = "remove the file to begin a new MLflow run, or restore it"
 
 
 def read_link(folder: Path) -> dict[str, Any]:
