@@ -170,10 +170,8 @@ def measure_items(
     store = subject.store
     num_items = store.items.num_rows
     chunks = [Chunk(start, min(start + _ITEMS_A_TASK, num_items)) for start in range(0, num_items, _ITEMS_A_TASK)]
-    _begin(
-        inputs.predictions, (num_items, *store.image.shape[1:]), [chunk for chunk in chunks if chunk in kept], progress
-    )
-    capacity, seed = config.distribution_images, config.seed
+    measured_before = [chunk for chunk in chunks if chunk in kept]
+    _begin(inputs.predictions, (num_items, *store.image.shape[1:]), measured_before, progress)
     # The file of rows is closed before the workers stop; both are dropped when a task failed.
     with (
         Workers(
@@ -191,9 +189,14 @@ def measure_items(
         spread = {task.ids[0]: result for task, result in in_order(workers, masks, kept=kept)}
         items = with_patients(store.items, subject.patient_of)
         measured = Evaluated.empty(
-            *(subject.label_table, items, spread), capacity=capacity, seed=seed, is_paired=subject.is_paired,
+            subject.label_table,
+            items,
+            spread,
+            capacity=config.distribution_images,
+            seed=config.seed,
+            is_paired=subject.is_paired,
             patient_of={} if subject.shards is None else subject.shards.patient_of,
-        )  # fmt: skip
+        )
         with progress_bar(total=num_items, desc="evaluate", unit="image", disable=not progress) as bar:
             for chunk, result in in_order(workers, chunks, bar, kept):
                 measured.add(chunk.start, chunk.stop, result)
@@ -202,14 +205,8 @@ def measure_items(
         if subject.shards is None:
             return measured, {}
         _measure_real_alone(workers, subject, subject.shards, measured, kept)
-        trust_checks: dict[str, Any] = {}
-        if subject.is_paired:
-            trust_checks["leakage"] = trust.leakage(store.items, subject.shards)
-        if config.memorisation:
-            trust_checks["memorisation"] = _memorisation(
-                workers, rows.with_name(".queries.unfinished.npz"), config, subject, subject.shards, kept
-            )
-    return measured, trust_checks
+        queries = rows.with_name(".queries.unfinished.npz")
+        return measured, _trust_checks(workers, queries, config, subject, subject.shards, kept)
 
 
 def _begin(predictions: Path, shape: tuple[int, int, int], before: list[Chunk], progress: bool) -> None:
@@ -244,6 +241,18 @@ def _measure_real_alone(
         slices = [(meta.case_id, meta.modality, meta.axis) for meta in metas]
         measured.add_real(slices, first, len(subject.real_rows), result)
         first += len(slices)
+
+
+def _trust_checks(
+    workers: Workers[Any, Any], file: Path, config: EvaluateConfig, subject: Subject, shards: ShardSet, kept: Kept
+) -> dict[str, Any]:
+    """The section "trust" of the summary; `file` as in _memorisation."""
+    found: dict[str, Any] = {}
+    if subject.is_paired:
+        found["leakage"] = trust.leakage(subject.store.items, shards)
+    if config.memorisation:
+        found["memorisation"] = _memorisation(workers, file, config, subject, shards, kept)
+    return found
 
 
 def _memorisation(
