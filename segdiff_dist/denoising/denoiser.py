@@ -30,11 +30,12 @@ from segdiff_dist.config import how_to_make, validate
 from segdiff_dist.config.choices import AttentionBackend
 from segdiff_dist.denoising.cascade import DESCRIBED as STAGE
 from segdiff_dist.denoising.cascade import LOWER, LevelEmbedding, LowerStage, NetSpace, ShrunkSpace, enlarged
-from segdiff_dist.denoising.conditioning import NULL_MASK, Conditions, MaskEncoder, MaskJoin, class_ids, num_classes
+from segdiff_dist.denoising.conditioning import NULL_MASK, Conditions, MaskEncoder, MaskJoin, class_ids
 from segdiff_dist.denoising.config import DenoiserConfig
 from segdiff_dist.denoising.dropout import use_dropout
 from segdiff_dist.denoising.latent_space import BESIDE_WEIGHTS, DESCRIBED, LatentSpace
 from segdiff_dist.denoising.spade import Spade
+from segdiff_dist.denoising.stem_unet import PixelHead, begin_as_identity, make_unet
 from segdiff_dist.denoising.time_addition import AugmentationLabels
 from segdiff_dist.denoising.weights_layout import UNET_FILE, files_in, tensors_by_file
 from segdiff_dist.weight_files import DESCRIPTION, read_weights, refuse_damaged, write_digests
@@ -45,12 +46,8 @@ if TYPE_CHECKING:
 
 # More than fits into any GPU.
 _MOST_LEVELS, _MOST_LAYERS, _LARGEST_SIZE = 12, 64, 8192
-# Features of a pixel, between the stem's inverse and the prediction.
-_HEAD_CHANNELS = 8
 # In segdiff.json: the modalities of the training, if they are not all of the net's.
 TRAINED_ON = "trained_on"
-# h = norm(h) (1 + scale) + shift of the time's embedding: Dhariwal and Nichol 2021, section 3.1 (adaptive group norm).
-_ADAPTIVE: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift"}
 
 
 @dataclass(frozen=True)
@@ -72,27 +69,6 @@ class BaseNet:
         return cls(config, LabelTable.of(description["label_table"]))
 
 
-class PixelHead(nn.Module):
-    """The last part of the nets with a stem: a correction at the image's own side, which begins as 0.
-
-    The channels that become the pixels of a square do not depend on each other, which shows in flat areas as a
-    chequer. Two small convolutions read all of them, and the noised image.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(_HEAD_CHANNELS + 1, 2 * _HEAD_CHANNELS, kernel_size=3, padding=1)
-        self.conv_out = nn.Conv2d(2 * _HEAD_CHANNELS, 1, kernel_size=3, padding=1)
-        for parameter in self.conv_out.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, features_BCHW: Tensor, x_t_B1HW: Tensor) -> Tensor:
-        """[B, 1, H, W] from [B, 1 + 8, H, W], the prediction and the features of its correction, and from the noised
-        image."""
-        joined_BCHW = torch.cat((features_BCHW[:, 1:], x_t_B1HW), dim=1).contiguous(memory_format=torch.channels_last)
-        return features_BCHW[:, :1] + self.conv_out(F.silu(self.conv_in(joined_BCHW)))
-
-
 class Denoiser(nn.Module):
     """eps, v or x_0 from a noised image, its timestep, its mask and its class."""
 
@@ -110,8 +86,6 @@ class Denoiser(nn.Module):
         """`base`: the net that conditioning controlnet freezes. All but `control` is then the base's, by its names.
         `latent`: of config.space latent. `lower`: of config.cascade. `size`: the side of the images, in any space."""
         super().__init__()
-        from segdiff_dist.diffusers_parts import UNet2DModel
-
         _refuse_too_many_classes(label_table)
         assert (latent is not None, lower is not None) == (config.space == "latent", config.cascade is not None)
         self.config, self.label_table, self.size, self.lower = config, label_table, size, lower
@@ -129,23 +103,11 @@ class Denoiser(nn.Module):
         encoding = own.mask_encoding if self.reads_mask else "onehot"  # which has no weights
         self.mask_encoder = MaskEncoder(encoding, table.num_classes, own.mask_embedding_dim)
         self.mask_join = MaskJoin(own.conditioning, self.mask_encoder.num_channels, channels)
-        attends = [level in config.attention_resolutions for level in config.sides(side)]
-        self.unet = UNet2DModel(
-            sample_size=side // config.stem,
-            in_channels=(self.mask_join.num_channels + (lower is not None)) * config.stem**2,
-            out_channels=(1 + _HEAD_CHANNELS) * config.stem**2 if config.stem > 1 else channels,
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-            attention_head_dim=config.attention_head_dim,
-            norm_num_groups=config.norm_num_groups,
-            num_class_embeds=num_classes(len(self.modalities)) if config.class_conditioning else None,
-            **(_ADAPTIVE | {"attn_norm_num_groups": config.norm_num_groups} if config.stem > 1 else {}),
-        )
+        in_channels = self.mask_join.num_channels + (lower is not None)
+        self.unet = make_unet(config, side, in_channels, channels, len(self.modalities))
         self.head = PixelHead() if config.stem > 1 else None
         if config.stem > 1:
-            _begin_as_identity(self.unet)
+            begin_as_identity(self.unet)
         self.spade = Spade(own, self.unet, self.mask_encoder.num_channels) if own.conditioning == "spade" else None
         self.level = None if lower is None else LevelEmbedding(self.unet)
         self.augmentation_embedding = AugmentationLabels(self.unet) if own.augmentation_labels else None
@@ -355,19 +317,6 @@ def _refuse_too_many_classes(table: LabelTable) -> None:
     if table.num_classes > NULL_MASK:
         remedy = f"use at most {NULL_MASK}: id {NULL_MASK} means a mask that is not shown"
         raise problem(f"label table {table.name!r}", "ids", table.num_classes, remedy)
-
-
-def _begin_as_identity(unet: nn.Module) -> None:
-    """Set the last convolution of every residual block to zero, so that the block begins as its shortcut.
-
-    The net then learns a little faster: Goyal et al. 2017, section 5.1; Dhariwal and Nichol 2021.
-    """
-    from segdiff_dist.diffusers_parts import ResnetBlock2D
-
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            for parameter in module.conv2.parameters():
-                nn.init.zeros_(parameter)
 
 
 def _size_problems(config: DenoiserConfig, size: int, where: Path) -> list[Problem]:
