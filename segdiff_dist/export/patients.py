@@ -35,8 +35,8 @@ class Patients:
         """The patient of a case of the set, or of a file named after it."""
         case_id = case_id.rsplit("/", 1)[-1]
         case_id = stem(case_id) or case_id
-        if case_id in self.named:
-            return self.named[case_id]
+        if case_id in self._by_table:
+            return self._by_table[case_id]
         if case_id not in self._source and (own := _OWN_NAME.fullmatch(case_id)):
             case_id = own[1]
         stated = self._source.get(case_id, {}).get("patient")
@@ -68,6 +68,13 @@ class Patients:
     def _source(self) -> dict[str, Any]:
         members = () if self.shards is None else self.shards.members
         return {case: one for member in members for case, one in (member.index.get("source") or {}).items()}
+
+    @cached_property
+    def _by_table(self) -> dict[str, str]:
+        """`named`; where a mask is that of an own export, the case that it was made from is of the same patient."""
+        of_names = {case: _OWN_NAME.fullmatch(case) for case in self.named}
+        made_from = {own[1]: self.named[case] for case, own in of_names.items() if own}
+        return made_from | dict(self.named)
 
     @cached_property
     def _pattern(self) -> str | None:

@@ -135,6 +135,14 @@ def test_a_pattern_names_the_patients_of_masks_and_of_real_cases(run: Path, tmp_
         assert len(fold["train"]) == 3 + 2
 
 
+def test_masks_of_an_own_export_are_of_the_patients_of_real_cases() -> None:
+    """Its items.csv says p1; the real case p1_1, which its masks are of, is then of p1 too."""
+    patients = Patients(None, named={"p1_1_ct_0-axial-0003": "p1"})
+    assert patients.of("p1_1_ct_0-axial-0003") == patients.of("p1_1") == "p1"
+    assert patients.of("p2_1_ct_0-axial-0003") == patients.of("p2_1") == "p2_1"
+    assert Patients(None, "(p[0-9])_").of("p2_1_ct_0-axial-0003") == "p2"
+
+
 @pytest.mark.filterwarnings("ignore:4 of 4 synthetic cases")
 def test_without_a_pattern_a_line_says_that_slices_count_as_patients(run: Path, tmp_path: Path) -> None:
     real = write_slices(tmp_path / "Dataset008_Flat", 1.0)
