@@ -24,6 +24,7 @@ COMPLETION = "--tyro-print-completion"
 
 def run(argv: list[str] | None = None) -> int:
     """main() for a process that does nothing else: `segdiff`, `python -m segdiff_dist`, launch/*.py."""
+    surroundings.open_standard_streams()
     lean_imports.begin()
     plain_warnings.begin()
     for stream in (sys.stdout, sys.stderr):

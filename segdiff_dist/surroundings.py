@@ -1,5 +1,5 @@
-"""Things that libraries expect of a process: a home folder that can be written, a user's name, a temporary folder; and
-how OpenMP's threads wait.
+"""Things that libraries expect of a process: open standard streams, a home folder that can be written, a user's name, a
+temporary folder; and how OpenMP's threads wait.
 
 In a container under a user id without a passwd entry (docker run --user, OpenShift), or with a read-only root, they may
 all be missing, and each library fails with another message. Call `complete` before libraries are imported.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pwd
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -50,6 +51,29 @@ def complete() -> str | None:
     os.environ["HOME"] = str(place)
     what = "not set" if given is None else f"{given!r}, not a folder that can be written"
     return f"HOME is {what}: {place} takes its place; set HOME to choose another"
+
+
+def open_standard_streams() -> None:
+    """Open the standard streams that were closed (`segdiff ... >&-`) on nothing. Otherwise the next files get their
+    numbers, and what a library or a child process prints goes into those files."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        if nowhere != number and not _is_open(number):
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+            nowhere = number
+        os.set_inheritable(nowhere, True)
+        setattr(sys, name, open(nowhere, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def temporary_folder_problems() -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import getpass
+import json
 import os
 import pwd
 import shutil
@@ -202,6 +203,15 @@ def test_a_reader_that_leaves_and_an_output_without_room(shapes: Path) -> None:
     assert ended.returncode == 1
     assert "no space left" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(closed: str, tmp_path: Path) -> None:
+    out, size = tmp_path / "phantom", "--phantom.num-train 1 --phantom.num-val 0 --phantom.num-test 0"
+    command = f"{sys.executable} -m segdiff_dist phantom '{out}' {size} {closed}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False)
+    assert json.loads((out / "dataset.json").read_text())["numTraining"] == 2
 
 
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
