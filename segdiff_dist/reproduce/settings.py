@@ -186,6 +186,7 @@ def _column(name: ColumnName, over: Mapping[str, Any], settings: Table1Settings)
             *column.train.problems("train", ranks),
             *_shared_out(column.segmenter.train, ranks).problems("segmenter.train", ranks),
             *column.sample.problems(),
+            *column.sample.seed_problems(),
         ]
     )
     return column

@@ -12,7 +12,7 @@ from annotated_types import Ge
 from data_shards.choices import Axis, Modality, Split
 from data_shards.field_source import FROM_A_PERSON
 from data_shards.problems import Problem
-from data_shards.ranges import Count, Seed, WholeNumber, range_problems
+from data_shards.ranges import Count, Seed, WholeNumber, is_allowed, range_problems, requirement
 from data_shards.settings import Execution, RecordedOtherwise, Result, identity
 from data_shards.workers import LEAST_BYTES_WITH_TORCH, WorkersConfig
 from segdiff_dist.config.choices import Device, Switch
@@ -50,8 +50,9 @@ class SampleConfig:
     """Organs to leave out of every mask, by name. A model trained with diffusion.organ_dropout knows such masks."""
     cross_modality_masks: Result[WholeNumber] = 0
     """How many masks also get images in another modality: the modalities' first masks in turn."""
-    seed: Result[Seed] = 0
-    """Seed of the masks that are drawn and of the noise."""
+    seed: Result[int] = 0
+    """Seed of the masks that are drawn and of the noise, 0 or more. Images that an early version began with one below 0
+    are still made complete with it."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     weights: Result[str] = "ema"
     """The folder under RUN/weights that is used: ema_LENGTH, or online, the weights without an average. ema is the
@@ -108,6 +109,12 @@ class SampleConfig:
             check("label_map", there, "no such file: give a YAML or JSON file, or leave it out")
             check("target_modality", self.target_modality not in ("same", "other"), remedy)
         return problems + self.sampler.problems()
+
+    def seed_problems(self) -> list[Problem]:
+        """Problems of the seed of new images."""
+        if is_allowed(self.seed, Seed):
+            return []
+        return [Problem("config", "sample.seed", str(self.seed), f"give {requirement(Seed)}")]
 
     def result_settings(self, objective: Objective) -> dict[str, Any]:
         """The settings that the images of a net of this objective depend on, as job.json holds them."""

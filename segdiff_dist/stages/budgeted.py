@@ -105,7 +105,7 @@ class Budgeted(ConfiguredStage):
 
     def problems(self) -> list[Problem]:
         """Problems of the flags."""
-        problems = []
+        problems = self.experiment.sample.seed_problems()
         if not (math.isfinite(self.hours) and 0 < self.hours <= _MOST_HOURS):
             remedy = f"give a number above 0, at most {_MOST_HOURS}"
             problems.append(Problem("command line", "--hours", f"{self.hours:g}", remedy))

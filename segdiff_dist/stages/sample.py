@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_shards.feed.config import LoaderConfig
-from data_shards.problems import Problem, problem, refuse
+from data_shards.problems import InputProblems, Problem, problem, refuse
 from segdiff_dist.experiment import collect, save_experiment
 from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.stages.base import Plan, Result, command
@@ -65,6 +65,7 @@ class Sample(ConfiguredStage):
             warnings.warn(f"{shards.root}: {one}: images are as in the training, not as this set's", stacklevel=2)
         collect(
             lambda: refuse(config.problems()),
+            lambda: _refuse_new_seed(config, config.out or run / "samples"),
             lambda: _refuse_devices(config),
             lambda: refuse_missing(run / "weights" / config.weights),
         )
@@ -141,6 +142,17 @@ class SamplePlan(Plan):
             return command("train-segmenter", "--run", run, *address)
         real = () if config.masks is None else ("--real", self.stage.experiment.data)
         return command("evaluate", "--run", run, *real, *address)
+
+
+def _refuse_new_seed(config: SampleConfig, path: Path) -> None:
+    """Raise InputProblems for a seed below 0, unless images were begun with it."""
+    from segdiff_dist.sampling.store_files import read_job
+
+    begun: dict[str, Any] = {}
+    with suppress(InputProblems):
+        begun = read_job(path).get("sample", {})
+    if begun.get("seed") != config.seed:
+        refuse(config.seed_problems())
 
 
 def _refuse_devices(config: SampleConfig) -> None:

@@ -62,7 +62,7 @@ class Volume(ConfiguredStage):
         mask, out, _ = collect(
             lambda: self.path("mask_volume"),
             lambda: self.path("exported"),
-            lambda: refuse(range_problems(self.sample, "config", "sample.")),
+            lambda: refuse(range_problems(self.sample, "config", "sample.") + self.sample.seed_problems()),
         )
         run, shards = self.open_run_and_data()
         refuse_other_set(run, shards, "give --data the set that the model was trained on")

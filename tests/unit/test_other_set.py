@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from sampling_support import write_weights
-from tests_support import write_shapes
+from sampling_support import DIFFUSION, QUICK, make_here, write_weights
+from tests_support import bytes_of, write_shapes
 
 from data_shards.labels import AMOS
 from data_shards.store.codecs import crc32c
 from data_shards.store.shards import ShardSet
 from segdiff_dist.cli import main
+from segdiff_dist.experiment import Experiment, save_experiment
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.model_set import unseen_axis
 from segdiff_dist.export.volume import make_volume
+from segdiff_dist.sampling.config import SampleConfig
+from segdiff_dist.stages.evaluate import Evaluate
+from segdiff_dist.tracking.config import TrackingConfig
 
 
 def _other(shapes: Path, folder: Path, **preprocessing: object) -> Path:
@@ -94,4 +99,37 @@ def test_an_empty_split_names_those_with_masks(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("command", [["sample"], ["volume", "mask.nii.gz", "image.nii.gz"]])
 def test_seeds_below_0_are_refused(command: list[str], shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--run", "run", "--data", str(shapes), "--sample.seed", "-1"]) == 2
+    assert "sample.seed: -1; give a whole number from 0" in capsys.readouterr().err
+
+
+def test_a_run_of_an_early_version_with_a_seed_below_0_goes_on(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_weights(tmp_path / "run", average="ema_0.05")
+    store = make_here(run, shapes, num=4, seed=-1, weights="ema_0.05")
+    sample = replace(SampleConfig(**QUICK), num=4, seed=-1)
+    save_experiment(
+        Experiment(
+            run=run, data=str(shapes), sample=sample, diffusion=DIFFUSION, tracking=TrackingConfig(enabled=False)
+        ),
+        (),
+    )
+    before = bytes_of(run / "samples")
+    store.unmark(0)
+    assert main(["sample", "--run", str(run), "--data", str(shapes)]) == 0
+    assert {**bytes_of(run / "samples"), "done/000000": b""} == {**before, "done/000000": b""}  # which has the seconds
+    assert main(["export", str(tmp_path / "png"), "--run", str(run), "--format", "png"]) == 0
+    assert Evaluate.parse("evaluate", ["--run", str(run)]).experiment.sample.seed == -1
+    capsys.readouterr()
+    new = ["sample", "--run", str(run), "--data", str(shapes), "--out", str(tmp_path / "new")]
+    assert main(new) == 2
+    assert "sample.seed: -1; give a whole number from 0" in capsys.readouterr().err
+    assert main([*new, "--sample.seed", "1", "--dry-run"]) == 0
+
+
+def test_a_plan_of_a_seed_below_0_is_refused_before_anything_is_trained(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kept.yaml").write_text("sample: {seed: -1}\n")
+    assert main(["run", str(shapes), "--config", str(tmp_path / "kept.yaml"), "--out", str(tmp_path / "out")]) == 2
     assert "sample.seed: -1; give a whole number from 0" in capsys.readouterr().err
