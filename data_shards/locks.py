@@ -130,6 +130,14 @@ def refuse_where_locked(file: Path, where: Path, doing: str) -> None:
         time.sleep(TIMES.poll_s)
 
 
+def is_held(file: Path) -> bool:
+    """Whether a command holds the lock. One on another machine counts as running while its file is there."""
+    with suppress(OSError):
+        holder = read_holder_at(file)
+        return holder is not None and holder.is_alive_here is not False
+    return False
+
+
 @contextmanager
 def short_turn(folder: Path, patience_s: float = 30.0) -> Iterator[None]:
     """Wait for other processes that are in such a block for the same folder: for a file that several commands read,

@@ -17,7 +17,7 @@ from data_shards.field_source import ADDRESS_FROM_A_PERSON, CODE_FROM_A_PERSON, 
 from data_shards.files import write_atomic
 from data_shards.ingest.annotate_config import AnnotateConfig
 from data_shards.ingest.prepare_config import PrepareConfig
-from data_shards.locks import short_turn
+from data_shards.locks import is_held, short_turn
 from data_shards.phantom.config import PhantomConfig
 from data_shards.problems import InputProblems, Problem, problem
 from data_shards.settings import execution_settings
@@ -42,15 +42,19 @@ ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared", "images
 # In a folder of a network that segdiff wrote: weights without code.
 OF_OURS = "segdiff.json"
 
-# The sections that are fixed once a stage has left this file or folder in the run folder. Other stages do not change
-# them in RUN/config.yaml.
-_FIXED_BY = {
-    "checkpoints": ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation", "distil"),
-    "segmenter/checkpoints": ("data", "more_data", "loader", "segmenter"),
-    "autoencoder/checkpoints": ("data", "more_data", "loader", "autoencoder"),
-    "samples/job.json": ("sample",),
-    "evaluation/summary.json": ("evaluate", "downstream"),
-}
+# The sections that are fixed while a stage holds its lock, and once it has left a file or folder in the run folder:
+# (lock, file or folder, sections). Other stages do not change them in RUN/config.yaml.
+_FIXED_BY = (
+    (
+        ".train.lock",
+        "checkpoints",
+        ("data", "more_data", "loader", "denoiser", "diffusion", "train", "validation", "distil"),
+    ),
+    ("segmenter/.train.lock", "segmenter/checkpoints", ("data", "more_data", "loader", "segmenter")),
+    ("autoencoder/.train.lock", "autoencoder/checkpoints", ("data", "more_data", "loader", "autoencoder")),
+    (".samples.lock", "samples/job.json", ("sample",)),
+    (".evaluation.lock", "evaluation/summary.json", ("evaluate", "downstream")),
+)
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,8 @@ def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:
     with short_turn(run):
         if (run / CONFIG_FILE).is_file():
             recorded = read_yaml(run / CONFIG_FILE)
-            others = {name for left, names in _FIXED_BY.items() if (run / left).exists() for name in names}
+            fixed = (names for lock, left, names in _FIXED_BY if (run / left).exists() or is_held(run / lock))
+            others = {name for names in fixed for name in names}
             values |= {name: recorded[name] for name in others - set(sections) if name in recorded}
         write_atomic(run / CONFIG_FILE, to_yaml(values))
 

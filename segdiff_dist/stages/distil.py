@@ -51,7 +51,7 @@ class Distil(ConfiguredStage):
 
     def check(self) -> Plan:
         """Opens the set; loads the teacher."""
-        from segdiff_dist.denoising.distil_task import Teacher, refuse_another_teacher, teacher_passes, teacher_weights
+        from segdiff_dist.denoising.distil_task import Teacher, teacher_passes, teacher_weights
         from segdiff_dist.denoising.network_shapes import denoiser_network
         from segdiff_dist.export.model_set import refuse_other_set
         from segdiff_dist.sampling.weights import weights_digest
@@ -75,13 +75,13 @@ class Distil(ConfiguredStage):
         folder = teacher_weights(distil, self._average)
         teacher = Teacher.load(folder, self.experiment.diffusion, weights_digest(folder))
         picked = partial(pick_device, config.device, "distil.train.device")
+        others = partial(_refuse_others, experiment, run, teacher)
         collect(
             lambda: refuse(teacher.problems(shards, side, modalities_of(shards, rows))),
             lambda: refuse(distil.teacher_problems(teacher.diffusion)),
             lambda: refuse(self.tracking.problems()),
             lambda: refuse(device_problems(config, "distil.train", picked())),
-            lambda: refuse_another_config(experiment, run / "checkpoints", ("distil", "loader")),
-            lambda: refuse_another_teacher(run / "weights", teacher),
+            others,
             lambda: refuse_other_set(
                 Path(str(distil.teacher)), shards, "give --data the set of the teacher's training"
             ),
@@ -101,6 +101,7 @@ class Distil(ConfiguredStage):
             recipe=recipe_of(self.config),
             network=denoiser_network(teacher.model.config, shards, side, device).with_forwards(passes),
             make_task=partial(_make_task, self, run, shards, teacher, distil, device),
+            refuse_others=others,
             saved_sections=(*_SECTIONS, "data", "more_data", "sample"),
             logged_sections=_SECTIONS,
             message=f"distil: {device}, {config.precision}; {distil.num_steps} steps for {sampler.num_steps} of the "
@@ -149,6 +150,16 @@ def _refuse_the_teachers_run(experiment: Experiment, run: Path) -> None:
         raise problem("command line", "--run", run, "the teacher's own: give another run folder")
     if recorded is not None and load_experiment(recorded, None).distil.teacher is None:
         raise problem(run, "--run", "holds another training", "give another run folder")
+
+
+def _refuse_others(experiment: Experiment, run: Path, teacher: Teacher) -> None:
+    """Refuse to go on with a training of other settings, or of another teacher."""
+    from segdiff_dist.denoising.distil_task import refuse_another_teacher
+
+    collect(
+        lambda: refuse_another_config(experiment, run / "checkpoints", ("distil", "loader")),
+        lambda: refuse_another_teacher(run / "weights", teacher),
+    )
 
 
 def _make_task(

@@ -120,7 +120,9 @@ class SamplePlan(Plan):
     def run(self, tracker: Tracker) -> Result:
         """Make the missing images."""
         from segdiff_dist.sampling.job import make_job
+        from segdiff_dist.sampling.store import SampleStore
 
+        SampleStore.reopen(self.job.path, self.job.job_settings)  # refuses what another command began since the check
         experiment, config = self.stage.experiment, self.config
         if self.job.classes is not None:
             print(self.job.classes, flush=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
     from segdiff_dist.denoising.cascade import LowerStage
     from segdiff_dist.denoising.frozen_base import Base
+    from segdiff_dist.denoising.latent_space import LatentSpace
     from segdiff_dist.denoising.task import DenoiserTask
     from segdiff_dist.tracking.tracker import Tracker
 
@@ -67,7 +68,7 @@ class Train(ConfiguredStage):
         from segdiff_dist.denoising.cascade import copies_bytes, stage_message
         from segdiff_dist.denoising.denoiser import choose_kernels
         from segdiff_dist.denoising.latent_space import find_space
-        from segdiff_dist.denoising.latents import latents_bytes, latents_message, refuse_other_latents
+        from segdiff_dist.denoising.latents import latents_bytes, latents_message
         from segdiff_dist.denoising.network_shapes import denoiser_network
         from segdiff_dist.stages import training_plan
         from segdiff_dist.stages.training_plan import TrainingPlan, small_config
@@ -80,13 +81,13 @@ class Train(ConfiguredStage):
         rows = training_plan.training_rows(experiment, shards, labelled_only=denoiser.conditioning != "none")
         picked = partial(pick_device, config.device, "train.device")
         [latent] = collect(lambda: find_space(denoiser, diffusion, side, shards.modalities))
+        others = partial(_refuse_others, experiment, run, latent, shards)
         net_side = side // latent.factor if latent is not None else denoiser.low_resolution or side
         base, lower, *_, attention, kernels = collect(
             lambda: _fitting_base(self, run, shards, rows),
             lambda: _fitting_lower(self, run, shards, rows),
             *_rules(self, config, shards, rows, net_side),
-            lambda: refuse_another_config(experiment, run / "checkpoints", _STARTED_WITH),
-            lambda: refuse_other_latents(run, latent, shards),
+            others,
             lambda: choose_attention(denoiser.attention, picked(), denoiser.attention_head_dim),
             lambda: choose_kernels(denoiser.kernels, picked()),
         )
@@ -110,6 +111,7 @@ class Train(ConfiguredStage):
             make_extra=None if latent is None else partial(_encode, self, run, shards, rows, device),
             extra_bytes=latents_bytes(latent, loader, len(rows)) + copies_bytes(lower, len(config.averages) + 1),
             make_task=partial(_make_task, self, run, shards, rows, device),
+            refuse_others=others,
             # Later stages use the denoiser's loader and data.
             saved_sections=(*_SECTIONS, "data", "more_data"),
             logged_sections=_SECTIONS,
@@ -120,6 +122,16 @@ class Train(ConfiguredStage):
             limits={"small": lambda: small_config(shards, side, device)},
             compile_kernels=_compiling(compiling, shards, side, device) if kernels == "triton" else None,
         ).checked()
+
+
+def _refuse_others(experiment: Experiment, run: Path, latent: LatentSpace | None, shards: ShardSet) -> None:
+    """Refuse to go on with a training of other settings, or on other latents."""
+    from segdiff_dist.denoising.latents import refuse_other_latents
+
+    collect(
+        lambda: refuse_another_config(experiment, run / "checkpoints", _STARTED_WITH),
+        lambda: refuse_other_latents(run, latent, shards),
+    )
 
 
 def _warn_of_no_masks(experiment: Experiment, shards: ShardSet) -> None:

@@ -59,12 +59,13 @@ class TrainAutoencoder(ConfiguredStage):
         config = replace(self.autoencoder, train=train)
         experiment = replace(self.experiment, autoencoder=config)
         side, rows = side_of(shards, loader.crop_size), training_rows(experiment, shards, labelled_only=False)
+        refuse_others = partial(refuse_another_config, experiment, folder / "checkpoints", ("autoencoder", "loader"))
         picked = partial(pick_device, train.device, "autoencoder.train.device")
         *_, segmenter = collect(
             lambda: refuse(config.problems(side, world_size()) + loader.problems()),
             lambda: loader.mix and mix_groups(shards, rows, loader.mix),
             lambda: refuse(device_problems(train, "autoencoder.train", picked())),
-            lambda: refuse_another_config(experiment, folder / "checkpoints", ("autoencoder", "loader")),
+            refuse_others,
             lambda: _open_segmenter(config, run, shards),
         )
         device = picked()
@@ -81,6 +82,7 @@ class TrainAutoencoder(ConfiguredStage):
             recipe=recipe_of(self.config),
             network=autoencoder_network(config, side),
             make_task=lambda _: AutoencoderTask(shards, side, config, loader, folder / "weights", device),
+            refuse_others=refuse_others,
             saved_sections=("autoencoder",),
             logged_sections=("autoencoder", "loader"),
             message=f"train-autoencoder: {device}, {train.precision}{_losses_message(config)}",

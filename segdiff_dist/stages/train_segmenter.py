@@ -54,12 +54,13 @@ class TrainSegmenter(ConfiguredStage):
         config = replace(self.segmenter, train=train)
         experiment = replace(self.experiment, segmenter=config)
         folder, side, rows = run / "segmenter", side_of(shards, loader.crop_size), training_rows(experiment, shards)
+        refuse_others = partial(refuse_another_config, experiment, folder / "checkpoints", ("segmenter", "loader"))
         picked = partial(pick_device, config.train.device, "segmenter.train.device")
         collect(
             lambda: refuse(config.problems(side, world_size()) + loader.problems()),
             lambda: loader.mix and mix_groups(shards, rows, loader.mix),
             lambda: refuse(device_problems(config.train, "segmenter.train", picked())),
-            lambda: refuse_another_config(experiment, folder / "checkpoints", ("segmenter", "loader")),
+            refuse_others,
         )
         device = picked()
         return TrainingPlan(
@@ -75,6 +76,7 @@ class TrainSegmenter(ConfiguredStage):
             recipe=recipe_of(self.config),
             network=segmenter_network(config, shards, side),
             make_task=lambda _: SegmenterTask(shards, config, loader, folder / "weights", device),
+            refuse_others=refuse_others,
             saved_sections=("segmenter",),
             logged_sections=("segmenter", "loader"),
             message=f"train-segmenter: {device}, {train.precision}",

@@ -15,7 +15,7 @@ import torch
 
 from data_shards.feed.config import LoaderConfig
 from data_shards.locks import locked, refuse_where_locked
-from data_shards.problems import InputProblems, Problem, problem, refuse
+from data_shards.problems import Attempts, InputProblems, Problem, problem, refuse
 from data_shards.store.shards import ShardSet
 from segdiff_dist.config import flatten, read_yaml
 from segdiff_dist.denoising.network_shapes import denoiser_network
@@ -77,6 +77,8 @@ class TrainingPlan(Plan):
     network: Network
     make_task: Callable[[Tracker], Any]
     """Makes the training task."""
+    refuse_others: Callable[[], object]
+    """Raises InputProblems if the folder has work of another training."""
     saved_sections: tuple[str, ...]
     """The sections of RUN/config.yaml that this stage fixes."""
     logged_sections: tuple[str, ...]
@@ -98,11 +100,8 @@ class TrainingPlan(Plan):
 
     def checked(self) -> Plan:
         """This plan, if the training is not finished and the memory is sufficient."""
+        self._refuse_other_work()
         newest = self.newest_checkpoint
-        if newest is not None:
-            refuse_other_set(newest, read_state(newest), self.shards)
-        else:
-            refuse_to_replace(self.folder)
         is_trained = newest is not None and self.images_seen >= self.config.num_images
         is_measured = self.final_measurement is None or self.final_measurement.is_done
         if newest is not None and is_trained and is_measured and is_exported(newest, self.folder):
@@ -111,6 +110,15 @@ class TrainingPlan(Plan):
         if world_size() == 1:
             refuse(self.memory_problems())
         return self
+
+    def _refuse_other_work(self) -> None:
+        """Refuse to continue a training of other settings or of another set, and to replace weights."""
+        self.refuse_others()
+        newest = next(iter(complete_ones(self.folder / "checkpoints")), None)
+        if newest is not None:
+            refuse_other_set(newest, read_state(newest), self.shards)
+        else:
+            refuse_to_replace(self.folder)
 
     @cached_property
     def newest_checkpoint(self) -> Path | None:
@@ -173,7 +181,8 @@ class TrainingPlan(Plan):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by rank 0. If rank 0 refuses, the other ranks refuse too, so that none waits for it in vain."""
+        """Held by rank 0. If rank 0 refuses, the other ranks refuse too, so that none waits for it in vain. Another
+        command may have trained here since the check, so rank 0 checks again whether this training goes with it."""
         file, doing = self.folder / ".train.lock", "is training there"
         images = self.config.num_images - self.images_seen
         too_little = self.memory_problems() if world_size() > 1 else []
@@ -184,7 +193,9 @@ class TrainingPlan(Plan):
             yield
             return
         with locked(file, self.folder, doing):
-            refuse_together(too_little, self.device)
+            found = Attempts(too_little)
+            found.make("training", self._refuse_other_work)
+            refuse_together(found.problems, self.device)
             yield
 
     def tracker(self) -> Tracker:

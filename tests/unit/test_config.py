@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from data_shards.field_source import FROM_A_PERSON
+from data_shards.locks import locked
 from data_shards.problems import InputProblems
 from segdiff_dist.cli import main
 from segdiff_dist.config import as_dict, differences, merge, to_yaml
@@ -150,6 +151,19 @@ def test_a_later_stage_leaves_what_others_have_settled(tmp_path: Path) -> None:
     save_experiment(other, ("train",))
     with pytest.raises(InputProblems, match=f"{checkpoint.name}.*train.lr: 0.0001 there, 5.0 now"):
         refuse_another_config(load_experiment(None, tmp_path), tmp_path / "checkpoints", ("train",))
+
+
+def test_a_stage_leaves_the_settings_of_another_one_that_is_at_work(tmp_path: Path) -> None:
+    """Two stages of one run folder with other settings: the one that began first has left no file yet."""
+    base = replace(load_experiment(None, None), run=tmp_path)
+    other = replace(base, train=replace(base.train, lr=5.0), sample=replace(base.sample, seed=7))
+    with locked(tmp_path / ".train.lock", tmp_path, "is training there"):
+        save_experiment(base, ("train",))
+        save_experiment(other, ("sample",))
+    kept = load_experiment(None, tmp_path)
+    assert (kept.train.lr, kept.sample.seed) == (base.train.lr, 7)
+    save_experiment(other, ("sample",))
+    assert load_experiment(None, tmp_path).train.lr == 5.0, "nothing of it is left"
 
 
 def test_commands_addresses_and_paths_to_write_are_not_taken_from_a_run_folder(

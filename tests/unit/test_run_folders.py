@@ -6,9 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sampling_support import write_weights
 from tests_support import bytes_of, write_shapes
 
+from data_shards.problems import InputProblems
 from segdiff_dist.cli import main
+from segdiff_dist.stages.sample import Sample
+from segdiff_dist.stages.train import Train
+from segdiff_dist.stages.train_autoencoder import TrainAutoencoder
+from segdiff_dist.stages.train_segmenter import TrainSegmenter
 
 _SHORT = [
     *("--config", "smoke", "--train.num-images", "16", "--train.warmup-images", "8", "--tracking.no-enabled"),
@@ -78,3 +84,38 @@ def test_an_average_says_where_it_ends_and_replaces_none_of_the_training(
     assert bytes_of(run / "weights") == before
     assert main([*average, "0.07"]) == 0
     assert "which ends at 16 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "length", "other"),
+    [
+        ("train", Train, "--train.num-images", "--train.lr"),
+        ("train-segmenter", TrainSegmenter, "--segmenter.train.num-images", "--segmenter.train.lr"),
+        ("train-autoencoder", TrainAutoencoder, "--autoencoder.train.num-images", "--autoencoder.train.lr"),
+    ],
+)
+def test_a_training_that_another_command_began_after_the_check_is_not_continued_with_other_settings(
+    small_shapes: Path, tmp_path: Path, name: str, kind: type[Train], length: str, other: str
+) -> None:
+    run = tmp_path / "run"
+    args = ["--run", str(run), "--data", str(small_shapes), "--config", "smoke", length, "16", "--tracking.no-enabled"]
+    late, same = (kind.parse(name, [*args, *more]).check() for more in ((other, "0.5"), ()))
+    assert main([name, *args]) == 0
+    before = bytes_of(run)
+    with pytest.raises(InputProblems, match=f"{other.removeprefix('--')}: .* there, 0.5 now"):
+        late.start()
+    assert bytes_of(run) == before
+    assert same.start().exit_code == 0  # the same command: it goes on
+
+
+def test_images_that_another_command_began_after_the_check_are_not_mixed_with_others(
+    shapes: Path, tmp_path: Path
+) -> None:
+    run = write_weights(tmp_path / "run", average="ema_0.05")
+    args = ["--run", str(run), "--data", str(shapes), "--config", "smoke", "--num", "2", "--tracking.no-enabled"]
+    late = Sample.parse("sample", [*args, "--sample.seed", "7"]).check()
+    assert main(["sample", *args]) == 0
+    before = bytes_of(run)
+    with pytest.raises(InputProblems, match="seed"):
+        late.start()
+    assert bytes_of(run) == before
