@@ -18,6 +18,7 @@ import numpy as np
 from data_shards.ingest.dicom_files import RTSTRUCT, Header, library, quiet
 from data_shards.ingest.dicom_series import LPS_TO_RAS, DicomSeries, files_sha256, to_ras
 from data_shards.problems import Problem
+from data_shards.wording import in_words
 
 # A label's voxels are at most this far from the image's.
 _TOLERANCE_VOXELS = 0.1
@@ -27,6 +28,8 @@ _CONTOUR_VOXELS = 0.25
 _ON_LINE = 0.01
 # Corners of a contour that are one, in voxels: numbers are written with a few decimals of a mm.
 _SAME_CORNER = 1e-3
+# A hole may reach beyond its outline by less than this part of it: outlines are drawn by hand.
+_CROSSING_SHARE = 0.1
 # Contours that enclose an area (PS3.3 C.8.8.6).
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _OPEN = ("OPEN_PLANAR", "OPEN_NONPLANAR")
@@ -128,13 +131,12 @@ def read_ids(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -
     for one, number, name, new in sorted(wanted, key=lambda entry: entry[3] != body_id):
         if new == 0:
             continue
-        drawn_by = (
-            _contour_masks(labels, one, number) if one.is_contours else _segment_masks(labels, opened(one), number)
-        )
-        masks = list(drawn_by)
-        if one.is_contours and (step := _usual_step([int(k[0]) for _, _, k in masks if len(k)])) > 1:
-            between = "the slices between have none of it; interpolate the contours if that is wrong"
-            notes.append(f"{name} has contours in one of {step} slices alone: {between}")
+        if one.is_contours:
+            crossing: set[int] = set()
+            masks = list(_contour_masks(labels, one, number, crossing))
+            notes += _contour_notes(name, masks, len(crossing))
+        else:
+            masks = list(_segment_masks(labels, opened(one), number))
         for mask in masks:
             before = drawn[mask]
             strange = (before != 0) & (before != new) & (before != (body_id or 0))
@@ -145,6 +147,16 @@ def read_ids(labels: DicomLabels, ids: Mapping[int, int], body_id: int | None) -
             drawn[mask] = new
         name_of[new] = name
     return drawn, tuple(notes)
+
+
+def _contour_notes(name: str, masks: list[_Mask], num_crossing: int) -> Iterator[str]:
+    """What is doubtful about the contours of a region. `num_crossing`: slices in which some cross one another."""
+    if (step := _usual_step([int(k[0]) for _, _, k in masks if len(k)])) > 1:
+        between = "the slices between have none of it; interpolate the contours if that is wrong"
+        yield f"{name} has contours in one of {step} slices alone: {between}"
+    if num_crossing:
+        shared = "what they share is left out, as a hole is; draw one outline if that is wrong"
+        yield f"{name} has contours that cross one another in {in_words(num_crossing, 'slice')}: {shared}"
 
 
 def _usual_step(slices: list[int]) -> int:
@@ -254,14 +266,16 @@ def _segment_masks(labels: DicomLabels, segments: Any, number: int) -> Iterator[
     yield voxels[0], voxels[1], voxels[2]
 
 
-def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterator[_Mask]:
+def _contour_masks(labels: DicomLabels, one: LabelObject, number: int, crossing: set[int]) -> Iterator[_Mask]:
     """The voxels of a region, slice by slice: those whose centres are inside an odd number of its contours, or on one.
+    `crossing` receives the slices in which a contour is neither within another one nor beside it.
 
     Treatment planning draws outlines between voxels; OpenCV, and so rt-utils, through the centres of the outer ones."""
     assert labels.series.affine is not None
     assert labels.series.shape is not None
     to_index = np.linalg.inv(labels.series.affine) @ LPS_TO_RAS
     planes: dict[int, np.ndarray] = {}
+    loops: dict[int, list[np.ndarray]] = {}
     known: set[frozenset[tuple[int, ...]]] = set()
     for points in _polygons(one, number):
         index = points @ to_index[:3, :3].T + to_index[:3, 3]
@@ -276,10 +290,22 @@ def _contour_masks(labels: DicomLabels, one: LabelObject, number: int) -> Iterat
         known.add(corners)
         planes.setdefault(k, np.zeros((2, *labels.series.shape[:2]), bool))
         for loop in _loops(index[:, :2]):
-            _draw(planes[k], loop)
-    for k, (inside, on_line) in sorted(planes.items()):
-        i, j = np.nonzero(inside | on_line)
+            inside = _draw(planes[k], loop)
+            before = loops.setdefault(k, [])
+            if any(_cross(inside, other) for other in before):
+                crossing.add(k)
+            before.append(inside)
+    for k, (area, on_line) in sorted(planes.items()):
+        i, j = np.nonzero(area | on_line)
         yield i, j, np.full_like(i, k)
+
+
+def _cross(inside: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two areas share a part, and neither is a part of the other but for its edge."""
+    shared = int(np.count_nonzero(inside & other))
+    smaller = min(int(np.count_nonzero(inside)), int(np.count_nonzero(other)))
+    least = max(2.0, _CROSSING_SHARE * smaller)
+    return shared >= least and smaller - shared >= least
 
 
 def _polygons(one: LabelObject, number: int) -> Iterator[np.ndarray]:
@@ -320,19 +346,22 @@ def _loops(corners: np.ndarray) -> Iterator[np.ndarray]:
         yield corners[path]
 
 
-def _draw(planes: np.ndarray, corners: np.ndarray) -> None:
-    """Invert the pixels of the first plane that are inside a polygon, whose corners [n, 2] are I, J: a contour in a
-    contour is a hole. Pixels of the second plane are set where the line goes through the centre."""
+def _draw(planes: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Bool [I, J]: what is inside of a polygon, whose corners [n, 2] are I, J. Invert these pixels of the first plane: a
+    contour in a contour is a hole. Pixels of the second plane are set where the line goes through the centre."""
     from matplotlib.path import Path as Polygon
 
     low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, planes.shape[1:])
     high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, planes.shape[1:])
     i, j = np.mgrid[low[0] : high[0], low[1] : high[1]]
     centres = np.stack([i.ravel(), j.ravel()], axis=1)
+    area = np.zeros(planes.shape[1:], bool)
     if len(centres):
         # Which of the two is the larger polygon depends on the direction of the corners.
         polygon = Polygon(np.concatenate([corners, corners[:1]]), closed=True)
         one, other = (polygon.contains_points(centres, radius=end).reshape(i.shape) for end in (_ON_LINE, -_ON_LINE))
         field = (slice(low[0], high[0]), slice(low[1], high[1]))
-        planes[0][field] ^= one & other
+        area[field] = one & other
+        planes[0] ^= area
         planes[1][field] |= one ^ other
+    return area

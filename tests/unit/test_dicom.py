@@ -6,6 +6,7 @@ import copy
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -303,6 +304,17 @@ def test_contours_become_the_voxels_that_they_enclose(
     mask = read_case_mask(case, read_volume(case.image), "amos", None, preparation.survey.labelling)
     assert mask.volume is not None
     np.testing.assert_array_equal(mask.volume.voxels_IJK == 1, expected)
+
+
+@pytest.mark.parametrize(("second", "is_said"), [((13, 19), True), ((11, 14), False), ((16, 19), False)])
+def test_contours_that_cross_are_said(second: tuple[int, int], is_said: bool, volume: _Volume, tmp_path: Path) -> None:
+    """What two outlines share became background; a hole, and an area beside the other, are as they should be."""
+    boxes = [(8.5, 15.5, 10.5, 15.5, 3), (second[0] - 0.5, second[1] + 0.5, 11.5, 14.5, 3)]
+    save(tmp_path / "data", [*volume[0], structure_set(volume[0], {"Box": boxes})])
+    preparation = check(tmp_path / "data", tmp_path / "set", replace(CONFIG, split=(1.0, 0.0, 0.0)))
+    notes: list[str] = []
+    list(slices_of(preparation.cases[0], CONFIG, None, notes, preparation.survey.labelling))
+    assert any("Box has contours that cross one another in 1 slice:" in note for note in notes) == is_said
 
 
 def test_regions_without_closed_contours_are_said(volume: _Volume, tmp_path: Path) -> None:
