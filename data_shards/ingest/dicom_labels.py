@@ -347,8 +347,8 @@ def _loops(corners: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _draw(planes: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Bool [I, J]: what is inside of a polygon, whose corners [n, 2] are I, J. Invert these pixels of the first plane: a
-    contour in a contour is a hole. Pixels of the second plane are set where the line goes through the centre."""
+    """Bool [I, J]: what is inside of a polygon, whose corners [n, 2] are I, J. Invert these pixels of plane 0: a
+    contour in a contour is a hole. Pixels of plane 1 are set where the line goes through the centre."""
     from matplotlib.path import Path as Polygon
 
     low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, planes.shape[1:])
