@@ -1,6 +1,6 @@
 """`python -m segdiff_dist COMMAND`, for launchers that start a module: `deepspeed --module segdiff_dist train ...`."""
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run())

@@ -194,6 +194,19 @@ def test_ctrl_c_is_one_line(
     assert capsys.readouterr().err == "\ninterrupted; the same command continues from here\n"
 
 
+def test_ctrl_c_is_one_line_also_while_the_command_is_being_imported() -> None:
+    code = (
+        "import sys, types\n"
+        "class Interrupted(types.ModuleType):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'segdiff_dist.stages.fit': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted('interrupted'))\n"
+        "from segdiff_dist.program import run; raise SystemExit(run(['--version']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "\ninterrupted; nothing was started\n")
+
+
 def test_a_reader_that_leaves_and_an_output_without_room(shapes: Path) -> None:
     command = " ".join(f"'{word}'" for word in [*SEGDIFF, "inspect", str(shapes)])
     script = f"{command} 2>&1 | head -n 1 > /dev/null; echo ${{PIPESTATUS[0]}}"
