@@ -244,18 +244,15 @@ def _problems_with_numbers(file: Path, header: Any) -> list[Problem]:
 
 
 def _affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np.ndarray | None, list[str]]:
-    """Stored voxel index to RAS mm, by the one rule, and notes; None, with the reasons in `found`, if there is none."""
+    """Stored voxel index to RAS mm, by the one rule, and notes; None, with the reasons in `problems`, if impossible."""
     unit_code = int(header["xyzt_units"]) & 7
     if unit_code not in _UNITS:
         known = ", ".join(f"{code} {name}" for code, (name, _) in _UNITS.items())
         problems.append(Problem(str(file), "xyzt_units", f"code {unit_code} for space", f"NIfTI has {known}"))
         return None, []
     unit, factor = _UNITS[unit_code]
-    notes = (
-        []
-        if factor == 1.0
-        else [f"{unit} are converted to millimetres; if the numbers are millimetres, write 2 into xyzt_units"]
-    )
+    converted = f"{unit} are converted to millimetres; if the numbers are millimetres, write 2 into xyzt_units"
+    notes = [] if factor == 1.0 else [converted]
     affine, said = _stated_affine(file, header, problems)
     if affine is None:
         return None, []
@@ -302,9 +299,8 @@ def _stated_affine(file: Path, header: Any, problems: list[Problem]) -> tuple[np
         sform = np.array(header.get_sform(), dtype=np.float64)
         return sform, _compared(file, sform, qform, int(header["qform_code"]), pixdim if has_pixdim else None, problems)
     if not has_pixdim:
-        problems.append(
-            Problem(str(file), "pixdim", str(pixdim.tolist()), "the size of a voxel must be stated: repair the header")
-        )
+        remedy = "the size of a voxel must be stated: repair the header"
+        problems.append(Problem(str(file), "pixdim", str(pixdim.tolist()), remedy))
         return None, []
     if int(header["qform_code"]) != 0:
         if qform is None:
@@ -342,7 +338,7 @@ def _compared(
     pixdim: np.ndarray | None,
     problems: list[Problem],
 ) -> list[str]:
-    """Notes on a header whose sform is taken; a contradiction in the size of a voxel goes to `found`."""
+    """Notes on a header whose sform is taken; a contradiction in the size of a voxel goes to `problems`."""
     import nibabel as nib
 
     lengths = np.linalg.norm(sform[:3, :3], axis=0)
@@ -350,9 +346,8 @@ def _compared(
         return []
     if pixdim is not None and (np.abs(lengths - pixdim) > _SAME_LENGTH * pixdim).any():
         value = f"{np.round(lengths, 4).tolist()} by sform, {np.round(pixdim, 4).tolist()} by pixdim"
-        problems.append(
-            Problem(str(file), "spacing", value, "which is the voxel's size cannot be known: repair the header")
-        )
+        remedy = "which is the voxel's size cannot be known: repair the header"
+        problems.append(Problem(str(file), "spacing", value, remedy))
     if qform_code == 0:
         return []
     if qform is None or not np.isfinite(qform).all() or not (np.linalg.norm(qform[:3, :3], axis=0) > 0).all():
@@ -379,9 +374,8 @@ def _problems_with_size(file: Path, geometry: Geometry) -> list[Problem]:
         most = length * _MOST_DEFLATED
     elif length > offset + needed + MOST_BYTES_BEHIND_VOXELS:
         value = f"{length - offset - needed:,} bytes behind the voxels"
-        problems.append(
-            Problem(str(file), "length", value, f"the header declares fewer voxels than there are; {_RESTORE}")
-        )
+        remedy = f"the header declares fewer voxels than there are; {_RESTORE}"
+        problems.append(Problem(str(file), "length", value, remedy))
     if needed > most - offset:
         value = f"{shape} needs {needed:,} bytes; truncated file: it can hold at most {max(0, most - offset):,}"
         problems.append(Problem(str(file), "shape", value, _RESTORE))

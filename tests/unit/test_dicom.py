@@ -6,7 +6,6 @@ import copy
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +17,7 @@ pytest.importorskip("highdicom")
 pytest.importorskip("SimpleITK")
 
 import highdicom
-from dicom_support import CLASSES, SECRETS, read, save, segmentation, series, structure_set, write_dicom
+from dicom_support import CLASSES, SECRETS, read, save, segmentation, series, write_dicom
 from layouts_support import CASES, CONFIG, LIVER, slices, volumes, write_amos
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -269,62 +268,6 @@ def test_a_file_of_zeros_called_dcm_is_not_passed_over(volume: _Volume, tmp_path
     assert "1 that cannot be read as DICOM" in found.value
 
 
-@pytest.mark.parametrize("form", ["two contours", "a keyhole", "each contour twice"])
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [(9.5, 15.5, 11.5, 15.5, 3), (10.5, 12.5, 12.5, 14.5, 3), (9.5, 15.5, 11.5, 15.5, 4)],
-        [(10, 15, 12, 15, 3), (10, 13, 12, 15, 3), (10, 15, 15, 12, 4)],
-    ],
-    ids=["around voxels", "through the centres of the outer ones"],
-)
-def test_contours_become_the_voxels_that_they_enclose(
-    boxes: list[tuple[float, ...]], form: str, volume: _Volume, tmp_path: Path
-) -> None:
-    """A box of 6 x 4 voxels with a hole of 2 x 2, on two slices. A keyhole goes to the hole and back on one line."""
-    contours = structure_set(volume[0], {"Box": boxes})
-    if form == "each contour twice":
-        found = contours.ROIContourSequence[0].ContourSequence
-        found.extend(copy.deepcopy(list(found)))
-    if form == "a keyhole":
-        outer, hole, _ = found = contours.ROIContourSequence[0].ContourSequence
-        around, inside = list(outer.ContourData), list(hole.ContourData)
-        outer.ContourData = [*around, *around[:3], *inside, *inside[:3]]
-        del found[1]
-    save(tmp_path / "data", [*volume[0], contours])
-    expected = np.zeros(volume[1].shape, bool)
-    expected[10:16, 12:16, 3:5] = True
-    expected[11:13, 13:15, 3] = False
-    preparation = check(tmp_path / "data", tmp_path / "set", CONFIG)
-    assert preparation.survey.labelling.table.names == ("background", "Box", "body")
-    (case,) = preparation.cases
-    from data_shards.ingest.masks import read_case_mask
-    from data_shards.ingest.volumes import read_volume
-
-    mask = read_case_mask(case, read_volume(case.image), "amos", None, preparation.survey.labelling)
-    assert mask.volume is not None
-    np.testing.assert_array_equal(mask.volume.voxels_IJK == 1, expected)
-
-
-@pytest.mark.parametrize(("second", "is_said"), [((13, 19), True), ((11, 14), False), ((16, 19), False)])
-def test_contours_that_cross_are_said(second: tuple[int, int], is_said: bool, volume: _Volume, tmp_path: Path) -> None:
-    """What two outlines share became background; a hole, and an area beside the other, are as they should be."""
-    boxes = [(8.5, 15.5, 10.5, 15.5, 3), (second[0] - 0.5, second[1] + 0.5, 11.5, 14.5, 3)]
-    save(tmp_path / "data", [*volume[0], structure_set(volume[0], {"Box": boxes})])
-    preparation = check(tmp_path / "data", tmp_path / "set", replace(CONFIG, split=(1.0, 0.0, 0.0)))
-    notes: list[str] = []
-    list(slices_of(preparation.cases[0], CONFIG, None, notes, preparation.survey.labelling))
-    assert any("Box has contours that cross one another in 1 slice:" in note for note in notes) == is_said
-
-
-def test_regions_without_closed_contours_are_said(volume: _Volume, tmp_path: Path) -> None:
-    contours = structure_set(volume[0], {"Box": [(9, 15, 11, 15, 3)], "Line": [(1, 4, 1, 4, 3)]})
-    contours.ROIContourSequence[1].ContourSequence[0].ContourGeometricType = "OPEN_PLANAR"
-    save(tmp_path / "data", [*volume[0], contours])
-    (case,) = check(tmp_path / "data", tmp_path / "set", CONFIG).cases
-    assert [note.rpartition(" ")[2] for note in case.notes] == ["Line"]
-
-
 def _by_gdcm(kind: str) -> Callable[[Dataset], None]:
     """pydicom has no encoder for these; SimpleITK's file gives the pixels."""
 
@@ -383,39 +326,6 @@ def test_a_deflated_series_is_read(volume: _Volume, of_amos: dict[str, list[Slic
         one.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     save(tmp_path / "data", [*found, labels])
     _assert_same(slices(tmp_path / "data", labels="amos"), of_amos["p1_1"])
-
-
-def test_images_compressed_with_loss_are_said(volume: _Volume, tmp_path: Path) -> None:
-    found, _, label = volume
-    labels = segmentation(found, label)
-    found[2].LossyImageCompression = "01"
-    save(tmp_path / "data", [*found, labels])
-    (case,) = check(tmp_path / "data", tmp_path / "set", CONFIG).cases
-    assert [note.split(" (")[0] for note in case.notes] == ["its images were compressed with loss"]
-
-
-def _frame_without_rescale(frames: Any) -> None:
-    del frames[3].PixelValueTransformationSequence
-
-
-def _frame_of_atomic_numbers(frames: Any) -> None:
-    frames[3].PixelValueTransformationSequence[0].RescaleType = "Z_EFF"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "value"),
-    [
-        (_frame_without_rescale, "stated otherwise, or not at all, in 1 of 8 images"),
-        (_frame_of_atomic_numbers, "'Z_EFF' of a CT, not HU"),
-    ],
-)
-def test_frames_of_doubtful_values_are_refused(spoil: Any, value: str, volume: _Volume, tmp_path: Path) -> None:
-    found, _, label = volume
-    enhanced = highdicom.legacy.LegacyConvertedEnhancedCTImage(found, generate_uid(), 3, generate_uid(), 1)
-    spoil(enhanced.PerFrameFunctionalGroupsSequence)
-    save(tmp_path / "data", [enhanced, segmentation(found, label)])
-    (problem,) = find_problems(tmp_path / "data", tmp_path / "set", CONFIG)
-    assert value in problem.value
 
 
 def test_an_enhanced_multi_frame_file_is_read(

@@ -16,9 +16,7 @@ from layouts_support import (
     LIVER,
     SPLEEN,
     edit,
-    slices,
     table,
-    volumes,
     write_amos,
     write_folder,
     write_manifest,
@@ -312,94 +310,6 @@ def test_a_ct_of_doubtful_values(values: Callable[[np.ndarray], np.ndarray], wor
     except UnreadableVolume as failed:
         said = [failed.reason]
     assert [words in one for one in said] == [True]
-
-
-def _too_few_pixels(planes: list[Any]) -> None:
-    planes[3].PixelData = planes[3].PixelData[:-200]
-
-
-def _two_frames(planes: list[Any]) -> None:
-    planes[3].FrameOfReferenceUID = "1.2.3"
-
-
-def _two_patients(planes: list[Any]) -> None:
-    planes[3].PatientID = "other"
-
-
-def _without_rescale(planes: list[Any]) -> None:
-    del planes[3].RescaleSlope, planes[3].RescaleIntercept
-
-
-def _by_a_table(planes: list[Any]) -> None:
-    from pydicom.dataset import Dataset
-
-    lut = Dataset()
-    lut.LUTDescriptor, lut.ModalityLUTType = [2, 0, 16], "US"
-    planes[3].ModalityLUTSequence = [lut]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "value"),
-    [
-        (
-            _too_few_pixels,
-            "slice 4 of 8 cannot be decoded: it declares more bytes than it has",
-        ),
-        (_without_rescale, "RescaleSlope, RescaleIntercept: stated otherwise, or not at all, in 1 of 8 images"),
-        (_two_frames, "FrameOfReferenceUID: 2 in one series"),
-        (_two_patients, "PatientID: 2 in one series"),
-        (_by_a_table, "ModalityLUTSequence: values by a table"),
-    ],
-)
-def test_dicom_series_that_are_not_what_they_seem(
-    spoil: Callable[[list[Any]], None], value: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("highdicom")
-    from dicom_support import save, segmentation, series
-
-    case, _, image, label = next(volumes())
-    planes = series(image, case)
-    drawn = segmentation(planes, label)
-    spoil(planes)
-    save(tmp_path / "data", [*planes, drawn])
-    config = replace(CONFIG, split=(1.0, 0.0, 0.0))
-    found = [f"{one.field}: {one.value}" for one in find_problems(tmp_path / "data", tmp_path / "set", config)]
-    if not found:
-        with pytest.raises(UnreadableVolume) as failed:
-            slices(tmp_path / "data", split=(1.0, 0.0, 0.0))
-        found = [failed.value.reason]
-    assert value in found[0]
-
-
-def test_contours_of_every_second_slice_are_said(tmp_path: Path) -> None:
-    pytest.importorskip("highdicom")
-    from dicom_support import save, series, structure_set
-
-    for number, (case, patient) in enumerate((("a", "ID-a"), ("b", "id-A"))):
-        _, _, image, _ = next(volumes())
-        planes = series(image, case, patient=patient)
-        boxes = {"liver": [(5, 20, 5, 20, k) for k in (1, 3, 5, 7)], "spleen": [(22, 24, 5, 9, k) for k in (1, 2, 6)]}
-        save(tmp_path / "data", [*planes, structure_set(planes, boxes)], first=20 * number)
-    found = _check(tmp_path / "data", {"split": (1.0, 0.0, 0.0)})
-    assert "differ in capitals or blanks alone, and count as two patients" in found.survey.notes[0]
-    notes: list[str] = []
-    list(slices_of(found.cases[0], CONFIG, None, notes, found.survey.labelling))
-    assert "liver has contours in one of 2 slices alone" in " ".join(notes)
-    assert "spleen has contours" not in " ".join(notes)
-
-
-@pytest.mark.parametrize(("numbers", "is_said"), [("12121212", True), ("11112222", False), ("12345678", False)])
-def test_two_scans_that_take_turns_in_one_series_are_said(numbers: str, is_said: bool, tmp_path: Path) -> None:
-    pytest.importorskip("highdicom")
-    from dicom_support import save, segmentation, series
-
-    case, _, image, label = next(volumes())
-    planes = series(image, case)
-    for plane, number in zip(planes, numbers, strict=True):
-        plane.AcquisitionNumber = int(number)
-    save(tmp_path / "data", [*planes, segmentation(planes, label)])
-    (found,) = _check(tmp_path / "data", {"split": (1.0, 0.0, 0.0)}).cases
-    assert any("AcquisitionNumber changes to and fro" in note for note in found.notes) == is_said
 
 
 def test_a_table_with_two_spellings_of_a_class_is_refused(tmp_path: Path) -> None:
