@@ -6,7 +6,7 @@ deepspeed launch/distil.py --distil.teacher runs/best --run runs/best4          
 
 import sys
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run(["distil", *sys.argv[1:]]))

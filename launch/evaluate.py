@@ -7,7 +7,7 @@ Writes RUN/evaluation: samples.parquet, summary.json, figures and report.html.
 
 import sys
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run(["evaluate", *sys.argv[1:]]))

@@ -8,7 +8,7 @@ auto`. Started again, it reads only the missing volumes.
 
 import sys
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run(["prepare", *sys.argv[1:]]))

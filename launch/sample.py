@@ -8,7 +8,7 @@ Any number of workers makes the same images; started again, it makes only those 
 
 import sys
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run(["sample", *sys.argv[1:]]))

@@ -11,7 +11,7 @@ launch/cluster/train.slurm does the last under Slurm. Started again, it resumes 
 
 import sys
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run(["train", *sys.argv[1:]]))

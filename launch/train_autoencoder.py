@@ -8,7 +8,7 @@ It uses the denoiser's shards. When the training is over, it measures the recons
 
 import sys
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run(["train-autoencoder", *sys.argv[1:]]))

@@ -8,7 +8,7 @@ It uses the denoiser's shards: trained on the train split, chosen on the validat
 
 import sys
 
-from segdiff_dist.cli import run
+from segdiff_dist.program import run
 
 if __name__ == "__main__":
     raise SystemExit(run(["train-segmenter", *sys.argv[1:]]))
