@@ -44,8 +44,9 @@ def test_the_main_rank_names_the_others(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_ctrl_c_ends_who_waits_in_vain() -> None:
     code = (
-        "from datetime import timedelta; import torch.distributed as dist\n"
+        "import signal; from datetime import timedelta; import torch.distributed as dist\n"
         "from segdiff_dist.ranks.distributed import naming_who_is_missing\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "with naming_who_is_missing(after_s=0.2):\n"
         "    dist.TCPStore('127.0.0.1', 0, 4, is_master=True, timeout=timedelta(seconds=60))"
     )
