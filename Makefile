@@ -39,7 +39,7 @@ starter: $(STAMP) ## make the small model of `segdiff paint` again, from the pha
 		--export.data-licence "Apache-2.0, as the phantom that segdiff computes; no patient"
 	rm -rf segdiff_dist/starter && mv build/starter segdiff_dist/starter
 
-test: $(STAMP) ## the tests, on the real engines, in about 15 minutes on two cores
+test: $(STAMP) ## the tests, on the real engines, in about 15 minutes on two cores, 30 on old ones
 	@# Three files at a time: a test often waits for processes that start. Threads of their own would only fight for the
 	@# cores. In the order that tests/conftest.py gives them: a long file that begins last leaves a core idle. With
 	@# bytecode, whatever the environment says: the tests start hundreds of processes that import the same modules.
