@@ -55,8 +55,17 @@ class PlanRunPlan(Plan):
         """Write it."""
         stage, planned = self.stage, self.planned
         stage.refuse_begun()  # it may have begun since the check
+        replaced = self._put_aside()
         planned.write(self.file, command("plan", stage.amos_root, "--hours", f"{stage.hours:g}"))
-        lines = (*planned.lines, f"plan: {self.file.resolve()}")
+        lines = (*planned.lines, f"plan: {self.file.resolve()}", *replaced)
         if self.file.name == PLAN:
             return Result(lines, next_command=command("run", stage.amos_root, *flag("--out", stage.out)), value=planned)
         return Result(lines, next_command=command("run", "--config", self.file), value=planned)
+
+    def _put_aside(self) -> list[str]:
+        """Keep the file that is replaced, which may have been edited; returns a line that says where."""
+        if not self.file.exists():
+            return []
+        kept = self.file.with_name(f"{self.file.name}.before")
+        self.file.replace(kept)
+        return [f"the plan before: {kept.resolve()}"]

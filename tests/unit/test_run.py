@@ -294,6 +294,16 @@ def test_a_plan_of_another_folder_is_refused(
         assert f"is the plan for {out}" in capsys.readouterr().err
 
 
+def test_a_new_plan_keeps_the_one_that_was_edited(
+    planned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("edited: by hand\n")
+    assert cli.main(["plan", *planned[1], "--out", str(tmp_path)]) == 0
+    assert f"the plan before: {(tmp_path / 'run.yaml.before').resolve()}" in capsys.readouterr().out
+    assert (tmp_path / "run.yaml.before").read_text() == "edited: by hand\n"
+    assert "num_images" in (tmp_path / "run.yaml").read_text()
+
+
 def test_two_commands_that_plan_at_once_do_not_replace_each_others_plan(
     planned: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
