@@ -68,12 +68,12 @@ class Run(Budgeted):
         in_file = () if self._given_plan else flatten(self.configured())
         places = {key: (str(self.config), key) for key in in_file}
         places |= {key: ("command line", f"--{key.replace('_', '-')}") for key in self.typed}
-        remedy = f"leave it out to go on by {there}, change that file, or remove it or give another --out to plan anew"
+        go_on, plan_again = f"leave it out to go on by {there}", "or remove it or give another --out for a new plan"
         return [
             Problem(
                 *place,
                 f"{shown(given.get(key))}, and {shown(of_plan.get(key))} in the plan",
-                remedy.replace(" change that file,", "") if key in MADE_FOR else remedy,
+                f"{go_on}, {plan_again}" if key in MADE_FOR else f"{go_on}, change that file, {plan_again}",
             )
             for key, place in places.items()
             if given.get(key) != of_plan.get(key)

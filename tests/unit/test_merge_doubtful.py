@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
 def test_a_file_says_more_than_a_name(ending: str, tmp_path: Path) -> None:
     """A set that numbers its cases anew has other patients under the same names: a fold trained on whom it validated.
-    Files of one size are told apart by their bytes."""
+    Files of one size differ by their bytes."""
     real = write_real(tmp_path / "data", flat=False, ending=ending)
     (tmp_path / "table.yaml").write_text("name: mine\nnames: [liver, spleen]\n")
     settings: dict[str, Any] = {"labels": str(tmp_path / "table.yaml"), "patient": PATTERN, "slice_stride": 6}
