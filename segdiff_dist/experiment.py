@@ -33,14 +33,12 @@ from segdiff_dist.sampling.config import SampleConfig
 from segdiff_dist.segmentation.config import SegmenterConfig
 from segdiff_dist.tracking.config import TrackingConfig
 from segdiff_dist.training.config import AverageConfig, TrainConfig
+from segdiff_dist.weight_files import DESCRIPTION
 
 CONFIG_FILE = "config.yaml"
 # Keys of a file that are arguments of one command; they are fields of its stage. An old run folder's file may name
 # them; they are not taken from it.
 ARGUMENTS = ("converted", "exported", "mask_volume", "runs", "compared", "images", "hours", "recipe")
-
-# In a folder of a network that segdiff wrote: weights without code.
-OF_OURS = "segdiff.json"
 
 # The sections that are fixed while a stage holds its lock, and once it has left a file or folder in the run folder:
 # (lock, file or folder, sections). Other stages do not change them in RUN/config.yaml.
@@ -192,7 +190,7 @@ def _runs_code(one: Field[Any], value: Any) -> bool:
     """Whether the value of a field names a file or folder that brings code along: a network of somebody else's."""
     if one.metadata != CODE_FROM_A_PERSON or not isinstance(value, str):
         return False
-    return Path(value).exists() and not (Path(value) / OF_OURS).is_file()
+    return Path(value).exists() and not (Path(value) / DESCRIPTION).is_file()
 
 
 def save_experiment(experiment: Experiment, sections: tuple[str, ...]) -> None:

@@ -29,6 +29,7 @@ from segdiff_dist.export.files import nnunet_problems, write_manifest, write_nnu
 from segdiff_dist.export.samples import HU_BY_MEDIAN, FinishedSamples, Sample, unknown_hu
 from segdiff_dist.export.shards import write_shard_set
 from segdiff_dist.sampling.store import SampleStore
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.config import DiffusionConfig
@@ -201,7 +202,7 @@ def check_model(
     """Check the weights; errors as of export_samples."""
     from segdiff_dist.pipeline import Extras, pipeline_problems
 
-    if not (weights / "segdiff.json").is_file():
+    if not (weights / DESCRIPTION).is_file():
         raise problem(weights, "weights", "not found", f"train first: {how_to_make('train', weights)}")
     needed = sum(file.stat().st_size for file in weights.rglob("*"))
     refuse([*out_problems(out), *pipeline_problems(weights, diffusion, sampler), *room_problems(out, needed)])

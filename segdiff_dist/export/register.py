@@ -15,6 +15,7 @@ from segdiff_dist.sampling.job import weights_digest
 from segdiff_dist.sampling.store_files import JOB, read_job
 from segdiff_dist.tracking.headline import HEADLINE
 from segdiff_dist.tracking.tracker import Tracker
+from segdiff_dist.weight_files import DESCRIPTION
 
 
 def register_evaluated(run: Path, summary: dict[str, Any], tracker: Tracker) -> None:
@@ -51,6 +52,6 @@ def _weights_of(job: dict[str, Any], run: Path) -> Path:
     with reading(run / "samples" / JOB, "the description of a job", "sample and evaluate again"):
         recorded = Path(job["weights"])
     for folder in (recorded, run / "weights" / recorded.name):
-        if (folder / "segdiff.json").is_file() and weights_digest(folder) == job["weights_digest"]:
+        if (folder / DESCRIPTION).is_file() and weights_digest(folder) == job["weights_digest"]:
             return folder
     raise problem(recorded, "weights", "not those that made the samples", "sample and evaluate again")

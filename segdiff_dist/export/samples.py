@@ -26,6 +26,7 @@ from segdiff_dist.export.patients import Patients
 from segdiff_dist.sampling.mask_patients import NAMED, MaskPatients, mask_patients
 from segdiff_dist.sampling.store import JOB, LABELS, SampleStore
 from segdiff_dist.sampling.weights import weights_digest
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -146,7 +147,7 @@ class FinishedSamples:
         if LABELS in job:
             return _label_table(where, job[LABELS])
         # A job of an earlier version: its model knows the table, and the sets of `segdiff prepare` name theirs.
-        model = Path(job["weights"]) / "segdiff.json"
+        model = Path(job["weights"]) / DESCRIPTION
         if model.is_file() and weights_digest(model.parent) == job["weights_digest"]:
             with reading(model, "a model's description", "copy the weights again"):
                 return _label_table(model, read_json(model, "copy the weights again")[LABELS])

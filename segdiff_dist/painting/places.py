@@ -17,7 +17,7 @@ from data_shards.documents import read_json
 from data_shards.field_source import is_address
 from data_shards.files import first_line, new_folder
 from data_shards.problems import InputProblems, problem
-from segdiff_dist.weight_files import DESCRIPTION
+from segdiff_dist.weight_files import DESCRIPTION, DIGESTS
 
 # The model that comes with the package.
 STARTER = Path(__file__).parents[1] / "starter"
@@ -27,13 +27,13 @@ CACHE = "SEGDIFF_CACHE"
 # The files of a net's folder; the first three are always there.
 _OF_A_NET = (
     *("config.json", "diffusion_pytorch_model.safetensors", DESCRIPTION),
-    *("mask_encoder.safetensors", "control.safetensors", "digests.json"),
+    *("mask_encoder.safetensors", "control.safetensors", DIGESTS),
 )
 _NEEDED = (DESCRIPTION, *(f"unet/{name}" for name in _OF_A_NET[:3]))
 _OPTIONAL = (
     *("model_index.json", "README.md", "scheduler/scheduler_config.json"),
     *(f"unet/{name}" for name in _OF_A_NET[3:]),
-    *("segmenter/model.safetensors", "segmenter/segdiff.json", "segmenter/digests.json"),
+    *("segmenter/model.safetensors", f"segmenter/{DESCRIPTION}", f"segmenter/{DIGESTS}"),
 )
 # Folders of further nets, by the key of a net's description: the autoencoder of latents, the lower stage of a cascade.
 _FURTHER = {"latent": "vae", "cascade": "{net}/low_resolution"}

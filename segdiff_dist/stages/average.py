@@ -16,6 +16,7 @@ from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag
 from segdiff_dist.stages.cost import Cost
 from segdiff_dist.training.config import AverageConfig
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from segdiff_dist.denoising.denoiser import Denoiser
@@ -45,7 +46,7 @@ class Average(ConfiguredStage):
             remedy = "the training wrote it: use it as it is, or give another length"
             raise problem(run / "weights" / self.average.name, "average.length", self.average.length, remedy)
         like = run / "weights" / self.experiment.train.averages[0]
-        description = read_json(like / "segdiff.json", "copy the weights again") if like.is_dir() else {}
+        description = read_json(like / DESCRIPTION, "copy the weights again") if like.is_dir() else {}
         model = Denoiser.load(like)
         return AveragePlan(
             self, run, model, description, snapshot_end(run, self.experiment.train, self.average.images_seen)

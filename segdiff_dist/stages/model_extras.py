@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_shards.problems import InputProblems, problem
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from segdiff_dist.export.config import ExportConfig
@@ -27,7 +28,7 @@ def extras_of(run: Path, weights: Path, config: ExportConfig, data: str | None) 
     else:
         refuse_other_set(run, known.shards, "give --data the set that the model was trained on")
     segmenter = run / "segmenter" / "weights" if config.segmenter else None
-    if segmenter is not None and not (segmenter / "segdiff.json").is_file():
+    if segmenter is not None and not (segmenter / DESCRIPTION).is_file():
         remedy = f"train it first: segdiff train-segmenter --run {run}"
         raise problem(segmenter, "export.segmenter", "not found", remedy)
     parts = CardParts(
@@ -70,7 +71,6 @@ def _picture(run: Path, weights: Path, config: ExportConfig) -> bytes | None:
     """A picture of the run's samples, if they are of these weights."""
     from data_shards.documents import read_json
     from data_shards.labels import LabelTable
-    from segdiff_dist.pipeline import DESCRIPTION
     from segdiff_dist.pipeline.gallery import gallery_of
     from segdiff_dist.sampling.store import SampleStore
     from segdiff_dist.sampling.weights import weights_digest

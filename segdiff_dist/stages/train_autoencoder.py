@@ -15,6 +15,7 @@ from segdiff_dist.ranks.distributed import pick_device, world_size
 from segdiff_dist.stages.base import Plan, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag, recipe_of
 from segdiff_dist.tracking.config import TrackingConfig
+from segdiff_dist.weight_files import DESCRIPTION
 
 if TYPE_CHECKING:
     from data_shards.store.shards import ShardSet
@@ -135,7 +136,7 @@ def _open_segmenter(config: AutoencoderConfig, run: Path, shards: ShardSet) -> S
     from segdiff_dist.segmentation.segmenter import Segmenter
 
     given = segmenter_weights(run if config.segmenter is None else config.segmenter)
-    if not (given / "segdiff.json").is_file():
+    if not (given / DESCRIPTION).is_file():
         return None  # a given one that is missing is refused by AutoencoderConfig.problems
     segmenter = Segmenter.load(given)
     refuse(list(segmenter.problems(shards.label_table, shards.modalities, None)))

@@ -24,7 +24,7 @@ from segdiff_dist.training.checkpoint import checkpoint_name, crossings, named_a
 from segdiff_dist.training.config import TrainConfig
 from segdiff_dist.training.engine import ONLINE
 from segdiff_dist.training.sharded_state import SavedState, number_of
-from segdiff_dist.weight_files import is_damaged, refuse_damaged, write_digests
+from segdiff_dist.weight_files import DESCRIPTION, is_damaged, refuse_damaged, write_digests
 
 if TYPE_CHECKING:
     from segdiff_dist.training.task import Task
@@ -131,7 +131,7 @@ def _are_all_there(folder: Path, note: dict[str, Any]) -> bool:
     for average in note.get("averages", ()):
         # Segmenter and autoencoder have one place for all averages.
         own = weights / average if (weights / average).is_dir() else weights
-        if not (own / "segdiff.json").is_file() or is_damaged(own):
+        if not (own / DESCRIPTION).is_file() or is_damaged(own):
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""Sizes of the code: short functions, short files, few parameters."""
+"""Sizes of the code: short functions, short files, few parameters; a file name that many modules share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import statistics
 from functools import cache
 from pathlib import Path
+
+from segdiff_dist.weight_files import DESCRIPTION
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("segdiff_dist", "data_shards", "kernels/segdiff_kernels", "launch")
@@ -54,3 +56,14 @@ def test_functions_have_few_parameters() -> None:
     python = [package for package in PACKAGES if not package.startswith("kernels")]
     wide = [f"{file}:{one.name}" for package in python for file, one in functions(package) if num_parameters(one) > 8]
     assert [name.split(":")[1] for name in wide] == list(WIDE), wide
+
+
+def test_the_name_of_a_description_is_written_once() -> None:
+    texts = [
+        f"{file}:{node.lineno}"
+        for package in PACKAGES
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).split("/")[-1] == DESCRIPTION
+    ]
+    assert [text.split(":")[0] for text in texts] == [str(ROOT / "segdiff_dist/weight_files.py")], texts
