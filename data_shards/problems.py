@@ -104,7 +104,7 @@ class OutOfSpace(WorkFailed):
 
 
 @contextmanager
-def saying_when_full(folder: object) -> Iterator[None]:
+def explain_full_disk(folder: object) -> Iterator[None]:
     """Turn the error of a full disk into OutOfSpace, also if a library has changed its type."""
     try:
         yield

@@ -45,10 +45,10 @@ from data_shards.problems import (
     InputProblems,
     OutOfSpace,
     Problem,
+    explain_full_disk,
     is_about_full_disk,
     out_of_space,
     refuse,
-    saying_when_full,
 )
 from data_shards.store.set_index import file_sha256
 
@@ -133,7 +133,7 @@ class Annotation:
     def run(self) -> AnnotateReport:
         """Make the missing masks; errors as of `annotate`."""
         where = self.wholebody
-        with locked(where / FOLDER_LOCK, where, "is annotating it"), saying_when_full(where):
+        with locked(where / FOLDER_LOCK, where, "is annotating it"), explain_full_disk(where):
             # Another command may have written masks there since the check.
             refuse(_folder_problems(where, _new_annotations(self.config, self.version), []))
             return _run(self.amos_root, where, self.config, self.version)

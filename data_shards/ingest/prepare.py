@@ -28,7 +28,7 @@ from data_shards.ingest.masks import annotation_record
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.survey import Survey, survey
 from data_shards.locks import FOLDER_LOCK, locked
-from data_shards.problems import InputProblems, OutOfSpace, Problem, problem, refuse, saying_when_full
+from data_shards.problems import InputProblems, OutOfSpace, Problem, explain_full_disk, problem, refuse
 from data_shards.records import MASK_SOURCES, SPLITS
 from data_shards.store.set_index import INDEX, PARTIAL, SAMPLES, SHARDS, read_index
 from data_shards.store.shard_writer import plan_shards, write_shards
@@ -136,7 +136,7 @@ def _prepare(job: Preparation, progress: Callable[[int, int, int], None] | None)
     tasks.sort(key=lambda task: -num_bytes(task.case.image))
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
     workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, num_tasks=len(tasks), address=address)
-    with saying_when_full(out), ExitStack() as at_the_end, workers:
+    with explain_full_disk(out), ExitStack() as at_the_end, workers:
         at_the_end.callback(_remove_half_written, out)
         _start(out, plan)
         failed = dict(_cut_volumes(tasks, workers, out, progress))

@@ -16,7 +16,7 @@ from data_shards.files import is_leftover, remove_leftovers, write_atomic
 from data_shards.ingest.masks import ANNOTATIONS, ANNOTATIONS_VERSION
 from data_shards.locks import FOLDER_LOCK, locked
 from data_shards.phantom.config import CaseKey, PhantomConfig, case_keys
-from data_shards.problems import InputProblems, Problem, refuse, saying_when_full
+from data_shards.problems import InputProblems, Problem, explain_full_disk, refuse
 from data_shards.progress import progress_bar
 from data_shards.store.set_index import file_sha256
 
@@ -53,7 +53,7 @@ class PhantomArchive:
     def write(self) -> None:
         """Write the missing files; errors as of `write_phantom`."""
         out, config = self.out, self.config
-        with locked(out / FOLDER_LOCK, out, "is writing it"), saying_when_full(out):
+        with locked(out / FOLDER_LOCK, out, "is writing it"), explain_full_disk(out):
             refuse(_problems_with_out(out, config))  # another command may have started in it since the check
             _write_archive(out, config)
 

@@ -17,7 +17,7 @@ from data_shards.documents import read_json
 from data_shards.fan_out import Workers, runner
 from data_shards.files import write_atomic
 from data_shards.locks import FOLDER_LOCK, locked
-from data_shards.problems import Problem, WorkFailed, refuse, saying_when_full
+from data_shards.problems import Problem, WorkFailed, explain_full_disk, refuse
 from data_shards.records import SPLITS, SliceMeta
 from data_shards.store import tar_store
 from data_shards.store.config import ConvertConfig
@@ -116,7 +116,7 @@ def _convert(shards: ShardSet, out: Path, config: ConvertConfig) -> dict[str, An
     num_workers, address = config.workers.num_on_cores, config.workers.ray_address
     plan = plan_shards(out, counted, format)
     workers: Workers[Any, Any] = Workers(runner, num_workers=num_workers, num_tasks=len(plan), address=address)
-    with saying_when_full(out), workers:
+    with explain_full_disk(out), workers:
         # Marks the folder as this command's, from the first shard until the index is written.
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
         write_atomic(out / PARTIAL / _PLAN, json.dumps(_plan_of(shards, config)).encode())

@@ -22,7 +22,7 @@ from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.feed.config import LoaderConfig
 from data_shards.files import write_atomic
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
+from data_shards.problems import InputProblems, Problem, WorkFailed, explain_full_disk, problem, refuse
 from data_shards.settings import identity
 from data_shards.store.set_index import read_index
 from data_shards.store.shards import ShardSet
@@ -122,7 +122,7 @@ class Downstream:
         rest is kept.
         """
         held = locked(lock_beside(self.folder), self.folder, "is training segmenters for it")
-        with held, saying_when_full(self.folder):
+        with held, explain_full_disk(self.folder):
             return self._make()
 
     def _make(self) -> dict[str, Any]:

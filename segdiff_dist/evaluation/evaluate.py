@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_shards.problems import saying_when_full
+from data_shards.problems import explain_full_disk
 from segdiff_dist.evaluation.measure.checks import Checked
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
 from segdiff_dist.evaluation.measure.job import FOLDER, at_work, measure
@@ -42,7 +42,7 @@ def draw(
     from segdiff_dist.evaluation.report.run_paper import write_paper
 
     made = []
-    with at_work(Path(run)), saying_when_full(Path(run) / FOLDER):
+    with at_work(Path(run)), explain_full_disk(Path(run) / FOLDER):
         finish(Path(run) / FOLDER)
         if set(formats) - {HTML}:
             made.append(write_paper(Path(run), formats, amos_root=amos_root, progress=progress))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data_shards.files import new_folder
 from data_shards.ingest.itk_files import simpleitk
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.problems import Problem, explain_full_disk, problem, refuse
 from segdiff_dist.config import how_to_make
 from segdiff_dist.export.config import ExportConfig
 from segdiff_dist.export.dicom import dicom_kind, problems_without_kind, require_dicom
@@ -114,7 +114,7 @@ class SamplesExport:
         if self.borrows:
             warnings.warn(f"of CT whose masks are of no CT slice, {HU_BY_MEDIAN}", stacklevel=2)
         iterated: Iterable[Sample] = progress_bar(self.samples, total=len(self.samples), desc="export", unit="img")
-        with saying_when_full(out), new_folder(out) as unfinished:
+        with explain_full_disk(out), new_folder(out) as unfinished:
             _write(unfinished, out.name, self.samples, iterated, self.config, self.merge)
         return len(self.samples)
 
@@ -190,7 +190,7 @@ class ModelExport:
         from segdiff_dist.pipeline import write_bundle, write_pipeline
 
         out, write = self.out, write_bundle if self.is_bundle else write_pipeline
-        with saying_when_full(out):
+        with explain_full_disk(out):
             refuse(out_problems(out))  # another command may have written there since the check
             with new_folder(out) as unfinished:
                 write(self.weights, unfinished, self.diffusion, self.sampler, self.extras)

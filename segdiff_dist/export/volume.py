@@ -19,7 +19,7 @@ from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.prepare_config import PrepareConfig
 from data_shards.ingest.volumes import UnreadableVolume, Volume, read_labels, read_volume
 from data_shards.labels import UNUSED, LabelTable
-from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.problems import Problem, explain_full_disk, problem, refuse
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.dicom import Kind, dicom_kind, problems_without_kind
 from segdiff_dist.export.samples import HU_BY_MEDIAN, grey_map_of, is_stretched, unknown_hu
@@ -122,7 +122,7 @@ def _make(job: VolumeJob, generate: Generate, size: int) -> VolumeReport:
     if job.out.exists():  # written by another command since the check
         refuse(volume_problems(job.mask_file, job.out, job.config))
     made = generate_volume(job, generate, size)
-    with saying_when_full(job.out.parent):
+    with explain_full_disk(job.out.parent):
         if is_dicom(job.out):
             table = job.shards.label_table
             in_hu, kind = job.config.modality in job.shards.in_hu, job.kind or "MR"

@@ -15,7 +15,7 @@ from data_shards.files import new_folder
 from data_shards.ingest.itk_files import is_itk, simpleitk
 from data_shards.ingest.layouts.base import one_file, volumes_in
 from data_shards.ingest.volume_files import ENDINGS, stem
-from data_shards.problems import Attempts, Problem, problem, refuse, saying_when_full
+from data_shards.problems import Attempts, Problem, explain_full_disk, problem, refuse
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.files import (
     name_problems,
@@ -72,7 +72,7 @@ class VolumeSetJob:
             attempts.make(name, partial(check_voxels, job))
         refuse(attempts.problems)
         reports = {}
-        with saying_when_full(self.out), new_folder(self.out) as folder:
+        with explain_full_disk(self.out), new_folder(self.out) as folder:
             for name in ("imagesTr", "labelsTr"):
                 (folder / name).mkdir()
             if self.merge is not None:

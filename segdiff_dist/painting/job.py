@@ -20,7 +20,7 @@ import numpy as np
 from data_shards.ingest.intensity import GreyMap
 from data_shards.ingest.slices import VIEWS, Cutting
 from data_shards.ingest.volumes import Volume
-from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.problems import Problem, explain_full_disk, problem, refuse
 from data_shards.records import AXES
 from segdiff_dist.export.config import VolumeConfig
 from segdiff_dist.export.dicom import dicom_kind, problems_without_kind
@@ -90,7 +90,7 @@ class Painting:
         DICOM series and a SEG. Raises InputProblems."""
         out = Path(out)
         refuse(out_problems(out, self.mask, self.model, self.modality))
-        with saying_when_full(out.absolute().parent):
+        with explain_full_disk(out.absolute().parent):
             self._write(out)
 
     def _write(self, out: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_shards.fan_out import TaskFailure, fan_out
 from data_shards.labels import LabelTable
-from data_shards.problems import InputProblems, Problem, WorkFailed, problem, refuse, saying_when_full
+from data_shards.problems import InputProblems, Problem, WorkFailed, explain_full_disk, problem, refuse
 from data_shards.records import AXES, SPLITS
 from data_shards.workers import WorkerPool, WorkersConfig
 from segdiff_dist.denoising.config import DiffusionConfig
@@ -84,7 +84,7 @@ def make_job(job: Job, config: SampleConfig, workers: WorkersConfig | None = Non
     """Make the missing images of a job that was prepared with this config. Errors as of `sample`."""
     workers = workers or config.workers
     job.loaded.clear()
-    with locked(job.path), saying_when_full(job.path):
+    with locked(job.path), explain_full_disk(job.path):
         # Read again, now that no other command can begin this job or replace it.
         store = SampleStore.reopen(job.path, job.job_settings)
         if store is None and job.store is not None:

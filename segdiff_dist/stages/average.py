@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_shards.documents import read_json
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import problem, refuse, saying_when_full
+from data_shards.problems import explain_full_disk, problem, refuse
 from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result, command
 from segdiff_dist.stages.configured import ConfiguredStage, address_flag
@@ -84,7 +84,7 @@ class AveragePlan(Plan):
         weights, misfit = average_snapshots(
             self.run_folder, self.stage.experiment.train, wanted.length, self.images_seen
         )
-        with saying_when_full(folder):
+        with explain_full_disk(folder):
             self.model.save(folder, weights, self.training)
         profile = f"its profile differs by {misfit:.1%} from the requested one"
         line = f"{folder}: {profile}, which ends at {self.images_seen:,} images"

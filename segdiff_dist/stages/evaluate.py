@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data_shards.problems import Problem, problem, refuse, saying_when_full
+from data_shards.problems import Problem, explain_full_disk, problem, refuse
 from segdiff_dist.downstream.config import DownstreamConfig
 from segdiff_dist.evaluation.images.config import ImagesConfig
 from segdiff_dist.evaluation.measure.config import EvaluateConfig
@@ -208,7 +208,7 @@ class EvaluatePlan(Plan):
         from segdiff_dist.sampling.store import locked
 
         path = self.run_folder / "samples"
-        with locked(path, lends=True), saying_when_full(path):
+        with locked(path, lends=True), explain_full_disk(path):
             images.store(path)
 
     def _about(self, summary: dict[str, Any]) -> str:

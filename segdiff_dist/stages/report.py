@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import Problem, refuse, saying_when_full
+from data_shards.problems import Problem, explain_full_disk, refuse
 from segdiff_dist.experiment import collect
 from segdiff_dist.stages.base import Plan, Result
 from segdiff_dist.stages.configured import ConfiguredStage, refuse_addresses
@@ -91,7 +91,7 @@ class ReportPlan(Plan):
 
         runs, formats, made = list(self.runs), self.stage.formats, []
         page = self.stage.compared or Path(COMPARISON)
-        with locked(lock_beside(page), page, "is writing it"), saying_when_full(page), drawing(self.runs[0].folder):
+        with locked(lock_beside(page), page, "is writing it"), explain_full_disk(page), drawing(self.runs[0].folder):
             if HTML in formats:
                 made.append(write_comparison(runs, page))
             if set(formats) - {HTML}:

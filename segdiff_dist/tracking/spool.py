@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.files import write_atomic
-from data_shards.problems import saying_when_full
+from data_shards.problems import explain_full_disk
 from segdiff_dist.tracking.inside import open_plain
 
 Record = dict[str, Any]
@@ -78,7 +78,7 @@ class Spool:
 
     def append(self, record: Record) -> None:
         """Add a record. One write of one line, so that lines of threads do not mix and a kill leaves no half line."""
-        with saying_when_full(self.path.parent):
+        with explain_full_disk(self.path.parent):
             os.write(self._descriptor, json.dumps(record).encode() + b"\n")
 
     def waiting(self) -> Iterator[tuple[Record, int]]:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_shards.files import first_line
-from data_shards.problems import OutOfSpace, problem, saying_when_full
+from data_shards.problems import OutOfSpace, explain_full_disk, problem
 from data_shards.progress import QUIET
 from segdiff_dist.config import flatten
 from segdiff_dist.tracking.config import TrackingConfig
@@ -130,7 +130,7 @@ class Tracker:
             return
         path = PurePosixPath(artifact)
         copied = self._copy_to(path.name)
-        with saying_when_full(copied.parent):
+        with explain_full_disk(copied.parent):
             copied.write_text(json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}))
         self._append("artifact", path=str(copied.relative_to(self.folder.resolve())), folder=str(path.parent))
         self._append("tags", values={"mlflow.loggedArtifacts": json.dumps([{"path": artifact, "type": "table"}])})
@@ -153,7 +153,7 @@ class Tracker:
         where, root = path.resolve(), self.folder.resolve()
         if not where.is_relative_to(root):
             copied = self._copy_to(path.name)
-            with saying_when_full(copied.parent):
+            with explain_full_disk(copied.parent):
                 shutil.copytree(where, copied) if where.is_dir() else shutil.copyfile(where, copied)
             where = copied
         # Relative, so that a spool moves with its run folder.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from data_shards import locks
-from data_shards.problems import OutOfSpace, describe, removed_on_failure, saying_when_full
+from data_shards.problems import OutOfSpace, describe, explain_full_disk, removed_on_failure
 from segdiff_dist import cli, exit_status, surroundings
 from segdiff_dist.stages.phantom import PhantomPlan
 
@@ -229,7 +229,7 @@ def test_closed_streams_are_no_error_and_no_file_takes_their_place(closed: str, 
 
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
     def write(path: Path, error: BaseException) -> None:
-        with saying_when_full(tmp_path), removed_on_failure(path):
+        with explain_full_disk(tmp_path), removed_on_failure(path):
             path.mkdir() if path.suffix == "" else path.write_text("half")
             raise error
 

@@ -22,7 +22,7 @@ from data_shards.fan_out import TaskFailure, Workers
 from data_shards.feed.order import sample_at
 from data_shards.files import remove_leftovers, unfinished_name
 from data_shards.locks import lock_beside, locked
-from data_shards.problems import WorkFailed, removed_on_failure, saying_when_full
+from data_shards.problems import WorkFailed, explain_full_disk, removed_on_failure
 from data_shards.store.set_index import file_sha256
 from data_shards.store.shards import ShardSet
 from data_shards.workers import WorkerPool
@@ -75,7 +75,7 @@ def measure(
     checked = checked or check(run, config)
     folder = run / FOLDER
     rows = unfinished_name(folder / "samples.parquet")
-    with at_work(run), saying_when_full(folder), removed_on_failure(rows):
+    with at_work(run), explain_full_disk(folder), removed_on_failure(rows):
         return _measure_checked(run, config, checked, rows, progress)
 
 
