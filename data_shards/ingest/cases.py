@@ -31,7 +31,8 @@ class Case:
     `modality` is CT, MR or another name. `notes`: texts about statements of the archive that were ignored. `patient`:
     None if each case is a patient. `organs`: instead of `label`, a file of zeros and ones for each stored id.
     `is_flat`: its files may be two-dimensional. `channel`: of an image file that has several; None if it has one.
-    `num_channels`: as many as dataset.json names. `pixel`: of pictures, what they do not state."""
+    `num_channels`: as many as dataset.json names. `pixel`: of pictures, what they do not state. `has_stated_ending`:
+    the data set says how its files end, so that a file of the same name with another ending is not meant."""
 
     case_id: str
     modality: str
@@ -45,6 +46,7 @@ class Case:
     channel: int | None = None
     num_channels: int | None = None
     pixel: Pixel | None = None
+    has_stated_ending: bool = False
 
     def pixel_of(self, file: Source) -> Pixel | None:
         """What is said of the pixels of one of its files: those of a mask have ids."""
@@ -148,7 +150,7 @@ def _problems_with_copies(case: Case) -> Iterator[Problem]:
     """One of the files was compressed or unpacked by hand, and perhaps changed since. It cannot be known which one is
     meant."""
     for file in (case.image, case.label):
-        if not isinstance(file, Path):
+        if not isinstance(file, Path) or case.has_stated_ending:
             continue
         names = [file_stem(file.name)]
         # A label may also be named as its case, if that is not the image beside it.

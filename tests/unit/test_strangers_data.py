@@ -158,6 +158,29 @@ def test_what_is_missing_in_nnu_net_s_folder_is_named(spoil: Callable[[Path], st
     assert any(value in one.value for one in found)
 
 
+def test_of_nnu_net_s_folder_the_files_of_its_ending_are_read(tmp_path: Path) -> None:
+    """nnU-Net ignores others: an older version of a file, a file converted by hand, a picture for a look."""
+    root = tmp_path / "data"
+    settings = write_nnunet(root)
+    for name in ("imagesTr/p1_1_0001.nii", "imagesTr/p9_1_0001.nii", "labelsTr/p1_1.png", "imagesTs/p3_1_0001.mha"):
+        (root / name).write_bytes(b"not read")
+    (root / "labelsTr/notes.txt").write_text("no volume")
+    found = check(root, tmp_path / "set", replace(CONFIG, **settings))
+    assert [case.case_id for case in found.cases] == ["p1_1", "p1_2", "p2_1", "p3_1"]
+    notes = [note for note in found.survey.notes if "do not end in .nii.gz" in note]
+    assert [note.split("; ")[0] for note in notes] == [
+        "2 files in imagesTr do not end in .nii.gz: p1_1_0001.nii, p9_1_0001.nii",
+        "1 files in labelsTr do not end in .nii.gz: p1_1.png",
+        "1 files in imagesTs do not end in .nii.gz: p3_1_0001.mha",
+    ]
+    edit(root, file_ending=".nrrd")
+    problems = find_problems(root, tmp_path / "set", replace(CONFIG, **settings))
+    assert [(one.field, one.value.split(": ")[0]) for one in problems] == [
+        ("file_ending", ".nrrd, and no file in imagesTr ends so"),
+        ("file_ending", ".nrrd, and no file in labelsTr ends so"),
+    ]
+
+
 def test_nnu_net_s_own_list_of_cases_counts(tmp_path: Path) -> None:
     """`dataset` of dataset.json, which nnU-Net takes in place of what is in the folders."""
     settings = write_nnunet(tmp_path / "data") | {"fold": 0}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,8 @@ class NnUNet(Layout):
         content = content_of(root)
         if lists_cases(content) or not ({"channel_names", "file_ending"} & content.keys()):
             return None
-        stem_of = _stem_of(content)
-        labels = volumes_in(root / "labelsTr", stem_of)
-        channels = (_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr", stem_of))
+        labels = volumes_in(root / "labelsTr", _any_stem)
+        channels = (_CHANNEL.fullmatch(name) for name in volumes_in(root / "imagesTr", _any_stem))
         if not any(channel and channel[1] in labels for channel in channels):
             return None
         return f"{DATASET_FILE} has channel_names or file_ending, and imagesTr has CASE_0000"
@@ -70,14 +69,14 @@ class NnUNet(Layout):
         names, of_names = _class_names(where, content)
         named = numbered(content.get("channel_names") or content.get("modality"))
         channels, found = chosen_channels(where, "channel_names", named, request)
-        if found:
+        if found := [*found, *_ending_problems(root, content)]:
             return Listing((), tuple(found), names=names, problems_with_names=tuple(of_names))
         try:
             listings = [_listing(root, request, names, (one, named.get(one))) for one in channels]
         except InputProblems as error:  # of an export's table, or of pictures without a spacing
             return Listing((), error.problems, names=names)
         listing = joined(where, listings) if len(listings) > 1 else listings[0]
-        notes = (*listing.notes, *_unnamed_channels(root, {*named, *channels}))
+        notes = (*listing.notes, *_unnamed_channels(root, {*named, *channels}), *_ending_notes(root, content))
         return replace(listing, notes=notes, problems_with_names=tuple(of_names))
 
 
@@ -148,7 +147,8 @@ def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
     """Cases of imagesTr, without a split, and of imagesTs, which are for testing; without modality."""
     cases: list[Case] = []
     problems: list[Problem] = []
-    stem_of = _stem_of(content_of(root))
+    content = content_of(root)
+    stem_of, stated = _stem_of(content), isinstance(content.get("file_ending"), str)
     for end, split in (("Tr", ""), ("Ts", "test")):
         labels = volumes_in(root / f"labels{end}", stem_of)
         images = _of_channel(volumes_in(root / f"images{end}", stem_of), channel)
@@ -161,7 +161,7 @@ def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
             problems += found
             label, found = one_file(labels[name]) if name in labels else (None, [])
             problems += found
-            cases.append(Case(name, "", split, image, label, is_flat=True))
+            cases.append(Case(name, "", split, image, label, is_flat=True, has_stated_ending=stated))
     ids = [case.case_id for case in cases]
     problems += case_name_problems(root, ids)
     twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
@@ -172,10 +172,53 @@ def _cases(root: Path, channel: int) -> tuple[list[Case], list[Problem]]:
     return cases, problems
 
 
+def _any_stem(name: str) -> str | None:
+    return stem(name) or picture_stem(name)
+
+
 def _stem_of(content: dict[str, Any]) -> StemOf:
-    """The kind of the data set's files: pictures if `file_ending` says so."""
+    """The data set's files: those that end in its `file_ending`, also in capitals. Without one, all volumes."""
     ending = content.get("file_ending")
-    return picture_stem if isinstance(ending, str) and picture_stem(f"a{ending}") else stem
+    if not isinstance(ending, str):
+        return stem
+    wanted = ending.lstrip(".").lower()
+
+    def stem_of(name: str) -> str | None:
+        found = _any_stem(name)
+        return found if found is not None and name[len(found) + 1 :].lower() == wanted else None
+
+    return stem_of
+
+
+def _ending_problems(root: Path, content: dict[str, Any]) -> Iterator[Problem]:
+    """A problem for images, and for labels, if there are some and none has the data set's ending."""
+    ending = str(content.get("file_ending"))[:20]
+    for folder in (root / "imagesTr", root / "labelsTr"):
+        if (files := _of_other_endings(folder, content)) and not volumes_in(folder, _stem_of(content)):
+            value = f"{ending}, and no file in {folder.name} ends so: {_some(files)}"
+            remedy = "name the ending that the files have, in imagesTr and labelsTr, or convert the files"
+            yield Problem(str(root / DATASET_FILE), "file_ending", value, remedy)
+
+
+def _ending_notes(root: Path, content: dict[str, Any]) -> Iterator[str]:
+    """What to say of a folder's images and labels that do not have the data set's ending."""
+    ending = content.get("file_ending")
+    for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        if files := _of_other_endings(root / name, content):
+            found = f"{len(files):,} files in {name} do not end in {ending}: {_some(files)}"
+            yield f"{found}; they are not read, as nnU-Net would not read them"
+
+
+def _of_other_endings(folder: Path, content: dict[str, Any]) -> list[str]:
+    """Names of the volumes and pictures in a folder that do not have the data set's ending."""
+    if not isinstance(content.get("file_ending"), str):
+        return []
+    stem_of, files = _stem_of(content), volumes_in(folder, _any_stem)
+    return [file.name for named in files.values() for file in named if stem_of(file.name) is None]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _with_pixels(root: Path, cases: list[Case], pixel_mm: float | None) -> list[Case]:
