@@ -12,6 +12,7 @@ import numpy as np
 from data_shards.ingest.dataset_json import DATASET_FILE, file_stem
 from data_shards.ingest.dicom_labels import DicomLabels
 from data_shards.ingest.dicom_series import DicomSeries
+from data_shards.ingest.itk_files import is_segmentation
 from data_shards.ingest.nifti import SIDE_IS_A_GUESS, Geometry
 from data_shards.ingest.pictures import Pixel
 from data_shards.ingest.volume_files import read_geometry
@@ -19,7 +20,10 @@ from data_shards.problems import InputProblems, Problem
 
 # Image and label headers agree if no corner of the volume differs by more than this part of a voxel.
 AFFINE_TOLERANCE_VOXELS = 0.1
-
+_WHOLE = (
+    "it was cropped, or drawn on another volume, in 3D Slicer: make this image its source geometry there, and save it "
+    'without the option "Crop to minimum extent"'
+)
 
 # What a case's image or labels are read from.
 Source = Path | DicomSeries | DicomLabels
@@ -167,6 +171,7 @@ def _problems_with_place(image: Path, of_image: Geometry, label: Path, of_label:
     shape, affine = of_image.canonical
     label_shape, label_affine = of_label.canonical
     if shape != label_shape:
+        remedy = _WHOLE if is_segmentation(label) else remedy
         yield Problem(str(label), "shape", f"{of_label.shape}, its image has {of_image.shape}", remedy)
         return
     moved = largest_shift_voxels(shape, affine, label_affine)

@@ -69,6 +69,12 @@ _UNITS = {
 _VALUES = re.compile(rb"^ElementToIntensityFunction(Slope|Offset)\s*=\s*(.*?)\s*$", re.M)
 # Of a segmentation of 3D Slicer: what its number in the voxels is called.
 _SEGMENT = re.compile(rb"^Segment(\d+)_(Name|LabelValue):=(.*?)\r?$", re.M)
+# Keys of every such segmentation (3D Slicer's developer guide, "Segmentations").
+_IS_SEGMENTATION = re.compile(rb"^Segment(ation|\d+)_\w+:=", re.M)
+_ONE_LAYER = (
+    'in its module Segmentations, under "Binary labelmap layers", press "Collapse labelmap layers", and save it again; '
+    'if some overlap, tick "Force collapse to single layer" before, and the later one gets what they share'
+)
 _MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "?")
 _RESTORE = "restore the file, or convert it to .nii.gz"
 
@@ -82,6 +88,11 @@ def segment_names(file: Path) -> dict[int, str]:
         of_segment.setdefault(number, {})[key] = value.decode("utf-8", "replace").strip()
     pairs = ((one.get(b"LabelValue", ""), one.get(b"Name", "")) for one in of_segment.values())
     return {int(number): name for number, name in pairs if number.isdecimal() and len(number) < 9 and name}
+
+
+def is_segmentation(file: Path) -> bool:
+    """Whether it is a segmentation as 3D Slicer saves it (.seg.nrrd), by its header."""
+    return file.suffix.lower() == ".nrrd" and file.is_file() and _IS_SEGMENTATION.search(_header_text(file)) is not None
 
 
 def is_itk(file: Path) -> bool:
@@ -101,6 +112,8 @@ def read_geometry(file: Path, *, one_slice: bool = False) -> Geometry:
     size, num_parts = reader.GetSize(), reader.GetNumberOfComponents()
     shape = tuple(size[:3]) if set(size[3:]) <= {1} else tuple(size)
     is_flat = one_slice and len(shape) == 2
+    if (num_layers := max(num_parts, *size[3:], 1)) > 1 and is_segmentation(file):
+        raise problem(file, "segments", f"in {num_layers} layers, as 3D Slicer saves segments that overlap", _ONE_LAYER)
     if len(shape) != 3 and not is_flat:
         raise problem(file, "dimensions", f"{len(shape)}-D {shape}", "give one 3-D volume a file")
     kind = simpleitk(file).GetPixelIDValueAsString(reader.GetPixelID())

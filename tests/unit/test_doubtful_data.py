@@ -123,6 +123,22 @@ def _named_otherwise(root: Path, names: tuple[str, ...]) -> dict[str, Any]:
     return {"modality": "CT"}
 
 
+def _segmentation(root: Path, is_cropped: bool) -> dict[str, Any]:
+    """A label as 3D Slicer saves it with "Crop to minimum extent", or of segments that overlap, in two layers."""
+    import SimpleITK as sitk
+
+    settings = _named_otherwise(root, ("spleen", "liver"))
+    file = root / "test/masks/p3_1_seg.nrrd"
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    image = sitk.GetImageFromArray(label[1:] if is_cropped else np.stack([label] * 2, axis=-1), isVector=not is_cropped)
+    image.SetMetaData("Segment0_LabelValue", "1")
+    image.SetMetaData("Segmentation_ReferenceImageExtentOffset", "0 0 1")
+    sitk.WriteImage(image, str(file))
+    head = file.read_bytes()
+    file.write_bytes(head.replace(b"kinds: vector", b"kinds: list"))
+    return settings
+
+
 def _of_four_phases(root: Path) -> dict[str, Any]:
     settings = write_msd(root) | {"labels": None, "channel": 0}
     edit(root, modality={"0": "T1", "1": "T2"})
@@ -181,6 +197,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str]] = {
     "a table that turns two classes": (_turned_table, "names.1", "'spleen', and 'Liver' by the data"),
     "segments of other numbers": (lambda root: _named_otherwise(root, ("liver", "spleen")), "segments", "is 'liver'"),
     "a segment of another name": (lambda root: _named_otherwise(root, ("lesion", "liver")), "segments", "'lesion'"),
+    "segments in layers": (lambda root: _segmentation(root, is_cropped=False), "segments", "in 2 layers, as 3D Slicer"),
     "four phases, two channels": (_of_four_phases, "channels", "4 in the file, 2 in dataset.json"),
     "a slope that is not applied": (_with_slope, "ElementToIntensityFunctionSlope", "2"),
     "sessions of a subject in two splits": (_two_sessions, "patient sub-07", "train and val"),
@@ -195,6 +212,14 @@ def test_what_could_be_misread_is_refused(name: str, tmp_path: Path) -> None:
     found = find_problems(tmp_path / "data", tmp_path / "set", PrepareConfig(**{**vars(CONFIG), **settings}))
     assert field in found[0].field
     assert value in found[0].value
+
+
+def test_a_segmentation_that_3d_slicer_cropped_is_named_as_one(tmp_path: Path) -> None:
+    settings = _segmentation(tmp_path / "data", is_cropped=True)
+    config = PrepareConfig(**{**vars(CONFIG), **settings})
+    (found,) = find_problems(tmp_path / "data", tmp_path / "set", config)
+    assert (found.field, found.value) == ("shape", "(32, 32, 7), its image has (32, 32, 8)")
+    assert 'without the option "Crop to minimum extent"' in found.remedy
 
 
 def test_a_folder_above_is_refused_with_the_one_that_is_meant(tmp_path: Path) -> None:
