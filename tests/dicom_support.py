@@ -90,8 +90,10 @@ def segmentation(slices: Sequence[Dataset], label: np.ndarray, kind: str = "BINA
     )
 
 
-def structure_set(slices: Sequence[Dataset], boxes: dict[str, list[tuple[float, ...]]]) -> Dataset:
-    """An RTSTRUCT; a box is its ends in I and J, in voxels, and its slice K."""
+def structure_set(
+    slices: Sequence[Dataset], boxes: dict[str, list[tuple[float, ...]]], names_slices: bool = False
+) -> Dataset:
+    """An RTSTRUCT; a box is its ends in I and J, in voxels, and its slice K. `names_slices`: by their UIDs."""
     data = Dataset()
     data.SOPClassUID, data.SOPInstanceUID = RTStructureSetStorage, generate_uid()
     data.file_meta = FileMetaDataset()
@@ -100,7 +102,12 @@ def structure_set(slices: Sequence[Dataset], boxes: dict[str, list[tuple[float, 
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
     data.PatientName, data.PatientID, data.Modality = "Mustermann^Erika", "ID-4711", "RTSTRUCT"
     data.SeriesInstanceUID, data.StudyInstanceUID = generate_uid(), slices[0].StudyInstanceUID
-    data.ReferencedFrameOfReferenceSequence = [_with(FrameOfReferenceUID=slices[0].FrameOfReferenceUID)]
+    frame = _with(FrameOfReferenceUID=slices[0].FrameOfReferenceUID)
+    if names_slices:
+        images = [_with(ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in slices]
+        named = _with(SeriesInstanceUID=slices[0].SeriesInstanceUID, ContourImageSequence=images)
+        frame.RTReferencedStudySequence = [_with(RTReferencedSeriesSequence=[named])]
+    data.ReferencedFrameOfReferenceSequence = [frame]
     data.StructureSetROISequence = [
         _with(ROINumber=n, ROIName=name, ReferencedFrameOfReferenceUID=slices[0].FrameOfReferenceUID)
         for n, name in enumerate(boxes, 1)

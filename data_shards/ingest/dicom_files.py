@@ -39,6 +39,7 @@ _SERIES_UID = re.compile(rb"(?:\x20\x00\x0e\x00|\x00\x20\x00\x0e).{4}([0-9.]{1,6
 _HEAD_BYTES = 2**18
 _TAGS = (
     "SOPClassUID",
+    "SOPInstanceUID",
     "SeriesInstanceUID",
     "StudyInstanceUID",
     "FrameOfReferenceUID",
@@ -71,12 +72,13 @@ _DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A file's attributes. `has_table`: a look-up table gives its values. `states_rescale`: slope and intercept are
-    there; else `rescale` has 1 and 0. `is_lossy`: its pixels were compressed with loss. `distinguishing`: values of
-    _DISTINGUISHING, as text."""
+    """A file's attributes. `uid`: of this image alone. `has_table`: a look-up table gives its values. `states_rescale`:
+    slope and intercept are there; else `rescale` has 1 and 0. `is_lossy`: its pixels were compressed with loss.
+    `distinguishing`: values of _DISTINGUISHING, as text."""
 
     file: Path
     kind: str
+    uid: str
     series_uid: str
     study_uid: str
     frame_uid: str
@@ -168,6 +170,7 @@ def _header(file: Path, data: Any) -> Header:
     return Header(
         file,
         kind=str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID", "")),
+        uid=str(data.get("SOPInstanceUID", "")),
         series_uid=str(data.get("SeriesInstanceUID", "")),
         study_uid=str(data.get("StudyInstanceUID", "")),
         frame_uid=str(data.get("FrameOfReferenceUID", "")),

@@ -7,7 +7,7 @@ Dimensions: I, J, K of the series (data_shards.ingest.dicom_series).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -42,7 +42,7 @@ _Mask = tuple[np.ndarray, np.ndarray, np.ndarray]
 class LabelObject:
     """A SEG or RTSTRUCT file: `numbers` of its segments or regions with their names, and the UIDs of the series and
     frames of reference that it names. `uid`: of its own series. `fault`: why it cannot be used. `open_names`: regions
-    of which it has lines alone."""
+    of which it has lines alone. `images`: pairs of a series and one of its images that it was drawn on, by UIDs."""
 
     file: Path
     is_contours: bool
@@ -52,6 +52,13 @@ class LabelObject:
     uid: str
     fault: str | None = None
     open_names: tuple[str, ...] = ()
+    images: tuple[tuple[str, str], ...] = ()
+
+    def missing_images(self, series_uid: str, present: set[str]) -> int:
+        """How many images of a series it names that are not `present`, by SOPInstanceUID. 0 if it names none of these:
+        then their UIDs were changed, and not those in it."""
+        named = {image for series, image in self.images if series == series_uid}
+        return len(named - present) if named & present else 0
 
 
 @dataclass(frozen=True)
@@ -170,10 +177,21 @@ def _segments(header: Header, data: Any) -> LabelObject:
     names = tuple((int(one.SegmentNumber), str(one.SegmentLabel).strip()) for one in data.SegmentSequence)
     # A label map may state what its 0 means.
     names = tuple((number, name) for number, name in names if number != 0)
-    series = tuple(str(one.SeriesInstanceUID) for one in data.get("ReferencedSeriesSequence") or ())
+    referenced = data.get("ReferencedSeriesSequence") or ()
+    series = tuple(str(one.SeriesInstanceUID) for one in referenced)
     fractional = data.get("SegmentationType") == "FRACTIONAL"
     fault = "a FRACTIONAL segmentation: save it as BINARY" if fractional else None
-    return LabelObject(header.file, False, names, series, (header.frame_uid,), header.series_uid, fault)
+    images = _images(referenced, "ReferencedInstanceSequence")
+    return LabelObject(header.file, False, names, series, (header.frame_uid,), header.series_uid, fault, (), images)
+
+
+def _images(referenced: Iterable[Any], sequence: str) -> tuple[tuple[str, str], ...]:
+    """The images that items of a sequence of series name, each in a sequence of its own."""
+    return tuple(
+        (str(series.SeriesInstanceUID), str(one.ReferencedSOPInstanceUID))
+        for series in referenced
+        for one in series.get(sequence) or ()
+    )
 
 
 def _contours(header: Header, data: Any) -> LabelObject:
@@ -188,17 +206,20 @@ def _contours(header: Header, data: Any) -> LabelObject:
     regions = data.get("StructureSetROISequence") or ()
     names = tuple((int(one.ROINumber), str(one.ROIName).strip()) for one in regions if int(one.ROINumber) in drawn)
     frames = data.get("ReferencedFrameOfReferenceSequence") or ()
-    series = tuple(
-        str(one.SeriesInstanceUID)
+    referenced = [
+        one
         for frame in frames
         for study in frame.get("RTReferencedStudySequence") or ()
         for one in study.get("RTReferencedSeriesSequence") or ()
-    )
+    ]
+    series = tuple(str(one.SeriesInstanceUID) for one in referenced)
     frame_uids = [str(one.get("ReferencedFrameOfReferenceUID") or "") for one in regions]
     frame_uids += [str(one.get("FrameOfReferenceUID") or "") for one in frames]
     frame_uids = list(dict.fromkeys((header.frame_uid, *frame_uids)))
     open_names = tuple(str(one.ROIName).strip() for one in regions if int(one.ROINumber) in lines - drawn)
-    return LabelObject(header.file, True, names, series, tuple(frame_uids), header.series_uid, open_names=open_names)
+    images = _images(referenced, "ContourImageSequence")
+    uids = tuple(frame_uids)
+    return LabelObject(header.file, True, names, series, uids, header.series_uid, None, open_names, images)
 
 
 def _segmentation(one: LabelObject, name: str) -> Any:

@@ -101,6 +101,24 @@ def test_contours_of_every_second_slice_are_said(tmp_path: Path) -> None:
     assert "spleen has contours" not in " ".join(notes)
 
 
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+@pytest.mark.parametrize("present", [slice(0, 8), slice(0, 7), slice(2, 8)])
+def test_slices_at_an_end_that_labels_alone_name_are_said(kind: str, present: slice, tmp_path: Path) -> None:
+    """A gap shows between slices; behind the last one nothing does."""
+    case, _, image, label = next(volumes())
+    label[:, :, [0, 1, 7]] = 0
+    planes = series(image, case)
+    boxes = {"liver": [(5, 20, 5, 20, 3)], "spleen": [(22, 24, 5, 9, 3)]}
+    drawn = segmentation(planes, label) if kind == "SEG" else structure_set(planes, boxes, names_slices=True)
+    save(tmp_path / "data", [*planes[present], drawn])
+    (found,) = check(tmp_path / "data", tmp_path / "set", _ALL_TRAIN).cases
+    said = [note for note in found.notes if "further slice" in note]
+    num = 8 - len(planes[present])
+    assert [note.split(":")[0] for note in said] == (
+        [f"its labels were drawn on {num} further slice{'s' * (num > 1)}"] if num else []
+    )
+
+
 @pytest.mark.parametrize(("numbers", "is_said"), [("12121212", True), ("11112222", False), ("12345678", False)])
 def test_two_scans_that_take_turns_in_one_series_are_said(numbers: str, is_said: bool, tmp_path: Path) -> None:
     case, _, image, label = next(volumes())

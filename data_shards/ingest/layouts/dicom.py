@@ -31,6 +31,7 @@ from data_shards.ingest.dicom_series import DicomSeries, series_of
 from data_shards.ingest.layouts.base import Layout, Request, case_name_problems, no_cases, patient_of, volumes_in
 from data_shards.modalities import is_modality
 from data_shards.problems import Problem
+from data_shards.wording import in_words
 
 # A folder is recognised by one of its first files.
 _MOST_LOOKED_AT = 1000
@@ -203,6 +204,10 @@ def _notes(headers: list[Header], objects: tuple[LabelObject, ...], modality: st
         yield f"taken as {modality} as stated, against {against} in DICOM; else leave --prepare.modality out"
     if any(header.frame_uid not in one.frame_uids for one in objects):
         yield "its labels name this series, but another frame of reference; look at them if that is wrong"
+    uids = {one.uid for one in headers}
+    if missing := max((one.missing_images(header.series_uid, uids) for one in objects), default=0):
+        remedy = "an end of the volume is not here; export the series again, complete, if that is wrong"
+        yield f"its labels were drawn on {in_words(missing, 'further slice')}: {remedy}"
     if any(one.is_lossy for one in headers):
         yield "its images were compressed with loss (LossyImageCompression): values are not exactly the scanner's"
     if left_out := sorted({name for one in objects for name in one.open_names}):
